@@ -1,0 +1,346 @@
+// Package jsonscan walks JSON text in place: it finds the members of an object and where their values
+// begin and end, and allocates nothing on the way.
+//
+// It accepts exactly what encoding/json's Decoder accepts as its first value (the fuzz tests compare the
+// two), so that what is found here is what an Ollama server will find. Text after the first value is not
+// looked at, because the Decoder does not look at it either. It does not decode values into Go types, with
+// the exception of strings (Unquote).
+package jsonscan
+
+import (
+	"bytes"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"math/bits"
+)
+
+// ErrSyntax says that the text is not what encoding/json would accept.
+var ErrSyntax = errors.New("invalid JSON")
+
+// ErrNotObject says that the first value is not an object.
+var ErrNotObject = errors.New("not a JSON object")
+
+// maxDepth is encoding/json's limit on nested arrays and objects.
+const maxDepth = 10000
+
+// Member is one key and value of an object, as offsets into the text.
+type Member struct {
+	Key      int // the key's opening quote
+	KeyEnd   int // just past the key's closing quote
+	Value    int // the value's first byte
+	ValueEnd int // just past the value's last byte
+}
+
+// Object iterates over the members of the object at the head of a text:
+//
+//	o := jsonscan.NewObject(text)
+//	for m, ok := o.Next(); ok; m, ok = o.Next() { … }
+//	if err := o.Err(); err != nil { … }
+//
+// Only when Next has returned false and Err is nil is the whole object known to be valid.
+type Object struct {
+	text []byte
+	pos  int
+	open int
+	err  error
+	n    int
+	done bool
+}
+
+// NewObject starts at the first value of text. Err tells if it is not an object.
+func NewObject(text []byte) Object {
+	o := Object{text: text}
+	o.pos = skipSpace(text, 0)
+	if o.pos >= len(text) {
+		o.err = ErrSyntax
+		return o
+	}
+	if text[o.pos] != '{' {
+		o.err = ErrNotObject
+		return o
+	}
+	o.pos++
+	o.open = o.pos
+	return o
+}
+
+// Open returns the offset just past the opening brace.
+func (o *Object) Open() int { return o.open }
+
+// End returns the offset just past the closing brace, once Next has returned false without an error.
+func (o *Object) End() int { return o.pos }
+
+// Len returns how many members Next has returned.
+func (o *Object) Len() int { return o.n }
+
+// Err returns ErrSyntax, ErrNotObject or nil.
+func (o *Object) Err() error { return o.err }
+
+// Next returns the next member; false at the object's end or at an error.
+func (o *Object) Next() (Member, bool) {
+	if o.err != nil || o.done {
+		return Member{}, false
+	}
+	b := o.text
+	p := skipSpace(b, o.pos)
+	if p >= len(b) {
+		return o.fail()
+	}
+	switch {
+	case b[p] == '}':
+		o.pos = p + 1
+		o.done = true
+		return Member{}, false
+	case o.n > 0:
+		if b[p] != ',' {
+			return o.fail()
+		}
+		p = skipSpace(b, p+1)
+	}
+	m, p := member(b, p, 1)
+	if p < 0 {
+		return o.fail()
+	}
+	o.pos = p
+	o.n++
+	return m, true
+}
+
+func (o *Object) fail() (Member, bool) {
+	o.err = ErrSyntax
+	return Member{}, false
+}
+
+// KeyIs reports whether encoding/json would store the member with this raw key (quotes included) into a
+// field called name: it folds case, by Unicode's simple folding, and reads escapes.
+func KeyIs(raw, name []byte) bool {
+	inner := raw[1 : len(raw)-1]
+	if bytes.IndexByte(inner, '\\') < 0 {
+		return bytes.EqualFold(inner, name)
+	}
+	s, ok := Unquote(raw)
+	return ok && bytes.EqualFold([]byte(s), name)
+}
+
+// Unquote decodes a raw string (quotes included) as encoding/json does; false where it is not a string.
+func Unquote(raw []byte) (string, bool) {
+	if len(raw) < 2 || raw[0] != '"' {
+		return "", false
+	}
+	if plainASCII(raw[1 : len(raw)-1]) {
+		return string(raw[1 : len(raw)-1]), true
+	}
+	var s string
+	err := json.Unmarshal(raw, &s)
+	return s, err == nil
+}
+
+// plainASCII reports whether s needs no decoding.
+func plainASCII(s []byte) bool {
+	for _, c := range s {
+		if c >= 0x80 || c == '\\' {
+			return false
+		}
+	}
+	return true
+}
+
+// The functions below return the offset just past what they read, or -1.
+
+func skipSpace(b []byte, p int) int {
+	for p < len(b) && (b[p] == ' ' || b[p] == '\n' || b[p] == '\r' || b[p] == '\t') {
+		p++
+	}
+	return p
+}
+
+func member(b []byte, p, depth int) (Member, int) {
+	if p >= len(b) || b[p] != '"' {
+		return Member{}, -1
+	}
+	m := Member{Key: p}
+	p = skipString(b, p)
+	if p < 0 {
+		return m, -1
+	}
+	m.KeyEnd = p
+	p = skipSpace(b, p)
+	if p >= len(b) || b[p] != ':' {
+		return m, -1
+	}
+	m.Value = skipSpace(b, p+1)
+	p = skipValue(b, m.Value, depth)
+	m.ValueEnd = p
+	return m, p
+}
+
+// skipValue reads the value at p, which lies within depth arrays and objects.
+func skipValue(b []byte, p, depth int) int {
+	if p >= len(b) {
+		return -1
+	}
+	switch c := b[p]; {
+	case c == '"':
+		return skipString(b, p)
+	case c == '{':
+		return skipComposite(b, p, depth+1, '}')
+	case c == '[':
+		return skipComposite(b, p, depth+1, ']')
+	case c == 't':
+		return skipLiteral(b, p, "true")
+	case c == 'f':
+		return skipLiteral(b, p, "false")
+	case c == 'n':
+		return skipLiteral(b, p, "null")
+	case c == '-' || '0' <= c && c <= '9':
+		return skipNumber(b, p)
+	}
+	return -1
+}
+
+// skipComposite reads the object or array that opens at p and ends with end.
+func skipComposite(b []byte, p, depth int, end byte) int {
+	if depth > maxDepth {
+		return -1
+	}
+	p = skipSpace(b, p+1)
+	if p < len(b) && b[p] == end {
+		return p + 1
+	}
+	for {
+		if end == '}' {
+			_, p = member(b, p, depth)
+		} else {
+			p = skipValue(b, p, depth)
+		}
+		if p < 0 {
+			return -1
+		}
+		p = skipSpace(b, p)
+		if p >= len(b) {
+			return -1
+		}
+		if b[p] == end {
+			return p + 1
+		}
+		if b[p] != ',' {
+			return -1
+		}
+		p = skipSpace(b, p+1)
+	}
+}
+
+func skipLiteral(b []byte, p int, lit string) int {
+	if len(b)-p < len(lit) || string(b[p:p+len(lit)]) != lit {
+		return -1
+	}
+	return p + len(lit)
+}
+
+func skipNumber(b []byte, p int) int {
+	if b[p] == '-' {
+		p++
+	}
+	switch {
+	case p >= len(b):
+		return -1
+	case b[p] == '0':
+		p++
+	default:
+		if p = skipDigits(b, p); p < 0 {
+			return -1
+		}
+	}
+	if p < len(b) && b[p] == '.' {
+		if p = skipDigits(b, p+1); p < 0 {
+			return -1
+		}
+	}
+	if p < len(b) && (b[p] == 'e' || b[p] == 'E') {
+		p++
+		if p < len(b) && (b[p] == '+' || b[p] == '-') {
+			p++
+		}
+		return skipDigits(b, p)
+	}
+	return p
+}
+
+// skipDigits reads one digit or more.
+func skipDigits(b []byte, p int) int {
+	start := p
+	for p < len(b) && '0' <= b[p] && b[p] <= '9' {
+		p++
+	}
+	if p == start {
+		return -1
+	}
+	return p
+}
+
+const (
+	ones  = 0x0101010101010101
+	highs = 0x8080808080808080
+)
+
+// special returns a word with the high bit set in each byte of x that ends a run of plain string bytes: a
+// quote, a backslash or a control character. Bytes above the lowest one marked may be marked wrongly (the
+// subtraction borrows), so only the lowest counts. (Bit Twiddling Hacks, "Determine if a word has a zero
+// byte" and "… a byte less than n".)
+func special(x uint64) uint64 {
+	quote := x ^ ones*'"'
+	slash := x ^ ones*'\\'
+	return ((x-ones*0x20)&^x | (quote-ones)&^quote | (slash-ones)&^slash) & highs
+}
+
+// skipString reads the string whose opening quote is at p.
+func skipString(b []byte, p int) int {
+	p++
+	for {
+		for len(b)-p >= 8 {
+			if m := special(binary.LittleEndian.Uint64(b[p:])); m != 0 {
+				p += bits.TrailingZeros64(m) / 8
+				break
+			}
+			p += 8
+		}
+		if p >= len(b) {
+			return -1
+		}
+		switch c := b[p]; {
+		case c == '"':
+			return p + 1
+		case c == '\\':
+			if p = skipEscape(b, p+1); p < 0 {
+				return -1
+			}
+		case c < 0x20:
+			return -1
+		default:
+			p++
+		}
+	}
+}
+
+// skipEscape reads what follows a backslash.
+func skipEscape(b []byte, p int) int {
+	if p >= len(b) {
+		return -1
+	}
+	switch b[p] {
+	case '"', '\\', '/', 'b', 'f', 'n', 'r', 't':
+		return p + 1
+	case 'u':
+		if len(b)-p < 5 {
+			return -1
+		}
+		for _, c := range b[p+1 : p+5] {
+			if !('0' <= c && c <= '9' || 'a' <= c && c <= 'f' || 'A' <= c && c <= 'F') {
+				return -1
+			}
+		}
+		return p + 5
+	}
+	return -1
+}

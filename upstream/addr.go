@@ -1,0 +1,60 @@
+package upstream
+
+import (
+	"fmt"
+	"net"
+	"net/url"
+	"strconv"
+	"strings"
+)
+
+// DefaultPort is Ollama's own.
+const DefaultPort = "11434"
+
+// ParseAddr reads an address in the forms that OLLAMA_HOST takes: a host, host:port, :port, an IPv6 address with
+// or without brackets, or a URL with an optional path prefix. A missing host is 127.0.0.1, and so is an
+// unspecified one (0.0.0.0, ::), to which one can listen but not connect. A missing port is defaultPort, or
+// 80 and 443 where the scheme http or https is written out.
+//
+// Unlike Ollama, which falls back to the default, it refuses a port that is not a number from 1 to 65535.
+func ParseAddr(s, defaultPort string) (*url.URL, error) {
+	s = strings.TrimSpace(s)
+	scheme, rest, ok := strings.Cut(s, "://")
+	switch {
+	case !ok:
+		scheme, rest = "http", s
+	case scheme == "http":
+		defaultPort = "80"
+	case scheme == "https":
+		defaultPort = "443"
+	default:
+		return nil, fmt.Errorf("address %q: scheme %q is neither http nor https", s, scheme)
+	}
+	hostport, path, _ := strings.Cut(rest, "/")
+	if strings.ContainsAny(hostport, "@?#") || strings.ContainsAny(path, "?#") {
+		return nil, fmt.Errorf("address %q: want a host, host:port or http(s)://host:port/path", s)
+	}
+	host, port, err := net.SplitHostPort(hostport)
+	if err != nil {
+		host, port = strings.Trim(hostport, "[]"), defaultPort
+		if strings.Contains(host, ":") && net.ParseIP(host) == nil {
+			return nil, fmt.Errorf("address %q: %w", s, err)
+		}
+	}
+	if n, err := strconv.Atoi(port); err != nil || n < 1 || n > 65535 {
+		return nil, fmt.Errorf("address %q: port %q is not a number from 1 to 65535", s, port)
+	}
+	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
+		if host = "127.0.0.1"; ip.To4() == nil {
+			host = "::1"
+		}
+	}
+	if host == "" {
+		host = "127.0.0.1"
+	}
+	u := &url.URL{Scheme: scheme, Host: net.JoinHostPort(host, port)}
+	if path = strings.Trim(path, "/"); path != "" {
+		u.Path = "/" + path
+	}
+	return u, nil
+}

@@ -1,0 +1,61 @@
+package proxy
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"strings"
+)
+
+// refusal is an answer that the proxy gives itself, in the dialect of the path that was asked.
+type refusal struct {
+	status  int
+	message string // lower case: what happened, and what to do next
+}
+
+func (e *refusal) Error() string { return fmt.Sprintf("%d: %s", e.status, e.message) }
+
+// write sends the refusal: {"error": "…"} as Ollama does, {"error": {"message": …}} under /v1, Anthropic's shape under
+// /v1/messages.
+func (e *refusal) write(w http.ResponseWriter, path string) {
+	var body any
+	switch {
+	case isAnthropic(path):
+		body = map[string]any{"type": "error", "error": map[string]any{"type": anthropicType(e.status), "message": e.message}}
+	case strings.HasPrefix(path, "/v1/"):
+		body = map[string]any{"error": map[string]any{"message": e.message, "type": openAIType(e.status), "param": nil, "code": nil}}
+	default:
+		body = map[string]string{"error": e.message}
+	}
+	text, err := json.Marshal(body)
+	if err != nil {
+		panic(err) // strings and nil always marshal
+	}
+	w.Header().Set("Content-Type", "application/json; charset=utf-8")
+	w.WriteHeader(e.status)
+	w.Write(text) // a client that is gone has nobody to tell
+}
+
+// isAnthropic reports whether a path speaks Anthropic's dialect.
+func isAnthropic(path string) bool {
+	return path == "/v1/messages" || strings.HasPrefix(path, "/v1/messages/")
+}
+
+func openAIType(status int) string {
+	switch status {
+	case http.StatusBadRequest:
+		return "invalid_request_error"
+	case http.StatusUnauthorized:
+		return "authentication_error"
+	case http.StatusForbidden:
+		return "permission_error"
+	}
+	return "api_error"
+}
+
+func anthropicType(status int) string {
+	if status == http.StatusServiceUnavailable {
+		return "overloaded_error"
+	}
+	return openAIType(status)
+}

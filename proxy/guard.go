@@ -1,0 +1,204 @@
+package proxy
+
+import (
+	"crypto/sha256"
+	"crypto/subtle"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"strings"
+)
+
+// Guard decides who may use the proxy. Ollama checks Host and Origin so that a web page cannot reach a server on the
+// visitor's own machine (by DNS rebinding, or by plain cross-origin requests); the proxy rewrites Host, so it
+// checks the inbound values itself, by Ollama's rules. The zero Guard has those rules and no API keys.
+type Guard struct {
+	AllowHosts   []string // more Host names that are accepted on a loopback connection; "*" accepts all
+	AllowOrigins []string // more origins that web pages may come from; one * in each may stand for anything
+	Keys         *Keys    // nil asks for none
+}
+
+// Keys are the API keys that clients must show, as digests.
+type Keys struct{ sums [][sha256.Size]byte }
+
+// ParseKeys reads one key a line; blank lines and lines that begin with # are skipped.
+func ParseKeys(text string) (*Keys, error) {
+	k := &Keys{}
+	for i, line := range strings.Split(text, "\n") {
+		line = strings.TrimSpace(line)
+		if line == "" || strings.HasPrefix(line, "#") {
+			continue
+		}
+		if strings.ContainsAny(line, " \t") {
+			return nil, fmt.Errorf("line %d: an API key has no spaces", i+1)
+		}
+		k.sums = append(k.sums, sha256.Sum256([]byte(line)))
+	}
+	if len(k.sums) == 0 {
+		return nil, fmt.Errorf("no API key in it: write one key a line")
+	}
+	return k, nil
+}
+
+// Len returns how many keys there are.
+func (k *Keys) Len() int { return len(k.sums) }
+
+// has compares with every key, in a time that does not tell which one or how much of it fits.
+func (k *Keys) has(key string) bool {
+	sum := sha256.Sum256([]byte(key))
+	found := 0
+	for i := range k.sums {
+		found |= subtle.ConstantTimeCompare(sum[:], k.sums[i][:])
+	}
+	return found == 1
+}
+
+// defaultOrigins are the origins that Ollama allows (envconfig.AllowedOrigins).
+var defaultOrigins = func() []string {
+	var list []string
+	for _, host := range []string{"localhost", "127.0.0.1", "0.0.0.0"} {
+		list = append(list, "http://"+host, "https://"+host, "http://"+host+":*", "https://"+host+":*")
+	}
+	return append(list, "app://*", "file://*", "tauri://*", "vscode-webview://*", "vscode-file://*")
+}()
+
+// host refuses a foreign Host on a loopback connection, where only local names make sense. Ollama does the same when it
+// listens on loopback; a connection to another address of this machine is let through by both.
+func (g *Guard) host(r *http.Request) *refusal {
+	if local, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr); ok {
+		if addr, err := netip.ParseAddrPort(local.String()); err == nil && !addr.Addr().Unmap().IsLoopback() {
+			return nil
+		}
+	}
+	host, _, err := net.SplitHostPort(r.Host)
+	if err != nil {
+		host = r.Host
+	}
+	host = strings.ToLower(strings.Trim(host, "[]"))
+	if addr, err := netip.ParseAddr(host); err == nil {
+		if addr.IsLoopback() || addr.IsPrivate() || addr.IsUnspecified() || isOwn(addr) {
+			return nil
+		}
+	} else if localName(host) {
+		return nil
+	}
+	for _, allowed := range g.AllowHosts {
+		if allowed == "*" || strings.EqualFold(allowed, host) {
+			return nil
+		}
+	}
+	return &refusal{http.StatusForbidden, fmt.Sprintf("host %q is not allowed on a loopback connection (protection against DNS rebinding); start ollama-cacheproxy with --allow-host %s to accept it", host, host)}
+}
+
+// localName reports whether a name is one that Ollama takes for this machine or its network (server.allowedHost there).
+func localName(host string) bool {
+	if host == "" || host == "localhost" {
+		return true
+	}
+	if own, err := os.Hostname(); err == nil && host == strings.ToLower(own) {
+		return true
+	}
+	return strings.HasSuffix(host, ".localhost") || strings.HasSuffix(host, ".local") || strings.HasSuffix(host, ".internal")
+}
+
+// isOwn reports whether addr belongs to one of this machine's interfaces.
+func isOwn(addr netip.Addr) bool {
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		return false
+	}
+	for _, a := range addrs {
+		if prefix, err := netip.ParsePrefix(a.String()); err == nil && prefix.Addr() == addr {
+			return true
+		}
+	}
+	return false
+}
+
+// origin returns the origin to name in CORS headers: "" where the request does not come from a web page of another
+// origin.
+func (g *Guard) origin(r *http.Request) (string, *refusal) {
+	origin := r.Header.Get("Origin")
+	if origin == "" || origin == "http://"+r.Host || origin == "https://"+r.Host {
+		return "", nil
+	}
+	if matchOrigin(defaultOrigins, origin) || matchOrigin(g.AllowOrigins, origin) {
+		return origin, nil
+	}
+	return "", &refusal{http.StatusForbidden, fmt.Sprintf("origin %q is not allowed; start ollama-cacheproxy with --allow-origin %s to accept it", origin, origin)}
+}
+
+func matchOrigin(patterns []string, origin string) bool {
+	for _, p := range patterns {
+		before, after, wild := strings.Cut(p, "*")
+		if wild && len(origin) >= len(before)+len(after) && strings.HasPrefix(origin, before) && strings.HasSuffix(origin, after) ||
+			!wild && origin == p {
+			return true
+		}
+	}
+	return false
+}
+
+// allowHeaders are the request headers that a web page may send: Ollama's list.
+var allowHeaders = strings.Join([]string{
+	"Authorization", "Content-Type", "User-Agent", "Accept", "X-Requested-With", "Openai-Beta",
+	"X-Stainless-Arch", "X-Stainless-Async", "X-Stainless-Custom-Poll-Interval", "X-Stainless-Helper-Method",
+	"X-Stainless-Lang", "X-Stainless-Os", "X-Stainless-Package-Version", "X-Stainless-Poll-Helper",
+	"X-Stainless-Retry-Count", "X-Stainless-Runtime", "X-Stainless-Runtime-Version", "X-Stainless-Timeout",
+}, ",")
+
+// setCORS replaces whatever CORS headers are in h by those for origin: the upstream never saw the Origin.
+func setCORS(h http.Header, origin string) {
+	if origin == "" {
+		return
+	}
+	for key := range h {
+		if strings.HasPrefix(key, "Access-Control-") {
+			h.Del(key)
+		}
+	}
+	h.Set("Access-Control-Allow-Origin", origin)
+	h.Add("Vary", "Origin")
+}
+
+// preflight answers an OPTIONS request, as Ollama does for every path.
+func preflight(w http.ResponseWriter, origin string) {
+	h := w.Header()
+	if origin != "" {
+		setCORS(h, origin)
+		h.Set("Access-Control-Allow-Methods", "GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS")
+		h.Set("Access-Control-Allow-Headers", allowHeaders)
+		h.Set("Access-Control-Max-Age", "43200")
+		h.Add("Vary", "Access-Control-Request-Method")
+		h.Add("Vary", "Access-Control-Request-Headers")
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// key refuses a request that shows no API key, where keys are asked for. It returns the headers that carried one of the
+// proxy's keys: they are not for the upstream.
+func (g *Guard) key(r *http.Request) (spent []string, _ *refusal) {
+	if g.Keys == nil {
+		return nil, nil
+	}
+	if scheme, key, ok := strings.Cut(r.Header.Get("Authorization"), " "); ok && strings.EqualFold(scheme, "Bearer") && g.Keys.has(strings.TrimSpace(key)) {
+		spent = append(spent, "Authorization")
+	}
+	if key := r.Header.Get("X-Api-Key"); key != "" && isAnthropic(r.URL.Path) && g.Keys.has(key) {
+		spent = append(spent, "X-Api-Key")
+	}
+	if len(spent) == 0 && !keyless(r) {
+		return nil, &refusal{http.StatusUnauthorized, "a valid API key is needed: send it as 'Authorization: Bearer KEY' (the keys are in the file that ollama-cacheproxy was started with: --api-keys-file)"}
+	}
+	return spent, nil
+}
+
+// keyless reports whether a request needs no key: the probes of monitors and containers, which tell nothing.
+func keyless(r *http.Request) bool {
+	if r.Method != http.MethodGet && r.Method != http.MethodHead {
+		return false
+	}
+	return r.URL.Path == "/" || r.URL.Path == pathHealth || r.URL.Path == pathReady
+}

@@ -1,0 +1,403 @@
+// Package proxy is the HTTP surface: it forwards every request to an Ollama server, as it came and as it is answered, and
+// adds the one thing that clients leave out, keep_alive. It owns the routes, the life of one request (handler.go, top
+// to bottom), the edits of a body, the checks of Host, Origin and API keys, and what is known of a model's residency.
+// It does not schedule, and it keeps no prompt.
+package proxy
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
+)
+
+// The proxy's own pages. Ollama has nothing below this path.
+const (
+	ownPrefix  = "/_cacheproxy/"
+	pathHealth = ownPrefix + "health"
+	pathReady  = ownPrefix + "ready"
+	// PathMetrics is where the operator's monitoring reads.
+	PathMetrics = "/metrics"
+)
+
+// DefaultMaxBody is how many bytes of a body are read to be looked at, unless the operator says otherwise.
+const DefaultMaxBody = 64 << 20
+
+// Handler forwards requests to one Ollama server. Fill in the fields, call Init, and have Run running while it serves.
+type Handler struct {
+	Upstream  *upstream.Server
+	Transport http.RoundTripper // nil means NewTransport()
+	KeepAlive KeepAlive
+	NoTouch   bool  // never send a request of our own to set keep_alive for models used through /v1
+	MaxBody   int64 // bytes; 0 means DefaultMaxBody
+	Guard     Guard
+	Metrics   http.Handler // serves PathMetrics; nil forwards it like any other path
+	Log       *slog.Logger // nil discards
+
+	// Done is told of each request when it is over, Touched of each keep_alive that was set, or refused, in the
+	// background. Nil means nobody listens.
+	Done    func(Exchange)
+	Touched func(model string, err error)
+
+	inFlight  atomic.Int64
+	residency *residency
+	forward   *httputil.ReverseProxy
+}
+
+// Exchange is one request and how it was answered.
+type Exchange struct {
+	Method   string
+	Path     string
+	Endpoint string // the path as a label: one of a bounded set
+	Model    string // as the client wrote it; "" where none was read
+	Status   int    // 0 where the client got none
+	Outcome  Outcome
+
+	Duration  time.Duration
+	FirstByte time.Duration // from the start to the first byte of the answer's body; 0 if there was none
+	BytesIn   int64         // of the request's body, as the client sent it
+	BytesOut  int64         // of the answer's body
+
+	KeepAlive string // injected, kept, raised or forced; "" where the request has no keep_alive
+	Unedited  string // why a body that is usually read was not: see the Unedited… constants
+}
+
+// Outcome says how an exchange ended.
+type Outcome string
+
+const (
+	OK            Outcome = "ok"             // answered with a status below 400, to the end
+	ClientError   Outcome = "client_error"   // answered 4xx by the upstream
+	UpstreamError Outcome = "upstream_error" // answered 5xx by the upstream
+	Unreachable   Outcome = "unreachable"    // the upstream did not answer: 502
+	Aborted       Outcome = "aborted"        // the upstream's answer broke off
+	ClientGone    Outcome = "client_gone"    // the client left before the end
+	Refused       Outcome = "refused"        // by the proxy
+	Own           Outcome = "own"            // one of the proxy's own pages
+)
+
+// Why a body was forwarded unread or unedited.
+const (
+	UneditedTooLarge = "too_large" // longer than MaxBody
+	UneditedEncoded  = "encoded"   // it has a Content-Encoding
+	UneditedNotJSON  = "not_json"  // it is not a JSON object
+)
+
+// exchange is an Exchange under way.
+type exchange struct {
+	Exchange
+	start time.Time
+
+	origin  string   // for CORS headers
+	spent   []string // request headers that are for the proxy alone
+	body    *body    // nil where the body passes through
+	edit    edit
+	use     use
+	in      atomic.Int64 // bytes of the request's body so far; becomes BytesIn
+	bodyErr error        // how reading the answer's body ended; nil if it was never read to an end
+}
+
+type exchangeKey struct{}
+
+// NewTransport returns a transport for an Ollama server: it waits for as long as a model needs to load, keeps many
+// connections, and never asks for compression that the client did not ask for.
+func NewTransport() *http.Transport {
+	return &http.Transport{
+		DialContext:           (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
+		DisableCompression:    true,
+		MaxIdleConnsPerHost:   1024,
+		IdleConnTimeout:       90 * time.Second,
+		TLSHandshakeTimeout:   10 * time.Second,
+		ExpectContinueTimeout: time.Second,
+		ReadBufferSize:        copyBuffer,
+		WriteBufferSize:       copyBuffer,
+	}
+}
+
+// copyBuffer is how many bytes are moved at a time. A stream's writes up to this size are not split.
+const copyBuffer = 64 << 10
+
+// Init makes the handler ready; it starts nothing.
+func (h *Handler) Init() {
+	if h.Log == nil {
+		h.Log = slog.New(slog.DiscardHandler)
+	}
+	if h.Transport == nil {
+		h.Transport = NewTransport()
+	}
+	if h.MaxBody == 0 {
+		h.MaxBody = DefaultMaxBody
+	}
+	if h.Done == nil {
+		h.Done = func(Exchange) {}
+	}
+	if h.Touched == nil {
+		h.Touched = func(string, error) {}
+	}
+	h.residency = newResidency(h.Upstream, h.KeepAlive.For, h.Touched, h.Log)
+	h.forward = &httputil.ReverseProxy{
+		Rewrite:        h.rewrite,
+		ModifyResponse: h.modifyResponse,
+		ErrorHandler:   h.forwardFailed,
+		Transport:      h.Transport,
+		FlushInterval:  -1, // every write of the upstream goes on at once
+		BufferPool:     newBufferPool(),
+		ErrorLog:       log.New(io.Discard, "", 0), // the line per request says it
+	}
+}
+
+// Run keeps models loaded until ctx ends.
+func (h *Handler) Run(ctx context.Context) { h.residency.run(ctx) }
+
+// Polled takes in what a poll of the upstream found.
+func (h *Handler) Polled(st upstream.State) { h.residency.polled(st) }
+
+// InFlight returns how many requests are being served.
+func (h *Handler) InFlight() int64 { return h.inFlight.Load() }
+
+// ServeHTTP is the life of one request.
+func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	h.inFlight.Add(1)
+	rt := routeOf(r)
+	ex := &exchange{start: time.Now(), Exchange: Exchange{Method: r.Method, Path: r.URL.Path, Endpoint: rt.label}}
+	defer h.finish(ex, r) // a broken copy panics with http.ErrAbortHandler
+
+	if done := h.admit(w, r, ex); done {
+		return
+	}
+	if h.own(w, r, ex) {
+		return
+	}
+	if rt.reads != readsNothing {
+		if ref := h.read(r, ex, rt); ref != nil {
+			h.refuse(w, r, ex, ref)
+			return
+		}
+	} else {
+		ex.count(r)
+	}
+	h.forward.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), exchangeKey{}, ex)))
+}
+
+// admit checks Host, Origin and API key, and answers preflights.
+func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (done bool) {
+	var ref *refusal
+	if ref = h.Guard.host(r); ref == nil {
+		ex.origin, ref = h.Guard.origin(r)
+	}
+	if ref == nil && r.Method == http.MethodOptions {
+		ex.Status, ex.Outcome = http.StatusNoContent, Own
+		preflight(w, ex.origin)
+		return true
+	}
+	if ref == nil {
+		ex.spent, ref = h.Guard.key(r)
+	}
+	if ref != nil {
+		h.refuse(w, r, ex, ref)
+	}
+	return ref != nil
+}
+
+func (h *Handler) refuse(w http.ResponseWriter, r *http.Request, ex *exchange, ref *refusal) {
+	ex.Status, ex.Outcome = ref.status, Refused
+	if r.Context().Err() != nil {
+		ex.Outcome = ClientGone
+	}
+	setCORS(w.Header(), ex.origin)
+	if ref.status == http.StatusUnauthorized {
+		w.Header().Set("WWW-Authenticate", "Bearer")
+	}
+	ref.write(w, r.URL.Path)
+}
+
+// read reads the body, as far as the proxy may, and decides about keep_alive.
+func (h *Handler) read(r *http.Request, ex *exchange, rt route) *refusal {
+	if enc := r.Header.Get("Content-Encoding"); enc != "" && !strings.EqualFold(enc, "identity") {
+		ex.Unedited = UneditedEncoded
+	} else if r.ContentLength > h.MaxBody {
+		ex.Unedited = UneditedTooLarge
+	}
+	if ex.Unedited != "" {
+		ex.count(r)
+		return nil
+	}
+	b, over, err := readBody(r, h.MaxBody)
+	ex.in.Store(int64(len(b.data)))
+	if err != nil {
+		b.release()
+		return &refusal{http.StatusBadRequest, fmt.Sprintf("reading the request's body: %v", err)}
+	}
+	if over {
+		ex.Unedited = UneditedTooLarge
+		r.Body = &rest{io.MultiReader(bytes.NewReader(b.data), &counter{r.Body, &ex.in}), r.Body} // b is not pooled again
+		return nil
+	}
+	ex.body = b
+
+	f, err := scan(b.data)
+	if err != nil {
+		ex.Unedited = UneditedNotJSON
+		return nil
+	}
+	ex.Model = f.model
+	key := upstream.ModelKey(f.model)
+	if key == "" || upstream.IsCloud(f.model) {
+		return nil // nothing here stays loaded
+	}
+	h.Upstream.Used()
+	switch {
+	case rt.reads == readsNative:
+		var hold Hold
+		ex.use, ex.KeepAlive, hold = h.residency.beginNative(key, f.model, h.KeepAlive, f)
+		if hold != (Hold{}) {
+			ex.edit = f.splice(hold)
+		}
+	case !h.NoTouch:
+		ex.use = h.residency.beginForeign(key, f.model, rt.embed)
+	}
+	return nil
+}
+
+// rewrite makes the outbound request: the same, to the upstream, with the body's edit.
+func (h *Handler) rewrite(pr *httputil.ProxyRequest) {
+	ex := pr.In.Context().Value(exchangeKey{}).(*exchange)
+	pr.SetURL(h.Upstream.URL)
+	pr.Out.URL.RawQuery = pr.In.URL.RawQuery // not cleaned of what Go cannot parse
+	for _, name := range []string{"Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"} {
+		if v, ok := pr.In.Header[name]; ok {
+			pr.Out.Header[name] = v
+		}
+	}
+	for _, name := range ex.spent {
+		pr.Out.Header.Del(name)
+	}
+	// The origin was judged here, by the inbound Host; the upstream sees another Host and would judge wrongly.
+	pr.Out.Header.Del("Origin")
+	if b := ex.body; b != nil {
+		pr.Out.Header.Del("Expect") // the body has come already
+		pr.Out.ContentLength = int64(len(b.data) + ex.edit.grow())
+		pr.Out.TransferEncoding = nil
+		if len(pr.In.Trailer) > 0 {
+			pr.Out.ContentLength = -1 // only a chunked body has trailers
+		}
+		pr.Out.GetBody = func() (io.ReadCloser, error) { return b.open(ex.edit), nil }
+		if pr.Out.Body = http.NoBody; len(b.data) > 0 {
+			pr.Out.Body = b.open(ex.edit)
+		}
+	}
+}
+
+func (h *Handler) modifyResponse(res *http.Response) error {
+	ex := res.Request.Context().Value(exchangeKey{}).(*exchange)
+	ex.Status = res.StatusCode
+	setCORS(res.Header, ex.origin)
+	if res.StatusCode != http.StatusSwitchingProtocols { // whose body is read and written by others than the handler
+		res.Body = &tap{res.Body, ex}
+	}
+	return nil
+}
+
+// forwardFailed answers where the upstream did not.
+func (h *Handler) forwardFailed(w http.ResponseWriter, r *http.Request, err error) {
+	ex := r.Context().Value(exchangeKey{}).(*exchange)
+	if r.Context().Err() != nil {
+		ex.Outcome = ClientGone
+		return
+	}
+	h.Upstream.Failed()
+	ex.Status, ex.Outcome = http.StatusBadGateway, Unreachable
+	h.Log.Debug("upstream request failed", "upstream", h.Upstream.Name, "err", err)
+	setCORS(w.Header(), ex.origin)
+	ref := refusal{http.StatusBadGateway, fmt.Sprintf("ollama at %s does not answer: %s; start it, or point ollama-cacheproxy's --upstream to where it runs", h.Upstream.URL, reason(err))}
+	ref.write(w, r.URL.Path)
+}
+
+// reason says why in a few words.
+func reason(err error) string {
+	if op, ok := errors.AsType[*net.OpError](err); ok {
+		err = op.Err
+	}
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return "it closed the connection before it answered"
+	}
+	return err.Error()
+}
+
+// finish releases what the request held, and tells of it.
+func (h *Handler) finish(ex *exchange, r *http.Request) {
+	h.inFlight.Add(-1)
+	ex.use.end()
+	if ex.body != nil {
+		ex.body.release()
+	}
+	ex.Duration = time.Since(ex.start)
+	ex.BytesIn = ex.in.Load()
+	if ex.Outcome == "" {
+		ex.Outcome = ex.outcome(r)
+	}
+	level := slog.LevelInfo
+	if ex.Outcome == Own || ex.Endpoint == "/" {
+		level = slog.LevelDebug // probes and scrapes
+	}
+	if h.Log.Enabled(context.Background(), level) {
+		h.Log.LogAttrs(context.Background(), level, "request", ex.attrs()...)
+	}
+	h.Done(ex.Exchange)
+}
+
+// count has the bytes of a body counted that passes through.
+func (ex *exchange) count(r *http.Request) {
+	if r.Body != nil && r.Body != http.NoBody {
+		r.Body = &counter{r.Body, &ex.in}
+	}
+}
+
+func (ex *exchange) outcome(r *http.Request) Outcome {
+	switch {
+	case ex.bodyErr != nil && ex.bodyErr != io.EOF && r.Context().Err() == nil:
+		return Aborted
+	case ex.bodyErr != io.EOF && ex.Status != http.StatusSwitchingProtocols:
+		return ClientGone
+	case ex.Status >= 500:
+		return UpstreamError
+	case ex.Status >= 400:
+		return ClientError
+	}
+	return OK
+}
+
+func (ex *exchange) attrs() []slog.Attr {
+	attrs := make([]slog.Attr, 0, 12)
+	attrs = append(attrs, slog.String("method", ex.Method), slog.String("path", ex.Path))
+	if ex.Model != "" {
+		attrs = append(attrs, slog.String("model", ex.Model))
+	}
+	attrs = append(attrs,
+		slog.Int("status", ex.Status),
+		slog.Duration("duration", ex.Duration),
+		slog.Int64("bytes_in", ex.BytesIn),
+		slog.Int64("bytes_out", ex.BytesOut),
+		slog.String("outcome", string(ex.Outcome)))
+	if ex.FirstByte > 0 {
+		attrs = append(attrs, slog.Duration("first_byte", ex.FirstByte))
+	}
+	if ex.KeepAlive != "" {
+		attrs = append(attrs, slog.String("keep_alive", ex.KeepAlive))
+	}
+	if ex.Unedited != "" {
+		attrs = append(attrs, slog.String("unedited", ex.Unedited))
+	}
+	return attrs
+}

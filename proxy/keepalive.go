@@ -1,0 +1,209 @@
+package proxy
+
+import (
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/ollama/ollama/api"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/jsonscan"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
+)
+
+// KeepAlivePolicy says when the operator's keep_alive goes before a client's. A client's 0 (unload) is never changed,
+// and neither is a value that Ollama would refuse.
+type KeepAlivePolicy string
+
+const (
+	IfAbsent KeepAlivePolicy = "if-absent" // only where the client gave none
+	AtLeast  KeepAlivePolicy = "at-least"  // and where the client's is shorter
+	Force    KeepAlivePolicy = "force"     // always
+)
+
+// KeepAlive says how long models stay loaded. The zero value changes nothing.
+type KeepAlive struct {
+	Policy  KeepAlivePolicy // "" is IfAbsent
+	Default Hold
+	Models  map[string]Hold // by upstream.ModelKey; goes before Default
+}
+
+// Hold is one keep_alive: a duration and how it is written in JSON. The zero Hold means "leave it as it is".
+type Hold struct {
+	Duration time.Duration
+	JSON     string
+}
+
+// For returns what holds for a model (upstream.ModelKey).
+func (k KeepAlive) For(model string) Hold {
+	if h, ok := k.Models[model]; ok {
+		return h
+	}
+	return k.Default
+}
+
+// ParseKeepAlive reads settings of the form "24h" or "llama3=1h". A value is a Go duration, a number of seconds, a
+// negative number for ever, or "off".
+func ParseKeepAlive(policy KeepAlivePolicy, settings []string) (KeepAlive, error) {
+	k := KeepAlive{Policy: policy, Models: map[string]Hold{}}
+	if !slices.Contains([]KeepAlivePolicy{"", IfAbsent, AtLeast, Force}, policy) {
+		return k, fmt.Errorf("keep-alive policy %q: want if-absent, at-least or force", policy)
+	}
+	for _, s := range settings {
+		model, value, perModel := strings.Cut(s, "=")
+		if !perModel {
+			model, value = "", s
+		}
+		hold, err := parseHold(strings.TrimSpace(value))
+		if err != nil {
+			return k, fmt.Errorf("keep-alive %q: %w", s, err)
+		}
+		if !perModel {
+			k.Default = hold
+			continue
+		}
+		key := upstream.ModelKey(model)
+		if key == "" {
+			return k, fmt.Errorf("keep-alive %q: %q is not a model name", s, model)
+		}
+		k.Models[key] = hold
+	}
+	return k, nil
+}
+
+func parseHold(s string) (Hold, error) {
+	if s == "off" {
+		return Hold{}, nil
+	}
+	d, err := time.ParseDuration(s)
+	if n, nerr := strconv.ParseInt(s, 10, 32); nerr == nil {
+		d, err = time.Duration(n)*time.Second, nil
+	}
+	switch {
+	case err != nil:
+		return Hold{}, fmt.Errorf(`want a duration ("24h"), a number of seconds, -1 (for ever) or off`)
+	case d == 0:
+		return Hold{}, fmt.Errorf("0 would unload the model after every request; to leave keep_alive alone, say off")
+	}
+	return holdOf(d), nil
+}
+
+// holdOf writes a duration as Ollama reads it.
+func holdOf(d time.Duration) Hold {
+	if d < 0 || d == upstream.Forever {
+		return Hold{upstream.Forever, "-1"}
+	}
+	return Hold{d, `"` + d.String() + `"`}
+}
+
+// What was done about a request's keep_alive, as logs and metrics name it.
+const (
+	didInject = "injected" // the client gave none
+	didKeep   = "kept"     // the client's own value went upstream
+	didRaise  = "raised"   // the client's was shorter: AtLeast
+	didForce  = "forced"   // the client's was another: Force
+)
+
+// clientKeepAlive is what the client wrote.
+type clientKeepAlive int
+
+const (
+	keepAliveAbsent  clientKeepAlive = iota // no such key, or null
+	keepAliveInvalid                        // Ollama will answer 400
+	keepAliveSet
+)
+
+// fields are the members of a body that the proxy looks at, found as Ollama will find them: keys fold case, the last
+// one wins, and null is absent.
+type fields struct {
+	open  int  // offset just past the opening brace
+	empty bool // the object has no member
+	model string
+
+	keepAlive      clientKeepAlive
+	duration       time.Duration // where keepAlive is keepAliveSet; upstream.Forever for negative values
+	keepAliveAt    int           // the last value's offset, where there is one, null included
+	keepAliveAtEnd int
+}
+
+var (
+	keyModel     = []byte("model")
+	keyKeepAlive = []byte("keep_alive")
+)
+
+// scan reads the body's fields; an error means that it is not a JSON object.
+func scan(data []byte) (fields, error) {
+	var f fields
+	o := jsonscan.NewObject(data)
+	for m, ok := o.Next(); ok; m, ok = o.Next() {
+		key, value := data[m.Key:m.KeyEnd], data[m.Value:m.ValueEnd]
+		switch {
+		case jsonscan.KeyIs(key, keyModel):
+			if s, ok := jsonscan.Unquote(value); ok { // null leaves what was there
+				f.model = s
+			}
+		case jsonscan.KeyIs(key, keyKeepAlive):
+			f.keepAliveAt, f.keepAliveAtEnd = m.Value, m.ValueEnd
+			if f.keepAlive == keepAliveInvalid {
+				continue // one bad value fails the request, whatever follows
+			}
+			f.keepAlive, f.duration = readKeepAlive(value)
+		}
+	}
+	f.open, f.empty = o.Open(), o.Len() == 0
+	return f, o.Err()
+}
+
+// readKeepAlive reads a value with Ollama's own type.
+func readKeepAlive(value []byte) (clientKeepAlive, time.Duration) {
+	if string(value) == "null" {
+		return keepAliveAbsent, 0
+	}
+	var d api.Duration
+	if err := json.Unmarshal(value, &d); err != nil {
+		return keepAliveInvalid, 0
+	}
+	return keepAliveSet, d.Duration
+}
+
+// decide returns what is done about keep_alive, and the hold that goes upstream where that is not the client's own.
+// longest is the longest that a client has asked for since the model was loaded: a request that states none must not
+// shorten it (in Ollama it would not), and under AtLeast neither may one that states less, so that the outcome does not
+// depend on the order in which clients come.
+func (k KeepAlive) decide(want Hold, f fields, longest time.Duration) (string, Hold) {
+	floor := want
+	if longest > want.Duration {
+		floor = holdOf(longest)
+	}
+	switch {
+	case f.keepAlive == keepAliveInvalid, want == Hold{} && f.keepAlive == keepAliveSet:
+		return didKeep, Hold{}
+	case want == Hold{}:
+		return "", Hold{}
+	case f.keepAlive == keepAliveAbsent && k.Policy == Force:
+		return didInject, want
+	case f.keepAlive == keepAliveAbsent:
+		return didInject, floor
+	case f.duration == 0:
+		return didKeep, Hold{}
+	case k.Policy == AtLeast && f.duration < floor.Duration:
+		return didRaise, floor
+	case k.Policy == Force && f.duration != want.Duration:
+		return didForce, want
+	}
+	return didKeep, Hold{}
+}
+
+// splice returns the edit that makes h the body's keep_alive.
+func (f fields) splice(h Hold) edit {
+	switch {
+	case f.keepAliveAtEnd > 0:
+		return edit{at: f.keepAliveAt, cut: f.keepAliveAtEnd - f.keepAliveAt, text: []byte(h.JSON)}
+	case f.empty:
+		return edit{at: f.open, text: []byte(`"keep_alive":` + h.JSON)}
+	}
+	return edit{at: f.open, text: []byte(`"keep_alive":` + h.JSON + ",")}
+}

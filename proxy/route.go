@@ -1,0 +1,67 @@
+package proxy
+
+import (
+	"net/http"
+	"strings"
+)
+
+// reads says what the proxy reads of a request's body before it forwards it.
+type reads int
+
+const (
+	readsNothing reads = iota // passed through as it comes
+	readsNative               // JSON with a model and perhaps keep_alive: Ollama's own inference endpoints
+	readsForeign              // JSON with a model, of a dialect that has no keep_alive
+)
+
+// route is what a path and method mean to the proxy. Everything that it does not know passes through.
+type route struct {
+	label string // bounded: for metrics
+	reads reads
+	embed bool // asks for embeddings
+}
+
+// routes lists Ollama's endpoints. The proxy reads a POST body where reads says so; every other method passes.
+var routes = map[string]route{
+	"/":                        {label: "/"},
+	"/api/version":             {label: "/api/version"},
+	"/api/status":              {label: "/api/status"},
+	"/api/pull":                {label: "/api/pull"},
+	"/api/push":                {label: "/api/push"},
+	"/api/tags":                {label: "/api/tags"},
+	"/api/show":                {label: "/api/show"},
+	"/api/delete":              {label: "/api/delete"},
+	"/api/me":                  {label: "/api/me"},
+	"/api/signout":             {label: "/api/signout"},
+	"/api/create":              {label: "/api/create"},
+	"/api/copy":                {label: "/api/copy"},
+	"/api/ps":                  {label: "/api/ps"},
+	"/api/generate":            {label: "/api/generate", reads: readsNative},
+	"/api/chat":                {label: "/api/chat", reads: readsNative},
+	"/api/embed":               {label: "/api/embed", reads: readsNative, embed: true},
+	"/api/embeddings":          {label: "/api/embeddings", reads: readsNative, embed: true},
+	"/v1/chat/completions":     {label: "/v1/chat/completions", reads: readsForeign},
+	"/v1/completions":          {label: "/v1/completions", reads: readsForeign},
+	"/v1/embeddings":           {label: "/v1/embeddings", reads: readsForeign, embed: true},
+	"/v1/models":               {label: "/v1/models"},
+	"/v1/responses":            {label: "/v1/responses", reads: readsForeign},
+	"/v1/responses/compact":    {label: "/v1/responses/compact", reads: readsForeign},
+	"/v1/messages":             {label: "/v1/messages", reads: readsForeign},
+	"/v1/audio/transcriptions": {label: "/v1/audio/transcriptions"},
+}
+
+func routeOf(r *http.Request) route {
+	rt, ok := routes[r.URL.Path]
+	switch {
+	case !ok && strings.HasPrefix(r.URL.Path, "/api/blobs/"):
+		rt.label = "/api/blobs/{digest}"
+	case !ok && strings.HasPrefix(r.URL.Path, "/v1/models/"):
+		rt.label = "/v1/models/{model}"
+	case !ok:
+		rt.label = "other"
+	}
+	if r.Method != http.MethodPost {
+		rt.reads = readsNothing
+	}
+	return rt
+}

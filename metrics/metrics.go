@@ -1,0 +1,170 @@
+// Package metrics names every Prometheus series and counts what the other packages tell it. Labels take values from
+// bounded sets only: endpoints and outcomes are the proxy's own, a model is a name that the upstream is known to have.
+package metrics
+
+import (
+	"net/http"
+	"runtime/debug"
+	"sync"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
+)
+
+const (
+	namespace = "ollama_cacheproxy"
+
+	// maxModels bounds the model label. A server with more models than this has the rest counted as modelOther.
+	maxModels  = 1000
+	modelOther = "other" // a name that the upstream is not known to have
+	modelNone  = ""      // a request that names no model
+)
+
+// Metrics counts. Make it with New.
+type Metrics struct {
+	registry *prometheus.Registry
+
+	requests  *prometheus.CounterVec
+	duration  *prometheus.HistogramVec
+	firstByte *prometheus.HistogramVec
+	bytesIn   *prometheus.CounterVec
+	bytesOut  *prometheus.CounterVec
+	keepAlive *prometheus.CounterVec
+	unedited  *prometheus.CounterVec
+	touches   *prometheus.CounterVec
+	up        *prometheus.GaugeVec
+	info      *prometheus.GaugeVec
+	loaded    *prometheus.GaugeVec
+
+	mu     sync.RWMutex
+	models map[string]string // label by upstream.ModelKey; guarded by mu
+}
+
+// New registers every series on a registry of its own. inFlight is asked at each scrape.
+func New(version string, inFlight func() int64) *Metrics {
+	m := &Metrics{registry: prometheus.NewRegistry(), models: map[string]string{}}
+	name := func(n string) string { return namespace + "_" + n }
+	counter := func(n, help string, labels ...string) *prometheus.CounterVec {
+		v := prometheus.NewCounterVec(prometheus.CounterOpts{Name: name(n), Help: help}, labels)
+		m.registry.MustRegister(v)
+		return v
+	}
+	gauge := func(n, help string, labels ...string) *prometheus.GaugeVec {
+		v := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: name(n), Help: help}, labels)
+		m.registry.MustRegister(v)
+		return v
+	}
+	// From a cached answer to a model load and a long generation.
+	buckets := []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 25, 60, 150, 300, 900}
+	histogram := func(n, help string, labels ...string) *prometheus.HistogramVec {
+		v := prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: name(n), Help: help, Buckets: buckets}, labels)
+		m.registry.MustRegister(v)
+		return v
+	}
+
+	m.requests = counter("requests_total", "Requests that ended, by endpoint, model and outcome.", "endpoint", "model", "outcome")
+	m.duration = histogram("request_duration_seconds", "Time from a request's arrival to the end of its answer.", "endpoint")
+	m.firstByte = histogram("first_byte_seconds", "Time from a request's arrival to the first byte of the answer's body.", "endpoint")
+	m.bytesIn = counter("request_bytes_total", "Bytes of request bodies, as clients sent them.", "endpoint")
+	m.bytesOut = counter("response_bytes_total", "Bytes of response bodies.", "endpoint")
+	m.keepAlive = counter("keep_alive_total", "Requests that can carry keep_alive, by what was done: injected (the client gave none), kept (the client's own), raised (it was shorter), forced.", "action")
+	m.unedited = counter("unedited_total", "Request bodies forwarded unread: too_large, encoded or not_json.", "reason")
+	m.touches = counter("keep_alive_touches_total", "Requests of the proxy's own that set keep_alive for models used through /v1, by result.", "model", "result")
+	m.up = gauge("upstream_up", "1 if the upstream answered the last poll.", "upstream")
+	m.info = gauge("upstream_info", "1, with the upstream's version.", "upstream", "version")
+	m.loaded = gauge("upstream_loaded_bytes", "Memory of each loaded model, as the upstream's /api/ps told at the last poll.", "upstream", "model")
+
+	build := gauge("build_info", "1, with the proxy's version.", "version", "goversion")
+	goVersion := "unknown"
+	if bi, ok := debug.ReadBuildInfo(); ok {
+		goVersion = bi.GoVersion
+	}
+	build.WithLabelValues(version, goVersion).Set(1)
+	m.registry.MustRegister(
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name("in_flight"), Help: "Requests being served."}, func() float64 { return float64(inFlight()) }),
+		collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+	)
+	return m
+}
+
+// Handler serves the registry.
+func (m *Metrics) Handler() http.Handler {
+	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{Registry: m.registry})
+}
+
+// Done counts a request that ended.
+func (m *Metrics) Done(ex proxy.Exchange) {
+	model := m.model(ex.Model, ex.Outcome == proxy.OK)
+	m.requests.WithLabelValues(ex.Endpoint, model, string(ex.Outcome)).Inc()
+	m.duration.WithLabelValues(ex.Endpoint).Observe(ex.Duration.Seconds())
+	if ex.FirstByte > 0 {
+		m.firstByte.WithLabelValues(ex.Endpoint).Observe(ex.FirstByte.Seconds())
+	}
+	m.bytesIn.WithLabelValues(ex.Endpoint).Add(float64(ex.BytesIn))
+	m.bytesOut.WithLabelValues(ex.Endpoint).Add(float64(ex.BytesOut))
+	if ex.KeepAlive != "" {
+		m.keepAlive.WithLabelValues(ex.KeepAlive).Inc()
+	}
+	if ex.Unedited != "" {
+		m.unedited.WithLabelValues(ex.Unedited).Inc()
+	}
+}
+
+// Touched counts a keep_alive that the proxy set on its own.
+func (m *Metrics) Touched(model string, err error) {
+	result := "ok"
+	if err != nil {
+		result = "error"
+	}
+	m.touches.WithLabelValues(m.model(model, err == nil), result).Inc()
+}
+
+// Polled takes in what a poll of the upstream found.
+func (m *Metrics) Polled(name string, st upstream.State) {
+	up := 0.0
+	if st.Up {
+		up = 1
+	}
+	m.up.WithLabelValues(name).Set(up)
+	m.info.DeletePartialMatch(prometheus.Labels{"upstream": name})
+	if st.Up {
+		m.info.WithLabelValues(name, st.Version).Set(1)
+	}
+	for _, model := range st.Models {
+		m.model(model, true)
+	}
+	m.loaded.DeletePartialMatch(prometheus.Labels{"upstream": name})
+	for _, l := range st.Loaded {
+		m.loaded.WithLabelValues(name, m.model(l.Name, true)).Set(float64(l.Size))
+	}
+}
+
+// model returns the label for a model's name. exists says that the upstream has it: only then is the name remembered.
+func (m *Metrics) model(name string, exists bool) string {
+	if name == "" {
+		return modelNone
+	}
+	key := upstream.ModelKey(name)
+	m.mu.RLock()
+	label, ok := m.models[key]
+	m.mu.RUnlock()
+	switch {
+	case ok:
+		return label
+	case key == "" || !exists:
+		return modelOther
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if len(m.models) >= maxModels {
+		return modelOther
+	}
+	label = upstream.DisplayName(name)
+	m.models[key] = label
+	return label
+}

@@ -1,0 +1,82 @@
+// Command ollama-cacheproxy is a transparent HTTP proxy in front of Ollama that keeps models loaded.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strconv"
+	"syscall"
+
+	"github.com/alecthomas/kong"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
+)
+
+// cli is the command line. Each verb has a file of its own.
+type cli struct {
+	Serve   serveCmd   `cmd:"" default:"withargs" help:"Forward requests to Ollama (the default verb)."`
+	Health  healthCmd  `cmd:"" help:"Ask a running proxy whether it and its upstream are well; for a container's health check."`
+	Version versionCmd `cmd:"" help:"Print the version."`
+}
+
+// exitError ends the program with a status of its own.
+type exitError struct {
+	code int
+	error
+}
+
+// console is where a verb reads and writes.
+type console struct {
+	stdout, stderr io.Writer
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	// The first signal asks for a graceful stop; from then on a signal kills, as it does by default.
+	context.AfterFunc(ctx, stop)
+	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
+}
+
+// run is the program; it returns the exit status: 0, 1 for a failure, 2 for arguments that make no sense.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	var c cli
+	exit := -1
+	parser, err := kong.New(&c,
+		kong.Name("ollama-cacheproxy"),
+		kong.Description("A transparent HTTP proxy in front of Ollama: point OLLAMA_HOST at it and models stay loaded."),
+		kong.DefaultEnvars("OLLAMA_CACHEPROXY"),
+		kong.Writers(stdout, stderr),
+		kong.Exit(func(code int) { exit = code }),
+		kong.ConfigureHelp(kong.HelpOptions{WrapUpperBound: 110}),
+		kong.BindTo(ctx, (*context.Context)(nil)),
+		kong.Bind(&console{stdout, stderr}),
+		kong.Vars{"maxbody": strconv.Itoa(proxy.DefaultMaxBody)},
+	)
+	if err != nil {
+		panic(err) // the struct tags above are wrong
+	}
+	if len(args) > 0 && (args[0] == "-h" || args[0] == "--help") {
+		args = append([]string{"serve"}, args...) // the help that people look for is the default verb's
+	}
+	kctx, err := parser.Parse(args)
+	if exit >= 0 { // --help
+		return exit
+	}
+	if err != nil {
+		fmt.Fprintf(stderr, "ollama-cacheproxy: %v (see ollama-cacheproxy --help)\n", err)
+		return 2
+	}
+	if err := kctx.Run(); err != nil {
+		fmt.Fprintf(stderr, "ollama-cacheproxy: %v\n", err)
+		if exit, ok := errors.AsType[exitError](err); ok {
+			return exit.code
+		}
+		return 1
+	}
+	return 0
+}

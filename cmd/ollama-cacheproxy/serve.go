@@ -1,0 +1,252 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/lmittmann/tint"
+	"golang.org/x/term"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/metrics"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
+)
+
+const defaultPort = "11435"
+
+type serveCmd struct {
+	Listen   string `default:"127.0.0.1:11435" placeholder:"ADDR" help:"Address to listen on: host:port, :port (all interfaces) or a host. Default: 127.0.0.1:11435."`
+	Upstream string `default:"http://127.0.0.1:11434" placeholder:"ADDR" help:"The Ollama server, in the forms that OLLAMA_HOST takes: host, host:port or a URL. Default: http://127.0.0.1:11434."`
+
+	KeepAlive       []string `default:"24h" placeholder:"[MODEL=]TIME" help:"How long models stay loaded after a request that states no keep_alive: a duration (24h), seconds, -1 (for ever) or off; MODEL=TIME for one model. Repeatable. Default: 24h."`
+	KeepAlivePolicy string   `default:"if-absent" enum:"if-absent,at-least,force" help:"What becomes of a client's own keep_alive: if-absent keeps it, at-least raises a shorter one, force replaces it. 0 (unload) is always kept. Default: if-absent."`
+	Touch           bool     `default:"true" negatable:"" help:"For models used through /v1 and /v1/messages, which cannot carry keep_alive, set it with one empty request per load."`
+	MaxBody         int64    `default:"${maxbody}" placeholder:"BYTES" help:"Longest request body to look at; a longer one is forwarded unread. Default: 67108864 (64 MiB)."`
+
+	AllowHost   []string `placeholder:"NAME" help:"Accept this Host name on loopback connections too (* for any). Repeatable."`
+	AllowOrigin []string `placeholder:"ORIGIN" env:"OLLAMA_CACHEPROXY_ALLOW_ORIGIN,OLLAMA_ORIGINS" help:"Let web pages of this origin in, such as https://chat.example.com; one * stands for anything. Repeatable."`
+	APIKeysFile string   `name:"api-keys-file" type:"path" placeholder:"FILE" help:"Ask clients for one of the keys in this file, one a line."`
+
+	LogLevel  slog.Level    `default:"info" help:"debug, info, warn or error. Default: info."`
+	LogFormat string        `default:"auto" enum:"auto,text,json" help:"text, json, or auto: text on a terminal. Default: auto."`
+	Drain     time.Duration `default:"30s" help:"How long running requests may take to finish after SIGTERM or Ctrl-C. Default: 30s."`
+	Check     bool          `help:"Check the settings, say what they mean and whether the upstream answers, and stop."`
+}
+
+func (s *serveCmd) Help() string {
+	return `Point OLLAMA_HOST, or a client's base URL, at the proxy instead of at Ollama. Every flag can be given as an environment variable, a repeated one as a list with commas.
+
+Examples:
+
+  ollama-cacheproxy
+      listen on 127.0.0.1:11435, forward to 127.0.0.1:11434
+  OLLAMA_HOST=127.0.0.1:11435 ollama run llama3
+      use it
+  ollama-cacheproxy --keep-alive 24h --keep-alive llama3=1h --keep-alive-policy at-least
+      hold every model for a day, llama3 for an hour, whatever shorter time clients ask for
+  ollama-cacheproxy --listen 0.0.0.0:11435 --api-keys-file keys.txt
+      serve other machines, which must show a key
+  ollama-cacheproxy --check --upstream gpu-box:11434
+      say whether these settings are right, and stop
+
+Pages of its own: /metrics (Prometheus), /_cacheproxy/health, /_cacheproxy/ready.
+
+Other verbs: health, version ("ollama-cacheproxy VERB --help").`
+}
+
+// settings are the flags, understood.
+type settings struct {
+	listen    string // for net.Listen
+	upstream  *url.URL
+	keepAlive proxy.KeepAlive
+	guard     proxy.Guard
+}
+
+func (s *serveCmd) settings() (settings, error) {
+	var set settings
+	var err error
+	if set.listen, err = listenAddr(s.Listen); err != nil {
+		return set, fmt.Errorf("--listen: %w", err)
+	}
+	if set.upstream, err = upstream.ParseAddr(s.Upstream, upstream.DefaultPort); err != nil {
+		return set, fmt.Errorf("--upstream: %w", err)
+	}
+	if selfTarget(set.listen, set.upstream) {
+		return set, fmt.Errorf("--upstream %s is the proxy's own address: give the address of Ollama itself", set.upstream)
+	}
+	if set.keepAlive, err = proxy.ParseKeepAlive(proxy.KeepAlivePolicy(s.KeepAlivePolicy), s.KeepAlive); err != nil {
+		return set, fmt.Errorf("--keep-alive: %w", err)
+	}
+	if s.MaxBody < 1 {
+		return set, fmt.Errorf("--max-body %d: want a positive number of bytes", s.MaxBody)
+	}
+	set.guard = proxy.Guard{AllowHosts: s.AllowHost, AllowOrigins: s.AllowOrigin}
+	if s.APIKeysFile != "" {
+		text, err := os.ReadFile(s.APIKeysFile)
+		if err != nil {
+			return set, fmt.Errorf("--api-keys-file: %w", err)
+		}
+		if set.guard.Keys, err = proxy.ParseKeys(string(text)); err != nil {
+			return set, fmt.Errorf("--api-keys-file %s: %w", s.APIKeysFile, err)
+		}
+	}
+	return set, nil
+}
+
+// listenAddr reads an address for net.Listen; a missing port is defaultPort.
+func listenAddr(s string) (string, error) {
+	host, port, err := net.SplitHostPort(s)
+	if err != nil {
+		u, uerr := upstream.ParseAddr(s, defaultPort)
+		if uerr != nil || u.Path != "" {
+			return "", fmt.Errorf("address %q: want host:port, :port or a host", s)
+		}
+		host, port, _ = net.SplitHostPort(u.Host) // as JoinHostPort wrote it
+		if ip := net.ParseIP(s); ip != nil {
+			host = ip.String() // 0.0.0.0 stays what it is
+		}
+	}
+	return net.JoinHostPort(host, port), nil
+}
+
+// selfTarget reports whether the proxy would forward to itself.
+func selfTarget(listen string, up *url.URL) bool {
+	host, port, err := net.SplitHostPort(listen)
+	if err != nil || port != up.Port() || port == "0" {
+		return false
+	}
+	local := func(h string) bool {
+		ip := net.ParseIP(h)
+		return h == "" || h == "localhost" || ip != nil && (ip.IsLoopback() || ip.IsUnspecified())
+	}
+	return host == up.Hostname() || local(host) && local(up.Hostname())
+}
+
+func (s *serveCmd) Run(ctx context.Context, c *console) error {
+	set, err := s.settings()
+	if err != nil {
+		return exitError{2, err}
+	}
+	logger := newLogger(c.stderr, s.LogFormat, s.LogLevel)
+	transport := proxy.NewTransport()
+	defer transport.CloseIdleConnections()
+	up := upstream.NewServer("upstream", set.upstream, transport, logger)
+	if s.Check {
+		return s.report(ctx, c, set, up)
+	}
+
+	h := &proxy.Handler{
+		Upstream: up, Transport: transport, KeepAlive: set.keepAlive, NoTouch: !s.Touch,
+		MaxBody: s.MaxBody, Guard: set.guard, Log: logger,
+	}
+	counts := metrics.New(version(), h.InFlight)
+	h.Metrics, h.Done, h.Touched = counts.Handler(), counts.Done, counts.Touched
+	up.Polled = func(st upstream.State) {
+		h.Polled(st)
+		counts.Polled(up.Name, st)
+	}
+	h.Init()
+
+	ln, err := net.Listen("tcp", set.listen)
+	if err != nil {
+		return fmt.Errorf("listening on %s: %w (is another proxy running? choose another address with --listen)", set.listen, err)
+	}
+	if addr, ok := ln.Addr().(*net.TCPAddr); ok && !addr.IP.IsLoopback() && set.guard.Keys == nil {
+		logger.Warn("listening beyond this machine without API keys: anyone who reaches this address can use, pull and delete models; set --api-keys-file", "listen", ln.Addr().String())
+	}
+
+	// Requests outlive ctx: they have until s.Drain.
+	base, cut := context.WithCancel(context.WithoutCancel(ctx))
+	defer cut()
+	srv := &http.Server{
+		Handler:           h,
+		ReadHeaderTimeout: 30 * time.Second,
+		BaseContext:       func(net.Listener) context.Context { return base },
+		ErrorLog:          log.New(io.Discard, "", 0), // the line per request says what there is to say
+	}
+	background, stopBackground := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	served := make(chan error, 1)
+	wg.Go(func() { served <- srv.Serve(ln) }) // ends with srv.Shutdown or srv.Close
+	wg.Go(func() {                            // ends with background
+		announce(logger, ln.Addr(), up, up.Poll(background))
+		up.Run(background)
+	})
+	wg.Go(func() { h.Run(background) }) // ends with background
+
+	select {
+	case err = <-served:
+	case <-ctx.Done():
+		err = drain(srv, s.Drain, h.InFlight, cut, logger)
+	}
+	stopBackground()
+	cut()
+	wg.Wait()
+	if err != nil && !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serving: %w", err)
+	}
+	return nil
+}
+
+// drain lets running requests finish, for as long as limit, and cuts off the rest.
+func drain(srv *http.Server, limit time.Duration, inFlight func() int64, cut func(), logger *slog.Logger) error {
+	logger.Info("stopping: no new requests; running ones may finish", "in_flight", inFlight(), "limit", limit)
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	err := srv.Shutdown(ctx)
+	if errors.Is(err, context.DeadlineExceeded) {
+		logger.Warn("requests cut off after the drain limit", "in_flight", inFlight(), "limit", limit)
+		cut()
+		err = srv.Close()
+	}
+	logger.Info("stopped")
+	return err
+}
+
+// announce says in one line where the proxy listens and what it forwards to.
+func announce(logger *slog.Logger, addr net.Addr, up *upstream.Server, st upstream.State) {
+	switch {
+	case st.Polled.IsZero(): // stopped before the first poll was over
+	case st.Up:
+		logger.Info("ready", "listen", "http://"+addr.String(), "upstream", up.URL.String(), "version", st.Version, "models", len(st.Models))
+	default:
+		logger.Warn("ready, but the upstream does not answer yet: start Ollama or set --upstream; requests get 502 until then",
+			"listen", "http://"+addr.String(), "upstream", up.URL.String(), "err", st.Err)
+	}
+}
+
+// report is --check.
+func (s *serveCmd) report(ctx context.Context, c *console, set settings, up *upstream.Server) error {
+	st := up.Poll(ctx)
+	answers := fmt.Sprintf("does not answer: %v", st.Err)
+	if st.Up {
+		answers = fmt.Sprintf("Ollama %s, %d models", st.Version, len(st.Models))
+	}
+	keys := "none asked for"
+	if set.guard.Keys != nil {
+		keys = fmt.Sprintf("%d", set.guard.Keys.Len())
+	}
+	_, err := fmt.Fprintf(c.stdout, "the settings are right\nlisten      http://%s\nupstream    %s (%s)\nkeep-alive  %v, %s\nAPI keys    %s\n",
+		set.listen, set.upstream, answers, s.KeepAlive, s.KeepAlivePolicy, keys)
+	return err
+}
+
+// newLogger logs for people on a terminal, for machines elsewhere.
+func newLogger(w io.Writer, format string, level slog.Level) *slog.Logger {
+	f, isFile := w.(*os.File)
+	terminal := isFile && term.IsTerminal(int(f.Fd()))
+	if format == "text" || format == "auto" && terminal {
+		return slog.New(tint.NewHandler(w, &tint.Options{Level: level, TimeFormat: time.TimeOnly, NoColor: !terminal || os.Getenv("NO_COLOR") != ""}))
+	}
+	return slog.New(slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level}))
+}

@@ -12,7 +12,6 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"errors"
-	"math/bits"
 )
 
 // ErrSyntax says that the text is not what encoding/json would accept.
@@ -279,48 +278,69 @@ func skipDigits(b []byte, p int) int {
 	return p
 }
 
+// skipString reads the string whose opening quote is at p. Quotes and backslashes are found by bytes.IndexByte, which
+// uses the processor's vector instructions; what lies between is searched for control characters a word at a time.
+func skipString(b []byte, p int) int {
+	p++
+	checked := p // no control character before it
+	slash := p   // no backslash from p up to it
+	for {
+		n := bytes.IndexByte(b[p:], '"')
+		if n < 0 {
+			return -1
+		}
+		quote := p + n
+		for {
+			if slash < p {
+				slash = p
+			}
+			if slash < quote {
+				if n := bytes.IndexByte(b[slash:quote], '\\'); n < 0 {
+					slash = quote
+				} else {
+					slash += n
+				}
+			}
+			if slash >= quote {
+				break
+			}
+			if p = skipEscape(b, slash+1); p < 0 {
+				return -1
+			}
+			if p > quote { // the quote was escaped
+				break
+			}
+		}
+		if slash >= quote {
+			if hasControl(b[checked:quote]) {
+				return -1
+			}
+			return quote + 1
+		}
+	}
+}
+
 const (
 	ones  = 0x0101010101010101
 	highs = 0x8080808080808080
 )
 
-// special returns a word with the high bit set in each byte of x that ends a run of plain string bytes: a
-// quote, a backslash or a control character. Bytes above the lowest one marked may be marked wrongly (the
-// subtraction borrows), so only the lowest counts. (Bit Twiddling Hacks, "Determine if a word has a zero
-// byte" and "… a byte less than n".)
-func special(x uint64) uint64 {
-	quote := x ^ ones*'"'
-	slash := x ^ ones*'\\'
-	return ((x-ones*0x20)&^x | (quote-ones)&^quote | (slash-ones)&^slash) & highs
-}
-
-// skipString reads the string whose opening quote is at p.
-func skipString(b []byte, p int) int {
-	p++
-	for {
-		for len(b)-p >= 8 {
-			if m := special(binary.LittleEndian.Uint64(b[p:])); m != 0 {
-				p += bits.TrailingZeros64(m) / 8
-				break
-			}
-			p += 8
-		}
-		if p >= len(b) {
-			return -1
-		}
-		switch c := b[p]; {
-		case c == '"':
-			return p + 1
-		case c == '\\':
-			if p = skipEscape(b, p+1); p < 0 {
-				return -1
-			}
-		case c < 0x20:
-			return -1
-		default:
-			p++
+// hasControl reports whether s has a byte below 0x20. (Bit Twiddling Hacks, "Determine if a word has a byte less than
+// n": the high bit of a byte is set if it was borrowed for and was not set before; the lowest byte marked is right.)
+func hasControl(s []byte) bool {
+	for ; len(s) >= 32; s = s[32:] {
+		x0, x1 := binary.LittleEndian.Uint64(s), binary.LittleEndian.Uint64(s[8:])
+		x2, x3 := binary.LittleEndian.Uint64(s[16:]), binary.LittleEndian.Uint64(s[24:])
+		if ((x0-ones*0x20)&^x0|(x1-ones*0x20)&^x1|(x2-ones*0x20)&^x2|(x3-ones*0x20)&^x3)&highs != 0 {
+			return true
 		}
 	}
+	for _, c := range s {
+		if c < 0x20 {
+			return true
+		}
+	}
+	return false
 }
 
 // skipEscape reads what follows a backslash.

@@ -56,7 +56,7 @@ func readBody(r *http.Request, max int64) (b *body, over bool, err error) {
 		}
 	}
 	b.data = data
-	return b, over, err
+	return b, over || int64(len(data)) > max, err
 }
 
 func (b *body) release() {

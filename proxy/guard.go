@@ -72,11 +72,7 @@ func (g *Guard) host(r *http.Request) *refusal {
 			return nil
 		}
 	}
-	host, _, err := net.SplitHostPort(r.Host)
-	if err != nil {
-		host = r.Host
-	}
-	host = strings.ToLower(strings.Trim(host, "[]"))
+	host := hostname(r.Host)
 	if addr, err := netip.ParseAddr(host); err == nil {
 		if addr.IsLoopback() || addr.IsPrivate() || addr.IsUnspecified() || isOwn(addr) {
 			return nil
@@ -90,6 +86,15 @@ func (g *Guard) host(r *http.Request) *refusal {
 		}
 	}
 	return &refusal{http.StatusForbidden, fmt.Sprintf("host %q is not allowed on a loopback connection (protection against DNS rebinding); start ollama-cacheproxy with --allow-host %s to accept it", host, host)}
+}
+
+// hostname returns a Host header's value without the port, in lower case.
+func hostname(hostport string) string {
+	host, _, err := net.SplitHostPort(hostport)
+	if err != nil {
+		host = hostport
+	}
+	return strings.ToLower(strings.Trim(host, "[]"))
 }
 
 // localName reports whether a name is one that Ollama takes for this machine or its network (server.allowedHost there).
@@ -163,7 +168,7 @@ func setCORS(h http.Header, origin string) {
 	h.Add("Vary", "Origin")
 }
 
-// preflight answers an OPTIONS request, as Ollama does for every path.
+// preflight answers an OPTIONS request as Ollama does: one from a web page, or to a local name.
 func preflight(w http.ResponseWriter, origin string) {
 	h := w.Header()
 	if origin != "" {

@@ -99,9 +99,11 @@ type exchange struct {
 	Exchange
 	start time.Time
 
-	origin  string   // for CORS headers
-	spent   []string // request headers that are for the proxy alone
-	body    *body    // nil where the body passes through
+	header  http.Header // the client's answer's
+	origin  string      // for CORS headers
+	spent   []string    // request headers that are for the proxy alone
+	body    *body       // nil where the body passes through, or there is none
+	passing *passing    // nil where the body was read, or there is none
 	edit    edit
 	use     use
 	in      atomic.Int64 // bytes of the request's body so far; becomes BytesIn
@@ -145,7 +147,7 @@ func (h *Handler) Init() {
 	if h.Touched == nil {
 		h.Touched = func(string, error) {}
 	}
-	h.residency = newResidency(h.Upstream, h.KeepAlive.For, h.Touched, h.Log)
+	h.residency = newResidency(h.Upstream, h.KeepAlive, h.Touched, h.Log)
 	h.forward = &httputil.ReverseProxy{
 		Rewrite:        h.rewrite,
 		ModifyResponse: h.modifyResponse,
@@ -170,7 +172,7 @@ func (h *Handler) InFlight() int64 { return h.inFlight.Load() }
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.inFlight.Add(1)
 	rt := routeOf(r)
-	ex := &exchange{start: time.Now(), Exchange: Exchange{Method: r.Method, Path: r.URL.Path, Endpoint: rt.label}}
+	ex := &exchange{start: time.Now(), header: w.Header(), Exchange: Exchange{Method: r.Method, Path: r.URL.Path, Endpoint: rt.label}}
 	defer h.finish(ex, r) // a broken copy panics with http.ErrAbortHandler
 
 	if done := h.admit(w, r, ex); done {
@@ -185,7 +187,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 	} else {
-		ex.count(r)
+		ex.pass(r)
 	}
 	h.forward.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), exchangeKey{}, ex)))
 }
@@ -196,7 +198,7 @@ func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (d
 	if ref = h.Guard.host(r); ref == nil {
 		ex.origin, ref = h.Guard.origin(r)
 	}
-	if ref == nil && r.Method == http.MethodOptions {
+	if ref == nil && r.Method == http.MethodOptions && (ex.origin != "" || localName(hostname(r.Host))) {
 		ex.Status, ex.Outcome = http.StatusNoContent, Own
 		preflight(w, ex.origin)
 		return true
@@ -230,7 +232,7 @@ func (h *Handler) read(r *http.Request, ex *exchange, rt route) *refusal {
 		ex.Unedited = UneditedTooLarge
 	}
 	if ex.Unedited != "" {
-		ex.count(r)
+		ex.pass(r)
 		return nil
 	}
 	b, over, err := readBody(r, h.MaxBody)
@@ -241,8 +243,10 @@ func (h *Handler) read(r *http.Request, ex *exchange, rt route) *refusal {
 	}
 	if over {
 		ex.Unedited = UneditedTooLarge
-		r.Body = &rest{io.MultiReader(bytes.NewReader(b.data), &counter{r.Body, &ex.in}), r.Body} // b is not pooled again
-		return nil
+		ex.pass(r)
+		ex.passing.ReadCloser = &rest{io.MultiReader(bytes.NewReader(b.data), ex.passing.ReadCloser), ex.passing.ReadCloser}
+		ex.in.Store(0)
+		return nil // b is not pooled again
 	}
 	ex.body = b
 
@@ -260,7 +264,7 @@ func (h *Handler) read(r *http.Request, ex *exchange, rt route) *refusal {
 	switch {
 	case rt.reads == readsNative:
 		var hold Hold
-		ex.use, ex.KeepAlive, hold = h.residency.beginNative(key, f.model, h.KeepAlive, f)
+		ex.use, ex.KeepAlive, hold = h.residency.beginNative(key, f.model, f)
 		if hold != (Hold{}) {
 			ex.edit = f.splice(hold)
 		}
@@ -285,6 +289,7 @@ func (h *Handler) rewrite(pr *httputil.ProxyRequest) {
 	}
 	// The origin was judged here, by the inbound Host; the upstream sees another Host and would judge wrongly.
 	pr.Out.Header.Del("Origin")
+	pr.Out.Trailer = pr.In.Trailer // filled in when the body has been read
 	if b := ex.body; b != nil {
 		pr.Out.Header.Del("Expect") // the body has come already
 		pr.Out.ContentLength = int64(len(b.data) + ex.edit.grow())
@@ -292,7 +297,11 @@ func (h *Handler) rewrite(pr *httputil.ProxyRequest) {
 		if len(pr.In.Trailer) > 0 {
 			pr.Out.ContentLength = -1 // only a chunked body has trailers
 		}
-		pr.Out.GetBody = func() (io.ReadCloser, error) { return b.open(ex.edit), nil }
+		// With GetBody the transport sends the body again if a kept connection turns out to be closed before anything was
+		// written. But with one of these headers it would do so even if the upstream may have read it.
+		if pr.In.Header["Idempotency-Key"] == nil && pr.In.Header["X-Idempotency-Key"] == nil {
+			pr.Out.GetBody = func() (io.ReadCloser, error) { return b.open(ex.edit), nil }
+		}
 		if pr.Out.Body = http.NoBody; len(b.data) > 0 {
 			pr.Out.Body = b.open(ex.edit)
 		}
@@ -301,11 +310,33 @@ func (h *Handler) rewrite(pr *httputil.ProxyRequest) {
 
 func (h *Handler) modifyResponse(res *http.Response) error {
 	ex := res.Request.Context().Value(exchangeKey{}).(*exchange)
-	ex.Status = res.StatusCode
-	setCORS(res.Header, ex.origin)
-	if res.StatusCode != http.StatusSwitchingProtocols { // whose body is read and written by others than the handler
-		res.Body = &tap{res.Body, ex}
+	if ex.Status = res.StatusCode; ex.Status < 300 {
+		ex.use.answer()
 	}
+	setCORS(res.Header, ex.origin)
+	if res.Header["Content-Type"] == nil {
+		ex.header["Content-Type"] = nil // or net/http would guess one
+	}
+	if res.StatusCode == http.StatusSwitchingProtocols {
+		return nil // its body is read and written by others than the handler
+	}
+	if res.StatusCode >= 400 && ex.passing != nil && !ex.passing.ended.Load() {
+		if err := readEarly(res); err != nil {
+			return err
+		}
+	}
+	res.Body = &tap{res.Body, ex}
+	return nil
+}
+
+// readEarly reads a refusal that came before the request's body had been sent. When the answer's header is written, the
+// server stops reading the body, at which the transport breaks off the connection that the answer comes from.
+func readEarly(res *http.Response) error {
+	text, err := io.ReadAll(io.LimitReader(res.Body, copyBuffer))
+	if err != nil {
+		return err
+	}
+	res.Body = &rest{io.MultiReader(bytes.NewReader(text), res.Body), res.Body}
 	return nil
 }
 
@@ -314,7 +345,7 @@ func (h *Handler) forwardFailed(w http.ResponseWriter, r *http.Request, err erro
 	ex := r.Context().Value(exchangeKey{}).(*exchange)
 	if r.Context().Err() != nil {
 		ex.Outcome = ClientGone
-		return
+		panic(http.ErrAbortHandler) // nothing was written, and nothing must not become an empty 200
 	}
 	h.Upstream.Failed()
 	ex.Status, ex.Outcome = http.StatusBadGateway, Unreachable
@@ -357,11 +388,13 @@ func (h *Handler) finish(ex *exchange, r *http.Request) {
 	h.Done(ex.Exchange)
 }
 
-// count has the bytes of a body counted that passes through.
-func (ex *exchange) count(r *http.Request) {
-	if r.Body != nil && r.Body != http.NoBody {
-		r.Body = &counter{r.Body, &ex.in}
+// pass has the body pass through, counted.
+func (ex *exchange) pass(r *http.Request) {
+	if r.Body == nil || r.Body == http.NoBody {
+		return
 	}
+	ex.passing = &passing{ReadCloser: r.Body, left: r.ContentLength, n: &ex.in}
+	r.Body = ex.passing
 }
 
 func (ex *exchange) outcome(r *http.Request) Outcome {

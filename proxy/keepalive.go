@@ -169,30 +169,31 @@ func readKeepAlive(value []byte) (clientKeepAlive, time.Duration) {
 	return keepAliveSet, d.Duration
 }
 
-// decide returns what is done about keep_alive, and the hold that goes upstream where that is not the client's own.
-// longest is the longest that a client has asked for since the model was loaded: a request that states none must not
-// shorten it (in Ollama it would not), and under AtLeast neither may one that states less, so that the outcome does not
-// depend on the order in which clients come.
-func (k KeepAlive) decide(want Hold, f fields, longest time.Duration) (string, Hold) {
-	floor := want
-	if longest > want.Duration {
-		floor = holdOf(longest)
+// floor returns what a model is held for where the client does not say: the operator's wish, or the longest that a
+// client has asked for since the model was loaded if that is longer. A request that states nothing must not shorten
+// what another stated (in Ollama it would not), and under AtLeast neither may one that states less, so that the
+// outcome does not depend on the order in which clients come. Under Force only the operator's wish counts.
+func (k KeepAlive) floor(model string, longest time.Duration) Hold {
+	want := k.For(model)
+	if want == (Hold{}) || k.Policy == Force || longest <= want.Duration {
+		return want
 	}
+	return holdOf(longest)
+}
+
+// decide returns what is done about keep_alive, and the hold that goes upstream where that is not the client's own.
+func (k KeepAlive) decide(floor Hold, f fields) (string, Hold) {
 	switch {
-	case f.keepAlive == keepAliveInvalid, want == Hold{} && f.keepAlive == keepAliveSet:
-		return didKeep, Hold{}
-	case want == Hold{}:
+	case f.keepAlive == keepAliveAbsent && floor == Hold{}:
 		return "", Hold{}
-	case f.keepAlive == keepAliveAbsent && k.Policy == Force:
-		return didInject, want
 	case f.keepAlive == keepAliveAbsent:
 		return didInject, floor
-	case f.duration == 0:
+	case f.keepAlive == keepAliveInvalid, f.duration == 0, floor == Hold{}:
 		return didKeep, Hold{}
 	case k.Policy == AtLeast && f.duration < floor.Duration:
 		return didRaise, floor
-	case k.Policy == Force && f.duration != want.Duration:
-		return didForce, want
+	case k.Policy == Force && f.duration != floor.Duration:
+		return didForce, floor
 	}
 	return didKeep, Hold{}
 }

@@ -22,25 +22,28 @@ type keeper interface {
 // It sends one empty native request per model and load, and only for a model that is loaded: it never brings one back
 // that was evicted or unloaded. It also remembers the longest keep_alive that a client asked for.
 //
-// A model's expiry as /api/ps tells it is stale while a request runs, so a model is judged when it has been idle for
-// a moment: held if it expires no earlier than the last keep_alive sent for it implies.
+// A model is touched as soon as a request of its is answered, or while one runs for long. From then on its expiry is
+// judged, once it has been idle for a moment (while a request runs, and just after, /api/ps tells an old one): it is
+// held if it expires no earlier than the last keep_alive sent for it implies.
 type residency struct {
 	upstream keeper
-	want     func(model string) Hold // by upstream.ModelKey
+	keep     KeepAlive
 	touched  func(model string, err error)
 	log      *slog.Logger
 	wake     chan struct{} // holds one
 
-	mu        sync.Mutex
-	models    *simplelru.LRU[string, *residence] // by upstream.ModelKey; guarded by mu
-	lastCheck time.Time                          // guarded by mu
+	mu     sync.Mutex
+	models *simplelru.LRU[string, *residence] // by upstream.ModelKey; guarded by mu
 }
 
 // residence is what is known of one model. Guarded by residency.mu.
 type residence struct {
 	name     string // as a client spelled it last
 	inFlight int
+	began    time.Time     // when the first of the requests in flight began
 	ended    time.Time     // when a request last ended
+	answered bool          // a request without keep_alive has been answered: the model is loaded, and nothing is known to hold it
+	checked  time.Time     // when /api/ps was last looked at for this model
 	longest  time.Duration // the longest keep_alive that a client asked for since the load
 	foreign  bool          // used through a dialect without keep_alive since it was last unloaded
 	embed    bool          // … and last for embeddings
@@ -48,24 +51,24 @@ type residence struct {
 	pending  bool          // to be judged when it has been idle for idleDelay
 	keptAt   time.Time     // when the keep_alive in force was sent; zero if none is known for this load
 	keptFor  time.Duration // that keep_alive
-	quiet    time.Time     // after a failure: no touch before
+	quiet    time.Time     // no touch before
 }
 
 const (
 	residencyModels = 1024             // models remembered
 	idleDelay       = 2 * time.Second  // Ollama notices the end of a request asynchronously
 	checkEvery      = time.Second      // /api/ps is asked no more often
-	afterFailure    = 30 * time.Second // before a refused touch is tried again
+	touchPause      = 30 * time.Second // between two touches of one load: after a refused one, or where expiry stays short
 	touchTimeout    = 10 * time.Minute // the touch waits its turn behind a load in Ollama's queue
 	expirySlack     = 5 * time.Second  // Date headers count whole seconds
 )
 
-func newResidency(up keeper, want func(string) Hold, touched func(string, error), log *slog.Logger) *residency {
+func newResidency(up keeper, keep KeepAlive, touched func(string, error), log *slog.Logger) *residency {
 	models, err := simplelru.NewLRU[string, *residence](residencyModels, nil)
 	if err != nil {
 		panic(err) // the size is positive
 	}
-	return &residency{upstream: up, want: want, touched: touched, log: log, wake: make(chan struct{}, 1), models: models}
+	return &residency{upstream: up, keep: keep, touched: touched, log: log, wake: make(chan struct{}, 1), models: models}
 }
 
 // get returns the model's residence, made if need be. r.mu must be held.
@@ -90,7 +93,7 @@ func (r *residency) beginForeign(key, name string, embed bool) use {
 	defer r.mu.Unlock()
 	m := r.get(key)
 	m.name, m.foreign, m.embed, m.unloaded = name, true, embed, false
-	m.inFlight++
+	m.begin()
 	if m.keptAt.IsZero() {
 		r.nudge()
 	}
@@ -98,16 +101,16 @@ func (r *residency) beginForeign(key, name string, embed bool) use {
 }
 
 // beginNative notes a native request and decides about its keep_alive: see KeepAlive.decide.
-func (r *residency) beginNative(key, name string, k KeepAlive, f fields) (use, string, Hold) {
+func (r *residency) beginNative(key, name string, f fields) (use, string, Hold) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	m := r.get(key)
 	m.name = name
-	m.inFlight++
-	did, hold := k.decide(k.For(key), f, m.longest)
+	m.begin()
+	did, hold := r.keep.decide(r.keep.floor(key, m.longest), f)
 	switch set := f.keepAlive == keepAliveSet; {
 	case set && f.duration == 0:
-		*m = residence{name: name, inFlight: m.inFlight, unloaded: true}
+		*m = residence{name: name, inFlight: m.inFlight, began: m.began, unloaded: true}
 	default:
 		if m.unloaded = false; set {
 			m.longest = max(m.longest, f.duration)
@@ -119,6 +122,25 @@ func (r *residency) beginNative(key, name string, k KeepAlive, f fields) (use, s
 		}
 	}
 	return use{r, m}, did, hold
+}
+
+func (m *residence) begin() {
+	if m.inFlight++; m.inFlight == 1 {
+		m.began = time.Now()
+	}
+}
+
+// answer says that the upstream has begun to answer the request well.
+func (u use) answer() {
+	if u.r == nil {
+		return
+	}
+	u.r.mu.Lock()
+	defer u.r.mu.Unlock()
+	if u.m.foreign && u.m.keptAt.IsZero() {
+		u.m.answered, u.m.checked = true, time.Time{}
+		u.r.nudge()
+	}
 }
 
 // end says that the request is over.
@@ -160,7 +182,9 @@ func (r *residency) polled(st upstream.State) {
 }
 
 // gone forgets what held for the load that ended.
-func (m *residence) gone() { m.keptAt, m.longest = time.Time{}, 0 }
+func (m *residence) gone() {
+	m.keptAt, m.longest, m.answered, m.quiet = time.Time{}, 0, false, time.Time{}
+}
 
 func byKey(loaded []upstream.Loaded) map[string]upstream.Loaded {
 	byKey := make(map[string]upstream.Loaded, len(loaded))
@@ -197,23 +221,21 @@ func (r *residency) due(now time.Time) (wait time.Duration, ok bool) {
 			at, ok = t, true
 		}
 	}
-	if earliest := r.lastCheck.Add(checkEvery); at.Before(earliest) {
-		at = earliest
-	}
 	return at.Sub(now), ok
 }
 
 // due returns when the model is to be looked at; false if it need not be.
 func (m *residence) due() (time.Time, bool) {
+	at := later(m.quiet, m.checked.Add(checkEvery))
 	switch {
 	case !m.foreign || m.unloaded:
-		return time.Time{}, false
-	case m.inFlight > 0 && m.keptAt.IsZero():
-		return m.quiet, true
-	case m.inFlight == 0 && m.pending:
-		return later(m.ended.Add(idleDelay), m.quiet), true
+		return at, false
+	case m.keptAt.IsZero() && m.answered:
+		return at, true
+	case m.keptAt.IsZero() && m.inFlight > 0:
+		return later(at, m.began.Add(checkEvery)), true
 	}
-	return time.Time{}, false
+	return later(at, m.ended.Add(idleDelay)), m.inFlight == 0 && m.pending
 }
 
 func later(a, b time.Time) time.Time {
@@ -226,13 +248,7 @@ func later(a, b time.Time) time.Time {
 // check asks what is loaded and touches what is not held.
 func (r *residency) check(ctx context.Context) {
 	now := time.Now()
-	r.mu.Lock()
-	r.lastCheck = now
-	r.mu.Unlock()
 	list, err := r.upstream.Loaded(ctx)
-	if err != nil {
-		return // asked again after checkEvery; an upstream that is down is reported by its polls
-	}
 	loaded := byKey(list)
 
 	type touch struct {
@@ -248,7 +264,10 @@ func (r *residency) check(ctx context.Context) {
 		if !open || at.After(now) {
 			continue
 		}
-		want := r.want(key)
+		if m.checked = now; err != nil {
+			continue // asked again after checkEvery; an upstream that is down is reported by its polls
+		}
+		want := r.keep.floor(key, m.longest)
 		l, isLoaded := loaded[key]
 		switch {
 		case want == Hold{}:
@@ -260,7 +279,7 @@ func (r *residency) check(ctx context.Context) {
 		case !m.keptAt.IsZero() && !l.ExpiresAt.Before(m.keptAt.Add(m.keptFor-min(expirySlack, m.keptFor/2))):
 			m.pending = false
 		default:
-			touches = append(touches, touch{key, m.name, max(want.Duration, m.longest), m.embed})
+			touches = append(touches, touch{key, m.name, want.Duration, m.embed})
 		}
 	}
 	r.mu.Unlock()
@@ -275,9 +294,9 @@ func (r *residency) check(ctx context.Context) {
 		r.mu.Lock()
 		m := r.get(t.key)
 		unloaded := m.unloaded // while the touch was under way, which may have loaded the model again
+		m.quiet = time.Now().Add(touchPause)
 		switch {
 		case err != nil:
-			m.quiet = time.Now().Add(afterFailure)
 			r.log.Warn("keep_alive could not be set", "model", t.name, "err", err)
 		case !unloaded:
 			m.keptAt, m.keptFor = sent, t.d

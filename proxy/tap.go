@@ -25,14 +25,27 @@ func (t *tap) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// counter counts the bytes of a request body that passes through; the transport reads it in a goroutine of its own.
-type counter struct {
+// passing is a request body that passes through unread. It counts the bytes, and once as many have come as
+// Content-Length announced it ends without asking the connection again: the transport looks for the end after the last
+// byte, when the answer may be on its way already and the server has closed the body, and would break off the answer.
+type passing struct {
 	io.ReadCloser
-	n *atomic.Int64
+	left  int64         // bytes still to come; negative if that is not known
+	n     *atomic.Int64 // bytes that came
+	ended atomic.Bool   // the whole body was read
 }
 
-func (c *counter) Read(p []byte) (int, error) {
-	n, err := c.ReadCloser.Read(p)
-	c.n.Add(int64(n))
+func (p *passing) Read(b []byte) (int, error) {
+	if p.left == 0 {
+		return 0, io.EOF
+	}
+	n, err := p.ReadCloser.Read(b)
+	p.n.Add(int64(n))
+	if p.left > 0 {
+		p.left -= int64(n)
+	}
+	if err == io.EOF || p.left == 0 {
+		p.ended.Store(true)
+	}
 	return n, err
 }

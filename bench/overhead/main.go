@@ -1,0 +1,317 @@
+// Command overhead measures what the proxy costs: requests per second and latency of the same load sent to an upstream
+// directly, through a bare httputil.ReverseProxy, and through ollama-cacheproxy. The three run as processes of their own
+// and take turns, round by round, so that a machine whose speed drifts does not favour one; the ratio is the median of
+// the rounds' ratios.
+//
+//	go run ./bench/overhead
+//	go run ./bench/overhead -rounds 9 -time 3s -clients 16
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"math"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"net/url"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"text/tabwriter"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
+)
+
+func main() {
+	var cfg config
+	role := flag.String("role", "", "internal: upstream, or bare=URL")
+	flag.StringVar(&cfg.proxy, "proxy", "", "the ollama-cacheproxy program; built from this tree if empty")
+	flag.IntVar(&cfg.rounds, "rounds", 5, "rounds per case")
+	flag.DurationVar(&cfg.time, "time", 2*time.Second, "how long a round loads each of the three")
+	flag.IntVar(&cfg.clients, "clients", 8, "clients, each with one request at a time")
+	flag.Parse()
+
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	err := error(nil)
+	if *role != "" {
+		err = serve(ctx, *role)
+	} else {
+		err = run(ctx, cfg, os.Stdout)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "overhead:", err)
+		os.Exit(1)
+	}
+}
+
+type config struct {
+	proxy   string
+	rounds  int
+	time    time.Duration
+	clients int
+}
+
+// load is one case: the same request again and again.
+type load struct {
+	name   string
+	body   []byte
+	stream bool
+}
+
+func loads() []load {
+	body := func(size int, stream bool) []byte {
+		line := `Score the candidate from 1 to 10 and explain in one sentence why.\n`
+		return fmt.Appendf(nil, `{"model":"bench","stream":%v,"messages":[{"role":"user","content":"%s"}]}`, stream, strings.Repeat(line, size/len(line)))
+	}
+	return []load{
+		{"8 KB, one answer", body(8<<10, false), false},
+		{"8 KB, 20 chunks", body(8<<10, true), true},
+		{"1 MB, one answer", body(1<<20, false), false},
+		{"1 MB, 20 chunks", body(1<<20, true), true},
+	}
+}
+
+func run(ctx context.Context, cfg config, out io.Writer) error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	if cfg.proxy == "" {
+		dir, err := os.MkdirTemp("", "overhead-")
+		if err != nil {
+			return err
+		}
+		defer os.RemoveAll(dir)
+		cfg.proxy = filepath.Join(dir, "ollama-cacheproxy")
+		build := exec.CommandContext(ctx, "go", "build", "-o", cfg.proxy, "github.com/ollama-cacheproxy/ollama-cacheproxy/cmd/ollama-cacheproxy")
+		if text, err := build.CombinedOutput(); err != nil {
+			return fmt.Errorf("building the proxy: %w\n%s", err, text)
+		}
+	}
+	up, err := start(ctx, self, "-role", "upstream")
+	if err != nil {
+		return err
+	}
+	defer up.stop()
+	bare, err := start(ctx, self, "-role", "bare="+up.url)
+	if err != nil {
+		return err
+	}
+	defer bare.stop()
+	ours, err := start(ctx, cfg.proxy, "--listen", "127.0.0.1:0", "--upstream", up.url, "--log-format", "json")
+	if err != nil {
+		return err
+	}
+	defer ours.stop()
+	targets := []struct{ name, url string }{{"direct", up.url}, {"bare ReverseProxy", bare.url}, {"ollama-cacheproxy", ours.url}}
+
+	fmt.Fprintf(out, "%d clients, %d rounds of %v each; medians over rounds\n", cfg.clients, cfg.rounds, cfg.time)
+	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintln(table, "case\ttarget\trequests/s\tp50 ms\tp99 ms\tof bare\t")
+	for _, l := range loads() {
+		results := make([][]result, len(targets))
+		for range cfg.rounds {
+			for i, t := range targets {
+				r, err := measure(ctx, t.url, l, cfg.clients, cfg.time)
+				if err != nil {
+					return fmt.Errorf("%s, %s: %w", l.name, t.name, err)
+				}
+				results[i] = append(results[i], r)
+			}
+		}
+		for i, t := range targets {
+			rate := median(results[i], func(r result) float64 { return r.rate })
+			var ratios []float64
+			for round, r := range results[i] {
+				ratios = append(ratios, r.rate/results[1][round].rate)
+			}
+			slices.Sort(ratios)
+			fmt.Fprintf(table, "%s\t%s\t%.0f\t%.2f\t%.2f\t%.3f\t\n", l.name, t.name, rate,
+				median(results[i], func(r result) float64 { return r.p50 }), median(results[i], func(r result) float64 { return r.p99 }), ratios[len(ratios)/2])
+		}
+		table.Flush()
+	}
+	return nil
+}
+
+// result is one round of one target: requests per second, and latencies in ms.
+type result struct{ rate, p50, p99 float64 }
+
+func median(rs []result, get func(result) float64) float64 {
+	var v []float64
+	for _, r := range rs {
+		v = append(v, get(r))
+	}
+	slices.Sort(v)
+	return v[len(v)/2]
+}
+
+// measure loads the target for the time with closed-loop clients.
+func measure(ctx context.Context, target string, l load, clients int, d time.Duration) (result, error) {
+	ctx, cancel := context.WithTimeout(ctx, d+30*time.Second)
+	defer cancel()
+	transport := &http.Transport{MaxIdleConnsPerHost: clients, DisableCompression: true}
+	defer transport.CloseIdleConnections()
+	client := &http.Client{Transport: transport}
+	var wg sync.WaitGroup
+	times := make([][]float64, clients)
+	errs := make([]error, clients)
+	begin := time.Now()
+	for i := range clients {
+		wg.Go(func() {
+			for errs[i] == nil && time.Since(begin) < d {
+				start := time.Now()
+				errs[i] = one(ctx, client, target, l)
+				times[i] = append(times[i], time.Since(start).Seconds()*1e3)
+			}
+		})
+	}
+	wg.Wait()
+	elapsed := time.Since(begin).Seconds()
+	all := slices.Concat(times...)
+	slices.Sort(all)
+	at := func(q float64) float64 { return all[int(math.Ceil(q*float64(len(all))))-1] }
+	return result{float64(len(all)) / elapsed, at(.5), at(.99)}, errors.Join(errs...)
+}
+
+func one(ctx context.Context, client *http.Client, target string, l load) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, target+"/api/chat", bytes.NewReader(l.body))
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Content-Type", "application/json")
+	res, err := client.Do(req)
+	if err != nil {
+		return err
+	}
+	defer res.Body.Close()
+	n, err := io.Copy(io.Discard, res.Body)
+	if err != nil {
+		return err
+	}
+	if want := len(answer(l.stream)); res.StatusCode != http.StatusOK || n != int64(want) {
+		return fmt.Errorf("status %d, %d bytes; want 200 and %d", res.StatusCode, n, want)
+	}
+	return nil
+}
+
+const chunk = `{"model":"bench","created_at":"2026-01-01T00:00:00Z","message":{"role":"assistant","content":"token"},"done":false}` + "\n"
+
+func answer(stream bool) []byte {
+	if stream {
+		return []byte(strings.Repeat(chunk, 20))
+	}
+	return []byte(chunk)
+}
+
+// serve is a process of its own: the upstream, or the bare proxy.
+func serve(ctx context.Context, role string) error {
+	var h http.Handler = http.HandlerFunc(upstream)
+	if target, ok := strings.CutPrefix(role, "bare="); ok {
+		u, err := url.Parse(target)
+		if err != nil {
+			return err
+		}
+		bare := &httputil.ReverseProxy{
+			Rewrite:       func(pr *httputil.ProxyRequest) { pr.SetURL(u) },
+			Transport:     proxy.NewTransport(), // the same, so that only the proxy's own work differs
+			FlushInterval: -1,
+		}
+		h = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			// Without this the server closes the request's body at the first byte of an answer, at which the transport,
+			// which looks once more for the body's end, breaks off answers that come fast.
+			if err := http.NewResponseController(w).EnableFullDuplex(); err != nil {
+				panic(err)
+			}
+			bare.ServeHTTP(w, r)
+		})
+	}
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(os.Stderr, "listen http://%s\n", ln.Addr())
+	srv := &http.Server{Handler: h}
+	context.AfterFunc(ctx, func() { srv.Close() })
+	if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
+
+func upstream(w http.ResponseWriter, r *http.Request) {
+	if r.URL.Path != "/api/chat" {
+		io.WriteString(w, `{"version":"0.0.0","models":[]}`)
+		return
+	}
+	head, err := bufio.NewReader(r.Body).Peek(60)
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	if _, err := io.Copy(io.Discard, r.Body); err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	if !bytes.Contains(head, []byte(`"stream":true`)) {
+		w.Write(answer(false))
+		return
+	}
+	for range 20 {
+		io.WriteString(w, chunk)
+		w.(http.Flusher).Flush()
+	}
+}
+
+// process is one of the three.
+type process struct {
+	url string
+	cmd *exec.Cmd
+}
+
+var listens = regexp.MustCompile(`"?listen"?[ :"]+(http://[0-9.:]+)`)
+
+// start runs a program and waits for the line on its standard error that says where it listens.
+func start(ctx context.Context, name string, args ...string) (*process, error) {
+	p := &process{cmd: exec.CommandContext(ctx, name, args...)}
+	stderr, err := p.cmd.StderrPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := p.cmd.Start(); err != nil {
+		return nil, err
+	}
+	lines := bufio.NewReader(stderr)
+	for {
+		line, err := lines.ReadString('\n')
+		if m := listens.FindStringSubmatch(line); m != nil {
+			p.url = m[1]
+			go io.Copy(io.Discard, lines) // ends with the process
+			return p, nil
+		}
+		if err != nil {
+			p.stop()
+			return nil, fmt.Errorf("%s ended before it listened: %s", name, line)
+		}
+	}
+}
+
+func (p *process) stop() {
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	p.cmd.Wait() // how it ended does not matter: it was told to
+}

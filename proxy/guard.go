@@ -135,8 +135,11 @@ func (g *Guard) origin(r *http.Request) (string, *refusal) {
 	return "", &refusal{http.StatusForbidden, fmt.Sprintf("origin %q is not allowed; start ollama-cacheproxy with --allow-origin %s to accept it", origin, origin)}
 }
 
+// matchOrigin folds case and blanks as gin-contrib/cors does, which Ollama uses; browsers send lower case.
 func matchOrigin(patterns []string, origin string) bool {
+	origin = strings.ToLower(origin)
 	for _, p := range patterns {
+		p = strings.ToLower(strings.TrimSpace(p))
 		before, after, wild := strings.Cut(p, "*")
 		if wild && len(origin) >= len(before)+len(after) && strings.HasPrefix(origin, before) && strings.HasSuffix(origin, after) ||
 			!wild && origin == p {

@@ -1,0 +1,52 @@
+# Two commands for a fresh machine with Go and a C compiler: make demo, make test.
+# What they need beyond that (Ollama servers, small models, Python and Node clients) is built or installed once, into
+# $OLLAMA_CACHEPROXY_CACHE or ollama-cacheproxy in the user's cache folder.
+
+GO      ?= go
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+
+STATICCHECK      := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+DOCKERFILE_UTILS := dockerfile-utils@0.16.3
+
+.PHONY: help
+help: ## say what there is to make
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+.PHONY: build
+build: ## build bin/ollama-cacheproxy
+	$(GO) build -trimpath -ldflags '-s -w -X main.versionText=$(VERSION)' -o bin/ollama-cacheproxy ./cmd/ollama-cacheproxy
+
+.PHONY: demo
+demo: ## real Ollama, a small model, a Python client: with and without the proxy
+	$(GO) run ./integration/cmd/demo
+
+.PHONY: test
+test: servers ## all tests, on real Ollama servers and with real clients too
+	$(GO) test -race -count=1 $$($(GO) list ./... | grep -v /integration)
+	$(GO) test -race -count=1 -p 1 -timeout 30m ./integration/...
+
+.PHONY: servers
+servers: ## find or build the Ollama servers and models that the tests use
+	$(GO) run ./integration/cmd/realollama ensure --models
+
+.PHONY: lint
+lint: ## gofmt, vet, staticcheck; the Dockerfile (needs npx)
+	@unformatted=$$(gofmt -l .); if [ -n "$$unformatted" ]; then echo "not gofmt'ed: $$unformatted"; exit 1; fi
+	$(GO) vet ./...
+	$(GO) mod tidy -diff
+	$(GO) run $(STATICCHECK) ./...
+	npx --yes $(DOCKERFILE_UTILS) lint Dockerfile
+
+.PHONY: bench
+bench: ## what the proxy costs: tables of requests per second, latencies and allocations
+	$(GO) test -run '^$$' -bench . ./jsonscan ./proxy
+	$(GO) run ./bench/overhead
+
+.PHONY: fuzz
+fuzz: ## a minute of each fuzz test
+	$(GO) test -run '^$$' -fuzz '^FuzzObject$$' -fuzztime 60s ./jsonscan
+	$(GO) test -run '^$$' -fuzz '^FuzzKeepAlive$$' -fuzztime 60s ./proxy
+
+.PHONY: clean
+clean: ## remove what was built here; the cache stays
+	rm -rf bin

@@ -135,9 +135,8 @@ func (g *Guard) origin(r *http.Request) (string, *refusal) {
 	return "", &refusal{http.StatusForbidden, fmt.Sprintf("origin %q is not allowed; start ollama-cacheproxy with --allow-origin %s to accept it", origin, origin)}
 }
 
-// matchOrigin folds case and blanks as gin-contrib/cors does, which Ollama uses; browsers send lower case.
+// matchOrigin folds the patterns' case, as gin-contrib/cors does in Ollama: browsers send origins in lower case.
 func matchOrigin(patterns []string, origin string) bool {
-	origin = strings.ToLower(origin)
 	for _, p := range patterns {
 		p = strings.ToLower(strings.TrimSpace(p))
 		before, after, wild := strings.Cut(p, "*")
@@ -191,13 +190,14 @@ func (g *Guard) key(r *http.Request) (spent []string, _ *refusal) {
 	if g.Keys == nil {
 		return nil, nil
 	}
+	shown := false
 	if scheme, key, ok := strings.Cut(r.Header.Get("Authorization"), " "); ok && strings.EqualFold(scheme, "Bearer") && g.Keys.has(strings.TrimSpace(key)) {
-		spent = append(spent, "Authorization")
+		spent, shown = append(spent, "Authorization"), true
 	}
-	if key := r.Header.Get("X-Api-Key"); key != "" && isAnthropic(r.URL.Path) && g.Keys.has(key) {
-		spent = append(spent, "X-Api-Key")
+	if key := r.Header.Get("X-Api-Key"); key != "" && g.Keys.has(key) {
+		spent, shown = append(spent, "X-Api-Key"), shown || isAnthropic(r.URL.Path)
 	}
-	if len(spent) == 0 && !keyless(r) {
+	if !shown && !keyless(r) {
 		return nil, &refusal{http.StatusUnauthorized, "a valid API key is needed: send it as 'Authorization: Bearer KEY' (the keys are in the file that ollama-cacheproxy was started with: --api-keys-file)"}
 	}
 	return spent, nil

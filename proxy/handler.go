@@ -181,6 +181,8 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if h.own(w, r, ex) {
 		return
 	}
+	// A copy: net/http looks at its own request's body when it decides whether to read on after an early answer.
+	r = r.WithContext(context.WithValue(r.Context(), exchangeKey{}, ex))
 	if rt.reads != readsNothing {
 		if ref := h.read(r, ex, rt); ref != nil {
 			h.refuse(w, r, ex, ref)
@@ -189,7 +191,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	} else {
 		ex.pass(r)
 	}
-	h.forward.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), exchangeKey{}, ex)))
+	h.forward.ServeHTTP(w, r)
 }
 
 // admit checks Host, Origin and API key, and answers preflights.

@@ -16,8 +16,8 @@ type refusal struct {
 func (e *refusal) Error() string { return fmt.Sprintf("%d: %s", e.status, e.message) }
 
 // write sends the refusal: {"error": "…"} as Ollama does, {"error": {"message": …}} under /v1, Anthropic's shape under
-// /v1/messages.
-func (e *refusal) write(w http.ResponseWriter, path string) {
+// /v1/messages. It returns the body's length in bytes.
+func (e *refusal) write(w http.ResponseWriter, path string) int {
 	var body any
 	switch {
 	case isAnthropic(path):
@@ -34,6 +34,7 @@ func (e *refusal) write(w http.ResponseWriter, path string) {
 	w.Header().Set("Content-Type", "application/json; charset=utf-8")
 	w.WriteHeader(e.status)
 	w.Write(text) // a client that is gone has nobody to tell
+	return len(text)
 }
 
 // isAnthropic reports whether a path speaks Anthropic's dialect.

@@ -223,7 +223,7 @@ func (h *Handler) refuse(w http.ResponseWriter, r *http.Request, ex *exchange, r
 	if ref.status == http.StatusUnauthorized {
 		w.Header().Set("WWW-Authenticate", "Bearer")
 	}
-	ref.write(w, r.URL.Path)
+	ex.BytesOut = int64(ref.write(w, r.URL.Path))
 }
 
 // read reads the body, as far as the proxy may, and decides about keep_alive.
@@ -354,7 +354,7 @@ func (h *Handler) forwardFailed(w http.ResponseWriter, r *http.Request, err erro
 	h.Log.Debug("upstream request failed", "upstream", h.Upstream.Name, "err", err)
 	setCORS(w.Header(), ex.origin)
 	ref := refusal{http.StatusBadGateway, fmt.Sprintf("ollama at %s does not answer: %s; start it, or point ollama-cacheproxy's --upstream to where it runs", h.Upstream.URL, reason(err))}
-	ref.write(w, r.URL.Path)
+	ex.BytesOut = int64(ref.write(w, r.URL.Path))
 }
 
 // reason says why in a few words.

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"strings"
 	"sync"
 	"time"
 
@@ -107,14 +108,10 @@ func (s *serveCmd) settings() (settings, error) {
 func listenAddr(s string) (string, error) {
 	host, port, err := net.SplitHostPort(s)
 	if err != nil {
-		u, uerr := upstream.ParseAddr(s, defaultPort)
-		if uerr != nil || u.Path != "" {
-			return "", fmt.Errorf("address %q: want host:port, :port or a host", s)
-		}
-		host, port, _ = net.SplitHostPort(u.Host) // as JoinHostPort wrote it
-		if ip := net.ParseIP(s); ip != nil {
-			host = ip.String() // 0.0.0.0 stays what it is
-		}
+		host, port = strings.Trim(s, "[]"), defaultPort
+	}
+	if strings.ContainsAny(s, "/ ") || err != nil && strings.Contains(host, ":") && net.ParseIP(host) == nil {
+		return "", fmt.Errorf("address %q: want host:port, :port or a host", s)
 	}
 	return net.JoinHostPort(host, port), nil
 }

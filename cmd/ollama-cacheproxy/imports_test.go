@@ -1,0 +1,35 @@
+package main
+
+import (
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// TestImports keeps the packages' imports of each other pointing down, as docs/architecture.md says.
+func TestImports(t *testing.T) {
+	const module = "github.com/ollama-cacheproxy/ollama-cacheproxy/"
+	allowed := map[string][]string{
+		"jsonscan":              {},
+		"upstream":              {},
+		"proxy":                 {"jsonscan", "upstream"},
+		"metrics":               {"proxy", "upstream"},
+		"cmd/ollama-cacheproxy": {"metrics", "proxy", "upstream"},
+	}
+	for pkg, want := range allowed {
+		out, err := exec.Command("go", "list", "-f", `{{join .Imports "\n"}}`, module+pkg).Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for imported := range strings.Lines(string(out)) {
+			imported = strings.TrimSpace(imported)
+			if ours, ok := strings.CutPrefix(imported, module); ok && !slices.Contains(want, ours) {
+				t.Errorf("%s imports %s", pkg, ours)
+			}
+			if strings.HasPrefix(imported, "github.com/prometheus/") && pkg != "metrics" {
+				t.Errorf("%s imports %s: only metrics may", pkg, imported)
+			}
+		}
+	}
+}

@@ -1,0 +1,220 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"ollama-cacheproxy": main})
+}
+
+// TestScripts runs the command line as its user types it; testdata has a feature per file.
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir: "testdata",
+		Setup: func(env *testscript.Env) error {
+			up := httptest.NewServer(http.HandlerFunc(stubOllama))
+			env.Defer(up.Close)
+			env.Setenv("UPSTREAM", up.URL)
+			free, err := freeAddr()
+			if err != nil {
+				return err
+			}
+			env.Setenv("LISTEN", free)
+			closed, err := freeAddr()
+			env.Setenv("NOBODY", closed)
+			return err
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"waitready": waitReady, "curl": curl},
+	})
+}
+
+// stubOllama answers what the proxy asks at its start.
+func stubOllama(w http.ResponseWriter, r *http.Request) {
+	switch r.URL.Path {
+	case "/api/version":
+		io.WriteString(w, `{"version":"0.34.1"}`)
+	case "/api/tags":
+		io.WriteString(w, `{"models":[{"name":"a:latest"},{"name":"b:7b"}]}`)
+	case "/slow":
+		w.(http.Flusher).Flush()
+		<-r.Context().Done()
+	default:
+		body, _ := io.ReadAll(r.Body)
+		w.Write(body)
+	}
+}
+
+func freeAddr() (string, error) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	defer ln.Close()
+	return ln.Addr().String(), nil
+}
+
+// waitReady polls http://ADDR/_cacheproxy/PAGE until it answers 200.
+func waitReady(ts *testscript.TestScript, neg bool, args []string) {
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	for {
+		res, err := http.Get("http://" + args[0] + "/_cacheproxy/" + args[1])
+		if err == nil {
+			res.Body.Close()
+			if res.StatusCode == http.StatusOK {
+				return
+			}
+		}
+		select {
+		case <-ctx.Done():
+			ts.Fatalf("%s is not %s: %v", args[0], args[1], err)
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
+// curl METHOD URL BODY [HEADER: VALUE …] prints status and body.
+func curl(ts *testscript.TestScript, neg bool, args []string) {
+	req, err := http.NewRequest(args[0], args[1], strings.NewReader(args[2]))
+	ts.Check(err)
+	for _, h := range args[3:] {
+		k, v, _ := strings.Cut(h, ": ")
+		req.Header.Set(k, v)
+	}
+	res, err := http.DefaultClient.Do(req)
+	ts.Check(err)
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	ts.Check(err)
+	fmt.Fprintf(ts.Stdout(), "%d %s\n", res.StatusCode, body)
+}
+
+// Running streams finish within --drain after SIGTERM, new requests do not, and what is left then is cut off.
+func TestDrain(t *testing.T) {
+	up := httptest.NewServer(http.HandlerFunc(stubOllama))
+	defer up.Close()
+	for _, cut := range []bool{false, true} {
+		t.Run(fmt.Sprintf("cut=%v", cut), func(t *testing.T) {
+			listen, err := freeAddr()
+			if err != nil {
+				t.Fatal(err)
+			}
+			release := make(chan struct{})
+			stream := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if r.URL.Path != "/stream" {
+					stubOllama(w, r)
+					return
+				}
+				io.WriteString(w, "first")
+				w.(http.Flusher).Flush()
+				select {
+				case <-release:
+					io.WriteString(w, "last")
+				case <-r.Context().Done():
+				}
+			}))
+			defer stream.Close()
+			drain := "30s"
+			if cut {
+				drain = "10ms"
+			}
+			ctx, stop := context.WithCancel(t.Context())
+			defer stop()
+			code := make(chan int, 1)
+			log := &syncBuffer{}
+			go func() { // ends with stop
+				code <- run(ctx, []string{"--listen", listen, "--upstream", stream.URL, "--drain", drain}, io.Discard, log)
+			}()
+			waitFor(t, func() bool {
+				res, err := http.Get("http://" + listen + "/_cacheproxy/health")
+				if err == nil {
+					res.Body.Close()
+				}
+				return err == nil
+			})
+			res, err := http.Get("http://" + listen + "/stream")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer res.Body.Close()
+			if _, err := io.ReadFull(res.Body, make([]byte, 5)); err != nil {
+				t.Fatal(err)
+			}
+			stop()
+			if !cut {
+				waitFor(t, func() bool { _, err := net.Dial("tcp", listen); return err != nil }) // no new requests
+				close(release)
+			}
+			rest, err := io.ReadAll(res.Body)
+			if !cut && (err != nil || string(rest) != "last") || cut && err == nil {
+				t.Errorf("the stream ended with %q, %v", rest, err)
+			}
+			if c := <-code; c != 0 {
+				t.Errorf("exit status %d, want 0\n%s", c, log)
+			}
+			if got := strings.Contains(log.String(), "requests cut off after the drain limit"); got != cut {
+				t.Errorf("the log says that requests were cut off: %v, want %v\n%s", got, cut, log)
+			}
+		})
+	}
+}
+
+// syncBuffer is written by the program and read by the test.
+type syncBuffer struct {
+	mu sync.Mutex
+	b  strings.Builder
+}
+
+func (s *syncBuffer) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.Write(p)
+}
+
+func (s *syncBuffer) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.String()
+}
+
+// waitFor polls until ok says yes.
+func waitFor(t *testing.T, ok func() bool) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	for !ok() {
+		select {
+		case <-ctx.Done():
+			t.Fatal("not within 30 s")
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
+func TestListenAddr(t *testing.T) {
+	for in, want := range map[string]string{
+		"127.0.0.1:11435": "127.0.0.1:11435", ":80": ":80", "0.0.0.0": "0.0.0.0:11435", "::": "[::]:11435", "[::1]:1": "[::1]:1",
+		"localhost": "localhost:11435", "127.0.0.1:0": "127.0.0.1:0",
+	} {
+		if got, err := listenAddr(in); err != nil || got != want {
+			t.Errorf("listenAddr(%q) = %q, %v; want %q", in, got, err, want)
+		}
+	}
+	for _, in := range []string{"http://x/y", "a b:c:d"} {
+		if got, err := listenAddr(in); err == nil {
+			t.Errorf("listenAddr(%q) = %q, want an error", in, got)
+		}
+	}
+}

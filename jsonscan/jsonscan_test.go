@@ -128,6 +128,24 @@ func TestStringEveryOffset(t *testing.T) {
 	}
 }
 
+// Quotes and escapes that straddle the border of a window are found too.
+func TestStringAcrossWindows(t *testing.T) {
+	for d := -8; d <= 8; d++ {
+		fill := strings.Repeat("a", window+d)
+		for _, tail := range []string{``, `\"`, `\\`, `\u00e9`, `\\\"`, `\n\n\n\n\n`} {
+			text := []byte(`"` + fill + tail + `"` + `,"x\y"`)
+			if got, want := skipString(text, 0), len(fill)+len(tail)+2; got != want {
+				t.Errorf("%d + %s: end %d, want %d", d, tail, got, want)
+			}
+		}
+		for _, bad := range []string{"\x1f", `\x`, `\u00g`} {
+			if got := skipString([]byte(`"`+fill+bad+`aaaaaaaaaa"`), 0); got != -1 {
+				t.Errorf("%d + %q: accepted, end %d", d, bad, got)
+			}
+		}
+	}
+}
+
 // FuzzObject: the same texts are accepted as by encoding/json's Decoder, and the members are the same.
 func FuzzObject(f *testing.F) {
 	for _, s := range []string{

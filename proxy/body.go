@@ -3,6 +3,7 @@ package proxy
 import (
 	"errors"
 	"io"
+	"net"
 	"net/http"
 	"sync"
 	"sync/atomic"
@@ -20,7 +21,7 @@ var errBodyClosed = errors.New("request body is closed")
 
 const (
 	bodyFirst   = 64 << 10 // bytes: a new buffer's size
-	bodyTrusted = 1 << 20  // bytes: what a Content-Length may reserve before any byte has come
+	bodyTrusted = 4 << 20  // bytes: what a Content-Length may reserve before any byte has come
 	bodyPooled  = 4 << 20  // bytes: a larger buffer is not kept
 )
 
@@ -99,14 +100,45 @@ func (r *bodyReader) Read(p []byte) (n int, err error) {
 	return n, nil
 }
 
+// writeTo writes what is left to the connection, without a copy of it.
+func (r *bodyReader) writeTo(conn *net.TCPConn) (int64, error) {
+	r.mu.Lock()
+	b := r.body
+	if b == nil {
+		r.mu.Unlock()
+		return 0, errBodyClosed
+	}
+	b.refs.Add(1) // closing must not wait for the write
+	left := net.Buffers(r.parts[r.i:])
+	r.i = len(r.parts)
+	r.mu.Unlock()
+	defer b.release()
+	return left.WriteTo(conn)
+}
+
 func (r *bodyReader) Close() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.body != nil {
 		r.body.release()
-		r.body, r.parts = nil, [3][]byte{}
+		r.body = nil
 	}
 	return nil
+}
+
+// upstreamConn is a connection to which a bodyReader is written without a copy. The transport hands its ReadFrom the
+// request's body, limited to the Content-Length.
+type upstreamConn struct{ *net.TCPConn }
+
+func (c upstreamConn) ReadFrom(r io.Reader) (int64, error) {
+	if limited, ok := r.(*io.LimitedReader); ok {
+		if body, ok := limited.R.(*bodyReader); ok {
+			n, err := body.writeTo(c.TCPConn)
+			limited.N -= n
+			return n, err
+		}
+	}
+	return c.TCPConn.ReadFrom(r)
 }
 
 // edit replaces cut bytes at offset at by text. The zero edit changes nothing.

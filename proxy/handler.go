@@ -115,8 +115,15 @@ type exchangeKey struct{}
 // NewTransport returns a transport for an Ollama server: it waits for as long as a model needs to load, keeps many
 // connections, and never asks for compression that the client did not ask for.
 func NewTransport() *http.Transport {
+	dialer := &net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}
 	return &http.Transport{
-		DialContext:           (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
+		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			conn, err := dialer.DialContext(ctx, network, addr)
+			if tcp, ok := conn.(*net.TCPConn); ok {
+				return upstreamConn{tcp}, nil
+			}
+			return conn, err
+		},
 		DisableCompression:    true,
 		MaxIdleConnsPerHost:   1024,
 		IdleConnTimeout:       90 * time.Second,

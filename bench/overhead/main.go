@@ -42,6 +42,7 @@ func main() {
 	flag.IntVar(&cfg.rounds, "rounds", 5, "rounds per case")
 	flag.DurationVar(&cfg.time, "time", 2*time.Second, "how long a round loads each of the three")
 	flag.IntVar(&cfg.clients, "clients", 8, "clients, each with one request at a time")
+	flag.StringVar(&cfg.only, "only", "", "only cases whose name contains this")
 	flag.Parse()
 
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -60,6 +61,7 @@ func main() {
 
 type config struct {
 	proxy   string
+	only    string
 	rounds  int
 	time    time.Duration
 	clients int
@@ -123,6 +125,9 @@ func run(ctx context.Context, cfg config, out io.Writer) error {
 	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(table, "case\ttarget\trequests/s\tp50 ms\tp99 ms\tof bare\t")
 	for _, l := range loads() {
+		if !strings.Contains(l.name, cfg.only) {
+			continue
+		}
 		results := make([][]result, len(targets))
 		for range cfg.rounds {
 			for i, t := range targets {

@@ -1,0 +1,94 @@
+package metrics
+
+import (
+	"errors"
+	"fmt"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
+)
+
+func scrape(t *testing.T, m *Metrics) string {
+	t.Helper()
+	w := httptest.NewRecorder()
+	m.Handler().ServeHTTP(w, httptest.NewRequest("GET", "/metrics", nil))
+	return w.Body.String()
+}
+
+func TestSeries(t *testing.T) {
+	m := New("v1.2.3", func() int64 { return 7 })
+	m.Polled("main", upstream.State{Up: true, Version: "0.34.1", Models: []string{"llama3:latest", "Team/X:Q4"}, Loaded: []upstream.Loaded{{Name: "llama3:latest", Size: 1024}}, LoadedKnown: true})
+	m.Done(proxy.Exchange{Endpoint: "/api/chat", Model: "LLAMA3", Outcome: proxy.OK, Status: 200, Duration: 3 * time.Second, FirstByte: time.Second, BytesIn: 10, BytesOut: 20, KeepAlive: "injected"})
+	m.Done(proxy.Exchange{Endpoint: "/api/chat", Model: "team/x:q4", Outcome: proxy.UpstreamError, Status: 500, KeepAlive: "kept"})
+	m.Done(proxy.Exchange{Endpoint: "/api/chat", Model: "nowhere", Outcome: proxy.ClientError, Status: 404})
+	m.Done(proxy.Exchange{Endpoint: "/api/tags", Outcome: proxy.OK, Status: 200})
+	m.Done(proxy.Exchange{Endpoint: "/api/generate", Outcome: proxy.OK, Unedited: proxy.UneditedNotJSON})
+	m.Touched("llama3", nil)
+	m.Touched("llama3", errors.New("refused"))
+	text := scrape(t, m)
+	for _, want := range []string{
+		`ollama_cacheproxy_build_info{goversion="go`,
+		`ollama_cacheproxy_in_flight 7`,
+		`ollama_cacheproxy_requests_total{endpoint="/api/chat",model="llama3:latest",outcome="ok"} 1`,
+		`ollama_cacheproxy_requests_total{endpoint="/api/chat",model="Team/X:Q4",outcome="upstream_error"} 1`,
+		`ollama_cacheproxy_requests_total{endpoint="/api/chat",model="other",outcome="client_error"} 1`,
+		`ollama_cacheproxy_requests_total{endpoint="/api/tags",model="",outcome="ok"} 1`,
+		`ollama_cacheproxy_request_duration_seconds_sum{endpoint="/api/chat"} 3`,
+		`ollama_cacheproxy_first_byte_seconds_count{endpoint="/api/chat"} 1`,
+		`ollama_cacheproxy_request_bytes_total{endpoint="/api/chat"} 10`,
+		`ollama_cacheproxy_response_bytes_total{endpoint="/api/chat"} 20`,
+		`ollama_cacheproxy_keep_alive_total{action="injected"} 1`,
+		`ollama_cacheproxy_keep_alive_total{action="kept"} 1`,
+		`ollama_cacheproxy_unedited_total{reason="not_json"} 1`,
+		`ollama_cacheproxy_keep_alive_touches_total{model="llama3:latest",result="ok"} 1`,
+		`ollama_cacheproxy_keep_alive_touches_total{model="llama3:latest",result="error"} 1`,
+		`ollama_cacheproxy_upstream_up{upstream="main"} 1`,
+		`ollama_cacheproxy_upstream_info{upstream="main",version="0.34.1"} 1`,
+		`ollama_cacheproxy_upstream_loaded_bytes{model="llama3:latest",upstream="main"} 1024`,
+		"\ngo_goroutines ",
+		"\nprocess_start_time_seconds ",
+	} {
+		if !strings.Contains(text, want) {
+			t.Errorf("no %s", want)
+		}
+	}
+	// What is no more is not shown: the version before, a model that was unloaded.
+	m.Polled("main", upstream.State{Up: true, Version: "0.35.0"})
+	text = scrape(t, m)
+	if strings.Contains(text, `version="0.34.1"`) || strings.Contains(text, "upstream_loaded_bytes{") || !strings.Contains(text, `version="0.35.0"`) {
+		t.Error("the state of the poll before is still shown")
+	}
+	m.Polled("main", upstream.State{Err: errors.New("down")})
+	if text = scrape(t, m); !strings.Contains(text, `ollama_cacheproxy_upstream_up{upstream="main"} 0`) || strings.Contains(text, "upstream_info{") {
+		t.Error("an upstream that is down is shown as up")
+	}
+	problems, err := testutil.GatherAndLint(m.registry)
+	if err != nil || len(problems) > 0 {
+		t.Errorf("lint: %v, %v", problems, err)
+	}
+}
+
+// Names that the upstream does not have make no labels, however many clients try; known ones stop at a bound.
+func TestModelLabelsAreBounded(t *testing.T) {
+	m := New("v", func() int64 { return 0 })
+	for i := range 5000 {
+		m.Done(proxy.Exchange{Endpoint: "/api/chat", Model: fmt.Sprintf("unknown%d", i), Outcome: proxy.ClientError})
+	}
+	for i := range maxModels + 500 {
+		m.Done(proxy.Exchange{Endpoint: "/api/chat", Model: fmt.Sprintf("known%d", i), Outcome: proxy.OK})
+	}
+	m.Done(proxy.Exchange{Endpoint: "/api/chat", Model: "a//b", Outcome: proxy.OK})
+	text := scrape(t, m)
+	if n := strings.Count(text, "\nollama_cacheproxy_requests_total{"); n != maxModels+2 {
+		t.Errorf("%d series, want %d models and two for the others", n, maxModels)
+	}
+	if want := `model="other",outcome="client_error"} 5000`; !strings.Contains(text, want) {
+		t.Errorf("no %s", want)
+	}
+}

@@ -1,0 +1,228 @@
+package upstream
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// stub is an Ollama server whose answers a test sets.
+type stub struct {
+	mu      sync.Mutex
+	version string            // "" hangs up; guarded by mu
+	ps      string            // guarded by mu
+	date    string            // guarded by mu
+	asked   []string          // method, path and body; guarded by mu
+	refuse  map[string]string // path to error, with 400; guarded by mu
+}
+
+func (s *stub) RoundTrip(r *http.Request) (*http.Response, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	body := ""
+	if r.Body != nil {
+		text, err := io.ReadAll(r.Body)
+		if err != nil {
+			return nil, err
+		}
+		body = " " + string(text)
+	}
+	s.asked = append(s.asked, r.Method+" "+r.URL.Path+body)
+	if s.version == "" {
+		return nil, errors.New("connection refused")
+	}
+	w := httptest.NewRecorder()
+	if s.date != "" {
+		w.Header().Set("Date", s.date)
+	}
+	switch refused, bad := s.refuse[r.URL.Path]; {
+	case bad:
+		w.WriteHeader(http.StatusBadRequest)
+		fmt.Fprintf(w, `{"error":%q}`, refused)
+	case r.URL.Path == "/api/version":
+		fmt.Fprintf(w, `{"version":%q}`, s.version)
+	case r.URL.Path == "/api/tags":
+		io.WriteString(w, `{"models":[{"name":"a:latest"},{"name":"Team/X:Q4"}]}`)
+	case r.URL.Path == "/api/ps":
+		io.WriteString(w, s.ps)
+	default:
+		io.WriteString(w, `{}`)
+	}
+	return w.Result(), nil
+}
+
+func (s *stub) set(f func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f()
+}
+
+// taken returns what was asked since the last call.
+func (s *stub) taken() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	all := strings.Join(s.asked, "; ")
+	s.asked = nil
+	return all
+}
+
+func newTestServer(s *stub) *Server {
+	return NewServer("main", &url.URL{Scheme: "http", Host: "127.0.0.1:11434"}, s, slog.New(slog.DiscardHandler))
+}
+
+func TestPoll(t *testing.T) {
+	s := &stub{version: "0.34.1", ps: `{"models":[{"name":"a:latest","size":7,"size_vram":3,"context_length":4096,"expires_at":"2030-01-01T00:00:00Z"}]}`}
+	server := newTestServer(s)
+	var told []State
+	server.Polled = func(st State) { told = append(told, st) }
+	poll := func(wantAsked string) State {
+		t.Helper()
+		st := server.Poll(t.Context())
+		if got := s.taken(); got != wantAsked {
+			t.Errorf("asked %s, want %s", got, wantAsked)
+		}
+		return st
+	}
+
+	st := poll("GET /api/version; GET /api/tags; GET /api/ps")
+	if !st.Up || st.Err != nil || st.Version != "0.34.1" || fmt.Sprint(st.Models) != "[a:latest Team/X:Q4]" || st.Restarted || !st.LoadedKnown {
+		t.Errorf("first poll: %+v", st)
+	}
+	if l := st.Loaded[0]; l.Name != "a:latest" || l.Size != 7 || l.SizeVRAM != 3 || l.ContextLength != 4096 {
+		t.Errorf("loaded: %+v", l)
+	}
+	// Something is loaded: it is looked at again. The list of models is read only if the server was used.
+	poll("GET /api/version; GET /api/ps")
+	s.set(func() { s.ps = `{"models":[]}` })
+	if st = poll("GET /api/version; GET /api/ps"); len(st.Loaded) != 0 || !st.LoadedKnown || len(st.Models) != 2 {
+		t.Errorf("unloaded: %+v", st)
+	}
+	// Idle and empty: one request.
+	if st = poll("GET /api/version"); st.LoadedKnown {
+		t.Errorf("idle: %+v", st)
+	}
+	server.Used()
+	poll("GET /api/version; GET /api/tags; GET /api/ps")
+
+	s.set(func() { s.version = "" })
+	if st = poll("GET /api/version"); st.Up || st.Err == nil || st.Restarted || len(st.Models) != 2 {
+		t.Errorf("down: %+v", st)
+	}
+	s.set(func() { s.version = "0.34.1" })
+	if st = poll("GET /api/version; GET /api/tags; GET /api/ps"); !st.Up || !st.Restarted {
+		t.Errorf("up again: %+v", st)
+	}
+	s.set(func() { s.version = "0.35.0" })
+	if st = poll("GET /api/version; GET /api/tags; GET /api/ps"); !st.Restarted || st.Version != "0.35.0" {
+		t.Errorf("another version: %+v", st)
+	}
+	if len(told) != 8 || server.State().Version != "0.35.0" {
+		t.Errorf("told of %d polls, the state is %+v", len(told), server.State())
+	}
+	// A poll that is cut short changes nothing.
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if server.Poll(ctx); len(told) != 8 {
+		t.Error("a poll without time to ask was told of")
+	}
+}
+
+// Run polls at its pace, sooner while the server is down, and at once when a request failed.
+func TestRun(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &stub{version: "0.34.1", ps: `{"models":[]}`}
+		server := newTestServer(s)
+		server.Poll(t.Context())
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan struct{})
+		go func() { server.Run(ctx); close(ended) }() // ends with ctx
+		count := func(d time.Duration) int {
+			s.taken()
+			time.Sleep(d)
+			synctest.Wait()
+			return strings.Count(s.taken(), "/api/version")
+		}
+		if n := count(10 * time.Minute); n != 40 {
+			t.Errorf("%d polls in ten minutes, want 40", n)
+		}
+		s.set(func() { s.version = "" })
+		server.Failed()
+		server.Failed()
+		synctest.Wait()
+		if server.State().Up {
+			t.Error("still up after a failed request")
+		}
+		if n := count(time.Minute); n < 29 || n > 31 {
+			t.Errorf("%d polls in a minute of being down, want 30", n)
+		}
+		cancel()
+		<-ended
+	})
+}
+
+// The expiry is told by our clock, whatever the server's.
+func TestLoadedClock(t *testing.T) {
+	now := time.Now()
+	for _, skew := range []time.Duration{0, time.Hour, -3 * time.Minute} {
+		s := &stub{version: "1", date: now.Add(skew).UTC().Format(http.TimeFormat)}
+		s.ps = fmt.Sprintf(`{"models":[{"name":"a","expires_at":%q}]}`, now.Add(skew+5*time.Minute).Format(time.RFC3339Nano))
+		loaded, err := newTestServer(s).Loaded(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if off := loaded[0].ExpiresAt.Sub(now.Add(5 * time.Minute)).Abs(); off > 10*time.Second {
+			t.Errorf("clock ahead by %v: the expiry is off by %v", skew, off)
+		}
+	}
+}
+
+func TestKeep(t *testing.T) {
+	s := &stub{version: "1"}
+	server := newTestServer(s)
+	for _, tc := range []struct {
+		d         time.Duration
+		embedding bool
+		want      string
+	}{
+		{24 * time.Hour, false, `/api/generate {"model":"m","prompt":"","keep_alive":"24h0m0s"}`},
+		{Forever, false, `/api/generate {"model":"m","prompt":"","keep_alive":-1}`},
+		{0, false, `/api/generate {"model":"m","prompt":"","keep_alive":"0s"}`},
+		{time.Minute, true, `/api/embed {"model":"m","input":[],"keep_alive":"1m0s"}`},
+	} {
+		if err := server.Keep(t.Context(), "m", tc.d, tc.embedding); err != nil {
+			t.Error(err)
+		}
+		got := s.taken()
+		path, body, _ := strings.Cut(strings.TrimPrefix(got, "POST "), " ")
+		var sent, want map[string]any
+		wantPath, wantBody, _ := strings.Cut(tc.want, " ")
+		if json.Unmarshal([]byte(body), &sent) != nil || json.Unmarshal([]byte(wantBody), &want) != nil || path != wantPath {
+			t.Errorf("%v: %s, want %s", tc.d, got, tc.want)
+		}
+		for k, v := range want {
+			if fmt.Sprint(sent[k]) != fmt.Sprint(v) {
+				t.Errorf("%v: %s is %v, want %v", tc.d, k, sent[k], v)
+			}
+		}
+	}
+	s.set(func() { s.refuse = map[string]string{"/api/generate": "does not support generate"} })
+	err := server.Keep(t.Context(), "m", time.Minute, false)
+	if StatusCode(err) != http.StatusBadRequest || !strings.Contains(err.Error(), "does not support generate") {
+		t.Errorf("refused: %v (%d)", err, StatusCode(err))
+	}
+	s.set(func() { s.version = "" })
+	if err := server.Keep(t.Context(), "m", time.Minute, false); err == nil || StatusCode(err) != 0 {
+		t.Errorf("down: %v (%d)", err, StatusCode(err))
+	}
+}

@@ -1,0 +1,191 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
+)
+
+// fakeKeeper is a server's memory: which models are loaded, and until when.
+type fakeKeeper struct {
+	mu      sync.Mutex
+	expires map[string]time.Time // of the loaded models, by name as /api/ps spells it; guarded by mu
+	busy    map[string]bool      // served for somebody else too: a keep_alive does not show yet; guarded by mu
+	keeps   []string             // "model duration [embed]"; guarded by mu
+	loads   []string             // models that a Keep has loaded; guarded by mu
+	asked   int                  // calls of Loaded; guarded by mu
+	refuse  func(model string, embedding bool) error
+	during  func(ctx context.Context, model string) // runs while a Keep is under way
+	down    bool                                    // Loaded fails; guarded by mu
+}
+
+func newFakeKeeper() *fakeKeeper {
+	return &fakeKeeper{expires: map[string]time.Time{}, busy: map[string]bool{}}
+}
+
+func (k *fakeKeeper) Loaded(context.Context) ([]upstream.Loaded, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.asked++
+	if k.down {
+		return nil, errors.New("down")
+	}
+	var list []upstream.Loaded
+	for name, at := range k.expires {
+		if at.After(time.Now()) || k.busy[name] {
+			list = append(list, upstream.Loaded{Name: name, ExpiresAt: at})
+		}
+	}
+	return list, nil
+}
+
+func (k *fakeKeeper) Keep(ctx context.Context, model string, d time.Duration, embedding bool) error {
+	text := fmt.Sprint(model, " ", d)
+	if d == upstream.Forever {
+		text = model + " forever"
+	}
+	if embedding {
+		text += " embed"
+	}
+	k.mu.Lock()
+	k.keeps = append(k.keeps, text)
+	refuse, during := k.refuse, k.during
+	k.mu.Unlock()
+	if during != nil {
+		during(ctx, model)
+	}
+	if refuse != nil {
+		if err := refuse(model, embedding); err != nil {
+			return err
+		}
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for name := range k.expires {
+		if upstream.ModelKey(name) == upstream.ModelKey(model) {
+			if d == 0 {
+				delete(k.expires, name)
+			} else if !k.busy[name] {
+				k.expires[name] = time.Now().Add(d)
+			}
+			return nil
+		}
+	}
+	k.loads = append(k.loads, model)
+	return nil
+}
+
+// load loads a model, or uses it, with Ollama's own five minutes.
+func (k *fakeKeeper) load(model string) { k.loadFor(model, 5*time.Minute) }
+
+func (k *fakeKeeper) loadFor(model string, d time.Duration) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.expires[model] = time.Now().Add(d)
+}
+
+func (k *fakeKeeper) evict(model string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	delete(k.expires, model)
+}
+
+func (k *fakeKeeper) refusing(refuse func(model string, embedding bool) error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.refuse = refuse
+}
+
+// taken returns the Keeps so far and forgets them.
+func (k *fakeKeeper) taken() []string {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	taken := k.keeps
+	k.keeps = nil
+	return taken
+}
+
+// bed is a residency under test, running in a synctest bubble.
+type bed struct {
+	t *testing.T
+	k *fakeKeeper
+	r *residency
+	p KeepAlive
+}
+
+// inBed runs a test in a bubble, whose clock is fake.
+func inBed(t *testing.T, p KeepAlive, test func(b *bed)) {
+	synctest.Test(t, func(t *testing.T) {
+		k := newFakeKeeper()
+		b := &bed{t: t, k: k, p: p}
+		b.r = newResidency(k, p, func(string, error) {}, slog.New(slog.DiscardHandler))
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		wg.Go(func() { b.r.run(ctx) }) // ends with cancel
+		test(b)
+		cancel()
+		wg.Wait()
+		if len(k.loads) > 0 {
+			t.Errorf("touches loaded %v, which were not loaded", k.loads)
+		}
+	})
+}
+
+// foreign serves one request of d that cannot carry keep_alive; it loads the model.
+func (b *bed) foreign(model string, d time.Duration) {
+	u := b.r.beginForeign(upstream.ModelKey(model), model, false)
+	b.k.load(model)
+	b.k.mu.Lock()
+	b.k.expires[model] = later(b.k.expires[model], time.Now())
+	b.k.mu.Unlock()
+	u.answer()
+	time.Sleep(d)
+	u.end()
+}
+
+// native serves one native request; keepAlive is its JSON, "" for none.
+func (b *bed) native(model, keepAlive string) {
+	b.t.Helper()
+	body := `{"model":"` + model + `"}`
+	if keepAlive != "" {
+		body = `{"model":"` + model + `","keep_alive":` + keepAlive + `}`
+	}
+	f, err := scan([]byte(body))
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	u, _, hold := b.r.beginNative(upstream.ModelKey(model), model, f)
+	d := f.duration
+	if hold != (Hold{}) {
+		d = hold.Duration
+	}
+	u.answer()
+	time.Sleep(time.Second)
+	switch {
+	case hold == (Hold{}) && f.keepAlive != keepAliveSet:
+		b.k.load(model)
+	case d == 0:
+		b.k.evict(model)
+	default:
+		b.k.loadFor(model, d)
+	}
+	u.end()
+}
+
+// want lets time pass and compares the touches.
+func (b *bed) want(after time.Duration, touches ...string) {
+	b.t.Helper()
+	time.Sleep(after)
+	synctest.Wait()
+	if got := b.k.taken(); !slices.Equal(got, touches) {
+		b.t.Errorf("touches %q, want %q", got, touches)
+	}
+}

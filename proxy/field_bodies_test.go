@@ -1,0 +1,375 @@
+package proxy
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"mime/multipart"
+	"net/http"
+	"runtime"
+	"strings"
+	"testing"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
+)
+
+// TestUnreadableBodies: what is compressed, led by a byte order mark or in UTF-16 goes on byte for byte, with its headers (F15).
+func TestUnreadableBodies(t *testing.T) {
+	const text = `{"model":"m","keep_alive":"5m"}`
+	utf16 := func(bom string, big bool) string {
+		var b strings.Builder
+		b.WriteString(bom)
+		for _, c := range []byte(text) {
+			if big {
+				b.Write([]byte{0, c})
+			} else {
+				b.Write([]byte{c, 0})
+			}
+		}
+		return b.String()
+	}
+	for name, tt := range map[string]struct{ path, body, encoding, why string }{
+		"show gzip":       {"/api/show", "\x1f\x8b\x08\x00abc", "gzip", ""},
+		"chat gzip":       {"/api/chat", "\x1f\x8b\x08\x00abc", "gzip", UneditedEncoded},
+		"chat GZIP":       {"/api/chat", text, "GZIP", UneditedEncoded},
+		"chat two":        {"/api/generate", text, "identity, gzip", UneditedEncoded},
+		"responses zstd":  {"/v1/responses", "\x28\xb5\x2f\xfd\x04", "zstd", UneditedEncoded},
+		"messages br":     {"/v1/messages", "\x0b\x02", "br", UneditedEncoded},
+		"embed deflate":   {"/api/embed", "\x78\x9c", "deflate", UneditedEncoded},
+		"unknown coding":  {"/api/chat", text, "x-none", UneditedEncoded},
+		"gzip undeclared": {"/api/chat", "\x1f\x8b\x08\x00abc", "", UneditedNotJSON},
+		"BOM":             {"/api/chat", "\xef\xbb\xbf" + text, "", UneditedNotJSON},
+		"UTF-16LE":        {"/api/chat", utf16("\xff\xfe", false), "", UneditedNotJSON},
+		"UTF-16BE":        {"/api/generate", utf16("\xfe\xff", true), "", UneditedNotJSON},
+		"UTF-16 bare":     {"/v1/chat/completions", utf16("", false), "", UneditedNotJSON},
+	} {
+		t.Run(name, func(t *testing.T) {
+			const refusal = `{"error":"invalid character"}`
+			f := newFake(t, func(received) string { return answer(400, "application/json", refusal) })
+			rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, Force, "24h")})
+			for _, chunked := range []bool{false, true} {
+				client := rg.dial()
+				headers := []string{"Content-Type: application/json"}
+				if tt.encoding != "" {
+					headers = append(headers, "Content-Encoding: "+tt.encoding)
+				}
+				if chunked {
+					client.send("POST " + tt.path + " HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n" + lines(headers) + "\r\n")
+					client.chunk(tt.body)
+					client.send("0\r\n\r\n")
+				} else {
+					client.send(rawPost(tt.path, tt.body, headers...))
+				}
+				if got := client.receive(); !strings.HasPrefix(got.line, "HTTP/1.1 400 ") || string(got.body) != refusal {
+					t.Errorf("got %s %s", got.line, got.body)
+				}
+				got := f.next()
+				if string(got.body) != tt.body || got.value("Content-Encoding") != tt.encoding || got.value("Content-Type") != "application/json" {
+					t.Errorf("went as %q %q", got.headers, got.body)
+				}
+				if ex := rg.ended(); ex.Unedited != tt.why || ex.KeepAlive != "" {
+					t.Errorf("told as %+v", ex)
+				}
+			}
+		})
+	}
+}
+
+// TestIdentityIsRead: "identity" is no encoding.
+func TestIdentityIsRead(t *testing.T) {
+	f := newFake(t, okAnswer)
+	rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, "", "24h")})
+	rg.post("/api/chat", `{"model":"m"}`, "Content-Encoding: identity")
+	if got := f.next(); string(got.body) != `{"keep_alive":`+day+`,"model":"m"}` || got.value("Content-Encoding") != "identity" {
+		t.Errorf("went as %+v", got)
+	}
+}
+
+// TestNullsUnchanged: fields that are null, empty or of a surprising type are the upstream's business, and so is the
+// Content-Type (F16). Direct Ollama answers 400 to some of these and streams for "stream": null.
+func TestNullsUnchanged(t *testing.T) {
+	f := newFake(t, okAnswer)
+	rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, "", "24h")})
+	n := 0
+	for _, fields := range []string{
+		`"options":null`, `"options":{"num_ctx":null}`, `"options":{}`, `"options":[]`, `"options":"x"`, `"options":{"num_ctx":"4096"}`, `"messages":null`, `"messages":[null]`, `"messages":{}`, `"tools":null`, `"format":null`, `"format":""`,
+		`"format":{"type":"object"}`, `"format":"json"`, `"stream":null`, `"stream":"yes"`, `"think":null`, `"images":null`, `"context":null`, `"input":null`, `"template":null`, `"":null`,
+	} {
+		for _, contentType := range []string{"application/json", "text/plain", "", "application/x-www-form-urlencoded", "application/json; charset=utf-16"} {
+			for _, path := range nativePaths {
+				n++
+				body := fmt.Sprintf(`{"model":"m%d",%s}`, n, fields)
+				client := rg.dial()
+				var headers []string
+				if contentType != "" {
+					headers = append(headers, "Content-Type: "+contentType)
+				}
+				client.send(rawPost(path, body, headers...))
+				client.receive()
+				client.Close()
+				if got := f.next(); string(got.body) != `{"keep_alive":`+day+`,`+body[1:] || got.value("Content-Type") != contentType {
+					t.Errorf("%s %q %s went as %q %s", path, contentType, body, got.headers, got.body)
+				}
+				if ex := rg.ended(); ex.KeepAlive != didInject {
+					t.Errorf("told as %+v", ex)
+				}
+			}
+		}
+	}
+}
+
+// TestExpectContinue: a client that waits for 100 gets it at once, sends 30 MB, and they arrive (F17).
+func TestExpectContinue(t *testing.T) {
+	for _, path := range []string{"/api/chat", "/v1/chat/completions"} {
+		f := newFake(t, okAnswer)
+		rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, "", "24h")})
+		body := `{"model":"m","images":["` + strings.Repeat("QUJD", 30<<18) + `"]}`
+		client := rg.dial()
+		client.send("POST " + path + " HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: " + fmt.Sprint(len(body)) + "\r\n\r\n")
+		if got := client.mustHead(); got.line != "HTTP/1.1 100 Continue" {
+			t.Fatalf("got %+v", got)
+		}
+		f.none() // the upstream is not asked before the body is there
+		client.send(body)
+		if got := client.receive(); got.line != "HTTP/1.1 200 OK" {
+			t.Errorf("got %+v", got)
+		}
+		got := f.next()
+		want := body
+		if path == "/api/chat" {
+			want = `{"keep_alive":` + day + `,` + body[1:]
+		}
+		if string(got.body) != want || got.values("Expect") != nil {
+			t.Errorf("%d bytes went with %q", len(got.body), got.headers)
+		}
+	}
+}
+
+// TestExpectPassesThrough: where the body passes, the upstream's own 100, or refusal, decides.
+func TestExpectPassesThrough(t *testing.T) {
+	for _, refuse := range []bool{false, true} {
+		f := newFake(t, nil)
+		rg := newRig(t, f.URL, &Handler{})
+		client := rg.dial()
+		client.send("POST /api/blobs/sha256:00 HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n")
+		up := f.accept()
+		head := up.mustHead()
+		if head.value("Expect") != "100-continue" {
+			t.Errorf("went as %+v", head)
+		}
+		if refuse {
+			// As Ollama's server does when it refuses before it has read the body. (Without "Connection: close" the body has to
+			// be sent all the same, before the connection can be used again, and Go's transport sends it.)
+			up.send("HTTP/1.1 401 Unauthorized\r\nConnection: close\r\nContent-Length: 2\r\n\r\nno")
+			if got := client.receive(); got.line != "HTTP/1.1 401 Unauthorized" || string(got.body) != "no" {
+				t.Errorf("got %+v", got)
+			}
+			if sent := up.closed(); sent != "" {
+				t.Errorf("%q was sent nevertheless", sent)
+			}
+			continue
+		}
+		up.send("HTTP/1.1 100 Continue\r\n\r\n")
+		if got := client.mustHead(); got.line != "HTTP/1.1 100 Continue" {
+			t.Errorf("got %+v", got)
+		}
+		client.send("GGUF")
+		if err := up.rest(&head); err != nil || string(head.body) != "GGUF" {
+			t.Errorf("%q, %v", head.body, err)
+		}
+		up.send("HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n")
+		got := client.receive()
+		if got.line == "HTTP/1.1 100 Continue" { // the server's own, when it begins to read the body: a client takes any number
+			got = client.receive()
+		}
+		if got.line != "HTTP/1.1 201 Created" {
+			t.Errorf("got %+v", got)
+		}
+	}
+}
+
+// TestExpectRefused: what the proxy refuses it refuses before the 100, so that nothing is sent in vain.
+func TestExpectRefused(t *testing.T) {
+	keys, err := ParseKeys("secret")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, tt := range map[string]struct{ header, status string }{
+		"no key": {"X-None: 1", "HTTP/1.1 401 Unauthorized"},
+		"origin": {"Origin: http://evil.example", "HTTP/1.1 403 Forbidden"},
+	} {
+		for _, path := range []string{"/api/chat", "/api/blobs/sha256:00"} {
+			f := newFake(t, okAnswer)
+			rg := newRig(t, f.URL, &Handler{Guard: Guard{Keys: keys}})
+			client := rg.dial()
+			client.send("POST " + path + " HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 30000000\r\n" + tt.header + "\r\n\r\n")
+			if got := client.receive(); got.line != tt.status {
+				t.Errorf("%s: got %s", name, got.line)
+			}
+			f.none()
+		}
+	}
+}
+
+// TestEarlyRefusal: the upstream refuses an upload of which little has come. The client, which is still sending, gets the
+// refusal, and not a 502.
+func TestEarlyRefusal(t *testing.T) {
+	for _, path := range []string{"/api/blobs/sha256:00", "/api/create", "/v1/audio/transcriptions"} {
+		for _, status := range []int{400, 401, 404, 413, 429, 500, 503} {
+			f := newFake(t, nil)
+			rg := newRig(t, f.URL, &Handler{})
+			client := rg.dial()
+			client.send("POST " + path + " HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50000000\r\n\r\nGGUF")
+			up := f.accept()
+			up.mustHead()
+			const refusal = `{"error":"no"}`
+			up.send(fmt.Sprintf("HTTP/1.1 %d X\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", status, len(refusal), refusal))
+			sent := make(chan struct{})
+			go func() { // ends with the client's connection, at the latest
+				defer close(sent)
+				io.Copy(client.Conn, io.LimitReader(filler{}, 50000000-4))
+			}()
+			if got := client.receive(); !strings.HasPrefix(got.line, fmt.Sprintf("HTTP/1.1 %d ", status)) || string(got.body) != refusal {
+				t.Errorf("%s: got %s %s", path, got.line, got.body)
+			}
+			up.Close()
+			client.Close()
+			<-sent
+			if ex := rg.ended(); ex.Status != status || ex.Outcome != ClientError && ex.Outcome != UpstreamError {
+				t.Errorf("%s: told as %+v", path, ex)
+			}
+		}
+	}
+}
+
+// TestOverMaxBody: a body that is too long to look at streams through as it is; its first bytes are with the upstream
+// before the client has sent the last (F17).
+func TestOverMaxBody(t *testing.T) {
+	const max = 100 << 10
+	head := `{"model":"m","prompt":"`
+	for _, path := range []string{"/api/chat", "/v1/chat/completions"} {
+		for _, chunked := range []bool{false, true} {
+			f := newFake(t, nil)
+			rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, "", "24h"), MaxBody: max})
+			body := head + strings.Repeat("x", 3*max) + `"}`
+			client := rg.dial()
+			request := "POST " + path + " HTTP/1.1\r\nHost: localhost\r\n"
+			if chunked {
+				client.send(request + "Transfer-Encoding: chunked\r\n\r\n")
+				client.chunk(body[:2*max])
+			} else {
+				client.send(request + fmt.Sprintf("Content-Length: %d\r\n\r\n", len(body)) + body[:2*max])
+			}
+			up := f.accept()
+			got := up.mustHead()
+			if got.chunked != chunked || !chunked && got.value("Content-Length") != fmt.Sprint(len(body)) {
+				t.Errorf("chunked %v: went as %+v", chunked, got)
+			}
+			if _, err := up.br.Peek(len(head)); err != nil { // the client has more to send
+				t.Fatal(err)
+			}
+			if chunked {
+				client.chunk(body[2*max:])
+				client.send("0\r\n\r\n")
+			} else {
+				client.send(body[2*max:])
+			}
+			if err := up.rest(&got); err != nil || string(got.body) != body {
+				t.Errorf("chunked %v: %d bytes arrived, want %d, %v", chunked, len(got.body), len(body), err)
+			}
+			up.send(answer(200, "a/b", "{}"))
+			if got := client.receive(); got.line != "HTTP/1.1 200 OK" {
+				t.Errorf("got %+v", got)
+			}
+			if ex := rg.ended(); ex.Unedited != UneditedTooLarge || ex.BytesIn != int64(len(body)) || ex.KeepAlive != "" {
+				t.Errorf("told as %+v", ex)
+			}
+		}
+	}
+}
+
+// filler is an endless body.
+type filler struct{}
+
+func (filler) Read(p []byte) (int, error) { return len(p), nil }
+
+// TestBlobMemory: 200 MB in chunks to /api/blobs pass with flat memory (F17).
+func TestBlobMemory(t *testing.T) {
+	const size = 200 << 20
+	sink := &discardUpstream{}
+	rg := newRig(t, newFake(t, nil).URL, &Handler{Transport: sink})
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	res, err := rg.http.Post(rg.URL+"/api/blobs/sha256:00", "application/octet-stream", struct{ io.Reader }{io.LimitReader(filler{}, size)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	res.Body.Close()
+	runtime.ReadMemStats(&after)
+	if sink.n != size {
+		t.Errorf("%d bytes arrived", sink.n)
+	}
+	if used := after.TotalAlloc - before.TotalAlloc; used > 16<<20 {
+		t.Errorf("%d bytes were allocated for %d", used, size)
+	}
+	if ex := rg.ended(); ex.BytesIn != size {
+		t.Errorf("told as %+v", ex)
+	}
+}
+
+// discardUpstream reads a request's body and answers.
+type discardUpstream struct{ n int64 }
+
+func (d *discardUpstream) RoundTrip(r *http.Request) (*http.Response, error) {
+	var err error
+	if d.n, err = io.CopyBuffer(struct{ io.Writer }{io.Discard}, r.Body, make([]byte, 32<<10)); err != nil {
+		return nil, err
+	}
+	return &http.Response{StatusCode: 201, Request: r, Header: http.Header{}, Body: http.NoBody}, nil
+}
+
+// TestMultipart: audio for transcription goes through untouched, boundary and all.
+func TestMultipart(t *testing.T) {
+	f := newFake(t, okAnswer)
+	rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, "", "24h")})
+	var buf bytes.Buffer
+	mw := multipart.NewWriter(&buf)
+	mw.WriteField("model", "whisper")
+	part, err := mw.CreateFormFile("file", "a.wav")
+	if err != nil {
+		t.Fatal(err)
+	}
+	part.Write(pattern(300<<10, 1))
+	mw.Close()
+	rg.do("POST", "/v1/audio/transcriptions", buf.String(), "Content-Type: "+mw.FormDataContentType())
+	if got := f.next(); !bytes.Equal(got.body, buf.Bytes()) || got.value("Content-Type") != mw.FormDataContentType() || got.value("Content-Length") != fmt.Sprint(buf.Len()) {
+		t.Errorf("went as %q, %d bytes", got.headers, len(got.body))
+	}
+}
+
+// TestModelNames: what a request's model is told as, and what it is the same as (F18). The name in the body is never rewritten.
+func TestModelNames(t *testing.T) {
+	f := newFake(t, okAnswer)
+	rg := newRig(t, f.URL, &Handler{})
+	for model, key := range map[string]string{
+		"qwen": "registry.ollama.ai/library/qwen:latest", "QWEN": "registry.ollama.ai/library/qwen:latest", "qwen:latest": "registry.ollama.ai/library/qwen:latest",
+		"registry.ollama.ai/library/qwen": "registry.ollama.ai/library/qwen:latest", "qwen:1b": "registry.ollama.ai/library/qwen:1b",
+		"team/x:q4_k_m": "registry.ollama.ai/team/x:q4_k_m", "Team/X:Q4_K_M": "registry.ollama.ai/team/x:q4_k_m",
+		"hf.co/u/r:q4_k_m": "hf.co/u/r:q4_k_m", "hf.co/u/R:Q4_K_M": "hf.co/u/r:q4_k_m", "localhost:5000/a/b:c": "localhost:5000/a/b:c",
+		"x:": "", "": "", ":x": "", "a b": "", "/": "", "a/": "", "a\\b": "", "m\u0131": "", "\u00e9": "", strings.Repeat("x", 400): "",
+	} {
+		if got := upstream.ModelKey(model); got != key {
+			t.Errorf("ModelKey(%q) = %q, want %q", model, got, key)
+		}
+		for _, path := range []string{"/api/chat", "/v1/chat/completions", "/v1/messages", "/api/embed"} {
+			body := fmt.Sprintf(`{"model":%q}`, model)
+			rg.post(path, body)
+			if got := f.next(); string(got.body) != body {
+				t.Errorf("%s went as %s", body, got.body)
+			}
+			if ex := rg.ended(); ex.Model != model && ex.Unedited == "" {
+				t.Errorf("%s: model %q", body, ex.Model)
+			}
+		}
+	}
+}

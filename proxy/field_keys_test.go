@@ -1,0 +1,240 @@
+package proxy
+
+import (
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const theKey = "sk-proxy-3f9a"
+
+func withKeys(t *testing.T, text string) Guard {
+	t.Helper()
+	keys, err := ParseKeys(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return Guard{Keys: keys}
+}
+
+// TestKeysOff: without a key check, whatever clients send as credentials is for the upstream (F24).
+func TestKeysOff(t *testing.T) {
+	f := newFake(t, okAnswer)
+	rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, "", "24h")})
+	for _, path := range []string{"/api/chat", "/v1/chat/completions", "/v1/messages", "/api/tags", "/", "/api/pull"} {
+		for _, header := range []string{"Authorization: Bearer dummy", "Authorization: Bearer ", "Authorization: Basic dXNlcjpwYXNz", "X-Api-Key: sk-ant-123", "X-Api-Key: ollama", "Api-Key: azure", "Authorization: ollama"} {
+			client := rg.dial()
+			client.send(rawPost(path, `{"model":"m"}`, header))
+			client.receive()
+			client.Close()
+			name, value, _ := strings.Cut(header, ": ")
+			if got := f.next(); !slices.Equal(got.values(name), []string{strings.TrimSpace(value)}) {
+				t.Errorf("%s %s went as %q", path, header, got.headers)
+			}
+		}
+	}
+}
+
+// TestKeysOn: who gets in with what, and what of it the upstream sees.
+func TestKeysOn(t *testing.T) {
+	f := newFake(t, okAnswer)
+	rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, "", "24h"), Guard: withKeys(t, "# people\n\n"+theKey+"\n  second-key  \r\nthird:key=\n")})
+	for _, tt := range []struct {
+		path    string
+		headers []string
+		in      bool
+		kept    []string // of the credentials, what the upstream sees
+	}{
+		{"/api/chat", []string{"Authorization: Bearer " + theKey}, true, nil},
+		{"/api/chat", []string{"Authorization: bearer " + theKey}, true, nil},
+		{"/api/chat", []string{"Authorization: BEARER  " + theKey + " "}, true, nil},
+		{"/api/chat", []string{"authorization: Bearer second-key"}, true, nil},
+		{"/api/chat", []string{"Authorization: Bearer third:key="}, true, nil},
+		{"/v1/chat/completions", []string{"Authorization: Bearer " + theKey}, true, nil},
+		{"/v1/messages", []string{"X-Api-Key: " + theKey}, true, nil},
+		{"/v1/messages/count_tokens", []string{"X-Api-Key: " + theKey}, true, nil},
+		{"/v1/messages", []string{"Authorization: Bearer " + theKey}, true, nil},
+		{"/v1/messages", []string{"Authorization: Bearer " + theKey, "X-Api-Key: for-upstream"}, true, []string{"X-Api-Key: for-upstream"}},
+		{"/v1/messages", []string{"Authorization: Bearer for-upstream", "X-Api-Key: " + theKey}, true, []string{"Authorization: Bearer for-upstream"}},
+		{"/v1/messages", []string{"Authorization: Bearer second-key", "X-Api-Key: " + theKey}, true, nil},
+		// A client may send its key in both headers on every path; none of them is for the upstream.
+		{"/api/chat", []string{"Authorization: Bearer " + theKey, "X-Api-Key: " + theKey}, true, nil},
+		{"/v1/chat/completions", []string{"Authorization: Bearer second-key", "X-Api-Key: " + theKey}, true, nil},
+		{"/api/chat", []string{"Authorization: Bearer " + theKey, "X-Api-Key: for-upstream"}, true, []string{"X-Api-Key: for-upstream"}},
+		{"/api/chat", []string{"Authorization: Bearer " + theKey, "Cookie: a=b"}, true, nil},
+
+		{"/api/chat", nil, false, nil},
+		{"/api/chat", []string{"Authorization: Bearer dummy"}, false, nil},
+		{"/api/chat", []string{"Authorization: Bearer " + theKey + "x"}, false, nil},
+		{"/api/chat", []string{"Authorization: Bearer " + theKey[1:]}, false, nil},
+		{"/api/chat", []string{"Authorization: Bearer " + strings.ToUpper(theKey)}, false, nil},
+		{"/api/chat", []string{"Authorization: Bearer"}, false, nil},
+		{"/api/chat", []string{"Authorization: Bearer "}, false, nil},
+		{"/api/chat", []string{"Authorization: " + theKey}, false, nil},
+		{"/api/chat", []string{"Authorization: Basic " + theKey}, false, nil},
+		{"/api/chat", []string{"Authorization: Token " + theKey}, false, nil},
+		{"/api/chat", []string{"Authorization: Bearer # people"}, false, nil},
+		{"/api/chat", []string{"Authorization: Bearer " + theKey + " second-key"}, false, nil},
+		{"/api/chat", []string{"X-Api-Key: " + theKey}, false, nil}, // Anthropic's header is for Anthropic's paths
+		{"/api/chat?key=" + theKey, nil, false, nil},
+		{"/api/chat", []string{"Cookie: Authorization=" + theKey}, false, nil},
+		{"/v1/messages", []string{"X-Api-Key: dummy"}, false, nil},
+		{"/v1/messages", []string{"X-Api-Key:"}, false, nil},
+		{"/_cacheproxy/none", nil, false, nil},
+		{"/metrics", nil, false, nil},
+		{"/api/version", nil, false, nil}, {"/api/tags", nil, false, nil}, {"/unknown", nil, false, nil}, {"//", nil, false, nil}, {"/_cacheproxy/healthx", nil, false, nil},
+	} {
+		name := fmt.Sprint(tt.path, tt.headers)
+		client := rg.dial()
+		client.send(rawPost(tt.path, `{"model":"m"}`, append(tt.headers, "X-Other: 1")...))
+		res := client.receive()
+		client.Close()
+		rg.ended()
+		if !tt.in {
+			if !strings.HasPrefix(res.line, "HTTP/1.1 401 ") {
+				t.Errorf("%s: %s", name, res.line)
+			}
+			f.none()
+			continue
+		}
+		if !strings.HasPrefix(res.line, "HTTP/1.1 200 ") {
+			t.Errorf("%s: %s %s", name, res.line, res.body)
+			continue
+		}
+		got := f.next()
+		var creds []string
+		for _, h := range got.headers {
+			if k, _, _ := strings.Cut(h, ":"); k == "Authorization" || k == "X-Api-Key" {
+				creds = append(creds, h)
+			}
+			if strings.Contains(h, theKey) || strings.Contains(h, "second-key") || strings.Contains(h, "third") {
+				t.Errorf("%s: the upstream got %q", name, h)
+			}
+		}
+		if !slices.Equal(creds, tt.kept) || got.value("X-Other") != "1" {
+			t.Errorf("%s went with %q, want %q", name, got.headers, tt.kept)
+		}
+	}
+	for _, secret := range []string{theKey, "second-key", "third:key", "dummy", "for-upstream"} {
+		if strings.Contains(strings.ReplaceAll(rg.log.String(), "?key="+theKey, ""), secret) {
+			t.Errorf("the log tells %q", secret)
+		}
+	}
+}
+
+// TestKeyRefusalShapes: 401 in the dialect of the path, with the CORS headers that let a web page read it.
+func TestKeyRefusalShapes(t *testing.T) {
+	f := newFake(t, okAnswer)
+	rg := newRig(t, f.URL, &Handler{Guard: withKeys(t, theKey)})
+	for path, read := range dialects {
+		if path == "/" {
+			continue // a GET of it needs no key
+		}
+		for _, method := range []string{"GET", "POST", "DELETE"} {
+			res, text := rg.do(method, path, "", "Origin: https://localhost")
+			message, kind, err := read(text)
+			if res.StatusCode != 401 || err != nil || !strings.Contains(message, "API key") || strings.HasPrefix(path, "/v1/") && kind != "authentication_error" {
+				t.Errorf("%s %s: %d %q, %v", method, path, res.StatusCode, text, err)
+			}
+			if res.Header.Get("WWW-Authenticate") != "Bearer" || res.Header.Get("Access-Control-Allow-Origin") != "https://localhost" || res.Header.Get("Content-Type") != "application/json; charset=utf-8" {
+				t.Errorf("%s %s: headers %v", method, path, res.Header)
+			}
+			if ex := rg.ended(); ex.Outcome != Refused || ex.Status != 401 {
+				t.Errorf("told as %+v", ex)
+			}
+		}
+	}
+	f.none()
+}
+
+// TestKeyless: probes and preflights need no key; everything else does.
+func TestKeyless(t *testing.T) {
+	f := newFake(t, func(r received) string {
+		if strings.HasPrefix(r.line, "HEAD") {
+			return "HTTP/1.1 200 OK\r\nContent-Length: 17\r\n\r\n"
+		}
+		return answer(200, "text/plain", "Ollama is running")
+	})
+	metrics := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "a_metric 1\n") })
+	rg := newRig(t, f.URL, &Handler{Guard: withKeys(t, theKey), Metrics: metrics})
+	for _, tt := range []struct {
+		method, path, header string
+		want                 int
+	}{
+		{"GET", "/", "", 200}, {"HEAD", "/", "", 200}, {"GET", "/", "Authorization: Bearer dummy", 200}, {"HEAD", "/", "Authorization: Bearer " + theKey, 200}, {"POST", "/", "", 401}, {"DELETE", "/", "", 401},
+		{"GET", pathHealth, "", 200}, {"HEAD", pathHealth, "", 200}, {"POST", pathHealth, "", 401},
+		{"GET", pathReady, "", 503}, {"HEAD", pathReady, "", 503},
+		{"GET", PathMetrics, "", 401}, {"HEAD", PathMetrics, "", 401}, {"GET", PathMetrics, "Authorization: Bearer " + theKey, 200}, {"GET", PathMetrics, "Authorization: Bearer x", 401},
+		{"GET", "/_cacheproxy/none", "Authorization: Bearer " + theKey, 404}, {"GET", "/_cacheproxy/", "", 401},
+		{"OPTIONS", "/api/chat", "Origin: http://localhost:5173", 204}, {"OPTIONS", "/v1/messages", "Origin: app://x", 204}, {"OPTIONS", PathMetrics, "Origin: http://localhost", 204},
+		{"OPTIONS", "/api/chat", "Origin: http://evil.example", 403}, {"GET", "/", "Origin: http://evil.example", 403}, {"GET", pathHealth, "Origin: http://evil.example", 403},
+		{"GET", pathHealth, "Host: evil.example", 403}, {"GET", PathMetrics, "Host: evil.example", 403},
+		{"HEAD", "/api/tags", "", 401}, {"GET", "/api/version", "", 401}, {"GET", "/%2F", "", 401}, {"GET", "/?x=y", "", 200},
+	} {
+		var headers []string
+		if tt.header != "" {
+			headers = append(headers, tt.header)
+		}
+		res, text := rg.do(tt.method, tt.path, "", headers...)
+		if res.StatusCode != tt.want {
+			t.Errorf("%s %s %q: %d %s, want %d", tt.method, tt.path, tt.header, res.StatusCode, text, tt.want)
+		}
+	}
+	for len(f.reqs) > 0 {
+		if got := f.next(); strings.Contains(fmt.Sprint(got.headers), theKey) || !strings.Contains(got.line, " / ") && !strings.Contains(got.line, " /?x=y ") {
+			t.Errorf("the upstream got %s %q", got.line, got.headers)
+		}
+	}
+}
+
+// TestCORSOnOwnAnswers: a web page can read what the proxy says itself; what the upstream says of CORS is replaced, not
+// doubled (F24).
+func TestCORSOnOwnAnswers(t *testing.T) {
+	const origin = "http://localhost:5173"
+	f := newFake(t, func(received) string {
+		return "HTTP/1.1 200 OK\r\nAccess-Control-Allow-Origin: *\r\nAccess-Control-Allow-Credentials: true\r\nVary: Accept-Encoding\r\nContent-Length: 2\r\n\r\n{}"
+	})
+	rg := newRig(t, f.URL, &Handler{})
+	for path, status := range map[string]int{"/api/tags": 200, "/v1/models": 200, "/_cacheproxy/none": 404, pathHealth: 200, pathReady: 503} {
+		res, _ := rg.do("GET", path, "", "Origin: "+origin)
+		h := res.Header
+		if res.StatusCode != status || !slices.Equal(h["Access-Control-Allow-Origin"], []string{origin}) || h["Access-Control-Allow-Credentials"] != nil || !slices.Contains(h["Vary"], "Origin") {
+			t.Errorf("%s: %d %v", path, res.StatusCode, h)
+		}
+		if status == 200 && path != pathHealth && !slices.Contains(h["Vary"], "Accept-Encoding") {
+			t.Errorf("%s: the upstream's Vary is lost: %v", path, h)
+		}
+		// What is no page of another origin gets the upstream's own words.
+		res, _ = rg.do("GET", path, "")
+		if h := res.Header; path[1] != '_' && (h.Get("Access-Control-Allow-Origin") != "*" || slices.Contains(h["Vary"], "Origin")) {
+			t.Errorf("%s without an Origin: %v", path, h)
+		}
+	}
+	for len(f.reqs) > 0 { // the upstream would judge the page by another Host
+		if got := f.next(); got.values("Origin") != nil {
+			t.Errorf("the upstream got Origin %q", got.values("Origin"))
+		}
+	}
+	res, text := rg.do("GET", "/v1/models", "", "Origin: http://evil.example")
+	if res.StatusCode != 403 || res.Header.Get("Access-Control-Allow-Origin") != "" || !strings.Contains(text, "permission_error") {
+		t.Errorf("%d %v %s", res.StatusCode, res.Header, text)
+	}
+}
+
+func TestParseKeys(t *testing.T) {
+	for text, n := range map[string]int{"a": 1, "a\nb\n": 2, "# x\na\n\n#b\n": 1, "a\r\nb\r\n": 2} {
+		k, err := ParseKeys(text)
+		if err != nil || k.Len() != n {
+			t.Errorf("%q: %v, %v", text, k, err)
+		}
+	}
+	for _, text := range []string{"", "\n\n", "# only\n", "a b\n", "a\tb"} {
+		if k, err := ParseKeys(text); err == nil {
+			t.Errorf("%q gives %d keys", text, k.Len())
+		} else if strings.Contains(text, "a") && strings.Contains(err.Error(), "a b") {
+			t.Errorf("the error tells the key: %v", err)
+		}
+	}
+}

@@ -1,0 +1,371 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/ollama/ollama/api"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
+)
+
+func TestTouchOncePerLoad(t *testing.T) {
+	inBed(t, keep(t, "", "24h"), func(b *bed) {
+		b.foreign("m", time.Second)
+		b.want(time.Minute, "m 24h0m0s")
+		asked := b.k.asked
+		b.want(time.Hour)
+		if b.k.asked != asked {
+			t.Errorf("/api/ps is asked %d times while nothing happens", b.k.asked-asked)
+		}
+		for range 5 { // later requests of the same load: Ollama keeps what was set
+			u := b.r.beginForeign(upstream.ModelKey("M:latest"), "M:latest", false)
+			u.answer()
+			time.Sleep(3 * time.Second)
+			b.k.loadFor("m", 24*time.Hour)
+			u.end()
+			b.want(10 * time.Second)
+		}
+		// Evicted, which a poll notices, and loaded anew.
+		b.k.evict("m")
+		b.r.polled(upstream.State{Polled: time.Now(), Up: true, LoadedKnown: true})
+		b.want(time.Hour)
+		b.foreign("m", time.Second)
+		b.want(time.Minute, "m 24h0m0s")
+		// Evicted and loaded anew between two polls.
+		b.k.evict("m")
+		b.foreign("m", time.Second)
+		b.want(time.Minute, "m 24h0m0s")
+		// The same while a native request brought it back.
+		b.k.evict("m")
+		b.native("m", "")
+		b.want(time.Minute)
+	})
+}
+
+func TestTouchAfterRestart(t *testing.T) {
+	for name, states := range map[string][]upstream.State{
+		"restarted between polls": {{Up: true, Restarted: true, LoadedKnown: true}},
+		"ps failed after it":      {{Up: true, Restarted: true}},
+		"seen down":               {{Err: errors.New("down")}, {Up: true, Restarted: true, LoadedKnown: true}},
+		"seen down only":          {{Err: errors.New("down")}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBed(t, keep(t, "", "24h"), func(b *bed) {
+				b.foreign("m", time.Second)
+				b.want(time.Minute, "m 24h0m0s")
+				b.k.evict("m")
+				for _, st := range states {
+					st.Polled = time.Now()
+					b.r.polled(st)
+					b.want(5 * time.Second)
+				}
+				b.foreign("m", time.Second)
+				b.want(time.Minute, "m 24h0m0s")
+			})
+		})
+	}
+}
+
+func TestTouchLongRequest(t *testing.T) {
+	inBed(t, keep(t, "", "24h"), func(b *bed) {
+		// Loading takes its time: nothing is sent before the model is there.
+		u := b.r.beginForeign(upstream.ModelKey("m"), "m", false)
+		b.want(2 * time.Minute)
+		b.k.load("m")
+		b.k.mu.Lock()
+		b.k.busy["m"] = true // its expiry does not move while it runs
+		b.k.mu.Unlock()
+		u.answer()
+		b.want(20*time.Minute, "m 24h0m0s")
+		b.k.mu.Lock()
+		b.k.busy["m"] = false
+		b.k.mu.Unlock()
+		b.k.loadFor("m", 24*time.Hour)
+		u.end()
+		b.want(time.Hour)
+	})
+}
+
+// TestTouchBusyElsewhere: somebody who uses Ollama directly keeps the model busy, so that /api/ps goes on telling an
+// expiry from before the touch. That is no reason to touch again and again.
+func TestTouchBusyElsewhere(t *testing.T) {
+	inBed(t, keep(t, "", "24h"), func(b *bed) {
+		b.k.busy["m"] = true
+		b.foreign("m", time.Second)
+		time.Sleep(10 * time.Minute)
+		synctest.Wait()
+		if got := b.k.taken(); len(got) == 0 || len(got) > int(10*time.Minute/touchPause)+1 {
+			t.Errorf("%d touches in ten minutes of one load", len(got))
+		}
+	})
+}
+
+// TestTouchNeverBringsBack: what is not loaded is not touched, whatever was unloaded, evicted or never there.
+func TestTouchNeverBringsBack(t *testing.T) {
+	for name, leave := range map[string]func(b *bed){
+		"never there": func(b *bed) { b.k.evict("m") },
+		"evicted at once": func(b *bed) {
+			b.k.evict("m")
+			b.r.polled(upstream.State{Polled: time.Now(), Up: true, LoadedKnown: true})
+		},
+		"unloaded by a client": func(b *bed) { b.native("m", "0") },
+		"unloaded as text":     func(b *bed) { b.native("M:latest", `"0s"`) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBed(t, keep(t, "", "24h"), func(b *bed) {
+				u := b.r.beginForeign(upstream.ModelKey("m"), "m", false) // refused or failed: never answered
+				b.k.load("m")
+				leave(b)
+				u.end()
+				b.want(time.Hour)
+			})
+		})
+	}
+}
+
+func TestTouchAfterUnload(t *testing.T) {
+	inBed(t, keep(t, "", "24h"), func(b *bed) {
+		b.foreign("m", time.Second)
+		b.want(time.Minute, "m 24h0m0s")
+		b.native("m", "0")
+		b.want(time.Hour)
+		b.foreign("m", time.Second) // real traffic brings it back
+		b.want(time.Minute, "m 24h0m0s")
+	})
+	inBed(t, keep(t, "", "24h"), func(b *bed) { // unloaded while a request of another client runs
+		u := b.r.beginForeign(upstream.ModelKey("m"), "m", false)
+		b.k.load("m")
+		b.native("m", "0")
+		b.k.load("m") // Ollama unloads when the running request is over
+		u.answer()
+		b.want(time.Minute)
+		b.k.evict("m")
+		u.end()
+		b.want(time.Hour)
+	})
+}
+
+// TestUnloadDuringTouch: the touch may have loaded the model again, so the unload is repeated.
+func TestUnloadDuringTouch(t *testing.T) {
+	inBed(t, keep(t, "", "24h"), func(b *bed) {
+		once := true
+		b.k.during = func(context.Context, string) {
+			if once {
+				once = false
+				b.native("m", "0")
+				b.k.loadFor("m", 24*time.Hour) // which the touch has brought back
+			}
+		}
+		b.foreign("m", time.Second)
+		b.want(time.Minute, "m 24h0m0s", "m 0s")
+		b.want(time.Hour)
+		if len(b.k.expires) > 0 {
+			t.Error("the model is still loaded")
+		}
+	})
+}
+
+func TestTouchRefused(t *testing.T) {
+	inBed(t, keep(t, "", "24h"), func(b *bed) {
+		b.k.refusing(func(string, bool) error { return api.StatusError{StatusCode: http.StatusServiceUnavailable} })
+		b.foreign("m", time.Second)
+		b.want(touchPause-5*time.Second, "m 24h0m0s")
+		b.want(10*time.Second, "m 24h0m0s")
+		for range 5 { // traffic does not shorten the pause
+			b.foreign("m", 100*time.Millisecond)
+		}
+		b.want(touchPause - 10*time.Second)
+		b.k.refusing(nil)
+		b.want(time.Minute, "m 24h0m0s")
+		b.want(time.Hour)
+	})
+	inBed(t, keep(t, "", "24h"), func(b *bed) { // one that is refused does not hold up another
+		b.k.refuse = func(model string, _ bool) error {
+			if model == "bad" {
+				return errors.New("no")
+			}
+			return nil
+		}
+		b.foreign("bad", time.Second)
+		b.want(5*time.Second, "bad 24h0m0s")
+		b.foreign("good", time.Second)
+		b.want(5*time.Second, "good 24h0m0s")
+	})
+	inBed(t, keep(t, "", "24h"), func(b *bed) { // /api/ps does not answer for a while
+		b.k.down = true
+		b.foreign("m", time.Second)
+		b.want(time.Minute)
+		b.k.mu.Lock()
+		if b.k.asked > 70 {
+			t.Errorf("/api/ps was asked %d times in a minute", b.k.asked)
+		}
+		b.k.down = false
+		b.k.mu.Unlock()
+		b.want(time.Minute, "m 24h0m0s")
+	})
+}
+
+func TestTouchEmbeddings(t *testing.T) {
+	inBed(t, keep(t, "", "24h"), func(b *bed) { // asked for embeddings
+		u := b.r.beginForeign(upstream.ModelKey("e"), "e", true)
+		b.k.load("e")
+		u.answer()
+		u.end()
+		b.want(time.Minute, "e 24h0m0s embed")
+		b.want(time.Hour)
+	})
+	inBed(t, keep(t, "", "24h"), func(b *bed) { // can do nothing else, which Ollama says with 400
+		b.k.refuse = func(_ string, embedding bool) error {
+			if !embedding {
+				return api.StatusError{StatusCode: http.StatusBadRequest, ErrorMessage: `"e" does not support generate`}
+			}
+			return nil
+		}
+		b.foreign("e", time.Second)
+		b.want(time.Minute, "e 24h0m0s", "e 24h0m0s embed")
+		b.want(time.Hour)
+	})
+}
+
+// TestNativeNeedsNoTouch: the native path keeps a model by its own requests.
+func TestNativeNeedsNoTouch(t *testing.T) {
+	inBed(t, keep(t, "", "24h", "off=off"), func(b *bed) {
+		b.native("m", "")
+		b.native("m", `"5m"`)
+		b.native("n", "-1")
+		b.native("off", "")
+		b.want(time.Hour)
+		b.foreign("off", time.Second) // nothing is promised for it
+		b.want(time.Hour)
+		asked := b.k.asked
+		b.want(time.Hour)
+		if b.k.asked != asked {
+			t.Errorf("/api/ps was asked %d times for a model that is left alone", b.k.asked-asked)
+		}
+	})
+}
+
+// TestClientsOwnValueHolds: a client that states a native keep_alive is respected by the touches, until the model has
+// been loaded anew (F02, F03).
+func TestClientsOwnValueHolds(t *testing.T) {
+	use := func(b *bed, d time.Duration) { // a request through /v1 of the present load
+		u := b.r.beginForeign(upstream.ModelKey("m"), "m", false)
+		u.answer()
+		time.Sleep(time.Second)
+		b.k.loadFor("m", d)
+		u.end()
+	}
+	inBed(t, keep(t, "", "24h"), func(b *bed) { // shorter
+		b.native("m", `"10m"`)
+		use(b, 10*time.Minute)
+		b.want(time.Minute)
+		b.k.evict("m")
+		b.foreign("m", time.Second)
+		b.want(time.Minute, "m 24h0m0s")
+	})
+	inBed(t, keep(t, "", "24h"), func(b *bed) { // for ever
+		b.native("m", `-1`)
+		use(b, upstream.Forever)
+		b.want(time.Minute)
+		use(b, 5*time.Minute) // somebody else has shortened it, past the proxy
+		b.want(time.Minute, "m forever")
+	})
+	inBed(t, keep(t, AtLeast, "24h"), func(b *bed) {
+		b.native("m", `"10m"`)
+		use(b, 24*time.Hour)
+		b.want(time.Minute)
+		use(b, 5*time.Minute)
+		b.want(time.Minute, "m 24h0m0s")
+	})
+}
+
+// TestForceHoldsForTouches: under Force the operator's value wins over a client's longer one in the touches too.
+func TestForceHoldsForTouches(t *testing.T) {
+	inBed(t, keep(t, Force, "24h"), func(b *bed) {
+		b.native("m", `-1`) // goes upstream as 24h
+		b.k.evict("m")      // and is loaded anew before a poll notices
+		b.foreign("m", time.Second)
+		b.want(time.Minute, "m 24h0m0s")
+	})
+}
+
+func TestTouchSettings(t *testing.T) {
+	inBed(t, keep(t, "", "off", "a=1h", "b=-1", "c=90s"), func(b *bed) {
+		for _, m := range []string{"a", "B:latest", "library/c"} {
+			b.foreign(m, time.Second)
+			time.Sleep(10 * time.Second)
+		}
+		b.foreign("d", time.Second)
+		b.want(time.Minute, "a 1h0m0s", "B:latest forever", "library/c 1m30s")
+	})
+}
+
+// TestResidencyBound: any number of model names takes bounded room.
+func TestResidencyBound(t *testing.T) {
+	inBed(t, keep(t, "", "24h"), func(b *bed) {
+		var open []use
+		for i := range 3 * residencyModels {
+			name := fmt.Sprint("m", i)
+			open = append(open, b.r.beginForeign(upstream.ModelKey(name), name, false))
+		}
+		for _, u := range open {
+			u.end()
+		}
+		if n := b.r.models.Len(); n > residencyModels {
+			t.Errorf("%d models are remembered", n)
+		}
+		b.want(time.Hour)
+	})
+}
+
+// TestResidencyConcurrent has everything happen at once, for the race detector, and checks that the counts come out even.
+func TestResidencyConcurrent(t *testing.T) {
+	p := keep(t, AtLeast, "24h")
+	k := newFakeKeeper()
+	r := newResidency(k, p, func(string, error) {}, slog.New(slog.DiscardHandler))
+	ctx, cancel := context.WithCancel(t.Context())
+	var background, wg sync.WaitGroup
+	background.Go(func() { r.run(ctx) }) // ends with cancel
+	for g := range 8 {
+		wg.Go(func() {
+			for i := range 200 {
+				name := fmt.Sprint("m", (g+i)%5)
+				key := upstream.ModelKey(name)
+				var u use
+				switch i % 4 {
+				case 0, 1:
+					u = r.beginForeign(key, name, i%8 == 0)
+				case 2:
+					u, _, _ = r.beginNative(key, name, fields{keepAlive: keepAliveSet, duration: time.Duration(i%3) * time.Minute})
+				case 3:
+					u, _, _ = r.beginNative(key, name, fields{})
+				}
+				k.load(name)
+				u.answer()
+				if i%7 == 0 {
+					r.polled(upstream.State{Polled: time.Now(), Up: i%2 == 0, LoadedKnown: true})
+				}
+				if i%11 == 0 {
+					r.check(ctx)
+				}
+				u.end()
+			}
+		})
+	}
+	wg.Wait()
+	cancel()
+	background.Wait()
+	for _, m := range r.models.Values() {
+		if m.inFlight != 0 {
+			t.Errorf("%s has %d requests in flight at the end", m.name, m.inFlight)
+		}
+	}
+}

@@ -1,0 +1,301 @@
+// Command demo shows what the proxy is for, on a real Ollama with a small real model and an unmodified Python client: the
+// same questions directly and through the proxy, and what becomes of the model when nobody asks for a while.
+//
+//	go run ./integration/cmd/demo
+//	go run ./integration/cmd/demo -era 0.24.0
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	_ "embed"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"time"
+
+	"github.com/ollama/ollama/api"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
+)
+
+//go:embed client.py
+var clientScript string
+
+//go:embed requirements.txt
+var requirements string
+
+const (
+	model = "smollm2"
+	// serverKeepAlive stands for Ollama's default of five minutes, so that nobody has to wait for those.
+	serverKeepAlive = 5 * time.Second
+)
+
+var questions = []string{
+	"What is the capital of France?",
+	"Name three colours.",
+	"Why is the sky blue?",
+	"What is two plus two?",
+}
+
+func main() {
+	era := flag.String("era", realollama.EraC, "version of Ollama: "+strings.Join(realollama.Versions(), ", "))
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, *era, os.Stdout); err != nil {
+		fmt.Fprintln(os.Stderr, "demo:", err)
+		os.Exit(1)
+	}
+}
+
+// outcome is what one way of asking came to.
+type outcome struct {
+	answers  []string
+	stays    bool          // the model is still loaded when the server's own keep_alive is over
+	expires  time.Duration // until it would be dropped, if it stays
+	nextLoad time.Duration // how long the next question waited for the model
+	loads    int           // by the server's log
+}
+
+func run(ctx context.Context, era string, out io.Writer) (err error) {
+	cache, err := realollama.OpenCache(os.Stderr)
+	if err != nil {
+		return err
+	}
+	python, err := cache.PythonEnv(ctx, "demo", requirements, "20 MB, under a minute")
+	if err != nil {
+		return err
+	}
+	dir, err := os.MkdirTemp("", "ollama-cacheproxy-demo-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	script := filepath.Join(dir, "client.py")
+	if err := os.WriteFile(script, []byte(clientScript), 0o644); err != nil {
+		return err
+	}
+	binary := filepath.Join(dir, "ollama-cacheproxy")
+	build := exec.CommandContext(ctx, "go", "build", "-o", binary, "github.com/ollama-cacheproxy/ollama-cacheproxy/cmd/ollama-cacheproxy")
+	if text, err := build.CombinedOutput(); err != nil {
+		return fmt.Errorf("building the proxy: %w\n%s", err, text)
+	}
+
+	server, err := realollama.Run(ctx, realollama.Config{Version: era, Models: []string{model}, KeepAlive: serverKeepAlive.String()}, nil)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, server.Stop()) }()
+	p, err := startProxy(ctx, binary, server.URL())
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, p.stop()) }()
+
+	fmt.Fprintf(out, "Ollama %s with %s at %s; it drops a model %v after the last request.\nollama-cacheproxy at %s. The client is Python's ollama package, told by OLLAMA_HOST alone where to go.\n\n",
+		server.Version(), model, server.URL(), serverKeepAlive, p.url)
+	d := demo{ctx: ctx, server: server, python: python, script: script, out: out}
+	direct, err := d.ask("directly", server.URL())
+	if err != nil {
+		return err
+	}
+	proxied, err := d.ask("through the proxy", p.url)
+	if err != nil {
+		return err
+	}
+	return report(out, direct, proxied)
+}
+
+type demo struct {
+	ctx            context.Context
+	server         *realollama.Server
+	python, script string
+	out            io.Writer
+}
+
+// ask puts the questions from a cold start, waits for longer than the server keeps a model, and asks once more.
+func (d demo) ask(way, host string) (o outcome, err error) {
+	if err := d.unload(); err != nil {
+		return o, err
+	}
+	mark := d.server.Mark()
+	fmt.Fprintf(d.out, "%s: %d questions …\n", way, len(questions))
+	first, err := d.client(host, questions...)
+	if err != nil {
+		return o, err
+	}
+	for i, a := range first {
+		fmt.Fprintf(d.out, "  %-32s %.60q\n", questions[i], a.Text)
+		o.answers = append(o.answers, a.Text)
+	}
+	fmt.Fprintf(d.out, "  … and nothing for %v …\n", 2*serverKeepAlive)
+	select {
+	case <-d.ctx.Done():
+		return o, d.ctx.Err()
+	case <-time.After(2 * serverKeepAlive):
+	}
+	ps, err := d.loaded()
+	if err != nil {
+		return o, err
+	}
+	for _, m := range ps {
+		o.stays, o.expires = true, time.Until(m.ExpiresAt)
+	}
+	next, err := d.client(host, questions[0])
+	if err != nil {
+		return o, err
+	}
+	o.answers = append(o.answers, next[0].Text)
+	o.nextLoad = time.Duration(next[0].LoadSeconds * float64(time.Second))
+	o.loads = d.server.Loads(mark)
+	return o, nil
+}
+
+type answer struct {
+	Text        string  `json:"text"`
+	LoadSeconds float64 `json:"load_seconds"`
+}
+
+func (d demo) client(host string, questions ...string) ([]answer, error) {
+	cmd := exec.CommandContext(d.ctx, d.python, append([]string{d.script, model}, questions...)...)
+	cmd.Env = append(os.Environ(), "OLLAMA_HOST="+host)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return nil, fmt.Errorf("running the Python client: %w\n%s", err, stderr.Bytes())
+	}
+	var answers []answer
+	for dec := json.NewDecoder(bytes.NewReader(out)); ; {
+		var a answer
+		if err := dec.Decode(&a); err == io.EOF {
+			return answers, nil
+		} else if err != nil {
+			return nil, fmt.Errorf("reading the Python client's answers: %w", err)
+		}
+		answers = append(answers, a)
+	}
+}
+
+func (d demo) loaded() ([]api.ProcessModelResponse, error) {
+	var ps api.ProcessResponse
+	res, err := http.Get(d.server.URL() + "/api/ps")
+	if err != nil {
+		return nil, err
+	}
+	defer res.Body.Close()
+	err = json.NewDecoder(res.Body).Decode(&ps)
+	return ps.Models, err
+}
+
+// unload has both ways begin with nothing loaded.
+func (d demo) unload() error {
+	res, err := http.Post(d.server.URL()+"/api/generate", "application/json", strings.NewReader(`{"model":"`+model+`","keep_alive":0}`))
+	if err != nil {
+		return err
+	}
+	res.Body.Close()
+	for {
+		ps, err := d.loaded()
+		if err != nil || len(ps) == 0 {
+			return err
+		}
+		select {
+		case <-d.ctx.Done():
+			return d.ctx.Err()
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+func report(out io.Writer, direct, proxied outcome) error {
+	stays := func(o outcome) string {
+		if o.stays {
+			return "yes, for " + o.expires.Round(time.Minute).String()
+		}
+		return "no, dropped"
+	}
+	equal := slices.Equal(direct.answers, proxied.answers)
+	same := "equal"
+	if !equal {
+		same = "DIFFERENT"
+	}
+	fmt.Fprintln(out)
+	t := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
+	fmt.Fprintf(t, "\tdirectly\tthrough the proxy\n")
+	fmt.Fprintf(t, "answers\t%d\t%d, %s\n", len(direct.answers), len(proxied.answers), same)
+	fmt.Fprintf(t, "still loaded after %v\t%s\t%s\n", 2*serverKeepAlive, stays(direct), stays(proxied))
+	fmt.Fprintf(t, "model loads (server's log)\t%d\t%d\n", direct.loads, proxied.loads)
+	fmt.Fprintf(t, "next question waited for the model\t%v\t%v\n", direct.nextLoad.Round(time.Millisecond), proxied.nextLoad.Round(time.Millisecond))
+	t.Flush()
+	if direct.loads > proxied.loads {
+		fmt.Fprintf(out, "\nSaved: %d of %d model loads, and %v of waiting by the one who asks next. A large model takes that many times longer to load.\n",
+			direct.loads-proxied.loads, direct.loads, (direct.nextLoad - proxied.nextLoad).Round(time.Millisecond))
+	}
+	if !equal || direct.stays || !proxied.stays || proxied.loads != 1 {
+		return errors.New("this is not what the proxy promises: equal answers, and a model that stays loaded through the proxy alone")
+	}
+	return nil
+}
+
+// proxyProcess is the proxy, running.
+type proxyProcess struct {
+	url string
+	cmd *exec.Cmd
+	log bytes.Buffer
+	eof chan struct{} // closed when the log has ended
+}
+
+var ready = regexp.MustCompile(`"msg":"ready".*"listen":"(http://[^"]+)"`)
+
+func startProxy(ctx context.Context, binary, upstream string) (*proxyProcess, error) {
+	p := &proxyProcess{cmd: exec.Command(binary, "--listen", "127.0.0.1:0", "--upstream", upstream, "--log-format", "json"), eof: make(chan struct{})}
+	stderr, err := p.cmd.StderrPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := p.cmd.Start(); err != nil {
+		return nil, fmt.Errorf("starting the proxy: %w", err)
+	}
+	url := make(chan string, 1)
+	go func() { // ends with the process
+		defer close(p.eof)
+		for lines := bufio.NewScanner(stderr); lines.Scan(); {
+			fmt.Fprintln(&p.log, lines.Text())
+			if m := ready.FindStringSubmatch(lines.Text()); m != nil {
+				url <- m[1]
+			}
+		}
+	}()
+	select {
+	case p.url = <-url:
+		return p, nil
+	case <-p.eof:
+		return nil, fmt.Errorf("the proxy ended: %w\n%s", p.cmd.Wait(), p.log.Bytes())
+	case <-ctx.Done():
+		return nil, errors.Join(ctx.Err(), p.stop())
+	}
+}
+
+func (p *proxyProcess) stop() error {
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	<-p.eof
+	if err := p.cmd.Wait(); err != nil {
+		return fmt.Errorf("the proxy ended: %w\n%s", err, p.log.Bytes())
+	}
+	return nil
+}

@@ -1,0 +1,148 @@
+package realollama
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Mark is a place in a server's log.
+type Mark int64
+
+// Evaluation is what the server's log says of one prompt: the only ground truth
+// of reuse. Eras B and C log it at the end of an answer, and not for aborted
+// requests and embeddings; era A logs it before it evaluates.
+type Evaluation struct {
+	// Total is the number of the prompt's tokens, 0 if the log does not tell.
+	Total int
+	// Reused is how many of them a slot's cache had.
+	Reused int
+	// Evaluated is how many of them were computed.
+	Evaluated int
+}
+
+// Mark is the present end of the log.
+func (s *Server) Mark() Mark {
+	info, err := os.Stat(s.path("server.log"))
+	if err != nil {
+		return 0
+	}
+	return Mark(info.Size())
+}
+
+// Log is the whole log so far, "" once the server is stopped.
+func (s *Server) Log() string { return s.logSince(0) }
+
+// logSince is the log from a mark on, without a last line that is not ended yet.
+func (s *Server) logSince(since Mark) string {
+	f, err := os.Open(s.path("server.log"))
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	content, err := io.ReadAll(io.NewSectionReader(f, int64(since), 1<<40))
+	if err != nil {
+		return ""
+	}
+	return string(content[:bytes.LastIndexByte(content, '\n')+1])
+}
+
+// Evaluations are the prompts that the log tells of from a mark on, in the log's
+// order. The log may lag behind an answer: see WaitEvaluations.
+func (s *Server) Evaluations(since Mark) []Evaluation {
+	return parseEvaluations(s.logSince(since))
+}
+
+// WaitEvaluations waits until the log tells of n prompts from a mark on, and
+// returns all that it then tells of. It fails when ctx ends or after 10 s.
+func (s *Server) WaitEvaluations(ctx context.Context, since Mark, n int) ([]Evaluation, error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	for {
+		got := s.Evaluations(since)
+		if len(got) >= n {
+			return got, nil
+		}
+		select {
+		case <-ctx.Done():
+			return got, fmt.Errorf("waiting for %d evaluations in the log of ollama %s, which has %d: %w", n, s.Version(), len(got), ctx.Err())
+		case <-time.After(pollInterval):
+		}
+	}
+}
+
+// Loads is the number of model loads that the log tells of from a mark on,
+// failed ones included. Loads of the same model with other options count.
+func (s *Server) Loads(since Mark) int { return countLoads(s.logSince(since)) }
+
+var (
+	// Era A: the line of a runner, before it evaluates.
+	cacheSlotLine = regexp.MustCompile(`msg="loading cache slot" .*\bprompt=(\d+) used=(\d+) remaining=(\d+)`)
+	// Eras B and C: the lines of a llama-server. Requests of one slot follow
+	// each other.
+	newPromptLine = regexp.MustCompile(`id +(\d+) \| task +(\d+) \| new prompt,.* task\.n_tokens = (\d+)`)
+	timingLine    = regexp.MustCompile(`id +(\d+) \| task +(\d+) \|`)
+	evaluatedLine = regexp.MustCompile(`prompt eval time = .* ms / +(\d+) tokens`)
+)
+
+func parseEvaluations(log string) []Evaluation {
+	var all []Evaluation
+	// Tasks are numbered by each llama-server for itself, so two models may
+	// have a task of the same number at once.
+	totals := map[string][]int{}
+	task := ""
+	for line := range strings.Lines(log) {
+		if m := cacheSlotLine.FindStringSubmatch(line); m != nil {
+			all = append(all, Evaluation{Total: number(m[1]), Reused: number(m[2]), Evaluated: number(m[3])})
+			continue
+		}
+		if m := newPromptLine.FindStringSubmatch(line); m != nil {
+			key := m[1] + "/" + m[2]
+			totals[key] = append(totals[key], number(m[3]))
+			continue
+		}
+		// Some builds have the slot and the task in the line before.
+		if m := timingLine.FindStringSubmatch(line); m != nil {
+			task = m[1] + "/" + m[2]
+		}
+		if m := evaluatedLine.FindStringSubmatch(line); m != nil {
+			e := Evaluation{Evaluated: number(m[1])}
+			if known := totals[task]; len(known) > 0 {
+				e.Total, totals[task] = known[0], known[1:]
+				e.Reused = e.Total - e.Evaluated
+			}
+			all = append(all, e)
+		}
+	}
+	return all
+}
+
+// loadLine is what a server logs when it starts the process of a model: a runner
+// of era A, a llama-server since. Era A also starts runners to find GPUs, whose
+// command names no model.
+var loadLine = regexp.MustCompile(`msg="starting (runner|llama-server)" cmd=.* --model `)
+
+func countLoads(log string) int {
+	n := 0
+	for line := range strings.Lines(log) {
+		if loadLine.MatchString(line) {
+			n++
+		}
+	}
+	return n
+}
+
+// number is the value of digits that a pattern has matched.
+func number(digits string) int {
+	n, err := strconv.Atoi(digits)
+	if err != nil {
+		panic("realollama: a pattern for digits matched " + digits)
+	}
+	return n
+}

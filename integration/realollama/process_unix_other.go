@@ -1,0 +1,11 @@
+//go:build unix && !linux
+
+package realollama
+
+import "syscall"
+
+// dieWithParent does nothing: only Linux offers it.
+func dieWithParent(*syscall.SysProcAttr) {}
+
+// killHome does nothing: only Linux tells the environment of other processes.
+func killHome(string) {}

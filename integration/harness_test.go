@@ -5,7 +5,9 @@ package integration
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -183,6 +185,37 @@ func do(t testing.TB, method, url, body string) (int, string, string) {
 		t.Fatal(err)
 	}
 	return res.StatusCode, res.Header.Get("Content-Type"), string(text)
+}
+
+// settles polls until check succeeds; a test that waits longer than a minute has failed.
+func settles(t testing.TB, check func() error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := check()
+		if err == nil {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			t.Fatalf("after a minute: %v", err)
+		case <-tick.C:
+		}
+	}
+}
+
+// eventually polls until ok says yes.
+func eventually(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	settles(t, func() error {
+		if !ok() {
+			return errors.New("still not " + what)
+		}
+		return nil
+	})
 }
 
 func tail(text string, lines int) string {

@@ -30,22 +30,6 @@ func loaded(t testing.TB, base string) map[string]time.Duration {
 	return stays
 }
 
-// eventually polls until ok says yes; a test that waits longer than a minute has failed.
-func eventually(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for !ok() {
-		select {
-		case <-ctx.Done():
-			t.Fatalf("not within a minute: %s", what)
-		case <-tick.C:
-		}
-	}
-}
-
 func mustPost(t testing.TB, url, body string) string {
 	t.Helper()
 	status, _, text := post(t, url, body)

@@ -66,14 +66,17 @@ func BenchmarkHandler(b *testing.B) {
 	line := `Score the candidate from 1 to 10 and explain in one sentence why.\n`
 	for _, size := range []int{8 << 10, 1 << 20} {
 		body := `{"model":"m","messages":[{"role":"user","content":"` + strings.Repeat(line, size/len(line)) + `"}]}`
-		for name, h := range map[string]http.Handler{"ours": ours, "bare": bare} {
-			b.Run(fmt.Sprintf("%dKiB/%s", size>>10, name), func(b *testing.B) {
+		for _, proxy := range []struct {
+			name string
+			http.Handler
+		}{{"bare", bare}, {"ours", ours}} {
+			b.Run(fmt.Sprintf("%dKiB/%s", size>>10, proxy.name), func(b *testing.B) {
 				b.SetBytes(int64(len(body)))
 				b.ReportAllocs()
 				for b.Loop() {
 					r := httptest.NewRequest("POST", "http://127.0.0.1:11435/api/chat", bytes.NewReader([]byte(nil)))
 					r.Body, r.ContentLength = io.NopCloser(strings.NewReader(body)), int64(len(body))
-					h.ServeHTTP(&discardWriter{http.Header{}}, r)
+					proxy.ServeHTTP(&discardWriter{http.Header{}}, r)
 				}
 			})
 		}

@@ -2,7 +2,6 @@ package proxy
 
 import (
 	"encoding/json"
-	"fmt"
 	"net/http"
 	"strings"
 )
@@ -12,8 +11,6 @@ type refusal struct {
 	status  int
 	message string // lower case: what happened, and what to do next
 }
-
-func (e *refusal) Error() string { return fmt.Sprintf("%d: %s", e.status, e.message) }
 
 // write sends the refusal: {"error": "…"} as Ollama does, {"error": {"message": …}} under /v1, Anthropic's shape under
 // /v1/messages. It returns the body's length in bytes.

@@ -51,6 +51,7 @@ type Handler struct {
 	Touched func(model string, err error)
 
 	inFlight  atomic.Int64
+	looped    atomic.Bool // one of the proxy's own requests came back
 	residency *residency
 	forward   *httputil.ReverseProxy
 }
@@ -60,7 +61,7 @@ type Exchange struct {
 	Method   string
 	Path     string
 	Endpoint string // the path as a label: one of a bounded set
-	Model    string // as the client wrote it; "" where none was read
+	Model    string // as the client wrote it; "" where none was read, "(invalid)" where it is no model's name
 	Status   int    // 0 where the client got none
 	Outcome  Outcome
 
@@ -83,9 +84,13 @@ const (
 	Unreachable   Outcome = "unreachable"    // the upstream did not answer: 502
 	Aborted       Outcome = "aborted"        // the upstream's answer broke off
 	ClientGone    Outcome = "client_gone"    // the client left before the end
+	Drained       Outcome = "drained"        // cut off at the end of a graceful stop
 	Refused       Outcome = "refused"        // by the proxy
 	Own           Outcome = "own"            // one of the proxy's own pages
 )
+
+// ErrDrained is the cause with which the server's base context is cancelled when a graceful stop has lasted long enough.
+var ErrDrained = errors.New("cut off while stopping")
 
 // Why a body was forwarded unread or unedited.
 const (
@@ -93,6 +98,9 @@ const (
 	UneditedEncoded  = "encoded"   // it has a Content-Encoding
 	UneditedNotJSON  = "not_json"  // it is not a JSON object
 )
+
+// invalidModel stands for what a client wrote in place of a model's name, which may be anything and of any length.
+const invalidModel = "(invalid)"
 
 // exchange is an Exchange under way.
 type exchange struct {
@@ -170,7 +178,12 @@ func (h *Handler) Init() {
 func (h *Handler) Run(ctx context.Context) { h.residency.run(ctx) }
 
 // Polled takes in what a poll of the upstream found.
-func (h *Handler) Polled(st upstream.State) { h.residency.polled(st) }
+func (h *Handler) Polled(st upstream.State) {
+	if st.Up {
+		h.looped.Store(false)
+	}
+	h.residency.polled(st)
+}
 
 // InFlight returns how many requests are being served.
 func (h *Handler) InFlight() int64 { return h.inFlight.Load() }
@@ -180,7 +193,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.inFlight.Add(1)
 	rt := routeOf(r)
 	ex := &exchange{start: time.Now(), header: w.Header(), Exchange: Exchange{Method: r.Method, Path: r.URL.Path, Endpoint: rt.label}}
-	defer h.finish(ex, r) // a broken copy panics with http.ErrAbortHandler
+	defer h.finish(ex, w, r) // a broken copy panics with http.ErrAbortHandler
 
 	if done := h.admit(w, r, ex); done {
 		return
@@ -203,8 +216,11 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // admit checks Host, Origin and API key, and answers preflights.
 func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (done bool) {
-	var ref *refusal
-	if ref = h.Guard.host(r); ref == nil {
+	ref := h.loop(r)
+	if ref == nil {
+		ref = h.Guard.host(r)
+	}
+	if ref == nil {
 		ex.origin, ref = h.Guard.origin(r)
 	}
 	if ref == nil && r.Method == http.MethodOptions && (ex.origin != "" || localName(hostname(r.Host))) {
@@ -219,6 +235,18 @@ func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (d
 		h.refuse(w, r, ex, ref)
 	}
 	return ref != nil
+}
+
+// loop refuses everything while the upstream leads back to this proxy, as its own requests show.
+func (h *Handler) loop(r *http.Request) *refusal {
+	own := r.Header.Get(upstream.InstanceHeader) == h.Upstream.Instance
+	if own {
+		h.looped.Store(true)
+	}
+	if !own && !h.looped.Load() || strings.HasPrefix(r.URL.Path, ownPrefix) || r.URL.Path == PathMetrics {
+		return nil
+	}
+	return &refusal{http.StatusLoopDetected, fmt.Sprintf("requests to %s come back to this ollama-cacheproxy; point --upstream to Ollama itself", h.Upstream.URL)}
 }
 
 func (h *Handler) refuse(w http.ResponseWriter, r *http.Request, ex *exchange, ref *refusal) {
@@ -264,8 +292,13 @@ func (h *Handler) read(r *http.Request, ex *exchange, rt route) *refusal {
 		ex.Unedited = UneditedNotJSON
 		return nil
 	}
-	ex.Model = f.model
 	key := upstream.ModelKey(f.model)
+	switch {
+	case key != "":
+		ex.Model = f.model
+	case f.model != "":
+		ex.Model = invalidModel
+	}
 	if key == "" || upstream.IsCloud(f.model) {
 		return nil // nothing here stays loaded
 	}
@@ -356,6 +389,12 @@ func (h *Handler) forwardFailed(w http.ResponseWriter, r *http.Request, err erro
 		ex.Outcome = ClientGone
 		panic(http.ErrAbortHandler) // nothing was written, and nothing must not become an empty 200
 	}
+	if ex.passing != nil {
+		if cause := ex.passing.failed.Load(); cause != nil {
+			h.refuse(w, r, ex, &refusal{http.StatusBadRequest, fmt.Sprintf("reading the request's body: %v", *cause)})
+			return
+		}
+	}
 	h.Upstream.Failed()
 	ex.Status, ex.Outcome = http.StatusBadGateway, Unreachable
 	h.Log.Debug("upstream request failed", "upstream", h.Upstream.Name, "err", err)
@@ -376,7 +415,7 @@ func reason(err error) string {
 }
 
 // finish releases what the request held, and tells of it.
-func (h *Handler) finish(ex *exchange, r *http.Request) {
+func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	h.inFlight.Add(-1)
 	ex.use.end()
 	if ex.body != nil {
@@ -386,6 +425,12 @@ func (h *Handler) finish(ex *exchange, r *http.Request) {
 	ex.BytesIn = ex.in.Load()
 	if ex.Outcome == "" {
 		ex.Outcome = ex.outcome(r)
+	}
+	if context.Cause(r.Context()) == ErrDrained && ex.Outcome == ClientGone {
+		ex.Outcome = Drained
+	}
+	if ex.Outcome == Aborted && !r.ProtoAtLeast(1, 1) {
+		reset(w)
 	}
 	level := slog.LevelInfo
 	if ex.Outcome == Own || ex.Endpoint == "/" {
@@ -406,6 +451,19 @@ func (ex *exchange) pass(r *http.Request) {
 	r.Body = ex.passing
 }
 
+// reset ends an HTTP/1.0 client's connection with an error. An answer to HTTP/1.0 has no other end than the connection's,
+// so that an answer which broke off would look whole.
+func reset(w http.ResponseWriter) {
+	conn, _, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		return // not a connection of net/http's server
+	}
+	if tcp, ok := conn.(*net.TCPConn); ok {
+		tcp.SetLinger(0)
+	}
+	conn.Close()
+}
+
 func (ex *exchange) outcome(r *http.Request) Outcome {
 	switch {
 	case ex.bodyErr != nil && ex.bodyErr != io.EOF && r.Context().Err() == nil:
@@ -422,18 +480,18 @@ func (ex *exchange) outcome(r *http.Request) Outcome {
 
 func (ex *exchange) attrs() []slog.Attr {
 	attrs := make([]slog.Attr, 0, 12)
-	attrs = append(attrs, slog.String("method", ex.Method), slog.String("path", ex.Path))
+	attrs = append(attrs, slog.String("method", ex.Method), slog.String("path", ex.Path[:min(len(ex.Path), 256)]))
 	if ex.Model != "" {
 		attrs = append(attrs, slog.String("model", ex.Model))
 	}
 	attrs = append(attrs,
 		slog.Int("status", ex.Status),
-		slog.Duration("duration", ex.Duration),
+		milliseconds("duration_ms", ex.Duration),
 		slog.Int64("bytes_in", ex.BytesIn),
 		slog.Int64("bytes_out", ex.BytesOut),
 		slog.String("outcome", string(ex.Outcome)))
 	if ex.FirstByte > 0 {
-		attrs = append(attrs, slog.Duration("first_byte", ex.FirstByte))
+		attrs = append(attrs, milliseconds("first_byte_ms", ex.FirstByte))
 	}
 	if ex.KeepAlive != "" {
 		attrs = append(attrs, slog.String("keep_alive", ex.KeepAlive))
@@ -442,4 +500,8 @@ func (ex *exchange) attrs() []slog.Attr {
 		attrs = append(attrs, slog.String("unedited", ex.Unedited))
 	}
 	return attrs
+}
+
+func milliseconds(key string, d time.Duration) slog.Attr {
+	return slog.Float64(key, float64(d.Microseconds())/1000)
 }

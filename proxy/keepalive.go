@@ -3,6 +3,7 @@ package proxy
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -43,6 +44,21 @@ func (k KeepAlive) For(model string) Hold {
 		return h
 	}
 	return k.Default
+}
+
+// String lists the settings as ParseKeepAlive reads them.
+func (k KeepAlive) String() string {
+	value := func(h Hold) string {
+		if h == (Hold{}) {
+			return "off"
+		}
+		return strings.Trim(h.JSON, `"`)
+	}
+	list := []string{value(k.Default)}
+	for _, model := range slices.Sorted(maps.Keys(k.Models)) {
+		list = append(list, upstream.DisplayName(model)+"="+value(k.Models[model]))
+	}
+	return strings.Join(list, ", ")
 }
 
 // ParseKeepAlive reads settings of the form "24h" or "llama3=1h". A value is a Go duration, a number of seconds, a

@@ -146,7 +146,7 @@ func TestKeepAliveBodies(t *testing.T) {
 		{name: "model null", in: `{"model":null}`},
 		{name: "model number", in: `{"model":5}`},
 		{name: "model empty", in: `{"model":""}`},
-		{name: "model bad", in: `{"model":"a b"}`, model: "a b"},
+		{name: "model bad", in: `{"model":"a b"}`, model: invalidModel},
 		{name: "truncated", in: `{"model":"m"`}, {name: "trailing comma", in: `{"model":"m",}`}, {name: "single quotes", in: `{'model':'m'}`},
 		{name: "comment", in: `{/**/"model":"m"}`}, {name: "no colon", in: `{"model" "m"}`}, {name: "bare key", in: `{model:"m"}`},
 		{name: "control character", in: "{\"model\":\"m\x01\"}"}, {name: "leading comma", in: `{,"model":"m"}`},

@@ -59,8 +59,9 @@ const (
 	idleDelay       = 2 * time.Second  // Ollama notices the end of a request asynchronously
 	checkEvery      = time.Second      // /api/ps is asked no more often
 	touchPause      = 30 * time.Second // between two touches of one load: after a refused one, or where expiry stays short
-	touchTimeout    = 10 * time.Minute // the touch waits its turn behind a load in Ollama's queue
-	expirySlack     = 5 * time.Second  // Date headers count whole seconds
+	touchTimeout    = 2 * time.Minute  // the touch waits its turn behind a load in Ollama's queue
+	loadedTimeout   = 5 * time.Second
+	expirySlack     = 5 * time.Second // Date headers count whole seconds
 )
 
 func newResidency(up keeper, keep KeepAlive, touched func(string, error), log *slog.Logger) *residency {
@@ -85,6 +86,12 @@ func (r *residency) get(key string) *residence {
 type use struct {
 	r *residency
 	m *residence
+
+	// Of a native request, what becomes true when the upstream accepts it.
+	began    time.Time
+	set      bool          // it states a keep_alive of its own …
+	duration time.Duration // … which is this
+	sent     Hold          // what went upstream in place of that, or of none; zero if nothing did
 }
 
 // beginForeign notes a request that cannot carry keep_alive.
@@ -97,7 +104,7 @@ func (r *residency) beginForeign(key, name string, embed bool) use {
 	if m.keptAt.IsZero() {
 		r.nudge()
 	}
-	return use{r, m}
+	return use{r: r, m: m}
 }
 
 // beginNative notes a native request and decides about its keep_alive: see KeepAlive.decide.
@@ -108,38 +115,44 @@ func (r *residency) beginNative(key, name string, f fields) (use, string, Hold) 
 	m.name = name
 	m.begin()
 	did, hold := r.keep.decide(r.keep.floor(key, m.longest), f)
-	switch set := f.keepAlive == keepAliveSet; {
-	case set && f.duration == 0:
-		*m = residence{name: name, inFlight: m.inFlight, began: m.began, unloaded: true}
-	default:
-		if m.unloaded = false; set {
-			m.longest = max(m.longest, f.duration)
-		}
-		if hold != (Hold{}) {
-			m.keptAt, m.keptFor = time.Now(), hold.Duration
-		} else if set {
-			m.keptAt, m.keptFor = time.Now(), f.duration // the client's own value wins
-		}
-	}
-	return use{r, m}, did, hold
+	return use{r: r, m: m, began: time.Now(), set: f.keepAlive == keepAliveSet, duration: f.duration, sent: hold}, did, hold
 }
 
+// begin notes the begin of a request. A load whose keep_alive has run out since the last one is over, whether or not
+// anybody saw it end.
 func (m *residence) begin() {
+	now := time.Now()
+	if m.inFlight == 0 && !m.keptAt.IsZero() && now.Sub(later(m.ended, m.keptAt)) > m.keptFor {
+		m.gone()
+	}
 	if m.inFlight++; m.inFlight == 1 {
-		m.began = time.Now()
+		m.began = now
 	}
 }
 
-// answer says that the upstream has begun to answer the request well.
+// answer says that the upstream has accepted the request: only now does what it asks for hold.
 func (u use) answer() {
 	if u.r == nil {
 		return
 	}
 	u.r.mu.Lock()
 	defer u.r.mu.Unlock()
-	if u.m.foreign && u.m.keptAt.IsZero() {
-		u.m.answered, u.m.checked = true, time.Time{}
-		u.r.nudge()
+	switch m := u.m; {
+	case u.began.IsZero(): // not native
+		if m.keptAt.IsZero() {
+			m.answered, m.checked = true, time.Time{}
+			u.r.nudge()
+		}
+	case u.set && u.duration == 0:
+		*m = residence{name: m.name, inFlight: m.inFlight, began: m.began, unloaded: true}
+	default:
+		if m.unloaded = false; u.set {
+			m.longest = max(m.longest, u.duration)
+			m.keptAt, m.keptFor = u.began, u.duration // the client's own value wins
+		}
+		if u.sent != (Hold{}) {
+			m.keptAt, m.keptFor = u.began, u.sent.Duration
+		}
 	}
 }
 
@@ -248,7 +261,9 @@ func later(a, b time.Time) time.Time {
 // check asks what is loaded and touches what is not held.
 func (r *residency) check(ctx context.Context) {
 	now := time.Now()
-	list, err := r.upstream.Loaded(ctx)
+	looking, cancel := context.WithTimeout(ctx, loadedTimeout)
+	list, err := r.upstream.Loaded(looking)
+	cancel()
 	loaded := byKey(list)
 
 	type touch struct {
@@ -304,7 +319,9 @@ func (r *residency) check(ctx context.Context) {
 		}
 		r.mu.Unlock()
 		if unloaded {
-			r.upstream.Keep(ctx, t.name, 0, false) // refused or not, the client's unload has been repeated
+			again, cancel := context.WithTimeout(ctx, loadedTimeout)
+			r.upstream.Keep(again, t.name, 0, false) // refused or not, the client's unload has been repeated
+			cancel()
 		}
 	}
 }

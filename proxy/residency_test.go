@@ -369,3 +369,47 @@ func TestResidencyConcurrent(t *testing.T) {
 		}
 	}
 }
+
+// A load that a client kept for a few seconds only is over when those have passed, whether or not anybody saw it end: the
+// next one, with the server's own longer default, is touched.
+func TestTouchAfterShortKeepAlive(t *testing.T) {
+	inBed(t, keep(t, "", "24h"), func(b *bed) {
+		b.native("m", `"3s"`)
+		time.Sleep(4 * time.Second)
+		b.k.evict("m") // no poll has noticed
+		b.foreign("m", time.Second)
+		b.want(time.Minute, "m 24h0m0s")
+	})
+}
+
+// What a request asks for that the upstream refuses does not hold: it changes neither what later requests are given, nor
+// what is known of a load, nor that a model was unloaded.
+func TestRefusedRequestsChangeNothing(t *testing.T) {
+	inBed(t, keep(t, "", "24h"), func(b *bed) {
+		refused := func(keepAlive string) {
+			f, err := scan([]byte(`{"model":"m","prompt":5,"keep_alive":` + keepAlive + `}`))
+			if err != nil {
+				t.Fatal(err)
+			}
+			u, _, _ := b.r.beginNative(upstream.ModelKey("m"), "m", f)
+			u.end()
+		}
+		refused("-1")
+		if _, hold := func() (string, Hold) {
+			u, did, hold := b.r.beginNative(upstream.ModelKey("m"), "m", fields{})
+			u.end()
+			return did, hold
+		}(); hold.Duration != 24*time.Hour {
+			t.Errorf("after a refused -1 a request without keep_alive is given %v", hold)
+		}
+		b.foreign("m", time.Second)
+		b.want(time.Minute, "m 24h0m0s")
+		refused(`"1m"`)
+		b.want(time.Minute) // still the same load
+		refused("0")        // an unload that did not happen
+		b.k.evict("m")
+		b.r.polled(upstream.State{Polled: time.Now(), Up: true, LoadedKnown: true})
+		b.foreign("m", time.Second)
+		b.want(time.Minute, "m 24h0m0s")
+	})
+}

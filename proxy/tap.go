@@ -33,6 +33,8 @@ type passing struct {
 	left  int64         // bytes still to come; negative if that is not known
 	n     *atomic.Int64 // bytes that came
 	ended atomic.Bool   // the whole body was read
+
+	failed atomic.Pointer[error] // why the client's body could not be read
 }
 
 func (p *passing) Read(b []byte) (int, error) {
@@ -46,6 +48,8 @@ func (p *passing) Read(b []byte) (int, error) {
 	}
 	if err == io.EOF || p.left == 0 {
 		p.ended.Store(true)
+	} else if err != nil {
+		p.failed.Store(&err)
 	}
 	return n, err
 }

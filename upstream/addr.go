@@ -1,6 +1,7 @@
 package upstream
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/url"
@@ -31,7 +32,10 @@ func ParseAddr(s, defaultPort string) (*url.URL, error) {
 		return nil, fmt.Errorf("address %q: scheme %q is neither http nor https", s, scheme)
 	}
 	hostport, path, _ := strings.Cut(rest, "/")
-	if strings.ContainsAny(hostport, "@?#") || strings.ContainsAny(path, "?#") {
+	if strings.Contains(hostport, "@") { // not quoted: it holds a password
+		return nil, errors.New("an address with a user name cannot be used: want a host, host:port or http(s)://host:port/path")
+	}
+	if strings.ContainsAny(hostport, "?#") || strings.ContainsAny(path, "?#") {
 		return nil, fmt.Errorf("address %q: want a host, host:port or http(s)://host:port/path", s)
 	}
 	host, port, err := net.SplitHostPort(hostport)

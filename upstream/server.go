@@ -5,6 +5,7 @@ package upstream
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"log/slog"
 	"net/http"
@@ -21,6 +22,9 @@ type Server struct {
 	Name string // the alias that logs, metrics and headers show
 	URL  *url.URL
 
+	// Instance names this process in the InstanceHeader of its own requests.
+	Instance string
+
 	// Polled is called after each poll, by the goroutine that polls; nil means nobody listens.
 	Polled func(State)
 
@@ -28,7 +32,7 @@ type Server struct {
 	client *api.Client
 	wake   chan struct{} // asks Run for a poll now; holds one
 
-	skew atomic.Int64 // see clock
+	skew atomic.Int64 // see ownRequests
 	used atomic.Bool  // a model may have been loaded since the last look at /api/ps
 
 	mu    sync.Mutex
@@ -67,19 +71,26 @@ const (
 
 // NewServer returns a server that has not been polled. transport serves the proxy's own few requests to it.
 func NewServer(name string, u *url.URL, transport http.RoundTripper, log *slog.Logger) *Server {
-	s := &Server{Name: name, URL: u, log: log, wake: make(chan struct{}, 1)}
-	s.client = api.NewClient(u, &http.Client{Transport: &clock{RoundTripper: transport, skew: &s.skew}})
+	s := &Server{Name: name, URL: u, Instance: rand.Text(), log: log, wake: make(chan struct{}, 1)}
+	s.client = api.NewClient(u, &http.Client{Transport: &ownRequests{RoundTripper: transport, instance: s.Instance, skew: &s.skew}})
 	s.used.Store(true)
 	return s
 }
 
-// clock notes how far the server's clock is ahead of ours, from the Date header (whole seconds).
-type clock struct {
+// InstanceHeader is on the proxy's own requests: one that comes back to the proxy that sent it shows a loop.
+const InstanceHeader = "X-Cacheproxy-Instance"
+
+// ownRequests sends the proxy's own requests. It marks them, and notes how far the server's clock is ahead of ours, from
+// the Date header (whole seconds).
+type ownRequests struct {
 	http.RoundTripper
-	skew *atomic.Int64 // nanoseconds
+	instance string
+	skew     *atomic.Int64 // nanoseconds
 }
 
-func (c *clock) RoundTrip(r *http.Request) (*http.Response, error) {
+func (c *ownRequests) RoundTrip(r *http.Request) (*http.Response, error) {
+	r = r.Clone(r.Context())
+	r.Header.Set(InstanceHeader, c.instance)
 	res, err := c.RoundTripper.RoundTrip(r)
 	if err == nil {
 		if date, derr := http.ParseTime(res.Header.Get("Date")); derr == nil {

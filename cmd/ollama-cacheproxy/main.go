@@ -42,6 +42,19 @@ func main() {
 	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
 }
 
+// joinNegative writes "--keep-alive -1" as "--keep-alive=-1": kong takes -1 for a flag.
+func joinNegative(args []string) []string {
+	var joined []string
+	for _, arg := range args {
+		if last := len(joined) - 1; last >= 0 && joined[last] == "--keep-alive" && len(arg) > 1 && arg[0] == '-' && '0' <= arg[1] && arg[1] <= '9' {
+			joined[last] += "=" + arg
+			continue
+		}
+		joined = append(joined, arg)
+	}
+	return joined
+}
+
 // run is the program; it returns the exit status: 0, 1 for a failure, 2 for arguments that make no sense.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	var c cli
@@ -63,7 +76,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	if len(args) > 0 && (args[0] == "-h" || args[0] == "--help") {
 		args = append([]string{"serve"}, args...) // the help that people look for is the default verb's
 	}
-	kctx, err := parser.Parse(args)
+	if len(args) > 0 && args[0] == "--version" {
+		args[0] = "version"
+	}
+	kctx, err := parser.Parse(joinNegative(args))
 	if exit >= 0 { // --help
 		return exit
 	}

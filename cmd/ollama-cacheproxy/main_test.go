@@ -34,9 +34,14 @@ func TestScripts(t *testing.T) {
 			env.Setenv("LISTEN", free)
 			closed, err := freeAddr()
 			env.Setenv("NOBODY", closed)
+			if err != nil {
+				return err
+			}
+			other, err := freeAddr()
+			env.Setenv("OTHER", other)
 			return err
 		},
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"waitready": waitReady, "curl": curl},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"waitready": waitReady, "waitlooped": waitLooped, "curl": curl},
 	})
 }
 
@@ -67,19 +72,28 @@ func freeAddr() (string, error) {
 
 // waitReady polls http://ADDR/_cacheproxy/PAGE until it answers 200.
 func waitReady(ts *testscript.TestScript, neg bool, args []string) {
+	waitStatus(ts, "http://"+args[0]+"/_cacheproxy/"+args[1], http.StatusOK)
+}
+
+// waitLooped polls until the proxy at ADDR has seen that its upstream leads back to it.
+func waitLooped(ts *testscript.TestScript, neg bool, args []string) {
+	waitStatus(ts, "http://"+args[0]+"/", http.StatusLoopDetected)
+}
+
+func waitStatus(ts *testscript.TestScript, url string, want int) {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	for {
-		res, err := http.Get("http://" + args[0] + "/_cacheproxy/" + args[1])
+		res, err := http.Get(url)
 		if err == nil {
 			res.Body.Close()
-			if res.StatusCode == http.StatusOK {
+			if res.StatusCode == want {
 				return
 			}
 		}
 		select {
 		case <-ctx.Done():
-			ts.Fatalf("%s is not %s: %v", args[0], args[1], err)
+			ts.Fatalf("%s does not answer %d: %v", url, want, err)
 		case <-time.After(10 * time.Millisecond):
 		}
 	}
@@ -163,6 +177,9 @@ func TestDrain(t *testing.T) {
 			}
 			if c := <-code; c != 0 {
 				t.Errorf("exit status %d, want 0\n%s", c, log)
+			}
+			if got := strings.Contains(log.String(), `"outcome":"drained"`); got != cut {
+				t.Errorf("the log has an outcome drained: %v, want %v\n%s", got, cut, log)
 			}
 			if got := strings.Contains(log.String(), "requests cut off after the drain limit"); got != cut {
 				t.Errorf("the log says that requests were cut off: %v, want %v\n%s", got, cut, log)

@@ -5,14 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/url"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/lmittmann/tint"
@@ -23,19 +24,22 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-const defaultPort = "11435"
+const (
+	defaultPort      = "11435"
+	defaultKeepAlive = "24h"
+)
 
 type serveCmd struct {
 	Listen   string `default:"127.0.0.1:11435" placeholder:"ADDR" help:"Address to listen on: host:port, :port (all interfaces) or a host. Default: 127.0.0.1:11435."`
 	Upstream string `default:"http://127.0.0.1:11434" placeholder:"ADDR" help:"The Ollama server, in the forms that OLLAMA_HOST takes: host, host:port or a URL. Default: http://127.0.0.1:11434."`
 
-	KeepAlive       []string `default:"24h" placeholder:"[MODEL=]TIME" help:"How long models stay loaded after a request that states no keep_alive: a duration (24h), seconds, -1 (for ever) or off; MODEL=TIME for one model. Repeatable. Default: 24h."`
+	KeepAlive       []string `placeholder:"[MODEL=]TIME" help:"How long models stay loaded after a request that states no keep_alive: a duration (24h), seconds, -1 (for ever) or off; MODEL=TIME for one model. Repeatable. Default: 24h."`
 	KeepAlivePolicy string   `default:"if-absent" enum:"if-absent,at-least,force" help:"What becomes of a client's own keep_alive: if-absent keeps it, at-least raises a shorter one, force replaces it. 0 (unload) is always kept. Default: if-absent."`
 	Touch           bool     `default:"true" negatable:"" help:"For models used through /v1 and /v1/messages, which cannot carry keep_alive, set it with one empty request per load."`
 	MaxBody         int64    `default:"${maxbody}" placeholder:"BYTES" help:"Longest request body to look at; a longer one is forwarded unread. Default: 67108864 (64 MiB)."`
 
 	AllowHost   []string `placeholder:"NAME" help:"Accept this Host name on loopback connections too (* for any). Repeatable."`
-	AllowOrigin []string `placeholder:"ORIGIN" env:"OLLAMA_CACHEPROXY_ALLOW_ORIGIN,OLLAMA_ORIGINS" help:"Let web pages of this origin in, such as https://chat.example.com; one * stands for anything. Repeatable."`
+	AllowOrigin []string `placeholder:"ORIGIN" help:"Let web pages of this origin in, such as https://chat.example.com; one * stands for anything. Repeatable. Those in OLLAMA_ORIGINS are let in too."`
 	APIKeysFile string   `name:"api-keys-file" type:"path" placeholder:"FILE" help:"Ask clients for one of the keys in this file, one a line."`
 
 	LogLevel  slog.Level    `default:"info" help:"debug, info, warn or error. Default: info."`
@@ -85,13 +89,19 @@ func (s *serveCmd) settings() (settings, error) {
 	if selfTarget(set.listen, set.upstream) {
 		return set, fmt.Errorf("--upstream %s is the proxy's own address: give the address of Ollama itself", set.upstream)
 	}
-	if set.keepAlive, err = proxy.ParseKeepAlive(proxy.KeepAlivePolicy(s.KeepAlivePolicy), s.KeepAlive); err != nil {
+	if set.keepAlive, err = proxy.ParseKeepAlive(proxy.KeepAlivePolicy(s.KeepAlivePolicy), append([]string{defaultKeepAlive}, s.KeepAlive...)); err != nil {
 		return set, fmt.Errorf("--keep-alive: %w", err)
 	}
 	if s.MaxBody < 1 {
 		return set, fmt.Errorf("--max-body %d: want a positive number of bytes", s.MaxBody)
 	}
+	if s.Drain < 0 {
+		return set, fmt.Errorf("--drain %v: want 0 or more", s.Drain)
+	}
 	set.guard = proxy.Guard{AllowHosts: s.AllowHost, AllowOrigins: s.AllowOrigin}
+	if origins := os.Getenv("OLLAMA_ORIGINS"); origins != "" {
+		set.guard.AllowOrigins = append(set.guard.AllowOrigins, strings.Split(origins, ",")...)
+	}
 	if s.APIKeysFile != "" {
 		text, err := os.ReadFile(s.APIKeysFile)
 		if err != nil {
@@ -112,6 +122,9 @@ func listenAddr(s string) (string, error) {
 	}
 	if strings.ContainsAny(s, "/ ") || err != nil && strings.Contains(host, ":") && net.ParseIP(host) == nil {
 		return "", fmt.Errorf("address %q: want host:port, :port or a host", s)
+	}
+	if n, err := strconv.Atoi(port); err != nil || n < 0 || n > 65535 {
+		return "", fmt.Errorf("address %q: port %q is not a number from 0 to 65535", s, port)
 	}
 	return net.JoinHostPort(host, port), nil
 }
@@ -156,20 +169,24 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 
 	ln, err := net.Listen("tcp", set.listen)
 	if err != nil {
-		return fmt.Errorf("listening on %s: %w (is another proxy running? choose another address with --listen)", set.listen, err)
+		hint := "choose another address with --listen"
+		if errors.Is(err, syscall.EADDRINUSE) {
+			hint = "is another proxy running? " + hint
+		}
+		return fmt.Errorf("listening on %s: %w (%s)", set.listen, err, hint)
 	}
 	if addr, ok := ln.Addr().(*net.TCPAddr); ok && !addr.IP.IsLoopback() && set.guard.Keys == nil {
 		logger.Warn("listening beyond this machine without API keys: anyone who reaches this address can use, pull and delete models; set --api-keys-file", "listen", ln.Addr().String())
 	}
 
 	// Requests outlive ctx: they have until s.Drain.
-	base, cut := context.WithCancel(context.WithoutCancel(ctx))
-	defer cut()
+	base, cut := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer cut(nil)
 	srv := &http.Server{
 		Handler:           h,
 		ReadHeaderTimeout: 30 * time.Second,
 		BaseContext:       func(net.Listener) context.Context { return base },
-		ErrorLog:          log.New(io.Discard, "", 0), // the line per request says what there is to say
+		ErrorLog:          slog.NewLogLogger(logger.Handler(), slog.LevelError),
 	}
 	background, stopBackground := context.WithCancel(ctx)
 	var wg sync.WaitGroup
@@ -187,7 +204,7 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 		err = drain(srv, s.Drain, h.InFlight, cut, logger)
 	}
 	stopBackground()
-	cut()
+	cut(nil)
 	wg.Wait()
 	if err != nil && !errors.Is(err, http.ErrServerClosed) {
 		return fmt.Errorf("serving: %w", err)
@@ -196,14 +213,14 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 }
 
 // drain lets running requests finish, for as long as limit, and cuts off the rest.
-func drain(srv *http.Server, limit time.Duration, inFlight func() int64, cut func(), logger *slog.Logger) error {
+func drain(srv *http.Server, limit time.Duration, inFlight func() int64, cut context.CancelCauseFunc, logger *slog.Logger) error {
 	logger.Info("stopping: no new requests; running ones may finish", "in_flight", inFlight(), "limit", limit)
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	err := srv.Shutdown(ctx)
 	if errors.Is(err, context.DeadlineExceeded) {
 		logger.Warn("requests cut off after the drain limit", "in_flight", inFlight(), "limit", limit)
-		cut()
+		cut(proxy.ErrDrained)
 		err = srv.Close()
 	}
 	logger.Info("stopped")
@@ -215,11 +232,20 @@ func announce(logger *slog.Logger, addr net.Addr, up *upstream.Server, st upstre
 	switch {
 	case st.Polled.IsZero(): // stopped before the first poll was over
 	case st.Up:
-		logger.Info("ready", "listen", "http://"+addr.String(), "upstream", up.URL.String(), "version", st.Version, "models", len(st.Models))
+		logger.Info("ready", "listen", "http://"+addr.String(), "upstream", up.URL.String(), "version", st.Version, "models", len(st.Models), "names", names(st.Models))
 	default:
 		logger.Warn("ready, but the upstream does not answer yet: start Ollama or set --upstream; requests get 502 until then",
 			"listen", "http://"+addr.String(), "upstream", up.URL.String(), "err", st.Err)
 	}
+}
+
+// names lists the first few models.
+func names(models []string) string {
+	const few = 10
+	if len(models) > few {
+		return strings.Join(models[:few], ", ") + ", …"
+	}
+	return strings.Join(models, ", ")
 }
 
 // report is --check.
@@ -227,14 +253,14 @@ func (s *serveCmd) report(ctx context.Context, c *console, set settings, up *ups
 	st := up.Poll(ctx)
 	answers := fmt.Sprintf("does not answer: %v", st.Err)
 	if st.Up {
-		answers = fmt.Sprintf("Ollama %s, %d models", st.Version, len(st.Models))
+		answers = fmt.Sprintf("Ollama %s, %d models: %s", st.Version, len(st.Models), names(st.Models))
 	}
 	keys := "none asked for"
 	if set.guard.Keys != nil {
 		keys = fmt.Sprintf("%d", set.guard.Keys.Len())
 	}
 	_, err := fmt.Fprintf(c.stdout, "the settings are right\nlisten      http://%s\nupstream    %s (%s)\nkeep-alive  %v, %s\nAPI keys    %s\n",
-		set.listen, set.upstream, answers, s.KeepAlive, s.KeepAlivePolicy, keys)
+		set.listen, set.upstream, answers, set.keepAlive, s.KeepAlivePolicy, keys)
 	return err
 }
 

@@ -4,7 +4,7 @@ package metrics
 
 import (
 	"net/http"
-	"runtime/debug"
+	"runtime"
 	"sync"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -79,11 +79,7 @@ func New(version string, inFlight func() int64) *Metrics {
 	m.loaded = gauge("upstream_loaded_bytes", "Memory of each loaded model, as the upstream's /api/ps told at the last poll.", "upstream", "model")
 
 	build := gauge("build_info", "1, with the proxy's version.", "version", "goversion")
-	goVersion := "unknown"
-	if bi, ok := debug.ReadBuildInfo(); ok {
-		goVersion = bi.GoVersion
-	}
-	build.WithLabelValues(version, goVersion).Set(1)
+	build.WithLabelValues(version, runtime.Version()).Set(1)
 	m.registry.MustRegister(
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name("in_flight"), Help: "Requests being served."}, func() float64 { return float64(inFlight()) }),
 		collectors.NewGoCollector(),

@@ -250,15 +250,26 @@ func (h *Handler) loop(r *http.Request) *refusal {
 }
 
 func (h *Handler) refuse(w http.ResponseWriter, r *http.Request, ex *exchange, ref *refusal) {
-	ex.Status, ex.Outcome = ref.status, Refused
+	ex.Outcome = Refused
 	if r.Context().Err() != nil {
 		ex.Outcome = ClientGone
 	}
+	ex.reply(w, r, ref)
+}
+
+// reply answers in the upstream's place.
+func (ex *exchange) reply(w http.ResponseWriter, r *http.Request, ref *refusal) {
+	ex.Status = ref.status
 	setCORS(w.Header(), ex.origin)
 	if ref.status == http.StatusUnauthorized {
 		w.Header().Set("WWW-Authenticate", "Bearer")
 	}
 	ex.BytesOut = int64(ref.write(w, r.URL.Path))
+}
+
+// unreadable refuses a request whose body the client did not send as it should.
+func unreadable(err error) *refusal {
+	return &refusal{http.StatusBadRequest, fmt.Sprintf("reading the request's body: %v", err)}
 }
 
 // read reads the body, as far as the proxy may, and decides about keep_alive.
@@ -273,19 +284,17 @@ func (h *Handler) read(r *http.Request, ex *exchange, rt route) *refusal {
 		return nil
 	}
 	b, over, err := readBody(r, h.MaxBody)
-	ex.in.Store(int64(len(b.data)))
-	if err != nil {
-		b.release()
-		return &refusal{http.StatusBadRequest, fmt.Sprintf("reading the request's body: %v", err)}
-	}
-	if over {
+	if over && err == nil {
 		ex.Unedited = UneditedTooLarge
+		r.Body = &rest{io.MultiReader(bytes.NewReader(b.data), r.Body), r.Body} // b is not pooled again
 		ex.pass(r)
-		ex.passing.ReadCloser = &rest{io.MultiReader(bytes.NewReader(b.data), ex.passing.ReadCloser), ex.passing.ReadCloser}
-		ex.in.Store(0)
-		return nil // b is not pooled again
+		return nil
 	}
 	ex.body = b
+	ex.in.Store(int64(len(b.data)))
+	if err != nil {
+		return unreadable(err)
+	}
 
 	f, err := scan(b.data)
 	if err != nil {
@@ -391,16 +400,14 @@ func (h *Handler) forwardFailed(w http.ResponseWriter, r *http.Request, err erro
 	}
 	if ex.passing != nil {
 		if cause := ex.passing.failed.Load(); cause != nil {
-			h.refuse(w, r, ex, &refusal{http.StatusBadRequest, fmt.Sprintf("reading the request's body: %v", *cause)})
+			h.refuse(w, r, ex, unreadable(*cause))
 			return
 		}
 	}
 	h.Upstream.Failed()
-	ex.Status, ex.Outcome = http.StatusBadGateway, Unreachable
+	ex.Outcome = Unreachable
 	h.Log.Debug("upstream request failed", "upstream", h.Upstream.Name, "err", err)
-	setCORS(w.Header(), ex.origin)
-	ref := refusal{http.StatusBadGateway, fmt.Sprintf("ollama at %s does not answer: %s; start it, or point ollama-cacheproxy's --upstream to where it runs", h.Upstream.URL, reason(err))}
-	ex.BytesOut = int64(ref.write(w, r.URL.Path))
+	ex.reply(w, r, &refusal{http.StatusBadGateway, fmt.Sprintf("ollama at %s does not answer: %s; start it, or point ollama-cacheproxy's --upstream to where it runs", h.Upstream.URL, reason(err))})
 }
 
 // reason says why in a few words.

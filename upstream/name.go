@@ -9,9 +9,8 @@ import (
 // ModelKey returns what two spellings of one model's name have in common: the full name (host, namespace, model, tag)
 // in lower case, as Ollama resolves it. It returns "" for a name that Ollama refuses.
 func ModelKey(name string) string {
-	base, _ := cutSource(name)
-	n := model.ParseName(base)
-	if !n.IsValid() {
+	n, ok := parseName(name)
+	if !ok {
 		return ""
 	}
 	return strings.ToLower(n.String())
@@ -20,12 +19,17 @@ func ModelKey(name string) string {
 // DisplayName returns the shortest spelling of a model's name, as /api/ps and `ollama list` show it; "" for a name
 // that Ollama refuses.
 func DisplayName(name string) string {
-	base, _ := cutSource(name)
-	n := model.ParseName(base)
-	if !n.IsValid() {
+	n, ok := parseName(name)
+	if !ok {
 		return ""
 	}
 	return n.DisplayShortest()
+}
+
+func parseName(name string) (n model.Name, ok bool) {
+	base, _ := cutSource(name)
+	n = model.ParseName(base)
+	return n, n.IsValid()
 }
 
 // IsCloud reports whether Ollama answers for the model through its remote service: names that end in

@@ -81,21 +81,15 @@ func waitLooped(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 func waitStatus(ts *testscript.TestScript, url string, want int) {
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
-	defer cancel()
-	for {
+	if !within30s(context.Background(), func() bool {
 		res, err := http.Get(url)
-		if err == nil {
-			res.Body.Close()
-			if res.StatusCode == want {
-				return
-			}
+		if err != nil {
+			return false
 		}
-		select {
-		case <-ctx.Done():
-			ts.Fatalf("%s does not answer %d: %v", url, want, err)
-		case <-time.After(10 * time.Millisecond):
-		}
+		res.Body.Close()
+		return res.StatusCode == want
+	}) {
+		ts.Fatalf("%s does not answer %d within 30 s", url, want)
 	}
 }
 
@@ -209,15 +203,23 @@ func (s *syncBuffer) String() string {
 // waitFor polls until ok says yes.
 func waitFor(t *testing.T, ok func() bool) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	if !within30s(t.Context(), ok) {
+		t.Fatal("not within 30 s")
+	}
+}
+
+// within30s polls until ok says yes; false if it does not in time.
+func within30s(ctx context.Context, ok func() bool) bool {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	for !ok() {
 		select {
 		case <-ctx.Done():
-			t.Fatal("not within 30 s")
+			return false
 		case <-time.After(10 * time.Millisecond):
 		}
 	}
+	return true
 }
 
 func TestListenAddr(t *testing.T) {

@@ -3,22 +3,19 @@
 package integration
 
 import (
-	"bufio"
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/proxyprocess"
 )
 
 // binDir holds the programs that the tests build once.
@@ -39,27 +36,11 @@ func TestMain(m *testing.M) {
 // proxyBinary builds the proxy, with the race detector if the tests have it.
 var proxyBinary = sync.OnceValues(func() (string, error) {
 	path := filepath.Join(binDir, "ollama-cacheproxy")
-	args := []string{"build", "-o", path}
-	if raceEnabled {
-		args = append(args, "-race")
-	}
-	out, err := exec.Command("go", append(args, "github.com/ollama-cacheproxy/ollama-cacheproxy/cmd/ollama-cacheproxy")...).CombinedOutput()
-	if err != nil {
-		return "", fmt.Errorf("building the proxy: %w\n%s", err, out)
-	}
-	return path, nil
+	return path, proxyprocess.Build(context.Background(), path, fmt.Sprintf("-race=%v", raceEnabled))
 })
 
-// proxyProcess is a running proxy.
-type proxyProcess struct {
-	URL string
-
-	cmd    *exec.Cmd
-	exited chan struct{} // closed when the process has ended and err is set
-	err    error
-	mu     sync.Mutex
-	log    bytes.Buffer // guarded by mu
-}
+// proxyProcess is a running proxy, with what tests ask of it.
+type proxyProcess struct{ *proxyprocess.Process }
 
 // startProxy runs the proxy, built from this tree, in front of upstream (a URL), and stops it when the test ends.
 func startProxy(t testing.TB, upstream string, flags ...string) *proxyProcess {
@@ -68,72 +49,19 @@ func startProxy(t testing.TB, upstream string, flags ...string) *proxyProcess {
 	if err != nil {
 		t.Fatal(err)
 	}
-	args := append([]string{"--listen", "127.0.0.1:0", "--upstream", upstream, "--log-format", "json", "--log-level", "debug"}, flags...)
-	p := &proxyProcess{cmd: exec.Command(bin, args...), exited: make(chan struct{})}
-	p.cmd.Env = append(os.Environ(), "GORACE=halt_on_error=1")
-	stderr, err := p.cmd.StderrPipe()
+	p, err := proxyprocess.Start(t.Context(), bin, upstream, append([]string{"--log-level", "debug"}, flags...)...)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := p.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	ready := make(chan string, 1)
-	go func() { // ends with the process
-		lines := bufio.NewScanner(stderr)
-		lines.Buffer(nil, 1<<20)
-		for lines.Scan() {
-			p.mu.Lock()
-			p.log.WriteString(lines.Text() + "\n")
-			p.mu.Unlock()
-			var line struct{ Msg, Listen string }
-			if json.Unmarshal(lines.Bytes(), &line) == nil && strings.HasPrefix(line.Msg, "ready") && line.Listen != "" {
-				ready <- line.Listen
-			}
-		}
-		p.err = p.cmd.Wait()
-		close(p.exited)
-	}()
 	t.Cleanup(func() {
-		p.stop(t)
+		if err := p.Stop(); err != nil {
+			t.Error(err)
+		}
 		if t.Failed() {
 			t.Logf("the proxy's log:\n%s", tail(p.Log(), 60))
 		}
 	})
-	select {
-	case p.URL = <-ready:
-	case <-p.exited:
-		t.Fatalf("the proxy ended: %v\n%s", p.err, p.Log())
-	case <-time.After(30 * time.Second):
-		t.Fatalf("the proxy is not ready after 30 s\n%s", p.Log())
-	}
-	return p
-}
-
-// stop asks the proxy to stop, and reports it if it does not end well.
-func (p *proxyProcess) stop(t testing.TB) {
-	select {
-	case <-p.exited:
-	default:
-		p.cmd.Process.Signal(syscall.SIGTERM)
-		select {
-		case <-p.exited:
-		case <-time.After(45 * time.Second):
-			p.cmd.Process.Kill()
-			<-p.exited
-			t.Error("the proxy did not stop within 45 s of SIGTERM")
-		}
-	}
-	if p.err != nil {
-		t.Errorf("the proxy ended with %v", p.err)
-	}
-}
-
-// Log returns what the proxy has logged.
-func (p *proxyProcess) Log() string {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.log.String()
+	return &proxyProcess{p}
 }
 
 // Metric returns the sum of the series whose name and labels begin with prefix, such as

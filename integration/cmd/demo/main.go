@@ -6,7 +6,6 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	_ "embed"
@@ -20,7 +19,6 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -29,6 +27,7 @@ import (
 
 	"github.com/ollama/ollama/api"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/proxyprocess"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
@@ -90,9 +89,8 @@ func run(ctx context.Context, era string, out io.Writer) (err error) {
 		return err
 	}
 	binary := filepath.Join(dir, "ollama-cacheproxy")
-	build := exec.CommandContext(ctx, "go", "build", "-o", binary, "github.com/ollama-cacheproxy/ollama-cacheproxy/cmd/ollama-cacheproxy")
-	if text, err := build.CombinedOutput(); err != nil {
-		return fmt.Errorf("building the proxy: %w\n%s", err, text)
+	if err := proxyprocess.Build(ctx, binary); err != nil {
+		return err
 	}
 
 	server, err := realollama.Run(ctx, realollama.Config{Version: era, Models: []string{model}, KeepAlive: serverKeepAlive.String()}, nil)
@@ -100,20 +98,20 @@ func run(ctx context.Context, era string, out io.Writer) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, server.Stop()) }()
-	p, err := startProxy(ctx, binary, server.URL())
+	p, err := proxyprocess.Start(ctx, binary, server.URL())
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, p.stop()) }()
+	defer func() { err = errors.Join(err, p.Stop()) }()
 
 	fmt.Fprintf(out, "Ollama %s with %s at %s; it drops a model %v after the last request.\nollama-cacheproxy at %s. The client is Python's ollama package, told by OLLAMA_HOST alone where to go.\n\n",
-		server.Version(), model, server.URL(), serverKeepAlive, p.url)
+		server.Version(), model, server.URL(), serverKeepAlive, p.URL)
 	d := demo{ctx: ctx, server: server, python: python, script: script, out: out}
 	direct, err := d.ask("directly", server.URL())
 	if err != nil {
 		return err
 	}
-	proxied, err := d.ask("through the proxy", p.url)
+	proxied, err := d.ask("through the proxy", p.URL)
 	if err != nil {
 		return err
 	}
@@ -248,54 +246,6 @@ func report(out io.Writer, direct, proxied outcome) error {
 	}
 	if !equal || direct.stays || !proxied.stays || proxied.loads != 1 {
 		return errors.New("this is not what the proxy promises: equal answers, and a model that stays loaded through the proxy alone")
-	}
-	return nil
-}
-
-// proxyProcess is the proxy, running.
-type proxyProcess struct {
-	url string
-	cmd *exec.Cmd
-	log bytes.Buffer
-	eof chan struct{} // closed when the log has ended
-}
-
-var ready = regexp.MustCompile(`"msg":"ready".*"listen":"(http://[^"]+)"`)
-
-func startProxy(ctx context.Context, binary, upstream string) (*proxyProcess, error) {
-	p := &proxyProcess{cmd: exec.Command(binary, "--listen", "127.0.0.1:0", "--upstream", upstream, "--log-format", "json"), eof: make(chan struct{})}
-	stderr, err := p.cmd.StderrPipe()
-	if err != nil {
-		return nil, err
-	}
-	if err := p.cmd.Start(); err != nil {
-		return nil, fmt.Errorf("starting the proxy: %w", err)
-	}
-	url := make(chan string, 1)
-	go func() { // ends with the process
-		defer close(p.eof)
-		for lines := bufio.NewScanner(stderr); lines.Scan(); {
-			fmt.Fprintln(&p.log, lines.Text())
-			if m := ready.FindStringSubmatch(lines.Text()); m != nil {
-				url <- m[1]
-			}
-		}
-	}()
-	select {
-	case p.url = <-url:
-		return p, nil
-	case <-p.eof:
-		return nil, fmt.Errorf("the proxy ended: %w\n%s", p.cmd.Wait(), p.log.Bytes())
-	case <-ctx.Done():
-		return nil, errors.Join(ctx.Err(), p.stop())
-	}
-}
-
-func (p *proxyProcess) stop() error {
-	p.cmd.Process.Signal(syscall.SIGTERM)
-	<-p.eof
-	if err := p.cmd.Wait(); err != nil {
-		return fmt.Errorf("the proxy ended: %w\n%s", err, p.log.Bytes())
 	}
 	return nil
 }

@@ -1,0 +1,110 @@
+// Package proxyprocess builds ollama-cacheproxy from this tree and runs it as a process of its own, for tests and
+// demonstrations.
+package proxyprocess
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+const (
+	startTimeout = 30 * time.Second
+	// stopTimeout is longer than the proxy's own limit on what still runs when it is told to stop.
+	stopTimeout = 45 * time.Second
+)
+
+// Build makes the program at path; flags are for "go build".
+func Build(ctx context.Context, path string, flags ...string) error {
+	args := append([]string{"build", "-o", path}, flags...)
+	out, err := exec.CommandContext(ctx, "go", append(args, "github.com/ollama-cacheproxy/ollama-cacheproxy/cmd/ollama-cacheproxy")...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("building the proxy: %w\n%s", err, out)
+	}
+	return nil
+}
+
+// Process is a running proxy.
+type Process struct {
+	URL string // where it listens
+
+	cmd    *exec.Cmd
+	exited chan struct{} // closed when the process has ended and err is set
+	err    error
+	mu     sync.Mutex
+	log    bytes.Buffer // guarded by mu
+}
+
+// Start runs the program at path in front of upstream (a URL) on a free port, with more flags, and waits until it
+// listens. The context covers the start only.
+func Start(ctx context.Context, path, upstream string, flags ...string) (*Process, error) {
+	args := append([]string{"--listen", "127.0.0.1:0", "--upstream", upstream, "--log-format", "json"}, flags...)
+	p := &Process{cmd: exec.Command(path, args...), exited: make(chan struct{})}
+	p.cmd.Env = append(os.Environ(), "GORACE=halt_on_error=1")
+	stderr, err := p.cmd.StderrPipe()
+	if err != nil {
+		return nil, fmt.Errorf("starting the proxy: %w", err)
+	}
+	if err := p.cmd.Start(); err != nil {
+		return nil, fmt.Errorf("starting the proxy: %w", err)
+	}
+	ready := make(chan string, 1)
+	go func() { // ends with the process
+		lines := bufio.NewScanner(stderr)
+		lines.Buffer(nil, 1<<20)
+		for lines.Scan() {
+			p.mu.Lock()
+			p.log.WriteString(lines.Text() + "\n")
+			p.mu.Unlock()
+			var line struct{ Msg, Listen string }
+			if json.Unmarshal(lines.Bytes(), &line) == nil && strings.HasPrefix(line.Msg, "ready") && line.Listen != "" {
+				ready <- line.Listen
+			}
+		}
+		p.err = p.cmd.Wait()
+		close(p.exited)
+	}()
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	select {
+	case p.URL = <-ready:
+		return p, nil
+	case <-p.exited:
+		return nil, fmt.Errorf("the proxy ended: %w\n%s", p.err, p.Log())
+	case <-ctx.Done():
+		return nil, errors.Join(fmt.Errorf("the proxy is not ready: %w\n%s", ctx.Err(), p.Log()), p.Stop())
+	}
+}
+
+// Stop asks the proxy to stop and waits. Its error says if the proxy did not end well.
+func (p *Process) Stop() error {
+	// A process that has ended already needs no signal.
+	_ = p.cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-p.exited:
+	case <-time.After(stopTimeout):
+		p.cmd.Process.Kill()
+		<-p.exited
+		return fmt.Errorf("the proxy did not stop within %v of SIGTERM", stopTimeout)
+	}
+	if p.err != nil {
+		return fmt.Errorf("the proxy ended with %w", p.err)
+	}
+	return nil
+}
+
+// Log returns what the proxy has logged.
+func (p *Process) Log() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.log.String()
+}

@@ -39,12 +39,14 @@ lint: ## gofmt, vet, staticcheck; the Dockerfile (needs npx)
 
 .PHONY: bench
 bench: ## what the proxy costs: tables of requests per second, latencies and allocations
-	$(GO) test -run '^$$' -bench . ./jsonscan ./proxy
+	$(GO) test -run '^$$' -bench . ./jsonscan ./prefix ./proxy
 	$(GO) run ./bench/overhead
 
 .PHONY: fuzz
 fuzz: ## a minute of each fuzz test
 	$(GO) test -run '^$$' -fuzz '^FuzzObject$$' -fuzztime 60s ./jsonscan
+	$(GO) test -run '^$$' -fuzz '^FuzzCursor$$' -fuzztime 60s ./jsonscan
+	$(GO) test -run '^$$' -fuzz '^FuzzRead$$' -fuzztime 60s ./prefix
 	$(GO) test -run '^$$' -fuzz '^FuzzKeepAlive$$' -fuzztime 60s ./proxy
 
 .PHONY: clean

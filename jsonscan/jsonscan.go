@@ -115,6 +115,9 @@ func (o *Object) fail() (Member, bool) {
 // KeyIs reports whether encoding/json would store the member with this raw key (quotes included) into a
 // field called name: it folds case, by Unicode's simple folding, and reads escapes.
 func KeyIs(raw, name []byte) bool {
+	if len(raw) < 2 {
+		return false // of an invalid text
+	}
 	inner := raw[1 : len(raw)-1]
 	if bytes.IndexByte(inner, '\\') < 0 {
 		return bytes.EqualFold(inner, name)

@@ -13,6 +13,7 @@ func TestImports(t *testing.T) {
 	allowed := map[string][]string{
 		"jsonscan":              {},
 		"upstream":              {},
+		"prefix":                {"jsonscan"},
 		"proxy":                 {"jsonscan", "upstream"},
 		"metrics":               {"proxy", "upstream"},
 		"cmd/ollama-cacheproxy": {"metrics", "proxy", "upstream"},

@@ -1,0 +1,56 @@
+package prefix
+
+// Shared is what two prompts have in common from their start on.
+type Shared struct {
+	Links int // leading links that are equal
+	// Bytes is how many bytes of text are equal, by the blocks' sixteenths where the prompts differ within a block: it
+	// falls short of the truth by less than a sixteenth of that block. (In 1 of 256 cases two different sixteenths are taken
+	// for equal, and it may exceed it by one.)
+	Bytes int
+	// Part, Message and Offset say where they part: what the first link is that differs, in which message, and at which byte
+	// of that message's text. Of a prompt that has all of its links in common, its end.
+	Part    Part
+	Message int
+	Offset  int
+}
+
+// Common compares a prompt with another one.
+func Common(a, other []Link) Shared {
+	n := 0
+	for n < len(a) && n < len(other) && a[n].Hash == other[n].Hash {
+		n++
+	}
+	s := At(a, n)
+	if n == len(a) || n == len(other) || n == 0 {
+		return s
+	}
+	x, y := &a[n], &other[n]
+	if !x.text() || !y.text() || x.Message != y.Message || x.Offset != y.Offset {
+		return s
+	}
+	part := blockSize(x.Offset) / Fines
+	for i := 0; i < int(min(x.Length, y.Length))/part && x.Fine[i] == y.Fine[i]; i++ {
+		s.Bytes += part
+		s.Offset += part
+	}
+	return s
+}
+
+// At returns what a prompt shares with one that has its first n links in common with it and no more is known of.
+func At(a []Link, n int) Shared {
+	s := Shared{Links: n}
+	if n > 0 {
+		s.Bytes = a[n-1].Bytes
+	}
+	switch {
+	case n < len(a):
+		s.Part, s.Message, s.Offset = a[n].Part, int(a[n].Message), a[n].Offset
+	case n > 0:
+		last := &a[n-1]
+		s.Part, s.Message, s.Offset = last.Part, int(last.Message), last.Offset+int(last.Length)
+	}
+	return s
+}
+
+// text reports whether the link has text of a message.
+func (l *Link) text() bool { return l.Part == Block || l.Part == Tail }

@@ -1,0 +1,74 @@
+// Package prefix turns the body of a request into a chain of cumulative fingerprints of the prompt that Ollama will render
+// from it: the runner, what changes the whole prompt, then message by message, and within a message block by block. Two
+// requests have as many leading links in common as their prompts share text, to within one block.
+//
+// It is pure: it knows no server and no template, keeps no text, and does no I/O.
+package prefix
+
+// Part says what a link stands for.
+type Part uint8
+
+const (
+	Runner   Part = iota // the model and the options that a loaded model has: one link, always the first
+	Settings             // template, think, raw, suffix, context: one link, always the second
+	Tools                // the tools, after the leading system messages: at most one link
+	Head                 // a message's role and what is rendered before its text: images, names, thinking
+	Block                // a full block of a message's text
+	Tail                 // the rest of a message's text, its tool calls and its end
+)
+
+// String names the part as logs and pages show it.
+func (p Part) String() string {
+	return [...]string{"options", "settings", "tools", "message", "text", "text"}[p]
+}
+
+// Fines is how many parts of equal length the block of a link is divided into for Link.Fine.
+const Fines = 16
+
+// Link is one cumulative fingerprint: two links with the same Hash stand for the same prompt up to there.
+type Link struct {
+	Hash uint64 // never 0
+
+	// Bytes is how many bytes of text all messages have up to and with this link (decoded, without what templates add,
+	// without images), so that tokens can be estimated.
+	Bytes int
+	// Offset is where in the message's text this link's own text begins, in bytes; 0 for other parts than Block and Tail.
+	Offset int
+	// Length is how many bytes of the message's text are this link's own.
+	Length int32
+	// Message is the message's index, as Ollama counts them when it renders: a system prompt beside the messages counts as
+	// message 0. -1 for Runner and Settings, and the next message's index for Tools.
+	Message int32
+	Part    Part
+	// Fine has eight bits of each sixteenth of the block that begins at Offset (a Tail's sixteenths are as long as those of
+	// a full block there; the bits past its end are 0). They tell within which sixteenth two blocks differ.
+	Fine [Fines]uint8
+}
+
+// Chain is a request's links, from the runner on.
+type Chain struct {
+	Links []Link
+	// Runner is what the first link stands for.
+	Runner Options
+	// Messages is how many messages the prompt has; Images is how many images.
+	Messages, Images int
+	// Conversation is a fingerprint of the model and of how the conversation begins (the heads of its first system and first
+	// other message), whatever the tools and the options: requests of one conversation have the same.
+	Conversation uint64
+}
+
+// Leaf returns the last link's hash: the fingerprint of the whole prompt. 0 for an empty chain.
+func (c *Chain) Leaf() uint64 {
+	if len(c.Links) == 0 {
+		return 0
+	}
+	return c.Links[len(c.Links)-1].Hash
+}
+
+// Bytes returns how many bytes of text the prompt has.
+func (c *Chain) Bytes() int {
+	if len(c.Links) == 0 {
+		return 0
+	}
+	return c.Links[len(c.Links)-1].Bytes
+}

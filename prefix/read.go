@@ -1,0 +1,444 @@
+package prefix
+
+import (
+	"bytes"
+	"encoding/json"
+	"strconv"
+	"strings"
+	"sync"
+
+	"github.com/cespare/xxhash/v2"
+	lru "github.com/hashicorp/golang-lru/v2"
+	"github.com/ollama/ollama/api"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/jsonscan"
+)
+
+// Endpoint says how a body is written.
+type Endpoint uint8
+
+const (
+	None            Endpoint = iota // no prompt that is rendered
+	Chat                            // /api/chat
+	Generate                        // /api/generate
+	ChatCompletions                 // /v1/chat/completions
+	Completions                     // /v1/completions
+	Responses                       // /v1/responses
+	Messages                        // /v1/messages
+)
+
+// Reader reads chains. Its methods may be called from any goroutine.
+type Reader struct {
+	// canonical remembers the fingerprints of tools and tool calls by those of their JSON text: an agent sends the same
+	// ones with each request, and to read them costs more than to read the rest.
+	canonical *lru.Cache[uint64, uint64]
+	parsers   sync.Pool
+}
+
+const canonicalKept = 4096 // 16 bytes each, and what the LRU needs
+
+// NewReader returns a reader.
+func NewReader() *Reader {
+	c, err := lru.New[uint64, uint64](canonicalKept)
+	if err != nil {
+		panic(err) // the size is positive
+	}
+	return &Reader{canonical: c, parsers: sync.Pool{New: func() any { return new(parser) }}}
+}
+
+// Read returns the chain of a request for the model (upstream.ModelKey). The body must be an object that jsonscan has
+// found valid; what Ollama would refuse gets a chain all the same. A request without a prompt, which only loads or
+// unloads a model, has the two links of its runner and its settings.
+func (r *Reader) Read(e Endpoint, model string, body []byte) Chain {
+	p := r.parsers.Get().(*parser)
+	defer r.parsers.Put(p)
+	*p = parser{reader: r, endpoint: e, writer: writer{links: make([]Link, 0, capacity(len(body))), message: -1}}
+	defer func() { p.body, p.item, p.tools, p.links = fields{}, fields{}, nil, nil }() // they hold the body
+
+	p.digest.Reset()
+	p.body.read(body)
+	p.tools = p.body.raw[fTools]
+	c := Chain{Runner: Options{Model: model}}
+	if e == Chat || e == Generate { // bodies of /v1 cannot state options
+		c.Runner = p.body.runner
+		c.Runner.Model = model
+	}
+	p.runner(c.Runner)
+	p.settings(e, &p.body)
+	p.message = 0
+	p.prompt()
+	c.Links, c.Messages, c.Images = p.links, int(p.message), p.pictures
+	c.Conversation = xxhash.Sum64String(model) ^ p.opening[0]*3 ^ p.opening[1]
+	return c
+}
+
+// capacity guesses how many links a body of n bytes has.
+func capacity(n int) int {
+	if n <= blockFlat {
+		return n/blockMin + 8
+	}
+	return blockFlat/blockMin*6 + 8
+}
+
+// The members of bodies and messages that are rendered.
+const (
+	fOther = iota
+	fOptions
+	fShift
+	fTemplate
+	fSystem
+	fPrompt
+	fSuffix
+	fRaw
+	fContext
+	fThink
+	fTools
+	fImages
+	fMessages
+	fRole
+	fContent
+	fThinking
+	fToolCalls
+	fToolName
+	fToolCallID
+	fName
+	fReasoning
+	fReasoningEffort
+	fInstructions
+	fInput
+	fOutputConfig
+	fType
+	fCallID
+	fOutput
+	fArguments
+	fEncrypted
+	numFields
+)
+
+var fieldNames = [numFields]string{
+	fOptions: "options", fShift: "shift", fTemplate: "template", fSystem: "system", fPrompt: "prompt", fSuffix: "suffix",
+	fRaw: "raw", fContext: "context", fThink: "think", fTools: "tools", fImages: "images", fMessages: "messages",
+	fRole: "role", fContent: "content", fThinking: "thinking", fToolCalls: "tool_calls", fToolName: "tool_name",
+	fToolCallID: "tool_call_id", fName: "name", fReasoning: "reasoning", fReasoningEffort: "reasoning_effort",
+	fInstructions: "instructions", fInput: "input", fOutputConfig: "output_config", fType: "type", fCallID: "call_id",
+	fOutput: "output", fArguments: "arguments", fEncrypted: "encrypted_content",
+}
+
+var fieldsByName = func() map[string]uint8 {
+	m := map[string]uint8{}
+	for i, name := range fieldNames {
+		if name != "" {
+			m[name] = uint8(i)
+		}
+	}
+	return m
+}()
+
+// fieldOf returns which member a raw key names, as encoding/json would match it.
+func fieldOf(key []byte) uint8 {
+	if name := jsonscan.Name(key); name != nil {
+		if f, ok := fieldsByName[string(name)]; ok {
+			return f
+		}
+		if lower(name) {
+			return fOther
+		}
+	}
+	for f := fOther + 1; f < numFields; f++ {
+		if jsonscan.KeyIs(key, []byte(fieldNames[f])) {
+			return uint8(f)
+		}
+	}
+	return fOther
+}
+
+// lower reports whether folding cases leaves name as it is.
+func lower(name []byte) bool {
+	for _, c := range name {
+		if c >= 0x80 || 'A' <= c && c <= 'Z' {
+			return false
+		}
+	}
+	return true
+}
+
+// fields are the raw values of an object's members; nil where there is none, or null.
+type fields struct {
+	raw    [numFields][]byte
+	runner Options
+}
+
+func (f *fields) read(object []byte) {
+	c := jsonscan.NewCursor(object, 0)
+	f.readAt(&c)
+}
+
+func (f *fields) readAt(c *jsonscan.Cursor) {
+	for c.Enter(); c.More(); {
+		field := fieldOf(c.Key())
+		value := c.Value()
+		if len(value) == 0 {
+			continue
+		}
+		switch {
+		case field == fOptions: // of two objects, encoding/json makes one
+			f.runner.read(value)
+		case value[0] != 'n':
+			f.raw[field] = value
+		case !keptByNull[field]:
+			f.raw[field] = nil
+		}
+	}
+	if s := f.raw[fShift]; len(s) > 0 && s[0] == 'f' {
+		f.runner.put(shift, 0)
+	}
+}
+
+// keptByNull are the members that Ollama decodes into Go strings and bools, which null leaves as they are.
+var keptByNull = [numFields]bool{
+	fTemplate: true, fSystem: true, fPrompt: true, fSuffix: true, fRaw: true, fRole: true, fThinking: true, fToolName: true,
+	fToolCallID: true, fName: true, fInstructions: true, fType: true, fCallID: true,
+}
+
+// read takes in an options object. Their keys are matched exactly, as Ollama does; a negative num_gpu means any.
+func (o *Options) read(object []byte) {
+	if object[0] != '{' {
+		*o = Options{} // null
+		return
+	}
+	c := jsonscan.NewCursor(object, 0)
+	for c.Enter(); c.More(); {
+		key, value := c.Key(), c.Value()
+		name := unquoted(key)
+		for i := range shift {
+			if string(name) != optionNames[i] {
+				continue
+			}
+			switch {
+			case string(value) == "true":
+				o.put(i, 1)
+			case string(value) == "false":
+				o.put(i, 0)
+			case string(value) == "null":
+				o.drop(i)
+			default:
+				if v, err := strconv.ParseFloat(string(value), 64); err == nil {
+					if o.put(i, int64(v)); i == numGPU && v < 0 {
+						o.drop(i)
+					}
+				}
+			}
+		}
+	}
+}
+
+func (w *writer) runner(o Options) {
+	w.put('R', []byte(o.Model))
+	for i, v := range o.values {
+		if o.set&(1<<i) != 0 {
+			w.putNumber(byte(i), uint64(v))
+		}
+	}
+	w.add(Link{Part: Runner, Message: -1})
+}
+
+// settings writes what changes how the whole prompt is rendered.
+func (w *writer) settings(e Endpoint, f *fields) {
+	switch e {
+	case Chat:
+		w.value('k', f.raw[fThink])
+	case Generate:
+		w.string('t', f.raw[fTemplate])
+		w.string('s', f.raw[fSuffix])
+		if string(f.raw[fRaw]) == "true" {
+			w.put('r')
+		}
+		w.value('k', f.raw[fThink])
+		w.value('c', f.raw[fContext])
+	case Completions:
+		w.string('s', f.raw[fSuffix])
+	case ChatCompletions:
+		effort := f.raw[fReasoningEffort]
+		if o := f.raw[fReasoning]; o != nil && o[0] == '{' {
+			effort = member(o, "effort")
+		}
+		w.effort(effort)
+	case Responses:
+		if f.raw[fThink] != nil {
+			w.value('k', f.raw[fThink])
+		} else if o := f.raw[fReasoning]; o != nil {
+			w.effort(member(o, "effort"))
+		}
+	case Messages:
+		kind, _ := jsonscan.Unquote(member(f.raw[fThinking], "type"))
+		switch effort := member(f.raw[fOutputConfig], "effort"); {
+		case kind == "enabled":
+			w.value('k', []byte("true"))
+		case kind == "disabled":
+			w.value('k', []byte("false"))
+		default:
+			w.effort(effort)
+		}
+	}
+	w.add(Link{Part: Settings, Message: -1})
+}
+
+// effort writes OpenAI's reasoning effort as the think value that Ollama makes of it.
+func (w *writer) effort(raw []byte) {
+	s, _ := jsonscan.Unquote(raw)
+	switch s = strings.ToLower(strings.TrimSpace(s)); s {
+	case "":
+		return
+	case "none":
+		w.value('k', []byte("false"))
+		return
+	case "minimal":
+		s = "low"
+	case "xhigh", "ultra":
+		s = "max"
+	}
+	w.value('k', []byte(strconv.Quote(s)))
+}
+
+// string writes a string where it is not empty.
+func (w *writer) string(tag byte, raw []byte) {
+	if s, _ := jsonscan.Unquote(raw); s != "" {
+		w.put(tag, []byte(s))
+	}
+}
+
+// value writes a JSON value, where there is one, in one way of all ways to write it.
+func (w *writer) value(tag byte, raw []byte) {
+	if raw != nil {
+		w.put(tag, compact(raw))
+	}
+}
+
+// compact returns the value without spaces and with its strings escaped in one way. The order of keys stays.
+func compact(raw []byte) []byte {
+	var b bytes.Buffer
+	c := jsonscan.NewCursor(raw, 0)
+	compactTo(&b, &c, 0)
+	return b.Bytes()
+}
+
+func compactTo(b *bytes.Buffer, c *jsonscan.Cursor, depth int) {
+	kind := c.Kind()
+	if kind != '{' && kind != '[' || depth > 100 {
+		raw := c.Value()
+		if s, ok := jsonscan.Unquote(raw); ok {
+			raw, _ = json.Marshal(s)
+		}
+		b.Write(raw)
+		return
+	}
+	b.WriteByte(kind)
+	for c.Enter(); c.More(); {
+		if kind == '{' {
+			s, _ := jsonscan.Unquote(c.Key())
+			key, _ := json.Marshal(s)
+			b.Write(key)
+			b.WriteByte(':')
+		}
+		compactTo(b, c, depth+1)
+		b.WriteByte(',')
+	}
+	b.WriteByte(kind + 2) // } and ] come two after { and [
+}
+
+// member returns the raw value of an object's member, nil where there is none. Keys fold case.
+func member(object []byte, name string) []byte {
+	if len(object) == 0 || object[0] != '{' {
+		return nil
+	}
+	var found []byte
+	c := jsonscan.NewCursor(object, 0)
+	for c.Enter(); c.More(); {
+		key := c.Key()
+		if value := c.Value(); jsonscan.KeyIs(key, []byte(name)) && !bytes.Equal(value, []byte("null")) {
+			found = value
+		}
+	}
+	return found
+}
+
+// canon returns the fingerprint of raw as decode makes it canonical, remembered by raw's own and tag.
+func (r *Reader) canon(tag uint64, raw []byte, decode func([]byte) []byte) uint64 {
+	key := xxhash.Sum64(raw) + tag
+	if h, ok := r.canonical.Get(key); ok {
+		return h
+	}
+	h := xxhash.Sum64(decode(raw)) | 1
+	r.canonical.Add(key, h)
+	return h
+}
+
+// apiTools is the JSON that Ollama's templates are given for tools of its own kind.
+func apiTools(raw []byte) []byte {
+	var tools api.Tools
+	if json.Unmarshal(raw, &tools) != nil {
+		return compact(raw) // Ollama refuses it
+	}
+	return []byte(tools.String())
+}
+
+// anthropicTools is the same for /v1/messages.
+func anthropicTools(raw []byte) []byte {
+	var tools []struct {
+		Type        string          `json:"type"`
+		Name        string          `json:"name"`
+		Description string          `json:"description"`
+		InputSchema json.RawMessage `json:"input_schema"`
+	}
+	if json.Unmarshal(raw, &tools) != nil {
+		return compact(raw)
+	}
+	list := make(api.Tools, len(tools))
+	for i, t := range tools {
+		if strings.HasPrefix(t.Type, "web_search") {
+			return compact(raw)
+		}
+		list[i] = api.Tool{Type: "function", Function: api.ToolFunction{Name: t.Name, Description: t.Description}}
+		if len(t.InputSchema) > 0 && json.Unmarshal(t.InputSchema, &list[i].Function.Parameters) != nil {
+			return compact(raw)
+		}
+	}
+	return []byte(list.String())
+}
+
+// sorted is raw with the keys of all objects in order: for tools of /v1/responses, which Ollama decodes into maps.
+func sorted(raw []byte) []byte {
+	var v any
+	if json.Unmarshal(raw, &v) != nil {
+		return compact(raw)
+	}
+	text, _ := json.Marshal(v)
+	return text
+}
+
+// toolCalls is canonical JSON of a message's tool calls. OpenAI's arguments are a string of JSON.
+func toolCalls(raw []byte) []byte {
+	var b bytes.Buffer
+	c := jsonscan.NewCursor(raw, 0)
+	if c.Kind() != '[' {
+		return compact(raw)
+	}
+	for c.Enter(); c.More(); {
+		call := c.Value()
+		fn := member(call, "function")
+		writeCall(&b, member(call, "id"), member(fn, "name"), member(fn, "arguments"))
+	}
+	return b.Bytes()
+}
+
+func writeCall(b *bytes.Buffer, id, name, arguments []byte) {
+	if s, ok := jsonscan.Unquote(arguments); ok {
+		arguments = []byte(s)
+	}
+	for _, part := range [][]byte{id, name, arguments} {
+		if len(part) > 0 {
+			b.Write(compact(part))
+		}
+		b.WriteByte(mark)
+	}
+}

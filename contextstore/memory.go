@@ -1,0 +1,311 @@
+package contextstore
+
+import (
+	"hash/maphash"
+	"math"
+	"sort"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/golang-lru/v2/simplelru"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+)
+
+// What Memory's bytes are made of, measured as growth of the heap by TestLinkBytes and TestContextBytes.
+const (
+	// LinkBytes is what a link costs: 96 for its entry in the LRU, the rest for its place in a map. The map grows in steps,
+	// so that with the number of links, and with how long they have been replaced, it is between 119 and 148.
+	LinkBytes = 132
+	// A stored context costs contextBytes more, for its place in a map and what the allocator rounds up, and tokenBytes for
+	// each token.
+	contextBytes = 80
+	tokenBytes   = 8
+)
+
+const (
+	// maxModels is how many models are remembered. It divides 1<<32, so that a model's numbers stay its slot's.
+	maxModels = 1024
+	// maxChain is how many links of one chain are kept: twice what 4 MB of text have in the shortest blocks. The lock is
+	// held for a whole chain, and nobody is to wait for one of a million empty messages.
+	maxChain = 1 << 15
+)
+
+// Memory is a Store in the process's memory. Make it with NewMemory.
+//
+// Cool and Forget do not look for the links that they are about. Time is counted in ticks, which each of them ends: a link
+// has the tick in which it was put, and that is compared with those in which its model was last cooled and forgotten.
+//
+// Put goes from a chain's last link to its first. Hence, of any link that is held, all links before it in its chain are
+// held too, are newer in the LRU, and have no earlier tick. Match relies on that.
+type Memory struct {
+	limits Limits
+	seed   maphash.Seed
+
+	mu        sync.Mutex // guards all below
+	links     *simplelru.LRU[uint64, link]
+	evictions uint64
+	tick      uint64            // the present one; from 1
+	forgotten uint64            // the last that ended with the forgetting of any model
+	cooled    map[uint16]uint64 // the last that ended with the cooling of all models, by upstream
+
+	// contexts has the stored contexts by the hashes of their links, known or not. They are not in links, since to
+	// overwrite a value there makes its link the newest, newer than those before it in its chain.
+	contexts     map[uint64][]int
+	contextsCost int64 // in bytes
+
+	// numbers has the numbers of the models remembered, by the hashes of their keys, so that long keys cost nothing. Should
+	// two keys ever have one hash, they are one model here, and what is forgotten of one is forgotten of the other.
+	numbers *simplelru.LRU[uint64, uint32]
+	slots   [maxModels]slot // by number modulo maxModels
+}
+
+// slot is what is known of a model. When it is given to another, the number grows by maxModels: so links with the earlier
+// number, and callers who still have it, are found out.
+type slot struct {
+	number    uint32
+	forgotten uint64            // the last tick that ended with the forgetting of it
+	cooled    map[uint16]uint64 // the last that ended with the cooling of it, by upstream
+}
+
+// link is what is kept of one link: 32 bytes, so that an entry of the LRU is 96, a size that the allocator has.
+type link struct {
+	at       int64  // Unix time in nanoseconds; 0: the zero time.Time
+	tick     uint64 // in which it was put
+	tokens   uint32
+	model    uint32
+	upstream uint16
+	lane     uint16
+}
+
+// NewMemory returns an empty store.
+func NewMemory(limits Limits) *Memory {
+	return &Memory{
+		limits:   Limits{Entries: max(limits.Entries, 0), Bytes: max(limits.Bytes, 0)},
+		seed:     maphash.MakeSeed(),
+		links:    newLRU[link](),
+		tick:     1,
+		cooled:   map[uint16]uint64{},
+		contexts: map[uint64][]int{},
+		numbers:  newLRU[uint32](),
+	}
+}
+
+// newLRU returns an LRU that drops nothing by itself: its own limit knows entries only, and would drop a chain's first links
+// while its last ones are being put.
+func newLRU[V any]() *simplelru.LRU[uint64, V] {
+	l, err := simplelru.NewLRU[uint64, V](math.MaxInt, nil)
+	if err != nil {
+		panic(err) // the size is positive
+	}
+	return l
+}
+
+// Model implements Store.
+func (m *Memory) Model(key string) uint32 {
+	hash := maphash.String(m.seed, key)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if number, ok := m.numbers.Get(hash); ok {
+		return number
+	}
+	number := uint32(m.numbers.Len()) + 1
+	if number > maxModels {
+		_, number, _ = m.numbers.RemoveOldest()
+		m.forget(m.slot(number))
+		number += maxModels
+	}
+	m.numbers.Add(hash, number)
+	m.slots[number%maxModels].number = number // the ticks there are older than any link of this model
+	return number
+}
+
+// Match implements Store.
+func (m *Memory) Match(links []prefix.Link) (depth int, rec Record) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	depth, last := m.match(links)
+	if depth == 0 {
+		return 0, Record{}
+	}
+	rec = Record{
+		Sight:   Sight{Upstream: last.upstream, Lane: last.lane, Model: last.model},
+		Warm:    last.tick > m.cooled[last.upstream] && last.tick > m.slot(last.model).cooled[last.upstream],
+		Tokens:  int(last.tokens),
+		Context: m.contexts[links[depth-1].Hash],
+	}
+	if last.at != 0 {
+		rec.At = time.Unix(0, last.at)
+	}
+	return depth, rec
+}
+
+// match returns how many leading links are known, and the last of those. m.mu must be held.
+func (m *Memory) match(links []prefix.Link) (depth int, last link) {
+	// The links that are held are a leading run, whose end is found without looking at each: with a million links, most of
+	// them out of the processor's caches, a look costs 0.1 µs.
+	held := sort.Search(len(links), func(i int) bool { return !m.links.Contains(links[i].Hash) })
+	if held == 0 {
+		return 0, link{}
+	}
+	if l, _ := m.links.Peek(links[held-1].Hash); l.tick > m.forgotten {
+		return held, l // known, and so are all before it
+	}
+	for ; depth < held; depth++ {
+		l, _ := m.links.Peek(links[depth].Hash)
+		if !m.known(l) {
+			break
+		}
+		last = l
+	}
+	return depth, last
+}
+
+// known reports whether what the link says still holds. m.mu must be held.
+func (m *Memory) known(l link) bool {
+	s := m.slot(l.model)
+	return s != nil && l.tick > s.forgotten
+}
+
+// slot returns the slot of the model with this number: nil if there is none, or not any more. m.mu must be held.
+func (m *Memory) slot(number uint32) *slot {
+	if s := &m.slots[number%maxModels]; number != 0 && s.number == number {
+		return s
+	}
+	return nil
+}
+
+// Put implements Store.
+func (m *Memory) Put(links []prefix.Link, s Sight, tokens int) {
+	seen := link{model: s.Model, upstream: s.Upstream, lane: s.Lane}
+	if !s.At.IsZero() {
+		seen.at = s.At.UnixNano()
+	}
+	last := len(links) - 1
+	kept := min(int64(len(links)), maxChain, int64(m.limits.Entries), m.limits.Bytes/LinkBytes)
+
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.slot(s.Model) == nil {
+		return
+	}
+	seen.tick = m.tick
+	// From the last link to the first, so that the first is the newest and is dropped last.
+	for i := int(kept) - 1; i >= 0; i-- {
+		l, hash := seen, links[i].Hash
+		if old, ok := m.links.Peek(hash); ok {
+			if old.model == l.model && m.known(old) {
+				l.tokens = old.tokens
+			} else {
+				m.dropContext(hash)
+			}
+		}
+		if i == last && tokens > 0 {
+			l.tokens = uint32(min(tokens, math.MaxInt32))
+		}
+		m.links.Add(hash, l)
+	}
+	m.trim()
+}
+
+// trim drops the oldest links until the limits hold. m.mu must be held.
+func (m *Memory) trim() {
+	for m.links.Len() > m.limits.Entries || m.bytes() > m.limits.Bytes {
+		hash, _, _ := m.links.RemoveOldest()
+		m.dropContext(hash)
+		m.evictions++
+	}
+}
+
+// bytes returns how many bytes are held. m.mu must be held.
+func (m *Memory) bytes() int64 { return int64(m.links.Len())*LinkBytes + m.contextsCost }
+
+// SetContext implements Store.
+func (m *Memory) SetContext(hash uint64, tokens []int) bool {
+	if len(tokens) > 0 && LinkBytes+contextCost(len(tokens)) > m.limits.Bytes {
+		return false // it would drop every link, its own as well
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	l, ok := m.links.Peek(hash)
+	if !ok || !m.known(l) {
+		return false
+	}
+	m.dropContext(hash)
+	if len(tokens) == 0 {
+		return true
+	}
+	stored := make([]int, len(tokens)) // not longer, as slices.Clone may be: the account counts tokens
+	copy(stored, tokens)
+	m.contexts[hash] = stored
+	m.contextsCost += contextCost(len(tokens))
+	m.trim()
+	_, ok = m.contexts[hash]
+	return ok
+}
+
+// dropContext removes the context of the link with this hash, if it has one. m.mu must be held.
+func (m *Memory) dropContext(hash uint64) {
+	if tokens, ok := m.contexts[hash]; ok {
+		m.contextsCost -= contextCost(len(tokens))
+		delete(m.contexts, hash)
+	}
+}
+
+// contextCost returns what a stored context of n tokens costs, in bytes of heap.
+func contextCost(n int) int64 { return contextBytes + tokenBytes*int64(n) }
+
+// Context implements Store.
+func (m *Memory) Context(links []prefix.Link) (i int, tokens []int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if len(m.contexts) == 0 {
+		return -1, nil
+	}
+	depth, _ := m.match(links)
+	for i := depth - 1; i >= 0; i-- {
+		if tokens, ok := m.contexts[links[i].Hash]; ok {
+			return i, tokens
+		}
+	}
+	return -1, nil
+}
+
+// Cool implements Store.
+func (m *Memory) Cool(upstream uint16, model uint32) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if model == 0 {
+		m.cooled[upstream] = m.tick
+	} else if s := m.slot(model); s != nil {
+		if s.cooled == nil {
+			s.cooled = map[uint16]uint64{}
+		}
+		s.cooled[upstream] = m.tick
+	}
+	m.tick++
+}
+
+// Forget implements Store. Where it forgets all models it gives their memory back, too.
+func (m *Memory) Forget(model uint32) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if model == 0 {
+		m.links, m.contexts, m.contextsCost = newLRU[link](), map[uint64][]int{}, 0
+	} else if s := m.slot(model); s != nil {
+		m.forget(s)
+	}
+}
+
+// forget makes what is known of a model unknown. m.mu must be held.
+func (m *Memory) forget(s *slot) {
+	s.forgotten, m.forgotten = m.tick, m.tick
+	m.tick++
+}
+
+// Stats implements Store.
+func (m *Memory) Stats() Stats {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return Stats{Entries: m.links.Len(), Bytes: m.bytes(), Evictions: m.evictions, Limits: m.limits}
+}

@@ -1,0 +1,151 @@
+package storetest
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+)
+
+// Drive does what script says with the empty store s and with a simple model of it, and fails t where they differ. Any bytes are
+// a script. With the zero Costs, Stats are not compared, and s must be large enough to drop nothing.
+func Drive(t testing.TB, s contextstore.Store, costs Costs, script []byte) {
+	t.Helper()
+	if err := drive(s, costs, script, 0); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Script returns some bytes for Drive, enough for about so many operations. The same seed gives the same.
+func Script(seed uint64, operations int) []byte {
+	random := rand.New(rand.NewPCG(seed, 0))
+	script := make([]byte, operations*5)
+	for i := range script {
+		script[i] = byte(random.Uint32())
+	}
+	return script
+}
+
+// Scripts of one store are about these many prompts: a tree that branches at its first four links, then chains.
+const (
+	branches   = 4
+	chains     = 1 << branches
+	chainLinks = 10
+)
+
+// chain returns the links of one of the prompts. Those of different spaces have nothing in common.
+func chain(space, c int) []prefix.Link {
+	links := make([]prefix.Link, chainLinks)
+	for i := range links {
+		shared := c & (1<<min(i, branches) - 1)
+		links[i].Hash = uint64(space)<<32 | uint64(i)<<16 | uint64(shared)<<8 | 1
+	}
+	return links
+}
+
+// source is where a script's numbers come from. There are zeros after its end.
+type source []byte
+
+// next returns a number below n.
+func (s *source) next(n int) int {
+	if len(*s) == 0 {
+		return 0
+	}
+	x := int((*s)[0])
+	*s = (*s)[1:]
+	return x % n
+}
+
+// drive is Drive with prompts, upstreams and models of the space's own, so that several can drive one store at once. Only in
+// space 0 are all models forgotten.
+func drive(s contextstore.Store, costs Costs, script source, space int) error {
+	model := &naive{limits: s.Stats().Limits, costs: costs, models: map[uint32]bool{}}
+	number := func(i int) uint32 {
+		id := s.Model(fmt.Sprintf("space %d model %d", space, i))
+		model.models[id] = true
+		return id
+	}
+	upstream := func() uint16 { return uint16(4*space + script.next(4)) }
+	at := time.Unix(1_700_000_000, 123_456_789)
+
+	for step := 0; len(script) > 0; step++ {
+		var did string
+		switch op := script.next(10); {
+		case op < 5:
+			c, n := script.next(chains), script.next(chainLinks+1)
+			sight := contextstore.Sight{Upstream: upstream(), Lane: uint16(script.next(3)), At: at.Add(time.Duration(step))}
+			if m := script.next(5); m < 4 {
+				sight.Model = number(m) // else a sight of no model
+			}
+			tokens := script.next(3) * (step + 1)
+			s.Put(chain(space, c)[:n], sight, tokens)
+			model.Put(chain(space, c)[:n], sight, tokens)
+			did = fmt.Sprintf("Put chain %d[:%d] %+v tokens %d", c, n, sight, tokens)
+		case op < 8:
+			c, i := script.next(chains), script.next(chainLinks)
+			tokens := make([]int, script.next(256))
+			for j := range tokens {
+				tokens[j] = step + j
+			}
+			hash := chain(space, c)[i].Hash
+			did = fmt.Sprintf("SetContext chain %d[%d] to %d tokens", c, i, len(tokens))
+			if got, want := s.SetContext(hash, tokens), model.SetContext(hash, tokens); got != want {
+				return fmt.Errorf("step %d: %s returns %v, want %v", step, did, got, want)
+			}
+			clear(tokens) // the store has its own
+		default:
+			var id uint32
+			m := script.next(5)
+			if m < 4 {
+				id = number(m)
+			}
+			if op == 8 {
+				up := upstream()
+				s.Cool(up, id)
+				model.Cool(up, id)
+				did = fmt.Sprintf("Cool upstream %d model %d", up, id)
+			} else if m < 4 || space == 0 {
+				s.Forget(id)
+				model.Forget(id)
+				did = fmt.Sprintf("Forget model %d", id)
+			}
+		}
+		if err := compare(s, model, space); err != nil {
+			return fmt.Errorf("step %d, after %s: %w", step, did, err)
+		}
+	}
+	return nil
+}
+
+// compare returns how the store differs from its model.
+func compare(s contextstore.Store, model *naive, space int) error {
+	for c := range chains {
+		links := chain(space, c)
+		depth, rec := s.Match(links)
+		wantDepth, wantRec := model.Match(links)
+		if depth != wantDepth || !equal(rec, wantRec) {
+			return fmt.Errorf("Match of chain %d is %d, %+v; want %d, %+v", c, depth, rec, wantDepth, wantRec)
+		}
+		i, tokens := s.Context(links)
+		wantI, wantTokens := model.Context(links)
+		if i != wantI || !slices.Equal(tokens, wantTokens) {
+			return fmt.Errorf("Context of chain %d is at %d, %v; want %d, %v", c, i, tokens, wantI, wantTokens)
+		}
+	}
+	if model.costs != (Costs{}) && s.Stats() != model.Stats() {
+		return fmt.Errorf("Stats are %+v; want %+v", s.Stats(), model.Stats())
+	}
+	return nil
+}
+
+// equal compares records, their times as instants.
+func equal(a, b contextstore.Record) bool {
+	at := a.At.Equal(b.At)
+	context := slices.Equal(a.Context, b.Context) && (a.Context == nil) == (b.Context == nil)
+	a.At, b.At = time.Time{}, time.Time{}
+	return at && context && a.Sight == b.Sight && a.Warm == b.Warm && a.Tokens == b.Tokens
+}

@@ -1,0 +1,141 @@
+package storetest
+
+import (
+	"slices"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+)
+
+// Costs is what a store accounts for, in bytes.
+type Costs struct {
+	Link    int64 // for a link
+	Context int64 // for a stored context, beside its tokens
+	Token   int64 // for each token of a context
+}
+
+// naive is a store that is right because it is simple: it looks at everything it holds for every operation. Its models are the
+// numbers that it is told of.
+type naive struct {
+	limits    contextstore.Limits
+	costs     Costs
+	models    map[uint32]bool
+	held      []*naiveLink // the newest first
+	evictions uint64
+}
+
+type naiveLink struct {
+	hash      uint64
+	rec       contextstore.Record
+	forgotten bool
+}
+
+// find returns the link with this hash, known or forgotten, or nil.
+func (n *naive) find(hash uint64) *naiveLink {
+	for _, l := range n.held {
+		if l.hash == hash {
+			return l
+		}
+	}
+	return nil
+}
+
+func (n *naive) Match(links []prefix.Link) (depth int, rec contextstore.Record) {
+	for _, link := range links {
+		l := n.find(link.Hash)
+		if l == nil || l.forgotten {
+			break
+		}
+		depth, rec = depth+1, l.rec
+	}
+	return depth, rec
+}
+
+func (n *naive) Put(links []prefix.Link, s contextstore.Sight, tokens int) {
+	if !n.models[s.Model] {
+		return
+	}
+	kept := len(links)
+	for kept > n.limits.Entries || int64(kept)*n.costs.Link > n.limits.Bytes {
+		kept--
+	}
+	for i := kept - 1; i >= 0; i-- {
+		l := &naiveLink{hash: links[i].Hash, rec: contextstore.Record{Sight: s, Warm: true}}
+		if old := n.find(l.hash); old != nil {
+			if !old.forgotten && old.rec.Model == s.Model {
+				l.rec.Tokens, l.rec.Context = old.rec.Tokens, old.rec.Context
+			}
+			n.held = slices.DeleteFunc(n.held, func(x *naiveLink) bool { return x == old })
+		}
+		if tokens > 0 && i == len(links)-1 {
+			l.rec.Tokens = tokens
+		}
+		n.held = slices.Insert(n.held, 0, l)
+	}
+	n.trim()
+}
+
+func (n *naive) trim() {
+	for st := n.Stats(); st.Entries > n.limits.Entries || st.Bytes > n.limits.Bytes; st = n.Stats() {
+		n.held = n.held[:len(n.held)-1]
+		n.evictions++
+	}
+}
+
+func (n *naive) contextCost(tokens []int) int64 {
+	if len(tokens) == 0 {
+		return 0
+	}
+	return n.costs.Context + int64(len(tokens))*n.costs.Token
+}
+
+func (n *naive) SetContext(hash uint64, tokens []int) bool {
+	l := n.find(hash)
+	if l == nil || l.forgotten || n.costs.Link+n.contextCost(tokens) > n.limits.Bytes {
+		return false
+	}
+	l.rec.Context = append([]int(nil), tokens...)
+	n.trim()
+	return n.find(hash) != nil
+}
+
+func (n *naive) Context(links []prefix.Link) (i int, tokens []int) {
+	i = -1
+	for j, link := range links {
+		l := n.find(link.Hash)
+		if l == nil || l.forgotten {
+			break
+		}
+		if l.rec.Context != nil {
+			i, tokens = j, l.rec.Context
+		}
+	}
+	return i, tokens
+}
+
+func (n *naive) Cool(upstream uint16, model uint32) {
+	for _, l := range n.held {
+		if l.rec.Upstream == upstream && (model == 0 || l.rec.Model == model) {
+			l.rec.Warm = false
+		}
+	}
+}
+
+func (n *naive) Forget(model uint32) {
+	if model == 0 {
+		n.held = nil
+	}
+	for _, l := range n.held {
+		if l.rec.Model == model {
+			l.forgotten = true
+		}
+	}
+}
+
+func (n *naive) Stats() contextstore.Stats {
+	st := contextstore.Stats{Entries: len(n.held), Evictions: n.evictions, Limits: n.limits}
+	for _, l := range n.held {
+		st.Bytes += n.costs.Link + n.contextCost(l.rec.Context)
+	}
+	return st
+}

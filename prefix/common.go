@@ -54,3 +54,6 @@ func At(a []Link, n int) Shared {
 
 // text reports whether the link has text of a message.
 func (l *Link) text() bool { return l.Part == Block || l.Part == Tail }
+
+// BlockPart returns how many bytes of text each part of l.Fine stands for: how exact Shared.Bytes is there.
+func BlockPart(l Link) int { return blockSize(l.Offset) / Fines }

@@ -2,6 +2,8 @@ package prefix
 
 import (
 	"bytes"
+	"encoding/json"
+	"fmt"
 	"strings"
 	"unicode/utf8"
 
@@ -19,6 +21,11 @@ type parser struct {
 	tools    []byte // not written yet; nil if there are none
 	body     fields
 	item     fields // of the message that is being written
+
+	// Of /v1/responses, where one message may be several items:
+	open     bool   // an assistant's message is written but for its end
+	made     calls  // its tool calls
+	thinking []byte // of the assistant's next message
 }
 
 var (
@@ -52,10 +59,15 @@ func (p *parser) prompt() {
 		if !empty(f.raw[fInstructions]) {
 			p.simple(roleSystem, f.raw[fInstructions])
 		}
-		if in := f.raw[fInput]; len(in) > 0 && in[0] == '"' {
+		if in := f.raw[fInput]; !empty(in) {
 			p.simple(roleUser, in)
 		} else {
 			p.each(in)
+			p.close()
+			if !empty(p.thinking) {
+				p.head(roleAssistant, nil, p.thinking)
+				p.end(0, 0)
+			}
 		}
 	}
 	if p.message > 0 {
@@ -75,6 +87,12 @@ func unquoted(raw []byte) []byte {
 	return []byte(s)
 }
 
+// quoted is a text as a raw JSON string.
+func quoted(text string) []byte {
+	raw, _ := json.Marshal(text) // of a string it cannot fail
+	return raw
+}
+
 // empty reports whether raw is no string, or an empty one.
 func empty(raw []byte) bool { return len(raw) < 3 || raw[0] != '"' }
 
@@ -85,12 +103,13 @@ func (p *parser) each(raw []byte) {
 	}
 	c := jsonscan.NewCursor(raw, 0)
 	for c.Enter(); c.More(); {
-		if c.Kind() != '{' {
-			c.Value()
-			continue
-		}
 		p.item = fields{}
-		p.item.readAt(&c)
+		var raw []byte
+		if p.endpoint != Responses && c.Kind() == '{' {
+			p.item.readAt(&c)
+		} else if raw = c.Value(); len(raw) > 0 && raw[0] == '{' { // null is a message of nothing; Ollama refuses all else
+			p.item.read(raw)
+		}
 		switch p.endpoint {
 		case Chat:
 			p.chatMessage(&p.item)
@@ -99,7 +118,7 @@ func (p *parser) each(raw []byte) {
 		case Messages:
 			p.anthropicMessage(&p.item)
 		case Responses:
-			p.responsesItem(&p.item)
+			p.responsesItem(&p.item, raw)
 		}
 	}
 }
@@ -108,7 +127,7 @@ func (p *parser) each(raw []byte) {
 // are left out.
 func (p *parser) head(role []byte, images []byte, extra ...[]byte) {
 	name := unquoted(role)
-	if (p.endpoint == Chat || p.endpoint == Messages) && !lower(name) {
+	if !lower(name) {
 		name = bytes.ToLower(name)
 	}
 	p.system = string(name) == "system"
@@ -134,28 +153,6 @@ func (p *parser) simple(role, text []byte) {
 	p.end(0, 0)
 }
 
-// writeTools writes the tools. They come after the leading system messages, as most templates have them.
-func (p *parser) writeTools() {
-	raw := p.tools
-	if p.tools = nil; len(raw) < 3 || raw[0] != '[' {
-		return
-	}
-	var h uint64
-	switch p.endpoint {
-	case Chat, ChatCompletions:
-		h = p.reader.canon('a', raw, apiTools)
-	case Messages:
-		h = p.reader.canon('m', raw, anthropicTools)
-	case Responses:
-		h = p.reader.canon('r', raw, sorted)
-	default:
-		return // not theirs
-	}
-	p.bytes += len(raw)
-	p.putNumber('T', h)
-	p.add(Link{Part: Tools, Message: p.message})
-}
-
 // images writes the fingerprints of a JSON array of images.
 func (p *parser) images(raw []byte) {
 	if len(raw) == 0 || raw[0] != '[' {
@@ -168,11 +165,12 @@ func (p *parser) images(raw []byte) {
 }
 
 // image writes the fingerprint of an image: base64 in a raw JSON string, perhaps as a data URL. Line ends do not count.
+// What is no string is an image of nothing, which prompts have a place for all the same.
 func (p *parser) image(raw []byte) {
-	if len(raw) < 2 || raw[0] != '"' {
-		return
+	var data []byte
+	if !empty(raw) {
+		data = raw[1 : len(raw)-1]
 	}
-	data := raw[1 : len(raw)-1]
 	if bytes.IndexByte(data, '\\') >= 0 {
 		s, _ := jsonscan.Unquote(raw)
 		data = []byte(strings.NewReplacer("\r", "", "\n", "").Replace(s))
@@ -186,56 +184,56 @@ func (p *parser) image(raw []byte) {
 	p.pictures++
 }
 
-// calls returns the fingerprint of a message's tool calls and their length in bytes.
-func (p *parser) calls(raw []byte) (uint64, int) {
-	if len(raw) < 3 || raw[0] != '[' {
-		return 0, 0
-	}
-	return p.reader.canon('c', raw, toolCalls), len(raw)
-}
-
 func (p *parser) chatMessage(f *fields) {
 	p.head(f.raw[fRole], f.raw[fImages], f.raw[fThinking], f.raw[fToolName], f.raw[fToolCallID])
 	p.text(f.raw[fContent])
-	p.end(p.calls(f.raw[fToolCalls]))
+	calls := p.toolCalls(f.raw[fToolCalls])
+	p.end(calls.hash, calls.bytes)
 }
 
 // openAIMessage: each part of a content array becomes a message of its own, and tool calls belong to the last of them.
 func (p *parser) openAIMessage(f *fields) {
 	reasoning, name, id := f.raw[fReasoning], f.raw[fName], f.raw[fToolCallID]
-	if !bytes.EqualFold(unquoted(f.raw[fRole]), []byte("tool")) {
-		name = nil // it is rendered for tools only
+	content, calls := f.raw[fContent], p.toolCalls(f.raw[fToolCalls])
+	if content == nil || !bytes.EqualFold(unquoted(f.raw[fRole]), []byte("tool")) {
+		name = nil // it is rendered for tools with content only
 	}
-	content := f.raw[fContent]
 	if len(content) == 0 || content[0] != '[' {
 		p.head(f.raw[fRole], nil, reasoning, name, id)
 		p.text(content)
-		p.end(p.calls(f.raw[fToolCalls]))
+		p.end(calls.hash, calls.bytes)
 		return
 	}
 	c := jsonscan.NewCursor(content, 0)
 	c.Enter()
-	for more := c.More(); more; {
+	more := c.More()
+	if !more && calls.hash != 0 { // Ollama gives the calls to the message before
+		p.head(f.raw[fRole], nil, reasoning, name, id)
+		p.end(calls.hash, calls.bytes)
+	}
+	for more {
 		part := c.Value()
 		more = c.More()
 		var image []byte
-		switch kind, _ := jsonscan.Unquote(member(part, "type")); kind {
+		switch string(unquoted(entry(part, "type"))) {
 		case "image_url":
-			if image = member(part, "image_url"); len(image) > 0 && image[0] == '{' {
-				image = member(image, "url")
+			if image = entry(part, "image_url"); len(image) > 0 && image[0] == '{' {
+				image = entry(image, "url")
 			}
 		case "input_audio":
-			image = member(member(part, "input_audio"), "data")
+			image = entry(entry(part, "input_audio"), "data")
 		}
-		calls := f.raw[fToolCalls]
-		if more || len(calls) < 3 {
-			calls = nil
+		if more || calls.hash == 0 {
 			p.part(f.raw[fRole], image)
 		} else {
 			p.part(f.raw[fRole], image, reasoning, name, id)
 		}
-		p.text(member(part, "text"))
-		p.end(p.calls(calls))
+		p.text(entry(part, "text"))
+		if more {
+			p.end(0, 0)
+		} else {
+			p.end(calls.hash, calls.bytes)
+		}
 	}
 }
 
@@ -260,16 +258,20 @@ func (p *parser) anthropicSystem(raw []byte) {
 	c := jsonscan.NewCursor(raw, 0)
 	for c.Enter(); c.More(); {
 		block := c.Value()
-		if kind, _ := jsonscan.Unquote(member(block, "type")); kind == "text" && !empty(member(block, "text")) {
-			texts = append(texts, member(block, "text"))
+		if text := entry(block, "text"); string(unquoted(entry(block, "type"))) == "text" && !empty(text) {
+			texts = append(texts, text)
 		}
 	}
 	if texts != nil {
 		p.head(roleSystem, nil)
-		for _, t := range texts {
-			p.text(t)
-		}
+		p.texts(texts)
 		p.end(0, 0)
+	}
+}
+
+func (p *parser) texts(raw [][]byte) {
+	for _, t := range raw {
+		p.text(t)
 	}
 }
 
@@ -285,11 +287,11 @@ func (p *parser) anthropicMessage(f *fields) {
 	}
 	var texts, results [][]byte
 	var images, thinking []byte
-	var calls bytes.Buffer
+	var made calls
 	c := jsonscan.NewCursor(content, 0)
 	for c.Enter(); c.More(); {
 		block := c.Value()
-		switch kind, _ := jsonscan.Unquote(member(block, "type")); kind {
+		switch string(unquoted(member(block, "type"))) {
 		case "text":
 			if t := member(block, "text"); !empty(t) {
 				texts = append(texts, t)
@@ -297,31 +299,23 @@ func (p *parser) anthropicMessage(f *fields) {
 		case "image":
 			images = appendImage(images, member(member(block, "source"), "data"))
 		case "tool_use", "server_tool_use":
-			writeCall(&calls, member(block, "id"), member(block, "name"), member(block, "input"))
+			made.add(p.reader.canon('u', block, anthropicCall))
 		case "tool_result", "web_search_tool_result":
 			results = append(results, block)
 		case "thinking":
-			thinking = member(block, "thinking")
+			if t := member(block, "thinking"); t != nil {
+				thinking = t
+			}
 		}
 	}
-	role, _ := jsonscan.Unquote(f.raw[fRole])
-	first := strings.EqualFold(role, "user")
+	first := strings.EqualFold(string(unquoted(f.raw[fRole])), "user")
 	if first {
 		p.toolResults(results)
 	}
-	if texts != nil || images != nil || calls.Len() > 0 || !empty(thinking) {
-		if images != nil {
-			images = append(images, ']')
-		}
-		p.head(f.raw[fRole], images, thinking)
-		for _, t := range texts {
-			p.text(t)
-		}
-		var h uint64
-		if calls.Len() > 0 {
-			h = xxhash.Sum64(calls.Bytes()) | 1
-		}
-		p.end(h, calls.Len())
+	if calls := made.all(); texts != nil || images != nil || calls.hash != 0 || !empty(thinking) {
+		p.head(f.raw[fRole], closed(images), thinking)
+		p.texts(texts)
+		p.end(calls.hash, calls.bytes)
 	}
 	if !first {
 		p.toolResults(results)
@@ -331,7 +325,7 @@ func (p *parser) anthropicMessage(f *fields) {
 // appendImage adds an image to a JSON array of images that is still open.
 func appendImage(list, image []byte) []byte {
 	if image == nil {
-		return list
+		image = []byte(`""`)
 	}
 	sep := byte(',')
 	if list == nil {
@@ -340,86 +334,173 @@ func appendImage(list, image []byte) []byte {
 	return append(append(list, sep), image...)
 }
 
+// closed closes it.
+func closed(list []byte) []byte {
+	if list == nil {
+		return nil
+	}
+	return append(list, ']')
+}
+
 func (p *parser) toolResults(blocks [][]byte) {
 	for _, block := range blocks {
 		content := member(block, "content")
+		if string(unquoted(member(block, "type"))) == "web_search_tool_result" {
+			p.head(roleTool, nil, nil, nil, member(block, "tool_use_id"))
+			p.searchResults(content)
+			p.end(0, 0)
+			continue
+		}
 		var texts [][]byte
 		var images []byte
 		if len(content) > 0 && content[0] == '[' {
 			c := jsonscan.NewCursor(content, 0)
 			for c.Enter(); c.More(); {
 				part := c.Value()
-				switch kind, _ := jsonscan.Unquote(member(part, "type")); kind {
+				switch string(unquoted(entry(part, "type"))) {
 				case "text":
-					texts = append(texts, member(part, "text"))
+					texts = append(texts, entry(part, "text"))
 				case "image":
-					images = appendImage(images, member(member(part, "source"), "data"))
-				default: // a search result
-					texts = append(texts, member(part, "title"), member(part, "url"))
+					images = appendImage(images, entry(entry(part, "source"), "data"))
 				}
 			}
 		} else {
 			texts = append(texts, content)
 		}
-		if images != nil {
-			images = append(images, ']')
-		}
-		p.head(roleTool, images, nil, nil, member(block, "tool_use_id"))
-		for _, t := range texts {
-			p.text(t)
-		}
+		p.head(roleTool, closed(images), nil, nil, member(block, "tool_use_id"))
+		p.texts(texts)
 		p.end(0, 0)
 	}
 }
 
-// responsesItem is one item of /v1/responses' input. An item whose kind is not known here is written as it is.
-func (p *parser) responsesItem(f *fields) {
-	kind, _ := jsonscan.Unquote(f.raw[fType])
+// searchResults writes what Anthropic's own web search found as the text that Ollama makes of it.
+func (p *parser) searchResults(content []byte) {
+	if len(content) == 0 || content[0] != '[' {
+		if !empty(content) {
+			p.text(content)
+		} else {
+			p.searchError(content)
+		}
+		return
+	}
+	c := jsonscan.NewCursor(content, 0)
+	for c.Enter(); c.More(); {
+		found := c.Value()
+		if string(unquoted(entry(found, "type"))) != "web_search_result" {
+			p.searchError(found)
+			continue
+		}
+		p.text([]byte(`"- "`))
+		p.text(entry(found, "title"))
+		p.text([]byte(`": "`))
+		p.text(entry(found, "url"))
+		p.text([]byte(`"\n"`))
+	}
+}
+
+func (p *parser) searchError(found []byte) {
+	const kind = "web_search_tool_result_error"
+	if string(unquoted(entry(found, "type"))) != kind {
+		return
+	}
+	p.text(quoted(kind))
+	if code := entry(found, "error_code"); !empty(code) {
+		p.text([]byte(`": "`))
+		p.text(code)
+	}
+}
+
+// responsesItem is one item of /v1/responses' input. Function calls belong to the assistant's message before them, and
+// reasoning to the one after it. An item whose kind is not known here is written as it is.
+func (p *parser) responsesItem(f *fields, raw []byte) {
+	kind := string(unquoted(f.raw[fType]))
 	if kind == "" && f.raw[fRole] != nil {
 		kind = "message"
 	}
 	switch kind {
-	case "message", "agent_message":
-		p.contents(f.raw[fRole], f.raw[fContent], f.raw[fName])
-	case "function_call_output":
-		p.contents(roleTool, f.raw[fOutput], f.raw[fName], nil, f.raw[fCallID])
-	case "function_call":
-		var b bytes.Buffer
-		writeCall(&b, f.raw[fCallID], f.raw[fName], f.raw[fArguments])
-		p.head(roleAssistant, nil)
-		p.end(xxhash.Sum64(b.Bytes())|1, b.Len())
-	case "web_search_call": // not rendered
-	default:
-		p.head(f.raw[fType], nil, f.raw[fEncrypted], f.raw[fName], f.raw[fCallID])
-		for _, raw := range [][]byte{f.raw[fArguments], f.raw[fTools], f.raw[fOutput]} {
-			p.value('v', raw)
+	case "function_call", "tool_search_call":
+		if !p.open {
+			p.head(roleAssistant, nil, p.thinking)
+			p.open, p.thinking = true, nil
 		}
-		p.end(0, 0)
-	}
-}
-
-// contents writes a message whose content is a string or an array of texts and images.
-func (p *parser) contents(role, content []byte, extra ...[]byte) {
-	if len(content) == 0 || content[0] != '[' {
-		p.head(role, nil, extra...)
-		p.text(content)
-		p.end(0, 0)
+		if !empty(p.thinking) { // it takes the place of what the message had
+			p.made.add(canonicalOf(unquoted(p.thinking)))
+			p.thinking = nil
+		}
+		p.made.add(p.reader.canon('f', raw, responsesCall))
+		return
+	case "reasoning":
+		p.thinking = f.raw[fEncrypted]
+		return
+	case "web_search_call": // not rendered
 		return
 	}
-	var texts [][]byte
-	var images []byte
-	c := jsonscan.NewCursor(content, 0)
-	for c.Enter(); c.More(); {
-		part := c.Value()
-		texts = append(texts, member(part, "text"), member(part, "encrypted_content"))
-		images = appendImage(images, member(part, "image_url"))
-	}
-	if images != nil {
-		images = append(images, ']')
-	}
-	p.head(role, images, extra...)
-	for _, t := range texts {
-		p.text(t)
+	p.close()
+	switch kind {
+	case "message":
+		if string(unquoted(f.raw[fRole])) == "assistant" {
+			p.contents(f.raw[fRole], f.raw[fContent], nil, p.thinking)
+			p.open, p.thinking = true, nil
+			return
+		}
+		p.contents(f.raw[fRole], f.raw[fContent], nil)
+	case "agent_message":
+		var lead []byte
+		if author, recipient := unquoted(member(raw, "author")), unquoted(member(raw, "recipient")); len(author)+len(recipient) > 0 {
+			lead = quoted(fmt.Sprintf("Agent message from %q to %q:\n", author, recipient))
+		}
+		p.contents(roleUser, f.raw[fContent], lead)
+	case "function_call_output":
+		p.contents(roleTool, f.raw[fOutput], nil, nil, f.raw[fName], f.raw[fCallID], member(raw, "namespace"))
+	case "tool_search_output":
+		found, err := json.Marshal(json.RawMessage(f.raw[fTools]))
+		if err != nil || f.raw[fTools] == nil {
+			found = []byte("[]")
+		}
+		p.head(roleTool, nil, nil, quoted("tool_search"), f.raw[fCallID])
+		p.text(quoted(string(found)))
+	default:
+		p.head(f.raw[fType], nil, f.raw[fEncrypted], f.raw[fName], f.raw[fCallID])
+		for _, v := range [][]byte{f.raw[fArguments], f.raw[fTools], f.raw[fOutput]} {
+			p.value('v', v)
+		}
 	}
 	p.end(0, 0)
+}
+
+// close ends the assistant's message that is open, if one is.
+func (p *parser) close() {
+	if p.open {
+		calls := p.made.all()
+		p.end(calls.hash, calls.bytes)
+	}
+	p.open, p.made = false, calls{}
+}
+
+// contents writes a message but for its end. Its content is a string, or an array of texts and images; lead, a raw string,
+// stands before it.
+func (p *parser) contents(role, content, lead []byte, extra ...[]byte) {
+	var texts [][]byte
+	var images []byte
+	if len(content) == 0 || content[0] != '[' {
+		texts = append(texts, content)
+	} else {
+		c := jsonscan.NewCursor(content, 0)
+		for c.Enter(); c.More(); {
+			part := c.Value()
+			switch string(unquoted(member(part, "type"))) {
+			case "input_text", "output_text":
+				texts = append(texts, member(part, "text"))
+			case "encrypted_content":
+				texts = append(texts, member(part, "encrypted_content"))
+			case "input_image":
+				if image := member(part, "image_url"); !empty(image) {
+					images = appendImage(images, image)
+				}
+			}
+		}
+	}
+	p.head(role, closed(images), extra...)
+	p.text(lead)
+	p.texts(texts)
 }

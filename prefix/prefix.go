@@ -29,8 +29,8 @@ const Fines = 16
 type Link struct {
 	Hash uint64 // never 0
 
-	// Bytes is how many bytes of text all messages have up to and with this link (decoded, without what templates add,
-	// without images), so that tokens can be estimated.
+	// Bytes is how many bytes of text all messages have up to and with this link (without what templates add, without
+	// images), so that tokens can be estimated. Here and below text counts as JSON spells it, with the fewest escapes.
 	Bytes int
 	// Offset is where in the message's text this link's own text begins, in bytes; 0 for other parts than Block and Tail.
 	Offset int
@@ -40,8 +40,9 @@ type Link struct {
 	// message 0. -1 for Runner and Settings, and the next message's index for Tools.
 	Message int32
 	Part    Part
-	// Fine has eight bits of each sixteenth of the block that begins at Offset (a Tail's sixteenths are as long as those of
-	// a full block there; the bits past its end are 0). They tell within which sixteenth two blocks differ.
+	// Fine has, for each sixteenth of the block that begins at Offset, eight bits of a hash of the block up to there (a
+	// Tail's sixteenths are as long as those of a full block there; the bits past its end are 0). They tell within which
+	// sixteenth two blocks differ.
 	Fine [Fines]uint8
 }
 
@@ -55,6 +56,8 @@ type Chain struct {
 	// Conversation is a fingerprint of the model and of how the conversation begins (the heads of its first system and first
 	// other message), whatever the tools and the options: requests of one conversation have the same.
 	Conversation uint64
+	// Opening is the same for the first of these heads alone: prompts that begin with the same text have the same.
+	Opening uint64
 }
 
 // Leaf returns the last link's hash: the fingerprint of the whole prompt. 0 for an empty chain.

@@ -2,6 +2,7 @@ package prefix
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"strconv"
 	"strings"
@@ -9,7 +10,6 @@ import (
 
 	"github.com/cespare/xxhash/v2"
 	lru "github.com/hashicorp/golang-lru/v2"
-	"github.com/ollama/ollama/api"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/jsonscan"
 )
@@ -25,21 +25,29 @@ const (
 	Completions                     // /v1/completions
 	Responses                       // /v1/responses
 	Messages                        // /v1/messages
+	Embed                           // /api/embed, /api/embeddings: the runner and its options only
 )
 
 // Reader reads chains. Its methods may be called from any goroutine.
 type Reader struct {
 	// canonical remembers the fingerprints of tools and tool calls by those of their JSON text: an agent sends the same
 	// ones with each request, and to read them costs more than to read the rest.
-	canonical *lru.Cache[uint64, uint64]
+	canonical *lru.Cache[uint64, canonical]
 	parsers   sync.Pool
 }
 
-const canonicalKept = 4096 // 16 bytes each, and what the LRU needs
+// canonical is what is known of tools or tool calls as a prompt has them, however they were written: the zero value is
+// none.
+type canonical struct {
+	hash  uint64
+	bytes int // of text
+}
+
+const canonicalKept = 4096 // 24 bytes each, and what the LRU needs
 
 // NewReader returns a reader.
 func NewReader() *Reader {
-	c, err := lru.New[uint64, uint64](canonicalKept)
+	c, err := lru.New[uint64, canonical](canonicalKept)
 	if err != nil {
 		panic(err) // the size is positive
 	}
@@ -59,7 +67,7 @@ func (r *Reader) Read(e Endpoint, model string, body []byte) Chain {
 	p.body.read(body)
 	p.tools = p.body.raw[fTools]
 	c := Chain{Runner: Options{Model: model}}
-	if e == Chat || e == Generate { // bodies of /v1 cannot state options
+	if e == Chat || e == Generate || e == Embed { // bodies of /v1 cannot state options
 		c.Runner = p.body.runner
 		c.Runner.Model = model
 	}
@@ -68,6 +76,7 @@ func (r *Reader) Read(e Endpoint, model string, body []byte) Chain {
 	p.message = 0
 	p.prompt()
 	c.Links, c.Messages, c.Images = p.links, int(p.message), p.pictures
+	c.Opening = xxhash.Sum64String(model) ^ cmp.Or(p.opening[0]*3, p.opening[1])
 	c.Conversation = xxhash.Sum64String(model) ^ p.opening[0]*3 ^ p.opening[1]
 	return c
 }
@@ -262,12 +271,12 @@ func (w *writer) settings(e Endpoint, f *fields) {
 		if o := f.raw[fReasoning]; o != nil && o[0] == '{' {
 			effort = member(o, "effort")
 		}
-		w.effort(effort)
+		w.effort(e, effort)
 	case Responses:
 		if f.raw[fThink] != nil {
 			w.value('k', f.raw[fThink])
 		} else if o := f.raw[fReasoning]; o != nil {
-			w.effort(member(o, "effort"))
+			w.effort(e, member(o, "effort"))
 		}
 	case Messages:
 		kind, _ := jsonscan.Unquote(member(f.raw[fThinking], "type"))
@@ -277,16 +286,25 @@ func (w *writer) settings(e Endpoint, f *fields) {
 		case kind == "disabled":
 			w.value('k', []byte("false"))
 		default:
-			w.effort(effort)
+			w.effort(e, effort)
 		}
 	}
 	w.add(Link{Part: Settings, Message: -1})
 }
 
-// effort writes OpenAI's reasoning effort as the think value that Ollama makes of it.
-func (w *writer) effort(raw []byte) {
+// effort writes a reasoning effort as the think value that Ollama makes of it.
+func (w *writer) effort(e Endpoint, raw []byte) {
 	s, _ := jsonscan.Unquote(raw)
-	switch s = strings.ToLower(strings.TrimSpace(s)); s {
+	if e == Messages { // Anthropic's has other names
+		switch s = strings.ToLower(strings.TrimSpace(s)); s {
+		case "low", "medium", "high", "max":
+		case "xhigh":
+			s = "high"
+		default:
+			return
+		}
+	}
+	switch s {
 	case "":
 		return
 	case "none":
@@ -346,7 +364,8 @@ func compactTo(b *bytes.Buffer, c *jsonscan.Cursor, depth int) {
 	b.WriteByte(kind + 2) // } and ] come two after { and [
 }
 
-// member returns the raw value of an object's member, nil where there is none. Keys fold case.
+// member returns the raw value of a member of an object that Ollama decodes into a Go struct, nil where there is none:
+// keys fold case, and null changes nothing.
 func member(object []byte, name string) []byte {
 	if len(object) == 0 || object[0] != '{' {
 		return nil
@@ -362,83 +381,18 @@ func member(object []byte, name string) []byte {
 	return found
 }
 
-// canon returns the fingerprint of raw as decode makes it canonical, remembered by raw's own and tag.
-func (r *Reader) canon(tag uint64, raw []byte, decode func([]byte) []byte) uint64 {
-	key := xxhash.Sum64(raw) + tag
-	if h, ok := r.canonical.Get(key); ok {
-		return h
+// entry is member for an object that Ollama decodes into a map: keys do not fold case, and null is a value.
+func entry(object []byte, name string) []byte {
+	if len(object) == 0 || object[0] != '{' {
+		return nil
 	}
-	h := xxhash.Sum64(decode(raw)) | 1
-	r.canonical.Add(key, h)
-	return h
-}
-
-// apiTools is the JSON that Ollama's templates are given for tools of its own kind.
-func apiTools(raw []byte) []byte {
-	var tools api.Tools
-	if json.Unmarshal(raw, &tools) != nil {
-		return compact(raw) // Ollama refuses it
-	}
-	return []byte(tools.String())
-}
-
-// anthropicTools is the same for /v1/messages.
-func anthropicTools(raw []byte) []byte {
-	var tools []struct {
-		Type        string          `json:"type"`
-		Name        string          `json:"name"`
-		Description string          `json:"description"`
-		InputSchema json.RawMessage `json:"input_schema"`
-	}
-	if json.Unmarshal(raw, &tools) != nil {
-		return compact(raw)
-	}
-	list := make(api.Tools, len(tools))
-	for i, t := range tools {
-		if strings.HasPrefix(t.Type, "web_search") {
-			return compact(raw)
-		}
-		list[i] = api.Tool{Type: "function", Function: api.ToolFunction{Name: t.Name, Description: t.Description}}
-		if len(t.InputSchema) > 0 && json.Unmarshal(t.InputSchema, &list[i].Function.Parameters) != nil {
-			return compact(raw)
-		}
-	}
-	return []byte(list.String())
-}
-
-// sorted is raw with the keys of all objects in order: for tools of /v1/responses, which Ollama decodes into maps.
-func sorted(raw []byte) []byte {
-	var v any
-	if json.Unmarshal(raw, &v) != nil {
-		return compact(raw)
-	}
-	text, _ := json.Marshal(v)
-	return text
-}
-
-// toolCalls is canonical JSON of a message's tool calls. OpenAI's arguments are a string of JSON.
-func toolCalls(raw []byte) []byte {
-	var b bytes.Buffer
-	c := jsonscan.NewCursor(raw, 0)
-	if c.Kind() != '[' {
-		return compact(raw)
-	}
+	var found []byte
+	c := jsonscan.NewCursor(object, 0)
 	for c.Enter(); c.More(); {
-		call := c.Value()
-		fn := member(call, "function")
-		writeCall(&b, member(call, "id"), member(fn, "name"), member(fn, "arguments"))
-	}
-	return b.Bytes()
-}
-
-func writeCall(b *bytes.Buffer, id, name, arguments []byte) {
-	if s, ok := jsonscan.Unquote(arguments); ok {
-		arguments = []byte(s)
-	}
-	for _, part := range [][]byte{id, name, arguments} {
-		if len(part) > 0 {
-			b.Write(compact(part))
+		key := c.Key()
+		if value := c.Value(); string(unquoted(key)) == name {
+			found = value
 		}
-		b.WriteByte(mark)
 	}
+	return found
 }

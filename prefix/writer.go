@@ -90,7 +90,7 @@ func (w *writer) block() {
 	w.link = Link{Part: Block, Message: w.message, Offset: w.pos}
 }
 
-// text adds a raw JSON string to the message's text.
+// text adds a raw JSON string to the message's text. Where it spells its escapes as most encoders do, it is not copied.
 func (w *writer) text(raw []byte) {
 	if len(raw) < 2 || raw[0] != '"' {
 		return
@@ -100,86 +100,120 @@ func (w *writer) text(raw []byte) {
 		// encoding/json puts U+FFFD in the place of what is no UTF-8.
 		var s string
 		if json.Unmarshal(raw, &s) == nil {
-			w.plain([]byte(s))
+			var spelled []byte
+			for _, r := range s {
+				spelled = appendSpelled(spelled, r)
+			}
+			w.plain(spelled)
 		}
 		return
 	}
-	for len(inner) > 0 {
-		run := inner[:min(len(inner), w.space())]
-		slash := bytes.IndexByte(run, '\\')
-		if slash >= 0 {
-			run = run[:slash]
+	for i := 0; i < len(inner); {
+		slash := bytes.IndexByte(inner[i:], '\\')
+		if slash < 0 || i+slash+1 >= len(inner) {
+			break
 		}
-		n := copy(w.buf[w.n:], run)
-		w.n, w.pos = w.n+n, w.pos+n
-		if inner = inner[n:]; slash < 0 {
-			w.advance()
+		i += slash
+		if c := inner[i+1]; c != 'u' && c != '/' {
+			i += 2
 			continue
 		}
-		if len(inner) > 1 && inner[1] != 'u' {
-			w.buf[w.n] = escaped(inner[1]) // there is space: the backslash would have had it
-			w.n, w.pos = w.n+1, w.pos+1
-			inner = inner[2:]
-			w.advance()
-			continue
+		w.plain(inner[:i])
+		r, used := rune('/'), 2
+		if inner[i+1] == 'u' {
+			r, used = unicodeEscape(inner[i:])
 		}
-		r, used := unicodeEscape(inner)
-		var encoded [utf8.UTFMax]byte
-		w.plain(utf8.AppendRune(encoded[:0], r))
-		inner = inner[used:]
+		var spelled [8]byte
+		w.plain(appendSpelled(spelled[:0], r))
+		inner, i = inner[i+used:], 0
 	}
+	w.plain(inner)
 }
 
-// plain adds decoded text.
+// appendSpelled appends a character as the text of messages is hashed: as JSON, with the shortest escape, and with one
+// only where there must be one.
+func appendSpelled(b []byte, r rune) []byte {
+	switch r {
+	case '"', '\\':
+		return append(b, '\\', byte(r))
+	case '\b':
+		return append(b, '\\', 'b')
+	case '\f':
+		return append(b, '\\', 'f')
+	case '\n':
+		return append(b, '\\', 'n')
+	case '\r':
+		return append(b, '\\', 'r')
+	case '\t':
+		return append(b, '\\', 't')
+	}
+	if r < 0x20 {
+		const hex = "0123456789abcdef"
+		return append(b, '\\', 'u', '0', '0', hex[r>>4], hex[r&15])
+	}
+	return utf8.AppendRune(b, r)
+}
+
+// plain adds text that is spelled as it is hashed. It is hashed in units: a whole block, or a cell of a longer one. Only
+// what does not fill one is copied.
 func (w *writer) plain(p []byte) {
 	for len(p) > 0 {
-		n := copy(w.buf[w.n:w.n+w.space()], p)
-		w.n, w.pos = w.n+n, w.pos+n
+		unit := min(w.size, cell)
+		if w.n == 0 && len(p) >= unit {
+			w.hash(p[:unit])
+			p = p[unit:]
+			continue
+		}
+		n := copy(w.buf[w.n:unit], p)
+		w.n += n
 		p = p[n:]
-		w.advance()
+		if w.n == unit {
+			w.n = 0
+			w.hash(w.buf[:unit])
+		}
 	}
 }
 
-// space returns how many bytes fit into the block and the buffer: never 0.
-func (w *writer) space() int { return min(w.size-(w.pos-w.link.Offset), cell-w.n) }
-
-// advance hashes what is full: the buffer, or the block, which a link ends.
-func (w *writer) advance() {
-	full := w.pos-w.link.Offset == w.size
-	if !full && w.n < cell {
-		return
-	}
-	w.opened(full)
-	w.flush()
-	if full {
+// hash takes in a unit, or the rest of a message, and ends the block's link where that is full.
+func (w *writer) hash(text []byte) {
+	w.opened(text)
+	w.digestText(text)
+	w.pos += len(text)
+	w.bytes += len(text)
+	if w.pos-w.link.Offset == w.size {
 		w.link.Length = int32(w.size)
 		w.add(w.link)
 		w.block()
 	}
 }
 
-// flush hashes what is decoded, all of one block.
-func (w *writer) flush() {
-	text := w.buf[:w.n]
-	w.digest.Write(text)
-	w.bytes += w.n
-	from := w.pos - w.n - w.link.Offset // within the block
-	w.n = 0
-	part := w.size / Fines
-	if part == 16 {
+// digestText writes text, which begins at w.pos, to the digest. A block of more than blockMin bytes is written as the
+// hashes of its parts, since these are needed for Link.Fine as well. What Fine has of a part depends on those before it,
+// so that two blocks that seem equal in one part, though they are not, differ in the next one.
+func (w *writer) digestText(text []byte) {
+	from, part := w.pos-w.link.Offset, w.size/Fines // from: within the block
+	if w.size == blockMin {
+		w.digest.Write(text)
+		fine := uint64(0)
 		for i := 0; len(text) >= 16; i++ {
 			a, b := binary.LittleEndian.Uint64(text), binary.LittleEndian.Uint64(text[8:])
-			w.link.Fine[from/16+i] = byte(((a^0x9E3779B97F4A7C15)*0xC2B2AE3D27D4EB4F ^ bits.RotateLeft64(b, 29)) * 0x9E3779B97F4A7C15 >> 56)
+			fine = (fine ^ (a^0x9E3779B97F4A7C15)*0xC2B2AE3D27D4EB4F ^ bits.RotateLeft64(b, 29)) * 0x9E3779B97F4A7C15
+			w.link.Fine[i] = byte(fine >> 56)
 			text = text[16:]
 		}
 		return
 	}
+	piece := min(part, cell)
 	for len(text) > 0 {
-		n := min(part-from%part, len(text))
-		if from%part == 0 {
+		n := min(piece, len(text))
+		h := xxhash.Sum64(text[:n])
+		var b [8]byte
+		binary.LittleEndian.PutUint64(b[:], h)
+		w.digest.Write(b[:])
+		if from == 0 {
 			w.fine = 0
 		}
-		w.fine = w.fine*0xC2B2AE3D27D4EB4F ^ xxhash.Sum64(text[:n])
+		w.fine = w.fine*0xC2B2AE3D27D4EB4F ^ h
 		if from += n; from%part == 0 {
 			w.link.Fine[from/part-1] = byte(w.fine >> 56)
 		}
@@ -187,43 +221,26 @@ func (w *writer) flush() {
 	}
 }
 
-// opened notes how the conversation begins, where this is the first block, or all, of its first message's text.
-func (w *writer) opened(over bool) {
+// opened notes how the conversation begins, where text is the beginning of its first system or first other message.
+func (w *writer) opened(text []byte) {
 	i := 1
 	if w.system {
 		i = 0
 	}
-	if over && w.link.Offset == 0 && w.opening[i] == 0 {
-		w.opening[i] = xxhash.Sum64(w.buf[:w.n]) | 1
+	if w.pos == 0 && w.opening[i] == 0 {
+		w.opening[i] = xxhash.Sum64(text) | 1
 	}
 }
 
 // end ends the message. calls is the fingerprint of its tool calls, 0 for none; callBytes is how long those are.
 func (w *writer) end(calls uint64, callBytes int) {
-	w.opened(true)
-	w.flush()
+	w.hash(w.buf[:w.n])
+	w.n = 0
 	w.bytes += callBytes
 	w.putNumber('E', calls)
 	w.link.Part, w.link.Length = Tail, int32(w.pos-w.link.Offset)
 	w.add(w.link)
 	w.message++
-}
-
-// escaped returns what a backslash and c stand for.
-func escaped(c byte) byte {
-	switch c {
-	case 'b':
-		return '\b'
-	case 'f':
-		return '\f'
-	case 'n':
-		return '\n'
-	case 'r':
-		return '\r'
-	case 't':
-		return '\t'
-	}
-	return c
 }
 
 // unicodeEscape decodes the \u escape, or two that make a surrogate pair, at the head of s, as encoding/json does, and

@@ -1,0 +1,514 @@
+package savings
+
+import (
+	"cmp"
+	"math"
+	"math/bits"
+	"slices"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+)
+
+// engine is one model on one upstream: what it was last sent, and what has been learned of its speed and its memory.
+// Guarded by Ledger.mu.
+//
+// The estimate of what was reused works without asking the server. Each prompt that the engine saw lately, and that the
+// new one has a beginning in common with, is a candidate for what was reused, beside nothing at all. Which of
+// them it was is told by the time that the evaluation took: a candidate predicts it from the tokens left to evaluate and the
+// time per token that was learned, and the one with the best posterior wins. Slots and host caches need not be known: how
+// often a prompt was still warm after so many others is learned, too, and is the prior.
+type engine struct {
+	held     []*held // oldest first
+	running  []*Request
+	inFlight int
+	ended    time.Time // when a request last ended
+
+	options      prefix.Options // of the last request answered
+	optionsKnown bool
+	equal        []prefix.Options // options that turned out to mean the same as options
+	numCtx       int              // tokens; 0: not known
+	sliding      bool
+
+	// fresh: everything that the engine holds it was sent through this ledger since it was loaded, so that what shares
+	// nothing with that is cold for certain.
+	fresh bool
+	lost  int // how often all that it held was lost
+
+	loadEnd  time.Time     // when the last load ended
+	loadTime time.Duration // how long loads take
+	warmLoad time.Duration // load_duration where nothing is loaded
+
+	density  mean // tokens per byte of text
+	warm     [rankBuckets]mean
+	guessed  speed // learned from estimates alone, for estimates
+	measured speed // learned from measured counts where there are any
+	decode   mean  // ms per generated token
+	unsure   []sample
+}
+
+// held is a prompt that the engine was sent.
+type held struct {
+	chain     *prefix.Chain
+	total     int // tokens; 0: not known
+	generated int // tokens of its answer
+	pending   bool
+	lost      bool // what it left in the engine is gone, for why and detail
+	why       Reason
+	detail    string
+}
+
+const (
+	maxHeld     = 64
+	rankBuckets = 7 // a prompt's rank is how many the engine has seen since: 0, 1, 2–3, 4–7, …
+	perMessage  = 5 // tokens that a template adds to each message, and to the answer's start: about
+)
+
+// mean is a mean of what was seen, the last ones counting most. The zero mean knows nothing.
+type mean struct {
+	v float64
+	n int
+}
+
+const meanOver = 12 // samples
+
+func (m *mean) add(v float64) {
+	m.n = min(m.n+1, meanOver)
+	m.v += (v - m.v) / float64(m.n)
+}
+
+// speed is how long evaluations take: base + per token, in ms; the time per token depends on the prompt's length. A busy
+// machine makes evaluations slower, nothing makes them faster: so the fastest of the last ones counts.
+type speed struct {
+	base  mean
+	token [32]fastest // by the total's power of two
+}
+
+// fastest is the least of the last values.
+type fastest struct {
+	last [8]float64
+	n    int
+}
+
+func (f *fastest) add(v float64) {
+	f.last[f.n%len(f.last)] = v
+	f.n++
+}
+
+func (f *fastest) min() float64 { return slices.Min(f.last[:min(f.n, len(f.last))]) }
+
+type sample struct{ total, ms float64 }
+
+// perToken returns the time of a token in a prompt of so many; false if nothing is learned.
+func (s *speed) perToken(total int) (float64, bool) {
+	want := bits.Len(uint(total)) & 31
+	for d := range len(s.token) { // the nearest that is known
+		for _, i := range []int{want - d, want + d} {
+			if i >= 0 && i < len(s.token) && s.token[i].n > 0 {
+				return s.token[i].min(), true
+			}
+		}
+	}
+	return 0, false
+}
+
+// smallBase stands for base, in tokens, as long as none is learned.
+const smallBase = 30
+
+func (s *speed) baseTime(perToken float64) float64 {
+	if s.base.n > 0 {
+		return s.base.v
+	}
+	return smallBase * perToken
+}
+
+// predict returns how many ms the evaluation of n tokens of a prompt takes.
+func (s *speed) predict(n, total int) (float64, bool) {
+	per, ok := s.perToken(total)
+	return s.baseTime(per) + per*float64(n), ok
+}
+
+// add learns from an evaluation of n tokens.
+func (s *speed) add(n, total int, ms float64) {
+	per, ok := s.perToken(total)
+	switch {
+	case n >= 192 || !ok && n >= 16:
+		base := 0.0
+		if s.base.n > 0 {
+			base = min(s.base.v, ms/2)
+		}
+		s.token[bits.Len(uint(total))&31].add((ms - base) / float64(n))
+	case ok:
+		s.base.add(min(max(0, ms-per*float64(n)), 200*per))
+	}
+}
+
+// hold adds a prompt to those that the engine was sent, as one that is under way.
+func (e *engine) hold(chain *prefix.Chain) *held {
+	if len(e.held) >= maxHeld {
+		e.held = slices.Delete(e.held, 0, len(e.held)-maxHeld+1)
+	}
+	h := &held{chain: chain, pending: true}
+	e.held = append(e.held, h)
+	return h
+}
+
+func (e *engine) drop(h *held) {
+	if i := slices.Index(e.held, h); i >= 0 {
+		e.held = slices.Delete(e.held, i, i+1)
+	}
+}
+
+func (e *engine) forget(r *Request) {
+	if i := slices.Index(e.running, r); i >= 0 {
+		e.running = slices.Delete(e.running, i, i+1)
+	}
+}
+
+// same reports whether the options turned out to load nothing else than those loaded.
+func (e *engine) same(o prefix.Options) bool { return slices.Contains(e.equal, o) }
+
+// lose marks all that is held as gone.
+func (e *engine) lose(why Lost) {
+	reason, detail := ReasonEvicted, "the model was unloaded: its keep_alive had run out, or another model needed the memory"
+	if why == LostRestart {
+		reason, detail = ReasonRestart, "the upstream was restarted"
+	}
+	e.loseAll(reason, detail, nil)
+	e.optionsKnown = false
+	e.lost++
+}
+
+func (e *engine) loseAll(reason Reason, detail string, but *held) {
+	for _, h := range e.held {
+		if h != but && !h.lost {
+			h.lost, h.why, h.detail = true, reason, detail
+		}
+	}
+	e.fresh = false
+}
+
+// load finds out whether the model was loaded for this request, and notes what that means.
+func (e *engine) load(now time.Time, r *Request, o Outcome) bool {
+	loaded := false
+	switch {
+	case o.Load > 0: // told
+		limit := max(100*time.Millisecond, 4*e.warmLoad)
+		if r.wasLoaded {
+			limit = max(limit, e.loadTime/2) // unless it was to be expected, it must look like one
+		}
+		loaded = o.Load > limit
+		if !loaded {
+			e.warmLoad = (3*e.warmLoad + o.Load) / 4
+		}
+		// Requests that waited for one and the same load all tell it.
+		if end := r.at.Add(min(o.Load, now.Sub(r.at))); loaded {
+			if r.at.Before(e.loadEnd) {
+				loaded = false
+			} else {
+				e.loadEnd, e.loadTime = end, o.Load
+			}
+		}
+	default: // /v1 does not tell
+		loaded = e.optionsKnown && !r.wasLoaded
+	}
+	if loaded {
+		reason, detail := ReasonEvicted, "the model was not loaded: its keep_alive had run out, it was unloaded, or another model needed the memory"
+		if len(r.changes) > 0 {
+			reason, detail = ReasonReloaded, "the model was loaded anew: "+join(r.changes)
+		}
+		for _, h := range e.held {
+			if h.lost && h.why == ReasonRestart {
+				reason, detail = h.why, h.detail
+			}
+		}
+		e.loseAll(reason, detail, r.held)
+		e.fresh = true
+		e.equal = nil
+	} else if e.optionsKnown && !r.wasLoaded && len(e.equal) < 8 {
+		e.equal = append(e.equal, r.chain.Runner, e.options)
+	}
+	e.options, e.optionsKnown = r.chain.Runner, true
+	return loaded
+}
+
+// candidate is what may have been reused.
+type candidate struct {
+	tokens int
+	rank   int
+	shared prefix.Shared
+}
+
+// candidates returns what a prompt of total tokens (0: estimate it) may have reused of what the engine holds, the most
+// first, each with its best rank.
+func (e *engine) candidates(r *Request, total int) []candidate {
+	var list []candidate
+	rank := 0
+	for i := len(e.held) - 1; i >= 0; i-- {
+		h := e.held[i]
+		if h == r.held || h.lost {
+			continue
+		}
+		s := prefix.Common(r.chain.Links, h.chain.Links)
+		if s.Links >= 2 && s.Bytes > 0 {
+			if n := e.tokensOf(r, h, s, total); n > 0 {
+				list = append(list, candidate{n, rank, s})
+			}
+		}
+		rank++
+	}
+	if depth := r.known; depth > 2 && r.record.Warm && r.record.Upstream == r.upstream.Index {
+		s := prefix.At(r.chain.Links, depth)
+		list = append(list, candidate{e.tokensOf(r, nil, s, total), maxHeld, s})
+	}
+	slices.SortFunc(list, func(a, b candidate) int { return cmp.Or(b.tokens-a.tokens, a.rank-b.rank) })
+	return list
+}
+
+// tokensOf estimates how many tokens of a prompt of total tokens (0: estimate it) the engine can reuse of h (nil: of some
+// prompt that has s in common with it).
+func (e *engine) tokensOf(r *Request, h *held, s prefix.Shared, total int) int {
+	all := e.tokens(r.bytes, r.chain.Messages)
+	if total == 0 {
+		total = int(all)
+	}
+	if total == 0 {
+		return 0
+	}
+	if e.sliding && r.upstream.Old && (h == nil || s.Links < len(h.chain.Links)) {
+		return 0
+	}
+	if h != nil && s.Links == len(h.chain.Links) && h.total > 0 {
+		// All of the earlier prompt, and its answer if that follows.
+		n := h.total
+		if s.Links < len(r.chain.Links) {
+			n += h.generated
+		}
+		return min(n, total-1)
+	}
+	// The tokens after the point where they part: their share of the text, and what the template adds.
+	after := r.bytes - s.Bytes
+	if s.Links < len(r.chain.Links) {
+		if l := r.chain.Links[s.Links]; l.Part == prefix.Block || l.Part == prefix.Tail {
+			after -= prefix.BlockPart(l) / 2 // it lies somewhere within this part
+		}
+	}
+	messages := r.chain.Messages - max(0, s.Message)
+	perByte := float64(total-perMessage*(r.chain.Messages+1)) / float64(max(1, r.bytes))
+	rest := int(max(0, perByte)*float64(max(0, after)) + float64(perMessage*messages) + 0.5)
+	return max(0, min(total-rest, total-1))
+}
+
+// tokens estimates a prompt's tokens; 0 if nothing is learned.
+func (e *engine) tokens(bytes, messages int) float64 {
+	if e.density.n == 0 {
+		return 0
+	}
+	return e.density.v*float64(bytes) + float64(perMessage*(messages+1))
+}
+
+func bucket(rank int) int { return min(bits.Len(uint(rank)), rankBuckets-1) }
+
+// chance returns how often a prompt of this rank was found warm. old: see Upstream.
+func (e *engine) chance(rank int, old bool) float64 {
+	m := e.warm[bucket(rank)]
+	prior := 0.5
+	switch {
+	case rank == 0:
+		prior = 0.95
+	case old: // no host cache: only slots hold prompts, and by default there is one
+		prior = 0.15
+	}
+	// As if two such had been seen before.
+	return min(max((m.v*float64(m.n)+2*prior)/float64(m.n+2), 0.03), 0.97)
+}
+
+// expect returns how many tokens the request is expected to reuse.
+func (e *engine) expect(r *Request) (int, bool) {
+	if len(r.chain.Links) <= 2 || e.density.n == 0 {
+		return 0, false
+	}
+	if !r.wasLoaded {
+		return 0, e.optionsKnown
+	}
+	for _, c := range e.candidates(r, 0) {
+		if e.chance(c.rank, r.upstream.Old) >= 0.5 {
+			return c.tokens, true
+		}
+	}
+	return 0, true
+}
+
+// guess is an estimate.
+type guess struct {
+	reused int
+	known  bool
+	sure   bool      // enough to learn from
+	best   candidate // the one that would have been the most; of no tokens if there is none
+}
+
+// estimate infers how many tokens were reused.
+func (e *engine) estimate(r *Request, o Outcome, loaded bool) guess {
+	if o.Total == 0 {
+		return guess{}
+	}
+	if loaded {
+		return guess{known: true, sure: true}
+	}
+	list := e.candidates(r, o.Total)
+	g := guess{}
+	if len(list) > 0 {
+		g.best = list[0]
+	}
+	ms, told := e.observed(o)
+	perToken, learned := e.guessed.perToken(o.Total)
+	switch {
+	case len(list) == 0 && e.fresh:
+		g.known, g.sure = true, true
+		return g
+	case !learned && len(list) == 0:
+		return g // it may be warm from before, for all we know
+	case !told || !learned:
+		// The time is not told, or says nothing yet: what is expected must do.
+		if !e.fresh && !learned {
+			return g
+		}
+		g.known = true
+		for _, c := range list {
+			if e.chance(c.rank, r.upstream.Old) >= 0.5 {
+				g.reused = c.tokens
+				return g
+			}
+		}
+		return g
+	}
+
+	base := e.guessed.baseTime(perToken)
+	likelihood := func(evaluated int, prior float64) float64 {
+		x := math.Log(ms / (base + perToken*float64(evaluated)))
+		deviation := 0.25 // faster than ever: hardly
+		if x > 0 {
+			deviation = 0.4
+			if r.busy {
+				deviation = 1 // others were evaluated in the same batches
+			}
+		}
+		return math.Log(prior) - x*x/(2*deviation*deviation)
+	}
+	// The one with the best posterior wins; it is sure if none that means something else comes near.
+	list = append(list, candidate{rank: -1})
+	none := 0.97
+	for _, c := range list[:len(list)-1] {
+		none = min(none, 1-e.chance(c.rank, r.upstream.Old))
+	}
+	scores := make([]float64, len(list))
+	best := 0
+	for i, c := range list {
+		prior := none
+		if c.rank >= 0 {
+			prior = e.chance(c.rank, r.upstream.Old)
+		}
+		if scores[i] = likelihood(o.Total-c.tokens, prior); scores[i] > scores[best] {
+			best = i
+		}
+	}
+	g.known, g.sure, g.reused = true, true, list[best].tokens
+	for i, c := range list {
+		if abs(c.tokens-g.reused)*10 > o.Total && scores[best]-scores[i] < 2 {
+			g.sure = false
+		}
+	}
+	if len(list) == 1 && !e.fresh {
+		// Nothing is known to be in common, but the engine may hold what it was sent by others.
+		if n := int((ms - base) / perToken); n < o.Total/2 {
+			g.reused, g.sure = o.Total-max(n, 1), false
+		}
+	}
+	return g
+}
+
+// observed returns how long the prompt's evaluation took, in ms, as far as that can be known.
+func (e *engine) observed(o Outcome) (float64, bool) {
+	switch {
+	case o.PromptEval > 0:
+		return toMs(o.PromptEval), true
+	case o.TotalTime > 0:
+		return 0, false // a native answer that tells times tells this one, too
+	case o.FirstByte > 0 && o.FirstByte < o.Duration:
+		return toMs(o.FirstByte), true
+	case o.Duration > 0:
+		return max(0.1, toMs(o.Duration)-e.decode.v*float64(o.Generated)), true
+	}
+	return 0, false
+}
+
+func toMs(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
+
+// learn takes in what a request's end tells.
+func (e *engine) learn(r *Request, o Outcome, g guess, entry *Entry) {
+	if o.Total == 0 || entry.Truncated {
+		return
+	}
+	if r.bytes > 0 {
+		if text := float64(o.Total - perMessage*(r.chain.Messages+1)); text > 0 {
+			e.density.add(text / float64(r.bytes))
+		}
+	}
+	ms := toMs(o.PromptEval)
+	if o.Eval > 0 && o.Generated > 1 && !r.busy {
+		e.decode.add(toMs(o.Eval) / float64(o.Generated))
+	}
+	if o.PromptEval > 0 && !r.busy {
+		if g.sure {
+			e.guessed.add(o.Total-g.reused, o.Total, ms)
+		} else if _, learned := e.guessed.perToken(o.Total); !learned && !g.known && o.Total >= 16 {
+			// It may have been warm. Of three, the slowest per token is taken for cold.
+			if e.unsure = append(e.unsure, sample{float64(o.Total), ms}); len(e.unsure) >= 3 {
+				slowest := slices.MaxFunc(e.unsure, func(a, b sample) int { return cmp.Compare(a.ms/a.total, b.ms/b.total) })
+				e.guessed.add(int(slowest.total), int(slowest.total), slowest.ms)
+				e.unsure = nil
+			}
+		}
+		if entry.Basis == Measured {
+			e.measured.add(entry.Tokens.Evaluated, o.Total, ms)
+		}
+	}
+	if g.known && g.best.tokens > 0 && g.best.tokens*10 >= o.Total {
+		hit := 0.0
+		if g.reused*10 >= g.best.tokens*8 {
+			hit = 1
+		}
+		e.warm[bucket(g.best.rank)].add(hit)
+	}
+}
+
+func abs(n int) int { return max(n, -n) }
+
+// saved returns how long the evaluation of the reused tokens would have taken; 0 where nothing is learned.
+func (e *engine) saved(reused, total int) time.Duration {
+	per, ok := e.measured.perToken(total)
+	if !ok {
+		per, ok = e.guessed.perToken(total)
+	}
+	if !ok {
+		return 0
+	}
+	return time.Duration(per * float64(reused) * float64(time.Millisecond))
+}
+
+// truncated reports whether a prompt of total tokens was probably cut: it has far fewer than its text predicts, and no more
+// than the context can hold.
+func (e *engine) truncated(r *Request, total int) bool {
+	predicted := e.tokens(r.bytes, r.chain.Messages)
+	if predicted == 0 || total == 0 {
+		return false
+	}
+	ctx := r.chain.Runner.NumCtx()
+	if ctx == 0 {
+		ctx = e.numCtx
+	}
+	if ctx > 0 && total <= ctx && predicted > 1.1*float64(ctx) && float64(total) < 0.75*predicted {
+		return true
+	}
+	return float64(total) < 0.4*predicted && e.density.n >= 3 && (ctx == 0 || total > ctx/4)
+}

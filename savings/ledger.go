@@ -1,0 +1,361 @@
+// Package savings is the ledger: for each request it says how many prompt tokens Ollama reused from a warm prefix and how
+// many it evaluated, what that saved, and why a cold request was cold.
+//
+// Since 0.34 Ollama tells how many tokens it reused: the figure is measured. Before, it is estimated, from what the
+// request has in common with what the model last saw on that server, and from how long the evaluation took: see engine.
+// Both are kept beside each other. What neither tells is unknown, which is not 0.
+//
+// The ledger holds no prompt text and makes no requests.
+package savings
+
+import (
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+)
+
+// Basis says where an entry's token counts come from.
+type Basis string
+
+const (
+	Measured  Basis = "measured"  // the server told them
+	Estimated Basis = "estimated" // inferred
+	Unknown   Basis = "unknown"   // not known; the total may be
+)
+
+// Verdict says how warm a request was.
+type Verdict string
+
+const (
+	Hit       Verdict = "hit"     // at least half of the prompt was reused
+	Partial   Verdict = "partial" // less, but at least a tenth
+	Cold      Verdict = "cold"
+	Uncertain Verdict = "unknown"
+)
+
+// VerdictOf returns how warm a prompt of total tokens is of which so many were reused.
+func VerdictOf(total, reused int) Verdict {
+	switch {
+	case total <= 0:
+		return Uncertain
+	case 2*reused >= total:
+		return Hit
+	case 10*reused >= total:
+		return Partial
+	}
+	return Cold
+}
+
+// Tokens divides a prompt's tokens.
+type Tokens struct {
+	Reused    int `json:"reused"`
+	Evaluated int `json:"evaluated"`
+}
+
+// Entry is what the ledger has of one request.
+type Entry struct {
+	ID       uint64
+	At       time.Time // when it was sent upstream
+	Endpoint string
+	Upstream string
+	Model    string // its key
+	Prefix   uint64 // fingerprint of the whole prompt
+	Shared   uint64 // … and of the longest part of it that was known before; 0 if there is none beyond the runner
+	// Conversation is prefix.Chain's.
+	Conversation uint64
+	Messages     int // in the prompt
+
+	Basis     Basis
+	Total     int     // prompt tokens; 0 where not known
+	Tokens    *Tokens // nil where Basis is Unknown
+	Estimate  *Tokens // the estimate, also beside a measured figure; nil where there is none
+	Verdict   Verdict
+	Reason    Reason // of a request that is no Hit
+	Detail    string // the same in words; no prompt text
+	Truncated bool   // Ollama probably cut the prompt
+
+	Expected      int // tokens that were expected to be reused when the request was sent
+	ExpectedKnown bool
+
+	Generated int           // tokens of the answer
+	Loaded    bool          // the model was loaded for this request
+	Load      time.Duration // waiting for the model; 0 where not told
+	Queue     time.Duration // waiting for a slot inside Ollama; 0 where not told
+	Prompt    time.Duration // evaluating the prompt; 0 where not told
+	Eval      time.Duration // generating the answer; 0 where not told
+
+	// SavedEvaluation and SavedLoading are estimates of the time that the request would have taken longer had nothing been
+	// reused, and had the model been dropped five minutes after its last request, as Ollama does by default.
+	SavedEvaluation, SavedLoading time.Duration
+
+	Excerpt string // of the request, where the operator wants to see it
+}
+
+// Ledger accounts. Make it with New. Its methods may be called from any goroutine.
+type Ledger struct {
+	store contextstore.Store
+
+	mu      sync.Mutex
+	engines map[engineKey]*engine
+	recent  []Entry // a ring
+	next    uint64  // how many there were; recent[next % cap] is the oldest
+}
+
+type engineKey struct {
+	upstream uint16
+	model    string
+}
+
+// maxEngines bounds the models remembered, over all upstreams. Of more than that, any is forgotten.
+const maxEngines = 1024
+
+// New returns a ledger that knows of prefixes what the store knows, and remembers the last so many entries.
+func New(store contextstore.Store, remember int) *Ledger {
+	return &Ledger{store: store, engines: map[engineKey]*engine{}, recent: make([]Entry, 0, remember)}
+}
+
+// Upstream is a server, as the ledger is told of it.
+type Upstream struct {
+	Index uint16
+	Name  string
+	// TellsCached says that the server's answers tell the reused tokens: Ollama 0.34 and later.
+	TellsCached bool
+	// Old says that the server is Ollama before 0.30: its only cache are the slots, and of a sliding-window model's
+	// prompt it reuses nothing unless the whole of the previous prompt is its beginning.
+	Old bool
+}
+
+// Request is a request under way. The nil Request does nothing.
+type Request struct {
+	ledger   *Ledger
+	engine   *engine
+	upstream Upstream
+	chain    *prefix.Chain
+	held     *held
+	at       time.Time
+	bytes    int
+	lost     int  // engine.lost when it began
+	busy     bool // another request was under way in the same model meanwhile
+
+	known         int // leading links that the store knew
+	record        contextstore.Record
+	wasLoaded     bool // the model was loaded, as far as is known, with these options
+	changes       []prefix.Change
+	idle          time.Duration // since the model's last request
+	Expected      int           // tokens expected to be reused
+	ExpectedKnown bool
+}
+
+// Begin notes that a request is sent. The chain must stay as it is.
+func (l *Ledger) Begin(now time.Time, up Upstream, chain *prefix.Chain) *Request {
+	model := l.store.Model(chain.Runner.Model)
+	known, record := l.store.Match(chain.Links)
+	if known > 0 && record.Model != model {
+		known, record = 0, contextstore.Record{}
+	}
+
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	e := l.engine(up.Index, chain.Runner.Model)
+	r := &Request{ledger: l, engine: e, upstream: up, chain: chain, at: now, bytes: chain.Bytes(), lost: e.lost, known: known, record: record}
+	if r.wasLoaded = e.optionsKnown && (chain.Runner == e.options || e.same(chain.Runner)); e.optionsKnown && !r.wasLoaded {
+		r.changes = chain.Runner.Changes(e.options)
+	}
+	if !e.ended.IsZero() {
+		r.idle = now.Sub(e.ended)
+	}
+	r.Expected, r.ExpectedKnown = e.expect(r)
+	r.held = e.hold(chain)
+	if r.busy = e.inFlight > 0; r.busy {
+		for _, other := range e.running {
+			other.busy = true
+		}
+	}
+	e.running = append(e.running, r)
+	e.inFlight++
+	return r
+}
+
+// engine returns the engine, made if need be. l.mu must be held.
+func (l *Ledger) engine(upstream uint16, model string) *engine {
+	key := engineKey{upstream, model}
+	e, ok := l.engines[key]
+	if !ok {
+		for k := range l.engines {
+			if len(l.engines) < maxEngines {
+				break
+			}
+			if l.engines[k].inFlight == 0 {
+				delete(l.engines, k)
+			}
+		}
+		e = &engine{}
+		l.engines[key] = e
+	}
+	return e
+}
+
+// Outcome is how a request ended.
+type Outcome struct {
+	Answer
+	OK        bool          // the upstream accepted it and answered to the end
+	FirstByte time.Duration // from Begin to the answer's first byte; 0 if unknown or if it was the last one, too
+	Duration  time.Duration // from Begin to the end
+
+	Endpoint, Excerpt string // for the entry
+}
+
+// End accounts for a request, and returns its entry. A request that was not answered to the end has none: false.
+func (r *Request) End(now time.Time, o Outcome) (Entry, bool) {
+	if r == nil {
+		return Entry{}, false
+	}
+	l, e := r.ledger, r.engine
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	e.inFlight--
+	e.forget(r)
+	e.ended = now
+	if !o.OK {
+		// The engine may have evaluated some of it: what it holds now is not known, and what is not known is not warm.
+		e.drop(r.held)
+		return Entry{}, false
+	}
+	if len(r.chain.Links) <= 2 && !o.Done { // it only loaded the model, or asked for embeddings
+		e.drop(r.held)
+		e.load(now, r, o)
+		return Entry{}, false
+	}
+	entry := Entry{
+		ID: l.next + 1, At: r.at, Endpoint: o.Endpoint, Upstream: r.upstream.Name, Model: r.chain.Runner.Model, Prefix: r.chain.Leaf(), Conversation: r.chain.Conversation, Messages: r.chain.Messages,
+		Expected: r.Expected, ExpectedKnown: r.ExpectedKnown,
+		Basis: Unknown, Total: o.Total, Verdict: Uncertain, Generated: o.Generated,
+		Load: o.Load, Prompt: o.PromptEval, Eval: o.Eval, Excerpt: o.Excerpt,
+	}
+	if r.known > 2 {
+		entry.Shared = r.chain.Links[r.known-1].Hash
+	}
+	if o.TotalTime > 0 {
+		entry.Queue = max(0, o.TotalTime-o.Load-o.PromptEval-o.Eval)
+	}
+	entry.Loaded = e.load(now, r, o)
+	if len(r.chain.Links) > 2 {
+		l.account(r, o, &entry)
+	}
+	if !entry.Loaded && e.loadTime > 0 && r.idle > defaultKeepAlive && r.wasLoaded {
+		entry.SavedLoading = e.loadTime
+	}
+	if len(l.recent) < cap(l.recent) {
+		l.recent = append(l.recent, entry)
+	} else if len(l.recent) > 0 {
+		l.recent[l.next%uint64(cap(l.recent))] = entry
+	}
+	l.next++
+	return entry, true
+}
+
+// defaultKeepAlive is how long Ollama keeps a model after its last request, unless told otherwise.
+const defaultKeepAlive = 5 * time.Minute
+
+// account fills in the tokens of a request that has a prompt, and notes what the engine holds from now on.
+func (l *Ledger) account(r *Request, o Outcome, entry *Entry) {
+	e := r.engine
+	guess := e.estimate(r, o, entry.Loaded)
+	entry.Truncated = e.truncated(r, o.Total)
+	if guess.known {
+		entry.Basis, entry.Estimate = Estimated, &Tokens{guess.reused, o.Total - guess.reused}
+		entry.Tokens = entry.Estimate
+	}
+	if o.CachedKnown && o.Total > 0 {
+		entry.Basis, entry.Tokens = Measured, &Tokens{o.Cached, o.Total - o.Cached}
+	}
+	if entry.Tokens != nil {
+		entry.Verdict = VerdictOf(o.Total, entry.Tokens.Reused)
+		if entry.Verdict != Hit {
+			entry.Reason, entry.Detail = e.reason(r, entry)
+		}
+		entry.SavedEvaluation = e.saved(entry.Tokens.Reused, o.Total)
+	}
+	e.learn(r, o, guess, entry)
+	if entry.Truncated || r.lost != e.lost {
+		e.drop(r.held) // what is warm is not what was sent, or belongs to an earlier load
+		return
+	}
+	r.held.total, r.held.generated, r.held.pending = o.Total, o.Generated, false
+	l.store.Put(r.chain.Links, contextstore.Sight{Upstream: r.upstream.Index, Model: l.store.Model(r.chain.Runner.Model), At: r.at}, o.Total)
+}
+
+// Lost says why what a model held is not warm any more.
+type Lost string
+
+const (
+	LostUnloaded Lost = "unloaded" // it is not loaded any more: its keep_alive ran out, or another model needed the memory
+	LostRestart  Lost = "restart"  // the server was restarted
+	LostReplaced Lost = "replaced" // the model was deleted or created anew: its tokens may be others, too
+)
+
+// Lose says that what the model held on the upstream is gone. An empty model means all models of the upstream.
+func (l *Ledger) Lose(upstream uint16, model string, why Lost) {
+	var number uint32
+	if model != "" {
+		number = l.store.Model(model)
+	}
+	if l.store.Cool(upstream, number); why == LostReplaced {
+		l.store.Forget(number)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for key, e := range l.engines {
+		if key.upstream != upstream || model != "" && key.model != model {
+			continue
+		}
+		if why == LostReplaced && e.inFlight == 0 {
+			delete(l.engines, key)
+			continue
+		}
+		e.lose(why)
+	}
+}
+
+// Loaded takes in which models the upstream had loaded at a time, with their context lengths in tokens.
+func (l *Ledger) Loaded(upstream uint16, models map[string]int, at time.Time) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for key, e := range l.engines {
+		if key.upstream != upstream {
+			continue
+		}
+		numCtx, ok := models[key.model]
+		if e.numCtx = numCtx; !ok && e.inFlight == 0 && e.optionsKnown && e.ended.Before(at) {
+			l.store.Cool(upstream, l.store.Model(key.model))
+			e.lose(LostUnloaded)
+		}
+	}
+}
+
+// Sliding says whether the model's attention has a sliding window.
+func (l *Ledger) Sliding(upstream uint16, model string, sliding bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if e, ok := l.engines[engineKey{upstream, model}]; ok {
+		e.sliding = sliding
+	}
+}
+
+// Recent returns the last entries, newest first, n at most.
+func (l *Ledger) Recent(n int) []Entry {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	n = min(n, len(l.recent))
+	list := make([]Entry, 0, n)
+	for i := range uint64(n) {
+		list = append(list, l.recent[(l.next-1-i)%uint64(cap(l.recent))])
+	}
+	return list
+}
+
+// PrefixString writes a fingerprint as headers and pages show it.
+func PrefixString(hash uint64) string { return fmt.Sprintf("%016x", hash) }

@@ -11,7 +11,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
@@ -39,6 +41,16 @@ type Metrics struct {
 	up        *prometheus.GaugeVec
 	info      *prometheus.GaugeVec
 	loaded    *prometheus.GaugeVec
+
+	tokens          *prometheus.CounterVec
+	estimatedTokens *prometheus.CounterVec
+	warm            *prometheus.CounterVec
+	estimatedWarm   *prometheus.CounterVec
+	cold            *prometheus.CounterVec
+	saved           *prometheus.CounterVec
+	loads           *prometheus.CounterVec
+	truncated       *prometheus.CounterVec
+	attached        *prometheus.CounterVec
 
 	mu     sync.RWMutex
 	models map[string]string // label by upstream.ModelKey; guarded by mu
@@ -78,6 +90,15 @@ func New(version string, inFlight func() int64) *Metrics {
 	m.info = gauge("upstream_info", "1, with the upstream's version.", "upstream", "version")
 	m.loaded = gauge("upstream_loaded_bytes", "Memory of each loaded model, as the upstream's /api/ps told at the last poll.", "upstream", "model")
 
+	m.tokens = counter("prompt_tokens_total", "Prompt tokens, by what became of them: reused or evaluated, as the server told (Ollama 0.34 and later), or unknown.", "model", "kind")
+	m.estimatedTokens = counter("estimated_prompt_tokens_total", "Prompt tokens of requests whose server does not tell what it reused: an estimate of what was reused and evaluated.", "model", "kind")
+	m.warm = counter("prompts_total", "Prompts by how warm they were: hit (at least half was reused), partial (at least a tenth), cold; as the server told; or unknown.", "model", "verdict")
+	m.estimatedWarm = counter("estimated_prompts_total", "Prompts whose server does not tell what it reused, by how warm they were: an estimate.", "model", "verdict")
+	m.cold = counter("cold_prompts_total", "Prompts that were not a hit, by the reason that the proxy found.", "model", "reason")
+	m.saved = counter("estimated_saved_seconds_total", "Estimated time saved: evaluation (of the tokens that were reused, at the learned time per token) and loading (of models that Ollama would have dropped five minutes after their last request).", "model", "kind")
+	m.loads = counter("model_loads_total", "Model loads that requests waited for.", "model")
+	m.truncated = counter("estimated_truncated_prompts_total", "Prompts that Ollama has probably cut, by their token count.", "model")
+	m.attached = counter("attach_context_total", "What became of stored context for /api/generate: attached to a request; trusted, no_slower, unsuitable (a group of requests); anything else says why it was switched off for the model.", "model", "outcome")
 	build := gauge("build_info", "1, with the proxy's version.", "version", "goversion")
 	build.WithLabelValues(version, runtime.Version()).Set(1)
 	m.registry.MustRegister(
@@ -109,6 +130,52 @@ func (m *Metrics) Done(ex proxy.Exchange) {
 	if ex.Unedited != "" {
 		m.unedited.WithLabelValues(ex.Unedited).Inc()
 	}
+	if ex.Savings != nil {
+		m.account(model, ex.Savings)
+	}
+}
+
+// account counts an entry of the ledger.
+func (m *Metrics) account(model string, e *savings.Entry) {
+	tokens, warm := m.tokens, m.warm
+	if e.Basis == savings.Estimated {
+		tokens, warm = m.estimatedTokens, m.estimatedWarm
+	}
+	if e.Tokens != nil {
+		tokens.WithLabelValues(model, "reused").Add(float64(e.Tokens.Reused))
+		tokens.WithLabelValues(model, "evaluated").Add(float64(e.Tokens.Evaluated))
+	} else {
+		tokens.WithLabelValues(model, "unknown").Add(float64(e.Total))
+	}
+	warm.WithLabelValues(model, string(e.Verdict)).Inc()
+	if e.Reason != "" {
+		m.cold.WithLabelValues(model, string(e.Reason)).Inc()
+	}
+	if e.Loaded {
+		m.loads.WithLabelValues(model).Inc()
+	}
+	if e.Truncated {
+		m.truncated.WithLabelValues(model).Inc()
+	}
+	m.saved.WithLabelValues(model, "evaluation").Add(e.SavedEvaluation.Seconds())
+	m.saved.WithLabelValues(model, "loading").Add(e.SavedLoading.Seconds())
+}
+
+// Attached counts what became of stored context.
+func (m *Metrics) Attached(model, outcome string) {
+	m.attached.WithLabelValues(m.model(model, true), outcome).Inc()
+}
+
+// Store adds the series of a store; stats is asked at each scrape.
+func (m *Metrics) Store(stats func() contextstore.Stats) {
+	gauge := func(name, help string, value func(contextstore.Stats) float64) {
+		m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: namespace + "_" + name, Help: help},
+			func() float64 { return value(stats()) }))
+	}
+	gauge("store_entries", "Links of prefixes that are remembered.", func(s contextstore.Stats) float64 { return float64(s.Entries) })
+	gauge("store_bytes", "Memory that the remembered prefixes take.", func(s contextstore.Stats) float64 { return float64(s.Bytes) })
+	m.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: namespace + "_store_evictions_total", Help: "Links that were forgotten to make room."},
+		func() float64 { return float64(stats().Evictions) }))
 }
 
 // Touched counts a keep_alive that the proxy set on its own.

@@ -23,6 +23,8 @@ import (
 
 	"go.uber.org/goleak"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
@@ -336,6 +338,7 @@ func newRig(t *testing.T, up *url.URL, h *Handler) *rig {
 	}
 	h.Upstream = upstream.NewServer("up", up, h.Transport, h.Log)
 	h.Done = func(ex Exchange) { rg.done <- ex }
+	h.Ledger = savings.New(contextstore.NewMemory(contextstore.Limits{Entries: 10000, Bytes: 1 << 24}), 100)
 	h.Init()
 	srv := httptest.NewServer(h)
 	rg.srv, rg.URL = srv, srv.URL

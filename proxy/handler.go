@@ -16,9 +16,13 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/attach"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
@@ -45,6 +49,14 @@ type Handler struct {
 	Metrics   http.Handler // serves PathMetrics; nil forwards it like any other path
 	Log       *slog.Logger // nil discards
 
+	Ledger      *savings.Ledger // nil accounts for nothing and reads no prefixes
+	ShowPrompts bool            // the page of the last requests has excerpts of their bodies
+
+	// AttachContext sends requests to /api/generate with stored context where that is exact and no slower. Attached is told
+	// what became of it.
+	AttachContext bool
+	Attached      func(model, outcome string)
+
 	// Done is told of each request when it is over, Touched of each keep_alive that was set, or refused, in the
 	// background. Nil means nobody listens.
 	Done    func(Exchange)
@@ -54,6 +66,11 @@ type Handler struct {
 	looped    atomic.Bool // one of the proxy's own requests came back
 	residency *residency
 	forward   *httputil.ReverseProxy
+
+	prefixes       *prefix.Reader
+	ledgerUpstream atomic.Pointer[savings.Upstream]
+	traits         traits
+	attacher       *attach.Attacher // nil: nothing is attached
 }
 
 // Exchange is one request and how it was answered.
@@ -72,6 +89,8 @@ type Exchange struct {
 
 	KeepAlive string // injected, kept, raised or forced; "" where the request has no keep_alive
 	Unedited  string // why a body that is usually read was not: see the Unedited… constants
+
+	Savings *savings.Entry // nil where there is nothing to account for
 }
 
 // Outcome says how an exchange ended.
@@ -114,6 +133,14 @@ type exchange struct {
 	passing *passing    // nil where the body was read, or there is none
 	edit    edit
 	use     use
+
+	chain   prefix.Chain
+	spend   *savings.Request // nil where the ledger does not account for it
+	dialect savings.Dialect
+	answer  *savings.Reader // nil where nobody reads the answer
+	excerpt string
+	plan    *attach.Plan // nil where nothing is attached, or to be learned from the answer
+
 	in      atomic.Int64 // bytes of the request's body so far; becomes BytesIn
 	bodyErr error        // how reading the answer's body ended; nil if it was never read to an end
 }
@@ -162,6 +189,12 @@ func (h *Handler) Init() {
 	if h.Touched == nil {
 		h.Touched = func(string, error) {}
 	}
+	h.prefixes = prefix.NewReader()
+	h.ledgerUpstream.Store(&savings.Upstream{Name: h.Upstream.Name})
+	h.traits = newTraits()
+	if h.AttachContext {
+		h.attacher = h.newAttacher()
+	}
 	h.residency = newResidency(h.Upstream, h.KeepAlive, h.Touched, h.Log)
 	h.forward = &httputil.ReverseProxy{
 		Rewrite:        h.rewrite,
@@ -174,8 +207,19 @@ func (h *Handler) Init() {
 	}
 }
 
-// Run keeps models loaded until ctx ends.
-func (h *Handler) Run(ctx context.Context) { h.residency.run(ctx) }
+// Run does what the handler does in the background until ctx ends: it keeps models loaded, and asks for what the ledger
+// needs to know of them.
+func (h *Handler) Run(ctx context.Context) {
+	var wg sync.WaitGroup
+	if h.Ledger != nil {
+		wg.Go(func() { h.runTraits(ctx) })
+	}
+	if h.attacher != nil {
+		wg.Go(func() { h.attacher.Run(ctx) })
+	}
+	h.residency.run(ctx)
+	wg.Wait()
+}
 
 // Polled takes in what a poll of the upstream found.
 func (h *Handler) Polled(st upstream.State) {
@@ -183,6 +227,7 @@ func (h *Handler) Polled(st upstream.State) {
 		h.looped.Store(false)
 	}
 	h.residency.polled(st)
+	h.polledLedger(st)
 }
 
 // InFlight returns how many requests are being served.
@@ -312,6 +357,10 @@ func (h *Handler) read(r *http.Request, ex *exchange, rt route) *refusal {
 		return nil // nothing here stays loaded
 	}
 	h.Upstream.Used()
+	h.account(ex, rt, key)
+	if f, err = h.attach(ex, rt, key, f); err != nil {
+		return unreadable(err)
+	}
 	switch {
 	case rt.reads == readsNative:
 		var hold Hold
@@ -365,6 +414,12 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 		ex.use.answer()
 	}
 	setCORS(res.Header, ex.origin)
+	if ex.spend != nil {
+		ex.tell(res.Header)
+		if ex.Status < 300 && res.Header.Get("Content-Encoding") == "" {
+			ex.answer = savings.NewReader(ex.dialect, res.Header.Get("Content-Type"), h.ledgerUpstream.Load().TellsCached)
+		}
+	}
 	if res.Header["Content-Type"] == nil {
 		ex.header["Content-Type"] = nil // or net/http would guess one
 	}
@@ -439,6 +494,10 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	if ex.Outcome == Aborted && !r.ProtoAtLeast(1, 1) {
 		reset(w)
 	}
+	h.accounted(ex)
+	if ex.Outcome == OK && routeOf(r).alters {
+		h.Upstream.Changed()
+	}
 	level := slog.LevelInfo
 	if ex.Outcome == Own || ex.Endpoint == "/" {
 		level = slog.LevelDebug // probes and scrapes
@@ -486,7 +545,7 @@ func (ex *exchange) outcome(r *http.Request) Outcome {
 }
 
 func (ex *exchange) attrs() []slog.Attr {
-	attrs := make([]slog.Attr, 0, 12)
+	attrs := make([]slog.Attr, 0, 20)
 	attrs = append(attrs, slog.String("method", ex.Method), slog.String("path", ex.Path[:min(len(ex.Path), 256)]))
 	if ex.Model != "" {
 		attrs = append(attrs, slog.String("model", ex.Model))
@@ -505,6 +564,15 @@ func (ex *exchange) attrs() []slog.Attr {
 	}
 	if ex.Unedited != "" {
 		attrs = append(attrs, slog.String("unedited", ex.Unedited))
+	}
+	if e := ex.Savings; e != nil && e.Total > 0 {
+		attrs = append(attrs, slog.Int("prompt_tokens", e.Total), slog.String("warm", string(e.Verdict)))
+		if e.Tokens != nil {
+			attrs = append(attrs, slog.Int("evaluated", e.Tokens.Evaluated), slog.String("basis", string(e.Basis)))
+		}
+		if e.Reason != "" {
+			attrs = append(attrs, slog.String("reason", string(e.Reason)))
+		}
 	}
 	return attrs
 }

@@ -1,8 +1,10 @@
 package proxy
 
 import (
+	"cmp"
 	"encoding/json"
 	"net/http"
+	"strconv"
 	"strings"
 )
 
@@ -23,6 +25,15 @@ func (h *Handler) own(w http.ResponseWriter, r *http.Request, ex *exchange) bool
 			status, page["status"] = http.StatusServiceUnavailable, "the upstream does not answer"
 		}
 		ex.page(w, pathReady, status, page)
+		return true
+	case path == pathRequests && h.Ledger != nil:
+		n, err := strconv.Atoi(cmp.Or(r.URL.Query().Get("n"), strconv.Itoa(shownRequests)))
+		if err != nil || n < 0 {
+			ex.Endpoint = pathRequests
+			h.refuse(w, r, ex, &refusal{http.StatusBadRequest, "n: want how many requests to show, such as " + pathRequests + "?n=20"})
+			return true
+		}
+		ex.page(w, pathRequests, http.StatusOK, h.requests(n))
 		return true
 	case strings.HasPrefix(path, ownPrefix):
 		ex.Endpoint = ownPrefix

@@ -156,6 +156,9 @@ func (u use) answer() {
 	}
 }
 
+// unloads reports whether the request asks to unload its model.
+func (u use) unloads() bool { return u.set && u.duration == 0 && u.sent == (Hold{}) }
+
 // end says that the request is over.
 func (u use) end() {
 	if u.r == nil {

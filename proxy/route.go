@@ -3,6 +3,9 @@ package proxy
 import (
 	"net/http"
 	"strings"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
 )
 
 // reads says what the proxy reads of a request's body before it forwards it.
@@ -16,9 +19,12 @@ const (
 
 // route is what a path and method mean to the proxy. Everything that it does not know passes through.
 type route struct {
-	label string // bounded: for metrics
-	reads reads
-	embed bool // asks for embeddings
+	label  string // bounded: for metrics
+	reads  reads
+	embed  bool            // asks for embeddings
+	prompt prefix.Endpoint // how the body's prompt is written; None where there is none that a slot would keep
+	answer savings.Dialect // how the answer to that is written
+	alters bool            // may change or remove a model
 }
 
 // routes lists Ollama's endpoints. The proxy reads a POST body where reads says so; every other method passes.
@@ -26,27 +32,27 @@ var routes = map[string]route{
 	"/":                        {label: "/"},
 	"/api/version":             {label: "/api/version"},
 	"/api/status":              {label: "/api/status"},
-	"/api/pull":                {label: "/api/pull"},
+	"/api/pull":                {label: "/api/pull", alters: true},
 	"/api/push":                {label: "/api/push"},
 	"/api/tags":                {label: "/api/tags"},
 	"/api/show":                {label: "/api/show"},
-	"/api/delete":              {label: "/api/delete"},
+	"/api/delete":              {label: "/api/delete", alters: true},
 	"/api/me":                  {label: "/api/me"},
 	"/api/signout":             {label: "/api/signout"},
-	"/api/create":              {label: "/api/create"},
-	"/api/copy":                {label: "/api/copy"},
+	"/api/create":              {label: "/api/create", alters: true},
+	"/api/copy":                {label: "/api/copy", alters: true},
 	"/api/ps":                  {label: "/api/ps"},
-	"/api/generate":            {label: "/api/generate", reads: readsNative},
-	"/api/chat":                {label: "/api/chat", reads: readsNative},
-	"/api/embed":               {label: "/api/embed", reads: readsNative, embed: true},
-	"/api/embeddings":          {label: "/api/embeddings", reads: readsNative, embed: true},
-	"/v1/chat/completions":     {label: "/v1/chat/completions", reads: readsForeign},
-	"/v1/completions":          {label: "/v1/completions", reads: readsForeign},
+	"/api/generate":            {label: "/api/generate", reads: readsNative, prompt: prefix.Generate},
+	"/api/chat":                {label: "/api/chat", reads: readsNative, prompt: prefix.Chat},
+	"/api/embed":               {label: "/api/embed", reads: readsNative, embed: true, prompt: prefix.Embed},
+	"/api/embeddings":          {label: "/api/embeddings", reads: readsNative, embed: true, prompt: prefix.Embed},
+	"/v1/chat/completions":     {label: "/v1/chat/completions", reads: readsForeign, prompt: prefix.ChatCompletions, answer: savings.OpenAI},
+	"/v1/completions":          {label: "/v1/completions", reads: readsForeign, prompt: prefix.Completions, answer: savings.OpenAI},
 	"/v1/embeddings":           {label: "/v1/embeddings", reads: readsForeign, embed: true},
 	"/v1/models":               {label: "/v1/models"},
-	"/v1/responses":            {label: "/v1/responses", reads: readsForeign},
+	"/v1/responses":            {label: "/v1/responses", reads: readsForeign, prompt: prefix.Responses, answer: savings.Responses},
 	"/v1/responses/compact":    {label: "/v1/responses/compact", reads: readsForeign},
-	"/v1/messages":             {label: "/v1/messages", reads: readsForeign},
+	"/v1/messages":             {label: "/v1/messages", reads: readsForeign, prompt: prefix.Messages, answer: savings.Anthropic},
 	"/v1/audio/transcriptions": {label: "/v1/audio/transcriptions"},
 }
 

@@ -19,6 +19,9 @@ func (t *tap) Read(p []byte) (int, error) {
 		t.ex.FirstByte = time.Since(t.ex.start)
 	}
 	t.ex.BytesOut += int64(n)
+	if t.ex.answer != nil {
+		t.ex.answer.Write(p[:n])
+	}
 	if err != nil {
 		t.ex.bodyErr = err // io.EOF is how a body ends well
 	}

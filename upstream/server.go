@@ -4,12 +4,16 @@
 package upstream
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/http"
 	"net/url"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -29,7 +33,8 @@ type Server struct {
 	Polled func(State)
 
 	log    *slog.Logger
-	client *api.Client
+	own    *http.Client  // marks the proxy's own requests
+	client *api.Client   // … as well
 	wake   chan struct{} // asks Run for a poll now; holds one
 
 	skew atomic.Int64 // see ownRequests
@@ -45,11 +50,15 @@ type State struct {
 	Up      bool      // the server answered
 	Err     error     // why not
 	Version string
-	Models  []string // every model's name, as /api/tags spells it
-	Loaded  []Loaded // nil where it was not asked for: see LoadedKnown
+	Models  []string          // every model's name, as /api/tags spells it
+	Digests map[string]string // what each of them is, by ModelKey
+	Loaded  []Loaded          // nil where it was not asked for: see LoadedKnown
 
 	// LoadedKnown says that Loaded was read in this poll. An idle server with nothing loaded is not asked.
 	LoadedKnown bool
+	// Replaced lists the models (ModelKey) that were deleted, or that are others than at the poll before.
+	Replaced []string
+
 	// Restarted says that the server was down at the poll before, or changed its version since.
 	Restarted bool
 }
@@ -72,7 +81,8 @@ const (
 // NewServer returns a server that has not been polled. transport serves the proxy's own few requests to it.
 func NewServer(name string, u *url.URL, transport http.RoundTripper, log *slog.Logger) *Server {
 	s := &Server{Name: name, URL: u, Instance: rand.Text(), log: log, wake: make(chan struct{}, 1)}
-	s.client = api.NewClient(u, &http.Client{Transport: &ownRequests{RoundTripper: transport, instance: s.Instance, skew: &s.skew}})
+	s.own = &http.Client{Transport: &ownRequests{RoundTripper: transport, instance: s.Instance, skew: &s.skew}}
+	s.client = api.NewClient(u, s.own)
 	s.used.Store(true)
 	return s
 }
@@ -116,6 +126,12 @@ func (s *Server) Failed() {
 	case s.wake <- struct{}{}:
 	default:
 	}
+}
+
+// Changed says that a model may have been changed or removed: the next poll, made at once, looks at all of them.
+func (s *Server) Changed() {
+	s.Used()
+	s.Failed()
 }
 
 // Run polls the server until ctx ends.
@@ -164,17 +180,23 @@ func (s *Server) ask(ctx context.Context, prev State, used bool) State {
 	defer cancel()
 	next := State{Polled: time.Now()}
 	if next.Version, next.Err = s.client.Version(ctx); next.Err != nil {
-		next.Models = prev.Models
+		next.Models, next.Digests = prev.Models, prev.Digests
 		return next
 	}
 	next.Up = true
 	next.Restarted = !prev.Polled.IsZero() && (!prev.Up || prev.Version != next.Version)
-	next.Models = prev.Models
+	next.Models, next.Digests = prev.Models, prev.Digests
 	if used || next.Restarted {
 		if list, err := s.client.List(ctx); err == nil {
-			next.Models = next.Models[:0:0]
+			next.Models, next.Digests = nil, make(map[string]string, len(list.Models))
 			for _, m := range list.Models {
 				next.Models = append(next.Models, m.Name)
+				next.Digests[ModelKey(m.Name)] = m.Digest
+			}
+			for model, digest := range prev.Digests {
+				if next.Digests[model] != digest {
+					next.Replaced = append(next.Replaced, model)
+				}
 			}
 		}
 	}
@@ -197,6 +219,57 @@ func (s *Server) Loaded(ctx context.Context) ([]Loaded, error) {
 		loaded = append(loaded, Loaded{Name: m.Name, ExpiresAt: m.ExpiresAt.Add(-time.Duration(s.skew.Load())), Size: m.Size, SizeVRAM: m.SizeVRAM, ContextLength: m.ContextLength})
 	}
 	return loaded, nil
+}
+
+// SlidingWindow asks whether the model's attention has a sliding window.
+func (s *Server) SlidingWindow(ctx context.Context, model string) (bool, error) {
+	show, err := s.client.Show(ctx, &api.ShowRequest{Model: model})
+	if err != nil {
+		return false, err
+	}
+	for key, value := range show.ModelInfo {
+		if n, ok := value.(float64); ok && n > 0 && strings.HasSuffix(key, ".attention.sliding_window") {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// Render posts a body to /api/generate that asks to be rendered only (_debug_render_only), and returns the prompt that the
+// model would be given.
+func (s *Server) Render(ctx context.Context, body []byte) (string, error) {
+	r, err := http.NewRequestWithContext(ctx, http.MethodPost, s.URL.JoinPath("/api/generate").String(), bytes.NewReader(body))
+	if err != nil {
+		return "", err
+	}
+	r.Header.Set("Content-Type", "application/json")
+	res, err := s.own.Do(r)
+	if err != nil {
+		return "", err
+	}
+	defer res.Body.Close()
+	var answer struct {
+		DebugInfo *api.DebugInfo `json:"_debug_info"`
+	}
+	err = json.NewDecoder(res.Body).Decode(&answer)
+	switch {
+	case res.StatusCode != http.StatusOK:
+		return "", fmt.Errorf("rendering a prompt: status %d", res.StatusCode)
+	case err != nil:
+		return "", fmt.Errorf("rendering a prompt: %w", err)
+	case answer.DebugInfo == nil:
+		return "", errors.New("rendering a prompt: the answer has no rendered text")
+	}
+	return answer.DebugInfo.RenderedTemplate, nil
+}
+
+// AtLeast reports whether the server's version is known to be this one or later.
+func (st State) AtLeast(major, minor int) bool {
+	var a, b int
+	if n, _ := fmt.Sscanf(st.Version, "%d.%d", &a, &b); n < 2 {
+		return false
+	}
+	return a > major || a == major && b >= minor
 }
 
 // Forever is the keep_alive that never ends; any negative value means the same to Ollama.

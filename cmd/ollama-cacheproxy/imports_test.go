@@ -14,9 +14,12 @@ func TestImports(t *testing.T) {
 		"jsonscan":              {},
 		"upstream":              {},
 		"prefix":                {"jsonscan"},
-		"proxy":                 {"jsonscan", "upstream"},
-		"metrics":               {"proxy", "upstream"},
-		"cmd/ollama-cacheproxy": {"metrics", "proxy", "upstream"},
+		"attach":                {"jsonscan"},
+		"contextstore":          {"prefix"},
+		"savings":               {"contextstore", "jsonscan", "prefix"},
+		"proxy":                 {"attach", "jsonscan", "prefix", "savings", "upstream"},
+		"metrics":               {"contextstore", "proxy", "savings", "upstream"},
+		"cmd/ollama-cacheproxy": {"contextstore", "metrics", "proxy", "savings", "upstream"},
 	}
 	for pkg, want := range allowed {
 		out, err := exec.Command("go", "list", "-f", `{{join .Imports "\n"}}`, module+pkg).Output()

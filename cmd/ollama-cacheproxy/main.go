@@ -68,7 +68,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		kong.ConfigureHelp(kong.HelpOptions{WrapUpperBound: 110}),
 		kong.BindTo(ctx, (*context.Context)(nil)),
 		kong.Bind(&console{stdout, stderr}),
-		kong.Vars{"maxbody": strconv.Itoa(proxy.DefaultMaxBody)},
+		kong.Vars{"maxbody": strconv.Itoa(proxy.DefaultMaxBody), "storebytes": strconv.Itoa(defaultStoreBytes)},
 	)
 	if err != nil {
 		panic(err) // the struct tags above are wrong

@@ -19,14 +19,19 @@ import (
 	"github.com/lmittmann/tint"
 	"golang.org/x/term"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/metrics"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
 const (
 	defaultPort      = "11435"
 	defaultKeepAlive = "24h"
+
+	defaultStoreBytes = 256 << 20
+	rememberRequests  = 1000 // on /_cacheproxy/requests
 )
 
 type serveCmd struct {
@@ -37,6 +42,11 @@ type serveCmd struct {
 	KeepAlivePolicy string   `default:"if-absent" enum:"if-absent,at-least,force" help:"What becomes of a client's own keep_alive: if-absent keeps it, at-least raises a shorter one, force replaces it. 0 (unload) is always kept. Default: if-absent."`
 	Touch           bool     `default:"true" negatable:"" help:"For models used through /v1 and /v1/messages, which cannot carry keep_alive, set it with one empty request per load."`
 	MaxBody         int64    `default:"${maxbody}" placeholder:"BYTES" help:"Longest request body to look at; a longer one is forwarded unread. Default: 67108864 (64 MiB)."`
+
+	StoreEntries  int    `default:"1000000" placeholder:"N" help:"How many links of prefixes to remember; a prompt has about one for each 256 bytes. Default: 1000000."`
+	StoreBytes    int64  `default:"${storebytes}" placeholder:"BYTES" help:"How much memory to remember prefixes in. Default: 268435456 (256 MiB)."`
+	AttachContext string `default:"off" enum:"auto,off" help:"auto sends requests to /api/generate with stored context where that was verified to be exact and measured to be no slower (it has saved no time so far: docs/attach-context.md). Default: off."`
+	ShowPrompts   bool   `help:"Show the beginning and the end of request bodies on /_cacheproxy/requests. Without this, no prompt text is kept."`
 
 	AllowHost   []string `placeholder:"NAME" help:"Accept this Host name on loopback connections too (* for any). Repeatable."`
 	AllowOrigin []string `placeholder:"ORIGIN" help:"Let web pages of this origin in, such as https://chat.example.com; one * stands for anything. Repeatable. Those in OLLAMA_ORIGINS are let in too."`
@@ -64,7 +74,7 @@ Examples:
   ollama-cacheproxy --check --upstream gpu-box:11434
       say whether these settings are right, and stop
 
-Pages of its own: /metrics (Prometheus), /_cacheproxy/health, /_cacheproxy/ready.
+Pages of its own: /metrics (Prometheus), /_cacheproxy/requests (what became of the last requests' prompts), /_cacheproxy/health, /_cacheproxy/ready.
 
 Other verbs: health, version ("ollama-cacheproxy VERB --help").`
 }
@@ -94,6 +104,9 @@ func (s *serveCmd) settings() (settings, error) {
 	}
 	if s.MaxBody < 1 {
 		return set, fmt.Errorf("--max-body %d: want a positive number of bytes", s.MaxBody)
+	}
+	if s.StoreEntries < 0 || s.StoreBytes < 0 {
+		return set, fmt.Errorf("--store-entries %d, --store-bytes %d: want 0 (remember nothing) or more", s.StoreEntries, s.StoreBytes)
 	}
 	if s.Drain < 0 {
 		return set, fmt.Errorf("--drain %v: want 0 or more", s.Drain)
@@ -155,12 +168,15 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 		return s.report(ctx, c, set, up)
 	}
 
+	store := contextstore.NewMemory(contextstore.Limits{Entries: s.StoreEntries, Bytes: s.StoreBytes})
 	h := &proxy.Handler{
 		Upstream: up, Transport: transport, KeepAlive: set.keepAlive, NoTouch: !s.Touch,
 		MaxBody: s.MaxBody, Guard: set.guard, Log: logger,
+		Ledger: savings.New(store, rememberRequests), ShowPrompts: s.ShowPrompts, AttachContext: s.AttachContext == "auto",
 	}
 	counts := metrics.New(version(), h.InFlight)
-	h.Metrics, h.Done, h.Touched = counts.Handler(), counts.Done, counts.Touched
+	counts.Store(store.Stats)
+	h.Metrics, h.Done, h.Touched, h.Attached = counts.Handler(), counts.Done, counts.Touched, counts.Attached
 	up.Polled = func(st upstream.State) {
 		h.Polled(st)
 		counts.Polled(up.Name, st)

@@ -1,0 +1,226 @@
+package proxy
+
+import (
+	"context"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
+)
+
+// Response headers that tell of a request's prefix.
+const (
+	headerPrefix   = "X-Cacheproxy-Prefix"         // the fingerprint of the whole prompt, 16 hexadecimal digits
+	headerExpected = "X-Cacheproxy-Expected-Reuse" // tokens that were expected to be reused, or "unknown"
+)
+
+const (
+	pathRequests  = ownPrefix + "requests"
+	shownRequests = 100 // entries that the page shows unless told otherwise
+	excerptHead   = 300 // bytes of a body that an excerpt begins with …
+	excerptTail   = 100 // … and ends with
+	traitsQueue   = 64  // models whose traits wait to be asked for
+	traitsTimeout = 10 * time.Second
+)
+
+// account begins the ledger's entry of a request whose body has been read.
+func (h *Handler) account(ex *exchange, rt route, model string) {
+	if h.Ledger == nil || rt.prompt == prefix.None {
+		return
+	}
+	ex.chain = h.prefixes.Read(rt.prompt, model, ex.body.data)
+	ex.dialect = rt.answer
+	up := h.ledgerUpstream.Load()
+	ex.spend = h.Ledger.Begin(time.Now(), *up, &ex.chain)
+	if h.ShowPrompts {
+		ex.excerpt = excerpt(ex.body.data)
+	}
+	if up.Old {
+		put(h.traits.wanted, model)
+	}
+}
+
+// accounted ends it.
+func (h *Handler) accounted(ex *exchange) {
+	if ex.spend == nil {
+		return
+	}
+	o := savings.Outcome{OK: ex.Outcome == OK, FirstByte: ex.FirstByte, Duration: ex.Duration, Endpoint: ex.Endpoint, Excerpt: ex.excerpt}
+	if ex.answer != nil {
+		o.Answer = ex.answer.Answer()
+		defer ex.answer.Release()
+	}
+	ex.attached(o.Answer)
+	if entry, ok := ex.spend.End(time.Now(), o); ok {
+		ex.Savings = &entry
+	}
+	if ex.use.unloads() && ex.Outcome == OK {
+		h.Ledger.Lose(h.ledgerUpstream.Load().Index, ex.chain.Runner.Model, savings.LostUnloaded)
+	}
+}
+
+// excerpt returns a body's beginning and end.
+func excerpt(body []byte) string {
+	if len(body) <= excerptHead+excerptTail {
+		return strings.ToValidUTF8(string(body), "\uFFFD")
+	}
+	return strings.ToValidUTF8(string(body[:excerptHead])+" … "+string(body[len(body)-excerptTail:]), "\uFFFD")
+}
+
+// tell puts what is known of the prefix into the answer's header.
+func (ex *exchange) tell(header http.Header) {
+	if len(ex.chain.Links) <= 2 {
+		return
+	}
+	expected := "unknown"
+	if ex.spend.ExpectedKnown {
+		expected = strconv.Itoa(ex.spend.Expected)
+	}
+	header.Set(headerPrefix, savings.PrefixString(ex.chain.Leaf()))
+	header.Set(headerExpected, expected)
+}
+
+// polledLedger tells the ledger what a poll found.
+func (h *Handler) polledLedger(st upstream.State) {
+	if h.Ledger == nil {
+		return
+	}
+	up := savings.Upstream{Name: h.Upstream.Name, TellsCached: st.AtLeast(0, 34), Old: st.AtLeast(0, 1) && !st.AtLeast(0, 30)}
+	h.ledgerUpstream.Store(&up)
+	if st.Restarted {
+		h.Ledger.Lose(up.Index, "", savings.LostRestart)
+		h.forgetContexts(st.Models)
+	}
+	h.forgetContexts(st.Replaced)
+	for _, model := range st.Replaced {
+		h.Ledger.Lose(up.Index, model, savings.LostReplaced)
+		put(h.traits.replaced, model)
+	}
+	if st.LoadedKnown {
+		loaded := make(map[string]int, len(st.Loaded))
+		for _, l := range st.Loaded {
+			loaded[upstream.ModelKey(l.Name)] = l.ContextLength
+		}
+		h.Ledger.Loaded(up.Index, loaded, st.Polled)
+	}
+}
+
+// traits are the models of which it is to be found out whether their attention has a sliding window. Only Ollama before
+// 0.30 is asked, in the background and once per model.
+type traits struct {
+	wanted, replaced chan string
+}
+
+func newTraits() traits {
+	return traits{make(chan string, traitsQueue), make(chan string, traitsQueue)}
+}
+
+// put never waits: what finds no room is wanted again by the model's next request.
+func put(queue chan string, model string) {
+	select {
+	case queue <- model:
+	default:
+	}
+}
+
+// runTraits asks until ctx ends.
+func (h *Handler) runTraits(ctx context.Context) {
+	asked := map[string]bool{}
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case model := <-h.traits.replaced:
+			delete(asked, model)
+		case model := <-h.traits.wanted:
+			if asked[model] {
+				continue
+			}
+			if len(asked) >= residencyModels {
+				clear(asked)
+			}
+			asking, cancel := context.WithTimeout(ctx, traitsTimeout)
+			sliding, err := h.Upstream.SlidingWindow(asking, model)
+			cancel()
+			if err != nil {
+				h.Log.Debug("a model's sliding window is not known", "model", model, "err", err)
+				continue // asked again with the next request
+			}
+			asked[model] = true
+			h.Ledger.Sliding(h.ledgerUpstream.Load().Index, model, sliding)
+		}
+	}
+}
+
+// requestsPage is what pathRequests shows.
+type requestsPage struct {
+	Requests []requestEntry `json:"requests"`
+}
+
+type requestEntry struct {
+	ID       uint64          `json:"id"`
+	At       time.Time       `json:"at"`
+	Endpoint string          `json:"endpoint"`
+	Model    string          `json:"model"`
+	Upstream string          `json:"upstream"`
+	Prefix   string          `json:"prefix"`
+	Shared   string          `json:"shared_prefix,omitempty"` // the longest part of the prompt that was known before
+	Messages int             `json:"messages"`
+	Basis    savings.Basis   `json:"basis"`
+	Tokens   promptTokens    `json:"tokens"`
+	Estimate *savings.Tokens `json:"estimate,omitempty"`
+	Expected *int            `json:"expected_reuse,omitempty"`
+	Verdict  savings.Verdict `json:"verdict"`
+	Reason   savings.Reason  `json:"reason,omitempty"`
+	Detail   string          `json:"detail,omitempty"`
+
+	Truncated bool    `json:"probably_truncated,omitempty"`
+	Loaded    bool    `json:"loaded_model,omitempty"`
+	Generated int     `json:"generated_tokens,omitempty"`
+	Load      float64 `json:"load_ms"`
+	Queue     float64 `json:"queue_ms"`
+	Prompt    float64 `json:"prompt_eval_ms"`
+	Eval      float64 `json:"eval_ms"`
+
+	EstimatedSavedMS float64 `json:"estimated_saved_ms"`
+	Excerpt          string  `json:"prompt,omitempty"`
+}
+
+// promptTokens has what is known: absent is unknown, 0 is none.
+type promptTokens struct {
+	Total     int  `json:"total,omitempty"`
+	Reused    *int `json:"reused,omitempty"`
+	Evaluated *int `json:"evaluated,omitempty"`
+}
+
+// requests returns the last n requests, newest first.
+func (h *Handler) requests(n int) requestsPage {
+	page := requestsPage{Requests: []requestEntry{}}
+	for _, e := range h.Ledger.Recent(n) {
+		entry := requestEntry{
+			ID: e.ID, At: e.At, Endpoint: e.Endpoint, Model: upstream.DisplayName(e.Model), Upstream: e.Upstream,
+			Prefix: savings.PrefixString(e.Prefix), Messages: e.Messages,
+			Basis: e.Basis, Tokens: promptTokens{Total: e.Total}, Estimate: e.Estimate, Verdict: e.Verdict, Reason: e.Reason, Detail: e.Detail,
+			Truncated: e.Truncated, Loaded: e.Loaded, Generated: e.Generated,
+			Load: ms(e.Load), Queue: ms(e.Queue), Prompt: ms(e.Prompt), Eval: ms(e.Eval),
+			EstimatedSavedMS: ms(e.SavedEvaluation + e.SavedLoading), Excerpt: e.Excerpt,
+		}
+		if e.Shared != 0 {
+			entry.Shared = savings.PrefixString(e.Shared)
+		}
+		if e.Tokens != nil {
+			entry.Tokens.Reused, entry.Tokens.Evaluated = &e.Tokens.Reused, &e.Tokens.Evaluated
+		}
+		if e.ExpectedKnown {
+			entry.Expected = &e.Expected
+		}
+		page.Requests = append(page.Requests, entry)
+	}
+	return page
+}
+
+func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }

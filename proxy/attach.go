@@ -1,0 +1,81 @@
+package proxy
+
+import (
+	"context"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/attach"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
+)
+
+const renderTimeout = 30 * time.Second
+
+func (h *Handler) newAttacher() *attach.Attacher {
+	a := &attach.Attacher{Render: h.render, ContextLength: h.contextLength, Outcome: h.Attached, Log: h.Log}
+	a.Init()
+	return a
+}
+
+// render has the upstream render a request to /api/generate, if its model is loaded.
+func (h *Handler) render(ctx context.Context, body []byte) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, renderTimeout)
+	defer cancel()
+	f, err := scan(body)
+	if err != nil {
+		return "", err
+	}
+	list, err := h.Upstream.Loaded(ctx)
+	if err != nil {
+		return "", attach.ErrNotLoaded // nobody knows
+	}
+	if _, ok := byKey(list)[upstream.ModelKey(f.model)]; !ok {
+		return "", attach.ErrNotLoaded
+	}
+	return h.Upstream.Render(ctx, body)
+}
+
+// contextLength returns with how many tokens of context the model is loaded, as of the last poll; 0 if that is not known.
+func (h *Handler) contextLength(model string) int {
+	return byKey(h.Upstream.State().Loaded)[model].ContextLength
+}
+
+// attach replaces the body where it is sent with stored context, and returns what scan found in the one that is sent.
+func (h *Handler) attach(ex *exchange, rt route, model string, f fields) (fields, error) {
+	if h.attacher == nil || rt.prompt != prefix.Generate {
+		return f, nil
+	}
+	if ex.plan = h.attacher.Plan(model, ex.body.data); ex.plan == nil || ex.plan.Body() == nil {
+		return f, nil
+	}
+	client := ex.body
+	ex.body = &body{data: ex.plan.Body()}
+	ex.body.refs.Store(1)
+	client.release()
+	return scan(ex.body.data)
+}
+
+// attached tells how the answer to a planned request ended.
+func (ex *exchange) attached(a savings.Answer) {
+	switch {
+	case ex.plan == nil:
+	case ex.Status >= 400:
+		ex.plan.Refused(ex.Status)
+	case ex.Outcome == OK && a.Done:
+		ex.plan.Answered(attach.Answer{
+			Context: a.Context, PromptTokens: a.Total, AnswerTokens: a.Generated,
+			Total: a.TotalTime, Load: a.Load, PromptEval: a.PromptEval, Eval: a.Eval,
+		})
+	}
+}
+
+// forgetContexts forgets what is stored for models that are others now, or that are on a server that was restarted.
+func (h *Handler) forgetContexts(models []string) {
+	if h.attacher == nil {
+		return
+	}
+	for _, model := range models {
+		h.attacher.Forget(upstream.ModelKey(model))
+	}
+}

@@ -39,7 +39,7 @@ lint: ## gofmt, vet, staticcheck; the Dockerfile (needs npx)
 
 .PHONY: bench
 bench: ## what the proxy costs: tables of requests per second, latencies and allocations
-	$(GO) test -run '^$$' -bench . ./jsonscan ./prefix ./proxy
+	$(GO) test -run '^$$' -bench . ./jsonscan ./prefix ./contextstore ./savings ./proxy
 	$(GO) run ./bench/overhead
 
 .PHONY: fuzz
@@ -47,6 +47,9 @@ fuzz: ## a minute of each fuzz test
 	$(GO) test -run '^$$' -fuzz '^FuzzObject$$' -fuzztime 60s ./jsonscan
 	$(GO) test -run '^$$' -fuzz '^FuzzCursor$$' -fuzztime 60s ./jsonscan
 	$(GO) test -run '^$$' -fuzz '^FuzzRead$$' -fuzztime 60s ./prefix
+	$(GO) test -run '^$$' -fuzz '^FuzzMemory$$' -fuzztime 60s ./contextstore
+	$(GO) test -run '^$$' -fuzz '^FuzzSplits$$' -fuzztime 60s ./savings
+	$(GO) test -run '^$$' -fuzz '^FuzzText$$' -fuzztime 60s ./savings
 	$(GO) test -run '^$$' -fuzz '^FuzzKeepAlive$$' -fuzztime 60s ./proxy
 
 .PHONY: clean

@@ -1,5 +1,6 @@
-// Command demo shows what the proxy is for, on a real Ollama with a small real model and an unmodified Python client: the
-// same questions directly and through the proxy, and what becomes of the model when nobody asks for a while.
+// Command demo shows what the proxy is for, on a real Ollama with a small real model and unmodified clients: the same
+// questions directly and through the proxy, and what becomes of the model when nobody asks for a while; then, for two
+// scripts with a long prefix each, what the proxy's ledger says of reused tokens, beside the server's own log.
 //
 //	go run ./integration/cmd/demo
 //	go run ./integration/cmd/demo -era 0.24.0
@@ -115,7 +116,10 @@ func run(ctx context.Context, era string, out io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
-	return report(out, direct, proxied)
+	if err := report(out, direct, proxied); err != nil {
+		return err
+	}
+	return d.prefixes(p.URL)
 }
 
 type demo struct {

@@ -55,5 +55,13 @@ func At(a []Link, n int) Shared {
 // text reports whether the link has text of a message.
 func (l *Link) text() bool { return l.Part == Block || l.Part == Tail }
 
+// Next returns the first link of a that is not in common, where that is one with text.
+func (s Shared) Next(a []Link) (Link, bool) {
+	if s.Links >= len(a) || !a[s.Links].text() {
+		return Link{}, false
+	}
+	return a[s.Links], true
+}
+
 // BlockPart returns how many bytes of text each part of l.Fine stands for: how exact Shared.Bytes is there.
 func BlockPart(l Link) int { return blockSize(l.Offset) / Fines }

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/hashicorp/golang-lru/v2/simplelru"
+
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
@@ -39,7 +41,8 @@ type engine struct {
 	loadTime time.Duration // how long loads take
 	warmLoad time.Duration // load_duration where nothing is loaded
 
-	density  mean // tokens per byte of text
+	density  mean                        // tokens per byte of text
+	fits     *simplelru.LRU[uint64, fit] // by the hash of the link that the prompts have in common
 	warm     [rankBuckets]mean
 	guessed  speed // learned from estimates alone, for estimates
 	measured speed // learned from measured counts where there are any
@@ -128,8 +131,8 @@ func (s *speed) predict(n, total int) (float64, bool) {
 	return s.baseTime(per) + per*float64(n), ok
 }
 
-// add learns from an evaluation of n tokens.
-func (s *speed) add(n, total int, ms float64) {
+// add learns from an evaluation of n tokens; busy: beside others.
+func (s *speed) add(n, total int, ms float64, busy bool) {
 	per, ok := s.perToken(total)
 	switch {
 	case n >= 192 || !ok && n >= 16:
@@ -138,9 +141,17 @@ func (s *speed) add(n, total int, ms float64) {
 			base = min(s.base.v, ms/2)
 		}
 		s.token[bits.Len(uint(total))&31].add((ms - base) / float64(n))
-	case ok:
+	case ok && !busy:
 		s.base.add(min(max(0, ms-per*float64(n)), 200*per))
 	}
+}
+
+func newEngine() *engine {
+	fits, err := simplelru.NewLRU[uint64, fit](maxFits, nil)
+	if err != nil {
+		panic(err) // the size is positive
+	}
+	return &engine{fits: fits}
 }
 
 // hold adds a prompt to those that the engine was sent, as one that is under way.
@@ -179,9 +190,10 @@ func (e *engine) lose(why Lost) {
 	e.lost++
 }
 
+// loseAll marks as gone what was held before a load that the prompt but waited for; nil: all.
 func (e *engine) loseAll(reason Reason, detail string, but *held) {
 	for _, h := range e.held {
-		if h != but && !h.lost {
+		if h != but && !h.lost && !(h.pending && but != nil) { // what waits for a load is evaluated after it
 			h.lost, h.why, h.detail = true, reason, detail
 		}
 	}
@@ -286,17 +298,57 @@ func (e *engine) tokensOf(r *Request, h *held, s prefix.Shared, total int) int {
 		}
 		return min(n, total-1)
 	}
-	// The tokens after the point where they part: their share of the text, and what the template adds.
-	after := r.bytes - s.Bytes
-	if s.Links < len(r.chain.Links) {
-		if l := r.chain.Links[s.Links]; l.Part == prefix.Block || l.Part == prefix.Tail {
-			after -= prefix.BlockPart(l) / 2 // it lies somewhere within this part
-		}
+	// The tokens after the last link in common are their share of the text, and what the template adds. Where several
+	// prompts with that link were seen, they tell how many tokens it has.
+	perByte := max(0, float64(total-perMessage*(r.chain.Messages+1))/float64(max(1, r.bytes)))
+	shared := s.Bytes
+	if l, ok := s.Next(r.chain.Links); ok && s.Offset > 0 {
+		shared += prefix.BlockPart(l) / 2 // they part somewhere within this part
 	}
-	messages := r.chain.Messages - max(0, s.Message)
-	perByte := float64(total-perMessage*(r.chain.Messages+1)) / float64(max(1, r.bytes))
-	rest := int(max(0, perByte)*float64(max(0, after)) + float64(perMessage*messages) + 0.5)
-	return max(0, min(total-rest, total-1))
+	last := r.chain.Links[s.Links-1]
+	y, x := afterLink(r.chain, last, total)
+	reused := y - perByte*x
+	if f, ok := e.fits.Peek(last.Hash); ok {
+		reused = f.with(x, y).intercept(perByte)
+	} else if h != nil && h.total > 0 {
+		hy, hx := afterLink(h.chain, last, h.total)
+		reused = fit{}.with(hx, hy).with(x, y).intercept(perByte)
+	}
+	// A line through texts of other kinds may lie anywhere: the text up to the link has no density of its own kind.
+	text, added := perByte*float64(last.Bytes), float64(perMessage*max(0, int(last.Message)+1))
+	reused = min(max(reused, text/2), 2*text+added) + perByte*float64(min(shared, r.bytes)-last.Bytes)
+	return max(0, min(int(reused+0.5), total-1))
+}
+
+// afterLink returns a prompt's tokens, without those that the template adds after the link, and how many bytes of text it
+// has after the link.
+func afterLink(c *prefix.Chain, l prefix.Link, total int) (y, x float64) {
+	messages := c.Messages - max(0, int(l.Message))
+	return float64(total - perMessage*messages), float64(c.Bytes() - l.Bytes)
+}
+
+// fit is a line through prompts that have a link in common: tokens over the bytes of text after it.
+type fit struct{ n, x, y, xx, xy float64 } // sums
+
+const (
+	maxFits = 256
+	// ridge is how much the known slope counts against the samples, in square bytes: tokens scatter by about 8 around the
+	// line, and slopes by 20 % of some 0.5 tokens a byte.
+	ridge = 8 * 8 / (0.1 * 0.1)
+)
+
+func (f fit) with(x, y float64) fit {
+	if f.n >= 50 { // the last ones count most
+		f = fit{f.n / 2, f.x / 2, f.y / 2, f.xx / 2, f.xy / 2}
+	}
+	return fit{f.n + 1, f.x + x, f.y + y, f.xx + x*x, f.xy + x*y}
+}
+
+// intercept returns the tokens of the text up to the link, for a slope of about so many tokens per byte.
+func (f fit) intercept(slope float64) float64 {
+	mx, my := f.x/f.n, f.y/f.n
+	slope = (f.xy - f.n*mx*my + ridge*slope) / (f.xx - f.n*mx*mx + ridge)
+	return my - slope*mx
 }
 
 // tokens estimates a prompt's tokens; 0 if nothing is learned.
@@ -454,23 +506,24 @@ func (e *engine) learn(r *Request, o Outcome, g guess, entry *Entry) {
 			e.density.add(text / float64(r.bytes))
 		}
 	}
+	e.learnFits(r, o.Total)
 	ms := toMs(o.PromptEval)
 	if o.Eval > 0 && o.Generated > 1 && !r.busy {
 		e.decode.add(toMs(o.Eval) / float64(o.Generated))
 	}
-	if o.PromptEval > 0 && !r.busy {
+	if o.PromptEval > 0 {
 		if g.sure {
-			e.guessed.add(o.Total-g.reused, o.Total, ms)
+			e.guessed.add(o.Total-g.reused, o.Total, ms, r.busy)
 		} else if _, learned := e.guessed.perToken(o.Total); !learned && !g.known && o.Total >= 16 {
 			// It may have been warm. Of three, the slowest per token is taken for cold.
 			if e.unsure = append(e.unsure, sample{float64(o.Total), ms}); len(e.unsure) >= 3 {
 				slowest := slices.MaxFunc(e.unsure, func(a, b sample) int { return cmp.Compare(a.ms/a.total, b.ms/b.total) })
-				e.guessed.add(int(slowest.total), int(slowest.total), slowest.ms)
+				e.guessed.add(int(slowest.total), int(slowest.total), slowest.ms, r.busy)
 				e.unsure = nil
 			}
 		}
 		if entry.Basis == Measured {
-			e.measured.add(entry.Tokens.Evaluated, o.Total, ms)
+			e.measured.add(entry.Tokens.Evaluated, o.Total, ms, r.busy)
 		}
 	}
 	if g.known && g.best.tokens > 0 && g.best.tokens*10 >= o.Total {
@@ -483,6 +536,36 @@ func (e *engine) learn(r *Request, o Outcome, g guess, entry *Entry) {
 }
 
 func abs(n int) int { return max(n, -n) }
+
+// learnFits has the prompt tell how many tokens the links have that it has in common with earlier ones.
+func (e *engine) learnFits(r *Request, total int) {
+	const most = 8 // links
+	var seen [most]uint64
+	n := 0
+	for i := len(e.held) - 1; i >= 0 && n < most; i-- {
+		h := e.held[i]
+		if h == r.held || h.total == 0 {
+			continue
+		}
+		s := prefix.Common(r.chain.Links, h.chain.Links)
+		if s.Links < 3 || s.Links == len(h.chain.Links) {
+			continue
+		}
+		last := r.chain.Links[s.Links-1]
+		if slices.Contains(seen[:n], last.Hash) {
+			continue
+		}
+		seen[n] = last.Hash
+		n++
+		f, ok := e.fits.Get(last.Hash)
+		if !ok {
+			hy, hx := afterLink(h.chain, last, h.total)
+			f = fit{}.with(hx, hy)
+		}
+		y, x := afterLink(r.chain, last, total)
+		e.fits.Add(last.Hash, f.with(x, y))
+	}
+}
 
 // saved returns how long the evaluation of the reused tokens would have taken; 0 where nothing is learned.
 func (e *engine) saved(reused, total int) time.Duration {

@@ -192,7 +192,7 @@ func (l *Ledger) engine(upstream uint16, model string) *engine {
 				delete(l.engines, k)
 			}
 		}
-		e = &engine{}
+		e = newEngine()
 		l.engines[key] = e
 	}
 	return e

@@ -179,6 +179,11 @@ func (e *engine) forget(r *Request) {
 // same reports whether the options turned out to load nothing else than those loaded.
 func (e *engine) same(o prefix.Options) bool { return slices.Contains(e.equal, o) }
 
+// size estimates a prompt's tokens, for want of better at some bytes a token.
+func (e *engine) size(r *Request) float64 {
+	return cmp.Or(e.tokens(r.bytes, r.chain.Messages), float64(r.bytes)/3) + 1
+}
+
 // lose marks all that is held as gone.
 func (e *engine) lose(why Lost) {
 	reason, detail := ReasonEvicted, "the model was unloaded: its keep_alive had run out, or another model needed the memory"
@@ -437,15 +442,16 @@ func (e *engine) estimate(r *Request, o Outcome, loaded bool) guess {
 
 	base := e.guessed.baseTime(perToken)
 	likelihood := func(evaluated int, prior float64) float64 {
-		x := math.Log(ms / (base + perToken*float64(evaluated)))
-		deviation := 0.25 // faster than ever: hardly
-		if x > 0 {
-			deviation = 0.4
-			if r.busy {
-				deviation = 1 // others were evaluated in the same batches
-			}
+		least := base + perToken*float64(evaluated)
+		most := least + perToken*r.beside // what was evaluated in the same batches
+		score := math.Log(prior) - math.Log(1+math.Log(most/least))
+		switch {
+		case ms < least: // faster than ever: hardly
+			score -= square(math.Log(ms/least)/0.25) / 2
+		case ms > most:
+			score -= square(math.Log(ms/most)/0.4) / 2
 		}
-		return math.Log(prior) - x*x/(2*deviation*deviation)
+		return score
 	}
 	// The one with the best posterior wins; it is sure if none that means something else comes near.
 	list = append(list, candidate{rank: -1})
@@ -508,22 +514,22 @@ func (e *engine) learn(r *Request, o Outcome, g guess, entry *Entry) {
 	}
 	e.learnFits(r, o.Total)
 	ms := toMs(o.PromptEval)
-	if o.Eval > 0 && o.Generated > 1 && !r.busy {
+	if o.Eval > 0 && o.Generated > 1 && r.beside == 0 {
 		e.decode.add(toMs(o.Eval) / float64(o.Generated))
 	}
 	if o.PromptEval > 0 {
 		if g.sure {
-			e.guessed.add(o.Total-g.reused, o.Total, ms, r.busy)
+			e.guessed.add(o.Total-g.reused, o.Total, ms, r.beside > 0)
 		} else if _, learned := e.guessed.perToken(o.Total); !learned && !g.known && o.Total >= 16 {
 			// It may have been warm. Of three, the slowest per token is taken for cold.
 			if e.unsure = append(e.unsure, sample{float64(o.Total), ms}); len(e.unsure) >= 3 {
 				slowest := slices.MaxFunc(e.unsure, func(a, b sample) int { return cmp.Compare(a.ms/a.total, b.ms/b.total) })
-				e.guessed.add(int(slowest.total), int(slowest.total), slowest.ms, r.busy)
+				e.guessed.add(int(slowest.total), int(slowest.total), slowest.ms, r.beside > 0)
 				e.unsure = nil
 			}
 		}
 		if entry.Basis == Measured {
-			e.measured.add(entry.Tokens.Evaluated, o.Total, ms, r.busy)
+			e.measured.add(entry.Tokens.Evaluated, o.Total, ms, r.beside > 0)
 		}
 	}
 	if g.known && g.best.tokens > 0 && g.best.tokens*10 >= o.Total {
@@ -536,6 +542,8 @@ func (e *engine) learn(r *Request, o Outcome, g guess, entry *Entry) {
 }
 
 func abs(n int) int { return max(n, -n) }
+
+func square(x float64) float64 { return x * x }
 
 // learnFits has the prompt tell how many tokens the links have that it has in common with earlier ones.
 func (e *engine) learnFits(r *Request, total int) {

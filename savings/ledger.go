@@ -137,8 +137,8 @@ type Request struct {
 	held     *held
 	at       time.Time
 	bytes    int
-	lost     int  // engine.lost when it began
-	busy     bool // another request was under way in the same model meanwhile
+	lost     int     // engine.lost when it began
+	beside   float64 // about how many tokens the prompts had that the model was given meanwhile
 
 	known         int // leading links that the store knew
 	record        contextstore.Record
@@ -169,10 +169,10 @@ func (l *Ledger) Begin(now time.Time, up Upstream, chain *prefix.Chain) *Request
 	}
 	r.Expected, r.ExpectedKnown = e.expect(r)
 	r.held = e.hold(chain)
-	if r.busy = e.inFlight > 0; r.busy {
-		for _, other := range e.running {
-			other.busy = true
-		}
+	size := e.size(r)
+	for _, other := range e.running {
+		other.beside += size
+		r.beside += e.size(other)
 	}
 	e.running = append(e.running, r)
 	e.inFlight++

@@ -80,72 +80,6 @@ func (m *mean) add(v float64) {
 	m.v += (v - m.v) / float64(m.n)
 }
 
-// speed is how long evaluations take: base + per token, in ms; the time per token depends on the prompt's length. A busy
-// machine makes evaluations slower, nothing makes them faster: so the fastest of the last ones counts.
-type speed struct {
-	base  mean
-	token [32]fastest // by the total's power of two
-}
-
-// fastest is the least of the last values.
-type fastest struct {
-	last [8]float64
-	n    int
-}
-
-func (f *fastest) add(v float64) {
-	f.last[f.n%len(f.last)] = v
-	f.n++
-}
-
-func (f *fastest) min() float64 { return slices.Min(f.last[:min(f.n, len(f.last))]) }
-
-type sample struct{ total, ms float64 }
-
-// perToken returns the time of a token in a prompt of so many; false if nothing is learned.
-func (s *speed) perToken(total int) (float64, bool) {
-	want := bits.Len(uint(total)) & 31
-	for d := range len(s.token) { // the nearest that is known
-		for _, i := range []int{want - d, want + d} {
-			if i >= 0 && i < len(s.token) && s.token[i].n > 0 {
-				return s.token[i].min(), true
-			}
-		}
-	}
-	return 0, false
-}
-
-// smallBase stands for base, in tokens, as long as none is learned.
-const smallBase = 30
-
-func (s *speed) baseTime(perToken float64) float64 {
-	if s.base.n > 0 {
-		return s.base.v
-	}
-	return smallBase * perToken
-}
-
-// predict returns how many ms the evaluation of n tokens of a prompt takes.
-func (s *speed) predict(n, total int) (float64, bool) {
-	per, ok := s.perToken(total)
-	return s.baseTime(per) + per*float64(n), ok
-}
-
-// add learns from an evaluation of n tokens; busy: beside others.
-func (s *speed) add(n, total int, ms float64, busy bool) {
-	per, ok := s.perToken(total)
-	switch {
-	case n >= 192 || !ok && n >= 16:
-		base := 0.0
-		if s.base.n > 0 {
-			base = min(s.base.v, ms/2)
-		}
-		s.token[bits.Len(uint(total))&31].add((ms - base) / float64(n))
-	case ok && !busy:
-		s.base.add(min(max(0, ms-per*float64(n)), 200*per))
-	}
-}
-
 func newEngine() *engine {
 	fits, err := simplelru.NewLRU[uint64, fit](maxFits, nil)
 	if err != nil {
@@ -396,6 +330,22 @@ func (e *engine) expect(r *Request) (int, bool) {
 	return 0, true
 }
 
+// distinct leaves out candidates that say about the same as an earlier one that was seen more lately.
+func distinct(list []candidate, total int) []candidate {
+	const most = 12
+	var kept []candidate
+	for _, c := range list {
+		if i := slices.IndexFunc(kept, func(k candidate) bool { return abs(k.tokens-c.tokens)*50 <= total }); i < 0 {
+			if len(kept) < most {
+				kept = append(kept, c)
+			}
+		} else if c.rank < kept[i].rank {
+			kept[i].rank = c.rank
+		}
+	}
+	return kept
+}
+
 // guess is an estimate.
 type guess struct {
 	reused int
@@ -412,13 +362,13 @@ func (e *engine) estimate(r *Request, o Outcome, loaded bool) guess {
 	if loaded {
 		return guess{known: true, sure: true}
 	}
-	list := e.candidates(r, o.Total)
+	list := distinct(e.candidates(r, o.Total), o.Total)
 	g := guess{}
 	if len(list) > 0 {
 		g.best = list[0]
 	}
 	ms, told := e.observed(o)
-	perToken, learned := e.guessed.perToken(o.Total)
+	learned := e.guessed.known()
 	switch {
 	case len(list) == 0 && e.fresh:
 		g.known, g.sure = true, true
@@ -440,9 +390,9 @@ func (e *engine) estimate(r *Request, o Outcome, loaded bool) guess {
 		return g
 	}
 
-	base := e.guessed.baseTime(perToken)
+	perToken := e.guessed.perToken(o.Total)
 	likelihood := func(evaluated int, prior float64) float64 {
-		least := base + perToken*float64(evaluated)
+		least := e.guessed.predict(evaluated, o.Total)
 		most := least + perToken*r.beside // what was evaluated in the same batches
 		score := math.Log(prior) - math.Log(1+math.Log(most/least))
 		switch {
@@ -478,7 +428,7 @@ func (e *engine) estimate(r *Request, o Outcome, loaded bool) guess {
 	}
 	if len(list) == 1 && !e.fresh {
 		// Nothing is known to be in common, but the engine may hold what it was sent by others.
-		if n := int((ms - base) / perToken); n < o.Total/2 {
+		if n := int(ms / perToken); n < o.Total/2 {
 			g.reused, g.sure = o.Total-max(n, 1), false
 		}
 	}
@@ -519,17 +469,17 @@ func (e *engine) learn(r *Request, o Outcome, g guess, entry *Entry) {
 	}
 	if o.PromptEval > 0 {
 		if g.sure {
-			e.guessed.add(o.Total-g.reused, o.Total, ms, r.beside > 0)
-		} else if _, learned := e.guessed.perToken(o.Total); !learned && !g.known && o.Total >= 16 {
+			e.guessed.add(o.Total-g.reused, o.Total, ms)
+		} else if !e.guessed.known() && !g.known && o.Total >= 16 {
 			// It may have been warm. Of three, the slowest per token is taken for cold.
 			if e.unsure = append(e.unsure, sample{float64(o.Total), ms}); len(e.unsure) >= 3 {
 				slowest := slices.MaxFunc(e.unsure, func(a, b sample) int { return cmp.Compare(a.ms/a.total, b.ms/b.total) })
-				e.guessed.add(int(slowest.total), int(slowest.total), slowest.ms, r.beside > 0)
+				e.guessed.add(int(slowest.total), int(slowest.total), slowest.ms)
 				e.unsure = nil
 			}
 		}
 		if entry.Basis == Measured {
-			e.measured.add(entry.Tokens.Evaluated, o.Total, ms, r.beside > 0)
+			e.measured.add(entry.Tokens.Evaluated, o.Total, ms)
 		}
 	}
 	if g.known && g.best.tokens > 0 && g.best.tokens*10 >= o.Total {
@@ -542,8 +492,6 @@ func (e *engine) learn(r *Request, o Outcome, g guess, entry *Entry) {
 }
 
 func abs(n int) int { return max(n, -n) }
-
-func square(x float64) float64 { return x * x }
 
 // learnFits has the prompt tell how many tokens the links have that it has in common with earlier ones.
 func (e *engine) learnFits(r *Request, total int) {
@@ -577,14 +525,14 @@ func (e *engine) learnFits(r *Request, total int) {
 
 // saved returns how long the evaluation of the reused tokens would have taken; 0 where nothing is learned.
 func (e *engine) saved(reused, total int) time.Duration {
-	per, ok := e.measured.perToken(total)
-	if !ok {
-		per, ok = e.guessed.perToken(total)
+	from := &e.measured
+	if !from.known() {
+		from = &e.guessed
 	}
-	if !ok {
+	if !from.known() {
 		return 0
 	}
-	return time.Duration(per * float64(reused) * float64(time.Millisecond))
+	return time.Duration(from.perToken(total) * float64(reused) * float64(time.Millisecond))
 }
 
 // truncated reports whether a prompt of total tokens was probably cut: it has far fewer than its text predicts, and no more

@@ -1,0 +1,84 @@
+package savings
+
+import (
+	"math"
+	"math/bits"
+	"slices"
+)
+
+// speed is how long the evaluation of a prompt takes, learned from some. The time per token depends on how many tokens are
+// evaluated (a few take longer each than many in one batch) and on how long the prompt is. It is smoothed over what was
+// seen: by a normal kernel, over the powers of two.
+//
+// A busy machine is slower than it can be, and nothing makes it faster: so the fast ones of the last evaluations count.
+type speed struct {
+	cells []cell
+}
+
+// cell has the evaluations of about as many tokens of prompts about as long.
+type cell struct {
+	n, total int // powers of two
+	last     [8]float64
+	count    int
+}
+
+type sample struct{ total, ms float64 }
+
+// few is by how many tokens' time every evaluation takes longer, before the shape of the curve is learned.
+const few = 30
+
+func (s *speed) known() bool { return len(s.cells) > 0 }
+
+// add learns from an evaluation of n tokens of a prompt.
+func (s *speed) add(n, total int, ms float64) {
+	if n < 1 || ms <= 0 {
+		return
+	}
+	at := cell{n: bits.Len(uint(n)), total: bits.Len(uint(total))}
+	i := slices.IndexFunc(s.cells, func(c cell) bool { return c.n == at.n && c.total == at.total })
+	if i < 0 {
+		i = len(s.cells)
+		s.cells = append(s.cells, at)
+	}
+	c := &s.cells[i]
+	c.last[c.count%len(c.last)] = ms / float64(n+few)
+	c.count++
+}
+
+// fast returns a low quartile of the cell's values.
+func (c *cell) fast() float64 {
+	last := c.last
+	kept := last[:min(c.count, len(last))]
+	slices.Sort(kept)
+	return kept[len(kept)/4]
+}
+
+// predict returns how many ms the evaluation of n tokens of a prompt takes; 0 if nothing is learned.
+func (s *speed) predict(n, total int) float64 {
+	const wide = 0.7 // of the kernel, in powers of two; the prompt's length matters half as much
+	x, y := math.Log2(float64(n)+0.5), math.Log2(float64(total)+0.5)
+	var sum, weights float64
+	nearest := math.Inf(1)
+	for _, c := range s.cells {
+		nearest = min(nearest, square(x-float64(c.n)+0.5)+square(y-float64(c.total)+0.5)/4)
+	}
+	for i := range s.cells {
+		c := &s.cells[i]
+		d := square(x-float64(c.n)+0.5) + square(y-float64(c.total)+0.5)/4
+		w := math.Exp(-(d - nearest) / (2 * wide * wide))
+		sum += w * math.Log(c.fast())
+		weights += w
+	}
+	if weights == 0 {
+		return 0
+	}
+	return math.Exp(sum/weights) * float64(n+few)
+}
+
+// perToken returns the time of each of many tokens in a prompt of so many, in ms; 0 if nothing is learned.
+func (s *speed) perToken(total int) float64 {
+	n := max(total, 1)
+	return s.predict(n, n) / float64(n)
+}
+
+func square(x float64) float64 { return x * x }

@@ -103,7 +103,7 @@ func (p *parser) each(raw []byte) {
 	}
 	c := jsonscan.NewCursor(raw, 0)
 	for c.Enter(); c.More(); {
-		p.item = fields{}
+		p.item = fields{text: p.endpoint == Chat}
 		var raw []byte
 		if p.endpoint != Responses && c.Kind() == '{' {
 			p.item.readAt(&c)
@@ -299,7 +299,7 @@ func (p *parser) anthropicMessage(f *fields) {
 		case "image":
 			images = appendImage(images, member(member(block, "source"), "data"))
 		case "tool_use", "server_tool_use":
-			made.add(p.reader.canon('u', block, anthropicCall))
+			made = append(made, p.reader.canon('u', block, anthropicCall)...)
 		case "tool_result", "web_search_tool_result":
 			results = append(results, block)
 		case "thinking":
@@ -424,10 +424,10 @@ func (p *parser) responsesItem(f *fields, raw []byte) {
 			p.open, p.thinking = true, nil
 		}
 		if !empty(p.thinking) { // it takes the place of what the message had
-			p.made.add(canonicalOf(unquoted(p.thinking)))
+			p.made = append(p.made, canonicalOf(unquoted(p.thinking)))
 			p.thinking = nil
 		}
-		p.made.add(p.reader.canon('f', raw, responsesCall))
+		p.made = append(p.made, p.reader.canon('f', raw, responsesCall)...)
 		return
 	case "reasoning":
 		p.thinking = f.raw[fEncrypted]
@@ -474,7 +474,7 @@ func (p *parser) close() {
 		calls := p.made.all()
 		p.end(calls.hash, calls.bytes)
 	}
-	p.open, p.made = false, calls{}
+	p.open, p.made = false, nil
 }
 
 // contents writes a message but for its end. Its content is a string, or an array of texts and images; lead, a raw string,

@@ -2,7 +2,10 @@
 // from it: the runner, what changes the whole prompt, then message by message, and within a message block by block. Two
 // requests have as many leading links in common as their prompts share text, to within one block.
 //
-// It is pure: it knows no server and no template, keeps no text, and does no I/O.
+// It is pure: it knows no server and no template, keeps no text, and does no I/O. So there are templates by which prompts
+// share less than their chains: those that write tools or the system prompt into the last user message (Mistral, Llama
+// 3.1), that gather later system messages at the front (Qwen, Gemma 3, Command R), or that leave out the thinking of
+// earlier turns (Qwen 3). And prompts share more than their chains where think, a suffix or an image is rendered late.
 package prefix
 
 // Part says what a link stands for.
@@ -11,7 +14,7 @@ type Part uint8
 const (
 	Runner   Part = iota // the model and the options that a loaded model has: one link, always the first
 	Settings             // template, think, raw, suffix, context: one link, always the second
-	Tools                // the tools, after the leading system messages: at most one link
+	Tools                // a tool, after the leading system messages
 	Head                 // a message's role and what is rendered before its text: images, names, thinking
 	Block                // a full block of a message's text
 	Tail                 // the rest of a message's text, its tool calls and its end

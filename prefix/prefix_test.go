@@ -28,7 +28,6 @@ type conversation struct {
 	tools    string // JSON
 	options  [][2]string
 	think    string // JSON
-	keys     []string
 }
 
 var words = strings.Fields("score the candidate from 1 to 10 and explain, in one sentence: why? naïve café 日本語 \"quoted\" back\\slash tab\there 🙂 {\"k\":1} </tag> \u2028 \x7f")

@@ -30,24 +30,24 @@ const (
 
 // Reader reads chains. Its methods may be called from any goroutine.
 type Reader struct {
-	// canonical remembers the fingerprints of tools and tool calls by those of their JSON text: an agent sends the same
-	// ones with each request, and to read them costs more than to read the rest.
-	canonical *lru.Cache[uint64, canonical]
+	// canonical remembers the fingerprints of lists of tools and of tool calls by that of their JSON text: an agent sends
+	// the same ones with each request, and to read them costs more than to read the rest.
+	canonical *lru.Cache[uint64, []canonical]
 	parsers   sync.Pool
 }
 
-// canonical is what is known of tools or tool calls as a prompt has them, however they were written: the zero value is
+// canonical is what is known of a tool or of tool calls as a prompt has them, however they were written. The zero value is
 // none.
 type canonical struct {
 	hash  uint64
 	bytes int // of text
 }
 
-const canonicalKept = 4096 // 24 bytes each, and what the LRU needs
+const canonicalKept = 4096 // 16 bytes for each tool or call of each, and what the LRU needs
 
 // NewReader returns a reader.
 func NewReader() *Reader {
-	c, err := lru.New[uint64, canonical](canonicalKept)
+	c, err := lru.New[uint64, []canonical](canonicalKept)
 	if err != nil {
 		panic(err) // the size is positive
 	}
@@ -61,7 +61,7 @@ func (r *Reader) Read(e Endpoint, model string, body []byte) Chain {
 	p := r.parsers.Get().(*parser)
 	defer r.parsers.Put(p)
 	*p = parser{reader: r, endpoint: e, writer: writer{links: make([]Link, 0, capacity(len(body))), message: -1}}
-	defer func() { p.body, p.item, p.tools, p.links = fields{}, fields{}, nil, nil }() // they hold the body
+	defer func() { p.body, p.item, p.tools, p.thinking, p.links = fields{}, fields{}, nil, nil, nil }() // they hold the body
 
 	p.digest.Reset()
 	p.body.read(body)
@@ -175,6 +175,7 @@ func lower(name []byte) bool {
 type fields struct {
 	raw    [numFields][]byte
 	runner Options
+	text   bool // the content can be a string only
 }
 
 func (f *fields) read(object []byte) {
@@ -194,7 +195,7 @@ func (f *fields) readAt(c *jsonscan.Cursor) {
 			f.runner.read(value)
 		case value[0] != 'n':
 			f.raw[field] = value
-		case !keptByNull[field]:
+		case !keptByNull[field] && (field != fContent || !f.text):
 			f.raw[field] = nil
 		}
 	}

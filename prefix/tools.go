@@ -1,7 +1,6 @@
 package prefix
 
 import (
-	"encoding/binary"
 	"encoding/json"
 	"strings"
 
@@ -12,7 +11,7 @@ import (
 )
 
 // canon returns what decode makes of raw, remembered by raw's fingerprint and tag.
-func (r *Reader) canon(tag uint64, raw []byte, decode func([]byte) canonical) canonical {
+func (r *Reader) canon(tag uint64, raw []byte, decode func([]byte) []canonical) []canonical {
 	key := xxhash.Sum64(raw) + tag
 	if c, ok := r.canonical.Get(key); ok {
 		return c
@@ -23,7 +22,10 @@ func (r *Reader) canon(tag uint64, raw []byte, decode func([]byte) canonical) ca
 }
 
 // canonicalOf is the fingerprint of a canonical text.
-func canonicalOf(text []byte) canonical { return canonical{xxhash.Sum64(text) | 1, len(text)} }
+func canonicalOf(text []byte) canonical { return canonical{xxhash.Sum64(text), len(text)} }
+
+// refused is for what Ollama refuses.
+func refused(raw []byte) []canonical { return []canonical{canonicalOf(compact(raw))} }
 
 // writeTools writes the tools. They come after the leading system messages, as most templates have them.
 func (p *parser) writeTools() {
@@ -31,7 +33,7 @@ func (p *parser) writeTools() {
 	if p.tools = nil; len(raw) == 0 || raw[0] != '[' {
 		return
 	}
-	var tools canonical
+	var tools []canonical
 	switch p.endpoint {
 	case Chat, ChatCompletions:
 		tools = p.reader.canon('a', raw, apiTools)
@@ -40,33 +42,33 @@ func (p *parser) writeTools() {
 	case Responses:
 		tools = p.reader.canon('r', raw, responsesTools)
 	}
-	if tools.hash == 0 {
-		return // there are none, or this kind of request has none
+	for _, tool := range tools {
+		p.bytes += tool.bytes
+		p.putNumber('T', tool.hash)
+		p.add(Link{Part: Tools, Message: p.message})
 	}
-	p.bytes += tools.bytes
-	p.putNumber('T', tools.hash)
-	p.add(Link{Part: Tools, Message: p.message})
 }
 
 // apiTools reads tools of Ollama's own kind: their JSON as templates are given it.
-func apiTools(raw []byte) canonical {
+func apiTools(raw []byte) []canonical {
 	var tools api.Tools
 	if json.Unmarshal(raw, &tools) != nil {
-		return canonicalOf(compact(raw)) // Ollama refuses it
+		return refused(raw)
 	}
 	return listed(tools)
 }
 
-func listed(tools api.Tools) canonical {
-	if len(tools) == 0 {
-		return canonical{}
+func listed(tools api.Tools) []canonical {
+	list := make([]canonical, len(tools))
+	for i, tool := range tools {
+		list[i] = canonicalOf([]byte(tool.String()))
 	}
-	return canonicalOf([]byte(tools.String()))
+	return list
 }
 
 // anthropicTools reads those of /v1/messages. Anthropic's own web search has a description of Ollama's, and takes the
 // place of a tool with its name.
-func anthropicTools(raw []byte) canonical {
+func anthropicTools(raw []byte) []canonical {
 	var tools []struct {
 		Type        string          `json:"type"`
 		Name        string          `json:"name"`
@@ -74,7 +76,7 @@ func anthropicTools(raw []byte) canonical {
 		InputSchema json.RawMessage `json:"input_schema"`
 	}
 	if json.Unmarshal(raw, &tools) != nil {
-		return canonicalOf(compact(raw))
+		return refused(raw)
 	}
 	const search = "web_search"
 	searches := false
@@ -90,7 +92,7 @@ func anthropicTools(raw []byte) canonical {
 		case searches && t.Name == search:
 			continue
 		case len(t.InputSchema) > 0 && json.Unmarshal(t.InputSchema, &tool.Function.Parameters) != nil:
-			return canonicalOf(compact(raw))
+			return refused(raw)
 		}
 		list = append(list, tool)
 	}
@@ -106,10 +108,10 @@ type responsesTool struct {
 	Tools       []responsesTool `json:"tools"` // of a namespace
 }
 
-func responsesTools(raw []byte) canonical {
+func responsesTools(raw []byte) []canonical {
 	var tools []responsesTool
 	if json.Unmarshal(raw, &tools) != nil {
-		return canonicalOf(compact(raw))
+		return refused(raw)
 	}
 	var list api.Tools
 	for _, t := range tools {
@@ -141,23 +143,20 @@ func (t responsesTool) appendTo(list api.Tools, namespace string) api.Tools {
 // namespaced is a tool's name in a namespace. Ollama joins the two in one of several ways.
 func namespaced(namespace, name string) string { return namespace + "\x00" + name }
 
-// calls are the tool calls of one message: the fingerprints of each, and their length as text.
-type calls struct {
-	hashes []byte
-	bytes  int
-}
+// calls are the fingerprints of one message's tool calls.
+type calls []canonical
 
-func (c *calls) add(one canonical) {
-	c.hashes = binary.LittleEndian.AppendUint64(c.hashes, one.hash)
-	c.bytes += one.bytes
-}
-
-// all is the fingerprint of all.
-func (c *calls) all() canonical {
-	if len(c.hashes) == 0 {
+// all is the fingerprint of all; the zero value if there are none.
+func (c calls) all() canonical {
+	if len(c) == 0 {
 		return canonical{}
 	}
-	return canonical{xxhash.Sum64(c.hashes) | 1, c.bytes}
+	all := canonical{hash: 1}
+	for _, call := range c {
+		all.hash = (all.hash ^ call.hash) * 0x9E3779B97F4A7C15
+		all.bytes += call.bytes
+	}
+	return all
 }
 
 // callText is one call as text. A template may have its id, and its index among the calls as the client numbers them.
@@ -172,25 +171,25 @@ func (p *parser) toolCalls(raw []byte) canonical {
 	case len(raw) == 0 || raw[0] != '[':
 		return canonical{}
 	case p.endpoint == Chat:
-		return p.reader.canon('c', raw, apiCalls)
+		return calls(p.reader.canon('c', raw, apiCalls)).all()
 	}
-	return p.reader.canon('o', raw, openAICalls)
+	return calls(p.reader.canon('o', raw, openAICalls)).all()
 }
 
-func apiCalls(raw []byte) canonical {
+func apiCalls(raw []byte) []canonical {
 	var list []api.ToolCall
 	if json.Unmarshal(raw, &list) != nil {
-		return canonicalOf(compact(raw))
+		return refused(raw)
 	}
-	var c calls
+	var c []canonical
 	for _, call := range list {
-		c.add(callText(call.ID, call.Function.Name, call.Function.Index, call.Function.Arguments))
+		c = append(c, callText(call.ID, call.Function.Name, call.Function.Index, call.Function.Arguments))
 	}
-	return c.all()
+	return c
 }
 
 // openAICalls: their arguments are a string of JSON, and their index is not rendered.
-func openAICalls(raw []byte) canonical {
+func openAICalls(raw []byte) []canonical {
 	var list []struct {
 		ID       string `json:"id"`
 		Function struct {
@@ -199,34 +198,34 @@ func openAICalls(raw []byte) canonical {
 		} `json:"function"`
 	}
 	if json.Unmarshal(raw, &list) != nil {
-		return canonicalOf(compact(raw))
+		return refused(raw)
 	}
-	var c calls
+	var c []canonical
 	for _, call := range list {
 		var arguments api.ToolCallFunctionArguments
 		if json.Unmarshal([]byte(call.Function.Arguments), &arguments) != nil {
-			return canonicalOf(compact(raw))
+			return refused(raw)
 		}
-		c.add(callText(call.ID, call.Function.Name, 0, arguments))
+		c = append(c, callText(call.ID, call.Function.Name, 0, arguments))
 	}
-	return c.all()
+	return c
 }
 
 // anthropicCall reads a tool_use block.
-func anthropicCall(block []byte) canonical {
+func anthropicCall(block []byte) []canonical {
 	var call struct {
 		ID    string                        `json:"id"`
 		Name  string                        `json:"name"`
 		Input api.ToolCallFunctionArguments `json:"input"`
 	}
 	if json.Unmarshal(block, &call) != nil {
-		return canonicalOf(compact(block))
+		return refused(block)
 	}
-	return callText(call.ID, call.Name, 0, call.Input)
+	return []canonical{callText(call.ID, call.Name, 0, call.Input)}
 }
 
 // responsesCall reads a function_call or a tool_search_call item.
-func responsesCall(item []byte) canonical {
+func responsesCall(item []byte) []canonical {
 	var call struct {
 		Type      string          `json:"type"`
 		CallID    string          `json:"call_id"`
@@ -235,7 +234,7 @@ func responsesCall(item []byte) canonical {
 		Arguments json.RawMessage `json:"arguments"`
 	}
 	if json.Unmarshal(item, &call) != nil {
-		return canonicalOf(compact(item))
+		return refused(item)
 	}
 	text := []byte(call.Arguments)
 	if s, ok := jsonscan.Unquote(text); ok {
@@ -249,7 +248,7 @@ func responsesCall(item []byte) canonical {
 	}
 	var arguments api.ToolCallFunctionArguments
 	if len(text) > 0 && json.Unmarshal(text, &arguments) != nil {
-		return canonicalOf(compact(item))
+		return refused(item)
 	}
-	return callText(call.CallID, call.Name, 0, arguments)
+	return []canonical{callText(call.CallID, call.Name, 0, arguments)}
 }

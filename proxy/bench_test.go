@@ -12,6 +12,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
@@ -58,7 +60,8 @@ func BenchmarkHandler(b *testing.B) {
 		b.Fatal(err)
 	}
 	logger := slog.New(slog.NewJSONHandler(io.Discard, nil))
-	ours := &Handler{Upstream: upstream.NewServer("u", u, nil, logger), Transport: stubUpstream{}, KeepAlive: keep, Log: logger}
+	ours := &Handler{Upstream: upstream.NewServer("u", u, nil, logger), Transport: stubUpstream{}, KeepAlive: keep, Log: logger,
+		Ledger: savings.New(contextstore.NewMemory(contextstore.Limits{Entries: 1e6, Bytes: 256 << 20}), 1000)}
 	ours.Init()
 	bare := &httputil.ReverseProxy{
 		Rewrite: func(pr *httputil.ProxyRequest) { pr.SetURL(u) }, Transport: stubUpstream{}, FlushInterval: -1, BufferPool: newBufferPool(),

@@ -16,9 +16,14 @@ type Shared struct {
 
 // Common compares a prompt with another one.
 func Common(a, other []Link) Shared {
-	n := 0
-	for n < len(a) && n < len(other) && a[n].Hash == other[n].Hash {
-		n++
+	// Links are cumulative: where two are equal, all before them are.
+	n, end := 0, min(len(a), len(other))
+	for n < end {
+		if middle := (n + end) / 2; a[middle].Hash == other[middle].Hash {
+			n = middle + 1
+		} else {
+			end = middle
+		}
 	}
 	s := At(a, n)
 	if n == len(a) || n == len(other) || n == 0 {

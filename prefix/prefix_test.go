@@ -239,12 +239,18 @@ func (c conversation) body(e Endpoint, r *rand.Rand) []byte {
 func read(t testing.TB, e Endpoint, body []byte) Chain {
 	t.Helper()
 	o := jsonscan.NewObject(body)
-	for _, ok := o.Next(); ok; _, ok = o.Next() {
+	members := []jsonscan.Member{}
+	for m, ok := o.Next(); ok; m, ok = o.Next() {
+		members = append(members, m)
 	}
 	if o.Err() != nil {
 		t.Fatalf("the test's body is not valid: %v\n%s", o.Err(), body)
 	}
-	return testReader.Read(e, "m", body)
+	c := testReader.Read(e, "m", body)
+	if known := testReader.ReadMembers(e, "m", body, members); !equal(known, c) {
+		t.Fatalf("another chain where the members are known: %s", body)
+	}
+	return c
 }
 
 var testReader = NewReader()
@@ -516,6 +522,20 @@ func FuzzRead(f *testing.F) {
 		}
 		if again := testReader.Read(e, "m", compacted.Bytes()); !equal(again, got) {
 			t.Fatalf("%q has other links than %q: %+v", body, compacted.Bytes(), Common(again.Links, got.Links))
+		}
+	})
+}
+
+// FuzzOddEscape: the fast search finds what the plain one finds.
+func FuzzOddEscape(f *testing.F) {
+	for _, s := range []string{"", "\\", "\\u", "abc\\/", strings.Repeat("x", 15) + "\\u0041" + strings.Repeat("y", 40), strings.Repeat("\\n", 40) + "\\\\u", strings.Repeat("ab\\", 20) + "/"} {
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, s []byte) {
+		for i := range min(len(s)+1, 40) { // at every alignment
+			if got, want := oddEscape(s[i:]), oddEscapeGeneric(s[i:]); got != want {
+				t.Fatalf("%q: %d, want %d", s[i:], got, want)
+			}
 		}
 	})
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/json"
+	"math/bits"
 	"strconv"
 	"strings"
 	"sync"
@@ -51,20 +52,32 @@ func NewReader() *Reader {
 	if err != nil {
 		panic(err) // the size is positive
 	}
-	return &Reader{canonical: c, parsers: sync.Pool{New: func() any { return new(parser) }}}
+	return &Reader{canonical: c, parsers: sync.Pool{New: func() any { return &parser{writer: writer{buf: new([cell]byte)}} }}}
 }
 
 // Read returns the chain of a request for the model (upstream.ModelKey). The body must be an object that jsonscan has
 // found valid; what Ollama would refuse gets a chain all the same. A request without a prompt, which only loads or
 // unloads a model, has the two links of its runner and its settings.
 func (r *Reader) Read(e Endpoint, model string, body []byte) Chain {
-	p := r.parsers.Get().(*parser)
-	defer r.parsers.Put(p)
-	*p = parser{reader: r, endpoint: e, writer: writer{links: make([]Link, 0, capacity(len(body))), message: -1}}
-	defer func() { p.body, p.item, p.tools, p.thinking, p.links = fields{}, fields{}, nil, nil, nil }() // they hold the body
+	return r.ReadMembers(e, model, body, nil)
+}
 
+// ReadMembers is Read for a body whose members are known: all that jsonscan.Object returned for it, in order. It is for
+// long bodies, in which to look for the members once more takes a while.
+func (r *Reader) ReadMembers(e Endpoint, model string, body []byte, members []jsonscan.Member) Chain {
+	p := r.parsers.Get().(*parser)
+	defer func() {
+		*p = parser{writer: writer{buf: p.buf}} // else it would hold the body
+		r.parsers.Put(p)
+	}()
+	p.reader, p.endpoint = r, e
+	p.links, p.message = make([]Link, 0, capacity(len(body))), -1
 	p.digest.Reset()
-	p.body.read(body)
+	if members == nil {
+		p.body.read(body)
+	} else {
+		p.body.take(body, members)
+	}
 	p.tools = p.body.raw[fTools]
 	c := Chain{Runner: Options{Model: model}}
 	if e == Chat || e == Generate || e == Embed { // bodies of /v1 cannot state options
@@ -81,12 +94,13 @@ func (r *Reader) Read(e Endpoint, model string, body []byte) Chain {
 	return c
 }
 
-// capacity guesses how many links a body of n bytes has.
+// capacity guesses how many links a body of n bytes has: if it is one long message.
 func capacity(n int) int {
+	const others = 8
 	if n <= blockFlat {
-		return n/blockMin + 8
+		return n/blockMin + others
 	}
-	return blockFlat/blockMin*6 + 8
+	return blockFlat/blockMin + bits.Len(uint(n/blockFlat))*(blockFlat/blockMin/2) + others
 }
 
 // The members of bodies and messages that are rendered.
@@ -185,20 +199,35 @@ func (f *fields) read(object []byte) {
 
 func (f *fields) readAt(c *jsonscan.Cursor) {
 	for c.Enter(); c.More(); {
-		field := fieldOf(c.Key())
-		value := c.Value()
-		if len(value) == 0 {
-			continue
-		}
-		switch {
-		case field == fOptions: // of two objects, encoding/json makes one
-			f.runner.read(value)
-		case value[0] != 'n':
-			f.raw[field] = value
-		case !keptByNull[field] && (field != fContent || !f.text):
-			f.raw[field] = nil
-		}
+		f.set(c.Key(), c.Value())
 	}
+	f.complete()
+}
+
+func (f *fields) take(object []byte, members []jsonscan.Member) {
+	for _, m := range members {
+		f.set(object[m.Key:m.KeyEnd], object[m.Value:m.ValueEnd])
+	}
+	f.complete()
+}
+
+// set takes in a member.
+func (f *fields) set(key, value []byte) {
+	if len(value) == 0 {
+		return
+	}
+	switch field := fieldOf(key); {
+	case field == fOptions: // of two objects, encoding/json makes one
+		f.runner.read(value)
+	case value[0] != 'n':
+		f.raw[field] = value
+	case !keptByNull[field] && (field != fContent || !f.text):
+		f.raw[field] = nil
+	}
+}
+
+// complete is called after the last member.
+func (f *fields) complete() {
 	if s := f.raw[fShift]; len(s) > 0 && s[0] == 'f' {
 		f.runner.put(shift, 0)
 	}

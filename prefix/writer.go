@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"math/bits"
+	"slices"
 	"strconv"
 	"unicode/utf16"
 	"unicode/utf8"
@@ -42,7 +43,7 @@ type writer struct {
 	size     int  // the present block's length
 	link     Link // the present block's, without its hash
 	fine     uint64
-	buf      [cell]byte // decoded text that is not hashed yet: of one block
+	buf      *[cell]byte // text that is not hashed yet: of one block
 	n        int
 
 	opening [2]uint64 // for Chain.Conversation: of the first system and the first other message
@@ -90,16 +91,32 @@ func (w *writer) block() {
 	w.link = Link{Part: Block, Message: w.message, Offset: w.pos}
 }
 
-// text adds a raw JSON string to the message's text. Where it spells its escapes as most encoders do, it is not copied.
+// text adds a raw JSON string to the message's text. A long one is taken in pieces, which are searched and hashed while they
+// are in the processor's cache. A space is never within an escape or a character.
 func (w *writer) text(raw []byte) {
 	if len(raw) < 2 || raw[0] != '"' {
 		return
 	}
+	const piece = 32 << 10
 	inner := raw[1 : len(raw)-1]
+	for len(inner) > piece {
+		n := bytes.LastIndexByte(inner[:piece], ' ') + 1
+		if n == 0 {
+			break
+		}
+		w.piece(inner[:n])
+		inner = inner[n:]
+	}
+	w.piece(inner)
+}
+
+// piece adds a part of a raw JSON string, without quotes, to the message's text. Where it spells its escapes as most
+// encoders do, it is not copied.
+func (w *writer) piece(inner []byte) {
 	if !utf8.Valid(inner) {
 		// encoding/json puts U+FFFD in the place of what is no UTF-8.
 		var s string
-		if json.Unmarshal(raw, &s) == nil {
+		if json.Unmarshal(slices.Concat([]byte{'"'}, inner, []byte{'"'}), &s) == nil {
 			var spelled []byte
 			for _, r := range s {
 				spelled = appendSpelled(spelled, r)
@@ -108,14 +125,13 @@ func (w *writer) text(raw []byte) {
 		}
 		return
 	}
-	for i := 0; i < len(inner); {
-		slash := bytes.IndexByte(inner[i:], '\\')
-		if slash < 0 || i+slash+1 >= len(inner) {
+	for start := 0; ; {
+		i := oddEscape(inner[start:])
+		if i < 0 {
 			break
 		}
-		i += slash
-		if c := inner[i+1]; c != 'u' && c != '/' {
-			i += 2
+		if i += start; escaped(inner, i) {
+			start = i + 1 // the backslash is itself what is escaped
 			continue
 		}
 		w.plain(inner[:i])
@@ -125,9 +141,31 @@ func (w *writer) text(raw []byte) {
 		}
 		var spelled [8]byte
 		w.plain(appendSpelled(spelled[:0], r))
-		inner, i = inner[i+used:], 0
+		inner, start = inner[i+used:], 0
 	}
 	w.plain(inner)
+}
+
+// escaped reports whether the character at i follows an odd number of backslashes.
+func escaped(s []byte, i int) bool {
+	n := 0
+	for i-n > 0 && s[i-n-1] == '\\' {
+		n++
+	}
+	return n%2 == 1
+}
+
+// oddEscapeGeneric is oddEscape without the processor's vector instructions.
+func oddEscapeGeneric(s []byte) int {
+	for i := 0; ; i++ {
+		slash := bytes.IndexByte(s[i:], '\\')
+		if slash < 0 || i+slash+1 >= len(s) {
+			return -1
+		}
+		if i += slash; s[i+1] == 'u' || s[i+1] == '/' {
+			return i
+		}
+	}
 }
 
 // appendSpelled appends a character as the text of messages is hashed: as JSON, with the shortest escape, and with one

@@ -28,11 +28,11 @@ const (
 )
 
 // account begins the ledger's entry of a request whose body has been read.
-func (h *Handler) account(ex *exchange, rt route, model string) {
+func (h *Handler) account(ex *exchange, rt route, model string, f fields) {
 	if h.Ledger == nil || rt.prompt == prefix.None {
 		return
 	}
-	ex.chain = h.prefixes.Read(rt.prompt, model, ex.body.data)
+	ex.chain = h.prefixes.ReadMembers(rt.prompt, model, ex.body.data, f.members)
 	ex.dialect = rt.answer
 	up := h.ledgerUpstream.Load()
 	ex.spend = h.Ledger.Begin(time.Now(), *up, &ex.chain)

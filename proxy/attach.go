@@ -22,7 +22,7 @@ func (h *Handler) newAttacher() *attach.Attacher {
 func (h *Handler) render(ctx context.Context, body []byte) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, renderTimeout)
 	defer cancel()
-	f, err := scan(body)
+	f, err := scan(body, nil)
 	if err != nil {
 		return "", err
 	}
@@ -53,7 +53,7 @@ func (h *Handler) attach(ex *exchange, rt route, model string, f fields) (fields
 	ex.body = &body{data: ex.plan.Body()}
 	ex.body.refs.Store(1)
 	client.release()
-	return scan(ex.body.data)
+	return scan(ex.body.data, ex.members[:])
 }
 
 // attached tells how the answer to a planned request ended.

@@ -158,7 +158,7 @@ func (b *bed) native(model, keepAlive string) {
 	if keepAlive != "" {
 		body = `{"model":"` + model + `","keep_alive":` + keepAlive + `}`
 	}
-	f, err := scan([]byte(body))
+	f, err := scan([]byte(body), nil)
 	if err != nil {
 		b.t.Fatal(err)
 	}

@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/attach"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/jsonscan"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
@@ -126,11 +127,12 @@ type exchange struct {
 	Exchange
 	start time.Time
 
-	header  http.Header // the client's answer's
-	origin  string      // for CORS headers
-	spent   []string    // request headers that are for the proxy alone
-	body    *body       // nil where the body passes through, or there is none
-	passing *passing    // nil where the body was read, or there is none
+	header  http.Header         // the client's answer's
+	origin  string              // for CORS headers
+	spent   []string            // request headers that are for the proxy alone
+	members [12]jsonscan.Member // of the body; more are allocated
+	body    *body               // nil where the body passes through, or there is none
+	passing *passing            // nil where the body was read, or there is none
 	edit    edit
 	use     use
 
@@ -341,7 +343,7 @@ func (h *Handler) read(r *http.Request, ex *exchange, rt route) *refusal {
 		return unreadable(err)
 	}
 
-	f, err := scan(b.data)
+	f, err := scan(b.data, ex.members[:])
 	if err != nil {
 		ex.Unedited = UneditedNotJSON
 		return nil
@@ -357,7 +359,7 @@ func (h *Handler) read(r *http.Request, ex *exchange, rt route) *refusal {
 		return nil // nothing here stays loaded
 	}
 	h.Upstream.Used()
-	h.account(ex, rt, key)
+	h.account(ex, rt, key, f)
 	if f, err = h.attach(ex, rt, key, f); err != nil {
 		return unreadable(err)
 	}

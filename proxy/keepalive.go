@@ -143,6 +143,8 @@ type fields struct {
 	duration       time.Duration // where keepAlive is keepAliveSet; upstream.Forever for negative values
 	keepAliveAt    int           // the last value's offset, where there is one, null included
 	keepAliveAtEnd int
+
+	members []jsonscan.Member // all of them, in order
 }
 
 var (
@@ -150,11 +152,12 @@ var (
 	keyKeepAlive = []byte("keep_alive")
 )
 
-// scan reads the body's fields; an error means that it is not a JSON object.
-func scan(data []byte) (fields, error) {
-	var f fields
+// scan reads the body's fields; an error means that it is not a JSON object. members is memory for the list of them.
+func scan(data []byte, members []jsonscan.Member) (fields, error) {
+	f := fields{members: members[:0]}
 	o := jsonscan.NewObject(data)
 	for m, ok := o.Next(); ok; m, ok = o.Next() {
+		f.members = append(f.members, m)
 		key, value := data[m.Key:m.KeyEnd], data[m.Value:m.ValueEnd]
 		switch {
 		case jsonscan.KeyIs(key, keyModel):

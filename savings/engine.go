@@ -98,6 +98,13 @@ func (e *engine) hold(chain *prefix.Chain) *held {
 	return h
 }
 
+// settle notes what came of a prompt. Earlier ones that were the same are not needed any more.
+func (e *engine) settle(h *held, total, generated int) {
+	h.total, h.generated, h.pending = total, generated, false
+	leaf := h.chain.Leaf()
+	e.held = slices.DeleteFunc(e.held, func(other *held) bool { return other != h && !other.pending && other.chain.Leaf() == leaf })
+}
+
 func (e *engine) drop(h *held) {
 	if i := slices.Index(e.held, h); i >= 0 {
 		e.held = slices.Delete(e.held, i, i+1)

@@ -9,7 +9,8 @@
 package savings
 
 import (
-	"fmt"
+	"encoding/binary"
+	"encoding/hex"
 	"sync"
 	"time"
 
@@ -284,7 +285,7 @@ func (l *Ledger) account(r *Request, o Outcome, entry *Entry) {
 		e.drop(r.held) // what is warm is not what was sent, or belongs to an earlier load
 		return
 	}
-	r.held.total, r.held.generated, r.held.pending = o.Total, o.Generated, false
+	e.settle(r.held, o.Total, o.Generated)
 	l.store.Put(r.chain.Links, contextstore.Sight{Upstream: r.upstream.Index, Model: l.store.Model(r.chain.Runner.Model), At: r.at}, o.Total)
 }
 
@@ -358,4 +359,8 @@ func (l *Ledger) Recent(n int) []Entry {
 }
 
 // PrefixString writes a fingerprint as headers and pages show it.
-func PrefixString(hash uint64) string { return fmt.Sprintf("%016x", hash) }
+func PrefixString(hash uint64) string {
+	var b [8]byte
+	binary.BigEndian.PutUint64(b[:], hash)
+	return hex.EncodeToString(b[:])
+}

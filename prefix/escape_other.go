@@ -1,0 +1,5 @@
+//go:build !amd64
+
+package prefix
+
+func oddEscape(s []byte) int { return oddEscapeGeneric(s) }

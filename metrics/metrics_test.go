@@ -10,7 +10,9 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
@@ -29,13 +31,20 @@ func TestSeries(t *testing.T) {
 	m.Done(proxy.Exchange{Endpoint: "/api/chat", Model: "nowhere", Outcome: proxy.ClientError, Status: 404})
 	m.Done(proxy.Exchange{Endpoint: "/api/tags", Outcome: proxy.OK, Status: 200})
 	m.Done(proxy.Exchange{Endpoint: "/api/generate", Outcome: proxy.OK, Unedited: proxy.UneditedNotJSON})
+	m.Done(proxy.Exchange{Endpoint: "/api/chat", Model: "llama3", Outcome: proxy.OK, Savings: &savings.Entry{
+		Basis: savings.Measured, Total: 100, Tokens: &savings.Tokens{Reused: 90, Evaluated: 10}, Verdict: savings.Hit, SavedEvaluation: 3 * time.Second, SavedLoading: time.Second}})
+	m.Done(proxy.Exchange{Endpoint: "/api/chat", Model: "llama3", Outcome: proxy.OK, Savings: &savings.Entry{
+		Basis: savings.Estimated, Total: 50, Tokens: &savings.Tokens{Reused: 5, Evaluated: 45}, Verdict: savings.Partial, Reason: savings.ReasonTaken, Loaded: true, Truncated: true}})
+	m.Done(proxy.Exchange{Endpoint: "/api/chat", Model: "llama3", Outcome: proxy.OK, Savings: &savings.Entry{Basis: savings.Unknown, Total: 7, Verdict: savings.Uncertain}})
+	m.Attached("llama3", "attached")
+	m.Store(func() contextstore.Stats { return contextstore.Stats{Entries: 3, Bytes: 400, Evictions: 5} })
 	m.Touched("llama3", nil)
 	m.Touched("llama3", errors.New("refused"))
 	text := scrape(t, m)
 	for _, want := range []string{
 		`ollama_cacheproxy_build_info{goversion="go`,
 		`ollama_cacheproxy_in_flight 7`,
-		`ollama_cacheproxy_requests_total{endpoint="/api/chat",model="llama3:latest",outcome="ok"} 1`,
+		`ollama_cacheproxy_requests_total{endpoint="/api/chat",model="llama3:latest",outcome="ok"} 4`,
 		`ollama_cacheproxy_requests_total{endpoint="/api/chat",model="Team/X:Q4",outcome="upstream_error"} 1`,
 		`ollama_cacheproxy_requests_total{endpoint="/api/chat",model="other",outcome="client_error"} 1`,
 		`ollama_cacheproxy_requests_total{endpoint="/api/tags",model="",outcome="ok"} 1`,
@@ -43,6 +52,23 @@ func TestSeries(t *testing.T) {
 		`ollama_cacheproxy_first_byte_seconds_count{endpoint="/api/chat"} 1`,
 		`ollama_cacheproxy_request_bytes_total{endpoint="/api/chat"} 10`,
 		`ollama_cacheproxy_response_bytes_total{endpoint="/api/chat"} 20`,
+		`ollama_cacheproxy_prompt_tokens_total{kind="reused",model="llama3:latest"} 90`,
+		`ollama_cacheproxy_prompt_tokens_total{kind="evaluated",model="llama3:latest"} 10`,
+		`ollama_cacheproxy_prompt_tokens_total{kind="unknown",model="llama3:latest"} 7`,
+		`ollama_cacheproxy_estimated_prompt_tokens_total{kind="reused",model="llama3:latest"} 5`,
+		`ollama_cacheproxy_estimated_prompt_tokens_total{kind="evaluated",model="llama3:latest"} 45`,
+		`ollama_cacheproxy_prompts_total{model="llama3:latest",verdict="hit"} 1`,
+		`ollama_cacheproxy_prompts_total{model="llama3:latest",verdict="unknown"} 1`,
+		`ollama_cacheproxy_estimated_prompts_total{model="llama3:latest",verdict="partial"} 1`,
+		`ollama_cacheproxy_cold_prompts_total{model="llama3:latest",reason="slot_taken"} 1`,
+		`ollama_cacheproxy_model_loads_total{model="llama3:latest"} 1`,
+		`ollama_cacheproxy_estimated_truncated_prompts_total{model="llama3:latest"} 1`,
+		`ollama_cacheproxy_estimated_saved_seconds_total{kind="evaluation",model="llama3:latest"} 3`,
+		`ollama_cacheproxy_estimated_saved_seconds_total{kind="loading",model="llama3:latest"} 1`,
+		`ollama_cacheproxy_attach_context_total{model="llama3:latest",outcome="attached"} 1`,
+		`ollama_cacheproxy_store_entries 3`,
+		`ollama_cacheproxy_store_bytes 400`,
+		`ollama_cacheproxy_store_evictions_total 5`,
 		`ollama_cacheproxy_keep_alive_total{action="injected"} 1`,
 		`ollama_cacheproxy_keep_alive_total{action="kept"} 1`,
 		`ollama_cacheproxy_unedited_total{reason="not_json"} 1`,

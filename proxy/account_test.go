@@ -1,9 +1,11 @@
 package proxy
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -313,5 +315,46 @@ func TestAnswersWithoutCounts(t *testing.T) {
 	c.closed()
 	if ex := rg.ended(); ex.Savings != nil || ex.Outcome != Aborted {
 		t.Errorf("a broken answer: %+v", ex)
+	}
+}
+
+// TestSlidingWindowIsAsked: of a server before 0.30 it is found out, once, whether a model has a sliding window.
+func TestSlidingWindowIsAsked(t *testing.T) {
+	f := newFake(t, func(r received) string {
+		switch {
+		case strings.Contains(r.line, "/api/show"):
+			return answer(200, "application/json", `{"model_info":{"gemma3.attention.sliding_window":512}}`)
+		case strings.Contains(r.line, "/api/ps"):
+			return answer(200, "application/json", `{"models":[]}`)
+		}
+		return answer(200, "application/json", fmt.Sprintf(`{"done":true,"total_duration":3000000000,"load_duration":1000000,"prompt_eval_count":1000,"prompt_eval_duration":%d,"eval_count":1}`, int(1e9)))
+	})
+	rg := newRig(t, f.URL, &Handler{})
+	rg.h.Polled(upstream.State{Up: true, Version: "0.24.0"})
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	wg.Go(func() { rg.h.Run(ctx) }) // until the test ends
+	t.Cleanup(func() { cancel(); wg.Wait() })
+
+	var reason savings.Reason
+	for range 1000 { // it is asked in the background: a few requests may come before the answer
+		rg.post("/api/chat", chatWith(prose(4000), "a", ""))
+		rg.post("/api/chat", chatWith(prose(4000), "b", ""))
+		rg.ended()
+		if reason = rg.ended().Savings.Reason; reason == savings.ReasonSliding {
+			break
+		}
+	}
+	if reason != savings.ReasonSliding {
+		t.Errorf("reason %q", reason)
+	}
+	asked := 0
+	for len(f.reqs) > 0 {
+		if strings.Contains(f.next().line, "/api/show") {
+			asked++
+		}
+	}
+	if asked != 1 {
+		t.Errorf("/api/show was asked %d times", asked)
 	}
 }

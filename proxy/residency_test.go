@@ -387,7 +387,7 @@ func TestTouchAfterShortKeepAlive(t *testing.T) {
 func TestRefusedRequestsChangeNothing(t *testing.T) {
 	inBed(t, keep(t, "", "24h"), func(b *bed) {
 		refused := func(keepAlive string) {
-			f, err := scan([]byte(`{"model":"m","prompt":5,"keep_alive":` + keepAlive + `}`), nil)
+			f, err := scan([]byte(`{"model":"m","prompt":5,"keep_alive":`+keepAlive+`}`), nil)
 			if err != nil {
 				t.Fatal(err)
 			}

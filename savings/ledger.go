@@ -227,7 +227,9 @@ func (r *Request) End(now time.Time, o Outcome) (Entry, bool) {
 	}
 	if len(r.chain.Links) <= 2 && !o.Done { // it only loaded the model, or asked for embeddings
 		e.drop(r.held)
-		e.load(now, r, o)
+		if e.load(now, r, o) {
+			l.store.Cool(r.upstream.Index, l.store.Model(r.chain.Runner.Model))
+		}
 		return Entry{}, false
 	}
 	entry := Entry{
@@ -242,7 +244,9 @@ func (r *Request) End(now time.Time, o Outcome) (Entry, bool) {
 	if o.TotalTime > 0 {
 		entry.Queue = max(0, o.TotalTime-o.Load-o.PromptEval-o.Eval)
 	}
-	entry.Loaded = e.load(now, r, o)
+	if entry.Loaded = e.load(now, r, o); entry.Loaded {
+		l.store.Cool(r.upstream.Index, l.store.Model(r.chain.Runner.Model))
+	}
 	if len(r.chain.Links) > 2 {
 		l.account(r, o, &entry)
 	}

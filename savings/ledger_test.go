@@ -404,3 +404,41 @@ func TestRecent(t *testing.T) {
 		t.Error("Recent ignores its limit")
 	}
 }
+
+// TestSliding: a sliding-window model on a server before 0.30 is expected to reuse nothing of a prompt that parts from the
+// last one, and the reason says so; what continues the last prompt is.
+func TestSliding(t *testing.T) {
+	b := newBench(t, 1, 1, false)
+	system := msg{"system", prose(b.sim.r, 500)}
+	first := []msg{system, {"user", "one"}}
+	answer := b.chat("default", first...)
+	b.ledger.Sliding(0, "m", true)
+	more := append(slices.Clone(first), msg{"assistant", answer}, msg{"user", "go on"})
+	if r := b.begin(more...); r.Expected < 500 {
+		t.Errorf("%d tokens expected of what continues the last prompt", r.Expected)
+	}
+	r := b.begin(system, msg{"user", "two"})
+	if r.Expected != 0 || !r.ExpectedKnown {
+		t.Errorf("%d tokens expected", r.Expected)
+	}
+	entry, _ := r.End(b.now, Outcome{OK: true, Answer: Answer{Done: true, Total: 510, Load: time.Millisecond, PromptEval: 500 * time.Millisecond}})
+	if entry.Verdict != Cold || entry.Reason != ReasonSliding {
+		t.Errorf("%+v", entry)
+	}
+}
+
+// TestStoreAfterLoad: what was warm before a load is not, in the store either.
+func TestStoreAfterLoad(t *testing.T) {
+	b := newBench(t, 1, 1, true)
+	system := msg{"system", prose(b.sim.r, 500)}
+	b.chat("default", system, msg{"user", "one"})
+	r := b.begin(system, msg{"user", "x"})
+	if !r.record.Warm {
+		t.Fatalf("%+v", r.record)
+	}
+	r.End(b.now, Outcome{})
+	b.chat("8192", msg{"user", "another prompt, with other options"})
+	if r = b.begin(system, msg{"user", "y"}); r.record.Warm || r.known < 3 {
+		t.Errorf("%d links known, %+v", r.known, r.record)
+	}
+}

@@ -11,6 +11,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/cespare/xxhash/v2"
+	"github.com/zeebo/xxh3"
 )
 
 const (
@@ -231,7 +232,7 @@ func (w *writer) hash(text []byte) {
 func (w *writer) digestText(text []byte) {
 	from, part := w.pos-w.link.Offset, w.size/Fines // from: within the block
 	if w.size == blockMin {
-		w.digest.Write(text)
+		w.part(xxh3.Hash(text))
 		fine := uint64(0)
 		for i := 0; len(text) >= 16; i++ {
 			a, b := binary.LittleEndian.Uint64(text), binary.LittleEndian.Uint64(text[8:])
@@ -244,10 +245,8 @@ func (w *writer) digestText(text []byte) {
 	piece := min(part, cell)
 	for len(text) > 0 {
 		n := min(piece, len(text))
-		h := xxhash.Sum64(text[:n])
-		var b [8]byte
-		binary.LittleEndian.PutUint64(b[:], h)
-		w.digest.Write(b[:])
+		h := xxh3.Hash(text[:n])
+		w.part(h)
 		if from == 0 {
 			w.fine = 0
 		}
@@ -257,6 +256,13 @@ func (w *writer) digestText(text []byte) {
 		}
 		text = text[n:]
 	}
+}
+
+// part writes the hash of a part of the text.
+func (w *writer) part(hash uint64) {
+	var b [8]byte
+	binary.LittleEndian.PutUint64(b[:], hash)
+	w.digest.Write(b[:])
 }
 
 // opened notes how the conversation begins, where text is the beginning of its first system or first other message.

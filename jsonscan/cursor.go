@@ -17,12 +17,17 @@ import "bytes"
 type Cursor struct {
 	text []byte
 	pos  int
+
+	long []byte // a string whose end is known
 }
 
 // NewCursor returns a cursor at the value that begins at or after pos.
 func NewCursor(text []byte, pos int) Cursor {
-	return Cursor{text, skipSpace(text, pos)}
+	return Cursor{text: text, pos: skipSpace(text, pos)}
 }
+
+// Know tells the cursor of a long string in its text, from Object.Long: to find its end once more would take a while.
+func (c *Cursor) Know(long []byte) { c.long = long }
 
 // Kind returns the value's first byte, by which its type is known: one of { [ " t f n - 0…9. 0 at the text's end.
 func (c *Cursor) Kind() byte {
@@ -71,7 +76,11 @@ func (c *Cursor) Value() []byte {
 	p := start
 	switch c.text[p] {
 	case '"':
-		p = stringEnd(c.text, p)
+		if len(c.long) > 0 && &c.text[p] == &c.long[0] {
+			p += len(c.long)
+		} else {
+			p = stringEnd(c.text, p)
+		}
 	case '{', '[':
 		p = compositeEnd(c.text, p)
 	default:

@@ -40,7 +40,7 @@ type Member struct {
 //
 // Only when Next has returned false and Err is nil is the whole object known to be valid.
 type Object struct {
-	text []byte
+	scanner
 	pos  int
 	open int
 	err  error
@@ -50,7 +50,7 @@ type Object struct {
 
 // NewObject starts at the first value of text. Err tells if it is not an object.
 func NewObject(text []byte) Object {
-	o := Object{text: text}
+	o := Object{scanner: scanner{text: text}}
 	o.pos = skipSpace(text, 0)
 	if o.pos >= len(text) {
 		o.err = ErrSyntax
@@ -98,7 +98,7 @@ func (o *Object) Next() (Member, bool) {
 		}
 		p = skipSpace(b, p+1)
 	}
-	m, p := member(b, p, 1)
+	m, p := o.member(p, 1)
 	if p < 0 {
 		return o.fail()
 	}
@@ -149,7 +149,14 @@ func plainASCII(s []byte) bool {
 	return true
 }
 
-// The functions below return the offset just past what they read, or -1.
+// Long returns the last string of more than 64 KiB that was read, for Cursor.Know; nil if there was none.
+func (o *Object) Long() []byte { return o.long }
+
+// scanner reads a text. Its methods, and the functions below, return the offset just past what they read, or -1.
+type scanner struct {
+	text []byte
+	long []byte // the last long string
+}
 
 func skipSpace(b []byte, p int) int {
 	for p < len(b) && (b[p] == ' ' || b[p] == '\n' || b[p] == '\r' || b[p] == '\t') {
@@ -158,12 +165,13 @@ func skipSpace(b []byte, p int) int {
 	return p
 }
 
-func member(b []byte, p, depth int) (Member, int) {
+func (s *scanner) member(p, depth int) (Member, int) {
+	b := s.text
 	if p >= len(b) || b[p] != '"' {
 		return Member{}, -1
 	}
 	m := Member{Key: p}
-	p = skipString(b, p)
+	p = s.skipString(p)
 	if p < 0 {
 		return m, -1
 	}
@@ -173,23 +181,24 @@ func member(b []byte, p, depth int) (Member, int) {
 		return m, -1
 	}
 	m.Value = skipSpace(b, p+1)
-	p = skipValue(b, m.Value, depth)
+	p = s.skipValue(m.Value, depth)
 	m.ValueEnd = p
 	return m, p
 }
 
 // skipValue reads the value at p, which lies within depth arrays and objects.
-func skipValue(b []byte, p, depth int) int {
+func (s *scanner) skipValue(p, depth int) int {
+	b := s.text
 	if p >= len(b) {
 		return -1
 	}
 	switch c := b[p]; {
 	case c == '"':
-		return skipString(b, p)
+		return s.skipString(p)
 	case c == '{':
-		return skipComposite(b, p, depth+1, '}')
+		return s.skipComposite(p, depth+1, '}')
 	case c == '[':
-		return skipComposite(b, p, depth+1, ']')
+		return s.skipComposite(p, depth+1, ']')
 	case c == 't':
 		return skipLiteral(b, p, "true")
 	case c == 'f':
@@ -203,7 +212,8 @@ func skipValue(b []byte, p, depth int) int {
 }
 
 // skipComposite reads the object or array that opens at p and ends with end.
-func skipComposite(b []byte, p, depth int, end byte) int {
+func (s *scanner) skipComposite(p, depth int, end byte) int {
+	b := s.text
 	if depth > maxDepth {
 		return -1
 	}
@@ -213,9 +223,9 @@ func skipComposite(b []byte, p, depth int, end byte) int {
 	}
 	for {
 		if end == '}' {
-			_, p = member(b, p, depth)
+			_, p = s.member(p, depth)
 		} else {
-			p = skipValue(b, p, depth)
+			p = s.skipValue(p, depth)
 		}
 		if p < 0 {
 			return -1
@@ -293,11 +303,15 @@ const (
 
 // skipString reads the string whose opening quote is at p. Quotes and backslashes are found by bytes.IndexByte, which
 // uses the processor's vector instructions; control characters a word at a time.
-func skipString(b []byte, p int) int {
+func (s *scanner) skipString(p int) int {
+	b, opening := s.text, p
 	p++
 	for limit := p + checked; p < len(b); {
 		if p >= limit {
-			return skipUnchecked(b, p)
+			if p = skipUnchecked(b, p); p >= 0 {
+				s.long = b[opening:p]
+			}
+			return p
 		}
 		end := min(p+window, len(b))
 		n := bytes.IndexByte(b[p:end], '"')

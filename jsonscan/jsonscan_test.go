@@ -117,11 +117,11 @@ func TestStringEveryOffset(t *testing.T) {
 		for _, fill := range []byte{'a', 0xff, 0x80, 0x20, '#', '!', '[', ']'} {
 			s := bytes.Repeat([]byte{fill}, n)
 			text := append(append([]byte{'"'}, s...), `"tail`...)
-			if got := skipString(text, 0); got != n+2 {
+			if got := (&scanner{text: text}).skipString(0); got != n+2 {
 				t.Fatalf("%q: end %d, want %d", text, got, n+2)
 			}
 			bad := append(append([]byte{'"'}, s...), "\x1f\"\"\"\"\"\"\"\""...)
-			if got := skipString(bad, 0); got != -1 {
+			if got := (&scanner{text: bad}).skipString(0); got != -1 {
 				t.Fatalf("%q: control character accepted, end %d", bad, got)
 			}
 		}
@@ -134,12 +134,12 @@ func TestStringAcrossWindows(t *testing.T) {
 		fill := strings.Repeat("a", window+d)
 		for _, tail := range []string{``, `\"`, `\\`, `\u00e9`, `\\\"`, `\n\n\n\n\n`} {
 			text := []byte(`"` + fill + tail + `"` + `,"x\y"`)
-			if got, want := skipString(text, 0), len(fill)+len(tail)+2; got != want {
+			if got, want := (&scanner{text: text}).skipString(0), len(fill)+len(tail)+2; got != want {
 				t.Errorf("%d + %s: end %d, want %d", d, tail, got, want)
 			}
 		}
 		for _, bad := range []string{"\x1f", `\x`, `\u00g`} {
-			if got := skipString([]byte(`"`+fill+bad+`aaaaaaaaaa"`), 0); got != -1 {
+			if got := (&scanner{text: []byte(`"`+fill+bad+`aaaaaaaaaa"`)}).skipString(0); got != -1 {
 				t.Errorf("%d + %q: accepted, end %d", d, bad, got)
 			}
 		}
@@ -155,22 +155,22 @@ func TestLongString(t *testing.T) {
 			if !json.Valid([]byte(text)) {
 				t.Fatalf("%d + %.20s: the case itself is wrong", d, tail)
 			}
-			if got := skipString([]byte(text+`,"x\\"`), 0); got != len(text) {
+			if got := (&scanner{text: []byte(text+`,"x\\"`)}).skipString(0); got != len(text) {
 				t.Errorf("%d + %.20s: end %d, want %d", d, tail, got, len(text))
 			}
 		}
 	}
 	for _, bad := range []string{"\x1f", `\x`} {
 		early := `"` + bad + strings.Repeat("a", 2*checked) + `"`
-		if got := skipString([]byte(early), 0); got != -1 {
+		if got := (&scanner{text: []byte(early)}).skipString(0); got != -1 {
 			t.Errorf("%q in front is accepted", bad)
 		}
 		late := `"` + strings.Repeat("a", 2*checked) + bad + `"`
-		if got := skipString([]byte(late), 0); got != len(late) {
+		if got := (&scanner{text: []byte(late)}).skipString(0); got != len(late) {
 			t.Errorf("%q behind %d bytes: end %d, want %d", bad, 2*checked, got, len(late))
 		}
 	}
-	if got := skipString([]byte(`"`+strings.Repeat("a", 2*checked)+`\"`), 0); got != -1 {
+	if got := (&scanner{text: []byte(`"`+strings.Repeat("a", 2*checked)+`\"`)}).skipString(0); got != -1 {
 		t.Errorf("a string without an end ends at %d", got)
 	}
 }

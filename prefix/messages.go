@@ -19,6 +19,7 @@ type parser struct {
 	reader   *Reader
 	endpoint Endpoint
 	tools    []byte // not written yet; nil if there are none
+	long     []byte // a long string whose end is known
 	body     fields
 	item     fields // of the message that is being written
 
@@ -102,6 +103,7 @@ func (p *parser) each(raw []byte) {
 		return
 	}
 	c := jsonscan.NewCursor(raw, 0)
+	c.Know(p.long)
 	for c.Enter(); c.More(); {
 		p.item = fields{text: p.endpoint == Chat}
 		var raw []byte

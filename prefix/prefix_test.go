@@ -247,7 +247,7 @@ func read(t testing.TB, e Endpoint, body []byte) Chain {
 		t.Fatalf("the test's body is not valid: %v\n%s", o.Err(), body)
 	}
 	c := testReader.Read(e, "m", body)
-	if known := testReader.ReadMembers(e, "m", body, members); !equal(known, c) {
+	if known := testReader.ReadMembers(e, "m", body, members, o.Long()); !equal(known, c) {
 		t.Fatalf("another chain where the members are known: %s", body)
 	}
 	return c

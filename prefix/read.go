@@ -59,18 +59,18 @@ func NewReader() *Reader {
 // found valid; what Ollama would refuse gets a chain all the same. A request without a prompt, which only loads or
 // unloads a model, has the two links of its runner and its settings.
 func (r *Reader) Read(e Endpoint, model string, body []byte) Chain {
-	return r.ReadMembers(e, model, body, nil)
+	return r.ReadMembers(e, model, body, nil, nil)
 }
 
-// ReadMembers is Read for a body whose members are known: all that jsonscan.Object returned for it, in order. It is for
-// long bodies, in which to look for the members once more takes a while.
-func (r *Reader) ReadMembers(e Endpoint, model string, body []byte, members []jsonscan.Member) Chain {
+// ReadMembers is Read for a body whose members are known: all that jsonscan.Object returned for it, in order, and its Long.
+// It is for long bodies, in which to look for these once more takes a while.
+func (r *Reader) ReadMembers(e Endpoint, model string, body []byte, members []jsonscan.Member, long []byte) Chain {
 	p := r.parsers.Get().(*parser)
 	defer func() {
 		*p = parser{writer: writer{buf: p.buf}} // else it would hold the body
 		r.parsers.Put(p)
 	}()
-	p.reader, p.endpoint = r, e
+	p.reader, p.endpoint, p.long = r, e, long
 	p.links, p.message = make([]Link, 0, capacity(len(body))), -1
 	p.digest.Reset()
 	if members == nil {

@@ -32,7 +32,7 @@ func (h *Handler) account(ex *exchange, rt route, model string, f fields) {
 	if h.Ledger == nil || rt.prompt == prefix.None {
 		return
 	}
-	ex.chain = h.prefixes.ReadMembers(rt.prompt, model, ex.body.data, f.members)
+	ex.chain = h.prefixes.ReadMembers(rt.prompt, model, ex.body.data, f.members, f.long)
 	ex.dialect = rt.answer
 	up := h.ledgerUpstream.Load()
 	ex.spend = h.Ledger.Begin(time.Now(), *up, &ex.chain)

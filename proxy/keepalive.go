@@ -145,6 +145,7 @@ type fields struct {
 	keepAliveAtEnd int
 
 	members []jsonscan.Member // all of them, in order
+	long    []byte            // jsonscan.Object.Long
 }
 
 var (
@@ -172,7 +173,7 @@ func scan(data []byte, members []jsonscan.Member) (fields, error) {
 			f.keepAlive, f.duration = readKeepAlive(value)
 		}
 	}
-	f.open, f.empty = o.Open(), o.Len() == 0
+	f.open, f.empty, f.long = o.Open(), o.Len() == 0, o.Long()
 	return f, o.Err()
 }
 

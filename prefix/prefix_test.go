@@ -539,3 +539,17 @@ func FuzzOddEscape(f *testing.F) {
 		}
 	})
 }
+
+// TestManyMessages: a chain is bounded, however many messages a body has, and still tells two prompts apart.
+func TestManyMessages(t *testing.T) {
+	body := func(last string) []byte {
+		return []byte(`{"messages":[` + strings.Repeat(`{},`, 100_000) + `{"role":"user","content":"` + last + `"}]}`)
+	}
+	a, b, again := read(t, Chat, body("a")), read(t, Chat, body("b")), read(t, Chat, body("a"))
+	if len(a.Links) != maxLinks || a.Leaf() == b.Leaf() || a.Leaf() != again.Leaf() {
+		t.Errorf("%d links, leaves %x and %x", len(a.Links), a.Leaf(), b.Leaf())
+	}
+	if s := Common(a.Links, b.Links); s.Links != maxLinks-1 {
+		t.Errorf("%+v in common", s)
+	}
+}

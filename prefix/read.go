@@ -88,6 +88,9 @@ func (r *Reader) ReadMembers(e Endpoint, model string, body []byte, members []js
 	p.settings(e, &p.body)
 	p.message = 0
 	p.prompt()
+	if len(p.links) == maxLinks {
+		p.links[maxLinks-1].Hash, p.links[maxLinks-1].Bytes = p.digest.Sum64()|1, p.bytes
+	}
 	c.Links, c.Messages, c.Images = p.links, int(p.message), p.pictures
 	c.Opening = xxhash.Sum64String(model) ^ cmp.Or(p.opening[0]*3, p.opening[1])
 	c.Conversation = xxhash.Sum64String(model) ^ p.opening[0]*3 ^ p.opening[1]

@@ -71,8 +71,15 @@ func (w *writer) putNumber(tag byte, v uint64) {
 	w.digest.Write(b[:])
 }
 
+// maxLinks bounds a chain, 64 bytes each: no more are made of a body of a million messages. What comes after is in the last
+// one's fingerprint.
+const maxLinks = 1 << 15
+
 // add ends a link here.
 func (w *writer) add(l Link) {
+	if len(w.links) == maxLinks {
+		return
+	}
 	l.Hash = w.digest.Sum64()
 	if l.Hash == 0 {
 		l.Hash = 1

@@ -29,13 +29,13 @@ const (
 
 // account begins the ledger's entry of a request whose body has been read.
 func (h *Handler) account(ex *exchange, rt route, model string, f fields) {
-	if h.Ledger == nil || rt.prompt == prefix.None {
+	if h.Ledger == nil || rt.prompt == prefix.None || !h.exists(model) {
 		return
 	}
-	ex.chain = h.prefixes.ReadMembers(rt.prompt, model, ex.body.data, f.members, f.long)
-	ex.dialect = rt.answer
+	chain := h.prefixes.ReadMembers(rt.prompt, model, ex.body.data, f.members, f.long)
+	ex.chain, ex.dialect = &chain, rt.answer // on its own: the ledger keeps it for longer than the exchange
 	up := h.ledgerUpstream.Load()
-	ex.spend = h.Ledger.Begin(time.Now(), *up, &ex.chain)
+	ex.spend, ex.sent = h.Ledger.Begin(time.Now(), *up, &chain), time.Since(ex.start)
 	if h.ShowPrompts {
 		ex.excerpt = excerpt(ex.body.data)
 	}
@@ -44,12 +44,27 @@ func (h *Handler) account(ex *exchange, rt route, model string, f fields) {
 	}
 }
 
+// exists reports whether the upstream has the model, as far as is known: made-up names are not to push out what is known of
+// real ones.
+func (h *Handler) exists(model string) bool {
+	digests := h.Upstream.State().Digests
+	_, ok := digests[model]
+	return ok || digests == nil
+}
+
 // accounted ends it.
 func (h *Handler) accounted(ex *exchange) {
 	if ex.spend == nil {
 		return
 	}
-	o := savings.Outcome{OK: ex.Outcome == OK, FirstByte: ex.FirstByte, Duration: ex.Duration, Endpoint: ex.Endpoint, Excerpt: ex.excerpt}
+	o := savings.Outcome{
+		OK: ex.Outcome == OK, Refused: ex.Status >= 300 || ex.Outcome == Unreachable,
+		Counted:  ex.dialect == savings.Native && ex.answer != nil,
+		Duration: ex.Duration - ex.sent, Endpoint: ex.Endpoint, Excerpt: ex.excerpt,
+	}
+	if ex.streams && ex.FirstByte > ex.sent {
+		o.FirstByte = ex.FirstByte - ex.sent
+	}
 	if ex.answer != nil {
 		o.Answer = ex.answer.Answer()
 		defer ex.answer.Release()
@@ -88,6 +103,9 @@ func (ex *exchange) tell(header http.Header) {
 func (h *Handler) polledLedger(st upstream.State) {
 	if h.Ledger == nil {
 		return
+	}
+	if !st.Up {
+		return // what was known of it holds for the requests that are still under way
 	}
 	up := savings.Upstream{Name: h.Upstream.Name, TellsCached: st.AtLeast(0, 34), Old: st.AtLeast(0, 1) && !st.AtLeast(0, 30)}
 	h.ledgerUpstream.Store(&up)

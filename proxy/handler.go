@@ -136,8 +136,10 @@ type exchange struct {
 	edit    edit
 	use     use
 
-	chain   prefix.Chain
+	chain   *prefix.Chain
 	spend   *savings.Request // nil where the ledger does not account for it
+	sent    time.Duration    // from start until it was sent
+	streams bool             // the answer is a stream of events
 	dialect savings.Dialect
 	answer  *savings.Reader // nil where nobody reads the answer
 	excerpt string
@@ -419,6 +421,7 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 	if ex.spend != nil {
 		ex.tell(res.Header)
 		if ex.Status < 300 && res.Header.Get("Content-Encoding") == "" {
+			ex.streams = strings.HasPrefix(res.Header.Get("Content-Type"), "text/event-stream")
 			ex.answer = savings.NewReader(ex.dialect, res.Header.Get("Content-Type"), h.ledgerUpstream.Load().TellsCached)
 		}
 	}

@@ -37,11 +37,13 @@ type engine struct {
 	fresh bool
 	lost  int // how often all that it held was lost
 
+	restarted bool // and nothing was loaded since
+
 	loadEnd  time.Time     // when the last load ended
 	loadTime time.Duration // how long loads take
 	warmLoad time.Duration // load_duration where nothing is loaded
 
-	density  mean                        // tokens per byte of text
+	density  density
 	fits     *simplelru.LRU[uint64, fit] // by the hash of the link that the prompts have in common
 	warm     [rankBuckets]mean
 	guessed  speed // learned from estimates alone, for estimates
@@ -56,15 +58,17 @@ type held struct {
 	total     int // tokens; 0: not known
 	generated int // tokens of its answer
 	pending   bool
-	lost      bool // what it left in the engine is gone, for why and detail
+	ended     time.Time // zero while it is pending
+	lost      bool      // what it left in the engine is gone, for why and detail
 	why       Reason
 	detail    string
 }
 
 const (
-	maxHeld     = 64
-	rankBuckets = 7 // a prompt's rank is how many the engine has seen since: 0, 1, 2–3, 4–7, …
-	perMessage  = 5 // tokens that a template adds to each message, and to the answer's start: about
+	maxHeld      = 64
+	maxHeldLinks = 1 << 16 // of all of them; 64 bytes each
+	rankBuckets  = 7       // a prompt's rank is how many the engine has seen since: 0, 1, 2–3, 4–7, …
+	perMessage   = 5       // tokens that a template adds to each message, and to the answer's start: about
 )
 
 // mean is a mean of what was seen, the last ones counting most. The zero mean knows nothing.
@@ -80,6 +84,25 @@ func (m *mean) add(v float64) {
 	m.v += (v - m.v) / float64(m.n)
 }
 
+// density is how many tokens a byte of text has: over the last texts, each with its weight.
+type density struct {
+	tokens, bytes float64
+	n             int // texts
+}
+
+const (
+	densityText = 500 // bytes: of shorter texts most tokens are the template's, and its own system prompt's
+	densityOver = 0.9 // a text's weight, once another has come
+	densityFew  = 3   // texts: before that a token count that surprises says nothing
+)
+
+func (d *density) add(tokens, bytes float64) {
+	if bytes < densityText || tokens <= 0 {
+		return
+	}
+	d.tokens, d.bytes, d.n = densityOver*d.tokens+tokens, densityOver*d.bytes+bytes, d.n+1
+}
+
 func newEngine() *engine {
 	fits, err := simplelru.NewLRU[uint64, fit](maxFits, nil)
 	if err != nil {
@@ -90,18 +113,26 @@ func newEngine() *engine {
 
 // hold adds a prompt to those that the engine was sent, as one that is under way.
 func (e *engine) hold(chain *prefix.Chain) *held {
-	if len(e.held) >= maxHeld {
-		e.held = slices.Delete(e.held, 0, len(e.held)-maxHeld+1)
+	links, keep := len(chain.Links), 0
+	for i := len(e.held) - 1; i >= 0 && keep < maxHeld-1; i-- {
+		if links += len(e.held[i].chain.Links); links > maxHeldLinks {
+			break
+		}
+		keep++
 	}
+	e.held = slices.Delete(e.held, 0, len(e.held)-keep)
 	h := &held{chain: chain, pending: true}
 	e.held = append(e.held, h)
 	return h
 }
 
 // settle notes what came of a prompt. Earlier ones that were the same are not needed any more.
-func (e *engine) settle(h *held, total, generated int) {
-	h.total, h.generated, h.pending = total, generated, false
+func (e *engine) settle(h *held, now time.Time, total, generated int) {
+	h.total, h.generated, h.pending, h.ended = total, generated, false, now
 	leaf := h.chain.Leaf()
+	if !slices.Contains(e.held, h) {
+		return // pushed out
+	}
 	e.held = slices.DeleteFunc(e.held, func(other *held) bool { return other != h && !other.pending && other.chain.Leaf() == leaf })
 }
 
@@ -127,9 +158,13 @@ func (e *engine) size(r *Request) float64 {
 
 // lose marks all that is held as gone.
 func (e *engine) lose(why Lost) {
-	reason, detail := ReasonEvicted, "the model was unloaded: its keep_alive had run out, or another model needed the memory"
-	if why == LostRestart {
+	reason, detail := ReasonEvicted, "the model was unloaded: by a client, because its keep_alive had run out, or because another model needed the memory"
+	switch why {
+	case LostRestart:
 		reason, detail = ReasonRestart, "the upstream was restarted"
+		e.restarted = true
+	case LostReplaced:
+		detail = "the model was deleted or created anew"
 	}
 	e.loseAll(reason, detail, nil)
 	e.optionsKnown = false
@@ -148,43 +183,46 @@ func (e *engine) loseAll(reason Reason, detail string, but *held) {
 
 // load finds out whether the model was loaded for this request, and notes what that means.
 func (e *engine) load(now time.Time, r *Request, o Outcome) bool {
+	if o.DoneReason == "unload" {
+		return false
+	}
+	same := e.optionsKnown && (r.chain.Runner == e.options || e.same(r.chain.Runner)) // as of now: others may have ended since it began
+	if e.optionsKnown && !same {
+		r.changes = r.chain.Runner.Changes(e.options)
+	}
 	loaded := false
 	switch {
 	case o.Load > 0: // told
 		limit := max(100*time.Millisecond, 4*e.warmLoad)
-		if r.wasLoaded {
+		if same {
 			limit = max(limit, e.loadTime/2) // unless it was to be expected, it must look like one
 		}
-		loaded = o.Load > limit
-		if !loaded {
+		if loaded = o.Load > limit; !loaded {
 			e.warmLoad = (3*e.warmLoad + o.Load) / 4
+			break
 		}
-		// Requests that waited for one and the same load all tell it.
-		if end := r.at.Add(min(o.Load, now.Sub(r.at))); loaded {
-			if r.at.Before(e.loadEnd) {
-				loaded = false
-			} else {
-				e.loadEnd, e.loadTime = end, o.Load
-			}
+		// Requests with the same options that waited for one and the same load all tell it.
+		if same && r.at.Before(e.loadEnd) {
+			loaded = false
+			break
 		}
+		e.loadEnd, e.loadTime = r.at.Add(min(o.Load, now.Sub(r.at))), o.Load
 	default: // /v1 does not tell
-		loaded = e.optionsKnown && !r.wasLoaded
+		loaded = e.optionsKnown && !same
 	}
-	if loaded {
+	switch {
+	case loaded:
 		reason, detail := ReasonEvicted, "the model was not loaded: its keep_alive had run out, it was unloaded, or another model needed the memory"
 		if len(r.changes) > 0 {
 			reason, detail = ReasonReloaded, "the model was loaded anew: "+join(r.changes)
 		}
-		for _, h := range e.held {
-			if h.lost && h.why == ReasonRestart {
-				reason, detail = h.why, h.detail
-			}
+		if e.restarted {
+			reason, detail = ReasonRestart, "the upstream was restarted"
 		}
 		e.loseAll(reason, detail, r.held)
-		e.fresh = true
-		e.equal = nil
-	} else if e.optionsKnown && !r.wasLoaded && len(e.equal) < 8 {
-		e.equal = append(e.equal, r.chain.Runner, e.options)
+		e.fresh, e.restarted, e.equal = true, false, nil
+	case e.optionsKnown && !same && o.Load > 0 && r.beside == 0 && len(e.equal) < 8:
+		e.equal = append(e.equal, r.chain.Runner, e.options) // they mean the same
 	}
 	e.options, e.optionsKnown = r.chain.Runner, true
 	return loaded
@@ -197,14 +235,22 @@ type candidate struct {
 	shared prefix.Shared
 }
 
+// before returns how many of the prompts that are held were sent before the request.
+func (e *engine) before(r *Request) int {
+	if i := slices.Index(e.held, r.held); r.held != nil && i >= 0 {
+		return i
+	}
+	return len(e.held)
+}
+
 // candidates returns what a prompt of total tokens (0: estimate it) may have reused of what the engine holds, the most
 // first, each with its best rank.
 func (e *engine) candidates(r *Request, total int) []candidate {
 	var list []candidate
 	rank := 0
-	for i := len(e.held) - 1; i >= 0; i-- {
+	for i := e.before(r) - 1; i >= 0; i-- {
 		h := e.held[i]
-		if h == r.held || h.lost {
+		if h.lost {
 			continue
 		}
 		s := prefix.Common(r.chain.Links, h.chain.Links)
@@ -302,7 +348,7 @@ func (e *engine) tokens(bytes, messages int) float64 {
 	if e.density.n == 0 {
 		return 0
 	}
-	return e.density.v*float64(bytes) + float64(perMessage*(messages+1))
+	return e.density.tokens/e.density.bytes*float64(bytes) + float64(perMessage*(messages+1))
 }
 
 func bucket(rank int) int { return min(bits.Len(uint(rank)), rankBuckets-1) }
@@ -433,11 +479,10 @@ func (e *engine) estimate(r *Request, o Outcome, loaded bool) guess {
 			g.sure = false
 		}
 	}
-	if len(list) == 1 && !e.fresh {
-		// Nothing is known to be in common, but the engine may hold what it was sent by others.
-		if n := int(ms / perToken); n < o.Total/2 {
-			g.reused, g.sure = o.Total-max(n, 1), false
-		}
+	if !e.fresh && ms < e.guessed.predict(o.Total-g.reused, o.Total)/2 {
+		// It took less than all that is known to be in common explains: the engine holds what was sent by others, or aborted.
+		n := max(int(ms/perToken), 1)
+		g.reused, g.sure = max(g.reused, o.Total-n), false
 	}
 	return g
 }
@@ -464,11 +509,7 @@ func (e *engine) learn(r *Request, o Outcome, g guess, entry *Entry) {
 	if o.Total == 0 || entry.Truncated {
 		return
 	}
-	if r.bytes > 0 {
-		if text := float64(o.Total - perMessage*(r.chain.Messages+1)); text > 0 {
-			e.density.add(text / float64(r.bytes))
-		}
-	}
+	e.density.add(float64(o.Total-perMessage*(r.chain.Messages+1)), float64(r.bytes))
 	e.learnFits(r, o.Total)
 	ms := toMs(o.PromptEval)
 	if o.Eval > 0 && o.Generated > 1 && r.beside == 0 {
@@ -505,9 +546,9 @@ func (e *engine) learnFits(r *Request, total int) {
 	const most = 8 // links
 	var seen [most]uint64
 	n := 0
-	for i := len(e.held) - 1; i >= 0 && n < most; i-- {
+	for i := e.before(r) - 1; i >= 0 && n < most; i-- {
 		h := e.held[i]
-		if h == r.held || h.total == 0 {
+		if h.total == 0 {
 			continue
 		}
 		s := prefix.Common(r.chain.Links, h.chain.Links)
@@ -539,22 +580,20 @@ func (e *engine) saved(reused, total int) time.Duration {
 	if !from.known() {
 		return 0
 	}
-	return time.Duration(from.perToken(total) * float64(reused) * float64(time.Millisecond))
+	return time.Duration(min(from.perToken(total)*float64(reused), maxTime.Seconds()*1000) * float64(time.Millisecond))
 }
 
-// truncated reports whether a prompt of total tokens was probably cut: it has far fewer than its text predicts, and no more
-// than the context can hold.
+// truncated reports whether a prompt of total tokens was probably cut: its text predicts more than the context can hold,
+// and it has as many as Ollama leaves of such a prompt, which is the whole context or half of it.
 func (e *engine) truncated(r *Request, total int) bool {
-	predicted := e.tokens(r.bytes, r.chain.Messages)
-	if predicted == 0 || total == 0 {
-		return false
-	}
 	ctx := r.chain.Runner.NumCtx()
 	if ctx == 0 {
 		ctx = e.numCtx
 	}
-	if ctx > 0 && total <= ctx && predicted > 1.1*float64(ctx) && float64(total) < 0.75*predicted {
-		return true
+	if ctx == 0 || total == 0 || e.density.n < densityFew {
+		return false
 	}
-	return float64(total) < 0.4*predicted && e.density.n >= 3 && (ctx == 0 || total > ctx/4)
+	predicted := e.tokens(r.bytes, r.chain.Messages)
+	near := func(n int) bool { return total <= n+n/16 && total >= n-n/16 }
+	return predicted > 1.2*float64(ctx) && float64(total) < 0.75*predicted && (near(ctx) || near(ctx/2))
 }

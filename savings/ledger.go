@@ -110,7 +110,7 @@ type engineKey struct {
 	model    string
 }
 
-// maxEngines bounds the models remembered, over all upstreams. Of more than that, any is forgotten.
+// maxEngines bounds the models remembered, over all upstreams. Of more than that, the one that was used longest ago is forgotten.
 const maxEngines = 1024
 
 // New returns a ledger that knows of prefixes what the store knows, and remembers the last so many entries.
@@ -145,7 +145,7 @@ type Request struct {
 	record        contextstore.Record
 	wasLoaded     bool // the model was loaded, as far as is known, with these options
 	changes       []prefix.Change
-	idle          time.Duration // since the model's last request
+	idle          time.Duration // since the model's last request; 0 if another one was under way
 	Expected      int           // tokens expected to be reused
 	ExpectedKnown bool
 }
@@ -165,7 +165,7 @@ func (l *Ledger) Begin(now time.Time, up Upstream, chain *prefix.Chain) *Request
 	if r.wasLoaded = e.optionsKnown && (chain.Runner == e.options || e.same(chain.Runner)); e.optionsKnown && !r.wasLoaded {
 		r.changes = chain.Runner.Changes(e.options)
 	}
-	if !e.ended.IsZero() {
+	if !e.ended.IsZero() && e.inFlight == 0 {
 		r.idle = now.Sub(e.ended)
 	}
 	r.Expected, r.ExpectedKnown = e.expect(r)
@@ -185,13 +185,8 @@ func (l *Ledger) engine(upstream uint16, model string) *engine {
 	key := engineKey{upstream, model}
 	e, ok := l.engines[key]
 	if !ok {
-		for k := range l.engines {
-			if len(l.engines) < maxEngines {
-				break
-			}
-			if l.engines[k].inFlight == 0 {
-				delete(l.engines, k)
-			}
+		if len(l.engines) >= maxEngines {
+			l.dropEngine()
 		}
 		e = newEngine()
 		l.engines[key] = e
@@ -199,11 +194,25 @@ func (l *Ledger) engine(upstream uint16, model string) *engine {
 	return e
 }
 
+// dropEngine forgets the model that was used longest ago.
+func (l *Ledger) dropEngine() {
+	var oldest engineKey
+	var since time.Time
+	for key, e := range l.engines {
+		if e.inFlight == 0 && (since.IsZero() || e.ended.Before(since)) {
+			oldest, since = key, e.ended
+		}
+	}
+	delete(l.engines, oldest)
+}
+
 // Outcome is how a request ended.
 type Outcome struct {
 	Answer
 	OK        bool          // the upstream accepted it and answered to the end
-	FirstByte time.Duration // from Begin to the answer's first byte; 0 if unknown or if it was the last one, too
+	Refused   bool          // the upstream did not accept it: it has evaluated nothing
+	Counted   bool          // an answer of this kind that ends well always tells counts
+	FirstByte time.Duration // from Begin to the first byte of an answer that is streamed; 0 otherwise
 	Duration  time.Duration // from Begin to the end
 
 	Endpoint, Excerpt string // for the entry
@@ -214,25 +223,55 @@ func (r *Request) End(now time.Time, o Outcome) (Entry, bool) {
 	if r == nil {
 		return Entry{}, false
 	}
+	o.sane()
+	entry, put, ok := r.end(now, o)
+	if put {
+		l := r.ledger
+		l.store.Put(r.chain.Links, contextstore.Sight{Upstream: r.upstream.Index, Model: l.store.Model(r.chain.Runner.Model), At: r.at}, o.Total)
+	}
+	return entry, ok
+}
+
+// maxTime is the longest time that is believed.
+const maxTime = 24 * time.Hour
+
+// sane takes out times that cannot be.
+func (o *Outcome) sane() {
+	for _, d := range []*time.Duration{&o.TotalTime, &o.Load, &o.PromptEval, &o.Eval} {
+		if *d < 0 || *d > maxTime {
+			*d = 0
+		}
+	}
+}
+
+// end is End but for the store, which is not to be waited for with the lock held; put says that it is to be told.
+func (r *Request) end(now time.Time, o Outcome) (entry Entry, put, ok bool) {
 	l, e := r.ledger, r.engine
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	e.inFlight--
 	e.forget(r)
+	if o.Refused {
+		e.drop(r.held)
+		return Entry{}, false, false
+	}
 	e.ended = now
-	if !o.OK {
+	prompt := len(r.chain.Links) > 2
+	switch {
+	case !prompt && !o.OK:
+		e.drop(r.held)
+		return Entry{}, false, false
+	case !prompt && !o.Done: // it only loaded the model, or asked for embeddings
+		e.drop(r.held)
+		r.load(now, o)
+		return Entry{}, false, false
+	case !o.OK, prompt && o.Counted && !o.Done:
 		// The engine may have evaluated some of it: what it holds now is not known, and what is not known is not warm.
 		e.drop(r.held)
-		return Entry{}, false
+		e.fresh = false
+		return Entry{}, false, false
 	}
-	if len(r.chain.Links) <= 2 && !o.Done { // it only loaded the model, or asked for embeddings
-		e.drop(r.held)
-		if e.load(now, r, o) {
-			l.store.Cool(r.upstream.Index, l.store.Model(r.chain.Runner.Model))
-		}
-		return Entry{}, false
-	}
-	entry := Entry{
+	entry = Entry{
 		ID: l.next + 1, At: r.at, Endpoint: o.Endpoint, Upstream: r.upstream.Name, Model: r.chain.Runner.Model, Prefix: r.chain.Leaf(), Conversation: r.chain.Conversation, Messages: r.chain.Messages,
 		Expected: r.Expected, ExpectedKnown: r.ExpectedKnown,
 		Basis: Unknown, Total: o.Total, Verdict: Uncertain, Generated: o.Generated,
@@ -244,11 +283,8 @@ func (r *Request) End(now time.Time, o Outcome) (Entry, bool) {
 	if o.TotalTime > 0 {
 		entry.Queue = max(0, o.TotalTime-o.Load-o.PromptEval-o.Eval)
 	}
-	if entry.Loaded = e.load(now, r, o); entry.Loaded {
-		l.store.Cool(r.upstream.Index, l.store.Model(r.chain.Runner.Model))
-	}
-	if len(r.chain.Links) > 2 {
-		l.account(r, o, &entry)
+	if entry.Loaded = r.load(now, o); prompt {
+		put = r.account(now, o, &entry)
 	}
 	if !entry.Loaded && e.loadTime > 0 && r.idle > defaultKeepAlive && r.wasLoaded {
 		entry.SavedLoading = e.loadTime
@@ -259,14 +295,24 @@ func (r *Request) End(now time.Time, o Outcome) (Entry, bool) {
 		l.recent[l.next%uint64(cap(l.recent))] = entry
 	}
 	l.next++
-	return entry, true
+	return entry, put, true
+}
+
+// load finds out whether the model was loaded for the request, and forgets what was warm before.
+func (r *Request) load(now time.Time, o Outcome) bool {
+	loaded := r.engine.load(now, r, o)
+	if loaded {
+		r.ledger.store.Cool(r.upstream.Index, r.ledger.store.Model(r.chain.Runner.Model))
+	}
+	return loaded
 }
 
 // defaultKeepAlive is how long Ollama keeps a model after its last request, unless told otherwise.
 const defaultKeepAlive = 5 * time.Minute
 
-// account fills in the tokens of a request that has a prompt, and notes what the engine holds from now on.
-func (l *Ledger) account(r *Request, o Outcome, entry *Entry) {
+// account fills in the tokens of a request that has a prompt, and notes what the engine holds from now on; false: not this
+// prompt.
+func (r *Request) account(now time.Time, o Outcome, entry *Entry) bool {
 	e := r.engine
 	guess := e.estimate(r, o, entry.Loaded)
 	entry.Truncated = e.truncated(r, o.Total)
@@ -287,10 +333,11 @@ func (l *Ledger) account(r *Request, o Outcome, entry *Entry) {
 	e.learn(r, o, guess, entry)
 	if entry.Truncated || r.lost != e.lost {
 		e.drop(r.held) // what is warm is not what was sent, or belongs to an earlier load
-		return
+		e.fresh = e.fresh && !entry.Truncated
+		return false
 	}
-	e.settle(r.held, o.Total, o.Generated)
-	l.store.Put(r.chain.Links, contextstore.Sight{Upstream: r.upstream.Index, Model: l.store.Model(r.chain.Runner.Model), At: r.at}, o.Total)
+	e.settle(r.held, now, o.Total, o.Generated)
+	return true
 }
 
 // Lost says why what a model held is not warm any more.

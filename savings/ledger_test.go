@@ -442,3 +442,162 @@ func TestStoreAfterLoad(t *testing.T) {
 		t.Errorf("%d links known, %+v", r.known, r.record)
 	}
 }
+
+// told is the answer of an upstream that does not tell what it reused: a token takes a millisecond.
+func told(total, evaluated int) Outcome {
+	return Outcome{OK: true, Answer: Answer{Done: true, Total: total, Load: time.Millisecond, PromptEval: time.Duration(10+evaluated) * time.Millisecond, TotalTime: time.Minute}}
+}
+
+// TestShortPrompt: a short prompt, most of whose tokens are the template's, does not have longer ones pass for cut.
+func TestShortPrompt(t *testing.T) {
+	b := newBench(t, 1, 1, true)
+	for range 5 {
+		b.begin(msg{"user", "hi"}).End(b.now, told(36, 36))
+	}
+	b.ledger.Loaded(0, map[string]int{"m": 4096}, b.now)
+	long := msg{"user", prose(b.sim.r, 1400)}
+	for i := range 5 {
+		evaluated := 1500
+		if i > 0 {
+			evaluated = 10
+		}
+		entry, _ := b.begin(long, msg{"user", fmt.Sprint(i)}).End(b.now, told(1500, evaluated))
+		if entry.Truncated || i > 0 && entry.Verdict != Hit {
+			t.Errorf("request %d: %+v, %+v", i, entry, entry.Tokens)
+		}
+	}
+}
+
+// TestAbortedThenWarm: what an aborted request left warm is not reported as evaluated, and teaches nothing wrong.
+func TestAbortedThenWarm(t *testing.T) {
+	b := newBench(t, 1, 1, true)
+	first := told(1500, 1500)
+	first.Load = time.Second // so that all that it holds is known
+	b.begin(msg{"user", prose(b.sim.r, 1400)}).End(b.now, first)
+	for range 4 {
+		b.now = b.now.Add(time.Minute)
+		prompt := msg{"user", prose(b.sim.r, 1400)}
+		b.begin(prompt).End(b.now, Outcome{})
+		entry, ok := b.begin(prompt).End(b.now, told(1500, 10))
+		if !ok || entry.Tokens != nil && entry.Tokens.Evaluated > 200 {
+			t.Errorf("%+v, %+v", entry, entry.Tokens)
+		}
+	}
+	entry, _ := b.begin(msg{"user", prose(b.sim.r, 1400)}).End(b.now, told(1500, 1500))
+	if entry.Verdict != Cold {
+		t.Errorf("a cold one: %+v, %+v", entry, entry.Tokens)
+	}
+}
+
+// TestAbsurdTimes: an upstream's nonsense stays its own.
+func TestAbsurdTimes(t *testing.T) {
+	b := newBench(t, 1, 1, true)
+	for _, d := range []time.Duration{1 << 62, -1, 0, 1} {
+		for range 2 {
+			o := told(1000, 1000)
+			o.PromptEval, o.Load, o.Eval, o.TotalTime, o.Cached, o.CachedKnown = d, d, d, d, 999, true
+			entry, _ := b.begin(msg{"user", prose(b.sim.r, 900)}).End(b.now, o)
+			if entry.SavedEvaluation < 0 || entry.SavedEvaluation > maxTime || entry.SavedLoading < 0 || entry.Queue < 0 || entry.Load > maxTime {
+				t.Errorf("%v: %+v", d, entry)
+			}
+		}
+	}
+}
+
+// TestBurst: of siblings that come at once, the first was seen first, and nothing took the others' slot.
+func TestBurst(t *testing.T) {
+	b := newBench(t, 1, 4, true)
+	b.chat("default", msg{"user", prose(b.sim.r, 900)})
+	rubric := prose(b.sim.r, 1400)
+	var list []*Request
+	for i := range 3 {
+		list = append(list, b.begin(msg{"user", rubric + fmt.Sprint(i)}))
+	}
+	for i, r := range list {
+		b.now = b.now.Add(time.Second)
+		o := told(1500, 1500)
+		o.CachedKnown = true
+		entry, _ := r.End(b.now, o)
+		want := ReasonBeside
+		if i == 0 {
+			want = ReasonFirst
+		}
+		if entry.Reason != want {
+			t.Errorf("request %d: %s (%s), want %s", i, entry.Reason, entry.Detail, want)
+		}
+	}
+}
+
+// TestSavedLoading: one load is saved once, by the first request after the pause.
+func TestSavedLoading(t *testing.T) {
+	b := newBench(t, 1, 1, true)
+	b.chat("default", msg{"user", prose(b.sim.r, 900)}) // loads
+	b.now = b.now.Add(time.Hour)
+	b.begin(msg{"user", "refused"}).End(b.now, Outcome{Refused: true})
+	var list []*Request
+	for i := range 3 {
+		list = append(list, b.begin(msg{"user", fmt.Sprint(i)}))
+	}
+	var saved time.Duration
+	for _, r := range list {
+		entry, _ := r.End(b.now, told(20, 20))
+		saved += entry.SavedLoading
+	}
+	if saved != b.sim.load {
+		t.Errorf("saved %v, a load takes %v", saved, b.sim.load)
+	}
+}
+
+// TestLoadReasons: a load has the reason that it had, once.
+func TestLoadReasons(t *testing.T) {
+	b := newBench(t, 1, 1, true)
+	system := msg{"system", prose(b.sim.r, 500)}
+	b.chat("default", system, msg{"user", "one"})
+	b.ledger.Lose(0, "", LostRestart)
+	b.sim.opts = ""
+	b.chat("default", system, msg{"user", "two"})
+	b.sim.opts = "" // it expires
+	b.chat("default", system, msg{"user", "three"})
+	if b.last.Reason != ReasonEvicted {
+		t.Errorf("the second load after a restart: %+v", b.last)
+	}
+
+	// What unloads the model states no options, and is no request for the default ones.
+	b.chat("8192", system, msg{"user", "four"})
+	body := []byte(`{"model":"m","keep_alive":0}`)
+	chain := b.reader.Read(prefix.Generate, "m", body)
+	b.ledger.Begin(b.now, b.up, &chain).End(b.now, Outcome{OK: true, Answer: Answer{DoneReason: "unload"}})
+	b.ledger.Lose(0, "m", LostUnloaded)
+	b.sim.opts = ""
+	b.chat("8192", system, msg{"user", "five"})
+	if b.last.Reason != ReasonEvicted || strings.Contains(b.last.Detail, "num_ctx") {
+		t.Errorf("after an unload: %+v", b.last)
+	}
+
+	// Two that are under way at once, with other options each, are two loads.
+	x, y := b.begin(system, msg{"user", "x"}), b.begin(system, msg{"user", "y"}) // default options
+	o := told(520, 520)
+	o.Load = time.Second
+	b.now = b.now.Add(2 * time.Second)
+	ex, _ := x.End(b.now, o)
+	b.sim.opts = "default"
+	b.chat("8192", system, msg{"user", "z"})
+	b.now = b.now.Add(2 * time.Second)
+	ey, _ := y.End(b.now, o)
+	if !ex.Loaded || !b.last.Loaded || !ey.Loaded || !strings.Contains(ey.Detail, "num_ctx from 8192 to default") {
+		t.Errorf("loads %v, %v, %v; %q", ex.Loaded, b.last.Loaded, ey.Loaded, ey.Detail)
+	}
+}
+
+// TestNothingCounted: an answer that should tell counts and does not has evaluated nobody knows what.
+func TestNothingCounted(t *testing.T) {
+	b := newBench(t, 1, 1, true)
+	b.chat("default", msg{"user", prose(b.sim.r, 900)})
+	prompt := msg{"user", prose(b.sim.r, 900)}
+	if _, ok := b.begin(prompt).End(b.now, Outcome{OK: true, Counted: true}); ok {
+		t.Error("an entry")
+	}
+	if r := b.begin(prompt); r.Expected > 50 {
+		t.Errorf("%d tokens expected", r.Expected)
+	}
+}

@@ -17,11 +17,12 @@ const (
 	ReasonReloaded Reason = "reloaded"       // the model was loaded anew, with other options
 	ReasonEvicted  Reason = "evicted"        // the model had been unloaded
 	ReasonRestart  Reason = "restarted"      // the upstream was restarted
+	ReasonBeside   Reason = "concurrent"     // another request with its prefix was still being evaluated
 	ReasonSliding  Reason = "sliding_window" // a model with a sliding window, on a server that reuses nothing for those
 )
 
 // Reasons lists all of them.
-var Reasons = []Reason{ReasonFirst, ReasonDiverged, ReasonTaken, ReasonReloaded, ReasonEvicted, ReasonRestart, ReasonSliding}
+var Reasons = []Reason{ReasonFirst, ReasonDiverged, ReasonTaken, ReasonReloaded, ReasonEvicted, ReasonRestart, ReasonBeside, ReasonSliding}
 
 // reason finds out why. entry has its verdict.
 func (e *engine) reason(r *Request, entry *Entry) (Reason, string) {
@@ -30,16 +31,14 @@ func (e *engine) reason(r *Request, entry *Entry) (Reason, string) {
 	var lostTo *held
 	sibling := prefix.Shared{} // that begins with the same text, though it was to be rendered or loaded otherwise
 	var siblingOf *held
-	for _, h := range e.held {
-		if h == r.held {
-			continue
-		}
+	pending := false // the nearest one's evaluation was not over when this request was sent
+	for _, h := range e.held[:e.before(r)] {
 		s := prefix.Common(r.chain.Links, h.chain.Links)
 		switch {
-		case h.lost && s.Bytes > lost.Bytes:
+		case h.lost && s.Bytes >= lost.Bytes:
 			lost, lostTo = s, h
 		case !h.lost && s.Bytes >= live.Bytes:
-			live = s
+			live, pending = s, h.pending || h.ended.After(r.at)
 		}
 		if h.chain.Opening == r.chain.Opening {
 			sibling, siblingOf = s, h
@@ -47,7 +46,7 @@ func (e *engine) reason(r *Request, entry *Entry) (Reason, string) {
 	}
 	if stored := prefix.At(r.chain.Links, r.known); stored.Bytes > max(live.Bytes, lost.Bytes) {
 		if r.record.Warm && r.record.Upstream == r.upstream.Index {
-			live = stored
+			live, pending = stored, false
 		} else {
 			lost = stored
 		}
@@ -65,6 +64,9 @@ func (e *engine) reason(r *Request, entry *Entry) (Reason, string) {
 	case share(live) && e.sliding && r.upstream.Old:
 		return ReasonSliding, "the model has a sliding window, and this version of Ollama reuses nothing of such a prompt unless all of the one before is its beginning"
 	case share(live) && entry.Tokens.Reused < int(0.8*float64(live.Bytes)/float64(r.bytes)*float64(entry.Total)):
+		if pending {
+			return ReasonBeside, "another request with its prefix was still being evaluated"
+		}
 		return ReasonTaken, "another prompt has taken the slot that held its prefix"
 	case siblingOf != nil && sibling.Links <= 2 && siblingOf.chain.Runner != r.chain.Runner:
 		return ReasonDiverged, "diverged in the options: " + join(r.chain.Runner.Changes(siblingOf.chain.Runner))

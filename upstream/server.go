@@ -46,10 +46,10 @@ type Server struct {
 
 // State is what the last poll found.
 type State struct {
-	Polled  time.Time // when the poll began; zero before the first one
-	Up      bool      // the server answered
-	Err     error     // why not
-	Version string
+	Polled  time.Time         // when the poll began; zero before the first one
+	Up      bool              // the server answered
+	Err     error             // why not
+	Version string            // the last one known
 	Models  []string          // every model's name, as /api/tags spells it
 	Digests map[string]string // what each of them is, by ModelKey
 	Loaded  []Loaded          // nil where it was not asked for: see LoadedKnown
@@ -59,7 +59,7 @@ type State struct {
 	// Replaced lists the models (ModelKey) that were deleted, or that are others than at the poll before.
 	Replaced []string
 
-	// Restarted says that the server was down at the poll before, or changed its version since.
+	// Restarted says that the server could not be reached at the poll before, or changed its version since.
 	Restarted bool
 }
 
@@ -180,11 +180,13 @@ func (s *Server) ask(ctx context.Context, prev State, used bool) State {
 	defer cancel()
 	next := State{Polled: time.Now()}
 	if next.Version, next.Err = s.client.Version(ctx); next.Err != nil {
-		next.Models, next.Digests = prev.Models, prev.Digests
+		next.Version, next.Models, next.Digests = prev.Version, prev.Models, prev.Digests
 		return next
 	}
 	next.Up = true
-	next.Restarted = !prev.Polled.IsZero() && (!prev.Up || prev.Version != next.Version)
+	// One that was only too slow to answer has not been restarted.
+	away := !prev.Up && !errors.Is(prev.Err, context.DeadlineExceeded)
+	next.Restarted = !prev.Polled.IsZero() && (away || prev.Version != "" && prev.Version != next.Version)
 	next.Models, next.Digests = prev.Models, prev.Digests
 	if used || next.Restarted {
 		if list, err := s.client.List(ctx); err == nil {

@@ -226,3 +226,15 @@ func TestKeep(t *testing.T) {
 		t.Errorf("down: %v (%d)", err, StatusCode(err))
 	}
 }
+
+// TestSlowIsNotRestarted: a poll that took too long does not mean that what was loaded is gone; one that was refused does.
+func TestSlowIsNotRestarted(t *testing.T) {
+	server := newTestServer(&stub{version: "0.34.1", ps: `{}`})
+	server.Poll(t.Context())
+	for err, want := range map[error]bool{fmt.Errorf("asking: %w", context.DeadlineExceeded): false, errors.New("connection refused"): true} {
+		st := server.ask(t.Context(), State{Polled: time.Now(), Version: "0.34.1", Err: err}, true)
+		if !st.Up || st.Restarted != want {
+			t.Errorf("after %v: %+v", err, st)
+		}
+	}
+}

@@ -46,7 +46,7 @@ type serveCmd struct {
 	StoreEntries  int    `default:"1000000" placeholder:"N" help:"How many links of prefixes to remember; a prompt has about one for each 256 bytes. Default: 1000000."`
 	StoreBytes    int64  `default:"${storebytes}" placeholder:"BYTES" help:"How much memory to remember prefixes in. Default: 268435456 (256 MiB)."`
 	AttachContext string `default:"off" enum:"auto,off" help:"auto sends requests to /api/generate with stored context where that was verified to be exact and measured to be no slower (it has saved no time so far: docs/attach-context.md). Default: off."`
-	ShowPrompts   bool   `help:"Show the beginning and the end of request bodies on /_cacheproxy/requests. Without this, no prompt text is kept."`
+	ShowPrompts   bool   `help:"Show the beginning and the end of request bodies on /_cacheproxy/requests. Without this (and without --attach-context auto) no prompt text is kept."`
 
 	AllowHost   []string `placeholder:"NAME" help:"Accept this Host name on loopback connections too (* for any). Repeatable."`
 	AllowOrigin []string `placeholder:"ORIGIN" help:"Let web pages of this origin in, such as https://chat.example.com; one * stands for anything. Repeatable. Those in OLLAMA_ORIGINS are let in too."`
@@ -106,7 +106,7 @@ func (s *serveCmd) settings() (settings, error) {
 		return set, fmt.Errorf("--max-body %d: want a positive number of bytes", s.MaxBody)
 	}
 	if s.StoreEntries < 0 || s.StoreBytes < 0 {
-		return set, fmt.Errorf("--store-entries %d, --store-bytes %d: want 0 (remember nothing) or more", s.StoreEntries, s.StoreBytes)
+		return set, fmt.Errorf("--store-entries %d, --store-bytes %d: want 0 (remember no prefixes but the last prompts') or more", s.StoreEntries, s.StoreBytes)
 	}
 	if s.Drain < 0 {
 		return set, fmt.Errorf("--drain %v: want 0 or more", s.Drain)

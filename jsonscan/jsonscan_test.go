@@ -139,7 +139,7 @@ func TestStringAcrossWindows(t *testing.T) {
 			}
 		}
 		for _, bad := range []string{"\x1f", `\x`, `\u00g`} {
-			if got := (&scanner{text: []byte(`"`+fill+bad+`aaaaaaaaaa"`)}).skipString(0); got != -1 {
+			if got := (&scanner{text: []byte(`"` + fill + bad + `aaaaaaaaaa"`)}).skipString(0); got != -1 {
 				t.Errorf("%d + %q: accepted, end %d", d, bad, got)
 			}
 		}
@@ -155,7 +155,7 @@ func TestLongString(t *testing.T) {
 			if !json.Valid([]byte(text)) {
 				t.Fatalf("%d + %.20s: the case itself is wrong", d, tail)
 			}
-			if got := (&scanner{text: []byte(text+`,"x\\"`)}).skipString(0); got != len(text) {
+			if got := (&scanner{text: []byte(text + `,"x\\"`)}).skipString(0); got != len(text) {
 				t.Errorf("%d + %.20s: end %d, want %d", d, tail, got, len(text))
 			}
 		}
@@ -170,7 +170,7 @@ func TestLongString(t *testing.T) {
 			t.Errorf("%q behind %d bytes: end %d, want %d", bad, 2*checked, got, len(late))
 		}
 	}
-	if got := (&scanner{text: []byte(`"`+strings.Repeat("a", 2*checked)+`\"`)}).skipString(0); got != -1 {
+	if got := (&scanner{text: []byte(`"` + strings.Repeat("a", 2*checked) + `\"`)}).skipString(0); got != -1 {
 		t.Errorf("a string without an end ends at %d", got)
 	}
 }

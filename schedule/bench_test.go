@@ -1,0 +1,79 @@
+package schedule
+
+import (
+	"fmt"
+	"testing"
+	"time"
+)
+
+// BenchmarkGrant is a lane that falls free while 100,000 requests wait, and a request that comes in place of the one that is
+// granted: Add and Done together are what a request costs in all.
+func BenchmarkGrant(b *testing.B) {
+	for _, w := range []struct {
+		name              string
+		prefixes, clients int
+		lanes             int
+	}{
+		{"10000 prefixes, 1 client", 10_000, 1, 4},
+		{"10000 prefixes, 1000 clients", 10_000, 1000, 4},
+		{"1 prefix, 8 clients", 1, 8, 4},
+		{"100000 prefixes, 8 clients", 100_000, 8, 4},
+		{"10000 prefixes, 8 clients, 64 lanes", 10_000, 8, 64},
+	} {
+		b.Run(w.name, func(b *testing.B) {
+			q := New(Config{Lanes: w.lanes, Limit: 1 << 20})
+			now := start
+			system := seg{id: 1, tokens: 500}
+			var id uint64
+			request := func() Request {
+				id++
+				j := &job{model: "m", segs: []seg{system, {id: 1000 + id*7919%uint64(w.prefixes), tokens: 1000}, {id: id + 1<<32, tokens: 50}}}
+				return Request{ID: id, Runner: Runner{Options: options("m", 0)}, Links: j.links(), Client: fmt.Sprint(id % uint64(w.clients))}
+			}
+			var running []uint64
+			take := func() {
+				for _, g := range q.Grants() {
+					running = append(running, g.ID)
+				}
+			}
+			for range 100_000 {
+				q.Add(request(), now)
+				take()
+			}
+			r := Result{Sent: true, Answered: true, Total: 1550, Reused: 1500, ReusedKnown: true, Generated: 20, Timed: true, Prompt: 20 * time.Millisecond, Eval: 60 * time.Millisecond}
+			b.ReportAllocs()
+			for b.Loop() {
+				b.StopTimer()
+				next := request()
+				b.StartTimer()
+				now = now.Add(20 * time.Millisecond)
+				if len(running) == 0 {
+					at, _ := q.Next()
+					now = at
+					q.Tick(now)
+					take()
+				}
+				done := running[0]
+				running = append(running[:0], running[1:]...)
+				q.Done(done, r, now)
+				take()
+				q.Add(next, now)
+				take()
+			}
+		})
+	}
+}
+
+// BenchmarkLone is what a client waits that sends one request after the other.
+func BenchmarkLone(b *testing.B) {
+	s := NewScheduler(Config{})
+	r := request("m", seg{id: 1, tokens: 1000}, seg{id: 2, tokens: 100})
+	b.ReportAllocs()
+	for b.Loop() {
+		g, err := s.Acquire(b.Context(), r)
+		if err != nil {
+			b.Fatal(err)
+		}
+		g.Release(served)
+	}
+}

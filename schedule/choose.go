@@ -1,0 +1,391 @@
+package schedule
+
+import "time"
+
+// pump grants what may be granted on a server, and notes when to look again.
+func (q *Queue) pump(s *server, now time.Time) {
+	s.wake = time.Time{}
+	if s.waiting == 0 {
+		return
+	}
+	for _, x := range s.order(now) {
+		if q.admits(x, now) {
+			q.serve(x, now)
+		}
+	}
+}
+
+// later notes that the server is to be looked at again at a time.
+func (s *server) later(at time.Time) {
+	if s.wake.IsZero() || at.Before(s.wake) {
+		s.wake = at
+	}
+}
+
+// serve grants requests of a runner for as long as there are lanes for them.
+func (q *Queue) serve(x *runner, now time.Time) {
+	for x.waiting > 0 && x.busy < x.want {
+		if x.idle.IsZero() {
+			x.idle = now
+		}
+		c := choice{q: q, x: x, now: now}
+		it, l, how := c.choose()
+		if it == nil {
+			return
+		}
+		q.grant(it, l, how, now)
+	}
+	x.idle = time.Time{}
+}
+
+// choice is one decision about what to grant next.
+type choice struct {
+	q   *Queue
+	x   *runner
+	now time.Time
+}
+
+// reason says why a request was chosen.
+type reason uint8
+
+const (
+	byMatch reason = iota // it shares the most with the lane
+	byOpening
+	byJoining
+	byAge
+)
+
+// choose returns what to grant now, and in which lane it will land; nil if everything that waits is better off waiting.
+func (c *choice) choose() (*item, *lane, reason) {
+	x := c.x
+	if it := x.oldest(); c.q.cfg.MaxWait > 0 && it != nil {
+		l, _ := x.landing(it)
+		at := it.arrived.Add(c.q.cfg.MaxWait)
+		if c.now.Before(at) {
+			x.server.later(at)
+		} else if l.work >= agedQuantum*l.tokens || c.q.keeps(l, shared(it.steps, l.holds)) {
+			return it, l, byAge
+		}
+	}
+	if it := x.oldest(); x.passed >= patience*x.want && it == x.eldest {
+		l, _ := x.landing(it)
+		return it, l, byAge
+	}
+	if it, l := c.probe(); it != nil {
+		return it, l, byMatch
+	}
+	for p := range ranks {
+		k := &x.classes[p]
+		if k.fifo.live == 0 {
+			continue
+		}
+		k.refill(x.quantum())
+		if it, l := c.match(k); it != nil {
+			return it, l, byMatch
+		}
+		if it, l, how := c.join(p, k); it != nil {
+			return it, l, how
+		}
+	}
+	return nil, nil, 0
+}
+
+// probe returns the request that continues one for which a lane was not held, to see whether that has been kept by the
+// host cache. It is as urgent as any other.
+func (c *choice) probe() (*item, *lane) {
+	v := c.x.probing
+	p := c.x.top()
+	if v == nil || c.x.classes[p].tree == nil {
+		return nil, nil
+	}
+	n, tokens, _ := c.x.classes[p].tree.walk(v.steps)
+	tries := triesMost
+	it := n.first(&tries)
+	if it == nil || n.busy > 0 || !c.q.follows(v.client, tokens, v.tokens) {
+		return nil, nil
+	}
+	c.x.probing = nil
+	l, _ := c.x.landing(it)
+	return it, l
+}
+
+// keeps reports whether a lane keeps most of what its client is expected to use again, if so many tokens of it are kept.
+func (q *Queue) keeps(l *lane, tokens int) bool {
+	if l.visit == nil {
+		return tokens > slack && 2*tokens >= l.tokens
+	}
+	return q.follows(l.visit.client, tokens, l.tokens)
+}
+
+// match returns the request that shares the most with a free lane without being another lane's business, and the lane.
+func (c *choice) match(k *class) (*item, *lane) {
+	var best *item
+	var at *lane
+	most := -1
+	for _, l := range c.x.lanes {
+		if l.item != nil {
+			continue
+		}
+		it, tokens := k.best(l.holds)
+		if it == nil || tokens <= most {
+			continue
+		}
+		if l.work >= quantum*max(l.tokens, slack) && c.q.keeps(l, tokens) {
+			// It has had its turn: the oldest goes, whatever it is.
+			if front := k.fifo.front(); front.account.deficit > 0 && front.owned().depth() <= slack {
+				it = front
+			}
+		}
+		land, tokens := c.x.landing(it)
+		if c.blocked(it, land, tokens) {
+			continue
+		}
+		best, at, most = it, land, tokens
+	}
+	return best, at
+}
+
+// best returns the request that shares the most with a prompt, of those with no prefix beyond that on which a lane is busy,
+// and how many tokens it shares.
+func (k *class) best(holds []step) (*item, int) {
+	n, tokens, whole := k.tree.walk(holds)
+	tries := triesMost
+	if !whole {
+		if n.busy == 0 {
+			if it := n.first(&tries); it != nil {
+				return it, tokens
+			}
+		}
+		n = n.parent
+	}
+	for ; n != nil; n = n.parent {
+		if it := n.first(&tries); it != nil {
+			return it, min(tokens, n.depth())
+		}
+	}
+	return nil, 0
+}
+
+// owned returns the last node on a request's way down on which a lane is busy.
+func (it *item) owned() *node {
+	n := it.node
+	for n.busy == 0 && n.parent != nil {
+		n = n.parent
+	}
+	return n
+}
+
+// landing returns the lane in which the engine will put a request that is sent now, and how many tokens that has in common
+// with it: of the free ones that which holds the most of the prompt, if that is enough of it, else the one that was
+// used least recently.
+func (x *runner) landing(it *item) (*lane, int) {
+	var best, lru *lane
+	most := 0
+	for _, l := range x.lanes {
+		if l.item != nil {
+			continue
+		}
+		if n := shared(it.steps, l.holds); n > most {
+			best, most = l, n
+		}
+		if lru == nil || l.used.Before(lru.used) {
+			lru = l
+		}
+	}
+	if best != nil && (x.server.longest || float64(most) > similarity*float64(it.tokens)) {
+		return best, most
+	}
+	return lru, shared(it.steps, lru.holds)
+}
+
+// blocked reports whether a request must not take the lane since that is held for one that is expected.
+func (c *choice) blocked(it *item, l *lane, tokens int) bool {
+	return c.q.held(c.x, l, it.rank, c.q.loss(c.x, l, tokens), c.now)
+}
+
+// loss returns how long it takes to evaluate again what the client that a lane is warm for would find in it, if so many
+// tokens of it are kept.
+func (q *Queue) loss(x *runner, l *lane, kept int) time.Duration {
+	if l.visit == nil {
+		return 0
+	}
+	part := q.client(l.visit.client).part(&q.habits)
+	expected := part * float64(l.tokens)
+	if part > 0.97 { // a chat: the answer is part of the next prompt
+		expected += float64(l.visit.generated)
+	}
+	return time.Duration(max(0, expected-float64(kept)) * x.rates.lostPart() * float64(x.rates.perToken()))
+}
+
+// held reports whether a lane is held, against a request of the given priority, for the next request of the client that it
+// is warm for: if that is likely to come soon enough, seeing what it takes to evaluate the prompt, or load the
+// model, again. That is ski rental: the lane is never held for longer than that takes.
+func (q *Queue) held(x *runner, l *lane, against rank, loss time.Duration, now time.Time) bool {
+	v := l.visit
+	if l.item != nil || v == nil || v.state != visitOpen || !l.wanted || against < l.class {
+		return false
+	}
+	if a := x.classes[l.class].accounts[v.client]; a != nil && a.deficit <= 0 && x.classes[l.class].positive > 0 {
+		return false
+	}
+	h := q.client(v.client)
+	for_ := h.hold(&q.habits, loss)
+	if for_ == 0 {
+		return false
+	}
+	if !x.server.longest && x.heldFor > probeAfter<<x.probes*q.loss(x, l, 0) {
+		// Perhaps the host cache keeps what the lane is held for.
+		x.heldFor, x.probes, x.probing, l.wanted = 0, x.probes+1, v, false
+		return false
+	}
+	if until := v.at.Add(for_); now.Before(until) {
+		x.server.later(until)
+		return true
+	}
+	x.heldFor += for_
+	if !l.reported {
+		l.reported = true
+		q.count.HoldsExpired++
+	}
+	v.state = visitMissed
+	h.miss()
+	q.habits.miss()
+	return false
+}
+
+// join returns a request with a prefix on which another lane is busy, if it is better to evaluate that once more than to
+// wait: when there is next to nothing to evaluate; when the backlog would keep those lanes busy for longer than that takes;
+// or when a lane has been idle for as long as it takes. Which is ski rental again: it takes at most twice the time of the best that
+// could have been done.
+func (c *choice) join(p rank, k *class) (*item, *lane, reason) {
+	var best *item
+	var at *lane
+	least, most := -1, 0
+	try := func(it *item, owned *node) {
+		land, tokens := c.x.landing(it)
+		if c.blocked(it, land, tokens) {
+			return
+		}
+		again := max(0, owned.depth()-tokens)
+		share := c.backlog(owned)
+		if least >= 0 && (again > least+slack || again > least-slack && share <= most) {
+			return
+		}
+		if p == urgent || c.worth(again, share) {
+			best, at, least, most = it, land, again, share
+		}
+	}
+	for n := &k.tree.root; n != nil; n = n.nextTaken() {
+		tries := triesMost
+		if it := n.first(&tries); it != nil && n.busy > 0 {
+			try(it, n)
+		}
+	}
+	if best == nil {
+		for _, a := range k.backlogged {
+			if a.deficit <= 0 {
+				continue
+			}
+			it := a.fifo.front()
+			if try(it, it.owned()); best != nil {
+				break
+			}
+		}
+	}
+	how := byJoining
+	if least <= slack {
+		how = byOpening
+	}
+	return best, at, how
+}
+
+// nextTaken returns the next of the nodes that have waiting requests and on which lanes are busy, in depth-first order.
+func (n *node) nextTaken() *node {
+	if n.taken.first != nil {
+		return n.taken.first
+	}
+	for n.parent != nil {
+		if n.next != nil {
+			return n.next
+		}
+		n = n.parent
+	}
+	return nil
+}
+
+// backlog returns how much waits below a node for each of the lanes that are busy there and one more, in tokens.
+func (c *choice) backlog(n *node) int {
+	r := &c.x.rates
+	tokens := float64(n.tokens-n.waiting*n.depth()) + float64(n.waiting)*r.weight()*r.generated()
+	return int(tokens) / (n.busy + 1)
+}
+
+// worth reports whether a lane should evaluate so many tokens again rather than leave a backlog to the lanes that are
+// busy there.
+func (c *choice) worth(again, backlog int) bool {
+	if again <= slack || backlog >= again {
+		return true
+	}
+	at := c.x.idle.Add(time.Duration(again) * c.x.rates.perToken())
+	if c.now.Before(at) {
+		c.x.server.later(at)
+		return false
+	}
+	return true
+}
+
+// grant lets a request go, to the lane in which it will land.
+func (q *Queue) grant(it *item, l *lane, how reason, now time.Time) {
+	x := it.runner
+	tokens := shared(it.steps, l.holds)
+	if oldest := x.oldest(); oldest != it {
+		if x.eldest != oldest {
+			x.eldest, x.passed = oldest, 0
+		}
+		x.passed++
+	}
+	keeps := q.keeps(l, tokens)
+
+	q.unwait(it, true)
+	it.lane, it.granted, it.expected = l, now, tokens
+	it.alone = x.busy == 0
+	if v := l.visit; v != nil && l.wanted && v.state == visitReturned && !l.reported && keeps && it.arrived.After(v.at) {
+		q.count.HoldsHit++
+		x.heldFor += now.Sub(v.at)
+	}
+	q.count.Grants++
+	it.turn = q.count.Grants
+	switch how {
+	case byAge:
+		q.count.Aged++
+	case byJoining:
+		q.count.Joined++
+	case byMatch, byOpening:
+		if keeps {
+			q.count.Continued++
+		} else {
+			q.count.Opened++
+		}
+	}
+	it.hosted = x.displaced(it, tokens)
+	if !keeps {
+		l.work = 0
+	}
+	l.before, l.holds, l.tokens, l.item, l.used = l.holds, it.steps, it.tokens, it, now
+	for p := range x.classes {
+		if t := x.classes[p].tree; rank(p) == it.rank {
+			l.marks[p] = it.node
+		} else if t != nil {
+			l.mark(rank(p), t)
+		}
+	}
+	x.busy++
+	if it.full = 0; x.busy >= x.want {
+		it.full = x.busy
+	}
+	it.account.running++
+	it.cost = max(it.tokens-tokens, 1) + int(fairWeight*x.rates.generated())
+	it.class.charge(it.account, it.cost)
+	l.work += it.cost
+	q.grants = append(q.grants, Placement{ID: it.id, Lane: l.name, Expected: tokens, Waited: now.Sub(it.arrived)})
+}

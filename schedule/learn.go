@@ -1,0 +1,315 @@
+package schedule
+
+import (
+	"math"
+	"slices"
+	"time"
+)
+
+// mean is a mean of what was seen, the last ones counting most. n is how many that were, at most meanOver.
+type mean struct {
+	v float64
+	n int
+}
+
+const meanOver = 16
+
+func (m *mean) add(v float64) {
+	m.n = min(m.n+1, meanOver)
+	m.v += (v - m.v) / float64(m.n)
+}
+
+// ratio is a mean of ratios, weighted by their denominators, the last ones counting most.
+type ratio struct{ over, under float64 }
+
+func (r *ratio) add(over, under float64) {
+	r.over, r.under = r.over*0.9+over, r.under*0.9+under
+}
+
+// rates are what has been learned of a runner's speed and of what is asked of it.
+type rates struct {
+	size     mean    // tokens of a prompt
+	largest  float64 // of late
+	answer   mean    // tokens of an answer
+	prompt   ratio   // ns to evaluate a token of a prompt
+	decode   ratio   // ns to generate one
+	loadTime mean    // ns
+	host     mean    // how often a prompt that no slot held any more was restored all the same
+}
+
+// What is assumed before anything is known: about what a small GPU does.
+const (
+	firstPrompt = 500 * time.Microsecond
+	firstWeight = 10
+	firstAnswer = 32 // tokens
+	firstLoad   = 2 * time.Second
+)
+
+func (r *rates) seen(tokens int) {
+	r.size.add(float64(tokens))
+	r.largest = max(r.largest*0.99, float64(tokens))
+}
+
+// perToken returns how long it takes to evaluate a token of a prompt.
+func (r *rates) perToken() time.Duration {
+	if r.prompt.under == 0 {
+		return firstPrompt
+	}
+	return time.Duration(r.prompt.over / r.prompt.under)
+}
+
+// weight returns how many tokens of a prompt take as long to evaluate as one takes to generate.
+func (r *rates) weight() float64 {
+	if r.prompt.under == 0 || r.decode.under == 0 {
+		return firstWeight
+	}
+	return min(max(r.decode.over/r.decode.under/float64(max(r.perToken(), 1)), 1), 100)
+}
+
+// generated returns how many tokens an answer has.
+func (r *rates) generated() float64 {
+	if r.answer.n == 0 {
+		return firstAnswer
+	}
+	return r.answer.v
+}
+
+// load returns how long it takes to load the model.
+func (r *rates) load() time.Duration {
+	if r.loadTime.n == 0 {
+		return firstLoad
+	}
+	return time.Duration(r.loadTime.v)
+}
+
+// lostPart returns which part of a prompt that its slot does not hold any more has to be evaluated again.
+func (r *rates) lostPart() float64 {
+	if r.host.n == 0 {
+		return 1
+	}
+	return 1 - r.host.v
+}
+
+// learn takes in how a request went.
+func (r *rates) learn(it *item, res Result, evaluated int) {
+	if res.Generated > 0 {
+		r.answer.add(float64(res.Generated))
+	}
+	if res.Timed && evaluated > slack && res.Prompt > 0 && res.ReusedKnown {
+		r.prompt.add(float64(res.Prompt), float64(evaluated))
+	}
+	if res.Timed && res.Generated > 1 && res.Eval > 0 {
+		r.decode.add(float64(res.Eval), float64(res.Generated))
+	}
+	if res.Loaded && res.Load > 0 {
+		r.loadTime.add(float64(res.Load))
+	}
+	if it.hosted > 0 && res.ReusedKnown && !res.Loaded {
+		kept := 0.0
+		if it.scale(res) >= it.expected+(it.hosted-it.expected)/2 {
+			kept = 1
+		}
+		r.host.add(kept)
+	}
+}
+
+// returns are the habits of a client: when, after an answer, the next request came that continues it.
+type returns struct {
+	gaps   [gapBuckets]float64 // by gapBounds
+	missed float64             // none came, or much later
+	kept   mean                // which part of what had been served the next request had in common with it
+}
+
+const gapBuckets = 29
+
+// gapBounds are from 1 ms to 16 s, two for each power of two.
+var gapBounds = func() (bounds [gapBuckets]time.Duration) {
+	for i := range bounds {
+		bounds[i] = time.Duration(math.Round(math.Pow(2, float64(i)/2) * float64(time.Millisecond)))
+	}
+	return bounds
+}()
+
+// firstHabits are what is expected before anything is known: that every other client is a script that goes on at once.
+func firstHabits() returns {
+	h := returns{missed: 1}
+	h.gaps[9] = 1 // 23 ms
+	return h
+}
+
+func (h *returns) total() float64 {
+	n := h.missed
+	for _, g := range h.gaps {
+		n += g
+	}
+	return n
+}
+
+// fade makes room for what is new.
+func (h *returns) fade() {
+	if h.total() < 32 {
+		return
+	}
+	for i := range h.gaps {
+		h.gaps[i] /= 2
+	}
+	h.missed /= 2
+}
+
+func (h *returns) came(gap time.Duration) {
+	h.fade()
+	if i, _ := slices.BinarySearch(gapBounds[:], gap); i < gapBuckets {
+		h.gaps[i]++
+	} else {
+		h.missed++
+	}
+}
+
+func (h *returns) miss() {
+	h.fade()
+	h.missed++
+}
+
+// unmiss takes back a miss: it came after all.
+func (h *returns) unmiss() { h.missed = max(0, h.missed-1) }
+
+// part returns which part of what a client was served its next request is expected to have in common with it.
+// Of one that is not known it is what is expected of all.
+func (h *returns) part(all *returns) float64 {
+	switch {
+	case h.kept.n > 0:
+		return h.kept.v
+	case all.kept.n > 0:
+		return all.kept.v
+	}
+	return 0.9
+}
+
+// hold returns for how long a lane is to be held for a client that is expected to come back, so that what is saved, less what
+// is waited, is the most on average; 0 if it is not worth it. It is never longer than loss, which is what is saved if the
+// client comes. What is known of all clients counts as much as two answers of this one.
+func (h *returns) hold(all *returns, loss time.Duration) time.Duration {
+	total, others := h.total()+2, all.total()
+	came, waited, best := 0.0, 0.0, 0.0
+	var hold time.Duration
+	for i := range gapBuckets {
+		t := gapBounds[i]
+		if t > loss {
+			break
+		}
+		p := (h.gaps[i] + 2*all.gaps[i]/others) / total
+		came += p
+		waited += p * float64(t)
+		if gain := came*float64(loss) - waited - (1-came)*float64(t); gain > best {
+			best, hold = gain, t
+		}
+	}
+	return hold
+}
+
+// client returns a client's habits.
+func (q *Queue) client(name string) *returns {
+	h, ok := q.clients.Get(name)
+	if !ok {
+		h = &returns{}
+		q.clients.Add(name, h)
+	}
+	return h
+}
+
+// returned learns from a request that came which of those served before it continues, and after how long.
+func (q *Queue) returned(x *runner, it *item, client string, now time.Time) {
+	v, tokens := x.closest(it.steps)
+	if v == nil || v.client != client || v.state == visitReturned || it.arrived.Before(v.at) || tokens <= slack || 2*tokens < v.tokens {
+		return
+	}
+	h := q.client(v.client)
+	follows := q.follows(v.client, tokens, v.tokens)
+	h.kept.add(float64(tokens) / float64(v.tokens))
+	q.habits.kept.add(float64(tokens) / float64(v.tokens))
+	if !follows {
+		return
+	}
+	if v.state == visitMissed {
+		h.unmiss()
+		q.habits.unmiss()
+	}
+	v.state = visitReturned
+	h.came(now.Sub(v.at))
+	q.habits.came(now.Sub(v.at))
+}
+
+// follows reports whether a request that has so many tokens in common with a prompt that was served is what its client was
+// expected to send next, and not just another one with, say, the same system prompt.
+func (q *Queue) follows(client string, shared, served int) bool {
+	return shared > slack && float64(shared) >= 0.9*q.client(client).part(&q.habits)*float64(served)
+}
+
+// closest returns the prompt of those served of late that shares the most with one, the last of several, and how many
+// tokens that is.
+func (x *runner) closest(steps []step) (*visit, int) {
+	var best *visit
+	most := 0
+	for i := len(x.visits) - 1; i >= 0; i-- {
+		if n := shared(steps, x.visits[i].steps); n > most {
+			best, most = x.visits[i], n
+		}
+	}
+	return best, most
+}
+
+// visited remembers a request that was served.
+func (q *Queue) visited(x *runner, it *item, generated int, now time.Time) {
+	v := &visit{steps: it.steps, tokens: it.tokens, client: it.account.name, at: now, generated: generated}
+	// Of prompts that continue each other the last one is enough, so that many prefixes are remembered.
+	if w, tokens := x.closest(v.steps); w != nil && q.follows(v.client, tokens, w.tokens) {
+		x.visits = slices.DeleteFunc(x.visits, func(o *visit) bool { return o == w })
+	}
+	if len(x.visits) >= maxVisits {
+		if old := x.visits[0]; old.state == visitOpen {
+			q.client(old.client).miss()
+			q.habits.miss()
+		}
+		copy(x.visits, x.visits[1:])
+		x.visits = x.visits[:len(x.visits)-1]
+	}
+	x.visits = append(x.visits, v)
+	it.lane.visit = v
+}
+
+// displaced returns how many tokens the server held of a prompt that no lane holds any more, if those are many more than
+// the lane in which the request lands holds; else 0.
+func (x *runner) displaced(it *item, lands int) int {
+	v, tokens := x.closest(it.steps)
+	if v == nil || tokens < lands+hostWorth {
+		return 0
+	}
+	for _, l := range x.lanes {
+		if shared(it.steps, l.holds) > lands+hostWorth {
+			return 0
+		}
+	}
+	return tokens
+}
+
+// scale returns how many tokens were reused, in those that the prompt was estimated in, which may be others than the server's.
+func (it *item) scale(r Result) int { return r.Reused * it.tokens / max(r.Total, 1) }
+
+// correct takes in where a request really landed, if what it reused tells that.
+func (x *runner) correct(it *item, r Result) {
+	if !r.ReusedKnown || r.Loaded || r.Total == 0 {
+		return
+	}
+	reused := it.scale(r)
+	off := func(expected int) int { return max(reused-expected, expected-reused) }
+	if off(it.expected) <= max(hostWorth, it.tokens/8) {
+		return
+	}
+	l := it.lane
+	for _, other := range x.lanes {
+		if other.item == nil && other != l && other.used.Before(it.granted) && off(shared(it.steps, other.holds)) <= max(slack, it.tokens/32) {
+			other.holds, other.tokens, other.visit = l.before, tokensOf(l.before), nil
+			return
+		}
+	}
+}

@@ -1,0 +1,392 @@
+package schedule
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"testing"
+	"time"
+)
+
+// model drives a queue with arbitrary events and knows what must hold after each.
+type model struct {
+	t       *testing.T
+	q       *Queue
+	cfg     Config
+	now     time.Time
+	next    uint64
+	waiting map[uint64]modelRequest
+	running map[uint64]modelRequest
+	slots   map[slotKey]uint64
+	granted int
+	added   int
+	left    int
+	data    []byte
+}
+
+type modelRequest struct {
+	Request
+	came time.Time
+	lane int
+}
+
+type slotKey struct {
+	runner Runner
+	lane   int
+}
+
+func (m *model) byte() int {
+	if len(m.data) == 0 {
+		return 0
+	}
+	b := m.data[0]
+	m.data = m.data[1:]
+	return int(b)
+}
+
+func (m *model) drain() {
+	m.t.Helper()
+	for _, g := range m.q.Grants() {
+		r, ok := m.waiting[g.ID]
+		if !ok {
+			m.t.Fatalf("request %d was granted but does not wait", g.ID)
+		}
+		delete(m.waiting, g.ID)
+		key := slotKey{r.Runner, g.Lane}
+		if other, taken := m.slots[key]; taken {
+			m.t.Fatalf("request %d was granted the lane of %d", g.ID, other)
+		}
+		if g.Waited != m.now.Sub(r.came) {
+			m.t.Fatalf("request %d waited for %v, not %v", g.ID, m.now.Sub(r.came), g.Waited)
+		}
+		m.slots[key] = g.ID
+		r.lane = g.Lane
+		m.running[g.ID] = r
+		m.granted++
+	}
+	m.check()
+}
+
+// pick returns any of the requests, the same one for the same events.
+func pick(from map[uint64]modelRequest, n int) (uint64, bool) {
+	if len(from) == 0 {
+		return 0, false
+	}
+	ids := make([]uint64, 0, len(from))
+	for id := range from {
+		ids = append(ids, id)
+	}
+	// The n-th smallest would do; the smallest above a point is as good.
+	best, ok := uint64(0), false
+	least := ids[0]
+	for _, id := range ids {
+		least = min(least, id)
+	}
+	point := least + uint64(n)%64
+	for _, id := range ids {
+		if id >= point && (!ok || id < best) {
+			best, ok = id, true
+		}
+	}
+	if !ok {
+		best = least
+	}
+	return best, true
+}
+
+func (m *model) event() {
+	switch op := m.byte(); op % 16 {
+	case 0, 1, 2, 3, 4, 5, 6:
+		m.add()
+	case 7:
+		if id, ok := pick(m.waiting, m.byte()); ok {
+			m.q.Leave(id, m.now)
+			delete(m.waiting, id)
+			m.left++
+		}
+	case 8, 9, 10, 11:
+		m.done()
+	case 12:
+		m.now = m.now.Add(time.Duration(m.byte()) * 4 * time.Millisecond)
+		m.q.Tick(m.now)
+	case 13:
+		if at, ok := m.q.Next(); ok {
+			m.now = later(m.now, at)
+			m.q.Tick(m.now)
+		}
+	case 14:
+		switch b := m.byte(); b % 5 {
+		case 0:
+			m.q.SetLanes(uint16(b/5%2), b/10%5, m.now)
+		case 1:
+			m.q.Cool(uint16(b/5%2), "", m.now)
+		case 2:
+			m.q.Cool(uint16(b/5%2), "a", m.now)
+		case 3:
+			m.q.SetExclusive(uint16(b/5%2), "a", "b", b/10%2 == 0)
+		case 4:
+			m.q.SetLongestMatch(uint16(b/5%2), b/10%2 == 0)
+		}
+	case 15:
+		m.now = m.now.Add(time.Millisecond)
+	}
+	m.drain()
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
+
+func (m *model) add() {
+	m.next++
+	b, c := m.byte(), m.byte()
+	r := Request{
+		ID:       m.next,
+		Runner:   Runner{Upstream: uint16(b & 1), Options: options([]string{"a", "b"}[b>>1&1], 2048*(b>>2&1))},
+		Client:   fmt.Sprint(b >> 3 & 3),
+		Priority: Priority(b>>5&3) - 1, // one of four is none that is known
+	}
+	// One of a few families, of a few prefixes in each, and a tail that may be shared, too.
+	j := job{model: r.Runner.Options.Model, numCtx: r.Runner.Options.NumCtx()}
+	for i, width := range []int{1, 3, 7, 3} {
+		j.segs = append(j.segs, seg{id: uint64(i*100 + c%(width+1)), tokens: 40 + 200*(i&1)})
+		if c /= width + 1; c == 0 && b>>6&1 == 1 {
+			break
+		}
+	}
+	r.Links = j.links()
+	if m.q.Add(r, m.now) {
+		m.waiting[r.ID] = modelRequest{Request: r, came: m.now}
+		m.added++
+	} else if len(m.waiting) < m.cfg.Limit {
+		m.t.Fatalf("refused with %d waiting", len(m.waiting))
+	}
+	if len(m.waiting) > m.cfg.Limit+1 {
+		m.t.Fatalf("%d wait", len(m.waiting))
+	}
+}
+
+func (m *model) done() {
+	b := m.byte()
+	id, ok := pick(m.running, b)
+	if !ok {
+		return
+	}
+	r := m.running[id]
+	delete(m.running, id)
+	delete(m.slots, slotKey{r.Runner, r.lane})
+	total := r.Links[len(r.Links)-1].Bytes/4 + 1
+	m.q.Done(id, Result{
+		Sent: b&15 != 0, Answered: b&15 > 1, Total: total, Reused: total * (b >> 4 & 3) / 4, ReusedKnown: b&1 == 0, Generated: b & 31,
+		Timed: b&2 == 0, Prompt: time.Duration(b) * time.Millisecond, Eval: time.Duration(b) * time.Millisecond, Queue: time.Duration(b>>6) * 40 * time.Millisecond,
+		Load: time.Second, Loaded: b%11 == 0, LoadKnown: b%3 == 0,
+	}, m.now)
+}
+
+// check holds the queue to its own books.
+func (m *model) check() {
+	m.t.Helper()
+	q := m.q
+	if q.Len() != len(m.waiting) || len(q.items) != len(m.waiting)+len(m.running) {
+		m.t.Fatalf("%d wait and %d are known, want %d and %d more", q.Len(), len(q.items), len(m.waiting), len(m.running))
+	}
+	for _, s := range q.servers {
+		waiting, busy, loaded := 0, 0, 0
+		for _, x := range s.runners {
+			m.checkRunner(x)
+			waiting += x.waiting
+			busy += x.busy
+			for _, y := range s.runners {
+				if x != y && x.resident && y.resident && x.busy > 0 && y.busy > 0 && x.key.Options.Model == y.key.Options.Model {
+					loaded++
+				}
+			}
+		}
+		if loaded > 0 {
+			m.t.Fatalf("one model is in use with two sets of options")
+		}
+		if waiting != s.waiting {
+			m.t.Fatalf("%d wait, the server counts %d", waiting, s.waiting)
+		}
+		if waiting > 0 && busy == 0 && s.wake.IsZero() {
+			m.t.Fatalf("%d wait for nothing", waiting)
+		}
+	}
+}
+
+func (m *model) checkRunner(x *runner) {
+	m.t.Helper()
+	busy := 0
+	for _, l := range x.lanes {
+		if l.item != nil {
+			busy++
+		}
+	}
+	if busy != x.busy || len(x.lanes) < x.want || len(x.lanes) > max(x.want, busy) {
+		m.t.Fatalf("%d of %d lanes are busy, counted %d, want %d lanes", busy, len(x.lanes), x.busy, x.want)
+	}
+	if x.waiting > 0 && x.busy < x.want && x.resident && x.server.wake.IsZero() {
+		others := 0
+		for _, y := range x.server.runners {
+			others += y.busy
+		}
+		if others == 0 {
+			m.t.Fatalf("a lane is idle, %d wait, and nobody looks again", x.waiting)
+		}
+	}
+	waiting := 0
+	for p := range x.classes {
+		c := &x.classes[p]
+		if c.tree == nil {
+			continue
+		}
+		waiting += c.fifo.live
+		positive, backlog := 0, 0
+		for i, a := range c.backlogged {
+			if a.index != i || a.waiting == 0 || a.fifo.live != a.waiting {
+				m.t.Fatalf("account %q: index %d at %d, %d wait, %d listed", a.name, a.index, i, a.waiting, a.fifo.live)
+			}
+			backlog += a.waiting
+			if a.deficit > 0 {
+				positive++
+			}
+		}
+		if positive != c.positive || backlog != c.fifo.live {
+			m.t.Fatalf("%d accounts are positive, counted %d; %d wait, counted %d", positive, c.positive, backlog, c.fifo.live)
+		}
+		nodes := 0
+		children := map[*node][]*node{}
+		for hash, n := range c.tree.nodes {
+			if len(n.steps) == 0 || n.steps[0].hash != hash {
+				m.t.Fatalf("a node is filed under a wrong fingerprint")
+			}
+			children[n.parent] = append(children[n.parent], n)
+		}
+		n, _, busy := checkNode(m.t, children, &c.tree.root, &nodes)
+		if n != c.fifo.live || nodes != len(c.tree.nodes) || busy != x.busy {
+			m.t.Fatalf("the tree has %d that wait, want %d; %d nodes of %d; %d busy of %d", n, c.fifo.live, nodes, len(c.tree.nodes), busy, x.busy)
+		}
+	}
+	if waiting != x.waiting {
+		m.t.Fatalf("%d wait, counted %d", waiting, x.waiting)
+	}
+}
+
+// checkNode checks a node and all below it.
+func checkNode(t *testing.T, children map[*node][]*node, n *node, nodes *int) (waiting, tokens, busy int) {
+	t.Helper()
+	waiting = n.ends.live
+	for _, it := range n.ends.items {
+		if it != nil && it.waits {
+			tokens += it.tokens
+		}
+	}
+	in := make(map[*node]*siblings, len(children[n]))
+	for _, list := range []*siblings{&n.open, &n.taken} {
+		var prev *node
+		for c := list.first; c != nil; prev, c = c, c.next {
+			if c.prev != prev || c.in != list || c.parent != n {
+				t.Fatalf("a list of siblings is broken")
+			}
+			in[c] = list
+		}
+		if list.last != prev {
+			t.Fatalf("a list of siblings has a wrong end")
+		}
+	}
+	below := 0
+	for _, c := range children[n] {
+		*nodes++
+		w, k, b := checkNode(t, children, c, nodes)
+		want := (*siblings)(nil)
+		switch {
+		case w > 0 && b > 0:
+			want = &n.taken
+		case w > 0:
+			want = &n.open
+		}
+		if in[c] != want || w+b == 0 {
+			t.Fatalf("a node with %d that wait and %d busy is in the wrong list", w, b)
+		}
+		waiting, tokens, below = waiting+w, tokens+k, below+b
+	}
+	if waiting != n.waiting || tokens != n.tokens || below > n.busy {
+		t.Fatalf("a node counts %d waiting, %d tokens, %d busy; there are %d, %d, %d below", n.waiting, n.tokens, n.busy, waiting, tokens, below)
+	}
+	return n.waiting, n.tokens, n.busy
+}
+
+// finish ends what runs and lets everything that waits run: nothing may be left.
+func (m *model) finish() {
+	m.t.Helper()
+	m.data = nil
+	for i := 0; len(m.waiting)+len(m.running) > 0; i++ {
+		if i > 100_000 {
+			m.t.Fatalf("%d still wait", len(m.waiting))
+		}
+		if len(m.running) > 0 {
+			id, _ := pick(m.running, 0)
+			r := m.running[id]
+			delete(m.running, id)
+			delete(m.slots, slotKey{r.Runner, r.lane})
+			m.now = m.now.Add(50 * time.Millisecond)
+			m.q.Done(id, Result{Sent: true, Answered: true, Total: 100, Generated: 10, LoadKnown: true}, m.now)
+		} else {
+			at, ok := m.q.Next()
+			if !ok {
+				m.t.Fatalf("%d wait, and nobody looks again", len(m.waiting))
+			}
+			m.now = later(m.now, at)
+			m.q.Tick(m.now)
+		}
+		m.drain()
+	}
+	if m.granted+m.left != m.added {
+		m.t.Fatalf("%d were added, %d granted, %d left", m.added, m.granted, m.left)
+	}
+}
+
+func runModel(t *testing.T, data []byte) {
+	m := &model{t: t, now: start, waiting: map[uint64]modelRequest{}, running: map[uint64]modelRequest{}, slots: map[slotKey]uint64{}, data: data}
+	b := m.byte()
+	m.cfg = Config{Lanes: b % 4, Limit: 40}
+	if b&4 != 0 {
+		m.cfg.MaxWait = 300 * time.Millisecond
+	}
+	m.q = New(m.cfg)
+	for len(m.data) > 0 {
+		m.event()
+	}
+	m.finish()
+	for _, s := range m.q.servers {
+		for _, x := range s.runners {
+			for p := range x.classes {
+				if c := &x.classes[p]; c.tree != nil && len(c.tree.nodes) > 0 {
+					t.Fatalf("%d nodes are left", len(c.tree.nodes))
+				}
+			}
+		}
+	}
+}
+
+func TestModel(t *testing.T) {
+	for seed := range uint64(100) {
+		rng := rand.New(rand.NewPCG(seed, 2))
+		data := make([]byte, 1500)
+		for i := range data {
+			data[i] = byte(rng.IntN(256))
+		}
+		runModel(t, data)
+	}
+}
+
+func FuzzQueue(f *testing.F) {
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if len(data) > 4000 {
+			return
+		}
+		runModel(t, data)
+	})
+}

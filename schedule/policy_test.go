@@ -1,0 +1,418 @@
+package schedule
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"testing"
+	"time"
+)
+
+// desk sends requests to a queue by hand.
+type desk struct {
+	t   *testing.T
+	q   *Queue
+	now time.Time
+	id  uint64
+}
+
+func newDesk(t *testing.T, cfg Config) *desk { return &desk{t: t, q: New(cfg), now: start} }
+
+// add adds a request and returns its number.
+func (d *desk) add(r Request) uint64 {
+	d.id++
+	r.ID = d.id
+	if !d.q.Add(r, d.now) {
+		d.t.Fatalf("request %d was refused", d.id)
+	}
+	return d.id
+}
+
+// granted checks which requests are granted now.
+func (d *desk) granted(want ...uint64) []Placement {
+	d.t.Helper()
+	places := slices.Clone(d.q.Grants())
+	var got []uint64
+	for _, p := range places {
+		got = append(got, p.ID)
+	}
+	if !slices.Equal(got, want) {
+		d.t.Fatalf("granted %v, want %v", got, want)
+	}
+	return places
+}
+
+// wake goes on to when the queue wants to look again, and returns how long that was.
+func (d *desk) wake() time.Duration {
+	d.t.Helper()
+	at, ok := d.q.Next()
+	if !ok {
+		d.t.Fatal("the queue does not want to look again")
+	}
+	wait := at.Sub(d.now)
+	d.now = at
+	d.q.Tick(d.now)
+	return wait
+}
+
+// evaluated is how a request ended of whose prompt so many tokens were evaluated, at 1 ms each.
+func evaluated(total, n int) Result {
+	return Result{
+		Sent: true, Answered: true, Total: total, Reused: total - n, ReusedKnown: true, Generated: 10,
+		Timed: true, Prompt: time.Duration(n) * time.Millisecond, Eval: 100 * time.Millisecond, LoadKnown: true,
+	}
+}
+
+func (d *desk) done(id uint64, r Result, after time.Duration) {
+	d.now = d.now.Add(after)
+	d.q.Done(id, r, d.now)
+}
+
+func by(client string, p Priority, r Request) Request {
+	r.Client, r.Priority = client, p
+	return r
+}
+
+var (
+	alpha, beta = seg{id: 1, tokens: 1000}, seg{id: 2, tokens: 1000}
+	tails       = uint64(100)
+)
+
+// with is a request with a prefix and a tail of its own.
+func with(prefix seg) Request {
+	tails++
+	return request("m", prefix, seg{id: tails, tokens: 64})
+}
+
+// TestUnsent: a request that never reached the server leaves its lane as it was; one that reached it and was not answered
+// leaves nothing there that can be relied on.
+func TestUnsent(t *testing.T) {
+	for _, w := range []struct {
+		result   Result
+		expected int
+	}{{Result{}, 1000}, {Result{Sent: true}, 0}, {Result{Sent: true, Answered: true}, 0}} {
+		d := newDesk(t, Config{Lanes: 1})
+		d.done(d.add(with(alpha)), evaluated(1064, 1064), time.Second)
+		d.granted(1)
+		d.add(with(beta))
+		d.granted(2)
+		d.done(2, w.result, time.Second)
+		d.add(with(alpha))
+		if got := d.granted(3)[0].Expected; got > w.expected || got < w.expected-64 {
+			t.Errorf("after %+v %d tokens are expected, want about %d", w.result, got, w.expected)
+		}
+	}
+}
+
+// TestLoadedAnew: what lanes held before a load is gone.
+func TestLoadedAnew(t *testing.T) {
+	d := newDesk(t, Config{Lanes: 2})
+	a, b := d.add(with(alpha)), d.add(with(beta))
+	d.granted(a, b)
+	d.done(a, evaluated(1064, 1064), time.Second)
+	d.done(b, evaluated(1064, 1064), time.Second)
+	d.now = d.now.Add(time.Hour)
+	c := d.add(with(alpha))
+	if got := d.granted(c)[0].Expected; got < 900 {
+		t.Fatalf("%d tokens are expected", got)
+	}
+	r := evaluated(1064, 1064)
+	r.Loaded, r.Load = true, 2*time.Second
+	d.done(c, r, 3*time.Second)
+	e := d.add(with(beta))
+	if got := d.granted(e)[0].Expected; got != 0 {
+		t.Errorf("%d tokens are expected of a prompt that was there before the load", got)
+	}
+}
+
+// TestCorrects: what was reused tells in which of the slots a request really landed.
+func TestCorrects(t *testing.T) {
+	d := newDesk(t, Config{Lanes: 2})
+	a, b := d.add(with(alpha)), d.add(with(beta))
+	d.granted(a, b)
+	d.done(a, evaluated(1064, 1064), time.Second)
+	d.done(b, evaluated(1064, 1064), time.Second)
+	// It is expected where alpha is, and reuses what beta had: the slots had been changed over.
+	mixed := request("m", alpha, seg{id: 77, tokens: 64})
+	x := d.q.servers[0].runners[0]
+	x.lanes[0].holds, x.lanes[1].holds = x.lanes[1].holds, x.lanes[0].holds
+	c := d.add(mixed)
+	d.granted(c)
+	if x.lanes[1].item == nil {
+		t.Fatal("it is not in the lane that is believed to hold its prefix")
+	}
+	x.lanes[1].item.expected = 0 // as if that had held something else …
+	x.lanes[1].before, x.lanes[0].holds = x.lanes[0].holds, x.lanes[1].before
+	d.done(c, evaluated(1064, 64), time.Second)
+	// … so it was in the other one, and what this one held is there still.
+	if shared(x.lanes[0].holds, stepsFor(beta)) < 900 {
+		t.Error("the lane it landed in is still believed to hold what it reused")
+	}
+}
+
+func stepsFor(prefix seg) []step {
+	r := request("m", prefix)
+	steps, _ := stepsOf(r.Links, 0)
+	return steps
+}
+
+// TestAgedDuringHold: a request that has waited for too long does not wait for a lane that is held.
+func TestAgedDuringHold(t *testing.T) {
+	d := newDesk(t, Config{Lanes: 1, MaxWait: 200 * time.Millisecond})
+	for range 8 { // a script that comes back after 15 ms: enough work to be left for the sake of an aged one
+		id := d.add(by("script", Normal, with(alpha)))
+		d.granted(id)
+		r := evaluated(1064, 1064)
+		d.done(id, r, time.Second)
+		d.now = d.now.Add(15 * time.Millisecond)
+	}
+	id := d.add(by("script", Normal, with(alpha)))
+	d.granted(id)
+	d.now = d.now.Add(time.Second)
+	other := d.add(by("other", Normal, with(beta)))
+	d.done(id, evaluated(1064, 64), 195*time.Millisecond)
+	d.granted()
+	if wait := d.wake(); wait != 5*time.Millisecond {
+		t.Errorf("looked again after %v", wait)
+	}
+	d.granted(other)
+}
+
+// TestHoldEnds: a lane is not held for a client that has had its share, nor against a more urgent request.
+func TestHoldEnds(t *testing.T) {
+	for _, w := range []struct {
+		name     string
+		priority Priority
+		share    int
+		held     bool
+	}{
+		{"equally urgent", Normal, 100_000, true},
+		{"more urgent", Interactive, 100_000, false},
+		{"less urgent", Batch, 100_000, true},
+		{"its share is used up", Normal, -1000, false},
+	} {
+		d := newDesk(t, Config{Lanes: 1})
+		id := d.add(by("script", Normal, with(alpha)))
+		d.granted(id)
+		other := d.add(by("other", w.priority, with(beta)))
+		x := d.q.servers[0].runners[0]
+		x.classes[Normal.rank()].accounts["script"].deficit = w.share
+		if w.share < 0 {
+			x.classes[Normal.rank()].accounts["other"].deficit = 100
+		}
+		d.done(id, evaluated(1064, 1064), time.Second)
+		if w.held {
+			d.granted()
+			d.wake()
+		}
+		d.granted(other)
+	}
+}
+
+// TestJoin: a request with a prefix that is being evaluated waits for that, unless it is urgent, or enough others wait, too,
+// or until it has waited for as long as the evaluation takes.
+func TestJoin(t *testing.T) {
+	warm := func(d *desk) uint64 { // what is learned: 1 ms for a token, answers of 10 tokens
+		id := d.add(with(beta))
+		d.granted(id)
+		d.done(id, evaluated(1064, 1064), time.Second)
+		d.q.Cool(0, "", d.now)
+		id = d.add(with(alpha))
+		d.granted(id)
+		return id
+	}
+	d := newDesk(t, Config{Lanes: 2})
+	warm(d)
+	second := d.add(with(alpha))
+	d.granted()
+	if wait := d.wake(); wait < 900*time.Millisecond || wait > 1100*time.Millisecond {
+		t.Errorf("it waited for %v, and the prefix takes a second", wait)
+	}
+	d.granted(second)
+
+	d = newDesk(t, Config{Lanes: 2})
+	warm(d)
+	urgent := d.add(by("c", Interactive, with(alpha)))
+	d.granted(urgent)
+
+	d = newDesk(t, Config{Lanes: 2})
+	first := warm(d)
+	sibling := d.add(with(alpha))
+	d.granted()
+	d.done(first, evaluated(1064, 1064), 100*time.Millisecond)
+	if got := d.granted(sibling)[0].Expected; got < 900 {
+		t.Errorf("the sibling finds %d tokens", got)
+	}
+
+	d = newDesk(t, Config{Lanes: 2})
+	warm(d)
+	n := 0
+	for ; n < 40 && len(d.q.grants) == 0; n++ {
+		d.add(with(alpha))
+	}
+	if n < 5 || n == 40 {
+		t.Errorf("with %d that wait the other lane joins", n)
+	}
+	other := d.add(with(beta))
+	if len(d.q.Grants()) != 1 {
+		t.Errorf("more than one lane joined, or request %d was granted without one", other)
+	}
+}
+
+// TestUrgentRunner: an interactive request for a runner that is not loaded does not wait for what waits for the loaded one.
+func TestUrgentRunner(t *testing.T) {
+	d := newDesk(t, Config{Lanes: 1})
+	first := d.add(by("batch", Batch, with(alpha)))
+	d.granted(first)
+	second := d.add(by("batch", Batch, with(alpha)))
+	r := by("human", Interactive, with(alpha))
+	r.Runner.Options = options("m", 4096)
+	human := d.add(r)
+	d.done(first, evaluated(1064, 1064), time.Second)
+	d.granted(human)
+	d.done(human, evaluated(1064, 1064), time.Second)
+	d.granted() // it may come back, and to load the model takes longer than to wait a little
+	if wait := d.wake(); wait > 2*time.Second {
+		t.Errorf("the model was kept for %v", wait)
+	}
+	d.granted(second)
+}
+
+// TestRounds: a client that was not there gets one quantum, whatever it had left, and what it owed counts.
+func TestRounds(t *testing.T) {
+	c := &class{tree: newTree(), accounts: map[string]*account{}}
+	it := func() *item { return &item{waits: true, tokens: 10} }
+	leave := func(i *item) {
+		i.waits = false
+		c.remove(i, false)
+	}
+	for _, w := range []struct{ had, want int }{{500, 100}, {-30, 70}, {0, 100}, {-250, -150}} {
+		first := it()
+		c.add(first, "client", 100)
+		leave(first)
+		c.accounts["client"].deficit = w.had
+		c.round++
+		again := it()
+		c.add(again, "client", 100)
+		if got := c.accounts["client"].deficit; got != w.want {
+			t.Errorf("with %d left it has %d in the next round, want %d", w.had, got, w.want)
+		}
+		leave(again)
+	}
+	// Of two that are in debt, the one that owes less goes on first.
+	a, b := it(), it()
+	c.add(a, "a", 100)
+	c.add(b, "b", 100)
+	c.charge(a.account, 300)
+	c.charge(b.account, 1000)
+	c.refill(100)
+	if a.account.deficit != 100 || b.account.deficit != -600 || c.positive != 1 {
+		t.Errorf("after a refill: %d and %d, %d above 0", a.account.deficit, b.account.deficit, c.positive)
+	}
+}
+
+// TestHoldTime: a lane is never held for longer than what that may save, and not where nobody comes back.
+func TestHoldTime(t *testing.T) {
+	rng := rand.New(rand.NewPCG(1, 5))
+	all := firstHabits()
+	for range 2000 {
+		var h returns
+		for range rng.IntN(40) {
+			if rng.IntN(3) == 0 {
+				h.miss()
+			} else {
+				h.came(time.Duration(rng.ExpFloat64() * float64(100*time.Millisecond)))
+			}
+		}
+		loss := time.Duration(rng.ExpFloat64() * float64(200*time.Millisecond))
+		if hold := h.hold(&all, loss); hold > loss || hold < 0 {
+			t.Fatalf("held for %v for %v", hold, loss)
+		}
+	}
+	var punctual, gone returns
+	for range 20 {
+		punctual.came(5 * time.Millisecond)
+		gone.miss()
+	}
+	if hold := punctual.hold(&all, time.Second); hold < 5*time.Millisecond || hold > 30*time.Millisecond {
+		t.Errorf("held for %v for a client that always takes 5 ms", hold)
+	}
+	if hold := gone.hold(&all, 200*time.Millisecond); hold != 0 {
+		t.Errorf("held for %v for clients that do not come back", hold)
+	}
+}
+
+// TestForgets: a client that never continues what it began is known for that.
+func TestForgets(t *testing.T) {
+	d := newDesk(t, Config{Lanes: 1})
+	for i := range maxVisits + 10 {
+		id := d.add(request("m", seg{id: uint64(1000 + i), tokens: 500}))
+		d.granted(id)
+		d.done(id, evaluated(500, 500), time.Second)
+	}
+	if h := d.q.client("c"); h.missed < 9 || h.total() != h.missed {
+		t.Errorf("its habits: %+v", h)
+	}
+}
+
+// TestRequeued: a request whose server did not answer keeps its place.
+func TestRequeued(t *testing.T) {
+	d := newDesk(t, Config{Lanes: 1})
+	first := d.add(with(alpha))
+	d.granted(first)
+	d.now = d.now.Add(time.Second)
+	d.add(with(beta))
+	again := with(seg{id: 3, tokens: 1000})
+	again.Arrived = start
+	id := d.add(again)
+	if st := d.q.Stats(d.now); st.Waiting[Normal].Oldest != 0 && st.Waiting[Normal].Requests != 2 {
+		t.Errorf("%+v", st.Waiting)
+	}
+	d.q.cfg.MaxWait = time.Second
+	d.q.servers[0].runners[0].lanes[0].work = 1 << 20
+	d.done(first, Result{}, 10*time.Millisecond)
+	if g := d.q.Grants(); len(g) != 1 || g[0].ID != id || g[0].Waited != 1010*time.Millisecond {
+		t.Errorf("granted %+v, want request %d", g, id)
+	}
+}
+
+// TestClientsGone: clients that are gone are forgotten, however many there were.
+func TestClientsGone(t *testing.T) {
+	d := newDesk(t, Config{Lanes: 1})
+	for i := range 5 * leastSweep {
+		id := d.add(by(fmt.Sprint("client", i), Normal, with(alpha)))
+		d.granted(id)
+		d.done(id, served, time.Second)
+	}
+	if n := len(d.q.servers[0].runners[0].classes[Normal.rank()].accounts); n > leastSweep {
+		t.Errorf("%d accounts are kept", n)
+	}
+}
+
+// TestTogether: two models that are in use at the same time can be loaded together, which is known as soon as one is answered
+// while an earlier request to the other one runs.
+func TestTogether(t *testing.T) {
+	d := newDesk(t, Config{Lanes: 2})
+	first := d.add(request("a", alpha))
+	d.granted(first)
+	second := d.add(request("b", alpha))
+	d.granted(second)
+	d.add(request("a", beta)) // while b is loaded, nothing else goes to a: it might have to be loaded again for that
+	d.granted()
+	d.done(second, evaluated(1000, 1000), time.Second)
+	d.granted(3)
+	third := d.add(request("b", beta))
+	d.granted(third)
+	s := d.q.servers[0]
+	if r := s.relation(s.runners[0], s.runners[1]); r != together {
+		t.Errorf("the models' relation is %d", r)
+	}
+}
+
+func TestPriorityNames(t *testing.T) {
+	for p, want := range map[Priority]string{Interactive: "interactive", Normal: "normal", Batch: "batch", -100: "interactive", 100: "batch"} {
+		if p.String() != want {
+			t.Errorf("%d is %q", p, p)
+		}
+	}
+}

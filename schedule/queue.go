@@ -1,0 +1,544 @@
+// Package schedule decides which request goes to an Ollama server when. For each slot of a loaded model there is a lane,
+// which serves one request at a time and remembers the prompt that it served last; a lane that falls free takes the
+// waiting request that shares the most with it. What that saves, and the theory behind it, is told where it is applied.
+//
+// Queue is the policy: it has no clock, no goroutine and no lock, and the same events give the same grants. Scheduler is the
+// shell around it in which requests wait. Neither reads bodies, talks to a server, or chooses between servers.
+package schedule
+
+import (
+	"slices"
+	"time"
+
+	"github.com/hashicorp/golang-lru/v2/simplelru"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+)
+
+// Runner is a model as one server has it loaded: with other options Ollama loads it again.
+type Runner struct {
+	Upstream uint16
+	Options  prefix.Options
+}
+
+// Priority orders requests: as long as a more urgent one waits no other is granted, but see Config.MaxWait.
+type Priority int8
+
+const (
+	Interactive Priority = iota - 1
+	Normal
+	Batch
+)
+
+func (p Priority) String() string { return [...]string{"interactive", "normal", "batch"}[p.rank()] }
+
+// rank is a priority as an index, the most urgent first.
+type rank uint8
+
+const (
+	urgent rank = iota // Interactive
+	_
+	_
+	ranks
+)
+
+func (p Priority) rank() rank { return rank(min(max(p, Interactive), Batch) - Interactive) }
+
+// Request is what the queue needs to know of a request.
+type Request struct {
+	ID       uint64 // unique among the requests that wait or are being served; Scheduler chooses it
+	Runner   Runner
+	Links    []prefix.Link // of its prompt; not kept
+	Tokens   int           // estimated, of the prompt; 0: guessed from the links
+	Client   string        // to be fair to: an API key or an address
+	Priority Priority
+	Arrived  time.Time // zero: now. One whose server did not answer keeps its place by it
+	// SlotFree: it needs no slot of a model (it unloads one, or a remote model answers it). Scheduler grants it at once; Queue
+	// is not to be given it.
+	SlotFree bool
+}
+
+// Placement says that a request may be sent now.
+type Placement struct {
+	ID       uint64
+	Lane     int // stand-in for the slot in which it will land; of its runner
+	Expected int // tokens of its prompt that this slot is expected to hold, estimated
+	Waited   time.Duration
+}
+
+// Result is how a granted request ended.
+type Result struct {
+	// Sent: it may have reached the server. Answered: its answer has begun, so that the prompt has been evaluated.
+	Sent, Answered bool
+
+	Total       int // tokens of the prompt; 0: not known
+	Reused      int // of these, where ReusedKnown
+	ReusedKnown bool
+	Generated   int // tokens of the answer
+
+	FirstByte time.Duration // from the grant to the first byte of the answer's body; 0: not known
+
+	// What the answer tells of time. /v1 tells nothing.
+	Prompt, Eval time.Duration
+	Queue        time.Duration // inside Ollama: total - load - prompt_eval - eval
+	Load         time.Duration
+	Timed        bool // these times were told
+
+	Loaded, LoadKnown bool // whether the model was loaded for it
+}
+
+// Config sets a queue's bounds.
+type Config struct {
+	Lanes   int           // per runner, as OLLAMA_NUM_PARALLEL; 0: learned, from 1 on
+	Limit   int           // requests that wait; 0: DefaultLimit
+	MaxWait time.Duration // from when on a waiting request goes before others, whatever that costs; 0: never
+}
+
+// DefaultLimit is how many requests wait at most, unless the operator says otherwise.
+const DefaultLimit = 10_000
+
+const (
+	// quantum is how many prefixes' worth of work a lane does before it leaves a prefix, and a client gets before others, if
+	// others wait: what is evaluated again is then about 5 % of it.
+	quantum = 20
+	// agedQuantum is the same for the sake of a request that has waited for longer than MaxWait. A server that is
+	// too slow for what it is sent would otherwise evaluate every prompt in full, and be slower still.
+	agedQuantum = 4
+	// patience is how many requests, for each lane, go before the one that has waited for longest, whatever their priorities, even
+	// without Config.MaxWait (the oldest of every k: arXiv 2502.04677).
+	patience = 256
+	// fairWeight is how many tokens of a prompt a generated one counts as when clients are compared.
+	fairWeight = 10
+	// probeAfter is for how many times as long as it takes to evaluate a prefix lanes are held before it is tried whether
+	// that is needed; twice as long each time.
+	probeAfter = 8
+	// slack is how many tokens in common are not worth a thought. They take a few ms.
+	slack = 64
+	// triesMost bounds how many requests are looked at of clients that have had their share.
+	triesMost = 64
+	// similarity is which part of a prompt a slot must hold for the engine to choose the slot for that, and not by recency
+	// (llama.cpp --slot-prompt-similarity, which Ollama leaves as it is).
+	similarity = 0.10
+	maxClients = 4096 // whose habits are remembered
+	maxRunners = 256  // per server
+	maxVisits  = 64   // per runner
+	hostWorth  = 256  // tokens that tell that the host cache had them
+	maxLearned = 64   // lanes
+	maxPairs   = 1024 // of models of which it is known whether they can be loaded together, per server
+)
+
+// Queue is the policy. Make it with New. It is not safe for concurrent use. Time must not go back from call to call.
+type Queue struct {
+	cfg     Config
+	items   map[uint64]*item // waiting or being served
+	waiting [ranks]int
+	servers []*server // in the order in which they became known
+	clients *simplelru.LRU[string, *returns]
+	habits  returns // of all clients: what is expected of one that is not known
+	grants  []Placement
+	count   Counts
+}
+
+// server is one Ollama server.
+type server struct {
+	index     uint16
+	lanes     int  // per runner; 0: learned
+	found     int  // … for the runner that this was last learned of: what others begin with
+	longest   bool // it chooses slots by the longest match alone
+	runners   []*runner
+	byKey     map[Runner]*runner
+	list      []*runner // for order
+	waiting   int
+	turns     uint64
+	wake      time.Time              // when to look again; zero: after the next event
+	relations map[[2]string]relation // of models
+}
+
+// runner is what is known of a Runner.
+type runner struct {
+	key     Runner
+	server  *server
+	classes [ranks]class
+	waiting int
+	arrived time.Duration // the sum of the arrivals of what waits, since epoch. It may overflow: differences are right all the same
+	lanes   []*lane
+	want    int // lanes
+	busy    int
+	eldest  *item // the one that has waited for longest …
+	passed  int   // … and how many went before it since it is that
+	names   int   // lanes made so far
+
+	resident bool      // believed to be loaded
+	since    time.Time // when that began
+	turn     uint64    // … in the order of the server's loads
+	used     time.Time // when a request last ended
+	tried    time.Time // when the last request that has ended was granted
+	sought   time.Time // since when requests wait for it while it is not resident
+	habits   returns   // when requests for it came after it had nothing to do
+	wanted   bool      // others waited when it had nothing to do any more
+	missed   bool      // it was held for requests that did not come
+	rank     rank      // of the last request
+	idle     time.Time // since when a lane is free and a request waits
+	visits   []*visit  // oldest first
+	rates    rates
+	learner  learner
+	heldFor  time.Duration // that lanes were held since the last probe
+	probing  *visit        // the one for which it was not held last, until it is continued
+	probes   int           // how often a lane was not held, to see whether the host cache makes that unnecessary
+}
+
+// item is a request that waits or is being served.
+type item struct {
+	id      uint64
+	runner  *runner
+	class   *class
+	account *account
+	rank    rank
+	arrived time.Time
+	tokens  int
+	steps   []step
+	node    *node
+	waits   bool
+
+	lane     *lane // while it is served
+	granted  time.Time
+	turn     uint64 // in the order of all grants
+	expected int
+	cost     int // charged so far
+
+	overtaken time.Time // when the first of those ended that were served when it was granted
+	full      int       // how many lanes were busy with it, if those were all; else 0
+	alone     bool
+	hosted    int // tokens that the host cache may have restored; 0: nothing to learn
+}
+
+// lane stands for a slot.
+type lane struct {
+	name   int
+	holds  []step // the prompt that it last served, or serves
+	tokens int    // of that prompt
+	before []step // what it held before that
+	marks  [ranks]*node
+	item   *item // nil: free
+
+	used     time.Time // when it was last taken or fell free; zero: never
+	class    rank      // of the request that it last served
+	work     int       // tokens, since it took up its prefix
+	visit    *visit    // the request that it last served
+	wanted   bool      // requests waited when it fell free, so that to hold it costs something, and may save something
+	reported bool      // its hold has been counted
+}
+
+// visit is a prompt that has been served, remembered to learn when one that continues it comes.
+type visit struct {
+	steps  []step
+	tokens int
+	client string
+	at     time.Time
+	state  visitState
+
+	generated int // tokens of the answer
+}
+
+type visitState uint8
+
+const (
+	visitOpen     visitState = iota
+	visitMissed              // none came while the lane was held for it
+	visitReturned            // one came
+)
+
+// Counts count what the policy did, since New.
+type Counts struct {
+	Grants       uint64 // with a lane
+	Continued    uint64 // to a lane that held most of what the two had in common
+	Opened       uint64 // to a lane that held nothing of it
+	Joined       uint64 // … although another lane was busy with its prefix
+	Aged         uint64 // for having waited longer than MaxWait
+	RunnerLoads  uint64 // to a runner that was not loaded
+	HoldsHit     uint64 // lanes held for a request that came
+	HoldsExpired uint64 // … and that did not come
+}
+
+// New returns an empty queue.
+func New(cfg Config) *Queue {
+	if cfg.Limit == 0 {
+		cfg.Limit = DefaultLimit
+	}
+	clients, err := simplelru.NewLRU[string, *returns](maxClients, nil)
+	if err != nil {
+		panic(err) // the size is positive
+	}
+	return &Queue{cfg: cfg, items: map[uint64]*item{}, clients: clients, habits: firstHabits()}
+}
+
+// epoch is what arrivals are counted from, so that they can be summed.
+var epoch = time.Unix(1_600_000_000, 0)
+
+// Len returns how many requests wait.
+func (q *Queue) Len() int { return q.waiting[0] + q.waiting[1] + q.waiting[2] }
+
+// Add adds a request. false: the queue is full, and the request is not in it.
+func (q *Queue) Add(r Request, now time.Time) bool {
+	if r.Arrived.IsZero() || r.Arrived.After(now) {
+		r.Arrived = now
+	}
+	s := q.server(r.Runner.Upstream)
+	x := q.runner(s, r.Runner, now)
+	it := &item{id: r.ID, runner: x, rank: r.Priority.rank(), arrived: r.Arrived, waits: true}
+	it.steps, it.tokens = stepsOf(r.Links, r.Tokens)
+	q.returned(x, it, r.Client, now)
+
+	full := q.Len() >= q.cfg.Limit
+	if full && x.busy >= x.want {
+		return false
+	}
+	c := &x.classes[it.rank]
+	if c.tree == nil {
+		c.tree, c.accounts = newTree(), map[string]*account{}
+		for _, l := range x.lanes {
+			if l.item != nil {
+				l.mark(it.rank, c.tree)
+			}
+		}
+	}
+	it.class = c
+	if x.waiting == 0 {
+		x.sought = now
+		x.came(now)
+	}
+	q.items[it.id] = it
+	q.waiting[it.rank]++
+	s.waiting++
+	x.waiting++
+	x.arrived += it.arrived.Sub(epoch)
+	x.rates.seen(it.tokens)
+	c.add(it, r.Client, x.quantum())
+	q.pump(s, now)
+	if full && it.waits {
+		q.Leave(it.id, now)
+		return false
+	}
+	return true
+}
+
+// stepsOf returns what is kept of a prompt's links, and how many tokens it has.
+func stepsOf(links []prefix.Link, tokens int) ([]step, int) {
+	if len(links) == 0 {
+		return nil, max(tokens, 1)
+	}
+	all := links[len(links)-1].Bytes
+	if tokens <= 0 {
+		tokens = all/4 + 1 // about what English text has
+	}
+	steps := make([]step, len(links))
+	for i := range links {
+		steps[i] = step{hash: links[i].Hash}
+		if all > 0 {
+			steps[i].tokens = int32(int64(tokens) * int64(links[i].Bytes) / int64(all))
+		}
+	}
+	return steps, tokens
+}
+
+// Leave takes out a request that waits and whose client has left. Of one that has been granted, Done must be told.
+func (q *Queue) Leave(id uint64, now time.Time) {
+	if it := q.drop(id); it != nil {
+		q.pump(it.runner.server, now)
+	}
+}
+
+// drop takes out a request that waits, and grants nothing for that; nil: there is none.
+func (q *Queue) drop(id uint64) *item {
+	it := q.items[id]
+	if it == nil || !it.waits {
+		return nil
+	}
+	delete(q.items, id)
+	q.unwait(it, false)
+	return it
+}
+
+// unwait takes a request out of what waits.
+func (q *Queue) unwait(it *item, serve bool) {
+	x := it.runner
+	q.waiting[it.rank]--
+	x.server.waiting--
+	x.waiting--
+	x.arrived -= it.arrived.Sub(epoch)
+	if x.waiting == 0 {
+		x.idle = time.Time{}
+	}
+	it.waits = false
+	it.class.remove(it, serve)
+}
+
+// Done says that a granted request has ended. Of one that is not being served it takes no notice.
+func (q *Queue) Done(id uint64, r Result, now time.Time) {
+	it := q.items[id]
+	if it == nil || it.waits {
+		return
+	}
+	delete(q.items, id)
+	x, l := it.runner, it.lane
+	for p := range x.classes {
+		if l.marks[p] != nil {
+			x.classes[p].tree.count(l.marks[p], 0, 0, -1)
+			l.marks[p] = nil
+		}
+	}
+	x.busy--
+	l.item, l.used, l.class, l.wanted, l.reported, l.visit = nil, now, it.rank, false, false, nil
+	it.account.running--
+
+	evaluated := max(it.tokens-it.expected, 1)
+	switch {
+	case !r.Sent: // the slot is as it was
+		l.holds, l.before = l.before, nil
+		l.tokens = tokensOf(l.holds)
+		evaluated = 0
+	case !r.Answered: // it may hold some of it, and what it held before is lost
+		l.holds, l.before, l.tokens = nil, nil, 0
+	default:
+		if r.ReusedKnown && r.Total > 0 {
+			evaluated = max(r.Total-r.Reused, 1)
+		}
+		if r.LoadKnown {
+			q.loaded(x, it, r, now)
+		}
+		x.correct(it, r)
+		x.rates.learn(it, r, evaluated)
+		q.visited(x, it, r.Generated, now)
+	}
+	cost := 0
+	if r.Sent {
+		cost = evaluated + fairWeight*r.Generated
+	}
+	l.work += cost - it.cost
+	it.class.charge(it.account, cost-it.cost)
+	l.wanted = x.server.waiting > 0
+	if x.server.lanes == 0 {
+		x.want = x.learner.learn(it, r, x.want, x.waiting > 0)
+		if x.learner.ceiling {
+			x.server.found = x.want
+		}
+	}
+	for _, other := range x.lanes {
+		if other.item != nil && other.item.overtaken.IsZero() {
+			other.item.overtaken = now
+		}
+	}
+	x.used, x.rank, x.missed = now, it.rank, false
+	x.wanted = x.waiting == 0 && x.busy == 0 && x.server.waiting > 0
+	if it.granted.After(x.tried) {
+		x.tried = it.granted
+	}
+	x.resize()
+	q.pump(x.server, now)
+}
+
+func tokensOf(steps []step) int {
+	if len(steps) == 0 {
+		return 0
+	}
+	return int(steps[len(steps)-1].tokens)
+}
+
+// Tick grants what may be granted by now. It is to be called at the time that Next returned.
+func (q *Queue) Tick(now time.Time) {
+	for _, s := range q.servers {
+		if !s.wake.IsZero() && !now.Before(s.wake) {
+			q.pump(s, now)
+		}
+	}
+}
+
+// Next returns when Tick is to be called; false: not before the next event.
+func (q *Queue) Next() (at time.Time, ok bool) {
+	for _, s := range q.servers {
+		if !s.wake.IsZero() && (!ok || s.wake.Before(at)) {
+			at, ok = s.wake, true
+		}
+	}
+	return at, ok
+}
+
+// Grants returns the grants since it was last called. The slice is valid until the next call of any method.
+func (q *Queue) Grants() []Placement {
+	g := q.grants
+	q.grants = q.grants[:0]
+	return g
+}
+
+// SetLanes says how many slots each model on the server has; 0: to be learned.
+func (q *Queue) SetLanes(upstream uint16, n int, now time.Time) {
+	s := q.server(upstream)
+	s.lanes = n
+	for _, x := range s.runners {
+		if n > 0 {
+			x.want = n
+		}
+		x.resize()
+	}
+	q.pump(s, now)
+}
+
+// SetLongestMatch says whether the server chooses slots by the longest match alone, as Ollama before 0.30 does.
+func (q *Queue) SetLongestMatch(upstream uint16, on bool) { q.server(upstream).longest = on }
+
+// SetExclusive says whether two models on the server cannot be loaded at the same time. It is learned, too.
+func (q *Queue) SetExclusive(upstream uint16, a, b string, on bool) {
+	r := together
+	if on {
+		r = apart
+	}
+	q.server(upstream).relate(a, b, r)
+}
+
+// Cool says that the model on the server is not loaded any more, so that nothing is warm there. An empty one means all.
+func (q *Queue) Cool(upstream uint16, model string, now time.Time) {
+	s := q.server(upstream)
+	for _, x := range s.runners {
+		if model == "" || x.key.Options.Model == model {
+			x.cool()
+		}
+	}
+	q.pump(s, now)
+}
+
+func (q *Queue) server(index uint16) *server {
+	for _, s := range q.servers {
+		if s.index == index {
+			return s
+		}
+	}
+	s := &server{index: index, lanes: q.cfg.Lanes, byKey: map[Runner]*runner{}, relations: map[[2]string]relation{}}
+	q.servers = append(q.servers, s)
+	return s
+}
+
+// resize makes as many lanes as there should be. Busy ones stay until they fall free.
+func (x *runner) resize() {
+	for len(x.lanes) < x.want {
+		x.lanes = append(x.lanes, &lane{name: x.names})
+		x.names++
+	}
+	for len(x.lanes) > x.want {
+		i := -1
+		for j, l := range x.lanes {
+			if l.item == nil && (i < 0 || l.used.Before(x.lanes[i].used)) {
+				i = j
+			}
+		}
+		if i < 0 {
+			return
+		}
+		x.lanes = slices.Delete(x.lanes, i, i+1)
+	}
+}
+
+// mark notes in a class's tree which prompt the lane is busy with.
+func (l *lane) mark(p rank, t *tree) {
+	l.marks[p] = t.place(l.holds)
+	t.count(l.marks[p], 0, 0, 1)
+}

@@ -1,0 +1,303 @@
+package schedule
+
+import (
+	"cmp"
+	"slices"
+	"time"
+)
+
+// runner returns the runner, made if need be. Of too many, the one that was idle for longest is forgotten.
+func (q *Queue) runner(s *server, key Runner, now time.Time) *runner {
+	if x, ok := s.byKey[key]; ok {
+		return x
+	}
+	if len(s.runners) >= maxRunners {
+		var oldest *runner
+		for _, x := range s.runners {
+			if x.waiting == 0 && x.busy == 0 && (oldest == nil || x.used.Before(oldest.used)) {
+				oldest = x
+			}
+		}
+		if oldest != nil {
+			delete(s.byKey, oldest.key)
+			s.runners = slices.DeleteFunc(s.runners, func(x *runner) bool { return x == oldest })
+		}
+	}
+	x := &runner{key: key, server: s, want: max(s.lanes, s.found, 1), used: now, sought: now}
+	x.resize()
+	s.byKey[key] = x
+	s.runners = append(s.runners, x)
+	return x
+}
+
+// cool forgets what is warm. What is being served is served after the load, or by what replaces it.
+func (x *runner) cool() {
+	x.resident = x.busy > 0
+	x.probing = nil
+	for _, l := range x.lanes {
+		l.before, l.visit, l.wanted = nil, nil, false
+		if l.item == nil {
+			l.holds, l.tokens, l.work = nil, 0, 0
+		}
+	}
+}
+
+// order returns the runners for which requests wait: those with more urgent requests first, and of those with equally urgent
+// ones that for which the waiting adds up to the most.
+func (s *server) order(now time.Time) []*runner {
+	list := s.list[:0]
+	for _, x := range s.runners {
+		if x.waiting > 0 {
+			list = append(list, x)
+		}
+	}
+	if len(list) > 1 {
+		slices.SortStableFunc(list, func(a, b *runner) int {
+			return cmp.Or(cmp.Compare(a.top(), b.top()), cmp.Compare(b.accumulated(now), a.accumulated(now)))
+		})
+	}
+	s.list = list
+	return list
+}
+
+// top returns the priority of the most urgent waiting request.
+func (x *runner) top() rank {
+	for p := range ranks {
+		if x.classes[p].fifo.live > 0 {
+			return p
+		}
+	}
+	return ranks
+}
+
+// accumulated returns how long the requests that wait have waited, added up.
+func (x *runner) accumulated(now time.Time) time.Duration {
+	return time.Duration(x.waiting)*now.Sub(epoch) - x.arrived
+}
+
+// oldest returns the request that has waited for longest, of those that wait.
+func (x *runner) oldest() *item {
+	var oldest *item
+	for p := range x.classes {
+		if it := x.classes[p].fifo.front(); it != nil && (oldest == nil || it.arrived.Before(oldest.arrived)) {
+			oldest = it
+		}
+	}
+	return oldest
+}
+
+// aged reports whether a request has waited for too long.
+func (q *Queue) aged(it *item, now time.Time) bool {
+	return q.cfg.MaxWait > 0 && it != nil && now.Sub(it.arrived) >= q.cfg.MaxWait
+}
+
+// admits reports whether requests may be sent to the runner now. What must be unloaded for it is drained first, and a
+// server's choice of the runner to load next is that of a buffer in front of a machine that is dear to set up: the one for
+// which the waiting adds up to the most.
+func (q *Queue) admits(x *runner, now time.Time) bool {
+	s := x.server
+	if x.resident {
+		for _, y := range s.runners {
+			if y.waiting > 0 && !y.resident && s.relation(x, y) == apart && q.yields(x, y, now) {
+				return false
+			}
+		}
+		return x.untangled(now)
+	}
+	for _, y := range s.runners {
+		if y == x || !y.resident && y.busy == 0 || s.relation(x, y) != apart {
+			continue
+		}
+		if y.busy > 0 || !q.drained(y, x, now) {
+			return false
+		}
+	}
+	for _, y := range s.runners {
+		if y != x && y.resident && s.relation(x, y) == apart {
+			y.cool()
+			if y.waiting > 0 {
+				y.sought = now
+			}
+		}
+	}
+	x.loads(now)
+	q.count.RunnerLoads++
+	return true
+}
+
+// yields reports whether x, which is loaded, is to make room for y although requests wait for it.
+func (q *Queue) yields(x, y *runner, now time.Time) bool {
+	if y.top() < x.top() {
+		return true
+	}
+	if y.top() > x.top() && !q.aged(y.oldest(), now) {
+		return false
+	}
+	begin := x.since
+	if y.sought.After(begin) {
+		begin = y.sought
+	}
+	load := max(x.rates.load(), y.rates.load())
+	turn := quantum * load
+	if q.aged(y.oldest(), now) {
+		begin, turn = x.since, agedQuantum*load
+	}
+	if at := begin.Add(turn); now.Before(at) {
+		x.server.later(at)
+		if q.cfg.MaxWait > 0 {
+			if aged := y.oldest().arrived.Add(q.cfg.MaxWait); aged.After(now) {
+				x.server.later(aged)
+			}
+		}
+		return false
+	}
+	return true
+}
+
+// drained reports whether y may be unloaded for x: nothing waits for it that is as urgent, and nothing is expected that is
+// worth waiting for.
+func (q *Queue) drained(y, x *runner, now time.Time) bool {
+	if y.waiting > 0 {
+		return q.yields(y, x, now)
+	}
+	if !y.wanted || x.top() < y.rank {
+		return true
+	}
+	until := y.used.Add(y.habits.hold(&q.habits, y.rates.load()))
+	if now.Before(until) {
+		y.server.later(until)
+		return false
+	}
+	if !y.missed && !y.used.Equal(until) {
+		y.missed = true
+		y.habits.miss()
+		q.count.HoldsExpired++
+	}
+	return true
+}
+
+// came learns from a request that came to a runner for which none waited.
+func (x *runner) came(now time.Time) {
+	if !x.wanted || x.busy > 0 {
+		return
+	}
+	if x.missed {
+		x.habits.unmiss()
+	}
+	x.habits.came(now.Sub(x.used))
+	x.wanted = false
+}
+
+// loads notes that the runner was loaded, after all others.
+func (x *runner) loads(at time.Time) {
+	x.server.turns++
+	x.resident, x.since, x.turn = true, at, x.server.turns
+}
+
+// relation says whether two models can be loaded at the same time.
+type relation uint8
+
+const (
+	untried relation = iota
+	together
+	apart
+)
+
+// pair returns the key of two models.
+func pair(a, b string) [2]string {
+	if a > b {
+		a, b = b, a
+	}
+	return [2]string{a, b}
+}
+
+func (s *server) relate(a, b string, r relation) {
+	if _, known := s.relations[pair(a, b)]; known || len(s.relations) < maxPairs {
+		s.relations[pair(a, b)] = r
+	}
+}
+
+// relation returns what is known of two runners. Of one model only one is loaded.
+func (s *server) relation(x, y *runner) relation {
+	if x.key.Options.Model == y.key.Options.Model {
+		return apart
+	}
+	return s.relations[pair(x.key.Options.Model, y.key.Options.Model)]
+}
+
+// untangled reports whether the runner may be used for all that is known of the others that are loaded. When a second
+// model has been loaded, a single request to the first one tells whether that has been unloaded for it: until then the
+// two are not used at the same time, since they might evict each other with every request. Nobody waits for that for much
+// longer than a load takes.
+func (x *runner) untangled(now time.Time) bool {
+	for _, y := range x.server.runners {
+		if y == x || !y.resident || x.server.relation(x, y) != untried {
+			continue
+		}
+		var until time.Time
+		load := max(x.rates.load(), y.rates.load())
+		switch {
+		case y.turn > x.turn && y.busy > 0 && y.tried.Before(y.since): // its first request is under way
+			until = y.since.Add(2 * load)
+		case y.turn < x.turn && !x.tried.Before(x.since) && !y.tried.After(x.since) && (y.waiting > 0 || y.busy > 0):
+			until = x.used.Add(2 * load)
+		}
+		if now.Before(until) {
+			x.server.later(until)
+			return false
+		}
+	}
+	return true
+}
+
+// serves reports whether the runner is busy with a request that was granted before a turn. It was loaded for that before
+// whatever was granted later.
+func (x *runner) serves(before uint64) bool {
+	for _, l := range x.lanes {
+		if l.item != nil && l.item.turn < before {
+			return true
+		}
+	}
+	return false
+}
+
+// loaded learns from whether a request to a runner that was believed to be loaded found it so.
+func (q *Queue) loaded(x *runner, it *item, r Result, now time.Time) {
+	for _, y := range x.server.runners {
+		if y != x && y.resident && x.server.relation(x, y) == untried && y.serves(it.turn) {
+			x.server.relate(x.key.Options.Model, y.key.Options.Model, together)
+		}
+	}
+	var gone *runner
+	if x.since.Before(it.granted) {
+		var others []*runner // loaded since this one was
+		for _, y := range x.server.runners {
+			if y != x && y.resident && y.turn > x.turn && y.since.Before(it.granted) && x.server.relation(x, y) == untried {
+				others = append(others, y)
+			}
+		}
+		switch {
+		case !r.Loaded:
+			for _, y := range others {
+				x.server.relate(x.key.Options.Model, y.key.Options.Model, together)
+			}
+		case len(others) == 1:
+			x.server.relate(x.key.Options.Model, others[0].key.Options.Model, apart)
+			if gone = others[0]; gone.busy > 0 { // it will be loaded once more, for those
+				gone = x
+			}
+		}
+	}
+	if r.Loaded {
+		x.loads(it.granted)
+		for _, l := range x.lanes {
+			if l.item == nil && l != it.lane && l.used.Before(it.granted) {
+				l.holds, l.tokens, l.before = nil, 0, nil
+			}
+		}
+	}
+	if gone != nil {
+		gone.cool()
+		gone.resident, gone.sought = false, now
+	}
+}

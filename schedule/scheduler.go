@@ -1,0 +1,204 @@
+package schedule
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+)
+
+// ErrFull says that as many requests wait as may. The client is to come again later.
+var ErrFull = errors.New("too many requests are waiting; try again later")
+
+// ErrClosed says that the proxy is stopping and sends nothing more.
+var ErrClosed = errors.New("the proxy is stopping")
+
+// Scheduler lets requests wait until Queue grants them. Make it with NewScheduler. Its methods may be called from any
+// goroutine. It starts none of its own; between events a timer calls it when the queue wants to look again.
+type Scheduler struct {
+	mu      sync.Mutex // guards all below, and what the waiters hold
+	queue   *Queue
+	waiters map[uint64]*waiter // not yet granted
+	last    uint64
+	timer   *time.Timer // nil until it is first needed
+	armed   time.Time   // for when; zero: not set
+	closed  bool
+}
+
+// waiter is a request that waits. Under Scheduler.mu until ready is closed.
+type waiter struct {
+	ready chan struct{} // closed when it has been granted, or refused
+	place Placement
+	err   error
+}
+
+// NewScheduler returns a scheduler with an empty queue.
+func NewScheduler(cfg Config) *Scheduler {
+	return &Scheduler{queue: New(cfg), waiters: map[uint64]*waiter{}}
+}
+
+// Grant lets a request be sent to its server, until Release. The nil Grant is none; to release it does nothing.
+type Grant struct {
+	Placement // of one that is SlotFree: zero, with Lane -1
+	scheduler *Scheduler
+}
+
+// Acquire waits until the request may be sent. Whoever gets a grant must release it. An error is ErrFull, ErrClosed, or
+// what ended ctx.
+func (s *Scheduler) Acquire(ctx context.Context, r Request) (*Grant, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	if r.SlotFree {
+		return &Grant{Placement: Placement{Lane: -1}}, nil
+	}
+	w, err := s.join(&r)
+	if err != nil {
+		return nil, err
+	}
+	select {
+	case <-w.ready:
+	case <-ctx.Done():
+		if s.leave(r.ID) {
+			return nil, ctx.Err()
+		}
+		<-w.ready // it was granted in the same moment
+		s.grant(w).Release(Result{})
+		return nil, ctx.Err()
+	}
+	return s.grant(w), w.err
+}
+
+// grant returns what a waiter was granted; nil if it was refused.
+func (s *Scheduler) grant(w *waiter) *Grant {
+	if w.err != nil {
+		return nil
+	}
+	return &Grant{Placement: w.place, scheduler: s}
+}
+
+func (s *Scheduler) join(r *Request) (*waiter, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return nil, ErrClosed
+	}
+	s.last++
+	r.ID = s.last
+	w := &waiter{ready: make(chan struct{})}
+	s.waiters[r.ID] = w
+	added := s.queue.Add(*r, time.Now())
+	if !added {
+		delete(s.waiters, r.ID)
+	}
+	s.handOver()
+	if !added {
+		return nil, ErrFull
+	}
+	return w, nil
+}
+
+// leave takes a request out whose client has left. false: it does not wait any more.
+func (s *Scheduler) leave(id uint64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, waits := s.waiters[id]; !waits {
+		return false
+	}
+	delete(s.waiters, id)
+	s.queue.Leave(id, time.Now())
+	s.handOver()
+	return true
+}
+
+// Release says that the request has ended, and how. Only the first call counts: the queue knows the request no more.
+func (g *Grant) Release(r Result) {
+	if g == nil || g.scheduler == nil {
+		return
+	}
+	s := g.scheduler
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.queue.Done(g.ID, r, time.Now())
+	s.handOver()
+}
+
+// handOver wakes those who were granted something, and sets the timer. s.mu must be held. Whoever leaves takes the same
+// lock, so that nothing is granted to one who has left.
+func (s *Scheduler) handOver() {
+	for _, p := range s.queue.Grants() {
+		w := s.waiters[p.ID]
+		delete(s.waiters, p.ID)
+		w.place = p
+		close(w.ready)
+	}
+	at, ok := s.queue.Next()
+	switch {
+	case !ok || s.closed:
+		if s.timer != nil {
+			s.timer.Stop()
+		}
+		s.armed = time.Time{}
+	case !at.Equal(s.armed):
+		s.armed = at
+		if wait := time.Until(at); s.timer == nil {
+			s.timer = time.AfterFunc(wait, s.tick)
+		} else {
+			s.timer.Reset(wait)
+		}
+	}
+}
+
+func (s *Scheduler) tick() { s.do(func(*Queue, time.Time) {}) }
+
+// do lets f change something, and hands over what is granted by that, or by now.
+func (s *Scheduler) do(f func(q *Queue, now time.Time)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := time.Now()
+	f(s.queue, now)
+	s.queue.Tick(now)
+	s.armed = time.Time{} // the timer may have run
+	s.handOver()
+}
+
+// SetLanes says how many slots each model on the server has; 0: to be learned.
+func (s *Scheduler) SetLanes(upstream uint16, n int) {
+	s.do(func(q *Queue, now time.Time) { q.SetLanes(upstream, n, now) })
+}
+
+// SetLongestMatch says whether the server chooses slots by the longest match alone, as Ollama before 0.30 does.
+func (s *Scheduler) SetLongestMatch(upstream uint16, on bool) {
+	s.do(func(q *Queue, _ time.Time) { q.SetLongestMatch(upstream, on) })
+}
+
+// SetExclusive says whether two models on the server cannot be loaded at the same time. It is learned, too.
+func (s *Scheduler) SetExclusive(upstream uint16, a, b string, on bool) {
+	s.do(func(q *Queue, _ time.Time) { q.SetExclusive(upstream, a, b, on) })
+}
+
+// Cool says that the model on the server is not loaded any more. An empty one means all.
+func (s *Scheduler) Cool(upstream uint16, model string) {
+	s.do(func(q *Queue, now time.Time) { q.Cool(upstream, model, now) })
+}
+
+// Stats returns what a page or a scrape shows.
+func (s *Scheduler) Stats() Stats {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.queue.Stats(time.Now())
+}
+
+// Close refuses what waits and what comes from now on. What has been granted may be released as ever.
+func (s *Scheduler) Close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closed = true
+	for id, w := range s.waiters {
+		s.queue.drop(id)
+		w.err = ErrClosed
+		close(w.ready)
+	}
+	clear(s.waiters)
+	s.handOver()
+}

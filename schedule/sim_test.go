@@ -1,0 +1,427 @@
+package schedule
+
+import (
+	"container/heap"
+	"fmt"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+)
+
+// A simulated Ollama on virtual time: slots, the engine's rule for choosing one, the host cache, loads, and its queue, which
+// is first come, first served. Prompts are evaluated one after the other, answers are generated beside each other.
+
+// seg is a run of a prompt's tokens.
+type seg struct {
+	id     uint64
+	tokens int
+	answer bool // generated earlier: evaluated only if no slot has it any more
+}
+
+// job is a request of a workload.
+type job struct {
+	segs     []seg
+	gen      int
+	client   string
+	priority Priority
+	model    string
+	numCtx   int
+	done     func()
+
+	id        uint64
+	came, end time.Time
+	sent      time.Time
+	expected  int // tokens that the queue expected to be reused
+}
+
+func lcp(a, b []seg) (n int) {
+	for i := 0; i < min(len(a), len(b)) && a[i].id == b[i].id; i++ {
+		n += a[i].tokens
+	}
+	return n
+}
+
+func total(s []seg) (n int) {
+	for _, x := range s {
+		n += x.tokens
+	}
+	return n
+}
+
+func mix(h, v uint64) uint64 {
+	h = (h ^ v ^ 0x9E3779B97F4A7C15) * 0xC2B2AE3D27D4EB4F
+	return h ^ h>>29 | 1
+}
+
+// links makes a chain: for each run a link for every 64 tokens, as prefix does for text of 4 bytes a token.
+func (j *job) links() []prefix.Link {
+	h := mix(uint64(len(j.model)), uint64(j.numCtx))
+	for _, c := range j.model {
+		h = mix(h, uint64(c))
+	}
+	links := []prefix.Link{{Hash: h, Message: -1}, {Hash: mix(h, 1), Message: -1}}
+	h = mix(h, 1)
+	bytes := 0
+	for _, s := range j.segs {
+		for n := 0; n < s.tokens; n += 64 {
+			h = mix(h, s.id*1000+uint64(n))
+			bytes += 4 * min(64, s.tokens-n)
+			links = append(links, prefix.Link{Hash: h, Bytes: bytes, Part: prefix.Block})
+		}
+	}
+	return links
+}
+
+type slot struct {
+	holds []seg
+	used  time.Time
+	busy  bool
+}
+
+type engineConfig struct {
+	slots    int
+	host     int           // tokens that the host cache holds
+	longest  bool          // Ollama before 0.30
+	perToken time.Duration // of a prompt
+	decode   time.Duration // per token of an answer
+	load     time.Duration
+	exclude  bool // models cannot be loaded together
+	silent   bool // it tells nothing of times, as on /v1
+}
+
+type engine struct {
+	key      string
+	slots    []*slot
+	host     [][]seg
+	pending  []*job
+	computes time.Time // when the evaluations under way are done
+	busy     int
+	loading  time.Time
+}
+
+// sim runs jobs, through a queue or directly.
+type sim struct {
+	t    *testing.T
+	cfg  engineConfig
+	q    *Queue // nil: direct
+	now  time.Time
+	jobs map[uint64]*job
+	next uint64
+
+	events  events
+	seq     int
+	loaded  []*engine
+	waiting []*job // in Ollama's queue
+	tick    time.Time
+
+	tree      map[uint64]bool
+	least     int
+	evaluated int
+	loads     int
+	finished  []*job
+	missed    int                      // requests that reused less than the queue expected
+	served    map[string]time.Duration // by client
+	onDone    func(*job)
+}
+
+type event struct {
+	at  time.Time
+	seq int
+	do  func()
+}
+type events []event
+
+func (e events) Len() int { return len(e) }
+func (e events) Less(i, j int) bool {
+	return e[i].at.Before(e[j].at) || e[i].at.Equal(e[j].at) && e[i].seq < e[j].seq
+}
+func (e events) Swap(i, j int) { e[i], e[j] = e[j], e[i] }
+func (e *events) Push(x any)   { *e = append(*e, x.(event)) }
+func (e *events) Pop() any {
+	last := (*e)[len(*e)-1]
+	*e = (*e)[:len(*e)-1]
+	return last
+}
+
+var start = time.Unix(1_800_000_000, 0)
+
+func newSim(t *testing.T, cfg engineConfig, q *Queue) *sim {
+	if cfg.perToken == 0 {
+		cfg.perToken = 300 * time.Microsecond
+	}
+	if cfg.decode == 0 {
+		cfg.decode = 3 * time.Millisecond
+	}
+	if q != nil && cfg.longest {
+		q.SetLongestMatch(0, true)
+	}
+	return &sim{t: t, cfg: cfg, q: q, now: start, jobs: map[uint64]*job{}, tree: map[uint64]bool{}, served: map[string]time.Duration{}}
+}
+
+func (s *sim) after(d time.Duration, do func()) {
+	s.seq++
+	heap.Push(&s.events, event{s.now.Add(d), s.seq, do})
+}
+
+// submit is a client sending a request.
+func (s *sim) submit(j *job) {
+	s.next++
+	j.id, j.came = s.next, s.now
+	if j.model == "" {
+		j.model = "m"
+	}
+	s.jobs[j.id] = j
+	h, fresh := uint64(7), 0
+	for _, c := range fmt.Sprint(j.model, j.numCtx) {
+		h = mix(h, uint64(c))
+	}
+	for _, g := range j.segs {
+		if h = mix(h, g.id); !s.tree[h] {
+			s.tree[h] = true
+			if !g.answer {
+				fresh += g.tokens
+			}
+		}
+	}
+	s.least += max(fresh, 1)
+	if s.q == nil {
+		s.send(j)
+		return
+	}
+	if !s.q.Add(Request{ID: j.id, Runner: s.runner(j), Links: j.links(), Tokens: total(j.segs), Client: j.client, Priority: j.priority}, s.now) {
+		s.t.Fatalf("the queue is full")
+	}
+	s.pumped()
+}
+
+func (s *sim) runner(j *job) Runner {
+	return Runner{Options: options(j.model, j.numCtx)}
+}
+
+var optionsRead = map[string]prefix.Options{}
+
+// options reads a request's runner options, which only prefix can make.
+func options(model string, numCtx int) prefix.Options {
+	body := `{}`
+	if numCtx > 0 {
+		body = fmt.Sprintf(`{"options":{"num_ctx":%d}}`, numCtx)
+	}
+	key := model + body
+	o, ok := optionsRead[key]
+	if !ok {
+		o = prefix.NewReader().Read(prefix.Generate, model, []byte(body)).Runner
+		optionsRead[key] = o
+	}
+	return o
+}
+
+// pumped sends what the queue granted.
+func (s *sim) pumped() {
+	for _, g := range slices.Clone(s.q.Grants()) {
+		s.jobs[g.ID].expected = g.Expected
+		s.send(s.jobs[g.ID])
+	}
+	if at, ok := s.q.Next(); ok && !at.Equal(s.tick) {
+		s.tick = at
+		s.after(max(0, at.Sub(s.now)), func() {
+			s.tick = time.Time{}
+			s.q.Tick(s.now)
+			s.pumped()
+		})
+	}
+}
+
+// send is a request reaching Ollama.
+func (s *sim) send(j *job) {
+	j.sent = s.now
+	s.waiting = append(s.waiting, j)
+	s.schedule()
+}
+
+// schedule is Ollama's own: the head of its queue waits until its model can be loaded, and all others behind it.
+func (s *sim) schedule() {
+	for len(s.waiting) > 0 {
+		j := s.waiting[0]
+		key := fmt.Sprint(j.model, "/", j.numCtx)
+		i := slices.IndexFunc(s.loaded, func(e *engine) bool { return e.key == key })
+		if i < 0 {
+			for k := 0; k < len(s.loaded); k++ {
+				e := s.loaded[k]
+				if !s.cfg.exclude && e.model() != j.model {
+					continue
+				}
+				if e.busy > 0 || len(e.pending) > 0 {
+					return
+				}
+				s.loaded = slices.Delete(s.loaded, k, k+1)
+				k--
+			}
+			e := &engine{key: key, loading: s.now.Add(s.cfg.load), computes: s.now}
+			for range s.cfg.slots {
+				e.slots = append(e.slots, &slot{})
+			}
+			s.loaded = append(s.loaded, e)
+			s.loads++
+			i = len(s.loaded) - 1
+		}
+		s.waiting = s.waiting[1:]
+		e := s.loaded[i]
+		e.pending = append(e.pending, j)
+		if wait := e.loading.Sub(s.now); wait > 0 {
+			s.after(wait, func() { s.place(e) })
+		} else {
+			s.place(e)
+		}
+	}
+}
+
+func (e *engine) model() string { return e.key[:slices.Index([]byte(e.key), '/')] }
+
+// place gives pending requests slots, by the engine's rule.
+func (s *sim) place(e *engine) {
+	for len(e.pending) > 0 && !s.now.Before(e.loading) {
+		j := e.pending[0]
+		var best, lru *slot
+		most := 0
+		for _, l := range e.slots {
+			if l.busy {
+				continue
+			}
+			if n := lcp(j.segs, l.holds); n > most {
+				best, most = l, n
+			}
+			if lru == nil || l.used.Before(lru.used) {
+				lru = l
+			}
+		}
+		if lru == nil {
+			return
+		}
+		e.pending = e.pending[1:]
+		all := total(j.segs)
+		l, recency := best, false
+		if best == nil || !s.cfg.longest && float64(most) <= 0.1*float64(all) {
+			l, recency = lru, true
+		}
+		kept := lcp(j.segs, l.holds)
+		if held := total(l.holds); s.cfg.host > 0 && (recency || 2*kept < held) {
+			e.save(l.holds, s.cfg.host)
+			l.holds, kept = e.restore(j.segs, l.holds, kept)
+		}
+		evaluated := max(all-kept, 1)
+		s.evaluated += evaluated
+		if s.q != nil && kept < j.expected-slack {
+			s.missed++
+		}
+		begin := s.now
+		if e.computes.After(begin) {
+			begin = e.computes
+		}
+		e.computes = begin.Add(time.Duration(evaluated) * s.cfg.perToken)
+		decode := time.Duration(j.gen) * s.cfg.decode
+		end := e.computes.Add(decode)
+		s.served[j.client] += time.Duration(evaluated)*s.cfg.perToken + decode
+		l.busy, l.used, l.holds = true, s.now, append(slices.Clone(j.segs), seg{id: j.id<<32 | 5, tokens: j.gen, answer: true})
+		e.busy++
+		loaded := j.sent.Before(e.loading) && s.cfg.load > 0
+		load := max(0, e.loading.Sub(j.sent))
+		r := Result{
+			Sent: true, Answered: true, Total: all, Reused: all - evaluated, ReusedKnown: true, Generated: j.gen, Timed: true,
+			Prompt: e.computes.Sub(s.now), Eval: decode, Queue: max(0, s.now.Sub(j.sent)-load), Load: load, Loaded: loaded, LoadKnown: true,
+		}
+		r.FirstByte = e.computes.Sub(j.sent)
+		if s.cfg.silent {
+			r.Timed, r.Prompt, r.Eval, r.Queue, r.Load = false, 0, 0, 0, 0
+		}
+		s.after(end.Sub(s.now), func() {
+			l.busy, l.used = false, s.now
+			e.busy--
+			j.end = s.now
+			s.finished = append(s.finished, j)
+			delete(s.jobs, j.id)
+			s.place(e)
+			s.schedule()
+			if s.q != nil {
+				s.q.Done(j.id, r, s.now)
+				s.pumped()
+			}
+			if s.onDone != nil {
+				s.onDone(j)
+			}
+			if j.done != nil {
+				j.done()
+			}
+		})
+	}
+}
+
+func (e *engine) save(holds []seg, limit int) {
+	n := total(holds)
+	if n == 0 || n > limit {
+		return
+	}
+	e.host = append(e.host, holds)
+	sum := 0
+	for _, h := range e.host {
+		sum += total(h)
+	}
+	for sum > limit {
+		sum -= total(e.host[0])
+		e.host = e.host[1:]
+	}
+}
+
+func (e *engine) restore(segs, holds []seg, kept int) ([]seg, int) {
+	best := -1
+	part, sim := float64(kept)/float64(max(total(holds), 1)), kept
+	for i, h := range e.host {
+		n := lcp(segs, h)
+		if p := float64(n) / float64(total(h)); p >= 0.25 && p > part && n > sim {
+			best, part, sim = i, p, n
+		}
+	}
+	if best < 0 {
+		return holds, kept
+	}
+	holds = e.host[best]
+	e.host = slices.Delete(e.host, best, best+1)
+	return holds, sim
+}
+
+func (s *sim) step() {
+	e := heap.Pop(&s.events).(event)
+	s.now = e.at
+	e.do()
+}
+
+// run runs until nothing happens any more, and returns how long that took.
+func (s *sim) run() time.Duration {
+	for s.events.Len() > 0 {
+		s.step()
+	}
+	if len(s.jobs) > 0 {
+		s.t.Fatalf("%d requests were lost", len(s.jobs))
+	}
+	if s.q != nil && (s.q.Len() != 0 || len(s.q.items) != 0) {
+		s.t.Fatalf("%d requests wait, %d are known, at the end", s.q.Len(), len(s.q.items))
+	}
+	last := start
+	for _, j := range s.finished {
+		if j.end.After(last) {
+			last = j.end
+		}
+	}
+	return last.Sub(start)
+}
+
+// closed has a client send its requests one after the other.
+func (s *sim) closed(jobs []*job, think time.Duration) {
+	if len(jobs) == 0 {
+		return
+	}
+	j, rest := jobs[0], jobs[1:]
+	j.done = func() { s.after(think, func() { s.closed(rest, think) }) }
+	s.submit(j)
+}

@@ -1,0 +1,56 @@
+package schedule
+
+import "time"
+
+// Stats is what a page or a scrape shows.
+type Stats struct {
+	Counts
+	Waiting map[Priority]Waiting
+	Runners []RunnerStats // those that are loaded, or that requests wait for
+}
+
+// Waiting is what waits with one priority.
+type Waiting struct {
+	Requests int
+	Oldest   time.Duration // how long the one that came first has waited
+}
+
+// RunnerStats is what is known of a runner.
+type RunnerStats struct {
+	Runner  Runner
+	Loaded  bool
+	Waiting int
+	Lanes   int
+	Learned bool // the number of lanes is not given, but learned
+	Busy    int  // lanes that serve a request
+	Held    int  // lanes that are free although requests wait
+}
+
+// Stats returns what is shown.
+func (q *Queue) Stats(now time.Time) Stats {
+	st := Stats{Counts: q.count, Waiting: map[Priority]Waiting{}}
+	for p := Interactive; p <= Batch; p++ {
+		w := Waiting{Requests: q.waiting[p.rank()]}
+		for _, s := range q.servers {
+			for _, x := range s.runners {
+				if it := x.classes[p.rank()].fifo.front(); it != nil {
+					w.Oldest = max(w.Oldest, now.Sub(it.arrived))
+				}
+			}
+		}
+		st.Waiting[p] = w
+	}
+	for _, s := range q.servers {
+		for _, x := range s.runners {
+			if !x.resident && x.waiting == 0 {
+				continue
+			}
+			r := RunnerStats{Runner: x.key, Loaded: x.resident, Waiting: x.waiting, Lanes: x.want, Learned: s.lanes == 0, Busy: x.busy}
+			if x.resident && x.waiting > 0 {
+				r.Held = max(0, x.want-x.busy)
+			}
+			st.Runners = append(st.Runners, r)
+		}
+	}
+	return st
+}

@@ -1,0 +1,507 @@
+package schedule
+
+import (
+	"cmp"
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"slices"
+	"testing"
+	"time"
+)
+
+// outcome is what a workload cost.
+type outcome struct {
+	ratio float64 // evaluated / the least possible
+	wall  time.Duration
+	loads int
+	sim   *sim
+}
+
+// compare runs a workload directly and through a queue.
+func compare(t *testing.T, name string, cfg engineConfig, q Config, work func(*sim)) (direct, lanes outcome) {
+	t.Helper()
+	run := func(queue *Queue) outcome {
+		s := newSim(t, cfg, queue)
+		work(s)
+		wall := s.run()
+		return outcome{float64(s.evaluated) / float64(s.least), wall, s.loads, s}
+	}
+	direct, lanes = run(nil), run(New(q))
+	if cfg.host == 0 && cfg.load == 0 && lanes.sim.missed > 0 {
+		t.Errorf("%s: %d requests landed elsewhere than expected", name, lanes.sim.missed)
+	}
+	t.Logf("%-58s direct %.3f %6.1fs %d loads | lanes %.3f %6.1fs %d loads", name, direct.ratio, direct.wall.Seconds(), direct.loads, lanes.ratio, lanes.wall.Seconds(), lanes.loads)
+	return direct, lanes
+}
+
+var ids uint64
+
+func text(tokens int) seg {
+	ids++
+	return seg{id: ids, tokens: tokens}
+}
+
+// groups are prefixes with so many requests each, in random order.
+func groups(prefixes, each, prefixTokens, tail, gen int, seed uint64) []*job {
+	rng := rand.New(rand.NewPCG(seed, 1))
+	var jobs []*job
+	for range prefixes {
+		p := text(prefixTokens + rng.IntN(prefixTokens/10+1))
+		for range each {
+			jobs = append(jobs, &job{segs: []seg{p, text(tail + rng.IntN(tail/2+1))}, gen: gen, client: "c"})
+		}
+	}
+	rng.Shuffle(len(jobs), func(i, j int) { jobs[i], jobs[j] = jobs[j], jobs[i] })
+	return jobs
+}
+
+// burst sends all at once.
+func burst(s *sim, jobs []*job) {
+	for i, j := range jobs {
+		s.after(time.Duration(i)*50*time.Microsecond, func() { s.submit(j) })
+	}
+}
+
+// TestPrefixes: 32 prefixes × 4, all queued by 8 clients.
+func TestPrefixes(t *testing.T) {
+	for _, slots := range []int{1, 2, 4} {
+		for _, host := range []int{0, 100_000} {
+			for _, order := range []string{"random", "sorted"} {
+				name := fmt.Sprintf("32 prefixes x 4, %d slots, host %d, %s", slots, host, order)
+				_, lanes := compare(t, name, engineConfig{slots: slots, host: host}, Config{Lanes: slots}, func(s *sim) {
+					jobs := groups(32, 4, 1000, 40, 16, 7)
+					if order == "sorted" {
+						slices.SortStableFunc(jobs, func(a, b *job) int { return cmp.Compare(a.segs[0].id, b.segs[0].id) })
+					}
+					for i, j := range jobs {
+						j.client = fmt.Sprint("client", i%8)
+					}
+					burst(s, jobs)
+				})
+				if lanes.ratio > 1.05 {
+					t.Errorf("%s: %.3f times the least possible, want 1.05", name, lanes.ratio)
+				}
+			}
+		}
+	}
+}
+
+// TestScripts: closed loops, each with its own prefix, on one slot.
+func TestScripts(t *testing.T) {
+	for _, host := range []int{0, 2000, 100_000} {
+		for _, one := range []bool{false, true} {
+			name := fmt.Sprintf("4 scripts, 1 slot, host %d, one address %v", host, one)
+			direct, lanes := compare(t, name, engineConfig{slots: 1, host: host}, Config{Lanes: 1}, func(s *sim) {
+				for c := range 4 {
+					p := text(1000)
+					var jobs []*job
+					client := "script"
+					if !one {
+						client = fmt.Sprint(client, c)
+					}
+					for range 24 {
+						jobs = append(jobs, &job{segs: []seg{p, text(60)}, gen: 16, client: client})
+					}
+					s.after(time.Duration(c)*time.Millisecond, func() { s.closed(jobs, 5*time.Millisecond) })
+				}
+			})
+			if lanes.ratio > 1.15 {
+				t.Errorf("%s: %.3f times the least possible, want 1.15", name, lanes.ratio)
+			}
+			if host < 4000 && lanes.wall > direct.wall*6/10 {
+				t.Errorf("%s: %v, want 0.6 of %v", name, lanes.wall, direct.wall)
+			}
+		}
+	}
+}
+
+// TestChats: turns of chats that share a system prompt.
+func TestChats(t *testing.T) {
+	for _, host := range []int{0, 100_000} {
+		for _, slots := range []int{1, 2, 4} {
+			for _, each := range []int{1, 4} {
+				name := fmt.Sprintf("4 clients x %d chats of 10 turns, %d slots, host %d", each, slots, host)
+				direct, lanes := compare(t, name, engineConfig{slots: slots, host: host}, Config{Lanes: slots}, func(s *sim) {
+					system := text(500)
+					for c := range 4 {
+						var jobs []*job
+						for range each {
+							segs := []seg{system}
+							for range 10 {
+								segs = append(slices.Clone(segs), text(60+7*c))
+								jobs = append(jobs, &job{segs: segs, gen: 60, client: fmt.Sprint("client", c)})
+							}
+						}
+						s.after(time.Duration(c)*10*time.Millisecond, func() { s.chat(jobs, 20*time.Millisecond) })
+					}
+				})
+				if lanes.ratio > direct.ratio {
+					t.Errorf("%s: %.3f times the least possible, direct %.3f", name, lanes.ratio, direct.ratio)
+				}
+			}
+		}
+	}
+}
+
+// TestPauses measures what cannot be steered: chats whose turns do not overlap. All slots are free at each turn, and the engine
+// pulls a new chat into a slot that holds another one, since they share the system prompt.
+func TestPauses(t *testing.T) {
+	for _, longest := range []bool{false, true} {
+		direct, lanes := compare(t, fmt.Sprintf("4 clients with pauses, 4 slots, longest match %v", longest), engineConfig{slots: 4, longest: longest}, Config{Lanes: 4}, func(s *sim) {
+			system := text(500)
+			for c := range 4 {
+				var jobs []*job
+				segs := []seg{system}
+				for range 10 {
+					segs = append(slices.Clone(segs), text(60+7*c))
+					jobs = append(jobs, &job{segs: segs, gen: 60, client: fmt.Sprint("client", c)})
+				}
+				s.after(time.Duration(c)*time.Second, func() { s.chat(jobs, 4*time.Second+time.Duration(c)*300*time.Millisecond) })
+			}
+		})
+		if lanes.ratio > direct.ratio || lanes.wall > direct.wall {
+			t.Errorf("%.3f times the least possible in %v, direct %.3f in %v", lanes.ratio, lanes.wall, direct.ratio, direct.wall)
+		}
+	}
+}
+
+// chat is closed, with the answers in the next turn's prompt.
+func (s *sim) chat(jobs []*job, think time.Duration) {
+	if len(jobs) == 0 {
+		return
+	}
+	j, rest := jobs[0], jobs[1:]
+	j.done = func() {
+		answer := seg{id: j.id<<32 | 5, tokens: j.gen, answer: true}
+		for _, next := range rest {
+			if n := len(j.segs); len(next.segs) > n && next.segs[n-1].id == j.segs[n-1].id {
+				next.segs = slices.Insert(slices.Clone(next.segs), n, answer)
+			}
+		}
+		s.after(think, func() { s.chat(rest, think) })
+	}
+	s.submit(j)
+}
+
+// TestHotPrefix: one prefix must fill every slot.
+func TestHotPrefix(t *testing.T) {
+	for _, loop := range []string{"open", "closed"} {
+		direct, lanes := compare(t, "one prefix, 8 clients, 4 slots, "+loop, engineConfig{slots: 4}, Config{Lanes: 4}, func(s *sim) {
+			jobs := groups(1, 8*20, 1000, 40, 50, 3)
+			for i, j := range jobs {
+				j.client = fmt.Sprint("client", i%8)
+			}
+			if loop == "open" {
+				burst(s, jobs)
+				return
+			}
+			for c := range 8 {
+				s.closed(jobs[c*20:c*20+20], 3*time.Millisecond)
+			}
+		})
+		if float64(direct.wall)/float64(lanes.wall) < 0.97 {
+			t.Errorf("%s: throughput %.3f of direct, want 0.97", loop, float64(direct.wall)/float64(lanes.wall))
+		}
+	}
+}
+
+// TestRunners: two models that cannot be loaded together, and two num_ctx, 100 interleaved requests.
+func TestRunners(t *testing.T) {
+	for _, loop := range []string{"open", "closed"} {
+		for _, told := range []bool{true, false} {
+			name := fmt.Sprintf("2 models x 2 num_ctx, 100 requests, %s, told %v", loop, told)
+			cfg := engineConfig{slots: 1, load: 2 * time.Second, exclude: true}
+			_, lanes := compare(t, name, cfg, Config{Lanes: 1}, func(s *sim) {
+				if s.q != nil && told {
+					s.q.SetExclusive(0, "a", "b", true)
+				}
+				var jobs []*job
+				for i := range 100 {
+					jobs = append(jobs, &job{segs: []seg{text(300)}, gen: 20, client: fmt.Sprint("client", i%4), model: []string{"a", "b"}[i%2], numCtx: 2048 * (1 + i/2%2)})
+				}
+				if loop == "open" {
+					burst(s, jobs)
+					return
+				}
+				for c := range 4 {
+					var own []*job
+					for i := c; i < 100; i += 4 {
+						own = append(own, jobs[i])
+					}
+					s.closed(own, 5*time.Millisecond)
+				}
+			})
+			most := 4 + 2
+			if loop == "open" && told {
+				most = 4
+			}
+			if lanes.loads > most {
+				t.Errorf("%s: %d loads, want %d", name, lanes.loads, most)
+			}
+		}
+	}
+}
+
+// TestFieldF12: ten requests with three num_ctx in turn load the model three times, not nine.
+func TestFieldF12(t *testing.T) {
+	direct, lanes := compare(t, "10 requests, 3 num_ctx in turn", engineConfig{slots: 1, load: 2 * time.Second}, Config{Lanes: 1}, func(s *sim) {
+		var jobs []*job
+		for i := range 10 {
+			jobs = append(jobs, &job{segs: []seg{text(300)}, gen: 20, client: "c", numCtx: []int{32768, 0, 8192}[i%3]})
+		}
+		burst(s, jobs)
+	})
+	if lanes.loads != 3 || direct.loads != 10 {
+		t.Errorf("%d loads, direct %d", lanes.loads, direct.loads)
+	}
+	for _, j := range lanes.sim.finished {
+		if wait := j.sent.Sub(j.came); wait > lanes.wall {
+			t.Errorf("a request waited for %v", wait)
+		}
+	}
+}
+
+// TestStarvation: a request beside a stream of others that fit better waits for a bounded time: with MaxWait for about that,
+// and without it until others have had their turn.
+func TestStarvation(t *testing.T) {
+	for _, w := range []struct {
+		name    string
+		maxWait time.Duration
+		stream  func(s *sim, i int) *job
+		other   *job
+		within  time.Duration
+	}{
+		{name: "one prefix", within: 8 * time.Second},
+		{name: "one prefix, 5 s", maxWait: 5 * time.Second, within: 8 * time.Second},
+		{name: "more urgent", within: 60 * time.Second, other: &job{priority: Batch}},
+		{name: "more urgent, 5 s", maxWait: 5 * time.Second, within: 8 * time.Second, other: &job{priority: Batch}},
+		{name: "another runner", within: 60 * time.Second, other: &job{numCtx: 4096}},
+		{name: "another runner, 5 s", maxWait: 5 * time.Second, within: 20 * time.Second, other: &job{numCtx: 4096}},
+	} {
+		s := newSim(t, engineConfig{slots: 1, load: time.Second}, New(Config{Lanes: 1, MaxWait: w.maxWait}))
+		p := text(1000)
+		for i := range 2000 { // arrive a little faster than they can be served
+			s.after(time.Duration(i)*75*time.Millisecond, func() { s.submit(&job{segs: []seg{p, text(60)}, gen: 20, client: "stream"}) })
+		}
+		other := w.other
+		if other == nil {
+			other = &job{}
+		}
+		other.segs, other.gen, other.client = []seg{text(1000)}, 20, "stream" // the same client: nobody owes it anything
+		s.after(time.Second, func() { s.submit(other) })
+		s.run()
+		wait := other.sent.Sub(other.came)
+		t.Logf("beside %s: waited %v", w.name, wait)
+		if wait > w.within {
+			t.Errorf("beside %s: it waited for %v, want %v", w.name, wait, w.within)
+		}
+	}
+}
+
+// TestOverload: where everything has waited for longer than MaxWait, prompts are still not evaluated anew for each request.
+func TestOverload(t *testing.T) {
+	_, lanes := compare(t, "32 prefixes x 20, MaxWait long over", engineConfig{slots: 1}, Config{Lanes: 1, MaxWait: time.Second}, func(s *sim) {
+		burst(s, groups(32, 20, 1000, 40, 16, 7))
+	})
+	if lanes.ratio > 3 {
+		t.Errorf("%.3f times the least possible", lanes.ratio)
+	}
+}
+
+// TestInteractive: one interactive request among 500 batch ones waits for one running request, and costs one prefix.
+func TestInteractive(t *testing.T) {
+	for _, slots := range []int{1, 4} {
+		work := func(with bool) func(*sim) {
+			return func(s *sim) {
+				jobs := groups(10, 50, 1000, 40, 30, 11)
+				for _, j := range jobs {
+					j.priority = Batch
+				}
+				burst(s, jobs)
+				if with {
+					s.after(5*time.Second, func() {
+						s.submit(&job{segs: []seg{text(400)}, gen: 30, client: "human", priority: Interactive})
+					})
+				}
+			}
+		}
+		_, without := compare(t, fmt.Sprintf("500 batch requests, %d slots", slots), engineConfig{slots: slots}, Config{Lanes: slots}, work(false))
+		_, with := compare(t, fmt.Sprintf("500 batch requests and an interactive one, %d slots", slots), engineConfig{slots: slots}, Config{Lanes: slots}, work(true))
+		for _, j := range with.sim.finished {
+			if j.priority == Interactive {
+				if wait := j.sent.Sub(j.came); wait > 500*time.Millisecond {
+					t.Errorf("%d slots: it waited for %v, which is longer than one request takes", slots, wait)
+				}
+			}
+		}
+		if extra := with.sim.evaluated - without.sim.evaluated - 400; extra > 1100 {
+			t.Errorf("%d slots: it cost %d tokens beside its own", slots, extra)
+		}
+	}
+}
+
+// TestFair: two backlogged clients, one with long and one with short prompts.
+func TestFair(t *testing.T) {
+	for _, slots := range []int{1, 4} {
+		cfg := engineConfig{slots: slots}
+		s := newSim(t, cfg, New(Config{Lanes: slots, Limit: 1 << 20}))
+		for i, client := range []string{"long", "short"} {
+			size, n := 2000, 2000
+			if client == "short" {
+				size, n = 100, 20_000
+			}
+			for j := range n {
+				s.after(time.Duration(2*j+i)*time.Microsecond, func() { s.submit(&job{segs: []seg{text(size)}, gen: 10, client: client}) })
+			}
+		}
+		// Ten quanta of each.
+		x := 2 * 10 * 20 * 2000 * s.cfg.perToken
+		worst := 1.0
+		least := time.Duration(0)
+		s.onDone = func(*job) {
+			a, b := s.served["long"], s.served["short"]
+			if a+b < x {
+				return
+			}
+			if least == 0 {
+				least = a + b
+				fa, fb := float64(a), float64(b)
+				worst = (fa + fb) * (fa + fb) / (2 * (fa*fa + fb*fb))
+				t.Logf("fair, %d slots: long %v short %v, Jain %.4f", slots, a, b, worst)
+			}
+		}
+		for s.events.Len() > 0 && least == 0 {
+			s.step()
+		}
+		if worst < 0.99 || math.IsNaN(worst) {
+			t.Errorf("%d slots: Jain index %.4f, want 0.99", slots, worst)
+		}
+	}
+}
+
+// TestLone: a client that sends one request after the other never waits, whatever it sends.
+func TestLone(t *testing.T) {
+	for _, lanes := range []int{0, 1, 4} {
+		s := newSim(t, engineConfig{slots: max(lanes, 1), load: time.Second}, New(Config{Lanes: lanes}))
+		var jobs []*job
+		a, b := text(1000), text(1000)
+		for i := range 60 {
+			jobs = append(jobs, &job{segs: []seg{[]seg{a, b}[i%2], text(30)}, gen: 10, client: "lone", numCtx: 2048 * (i / 20)})
+		}
+		s.closed(jobs, 5*time.Millisecond)
+		s.run()
+		for _, j := range s.finished {
+			if j.sent != j.came {
+				t.Errorf("%d lanes: a request waited for %v", lanes, j.sent.Sub(j.came))
+			}
+		}
+	}
+}
+
+// TestDecodeHeavy: where generating takes longest, no slot may stand idle.
+func TestDecodeHeavy(t *testing.T) {
+	for _, loop := range []string{"open", "closed"} {
+		direct, lanes := compare(t, "short prompts, long answers, 4 slots, "+loop, engineConfig{slots: 4}, Config{Lanes: 4}, func(s *sim) {
+			jobs := groups(4, 20, 150, 30, 300, 5)
+			if loop == "open" {
+				burst(s, jobs)
+				return
+			}
+			for c := range 8 {
+				for _, j := range jobs[c*10 : c*10+10] {
+					j.client = fmt.Sprint("client", c)
+				}
+				s.closed(jobs[c*10:c*10+10], 5*time.Millisecond)
+			}
+		})
+		if lanes.wall > direct.wall*101/100 {
+			t.Errorf("%s: %v, direct %v", loop, lanes.wall, direct.wall)
+		}
+	}
+}
+
+// TestManyLanes: thousands of prefixes and hundreds of lanes, against the best order that is known beforehand: sorted
+// depth-first and cut into contiguous runs.
+func TestManyLanes(t *testing.T) {
+	const slots = 200
+	var offline int
+	_, lanes := compare(t, "2000 prefixes x 3 in 50 families, 200 slots", engineConfig{slots: slots}, Config{Lanes: slots, Limit: 1 << 20}, func(s *sim) {
+		rng := rand.New(rand.NewPCG(4, 4))
+		var jobs []*job
+		for range 50 {
+			family := text(300)
+			for range 40 {
+				p := text(700)
+				for range 3 {
+					jobs = append(jobs, &job{segs: []seg{family, p, text(40)}, gen: 16, client: "c"})
+				}
+			}
+		}
+		offline = 0
+		per := len(jobs) / slots
+		for i, j := range jobs {
+			if i%per == 0 {
+				offline += total(j.segs)
+			} else {
+				offline += total(j.segs) - lcp(j.segs, jobs[i-1].segs)
+			}
+		}
+		rng.Shuffle(len(jobs), func(i, j int) { jobs[i], jobs[j] = jobs[j], jobs[i] })
+		burst(s, jobs)
+	})
+	ratio := float64(lanes.sim.evaluated) / float64(offline)
+	t.Logf("evaluated %d, the offline order %d: %.3f", lanes.sim.evaluated, offline, ratio)
+	if ratio > 1.05 {
+		t.Errorf("%.3f times the tokens of the offline order", ratio)
+	}
+}
+
+// TestLearnsHost: where the host cache keeps what the slots lose, lanes are not held for long.
+func TestLearnsHost(t *testing.T) {
+	direct, lanes := compare(t, "8 scripts of 200, ample host cache", engineConfig{slots: 1, host: 100_000}, Config{Lanes: 1}, func(s *sim) {
+		for c := range 8 {
+			p := text(1000)
+			var jobs []*job
+			for range 200 {
+				jobs = append(jobs, &job{segs: []seg{p, text(60)}, gen: 16, client: fmt.Sprint("script", c)})
+			}
+			s.closed(jobs, 20*time.Millisecond)
+		}
+	})
+	if lanes.ratio > 1.05 || lanes.wall > direct.wall*105/100 {
+		t.Errorf("%.3f times the least possible in %v, direct %v", lanes.ratio, lanes.wall, direct.wall)
+	}
+}
+
+// TestLearnsLanes: the number of slots is found within a few dozen requests, whether or not answers tell how long they
+// waited, and another model begins with it.
+func TestLearnsLanes(t *testing.T) {
+	for _, silent := range []bool{false, true} {
+		for _, slots := range []int{1, 2, 4} {
+			s := newSim(t, engineConfig{slots: slots, silent: silent}, New(Config{}))
+			burst(s, groups(40, 10, 500, 60, 40, 9))
+			found, n, wrong := 0, 0, 0
+			s.onDone = func(*job) {
+				n++
+				x := s.q.servers[0].runners[0]
+				if x.want == slots && x.learner.ceiling && found == 0 {
+					found = n
+				}
+				if found > 0 && x.want != slots {
+					wrong++
+				}
+			}
+			s.run()
+			t.Logf("%d slots, silent %v: found after %d requests, off for %d of the next %d", slots, silent, found, wrong, n-found)
+			if found == 0 || found > 72 || wrong > 72 {
+				t.Errorf("%d slots: found after %d requests, then off for %d", slots, found, wrong)
+			}
+			s.submit(&job{segs: []seg{text(100)}, model: "other", client: "c"})
+			s.run()
+			if x := s.q.servers[0].runners[1]; x.want != slots {
+				t.Errorf("another model begins with %d lanes, want %d", x.want, slots)
+			}
+		}
+	}
+}

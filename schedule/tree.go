@@ -1,0 +1,308 @@
+package schedule
+
+import (
+	"slices"
+	"sort"
+)
+
+// step is what is kept of a link: its cumulative fingerprint, and about how many tokens the prompt has up to and with it.
+type step struct {
+	hash   uint64
+	tokens int32
+}
+
+// common returns how many leading steps two prompts have in common. Fingerprints are cumulative, so it need not look at
+// all of them.
+func common(a, b []step) int {
+	n := min(len(a), len(b))
+	if n == 0 || a[0].hash != b[0].hash {
+		return 0
+	}
+	if a[n-1].hash == b[n-1].hash {
+		return n
+	}
+	return sort.Search(n, func(i int) bool { return a[i].hash != b[i].hash })
+}
+
+// shared returns about how many tokens a prompt has in common with another one.
+func shared(a, other []step) int {
+	if n := common(a, other); n > 0 {
+		return int(a[n-1].tokens)
+	}
+	return 0
+}
+
+// tree is the prefix tree of one runner's requests of one priority: those that wait, and those that are being served by
+// any of its lanes. Chains of nodes with one child are one node.
+type tree struct {
+	root  node
+	nodes map[uint64]*node // by the first fingerprint of their steps, which no two nodes share
+}
+
+// node is a run of steps that all requests below it have in common.
+type node struct {
+	parent *node
+	steps  []step // never empty but for the root
+
+	// Of the requests that end here or below.
+	waiting int
+	tokens  int // of the prompts of those that wait
+	busy    int // being served
+
+	ends fifo // the requests that end here and wait
+
+	// Children with waiting requests: those in which no lane is busy, and the others. Oldest first.
+	open, taken siblings
+	in          *siblings // which of its parent's lists this node is in
+	prev, next  *node
+}
+
+// siblings is a list of nodes.
+type siblings struct{ first, last *node }
+
+func (s *siblings) pushBack(n *node) {
+	n.in, n.prev, n.next = s, s.last, nil
+	if s.last != nil {
+		s.last.next = n
+	} else {
+		s.first = n
+	}
+	s.last = n
+}
+
+func (s *siblings) pushFront(n *node) {
+	n.in, n.prev, n.next = s, nil, s.first
+	if s.first != nil {
+		s.first.prev = n
+	} else {
+		s.last = n
+	}
+	s.first = n
+}
+
+// unlink takes the node out of its list.
+func (n *node) unlink() {
+	if n.in == nil {
+		return
+	}
+	if n.prev != nil {
+		n.prev.next = n.next
+	} else {
+		n.in.first = n.next
+	}
+	if n.next != nil {
+		n.next.prev = n.prev
+	} else {
+		n.in.last = n.prev
+	}
+	n.in, n.prev, n.next = nil, nil, nil
+}
+
+// depth returns about how many tokens a prompt has up to the node's end.
+func (n *node) depth() int {
+	if len(n.steps) == 0 {
+		return 0
+	}
+	return int(n.steps[len(n.steps)-1].tokens)
+}
+
+// list puts the node where it belongs among its siblings.
+func (n *node) list() {
+	if n.parent == nil {
+		return
+	}
+	to := &n.parent.open
+	switch {
+	case n.waiting == 0:
+		n.unlink()
+		return
+	case n.busy > 0:
+		to = &n.parent.taken
+	}
+	if n.in == to {
+		return
+	}
+	began := n.in != nil
+	n.unlink()
+	if began {
+		to.pushFront(n) // what has been begun is older than most
+	} else {
+		to.pushBack(n)
+	}
+}
+
+func newTree() *tree { return &tree{nodes: map[uint64]*node{}} }
+
+// place returns the node at which a prompt with these steps ends, made if need be.
+func (t *tree) place(steps []step) *node {
+	n := &t.root
+	for len(steps) > 0 {
+		child, ok := t.nodes[steps[0].hash]
+		if !ok {
+			child = &node{parent: n, steps: steps}
+			t.nodes[steps[0].hash] = child
+			return child
+		}
+		i := common(child.steps, steps)
+		if i < len(child.steps) {
+			child = t.split(child, i)
+		}
+		n, steps = child, steps[i:]
+	}
+	return n
+}
+
+// split makes two nodes of one: the new one has its first i steps, and is returned.
+func (t *tree) split(n *node, i int) *node {
+	upper := &node{parent: n.parent, steps: n.steps[:i:i], waiting: n.waiting, tokens: n.tokens, busy: n.busy}
+	if n.in != nil { // in the same place
+		upper.in, upper.prev, upper.next = n.in, n.prev, n.next
+		if n.prev != nil {
+			n.prev.next = upper
+		} else {
+			n.in.first = upper
+		}
+		if n.next != nil {
+			n.next.prev = upper
+		} else {
+			n.in.last = upper
+		}
+		n.in, n.prev, n.next = nil, nil, nil
+	}
+	n.parent, n.steps = upper, n.steps[i:]
+	t.nodes[upper.steps[0].hash], t.nodes[n.steps[0].hash] = upper, n
+	n.list()
+	return upper
+}
+
+// count adds to a node and all above it, and drops the nodes that nobody needs any more.
+func (t *tree) count(n *node, waiting, tokens, busy int) {
+	for n != nil {
+		n.waiting += waiting
+		n.tokens += tokens
+		n.busy += busy
+		n.list()
+		parent := n.parent
+		if n.waiting == 0 && n.busy == 0 && parent != nil {
+			delete(t.nodes, n.steps[0].hash)
+		}
+		n = parent
+	}
+}
+
+// wait adds a request that waits.
+func (t *tree) wait(it *item) {
+	it.node = t.place(it.steps)
+	it.node.ends.push(it)
+	t.count(it.node, 1, it.tokens, 0)
+}
+
+// leave takes out a request that waited. It must not be marked as waiting any more. serve: it is being served from now on.
+func (t *tree) leave(it *item, serve bool) {
+	it.node.ends.dropped()
+	busy := 0
+	if serve {
+		busy = 1
+	}
+	t.count(it.node, -1, -it.tokens, busy)
+}
+
+// walk returns the last node with waiting requests on a prompt's way down, how many tokens of the prompt are in common
+// with everything below it, and whether all of the node's own steps are.
+func (t *tree) walk(steps []step) (n *node, tokens int, whole bool) {
+	n, whole = &t.root, true
+	for len(steps) > 0 {
+		child, ok := t.nodes[steps[0].hash]
+		if !ok || child.waiting == 0 {
+			break
+		}
+		i := common(child.steps, steps)
+		n, tokens = child, int(steps[i-1].tokens)
+		if i < len(child.steps) {
+			return n, tokens, false
+		}
+		steps = steps[i:]
+	}
+	return n, tokens, true
+}
+
+// first returns a request below a node that may be taken, the oldest subtree first. Of those that may not it looks at no
+// more than *tries, so that it takes no time to speak of where thousands wait.
+func (n *node) first(tries *int) *item {
+	if it := n.ends.find(tries); it != nil {
+		return it
+	}
+	for c := n.open.first; c != nil && *tries > 0; c = c.next {
+		if it := c.first(tries); it != nil {
+			return it
+		}
+	}
+	return nil
+}
+
+// fifo is a list of waiting requests in order of arrival. Those that do not wait any more are skipped, and dropped now
+// and then.
+type fifo struct {
+	items []*item
+	live  int
+}
+
+// push adds a request: at the end, unless it keeps an earlier place.
+func (f *fifo) push(it *item) {
+	f.live++
+	n := len(f.items)
+	if n == 0 || !it.arrived.Before(f.items[n-1].arrived) {
+		f.items = append(f.items, it)
+		return
+	}
+	i := sort.Search(n, func(i int) bool { return it.arrived.Before(f.items[i].arrived) })
+	f.items = slices.Insert(f.items, i, it)
+}
+
+// dropped says that one of the list has ceased to wait.
+func (f *fifo) dropped() {
+	f.live--
+	if f.live == 0 {
+		f.items = nil
+		return
+	}
+	f.front()
+	if len(f.items) > 2*f.live+16 {
+		kept := make([]*item, 0, f.live+f.live/4)
+		for _, it := range f.items {
+			if it.waits {
+				kept = append(kept, it)
+			}
+		}
+		f.items = kept
+	}
+}
+
+// front returns the oldest; nil if there is none.
+func (f *fifo) front() *item {
+	for len(f.items) > 0 && !f.items[0].waits {
+		f.items[0] = nil
+		f.items = f.items[1:]
+	}
+	if len(f.items) == 0 {
+		return nil
+	}
+	return f.items[0]
+}
+
+// find returns the first that may be taken, see node.first.
+func (f *fifo) find(tries *int) *item {
+	for _, it := range f.items {
+		if *tries <= 0 {
+			return nil
+		}
+		if !it.waits {
+			continue
+		}
+		if it.account.deficit > 0 {
+			return it
+		}
+		*tries--
+	}
+	return nil
+}

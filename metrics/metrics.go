@@ -5,6 +5,7 @@ package metrics
 import (
 	"net/http"
 	"runtime"
+	"strconv"
 	"sync"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -14,6 +15,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
@@ -51,6 +53,7 @@ type Metrics struct {
 	loads           *prometheus.CounterVec
 	estimatedLoads  *prometheus.CounterVec
 	truncated       *prometheus.CounterVec
+	waited          *prometheus.HistogramVec
 	attached        *prometheus.CounterVec
 
 	mu     sync.RWMutex
@@ -82,6 +85,7 @@ func New(version string, inFlight func() int64) *Metrics {
 	m.requests = counter("requests_total", "Requests that ended, by endpoint, model and outcome.", "endpoint", "model", "outcome")
 	m.duration = histogram("request_duration_seconds", "Time from a request's arrival to the end of its answer.", "endpoint")
 	m.firstByte = histogram("first_byte_seconds", "Time from a request's arrival to the first byte of the answer's body.", "endpoint")
+	m.waited = histogram("queue_wait_seconds", "Time that requests waited for a lane, by priority.", "priority")
 	m.bytesIn = counter("request_bytes_total", "Bytes of request bodies, as clients sent them.", "endpoint")
 	m.bytesOut = counter("response_bytes_total", "Bytes of response bodies.", "endpoint")
 	m.keepAlive = counter("keep_alive_total", "Requests that can carry keep_alive, by what was done: injected (the client gave none), kept (the client's own), raised (it was shorter), forced.", "action")
@@ -132,6 +136,9 @@ func (m *Metrics) Done(ex proxy.Exchange) {
 	if ex.Unedited != "" {
 		m.unedited.WithLabelValues(ex.Unedited).Inc()
 	}
+	if ex.Priority != "" {
+		m.waited.WithLabelValues(ex.Priority).Observe(ex.Waited.Seconds())
+	}
 	if ex.Savings != nil {
 		m.account(model, ex.Savings)
 	}
@@ -164,6 +171,75 @@ func (m *Metrics) account(model string, e *savings.Entry) {
 	}
 	m.saved.WithLabelValues(model, "evaluation").Add(max(0, e.SavedEvaluation.Seconds()))
 	m.saved.WithLabelValues(model, "loading").Add(max(0, e.SavedLoading.Seconds()))
+}
+
+// Lanes adds the series of a scheduler; stats is asked at each scrape.
+func (m *Metrics) Lanes(upstream string, stats func() schedule.Stats) {
+	m.registry.MustRegister(&lanes{metrics: m, upstream: upstream, stats: stats})
+}
+
+// lanes collects a scheduler's statistics.
+type lanes struct {
+	metrics  *Metrics
+	upstream string
+	stats    func() schedule.Stats
+}
+
+var (
+	queueLength  = prometheus.NewDesc(namespace+"_queue_requests", "Requests that wait for a lane, by priority.", []string{"priority"}, nil)
+	queueOldest  = prometheus.NewDesc(namespace+"_queue_oldest_seconds", "How long the request has waited that came first, by priority.", []string{"priority"}, nil)
+	laneCount    = prometheus.NewDesc(namespace+"_lanes", "Lanes of loaded models, by state: busy, held (free although requests wait: one that continues its prefix is expected), idle.", []string{"upstream", "model", "num_ctx", "state"}, nil)
+	laneLearned  = prometheus.NewDesc(namespace+"_lanes_learned", "How many slots a model has, as learned; nothing where the number is given.", []string{"upstream", "model", "num_ctx"}, nil)
+	laneSwitches = prometheus.NewDesc(namespace+"_lane_switches_total", "Requests that lanes took, by what the lane held: continued (most of what they had in common), opened (nothing of it), joined (nothing, while another lane is busy with it), load (its model is not loaded).", []string{"kind"}, nil)
+	laneHolds    = prometheus.NewDesc(namespace+"_lane_holds_total", "Lanes that were held for a request expected to continue their prefix, by outcome: hit (it came), expired.", []string{"outcome"}, nil)
+)
+
+func (l *lanes) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{queueLength, queueOldest, laneCount, laneLearned, laneSwitches, laneHolds} {
+		ch <- d
+	}
+}
+
+func (l *lanes) Collect(ch chan<- prometheus.Metric) {
+	st := l.stats()
+	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	}
+	count := func(d *prometheus.Desc, v uint64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(v), labels...)
+	}
+	for p, w := range st.Waiting {
+		gauge(queueLength, float64(w.Requests), p.String())
+		gauge(queueOldest, w.Oldest.Seconds(), p.String())
+	}
+	// Two runners may differ in options that are no label: their lanes are added up.
+	type key struct{ model, numCtx string }
+	states, learned := map[key][3]int{}, map[key]int{}
+	for _, r := range st.Runners {
+		k := key{l.metrics.model(r.Runner.Options.Model, true), "default"}
+		if n := r.Runner.Options.NumCtx(); n > 0 {
+			k.numCtx = strconv.Itoa(n)
+		}
+		s := states[k]
+		states[k] = [3]int{s[0] + r.Busy, s[1] + r.Held, s[2] + max(0, r.Lanes-r.Busy-r.Held)}
+		if r.Learned {
+			learned[k] = max(learned[k], r.Lanes)
+		}
+	}
+	for k, s := range states {
+		for i, state := range []string{"busy", "held", "idle"} {
+			gauge(laneCount, float64(s[i]), l.upstream, k.model, k.numCtx, state)
+		}
+	}
+	for k, n := range learned {
+		gauge(laneLearned, float64(n), l.upstream, k.model, k.numCtx)
+	}
+	count(laneSwitches, st.Continued, "continued")
+	count(laneSwitches, st.Opened, "opened")
+	count(laneSwitches, st.Joined, "joined")
+	count(laneSwitches, st.RunnerLoads, "load")
+	count(laneHolds, st.HoldsHit, "hit")
+	count(laneHolds, st.HoldsExpired, "expired")
 }
 
 // Attached counts what became of stored context.

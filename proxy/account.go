@@ -27,20 +27,27 @@ const (
 	traitsTimeout = 10 * time.Second
 )
 
-// account begins the ledger's entry of a request whose body has been read.
+// account reads the chain of a request whose body has been read.
 func (h *Handler) account(ex *exchange, rt route, model string, f fields) {
 	if h.Ledger == nil || rt.prompt == prefix.None || !h.exists(model) {
 		return
 	}
 	chain := h.prefixes.ReadMembers(rt.prompt, model, ex.body.data, f.members, f.long)
 	ex.chain, ex.dialect = &chain, rt.answer // on its own: the ledger keeps it for longer than the exchange
-	up := h.ledgerUpstream.Load()
-	ex.spend, ex.sent = h.Ledger.Begin(time.Now(), *up, &chain), time.Since(ex.start)
 	if h.ShowPrompts {
 		ex.excerpt = excerpt(ex.body.data)
 	}
+}
+
+// begin tells the ledger that the request is sent.
+func (h *Handler) begin(ex *exchange) {
+	if ex.chain == nil {
+		return
+	}
+	up := h.ledgerUpstream.Load()
+	ex.spend, ex.sent = h.Ledger.Begin(time.Now(), *up, ex.chain), time.Since(ex.start)
 	if up.Old {
-		put(h.traits.wanted, model)
+		put(h.traits.wanted, ex.chain.Runner.Model)
 	}
 }
 
@@ -55,6 +62,7 @@ func (h *Handler) exists(model string) bool {
 // accounted ends it.
 func (h *Handler) accounted(ex *exchange) {
 	if ex.spend == nil {
+		ex.free(savings.Answer{})
 		return
 	}
 	o := savings.Outcome{
@@ -73,8 +81,18 @@ func (h *Handler) accounted(ex *exchange) {
 	if entry, ok := ex.spend.End(time.Now(), o); ok {
 		ex.Savings = &entry
 	}
+	ex.free(o.Answer)
 	if ex.use.unloads() && ex.Outcome == OK {
-		h.Ledger.Lose(h.ledgerUpstream.Load().Index, ex.chain.Runner.Model, savings.LostUnloaded)
+		h.lose(ex.chain.Runner.Model, savings.LostUnloaded)
+	}
+}
+
+// lose tells that what a model held is gone; an empty one means all.
+func (h *Handler) lose(model string, why savings.Lost) {
+	up := h.ledgerUpstream.Load().Index
+	h.Ledger.Lose(up, model, why)
+	if h.Lanes != nil {
+		h.Lanes.Cool(up, model)
 	}
 }
 
@@ -109,13 +127,16 @@ func (h *Handler) polledLedger(st upstream.State) {
 	}
 	up := savings.Upstream{Name: h.Upstream.Name, TellsCached: st.AtLeast(0, 34), Old: st.AtLeast(0, 1) && !st.AtLeast(0, 30)}
 	h.ledgerUpstream.Store(&up)
+	if h.Lanes != nil {
+		h.Lanes.SetLongestMatch(up.Index, up.Old)
+	}
 	if st.Restarted {
-		h.Ledger.Lose(up.Index, "", savings.LostRestart)
+		h.lose("", savings.LostRestart)
 		h.forgetContexts(st.Models)
 	}
 	h.forgetContexts(st.Replaced)
 	for _, model := range st.Replaced {
-		h.Ledger.Lose(up.Index, model, savings.LostReplaced)
+		h.lose(model, savings.LostReplaced)
 		put(h.traits.replaced, model)
 	}
 	if st.LoadedKnown {

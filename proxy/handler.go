@@ -24,6 +24,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/jsonscan"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
@@ -50,8 +51,9 @@ type Handler struct {
 	Metrics   http.Handler // serves PathMetrics; nil forwards it like any other path
 	Log       *slog.Logger // nil discards
 
-	Ledger      *savings.Ledger // nil accounts for nothing and reads no prefixes
-	ShowPrompts bool            // the page of the last requests has excerpts of their bodies
+	Ledger      *savings.Ledger     // nil accounts for nothing and reads no prefixes
+	Lanes       *schedule.Scheduler // says when a request may be sent; nil sends them as they come
+	ShowPrompts bool                // the page of the last requests has excerpts of their bodies
 
 	// AttachContext sends requests to /api/generate with stored context where that is exact and no slower. Attached is told
 	// what became of it.
@@ -92,6 +94,9 @@ type Exchange struct {
 	Unedited  string // why a body that is usually read was not: see the Unedited… constants
 
 	Savings *savings.Entry // nil where there is nothing to account for
+
+	Priority string        // interactive, normal or batch; "" where the request did not have to wait for a lane
+	Waited   time.Duration // for it
 }
 
 // Outcome says how an exchange ended.
@@ -138,6 +143,7 @@ type exchange struct {
 
 	chain   *prefix.Chain
 	spend   *savings.Request // nil where the ledger does not account for it
+	grant   *schedule.Grant  // nil where it holds no lane
 	sent    time.Duration    // from start until it was sent
 	streams bool             // the answer is a stream of events
 	dialect savings.Dialect
@@ -260,6 +266,11 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	} else {
 		ex.pass(r)
 	}
+	if ref := h.wait(r, ex); ref != nil {
+		h.refuse(w, r, ex, ref)
+		return
+	}
+	h.begin(ex)
 	h.forward.ServeHTTP(w, r)
 }
 
@@ -391,6 +402,7 @@ func (h *Handler) rewrite(pr *httputil.ProxyRequest) {
 	for _, name := range ex.spent {
 		pr.Out.Header.Del(name)
 	}
+	pr.Out.Header.Del(headerPriority)
 	// The origin was judged here, by the inbound Host; the upstream sees another Host and would judge wrongly.
 	pr.Out.Header.Del("Origin")
 	pr.Out.Trailer = pr.In.Trailer // filled in when the body has been read
@@ -569,6 +581,9 @@ func (ex *exchange) attrs() []slog.Attr {
 	}
 	if ex.Unedited != "" {
 		attrs = append(attrs, slog.String("unedited", ex.Unedited))
+	}
+	if ex.Waited >= time.Millisecond {
+		attrs = append(attrs, milliseconds("waited_ms", ex.Waited))
 	}
 	if e := ex.Savings; e != nil && e.Total > 0 {
 		attrs = append(attrs, slog.Int("prompt_tokens", e.Total), slog.String("warm", string(e.Verdict)))

@@ -17,9 +17,10 @@ func TestImports(t *testing.T) {
 		"attach":                {"jsonscan"},
 		"contextstore":          {"prefix"},
 		"savings":               {"contextstore", "jsonscan", "prefix"},
-		"proxy":                 {"attach", "jsonscan", "prefix", "savings", "upstream"},
-		"metrics":               {"contextstore", "proxy", "savings", "upstream"},
-		"cmd/ollama-cacheproxy": {"contextstore", "metrics", "proxy", "savings", "upstream"},
+		"schedule":              {"prefix"},
+		"proxy":                 {"attach", "jsonscan", "prefix", "savings", "schedule", "upstream"},
+		"metrics":               {"contextstore", "proxy", "savings", "schedule", "upstream"},
+		"cmd/ollama-cacheproxy": {"contextstore", "metrics", "proxy", "savings", "schedule", "upstream"},
 	}
 	for pkg, want := range allowed {
 		out, err := exec.Command("go", "list", "-f", `{{join .Imports "\n"}}`, module+pkg).Output()

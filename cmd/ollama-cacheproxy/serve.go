@@ -23,6 +23,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/metrics"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
@@ -42,6 +43,10 @@ type serveCmd struct {
 	KeepAlivePolicy string   `default:"if-absent" enum:"if-absent,at-least,force" help:"What becomes of a client's own keep_alive: if-absent keeps it, at-least raises a shorter one, force replaces it. 0 (unload) is always kept. Default: if-absent."`
 	Touch           bool     `default:"true" negatable:"" help:"For models used through /v1 and /v1/messages, which cannot carry keep_alive, set it with one empty request per load."`
 	MaxBody         int64    `default:"${maxbody}" placeholder:"BYTES" help:"Longest request body to look at; a longer one is forwarded unread. Default: 67108864 (64 MiB)."`
+
+	Slots   string        `default:"auto" placeholder:"N" help:"How many requests a loaded model serves at once: the server's OLLAMA_NUM_PARALLEL, auto to learn it, or off to send requests as they come. Default: auto."`
+	Queue   int           `default:"10000" placeholder:"N" help:"How many requests may wait for a slot; more are answered 503. Default: 10000."`
+	MaxWait time.Duration `placeholder:"TIME" help:"From when on a waiting request goes before others, whatever that costs. Default: never."`
 
 	StoreEntries  int    `default:"1000000" placeholder:"N" help:"How many links of prefixes to remember; a prompt has about one for each 256 bytes. Default: 1000000."`
 	StoreBytes    int64  `default:"${storebytes}" placeholder:"BYTES" help:"How much memory to remember prefixes in. Default: 268435456 (256 MiB)."`
@@ -85,6 +90,7 @@ type settings struct {
 	upstream  *url.URL
 	keepAlive proxy.KeepAlive
 	guard     proxy.Guard
+	slots     int // 0: to be learned; -1: off
 }
 
 func (s *serveCmd) settings() (settings, error) {
@@ -104,6 +110,18 @@ func (s *serveCmd) settings() (settings, error) {
 	}
 	if s.MaxBody < 1 {
 		return set, fmt.Errorf("--max-body %d: want a positive number of bytes", s.MaxBody)
+	}
+	switch n, err := strconv.Atoi(s.Slots); {
+	case s.Slots == "auto":
+	case s.Slots == "off":
+		set.slots = -1
+	case err != nil || n < 1 || n > 1024:
+		return set, fmt.Errorf("--slots %q: want a number from 1 to 1024, auto or off", s.Slots)
+	default:
+		set.slots = n
+	}
+	if s.Queue < 1 || s.MaxWait < 0 {
+		return set, fmt.Errorf("--queue %d, --max-wait %v: want at least 1, and a time that is not negative", s.Queue, s.MaxWait)
 	}
 	if s.StoreEntries < 0 || s.StoreBytes < 0 {
 		return set, fmt.Errorf("--store-entries %d, --store-bytes %d: want 0 (remember no prefixes but the last prompts') or more", s.StoreEntries, s.StoreBytes)
@@ -175,6 +193,11 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 		Ledger: savings.New(store, rememberRequests), ShowPrompts: s.ShowPrompts, AttachContext: s.AttachContext == "auto",
 	}
 	counts := metrics.New(version(), h.InFlight)
+	if set.slots >= 0 {
+		h.Lanes = schedule.NewScheduler(schedule.Config{Lanes: set.slots, Limit: s.Queue, MaxWait: s.MaxWait})
+		defer h.Lanes.Close()
+		counts.Lanes(up.Name, h.Lanes.Stats)
+	}
 	counts.Store(store.Stats)
 	h.Metrics, h.Done, h.Touched, h.Attached = counts.Handler(), counts.Done, counts.Touched, counts.Attached
 	up.Polled = func(st upstream.State) {

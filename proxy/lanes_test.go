@@ -1,0 +1,178 @@
+package proxy
+
+import (
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
+)
+
+// laneRig is a proxy with so many lanes in front of an upstream whose connections the test accepts.
+func laneRig(t *testing.T, cfg schedule.Config) (*rig, *fake) {
+	f := newFake(t, nil)
+	return newRig(t, f.URL, &Handler{Lanes: schedule.NewScheduler(cfg)}), f
+}
+
+const chatAnswer = `{"model":"m","message":{"role":"assistant","content":"x"},"done":true,"total_duration":1000000,"prompt_eval_count":10,"prompt_eval_duration":1000,"eval_count":1,"eval_duration":1000}`
+
+// waiting waits until so many requests wait for a lane.
+func waiting(t *testing.T, rg *rig, n int) {
+	t.Helper()
+	for i := 0; ; i++ {
+		sum := 0
+		for _, w := range rg.h.Lanes.Stats().Waiting {
+			sum += w.Requests
+		}
+		if sum == n {
+			return
+		}
+		if i > 1e7 {
+			t.Fatalf("%d requests wait, want %d", sum, n)
+		}
+	}
+}
+
+// TestOneAtATime: with one lane the next request is sent when the one before has ended; what takes no slot is sent at once.
+func TestOneAtATime(t *testing.T) {
+	rg, f := laneRig(t, schedule.Config{Lanes: 1})
+	first, second := rg.dial(), rg.dial()
+	first.send(rawPost("/api/chat", chatWith("s", "one", "")))
+	up := f.accept()
+	up.receive()
+	second.send(rawPost("/api/chat", chatWith("s", "two", "")))
+	waiting(t, rg, 1)
+
+	var other *fakeConn // the transport keeps it
+	for _, r := range []string{"GET /api/tags HTTP/1.1\r\nHost: localhost\r\n\r\n", rawPost("/api/generate", `{"model":"m","keep_alive":0}`), rawPost("/api/chat", `{"model":"gpt-oss:120b-cloud","messages":[{"role":"user","content":"x"}]}`)} {
+		c := rg.dial()
+		c.send(r)
+		if other == nil {
+			other = f.accept()
+		}
+		other.receive()
+		other.send(answer(200, "application/json", `{}`))
+		c.receive()
+		rg.ended()
+	}
+
+	up.send(answer(200, "application/json", chatAnswer))
+	first.receive()
+	next := make(chan received, 2) // it comes over either connection
+	for _, c := range []*fakeConn{up, other} {
+		go func() { // ends with the request, or the test's connections
+			if r, err := c.head(); err == nil && c.rest(&r) == nil {
+				next <- r
+				c.Write([]byte(answer(200, "application/json", chatAnswer)))
+			}
+		}()
+	}
+	if got := <-next; !strings.Contains(string(got.body), "two") {
+		t.Errorf("then came %s", got.body)
+	}
+	second.receive()
+	rg.ended()
+	if ex := rg.ended(); ex.Priority != "normal" || ex.Waited == 0 {
+		t.Errorf("%+v", ex)
+	}
+}
+
+// F08 (1) and F20: a client that leaves while it waits is never sent upstream, and takes no lane with it.
+func TestLeavesWhileWaiting(t *testing.T) {
+	rg, f := laneRig(t, schedule.Config{Lanes: 1})
+	first, gone, last := rg.dial(), rg.dial(), rg.dial()
+	first.send(rawPost("/api/chat", chatWith("s", "one", "")))
+	up := f.accept()
+	up.receive()
+	for range 3 { // the same client comes again and again
+		gone.send(rawPost("/api/chat", chatWith("s", "two", "")))
+		waiting(t, rg, 1)
+		gone.Close()
+		if ex := rg.ended(); ex.Outcome != ClientGone {
+			t.Errorf("%+v", ex)
+		}
+		waiting(t, rg, 0)
+		gone = rg.dial()
+	}
+	last.send(rawPost("/api/chat", chatWith("s", "three", "")))
+	waiting(t, rg, 1)
+	up.send(answer(200, "application/json", chatAnswer))
+	if got := up.receive(); !strings.Contains(string(got.body), "three") {
+		t.Errorf("then came %s", got.body)
+	}
+	up.send(answer(200, "application/json", chatAnswer))
+	last.receive()
+}
+
+// TestQueueFull: a request too many is refused in the words of the path that it asks.
+func TestQueueFull(t *testing.T) {
+	rg, f := laneRig(t, schedule.Config{Lanes: 1, Limit: 1})
+	busy, waits := rg.dial(), rg.dial()
+	busy.send(rawPost("/api/chat", chatWith("s", "one", "")))
+	f.accept().receive()
+	waits.send(rawPost("/api/chat", chatWith("s", "two", "")))
+	waiting(t, rg, 1)
+	const words = "server busy, please try again.  maximum pending requests exceeded"
+	for path, want := range map[string]string{
+		"/api/chat":            `{"error":"` + words + `"}`,
+		"/v1/chat/completions": `{"error":{"code":null,"message":"` + words + `","param":null,"type":"api_error"}}`,
+		"/v1/messages":         `{"error":{"message":"` + words + `","type":"overloaded_error"},"type":"error"}`,
+	} {
+		res, text := rg.post(path, chatWith("s", "three", ""))
+		if res.StatusCode != 503 || text != want || res.Header.Get("Retry-After") == "" {
+			t.Errorf("%s: %d %s, Retry-After %q", path, res.StatusCode, text, res.Header.Get("Retry-After"))
+		}
+		if ex := rg.ended(); ex.Outcome != Refused {
+			t.Errorf("%+v", ex)
+		}
+	}
+}
+
+// TestPriority: what is interactive goes before what is batch; the header stays here.
+func TestPriority(t *testing.T) {
+	rg, f := laneRig(t, schedule.Config{Lanes: 1})
+	busy, batch, urgent := rg.dial(), rg.dial(), rg.dial()
+	busy.send(rawPost("/api/chat", chatWith("s", "one", "")))
+	up := f.accept()
+	up.receive()
+	batch.send(rawPost("/api/chat", chatWith("t", "slow", ""), headerPriority+": batch"))
+	waiting(t, rg, 1)
+	urgent.send(rawPost("/api/chat", chatWith("u", "urgent", ""), headerPriority+": Interactive"))
+	waiting(t, rg, 2)
+	for i, want := range []string{"urgent", "slow"} {
+		up.send(answer(200, "application/json", chatAnswer))
+		got := up.receive()
+		if !strings.Contains(string(got.body), want) || got.value(headerPriority) != "" {
+			t.Errorf("request %d: %s, %v", i, got.body, got.headers)
+		}
+	}
+	up.send(answer(200, "application/json", chatAnswer))
+	batch.receive()
+}
+
+// TestBrokenAnswersFreeLanes: however a request ends, its lane is free again. F19: the upstream never sees more than the limit.
+func TestBrokenAnswersFreeLanes(t *testing.T) {
+	var mu sync.Mutex
+	now, most, n := 0, 0, 0
+	f := newFake(t, func(r received) string {
+		mu.Lock()
+		if now++; now > most {
+			most = now
+		}
+		n++
+		status := []int{200, 404, 500}[n%3]
+		mu.Unlock()
+		defer func() { mu.Lock(); now--; mu.Unlock() }()
+		return answer(status, "application/json", chatAnswer)
+	})
+	rg := newRig(t, f.URL, &Handler{Lanes: schedule.NewScheduler(schedule.Config{Lanes: 3})})
+	var wg sync.WaitGroup
+	for i := range 200 {
+		wg.Go(func() { rg.post("/api/chat", chatWith("s", fmt.Sprint(i%5), "")) })
+	}
+	wg.Wait()
+	if st := rg.h.Lanes.Stats(); most > 3 || n != 200 || len(st.Runners) > 0 && st.Runners[0].Busy > 0 {
+		t.Errorf("%d requests, %d at once, %+v", n, most, st)
+	}
+}

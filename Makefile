@@ -10,7 +10,7 @@ DOCKERFILE_UTILS := dockerfile-utils@0.16.3
 
 .PHONY: help
 help: ## say what there is to make
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 .PHONY: build
 build: ## build bin/ollama-cacheproxy
@@ -39,8 +39,13 @@ lint: ## gofmt, vet, staticcheck; the Dockerfile (needs npx)
 
 .PHONY: bench
 bench: ## what the proxy costs: tables of requests per second, latencies and allocations
-	$(GO) test -run '^$$' -bench . ./jsonscan ./prefix ./contextstore ./savings ./proxy
+	$(GO) test -run '^$$' -bench . ./jsonscan ./prefix ./contextstore ./savings ./schedule ./proxy
 	$(GO) run ./bench/overhead
+
+.PHONY: bench-lanes
+bench-lanes: ## what scheduling saves: tokens evaluated, loads and time, directly and through the proxy, on real servers
+	$(GO) run ./bench/lanes
+	$(GO) run ./bench/lanes -era 0.24.0
 
 .PHONY: fuzz
 fuzz: ## a minute of each fuzz test

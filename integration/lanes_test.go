@@ -1,0 +1,109 @@
+package integration
+
+import (
+	"encoding/json"
+	"fmt"
+	"sync"
+	"testing"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
+)
+
+// TestLanes: of requests that wait, those that share a prefix follow each other, and those with the same options do. What is
+// evaluated and loaded is told by the server's log.
+func TestLanes(t *testing.T) {
+	for _, version := range realollama.Versions() {
+		t.Run(version, func(t *testing.T) {
+			const model = "gen-llama-tiny"
+			config := realollama.Config{Version: version, Models: []string{model}}
+			if version != realollama.EraA {
+				config.CacheRAMMiB = new(int) // nothing but the slot holds a prompt
+			}
+			server := realollama.Start(t, config)
+			p := startProxy(t, server.URL(), "--slots", "1")
+			ask := func(url string, prefix, n, numCtx int) string {
+				body, err := json.Marshal(map[string]any{
+					"model": model, "stream": false, "options": map[string]any{"temperature": 0, "num_predict": 4, "num_ctx": numCtx},
+					"messages": []map[string]string{{"role": "system", "content": words(uint64(prefix), 150)}, {"role": "user", "content": words(uint64(1000+100*prefix+n), 10)}},
+				})
+				if err != nil {
+					t.Error(err)
+					return ""
+				}
+				status, _, text := post(t, url+"/api/chat", string(body))
+				var answer struct{ Message struct{ Content string } }
+				if err := json.Unmarshal([]byte(text), &answer); err != nil || status != 200 {
+					t.Errorf("%d %s", status, text)
+				}
+				return answer.Message.Content
+			}
+			evaluated := func(mark realollama.Mark, n int) int {
+				t.Helper()
+				log, err := server.WaitEvaluations(t.Context(), mark, n)
+				if err != nil {
+					t.Fatal(err)
+				}
+				sum := 0
+				for _, e := range log {
+					sum += e.Evaluated
+				}
+				return sum
+			}
+			const prefixes, each = 12, 4
+
+			// The least possible: one after the other, in the order of the prefixes.
+			ask(server.URL(), 99, 0, 4096)
+			mark := server.Mark()
+			want := map[string]string{}
+			for prefix := range prefixes {
+				for n := range each {
+					want[fmt.Sprint(prefix, n)] = ask(server.URL(), prefix, n, 4096)
+				}
+			}
+			least := evaluated(mark, prefixes*each)
+
+			// All at once, in turn.
+			mark = server.Mark()
+			var mu sync.Mutex
+			var wg sync.WaitGroup
+			got := map[string]string{}
+			for n := range each {
+				for prefix := range prefixes {
+					wg.Go(func() {
+						text := ask(p.URL, prefix, n, 4096)
+						mu.Lock()
+						defer mu.Unlock()
+						got[fmt.Sprint(prefix, n)] = text
+					})
+				}
+			}
+			wg.Wait()
+			if sum := evaluated(mark, prefixes*each); sum*100 > least*115 {
+				t.Errorf("%d tokens evaluated, %d are the least possible", sum, least)
+			} else {
+				t.Logf("%d tokens evaluated, %d are the least possible", sum, least)
+			}
+			differ := 0
+			for id, text := range want {
+				if got[id] != text {
+					differ++
+				}
+			}
+			if differ*20 > len(want) { // the engine itself answers differently now and then: TestAnswers of realollama
+				t.Errorf("%d of %d answers differ", differ, len(want))
+			}
+
+			// F12: three num_ctx, ten of each, all at once.
+			loads := server.Mark()
+			for n := range 30 {
+				wg.Go(func() { ask(p.URL, 50, n, []int{2048, 3072, 4096}[n%3]) })
+			}
+			wg.Wait()
+			if n := server.Loads(loads); n > 5 {
+				t.Errorf("%d loads for three num_ctx", n)
+			} else {
+				t.Logf("%d loads for three num_ctx", n)
+			}
+		})
+	}
+}

@@ -55,6 +55,7 @@ fuzz: ## a minute of each fuzz test
 	$(GO) test -run '^$$' -fuzz '^FuzzMemory$$' -fuzztime 60s ./contextstore
 	$(GO) test -run '^$$' -fuzz '^FuzzSplits$$' -fuzztime 60s ./savings
 	$(GO) test -run '^$$' -fuzz '^FuzzText$$' -fuzztime 60s ./savings
+	$(GO) test -run '^$$' -fuzz '^FuzzQueue$$' -fuzztime 60s ./schedule
 	$(GO) test -run '^$$' -fuzz '^FuzzKeepAlive$$' -fuzztime 60s ./proxy
 
 .PHONY: clean

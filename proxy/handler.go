@@ -495,7 +495,7 @@ func reason(err error) string {
 
 // finish releases what the request held, and tells of it.
 func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
-	h.inFlight.Add(-1)
+	defer h.inFlight.Add(-1) // when all has been told
 	ex.use.end()
 	if ex.body != nil {
 		ex.body.release()

@@ -31,6 +31,7 @@ const (
 	defaultPort      = "11435"
 	defaultKeepAlive = "24h"
 
+	cutOff            = 2 * time.Second // for requests that were cut off to end
 	defaultStoreBytes = 256 << 20
 	rememberRequests  = 1000 // on /_cacheproxy/requests
 )
@@ -261,6 +262,10 @@ func drain(srv *http.Server, limit time.Duration, inFlight func() int64, cut con
 		logger.Warn("requests cut off after the drain limit", "in_flight", inFlight(), "limit", limit)
 		cut(proxy.ErrDrained)
 		err = srv.Close()
+		// Nobody waits for handlers whose connections were closed, and each still has a line to log.
+		for until := time.Now().Add(cutOff); inFlight() > 0 && time.Now().Before(until); {
+			time.Sleep(time.Millisecond)
+		}
 	}
 	logger.Info("stopped")
 	return err

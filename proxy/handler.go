@@ -495,7 +495,6 @@ func reason(err error) string {
 
 // finish releases what the request held, and tells of it.
 func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
-	defer h.inFlight.Add(-1) // when all has been told
 	ex.use.end()
 	if ex.body != nil {
 		ex.body.release()
@@ -522,6 +521,7 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	if h.Log.Enabled(context.Background(), level) {
 		h.Log.LogAttrs(context.Background(), level, "request", ex.attrs()...)
 	}
+	h.inFlight.Add(-1) // its line is logged: who waits for the last one may go
 	h.Done(ex.Exchange)
 }
 

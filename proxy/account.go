@@ -145,6 +145,15 @@ func (h *Handler) polledLedger(st upstream.State) {
 			loaded[upstream.ModelKey(l.Name)] = l.ContextLength
 		}
 		h.Ledger.Loaded(up.Index, loaded, st.Polled)
+		if h.Lanes != nil {
+			for a := range loaded {
+				for b := range loaded {
+					if a < b {
+						h.Lanes.SetExclusive(up.Index, a, b, false) // they fit together
+					}
+				}
+			}
+		}
 	}
 }
 

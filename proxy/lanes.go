@@ -25,10 +25,13 @@ func (h *Handler) wait(r *http.Request, ex *exchange) *refusal {
 	if h.Lanes == nil || ex.chain == nil || len(ex.chain.Links) <= 2 || ex.use.unloads() {
 		return nil
 	}
+	if st := h.Upstream.State(); !st.Polled.IsZero() && !st.Up {
+		return nil // to wait for what does not answer, one after the other, would only take longer
+	}
 	began := time.Now()
 	grant, err := h.Lanes.Acquire(r.Context(), schedule.Request{
 		Runner: schedule.Runner{Upstream: h.ledgerUpstream.Load().Index, Options: ex.chain.Runner},
-		Links:  ex.chain.Links, Client: clientOf(r), Priority: priority, Arrived: ex.start,
+		Links:  ex.chain.Links, Client: h.clientOf(r), Priority: priority,
 	})
 	ex.Waited, ex.Priority = time.Since(began), priority.String()
 	switch {
@@ -39,6 +42,7 @@ func (h *Handler) wait(r *http.Request, ex *exchange) *refusal {
 		ex.header.Set("Retry-After", retryAfter)
 		return &refusal{http.StatusServiceUnavailable, "server busy, please try again.  maximum pending requests exceeded"} // Ollama's own words
 	case errors.Is(err, schedule.ErrClosed):
+		ex.header.Set("Retry-After", retryAfter)
 		return &refusal{http.StatusServiceUnavailable, "ollama-cacheproxy is stopping; try again when it is back"}
 	}
 	return &refusal{http.StatusServiceUnavailable, "the request was given up while it waited: " + err.Error()} // the client has left
@@ -54,13 +58,11 @@ func priorityOf(r *http.Request) schedule.Priority {
 	return schedule.Normal
 }
 
-// clientOf says to whom the scheduler is to be fair: one who shows a key, else an address.
-func clientOf(r *http.Request) string {
-	for _, name := range []string{"Authorization", "X-Api-Key"} {
-		if v := r.Header.Get(name); v != "" {
-			sum := sha256.Sum256([]byte(v)) // nobody needs the key itself
-			return string(sum[:])
-		}
+// clientOf says to whom the scheduler is to be fair: one who shows a key that was checked, else an address.
+func (h *Handler) clientOf(r *http.Request) string {
+	if h.Guard.Keys != nil {
+		sum := sha256.Sum256([]byte(r.Header.Get("Authorization") + r.Header.Get("X-Api-Key"))) // nobody needs the key itself
+		return string(sum[:])
 	}
 	host, _, err := net.SplitHostPort(r.RemoteAddr)
 	if err != nil {
@@ -74,7 +76,7 @@ func (ex *exchange) free(a savings.Answer) {
 	if ex.grant == nil {
 		return
 	}
-	res := schedule.Result{Sent: ex.Status != 0, Answered: ex.Status >= 200 && ex.Status < 300 && ex.BytesOut > 0, Total: a.Total, Generated: a.Generated, Timed: a.TotalTime > 0}
+	res := schedule.Result{Sent: ex.spend != nil && ex.Outcome != Unreachable, Answered: ex.Status >= 200 && ex.Status < 300 && ex.BytesOut > 0, Total: a.Total, Generated: a.Generated, Timed: a.TotalTime > 0}
 	if ex.streams && ex.FirstByte > ex.sent {
 		res.FirstByte = ex.FirstByte - ex.sent
 	}

@@ -176,3 +176,38 @@ func TestBrokenAnswersFreeLanes(t *testing.T) {
 		t.Errorf("%d requests, %d at once, %+v", n, most, st)
 	}
 }
+
+// TestStopping: what waits when the proxy stops is told so at once.
+func TestStopping(t *testing.T) {
+	rg, f := laneRig(t, schedule.Config{Lanes: 1})
+	busy, waits := rg.dial(), rg.dial()
+	busy.send(rawPost("/api/chat", chatWith("s", "one", "")))
+	up := f.accept()
+	up.receive()
+	waits.send(rawPost("/api/chat", chatWith("s", "two", "")))
+	waiting(t, rg, 1)
+	rg.h.Lanes.Close()
+	if got := waits.receive(); !strings.Contains(got.line, " 503 ") || got.value("Retry-After") == "" || !strings.Contains(string(got.body), "is stopping") {
+		t.Errorf("%+v %s", got, got.body)
+	}
+	up.send(answer(200, "application/json", chatAnswer))
+	if got := busy.receive(); !strings.Contains(got.line, " 200 ") {
+		t.Errorf("%+v", got)
+	}
+}
+
+// TestNoWaitWhileDown: requests do not wait one after the other for an upstream that does not answer.
+func TestNoWaitWhileDown(t *testing.T) {
+	f := newFake(t, nil)
+	f.ln.Close()
+	rg := newRig(t, f.URL, &Handler{Lanes: schedule.NewScheduler(schedule.Config{Lanes: 1})})
+	rg.h.Upstream.Poll(t.Context())
+	for range 3 {
+		if res, _ := rg.post("/api/chat", chatWith("s", "one", "")); res.StatusCode != 502 {
+			t.Errorf("%d", res.StatusCode)
+		}
+		if ex := rg.ended(); ex.Priority != "" {
+			t.Errorf("it waited for a lane: %+v", ex)
+		}
+	}
+}

@@ -111,7 +111,7 @@ func run(ctx context.Context, era, only, model string, out io.Writer) error {
 		if err != nil {
 			return fmt.Errorf("%s, through the proxy: %w", w.name, err)
 		}
-		auto, err := measure(ctx, w, binary, nil, false)
+		auto, err := measure(ctx, w, binary, []string{"--slots", "auto"}, false)
 		if err != nil {
 			return fmt.Errorf("%s, through the proxy: %w", w.name, err)
 		}

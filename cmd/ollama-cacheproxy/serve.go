@@ -45,7 +45,7 @@ type serveCmd struct {
 	Touch           bool     `default:"true" negatable:"" help:"For models used through /v1 and /v1/messages, which cannot carry keep_alive, set it with one empty request per load."`
 	MaxBody         int64    `default:"${maxbody}" placeholder:"BYTES" help:"Longest request body to look at; a longer one is forwarded unread. Default: 67108864 (64 MiB)."`
 
-	Slots   string        `default:"auto" placeholder:"N" help:"How many requests a loaded model serves at once: the server's OLLAMA_NUM_PARALLEL, auto to learn it, or off to send requests as they come. Default: auto."`
+	Slots   string        `default:"off" placeholder:"N" help:"Let requests wait, and give each slot of a loaded model the one that fits what it holds: how many slots there are (the server's OLLAMA_NUM_PARALLEL), or auto to learn it. off sends requests as they come. Default: off."`
 	Queue   int           `default:"10000" placeholder:"N" help:"How many requests may wait for a slot; more are answered 503. Default: 10000."`
 	MaxWait time.Duration `placeholder:"TIME" help:"From when on a waiting request goes before others, whatever that costs. Default: never."`
 
@@ -77,6 +77,8 @@ Examples:
       hold every model for a day, llama3 for an hour, whatever shorter time clients ask for
   ollama-cacheproxy --listen 0.0.0.0:11435 --api-keys-file keys.txt
       serve other machines, which must show a key
+  ollama-cacheproxy --slots 1
+      let requests that share a prefix follow each other, on a server with one slot per model
   ollama-cacheproxy --check --upstream gpu-box:11434
       say whether these settings are right, and stop
 
@@ -196,7 +198,6 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	counts := metrics.New(version(), h.InFlight)
 	if set.slots >= 0 {
 		h.Lanes = schedule.NewScheduler(schedule.Config{Lanes: set.slots, Limit: s.Queue, MaxWait: s.MaxWait})
-		defer h.Lanes.Close()
 		counts.Lanes(up.Name, h.Lanes.Stats)
 	}
 	counts.Store(store.Stats)
@@ -241,6 +242,9 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	select {
 	case err = <-served:
 	case <-ctx.Done():
+		if h.Lanes != nil {
+			h.Lanes.Close() // what waits is refused now: it can come back
+		}
 		err = drain(srv, s.Drain, h.InFlight, cut, logger)
 	}
 	stopBackground()

@@ -11,6 +11,9 @@ func (q *Queue) pump(s *server, now time.Time) {
 	for _, x := range s.order(now) {
 		if q.admits(x, now) {
 			q.serve(x, now)
+			for x.stuck(now) {
+				q.serve(x, now)
+			}
 		}
 	}
 }
@@ -381,7 +384,13 @@ func (q *Queue) grant(it *item, l *lane, how reason, now time.Time) {
 	}
 	x.busy++
 	if it.full = 0; x.busy >= x.want {
-		it.full = x.busy
+		it.full, x.full = x.busy, now
+	}
+	it.replaced, x.replaced = x.replaced, nil
+	for _, y := range x.server.runners {
+		if y != x && y.waiting > 0 && x.server.relation(x, y) == apart {
+			y.skipped++
+		}
 	}
 	it.account.running++
 	it.cost = max(it.tokens-tokens, 1) + int(fairWeight*x.rates.generated())

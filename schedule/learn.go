@@ -34,6 +34,7 @@ type rates struct {
 	prompt   ratio   // ns to evaluate a token of a prompt
 	decode   ratio   // ns to generate one
 	loadTime mean    // ns
+	service  mean    // ns from a grant to the end
 	host     mean    // how often a prompt that no slot held any more was restored all the same
 }
 

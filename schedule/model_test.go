@@ -122,7 +122,7 @@ func (m *model) event() {
 		case 2:
 			m.q.Cool(uint16(b/5%2), "a", m.now)
 		case 3:
-			m.q.SetExclusive(uint16(b/5%2), "a", "b", b/10%2 == 0)
+			m.q.SetExclusive(uint16(b/5%2), "a", "b", b/10%2 == 0, m.now)
 		case 4:
 			m.q.SetLongestMatch(uint16(b/5%2), b/10%2 == 0)
 		}

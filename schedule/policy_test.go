@@ -270,7 +270,9 @@ func TestUrgentRunner(t *testing.T) {
 	human := d.add(r)
 	d.done(first, evaluated(1064, 1064), time.Second)
 	d.granted(human)
-	d.done(human, evaluated(1064, 1064), time.Second)
+	loaded := evaluated(1064, 1064)
+	loaded.Loaded, loaded.Load = true, 2*time.Second
+	d.done(human, loaded, time.Second)
 	d.granted() // it may come back, and to load the model takes longer than to wait a little
 	if wait := d.wake(); wait > 2*time.Second {
 		t.Errorf("the model was kept for %v", wait)
@@ -414,5 +416,166 @@ func TestPriorityNames(t *testing.T) {
 		if p.String() != want {
 			t.Errorf("%d is %q", p, p)
 		}
+	}
+}
+
+// sole has a model serve one request alone. loaded: it was loaded for that.
+func (d *desk) sole(model string, loaded bool) {
+	d.t.Helper()
+	id := d.add(request(model, alpha))
+	d.granted(id)
+	r := evaluated(1000, 1000)
+	if r.Loaded = loaded; loaded {
+		r.Load = 2 * time.Second
+	}
+	d.done(id, r, 3*time.Second)
+	d.now = d.now.Add(time.Minute)
+}
+
+// TestExpiryIsNotExclusive: a model whose keep_alive ran out while another one was loaded looks as if the two excluded each
+// other. An answer that shows that both are loaded, and being told so, overrules that, also for what waits already.
+func TestExpiryIsNotExclusive(t *testing.T) {
+	for _, w := range []struct {
+		name string
+		tell func(*desk)
+		fit  bool
+	}{
+		{"nothing more is known", func(*desk) {}, false},
+		{"no load was seen", func(d *desk) { d.sole("b", false) }, true},
+		{"a load was seen", func(d *desk) { d.sole("b", true) }, false},
+		{"it is told", func(d *desk) { d.q.SetExclusive(0, "a", "b", false, d.now) }, true},
+		{"a is unloaded", func(d *desk) { d.q.Cool(0, "a", d.now) }, true},
+		{"b is unloaded", func(d *desk) { d.q.Cool(0, "b", d.now) }, true},
+		{"another one is unloaded", func(d *desk) { d.q.Cool(0, "c", d.now) }, false},
+	} {
+		t.Run(w.name, func(t *testing.T) {
+			d := newDesk(t, Config{Lanes: 2})
+			d.sole("a", true)
+			d.sole("b", true)
+			d.sole("a", true) // it had expired
+			s := d.q.servers[0]
+			if r := s.relations[pair("a", "b")]; r != apart {
+				t.Fatalf("the models' relation is %d at first", r)
+			}
+			w.tell(d)
+			if r := s.relations[pair("a", "b")]; (r != apart) != w.fit {
+				t.Errorf("the models' relation is %d", r)
+			}
+			long := d.add(request("a", alpha))
+			d.granted(long)
+			other := d.add(request("b", alpha))
+			if w.fit {
+				d.granted(other)
+				return
+			}
+			d.granted()
+			d.q.SetExclusive(0, "a", "b", false, d.now)
+			d.granted(other)
+		})
+	}
+}
+
+// TestLesserRunner: requests of lower priority for a model that is not loaded get their turn although more urgent ones for the
+// loaded one never end.
+func TestLesserRunner(t *testing.T) {
+	for _, p := range []Priority{Normal, Batch} {
+		d := newDesk(t, Config{Lanes: 1})
+		d.q.SetExclusive(0, "a", "b", true, d.now)
+		var running []uint64
+		add := func(model string, p Priority) uint64 {
+			id := d.add(by(model, p, request(model, seg{id: d.id % 8, tokens: 1000})))
+			return id
+		}
+		for range 3 {
+			add("a", p-1)
+		}
+		lesser := add("b", p)
+		grants, got, since := 0, 0, 0
+		for i := 0; i < 10*patience && got < 2; i++ {
+			d.q.Tick(d.now)
+			for _, g := range d.q.Grants() {
+				running = append(running, g.ID)
+				since++
+				if g.ID == lesser {
+					if since > patience+64 {
+						t.Errorf("%s: %d were served first", p, since)
+					}
+					got, since, lesser = got+1, 0, 0
+				} else {
+					grants++
+				}
+			}
+			if len(running) == 0 {
+				d.wake()
+				continue
+			}
+			id := running[0]
+			running = running[1:]
+			if lesser == 0 {
+				lesser = add("b", p) // again and again
+			}
+			d.done(id, served, time.Second)
+			add("a", p-1)
+		}
+		if got < 2 {
+			t.Errorf("%s: it was served %d times, and others %d times", p, got, grants)
+		}
+		if grants < 10*got {
+			t.Errorf("%s: more urgent ones were served %d times only", p, grants)
+		}
+	}
+}
+
+// TestSameRunner: a request that states an option and one that does not are of one runner if the server loads nothing for
+// the second, and of two as soon as it does.
+func TestSameRunner(t *testing.T) {
+	asks := func(numCtx int) Request {
+		r := with(alpha)
+		r.Runner.Options = options("m", numCtx)
+		return r
+	}
+	found := evaluated(1064, 64) // without a load
+	d := newDesk(t, Config{Lanes: 4})
+	first := d.add(asks(0))
+	d.granted(first)
+	stated := d.add(asks(4096))
+	d.granted()
+	d.done(first, found, time.Second)
+	for d.q.Len() > 0 && len(d.q.grants) == 0 {
+		d.wake()
+	}
+	d.granted(stated)
+	waits := d.add(asks(0)) // it waits for what seems to be another runner, and then does not
+	d.granted()
+	d.done(stated, found, time.Second)
+	d.granted(waits)
+	again := d.add(by("c", Interactive, asks(4096)))
+	d.granted(again)
+	if n := len(d.q.servers[0].runners); n != 1 {
+		t.Fatalf("%d runners", n)
+	}
+	d.done(waits, found, time.Second)
+
+	// A load after the same options is an expiry; one after others tells that they differ.
+	loaded := found
+	loaded.Loaded, loaded.Load = true, 2*time.Second
+	d.done(again, found, time.Second)
+	d.now = d.now.Add(time.Hour)
+	expired := d.add(asks(4096))
+	d.granted(expired)
+	d.done(expired, loaded, time.Second)
+	d.now = d.now.Add(time.Hour)
+	differs := d.add(asks(0))
+	d.granted(differs)
+	waits = d.add(by("c", Interactive, asks(4096)))
+	d.granted(waits)
+	d.done(differs, loaded, time.Second)
+	d.done(waits, found, time.Second)
+	long := d.add(asks(0))
+	d.granted(long)
+	d.add(by("c", Interactive, asks(4096)))
+	d.granted()
+	if n := len(d.q.servers[0].runners); n != 2 {
+		t.Errorf("%d runners after a load", n)
 	}
 }

@@ -7,6 +7,7 @@
 package schedule
 
 import (
+	"maps"
 	"slices"
 	"time"
 
@@ -105,7 +106,8 @@ const (
 	// too slow for what it is sent would otherwise evaluate every prompt in full, and be slower still.
 	agedQuantum = 4
 	// patience is how many requests, for each lane, go before the one that has waited for longest, whatever their priorities, even
-	// without Config.MaxWait (the oldest of every k: arXiv 2502.04677).
+	// without Config.MaxWait (the oldest of every k: arXiv 2502.04677). So many go, too, before a
+	// runner makes room for another with less urgent requests.
 	patience = 256
 	// fairWeight is how many tokens of a prompt a generated one counts as when clients are compared.
 	fairWeight = 10
@@ -125,6 +127,7 @@ const (
 	hostWorth  = 256  // tokens that tell that the host cache had them
 	maxLearned = 64   // lanes
 	maxPairs   = 1024 // of models of which it is known whether they can be loaded together, per server
+	maxKeys    = 1024 // of runners, with those that have turned out to be one
 )
 
 // Queue is the policy. Make it with New. It is not safe for concurrent use. Time must not go back from call to call.
@@ -146,8 +149,8 @@ type server struct {
 	found     int  // … for the runner that this was last learned of: what others begin with
 	longest   bool // it chooses slots by the longest match alone
 	runners   []*runner
-	byKey     map[Runner]*runner
-	list      []*runner // for order
+	byKey     map[Runner]*runner // several keys may have turned out to be one runner
+	list      []*runner          // for order
 	waiting   int
 	turns     uint64
 	wake      time.Time              // when to look again; zero: after the next event
@@ -164,15 +167,19 @@ type runner struct {
 	lanes   []*lane
 	want    int // lanes
 	busy    int
-	eldest  *item // the one that has waited for longest …
-	passed  int   // … and how many went before it since it is that
-	names   int   // lanes made so far
+	eldest  *item     // the one that has waited for longest …
+	passed  int       // … and how many went before it since it is that
+	skipped int       // how many went to runners that cannot be loaded beside it while requests waited for it
+	names   int       // lanes made so far
+	full    time.Time // when its last free lane was taken, or a lane was added because of that
 
 	resident bool      // believed to be loaded
 	since    time.Time // when that began
 	turn     uint64    // … in the order of the server's loads
 	used     time.Time // when a request last ended
+	served   Runner    // what the last request that was answered asked for
 	tried    time.Time // when the last request that has ended was granted
+	replaced []*runner // those that are believed to have been unloaded for it, until its next grant
 	sought   time.Time // since when requests wait for it while it is not resident
 	habits   returns   // when requests for it came after it had nothing to do
 	wanted   bool      // others waited when it had nothing to do any more
@@ -190,6 +197,7 @@ type runner struct {
 // item is a request that waits or is being served.
 type item struct {
 	id      uint64
+	key     Runner // as it was asked for
 	runner  *runner
 	class   *class
 	account *account
@@ -209,7 +217,8 @@ type item struct {
 	overtaken time.Time // when the first of those ended that were served when it was granted
 	full      int       // how many lanes were busy with it, if those were all; else 0
 	alone     bool
-	hosted    int // tokens that the host cache may have restored; 0: nothing to learn
+	replaced  []*runner // those that are believed to have been unloaded for it
+	hosted    int       // tokens that the host cache may have restored; 0: nothing to learn
 }
 
 // lane stands for a slot.
@@ -285,7 +294,7 @@ func (q *Queue) Add(r Request, now time.Time) bool {
 	}
 	s := q.server(r.Runner.Upstream)
 	x := q.runner(s, r.Runner, now)
-	it := &item{id: r.ID, runner: x, rank: r.Priority.rank(), arrived: r.Arrived, waits: true}
+	it := &item{id: r.ID, key: r.Runner, rank: r.Priority.rank(), arrived: r.Arrived}
 	it.steps, it.tokens = stepsOf(r.Links, r.Tokens)
 	q.returned(x, it, r.Client, now)
 
@@ -293,6 +302,18 @@ func (q *Queue) Add(r Request, now time.Time) bool {
 	if full && x.busy >= x.want {
 		return false
 	}
+	q.items[it.id] = it
+	q.enqueue(it, x, r.Client, now)
+	q.pump(s, now)
+	if full && it.waits {
+		q.Leave(it.id, now)
+		return false
+	}
+	return true
+}
+
+// enqueue has a request wait for a runner.
+func (q *Queue) enqueue(it *item, x *runner, client string, now time.Time) {
 	c := &x.classes[it.rank]
 	if c.tree == nil {
 		c.tree, c.accounts = newTree(), map[string]*account{}
@@ -302,24 +323,17 @@ func (q *Queue) Add(r Request, now time.Time) bool {
 			}
 		}
 	}
-	it.class = c
+	it.runner, it.class, it.waits = x, c, true
 	if x.waiting == 0 {
-		x.sought = now
+		x.sought, x.skipped = now, 0
 		x.came(now)
 	}
-	q.items[it.id] = it
 	q.waiting[it.rank]++
-	s.waiting++
+	x.server.waiting++
 	x.waiting++
 	x.arrived += it.arrived.Sub(epoch)
 	x.rates.seen(it.tokens)
-	c.add(it, r.Client, x.quantum())
-	q.pump(s, now)
-	if full && it.waits {
-		q.Leave(it.id, now)
-		return false
-	}
-	return true
+	c.add(it, client, x.quantum())
 }
 
 // stepsOf returns what is kept of a prompt's links, and how many tokens it has.
@@ -406,8 +420,10 @@ func (q *Queue) Done(id uint64, r Result, now time.Time) {
 		if r.LoadKnown {
 			q.loaded(x, it, r, now)
 		}
+		x.served = it.key
 		x.correct(it, r)
 		x.rates.learn(it, r, evaluated)
+		x.rates.service.add(float64(now.Sub(it.granted)))
 		q.visited(x, it, r.Generated, now)
 	}
 	cost := 0
@@ -487,17 +503,23 @@ func (q *Queue) SetLanes(upstream uint16, n int, now time.Time) {
 func (q *Queue) SetLongestMatch(upstream uint16, on bool) { q.server(upstream).longest = on }
 
 // SetExclusive says whether two models on the server cannot be loaded at the same time. It is learned, too.
-func (q *Queue) SetExclusive(upstream uint16, a, b string, on bool) {
+func (q *Queue) SetExclusive(upstream uint16, a, b string, on bool, now time.Time) {
 	r := together
 	if on {
 		r = apart
 	}
-	q.server(upstream).relate(a, b, r)
+	s := q.server(upstream)
+	s.relate(a, b, r)
+	q.pump(s, now)
 }
 
 // Cool says that the model on the server is not loaded any more, so that nothing is warm there. An empty one means all.
+// That it cannot be loaded beside others is forgotten: what was taken for that may have been such an end.
 func (q *Queue) Cool(upstream uint16, model string, now time.Time) {
 	s := q.server(upstream)
+	maps.DeleteFunc(s.relations, func(p [2]string, r relation) bool {
+		return r == apart && (model == "" || p[0] == model || p[1] == model)
+	})
 	for _, x := range s.runners {
 		if model == "" || x.key.Options.Model == model {
 			x.cool()

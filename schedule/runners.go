@@ -2,6 +2,7 @@ package schedule
 
 import (
 	"cmp"
+	"maps"
 	"slices"
 	"time"
 )
@@ -19,7 +20,7 @@ func (q *Queue) runner(s *server, key Runner, now time.Time) *runner {
 			}
 		}
 		if oldest != nil {
-			delete(s.byKey, oldest.key)
+			maps.DeleteFunc(s.byKey, func(_ Runner, x *runner) bool { return x == oldest })
 			s.runners = slices.DeleteFunc(s.runners, func(x *runner) bool { return x == oldest })
 		}
 	}
@@ -104,6 +105,7 @@ func (q *Queue) admits(x *runner, now time.Time) bool {
 		}
 		return x.untangled(now)
 	}
+	x.replaced = nil
 	for _, y := range s.runners {
 		if y == x || !y.resident && y.busy == 0 || s.relation(x, y) != apart {
 			continue
@@ -114,6 +116,7 @@ func (q *Queue) admits(x *runner, now time.Time) bool {
 	}
 	for _, y := range s.runners {
 		if y != x && y.resident && s.relation(x, y) == apart {
+			x.replaced = append(x.replaced, y)
 			y.cool()
 			if y.waiting > 0 {
 				y.sought = now
@@ -121,6 +124,7 @@ func (q *Queue) admits(x *runner, now time.Time) bool {
 		}
 	}
 	x.loads(now)
+	x.skipped = 0
 	q.count.RunnerLoads++
 	return true
 }
@@ -130,7 +134,7 @@ func (q *Queue) yields(x, y *runner, now time.Time) bool {
 	if y.top() < x.top() {
 		return true
 	}
-	if y.top() > x.top() && !q.aged(y.oldest(), now) {
+	if y.top() > x.top() && y.skipped < patience*y.want && !q.aged(y.oldest(), now) {
 		return false
 	}
 	begin := x.since
@@ -268,6 +272,20 @@ func (q *Queue) loaded(x *runner, it *item, r Result, now time.Time) {
 			x.server.relate(x.key.Options.Model, y.key.Options.Model, together)
 		}
 	}
+	if r.Loaded {
+		if it.replaced == nil && x.since.Before(it.granted) && x.served != it.key {
+			q.part(x, it.key, now)
+		}
+	} else {
+		for _, y := range it.replaced {
+			switch {
+			case y.key.Options.Model == x.key.Options.Model:
+				q.unite(x, y, now)
+			case !y.tried.Before(y.since): // y has been used since, and x was not unloaded for it
+				x.server.relate(x.key.Options.Model, y.key.Options.Model, together)
+			}
+		}
+	}
 	var gone *runner
 	if x.since.Before(it.granted) {
 		var others []*runner // loaded since this one was
@@ -299,5 +317,60 @@ func (q *Queue) loaded(x *runner, it *item, r Result, now time.Time) {
 	if gone != nil {
 		gone.cool()
 		gone.resident, gone.sought = false, now
+	}
+}
+
+// unite takes y for x from now on: its options were asked for, and the server did not load the model anew for them. A request
+// that states the default value of an option is such a case.
+func (q *Queue) unite(x, y *runner, now time.Time) {
+	s := x.server
+	if s.byKey[y.key] != y || y.busy > 0 || len(s.byKey) >= maxKeys {
+		return
+	}
+	for key, z := range s.byKey {
+		if z == y {
+			s.byKey[key] = x
+		}
+	}
+	s.runners = slices.DeleteFunc(s.runners, func(z *runner) bool { return z == y })
+	if y.want > x.want {
+		x.want, x.learner = y.want, y.learner
+		x.resize()
+	}
+	q.move(y, func(*item) *runner { return x }, now)
+}
+
+// part undoes unite: the model has been loaded anew for the options of key, so that other options are other runners.
+func (q *Queue) part(x *runner, key Runner, now time.Time) {
+	s := x.server
+	if s.byKey[key] != x {
+		return // it has been undone
+	}
+	before := len(s.byKey)
+	maps.DeleteFunc(s.byKey, func(_ Runner, z *runner) bool { return z == x })
+	x.key = key
+	s.byKey[key] = x
+	if len(s.byKey) < before {
+		q.move(x, func(it *item) *runner { return q.runner(s, it.key, now) }, now)
+	}
+}
+
+// move has what waits for a runner wait for others.
+func (q *Queue) move(x *runner, to func(*item) *runner, now time.Time) {
+	var all []*item
+	for p := range x.classes {
+		for _, it := range x.classes[p].fifo.items {
+			if it != nil && it.waits {
+				all = append(all, it)
+			}
+		}
+	}
+	for _, it := range all {
+		if y := to(it); y != x {
+			q.unwait(it, false)
+			again := *it // lists of x still have it, as one that has ceased to wait
+			q.items[it.id] = &again
+			q.enqueue(&again, y, it.account.name, now)
+		}
 	}
 }

@@ -174,10 +174,11 @@ func (s *Scheduler) SetLongestMatch(upstream uint16, on bool) {
 
 // SetExclusive says whether two models on the server cannot be loaded at the same time. It is learned, too.
 func (s *Scheduler) SetExclusive(upstream uint16, a, b string, on bool) {
-	s.do(func(q *Queue, _ time.Time) { q.SetExclusive(upstream, a, b, on) })
+	s.do(func(q *Queue, now time.Time) { q.SetExclusive(upstream, a, b, on, now) })
 }
 
-// Cool says that the model on the server is not loaded any more. An empty one means all.
+// Cool says that the model on the server is not loaded any more. An empty one means all. That it cannot be loaded beside
+// others is forgotten.
 func (s *Scheduler) Cool(upstream uint16, model string) {
 	s.do(func(q *Queue, now time.Time) { q.Cool(upstream, model, now) })
 }

@@ -11,7 +11,8 @@ type learner struct {
 	ceiling bool // one more lane was one too many
 	seen    int  // requests since then
 	pause   int  // how many of them until it is tried again
-	untold  int  // requests whose answers tell nothing, as long as none has told anything
+	untold  int  // requests in a row whose answers tell nothing
+	lent    int  // lanes that were added because all were stuck, since an answer last told anything
 }
 
 const (
@@ -23,7 +24,32 @@ const (
 	// requests wait inside, one with more is not held back to one at a time.
 	untoldMost  = 16
 	untoldLanes = 4
+	// leastStuck is how long all lanes are busy, and requests wait, before one more is tried without waiting for an answer.
+	leastStuck = time.Second
 )
+
+// stuck adds a lane if all are busy with requests that take longer than usual while others wait, and nothing has told yet
+// that one more is too many: a stream of minutes would otherwise hold up everybody. Answers tell later whether it was right.
+func (x *runner) stuck(now time.Time) bool {
+	a := &x.learner
+	if x.server.lanes > 0 || a.ceiling || x.waiting == 0 || x.busy < x.want || x.want >= maxLearned {
+		return false
+	}
+	at := x.full
+	if oldest := x.oldest(); oldest.arrived.After(at) {
+		at = oldest.arrived
+	}
+	at = at.Add(max(leastStuck, time.Duration(x.rates.service.v)))
+	if now.Before(at) {
+		x.server.later(at)
+		return false
+	}
+	a.clean, a.waited, a.unsure = 0, 0, 0
+	a.lent++
+	x.want, x.full = x.want+1, now
+	x.resize()
+	return true
+}
 
 // learn takes in whether a request waited inside Ollama, and returns how many lanes there should be. more: requests wait.
 func (a *learner) learn(it *item, r Result, lanes int, more bool) int {
@@ -31,7 +57,11 @@ func (a *learner) learn(it *item, r Result, lanes int, more bool) int {
 	case !r.Answered:
 		return lanes
 	case !r.Timed && r.FirstByte == 0:
-		if a.untold++; a.seen == 0 && a.untold >= untoldMost {
+		if a.lent > 0 && it.full > 0 && it.full < lanes { // one of those that were stuck: the lane for that may be too many
+			a.lent--
+			lanes--
+		}
+		if a.untold++; !a.ceiling && a.untold >= untoldMost {
 			return max(lanes, untoldLanes)
 		}
 		return lanes
@@ -39,6 +69,7 @@ func (a *learner) learn(it *item, r Result, lanes int, more bool) int {
 		return lanes
 	}
 	a.seen++
+	a.untold, a.lent = 0, 0
 	if it.alone && r.Timed {
 		a.idle.add(float64(r.Queue))
 	}

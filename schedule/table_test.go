@@ -214,7 +214,7 @@ func TestRunners(t *testing.T) {
 			cfg := engineConfig{slots: 1, load: 2 * time.Second, exclude: true}
 			_, lanes := compare(t, name, cfg, Config{Lanes: 1}, func(s *sim) {
 				if s.q != nil && told {
-					s.q.SetExclusive(0, "a", "b", true)
+					s.q.SetExclusive(0, "a", "b", true, s.now)
 				}
 				var jobs []*job
 				for i := range 100 {

@@ -1,7 +1,7 @@
 // Package proxy is the HTTP surface: it forwards every request to an Ollama server, as it came and as it is answered, and
 // adds the one thing that clients leave out, keep_alive. It owns the routes, the life of one request (handler.go, top
 // to bottom), the edits of a body, the checks of Host, Origin and API keys, and what is known of a model's residency.
-// It does not schedule, and it keeps no prompt.
+// It leaves it to package schedule which request goes when, and keeps no prompt.
 package proxy
 
 import (

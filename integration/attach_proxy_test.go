@@ -28,14 +28,10 @@ func TestAttachThroughProxy(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				res, err := http.Post(url+"/api/generate", "application/json", bytes.NewReader(body))
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer res.Body.Close()
+				status, _, text := post(t, url+"/api/generate", string(body))
 				var g generated
-				if err := json.NewDecoder(res.Body).Decode(&g); err != nil || res.StatusCode != http.StatusOK {
-					t.Fatalf("%d %v", res.StatusCode, err)
+				if err := json.Unmarshal([]byte(text), &g); err != nil || status != http.StatusOK {
+					t.Fatalf("%d %v", status, err)
 				}
 				return g
 			}

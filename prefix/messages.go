@@ -49,9 +49,7 @@ func (p *parser) prompt() {
 		p.head(roleUser, f.raw[fImages])
 		p.text(f.raw[fPrompt])
 		p.end(0, 0)
-	case Chat:
-		p.each(f.raw[fMessages])
-	case ChatCompletions:
+	case Chat, ChatCompletions:
 		p.each(f.raw[fMessages])
 	case Messages:
 		p.anthropicSystem(f.raw[fSystem])
@@ -181,9 +179,9 @@ func (p *parser) image(raw []byte) {
 		s, _ := jsonscan.Unquote(raw)
 		data = []byte(strings.NewReplacer("\r", "", "\n", "").Replace(s))
 	}
-	if bytes.HasPrefix(data, []byte("data:")) {
-		if _, after, ok := bytes.Cut(data[:min(len(data), 64)], []byte(";base64,")); ok {
-			data = data[len(data[:min(len(data), 64)])-len(after):]
+	if head := data[:min(len(data), 64)]; bytes.HasPrefix(head, []byte("data:")) {
+		if _, after, ok := bytes.Cut(head, []byte(";base64,")); ok {
+			data = data[len(head)-len(after):]
 		}
 	}
 	p.putNumber('I', xxhash.Sum64(data))

@@ -400,22 +400,18 @@ func compactTo(b *bytes.Buffer, c *jsonscan.Cursor, depth int) {
 // member returns the raw value of a member of an object that Ollama decodes into a Go struct, nil where there is none:
 // keys fold case, and null changes nothing.
 func member(object []byte, name string) []byte {
-	if len(object) == 0 || object[0] != '{' {
-		return nil
-	}
-	var found []byte
-	c := jsonscan.NewCursor(object, 0)
-	for c.Enter(); c.More(); {
-		key := c.Key()
-		if value := c.Value(); jsonscan.KeyIs(key, []byte(name)) && !bytes.Equal(value, []byte("null")) {
-			found = value
-		}
-	}
-	return found
+	return last(object, func(key, value []byte) bool {
+		return jsonscan.KeyIs(key, []byte(name)) && !bytes.Equal(value, []byte("null"))
+	})
 }
 
 // entry is member for an object that Ollama decodes into a map: keys do not fold case, and null is a value.
 func entry(object []byte, name string) []byte {
+	return last(object, func(key, _ []byte) bool { return string(unquoted(key)) == name })
+}
+
+// last returns the raw value of the last member that counts; nil where there is none, or no object.
+func last(object []byte, counts func(key, value []byte) bool) []byte {
 	if len(object) == 0 || object[0] != '{' {
 		return nil
 	}
@@ -423,7 +419,7 @@ func entry(object []byte, name string) []byte {
 	c := jsonscan.NewCursor(object, 0)
 	for c.Enter(); c.More(); {
 		key := c.Key()
-		if value := c.Value(); string(unquoted(key)) == name {
+		if value := c.Value(); counts(key, value) {
 			found = value
 		}
 	}

@@ -134,6 +134,7 @@ type exchange struct {
 
 	header  http.Header         // the client's answer's
 	origin  string              // for CORS headers
+	alters  bool                // it may change or remove a model
 	spent   []string            // request headers that are for the proxy alone
 	members [12]jsonscan.Member // of the body; more are allocated
 	body    *body               // nil where the body passes through, or there is none
@@ -247,7 +248,7 @@ func (h *Handler) InFlight() int64 { return h.inFlight.Load() }
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.inFlight.Add(1)
 	rt := routeOf(r)
-	ex := &exchange{start: time.Now(), header: w.Header(), Exchange: Exchange{Method: r.Method, Path: r.URL.Path, Endpoint: rt.label}}
+	ex := &exchange{start: time.Now(), header: w.Header(), alters: rt.alters, Exchange: Exchange{Method: r.Method, Path: r.URL.Path, Endpoint: rt.label}}
 	defer h.finish(ex, w, r) // a broken copy panics with http.ErrAbortHandler
 
 	if done := h.admit(w, r, ex); done {
@@ -511,7 +512,7 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 		reset(w)
 	}
 	h.accounted(ex)
-	if ex.Outcome == OK && routeOf(r).alters {
+	if ex.Outcome == OK && ex.alters {
 		h.Upstream.Changed()
 	}
 	level := slog.LevelInfo
@@ -598,5 +599,5 @@ func (ex *exchange) attrs() []slog.Attr {
 }
 
 func milliseconds(key string, d time.Duration) slog.Attr {
-	return slog.Float64(key, float64(d.Microseconds())/1000)
+	return slog.Float64(key, ms(d))
 }

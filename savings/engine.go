@@ -21,10 +21,9 @@ import (
 // time per token that was learned, and the one with the best posterior wins. Slots and host caches need not be known: how
 // often a prompt was still warm after so many others is learned, too, and is the prior.
 type engine struct {
-	held     []*held // oldest first
-	running  []*Request
-	inFlight int
-	ended    time.Time // when a request last ended
+	held    []*held // oldest first
+	running []*Request
+	ended   time.Time // when a request last ended
 
 	options      prefix.Options // of the last request answered
 	optionsKnown bool
@@ -232,7 +231,6 @@ func (e *engine) load(now time.Time, r *Request, o Outcome) bool {
 type candidate struct {
 	tokens int
 	rank   int
-	shared prefix.Shared
 }
 
 // before returns how many of the prompts that are held were sent before the request.
@@ -256,14 +254,14 @@ func (e *engine) candidates(r *Request, total int) []candidate {
 		s := prefix.Common(r.chain.Links, h.chain.Links)
 		if s.Links >= 2 && s.Bytes > 0 {
 			if n := e.tokensOf(r, h, s, total); n > 0 {
-				list = append(list, candidate{n, rank, s})
+				list = append(list, candidate{n, rank})
 			}
 		}
 		rank++
 	}
 	if depth := r.known; depth > 2 && r.record.Warm && r.record.Upstream == r.upstream.Index {
 		s := prefix.At(r.chain.Links, depth)
-		list = append(list, candidate{e.tokensOf(r, nil, s, total), maxHeld, s})
+		list = append(list, candidate{e.tokensOf(r, nil, s, total), maxHeld})
 	}
 	slices.SortFunc(list, func(a, b candidate) int { return cmp.Or(b.tokens-a.tokens, a.rank-b.rank) })
 	return list

@@ -165,7 +165,7 @@ func (l *Ledger) Begin(now time.Time, up Upstream, chain *prefix.Chain) *Request
 	if r.wasLoaded = e.optionsKnown && (chain.Runner == e.options || e.same(chain.Runner)); e.optionsKnown && !r.wasLoaded {
 		r.changes = chain.Runner.Changes(e.options)
 	}
-	if !e.ended.IsZero() && e.inFlight == 0 {
+	if !e.ended.IsZero() && len(e.running) == 0 {
 		r.idle = now.Sub(e.ended)
 	}
 	r.Expected, r.ExpectedKnown = e.expect(r)
@@ -176,7 +176,6 @@ func (l *Ledger) Begin(now time.Time, up Upstream, chain *prefix.Chain) *Request
 		r.beside += e.size(other)
 	}
 	e.running = append(e.running, r)
-	e.inFlight++
 	return r
 }
 
@@ -199,7 +198,7 @@ func (l *Ledger) dropEngine() {
 	var oldest engineKey
 	var since time.Time
 	for key, e := range l.engines {
-		if e.inFlight == 0 && (since.IsZero() || e.ended.Before(since)) {
+		if len(e.running) == 0 && (since.IsZero() || e.ended.Before(since)) {
 			oldest, since = key, e.ended
 		}
 	}
@@ -249,7 +248,6 @@ func (r *Request) end(now time.Time, o Outcome) (entry Entry, put, ok bool) {
 	l, e := r.ledger, r.engine
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	e.inFlight--
 	e.forget(r)
 	if o.Refused {
 		e.drop(r.held)
@@ -364,7 +362,7 @@ func (l *Ledger) Lose(upstream uint16, model string, why Lost) {
 		if key.upstream != upstream || model != "" && key.model != model {
 			continue
 		}
-		if why == LostReplaced && e.inFlight == 0 {
+		if why == LostReplaced && len(e.running) == 0 {
 			delete(l.engines, key)
 			continue
 		}
@@ -381,7 +379,7 @@ func (l *Ledger) Loaded(upstream uint16, models map[string]int, at time.Time) {
 			continue
 		}
 		numCtx, ok := models[key.model]
-		if e.numCtx = numCtx; !ok && e.inFlight == 0 && e.optionsKnown && e.ended.Before(at) {
+		if e.numCtx = numCtx; !ok && len(e.running) == 0 && e.optionsKnown && e.ended.Before(at) {
 			l.store.Cool(upstream, l.store.Model(key.model))
 			e.lose(LostUnloaded)
 		}

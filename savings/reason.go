@@ -21,9 +21,6 @@ const (
 	ReasonSliding  Reason = "sliding_window" // a model with a sliding window, on a server that reuses nothing for those
 )
 
-// Reasons lists all of them.
-var Reasons = []Reason{ReasonFirst, ReasonDiverged, ReasonTaken, ReasonReloaded, ReasonEvicted, ReasonRestart, ReasonBeside, ReasonSliding}
-
 // reason finds out why. entry has its verdict.
 func (e *engine) reason(r *Request, entry *Entry) (Reason, string) {
 	// The nearest prompts: of those that should be warm, and of those that are lost.

@@ -12,6 +12,29 @@ import (
 // DefaultPort is Ollama's own.
 const DefaultPort = "11434"
 
+// ParseNamed reads NAME=ADDR, or an address alone: then name is empty. A name is what logs, metrics, pages and headers show:
+// letters, digits, dots, dashes and underscores, 64 at most.
+func ParseNamed(s, defaultPort string) (name string, u *url.URL, err error) {
+	name, addr, named := strings.Cut(s, "=")
+	if !named {
+		name, addr = "", s
+	} else if name = strings.TrimSpace(name); !validName(name) {
+		return "", nil, fmt.Errorf("name %q: want letters, digits, dots, dashes and underscores, 64 at most", name)
+	}
+	u, err = ParseAddr(addr, defaultPort)
+	return name, u, err
+}
+
+func validName(s string) bool {
+	for _, c := range s {
+		if c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || strings.ContainsRune("._-", c) {
+			continue
+		}
+		return false
+	}
+	return s != "" && len(s) <= 64
+}
+
 // ParseAddr reads an address in the forms that OLLAMA_HOST takes: a host, host:port, :port, an IPv6 address with
 // or without brackets, or a URL with an optional path prefix. A missing host is 127.0.0.1, and so is an
 // unspecified one (0.0.0.0, ::), to which one can listen but not connect. A missing port is defaultPort, or
@@ -35,7 +58,7 @@ func ParseAddr(s, defaultPort string) (*url.URL, error) {
 	if strings.Contains(hostport, "@") { // not quoted: it holds a password
 		return nil, errors.New("an address with a user name cannot be used: want a host, host:port or http(s)://host:port/path")
 	}
-	if strings.ContainsAny(hostport, "?#") || strings.ContainsAny(path, "?#") {
+	if strings.ContainsAny(hostport, "?#=") || strings.ContainsAny(path, "?#") {
 		return nil, fmt.Errorf("address %q: want a host, host:port or http(s)://host:port/path", s)
 	}
 	host, port, err := net.SplitHostPort(hostport)

@@ -1,6 +1,10 @@
 package upstream
 
-import "testing"
+import (
+	"fmt"
+	"strings"
+	"testing"
+)
 
 func TestParseAddr(t *testing.T) {
 	for in, want := range map[string]string{
@@ -33,6 +37,27 @@ func TestParseAddr(t *testing.T) {
 	} {
 		if got, err := ParseAddr(in, DefaultPort); err == nil {
 			t.Errorf("ParseAddr(%q) = %v, want an error", in, got)
+		}
+	}
+}
+
+func TestParseNamed(t *testing.T) {
+	for in, want := range map[string]string{
+		"gpu-1=10.0.0.1":                "gpu-1 http://10.0.0.1:11434",
+		"a.b_C=https://example.com/x":   "a.b_C https://example.com:443/x",
+		" one =[::1]:1":                 "one http://[::1]:1",
+		"example.com:8080":              " http://example.com:8080",
+		"b=":                            "b http://127.0.0.1:11434",
+		strings.Repeat("n", 64) + "=:1": strings.Repeat("n", 64) + " http://127.0.0.1:1",
+	} {
+		name, u, err := ParseNamed(in, DefaultPort)
+		if got := fmt.Sprint(name, " ", u); err != nil || got != want {
+			t.Errorf("ParseNamed(%q) = %s, %v; want %s", in, got, err, want)
+		}
+	}
+	for _, in := range []string{"=x", "a/b=x", "a b=x", "ä=x", strings.Repeat("n", 65) + "=x", "a=b=c", "http://h?x=1", "a=h:0"} {
+		if name, u, err := ParseNamed(in, DefaultPort); err == nil {
+			t.Errorf("ParseNamed(%q) = %s, %v, want an error", in, name, u)
 		}
 	}
 }

@@ -40,8 +40,11 @@ type Server struct {
 	skew atomic.Int64 // see ownRequests
 	used atomic.Bool  // a model may have been loaded since the last look at /api/ps
 
-	mu    sync.Mutex
-	state State // guarded by mu
+	polling sync.Mutex // held while a poll is under way
+
+	mu     sync.Mutex
+	state  State     // guarded by mu
+	listed time.Time // when the models were last listed; guarded by mu
 }
 
 // State is what the last poll found.
@@ -76,6 +79,8 @@ const (
 	pollEvery     = 15 * time.Second // Ollama writes a log line per request: no more often than needed
 	pollEveryDown = 2 * time.Second
 	pollTimeout   = 3 * time.Second
+	listEvery     = time.Minute // models come and go without the proxy, too
+	listAgain     = time.Second // Refresh looks no more often
 )
 
 // NewServer returns a server that has not been polled. transport serves the proxy's own few requests to it.
@@ -120,7 +125,20 @@ func (s *Server) State() State {
 // Used says that a request was sent that may load a model, so that the next poll reads what is loaded.
 func (s *Server) Used() { s.used.Store(true) }
 
-// Failed says that a request could not reach the server: the next poll is made at once.
+// Unreachable says that no connection could be made to the server: it counts as down from now on, until a poll, which is made
+// at once, finds it again.
+func (s *Server) Unreachable(err error) {
+	s.mu.Lock()
+	was := s.state.Up
+	s.state.Up, s.state.Err = false, err
+	s.mu.Unlock()
+	if was {
+		s.log.Warn("upstream does not answer", "upstream", s.Name, "url", s.URL.String(), "err", err)
+	}
+	s.Failed()
+}
+
+// Failed says that a request was not answered: the next poll is made at once.
 func (s *Server) Failed() {
 	select {
 	case s.wake <- struct{}{}:
@@ -151,15 +169,42 @@ func (s *Server) Run(ctx context.Context) {
 	}
 }
 
-// Poll asks the server how it is, stores that and tells Polled. It must not be called by two goroutines at once.
+// Refresh returns the server's state with its models as they are now: it polls, unless they were listed within the last second.
+func (s *Server) Refresh(ctx context.Context) State {
+	s.polling.Lock()
+	defer s.polling.Unlock()
+	s.mu.Lock()
+	state, recent := s.state, time.Since(s.listed) < listAgain
+	s.mu.Unlock()
+	if recent {
+		return state
+	}
+	s.Used()
+	return s.poll(ctx)
+}
+
+// Poll asks the server how it is, stores that and tells Polled.
 func (s *Server) Poll(ctx context.Context) State {
-	prev, used := s.State(), s.used.Swap(false)
-	next := s.ask(ctx, prev, used)
+	s.polling.Lock()
+	defer s.polling.Unlock()
+	return s.poll(ctx)
+}
+
+// poll is Poll with s.polling held.
+func (s *Server) poll(ctx context.Context) State {
+	s.mu.Lock()
+	prev, list := s.state, time.Since(s.listed) >= listEvery
+	s.mu.Unlock()
+	used := s.used.Swap(false)
+	next, listed := s.ask(ctx, prev, used, used || list)
 	if ctx.Err() != nil {
 		return prev
 	}
 	s.mu.Lock()
 	s.state = next
+	if listed {
+		s.listed = next.Polled
+	}
 	s.mu.Unlock()
 
 	first := prev.Polled.IsZero()
@@ -175,21 +220,23 @@ func (s *Server) Poll(ctx context.Context) State {
 	return next
 }
 
-func (s *Server) ask(ctx context.Context, prev State, used bool) State {
+// ask makes a poll's requests; list says that the models are to be listed, listed that they were.
+func (s *Server) ask(ctx context.Context, prev State, used, list bool) (next State, listed bool) {
 	ctx, cancel := context.WithTimeout(ctx, pollTimeout)
 	defer cancel()
-	next := State{Polled: time.Now()}
+	next = State{Polled: time.Now()}
 	if next.Version, next.Err = s.client.Version(ctx); next.Err != nil {
 		next.Version, next.Models, next.Digests = prev.Version, prev.Models, prev.Digests
-		return next
+		return next, false
 	}
 	next.Up = true
 	// One that was only too slow to answer has not been restarted.
 	away := !prev.Up && !errors.Is(prev.Err, context.DeadlineExceeded)
 	next.Restarted = !prev.Polled.IsZero() && (away || prev.Version != "" && prev.Version != next.Version)
 	next.Models, next.Digests = prev.Models, prev.Digests
-	if used || next.Restarted {
+	if list || next.Restarted {
 		if list, err := s.client.List(ctx); err == nil {
+			listed = true
 			next.Models, next.Digests = nil, make(map[string]string, len(list.Models))
 			for _, m := range list.Models {
 				next.Models = append(next.Models, m.Name)
@@ -207,7 +254,23 @@ func (s *Server) ask(ctx context.Context, prev State, used bool) State {
 		next.Loaded, err = s.Loaded(ctx)
 		next.LoadedKnown = err == nil
 	}
-	return next
+	return next, listed
+}
+
+// Has reports whether the server is known to have the model (ModelKey), or may have it since its models are not known.
+func (st State) Has(model string) bool {
+	_, ok := st.Digests[model]
+	return ok || st.Digests == nil
+}
+
+// Holds reports whether the model (ModelKey) was loaded at the last poll that asked.
+func (st State) Holds(model string) bool {
+	for _, l := range st.Loaded {
+		if ModelKey(l.Name) == model {
+			return true
+		}
+	}
+	return false
 }
 
 // Loaded asks which models are loaded now.

@@ -232,9 +232,49 @@ func TestSlowIsNotRestarted(t *testing.T) {
 	server := newTestServer(&stub{version: "0.34.1", ps: `{}`})
 	server.Poll(t.Context())
 	for err, want := range map[error]bool{fmt.Errorf("asking: %w", context.DeadlineExceeded): false, errors.New("connection refused"): true} {
-		st := server.ask(t.Context(), State{Polled: time.Now(), Version: "0.34.1", Err: err}, true)
+		st, _ := server.ask(t.Context(), State{Polled: time.Now(), Version: "0.34.1", Err: err}, true, true)
 		if !st.Up || st.Restarted != want {
 			t.Errorf("after %v: %+v", err, st)
 		}
+	}
+}
+
+// TestRefresh: whoever asks for a model that is not known looks at most once a second, and so do all who ask at once.
+func TestRefresh(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &stub{version: "0.34.1", ps: `{"models":[]}`}
+		server := newTestServer(s)
+		lists := func() int { return strings.Count(s.taken(), "/api/tags") }
+		server.Poll(t.Context())
+		if st := server.Refresh(t.Context()); !st.Has("registry.ollama.ai/library/a:latest") || st.Has("registry.ollama.ai/library/b:latest") || lists() != 1 {
+			t.Errorf("just after a poll: %+v", st)
+		}
+		time.Sleep(listAgain)
+		var wg sync.WaitGroup
+		for range 20 {
+			wg.Go(func() { server.Refresh(t.Context()) })
+		}
+		wg.Wait()
+		if n := lists(); n != 1 {
+			t.Errorf("the models were listed %d times for 20 who asked at once", n)
+		}
+		// Models come and go without the proxy, too.
+		time.Sleep(listEvery)
+		if server.Poll(t.Context()); lists() != 1 {
+			t.Error("an idle server's models were not listed after a minute")
+		}
+	})
+}
+
+func TestUnreachable(t *testing.T) {
+	s := &stub{version: "0.34.1", ps: `{"models":[]}`}
+	server := newTestServer(s)
+	server.Poll(t.Context())
+	server.Unreachable(errors.New("connection refused"))
+	if st := server.State(); st.Up || st.Err == nil || len(st.Models) != 2 {
+		t.Errorf("after a connection was refused: %+v", st)
+	}
+	if st := server.Poll(t.Context()); !st.Up || !st.Restarted {
+		t.Errorf("found again: %+v", st)
 	}
 }

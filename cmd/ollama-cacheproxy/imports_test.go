@@ -13,6 +13,7 @@ func TestImports(t *testing.T) {
 	allowed := map[string][]string{
 		"jsonscan":              {},
 		"upstream":              {},
+		"ollamasim":             {},
 		"prefix":                {"jsonscan"},
 		"attach":                {"jsonscan"},
 		"contextstore":          {"prefix"},

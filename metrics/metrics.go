@@ -33,6 +33,8 @@ type Metrics struct {
 	registry *prometheus.Registry
 
 	requests  *prometheus.CounterVec
+	sent      *prometheus.CounterVec
+	retries   *prometheus.CounterVec
 	duration  *prometheus.HistogramVec
 	firstByte *prometheus.HistogramVec
 	bytesIn   *prometheus.CounterVec
@@ -83,6 +85,8 @@ func New(version string, inFlight func() int64) *Metrics {
 	}
 
 	m.requests = counter("requests_total", "Requests that ended, by endpoint, model and outcome.", "endpoint", "model", "outcome")
+	m.sent = counter("upstream_requests_total", "Requests by the upstream that they were sent to last, and outcome.", "upstream", "outcome")
+	m.retries = counter("retries_total", "Requests that were sent elsewhere, or again, since the upstream cannot have begun with them: unreachable, busy (503) or absent (it does not have the model any more).", "reason")
 	m.duration = histogram("request_duration_seconds", "Time from a request's arrival to the end of its answer.", "endpoint")
 	m.firstByte = histogram("first_byte_seconds", "Time from a request's arrival to the first byte of the answer's body.", "endpoint")
 	m.waited = histogram("queue_wait_seconds", "Time that requests waited for a lane, by priority.", "priority")
@@ -125,6 +129,12 @@ func (m *Metrics) Done(ex proxy.Exchange) {
 	model := m.model(ex.Model, ex.Outcome == proxy.OK)
 	m.requests.WithLabelValues(ex.Endpoint, model, string(ex.Outcome)).Inc()
 	m.duration.WithLabelValues(ex.Endpoint).Observe(ex.Duration.Seconds())
+	if ex.Upstream != "" {
+		m.sent.WithLabelValues(ex.Upstream, string(ex.Outcome)).Inc()
+	}
+	for _, reason := range ex.Retries {
+		m.retries.WithLabelValues(reason).Inc()
+	}
 	if ex.FirstByte > 0 {
 		m.firstByte.WithLabelValues(ex.Endpoint).Observe(ex.FirstByte.Seconds())
 	}
@@ -173,16 +183,16 @@ func (m *Metrics) account(model string, e *savings.Entry) {
 	m.saved.WithLabelValues(model, "loading").Add(max(0, e.SavedLoading.Seconds()))
 }
 
-// Lanes adds the series of a scheduler; stats is asked at each scrape.
-func (m *Metrics) Lanes(upstream string, stats func() schedule.Stats) {
-	m.registry.MustRegister(&lanes{metrics: m, upstream: upstream, stats: stats})
+// Lanes adds the series of a scheduler, whose upstreams have these names; stats is asked at each scrape.
+func (m *Metrics) Lanes(upstreams []string, stats func() schedule.Stats) {
+	m.registry.MustRegister(&lanes{metrics: m, upstreams: upstreams, stats: stats})
 }
 
 // lanes collects a scheduler's statistics.
 type lanes struct {
-	metrics  *Metrics
-	upstream string
-	stats    func() schedule.Stats
+	metrics   *Metrics
+	upstreams []string
+	stats     func() schedule.Stats
 }
 
 var (
@@ -213,10 +223,10 @@ func (l *lanes) Collect(ch chan<- prometheus.Metric) {
 		gauge(queueOldest, w.Oldest.Seconds(), p.String())
 	}
 	// Two runners may differ in options that are no label: their lanes are added up.
-	type key struct{ model, numCtx string }
+	type key struct{ upstream, model, numCtx string }
 	states, learned := map[key][3]int{}, map[key]int{}
 	for _, r := range st.Runners {
-		k := key{l.metrics.model(r.Runner.Options.Model, true), "default"}
+		k := key{l.upstreams[r.Runner.Upstream], l.metrics.model(r.Runner.Options.Model, true), "default"}
 		if n := r.Runner.Options.NumCtx(); n > 0 {
 			k.numCtx = strconv.Itoa(n)
 		}
@@ -228,11 +238,11 @@ func (l *lanes) Collect(ch chan<- prometheus.Metric) {
 	}
 	for k, s := range states {
 		for i, state := range []string{"busy", "held", "idle"} {
-			gauge(laneCount, float64(s[i]), l.upstream, k.model, k.numCtx, state)
+			gauge(laneCount, float64(s[i]), k.upstream, k.model, k.numCtx, state)
 		}
 	}
 	for k, n := range learned {
-		gauge(laneLearned, float64(n), l.upstream, k.model, k.numCtx)
+		gauge(laneLearned, float64(n), k.upstream, k.model, k.numCtx)
 	}
 	count(laneSwitches, st.Continued, "continued")
 	count(laneSwitches, st.Opened, "opened")

@@ -2,7 +2,9 @@ package proxy
 
 import (
 	"context"
+	"maps"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -28,35 +30,26 @@ const (
 )
 
 // account reads the chain of a request whose body has been read.
-func (h *Handler) account(ex *exchange, rt route, model string, f fields) {
-	if h.Ledger == nil || rt.prompt == prefix.None || !h.exists(model) {
+func (h *Handler) account(ex *exchange) {
+	if h.Ledger == nil || ex.prompt == prefix.None || !h.exists(ex.key) {
 		return
 	}
-	chain := h.prefixes.ReadMembers(rt.prompt, model, ex.body.data, f.members, f.long)
-	ex.chain, ex.dialect = &chain, rt.answer // on its own: the ledger keeps it for longer than the exchange
+	chain := h.prefixes.ReadMembers(ex.prompt, ex.key, ex.body.data, ex.fields.members, ex.fields.long)
+	ex.chain, ex.dialect = &chain, ex.route.answer // on its own: the ledger keeps it for longer than the exchange
 	if h.ShowPrompts {
 		ex.excerpt = excerpt(ex.body.data)
 	}
 }
 
-// begin tells the ledger that the request is sent.
-func (h *Handler) begin(ex *exchange) {
-	if ex.chain == nil {
-		return
-	}
-	up := h.ledgerUpstream.Load()
-	ex.spend, ex.sent = h.Ledger.Begin(time.Now(), *up, ex.chain), time.Since(ex.start)
-	if up.Old {
-		put(h.traits.wanted, ex.chain.Runner.Model)
-	}
-}
-
-// exists reports whether the upstream has the model, as far as is known: made-up names are not to push out what is known of
+// exists reports whether an upstream has the model, as far as is known: made-up names are not to push out what is known of
 // real ones.
 func (h *Handler) exists(model string) bool {
-	digests := h.Upstream.State().Digests
-	_, ok := digests[model]
-	return ok || digests == nil
+	for _, b := range h.backends {
+		if b.State().Has(model) {
+			return true
+		}
+	}
+	return false
 }
 
 // accounted ends it.
@@ -83,16 +76,17 @@ func (h *Handler) accounted(ex *exchange) {
 	}
 	ex.free(o.Answer)
 	if ex.use.unloads() && ex.Outcome == OK {
-		h.lose(ex.chain.Runner.Model, savings.LostUnloaded)
+		h.lose(ex.up, ex.key, savings.LostUnloaded)
 	}
 }
 
-// lose tells that what a model held is gone; an empty one means all.
-func (h *Handler) lose(model string, why savings.Lost) {
-	up := h.ledgerUpstream.Load().Index
-	h.Ledger.Lose(up, model, why)
+// lose tells that what a model held on a server is gone; an empty one means all.
+func (h *Handler) lose(b *backend, model string, why savings.Lost) {
+	if h.Ledger != nil {
+		h.Ledger.Lose(b.index, model, why)
+	}
 	if h.Lanes != nil {
-		h.Lanes.Cool(up, model)
+		h.Lanes.Cool(b.index, model)
 	}
 }
 
@@ -106,7 +100,7 @@ func excerpt(body []byte) string {
 
 // tell puts what is known of the prefix into the answer's header.
 func (ex *exchange) tell(header http.Header) {
-	if len(ex.chain.Links) <= 2 {
+	if !hasPrompt(ex.chain) {
 		return
 	}
 	expected := "unknown"
@@ -117,27 +111,27 @@ func (ex *exchange) tell(header http.Header) {
 	header.Set(headerExpected, expected)
 }
 
-// polledLedger tells the ledger what a poll found.
-func (h *Handler) polledLedger(st upstream.State) {
+// polledLedger tells the ledger what a poll of a server found.
+func (h *Handler) polledLedger(b *backend, st upstream.State) {
 	if h.Ledger == nil {
 		return
 	}
 	if !st.Up {
 		return // what was known of it holds for the requests that are still under way
 	}
-	up := savings.Upstream{Name: h.Upstream.Name, TellsCached: st.AtLeast(0, 34), Old: st.AtLeast(0, 1) && !st.AtLeast(0, 30)}
-	h.ledgerUpstream.Store(&up)
+	up := savings.Upstream{Name: b.Name, Index: b.index, TellsCached: st.AtLeast(0, 34), Old: st.AtLeast(0, 1) && !st.AtLeast(0, 30)}
+	b.books.Store(&up)
 	if h.Lanes != nil {
 		h.Lanes.SetLongestMatch(up.Index, up.Old)
 	}
 	if st.Restarted {
-		h.lose("", savings.LostRestart)
+		h.lose(b, "", savings.LostRestart)
 		h.forgetContexts(st.Models)
 	}
 	h.forgetContexts(st.Replaced)
 	for _, model := range st.Replaced {
-		h.lose(model, savings.LostReplaced)
-		put(h.traits.replaced, model)
+		h.lose(b, model, savings.LostReplaced)
+		put(b.traits.replaced, model)
 	}
 	if st.LoadedKnown {
 		loaded := make(map[string]int, len(st.Loaded))
@@ -146,6 +140,7 @@ func (h *Handler) polledLedger(st upstream.State) {
 		}
 		h.Ledger.Loaded(up.Index, loaded, st.Polled)
 		if h.Lanes != nil {
+			h.Lanes.SetLoaded(up.Index, slices.Collect(maps.Keys(loaded)))
 			for a := range loaded {
 				for b := range loaded {
 					if a < b {
@@ -175,16 +170,16 @@ func put(queue chan string, model string) {
 	}
 }
 
-// runTraits asks until ctx ends.
-func (h *Handler) runTraits(ctx context.Context) {
+// runTraits asks a server until ctx ends.
+func (h *Handler) runTraits(ctx context.Context, b *backend) {
 	asked := map[string]bool{}
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case model := <-h.traits.replaced:
+		case model := <-b.traits.replaced:
 			delete(asked, model)
-		case model := <-h.traits.wanted:
+		case model := <-b.traits.wanted:
 			if asked[model] {
 				continue
 			}
@@ -192,14 +187,14 @@ func (h *Handler) runTraits(ctx context.Context) {
 				clear(asked)
 			}
 			asking, cancel := context.WithTimeout(ctx, traitsTimeout)
-			sliding, err := h.Upstream.SlidingWindow(asking, model)
+			sliding, err := b.SlidingWindow(asking, model)
 			cancel()
 			if err != nil {
 				h.Log.Debug("a model's sliding window is not known", "model", model, "err", err)
 				continue // asked again with the next request
 			}
 			asked[model] = true
-			h.Ledger.Sliding(h.ledgerUpstream.Load().Index, model, sliding)
+			h.Ledger.Sliding(b.index, model, sliding)
 		}
 	}
 }

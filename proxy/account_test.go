@@ -247,13 +247,13 @@ func TestUnloadForgetsWarmth(t *testing.T) {
 	}{
 		"unloaded by a client": {func(rg *rig) { rg.post("/api/generate", `{"model":"m","keep_alive":0}`); rg.ended() }, savings.ReasonEvicted},
 		"not loaded any more": {func(rg *rig) {
-			rg.h.Polled(upstream.State{Up: true, Version: "0.34.1", Polled: polled(), LoadedKnown: true})
+			rg.h.Polled(rg.h.Upstreams[0], upstream.State{Up: true, Version: "0.34.1", Polled: polled(), LoadedKnown: true})
 		}, savings.ReasonEvicted},
 		"restarted": {func(rg *rig) {
-			rg.h.Polled(upstream.State{Up: true, Version: "0.34.1", Polled: polled(), Restarted: true})
+			rg.h.Polled(rg.h.Upstreams[0], upstream.State{Up: true, Version: "0.34.1", Polled: polled(), Restarted: true})
 		}, savings.ReasonRestart},
 		"another model": {func(rg *rig) {
-			rg.h.Polled(upstream.State{Up: true, Version: "0.34.1", Polled: polled(), Replaced: []string{upstream.ModelKey("m")}})
+			rg.h.Polled(rg.h.Upstreams[0], upstream.State{Up: true, Version: "0.34.1", Polled: polled(), Replaced: []string{upstream.ModelKey("m")}})
 		}, savings.ReasonFirst},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -330,7 +330,7 @@ func TestSlidingWindowIsAsked(t *testing.T) {
 		return answer(200, "application/json", fmt.Sprintf(`{"done":true,"total_duration":3000000000,"load_duration":1000000,"prompt_eval_count":1000,"prompt_eval_duration":%d,"eval_count":1}`, int(1e9)))
 	})
 	rg := newRig(t, f.URL, &Handler{})
-	rg.h.Polled(upstream.State{Up: true, Version: "0.24.0"})
+	rg.h.Polled(rg.h.Upstreams[0], upstream.State{Up: true, Version: "0.24.0"})
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	wg.Go(func() { rg.h.Run(ctx) }) // until the test ends

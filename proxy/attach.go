@@ -26,34 +26,36 @@ func (h *Handler) render(ctx context.Context, body []byte) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	list, err := h.Upstream.Loaded(ctx)
+	list, err := h.backends[0].Loaded(ctx)
 	if err != nil {
 		return "", attach.ErrNotLoaded // nobody knows
 	}
 	if _, ok := byKey(list)[upstream.ModelKey(f.model)]; !ok {
 		return "", attach.ErrNotLoaded
 	}
-	return h.Upstream.Render(ctx, body)
+	return h.backends[0].Render(ctx, body)
 }
 
 // contextLength returns with how many tokens of context the model is loaded, as of the last poll; 0 if that is not known.
 func (h *Handler) contextLength(model string) int {
-	return byKey(h.Upstream.State().Loaded)[model].ContextLength
+	return byKey(h.backends[0].State().Loaded)[model].ContextLength
 }
 
-// attach replaces the body where it is sent with stored context, and returns what scan found in the one that is sent.
-func (h *Handler) attach(ex *exchange, rt route, model string, f fields) (fields, error) {
-	if h.attacher == nil || rt.prompt != prefix.Generate {
-		return f, nil
+// attach replaces the body where it is sent with stored context, and ex.fields with what is in the one that is sent.
+func (h *Handler) attach(ex *exchange) error {
+	if h.attacher == nil || ex.prompt != prefix.Generate {
+		return nil
 	}
-	if ex.plan = h.attacher.Plan(model, ex.body.data); ex.plan == nil || ex.plan.Body() == nil {
-		return f, nil
+	if ex.plan = h.attacher.Plan(ex.key, ex.body.data); ex.plan == nil || ex.plan.Body() == nil {
+		return nil
 	}
 	client := ex.body
 	ex.body = &body{data: ex.plan.Body()}
 	ex.body.refs.Store(1)
 	client.release()
-	return scan(ex.body.data, ex.members[:])
+	var err error
+	ex.fields, err = scan(ex.body.data, ex.members[:])
+	return err
 }
 
 // attached tells how the answer to a planned request ended.

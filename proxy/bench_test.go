@@ -60,7 +60,7 @@ func BenchmarkHandler(b *testing.B) {
 		b.Fatal(err)
 	}
 	logger := slog.New(slog.NewJSONHandler(io.Discard, nil))
-	ours := &Handler{Upstream: upstream.NewServer("u", u, nil, logger), Transport: stubUpstream{}, KeepAlive: keep, Log: logger,
+	ours := &Handler{Upstreams: []*upstream.Server{upstream.NewServer("u", u, nil, logger)}, Transport: stubUpstream{}, KeepAlive: keep, Log: logger,
 		Ledger: savings.New(contextstore.NewMemory(contextstore.Limits{Entries: 1e6, Bytes: 256 << 20}), 1000)}
 	ours.Init()
 	bare := &httputil.ReverseProxy{

@@ -12,6 +12,9 @@ type refusal struct {
 	message string // lower case: what happened, and what to do next
 }
 
+// Error makes it an error, for where only one of these can be returned.
+func (e *refusal) Error() string { return e.message }
+
 // write sends the refusal: {"error": "…"} as Ollama does, {"error": {"message": …}} under /v1, Anthropic's shape under
 // /v1/messages. It returns the body's length in bytes.
 func (e *refusal) write(w http.ResponseWriter, path string) int {

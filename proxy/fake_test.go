@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -15,6 +16,7 @@ import (
 	"net/textproto"
 	"net/url"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -329,6 +331,12 @@ type rig struct {
 // newRig serves h in front of up.
 func newRig(t *testing.T, up *url.URL, h *Handler) *rig {
 	t.Helper()
+	return newRigOf(t, h, map[string]*url.URL{"up": up})
+}
+
+// newRigOf serves h in front of several upstreams, in the order of their names.
+func newRigOf(t *testing.T, h *Handler, ups map[string]*url.URL) *rig {
+	t.Helper()
 	rg := &rig{t: t, h: h, log: &logBuffer{}, done: make(chan Exchange, 4096)}
 	h.Log = slog.New(slog.NewJSONHandler(rg.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	transport, ok := h.Transport.(*http.Transport)
@@ -336,7 +344,11 @@ func newRig(t *testing.T, up *url.URL, h *Handler) *rig {
 		transport, ok = NewTransport(), true
 		h.Transport = transport
 	}
-	h.Upstream = upstream.NewServer("up", up, h.Transport, h.Log)
+	for _, name := range slices.Sorted(maps.Keys(ups)) {
+		server := upstream.NewServer(name, ups[name], h.Transport, h.Log)
+		server.Polled = func(st upstream.State) { h.Polled(server, st) }
+		h.Upstreams = append(h.Upstreams, server)
+	}
 	h.Done = func(ex Exchange) { rg.done <- ex }
 	h.Ledger = savings.New(contextstore.NewMemory(contextstore.Limits{Entries: 10000, Bytes: 1 << 24}), 100)
 	h.Init()

@@ -67,7 +67,7 @@ type editor struct {
 }
 
 func newEditor(k KeepAlive) *editor {
-	e := &editor{h: &Handler{KeepAlive: k, Upstream: upstream.NewServer("up", &url.URL{Scheme: "http", Host: "127.0.0.1:1"}, nil, nil)}}
+	e := &editor{h: &Handler{KeepAlive: k, Upstreams: []*upstream.Server{upstream.NewServer("up", &url.URL{Scheme: "http", Host: "127.0.0.1:1"}, nil, nil)}}}
 	e.h.Transport = e
 	e.h.Done = func(ex Exchange) { e.told = ex }
 	e.h.Init()

@@ -230,7 +230,7 @@ func TestNoTimeLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var told Exchange
 		h := &Handler{
-			Upstream:  upstream.NewServer("up", &url.URL{Scheme: "http", Host: "127.0.0.1:1"}, nil, nil),
+			Upstreams: []*upstream.Server{upstream.NewServer("up", &url.URL{Scheme: "http", Host: "127.0.0.1:1"}, nil, nil)},
 			Transport: slowUpstream{10 * time.Hour}, KeepAlive: keep(t, "", "24h"), Done: func(ex Exchange) { told = ex },
 		}
 		h.Init()

@@ -1,7 +1,7 @@
-// Package proxy is the HTTP surface: it forwards every request to an Ollama server, as it came and as it is answered, and
-// adds the one thing that clients leave out, keep_alive. It owns the routes, the life of one request (handler.go, top
+// Package proxy is the HTTP surface: it forwards every request to one of a few Ollama servers, as it came and as it is answered,
+// and adds the one thing that clients leave out, keep_alive. It owns the routes, the life of one request (handler.go, top
 // to bottom), the edits of a body, the checks of Host, Origin and API keys, and what is known of a model's residency.
-// It leaves it to package schedule which request goes when, and keeps no prompt.
+// It leaves it to package schedule which request goes when, and where, and keeps no prompt.
 package proxy
 
 import (
@@ -33,6 +33,8 @@ const (
 	ownPrefix  = "/_cacheproxy/"
 	pathHealth = ownPrefix + "health"
 	pathReady  = ownPrefix + "ready"
+
+	pathUpstreams = ownPrefix + "upstreams/"
 	// PathMetrics is where the operator's monitoring reads.
 	PathMetrics = "/metrics"
 )
@@ -40,9 +42,10 @@ const (
 // DefaultMaxBody is how many bytes of a body are read to be looked at, unless the operator says otherwise.
 const DefaultMaxBody = 64 << 20
 
-// Handler forwards requests to one Ollama server. Fill in the fields, call Init, and have Run running while it serves.
+// Handler forwards requests to Ollama servers. Fill in the fields, call Init, and have Run running while it serves.
 type Handler struct {
-	Upstream  *upstream.Server
+	// Upstreams are the servers, at least one. What is not for any one model goes to the first of them.
+	Upstreams []*upstream.Server
 	Transport http.RoundTripper // nil means NewTransport()
 	KeepAlive KeepAlive
 	NoTouch   bool  // never send a request of our own to set keep_alive for models used through /v1
@@ -52,11 +55,11 @@ type Handler struct {
 	Log       *slog.Logger // nil discards
 
 	Ledger      *savings.Ledger     // nil accounts for nothing and reads no prefixes
-	Lanes       *schedule.Scheduler // says when a request may be sent; nil sends them as they come
+	Lanes       *schedule.Scheduler // says when a request may be sent, and where; nil, with one upstream only, sends them as they come
 	ShowPrompts bool                // the page of the last requests has excerpts of their bodies
 
-	// AttachContext sends requests to /api/generate with stored context where that is exact and no slower. Attached is told
-	// what became of it.
+	// AttachContext sends requests to /api/generate with stored context where that is exact and no slower; with one upstream
+	// only. Attached is told what became of it.
 	AttachContext bool
 	Attached      func(model, outcome string)
 
@@ -65,15 +68,15 @@ type Handler struct {
 	Done    func(Exchange)
 	Touched func(model string, err error)
 
-	inFlight  atomic.Int64
-	looped    atomic.Bool // one of the proxy's own requests came back
-	residency *residency
-	forward   *httputil.ReverseProxy
+	inFlight atomic.Int64
+	backends []*backend // Upstreams, in the same order
+	forward  *httputil.ReverseProxy
+	prefixes *prefix.Reader
+	attacher *attach.Attacher // nil: nothing is attached
 
-	prefixes       *prefix.Reader
-	ledgerUpstream atomic.Pointer[savings.Upstream]
-	traits         traits
-	attacher       *attach.Attacher // nil: nothing is attached
+	refreshEvery time.Duration
+	refreshing   sync.Mutex
+	refreshed    time.Time // guarded by refreshing
 }
 
 // Exchange is one request and how it was answered.
@@ -92,6 +95,9 @@ type Exchange struct {
 
 	KeepAlive string // injected, kept, raised or forced; "" where the request has no keep_alive
 	Unedited  string // why a body that is usually read was not: see the Unedited… constants
+
+	Upstream string   // the name of the one that it was sent to; "" for none, or for all
+	Retries  []string // why it was sent to another one, or again: see the Retry… constants
 
 	Savings *savings.Entry // nil where there is nothing to account for
 
@@ -134,11 +140,19 @@ type exchange struct {
 
 	header  http.Header         // the client's answer's
 	origin  string              // for CORS headers
-	alters  bool                // it may change or remove a model
+	route                       // what its path means
 	spent   []string            // request headers that are for the proxy alone
 	members [12]jsonscan.Member // of the body; more are allocated
 	body    *body               // nil where the body passes through, or there is none
 	passing *passing            // nil where the body was read, or there is none
+	fields  fields              // of the body
+	key     string              // upstream.ModelKey of the model that it names; "" for none
+	cloud   bool                // a remote service runs that
+	only    *backend
+	up      *backend      // to which it is sent; nil before that is chosen
+	began   bool          // it was sent to up, and has not ended
+	tried   []*backend    // to which it was sent in vain
+	inbound *http.Request // as it was given to the forwarder
 	edit    edit
 	use     use
 
@@ -200,18 +214,23 @@ func (h *Handler) Init() {
 	if h.Touched == nil {
 		h.Touched = func(string, error) {}
 	}
+	h.refreshEvery = refreshEvery
 	h.prefixes = prefix.NewReader()
-	h.ledgerUpstream.Store(&savings.Upstream{Name: h.Upstream.Name})
-	h.traits = newTraits()
-	if h.AttachContext {
+	for i, s := range h.Upstreams {
+		b := h.newBackend(i, s)
+		h.backends = append(h.backends, b)
+		if h.Lanes != nil {
+			h.Lanes.SetName(b.index, s.Name)
+		}
+	}
+	if h.AttachContext && len(h.backends) == 1 {
 		h.attacher = h.newAttacher()
 	}
-	h.residency = newResidency(h.Upstream, h.KeepAlive, h.Touched, h.Log)
 	h.forward = &httputil.ReverseProxy{
 		Rewrite:        h.rewrite,
 		ModifyResponse: h.modifyResponse,
 		ErrorHandler:   h.forwardFailed,
-		Transport:      h.Transport,
+		Transport:      attempts{h},
 		FlushInterval:  -1, // every write of the upstream goes on at once
 		BufferPool:     newBufferPool(),
 		ErrorLog:       log.New(io.Discard, "", 0), // the line per request says it
@@ -222,23 +241,16 @@ func (h *Handler) Init() {
 // needs to know of them.
 func (h *Handler) Run(ctx context.Context) {
 	var wg sync.WaitGroup
-	if h.Ledger != nil {
-		wg.Go(func() { h.runTraits(ctx) })
+	for _, b := range h.backends {
+		if h.Ledger != nil {
+			wg.Go(func() { h.runTraits(ctx, b) })
+		}
+		wg.Go(func() { b.residency.run(ctx) })
 	}
 	if h.attacher != nil {
 		wg.Go(func() { h.attacher.Run(ctx) })
 	}
-	h.residency.run(ctx)
 	wg.Wait()
-}
-
-// Polled takes in what a poll of the upstream found.
-func (h *Handler) Polled(st upstream.State) {
-	if st.Up {
-		h.looped.Store(false)
-	}
-	h.residency.polled(st)
-	h.polledLedger(st)
 }
 
 // InFlight returns how many requests are being served.
@@ -248,7 +260,7 @@ func (h *Handler) InFlight() int64 { return h.inFlight.Load() }
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.inFlight.Add(1)
 	rt := routeOf(r)
-	ex := &exchange{start: time.Now(), header: w.Header(), alters: rt.alters, Exchange: Exchange{Method: r.Method, Path: r.URL.Path, Endpoint: rt.label}}
+	ex := &exchange{start: time.Now(), header: w.Header(), route: rt, Exchange: Exchange{Method: r.Method, Path: r.URL.Path, Endpoint: rt.label}}
 	defer h.finish(ex, w, r) // a broken copy panics with http.ErrAbortHandler
 
 	if done := h.admit(w, r, ex); done {
@@ -259,18 +271,21 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	// A copy: net/http looks at its own request's body when it decides whether to read on after an early answer.
 	r = r.WithContext(context.WithValue(r.Context(), exchangeKey{}, ex))
-	if rt.reads != readsNothing {
-		if ref := h.read(r, ex, rt); ref != nil {
-			h.refuse(w, r, ex, ref)
-			return
-		}
-	} else {
-		ex.pass(r)
+	ref := h.only(r, ex)
+	if ref == nil && h.merge(w, r, ex) {
+		return
 	}
-	if ref := h.wait(r, ex); ref != nil {
+	if ref == nil {
+		ref = h.read(r, ex)
+	}
+	if ref == nil {
+		ref = h.wait(r, ex)
+	}
+	if ref != nil {
 		h.refuse(w, r, ex, ref)
 		return
 	}
+	h.unloadElsewhere(r.Context(), ex)
 	h.begin(ex)
 	h.forward.ServeHTTP(w, r)
 }
@@ -298,16 +313,26 @@ func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (d
 	return ref != nil
 }
 
-// loop refuses everything while the upstream leads back to this proxy, as its own requests show.
+// loop refuses what comes back to this proxy from its upstreams, as its own requests show, and everything while all of them
+// lead back.
 func (h *Handler) loop(r *http.Request) *refusal {
-	own := r.Header.Get(upstream.InstanceHeader) == h.Upstream.Instance
-	if own {
-		h.looped.Store(true)
+	instance := r.Header.Get(upstream.InstanceHeader)
+	var back *backend
+	all := true
+	for _, b := range h.backends {
+		if instance != "" && b.Instance == instance {
+			back = b
+			b.looped.Store(true)
+		}
+		all = all && b.looped.Load()
 	}
-	if !own && !h.looped.Load() || strings.HasPrefix(r.URL.Path, ownPrefix) || r.URL.Path == PathMetrics {
+	if back == nil && !all || strings.HasPrefix(r.URL.Path, ownPrefix) || r.URL.Path == PathMetrics {
 		return nil
 	}
-	return &refusal{http.StatusLoopDetected, fmt.Sprintf("requests to %s come back to this ollama-cacheproxy; point --upstream to Ollama itself", h.Upstream.URL)}
+	if back == nil {
+		back = h.backends[0]
+	}
+	return &refusal{http.StatusLoopDetected, fmt.Sprintf("requests to %s come back to this ollama-cacheproxy; point --upstream to Ollama itself", back.URL)}
 }
 
 func (h *Handler) refuse(w http.ResponseWriter, r *http.Request, ex *exchange, ref *refusal) {
@@ -333,8 +358,15 @@ func unreadable(err error) *refusal {
 	return &refusal{http.StatusBadRequest, fmt.Sprintf("reading the request's body: %v", err)}
 }
 
-// read reads the body, as far as the proxy may, and decides about keep_alive.
-func (h *Handler) read(r *http.Request, ex *exchange, rt route) *refusal {
+// read reads the body, as far as the proxy may.
+func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
+	if ex.reads == readsNothing || ex.reads == readsName && len(h.backends) == 1 {
+		if name, ok := strings.CutPrefix(r.URL.Path, pathModel); ok {
+			ex.key = upstream.ModelKey(name)
+		}
+		ex.pass(r)
+		return nil
+	}
 	if enc := r.Header.Get("Content-Encoding"); enc != "" && !strings.EqualFold(enc, "identity") {
 		ex.Unedited = UneditedEncoded
 	} else if r.ContentLength > h.MaxBody {
@@ -364,28 +396,22 @@ func (h *Handler) read(r *http.Request, ex *exchange, rt route) *refusal {
 	}
 	key := upstream.ModelKey(f.model)
 	switch {
+	case ex.reads == readsName:
 	case key != "":
 		ex.Model = f.model
 	case f.model != "":
 		ex.Model = invalidModel
 	}
-	if key == "" || upstream.IsCloud(f.model) {
+	if ex.key = key; key == "" {
+		return nil
+	}
+	if ex.cloud = upstream.IsCloud(f.model); ex.cloud {
 		return nil // nothing here stays loaded
 	}
-	h.Upstream.Used()
-	h.account(ex, rt, key, f)
-	if f, err = h.attach(ex, rt, key, f); err != nil {
+	ex.fields = f
+	h.account(ex)
+	if err := h.attach(ex); err != nil {
 		return unreadable(err)
-	}
-	switch {
-	case rt.reads == readsNative:
-		var hold Hold
-		ex.use, ex.KeepAlive, hold = h.residency.beginNative(key, f.model, f)
-		if hold != (Hold{}) {
-			ex.edit = f.splice(hold)
-		}
-	case !h.NoTouch:
-		ex.use = h.residency.beginForeign(key, f.model, rt.embed)
 	}
 	return nil
 }
@@ -393,19 +419,15 @@ func (h *Handler) read(r *http.Request, ex *exchange, rt route) *refusal {
 // rewrite makes the outbound request: the same, to the upstream, with the body's edit.
 func (h *Handler) rewrite(pr *httputil.ProxyRequest) {
 	ex := pr.In.Context().Value(exchangeKey{}).(*exchange)
-	pr.SetURL(h.Upstream.URL)
+	ex.inbound = pr.In
+	pr.SetURL(ex.up.URL)
 	pr.Out.URL.RawQuery = pr.In.URL.RawQuery // not cleaned of what Go cannot parse
 	for _, name := range []string{"Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"} {
 		if v, ok := pr.In.Header[name]; ok {
 			pr.Out.Header[name] = v
 		}
 	}
-	for _, name := range ex.spent {
-		pr.Out.Header.Del(name)
-	}
-	pr.Out.Header.Del(headerPriority)
-	// The origin was judged here, by the inbound Host; the upstream sees another Host and would judge wrongly.
-	pr.Out.Header.Del("Origin")
+	ex.strip(pr.Out.Header)
 	pr.Out.Trailer = pr.In.Trailer // filled in when the body has been read
 	if b := ex.body; b != nil {
 		pr.Out.Header.Del("Expect") // the body has come already
@@ -425,17 +447,30 @@ func (h *Handler) rewrite(pr *httputil.ProxyRequest) {
 	}
 }
 
+// strip takes out of a request's header what is for the proxy alone.
+func (ex *exchange) strip(header http.Header) {
+	for _, name := range ex.spent {
+		header.Del(name)
+	}
+	header.Del(headerPriority)
+	header.Del(headerUpstream)
+	// The origin was judged here, by the inbound Host; the upstream sees another Host and would judge wrongly.
+	header.Del("Origin")
+}
+
 func (h *Handler) modifyResponse(res *http.Response) error {
 	ex := res.Request.Context().Value(exchangeKey{}).(*exchange)
 	if ex.Status = res.StatusCode; ex.Status < 300 {
 		ex.use.answer()
 	}
 	setCORS(res.Header, ex.origin)
+	res.Header.Del(headerUpstream) // of another proxy behind this one
+	ex.header.Set(headerUpstream, ex.up.Name)
 	if ex.spend != nil {
 		ex.tell(res.Header)
 		if ex.Status < 300 && res.Header.Get("Content-Encoding") == "" {
 			ex.streams = strings.HasPrefix(res.Header.Get("Content-Type"), "text/event-stream")
-			ex.answer = savings.NewReader(ex.dialect, res.Header.Get("Content-Type"), h.ledgerUpstream.Load().TellsCached)
+			ex.answer = savings.NewReader(ex.dialect, res.Header.Get("Content-Type"), ex.up.books.Load().TellsCached)
 		}
 	}
 	if res.Header["Content-Type"] == nil {
@@ -477,10 +512,16 @@ func (h *Handler) forwardFailed(w http.ResponseWriter, r *http.Request, err erro
 			return
 		}
 	}
-	h.Upstream.Failed()
+	var ref *refusal
+	if errors.As(err, &ref) {
+		h.refuse(w, r, ex, ref)
+		return
+	}
+	ex.up.Failed()
 	ex.Outcome = Unreachable
-	h.Log.Debug("upstream request failed", "upstream", h.Upstream.Name, "err", err)
-	ex.reply(w, r, &refusal{http.StatusBadGateway, fmt.Sprintf("ollama at %s does not answer: %s; start it, or point ollama-cacheproxy's --upstream to where it runs", h.Upstream.URL, reason(err))})
+	h.Log.Debug("upstream request failed", "upstream", ex.up.Name, "err", err)
+	ex.header.Set(headerUpstream, ex.up.Name)
+	ex.reply(w, r, &refusal{http.StatusBadGateway, fmt.Sprintf("ollama at %s does not answer: %s; start it, or point ollama-cacheproxy's --upstream to where it runs", ex.up.URL, reason(err))})
 }
 
 // reason says why in a few words.
@@ -500,6 +541,9 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	if ex.body != nil {
 		ex.body.release()
 	}
+	if ex.up != nil {
+		ex.Upstream = ex.up.Name
+	}
 	ex.Duration = time.Since(ex.start)
 	ex.BytesIn = ex.in.Load()
 	if ex.Outcome == "" {
@@ -512,8 +556,11 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 		reset(w)
 	}
 	h.accounted(ex)
-	if ex.Outcome == OK && ex.alters {
-		h.Upstream.Changed()
+	if ex.began {
+		ex.up.inFlight.Add(-1)
+	}
+	if ex.Outcome == OK && ex.alters && ex.up != nil {
+		ex.up.Changed()
 	}
 	level := slog.LevelInfo
 	if ex.Outcome == Own || ex.Endpoint == "/" {
@@ -582,6 +629,12 @@ func (ex *exchange) attrs() []slog.Attr {
 	}
 	if ex.Unedited != "" {
 		attrs = append(attrs, slog.String("unedited", ex.Unedited))
+	}
+	if ex.Upstream != "" {
+		attrs = append(attrs, slog.String("upstream", ex.Upstream))
+	}
+	if len(ex.Retries) > 0 {
+		attrs = append(attrs, slog.String("retries", strings.Join(ex.Retries, ",")))
 	}
 	if ex.Waited >= time.Millisecond {
 		attrs = append(attrs, milliseconds("waited_ms", ex.Waited))

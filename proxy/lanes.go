@@ -3,6 +3,7 @@ package proxy
 import (
 	"crypto/sha256"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"strings"
@@ -12,35 +13,68 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 )
 
-// headerPriority says how urgent a request is: interactive, normal (as without it) or batch. It is for the proxy alone.
-const headerPriority = "X-Cacheproxy-Priority"
+// Request headers that are for the proxy alone.
+const (
+	headerPriority = "X-Cacheproxy-Priority" // how urgent a request is: interactive, normal (as without it) or batch
+	headerUpstream = "X-Cacheproxy-Upstream" // the name of the upstream that is to answer it; in answers, of the one that did
+)
 
 // retryAfter is what a client that finds the queue full is told, in seconds.
 const retryAfter = "5"
 
-// wait waits until the request may be sent, if it takes a slot of a model: until a lane is granted. What only loads or
-// unloads a model, embeddings, remote models and everything without a prompt never wait.
-func (h *Handler) wait(r *http.Request, ex *exchange) *refusal {
-	priority := priorityOf(r)
-	if h.Lanes == nil || ex.chain == nil || len(ex.chain.Links) <= 2 || ex.use.unloads() {
+// busyWords are Ollama's own for a full queue.
+const busyWords = "server busy, please try again.  maximum pending requests exceeded"
+
+// only reads which upstream a request is meant for, if its client names one.
+func (h *Handler) only(r *http.Request, ex *exchange) *refusal {
+	name := r.Header.Get(headerUpstream)
+	if name == "" {
 		return nil
 	}
-	if st := h.Upstream.State(); !st.Polled.IsZero() && !st.Up {
-		return nil // to wait for what does not answer, one after the other, would only take longer
+	if ex.only = h.named(name); ex.only != nil {
+		return nil
 	}
-	began := time.Now()
+	var names []string
+	for _, b := range h.backends {
+		names = append(names, b.Name)
+	}
+	return &refusal{http.StatusBadRequest, fmt.Sprintf("%s: there is no upstream %q: want one of %s", headerUpstream, name, strings.Join(names, ", "))}
+}
+
+// wait chooses the server for the request, and waits until it may be sent if it takes a slot of a model: until a lane is
+// granted. What only loads or unloads a model, embeddings, remote models and everything without a prompt never wait.
+func (h *Handler) wait(r *http.Request, ex *exchange) *refusal {
+	list := h.candidates(r.Context(), ex)
+	if b := list[0]; len(list) == 1 && b.draining.Load() && ex.only == nil {
+		return &refusal{http.StatusServiceUnavailable, fmt.Sprintf("upstream %s is draining and gets no new requests; POST %s%s/resume ends that", b.Name, pathUpstreams, b.Name)}
+	}
+	return h.acquire(r, ex, list)
+}
+
+// acquire is wait, once it is known which servers can serve the request.
+func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refusal {
+	if h.Lanes == nil || ex.chain == nil || !hasPrompt(ex.chain) || !list[0].takes() {
+		// To wait for what does not answer, one after the other, would only take longer.
+		ex.up = pick(list, ex.key)
+		return nil
+	}
+	var upstreams []uint16
+	for _, b := range list {
+		upstreams = append(upstreams, b.index)
+	}
+	began, priority := time.Now(), priorityOf(r)
 	grant, err := h.Lanes.Acquire(r.Context(), schedule.Request{
-		Runner: schedule.Runner{Upstream: h.ledgerUpstream.Load().Index, Options: ex.chain.Runner},
-		Links:  ex.chain.Links, Client: h.clientOf(r), Priority: priority,
+		Runner: schedule.Runner{Upstream: upstreams[0], Options: ex.chain.Runner}, Upstreams: upstreams,
+		Links: ex.chain.Links, Client: h.clientOf(r), Priority: priority, Arrived: ex.start,
 	})
-	ex.Waited, ex.Priority = time.Since(began), priority.String()
+	ex.Waited, ex.Priority = ex.Waited+time.Since(began), priority.String()
 	switch {
 	case err == nil:
-		ex.grant = grant
+		ex.grant, ex.up = grant, h.backends[grant.Upstream]
 		return nil
 	case errors.Is(err, schedule.ErrFull):
 		ex.header.Set("Retry-After", retryAfter)
-		return &refusal{http.StatusServiceUnavailable, "server busy, please try again.  maximum pending requests exceeded"} // Ollama's own words
+		return &refusal{http.StatusServiceUnavailable, busyWords}
 	case errors.Is(err, schedule.ErrClosed):
 		ex.header.Set("Retry-After", retryAfter)
 		return &refusal{http.StatusServiceUnavailable, "ollama-cacheproxy is stopping; try again when it is back"}
@@ -70,6 +104,9 @@ func (h *Handler) clientOf(r *http.Request) string {
 	}
 	return host
 }
+
+// notSent is the result of a request that the server has not begun with.
+var notSent schedule.Result
 
 // free gives the lane back.
 func (ex *exchange) free(a savings.Answer) {

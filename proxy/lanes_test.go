@@ -201,7 +201,7 @@ func TestNoWaitWhileDown(t *testing.T) {
 	f := newFake(t, nil)
 	f.ln.Close()
 	rg := newRig(t, f.URL, &Handler{Lanes: schedule.NewScheduler(schedule.Config{Lanes: 1})})
-	rg.h.Upstream.Poll(t.Context())
+	rg.h.Upstreams[0].Poll(t.Context())
 	for range 3 {
 		if res, _ := rg.post("/api/chat", chatWith("s", "one", "")); res.StatusCode != 502 {
 			t.Errorf("%d", res.StatusCode)

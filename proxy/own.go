@@ -3,6 +3,7 @@ package proxy
 import (
 	"cmp"
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"strconv"
 	"strings"
@@ -19,12 +20,33 @@ func (h *Handler) own(w http.ResponseWriter, r *http.Request, ex *exchange) bool
 		ex.page(w, pathHealth, http.StatusOK, map[string]any{"status": "ok"})
 		return true
 	case path == pathReady:
-		st := h.Upstream.State()
-		status, page := http.StatusOK, map[string]any{"status": "ready", "upstream": h.Upstream.Name, "version": st.Version}
-		if !st.Up {
-			status, page["status"] = http.StatusServiceUnavailable, "the upstream does not answer"
+		// Anyone may see this page: names and versions, and nothing else.
+		versions := map[string]string{}
+		status, page := http.StatusServiceUnavailable, map[string]any{"status": "no upstream answers", "upstreams": versions}
+		for _, b := range h.backends {
+			if st := b.State(); st.Up {
+				versions[b.Name] = st.Version
+				status, page["status"] = http.StatusOK, "ready"
+			}
 		}
 		ex.page(w, pathReady, status, page)
+		return true
+	case path+"/" == pathUpstreams:
+		ex.page(w, pathUpstreams, http.StatusOK, map[string]any{"upstreams": h.upstreams()})
+		return true
+	case strings.HasPrefix(path, pathUpstreams):
+		ex.Endpoint = pathUpstreams
+		name, verb, _ := strings.Cut(strings.TrimPrefix(path, pathUpstreams), "/")
+		b := h.named(name)
+		switch {
+		case b == nil:
+			h.refuse(w, r, ex, &refusal{http.StatusNotFound, fmt.Sprintf("there is no upstream %q; GET %s lists them", name, strings.TrimSuffix(pathUpstreams, "/"))})
+		case verb != "drain" && verb != "resume" || r.Method != http.MethodPost:
+			h.refuse(w, r, ex, &refusal{http.StatusMethodNotAllowed, "want POST " + pathUpstreams + name + "/drain, or …/resume"})
+		default:
+			h.drain(b, verb == "drain")
+			ex.page(w, pathUpstreams, http.StatusOK, h.upstream(b))
+		}
 		return true
 	case path == pathRequests && h.Ledger != nil:
 		n, err := strconv.Atoi(cmp.Or(r.URL.Query().Get("n"), strconv.Itoa(shownRequests)))
@@ -51,4 +73,38 @@ func (ex *exchange) page(w http.ResponseWriter, endpoint string, status int, con
 	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(status)
 	json.NewEncoder(w).Encode(content) // a client that is gone has nobody to tell
+}
+
+// upstreamEntry is what pathUpstreams shows of one.
+type upstreamEntry struct {
+	Name     string   `json:"name"`
+	URL      string   `json:"url"`
+	Up       bool     `json:"up"`
+	Error    string   `json:"error,omitempty"`
+	Draining bool     `json:"draining"`
+	InFlight int64    `json:"in_flight"` // requests that were sent to it and have not ended
+	Version  string   `json:"version,omitempty"`
+	Models   []string `json:"models"` // that it has
+	Loaded   []string `json:"loaded"` // at the last poll that asked
+}
+
+func (h *Handler) upstreams() []upstreamEntry {
+	list := make([]upstreamEntry, 0, len(h.backends))
+	for _, b := range h.backends {
+		list = append(list, h.upstream(b))
+	}
+	return list
+}
+
+func (h *Handler) upstream(b *backend) upstreamEntry {
+	st := b.State()
+	e := upstreamEntry{Name: b.Name, URL: b.URL.String(), Up: st.Up, Draining: b.draining.Load(), InFlight: b.inFlight.Load(), Version: st.Version, Models: []string{}, Loaded: []string{}}
+	if st.Err != nil {
+		e.Error = st.Err.Error()
+	}
+	e.Models = append(e.Models, st.Models...)
+	for _, l := range st.Loaded {
+		e.Loaded = append(e.Loaded, l.Name)
+	}
+	return e
 }

@@ -15,6 +15,7 @@ const (
 	readsNothing reads = iota // passed through as it comes
 	readsNative               // JSON with a model and perhaps keep_alive: Ollama's own inference endpoints
 	readsForeign              // JSON with a model, of a dialect that has no keep_alive
+	readsName                 // JSON with a model: only to know which upstream has it
 )
 
 // route is what a path and method mean to the proxy. Everything that it does not know passes through.
@@ -25,6 +26,8 @@ type route struct {
 	prompt prefix.Endpoint // how the body's prompt is written; None where there is none that a slot would keep
 	answer savings.Dialect // how the answer to that is written
 	alters bool            // may change or remove a model
+	first  bool            // goes to the first upstream, since it changes something or must always go to the same one
+	merged string          // the member of the answer that lists what an upstream has, if it is merged over upstreams
 }
 
 // routes lists Ollama's endpoints. The proxy reads a POST body where reads says so; every other method passes.
@@ -32,16 +35,16 @@ var routes = map[string]route{
 	"/":                        {label: "/"},
 	"/api/version":             {label: "/api/version"},
 	"/api/status":              {label: "/api/status"},
-	"/api/pull":                {label: "/api/pull", alters: true},
-	"/api/push":                {label: "/api/push"},
-	"/api/tags":                {label: "/api/tags"},
-	"/api/show":                {label: "/api/show"},
-	"/api/delete":              {label: "/api/delete", alters: true},
-	"/api/me":                  {label: "/api/me"},
-	"/api/signout":             {label: "/api/signout"},
-	"/api/create":              {label: "/api/create", alters: true},
-	"/api/copy":                {label: "/api/copy", alters: true},
-	"/api/ps":                  {label: "/api/ps"},
+	"/api/pull":                {label: "/api/pull", alters: true, first: true},
+	"/api/push":                {label: "/api/push", first: true},
+	"/api/tags":                {label: "/api/tags", merged: "models"},
+	"/api/show":                {label: "/api/show", reads: readsName},
+	"/api/delete":              {label: "/api/delete", alters: true, first: true},
+	"/api/me":                  {label: "/api/me", first: true},
+	"/api/signout":             {label: "/api/signout", first: true},
+	"/api/create":              {label: "/api/create", alters: true, first: true},
+	"/api/copy":                {label: "/api/copy", alters: true, first: true},
+	"/api/ps":                  {label: "/api/ps", merged: "models"},
 	"/api/generate":            {label: "/api/generate", reads: readsNative, prompt: prefix.Generate},
 	"/api/chat":                {label: "/api/chat", reads: readsNative, prompt: prefix.Chat},
 	"/api/embed":               {label: "/api/embed", reads: readsNative, embed: true, prompt: prefix.Embed},
@@ -49,25 +52,31 @@ var routes = map[string]route{
 	"/v1/chat/completions":     {label: "/v1/chat/completions", reads: readsForeign, prompt: prefix.ChatCompletions, answer: savings.OpenAI},
 	"/v1/completions":          {label: "/v1/completions", reads: readsForeign, prompt: prefix.Completions, answer: savings.OpenAI},
 	"/v1/embeddings":           {label: "/v1/embeddings", reads: readsForeign, embed: true},
-	"/v1/models":               {label: "/v1/models"},
+	"/v1/models":               {label: "/v1/models", merged: "data"},
 	"/v1/responses":            {label: "/v1/responses", reads: readsForeign, prompt: prefix.Responses, answer: savings.Responses},
 	"/v1/responses/compact":    {label: "/v1/responses/compact", reads: readsForeign},
 	"/v1/messages":             {label: "/v1/messages", reads: readsForeign, prompt: prefix.Messages, answer: savings.Anthropic},
 	"/v1/audio/transcriptions": {label: "/v1/audio/transcriptions"},
 }
 
+// pathModel, and a model's name after it, asks for one model.
+const pathModel = "/v1/models/"
+
 func routeOf(r *http.Request) route {
 	rt, ok := routes[r.URL.Path]
 	switch {
 	case !ok && strings.HasPrefix(r.URL.Path, "/api/blobs/"):
-		rt.label = "/api/blobs/{digest}"
-	case !ok && strings.HasPrefix(r.URL.Path, "/v1/models/"):
+		rt.label, rt.first = "/api/blobs/{digest}", true
+	case !ok && strings.HasPrefix(r.URL.Path, pathModel):
 		rt.label = "/v1/models/{model}"
 	case !ok:
 		rt.label = "other"
 	}
 	if r.Method != http.MethodPost {
 		rt.reads = readsNothing
+	}
+	if r.Method != http.MethodGet {
+		rt.merged = ""
 	}
 	return rt
 }

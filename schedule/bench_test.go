@@ -13,22 +13,30 @@ func BenchmarkGrant(b *testing.B) {
 		name              string
 		prefixes, clients int
 		lanes             int
+		servers           int // that may serve each request; 0: one, and nothing is chosen
 	}{
-		{"10000 prefixes, 1 client", 10_000, 1, 4},
-		{"10000 prefixes, 1000 clients", 10_000, 1000, 4},
-		{"1 prefix, 8 clients", 1, 8, 4},
-		{"100000 prefixes, 8 clients", 100_000, 8, 4},
-		{"10000 prefixes, 8 clients, 64 lanes", 10_000, 8, 64},
+		{"10000 prefixes, 1 client", 10_000, 1, 4, 0},
+		{"10000 prefixes, 1000 clients", 10_000, 1000, 4, 0},
+		{"1 prefix, 8 clients", 1, 8, 4, 0},
+		{"100000 prefixes, 8 clients", 100_000, 8, 4, 0},
+		{"10000 prefixes, 8 clients, 64 lanes", 10_000, 8, 64, 0},
+		{"10000 prefixes, 8 clients, 8 servers", 10_000, 8, 4, 8},
+		{"1 prefix, 8 clients, 8 servers", 1, 8, 4, 8},
+		{"100000 prefixes, 8 clients, 8 servers, 16 lanes", 100_000, 8, 16, 8},
 	} {
 		b.Run(w.name, func(b *testing.B) {
 			q := New(Config{Lanes: w.lanes, Limit: 1 << 20})
 			now := start
 			system := seg{id: 1, tokens: 500}
 			var id uint64
+			var upstreams []uint16
+			for i := range w.servers {
+				upstreams = append(upstreams, uint16(i))
+			}
 			request := func() Request {
 				id++
 				j := &job{model: "m", segs: []seg{system, {id: 1000 + id*7919%uint64(w.prefixes), tokens: 1000}, {id: id + 1<<32, tokens: 50}}}
-				return Request{ID: id, Runner: Runner{Options: options("m", 0)}, Links: j.links(), Client: fmt.Sprint(id % uint64(w.clients))}
+				return Request{ID: id, Runner: Runner{Options: options("m", 0)}, Upstreams: upstreams, Links: j.links(), Client: fmt.Sprint(id % uint64(w.clients))}
 			}
 			var running []uint64
 			take := func() {
@@ -60,6 +68,29 @@ func BenchmarkGrant(b *testing.B) {
 				q.Add(next, now)
 				take()
 			}
+		})
+	}
+}
+
+// BenchmarkVacate is a server that goes down, and comes back, while 100,000 requests wait: for each that goes elsewhere.
+func BenchmarkVacate(b *testing.B) {
+	for _, servers := range []int{2, 8} {
+		b.Run(fmt.Sprint(servers, " servers"), func(b *testing.B) {
+			q := New(Config{Lanes: 4, Limit: 1 << 20})
+			var upstreams []uint16
+			for i := range servers {
+				upstreams = append(upstreams, uint16(i))
+			}
+			for id := range uint64(100_000) {
+				j := &job{model: "m", segs: []seg{{id: 1, tokens: 500}, {id: 1000 + id*7919%10_000, tokens: 1000}, {id: id + 1<<32, tokens: 50}}}
+				q.Add(Request{ID: id, Runner: Runner{Options: options("m", 0)}, Upstreams: upstreams, Links: j.links(), Client: fmt.Sprint(id % 8)}, start.Add(time.Duration(id)*time.Microsecond))
+			}
+			now := start.Add(time.Second)
+			for i := 0; b.Loop(); i++ {
+				q.SetAvailable(uint16(i%servers), false, now)
+				q.SetAvailable(uint16(i%servers), true, now)
+			}
+			b.ReportMetric(float64(b.Elapsed())/float64(q.count.Moved), "ns/moved")
 		})
 	}
 }

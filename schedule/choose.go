@@ -2,10 +2,22 @@ package schedule
 
 import "time"
 
-// pump grants what may be granted on a server, and notes when to look again.
+// pump grants what may be granted since something has changed on a server, there or elsewhere.
 func (q *Queue) pump(s *server, now time.Time) {
+	q.fill(s, now)
+	if q.roaming > 0 {
+		q.share(s, now)
+	}
+}
+
+// fill grants what may be granted on a server, and notes when to look again.
+func (q *Queue) fill(s *server, now time.Time) {
 	s.wake = time.Time{}
 	if s.waiting == 0 {
+		return
+	}
+	if s.lanes == Unlimited {
+		q.release(s, now)
 		return
 	}
 	for _, x := range s.order(now) {
@@ -274,7 +286,7 @@ func (c *choice) join(p rank, k *class) (*item, *lane, reason) {
 		if least >= 0 && (again > least+slack || again > least-slack && share <= most) {
 			return
 		}
-		if p == urgent || c.worth(again, share) {
+		if p == urgent || c.worth(it, owned, again, share) {
 			best, at, least, most = it, land, again, share
 		}
 	}
@@ -317,19 +329,23 @@ func (n *node) nextTaken() *node {
 }
 
 // backlog returns how much waits below a node for each of the lanes that are busy there and one more, in tokens.
-func (c *choice) backlog(n *node) int {
-	r := &c.x.rates
-	tokens := float64(n.tokens-n.waiting*n.depth()) + float64(n.waiting)*r.weight()*r.generated()
-	return int(tokens) / (n.busy + 1)
+func (c *choice) backlog(n *node) int { return int(c.x.below(n)) / (n.busy + 1) }
+
+// below returns the work that waits below a node, in tokens.
+func (x *runner) below(n *node) float64 {
+	return float64(n.tokens-n.waiting*n.depth()) + float64(n.waiting)*x.rates.weight()*x.rates.generated()
 }
 
 // worth reports whether a lane should evaluate so many tokens again rather than leave a backlog to the lanes that are
 // busy there.
-func (c *choice) worth(again, backlog int) bool {
+func (c *choice) worth(it *item, n *node, again, backlog int) bool {
 	if again <= slack || backlog >= again {
 		return true
 	}
-	at := c.x.idle.Add(time.Duration(again) * c.x.rates.perToken())
+	if !it.roams() {
+		n = nil // with one server, a lane that has nothing else to do loses nothing by joining
+	}
+	at := c.x.joinable(it, n, c.x.idle, time.Duration(again)*c.x.rates.perToken())
 	if c.now.Before(at) {
 		c.x.server.later(at)
 		return false
@@ -383,6 +399,7 @@ func (q *Queue) grant(it *item, l *lane, how reason, now time.Time) {
 		}
 	}
 	x.busy++
+	x.running += it.work
 	if it.full = 0; x.busy >= x.want {
 		it.full, x.full = x.busy, now
 	}
@@ -396,5 +413,5 @@ func (q *Queue) grant(it *item, l *lane, how reason, now time.Time) {
 	it.cost = max(it.tokens-tokens, 1) + int(fairWeight*x.rates.generated())
 	it.class.charge(it.account, it.cost)
 	l.work += it.cost
-	q.grants = append(q.grants, Placement{ID: it.id, Lane: l.name, Expected: tokens, Waited: now.Sub(it.arrived)})
+	q.grants = append(q.grants, Placement{ID: it.id, Upstream: x.server.index, Lane: l.name, Expected: tokens, Waited: now.Sub(it.arrived)})
 }

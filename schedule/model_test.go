@@ -3,6 +3,7 @@ package schedule
 import (
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"testing"
 	"time"
 )
@@ -17,6 +18,8 @@ type model struct {
 	waiting map[uint64]modelRequest
 	running map[uint64]modelRequest
 	slots   map[slotKey]uint64
+	off     [3]bool // servers that are not available
+	free    [3]bool // … whose lanes are, or were, unlimited
 	granted int
 	added   int
 	left    int
@@ -26,11 +29,19 @@ type model struct {
 type modelRequest struct {
 	Request
 	came time.Time
-	lane int
+	slot slotKey
+}
+
+// servers returns which servers may serve a request.
+func (r *modelRequest) servers() []uint16 {
+	if len(r.Upstreams) == 0 {
+		return []uint16{r.Runner.Upstream}
+	}
+	return r.Upstreams
 }
 
 type slotKey struct {
-	runner Runner
+	runner *runner
 	lane   int
 }
 
@@ -51,7 +62,13 @@ func (m *model) drain() {
 			m.t.Fatalf("request %d was granted but does not wait", g.ID)
 		}
 		delete(m.waiting, g.ID)
-		key := slotKey{r.Runner, g.Lane}
+		if !slices.Contains(r.servers(), g.Upstream) {
+			m.t.Fatalf("request %d was granted to server %d, and may go to %v", g.ID, g.Upstream, r.servers())
+		}
+		if m.off[g.Upstream] && slices.ContainsFunc(r.servers(), func(u uint16) bool { return !m.off[u] }) {
+			m.t.Fatalf("request %d was granted to server %d, which is not available, of %v; %v are not", g.ID, g.Upstream, r.servers(), m.off)
+		}
+		key := slotKey{m.q.items[g.ID].runner, g.Lane}
 		if other, taken := m.slots[key]; taken {
 			m.t.Fatalf("request %d was granted the lane of %d", g.ID, other)
 		}
@@ -59,7 +76,7 @@ func (m *model) drain() {
 			m.t.Fatalf("request %d waited for %v, not %v", g.ID, m.now.Sub(r.came), g.Waited)
 		}
 		m.slots[key] = g.ID
-		r.lane = g.Lane
+		r.slot = key
 		m.running[g.ID] = r
 		m.granted++
 	}
@@ -110,33 +127,32 @@ func (m *model) event() {
 		m.q.Tick(m.now)
 	case 13:
 		if at, ok := m.q.Next(); ok {
-			m.now = later(m.now, at)
+			m.now = latest(m.now, at)
 			m.q.Tick(m.now)
 		}
 	case 14:
-		switch b := m.byte(); b % 5 {
+		switch b := m.byte(); b % 7 {
 		case 0:
-			m.q.SetLanes(uint16(b/5%2), b/10%5, m.now)
+			n := b/21%6 - 1
+			m.free[b/7%3] = m.free[b/7%3] || n == Unlimited
+			m.q.SetLanes(uint16(b/7%3), n, m.now)
+		case 5, 6:
+			u := b / 7 % 3
+			m.off[u] = !m.off[u]
+			m.q.SetAvailable(uint16(u), !m.off[u], m.now)
 		case 1:
-			m.q.Cool(uint16(b/5%2), "", m.now)
+			m.q.Cool(uint16(b/7%3), "", m.now)
 		case 2:
-			m.q.Cool(uint16(b/5%2), "a", m.now)
+			m.q.Cool(uint16(b/7%3), "a", m.now)
 		case 3:
-			m.q.SetExclusive(uint16(b/5%2), "a", "b", b/10%2 == 0, m.now)
+			m.q.SetExclusive(uint16(b/7%3), "a", "b", b/21%2 == 0, m.now)
 		case 4:
-			m.q.SetLongestMatch(uint16(b/5%2), b/10%2 == 0)
+			m.q.SetLongestMatch(uint16(b/7%3), b/21%2 == 0)
 		}
 	case 15:
 		m.now = m.now.Add(time.Millisecond)
 	}
 	m.drain()
-}
-
-func later(a, b time.Time) time.Time {
-	if a.After(b) {
-		return a
-	}
-	return b
 }
 
 func (m *model) add() {
@@ -148,6 +164,10 @@ func (m *model) add() {
 		Client:   fmt.Sprint(b >> 3 & 3),
 		Priority: Priority(b>>5&3) - 1, // one of four is none that is known
 	}
+	r.Upstreams = [][]uint16{nil, {1}, {0, 1}, {1, 2}, {0, 1, 2}, {2, 0, 1}, {0, 2}, {0, 1, 2}}[m.byte()%8]
+	if m.next%8 == 7 { // it was sent before, and not answered
+		r.Arrived = m.now.Add(-time.Duration(c) * time.Millisecond)
+	}
 	// One of a few families, of a few prefixes in each, and a tail that may be shared, too.
 	j := job{model: r.Runner.Options.Model, numCtx: r.Runner.Options.NumCtx()}
 	for i, width := range []int{1, 3, 7, 3} {
@@ -158,7 +178,11 @@ func (m *model) add() {
 	}
 	r.Links = j.links()
 	if m.q.Add(r, m.now) {
-		m.waiting[r.ID] = modelRequest{Request: r, came: m.now}
+		came := m.now
+		if !r.Arrived.IsZero() {
+			came = r.Arrived
+		}
+		m.waiting[r.ID] = modelRequest{Request: r, came: came}
 		m.added++
 	} else if len(m.waiting) < m.cfg.Limit {
 		m.t.Fatalf("refused with %d waiting", len(m.waiting))
@@ -176,7 +200,7 @@ func (m *model) done() {
 	}
 	r := m.running[id]
 	delete(m.running, id)
-	delete(m.slots, slotKey{r.Runner, r.lane})
+	delete(m.slots, r.slot)
 	total := r.Links[len(r.Links)-1].Bytes/4 + 1
 	m.q.Done(id, Result{
 		Sent: b&15 != 0, Answered: b&15 > 1, Total: total, Reused: total * (b >> 4 & 3) / 4, ReusedKnown: b&1 == 0, Generated: b & 31,
@@ -192,11 +216,13 @@ func (m *model) check() {
 	if q.Len() != len(m.waiting) || len(q.items) != len(m.waiting)+len(m.running) {
 		m.t.Fatalf("%d wait and %d are known, want %d and %d more", q.Len(), len(q.items), len(m.waiting), len(m.running))
 	}
+	roams := 0
 	for _, s := range q.servers {
-		waiting, busy, loaded := 0, 0, 0
+		waiting, busy, loaded, roaming := 0, 0, 0, 0
 		for _, x := range s.runners {
 			m.checkRunner(x)
 			waiting += x.waiting
+			roaming += x.roaming
 			busy += x.busy
 			for _, y := range s.runners {
 				if x != y && x.resident && y.resident && x.busy > 0 && y.busy > 0 && x.key.Options.Model == y.key.Options.Model {
@@ -204,16 +230,38 @@ func (m *model) check() {
 				}
 			}
 		}
-		if loaded > 0 {
+		if loaded > 0 && !m.free[s.index] && m.cfg.Lanes != Unlimited {
 			m.t.Fatalf("one model is in use with two sets of options")
 		}
-		if waiting != s.waiting {
-			m.t.Fatalf("%d wait, the server counts %d", waiting, s.waiting)
+		if waiting != s.waiting || roaming != s.roaming {
+			m.t.Fatalf("%d wait, the server counts %d; %d of these may go elsewhere, it counts %d", waiting, s.waiting, roaming, s.roaming)
+		}
+		if roams += roaming; s.lanes == Unlimited && waiting > 0 {
+			m.t.Fatalf("%d wait although nothing should", waiting)
+		}
+		if busy == 0 && waiting == 0 && s.wake.IsZero() && !s.off && m.wanted(s) {
+			m.t.Fatalf("server %d has nothing to do, others have, and it does not look again", s.index)
 		}
 		if waiting > 0 && busy == 0 && s.wake.IsZero() {
 			m.t.Fatalf("%d wait for nothing", waiting)
 		}
 	}
+	if roams != q.roaming {
+		m.t.Fatalf("%d that wait may go elsewhere, counted %d", roams, q.roaming)
+	}
+}
+
+// wanted reports whether requests wait that a server may serve on another one that does not look again either.
+func (m *model) wanted(s *server) bool {
+	for _, it := range m.q.items {
+		y := it.runner
+		if it.waits && y.server.wake.IsZero() && it.moves < maxMoves && y.server != s && it.may(s) && it.key.Options == y.key.Options {
+			if x := s.byKey[Runner{s.index, it.key.Options}]; x == nil || x.key.Options == it.key.Options {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 func (m *model) checkRunner(x *runner) {
@@ -236,9 +284,38 @@ func (m *model) checkRunner(x *runner) {
 			m.t.Fatalf("a lane is idle, %d wait, and nobody looks again", x.waiting)
 		}
 	}
-	waiting := 0
+	waiting, roaming, running := 0, 0, 0
+	for _, l := range x.lanes {
+		if l.item != nil {
+			running += l.item.work
+		}
+	}
+	for _, it := range x.waiters() {
+		if !it.roams() {
+			continue
+		}
+		roaming++
+		if it.moves > maxMoves {
+			m.t.Fatalf("request %d was taken over %d times", it.id, it.moves)
+		}
+		if x.server.off && slices.ContainsFunc(it.upstreams, func(u uint16) bool { return !m.off[u] }) {
+			m.t.Fatalf("request %d waits for a server that is not available", it.id)
+		}
+	}
+	if roaming != x.roaming || running != x.running {
+		m.t.Fatalf("%d may go elsewhere, counted %d; %d tokens run, counted %d", roaming, x.roaming, running, x.running)
+	}
 	for p := range x.classes {
 		c := &x.classes[p]
+		work := 0
+		for _, it := range c.fifo.items {
+			if it.waits {
+				work += it.work
+			}
+		}
+		if work != x.work[p] {
+			m.t.Fatalf("%d tokens' work waits, counted %d", work, x.work[p])
+		}
 		if c.tree == nil {
 			continue
 		}
@@ -330,7 +407,7 @@ func (m *model) finish() {
 			id, _ := pick(m.running, 0)
 			r := m.running[id]
 			delete(m.running, id)
-			delete(m.slots, slotKey{r.Runner, r.lane})
+			delete(m.slots, r.slot)
 			m.now = m.now.Add(50 * time.Millisecond)
 			m.q.Done(id, Result{Sent: true, Answered: true, Total: 100, Generated: 10, LoadKnown: true}, m.now)
 		} else {
@@ -338,7 +415,7 @@ func (m *model) finish() {
 			if !ok {
 				m.t.Fatalf("%d wait, and nobody looks again", len(m.waiting))
 			}
-			m.now = later(m.now, at)
+			m.now = latest(m.now, at)
 			m.q.Tick(m.now)
 		}
 		m.drain()
@@ -348,10 +425,13 @@ func (m *model) finish() {
 	}
 }
 
-func runModel(t *testing.T, data []byte) {
+func runModel(t *testing.T, data []byte) Counts {
 	m := &model{t: t, now: start, waiting: map[uint64]modelRequest{}, running: map[uint64]modelRequest{}, slots: map[slotKey]uint64{}, data: data}
 	b := m.byte()
 	m.cfg = Config{Lanes: b % 4, Limit: 40}
+	if b&0x38 == 0x38 {
+		m.cfg.Lanes = Unlimited
+	}
 	if b&4 != 0 {
 		m.cfg.MaxWait = 300 * time.Millisecond
 	}
@@ -369,16 +449,24 @@ func runModel(t *testing.T, data []byte) {
 			}
 		}
 	}
+	return m.q.count
 }
 
 func TestModel(t *testing.T) {
+	var all Counts
 	for seed := range uint64(100) {
 		rng := rand.New(rand.NewPCG(seed, 2))
 		data := make([]byte, 1500)
 		for i := range data {
 			data[i] = byte(rng.IntN(256))
 		}
-		runModel(t, data)
+		c := runModel(t, data)
+		all.Spread += c.Spread
+		all.Stolen += c.Stolen
+		all.Moved += c.Moved
+	}
+	if all.Spread == 0 || all.Stolen < 500 || all.Moved < 500 {
+		t.Errorf("too little happened between servers: %+v", all)
 	}
 }
 

@@ -3,12 +3,14 @@
 // waiting request that shares the most with it. What that saves, and the theory behind it, is told where it is applied.
 //
 // Queue is the policy: it has no clock, no goroutine and no lock, and the same events give the same grants. Scheduler is the
-// shell around it in which requests wait. Neither reads bodies, talks to a server, or chooses between servers.
+// shell around it in which requests wait. Where several servers may serve a request they choose one. Neither reads bodies or
+// talks to a server.
 package schedule
 
 import (
 	"maps"
 	"slices"
+	"strconv"
 	"time"
 
 	"github.com/hashicorp/golang-lru/v2/simplelru"
@@ -47,13 +49,16 @@ func (p Priority) rank() rank { return rank(min(max(p, Interactive), Batch) - In
 
 // Request is what the queue needs to know of a request.
 type Request struct {
-	ID       uint64 // unique among the requests that wait or are being served; Scheduler chooses it
-	Runner   Runner
-	Links    []prefix.Link // of its prompt; not kept
-	Tokens   int           // estimated, of the prompt; 0: guessed from the links
-	Client   string        // to be fair to: an API key or an address
-	Priority Priority
-	Arrived  time.Time // zero: now. One whose server did not answer keeps its place by it
+	ID     uint64 // unique among the requests that wait or are being served; Scheduler chooses it
+	Runner Runner
+	// Upstreams are the servers that may serve it, each once: those that have the model. With several the queue chooses, and
+	// Runner.Upstream is not looked at; empty: Runner.Upstream. Not kept.
+	Upstreams []uint16
+	Links     []prefix.Link // of its prompt; not kept
+	Tokens    int           // estimated, of the prompt; 0: guessed from the links
+	Client    string        // to be fair to: an API key or an address
+	Priority  Priority
+	Arrived   time.Time // zero: now. One whose server did not answer keeps its place by it
 	// SlotFree: it needs no slot of a model (it unloads one, or a remote model answers it). Scheduler grants it at once; Queue
 	// is not to be given it.
 	SlotFree bool
@@ -62,8 +67,9 @@ type Request struct {
 // Placement says that a request may be sent now.
 type Placement struct {
 	ID       uint64
-	Lane     int // stand-in for the slot in which it will land; of its runner
-	Expected int // tokens of its prompt that this slot is expected to hold, estimated
+	Upstream uint16 // the server to send it to
+	Lane     int    // stand-in for the slot in which it will land; of its runner. Unlimited: one of more than there are slots
+	Expected int    // tokens of its prompt that this slot is expected to hold, estimated
 	Waited   time.Duration
 }
 
@@ -90,10 +96,14 @@ type Result struct {
 
 // Config sets a queue's bounds.
 type Config struct {
-	Lanes   int           // per runner, as OLLAMA_NUM_PARALLEL; 0: learned, from 1 on
+	Lanes   int           // per runner, as OLLAMA_NUM_PARALLEL; 0: learned, from 1 on; or Unlimited
 	Limit   int           // requests that wait; 0: DefaultLimit
 	MaxWait time.Duration // from when on a waiting request goes before others, whatever that costs; 0: never
 }
+
+// Unlimited as a number of lanes says that nothing waits: every request is granted at once. Which prompts are warm where is
+// still remembered, for the choice between servers.
+const Unlimited = -1
 
 // DefaultLimit is how many requests wait at most, unless the operator says otherwise.
 const DefaultLimit = 10_000
@@ -135,7 +145,9 @@ type Queue struct {
 	cfg     Config
 	items   map[uint64]*item // waiting or being served
 	waiting [ranks]int
+	roaming int       // of those that wait: how many several servers may serve
 	servers []*server // in the order in which they became known
+	offers  []offer   // for route
 	clients *simplelru.LRU[string, *returns]
 	habits  returns // of all clients: what is expected of one that is not known
 	grants  []Placement
@@ -145,14 +157,18 @@ type Queue struct {
 // server is one Ollama server.
 type server struct {
 	index     uint16
-	lanes     int  // per runner; 0: learned
-	found     int  // … for the runner that this was last learned of: what others begin with
-	longest   bool // it chooses slots by the longest match alone
+	seed      uint64 // of its rendezvous hash
+	off       bool   // it is to be sent nothing new
+	lanes     int    // per runner; 0: learned
+	found     int    // … for the runner that this was last learned of: what others begin with
+	longest   bool   // it chooses slots by the longest match alone
 	runners   []*runner
 	byKey     map[Runner]*runner // several keys may have turned out to be one runner
 	list      []*runner          // for order
 	waiting   int
+	roaming   int // of these: how many others may serve, too
 	turns     uint64
+	loaded    map[string]bool        // the models that it lists as loaded, if that is known
 	wake      time.Time              // when to look again; zero: after the next event
 	relations map[[2]string]relation // of models
 }
@@ -163,6 +179,9 @@ type runner struct {
 	server  *server
 	classes [ranks]class
 	waiting int
+	roaming int
+	work    [ranks]int    // of what waits, in tokens: what is to be evaluated, estimated when it came, and generated
+	running int           // of what is being served
 	arrived time.Duration // the sum of the arrivals of what waits, since epoch. It may overflow: differences are right all the same
 	lanes   []*lane
 	want    int // lanes
@@ -186,6 +205,7 @@ type runner struct {
 	missed   bool      // it was held for requests that did not come
 	rank     rank      // of the last request
 	idle     time.Time // since when a lane is free and a request waits
+	coveted  time.Time // since when requests wait that others may serve, too
 	visits   []*visit  // oldest first
 	rates    rates
 	learner  learner
@@ -204,9 +224,14 @@ type item struct {
 	rank    rank
 	arrived time.Time
 	tokens  int
+	work    int // in tokens, as runner.work
 	steps   []step
 	node    *node
 	waits   bool
+
+	upstreams []uint16 // that may serve it, if there are several
+	opening   uint64   // see openingOf
+	moves     int      // how often it was taken over
 
 	lane     *lane // while it is served
 	granted  time.Time
@@ -267,6 +292,9 @@ type Counts struct {
 	RunnerLoads  uint64 // to a runner that was not loaded
 	HoldsHit     uint64 // lanes held for a request that came
 	HoldsExpired uint64 // … and that did not come
+	Spread       uint64 // requests sent elsewhere than where most of the prompt was warm, since there was too much to do
+	Stolen       uint64 // requests taken over by a server that had nothing to do from one for which they waited
+	Moved        uint64 // … from one that was not available any more
 }
 
 // New returns an empty queue.
@@ -292,24 +320,48 @@ func (q *Queue) Add(r Request, now time.Time) bool {
 	if r.Arrived.IsZero() || r.Arrived.After(now) {
 		r.Arrived = now
 	}
-	s := q.server(r.Runner.Upstream)
-	x := q.runner(s, r.Runner, now)
 	it := &item{id: r.ID, key: r.Runner, rank: r.Priority.rank(), arrived: r.Arrived}
 	it.steps, it.tokens = stepsOf(r.Links, r.Tokens)
-	q.returned(x, it, r.Client, now)
+	switch len(r.Upstreams) {
+	case 0:
+	case 1:
+		it.key.Upstream = r.Upstreams[0]
+	default:
+		it.upstreams, it.opening = slices.Clone(r.Upstreams), openingOf(r.Links)
+	}
+	s, learn := q.route(it, now)
+	it.key.Upstream = s.index
+	x := q.runner(s, it.key, now)
+	if learn == nil {
+		learn = x
+	}
+	q.returned(learn, it, r.Client, now)
 
 	full := q.Len() >= q.cfg.Limit
-	if full && x.busy >= x.want {
+	if full && !q.room(it, x) {
 		return false
 	}
 	q.items[it.id] = it
 	q.enqueue(it, x, r.Client, now)
 	q.pump(s, now)
-	if full && it.waits {
+	if full && q.items[it.id].waits {
 		q.Leave(it.id, now)
 		return false
 	}
 	return true
+}
+
+// room reports whether a request might be granted at once.
+func (q *Queue) room(it *item, x *runner) bool {
+	if x.busy < x.want || x.server.lanes == Unlimited {
+		return true
+	}
+	for _, u := range it.upstreams {
+		if y := q.server(u).byKey[Runner{u, it.key.Options}]; y == nil || y.busy < y.want {
+			return true
+		}
+	}
+	return false
 }
 
 // enqueue has a request wait for a runner.
@@ -328,12 +380,29 @@ func (q *Queue) enqueue(it *item, x *runner, client string, now time.Time) {
 		x.sought, x.skipped = now, 0
 		x.came(now)
 	}
-	q.waiting[it.rank]++
-	x.server.waiting++
-	x.waiting++
+	if it.roams() && x.roaming == 0 {
+		x.coveted = now
+	}
+	warm, _ := x.warmth(it, false)
+	it.work = max(it.tokens-warm, 1) + int(x.rates.weight()*x.rates.generated())
+	q.counted(it, 1)
 	x.arrived += it.arrived.Sub(epoch)
 	x.rates.seen(it.tokens)
 	c.add(it, client, x.quantum())
+}
+
+// counted adds a request that waits to all counts of such, or takes it out of them.
+func (q *Queue) counted(it *item, n int) {
+	x := it.runner
+	q.waiting[it.rank] += n
+	x.server.waiting += n
+	x.waiting += n
+	x.work[it.rank] += n * it.work
+	if it.roams() {
+		q.roaming += n
+		x.server.roaming += n
+		x.roaming += n
+	}
 }
 
 // stepsOf returns what is kept of a prompt's links, and how many tokens it has.
@@ -376,9 +445,7 @@ func (q *Queue) drop(id uint64) *item {
 // unwait takes a request out of what waits.
 func (q *Queue) unwait(it *item, serve bool) {
 	x := it.runner
-	q.waiting[it.rank]--
-	x.server.waiting--
-	x.waiting--
+	q.counted(it, -1)
 	x.arrived -= it.arrived.Sub(epoch)
 	if x.waiting == 0 {
 		x.idle = time.Time{}
@@ -402,6 +469,7 @@ func (q *Queue) Done(id uint64, r Result, now time.Time) {
 		}
 	}
 	x.busy--
+	x.running -= it.work
 	l.item, l.used, l.class, l.wanted, l.reported, l.visit = nil, now, it.rank, false, false, nil
 	it.account.running--
 
@@ -432,7 +500,7 @@ func (q *Queue) Done(id uint64, r Result, now time.Time) {
 	}
 	l.work += cost - it.cost
 	it.class.charge(it.account, cost-it.cost)
-	l.wanted = x.server.waiting > 0
+	l.wanted = x.server.waiting > 0 || q.roaming > 0
 	if x.server.lanes == 0 {
 		x.want = x.learner.learn(it, r, x.want, x.waiting > 0)
 		if x.learner.ceiling {
@@ -486,13 +554,17 @@ func (q *Queue) Grants() []Placement {
 	return g
 }
 
-// SetLanes says how many slots each model on the server has; 0: to be learned.
+// SetLanes says how many slots each model on the server has; 0: to be learned; or Unlimited.
 func (q *Queue) SetLanes(upstream uint16, n int, now time.Time) {
 	s := q.server(upstream)
+	before := s.lanes
 	s.lanes = n
 	for _, x := range s.runners {
-		if n > 0 {
+		switch {
+		case n > 0:
 			x.want = n
+		case n == 0 && before == Unlimited:
+			x.want = max(s.found, 1)
 		}
 		x.resize()
 	}
@@ -534,13 +606,16 @@ func (q *Queue) server(index uint16) *server {
 			return s
 		}
 	}
-	s := &server{index: index, lanes: q.cfg.Lanes, byKey: map[Runner]*runner{}, relations: map[[2]string]relation{}}
+	s := &server{index: index, seed: seedOf(strconv.Itoa(int(index))), lanes: q.cfg.Lanes, byKey: map[Runner]*runner{}, relations: map[[2]string]relation{}}
 	q.servers = append(q.servers, s)
 	return s
 }
 
 // resize makes as many lanes as there should be. Busy ones stay until they fall free.
 func (x *runner) resize() {
+	if x.server.lanes == Unlimited {
+		x.want = min(len(x.lanes), x.busy+maxWarm)
+	}
 	for len(x.lanes) < x.want {
 		x.lanes = append(x.lanes, &lane{name: x.names})
 		x.names++

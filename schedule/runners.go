@@ -357,20 +357,9 @@ func (q *Queue) part(x *runner, key Runner, now time.Time) {
 
 // move has what waits for a runner wait for others.
 func (q *Queue) move(x *runner, to func(*item) *runner, now time.Time) {
-	var all []*item
-	for p := range x.classes {
-		for _, it := range x.classes[p].fifo.items {
-			if it != nil && it.waits {
-				all = append(all, it)
-			}
-		}
-	}
-	for _, it := range all {
+	for _, it := range x.waiters() {
 		if y := to(it); y != x {
-			q.unwait(it, false)
-			again := *it // lists of x still have it, as one that has ceased to wait
-			q.items[it.id] = &again
-			q.enqueue(&again, y, it.account.name, now)
+			q.shift(it, y, now)
 		}
 	}
 }

@@ -162,7 +162,25 @@ func (s *Scheduler) do(f func(q *Queue, now time.Time)) {
 	s.handOver()
 }
 
-// SetLanes says how many slots each model on the server has; 0: to be learned.
+// SetAvailable says whether the server is to be sent anything new. One that is down or drains is not: what waits for it goes
+// to others that may serve it. What may go nowhere else stays, and is granted as ever. Servers are available at first.
+func (s *Scheduler) SetAvailable(upstream uint16, on bool) {
+	s.do(func(q *Queue, now time.Time) { q.SetAvailable(upstream, on, now) })
+}
+
+// SetName gives a server the name by which several proxies know it; at first it is its index. Proxies that name their
+// servers alike send new prefixes to the same ones without asking each other.
+func (s *Scheduler) SetName(upstream uint16, name string) {
+	s.do(func(q *Queue, _ time.Time) { q.SetName(upstream, name) })
+}
+
+// SetLoaded says which models a server lists as loaded, by their keys, as those of prefix.Options. It is learned from answers,
+// too; but those to other proxies are not seen here.
+func (s *Scheduler) SetLoaded(upstream uint16, models []string) {
+	s.do(func(q *Queue, _ time.Time) { q.SetLoaded(upstream, models) })
+}
+
+// SetLanes says how many slots each model on the server has; 0: to be learned; or Unlimited.
 func (s *Scheduler) SetLanes(upstream uint16, n int) {
 	s.do(func(q *Queue, now time.Time) { q.SetLanes(upstream, n, now) })
 }

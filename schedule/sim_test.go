@@ -31,6 +31,7 @@ type job struct {
 	done     func()
 
 	id        uint64
+	at        uint16 // the server that served it
 	came, end time.Time
 	sent      time.Time
 	expected  int // tokens that the queue expected to be reused
@@ -89,10 +90,24 @@ type engineConfig struct {
 	load     time.Duration
 	exclude  bool // models cannot be loaded together
 	silent   bool // it tells nothing of times, as on /v1
+	servers  int  // 0: one
+}
+
+// box is one server.
+type box struct {
+	index   uint16
+	loaded  []*engine
+	waiting []*job // in Ollama's queue
+	down    bool
+	lives   int // how often it was killed
+	running int // requests that it was sent and has not answered
+
+	evaluated, served int
 }
 
 type engine struct {
 	key      string
+	box      *box
 	slots    []*slot
 	host     [][]seg
 	pending  []*job
@@ -110,11 +125,11 @@ type sim struct {
 	jobs map[uint64]*job
 	next uint64
 
-	events  events
-	seq     int
-	loaded  []*engine
-	waiting []*job // in Ollama's queue
-	tick    time.Time
+	events events
+	seq    int
+	boxes  []*box
+	choose func(*job) *box // where no queue chooses the server
+	tick   time.Time
 
 	tree      map[uint64]bool
 	least     int
@@ -157,7 +172,77 @@ func newSim(t *testing.T, cfg engineConfig, q *Queue) *sim {
 	if q != nil && cfg.longest {
 		q.SetLongestMatch(0, true)
 	}
-	return &sim{t: t, cfg: cfg, q: q, now: start, jobs: map[uint64]*job{}, tree: map[uint64]bool{}, served: map[string]time.Duration{}}
+	s := &sim{t: t, cfg: cfg, q: q, now: start, jobs: map[uint64]*job{}, tree: map[uint64]bool{}, served: map[string]time.Duration{}}
+	for i := range max(cfg.servers, 1) {
+		s.boxes = append(s.boxes, &box{index: uint16(i)})
+	}
+	s.choose = func(*job) *box { return s.boxes[0] }
+	return s
+}
+
+// leastLoaded is the baseline: the server that has the fewest requests, and of several the one that comes next in turn.
+func (s *sim) leastLoaded(*job) *box {
+	s.seq++
+	best := s.boxes[s.seq%len(s.boxes)]
+	for i := range s.boxes {
+		if b := s.boxes[(s.seq+i)%len(s.boxes)]; !b.down && (best.down || b.running < best.running) {
+			best = b
+		}
+	}
+	return best
+}
+
+// upstreams returns which servers may serve a request.
+func (s *sim) upstreams() (all []uint16) {
+	for _, b := range s.boxes {
+		if !b.down {
+			all = append(all, b.index)
+		}
+	}
+	return all
+}
+
+// kill has a server end all that it does; what it was sent is sent elsewhere, as far as it had not been answered.
+func (s *sim) kill(i int) {
+	b := s.boxes[i]
+	b.down, b.lives, b.running = true, b.lives+1, 0
+	for _, e := range b.loaded {
+		e.pending = nil
+	}
+	b.loaded, b.waiting = nil, nil
+	ids := make([]uint64, 0, len(s.jobs))
+	for id := range s.jobs {
+		ids = append(ids, id)
+	}
+	slices.Sort(ids)
+	if s.q != nil {
+		s.q.SetAvailable(b.index, false, s.now)
+		s.q.Cool(b.index, "", s.now)
+	}
+	for _, id := range ids {
+		j := s.jobs[id]
+		if j.at != b.index || j.sent.IsZero() {
+			continue
+		}
+		j.sent = time.Time{}
+		if s.q == nil {
+			s.send(j, s.choose(j))
+			continue
+		}
+		s.q.Done(j.id, Result{Sent: true}, s.now)
+		s.add(j)
+	}
+	if s.q != nil {
+		s.pumped()
+	}
+}
+
+func (s *sim) revive(i int) {
+	s.boxes[i].down = false
+	if s.q != nil {
+		s.q.SetAvailable(uint16(i), true, s.now)
+		s.pumped()
+	}
 }
 
 func (s *sim) after(d time.Duration, do func()) {
@@ -187,13 +272,21 @@ func (s *sim) submit(j *job) {
 	}
 	s.least += max(fresh, 1)
 	if s.q == nil {
-		s.send(j)
+		s.send(j, s.choose(j))
 		return
 	}
-	if !s.q.Add(Request{ID: j.id, Runner: s.runner(j), Links: j.links(), Tokens: total(j.segs), Client: j.client, Priority: j.priority}, s.now) {
+	s.add(j)
+	s.pumped()
+}
+
+func (s *sim) add(j *job) {
+	r := Request{ID: j.id, Runner: s.runner(j), Links: j.links(), Tokens: total(j.segs), Client: j.client, Priority: j.priority, Arrived: j.came}
+	if len(s.boxes) > 1 {
+		r.Upstreams = s.upstreams()
+	}
+	if !s.q.Add(r, s.now) {
 		s.t.Fatalf("the queue is full")
 	}
-	s.pumped()
 }
 
 func (s *sim) runner(j *job) Runner {
@@ -220,8 +313,12 @@ func options(model string, numCtx int) prefix.Options {
 // pumped sends what the queue granted.
 func (s *sim) pumped() {
 	for _, g := range slices.Clone(s.q.Grants()) {
+		b := s.boxes[g.Upstream]
+		if b.down {
+			s.t.Fatalf("request %d was sent to a server that is down", g.ID)
+		}
 		s.jobs[g.ID].expected = g.Expected
-		s.send(s.jobs[g.ID])
+		s.send(s.jobs[g.ID], b)
 	}
 	if at, ok := s.q.Next(); ok && !at.Equal(s.tick) {
 		s.tick = at
@@ -234,40 +331,41 @@ func (s *sim) pumped() {
 }
 
 // send is a request reaching Ollama.
-func (s *sim) send(j *job) {
-	j.sent = s.now
-	s.waiting = append(s.waiting, j)
-	s.schedule()
+func (s *sim) send(j *job, b *box) {
+	j.sent, j.at = s.now, b.index
+	b.running++
+	b.waiting = append(b.waiting, j)
+	s.schedule(b)
 }
 
 // schedule is Ollama's own: the head of its queue waits until its model can be loaded, and all others behind it.
-func (s *sim) schedule() {
-	for len(s.waiting) > 0 {
-		j := s.waiting[0]
+func (s *sim) schedule(b *box) {
+	for len(b.waiting) > 0 {
+		j := b.waiting[0]
 		key := fmt.Sprint(j.model, "/", j.numCtx)
-		i := slices.IndexFunc(s.loaded, func(e *engine) bool { return e.key == key })
+		i := slices.IndexFunc(b.loaded, func(e *engine) bool { return e.key == key })
 		if i < 0 {
-			for k := 0; k < len(s.loaded); k++ {
-				e := s.loaded[k]
+			for k := 0; k < len(b.loaded); k++ {
+				e := b.loaded[k]
 				if !s.cfg.exclude && e.model() != j.model {
 					continue
 				}
 				if e.busy > 0 || len(e.pending) > 0 {
 					return
 				}
-				s.loaded = slices.Delete(s.loaded, k, k+1)
+				b.loaded = slices.Delete(b.loaded, k, k+1)
 				k--
 			}
-			e := &engine{key: key, loading: s.now.Add(s.cfg.load), computes: s.now}
+			e := &engine{key: key, box: b, loading: s.now.Add(s.cfg.load), computes: s.now}
 			for range s.cfg.slots {
 				e.slots = append(e.slots, &slot{})
 			}
-			s.loaded = append(s.loaded, e)
+			b.loaded = append(b.loaded, e)
 			s.loads++
-			i = len(s.loaded) - 1
+			i = len(b.loaded) - 1
 		}
-		s.waiting = s.waiting[1:]
-		e := s.loaded[i]
+		b.waiting = b.waiting[1:]
+		e := b.loaded[i]
 		e.pending = append(e.pending, j)
 		if wait := e.loading.Sub(s.now); wait > 0 {
 			s.after(wait, func() { s.place(e) })
@@ -312,6 +410,8 @@ func (s *sim) place(e *engine) {
 		}
 		evaluated := max(all-kept, 1)
 		s.evaluated += evaluated
+		e.box.evaluated += evaluated
+		e.box.served++
 		if s.q != nil && kept < j.expected-slack {
 			s.missed++
 		}
@@ -335,14 +435,19 @@ func (s *sim) place(e *engine) {
 		if s.cfg.silent {
 			r.Timed, r.Prompt, r.Eval, r.Queue, r.Load = false, 0, 0, 0, 0
 		}
+		lives := e.box.lives
 		s.after(end.Sub(s.now), func() {
+			if e.box.lives != lives {
+				return // killed meanwhile
+			}
 			l.busy, l.used = false, s.now
 			e.busy--
+			e.box.running--
 			j.end = s.now
 			s.finished = append(s.finished, j)
 			delete(s.jobs, j.id)
 			s.place(e)
-			s.schedule()
+			s.schedule(e.box)
 			if s.q != nil {
 				s.q.Done(j.id, r, s.now)
 				s.pumped()

@@ -20,7 +20,7 @@ type RunnerStats struct {
 	Runner  Runner
 	Loaded  bool
 	Waiting int
-	Lanes   int
+	Lanes   int  // 0: Unlimited
 	Learned bool // the number of lanes is not given, but learned
 	Busy    int  // lanes that serve a request
 	Held    int  // lanes that are free although requests wait
@@ -46,6 +46,9 @@ func (q *Queue) Stats(now time.Time) Stats {
 				continue
 			}
 			r := RunnerStats{Runner: x.key, Loaded: x.resident, Waiting: x.waiting, Lanes: x.want, Learned: s.lanes == 0, Busy: x.busy}
+			if s.lanes == Unlimited {
+				r.Lanes = 0
+			}
 			if x.resident && x.waiting > 0 {
 				r.Held = max(0, x.want-x.busy)
 			}

@@ -3,6 +3,7 @@ package schedule
 import (
 	"slices"
 	"sort"
+	"time"
 )
 
 // step is what is kept of a link: its cumulative fingerprint, and about how many tokens the prompt has up to and with it.
@@ -49,7 +50,8 @@ type node struct {
 	tokens  int // of the prompts of those that wait
 	busy    int // being served
 
-	ends fifo // the requests that end here and wait
+	ends    fifo      // the requests that end here and wait
+	arrived time.Time // of the first of those that wait below
 
 	// Children with waiting requests: those in which no lane is busy, and the others. Oldest first.
 	open, taken siblings
@@ -60,14 +62,27 @@ type node struct {
 // siblings is a list of nodes.
 type siblings struct{ first, last *node }
 
-func (s *siblings) pushBack(n *node) {
-	n.in, n.prev, n.next = s, s.last, nil
-	if s.last != nil {
-		s.last.next = n
-	} else {
-		s.first = n
+// reorderMost is how many siblings a node may overtake that began to wait later: those that come from another server keep their
+// places, but not at any cost.
+const reorderMost = 256
+
+// add adds a node in order of arrival, which is at the end unless it comes from another server.
+func (s *siblings) add(n *node) {
+	after := s.last
+	for i := 0; i < reorderMost && after != nil && after.arrived.After(n.arrived); i++ {
+		after = after.prev
 	}
-	s.last = n
+	if after == nil {
+		s.pushFront(n)
+		return
+	}
+	n.in, n.prev, n.next = s, after, after.next
+	if n.next != nil {
+		n.next.prev = n
+	} else {
+		s.last = n
+	}
+	after.next = n
 }
 
 func (s *siblings) pushFront(n *node) {
@@ -127,7 +142,7 @@ func (n *node) list() {
 	if began {
 		to.pushFront(n) // what has been begun is older than most
 	} else {
-		to.pushBack(n)
+		to.add(n)
 	}
 }
 
@@ -154,7 +169,7 @@ func (t *tree) place(steps []step) *node {
 
 // split makes two nodes of one: the new one has its first i steps, and is returned.
 func (t *tree) split(n *node, i int) *node {
-	upper := &node{parent: n.parent, steps: n.steps[:i:i], waiting: n.waiting, tokens: n.tokens, busy: n.busy}
+	upper := &node{parent: n.parent, steps: n.steps[:i:i], waiting: n.waiting, tokens: n.tokens, busy: n.busy, arrived: n.arrived}
 	if n.in != nil { // in the same place
 		upper.in, upper.prev, upper.next = n.in, n.prev, n.next
 		if n.prev != nil {
@@ -193,6 +208,9 @@ func (t *tree) count(n *node, waiting, tokens, busy int) {
 // wait adds a request that waits.
 func (t *tree) wait(it *item) {
 	it.node = t.place(it.steps)
+	for n := it.node; n != nil && n.waiting == 0; n = n.parent {
+		n.arrived = it.arrived
+	}
 	it.node.ends.push(it)
 	t.count(it.node, 1, it.tokens, 0)
 }
@@ -243,18 +261,26 @@ func (n *node) first(tries *int) *item {
 // fifo is a list of waiting requests in order of arrival. Those that do not wait any more are skipped, and dropped now
 // and then.
 type fifo struct {
-	items []*item
-	live  int
+	items  []*item
+	live   int
+	late   bool // one was put in an earlier place since the list was last read
+	sorted int  // how many are in order, if not all are; else 0
 }
 
-// push adds a request: at the end, unless it keeps an earlier place.
+// push adds a request: at the end, unless it keeps an earlier place. If many do, one after the other, since they come from
+// another server, they are put in order when the list is read.
 func (f *fifo) push(it *item) {
 	f.live++
 	n := len(f.items)
-	if n == 0 || !it.arrived.Before(f.items[n-1].arrived) {
+	if n == 0 || f.sorted > 0 || !it.arrived.Before(f.items[n-1].arrived) {
 		f.items = append(f.items, it)
 		return
 	}
+	if f.late {
+		f.items, f.sorted = append(f.items, it), n
+		return
+	}
+	f.late = true
 	i := sort.Search(n, func(i int) bool { return it.arrived.Before(f.items[i].arrived) })
 	f.items = slices.Insert(f.items, i, it)
 }
@@ -263,7 +289,7 @@ func (f *fifo) push(it *item) {
 func (f *fifo) dropped() {
 	f.live--
 	if f.live == 0 {
-		f.items = nil
+		*f = fifo{}
 		return
 	}
 	f.front()
@@ -278,8 +304,30 @@ func (f *fifo) dropped() {
 	}
 }
 
+// order puts the list in order.
+func (f *fifo) order() {
+	f.late = false
+	if f.sorted == 0 {
+		return
+	}
+	added := slices.Clone(f.items[f.sorted:])
+	slices.SortStableFunc(added, func(a, b *item) int { return a.arrived.Compare(b.arrived) })
+	i, j := f.sorted, len(added) // merged from the end
+	for at := len(f.items); j > 0; at-- {
+		if i > 0 && f.items[i-1].arrived.After(added[j-1].arrived) {
+			i--
+			f.items[at-1] = f.items[i]
+		} else {
+			j--
+			f.items[at-1] = added[j]
+		}
+	}
+	f.sorted = 0
+}
+
 // front returns the oldest; nil if there is none.
 func (f *fifo) front() *item {
+	f.order()
 	for len(f.items) > 0 && !f.items[0].waits {
 		f.items[0] = nil
 		f.items = f.items[1:]
@@ -292,6 +340,7 @@ func (f *fifo) front() *item {
 
 // find returns the first that may be taken, see node.first.
 func (f *fifo) find(tries *int) *item {
+	f.order()
 	for _, it := range f.items {
 		if *tries <= 0 {
 			return nil

@@ -80,7 +80,6 @@ const (
 	pollEveryDown = 2 * time.Second
 	pollTimeout   = 3 * time.Second
 	listEvery     = time.Minute // models come and go without the proxy, too
-	listAgain     = time.Second // Refresh looks no more often
 )
 
 // NewServer returns a server that has not been polled. transport serves the proxy's own few requests to it.
@@ -169,14 +168,15 @@ func (s *Server) Run(ctx context.Context) {
 	}
 }
 
-// Refresh returns the server's state with its models as they are now: it polls, unless they were listed within the last second.
+// Refresh returns the server's state with its models as they are now. Those who ask while others do share one poll.
 func (s *Server) Refresh(ctx context.Context) State {
+	asked := time.Now()
 	s.polling.Lock()
 	defer s.polling.Unlock()
 	s.mu.Lock()
-	state, recent := s.state, time.Since(s.listed) < listAgain
+	state, since := s.state, s.listed.After(asked)
 	s.mu.Unlock()
-	if recent {
+	if since {
 		return state
 	}
 	s.Used()
@@ -203,7 +203,7 @@ func (s *Server) poll(ctx context.Context) State {
 	s.mu.Lock()
 	s.state = next
 	if listed {
-		s.listed = next.Polled
+		s.listed = time.Now()
 	}
 	s.mu.Unlock()
 

@@ -30,6 +30,8 @@ import (
 const (
 	defaultPort      = "11435"
 	defaultKeepAlive = "24h"
+	defaultUpstream  = "http://127.0.0.1:11434"
+	maxUpstreams     = 256
 
 	cutOff            = 2 * time.Second // for requests that were cut off to end
 	defaultStoreBytes = 256 << 20
@@ -37,15 +39,15 @@ const (
 )
 
 type serveCmd struct {
-	Listen   string `default:"127.0.0.1:11435" placeholder:"ADDR" help:"Address to listen on: host:port, :port (all interfaces) or a host. Default: 127.0.0.1:11435."`
-	Upstream string `default:"http://127.0.0.1:11434" placeholder:"ADDR" help:"The Ollama server, in the forms that OLLAMA_HOST takes: host, host:port or a URL. Default: http://127.0.0.1:11434."`
+	Listen   string   `default:"127.0.0.1:11435" placeholder:"ADDR" help:"Address to listen on: host:port, :port (all interfaces) or a host. Default: 127.0.0.1:11435."`
+	Upstream []string `placeholder:"[NAME=]ADDR" help:"An Ollama server, in the forms that OLLAMA_HOST takes: host, host:port or a URL; NAME is what logs, metrics and answers call it. Repeatable: requests go where their model is and their prefix is warm. Default: http://127.0.0.1:11434."`
 
 	KeepAlive       []string `placeholder:"[MODEL=]TIME" help:"How long models stay loaded after a request that states no keep_alive: a duration (24h), seconds, -1 (for ever) or off; MODEL=TIME for one model. Repeatable. Default: 24h."`
 	KeepAlivePolicy string   `default:"if-absent" enum:"if-absent,at-least,force" help:"What becomes of a client's own keep_alive: if-absent keeps it, at-least raises a shorter one, force replaces it. 0 (unload) is always kept. Default: if-absent."`
 	Touch           bool     `default:"true" negatable:"" help:"For models used through /v1 and /v1/messages, which cannot carry keep_alive, set it with one empty request per load."`
 	MaxBody         int64    `default:"${maxbody}" placeholder:"BYTES" help:"Longest request body to look at; a longer one is forwarded unread. Default: 67108864 (64 MiB)."`
 
-	Slots   string        `default:"off" placeholder:"N" help:"Let requests wait, and give each slot of a loaded model the one that fits what it holds: how many slots there are (the server's OLLAMA_NUM_PARALLEL), or auto to learn it. off sends requests as they come. Default: off."`
+	Slots   []string      `placeholder:"[NAME=]N" help:"Let requests wait, and give each slot of a loaded model the one that fits what it holds: how many slots there are (the server's OLLAMA_NUM_PARALLEL), or auto to learn it; NAME=N for one upstream. off sends requests as they come. Repeatable. Default: off."`
 	Queue   int           `default:"10000" placeholder:"N" help:"How many requests may wait for a slot; more are answered 503. Default: 10000."`
 	MaxWait time.Duration `placeholder:"TIME" help:"From when on a waiting request goes before others, whatever that costs. Default: never."`
 
@@ -79,10 +81,15 @@ Examples:
       serve other machines, which must show a key
   ollama-cacheproxy --slots 1
       let requests that share a prefix follow each other, on a server with one slot per model
+  ollama-cacheproxy --upstream big=10.0.0.7 --upstream small=10.0.0.8 --slots auto --slots big=4
+      spread requests over two servers; the first, where models are pulled, has four slots per model
   ollama-cacheproxy --check --upstream gpu-box:11434
       say whether these settings are right, and stop
 
-Pages of its own: /metrics (Prometheus), /_cacheproxy/requests (what became of the last requests' prompts), /_cacheproxy/health, /_cacheproxy/ready.
+Pages of its own: /metrics (Prometheus), /_cacheproxy/requests (what became of the last requests' prompts), /_cacheproxy/upstreams, /_cacheproxy/health, /_cacheproxy/ready.
+POST /_cacheproxy/upstreams/NAME/drain has an upstream finish what it has and get nothing new, …/resume ends that.
+
+With several upstreams what changes models (pull, create, copy, push, delete, blobs) goes to the first one. The request header X-Cacheproxy-Upstream: NAME sends any request to one of them; in answers it names the one that answered.
 
 Other verbs: health, version ("ollama-cacheproxy VERB --help").`
 }
@@ -90,10 +97,87 @@ Other verbs: health, version ("ollama-cacheproxy VERB --help").`
 // settings are the flags, understood.
 type settings struct {
 	listen    string // for net.Listen
-	upstream  *url.URL
+	upstreams []target
 	keepAlive proxy.KeepAlive
 	guard     proxy.Guard
-	slots     int // 0: to be learned; -1: off
+	lanes     bool // requests wait for slots, or are to be spread over upstreams
+}
+
+// target is an upstream, as the flags name it.
+type target struct {
+	name  string
+	url   *url.URL
+	slots int // 0: to be learned; schedule.Unlimited: off
+}
+
+// targets reads --upstream and --slots.
+func (s *serveCmd) targets(listen string) ([]target, error) {
+	addrs := s.Upstream
+	if len(addrs) == 0 {
+		addrs = []string{defaultUpstream}
+	}
+	var list []target
+	for i, addr := range addrs {
+		name, u, err := upstream.ParseNamed(addr, upstream.DefaultPort)
+		if err != nil {
+			return nil, fmt.Errorf("--upstream: %w", err)
+		}
+		switch {
+		case name != "":
+		case len(addrs) == 1:
+			name = "upstream"
+		default:
+			name = fmt.Sprintf("upstream%d", i+1)
+		}
+		if selfTarget(listen, u) {
+			return nil, fmt.Errorf("--upstream %s is the proxy's own address: give the address of Ollama itself", u)
+		}
+		for _, t := range list {
+			if t.name == name {
+				return nil, fmt.Errorf("--upstream: two are called %q", name)
+			}
+			if t.url.String() == u.String() {
+				return nil, fmt.Errorf("--upstream: %s and %s are one address, %s", t.name, name, u)
+			}
+		}
+		list = append(list, target{name, u, schedule.Unlimited})
+	}
+	if len(list) > maxUpstreams {
+		return nil, fmt.Errorf("--upstream: %d are given, %d at most can be", len(list), maxUpstreams)
+	}
+	for _, slots := range s.Slots {
+		name, value, named := strings.Cut(slots, "=")
+		if !named {
+			value = slots
+		}
+		n, err := parseSlots(value)
+		if err != nil {
+			return nil, fmt.Errorf("--slots %q: %w", slots, err)
+		}
+		known := !named
+		for i := range list {
+			if !named || list[i].name == name {
+				list[i].slots, known = n, true
+			}
+		}
+		if !known {
+			return nil, fmt.Errorf("--slots %q: no --upstream is called %q", slots, name)
+		}
+	}
+	return list, nil
+}
+
+func parseSlots(s string) (int, error) {
+	switch n, err := strconv.Atoi(s); {
+	case s == "auto":
+		return 0, nil
+	case s == "off":
+		return schedule.Unlimited, nil
+	case err != nil || n < 1 || n > 1024:
+		return 0, errors.New("want a number from 1 to 1024, auto or off")
+	default:
+		return n, nil
+	}
 }
 
 func (s *serveCmd) settings() (settings, error) {
@@ -102,26 +186,20 @@ func (s *serveCmd) settings() (settings, error) {
 	if set.listen, err = listenAddr(s.Listen); err != nil {
 		return set, fmt.Errorf("--listen: %w", err)
 	}
-	if set.upstream, err = upstream.ParseAddr(s.Upstream, upstream.DefaultPort); err != nil {
-		return set, fmt.Errorf("--upstream: %w", err)
+	if set.upstreams, err = s.targets(set.listen); err != nil {
+		return set, err
 	}
-	if selfTarget(set.listen, set.upstream) {
-		return set, fmt.Errorf("--upstream %s is the proxy's own address: give the address of Ollama itself", set.upstream)
+	for _, t := range set.upstreams {
+		set.lanes = set.lanes || t.slots != schedule.Unlimited || len(set.upstreams) > 1
+	}
+	if s.AttachContext == "auto" && len(set.upstreams) > 1 {
+		return set, errors.New("--attach-context auto works with one --upstream only: stored context belongs to a server's own models")
 	}
 	if set.keepAlive, err = proxy.ParseKeepAlive(proxy.KeepAlivePolicy(s.KeepAlivePolicy), append([]string{defaultKeepAlive}, s.KeepAlive...)); err != nil {
 		return set, fmt.Errorf("--keep-alive: %w", err)
 	}
 	if s.MaxBody < 1 {
 		return set, fmt.Errorf("--max-body %d: want a positive number of bytes", s.MaxBody)
-	}
-	switch n, err := strconv.Atoi(s.Slots); {
-	case s.Slots == "auto":
-	case s.Slots == "off":
-		set.slots = -1
-	case err != nil || n < 1 || n > 1024:
-		return set, fmt.Errorf("--slots %q: want a number from 1 to 1024, auto or off", s.Slots)
-	default:
-		set.slots = n
 	}
 	if s.Queue < 1 || s.MaxWait < 0 {
 		return set, fmt.Errorf("--queue %d, --max-wait %v: want at least 1, and a time that is not negative", s.Queue, s.MaxWait)
@@ -184,27 +262,37 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	logger := newLogger(c.stderr, s.LogFormat, s.LogLevel)
 	transport := proxy.NewTransport()
 	defer transport.CloseIdleConnections()
-	up := upstream.NewServer("upstream", set.upstream, transport, logger)
+	var ups []*upstream.Server
+	for _, t := range set.upstreams {
+		ups = append(ups, upstream.NewServer(t.name, t.url, transport, logger))
+	}
 	if s.Check {
-		return s.report(ctx, c, set, up)
+		return s.report(ctx, c, set, ups)
 	}
 
 	store := contextstore.NewMemory(contextstore.Limits{Entries: s.StoreEntries, Bytes: s.StoreBytes})
 	h := &proxy.Handler{
-		Upstream: up, Transport: transport, KeepAlive: set.keepAlive, NoTouch: !s.Touch,
+		Upstreams: ups, Transport: transport, KeepAlive: set.keepAlive, NoTouch: !s.Touch,
 		MaxBody: s.MaxBody, Guard: set.guard, Log: logger,
 		Ledger: savings.New(store, rememberRequests), ShowPrompts: s.ShowPrompts, AttachContext: s.AttachContext == "auto",
 	}
 	counts := metrics.New(version(), h.InFlight)
-	if set.slots >= 0 {
-		h.Lanes = schedule.NewScheduler(schedule.Config{Lanes: set.slots, Limit: s.Queue, MaxWait: s.MaxWait})
-		counts.Lanes(up.Name, h.Lanes.Stats)
+	if set.lanes {
+		h.Lanes = schedule.NewScheduler(schedule.Config{Limit: s.Queue, MaxWait: s.MaxWait})
+		var names []string
+		for i, t := range set.upstreams {
+			h.Lanes.SetLanes(uint16(i), t.slots)
+			names = append(names, t.name)
+		}
+		counts.Lanes(names, h.Lanes.Stats)
 	}
 	counts.Store(store.Stats)
 	h.Metrics, h.Done, h.Touched, h.Attached = counts.Handler(), counts.Done, counts.Touched, counts.Attached
-	up.Polled = func(st upstream.State) {
-		h.Polled(st)
-		counts.Polled(up.Name, st)
+	for _, up := range ups {
+		up.Polled = func(st upstream.State) {
+			h.Polled(up, st)
+			counts.Polled(up.Name, st)
+		}
 	}
 	h.Init()
 
@@ -234,8 +322,11 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	served := make(chan error, 1)
 	wg.Go(func() { served <- srv.Serve(ln) }) // ends with srv.Shutdown or srv.Close
 	wg.Go(func() {                            // ends with background
-		announce(logger, ln.Addr(), up, up.Poll(background))
-		up.Run(background)
+		pollAll(background, ups)
+		announce(logger, ln.Addr(), ups)
+		for _, up := range ups {
+			wg.Go(func() { up.Run(background) })
+		}
 	})
 	wg.Go(func() { h.Run(background) }) // ends with background
 
@@ -275,15 +366,41 @@ func drain(srv *http.Server, limit time.Duration, inFlight func() int64, cut con
 	return err
 }
 
-// announce says in one line where the proxy listens and what it forwards to.
-func announce(logger *slog.Logger, addr net.Addr, up *upstream.Server, st upstream.State) {
-	switch {
-	case st.Polled.IsZero(): // stopped before the first poll was over
-	case st.Up:
-		logger.Info("ready", "listen", "http://"+addr.String(), "upstream", up.URL.String(), "version", st.Version, "models", len(st.Models), "names", names(st.Models))
-	default:
-		logger.Warn("ready, but the upstream does not answer yet: start Ollama or set --upstream; requests get 502 until then",
-			"listen", "http://"+addr.String(), "upstream", up.URL.String(), "err", st.Err)
+// pollAll asks all upstreams at once how they are.
+func pollAll(ctx context.Context, ups []*upstream.Server) {
+	var wg sync.WaitGroup
+	for _, up := range ups {
+		wg.Go(func() { up.Poll(ctx) })
+	}
+	wg.Wait()
+}
+
+// announce says where the proxy listens and what it forwards to: in one line, if that is one upstream.
+func announce(logger *slog.Logger, addr net.Addr, ups []*upstream.Server) {
+	listen := "http://" + addr.String()
+	up := 0
+	for _, u := range ups {
+		st := u.State()
+		if st.Polled.IsZero() {
+			return // stopped before the first poll was over
+		}
+		if st.Up {
+			up++
+		}
+		switch {
+		case len(ups) > 1 && st.Up:
+			logger.Info("upstream answers", "upstream", u.Name, "url", u.URL.String(), "version", st.Version, "models", len(st.Models), "names", names(st.Models))
+		case len(ups) > 1:
+			logger.Warn("upstream does not answer yet: start Ollama there or correct --upstream", "upstream", u.Name, "url", u.URL.String(), "err", st.Err)
+		case st.Up:
+			logger.Info("ready", "listen", listen, "upstream", u.Name, "url", u.URL.String(), "version", st.Version, "models", len(st.Models), "names", names(st.Models))
+		default:
+			logger.Warn("ready, but the upstream does not answer yet: start Ollama or set --upstream; requests get 502 until then",
+				"listen", listen, "upstream", u.Name, "url", u.URL.String(), "err", st.Err)
+		}
+	}
+	if len(ups) > 1 {
+		logger.Info("ready", "listen", listen, "upstreams", len(ups), "up", up)
 	}
 }
 
@@ -297,18 +414,33 @@ func names(models []string) string {
 }
 
 // report is --check.
-func (s *serveCmd) report(ctx context.Context, c *console, set settings, up *upstream.Server) error {
-	st := up.Poll(ctx)
-	answers := fmt.Sprintf("does not answer: %v", st.Err)
-	if st.Up {
-		answers = fmt.Sprintf("Ollama %s, %d models: %s", st.Version, len(st.Models), names(st.Models))
+func (s *serveCmd) report(ctx context.Context, c *console, set settings, ups []*upstream.Server) error {
+	pollAll(ctx, ups)
+	text := fmt.Sprintf("the settings are right\nlisten      http://%s\n", set.listen)
+	for i, up := range ups {
+		st := up.State()
+		answers := fmt.Sprintf("does not answer: %v", st.Err)
+		if st.Up {
+			answers = fmt.Sprintf("Ollama %s, %d models: %s", st.Version, len(st.Models), names(st.Models))
+		}
+		name := ""
+		if len(ups) > 1 {
+			name = up.Name + " = "
+		}
+		slots := "slots off"
+		switch n := set.upstreams[i].slots; {
+		case n == 0:
+			slots = "slots learned"
+		case n > 0:
+			slots = fmt.Sprintf("slots %d", n)
+		}
+		text += fmt.Sprintf("upstream    %s%s (%s; %s)\n", name, up.URL, answers, slots)
 	}
 	keys := "none asked for"
 	if set.guard.Keys != nil {
 		keys = fmt.Sprintf("%d", set.guard.Keys.Len())
 	}
-	_, err := fmt.Fprintf(c.stdout, "the settings are right\nlisten      http://%s\nupstream    %s (%s)\nkeep-alive  %v, %s\nAPI keys    %s\n",
-		set.listen, set.upstream, answers, set.keepAlive, s.KeepAlivePolicy, keys)
+	_, err := fmt.Fprintf(c.stdout, "%skeep-alive  %v, %s\nAPI keys    %s\n", text, set.keepAlive, s.KeepAlivePolicy, keys)
 	return err
 }
 

@@ -67,7 +67,10 @@ func Start(ctx context.Context, path, upstream string, flags ...string) (*Proces
 			p.mu.Unlock()
 			var line struct{ Msg, Listen string }
 			if json.Unmarshal(lines.Bytes(), &line) == nil && strings.HasPrefix(line.Msg, "ready") && line.Listen != "" {
-				ready <- line.Listen
+				select {
+				case ready <- line.Listen:
+				default: // it has been said
+				}
 			}
 		}
 		p.err = p.cmd.Wait()

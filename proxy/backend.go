@@ -1,0 +1,253 @@
+package proxy
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
+)
+
+// backend is an Ollama server, with what the proxy keeps for it.
+type backend struct {
+	*upstream.Server
+	index     uint16
+	books     atomic.Pointer[savings.Upstream] // what the ledger needs to know of it
+	residency *residency
+	traits    traits
+	draining  atomic.Bool
+	looped    atomic.Bool  // one of the proxy's own requests to it came back to the proxy
+	inFlight  atomic.Int64 // requests that were sent to it and have not ended
+}
+
+func (h *Handler) newBackend(index int, s *upstream.Server) *backend {
+	b := &backend{Server: s, index: uint16(index), traits: newTraits()}
+	b.books.Store(&savings.Upstream{Name: s.Name, Index: b.index})
+	b.residency = newResidency(s, h.KeepAlive, h.Touched, h.Log)
+	return b
+}
+
+// takes reports whether the server gets new requests.
+func (b *backend) takes() bool {
+	st := b.State()
+	return (st.Up || st.Polled.IsZero()) && !b.draining.Load()
+}
+
+// Polled takes in what a poll of an upstream found.
+func (h *Handler) Polled(s *upstream.Server, st upstream.State) {
+	for _, b := range h.backends {
+		if b.Server != s {
+			continue
+		}
+		if st.Up {
+			b.looped.Store(false)
+		}
+		h.available(b)
+		b.residency.polled(st)
+		h.polledLedger(b, st)
+	}
+}
+
+// available tells the scheduler whether a server gets new requests.
+func (h *Handler) available(b *backend) {
+	if h.Lanes != nil {
+		h.Lanes.SetAvailable(b.index, b.takes())
+	}
+}
+
+// drain has a server finish what it has and get nothing new, or get new requests again.
+func (h *Handler) drain(b *backend, on bool) {
+	if b.draining.Swap(on) != on {
+		h.Log.Info("upstream draining", "upstream", b.Name, "draining", on, "in_flight", b.inFlight.Load())
+	}
+	h.available(b)
+}
+
+// named returns the upstream with this name; nil if there is none.
+func (h *Handler) named(name string) *backend {
+	for _, b := range h.backends {
+		if b.Name == name {
+			return b
+		}
+	}
+	return nil
+}
+
+// candidates returns the servers to which a request may be sent, none of them twice. What names a model goes where that
+// is. What changes models or names none goes to the first one, if that only asks, to the first that answers. An empty list: none is
+// left but those in tried.
+func (h *Handler) candidates(ctx context.Context, ex *exchange) []*backend {
+	if ex.only != nil {
+		return h.untried(ex, []*backend{ex.only})
+	}
+	if len(h.backends) == 1 {
+		return h.untried(ex, h.backends)
+	}
+	if ex.first {
+		return h.untried(ex, h.backends[:1])
+	}
+	if ex.key != "" {
+		if list := h.having(ex); len(list) > 0 {
+			return list
+		}
+		h.refresh(ctx)
+		if list := h.having(ex); len(list) > 0 {
+			return list
+		}
+	}
+	// None has it, or none is asked for: the answer is the same everywhere.
+	for _, b := range h.backends {
+		if b.takes() && !slices.Contains(ex.tried, b) {
+			return []*backend{b}
+		}
+	}
+	if len(ex.tried) > 0 {
+		return nil
+	}
+	return h.backends[:1]
+}
+
+// untried returns those of a list to which the request was not sent.
+func (h *Handler) untried(ex *exchange, list []*backend) []*backend {
+	if len(ex.tried) == 0 {
+		return list
+	}
+	return slices.DeleteFunc(slices.Clone(list), func(b *backend) bool { return slices.Contains(ex.tried, b) })
+}
+
+// having returns the servers that are known to have the request's model: those that get new requests, or, if none of them does,
+// one that does not, so that the client is told what is wrong with the one that it needs.
+func (h *Handler) having(ex *exchange) []*backend {
+	var list, away []*backend
+	for _, b := range h.backends {
+		if slices.Contains(ex.tried, b) || !b.State().Has(ex.key) {
+			continue
+		}
+		if b.takes() {
+			list = append(list, b)
+		} else {
+			away = append(away, b)
+		}
+	}
+	if len(list) == 0 && len(away) > 0 && len(ex.tried) == 0 {
+		return away[:1]
+	}
+	return list
+}
+
+// refreshEvery is how often the models of all servers are listed anew for the sake of requests for one that none has.
+const refreshEvery = time.Second
+
+// refresh has the models of all servers that answer listed anew.
+func (h *Handler) refresh(ctx context.Context) {
+	h.refreshing.Lock() // those who come meanwhile wait for what is found
+	defer h.refreshing.Unlock()
+	if time.Since(h.refreshed) < h.refreshEvery {
+		return
+	}
+	var wg sync.WaitGroup
+	for _, b := range h.backends {
+		if b.State().Up {
+			wg.Go(func() { b.Refresh(ctx) })
+		}
+	}
+	wg.Wait()
+	h.refreshed = time.Now()
+}
+
+// pick chooses a server for a request that needs no lane: one that has its model loaded, then the one with the least to do.
+func pick(list []*backend, model string) *backend {
+	better := func(a, b *backend) int {
+		if al, bl := a.State().Holds(model), b.State().Holds(model); al != bl && model != "" {
+			if al {
+				return -1
+			}
+			return 1
+		}
+		return int(a.inFlight.Load() - b.inFlight.Load())
+	}
+	return slices.MinFunc(list, better)
+}
+
+// begin says that the request goes to ex.up now: what it means for keep_alive is decided, and the ledger is told.
+func (h *Handler) begin(ex *exchange) {
+	b := ex.up
+	b.inFlight.Add(1)
+	ex.began = true
+	if ex.key == "" || ex.cloud {
+		return
+	}
+	switch {
+	case ex.reads == readsNative:
+		b.Used()
+		var hold Hold
+		ex.use, ex.KeepAlive, hold = b.residency.beginNative(ex.key, ex.fields.model, ex.fields)
+		ex.edit = edit{}
+		if hold != (Hold{}) {
+			ex.edit = ex.fields.splice(hold)
+		}
+	case ex.reads == readsForeign:
+		if b.Used(); !h.NoTouch {
+			ex.use = b.residency.beginForeign(ex.key, ex.fields.model, ex.embed)
+		}
+	}
+	if ex.chain == nil {
+		return
+	}
+	books := b.books.Load()
+	ex.spend, ex.sent = h.Ledger.Begin(time.Now(), *books, ex.chain), time.Since(ex.start)
+	if books.Old {
+		put(b.traits.wanted, ex.chain.Runner.Model)
+	}
+}
+
+// retract undoes begin: the server cannot have begun with the request.
+func (ex *exchange) retract() {
+	ex.up.inFlight.Add(-1)
+	ex.began = false
+	ex.use.end()
+	ex.use = use{}
+	ex.spend.End(time.Now(), savings.Outcome{Refused: true})
+	ex.spend = nil
+	ex.grant.Release(notSent)
+	ex.grant = nil
+}
+
+// unloadElsewhere has the model unloaded by all other servers that may hold it. When the client is answered, it is done.
+func (h *Handler) unloadElsewhere(ctx context.Context, ex *exchange) {
+	if len(h.backends) == 1 || ex.only != nil || !ex.unloads() {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, loadedTimeout)
+	defer cancel()
+	var wg sync.WaitGroup
+	for _, b := range h.backends {
+		if st := b.State(); b == ex.up || !st.Up || !st.Has(ex.key) {
+			continue
+		}
+		wg.Go(func() {
+			u, _, _ := b.residency.beginNative(ex.key, ex.fields.model, ex.fields)
+			defer u.end()
+			b.Used()
+			if err := b.residency.touch(ctx, ex.fields.model, 0, false); err != nil {
+				h.Log.Warn("a model could not be unloaded", "upstream", b.Name, "model", ex.fields.model, "err", err)
+				return
+			}
+			u.answer()
+			h.lose(b, ex.key, savings.LostUnloaded)
+		})
+	}
+	wg.Wait()
+}
+
+// unloads reports whether the request does nothing but ask to unload its model.
+func (ex *exchange) unloads() bool {
+	return ex.reads == readsNative && !ex.embed && ex.fields.keepAlive == keepAliveSet && ex.fields.duration == 0 && (ex.chain == nil || !hasPrompt(ex.chain))
+}
+
+// hasPrompt reports whether there is more than a model and its settings.
+func hasPrompt(c *prefix.Chain) bool { return len(c.Links) > 2 }

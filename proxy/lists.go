@@ -1,0 +1,143 @@
+package proxy
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+)
+
+const (
+	listTimeout = 2 * time.Second // an upstream that takes longer is left out of a merged list
+	listMost    = 64 << 20        // bytes of one upstream's list
+)
+
+// listed is what the proxy looks at of an entry of a list.
+type listed struct {
+	raw json.RawMessage
+
+	Name     string    `json:"name"`        // /api/tags, /api/ps
+	ID       string    `json:"id"`          // /v1/models
+	Modified time.Time `json:"modified_at"` // /api/tags
+	Expires  time.Time `json:"expires_at"`  // /api/ps
+	Created  int64     `json:"created"`     // /v1/models
+}
+
+// newer orders entries as Ollama does: what was modified last, or expires last, first.
+func newer(a, b listed) int {
+	return cmp.Or(b.Modified.Compare(a.Modified), b.Expires.Compare(a.Expires), cmp.Compare(b.Created, a.Created))
+}
+
+// merge answers what lists models, if there are several upstreams to list them of; false: the request is to be forwarded. It is
+// the union by name. Upstreams that do not answer within listTimeout are left out.
+func (h *Handler) merge(w http.ResponseWriter, r *http.Request, ex *exchange) bool {
+	if ex.merged == "" || len(h.backends) == 1 || ex.only != nil {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), listTimeout)
+	defer cancel()
+	lists := make([][]listed, len(h.backends))
+	var wg sync.WaitGroup
+	for i, b := range h.backends {
+		if st := b.State(); st.Up || st.Polled.IsZero() {
+			wg.Go(func() {
+				var err error
+				if lists[i], err = h.list(ctx, r, ex, b); err != nil {
+					h.Log.Debug("an upstream is left out of a list", "path", r.URL.Path, "upstream", b.Name, "err", err)
+				}
+			})
+		}
+	}
+	wg.Wait()
+	if r.Context().Err() != nil {
+		ex.Outcome = ClientGone
+		panic(http.ErrAbortHandler)
+	}
+	var names []string
+	var all []listed
+	at := map[string]int{}
+	for i, list := range lists {
+		if list == nil {
+			continue
+		}
+		names = append(names, h.backends[i].Name)
+		for _, e := range list {
+			key := cmp.Or(e.Name, e.ID)
+			j, known := at[key]
+			switch {
+			case !known:
+				at[key] = len(all)
+				all = append(all, e)
+			case newer(e, all[j]) < 0:
+				all[j] = e
+			}
+		}
+	}
+	if names == nil {
+		return false // whoever it is forwarded to says what is wrong
+	}
+	slices.SortStableFunc(all, newer)
+	entries := make([]json.RawMessage, 0, len(all))
+	for _, e := range all {
+		entries = append(entries, e.raw)
+	}
+	content := map[string]any{ex.merged: entries}
+	if ex.merged == "data" {
+		content["object"] = "list"
+	}
+	text, err := json.Marshal(content)
+	if err != nil {
+		panic(err) // what was parsed can be written
+	}
+	ex.Status, ex.Outcome, ex.BytesOut = http.StatusOK, OK, int64(len(text))
+	setCORS(w.Header(), ex.origin)
+	w.Header().Set(headerUpstream, strings.Join(names, ", "))
+	w.Header().Set("Content-Type", "application/json; charset=utf-8")
+	w.WriteHeader(http.StatusOK)
+	if _, err := w.Write(text); err != nil {
+		ex.Outcome = ClientGone
+	}
+	return true
+}
+
+// list asks one upstream; never nil without an error.
+func (h *Handler) list(ctx context.Context, r *http.Request, ex *exchange, b *backend) ([]listed, error) {
+	out, err := http.NewRequestWithContext(ctx, http.MethodGet, b.URL.JoinPath(r.URL.Path).String(), nil)
+	if err != nil {
+		return nil, err
+	}
+	out.URL.RawQuery = r.URL.RawQuery
+	out.Header = r.Header.Clone()
+	ex.strip(out.Header)
+	out.Header.Del("Accept-Encoding")
+	res, err := h.Transport.RoundTrip(out)
+	if err != nil {
+		return nil, err
+	}
+	defer res.Body.Close()
+	if res.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("status %s", res.Status)
+	}
+	var content map[string]json.RawMessage
+	if err := json.NewDecoder(io.LimitReader(res.Body, listMost)).Decode(&content); err != nil {
+		return nil, err
+	}
+	var raw []json.RawMessage
+	if err := json.Unmarshal(content[ex.merged], &raw); err != nil {
+		return nil, err
+	}
+	list := make([]listed, len(raw))
+	for i := range raw {
+		list[i].raw = raw[i]
+		if err := json.Unmarshal(raw[i], &list[i]); err != nil {
+			return nil, err
+		}
+	}
+	return list, nil
+}

@@ -1,0 +1,118 @@
+package proxy
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"strings"
+	"time"
+)
+
+// Why a request was sent to another upstream, or again: the one that it was sent to cannot have begun with it.
+const (
+	RetryUnreachable = "unreachable" // no connection could be made
+	RetryBusy        = "busy"        // it answered 503 before anything else
+	RetryAbsent      = "absent"      // it does not have the model any more
+)
+
+const (
+	busyMost  = 3                      // times that one upstream is asked again when its queue is full
+	busyPause = 250 * time.Millisecond // before that, doubled each time
+)
+
+// attempts is the forwarder's transport. It sends a request elsewhere, once to each upstream, if the one that it was sent to
+// cannot have begun with it; what may have been begun is never sent twice.
+type attempts struct{ h *Handler }
+
+func (a attempts) RoundTrip(out *http.Request) (*http.Response, error) {
+	ex := out.Context().Value(exchangeKey{}).(*exchange)
+	for busy := 0; ; {
+		res, err := a.h.Transport.RoundTrip(out)
+		why := retryReason(res, err)
+		if why == "" || ex.passing != nil { // a body that passes through cannot be sent again
+			return res, err
+		}
+		if why == RetryUnreachable {
+			ex.up.Unreachable(err)
+			a.h.available(ex.up)
+		}
+		ex.tried = append(ex.tried, ex.up)
+		list := a.h.elsewhere(ex, why, out)
+		if len(list) == 0 {
+			if why != RetryBusy || busy == busyMost || ex.grant == nil || !queueFull(res) {
+				return res, err
+			}
+			// Its queue will be shorter in a moment.
+			select {
+			case <-out.Context().Done():
+				return res, err
+			case <-time.After(busyPause << busy):
+			}
+			busy++
+			list = []*backend{ex.up}
+			ex.tried = nil
+		}
+		if res != nil {
+			res.Body.Close()
+		}
+		ex.retract()
+		ex.Retries = append(ex.Retries, why)
+		if ref := a.h.acquire(ex.inbound, ex, list); ref != nil {
+			return nil, ref
+		}
+		a.h.begin(ex)
+		again := out.Clone(out.Context())
+		u := *ex.inbound.URL
+		again.URL, again.Host = &u, ""
+		a.h.rewrite(&httputil.ProxyRequest{In: ex.inbound, Out: again})
+		out = again
+	}
+}
+
+// elsewhere returns the servers to which a request that was refused may be sent.
+func (h *Handler) elsewhere(ex *exchange, why string, out *http.Request) []*backend {
+	if ex.only != nil || len(h.backends) == 1 || why != RetryUnreachable && (ex.key == "" || ex.cloud) {
+		return nil
+	}
+	if why == RetryAbsent {
+		h.refresh(out.Context())
+	}
+	if ex.key != "" && (why == RetryAbsent || ex.up.State().Has(ex.key)) {
+		return h.having(ex) // one without the model would say that there is none
+	}
+	return h.candidates(out.Context(), ex)
+}
+
+// retryReason says why a request may be sent elsewhere; "" if it may not.
+func retryReason(res *http.Response, err error) string {
+	switch {
+	case err != nil:
+		if op, ok := errors.AsType[*net.OpError](err); ok && op.Op == "dial" {
+			return RetryUnreachable
+		}
+	case res.StatusCode == http.StatusServiceUnavailable:
+		return RetryBusy
+	case res.StatusCode == http.StatusNotFound:
+		return RetryAbsent
+	}
+	return ""
+}
+
+// queueFull reports whether a 503 is Ollama's for a full queue. It leaves the answer as it was.
+func queueFull(res *http.Response) bool {
+	text, err := io.ReadAll(io.LimitReader(res.Body, 4096))
+	var left io.Reader = res.Body
+	if err != nil {
+		left = failing{err}
+	}
+	res.Body = &rest{io.MultiReader(bytes.NewReader(text), left), res.Body}
+	return err == nil && strings.Contains(string(text), busyWords)
+}
+
+// failing is the rest of a body that cannot be read.
+type failing struct{ err error }
+
+func (f failing) Read([]byte) (int, error) { return 0, f.err }

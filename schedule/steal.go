@@ -1,0 +1,325 @@
+package schedule
+
+import (
+	"slices"
+	"time"
+)
+
+// A runner with a free lane and nothing to do takes over what waits for the same model on another server. It takes
+// first what fits what its lanes hold; then a whole subtree of the other's prefix tree in which no lane is busy, from the far end,
+// which the other would come to last; and joins a prefix on which the other's lanes are busy only if that repays evaluating it
+// once more. What is taken is granted at once, or follows what is, and is not taken often, so that no request goes to and fro.
+
+// maxTaken is how many requests are taken over at most at once, so that no event takes long. Of a larger subtree the rest fits what
+// the lane then holds.
+const maxTaken = 64
+
+// maxMoves is how often a request is taken over at most.
+const maxMoves = 4
+
+// share lets servers take over work from each other, after something has changed on one.
+func (q *Queue) share(s *server, now time.Time) {
+	for _, t := range q.servers {
+		if t != s {
+			q.takeOver(t, s, now)
+		}
+	}
+	for _, t := range q.servers {
+		if t != s {
+			q.takeOver(s, t, now)
+		}
+	}
+}
+
+// takeOver lets a server take over what waits for another one, for as long as it has lanes for that.
+func (q *Queue) takeOver(t, from *server, now time.Time) {
+	if t.off || from.roaming == 0 || !t.room() {
+		return
+	}
+	for i := 0; i < len(from.runners); i++ { // none goes while requests wait for it
+		y := from.runners[i]
+		for y.roaming > 0 {
+			x := q.idler(t, y, now)
+			if x == nil {
+				break
+			}
+			before := q.count.Grants
+			if !q.steal(x, y, now) {
+				break
+			}
+			q.fill(t, now)
+			if y.waiting == 0 && from.waiting > 0 {
+				from.later(now) // something else may be loaded there
+			}
+			if t.roaming > 0 {
+				t.later(now) // others may take that from there
+			}
+			if q.count.Grants == before { // another server's clients may come first there
+				break
+			}
+		}
+	}
+}
+
+// room reports whether a request might be granted on the server now.
+func (s *server) room() bool {
+	return len(s.runners) == 0 || slices.ContainsFunc(s.runners, func(x *runner) bool {
+		return x.busy < x.want || !x.resident || s.lanes == Unlimited
+	})
+}
+
+// idler returns the server's runner for what another one is for, if it could serve a request now; nil otherwise. If it is not
+// loaded, then nothing else may be going on in its place. Where lanes are unlimited, one that serves nothing is idle.
+func (q *Queue) idler(t *server, y *runner, now time.Time) *runner {
+	key := Runner{t.index, y.key.Options}
+	x := t.byKey[key]
+	if x == nil || !x.resident {
+		if t.waiting > 0 || slices.ContainsFunc(t.runners, func(z *runner) bool { return z.busy > 0 && t.excludes(z, key.Options) }) {
+			return nil
+		}
+		x = q.runner(t, key, now)
+		for _, z := range t.runners {
+			if z != x && z.resident && t.excludes(z, key.Options) && !q.drained(z, x, now) {
+				return nil
+			}
+		}
+		return x
+	}
+	if t.lanes == Unlimited && x.busy > 0 || x.busy >= x.want && t.lanes != Unlimited || !q.admits(x, now) {
+		return nil
+	}
+	return x
+}
+
+// loot is what a runner may take over.
+type loot struct {
+	it    *item
+	lane  *lane // in which it will land
+	owned *node // what of it the other runner's lanes are busy with, as far as they will go on with that; nil: nothing
+	again int   // tokens that are evaluated once more, or as much time in other ways
+	share int   // tokens that the other server would have to do until it came to it, if half of them were done elsewhere
+}
+
+// steal takes over what is best taken over from another runner, and reports whether anything is.
+func (q *Queue) steal(x, y *runner, now time.Time) bool {
+	t := theft{choice: choice{q: q, x: x, now: now}, from: y}
+	r := &x.rates
+	if r.prompt.under == 0 {
+		r = &y.rates
+	}
+	t.per = max(r.perToken(), 1)
+	t.loading = int(x.server.loading(x, y.key.Options, &y.rates, now) / t.per)
+	for p := range ranks {
+		k := &y.classes[p]
+		if k.fifo.live == 0 {
+			continue
+		}
+		k.refill(y.quantum())
+		best := t.best(p, k)
+		if best.it == nil {
+			continue
+		}
+		if !t.repays(best) {
+			return false
+		}
+		for _, it := range t.group(best.it) {
+			it.moves++
+			q.shift(it, x, now)
+			q.count.Stolen++
+		}
+		return true
+	}
+	return false
+}
+
+// theft is one decision about what to take over.
+type theft struct {
+	choice
+	from    *runner
+	per     time.Duration // for a token
+	loading int           // the model, as tokens
+}
+
+// best returns what is best taken over of one priority.
+func (t *theft) best(p rank, k *class) (best loot) {
+	try := func(it *item) {
+		if it == nil {
+			return
+		}
+		land, tokens := t.landing(it)
+		if t.blocked(it, land, tokens) {
+			return
+		}
+		lost := int(t.q.displaced(t.x, land, tokens, t.now) / t.per)
+		held := t.from.held(it.steps)
+		there := max(upTo(it.steps, held), t.from.restorable(it.steps, held))
+		here := max(tokens, t.x.restorable(it.steps, 0))
+		l := loot{it: it, lane: land, again: max(0, there-here) + t.loading + lost}
+		if n := it.owned(); n.parent != nil { // those lanes go on with it
+			l.owned, l.share = n, int(t.from.below(n))/(n.busy+1)
+		} else {
+			l.share = max(0, t.queued(p)-it.work) / 2
+		}
+		if best.it == nil || l.again < best.again-slack || l.again <= best.again+slack && l.share > best.share {
+			best = l
+		}
+	}
+	for _, l := range t.x.lanes {
+		if l.item == nil && l.tokens > slack {
+			if it, tokens := k.best(l.holds); it != nil && tokens > slack && t.takes(it) {
+				try(it)
+			}
+		}
+	}
+	if best.it != nil && best.again <= slack {
+		return best
+	}
+	for n := &k.tree.root; n != nil; n = n.nextTaken() {
+		tries := triesMost
+		try(n.last(t, &tries))
+		tries = triesMost
+		try(n.ends.takeable(t, &tries))
+	}
+	return best
+}
+
+// landing returns the lane in which a request will land, and how much it has in common with that. Where lanes are unlimited, nothing
+// is displaced.
+func (t *theft) landing(it *item) (*lane, int) {
+	if t.x.server.lanes == Unlimited {
+		return &lane{}, upTo(it.steps, t.x.held(it.steps))
+	}
+	return t.x.landing(it)
+}
+
+// takes reports whether a request may be taken over by the runner. (Where requests with different options have turned out to be for
+// one runner on one server, and have not on the other, those with other options stay.)
+func (t *theft) takes(it *item) bool {
+	s := t.x.server
+	return it.moves < maxMoves && it.may(s) && s.byKey[Runner{s.index, it.key.Options}] == t.x
+}
+
+// queued returns how many tokens the other server has to do for each lane before it comes to what waits there last.
+func (t *theft) queued(p rank) int {
+	var d time.Duration
+	for _, y := range t.from.server.runners {
+		d += y.ahead(p)
+	}
+	return int(d / t.per)
+}
+
+// repays reports whether to take something over is better than to leave it. If not by its backlog, then as soon as the lane has been
+// idle for as long as it costs.
+func (t *theft) repays(l loot) bool {
+	if l.again <= slack || l.share >= l.again || l.it.rank == urgent && t.loading == 0 {
+		return true
+	}
+	at := t.from.joinable(l.it, l.owned, latest(l.lane.used, t.from.coveted), time.Duration(l.again)*t.per)
+	if t.now.Before(at) {
+		t.x.server.later(at)
+		return false
+	}
+	return true
+}
+
+// group returns what is taken over together with a request: what waits with the longest part of its prompt that
+// no lane is busy with, as far as that is not too much.
+func (t *theft) group(it *item) []*item {
+	n := it.node
+	if n.busy > 0 {
+		return []*item{it}
+	}
+	for p := n.parent; p.parent != nil && p.busy == 0 && p.waiting <= maxTaken; p = n.parent {
+		n = p
+	}
+	all := n.gather(t, []*item{it})
+	slices.SortStableFunc(all, func(a, b *item) int { return a.arrived.Compare(b.arrived) })
+	return all
+}
+
+// gather adds what waits below a node and may be taken over to a list that has one of it.
+func (n *node) gather(t *theft, list []*item) []*item {
+	for _, it := range n.ends.items {
+		if len(list) == maxTaken {
+			return list
+		}
+		if it.waits && it != list[0] && t.takes(it) {
+			list = append(list, it)
+		}
+	}
+	for c := n.open.first; c != nil && len(list) < maxTaken; c = c.next {
+		list = c.gather(t, list)
+	}
+	return list
+}
+
+// last returns the oldest request that may be taken over of the youngest subtree below a node in which no lane is busy; nil if there
+// is none in a few tries.
+func (n *node) last(t *theft, tries *int) *item {
+	for c := n.open.last; c != nil && *tries > 0; c = c.prev {
+		if c.waiting > maxTaken {
+			if it := c.last(t, tries); it != nil {
+				return it
+			}
+		}
+		if it := c.oldest(t, tries); it != nil {
+			return it
+		}
+	}
+	return nil
+}
+
+// oldest returns a request below a node that may be taken over, the oldest subtree first.
+func (n *node) oldest(t *theft, tries *int) *item {
+	if it := n.ends.takeable(t, tries); it != nil {
+		return it
+	}
+	for c := n.open.first; c != nil && *tries > 0; c = c.next {
+		if it := c.oldest(t, tries); it != nil {
+			return it
+		}
+	}
+	return nil
+}
+
+// takeable returns the first of the list that may be taken over.
+func (f *fifo) takeable(t *theft, tries *int) *item {
+	f.order()
+	for _, it := range f.items {
+		if *tries <= 0 {
+			break
+		}
+		if it.waits {
+			if t.takes(it) {
+				return it
+			}
+			*tries--
+		}
+	}
+	return nil
+}
+
+// joinable returns when a lane that is idle since some time is to join the lanes that are busy with a request's prefix, although
+// what waits there does not repay evaluating that once more: after as long as this takes, which is ski rental. If
+// nothing has come since, then those lanes are only finishing what there is: they are joined if they seem stuck.
+func (x *runner) joinable(it *item, n *node, idle time.Time, again time.Duration) time.Time {
+	at := idle.Add(again)
+	if n == nil || it.arrived.After(idle) {
+		return at
+	}
+	for _, l := range x.lanes {
+		for m := l.marks[it.rank]; m != nil; m = m.parent {
+			if m == n {
+				at = latest(at, l.item.granted.Add(2*again))
+			}
+		}
+	}
+	return at
+}
+
+func latest(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}

@@ -57,6 +57,10 @@ fuzz: ## a minute of each fuzz test
 	$(GO) test -run '^$$' -fuzz '^FuzzText$$' -fuzztime 60s ./savings
 	$(GO) test -run '^$$' -fuzz '^FuzzQueue$$' -fuzztime 60s ./schedule
 	$(GO) test -run '^$$' -fuzz '^FuzzKeepAlive$$' -fuzztime 60s ./proxy
+	$(GO) test -run '^$$' -fuzz '^FuzzTokens$$' -fuzztime 60s ./ollamasim
+	$(GO) test -run '^$$' -fuzz '^FuzzTemplate$$' -fuzztime 60s ./batch
+	$(GO) test -run '^$$' -fuzz '^FuzzLines$$' -fuzztime 60s ./batch
+	$(GO) test -run '^$$' -fuzz '^FuzzRows$$' -fuzztime 60s ./batch
 
 .PHONY: clean
 clean: ## remove what was built here; the cache stays

@@ -193,7 +193,7 @@ func TestUpstreams(t *testing.T) {
 			since = marks()
 			p := start()
 			var steps sync.WaitGroup
-			from, failed = run(5000, p, func(done int) {
+			_, failed = run(5000, p, func(done int) {
 				switch done {
 				case prefixes * each / 3:
 					steps.Go(servers["b"].Kill)

@@ -16,12 +16,13 @@ func TestImports(t *testing.T) {
 		"ollamasim":             {},
 		"prefix":                {"jsonscan"},
 		"attach":                {"jsonscan"},
+		"batch":                 {"jsonscan", "prefix"},
 		"contextstore":          {"prefix"},
 		"savings":               {"contextstore", "jsonscan", "prefix"},
 		"schedule":              {"prefix"},
 		"proxy":                 {"attach", "jsonscan", "prefix", "savings", "schedule", "upstream"},
 		"metrics":               {"contextstore", "proxy", "savings", "schedule", "upstream"},
-		"cmd/ollama-cacheproxy": {"contextstore", "metrics", "proxy", "savings", "schedule", "upstream"},
+		"cmd/ollama-cacheproxy": {"batch", "contextstore", "metrics", "proxy", "savings", "schedule", "upstream"},
 	}
 	for pkg, want := range allowed {
 		out, err := exec.Command("go", "list", "-f", `{{join .Imports "\n"}}`, module+pkg).Output()

@@ -19,6 +19,7 @@ import (
 // cli is the command line. Each verb has a file of its own.
 type cli struct {
 	Serve   serveCmd   `cmd:"" default:"withargs" help:"Forward requests to Ollama (the default verb)."`
+	Batch   batchCmd   `cmd:"" help:"Send a file of requests, and go on where it was after a crash."`
 	Health  healthCmd  `cmd:"" help:"Ask a running proxy whether it and its upstream are well; for a container's health check."`
 	Version versionCmd `cmd:"" help:"Print the version."`
 }
@@ -55,6 +56,9 @@ func joinNegative(args []string) []string {
 	return joined
 }
 
+// vars are figures that help texts and defaults refer to.
+var vars = kong.Vars{"maxbody": strconv.Itoa(proxy.DefaultMaxBody), "storebytes": strconv.Itoa(defaultStoreBytes)}
+
 // run is the program; it returns the exit status: 0, 1 for a failure, 2 for arguments that make no sense.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	var c cli
@@ -68,7 +72,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		kong.ConfigureHelp(kong.HelpOptions{WrapUpperBound: 110}),
 		kong.BindTo(ctx, (*context.Context)(nil)),
 		kong.Bind(&console{stdout, stderr}),
-		kong.Vars{"maxbody": strconv.Itoa(proxy.DefaultMaxBody), "storebytes": strconv.Itoa(defaultStoreBytes)},
+		vars,
 	)
 	if err != nil {
 		panic(err) // the struct tags above are wrong

@@ -47,7 +47,7 @@ type serveCmd struct {
 	Touch           bool     `default:"true" negatable:"" help:"For models used through /v1 and /v1/messages, which cannot carry keep_alive, set it with one empty request per load."`
 	MaxBody         int64    `default:"${maxbody}" placeholder:"BYTES" help:"Longest request body to look at; a longer one is forwarded unread. Default: 67108864 (64 MiB)."`
 
-	Slots   []string      `placeholder:"[NAME=]N" help:"Let requests wait, and give each slot of a loaded model the one that fits what it holds: how many slots there are (the server's OLLAMA_NUM_PARALLEL), or auto to learn it; NAME=N for one upstream. off sends requests as they come. Repeatable. Default: off."`
+	Slots   []string      `placeholder:"[NAME=]N" help:"How many slots a loaded model has (the server's OLLAMA_NUM_PARALLEL), or auto to learn it: requests wait, and each slot gets the one that fits what it holds; NAME=N for one upstream. off sends requests as they come. Repeatable. Default: auto."`
 	Queue   int           `default:"10000" placeholder:"N" help:"How many requests may wait for a slot; more are answered 503. Default: 10000."`
 	MaxWait time.Duration `placeholder:"TIME" help:"From when on a waiting request goes before others, whatever that costs. Default: never."`
 
@@ -64,6 +64,8 @@ type serveCmd struct {
 	LogFormat string        `default:"auto" enum:"auto,text,json" help:"text, json, or auto: text on a terminal. Default: auto."`
 	Drain     time.Duration `default:"30s" help:"How long running requests may take to finish after SIGTERM or Ctrl-C. Default: 30s."`
 	Check     bool          `help:"Check the settings, say what they mean and whether the upstream answers, and stop."`
+
+	listening func(net.Addr) // called when the listener is there; nil: nobody is told
 }
 
 func (s *serveCmd) Help() string {
@@ -80,8 +82,8 @@ Examples:
   ollama-cacheproxy --listen 0.0.0.0:11435 --api-keys-file keys.txt
       serve other machines, which must show a key
   ollama-cacheproxy --slots 1
-      let requests that share a prefix follow each other, on a server with one slot per model
-  ollama-cacheproxy --upstream big=10.0.0.7 --upstream small=10.0.0.8 --slots auto --slots big=4
+      say that a model has one slot, which need not be learned then
+  ollama-cacheproxy --upstream big=10.0.0.7 --upstream small=10.0.0.8 --slots big=4
       spread requests over two servers; the first, where models are pulled, has four slots per model
   ollama-cacheproxy --check --upstream gpu-box:11434
       say whether these settings are right, and stop
@@ -91,7 +93,7 @@ POST /_cacheproxy/upstreams/NAME/drain has an upstream finish what it has and ge
 
 With several upstreams what changes models (pull, create, copy, push, delete, blobs) goes to the first one. The request header X-Cacheproxy-Upstream: NAME sends any request to one of them; in answers it names the one that answered.
 
-Other verbs: health, version ("ollama-cacheproxy VERB --help").`
+Other verbs: batch, health, version ("ollama-cacheproxy VERB --help").`
 }
 
 // settings are the flags, understood.
@@ -140,7 +142,7 @@ func (s *serveCmd) targets(listen string) ([]target, error) {
 				return nil, fmt.Errorf("--upstream: %s and %s are one address, %s", t.name, name, u)
 			}
 		}
-		list = append(list, target{name, u, schedule.Unlimited})
+		list = append(list, target{name: name, url: u})
 	}
 	if len(list) > maxUpstreams {
 		return nil, fmt.Errorf("--upstream: %d are given, %d at most can be", len(list), maxUpstreams)
@@ -303,6 +305,9 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 			hint = "is another proxy running? " + hint
 		}
 		return fmt.Errorf("listening on %s: %w (%s)", set.listen, err, hint)
+	}
+	if s.listening != nil {
+		s.listening(ln.Addr())
 	}
 	if addr, ok := ln.Addr().(*net.TCPAddr); ok && !addr.IP.IsLoopback() && set.guard.Keys == nil {
 		logger.Warn("listening beyond this machine without API keys: anyone who reaches this address can use, pull and delete models; set --api-keys-file", "listen", ln.Addr().String())

@@ -1,0 +1,383 @@
+// Package batch sends a file of requests through a proxy or to an Ollama server and writes what is answered to another file.
+//
+// The data flows one way: the input (Source) is read a window ahead and ordered by prefix (window); so many requests as fill the
+// server (limit) are sent (client); each result goes to the journal and from there, when it is its turn, to the output. One
+// goroutine does all of this but the sending. Memory is bounded by the window, whatever the input's length.
+//
+// It knows HTTP and Ollama's API only: what it says about reuse and time was told by the answers and by a proxy's /metrics. It
+// never changes a prompt.
+package batch
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/url"
+	"sync"
+	"time"
+
+	"github.com/ollama/ollama/api"
+)
+
+// Config says what to run. Source, Output, Order, Window, Server, Transport and Log must be set.
+type Config struct {
+	Source *Source
+	Output string    // the path of the results, or "-"
+	Stdout io.Writer // of "-"
+	Errors string    // the path of the requests that failed, to be sent again; "": they are not kept
+	Order  Order
+	Window int // how many requests are looked at to order them, at least 1
+
+	Concurrency int           // requests in flight; 0: learned
+	Retries     int           // how often a request is sent again after an error that may pass
+	Timeout     time.Duration // how long an answer may take from its first byte on; 0: as long as it wants
+
+	Server    *url.URL // a proxy, or Ollama itself
+	Transport http.RoundTripper
+	APIKey    string // "": none
+
+	Log *slog.Logger
+	// Progress is called, by one goroutine, when a request is done and about once a second; nil: nobody is told.
+	Progress func(Progress)
+
+	firstWait time.Duration // before a retry; 0: half a second
+	compactAt int64         // 0: compactAt
+	watch     func(*batch)  // for tests: called before each step
+}
+
+// Progress is how far a batch is.
+type Progress struct {
+	Done, Total int
+	Resumed     int // of Done, those of earlier runs
+	InFlight    int
+	Concurrency int // so many may be in flight
+	Elapsed     time.Duration
+	Counts      Counts // of all that is done
+}
+
+// ErrStopped says that a batch was stopped before its end and can go on.
+var ErrStopped = errors.New("stopped before the end; run the same command to go on")
+
+const pollEvery = 2 * time.Second
+
+// batch is a run.
+type batch struct {
+	*Config
+	client  *client
+	journal *journal
+	window  *window
+	limit   limit
+	survey  *Survey
+
+	began    time.Time
+	resumed  int
+	inFlight int
+	ran      Counts               // in this run
+	ready    map[string]time.Time // when models were last seen to be loaded
+
+	isProxy bool
+	metrics []byte             // a proxy's, when the run began
+	context map[string]int     // tokens that loaded models have room for, as named in /api/ps
+	onGPU   map[string]float64 // the part of a model that is in GPU memory
+}
+
+// finished is an item that is done.
+type finished struct {
+	item
+	request request
+	tried
+	err error // ends the batch
+}
+
+// seen is what a poll has found; what could not be read is nil.
+type seen struct {
+	metrics []byte
+	loaded  *api.ProcessResponse
+}
+
+func (c *Config) client() *client {
+	wait := c.firstWait
+	if wait == 0 {
+		wait = 500 * time.Millisecond
+	}
+	return &client{url: c.Server, transport: c.Transport, key: c.APIKey, retries: c.Retries, timeout: c.Timeout, wait: wait}
+}
+
+// Run runs a batch, or goes on with one, and tells what became of it. Its error says that the batch has not come to its end
+// (errors.Is ErrStopped: since ctx ended); requests that failed are no error.
+func Run(ctx context.Context, c Config) (*Summary, error) {
+	size := c.compactAt
+	if size == 0 {
+		size = compactAt
+	}
+	j, err := openJournal(&c, size)
+	if err != nil {
+		return nil, err
+	}
+	defer j.close()
+	b := &batch{
+		Config: &c, client: c.client(), journal: j, limit: limit{fixed: c.Concurrency}, began: time.Now(),
+		ready: map[string]time.Time{}, context: map[string]int{}, onGPU: map[string]float64{},
+	}
+	b.resumed = j.head.Next + len(j.beyond)
+	if b.survey, err = TakeSurvey(ctx, c.Source, nil); err != nil {
+		return nil, err
+	}
+	if b.resumed > 0 {
+		c.Log.Info("going on with an earlier run", "output", c.Output, "done", b.resumed, "of", b.survey.Requests)
+	}
+	if b.resumed < b.survey.Requests {
+		if err := b.prepare(ctx); err != nil {
+			return nil, err
+		}
+		if err := b.loop(ctx); err != nil {
+			return nil, err
+		}
+	}
+	if err := j.compact(); err != nil {
+		return nil, err
+	}
+	return b.summary(ctx), nil
+}
+
+// prepare looks at the server, and says what is known to go wrong.
+func (b *batch) prepare(ctx context.Context) error {
+	absent, err := b.AbsentModels(ctx, b.survey)
+	if err != nil {
+		return err
+	}
+	if len(absent) > 0 {
+		model := absent[0]
+		return fmt.Errorf("model %q, which %d requests want, is not on the server at %s: pull it (ollama pull %[1]s) or take them out", model, b.survey.Models[model], b.Server)
+	}
+	b.warn()
+	if text, err := b.client.get(ctx, "/metrics"); err == nil && bytes.Contains(text, []byte("\nollama_cacheproxy_")) {
+		b.metrics, b.isProxy = text, true
+	}
+	return nil
+}
+
+// warn says what the survey has found.
+func (b *batch) warn() {
+	v := b.survey
+	for _, err := range v.BadLines {
+		b.Log.Warn("not understood; it is recorded as an error", "err", err)
+	}
+	if v.Bad > len(v.BadLines) {
+		b.Log.Warn("more lines are not understood: see --check", "lines", v.Bad)
+	}
+	if v.Long > 0 {
+		b.Log.Warn("prompts are probably longer than the num_ctx that they state, and Ollama cuts such without a word", "prompts", v.Long, "lines", lines(v.LongLines, v.Long))
+	}
+}
+
+// loop sends what is not done until all is.
+func (b *batch) loop(ctx context.Context) error {
+	b.window = newWindow(b.Source, b.Window, b.journal.done)
+	defer b.window.stop()
+	running, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	done := make(chan finished)
+	polls := make(chan seen)
+	overloads := make(chan overload)
+	wg.Go(func() { b.poll(running, polls) }) // ends with running
+	send := func(it item) {
+		f := finished{item: it}
+		if f.request, f.err = b.Source.request(it); f.err != nil {
+			if f.bad, f.err = badLine(f.err); f.err == nil {
+				f.failure = &failure{Code: codeInvalid, Message: fmt.Sprintf("line %d: %v", it.line, f.bad)}
+			}
+		} else {
+			f.tried, f.err = b.client.ask(running, &f.request, it.line, func(sent time.Time, why string) {
+				select {
+				case overloads <- overload{sent, why}:
+				case <-running.Done():
+				}
+			})
+		}
+		select {
+		case done <- f:
+		case <-running.Done():
+		}
+	}
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for more := true; ; {
+		for more && b.inFlight < b.limit.target() && (b.inFlight == 0 || b.window.behind() <= b.journal.head.Next) {
+			it, ok, err := b.window.take()
+			if err != nil {
+				return err
+			}
+			if more = ok; !ok {
+				break
+			}
+			b.inFlight++
+			wg.Go(func() { send(it) }) // ends with running at the latest
+		}
+		if b.watch != nil {
+			b.watch(b)
+		}
+		if b.inFlight == 0 && !more {
+			return nil
+		}
+		select {
+		case f := <-done:
+			if f.err != nil {
+				if ctx.Err() != nil {
+					return ErrStopped
+				}
+				return f.err
+			}
+			if err := b.finish(f); err != nil {
+				return err
+			}
+			b.inFlight--
+			b.tell()
+		case s := <-polls:
+			b.look(s)
+		case o := <-overloads:
+			if b.limit.backOff(o.sent, time.Now()) {
+				b.Log.Warn("the server has too much to do: fewer requests at once", "concurrency", b.limit.target(), "err", o.why)
+			}
+		case <-tick.C:
+			b.tell()
+		case <-ctx.Done():
+			return ErrStopped
+		}
+	}
+}
+
+type overload struct {
+	sent time.Time
+	why  string
+}
+
+func (b *batch) tell() {
+	if b.Progress == nil {
+		return
+	}
+	b.Progress(Progress{
+		Done: b.journal.head.Next + len(b.journal.beyond), Total: b.survey.Requests, Resumed: b.resumed,
+		InFlight: b.inFlight, Concurrency: b.limit.target(), Elapsed: time.Since(b.began), Counts: b.journal.head.Counts,
+	})
+}
+
+// finish records what became of an item.
+func (b *batch) finish(f finished) error {
+	counts := f.counts
+	if f.failure != nil {
+		counts = Counts{Failed: 1}
+		b.Log.Debug("a request has failed", "line", f.line, "code", f.failure.Code, "err", f.failure.Message)
+	} else {
+		counts.Text = f.text
+		b.learn(&f, &counts)
+	}
+	b.limit.answered(b.inFlight, counts)
+	b.ran.add(counts)
+	r := f.request
+	return b.journal.add(f.item, f.failure != nil, counts, r.result(f.line, f.answer, f.failure))
+}
+
+// shortLoad is what a model that is loaded may take until it is ready.
+const shortLoad = 100 * time.Millisecond
+
+// learn finds what an answer tells beside its counts.
+func (b *batch) learn(f *finished, c *Counts) {
+	model := f.request.runner()
+	// Requests that waited for one load tell it all: it was another load only if it began after the last one was over.
+	if c.Load > shortLoad {
+		ready := time.Now().Add(c.Load - c.Total)
+		if last, ok := b.ready[model]; !ok || ready.Sub(last) >= c.Load {
+			c.Loads = 1
+		}
+		b.ready[model] = ready
+	}
+	// A prompt of which fewer tokens were counted than its text has, and about as many as there is room for.
+	all := b.journal.head.Counts
+	perToken := float64(tokenBytes)
+	if all.Answers >= 8 && all.Prompt > 0 {
+		perToken = float64(all.Text) / float64(all.Prompt)
+	}
+	room := b.context[model]
+	if stated := numCtx(&f.request); stated > 0 {
+		room = stated
+	}
+	if room > 0 && c.Prompt > 0 && c.Prompt <= room && float64(c.Text)/perToken > 1.1*float64(room) {
+		c.Truncated = 1
+		if all.Truncated < named {
+			b.Log.Warn("the prompt is probably longer than the model's context, and was cut by Ollama", "line", f.line, "num_ctx", room, "prompt_tokens", c.Prompt)
+		}
+	}
+}
+
+func numCtx(r *request) int {
+	var o struct {
+		Options struct {
+			NumCtx float64 `json:"num_ctx"`
+		}
+	}
+	if !r.native() || json.Unmarshal(r.body, &o) != nil {
+		return 0
+	}
+	return int(o.Options.NumCtx)
+}
+
+// poll looks at the server until ctx ends.
+func (b *batch) poll(ctx context.Context, polls chan<- seen) {
+	tick := time.NewTicker(pollEvery)
+	defer tick.Stop()
+	for {
+		var s seen
+		if b.isProxy {
+			s.metrics, _ = b.client.get(ctx, "/metrics") // read again in a moment
+		}
+		if text, err := b.client.get(ctx, "/api/ps"); err == nil {
+			if s.loaded = new(api.ProcessResponse); json.Unmarshal(text, s.loaded) != nil {
+				s.loaded = nil
+			}
+		}
+		select {
+		case polls <- s:
+		case <-ctx.Done():
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// look takes in what a poll has found.
+func (b *batch) look(s seen) {
+	if n := lanes(s.metrics); n > 0 {
+		b.limit.lanes = n
+	}
+	if s.loaded == nil {
+		return
+	}
+	for _, m := range s.loaded.Models {
+		r := request{model: m.Name}
+		b.context[r.runner()] = m.ContextLength
+		if m.Size <= 0 {
+			continue
+		}
+		part := float64(m.SizeVRAM) / float64(m.Size)
+		was, known := b.onGPU[m.Name]
+		b.onGPU[m.Name] = part
+		// A machine without a GPU has nothing there, and never had.
+		if part < 1 && part > 0 && !known || known && part < was {
+			if b.limit.backOff(time.Now(), time.Now()) {
+				b.Log.Warn("a model is not all in GPU memory: fewer requests at once", "model", m.Name, "size", m.Size, "size_vram", m.SizeVRAM, "concurrency", b.limit.target())
+			}
+		}
+	}
+}

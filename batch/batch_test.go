@@ -1,0 +1,359 @@
+package batch
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/ollamasim"
+)
+
+// Prefixes that take turns in the input are evaluated once each, as the server itself counts, and results come in the input's order.
+func TestOrder(t *testing.T) {
+	const prefixes, each = 20, 6
+	none := 0
+	server, url := simulated(t, ollamasim.Config{CacheRAMMiB: &none})
+	c := config(t, url, interleaved(prefixes, each, 300))
+	c.Concurrency = 1
+	summary, out := run(t, c)
+	for i, r := range results(t, out) {
+		if r.Line != i+1 || r.Response == nil || r.Response.Message.Content == "" {
+			t.Fatalf("result %d: %+v", i, r)
+		}
+	}
+	stats := server.Stats()
+	if n := strings.Count(out, "\n"); n != prefixes*each || stats.Answered != n || summary.Succeeded != n || summary.Failed != 0 {
+		t.Errorf("%d results, %d answered, %+v", n, stats.Answered, summary)
+	}
+	if got := int64(summary.EvaluatedTokens.Value); got != stats.Evaluated || summary.EvaluatedTokens.Basis != Measured {
+		t.Errorf("%+v tokens evaluated, and %d by the server", summary.EvaluatedTokens, stats.Evaluated)
+	}
+	// In the order of the input nothing would be reused; in that of the prefixes, all but one of each.
+	if all := stats.Evaluated + stats.Reused; stats.Evaluated*each > all*12/10 {
+		t.Errorf("%d of %d tokens evaluated", stats.Evaluated, all)
+	}
+}
+
+// A window that is smaller than the input costs about one prefix for each that it cuts.
+func TestWindows(t *testing.T) {
+	const prefixes, each, window = 4, 40, 40
+	none := 0
+	server, url := simulated(t, ollamasim.Config{CacheRAMMiB: &none})
+	c := config(t, url, interleaved(prefixes, each, 300))
+	c.Window, c.Concurrency = window, 1
+	run(t, c)
+	cold := 0
+	for _, e := range server.Evaluations(ollamasim.Mark{}) {
+		if e.Reused < 100 {
+			cold++
+		}
+	}
+	windows := prefixes * each / window
+	if most := windows*(prefixes-1) + 1; cold > most { // each begins with the prefix that the last one ended with
+		t.Errorf("%d prompts were cold, at most %d need be", cold, most)
+	}
+}
+
+// Results that share all but their ends come in the input's order, so that none of them waits to be written.
+func TestFlow(t *testing.T) {
+	c := config(t, serve(t, &fake{}), numbered(300))
+	c.Concurrency = 1
+	most := 0
+	c.watch = func(b *batch) { most = max(most, b.journal.most) }
+	run(t, c)
+	if most != 1 {
+		t.Errorf("%d results waited at once", most)
+	}
+}
+
+// What waits and what is looked at is bounded by the window, however long the input is.
+func TestMemory(t *testing.T) {
+	const n, window = 3000, 50
+	stuck := make(chan struct{})
+	var answered atomic.Int64
+	f := &fake{ask: func(w http.ResponseWriter, r *http.Request, user string) bool {
+		if user == "item 1" {
+			<-stuck // the first result comes last: all others would have to wait for it
+		} else {
+			answered.Add(1)
+		}
+		return false
+	}}
+	c := config(t, serve(t, f), numbered(n))
+	c.Window, c.Concurrency = window, 8
+	most, waited := 0, false
+	c.watch = func(b *batch) {
+		most = max(most, len(b.window.items)+len(b.journal.beyond)+b.inFlight)
+		// No more is taken up than two windows from the first one that is missing: then it may be answered.
+		if b.inFlight == 1 && b.journal.head.Next == 0 && !waited {
+			waited = true
+			close(stuck)
+		}
+	}
+	_, out := run(t, c)
+	if !waited || strings.Count(out, "\n") != n {
+		t.Fatalf("%d results, waited: %v", strings.Count(out, "\n"), waited)
+	}
+	if most > 3*window+8 {
+		t.Errorf("%d items at once, with a window of %d", most, window)
+	}
+}
+
+// F23: one answer of twenty never ends. With a limit it is cancelled, and the others are answered, also those that wait for longer
+// than the limit; num_predict is never added.
+func TestRunaway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		slot := make(chan struct{}, 1)
+		var cancelled atomic.Int64
+		f := &fake{ask: func(w http.ResponseWriter, r *http.Request, user string) bool {
+			select {
+			case slot <- struct{}{}:
+				defer func() { <-slot }()
+			case <-r.Context().Done():
+				return true
+			}
+			time.Sleep(time.Second) // reading the prompt
+			for user == "item 7" && r.Context().Err() == nil {
+				io.WriteString(w, `{"message":{"content":"and "},"done":false}`+"\n")
+				w.(http.Flusher).Flush()
+				time.Sleep(20 * time.Millisecond)
+			}
+			if user == "item 7" {
+				cancelled.Add(1)
+			}
+			return user == "item 7"
+		}}
+		ln := ollamasim.Listen()
+		srv := &http.Server{Handler: f}
+		go srv.Serve(ln) // ends with srv.Close
+		defer srv.Close()
+		over := func(timeout time.Duration) Config {
+			c := config(t, "http://server", numbered(20))
+			c.Transport.(*http.Transport).DialContext = ln.DialContext
+			c.Timeout, c.Concurrency = timeout, 10
+			return c
+		}
+		c := over(3 * time.Second)
+		summary, out := run(t, c)
+		c.Transport.(*http.Transport).CloseIdleConnections()
+		if summary.Succeeded != 19 || summary.Failed != 1 || cancelled.Load() != 1 {
+			t.Errorf("%d succeeded, %d failed, %d cancelled", summary.Succeeded, summary.Failed, cancelled.Load())
+		}
+		for i, r := range results(t, out) {
+			if failed := r.Error != nil; failed != (i == 6) || failed && r.Error.Code != codeTimeout {
+				t.Errorf("result %d: %+v", i+1, r)
+			}
+		}
+
+		// Without a limit nothing is cut off: the batch waits.
+		waiting, stop := context.WithTimeout(t.Context(), 10*time.Minute)
+		defer stop()
+		c = over(0)
+		var last Progress
+		c.Progress = func(p Progress) { last = p }
+		if _, err := Run(waiting, c); !errors.Is(err, ErrStopped) || last.InFlight == 0 || last.Counts.Failed > 0 || last.Elapsed < 10*time.Minute-2*time.Second {
+			t.Errorf("%v, %+v", err, last)
+		}
+		c.Transport.(*http.Transport).CloseIdleConnections()
+		time.Sleep(10 * time.Second) // until the server has noticed
+	})
+}
+
+// What may pass is sent again; what does not pass is recorded, and kept to be sent again.
+func TestFailures(t *testing.T) {
+	var mu sync.Mutex
+	tries := map[string]int{}
+	f := &fake{ask: func(w http.ResponseWriter, r *http.Request, user string) bool {
+		mu.Lock()
+		tries[user]++
+		n := tries[user]
+		mu.Unlock()
+		fail := func(status int, text string) bool {
+			w.WriteHeader(status)
+			fmt.Fprintf(w, `{"error":%q}`, text)
+			return true
+		}
+		switch user {
+		case "item 2": // passes
+			return n < 3 && fail(503, "server busy, please try again.  maximum pending requests exceeded")
+		case "item 3": // never passes
+			return fail(500, "model runner has unexpectedly stopped")
+		case "item 4": // is not sent again
+			return fail(400, "invalid options")
+		case "item 5": // breaks off, once
+			if n == 1 {
+				io.WriteString(w, `{"message":{"content":"half"},"done":false}`+"\n")
+				panic(http.ErrAbortHandler)
+			}
+		case "item 6": // an error within a stream, once
+			if n == 1 {
+				io.WriteString(w, `{"message":{"content":"half"},"done":false}`+"\n"+`{"error":"an error was encountered while running the model"}`+"\n")
+				return true
+			}
+		}
+		return false
+	}}
+	input := strings.Replace(numbered(8), "{", `{"custom_id":"the first",`, 1)
+	c := config(t, serve(t, f), input+"{\"model\":\"m\"\nnonsense\n")
+	c.Errors = c.Output + ".errors"
+	summary, out := run(t, c)
+	if summary.Succeeded != 6 || summary.Failed != 4 {
+		t.Errorf("%+v", summary)
+	}
+	all := results(t, out)
+	for i, want := range map[int]string{2: "model runner has", 3: "invalid options", 8: "line 9: invalid JSON at byte 13", 9: "line 10: "} {
+		if all[i].Error == nil || !strings.Contains(all[i].Error.Message, want) {
+			t.Errorf("result %d: %+v, want %q", i+1, all[i].Error, want)
+		}
+	}
+	if all[4].Response.Message.Content != "item 5" || all[5].Response.Message.Content != "item 6" || string(all[0].CustomID) != `"the first"` {
+		t.Errorf("%s", out)
+	}
+	want := map[string]int{"item 1": 1, "item 2": 3, "item 3": 4, "item 4": 1, "item 5": 2, "item 6": 2, "item 7": 1, "item 8": 1}
+	if fmt.Sprint(tries) != fmt.Sprint(want) {
+		t.Errorf("tries %v, want %v", tries, want)
+	}
+	lines := strings.Split(read(t, c.Errors), "\n")
+	if len(lines) != 5 || !strings.HasPrefix(lines[0], `{"custom_id":"line 3",`) || lines[2] != `{"model":"m"` || lines[3] != "nonsense" {
+		t.Errorf("%q", lines)
+	}
+
+	// The failed ones alone, once more.
+	again := config(t, serve(t, &fake{}), strings.Join(lines[:2], "\n"))
+	if s, out := run(t, again); s.Succeeded != 2 || !strings.HasPrefix(out, `{"line":1,"custom_id":"line 3","response"`) {
+		t.Errorf("%+v %s", s, out)
+	}
+	// The same command again sends nothing.
+	before := len(tries)
+	if s, _ := run(t, c); s.Failed != 4 || s.Resumed != 10 || len(tries) != before {
+		t.Errorf("%+v", s)
+	}
+}
+
+// A server that is gone ends the batch, which goes on when it is back.
+func TestServerGone(t *testing.T) {
+	var gone atomic.Bool
+	f := &fake{}
+	f.get = func(w http.ResponseWriter, r *http.Request) bool {
+		if gone.Load() {
+			w.WriteHeader(http.StatusBadGateway)
+			io.WriteString(w, `{"error":"ollama does not answer"}`)
+		}
+		return gone.Load()
+	}
+	c := config(t, serve(t, f), numbered(30))
+	c.Concurrency = 2
+	c.Progress = func(p Progress) { gone.Store(p.Done >= 10) }
+	if _, err := Run(t.Context(), c); !errors.Is(err, ErrUnreachable) {
+		t.Fatalf("%v", err)
+	}
+	gone.Store(false)
+	c.Progress = nil
+	if s, out := run(t, c); s.Succeeded != 30 || s.Resumed < 10 || strings.Count(out, "\n") != 30 {
+		t.Errorf("%+v", s)
+	}
+}
+
+// What cannot be gone on with is refused, with the reason.
+func TestRefused(t *testing.T) {
+	url := serve(t, &fake{})
+	c := config(t, url, numbered(3))
+	run(t, c)
+	other := func(input, want string, change func(*Config)) {
+		t.Helper()
+		n := config(t, url, input)
+		n.Output = c.Output
+		change(&n)
+		before := read(t, c.Output)
+		if _, err := Run(t.Context(), n); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v, want %q", err, want)
+		}
+		if read(t, c.Output) != before {
+			t.Error("the output was changed")
+		}
+	}
+	other(numbered(4), "the input or its template is not what it was", func(*Config) {})
+	other(numbered(3), "begun with --order input", func(c *Config) { c.Order = CompletionOrder })
+	other(numbered(3), "begun with --errors \"\"", func(c *Config) { c.Errors = c.Output + ".errors" })
+	if err := os.Remove(c.Output + JournalSuffix); err != nil {
+		t.Fatal(err)
+	}
+	other(numbered(3), "exists already, and no journal", func(*Config) {})
+
+	f := &fake{get: func(w http.ResponseWriter, r *http.Request) bool {
+		if r.URL.Path == "/api/show" {
+			w.WriteHeader(404)
+		}
+		return r.URL.Path == "/api/show"
+	}}
+	c = config(t, serve(t, f), numbered(3))
+	if _, err := Run(t.Context(), c); err == nil || !strings.Contains(err.Error(), `model "m", which 3 requests want, is not on the server`) {
+		t.Errorf("%v", err)
+	}
+}
+
+// OpenAI's batch form, and embeddings, against the simulated server, which answers in OpenAI's own types.
+func TestForms(t *testing.T) {
+	_, url := simulated(t, ollamasim.Config{Models: []ollamasim.Model{{Name: "m"}, {Name: "e", Embedding: true}}})
+	input := `{"custom_id":"a","method":"POST","url":"/v1/chat/completions","body":{"model":"m","max_tokens":3,"stream":false,"messages":[{"role":"user","content":"hello"}]}}
+{"custom_id":"b","url":"https://api.example.com/v1/completions","body":{"model":"m","max_tokens":3,"prompt":"hello"}}
+{"custom_id":"c","method":"POST","url":"/v1/chat/completions","body":{"model":"m","messages":[{"role":"user","content":["wrong"]}],"max_tokens":"x"}}
+{"model":"e","input":["x","y"]}
+{"model":"m","prompt":"hello","stream":false,"options":{"num_predict":2}}
+{"custom_id":"d","method":"POST","url":"/api/chat","body":{"model":"m","options":{"num_predict":2},"messages":[{"role":"user","content":"hello"}]}}
+`
+	c := config(t, url, input)
+	summary, out := run(t, c)
+	again := c
+	again.Output += ".again"
+	if _, second := run(t, again); second != out {
+		t.Errorf("the second time it is\n%s\nafter\n%s", second, out)
+	}
+	got := strings.Split(out, "\n")
+	for i, want := range []string{
+		`{"id":"batch_req_1","custom_id":"a","response":{"status_code":200,"request_id":"req_1","body":{"id":"line-1","object":"chat.completion","created":0,"model":"m","system_fingerprint":"fp_ollama","choices":[{"index":0,"message":{"role":"assistant","content":"`,
+		`{"id":"batch_req_2","custom_id":"b","response":{"status_code":200,"request_id":"req_2","body":{"id":"line-2","object":"text_completion","created":0,`,
+		`{"id":"batch_req_3","custom_id":"c","response":{"status_code":400,"request_id":"req_3","body":{"error":{`,
+		`{"line":4,"response":{"model":"e","embeddings":[[`,
+		`{"line":5,"response":{"model":"m","response":"`,
+		`{"id":"batch_req_6","custom_id":"d","response":{"status_code":200,"request_id":"req_6","body":{"model":"m","message":{"role":"assistant","content":"`,
+	} {
+		if !strings.HasPrefix(got[i], want) {
+			t.Errorf("%s\nwant %s…", got[i], want)
+		}
+	}
+	if !strings.Contains(got[0], `"usage":{"prompt_tokens":`) || summary.Failed != 1 || summary.PromptTokens.Value == 0 {
+		t.Errorf("%+v\n%s", summary, got[0])
+	}
+}
+
+// In the order of completion, and to stdout, where nothing can be gone on with.
+func TestStdout(t *testing.T) {
+	for _, order := range []Order{InputOrder, CompletionOrder} {
+		c := config(t, serve(t, &fake{}), numbered(50))
+		var b strings.Builder
+		c.Output, c.Stdout, c.Order, c.Concurrency = "-", &b, order, 8
+		if _, err := Run(t.Context(), c); err != nil {
+			t.Fatal(err)
+		}
+		seen := map[int]bool{}
+		for i, r := range results(t, b.String()) {
+			if order == InputOrder && r.Line != i+1 || seen[r.Line] {
+				t.Errorf("%s: result %d is of line %d", order, i+1, r.Line)
+			}
+			seen[r.Line] = true
+		}
+		if len(seen) != 50 {
+			t.Errorf("%s: %d results", order, len(seen))
+		}
+	}
+}

@@ -1,0 +1,469 @@
+package batch
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+)
+
+// Order says in which order results are written.
+type Order string
+
+const (
+	InputOrder      Order = "input"
+	CompletionOrder Order = "completion"
+)
+
+// JournalSuffix is what the journal's name has beside the output's.
+const JournalSuffix = ".journal"
+
+// compactAt is how many bytes a journal may have before what is in the output is left out of it.
+const compactAt = 16 << 20
+
+// journal writes the output and remembers, in a file beside it, what is in it, so that a batch that was killed at any moment goes
+// on where it was. Each result is appended to the journal first, in one write; only then is it written to the output, at once
+// or when it is its turn. At the start both files are cut to what the journal knows, and written anew from there.
+//
+// The first line is a journalHead; each other line is a journalEntry. The last one may be torn.
+type journal struct {
+	path   string
+	file   *os.File
+	size   int64
+	limit  int64 // when to compact
+	source *Source
+
+	out    io.Writer
+	output *os.File // out, where it is a file that can be gone on with
+	errs   *os.File // nil: none
+	temp   string   // the folder of a journal that is not kept
+
+	head   journalHead
+	beyond map[int]place // what is done from head.Next on
+	most   int           // items that were in beyond at once
+}
+
+// journalHead is what the output had when the journal was begun or compacted.
+type journalHead struct {
+	Version int    `json:"batch_journal"`
+	Input   string `json:"input"` // the source's hash
+	Order   Order  `json:"order"`
+	Next    int    `json:"next"` // all items before are in the output
+	Output  int64  `json:"output_bytes"`
+	Errors  int64  `json:"errors_bytes"`
+	Counts  Counts `json:"counts"`      // of all that is done
+	Collect string `json:"errors_file"` // where requests that fail are written; "": nowhere
+}
+
+// journalEntry is an item that is done.
+type journalEntry struct {
+	Index  int             `json:"i"`
+	Line   int             `json:"line"`
+	Off    int64           `json:"off"`
+	Size   int             `json:"size"`
+	Failed bool            `json:"failed,omitempty"`
+	Bad    bool            `json:"bad,omitempty"`    // its line was not understood
+	Counts *Counts         `json:"counts,omitempty"` // absent: the head has them
+	Result json.RawMessage `json:"result,omitempty"` // absent: it is in the output
+}
+
+// place is where a result lies in the journal.
+type place struct {
+	entry journalEntry // without its counts and result
+	off   int64
+	size  int // 0: it is in the output
+}
+
+// errChanged says that a batch cannot go on.
+var errChanged = errors.New("the batch cannot go on")
+
+// openJournal opens the output and its journal, and brings the output to what the journal knows. An output that is no regular file
+// is written once, from its start.
+func openJournal(c *Config, limit int64) (*journal, error) {
+	j := &journal{source: c.Source, limit: limit, beyond: map[int]place{}}
+	j.head = journalHead{Version: 1, Input: c.Source.Hash, Order: c.Order}
+	if err := j.open(c); err != nil {
+		j.close()
+		return nil, err
+	}
+	return j, nil
+}
+
+func (j *journal) open(c *Config) error {
+	if c.Output == "-" {
+		j.out = c.Stdout
+	} else {
+		f, err := os.OpenFile(c.Output, os.O_RDWR|os.O_CREATE, 0o666)
+		if err != nil {
+			return fmt.Errorf("opening the output: %w", err)
+		}
+		j.out, j.output = f, f
+	}
+	j.head.Collect = c.Errors
+	if c.Errors != "" {
+		f, err := os.OpenFile(c.Errors, os.O_RDWR|os.O_CREATE, 0o666)
+		if err != nil {
+			return fmt.Errorf("opening the file for errors: %w", err)
+		}
+		j.errs = f
+	}
+	regular := false
+	if j.output != nil {
+		info, err := j.output.Stat()
+		if err != nil {
+			return fmt.Errorf("opening the output: %w", err)
+		}
+		regular = info.Mode().IsRegular()
+	}
+	if !regular {
+		dir, err := os.MkdirTemp("", "ollama-cacheproxy-batch-")
+		if err != nil {
+			return fmt.Errorf("making a folder for results that wait: %w", err)
+		}
+		j.temp, j.output = dir, nil // what c.Output may be (a terminal, a pipe) stays open until the process ends
+		j.path = filepath.Join(dir, "results"+JournalSuffix)
+		return j.first(c)
+	}
+	j.path = c.Output + JournalSuffix
+	if err := lock(j.output); err != nil {
+		return fmt.Errorf("%s is being written by another batch: %w", c.Output, err)
+	}
+	os.Remove(j.path + ".new") // of a run that was killed before it was complete
+	f, err := os.OpenFile(j.path, os.O_RDWR, 0)
+	if os.IsNotExist(err) {
+		if !empty(j.output) {
+			return fmt.Errorf("%s exists already, and no journal (%s) tells how to go on: choose another output, or remove it", c.Output, j.path)
+		}
+		return j.first(c)
+	}
+	if err != nil {
+		return fmt.Errorf("opening the journal: %w", err)
+	}
+	j.file = f
+	return j.replay(c)
+}
+
+// first begins the journal of a new batch.
+func (j *journal) first(c *Config) error {
+	if j.errs != nil && !empty(j.errs) {
+		return fmt.Errorf("%s exists already: choose another file for errors, or remove it", c.Errors)
+	}
+	return j.begin()
+}
+
+// empty reports whether nothing is in a file.
+func empty(f *os.File) bool {
+	info, err := f.Stat()
+	return err == nil && info.Size() == 0
+}
+
+// begin starts a journal with what is known in it.
+func (j *journal) begin() error {
+	next, err := os.OpenFile(j.path+".new", os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o666)
+	if err != nil {
+		return fmt.Errorf("writing the journal: %w", err)
+	}
+	w := bufio.NewWriter(next)
+	head, err := json.Marshal(j.head)
+	if err != nil {
+		panic(err) // numbers and short texts
+	}
+	size := int64(len(head)) + 1
+	w.Write(append(head, '\n')) // the first error is kept for Flush
+	moved := make(map[int]place, len(j.beyond))
+	for index, p := range j.beyond {
+		var result []byte
+		if p.size > 0 {
+			if result, err = j.result(p); err != nil {
+				next.Close()
+				return err
+			}
+		}
+		line, at := appendEntry(nil, p.entry, nil, result)
+		if p.size > 0 {
+			p.off = size + int64(at)
+		}
+		moved[index] = p
+		size += int64(len(line))
+		w.Write(line)
+	}
+	if err := errors.Join(w.Flush(), next.Sync(), os.Rename(j.path+".new", j.path)); err != nil {
+		next.Close()
+		return fmt.Errorf("writing the journal: %w", err)
+	}
+	if j.file != nil {
+		j.file.Close()
+	}
+	j.file, j.size, j.beyond = next, size, moved
+	j.limit = max(j.limit, 2*size)
+	return nil
+}
+
+// appendEntry appends a line of the journal and tells where in it the result begins.
+func appendEntry(b []byte, e journalEntry, counts *Counts, result []byte) (line []byte, at int) {
+	e.Counts, e.Result = counts, nil
+	text, err := json.Marshal(e)
+	if err != nil {
+		panic(err) // numbers and short texts
+	}
+	b = append(b, text...)
+	if result != nil { // as it is, while Marshal would escape more
+		b = append(b[:len(b)-1], `,"result":`...)
+		at = len(b)
+		b = append(append(b, result...), '}')
+	}
+	return append(b, '\n'), at
+}
+
+// replay reads the journal of an earlier run.
+func (j *journal) replay(c *Config) error {
+	in := bufio.NewReaderSize(j.file, 256<<10)
+	line, err := in.ReadBytes('\n')
+	want := j.head
+	if err != nil || json.Unmarshal(line, &j.head) != nil || j.head.Version != want.Version {
+		return fmt.Errorf("%w: %s is no journal of a batch; remove it and the output to start over", errChanged, j.path)
+	}
+	if _, err := in.Peek(1); err == io.EOF && j.head.Next == 0 && j.head != want && empty(j.output) { // nothing was done: it has not begun
+		j.head = want
+		return j.first(c)
+	}
+	if j.head.Input != want.Input {
+		return fmt.Errorf("%w: the input or its template is not what it was when %s was begun (sha256 %.12s… then, %.12s… now); choose another output, or remove %s and %s to start over",
+			errChanged, c.Output, j.head.Input, want.Input, c.Output, j.path)
+	}
+	if j.head.Order != want.Order {
+		return fmt.Errorf("%w: %s was begun with --order %s", errChanged, c.Output, j.head.Order)
+	}
+	if j.head.Collect != want.Collect {
+		return fmt.Errorf("%w: %s was begun with --errors %q", errChanged, c.Output, j.head.Collect)
+	}
+	if err := cut(j.output, j.head.Output); err != nil {
+		return err
+	}
+	if j.errs != nil {
+		if err := cut(j.errs, j.head.Errors); err != nil {
+			return err
+		}
+	}
+	for j.size = int64(len(line)); ; j.size += int64(len(line)) {
+		line, err = in.ReadBytes('\n')
+		if err != nil && err != io.EOF {
+			return fmt.Errorf("reading the journal: %w", err)
+		}
+		var e journalEntry
+		if err == io.EOF || json.Unmarshal(line, &e) != nil {
+			break // the last line was torn
+		}
+		p := place{entry: e}
+		if e.Counts != nil {
+			j.head.Counts.add(*e.Counts)
+		}
+		if p.size = len(e.Result); p.size > 0 {
+			p.off = j.size + int64(len(line)-2-p.size)
+		}
+		p.entry.Counts, p.entry.Result = nil, nil
+		if err := j.settle(p, e.Result); err != nil {
+			return err
+		}
+	}
+	if err := j.file.Truncate(j.size); err != nil {
+		return fmt.Errorf("cutting the journal: %w", err)
+	}
+	if _, err := j.file.Seek(j.size, io.SeekStart); err != nil {
+		return fmt.Errorf("going on with the journal: %w", err)
+	}
+	return nil
+}
+
+// cut shortens a file to what is known of it.
+func cut(f *os.File, size int64) error {
+	info, err := f.Stat()
+	if err != nil {
+		return fmt.Errorf("going on with %s: %w", f.Name(), err)
+	}
+	if info.Size() < size {
+		return fmt.Errorf("%w: %s is shorter than what was written to it; remove it and its journal to start over", errChanged, f.Name())
+	}
+	if err := f.Truncate(size); err != nil {
+		return fmt.Errorf("going on with %s: %w", f.Name(), err)
+	}
+	if _, err = f.Seek(size, io.SeekStart); err != nil {
+		return fmt.Errorf("going on with %s: %w", f.Name(), err)
+	}
+	return nil
+}
+
+// add records that an item is done.
+func (j *journal) add(it item, failed bool, counts Counts, result []byte) error {
+	e := journalEntry{Index: it.index, Line: it.line, Off: it.off, Size: it.size, Failed: failed, Bad: it.bad != nil}
+	line, at := appendEntry(nil, e, &counts, result)
+	if _, err := j.file.Write(line); err != nil {
+		return fmt.Errorf("writing the journal: %w", err)
+	}
+	p := place{entry: e, off: j.size + int64(at), size: len(result)}
+	j.size += int64(len(line))
+	j.head.Counts.add(counts)
+	if err := j.settle(p, result); err != nil {
+		return err
+	}
+	if j.size > j.limit {
+		return j.compact()
+	}
+	return nil
+}
+
+// settle takes in an item that the journal has: it writes what can be written.
+func (j *journal) settle(p place, result []byte) error {
+	if j.head.Order == CompletionOrder && p.size > 0 {
+		if err := j.write(p, result); err != nil {
+			return err
+		}
+		p.size = 0
+	}
+	j.beyond[p.entry.Index] = p
+	j.most = max(j.most, len(j.beyond))
+	for now := p.entry.Index; ; {
+		p, ok := j.beyond[j.head.Next]
+		if !ok {
+			return nil
+		}
+		if p.size > 0 {
+			if p.entry.Index != now {
+				var err error
+				if result, err = j.result(p); err != nil {
+					return err
+				}
+			}
+			if err := j.write(p, result); err != nil {
+				return err
+			}
+		}
+		delete(j.beyond, j.head.Next)
+		j.head.Next++
+	}
+}
+
+func (j *journal) result(p place) ([]byte, error) {
+	text := make([]byte, p.size)
+	if _, err := j.file.ReadAt(text, p.off); err != nil {
+		return nil, fmt.Errorf("reading the journal: %w", err)
+	}
+	return text, nil
+}
+
+// write writes a result to the output, and its request to the file for errors.
+func (j *journal) write(p place, result []byte) error {
+	n, err := j.out.Write(append(bytes.Clone(result), '\n'))
+	if err != nil {
+		return fmt.Errorf("writing the output: %w", err)
+	}
+	j.head.Output += int64(n)
+	if !p.entry.Failed || j.errs == nil {
+		return nil
+	}
+	text, err := j.again(p.entry)
+	if err != nil {
+		return err
+	}
+	n, err = j.errs.Write(append(text, '\n'))
+	if err != nil {
+		return fmt.Errorf("writing the file for errors: %w", err)
+	}
+	j.head.Errors += int64(n)
+	return nil
+}
+
+// again returns the line with which an item can be sent again: what was not understood stands as it is.
+func (j *journal) again(e journalEntry) ([]byte, error) {
+	it := item{index: e.Index, line: e.Line, off: e.Off, size: e.Size}
+	text, err := j.source.raw(it)
+	if err != nil {
+		return nil, err
+	}
+	if e.Bad {
+		return bytes.TrimSpace(text), nil
+	}
+	r, err := j.source.request(it)
+	if err != nil {
+		return bytes.TrimSpace(text), nil
+	}
+	if line := r.again(e.Line); line != nil {
+		return line, nil
+	}
+	if j.source.Template == nil {
+		return bytes.TrimSpace(text), nil
+	}
+	row, err := j.source.row(text)
+	if err != nil {
+		return nil, err
+	}
+	return j.source.Template.Fill(row)
+}
+
+// done reports whether an item is done.
+func (j *journal) done(index int) bool {
+	_, beyond := j.beyond[index]
+	return beyond || index < j.head.Next
+}
+
+// compact begins the journal anew, without what is in the output.
+func (j *journal) compact() error {
+	if j.output != nil { // before the journal says that it is there
+		if err := j.output.Sync(); err != nil {
+			return fmt.Errorf("writing the output: %w", err)
+		}
+	}
+	return j.begin()
+}
+
+// close closes the files. A journal of an output that cannot be gone on with is removed.
+func (j *journal) close() {
+	for _, f := range []*os.File{j.file, j.output, j.errs} {
+		if f != nil {
+			f.Close()
+		}
+	}
+	if j.temp != "" {
+		os.RemoveAll(j.temp)
+	}
+}
+
+// Counts is what became of requests. The zero value counts none.
+type Counts struct {
+	Answers   int `json:"answers,omitempty"`
+	Failed    int `json:"failed,omitempty"`
+	Prompt    int `json:"prompt,omitempty"`    // tokens of prompts
+	ReusedOf  int `json:"reused_of,omitempty"` // of them those of answers that tell what was reused
+	Reused    int `json:"reused,omitempty"`    // of these, those that were
+	Generated int `json:"generated,omitempty"` // tokens of answers
+	Text      int `json:"text,omitempty"`      // bytes of the text of prompts that were answered
+	Truncated int `json:"truncated,omitempty"` // prompts that were probably cut
+	Loads     int `json:"loads,omitempty"`     // of models that were waited for
+
+	// Times as Ollama's own endpoints tell them.
+	Total      time.Duration `json:"total,omitempty"`
+	Load       time.Duration `json:"load,omitempty"`
+	PromptEval time.Duration `json:"prompt_eval,omitempty"`
+	Eval       time.Duration `json:"eval,omitempty"`
+}
+
+func (c *Counts) add(d Counts) {
+	c.Answers += d.Answers
+	c.Failed += d.Failed
+	c.Prompt += d.Prompt
+	c.ReusedOf += d.ReusedOf
+	c.Reused += d.Reused
+	c.Generated += d.Generated
+	c.Text += d.Text
+	c.Truncated += d.Truncated
+	c.Loads += d.Loads
+	c.Total += d.Total
+	c.Load += d.Load
+	c.PromptEval += d.PromptEval
+	c.Eval += d.Eval
+}

@@ -1,0 +1,208 @@
+package batch
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/ollama/ollama/api"
+)
+
+// client talks to the server.
+type client struct {
+	url       *url.URL
+	transport http.RoundTripper
+	key       string
+	retries   int
+	timeout   time.Duration // from an answer's first byte; 0: none
+	wait      time.Duration // before the first retry
+}
+
+const (
+	maxWait       = 30 * time.Second
+	maxRetryAfter = 2 * time.Minute
+	askTimeout    = 10 * time.Second // for what is no inference
+)
+
+// ErrUnreachable ends a batch whose server does not answer any more.
+var ErrUnreachable = errors.New("the server does not answer")
+
+var errRequestTimeout = errors.New("the answer took too long")
+
+func (c *client) do(ctx context.Context, method, path string, body []byte) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, method, c.url.JoinPath(path).String(), bytes.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("Content-Type", "application/json")
+	req.Header.Set("X-Cacheproxy-Priority", "batch")
+	if c.key != "" {
+		req.Header.Set("Authorization", "Bearer "+c.key)
+	}
+	return c.transport.RoundTrip(req)
+}
+
+// tried is what became of one attempt.
+type tried struct {
+	answer     []byte
+	counts     Counts
+	failure    *failure
+	again      bool          // it may be tried again
+	after      time.Duration // that the server asks to wait first; 0: none
+	overloaded bool
+	gone       bool // the server may not be there any more
+}
+
+func broken(err error) tried {
+	var dial *net.OpError
+	return tried{
+		failure: &failure{Code: codeBroken, Message: err.Error()}, again: true,
+		gone: errors.As(err, &dial) && dial.Op == "dial",
+	}
+}
+
+func (c *client) try(ctx context.Context, r *request, line int) tried {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	begun := func() {
+		if c.timeout > 0 {
+			timer := time.AfterFunc(c.timeout, func() { cancel(errRequestTimeout) })
+			context.AfterFunc(ctx, func() { timer.Stop() })
+		}
+	}
+	if !r.streams() {
+		begun()
+	}
+	res, err := c.do(ctx, http.MethodPost, r.path, r.sent())
+	if err == nil {
+		defer res.Body.Close()
+		if res.StatusCode == http.StatusOK {
+			var t tried
+			if t.answer, t.counts, err = readAnswer(res.Body, r, res.Header.Get("Content-Type"), line, begun); err == nil {
+				return t
+			}
+		}
+	}
+	var server *serverError
+	switch {
+	case context.Cause(ctx) == errRequestTimeout:
+		return tried{failure: &failure{Code: codeTimeout, Message: fmt.Sprintf("the answer was not complete %v after it began (--request-timeout); it was cancelled", c.timeout)}}
+	case errors.As(err, &server):
+		return tried{failure: &failure{Code: codeRefused, Message: server.text}, again: true, overloaded: overloaded(0, server.text)}
+	case errors.Is(err, errLong):
+		return tried{failure: &failure{Code: codeBroken, Message: err.Error()}}
+	case err != nil:
+		return broken(err)
+	}
+	text, err := io.ReadAll(io.LimitReader(res.Body, 1<<20))
+	if err != nil {
+		return broken(err)
+	}
+	f := &failure{Status: res.StatusCode, Code: codeRefused, Message: message(text)}
+	if f.Message == "" {
+		f.Message = res.Status
+	}
+	if json := bytes.TrimSpace(text); len(json) > 0 && json[0] == '{' {
+		if _, err := members(json); err == nil {
+			f.Body = json
+		}
+	}
+	t := tried{failure: f, overloaded: overloaded(f.Status, f.Message), gone: f.Status == http.StatusBadGateway}
+	t.again = t.overloaded || f.Status >= 500
+	if seconds, err := strconv.Atoi(res.Header.Get("Retry-After")); err == nil && seconds > 0 {
+		t.after = min(time.Duration(seconds)*time.Second, maxRetryAfter)
+	}
+	return t
+}
+
+// ask sends a request until it is answered or that is given up. An error ends the batch. overload is called as often as the server
+// says that it has too much to do.
+func (c *client) ask(ctx context.Context, r *request, line int, overload func(sent time.Time, why string)) (tried, error) {
+	for attempt := 0; ; attempt++ {
+		sent := time.Now()
+		t := c.try(ctx, r, line)
+		if t.failure == nil {
+			return t, nil
+		}
+		if ctx.Err() != nil {
+			return t, context.Cause(ctx)
+		}
+		if t.overloaded {
+			overload(sent, t.failure.Message)
+		}
+		if !t.again {
+			return t, nil
+		}
+		if attempt >= c.retries {
+			if t.gone {
+				if err := c.answers(ctx); err != nil {
+					return t, fmt.Errorf("%w: %s", ErrUnreachable, t.failure.Message)
+				}
+			}
+			return t, nil
+		}
+		wait := min(c.wait<<min(attempt, 16), maxWait)
+		wait = max(t.after, wait/2+rand.N(wait/2+1)) // those that failed together do not come back together
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return t, context.Cause(ctx)
+		}
+	}
+}
+
+// get reads a page of at most 16 MiB.
+func (c *client) get(ctx context.Context, path string) ([]byte, error) {
+	return c.call(ctx, http.MethodGet, path, nil)
+}
+
+func (c *client) call(ctx context.Context, method, path string, body []byte) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	res, err := c.do(ctx, method, path, body)
+	if err != nil {
+		return nil, err
+	}
+	defer res.Body.Close()
+	text, err := io.ReadAll(io.LimitReader(res.Body, 16<<20))
+	if err != nil {
+		return nil, err
+	}
+	if res.StatusCode != http.StatusOK {
+		return nil, api.StatusError{StatusCode: res.StatusCode, Status: res.Status, ErrorMessage: message(text)}
+	}
+	return text, nil
+}
+
+// answers asks whether the server is there.
+func (c *client) answers(ctx context.Context) error {
+	_, err := c.get(ctx, "/api/version")
+	return err
+}
+
+// lanes returns how many lanes a proxy has for loaded models; 0: it does not schedule, or is none.
+func lanes(metrics []byte) int { return int(sum(metrics, "ollama_cacheproxy_lanes{", "")) }
+
+// sum adds up the series whose lines begin with prefix and contain part.
+func sum(metrics []byte, prefix, part string) float64 {
+	total := 0.0
+	for line := range strings.Lines(string(metrics)) {
+		if !strings.HasPrefix(line, prefix) || !strings.Contains(line, part) {
+			continue
+		}
+		line = strings.TrimSpace(line)
+		if v, err := strconv.ParseFloat(line[strings.LastIndexByte(line, ' ')+1:], 64); err == nil {
+			total += v
+		}
+	}
+	return total
+}

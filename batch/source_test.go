@@ -1,0 +1,275 @@
+package batch
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func rowsOf(t testing.TB, name, data, template string) (*Source, error) {
+	t.Helper()
+	tpl, err := ParseTemplate([]byte(template))
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), name)
+	write(t, path, data)
+	s, err := OpenRows(path, nil, tpl)
+	if err == nil {
+		t.Cleanup(s.Close)
+	}
+	return s, err
+}
+
+// bodies are the requests of a source, or what is wrong with them, each with its line.
+func bodies(t testing.TB, s *Source) []string {
+	t.Helper()
+	var all []string
+	for it, err := range s.items() {
+		if err != nil {
+			return append(all, "end: "+err.Error())
+		}
+		if it.index != len(all) {
+			t.Fatalf("item %d comes at place %d", it.index, len(all))
+		}
+		if r, err := s.request(it); err != nil {
+			all = append(all, err.Error())
+		} else {
+			all = append(all, fmt.Sprintf("%d %s", it.line, r.body))
+		}
+	}
+	return all
+}
+
+func TestRows(t *testing.T) {
+	const template = `{ "model": "m", "prompt": "{{ name }}: {{text}}" }`
+	for _, c := range []struct {
+		name, data string
+		want       []string
+	}{
+		{"plain.csv", "name,text\na,b\nc,d\n", []string{`2 {"model":"m","prompt":"a: b"}`, `3 {"model":"m","prompt":"c: d"}`}},
+		{"no line end.csv", "name,text\na,b", []string{`2 {"model":"m","prompt":"a: b"}`}},
+		{"BOM and CRLF.csv", "\xef\xbb\xbfname,text\r\na,b\r\n\r\nc,d\r\n", []string{`2 {"model":"m","prompt":"a: b"}`, `4 {"model":"m","prompt":"c: d"}`}},
+		{"quotes.csv", "name,text\n\"a \"\"b\"\"\",\"1,\n2\"\n<c>,\\d\n", []string{`2 {"model":"m","prompt":"a \"b\": 1,\n2"}`, `4 {"model":"m","prompt":"<c>: \\d"}`}},
+		{"columns in any order.csv", "more,text,name\n1,b,a\n", []string{`2 {"model":"m","prompt":"a: b"}`}},
+		{"tabs.tsv", "name\ttext\na,x\tb\n", []string{`2 {"model":"m","prompt":"a,x: b"}`}},
+		{"a column is missing.csv", "name,text\na\nc,d\n", []string{"line 2: the row has not the 2 columns that the first line names", `3 {"model":"m","prompt":"c: d"}`}},
+		{"a bare quote.csv", "name,text\na\"b,c\nc,d\n", []string{`line 2: bare " in non-quoted-field`, `3 {"model":"m","prompt":"c: d"}`}},
+		{"objects.jsonl", "{\"name\":\"a\\u00e9\",\"text\":1.50}\n\n{\"text\":null,\"name\":{\"x\":\"y\"}}\n", []string{`1 {"model":"m","prompt":"a\u00e9: 1.50"}`, `3 {"model":"m","prompt":"{\"x\":\"y\"}: "}`}},
+		{"a field is missing.jsonl", `{"name":"a"}`, []string{"line 1: the template's field {{text}} is not in the row"}},
+		{"no object.jsonl", "[]\n{\"name\":1,\"text\":2}{}\n", []string{"line 1: not a JSON object", "line 2: more text after the object"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s, err := rowsOf(t, c.name, c.data, template)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := bodies(t, s); fmt.Sprintf("%q", got) != fmt.Sprintf("%q", c.want) {
+				t.Errorf("got  %q\nwant %q", got, c.want)
+			}
+		})
+	}
+	for data, want := range map[string]string{
+		"name,txt\na,b\n":     "no column is called \"text\", as the template's {{text}} wants; there are: name, txt",
+		"name,text,name\n":    `two columns are called "name"`,
+		"":                    "the line that names the columns: EOF",
+		"\xff\xfen\x00a\x00,": "it is UTF-16: save it as UTF-8",
+	} {
+		if _, err := rowsOf(t, "rows.csv", data, template); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%q: %v, want %q", data, err, want)
+		}
+	}
+}
+
+func TestTemplate(t *testing.T) {
+	row := map[string]json.RawMessage{"n": json.RawMessage("7"), "s": json.RawMessage(`"a\"b"`), "o": json.RawMessage(`{"k":[1]}`), "z": json.RawMessage("null")}
+	for template, want := range map[string]string{
+		`{"a":"{{s}}"}`:                            `{"a":"a\"b"}`,
+		`{"a":"{{n}}","b":["{{o}}","{{z}}"]}`:      `{"a":7,"b":[{"k":[1]},null]}`,
+		`{"a":"<{{n}}|{{o}}|{{z}}|{{ s }}>"}`:      `{"a":"<7|{\"k\":[1]}||a\"b>"}`,
+		`{"a":"\\{{n}}","b":"\"{{n}}"}`:            `{"a":"\\7","b":"\"7"}`,
+		`{"{{s}}":1}`:                              `{"a\"b":1}`,
+		`{"a":"{{{{n}} {{ .Prompt }} {{n}}"}`:      `{"a":"{{n}} {{ .Prompt }} 7"}`,
+		"\xef\xbb\xbf{\n \"a\" : \"{{n}}{{n}}\" }": `{"a":"77"}`,
+	} {
+		tpl, err := ParseTemplate([]byte(template))
+		if err != nil {
+			t.Errorf("%s: %v", template, err)
+			continue
+		}
+		if got, err := tpl.Fill(row); err != nil || string(got) != want {
+			t.Errorf("%s: %s, %v; want %s", template, got, err, want)
+		}
+	}
+	for template, want := range map[string]string{
+		`{"a":"{{n"}`: `has no }}`, `{"a":"{{}}"}`: `names no field`, `{"a":"b"}`: `no field is in it`, `{"a":`: `invalid JSON at byte`, `["{{a}}"]`: "not a JSON object",
+	} {
+		if _, err := ParseTemplate([]byte(template)); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", template, err, want)
+		}
+	}
+}
+
+func TestParseRequest(t *testing.T) {
+	for line, want := range map[string]string{
+		`{"model":"m","messages":[{"role":"user","content":"x"}]}`:                  "/api/chat m",
+		`{"MODEL":"m","prompt":"x"} `:                                               "/api/generate m",
+		`{"model":"m","input":["x"]}`:                                               "/api/embed m",
+		`{"custom_id":"1","url":"/v1/embeddings","body":{"model":"m","input":"x"}}`: "/v1/embeddings m",
+		`{"model":"m"}`:                                         "neither messages",
+		`{"model":"","prompt":"x"}`:                             `no "model" is named`,
+		`{"prompt":"x"}`:                                        `no "model" is named`,
+		`{"model":"m","prompt":""}`:                             `"prompt" is empty: the request would only load the model`,
+		`{"model":"m","messages":[ ]}`:                          `"messages" is empty`,
+		`{"model":"m","messages":"x"}`:                          `/api/chat needs "messages", a list`,
+		`{"model":"m","prompt":null}`:                           "neither messages",
+		`{"url":"/v1/chat/completions"}`:                        `"url" but no "body"`,
+		`{"url":"/v1/responses","body":{"model":"m"}}`:          `url "/v1/responses": want one of`,
+		`{"url":"/api/chat","method":"GET","body":{}}`:          `method "GET": want POST`,
+		`{"url":"/api/chat","body":{"model":"m","prompt":"x"}}`: `/api/chat needs "messages", a list`,
+		`{"model":"m","prompt":"x"`:                             "invalid JSON at byte 25: unexpected end",
+		"\"x\"":                                                 "not a JSON object",
+	} {
+		got := ""
+		r, err := parseRequest([]byte(line))
+		if got = r.path + " " + r.model; err != nil {
+			got = err.Error()
+		}
+		if !strings.HasPrefix(got, want) {
+			t.Errorf("%s: %s, want %s", line, got, want)
+		}
+	}
+}
+
+// A body is sent as it is, but for stream.
+func TestSent(t *testing.T) {
+	for body, want := range map[string]string{
+		`{"model":"m","prompt":"x","big":12345678901234567890}`:                                            `{"model":"m","prompt":"x","big":12345678901234567890}`,
+		`{"stream":false,"model":"m","prompt":"x","STREAM" : null}`:                                        `{"stream":true,"model":"m","prompt":"x","STREAM" : true}`,
+		`{"model":"m","input":"x","stream":false}`:                                                         `{"model":"m","input":"x","stream":false}`,
+		`{"url":"/v1/completions","body":{ "model":"m","prompt":"x"}}`:                                     `{"stream":true,"stream_options":{"include_usage":true}, "model":"m","prompt":"x"}`,
+		`{"url":"/v1/completions","body":{"stream":false,"stream_options":null,"model":"m","prompt":"x"}}`: `{"stream":true,"stream_options":{"include_usage":true},"model":"m","prompt":"x"}`,
+	} {
+		r, err := parseRequest([]byte(body))
+		if got := string(r.sent()); err != nil || got != want {
+			t.Errorf("%s, %v; want %s", got, err, want)
+		}
+	}
+}
+
+// FuzzTemplate: what a template makes of any row is JSON that says the same as the template, with the values in it.
+func FuzzTemplate(f *testing.F) {
+	f.Add(`{"a":"{{x}}","b":"1{{x}}2","{{x}}":[{"c":"{{y}}"}]}`, "text", `{"k":"v"}`)
+	f.Add(`{"a":"\"{{x}}\"","b":"\\{{ y }}"}`, "\"\\\x00\u2028<é", "1e5")
+	f.Add(`{"a":"{{{{x}}{{x}}"}`, "{{y}}", "null")
+	f.Fuzz(func(t *testing.T, template, x, y string) {
+		tpl, err := ParseTemplate([]byte(template))
+		if err != nil {
+			return
+		}
+		if y = strings.TrimSpace(y); !json.Valid([]byte(y)) {
+			y = "null"
+		}
+		row := map[string]json.RawMessage{}
+		for _, name := range tpl.Fields {
+			row[name] = quoted(x)
+		}
+		row["y"] = json.RawMessage(y)
+		body, err := tpl.Fill(row)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !json.Valid(body) {
+			t.Fatalf("%s with %q and %s: %s", template, x, y, body)
+		}
+		again, err := tpl.Fill(row)
+		if err != nil || !bytes.Equal(body, again) {
+			t.Fatalf("%s, then %s", body, again)
+		}
+		if bytes.Contains(body, []byte("\n")) && !strings.Contains(y, "\n") {
+			t.Fatalf("more than one line: %q", body)
+		}
+	})
+}
+
+// FuzzLines: items are the lines that are not blank, each where it is, whatever the input.
+func FuzzLines(f *testing.F) {
+	f.Add("{\"model\":\"m\",\"prompt\":\"x\"}\n\n \r\nnonsense\r\n{}")
+	f.Add("\xef\xbb\xbf{}\n")
+	f.Add("\n\n")
+	f.Add("")
+	f.Fuzz(func(t *testing.T, text string) {
+		path := filepath.Join(t.TempDir(), "in.jsonl")
+		write(t, path, text)
+		s, err := OpenLines(path, nil)
+		if err != nil {
+			if !strings.Contains(err.Error(), "UTF-16") {
+				t.Fatal(err)
+			}
+			return
+		}
+		defer s.Close()
+		var want []string
+		var at []int
+		for i, line := range strings.SplitAfter(strings.TrimPrefix(text, string(utf8BOM)), "\n") {
+			if strings.TrimSpace(line) != "" {
+				want, at = append(want, line), append(at, i+1)
+			}
+		}
+		n := 0
+		for it, err := range s.items() {
+			if err != nil || n >= len(want) {
+				t.Fatalf("item %d of %d: %v", n, len(want), err)
+			}
+			raw, err := s.raw(it)
+			if err != nil || string(raw) != want[n] || it.line != at[n] || it.index != n {
+				t.Fatalf("item %+v: %q, %v; want line %d, %q", it, raw, err, at[n], want[n])
+			}
+			if _, err := s.request(it); err != nil {
+				if _, fatal := badLine(err); fatal != nil {
+					t.Fatal(fatal)
+				}
+			}
+			n++
+		}
+		if n != len(want) {
+			t.Fatalf("%d items, want %d", n, len(want))
+		}
+	})
+}
+
+// FuzzRows: each row of a CSV file is read a second time as it was the first time.
+func FuzzRows(f *testing.F) {
+	f.Add("a,b\n1,2\n\"x\ny\",\"\"\"\"\n\n3\n")
+	f.Add("a\r\n1\r\n\r\n2")
+	f.Add("a\n\"x\n")
+	f.Fuzz(func(t *testing.T, text string) {
+		path := filepath.Join(t.TempDir(), "in.csv")
+		write(t, path, text)
+		s, err := OpenRows(path, nil, &Template{})
+		if err != nil {
+			return
+		}
+		defer s.Close()
+		end := s.start
+		for it, err := range s.items() {
+			if err != nil {
+				t.Fatal(err)
+			}
+			if it.off != end || it.size < 0 {
+				t.Fatalf("%+v begins not where the last one ended, at %d", it, end)
+			}
+			end = it.off + int64(it.size)
+			raw, err := s.raw(it)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if row, err := s.row(raw); it.bad == nil && (err != nil || len(row) != len(s.columns)) {
+				t.Fatalf("%q: %v, %v", raw, row, err)
+			}
+		}
+	})
+}

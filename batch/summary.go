@@ -1,0 +1,123 @@
+package batch
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"time"
+)
+
+// Basis says where a figure comes from.
+type Basis string
+
+const (
+	Measured  Basis = "measured"  // counted here, or told by the answers
+	Estimated Basis = "estimated" // inferred
+	Unknown   Basis = "unknown"
+)
+
+// Figure is a number and its basis. An unknown one is 0.
+type Figure struct {
+	Value float64 `json:"value"`
+	Basis Basis   `json:"basis"`
+}
+
+func measured(v float64) Figure { return Figure{v, Measured} }
+
+// Summary is what became of a batch, over all its runs unless it says otherwise.
+type Summary struct {
+	Requests  int `json:"requests"`
+	Succeeded int `json:"succeeded"`
+	Failed    int `json:"failed"`
+	Resumed   int `json:"resumed"` // done in earlier runs
+
+	PromptTokens    Figure `json:"prompt_tokens"`
+	AnswerTokens    Figure `json:"answer_tokens"`
+	ReusedTokens    Figure `json:"reused_tokens"`
+	EvaluatedTokens Figure `json:"evaluated_tokens"`
+	HitRate         Figure `json:"hit_rate"` // reused prompt tokens, 0 to 1
+	ModelLoads      Figure `json:"model_loads"`
+	Truncated       Figure `json:"truncated_prompts"`
+
+	SecondsSaved      Figure `json:"seconds_saved"` // by evaluating nothing twice, against evaluating every prompt in full
+	Seconds           Figure `json:"seconds"`       // of this run
+	RequestsPerSecond Figure `json:"requests_per_second"`
+}
+
+// summary is made at the end.
+func (b *batch) summary(ctx context.Context) *Summary {
+	c := b.journal.head.Counts
+	elapsed := time.Since(b.began).Seconds()
+	s := &Summary{
+		Requests: b.survey.Requests, Succeeded: c.Answers, Failed: c.Failed, Resumed: b.resumed,
+		PromptTokens: measured(float64(c.Prompt)), AnswerTokens: measured(float64(c.Generated)),
+		ModelLoads: Figure{float64(c.Loads), Estimated}, Truncated: Figure{float64(c.Truncated), Estimated},
+		Seconds: measured(elapsed), RequestsPerSecond: measured(float64(b.ran.Answers+b.ran.Failed) / elapsed),
+	}
+	s.ReusedTokens, s.SecondsSaved = c.reuse(), c.saved()
+	if s.ReusedTokens.Basis == Unknown && b.isProxy && c.Prompt > 0 {
+		s.ReusedTokens, s.SecondsSaved = b.told(ctx)
+	}
+	if s.ReusedTokens.Basis != Unknown && c.Prompt > 0 {
+		s.EvaluatedTokens = Figure{max(0, float64(c.Prompt)-s.ReusedTokens.Value), s.ReusedTokens.Basis}
+		s.HitRate = Figure{min(1, s.ReusedTokens.Value/float64(c.Prompt)), s.ReusedTokens.Basis}
+	} else {
+		s.EvaluatedTokens.Basis, s.HitRate.Basis = Unknown, Unknown
+	}
+	return s
+}
+
+// reuse returns the tokens that were reused: measured if every answer told it, estimated if most did.
+func (c Counts) reuse() Figure {
+	switch {
+	case c.Prompt > 0 && c.ReusedOf == c.Prompt:
+		return measured(float64(c.Reused))
+	case c.Prompt > 0 && 2*c.ReusedOf > c.Prompt:
+		return Figure{float64(c.Reused) / float64(c.ReusedOf) * float64(c.Prompt), Estimated}
+	}
+	return Figure{Basis: Unknown}
+}
+
+// saved returns the seconds that evaluating the reused tokens would have taken, at the mean rate of those that were evaluated.
+func (c Counts) saved() Figure {
+	evaluated := c.ReusedOf - c.Reused
+	if c.reuse().Basis == Unknown || evaluated <= 0 || c.PromptEval <= 0 {
+		return Figure{Basis: Unknown}
+	}
+	return Figure{c.PromptEval.Seconds() / float64(evaluated) * float64(c.Reused), Estimated}
+}
+
+// told returns what a proxy says of the time since this run began, which is about all of its clients.
+func (b *batch) told(ctx context.Context) (reused, saved Figure) {
+	reused.Basis, saved.Basis = Unknown, Unknown
+	now, err := b.client.get(ctx, "/metrics")
+	if err != nil || b.resumed > 0 {
+		return reused, saved
+	}
+	grown := func(name, label string) Figure {
+		const prefix = "ollama_cacheproxy_"
+		return Figure{sum(now, prefix+name+"{", label) - sum(b.metrics, prefix+name+"{", label), Estimated}
+	}
+	return grown("estimated_prompt_tokens_total", `kind="reused"`), grown("estimated_saved_seconds_total", `kind="evaluation"`)
+}
+
+// Print writes the summary for people.
+func (s *Summary) Print(w io.Writer) error {
+	row := func(name, format string, f Figure) string {
+		if f.Basis == Unknown {
+			return fmt.Sprintf("%-22s%12s\n", name, "unknown")
+		}
+		return fmt.Sprintf("%-22s%12s  %s\n", name, fmt.Sprintf(format, f.Value), f.Basis)
+	}
+	text := fmt.Sprintf("%-22s%12d  %d succeeded, %d failed, %d of them done in earlier runs\n", "requests", s.Requests, s.Succeeded, s.Failed, s.Resumed) +
+		row("prompt tokens", "%.0f", s.PromptTokens) + row("  reused", "%.0f", s.ReusedTokens) + row("  evaluated", "%.0f", s.EvaluatedTokens)
+	rate := s.HitRate
+	rate.Value *= 100
+	text += row("  hit rate", "%.1f %%", rate) + row("answer tokens", "%.0f", s.AnswerTokens) + row("model loads", "%.0f", s.ModelLoads)
+	if s.Truncated.Value > 0 {
+		text += row("prompts cut by Ollama", "%.0f", s.Truncated)
+	}
+	text += row("seconds saved", "%.1f", s.SecondsSaved) + row("seconds of this run", "%.1f", s.Seconds) + row("requests per second", "%.2f", s.RequestsPerSecond)
+	_, err := io.WriteString(w, text)
+	return err
+}

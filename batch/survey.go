@@ -1,0 +1,121 @@
+package batch
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"slices"
+	"strings"
+
+	"github.com/ollama/ollama/api"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+)
+
+const (
+	named = 10 // of things that are counted, the first ones are named
+	// tokenBytes is how many bytes of text a token has where nothing was measured: English text, with the vocabularies of today.
+	tokenBytes = 4
+	maxModels  = 1000 // that are looked for before the start
+)
+
+// Survey is what the input holds, found without sending any of it.
+type Survey struct {
+	Requests int            // lines or rows that are not blank
+	Bad      int            // of them, those that were not understood
+	Models   map[string]int // requests by model, as written
+	Text     int64          // bytes of text in all prompts
+	Long     int            // prompts that are probably longer than the num_ctx that they state: Ollama cuts them without a word
+
+	BadLines  []error // the first of each
+	LongLines []int
+}
+
+// TakeSurvey reads the whole input. each, which may be nil, is told of every line that was not understood.
+func TakeSurvey(ctx context.Context, s *Source, each func(error)) (*Survey, error) {
+	v := &Survey{Models: map[string]int{}}
+	reader := prefix.NewReader()
+	for it, err := range s.items() {
+		if err != nil {
+			return nil, fmt.Errorf("reading the input: %w", err)
+		}
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		v.Requests++
+		r, err := s.request(it)
+		if err != nil {
+			if _, fatal := badLine(err); fatal != nil {
+				return nil, fatal
+			}
+			if v.Bad++; len(v.BadLines) < named {
+				v.BadLines = append(v.BadLines, err)
+			}
+			if each != nil {
+				each(err)
+			}
+			continue
+		}
+		if _, known := v.Models[r.model]; known || len(v.Models) < maxModels {
+			v.Models[r.model]++
+		}
+		chain := reader.Read(r.endpoint, r.runner(), r.body)
+		v.Text += int64(chain.Bytes())
+		if n := chain.Runner.NumCtx(); n > 0 && chain.Bytes()/tokenBytes > n {
+			if v.Long++; len(v.LongLines) < named {
+				v.LongLines = append(v.LongLines, it.line)
+			}
+		}
+	}
+	return v, nil
+}
+
+// badLine tells an error of a line from one of reading.
+func badLine(err error) (bad, fatal error) {
+	var line *lineError
+	if errors.As(err, &line) {
+		return line.err, nil
+	}
+	return nil, err
+}
+
+// AbsentModels asks the server for the models of the survey and returns those that it has not, sorted.
+func (c *Config) AbsentModels(ctx context.Context, v *Survey) ([]string, error) {
+	cl := c.client()
+	var absent []string
+	for _, model := range slices.Sorted(maps.Keys(v.Models)) {
+		body, err := json.Marshal(api.ShowRequest{Model: model})
+		if err != nil {
+			panic(err) // a text
+		}
+		_, err = cl.call(ctx, http.MethodPost, "/api/show", body)
+		var status api.StatusError
+		switch {
+		case errors.As(err, &status) && (status.StatusCode == http.StatusNotFound || status.StatusCode == http.StatusBadRequest):
+			absent = append(absent, model)
+		case errors.As(err, &status) && status.StatusCode == http.StatusUnauthorized:
+			return nil, fmt.Errorf("asking for model %s: %w", model, err)
+		case err != nil && status.StatusCode == 0:
+			return nil, fmt.Errorf("%w at %s: %v", ErrUnreachable, c.Server, err)
+		}
+	}
+	return absent, nil
+}
+
+// lines writes some line numbers out.
+func lines(some []int, of int) string {
+	var b strings.Builder
+	for i, n := range some {
+		if i > 0 {
+			b.WriteString(", ")
+		}
+		fmt.Fprint(&b, n)
+	}
+	if of > len(some) {
+		b.WriteString(", …")
+	}
+	return b.String()
+}

@@ -1,0 +1,106 @@
+package batch
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+)
+
+// Template is a request with fields: a {{name}} within its texts stands for a row's value. A text that is nothing but one field
+// becomes the value itself where that is a number, an object, …; within a longer text it is written out. {{{{ stands for {{, and
+// what begins with a dot ({{ .Prompt }}, as Ollama's own templates have it) is left alone.
+type Template struct {
+	parts  []part
+	Fields []string // each once, in the order in which the request has them
+}
+
+// part is some of the template's text, and the field that comes after it.
+type part struct {
+	text  []byte
+	field string // "": none, at the end
+	whole bool   // the text that it is in is nothing else
+}
+
+// ParseTemplate reads a template.
+func ParseTemplate(text []byte) (*Template, error) {
+	text = bytes.TrimPrefix(text, utf8BOM)
+	if _, err := members(text); err != nil {
+		return nil, fmt.Errorf("template: %w", err)
+	}
+	text = compacted(text)
+	t := new(Template)
+	// Two braces in a row begin a field only within a text: elsewhere {{ is no JSON.
+	var literal []byte
+	for {
+		open := bytes.Index(text, []byte("{{"))
+		if open < 0 {
+			break
+		}
+		literal = append(literal, text[:open]...)
+		rest := text[open+2:]
+		if bytes.HasPrefix(rest, []byte("{{")) {
+			literal, text = append(literal, "{{"...), rest[2:]
+			continue
+		}
+		end := bytes.Index(rest, []byte("}}"))
+		quote := bytes.IndexByte(rest, '"')
+		if end < 0 || quote >= 0 && quote < end {
+			return nil, fmt.Errorf("template: %q has no }} (write {{{{ for two braces)", text[open:open+2+min(len(rest), 20)])
+		}
+		name := strings.TrimSpace(string(rest[:end]))
+		switch {
+		case name == "":
+			return nil, errors.New("template: {{}} names no field (write {{{{ for two braces)")
+		case name[0] == '.' || strings.Contains(name, `\`):
+			literal, text = append(literal, text[open:open+2+end+2]...), rest[end+2:]
+			continue
+		}
+		text = rest[end+2:]
+		p := part{text: literal, field: name, whole: opensText(literal) && len(text) > 1 && text[0] == '"' && text[1] != ':'}
+		if p.whole { // its quotes belong to the value
+			p.text, text = literal[:len(literal)-1], text[1:]
+		}
+		t.parts, literal = append(t.parts, p), nil
+		if !slices.Contains(t.Fields, name) {
+			t.Fields = append(t.Fields, name)
+		}
+	}
+	t.parts = append(t.parts, part{text: append(literal, text...)})
+	if len(t.Fields) == 0 {
+		return nil, errors.New("template: no field is in it: write {{name}} where a row's value belongs")
+	}
+	return t, nil
+}
+
+// opensText reports whether the JSON text ends with a quote that is not escaped, which begins a text.
+func opensText(text []byte) bool {
+	quoteless, quoted := bytes.CutSuffix(text, []byte(`"`))
+	return quoted && (len(quoteless)-len(bytes.TrimRight(quoteless, `\`)))%2 == 0
+}
+
+// Fill returns the request for a row, of raw JSON values.
+func (t *Template) Fill(row map[string]json.RawMessage) ([]byte, error) {
+	var b []byte
+	for _, p := range t.parts {
+		b = append(b, p.text...)
+		if p.field == "" {
+			continue
+		}
+		raw, ok := row[p.field]
+		switch {
+		case !ok:
+			return nil, fmt.Errorf("the template's field {{%s}} is not in the row", p.field)
+		case p.whole:
+			b = append(b, raw...)
+		case raw[0] == '"':
+			b = append(b, raw[1:len(raw)-1]...)
+		case string(raw) != "null":
+			inText := quoted(string(raw))
+			b = append(b, inText[1:len(inText)-1]...)
+		}
+	}
+	return b, nil
+}

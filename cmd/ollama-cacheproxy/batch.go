@@ -1,0 +1,301 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/url"
+	"os"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/alecthomas/kong"
+	"github.com/schollz/progressbar/v3"
+	"golang.org/x/term"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/batch"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
+)
+
+const (
+	exitFailed    = 3                // some requests failed, and the batch is at its end
+	progressEvery = 10 * time.Second // where there is no terminal
+)
+
+type batchCmd struct {
+	Input    string `short:"i" env:"-" default:"-" placeholder:"FILE" help:"Requests, one a line: bodies of /api/chat, /api/generate or /api/embed, or OpenAI's batch form. Default: stdin."`
+	Template string `env:"-" type:"path" placeholder:"FILE" help:"A request in which {{name}} stands for a field of each row of --data."`
+	Data     string `env:"-" placeholder:"FILE" help:"Rows for --template: a .csv or .tsv file whose first line names the fields, or a JSON object a line (also from stdin, as -)."`
+	Output   string `short:"o" env:"-" default:"-" placeholder:"FILE" help:"Where results go, one a line. FILE.journal beside it is what an interrupted batch goes on by. Default: stdout, which cannot be gone on with."`
+	Errors   string `env:"-" type:"path" placeholder:"FILE" help:"Where the requests that failed go, to be sent again: -i FILE."`
+
+	Order       string        `env:"-" default:"input" enum:"input,completion" help:"Write results in the input's order, or as they come. Default: input."`
+	Window      int           `default:"10000" placeholder:"N" help:"How many requests to look ahead to order them by what their prompts share. Default: 10000."`
+	Concurrency string        `default:"auto" placeholder:"N" help:"Requests in flight; auto fills the proxy's lanes and backs off when the server has too much to do. Default: auto."`
+	Retries     int           `default:"4" placeholder:"N" help:"How often to send a request again after an error that may pass, waiting twice as long each time. Default: 4."`
+	Timeout     time.Duration `name:"request-timeout" placeholder:"TIME" help:"Cancel an answer that is not complete so long after its first byte (an embedding: after it was sent). Waiting, loading and reading the prompt do not count. Default: never."`
+
+	Server   string   `env:"-" placeholder:"ADDR" help:"The proxy, or Ollama itself. Default: OLLAMA_HOST, or else 127.0.0.1:11435."`
+	APIKey   string   `name:"api-key" placeholder:"KEY" help:"The key that the proxy asks for."`
+	Upstream []string `env:"-" placeholder:"[NAME=]ADDR" help:"Run a proxy of its own in front of these Ollama servers, for this batch."`
+	Slots    []string `placeholder:"[NAME=]N" help:"With --upstream: slots per model, as serve has it. Default: auto."`
+
+	Plan        bool   `env:"-" help:"Send nothing: say how the prompts share prefixes, what that will cost, and what would help."`
+	Check       bool   `env:"-" help:"Send nothing: say which lines are wrong."`
+	SummaryJSON string `name:"summary-json" env:"-" type:"path" placeholder:"FILE" help:"Write the summary to this file too."`
+
+	LogLevel  slog.Level `default:"info" help:"debug, info, warn or error. Default: info."`
+	LogFormat string     `default:"auto" enum:"auto,text,json" help:"text, json, or auto: text on a terminal. Default: auto."`
+}
+
+func (b *batchCmd) Help() string {
+	return `Requests are sent in the order in which they share most, as many at once as the server has use for. Killed at any moment, the same command goes on where it was: the output is the same as that of a run that was not.
+
+Examples:
+
+  ollama-cacheproxy batch -i requests.jsonl -o results.jsonl
+      through the proxy that runs on this machine
+  ollama-cacheproxy batch --template request.json --data candidates.csv -o results.jsonl --errors failed.jsonl
+      one request for each row
+  ollama-cacheproxy batch --upstream 127.0.0.1:11434 -i requests.jsonl -o results.jsonl
+      without a proxy that runs
+  ollama-cacheproxy batch --template request.json --data candidates.csv --plan
+      what would it cost, and would another order of the fields help?
+
+A line is {"model": …, "messages" or "prompt" or "input": …} and may have a "custom_id", or {"custom_id": …, "method": "POST", "url": "/v1/chat/completions", "body": {…}}. Results have the line's number, its custom_id, and the answer in one piece, without what differs from run to run (times, created_at, reused tokens) and without "context".
+
+Exit status: 0 all were answered, 3 some failed (each has a result that says why), 1 it was stopped before the end, 2 the arguments make no sense.`
+}
+
+func (b *batchCmd) Run(ctx context.Context, c *console) error {
+	source, config, err := b.config(c)
+	if err != nil {
+		return exitError{2, err}
+	}
+	defer source.Close()
+	bar := newProgress(c.stderr, b.LogFormat, b.LogLevel)
+	config.Log, config.Progress = bar.log, bar.show
+	transport := proxy.NewTransport()
+	defer transport.CloseIdleConnections()
+	config.Transport = transport
+	if b.Check {
+		return b.check(ctx, c, config)
+	}
+	if len(b.Upstream) > 0 {
+		stop, err := b.inner(ctx, c, config)
+		if err != nil {
+			return err
+		}
+		defer stop()
+	}
+	if b.Plan {
+		plan, err := batch.MakePlan(ctx, config)
+		if err != nil {
+			return err
+		}
+		return plan.Print(c.stdout)
+	}
+	summary, err := batch.Run(ctx, *config)
+	bar.finish()
+	if err != nil {
+		return err
+	}
+	return b.report(c, summary)
+}
+
+// config understands the flags, and opens the input.
+func (b *batchCmd) config(c *console) (*batch.Source, *batch.Config, error) {
+	config := &batch.Config{
+		Output: b.Output, Stdout: c.stdout, Errors: b.Errors, Order: batch.Order(b.Order), Window: b.Window,
+		Retries: b.Retries, Timeout: b.Timeout, APIKey: b.APIKey,
+	}
+	if b.Window < 1 || b.Retries < 0 || b.Timeout < 0 {
+		return nil, nil, fmt.Errorf("--window %d, --retries %d, --request-timeout %v: want at least 1, and 0 or more", b.Window, b.Retries, b.Timeout)
+	}
+	if b.Concurrency != "auto" {
+		n, err := strconv.Atoi(b.Concurrency)
+		if err != nil || n < 1 {
+			return nil, nil, fmt.Errorf("--concurrency %q: want auto or a number from 1 on", b.Concurrency)
+		}
+		config.Concurrency = n
+	}
+	var err error
+	switch host := os.Getenv("OLLAMA_HOST"); {
+	case b.Server != "":
+		config.Server, err = upstream.ParseAddr(b.Server, defaultPort)
+	case host != "":
+		config.Server, err = upstream.ParseAddr(host, upstream.DefaultPort)
+	default:
+		config.Server = &url.URL{Scheme: "http", Host: net.JoinHostPort("127.0.0.1", defaultPort)}
+	}
+	if err != nil {
+		return nil, nil, fmt.Errorf("--server, OLLAMA_HOST: %w", err)
+	}
+	if config.Source, err = b.source(); err != nil {
+		return nil, nil, err
+	}
+	return config.Source, config, nil
+}
+
+func (b *batchCmd) source() (*batch.Source, error) {
+	if (b.Template == "") != (b.Data == "") {
+		return nil, errors.New("--template and --data go together")
+	}
+	if b.Template == "" {
+		return batch.OpenLines(b.Input, os.Stdin)
+	}
+	if b.Input != "-" {
+		return nil, errors.New("-i has whole requests: give either that, or --template and --data")
+	}
+	text, err := os.ReadFile(b.Template)
+	if err != nil {
+		return nil, fmt.Errorf("reading the template: %w", err)
+	}
+	template, err := batch.ParseTemplate(text)
+	if err != nil {
+		return nil, err
+	}
+	return batch.OpenRows(b.Data, os.Stdin, template)
+}
+
+// check is --check.
+func (b *batchCmd) check(ctx context.Context, c *console, config *batch.Config) error {
+	v, err := batch.TakeSurvey(ctx, config.Source, func(err error) { fmt.Fprintln(c.stderr, err) })
+	if err != nil {
+		return err
+	}
+	absent, unknown := config.AbsentModels(ctx, v)
+	if err := v.Print(c.stdout, absent, unknown); err != nil {
+		return err
+	}
+	switch {
+	case v.Bad > 0:
+		return exitError{exitFailed, fmt.Errorf("%d of %d lines are wrong", v.Bad, v.Requests)}
+	case len(absent) > 0:
+		return exitError{exitFailed, fmt.Errorf("%d models are not on the server", len(absent))}
+	}
+	return nil
+}
+
+// inner runs a proxy within the program and points the batch at it.
+func (b *batchCmd) inner(ctx context.Context, c *console, config *batch.Config) (stop func(), err error) {
+	args := []string{"serve", "--listen", "127.0.0.1:0", "--log-level", "warn", "--log-format", b.LogFormat}
+	for _, up := range b.Upstream {
+		args = append(args, "--upstream", up)
+	}
+	for _, n := range b.Slots {
+		args = append(args, "--slots", n)
+	}
+	var inner cli
+	parser, err := kong.New(&inner, kong.DefaultEnvars("OLLAMA_CACHEPROXY"), vars)
+	if err != nil {
+		panic(err) // the same tags as run's
+	}
+	if _, err := parser.Parse(args); err != nil {
+		return nil, exitError{2, err}
+	}
+	listens := make(chan net.Addr, 1)
+	inner.Serve.listening = func(addr net.Addr) { listens <- addr }
+	serving, cancel := context.WithCancel(context.WithoutCancel(ctx)) // it ends after the batch
+	ended := make(chan error, 1)
+	go func() { ended <- inner.Serve.Run(serving, c) }() // ends with stop
+	select {
+	case addr := <-listens:
+		config.Server = &url.URL{Scheme: "http", Host: addr.String()}
+		return func() { cancel(); <-ended }, nil
+	case err := <-ended:
+		cancel()
+		return nil, err
+	}
+}
+
+// report tells what became of the batch.
+func (b *batchCmd) report(c *console, s *batch.Summary) error {
+	if err := s.Print(c.stderr); err != nil {
+		return err
+	}
+	if b.SummaryJSON != "" {
+		text, err := json.MarshalIndent(s, "", "  ")
+		if err != nil {
+			return err
+		}
+		if err := os.WriteFile(b.SummaryJSON, append(text, '\n'), 0o666); err != nil {
+			return fmt.Errorf("writing the summary: %w", err)
+		}
+	}
+	if s.Failed > 0 {
+		return exitError{exitFailed, fmt.Errorf("%d of %d requests failed; the results say why%s", s.Failed, s.Requests, b.collected())}
+	}
+	return nil
+}
+
+func (b *batchCmd) collected() string {
+	if b.Errors == "" {
+		return ""
+	}
+	return fmt.Sprintf(", and %s has them to be sent again", b.Errors)
+}
+
+// progress shows how far a batch is: a bar on a terminal, or else a line in the log every 10 seconds.
+type progress struct {
+	log *slog.Logger
+
+	mu     sync.Mutex               // of what is below, and of writing to the terminal
+	bar    *progressbar.ProgressBar // nil: no terminal
+	last   batch.Progress
+	logged time.Duration
+	stderr io.Writer
+}
+
+func newProgress(stderr io.Writer, format string, level slog.Level) *progress {
+	p := &progress{stderr: stderr}
+	f, isFile := stderr.(*os.File)
+	if !isFile || !term.IsTerminal(int(f.Fd())) || format == "json" {
+		p.log = newLogger(stderr, format, level)
+		return p
+	}
+	p.bar = progressbar.NewOptions(-1,
+		progressbar.OptionSetWriter(stderr), progressbar.OptionFullWidth(), progressbar.OptionShowCount(), progressbar.OptionShowIts(),
+		progressbar.OptionSetPredictTime(true), progressbar.OptionThrottle(100*time.Millisecond), progressbar.OptionSetItsString("requests"))
+	p.log = newLogger(p, "text", level)
+	return p
+}
+
+// Write writes a line of the log where the bar was, which is drawn again below it.
+func (p *progress) Write(line []byte) (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.bar.Clear() // a terminal that cannot be cleared shows both
+	return p.stderr.Write(line)
+}
+
+func (p *progress) show(now batch.Progress) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.last = now
+	if p.bar != nil {
+		if p.bar.GetMax() != now.Total {
+			p.bar.ChangeMax(now.Total)
+		}
+		p.bar.Describe(now.Words())
+		p.bar.Set(now.Done) // what cannot be drawn is drawn the next time
+		return
+	}
+	if now.Elapsed-p.logged >= progressEvery {
+		p.logged = now.Elapsed
+		p.log.Info("progress", now.Attrs()...)
+	}
+}
+
+func (p *progress) finish() {
+	if p.bar != nil {
+		p.bar.Exit()
+		fmt.Fprintln(p.stderr)
+	}
+}

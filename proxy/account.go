@@ -31,7 +31,7 @@ const (
 
 // account reads the chain of a request whose body has been read.
 func (h *Handler) account(ex *exchange) {
-	if h.Ledger == nil || ex.prompt == prefix.None || !h.exists(ex.key) {
+	if h.Ledger == nil || ex.prompt == prefix.None || ex.body == nil || !h.exists(ex.key) {
 		return
 	}
 	chain := h.prefixes.ReadMembers(ex.prompt, ex.key, ex.body.data, ex.fields.members, ex.fields.long)

@@ -3,6 +3,7 @@ package proxy
 import (
 	"context"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -22,6 +23,7 @@ type backend struct {
 	draining  atomic.Bool
 	looped    atomic.Bool  // one of the proxy's own requests to it came back to the proxy
 	inFlight  atomic.Int64 // requests that were sent to it and have not ended
+	telling   sync.Mutex   // held while the scheduler is told whether it takes requests
 }
 
 func (h *Handler) newBackend(index int, s *upstream.Server) *backend {
@@ -31,11 +33,14 @@ func (h *Handler) newBackend(index int, s *upstream.Server) *backend {
 	return b
 }
 
-// takes reports whether the server gets new requests.
-func (b *backend) takes() bool {
+// answers reports whether the server is not known to be down.
+func (b *backend) answers() bool {
 	st := b.State()
-	return (st.Up || st.Polled.IsZero()) && !b.draining.Load()
+	return (st.Up || st.Polled.IsZero()) && !b.looped.Load()
 }
+
+// takes reports whether the server gets new requests.
+func (b *backend) takes() bool { return b.answers() && !b.draining.Load() }
 
 // Polled takes in what a poll of an upstream found.
 func (h *Handler) Polled(s *upstream.Server, st upstream.State) {
@@ -55,6 +60,8 @@ func (h *Handler) Polled(s *upstream.Server, st upstream.State) {
 // available tells the scheduler whether a server gets new requests.
 func (h *Handler) available(b *backend) {
 	if h.Lanes != nil {
+		b.telling.Lock() // so that the last word is the right one
+		defer b.telling.Unlock()
 		h.Lanes.SetAvailable(b.index, b.takes())
 	}
 }
@@ -80,7 +87,7 @@ func (h *Handler) named(name string) *backend {
 // candidates returns the servers to which a request may be sent, none of them twice. What names a model goes where that
 // is. What changes models or names none goes to the first one, if that only asks, to the first that answers. An empty list: none is
 // left but those in tried.
-func (h *Handler) candidates(ctx context.Context, ex *exchange) []*backend {
+func (h *Handler) candidates(ex *exchange) []*backend {
 	if ex.only != nil {
 		return h.untried(ex, []*backend{ex.only})
 	}
@@ -90,12 +97,23 @@ func (h *Handler) candidates(ctx context.Context, ex *exchange) []*backend {
 	if ex.first {
 		return h.untried(ex, h.backends[:1])
 	}
-	if ex.key != "" {
-		if list := h.having(ex); len(list) > 0 {
-			return list
+	if ex.cloud { // it need not be listed anywhere; the first one is where people sign in
+		list := h.listing(ex)
+		if len(list) == 0 {
+			list = h.backends[:1]
 		}
-		h.refresh(ctx)
-		if list := h.having(ex); len(list) > 0 {
+		return h.untried(ex, list)
+	}
+	if ex.key != "" {
+		list, _ := h.having(ex)
+		if len(list) == 0 {
+			h.refresh()
+			var away []*backend
+			if list, away = h.having(ex); len(list) == 0 && len(ex.tried) == 0 {
+				list = away
+			}
+		}
+		if len(list) > 0 {
 			return list
 		}
 	}
@@ -119,22 +137,28 @@ func (h *Handler) untried(ex *exchange, list []*backend) []*backend {
 	return slices.DeleteFunc(slices.Clone(list), func(b *backend) bool { return slices.Contains(ex.tried, b) })
 }
 
-// having returns the servers that are known to have the request's model: those that get new requests, or, if none of them does,
-// one that does not, so that the client is told what is wrong with the one that it needs.
-func (h *Handler) having(ex *exchange) []*backend {
-	var list, away []*backend
+// having returns the servers that have the request's model and get new requests; and one that is known to have it but gets none,
+// so that the client can be told what is wrong with the one that it needs.
+func (h *Handler) having(ex *exchange) (list, away []*backend) {
 	for _, b := range h.backends {
-		if slices.Contains(ex.tried, b) || !b.State().Has(ex.key) {
-			continue
-		}
-		if b.takes() {
+		st := b.State()
+		switch {
+		case slices.Contains(ex.tried, b) || !st.Has(ex.key):
+		case b.takes():
 			list = append(list, b)
-		} else {
-			away = append(away, b)
+		case st.Digests != nil && away == nil:
+			away = []*backend{b}
 		}
 	}
-	if len(list) == 0 && len(away) > 0 && len(ex.tried) == 0 {
-		return away[:1]
+	return list, away
+}
+
+// listing returns the servers that get new requests and list the request's model by just this name.
+func (h *Handler) listing(ex *exchange) (list []*backend) {
+	for _, b := range h.backends {
+		if b.takes() && slices.ContainsFunc(b.State().Models, func(m string) bool { return strings.EqualFold(m, ex.Model) }) {
+			list = append(list, b)
+		}
 	}
 	return list
 }
@@ -142,8 +166,8 @@ func (h *Handler) having(ex *exchange) []*backend {
 // refreshEvery is how often the models of all servers are listed anew for the sake of requests for one that none has.
 const refreshEvery = time.Second
 
-// refresh has the models of all servers that answer listed anew.
-func (h *Handler) refresh(ctx context.Context) {
+// refresh has the models of all servers that answer listed anew. A client that leaves does not end it: others wait for it, too.
+func (h *Handler) refresh() {
 	h.refreshing.Lock() // those who come meanwhile wait for what is found
 	defer h.refreshing.Unlock()
 	if time.Since(h.refreshed) < h.refreshEvery {
@@ -152,7 +176,7 @@ func (h *Handler) refresh(ctx context.Context) {
 	var wg sync.WaitGroup
 	for _, b := range h.backends {
 		if b.State().Up {
-			wg.Go(func() { b.Refresh(ctx) })
+			wg.Go(func() { b.Refresh(context.Background()) }) // which takes a few seconds at most
 		}
 	}
 	wg.Wait()
@@ -217,31 +241,39 @@ func (ex *exchange) retract() {
 	ex.grant = nil
 }
 
-// unloadElsewhere has the model unloaded by all other servers that may hold it. When the client is answered, it is done.
-func (h *Handler) unloadElsewhere(ctx context.Context, ex *exchange) {
+// unloadElsewhere has the model unloaded by all other servers that may hold it, and returns a channel that is closed when that
+// is done; nil if there is nothing to do.
+func (h *Handler) unloadElsewhere(ctx context.Context, ex *exchange) chan struct{} {
 	if len(h.backends) == 1 || ex.only != nil || !ex.unloads() {
-		return
+		return nil
 	}
+	key, f := ex.key, ex.fields
+	f.members, f.long = nil, nil // of a body that is pooled
 	ctx, cancel := context.WithTimeout(ctx, loadedTimeout)
-	defer cancel()
 	var wg sync.WaitGroup
 	for _, b := range h.backends {
-		if st := b.State(); b == ex.up || !st.Up || !st.Has(ex.key) {
+		if st := b.State(); b == ex.up || !st.Up || !st.Has(key) {
 			continue
 		}
 		wg.Go(func() {
-			u, _, _ := b.residency.beginNative(ex.key, ex.fields.model, ex.fields)
+			u, _, _ := b.residency.beginNative(key, f.model, f)
 			defer u.end()
 			b.Used()
-			if err := b.residency.touch(ctx, ex.fields.model, 0, false); err != nil {
-				h.Log.Warn("a model could not be unloaded", "upstream", b.Name, "model", ex.fields.model, "err", err)
+			if err := b.residency.touch(ctx, f.model, 0, false); err != nil {
+				h.Log.Warn("a model could not be unloaded", "upstream", b.Name, "model", f.model, "err", err)
 				return
 			}
 			u.answer()
-			h.lose(b, ex.key, savings.LostUnloaded)
+			h.lose(b, key, savings.LostUnloaded)
 		})
 	}
-	wg.Wait()
+	done := make(chan struct{})
+	go func() { // ends with the requests, which have a time limit
+		wg.Wait()
+		cancel()
+		close(done)
+	}()
+	return done
 }
 
 // unloads reports whether the request does nothing but ask to unload its model.

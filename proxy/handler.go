@@ -138,23 +138,24 @@ type exchange struct {
 	Exchange
 	start time.Time
 
-	header  http.Header         // the client's answer's
-	origin  string              // for CORS headers
-	route                       // what its path means
-	spent   []string            // request headers that are for the proxy alone
-	members [12]jsonscan.Member // of the body; more are allocated
-	body    *body               // nil where the body passes through, or there is none
-	passing *passing            // nil where the body was read, or there is none
-	fields  fields              // of the body
-	key     string              // upstream.ModelKey of the model that it names; "" for none
-	cloud   bool                // a remote service runs that
-	only    *backend
-	up      *backend      // to which it is sent; nil before that is chosen
-	began   bool          // it was sent to up, and has not ended
-	tried   []*backend    // to which it was sent in vain
-	inbound *http.Request // as it was given to the forwarder
-	edit    edit
-	use     use
+	header    http.Header         // the client's answer's
+	origin    string              // for CORS headers
+	route                         // what its path means
+	spent     []string            // request headers that are for the proxy alone
+	members   [12]jsonscan.Member // of the body; more are allocated
+	body      *body               // nil where the body passes through, or there is none
+	passing   *passing            // nil where the body was read, or there is none
+	fields    fields              // of the body
+	key       string              // upstream.ModelKey of the model that it names; "" for none
+	cloud     bool                // a remote service runs that
+	only      *backend
+	up        *backend      // to which it is sent; nil before that is chosen
+	unloading chan struct{} // closed when other servers have unloaded the model, too; nil: they need not
+	began     bool          // it was sent to up, and has not ended
+	tried     []*backend    // to which it was sent in vain
+	inbound   *http.Request // as it was given to the forwarder
+	edit      edit
+	use       use
 
 	chain   *prefix.Chain
 	spend   *savings.Request // nil where the ledger does not account for it
@@ -285,7 +286,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		h.refuse(w, r, ex, ref)
 		return
 	}
-	h.unloadElsewhere(r.Context(), ex)
+	ex.unloading = h.unloadElsewhere(r.Context(), ex)
 	h.begin(ex)
 	h.forward.ServeHTTP(w, r)
 }
@@ -332,7 +333,11 @@ func (h *Handler) loop(r *http.Request) *refusal {
 	if back == nil {
 		back = h.backends[0]
 	}
-	return &refusal{http.StatusLoopDetected, fmt.Sprintf("requests to %s come back to this ollama-cacheproxy; point --upstream to Ollama itself", back.URL)}
+	return loops(back)
+}
+
+func loops(b *backend) *refusal {
+	return &refusal{http.StatusLoopDetected, fmt.Sprintf("requests to %s come back to this ollama-cacheproxy; point --upstream to Ollama itself", b.URL)}
 }
 
 func (h *Handler) refuse(w http.ResponseWriter, r *http.Request, ex *exchange, ref *refusal) {
@@ -393,6 +398,9 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 	if err != nil {
 		ex.Unedited = UneditedNotJSON
 		return nil
+	}
+	if ex.reads == readsName && f.model == "" {
+		f.model = f.name(b.data) // as Ollama reads it
 	}
 	key := upstream.ModelKey(f.model)
 	switch {
@@ -460,6 +468,7 @@ func (ex *exchange) strip(header http.Header) {
 
 func (h *Handler) modifyResponse(res *http.Response) error {
 	ex := res.Request.Context().Value(exchangeKey{}).(*exchange)
+	ex.unloaded()
 	if ex.Status = res.StatusCode; ex.Status < 300 {
 		ex.use.answer()
 	}
@@ -486,6 +495,13 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 	}
 	res.Body = &tap{res.Body, ex}
 	return nil
+}
+
+// unloaded waits until other servers have unloaded the model.
+func (ex *exchange) unloaded() {
+	if ex.unloading != nil {
+		<-ex.unloading
+	}
 }
 
 // readEarly reads a refusal that came before the request's body had been sent. When the answer's header is written, the
@@ -537,6 +553,7 @@ func reason(err error) string {
 
 // finish releases what the request held, and tells of it.
 func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
+	ex.unloaded()
 	ex.use.end()
 	if ex.body != nil {
 		ex.body.release()

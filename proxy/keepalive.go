@@ -150,6 +150,7 @@ type fields struct {
 
 var (
 	keyModel     = []byte("model")
+	keyName      = []byte("name")
 	keyKeepAlive = []byte("keep_alive")
 )
 
@@ -175,6 +176,18 @@ func scan(data []byte, members []jsonscan.Member) (fields, error) {
 	}
 	f.open, f.empty, f.long = o.Open(), o.Len() == 0, o.Long()
 	return f, o.Err()
+}
+
+// name returns what the body's older field for a model says.
+func (f fields) name(data []byte) (name string) {
+	for _, m := range f.members {
+		if jsonscan.KeyIs(data[m.Key:m.KeyEnd], keyName) {
+			if s, ok := jsonscan.Unquote(data[m.Value:m.ValueEnd]); ok {
+				name = s
+			}
+		}
+	}
+	return name
 }
 
 // readKeepAlive reads a value with Ollama's own type.

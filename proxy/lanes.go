@@ -44,16 +44,24 @@ func (h *Handler) only(r *http.Request, ex *exchange) *refusal {
 // wait chooses the server for the request, and waits until it may be sent if it takes a slot of a model: until a lane is
 // granted. What only loads or unloads a model, embeddings, remote models and everything without a prompt never wait.
 func (h *Handler) wait(r *http.Request, ex *exchange) *refusal {
-	list := h.candidates(r.Context(), ex)
-	if b := list[0]; len(list) == 1 && b.draining.Load() && ex.only == nil {
-		return &refusal{http.StatusServiceUnavailable, fmt.Sprintf("upstream %s is draining and gets no new requests; POST %s%s/resume ends that", b.Name, pathUpstreams, b.Name)}
+	list := h.candidates(ex)
+	if b := list[0]; len(list) == 1 {
+		if b.looped.Load() {
+			return loops(b)
+		}
+		if b.draining.Load() && ex.only == nil && !ex.unloads() {
+			return &refusal{http.StatusServiceUnavailable, fmt.Sprintf("upstream %s is draining and gets no new requests; POST %s%s/resume ends that", b.Name, pathUpstreams, b.Name)}
+		}
+	}
+	if ex.chain == nil && ex.key != "" && !ex.cloud {
+		h.account(ex) // its model was found just now
 	}
 	return h.acquire(r, ex, list)
 }
 
 // acquire is wait, once it is known which servers can serve the request.
 func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refusal {
-	if h.Lanes == nil || ex.chain == nil || !hasPrompt(ex.chain) || !list[0].takes() {
+	if h.Lanes == nil || ex.chain == nil || !hasPrompt(ex.chain) || !list[0].answers() {
 		// To wait for what does not answer, one after the other, would only take longer.
 		ex.up = pick(list, ex.key)
 		return nil

@@ -172,6 +172,9 @@ func TestBrokenAnswersFreeLanes(t *testing.T) {
 		wg.Go(func() { rg.post("/api/chat", chatWith("s", fmt.Sprint(i%5), "")) })
 	}
 	wg.Wait()
+	for range 200 {
+		rg.ended()
+	}
 	if st := rg.h.Lanes.Stats(); most > 3 || n != 200 || len(st.Runners) > 0 && st.Runners[0].Busy > 0 {
 		t.Errorf("%d requests, %d at once, %+v", n, most, st)
 	}

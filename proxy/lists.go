@@ -11,6 +11,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
 const (
@@ -22,16 +24,27 @@ const (
 type listed struct {
 	raw json.RawMessage
 
-	Name     string    `json:"name"`        // /api/tags, /api/ps
-	ID       string    `json:"id"`          // /v1/models
-	Modified time.Time `json:"modified_at"` // /api/tags
-	Expires  time.Time `json:"expires_at"`  // /api/ps
-	Created  int64     `json:"created"`     // /v1/models
+	Name     string  `json:"name"`        // /api/tags, /api/ps
+	ID       string  `json:"id"`          // /v1/models
+	Modified instant `json:"modified_at"` // /api/tags
+	Expires  instant `json:"expires_at"`  // /api/ps
+	Created  instant `json:"created"`     // /v1/models
+}
+
+// instant is a time, as text or in seconds; what is neither is the zero time.
+type instant struct{ time.Time }
+
+func (i *instant) UnmarshalJSON(text []byte) error {
+	var seconds float64
+	if json.Unmarshal(text, &i.Time) != nil && json.Unmarshal(text, &seconds) == nil {
+		i.Time = time.Unix(int64(seconds), 0)
+	}
+	return nil
 }
 
 // newer orders entries as Ollama does: what was modified last, or expires last, first.
 func newer(a, b listed) int {
-	return cmp.Or(b.Modified.Compare(a.Modified), b.Expires.Compare(a.Expires), cmp.Compare(b.Created, a.Created))
+	return cmp.Or(b.Modified.Compare(a.Modified.Time), b.Expires.Compare(a.Expires.Time), b.Created.Compare(a.Created.Time))
 }
 
 // merge answers what lists models, if there are several upstreams to list them of; false: the request is to be forwarded. It is
@@ -45,7 +58,7 @@ func (h *Handler) merge(w http.ResponseWriter, r *http.Request, ex *exchange) bo
 	lists := make([][]listed, len(h.backends))
 	var wg sync.WaitGroup
 	for i, b := range h.backends {
-		if st := b.State(); st.Up || st.Polled.IsZero() {
+		if b.answers() {
 			wg.Go(func() {
 				var err error
 				if lists[i], err = h.list(ctx, r, ex, b); err != nil {
@@ -115,7 +128,10 @@ func (h *Handler) list(ctx context.Context, r *http.Request, ex *exchange, b *ba
 	out.URL.RawQuery = r.URL.RawQuery
 	out.Header = r.Header.Clone()
 	ex.strip(out.Header)
-	out.Header.Del("Accept-Encoding")
+	for _, name := range []string{"Accept-Encoding", "Connection", "Keep-Alive", "Te", "Trailer", "Transfer-Encoding", "Upgrade"} {
+		out.Header.Del(name)
+	}
+	out.Header.Set(upstream.InstanceHeader, b.Instance) // if it comes back, this is a loop
 	res, err := h.Transport.RoundTrip(out)
 	if err != nil {
 		return nil, err
@@ -132,12 +148,13 @@ func (h *Handler) list(ctx context.Context, r *http.Request, ex *exchange, b *ba
 	if err := json.Unmarshal(content[ex.merged], &raw); err != nil {
 		return nil, err
 	}
-	list := make([]listed, len(raw))
-	for i := range raw {
-		list[i].raw = raw[i]
-		if err := json.Unmarshal(raw[i], &list[i]); err != nil {
-			return nil, err
+	list := make([]listed, 0, len(raw))
+	for _, text := range raw {
+		e := listed{raw: text}
+		if json.Unmarshal(text, &e) != nil || e.Name == "" && e.ID == "" {
+			continue // no entry of a model
 		}
+		list = append(list, e)
 	}
 	return list, nil
 }

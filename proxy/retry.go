@@ -2,12 +2,15 @@ package proxy
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httputil"
+	"slices"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -19,8 +22,9 @@ const (
 )
 
 const (
-	busyMost  = 3                      // times that one upstream is asked again when its queue is full
-	busyPause = 250 * time.Millisecond // before that, doubled each time
+	busyMost  = 10                     // times that one upstream is asked again when its queue is full
+	busyPause = 250 * time.Millisecond // before that, doubled each time …
+	busyLast  = 5 * time.Second        // … up to this
 )
 
 // attempts is the forwarder's transport. It sends a request elsewhere, once to each upstream, if the one that it was sent to
@@ -39,8 +43,10 @@ func (a attempts) RoundTrip(out *http.Request) (*http.Response, error) {
 			ex.up.Unreachable(err)
 			a.h.available(ex.up)
 		}
-		ex.tried = append(ex.tried, ex.up)
-		list := a.h.elsewhere(ex, why, out)
+		if !slices.Contains(ex.tried, ex.up) {
+			ex.tried = append(ex.tried, ex.up)
+		}
+		list := a.h.elsewhere(ex, why)
 		if len(list) == 0 {
 			if why != RetryBusy || busy == busyMost || ex.grant == nil || !queueFull(res) {
 				return res, err
@@ -48,12 +54,12 @@ func (a attempts) RoundTrip(out *http.Request) (*http.Response, error) {
 			// Its queue will be shorter in a moment.
 			select {
 			case <-out.Context().Done():
-				return res, err
-			case <-time.After(busyPause << busy):
+				res.Body.Close()
+				return nil, context.Cause(out.Context())
+			case <-time.After(min(busyPause<<busy, busyLast)):
 			}
 			busy++
 			list = []*backend{ex.up}
-			ex.tried = nil
 		}
 		if res != nil {
 			res.Body.Close()
@@ -73,24 +79,30 @@ func (a attempts) RoundTrip(out *http.Request) (*http.Response, error) {
 }
 
 // elsewhere returns the servers to which a request that was refused may be sent.
-func (h *Handler) elsewhere(ex *exchange, why string, out *http.Request) []*backend {
+func (h *Handler) elsewhere(ex *exchange, why string) []*backend {
 	if ex.only != nil || len(h.backends) == 1 || why != RetryUnreachable && (ex.key == "" || ex.cloud) {
 		return nil
 	}
 	if why == RetryAbsent {
-		h.refresh(out.Context())
+		if h.refresh(); ex.up.State().Has(ex.key) {
+			return nil // it is something else that was not found
+		}
 	}
-	if ex.key != "" && (why == RetryAbsent || ex.up.State().Has(ex.key)) {
-		return h.having(ex) // one without the model would say that there is none
+	if st := ex.up.State(); ex.key != "" && !ex.cloud && (why == RetryAbsent || st.Digests != nil && st.Has(ex.key)) {
+		list, _ := h.having(ex) // one without the model would say that there is none
+		return list
 	}
-	return h.candidates(out.Context(), ex)
+	return h.candidates(ex)
 }
+
+// ours are errors of this machine, which say nothing of the one that was to be reached.
+var ours = []error{syscall.EMFILE, syscall.ENFILE, syscall.EADDRNOTAVAIL, syscall.ENOBUFS, syscall.ENOMEM}
 
 // retryReason says why a request may be sent elsewhere; "" if it may not.
 func retryReason(res *http.Response, err error) string {
 	switch {
 	case err != nil:
-		if op, ok := errors.AsType[*net.OpError](err); ok && op.Op == "dial" {
+		if op, ok := errors.AsType[*net.OpError](err); ok && op.Op == "dial" && !slices.ContainsFunc(ours, func(e error) bool { return errors.Is(err, e) }) && !errors.Is(err, context.Canceled) {
 			return RetryUnreachable
 		}
 	case res.StatusCode == http.StatusServiceUnavailable:
@@ -101,8 +113,11 @@ func retryReason(res *http.Response, err error) string {
 	return ""
 }
 
-// queueFull reports whether a 503 is Ollama's for a full queue. It leaves the answer as it was.
+// queueFull reports whether a 503 is Ollama's for a full queue. It leaves the answer as it was, and waits for no long one.
 func queueFull(res *http.Response) bool {
+	if res.ContentLength < 0 || res.ContentLength > 4096 {
+		return false
+	}
 	text, err := io.ReadAll(io.LimitReader(res.Body, 4096))
 	var left io.Reader = res.Body
 	if err != nil {

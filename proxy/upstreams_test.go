@@ -1,16 +1,20 @@
 package proxy
 
 import (
+	"cmp"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
 	"maps"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
@@ -33,10 +37,11 @@ type box struct {
 	srv    *http.Server      // nil: down
 	ended  chan struct{}
 	came   chan struct{} // gets one for each request that is held
+	news   chan struct{} // closed with the next request; guarded by mu
 }
 
 func newBox(t *testing.T, name string, models ...string) *box {
-	b := &box{t: t, name: name, models: map[string]string{}, came: make(chan struct{}, 100)}
+	b := &box{t: t, name: name, models: map[string]string{}, came: make(chan struct{}, 100), news: make(chan struct{})}
 	for _, m := range models {
 		name, digest, _ := strings.Cut(m, "@")
 		b.models[name] = digest
@@ -84,6 +89,20 @@ func (b *box) took() []string {
 	return asked
 }
 
+// wait waits until something was asked that begins so.
+func (b *box) wait(prefix string) {
+	for {
+		b.mu.Lock()
+		if slices.ContainsFunc(b.asked, func(s string) bool { return strings.HasPrefix(s, prefix) }) {
+			b.mu.Unlock()
+			return
+		}
+		news := b.news
+		b.mu.Unlock()
+		<-news
+	}
+}
+
 func (b *box) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	text, err := io.ReadAll(r.Body)
 	if err != nil {
@@ -94,9 +113,12 @@ func (b *box) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	own := r.Header.Get(upstream.InstanceHeader) != "" && r.Method == "GET"
 	if !own {
 		b.asked = append(b.asked, strings.TrimSpace(r.Method+" "+r.URL.Path+" "+string(text)))
+		close(b.news)
+		b.news = make(chan struct{})
 	}
-	var body struct{ Model string }
+	var body struct{ Model, Name string }
 	json.Unmarshal(text, &body) // none: ""
+	body.Model = cmp.Or(body.Model, body.Name)
 	_, has := b.models[body.Model]
 	names := slices.Sorted(maps.Keys(b.models))
 	status, refuse, words, loaded := 200, b.refuse, b.words, b.loaded
@@ -252,7 +274,7 @@ func TestF21(t *testing.T) {
 				for _, req := range [][3]string{
 					{"POST", "/api/chat", chat(model, "s")}, {"POST", "/api/generate", `{"model":"` + model + `","prompt":"p"}`},
 					{"POST", "/v1/chat/completions", chat(model, "s")}, {"POST", "/api/embed", `{"model":"` + model + `","input":"i"}`},
-					{"POST", "/api/show", `{"model":"` + model + `"}`}, {"GET", "/v1/models/" + model, ""},
+					{"POST", "/api/show", `{"model":"` + model + `"}`}, {"POST", "/api/show", `{"name":"` + model + `"}`}, {"GET", "/v1/models/" + model, ""},
 					{"POST", "/api/generate", `{"model":"` + model + `"}`},
 				} {
 					status, from := f.ask(req[0], req[1], req[2])
@@ -525,6 +547,187 @@ func TestF04Everywhere(t *testing.T) {
 		}
 		if got := c.took(); got != nil {
 			t.Errorf("c, which does not have it, was asked %q", got)
+		}
+	}
+}
+
+// TestNeverSeen: a server that has not answered since the start is not taken for one that may have what nobody else has.
+func TestNeverSeen(t *testing.T) {
+	a, dead := newBox(t, "a", "m@1"), newBox(t, "b")
+	dead.kill()
+	f := newFleet(t, schedule.Unlimited, a, dead)
+	f.h.refreshEvery = 0
+	for _, req := range [][2]string{{"/api/chat", chat("typo", "s")}, {"/api/chat", chat("far:120b-cloud", "s")}, {"/api/show", `{"model":"typo"}`}} {
+		if status, _ := f.ask("POST", req[0], req[1]); status != 404 || len(a.took()) != 1 {
+			t.Errorf("%s: %d", req[1], status)
+		}
+	}
+	a.set(func() { a.models["new"] = "2" })
+	if status, from := f.ask("POST", "/api/chat", chat("new", "s")); status != 200 || from != "a" {
+		t.Errorf("a model that was pulled by hand: %d from %q", status, from)
+	}
+	// One that is down, and had the model, is asked only if no other has it by now.
+	b := newBox(t, "c", "only@1")
+	g := newFleet(t, schedule.Unlimited, a, b)
+	g.h.refreshEvery = 0
+	g.kill(b)
+	g.poll()
+	a.set(func() { a.models["only"] = "1" })
+	if status, from := g.ask("POST", "/api/chat", chat("only", "s")); status != 200 || from != "a" {
+		t.Errorf("a model that came to another server: %d from %q", status, from)
+	}
+}
+
+// TestLoopAmongOthers: an upstream that leads back to the proxy gets nothing, and what only it could answer is refused.
+func TestLoopAmongOthers(t *testing.T) {
+	b := newBox(t, "b", "m@1")
+	var rg *rig
+	depth := 0
+	back := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if depth++; depth > 50 {
+			t.Error("requests go round and round")
+			w.WriteHeader(500)
+			return
+		}
+		rg.h.ServeHTTP(w, r)
+	}))
+	defer back.Close()
+	u, err := url.Parse(back.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := &fleet{boxes: map[string]*box{"b": b}}
+	f.rig = newRigOf(t, &Handler{Lanes: schedule.NewScheduler(schedule.Config{Lanes: schedule.Unlimited})}, map[string]*url.URL{"a": u, "b": b.URL})
+	rg = f.rig
+	if names, _ := f.listing("/api/tags", "models"); !slices.Equal(names, []string{"m/b"}) { // before the first poll
+		t.Errorf("/api/tags: %v", names)
+	}
+	f.poll()
+	if status, from := f.ask("POST", "/api/chat", chat("m", "s")); status != 200 || from != "b" {
+		t.Errorf("a chat: %d from %q", status, from)
+	}
+	if status, _ := f.ask("POST", "/api/pull", `{"model":"x"}`); status != http.StatusLoopDetected {
+		t.Errorf("a pull, which is for the first upstream: %d", status)
+	}
+}
+
+// TestCloudBesideLocal: a model of a remote service and one of this name here are two.
+func TestCloudBesideLocal(t *testing.T) {
+	a, b := newBox(t, "a", "m@1", "gpt:120b-cloud@2"), newBox(t, "b", "m@1", "gpt:120b@3")
+	b.loaded = []string{"gpt:120b"}
+	f := newFleet(t, schedule.Unlimited, a, b)
+	for model, want := range map[string]string{"gpt:120b-cloud": "a", "gpt:120b": "b"} {
+		for range 3 {
+			if status, from := f.ask("POST", "/api/chat", chat(model, "s")); status != 200 || from != want {
+				t.Errorf("%s: %d from %q, want %s", model, status, from, want)
+			}
+		}
+	}
+}
+
+// TestUnloadWaitsForNone: the server that holds the model unloads it at once, whatever others do.
+func TestUnloadWaitsForNone(t *testing.T) {
+	a, b := newBox(t, "a", "m@1"), newBox(t, "b", "m@1")
+	b.loaded = []string{"m"}
+	f := newFleet(t, 1, a, b)
+	held := make(chan struct{})
+	a.set(func() { a.hold = held })
+	done := make(chan string)
+	go func() { // ends with the answer
+		_, text := f.post("/api/generate", `{"model":"m","keep_alive":0}`)
+		done <- text
+	}()
+	<-a.came
+	b.wait("POST /api/generate")
+	a.set(func() { a.hold = nil })
+	close(held)
+	if text := <-done; !strings.Contains(text, `"from":"b"`) {
+		t.Error(text)
+	}
+	f.h.drain(f.h.backends[1], true)
+	f.h.drain(f.h.backends[0], true)
+	if res, text := f.post("/api/generate", `{"model":"m","keep_alive":0}`); res.StatusCode != 200 {
+		t.Errorf("an unload while the servers drain: %d %s", res.StatusCode, text)
+	}
+}
+
+// TestBusyAlone: a queue-full 503 of the only upstream is asked again, after a pause in which the client may leave.
+func TestBusyAlone(t *testing.T) {
+	a := newBox(t, "a", "m@1")
+	f := newFleet(t, 1, a)
+	a.set(func() { a.refuse, a.words = 503, busyWords })
+	go func() { // ends when the second one has come
+		a.wait("POST /api/chat")
+		a.set(func() { a.refuse = 0 })
+	}()
+	if status, _ := f.ask("POST", "/api/chat", chat("m", "s")); status != 200 {
+		t.Errorf("asked again: %d", status)
+	}
+	if ex := f.ended(); !slices.Equal(ex.Retries, []string{RetryBusy}) {
+		t.Errorf("%+v", ex)
+	}
+	a.set(func() { a.refuse = 503 })
+	a.took()
+	client := f.dial()
+	client.send(rawPost("/api/chat", chat("m", "s")))
+	a.wait("POST /api/chat")
+	client.Close()
+	if ex := f.ended(); ex.Outcome != ClientGone || ex.Status != 0 {
+		t.Errorf("a client that leaves in the pause: %+v", ex)
+	}
+	a.set(func() { a.words = "another reason" })
+	if status, _ := f.ask("POST", "/api/chat", chat("m", "s")); status != 503 {
+		t.Errorf("another 503: %d", status)
+	}
+	if ex := f.ended(); ex.Retries != nil {
+		t.Errorf("%+v", ex)
+	}
+}
+
+func TestRetryReason(t *testing.T) {
+	dial := func(err error) error { return &net.OpError{Op: "dial", Err: err} }
+	for _, tc := range []struct {
+		status int
+		err    error
+		want   string
+	}{
+		{err: dial(syscall.ECONNREFUSED), want: RetryUnreachable}, {err: dial(syscall.EHOSTUNREACH), want: RetryUnreachable}, {err: dial(context.DeadlineExceeded), want: RetryUnreachable},
+		{err: dial(syscall.EMFILE)}, {err: dial(syscall.EADDRNOTAVAIL)}, {err: dial(context.Canceled)}, {err: io.EOF}, {err: &net.OpError{Op: "read", Err: syscall.ECONNRESET}},
+		{status: 503, want: RetryBusy}, {status: 404, want: RetryAbsent}, {status: 500}, {status: 429}, {status: 200},
+	} {
+		var res *http.Response
+		if tc.err == nil {
+			res = &http.Response{StatusCode: tc.status}
+		}
+		if got := retryReason(res, tc.err); got != tc.want {
+			t.Errorf("%d %v: %q, want %q", tc.status, tc.err, got, tc.want)
+		}
+	}
+}
+
+// TestOddLists: what cannot be understood of an entry does not cost the others.
+func TestOddLists(t *testing.T) {
+	odd := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case "/api/tags":
+			fmt.Fprint(w, `{"models":[{"name":"x","modified_at":""},{"name":5},{"name":"y","modified_at":"yesterday"},7,{"name":"z","modified_at":"2026-01-01T00:00:00Z"}]}`)
+		case "/v1/models":
+			fmt.Fprint(w, `{"data":[{"id":"x","created":1.5},{"id":"y"}]}`)
+		default:
+			fmt.Fprint(w, `{"version":"0.34.1"}`)
+		}
+	}))
+	defer odd.Close()
+	u, err := url.Parse(odd.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := newBox(t, "b", "m@1")
+	f := &fleet{rig: newRigOf(t, &Handler{Lanes: schedule.NewScheduler(schedule.Config{Lanes: schedule.Unlimited})}, map[string]*url.URL{"a": u, "b": b.URL})}
+	for path, want := range map[string][]string{"/api/tags": {"m/b", "x/", "y/", "z/"}, "/v1/models": {"m/b", "x/", "y/"}} {
+		member := map[string]string{"/api/tags": "models", "/v1/models": "data"}[path]
+		if got, _ := f.listing(path, member); !slices.Equal(got, want) {
+			t.Errorf("%s: %v, want %v", path, got, want)
 		}
 	}
 }

@@ -45,6 +45,7 @@ type Server struct {
 	mu     sync.Mutex
 	state  State     // guarded by mu
 	listed time.Time // when the models were last listed; guarded by mu
+	missed int       // how often Unreachable was called; guarded by mu
 }
 
 // State is what the last poll found.
@@ -130,6 +131,7 @@ func (s *Server) Unreachable(err error) {
 	s.mu.Lock()
 	was := s.state.Up
 	s.state.Up, s.state.Err = false, err
+	s.missed++
 	s.mu.Unlock()
 	if was {
 		s.log.Warn("upstream does not answer", "upstream", s.Name, "url", s.URL.String(), "err", err)
@@ -193,14 +195,21 @@ func (s *Server) Poll(ctx context.Context) State {
 // poll is Poll with s.polling held.
 func (s *Server) poll(ctx context.Context) State {
 	s.mu.Lock()
-	prev, list := s.state, time.Since(s.listed) >= listEvery
+	prev, missed, list := s.state, s.missed, time.Since(s.listed) >= listEvery
 	s.mu.Unlock()
 	used := s.used.Swap(false)
 	next, listed := s.ask(ctx, prev, used, used || list)
 	if ctx.Err() != nil {
+		if used {
+			s.Used()
+		}
 		return prev
 	}
 	s.mu.Lock()
+	if next.Up && s.missed != missed { // it was gone since: the next poll tells whether it has come back
+		next.Up, next.Err = false, s.state.Err
+		s.Changed()
+	}
 	s.state = next
 	if listed {
 		s.listed = time.Now()
@@ -240,6 +249,9 @@ func (s *Server) ask(ctx context.Context, prev State, used, list bool) (next Sta
 			next.Models, next.Digests = nil, make(map[string]string, len(list.Models))
 			for _, m := range list.Models {
 				next.Models = append(next.Models, m.Name)
+				if IsCloud(m.Name) {
+					continue // a local one may have the same name but for that
+				}
 				next.Digests[ModelKey(m.Name)] = m.Digest
 			}
 			for model, digest := range prev.Digests {

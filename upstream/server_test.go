@@ -15,6 +15,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/ollama/ollama/api"
 )
 
 // stub is an Ollama server whose answers a test sets.
@@ -270,3 +272,27 @@ func TestUnreachable(t *testing.T) {
 		t.Errorf("found again: %+v", st)
 	}
 }
+
+// TestUnreachableDuringPoll: a poll that began before does not say that the server is well.
+func TestUnreachableDuringPoll(t *testing.T) {
+	s := &stub{version: "0.34.1", ps: `{"models":[]}`}
+	server := newTestServer(s)
+	server.Poll(t.Context())
+	server.client = api.NewClient(server.URL, &http.Client{Transport: tripper(func(r *http.Request) (*http.Response, error) {
+		if r.URL.Path == "/api/version" {
+			server.Unreachable(errors.New("connection refused"))
+		}
+		return s.RoundTrip(r)
+	})})
+	if st := server.Poll(t.Context()); st.Up {
+		t.Errorf("gone during the poll: %+v", st)
+	}
+	server.client = api.NewClient(server.URL, &http.Client{Transport: s})
+	if st := server.Poll(t.Context()); !st.Up || !st.Restarted {
+		t.Errorf("found again: %+v", st)
+	}
+}
+
+type tripper func(*http.Request) (*http.Response, error)
+
+func (f tripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }

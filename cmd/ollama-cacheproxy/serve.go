@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -147,7 +148,11 @@ func (s *serveCmd) targets(listen string) ([]target, error) {
 	if len(list) > maxUpstreams {
 		return nil, fmt.Errorf("--upstream: %d are given, %d at most can be", len(list), maxUpstreams)
 	}
-	for _, slots := range s.Slots {
+	all := slices.Clone(s.Slots)
+	slices.SortStableFunc(all, func(a, b string) int { // what is said of one upstream goes before what is said of all
+		return strings.Count(a, "=") - strings.Count(b, "=")
+	})
+	for _, slots := range all {
 		name, value, named := strings.Cut(slots, "=")
 		if !named {
 			value = slots

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -243,5 +244,36 @@ func TestClientGone(t *testing.T) {
 				mustPost(t, p.URL+"/api/generate", generate(tiny, ""))
 			})
 		}
+	}
+}
+
+// TestPendingUnload: a request that waits in Ollama for a model to make room is answered when what runs there has ended, although
+// more requests for the loaded one come meanwhile. A keep_alive in one of those would let it wait for as long as that says.
+func TestPendingUnload(t *testing.T) {
+	for _, version := range realollama.Versions() {
+		t.Run(version, func(t *testing.T) {
+			server := realollama.Start(t, realollama.Config{Version: version, Models: []string{tiny}, Parallel: 1})
+			p := startProxy(t, server.URL(), "--slots", "off")
+			ask := func(numCtx, generate int) {
+				body := fmt.Sprintf(`{"model":%q,"prompt":"hi","raw":true,"stream":false,"options":{"num_predict":%d,"num_ctx":%d}}`, tiny, generate, numCtx)
+				if status, _, text := post(t, p.URL+"/api/generate", body); status != http.StatusOK {
+					t.Errorf("num_ctx %d: %d %s", numCtx, status, text)
+				}
+			}
+			ask(2048, 1)
+			var wg sync.WaitGroup
+			wg.Go(func() { ask(2048, 1500) })
+			eventually(t, "a long answer under way", func() bool { return p.Metric(t, "ollama_cacheproxy_in_flight") >= 2 })
+			wg.Go(func() { ask(4096, 1) })
+			eventually(t, "an unload pending", func() bool { return strings.Contains(server.Log(), "resetting model to expire immediately") })
+			wg.Go(func() { ask(2048, 1) })
+			done := make(chan struct{})
+			go func() { wg.Wait(); close(done) }()
+			select {
+			case <-done:
+			case <-time.After(2 * time.Minute): // a watchdog
+				t.Fatal("a request waits for the keep_alive of another one")
+			}
+		})
 	}
 }

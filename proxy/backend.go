@@ -30,6 +30,7 @@ func (h *Handler) newBackend(index int, s *upstream.Server) *backend {
 	b := &backend{Server: s, index: uint16(index), traits: newTraits()}
 	b.books.Store(&savings.Upstream{Name: s.Name, Index: b.index})
 	b.residency = newResidency(s, h.KeepAlive, h.Touched, h.Log)
+	b.residency.always = h.NoTouch
 	return b
 }
 
@@ -209,7 +210,7 @@ func (h *Handler) begin(ex *exchange) {
 	case ex.reads == readsNative:
 		b.Used()
 		var hold Hold
-		ex.use, ex.KeepAlive, hold = b.residency.beginNative(ex.key, ex.fields.model, ex.fields)
+		ex.use, ex.KeepAlive, hold = b.residency.beginNative(ex.key, ex.fields.model, ex.embed, ex.options(), ex.fields)
 		ex.edit = edit{}
 		if hold != (Hold{}) {
 			ex.edit = ex.fields.splice(hold)
@@ -227,6 +228,14 @@ func (h *Handler) begin(ex *exchange) {
 	if books.Old {
 		put(b.traits.wanted, ex.chain.Runner.Model)
 	}
+}
+
+// options returns the options with which the request has its model loaded; nil: not known.
+func (ex *exchange) options() *prefix.Options {
+	if ex.chain == nil {
+		return nil
+	}
+	return &ex.chain.Runner
 }
 
 // retract undoes begin: the server cannot have begun with the request.
@@ -256,7 +265,7 @@ func (h *Handler) unloadElsewhere(ctx context.Context, ex *exchange) chan struct
 			continue
 		}
 		wg.Go(func() {
-			u, _, _ := b.residency.beginNative(key, f.model, f)
+			u, _, _ := b.residency.beginNative(key, f.model, false, nil, f)
 			defer u.end()
 			b.Used()
 			if err := b.residency.touch(ctx, f.model, 0, false); err != nil {

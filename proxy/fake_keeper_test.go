@@ -162,7 +162,7 @@ func (b *bed) native(model, keepAlive string) {
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	u, _, hold := b.r.beginNative(upstream.ModelKey(model), model, f)
+	u, _, hold := b.r.beginNative(upstream.ModelKey(model), model, false, nil, f)
 	d := f.duration
 	if hold != (Hold{}) {
 		d = hold.Duration

@@ -157,7 +157,7 @@ func TestRequestFraming(t *testing.T) {
 		{"/other", body, "", true},
 	} {
 		f := newFake(t, okAnswer)
-		rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, "", "24h")})
+		rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, "", "24h"), NoTouch: true})
 		if tt.want == "" {
 			tt.want = tt.in
 		}

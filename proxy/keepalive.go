@@ -118,6 +118,7 @@ func holdOf(d time.Duration) Hold {
 // What was done about a request's keep_alive, as logs and metrics name it.
 const (
 	didInject = "injected" // the client gave none
+	didHold   = "held"     // the client gave none, and the model is held already
 	didKeep   = "kept"     // the client's own value went upstream
 	didRaise  = "raised"   // the client's was shorter: AtLeast
 	didForce  = "forced"   // the client's was another: Force

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
 var nativePaths = []string{"/api/generate", "/api/chat", "/api/embed", "/api/embeddings"}
@@ -234,7 +236,7 @@ func TestKeepAliveOrder(t *testing.T) {
 		} {
 			t.Run(fmt.Sprint(tt.policy, order), func(t *testing.T) {
 				f := newFake(t, okAnswer)
-				rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, tt.policy, "24h")})
+				rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, tt.policy, "24h"), NoTouch: true}) // every request is edited
 				for _, c := range order {
 					body := `{"model":"m"` + clients[c] + `}`
 					rg.post("/api/chat", body)
@@ -272,7 +274,7 @@ func TestKeepAliveOrder(t *testing.T) {
 // TestKeepAlivePerModel: a model's own setting goes before the default, however the model is spelled; off leaves it alone.
 func TestKeepAlivePerModel(t *testing.T) {
 	f := newFake(t, okAnswer)
-	rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, AtLeast, "24h", "short=90s", "Team/X:Q4=-1", "left=off", "hf.co/u/R:Q4_K_M = 1h")})
+	rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, AtLeast, "24h", "short=90s", "Team/X:Q4=-1", "left=off", "hf.co/u/R:Q4_K_M = 1h"), NoTouch: true})
 	for _, tt := range []struct{ model, value, want string }{
 		{"short", "", `"1m30s"`}, {"SHORT", "", `"1m30s"`}, {"short:latest", "", `"1m30s"`}, {"registry.ollama.ai/library/short", "", `"1m30s"`},
 		{"short", "60", `"1m30s"`}, {"short:1b", "", day},
@@ -356,5 +358,40 @@ func TestKeepAliveRefusalComesBack(t *testing.T) {
 	}
 	if ex := rg.ended(); ex.Outcome != ClientError || ex.Status != 400 || ex.KeepAlive != didKeep {
 		t.Errorf("told as %+v", ex)
+	}
+}
+
+// TestHeldOnce: a model that is held is not held again, since that would end an unload that another request waits for. What may be
+// a new load, or is to be held for longer, is.
+func TestHeldOnce(t *testing.T) {
+	f := newFake(t, okAnswer)
+	rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, IfAbsent, "24h")})
+	sent := func(body, want, did string) {
+		t.Helper()
+		rg.post("/api/chat", body)
+		if got := string(f.next().body); got != want {
+			t.Errorf("%s went as %s, want %s", body, got, want)
+		}
+		if ex := rg.ended(); ex.KeepAlive != did {
+			t.Errorf("%s: %s, want %s", body, ex.KeepAlive, did)
+		}
+	}
+	const inject = `{"keep_alive":"24h0m0s",`
+	plain, other := `{"model":"m","messages":[]}`, `{"model":"m","options":{"num_ctx":9}}`
+	sent(plain, inject+plain[1:], didInject)
+	sent(plain, plain, didHold)
+	sent(`{"model":"M:latest","options":{"seed":1}}`, `{"model":"M:latest","options":{"seed":1}}`, didHold)
+	sent(other, inject+other[1:], didInject) // a load of its own
+	sent(other, other, didHold)
+	sent(plain, inject+plain[1:], didInject)
+	sent(`{"model":"m","keep_alive":"5m"}`, `{"model":"m","keep_alive":"5m"}`, didKeep)
+	sent(plain, inject+plain[1:], didInject) // 5m is too short
+	sent(`{"model":"m","keep_alive":-1}`, `{"model":"m","keep_alive":-1}`, didKeep)
+	sent(plain, plain, didHold)
+	rg.h.Polled(rg.h.Upstreams[0], upstream.State{Up: true, Version: "0.34.1", Polled: time.Now(), LoadedKnown: true}) // it is gone
+	sent(plain, inject+plain[1:], didInject)
+	sent(plain, plain, didHold)
+	if _, ok := rg.h.backends[0].residency.due(time.Now()); !ok {
+		t.Error("what was not injected is never looked at: an unseen load would end after five minutes")
 	}
 }

@@ -9,6 +9,7 @@ import (
 
 	"github.com/hashicorp/golang-lru/v2/simplelru"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
@@ -20,7 +21,7 @@ type keeper interface {
 
 // residency keeps loaded the models that are used through /v1 and /v1/messages, whose requests cannot carry keep_alive.
 // It sends one empty native request per model and load, and only for a model that is loaded: it never brings one back
-// that was evicted or unloaded. It also remembers the longest keep_alive that a client asked for.
+// that was evicted or unloaded. Native requests that need not carry keep_alive, since the model is held, are the same. It also remembers the longest keep_alive that a client asked for.
 //
 // A model is touched as soon as a request of its is answered, or while one runs for long. From then on its expiry is
 // judged, once it has been idle for a moment (while a request runs, and just after, /api/ps tells an old one): it is
@@ -28,6 +29,7 @@ type keeper interface {
 type residency struct {
 	upstream keeper
 	keep     KeepAlive
+	always   bool // put keep_alive into every request that has none: nothing else holds a model
 	touched  func(model string, err error)
 	log      *slog.Logger
 	wake     chan struct{} // holds one
@@ -40,18 +42,19 @@ type residency struct {
 type residence struct {
 	name     string // as a client spelled it last
 	inFlight int
-	began    time.Time     // when the first of the requests in flight began
-	ended    time.Time     // when a request last ended
-	answered bool          // a request without keep_alive has been answered: the model is loaded, and nothing is known to hold it
-	checked  time.Time     // when /api/ps was last looked at for this model
-	longest  time.Duration // the longest keep_alive that a client asked for since the load
-	foreign  bool          // used through a dialect without keep_alive since it was last unloaded
-	embed    bool          // … and last for embeddings
-	unloaded bool          // a client asked to unload it, and nobody has used it since
-	pending  bool          // to be judged when it has been idle for idleDelay
-	keptAt   time.Time     // when the keep_alive in force was sent; zero if none is known for this load
-	keptFor  time.Duration // that keep_alive
-	quiet    time.Time     // no touch before
+	began    time.Time      // when the first of the requests in flight began
+	ended    time.Time      // when a request last ended
+	answered bool           // a request without keep_alive has been answered: the model is loaded, and nothing is known to hold it
+	checked  time.Time      // when /api/ps was last looked at for this model
+	longest  time.Duration  // the longest keep_alive that a client asked for since the load
+	foreign  bool           // used through a dialect without keep_alive since it was last unloaded
+	embed    bool           // … and last for embeddings
+	unloaded bool           // a client asked to unload it, and nobody has used it since
+	pending  bool           // to be judged when it has been idle for idleDelay
+	keptAt   time.Time      // when the keep_alive in force was sent; zero if none is known for this load
+	keptFor  time.Duration  // that keep_alive
+	options  prefix.Options // of the request that it was sent with; the zero value if they are not known
+	quiet    time.Time      // no touch before
 }
 
 const (
@@ -92,6 +95,7 @@ type use struct {
 	set      bool          // it states a keep_alive of its own …
 	duration time.Duration // … which is this
 	sent     Hold          // what went upstream in place of that, or of none; zero if nothing did
+	options  *prefix.Options
 }
 
 // beginForeign notes a request that cannot carry keep_alive.
@@ -107,15 +111,24 @@ func (r *residency) beginForeign(key, name string, embed bool) use {
 	return use{r: r, m: m}
 }
 
-// beginNative notes a native request and decides about its keep_alive: see KeepAlive.decide.
-func (r *residency) beginNative(key, name string, f fields) (use, string, Hold) {
+// beginNative notes a native request and decides about its keep_alive: see KeepAlive.decide. options are those with which
+// it has the model loaded; nil: not known.
+//
+// What is held already is not held again: a request that waits in Ollama for a loaded model to make room would wait until
+// every keep_alive that comes meanwhile has run out (Ollama, server/sched.go: it ends the unload that is pending). Whether the
+// model is still held is judged as for requests that cannot carry keep_alive.
+func (r *residency) beginNative(key, name string, embed bool, options *prefix.Options, f fields) (use, string, Hold) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	m := r.get(key)
 	m.name = name
 	m.begin()
 	did, hold := r.keep.decide(r.keep.floor(key, m.longest), f)
-	return use{r: r, m: m, began: time.Now(), set: f.keepAlive == keepAliveSet, duration: f.duration, sent: hold}, did, hold
+	if did == didInject && !r.always && options != nil && !m.keptAt.IsZero() && m.keptFor >= hold.Duration && m.options == *options {
+		did, hold = didHold, Hold{}
+		m.foreign, m.embed = true, embed
+	}
+	return use{r: r, m: m, began: time.Now(), set: f.keepAlive == keepAliveSet, duration: f.duration, sent: hold, options: options}, did, hold
 }
 
 // begin notes the begin of a request. A load whose keep_alive has run out since the last one is over, whether or not
@@ -152,6 +165,11 @@ func (u use) answer() {
 		}
 		if u.sent != (Hold{}) {
 			m.keptAt, m.keptFor = u.began, u.sent.Duration
+		}
+		if u.set || u.sent != (Hold{}) {
+			if m.options = (prefix.Options{}); u.options != nil {
+				m.options = *u.options
+			}
 		}
 	}
 }

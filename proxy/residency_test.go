@@ -344,9 +344,9 @@ func TestResidencyConcurrent(t *testing.T) {
 				case 0, 1:
 					u = r.beginForeign(key, name, i%8 == 0)
 				case 2:
-					u, _, _ = r.beginNative(key, name, fields{keepAlive: keepAliveSet, duration: time.Duration(i%3) * time.Minute})
+					u, _, _ = r.beginNative(key, name, false, nil, fields{keepAlive: keepAliveSet, duration: time.Duration(i%3) * time.Minute})
 				case 3:
-					u, _, _ = r.beginNative(key, name, fields{})
+					u, _, _ = r.beginNative(key, name, false, nil, fields{})
 				}
 				k.load(name)
 				u.answer()
@@ -391,12 +391,12 @@ func TestRefusedRequestsChangeNothing(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			u, _, _ := b.r.beginNative(upstream.ModelKey("m"), "m", f)
+			u, _, _ := b.r.beginNative(upstream.ModelKey("m"), "m", false, nil, f)
 			u.end()
 		}
 		refused("-1")
 		if _, hold := func() (string, Hold) {
-			u, did, hold := b.r.beginNative(upstream.ModelKey("m"), "m", fields{})
+			u, did, hold := b.r.beginNative(upstream.ModelKey("m"), "m", false, nil, fields{})
 			u.end()
 			return did, hold
 		}(); hold.Duration != 24*time.Hour {

@@ -161,7 +161,8 @@ func (b *box) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		json.NewEncoder(w).Encode(map[string]string{"error": words})
 		return
 	}
-	json.NewEncoder(w).Encode(map[string]any{"from": b.name, "model": body.Model, "done": true, "prompt_eval_count": len(text) / 4, "eval_count": 1, "total_duration": 1000, "done_reason": "stop"})
+	json.NewEncoder(w).Encode(map[string]any{"from": b.name, "model": body.Model, "done": true, "prompt_eval_count": len(text) / 4, "eval_count": 1,
+		"prompt_eval_duration": len(text) / 4 * 1e6, "eval_duration": 1e6, "total_duration": len(text)/4*1e6 + 1e6, "done_reason": "stop"})
 }
 
 // fleet is a proxy in front of boxes. slots as schedule.Config.Lanes.

@@ -23,9 +23,7 @@ func (q *Queue) fill(s *server, now time.Time) {
 	for _, x := range s.order(now) {
 		if q.admits(x, now) {
 			q.serve(x, now)
-			for x.stuck(now) {
-				q.serve(x, now)
-			}
+			q.try(x, now)
 		}
 	}
 }
@@ -367,7 +365,6 @@ func (q *Queue) grant(it *item, l *lane, how reason, now time.Time) {
 
 	q.unwait(it, true)
 	it.lane, it.granted, it.expected = l, now, tokens
-	it.alone = x.busy == 0
 	if v := l.visit; v != nil && l.wanted && v.state == visitReturned && !l.reported && keeps && it.arrived.After(v.at) {
 		q.count.HoldsHit++
 		x.heldFor += now.Sub(v.at)
@@ -399,9 +396,10 @@ func (q *Queue) grant(it *item, l *lane, how reason, now time.Time) {
 		}
 	}
 	x.busy++
+	it.beside = x.busy
 	x.running += it.work
-	if it.full = 0; x.busy >= x.want {
-		it.full, x.full = x.busy, now
+	if x.busy >= x.want {
+		x.full = now
 	}
 	it.replaced, x.replaced = x.replaced, nil
 	for _, y := range x.server.runners {

@@ -8,6 +8,7 @@ type class struct {
 	backlogged []*account // clients with waiting requests
 	positive   int        // of these, with a deficit above 0
 	round      int
+	quantum    int // of this round: the same for all who come while it lasts
 	sweep      int // how many accounts there are when those of clients that are gone are next forgotten
 }
 
@@ -40,8 +41,11 @@ func (c *class) add(it *item, client string, quantum int) {
 	}
 	it.account = a
 	if a.waiting == 0 {
+		if len(c.backlogged) == 0 {
+			c.quantum = quantum
+		}
 		if a.round != c.round { // it was not there when this round began
-			a.deficit, a.round = min(a.deficit, 0)+quantum, c.round
+			a.deficit, a.round = min(a.deficit, 0)+c.quantum, c.round
 		}
 		a.index = len(c.backlogged)
 		c.backlogged = append(c.backlogged, a)
@@ -96,6 +100,7 @@ func (c *class) refill(quantum int) {
 	}
 	n := 1 + -most/quantum
 	c.round++
+	c.quantum = quantum
 	for _, a := range c.backlogged {
 		a.round = c.round
 		if a.deficit += n * quantum; a.deficit > 0 {

@@ -97,7 +97,8 @@ func (r *rates) learn(it *item, res Result, evaluated int) {
 		r.answer.add(float64(res.Generated))
 	}
 	if res.Timed && evaluated > slack && res.Prompt > 0 && res.ReusedKnown {
-		r.prompt.add(float64(res.Prompt), float64(evaluated))
+		// In tokens as they are estimated, which is what this is multiplied by.
+		r.prompt.add(float64(res.Prompt), float64(evaluated)*float64(it.tokens)/float64(max(res.Total, 1)))
 	}
 	if res.Timed && res.Generated > 1 && res.Eval > 0 {
 		r.decode.add(float64(res.Eval), float64(res.Generated))
@@ -191,7 +192,7 @@ func (h *returns) part(all *returns) float64 {
 // client comes. What is known of all clients counts as much as two answers of this one.
 func (h *returns) hold(all *returns, loss time.Duration) time.Duration {
 	total, others := h.total()+2, all.total()
-	came, waited, best := 0.0, 0.0, 0.0
+	came, waited, best, at := 0.0, 0.0, 0.0, 0
 	var hold time.Duration
 	for i := range gapBuckets {
 		t := gapBounds[i]
@@ -202,7 +203,9 @@ func (h *returns) hold(all *returns, loss time.Duration) time.Duration {
 		came += p
 		waited += p * float64(t)
 		if gain := came*float64(loss) - waited - (1-came)*float64(t); gain > best {
-			best, hold = gain, t
+			best, hold, at = gain, t, i
+		} else if gain > 0.75*best && i <= at+2 { // little more is waited, and the next one may come a little later than all before
+			hold = t
 		}
 	}
 	return hold

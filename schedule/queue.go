@@ -189,8 +189,9 @@ type runner struct {
 	eldest  *item     // the one that has waited for longest …
 	passed  int       // … and how many went before it since it is that
 	skipped int       // how many went to runners that cannot be loaded beside it while requests waited for it
-	names   int       // lanes made so far
-	full    time.Time // when its last free lane was taken, or a lane was added because of that
+	tries   int       // requests that are served beyond want, to see whether there is a slot for them
+	spare   []*lane   // lanes that fell free since then: whose slots those have got, unless there are more
+	full    time.Time // when a request was last granted so that no lane was free
 
 	resident bool      // believed to be loaded
 	since    time.Time // when that began
@@ -239,9 +240,9 @@ type item struct {
 	expected int
 	cost     int // charged so far
 
-	overtaken time.Time // when the first of those ended that were served when it was granted
-	full      int       // how many lanes were busy with it, if those were all; else 0
-	alone     bool
+	overtaken time.Time // when the first of those ended that were served when it was granted, or later
+	beside    int       // how many were served when it was granted, with it
+	tries     bool      // it was granted although all lanes were busy
 	replaced  []*runner // those that are believed to have been unloaded for it
 	hosted    int       // tokens that the host cache may have restored; 0: nothing to learn
 }
@@ -383,7 +384,7 @@ func (q *Queue) enqueue(it *item, x *runner, client string, now time.Time) {
 	if it.roams() && x.roaming == 0 {
 		x.coveted = now
 	}
-	warm, _ := x.warmth(it, false)
+	warm, _ := x.warmth(it, true)
 	it.work = max(it.tokens-warm, 1) + int(x.rates.weight()*x.rates.generated())
 	q.counted(it, 1)
 	x.arrived += it.arrived.Sub(epoch)
@@ -470,6 +471,9 @@ func (q *Queue) Done(id uint64, r Result, now time.Time) {
 	}
 	x.busy--
 	x.running -= it.work
+	if it.tries {
+		x.tries--
+	}
 	l.item, l.used, l.class, l.wanted, l.reported, l.visit = nil, now, it.rank, false, false, nil
 	it.account.running--
 
@@ -502,9 +506,8 @@ func (q *Queue) Done(id uint64, r Result, now time.Time) {
 	it.class.charge(it.account, cost-it.cost)
 	l.wanted = x.server.waiting > 0 || q.roaming > 0
 	if x.server.lanes == 0 {
-		x.want = x.learner.learn(it, r, x.want, x.waiting > 0)
-		if x.learner.ceiling {
-			x.server.found = x.want
+		if n := x.learn(it, r, now); n != x.want || x.learner.ceiling {
+			x.want, x.server.found = n, n
 		}
 	}
 	for _, other := range x.lanes {
@@ -609,29 +612,6 @@ func (q *Queue) server(index uint16) *server {
 	s := &server{index: index, seed: seedOf(strconv.Itoa(int(index))), lanes: q.cfg.Lanes, byKey: map[Runner]*runner{}, relations: map[[2]string]relation{}}
 	q.servers = append(q.servers, s)
 	return s
-}
-
-// resize makes as many lanes as there should be. Busy ones stay until they fall free.
-func (x *runner) resize() {
-	if x.server.lanes == Unlimited {
-		x.want = min(len(x.lanes), x.busy+maxWarm)
-	}
-	for len(x.lanes) < x.want {
-		x.lanes = append(x.lanes, &lane{name: x.names})
-		x.names++
-	}
-	for len(x.lanes) > x.want {
-		i := -1
-		for j, l := range x.lanes {
-			if l.item == nil && (i < 0 || l.used.Before(x.lanes[i].used)) {
-				i = j
-			}
-		}
-		if i < 0 {
-			return
-		}
-		x.lanes = slices.Delete(x.lanes, i, i+1)
-	}
 }
 
 // mark notes in a class's tree which prompt the lane is busy with.

@@ -34,7 +34,7 @@ func (q *Queue) runner(s *server, key Runner, now time.Time) *runner {
 // cool forgets what is warm. What is being served is served after the load, or by what replaces it.
 func (x *runner) cool() {
 	x.resident = x.busy > 0
-	x.probing = nil
+	x.probing, x.spare = nil, nil
 	for _, l := range x.lanes {
 		l.before, l.visit, l.wanted = nil, nil, false
 		if l.item == nil {
@@ -308,7 +308,7 @@ func (q *Queue) loaded(x *runner, it *item, r Result, now time.Time) {
 	}
 	if r.Loaded {
 		x.loads(it.granted)
-		for _, l := range x.lanes {
+		for _, l := range slices.Concat(x.lanes, x.spare) {
 			if l.item == nil && l != it.lane && l.used.Before(it.granted) {
 				l.holds, l.tokens, l.before = nil, 0, nil
 			}

@@ -90,6 +90,7 @@ type engineConfig struct {
 	load     time.Duration
 	exclude  bool // models cannot be loaded together
 	silent   bool // it tells nothing of times, as on /v1
+	mute     bool // … nor when its answer begins, as there without streaming
 	servers  int  // 0: one
 }
 
@@ -432,7 +433,10 @@ func (s *sim) place(e *engine) {
 			Prompt: e.computes.Sub(s.now), Eval: decode, Queue: max(0, s.now.Sub(j.sent)-load), Load: load, Loaded: loaded, LoadKnown: true,
 		}
 		r.FirstByte = e.computes.Sub(j.sent)
-		if s.cfg.silent {
+		if s.cfg.mute {
+			r.FirstByte = 0
+		}
+		if s.cfg.silent || s.cfg.mute {
 			r.Timed, r.Prompt, r.Eval, r.Queue, r.Load = false, 0, 0, 0, 0
 		}
 		lives := e.box.lives

@@ -1,129 +1,243 @@
 package schedule
 
-import "time"
+import (
+	"slices"
+	"time"
+)
 
-// learner finds out how many slots a runner has: as many as can be busy without requests waiting inside Ollama.
+// How many slots a runner has is found out by granting one request more than there are lanes, now and then, and looking at
+// whether it waited inside Ollama: if the time that it spent there on nothing (Result.Queue) is about as long as it took until
+// one of the others ended, it waited for that one's slot. If it did not wait, there is a lane more from then on, and the next
+// one is tried. If it did, that is all there are, and one more is tried only after a pause that doubles each time. Until then
+// it has cost at most one prefix: it is taken to have landed where the first one ended, and no other is tried meanwhile.
+
+// learner is what is known of the number of slots of a runner.
 type learner struct {
-	idle    mean // ns that Ollama takes for other things than waiting, as requests that were alone tell
-	clean   int  // requests in a row that did not wait although all lanes were busy
-	waited  int  // requests that did, with this many lanes
-	unsure  int  // … and in a row that may have: their answers do not tell
-	ceiling bool // one more lane was one too many
-	seen    int  // requests since then
-	pause   int  // how many of them until it is tried again
-	untold  int  // requests in a row whose answers tell nothing
-	lent    int  // lanes that were added because all were stuck, since an answer last told anything
+	idle    mean    // ns that Ollama takes for other things than waiting, as requests that were alone tell
+	fastest float64 // tokens for each ns that a request generated that was alone, at most; of late
+	doubt   int     // what tells that requests wait with this many lanes, since one last did not
+	tried   int     // … with one more
+	ceiling bool    // one more lane was one too many
+	seen    int     // requests since then
+	pause   int     // how many of them until one more is tried
 }
 
 const (
-	leastWait  = 5 * time.Millisecond // less is not told from noise
-	unsureMost = 8                    // requests that may have waited, until it is believed
-	firstPause = 64                   // requests; doubled each time, up to lastPause
-	lastPause  = 4096
-	// If so many answers tell nothing (/v1 without streaming), untoldLanes are used: a server with fewer slots then has some
-	// requests wait inside, one with more is not held back to one at a time.
-	untoldMost  = 16
-	untoldLanes = 4
-	// leastStuck is how long all lanes are busy, and requests wait, before one more is tried without waiting for an answer.
+	// leastLead is how long what runs has run when one more is tried, so that they do not reach Ollama the other way about.
+	leastLead = 5 * time.Millisecond
+	// leastGap is what it takes until one of the others ends at least, for the time that a request waited to tell anything:
+	// less is not told from noise.
+	leastGap = 8 * time.Millisecond
+	// leastStuck is how long nothing was granted before one more is tried although another one that was tried is under way.
 	leastStuck = time.Second
+	firstPause = 32 // requests
+	lastPause  = 4096
+	// patient is for how many pauses one more is tried only where that costs nothing if it waits.
+	patient = 16
+	// leastAnswer is how many tokens are generated at least for their pace to tell anything.
+	leastAnswer = 8
+	// leastWeight is as how many tokens of a prompt it takes to generate one, at least.
+	leastWeight = 5
 )
 
-// stuck adds a lane if all are busy with requests that take longer than usual while others wait, and nothing has told yet
-// that one more is too many: a stream of minutes would otherwise hold up everybody. Answers tell later whether it was right.
-func (x *runner) stuck(now time.Time) bool {
+// verdict says whether a request waited inside Ollama. Its number is how much that counts.
+type verdict int
+
+const (
+	unknown verdict = -1
+	no      verdict = 0
+	maybe   verdict = 1
+	yes     verdict = 4
+)
+
+// try grants a request although all lanes are busy, if it is time for that.
+func (q *Queue) try(x *runner, now time.Time) {
 	a := &x.learner
-	if x.server.lanes > 0 || a.ceiling || x.waiting == 0 || x.busy < x.want || x.want >= maxLearned {
-		return false
+	for x.server.lanes == 0 && x.waiting > 0 && x.busy >= x.want && x.busy < maxLearned && !(a.ceiling && (a.seen < a.pause || x.tries > 0)) {
+		if at := x.triedAt(); now.Before(at) {
+			x.server.later(at)
+			return
+		}
+		x.lanes = append(x.lanes, &lane{name: x.unused()})
+		c := choice{q: q, x: x, now: now}
+		it, l, how := c.choose()
+		if it == nil || a.ceiling && a.seen < patient*a.pause && c.costs(it) {
+			x.lanes = x.lanes[:len(x.lanes)-1]
+			return
+		}
+		it.tries = true
+		x.tries++
+		q.grant(it, l, how, now)
 	}
-	at := x.full
-	if oldest := x.oldest(); oldest.arrived.After(at) {
-		at = oldest.arrived
-	}
-	at = at.Add(max(leastStuck, time.Duration(x.rates.service.v)))
-	if now.Before(at) {
-		x.server.later(at)
-		return false
-	}
-	a.clean, a.waited, a.unsure = 0, 0, 0
-	a.lent++
-	x.want, x.full = x.want+1, now
-	x.resize()
-	return true
 }
 
-// learn takes in whether a request waited inside Ollama, and returns how many lanes there should be. more: requests wait.
-func (a *learner) learn(it *item, r Result, lanes int, more bool) int {
-	switch {
-	case !r.Answered:
-		return lanes
-	case !r.Timed && r.FirstByte == 0:
-		if a.lent > 0 && it.full > 0 && it.full < lanes { // one of those that were stuck: the lane for that may be too many
-			a.lent--
-			lanes--
+// triedAt returns from when on one more may be tried.
+func (x *runner) triedAt() time.Time {
+	if x.tries == 0 {
+		return x.full.Add(leastLead)
+	}
+	stuck := max(leastStuck, 2*time.Duration(x.rates.service.v)) // a stream of minutes would otherwise hold up everybody
+	if x.loading() {
+		stuck += agedQuantum * x.rates.load()
+	}
+	return x.full.Add(stuck)
+}
+
+// loading reports whether nothing was answered since the model was loaded.
+func (x *runner) loading() bool { return !x.used.After(x.since) }
+
+// costs reports whether a prompt that runs is likely to be evaluated again if a request takes the slot of whatever ends first.
+func (c *choice) costs(it *item) bool {
+	x := c.x
+	for _, l := range x.lanes {
+		if l.item == nil {
+			continue
 		}
-		if a.untold++; !a.ceiling && a.untold >= untoldMost {
-			return max(lanes, untoldLanes)
+		kept := shared(it.steps, l.holds)
+		lost := float64(l.tokens-kept) * x.rates.lostPart()
+		if lost <= slack || l.work >= quantum*l.tokens { // it has had its turn
+			continue
 		}
-		return lanes
-	case r.Loaded:
+		if c.q.client(l.item.account.name).hold(&c.q.habits, time.Duration(lost)*x.rates.perToken()) > 0 {
+			return true
+		}
+		for p := range x.classes {
+			if t := x.classes[p].tree; t != nil {
+				if _, tokens, _ := t.walk(l.holds); tokens > kept+slack {
+					return true
+				}
+			}
+		}
+	}
+	return false
+}
+
+// learn takes in whether a request waited inside Ollama, and returns how many lanes there should be.
+func (x *runner) learn(it *item, r Result, now time.Time) int {
+	a, lanes := &x.learner, x.want
+	if !r.Answered {
 		return lanes
 	}
 	a.seen++
-	a.untold, a.lent = 0, 0
-	if it.alone && r.Timed {
-		a.idle.add(float64(r.Queue))
-	}
-	if it.full != lanes {
-		return lanes // it says nothing of this many
-	}
-	if lanes > 1 {
-		switch a.judge(it, r) {
-		case maybe:
-			return lanes
-		case yes:
-			a.clean = 0
-			if a.waited++; a.waited < 2 {
-				return lanes
+	if it.tries && it.overtaken.IsZero() && x.loading() {
+		// While a model is loaded requests change places: whether the other one waited tells.
+		for _, l := range x.lanes {
+			if l.item != nil && x.busy == 1 {
+				l.item.tries, l.item.beside = true, it.beside
+				x.tries++
 			}
-			a.pause = min(max(2*a.pause, firstPause), lastPause)
-			a.waited, a.unsure, a.seen, a.ceiling = 0, 0, 0, true
+		}
+		return lanes
+	}
+	v := a.judge(it, r, now)
+	if !it.tries && r.ReusedKnown && v != yes {
+		v = it.found(r)
+	}
+	if it.beside == 1 && it.overtaken.IsZero() { // it did not wait
+		if r.Timed && x.busy == 0 {
+			a.idle.add(float64(r.Queue))
+		}
+		if it.granted.After(x.since) {
+			done := float64(r.Generated) + float64(it.tokens-it.expected)/leastWeight
+			a.fastest = max(0.99*a.fastest, done/float64(max(now.Sub(it.granted), 1)))
+		}
+	}
+	switch {
+	case it.tries && v == no:
+		a.doubt, a.tried, a.ceiling, a.pause = 0, 0, false, 0
+		return max(lanes, it.beside)
+	case it.tries && it.beside == lanes+1:
+		if a.tried += max(int(v), int(maybe)); a.tried >= int(yes) {
+			a.stop()
+		}
+	case it.beside != lanes || lanes == 1 || v == unknown:
+	case v == no:
+		a.doubt = 0
+	default:
+		// The more slots are busy, the longer a request waits until the engine has time for it.
+		if a.doubt += int(v); a.doubt >= int(yes)*min(lanes-1, 2) {
+			a.stop()
 			return lanes - 1
 		}
 	}
-	if a.clean++; a.clean > 8*(lanes+2) {
-		a.waited = 0
-	}
-	if !more || a.clean < lanes+2 || a.ceiling && a.seen < a.pause || lanes >= maxLearned {
-		return lanes
-	}
-	a.clean, a.waited, a.unsure = 0, 0, 0
-	return lanes + 1
+	return lanes
 }
 
-type verdict uint8
+// stop notes that one lane more would be one too many.
+func (a *learner) stop() {
+	a.doubt, a.tried, a.seen, a.ceiling = 0, 0, 0, true
+	a.pause = min(max(2*a.pause, firstPause), lastPause)
+}
 
-const (
-	no verdict = iota
-	maybe
-	yes
-)
-
-// judge tells whether a request waited inside Ollama. Where the answer does not say so (on /v1), one that began before any of
-// those had ended that were being served when it was sent did not wait. One that began later may only have been slow.
-func (a *learner) judge(it *item, r Result) verdict {
-	if r.Timed {
-		if r.Queue > max(leastWait, time.Duration(3*a.idle.v), (r.Prompt+r.Eval)/8) {
-			return yes
+// judge tells whether a request waited inside Ollama until one of the others ended. If it ended first it did not. Where the answer
+// does not tell for how long it waited (on /v1), it did not if it began earlier, or must have generated faster than any
+// other if it began then.
+func (a *learner) judge(it *item, r Result, now time.Time) verdict {
+	if it.overtaken.IsZero() {
+		return no
+	}
+	gap := it.overtaken.Sub(it.granted)
+	if !r.Timed {
+		since := float64(max(now.Sub(it.overtaken), 1))
+		if r.FirstByte > 0 && r.FirstByte < gap || a.fastest > 0 && r.Generated >= leastAnswer && float64(r.Generated) > 1.5*a.fastest*since {
+			return no
 		}
-		return no
-	}
-	if it.overtaken.IsZero() || it.granted.Add(r.FirstByte).Before(it.overtaken) {
-		a.unsure = 0
-		return no
-	}
-	if a.unsure++; a.unsure < unsureMost {
 		return maybe
 	}
-	a.waited++ // so that this one is enough
-	return yes
+	gap -= r.Load // which it would have waited for in any case
+	wait := r.Queue - time.Duration(a.idle.v)
+	switch {
+	case gap < max(leastGap, time.Duration(3*a.idle.v)):
+		return unknown
+	case wait < gap/3:
+		return no
+	case wait > gap/2 && (wait > (r.Prompt+r.Eval)/2 || wait < gap+gap/4):
+		return yes
+	}
+	return unknown // the engine was busy with something else
+}
+
+// found tells whether a request found in its slot what its lane should hold. If there are too few slots it did not.
+func (it *item) found(r Result) verdict {
+	switch reused := it.scale(r); {
+	case r.Loaded || it.expected < hostWorth:
+	case reused >= it.expected-it.expected/8:
+		return no
+	case reused < it.expected/2:
+		return yes
+	}
+	return unknown
+}
+
+// resize makes as many lanes as there should be. Busy ones stay until they fall free.
+func (x *runner) resize() {
+	if x.server.lanes == Unlimited {
+		x.want = min(len(x.lanes), x.busy+maxWarm)
+	}
+	for len(x.lanes) < x.want {
+		l := &lane{}
+		if n := len(x.spare); n > 0 {
+			l, x.spare = x.spare[n-1], x.spare[:n-1]
+		}
+		l.name = x.unused()
+		x.lanes = append(x.lanes, l)
+	}
+	for len(x.lanes) > x.want {
+		i := -1
+		for j, l := range x.lanes {
+			if l.item == nil && (i < 0 || l.used.Before(x.lanes[i].used)) {
+				i = j
+			}
+		}
+		if i < 0 {
+			break
+		}
+		if x.tries > 0 {
+			x.spare = append(x.spare, x.lanes[i])
+		}
+		x.lanes = slices.Delete(x.lanes, i, i+1)
+	}
+	if x.tries == 0 {
+		x.spare = nil
+	}
 }

@@ -1,79 +1,329 @@
 package schedule
 
 import (
+	"fmt"
+	"slices"
 	"testing"
 	"time"
 )
 
-// TestUntoldLanes: where answers tell nothing of time, requests are not sent one at a time for ever; and if some tell that
-// there is one slot, there is one lane.
-func TestUntoldLanes(t *testing.T) {
-	var a learner
-	lanes := 1
-	for i := range 3 * untoldMost {
-		lanes = a.learn(&item{full: lanes}, Result{Answered: true}, lanes, true)
-		if want := 1; i+1 < untoldMost && lanes != want || i+1 >= untoldMost && lanes != untoldLanes {
-			t.Fatalf("%d lanes after %d answers that tell nothing", lanes, i+1)
+// TestLearnsCheaply: not to know the number of slots costs little, in tokens and in time, whatever the server has and whatever its
+// answers tell.
+func TestLearnsCheaply(t *testing.T) {
+	const (
+		told   = iota // as of /api
+		stream        // as of /v1: only when the answer began
+		mute          // not even that
+	)
+	open := func(jobs []*job) func(*sim) { return func(s *sim) { burst(s, jobs) } }
+	closed := func(jobs []*job) func(*sim) {
+		return func(s *sim) {
+			each := len(jobs) / 8
+			for c := range 8 {
+				s.closed(jobs[c*each:(c+1)*each], 3*time.Millisecond)
+			}
 		}
 	}
-	for range 20 {
-		lanes = a.learn(&item{full: lanes}, Result{Answered: true, Timed: true, Queue: 1e9, Prompt: 1e8, Eval: 1e8}, lanes, true)
-	}
-	if lanes != 1 {
-		t.Errorf("%d lanes although requests wait inside", lanes)
+	for _, w := range []struct {
+		name string
+		load time.Duration
+		work func() func(*sim)
+		// By what the answers tell, at most: how much more is evaluated than if the number is given, as a part of the least
+		// possible; and the time, relative to direct.
+		extra [3]float64
+		wall  [3]float64
+	}{
+		{"32 prefixes x 4", 0, func() func(*sim) { return open(groups(32, 4, 1000, 40, 16, 7)) }, [3]float64{0.055, 0.08, 0.08}, [3]float64{0.45, 0.45, 0.45}},
+		{"32 prefixes x 4, loaded", time.Second, func() func(*sim) { return open(groups(32, 4, 1000, 40, 16, 7)) }, [3]float64{0.055, 0.08, 0.08}, [3]float64{0.45, 0.45, 0.45}},
+		{"500 batch", 0, func() func(*sim) { return open(groups(25, 20, 600, 30, 8, 3)) }, [3]float64{0.06, 0.08, 0.08}, [3]float64{0.25, 0.25, 0.25}},
+		{"scripts", 0, func() func(*sim) { return func(s *sim) { scripts(s, 4, 40) } }, [3]float64{0.08, 0.3, 0.3}, [3]float64{1.05, 1.2, 1.6}},
+		{"scripts, loaded", time.Second, func() func(*sim) { return func(s *sim) { scripts(s, 4, 40) } }, [3]float64{0.08, 0.3, 0.3}, [3]float64{1.05, 1.2, 1.6}},
+		{"chats, loaded", time.Second, func() func(*sim) { return chats }, [3]float64{0.05, 0.45, 0.55}, [3]float64{1.15, 1.2, 1.6}},
+		{"one prefix", 0, func() func(*sim) { return closed(groups(1, 160, 1000, 40, 50, 3)) }, [3]float64{0.01, 0.01, 0.01}, [3]float64{1.03, 1.07, 1.07}},
+		{"short prompts, long answers", 0, func() func(*sim) { return closed(groups(160, 1, 60, 10, 96, 5)) }, [3]float64{0.01, 0.01, 0.01}, [3]float64{1.03, 1.05, 1.06}},
+	} {
+		for _, slots := range []int{1, 2, 4} {
+			for tells := told; tells <= mute; tells++ {
+				name := fmt.Sprintf("%s, %d slots, answers %d", w.name, slots, tells)
+				cfg := engineConfig{slots: slots, load: w.load, silent: tells == stream, mute: tells == mute}
+				run := func(q *Queue) (ratio float64, wall time.Duration) {
+					ids = 0 // the same prompts
+					s := newSim(t, cfg, q)
+					w.work()(s)
+					wall = s.run()
+					return float64(s.evaluated) / float64(s.least), wall
+				}
+				_, direct := run(nil)
+				given, _ := run(New(Config{Lanes: slots}))
+				q := New(Config{})
+				auto, wall := run(q)
+				found := q.servers[0].runners[0].want
+				t.Logf("%-45s evaluated: given %.3f auto %.3f; auto takes %.2f of direct, and has %d lanes", name, given, auto, float64(wall)/float64(direct), found)
+				if auto > given+w.extra[tells] {
+					t.Errorf("%s: %.3f times the least possible, and %.3f if the number is given", name, auto, given)
+				}
+				if float64(wall) > w.wall[tells]*float64(direct) {
+					t.Errorf("%s: %v, directly %v", name, wall, direct)
+				}
+				if tells == told && found != slots {
+					t.Errorf("%s: %d lanes", name, found)
+				}
+			}
+		}
 	}
 }
 
-// TestUntoldThenTold: a few answers that tell do not keep the rest, which tell nothing, at one lane; nor does the rest add
-// lanes where the few have told that there is one slot.
-func TestUntoldThenTold(t *testing.T) {
-	untold := Result{Answered: true}
-	waited := Result{Answered: true, Timed: true, Queue: 1e9, Prompt: 1e8, Eval: 1e8}
-	alone := Result{Answered: true, Timed: true, Prompt: 1e8, Eval: 1e8}
-
-	var a learner
-	lanes := a.learn(&item{full: 1, alone: true}, alone, 1, false)
-	for range untoldMost {
-		lanes = a.learn(&item{full: lanes}, untold, lanes, true)
-	}
-	if lanes != untoldLanes {
-		t.Errorf("%d lanes after one answer that tells and %d that do not", lanes, untoldMost)
-	}
-
-	a, lanes = learner{}, 1
-	for range 2 * untoldMost { // every other one tells
-		a.learn(&item{full: 9}, alone, 1, true)
-		lanes = a.learn(&item{full: 9}, untold, lanes, true)
-	}
-	if lanes != 1 {
-		t.Errorf("%d lanes although answers tell", lanes)
-	}
-
-	lanes = 2
-	for range 2 {
-		lanes = a.learn(&item{full: lanes}, waited, lanes, true)
-	}
-	for range 4 * untoldMost {
-		lanes = a.learn(&item{full: lanes}, untold, lanes, true)
-	}
-	if lanes != 1 {
-		t.Errorf("%d lanes after it was told that there is one slot", lanes)
+// TestSlotsChange: a server that comes back with fewer slots has fewer lanes soon, and with more it has more.
+func TestSlotsChange(t *testing.T) {
+	for _, slots := range [][2]int{{4, 1}, {4, 2}, {1, 4}, {2, 4}} {
+		s := newSim(t, engineConfig{slots: slots[0], load: time.Second}, New(Config{}))
+		burst(s, groups(60, 20, 300, 30, 10, 9))
+		n, after := 0, 0
+		s.onDone = func(*job) {
+			x := s.q.servers[0].runners[0]
+			if n++; n == 300 {
+				if x.want != slots[0] {
+					t.Errorf("%v: %d lanes at first", slots, x.want)
+				}
+				s.after(0, func() {
+					s.cfg.slots = slots[1]
+					s.kill(0)
+					s.revive(0)
+				})
+			}
+			if n > 300 && after == 0 && x.want == slots[1] {
+				after = n - 300
+			}
+		}
+		s.run()
+		t.Logf("%v: found after %d requests", slots, after)
+		if after == 0 || after > 200 {
+			t.Errorf("%v: found after %d requests", slots, after)
+		}
 	}
 }
 
-// TestStuck: with lanes that are learned, a request that takes minutes does not hold up all others; with lanes that are given,
-// and once it is known that there are no more, it does.
+// waited is how a request ended that waited inside Ollama.
+func waited(d time.Duration) Result {
+	r := evaluated(1064, 1064)
+	r.Queue = d
+	return r
+}
+
+// TestTry: one request is granted beside what the lanes do, and no other until it tells.
+func TestTry(t *testing.T) {
+	for _, w := range []struct {
+		name  string
+		first bool // the request that was tried ends first
+		other Result
+		lanes int
+		more  int // granted then
+	}{
+		{"it waited", false, waited(time.Second), 1, 1},
+		{"it did not", false, waited(10 * time.Millisecond), 2, 2},
+		{"it ended first", true, served, 2, 1},
+		{"its client left", false, Result{Sent: true}, 1, 1},
+		{"it was not sent", false, Result{}, 1, 1},
+		{"it tells nothing", false, served, 1, 1},
+	} {
+		t.Run(w.name, func(t *testing.T) {
+			d := newDesk(t, Config{})
+			d.q.habits = returns{missed: 100} // nobody comes back
+			first := d.add(with(alpha))
+			d.granted(first)
+			d.done(first, evaluated(1064, 1064), time.Second)
+			first = d.add(with(alpha))
+			d.granted(first)
+			for i := range 4 {
+				d.add(request("m", seg{id: uint64(50 + i), tokens: 1000}))
+			}
+			d.granted()
+			if wait := d.wake(); wait != leastLead {
+				t.Errorf("one is tried after %v", wait)
+			}
+			tried := d.q.Grants()
+			if len(tried) != 1 {
+				t.Fatalf("granted %+v", tried)
+			}
+			id := tried[0].ID
+			if !w.first {
+				d.done(first, evaluated(1064, 64), time.Second-leastLead)
+				d.granted() // it may be all that there is
+			}
+			d.done(id, w.other, 900*time.Millisecond)
+			x := d.q.servers[0].runners[0]
+			if got := len(d.q.Grants()); x.want != w.lanes || got != w.more {
+				t.Errorf("%d lanes, %d granted; want %d and %d", x.want, got, w.lanes, w.more)
+			}
+		})
+	}
+}
+
+// TestTryKeepsWhatIsWarm: if there is a slot for what was tried, what the first one left is known to be there; if there is not, it is
+// known to be gone.
+func TestTryKeepsWhatIsWarm(t *testing.T) {
+	for _, w := range []struct {
+		other    Result
+		expected int
+	}{{waited(time.Second), 0}, {waited(10 * time.Millisecond), 1000}} {
+		d := newDesk(t, Config{})
+		first := d.add(with(alpha))
+		d.granted(first)
+		d.done(first, evaluated(1064, 1064), time.Second)
+		first = d.add(with(alpha))
+		d.granted(first)
+		tried := d.add(with(beta))
+		d.wake()
+		d.granted(tried)
+		d.done(first, evaluated(1064, 64), time.Second-leastLead)
+		d.done(tried, w.other, time.Second)
+		again := d.add(with(alpha))
+		if got := d.granted(again)[0].Expected; got > w.expected || got < w.expected-64 {
+			t.Errorf("%d tokens are expected, want about %d", got, w.expected)
+		}
+	}
+}
+
+// TestTurnedAbout: while a model is loaded requests may reach a slot in another order than they were sent. That one ends first
+// which was sent last does not tell then that there are two slots; whether the other one waited does.
+func TestTurnedAbout(t *testing.T) {
+	for _, w := range []struct {
+		queue time.Duration
+		lanes int
+	}{{time.Second, 1}, {10 * time.Millisecond, 2}} {
+		d := newDesk(t, Config{})
+		first := d.add(with(alpha))
+		d.granted(first)
+		tried := d.add(with(beta))
+		d.wake()
+		d.granted(tried)
+		d.add(with(seg{id: 3, tokens: 1000}))
+		loaded := evaluated(1064, 1064)
+		loaded.Load, loaded.Loaded = 2*time.Second, true
+		d.done(tried, loaded, 3*time.Second)
+		d.granted()
+		r := waited(w.queue)
+		r.Load = 2 * time.Second
+		d.done(first, r, time.Second)
+		if x := d.q.servers[0].runners[0]; x.want != w.lanes || x.learner.ceiling != (w.lanes == 1) {
+			t.Errorf("%d lanes after the first one waited for %v", x.want, w.queue)
+		}
+	}
+}
+
+// TestTryAgain: once it is known that there is no other slot, one more is tried after a pause, and for a long time only where it costs
+// nothing if it waits.
+func TestTryAgain(t *testing.T) {
+	for _, w := range []struct {
+		name    string
+		seen    int
+		sibling bool // one waits that would find its prefix in the slot
+		tried   bool
+	}{
+		{"in the pause", firstPause - 1, false, false},
+		{"after it", firstPause, false, true},
+		{"after it, and it costs a prefix", firstPause, true, false},
+		{"much later", patient * firstPause, true, true},
+	} {
+		d := newDesk(t, Config{})
+		d.q.habits = returns{missed: 100} // nobody comes back
+		first := d.add(with(alpha))
+		d.granted(first)
+		a := &d.q.servers[0].runners[0].learner
+		a.ceiling, a.pause, a.seen = true, firstPause, w.seen
+		d.add(with(beta))
+		if w.sibling {
+			d.add(with(alpha))
+		}
+		d.now = d.now.Add(leastLead)
+		d.q.Tick(d.now)
+		if got := len(d.q.Grants()) == 1; got != w.tried {
+			t.Errorf("%s: tried: %v", w.name, got)
+		}
+	}
+}
+
+// TestJudge: what an answer tells of whether its request waited inside Ollama.
+func TestJudge(t *testing.T) {
+	const ms = time.Millisecond
+	a := learner{fastest: 10.0 / float64(time.Second)}
+	a.idle.add(float64(2 * ms))
+	for _, w := range []struct {
+		name string
+		gap  time.Duration // from the grant until another one ended; 0: none did
+		took time.Duration
+		r    Result
+		want verdict
+	}{
+		{"it ended first", 0, 100 * ms, Result{}, no},
+		{"it waited for the other one's end", 100 * ms, 150 * ms, Result{Timed: true, Queue: 101 * ms, Prompt: 20 * ms, Eval: 20 * ms}, yes},
+		{"it waited, and was long itself", 100 * ms, time.Second, Result{Timed: true, Queue: 101 * ms, Prompt: 20 * ms, Eval: 900 * ms}, yes},
+		{"it waited, and the model was loaded first", 600 * ms, 650 * ms, Result{Timed: true, Load: 500 * ms, Queue: 101 * ms, Eval: 50 * ms}, yes},
+		{"it began at once", 100 * ms, 150 * ms, Result{Timed: true, Queue: 3 * ms, Eval: 140 * ms}, no},
+		{"it began at once when the model was loaded", 600 * ms, 650 * ms, Result{Timed: true, Load: 500 * ms, Queue: 5 * ms, Eval: 140 * ms}, no},
+		{"the engine was busy for a while", 100 * ms, 300 * ms, Result{Timed: true, Queue: 40 * ms, Eval: 140 * ms}, unknown},
+		{"the engine was busy for longer", 100 * ms, 900 * ms, Result{Timed: true, Queue: 200 * ms, Eval: 700 * ms}, unknown},
+		{"there was no time to wait", 5 * ms, 50 * ms, Result{Timed: true, Queue: 7 * ms, Eval: 40 * ms}, unknown},
+		{"a stream began before the other one's end", 100 * ms, 200 * ms, Result{FirstByte: 50 * ms}, no},
+		{"a stream began later", 100 * ms, 200 * ms, Result{FirstByte: 150 * ms}, maybe},
+		{"it tells nothing", 100 * ms, 200 * ms, Result{}, maybe},
+		{"it was faster than any if it waited", time.Second, 1500 * ms, Result{Generated: 10}, no},
+		{"it was as fast as others if it waited", time.Second, 2 * time.Second, Result{Generated: 10}, maybe},
+		{"too short to tell", time.Second, 1010 * ms, Result{Generated: leastAnswer - 1}, maybe},
+	} {
+		it := &item{granted: start}
+		if w.gap > 0 {
+			it.overtaken = start.Add(w.gap)
+		}
+		if got := a.judge(it, w.r, start.Add(w.took)); got != w.want {
+			t.Errorf("%s: %d, want %d", w.name, got, w.want)
+		}
+	}
+}
+
+// TestTooMany: what lanes should hold and slots do not tells that there are too many lanes, also where answers tell nothing of time.
+func TestTooMany(t *testing.T) {
+	for _, timed := range []bool{true, false} {
+		x := &runner{want: 2}
+		cold := Result{Answered: true, Total: 1000, Reused: 10, ReusedKnown: true, Timed: timed}
+		warm := cold
+		warm.Reused = 990
+		learn := func(lanes int, r Result) {
+			it := &item{beside: lanes, tokens: 1000, expected: 900, granted: start, overtaken: start.Add(time.Second)}
+			x.want = x.learn(it, r, start.Add(2*time.Second))
+		}
+		learn(2, warm)
+		if x.want != 2 {
+			t.Errorf("timed %v: %d lanes although their prompts are found", timed, x.want)
+		}
+		learn(2, cold)
+		if x.want != 1 {
+			t.Errorf("timed %v: %d lanes although their prompts are not found", timed, x.want)
+		}
+		x.want, x.learner = 4, learner{}
+		for range 20 { // one may have landed elsewhere
+			learn(4, cold)
+			learn(4, warm)
+		}
+		if x.want != 4 {
+			t.Errorf("timed %v: %d lanes although one of two prompts is found", timed, x.want)
+		}
+	}
+}
+
+// TestStuck: with lanes that are learned, requests that take minutes do not hold up all others, however many there are; with
+// lanes that are given, and once it is known that there are no more, they do.
 func TestStuck(t *testing.T) {
 	for _, w := range []struct {
 		name    string
 		cfg     Config
 		ceiling bool
 		service time.Duration // of what was served before; 0: nothing was
-		first   time.Duration // when a lane is added; 0: never
+		next    time.Duration // when one more is tried; 0: never
 	}{
-		{"nothing known", Config{}, false, 0, time.Second},
-		{"short requests", Config{}, false, 100 * time.Millisecond, time.Second},
-		{"long requests", Config{}, false, 20 * time.Second, 20 * time.Second},
+		{"the model is being loaded", Config{}, false, 0, leastStuck + agedQuantum*firstLoad},
+		{"short requests", Config{}, false, 100 * time.Millisecond, leastStuck},
+		{"long requests", Config{}, false, 20 * time.Second, 40 * time.Second},
 		{"ceiling", Config{}, true, 0, 0},
 		{"given", Config{Lanes: 1}, false, 0, 0},
 	} {
@@ -86,53 +336,53 @@ func TestStuck(t *testing.T) {
 			}
 			long := d.add(with(alpha))
 			d.granted(long)
-			d.q.servers[0].runners[0].learner.ceiling = w.ceiling
-			d.now = d.now.Add(time.Hour)
-			for i := range uint64(3) {
+			d.q.servers[0].runners[0].learner = learner{ceiling: w.ceiling, pause: firstPause}
+			for i := range uint64(4) {
 				d.add(request("m", seg{id: 50 + i, tokens: 500}))
 			}
 			d.granted()
-			if w.first == 0 {
+			if w.next == 0 {
 				if at, ok := d.q.Next(); ok {
 					t.Errorf("looks again after %v", at.Sub(d.now))
 				}
 				return
 			}
-			for n := 2; n <= 4; n++ { // one at a time
-				if wait := d.wake(); wait != w.first {
-					t.Errorf("lane %d comes after %v", n, wait)
+			for n := range 4 { // one at a time
+				want := w.next
+				if n == 0 {
+					want = leastLead
 				}
-				if len(d.q.Grants()) != 1 || d.q.servers[0].runners[0].want != n {
-					t.Fatalf("%d lanes", d.q.servers[0].runners[0].want)
+				if wait := d.wake(); wait != want || len(d.q.Grants()) != 1 {
+					t.Fatalf("number %d comes after %v, want %v", n, wait, want)
 				}
 			}
-			if d.q.Len() != 0 {
-				t.Errorf("%d still wait", d.q.Len())
+			if x := d.q.servers[0].runners[0]; d.q.Len() != 0 || x.want != 1 {
+				t.Errorf("%d still wait, for %d lanes", d.q.Len(), x.want)
 			}
 		})
 	}
 }
 
-// TestStuckUntold: a lane that was added because all were stuck goes again with what was stuck, if no answer has told meanwhile
-// whether it was right; lanes would add up otherwise.
-func TestStuckUntold(t *testing.T) {
-	for _, w := range []struct {
-		other Result
-		lanes int
-	}{{served, 1}, {evaluated(500, 500), 2}} {
-		d := newDesk(t, Config{})
-		long := d.add(with(alpha))
-		d.granted(long)
-		other := d.add(request("m", seg{id: 50, tokens: 500}))
-		d.wake()
-		d.granted(other)
-		d.done(other, w.other, time.Second)
-		if lanes := d.q.servers[0].runners[0].want; lanes != 2 {
-			t.Errorf("%d lanes while a request is stuck", lanes)
+func scripts(s *sim, n, each int) {
+	for c := range n {
+		p := text(1000)
+		var jobs []*job
+		for range each {
+			jobs = append(jobs, &job{segs: []seg{p, text(60)}, gen: 16, client: fmt.Sprint("script", c)})
 		}
-		d.done(long, served, time.Minute)
-		if lanes := d.q.servers[0].runners[0].want; lanes != w.lanes {
-			t.Errorf("%d lanes at the end, want %d", lanes, w.lanes)
+		s.after(time.Duration(c)*time.Millisecond, func() { s.closed(jobs, 5*time.Millisecond) })
+	}
+}
+
+func chats(s *sim) {
+	system := text(500)
+	for c := range 4 {
+		var jobs []*job
+		segs := []seg{system}
+		for range 10 {
+			segs = append(slices.Clone(segs), text(60+7*c))
+			jobs = append(jobs, &job{segs: segs, gen: 60, client: fmt.Sprint("client", c)})
 		}
+		s.after(time.Duration(c)*time.Millisecond, func() { s.chat(jobs, 5*time.Millisecond) })
 	}
 }

@@ -51,7 +51,6 @@ func (x *runner) unused() int {
 	}
 	for i, t := range taken {
 		if !t {
-			x.names = max(x.names, i+1)
 			return i
 		}
 	}

@@ -1,6 +1,7 @@
 // Command demo shows what the proxy is for, on a real Ollama with a small real model and unmodified clients: the same
 // questions directly and through the proxy, and what becomes of the model when nobody asks for a while; then, for two
-// scripts with a long prefix each, what the proxy's ledger says of reused tokens, beside the server's own log.
+// scripts with a long prefix each, what the proxy's ledger says of reused tokens, beside the server's own log; last, what
+// comes of many prefixes at once, and of two num_ctx in turn, directly and through the proxy.
 //
 //	go run ./integration/cmd/demo
 //	go run ./integration/cmd/demo -era 0.24.0
@@ -119,7 +120,10 @@ func run(ctx context.Context, era string, out io.Writer) (err error) {
 	if err := report(out, direct, proxied); err != nil {
 		return err
 	}
-	return d.prefixes(p.URL)
+	if err := d.prefixes(p.URL); err != nil {
+		return err
+	}
+	return lanes(ctx, era, binary, out)
 }
 
 type demo struct {

@@ -113,6 +113,10 @@ func (d demo) prefixes(proxyURL string) error {
 		options := map[string]any{"temperature": 0, "num_predict": 12}
 		if a.numCtx > 0 {
 			options["num_ctx"] = a.numCtx
+			// The model is loaded anew for it, which can end the engine before it has written of the last request.
+			if _, err := d.server.WaitEvaluations(d.ctx, mark, i); err != nil {
+				return err
+			}
 		}
 		var got strings.Builder
 		err := client.Chat(d.ctx, &api.ChatRequest{

@@ -1,0 +1,273 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
+)
+
+// experiments are the table's, in its order.
+func (b *bench) experiments() []experiment {
+	var all []experiment
+	add := func(w workload, notes ...func(c compared) []row) {
+		all = append(all, experiment{w.name, func(ctx context.Context) ([]row, error) {
+			c, err := b.compare(ctx, w)
+			if err != nil {
+				return nil, err
+			}
+			rows := []row{c.row()}
+			for _, n := range notes {
+				rows = append(rows, n(c)...)
+			}
+			return rows, nil
+		}})
+	}
+	for _, slots := range []int{1, 4} {
+		add(b.shuffled(slots, false))
+		if b.era != realollama.EraA {
+			add(b.shuffled(slots, true))
+		}
+	}
+	add(b.scripts(10))
+	add(b.scripts(40))
+	if costly := (&bench{b.era, "gen-llama-costly", b.binary}); b.model != costly.model {
+		w := costly.scripts(10)
+		w.name += ", " + costly.model
+		add(w)
+	}
+	add(b.hot(1))
+	add(b.hot(4))
+	add(b.numCtx())
+	add(b.runners(true))
+	add(b.runners(false))
+	for _, slots := range []int{1, 2, 4} {
+		add(b.chats(slots), sharedPrompt)
+	}
+	add(b.mixed(), func(c compared) []row { return append(latencies(c, "interactive"), latencies(c, "batch")...) })
+	all = append(all, experiment{b.batch(true).name, b.interactive})
+	add(b.unequal(), fairness)
+	add(b.decode())
+	all = append(all, experiment{"a lone client", b.lone})
+	whole := func(c compared) []row { return latencies(c, "") }
+	add(b.upstreams(6, false), whole)
+	each := 18 // so many that the proxy has time to find a server revived
+	if b.era == realollama.EraA {
+		each = 6 // it evaluates most of it each time, which takes as long
+	}
+	add(b.upstreams(each, true), whole, losses)
+	return all
+}
+
+// latencies are how long requests of a priority took.
+func latencies(c compared, priority string) []row {
+	var rows []row
+	for _, part := range []struct {
+		name string
+		part float64
+	}{{"median", 0.5}, {"p99", 0.99}} {
+		label := part.name + ", ms"
+		if priority != "" {
+			label = priority + ": " + label
+		}
+		rows = append(rows, note(label, c.each(func(r result) string {
+			return fmt.Sprintf("%.1f", ms(r.latency(priority, part.part)))
+		})))
+	}
+	return rows
+}
+
+func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
+
+// sharedPrompt compares with what several slots must evaluate at least, since none can copy the system prompt from another.
+// (The least possible, on one slot, evaluates it once.)
+func sharedPrompt(c compared) []row {
+	slots := min(c.w.config.Parallel, len(c.w.clients))
+	if slots == 1 || len(c.least.evaluations) <= chatTurns {
+		return nil
+	}
+	once := c.least.evaluations[chatTurns].Reused // the second chat's first turn
+	least := c.least.evaluated + (slots-1)*once
+	return []row{note(fmt.Sprintf("relative to the system prompt once on each slot, %d", least), c.over(least))}
+}
+
+// interactive measures what an interactive request waits for, and what it costs the batch that it is among.
+func (b *bench) interactive(ctx context.Context) ([]row, error) {
+	c, err := b.compare(ctx, b.batch(true))
+	if err != nil {
+		return nil, err
+	}
+	var overtaken, cost [ways]string
+	for i, r := range c.by {
+		var own int
+		for place, d := range r.done {
+			if d.q.priority == "interactive" {
+				overtaken[i] = fmt.Sprint(place - d.before)
+				own = d.prompt // with a prefix of its own all of it is evaluated
+			}
+		}
+		if way(i) == direct {
+			continue
+		}
+		without, err := b.measure(ctx, b.batch(false), way(i))
+		if err != nil {
+			return nil, fmt.Errorf("without: %w", err)
+		}
+		cost[i] = fmt.Sprint(r.evaluated - own - without.evaluated)
+	}
+	return []row{
+		c.row(), latencies(c, "interactive")[0],
+		note("batch requests answered between its arrival and its answer", overtaken),
+		note("tokens that the batch has evaluated more than without it", cost),
+	}, nil
+}
+
+// generatedWeight is how many evaluated tokens a generated one counts as, when clients are compared.
+const generatedWeight = 10
+
+// fairness follows the service of two clients, in tokens evaluated and generated, for as long as both have requests waiting.
+// A quantum is twenty prompts' worth, as in the proxy, here of what the two ask for on average.
+func fairness(c compared) []row {
+	var prompts, largest float64
+	for _, d := range c.least.done {
+		prompts += float64(d.prompt)
+		largest = max(largest, float64(d.prompt+generatedWeight*d.generated))
+	}
+	quantum := max(20*prompts/float64(len(c.least.done)), largest)
+	return []row{
+		note(fmt.Sprintf("largest difference in service, in quanta (a quantum and a largest request: %.1f)", 1+largest/quantum), c.each(func(r result) string {
+			difference, _ := service(r, quantum)
+			return fmt.Sprintf("%.1f", difference)
+		})),
+		note("Jain index over ten quanta, for each ten", c.each(func(r result) string {
+			_, jain := service(r, quantum)
+			return strings.Join(jain, ", ")
+		})),
+	}
+}
+
+// service returns how many quanta one client was ahead of the other at most, and for each ten quanta how fairly they were
+// divided: 1 is evenly, 0.5 all to one (Jain, Chiu and Hawe, DEC-TR-301, 1984). It needs a server with one slot, whose log has prompts
+// in the order in which they are answered.
+func service(r result, quantum float64) (difference float64, jain []string) {
+	left := []int{longs, shorts}
+	var total, window [2]float64
+	for i := 0; i < min(len(r.done), len(r.evaluations)) && left[0] > backlog && left[1] > backlog; i++ {
+		from := r.done[i].from
+		left[from]--
+		cost := float64(r.evaluations[i].Evaluated + generatedWeight*r.done[i].generated)
+		total[from] += cost
+		window[from] += cost
+		difference = max(difference, (total[0]-total[1])/quantum, (total[1]-total[0])/quantum)
+		if sum := window[0] + window[1]; sum >= 10*quantum {
+			jain = append(jain, fmt.Sprintf("%.3f", sum*sum/2/(window[0]*window[0]+window[1]*window[1])))
+			window = [2]float64{}
+		}
+	}
+	return difference, jain
+}
+
+// losses tells what became of requests while a server was gone, and how much was evaluated beside what must be: a prefix that
+// only that server held, once more if it is asked for again.
+func losses(c compared) []row {
+	failed := c.each(func(r result) string { return fmt.Sprintf("%d, %d", r.retried, len(r.failed)) })
+	over := c.each(func(r result) string {
+		once := c.least.evaluations[1].Reused
+		lost := map[int]bool{}
+		again := 0
+		for i, d := range r.done {
+			switch killed := len(c.least.done) / 3; {
+			case i < killed && d.server == serverName(0):
+				lost[d.q.prefix] = true
+			case i < killed: // on another server, too
+				delete(lost, d.q.prefix)
+			case lost[d.q.prefix]:
+				again++
+				delete(lost, d.q.prefix)
+			}
+		}
+		least := c.least.evaluated + again*once
+		return fmt.Sprintf("%.2f of %d", float64(r.evaluated)/float64(least), least)
+	})
+	return []row{note("errors that clients met, requests lost", failed), note("relative to the least possible and what was lost", over)}
+}
+
+// lone measures what the proxy adds for a client that sends one request at a time: directly and through it in turn, on one
+// server. A bare reverse proxy takes its turn, too.
+func (b *bench) lone(ctx context.Context) (rows []row, err error) {
+	const (
+		bare   = int(ways)
+		rounds = 300
+		first  = 5 // rounds in which the model is loaded and connections are opened
+	)
+	config := b.config(1, true)
+	config.Version = b.era
+	server, err := realollama.Run(ctx, config, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, server.Stop()) }()
+	var urls [bare + 1]string
+	for _, how := range []way{direct, given, auto} {
+		url, stop, err := b.front(ctx, how, []*realollama.Server{server}, 1)
+		if err != nil {
+			return nil, err
+		}
+		defer func() { err = errors.Join(err, stop()) }()
+		urls[how] = url
+	}
+	url, stop, err := serveLeastLoaded([]*realollama.Server{server})
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, stop()) }()
+	urls[bare] = url
+
+	var took, added [bare + 1][]time.Duration
+	equal := 0
+	client := clientFrom("")
+	defer client.CloseIdleConnections()
+	for n := range rounds + first {
+		var now [bare + 1]time.Duration
+		var texts [bare + 1]string
+		for i := range urls {
+			i = (i + n) % len(urls) // each comes first in turn
+			sent := time.Now()
+			a, err := ask(ctx, client, urls[i], b.chat(0, 600, n))
+			if err != nil {
+				return nil, err
+			}
+			now[i], texts[i] = time.Since(sent), a.text
+		}
+		if n < first {
+			continue
+		}
+		for i := range urls {
+			took[i] = append(took[i], now[i])
+			added[i] = append(added[i], now[i]-now[direct])
+		}
+		if texts[given] == texts[direct] && texts[auto] == texts[direct] {
+			equal++
+		}
+	}
+	each := func(figure func(i int) string) (all [ways]string) {
+		for i := range ways {
+			all[i] = figure(int(i))
+		}
+		return all
+	}
+	quantiles := func(part float64) func(i int) string {
+		return func(i int) string { return fmt.Sprintf("%.2f", ms(quantile(took[i], part))) }
+	}
+	return []row{
+		{fmt.Sprintf("a lone client × %d, directly and through the proxy in turn", rounds), fmt.Sprint(rounds), "", "", "", "", "", "", fmt.Sprintf("%d of %d", equal, rounds)},
+		note("median, ms", each(quantiles(0.5))),
+		note("p95, ms", each(quantiles(0.95))),
+		note(fmt.Sprintf("added, median of the differences, ms (by a bare reverse proxy: %.2f)", ms(quantile(added[bare], 0.5))), each(func(i int) string {
+			return fmt.Sprintf("%.2f", ms(quantile(added[i], 0.5)))
+		})),
+	}, nil
+}

@@ -1,0 +1,367 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/proxyprocess"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
+)
+
+// bench is what all measurements have in common.
+type bench struct {
+	era, model, binary string
+}
+
+// way is how requests come to the server.
+type way int
+
+const (
+	direct way = iota // with several servers: by leastLoaded
+	given             // through the proxy, which is told how many slots there are
+	auto              // through the proxy, which learns that
+	ways
+
+	least // directly, one at a time, in the best order
+)
+
+// result is what one way came to.
+type result struct {
+	evaluated, loads int
+	wall             time.Duration
+	done             []completion
+	evaluations      []realollama.Evaluation // in the order of the log
+	retried          int                     // requests that failed and were sent once more
+	failed           []error                 // … and failed again
+}
+
+// latency returns how long the requests of a priority took, so that the given part of them took no longer.
+func (r result) latency(priority string, part float64) time.Duration {
+	var all []time.Duration
+	for _, c := range r.done {
+		if c.q.priority == priority {
+			all = append(all, c.took)
+		}
+	}
+	return quantile(all, part)
+}
+
+func quantile(all []time.Duration, part float64) time.Duration {
+	if len(all) == 0 {
+		return 0
+	}
+	slices.Sort(all)
+	return all[min(int(part*float64(len(all))), len(all)-1)]
+}
+
+// compare measures all ways in turn; several times if the workload says so, and of each way the run that took the median time
+// counts.
+func (b *bench) compare(ctx context.Context, w workload) (c compared, err error) {
+	c.w = w
+	if c.least, err = b.measure(ctx, w, least); err != nil {
+		return c, fmt.Errorf("least possible: %w", err)
+	}
+	var all [ways][]result
+	for range max(1, w.runs) {
+		for i, name := range [ways]string{"directly", "slots given", "auto"} {
+			r, err := b.measure(ctx, w, way(i))
+			if err != nil {
+				return c, fmt.Errorf("%s: %w", name, err)
+			}
+			all[i] = append(all[i], r)
+		}
+	}
+	for i, runs := range all {
+		slices.SortFunc(runs, func(a, b result) int { return cmp.Compare(a.wall, b.wall) })
+		c.by[i] = runs[len(runs)/2]
+	}
+	return c, nil
+}
+
+// limit is how long a workload may take: longer than any does, unless something has come to a standstill.
+const limit = 3 * time.Minute
+
+// measure runs a workload on fresh servers.
+func (b *bench) measure(ctx context.Context, w workload, how way) (r result, err error) {
+	config := w.config
+	config.Version = b.era
+	n := max(1, w.servers)
+	if how == least {
+		config.CacheRAMMiB, config.Parallel, n = nil, 0, 1
+	}
+	var servers []*realollama.Server
+	var marks []realollama.Mark
+	for range n {
+		s, err := realollama.Run(ctx, config, nil)
+		if err != nil {
+			return r, err
+		}
+		defer func() { err = errors.Join(err, s.Stop()) }()
+		servers, marks = append(servers, s), append(marks, s.Mark())
+	}
+	url, stop, err := b.front(ctx, how, servers, max(1, config.Parallel))
+	if err != nil {
+		return r, err
+	}
+	defer func() { err = errors.Join(err, stop()) }()
+
+	ctx, end := context.WithTimeoutCause(ctx, limit, fmt.Errorf("it is not done after %v", limit))
+	defer end()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	p := &player{ctx: ctx, cancel: cancel, url: url, retries: w.retries}
+	if w.events != nil && how != least {
+		p.events = w.events(p, servers)
+	}
+	begin := time.Now()
+	p.play(w, how == least)
+	r.wall = time.Since(begin)
+	r.done, r.retried, r.failed = p.done, p.retried, p.failed
+	if err := context.Cause(ctx); err != nil {
+		return r, err
+	}
+	for i, s := range servers {
+		r.loads += s.Loads(marks[i])
+	}
+	r.evaluations, err = evaluations(ctx, servers, marks, len(p.done))
+	if missing := len(p.done) - len(r.evaluations); err != nil && (ctx.Err() != nil || missing > r.loads) {
+		return r, err
+	} else if missing > 0 { // a load, or a kill, ends the engine of the model before, sometimes before it has written its last line
+		fmt.Fprintf(os.Stderr, "%s: the server's log lacks %d of %d evaluations\n", w.name, missing, len(p.done))
+	}
+	for _, e := range r.evaluations {
+		r.evaluated += max(e.Evaluated, 1)
+	}
+	return r, nil
+}
+
+// evaluations waits until the logs tell of n prompts, for two seconds at most.
+func evaluations(ctx context.Context, servers []*realollama.Server, marks []realollama.Mark, n int) (all []realollama.Evaluation, err error) {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	for {
+		all = nil
+		for i, s := range servers {
+			all = append(all, s.Evaluations(marks[i])...)
+		}
+		if len(all) >= n {
+			return all, nil
+		}
+		select {
+		case <-ctx.Done():
+			return all, fmt.Errorf("the servers' logs have %d of %d evaluations: %w", len(all), n, ctx.Err())
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// front starts what requests are sent to, and returns its URL.
+func (b *bench) front(ctx context.Context, how way, servers []*realollama.Server, slots int) (url string, stop func() error, err error) {
+	switch {
+	case how == direct && len(servers) > 1:
+		return serveLeastLoaded(servers)
+	case how == direct || how == least:
+		return servers[0].URL(), func() error { return nil }, nil
+	}
+	flags := []string{"--slots", "auto"}
+	if how == given {
+		flags = []string{"--slots", fmt.Sprint(slots)}
+	}
+	upstream := servers[0].URL()
+	if len(servers) > 1 {
+		upstream = serverName(0) + "=" + upstream
+		for i, s := range servers[1:] {
+			flags = append(flags, "--upstream", serverName(i+1)+"="+s.URL())
+		}
+	}
+	p, err := proxyprocess.Start(ctx, b.binary, upstream, flags...)
+	if err != nil {
+		return "", nil, err
+	}
+	return p.URL, p.Stop, nil
+}
+
+// player sends a workload's requests and notes what becomes of them.
+type player struct {
+	ctx     context.Context
+	cancel  context.CancelCauseFunc // when a request fails, or something that was to happen does not
+	url     string
+	retries bool // a request that fails is sent once more
+	events  map[int]func() error
+	wg      sync.WaitGroup
+
+	mu      sync.Mutex // guards all below
+	done    []completion
+	retried int
+	failed  []error
+}
+
+// completion is a request that was answered.
+type completion struct {
+	q    request
+	from int // of the clients
+	answer
+	took   time.Duration
+	before int // how many requests had been answered when it was sent
+}
+
+// play sends all requests, or those of the best order one at a time.
+func (p *player) play(w workload, best bool) {
+	clients := w.clients
+	if best && w.best == nil {
+		clients = [][]request{w.least}
+	}
+	for i, list := range clients {
+		var address string
+		if w.addresses != nil && !best {
+			address = w.addresses[i]
+		}
+		client := clientFrom(address)
+		defer client.CloseIdleConnections()
+		switch {
+		case best:
+			p.wg.Wait() // one client after the other
+			p.wg.Go(func() { p.sequence(client, i, list, w.chats) })
+		case w.open:
+			for k, q := range list {
+				p.wg.Go(func() {
+					// In the order of the list, client by client: what comes first is to be there first.
+					time.Sleep(time.Duration(k*len(clients)+i) * time.Millisecond)
+					p.send(client, i, q)
+				})
+			}
+		case w.depth > 1:
+			queue := make(chan request, len(list))
+			for _, q := range list {
+				queue <- q
+			}
+			close(queue)
+			for range w.depth {
+				p.wg.Go(func() {
+					for q := range queue {
+						p.send(client, i, q)
+					}
+				})
+			}
+		default:
+			p.wg.Go(func() { p.sequence(client, i, list, w.chats) })
+		}
+	}
+	p.wg.Wait()
+}
+
+// sequence sends requests one after the other, each when the last one is answered. Of a chat, answers become messages.
+func (p *player) sequence(client *http.Client, from int, list []request, chat bool) {
+	var history []message
+	for i, q := range list {
+		if chat && i > 0 {
+			q.messages = append(slices.Clone(history), q.messages[len(q.messages)-1])
+		}
+		text := p.send(client, from, q)
+		if chat {
+			history = append(slices.Clone(q.messages), message{"assistant", text})
+		}
+	}
+}
+
+// send returns what was answered, "" for an error.
+func (p *player) send(client *http.Client, from int, q request) string {
+	if p.ctx.Err() != nil {
+		return ""
+	}
+	p.mu.Lock()
+	before := len(p.done)
+	p.mu.Unlock()
+	sent := time.Now()
+	a, err := ask(p.ctx, client, p.url, q)
+	if err != nil && p.retries {
+		p.mu.Lock()
+		p.retried++
+		p.mu.Unlock()
+		a, err = ask(p.ctx, client, p.url, q)
+	}
+	took := time.Since(sent)
+	p.mu.Lock()
+	if err != nil {
+		p.failed = append(p.failed, err)
+		p.mu.Unlock()
+		if !p.retries {
+			p.cancel(err)
+		}
+		return ""
+	}
+	p.done = append(p.done, completion{q, from, a, took, before})
+	event := p.events[len(p.done)]
+	p.mu.Unlock()
+	if event != nil {
+		p.wg.Go(func() {
+			if err := event(); err != nil {
+				p.cancel(err)
+			}
+		})
+	}
+	return a.text
+}
+
+// clientFrom returns a client whose connections come from a local address; "" for any.
+func clientFrom(address string) *http.Client {
+	var dialer net.Dialer
+	if address != "" {
+		dialer.LocalAddr = &net.TCPAddr{IP: net.ParseIP(address)}
+	}
+	return &http.Client{Transport: &http.Transport{DialContext: dialer.DialContext, MaxIdleConnsPerHost: 1000}}
+}
+
+// answer is what a server says to a request.
+type answer struct {
+	text              string
+	prompt, generated int    // tokens
+	server            string // that answered, of several
+}
+
+func ask(ctx context.Context, client *http.Client, url string, q request) (a answer, err error) {
+	options := map[string]any{"temperature": 0, "seed": 1, "num_predict": q.generate}
+	if q.numCtx > 0 {
+		options["num_ctx"] = q.numCtx
+	}
+	body, err := json.Marshal(map[string]any{"model": q.model, "stream": false, "options": options, "messages": q.messages})
+	if err != nil {
+		return a, err
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url+"/api/chat", bytes.NewReader(body))
+	if err != nil {
+		return a, err
+	}
+	req.Header.Set("Content-Type", "application/json")
+	if q.priority != "" {
+		req.Header.Set("X-Cacheproxy-Priority", q.priority)
+	}
+	res, err := client.Do(req)
+	if err != nil {
+		return a, err
+	}
+	defer res.Body.Close()
+	var said struct {
+		Message   message
+		Prompt    int `json:"prompt_eval_count"`
+		Generated int `json:"eval_count"`
+		Error     string
+	}
+	if err := json.NewDecoder(res.Body).Decode(&said); err != nil {
+		return a, fmt.Errorf("%s: %w", res.Status, err)
+	}
+	if res.StatusCode != http.StatusOK {
+		return a, fmt.Errorf("%s: %s", res.Status, said.Error)
+	}
+	return answer{said.Message.Content, said.Prompt, said.Generated, res.Header.Get(headerServer)}, nil
+}

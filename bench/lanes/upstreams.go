@@ -1,0 +1,101 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"net/url"
+	"sync"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
+)
+
+// headerServer names, on an answer, which of several servers it comes from.
+const headerServer = "X-Cacheproxy-Upstream"
+
+// serverName is the name by which the proxy is told of one of several servers.
+func serverName(i int) string { return string(rune('a' + i)) }
+
+// leastLoaded is the router to beat: each request goes to the server with the fewest under way, to each in turn of several. One that
+// does not answer is left alone for a second.
+type leastLoaded struct {
+	mu       sync.Mutex // guards what is in the backends, too
+	backends []*backend
+	turn     int
+}
+
+type backend struct {
+	name  string
+	proxy *httputil.ReverseProxy
+	busy  int
+	until time.Time // when it is tried again
+}
+
+// serveLeastLoaded serves a leastLoaded on a free port of loopback.
+func serveLeastLoaded(servers []*realollama.Server) (string, func() error, error) {
+	l := &leastLoaded{}
+	for i, s := range servers {
+		u, err := url.Parse(s.URL())
+		if err != nil {
+			return "", nil, err
+		}
+		b := &backend{name: serverName(i)}
+		b.proxy = &httputil.ReverseProxy{
+			Rewrite:   func(r *httputil.ProxyRequest) { r.SetURL(u) },
+			Transport: &http.Transport{MaxIdleConnsPerHost: 1000},
+			ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) {
+				l.mu.Lock()
+				b.until = time.Now().Add(time.Second)
+				l.mu.Unlock()
+				w.WriteHeader(http.StatusBadGateway)
+				fmt.Fprintf(w, `{"error": %q}`, err)
+			},
+		}
+		l.backends = append(l.backends, b)
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", nil, err
+	}
+	server := &http.Server{Handler: l}
+	ended := make(chan error, 1)
+	go func() { ended <- server.Serve(listener) }() // until it is closed
+	return "http://" + listener.Addr().String(), func() error {
+		err := server.Close()
+		if served := <-ended; !errors.Is(served, http.ErrServerClosed) {
+			err = errors.Join(err, fmt.Errorf("serving: %w", served))
+		}
+		return err
+	}, nil
+}
+
+func (l *leastLoaded) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	b := l.take()
+	defer l.give(b)
+	w.Header().Set(headerServer, b.name)
+	b.proxy.ServeHTTP(w, r)
+}
+
+func (l *leastLoaded) take() *backend {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.turn++
+	best := l.backends[l.turn%len(l.backends)]
+	for i := range l.backends {
+		b := l.backends[(l.turn+i)%len(l.backends)]
+		if b.until.Before(time.Now()) && (b.busy < best.busy || best.until.After(time.Now())) {
+			best = b
+		}
+	}
+	best.busy++
+	return best
+}
+
+func (l *leastLoaded) give(b *backend) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	b.busy--
+}

@@ -1,0 +1,184 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"sync"
+	"text/tabwriter"
+	"time"
+
+	"github.com/ollama/ollama/api"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/proxyprocess"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
+)
+
+// The last part: many long prefixes in turn, and two num_ctx in turn. The model has random weights and takes a millisecond
+// or less for a token; its answers are compared, not shown.
+const (
+	lanesModel   = "gen-llama-costly"
+	lanePrefixes = 6
+	laneEach     = 4 // requests of each prefix
+	laneContexts = 8 // requests with one num_ctx and the other in turn
+)
+
+// question is a request of the last part.
+type question struct {
+	prefix, n, numCtx int
+}
+
+// interleaved are its two loads, one after the other, by clients: each asks one question after the other.
+func interleaved() (loads [2][][]question) {
+	for n := range laneEach {
+		for p := range lanePrefixes {
+			loads[0] = append(loads[0], []question{{p, n, 4096}})
+		}
+	}
+	loads[1] = make([][]question, 2)
+	for n := range laneContexts {
+		loads[1][n%2] = append(loads[1][n%2], question{lanePrefixes, n, []int{4096, 2048}[n%2]})
+	}
+	return loads
+}
+
+// effort is what one way came to.
+type effort struct {
+	requests, evaluated, loads int
+	wall                       time.Duration
+	answers                    map[question]string
+}
+
+// lanes asks the same directly and through the proxy, each time of a server of its own that has one slot, and no memory for
+// prompts beside it (as when what is asked for in turn outgrows it).
+func lanes(ctx context.Context, era, binary string, out io.Writer) error {
+	fmt.Fprintf(out, "\n%d prefixes × %d requests at once, then two scripts with a num_ctx each, %d requests in turn: directly and through the proxy (--slots auto) …\n\n",
+		lanePrefixes, laneEach, laneContexts)
+	direct, err := tryLanes(ctx, era, "")
+	if err != nil {
+		return fmt.Errorf("directly: %w", err)
+	}
+	proxied, err := tryLanes(ctx, era, binary)
+	if err != nil {
+		return fmt.Errorf("through the proxy: %w", err)
+	}
+	equal := 0
+	for q, a := range direct.answers {
+		if proxied.answers[q] == a {
+			equal++
+		}
+	}
+	t := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
+	fmt.Fprintf(t, "\tdirectly\tthrough the proxy\n")
+	fmt.Fprintf(t, "prompt tokens evaluated (server's log)\t%d\t%d\n", direct.evaluated, proxied.evaluated)
+	fmt.Fprintf(t, "model loads (server's log)\t%d\t%d\n", direct.loads, proxied.loads)
+	fmt.Fprintf(t, "seconds\t%.1f\t%.1f\n", direct.wall.Seconds(), proxied.wall.Seconds())
+	fmt.Fprintf(t, "answers\t%d\t%d, %d equal\n", direct.requests, proxied.requests, equal)
+	t.Flush()
+	if proxied.evaluated >= direct.evaluated || proxied.loads >= direct.loads {
+		return errors.New("this is not what the proxy promises: fewer tokens evaluated and fewer loads")
+	}
+	return nil
+}
+
+// tryLanes asks through the proxy if binary is given.
+func tryLanes(ctx context.Context, era, binary string) (e effort, err error) {
+	config := realollama.Config{Version: era, Models: []string{lanesModel}, KeepAlive: "10m"}
+	if era != realollama.EraA { // which has no such memory
+		config.CacheRAMMiB = new(int)
+	}
+	server, err := realollama.Run(ctx, config, nil)
+	if err != nil {
+		return e, err
+	}
+	defer func() { err = errors.Join(err, server.Stop()) }()
+	url := server.URL()
+	if binary != "" {
+		p, err := proxyprocess.Start(ctx, binary, url, "--slots", "auto")
+		if err != nil {
+			return e, err
+		}
+		defer func() { err = errors.Join(err, p.Stop()) }()
+		url = p.URL
+	}
+	mark, begin := server.Mark(), time.Now()
+	e.answers = map[question]string{}
+	for _, clients := range interleaved() {
+		if err := e.play(ctx, url, clients); err != nil {
+			return e, err
+		}
+	}
+	e.wall = time.Since(begin)
+	// A load ends the engine of the load before, sometimes before that has written its last line.
+	log, err := server.WaitEvaluations(ctx, mark, e.requests-server.Loads(mark))
+	if err != nil {
+		return e, err
+	}
+	for _, l := range log {
+		e.evaluated += l.Evaluated
+	}
+	e.loads = server.Loads(mark)
+	return e, nil
+}
+
+// play has clients ask all their questions.
+func (e *effort) play(ctx context.Context, url string, clients [][]question) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var mu sync.Mutex // guards e
+	var wg sync.WaitGroup
+	for i, list := range clients {
+		wg.Go(func() {
+			time.Sleep(time.Duration(i) * time.Millisecond) // so that they come in this order
+			for _, q := range list {
+				text, err := q.ask(ctx, url)
+				if err != nil {
+					cancel(err)
+					return
+				}
+				mu.Lock()
+				e.requests++
+				e.answers[q] = text
+				mu.Unlock()
+			}
+		})
+	}
+	wg.Wait()
+	return context.Cause(ctx)
+}
+
+func (q question) ask(ctx context.Context, url string) (string, error) {
+	stream := false
+	instructions := fmt.Sprintf("You are judge number %d. %s", q.prefix, jobs[q.prefix%len(jobs)].instructions)
+	body, err := json.Marshal(api.ChatRequest{
+		Model: lanesModel, Stream: &stream, Options: map[string]any{"temperature": 0, "num_predict": 4, "num_ctx": q.numCtx},
+		Messages: []api.Message{{Role: "system", Content: instructions}, {Role: "user", Content: fmt.Sprintf("Text number %d.", q.n)}},
+	})
+	if err != nil {
+		return "", err
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url+"/api/chat", bytes.NewReader(body))
+	if err != nil {
+		return "", err
+	}
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return "", err
+	}
+	defer res.Body.Close()
+	var answer struct {
+		api.ChatResponse
+		Error string
+	}
+	if err := json.NewDecoder(res.Body).Decode(&answer); err != nil {
+		return "", fmt.Errorf("reading an answer: %w", err)
+	}
+	if res.StatusCode != http.StatusOK {
+		return "", fmt.Errorf("asking for a text: %s: %s", res.Status, answer.Error)
+	}
+	return answer.Message.Content, nil
+}

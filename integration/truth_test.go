@@ -29,7 +29,7 @@ func TestTruth(t *testing.T) {
 				// A place has ended when its subtest has: two servers at once would disturb each other.
 				t.Run(at.name, func(t *testing.T) {
 					server := realollama.Start(t, at.config)
-					p := startProxy(t, server.URL())
+					p := startProxy(t, server.URL(), "--slots", "off") // four requests at once are four at once
 					for _, w := range at.workloads {
 						c := compareTruth(t, server, p, w)
 						all.add(c)

@@ -9,14 +9,16 @@ import (
 // whether it waited inside Ollama: if the time that it spent there on nothing (Result.Queue) is about as long as it took until
 // one of the others ended, it waited for that one's slot. If it did not wait, there is a lane more from then on, and the next
 // one is tried. If it did, that is all there are, and one more is tried only after a pause that doubles each time. Until then
-// it has cost at most one prefix: it is taken to have landed where the first one ended, and no other is tried meanwhile.
+// it has cost at most one prefix: it is taken to have landed where the first one ended, and no other is tried meanwhile. Lanes are
+// given up when requests wait, or do not find what their slots should hold.
 
 // learner is what is known of the number of slots of a runner.
 type learner struct {
 	idle    mean    // ns that Ollama takes for other things than waiting, as requests that were alone tell
 	fastest float64 // tokens for each ns that a request generated that was alone, at most; of late
-	doubt   int     // what tells that requests wait with this many lanes, since one last did not
+	doubt   int     // what tells that requests wait with this many lanes, less what tells that they do not
 	tried   int     // … with one more
+	fits    int     // requests in a row that were tried and did not wait
 	ceiling bool    // one more lane was one too many
 	seen    int     // requests since then
 	pause   int     // how many of them until one more is tried
@@ -30,10 +32,12 @@ const (
 	leastGap = 8 * time.Millisecond
 	// leastStuck is how long nothing was granted before one more is tried although another one that was tried is under way.
 	leastStuck = time.Second
-	firstPause = 32 // requests
+	firstPause = 16 // requests
 	lastPause  = 4096
 	// patient is for how many pauses one more is tried only where that costs nothing if it waits.
 	patient = 16
+	// sureLanes is up to how many lanes one that did not wait is enough.
+	sureLanes = 4
 	// leastAnswer is how many tokens are generated at least for their pace to tell anything.
 	leastAnswer = 8
 	// leastWeight is as how many tokens of a prompt it takes to generate one, at least.
@@ -130,8 +134,10 @@ func (x *runner) learn(it *item, r Result, now time.Time) int {
 		return lanes
 	}
 	v := a.judge(it, r, now)
-	if !it.tries && r.ReusedKnown && v != yes {
-		v = it.found(r)
+	if !it.tries && r.ReusedKnown {
+		if f := it.found(r); f != unknown {
+			v = f
+		}
 	}
 	if it.beside == 1 && it.overtaken.IsZero() { // it did not wait
 		if r.Timed && x.busy == 0 {
@@ -144,18 +150,24 @@ func (x *runner) learn(it *item, r Result, now time.Time) int {
 	}
 	switch {
 	case it.tries && v == no:
+		// The more slots are busy, the less it is certain which request waits, and a lane too many has many prompts evaluated again.
+		if a.fits++; it.beside > sureLanes && a.fits < 2 {
+			return lanes
+		}
+		a.fits = 0
 		a.doubt, a.tried, a.ceiling, a.pause = 0, 0, false, 0
 		return max(lanes, it.beside)
 	case it.tries && it.beside == lanes+1:
+		a.fits = 0
 		if a.tried += max(int(v), int(maybe)); a.tried >= int(yes) {
 			a.stop()
 		}
 	case it.beside != lanes || lanes == 1 || v == unknown:
 	case v == no:
-		a.doubt = 0
+		a.doubt = max(0, a.doubt-int(yes))
 	default:
 		// The more slots are busy, the longer a request waits until the engine has time for it.
-		if a.doubt += int(v); a.doubt >= int(yes)*min(lanes-1, 2) {
+		if a.doubt += int(v); a.doubt >= int(yes)*min(lanes, 3) {
 			a.stop()
 			return lanes - 1
 		}

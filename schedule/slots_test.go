@@ -35,7 +35,7 @@ func TestLearnsCheaply(t *testing.T) {
 	}{
 		{"32 prefixes x 4", 0, func() func(*sim) { return open(groups(32, 4, 1000, 40, 16, 7)) }, [3]float64{0.055, 0.08, 0.08}, [3]float64{0.45, 0.45, 0.45}},
 		{"32 prefixes x 4, loaded", time.Second, func() func(*sim) { return open(groups(32, 4, 1000, 40, 16, 7)) }, [3]float64{0.055, 0.08, 0.08}, [3]float64{0.45, 0.45, 0.45}},
-		{"500 batch", 0, func() func(*sim) { return open(groups(25, 20, 600, 30, 8, 3)) }, [3]float64{0.06, 0.08, 0.08}, [3]float64{0.25, 0.25, 0.25}},
+		{"500 batch", 0, func() func(*sim) { return open(groups(25, 20, 600, 30, 8, 3)) }, [3]float64{0.06, 0.16, 0.16}, [3]float64{0.25, 0.25, 0.25}},
 		{"scripts", 0, func() func(*sim) { return func(s *sim) { scripts(s, 4, 40) } }, [3]float64{0.08, 0.3, 0.3}, [3]float64{1.05, 1.2, 1.6}},
 		{"scripts, loaded", time.Second, func() func(*sim) { return func(s *sim) { scripts(s, 4, 40) } }, [3]float64{0.08, 0.3, 0.3}, [3]float64{1.05, 1.2, 1.6}},
 		{"chats, loaded", time.Second, func() func(*sim) { return chats }, [3]float64{0.05, 0.45, 0.55}, [3]float64{1.15, 1.2, 1.6}},
@@ -245,6 +245,25 @@ func TestTryAgain(t *testing.T) {
 	}
 }
 
+// TestPause: the pause doubles each time that one more was one too many, up to a bound, and begins anew when it was not.
+func TestPause(t *testing.T) {
+	x := &runner{want: 1}
+	tries := func(queue time.Duration) {
+		it := &item{tries: true, beside: x.want + 1, granted: start, overtaken: start.Add(time.Second)}
+		x.want = x.learn(it, Result{Answered: true, Timed: true, Queue: queue}, start.Add(2*time.Second))
+	}
+	for want := firstPause; want <= 4*lastPause; want *= 2 {
+		if tries(time.Second); x.want != 1 || x.learner.pause != min(want, lastPause) {
+			t.Fatalf("%d lanes and a pause of %d requests, want %d", x.want, x.learner.pause, want)
+		}
+	}
+	tries(0)
+	tries(time.Second)
+	if x.want != 2 || x.learner.pause != firstPause {
+		t.Errorf("%d lanes and a pause of %d requests", x.want, x.learner.pause)
+	}
+}
+
 // TestJudge: what an answer tells of whether its request waited inside Ollama.
 func TestJudge(t *testing.T) {
 	const ms = time.Millisecond
@@ -298,6 +317,7 @@ func TestTooMany(t *testing.T) {
 		if x.want != 2 {
 			t.Errorf("timed %v: %d lanes although their prompts are found", timed, x.want)
 		}
+		learn(2, cold)
 		learn(2, cold)
 		if x.want != 1 {
 			t.Errorf("timed %v: %d lanes although their prompts are not found", timed, x.want)

@@ -63,6 +63,9 @@ type Chain struct {
 	Opening uint64
 }
 
+// HasPrompt reports whether there is more than a runner and settings: a request without only loads its model, or is for embeddings.
+func (c *Chain) HasPrompt() bool { return len(c.Links) > 2 }
+
 // Leaf returns the last link's hash: the fingerprint of the whole prompt. 0 for an empty chain.
 func (c *Chain) Leaf() uint64 {
 	if len(c.Links) == 0 {

@@ -100,7 +100,7 @@ func excerpt(body []byte) string {
 
 // tell puts what is known of the prefix into the answer's header.
 func (ex *exchange) tell(header http.Header) {
-	if !hasPrompt(ex.chain) {
+	if !ex.chain.HasPrompt() {
 		return
 	}
 	expected := "unknown"
@@ -141,13 +141,6 @@ func (h *Handler) polledLedger(b *backend, st upstream.State) {
 		h.Ledger.Loaded(up.Index, loaded, st.Polled)
 		if h.Lanes != nil {
 			h.Lanes.SetLoaded(up.Index, slices.Collect(maps.Keys(loaded)))
-			for a := range loaded {
-				for b := range loaded {
-					if a < b {
-						h.Lanes.SetExclusive(up.Index, a, b, false) // they fit together
-					}
-				}
-			}
 		}
 	}
 }

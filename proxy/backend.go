@@ -10,6 +10,7 @@ import (
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
@@ -147,7 +148,7 @@ func (h *Handler) having(ex *exchange) (list, away []*backend) {
 		case slices.Contains(ex.tried, b) || !st.Has(ex.key):
 		case b.takes():
 			list = append(list, b)
-		case st.Digests != nil && away == nil:
+		case st.Lists(ex.key) && away == nil:
 			away = []*backend{b}
 		}
 	}
@@ -203,7 +204,7 @@ func (h *Handler) begin(ex *exchange) {
 	b := ex.up
 	b.inFlight.Add(1)
 	ex.began = true
-	if ex.key == "" || ex.cloud {
+	if !ex.runsHere() {
 		return
 	}
 	switch {
@@ -230,6 +231,9 @@ func (h *Handler) begin(ex *exchange) {
 	}
 }
 
+// runsHere reports whether the request names a model that no remote service runs.
+func (ex *exchange) runsHere() bool { return ex.key != "" && !ex.cloud }
+
 // options returns the options with which the request has its model loaded; nil: not known.
 func (ex *exchange) options() *prefix.Options {
 	if ex.chain == nil {
@@ -246,7 +250,7 @@ func (ex *exchange) retract() {
 	ex.use = use{}
 	ex.spend.End(time.Now(), savings.Outcome{Refused: true})
 	ex.spend = nil
-	ex.grant.Release(notSent)
+	ex.grant.Release(schedule.Result{}) // not sent
 	ex.grant = nil
 }
 
@@ -287,8 +291,5 @@ func (h *Handler) unloadElsewhere(ctx context.Context, ex *exchange) chan struct
 
 // unloads reports whether the request does nothing but ask to unload its model.
 func (ex *exchange) unloads() bool {
-	return ex.reads == readsNative && !ex.embed && ex.fields.keepAlive == keepAliveSet && ex.fields.duration == 0 && (ex.chain == nil || !hasPrompt(ex.chain))
+	return ex.reads == readsNative && !ex.embed && ex.fields.keepAlive == keepAliveSet && ex.fields.duration == 0 && (ex.chain == nil || !ex.chain.HasPrompt())
 }
-
-// hasPrompt reports whether there is more than a model and its settings.
-func hasPrompt(c *prefix.Chain) bool { return len(c.Links) > 2 }

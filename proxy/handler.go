@@ -507,12 +507,16 @@ func (ex *exchange) unloaded() {
 // readEarly reads a refusal that came before the request's body had been sent. When the answer's header is written, the
 // server stops reading the body, at which the transport breaks off the connection that the answer comes from.
 func readEarly(res *http.Response) error {
-	text, err := io.ReadAll(io.LimitReader(res.Body, copyBuffer))
-	if err != nil {
-		return err
-	}
+	_, err := peek(res, copyBuffer)
+	return err
+}
+
+// peek reads the beginning of an answer's body, as far as it is not longer than most, and leaves the answer as it was. (What
+// cannot be read fails once more when it is read again: the transport's bodies remember their errors.)
+func peek(res *http.Response, most int64) ([]byte, error) {
+	text, err := io.ReadAll(io.LimitReader(res.Body, most))
 	res.Body = &rest{io.MultiReader(bytes.NewReader(text), res.Body), res.Body}
-	return nil
+	return text, err
 }
 
 // forwardFailed answers where the upstream did not.

@@ -53,7 +53,7 @@ func (h *Handler) wait(r *http.Request, ex *exchange) *refusal {
 			return &refusal{http.StatusServiceUnavailable, fmt.Sprintf("upstream %s is draining and gets no new requests; POST %s%s/resume ends that", b.Name, pathUpstreams, b.Name)}
 		}
 	}
-	if ex.chain == nil && ex.key != "" && !ex.cloud {
+	if ex.chain == nil && ex.runsHere() {
 		h.account(ex) // its model was found just now
 	}
 	return h.acquire(r, ex, list)
@@ -61,7 +61,7 @@ func (h *Handler) wait(r *http.Request, ex *exchange) *refusal {
 
 // acquire is wait, once it is known which servers can serve the request.
 func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refusal {
-	if h.Lanes == nil || ex.chain == nil || !hasPrompt(ex.chain) || !list[0].answers() {
+	if h.Lanes == nil || ex.chain == nil || !ex.chain.HasPrompt() || !list[0].answers() {
 		// To wait for what does not answer, one after the other, would only take longer.
 		ex.up = pick(list, ex.key)
 		return nil
@@ -112,9 +112,6 @@ func (h *Handler) clientOf(r *http.Request) string {
 	}
 	return host
 }
-
-// notSent is the result of a request that the server has not begun with.
-var notSent schedule.Result
 
 // free gives the lane back.
 func (ex *exchange) free(a savings.Answer) {

@@ -1,10 +1,8 @@
 package proxy
 
 import (
-	"bytes"
 	"context"
 	"errors"
-	"io"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -80,7 +78,7 @@ func (a attempts) RoundTrip(out *http.Request) (*http.Response, error) {
 
 // elsewhere returns the servers to which a request that was refused may be sent.
 func (h *Handler) elsewhere(ex *exchange, why string) []*backend {
-	if ex.only != nil || len(h.backends) == 1 || why != RetryUnreachable && (ex.key == "" || ex.cloud) {
+	if ex.only != nil || len(h.backends) == 1 || why != RetryUnreachable && !ex.runsHere() {
 		return nil
 	}
 	if why == RetryAbsent {
@@ -88,7 +86,7 @@ func (h *Handler) elsewhere(ex *exchange, why string) []*backend {
 			return nil // it is something else that was not found
 		}
 	}
-	if st := ex.up.State(); ex.key != "" && !ex.cloud && (why == RetryAbsent || st.Digests != nil && st.Has(ex.key)) {
+	if st := ex.up.State(); ex.runsHere() && (why == RetryAbsent || st.Lists(ex.key)) {
 		list, _ := h.having(ex) // one without the model would say that there is none
 		return list
 	}
@@ -118,16 +116,6 @@ func queueFull(res *http.Response) bool {
 	if res.ContentLength < 0 || res.ContentLength > 4096 {
 		return false
 	}
-	text, err := io.ReadAll(io.LimitReader(res.Body, 4096))
-	var left io.Reader = res.Body
-	if err != nil {
-		left = failing{err}
-	}
-	res.Body = &rest{io.MultiReader(bytes.NewReader(text), left), res.Body}
+	text, err := peek(res, 4096)
 	return err == nil && strings.Contains(string(text), busyWords)
 }
-
-// failing is the rest of a body that cannot be read.
-type failing struct{ err error }
-
-func (f failing) Read([]byte) (int, error) { return 0, f.err }

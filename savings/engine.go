@@ -367,7 +367,7 @@ func (e *engine) chance(rank int, old bool) float64 {
 
 // expect returns how many tokens the request is expected to reuse.
 func (e *engine) expect(r *Request) (int, bool) {
-	if len(r.chain.Links) <= 2 || e.density.n == 0 {
+	if !r.chain.HasPrompt() || e.density.n == 0 {
 		return 0, false
 	}
 	if !r.wasLoaded {

@@ -254,7 +254,7 @@ func (r *Request) end(now time.Time, o Outcome) (entry Entry, put, ok bool) {
 		return Entry{}, false, false
 	}
 	e.ended = now
-	prompt := len(r.chain.Links) > 2
+	prompt := r.chain.HasPrompt()
 	switch {
 	case !prompt && !o.OK:
 		e.drop(r.held)

@@ -280,7 +280,7 @@ func (c *choice) join(p rank, k *class) (*item, *lane, reason) {
 			return
 		}
 		again := max(0, owned.depth()-tokens)
-		share := c.backlog(owned)
+		share := c.x.backlog(owned)
 		if least >= 0 && (again > least+slack || again > least-slack && share <= most) {
 			return
 		}
@@ -327,7 +327,7 @@ func (n *node) nextTaken() *node {
 }
 
 // backlog returns how much waits below a node for each of the lanes that are busy there and one more, in tokens.
-func (c *choice) backlog(n *node) int { return int(c.x.below(n)) / (n.busy + 1) }
+func (x *runner) backlog(n *node) int { return int(x.below(n)) / (n.busy + 1) }
 
 // below returns the work that waits below a node, in tokens.
 func (x *runner) below(n *node) float64 {

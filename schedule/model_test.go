@@ -155,6 +155,17 @@ func (m *model) event() {
 	m.drain()
 }
 
+// SetExclusive says whether two models cannot be loaded at the same time, which is otherwise learned.
+func (q *Queue) SetExclusive(upstream uint16, a, b string, on bool, now time.Time) {
+	r := together
+	if on {
+		r = apart
+	}
+	s := q.server(upstream)
+	s.relate(a, b, r)
+	q.pump(s, now)
+}
+
 func (m *model) add() {
 	m.next++
 	b, c := m.byte(), m.byte()

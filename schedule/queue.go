@@ -577,17 +577,6 @@ func (q *Queue) SetLanes(upstream uint16, n int, now time.Time) {
 // SetLongestMatch says whether the server chooses slots by the longest match alone, as Ollama before 0.30 does.
 func (q *Queue) SetLongestMatch(upstream uint16, on bool) { q.server(upstream).longest = on }
 
-// SetExclusive says whether two models on the server cannot be loaded at the same time. It is learned, too.
-func (q *Queue) SetExclusive(upstream uint16, a, b string, on bool, now time.Time) {
-	r := together
-	if on {
-		r = apart
-	}
-	s := q.server(upstream)
-	s.relate(a, b, r)
-	q.pump(s, now)
-}
-
 // Cool says that the model on the server is not loaded any more, so that nothing is warm there. An empty one means all.
 // That it cannot be loaded beside others is forgotten: what was taken for that may have been such an end.
 func (q *Queue) Cool(upstream uint16, model string, now time.Time) {

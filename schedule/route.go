@@ -67,13 +67,19 @@ func (q *Queue) SetAvailable(upstream uint16, on bool, now time.Time) {
 // SetName gives a server the name by which several proxies know it; at first it is its index.
 func (q *Queue) SetName(upstream uint16, name string) { q.server(upstream).seed = seedOf(name) }
 
-// SetLoaded says which models a server lists as loaded, by their keys, as those of prefix.Options. It is learned from answers,
-// too; but those to other proxies are not seen here.
-func (q *Queue) SetLoaded(upstream uint16, models []string) {
+// SetLoaded says which models a server lists as loaded, by their keys, as those of prefix.Options: they can be loaded at the same
+// time. It is learned from answers, too; but those to other proxies are not seen here.
+func (q *Queue) SetLoaded(upstream uint16, models []string, now time.Time) {
 	s := q.server(upstream)
 	s.loaded = make(map[string]bool, len(models))
-	for _, m := range models {
+	for i, m := range models {
 		s.loaded[m] = true
+		for _, other := range models[:i] {
+			s.relate(m, other, together)
+		}
+	}
+	if len(models) > 1 {
+		q.pump(s, now)
 	}
 }
 
@@ -361,7 +367,7 @@ func (s *server) loading(x *runner, o prefix.Options, known *rates, now time.Tim
 
 // excludes reports whether a runner cannot be loaded beside what is loaded with some options, for all that is known.
 func (s *server) excludes(y *runner, o prefix.Options) bool {
-	return y.key.Options.Model == o.Model || s.relations[pair(y.key.Options.Model, o.Model)] == apart
+	return s.between(y.key.Options.Model, o.Model) == apart
 }
 
 // displaced returns how long it takes to evaluate again what a lane holds and its client is likely to come back for, if so many

@@ -196,19 +196,7 @@ func TestHotOverServers(t *testing.T) {
 	anew(t)
 	for _, slots := range []int{1, 4} {
 		for _, loop := range []string{"open", "closed"} {
-			work := func(s *sim) {
-				jobs := groups(1, 24*60, 1000, 40, 50, 3)
-				for i, j := range jobs {
-					j.client = fmt.Sprint("client", i%24)
-				}
-				if loop == "open" {
-					burst(s, jobs)
-					return
-				}
-				for c := range 24 {
-					s.closed(jobs[c*60:c*60+60], 3*time.Millisecond)
-				}
-			}
+			work := func(s *sim) { hot(s, 24, 60, loop == "open") }
 			name := fmt.Sprintf("one prefix, 24 clients, %d slots, %s", slots, loop)
 			_, one := onServers(t, name+", 1 server", engineConfig{slots: slots}, Config{Lanes: slots}, work)
 			_, three := onServers(t, name, engineConfig{slots: slots, servers: 3}, Config{Lanes: slots}, work)
@@ -309,7 +297,7 @@ func TestProxiesAgree(t *testing.T) {
 			s := newSim(t, engineConfig{slots: 4, servers: 5}, New(Config{Lanes: 4}))
 			for i := range s.boxes {
 				s.q.SetName(uint16(i), fmt.Sprint("gpu", i))
-				s.q.SetLoaded(uint16(i), []string{options("m", 0).Model})
+				s.q.SetLoaded(uint16(i), []string{options("m", 0).Model}, s.now)
 			}
 			sims = append(sims, s)
 			ids := ids

@@ -221,12 +221,17 @@ func (s *server) relate(a, b string, r relation) {
 	}
 }
 
-// relation returns what is known of two runners. Of one model only one is loaded.
+// relation returns what is known of two runners.
 func (s *server) relation(x, y *runner) relation {
-	if x.key.Options.Model == y.key.Options.Model {
+	return s.between(x.key.Options.Model, y.key.Options.Model)
+}
+
+// between returns what is known of two models. Of one model only one is loaded.
+func (s *server) between(a, b string) relation {
+	if a == b {
 		return apart
 	}
-	return s.relations[pair(x.key.Options.Model, y.key.Options.Model)]
+	return s.relations[pair(a, b)]
 }
 
 // untangled reports whether the runner may be used for all that is known of the others that are loaded. When a second

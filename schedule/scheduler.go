@@ -174,10 +174,10 @@ func (s *Scheduler) SetName(upstream uint16, name string) {
 	s.do(func(q *Queue, _ time.Time) { q.SetName(upstream, name) })
 }
 
-// SetLoaded says which models a server lists as loaded, by their keys, as those of prefix.Options. It is learned from answers,
-// too; but those to other proxies are not seen here.
+// SetLoaded says which models a server lists as loaded, by their keys, as those of prefix.Options: they can be loaded at the same
+// time. It is learned from answers, too; but those to other proxies are not seen here.
 func (s *Scheduler) SetLoaded(upstream uint16, models []string) {
-	s.do(func(q *Queue, _ time.Time) { q.SetLoaded(upstream, models) })
+	s.do(func(q *Queue, now time.Time) { q.SetLoaded(upstream, models, now) })
 }
 
 // SetLanes says how many slots each model on the server has; 0: to be learned; or Unlimited.
@@ -188,11 +188,6 @@ func (s *Scheduler) SetLanes(upstream uint16, n int) {
 // SetLongestMatch says whether the server chooses slots by the longest match alone, as Ollama before 0.30 does.
 func (s *Scheduler) SetLongestMatch(upstream uint16, on bool) {
 	s.do(func(q *Queue, _ time.Time) { q.SetLongestMatch(upstream, on) })
-}
-
-// SetExclusive says whether two models on the server cannot be loaded at the same time. It is learned, too.
-func (s *Scheduler) SetExclusive(upstream uint16, a, b string, on bool) {
-	s.do(func(q *Queue, now time.Time) { q.SetExclusive(upstream, a, b, on, now) })
 }
 
 // Cool says that the model on the server is not loaded any more. An empty one means all. That it cannot be loaded beside

@@ -2,7 +2,6 @@ package schedule
 
 import (
 	"fmt"
-	"slices"
 	"testing"
 	"time"
 )
@@ -399,12 +398,7 @@ func scripts(s *sim, n, each int) {
 func chats(s *sim) {
 	system := text(500)
 	for c := range 4 {
-		var jobs []*job
-		segs := []seg{system}
-		for range 10 {
-			segs = append(slices.Clone(segs), text(60+7*c))
-			jobs = append(jobs, &job{segs: segs, gen: 60, client: fmt.Sprint("client", c)})
-		}
+		jobs := conversation(system, c)
 		s.after(time.Duration(c)*time.Millisecond, func() { s.chat(jobs, 5*time.Millisecond) })
 	}
 }

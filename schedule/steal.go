@@ -156,7 +156,7 @@ func (t *theft) best(p rank, k *class) (best loot) {
 		here := max(tokens, t.x.restorable(it.steps, 0))
 		l := loot{it: it, lane: land, again: max(0, there-here) + t.loading + lost}
 		if n := it.owned(); n.parent != nil { // those lanes go on with it
-			l.owned, l.share = n, int(t.from.below(n))/(n.busy+1)
+			l.owned, l.share = n, t.from.backlog(n)
 		} else {
 			l.share = max(0, t.queued(p)-it.work) / 2
 		}

@@ -127,11 +127,7 @@ func TestChats(t *testing.T) {
 					for c := range 4 {
 						var jobs []*job
 						for range each {
-							segs := []seg{system}
-							for range 10 {
-								segs = append(slices.Clone(segs), text(60+7*c))
-								jobs = append(jobs, &job{segs: segs, gen: 60, client: fmt.Sprint("client", c)})
-							}
+							jobs = append(jobs, conversation(system, c)...)
 						}
 						s.after(time.Duration(c)*10*time.Millisecond, func() { s.chat(jobs, 20*time.Millisecond) })
 					}
@@ -151,12 +147,7 @@ func TestPauses(t *testing.T) {
 		direct, lanes := compare(t, fmt.Sprintf("4 clients with pauses, 4 slots, longest match %v", longest), engineConfig{slots: 4, longest: longest}, Config{Lanes: 4}, func(s *sim) {
 			system := text(500)
 			for c := range 4 {
-				var jobs []*job
-				segs := []seg{system}
-				for range 10 {
-					segs = append(slices.Clone(segs), text(60+7*c))
-					jobs = append(jobs, &job{segs: segs, gen: 60, client: fmt.Sprint("client", c)})
-				}
+				jobs := conversation(system, c)
 				s.after(time.Duration(c)*time.Second, func() { s.chat(jobs, 4*time.Second+time.Duration(c)*300*time.Millisecond) })
 			}
 		})
@@ -164,6 +155,16 @@ func TestPauses(t *testing.T) {
 			t.Errorf("%.3f times the least possible in %v, direct %.3f in %v", lanes.ratio, lanes.wall, direct.ratio, direct.wall)
 		}
 	}
+}
+
+// conversation returns ten turns of a client's chat that begins with a system prompt.
+func conversation(system seg, client int) (jobs []*job) {
+	segs := []seg{system}
+	for range 10 {
+		segs = append(slices.Clone(segs), text(60+7*client))
+		jobs = append(jobs, &job{segs: segs, gen: 60, client: fmt.Sprint("client", client)})
+	}
+	return jobs
 }
 
 // chat is closed, with the answers in the next turn's prompt.
@@ -184,21 +185,26 @@ func (s *sim) chat(jobs []*job, think time.Duration) {
 	s.submit(j)
 }
 
+// hot has clients ask for one prefix, so many times each: all at once if open, else one after the other.
+func hot(s *sim, clients, each int, open bool) {
+	jobs := groups(1, clients*each, 1000, 40, 50, 3)
+	for i, j := range jobs {
+		j.client = fmt.Sprint("client", i%clients)
+	}
+	if open {
+		burst(s, jobs)
+		return
+	}
+	for c := range clients {
+		s.closed(jobs[c*each:(c+1)*each], 3*time.Millisecond)
+	}
+}
+
 // TestHotPrefix: one prefix must fill every slot.
 func TestHotPrefix(t *testing.T) {
 	for _, loop := range []string{"open", "closed"} {
 		direct, lanes := compare(t, "one prefix, 8 clients, 4 slots, "+loop, engineConfig{slots: 4}, Config{Lanes: 4}, func(s *sim) {
-			jobs := groups(1, 8*20, 1000, 40, 50, 3)
-			for i, j := range jobs {
-				j.client = fmt.Sprint("client", i%8)
-			}
-			if loop == "open" {
-				burst(s, jobs)
-				return
-			}
-			for c := range 8 {
-				s.closed(jobs[c*20:c*20+20], 3*time.Millisecond)
-			}
+			hot(s, 8, 20, loop == "open")
 		})
 		if float64(direct.wall)/float64(lanes.wall) < 0.97 {
 			t.Errorf("%s: throughput %.3f of direct, want 0.97", loop, float64(direct.wall)/float64(lanes.wall))

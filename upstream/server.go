@@ -270,9 +270,12 @@ func (s *Server) ask(ctx context.Context, prev State, used, list bool) (next Sta
 }
 
 // Has reports whether the server is known to have the model (ModelKey), or may have it since its models are not known.
-func (st State) Has(model string) bool {
+func (st State) Has(model string) bool { return st.Lists(model) || st.Digests == nil }
+
+// Lists reports whether the server is known to have the model (ModelKey).
+func (st State) Lists(model string) bool {
 	_, ok := st.Digests[model]
-	return ok || st.Digests == nil
+	return ok
 }
 
 // Holds reports whether the model (ModelKey) was loaded at the last poll that asked.

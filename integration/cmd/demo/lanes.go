@@ -1,13 +1,12 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
+	"net/url"
 	"sync"
 	"text/tabwriter"
 	"time"
@@ -151,34 +150,23 @@ func (e *effort) play(ctx context.Context, url string, clients [][]question) err
 	return context.Cause(ctx)
 }
 
-func (q question) ask(ctx context.Context, url string) (string, error) {
+func (q question) ask(ctx context.Context, base string) (string, error) {
+	u, err := url.Parse(base)
+	if err != nil {
+		return "", err
+	}
 	stream := false
 	instructions := fmt.Sprintf("You are judge number %d. %s", q.prefix, jobs[q.prefix%len(jobs)].instructions)
-	body, err := json.Marshal(api.ChatRequest{
+	var answer string
+	err = api.NewClient(u, http.DefaultClient).Chat(ctx, &api.ChatRequest{
 		Model: lanesModel, Stream: &stream, Options: map[string]any{"temperature": 0, "num_predict": 4, "num_ctx": q.numCtx},
 		Messages: []api.Message{{Role: "system", Content: instructions}, {Role: "user", Content: fmt.Sprintf("Text number %d.", q.n)}},
+	}, func(r api.ChatResponse) error {
+		answer = r.Message.Content
+		return nil
 	})
 	if err != nil {
-		return "", err
+		return "", fmt.Errorf("asking for a text: %w", err)
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url+"/api/chat", bytes.NewReader(body))
-	if err != nil {
-		return "", err
-	}
-	res, err := http.DefaultClient.Do(req)
-	if err != nil {
-		return "", err
-	}
-	defer res.Body.Close()
-	var answer struct {
-		api.ChatResponse
-		Error string
-	}
-	if err := json.NewDecoder(res.Body).Decode(&answer); err != nil {
-		return "", fmt.Errorf("reading an answer: %w", err)
-	}
-	if res.StatusCode != http.StatusOK {
-		return "", fmt.Errorf("asking for a text: %s: %s", res.Status, answer.Error)
-	}
-	return answer.Message.Content, nil
+	return answer, nil
 }

@@ -370,7 +370,6 @@ func (q *Queue) grant(it *item, l *lane, how reason, now time.Time) {
 		x.heldFor += now.Sub(v.at)
 	}
 	q.count.Grants++
-	it.turn = q.count.Grants
 	switch how {
 	case byAge:
 		q.count.Aged++

@@ -398,6 +398,8 @@ func TestTogether(t *testing.T) {
 	first := d.add(request("a", alpha))
 	d.granted(first)
 	second := d.add(request("b", alpha))
+	d.granted() // it might overtake the first one
+	d.wake()
 	d.granted(second)
 	d.add(request("a", beta)) // while b is loaded, nothing else goes to a: it might have to be loaded again for that
 	d.granted()
@@ -465,6 +467,9 @@ func TestExpiryIsNotExclusive(t *testing.T) {
 			d.granted(long)
 			other := d.add(request("b", alpha))
 			if w.fit {
+				if s.relations[pair("a", "b")] == untried {
+					d.wake()
+				}
 				d.granted(other)
 				return
 			}

@@ -236,7 +236,6 @@ type item struct {
 
 	lane     *lane // while it is served
 	granted  time.Time
-	turn     uint64 // in the order of all grants
 	expected int
 	cost     int // charged so far
 

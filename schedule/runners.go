@@ -97,6 +97,17 @@ func (q *Queue) aged(it *item, now time.Time) bool {
 // which the waiting adds up to the most.
 func (q *Queue) admits(x *runner, now time.Time) bool {
 	s := x.server
+	for _, y := range s.runners {
+		if y == x {
+			continue
+		}
+		switch r := s.relation(x, y); {
+		case r == apart && y.busy > 0: // it is loaded for those, or will be
+			return false
+		case r == untried && (y.overtakes(x, now) || x.overtakes(y, now)):
+			return false
+		}
+	}
 	if x.resident {
 		for _, y := range s.runners {
 			if y.waiting > 0 && !y.resident && s.relation(x, y) == apart && q.yields(x, y, now) {
@@ -107,10 +118,7 @@ func (q *Queue) admits(x *runner, now time.Time) bool {
 	}
 	x.replaced = nil
 	for _, y := range s.runners {
-		if y == x || !y.resident && y.busy == 0 || s.relation(x, y) != apart {
-			continue
-		}
-		if y.busy > 0 || !q.drained(y, x, now) {
+		if y != x && y.resident && s.relation(x, y) == apart && !q.drained(y, x, now) {
 			return false
 		}
 	}
@@ -259,21 +267,42 @@ func (x *runner) untangled(now time.Time) bool {
 	return true
 }
 
-// serves reports whether the runner is busy with a request that was granted before a turn. It was loaded for that before
-// whatever was granted later.
-func (x *runner) serves(before uint64) bool {
+// leastAhead is by how much a request must be granted earlier than another one to have reached Ollama earlier, too.
+const leastAhead = 100 * time.Millisecond
+
+// overtakes reports whether a request to the runner, which is not loaded, might reach Ollama before those to y that are being
+// served. Which of two models was loaded first could not be told then; nothing is sent to y meanwhile.
+func (x *runner) overtakes(y *runner, now time.Time) bool {
+	if x.waiting == 0 || x.resident || !y.resident || y.busy == 0 {
+		return false
+	}
+	until := x.sought.Add(leastAhead)
+	if !now.Before(until) {
+		return false
+	}
+	x.server.later(until)
+	return true
+}
+
+// serves reports whether the runner is busy with a request that was granted well before another one. It was loaded for that before
+// whatever the other one needs.
+func (x *runner) serves(before *item) bool {
 	for _, l := range x.lanes {
-		if l.item != nil && l.item.turn < before {
+		if l.item != nil && !l.item.granted.Add(leastAhead).After(before.granted) {
 			return true
 		}
 	}
 	return false
 }
 
+// answered reports whether a request was answered that was granted since the runner is believed to be loaded: until then it may
+// not be, since requests overtake each other on their way.
+func (x *runner) answered() bool { return !x.tried.Before(x.since) }
+
 // loaded learns from whether a request to a runner that was believed to be loaded found it so.
 func (q *Queue) loaded(x *runner, it *item, r Result, now time.Time) {
 	for _, y := range x.server.runners {
-		if y != x && y.resident && x.server.relation(x, y) == untried && y.serves(it.turn) {
+		if y != x && y.resident && x.server.relation(x, y) == untried && y.serves(it) {
 			x.server.relate(x.key.Options.Model, y.key.Options.Model, together)
 		}
 	}
@@ -286,16 +315,15 @@ func (q *Queue) loaded(x *runner, it *item, r Result, now time.Time) {
 			switch {
 			case y.key.Options.Model == x.key.Options.Model:
 				q.unite(x, y, now)
-			case !y.tried.Before(y.since): // y has been used since, and x was not unloaded for it
+			case y.answered(): // y has been used since, and x was not unloaded for it
 				x.server.relate(x.key.Options.Model, y.key.Options.Model, together)
 			}
 		}
 	}
-	var gone *runner
 	if x.since.Before(it.granted) {
 		var others []*runner // loaded since this one was
 		for _, y := range x.server.runners {
-			if y != x && y.resident && y.turn > x.turn && y.since.Before(it.granted) && x.server.relation(x, y) == untried {
+			if y != x && y.resident && y.turn > x.turn && y.since.Before(it.granted) && y.answered() && x.server.relation(x, y) != apart {
 				others = append(others, y)
 			}
 		}
@@ -305,10 +333,11 @@ func (q *Queue) loaded(x *runner, it *item, r Result, now time.Time) {
 				x.server.relate(x.key.Options.Model, y.key.Options.Model, together)
 			}
 		case len(others) == 1:
-			x.server.relate(x.key.Options.Model, others[0].key.Options.Model, apart)
-			if gone = others[0]; gone.busy > 0 { // it will be loaded once more, for those
-				gone = x
+			r := apart
+			if x.server.relation(x, others[0]) == together {
+				r = untried // something was mistaken
 			}
+			x.server.relate(x.key.Options.Model, others[0].key.Options.Model, r)
 		}
 	}
 	if r.Loaded {
@@ -319,9 +348,11 @@ func (q *Queue) loaded(x *runner, it *item, r Result, now time.Time) {
 			}
 		}
 	}
-	if gone != nil {
-		gone.cool()
-		gone.resident, gone.sought = false, now
+	for _, y := range x.server.runners {
+		if y != x && y.resident && y.busy == 0 && x.server.relation(x, y) == apart {
+			y.cool()
+			y.sought = now
+		}
 	}
 }
 

@@ -3,6 +3,7 @@ package schedule
 import (
 	"container/heap"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"testing"
 	"time"
@@ -88,10 +89,11 @@ type engineConfig struct {
 	perToken time.Duration // of a prompt
 	decode   time.Duration // per token of an answer
 	load     time.Duration
-	exclude  bool // models cannot be loaded together
-	silent   bool // it tells nothing of times, as on /v1
-	mute     bool // … nor when its answer begins, as there without streaming
-	servers  int  // 0: one
+	exclude  bool          // models cannot be loaded together
+	silent   bool          // it tells nothing of times, as on /v1
+	mute     bool          // … nor when its answer begins, as there without streaming
+	servers  int           // 0: one
+	jitter   time.Duration // until a request that was sent arrives, at most: they overtake each other
 }
 
 // box is one server.
@@ -140,6 +142,7 @@ type sim struct {
 	missed    int                      // requests that reused less than the queue expected
 	served    map[string]time.Duration // by client
 	onDone    func(*job)
+	rng       *rand.Rand
 }
 
 type event struct {
@@ -173,7 +176,7 @@ func newSim(t *testing.T, cfg engineConfig, q *Queue) *sim {
 	if q != nil && cfg.longest {
 		q.SetLongestMatch(0, true)
 	}
-	s := &sim{t: t, cfg: cfg, q: q, now: start, jobs: map[uint64]*job{}, tree: map[uint64]bool{}, served: map[string]time.Duration{}}
+	s := &sim{t: t, cfg: cfg, q: q, now: start, jobs: map[uint64]*job{}, tree: map[uint64]bool{}, served: map[string]time.Duration{}, rng: rand.New(rand.NewPCG(1, 1))}
 	for i := range max(cfg.servers, 1) {
 		s.boxes = append(s.boxes, &box{index: uint16(i)})
 	}
@@ -335,8 +338,15 @@ func (s *sim) pumped() {
 func (s *sim) send(j *job, b *box) {
 	j.sent, j.at = s.now, b.index
 	b.running++
-	b.waiting = append(b.waiting, j)
-	s.schedule(b)
+	arrive := func() {
+		b.waiting = append(b.waiting, j)
+		s.schedule(b)
+	}
+	if s.cfg.jitter == 0 {
+		arrive()
+		return
+	}
+	s.after(time.Duration(s.rng.Int64N(int64(s.cfg.jitter))), arrive)
 }
 
 // schedule is Ollama's own: the head of its queue waits until its model can be loaded, and all others behind it.

@@ -3,6 +3,7 @@ package schedule
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"math"
 	"math/rand/v2"
 	"slices"
@@ -244,6 +245,39 @@ func TestRunners(t *testing.T) {
 			}
 			if lanes.loads > most {
 				t.Errorf("%s: %d loads, want %d", name, lanes.loads, most)
+			}
+		}
+	}
+}
+
+// TestOvertaking: eight scripts with two models and two num_ctx find out whether the models can be loaded together although
+// requests overtake each other on their way to the server.
+func TestOvertaking(t *testing.T) {
+	for _, exclude := range []bool{true, false} {
+		for _, slots := range []int{1, 4} {
+			for _, contexts := range []int{1, 2} {
+				seen := map[int]int{}
+				for seed := range uint64(20) {
+					s := newSim(t, engineConfig{slots: slots, load: 2 * time.Second, exclude: exclude, jitter: 8 * time.Millisecond}, New(Config{Lanes: slots}))
+					s.rng = rand.New(rand.NewPCG(seed, 2))
+					for c := range 8 {
+						var own []*job
+						for i := c; i < 100; i += 8 {
+							own = append(own, &job{segs: []seg{text(300)}, gen: 20, client: fmt.Sprint("client", c), model: []string{"a", "b"}[i%2], numCtx: 2048 * (1 + i/2%contexts)})
+						}
+						s.after(time.Duration(c)*3*time.Millisecond, func() { s.closed(own, 5*time.Millisecond) })
+					}
+					s.run()
+					seen[s.loads]++
+				}
+				most := 2 * contexts
+				if exclude {
+					most += 2
+				}
+				t.Logf("exclude %v, %d slots, %d num_ctx: runs by loads %v", exclude, slots, contexts, seen)
+				if loads := slices.Max(slices.Collect(maps.Keys(seen))); loads > most {
+					t.Errorf("exclude %v, %d slots, %d num_ctx: %d loads, want %d", exclude, slots, contexts, loads, most)
+				}
 			}
 		}
 	}

@@ -92,7 +92,7 @@ func (c *choice) choose() (*item, *lane, reason) {
 		if k.fifo.live == 0 {
 			continue
 		}
-		k.refill(x.quantum())
+		k.refill()
 		if it, l := c.match(k); it != nil {
 			return it, l, byMatch
 		}

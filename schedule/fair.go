@@ -6,6 +6,7 @@ type class struct {
 	fifo       fifo
 	accounts   map[string]*account
 	backlogged []*account // clients with waiting requests
+	sizes      float64    // of their prompts, each client's mean, added up
 	positive   int        // of these, with a deficit above 0
 	round      int
 	quantum    int // of this round: the same for all who come while it lasts
@@ -17,20 +18,20 @@ const leastSweep = 1024
 // account is what a client is owed, in tokens: see class.refill.
 type account struct {
 	name    string
+	size    mean // tokens of its prompts
 	deficit int
-	round   int // when it last got a quantum
+	round   int // when it last got a quantum …
+	given   int // … and how much that was
 	waiting int
 	running int
 	index   int // in class.backlogged
 	fifo    fifo
 }
 
-// quantum returns how many tokens a client may take before others: at least the largest prompt of late.
-func (x *runner) quantum() int {
-	return max(int(x.rates.largest), int(quantum*x.rates.size.v), slack)
-}
+// fair returns how many tokens a client may take before others, where so many clients wait.
+func (c *class) fair(clients int) int { return max(int(quantum*c.sizes)/clients, slack) }
 
-func (c *class) add(it *item, client string, quantum int) {
+func (c *class) add(it *item, client string) {
 	a, ok := c.accounts[client]
 	if !ok {
 		if len(c.accounts) >= max(c.sweep, leastSweep) {
@@ -40,23 +41,48 @@ func (c *class) add(it *item, client string, quantum int) {
 		c.accounts[client] = a
 	}
 	it.account = a
-	if a.waiting == 0 {
-		if len(c.backlogged) == 0 {
-			c.quantum = quantum
-		}
-		if a.round != c.round { // it was not there when this round began
-			a.deficit, a.round = min(a.deficit, 0)+c.quantum, c.round
-		}
-		a.index = len(c.backlogged)
-		c.backlogged = append(c.backlogged, a)
-		if a.deficit > 0 {
-			c.positive++
-		}
+	before := a.size.v
+	if a.size.add(float64(it.tokens)); a.waiting > 0 {
+		c.sizes += a.size.v - before
+	} else {
+		c.join(a)
 	}
 	a.waiting++
 	a.fifo.push(it)
 	c.fifo.push(it)
 	c.tree.wait(it)
+}
+
+// join adds a client to those that wait.
+func (c *class) join(a *account) {
+	c.sizes += a.size.v
+	switch fair := c.fair(len(c.backlogged) + 1); {
+	case len(c.backlogged) == 0:
+		c.quantum = fair
+		c.round++
+	case fair < c.quantum-c.quantum/8: // those who came first asked for more at a time than others do
+		c.quantum = fair
+		for _, b := range c.backlogged {
+			c.level(b)
+		}
+	}
+	if a.round != c.round { // it was not there when this round began
+		a.deficit, a.round, a.given = min(a.deficit, 0)+c.quantum, c.round, c.quantum
+	}
+	c.level(a)
+	a.index = len(c.backlogged)
+	c.backlogged = append(c.backlogged, a)
+	if a.deficit > 0 {
+		c.positive++
+	}
+}
+
+// level takes back what a client was given in this round beyond what all get in it.
+func (c *class) level(a *account) {
+	if over := a.given - c.quantum; a.round == c.round && over > 0 {
+		a.given = c.quantum
+		c.charge(a, over)
+	}
 }
 
 func (c *class) remove(it *item, serve bool) {
@@ -68,6 +94,9 @@ func (c *class) remove(it *item, serve bool) {
 		last := c.backlogged[len(c.backlogged)-1]
 		c.backlogged[a.index], last.index = last, a.index
 		c.backlogged = c.backlogged[:len(c.backlogged)-1]
+		if c.sizes -= a.size.v; len(c.backlogged) == 0 {
+			c.sizes = 0 // not nearly
+		}
 		if a.deficit > 0 {
 			c.positive--
 		}
@@ -90,7 +119,7 @@ func (c *class) charge(a *account, tokens int) {
 // refill begins a round when no client that waits has anything left: each gets as many quanta as it takes for one of
 // them to go on. Clients that do not wait get nothing (Sheng et al., "Fairness in
 // serving large language models", arXiv 2401.00588; Cao et al., "Locality-aware fair scheduling", arXiv 2501.14312).
-func (c *class) refill(quantum int) {
+func (c *class) refill() {
 	if c.positive > 0 || len(c.backlogged) == 0 {
 		return
 	}
@@ -98,12 +127,12 @@ func (c *class) refill(quantum int) {
 	for _, a := range c.backlogged {
 		most = max(most, a.deficit)
 	}
-	n := 1 + -most/quantum
+	c.quantum = c.fair(len(c.backlogged))
+	n := 1 + -most/c.quantum
 	c.round++
-	c.quantum = quantum
 	for _, a := range c.backlogged {
-		a.round = c.round
-		if a.deficit += n * quantum; a.deficit > 0 {
+		a.round, a.given = c.round, c.quantum
+		if a.deficit += n * c.quantum; a.deficit > 0 {
 			c.positive++
 		}
 	}

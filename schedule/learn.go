@@ -28,14 +28,12 @@ func (r *ratio) add(over, under float64) {
 
 // rates are what has been learned of a runner's speed and of what is asked of it.
 type rates struct {
-	size     mean    // tokens of a prompt
-	largest  float64 // of late
-	answer   mean    // tokens of an answer
-	prompt   ratio   // ns to evaluate a token of a prompt
-	decode   ratio   // ns to generate one
-	loadTime mean    // ns
-	service  mean    // ns from a grant to the end
-	host     mean    // how often a prompt that no slot held any more was restored all the same
+	answer   mean  // tokens of an answer
+	prompt   ratio // ns to evaluate a token of a prompt
+	decode   ratio // ns to generate one
+	loadTime mean  // ns
+	service  mean  // ns from a grant to the end
+	host     mean  // how often a prompt that no slot held any more was restored all the same
 }
 
 // What is assumed before anything is known: about what a small GPU does.
@@ -45,11 +43,6 @@ const (
 	firstAnswer = 32 // tokens
 	firstLoad   = 2 * time.Second
 )
-
-func (r *rates) seen(tokens int) {
-	r.size.add(float64(tokens))
-	r.largest = max(r.largest*0.99, float64(tokens))
-}
 
 // perToken returns how long it takes to evaluate a token of a prompt.
 func (r *rates) perToken() time.Duration {

@@ -283,19 +283,18 @@ func TestUrgentRunner(t *testing.T) {
 // TestRounds: a client that was not there gets one quantum, whatever it had left, and what it owed counts.
 func TestRounds(t *testing.T) {
 	c := &class{tree: newTree(), accounts: map[string]*account{}}
-	it := func() *item { return &item{waits: true, tokens: 10} }
+	it := func() *item { return &item{waits: true, tokens: 5} } // a quantum of 100
 	leave := func(i *item) {
 		i.waits = false
 		c.remove(i, false)
 	}
 	for _, w := range []struct{ had, want int }{{500, 100}, {-30, 70}, {0, 100}, {-250, -150}} {
 		first := it()
-		c.add(first, "client", 100)
+		c.add(first, "client")
 		leave(first)
 		c.accounts["client"].deficit = w.had
-		c.round++
 		again := it()
-		c.add(again, "client", 100)
+		c.add(again, "client")
 		if got := c.accounts["client"].deficit; got != w.want {
 			t.Errorf("with %d left it has %d in the next round, want %d", w.had, got, w.want)
 		}
@@ -303,13 +302,28 @@ func TestRounds(t *testing.T) {
 	}
 	// Of two that are in debt, the one that owes less goes on first.
 	a, b := it(), it()
-	c.add(a, "a", 100)
-	c.add(b, "b", 100)
+	c.add(a, "a")
+	c.add(b, "b")
 	c.charge(a.account, 300)
 	c.charge(b.account, 1000)
-	c.refill(100)
+	c.refill()
 	if a.account.deficit != 100 || b.account.deficit != -600 || c.positive != 1 {
 		t.Errorf("after a refill: %d and %d, %d above 0", a.account.deficit, b.account.deficit, c.positive)
+	}
+	leave(a)
+	leave(b)
+	// One that came first with much at a time gives back what it was given beyond the quantum of all.
+	large := &item{waits: true, tokens: 1000}
+	c.add(large, "large")
+	c.charge(large.account, 9000)
+	small := it()
+	c.add(small, "small")
+	if want := 20 * (1000 + 5) / 2; large.account.deficit != want-9000 || small.account.deficit != want || c.positive != 2 || c.sizes != 1005 {
+		t.Errorf("%d and %d, %d above 0, want %d less what was had; sizes %v", large.account.deficit, small.account.deficit, c.positive, want, c.sizes)
+	}
+	leave(large)
+	if leave(small); c.positive != 0 || c.sizes != 0 {
+		t.Errorf("%d above 0, sizes %v with nobody there", c.positive, c.sizes)
 	}
 }
 

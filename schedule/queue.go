@@ -387,8 +387,7 @@ func (q *Queue) enqueue(it *item, x *runner, client string, now time.Time) {
 	it.work = max(it.tokens-warm, 1) + int(x.rates.weight()*x.rates.generated())
 	q.counted(it, 1)
 	x.arrived += it.arrived.Sub(epoch)
-	x.rates.seen(it.tokens)
-	c.add(it, client, x.quantum())
+	c.add(it, client)
 }
 
 // counted adds a request that waits to all counts of such, or takes it out of them.

@@ -114,7 +114,7 @@ func (q *Queue) steal(x, y *runner, now time.Time) bool {
 		if k.fifo.live == 0 {
 			continue
 		}
-		k.refill(y.quantum())
+		k.refill()
 		best := t.best(p, k)
 		if best.it == nil {
 			continue

@@ -257,15 +257,16 @@ func TestDebtMoves(t *testing.T) {
 	d.q.SetAvailable(1, false, d.now)
 	d.add(on(by("heavy", Normal, with(beta)), 0, 1))
 	d.add(on(by("heavy", Normal, with(beta)), 0, 1))
-	a := d.q.server(0).runners[0].classes[Normal.rank()].accounts["heavy"]
+	class := &d.q.server(0).runners[0].classes[Normal.rank()]
+	a := class.accounts["heavy"]
 	owes := a.deficit - 50_000
 	d.add(on(by("light", Normal, with(beta)), 0))
-	d.q.server(0).runners[0].classes[Normal.rank()].charge(a, 50_000)
+	class.charge(a, 50_000)
 	d.q.SetAvailable(1, true, d.now)
 	d.q.SetAvailable(0, false, d.now)
 	x := d.q.server(1).runners[0]
 	b := x.classes[Normal.rank()].accounts["heavy"]
-	if a.deficit != 0 || b.deficit > owes+2*x.quantum() {
+	if a.deficit != 0 || b.deficit > owes+2*class.quantum {
 		t.Errorf("it owed %d, and has %d and %d", -owes, a.deficit, b.deficit)
 	}
 }

@@ -381,41 +381,58 @@ func TestInteractive(t *testing.T) {
 	}
 }
 
-// TestFair: two backlogged clients, one with long and one with short prompts.
+// TestFair: two clients that always have requests waiting, one of them with long prompts and one with short ones, get the same service:
+// never does one have a quantum and a request for each lane more than the other, and any ten quanta are evenly divided.
 func TestFair(t *testing.T) {
+	const long, short, gen, depth = 2000, 100, 10, 16
+	const later = time.Millisecond // after the first client the second one begins
+	q := 20 * (long + short) / 2.0 // as class.fair, of what both clients ask for on average
 	for _, slots := range []int{1, 4} {
-		cfg := engineConfig{slots: slots}
-		s := newSim(t, cfg, New(Config{Lanes: slots, Limit: 1 << 20}))
-		for i, client := range []string{"long", "short"} {
-			size, n := 2000, 2000
-			if client == "short" {
-				size, n = 100, 20_000
+		for _, first := range []string{"long", "short"} {
+			s := newSim(t, engineConfig{slots: slots}, New(Config{Lanes: slots}))
+			var send func(client string, size int)
+			sent := 0
+			send = func(client string, size int) {
+				if sent++; sent <= 8000 {
+					s.submit(&job{segs: []seg{text(size)}, gen: gen, client: client, done: func() { send(client, size) }})
+				}
 			}
-			for j := range n {
-				s.after(time.Duration(2*j+i)*time.Microsecond, func() { s.submit(&job{segs: []seg{text(size)}, gen: 10, client: client}) })
+			for i, client := range []string{"long", "short"} {
+				size := []int{long, short}[i]
+				begins := time.Duration(0)
+				if client != first {
+					begins = later
+				}
+				for k := range depth {
+					s.after(begins+time.Duration(k)*100*time.Microsecond, func() { send(client, size) })
+				}
 			}
-		}
-		// Ten quanta of each.
-		x := 2 * 10 * 20 * 2000 * s.cfg.perToken
-		worst := 1.0
-		least := time.Duration(0)
-		s.onDone = func(*job) {
-			a, b := s.served["long"], s.served["short"]
-			if a+b < x {
-				return
+			var served, window [2]float64
+			most, jain, windows := 0.0, 1.0, 0
+			s.onDone = func(j *job) {
+				if sent > 8000 || j.sent.Sub(start) < later {
+					return // one of them had nothing that waited
+				}
+				i := 0
+				if j.client == "short" {
+					i = 1
+				}
+				cost := float64(total(j.segs) + fairWeight*gen)
+				served[i] += cost
+				window[i] += cost
+				most = max(most, math.Abs(served[0]-served[1]))
+				if a, b := window[0], window[1]; a+b >= 10*q {
+					jain = min(jain, (a+b)*(a+b)/(2*(a*a+b*b)))
+					window = [2]float64{}
+					windows++
+				}
 			}
-			if least == 0 {
-				least = a + b
-				fa, fb := float64(a), float64(b)
-				worst = (fa + fb) * (fa + fb) / (2 * (fa*fa + fb*fb))
-				t.Logf("fair, %d slots: long %v short %v, Jain %.4f", slots, a, b, worst)
+			s.run()
+			bound := q + float64(slots)*(long+fairWeight*gen)
+			t.Logf("%d slots, %s first: at most %.2f quanta ahead (bound %.2f), Jain index at least %.4f in %d times ten quanta", slots, first, most/q, bound/q, jain, windows)
+			if most > bound || jain < 0.99 || windows < 3 {
+				t.Errorf("%d slots, %s first: unfair", slots, first)
 			}
-		}
-		for s.events.Len() > 0 && least == 0 {
-			s.step()
-		}
-		if worst < 0.99 || math.IsNaN(worst) {
-			t.Errorf("%d slots: Jain index %.4f, want 0.99", slots, worst)
 		}
 	}
 }

@@ -129,20 +129,26 @@ func (b *bench) interactive(ctx context.Context) ([]row, error) {
 const generatedWeight = 10
 
 // fairness follows the service of two clients, in tokens evaluated and generated, for as long as both have requests waiting.
-// A quantum is twenty prompts' worth, as in the proxy, here of what the two ask for on average.
+// A quantum is twenty prompts' worth, as in the proxy: of what clients ask for on average, each counting once.
 func fairness(c compared) []row {
-	var prompts, largest float64
+	var prompts, n [2]float64
+	var largest float64
 	for _, d := range c.least.done {
-		prompts += float64(d.prompt)
+		from := 0
+		if d.q.id >= 10_000 {
+			from = 1
+		}
+		prompts[from] += float64(d.prompt)
+		n[from]++
 		largest = max(largest, float64(d.prompt+generatedWeight*d.generated))
 	}
-	quantum := max(20*prompts/float64(len(c.least.done)), largest)
+	quantum := 20 * (prompts[0]/n[0] + prompts[1]/n[1]) / 2
 	return []row{
-		note(fmt.Sprintf("largest difference in service, in quanta (a quantum and a largest request: %.1f)", 1+largest/quantum), c.each(func(r result) string {
+		note(fmt.Sprintf("largest difference in service, in quanta (a quantum and a largest request: %.2f)", 1+largest/quantum), c.each(func(r result) string {
 			difference, _ := service(r, quantum)
-			return fmt.Sprintf("%.1f", difference)
+			return fmt.Sprintf("%.2f", difference)
 		})),
-		note("Jain index over ten quanta, for each ten", c.each(func(r result) string {
+		note("Jain index over ten quanta, or all there are", c.each(func(r result) string {
 			_, jain := service(r, quantum)
 			return strings.Join(jain, ", ")
 		})),
@@ -162,12 +168,19 @@ func service(r result, quantum float64) (difference float64, jain []string) {
 		total[from] += cost
 		window[from] += cost
 		difference = max(difference, (total[0]-total[1])/quantum, (total[1]-total[0])/quantum)
-		if sum := window[0] + window[1]; sum >= 10*quantum {
-			jain = append(jain, fmt.Sprintf("%.3f", sum*sum/2/(window[0]*window[0]+window[1]*window[1])))
+		if window[0]+window[1] >= 10*quantum {
+			jain = append(jain, index(window))
 			window = [2]float64{}
 		}
 	}
+	if len(jain) == 0 {
+		jain = append(jain, index(window))
+	}
 	return difference, jain
+}
+
+func index(w [2]float64) string {
+	return fmt.Sprintf("%.3f", (w[0]+w[1])*(w[0]+w[1])/2/(w[0]*w[0]+w[1]*w[1]))
 }
 
 // losses tells what became of requests while a server was gone, and how much was evaluated beside what must be: a prefix that

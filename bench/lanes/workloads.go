@@ -231,7 +231,7 @@ func (b *bench) batch(also bool) workload {
 }
 
 const (
-	longs, shorts = 40, 540
+	longs, shorts = 70, 740
 	backlog       = 16 // requests that each of the two has under way
 )
 

@@ -190,7 +190,8 @@ func (it *item) owned() *node {
 
 // landing returns the lane in which the engine will put a request that is sent now, and how many tokens that has in common
 // with it: of the free ones that which holds the most of the prompt, if that is enough of it, else the one that was
-// used least recently.
+// used least recently. Before 0.30 it is always the one that holds the most, and of several the first one; all that were ever used
+// hold what every prompt of the model begins with.
 func (x *runner) landing(it *item) (*lane, int) {
 	var best, lru *lane
 	most := 0
@@ -198,10 +199,11 @@ func (x *runner) landing(it *item) (*lane, int) {
 		if l.item != nil {
 			continue
 		}
-		if n := shared(it.steps, l.holds); n > most {
+		n := shared(it.steps, l.holds)
+		if n > most || best == nil && n == 0 && x.server.longest && len(l.holds) > 0 {
 			best, most = l, n
 		}
-		if lru == nil || l.used.Before(lru.used) {
+		if lru == nil || !x.server.longest && l.used.Before(lru.used) {
 			lru = l
 		}
 	}
@@ -211,9 +213,35 @@ func (x *runner) landing(it *item) (*lane, int) {
 	return lru, shared(it.steps, lru.holds)
 }
 
-// blocked reports whether a request must not take the lane since that is held for one that is expected.
+// blocked reports whether a request must not take the lane since that is held for one that is expected, or since it might
+// take another's slot.
 func (c *choice) blocked(it *item, l *lane, tokens int) bool {
-	return c.q.held(c.x, l, it.rank, c.q.loss(c.x, l, tokens), c.now)
+	return c.overtakes(it, l, tokens) || c.q.held(c.x, l, it.rank, c.q.loss(c.x, l, tokens), c.now)
+}
+
+// overtakes reports whether a request that finds nothing in the lane where it is to land might reach the engine before one that
+// was granted earlier, find that one's slot free, and take it. For that nobody waits long, and an interactive request does not.
+func (c *choice) overtakes(it *item, l *lane, tokens int) bool {
+	x := c.x
+	if float64(tokens) > similarity*float64(it.tokens) || it.rank == urgent || !c.now.Before(l.used.Add(mostTransit)) {
+		return false
+	}
+	wait, before := false, true
+	for _, o := range x.lanes {
+		before = before && o != l
+		if o.item == nil || o.item.expected <= slack {
+			continue
+		}
+		preferred := !o.item.granted.After(l.used) // it was used less recently
+		if x.server.longest {
+			preferred = before
+		}
+		if at := o.item.granted.Add(x.rates.transit()); preferred && c.now.Before(at) {
+			x.server.later(at)
+			wait = true
+		}
+	}
+	return wait
 }
 
 // loss returns how long it takes to evaluate again what the client that a lane is warm for would find in it, if so many

@@ -33,6 +33,7 @@ type rates struct {
 	decode   ratio // ns to generate one
 	loadTime mean  // ns
 	service  mean  // ns from a grant to the end
+	around   mean  // … that the engine did not work for it
 	host     mean  // how often a prompt that no slot held any more was restored all the same
 }
 
@@ -83,6 +84,12 @@ func (r *rates) lostPart() float64 {
 	}
 	return 1 - r.host.v
 }
+
+// mostTransit is how long a request is taken to be on its way to a slot, at most.
+const mostTransit = 50 * time.Millisecond
+
+// transit returns how long it takes at most, most likely, until a request that was granted has reached its slot.
+func (r *rates) transit() time.Duration { return min(time.Duration(2*r.around.v), mostTransit) }
 
 // learn takes in how a request went.
 func (r *rates) learn(it *item, res Result, evaluated int) {

@@ -494,6 +494,9 @@ func (q *Queue) Done(id uint64, r Result, now time.Time) {
 		x.correct(it, r)
 		x.rates.learn(it, r, evaluated)
 		x.rates.service.add(float64(now.Sub(it.granted)))
+		if r.Timed && !r.Loaded {
+			x.rates.around.add(float64(max(0, now.Sub(it.granted)-r.Prompt-r.Eval)))
+		}
 		q.visited(x, it, r.Generated, now)
 	}
 	cost := 0

@@ -398,7 +398,7 @@ func (s *sim) place(e *engine) {
 			if l.busy {
 				continue
 			}
-			if n := lcp(j.segs, l.holds); n > most {
+			if n := lcp(j.segs, l.holds); n > most || s.cfg.longest && best == nil && len(l.holds) > 0 {
 				best, most = l, n
 			}
 			if lru == nil || l.used.Before(lru.used) {

@@ -88,6 +88,29 @@ func TestPrefixes(t *testing.T) {
 	}
 }
 
+// TestRaces: where requests overtake each other on their way, those that open a prefix take few slots from those that go on with one.
+func TestRaces(t *testing.T) {
+	for _, longest := range []bool{false, true} {
+		for jitter, most := range map[time.Duration]float64{2 * time.Millisecond: 1.001, 8 * time.Millisecond: 1.01, 30 * time.Millisecond: 1.08} {
+			for _, gen := range []int{4, 16} {
+				ratio := 0.0
+				const runs = 10
+				for seed := range uint64(runs) {
+					s := newSim(t, engineConfig{slots: 4, jitter: jitter, perToken: 100 * time.Microsecond, longest: longest}, New(Config{Lanes: 4}))
+					s.rng = rand.New(rand.NewPCG(seed, 2))
+					burst(s, groups(32, 4, 620, 35, gen, seed))
+					s.run()
+					ratio += float64(s.evaluated) / float64(s.least) / runs
+				}
+				t.Logf("longest match %v, up to %v on the way, answers of %d tokens: %.3f", longest, jitter, gen, ratio)
+				if ratio > most {
+					t.Errorf("longest match %v, up to %v on the way, answers of %d tokens: %.3f times the least possible, want %.3f", longest, jitter, gen, ratio, most)
+				}
+			}
+		}
+	}
+}
+
 // TestScripts: closed loops, each with its own prefix, on one slot.
 func TestScripts(t *testing.T) {
 	for _, host := range []int{0, 2000, 100_000} {

@@ -111,6 +111,28 @@ func TestRaces(t *testing.T) {
 	}
 }
 
+// TestRacesLearned: requests that overtake each other on their way to the only slot do not look as if there were two.
+func TestRacesLearned(t *testing.T) {
+	for _, load := range []time.Duration{0, 300 * time.Millisecond} {
+		ratio, lanes := 0.0, 0
+		const runs = 10
+		for seed := range uint64(runs) {
+			s := newSim(t, engineConfig{slots: 1, jitter: 8 * time.Millisecond, perToken: 25 * time.Microsecond, decode: 1500 * time.Microsecond, load: load}, New(Config{}))
+			s.rng = rand.New(rand.NewPCG(seed, 2))
+			for i, j := range groups(32, 4, 620, 35, 4, seed) {
+				s.after(time.Duration(i)*time.Millisecond, func() { s.submit(j) })
+			}
+			s.run()
+			ratio += float64(s.evaluated) / float64(s.least) / runs
+			lanes = max(lanes, s.q.servers[0].runners[0].want)
+		}
+		t.Logf("loading takes %v: %.3f, at most %d lanes in the end", load, ratio, lanes)
+		if ratio > 1.08 || lanes > 1 {
+			t.Errorf("loading takes %v: %.3f times the least possible, want 1.08; %d lanes", load, ratio, lanes)
+		}
+	}
+}
+
 // TestScripts: closed loops, each with its own prefix, on one slot.
 func TestScripts(t *testing.T) {
 	for _, host := range []int{0, 2000, 100_000} {

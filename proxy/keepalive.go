@@ -119,6 +119,7 @@ func holdOf(d time.Duration) Hold {
 const (
 	didInject = "injected" // the client gave none
 	didHold   = "held"     // the client gave none, and the model is held already
+	didSpare  = "spared"   // the client gave none, and another request may wait for the model to make room
 	didKeep   = "kept"     // the client's own value went upstream
 	didRaise  = "raised"   // the client's was shorter: AtLeast
 	didForce  = "forced"   // the client's was another: Force

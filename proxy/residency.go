@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"net/http"
+	"slices"
 	"sync"
 	"time"
 
@@ -42,19 +43,20 @@ type residency struct {
 type residence struct {
 	name     string // as a client spelled it last
 	inFlight int
-	began    time.Time      // when the first of the requests in flight began
-	ended    time.Time      // when a request last ended
-	answered bool           // a request without keep_alive has been answered: the model is loaded, and nothing is known to hold it
-	checked  time.Time      // when /api/ps was last looked at for this model
-	longest  time.Duration  // the longest keep_alive that a client asked for since the load
-	foreign  bool           // used through a dialect without keep_alive since it was last unloaded
-	embed    bool           // … and last for embeddings
-	unloaded bool           // a client asked to unload it, and nobody has used it since
-	pending  bool           // to be judged when it has been idle for idleDelay
-	keptAt   time.Time      // when the keep_alive in force was sent; zero if none is known for this load
-	keptFor  time.Duration  // that keep_alive
-	options  prefix.Options // of the request that it was sent with; the zero value if they are not known
-	quiet    time.Time      // no touch before
+	asks     map[prefix.Options]int // of the native ones in flight, as far as their options are known
+	began    time.Time              // when the first of the requests in flight began
+	ended    time.Time              // when a request last ended
+	answered bool                   // a request without keep_alive has been answered: the model is loaded, and nothing is known to hold it
+	checked  time.Time              // when /api/ps was last looked at for this model
+	longest  time.Duration          // the longest keep_alive that a client asked for since the load
+	foreign  bool                   // used through a dialect without keep_alive since it was last unloaded
+	embed    bool                   // … and last for embeddings
+	unloaded bool                   // a client asked to unload it, and nobody has used it since
+	pending  bool                   // to be judged when it has been idle for idleDelay
+	keptAt   time.Time              // when the keep_alive in force was sent; zero if none is known for this load
+	keptFor  time.Duration          // that keep_alive
+	options  prefix.Options         // of the request that it was sent with; the zero value if they are not known
+	quiet    time.Time              // no touch before
 }
 
 const (
@@ -116,7 +118,8 @@ func (r *residency) beginForeign(key, name string, embed bool) use {
 //
 // What is held already is not held again: a request that waits in Ollama for a loaded model to make room would wait until
 // every keep_alive that comes meanwhile has run out (Ollama, server/sched.go: it ends the unload that is pending). Whether the
-// model is still held is judged as for requests that cannot carry keep_alive.
+// model is still held is judged as for requests that cannot carry keep_alive. For the same reason it is not held while a request in
+// flight may wait like that; a later one holds it.
 func (r *residency) beginNative(key, name string, embed bool, options *prefix.Options, f fields) (use, string, Hold) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -128,7 +131,30 @@ func (r *residency) beginNative(key, name string, embed bool, options *prefix.Op
 		did, hold = didHold, Hold{}
 		m.foreign, m.embed = true, embed
 	}
+	if did == didInject && !r.always && r.contested(m, options) {
+		did, hold = didSpare, Hold{}
+	}
+	if options != nil {
+		if m.asks == nil {
+			m.asks = map[prefix.Options]int{}
+		}
+		m.asks[*options]++
+	}
 	return use{r: r, m: m, began: time.Now(), set: f.keepAlive == keepAliveSet, duration: f.duration, sent: hold, options: options}, did, hold
+}
+
+// contested reports whether a request in flight may wait in Ollama for the model to make room: one with other options, or one for a
+// model that is not known to be loaded. r.mu must be held.
+func (r *residency) contested(m *residence, options *prefix.Options) bool {
+	for o := range m.asks {
+		if options == nil || o != *options {
+			return true
+		}
+	}
+	if m.inFlight == 1 {
+		return false // this one is most likely what it is loaded for
+	}
+	return slices.ContainsFunc(r.models.Values(), func(o *residence) bool { return o != m && o.inFlight > 0 && o.keptAt.IsZero() })
 }
 
 // begin notes the begin of a request. A load whose keep_alive has run out since the last one is over, whether or not
@@ -157,7 +183,7 @@ func (u use) answer() {
 			u.r.nudge()
 		}
 	case u.set && u.duration == 0:
-		*m = residence{name: m.name, inFlight: m.inFlight, began: m.began, unloaded: true}
+		*m = residence{name: m.name, inFlight: m.inFlight, asks: m.asks, began: m.began, unloaded: true}
 	default:
 		if m.unloaded = false; u.set {
 			m.longest = max(m.longest, u.duration)
@@ -185,6 +211,11 @@ func (u use) end() {
 	u.r.mu.Lock()
 	defer u.r.mu.Unlock()
 	u.m.inFlight--
+	if o := u.options; o != nil {
+		if u.m.asks[*o]--; u.m.asks[*o] == 0 {
+			delete(u.m.asks, *o)
+		}
+	}
 	u.m.ended = time.Now()
 	if u.m.inFlight == 0 && u.m.foreign && !u.m.unloaded {
 		u.m.pending = true

@@ -13,6 +13,7 @@ import (
 
 	"github.com/ollama/ollama/api"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
@@ -412,4 +413,50 @@ func TestRefusedRequestsChangeNothing(t *testing.T) {
 		b.foreign("m", time.Second)
 		b.want(time.Minute, "m 24h0m0s")
 	})
+}
+
+// TestSpared: a model is not held while a request may wait in Ollama for it to make room; the next request holds it.
+func TestSpared(t *testing.T) {
+	options := func(numCtx int) *prefix.Options {
+		o := prefix.NewReader().Read(prefix.Generate, "m", fmt.Appendf(nil, `{"options":{"num_ctx":%d}}`, numCtx)).Runner
+		return &o
+	}
+	small, large := options(2048), options(4096)
+	r := newResidency(newFakeKeeper(), keep(t, IfAbsent, "24h"), func(string, error) {}, slog.New(slog.DiscardHandler))
+	begin := func(model string, o *prefix.Options, want string) use {
+		t.Helper()
+		u, did, hold := r.beginNative(upstream.ModelKey(model), model, false, o, fields{})
+		if did != want || (hold == Hold{}) != (want != didInject) {
+			t.Errorf("%s: %s %v, want %s", model, did, hold, want)
+		}
+		return u
+	}
+	first := begin("m", small, didInject)
+	other := begin("m", large, didSpare) // waits for the first one
+	again := begin("m", small, didSpare) // finds what the first one had loaded, and the other waits
+	unknown := begin("m", nil, didSpare)
+	for _, u := range []use{other, again, unknown} {
+		u.answer()
+		u.end()
+	}
+	beside := begin("m", small, didInject) // it is not known whether the first one's load has ended
+	first.answer()
+	for _, u := range []use{first, beside} {
+		u.end()
+	}
+	begin("m", small, didHold).end()
+	begin("m", large, didInject).end() // nothing waits
+
+	a := begin("a", small, didInject)
+	b := begin("b", small, didInject) // it has to be loaded, so that nothing is ended by it
+	begin("a", small, didSpare).end() // b may wait for this one to make room
+	b.answer()
+	begin("a", small, didInject).end() // b is loaded
+	a.end()
+	b.end()
+	for _, m := range r.models.Values() {
+		if len(m.asks) > 0 || m.inFlight != 0 {
+			t.Errorf("%+v at the end", m)
+		}
+	}
 }

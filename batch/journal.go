@@ -444,6 +444,7 @@ type Counts struct {
 	Text      int `json:"text,omitempty"`      // bytes of the text of prompts that were answered
 	Truncated int `json:"truncated,omitempty"` // prompts that were probably cut
 	Loads     int `json:"loads,omitempty"`     // of models that were waited for
+	Simulated int `json:"simulated,omitempty"` // answers of a server that is simulated
 
 	// Times as Ollama's own endpoints tell them.
 	Total      time.Duration `json:"total,omitempty"`
@@ -460,6 +461,7 @@ func (c *Counts) add(d Counts) {
 	c.Reused += d.Reused
 	c.Generated += d.Generated
 	c.Text += d.Text
+	c.Simulated += d.Simulated
 	c.Truncated += d.Truncated
 	c.Loads += d.Loads
 	c.Total += d.Total

@@ -51,6 +51,9 @@ func (c *client) do(ctx context.Context, method, path string, body []byte) (*htt
 	return c.transport.RoundTrip(req)
 }
 
+// simulatedHeader is on every answer of a server that is simulated.
+const simulatedHeader = "X-Cacheproxy-Simulated"
+
 // tried is what became of one attempt.
 type tried struct {
 	answer     []byte
@@ -88,6 +91,9 @@ func (c *client) try(ctx context.Context, r *request, line int) tried {
 		if res.StatusCode == http.StatusOK {
 			var t tried
 			if t.answer, t.counts, err = readAnswer(res.Body, r, res.Header.Get("Content-Type"), line, begun); err == nil {
+				if res.Header[simulatedHeader] != nil {
+					t.counts.Simulated = 1
+				}
 				return t
 			}
 		}

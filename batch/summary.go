@@ -31,6 +31,8 @@ type Summary struct {
 	Failed    int `json:"failed"`
 	Resumed   int `json:"resumed"` // done in earlier runs
 
+	Simulated int `json:"simulated,omitempty"` // answered by a server that is simulated: all that is told of these is made up
+
 	PromptTokens    Figure `json:"prompt_tokens"`
 	AnswerTokens    Figure `json:"answer_tokens"`
 	ReusedTokens    Figure `json:"reused_tokens"`
@@ -49,7 +51,7 @@ func (b *batch) summary(ctx context.Context) *Summary {
 	c := b.journal.head.Counts
 	elapsed := time.Since(b.began).Seconds()
 	s := &Summary{
-		Requests: b.survey.Requests, Succeeded: c.Answers, Failed: c.Failed, Resumed: b.resumed,
+		Requests: b.survey.Requests, Succeeded: c.Answers, Failed: c.Failed, Resumed: b.resumed, Simulated: c.Simulated,
 		PromptTokens: measured(float64(c.Prompt)), AnswerTokens: measured(float64(c.Generated)),
 		ModelLoads: Figure{float64(c.Loads), Estimated}, Truncated: Figure{float64(c.Truncated), Estimated},
 		Seconds: measured(elapsed), RequestsPerSecond: measured(float64(b.ran.Answers+b.ran.Failed) / elapsed),
@@ -109,8 +111,11 @@ func (s *Summary) Print(w io.Writer) error {
 		}
 		return fmt.Sprintf("%-22s%12s  %s\n", name, fmt.Sprintf(format, f.Value), f.Basis)
 	}
-	text := fmt.Sprintf("%-22s%12d  %d succeeded, %d failed, %d of them done in earlier runs\n", "requests", s.Requests, s.Succeeded, s.Failed, s.Resumed) +
-		row("prompt tokens", "%.0f", s.PromptTokens) + row("  reused", "%.0f", s.ReusedTokens) + row("  evaluated", "%.0f", s.EvaluatedTokens)
+	text := fmt.Sprintf("%-22s%12d  %d succeeded, %d failed, %d of them done in earlier runs\n", "requests", s.Requests, s.Succeeded, s.Failed, s.Resumed)
+	if s.Simulated > 0 {
+		text += fmt.Sprintf("%-22s%12d  answers and all figures of them are made up\n", "simulated", s.Simulated)
+	}
+	text += row("prompt tokens", "%.0f", s.PromptTokens) + row("  reused", "%.0f", s.ReusedTokens) + row("  evaluated", "%.0f", s.EvaluatedTokens)
 	rate := s.HitRate
 	rate.Value *= 100
 	text += row("  hit rate", "%.1f %%", rate) + row("answer tokens", "%.0f", s.AnswerTokens) + row("model loads", "%.0f", s.ModelLoads)

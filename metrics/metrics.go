@@ -44,6 +44,7 @@ type Metrics struct {
 	touches   *prometheus.CounterVec
 	up        *prometheus.GaugeVec
 	info      *prometheus.GaugeVec
+	simulated *prometheus.GaugeVec
 	loaded    *prometheus.GaugeVec
 
 	tokens          *prometheus.CounterVec
@@ -97,6 +98,7 @@ func New(version string, inFlight func() int64) *Metrics {
 	m.touches = counter("keep_alive_touches_total", "Requests of the proxy's own that set keep_alive for models used through /v1, by result.", "model", "result")
 	m.up = gauge("upstream_up", "1 if the upstream answered the last poll.", "upstream")
 	m.info = gauge("upstream_info", "1, with the upstream's version.", "upstream", "version")
+	m.simulated = gauge("upstream_simulated", "1 if the upstream says that it is simulated: its answers and figures are made up.", "upstream")
 	m.loaded = gauge("upstream_loaded_bytes", "Memory of each loaded model, as the upstream's /api/ps told at the last poll.", "upstream", "model")
 
 	m.tokens = counter("prompt_tokens_total", "Prompt tokens, by what became of them: reused or evaluated, as the server told (Ollama 0.34 and later), or unknown.", "model", "kind")
@@ -285,6 +287,10 @@ func (m *Metrics) Polled(name string, st upstream.State) {
 		up = 1
 	}
 	m.up.WithLabelValues(name).Set(up)
+	m.simulated.DeleteLabelValues(name)
+	if st.Simulated {
+		m.simulated.WithLabelValues(name).Set(1)
+	}
 	m.info.DeletePartialMatch(prometheus.Labels{"upstream": name})
 	if st.Up {
 		m.info.WithLabelValues(name, st.Version).Set(1)

@@ -20,6 +20,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
 // Config says which server to simulate. At least one model must be given; the other fields may be zero.
@@ -227,7 +229,7 @@ func (s *Server) model(name string) *Model {
 	return nil
 }
 
-// ServeHTTP answers as Ollama does.
+// ServeHTTP answers as Ollama does, and says in a header that it is simulated.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.mu.Lock()
 	down := s.down
@@ -235,6 +237,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if down {
 		panic(http.ErrAbortHandler)
 	}
+	w.Header().Set(upstream.SimulatedHeader, "true")
 	w.Header().Set("Date", s.clock.Now().UTC().Format(http.TimeFormat)) // by which clients tell how far the clocks are apart
 	s.mux.ServeHTTP(w, r)
 }

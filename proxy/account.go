@@ -198,11 +198,14 @@ type requestsPage struct {
 }
 
 type requestEntry struct {
-	ID       uint64          `json:"id"`
-	At       time.Time       `json:"at"`
-	Endpoint string          `json:"endpoint"`
-	Model    string          `json:"model"`
-	Upstream string          `json:"upstream"`
+	ID       uint64    `json:"id"`
+	At       time.Time `json:"at"`
+	Endpoint string    `json:"endpoint"`
+	Model    string    `json:"model"`
+	Upstream string    `json:"upstream"`
+
+	Simulated bool `json:"simulated,omitempty"` // the answer and these figures are made up
+
 	Prefix   string          `json:"prefix"`
 	Shared   string          `json:"shared_prefix,omitempty"` // the longest part of the prompt that was known before
 	Messages int             `json:"messages"`
@@ -244,6 +247,9 @@ func (h *Handler) requests(n int) requestsPage {
 			Truncated: e.Truncated, Loaded: e.Loaded, Generated: e.Generated,
 			Load: ms(e.Load), Queue: ms(e.Queue), Prompt: ms(e.Prompt), Eval: ms(e.Eval),
 			EstimatedSavedMS: ms(e.SavedEvaluation + e.SavedLoading), Excerpt: e.Excerpt,
+		}
+		if b := h.named(e.Upstream); b != nil {
+			entry.Simulated = b.State().Simulated
 		}
 		if e.Shared != 0 {
 			entry.Shared = savings.PrefixString(e.Shared)

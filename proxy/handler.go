@@ -96,8 +96,9 @@ type Exchange struct {
 	KeepAlive string // injected, kept, raised or forced; "" where the request has no keep_alive
 	Unedited  string // why a body that is usually read was not: see the Unedited… constants
 
-	Upstream string   // the name of the one that it was sent to; "" for none, or for all
-	Retries  []string // why it was sent to another one, or again: see the Retry… constants
+	Upstream  string   // the name of the one that it was sent to; "" for none, or for all
+	Simulated bool     // that one is: its answer and figures are made up
+	Retries   []string // why it was sent to another one, or again: see the Retry… constants
 
 	Savings *savings.Entry // nil where there is nothing to account for
 
@@ -475,6 +476,7 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 	setCORS(res.Header, ex.origin)
 	res.Header.Del(headerUpstream) // of another proxy behind this one
 	ex.header.Set(headerUpstream, ex.up.Name)
+	ex.Simulated = res.Header[upstream.SimulatedHeader] != nil
 	if ex.spend != nil {
 		ex.tell(res.Header)
 		if ex.Status < 300 && res.Header.Get("Content-Encoding") == "" {
@@ -653,6 +655,9 @@ func (ex *exchange) attrs() []slog.Attr {
 	}
 	if ex.Upstream != "" {
 		attrs = append(attrs, slog.String("upstream", ex.Upstream))
+	}
+	if ex.Simulated {
+		attrs = append(attrs, slog.Bool("simulated", true))
 	}
 	if len(ex.Retries) > 0 {
 		attrs = append(attrs, slog.String("retries", strings.Join(ex.Retries, ",")))

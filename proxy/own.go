@@ -77,15 +77,18 @@ func (ex *exchange) page(w http.ResponseWriter, endpoint string, status int, con
 
 // upstreamEntry is what pathUpstreams shows of one.
 type upstreamEntry struct {
-	Name     string   `json:"name"`
-	URL      string   `json:"url"`
-	Up       bool     `json:"up"`
-	Error    string   `json:"error,omitempty"`
-	Draining bool     `json:"draining"`
-	InFlight int64    `json:"in_flight"` // requests that were sent to it and have not ended
-	Version  string   `json:"version,omitempty"`
-	Models   []string `json:"models"` // that it has
-	Loaded   []string `json:"loaded"` // at the last poll that asked
+	Name     string `json:"name"`
+	URL      string `json:"url"`
+	Up       bool   `json:"up"`
+	Error    string `json:"error,omitempty"`
+	Draining bool   `json:"draining"`
+	InFlight int64  `json:"in_flight"` // requests that were sent to it and have not ended
+	Version  string `json:"version,omitempty"`
+
+	Simulated bool `json:"simulated,omitempty"` // its answers and figures are made up
+
+	Models []string `json:"models"` // that it has
+	Loaded []string `json:"loaded"` // at the last poll that asked
 }
 
 func (h *Handler) upstreams() []upstreamEntry {
@@ -98,7 +101,7 @@ func (h *Handler) upstreams() []upstreamEntry {
 
 func (h *Handler) upstream(b *backend) upstreamEntry {
 	st := b.State()
-	e := upstreamEntry{Name: b.Name, URL: b.URL.String(), Up: st.Up, Draining: b.draining.Load(), InFlight: b.inFlight.Load(), Version: st.Version, Models: []string{}, Loaded: []string{}}
+	e := upstreamEntry{Name: b.Name, URL: b.URL.String(), Up: st.Up, Draining: b.draining.Load(), InFlight: b.inFlight.Load(), Version: st.Version, Simulated: st.Simulated, Models: []string{}, Loaded: []string{}}
 	if st.Err != nil {
 		e.Error = st.Err.Error()
 	}

@@ -15,14 +15,24 @@ const DefaultPort = "11434"
 // ParseNamed reads NAME=ADDR, or an address alone: then name is empty. A name is what logs, metrics, pages and headers show:
 // letters, digits, dots, dashes and underscores, 64 at most.
 func ParseNamed(s, defaultPort string) (name string, u *url.URL, err error) {
-	name, addr, named := strings.Cut(s, "=")
-	if !named {
-		name, addr = "", s
-	} else if name = strings.TrimSpace(name); !validName(name) {
-		return "", nil, fmt.Errorf("name %q: want letters, digits, dots, dashes and underscores, 64 at most", name)
+	name, addr, err := CutName(s)
+	if err != nil {
+		return "", nil, err
 	}
 	u, err = ParseAddr(addr, defaultPort)
 	return name, u, err
+}
+
+// CutName splits NAME=REST; name is empty where there is none. What follows a question mark is no name.
+func CutName(s string) (name, rest string, err error) {
+	name, rest, named := strings.Cut(s, "=")
+	if !named || strings.Contains(name, "?") {
+		return "", s, nil
+	}
+	if name = strings.TrimSpace(name); !validName(name) {
+		return "", "", fmt.Errorf("name %q: want letters, digits, dots, dashes and underscores, 64 at most", name)
+	}
+	return name, rest, nil
 }
 
 func validName(s string) bool {

@@ -37,8 +37,10 @@ type Server struct {
 	client *api.Client   // … as well
 	wake   chan struct{} // asks Run for a poll now; holds one
 
-	skew atomic.Int64 // see ownRequests
-	used atomic.Bool  // a model may have been loaded since the last look at /api/ps
+	skew      atomic.Int64 // see ownRequests
+	simulated atomic.Bool  // see ownRequests
+
+	used atomic.Bool // a model may have been loaded since the last look at /api/ps
 
 	polling sync.Mutex // held while a poll is under way
 
@@ -53,11 +55,13 @@ type State struct {
 	Polled  time.Time         // when the poll began; zero before the first one
 	Up      bool              // the server answered
 	Err     error             // why not
-	Version string            // the last one known
+	Version string            // the last one known; "0.34.1 (simulated)" where the server says that it is
 	Models  []string          // every model's name, as /api/tags spells it
 	Digests map[string]string // what each of them is, by ModelKey
 	Loaded  []Loaded          // nil where it was not asked for: see LoadedKnown
 
+	// Simulated says that the server's answers and figures are made up, as it says itself (SimulatedHeader).
+	Simulated bool
 	// LoadedKnown says that Loaded was read in this poll. An idle server with nothing loaded is not asked.
 	LoadedKnown bool
 	// Replaced lists the models (ModelKey) that were deleted, or that are others than at the poll before.
@@ -86,7 +90,7 @@ const (
 // NewServer returns a server that has not been polled. transport serves the proxy's own few requests to it.
 func NewServer(name string, u *url.URL, transport http.RoundTripper, log *slog.Logger) *Server {
 	s := &Server{Name: name, URL: u, Instance: rand.Text(), log: log, wake: make(chan struct{}, 1)}
-	s.own = &http.Client{Transport: &ownRequests{RoundTripper: transport, instance: s.Instance, skew: &s.skew}}
+	s.own = &http.Client{Transport: &ownRequests{RoundTripper: transport, instance: s.Instance, skew: &s.skew, simulated: &s.simulated}}
 	s.client = api.NewClient(u, s.own)
 	s.used.Store(true)
 	return s
@@ -95,12 +99,17 @@ func NewServer(name string, u *url.URL, transport http.RoundTripper, log *slog.L
 // InstanceHeader is on the proxy's own requests: one that comes back to the proxy that sent it shows a loop.
 const InstanceHeader = "X-Cacheproxy-Instance"
 
+// SimulatedHeader is on every answer of a server that is simulated (package ollamasim). Clients get it, too.
+const SimulatedHeader = "X-Cacheproxy-Simulated"
+
 // ownRequests sends the proxy's own requests. It marks them, and notes how far the server's clock is ahead of ours, from
-// the Date header (whole seconds).
+// the Date header (whole seconds), and whether the server is simulated.
 type ownRequests struct {
 	http.RoundTripper
 	instance string
 	skew     *atomic.Int64 // nanoseconds
+
+	simulated *atomic.Bool
 }
 
 func (c *ownRequests) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -108,6 +117,7 @@ func (c *ownRequests) RoundTrip(r *http.Request) (*http.Response, error) {
 	r.Header.Set(InstanceHeader, c.instance)
 	res, err := c.RoundTripper.RoundTrip(r)
 	if err == nil {
+		c.simulated.Store(res.Header[SimulatedHeader] != nil)
 		if date, derr := http.ParseTime(res.Header.Get("Date")); derr == nil {
 			c.skew.Store(int64(time.Until(date)))
 		}
@@ -235,8 +245,11 @@ func (s *Server) ask(ctx context.Context, prev State, used, list bool) (next Sta
 	defer cancel()
 	next = State{Polled: time.Now()}
 	if next.Version, next.Err = s.client.Version(ctx); next.Err != nil {
-		next.Version, next.Models, next.Digests = prev.Version, prev.Models, prev.Digests
+		next.Version, next.Models, next.Digests, next.Simulated = prev.Version, prev.Models, prev.Digests, prev.Simulated
 		return next, false
+	}
+	if next.Simulated = s.simulated.Load(); next.Simulated {
+		next.Version += " (simulated)"
 	}
 	next.Up = true
 	// One that was only too slow to answer has not been restarted.

@@ -13,7 +13,7 @@ func TestImports(t *testing.T) {
 	allowed := map[string][]string{
 		"jsonscan":              {},
 		"upstream":              {},
-		"ollamasim":             {},
+		"ollamasim":             {"upstream"},
 		"prefix":                {"jsonscan"},
 		"attach":                {"jsonscan"},
 		"batch":                 {"jsonscan", "prefix"},
@@ -22,7 +22,7 @@ func TestImports(t *testing.T) {
 		"schedule":              {"prefix"},
 		"proxy":                 {"attach", "jsonscan", "prefix", "savings", "schedule", "upstream"},
 		"metrics":               {"contextstore", "proxy", "savings", "schedule", "upstream"},
-		"cmd/ollama-cacheproxy": {"batch", "contextstore", "metrics", "proxy", "savings", "schedule", "upstream"},
+		"cmd/ollama-cacheproxy": {"batch", "contextstore", "metrics", "ollamasim", "proxy", "savings", "schedule", "upstream"},
 	}
 	for pkg, want := range allowed {
 		out, err := exec.Command("go", "list", "-f", `{{join .Imports "\n"}}`, module+pkg).Output()

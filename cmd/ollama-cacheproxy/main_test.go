@@ -41,7 +41,7 @@ func TestScripts(t *testing.T) {
 			env.Setenv("OTHER", other)
 			return err
 		},
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"waitready": waitReady, "waitlooped": waitLooped, "curl": curl},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"waitready": waitReady, "waitlooped": waitLooped, "curl": curl, "headers": headers},
 	})
 }
 
@@ -95,6 +95,17 @@ func waitStatus(ts *testscript.TestScript, url string, want int) {
 
 // curl METHOD URL BODY [HEADER: VALUE …] prints status and body.
 func curl(ts *testscript.TestScript, neg bool, args []string) {
+	status, _, body := exchange(ts, args)
+	fmt.Fprintf(ts.Stdout(), "%d %s\n", status, body)
+}
+
+// headers is curl, but prints the answer's headers.
+func headers(ts *testscript.TestScript, neg bool, args []string) {
+	_, header, _ := exchange(ts, args)
+	ts.Check(header.Write(ts.Stdout()))
+}
+
+func exchange(ts *testscript.TestScript, args []string) (int, http.Header, []byte) {
 	req, err := http.NewRequest(args[0], args[1], strings.NewReader(args[2]))
 	ts.Check(err)
 	for _, h := range args[3:] {
@@ -106,7 +117,7 @@ func curl(ts *testscript.TestScript, neg bool, args []string) {
 	defer res.Body.Close()
 	body, err := io.ReadAll(res.Body)
 	ts.Check(err)
-	fmt.Fprintf(ts.Stdout(), "%d %s\n", res.StatusCode, body)
+	return res.StatusCode, res.Header, body
 }
 
 // Running streams finish within --drain after SIGTERM, new requests do not, and what is left then is cut off.

@@ -22,6 +22,7 @@ import (
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/metrics"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/ollamasim"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
@@ -41,7 +42,7 @@ const (
 
 type serveCmd struct {
 	Listen   string   `default:"127.0.0.1:11435" placeholder:"ADDR" help:"Address to listen on: host:port, :port (all interfaces) or a host. Default: 127.0.0.1:11435."`
-	Upstream []string `placeholder:"[NAME=]ADDR" help:"An Ollama server, in the forms that OLLAMA_HOST takes: host, host:port or a URL; NAME is what logs, metrics and answers call it. Repeatable: requests go where their model is and their prefix is warm. Default: http://127.0.0.1:11434."`
+	Upstream []string `placeholder:"[NAME=]ADDR" help:"An Ollama server, in the forms that OLLAMA_HOST takes: host, host:port or a URL; NAME is what logs, metrics and answers call it; or sim: for a simulated one (docs/upstreams.md). Repeatable: requests go where their model is and their prefix is warm. Default: http://127.0.0.1:11434."`
 
 	KeepAlive       []string `placeholder:"[MODEL=]TIME" help:"How long models stay loaded after a request that states no keep_alive: a duration (24h), seconds, -1 (for ever) or off; MODEL=TIME for one model. Repeatable. Default: 24h."`
 	KeepAlivePolicy string   `default:"if-absent" enum:"if-absent,at-least,force" help:"What becomes of a client's own keep_alive: if-absent keeps it, at-least raises a shorter one, force replaces it. 0 (unload) is always kept. Default: if-absent."`
@@ -86,6 +87,8 @@ Examples:
       say that a model has one slot, which need not be learned then
   ollama-cacheproxy --upstream big=10.0.0.7 --upstream small=10.0.0.8 --slots big=4
       spread requests over two servers; the first, where models are pulled, has four slots per model
+  ollama-cacheproxy --upstream 'sim:?model=llama3&slots=2'
+      try it without a model: a simulated Ollama, whose answers and figures are made up, and say so
   ollama-cacheproxy --check --upstream gpu-box:11434
       say whether these settings are right, and stop
 
@@ -110,7 +113,8 @@ type settings struct {
 type target struct {
 	name  string
 	url   *url.URL
-	slots int // 0: to be learned; schedule.Unlimited: off
+	sim   *ollamasim.Server // nil: a real one, at url
+	slots int               // 0: to be learned; schedule.Unlimited: off
 }
 
 // targets reads --upstream and --slots.
@@ -121,7 +125,7 @@ func (s *serveCmd) targets(listen string) ([]target, error) {
 	}
 	var list []target
 	for i, addr := range addrs {
-		name, u, err := upstream.ParseNamed(addr, upstream.DefaultPort)
+		name, u, sim, err := parseTarget(addr)
 		if err != nil {
 			return nil, fmt.Errorf("--upstream: %w", err)
 		}
@@ -132,18 +136,18 @@ func (s *serveCmd) targets(listen string) ([]target, error) {
 		default:
 			name = fmt.Sprintf("upstream%d", i+1)
 		}
-		if selfTarget(listen, u) {
+		if sim == nil && selfTarget(listen, u) {
 			return nil, fmt.Errorf("--upstream %s is the proxy's own address: give the address of Ollama itself", u)
 		}
 		for _, t := range list {
 			if t.name == name {
 				return nil, fmt.Errorf("--upstream: two are called %q", name)
 			}
-			if t.url.String() == u.String() {
+			if sim == nil && t.sim == nil && t.url.String() == u.String() {
 				return nil, fmt.Errorf("--upstream: %s and %s are one address, %s", t.name, name, u)
 			}
 		}
-		list = append(list, target{name: name, url: u})
+		list = append(list, target{name: name, url: u, sim: sim})
 	}
 	if len(list) > maxUpstreams {
 		return nil, fmt.Errorf("--upstream: %d are given, %d at most can be", len(list), maxUpstreams)
@@ -270,6 +274,11 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	transport := proxy.NewTransport()
 	defer transport.CloseIdleConnections()
 	var ups []*upstream.Server
+	stop, err := simulate(set.upstreams, logger)
+	if err != nil {
+		return err
+	}
+	defer stop()
 	for _, t := range set.upstreams {
 		ups = append(ups, upstream.NewServer(t.name, t.url, transport, logger))
 	}

@@ -31,7 +31,7 @@ import (
 )
 
 var (
-	total = flag.Int("candidates", 400, "how many candidates are rated")
+	total = flag.Int("candidates", 200, "how many candidates are rated")
 	only  = flag.Int("mode", -1, "number of the one way to run it, from 0 on; -1: all")
 )
 
@@ -54,7 +54,8 @@ type mode struct {
 	upstreams   int
 	clients     int // each sends its next request when the last one is answered
 	interactive bool
-	full        bool // a model without a sliding window, which is all else as the one that has one
+	full        bool   // a model without a sliding window, else as the one that has one
+	version     string // of Ollama; "": 0.34.1
 }
 
 var modes = []mode{
@@ -69,6 +70,9 @@ var modes = []mode{
 	{name: "proxy, 8 clients, interactive", proxied: true, upstreams: 1, clients: 8, interactive: true},
 	{name: "proxy, 8 clients, interactive, no window", proxied: true, upstreams: 1, clients: 8, interactive: true, full: true},
 	{name: "proxy, 16 clients, 8 upstreams, interactive", proxied: true, upstreams: 8, clients: 16, interactive: true},
+	{name: "direct, 1 client, Ollama 0.24.0", upstreams: 1, clients: 1, version: "0.24.0"},
+	{name: "proxy, 1 client, Ollama 0.24.0", proxied: true, upstreams: 1, clients: 1, version: "0.24.0"},
+	{name: "proxy, 1 client, Ollama 0.24.0, no window", proxied: true, upstreams: 1, clients: 1, version: "0.24.0", full: true},
 }
 
 func TestCandidates(t *testing.T) {
@@ -113,7 +117,7 @@ func (m mode) run(t *testing.T, before syscall.Rusage) {
 	var sims []*ollamasim.Server
 	var ups []*upstream.Server
 	for i := range m.upstreams {
-		s, err := ollamasim.New(ollamasim.Config{Models: []ollamasim.Model{m.model()}})
+		s, err := ollamasim.New(ollamasim.Config{Models: []ollamasim.Model{m.model()}, Version: m.version})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -238,6 +242,9 @@ func (m mode) report(t *testing.T, sims []*ollamasim.Server, makespan time.Durat
 	each := shared
 	if m.interactive {
 		each += chatShared + chatTurns*(own+2*answer)
+	}
+	if m.version != "" && !m.full {
+		least = (shared + own) * *total // this engine reuses nothing of a prompt that is longer than the window
 	}
 	if limit := allowed * float64(least+(m.upstreams-1)*each); float64(sum.Evaluated) > limit {
 		t.Errorf("%d tokens were evaluated, want at most %.0f", sum.Evaluated, limit)

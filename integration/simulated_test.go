@@ -38,10 +38,10 @@ type simPlace struct {
 	workloads []simWorkload
 }
 
-// simWorkload sends one request at a time: ask returns the answer's text.
+// simWorkload sends one request at a time, to each model in turn where there are two (a comma between them). ask returns the answer's text.
 type simWorkload struct {
-	name, model string
-	run         func(ask func(prompt string, numCtx int) string)
+	name, models string
+	run          func(ask func(prompt string, numCtx int) string)
 }
 
 // simModel is the simulated counterpart of a generated model, as fast as it can be.
@@ -49,7 +49,7 @@ func simModel(name string) ollamasim.Model {
 	m := ollamasim.Model{Name: name, LoadTime: time.Millisecond, PromptRate: 1e7, AnswerRate: 1e6}
 	const keyAndValue, half = 2, 2
 	switch name {
-	case "gen-llama-tiny":
+	case "gen-llama-tiny", "gen-llama-tiny-b":
 		m.TokenBytes = 2 * 32 * keyAndValue * half
 	case "gen-gemma3-tiny":
 		m.Family, m.Window, m.TokenBytes, m.WindowTokenBytes = "gemma3", simWindow, 1*32*keyAndValue*half, 5*32*keyAndValue*half
@@ -61,7 +61,7 @@ func simModel(name string) ollamasim.Model {
 const simWindow = 512
 
 func simPlaces(version string) []simPlace {
-	const tiny, sliding = "gen-llama-tiny", "gen-gemma3-tiny"
+	const tiny, other, sliding = "gen-llama-tiny", "gen-llama-tiny-b", "gen-gemma3-tiny"
 	samePrefix := func(prefix, own, n int) func(func(string, int) string) {
 		return func(ask func(string, int) string) {
 			for i := range n {
@@ -129,6 +129,9 @@ func simPlaces(version string) []simPlace {
 			{"two chats", tiny, chats},
 		}},
 	}
+	places = append(places, simPlace{"one model at a time", realollama.Config{Models: []string{tiny, other}, MaxLoaded: 1}, []simWorkload{
+		{"two models in turn", tiny + "," + other, samePrefix(300, 20, 5)},
+	}})
 	if version != realollama.EraA { // which has no host cache
 		places = append(places,
 			simPlace{"no host cache", realollama.Config{Models: []string{tiny}, CacheRAMMiB: new(0)}, []simWorkload{
@@ -155,7 +158,7 @@ func TestSimulated(t *testing.T) {
 			for _, p := range simPlaces(version) {
 				t.Run(p.name, func(t *testing.T) {
 					real := realollama.Start(t, p.config)
-					c := ollamasim.Config{Version: version, Parallel: p.config.Parallel, CacheRAMMiB: p.config.CacheRAMMiB}
+					c := ollamasim.Config{Version: version, Parallel: p.config.Parallel, MaxLoaded: p.config.MaxLoaded, CacheRAMMiB: p.config.CacheRAMMiB}
 					for _, name := range p.config.Models {
 						c.Models = append(c.Models, simModel(name))
 					}
@@ -176,12 +179,13 @@ func TestSimulated(t *testing.T) {
 // compareSimulated sends a workload to both, and returns a row of the table.
 func compareSimulated(t *testing.T, real *realollama.Server, sim *ollamasim.Server, place string, w simWorkload) string {
 	t.Helper()
-	body := func(prompt string, numCtx int) []byte {
+	models := strings.Split(w.models, ",")
+	body := func(n int, prompt string, numCtx int) []byte {
 		options := map[string]any{"temperature": 0, "num_predict": 4}
 		if numCtx > 0 {
 			options["num_ctx"] = numCtx
 		}
-		text, err := json.Marshal(map[string]any{"model": w.model, "prompt": prompt, "raw": true, "stream": false, "options": options})
+		text, err := json.Marshal(map[string]any{"model": models[n%len(models)], "prompt": prompt, "raw": true, "stream": false, "options": options})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -196,18 +200,19 @@ func compareSimulated(t *testing.T, real *realollama.Server, sim *ollamasim.Serv
 	}
 	mark, requests := real.Mark(), 0
 	w.run(func(prompt string, numCtx int) string {
+		status, _, text := post(t, real.URL()+"/api/generate", string(body(requests, prompt, numCtx)))
 		requests++
-		status, _, text := post(t, real.URL()+"/api/generate", string(body(prompt, numCtx)))
 		return answer(status, []byte(text))
 	})
 	log, err := real.WaitEvaluations(t.Context(), mark, requests)
 	if err != nil {
 		t.Fatal(err)
 	}
-	simMark := sim.Mark()
+	simMark, n := sim.Mark(), 0
 	w.run(func(prompt string, numCtx int) string {
 		rec := httptest.NewRecorder()
-		sim.ServeHTTP(rec, httptest.NewRequestWithContext(t.Context(), "POST", "/api/generate", bytes.NewReader(body(prompt, numCtx))))
+		sim.ServeHTTP(rec, httptest.NewRequestWithContext(t.Context(), "POST", "/api/generate", bytes.NewReader(body(n, prompt, numCtx))))
+		n++
 		return answer(rec.Code, rec.Body.Bytes())
 	})
 	simLog := sim.Evaluations(simMark)

@@ -131,8 +131,14 @@ func (r *residency) beginNative(key, name string, embed bool, options *prefix.Op
 		did, hold = didHold, Hold{}
 		m.foreign, m.embed = true, embed
 	}
-	if did == didInject && !r.always && r.contested(m, options) {
-		did, hold = didSpare, Hold{}
+	if did == didInject && !r.always {
+		switch {
+		case m.mixed(options):
+			// Which of them is loaded in the end is not known. The next one that is alone holds it; a touch would load the model with its default options.
+			did, hold, m.keptAt, m.foreign = didSpare, Hold{}, time.Time{}, false
+		case m.inFlight > 1 && r.loads(m):
+			did, hold = didSpare, Hold{}
+		}
 	}
 	if options != nil {
 		if m.asks == nil {
@@ -143,18 +149,19 @@ func (r *residency) beginNative(key, name string, embed bool, options *prefix.Op
 	return use{r: r, m: m, began: time.Now(), set: f.keepAlive == keepAliveSet, duration: f.duration, sent: hold, options: options}, did, hold
 }
 
-// contested reports whether a request in flight may wait in Ollama for the model to make room: one with other options, or one for a
-// model that is not known to be loaded. r.mu must be held.
-func (r *residency) contested(m *residence, options *prefix.Options) bool {
+// mixed reports whether requests with other options are in flight: one of them may wait in Ollama for what others use to make room.
+func (m *residence) mixed(options *prefix.Options) bool {
 	for o := range m.asks {
 		if options == nil || o != *options {
 			return true
 		}
 	}
-	if m.inFlight == 1 {
-		return false // this one is most likely what it is loaded for
-	}
-	return slices.ContainsFunc(r.models.Values(), func(o *residence) bool { return o != m && o.inFlight > 0 && o.keptAt.IsZero() })
+	return false
+}
+
+// loads reports whether a request in flight may have to load another model, and wait in Ollama for this one to make room. r.mu must be held.
+func (r *residency) loads(but *residence) bool {
+	return slices.ContainsFunc(r.models.Values(), func(m *residence) bool { return m != but && m.inFlight > 0 && m.keptAt.IsZero() })
 }
 
 // begin notes the begin of a request. A load whose keep_alive has run out since the last one is over, whether or not
@@ -189,10 +196,11 @@ func (u use) answer() {
 			m.longest = max(m.longest, u.duration)
 			m.keptAt, m.keptFor = u.began, u.duration // the client's own value wins
 		}
-		if u.sent != (Hold{}) {
+		sent := u.sent != (Hold{}) && !m.mixed(u.options)
+		if sent {
 			m.keptAt, m.keptFor = u.began, u.sent.Duration
 		}
-		if u.set || u.sent != (Hold{}) {
+		if u.set || sent {
 			if m.options = (prefix.Options{}); u.options != nil {
 				m.options = *u.options
 			}

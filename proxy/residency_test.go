@@ -439,13 +439,21 @@ func TestSpared(t *testing.T) {
 		u.answer()
 		u.end()
 	}
-	beside := begin("m", small, didInject) // it is not known whether the first one's load has ended
+	begin("m", small, didInject).end() // nothing waits any more
 	first.answer()
-	for _, u := range []use{first, beside} {
-		u.end()
-	}
+	first.end()
 	begin("m", small, didHold).end()
-	begin("m", large, didInject).end() // nothing waits
+	held := begin("m", small, didHold)
+	other = begin("m", large, didSpare) // this one ends what was held
+	held.end()
+	other.answer()
+	other.end()
+	last := begin("m", small, didInject) // which one is loaded is not known
+	other = begin("m", large, didSpare)
+	last.answer() // it may have been unloaded for the other one since
+	last.end()
+	other.end()
+	begin("m", small, didInject).end()
 
 	a := begin("a", small, didInject)
 	b := begin("b", small, didInject) // it has to be loaded, so that nothing is ended by it

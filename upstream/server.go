@@ -314,13 +314,22 @@ func (s *Server) Loaded(ctx context.Context) ([]Loaded, error) {
 	return loaded, nil
 }
 
+// Info asks what is known of a model: the keys of its file, such as general.architecture, with numbers as float64.
+func (s *Server) Info(ctx context.Context, model string) (map[string]any, error) {
+	show, err := s.client.Show(ctx, &api.ShowRequest{Model: model})
+	if err != nil {
+		return nil, err
+	}
+	return show.ModelInfo, nil
+}
+
 // SlidingWindow asks whether the model's attention has a sliding window.
 func (s *Server) SlidingWindow(ctx context.Context, model string) (bool, error) {
-	show, err := s.client.Show(ctx, &api.ShowRequest{Model: model})
+	info, err := s.Info(ctx, model)
 	if err != nil {
 		return false, err
 	}
-	for key, value := range show.ModelInfo {
+	for key, value := range info {
 		if n, ok := value.(float64); ok && n > 0 && strings.HasSuffix(key, ".attention.sliding_window") {
 			return true, nil
 		}

@@ -4,8 +4,8 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
-	"strings"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/bench/text"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
@@ -43,18 +43,6 @@ type workload struct {
 	events func(p *player, servers []*realollama.Server) map[int]func() error
 }
 
-var words = strings.Fields("the of and to in is that for it as was with be by on not he his but at are this have from or had an they which one you were all her she there would their we him been has when who will no more if out so up said what its about than into them can only other time new some could these two may first then do any like my now over such our man me even most made after also did many off before must well back through years where much your way down should because long each just state those people too mr how little good world make very year still see own work men day get here old between both life being under three never know same last another while us might great")
-
-// text returns n words.
-func text(seed uint64, n int) string {
-	r := rand.New(rand.NewPCG(seed, 7))
-	list := make([]string, n)
-	for i := range list {
-		list[i] = words[r.IntN(len(words))]
-	}
-	return strings.Join(list, " ")
-}
-
 // config returns a server's, with a host cache of the default size or none. Era A knows none.
 func (b *bench) config(slots int, hostCache bool) realollama.Config {
 	c := realollama.Config{Models: []string{b.model}, Parallel: slots, KeepAlive: "10m"}
@@ -66,7 +54,7 @@ func (b *bench) config(slots int, hostCache bool) realollama.Config {
 
 // chat returns a request with a prefix of about 600 tokens and a tail of 30.
 func (b *bench) chat(id, prefix, n int) request {
-	return request{id: id, prefix: prefix, model: b.model, generate: 4, messages: []message{{"system", text(uint64(prefix), 250)}, {"user", text(uint64(1000*prefix+n+7), 12)}}}
+	return request{id: id, prefix: prefix, model: b.model, generate: 4, messages: []message{{"system", text.Words(uint64(prefix), 250)}, {"user", text.Words(uint64(1000*prefix+n+7), 12)}}}
 }
 
 // shuffled has many prefixes in turn.
@@ -183,7 +171,7 @@ func (b *bench) chats(slots int) workload {
 		for turn := range chatTurns {
 			w.clients[c] = append(w.clients[c], request{
 				id: c*100 + turn, model: b.model, generate: 8,
-				messages: []message{{"system", text(700, 250)}, {"user", text(uint64(7000+100*c+turn), 30)}},
+				messages: []message{{"system", text.Words(700, 250)}, {"user", text.Words(uint64(7000+100*c+turn), 30)}},
 			})
 		}
 	}
@@ -244,7 +232,7 @@ func (b *bench) unequal() workload {
 	}
 	for i, n := range []int{longs, shorts} {
 		for k := range n {
-			q := request{id: i*10_000 + k, model: b.model, generate: 4, messages: []message{{"user", text(uint64(20_000+10_000*i+k), []int{500, 15}[i])}}}
+			q := request{id: i*10_000 + k, model: b.model, generate: 4, messages: []message{{"user", text.Words(uint64(20_000+10_000*i+k), []int{500, 15}[i])}}}
 			w.clients[i] = append(w.clients[i], q)
 			w.least = append(w.least, q)
 		}
@@ -255,7 +243,7 @@ func (b *bench) unequal() workload {
 func (b *bench) decode() workload {
 	w := workload{name: "decode-heavy: 64 short prompts, 96 tokens each, 8 clients, 4 slots", config: b.config(4, true), clients: make([][]request, 8), runs: 3}
 	for n := range 64 {
-		q := request{id: n, model: b.model, generate: 96, messages: []message{{"user", text(uint64(9000+n), 20)}}}
+		q := request{id: n, model: b.model, generate: 96, messages: []message{{"user", text.Words(uint64(9000+n), 20)}}}
 		w.clients[n%8] = append(w.clients[n%8], q)
 		w.least = append(w.least, q)
 	}

@@ -5,28 +5,21 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"net/url"
 	"os"
 	"strconv"
-	"sync"
 	"time"
 
 	"github.com/alecthomas/kong"
-	"github.com/schollz/progressbar/v3"
-	"golang.org/x/term"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/batch"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-const (
-	exitFailed    = 3                // some requests failed, and the batch is at its end
-	progressEvery = 10 * time.Second // where there is no terminal
-)
+const exitFailed = 3 // some requests failed, and the batch is at its end
 
 type batchCmd struct {
 	Input    string `short:"i" env:"-" default:"-" placeholder:"FILE" help:"Requests, one a line: bodies of /api/chat, /api/generate or /api/embed, or OpenAI's batch form. Default: stdin."`
@@ -80,7 +73,8 @@ func (b *batchCmd) Run(ctx context.Context, c *console) error {
 	}
 	defer source.Close()
 	bar := newProgress(c.stderr, b.LogFormat, b.LogLevel)
-	config.Log, config.Progress = bar.log, bar.show
+	config.Log = bar.log
+	config.Progress = func(now batch.Progress) { bar.show(now.Done, now.Total, now.Elapsed, now) }
 	transport := proxy.NewTransport()
 	defer transport.CloseIdleConnections()
 	config.Transport = transport
@@ -185,34 +179,19 @@ func (b *batchCmd) check(ctx context.Context, c *console, config *batch.Config) 
 
 // inner runs a proxy within the program and points the batch at it.
 func (b *batchCmd) inner(ctx context.Context, c *console, config *batch.Config) (stop func(), err error) {
-	args := []string{"serve", "--listen", "127.0.0.1:0", "--log-level", "warn", "--log-format", b.LogFormat}
+	args := []string{"--log-format", b.LogFormat}
 	for _, up := range b.Upstream {
 		args = append(args, "--upstream", up)
 	}
 	for _, n := range b.Slots {
 		args = append(args, "--slots", n)
 	}
-	var inner cli
-	parser, err := kong.New(&inner, kong.DefaultEnvars("OLLAMA_CACHEPROXY"), vars)
+	server, end, err := runInner(ctx, c, args, nil, kong.DefaultEnvars("OLLAMA_CACHEPROXY"))
 	if err != nil {
-		panic(err) // the same tags as run's
-	}
-	if _, err := parser.Parse(args); err != nil {
-		return nil, exitError{2, err}
-	}
-	listens := make(chan net.Addr, 1)
-	inner.Serve.listening = func(addr net.Addr) { listens <- addr }
-	serving, cancel := context.WithCancel(context.WithoutCancel(ctx)) // it ends after the batch
-	ended := make(chan error, 1)
-	go func() { ended <- inner.Serve.Run(serving, c) }() // ends with stop
-	select {
-	case addr := <-listens:
-		config.Server = &url.URL{Scheme: "http", Host: addr.String()}
-		return func() { cancel(); <-ended }, nil
-	case err := <-ended:
-		cancel()
 		return nil, err
 	}
+	config.Server = server
+	return func() { end() }, nil // the batch is over, whatever became of the proxy
 }
 
 // report tells what became of the batch.
@@ -240,62 +219,4 @@ func (b *batchCmd) collected() string {
 		return ""
 	}
 	return fmt.Sprintf(", and %s has them to be sent again", b.Errors)
-}
-
-// progress shows how far a batch is: a bar on a terminal, or else a line in the log every 10 seconds.
-type progress struct {
-	log *slog.Logger
-
-	mu     sync.Mutex               // of what is below, and of writing to the terminal
-	bar    *progressbar.ProgressBar // nil: no terminal
-	last   batch.Progress
-	logged time.Duration
-	stderr io.Writer
-}
-
-func newProgress(stderr io.Writer, format string, level slog.Level) *progress {
-	p := &progress{stderr: stderr}
-	f, isFile := stderr.(*os.File)
-	if !isFile || !term.IsTerminal(int(f.Fd())) || format == "json" {
-		p.log = newLogger(stderr, format, level)
-		return p
-	}
-	p.bar = progressbar.NewOptions(-1,
-		progressbar.OptionSetWriter(stderr), progressbar.OptionFullWidth(), progressbar.OptionShowCount(), progressbar.OptionShowIts(),
-		progressbar.OptionSetPredictTime(true), progressbar.OptionThrottle(100*time.Millisecond), progressbar.OptionSetItsString("requests"))
-	p.log = newLogger(p, "text", level)
-	return p
-}
-
-// Write writes a line of the log where the bar was, which is drawn again below it.
-func (p *progress) Write(line []byte) (int, error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.bar.Clear() // a terminal that cannot be cleared shows both
-	return p.stderr.Write(line)
-}
-
-func (p *progress) show(now batch.Progress) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.last = now
-	if p.bar != nil {
-		if p.bar.GetMax() != now.Total {
-			p.bar.ChangeMax(now.Total)
-		}
-		p.bar.Describe(now.Words())
-		p.bar.Set(now.Done) // what cannot be drawn is drawn the next time
-		return
-	}
-	if now.Elapsed-p.logged >= progressEvery {
-		p.logged = now.Elapsed
-		p.log.Info("progress", now.Attrs()...)
-	}
-}
-
-func (p *progress) finish() {
-	if p.bar != nil {
-		p.bar.Exit()
-		fmt.Fprintln(p.stderr)
-	}
 }

@@ -22,7 +22,8 @@ func TestImports(t *testing.T) {
 		"schedule":              {"prefix"},
 		"proxy":                 {"attach", "jsonscan", "prefix", "savings", "schedule", "upstream"},
 		"metrics":               {"contextstore", "proxy", "savings", "schedule", "upstream"},
-		"cmd/ollama-cacheproxy": {"batch", "contextstore", "metrics", "ollamasim", "proxy", "savings", "schedule", "upstream"},
+		"bench":                 {"bench/text", "proxy", "savings", "upstream"},
+		"cmd/ollama-cacheproxy": {"batch", "bench", "contextstore", "metrics", "ollamasim", "proxy", "savings", "schedule", "upstream"},
 	}
 	for pkg, want := range allowed {
 		out, err := exec.Command("go", "list", "-f", `{{join .Imports "\n"}}`, module+pkg).Output()

@@ -20,6 +20,7 @@ import (
 type cli struct {
 	Serve   serveCmd   `cmd:"" default:"withargs" help:"Forward requests to Ollama (the default verb)."`
 	Batch   batchCmd   `cmd:"" help:"Send a file of requests, and go on where it was after a crash."`
+	Bench   benchCmd   `cmd:"" help:"Measure what the proxy is worth on an Ollama server: directly and through it, in one run."`
 	Health  healthCmd  `cmd:"" help:"Ask a running proxy whether it and its upstream are well; for a container's health check."`
 	Version versionCmd `cmd:"" help:"Print the version."`
 }

@@ -67,7 +67,8 @@ type serveCmd struct {
 	Drain     time.Duration `default:"30s" help:"How long running requests may take to finish after SIGTERM or Ctrl-C. Default: 30s."`
 	Check     bool          `help:"Check the settings, say what they mean and whether the upstream answers, and stop."`
 
-	listening func(net.Addr) // called when the listener is there; nil: nobody is told
+	listening func(net.Addr)       // called when the listener is there; nil: nobody is told
+	done      func(proxy.Exchange) // called for each request when it is over; nil: nobody is told
 }
 
 func (s *serveCmd) Help() string {
@@ -97,7 +98,7 @@ POST /_cacheproxy/upstreams/NAME/drain has an upstream finish what it has and ge
 
 With several upstreams what changes models (pull, create, copy, push, delete, blobs) goes to the first one. The request header X-Cacheproxy-Upstream: NAME sends any request to one of them; in answers it names the one that answered.
 
-Other verbs: batch, health, version ("ollama-cacheproxy VERB --help").`
+Other verbs: batch, bench, health, version ("ollama-cacheproxy VERB --help").`
 }
 
 // settings are the flags, understood.
@@ -304,6 +305,12 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	}
 	counts.Store(store.Stats)
 	h.Metrics, h.Done, h.Touched, h.Attached = counts.Handler(), counts.Done, counts.Touched, counts.Attached
+	if s.done != nil {
+		h.Done = func(ex proxy.Exchange) {
+			counts.Done(ex)
+			s.done(ex)
+		}
+	}
 	for _, up := range ups {
 		up.Polled = func(st upstream.State) {
 			h.Polled(up, st)

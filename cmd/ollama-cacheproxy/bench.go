@@ -1,0 +1,168 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/url"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/bench"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
+)
+
+type benchCmd struct {
+	Workload string   `env:"-" default:"same" enum:"same,interleaved,closed-loops,models,num-ctx,user-message-prefix,chat-turns" help:"What is asked: one of those above. Default: same."`
+	Optimize []string `env:"-" placeholder:"MODE" enum:"false,keep-alive,true" help:"false: Ollama as it is; keep-alive: models stay loaded; true: requests also wait for the slot that is warm for them. Repeatable. Default: all three, compared."`
+	Requests int      `env:"-" default:"100" placeholder:"N" help:"Requests in each mode and round. Default: 100."`
+
+	PrefixTokens int `env:"-" default:"2000" placeholder:"N" help:"Tokens that prompts have in common. Default: 2000."`
+	TailTokens   int `env:"-" default:"50" placeholder:"N" help:"Tokens that each prompt has for itself. Default: 50."`
+	OutputTokens int `env:"-" default:"50" placeholder:"N" help:"Tokens of each answer. Default: 50."`
+
+	Clients int           `env:"-" placeholder:"N" help:"How many ask at a time. Default: 1 for same and user-message-prefix, 32 for interleaved, 4 for the others."`
+	Pause   time.Duration `env:"-" placeholder:"TIME" help:"How long a client waits after an answer. Default: not at all."`
+	Rounds  int           `env:"-" default:"1" placeholder:"N" help:"How often each mode is measured; another comes first each time. Default: 1."`
+	Seed    uint64        `env:"-" default:"1" placeholder:"N" help:"Other seeds make other texts. Default: 1."`
+
+	Upstream string   `env:"-" placeholder:"ADDR" help:"Ollama itself, on which nobody else should work meanwhile. Default: OLLAMA_HOST, or else 127.0.0.1:11434."`
+	Model    []string `env:"-" placeholder:"NAME" help:"The model; twice for the workload models. Default: the only one that there is."`
+	Slots    string   `env:"-" default:"auto" placeholder:"N" help:"With --optimize true: slots per model, as serve has it. Default: auto."`
+
+	JSON bool   `name:"json" env:"-" help:"Write the report to stdout as JSON, request by request, instead of as a table."`
+	HTML string `name:"html" env:"-" type:"path" placeholder:"FILE" help:"Write the report, with charts, to this file too: one page that needs no network."`
+
+	LogLevel  slog.Level `default:"info" help:"debug, info, warn or error. Default: info."`
+	LogFormat string     `default:"auto" enum:"auto,text,json" help:"text, json, or auto: text on a terminal. Default: auto."`
+}
+
+func (b *benchCmd) Help() string {
+	return `Each mode gets the same requests, with texts of its own, on the same server, from a cold start: the models are unloaded before it, and at the end. So do not use a server that others use.
+
+Workloads: same (one client, one prefix), interleaved (8 prefixes in turn, 32 requests at a time), closed-loops (4 scripts, a prefix each), models (two in turn), num-ctx (two values in turn), user-message-prefix (as same, without a system message), chat-turns (4 chats of 10 turns, one after the other, with one system prompt).
+
+Examples:
+
+  ollama-cacheproxy bench
+      100 requests that share a prefix, in all three modes
+  ollama-cacheproxy bench --workload closed-loops --requests 1000 --rounds 3 --html report.html
+      four scripts at once, three times, with charts
+  ollama-cacheproxy bench --optimize false --optimize true --model llama3 --json > report.json
+      two modes, request by request
+
+Ctrl-C stops it; what was measured until then is reported, marked as incomplete.
+
+Exit status: 0 all were answered, 3 some failed, 1 it was stopped before the end, 2 the arguments make no sense.`
+}
+
+func (b *benchCmd) Run(ctx context.Context, c *console) error {
+	config, err := b.config()
+	if err != nil {
+		return exitError{2, err}
+	}
+	bar := newProgress(c.stderr, b.LogFormat, b.LogLevel)
+	config.Log = bar.log
+	config.Progress = func(now bench.Progress) { bar.show(now.Done, now.Total, now.Elapsed, now) }
+	config.Front = func(ctx context.Context, mode bench.Mode, done func(proxy.Exchange)) (*url.URL, func() error, error) {
+		flags := []string{"--upstream", config.Upstream.String(), "--log-format", b.LogFormat}
+		switch mode {
+		case bench.Direct:
+			flags = append(flags, "--slots", "off", "--keep-alive", "off", "--no-touch")
+		case bench.KeepAlive:
+			flags = append(flags, "--slots", "off")
+		default:
+			flags = append(flags, "--slots", b.Slots)
+		}
+		return runInner(ctx, c, flags, done) // without settings from the environment: they would not be in the report
+	}
+	transport := proxy.NewTransport()
+	defer transport.CloseIdleConnections()
+	config.Transport = transport
+	report, err := bench.Run(ctx, *config)
+	bar.finish()
+	if report == nil {
+		return err
+	}
+	return errors.Join(b.write(c, report), cmp.Or(err, failures(report)))
+}
+
+// config understands the flags.
+func (b *benchCmd) config() (*bench.Config, error) {
+	for _, n := range []int{b.Requests, b.PrefixTokens, b.TailTokens, b.OutputTokens, b.Rounds} {
+		if n < 1 {
+			return nil, errors.New("--requests, --prefix-tokens, --tail-tokens, --output-tokens, --rounds: want at least 1")
+		}
+	}
+	if b.Clients < 0 || b.Pause < 0 {
+		return nil, errors.New("--clients, --pause: want 0 or more")
+	}
+	if _, err := parseSlots(b.Slots); err != nil {
+		return nil, fmt.Errorf("--slots %q: %w", b.Slots, err)
+	}
+	config := &bench.Config{
+		Models: b.Model, Workload: b.Workload, Requests: b.Requests, PrefixTokens: b.PrefixTokens, TailTokens: b.TailTokens, OutputTokens: b.OutputTokens,
+		Clients: b.Clients, Pause: b.Pause, Rounds: b.Rounds, Seed: b.Seed,
+	}
+	for _, mode := range b.Optimize {
+		if slices.Contains(config.Modes, bench.Mode(mode)) {
+			return nil, fmt.Errorf("--optimize %s is given twice", mode)
+		}
+		config.Modes = append(config.Modes, bench.Mode(mode))
+	}
+	if config.Modes == nil {
+		config.Modes = bench.Modes()
+	}
+	var err error
+	if config.Upstream, err = upstream.ParseAddr(cmp.Or(b.Upstream, os.Getenv("OLLAMA_HOST"), defaultUpstream), upstream.DefaultPort); err != nil {
+		return nil, fmt.Errorf("--upstream, OLLAMA_HOST: %w", err)
+	}
+	return config, nil
+}
+
+// write writes the report wherever it is wanted.
+func (b *benchCmd) write(c *console, report *bench.Report) error {
+	if b.HTML != "" {
+		if err := writeFile(b.HTML, report.HTML); err != nil {
+			return fmt.Errorf("writing the report: %w", err)
+		}
+	}
+	if !b.JSON {
+		return report.Print(c.stdout)
+	}
+	e := json.NewEncoder(c.stdout)
+	e.SetIndent("", "  ")
+	return e.Encode(report)
+}
+
+func writeFile(path string, write func(io.Writer) error) error {
+	f, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(write(f), f.Close())
+}
+
+// failures returns an error if requests failed.
+func failures(report *bench.Report) error {
+	failed, all, last := 0, 0, ""
+	for _, m := range report.Modes {
+		failed += m.Failed
+		all += m.Failed + m.Answered
+		for _, run := range m.Runs {
+			for _, q := range run.Requests {
+				last = cmp.Or(q.Error, last)
+			}
+		}
+	}
+	if failed == 0 {
+		return nil
+	}
+	return exitError{exitFailed, fmt.Errorf("%d of %d requests failed, the last one with: %s", failed, all, last)}
+}

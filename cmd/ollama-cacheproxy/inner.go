@@ -1,0 +1,37 @@
+package main
+
+import (
+	"context"
+	"net"
+	"net/url"
+
+	"github.com/alecthomas/kong"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
+)
+
+// runInner runs a proxy within the program, with serve's flags, for another verb. It listens on a free port of loopback and ends with stop,
+// not with ctx. done is called for each request when it is over, and not any more when stop has returned; it may be nil.
+func runInner(ctx context.Context, c *console, flags []string, done func(proxy.Exchange), options ...kong.Option) (server *url.URL, stop func() error, err error) {
+	var inner cli
+	parser, err := kong.New(&inner, append(options, vars)...)
+	if err != nil {
+		panic(err) // the same tags as run's
+	}
+	if _, err := parser.Parse(append([]string{"serve", "--listen", "127.0.0.1:0", "--log-level", "warn"}, flags...)); err != nil {
+		return nil, nil, exitError{2, err}
+	}
+	listens := make(chan net.Addr, 1)
+	inner.Serve.listening = func(addr net.Addr) { listens <- addr }
+	inner.Serve.done = done
+	serving, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	ended := make(chan error, 1)
+	go func() { ended <- inner.Serve.Run(serving, c) }() // ends with stop
+	select {
+	case addr := <-listens:
+		return &url.URL{Scheme: "http", Host: addr.String()}, func() error { cancel(); return <-ended }, nil
+	case err := <-ended:
+		cancel()
+		return nil, nil, err
+	}
+}

@@ -1,0 +1,75 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/schollz/progressbar/v3"
+	"golang.org/x/term"
+)
+
+const progressEvery = 10 * time.Second // where there is no terminal
+
+// progress shows how far something is: a bar on a terminal, or else a line in the log every 10 seconds.
+type progress struct {
+	log *slog.Logger
+
+	mu     sync.Mutex               // of what is below, and of writing to the terminal
+	bar    *progressbar.ProgressBar // nil: no terminal
+	logged time.Duration
+	stderr io.Writer
+}
+
+func newProgress(stderr io.Writer, format string, level slog.Level) *progress {
+	p := &progress{stderr: stderr}
+	f, isFile := stderr.(*os.File)
+	if !isFile || !term.IsTerminal(int(f.Fd())) || format == "json" {
+		p.log = newLogger(stderr, format, level)
+		return p
+	}
+	p.bar = progressbar.NewOptions(-1,
+		progressbar.OptionSetWriter(stderr), progressbar.OptionFullWidth(), progressbar.OptionShowCount(), progressbar.OptionShowIts(),
+		progressbar.OptionSetPredictTime(true), progressbar.OptionThrottle(100*time.Millisecond), progressbar.OptionSetItsString("requests"))
+	p.log = newLogger(p, "text", level)
+	return p
+}
+
+// Write writes a line of the log where the bar was, which is drawn again below it.
+func (p *progress) Write(line []byte) (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.bar.Clear() // a terminal that cannot be cleared shows both
+	return p.stderr.Write(line)
+}
+
+// show shows that so many requests are done; now says what else is worth knowing, in words and for the log.
+func (p *progress) show(done, total int, elapsed time.Duration, now interface {
+	Words() string
+	Attrs() []any
+}) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.bar != nil {
+		if p.bar.GetMax() != total {
+			p.bar.ChangeMax(total)
+		}
+		p.bar.Describe(now.Words())
+		p.bar.Set(done) // what cannot be drawn is drawn the next time
+		return
+	}
+	if elapsed-p.logged >= progressEvery {
+		p.logged = elapsed
+		p.log.Info("progress", now.Attrs()...)
+	}
+}
+
+func (p *progress) finish() {
+	if p.bar != nil {
+		p.bar.Exit()
+		fmt.Fprintln(p.stderr)
+	}
+}

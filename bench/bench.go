@@ -52,6 +52,7 @@ type Config struct {
 	Clients                                          int // that send at a time; 0: as many as the workload has by its nature
 	Rounds                                           int
 	Pause                                            time.Duration // of a client between an answer and its next request
+	GiveUp                                           time.Duration // a mode in which nothing was answered for so long is ended
 	Seed                                             uint64        // other seeds make other texts
 
 	// Front starts the proxy for a mode. done is called for each request when it is over, and not any more when stop has returned.
@@ -266,7 +267,11 @@ func (b *bench) run(ctx context.Context, mode Mode, round int, seed uint64, scal
 	loaded, _ := b.server.Loaded(ctx) // nothing depends on it
 	err = errors.Join(err, stop())
 	if len(p.done) > 0 {
-		b.report.add(mode, round, p, exchanges, loaded)
+		unsent := 0
+		if err == nil {
+			unsent = b.Requests - len(p.done)
+		}
+		b.report.add(mode, round, p, exchanges, loaded, unsent)
 	}
 	return err
 }
@@ -297,11 +302,12 @@ func (b *bench) ready(ctx context.Context, base *url.URL) error {
 // play sends a workload's requests.
 type play struct {
 	*bench
-	mode  Mode
-	base  *url.URL
-	began time.Time
-	wall  time.Duration
-	done  []played // guarded by bench.mu
+	mode     Mode
+	base     *url.URL
+	began    time.Time
+	wall     time.Duration
+	watchdog *time.Timer
+	done     []played // guarded by bench.mu
 }
 
 // played is a request that was answered, or failed.
@@ -313,9 +319,13 @@ type played struct {
 }
 
 func (p *play) play(ctx context.Context, w workload) error {
+	stopped := ctx
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	p.began = time.Now()
+	stalled := fmt.Errorf("nothing was answered for %v", p.GiveUp)
+	p.watchdog = time.AfterFunc(p.GiveUp, func() { cancel(stalled) })
+	defer p.watchdog.Stop()
 	var wg sync.WaitGroup
 	for i, queue := range w.queues {
 		next := make(chan request, len(queue))
@@ -330,13 +340,20 @@ func (p *play) play(ctx context.Context, w workload) error {
 					messages := q.messages(history)
 					sent := time.Now()
 					a := p.ask(ctx, p.base, q, messages, p.OutputTokens)
-					if ctx.Err() != nil {
+					switch context.Cause(ctx) {
+					case nil:
+					case stalled:
+						a.err = stalled
+					default:
 						return
 					}
 					if w.chat {
 						history = append(messages, api.Message{Role: "assistant", Content: a.text})
 					}
 					p.note(played{q, i*w.depth + k, sent, a}, cancel)
+					if ctx.Err() != nil {
+						return
+					}
 					if p.Pause > 0 && len(next) > 0 {
 						select {
 						case <-ctx.Done():
@@ -349,13 +366,21 @@ func (p *play) play(ctx context.Context, w workload) error {
 	}
 	wg.Wait()
 	p.wall = time.Since(p.began)
-	return context.Cause(ctx)
+	if cause := context.Cause(ctx); cause != stalled {
+		return cause
+	}
+	p.Log.Warn("gave up on a mode", "optimize", string(p.mode), "err", stalled)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.progress.Total -= p.Requests - len(p.done)
+	return stopped.Err()
 }
 
 // note takes a request in that is over.
 func (p *play) note(d played, cancel context.CancelCauseFunc) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.watchdog.Reset(p.GiveUp)
 	p.done = append(p.done, d)
 	now := &p.progress
 	now.Mode, now.Elapsed = p.mode, time.Since(p.bench.began)

@@ -51,7 +51,7 @@ type ModeResult struct {
 	Unknown   float64        `json:"unknown_tokens"` // neither was told nor could be inferred
 	Loads     float64        `json:"loads"`
 	Answered  int            `json:"answered"` // of all rounds
-	Failed    int            `json:"failed"`   // of all rounds
+	Failed    int            `json:"failed"`   // of all rounds, unsent ones included
 	Truncated int            `json:"truncated"`
 	HitRate   float64        `json:"hit_rate"` // prompts at least half of which was reused, of those of which it is known; NaN is written as -1
 	Cold      map[string]int `json:"cold"`     // why the others were not, as the ledger infers it
@@ -88,6 +88,7 @@ type ModeRun struct {
 	Reused    int       `json:"reused_tokens"`
 	Unknown   int       `json:"unknown_tokens"`
 	Loads     int       `json:"loads"`
+	Unsent    int       `json:"unsent"` // requests that were given up: nothing was answered any more
 	Loaded    []Loaded  `json:"loaded"` // at its end
 	Requests  []Request `json:"requests"`
 }
@@ -141,12 +142,12 @@ func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond)
 
 // add takes in a run, with what the proxy told of its requests. The two are joined by the prompts' fingerprints, which no two
 // requests have in common.
-func (r *Report) add(mode Mode, round int, p *play, exchanges []proxy.Exchange, loaded []upstream.Loaded) {
+func (r *Report) add(mode Mode, round int, p *play, exchanges []proxy.Exchange, loaded []upstream.Loaded, unsent int) {
 	known := make(map[string]*proxy.Exchange, len(exchanges))
 	for i := range exchanges {
 		known[savings.PrefixString(exchanges[i].Savings.Prefix)] = &exchanges[i]
 	}
-	run := &ModeRun{Round: round, Seconds: p.wall.Seconds()}
+	run := &ModeRun{Round: round, Seconds: p.wall.Seconds(), Unsent: unsent}
 	for _, d := range p.done {
 		q := Request{
 			Client: d.client, Prefix: d.prefix, Model: d.model, NumCtx: d.numCtx,
@@ -226,6 +227,7 @@ func (m *ModeResult) sum() {
 	var hits, known int
 	m.Basis, m.Cold = savings.Unknown, map[string]int{}
 	for _, run := range m.Runs {
+		m.Failed += run.Unsent
 		for _, q := range run.Requests {
 			if q.Error != "" {
 				m.Failed++

@@ -20,8 +20,15 @@ type row struct {
 
 // title says in a line what was measured.
 func (r *Report) title() string {
-	return fmt.Sprintf("workload %s: %s requests, %s + %s prompt tokens, %s generated; %d clients, %d rounds", r.Workload,
-		number(float64(r.Requests)), number(float64(r.PrefixTokens)), number(float64(r.TailTokens)), number(float64(r.OutputTokens)), r.Clients, r.Rounds)
+	return fmt.Sprintf("workload %s: %s requests, %s + %s prompt tokens, %s generated; %s, %s", r.Workload,
+		number(float64(r.Requests)), number(float64(r.PrefixTokens)), number(float64(r.TailTokens)), number(float64(r.OutputTokens)), plural(r.Clients, "client"), plural(r.Rounds, "round"))
+}
+
+func plural(n int, what string) string {
+	if n != 1 {
+		what += "s"
+	}
+	return fmt.Sprintf("%d %s", n, what)
 }
 
 // names are what the modes are called at the head of the table.

@@ -29,6 +29,7 @@ type benchCmd struct {
 
 	Clients int           `env:"-" placeholder:"N" help:"How many ask at a time. Default: 1 for same and user-message-prefix, 32 for interleaved, 4 for the others."`
 	Pause   time.Duration `env:"-" placeholder:"TIME" help:"How long a client waits after an answer. Default: not at all."`
+	GiveUp  time.Duration `env:"-" default:"5m" placeholder:"TIME" help:"End a mode in which nothing was answered for so long; what it has not answered counts as failed. Default: 5m."`
 	Rounds  int           `env:"-" default:"1" placeholder:"N" help:"How often each mode is measured; another comes first each time. Default: 1."`
 	Seed    uint64        `env:"-" default:"1" placeholder:"N" help:"Other seeds make other texts. Default: 1."`
 
@@ -100,15 +101,15 @@ func (b *benchCmd) config() (*bench.Config, error) {
 			return nil, errors.New("--requests, --prefix-tokens, --tail-tokens, --output-tokens, --rounds: want at least 1")
 		}
 	}
-	if b.Clients < 0 || b.Pause < 0 {
-		return nil, errors.New("--clients, --pause: want 0 or more")
+	if b.Clients < 0 || b.Pause < 0 || b.GiveUp <= 0 {
+		return nil, errors.New("--clients, --pause, --give-up: want 0 or more, and of the last more")
 	}
 	if _, err := parseSlots(b.Slots); err != nil {
 		return nil, fmt.Errorf("--slots %q: %w", b.Slots, err)
 	}
 	config := &bench.Config{
 		Models: b.Model, Workload: b.Workload, Requests: b.Requests, PrefixTokens: b.PrefixTokens, TailTokens: b.TailTokens, OutputTokens: b.OutputTokens,
-		Clients: b.Clients, Pause: b.Pause, Rounds: b.Rounds, Seed: b.Seed,
+		Clients: b.Clients, Pause: b.Pause, GiveUp: b.GiveUp, Rounds: b.Rounds, Seed: b.Seed,
 	}
 	for _, mode := range b.Optimize {
 		if slices.Contains(config.Modes, bench.Mode(mode)) {

@@ -1,0 +1,140 @@
+package bench
+
+import (
+	"bytes"
+	"encoding/json"
+	"maps"
+	"net/url"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestQuantile(t *testing.T) {
+	hundred := make([]float64, 100)
+	for i := range hundred {
+		hundred[i] = float64(100 - i)
+	}
+	if q := quantiles(hundred); q != (Quantiles{1, 50, 90, 99, 100}) {
+		t.Errorf("of 1 to 100: %+v", q)
+	}
+	if q := quantiles(nil); q != (Quantiles{}) {
+		t.Errorf("of nothing: %+v", q)
+	}
+	for want, all := range map[float64][]float64{0: nil, 3: {3}, 2.5: {4, 1, 2, 3}, 2: {3, 1, 2}} {
+		if got := median(all); got != want {
+			t.Errorf("median of %v: %v", all, got)
+		}
+	}
+	for f, want := range map[float64]string{0: "0", 999: "999", 1000: "1,000", 205000: "205,000", 1234567.5: "1,234,567.5"} {
+		if got := number(f); got != want {
+			t.Errorf("number(%v) = %s, want %s", f, got, want)
+		}
+	}
+}
+
+// TestPredictions are the document's figures, for the document's sizes and for others.
+func TestPredictions(t *testing.T) {
+	r := &Report{Workload: "same", Requests: 100, PrefixTokens: 2000, TailTokens: 50, OutputTokens: 50}
+	for mode, want := range map[Mode]Prediction{Direct: {30, 205_000, 0}, KeepAlive: {20, 205_000, 0}, Full: {12, 7_000, 0.99}} {
+		if p := r.predict(mode); *p != want {
+			t.Errorf("%s: %+v, want %+v", mode, *p, want)
+		}
+	}
+	r.Requests = 10
+	if p := *r.predict(Full); p != (Prediction{0, 2500, 0.9}) {
+		t.Errorf("10 requests: %+v", p)
+	}
+	r.Workload = "models"
+	if p := r.predict(Full); p != nil {
+		t.Errorf("another workload: %+v", *p)
+	}
+}
+
+// TestWorkloads: each has the requests that were asked for, no two prompts are equal, the same seed makes the same texts, another seed
+// other ones of the same shape, and contexts are as long as they must be.
+func TestWorkloads(t *testing.T) {
+	for _, name := range Workloads() {
+		c := &Config{Workload: name, Models: []string{"a", "b"}[:1], Requests: 90, PrefixTokens: 6000, TailTokens: 50, OutputTokens: 50, Clients: clients(name)}
+		if name == "models" {
+			c.Models = []string{"a", "b"}
+		}
+		scales := []scale{{1.5, 12}, {2, 8}}
+		w, again, other := c.workload(1, scales), c.workload(1, scales), c.workload(2, scales)
+		prompts, prefixes := map[string]int{}, map[string]int{}
+		for i, queue := range w.queues {
+			for k, q := range queue {
+				prompts[q.system+q.user]++
+				prefix := q.system
+				if prefix == "" {
+					prefix = q.user[:1000]
+				}
+				prefixes[prefix]++
+				if q != again.queues[i][k] {
+					t.Fatalf("%s: the same seed makes another request", name)
+				}
+				o := other.queues[i][k]
+				if o.system+o.user == q.system+q.user || o.model != q.model || o.numCtx != q.numCtx || len(strings.Fields(o.system+o.user)) != len(strings.Fields(q.system+q.user)) {
+					t.Fatalf("%s: another seed makes one of another shape, or the same", name)
+				}
+				if need := 6000 + 50 + 50; q.numCtx < need || name == "chat-turns" && q.numCtx < need+9*100 {
+					t.Errorf("%s: num_ctx %d", name, q.numCtx)
+				}
+			}
+		}
+		if len(prompts) != c.Requests || slices.Max(slices.Collect(maps.Values(prompts))) != 1 {
+			t.Errorf("%s: %d prompts, not %d different ones", name, len(prompts), c.Requests)
+		}
+		if want := map[string]int{"interleaved": manyPrefixes, "closed-loops": 4, "models": 2}[name]; len(prefixes) != max(want, 1) {
+			t.Errorf("%s: %d prefixes", name, len(prefixes))
+		}
+	}
+}
+
+// TestHTMLEscapes: no name ends the script that it stands in.
+func TestHTMLEscapes(t *testing.T) {
+	const bad = `x</script><script>alert(1)</script><!--`
+	r := newReport(&Config{Upstream: &url.URL{Scheme: "http", Host: "h"}, Models: []string{bad}, Workload: "same", Modes: Modes(), Requests: 1, Rounds: 1}, bad, time.Time{})
+	r.Modes = []*ModeResult{{Mode: Direct, Runs: []*ModeRun{{Requests: []Request{{Model: bad, Passed: 1, Whole: 5, Answer: 4}}}}}}
+	r.sum()
+	var page bytes.Buffer
+	if err := r.HTML(&page); err != nil {
+		t.Fatal(err)
+	}
+	text := page.String()
+	if strings.Contains(text, bad) || strings.Contains(text, "<script>alert") {
+		t.Error("the name stands in the page as it is")
+	}
+	_, data, _ := strings.Cut(text, `id="data">`)
+	data, _, _ = strings.Cut(data, "</script>")
+	var c charts
+	if err := json.Unmarshal([]byte(data), &c); err != nil {
+		t.Fatalf("the data are not JSON: %v", err)
+	}
+	if b := c.Timelines[0].Bars[0]; !strings.Contains(b.Text, bad) {
+		t.Errorf("the data have lost the name: %q", b.Text)
+	}
+	for _, away := range []string{"http://www", "https://cdn", "src=", "sourceMappingURL"} {
+		if strings.Contains(text, away) {
+			t.Errorf("the page refers to something else: %s", away)
+		}
+	}
+}
+
+// TestTimeline: requests that are under way at once are on rows of their own, and phases follow each other.
+func TestTimeline(t *testing.T) {
+	run := &ModeRun{Requests: []Request{
+		{Sent: 0, Passed: 1, Whole: 11, Load: 2, Prompt: 3, Answer: 4},
+		{Sent: 0, Passed: 2, Whole: 20},
+		{Sent: 0, Passed: 12, Whole: 15, waited: 12},
+		{Sent: 3, Whole: 1, Error: "no"},
+	}}
+	got := run.timeline()
+	if got.Rows != 2 || got.Shown != 3 || got.Of != 3 || got.Bars[0].Row != 0 || got.Bars[1].Row != 1 || got.Bars[2].Row != 0 {
+		t.Errorf("%+v", got)
+	}
+	if want := [timelinePhases]float64{0.001, 0.003, 0.003, 0.006, 0.01}; got.Bars[0].Ends != want {
+		t.Errorf("phases %v, want %v", got.Bars[0].Ends, want)
+	}
+}

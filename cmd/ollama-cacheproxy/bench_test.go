@@ -1,0 +1,267 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/bench"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/ollamasim"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
+)
+
+const (
+	quickLoad = 5 * time.Millisecond
+	knownLoad = 150 * time.Millisecond // so long that the ledger takes it for one
+)
+
+// simulated is a simulated Ollama without host cache that evaluates so many tokens a second.
+func simulated(t *testing.T, version string, load time.Duration, rate float64, models ...string) (*ollamasim.Server, string) {
+	t.Helper()
+	none := 0
+	c := ollamasim.Config{Version: version, CacheRAMMiB: &none, MaxLoaded: 1}
+	for _, name := range models {
+		c.Models = append(c.Models, ollamasim.Model{Name: name, LoadTime: load, PromptRate: rate, AnswerRate: 1e5})
+	}
+	s, err := ollamasim.New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := httptest.NewServer(s)
+	t.Cleanup(srv.Close)
+	return s, srv.URL
+}
+
+// benchmark runs the verb with small sizes.
+func benchmark(ctx context.Context, url string, args ...string) (status int, stdout, stderr string) {
+	var out, err bytes.Buffer
+	all := append([]string{"bench", "--upstream", url, "--prefix-tokens", "600", "--tail-tokens", "20", "--output-tokens", "4", "--log-format", "json"}, args...)
+	status = run(ctx, all, &out, &err)
+	return status, out.String(), err.String()
+}
+
+// TestBench: in each workload all requests are answered in all modes, each mode begins cold, nothing stays loaded, and what is said
+// of tokens and loads is what the server did.
+func TestBench(t *testing.T) {
+	for _, name := range bench.Workloads() {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			models, load, modes := []string{"a:latest"}, knownLoad, bench.Modes()
+			switch name { // where there are many
+			case "models":
+				models, load = append(models, "b:latest"), quickLoad
+			case "num-ctx":
+				// With keep_alive alone it can stand still: a request that waits in Ollama for the other num_ctx to make room waits for the
+				// keep_alive of those that come meanwhile.
+				load, modes = quickLoad, []bench.Mode{bench.Direct, bench.Full}
+			}
+			server, url := simulated(t, "", load, 1e6, models...)
+			const requests, rounds = 48, 2
+			args := []string{"--workload", name, "--requests", fmt.Sprint(requests), "--rounds", fmt.Sprint(rounds), "--json"}
+			for _, mode := range modes {
+				args = append(args, "--optimize", string(mode))
+			}
+			status, stdout, stderr := benchmark(t.Context(), url, args...)
+			if status != 0 {
+				t.Fatalf("status %d: %s", status, stderr)
+			}
+			var report bench.Report
+			if err := json.Unmarshal([]byte(stdout), &report); err != nil {
+				t.Fatal(err)
+			}
+			if len(report.Modes) != len(modes) || report.Incomplete {
+				t.Fatalf("%d modes, incomplete %v", len(report.Modes), report.Incomplete)
+			}
+			evaluated, loads := 0, 0
+			for _, m := range report.Modes {
+				if m.Answered != requests*rounds || m.Failed != 0 || m.Unknown != 0 || m.Truncated != 0 || m.Basis != savings.Measured {
+					t.Errorf("%s: %d answered, %d failed, %v tokens unknown, %d prompts cut, %s", m.Mode, m.Answered, m.Failed, m.Unknown, m.Truncated, m.Basis)
+				}
+				for _, run := range m.Runs {
+					evaluated += run.Evaluated
+					loads += run.Loads
+					if !slices.ContainsFunc(run.Requests, func(q bench.Request) bool { return q.Tokens.Reused == 0 }) {
+						t.Errorf("%s, round %d: no prompt was evaluated in full", m.Mode, run.Round)
+					}
+					if len(run.Loaded) == 0 || len(run.Requests) != requests {
+						t.Errorf("%s, round %d: %d models loaded at its end, %d requests", m.Mode, run.Round, len(run.Loaded), len(run.Requests))
+					}
+				}
+			}
+			var did int
+			for _, e := range server.Evaluations(ollamasim.Mark{})[2*len(models):] { // the first ones were to learn how many tokens words have
+				did += e.Evaluated
+			}
+			if evaluated != did {
+				t.Errorf("%d evaluated tokens are told, the server evaluated %d", evaluated, did)
+			}
+			if did := server.Loads(ollamasim.Mark{}) - len(models); load == knownLoad && loads != did {
+				t.Errorf("%d loads are told, the server loaded %d", loads, did)
+			}
+			if n := server.Stats().Now.Loaded; n != 0 {
+				t.Errorf("%d models stay loaded", n)
+			}
+		})
+	}
+}
+
+// TestBenchTable: closed loops with a prefix each are what lanes are for, and the table tells so. In a second round another mode
+// comes first.
+func TestBenchTable(t *testing.T) {
+	// As a lane waits for the next request only as long as that saves time, evaluating must take a while.
+	_, url := simulated(t, "", quickLoad, 3e4, "a:latest")
+	html := filepath.Join(t.TempDir(), "report.html")
+	status, stdout, stderr := benchmark(t.Context(), url, "--workload", "closed-loops", "--requests", "40", "--html", html, "--slots", "1")
+	if status != 0 {
+		t.Fatalf("status %d: %s", status, stderr)
+	}
+	var evaluated []int
+	for _, field := range strings.Fields(line(stdout, "… evaluated, measured")) {
+		n, err := strconv.Atoi(strings.ReplaceAll(field, ",", ""))
+		if err != nil {
+			t.Fatal(err)
+		}
+		evaluated = append(evaluated, n)
+	}
+	if len(evaluated) != 3 || evaluated[2]*2 > evaluated[0] {
+		t.Errorf("%v tokens evaluated, want less than half with everything:\n%s", evaluated, stdout)
+	}
+	page, err := os.ReadFile(html)
+	if err != nil || !bytes.Contains(page, []byte("Chart.js v4")) {
+		t.Errorf("the page has no charts: %v", err)
+	}
+}
+
+// TestBenchEstimates: a server that does not tell what it reused has that estimated, and that is said.
+func TestBenchEstimates(t *testing.T) {
+	_, url := simulated(t, "0.24.0", quickLoad, 1e6, "a:latest")
+	status, stdout, stderr := benchmark(t.Context(), url, "--requests", "20", "--optimize", "true", "--optimize", "false")
+	if status != 0 || !strings.Contains(stdout, "… evaluated, estimated") || strings.Contains(stdout, "measured  ") {
+		t.Errorf("status %d: %s\n%s", status, stderr, stdout)
+	}
+	if !strings.Contains(stdout, "in this order: true, false.") || !strings.Contains(stdout, "predicted") || strings.Contains(stdout, "keep-alive only") {
+		t.Errorf("the order, the predictions, or only what was asked for is missing:\n%s", stdout)
+	}
+}
+
+// TestBenchStopped: what there is when it is stopped is reported, marked, and nothing stays loaded.
+func TestBenchStopped(t *testing.T) {
+	server, url := simulated(t, "", quickLoad, 1e6, "a:latest")
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	server.SetFaults(func(r ollamasim.FaultRequest) *ollamasim.Fault {
+		if r.Number == 30 { // in the second mode
+			cancel()
+		}
+		return nil
+	})
+	status, stdout, stderr := benchmark(ctx, url, "--requests", "20")
+	if status != 1 || !strings.Contains(stderr, "stopped before the end") {
+		t.Errorf("status %d: %s", status, stderr)
+	}
+	if !strings.HasPrefix(stdout, "INCOMPLETE") || !strings.Contains(stdout, "keep-alive only") || strings.Contains(stdout, "everything") {
+		t.Errorf("the table is not of what was done:\n%s", stdout)
+	}
+	if n := server.Stats().Now.Loaded; n != 0 {
+		t.Errorf("%d models stay loaded", n)
+	}
+}
+
+// TestBenchGivesUp: a mode that stands still is ended, and the others are measured.
+func TestBenchGivesUp(t *testing.T) {
+	server, _ := simulated(t, "", quickLoad, 1e6, "a:latest")
+	var asked atomic.Int64
+	slow := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/api/chat" && asked.Add(1) == 10 { // in the first mode
+			io.Copy(io.Discard, r.Body)
+			<-r.Context().Done()
+			return
+		}
+		server.ServeHTTP(w, r)
+	}))
+	defer slow.Close()
+	status, stdout, stderr := benchmark(t.Context(), slow.URL, "--requests", "20", "--give-up", "2s")
+	if status != 3 || !strings.Contains(stderr, "13 of 60 requests failed, the last one with: nothing was answered for 2s") {
+		t.Errorf("status %d: %s", status, stderr)
+	}
+	if strings.HasPrefix(stdout, "INCOMPLETE") || !slices.Equal(strings.Fields(line(stdout, "answered, failed")), []string{"7,", "13", "20,", "0", "20,", "0"}) {
+		t.Errorf("the table:\n%s", stdout)
+	}
+}
+
+// line returns what follows a label in a table.
+func line(table, label string) string {
+	_, rest, _ := strings.Cut(table, "\n"+label)
+	rest, _, _ = strings.Cut(rest, "\n")
+	return rest
+}
+
+func TestBenchFailures(t *testing.T) {
+	server, url := simulated(t, "", quickLoad, 1e6, "a:latest", "b:latest")
+	var other atomic.Int64
+	server.SetFaults(func(r ollamasim.FaultRequest) *ollamasim.Fault {
+		if r.Number > 2 && other.Add(1)%2 == 0 {
+			return &ollamasim.Fault{Message: "out of luck"}
+		}
+		return nil
+	})
+	status, stdout, stderr := benchmark(t.Context(), url, "--requests", "10", "--model", "a")
+	if status != 3 || !strings.Contains(stderr, "15 of 30 requests failed, the last one with: status 500: out of luck") || !strings.Contains(stdout, "5, 5") {
+		t.Errorf("some fail: status %d: %s\n%s", status, stderr, stdout)
+	}
+	server.SetFaults(func(r ollamasim.FaultRequest) *ollamasim.Fault {
+		if r.Number > 2 {
+			return &ollamasim.Fault{Message: "out of luck"}
+		}
+		return nil
+	})
+	status, stdout, stderr = benchmark(t.Context(), url, "--requests", "10", "--model", "a")
+	if status != 1 || !strings.Contains(stderr, "the first 5 requests failed, the last one with: status 500: out of luck") || !strings.HasPrefix(stdout, "INCOMPLETE") {
+		t.Errorf("all fail: status %d: %s\n%s", status, stderr, stdout)
+	}
+	server.SetFaults(nil)
+
+	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !strings.HasPrefix(r.URL.Path, "/_cacheproxy/") {
+			server.ServeHTTP(w, r)
+		}
+	}))
+	defer proxy.Close()
+	for _, c := range []struct {
+		url    string
+		args   []string
+		status int
+		want   string
+	}{
+		{url, nil, 1, "needs 1 --model of those that the server has: a:latest, b:latest"},
+		{url, []string{"--model", "none"}, 1, `the server has no model "none"; it has a:latest, b:latest`},
+		{url, []string{"--workload", "models", "--model", "a"}, 1, "needs 2 --model"},
+		{url, []string{"--workload", "models", "--model", "a", "--model", "A:latest"}, 1, "needs two different models"},
+		{proxy.URL, nil, 1, "is an ollama-cacheproxy: say with --upstream where Ollama itself is"},
+		{"127.0.0.1:1", nil, 1, "does not answer"},
+		{url, []string{"--workload", "none"}, 2, "must be one of"},
+		{url, []string{"--requests", "0"}, 2, "want at least 1"},
+		{url, []string{"--optimize", "true", "--optimize", "true"}, 2, "given twice"},
+		{url, []string{"--slots", "x"}, 2, "want a number from 1"},
+	} {
+		status, _, stderr := benchmark(t.Context(), c.url, c.args...)
+		if status != c.status || !strings.Contains(stderr, c.want) {
+			t.Errorf("%q: status %d, %q; want %d, %q", c.args, status, stderr, c.status, c.want)
+		}
+	}
+	if enum := strings.Split("same,interleaved,closed-loops,models,num-ctx,user-message-prefix,chat-turns", ","); !slices.Equal(enum, bench.Workloads()) {
+		t.Errorf("the flag has %v", enum)
+	}
+}

@@ -1,0 +1,175 @@
+package integration
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"image/png"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/chromedp/cdproto/cdp"
+	"github.com/chromedp/cdproto/emulation"
+	"github.com/chromedp/cdproto/log"
+	"github.com/chromedp/cdproto/network"
+	"github.com/chromedp/cdproto/runtime"
+	"github.com/chromedp/chromedp"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
+)
+
+// TestReport: the page that bench writes of a real server is drawn by a real browser, light and dark, with nothing to complain of and
+// without asking the network for anything. With REPORT_DIR set, the page and pictures of it are left in that folder.
+func TestReport(t *testing.T) {
+	server := realollama.Start(t, realollama.Config{Version: realollama.EraC, Models: []string{tiny}})
+	bin, err := proxyBinary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	browser, err := findBrowser(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := os.Getenv("REPORT_DIR")
+	if dir == "" {
+		dir = t.TempDir()
+	}
+	page := filepath.Join(dir, "report.html")
+	cmd := exec.CommandContext(t.Context(), bin, "bench", "--upstream", server.URL(), "--workload", "closed-loops", "--requests", "40",
+		"--prefix-tokens", "600", "--tail-tokens", "50", "--output-tokens", "8", "--html", page)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+
+	options := append(chromedp.DefaultExecAllocatorOptions[:], chromedp.ExecPath(browser), chromedp.NoSandbox) // tests may run as root, for whom it has no sandbox
+	ctx, stop := chromedp.NewExecAllocator(t.Context(), options...)
+	defer stop()
+	ctx, stop = chromedp.NewContext(ctx)
+	defer stop()
+	ctx, stop = context.WithTimeout(ctx, time.Minute) // a watchdog
+	defer stop()
+	var mu sync.Mutex
+	var complaints []string
+	complain := func(format string, args ...any) {
+		mu.Lock()
+		defer mu.Unlock()
+		complaints = append(complaints, fmt.Sprintf(format, args...))
+	}
+	enable := chromedp.Func(func(ctx context.Context, t *chromedp.Target) error {
+		_, err := cdp.Call(ctx, t, network.Enable, network.EnableParams{})
+		if err == nil {
+			_, err = cdp.Call(ctx, t, log.Enable, cdp.Empty{})
+		}
+		return err
+	})
+	if err := chromedp.Do(ctx, enable, chromedp.EmulateViewport(1200, 900)); err != nil {
+		t.Fatal(err)
+	}
+	err = chromedp.Listen(ctx, func(event any) {
+		switch e := event.(type) {
+		case *runtime.EventConsoleAPICalled:
+			complain("the page says in the console: %v", e.Args)
+		case *runtime.EventExceptionThrown:
+			complain("an exception: %v", e.ExceptionDetails)
+		case *log.EventEntryAdded:
+			complain("the browser says: %s", e.Entry.Text)
+		case *network.EventRequestWillBeSent:
+			if u, err := url.Parse(e.Request.URL); err != nil || u.Scheme != "file" && u.Scheme != "data" {
+				complain("a request for %s", e.Request.URL)
+			}
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	canvases := []string{"tokens", "loads", "whole", "first", "timeline0", "timeline1", "timeline2"}
+	for _, scheme := range []string{"light", "dark"} {
+		media := chromedp.Func(func(ctx context.Context, t *chromedp.Target) error {
+			_, err := cdp.Call(ctx, t, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{Features: []*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: scheme}}})
+			return err
+		})
+		if err := chromedp.Do(ctx, media, chromedp.Navigate("file://"+page)); err != nil {
+			t.Fatalf("%s: %v", scheme, err)
+		}
+		found, err := chromedp.Run(ctx, chromedp.Evaluate[struct {
+			Drawn   string
+			Rows    int
+			Colours map[string]int // how many different ones each canvas has
+		}](`({
+			Drawn: document.body.dataset.drawn,
+			Rows: document.querySelectorAll("tbody tr").length,
+			Colours: Object.fromEntries([...document.querySelectorAll("canvas")].map(c =>
+				[c.id, new Set(new Uint32Array(c.getContext("2d").getImageData(0, 0, c.width, c.height).data.buffer)).size])),
+		})`))
+		if err != nil {
+			t.Fatalf("%s: %v", scheme, err)
+		}
+		picture, err := chromedp.Run(ctx, chromedp.FullScreenshot(100))
+		if err != nil {
+			t.Fatalf("%s: %v", scheme, err)
+		}
+		if found.Drawn != fmt.Sprint(len(canvases)) || found.Rows < 12 {
+			t.Errorf("%s: %q charts are drawn, the table has %d rows", scheme, found.Drawn, found.Rows)
+		}
+		for _, id := range canvases {
+			if found.Colours[id] < 10 { // bars, axes, and letters with their soft edges
+				t.Errorf("%s: the canvas %q has %d colours", scheme, id, found.Colours[id])
+			}
+		}
+		image, err := png.Decode(bytes.NewReader(picture))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r, _, _, _ := image.At(2, 2).RGBA(); (r < 0x8000) != (scheme == "dark") {
+			t.Errorf("%s: the paper is %x red", scheme, r)
+		}
+		if os.Getenv("REPORT_DIR") != "" {
+			if err := os.WriteFile(filepath.Join(dir, scheme+".png"), picture, 0o666); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	for _, c := range complaints {
+		t.Error(c)
+	}
+}
+
+var browsers = []string{"chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"}
+
+// findBrowser returns the path of the Chromium that the variable CHROMIUM names, or of the first in PATH. As root on Debian it is
+// installed where there is none.
+func findBrowser(ctx context.Context) (string, error) {
+	find := func() string {
+		for _, name := range append([]string{os.Getenv("CHROMIUM")}, browsers...) {
+			if path, err := exec.LookPath(name); err == nil {
+				return path
+			}
+		}
+		return ""
+	}
+	if path := find(); path != "" {
+		return path, nil
+	}
+	err := errors.New("no root, no apt-get")
+	if _, apt := exec.LookPath("apt-get"); apt == nil && os.Geteuid() == 0 {
+		fmt.Fprintln(os.Stderr, "installing chromium-headless-shell with apt-get (about 300 MB on disk) …")
+		script := exec.CommandContext(ctx, "sh", "-c", "apt-get update && apt-get install -y --no-install-recommends chromium-headless-shell fonts-dejavu-core")
+		script.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive")
+		out, failed := script.CombinedOutput()
+		if path := find(); path != "" {
+			return path, nil
+		}
+		err = fmt.Errorf("apt-get: %w\n%s", failed, out)
+	}
+	return "", fmt.Errorf("Chromium is needed, as one of %s in PATH or as the variable CHROMIUM names it; install it (Debian: apt-get install chromium-headless-shell): %w", strings.Join(browsers, ", "), err)
+}

@@ -152,7 +152,7 @@ func Run(ctx context.Context, c Config) (*Report, error) {
 func (b *bench) look(ctx context.Context) (upstream.State, error) {
 	st := b.server.Refresh(ctx)
 	if !st.Up {
-		return st, fmt.Errorf("Ollama does not answer at %s: %w (start it, or say where it is with --upstream)", b.Upstream, st.Err)
+		return st, fmt.Errorf("the server at %s does not answer: %w (start Ollama, or say where it is with --upstream)", b.Upstream, st.Err)
 	}
 	if req, err := http.NewRequestWithContext(ctx, http.MethodGet, b.Upstream.JoinPath("/_cacheproxy/health").String(), nil); err == nil {
 		if res, err := b.client.Do(req); err == nil {
@@ -192,7 +192,7 @@ func (b *bench) look(ctx context.Context) (upstream.State, error) {
 // calibrate finds out how many tokens each model makes of words. It also has the model's file read once, so that the first mode
 // is not the only one to read it from the disk.
 func (b *bench) calibrate(ctx context.Context) (scales []scale, err error) {
-	const short, long = 100, 400 // words
+	const short, long = 100, 800 // words
 	for _, model := range b.Models {
 		var counts [2]int
 		for i, n := range []int{short, long} {

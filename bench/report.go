@@ -53,7 +53,7 @@ type ModeResult struct {
 	Answered  int            `json:"answered"` // of all rounds
 	Failed    int            `json:"failed"`   // of all rounds, unsent ones included
 	Truncated int            `json:"truncated"`
-	HitRate   float64        `json:"hit_rate"` // prompts at least half of which was reused, of those of which it is known; NaN is written as -1
+	HitRate   float64        `json:"hit_rate"` // prompts at least half of which was reused, of those of which it is known; -1: of none
 	Cold      map[string]int `json:"cold"`     // why the others were not, as the ledger infers it
 	Whole     Quantiles      `json:"latency_ms"`
 	First     Quantiles      `json:"first_token_ms"`
@@ -343,7 +343,7 @@ type Memory struct {
 	KeyLength     int    `json:"key_length"`   // of a head
 	ValueLength   int    `json:"value_length"` // of a head
 	Window        int    `json:"sliding_window"`
-	BytesPerToken int    `json:"bytes_per_token"` // of a layer's keys and values in all layers, with two bytes a number
+	BytesPerToken int    `json:"bytes_per_token"` // keys and values of all layers, two bytes a number; with a sliding window some layers keep fewer tokens
 }
 
 // memory works out, from what /api/show tells, what a token of context takes.

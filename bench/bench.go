@@ -306,7 +306,7 @@ type play struct {
 	base     *url.URL
 	began    time.Time
 	wall     time.Duration
-	watchdog *time.Timer
+	watchdog *time.Timer // ends it
 	done     []played // guarded by bench.mu
 }
 
@@ -319,7 +319,7 @@ type played struct {
 }
 
 func (p *play) play(ctx context.Context, w workload) error {
-	stopped := ctx
+	whole := ctx
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	p.began = time.Now()
@@ -339,6 +339,7 @@ func (p *play) play(ctx context.Context, w workload) error {
 				for q := range next {
 					messages := q.messages(history)
 					sent := time.Now()
+					p.watchdog.Reset(p.GiveUp) // a pause is no standstill
 					a := p.ask(ctx, p.base, q, messages, p.OutputTokens)
 					switch context.Cause(ctx) {
 					case nil:
@@ -373,7 +374,7 @@ func (p *play) play(ctx context.Context, w workload) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.progress.Total -= p.Requests - len(p.done)
-	return stopped.Err()
+	return whole.Err()
 }
 
 // note takes a request in that is over.

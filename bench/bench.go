@@ -307,7 +307,7 @@ type play struct {
 	began    time.Time
 	wall     time.Duration
 	watchdog *time.Timer // ends it
-	done     []played // guarded by bench.mu
+	done     []played    // guarded by bench.mu
 }
 
 // played is a request that was answered, or failed.

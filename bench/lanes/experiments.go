@@ -232,7 +232,7 @@ func (b *bench) lone(ctx context.Context) (rows []row, err error) {
 		defer func() { err = errors.Join(err, stop()) }()
 		urls[how] = url
 	}
-	url, stop, err := serveLeastLoaded([]*realollama.Server{server})
+	url, stop, err := startBare(ctx, server.URL())
 	if err != nil {
 		return nil, err
 	}

@@ -32,7 +32,15 @@ func main() {
 	era := flag.String("era", realollama.EraC, "version of Ollama: "+strings.Join(realollama.Versions(), ", "))
 	only := flag.String("only", "", "only workloads whose name contains this")
 	model := flag.String("model", "gen-llama-tiny", "the model; gen-llama-costly takes about a millisecond for each token")
+	bare := flag.String("bare", "", "internal: be a bare reverse proxy for this server")
 	flag.Parse()
+	if *bare != "" {
+		if err := beBare(*bare); err != nil {
+			fmt.Fprintln(os.Stderr, "lanes:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if err := run(ctx, *era, *only, *model, os.Stdout); err != nil {

@@ -169,7 +169,11 @@ func evaluations(ctx context.Context, servers []*realollama.Server, marks []real
 func (b *bench) front(ctx context.Context, how way, servers []*realollama.Server, slots int) (url string, stop func() error, err error) {
 	switch {
 	case how == direct && len(servers) > 1:
-		return serveLeastLoaded(servers)
+		var urls []string
+		for _, s := range servers {
+			urls = append(urls, s.URL())
+		}
+		return serveLeastLoaded(urls)
 	case how == direct || how == least:
 		return servers[0].URL(), func() error { return nil }, nil
 	}

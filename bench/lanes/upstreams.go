@@ -1,16 +1,20 @@
 package main
 
 import (
+	"bufio"
+	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httputil"
 	"net/url"
+	"os"
+	"os/exec"
+	"strings"
 	"sync"
 	"time"
-
-	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
 // headerServer names, on an answer, which of several servers it comes from.
@@ -35,10 +39,10 @@ type backend struct {
 }
 
 // serveLeastLoaded serves a leastLoaded on a free port of loopback.
-func serveLeastLoaded(servers []*realollama.Server) (string, func() error, error) {
+func serveLeastLoaded(urls []string) (string, func() error, error) {
 	l := &leastLoaded{}
-	for i, s := range servers {
-		u, err := url.Parse(s.URL())
+	for i, server := range urls {
+		u, err := url.Parse(server)
 		if err != nil {
 			return "", nil, err
 		}
@@ -70,6 +74,43 @@ func serveLeastLoaded(servers []*realollama.Server) (string, func() error, error
 		}
 		return err
 	}, nil
+}
+
+// startBare runs a bare reverse proxy for a server as a process of its own, as ours is: half of what a proxy adds is to wake another process.
+func startBare(ctx context.Context, server string) (url string, stop func() error, err error) {
+	self, err := os.Executable()
+	if err != nil {
+		return "", nil, err
+	}
+	cmd := exec.CommandContext(ctx, self, "-bare", server)
+	cmd.Stderr = os.Stderr
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		return "", nil, err
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return "", nil, err
+	}
+	if err := cmd.Start(); err != nil {
+		return "", nil, err
+	}
+	stop = func() error { return errors.Join(in.Close(), cmd.Wait()) }
+	if url, err = bufio.NewReader(out).ReadString('\n'); err != nil {
+		return "", nil, errors.Join(fmt.Errorf("the bare proxy does not say where it is: %w", err), stop())
+	}
+	return strings.TrimSpace(url), stop, nil
+}
+
+// beBare is that process. It ends with its input.
+func beBare(server string) error {
+	url, stop, err := serveLeastLoaded([]string{server})
+	if err != nil {
+		return err
+	}
+	fmt.Println(url)
+	_, err = io.Copy(io.Discard, os.Stdin)
+	return errors.Join(err, stop())
 }
 
 func (l *leastLoaded) ServeHTTP(w http.ResponseWriter, r *http.Request) {

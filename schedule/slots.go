@@ -78,7 +78,7 @@ func (q *Queue) try(x *runner, now time.Time) {
 // triedAt returns from when on one more may be tried.
 func (x *runner) triedAt() time.Time {
 	if x.tries == 0 {
-		return x.full.Add(max(leastLead, min(x.rates.transit(), time.Duration(x.rates.service.v)/2)))
+		return x.full.Add(max(leastLead, min(x.rates.transit(), time.Duration(x.rates.service.v)/time.Duration(2*x.want))))
 	}
 	stuck := max(leastStuck, 2*time.Duration(x.rates.service.v)) // a stream of minutes would otherwise hold up everybody
 	if x.loading() {

@@ -126,7 +126,7 @@ func (ex *exchange) free(a savings.Answer) {
 		res.Prompt, res.Eval, res.Load = a.PromptEval, a.Eval, a.Load
 	}
 	if e := ex.Savings; e != nil {
-		res.Queue, res.Loaded, res.LoadKnown = e.Queue, e.Loaded, true
+		res.Queue, res.Loaded, res.LoadKnown = e.Queue, e.Loaded, a.Load > 0 // /v1 does not tell
 		if e.Tokens != nil {
 			res.Reused, res.ReusedKnown = e.Tokens.Reused, true
 		}

@@ -47,6 +47,7 @@ type residence struct {
 	began    time.Time              // when the first of the requests in flight began
 	ended    time.Time              // when a request last ended
 	answered bool                   // a request without keep_alive has been answered: the model is loaded, and nothing is known to hold it
+	served   bool                   // a request was answered since the load began: it is loaded
 	checked  time.Time              // when /api/ps was last looked at for this model
 	longest  time.Duration          // the longest keep_alive that a client asked for since the load
 	foreign  bool                   // used through a dialect without keep_alive since it was last unloaded
@@ -161,7 +162,7 @@ func (m *residence) mixed(options *prefix.Options) bool {
 
 // loads reports whether a request in flight may have to load another model, and wait in Ollama for this one to make room. r.mu must be held.
 func (r *residency) loads(but *residence) bool {
-	return slices.ContainsFunc(r.models.Values(), func(m *residence) bool { return m != but && m.inFlight > 0 && m.keptAt.IsZero() })
+	return slices.ContainsFunc(r.models.Values(), func(m *residence) bool { return m != but && m.inFlight > 0 && !m.served })
 }
 
 // begin notes the begin of a request. A load whose keep_alive has run out since the last one is over, whether or not
@@ -183,6 +184,7 @@ func (u use) answer() {
 	}
 	u.r.mu.Lock()
 	defer u.r.mu.Unlock()
+	u.m.served = true
 	switch m := u.m; {
 	case u.began.IsZero(): // not native
 		if m.keptAt.IsZero() {
@@ -256,7 +258,7 @@ func (r *residency) polled(st upstream.State) {
 
 // gone forgets what held for the load that ended.
 func (m *residence) gone() {
-	m.keptAt, m.longest, m.answered, m.quiet = time.Time{}, 0, false, time.Time{}
+	m.keptAt, m.longest, m.answered, m.served, m.quiet = time.Time{}, 0, false, false, time.Time{}
 }
 
 func byKey(loaded []upstream.Loaded) map[string]upstream.Loaded {

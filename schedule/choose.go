@@ -53,9 +53,10 @@ func (q *Queue) serve(x *runner, now time.Time) {
 
 // choice is one decision about what to grant next.
 type choice struct {
-	q   *Queue
-	x   *runner
-	now time.Time
+	q      *Queue
+	x      *runner
+	now    time.Time
+	racing bool // what was to be granted waits for others to arrive: nothing less urgent takes its lane
 }
 
 // reason says why a request was chosen.
@@ -98,6 +99,9 @@ func (c *choice) choose() (*item, *lane, reason) {
 		}
 		if it, l, how := c.join(p, k); it != nil {
 			return it, l, how
+		}
+		if c.racing {
+			break
 		}
 	}
 	return nil, nil, 0
@@ -200,7 +204,7 @@ func (x *runner) landing(it *item) (*lane, int) {
 			continue
 		}
 		n := shared(it.steps, l.holds)
-		if n > most || best == nil && n == 0 && x.server.longest && len(l.holds) > 0 {
+		if n > most || best == nil && x.server.longest && len(l.holds) > 0 {
 			best, most = l, n
 		}
 		if lru == nil || !x.server.longest && l.used.Before(lru.used) {
@@ -220,27 +224,29 @@ func (c *choice) blocked(it *item, l *lane, tokens int) bool {
 }
 
 // overtakes reports whether a request that finds nothing in the lane where it is to land might reach the engine before one that
-// was granted earlier, find that one's slot free, and take it. For that nobody waits long, and an interactive request does not.
+// was granted earlier, find that one's slot free, and take it. For that it waits no longer than that one would have to evaluate again,
+// and an interactive request does not.
 func (c *choice) overtakes(it *item, l *lane, tokens int) bool {
 	x := c.x
-	if float64(tokens) > similarity*float64(it.tokens) || it.rank == urgent || !c.now.Before(l.used.Add(mostTransit)) {
+	if float64(tokens) > similarity*float64(it.tokens) || it.rank == urgent {
 		return false
 	}
-	wait, before := false, true
+	wait, before := false, c.now.Before(l.used.Add(mostTransit))
 	for _, o := range x.lanes {
 		before = before && o != l
 		if o.item == nil || o.item.expected <= slack {
 			continue
 		}
-		preferred := !o.item.granted.After(l.used) // it was used less recently
+		preferred := !o.item.freed.After(l.used) // by the engine, as it was used less recently
 		if x.server.longest {
-			preferred = before
+			preferred = before // as it comes first
 		}
-		if at := o.item.granted.Add(x.rates.transit()); preferred && c.now.Before(at) {
+		if at := o.item.granted.Add(min(x.rates.transit(), time.Duration(o.item.expected)*x.rates.perToken())); preferred && c.now.Before(at) {
 			x.server.later(at)
 			wait = true
 		}
 	}
+	c.racing = c.racing || wait
 	return wait
 }
 
@@ -392,7 +398,7 @@ func (q *Queue) grant(it *item, l *lane, how reason, now time.Time) {
 	keeps := q.keeps(l, tokens)
 
 	q.unwait(it, true)
-	it.lane, it.granted, it.expected = l, now, tokens
+	it.lane, it.granted, it.freed, it.expected = l, now, l.used, tokens
 	if v := l.visit; v != nil && l.wanted && v.state == visitReturned && !l.reported && keeps && it.arrived.After(v.at) {
 		q.count.HoldsHit++
 		x.heldFor += now.Sub(v.at)

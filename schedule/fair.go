@@ -9,7 +9,7 @@ type class struct {
 	sizes      float64    // of their prompts, each client's mean, added up
 	positive   int        // of these, with a deficit above 0
 	round      int
-	quantum    int // of this round: the same for all who come while it lasts
+	quantum    int // of this round: the same for all who wait while it lasts
 	sweep      int // how many accounts there are when those of clients that are gone are next forgotten
 }
 
@@ -21,7 +21,7 @@ type account struct {
 	size    mean // tokens of its prompts
 	deficit int
 	round   int // when it last got a quantum …
-	given   int // … and how much that was
+	given   int // … and of how much
 	waiting int
 	running int
 	index   int // in class.backlogged

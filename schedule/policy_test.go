@@ -494,6 +494,69 @@ func TestExpiryIsNotExclusive(t *testing.T) {
 	}
 }
 
+// TestEvidence: what is learned of two models from what is seen of them, whatever else is loaded.
+func TestEvidence(t *testing.T) {
+	loaded := evaluated(1000, 1000)
+	loaded.Loaded, loaded.Load = true, 2*time.Second
+	for _, w := range []struct {
+		name string
+		see  func(*desk)
+		want relation
+	}{
+		{"b runs while a, which had expired, is loaded and answers", func(d *desk) {
+			d.sole("a", true)
+			d.sole("b", true)
+			d.granted(d.add(request("b", alpha)))
+			d.now = d.now.Add(time.Second)
+			id := d.add(request("a", alpha))
+			d.granted(id)
+			d.done(id, loaded, 3*time.Second)
+		}, together},
+		{"b evicts a; a third one, which is loaded since, fits beside both", func(d *desk) {
+			d.sole("a", true)
+			d.sole("c", true)
+			d.sole("a", false)
+			d.sole("b", true)
+			d.sole("a", true)
+		}, apart},
+		{"b's first request is given up while it waits in Ollama, and a answers meanwhile", func(d *desk) {
+			d.sole("a", true)
+			long := d.add(request("a", alpha))
+			d.granted(long)
+			first := d.add(request("b", alpha))
+			d.wake()
+			d.granted(first)
+			d.done(first, Result{Sent: true}, 5*time.Second)
+			d.done(long, evaluated(1000, 1000), time.Second)
+			d.sole("a", false)
+		}, untried},
+	} {
+		d := newDesk(t, Config{Lanes: 2})
+		if w.see(d); d.q.servers[0].relations[pair("a", "b")] != w.want {
+			t.Errorf("%s: their relation is %d, want %d", w.name, d.q.servers[0].relations[pair("a", "b")], w.want)
+		}
+	}
+}
+
+// TestNothingLesserMeanwhile: while a request waits for others to reach their slots, a less urgent one does not take its lane.
+func TestNothingLesserMeanwhile(t *testing.T) {
+	d := newDesk(t, Config{Lanes: 2})
+	d.q.habits.missed = 1e6 // nobody comes back: nothing is held
+	a, b := d.add(with(alpha)), d.add(with(beta))
+	d.granted(a, b)
+	next := d.add(with(alpha))
+	cold := d.add(with(seg{id: 3, tokens: 1000}))
+	batch := d.add(by("c", Batch, with(beta)))
+	d.done(a, evaluated(1064, 1064), 1300*time.Millisecond)
+	d.granted(next)
+	d.done(b, evaluated(1064, 1064), 5*time.Millisecond)
+	d.granted()
+	d.wake()
+	d.granted(cold)
+	d.done(next, evaluated(1064, 64), time.Second)
+	d.granted(batch)
+}
+
 // TestLesserRunner: requests of lower priority for a model that is not loaded get their turn although more urgent ones for the
 // loaded one never end.
 func TestLesserRunner(t *testing.T) {

@@ -198,7 +198,7 @@ type runner struct {
 	turn     uint64    // … in the order of the server's loads
 	used     time.Time // when a request last ended
 	served   Runner    // what the last request that was answered asked for
-	tried    time.Time // when the last request that has ended was granted
+	tried    time.Time // when the last request that was answered was granted
 	replaced []*runner // those that are believed to have been unloaded for it, until its next grant
 	sought   time.Time // since when requests wait for it while it is not resident
 	habits   returns   // when requests for it came after it had nothing to do
@@ -236,6 +236,7 @@ type item struct {
 
 	lane     *lane // while it is served
 	granted  time.Time
+	freed    time.Time // when its lane had last fallen free by then
 	expected int
 	cost     int // charged so far
 
@@ -518,7 +519,7 @@ func (q *Queue) Done(id uint64, r Result, now time.Time) {
 	}
 	x.used, x.rank, x.missed = now, it.rank, false
 	x.wanted = x.waiting == 0 && x.busy == 0 && x.server.waiting > 0
-	if it.granted.After(x.tried) {
+	if r.Answered && it.granted.After(x.tried) {
 		x.tried = it.granted
 	}
 	x.resize()

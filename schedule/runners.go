@@ -98,7 +98,7 @@ func (q *Queue) aged(it *item, now time.Time) bool {
 func (q *Queue) admits(x *runner, now time.Time) bool {
 	s := x.server
 	for _, y := range s.runners {
-		if y == x {
+		if y == x || y.busy == 0 && (x.busy == 0 || y.waiting == 0) {
 			continue
 		}
 		switch r := s.relation(x, y); {
@@ -254,9 +254,9 @@ func (x *runner) untangled(now time.Time) bool {
 		var until time.Time
 		load := max(x.rates.load(), y.rates.load())
 		switch {
-		case y.turn > x.turn && y.busy > 0 && y.tried.Before(y.since): // its first request is under way
+		case y.turn > x.turn && y.busy > 0 && !y.answered(): // its first request is under way
 			until = y.since.Add(2 * load)
-		case y.turn < x.turn && !x.tried.Before(x.since) && !y.tried.After(x.since) && (y.waiting > 0 || y.busy > 0):
+		case y.turn < x.turn && x.answered() && !y.tried.After(x.since) && (y.waiting > 0 || y.busy > 0):
 			until = x.used.Add(2 * load)
 		}
 		if now.Before(until) {
@@ -321,23 +321,24 @@ func (q *Queue) loaded(x *runner, it *item, r Result, now time.Time) {
 		}
 	}
 	if x.since.Before(it.granted) {
-		var others []*runner // loaded since this one was
+		var last *runner // that may have had this one unloaded: first of all one of which nothing is known yet
 		for _, y := range x.server.runners {
-			if y != x && y.resident && y.turn > x.turn && y.since.Before(it.granted) && y.answered() && x.server.relation(x, y) != apart {
-				others = append(others, y)
+			known := x.server.relation(x, y)
+			if y == x || !y.resident || y.turn < x.turn || !y.since.Before(it.granted) || !y.answered() || known == apart {
+				continue
+			}
+			if !r.Loaded {
+				x.server.relate(x.key.Options.Model, y.key.Options.Model, together)
+			} else if !y.serves(it) && (last == nil || cmp.Or(cmp.Compare(x.server.relation(x, last), known), cmp.Compare(y.turn, last.turn)) > 0) {
+				last = y
 			}
 		}
-		switch {
-		case !r.Loaded:
-			for _, y := range others {
-				x.server.relate(x.key.Options.Model, y.key.Options.Model, together)
+		if last != nil {
+			now := apart
+			if x.server.relation(x, last) == together {
+				now = untried // something was mistaken
 			}
-		case len(others) == 1:
-			r := apart
-			if x.server.relation(x, others[0]) == together {
-				r = untried // something was mistaken
-			}
-			x.server.relate(x.key.Options.Model, others[0].key.Options.Model, r)
+			x.server.relate(x.key.Options.Model, last.key.Options.Model, now)
 		}
 	}
 	if r.Loaded {

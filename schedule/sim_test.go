@@ -139,8 +139,7 @@ type sim struct {
 	evaluated int
 	loads     int
 	finished  []*job
-	missed    int                      // requests that reused less than the queue expected
-	served    map[string]time.Duration // by client
+	missed    int // requests that reused less than the queue expected
 	onDone    func(*job)
 	rng       *rand.Rand
 }
@@ -176,7 +175,7 @@ func newSim(t *testing.T, cfg engineConfig, q *Queue) *sim {
 	if q != nil && cfg.longest {
 		q.SetLongestMatch(0, true)
 	}
-	s := &sim{t: t, cfg: cfg, q: q, now: start, jobs: map[uint64]*job{}, tree: map[uint64]bool{}, served: map[string]time.Duration{}, rng: rand.New(rand.NewPCG(1, 1))}
+	s := &sim{t: t, cfg: cfg, q: q, now: start, jobs: map[uint64]*job{}, tree: map[uint64]bool{}, rng: rand.New(rand.NewPCG(1, 1))}
 	for i := range max(cfg.servers, 1) {
 		s.boxes = append(s.boxes, &box{index: uint16(i)})
 	}
@@ -433,7 +432,6 @@ func (s *sim) place(e *engine) {
 		e.computes = begin.Add(time.Duration(evaluated) * s.cfg.perToken)
 		decode := time.Duration(j.gen) * s.cfg.decode
 		end := e.computes.Add(decode)
-		s.served[j.client] += time.Duration(evaluated)*s.cfg.perToken + decode
 		l.busy, l.used, l.holds = true, s.now, append(slices.Clone(j.segs), seg{id: j.id<<32 | 5, tokens: j.gen, answer: true})
 		e.busy++
 		loaded := j.sent.Before(e.loading) && s.cfg.load > 0
@@ -447,7 +445,7 @@ func (s *sim) place(e *engine) {
 			r.FirstByte = 0
 		}
 		if s.cfg.silent || s.cfg.mute {
-			r.Timed, r.Prompt, r.Eval, r.Queue, r.Load = false, 0, 0, 0, 0
+			r.Timed, r.Prompt, r.Eval, r.Queue, r.Load, r.Loaded, r.LoadKnown = false, 0, 0, 0, 0, false, false
 		}
 		lives := e.box.lives
 		s.after(end.Sub(s.now), func() {

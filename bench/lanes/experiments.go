@@ -179,6 +179,7 @@ func service(r result, quantum float64) (difference float64, jain []string) {
 	return difference, jain
 }
 
+// index returns the Jain index of what two clients got.
 func index(w [2]float64) string {
 	return fmt.Sprintf("%.3f", (w[0]+w[1])*(w[0]+w[1])/2/(w[0]*w[0]+w[1]*w[1]))
 }

@@ -110,10 +110,13 @@ func Run(ctx context.Context, c Config) (*Report, error) {
 	b.server = upstream.NewServer("upstream", c.Upstream, c.Transport, slog.New(slog.DiscardHandler))
 	b.progress.Total = c.Requests * c.Rounds * len(c.Modes)
 	state, err := b.look(ctx)
-	if err != nil {
-		return nil, err
+	var scales []scale
+	if err == nil {
+		scales, err = b.calibrate(ctx)
 	}
-	scales, err := b.calibrate(ctx)
+	if ctx.Err() != nil {
+		return nil, ErrStopped
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -198,7 +201,10 @@ func (b *bench) calibrate(ctx context.Context) (scales []scale, err error) {
 		for i, n := range []int{short, long} {
 			// Other words each time: what is reused would not be missing from the count, but that is Ollama's to change.
 			q := request{model: model, numCtx: minNumCtx, system: text.Words(b.Seed<<40+uint64(i), n-1), user: text.Words(uint64(i), 1)}
-			a := b.ask(ctx, b.Upstream, q, nil, 1)
+			asking, cancel := context.WithTimeoutCause(ctx, b.GiveUp, fmt.Errorf("nothing was answered for %v (--give-up)", b.GiveUp))
+			a := b.ask(asking, b.Upstream, q, nil, 1)
+			a.err = because(asking, a.err)
+			cancel()
 			if a.err != nil {
 				return nil, fmt.Errorf("asking %s: %w", model, a.err)
 			}
@@ -212,6 +218,14 @@ func (b *bench) calibrate(ctx context.Context) (scales []scale, err error) {
 		scales = append(scales, s)
 	}
 	return scales, nil
+}
+
+// because returns why ctx ended where that is the reason of an error.
+func because(ctx context.Context, err error) error {
+	if err != nil && ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return err
 }
 
 // cool unloads the models, and with them all that the server has cached of prompts.
@@ -278,6 +292,8 @@ func (b *bench) run(ctx context.Context, mode Mode, round int, seed uint64, scal
 
 // ready waits until the proxy knows the server: before, its ledger does not know the models.
 func (b *bench) ready(ctx context.Context, base *url.URL) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, b.GiveUp, fmt.Errorf("the proxy was not ready within %v (--give-up): does Ollama still answer?", b.GiveUp))
+	defer cancel()
 	for {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, base.JoinPath("/_cacheproxy/ready").String(), nil)
 		if err != nil {
@@ -285,7 +301,7 @@ func (b *bench) ready(ctx context.Context, base *url.URL) error {
 		}
 		res, err := b.client.Do(req)
 		if err != nil {
-			return err
+			return because(ctx, err)
 		}
 		res.Body.Close()
 		if res.StatusCode == http.StatusOK {
@@ -339,7 +355,7 @@ func (p *play) play(ctx context.Context, w workload) error {
 				for q := range next {
 					messages := q.messages(history)
 					sent := time.Now()
-					p.watchdog.Reset(p.GiveUp) // a pause is no standstill
+					p.watchdog.Reset(p.GiveUp) // a pause is no standstill, neither before a request nor (note) after one
 					a := p.ask(ctx, p.base, q, messages, p.OutputTokens)
 					switch context.Cause(ctx) {
 					case nil:
@@ -381,7 +397,7 @@ func (p *play) play(ctx context.Context, w workload) error {
 func (p *play) note(d played, cancel context.CancelCauseFunc) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.watchdog.Reset(p.GiveUp)
+	p.watchdog.Reset(p.GiveUp + p.Pause)
 	p.done = append(p.done, d)
 	now := &p.progress
 	now.Mode, now.Elapsed = p.mode, time.Since(p.bench.began)

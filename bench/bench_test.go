@@ -3,11 +3,15 @@ package bench
 import (
 	"bytes"
 	"encoding/json"
+	"io"
+	"log/slog"
 	"maps"
+	"net/http"
 	"net/url"
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -122,6 +126,18 @@ func TestHTMLEscapes(t *testing.T) {
 	}
 }
 
+// TestChartsHaveNoNull: of nothing, and of requests that all failed, the page's script gets empty lists.
+func TestChartsHaveNoNull(t *testing.T) {
+	r := &Report{}
+	for range 2 {
+		data, err := json.Marshal(r.charts())
+		if err != nil || bytes.Contains(data, []byte("null")) {
+			t.Errorf("%d modes: %s, %v", len(r.Modes), data, err)
+		}
+		r.Modes = []*ModeResult{{Mode: Direct, Predicted: &Prediction{}, Runs: []*ModeRun{{Requests: []Request{{Error: "no"}}}}}}
+	}
+}
+
 // TestTimeline: requests that are under way at once are on rows of their own, and phases follow each other.
 func TestTimeline(t *testing.T) {
 	run := &ModeRun{Requests: []Request{
@@ -137,4 +153,62 @@ func TestTimeline(t *testing.T) {
 	if want := [timelinePhases]float64{0.001, 0.003, 0.003, 0.006, 0.01}; got.Bars[0].Ends != want {
 		t.Errorf("phases %v, want %v", got.Bars[0].Ends, want)
 	}
+}
+
+// transport answers in memory, so that time can be made up.
+type transport func(*http.Request) (*http.Response, error)
+
+func (t transport) RoundTrip(r *http.Request) (*http.Response, error) { return t(r) }
+
+func inMemory(c Config, answer func(*http.Request) (status int, body string)) *bench {
+	c.Log = slog.New(slog.DiscardHandler)
+	return &bench{Config: &c, client: &http.Client{Transport: transport(func(r *http.Request) (*http.Response, error) {
+		status, body := answer(r)
+		if status == 0 { // none
+			<-r.Context().Done()
+			return nil, r.Context().Err()
+		}
+		return &http.Response{StatusCode: status, Body: io.NopCloser(strings.NewReader(body)), Request: r}, nil
+	})}}
+}
+
+var nowhere = &url.URL{Scheme: "http", Host: "nowhere"}
+
+// TestPauseIsNoStandstill: clients may wait longer between requests than an answer may take; a standstill is noticed all the same.
+func TestPauseIsNoStandstill(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		asked := 0
+		b := inMemory(Config{Workload: "same", Models: []string{"a"}, Requests: 5, PrefixTokens: 10, TailTokens: 5, OutputTokens: 1, Clients: 1, Pause: 3 * time.Hour, GiveUp: time.Hour},
+			func(*http.Request) (int, string) {
+				if asked++; asked == 4 {
+					return 0, ""
+				}
+				return http.StatusOK, `{"done":true}`
+			})
+		p := &play{bench: b, mode: Direct, base: nowhere}
+		if err := p.play(t.Context(), b.workload(1, []scale{{1, 0}})); err != nil {
+			t.Fatal(err)
+		}
+		if len(p.done) != 4 || p.done[2].err != nil || p.done[3].err == nil || p.wall != 3*b.Pause+b.GiveUp {
+			t.Errorf("%d requests are over after %v, the last one with %v", len(p.done), p.wall, p.done[len(p.done)-1].err)
+		}
+	})
+}
+
+// TestBeginningsEnd: neither a server nor a proxy that does not come to answer is waited for without end.
+func TestBeginningsEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := Config{Upstream: nowhere, Models: []string{"a"}, GiveUp: time.Hour}
+		b := inMemory(c, func(*http.Request) (int, string) { return 0, "" })
+		if _, err := b.calibrate(t.Context()); err == nil || !strings.Contains(err.Error(), "nothing was answered for 1h0m0s (--give-up)") {
+			t.Errorf("the server: %v", err)
+		}
+		if err := b.ready(t.Context(), nowhere); err == nil || !strings.Contains(err.Error(), "not ready within 1h0m0s (--give-up)") {
+			t.Errorf("a silent proxy: %v", err)
+		}
+		b = inMemory(c, func(*http.Request) (int, string) { return http.StatusServiceUnavailable, "" })
+		if err := b.ready(t.Context(), nowhere); err == nil || !strings.Contains(err.Error(), "not ready within 1h0m0s (--give-up)") {
+			t.Errorf("a proxy that is not ready: %v", err)
+		}
+	})
 }

@@ -74,7 +74,11 @@ func (r *Report) HTML(w io.Writer) error {
 }
 
 func (r *Report) charts() charts {
-	c := charts{Modes: r.names()}
+	none := []float64{} // the page's script wants arrays, not null
+	c := charts{
+		Modes: append([]string{}, r.names()...), Evaluated: none, Reused: none, Unknown: none, Loads: none, Predicted: []*float64{},
+		Whole: [][]point{}, First: [][]point{}, Timelines: []timeline{},
+	}
 	for _, m := range r.Modes {
 		c.Evaluated, c.Reused, c.Unknown = append(c.Evaluated, m.Evaluated), append(c.Reused, m.Reused), append(c.Unknown, m.Unknown)
 		c.Loads = append(c.Loads, m.Loads)
@@ -91,7 +95,8 @@ func (r *Report) charts() charts {
 }
 
 // curve is a distribution over the answered requests of all rounds.
-func (m *ModeResult) curve(figure func(q Request) float64) (points []point) {
+func (m *ModeResult) curve(figure func(q Request) float64) []point {
+	points := []point{}
 	var all []float64
 	for _, run := range m.Runs {
 		for _, q := range run.Requests {
@@ -118,7 +123,7 @@ func (run *ModeRun) timeline() (t timeline) {
 		}
 	}
 	slices.SortStableFunc(list, func(a, b Request) int { return cmp.Compare(a.Passed, b.Passed) })
-	t.Shown, t.Of = min(len(list), shownRequests), len(list)
+	t.Shown, t.Of, t.Bars = min(len(list), shownRequests), len(list), []bar{}
 	var busy []float64 // until when each row is
 	for _, q := range list[:t.Shown] {
 		end := q.Sent + q.Whole

@@ -15,7 +15,6 @@ import (
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/bench"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
-	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
 type benchCmd struct {
@@ -68,6 +67,9 @@ func (b *benchCmd) Run(ctx context.Context, c *console) error {
 	if err != nil {
 		return exitError{2, err}
 	}
+	if err := b.tryPage(); err != nil {
+		return exitError{2, fmt.Errorf("--html: %w", err)}
+	}
 	bar := newProgress(c.stderr, b.LogFormat, b.LogLevel)
 	config.Log = bar.log
 	config.Progress = func(now bench.Progress) { bar.show(now.Done, now.Total, now.Elapsed, now) }
@@ -91,7 +93,7 @@ func (b *benchCmd) Run(ctx context.Context, c *console) error {
 	if report == nil {
 		return err
 	}
-	return errors.Join(b.write(c, report), cmp.Or(err, failures(report)))
+	return errors.Join(b.print(c, report), b.writePage(report), cmp.Or(err, failures(report)))
 }
 
 // config understands the flags.
@@ -120,20 +122,43 @@ func (b *benchCmd) config() (*bench.Config, error) {
 	if config.Modes == nil {
 		config.Modes = bench.Modes()
 	}
-	var err error
-	if config.Upstream, err = upstream.ParseAddr(cmp.Or(b.Upstream, os.Getenv("OLLAMA_HOST"), defaultUpstream), upstream.DefaultPort); err != nil {
+	_, addr, sim, err := parseTarget(cmp.Or(b.Upstream, os.Getenv("OLLAMA_HOST"), defaultUpstream))
+	if err != nil {
 		return nil, fmt.Errorf("--upstream, OLLAMA_HOST: %w", err)
 	}
+	if sim != nil {
+		return nil, errors.New("--upstream sim: is for serve: figures of a simulated server would say nothing of yours; say where Ollama is")
+	}
+	config.Upstream = addr
 	return config, nil
 }
 
-// write writes the report wherever it is wanted.
-func (b *benchCmd) write(c *console, report *bench.Report) error {
-	if b.HTML != "" {
-		if err := writeFile(b.HTML, report.HTML); err != nil {
-			return fmt.Errorf("writing the report: %w", err)
-		}
+// tryPage finds out before a run, which may take hours, whether the page can be written after it. What is there stays until then.
+func (b *benchCmd) tryPage() error {
+	if b.HTML == "" {
+		return nil
 	}
+	f, err := os.OpenFile(b.HTML, os.O_WRONLY|os.O_CREATE, 0o666)
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+func (b *benchCmd) writePage(report *bench.Report) error {
+	if b.HTML == "" {
+		return nil
+	}
+	if len(report.Modes) == 0 {
+		return fmt.Errorf("%s was not written: there is nothing to show, as no request was over", b.HTML)
+	}
+	if err := writeFile(b.HTML, report.HTML); err != nil {
+		return fmt.Errorf("writing the page: %w", err)
+	}
+	return nil
+}
+
+func (b *benchCmd) print(c *console, report *bench.Report) error {
 	if !b.JSON {
 		return report.Print(c.stdout)
 	}

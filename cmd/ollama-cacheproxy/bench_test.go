@@ -198,6 +198,51 @@ func TestBenchGivesUp(t *testing.T) {
 	}
 }
 
+// TestBenchPage: what cannot be written is told before anything is asked; what cannot any more costs only the page, and what is nothing
+// leaves the page that there was.
+func TestBenchPage(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "pages")
+	server, url := simulated(t, "", quickLoad, 1e6, "a:latest")
+	if status, _, _ := benchmark(t.Context(), url, "--html", filepath.Join(dir, "report.html")); status != 2 || len(server.Evaluations(ollamasim.Mark{})) != 0 {
+		t.Errorf("status %d, %d prompts evaluated", status, len(server.Evaluations(ollamasim.Mark{})))
+	}
+	if err := os.Mkdir(dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	html := filepath.Join(dir, "report.html")
+	server.SetFaults(func(ollamasim.FaultRequest) *ollamasim.Fault {
+		os.RemoveAll(dir)
+		return nil
+	})
+	status, stdout, stderr := benchmark(t.Context(), url, "--requests", "2", "--optimize", "false", "--html", html)
+	if status != 1 || !strings.Contains(stderr, "writing the page: ") || !strings.Contains(line(stdout, "answered, failed"), "2, 0") {
+		t.Errorf("status %d: %s\n%s", status, stderr, stdout)
+	}
+
+	html = filepath.Join(t.TempDir(), "report.html")
+	if err := os.WriteFile(html, []byte("the last one"), 0o666); err != nil {
+		t.Fatal(err)
+	}
+	for _, last := range []int{1, 3} { // while words are counted; in the first mode
+		ctx, cancel := context.WithCancel(t.Context())
+		asked := 0
+		server.SetFaults(func(ollamasim.FaultRequest) *ollamasim.Fault {
+			if asked++; asked == last {
+				cancel()
+			}
+			return nil
+		})
+		status, _, stderr = benchmark(ctx, url, "--html", html)
+		if status != 1 || !strings.Contains(stderr, bench.ErrStopped.Error()) || strings.Contains(stderr, "not written") != (last == 3) || strings.Contains(stderr, "canceled") {
+			t.Errorf("stopped at request %d: status %d: %s", last, status, stderr)
+		}
+		if page, err := os.ReadFile(html); string(page) != "the last one" {
+			t.Errorf("the page is %q now (%v)", page, err)
+		}
+		cancel()
+	}
+}
+
 // line returns what follows a label in a table.
 func line(table, label string) string {
 	_, rest, _ := strings.Cut(table, "\n"+label)
@@ -252,6 +297,8 @@ func TestBenchFailures(t *testing.T) {
 		{url, []string{"--requests", "0"}, 2, "want at least 1"},
 		{url, []string{"--optimize", "true", "--optimize", "true"}, 2, "given twice"},
 		{url, []string{"--slots", "x"}, 2, "want a number from 1"},
+		{"sim:?model=a", nil, 2, "sim: is for serve"},
+		{url, []string{"--model", "a", "--html", filepath.Join(t.TempDir(), "none", "report.html")}, 2, "no such file or directory"},
 	} {
 		status, _, stderr := benchmark(t.Context(), c.url, c.args...)
 		if status != c.status || !strings.Contains(stderr, c.want) {

@@ -50,7 +50,10 @@ bench-lanes: ## what scheduling saves: tokens evaluated, loads and time, directl
 .PHONY: bench-candidates
 bench-candidates: ## 170,000 candidates and one rubric on simulated servers, in virtual time (minutes for each of the ways to run it)
 	$(GO) test -c -o bin/candidates.test ./bench/candidates
-	for mode in $$(seq 0 13); do bin/candidates.test -test.v -test.timeout 1h -candidates 170000 -mode $$mode | grep evaluated || exit 1; done
+	for mode in $$(seq 0 13); do \
+		out=$$(bin/candidates.test -test.v -test.timeout 1h -candidates 170000 -mode $$mode) || { echo "$$out"; exit 1; }; \
+		echo "$$out" | grep evaluated || exit 1; \
+	done
 
 .PHONY: fuzz
 fuzz: ## a minute of each fuzz test

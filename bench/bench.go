@@ -41,7 +41,7 @@ const (
 // Modes are all modes, in the order in which they are shown.
 func Modes() []Mode { return []Mode{Direct, KeepAlive, Full} }
 
-// Config says what to measure. All fields but Models, Clients, Pause, Transport and Progress must be set.
+// Config says what to measure. All fields but Models, Clients, Pause, Slots, Transport and Progress must be set.
 type Config struct {
 	Upstream *url.URL // Ollama itself
 	Models   []string // the workload "models" takes two, the others one; none: those that the server has, if that leaves no choice
@@ -54,6 +54,7 @@ type Config struct {
 	Pause                                            time.Duration // of a client between an answer and its next request
 	GiveUp                                           time.Duration // a mode in which nothing was answered for so long is ended
 	Seed                                             uint64        // other seeds make other texts
+	Slots                                            string        // that Front gives the mode Full; only told
 
 	// Front starts the proxy for a mode. done is called for each request when it is over, and not any more when stop has returned.
 	Front     func(ctx context.Context, mode Mode, done func(proxy.Exchange)) (base *url.URL, stop func() error, err error)
@@ -80,6 +81,13 @@ func (p Progress) Attrs() []any {
 
 // ErrStopped says that a run was stopped before its end. The report has what there was until then.
 var ErrStopped = errors.New("stopped before the end")
+
+// What is told in a report's title only where it is another.
+const (
+	DefaultGiveUp = 5 * time.Minute
+	DefaultSeed   = 1
+	DefaultSlots  = "auto"
+)
 
 const (
 	coolLimit  = 2 * time.Minute // for a model to be unloaded

@@ -138,6 +138,55 @@ func TestChartsHaveNoNull(t *testing.T) {
 	}
 }
 
+// TestTitle: what is not as usual is told, and all of it in the JSON.
+func TestTitle(t *testing.T) {
+	c := &Config{Upstream: nowhere, Workload: "same", Requests: 10, Clients: 1, Rounds: 1, GiveUp: DefaultGiveUp, Seed: DefaultSeed, Slots: DefaultSlots}
+	if title := newReport(c, "", time.Time{}).title(); !strings.HasSuffix(title, "1 client, 1 round") {
+		t.Error(title)
+	}
+	c.Pause, c.GiveUp, c.Seed, c.Slots = 1500*time.Millisecond, time.Hour, 7, "off"
+	r := newReport(c, "", time.Time{})
+	if title := r.title(); !strings.HasSuffix(title, "1 round, --pause 1.5s, --give-up 1h0m0s, --slots off, --seed 7") {
+		t.Error(title)
+	}
+	data, err := json.Marshal(r)
+	if err != nil || !bytes.Contains(data, []byte(`"pause_ms":1500,"give_up_ms":3600000,"seed":7,"slots":"off","modes":[]`)) {
+		t.Errorf("%s, %v", data, err)
+	}
+}
+
+// TestWords: texts say no more than what was found: of a model with a sliding window the size is a limit; of loads that differ it is
+// not said that they do not; predictions of other sizes are reckoned.
+func TestWords(t *testing.T) {
+	for _, c := range []struct {
+		window, requests int
+		loads            float64
+		want, not        string
+	}{
+		{0, 100, 1, "a takes 100 bytes", "at most"},
+		{512, 100, 1, "a takes at most 100 bytes", "takes 100 bytes"},
+		{512, 100, 1, "tokens at most 0.2 MiB; some layers", "; less"},
+		{0, 100, 1, "is not unloaded: 1 loads without and 1 with", "of which"},
+		{0, 100, 9, "of which there were 9 without and 1 with", "not unloaded"},
+		{0, 100, 1, "    predicted  ", "reckoned as"},
+		{0, 99, 1, "    reckoned as predicted  ", "    predicted  "},
+	} {
+		r := &Report{Workload: "same", Requests: c.requests, PrefixTokens: 2000, TailTokens: 50, Memory: []Memory{{Model: "a", BytesPerToken: 100, Window: c.window}}}
+		for mode, loads := range map[Mode]float64{Direct: c.loads, KeepAlive: 1} {
+			run := &ModeRun{Prompt: 10, Loads: int(loads), Requests: []Request{{Total: 10}}}
+			r.Modes = append(r.Modes, &ModeResult{Mode: mode, Predicted: r.predict(mode), Runs: []*ModeRun{run}})
+		}
+		r.sum()
+		var table strings.Builder
+		if err := r.Print(&table); err != nil {
+			t.Fatal(err)
+		}
+		if text := table.String(); !strings.Contains(text, c.want) || strings.Contains(text, c.not) {
+			t.Errorf("want %q and not %q:\n%s", c.want, c.not, text)
+		}
+	}
+}
+
 // TestTimeline: requests that are under way at once are on rows of their own, and phases follow each other.
 func TestTimeline(t *testing.T) {
 	run := &ModeRun{Requests: []Request{

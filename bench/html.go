@@ -68,7 +68,7 @@ func (r *Report) HTML(w io.Writer) error {
 	script, _, _ := bytes.Cut(chartJS, []byte("//# sourceMappingURL=")) // a browser's tools would look for that file
 	return page.Execute(w, map[string]any{
 		"Report": r, "Title": r.title(), "Names": r.names(), "Modes": r.modes(), "Rows": r.rows(), "Texts": append(r.conditions(), r.Notes...),
-		"Warning": map[bool]string{true: incomplete}[r.Incomplete], "Basis": r.basis(),
+		"Warning": map[bool]string{true: incomplete}[r.Incomplete], "Basis": r.basis(), "PredictedAs": r.predictedAs(),
 		"Data": template.JS(data), "Script": template.JS(script),
 	})
 }

@@ -31,7 +31,9 @@ type Report struct {
 	Clients      int     `json:"clients"`
 	Rounds       int     `json:"rounds"`
 	PauseMS      float64 `json:"pause_ms"`
+	GiveUpMS     float64 `json:"give_up_ms"`
 	Seed         uint64  `json:"seed"`
+	Slots        string  `json:"slots"` // of the mode Full, as serve's flag has it
 
 	Modes  []*ModeResult `json:"modes"` // as Modes has them, without those that were not run
 	Memory []Memory      `json:"memory"`
@@ -134,7 +136,8 @@ func newReport(c *Config, version string, at time.Time) *Report {
 	return &Report{
 		At: at, Upstream: c.Upstream.String(), Ollama: version, Models: c.Models, Workload: c.Workload, Order: c.Modes,
 		Requests: c.Requests, PrefixTokens: c.PrefixTokens, TailTokens: c.TailTokens, OutputTokens: c.OutputTokens,
-		Clients: c.Clients, Rounds: c.Rounds, PauseMS: ms(c.Pause), Seed: c.Seed,
+		Clients: c.Clients, Rounds: c.Rounds, PauseMS: ms(c.Pause), GiveUpMS: ms(c.GiveUp), Seed: c.Seed, Slots: c.Slots,
+		Modes: []*ModeResult{}, Notes: []string{},
 	}
 }
 
@@ -295,6 +298,11 @@ type Prediction struct {
 	HitRate   float64 `json:"hit_rate"`
 }
 
+// predicted says whether the sizes are the document's own; of others, its reckoning is applied to them.
+func (r *Report) predicted() bool {
+	return r.Requests == 100 && r.PrefixTokens == 2000 && r.TailTokens == 50
+}
+
 // predict applies the document's reckoning: all of each prompt without the proxy and with keep_alive alone, the prefix once with it.
 func (r *Report) predict(mode Mode) *Prediction {
 	if r.Workload != "same" {
@@ -305,25 +313,29 @@ func (r *Report) predict(mode Mode) *Prediction {
 		p.Evaluated = r.PrefixTokens + r.Requests*r.TailTokens
 		p.HitRate = float64(r.Requests-1) / float64(r.Requests)
 	}
-	if r.Requests == 100 && r.PrefixTokens == 2000 && r.TailTokens == 50 && r.OutputTokens == 50 {
+	if r.predicted() && r.OutputTokens == 50 {
 		p.Seconds = map[Mode]float64{Direct: 30, KeepAlive: 20, Full: 12}[mode]
 	}
 	return p
 }
 
 // explain says why what was measured is not what was predicted.
-func (r *Report) explain() (notes []string) {
+func (r *Report) explain() []string {
+	notes := []string{}
 	base := r.mode(Direct)
 	if base == nil || base.Predicted == nil || base.Prompt == 0 {
-		return nil
+		return notes
 	}
 	if base.Reused > 0 {
 		notes = append(notes, fmt.Sprintf("The prediction takes it that Ollama alone evaluates all of each prompt. It does not: a slot keeps its last prompt, and the next one is evaluated from where the two part. Directly, %.0f %% of the prompt tokens were reused (%s).",
 			100*base.Reused/base.Prompt, base.Basis))
 	}
 	if k := r.mode(KeepAlive); k != nil {
-		notes = append(notes, fmt.Sprintf("The prediction has keep_alive save a third of the time. It saves loads, and a model that is asked all the time is not unloaded: %s loads without and %s with keep_alive. It counts where pauses are longer than the server's own keep_alive (--pause shows it).",
-			number(base.Loads), number(k.Loads)))
+		text := "and a model that is asked all the time is not unloaded: %s loads without and %s with keep_alive. It counts where pauses are longer than the server's own keep_alive (--pause shows it)."
+		if base.Loads != k.Loads {
+			text = "of which there were %s without and %s with keep_alive."
+		}
+		notes = append(notes, fmt.Sprintf("The prediction has keep_alive save a third of the time. It saves loads, "+text, number(base.Loads), number(k.Loads)))
 	}
 	if s := base.Shares; s != (Shares{}) {
 		notes = append(notes, fmt.Sprintf("The prediction takes reading and tokenizing the prompt for the cost. Directly, Ollama spent its time on loading (%.0f %%), waiting for a slot (%.0f %%), evaluating prompts (%.0f %%) and generating answers (%.0f %%); tokenizing is a part of what is left over and not told.",
@@ -343,7 +355,7 @@ type Memory struct {
 	KeyLength     int    `json:"key_length"`   // of a head
 	ValueLength   int    `json:"value_length"` // of a head
 	Window        int    `json:"sliding_window"`
-	BytesPerToken int    `json:"bytes_per_token"` // keys and values of all layers, two bytes a number; with a sliding window some layers keep fewer tokens
+	BytesPerToken int    `json:"bytes_per_token"` // keys and values of all layers, two bytes a number: the most that it can be where there is a sliding window, as some layers keep fewer tokens then
 }
 
 // memory works out, from what /api/show tells, what a token of context takes.

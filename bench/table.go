@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
 )
@@ -20,9 +21,25 @@ type row struct {
 
 // title says in a line what was measured.
 func (r *Report) title() string {
-	return fmt.Sprintf("workload %s: %s requests, %s + %s prompt tokens, %s generated; %s, %s", r.Workload,
+	text := fmt.Sprintf("workload %s: %s requests, %s + %s prompt tokens, %s generated; %s, %s", r.Workload,
 		number(float64(r.Requests)), number(float64(r.PrefixTokens)), number(float64(r.TailTokens)), number(float64(r.OutputTokens)), plural(r.Clients, "client"), plural(r.Rounds, "round"))
+	for _, flag := range []struct {
+		name, value string
+		usual       bool
+	}{
+		{"pause", fmt.Sprint(duration(r.PauseMS)), r.PauseMS == 0},
+		{"give-up", fmt.Sprint(duration(r.GiveUpMS)), r.GiveUpMS == ms(DefaultGiveUp)},
+		{"slots", r.Slots, r.Slots == DefaultSlots},
+		{"seed", fmt.Sprint(r.Seed), r.Seed == DefaultSeed},
+	} {
+		if !flag.usual {
+			text += fmt.Sprintf(", --%s %s", flag.name, flag.value)
+		}
+	}
+	return text
 }
+
+func duration(ms float64) time.Duration { return time.Duration(ms * float64(time.Millisecond)) }
 
 func plural(n int, what string) string {
 	if n != 1 {
@@ -39,6 +56,13 @@ func (r *Report) names() (names []string) {
 	return names
 }
 
+func (r *Report) predictedAs() string {
+	if r.predicted() {
+		return "predicted"
+	}
+	return "reckoned as predicted"
+}
+
 func (r *Report) rows() (rows []row) {
 	add := func(label string, figure func(m *ModeResult) string) {
 		next := row{Label: label}
@@ -48,7 +72,7 @@ func (r *Report) rows() (rows []row) {
 		rows = append(rows, next)
 	}
 	predicted := func(figure func(p *Prediction) string) {
-		next := row{Label: "predicted", Predicted: true}
+		next := row{Label: r.predictedAs(), Predicted: true}
 		some := false
 		for _, m := range r.Modes {
 			text := ""
@@ -106,7 +130,7 @@ func (r *Report) rows() (rows []row) {
 		}
 		return strings.Join(all, ", ")
 	})
-	add("model loads", func(m *ModeResult) string { return number(m.Loads) })
+	add("model loads, inferred", func(m *ModeResult) string { return number(m.Loads) })
 	latency := func(label string, of func(m *ModeResult) Quantiles) {
 		add(label, func(m *ModeResult) string {
 			q := of(m)
@@ -148,10 +172,14 @@ func (r *Report) conditions() []string {
 		if m.BytesPerToken == 0 {
 			continue
 		}
-		text := fmt.Sprintf("A cached token of %s takes %s bytes (estimated: %d layers × %d KV heads × (%d + %d) × 2 bytes), a prefix of %s tokens %.1f MiB", m.Model,
-			number(float64(m.BytesPerToken)), m.Layers, m.KVHeads, m.KeyLength, m.ValueLength, number(float64(r.PrefixTokens)), float64(m.BytesPerToken)*float64(r.PrefixTokens)/(1<<20))
+		most := ""
 		if m.Window > 0 {
-			text += fmt.Sprintf("; less, since some layers keep only the last %s tokens", number(float64(m.Window)))
+			most = "at most "
+		}
+		text := fmt.Sprintf("A cached token of %s takes %s%s bytes (estimated: %d layers × %d KV heads × (%d + %d) × 2 bytes), a prefix of %s tokens %s%.1f MiB", m.Model, most,
+			number(float64(m.BytesPerToken)), m.Layers, m.KVHeads, m.KeyLength, m.ValueLength, number(float64(r.PrefixTokens)), most, float64(m.BytesPerToken)*float64(r.PrefixTokens)/(1<<20))
+		if m.Window > 0 {
+			text += fmt.Sprintf("; some layers keep only the last %s tokens", number(float64(m.Window)))
 		}
 		list = append(list, text+".")
 	}

@@ -111,7 +111,7 @@ func (b *benchCmd) config() (*bench.Config, error) {
 	}
 	config := &bench.Config{
 		Models: b.Model, Workload: b.Workload, Requests: b.Requests, PrefixTokens: b.PrefixTokens, TailTokens: b.TailTokens, OutputTokens: b.OutputTokens,
-		Clients: b.Clients, Pause: b.Pause, GiveUp: b.GiveUp, Rounds: b.Rounds, Seed: b.Seed,
+		Clients: b.Clients, Pause: b.Pause, GiveUp: b.GiveUp, Rounds: b.Rounds, Seed: b.Seed, Slots: b.Slots,
 	}
 	for _, mode := range b.Optimize {
 		if slices.Contains(config.Modes, bench.Mode(mode)) {

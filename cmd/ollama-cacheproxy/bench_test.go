@@ -132,6 +132,9 @@ func TestBenchTable(t *testing.T) {
 		}
 		evaluated = append(evaluated, n)
 	}
+	if !strings.Contains(stdout, "1 round, --slots 1\n") { // and nothing else, as the other flags are at their defaults
+		t.Errorf("the title is another:\n%s", stdout)
+	}
 	if len(evaluated) != 3 || evaluated[2]*2 > evaluated[0] {
 		t.Errorf("%v tokens evaluated, want less than half with everything:\n%s", evaluated, stdout)
 	}

@@ -124,6 +124,27 @@ func TestReport(t *testing.T) {
 				t.Errorf("%s: the canvas %q has %d colours", scheme, id, found.Colours[id])
 			}
 		}
+		// Axes and letters are drawn without any data, too: what disappears with the data must have been drawn of it.
+		gone, err := chromedp.Run(ctx, chromedp.Evaluate[map[string]int](`Object.fromEntries([...document.querySelectorAll("canvas")].map(c => {
+			const pixels = () => {
+				const copy = Object.assign(document.createElement("canvas"), {width: c.width, height: c.height}).getContext("2d", {willReadFrequently: true});
+				copy.drawImage(c, 0, 0);
+				return new Uint32Array(copy.getImageData(0, 0, c.width, c.height).data.buffer);
+			};
+			const before = pixels(), chart = Chart.getChart(c);
+			chart.data.datasets.forEach(d => { d.data = []; });
+			chart.update("none");
+			const after = pixels();
+			return [c.id, before.reduce((n, p, i) => n + (p !== after[i] ? 1 : 0), 0)];
+		}))`))
+		if err != nil {
+			t.Fatalf("%s: %v", scheme, err)
+		}
+		for _, id := range canvases {
+			if gone[id] < 500 {
+				t.Errorf("%s: the canvas %q has %d pixels that are of its data", scheme, id, gone[id])
+			}
+		}
 		image, err := png.Decode(bytes.NewReader(picture))
 		if err != nil {
 			t.Fatal(err)

@@ -132,19 +132,7 @@ func Run(ctx context.Context, c Config) (*Report, error) {
 	for _, model := range c.Models {
 		b.report.Memory = append(b.report.Memory, b.memory(ctx, model))
 	}
-	seed := c.Seed * 1_000_003
-	for round := range c.Rounds {
-		for i := range c.Modes {
-			mode := c.Modes[(i+round)%len(c.Modes)] // each comes first in turn
-			seed++
-			if err = b.run(ctx, mode, round, seed, scales); err != nil {
-				break
-			}
-		}
-		if err != nil {
-			break
-		}
-	}
+	err = b.rounds(ctx, scales)
 	if ctx.Err() != nil {
 		err = ErrStopped
 	}
@@ -157,6 +145,21 @@ func Run(ctx context.Context, c Config) (*Report, error) {
 	b.report.Incomplete = err != nil
 	b.report.sum()
 	return b.report, err
+}
+
+// rounds measures each mode in each round.
+func (b *bench) rounds(ctx context.Context, scales []scale) error {
+	seed := b.Seed * 1_000_003
+	for round := range b.Rounds {
+		for i := range b.Modes {
+			seed++
+			mode := b.Modes[(i+round)%len(b.Modes)] // each comes first in turn
+			if err := b.run(ctx, mode, round, seed, scales); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // look asks the server what it is, and chooses the models.

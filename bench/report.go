@@ -212,13 +212,7 @@ func (r *Report) sum() {
 }
 
 func (m *ModeResult) sum() {
-	over := func(figure func(run *ModeRun) float64) float64 {
-		var all []float64
-		for _, run := range m.Runs {
-			all = append(all, figure(run))
-		}
-		return median(all)
-	}
+	over := func(figure func(run *ModeRun) float64) float64 { return median(m.each(figure)) }
 	m.Seconds = over(func(run *ModeRun) float64 { return run.Seconds })
 	m.Prompt = over(func(run *ModeRun) float64 { return float64(run.Prompt) })
 	m.Evaluated = over(func(run *ModeRun) float64 { return float64(run.Evaluated) })
@@ -264,10 +258,18 @@ func (m *ModeResult) sum() {
 	if known > 0 {
 		m.HitRate = float64(hits) / float64(known)
 	}
-	if s := &m.Shares; s.Load+s.Queue+s.Prompt+s.Answer > 0 {
-		sum := s.Load + s.Queue + s.Prompt + s.Answer
+	s := &m.Shares
+	if sum := s.Load + s.Queue + s.Prompt + s.Answer; sum > 0 {
 		*s = Shares{s.Load / sum, s.Queue / sum, s.Prompt / sum, s.Answer / sum}
 	}
+}
+
+// each returns a figure of each run.
+func (m *ModeResult) each(figure func(run *ModeRun) float64) (all []float64) {
+	for _, run := range m.Runs {
+		all = append(all, figure(run))
+	}
+	return all
 }
 
 func median(all []float64) float64 {

@@ -9,6 +9,7 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/bench/text"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
 )
 
@@ -21,8 +22,8 @@ type row struct {
 
 // title says in a line what was measured.
 func (r *Report) title() string {
-	text := fmt.Sprintf("workload %s: %s requests, %s + %s prompt tokens, %s generated; %s, %s", r.Workload,
-		number(float64(r.Requests)), number(float64(r.PrefixTokens)), number(float64(r.TailTokens)), number(float64(r.OutputTokens)), plural(r.Clients, "client"), plural(r.Rounds, "round"))
+	title := fmt.Sprintf("workload %s: %s requests, %s + %s prompt tokens, %s generated; %s, %s", r.Workload,
+		number(float64(r.Requests)), number(float64(r.PrefixTokens)), number(float64(r.TailTokens)), number(float64(r.OutputTokens)), text.Plural(r.Clients, "client"), text.Plural(r.Rounds, "round"))
 	for _, flag := range []struct {
 		name, value string
 		usual       bool
@@ -33,20 +34,13 @@ func (r *Report) title() string {
 		{"seed", fmt.Sprint(r.Seed), r.Seed == DefaultSeed},
 	} {
 		if !flag.usual {
-			text += fmt.Sprintf(", --%s %s", flag.name, flag.value)
+			title += fmt.Sprintf(", --%s %s", flag.name, flag.value)
 		}
 	}
-	return text
+	return title
 }
 
 func duration(ms float64) time.Duration { return time.Duration(ms * float64(time.Millisecond)) }
-
-func plural(n int, what string) string {
-	if n != 1 {
-		what += "s"
-	}
-	return fmt.Sprintf("%d %s", n, what)
-}
 
 // names are what the modes are called at the head of the table.
 func (r *Report) names() (names []string) {
@@ -89,10 +83,7 @@ func (r *Report) rows() (rows []row) {
 		if len(m.Runs) < 2 {
 			return ""
 		}
-		var all []float64
-		for _, run := range m.Runs {
-			all = append(all, figure(run))
-		}
+		all := m.each(figure)
 		return fmt.Sprintf(" (%s to %s)", format(slices.Min(all)), format(slices.Max(all)))
 	}
 	seconds := func(s float64) string { return fmt.Sprintf("%.2f", s) }
@@ -205,7 +196,7 @@ func (r *Report) Print(w io.Writer) error {
 	fmt.Fprintf(&b, "%s\n\n", r.title())
 	t := tabwriter.NewWriter(&b, 0, 0, 3, ' ', 0)
 	fmt.Fprintf(t, "\t%s\n", strings.Join(r.names(), "\t"))
-	fmt.Fprintf(t, "--optimize\t%s\n", strings.Join(strings.Split(join(r.modes()), ", "), "\t"))
+	fmt.Fprintf(t, "--optimize\t%s\n", strings.Join(r.modes(), "\t"))
 	for _, row := range r.rows() {
 		label := row.Label
 		if row.Predicted {
@@ -222,9 +213,9 @@ func (r *Report) Print(w io.Writer) error {
 	return err
 }
 
-func (r *Report) modes() (modes []Mode) {
+func (r *Report) modes() (modes []string) {
 	for _, m := range r.Modes {
-		modes = append(modes, m.Mode)
+		modes = append(modes, string(m.Mode))
 	}
 	return modes
 }

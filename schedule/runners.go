@@ -334,11 +334,11 @@ func (q *Queue) loaded(x *runner, it *item, r Result, now time.Time) {
 			}
 		}
 		if last != nil {
-			now := apart
+			learned := apart
 			if x.server.relation(x, last) == together {
-				now = untried // something was mistaken
+				learned = untried // something was mistaken
 			}
-			x.server.relate(x.key.Options.Model, last.key.Options.Model, now)
+			x.server.relate(x.key.Options.Model, last.key.Options.Model, learned)
 		}
 	}
 	if r.Loaded {

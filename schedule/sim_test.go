@@ -93,7 +93,8 @@ type engineConfig struct {
 	silent   bool          // it tells nothing of times, as on /v1
 	mute     bool          // … nor when its answer begins, as there without streaming
 	servers  int           // 0: one
-	jitter   time.Duration // until a request that was sent arrives, at most: they overtake each other
+	jitter   time.Duration // until a request that was sent arrives, at most: they overtake each other …
+	seed     uint64        // … by chance
 }
 
 // box is one server.
@@ -175,7 +176,7 @@ func newSim(t *testing.T, cfg engineConfig, q *Queue) *sim {
 	if q != nil && cfg.longest {
 		q.SetLongestMatch(0, true)
 	}
-	s := &sim{t: t, cfg: cfg, q: q, now: start, jobs: map[uint64]*job{}, tree: map[uint64]bool{}, rng: rand.New(rand.NewPCG(1, 1))}
+	s := &sim{t: t, cfg: cfg, q: q, now: start, jobs: map[uint64]*job{}, tree: map[uint64]bool{}, rng: rand.New(rand.NewPCG(cfg.seed, 2))}
 	for i := range max(cfg.servers, 1) {
 		s.boxes = append(s.boxes, &box{index: uint16(i)})
 	}
@@ -531,6 +532,20 @@ func (s *sim) run() time.Duration {
 		}
 	}
 	return last.Sub(start)
+}
+
+// dealt has eight scripts, which begin a little after each other, send n requests, of which each has every eighth.
+func (s *sim) dealt(n int, request func(i int) *job) {
+	const scripts = 8
+	for c := range scripts {
+		var own []*job
+		for i := c; i < n; i += scripts {
+			j := request(i)
+			j.client = fmt.Sprint("client", c)
+			own = append(own, j)
+		}
+		s.after(time.Duration(c)*3*time.Millisecond, func() { s.closed(own, 5*time.Millisecond) })
+	}
 }
 
 // closed has a client send its requests one after the other.

@@ -96,8 +96,7 @@ func TestRaces(t *testing.T) {
 				ratio := 0.0
 				const runs = 10
 				for seed := range uint64(runs) {
-					s := newSim(t, engineConfig{slots: 4, jitter: jitter, perToken: 100 * time.Microsecond, longest: longest}, New(Config{Lanes: 4}))
-					s.rng = rand.New(rand.NewPCG(seed, 2))
+					s := newSim(t, engineConfig{slots: 4, jitter: jitter, seed: seed, perToken: 100 * time.Microsecond, longest: longest}, New(Config{Lanes: 4}))
 					burst(s, groups(32, 4, 620, 35, gen, seed))
 					s.run()
 					ratio += float64(s.evaluated) / float64(s.least) / runs
@@ -136,8 +135,7 @@ func TestRacesLearned(t *testing.T) {
 		ratio, lanes := 0.0, 0
 		const runs = 10
 		for seed := range uint64(runs) {
-			s := newSim(t, engineConfig{slots: 1, jitter: 8 * time.Millisecond, perToken: 25 * time.Microsecond, decode: 1500 * time.Microsecond, load: load}, New(Config{}))
-			s.rng = rand.New(rand.NewPCG(seed, 2))
+			s := newSim(t, engineConfig{slots: 1, jitter: 8 * time.Millisecond, seed: seed, perToken: 25 * time.Microsecond, decode: 1500 * time.Microsecond, load: load}, New(Config{}))
 			for i, j := range groups(32, 4, 620, 35, 4, seed) {
 				s.after(time.Duration(i)*time.Millisecond, func() { s.submit(j) })
 			}
@@ -322,15 +320,10 @@ func TestOvertaking(t *testing.T) {
 			for _, contexts := range []int{1, 2} {
 				seen := map[int]int{}
 				for seed := range uint64(20) {
-					s := newSim(t, engineConfig{slots: slots, load: 2 * time.Second, exclude: exclude, jitter: 8 * time.Millisecond}, New(Config{Lanes: slots}))
-					s.rng = rand.New(rand.NewPCG(seed, 2))
-					for c := range 8 {
-						var own []*job
-						for i := c; i < 100; i += 8 {
-							own = append(own, &job{segs: []seg{text(300)}, gen: 20, client: fmt.Sprint("client", c), model: []string{"a", "b"}[i%2], numCtx: 2048 * (1 + i/2%contexts)})
-						}
-						s.after(time.Duration(c)*3*time.Millisecond, func() { s.closed(own, 5*time.Millisecond) })
-					}
+					s := newSim(t, engineConfig{slots: slots, load: 2 * time.Second, exclude: exclude, jitter: 8 * time.Millisecond, seed: seed}, New(Config{Lanes: slots}))
+					s.dealt(100, func(i int) *job {
+						return &job{segs: []seg{text(300)}, gen: 20, model: []string{"a", "b"}[i%2], numCtx: 2048 * (1 + i/2%contexts)}
+					})
 					s.run()
 					seen[s.loads]++
 				}
@@ -354,8 +347,7 @@ func TestThreeModels(t *testing.T) {
 	for _, slots := range []int{1, 4} {
 		for _, rotate := range []int{0, 1} {
 			loads := func(told bool, seed uint64) int {
-				s := newSim(t, engineConfig{slots: slots, load: 2 * time.Second, exclude: true, jitter: 8 * time.Millisecond}, New(Config{Lanes: slots}))
-				s.rng = rand.New(rand.NewPCG(seed, 2))
+				s := newSim(t, engineConfig{slots: slots, load: 2 * time.Second, exclude: true, jitter: 8 * time.Millisecond, seed: seed}, New(Config{Lanes: slots}))
 				for i := range names {
 					for _, other := range names[:i] {
 						if told {
@@ -363,13 +355,9 @@ func TestThreeModels(t *testing.T) {
 						}
 					}
 				}
-				for c := range 8 {
-					var own []*job
-					for i := range 15 {
-						own = append(own, &job{segs: []seg{text(300)}, gen: 20, client: fmt.Sprint("client", c), model: names[(c+i*rotate)%3]})
-					}
-					s.after(time.Duration(c)*3*time.Millisecond, func() { s.closed(own, 5*time.Millisecond) })
-				}
+				s.dealt(120, func(i int) *job {
+					return &job{segs: []seg{text(300)}, gen: 20, model: names[(i%8+i/8*rotate)%3]}
+				})
 				s.run()
 				return s.loads
 			}

@@ -64,7 +64,7 @@ func (b *bench) shuffled(slots int, hostCache bool) workload {
 		name = "ample"
 	}
 	w := workload{
-		name: fmt.Sprintf("32 prefixes × 4, 8 clients, %s, %s host cache", plural(slots, "slot"), name), config: b.config(slots, hostCache),
+		name: fmt.Sprintf("32 prefixes × 4, 8 clients, %s, %s host cache", text.Plural(slots, "slot"), name), config: b.config(slots, hostCache),
 		open: true, clients: make([][]request, 8),
 	}
 	for n := range 4 {
@@ -81,13 +81,6 @@ func (b *bench) shuffled(slots int, hostCache bool) workload {
 	return w
 }
 
-func plural(n int, what string) string {
-	if n == 1 {
-		return "1 " + what
-	}
-	return fmt.Sprintf("%d %ss", n, what)
-}
-
 // scripts are closed loops, each with a prefix of its own.
 func (b *bench) scripts(each int) workload {
 	w := workload{name: fmt.Sprintf("4 closed-loop scripts × %d, 1 slot, small host cache", each), config: b.config(1, false), clients: make([][]request, 4)}
@@ -102,7 +95,7 @@ func (b *bench) scripts(each int) workload {
 }
 
 func (b *bench) hot(slots int) workload {
-	w := workload{name: fmt.Sprintf("one hot prefix × 128, 8 clients, %s", plural(slots, "slot")), config: b.config(slots, true), clients: make([][]request, 8), runs: 3}
+	w := workload{name: fmt.Sprintf("one hot prefix × 128, 8 clients, %s", text.Plural(slots, "slot")), config: b.config(slots, true), clients: make([][]request, 8), runs: 3}
 	for n := range 128 {
 		q := b.chat(n, 200, n)
 		w.clients[n%8] = append(w.clients[n%8], q)
@@ -164,7 +157,7 @@ const (
 
 func (b *bench) chats(slots int) workload {
 	w := workload{
-		name:   fmt.Sprintf("%d chats of %d turns, one system prompt, %s, small host cache", chatClients, chatTurns, plural(slots, "slot")),
+		name:   fmt.Sprintf("%d chats of %d turns, one system prompt, %s, small host cache", chatClients, chatTurns, text.Plural(slots, "slot")),
 		config: b.config(slots, false), chats: true, clients: make([][]request, chatClients),
 	}
 	for c := range w.clients {

@@ -2,6 +2,7 @@
 package text
 
 import (
+	"fmt"
 	"math/rand/v2"
 	"strings"
 )
@@ -16,4 +17,12 @@ func Words(seed uint64, n int) string {
 		chosen[i] = list[r.IntN(len(list))]
 	}
 	return strings.Join(chosen, " ")
+}
+
+// Plural is a count and what is counted: "1 slot", "4 slots".
+func Plural(n int, what string) string {
+	if n != 1 {
+		what += "s"
+	}
+	return fmt.Sprintf("%d %s", n, what)
 }

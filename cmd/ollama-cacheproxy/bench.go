@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net/url"
 	"os"
@@ -152,7 +151,11 @@ func (b *benchCmd) writePage(report *bench.Report) error {
 	if len(report.Modes) == 0 {
 		return fmt.Errorf("%s was not written: there is nothing to show, as no request was over", b.HTML)
 	}
-	if err := writeFile(b.HTML, report.HTML); err != nil {
+	f, err := os.Create(b.HTML)
+	if err == nil {
+		err = errors.Join(report.HTML(f), f.Close())
+	}
+	if err != nil {
 		return fmt.Errorf("writing the page: %w", err)
 	}
 	return nil
@@ -165,14 +168,6 @@ func (b *benchCmd) print(c *console, report *bench.Report) error {
 	e := json.NewEncoder(c.stdout)
 	e.SetIndent("", "  ")
 	return e.Encode(report)
-}
-
-func writeFile(path string, write func(io.Writer) error) error {
-	f, err := os.Create(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(write(f), f.Close())
 }
 
 // failures returns an error if requests failed.

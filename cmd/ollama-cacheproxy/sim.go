@@ -22,12 +22,9 @@ const simModel = "simulated"
 // parseTarget reads [NAME=]ADDR or [NAME=]sim:[?OPTIONS]; sim is nil for an address.
 func parseTarget(s string) (name string, u *url.URL, sim *ollamasim.Server, err error) {
 	name, addr, err := upstream.CutName(s)
-	if err != nil {
-		return "", nil, nil, err
-	}
 	options, ok := strings.CutPrefix(strings.TrimSpace(addr), "sim:")
-	if !ok || options != "" && options[0] != '?' { // sim:11434 is a machine called sim
-		u, err = upstream.ParseAddr(addr, upstream.DefaultPort)
+	if err != nil || !ok || options != "" && options[0] != '?' { // sim:11434 is a machine called sim
+		name, u, err = upstream.ParseNamed(s, upstream.DefaultPort)
 		return name, u, nil, err
 	}
 	if sim, err = parseSim(strings.TrimPrefix(options, "?")); err != nil {

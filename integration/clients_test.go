@@ -83,10 +83,6 @@ func compare(t *testing.T, c client, server *realollama.Server) {
 	unloadAll(t, server)
 	mark := server.Mark()
 	direct := c.run(t, target{server.URL(), server})
-	sent := served(t, server, mark)
-	if c.unlogged > 0 {
-		sent["other"] += c.unlogged
-	}
 	used := loaded(t, server.URL())
 	for model, left := range used {
 		if left > 2*time.Hour {
@@ -94,7 +90,20 @@ func compare(t *testing.T, c client, server *realollama.Server) {
 		}
 	}
 
-	unloadAll(t, server)
+	// A request that a client gave up is logged when Ollama notices. By the time that nothing is
+	// loaded any more, it has.
+	own := unloadAll(t, server)
+	own["/api/ps"]++ // loaded, above
+	sent := served(t, server, mark)
+	for endpoint, n := range own {
+		if sent[endpoint] -= n; sent[endpoint] == 0 {
+			delete(sent, endpoint)
+		}
+	}
+	if c.unlogged > 0 {
+		sent["other"] += c.unlogged
+	}
+
 	p := startProxy(t, server.URL())
 	proxied := c.run(t, target{p.URL, server})
 	if len(used) == 0 {
@@ -131,12 +140,16 @@ func compare(t *testing.T, c client, server *realollama.Server) {
 	t.Logf("%d results, requests by endpoint: %v", len(direct), sent)
 }
 
-// unloadAll gives a client the state that the one before it had: nothing loaded, nothing cached.
-func unloadAll(t *testing.T, server *realollama.Server) {
+// unloadAll gives a client the state that the one before it had: nothing loaded, nothing cached. It
+// returns how many requests it sent, by endpoint.
+func unloadAll(t *testing.T, server *realollama.Server) map[string]int {
 	t.Helper()
+	sent := map[string]int{}
 	settles(t, func() error {
 		left := loaded(t, server.URL())
+		sent["/api/ps"]++
 		for model := range left {
+			sent["/api/generate"]++
 			if status, _, text := post(t, server.URL()+"/api/generate", `{"model":"`+model+`","keep_alive":0}`); status != http.StatusOK {
 				return fmt.Errorf("unloading %s: %d %s", model, status, text)
 			}
@@ -146,6 +159,7 @@ func unloadAll(t *testing.T, server *realollama.Server) {
 		}
 		return nil
 	})
+	return sent
 }
 
 var requestLine = regexp.MustCompile(`(?m)^\[GIN\] [^|]*\| +(\d+) \|.*\| +([A-Z]+) +"([^"?]*)`)
@@ -306,7 +320,7 @@ var installed = sync.OnceValues(func() (programs, error) {
 		return programs{}, err
 	}
 	var p programs
-	if p.python, err = cache.PythonEnv(ctx, "clients", string(requirements), "600 MB on disk, about a minute"); err != nil {
+	if p.python, err = cache.PythonEnv(ctx, "clients", string(requirements), 600); err != nil {
 		return programs{}, fmt.Errorf("installing the Python clients: %w", err)
 	}
 	// The node that pip installed, since many machines have none, or one too old for these clients.
@@ -334,7 +348,7 @@ func installNode(ctx context.Context, cache *realollama.Cache, node string) (str
 		inputs = append(inputs, string(content))
 	}
 	dir, err := cache.Ensure(ctx, realollama.Made{
-		Name: "node-clients", Inputs: inputs, Announce: "installing the Node clients (50 MB on disk, a few seconds)",
+		Name: "node-clients", Inputs: inputs, Announce: "installing the Node clients (50 MB on disk)", Megabytes: 50,
 		Make: func(_ context.Context, result string, run func(string, ...string) error) error {
 			for i, name := range names {
 				if err := os.WriteFile(filepath.Join(result, name), []byte(inputs[i+1]), 0o644); err != nil {

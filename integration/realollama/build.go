@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 )
@@ -25,6 +26,8 @@ type build struct {
 	// Work is scratch space, removed at the end.
 	Work string
 	log  *os.File
+	// tracker knows how far the present step is.
+	tracker
 }
 
 // command is a program to run as a part of a build.
@@ -32,10 +35,12 @@ type command struct {
 	dir  string   // "" is the work folder
 	env  []string // added to the environment
 	args []string
+	// watch, if not nil, gets the output as well.
+	watch io.Writer
 }
 
-// run runs a command with its output in the build's log. Its error has the last
-// lines of that output.
+// run runs a command with its output in the build's log. Its error quotes what matters of that
+// output.
 func (b *build) run(ctx context.Context, c command) error {
 	var output bytes.Buffer
 	cmd := exec.CommandContext(ctx, c.args[0], c.args[1:]...)
@@ -44,7 +49,11 @@ func (b *build) run(ctx context.Context, c command) error {
 		cmd.Dir = b.Work
 	}
 	cmd.Env = append(os.Environ(), c.env...)
-	cmd.Stdout = io.MultiWriter(b.log, &output)
+	writers := []io.Writer{b.log, &output}
+	if c.watch != nil {
+		writers = append(writers, c.watch)
+	}
+	cmd.Stdout = io.MultiWriter(writers...)
 	cmd.Stderr = cmd.Stdout
 	// Compilers must not outlive a test that is killed or gives up: another
 	// process may then build in the same folder.
@@ -55,15 +64,14 @@ func (b *build) run(ctx context.Context, c command) error {
 	cmd.WaitDelay = 5 * time.Second
 	fmt.Fprintf(b.log, "$ %s\n", strings.Join(append(c.env, c.args...), " "))
 	if err := cmd.Run(); err != nil {
-		return fmt.Errorf("running %s: %w\n%s", filepath.Base(c.args[0]), err, lastLines(output.String(), 20))
+		return fmt.Errorf("running %s: %w\n%s", filepath.Base(c.args[0]), err, meaningful(output.String()))
 	}
 	return nil
 }
 
-// python makes a virtual environment with pip in the work folder and returns
-// its interpreter. As root it installs Debian's Python where that is missing.
-func (b *build) python(ctx context.Context) (string, error) {
-	dir := filepath.Join(b.Work, "venv")
+// venv makes a virtual environment in dir and returns its interpreter. As root it installs Debian's
+// Python where that is missing.
+func (b *build) venv(ctx context.Context, dir string) (string, error) {
 	create := func() error {
 		if err := b.run(ctx, command{args: []string{"python3", "-m", "venv", dir}}); err != nil {
 			return errors.Join(err, os.RemoveAll(dir))
@@ -77,7 +85,29 @@ func (b *build) python(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("python3 with its venv module is needed; install both (Debian: apt-get install python3 python3-venv): %w", err)
 	}
-	return filepath.Join(dir, "bin", "python3"), nil
+	return venvPython(dir), nil
+}
+
+func venvPython(dir string) string { return filepath.Join(dir, "bin", "python3") }
+
+// pipRecipe has an interpreter with pip, for downloads.
+func pipRecipe(ctx context.Context) recipe {
+	return recipe{
+		name:     "pip",
+		inputs:   []string{pythonVersion(ctx)},
+		announce: "making a Python environment with pip",
+		make: func(ctx context.Context, b *build) error {
+			_, err := b.venv(ctx, filepath.Join(b.Result, "venv"))
+			return err
+		},
+	}
+}
+
+// pythonVersion tells interpreters apart, since an environment belongs to the one that made it; ""
+// where there is none.
+func pythonVersion(ctx context.Context) string {
+	version, _ := exec.CommandContext(ctx, "python3", "-c", "import sys; print(sys.version, sys.base_prefix)").Output()
+	return string(version)
 }
 
 // compilers fails with what to install where there is no C and C++ compiler.
@@ -97,11 +127,18 @@ func (b *build) compilers(ctx context.Context) error {
 	return errors.New("a C and a C++ compiler are needed; install them (Debian: apt-get install build-essential)")
 }
 
-// tool finds a program in PATH, else installs the package of that name into the
-// virtual environment of python.
-func (b *build) tool(ctx context.Context, python, name string) (string, error) {
+// tool finds a program in PATH, else installs the package of that name into a virtual environment
+// of the build's own.
+func (b *build) tool(ctx context.Context, name string) (string, error) {
 	if path := firstInPath(name); path != "" {
 		return path, nil
+	}
+	dir := filepath.Join(b.Work, "tools")
+	python := venvPython(dir)
+	if !exists(python) {
+		if _, err := b.venv(ctx, dir); err != nil {
+			return "", err
+		}
 	}
 	if err := b.run(ctx, command{args: []string{python, "-m", "pip", "install", "--quiet", name}}); err != nil {
 		return "", fmt.Errorf("installing %s: %w", name, err)
@@ -109,16 +146,33 @@ func (b *build) tool(ctx context.Context, python, name string) (string, error) {
 	return filepath.Join(filepath.Dir(python), name), nil
 }
 
-// download fetches a package's file with pip, unpacked or built no further, and
-// returns the files that came, which are more than one if withParts.
-func (b *build) download(ctx context.Context, python, requirement string, options ...string) ([]string, error) {
+// download fetches the files of a package, about so many MB, with pip, which neither unpacks nor builds
+// them. More than one file comes where its dependencies come, too.
+func (b *build) download(ctx context.Context, requirement string, megabytes int64, options ...string) ([]string, error) {
+	pip, err := b.ensure(ctx, pipRecipe(ctx))
+	if err != nil {
+		return nil, err
+	}
 	dir, err := os.MkdirTemp(b.Work, "download-")
 	if err != nil {
 		return nil, fmt.Errorf("making a download folder: %w", err)
 	}
-	args := append([]string{python, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-cache-dir", "--dest", dir}, options...)
-	if err := b.run(ctx, command{args: append(args, requirement)}); err != nil {
+	// pip writes to its temporary folder first.
+	temp := filepath.Join(dir, "part")
+	if err := os.Mkdir(temp, 0o755); err != nil {
+		return nil, fmt.Errorf("making a download folder: %w", err)
+	}
+	b.follow(bytesUnder(megabytes, dir))
+	defer b.forget()
+	args := append([]string{
+		venvPython(filepath.Join(pip, "venv")), "-m", "pip", "download",
+		"--quiet", "--disable-pip-version-check", "--no-cache-dir", "--dest", dir,
+	}, options...)
+	if err := b.run(ctx, command{env: []string{"TMPDIR=" + temp}, args: append(args, requirement)}); err != nil {
 		return nil, fmt.Errorf("downloading %s: %w", requirement, err)
+	}
+	if err := os.RemoveAll(temp); err != nil {
+		return nil, fmt.Errorf("removing a download folder: %w", err)
 	}
 	files, err := filepath.Glob(filepath.Join(dir, "*"))
 	if err == nil && len(files) == 0 {
@@ -177,11 +231,7 @@ func unpackTar(path, dir string, under ...string) error {
 			return fmt.Errorf("unpacking %s: %w", filepath.Base(path), err)
 		}
 		_, name, _ := strings.Cut(header.Name, "/")
-		wanted := false
-		for _, u := range under {
-			wanted = wanted || strings.HasPrefix(name, u+"/")
-		}
-		if header.Typeflag != tar.TypeReg || !wanted || !filepath.IsLocal(name) {
+		if header.Typeflag != tar.TypeReg || !isUnder(name, under) {
 			continue
 		}
 		mode := os.FileMode(header.Mode)&0o111 | 0o644
@@ -210,6 +260,34 @@ func openZipped(path, suffix string) (io.ReadCloser, error) {
 	}
 	archive.Close()
 	return nil, fmt.Errorf("%s has no file %s", filepath.Base(path), suffix)
+}
+
+// unpackZip unpacks the plain files of a zip archive whose names begin with one of the given
+// folders into dir.
+func unpackZip(path, dir string, under ...string) error {
+	archive, err := zip.OpenReader(path)
+	if err != nil {
+		return fmt.Errorf("opening %s: %w", filepath.Base(path), err)
+	}
+	defer archive.Close()
+	for _, f := range archive.File {
+		if !f.Mode().IsRegular() || !isUnder(f.Name, under) {
+			continue
+		}
+		content, err := f.Open()
+		if err == nil {
+			err = errors.Join(writeFile(filepath.Join(dir, f.Name), content, f.Mode().Perm()|0o644), content.Close())
+		}
+		if err != nil {
+			return fmt.Errorf("unpacking %s: %w", filepath.Base(path), err)
+		}
+	}
+	return nil
+}
+
+// isUnder says whether a name in an archive lies in one of the folders, and not outside the archive.
+func isUnder(name string, folders []string) bool {
+	return filepath.IsLocal(name) && slices.ContainsFunc(folders, func(folder string) bool { return strings.HasPrefix(name, folder+"/") })
 }
 
 type zipped struct {
@@ -255,4 +333,18 @@ func linkOrCopy(from, to string) error {
 		return fmt.Errorf("copying a file: %w", err)
 	}
 	return writeFile(to, f, info.Mode().Perm())
+}
+
+// linkTree gives all files under a folder a second name under another, as linkOrCopy does.
+func linkTree(from, to string) error {
+	return filepath.WalkDir(from, func(path string, d os.DirEntry, err error) error {
+		if err != nil {
+			return fmt.Errorf("reading a folder: %w", err)
+		}
+		name, err := filepath.Rel(from, path)
+		if err != nil || d.IsDir() {
+			return err
+		}
+		return linkOrCopy(path, filepath.Join(to, name))
+	})
 }

@@ -10,15 +10,11 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"strings"
 	"time"
 )
 
 // cacheEnv names the folder to use in place of the user's cache folder.
 const cacheEnv = "OLLAMA_CACHEPROXY_CACHE"
-
-// heartbeat is how often a long step says that it still runs.
-const heartbeat = 30 * time.Second
 
 // Cache holds built servers and models. Each entry is a folder named by what it
 // is and by a hash of how it was made; it appears complete or not at all, so
@@ -75,11 +71,14 @@ func (r recipe) key() string {
 	return r.name + "-" + hex.EncodeToString(h.Sum(nil))[:12]
 }
 
+// path is where the recipe's entry is, or will be.
+func (c *Cache) path(r recipe) string { return filepath.Join(c.dir, r.key()) }
+
 // ensure returns the recipe's folder in the cache and makes it where it is
 // missing. One process makes it, others wait.
 func (c *Cache) ensure(ctx context.Context, r recipe) (string, error) {
 	key := r.key()
-	dir := filepath.Join(c.dir, key)
+	dir := c.path(r)
 	if exists(dir) {
 		return dir, nil
 	}
@@ -127,7 +126,7 @@ func (c *Cache) makeEntry(ctx context.Context, r recipe, key, dir string) (err e
 	}
 	defer b.log.Close()
 
-	stop := c.heartbeat(r.name, start)
+	stop := c.heartbeat(r.name, start, &b.tracker)
 	err = r.make(ctx, b)
 	stop()
 	if err == nil {
@@ -166,26 +165,6 @@ func (c *Cache) clearUnfinished(key string) error {
 		}
 	}
 	return nil
-}
-
-// heartbeat tells every 30 s that name is still being made, until stop is called.
-func (c *Cache) heartbeat(name string, start time.Time) (stop func()) {
-	done, ended := make(chan struct{}), make(chan struct{})
-	// It ends when stop closes done.
-	go func() {
-		defer close(ended)
-		tick := time.NewTicker(heartbeat)
-		defer tick.Stop()
-		for {
-			select {
-			case <-done:
-				return
-			case <-tick.C:
-				c.say("… still at %s, %s so far", name, time.Since(start).Round(time.Second))
-			}
-		}
-	}()
-	return func() { close(done); <-ended }
 }
 
 // lock takes the lock of one entry, shared by all processes of this machine.
@@ -234,10 +213,4 @@ func (c *Cache) openLock(key string) (*os.File, error) {
 func exists(path string) bool {
 	_, err := os.Stat(path)
 	return err == nil
-}
-
-// lastLines is the end of a text, for error messages.
-func lastLines(text string, n int) string {
-	lines := strings.Split(strings.TrimRight(text, "\n"), "\n")
-	return strings.Join(lines[max(0, len(lines)-n):], "\n")
 }

@@ -1,6 +1,7 @@
 package realollama
 
 import (
+	"cmp"
 	"encoding/binary"
 	"fmt"
 	"hash/fnv"
@@ -13,7 +14,7 @@ import (
 // generated describes a model with random weights. The same description gives
 // the same file, byte for byte, everywhere.
 //
-// Weights are in single precision: with quantized weights llama.cpp rounds what
+// Weights are in single precision unless a mix is set: with quantized weights llama.cpp rounds what
 // it multiplies them with, so that a prompt gives other answers when a cache has
 // a part of it than when it is evaluated in one batch.
 type generated struct {
@@ -27,12 +28,14 @@ type generated struct {
 	seed    uint64
 	// embeds marks a model for embeddings, by mean pooling.
 	embeds bool
+	// mix is how the layers' matrices are stored; the zero value is single precision.
+	mix mix
 }
 
 const (
 	// generatedFormat is raised with every change to what is written, which
 	// makes cached files of older formats unused.
-	generatedFormat = 2
+	generatedFormat = 3
 
 	generatedContext = 131072
 	// generatedWindow is the sliding window of gemma3, as in its small
@@ -77,8 +80,8 @@ func (m generated) writeTo(w io.Writer) error {
 func (m generated) metadata(v *vocabulary) []keyValue {
 	kv := []keyValue{
 		{"general.architecture", m.arch},
-		{"general.name", fmt.Sprintf("random %s, seed %d", m.arch, m.seed)},
-		{"general.file_type", uint32(0)}, // all F32
+		{"general.name", fmt.Sprintf("random %s, seed %d, %s", m.arch, m.seed, m.quantized())},
+		{"general.file_type", m.mix.fileType()},
 	}
 	own := func(key string, value any) {
 		kv = append(kv, keyValue{m.arch + "." + key, value})
@@ -123,11 +126,11 @@ func (m generated) tensors(v *vocabulary) []tensor {
 		scale = 1 / math.Sqrt(float64(m.hidden))
 	}
 	all := []tensor{
-		m.random2D("token_embd.weight", m.hidden, len(v.tokens), scale, func(_, column int) (float64, bool) {
+		m.random2D("token_embd.weight", f32, m.hidden, len(v.tokens), scale, func(_, column int) (float64, bool) {
 			return biasChannel * scale, column == 0
 		}),
 		m.constant("output_norm.weight", m.hidden, 1, 1),
-		m.random2D("output.weight", m.hidden, len(v.tokens), logitSpread/math.Sqrt(float64(m.hidden)), func(row, column int) (float64, bool) {
+		m.random2D("output.weight", f32, m.hidden, len(v.tokens), logitSpread/math.Sqrt(float64(m.hidden)), func(row, column int) (float64, bool) {
 			if v.speakable[row] {
 				return 0, column == 0
 			}
@@ -136,17 +139,20 @@ func (m generated) tensors(v *vocabulary) []tensor {
 	}
 	for i := range m.layers {
 		block := func(name string) string { return fmt.Sprintf("blk.%d.%s.weight", i, name) }
+		matrix := func(name string, columns, rows int, gain float64, silentFirst bool) tensor {
+			return m.matrix(block(name), m.mix.weights(name), columns, rows, gain, silentFirst)
+		}
 		qSize, kvSize := m.heads*m.headDim, m.kvHeads*m.headDim
 		all = append(all,
 			m.constant(block("attn_norm"), m.hidden, 1, 1),
-			m.matrix(block("attn_q"), m.hidden, qSize, gainAttention, false),
-			m.matrix(block("attn_k"), m.hidden, kvSize, gainAttention, false),
-			m.matrix(block("attn_v"), m.hidden, kvSize, gainOther, false),
-			m.matrix(block("attn_output"), qSize, m.hidden, gainOther, true),
+			matrix("attn_q", m.hidden, qSize, gainAttention, false),
+			matrix("attn_k", m.hidden, kvSize, gainAttention, false),
+			matrix("attn_v", m.hidden, kvSize, gainOther, false),
+			matrix("attn_output", qSize, m.hidden, gainOther, true),
 			m.constant(block("ffn_norm"), m.hidden, 1, 1),
-			m.matrix(block("ffn_gate"), m.hidden, m.ff, gainOther, false),
-			m.matrix(block("ffn_up"), m.hidden, m.ff, gainOther, false),
-			m.matrix(block("ffn_down"), m.ff, m.hidden, gainOther, true),
+			matrix("ffn_gate", m.hidden, m.ff, gainOther, false),
+			matrix("ffn_up", m.hidden, m.ff, gainOther, false),
+			matrix("ffn_down", m.ff, m.hidden, gainOther, true),
 		)
 		if m.arch == "qwen3" || m.arch == "gemma3" {
 			all = append(all,
@@ -183,19 +189,21 @@ func (m generated) constant(name string, n int, value, first float32) tensor {
 
 // random2D is a matrix of uniform random values with the given standard
 // deviation; fixed may set single values.
-func (m generated) random2D(name string, columns, rows int, deviation float64, fixed func(row, column int) (float64, bool)) tensor {
-	return tensor{name: name, shape: []uint64{uint64(columns), uint64(rows)}, write: func(w io.Writer) error {
+func (m generated) random2D(name string, stored weights, columns, rows int, deviation float64, fixed func(row, column int) (float64, bool)) tensor {
+	return tensor{name: name, shape: []uint64{uint64(columns), uint64(rows)}, weights: stored, write: func(w io.Writer) error {
 		r := m.random(name)
 		values := make([]float32, columns)
-		for row := range rows {
+		var row []byte
+		for i := range rows {
 			for column := range values {
 				uniform := float64(r.Uint64()>>11)/(1<<52) - 1
 				values[column] = float32(uniform * deviation * math.Sqrt(3))
-				if v, ok := fixed(row, column); ok {
+				if v, ok := fixed(i, column); ok {
 					values[column] = float32(v)
 				}
 			}
-			if err := binary.Write(w, binary.LittleEndian, values); err != nil {
+			row = stored.appendRow(row[:0], values)
+			if _, err := w.Write(row); err != nil {
 				return err
 			}
 		}
@@ -205,11 +213,14 @@ func (m generated) random2D(name string, columns, rows int, deviation float64, f
 
 // matrix is a matrix from columns inputs to rows outputs. Its first output is
 // always zero if silentFirst.
-func (m generated) matrix(name string, columns, rows int, gain float64, silentFirst bool) tensor {
-	return m.random2D(name, columns, rows, gain/math.Sqrt(float64(columns)), func(row, _ int) (float64, bool) {
+func (m generated) matrix(name string, stored weights, columns, rows int, gain float64, silentFirst bool) tensor {
+	return m.random2D(name, stored, columns, rows, gain/math.Sqrt(float64(columns)), func(row, _ int) (float64, bool) {
 		return 0, silentFirst && row == 0
 	})
 }
+
+// quantized is what Ollama calls the way in which the weights are stored.
+func (m generated) quantized() string { return string(cmp.Or(m.mix, "F32")) }
 
 // sizeName is a number of weights as Ollama shows it.
 func sizeName(n uint64) string {

@@ -77,7 +77,7 @@ func TestWriteGGUFRefusesBadInput(t *testing.T) {
 func TestMatrixHasItsDeviationAndSilentRow(t *testing.T) {
 	const columns, rows = 128, 64
 	var out bytes.Buffer
-	if err := (generated{seed: 1}).matrix("m", columns, rows, 2, true).write(&out); err != nil {
+	if err := (generated{seed: 1}).matrix("m", f32, columns, rows, 2, true).write(&out); err != nil {
 		t.Fatal(err)
 	}
 	values := make([]float32, columns*rows)

@@ -22,10 +22,6 @@ const (
 	ggufArray   uint32 = 9
 )
 
-// tensorF32 is ggml's number for tensors of single-precision floats, the only
-// ones that this package writes.
-const tensorF32 uint32 = 0
-
 // keyValue is one metadata entry; its value is a uint32, int32, float32, bool,
 // string, []string or []int32.
 type keyValue struct {
@@ -39,7 +35,9 @@ type tensor struct {
 	name string
 	// shape is in ggml's order: the length of a row first.
 	shape []uint64
-	write func(w io.Writer) error
+	// weights is how its values are stored; the zero value is single precision.
+	weights weights
+	write   func(w io.Writer) error
 }
 
 // size is the length of the tensor's data in bytes.
@@ -48,7 +46,8 @@ func (t tensor) size() uint64 {
 	for _, d := range t.shape {
 		n *= d
 	}
-	return n * 4
+	values, bytes := t.weights.block()
+	return n / uint64(values) * uint64(bytes)
 }
 
 // writeGGUF writes a version 3 GGUF file, little-endian, with the metadata and
@@ -72,7 +71,7 @@ func writeGGUF(w io.Writer, metadata []keyValue, tensors []tensor) error {
 		for _, d := range t.shape {
 			g.number(d)
 		}
-		g.number(tensorF32)
+		g.number(uint32(t.weights))
 		g.number(offset)
 		offset += padded(t.size())
 	}

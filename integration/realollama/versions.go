@@ -3,6 +3,7 @@ package realollama
 import (
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -32,6 +33,12 @@ func Versions() []string {
 	return named
 }
 
+// Newest are the versions to test where eras cannot differ: the last of Versions.
+func Newest() []string {
+	versions := Versions()
+	return versions[len(versions)-1:]
+}
+
 // Version is the version that an era's name means: a letter from A to C in
 // either case, or a version itself.
 func Version(era string) string {
@@ -40,6 +47,31 @@ func Version(era string) string {
 		return v
 	}
 	return strings.TrimPrefix(era, "v")
+}
+
+// Era is the era of any version of Ollama, as one of EraA, EraB and EraC: one that is newer than
+// all of them is taken to be as the newest. It is "" for versions before EraA, which this package
+// does not know, and for what is no version.
+func Era(version string) string {
+	number, _, _ := strings.Cut(version, "-") // "0.35.0-rc1"
+	parts := strings.Split(number, ".")
+	if len(parts) < 2 {
+		return ""
+	}
+	major, err := strconv.Atoi(parts[0])
+	if err != nil {
+		return ""
+	}
+	minor, err := strconv.Atoi(parts[1])
+	switch {
+	case err != nil, major < 0, major == 0 && minor < 24:
+		return ""
+	case major == 0 && minor < 30:
+		return EraA
+	case major == 0 && minor < 34:
+		return EraB
+	}
+	return EraC
 }
 
 func known(version string) bool {

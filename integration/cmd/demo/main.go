@@ -77,7 +77,7 @@ func run(ctx context.Context, era string, out io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
-	python, err := cache.PythonEnv(ctx, "demo", requirements, "20 MB, under a minute")
+	python, err := cache.PythonEnv(ctx, "demo", requirements, 20)
 	if err != nil {
 		return err
 	}

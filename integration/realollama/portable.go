@@ -1,0 +1,80 @@
+package realollama
+
+import (
+	"os"
+	"runtime"
+	"strings"
+)
+
+// The servers are built for a fixed baseline of each architecture, not for the processor at hand
+// (-march=native). A processor can list instructions whose use its kernel does not permit: with
+// native flags on an Intel Xeon with AMX, Ollama 0.24.0 did not link, and the engine of 0.34 died
+// of SIGILL at the first quantized prompt. And a cache that is moved to another machine goes on
+// working.
+//
+// On x86-64 the baseline is x86-64-v3 (Haswell of 2013, Zen of 2017, and later), spelled out since
+// GCC before 11 does not know its name. On 64-bit Arm it is Armv8.2-A.
+
+// baselineCompilerFlags are for GCC and Clang.
+func baselineCompilerFlags(goarch string) []string {
+	switch goarch {
+	case "amd64":
+		return []string{"-mavx", "-mavx2", "-mbmi", "-mbmi2", "-mf16c", "-mfma", "-mlzcnt", "-mmovbe", "-mpopcnt"}
+	case "arm64":
+		return []string{"-march=armv8.2-a"}
+	}
+	return nil
+}
+
+// baselineCMakeFlags are for the build of llama.cpp, whose own default is the processor at hand.
+func baselineCMakeFlags(goarch string) []string {
+	flags := []string{"-DGGML_NATIVE=OFF"}
+	switch goarch {
+	case "amd64":
+		for _, feature := range []string{"SSE42", "AVX", "AVX2", "BMI2", "F16C", "FMA"} {
+			flags = append(flags, "-DGGML_"+feature+"=ON")
+		}
+	case "arm64":
+		flags = append(flags, "-DGGML_CPU_ARM_ARCH=armv8.2-a")
+	}
+	return flags
+}
+
+// portableEnv overrides what the caller's environment may say of the processor.
+func portableEnv() []string {
+	return []string{"CFLAGS=", "CXXFLAGS=", "GOFLAGS=", "GOWORK=off", "GOAMD64=v1", "GOARM64=v8.0"}
+}
+
+// host is what a probe depends on beside the programs: the processor, and the kernel, which permits
+// the use of its instructions.
+func host() string {
+	return runtime.GOARCH + " " + processor() + " " + kernel()
+}
+
+// processor tells processors apart that differ in their instructions, "" where the system does not
+// tell.
+func processor() string {
+	// x86 has flags, Arm has Features.
+	return strings.TrimSpace(procField("/proc/cpuinfo", "model name") + " " + procField("/proc/cpuinfo", "flags") + procField("/proc/cpuinfo", "Features"))
+}
+
+// kernel is the release of a Linux kernel, "" elsewhere.
+func kernel() string {
+	release, _ := os.ReadFile("/proc/sys/kernel/osrelease")
+	return strings.TrimSpace(string(release))
+}
+
+// procField is the first value of a field in a file of "name: value" lines,
+// without a unit of kB.
+func procField(path, name string) string {
+	content, err := os.ReadFile(path)
+	if err != nil {
+		return ""
+	}
+	for line := range strings.Lines(string(content)) {
+		if field, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(field) == name {
+			return strings.TrimSuffix(strings.TrimSpace(value), " kB")
+		}
+	}
+	return ""
+}

@@ -1,0 +1,163 @@
+package realollama
+
+import (
+	"bytes"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync/atomic"
+	"time"
+)
+
+// heartbeat is how often a long step tells how far it is.
+const heartbeat = 10 * time.Second
+
+// progress is how far a step is, in units of its own.
+type progress struct {
+	done, total int64
+	unit        string
+}
+
+// String is the progress with the time that is left at the pace so far, an estimate, for a step that
+// has run for elapsed.
+func (p progress) after(elapsed time.Duration) string {
+	s := fmt.Sprintf("%d %s", p.done, p.unit)
+	if p.total <= 0 {
+		return s
+	}
+	s = fmt.Sprintf("%d of %d %s", min(p.done, p.total), p.total, p.unit)
+	// At the very beginning the pace says nothing yet.
+	if p.done*20 > p.total && p.done < p.total {
+		left := time.Duration(float64(elapsed) * float64(p.total-p.done) / float64(p.done))
+		s += ", about " + left.Round(5*time.Second).String() + " left"
+	}
+	return s
+}
+
+// tracker holds the present progress of a build, for the goroutine that tells it.
+type tracker struct {
+	look atomic.Pointer[func() progress]
+}
+
+// follow has look asked for the progress until it is replaced.
+func (t *tracker) follow(look func() progress) { t.look.Store(&look) }
+
+// forget ends the present step: nothing is known of the next one.
+func (t *tracker) forget() { t.look.Store(nil) }
+
+func (t *tracker) progress() (p progress, known bool) {
+	look := t.look.Load()
+	if look == nil {
+		return progress{}, false
+	}
+	return (*look)(), true
+}
+
+// bytesUnder counts the bytes in folders as they grow to about total MB, which is how far a
+// download or an installation is.
+func bytesUnder(megabytes int64, dirs ...string) func() progress {
+	return func() progress {
+		var n int64
+		for _, dir := range dirs {
+			// Files come and go meanwhile.
+			_ = filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
+				if err != nil || !d.Type().IsRegular() {
+					return nil
+				}
+				if info, err := d.Info(); err == nil {
+					n += info.Size()
+				}
+				return nil
+			})
+		}
+		return progress{n / 1e6, megabytes, "MB"}
+	}
+}
+
+// lineWatcher takes a program's output and has each line looked at when it is complete.
+type lineWatcher struct {
+	look func(line []byte)
+	rest []byte // the beginning of the next line
+}
+
+func (w *lineWatcher) Write(p []byte) (int, error) {
+	w.rest = append(w.rest, p...)
+	for {
+		line, rest, found := bytes.Cut(w.rest, []byte("\n"))
+		if !found {
+			return len(p), nil
+		}
+		w.look(line)
+		w.rest = rest
+	}
+}
+
+// heartbeat tells every few seconds how far the making of name is, until stop is called.
+func (c *Cache) heartbeat(name string, start time.Time, t *tracker) (stop func()) {
+	done, ended := make(chan struct{}), make(chan struct{})
+	// It ends when stop closes done.
+	go func() {
+		defer close(ended)
+		tick := time.NewTicker(heartbeat)
+		defer tick.Stop()
+		for {
+			select {
+			case <-done:
+				return
+			case <-tick.C:
+				elapsed := time.Since(start)
+				state := "at work"
+				if p, known := t.progress(); known {
+					state = p.after(elapsed)
+				}
+				c.say("… %s: %s (%s so far)", name, state, elapsed.Round(time.Second))
+			}
+		}
+	}()
+	return func() { close(done); <-ended }
+}
+
+const (
+	quotedLines = 20  // of a program's output in an error
+	quotedWidth = 200 // bytes of each line
+)
+
+// errorLine matches lines that name a fault, as compilers, linkers, pip, npm and Ollama write them.
+var errorLine = regexp.MustCompile(`(?i)\b(error|errors|fatal|undefined|panic|failed|cannot|can't|unable|denied|killed|no space|no such|not found|illegal|signal|SIG[A-Z]{3,4})\b`)
+
+// meaningful is the part of a program's output that an error quotes: the last lines that name a
+// fault and the last lines of all, each cut to a readable width.
+func meaningful(text string) string {
+	var lines []string
+	for line := range strings.Lines(text) {
+		if line = strings.TrimRight(line, "\r\n\t "); line != "" {
+			lines = append(lines, line)
+		}
+	}
+	const ends = 5 // of the last lines, whatever they say
+	keep := map[int]bool{}
+	for i := len(lines) - 1; i >= 0 && len(keep) < quotedLines; i-- {
+		if i >= len(lines)-ends || errorLine.MatchString(lines[i]) && len(lines[i]) < 10*quotedWidth {
+			keep[i] = true
+		}
+	}
+	var quoted []string
+	for i, line := range lines {
+		if !keep[i] {
+			continue
+		}
+		if len(line) > quotedWidth {
+			line = strings.ToValidUTF8(line[:quotedWidth-len("…")], "") + "…"
+		}
+		quoted = append(quoted, line)
+	}
+	return strings.Join(quoted, "\n")
+}
+
+// lastLines is the end of a text.
+func lastLines(text string, n int) string {
+	lines := strings.Split(strings.TrimRight(text, "\n"), "\n")
+	return strings.Join(lines[max(0, len(lines)-n):], "\n")
+}

@@ -248,3 +248,23 @@ func TestListenAddr(t *testing.T) {
 		}
 	}
 }
+
+// TestCheckExits has scripts tell a wrong setting from an Ollama that is not there.
+func TestCheckExits(t *testing.T) {
+	ollama := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, `{"version":"0.34.1"}`) }))
+	defer ollama.Close()
+	for _, at := range []struct {
+		args []string
+		want int
+	}{
+		{[]string{"--upstream", ollama.URL}, 0},
+		{[]string{"--upstream", "127.0.0.1:1"}, 1},
+		{[]string{"--upstream", ollama.URL, "--upstream", "127.0.0.1:1"}, 1},
+		{[]string{"--upstream", "ftp://x"}, 2},
+	} {
+		var out syncBuffer
+		if got := run(t.Context(), append([]string{"--check"}, at.args...), &out, &out); got != at.want {
+			t.Errorf("--check %v exits with %d, want %d\n%s", at.args, got, at.want, out.String())
+		}
+	}
+}

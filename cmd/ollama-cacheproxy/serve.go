@@ -65,7 +65,7 @@ type serveCmd struct {
 	LogLevel  slog.Level    `default:"info" help:"debug, info, warn or error. Default: info."`
 	LogFormat string        `default:"auto" enum:"auto,text,json" help:"text, json, or auto: text on a terminal. Default: auto."`
 	Drain     time.Duration `default:"30s" help:"How long running requests may take to finish after SIGTERM or Ctrl-C. Default: 30s."`
-	Check     bool          `help:"Check the settings, say what they mean and whether the upstream answers, and stop."`
+	Check     bool          `help:"Check the settings, say what they mean and whether the upstream answers, and stop. Exits with 0 if all is well, 1 if an upstream does not answer, 2 if a setting is wrong."`
 
 	listening func(net.Addr)       // called when the listener is there; nil: nobody is told
 	done      func(proxy.Exchange) // called for each request when it is over; nil: nobody is told
@@ -439,19 +439,22 @@ func names(models []string) string {
 	return strings.Join(models, ", ")
 }
 
-// report is --check.
+// report is --check: what the settings mean, and the verdict, which is an error if an upstream does
+// not answer.
 func (s *serveCmd) report(ctx context.Context, c *console, set settings, ups []*upstream.Server) error {
 	pollAll(ctx, ups)
-	text := fmt.Sprintf("the settings are right\nlisten      http://%s\n", set.listen)
+	text := fmt.Sprintf("listen      http://%s\n", set.listen)
+	var silent []string
 	for i, up := range ups {
 		st := up.State()
-		answers := fmt.Sprintf("does not answer: %v", st.Err)
-		if st.Up {
-			answers = fmt.Sprintf("Ollama %s, %d models: %s", st.Version, len(st.Models), names(st.Models))
-		}
 		name := ""
 		if len(ups) > 1 {
 			name = up.Name + " = "
+		}
+		answers := fmt.Sprintf("Ollama %s, %d models: %s", st.Version, len(st.Models), names(st.Models))
+		if !st.Up {
+			answers = fmt.Sprintf("does not answer: %v", st.Err)
+			silent = append(silent, name+up.URL.String())
 		}
 		slots := "slots off"
 		switch n := set.upstreams[i].slots; {
@@ -466,7 +469,14 @@ func (s *serveCmd) report(ctx context.Context, c *console, set settings, ups []*
 	if set.guard.Keys != nil {
 		keys = fmt.Sprintf("%d", set.guard.Keys.Len())
 	}
-	_, err := fmt.Fprintf(c.stdout, "%skeep-alive  %v, %s\nAPI keys    %s\n", text, set.keepAlive, s.KeepAlivePolicy, keys)
+	verdict := "the settings are right\n"
+	if len(silent) > 0 {
+		verdict = ""
+	}
+	_, err := fmt.Fprintf(c.stdout, "%s%skeep-alive  %v, %s\nAPI keys    %s\n", verdict, text, set.keepAlive, s.KeepAlivePolicy, keys)
+	if err == nil && len(silent) > 0 {
+		err = fmt.Errorf("the settings are right, but no Ollama answers at %s: start it there, or say where it is with --upstream", strings.Join(silent, " and "))
+	}
 	return err
 }
 

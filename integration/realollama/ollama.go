@@ -67,10 +67,14 @@ type Installed struct{ Bin, Version string }
 // it is of version 0.24 or newer and works; a zero value if there is none. What is found and cannot
 // be used is told.
 func (c *Cache) FindInstalled(ctx context.Context) Installed {
+	return c.firstWorking(ctx, append([]string{firstInPath("ollama")}, usualPlaces()...))
+}
+
+func (c *Cache) firstWorking(ctx context.Context, places []string) Installed {
 	tried := map[string]bool{}
-	for _, bin := range append([]string{firstInPath("ollama")}, usualPlaces()...) {
+	for _, bin := range places {
 		real, err := filepath.EvalSymlinks(bin)
-		if err != nil || tried[real] {
+		if bin == "" || err != nil || tried[real] {
 			continue
 		}
 		tried[real] = true

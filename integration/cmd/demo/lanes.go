@@ -54,14 +54,14 @@ type effort struct {
 
 // lanes asks the same directly and through the proxy, each time of a server of its own that has one slot, and no memory for
 // prompts beside it (as when what is asked for in turn outgrows it).
-func lanes(ctx context.Context, era, binary string, out io.Writer) error {
+func lanes(ctx context.Context, ollama realollama.Installed, binary string, out io.Writer) error {
 	fmt.Fprintf(out, "\n%d prefixes × %d requests at once, then two scripts with a num_ctx each, %d requests in turn: directly and through the proxy (--slots auto) …\n\n",
 		lanePrefixes, laneEach, laneContexts)
-	direct, err := tryLanes(ctx, era, "")
+	direct, err := tryLanes(ctx, ollama, "")
 	if err != nil {
 		return fmt.Errorf("directly: %w", err)
 	}
-	proxied, err := tryLanes(ctx, era, binary)
+	proxied, err := tryLanes(ctx, ollama, binary)
 	if err != nil {
 		return fmt.Errorf("through the proxy: %w", err)
 	}
@@ -85,9 +85,9 @@ func lanes(ctx context.Context, era, binary string, out io.Writer) error {
 }
 
 // tryLanes asks through the proxy if binary is given.
-func tryLanes(ctx context.Context, era, binary string) (e effort, err error) {
-	config := realollama.Config{Version: era, Models: []string{lanesModel}, KeepAlive: "10m"}
-	if era != realollama.EraA { // which has no such memory
+func tryLanes(ctx context.Context, ollama realollama.Installed, binary string) (e effort, err error) {
+	config := realollama.Config{Version: ollama.Version, Bin: ollama.Bin, Models: []string{lanesModel}, KeepAlive: "10m"}
+	if realollama.Era(ollama.Version) != realollama.EraA { // which has no such memory
 		config.CacheRAMMiB = new(int)
 	}
 	server, err := realollama.Run(ctx, config, nil)

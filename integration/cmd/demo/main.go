@@ -3,6 +3,8 @@
 // scripts with a long prefix each, what the proxy's ledger says of reused tokens, beside the server's own log; last, what
 // comes of many prefixes at once, and of two num_ctx in turn, directly and through the proxy.
 //
+// It runs the Ollama that the machine has, on a port and with models of the demo's own, or builds one.
+//
 //	go run ./integration/cmd/demo
 //	go run ./integration/cmd/demo -era 0.24.0
 package main
@@ -53,7 +55,7 @@ var questions = []string{
 }
 
 func main() {
-	era := flag.String("era", realollama.EraC, "version of Ollama: "+strings.Join(realollama.Versions(), ", "))
+	era := flag.String("era", "", "version of Ollama to build, "+strings.Join(realollama.Versions(), ", ")+"; by default the one that this machine has, else "+realollama.EraC)
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -77,6 +79,10 @@ func run(ctx context.Context, era string, out io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
+	ollama, err := findOllama(ctx, cache, era, out)
+	if err != nil {
+		return err
+	}
 	python, err := cache.PythonEnv(ctx, "demo", requirements, 20)
 	if err != nil {
 		return err
@@ -95,7 +101,9 @@ func run(ctx context.Context, era string, out io.Writer) (err error) {
 		return err
 	}
 
-	server, err := realollama.Run(ctx, realollama.Config{Version: era, Models: []string{model}, KeepAlive: serverKeepAlive.String()}, nil)
+	server, err := realollama.Run(ctx, realollama.Config{
+		Version: ollama.Version, Bin: ollama.Bin, Models: []string{model}, KeepAlive: serverKeepAlive.String(),
+	}, nil)
 	if err != nil {
 		return err
 	}
@@ -123,7 +131,27 @@ func run(ctx context.Context, era string, out io.Writer) (err error) {
 	if err := d.prefixes(p.URL); err != nil {
 		return err
 	}
-	return lanes(ctx, era, binary, out)
+	return lanes(ctx, ollama, binary, out)
+}
+
+// findOllama returns the Ollama of the given era, or where none is given the one that the machine has,
+// else the newest that can be built.
+func findOllama(ctx context.Context, cache *realollama.Cache, era string, out io.Writer) (realollama.Installed, error) {
+	if era == "" {
+		if found := cache.FindInstalled(ctx); found.Bin != "" {
+			fmt.Fprintf(out, "Found Ollama %s at %s. It is run on a port, with a home and models of the demo's own: your server and your models are not touched.\n",
+				found.Version, found.Bin)
+			if like := realollama.Era(found.Version); found.Version != like {
+				fmt.Fprintf(out, "Its log is read as that of %s, the version that the project's tests run.\n", like)
+			}
+			return found, nil
+		}
+		era = realollama.EraC
+		fmt.Fprintf(out, "No Ollama of version 0.24 or newer was found on this machine, so %s is taken from the project's cache, or built (1 to 2 min on 2 cores).\n", era)
+	}
+	version := realollama.Version(era)
+	bin, err := cache.Ollama(ctx, version)
+	return realollama.Installed{Bin: bin, Version: version}, err
 }
 
 type demo struct {

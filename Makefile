@@ -7,6 +7,8 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo deve
 
 STATICCHECK      := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 DOCKERFILE_UTILS := dockerfile-utils@0.16.3
+# It runs go test, and tells each test as it ends.
+GOTESTSUM        := $(GO) run gotest.tools/gotestsum@v1.13.0 --format testname --hide-summary skipped,output --
 
 .PHONY: help
 help: ## say what there is to make
@@ -22,8 +24,18 @@ demo: ## real Ollama, a small model, a Python client: with and without the proxy
 
 .PHONY: test
 test: servers ## all tests, on real Ollama servers and with real clients too
-	$(GO) test -race -count=1 $$($(GO) list ./... | grep -v /integration)
-	$(GO) test -race -count=1 -p 1 -timeout 30m ./integration/...
+	@echo "the packages' own tests (2 to 3 min on 2 cores) …"
+	$(GOTESTSUM) -race -count=1 $$($(GO) list ./... | grep -v /integration)
+	@echo "the tests on real Ollama servers (about 10 min on 2 cores) …"
+	$(GOTESTSUM) -race -count=1 -p 1 -timeout 40m ./integration/...
+
+# What the engine's build can change, on the engine built from its source rather than on the ready one.
+.PHONY: test-engine-source
+test-engine-source: export OLLAMA_CACHEPROXY_ENGINE = source
+test-engine-source: export OLLAMA_ERAS = b c
+test-engine-source: servers ## the tests of the engine, on llama-server built from its source (10 min more, once)
+	$(GOTESTSUM) -race -count=1 -timeout 40m ./integration/realollama
+	$(GOTESTSUM) -race -count=1 -timeout 40m -run '^(TestSimulated|TestTruth|TestAttachContext|TestPrefix)$$' ./integration
 
 .PHONY: servers
 servers: ## find or build the Ollama servers and models that the tests use

@@ -210,3 +210,26 @@ func TestRunSaysWhatIsMissing(t *testing.T) {
 		t.Errorf("a missing binary gave %v", err)
 	}
 }
+
+// TestServerLogLinesAreWhole has the lines of Ollama and of its engine, which are written to one log
+// at once, be told apart. An engine that writes a line piece by piece has others come in between.
+func TestServerLogLinesAreWhole(t *testing.T) {
+	perEra(t, func(t *testing.T, version string) {
+		s := Start(t, Config{Version: version, Models: []string{"gen-llama-tiny"}})
+		const requests = 100
+		for i := range requests {
+			generate(t, s, "gen-llama-tiny", "the town", 1+i%2)
+		}
+		count := 0
+		for line := range strings.Lines(s.Log()) {
+			if strings.HasPrefix(line, "[GIN]") && strings.Contains(line, `"/api/generate"`) {
+				count++
+			} else if strings.Contains(line, "[GIN] 2") && !strings.HasPrefix(line, "[GIN]") {
+				t.Errorf("a line within another: %s", line)
+			}
+		}
+		if count != requests {
+			t.Errorf("the log has %d requests, sent were %d", count, requests)
+		}
+	})
+}

@@ -7,6 +7,7 @@ would make a test measure something other than what it says.
 """
 
 import os
+import re
 import signal
 import sys
 
@@ -131,7 +132,7 @@ SETTINGS = [
     (["--metrics"], "LLAMA_ARG_ENDPOINT_METRICS", None, attribute("endpoint_metrics"), True),
     (["--props"], "LLAMA_ARG_ENDPOINT_PROPS", None, attribute("endpoint_props"), True),
     (["--slots"], "LLAMA_ARG_ENDPOINT_SLOTS", None, attribute("endpoint_slots"), True),
-    # The package writes its lines without prefix and time anyway.
+    # What relay_lines does for every line.
     (["--no-log-prefix"], None, None, lambda params, value: None, None),
     (["--no-log-timestamps"], None, None, lambda params, value: None, None),
 ]
@@ -182,6 +183,37 @@ def from_arguments(params, args):
             refuse("%s is %r: %s" % (flag, text, err))
 
 
+PREFIX = re.compile(rb"^\d+\.\d\d\.\d{3}\.\d{3} (?:[A-Z] )?")
+
+
+def relay_lines():
+    """Have a process of its own pass on what this one writes, line by line and without its prefix.
+
+    The package writes the time, the level and the text of a line one by one, and cannot be told to
+    leave out the first two. Ollama's own lines go to the same place and would come in between. It is
+    a process since it must outlive this one: what the engine writes when it dies is what matters.
+    """
+    out = os.dup(2)
+    reader, writer = os.pipe()
+    if os.fork() != 0:
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
+        for fd in (out, reader, writer):
+            os.close(fd)
+        return
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, signal.SIG_IGN)
+    for fd in (1, 2, writer):
+        os.close(fd)
+    with os.fdopen(reader, "rb") as lines:
+        for line in lines:
+            try:
+                os.write(out, PREFIX.sub(b"", line))
+            except BrokenPipeError:
+                break
+    os._exit(0)
+
+
 def main(args):
     # It is ended by signals, also while the engine loads a model, when Python runs no handler.
     for s in (signal.SIGINT, signal.SIGTERM):
@@ -193,6 +225,7 @@ def main(args):
     params = x.CommonParams()
     from_environment(params, os.environ)
     from_arguments(params, args)
+    relay_lines()
     print("system_info: " + x.get_system_info(), file=sys.stderr, flush=True)
     if not params.model.path:
         # Ollama looks for devices: it reads the line above and ends the process.

@@ -176,7 +176,7 @@ func TestAttachContext(t *testing.T) {
 		made:              {"rubric": rubric, "system": system},
 		"gen-gemma3-tiny": {"rubric": rubric}, // another template
 	}
-	for _, version := range realollama.Versions() {
+	for _, version := range realollama.Distinct() {
 		// Without the host cache a prompt is never restored from another request than the one before it.
 		server := realollama.Start(t, realollama.Config{Version: version, Models: []string{tiny, "gen-gemma3-tiny"}, CacheRAMMiB: &zero})
 		mustPost(t, server.URL()+"/api/create", `{"model":"`+made+`","from":"`+tiny+`","system":"You grade.","messages":[{"role":"user","content":"hi"},{"role":"assistant","content":"yes?"}],"stream":false}`)
@@ -244,7 +244,7 @@ func TestAttachContext(t *testing.T) {
 // form. Each iteration is one pair. Run it with -benchtime 40x; docs/attach-context.md has what it gave.
 func BenchmarkAttachContext(b *testing.B) {
 	zero := 0
-	for _, version := range realollama.Versions() {
+	for _, version := range realollama.Distinct() {
 		server := realollama.Start(b, realollama.Config{Version: version, Models: []string{tiny, "gen-llama-costly"}, CacheRAMMiB: &zero})
 		for _, c := range []struct {
 			model string

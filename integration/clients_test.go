@@ -55,7 +55,7 @@ func clients() []client {
 // TestClients runs every client against a real Ollama and against the proxy in front of it. The client must not notice
 // the proxy, the proxy must have counted each of its requests, and the models it used must stay loaded for a day.
 func TestClients(t *testing.T) {
-	for _, version := range versionsForClients() {
+	for _, version := range realollama.Distinct() {
 		t.Run(version, func(t *testing.T) {
 			server := realollama.Start(t, realollama.Config{
 				Version: version,
@@ -68,15 +68,6 @@ func TestClients(t *testing.T) {
 			}
 		})
 	}
-}
-
-// versionsForClients leaves out era B unless it is asked for: it has the API of the one and the engine of the other.
-func versionsForClients() []string {
-	versions := realollama.Versions()
-	if len(versions) < 3 {
-		return versions
-	}
-	return slices.DeleteFunc(versions, func(v string) bool { return v == realollama.EraB })
 }
 
 func compare(t *testing.T, c client, server *realollama.Server) {

@@ -12,7 +12,7 @@ import (
 // TestLanes: of requests that wait, those that share a prefix follow each other, and those with the same options do. What is
 // evaluated and loaded is told by the server's log.
 func TestLanes(t *testing.T) {
-	for _, version := range realollama.Versions() {
+	for _, version := range realollama.Distinct() {
 		t.Run(version, func(t *testing.T) {
 			const model = "gen-llama-tiny"
 			config := realollama.Config{Version: version, Models: []string{model}}

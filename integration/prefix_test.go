@@ -35,7 +35,7 @@ const (
 // TestPrefix holds chains to the prompts that real servers render: two prompts share what their chains say, to within a
 // sixteenth of a block and the template's words, and equal chains are equal prompts.
 func TestPrefix(t *testing.T) {
-	for _, version := range realollama.Versions() {
+	for _, version := range realollama.Distinct() {
 		t.Run(version, func(t *testing.T) {
 			server := realollama.Start(t, realollama.Config{Version: version, Models: []string{tiny, "gen-qwen3-tiny"}, MaxLoaded: len(prefixModels), Env: []string{"OLLAMA_CONTEXT_LENGTH=32768"}})
 			rows := map[string]*prefixRow{}

@@ -151,7 +151,7 @@ func simPlaces(version string) []simPlace {
 
 // TestSimulated holds the simulated server to the real one: what the same requests have it evaluate and load.
 func TestSimulated(t *testing.T) {
-	for _, version := range realollama.Versions() {
+	for _, version := range realollama.Distinct() {
 		t.Run(version, func(t *testing.T) {
 			var table strings.Builder
 			fmt.Fprintf(&table, "%-50s %8s %8s %9s %9s %7s %7s\n", "ollama "+version, "requests", "tokens", "evaluated", "simulated", "differs", "loads")

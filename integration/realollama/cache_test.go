@@ -174,15 +174,21 @@ func TestLockWaitEndsWithTheContext(t *testing.T) {
 }
 
 func TestVersions(t *testing.T) {
-	for env, want := range map[string]string{
-		"":          "0.24.0 0.33.0 0.34.1",
-		"0.34.1":    "0.34.1",
-		"a, C":      "0.24.0 0.34.1",
-		"v0.33.0,a": "0.33.0 0.24.0",
+	for env, want := range map[string]struct{ all, distinct, newest string }{
+		"":          {"0.24.0 0.33.0 0.34.1", "0.24.0 0.34.1", "0.34.1"},
+		"0.34.1":    {"0.34.1", "0.34.1", "0.34.1"},
+		"a, C":      {"0.24.0 0.34.1", "0.24.0 0.34.1", "0.34.1"},
+		"v0.33.0,a": {"0.33.0 0.24.0", "0.33.0 0.24.0", "0.24.0"},
 	} {
 		t.Setenv(erasEnv, env)
-		if got := strings.Join(Versions(), " "); got != want {
-			t.Errorf("%s=%q gives %s, want %s", erasEnv, env, got, want)
+		if got := strings.Join(Versions(), " "); got != want.all {
+			t.Errorf("%s=%q gives %s, want %s", erasEnv, env, got, want.all)
+		}
+		if got := strings.Join(Distinct(), " "); got != want.distinct {
+			t.Errorf("%s=%q has the distinct %s, want %s", erasEnv, env, got, want.distinct)
+		}
+		if got := Newest(); got != want.newest {
+			t.Errorf("%s=%q has the newest %s, want %s", erasEnv, env, got, want.newest)
 		}
 	}
 }

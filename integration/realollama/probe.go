@@ -41,17 +41,18 @@ func (c *Cache) probed(ctx context.Context, version, bin string) error {
 		inputs:   inputs,
 		announce: fmt.Sprintf("trying ollama %s with each type of weights", version),
 		make: func(ctx context.Context, b *build) error {
-			return c.probe(ctx, version, bin)
+			return c.probe(ctx, version, bin, b.log)
 		},
 	})
 	return err
 }
 
-// probe has a binary load a model of each type of weights, evaluate a batch, and generate.
-func (c *Cache) probe(ctx context.Context, version, bin string) error {
+// probe has a binary load a model of each type of weights, evaluate a batch, and generate. The
+// server's log is copied to log.
+func (c *Cache) probe(ctx context.Context, version, bin string, log io.Writer) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
-	s, err := c.run(ctx, bin, Config{Version: version, Models: probeModels, MaxLoaded: 1}, nil)
+	s, err := c.run(ctx, bin, Config{Version: version, Models: probeModels, MaxLoaded: 1}, log)
 	if err != nil {
 		return fmt.Errorf("probing %s: %w", bin, err)
 	}

@@ -36,8 +36,9 @@ func TestProbeOfAnEngineThatDiesOfQuantizedWeights(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	var log lines
 	bin := brokenOllama(t, c, `for model; do [ "$before" = --model ] && head -c 1000 "$model" | grep -q Q4_1 && kill -ILL $$; before=$model; done`)
-	err = c.probe(t.Context(), EraC, bin)
+	err = c.probe(t.Context(), EraC, bin, &log)
 	if err == nil {
 		t.Fatal("the probe passes an engine that dies of quantized weights")
 	}
@@ -47,6 +48,9 @@ func TestProbeOfAnEngineThatDiesOfQuantizedWeights(t *testing.T) {
 		}
 	}
 	checkQuotation(t, err.Error())
+	if !strings.Contains(log.String(), "starting llama-server") {
+		t.Errorf("the server's log is not kept: %s", log.String())
+	}
 }
 
 // TestProbeIsRepeatedForAnotherEngine has a binary that was probed be probed anew when its engine is

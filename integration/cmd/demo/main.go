@@ -97,6 +97,7 @@ func run(ctx context.Context, era string, out io.Writer) (err error) {
 		return err
 	}
 	binary := filepath.Join(dir, "ollama-cacheproxy")
+	fmt.Fprintln(out, "Building the proxy (a few seconds, half a minute the first time) …")
 	if err := proxyprocess.Build(ctx, binary); err != nil {
 		return err
 	}

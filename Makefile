@@ -7,8 +7,10 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo deve
 
 STATICCHECK      := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 DOCKERFILE_UTILS := dockerfile-utils@0.16.3
-# It runs go test, and tells each test as it ends.
-GOTESTSUM        := $(GO) run gotest.tools/gotestsum@v1.13.0 --format testname --hide-summary skipped,output --
+# These run go test, and tell each package or each test as it ends.
+GOTESTSUM        := $(GO) run gotest.tools/gotestsum@v1.13.0 --hide-summary skipped,output
+TEST_PACKAGES    := $(GOTESTSUM) --format pkgname -- -race -count=1
+TEST_EACH        := $(GOTESTSUM) --format testname -- -race -count=1 -timeout 40m
 
 .PHONY: help
 help: ## say what there is to make
@@ -25,17 +27,17 @@ demo: ## real Ollama, a small model, a Python client: with and without the proxy
 .PHONY: test
 test: servers ## all tests, on real Ollama servers and with real clients too
 	@echo "the packages' own tests (2 to 3 min on 2 cores) …"
-	$(GOTESTSUM) -race -count=1 $$($(GO) list ./... | grep -v /integration)
+	$(TEST_PACKAGES) $$($(GO) list ./... | grep -v /integration)
 	@echo "the tests on real Ollama servers (about 10 min on 2 cores) …"
-	$(GOTESTSUM) -race -count=1 -p 1 -timeout 40m ./integration/...
+	$(TEST_EACH) -p 1 ./integration/...
 
 # What the engine's build can change, on the engine built from its source rather than on the ready one.
 .PHONY: test-engine-source
 test-engine-source: export OLLAMA_CACHEPROXY_ENGINE = source
 test-engine-source: export OLLAMA_ERAS = b c
 test-engine-source: servers ## the tests of the engine, on llama-server built from its source (10 min more, once)
-	$(GOTESTSUM) -race -count=1 -timeout 40m ./integration/realollama
-	$(GOTESTSUM) -race -count=1 -timeout 40m -run '^(TestSimulated|TestTruth|TestAttachContext|TestPrefix)$$' ./integration
+	$(TEST_EACH) ./integration/realollama
+	$(TEST_EACH) -run '^(TestSimulated|TestTruth|TestAttachContext|TestPrefix)$$' ./integration
 
 .PHONY: servers
 servers: ## find or build the Ollama servers and models that the tests use

@@ -82,6 +82,8 @@ func closed(t *testing.T, s *Server, clients int, bodies []string) {
 		time.Sleep(time.Millisecond) // which comes first is the order of the bodies
 		wg.Go(func() {
 			for {
+				// Answers that end at once are followed by the clients in their order, not by chance.
+				time.Sleep(time.Duration(c) * time.Microsecond)
 				mu.Lock()
 				i := next
 				next++

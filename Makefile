@@ -8,7 +8,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo deve
 STATICCHECK      := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 DOCKERFILE_UTILS := dockerfile-utils@0.16.3
 # These run go test, and tell each package or each test as it ends.
-GOTESTSUM        := $(GO) run gotest.tools/gotestsum@v1.13.0 --hide-summary skipped,output
+GOTESTSUM        := $(GO) run gotest.tools/gotestsum@v1.13.0 --hide-summary skipped
 TEST_PACKAGES    := $(GOTESTSUM) --format pkgname -- -race -count=1
 TEST_EACH        := $(GOTESTSUM) --format testname -- -race -count=1 -timeout 40m
 

@@ -190,7 +190,7 @@ func findBrowser(ctx context.Context) (string, error) {
 		if path := find(); path != "" {
 			return path, nil
 		}
-		err = fmt.Errorf("apt-get: %w\n%s", failed, out)
+		err = fmt.Errorf("apt-get: %w\n%s", failed, realollama.Quote(string(out)))
 	}
 	return "", fmt.Errorf("Chromium is needed, as one of %s in PATH or as the variable CHROMIUM names it; install it (Debian: apt-get install chromium-headless-shell): %w", strings.Join(browsers, ", "), err)
 }

@@ -15,6 +15,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
 const (
@@ -28,7 +30,7 @@ func Build(ctx context.Context, path string, flags ...string) error {
 	args := append([]string{"build", "-o", path}, flags...)
 	out, err := exec.CommandContext(ctx, "go", append(args, "github.com/ollama-cacheproxy/ollama-cacheproxy/cmd/ollama-cacheproxy")...).CombinedOutput()
 	if err != nil {
-		return fmt.Errorf("building the proxy: %w\n%s", err, out)
+		return fmt.Errorf("building the proxy: %w\n%s", err, realollama.Quote(string(out)))
 	}
 	return nil
 }

@@ -15,6 +15,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -49,7 +50,7 @@ func (b *build) run(ctx context.Context, c command) error {
 		cmd.Dir = b.Work
 	}
 	cmd.Env = append(os.Environ(), c.env...)
-	writers := []io.Writer{b.log, &output}
+	writers := []io.Writer{b.log, &output, &lineWatcher{look: b.tracker.line}}
 	if c.watch != nil {
 		writers = append(writers, c.watch)
 	}
@@ -64,7 +65,7 @@ func (b *build) run(ctx context.Context, c command) error {
 	cmd.WaitDelay = 5 * time.Second
 	fmt.Fprintf(b.log, "$ %s\n", strings.Join(append(c.env, c.args...), " "))
 	if err := cmd.Run(); err != nil {
-		return fmt.Errorf("running %s: %w\n%s", filepath.Base(c.args[0]), err, meaningful(output.String()))
+		return fmt.Errorf("running %s: %w\n%s", filepath.Base(c.args[0]), err, Quote(output.String()))
 	}
 	return nil
 }
@@ -91,10 +92,10 @@ func (b *build) venv(ctx context.Context, dir string) (string, error) {
 func venvPython(dir string) string { return filepath.Join(dir, "bin", "python3") }
 
 // pipRecipe has an interpreter with pip, for downloads.
-func pipRecipe(ctx context.Context) recipe {
+func pipRecipe() recipe {
 	return recipe{
 		name:     "pip",
-		inputs:   []string{pythonVersion(ctx)},
+		inputs:   []string{pythonVersion()},
 		announce: "making a Python environment with pip",
 		make: func(ctx context.Context, b *build) error {
 			_, err := b.venv(ctx, filepath.Join(b.Result, "venv"))
@@ -105,10 +106,10 @@ func pipRecipe(ctx context.Context) recipe {
 
 // pythonVersion tells interpreters apart, since an environment belongs to the one that made it; ""
 // where there is none.
-func pythonVersion(ctx context.Context) string {
-	version, _ := exec.CommandContext(ctx, "python3", "-c", "import sys; print(sys.version, sys.base_prefix)").Output()
+var pythonVersion = sync.OnceValue(func() string {
+	version, _ := exec.Command("python3", "-c", "import sys; print(sys.version, sys.base_prefix)").Output()
 	return string(version)
-}
+})
 
 // compilers fails with what to install where there is no C and C++ compiler.
 func (b *build) compilers(ctx context.Context) error {
@@ -149,7 +150,7 @@ func (b *build) tool(ctx context.Context, name string) (string, error) {
 // download fetches the files of a package, about so many MB, with pip, which neither unpacks nor builds
 // them. More than one file comes where its dependencies come, too.
 func (b *build) download(ctx context.Context, requirement string, megabytes int64, options ...string) ([]string, error) {
-	pip, err := b.ensure(ctx, pipRecipe(ctx))
+	pip, err := b.ensure(ctx, pipRecipe())
 	if err != nil {
 		return nil, err
 	}

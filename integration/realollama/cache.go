@@ -135,7 +135,7 @@ func (c *Cache) makeEntry(ctx context.Context, r recipe, key, dir string) (err e
 	// The work folder is large and the log tells what failed.
 	err = errors.Join(err, os.RemoveAll(temp))
 	if err != nil {
-		return fmt.Errorf("making %s (log: %s): %w", r.name, logPath, err)
+		return fmt.Errorf("making %s: %w\nThe whole log: %s", r.name, err, logPath)
 	}
 	c.say("%s is ready after %s", r.name, time.Since(start).Round(100*time.Millisecond))
 	return nil

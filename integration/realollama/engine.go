@@ -18,7 +18,7 @@ import (
 // are two ways to have one: the Python package xllamacpp, whose wheels have that server compiled, is
 // there in seconds; building it from its source takes about ten minutes on two cores.
 
-// engineEnv chooses an engine: wheel, source, or nothing for the wheel where there is one.
+// engineEnv has the engine built from its source if it is "source", also where there is a wheel.
 const engineEnv = "OLLAMA_CACHEPROXY_ENGINE"
 
 const (
@@ -54,42 +54,49 @@ exec "$python" -I -B "${0%%/*}/llama_server.py" "$@"
 func (c *Cache) engineRecipe(ctx context.Context) (recipe, error) {
 	wheel, source := wheelRecipe(), sourceEngineRecipe()
 	switch choice := os.Getenv(engineEnv); choice {
-	case "wheel":
-		return wheel, nil
 	case "source":
 		return source, nil
 	case "":
 	default:
-		return recipe{}, fmt.Errorf("%s is %q, want wheel, source or nothing", engineEnv, choice)
+		return recipe{}, fmt.Errorf("%s is %q, want source or nothing", engineEnv, choice)
 	}
-	// Where the wheel could not be had before, the source was built, and stays.
-	if !exists(c.path(wheel)) && exists(c.path(source)) {
-		return source, nil
+	dir, err := c.ensure(ctx, wheel)
+	if err != nil {
+		return recipe{}, fmt.Errorf("%w\nOr have the engine built from its source (about 10 min): %s=source", err, engineEnv)
 	}
-	if _, err := c.ensure(ctx, wheel); err != nil {
-		if ctx.Err() != nil {
-			return recipe{}, err
-		}
-		c.say("the ready llama-server cannot be used here, so it is built from its source: %v", err)
-		return source, nil
+	why, err := os.ReadFile(filepath.Join(dir, wheelMissing))
+	if err != nil {
+		return wheel, nil
 	}
-	return wheel, nil
+	c.say("there is no ready llama-server for this machine, so it is built from its source: %s", why)
+	return source, nil
 }
+
+// wheelMissing is the file in the wheel's entry that says why this machine cannot have it. It is
+// absent where there is one.
+const wheelMissing = "missing"
 
 func wheelRecipe() recipe {
 	return recipe{
 		name:     "llama-server-wheel",
 		announce: fmt.Sprintf("downloading a ready llama-server (%s, %d MB)", wheelRequirement, wheelMegabytes),
-		inputs:   []string{wheelRequirement, wheelServer, wheelLauncher},
+		inputs:   []string{wheelRequirement, wheelServer, wheelLauncher, pythonVersion()},
 		make: func(ctx context.Context, b *build) error {
+			missing := func(why string) error {
+				return writeFile(filepath.Join(b.Result, wheelMissing), strings.NewReader(why), 0o644)
+			}
 			files, err := b.download(ctx, wheelRequirement, wheelMegabytes, "--no-deps", "--only-binary=:all:")
+			// pip says the same where it reaches no index, after it has tried again.
+			if err != nil && strings.Contains(err.Error(), "No matching distribution") && !strings.Contains(err.Error(), "Retrying") {
+				return missing("PyPI has no wheel of " + wheelRequirement + " for this system and this Python")
+			}
 			if err != nil {
 				return err
 			}
 			if err := unpackZip(files[0], filepath.Join(b.Result, "site"), "xllamacpp"); err != nil {
 				return err
 			}
-			python, err := b.interpreter(ctx)
+			python, err := b.interpreter()
 			if err != nil {
 				return err
 			}
@@ -101,19 +108,18 @@ func wheelRecipe() recipe {
 			if err := writeFile(launcher, strings.NewReader(fmt.Sprintf(wheelLauncher, quoted)), 0o755); err != nil {
 				return err
 			}
-			// It does not start where the interpreter or the C library is older than the package.
-			return b.run(ctx, command{args: []string{launcher, "--list-devices"}})
+			// It does not start where the C library is older than the package.
+			if err := b.run(ctx, command{args: []string{launcher, "--list-devices"}}); err != nil && ctx.Err() == nil {
+				return missing(err.Error())
+			}
+			return ctx.Err()
 		},
 	}
 }
 
 // interpreter is the path of the Python that virtual environments are made from.
-func (b *build) interpreter(ctx context.Context) (string, error) {
-	pip, err := b.ensure(ctx, pipRecipe(ctx))
-	if err != nil {
-		return "", err
-	}
-	path, err := filepath.EvalSymlinks(venvPython(filepath.Join(pip, "venv")))
+func (b *build) interpreter() (string, error) {
+	path, err := filepath.EvalSymlinks(venvPython(filepath.Join(b.path(pipRecipe()), "venv")))
 	if err != nil {
 		return "", fmt.Errorf("finding the Python interpreter: %w", err)
 	}
@@ -185,7 +191,7 @@ func sourceEngineRecipe() recipe {
 		name:     "llama-server-" + sourceBuild,
 		announce: fmt.Sprintf("building llama-server b%s (7 to 10 min on 2 cores)", sourceBuild),
 		needs:    []recipe{sourceRecipe()},
-		inputs:   slices.Concat([]string{"recipe 2", sourceRequirement}, flags, engineTools),
+		inputs:   slices.Concat([]string{"recipe 2", sourceRequirement}, flags, portableEnv(), engineTools),
 		make: func(ctx context.Context, b *build) error {
 			if err := b.compilers(ctx); err != nil {
 				return err

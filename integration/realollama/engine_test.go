@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 )
@@ -35,6 +36,7 @@ func TestWheelRefusesWhatItDoesNotKnow(t *testing.T) {
 		{"LLAMA_ARG_CACHE_RAM=much", "", `LLAMA_ARG_CACHE_RAM is 'much'`},
 		{"LLAMA_ARG_SWA_FULL=perhaps", "", `LLAMA_ARG_SWA_FULL is 'perhaps': on or off is expected`},
 		{"", "-c", "the flag -c needs a value"},
+		{"", "-c 99999999999", "-c is '99999999999'"},
 		{"", "--flash-attn sometimes", "--flash-attn is 'sometimes': one of auto, disabled, enabled, off, on is expected"},
 	} {
 		cmd := exec.CommandContext(t.Context(), launcher, strings.Fields(at.flags)...)
@@ -137,26 +139,86 @@ print(json.dumps({path: value(path) for path in sys.argv[4:]}))
 	}
 }
 
-func TestEngineIsChosen(t *testing.T) {
-	c, told := openTestCache(t)
-	t.Setenv(engineEnv, "steam")
-	if _, err := c.engineRecipe(t.Context()); err == nil || !strings.Contains(err.Error(), "wheel, source or nothing") {
-		t.Errorf("an unknown engine gave %v", err)
-	}
-	for choice, want := range map[string]recipe{"wheel": wheelRecipe(), "source": sourceEngineRecipe()} {
-		t.Setenv(engineEnv, choice)
-		if r, err := c.engineRecipe(t.Context()); err != nil || r.key() != want.key() {
-			t.Errorf("%s gave %s, %v", choice, r.name, err)
+// TestWheelKnowsEachFlag reads the flags from the sources of the versions that use it, so that one
+// which a new version adds is noticed.
+func TestWheelKnowsEachFlag(t *testing.T) {
+	literal := regexp.MustCompile(`"(--?[a-z][a-z-]*)"`)
+	for _, version := range []string{EraB, EraC} {
+		output, err := exec.CommandContext(t.Context(), "go", "mod", "download", "-json", "github.com/ollama/ollama@v"+version).Output()
+		if err != nil {
+			t.Fatalf("downloading the source of %s: %v", version, err)
+		}
+		var module struct{ Dir string }
+		if err := json.Unmarshal(output, &module); err != nil {
+			t.Fatal(err)
+		}
+		seen := 0
+		for _, name := range []string{"llm/llama_server.go", "discover/llama_server.go"} {
+			source, err := os.ReadFile(filepath.Join(module.Dir, name))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, m := range literal.FindAllStringSubmatch(string(source), -1) {
+				seen++
+				if !strings.Contains(wheelServer, `"`+m[1]+`"`) {
+					t.Errorf("%s of %s has the flag %s, which llama_server.py does not know", name, version, m[1])
+				}
+			}
+		}
+		if seen < 30 {
+			t.Errorf("only %d flags were found in %s: look for them elsewhere", seen, version)
 		}
 	}
-	// Where the wheel cannot be had, as behind a pip without packages, the source is built.
-	t.Setenv(engineEnv, "")
-	t.Setenv("PIP_NO_INDEX", "1")
-	r, err := c.engineRecipe(t.Context())
-	if err != nil || r.key() != sourceEngineRecipe().key() {
-		t.Errorf("without the wheel there is %s, %v", r.name, err)
+}
+
+func TestEngineIsChosen(t *testing.T) {
+	c, told := openTestCache(t)
+	choose := func() recipe {
+		t.Helper()
+		r, err := c.engineRecipe(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r
 	}
-	if !strings.Contains(told.String(), "it is built from its source") {
+	t.Setenv(engineEnv, "steam")
+	if _, err := c.engineRecipe(t.Context()); err == nil || !strings.Contains(err.Error(), "want source or nothing") {
+		t.Errorf("an unknown engine gave %v", err)
+	}
+	t.Setenv(engineEnv, "source")
+	if r := choose(); r.key() != sourceEngineRecipe().key() {
+		t.Errorf("when the source is asked for, it is %s", r.name)
+	}
+
+	// A source that was built once does not stand in for the wheel.
+	t.Setenv(engineEnv, "")
+	if err := os.MkdirAll(c.path(sourceEngineRecipe()), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if r := choose(); r.key() != wheelRecipe().key() {
+		t.Errorf("where there is a wheel, the engine is %s", r.name)
+	}
+
+	// Where PyPI has no wheel for the machine, the source is built, and that is told.
+	if err := os.RemoveAll(c.path(wheelRecipe())); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PIP_NO_INDEX", "1")
+	if r := choose(); r.key() != sourceEngineRecipe().key() {
+		t.Errorf("without a wheel, the engine is %s", r.name)
+	}
+	if !strings.Contains(told.String(), "no ready llama-server for this machine, so it is built from its source: PyPI has no wheel of xllamacpp==") {
 		t.Errorf("that the source is built is not told:\n%s", told.String())
+	}
+
+	// An index that cannot be reached says nothing of wheels.
+	if err := os.RemoveAll(c.path(wheelRecipe())); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PIP_NO_INDEX", "0")
+	t.Setenv("PIP_INDEX_URL", "http://127.0.0.1:1/simple")
+	t.Setenv("PIP_RETRIES", "1")
+	if r, err := c.engineRecipe(t.Context()); err == nil || !strings.Contains(err.Error(), engineEnv+"=source") {
+		t.Errorf("without an index there is %s, %v", r.name, err)
 	}
 }

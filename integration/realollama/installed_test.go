@@ -1,6 +1,8 @@
 package realollama
 
 import (
+	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -10,15 +12,8 @@ import (
 // TestInstalledOllamaIsUsed has the newest Ollama that the tests know give itself a version that they
 // do not know, beside some that cannot be used.
 func TestInstalledOllamaIsUsed(t *testing.T) {
-	told := &lines{}
-	c, err := OpenCache(told)
-	if err != nil {
-		t.Fatal(err)
-	}
-	good, err := c.Ollama(t.Context(), EraC)
-	if err != nil {
-		t.Fatal(err)
-	}
+	good := goodOllama(t)
+	c, told := openTestCache(t)
 	place := func(name, version, serve string) string {
 		path := filepath.Join(t.TempDir(), name)
 		script := "#!/bin/sh\n[ \"$1\" = --version ] && { echo 'Warning: could not connect to a running Ollama instance'; echo 'Warning: client version is " +
@@ -28,11 +23,14 @@ func TestInstalledOllamaIsUsed(t *testing.T) {
 		}
 		return path
 	}
-	old := place("old", "0.12.3", "exec "+good+` "$@"`)
+	old := place("old", "0.12.3", "exec '"+good+`' "$@"`)
 	broken := place("broken", "0.35.0", "echo no such library >&2; exit 127")
-	newer := place("newer", "0.99.1-rc0", "exec "+good+` "$@"`)
+	newer := place("newer", "0.99.1-rc0", "exec '"+good+`' "$@"`)
 
-	found := c.firstWorking(t.Context(), []string{"", "/nowhere/ollama", old, broken, newer})
+	found, err := c.firstWorking(t.Context(), []string{"", "/nowhere/ollama", old, broken, newer})
+	if err != nil {
+		t.Fatal(err)
+	}
 	if found.Bin != newer || found.Version != "0.99.1-rc0" {
 		t.Fatalf("found was %+v, want the newer one", found)
 	}
@@ -45,8 +43,13 @@ func TestInstalledOllamaIsUsed(t *testing.T) {
 			t.Errorf("%q is not told:\n%s", want, told.String())
 		}
 	}
-	if none := c.firstWorking(t.Context(), []string{"", old}); none != (Installed{}) {
-		t.Errorf("found was %+v, want nothing", none)
+	if none, err := c.firstWorking(t.Context(), []string{"", old}); none != (Installed{}) || err != nil {
+		t.Errorf("found was %+v, %v, want nothing", none, err)
+	}
+	stopped, stop := context.WithCancel(t.Context())
+	stop()
+	if none, err := c.firstWorking(stopped, []string{newer}); none != (Installed{}) || !errors.Is(err, context.Canceled) {
+		t.Errorf("after Ctrl-C found was %+v, %v", none, err)
 	}
 
 	// It runs beside the person's own server and models, and its log is read as the newest era's.

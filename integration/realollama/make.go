@@ -37,7 +37,7 @@ func (c *Cache) Ensure(ctx context.Context, m Made) (string, error) {
 func (c *Cache) PythonEnv(ctx context.Context, name, requirements string, megabytes int64) (string, error) {
 	dir, err := c.ensure(ctx, recipe{
 		name:     "python-" + name,
-		inputs:   []string{requirements, pythonVersion(ctx)},
+		inputs:   []string{requirements, pythonVersion()},
 		announce: fmt.Sprintf("installing the Python packages for %s (%d MB on disk)", name, megabytes),
 		make: func(ctx context.Context, b *build) error {
 			file := filepath.Join(b.Work, "requirements.txt")

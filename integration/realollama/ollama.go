@@ -34,8 +34,8 @@ func (c *Cache) Ollama(ctx context.Context, version string) (string, error) {
 	}
 	if bin := firstInPath("ollama"); bin != "" && binaryVersion(ctx, bin) == version {
 		err := c.probed(ctx, version, bin)
-		if err == nil {
-			return bin, nil
+		if err == nil || ctx.Err() != nil {
+			return bin, err
 		}
 		c.say("the ollama %s in PATH does not work here, another is built: %v", version, err)
 	}
@@ -65,12 +65,12 @@ type Installed struct{ Bin, Version string }
 
 // FindInstalled returns the Ollama that this machine has, in PATH or where its installers put it, if
 // it is of version 0.24 or newer and works; a zero value if there is none. What is found and cannot
-// be used is told.
-func (c *Cache) FindInstalled(ctx context.Context) Installed {
+// be used is told. The error is the context's.
+func (c *Cache) FindInstalled(ctx context.Context) (Installed, error) {
 	return c.firstWorking(ctx, append([]string{firstInPath("ollama")}, usualPlaces()...))
 }
 
-func (c *Cache) firstWorking(ctx context.Context, places []string) Installed {
+func (c *Cache) firstWorking(ctx context.Context, places []string) (Installed, error) {
 	tried := map[string]bool{}
 	for _, bin := range places {
 		real, err := filepath.EvalSymlinks(bin)
@@ -79,17 +79,23 @@ func (c *Cache) firstWorking(ctx context.Context, places []string) Installed {
 		}
 		tried[real] = true
 		version := binaryVersion(ctx, bin)
+		if err := ctx.Err(); err != nil {
+			return Installed{}, fmt.Errorf("looking for an Ollama: %w", err)
+		}
 		if Era(version) == "" {
 			c.say("%s is not used: it gives itself the version %q, and 0.24 or newer is needed", bin, version)
 			continue
 		}
 		if err := c.probed(ctx, version, bin); err != nil {
+			if ctx.Err() != nil {
+				return Installed{}, err
+			}
 			c.say("%s is not used: %v", bin, err)
 			continue
 		}
-		return Installed{bin, version}
+		return Installed{bin, version}, nil
 	}
-	return Installed{}
+	return Installed{}, nil
 }
 
 // usualPlaces are where Ollama's installers and package managers put its binary.
@@ -174,6 +180,7 @@ func programRecipe(version string) (recipe, error) {
 	}
 	if version == EraA {
 		r.needs = []recipe{headersRecipe()}
+		r.inputs = append(r.inputs, headersRecipe().key())
 	}
 	r.make = func(ctx context.Context, b *build) error {
 		if err := b.compilers(ctx); err != nil {
@@ -194,7 +201,7 @@ func programEnv(version, goarch, headers string) []string {
 	// Its runners are compiled with it. Without -O3 and a baseline they are 20 times slower. With
 	// OpenMP their threads can sleep while they wait for each other, as those of eras B and C do
 	// (see Server.environment).
-	flags := strings.Join(append(baselineCompilerFlags(goarch), "-O3", "-fopenmp", "-DGGML_USE_OPENMP", "-I"+headers), " ")
+	flags := strings.Join(append(baselineCompilerFlags(goarch), "-O3", "-fopenmp", "-DGGML_USE_OPENMP", "'-I"+headers+"'"), " ")
 	return append(env, "CGO_CFLAGS="+flags, "CGO_CXXFLAGS="+flags, "CGO_LDFLAGS=-fopenmp")
 }
 
@@ -207,23 +214,11 @@ func (b *build) buildProgram(ctx context.Context, version string, env []string) 
 	}
 	flags := []string{"-trimpath", "-buildvcs=false", "-ldflags", "-s -w -X github.com/ollama/ollama/version.Version=" + version}
 	var list bytes.Buffer
-	format := `{{if .Stale}}{{.ImportPath}} {{len .CFiles}} {{len .CXXFiles}} {{len .SFiles}}{{end}}`
+	format := `{{if .Stale}}stale {{len .CFiles}} {{len .CXXFiles}}{{end}}`
 	if err := b.run(ctx, command{dir: module, env: env, watch: &list, args: slices.Concat([]string{"go", "list", "-deps", "-f", format}, flags, []string{"."})}); err != nil {
 		return err
 	}
-	total := int64(0)
-	for line := range strings.Lines(list.String()) {
-		fields := strings.Fields(line)
-		if len(fields) != 4 { // "go: downloading …"
-			continue
-		}
-		total++
-		for _, field := range fields[1:] {
-			if n, err := strconv.Atoi(field); err == nil {
-				total += int64(n)
-			}
-		}
-	}
+	total := countSteps(list.String())
 	var done atomic.Int64
 	b.follow(func() progress { return progress{done.Load(), total, "packages and C files"} })
 	defer b.forget()
@@ -237,8 +232,28 @@ func (b *build) buildProgram(ctx context.Context, version string, env []string) 
 	return b.run(ctx, command{dir: module, env: env, watch: watch, args: args})
 }
 
-// compileLine matches the commands of go build -x that compile a package of Go or a file of C.
-var compileLine = regexp.MustCompile(`/compile"? -o |\s-c (?:-x \S+ )?\S+\.(?:c|cc|cpp|cxx|S)"?$|\s-c \S+\.(?:c|cc|cpp|cxx|S)\s`)
+// countSteps is how many packages, and files of C and C++, a list of lines "stale C-FILES C++-FILES"
+// has, between others.
+func countSteps(list string) int64 {
+	total := int64(0)
+	for line := range strings.Lines(list) {
+		fields := strings.Fields(line)
+		if len(fields) != 3 || fields[0] != "stale" {
+			continue // "go: downloading …"
+		}
+		total++
+		for _, field := range fields[1:] {
+			if n, err := strconv.Atoi(field); err == nil {
+				total += int64(n)
+			}
+		}
+	}
+	return total
+}
+
+// compileLine matches the commands of go build -x that compile a package of Go or a file of C that is
+// not cgo's own.
+var compileLine = regexp.MustCompile(`/compile"? -o |\s-c (?:\./)?[^\s_$][^\s]*\.(?:c|cc|cpp|cxx)$`)
 
 // goModule downloads a Go module and returns its folder.
 func (b *build) goModule(ctx context.Context, module string) (string, error) {

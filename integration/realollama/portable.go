@@ -40,9 +40,14 @@ func baselineCMakeFlags(goarch string) []string {
 	return flags
 }
 
-// portableEnv overrides what the caller's environment may say of the processor.
+// portableEnv overrides what the caller's environment, and the settings that `go env -w` keeps, say of
+// compiler flags and the processor. Go takes an empty value for none, so each of its own has one.
 func portableEnv() []string {
-	return []string{"CFLAGS=", "CXXFLAGS=", "GOFLAGS=", "GOWORK=off", "GOAMD64=v1", "GOARM64=v8.0"}
+	return []string{
+		"CFLAGS=", "CXXFLAGS=", "CPPFLAGS=", "LDFLAGS=",
+		"CGO_CFLAGS=-O2 -g", "CGO_CXXFLAGS=-O2 -g", "CGO_CPPFLAGS=-DCACHEPROXY_BUILD", "CGO_LDFLAGS=-O2 -g",
+		"GOFLAGS=-mod=readonly", "GOWORK=off", "GOAMD64=v1", "GOARM64=v8.0",
+	}
 }
 
 // host is what a probe depends on beside the programs: the processor, and the kernel, which permits

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -20,23 +21,18 @@ import (
 // machine does not permit.
 var probeModels = []string{"gen-llama-tiny", "gen-llama-q4_1", "gen-llama-q4_k_m", "gen-llama-q8_0"}
 
-// probePrompt has more tokens than any routine's smallest batch.
+// probePrompt has at least probeBatch tokens, more than any routine's smallest batch.
+const probeBatch = 64
+
 var probePrompt = strings.Repeat("the document is about the town and the world ", 8)
 
 // probed probes a binary once, for as long as it, its engine and the machine stay as they are.
 func (c *Cache) probed(ctx context.Context, version, bin string) error {
-	inputs := []string{bin, host(), strings.Join(probeModels, " ")}
-	for _, path := range []string{bin, filepath.Join(filepath.Dir(bin), "..", "lib", "ollama", "llama-server")} {
-		info, err := os.Stat(path)
-		if err != nil {
-			if path == bin {
-				return fmt.Errorf("looking at %s: %w", bin, err)
-			}
-			continue // era A has no such file, and installed ones may have it elsewhere
-		}
-		inputs = append(inputs, info.ModTime().String(), strconv.FormatInt(info.Size(), 10))
+	inputs, err := probeInputs(version, bin, host())
+	if err != nil {
+		return err
 	}
-	_, err := c.ensure(ctx, recipe{
+	_, err = c.ensure(ctx, recipe{
 		name:     "probe-" + version,
 		inputs:   inputs,
 		announce: fmt.Sprintf("trying ollama %s with each type of weights", version),
@@ -47,6 +43,25 @@ func (c *Cache) probed(ctx context.Context, version, bin string) error {
 	return err
 }
 
+// probeInputs are what a probe's outcome depends on: the program, its engine, and the machine.
+func probeInputs(version, bin, host string) ([]string, error) {
+	inputs := []string{"probe 2", bin, host, strings.Join(probeModels, " ")}
+	if Era(version) != EraA {
+		inputs = append(inputs, pythonVersion()) // which the ready engine runs on
+	}
+	for _, path := range []string{bin, filepath.Join(filepath.Dir(bin), "..", "lib", "ollama", "llama-server")} {
+		info, err := os.Stat(path)
+		if err != nil {
+			if path == bin {
+				return nil, fmt.Errorf("looking at %s: %w", bin, err)
+			}
+			continue // era A has no such file, and installed ones may have it elsewhere
+		}
+		inputs = append(inputs, info.ModTime().String(), strconv.FormatInt(info.Size(), 10))
+	}
+	return inputs, nil
+}
+
 // probe has a binary load a model of each type of weights, evaluate a batch, and generate. The
 // server's log is copied to log.
 func (c *Cache) probe(ctx context.Context, version, bin string, log io.Writer) error {
@@ -54,7 +69,7 @@ func (c *Cache) probe(ctx context.Context, version, bin string, log io.Writer) e
 	defer cancel()
 	s, err := c.run(ctx, bin, Config{Version: version, Models: probeModels, MaxLoaded: 1}, log)
 	if err != nil {
-		return fmt.Errorf("probing %s: %w", bin, err)
+		return fmt.Errorf("probing %s:\nit %s:\n%w", bin, ended(err.Error()), err)
 	}
 	defer s.Stop()
 	for _, name := range probeModels {
@@ -68,18 +83,23 @@ func (c *Cache) probe(ctx context.Context, version, bin string, log io.Writer) e
 
 // probeError says which weights a server failed with, and how.
 func probeError(bin, model string, err error, log string) error {
-	how := "failed"
-	if signal := signalIn(log + err.Error()); signal != "" {
-		how = "died of " + signal
-		if signal == "SIGILL" {
-			how += " (an instruction that this processor lacks or its kernel does not permit)"
-		}
-	}
 	m, findErr := findModel(model)
 	if findErr != nil {
 		return findErr
 	}
-	return fmt.Errorf("probing %s: its engine %s at the model %s (%s weights): %w\n%s", bin, how, model, m.quantized, err, meaningful(log))
+	return fmt.Errorf("probing %s:\nat the model %s (%s weights) its engine %s:\n%w\n%s", bin, model, m.quantized, ended(log+err.Error()), err, Quote(log))
+}
+
+// ended says how a program ended whose log this is.
+func ended(log string) string {
+	switch signal := signalIn(log); signal {
+	case "":
+		return "failed"
+	case "SIGILL":
+		return "died of SIGILL (an instruction that this processor lacks or its kernel does not permit)"
+	default:
+		return "died of " + signal
+	}
 }
 
 // signalText matches how Ollama, Go's runtime and shells name the signal that ended a process.
@@ -90,12 +110,13 @@ var signalNames = map[string]string{
 	"floating point exception": "SIGFPE", "aborted": "SIGABRT", "killed": "SIGKILL",
 }
 
-// signalIn is the name of the signal that a log tells of, "" if it tells of none.
+// signalIn is the name of the last signal that a log tells of, "" if it tells of none.
 func signalIn(log string) string {
-	m := signalText.FindStringSubmatch(log)
-	if m == nil {
+	all := signalText.FindAllStringSubmatch(log, -1)
+	if len(all) == 0 {
 		return ""
 	}
+	m := all[len(all)-1]
 	for _, words := range m[2:] {
 		if name := signalNames[strings.ToLower(words)]; name != "" {
 			return name
@@ -124,8 +145,14 @@ func fewTokens(ctx context.Context, s *Server, model string) error {
 	if err != nil {
 		return err
 	}
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("it answered %s: %.*s", resp.Status, quotedWidth, answer)
+	var told struct {
+		Response string
+		Prompt   int `json:"prompt_eval_count"`
+		Tokens   int `json:"eval_count"`
+	}
+	if err := json.Unmarshal(answer, &told); resp.StatusCode != http.StatusOK || err != nil ||
+		told.Prompt < probeBatch || told.Tokens != 2 || told.Response == "" {
+		return errors.New(shorten(fmt.Sprintf("it answered %s: %s", resp.Status, bytes.TrimSpace(answer)), quotedWidth))
 	}
 	return nil
 }

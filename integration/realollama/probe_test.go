@@ -1,25 +1,40 @@
 package realollama
 
 import (
+	"io"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 )
 
-// brokenOllama is the newest Ollama with an engine that runs a shell script before it starts, which
-// sees the engine's command line.
-func brokenOllama(t *testing.T, c *Cache, script string) (bin string) {
+// goodOllama is the newest Ollama, from the cache that all tests share.
+func goodOllama(t *testing.T) string {
 	t.Helper()
-	good, err := c.Ollama(t.Context(), EraC)
+	c, err := OpenCache(t.Output())
 	if err != nil {
 		t.Fatal(err)
 	}
+	bin, err := c.Ollama(t.Context(), EraC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return bin
+}
+
+// brokenOllama is the newest Ollama with an engine that runs a shell script before it starts, which
+// sees the engine's command line.
+func brokenOllama(t *testing.T, script string) (bin string) {
+	t.Helper()
+	good := goodOllama(t)
 	dir := t.TempDir()
 	bin = filepath.Join(dir, "bin", "ollama")
 	engine := filepath.Join(dir, "lib", "ollama", "llama-server")
 	real := filepath.Join(filepath.Dir(good), "..", "lib", "ollama", "llama-server")
-	script = "#!/bin/sh\n" + script + "\nexec " + real + ` "$@"` + "\n"
+	script = "#!/bin/sh\n" + script + "\nexec '" + real + `' "$@"` + "\n"
 	if err := linkOrCopy(good, bin); err != nil {
 		t.Fatal(err)
 	}
@@ -32,13 +47,10 @@ func brokenOllama(t *testing.T, c *Cache, script string) (bin string) {
 // TestProbeOfAnEngineThatDiesOfQuantizedWeights is the case of a Xeon with AMX that the kernel does
 // not permit: the engine answers from single precision, and dies of Q4_1.
 func TestProbeOfAnEngineThatDiesOfQuantizedWeights(t *testing.T) {
-	c, err := OpenCache(t.Output())
-	if err != nil {
-		t.Fatal(err)
-	}
 	var log lines
-	bin := brokenOllama(t, c, `for model; do [ "$before" = --model ] && head -c 1000 "$model" | grep -q Q4_1 && kill -ILL $$; before=$model; done`)
-	err = c.probe(t.Context(), EraC, bin, &log)
+	bin := brokenOllama(t, `for model; do [ "$before" = --model ] && head -c 1000 "$model" | grep -q Q4_1 && kill -ILL $$; before=$model; done`)
+	c, _ := openTestCache(t)
+	err := c.probe(t.Context(), EraC, bin, &log)
 	if err == nil {
 		t.Fatal("the probe passes an engine that dies of quantized weights")
 	}
@@ -56,12 +68,8 @@ func TestProbeOfAnEngineThatDiesOfQuantizedWeights(t *testing.T) {
 // TestProbeIsRepeatedForAnotherEngine has a binary that was probed be probed anew when its engine is
 // another file.
 func TestProbeIsRepeatedForAnotherEngine(t *testing.T) {
-	t.Setenv("OLLAMA_BIN_0_34_1", "")
-	c, err := OpenCache(t.Output())
-	if err != nil {
-		t.Fatal(err)
-	}
-	bin := brokenOllama(t, c, "")
+	bin := brokenOllama(t, "")
+	c, _ := openTestCache(t)
 	if err := c.probed(t.Context(), EraC, bin); err != nil {
 		t.Fatal(err)
 	}
@@ -74,6 +82,62 @@ func TestProbeIsRepeatedForAnotherEngine(t *testing.T) {
 	}
 }
 
+// TestProbeLooksAtTheAnswer has a server that answers everything with 200, and nothing in it.
+func TestProbeLooksAtTheAnswer(t *testing.T) {
+	answers := map[string]string{
+		"nothing":          `{}`,
+		"no JSON":          `ok`,
+		"no text":          `{"response":"","prompt_eval_count":100,"eval_count":2}`,
+		"one token":        `{"response":"a","prompt_eval_count":100,"eval_count":1}`,
+		"no batch":         `{"response":"ab","prompt_eval_count":1,"eval_count":2}`,
+		"what is expected": `{"response":"ab","prompt_eval_count":100,"eval_count":2}`,
+	}
+	for name, answer := range answers {
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, answer) }))
+		err := fewTokens(t.Context(), &Server{addr: server.Listener.Addr().String()}, "m")
+		server.Close()
+		if expected := name == "what is expected"; (err == nil) != expected {
+			t.Errorf("%s: %s gave %v", name, answer, err)
+		}
+	}
+}
+
+// TestProbeOfWhatEndsAtOnce has a program that dies before it listens.
+func TestProbeOfWhatEndsAtOnce(t *testing.T) {
+	c, _ := openTestCache(t)
+	bin := filepath.Join(t.TempDir(), "ollama")
+	if err := os.WriteFile(bin, []byte("#!/bin/sh\nkill -ILL $$\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.probe(t.Context(), EraC, bin, nil); err == nil || !strings.Contains(err.Error(), "died of SIGILL") {
+		t.Errorf("a program that dies at once gave %v", err)
+	}
+}
+
+// TestProbeIsRepeatedOnAnotherMachine is about a cache that was moved.
+func TestProbeIsRepeatedOnAnotherMachine(t *testing.T) {
+	bin := filepath.Join(t.TempDir(), "ollama")
+	if err := os.WriteFile(bin, nil, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	key := func(host string) string {
+		inputs, err := probeInputs(EraC, bin, host)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return recipe{name: "probe", inputs: inputs}.key()
+	}
+	if key("EPYC") != key("EPYC") || key("EPYC") == key("Xeon") {
+		t.Error("a probe holds for a processor that it was not made on")
+	}
+	if !strings.Contains(host(), runtime.GOARCH) || runtime.GOOS == "linux" && (processor() == "" || kernel() == "") {
+		t.Errorf("the machine is told as %q", host())
+	}
+	if _, err := probeInputs(EraC, bin+"-gone", ""); err == nil {
+		t.Error("a program that is not there can be probed")
+	}
+}
+
 func TestSignalIn(t *testing.T) {
 	for log, want := range map[string]string{
 		"llama-server exited: signal: illegal instruction (core dumped)":                    "SIGILL",
@@ -81,6 +145,7 @@ func TestSignalIn(t *testing.T) {
 		"fatal error: unexpected signal\n[signal SIGSEGV: segmentation violation code=0x1]": "SIGSEGV",
 		"Illegal instruction":     "SIGILL",
 		"signal: killed":          "SIGKILL",
+		"signal: killed\nSIGILL":  "SIGILL", // the runner before it was ended
 		"model requires a signal": "",
 	} {
 		if got := signalIn(log); got != want {
@@ -96,7 +161,7 @@ func checkQuotation(t *testing.T, text string) {
 	if len(lines) > quotedLines+2 {
 		t.Errorf("the error has %d lines:\n%s", len(lines), text)
 	}
-	for _, line := range lines[1:] { // the first one is ours
+	for _, line := range lines {
 		if len(line) > quotedWidth {
 			t.Errorf("a line of the error has %d bytes: %s", len(line), line)
 		}

@@ -20,8 +20,8 @@ type progress struct {
 	unit        string
 }
 
-// String is the progress with the time that is left at the pace so far, an estimate, for a step that
-// has run for elapsed.
+// after is the progress in words, with the time that is left at the pace so far, an estimate, for a
+// step that has run for elapsed.
 func (p progress) after(elapsed time.Duration) string {
 	s := fmt.Sprintf("%d %s", p.done, p.unit)
 	if p.total <= 0 {
@@ -38,21 +38,42 @@ func (p progress) after(elapsed time.Duration) string {
 
 // tracker holds the present progress of a build, for the goroutine that tells it.
 type tracker struct {
-	look atomic.Pointer[func() progress]
+	step  atomic.Pointer[step]
+	lines atomic.Int64           // of all programs' output so far
+	last  atomic.Pointer[string] // the last of them
+}
+
+// step is a part of a build whose progress can be told.
+type step struct {
+	look  func() progress
+	begin time.Time
 }
 
 // follow has look asked for the progress until it is replaced.
-func (t *tracker) follow(look func() progress) { t.look.Store(&look) }
+func (t *tracker) follow(look func() progress) { t.step.Store(&step{look, time.Now()}) }
 
 // forget ends the present step: nothing is known of the next one.
-func (t *tracker) forget() { t.look.Store(nil) }
+func (t *tracker) forget() { t.step.Store(nil) }
 
-func (t *tracker) progress() (p progress, known bool) {
-	look := t.look.Load()
-	if look == nil {
-		return progress{}, false
+// line notes a line of a program's output.
+func (t *tracker) line(text []byte) {
+	t.lines.Add(1)
+	last := shorten(strings.TrimSpace(string(text)), 100)
+	t.last.Store(&last)
+}
+
+// String says how far the build is: by the present step's figures, else by the output.
+func (t *tracker) String() string {
+	if s := t.step.Load(); s != nil {
+		if p := s.look(); p.total <= 0 || p.done < p.total {
+			return p.after(time.Since(s.begin))
+		}
+		// All is counted, and something comes after it, such as the linker.
 	}
-	return (*look)(), true
+	if last := t.last.Load(); last != nil {
+		return fmt.Sprintf("%d lines of output, the last is %q", t.lines.Load(), *last)
+	}
+	return "at work"
 }
 
 // bytesUnder counts the bytes in folders as they grow to about total MB, which is how far a
@@ -107,12 +128,7 @@ func (c *Cache) heartbeat(name string, start time.Time, t *tracker) (stop func()
 			case <-done:
 				return
 			case <-tick.C:
-				elapsed := time.Since(start)
-				state := "at work"
-				if p, known := t.progress(); known {
-					state = p.after(elapsed)
-				}
-				c.say("… %s: %s (%s so far)", name, state, elapsed.Round(time.Second))
+				c.say("… %s: %s (%s so far)", name, t, time.Since(start).Round(time.Second))
 			}
 		}
 	}()
@@ -124,36 +140,45 @@ const (
 	quotedWidth = 200 // bytes of each line
 )
 
-// errorLine matches lines that name a fault, as compilers, linkers, pip, npm and Ollama write them.
-var errorLine = regexp.MustCompile(`(?i)\b(error|errors|fatal|undefined|panic|failed|cannot|can't|unable|denied|killed|no space|no such|not found|illegal|signal|SIG[A-Z]{3,4})\b`)
+// faultLine matches lines that name a fault, as compilers, linkers, pip, npm and Ollama write them.
+var faultLine = regexp.MustCompile(`(?i)\b(errors?|fatal|undefined|panic|failed|cannot|can't|unable|denied|killed|no space|no such|not found|illegal|signal|SIG[A-Z]{3,4})\b`)
 
-// meaningful is the part of a program's output that an error quotes: the last lines that name a
-// fault and the last lines of all, each cut to a readable width.
-func meaningful(text string) string {
+// commandLine matches the commands that go build -x prints, among which are names such as
+// internal/errors.
+var commandLine = regexp.MustCompile(`^(?:packagefile |modinfo |cd |mkdir |cat |cp |mv |rm |echo |touch |true |printf |WORK=|TERM=|CGO_|GOROOT=|EOF$|# internal$|\S*/pkg/tool/\S+/\w+ |\S*/(?:gcc|g\+\+|cc|c\+\+|clang|clang\+\+) -)`)
+
+// Quote is the part of a program's output that an error quotes: the last lines that name a fault and
+// the last lines of all, at most 20, each cut to 200 bytes.
+func Quote(text string) string {
 	var lines []string
 	for line := range strings.Lines(text) {
-		if line = strings.TrimRight(line, "\r\n\t "); line != "" {
+		line = strings.TrimRight(line, "\r\n\t ")
+		if line != "" && !commandLine.MatchString(line) {
 			lines = append(lines, line)
 		}
 	}
 	const ends = 5 // of the last lines, whatever they say
 	keep := map[int]bool{}
 	for i := len(lines) - 1; i >= 0 && len(keep) < quotedLines; i-- {
-		if i >= len(lines)-ends || errorLine.MatchString(lines[i]) && len(lines[i]) < 10*quotedWidth {
+		if i >= len(lines)-ends || faultLine.MatchString(lines[i]) {
 			keep[i] = true
 		}
 	}
 	var quoted []string
 	for i, line := range lines {
-		if !keep[i] {
-			continue
+		if keep[i] {
+			quoted = append(quoted, shorten(line, quotedWidth))
 		}
-		if len(line) > quotedWidth {
-			line = strings.ToValidUTF8(line[:quotedWidth-len("…")], "") + "…"
-		}
-		quoted = append(quoted, line)
 	}
 	return strings.Join(quoted, "\n")
+}
+
+// shorten cuts a line to so many bytes.
+func shorten(line string, width int) string {
+	if len(line) <= width {
+		return line
+	}
+	return strings.ToValidUTF8(line[:width-len("…")], "") + "…"
 }
 
 // lastLines is the end of a text.

@@ -19,10 +19,14 @@ func TestErrorsQuoteWhatMatters(t *testing.T) {
 		fmt.Fprintf(&output, "mkdir -p $WORK/b%03d/\n", i)
 	}
 	output.WriteString("/usr/local/go/pkg/tool/linux_amd64/link: running g++ failed: exit status 1\n")
+	for range 100 { // what other packages are at meanwhile
+		output.WriteString("packagefile google.golang.org/protobuf/internal/errors=/cache/ab-d\n")
+		output.WriteString("/usr/local/go/pkg/tool/linux_amd64/compile -o $WORK/b042/_pkg_.a -trimpath x -p errors\n")
+	}
 	output.WriteString("/usr/bin/g++ -m64 -o $WORK/b001/exe/a.out " + strings.Repeat("$WORK/b001/error.o ", 1600) + "\n")
 	output.WriteString("/usr/bin/ld: ggml-cpu.o: undefined reference to `ggml_backend_amx_buffer_type()'\n\n")
 	output.WriteString("collect2: error: ld returned 1 exit status\n")
-	got := meaningful(output.String())
+	got := Quote(output.String())
 	checkQuotation(t, "ours\n"+got)
 	for _, want := range []string{"running g++ failed", "undefined reference to `ggml_backend_amx_buffer_type()'", "collect2: error"} {
 		if !strings.Contains(got, want) {
@@ -34,14 +38,14 @@ func TestErrorsQuoteWhatMatters(t *testing.T) {
 	}
 
 	// Faults far above the end are quoted, the noise between is not.
-	got = meaningful("file.c:3: error: no such type\n" + strings.Repeat("ninja: job\n", 50) + "ninja: build stopped: subcommand failed.\n")
+	got = Quote("file.c:3: error: no such type\n" + strings.Repeat("ninja: job\n", 50) + "ninja: build stopped: subcommand failed.\n")
 	if !strings.HasPrefix(got, "file.c:3: error") || strings.Count(got, "\n") > quotedLines {
 		t.Errorf("quoted is:\n%s", got)
 	}
-	if got := meaningful(""); got != "" {
+	if got := Quote(""); got != "" {
 		t.Errorf("of nothing %q is quoted", got)
 	}
-	if got := meaningful(strings.Repeat("ä", 300)); !strings.HasSuffix(got, "ä…") || len(got) > quotedWidth {
+	if got := Quote(strings.Repeat("ä", 300)); !strings.HasSuffix(got, "ä…") || len(got) > quotedWidth {
 		t.Errorf("a long line became %q", got)
 	}
 }
@@ -75,6 +79,8 @@ func TestLongStepsTellHowFarTheyAre(t *testing.T) {
 			}
 			time.Sleep(heartbeat)
 			b.forget()
+			b.line([]byte("reading lists"))
+			b.line([]byte("unpacking curl"))
 			time.Sleep(heartbeat)
 			return nil
 		}}
@@ -85,8 +91,8 @@ func TestLongStepsTellHowFarTheyAre(t *testing.T) {
 	for _, want := range []string{
 		"making a thing …",
 		"… thing: at work (10s so far)",
-		"… thing: 2 of 4 MB, about 20s left (20s so far)",
-		"… thing: at work (30s so far)",
+		"… thing: 2 of 4 MB, about 10s left (20s so far)",
+		`… thing: 2 lines of output, the last is "unpacking curl" (30s so far)`,
 		"thing is ready after 31s",
 	} {
 		if !strings.Contains(told.String(), want) {
@@ -116,10 +122,19 @@ func TestCompileLinesAreCounted(t *testing.T) {
 		`TERM='dumb' g++ -I ./ -fPIC -mavx2 -O3 -o $WORK/b099/_x030.o -c llama-model.cpp`:                                           true,
 		`cd /home/x/ggml-cpu`:  false,
 		`mkdir -p $WORK/b042/`: false,
-		`TERM='dumb' gcc -I ./ -fPIC -pthread -Wl,--build-id=none -o $WORK/b001/_cgo_.o`: false,
+		`TERM='dumb' gcc -I ./ -fPIC -pthread -Wl,--build-id=none -o $WORK/b001/_cgo_.o`:                  false,
+		`TERM='dumb' gcc -I $WORK/b01/ -m64 -O2 -g -frandom-seed=x -o $WORK/b01/_x001.o -c _cgo_export.c`: false, // cgo's own
+		`TERM='dumb' gcc -I ./ -m64 -O2 -g -o $WORK/b01/_x001.o -c $WORK/b01/_cgo_export.c`:               false,
 	} {
 		if got := compileLine.MatchString(line); got != want {
 			t.Errorf("%s counts: %v, want %v", line, got, want)
 		}
+	}
+}
+
+func TestStepsAreCounted(t *testing.T) {
+	const list = "go: downloading github.com/foo/bar v1.2.3\nstale 0 0\nstale 2 31\n\ngo: downloading x v1\n"
+	if got := countSteps(list); got != 35 {
+		t.Errorf("%d steps, want 35", got)
 	}
 }

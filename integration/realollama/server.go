@@ -63,8 +63,9 @@ type Server struct {
 	stopped bool
 
 	cmd *exec.Cmd
-	// exited is closed when cmd has ended.
+	// exited is closed when cmd has ended, and exit then says how.
 	exited chan struct{}
+	exit   error
 }
 
 // Start runs a server for a test. It is stopped when the test ends; if the test
@@ -232,11 +233,11 @@ func (s *Server) launch(ctx context.Context) error {
 			if strings.Contains(log, "address already in use") {
 				return fmt.Errorf("starting ollama %s on %s: %w", s.config.Version, s.addr, errPortTaken)
 			}
-			return fmt.Errorf("starting ollama %s: it ended\n%s", s.config.Version, meaningful(log))
+			return fmt.Errorf("starting ollama %s: it ended: %w\n%s", s.config.Version, s.exit, Quote(log))
 		case <-ctx.Done():
 			log := s.logSince(from)
 			s.Kill()
-			return fmt.Errorf("starting ollama %s: %w\n%s", s.config.Version, ctx.Err(), meaningful(log))
+			return fmt.Errorf("starting ollama %s: %w\n%s", s.config.Version, ctx.Err(), Quote(log))
 		case <-time.After(pollInterval):
 		}
 	}
@@ -271,8 +272,9 @@ func (s *Server) startProcess() error {
 		err := cmd.Start()
 		started <- err
 		if err == nil {
-			// That it ended says enough; its log says why.
-			_ = cmd.Wait()
+			if s.exit = cmd.Wait(); s.exit == nil {
+				s.exit = errors.New("exit status 0")
+			}
 			close(exited)
 		}
 	}()

@@ -139,7 +139,11 @@ func run(ctx context.Context, era string, out io.Writer) (err error) {
 // else the newest that can be built.
 func findOllama(ctx context.Context, cache *realollama.Cache, era string, out io.Writer) (realollama.Installed, error) {
 	if era == "" {
-		if found := cache.FindInstalled(ctx); found.Bin != "" {
+		found, err := cache.FindInstalled(ctx)
+		if err != nil {
+			return found, err
+		}
+		if found.Bin != "" {
 			fmt.Fprintf(out, "Found Ollama %s at %s. It is run on a port, with a home and models of the demo's own: your server and your models are not touched.\n",
 				found.Version, found.Bin)
 			if like := realollama.Era(found.Version); found.Version != like {
@@ -212,7 +216,7 @@ func (d demo) client(host string, questions ...string) ([]answer, error) {
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
 	if err != nil {
-		return nil, fmt.Errorf("running the Python client: %w\n%s", err, stderr.Bytes())
+		return nil, fmt.Errorf("running the Python client: %w\n%s", err, realollama.Quote(stderr.String()))
 	}
 	var answers []answer
 	for dec := json.NewDecoder(bytes.NewReader(out)); ; {

@@ -160,7 +160,7 @@ def from_environment(params, environ):
                 apply(params, constant)
             elif isinstance(constant, bool):
                 apply(params, not constant)
-        except ValueError as err:
+        except (ValueError, OverflowError) as err:
             refuse("%s is %r: %s" % (name, environ[name], err))
 
 
@@ -179,7 +179,7 @@ def from_arguments(params, args):
             refuse("the flag %s needs a value" % flag)
         try:
             apply(params, read(text))
-        except ValueError as err:
+        except (ValueError, OverflowError) as err:
             refuse("%s is %r: %s" % (flag, text, err))
 
 
@@ -201,8 +201,9 @@ def relay_lines():
         for fd in (out, reader, writer):
             os.close(fd)
         return
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, signal.SIG_IGN)
+    # It ends when this process has closed the pipe. In a group of its own nobody who waits for the
+    # group of Ollama and the engine to end waits for it, and no signal to that group cuts it off.
+    os.setpgid(0, 0)
     for fd in (1, 2, writer):
         os.close(fd)
     with os.fdopen(reader, "rb") as lines:
@@ -219,10 +220,12 @@ def main(args):
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, signal.SIG_DFL)
     if "--list-devices" in args:
-        # The package for plain processors has no other device.
+        # Ollama is told of none: models run on the processor (n_gpu_layers, below).
         print("Available devices:")
         return
     params = x.CommonParams()
+    # The package for macOS would by itself use Metal, of which Ollama is not told.
+    params.n_gpu_layers = 0
     from_environment(params, os.environ)
     from_arguments(params, args)
     relay_lines()

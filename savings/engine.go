@@ -2,7 +2,6 @@ package savings
 
 import (
 	"cmp"
-	"math"
 	"math/bits"
 	"slices"
 	"time"
@@ -15,11 +14,7 @@ import (
 // engine is one model on one upstream: what it was last sent, and what has been learned of its speed and its memory.
 // Guarded by Ledger.mu.
 //
-// The estimate of what was reused works without asking the server. Each prompt that the engine saw lately, and that the
-// new one has a beginning in common with, is a candidate for what was reused, beside nothing at all. Which of
-// them it was is told by the time that the evaluation took: a candidate predicts it from the tokens left to evaluate and the
-// time per token that was learned, and the one with the best posterior wins. Slots and host caches need not be known: how
-// often a prompt was still warm after so many others is learned, too, and is the prior.
+// The estimate of what was reused works without asking the server: see estimate.
 type engine struct {
 	held    []*held // oldest first
 	running []*Request
@@ -49,6 +44,7 @@ type engine struct {
 	measured speed // learned from measured counts where there are any
 	decode   mean  // ms per generated token
 	unsure   []sample
+	busy     busyness
 }
 
 // held is a prompt that the engine was sent.
@@ -230,8 +226,14 @@ func (e *engine) load(now time.Time, r *Request, o Outcome) bool {
 // candidate is what may have been reused.
 type candidate struct {
 	tokens int
-	rank   int
+	rank   int // none for the candidate that stands for nothing reused
+	// share is how probable these tokens are if the prompt was reused. Where they are not clear,
+	// two candidates stand for one prompt, and share it.
+	share float64
+	other bool // the second one of the two: expect takes the first
 }
+
+const none = -1
 
 // before returns how many of the prompts that are held were sent before the request.
 func (e *engine) before(r *Request) int {
@@ -245,40 +247,42 @@ func (e *engine) before(r *Request) int {
 // first, each with its best rank.
 func (e *engine) candidates(r *Request, total int) []candidate {
 	var list []candidate
-	rank := 0
+	rank, deepest := 0, 0
 	for i := e.before(r) - 1; i >= 0; i-- {
 		h := e.held[i]
 		if h.lost {
 			continue
 		}
 		s := prefix.Common(r.chain.Links, h.chain.Links)
-		if s.Links >= 2 && s.Bytes > 0 {
-			if n := e.tokensOf(r, h, s, total); n > 0 {
-				list = append(list, candidate{n, rank})
-			}
+		// A later prompt continued this one in its slot, so that it is no longer there by itself.
+		continued := s.Links == len(h.chain.Links) && s.Links < deepest
+		deepest = max(deepest, s.Links)
+		if s.Links >= 2 && s.Bytes > 0 && !continued {
+			list = e.tokensOf(list, rank, r, h, s, total)
 		}
 		rank++
 	}
-	if depth := r.known; depth > 2 && r.record.Warm && r.record.Upstream == r.upstream.Index {
+	if depth := r.known; depth > max(2, deepest) && r.record.Warm && r.record.Upstream == r.upstream.Index {
 		s := prefix.At(r.chain.Links, depth)
-		list = append(list, candidate{e.tokensOf(r, nil, s, total), maxHeld})
+		list = e.tokensOf(list, maxHeld, r, nil, s, total)
 	}
 	slices.SortFunc(list, func(a, b candidate) int { return cmp.Or(b.tokens-a.tokens, a.rank-b.rank) })
 	return list
 }
 
-// tokensOf estimates how many tokens of a prompt of total tokens (0: estimate it) the engine can reuse of h (nil: of some
-// prompt that has s in common with it).
-func (e *engine) tokensOf(r *Request, h *held, s prefix.Shared, total int) int {
+// tokensOf adds to the list how many tokens of a prompt of total tokens (0: estimate it) the engine
+// can reuse of h (nil: of some prompt that has s in common with it).
+func (e *engine) tokensOf(list []candidate, rank int, r *Request, h *held, s prefix.Shared,
+	total int) []candidate {
 	all := e.tokens(r.bytes, r.chain.Messages)
 	if total == 0 {
 		total = int(all)
 	}
 	if total == 0 {
-		return 0
+		return list
 	}
 	if e.sliding && r.upstream.Old && (h == nil || s.Links < len(h.chain.Links)) {
-		return 0
+		return list
 	}
 	if h != nil && s.Links == len(h.chain.Links) && h.total > 0 {
 		// All of the earlier prompt, and its answer if that follows.
@@ -286,7 +290,7 @@ func (e *engine) tokensOf(r *Request, h *held, s prefix.Shared, total int) int {
 		if s.Links < len(r.chain.Links) {
 			n += h.generated
 		}
-		return min(n, total-1)
+		return append(list, candidate{tokens: min(n, total-1), rank: rank, share: 1})
 	}
 	// The tokens after the last link in common are their share of the text, and what the template adds. Where several
 	// prompts with that link were seen, they tell how many tokens it has.
@@ -297,17 +301,30 @@ func (e *engine) tokensOf(r *Request, h *held, s prefix.Shared, total int) int {
 	}
 	last := r.chain.Links[s.Links-1]
 	y, x := afterLink(r.chain, last, total)
-	reused := y - perByte*x
+	plain := y - perByte*x
+	reused, few := plain, false
 	if f, ok := e.fits.Peek(last.Hash); ok {
-		reused = f.with(x, y).intercept(perByte)
+		reused, few = f.with(x, y).intercept(perByte), f.n < fewFits
 	} else if h != nil && h.total > 0 {
 		hy, hx := afterLink(h.chain, last, h.total)
-		reused = fit{}.with(hx, hy).with(x, y).intercept(perByte)
+		reused, few = fit{}.with(hx, hy).with(x, y).intercept(perByte), true
 	}
 	// A line through texts of other kinds may lie anywhere: the text up to the link has no density of its own kind.
 	text, added := perByte*float64(last.Bytes), float64(perMessage*max(0, int(last.Message)+1))
-	reused = min(max(reused, text/2), 2*text+added) + perByte*float64(min(shared, r.bytes)-last.Bytes)
-	return max(0, min(int(reused+0.5), total-1))
+	after := perByte * float64(min(shared, r.bytes)-last.Bytes)
+	reused = min(max(reused, text/2), 2*text+added) + after
+	within := func(n float64) int { return max(0, min(int(n+0.5), total-1)) }
+	likely := candidate{tokens: within(reused), rank: rank, share: 1}
+	// A line through few prompts may mislead where their texts are of different kinds. Then the share of
+	// the text is as likely, and the time has to tell.
+	if n := within(plain + after); few && n > 0 && abs(n-likely.tokens)*20 > total {
+		likely.share = 0.5
+		list = append(list, candidate{tokens: n, rank: rank, share: 0.5, other: true})
+	}
+	if likely.tokens > 0 {
+		list = append(list, likely)
+	}
+	return list
 }
 
 // afterLink returns a prompt's tokens, without those that the template adds after the link, and how many bytes of text it
@@ -322,6 +339,8 @@ type fit struct{ n, x, y, xx, xy float64 } // sums
 
 const (
 	maxFits = 256
+	// fewFits is how many prompts make a line that is trusted.
+	fewFits = 4
 	// ridge is how much the known slope counts against the samples, in square bytes: tokens scatter by about 8 around the
 	// line, and slopes by 20 % of some 0.5 tokens a byte.
 	ridge = 8 * 8 / (0.1 * 0.1)
@@ -354,15 +373,15 @@ func bucket(rank int) int { return min(bits.Len(uint(rank)), rankBuckets-1) }
 // chance returns how often a prompt of this rank was found warm. old: see Upstream.
 func (e *engine) chance(rank int, old bool) float64 {
 	m := e.warm[bucket(rank)]
-	prior := 0.5
+	prior, most := 0.5, 0.9 // the next workload may be another
 	switch {
-	case rank == 0:
-		prior = 0.95
+	case rank == 0: // a slot always keeps its last prompt
+		prior, most = 0.95, 0.97
 	case old: // no host cache: only slots hold prompts, and by default there is one
 		prior = 0.15
 	}
 	// As if two such had been seen before.
-	return min(max((m.v*float64(m.n)+2*prior)/float64(m.n+2), 0.03), 0.97)
+	return min(max((m.v*float64(m.n)+2*prior)/float64(m.n+2), 1-most), most)
 }
 
 // expect returns how many tokens the request is expected to reuse.
@@ -374,130 +393,11 @@ func (e *engine) expect(r *Request) (int, bool) {
 		return 0, e.optionsKnown
 	}
 	for _, c := range e.candidates(r, 0) {
-		if e.chance(c.rank, r.upstream.Old) >= 0.5 {
+		if !c.other && e.chance(c.rank, r.upstream.Old) >= 0.5 {
 			return c.tokens, true
 		}
 	}
 	return 0, true
-}
-
-// distinct leaves out candidates that say about the same as an earlier one that was seen more lately.
-func distinct(list []candidate, total int) []candidate {
-	const most = 12
-	var kept []candidate
-	for _, c := range list {
-		if i := slices.IndexFunc(kept, func(k candidate) bool { return abs(k.tokens-c.tokens)*50 <= total }); i < 0 {
-			if len(kept) < most {
-				kept = append(kept, c)
-			}
-		} else if c.rank < kept[i].rank {
-			kept[i].rank = c.rank
-		}
-	}
-	return kept
-}
-
-// guess is an estimate.
-type guess struct {
-	reused int
-	known  bool
-	sure   bool      // enough to learn from
-	best   candidate // the one that would have been the most; of no tokens if there is none
-}
-
-// estimate infers how many tokens were reused.
-func (e *engine) estimate(r *Request, o Outcome, loaded bool) guess {
-	if o.Total == 0 {
-		return guess{}
-	}
-	if loaded {
-		return guess{known: true, sure: true}
-	}
-	list := distinct(e.candidates(r, o.Total), o.Total)
-	g := guess{}
-	if len(list) > 0 {
-		g.best = list[0]
-	}
-	ms, told := e.observed(o)
-	learned := e.guessed.known()
-	switch {
-	case len(list) == 0 && e.fresh:
-		g.known, g.sure = true, true
-		return g
-	case !learned && len(list) == 0:
-		return g // it may be warm from before, for all we know
-	case !told || !learned:
-		// The time is not told, or says nothing yet: what is expected must do.
-		if !e.fresh && !learned {
-			return g
-		}
-		g.known = true
-		for _, c := range list {
-			if e.chance(c.rank, r.upstream.Old) >= 0.5 {
-				g.reused = c.tokens
-				return g
-			}
-		}
-		return g
-	}
-
-	perToken := e.guessed.perToken(o.Total)
-	likelihood := func(evaluated int, prior float64) float64 {
-		least := e.guessed.predict(evaluated, o.Total)
-		most := least + perToken*r.beside // what was evaluated in the same batches
-		score := math.Log(prior) - math.Log(1+math.Log(most/least))
-		switch {
-		case ms < least: // faster than ever: hardly
-			score -= square(math.Log(ms/least)/0.25) / 2
-		case ms > most:
-			score -= square(math.Log(ms/most)/0.4) / 2
-		}
-		return score
-	}
-	// The one with the best posterior wins; it is sure if none that means something else comes near.
-	list = append(list, candidate{rank: -1})
-	none := 0.97
-	for _, c := range list[:len(list)-1] {
-		none = min(none, 1-e.chance(c.rank, r.upstream.Old))
-	}
-	scores := make([]float64, len(list))
-	best := 0
-	for i, c := range list {
-		prior := none
-		if c.rank >= 0 {
-			prior = e.chance(c.rank, r.upstream.Old)
-		}
-		if scores[i] = likelihood(o.Total-c.tokens, prior); scores[i] > scores[best] {
-			best = i
-		}
-	}
-	g.known, g.sure, g.reused = true, true, list[best].tokens
-	for i, c := range list {
-		if abs(c.tokens-g.reused)*10 > o.Total && scores[best]-scores[i] < 2 {
-			g.sure = false
-		}
-	}
-	if !e.fresh && ms < e.guessed.predict(o.Total-g.reused, o.Total)/2 {
-		// It took less than all that is known to be in common explains: the engine holds what was sent by others, or aborted.
-		n := max(int(ms/perToken), 1)
-		g.reused, g.sure = max(g.reused, o.Total-n), false
-	}
-	return g
-}
-
-// observed returns how long the prompt's evaluation took, in ms, as far as that can be known.
-func (e *engine) observed(o Outcome) (float64, bool) {
-	switch {
-	case o.PromptEval > 0:
-		return toMs(o.PromptEval), true
-	case o.TotalTime > 0:
-		return 0, false // a native answer that tells times tells this one, too
-	case o.FirstByte > 0 && o.FirstByte < o.Duration:
-		return toMs(o.FirstByte), true
-	case o.Duration > 0:
-		return max(0.1, toMs(o.Duration)-e.decode.v*float64(o.Generated)), true
-	}
-	return 0, false
 }
 
 func toMs(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
@@ -509,28 +409,29 @@ func (e *engine) learn(r *Request, o Outcome, g guess, entry *Entry) {
 	}
 	e.density.add(float64(o.Total-perMessage*(r.chain.Messages+1)), float64(r.bytes))
 	e.learnFits(r, o.Total)
-	ms := toMs(o.PromptEval)
-	if o.Eval > 0 && o.Generated > 1 && r.beside == 0 {
-		e.decode.add(toMs(o.Eval) / float64(o.Generated))
+	ms, decode := toMs(o.PromptEval), r.decode(o)
+	if decode > 0 {
+		e.decode.add(decode)
 	}
 	if o.PromptEval > 0 {
 		if g.sure {
-			e.guessed.add(o.Total-g.reused, o.Total, ms)
+			e.guessed.add(o.Total-g.reused, o.Total, ms, decode)
 		} else if !e.guessed.known() && !g.known && o.Total >= 16 {
 			// It may have been warm. Of three, the slowest per token is taken for cold.
-			if e.unsure = append(e.unsure, sample{float64(o.Total), ms}); len(e.unsure) >= 3 {
+			if e.unsure = append(e.unsure, sample{float64(o.Total), ms, decode}); len(e.unsure) >= 3 {
 				slowest := slices.MaxFunc(e.unsure, func(a, b sample) int { return cmp.Compare(a.ms/a.total, b.ms/b.total) })
-				e.guessed.add(int(slowest.total), int(slowest.total), slowest.ms)
+				e.guessed.add(int(slowest.total), int(slowest.total), slowest.ms, slowest.decode)
 				e.unsure = nil
 			}
 		}
 		if entry.Basis == Measured {
-			e.measured.add(entry.Tokens.Evaluated, o.Total, ms)
+			e.measured.add(entry.Tokens.Evaluated, o.Total, ms, 0)
 		}
 	}
-	if g.known && g.best.tokens > 0 && g.best.tokens*10 >= o.Total {
+	// A doubtful estimate teaches nothing: a wrong one would make the next wrong one more probable.
+	if g.sure && g.best.tokens > 0 && g.best.tokens*10 >= o.Total {
 		hit := 0.0
-		if g.reused*10 >= g.best.tokens*8 {
+		if g.picked.rank == g.best.rank || g.reused*10 >= g.best.tokens*8 {
 			hit = 1
 		}
 		e.warm[bucket(g.best.rank)].add(hit)

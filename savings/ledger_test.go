@@ -24,6 +24,9 @@ type engineSim struct {
 	rate  float64 // ms a token
 	load  time.Duration
 	opts  string // of the present load; "" if nothing is loaded
+	// busy, if not nil, says how many times longer the next evaluation takes because of other work on
+	// the machine, and the tokens of its answer.
+	busy func() (prompt, answer float64)
 }
 
 type msg struct{ role, content string }
@@ -78,6 +81,11 @@ func (s *engineSim) run(opts string, messages []msg, generate int) (a Answer, re
 	a.Done, a.Total, a.Generated = true, len(tokens), generate
 	a.PromptEval = time.Duration(ms * float64(time.Millisecond))
 	a.Eval = time.Duration(generate) * 20 * time.Millisecond
+	if s.busy != nil {
+		prompt, answer := s.busy()
+		a.PromptEval = time.Duration(prompt * float64(a.PromptEval))
+		a.Eval = time.Duration(answer * float64(a.Eval))
+	}
 	a.TotalTime = a.Load + a.PromptEval + a.Eval + 3*time.Millisecond
 	return a, reused, strings.Join(words, " ")
 }
@@ -85,12 +93,15 @@ func (s *engineSim) run(opts string, messages []msg, generate int) (a Answer, re
 // figures compare a ledger with the truth.
 type figures struct {
 	requests, right   int
-	evaluated, ledger int
+	evaluated, ledger int // tokens of the requests that have a figure
 	unknown           int
 	reasons           map[Reason]int
 }
 
 func (f figures) off() float64 { return float64(f.ledger-f.evaluated) / float64(f.evaluated) }
+
+// told returns how many verdicts were given.
+func (f figures) told() int { return f.requests - f.unknown }
 
 func (f *figures) add(g figures) {
 	f.requests += g.requests
@@ -112,7 +123,9 @@ type bench struct {
 	now    time.Time
 	reader *prefix.Reader
 	figures
-	last Entry
+	last   Entry
+	silent bool // wrong verdicts are counted, not logged
+	answer int  // tokens of an answer
 }
 
 func newBench(t *testing.T, seed uint64, slots int, host bool) *bench {
@@ -121,7 +134,7 @@ func newBench(t *testing.T, seed uint64, slots int, host bool) *bench {
 		t: t, ledger: New(store, 1000), reader: prefix.NewReader(), now: time.Unix(1e9, 0),
 		up:      Upstream{Name: "sim", Old: !host},
 		sim:     &engineSim{r: rand.New(rand.NewPCG(seed, 9)), slots: make([][]string, slots), host: host, noise: 0.4, rate: 1, load: 500 * time.Millisecond},
-		figures: figures{reasons: map[Reason]int{}},
+		figures: figures{reasons: map[Reason]int{}}, answer: 8,
 	}
 }
 
@@ -142,7 +155,7 @@ func (b *bench) chat(opts string, messages ...msg) string {
 	}
 	chain := b.reader.Read(prefix.Chat, "m", body)
 	r := b.ledger.Begin(b.now, b.up, &chain)
-	a, reused, text := b.sim.run(opts, messages, 8)
+	a, reused, text := b.sim.run(opts, messages, b.answer)
 	b.now = b.now.Add(a.TotalTime)
 	entry, ok := r.End(b.now, Outcome{Answer: a, OK: true, FirstByte: a.Load + a.PromptEval, Duration: a.TotalTime})
 	if !ok {
@@ -150,15 +163,15 @@ func (b *bench) chat(opts string, messages ...msg) string {
 	}
 	b.now = b.now.Add(time.Second)
 	b.requests++
-	b.evaluated += a.Total - reused
 	if entry.Tokens == nil {
 		b.unknown++
 	} else {
+		b.evaluated += a.Total - reused
 		b.figures.ledger += entry.Tokens.Evaluated
 	}
 	if want := VerdictOf(a.Total, reused); entry.Verdict == want {
 		b.right++
-	} else {
+	} else if !b.silent {
 		b.t.Logf("request %d: %v (%s), is %v: total %d, reused %d, told %+v, expected %d", b.requests, entry.Verdict, entry.Reason, want, a.Total, reused, entry.Tokens, entry.Expected)
 	}
 	b.reasons[entry.Reason]++
@@ -166,14 +179,21 @@ func (b *bench) chat(opts string, messages ...msg) string {
 	return text
 }
 
-// check holds the estimates to what issue 10 asks for.
+// check holds the estimates to what issue 10 asks for, on a quiet machine: at most 5 % wrong, at most
+// 5 % unknown.
 func (b *bench) check(name string) {
 	b.t.Helper()
-	b.t.Logf("%s: %d requests, %d evaluated, estimated %d (%+.1f %%), %d classified right, reasons %v",
-		name, b.requests, b.evaluated, b.figures.ledger, 100*b.off(), b.right, b.reasons)
-	if b.unknown > 0 || b.off() > 0.05 || b.off() < -0.05 || b.right*100 < b.requests*95 {
-		b.t.Errorf("%s: %d unknown, %+.1f %% off, %d of %d right", name, b.unknown, 100*b.off(), b.right, b.requests)
+	b.t.Logf("%s: %d requests, %d unknown; of the others %d evaluated, estimated %d (%+.1f %%), %d classified right, reasons %v",
+		name, b.requests, b.unknown, b.evaluated, b.figures.ledger, 100*b.off(), b.right, b.reasons)
+	if !b.honest() || b.unknown*100 > b.requests*5 {
+		b.t.Errorf("%s: %d of %d unknown, %+.1f %% off, %d of %d right",
+			name, b.unknown, b.requests, 100*b.off(), b.right, b.told())
 	}
+}
+
+// honest reports whether what is told is right: the sum of tokens and the verdicts within 5 %.
+func (f figures) honest() bool {
+	return f.off() <= 0.05 && f.off() >= -0.05 && f.right*100 >= f.told()*95
 }
 
 var vocabulary = strings.Fields("the candidate has five years of experience with distributed systems, SQL and Kubernetes; prefers remote work. Score: 1-10 {\"id\": 17, \"name\": \"Ada\"} and explain why in one sentence please")

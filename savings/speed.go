@@ -1,6 +1,7 @@
 package savings
 
 import (
+	"cmp"
 	"math"
 	"math/bits"
 	"slices"
@@ -18,19 +19,27 @@ type speed struct {
 // cell has the evaluations of about as many tokens of prompts about as long.
 type cell struct {
 	n, total int // powers of two
-	last     [8]float64
+	last     [8]pace
 	count    int
 }
 
-type sample struct{ total, ms float64 }
+// pace is how fast one evaluation went. The answer's tokens, generated right after it, tell how busy
+// the machine was, whatever was reused.
+type pace struct {
+	perToken float64 // ms
+	decode   float64 // ms for each token of the answer; 0: not known
+}
+
+type sample struct{ total, ms, decode float64 }
 
 // few is by how many tokens' time every evaluation takes longer, before the shape of the curve is learned.
 const few = 30
 
 func (s *speed) known() bool { return len(s.cells) > 0 }
 
-// add learns from an evaluation of n tokens of a prompt.
-func (s *speed) add(n, total int, ms float64) {
+// add learns from an evaluation of n tokens of a prompt, whose answer's tokens took decode ms each
+// (0: not known).
+func (s *speed) add(n, total int, ms, decode float64) {
 	if n < 1 || ms <= 0 {
 		return
 	}
@@ -41,23 +50,24 @@ func (s *speed) add(n, total int, ms float64) {
 		s.cells = append(s.cells, at)
 	}
 	c := &s.cells[i]
-	c.last[c.count%len(c.last)] = ms / float64(n+few)
+	c.last[c.count%len(c.last)] = pace{ms / float64(n+few), decode}
 	c.count++
 }
 
-// fast returns a low quartile of the cell's values.
-func (c *cell) fast() float64 {
+// fast returns a low quartile of the cell's evaluations.
+func (c *cell) fast() pace {
 	last := c.last
 	kept := last[:min(c.count, len(last))]
-	slices.Sort(kept)
+	slices.SortFunc(kept, func(a, b pace) int { return cmp.Compare(a.perToken, b.perToken) })
 	return kept[len(kept)/4]
 }
 
-// predict returns how many ms the evaluation of n tokens of a prompt takes; 0 if nothing is learned.
-func (s *speed) predict(n, total int) float64 {
+// predict returns how many ms the evaluation of n tokens of a prompt takes, and how many each token of
+// the answer took when that was learned; 0 where nothing is learned.
+func (s *speed) predict(n, total int) (ms, decode float64) {
 	const wide = 0.7 // of the kernel, in powers of two; the prompt's length matters half as much
 	x, y := math.Log2(float64(n)+0.5), math.Log2(float64(total)+0.5)
-	var sum, weights float64
+	var evals, decodes kernel
 	nearest := math.Inf(1)
 	for _, c := range s.cells {
 		nearest = min(nearest, square(x-float64(c.n)+0.5)+square(y-float64(c.total)+0.5)/4)
@@ -66,19 +76,35 @@ func (s *speed) predict(n, total int) float64 {
 		c := &s.cells[i]
 		d := square(x-float64(c.n)+0.5) + square(y-float64(c.total)+0.5)/4
 		w := math.Exp(-(d - nearest) / (2 * wide * wide))
-		sum += w * math.Log(c.fast())
-		weights += w
+		fast := c.fast()
+		evals.add(w, fast.perToken)
+		decodes.add(w, fast.decode)
 	}
-	if weights == 0 {
+	return evals.mean() * float64(n+few), decodes.mean()
+}
+
+// kernel is a weighted geometric mean. What is 0 does not count.
+type kernel struct{ sum, weights float64 }
+
+func (k *kernel) add(weight, v float64) {
+	if v > 0 {
+		k.sum += weight * math.Log(v)
+		k.weights += weight
+	}
+}
+
+func (k *kernel) mean() float64 {
+	if k.weights == 0 {
 		return 0
 	}
-	return math.Exp(sum/weights) * float64(n+few)
+	return math.Exp(k.sum / k.weights)
 }
 
 // perToken returns the time of each of many tokens in a prompt of so many, in ms; 0 if nothing is learned.
 func (s *speed) perToken(total int) float64 {
 	n := max(total, 1)
-	return s.predict(n, n) / float64(n)
+	ms, _ := s.predict(n, n)
+	return ms / float64(n)
 }
 
 func square(x float64) float64 { return x * x }

@@ -6,13 +6,17 @@ import (
 	"testing"
 )
 
-// machine makes how much longer evaluations take than they would on a machine that does nothing else.
+// machine makes how much longer evaluations take than they would on a machine that does nothing
+// else.
 type machine func(r *rand.Rand) func() (prompt, answer float64)
 
 // scatter returns a factor of 1 or more, log-normal to the slow side.
-func scatter(r *rand.Rand, sigma float64) float64 { return math.Exp(math.Abs(r.NormFloat64()) * sigma) }
+func scatter(r *rand.Rand, sigma float64) float64 {
+	return math.Exp(math.Abs(r.NormFloat64()) * sigma)
+}
 
-// scattered is slowed down anew for each request, its prompt and its answer alike but for what is their own.
+// scattered is slowed down anew for each request, its prompt and its answer alike but for what is
+// their own.
 func scattered(common, own float64) machine {
 	return func(r *rand.Rand) func() (prompt, answer float64) {
 		return func() (prompt, answer float64) {
@@ -22,7 +26,8 @@ func scattered(common, own float64) machine {
 	}
 }
 
-// bursts is quiet and busy in turn, each for up to so many requests; busy means 2 to 20 times slower.
+// bursts is quiet and busy in turn, each for up to so many requests; busy means 2 to 20 times
+// slower.
 func bursts(most int) machine {
 	return func(r *rand.Rand) func() (prompt, answer float64) {
 		left, f := 1+r.IntN(most), 1.0
@@ -76,8 +81,8 @@ func (m machine) misleading() machine {
 	}
 }
 
-// TestBusy: whatever other work does to the times, the estimator is right in what it tells, and does not
-// call everything unknown.
+// TestBusy: whatever other work does to the times, the estimator is right in what it tells, and
+// does not call everything unknown.
 func TestBusy(t *testing.T) {
 	for _, c := range []struct {
 		name    string
@@ -115,10 +120,13 @@ func TestBusy(t *testing.T) {
 					all.add(b.figures)
 				}
 			}
-			t.Logf("%d requests, %.1f %% unknown; of the others %.1f %% classified right, tokens %+.1f %% off", all.requests,
-				100*float64(all.unknown)/float64(all.requests), 100*float64(all.right)/float64(all.told()), 100*all.off())
-			if float64(all.told()-all.right) > c.wrong*float64(all.told()) || math.Abs(all.off()) > c.wrong {
-				t.Errorf("%d of %d verdicts right, tokens %+.1f %% off", all.right, all.told(), 100*all.off())
+			share := func(n, of int) float64 { return 100 * float64(n) / float64(of) }
+			t.Logf("%d requests, %.1f %% unknown; of the others %.1f %% right, tokens %+.1f %% off",
+				all.requests, share(all.unknown, all.requests), share(all.right, all.told()), 100*all.off())
+			wrong := float64(all.told()-all.right) / float64(all.told())
+			if wrong > c.wrong || math.Abs(all.off()) > c.wrong {
+				t.Errorf("%d of %d verdicts right, tokens %+.1f %% off, want at most %.0f %% wrong",
+					all.right, all.told(), 100*all.off(), 100*c.wrong)
 			}
 			if float64(all.unknown) > c.unknown*float64(all.requests) {
 				t.Errorf("%d of %d unknown, want at most %.0f %%", all.unknown, all.requests, 100*c.unknown)

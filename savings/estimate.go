@@ -15,8 +15,8 @@ type guess struct {
 }
 
 const (
-	// enough is how probable a verdict must be to be told. Machines that are busy leave few requests
-	// in between: 0.85 and 0.95 tell about as many.
+	// enough is how probable a verdict must be to be told. From 0.8 on it makes little difference:
+	// most are either clear or in great doubt.
 	enough = 0.9
 	// certain is how probable a verdict must be to be learned from. Lower, the first mistakes on a
 	// busy machine make the next ones more probable.
@@ -28,14 +28,15 @@ const (
 // estimate infers how many tokens were reused, or says that it cannot.
 //
 // Each prompt that the engine saw lately, and that the new one has a beginning in common with, is a
-// candidate for what was reused, beside nothing at all. The time that the evaluation took tells which
-// of them it was: a candidate predicts it from the tokens left to evaluate and the speed that was
-// learned. Slots and host caches need not be known: the prior is how often a prompt was still warm
-// after so many others, which is learned, too.
+// candidate for what was reused, beside nothing at all. The time that the evaluation took tells
+// which of them it was: a candidate predicts it from the tokens left to evaluate and the speed that
+// was learned. Slots and host caches need not be known: the prior is how often a prompt was still
+// warm after so many others, which is learned, too.
 //
 // A time is no proof. Nothing makes a machine faster than it can be, so a short time is strong
-// evidence for a hit; but other work can make any hit take as long as a cold prompt, so a long time is
-// weak evidence against one. The figure is told only if its verdict is probable enough after all.
+// evidence for a hit; but other work can make any hit take as long as a cold prompt, so a long time
+// is weak evidence against one. The figure is told only if its verdict is probable enough after
+// all.
 func (e *engine) estimate(r *Request, o Outcome, loaded bool) guess {
 	if o.Total == 0 {
 		return guess{}
@@ -79,21 +80,30 @@ func (e *engine) estimate(r *Request, o Outcome, loaded bool) guess {
 	if ev.ms == 0 {
 		return g
 	}
-	e.observe(ev, list, chances, g.sure)
-	if least, _ := e.guessed.predict(o.Total-g.reused, o.Total); !e.fresh && ev.ms < least/2 {
-		// It took less than all that is known to be in common explains: the engine holds what was sent by others, or aborted.
-		n := max(int(ev.ms/e.guessed.perToken(o.Total)), 1)
-		g.reused, g.known, g.sure = max(g.reused, o.Total-n), true, false
+	d, idle := e.deviation(ev, o.Total-g.reused), 0.0
+	if d.told {
+		idle = min(0, d.busier) // the speed was learned on a busier machine
 	}
+	if e.fresh || d.slower-idle > -math.Ln2 {
+		e.observe(ev, list, chances, g.sure)
+		return g
+	}
+	// It took less than all that is known to be in common explains: the engine holds what was sent by
+	// others, or aborted.
+	n := max(int(ev.ms/(e.guessed.perToken(o.Total)*math.Exp(idle))), 1)
+	g.reused, g.sure = max(g.reused, o.Total-n), false
+	g.known = d.told || e.busy.jitter() < math.Ln2
 	return g
 }
 
-// distinct leaves out candidates that say about the same as an earlier one that was seen more lately.
+// distinct leaves out candidates that say about the same as an earlier one that was seen more
+// lately.
 func distinct(list []candidate, total int) []candidate {
 	const most = 12
 	var kept []candidate
 	for _, c := range list {
-		if i := slices.IndexFunc(kept, func(k candidate) bool { return abs(k.tokens-c.tokens)*50 <= total }); i < 0 {
+		same := func(k candidate) bool { return abs(k.tokens-c.tokens)*50 <= total }
+		if i := slices.IndexFunc(kept, same); i < 0 {
 			if len(kept) < most {
 				kept = append(kept, c)
 			}
@@ -143,7 +153,7 @@ func (r *Request) decode(o Outcome) float64 {
 // weigh returns how probable each candidate is. The list is sorted, the most tokens first, and ends
 // with none.
 func (e *engine) weigh(ev evidence, list []candidate, old bool) []float64 {
-	const foreign = 0.01 // how often something that the ledger knows nothing of made all of it cold, at least
+	const foreign = 0.01 // how often all of it is cold for a reason unknown to the ledger, at least
 	chances := make([]float64, len(list))
 	colder, sum := 1.0, 0.0 // colder: that all before were cold; the most that is warm is reused
 	for i, c := range list {
@@ -168,7 +178,7 @@ func (e *engine) weigh(ev evidence, list []candidate, old bool) []float64 {
 // logarithms are natural.
 type deviation struct {
 	slower float64 // log of the time over the learned one
-	busier float64 // log by how much slower the machine should be, by the answer's tokens or else lately
+	busier float64 // log of how much slower the machine is, by the answer's tokens or else lately
 	told   bool    // by the answer's tokens
 	spread float64 // log of the longest time that is explained over the shortest
 }
@@ -178,7 +188,7 @@ func (e *engine) deviation(ev evidence, evaluated int) deviation {
 	most := least + e.guessed.perToken(ev.total)*ev.beside // what was evaluated in the same batches
 	d := deviation{busier: e.busy.lately, spread: math.Log(most / least)}
 	if ev.decode > 0 && decode > 0 {
-		d.busier, d.told = min(max(math.Log(ev.decode/decode), -2), 3), true
+		d.busier, d.told = believed(math.Log(ev.decode/decode)), true
 	}
 	switch {
 	case ev.ms < least:
@@ -189,24 +199,29 @@ func (e *engine) deviation(ev evidence, evaluated int) deviation {
 	return d
 }
 
+// believed bounds the log of how many times slower a machine is: a single absurd time must not undo
+// what is known.
+func believed(slower float64) float64 { return min(max(slower, -2), 3) }
+
 // likelihood returns how probable the evidence is if so many tokens were evaluated, as a density of
-// the logarithm of the time. It is a mixture: the machine is as fast as ever, or as busy as it seems
-// to be now, or has a burst of other work, of any strength. The shares and widths fit what was measured
-// on a quiet machine, beside stress-ng, and beside bursts of it; half or twice of them make little
-// difference.
+// the logarithm of the time. It is a mixture: the machine is as fast as ever, or as busy as it
+// seems to be now, or has a burst of other work, of any strength. The shares and widths fit what
+// real servers did on a quiet machine, beside stress-ng, and beside bursts of it; a third more or
+// less of them makes little difference (TestBusy).
 func (e *engine) likelihood(ev evidence, evaluated int) float64 {
 	const (
-		faster = 0.02 // share of times shorter than possible: what was learned, was so from a busy machine
+		faster = 0.02 // share of times too short: the speed was learned on a busier machine
 		long   = 1.5  // mean of the log of how many times a burst slows down
 	)
 	d, scatter := e.deviation(ev, evaluated), e.busy.scatter()
-	// The answer's tokens tell what the machine is doing now; what it did lately tells less, the less the
-	// more that changes.
+	// The answer's tokens tell what the machine is doing now; what it did lately tells less, the
+	// less the more that changes.
 	now, burst, width := 0.65, 0.1, 0.35+0.25*math.Abs(d.busier)
 	if !d.told {
 		now, burst, width = 0.3, min(0.1+0.4*e.busy.jitter(), 0.6), width+0.3
 	}
-	p := (1-now-burst-faster)*lopsided(d.slower, 0.3, scatter) + now*lopsided(d.slower-d.busier, width, max(width, scatter))
+	p := (1 - now - burst - faster) * lopsided(d.slower, 0.3, scatter)
+	p += now * lopsided(d.slower-d.busier, width, max(width, scatter))
 	if over := d.slower - max(0, d.busier); over >= 0 {
 		p += burst * math.Exp(-over/long) / long
 	} else if d.slower < 0 {
@@ -224,7 +239,8 @@ func lopsided(x, below, above float64) float64 {
 	return math.Exp(-square(x/sigma)/2) / ((below + above) * math.Sqrt(math.Pi/2))
 }
 
-// busyness is what is known of how much other work slows the machine down. The zero value knows nothing.
+// busyness is what is known of how much other work slows the machine down. The zero value knows
+// nothing.
 type busyness struct {
 	above  mean    // squares of by how much times were longer than explained, in natural logarithms
 	lately float64 // log of how many times slower than learned the last evaluations were
@@ -234,19 +250,19 @@ type busyness struct {
 
 // scatter returns how far above what is explained times are.
 func (b *busyness) scatter() float64 {
-	const usual, samples = 0.4, 8 // on a machine that is not busy, and for how many samples that counts
+	const usual, samples = 0.4, 8 // of a quiet machine, and how many samples that counts for
 	n := float64(b.above.n)
 	return math.Sqrt((samples*square(usual) + n*b.above.v) / (samples + n))
 }
 
-// jitter returns how much the machine's speed changes from one request to another, as the deviation of
-// a natural logarithm.
+// jitter returns how much the machine's speed changes from one request to another, as the deviation
+// of a natural logarithm.
 func (b *busyness) jitter() float64 {
 	return math.Sqrt(max(0, b.squares.v-square(b.level.v)))
 }
 
-// observe takes in how busy the machine was. Every request counts, each of its candidates as much as it
-// is probable: those that are in doubt are the ones that show that times scatter.
+// observe takes in how busy the machine was. Every request counts, each of its candidates as much
+// as it is probable: those that are in doubt are the ones that show that times scatter.
 func (e *engine) observe(ev evidence, list []candidate, chances []float64, sure bool) {
 	var above, busy float64
 	told := false
@@ -259,6 +275,7 @@ func (e *engine) observe(ev evidence, list []candidate, chances []float64, sure 
 			busy += chances[i] * d.slower
 		}
 	}
+	busy = believed(busy)
 	e.busy.above.add(min(above, 4))
 	e.busy.level.add(busy)
 	e.busy.squares.add(square(busy))

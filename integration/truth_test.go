@@ -72,7 +72,10 @@ func compareTruth(t *testing.T, server *realollama.Server, p *proxyProcess, w wo
 		before = past[len(past)-1].ID
 	}
 	mark := server.Mark()
-	u := newUser(t.Context(), p.URL, w)
+	u := newUser(t.Context(), p.URL, w, func(n int) error {
+		_, err := server.WaitEvaluations(t.Context(), mark, n)
+		return err
+	})
 	if err := w.run(u); err != nil {
 		t.Fatalf("%s: %v", w.name, err)
 	}

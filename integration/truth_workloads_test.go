@@ -195,6 +195,11 @@ func completionRaw(u *user) error {
 func numCtx(u *user) error {
 	system := u.rubric(700)
 	for _, n := range []int{2048, 4096, 4096, 2048, 2048, 4096} {
+		// Other options end the engine, and with it what it has not written to the log yet: on a busy
+		// machine it answers first and writes later.
+		if err := u.logged(len(u.asked)); err != nil {
+			return err
+		}
 		u.options = map[string]any{"num_ctx": n}
 		if _, err := u.chat(false, message{"system", system}, message{"user", u.ticket()}); err != nil {
 			return err
@@ -244,6 +249,7 @@ type user struct {
 	model   string
 	options map[string]any // beside the usual ones, or instead of them; native endpoints only
 	asked   []asked
+	logged  func(n int) error // waits until the server's log tells of n prompts
 }
 
 // asked is a request that was answered.
@@ -253,8 +259,8 @@ type asked struct {
 	total    int // the prompt's tokens, as the answer tells
 }
 
-func newUser(ctx context.Context, base string, w workload) *user {
-	return &user{author: newAuthor(w.name, 0), ctx: ctx, base: base, model: w.model}
+func newUser(ctx context.Context, base string, w workload, logged func(n int) error) *user {
+	return &user{author: newAuthor(w.name, 0), ctx: ctx, base: base, model: w.model, logged: logged}
 }
 
 type message struct {
@@ -267,7 +273,7 @@ func (u *user) together(n int, run func(i int, u *user) error) error {
 	users, errs := make([]*user, n), make([]error, n)
 	var group sync.WaitGroup
 	for i := range n {
-		users[i] = &user{author: newAuthor(u.name, uint64(i)), client: i, ctx: u.ctx, base: u.base, model: u.model, options: u.options}
+		users[i] = &user{author: newAuthor(u.name, uint64(i)), client: i, ctx: u.ctx, base: u.base, model: u.model, options: u.options, logged: u.logged}
 		group.Go(func() { errs[i] = run(i, users[i]) })
 	}
 	group.Wait()

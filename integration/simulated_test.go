@@ -202,12 +202,13 @@ func compareSimulated(t *testing.T, real *realollama.Server, sim *ollamasim.Serv
 	w.run(func(prompt string, numCtx int) string {
 		status, _, text := post(t, real.URL()+"/api/generate", string(body(requests, prompt, numCtx)))
 		requests++
+		// The next request may load the model anew, which ends an engine that may not have logged yet.
+		if _, err := real.WaitEvaluations(t.Context(), mark, requests); err != nil {
+			t.Fatal(err)
+		}
 		return answer(status, []byte(text))
 	})
-	log, err := real.WaitEvaluations(t.Context(), mark, requests)
-	if err != nil {
-		t.Fatal(err)
-	}
+	log := real.Evaluations(mark)
 	simMark, n := sim.Mark(), 0
 	w.run(func(prompt string, numCtx int) string {
 		rec := httptest.NewRecorder()

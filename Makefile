@@ -28,7 +28,7 @@ demo: ## real Ollama, a small model, a Python client: with and without the proxy
 test: servers ## all tests, on real Ollama servers and with real clients too
 	@echo "the packages' own tests (2 to 3 min on 2 cores) …"
 	$(TEST_PACKAGES) $$($(GO) list ./... | grep -v /integration)
-	@echo "the tests on real Ollama servers (about 10 min on 2 cores) …"
+	@echo "the tests on real Ollama servers (10 to 13 min on 2 cores) …"
 	$(TEST_EACH) -p 1 ./integration/...
 
 # What the engine's build can change, on the engine built from its source rather than on the ready one.

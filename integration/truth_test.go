@@ -16,13 +16,14 @@ const (
 	truthError = 0.05 // of the evaluated tokens of the requests that have a figure, at most
 	truthRight = 0.95 // of the verdicts that are given, at least
 
-	// The estimator may say unknown where times do not tell. On a quiet machine they do: no more than
-	// this part of the requests may be unknown where evaluation times scatter by no more than
-	// truthQuiet: see scatter. With nothing but this test on two cores of a shared machine they
-	// scattered by up to 2.4; beside stress-ng that is as busy all the time by 2.9, beside bursts of it
-	// by 5.9.
-	truthUnknown = 0.10
-	truthQuiet   = 2.5
+	// The estimator may say unknown where times do not tell. On a quiet machine they do: of the requests
+	// that were alone on their server, no more than this part may be unknown where evaluation times
+	// scatter by no more than truthQuiet: see scatter. (The time of one that was not alone holds the
+	// evaluations of others.) With nothing but this test on two cores of a shared machine 4 % were
+	// unknown where times scattered by 1.9, and they scattered by up to 2.4; beside stress-ng that is as
+	// busy all the time by 2.9, beside bursts of it by 5.9.
+	truthUnknown = 0.15
+	truthQuiet   = 2.0
 )
 
 // TestTruth holds the ledger's figures, and those of its estimator, to the server's own log, which
@@ -42,10 +43,9 @@ func TestTruth(t *testing.T) {
 					p := startProxy(t, server.URL(), "--slots", "off") // four requests at once are four at once
 					for _, w := range at.workloads {
 						c := compareTruth(t, server, p, w)
-						if at.config.Parallel < 2 { // else a time holds others' evaluations
-							all.pace(at.name+w.model, c.paces)
+						if all.add(c); at.config.Parallel < 2 {
+							all.pace(at.name+w.model, c)
 						}
-						all.add(c)
 						fmt.Fprintln(&table, c.row(at.name+" "+w.name))
 					}
 				})
@@ -55,9 +55,9 @@ func TestTruth(t *testing.T) {
 			if all.requests == 0 {
 				return // every place has failed, and said why
 			}
-			t.Logf("evaluation times scatter by %.1f (a quiet machine's by at most %.1f); "+
-				"the estimator calls %d of %d requests unknown",
-				all.scatter(), truthQuiet, all.requests-all.estimate.known, all.requests)
+			t.Logf("evaluation times scatter by %.1f (judged up to %.1f); the estimator calls %d of the %d "+
+				"requests unknown that were alone",
+				all.scatter(), truthQuiet, all.lone.requests-all.lone.estimate, all.lone.requests)
 			for _, complaint := range all.judge() {
 				t.Error(complaint)
 			}
@@ -216,8 +216,10 @@ type comparison struct {
 	// paces has, for each request whose evaluation's time is told and long enough, the log of the ms
 	// for each token that the server's log says was evaluated.
 	paces []float64
-	// byModel has the paces of several workloads, by model and place.
+	// byModel has the paces of several workloads, by model and place, and lone counts their requests:
+	// those that were alone on their server, and those of them that have a figure.
 	byModel map[string][]float64
+	lone    struct{ requests, ledger, estimate int }
 }
 
 const (
@@ -262,12 +264,15 @@ func (c *comparison) add(d comparison) {
 	c.estimate.add(d.estimate)
 }
 
-// pace adds how fast one model evaluated in one place.
-func (c *comparison) pace(model string, paces []float64) {
+// pace adds how fast one model evaluated in one place, where its requests were alone.
+func (c *comparison) pace(model string, d comparison) {
 	if c.byModel == nil {
 		c.byModel = map[string][]float64{}
 	}
-	c.byModel[model] = append(c.byModel[model], paces...)
+	c.byModel[model] = append(c.byModel[model], d.paces...)
+	c.lone.requests += d.requests
+	c.lone.ledger += d.ledger.known
+	c.lone.estimate += d.estimate.known
 }
 
 // scatter is how many times longer a token took in the slowest twentieth of the evaluations than in
@@ -297,7 +302,8 @@ func (c comparison) judge() (complaints []string) {
 	for _, view := range []struct {
 		name string
 		account
-	}{{"the ledger", c.ledger}, {"the estimator", c.estimate}} {
+		lone int
+	}{{"the ledger", c.ledger, c.lone.ledger}, {"the estimator", c.estimate, c.lone.estimate}} {
 		if e := view.wrong(); !(math.Abs(e) <= truthError) {
 			complain("%s is off by %.1f%% of the tokens that were evaluated, want at most %.0f%%",
 				view.name, 100*e, 100*truthError)
@@ -306,10 +312,10 @@ func (c comparison) judge() (complaints []string) {
 			complain("%s classified %.1f%% of %d requests right, want at least %.0f%%",
 				view.name, 100*share, view.known, 100*truthRight)
 		}
-		unknown := float64(c.requests-view.known) / float64(c.requests)
+		unknown := float64(c.lone.requests-view.lone) / float64(c.lone.requests)
 		if scatter := c.scatter(); scatter <= truthQuiet && !(unknown <= truthUnknown) {
-			complain("%s calls %.1f%% of the requests unknown, want at most %.0f%%: times scatter by no "+
-				"more than %.1f", view.name, 100*unknown, 100*truthUnknown, scatter)
+			complain("%s calls %.1f%% of the requests unknown that were alone, want at most %.0f%%: times "+
+				"scatter by no more than %.1f", view.name, 100*unknown, 100*truthUnknown, scatter)
 		}
 	}
 	return complaints
@@ -338,13 +344,16 @@ func TestTruthJudge(t *testing.T) {
 		{"off", account{95, 1060, 1000, 95}, busy, "off by 6.0%"},
 		{"too few", account{95, 940, 1000, 95}, quiet, "off by -6.0%"},
 		{"wrong verdicts", account{95, 1000, 1000, 89}, busy, "classified 93.7% of 95"},
-		{"unknown on a quiet machine", account{85, 1000, 1000, 85}, quiet, "calls 15.0%"},
+		{"unknown on a quiet machine", account{80, 1000, 1000, 80}, quiet, "calls 20.0%"},
 		{"unknown on a busy machine", account{50, 1000, 1000, 50}, busy, ""},
-		{"no times, so nothing that excuses", account{85, 1000, 1000, 85}, nil, "calls 15.0%"},
+		{"no times, so nothing that excuses", account{80, 1000, 1000, 80}, nil, "calls 20.0%"},
 		{"always unknown, busy", account{}, busy, "off by NaN%"},
 	} {
-		all := comparison{requests: 100, ledger: account{100, 1000, 1000, 100}, estimate: c.estimate}
-		all.pace("m", c.paces)
+		one := comparison{
+			requests: 100, paces: c.paces, ledger: account{100, 1000, 1000, 100}, estimate: c.estimate,
+		}
+		all := one
+		all.pace("m", one)
 		got := strings.Join(all.judge(), "; ")
 		if (got == "") != (c.want == "") || !strings.Contains(got, c.want) ||
 			strings.Contains(got, "the ledger") {

@@ -252,7 +252,7 @@ func (b *bench) cool(ctx context.Context) error {
 		for _, l := range loaded {
 			if slices.ContainsFunc(b.Models, func(m string) bool { return upstream.ModelKey(m) == upstream.ModelKey(l.Name) }) {
 				left++
-				if err := b.server.Keep(ctx, l.Name, 0, false); err != nil {
+				if err := b.server.Keep(ctx, l.Name, 0, false, nil, nil); err != nil {
 					return fmt.Errorf("unloading %s: %w", l.Name, err)
 				}
 			}

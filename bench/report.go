@@ -363,10 +363,11 @@ type Memory struct {
 // memory works out, from what /api/show tells, what a token of context takes.
 func (b *bench) memory(ctx context.Context, model string) Memory {
 	m := Memory{Model: model}
-	info, err := b.server.Info(ctx, model)
+	show, err := b.server.Show(ctx, model)
 	if err != nil {
 		return m // nothing depends on it
 	}
+	info := show.ModelInfo
 	arch, _ := info["general.architecture"].(string)
 	get := func(key string) int {
 		n, _ := info[arch+"."+key].(float64)

@@ -2,13 +2,14 @@ package prefix
 
 import (
 	"fmt"
+	"slices"
 	"strconv"
 )
 
 // Options are the runner options that a request states: those with which a model is loaded, so that a request with other
 // ones makes Ollama load it again. The zero value states none. It is comparable.
 type Options struct {
-	Model  string // upstream.ModelKey
+	Model  string // upstream.ModelKey; for package runners, what stands for its weights
 	set    uint16
 	values [numOptions]int64
 }
@@ -59,6 +60,68 @@ func (o Options) value(i int) string {
 		return strconv.FormatBool(o.values[i] != 0)
 	}
 	return strconv.FormatInt(o.values[i], 10)
+}
+
+// Set states the option with this name, whose value is text as a Modelfile has it. false: it is no
+// runner option, or that is no value.
+func (o *Options) Set(name, text string) bool {
+	i := slices.Index(optionNames[:shift], name)
+	if i < 0 {
+		return false
+	}
+	return o.parse(i, text)
+}
+
+// parse takes in an option's value: a number, true or false. A negative num_gpu means any.
+func (o *Options) parse(i int, text string) bool {
+	switch text {
+	case "true":
+		o.put(i, 1)
+	case "false":
+		o.put(i, 0)
+	default:
+		v, err := strconv.ParseFloat(text, 64)
+		if err != nil {
+			return false
+		}
+		if o.put(i, int64(v)); i == numGPU && v < 0 {
+			o.drop(i)
+		}
+	}
+	return true
+}
+
+// Over returns the options with those that they do not state as in defaults. The model stays.
+func (o Options) Over(defaults Options) Options {
+	for i := range o.values {
+		if defaults.set&^o.set&(1<<i) != 0 {
+			o.put(i, defaults.values[i])
+		}
+	}
+	return o
+}
+
+// Request returns what a request has to have to state the same: its options, and its shift.
+func (o Options) Request() (options map[string]any, shifts *bool) {
+	for i, name := range optionNames {
+		if o.set&(1<<i) == 0 {
+			continue
+		}
+		var value any = o.values[i]
+		switch i {
+		case shift:
+			on := o.values[i] != 0
+			shifts = &on
+			continue
+		case useMMap:
+			value = o.values[i] != 0
+		}
+		if options == nil {
+			options = map[string]any{}
+		}
+		options[name] = value
+	}
+	return options, shifts
 }
 
 func (o *Options) drop(i int) {

@@ -256,20 +256,11 @@ func (o *Options) read(object []byte) {
 			if string(name) != optionNames[i] {
 				continue
 			}
-			switch {
-			case string(value) == "true":
-				o.put(i, 1)
-			case string(value) == "false":
-				o.put(i, 0)
-			case string(value) == "null":
+			if string(value) == "null" {
 				o.drop(i)
-			default:
-				if v, err := strconv.ParseFloat(string(value), 64); err == nil {
-					if o.put(i, int64(v)); i == numGPU && v < 0 {
-						o.drop(i)
-					}
-				}
+				continue
 			}
+			o.parse(i, string(value)) // what is no value is as if it were not there
 		}
 	}
 }

@@ -1,7 +1,6 @@
 package proxy
 
 import (
-	"context"
 	"maps"
 	"net/http"
 	"slices"
@@ -10,6 +9,7 @@ import (
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/runners"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
@@ -25,14 +25,17 @@ const (
 	shownRequests = 100 // entries that the page shows unless told otherwise
 	excerptHead   = 300 // bytes of a body that an excerpt begins with …
 	excerptTail   = 100 // … and ends with
-	traitsQueue   = 64  // models whose traits wait to be asked for
-	traitsTimeout = 10 * time.Second
 )
 
 // account reads the chain of a request whose body has been read.
 func (h *Handler) account(ex *exchange) {
-	if h.Ledger == nil || ex.prompt == prefix.None || ex.body == nil || !h.exists(ex.key) {
+	if h.Ledger == nil || ex.prompt == prefix.None || ex.body == nil {
 		return
+	}
+	if !h.exists(ex.key) {
+		if h.refresh(); !h.exists(ex.key) { // it may have been made just now, past the proxy
+			return
+		}
 	}
 	chain := h.prefixes.ReadMembers(ex.prompt, ex.key, ex.body.data, ex.fields.members, ex.fields.long)
 	ex.chain, ex.dialect = &chain, ex.route.answer // on its own: the ledger keeps it for longer than the exchange
@@ -54,12 +57,17 @@ func (h *Handler) exists(model string) bool {
 
 // accounted ends it.
 func (h *Handler) accounted(ex *exchange) {
+	end := runners.Outcome{
+		Refused:  ex.Status >= 300 || ex.Outcome == Unreachable,
+		Accepted: ex.Status >= 200 && ex.Status < 300, Unload: ex.use.unloads() && ex.Outcome == OK,
+	}
 	if ex.spend == nil {
+		ex.run.End(time.Now(), end)
 		ex.free(savings.Answer{})
 		return
 	}
 	o := savings.Outcome{
-		OK: ex.Outcome == OK, Refused: ex.Status >= 300 || ex.Outcome == Unreachable,
+		OK: ex.Outcome == OK, Refused: end.Refused,
 		Counted:  ex.dialect == savings.Native && ex.answer != nil,
 		Duration: ex.Duration - ex.sent, Endpoint: ex.Endpoint, Excerpt: ex.excerpt,
 	}
@@ -71,22 +79,38 @@ func (h *Handler) accounted(ex *exchange) {
 		defer ex.answer.Release()
 	}
 	ex.attached(o.Answer)
+	end.Load, end.Unload = o.Load, end.Unload || o.DoneReason == "unload"
+	o.Ending = ex.run.End(time.Now(), end)
 	if entry, ok := ex.spend.End(time.Now(), o); ok {
 		ex.Savings = &entry
 	}
 	ex.free(o.Answer)
-	if ex.use.unloads() && ex.Outcome == OK {
-		h.lose(ex.up, ex.key, savings.LostUnloaded)
+}
+
+// changed takes in what has changed of what a server holds.
+func (h *Handler) changed(b *backend, e runners.Event) {
+	switch e.Kind {
+	case runners.Loaded:
+		b.Changed() // /api/ps tells what that was loaded beside, and what in place of
+	case runners.Replaced:
+		if b.Changed(); e.Listed {
+			h.lose(b, e, savings.LostReloaded)
+		}
+	case runners.Unloaded:
+		h.lose(b, e, savings.LostUnloaded)
+	case runners.Restarted:
+		h.lose(b, e, savings.LostRestart)
 	}
 }
 
-// lose tells that what a model held on a server is gone; an empty one means all.
-func (h *Handler) lose(b *backend, model string, why savings.Lost) {
+// lose tells that what a model held on a server is gone.
+func (h *Handler) lose(b *backend, e runners.Event, why savings.Lost) {
 	if h.Ledger != nil {
-		h.Ledger.Lose(b.index, model, why)
+		h.Ledger.Lose(b.index, e.Weights, why)
 	}
-	if h.Lanes != nil {
-		h.Lanes.Cool(b.index, model)
+	// What /api/ps does not list any more the scheduler sees by itself, and what took its place.
+	if h.Lanes != nil && !(e.Listed && e.Kind == runners.Unloaded) {
+		h.Lanes.Cool(b.index, e.Weights)
 	}
 }
 
@@ -111,11 +135,8 @@ func (ex *exchange) tell(header http.Header) {
 	header.Set(headerExpected, expected)
 }
 
-// polledLedger tells the ledger what a poll of a server found.
-func (h *Handler) polledLedger(b *backend, st upstream.State) {
-	if h.Ledger == nil {
-		return
-	}
+// polledBooks tells what a poll of a server found to all that keep books of it.
+func (h *Handler) polledBooks(b *backend, st upstream.State) {
 	if !st.Up {
 		return // what was known of it holds for the requests that are still under way
 	}
@@ -125,69 +146,20 @@ func (h *Handler) polledLedger(b *backend, st upstream.State) {
 		h.Lanes.SetLongestMatch(up.Index, up.Old)
 	}
 	if st.Restarted {
-		h.lose(b, "", savings.LostRestart)
+		b.runners.Restarted()
 		h.forgetContexts(st.Models)
 	}
 	h.forgetContexts(st.Replaced)
 	for _, model := range st.Replaced {
-		h.lose(b, model, savings.LostReplaced)
-		put(b.traits.replaced, model)
+		if h.Ledger != nil {
+			h.Ledger.Forget(b.index, model)
+		}
+		b.runners.Unloaded(model)
 	}
 	if st.LoadedKnown {
-		loaded := make(map[string]int, len(st.Loaded))
-		for _, l := range st.Loaded {
-			loaded[upstream.ModelKey(l.Name)] = l.ContextLength
-		}
-		h.Ledger.Loaded(up.Index, loaded, st.Polled)
+		b.runners.Listed(st.Loaded, st.Polled)
 		if h.Lanes != nil {
-			h.Lanes.SetLoaded(up.Index, slices.Collect(maps.Keys(loaded)))
-		}
-	}
-}
-
-// traits are the models of which it is to be found out whether their attention has a sliding window. Only Ollama before
-// 0.30 is asked, in the background and once per model.
-type traits struct {
-	wanted, replaced chan string
-}
-
-func newTraits() traits {
-	return traits{make(chan string, traitsQueue), make(chan string, traitsQueue)}
-}
-
-// put never waits: what finds no room is wanted again by the model's next request.
-func put(queue chan string, model string) {
-	select {
-	case queue <- model:
-	default:
-	}
-}
-
-// runTraits asks a server until ctx ends.
-func (h *Handler) runTraits(ctx context.Context, b *backend) {
-	asked := map[string]bool{}
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case model := <-b.traits.replaced:
-			delete(asked, model)
-		case model := <-b.traits.wanted:
-			if asked[model] {
-				continue
-			}
-			if len(asked) >= residencyModels {
-				clear(asked)
-			}
-			asking, cancel := context.WithTimeout(ctx, traitsTimeout)
-			sliding, err := b.SlidingWindow(asking, model)
-			cancel()
-			if err != nil {
-				h.Log.Debug("a model's sliding window is not known", "model", model, "err", err)
-				continue // asked again with the next request
-			}
-			asked[model] = true
-			h.Ledger.Sliding(b.index, model, sliding)
+			h.Lanes.SetLoaded(up.Index, slices.Collect(maps.Keys(b.runners.ByWeights(st.Loaded))), st.Polled)
 		}
 	}
 }
@@ -218,6 +190,7 @@ type requestEntry struct {
 	Detail   string          `json:"detail,omitempty"`
 
 	Truncated bool    `json:"probably_truncated,omitempty"`
+	Broken    bool    `json:"broken_off,omitempty"` // the answer did not come to its end
 	Loaded    bool    `json:"loaded_model,omitempty"`
 	Generated int     `json:"generated_tokens,omitempty"`
 	Load      float64 `json:"load_ms"`
@@ -244,7 +217,7 @@ func (h *Handler) requests(n int) requestsPage {
 			ID: e.ID, At: e.At, Endpoint: e.Endpoint, Model: upstream.DisplayName(e.Model), Upstream: e.Upstream,
 			Prefix: savings.PrefixString(e.Prefix), Messages: e.Messages,
 			Basis: e.Basis, Tokens: promptTokens{Total: e.Total}, Estimate: e.Estimate, Verdict: e.Verdict, Reason: e.Reason, Detail: e.Detail,
-			Truncated: e.Truncated, Loaded: e.Loaded, Generated: e.Generated,
+			Truncated: e.Truncated, Broken: e.Broken, Loaded: e.Loaded, Generated: e.Generated,
 			Load: ms(e.Load), Queue: ms(e.Queue), Prompt: ms(e.Prompt), Eval: ms(e.Eval),
 			EstimatedSavedMS: ms(e.SavedEvaluation + e.SavedLoading), Excerpt: e.Excerpt,
 		}

@@ -26,19 +26,21 @@ func (h *Handler) render(ctx context.Context, body []byte) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	list, err := h.backends[0].Loaded(ctx)
+	b := h.backends[0]
+	list, err := b.Loaded(ctx)
 	if err != nil {
 		return "", attach.ErrNotLoaded // nobody knows
 	}
-	if _, ok := byKey(list)[upstream.ModelKey(f.model)]; !ok {
+	if _, ok := b.loaded(list, upstream.ModelKey(f.model)); !ok {
 		return "", attach.ErrNotLoaded
 	}
-	return h.backends[0].Render(ctx, body)
+	return b.Render(ctx, body)
 }
 
 // contextLength returns with how many tokens of context the model is loaded, as of the last poll; 0 if that is not known.
 func (h *Handler) contextLength(model string) int {
-	return byKey(h.backends[0].State().Loaded)[model].ContextLength
+	l, _ := h.backends[0].loaded(h.backends[0].State().Loaded, model)
+	return l.ContextLength
 }
 
 // attach replaces the body where it is sent with stored context, and ex.fields with what is in the one that is sent.

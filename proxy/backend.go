@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/runners"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
@@ -19,8 +20,8 @@ type backend struct {
 	*upstream.Server
 	index     uint16
 	books     atomic.Pointer[savings.Upstream] // what the ledger needs to know of it
+	runners   *runners.Book
 	residency *residency
-	traits    traits
 	draining  atomic.Bool
 	looped    atomic.Bool  // one of the proxy's own requests to it came back to the proxy
 	inFlight  atomic.Int64 // requests that were sent to it and have not ended
@@ -28,9 +29,10 @@ type backend struct {
 }
 
 func (h *Handler) newBackend(index int, s *upstream.Server) *backend {
-	b := &backend{Server: s, index: uint16(index), traits: newTraits()}
+	b := &backend{Server: s, index: uint16(index)}
 	b.books.Store(&savings.Upstream{Name: s.Name, Index: b.index})
-	b.residency = newResidency(s, h.KeepAlive, h.Touched, h.Log)
+	b.runners = runners.New(s, func(e runners.Event) { h.changed(b, e) })
+	b.residency = newResidency(s, b.runners, h.KeepAlive, h.Touched, h.Log)
 	b.residency.always = h.NoTouch
 	return b
 }
@@ -54,8 +56,7 @@ func (h *Handler) Polled(s *upstream.Server, st upstream.State) {
 			b.looped.Store(false)
 		}
 		h.available(b)
-		b.residency.polled(st)
-		h.polledLedger(b, st)
+		h.polledBooks(b, st)
 	}
 }
 
@@ -188,7 +189,9 @@ func (h *Handler) refresh() {
 // pick chooses a server for a request that needs no lane: one that has its model loaded, then the one with the least to do.
 func pick(list []*backend, model string) *backend {
 	better := func(a, b *backend) int {
-		if al, bl := a.State().Holds(model), b.State().Holds(model); al != bl && model != "" {
+		_, al := a.loaded(a.State().Loaded, model)
+		_, bl := b.loaded(b.State().Loaded, model)
+		if al != bl && model != "" {
 			if al {
 				return -1
 			}
@@ -211,24 +214,39 @@ func (h *Handler) begin(ex *exchange) {
 	case ex.reads == readsNative:
 		b.Used()
 		var hold Hold
-		ex.use, ex.KeepAlive, hold = b.residency.beginNative(ex.key, ex.fields.model, ex.embed, ex.options(), ex.fields)
+		ex.run = b.runners.Begin(time.Now(), b.wanted(ex.key, ex.options()))
+		ex.use, ex.KeepAlive, hold = b.residency.beginNative(ex.run, ex.fields.model, ex.embed, ex.options(), ex.fields)
 		ex.edit = edit{}
 		if hold != (Hold{}) {
 			ex.edit = ex.fields.splice(hold)
 		}
 	case ex.reads == readsForeign:
-		if b.Used(); !h.NoTouch {
-			ex.use = b.residency.beginForeign(ex.key, ex.fields.model, ex.embed)
+		b.Used()
+		stated := ex.options()
+		if stated == nil {
+			stated = &prefix.Options{} // no dialect but Ollama's own can state any
+		}
+		ex.run = b.runners.Begin(time.Now(), b.wanted(ex.key, stated))
+		if !h.NoTouch {
+			ex.use = b.residency.beginForeign(ex.run, ex.fields.model, ex.embed, stated)
 		}
 	}
 	if ex.chain == nil {
 		return
 	}
-	books := b.books.Load()
-	ex.spend, ex.sent = h.Ledger.Begin(time.Now(), *books, ex.chain), time.Since(ex.start)
-	if books.Old {
-		put(b.traits.wanted, ex.chain.Runner.Model)
-	}
+	ex.spend, ex.sent = h.Ledger.Begin(time.Now(), *b.books.Load(), ex.chain, ex.run), time.Since(ex.start)
+}
+
+// wanted returns what a request needs loaded that names a model, by its key, and states these options;
+// nil: they are not known. A server may be asked once what the name stands for.
+func (b *backend) wanted(key string, stated *prefix.Options) runners.Wanted {
+	return b.runners.Wanted(key, b.State().Digests[key], stated)
+}
+
+// loaded returns the model (its key) as it is in a list of what is loaded, under whatever name.
+func (b *backend) loaded(list []upstream.Loaded, model string) (upstream.Loaded, bool) {
+	l, ok := b.runners.ByWeights(list)[b.runners.Weights(model)]
+	return l, ok
 }
 
 // runsHere reports whether the request names a model that no remote service runs.
@@ -248,6 +266,8 @@ func (ex *exchange) retract() {
 	ex.began = false
 	ex.use.end()
 	ex.use = use{}
+	ex.run.End(time.Now(), runners.Outcome{Refused: true})
+	ex.run = nil
 	ex.spend.End(time.Now(), savings.Outcome{Refused: true})
 	ex.spend = nil
 	ex.grant.Release(schedule.Result{}) // not sent
@@ -269,15 +289,17 @@ func (h *Handler) unloadElsewhere(ctx context.Context, ex *exchange) chan struct
 			continue
 		}
 		wg.Go(func() {
-			u, _, _ := b.residency.beginNative(key, f.model, false, nil, f)
+			run := b.runners.Begin(time.Now(), b.wanted(key, nil))
+			u, _, _ := b.residency.beginNative(run, f.model, false, nil, f)
 			defer u.end()
 			b.Used()
-			if err := b.residency.touch(ctx, f.model, 0, false); err != nil {
+			if err := b.residency.touch(ctx, f.model, 0, false, prefix.Options{}); err != nil {
 				h.Log.Warn("a model could not be unloaded", "upstream", b.Name, "model", f.model, "err", err)
+				run.End(time.Now(), runners.Outcome{Refused: true})
 				return
 			}
 			u.answer()
-			h.lose(b, key, savings.LostUnloaded)
+			run.End(time.Now(), runners.Outcome{Accepted: true, Unload: true})
 		})
 	}
 	done := make(chan struct{})

@@ -11,6 +11,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/runners"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
@@ -18,6 +20,7 @@ import (
 type fakeKeeper struct {
 	mu      sync.Mutex
 	expires map[string]time.Time // of the loaded models, by name as /api/ps spells it; guarded by mu
+	context map[string]int       // … their contexts, where a test says; guarded by mu
 	busy    map[string]bool      // served for somebody else too: a keep_alive does not show yet; guarded by mu
 	keeps   []string             // "model duration [embed]"; guarded by mu
 	loads   []string             // models that a Keep has loaded; guarded by mu
@@ -28,7 +31,7 @@ type fakeKeeper struct {
 }
 
 func newFakeKeeper() *fakeKeeper {
-	return &fakeKeeper{expires: map[string]time.Time{}, busy: map[string]bool{}}
+	return &fakeKeeper{expires: map[string]time.Time{}, context: map[string]int{}, busy: map[string]bool{}}
 }
 
 func (k *fakeKeeper) Loaded(context.Context) ([]upstream.Loaded, error) {
@@ -41,19 +44,22 @@ func (k *fakeKeeper) Loaded(context.Context) ([]upstream.Loaded, error) {
 	var list []upstream.Loaded
 	for name, at := range k.expires {
 		if at.After(time.Now()) || k.busy[name] {
-			list = append(list, upstream.Loaded{Name: name, ExpiresAt: at})
+			list = append(list, upstream.Loaded{Name: name, ExpiresAt: at, ContextLength: k.context[name]})
 		}
 	}
 	return list, nil
 }
 
-func (k *fakeKeeper) Keep(ctx context.Context, model string, d time.Duration, embedding bool) error {
+func (k *fakeKeeper) Keep(ctx context.Context, model string, d time.Duration, embedding bool, options map[string]any, _ *bool) error {
 	text := fmt.Sprint(model, " ", d)
 	if d == upstream.Forever {
 		text = model + " forever"
 	}
 	if embedding {
 		text += " embed"
+	}
+	if n := options["num_ctx"]; n != nil {
+		text += fmt.Sprint(" num_ctx ", n)
 	}
 	k.mu.Lock()
 	k.keeps = append(k.keeps, text)
@@ -119,6 +125,8 @@ type bed struct {
 	k *fakeKeeper
 	r *residency
 	p KeepAlive
+
+	book *runners.Book
 }
 
 // inBed runs a test in a bubble, whose clock is fake.
@@ -126,7 +134,8 @@ func inBed(t *testing.T, p KeepAlive, test func(b *bed)) {
 	synctest.Test(t, func(t *testing.T) {
 		k := newFakeKeeper()
 		b := &bed{t: t, k: k, p: p}
-		b.r = newResidency(k, p, func(string, error) {}, slog.New(slog.DiscardHandler))
+		b.book = runners.New(nil, nil)
+		b.r = newResidency(k, b.book, p, func(string, error) {}, slog.New(slog.DiscardHandler))
 		ctx, cancel := context.WithCancel(t.Context())
 		var wg sync.WaitGroup
 		wg.Go(func() { b.r.run(ctx) }) // ends with cancel
@@ -139,9 +148,45 @@ func inBed(t *testing.T, p KeepAlive, test func(b *bed)) {
 	})
 }
 
+// request is one that was sent to the server.
+type sentRequest struct {
+	use
+	run *runners.Request
+}
+
+func (q sentRequest) answer() {
+	q.run.Answered()
+	q.use.answer()
+}
+
+func (q sentRequest) end() {
+	q.use.end()
+	q.run.End(time.Now(), runners.Outcome{Accepted: true, Unload: q.unloads()})
+}
+
+// refused ends a request that the server did not accept.
+func (q sentRequest) refused() {
+	q.use.end()
+	q.run.End(time.Now(), runners.Outcome{Refused: true})
+}
+
+// beginForeign begins a request that cannot carry keep_alive.
+func beginForeign(r *residency, model string, embed bool) sentRequest {
+	stated := &prefix.Options{}
+	run := r.runners.Begin(time.Now(), r.runners.Wanted(upstream.ModelKey(model), "", stated))
+	return sentRequest{r.beginForeign(run, model, embed, stated), run}
+}
+
+// beginNative begins a native one, which states these options; nil: they are not known.
+func beginNative(r *residency, model string, stated *prefix.Options, f fields) (sentRequest, string, Hold) {
+	run := r.runners.Begin(time.Now(), r.runners.Wanted(upstream.ModelKey(model), "", stated))
+	u, did, hold := r.beginNative(run, model, false, stated, f)
+	return sentRequest{u, run}, did, hold
+}
+
 // foreign serves one request of d that cannot carry keep_alive; it loads the model.
 func (b *bed) foreign(model string, d time.Duration) {
-	u := b.r.beginForeign(upstream.ModelKey(model), model, false)
+	u := beginForeign(b.r, model, false)
 	b.k.load(model)
 	b.k.mu.Lock()
 	b.k.expires[model] = later(b.k.expires[model], time.Now())
@@ -162,7 +207,7 @@ func (b *bed) native(model, keepAlive string) {
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	u, _, hold := b.r.beginNative(upstream.ModelKey(model), model, false, nil, f)
+	u, _, hold := beginNative(b.r, model, nil, f)
 	d := f.duration
 	if hold != (Hold{}) {
 		d = hold.Duration

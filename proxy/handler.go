@@ -23,6 +23,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/attach"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/jsonscan"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/runners"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
@@ -156,6 +157,7 @@ type exchange struct {
 	tried     []*backend    // to which it was sent in vain
 	inbound   *http.Request // as it was given to the forwarder
 	edit      edit
+	run       *runners.Request // nil where it needs no model loaded here
 	use       use
 
 	chain   *prefix.Chain
@@ -239,14 +241,10 @@ func (h *Handler) Init() {
 	}
 }
 
-// Run does what the handler does in the background until ctx ends: it keeps models loaded, and asks for what the ledger
-// needs to know of them.
+// Run does what the handler does in the background until ctx ends: it keeps models loaded.
 func (h *Handler) Run(ctx context.Context) {
 	var wg sync.WaitGroup
 	for _, b := range h.backends {
-		if h.Ledger != nil {
-			wg.Go(func() { h.runTraits(ctx, b) })
-		}
 		wg.Go(func() { b.residency.run(ctx) })
 	}
 	if h.attacher != nil {
@@ -471,6 +469,7 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 	ex := res.Request.Context().Value(exchangeKey{}).(*exchange)
 	ex.unloaded()
 	if ex.Status = res.StatusCode; ex.Status < 300 {
+		ex.run.Answered()
 		ex.use.answer()
 	}
 	setCORS(res.Header, ex.origin)

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 )
@@ -72,7 +73,7 @@ func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refus
 	}
 	began, priority := time.Now(), priorityOf(r)
 	grant, err := h.Lanes.Acquire(r.Context(), schedule.Request{
-		Runner: schedule.Runner{Upstream: upstreams[0], Options: ex.chain.Runner}, Upstreams: upstreams,
+		Runner: schedule.Runner{Upstream: upstreams[0], Options: h.runner(ex, list)}, Upstreams: upstreams,
 		Links: ex.chain.Links, Client: h.clientOf(r), Priority: priority, Arrived: ex.start,
 	})
 	ex.Waited, ex.Priority = ex.Waited+time.Since(began), priority.String()
@@ -88,6 +89,18 @@ func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refus
 		return &refusal{http.StatusServiceUnavailable, "ollama-cacheproxy is stopping; try again when it is back"}
 	}
 	return &refusal{http.StatusServiceUnavailable, "the request was given up while it waited: " + err.Error()} // the client has left
+}
+
+// runner returns what the request needs loaded, as the scheduler is to tell runners apart. Servers that
+// have other weights under one name are told apart by that name, as if each model had but one.
+func (h *Handler) runner(ex *exchange, list []*backend) prefix.Options {
+	o := list[0].wanted(ex.key, &ex.chain.Runner).Options
+	for _, b := range list[1:] {
+		if b.wanted(ex.key, &ex.chain.Runner).Options != o {
+			return ex.chain.Runner
+		}
+	}
+	return o
 }
 
 func priorityOf(r *http.Request) schedule.Priority {

@@ -4,31 +4,40 @@ import (
 	"context"
 	"log/slog"
 	"net/http"
-	"slices"
 	"sync"
 	"time"
 
 	"github.com/hashicorp/golang-lru/v2/simplelru"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/runners"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
 // keeper is what residency needs of a server: *upstream.Server.
 type keeper interface {
 	Loaded(ctx context.Context) ([]upstream.Loaded, error)
-	Keep(ctx context.Context, model string, d time.Duration, embedding bool) error
+	Keep(ctx context.Context, model string, d time.Duration, embedding bool,
+		options map[string]any, shift *bool) error
 }
 
-// residency keeps loaded the models that are used through /v1 and /v1/messages, whose requests cannot carry keep_alive.
-// It sends one empty native request per model and load, and only for a model that is loaded: it never brings one back
-// that was evicted or unloaded. Native requests that need not carry keep_alive, since the model is held, are the same. It also remembers the longest keep_alive that a client asked for.
+// residency keeps loaded the models that are used through /v1 and /v1/messages, whose requests cannot
+// carry keep_alive. It sends one empty native request per model and load: a touch. Native requests
+// that need not carry keep_alive, since the model is held, are the same. It also remembers the longest
+// keep_alive that a client asked for.
 //
-// A model is touched as soon as a request of its is answered, or while one runs for long. From then on its expiry is
-// judged, once it has been idle for a moment (while a request runs, and just after, /api/ps tells an old one): it is
-// held if it expires no earlier than the last keep_alive sent for it implies.
+// A touch never loads a model, as far as can be told: it is sent only while /api/ps lists the model,
+// with the context length that was seen after the proxy's own requests, and it states the options of
+// the last of those. And it follows a request of the proxy's clients: what others, who use Ollama
+// directly, do to the model later is not undone.
+//
+// A model is touched as soon as a request of its is answered, or while one runs for long. From then on
+// its expiry is judged once the model has been idle for a moment after a request (while one runs, and
+// just after, /api/ps tells an old one): it is held if it expires no earlier than the last keep_alive
+// sent for it implies.
 type residency struct {
 	upstream keeper
+	runners  *runners.Book
 	keep     KeepAlive
 	always   bool // put keep_alive into every request that has none: nothing else holds a model
 	touched  func(model string, err error)
@@ -36,28 +45,32 @@ type residency struct {
 	wake     chan struct{} // holds one
 
 	mu     sync.Mutex
-	models *simplelru.LRU[string, *residence] // by upstream.ModelKey; guarded by mu
+	models *simplelru.LRU[string, *residence] // by weights, as package runners has them; guarded by mu
 }
 
 // residence is what is known of one model. Guarded by residency.mu.
 type residence struct {
-	name     string // as a client spelled it last
-	inFlight int
-	asks     map[prefix.Options]int // of the native ones in flight, as far as their options are known
-	began    time.Time              // when the first of the requests in flight began
-	ended    time.Time              // when a request last ended
-	answered bool                   // a request without keep_alive has been answered: the model is loaded, and nothing is known to hold it
-	served   bool                   // a request was answered since the load began: it is loaded
-	checked  time.Time              // when /api/ps was last looked at for this model
-	longest  time.Duration          // the longest keep_alive that a client asked for since the load
-	foreign  bool                   // used through a dialect without keep_alive since it was last unloaded
-	embed    bool                   // … and last for embeddings
-	unloaded bool                   // a client asked to unload it, and nobody has used it since
-	pending  bool                   // to be judged when it has been idle for idleDelay
-	keptAt   time.Time              // when the keep_alive in force was sent; zero if none is known for this load
-	keptFor  time.Duration          // that keep_alive
-	options  prefix.Options         // of the request that it was sent with; the zero value if they are not known
-	quiet    time.Time              // no touch before
+	key, name string // as it was asked for last
+	embed     bool   // … and that it was for embeddings
+	inFlight  int
+	began     time.Time // when the first of the requests in flight began
+	ended     time.Time // when a request last ended
+
+	stated      prefix.Options // that the last request stated that was answered …
+	statedKnown bool           // … if they are known
+	context     int            // tokens, as /api/ps told of a load with those; 0: not known
+
+	foreign  bool      // used without keep_alive since it was last unloaded
+	answered bool      // a request without keep_alive was answered: it is loaded, and nothing is known to hold it
+	pending  bool      // to be judged when it has been idle for idleDelay
+	unloaded bool      // a client asked to unload it, and nobody has used it since
+	checked  time.Time // when /api/ps was last looked at for this model
+	quiet    time.Time // no touch before, since one was refused
+
+	longest time.Duration  // the longest keep_alive that a client asked for since the load
+	keptAt  time.Time      // when the keep_alive in force was sent; zero if none is known for this load
+	keptFor time.Duration  // that keep_alive
+	options prefix.Options // with which the model was held; the zero value if they are not known
 }
 
 const (
@@ -70,111 +83,94 @@ const (
 	expirySlack     = 5 * time.Second // Date headers count whole seconds
 )
 
-func newResidency(up keeper, keep KeepAlive, touched func(string, error), log *slog.Logger) *residency {
+func newResidency(up keeper, book *runners.Book, keep KeepAlive, touched func(string, error), log *slog.Logger) *residency {
 	models, err := simplelru.NewLRU[string, *residence](residencyModels, nil)
 	if err != nil {
 		panic(err) // the size is positive
 	}
-	return &residency{upstream: up, keep: keep, touched: touched, log: log, wake: make(chan struct{}, 1), models: models}
+	return &residency{upstream: up, runners: book, keep: keep, touched: touched, log: log, wake: make(chan struct{}, 1), models: models}
 }
 
 // get returns the model's residence, made if need be. r.mu must be held.
-func (r *residency) get(key string) *residence {
-	m, ok := r.models.Get(key)
+func (r *residency) get(weights string) *residence {
+	m, ok := r.models.Get(weights)
 	if !ok {
 		m = &residence{}
-		r.models.Add(key, m)
+		r.models.Add(weights, m)
 	}
 	return m
 }
 
 // use is one request's hold on a model's residence. The zero use does nothing.
 type use struct {
-	r *residency
-	m *residence
+	r      *residency
+	m      *residence
+	run    *runners.Request
+	stated *prefix.Options // that the request states; nil: not known
 
 	// Of a native request, what becomes true when the upstream accepts it.
+	native   bool
 	began    time.Time
 	set      bool          // it states a keep_alive of its own …
 	duration time.Duration // … which is this
 	sent     Hold          // what went upstream in place of that, or of none; zero if nothing did
-	options  *prefix.Options
+}
+
+// begin notes that a request is sent, which is run for package runners. r.mu must be held.
+func (r *residency) begin(run *runners.Request, name string, embed bool, stated *prefix.Options) use {
+	m := r.get(run.Options.Model)
+	m.key, m.name, m.embed = run.Name, name, embed
+	now := time.Now()
+	if since := run.Since(); m.keptAt.Before(since) {
+		m.gone() // that load has ended
+	}
+	if m.inFlight == 0 && !m.keptAt.IsZero() && now.Sub(later(m.ended, m.keptAt)) > m.keptFor {
+		m.gone() // its keep_alive has run out, whether or not anybody saw it end
+		run.Expired(now)
+	}
+	if m.inFlight++; m.inFlight == 1 {
+		m.began = now
+	}
+	return use{r: r, m: m, run: run, stated: stated, began: now}
 }
 
 // beginForeign notes a request that cannot carry keep_alive.
-func (r *residency) beginForeign(key, name string, embed bool) use {
+func (r *residency) beginForeign(run *runners.Request, name string, embed bool, stated *prefix.Options) use {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	m := r.get(key)
-	m.name, m.foreign, m.embed, m.unloaded = name, true, embed, false
-	m.begin()
-	if m.keptAt.IsZero() {
+	u := r.begin(run, name, embed, stated)
+	if u.m.foreign, u.m.unloaded = true, false; u.m.keptAt.IsZero() {
 		r.nudge()
 	}
-	return use{r: r, m: m}
+	return u
 }
 
-// beginNative notes a native request and decides about its keep_alive: see KeepAlive.decide. options are those with which
-// it has the model loaded; nil: not known.
+// beginNative notes a native request and decides about its keep_alive: see KeepAlive.decide.
 //
 // What is held already is not held again: a request that waits in Ollama for a loaded model to make room would wait until
 // every keep_alive that comes meanwhile has run out (Ollama, server/sched.go: it ends the unload that is pending). Whether the
 // model is still held is judged as for requests that cannot carry keep_alive. For the same reason it is not held while a request in
 // flight may wait like that; a later one holds it.
-func (r *residency) beginNative(key, name string, embed bool, options *prefix.Options, f fields) (use, string, Hold) {
+func (r *residency) beginNative(run *runners.Request, name string, embed bool, stated *prefix.Options, f fields) (use, string, Hold) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	m := r.get(key)
-	m.name = name
-	m.begin()
-	did, hold := r.keep.decide(r.keep.floor(key, m.longest), f)
-	if did == didInject && !r.always && options != nil && !m.keptAt.IsZero() && m.keptFor >= hold.Duration && m.options == *options {
-		did, hold = didHold, Hold{}
-		m.foreign, m.embed = true, embed
-	}
+	u := r.begin(run, name, embed, stated)
+	m := u.m
+	did, hold := r.keep.decide(r.keep.floor(m.key, m.longest), f)
 	if did == didInject && !r.always {
 		switch {
-		case m.mixed(options):
-			// Which of them is loaded in the end is not known. The next one that is alone holds it; a touch would load the model with its default options.
+		case run.Known && !m.keptAt.IsZero() && m.keptFor >= hold.Duration && m.options == run.Options:
+			did, hold = didHold, Hold{}
+			m.foreign = true
+		case run.Mixed():
+			// Which of them is loaded in the end is not known. The next one that is alone holds it.
 			did, hold, m.keptAt, m.foreign = didSpare, Hold{}, time.Time{}, false
-		case m.inFlight > 1 && r.loads(m):
+		case run.Beside():
 			did, hold = didSpare, Hold{}
 		}
 	}
-	if options != nil {
-		if m.asks == nil {
-			m.asks = map[prefix.Options]int{}
-		}
-		m.asks[*options]++
-	}
-	return use{r: r, m: m, began: time.Now(), set: f.keepAlive == keepAliveSet, duration: f.duration, sent: hold, options: options}, did, hold
-}
-
-// mixed reports whether requests with other options are in flight: one of them may wait in Ollama for what others use to make room.
-func (m *residence) mixed(options *prefix.Options) bool {
-	for o := range m.asks {
-		if options == nil || o != *options {
-			return true
-		}
-	}
-	return false
-}
-
-// loads reports whether a request in flight may have to load another model, and wait in Ollama for this one to make room. r.mu must be held.
-func (r *residency) loads(but *residence) bool {
-	return slices.ContainsFunc(r.models.Values(), func(m *residence) bool { return m != but && m.inFlight > 0 && !m.served })
-}
-
-// begin notes the begin of a request. A load whose keep_alive has run out since the last one is over, whether or not
-// anybody saw it end.
-func (m *residence) begin() {
-	now := time.Now()
-	if m.inFlight == 0 && !m.keptAt.IsZero() && now.Sub(later(m.ended, m.keptAt)) > m.keptFor {
-		m.gone()
-	}
-	if m.inFlight++; m.inFlight == 1 {
-		m.began = now
-	}
+	u.native, u.set, u.duration, u.sent = true, f.keepAlive == keepAliveSet, f.duration, hold
+	return u, did, hold
 }
 
 // answer says that the upstream has accepted the request: only now does what it asks for hold.
@@ -184,28 +180,32 @@ func (u use) answer() {
 	}
 	u.r.mu.Lock()
 	defer u.r.mu.Unlock()
-	u.m.served = true
-	switch m := u.m; {
-	case u.began.IsZero(): // not native
+	m := u.m
+	if u.unloads() {
+		*m = residence{key: m.key, name: m.name, inFlight: m.inFlight, began: m.began, unloaded: true}
+		return
+	}
+	if m.statedKnown = u.stated != nil; m.statedKnown && m.stated != *u.stated {
+		m.stated, m.context = *u.stated, 0
+	}
+	if !u.native {
 		if m.keptAt.IsZero() {
 			m.answered, m.checked = true, time.Time{}
 			u.r.nudge()
 		}
-	case u.set && u.duration == 0:
-		*m = residence{name: m.name, inFlight: m.inFlight, asks: m.asks, began: m.began, unloaded: true}
-	default:
-		if m.unloaded = false; u.set {
-			m.longest = max(m.longest, u.duration)
-			m.keptAt, m.keptFor = u.began, u.duration // the client's own value wins
-		}
-		sent := u.sent != (Hold{}) && !m.mixed(u.options)
-		if sent {
-			m.keptAt, m.keptFor = u.began, u.sent.Duration
-		}
-		if u.set || sent {
-			if m.options = (prefix.Options{}); u.options != nil {
-				m.options = *u.options
-			}
+		return
+	}
+	if m.unloaded = false; u.set {
+		m.longest = max(m.longest, u.duration)
+		m.keptAt, m.keptFor = u.began, u.duration // the client's own value wins
+	}
+	sent := u.sent != (Hold{}) && !u.run.Mixed()
+	if sent {
+		m.keptAt, m.keptFor = u.began, u.sent.Duration
+	}
+	if u.set || sent {
+		if m.options = (prefix.Options{}); u.run.Known {
+			m.options = u.run.Options
 		}
 	}
 }
@@ -221,11 +221,6 @@ func (u use) end() {
 	u.r.mu.Lock()
 	defer u.r.mu.Unlock()
 	u.m.inFlight--
-	if o := u.options; o != nil {
-		if u.m.asks[*o]--; u.m.asks[*o] == 0 {
-			delete(u.m.asks, *o)
-		}
-	}
 	u.m.ended = time.Now()
 	if u.m.inFlight == 0 && u.m.foreign && !u.m.unloaded {
 		u.m.pending = true
@@ -240,33 +235,20 @@ func (r *residency) nudge() {
 	}
 }
 
-// polled takes in what a poll of the upstream found.
-func (r *residency) polled(st upstream.State) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if st.Up && !st.Restarted && !st.LoadedKnown {
-		return
-	}
-	loaded := byKey(st.Loaded)
-	for _, key := range r.models.Keys() {
-		m, _ := r.models.Peek(key)
-		if _, ok := loaded[key]; !st.Up || !ok && m.inFlight == 0 && m.ended.Before(st.Polled) {
-			m.gone()
-		}
-	}
-}
-
 // gone forgets what held for the load that ended.
 func (m *residence) gone() {
-	m.keptAt, m.longest, m.answered, m.served, m.quiet = time.Time{}, 0, false, false, time.Time{}
+	m.keptAt, m.longest, m.answered, m.quiet = time.Time{}, 0, false, time.Time{}
 }
 
-func byKey(loaded []upstream.Loaded) map[string]upstream.Loaded {
-	byKey := make(map[string]upstream.Loaded, len(loaded))
-	for _, l := range loaded {
-		byKey[upstream.ModelKey(l.Name)] = l
+// changed reports whether the model is loaded otherwise than the proxy's clients had it loaded: a touch,
+// which states what they stated, would load it anew.
+func (m *residence) changed(l upstream.Loaded) bool {
+	was := m.context
+	m.context = l.ContextLength
+	if stated := m.stated.NumCtx(); was == 0 {
+		was = stated // the model may have been made for less: seen once more, that is its context
 	}
-	return byKey
+	return was != 0 && l.ContextLength != 0 && was != l.ContextLength
 }
 
 // run keeps models loaded until ctx ends.
@@ -326,17 +308,18 @@ func (r *residency) check(ctx context.Context) {
 	looking, cancel := context.WithTimeout(ctx, loadedTimeout)
 	list, err := r.upstream.Loaded(looking)
 	cancel()
-	loaded := byKey(list)
+	loaded := r.runners.ByWeights(list)
 
 	type touch struct {
-		key, name string
-		d         time.Duration
-		embed     bool
+		weights, name string
+		d             time.Duration
+		embed         bool
+		stated        prefix.Options
 	}
 	var touches []touch
 	r.mu.Lock()
-	for _, key := range r.models.Keys() {
-		m, _ := r.models.Peek(key)
+	for _, weights := range r.models.Keys() {
+		m, _ := r.models.Peek(weights)
 		at, open := m.due()
 		if !open || at.After(now) {
 			continue
@@ -344,56 +327,60 @@ func (r *residency) check(ctx context.Context) {
 		if m.checked = now; err != nil {
 			continue // asked again after checkEvery; an upstream that is down is reported by its polls
 		}
-		want := r.keep.floor(key, m.longest)
-		l, isLoaded := loaded[key]
+		want := r.keep.floor(m.key, m.longest)
+		l, isLoaded := loaded[weights]
 		switch {
 		case want == Hold{}:
-			m.pending, m.keptAt = false, now // nothing is promised for this model
+			m.pending, m.answered, m.keptAt = false, false, now // nothing is promised for this model
 		case !isLoaded && m.inFlight > 0: // still loading, or waiting to
 		case !isLoaded:
 			m.pending = false
 			m.gone()
+		case m.changed(l) || !m.statedKnown:
+			m.pending, m.answered = false, false
 		case !m.keptAt.IsZero() && !l.ExpiresAt.Before(m.keptAt.Add(m.keptFor-min(expirySlack, m.keptFor/2))):
 			m.pending = false
 		default:
-			touches = append(touches, touch{key, m.name, want.Duration, m.embed})
+			touches = append(touches, touch{weights, m.name, want.Duration, m.embed, m.stated})
 		}
 	}
 	r.mu.Unlock()
 
 	for _, t := range touches {
 		sent := time.Now()
-		err := r.touch(ctx, t.name, t.d, t.embed)
+		err := r.touch(ctx, t.name, t.d, t.embed, t.stated)
 		if ctx.Err() != nil {
 			return
 		}
 		r.touched(t.name, err)
 		r.mu.Lock()
-		m := r.get(t.key)
+		m := r.get(t.weights)
 		unloaded := m.unloaded // while the touch was under way, which may have loaded the model again
-		m.quiet = time.Now().Add(touchPause)
 		switch {
 		case err != nil:
+			m.quiet = time.Now().Add(touchPause)
 			r.log.Warn("keep_alive could not be set", "model", t.name, "err", err)
 		case !unloaded:
-			m.keptAt, m.keptFor = sent, t.d
+			m.keptAt, m.keptFor, m.pending, m.answered = sent, t.d, false, false
 			r.log.Debug("keep_alive set", "model", t.name, "keep_alive", t.d)
 		}
 		r.mu.Unlock()
 		if unloaded {
 			again, cancel := context.WithTimeout(ctx, loadedTimeout)
-			r.upstream.Keep(again, t.name, 0, false) // refused or not, the client's unload has been repeated
+			r.upstream.Keep(again, t.name, 0, false, nil, nil) // refused or not, the client's unload has been repeated
 			cancel()
 		}
 	}
 }
 
-func (r *residency) touch(ctx context.Context, name string, d time.Duration, embed bool) error {
+// touch sets how long a model that is loaded stays loaded. stated are the options with which it is.
+func (r *residency) touch(ctx context.Context, name string, d time.Duration, embed bool, stated prefix.Options) error {
 	ctx, cancel := context.WithTimeout(ctx, touchTimeout)
 	defer cancel()
-	err := r.upstream.Keep(ctx, name, d, embed)
+	options, shift := stated.Request()
+	err := r.upstream.Keep(ctx, name, d, embed, options, shift)
 	if !embed && upstream.StatusCode(err) == http.StatusBadRequest {
-		err = r.upstream.Keep(ctx, name, d, true) // a model that can do nothing but embeddings
+		err = r.upstream.Keep(ctx, name, d, true, options, nil) // a model that can do nothing but embeddings
 	}
 	return err
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/ollama/ollama/api"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/runners"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
@@ -27,7 +28,7 @@ func TestTouchOncePerLoad(t *testing.T) {
 			t.Errorf("/api/ps is asked %d times while nothing happens", b.k.asked-asked)
 		}
 		for range 5 { // later requests of the same load: Ollama keeps what was set
-			u := b.r.beginForeign(upstream.ModelKey("M:latest"), "M:latest", false)
+			u := beginForeign(b.r, "M:latest", false)
 			u.answer()
 			time.Sleep(3 * time.Second)
 			b.k.loadFor("m", 24*time.Hour)
@@ -36,7 +37,7 @@ func TestTouchOncePerLoad(t *testing.T) {
 		}
 		// Evicted, which a poll notices, and loaded anew.
 		b.k.evict("m")
-		b.r.polled(upstream.State{Polled: time.Now(), Up: true, LoadedKnown: true})
+		b.book.Listed(nil, time.Now())
 		b.want(time.Hour)
 		b.foreign("m", time.Second)
 		b.want(time.Minute, "m 24h0m0s")
@@ -52,33 +53,21 @@ func TestTouchOncePerLoad(t *testing.T) {
 }
 
 func TestTouchAfterRestart(t *testing.T) {
-	for name, states := range map[string][]upstream.State{
-		"restarted between polls": {{Up: true, Restarted: true, LoadedKnown: true}},
-		"ps failed after it":      {{Up: true, Restarted: true}},
-		"seen down":               {{Err: errors.New("down")}, {Up: true, Restarted: true, LoadedKnown: true}},
-		"seen down only":          {{Err: errors.New("down")}},
-	} {
-		t.Run(name, func(t *testing.T) {
-			inBed(t, keep(t, "", "24h"), func(b *bed) {
-				b.foreign("m", time.Second)
-				b.want(time.Minute, "m 24h0m0s")
-				b.k.evict("m")
-				for _, st := range states {
-					st.Polled = time.Now()
-					b.r.polled(st)
-					b.want(5 * time.Second)
-				}
-				b.foreign("m", time.Second)
-				b.want(time.Minute, "m 24h0m0s")
-			})
-		})
-	}
+	inBed(t, keep(t, "", "24h"), func(b *bed) {
+		b.foreign("m", time.Second)
+		b.want(time.Minute, "m 24h0m0s")
+		b.k.evict("m")
+		b.book.Restarted()
+		b.want(5 * time.Second)
+		b.foreign("m", time.Second)
+		b.want(time.Minute, "m 24h0m0s")
+	})
 }
 
 func TestTouchLongRequest(t *testing.T) {
 	inBed(t, keep(t, "", "24h"), func(b *bed) {
 		// Loading takes its time: nothing is sent before the model is there.
-		u := b.r.beginForeign(upstream.ModelKey("m"), "m", false)
+		u := beginForeign(b.r, "m", false)
 		b.want(2 * time.Minute)
 		b.k.load("m")
 		b.k.mu.Lock()
@@ -103,9 +92,54 @@ func TestTouchBusyElsewhere(t *testing.T) {
 		b.foreign("m", time.Second)
 		time.Sleep(10 * time.Minute)
 		synctest.Wait()
-		if got := b.k.taken(); len(got) == 0 || len(got) > int(10*time.Minute/touchPause)+1 {
-			t.Errorf("%d touches in ten minutes of one load", len(got))
+		if got := b.k.taken(); len(got) == 0 || len(got) > 2 {
+			t.Errorf("%d touches in ten minutes after one request", len(got))
 		}
+	})
+}
+
+// TestTouchLoadsNothing: a touch states what the proxy's clients stated, and is not sent while somebody
+// who uses Ollama directly has the model loaded otherwise.
+func TestTouchLoadsNothing(t *testing.T) {
+	options := func(numCtx int) *prefix.Options {
+		o := prefix.NewReader().Read(prefix.Generate, "m", fmt.Appendf(nil, `{"options":{"num_ctx":%d}}`, numCtx)).Runner
+		return &o
+	}
+	use := func(b *bed, stated *prefix.Options, context int) { // and the hold that it is given comes to nothing
+		u, _, _ := beginNative(b.r, "m", stated, fields{})
+		b.k.load("m")
+		b.k.context["m"] = context
+		u.answer()
+		u.end()
+	}
+	inBed(t, keep(t, "", "24h"), func(b *bed) {
+		use(b, options(8192), 8192)
+		use(b, options(8192), 8192) // it is believed to be held, and is not
+		b.want(time.Minute, "m 24h0m0s num_ctx 8192")
+	})
+	inBed(t, keep(t, "", "24h"), func(b *bed) { // with 2048 tokens, by somebody else, before it is looked at
+		use(b, options(8192), 8192)
+		use(b, options(8192), 2048)
+		b.want(time.Hour)
+	})
+	inBed(t, keep(t, "", "24h"), func(b *bed) { // every 12 s, by somebody else, after a request through /v1
+		b.k.context["m"] = 4096
+		b.foreign("m", time.Second)
+		b.want(3*time.Second, "m 24h0m0s")
+		for range 10 {
+			b.k.context["m"] = 2048
+			b.k.load("m")
+			b.want(12 * time.Second)
+		}
+		u := beginForeign(b.r, "m", false) // its runner is replaced in a moment
+		u.answer()
+		u.end()
+		b.want(12 * time.Second)
+	})
+	inBed(t, keep(t, "", "24h"), func(b *bed) { // what a request stated is not known
+		use(b, options(8192), 8192)
+		use(b, nil, 8192)
+		b.want(time.Minute)
 	})
 }
 
@@ -115,14 +149,14 @@ func TestTouchNeverBringsBack(t *testing.T) {
 		"never there": func(b *bed) { b.k.evict("m") },
 		"evicted at once": func(b *bed) {
 			b.k.evict("m")
-			b.r.polled(upstream.State{Polled: time.Now(), Up: true, LoadedKnown: true})
+			b.book.Listed(nil, time.Now())
 		},
 		"unloaded by a client": func(b *bed) { b.native("m", "0") },
 		"unloaded as text":     func(b *bed) { b.native("M:latest", `"0s"`) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			inBed(t, keep(t, "", "24h"), func(b *bed) {
-				u := b.r.beginForeign(upstream.ModelKey("m"), "m", false) // refused or failed: never answered
+				u := beginForeign(b.r, "m", false) // refused or failed: never answered
 				b.k.load("m")
 				leave(b)
 				u.end()
@@ -142,7 +176,7 @@ func TestTouchAfterUnload(t *testing.T) {
 		b.want(time.Minute, "m 24h0m0s")
 	})
 	inBed(t, keep(t, "", "24h"), func(b *bed) { // unloaded while a request of another client runs
-		u := b.r.beginForeign(upstream.ModelKey("m"), "m", false)
+		u := beginForeign(b.r, "m", false)
 		b.k.load("m")
 		b.native("m", "0")
 		b.k.load("m") // Ollama unloads when the running request is over
@@ -216,7 +250,7 @@ func TestTouchRefused(t *testing.T) {
 
 func TestTouchEmbeddings(t *testing.T) {
 	inBed(t, keep(t, "", "24h"), func(b *bed) { // asked for embeddings
-		u := b.r.beginForeign(upstream.ModelKey("e"), "e", true)
+		u := beginForeign(b.r, "e", true)
 		b.k.load("e")
 		u.answer()
 		u.end()
@@ -258,7 +292,7 @@ func TestNativeNeedsNoTouch(t *testing.T) {
 // been loaded anew (F02, F03).
 func TestClientsOwnValueHolds(t *testing.T) {
 	use := func(b *bed, d time.Duration) { // a request through /v1 of the present load
-		u := b.r.beginForeign(upstream.ModelKey("m"), "m", false)
+		u := beginForeign(b.r, "m", false)
 		u.answer()
 		time.Sleep(time.Second)
 		b.k.loadFor("m", d)
@@ -312,10 +346,10 @@ func TestTouchSettings(t *testing.T) {
 // TestResidencyBound: any number of model names takes bounded room.
 func TestResidencyBound(t *testing.T) {
 	inBed(t, keep(t, "", "24h"), func(b *bed) {
-		var open []use
+		var open []sentRequest
 		for i := range 3 * residencyModels {
 			name := fmt.Sprint("m", i)
-			open = append(open, b.r.beginForeign(upstream.ModelKey(name), name, false))
+			open = append(open, beginForeign(b.r, name, false))
 		}
 		for _, u := range open {
 			u.end()
@@ -331,7 +365,7 @@ func TestResidencyBound(t *testing.T) {
 func TestResidencyConcurrent(t *testing.T) {
 	p := keep(t, AtLeast, "24h")
 	k := newFakeKeeper()
-	r := newResidency(k, p, func(string, error) {}, slog.New(slog.DiscardHandler))
+	r := newResidency(k, runners.New(nil, nil), p, func(string, error) {}, slog.New(slog.DiscardHandler))
 	ctx, cancel := context.WithCancel(t.Context())
 	var background, wg sync.WaitGroup
 	background.Go(func() { r.run(ctx) }) // ends with cancel
@@ -339,20 +373,19 @@ func TestResidencyConcurrent(t *testing.T) {
 		wg.Go(func() {
 			for i := range 200 {
 				name := fmt.Sprint("m", (g+i)%5)
-				key := upstream.ModelKey(name)
-				var u use
+				var u sentRequest
 				switch i % 4 {
 				case 0, 1:
-					u = r.beginForeign(key, name, i%8 == 0)
+					u = beginForeign(r, name, i%8 == 0)
 				case 2:
-					u, _, _ = r.beginNative(key, name, false, nil, fields{keepAlive: keepAliveSet, duration: time.Duration(i%3) * time.Minute})
+					u, _, _ = beginNative(r, name, nil, fields{keepAlive: keepAliveSet, duration: time.Duration(i%3) * time.Minute})
 				case 3:
-					u, _, _ = r.beginNative(key, name, false, nil, fields{})
+					u, _, _ = beginNative(r, name, nil, fields{})
 				}
 				k.load(name)
 				u.answer()
 				if i%7 == 0 {
-					r.polled(upstream.State{Polled: time.Now(), Up: i%2 == 0, LoadedKnown: true})
+					r.runners.Listed(nil, time.Now())
 				}
 				if i%11 == 0 {
 					r.check(ctx)
@@ -392,13 +425,13 @@ func TestRefusedRequestsChangeNothing(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			u, _, _ := b.r.beginNative(upstream.ModelKey("m"), "m", false, nil, f)
-			u.end()
+			u, _, _ := beginNative(b.r, "m", nil, f)
+			u.refused()
 		}
 		refused("-1")
 		if _, hold := func() (string, Hold) {
-			u, did, hold := b.r.beginNative(upstream.ModelKey("m"), "m", false, nil, fields{})
-			u.end()
+			u, did, hold := beginNative(b.r, "m", nil, fields{})
+			u.refused()
 			return did, hold
 		}(); hold.Duration != 24*time.Hour {
 			t.Errorf("after a refused -1 a request without keep_alive is given %v", hold)
@@ -409,7 +442,7 @@ func TestRefusedRequestsChangeNothing(t *testing.T) {
 		b.want(time.Minute) // still the same load
 		refused("0")        // an unload that did not happen
 		b.k.evict("m")
-		b.r.polled(upstream.State{Polled: time.Now(), Up: true, LoadedKnown: true})
+		b.book.Listed(nil, time.Now())
 		b.foreign("m", time.Second)
 		b.want(time.Minute, "m 24h0m0s")
 	})
@@ -422,10 +455,10 @@ func TestSpared(t *testing.T) {
 		return &o
 	}
 	small, large := options(2048), options(4096)
-	r := newResidency(newFakeKeeper(), keep(t, IfAbsent, "24h"), func(string, error) {}, slog.New(slog.DiscardHandler))
-	begin := func(model string, o *prefix.Options, want string) use {
+	r := newResidency(newFakeKeeper(), runners.New(nil, nil), keep(t, IfAbsent, "24h"), func(string, error) {}, slog.New(slog.DiscardHandler))
+	begin := func(model string, o *prefix.Options, want string) sentRequest {
 		t.Helper()
-		u, did, hold := r.beginNative(upstream.ModelKey(model), model, false, o, fields{})
+		u, did, hold := beginNative(r, model, o, fields{})
 		if did != want || (hold == Hold{}) != (want != didInject) {
 			t.Errorf("%s: %s %v, want %s", model, did, hold, want)
 		}
@@ -435,20 +468,22 @@ func TestSpared(t *testing.T) {
 	other := begin("m", large, didSpare) // waits for the first one
 	again := begin("m", small, didSpare) // finds what the first one had loaded, and the other waits
 	unknown := begin("m", nil, didSpare)
-	for _, u := range []use{other, again, unknown} {
+	for _, u := range []sentRequest{other, again, unknown} {
 		u.answer()
 		u.end()
 	}
 	begin("m", small, didInject).end() // nothing waits any more
 	first.answer()
 	first.end()
-	begin("m", small, didHold).end()
+	last := begin("m", small, didInject) // which one is loaded is not known
+	last.answer()
+	last.end()
 	held := begin("m", small, didHold)
 	other = begin("m", large, didSpare) // this one ends what was held
 	held.end()
 	other.answer()
 	other.end()
-	last := begin("m", small, didInject) // which one is loaded is not known
+	last = begin("m", small, didInject)
 	other = begin("m", large, didSpare)
 	last.answer() // it may have been unloaded for the other one since
 	last.end()
@@ -463,7 +498,7 @@ func TestSpared(t *testing.T) {
 	a.end()
 	b.end()
 	for _, m := range r.models.Values() {
-		if len(m.asks) > 0 || m.inFlight != 0 {
+		if m.inFlight != 0 {
 			t.Errorf("%+v at the end", m)
 		}
 	}

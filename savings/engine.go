@@ -9,6 +9,7 @@ import (
 	"github.com/hashicorp/golang-lru/v2/simplelru"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/runners"
 )
 
 // engine is one model on one upstream: what it was last sent, and what has been learned of its speed and its memory.
@@ -20,22 +21,12 @@ type engine struct {
 	running []*Request
 	ended   time.Time // when a request last ended
 
-	options      prefix.Options // of the last request answered
-	optionsKnown bool
-	equal        []prefix.Options // options that turned out to mean the same as options
-	numCtx       int              // tokens; 0: not known
-	sliding      bool
+	names []string // of the models that it runs
 
-	// fresh: everything that the engine holds it was sent through this ledger since it was loaded, so that what shares
-	// nothing with that is cold for certain.
+	// fresh: everything that the engine holds it was sent through this ledger since it was loaded, under one name, so that
+	// what shares nothing with that is cold for certain.
 	fresh bool
 	lost  int // how often all that it held was lost
-
-	restarted bool // and nothing was loaded since
-
-	loadEnd  time.Time     // when the last load ended
-	loadTime time.Duration // how long loads take
-	warmLoad time.Duration // load_duration where nothing is loaded
 
 	density  density
 	fits     *simplelru.LRU[uint64, fit] // by the hash of the link that the prompts have in common
@@ -143,9 +134,6 @@ func (e *engine) forget(r *Request) {
 	}
 }
 
-// same reports whether the options turned out to load nothing else than those loaded.
-func (e *engine) same(o prefix.Options) bool { return slices.Contains(e.equal, o) }
-
 // size estimates a prompt's tokens, for want of better at some bytes a token.
 func (e *engine) size(r *Request) float64 {
 	return cmp.Or(e.tokens(r.bytes, r.chain.Messages), float64(r.bytes)/3) + 1
@@ -157,12 +145,12 @@ func (e *engine) lose(why Lost) {
 	switch why {
 	case LostRestart:
 		reason, detail = ReasonRestart, "the upstream was restarted"
-		e.restarted = true
 	case LostReplaced:
 		detail = "the model was deleted or created anew"
+	case LostReloaded:
+		reason, detail = ReasonReloaded, "the model was loaded anew with other options, by a client that does not come through this proxy"
 	}
 	e.loseAll(reason, detail, nil)
-	e.optionsKnown = false
 	e.lost++
 }
 
@@ -176,51 +164,17 @@ func (e *engine) loseAll(reason Reason, detail string, but *held) {
 	e.fresh = false
 }
 
-// load finds out whether the model was loaded for this request, and notes what that means.
-func (e *engine) load(now time.Time, r *Request, o Outcome) bool {
-	if o.DoneReason == "unload" {
-		return false
+// load notes that the model was loaded for the request.
+func (e *engine) load(r *Request, end runners.Ending) {
+	reason, detail := ReasonEvicted, "the model was not loaded: its keep_alive had run out, it was unloaded, or another model needed the memory"
+	if len(end.Changes) > 0 {
+		reason, detail = ReasonReloaded, "the model was loaded anew: "+join(end.Changes)
 	}
-	same := e.optionsKnown && (r.chain.Runner == e.options || e.same(r.chain.Runner)) // as of now: others may have ended since it began
-	if e.optionsKnown && !same {
-		r.changes = r.chain.Runner.Changes(e.options)
+	if end.Restarted {
+		reason, detail = ReasonRestart, "the upstream was restarted"
 	}
-	loaded := false
-	switch {
-	case o.Load > 0: // told
-		limit := max(100*time.Millisecond, 4*e.warmLoad)
-		if same {
-			limit = max(limit, e.loadTime/2) // unless it was to be expected, it must look like one
-		}
-		if loaded = o.Load > limit; !loaded {
-			e.warmLoad = (3*e.warmLoad + o.Load) / 4
-			break
-		}
-		// Requests with the same options that waited for one and the same load all tell it.
-		if same && r.at.Before(e.loadEnd) {
-			loaded = false
-			break
-		}
-		e.loadEnd, e.loadTime = r.at.Add(min(o.Load, now.Sub(r.at))), o.Load
-	default: // /v1 does not tell
-		loaded = e.optionsKnown && !same
-	}
-	switch {
-	case loaded:
-		reason, detail := ReasonEvicted, "the model was not loaded: its keep_alive had run out, it was unloaded, or another model needed the memory"
-		if len(r.changes) > 0 {
-			reason, detail = ReasonReloaded, "the model was loaded anew: "+join(r.changes)
-		}
-		if e.restarted {
-			reason, detail = ReasonRestart, "the upstream was restarted"
-		}
-		e.loseAll(reason, detail, r.held)
-		e.fresh, e.restarted, e.equal = true, false, nil
-	case e.optionsKnown && !same && o.Load > 0 && r.beside == 0 && len(e.equal) < 8:
-		e.equal = append(e.equal, r.chain.Runner, e.options) // they mean the same
-	}
-	e.options, e.optionsKnown = r.chain.Runner, true
-	return loaded
+	e.loseAll(reason, detail, r.held)
+	e.fresh = len(e.names) == 1
 }
 
 // candidate is what may have been reused.
@@ -281,7 +235,7 @@ func (e *engine) tokensOf(list []candidate, rank int, r *Request, h *held, s pre
 	if total == 0 {
 		return list
 	}
-	if e.sliding && r.upstream.Old && (h == nil || s.Links < len(h.chain.Links)) {
+	if r.run.Sliding && r.upstream.Old && (h == nil || s.Links < len(h.chain.Links)) {
 		return list
 	}
 	if h != nil && s.Links == len(h.chain.Links) && h.total > 0 {
@@ -389,8 +343,8 @@ func (e *engine) expect(r *Request) (int, bool) {
 	if !r.chain.HasPrompt() || e.density.n == 0 {
 		return 0, false
 	}
-	if !r.wasLoaded {
-		return 0, e.optionsKnown
+	if !r.run.WasLoaded {
+		return 0, r.run.LoadKnown
 	}
 	for _, c := range e.candidates(r, 0) {
 		if !c.other && e.chance(c.rank, r.upstream.Old) >= 0.5 {
@@ -485,10 +439,7 @@ func (e *engine) saved(reused, total int) time.Duration {
 // truncated reports whether a prompt of total tokens was probably cut: its text predicts more than the context can hold,
 // and it has as many as Ollama leaves of such a prompt, which is the whole context or half of it.
 func (e *engine) truncated(r *Request, total int) bool {
-	ctx := r.chain.Runner.NumCtx()
-	if ctx == 0 {
-		ctx = e.numCtx
-	}
+	ctx := cmp.Or(r.run.Options.NumCtx(), r.run.Context)
 	if ctx == 0 || total == 0 || e.density.n < densityFew {
 		return false
 	}

@@ -5,17 +5,19 @@
 // request has in common with what the model last saw on that server, and from how long the evaluation took: see engine.
 // Both are kept beside each other. What neither tells is unknown, which is not 0.
 //
-// The ledger holds no prompt text and makes no requests.
+// Whether a model was loaded for a request, package runners tells. The ledger holds no prompt text and makes no requests.
 package savings
 
 import (
 	"encoding/binary"
 	"encoding/hex"
+	"slices"
 	"sync"
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/runners"
 )
 
 // Basis says where an entry's token counts come from.
@@ -77,6 +79,7 @@ type Entry struct {
 	Reason    Reason // of a request that is no Hit
 	Detail    string // the same in words; no prompt text
 	Truncated bool   // Ollama probably cut the prompt
+	Broken    bool   // the answer did not come to its end, for one because the client left: only what is known is told
 
 	Expected      int // tokens that were expected to be reused when the request was sent
 	ExpectedKnown bool
@@ -107,11 +110,14 @@ type Ledger struct {
 
 type engineKey struct {
 	upstream uint16
-	model    string
+	weights  string // as package runners has them
 }
 
 // maxEngines bounds the models remembered, over all upstreams. Of more than that, the one that was used longest ago is forgotten.
 const maxEngines = 1024
+
+// maxNames bounds the names of one model.
+const maxNames = 64
 
 // New returns a ledger that knows of prefixes what the store knows, and remembers the last so many entries.
 func New(store contextstore.Store, remember int) *Ledger {
@@ -143,15 +149,13 @@ type Request struct {
 
 	known         int // leading links that the store knew
 	record        contextstore.Record
-	wasLoaded     bool // the model was loaded, as far as is known, with these options
-	changes       []prefix.Change
-	idle          time.Duration // since the model's last request; 0 if another one was under way
-	Expected      int           // tokens expected to be reused
+	run           *runners.Request
+	Expected      int // tokens expected to be reused
 	ExpectedKnown bool
 }
 
-// Begin notes that a request is sent. The chain must stay as it is.
-func (l *Ledger) Begin(now time.Time, up Upstream, chain *prefix.Chain) *Request {
+// Begin notes that a request is sent. The chain must stay as it is. run is the same request.
+func (l *Ledger) Begin(now time.Time, up Upstream, chain *prefix.Chain, run *runners.Request) *Request {
 	model := l.store.Model(chain.Runner.Model)
 	known, record := l.store.Match(chain.Links)
 	if known > 0 && record.Model != model {
@@ -160,14 +164,8 @@ func (l *Ledger) Begin(now time.Time, up Upstream, chain *prefix.Chain) *Request
 
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	e := l.engine(up.Index, chain.Runner.Model)
-	r := &Request{ledger: l, engine: e, upstream: up, chain: chain, at: now, bytes: chain.Bytes(), lost: e.lost, known: known, record: record}
-	if r.wasLoaded = e.optionsKnown && (chain.Runner == e.options || e.same(chain.Runner)); e.optionsKnown && !r.wasLoaded {
-		r.changes = chain.Runner.Changes(e.options)
-	}
-	if !e.ended.IsZero() && len(e.running) == 0 {
-		r.idle = now.Sub(e.ended)
-	}
+	e := l.engine(up.Index, run)
+	r := &Request{ledger: l, engine: e, upstream: up, chain: chain, run: run, at: now, bytes: chain.Bytes(), lost: e.lost, known: known, record: record}
 	r.Expected, r.ExpectedKnown = e.expect(r)
 	r.held = e.hold(chain)
 	size := e.size(r)
@@ -180,8 +178,8 @@ func (l *Ledger) Begin(now time.Time, up Upstream, chain *prefix.Chain) *Request
 }
 
 // engine returns the engine, made if need be. l.mu must be held.
-func (l *Ledger) engine(upstream uint16, model string) *engine {
-	key := engineKey{upstream, model}
+func (l *Ledger) engine(upstream uint16, run *runners.Request) *engine {
+	key := engineKey{upstream, run.Options.Model}
 	e, ok := l.engines[key]
 	if !ok {
 		if len(l.engines) >= maxEngines {
@@ -189,6 +187,11 @@ func (l *Ledger) engine(upstream uint16, model string) *engine {
 		}
 		e = newEngine()
 		l.engines[key] = e
+	}
+	if !slices.Contains(e.names, run.Name) && len(e.names) < maxNames {
+		e.names = append(e.names, run.Name)
+		// Prompts of two names have nothing in common for the ledger, whatever the engine makes of them.
+		e.fresh = e.fresh && len(e.names) == 1
 	}
 	return e
 }
@@ -214,10 +217,12 @@ type Outcome struct {
 	FirstByte time.Duration // from Begin to the first byte of an answer that is streamed; 0 otherwise
 	Duration  time.Duration // from Begin to the end
 
+	Ending            runners.Ending
 	Endpoint, Excerpt string // for the entry
 }
 
-// End accounts for a request, and returns its entry. A request that was not answered to the end has none: false.
+// End accounts for a request, and returns its entry. One that the upstream did not accept, or that has no prompt, has none:
+// false.
 func (r *Request) End(now time.Time, o Outcome) (Entry, bool) {
 	if r == nil {
 		return Entry{}, false
@@ -255,24 +260,16 @@ func (r *Request) end(now time.Time, o Outcome) (entry Entry, put, ok bool) {
 	}
 	e.ended = now
 	prompt := r.chain.HasPrompt()
-	switch {
-	case !prompt && !o.OK:
+	if !prompt && (!o.OK || !o.Done) { // it only loaded the model, or asked for embeddings
 		e.drop(r.held)
-		return Entry{}, false, false
-	case !prompt && !o.Done: // it only loaded the model, or asked for embeddings
-		e.drop(r.held)
-		r.load(now, o)
-		return Entry{}, false, false
-	case !o.OK, prompt && o.Counted && !o.Done:
-		// The engine may have evaluated some of it: what it holds now is not known, and what is not known is not warm.
-		e.drop(r.held)
-		e.fresh = false
+		r.load(o)
 		return Entry{}, false, false
 	}
+	whole := o.Done || o.OK && !o.Counted // the client may have left after the counts had come
 	entry = Entry{
 		ID: l.next + 1, At: r.at, Endpoint: o.Endpoint, Upstream: r.upstream.Name, Model: r.chain.Runner.Model, Prefix: r.chain.Leaf(), Conversation: r.chain.Conversation, Messages: r.chain.Messages,
 		Expected: r.Expected, ExpectedKnown: r.ExpectedKnown,
-		Basis: Unknown, Total: o.Total, Verdict: Uncertain, Generated: o.Generated,
+		Basis: Unknown, Total: o.Total, Verdict: Uncertain, Generated: o.Generated, Broken: !whole,
 		Load: o.Load, Prompt: o.PromptEval, Eval: o.Eval, Excerpt: o.Excerpt,
 	}
 	if r.known > 2 {
@@ -281,11 +278,16 @@ func (r *Request) end(now time.Time, o Outcome) (entry Entry, put, ok bool) {
 	if o.TotalTime > 0 {
 		entry.Queue = max(0, o.TotalTime-o.Load-o.PromptEval-o.Eval)
 	}
-	if entry.Loaded = r.load(now, o); prompt {
+	switch entry.Loaded = r.load(o); {
+	case !whole:
+		// The engine may have evaluated some of it: what it holds now is not known, and what is not known is not warm.
+		e.drop(r.held)
+		e.fresh, entry.Detail = false, "the answer did not come to its end"
+	case prompt:
 		put = r.account(now, o, &entry)
 	}
-	if !entry.Loaded && e.loadTime > 0 && r.idle > defaultKeepAlive && r.wasLoaded {
-		entry.SavedLoading = e.loadTime
+	if !entry.Loaded && r.run.Idle > defaultKeepAlive && r.run.WasLoaded {
+		entry.SavedLoading = o.Ending.LoadTime
 	}
 	if len(l.recent) < cap(l.recent) {
 		l.recent = append(l.recent, entry)
@@ -296,13 +298,20 @@ func (r *Request) end(now time.Time, o Outcome) (entry Entry, put, ok bool) {
 	return entry, put, true
 }
 
-// load finds out whether the model was loaded for the request, and forgets what was warm before.
-func (r *Request) load(now time.Time, o Outcome) bool {
-	loaded := r.engine.load(now, r, o)
-	if loaded {
-		r.ledger.store.Cool(r.upstream.Index, r.ledger.store.Model(r.chain.Runner.Model))
+// load reports whether the model was loaded for the request, and forgets what was warm before.
+func (r *Request) load(o Outcome) bool {
+	if o.Ending.Loaded {
+		r.engine.load(r, o.Ending)
+		r.ledger.cool(r.upstream.Index, r.engine)
 	}
-	return loaded
+	return o.Ending.Loaded
+}
+
+// cool tells the store that what the engine held is gone. l.mu must be held.
+func (l *Ledger) cool(upstream uint16, e *engine) {
+	for _, name := range e.names {
+		l.store.Cool(upstream, l.store.Model(name))
+	}
 }
 
 // defaultKeepAlive is how long Ollama keeps a model after its last request, unless told otherwise.
@@ -324,7 +333,7 @@ func (r *Request) account(now time.Time, o Outcome, entry *Entry) bool {
 	if entry.Tokens != nil {
 		entry.Verdict = VerdictOf(o.Total, entry.Tokens.Reused)
 		if entry.Verdict != Hit {
-			entry.Reason, entry.Detail = e.reason(r, entry)
+			entry.Reason, entry.Detail = e.reason(r, entry, o.Ending.Changes)
 		}
 		entry.SavedEvaluation = e.saved(entry.Tokens.Reused, o.Total)
 	}
@@ -345,53 +354,35 @@ const (
 	LostUnloaded Lost = "unloaded" // it is not loaded any more: its keep_alive ran out, or another model needed the memory
 	LostRestart  Lost = "restart"  // the server was restarted
 	LostReplaced Lost = "replaced" // the model was deleted or created anew: its tokens may be others, too
+	LostReloaded Lost = "reloaded" // somebody else had it loaded with other options
 )
 
-// Lose says that what the model held on the upstream is gone. An empty model means all models of the upstream.
-func (l *Ledger) Lose(upstream uint16, model string, why Lost) {
-	var number uint32
-	if model != "" {
-		number = l.store.Model(model)
-	}
-	if l.store.Cool(upstream, number); why == LostReplaced {
-		l.store.Forget(number)
-	}
+// Lose says that what some weights held on the upstream is gone. Empty ones mean all of the upstream.
+func (l *Ledger) Lose(upstream uint16, weights string, why Lost) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for key, e := range l.engines {
-		if key.upstream != upstream || model != "" && key.model != model {
+		if key.upstream == upstream && (weights == "" || key.weights == weights) {
+			l.cool(upstream, e)
+			e.lose(why)
+		}
+	}
+}
+
+// Forget says that a name means another model than before.
+func (l *Ledger) Forget(upstream uint16, name string) {
+	l.store.Forget(l.store.Model(name))
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for key, e := range l.engines {
+		if key.upstream != upstream || !slices.Contains(e.names, name) {
 			continue
 		}
-		if why == LostReplaced && len(e.running) == 0 {
+		if l.cool(upstream, e); len(e.running) == 0 {
 			delete(l.engines, key)
-			continue
+		} else {
+			e.lose(LostReplaced)
 		}
-		e.lose(why)
-	}
-}
-
-// Loaded takes in which models the upstream had loaded at a time, with their context lengths in tokens.
-func (l *Ledger) Loaded(upstream uint16, models map[string]int, at time.Time) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for key, e := range l.engines {
-		if key.upstream != upstream {
-			continue
-		}
-		numCtx, ok := models[key.model]
-		if e.numCtx = numCtx; !ok && len(e.running) == 0 && e.optionsKnown && e.ended.Before(at) {
-			l.store.Cool(upstream, l.store.Model(key.model))
-			e.lose(LostUnloaded)
-		}
-	}
-}
-
-// Sliding says whether the model's attention has a sliding window.
-func (l *Ledger) Sliding(upstream uint16, model string, sliding bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if e, ok := l.engines[engineKey{upstream, model}]; ok {
-		e.sliding = sliding
 	}
 }
 

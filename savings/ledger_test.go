@@ -11,6 +11,8 @@ import (
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/runners"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
 // engineSim is an inference engine as far as the ledger can see it: slots that keep the tokens of their last prompt and
@@ -114,24 +116,29 @@ func (f *figures) add(g figures) {
 	}
 }
 
+// modelKey is the model that everybody asks for.
+var modelKey = upstream.ModelKey("m")
+
 // bench drives a ledger and an engine.
 type bench struct {
 	t      *testing.T
 	ledger *Ledger
+	book   *runners.Book
 	sim    *engineSim
 	up     Upstream
 	now    time.Time
 	reader *prefix.Reader
 	figures
-	last   Entry
-	silent bool // wrong verdicts are counted, not logged
-	answer int  // tokens of an answer
+	last    Entry
+	sliding bool
+	silent  bool // wrong verdicts are counted, not logged
+	answer  int  // tokens of an answer
 }
 
 func newBench(t *testing.T, seed uint64, slots int, host bool) *bench {
 	store := contextstore.NewMemory(contextstore.Limits{Entries: 100000, Bytes: 64 << 20})
 	return &bench{
-		t: t, ledger: New(store, 1000), reader: prefix.NewReader(), now: time.Unix(1e9, 0),
+		t: t, ledger: New(store, 1000), book: runners.New(nil, nil), reader: prefix.NewReader(), now: time.Unix(1e9, 0),
 		up:      Upstream{Name: "sim", Old: !host},
 		sim:     &engineSim{r: rand.New(rand.NewPCG(seed, 9)), slots: make([][]string, slots), host: host, noise: 0.4, rate: 1, load: 500 * time.Millisecond},
 		figures: figures{reasons: map[Reason]int{}}, answer: 8,
@@ -153,11 +160,11 @@ func (b *bench) chat(opts string, messages ...msg) string {
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	chain := b.reader.Read(prefix.Chat, "m", body)
-	r := b.ledger.Begin(b.now, b.up, &chain)
+	chain := b.reader.Read(prefix.Chat, modelKey, body)
+	r := b.send(&chain)
 	a, reused, text := b.sim.run(opts, messages, b.answer)
 	b.now = b.now.Add(a.TotalTime)
-	entry, ok := r.End(b.now, Outcome{Answer: a, OK: true, FirstByte: a.Load + a.PromptEval, Duration: a.TotalTime})
+	entry, ok := b.end(r, Outcome{Answer: a, OK: true, FirstByte: a.Load + a.PromptEval, Duration: a.TotalTime})
 	if !ok {
 		b.t.Fatal("no entry")
 	}
@@ -282,7 +289,7 @@ func TestLost(t *testing.T) {
 		system := msg{"system", prose(b.sim.r, 500)}
 		b.chat("default", system, msg{"user", "one"})
 		b.chat("default", system, msg{"user", "two"})
-		b.ledger.Lose(0, "m", why)
+		b.lose(why)
 		b.sim.opts = ""
 		b.chat("default", system, msg{"user", "three"})
 		if b.last.Reason != want || b.last.Verdict != Cold {
@@ -296,29 +303,11 @@ func TestLost(t *testing.T) {
 	b := newBench(t, 1, 1, true)
 	system := msg{"system", prose(b.sim.r, 500)}
 	b.chat("default", system, msg{"user", "one"})
-	b.ledger.Lose(0, "m", LostReplaced)
+	b.ledger.Forget(0, modelKey)
 	b.sim.opts = ""
 	b.chat("default", system, msg{"user", "one"})
 	if b.last.Reason != ReasonFirst || b.last.Shared != 0 {
 		t.Errorf("another model of that name: %+v", b.last)
-	}
-}
-
-// TestLoaded: a model that is not listed any more is lost; one that is, is not.
-func TestLoaded(t *testing.T) {
-	b := newBench(t, 1, 1, true)
-	system := msg{"system", prose(b.sim.r, 500)}
-	b.chat("default", system, msg{"user", "one"})
-	b.ledger.Loaded(0, map[string]int{"m": 4096}, b.now)
-	b.chat("default", system, msg{"user", "two"})
-	if b.last.Verdict != Hit || b.last.Expected == 0 {
-		t.Errorf("%+v", b.last)
-	}
-	b.ledger.Loaded(0, map[string]int{}, b.now)
-	b.sim.opts = ""
-	b.chat("default", system, msg{"user", "three"})
-	if b.last.Verdict != Cold || b.last.Expected != 0 || b.last.Reason != ReasonEvicted {
-		t.Errorf("%+v", b.last)
 	}
 }
 
@@ -342,12 +331,12 @@ func TestUnknown(t *testing.T) {
 func TestMeasured(t *testing.T) {
 	b := newBench(t, 1, 1, true)
 	r := b.begin(msg{"user", "hello there"})
-	entry, _ := r.End(b.now, Outcome{OK: true, Answer: Answer{Done: true, Total: 100, Cached: 0, CachedKnown: true, Load: time.Second, PromptEval: time.Second}})
+	entry, _ := b.end(r, Outcome{OK: true, Answer: Answer{Done: true, Total: 100, Cached: 0, CachedKnown: true, Load: time.Second, PromptEval: time.Second}})
 	if entry.Basis != Measured || *entry.Tokens != (Tokens{0, 100}) || entry.Verdict != Cold || entry.Reason != ReasonFirst || !entry.Loaded {
 		t.Errorf("%+v", entry)
 	}
 	r = b.begin(msg{"user", "hello there"})
-	entry, _ = r.End(b.now, Outcome{OK: true, Answer: Answer{Done: true, Total: 100, Cached: 99, CachedKnown: true, Load: time.Millisecond, PromptEval: 10 * time.Millisecond}})
+	entry, _ = b.end(r, Outcome{OK: true, Answer: Answer{Done: true, Total: 100, Cached: 99, CachedKnown: true, Load: time.Millisecond, PromptEval: 10 * time.Millisecond}})
 	if *entry.Tokens != (Tokens{99, 1}) || entry.Verdict != Hit || entry.Reason != "" || entry.Estimate == nil {
 		t.Errorf("%+v", entry)
 	}
@@ -365,8 +354,35 @@ func (b *bench) begin(messages ...msg) *Request {
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	chain := b.reader.Read(prefix.Chat, "m", body)
-	return b.ledger.Begin(b.now, b.up, &chain)
+	chain := b.reader.Read(prefix.Chat, modelKey, body)
+	return b.send(&chain)
+}
+
+func (b *bench) send(chain *prefix.Chain) *Request {
+	o := chain.Runner
+	w := b.book.Wanted(o.Model, "", &o)
+	w.Sliding = b.sliding
+	return b.ledger.Begin(b.now, b.up, chain, b.book.Begin(b.now, w))
+}
+
+// end ends a request now.
+func (b *bench) end(r *Request, o Outcome) (Entry, bool) {
+	o.sane()
+	o.Ending = r.run.End(b.now, runners.Outcome{
+		Refused: o.Refused, Accepted: o.OK, Load: o.Load, Unload: o.DoneReason == "unload",
+	})
+	return r.End(b.now, o)
+}
+
+// lose has the server lose what it holds, all of it where it was restarted.
+func (b *bench) lose(why Lost) {
+	if why == LostRestart {
+		b.book.Restarted()
+		b.ledger.Lose(0, "", why)
+		return
+	}
+	b.book.Unloaded(modelKey)
+	b.ledger.Lose(0, modelKey, why)
 }
 
 // TestTruncated: a prompt that was cut is flagged, and is not expected to be warm.
@@ -375,10 +391,10 @@ func TestTruncated(t *testing.T) {
 	for range 4 {
 		b.chat("default", msg{"user", prose(b.sim.r, 300)})
 	}
-	b.ledger.Loaded(0, map[string]int{"m": 1000}, b.now)
+	b.book.Listed([]upstream.Loaded{{Name: "m", ContextLength: 1000}}, b.now)
 	long := prose(b.sim.r, 3000)
 	r := b.begin(msg{"user", long})
-	entry, _ := r.End(b.now, Outcome{OK: true, Answer: Answer{Done: true, Total: 1000, Load: time.Millisecond, PromptEval: time.Second}})
+	entry, _ := b.end(r, Outcome{OK: true, Answer: Answer{Done: true, Total: 1000, Load: time.Millisecond, PromptEval: time.Second}})
 	if !entry.Truncated {
 		t.Errorf("%+v", entry)
 	}
@@ -387,14 +403,21 @@ func TestTruncated(t *testing.T) {
 	}
 }
 
-// TestAborted: a request without an end has no entry, and its prompt is not held to be warm.
+// TestAborted: of a request without an end nothing is known, and its prompt is not held to be warm.
 func TestAborted(t *testing.T) {
 	b := newBench(t, 1, 1, true)
 	system := msg{"system", prose(b.sim.r, 500)}
 	b.chat("default", msg{"user", "something else"})
 	r := b.begin(system)
-	if _, ok := r.End(b.now, Outcome{}); ok {
-		t.Error("an entry for an aborted request")
+	entry, ok := b.end(r, Outcome{})
+	if !ok || !entry.Broken || entry.Basis != Unknown || entry.Tokens != nil || entry.Verdict != Uncertain {
+		t.Errorf("an aborted request: %v, %+v", ok, entry)
+	}
+	// The client left, but not before the counts had come.
+	o := told(500, 500)
+	o.OK = false
+	if entry, _ = b.end(b.begin(msg{"user", "left"}), o); entry.Broken || entry.Total != 500 {
+		t.Errorf("a request that was counted before its client left: %+v", entry)
 	}
 	if r = b.begin(system); r.Expected > 0 {
 		t.Errorf("%d tokens expected", r.Expected)
@@ -432,7 +455,7 @@ func TestSliding(t *testing.T) {
 	system := msg{"system", prose(b.sim.r, 500)}
 	first := []msg{system, {"user", "one"}}
 	answer := b.chat("default", first...)
-	b.ledger.Sliding(0, "m", true)
+	b.sliding = true
 	more := append(slices.Clone(first), msg{"assistant", answer}, msg{"user", "go on"})
 	if r := b.begin(more...); r.Expected < 500 {
 		t.Errorf("%d tokens expected of what continues the last prompt", r.Expected)
@@ -441,7 +464,7 @@ func TestSliding(t *testing.T) {
 	if r.Expected != 0 || !r.ExpectedKnown {
 		t.Errorf("%d tokens expected", r.Expected)
 	}
-	entry, _ := r.End(b.now, Outcome{OK: true, Answer: Answer{Done: true, Total: 510, Load: time.Millisecond, PromptEval: 500 * time.Millisecond}})
+	entry, _ := b.end(r, Outcome{OK: true, Answer: Answer{Done: true, Total: 510, Load: time.Millisecond, PromptEval: 500 * time.Millisecond}})
 	if entry.Verdict != Cold || entry.Reason != ReasonSliding {
 		t.Errorf("%+v", entry)
 	}
@@ -456,7 +479,7 @@ func TestStoreAfterLoad(t *testing.T) {
 	if !r.record.Warm {
 		t.Fatalf("%+v", r.record)
 	}
-	r.End(b.now, Outcome{})
+	b.end(r, Outcome{})
 	b.chat("8192", msg{"user", "another prompt, with other options"})
 	if r = b.begin(system, msg{"user", "y"}); r.record.Warm || r.known < 3 {
 		t.Errorf("%d links known, %+v", r.known, r.record)
@@ -472,16 +495,16 @@ func told(total, evaluated int) Outcome {
 func TestShortPrompt(t *testing.T) {
 	b := newBench(t, 1, 1, true)
 	for range 5 {
-		b.begin(msg{"user", "hi"}).End(b.now, told(36, 36))
+		b.end(b.begin(msg{"user", "hi"}), told(36, 36))
 	}
-	b.ledger.Loaded(0, map[string]int{"m": 4096}, b.now)
+	b.book.Listed([]upstream.Loaded{{Name: "m", ContextLength: 4096}}, b.now)
 	long := msg{"user", prose(b.sim.r, 1400)}
 	for i := range 5 {
 		evaluated := 1500
 		if i > 0 {
 			evaluated = 10
 		}
-		entry, _ := b.begin(long, msg{"user", fmt.Sprint(i)}).End(b.now, told(1500, evaluated))
+		entry, _ := b.end(b.begin(long, msg{"user", fmt.Sprint(i)}), told(1500, evaluated))
 		if entry.Truncated || i > 0 && entry.Verdict != Hit {
 			t.Errorf("request %d: %+v, %+v", i, entry, entry.Tokens)
 		}
@@ -493,17 +516,17 @@ func TestAbortedThenWarm(t *testing.T) {
 	b := newBench(t, 1, 1, true)
 	first := told(1500, 1500)
 	first.Load = time.Second // so that all that it holds is known
-	b.begin(msg{"user", prose(b.sim.r, 1400)}).End(b.now, first)
+	b.end(b.begin(msg{"user", prose(b.sim.r, 1400)}), first)
 	for range 4 {
 		b.now = b.now.Add(time.Minute)
 		prompt := msg{"user", prose(b.sim.r, 1400)}
-		b.begin(prompt).End(b.now, Outcome{})
-		entry, ok := b.begin(prompt).End(b.now, told(1500, 10))
+		b.end(b.begin(prompt), Outcome{})
+		entry, ok := b.end(b.begin(prompt), told(1500, 10))
 		if !ok || entry.Tokens != nil && entry.Tokens.Evaluated > 200 {
 			t.Errorf("%+v, %+v", entry, entry.Tokens)
 		}
 	}
-	entry, _ := b.begin(msg{"user", prose(b.sim.r, 1400)}).End(b.now, told(1500, 1500))
+	entry, _ := b.end(b.begin(msg{"user", prose(b.sim.r, 1400)}), told(1500, 1500))
 	if entry.Verdict != Cold {
 		t.Errorf("a cold one: %+v, %+v", entry, entry.Tokens)
 	}
@@ -516,7 +539,7 @@ func TestAbsurdTimes(t *testing.T) {
 		for range 2 {
 			o := told(1000, 1000)
 			o.PromptEval, o.Load, o.Eval, o.TotalTime, o.Cached, o.CachedKnown = d, d, d, d, 999, true
-			entry, _ := b.begin(msg{"user", prose(b.sim.r, 900)}).End(b.now, o)
+			entry, _ := b.end(b.begin(msg{"user", prose(b.sim.r, 900)}), o)
 			if entry.SavedEvaluation < 0 || entry.SavedEvaluation > maxTime || entry.SavedLoading < 0 || entry.Queue < 0 || entry.Load > maxTime {
 				t.Errorf("%v: %+v", d, entry)
 			}
@@ -537,7 +560,7 @@ func TestBurst(t *testing.T) {
 		b.now = b.now.Add(time.Second)
 		o := told(1500, 1500)
 		o.CachedKnown = true
-		entry, _ := r.End(b.now, o)
+		entry, _ := b.end(r, o)
 		want := ReasonBeside
 		if i == 0 {
 			want = ReasonFirst
@@ -553,14 +576,14 @@ func TestSavedLoading(t *testing.T) {
 	b := newBench(t, 1, 1, true)
 	b.chat("default", msg{"user", prose(b.sim.r, 900)}) // loads
 	b.now = b.now.Add(time.Hour)
-	b.begin(msg{"user", "refused"}).End(b.now, Outcome{Refused: true})
+	b.end(b.begin(msg{"user", "refused"}), Outcome{Refused: true})
 	var list []*Request
 	for i := range 3 {
 		list = append(list, b.begin(msg{"user", fmt.Sprint(i)}))
 	}
 	var saved time.Duration
 	for _, r := range list {
-		entry, _ := r.End(b.now, told(20, 20))
+		entry, _ := b.end(r, told(20, 20))
 		saved += entry.SavedLoading
 	}
 	if saved != b.sim.load {
@@ -573,7 +596,7 @@ func TestLoadReasons(t *testing.T) {
 	b := newBench(t, 1, 1, true)
 	system := msg{"system", prose(b.sim.r, 500)}
 	b.chat("default", system, msg{"user", "one"})
-	b.ledger.Lose(0, "", LostRestart)
+	b.lose(LostRestart)
 	b.sim.opts = ""
 	b.chat("default", system, msg{"user", "two"})
 	b.sim.opts = "" // it expires
@@ -585,9 +608,9 @@ func TestLoadReasons(t *testing.T) {
 	// What unloads the model states no options, and is no request for the default ones.
 	b.chat("8192", system, msg{"user", "four"})
 	body := []byte(`{"model":"m","keep_alive":0}`)
-	chain := b.reader.Read(prefix.Generate, "m", body)
-	b.ledger.Begin(b.now, b.up, &chain).End(b.now, Outcome{OK: true, Answer: Answer{DoneReason: "unload"}})
-	b.ledger.Lose(0, "m", LostUnloaded)
+	chain := b.reader.Read(prefix.Generate, modelKey, body)
+	b.end(b.send(&chain), Outcome{OK: true, Answer: Answer{DoneReason: "unload"}})
+	b.lose(LostUnloaded)
 	b.sim.opts = ""
 	b.chat("8192", system, msg{"user", "five"})
 	if b.last.Reason != ReasonEvicted || strings.Contains(b.last.Detail, "num_ctx") {
@@ -599,11 +622,12 @@ func TestLoadReasons(t *testing.T) {
 	o := told(520, 520)
 	o.Load = time.Second
 	b.now = b.now.Add(2 * time.Second)
-	ex, _ := x.End(b.now, o)
+	ex, _ := b.end(x, o)
 	b.sim.opts = "default"
 	b.chat("8192", system, msg{"user", "z"})
 	b.now = b.now.Add(2 * time.Second)
-	ey, _ := y.End(b.now, o)
+	o.Load = b.now.Sub(y.at)
+	ey, _ := b.end(y, o)
 	if !ex.Loaded || !b.last.Loaded || !ey.Loaded || !strings.Contains(ey.Detail, "num_ctx from 8192 to default") {
 		t.Errorf("loads %v, %v, %v; %q", ex.Loaded, b.last.Loaded, ey.Loaded, ey.Detail)
 	}
@@ -614,8 +638,9 @@ func TestNothingCounted(t *testing.T) {
 	b := newBench(t, 1, 1, true)
 	b.chat("default", msg{"user", prose(b.sim.r, 900)})
 	prompt := msg{"user", prose(b.sim.r, 900)}
-	if _, ok := b.begin(prompt).End(b.now, Outcome{OK: true, Counted: true}); ok {
-		t.Error("an entry")
+	entry, _ := b.end(b.begin(prompt), Outcome{OK: true, Counted: true})
+	if !entry.Broken || entry.Basis != Unknown {
+		t.Errorf("%+v", entry)
 	}
 	if r := b.begin(prompt); r.Expected > 50 {
 		t.Errorf("%d tokens expected", r.Expected)

@@ -21,8 +21,8 @@ const (
 	ReasonSliding  Reason = "sliding_window" // a model with a sliding window, on a server that reuses nothing for those
 )
 
-// reason finds out why. entry has its verdict.
-func (e *engine) reason(r *Request, entry *Entry) (Reason, string) {
+// reason finds out why. entry has its verdict; changes are those for which the model was loaded.
+func (e *engine) reason(r *Request, entry *Entry, changes []prefix.Change) (Reason, string) {
 	// The nearest prompts: of those that should be warm, and of those that are lost.
 	var live, lost prefix.Shared
 	var lostTo *held
@@ -50,15 +50,15 @@ func (e *engine) reason(r *Request, entry *Entry) (Reason, string) {
 	}
 	share := func(s prefix.Shared) bool { return s.Bytes >= 64 && 10*s.Bytes >= r.bytes }
 	switch {
-	case entry.Loaded && len(r.changes) > 0 && siblingOf != nil:
-		return ReasonReloaded, "the model was loaded anew: " + join(r.changes)
-	case share(lost) && lost.Bytes > live.Bytes && entry.Loaded && len(r.changes) > 0:
-		return ReasonReloaded, "the model was loaded anew: " + join(r.changes)
+	case entry.Loaded && len(changes) > 0 && siblingOf != nil:
+		return ReasonReloaded, "the model was loaded anew: " + join(changes)
+	case share(lost) && lost.Bytes > live.Bytes && entry.Loaded && len(changes) > 0:
+		return ReasonReloaded, "the model was loaded anew: " + join(changes)
 	case share(lost) && lost.Bytes > live.Bytes && lostTo != nil:
 		return lostTo.why, lostTo.detail
 	case share(lost) && lost.Bytes > live.Bytes:
 		return ReasonEvicted, "the model has been loaded anew since"
-	case share(live) && e.sliding && r.upstream.Old:
+	case share(live) && r.run.Sliding && r.upstream.Old:
 		return ReasonSliding, "the model has a sliding window, and this version of Ollama reuses nothing of such a prompt unless all of the one before is its beginning"
 	case share(live) && entry.Tokens.Reused < int(0.8*float64(live.Bytes)/float64(r.bytes)*float64(entry.Total)):
 		if pending {

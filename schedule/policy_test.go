@@ -459,7 +459,7 @@ func TestExpiryIsNotExclusive(t *testing.T) {
 		{"nothing more is known", func(*desk) {}, false},
 		{"no load was seen", func(d *desk) { d.sole("b", false) }, true},
 		{"a load was seen", func(d *desk) { d.sole("b", true) }, false},
-		{"both are loaded", func(d *desk) { d.q.SetLoaded(0, []string{"a", "b"}, d.now) }, true},
+		{"both are loaded", func(d *desk) { d.q.SetLoaded(0, []string{"a", "b"}, d.now, d.now) }, true},
 		{"a is unloaded", func(d *desk) { d.q.Cool(0, "a", d.now) }, true},
 		{"b is unloaded", func(d *desk) { d.q.Cool(0, "b", d.now) }, true},
 		{"another one is unloaded", func(d *desk) { d.q.Cool(0, "c", d.now) }, false},
@@ -488,7 +488,7 @@ func TestExpiryIsNotExclusive(t *testing.T) {
 				return
 			}
 			d.granted()
-			d.q.SetLoaded(0, []string{"a", "b"}, d.now)
+			d.q.SetLoaded(0, []string{"a", "b"}, d.now, d.now)
 			d.granted(other)
 		})
 	}

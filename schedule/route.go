@@ -67,9 +67,10 @@ func (q *Queue) SetAvailable(upstream uint16, on bool, now time.Time) {
 // SetName gives a server the name by which several proxies know it; at first it is its index.
 func (q *Queue) SetName(upstream uint16, name string) { q.server(upstream).seed = seedOf(name) }
 
-// SetLoaded says which models a server lists as loaded, by their keys, as those of prefix.Options: they can be loaded at the same
-// time. It is learned from answers, too; but those to other proxies are not seen here.
-func (q *Queue) SetLoaded(upstream uint16, models []string, now time.Time) {
+// SetLoaded says which models a server listed as loaded when it was asked at a time, as those of Runner.Options: these can be
+// loaded at the same time, and what is missing has been unloaded, for a later one if there is one. It is learned from
+// answers, too; but those to other proxies are not seen here.
+func (q *Queue) SetLoaded(upstream uint16, models []string, at, now time.Time) {
 	s := q.server(upstream)
 	s.loaded = make(map[string]bool, len(models))
 	for i, m := range models {
@@ -78,9 +79,29 @@ func (q *Queue) SetLoaded(upstream uint16, models []string, now time.Time) {
 			s.relate(m, other, together)
 		}
 	}
-	if len(models) > 1 {
-		q.pump(s, now)
+	for _, x := range s.runners {
+		if x.resident && x.busy == 0 && !s.loaded[x.key.Options.Model] && x.since.Before(at) && x.used.Before(at) {
+			if y := x.evictor(); y != nil {
+				s.relate(x.key.Options.Model, y.key.Options.Model, apart)
+			}
+			x.cool()
+		}
 	}
+	q.pump(s, now)
+}
+
+// evictor returns the runner for which this one, which the server does not list any more, has been unloaded: the only one that
+// is listed and was loaded since this one was used last. nil: none, or that is not clear.
+func (x *runner) evictor() (only *runner) {
+	for _, y := range x.server.runners {
+		if y.resident && y.turn > x.turn && y.since.After(x.used) && x.server.loaded[y.key.Options.Model] {
+			if only != nil {
+				return nil
+			}
+			only = y
+		}
+	}
+	return only
 }
 
 // seedOf returns what a server's rendezvous hashes begin with. It must not differ between proxies, or versions of them.

@@ -174,10 +174,10 @@ func (s *Scheduler) SetName(upstream uint16, name string) {
 	s.do(func(q *Queue, _ time.Time) { q.SetName(upstream, name) })
 }
 
-// SetLoaded says which models a server lists as loaded, by their keys, as those of prefix.Options: they can be loaded at the same
-// time. It is learned from answers, too; but those to other proxies are not seen here.
-func (s *Scheduler) SetLoaded(upstream uint16, models []string) {
-	s.do(func(q *Queue, now time.Time) { q.SetLoaded(upstream, models, now) })
+// SetLoaded says which models a server listed as loaded when it was asked at a time, as those of Runner.Options: see
+// Queue.SetLoaded.
+func (s *Scheduler) SetLoaded(upstream uint16, models []string, at time.Time) {
+	s.do(func(q *Queue, now time.Time) { q.SetLoaded(upstream, models, at, now) })
 }
 
 // SetLanes says how many slots each model on the server has; 0: to be learned; or Unlimited.

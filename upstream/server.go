@@ -13,7 +13,6 @@ import (
 	"log/slog"
 	"net/http"
 	"net/url"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -73,7 +72,8 @@ type State struct {
 
 // Loaded is a model in a server's memory.
 type Loaded struct {
-	Name          string
+	Name          string    // the one under which it was loaded; others with the same weights share its runner
+	Digest        string    // of that name's manifest, as in State.Digests
 	ExpiresAt     time.Time // by our clock, within about a second: when it leaves memory if unused; stale while a request runs
 	Size          int64     // bytes, all memory
 	SizeVRAM      int64     // bytes of it in GPU memory
@@ -291,16 +291,6 @@ func (st State) Lists(model string) bool {
 	return ok
 }
 
-// Holds reports whether the model (ModelKey) was loaded at the last poll that asked.
-func (st State) Holds(model string) bool {
-	for _, l := range st.Loaded {
-		if ModelKey(l.Name) == model {
-			return true
-		}
-	}
-	return false
-}
-
 // Loaded asks which models are loaded now.
 func (s *Server) Loaded(ctx context.Context) ([]Loaded, error) {
 	ps, err := s.client.ListRunning(ctx)
@@ -309,32 +299,14 @@ func (s *Server) Loaded(ctx context.Context) ([]Loaded, error) {
 	}
 	loaded := make([]Loaded, 0, len(ps.Models))
 	for _, m := range ps.Models {
-		loaded = append(loaded, Loaded{Name: m.Name, ExpiresAt: m.ExpiresAt.Add(-time.Duration(s.skew.Load())), Size: m.Size, SizeVRAM: m.SizeVRAM, ContextLength: m.ContextLength})
+		loaded = append(loaded, Loaded{Name: m.Name, Digest: m.Digest, ExpiresAt: m.ExpiresAt.Add(-time.Duration(s.skew.Load())), Size: m.Size, SizeVRAM: m.SizeVRAM, ContextLength: m.ContextLength})
 	}
 	return loaded, nil
 }
 
-// Info asks what is known of a model: the keys of its file, such as general.architecture, with numbers as float64.
-func (s *Server) Info(ctx context.Context, model string) (map[string]any, error) {
-	show, err := s.client.Show(ctx, &api.ShowRequest{Model: model})
-	if err != nil {
-		return nil, err
-	}
-	return show.ModelInfo, nil
-}
-
-// SlidingWindow asks whether the model's attention has a sliding window.
-func (s *Server) SlidingWindow(ctx context.Context, model string) (bool, error) {
-	info, err := s.Info(ctx, model)
-	if err != nil {
-		return false, err
-	}
-	for key, value := range info {
-		if n, ok := value.(float64); ok && n > 0 && strings.HasSuffix(key, ".attention.sliding_window") {
-			return true, nil
-		}
-	}
-	return false, nil
+// Show asks what the server has of a model.
+func (s *Server) Show(ctx context.Context, model string) (*api.ShowResponse, error) {
+	return s.client.Show(ctx, &api.ShowRequest{Model: model})
 }
 
 // Render posts a body to /api/generate that asks to be rendered only (_debug_render_only), and returns the prompt that the
@@ -377,20 +349,23 @@ func (st State) AtLeast(major, minor int) bool {
 // Forever is the keep_alive that never ends; any negative value means the same to Ollama.
 const Forever = time.Duration(1<<63 - 1)
 
-// Keep sets how long the model stays loaded after its last request, evaluating nothing. It loads the model, with its
-// default options, if it is absent. embedding says that the model was used for embeddings: one that can do
-// nothing else refuses /api/generate.
-func (s *Server) Keep(ctx context.Context, model string, d time.Duration, embedding bool) error {
+// Keep sets how long the model stays loaded after its last request, evaluating nothing. It loads the
+// model if that is absent, or loaded with other options than these; nil
+// states none. embedding says that the model was used for embeddings: one that can do nothing else
+// refuses /api/generate.
+func (s *Server) Keep(ctx context.Context, model string, d time.Duration, embedding bool,
+	options map[string]any, shift *bool) error {
 	keep := &api.Duration{Duration: d}
 	if d == Forever {
 		keep.Duration = -1
 	}
 	if embedding {
-		_, err := s.client.Embed(ctx, &api.EmbedRequest{Model: model, KeepAlive: keep, Input: []string{}})
+		_, err := s.client.Embed(ctx, &api.EmbedRequest{Model: model, KeepAlive: keep, Input: []string{}, Options: options})
 		return err
 	}
 	stream := false
-	return s.client.Generate(ctx, &api.GenerateRequest{Model: model, KeepAlive: keep, Stream: &stream},
+	return s.client.Generate(ctx,
+		&api.GenerateRequest{Model: model, KeepAlive: keep, Stream: &stream, Options: options, Shift: shift},
 		func(api.GenerateResponse) error { return nil })
 }
 

@@ -195,14 +195,16 @@ func TestKeep(t *testing.T) {
 	for _, tc := range []struct {
 		d         time.Duration
 		embedding bool
+		options   map[string]any
+		shift     *bool
 		want      string
 	}{
-		{24 * time.Hour, false, `/api/generate {"model":"m","prompt":"","keep_alive":"24h0m0s"}`},
-		{Forever, false, `/api/generate {"model":"m","prompt":"","keep_alive":-1}`},
-		{0, false, `/api/generate {"model":"m","prompt":"","keep_alive":"0s"}`},
-		{time.Minute, true, `/api/embed {"model":"m","input":[],"keep_alive":"1m0s"}`},
+		{24 * time.Hour, false, nil, nil, `/api/generate {"model":"m","prompt":"","keep_alive":"24h0m0s"}`},
+		{Forever, false, nil, nil, `/api/generate {"model":"m","prompt":"","keep_alive":-1}`},
+		{0, false, map[string]any{"num_ctx": 2048}, new(bool), `/api/generate {"model":"m","prompt":"","keep_alive":"0s","options":{"num_ctx":2048},"shift":false}`},
+		{time.Minute, true, map[string]any{"num_ctx": 2048}, nil, `/api/embed {"model":"m","input":[],"keep_alive":"1m0s","options":{"num_ctx":2048}}`},
 	} {
-		if err := server.Keep(t.Context(), "m", tc.d, tc.embedding); err != nil {
+		if err := server.Keep(t.Context(), "m", tc.d, tc.embedding, tc.options, tc.shift); err != nil {
 			t.Error(err)
 		}
 		got := s.taken()
@@ -219,12 +221,12 @@ func TestKeep(t *testing.T) {
 		}
 	}
 	s.set(func() { s.refuse = map[string]string{"/api/generate": "does not support generate"} })
-	err := server.Keep(t.Context(), "m", time.Minute, false)
+	err := server.Keep(t.Context(), "m", time.Minute, false, nil, nil)
 	if StatusCode(err) != http.StatusBadRequest || !strings.Contains(err.Error(), "does not support generate") {
 		t.Errorf("refused: %v (%d)", err, StatusCode(err))
 	}
 	s.set(func() { s.version = "" })
-	if err := server.Keep(t.Context(), "m", time.Minute, false); err == nil || StatusCode(err) != 0 {
+	if err := server.Keep(t.Context(), "m", time.Minute, false, nil, nil); err == nil || StatusCode(err) != 0 {
 		t.Errorf("down: %v (%d)", err, StatusCode(err))
 	}
 }

@@ -1,0 +1,193 @@
+package runners
+
+import (
+	"context"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/ollama/ollama/api"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
+)
+
+// Shower is what a Book asks a server: *upstream.Server.
+type Shower interface {
+	Show(ctx context.Context, model string) (*api.ShowResponse, error)
+}
+
+const (
+	showTimeout = 2 * time.Second // a request waits for it, once for each model
+	showAgain   = time.Minute     // after one that failed
+)
+
+// Model is what a name stands for.
+type Model struct {
+	// Weights stands for the files of which Ollama makes a runner: the model, its adapters and
+	// projectors. Where they are not known it is the name.
+	Weights string
+	// Defaults are the runner options that the Modelfile sets.
+	Defaults prefix.Options
+	// Sliding says that the model's attention has a sliding window.
+	Sliding bool
+}
+
+// named is what a name was found to stand for.
+type named struct {
+	digest string // of its manifest then
+	Model
+	again time.Time // when to ask again, after a failure; zero: it was not one
+}
+
+// Wanted is what a request needs loaded.
+type Wanted struct {
+	Name string // upstream.ModelKey
+	// Options are those that the request states and, where it states none, the Modelfile's. Their Model
+	// stands for the weights: see Model. Requests that have the same Options share a load; of those
+	// that have the same Model Ollama holds one at a time.
+	Options prefix.Options
+	Known   bool // all that the request states is in Options
+	Sliding bool // the model's attention has a sliding window
+}
+
+// Wanted returns what a request needs loaded that names a model (upstream.ModelKey), whose manifest
+// has this digest, as /api/tags tells; "": not known, and nothing is asked. o is what it states; nil:
+// that is not known.
+//
+// The server is asked once for each manifest, for two seconds at most.
+func (b *Book) Wanted(name, digest string, o *prefix.Options) Wanted {
+	m := b.resolve(name, digest)
+	w := Wanted{Name: name, Known: o != nil, Sliding: m.Sliding}
+	if o != nil {
+		w.Options = o.Over(m.Defaults)
+	}
+	w.Options.Model = m.Weights
+	return w
+}
+
+func (b *Book) resolve(name, digest string) Model {
+	if digest == "" || b.show == nil {
+		return Model{Weights: b.Weights(name)}
+	}
+	if n, ok := b.find(name, digest); ok {
+		return n.Model
+	}
+	found, _, _ := b.asking.Do(digest, func() (any, error) {
+		ctx, cancel := context.WithTimeout(context.Background(), showTimeout) // others wait for it, too
+		defer cancel()
+		show, err := b.show.Show(ctx, name)
+		n := named{digest: digest, Model: Model{Weights: name}, again: time.Now().Add(showAgain)}
+		if err == nil {
+			n.Model, n.again = describe(name, show), time.Time{}
+		}
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.names.Add(name, n)
+		return n.Model, nil
+	})
+	return found.(Model)
+}
+
+// find returns what is known of a name, or of another one that is a copy of it.
+func (b *Book) find(name, digest string) (named, bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	n, ok := b.names.Get(name)
+	if ok && n.digest == digest && (n.again.IsZero() || time.Now().Before(n.again)) {
+		return n, true
+	}
+	for _, other := range b.names.Values() {
+		if other.digest == digest && other.again.IsZero() {
+			b.names.Add(name, other)
+			return other, true
+		}
+	}
+	return named{}, false
+}
+
+// Weights returns what is known to stand for the weights of a model, by its name; the server is not
+// asked.
+func (b *Book) Weights(name string) string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.peek(name).Weights
+}
+
+// ByWeights returns what /api/ps listed, by what stands for the models' weights.
+func (b *Book) ByWeights(list []upstream.Loaded) map[string]upstream.Loaded {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.byWeights(list)
+}
+
+func (b *Book) byWeights(list []upstream.Loaded) map[string]upstream.Loaded {
+	loaded := make(map[string]upstream.Loaded, len(list))
+	for _, l := range list {
+		loaded[b.weights(l)] = l
+	}
+	return loaded
+}
+
+func (b *Book) peek(name string) Model {
+	if n, ok := b.names.Peek(name); ok {
+		return n.Model
+	}
+	return Model{Weights: name}
+}
+
+// weights returns what stands for the weights of a loaded model. b.mu must be held.
+func (b *Book) weights(l upstream.Loaded) string {
+	if n, ok := b.names.Peek(upstream.ModelKey(l.Name)); ok && (l.Digest == "" || n.digest == l.Digest) {
+		return n.Weights
+	}
+	for _, n := range b.names.Values() {
+		if l.Digest != "" && n.digest == l.Digest {
+			return n.Weights
+		}
+	}
+	return upstream.ModelKey(l.Name)
+}
+
+// describe reads what /api/show tells of a model.
+func describe(name string, show *api.ShowResponse) Model {
+	m := Model{Weights: weightsOf(show.Modelfile)}
+	if m.Weights == "" {
+		m.Weights = name
+	}
+	for line := range strings.Lines(show.Parameters) {
+		if f := strings.Fields(line); len(f) == 2 {
+			m.Defaults.Set(f[0], f[1]) // most are no runner options
+		}
+	}
+	for key, value := range show.ModelInfo {
+		if n, ok := value.(float64); ok && n > 0 && strings.HasSuffix(key, ".attention.sliding_window") {
+			m.Sliding = true
+		}
+	}
+	return m
+}
+
+// weightsOf returns the names of the files that a Modelfile, as Ollama writes it, begins with; "" if
+// it names none.
+func weightsOf(modelfile string) string {
+	var files []string
+	for line := range strings.Lines(modelfile) {
+		line = strings.TrimSpace(line)
+		if line == "" || strings.HasPrefix(line, "#") {
+			continue
+		}
+		command, path, _ := strings.Cut(line, " ")
+		switch command {
+		case "FROM", "ADAPTER", "DRAFT":
+		default:
+			return strings.Join(files, "+") // what follows may be any text
+		}
+		if !strings.ContainsAny(path, `/\`) {
+			return "" // a name: this model has no files that are told
+		}
+		path = strings.ReplaceAll(path, `\`, "/")
+		files = append(files, filepath.Base(path))
+	}
+	return strings.Join(files, "+")
+}

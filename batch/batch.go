@@ -47,6 +47,7 @@ type Config struct {
 
 	firstWait time.Duration // before a retry; 0: half a second
 	compactAt int64         // 0: compactAt
+	files     files         // nil: the disk
 	watch     func(*batch)  // for tests: called before each step
 }
 

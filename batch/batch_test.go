@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -298,6 +299,42 @@ func TestRefused(t *testing.T) {
 	c = config(t, serve(t, f), numbered(3))
 	if _, err := Run(t.Context(), c); err == nil || !strings.Contains(err.Error(), `model "m", which 3 requests want, is not on the server`) {
 		t.Errorf("%v", err)
+	}
+}
+
+// Two of a batch's files are never one, however they are spelled or linked.
+func TestOneFile(t *testing.T) {
+	for _, link := range []func(old, new string) error{os.Symlink, os.Link} {
+		c := config(t, serve(t, &fake{}), numbered(2))
+		c.Errors = c.Output + ".link"
+		write(t, c.Output, "")
+		if err := link(c.Output, c.Errors); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Run(t.Context(), c); err == nil || !strings.Contains(err.Error(), "are one file") {
+			t.Errorf("%v", err)
+		}
+	}
+	c := config(t, serve(t, &fake{}), numbered(2))
+	for _, errors := range []string{c.Output, filepath.Join(filepath.Dir(c.Output), "x", "..", "out.jsonl"), c.Output + JournalSuffix} {
+		c.Errors = errors
+		if _, err := Run(t.Context(), c); err == nil || !strings.Contains(err.Error(), "choose another") {
+			t.Errorf("%s: %v", errors, err)
+		}
+	}
+	if err := os.Symlink(c.Output+JournalSuffix, c.Output+".link"); err != nil {
+		t.Fatal(err)
+	}
+	c.Errors = c.Output + ".link" // of a journal that is not yet there
+	if _, err := Run(t.Context(), c); err == nil || !strings.Contains(err.Error(), "are one file") {
+		t.Errorf("%v", err)
+	}
+	c.Errors = ""
+	if err := os.Remove(c.Output + JournalSuffix); err != nil {
+		t.Fatal(err)
+	}
+	if s, _ := run(t, c); s.Succeeded != 2 {
+		t.Errorf("%+v", s)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
@@ -32,16 +33,20 @@ const compactAt = 16 << 20
 //
 // The first line is a journalHead; each other line is a journalEntry. The last one may be torn.
 type journal struct {
+	files  files
 	path   string
-	file   *os.File
+	file   file
 	size   int64
 	limit  int64 // when to compact
 	source *Source
 
-	out    io.Writer
-	output *os.File // out, where it is a file that can be gone on with
-	errs   *os.File // nil: none
-	temp   string   // the folder of a journal that is not kept
+	name    string // of the output
+	out     io.Writer
+	output  file      // out, where it is a file that can be gone on with
+	failing io.Writer // the requests that fail; nil: nowhere
+	errs    file      // failing, where it is a file that can be gone on with
+	opened  []file    // output and failing, also where they are no such files
+	temp    string    // the folder of a journal that is not kept
 
 	head   journalHead
 	beyond map[int]place // what is done from head.Next on
@@ -85,8 +90,11 @@ var errChanged = errors.New("the batch cannot go on")
 // openJournal opens the output and its journal, and brings the output to what the journal knows. An output that is no regular file
 // is written once, from its start.
 func openJournal(c *Config, limit int64) (*journal, error) {
-	j := &journal{source: c.Source, limit: limit, beyond: map[int]place{}}
-	j.head = journalHead{Version: 1, Input: c.Source.Hash, Order: c.Order}
+	j := &journal{files: c.files, source: c.Source, limit: limit, beyond: map[int]place{}}
+	if j.files == nil {
+		j.files = disk{}
+	}
+	j.head = journalHead{Version: 1, Input: c.Source.Hash, Order: c.Order, Collect: c.Errors}
 	if err := j.open(c); err != nil {
 		j.close()
 		return nil, err
@@ -96,92 +104,183 @@ func openJournal(c *Config, limit int64) (*journal, error) {
 
 func (j *journal) open(c *Config) error {
 	if c.Output == "-" {
-		j.out = c.Stdout
+		j.name, j.out = "stdout", c.Stdout
 	} else {
-		f, err := os.OpenFile(c.Output, os.O_RDWR|os.O_CREATE, 0o666)
+		f, kept, err := j.openFile("the output", c.Output)
 		if err != nil {
-			return fmt.Errorf("opening the output: %w", err)
+			return err
 		}
-		j.out, j.output = f, f
+		if j.name, j.out = c.Output, f; kept {
+			j.output = f
+		}
 	}
-	j.head.Collect = c.Errors
 	if c.Errors != "" {
-		f, err := os.OpenFile(c.Errors, os.O_RDWR|os.O_CREATE, 0o666)
-		if err != nil {
-			return fmt.Errorf("opening the file for errors: %w", err)
+		if samePath(c.Errors, c.Output+JournalSuffix) {
+			return fmt.Errorf("%s is the journal's name: choose another file for errors", c.Errors)
 		}
-		j.errs = f
-	}
-	regular := false
-	if j.output != nil {
-		info, err := j.output.Stat()
+		f, kept, err := j.openFile("the file for errors", c.Errors)
 		if err != nil {
-			return fmt.Errorf("opening the output: %w", err)
+			return err
 		}
-		regular = info.Mode().IsRegular()
+		if j.failing = f; kept {
+			j.errs = f
+		}
 	}
-	if !regular {
+	if j.output == nil {
 		dir, err := os.MkdirTemp("", "ollama-cacheproxy-batch-")
 		if err != nil {
 			return fmt.Errorf("making a folder for results that wait: %w", err)
 		}
-		j.temp, j.output = dir, nil // what c.Output may be (a terminal, a pipe) stays open until the process ends
-		j.path = filepath.Join(dir, "results"+JournalSuffix)
+		j.temp, j.path = dir, filepath.Join(dir, "results"+JournalSuffix)
 		return j.first(c)
 	}
 	j.path = c.Output + JournalSuffix
-	if err := lock(j.output); err != nil {
-		return fmt.Errorf("%s is being written by another batch: %w", c.Output, err)
+	if err := j.apart(c); err != nil {
+		return err
 	}
-	os.Remove(j.path + ".new") // of a run that was killed before it was complete
-	f, err := os.OpenFile(j.path, os.O_RDWR, 0)
-	if os.IsNotExist(err) {
-		if !empty(j.output) {
+	for _, f := range []file{j.output, j.errs} {
+		if f == nil {
+			continue
+		}
+		if err := lock(f); err != nil {
+			return fmt.Errorf("%s is being written by another batch: %w", f.Name(), err)
+		}
+	}
+	j.files.Remove(j.path + ".new") // of a run that was killed before it was complete
+	f, err := j.files.OpenFile(j.path, os.O_RDWR, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		if done, err := empty(j.output); err != nil {
+			return err
+		} else if !done {
 			return fmt.Errorf("%s exists already, and no journal (%s) tells how to go on: choose another output, or remove it", c.Output, j.path)
 		}
 		return j.first(c)
 	}
 	if err != nil {
-		return fmt.Errorf("opening the journal: %w", err)
+		return fileError("opening the journal", j.path, err)
 	}
 	j.file = f
 	return j.replay(c)
 }
 
+// openFile opens a file to write to, and tells whether it is one that can be gone on with: a terminal or a pipe cannot.
+func (j *journal) openFile(what, name string) (f file, kept bool, err error) {
+	if f, err = j.files.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o666); err != nil {
+		return nil, false, fileError("opening "+what, name, err)
+	}
+	j.opened = append(j.opened, f)
+	info, err := f.Stat()
+	if err != nil {
+		return nil, false, fileError("opening "+what, name, err)
+	}
+	return f, info.Mode().IsRegular(), nil
+}
+
+// apart refuses two names of one file, whether they are spelled alike or are links.
+func (j *journal) apart(c *Config) error {
+	if j.errs == nil {
+		return nil
+	}
+	errs, err := j.errs.Stat()
+	if err != nil {
+		return fileError("opening the file for errors", c.Errors, err)
+	}
+	output, err := j.output.Stat()
+	if err != nil {
+		return fileError("opening the output", c.Output, err)
+	}
+	if os.SameFile(output, errs) {
+		return fmt.Errorf("the output %s and the file for errors %s are one file: choose another for one of them", c.Output, c.Errors)
+	}
+	if kept, err := os.Stat(j.path); err == nil && os.SameFile(kept, errs) {
+		return fmt.Errorf("the journal %s and the file for errors %s are one file: choose another for errors", j.path, c.Errors)
+	}
+	return nil
+}
+
+func samePath(a, b string) bool {
+	x, errA := filepath.Abs(a)
+	y, errB := filepath.Abs(b)
+	return errA == nil && errB == nil && x == y
+}
+
 // first begins the journal of a new batch.
 func (j *journal) first(c *Config) error {
-	if j.errs != nil && !empty(j.errs) {
-		return fmt.Errorf("%s exists already: choose another file for errors, or remove it", c.Errors)
+	if j.errs != nil {
+		if unused, err := empty(j.errs); err != nil {
+			return err
+		} else if !unused {
+			return fmt.Errorf("%s exists already: choose another file for errors, or remove it", c.Errors)
+		}
 	}
 	return j.begin()
 }
 
 // empty reports whether nothing is in a file.
-func empty(f *os.File) bool {
+func empty(f file) (bool, error) {
 	info, err := f.Stat()
-	return err == nil && info.Size() == 0
+	if err != nil {
+		return false, fileError("looking at", f.Name(), err)
+	}
+	return info.Size() == 0, nil
 }
 
-// begin starts a journal with what is known in it.
-func (j *journal) begin() error {
-	next, err := os.OpenFile(j.path+".new", os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o666)
-	if err != nil {
-		return fmt.Errorf("writing the journal: %w", err)
+// failed says what could not be written, and what to do.
+func (j *journal) failed(doing, path string, err error) error {
+	err = fileError(doing, path, err)
+	if j.temp != "" {
+		return err // nothing of it is kept
 	}
+	return fmt.Errorf("%w; what is done is kept, and the same command goes on", err)
+}
+
+// begin starts a journal with what is known in it. Until all of that is on the disk under another name, the one before stays: each
+// step is taken only if the one before it has succeeded.
+func (j *journal) begin() error {
+	const doing = "writing the journal"
+	path := j.path + ".new"
+	next, err := j.files.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o666)
+	if err != nil {
+		return j.failed(doing, j.path, err)
+	}
+	size, moved, err := j.copyTo(next)
+	if err == nil {
+		err = next.Sync()
+	}
+	if err == nil {
+		err = j.files.Rename(path, j.path)
+	}
+	if err != nil {
+		next.Close()
+		j.files.Remove(path) // or else the next run does
+		return j.failed(doing, j.path, err)
+	}
+	if j.file != nil {
+		j.file.Close() // nothing is written to it any more
+	}
+	j.file, j.size, j.beyond = next, size, moved
+	j.limit = max(j.limit, 2*size)
+	if err := j.files.SyncFolder(folder(j.path)); err != nil {
+		return j.failed(doing, j.path, err)
+	}
+	return nil
+}
+
+// copyTo writes what is known, and tells its size and where the results that wait lie in it.
+func (j *journal) copyTo(next file) (size int64, moved map[int]place, err error) {
 	w := bufio.NewWriter(next)
 	head, err := json.Marshal(j.head)
 	if err != nil {
 		panic(err) // numbers and short texts
 	}
-	size := int64(len(head)) + 1
+	size = int64(len(head)) + 1
 	w.Write(append(head, '\n')) // the first error is kept for Flush
-	moved := make(map[int]place, len(j.beyond))
+	moved = make(map[int]place, len(j.beyond))
 	for index, p := range j.beyond {
 		var result []byte
 		if p.size > 0 {
 			if result, err = j.result(p); err != nil {
-				next.Close()
-				return err
+				return 0, nil, err
 			}
 		}
 		line, at := appendEntry(nil, p.entry, nil, result)
@@ -192,16 +291,7 @@ func (j *journal) begin() error {
 		size += int64(len(line))
 		w.Write(line)
 	}
-	if err := errors.Join(w.Flush(), next.Sync(), os.Rename(j.path+".new", j.path)); err != nil {
-		next.Close()
-		return fmt.Errorf("writing the journal: %w", err)
-	}
-	if j.file != nil {
-		j.file.Close()
-	}
-	j.file, j.size, j.beyond = next, size, moved
-	j.limit = max(j.limit, 2*size)
-	return nil
+	return size, moved, w.Flush()
 }
 
 // appendEntry appends a line of the journal and tells where in it the result begins.
@@ -223,14 +313,23 @@ func appendEntry(b []byte, e journalEntry, counts *Counts, result []byte) (line 
 // replay reads the journal of an earlier run.
 func (j *journal) replay(c *Config) error {
 	in := bufio.NewReaderSize(j.file, 256<<10)
-	line, err := in.ReadBytes('\n')
 	want := j.head
+	line, err := in.ReadBytes('\n')
+	if err != nil && err != io.EOF {
+		return j.failed("reading the journal", j.path, err)
+	}
 	if err != nil || json.Unmarshal(line, &j.head) != nil || j.head.Version != want.Version {
 		return fmt.Errorf("%w: %s is no journal of a batch; remove it and the output to start over", errChanged, j.path)
 	}
-	if _, err := in.Peek(1); err == io.EOF && j.head.Next == 0 && j.head != want && empty(j.output) { // nothing was done: it has not begun
-		j.head = want
-		return j.first(c)
+	if _, err := in.Peek(1); err == io.EOF && j.head.Next == 0 && j.head != want { // nothing was done: it has not begun
+		unused, err := empty(j.output)
+		if err != nil {
+			return err
+		}
+		if unused {
+			j.head = want
+			return j.first(c)
+		}
 	}
 	if j.head.Input != want.Input {
 		return fmt.Errorf("%w: the input or its template is not what it was when %s was begun (sha256 %.12s… then, %.12s… now); choose another output, or remove %s and %s to start over",
@@ -242,18 +341,18 @@ func (j *journal) replay(c *Config) error {
 	if j.head.Collect != want.Collect {
 		return fmt.Errorf("%w: %s was begun with --errors %q", errChanged, c.Output, j.head.Collect)
 	}
-	if err := cut(j.output, j.head.Output); err != nil {
+	if err := j.cut(j.output, j.head.Output); err != nil {
 		return err
 	}
 	if j.errs != nil {
-		if err := cut(j.errs, j.head.Errors); err != nil {
+		if err := j.cut(j.errs, j.head.Errors); err != nil {
 			return err
 		}
 	}
 	for j.size = int64(len(line)); ; j.size += int64(len(line)) {
 		line, err = in.ReadBytes('\n')
 		if err != nil && err != io.EOF {
-			return fmt.Errorf("reading the journal: %w", err)
+			return j.failed("reading the journal", j.path, err)
 		}
 		var e journalEntry
 		if err == io.EOF || json.Unmarshal(line, &e) != nil {
@@ -272,28 +371,28 @@ func (j *journal) replay(c *Config) error {
 		}
 	}
 	if err := j.file.Truncate(j.size); err != nil {
-		return fmt.Errorf("cutting the journal: %w", err)
+		return j.failed("cutting the journal", j.path, err)
 	}
 	if _, err := j.file.Seek(j.size, io.SeekStart); err != nil {
-		return fmt.Errorf("going on with the journal: %w", err)
+		return j.failed("going on with the journal", j.path, err)
 	}
 	return nil
 }
 
 // cut shortens a file to what is known of it.
-func cut(f *os.File, size int64) error {
+func (j *journal) cut(f file, size int64) error {
 	info, err := f.Stat()
 	if err != nil {
-		return fmt.Errorf("going on with %s: %w", f.Name(), err)
+		return j.failed("going on with", f.Name(), err)
 	}
 	if info.Size() < size {
 		return fmt.Errorf("%w: %s is shorter than what was written to it; remove it and its journal to start over", errChanged, f.Name())
 	}
 	if err := f.Truncate(size); err != nil {
-		return fmt.Errorf("going on with %s: %w", f.Name(), err)
+		return j.failed("going on with", f.Name(), err)
 	}
-	if _, err = f.Seek(size, io.SeekStart); err != nil {
-		return fmt.Errorf("going on with %s: %w", f.Name(), err)
+	if _, err := f.Seek(size, io.SeekStart); err != nil {
+		return j.failed("going on with", f.Name(), err)
 	}
 	return nil
 }
@@ -303,7 +402,7 @@ func (j *journal) add(it item, failed bool, counts Counts, result []byte) error 
 	e := journalEntry{Index: it.index, Line: it.line, Off: it.off, Size: it.size, Failed: failed, Bad: it.bad != nil}
 	line, at := appendEntry(nil, e, &counts, result)
 	if _, err := j.file.Write(line); err != nil {
-		return fmt.Errorf("writing the journal: %w", err)
+		return j.failed("writing the journal", j.path, err)
 	}
 	p := place{entry: e, off: j.size + int64(at), size: len(result)}
 	j.size += int64(len(line))
@@ -351,7 +450,7 @@ func (j *journal) settle(p place, result []byte) error {
 func (j *journal) result(p place) ([]byte, error) {
 	text := make([]byte, p.size)
 	if _, err := j.file.ReadAt(text, p.off); err != nil {
-		return nil, fmt.Errorf("reading the journal: %w", err)
+		return nil, j.failed("reading the journal", j.path, err)
 	}
 	return text, nil
 }
@@ -360,19 +459,19 @@ func (j *journal) result(p place) ([]byte, error) {
 func (j *journal) write(p place, result []byte) error {
 	n, err := j.out.Write(append(bytes.Clone(result), '\n'))
 	if err != nil {
-		return fmt.Errorf("writing the output: %w", err)
+		return j.failed("writing the output", j.name, err)
 	}
 	j.head.Output += int64(n)
-	if !p.entry.Failed || j.errs == nil {
+	if !p.entry.Failed || j.failing == nil {
 		return nil
 	}
 	text, err := j.again(p.entry)
 	if err != nil {
 		return err
 	}
-	n, err = j.errs.Write(append(text, '\n'))
+	n, err = j.failing.Write(append(text, '\n'))
 	if err != nil {
-		return fmt.Errorf("writing the file for errors: %w", err)
+		return j.failed("writing the file for errors", j.head.Collect, err)
 	}
 	j.head.Errors += int64(n)
 	return nil
@@ -413,17 +512,24 @@ func (j *journal) done(index int) bool {
 
 // compact begins the journal anew, without what is in the output.
 func (j *journal) compact() error {
-	if j.output != nil { // before the journal says that it is there
-		if err := j.output.Sync(); err != nil {
-			return fmt.Errorf("writing the output: %w", err)
+	for _, f := range []file{j.output, j.errs} {
+		if f == nil {
+			continue
+		}
+		// Before the journal says that it is there.
+		if err := f.Sync(); err != nil {
+			return j.failed("writing", f.Name(), err)
+		}
+		if err := j.files.SyncFolder(folder(f.Name())); err != nil {
+			return j.failed("writing the folder of", f.Name(), err)
 		}
 	}
 	return j.begin()
 }
 
-// close closes the files. A journal of an output that cannot be gone on with is removed.
+// close closes the files: what is worth keeping was synced. A journal of an output that cannot be gone on with is removed.
 func (j *journal) close() {
-	for _, f := range []*os.File{j.file, j.output, j.errs} {
+	for _, f := range append(j.opened, j.file) {
 		if f != nil {
 			f.Close()
 		}

@@ -67,6 +67,7 @@ func open(path string, stdin io.Reader, t *Template) (*Source, error) {
 		s.file, err = os.Open(path)
 	}
 	if err != nil {
+		s.Close()
 		return nil, fmt.Errorf("opening the input: %w", err)
 	}
 	if info, e := s.file.Stat(); e == nil && path != "-" && !info.Mode().IsRegular() { // a pipe
@@ -92,7 +93,7 @@ func (s *Source) spool(r io.Reader) error {
 	}
 	s.file, s.spooled = f, true
 	if _, err := io.Copy(f, r); err != nil {
-		return err
+		return fmt.Errorf("copying it to %s (TMPDIR says where to): %w", f.Name(), err)
 	}
 	_, err = f.Seek(0, io.SeekStart)
 	return err

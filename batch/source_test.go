@@ -3,10 +3,14 @@ package batch
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
+	"testing/iotest"
 )
 
 func rowsOf(t testing.TB, name, data, template string) (*Source, error) {
@@ -81,6 +85,17 @@ func TestRows(t *testing.T) {
 		if _, err := rowsOf(t, "rows.csv", data, template); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v, want %q", data, err, want)
 		}
+	}
+}
+
+// What cannot be copied from stdin leaves nothing over.
+func TestStdinBroken(t *testing.T) {
+	t.Setenv("TMPDIR", t.TempDir())
+	if _, err := OpenLines("-", iotest.ErrReader(syscall.ENOSPC)); !errors.Is(err, syscall.ENOSPC) {
+		t.Fatal(err)
+	}
+	if left, err := os.ReadDir(os.TempDir()); err != nil || len(left) > 0 {
+		t.Errorf("%v, %v", left, err)
 	}
 }
 

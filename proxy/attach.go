@@ -51,10 +51,8 @@ func (h *Handler) attach(ex *exchange) error {
 	if ex.plan = h.attacher.Plan(ex.key, ex.body.data); ex.plan == nil || ex.plan.Body() == nil {
 		return nil
 	}
-	client := ex.body
-	ex.body = &body{data: ex.plan.Body()}
-	ex.body.refs.Store(1)
-	client.release()
+	ex.body.release()
+	ex.body = newBody(ex.plan.Body(), nil)
 	var err error
 	ex.fields, err = scan(ex.body.data, ex.members[:])
 	return err

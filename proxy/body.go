@@ -7,68 +7,39 @@ import (
 	"net/http"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // body is a request body held in memory, to be sent once or, if the server had not begun to read it, again.
-// Its bytes are pooled: they are free again when release was called and every reader that open returned is closed.
+// It is let go when release was called and every reader that open returned is closed.
 type body struct {
-	data []byte
-	refs atomic.Int32
+	data  []byte
+	refs  atomic.Int32
+	share *share // of the memory for bodies; nil: none
 }
 
-// errBodyClosed is what a reader returns once the transport has closed it.
+// errBodyClosed is what a reader returns once the transport has closed it, or the body was let go.
 var errBodyClosed = errors.New("request body is closed")
 
-const (
-	bodyFirst   = 64 << 10 // bytes: a new buffer's size
-	bodyTrusted = 4 << 20  // bytes: what a Content-Length may reserve before any byte has come
-	bodyPooled  = 4 << 20  // bytes: a larger buffer is not kept
-)
-
-var bodyPool = sync.Pool{New: func() any { return &body{data: make([]byte, 0, bodyFirst)} }}
-
-// readBody reads the request's body. When it is longer than max, over is true and the body holds what was read so
-// far; the rest is still in r.Body.
-func readBody(r *http.Request, max int64) (b *body, over bool, err error) {
-	b = bodyPool.Get().(*body)
+func newBody(data []byte, s *share) *body {
+	b := &body{data: data, share: s}
 	b.refs.Store(1)
-	data := b.data[:0]
-	if want := min(r.ContentLength, bodyTrusted) + 1; int64(cap(data)) < want {
-		data = make([]byte, 0, want) // one more than the body, so that its end is seen without growing
-	}
-	for {
-		if int64(len(data)) > max {
-			over = true
-			break
-		}
-		if len(data) == cap(data) {
-			grown := make([]byte, len(data), 2*cap(data))
-			copy(grown, data)
-			data = grown
-		}
-		n, rerr := r.Body.Read(data[len(data):cap(data)])
-		data = data[:len(data)+n]
-		if rerr == io.EOF {
-			break
-		}
-		if rerr != nil {
-			err = rerr
-			break
-		}
-	}
-	b.data = data
-	return b, over || int64(len(data)) > max, err
+	return b
 }
 
 func (b *body) release() {
-	if b.refs.Add(-1) == 0 && cap(b.data) <= bodyPooled {
-		bodyPool.Put(b)
+	if b.refs.Add(-1) == 0 {
+		if b.share != nil {
+			freeBuffer(b.data)
+			b.share.release()
+		}
+		b.data = nil // the transport's request leads here until the answer has ended
 	}
 }
 
 // open returns a reader of the body with the edit made.
 func (b *body) open(e edit) io.ReadCloser {
-	b.refs.Add(1)
+	b.refs.Add(1) // only while the exchange holds it, too
 	return &bodyReader{body: b, parts: [3][]byte{b.data[:e.at], e.text, b.data[e.at+e.cut:]}}
 }
 
@@ -121,7 +92,7 @@ func (r *bodyReader) Close() error {
 	defer r.mu.Unlock()
 	if r.body != nil {
 		r.body.release()
-		r.body = nil
+		r.body, r.parts = nil, [3][]byte{}
 	}
 	return nil
 }
@@ -154,6 +125,55 @@ func (e edit) grow() int { return len(e.text) - e.cut }
 type rest struct {
 	io.Reader
 	io.Closer
+}
+
+// once is a reader that is closed at its end.
+type once struct{ io.ReadCloser }
+
+func (o once) Read(p []byte) (int, error) {
+	n, err := o.ReadCloser.Read(p)
+	if err == io.EOF {
+		o.Close()
+	}
+	return n, err
+}
+
+// arriving is a request's body as it comes from the client, which may not leave off for longer than limit.
+type arriving struct {
+	io.ReadCloser
+	conn  *http.ResponseController
+	limit time.Duration
+
+	mu   sync.Mutex
+	over bool // no more of it is read: the connection may be another request's. Guarded by mu
+}
+
+func (a *arriving) Read(p []byte) (int, error) {
+	a.mu.Lock()
+	if !a.over {
+		a.conn.SetReadDeadline(time.Now().Add(a.limit)) // what is no connection of net/http's server has none
+	}
+	a.mu.Unlock()
+	n, err := a.ReadCloser.Read(p)
+	if err != nil {
+		a.end(err)
+	}
+	return n, err
+}
+
+// end takes the limit off a body that has come whole: from then on net/http reads to see the client leave. On any other it stays
+// for what net/http reads of it before it sends the answer.
+func (a *arriving) end(err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	switch {
+	case a.over:
+	case err == io.EOF:
+		a.conn.SetReadDeadline(time.Time{})
+	case err == nil: // the request is over
+		a.conn.SetReadDeadline(time.Now().Add(a.limit))
+	}
+	a.over = true
 }
 
 // bufferPool serves httputil.ReverseProxy.

@@ -2,10 +2,10 @@ package proxy
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
-	"net/http"
 	"strings"
 	"sync"
 	"testing"
@@ -21,24 +21,25 @@ func pattern(n int, salt byte) []byte {
 	return b
 }
 
-func request(body io.Reader, length int64) *http.Request {
-	return &http.Request{Body: io.NopCloser(body), ContentLength: length}
+// readBody reads a body in a memory of its own, without a limit.
+func readBody(src io.Reader, length, most int64) (*body, bool, error) {
+	return newMemory(0).read(context.Background(), src, length, most, func() error { return nil })
 }
 
 func TestReadBody(t *testing.T) {
-	const max = 2*bodyTrusted + 5
+	const max = bodyGrows*bodyFirst*bodyGrows + 5
 	readers := map[string]func(io.Reader) io.Reader{
 		"whole":      func(r io.Reader) io.Reader { return r },
 		"halves":     iotest.HalfReader,
 		"data + EOF": iotest.DataErrReader,
 	}
-	sizes := []int{0, 1, 7, bodyFirst - 1, bodyFirst, bodyFirst + 1, bodyTrusted - 1, bodyTrusted, bodyTrusted + 1, max - 1, max}
+	sizes := []int{0, 1, 7, bodyFirst - 1, bodyFirst, bodyFirst + 1, bodyGrows*bodyFirst - 1, bodyGrows * bodyFirst, bodyGrows*bodyFirst + 1, max - 1, max}
 	for name, wrap := range readers {
 		for _, n := range sizes {
 			data := pattern(n, 3)
 			for _, length := range []int64{int64(n), -1} {
-				b, over, err := readBody(request(wrap(bytes.NewReader(data)), length), max)
-				if err != nil || over || !bytes.Equal(b.data, data) {
+				b, over, err := readBody(wrap(bytes.NewReader(data)), length, max)
+				if err != nil || over || !bytes.Equal(b.data, data) || int64(cap(b.data)) != bufferSize(int64(n)) && cap(b.data) != n+1 {
 					t.Errorf("%s, %d bytes, length %d: read %d, over %v, %v", name, n, length, len(b.data), over, err)
 				}
 				b.release()
@@ -46,7 +47,7 @@ func TestReadBody(t *testing.T) {
 		}
 	}
 	small := pattern(300, 5)
-	b, _, err := readBody(request(iotest.OneByteReader(bytes.NewReader(small)), -1), max)
+	b, _, err := readBody(iotest.OneByteReader(bytes.NewReader(small)), -1, max)
 	if err != nil || !bytes.Equal(b.data, small) {
 		t.Errorf("one byte at a time: %d bytes, %v", len(b.data), err)
 	}
@@ -59,12 +60,12 @@ func TestReadBodyOver(t *testing.T) {
 		for _, more := range []int{1, 2, 70 << 10} {
 			for name, wrap := range map[string]func(io.Reader) io.Reader{"whole": func(r io.Reader) io.Reader { return r }, "data + EOF": iotest.DataErrReader} {
 				data := pattern(int(max)+more, 9)
-				r := request(wrap(bytes.NewReader(data)), -1)
-				b, over, err := readBody(r, max)
+				r := wrap(bytes.NewReader(data))
+				b, over, err := readBody(r, -1, max)
 				if err != nil || !over {
 					t.Errorf("%s: %d bytes over a limit of %d: over %v, %v", name, more, max, over, err)
 				}
-				tail, err := io.ReadAll(r.Body)
+				tail, err := io.ReadAll(r)
 				if got := append(bytes.Clone(b.data), tail...); err != nil || !bytes.Equal(got, data) {
 					t.Errorf("%s: %d over %d: %d + %d bytes, %v", name, more, max, len(b.data), len(tail), err)
 				}
@@ -75,7 +76,7 @@ func TestReadBodyOver(t *testing.T) {
 
 func TestReadBodyError(t *testing.T) {
 	broken := errors.New("broken")
-	b, over, err := readBody(request(io.MultiReader(strings.NewReader("abc"), iotest.ErrReader(broken)), -1), 100)
+	b, over, err := readBody(io.MultiReader(strings.NewReader("abc"), iotest.ErrReader(broken)), -1, 100)
 	if !errors.Is(err, broken) || over || string(b.data) != "abc" {
 		t.Errorf("read %q, over %v, %v", b.data, over, err)
 	}
@@ -88,8 +89,7 @@ func TestBodyEdits(t *testing.T) {
 		for cut := 0; at+cut <= len(text); cut++ {
 			for _, insert := range []string{"", "x", "<inserted>"} {
 				e := edit{at: at, cut: cut, text: []byte(insert)}
-				b := &body{data: []byte(text)}
-				b.refs.Store(1)
+				b := newBody([]byte(text), nil)
 				want := text[:at] + insert + text[at+cut:]
 				for size := 1; size <= 12; size += 5 {
 					r := b.open(e)
@@ -121,8 +121,7 @@ func TestBodyEdits(t *testing.T) {
 // TestBodyReaderClosed: the transport closes a body while it still reads; after that nothing of the buffer, which
 // may serve another request by then, is seen.
 func TestBodyReaderClosed(t *testing.T) {
-	b := &body{data: []byte("secret")}
-	b.refs.Store(1)
+	b := newBody([]byte("secret"), nil)
 	r := b.open(edit{})
 	r.Read(make([]byte, 2))
 	r.Close()
@@ -146,7 +145,7 @@ func TestBodyPool(t *testing.T) {
 		wg.Go(func() {
 			for i := range 60 {
 				data := pattern(1+(i*7919+g*104729)%(150<<10), byte(g*31+i))
-				b, over, err := readBody(request(bytes.NewReader(data), -1), 1<<20)
+				b, over, err := readBody(bytes.NewReader(data), -1, 1<<20)
 				if err != nil || over {
 					t.Error(over, err)
 					return

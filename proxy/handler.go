@@ -15,6 +15,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httputil"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -51,9 +52,13 @@ type Handler struct {
 	KeepAlive KeepAlive
 	NoTouch   bool  // never send a request of our own to set keep_alive for models used through /v1
 	MaxBody   int64 // bytes; 0 means DefaultMaxBody
-	Guard     Guard
-	Metrics   http.Handler // serves PathMetrics; nil forwards it like any other path
-	Log       *slog.Logger // nil discards
+	Memory    int64 // bytes for all bodies that are held; 0: no limit
+	// BodyTimeout is for how long a request's body may make no progress; 0: for ever.
+	BodyTimeout time.Duration
+
+	Guard   Guard
+	Metrics http.Handler // serves PathMetrics; nil forwards it like any other path
+	Log     *slog.Logger // nil discards
 
 	Ledger      *savings.Ledger     // nil accounts for nothing and reads no prefixes
 	Lanes       *schedule.Scheduler // says when a request may be sent, and where; nil, with one upstream only, sends them as they come
@@ -69,6 +74,7 @@ type Handler struct {
 	Done    func(Exchange)
 	Touched func(model string, err error)
 
+	memory   *memory
 	inFlight atomic.Int64
 	backends []*backend // Upstreams, in the same order
 	forward  *httputil.ReverseProxy
@@ -145,7 +151,9 @@ type exchange struct {
 	route                         // what its path means
 	spent     []string            // request headers that are for the proxy alone
 	members   [12]jsonscan.Member // of the body; more are allocated
-	body      *body               // nil where the body passes through, or there is none
+	arriving  *arriving           // nil where there is no body, or no limit for it
+	body      *body               // nil where the body passes through, or there is none, or it was let go
+	beginning io.Closer           // of a body that passes through although it was read that far
 	passing   *passing            // nil where the body was read, or there is none
 	fields    fields              // of the body
 	key       string              // upstream.ModelKey of the model that it names; "" for none
@@ -218,6 +226,7 @@ func (h *Handler) Init() {
 	if h.Touched == nil {
 		h.Touched = func(string, error) {}
 	}
+	h.memory = newMemory(h.Memory)
 	h.refreshEvery = refreshEvery
 	h.prefixes = prefix.NewReader()
 	for i, s := range h.Upstreams {
@@ -253,6 +262,9 @@ func (h *Handler) Run(ctx context.Context) {
 	wg.Wait()
 }
 
+// Held returns how many bytes the bodies take that are held.
+func (h *Handler) Held() int64 { return h.memory.held.Load() }
+
 // InFlight returns how many requests are being served.
 func (h *Handler) InFlight() int64 { return h.inFlight.Load() }
 
@@ -261,6 +273,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.inFlight.Add(1)
 	rt := routeOf(r)
 	ex := &exchange{start: time.Now(), header: w.Header(), route: rt, Exchange: Exchange{Method: r.Method, Path: r.URL.Path, Endpoint: rt.label}}
+	if h.BodyTimeout > 0 && r.Body != nil && r.Body != http.NoBody {
+		ex.arriving = &arriving{ReadCloser: r.Body, conn: http.NewResponseController(w), limit: h.BodyTimeout}
+	}
 	defer h.finish(ex, w, r) // a broken copy panics with http.ErrAbortHandler
 
 	if done := h.admit(w, r, ex); done {
@@ -271,6 +286,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	// A copy: net/http looks at its own request's body when it decides whether to read on after an early answer.
 	r = r.WithContext(context.WithValue(r.Context(), exchangeKey{}, ex))
+	if ex.arriving != nil {
+		r.Body = ex.arriving
+	}
 	ref := h.only(r, ex)
 	if ref == nil && h.merge(w, r, ex) {
 		return
@@ -358,7 +376,11 @@ func (ex *exchange) reply(w http.ResponseWriter, r *http.Request, ref *refusal) 
 }
 
 // unreadable refuses a request whose body the client did not send as it should.
-func unreadable(err error) *refusal {
+func (ex *exchange) unreadable(err error) *refusal {
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		ex.header.Set("Connection", "close")
+		return &refusal{http.StatusRequestTimeout, fmt.Sprintf("no byte of the request's body came for %v; send it again, or start ollama-cacheproxy with a longer --body-timeout", ex.arriving.limit)}
+	}
 	return &refusal{http.StatusBadRequest, fmt.Sprintf("reading the request's body: %v", err)}
 }
 
@@ -371,26 +393,46 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 		ex.pass(r)
 		return nil
 	}
+	most := min(h.MaxBody, h.memory.most)
 	if enc := r.Header.Get("Content-Encoding"); enc != "" && !strings.EqualFold(enc, "identity") {
 		ex.Unedited = UneditedEncoded
-	} else if r.ContentLength > h.MaxBody {
+	} else if r.ContentLength > most {
 		ex.Unedited = UneditedTooLarge
 	}
 	if ex.Unedited != "" {
 		ex.pass(r)
 		return nil
 	}
-	b, over, err := readBody(r, h.MaxBody)
+	longer := func() error { return h.full(r, ex) }
+	var b *body
+	var over bool
+	var err error
+	if r.ContentLength > bodyFirst {
+		err = longer()
+	}
+	if err == nil {
+		b, over, err = h.memory.read(r.Context(), r.Body, r.ContentLength, most, longer)
+	}
 	if over && err == nil {
 		ex.Unedited = UneditedTooLarge
-		r.Body = &rest{io.MultiReader(bytes.NewReader(b.data), r.Body), r.Body} // b is not pooled again
+		begin := once{b.open(edit{})}
+		b.release()
+		ex.beginning = begin
+		r.Body = &rest{io.MultiReader(begin, r.Body), r.Body}
 		ex.pass(r)
 		return nil
 	}
-	ex.body = b
-	ex.in.Store(int64(len(b.data)))
+	if ex.body = b; b != nil {
+		ex.in.Store(int64(len(b.data)))
+	}
+	if ref, ok := errors.AsType[*refusal](err); ok {
+		return ref
+	}
+	if errors.Is(err, context.Canceled) {
+		return givenUp(err)
+	}
 	if err != nil {
-		return unreadable(err)
+		return ex.unreadable(err)
 	}
 
 	f, err := scan(b.data, ex.members[:])
@@ -418,7 +460,7 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 	ex.fields = f
 	h.account(ex)
 	if err := h.attach(ex); err != nil {
-		return unreadable(err)
+		return ex.unreadable(err)
 	}
 	return nil
 }
@@ -529,7 +571,7 @@ func (h *Handler) forwardFailed(w http.ResponseWriter, r *http.Request, err erro
 	}
 	if ex.passing != nil {
 		if cause := ex.passing.failed.Load(); cause != nil {
-			h.refuse(w, r, ex, unreadable(*cause))
+			h.refuse(w, r, ex, ex.unreadable(*cause))
 			return
 		}
 	}
@@ -560,8 +602,12 @@ func reason(err error) string {
 func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	ex.unloaded()
 	ex.use.end()
-	if ex.body != nil {
-		ex.body.release()
+	ex.letGo()
+	if ex.beginning != nil {
+		ex.beginning.Close()
+	}
+	if ex.arriving != nil {
+		ex.arriving.end(nil)
 	}
 	if ex.up != nil {
 		ex.Upstream = ex.up.Name
@@ -593,6 +639,14 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	}
 	h.inFlight.Add(-1) // its line is logged: who waits for the last one may go
 	h.Done(ex.Exchange)
+}
+
+// letGo releases the body, once it cannot be sent again.
+func (ex *exchange) letGo() {
+	if ex.body != nil {
+		ex.body.release()
+		ex.body, ex.fields.members, ex.fields.long = nil, nil, nil
+	}
 }
 
 // pass has the body pass through, counted.

@@ -82,13 +82,30 @@ func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refus
 		ex.grant, ex.up = grant, h.backends[grant.Upstream]
 		return nil
 	case errors.Is(err, schedule.ErrFull):
-		ex.header.Set("Retry-After", retryAfter)
-		return &refusal{http.StatusServiceUnavailable, busyWords}
+		return ex.busy()
 	case errors.Is(err, schedule.ErrClosed):
 		ex.header.Set("Retry-After", retryAfter)
 		return &refusal{http.StatusServiceUnavailable, "ollama-cacheproxy is stopping; try again when it is back"}
 	}
-	return &refusal{http.StatusServiceUnavailable, "the request was given up while it waited: " + err.Error()} // the client has left
+	return givenUp(err)
+}
+
+// givenUp refuses what was given up while it waited. Who sees it has stopped the proxy; mostly the client has left.
+func givenUp(err error) *refusal {
+	return &refusal{http.StatusServiceUnavailable, "the request was given up while it waited: " + err.Error()}
+}
+
+// full refuses a request that would find no place in the queue, whose body is too long to be read for that.
+func (h *Handler) full(r *http.Request, ex *exchange) error {
+	if h.Lanes == nil || ex.prompt == prefix.None || ex.embed || !h.Lanes.Full(priorityOf(r)) {
+		return nil
+	}
+	return ex.busy()
+}
+
+func (ex *exchange) busy() *refusal {
+	ex.header.Set("Retry-After", retryAfter)
+	return &refusal{http.StatusServiceUnavailable, busyWords}
 }
 
 // runner returns what the request needs loaded, as the scheduler is to tell runners apart. Servers that

@@ -31,6 +31,7 @@ type attempts struct{ h *Handler }
 
 func (a attempts) RoundTrip(out *http.Request) (*http.Response, error) {
 	ex := out.Context().Value(exchangeKey{}).(*exchange)
+	defer ex.letGo() // nothing is sent again after this
 	for busy := 0; ; {
 		res, err := a.h.Transport.RoundTrip(out)
 		why := retryReason(res, err)

@@ -352,6 +352,26 @@ func (q *Queue) Add(r Request, now time.Time) bool {
 	return true
 }
 
+// full is Scheduler.Full. A request that finds a free lane, or is more urgent than one that waits, may have a place.
+func (q *Queue) full(p Priority) bool {
+	if q.Len() < q.cfg.Limit {
+		return false
+	}
+	for _, n := range q.waiting[p.rank()+1:] {
+		if n > 0 {
+			return false
+		}
+	}
+	for _, s := range q.servers {
+		for _, x := range s.runners {
+			if s.lanes == Unlimited || x.busy < x.want {
+				return false
+			}
+		}
+	}
+	return true
+}
+
 // room reports whether a request might be granted at once.
 func (q *Queue) room(it *item, x *runner) bool {
 	if x.busy < x.want || x.server.lanes == Unlimited {

@@ -196,6 +196,14 @@ func (s *Scheduler) Cool(upstream uint16, model string) {
 	s.do(func(q *Queue, now time.Time) { q.Cool(upstream, model, now) })
 }
 
+// Full reports whether a request with this priority would have to wait and finds no place, as far as that can be told without
+// knowing it.
+func (s *Scheduler) Full(p Priority) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.queue.full(p)
+}
+
 // Stats returns what a page or a scrape shows.
 func (s *Scheduler) Stats() Stats {
 	s.mu.Lock()

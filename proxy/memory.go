@@ -1,0 +1,181 @@
+package proxy
+
+import (
+	"context"
+	"io"
+	"math"
+	"math/bits"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sync/semaphore"
+)
+
+// memory is the budget for all bodies that are held. A body takes its share before it is read, and gives it back when nothing can
+// be sent again.
+//
+// A body of up to bodyFirst bytes, and the beginning of any other, takes its share of a quarter: clients that announce much and
+// send little take little, and stand in nobody's way. What is longer then takes from the rest, at once, all that it may become;
+// so nobody who holds some of the rest waits for more of it, and those who hold some of the quarter wait for the rest alone. Hence
+// they cannot wait for each other.
+type memory struct {
+	first, rest *semaphore.Weighted
+	most        int64        // bytes of the longest body that fits
+	held        atomic.Int64 // bytes of all buffers
+}
+
+// MemoryLeast is the smallest budget, in bytes.
+const MemoryLeast = 4 * bufferPooled
+
+// newMemory returns a budget of so many bytes; 0: no limit.
+func newMemory(limit int64) *memory {
+	if limit == 0 {
+		limit = math.MaxInt64
+	}
+	limit = max(limit, MemoryLeast)
+	first := limit / 4
+	return &memory{first: semaphore.NewWeighted(first), rest: semaphore.NewWeighted(limit - first), most: limit - first - 1}
+}
+
+// share is what one body takes of the memory.
+type share struct {
+	of    *memory
+	from  *semaphore.Weighted // nil: nothing
+	taken int64               // from that
+	held  int64               // bytes of the buffer
+}
+
+// take waits until there are n bytes, and gives back what was taken before.
+func (s *share) take(ctx context.Context, from *semaphore.Weighted, n int64) error {
+	if err := from.Acquire(ctx, n); err != nil {
+		return err
+	}
+	s.giveBack(s.taken)
+	s.from, s.taken = from, n
+	return nil
+}
+
+func (s *share) giveBack(n int64) {
+	if s.from != nil {
+		s.from.Release(n)
+		s.taken -= n
+	}
+}
+
+// hold says how many bytes the buffer has. It never has more than were taken.
+func (s *share) hold(n int) {
+	s.of.held.Add(int64(n) - s.held)
+	s.held = int64(n)
+}
+
+func (s *share) release() {
+	s.hold(0)
+	s.giveBack(s.taken)
+}
+
+const (
+	bodyFirst = 64 << 10 // bytes: how large a buffer is at first, whatever was announced
+	bodyGrows = 16       // and how many times as large the next one is at most
+)
+
+// read reads a body of which length bytes were announced; -1: nobody knows. When it is longer than most, which may be no more than
+// m.most, over is true and the body holds what was read so far. longer is called before anything beyond the first bodyFirst
+// bytes is read, when there is memory for it; an error of it ends the reading.
+func (m *memory) read(ctx context.Context, src io.Reader, length, most int64, longer func() error) (b *body, over bool, err error) {
+	s := &share{of: m}
+	size, all := int64(bodyFirst), bufferSize(most+1)
+	if length >= 0 {
+		src = io.LimitReader(src, length)
+		all = min(all, bufferSize(length+1)) // one more than the body, so that its end is seen without growing
+		size = min(size, all)
+	}
+	if err := s.take(ctx, m.first, size); err != nil {
+		return nil, false, err
+	}
+	data := newBuffer(size)
+	s.hold(cap(data))
+	for err == nil && int64(len(data)) <= most {
+		if len(data) == cap(data) {
+			if s.from == m.first {
+				if err = s.take(ctx, m.rest, all); err == nil {
+					err = longer()
+				}
+				if err != nil {
+					break
+				}
+			}
+			size = all
+			if size > 2*bodyGrows*int64(cap(data)) {
+				size = bodyGrows * int64(cap(data))
+			}
+			data = moved(data, size)
+			s.hold(cap(data))
+		}
+		var n int
+		n, err = src.Read(data[len(data):cap(data)])
+		data = data[:len(data)+n]
+	}
+	if err == io.EOF {
+		err = nil
+	}
+	if size = bufferSize(int64(len(data))); size < int64(cap(data)) {
+		data = moved(data, size)
+	}
+	s.hold(cap(data))
+	s.giveBack(s.taken - s.held)
+	if s.from == m.first && m.rest.TryAcquire(s.held) {
+		s.giveBack(s.taken)
+		s.from, s.taken = m.rest, s.held
+	}
+	return newBody(data, s), int64(len(data)) > most, err
+}
+
+// Buffers of up to bufferPooled bytes are pooled, by their sizes: four for each power of two.
+const (
+	bufferLeast  = 1 << 10 // bytes
+	bufferPooled = 4 << 20
+)
+
+var buffers [1 + 4*12]sync.Pool // of *[]byte
+
+// bufferClass returns the place in buffers for n bytes, and their size.
+func bufferClass(n int64) (i int, size int64) {
+	if n <= bufferLeast {
+		return 0, bufferLeast
+	}
+	shift := bits.Len64(uint64(n-1)) - 3
+	quarters := (n-1)>>shift + 1 // of the power of two below n: 5 to 8
+	return (shift-8)*4 + int(quarters) - 4, quarters << shift
+}
+
+// bufferSize returns how large a buffer for n bytes is.
+func bufferSize(n int64) int64 {
+	if n > bufferPooled {
+		return n
+	}
+	_, size := bufferClass(n)
+	return size
+}
+
+// newBuffer returns an empty buffer of a size that bufferSize returned.
+func newBuffer(size int64) []byte {
+	if size <= bufferPooled {
+		i, _ := bufferClass(size)
+		if b, ok := buffers[i].Get().(*[]byte); ok {
+			return (*b)[:0]
+		}
+	}
+	return make([]byte, 0, size)
+}
+
+func freeBuffer(b []byte) {
+	if i, size := bufferClass(int64(cap(b))); i < len(buffers) && size == int64(cap(b)) {
+		buffers[i].Put(&b)
+	}
+}
+
+// moved returns the same bytes in a buffer of another size.
+func moved(b []byte, size int64) []byte {
+	defer freeBuffer(b)
+	return append(newBuffer(size), b...)
+}

@@ -600,7 +600,8 @@ func (q *Queue) SetLanes(upstream uint16, n int, now time.Time) {
 func (q *Queue) SetLongestMatch(upstream uint16, on bool) { q.server(upstream).longest = on }
 
 // Cool says that the model on the server is not loaded any more, so that nothing is warm there. An empty one means all.
-// That it cannot be loaded beside others is forgotten: what was taken for that may have been such an end.
+// That it cannot be loaded beside others is forgotten: what was taken for that may have been such an end. A server of which all
+// is gone was started anew, maybe with other settings: whether there are more slots is tried again soon.
 func (q *Queue) Cool(upstream uint16, model string, now time.Time) {
 	s := q.server(upstream)
 	maps.DeleteFunc(s.relations, func(p [2]string, r relation) bool {
@@ -609,6 +610,9 @@ func (q *Queue) Cool(upstream uint16, model string, now time.Time) {
 	for _, x := range s.runners {
 		if model == "" || x.key.Options.Model == model {
 			x.cool()
+		}
+		if model == "" {
+			x.learner.anew()
 		}
 	}
 	q.pump(s, now)

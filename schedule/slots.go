@@ -181,6 +181,11 @@ func (a *learner) stop() {
 	a.pause = min(max(2*a.pause, firstPause), lastPause)
 }
 
+// anew forgets that one lane more would be one too many.
+func (a *learner) anew() {
+	a.doubt, a.tried, a.fits, a.seen, a.ceiling, a.pause = 0, 0, 0, 0, false, 0
+}
+
 // judge tells whether a request waited inside Ollama until one of the others ended. If it ended first it did not. Where the answer
 // does not tell for how long it waited (on /v1), it did not if it began earlier, or must have generated faster than any
 // other if it began then.

@@ -73,11 +73,10 @@ const (
 func (c *choice) choose() (*item, *lane, reason) {
 	x := c.x
 	if it := x.oldest(); c.q.cfg.MaxWait > 0 && it != nil {
-		l, _ := x.landing(it)
 		at := it.arrived.Add(c.q.cfg.MaxWait)
 		if c.now.Before(at) {
 			x.server.later(at)
-		} else if l.work >= agedQuantum*l.tokens || c.q.keeps(l, shared(it.steps, l.holds)) {
+		} else if l, tokens := x.landing(it); c.q.keeps(l, tokens) || l.since >= agedQuantum*x.forgone(l, tokens) {
 			return it, l, byAge
 		}
 	}
@@ -105,6 +104,27 @@ func (c *choice) choose() (*item, *lane, reason) {
 		}
 	}
 	return nil, nil, 0
+}
+
+// forgone returns how many tokens that a lane holds others that wait would have to evaluate again, if so many are kept. Few are
+// none.
+func (x *runner) forgone(l *lane, kept int) int {
+	most := 0
+	for p := range x.classes {
+		k := &x.classes[p]
+		if k.fifo.live == 0 {
+			continue
+		}
+		n, tokens, _ := k.tree.walk(l.holds)
+		for n.waiting == 0 {
+			n = n.parent
+		}
+		most = max(most, min(tokens, n.depth()))
+	}
+	if most <= kept+slack {
+		return 0
+	}
+	return most
 }
 
 // probe returns the request that continues one for which a lane was not held, to see whether that has been kept by the
@@ -420,6 +440,9 @@ func (q *Queue) grant(it *item, l *lane, how reason, now time.Time) {
 	if !keeps {
 		l.work = 0
 	}
+	if how == byAge {
+		l.since = 0
+	}
 	l.before, l.holds, l.tokens, l.item, l.used = l.holds, it.steps, it.tokens, it, now
 	for p := range x.classes {
 		if t := x.classes[p].tree; rank(p) == it.rank {
@@ -443,6 +466,12 @@ func (q *Queue) grant(it *item, l *lane, how reason, now time.Time) {
 	it.account.running++
 	it.cost = max(it.tokens-tokens, 1) + int(fairWeight*x.rates.generated())
 	it.class.charge(it.account, it.cost)
-	l.work += it.cost
+	l.charge(it.cost)
 	q.grants = append(q.grants, Placement{ID: it.id, Upstream: x.server.index, Lane: l.name, Expected: tokens, Waited: now.Sub(it.arrived)})
+}
+
+// charge counts work that the lane does, in tokens.
+func (l *lane) charge(tokens int) {
+	l.work += tokens
+	l.since += tokens
 }

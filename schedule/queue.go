@@ -112,8 +112,9 @@ const (
 	// quantum is how many prefixes' worth of work a lane does before it leaves a prefix, and a client gets before others, if
 	// others wait: what is evaluated again is then about 5 % of it.
 	quantum = 20
-	// agedQuantum is the same for the sake of a request that has waited for longer than MaxWait. A server that is
-	// too slow for what it is sent would otherwise evaluate every prompt in full, and be slower still.
+	// agedQuantum is the same for the sake of a request that has waited for longer than MaxWait, counted from the last such
+	// request, whatever was served since. A server that is too slow for what it is sent would otherwise evaluate every prompt
+	// in full, and be slower still. What the lane holds and nobody waits for is left at once.
 	agedQuantum = 4
 	// patience is how many requests, for each lane, go before the one that has waited for longest, whatever their priorities, even
 	// without Config.MaxWait (the oldest of every k: arXiv 2502.04677). So many go, too, before a
@@ -259,6 +260,7 @@ type lane struct {
 	used     time.Time // when it was last taken or fell free; zero: never
 	class    rank      // of the request that it last served
 	work     int       // tokens, since it took up its prefix
+	since    int       // … and since a request was last granted for having waited for too long
 	visit    *visit    // the request that it last served
 	wanted   bool      // requests waited when it fell free, so that to hold it costs something, and may save something
 	reported bool      // its hold has been counted
@@ -524,7 +526,7 @@ func (q *Queue) Done(id uint64, r Result, now time.Time) {
 	if r.Sent {
 		cost = evaluated + fairWeight*r.Generated
 	}
-	l.work += cost - it.cost
+	l.charge(cost - it.cost)
 	it.class.charge(it.account, cost-it.cost)
 	l.wanted = x.server.waiting > 0 || q.roaming > 0
 	if x.server.lanes == 0 {

@@ -429,6 +429,59 @@ func TestStarvation(t *testing.T) {
 	}
 }
 
+// TestMaxWait: from when a request has waited for longer, none that came after it goes before it; but what others share is not
+// left before it has been of some use.
+func TestMaxWait(t *testing.T) {
+	const maxWait = time.Second
+	for _, w := range []struct {
+		name   string
+		shares int // so many of the stream in a row have a prefix in common
+		gen    int
+		most   int // so many that came later go before one that has waited for longer
+	}{
+		{"nothing", 1, 20, 0},
+		{"in twos", 2, 60, 4},
+		{"in fives", 5, 80, 5},
+		{"all", 1000, 100, 4},
+	} {
+		for _, priority := range []Priority{Normal, Batch} {
+			t.Run(fmt.Sprint(w.name, " ", priority), func(t *testing.T) {
+				s := newSim(t, engineConfig{slots: 1}, New(Config{Lanes: 1, MaxWait: maxWait}))
+				var p seg
+				for i := range 200 { // twenty come at once, of whom most wait for longer than maxWait
+					if i%w.shares == 0 {
+						p = text(1000)
+					}
+					j := &job{segs: []seg{p, text(60)}, gen: w.gen, client: fmt.Sprint("stream", i%8)}
+					s.after(time.Duration(i/20)*10*time.Second+time.Duration(i%20)*10*time.Millisecond, func() { s.submit(j) })
+				}
+				for i := range 50 {
+					j := &job{segs: []seg{text(400)}, gen: 20, client: "other", priority: priority}
+					s.after(time.Duration(i)*2*time.Second+45*time.Millisecond, func() { s.submit(j) })
+				}
+				s.run()
+				aged, most := 0, 0
+				for _, j := range s.finished {
+					if j.sent.Sub(j.came) <= maxWait {
+						continue
+					}
+					n := 0
+					for _, k := range s.finished {
+						if k.came.After(j.came) && k.sent.Before(j.sent) && k.sent.After(j.came.Add(maxWait)) {
+							n++
+						}
+					}
+					aged, most = aged+1, max(most, n)
+				}
+				t.Logf("%d waited for longer; %d went before one of these that had come later", aged, most)
+				if aged < 20 || most > w.most {
+					t.Errorf("%d went before one that had waited for longer, want %d at most; %d waited for longer", most, w.most, aged)
+				}
+			})
+		}
+	}
+}
+
 // TestOverload: where everything has waited for longer than MaxWait, prompts are still not evaluated anew for each request.
 func TestOverload(t *testing.T) {
 	_, lanes := compare(t, "32 prefixes x 20, MaxWait long over", engineConfig{slots: 1}, Config{Lanes: 1, MaxWait: time.Second}, func(s *sim) {

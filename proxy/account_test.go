@@ -3,6 +3,7 @@ package proxy
 import (
 	"encoding/json"
 	"fmt"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -350,4 +351,24 @@ func TestSlidingWindowIsAsked(t *testing.T) {
 	if asked != 1 {
 		t.Errorf("/api/show was asked %d times", asked)
 	}
+}
+
+// TestAliveWhileItAnswers: a server that answers requests is no server that is away, however it answers polls.
+func TestAliveWhileItAnswers(t *testing.T) {
+	f := newFake(t, nil)
+	rg := newRig(t, f.URL, &Handler{})
+	s := rg.h.Upstreams[0]
+	c := rg.dial()
+	c.send(rawPost("/api/chat", chatWith(prose(500), "a", "")))
+	up := f.accept()
+	up.receive()
+	last := s.State().Seen
+	for _, part := range []string{"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{", "}"} {
+		up.send(part)
+		for s.State().Seen.Equal(last) { // the test's own time limit ends this
+			runtime.Gosched()
+		}
+		last = s.State().Seen
+	}
+	rg.ended()
 }

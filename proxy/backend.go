@@ -37,11 +37,8 @@ func (h *Handler) newBackend(index int, s *upstream.Server) *backend {
 	return b
 }
 
-// answers reports whether the server is not known to be down.
-func (b *backend) answers() bool {
-	st := b.State()
-	return (st.Up || st.Polled.IsZero()) && !b.looped.Load()
-}
+// answers reports whether the server is not known to be away. One that is in doubt, since a poll of it failed, is not.
+func (b *backend) answers() bool { return !b.State().Away && !b.looped.Load() }
 
 // takes reports whether the server gets new requests.
 func (b *backend) takes() bool { return b.answers() && !b.draining.Load() }
@@ -178,7 +175,7 @@ func (h *Handler) refresh() {
 	}
 	var wg sync.WaitGroup
 	for _, b := range h.backends {
-		if b.State().Up {
+		if !b.State().Away {
 			wg.Go(func() { b.Refresh(context.Background()) }) // which takes a few seconds at most
 		}
 	}
@@ -285,7 +282,7 @@ func (h *Handler) unloadElsewhere(ctx context.Context, ex *exchange) chan struct
 	ctx, cancel := context.WithTimeout(ctx, loadedTimeout)
 	var wg sync.WaitGroup
 	for _, b := range h.backends {
-		if st := b.State(); b == ex.up || !st.Up || !st.Has(key) {
+		if st := b.State(); b == ex.up || st.Away || !st.Has(key) {
 			continue
 		}
 		wg.Go(func() {

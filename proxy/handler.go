@@ -509,6 +509,7 @@ func (ex *exchange) strip(header http.Header) {
 
 func (h *Handler) modifyResponse(res *http.Response) error {
 	ex := res.Request.Context().Value(exchangeKey{}).(*exchange)
+	ex.up.Alive()
 	ex.unloaded()
 	if ex.Status = res.StatusCode; ex.Status < 300 {
 		ex.run.Answered()

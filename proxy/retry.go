@@ -2,14 +2,13 @@ package proxy
 
 import (
 	"context"
-	"errors"
-	"net"
 	"net/http"
 	"net/http/httputil"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
 // Why a request was sent to another upstream, or again: the one that it was sent to cannot have begun with it.
@@ -94,14 +93,11 @@ func (h *Handler) elsewhere(ex *exchange, why string) []*backend {
 	return h.candidates(ex)
 }
 
-// ours are errors of this machine, which say nothing of the one that was to be reached.
-var ours = []error{syscall.EMFILE, syscall.ENFILE, syscall.EADDRNOTAVAIL, syscall.ENOBUFS, syscall.ENOMEM}
-
 // retryReason says why a request may be sent elsewhere; "" if it may not.
 func retryReason(res *http.Response, err error) string {
 	switch {
 	case err != nil:
-		if op, ok := errors.AsType[*net.OpError](err); ok && op.Op == "dial" && !slices.ContainsFunc(ours, func(e error) bool { return errors.Is(err, e) }) && !errors.Is(err, context.Canceled) {
+		if upstream.NoConnection(err) {
 			return RetryUnreachable
 		}
 	case res.StatusCode == http.StatusServiceUnavailable:

@@ -18,6 +18,9 @@ func (t *tap) Read(p []byte) (int, error) {
 	if n > 0 && t.ex.BytesOut == 0 {
 		t.ex.FirstByte = time.Since(t.ex.start)
 	}
+	if n > 0 {
+		t.ex.up.Alive() // however slowly it answers polls meanwhile
+	}
 	t.ex.BytesOut += int64(n)
 	if t.ex.answer != nil {
 		t.ex.answer.Write(p[:n])

@@ -11,10 +11,13 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/ollama/ollama/api"
@@ -31,6 +34,10 @@ type Server struct {
 	// Polled is called after each poll, by the goroutine that polls; nil means nobody listens.
 	Polled func(State)
 
+	// TryDuration is for how long after it was last seen up requests wait for a server that is away; 0: not at all. For so
+	// long it is polled more often.
+	TryDuration time.Duration
+
 	log    *slog.Logger
 	own    *http.Client  // marks the proxy's own requests
 	client *api.Client   // … as well
@@ -39,12 +46,15 @@ type Server struct {
 	skew      atomic.Int64 // see ownRequests
 	simulated atomic.Bool  // see ownRequests
 
-	used atomic.Bool // a model may have been loaded since the last look at /api/ps
+	used  atomic.Bool               // a model may have been loaded since the last look at /api/ps
+	alive atomic.Pointer[time.Time] // when anything last came from the server; nil: nothing did
 
 	polling sync.Mutex // held while a poll is under way
 
 	mu     sync.Mutex
 	state  State     // guarded by mu
+	failed int       // polls in a row, while nothing else came from the server; guarded by mu
+	ended  time.Time // when the last poll ended; guarded by mu
 	listed time.Time // when the models were last listed; guarded by mu
 	missed int       // how often Unreachable was called; guarded by mu
 }
@@ -53,7 +63,10 @@ type Server struct {
 type State struct {
 	Polled  time.Time         // when the poll began; zero before the first one
 	Up      bool              // the server answered
-	Err     error             // why not
+	Away    bool              // it is gone: it refuses connections, or has answered nothing for several polls. Neither up nor away: in doubt
+	Seen    time.Time         // when anything last came from it; zero: never
+	Until   time.Time         // of one that is away: for how long requests wait for it; zero: it was never seen, and they do not
+	Err     error             // why it is not up
 	Version string            // the last one known; "0.34.1 (simulated)" where the server says that it is
 	Models  []string          // every model's name, as /api/tags spells it
 	Digests map[string]string // what each of them is, by ModelKey
@@ -66,8 +79,11 @@ type State struct {
 	// Replaced lists the models (ModelKey) that were deleted, or that are others than at the poll before.
 	Replaced []string
 
-	// Restarted says that the server could not be reached at the poll before, or changed its version since.
+	// Restarted says that the server was away before this poll, or changed its version since. One that was only too slow to
+	// answer has not been restarted.
 	Restarted bool
+
+	gone bool // it was away for another reason than that it took too long to answer, and has not answered since
 }
 
 // Loaded is a model in a server's memory.
@@ -81,10 +97,13 @@ type Loaded struct {
 }
 
 const (
-	pollEvery     = 15 * time.Second // Ollama writes a log line per request: no more often than needed
-	pollEveryDown = 2 * time.Second
-	pollTimeout   = 3 * time.Second
-	listEvery     = time.Minute // models come and go without the proxy, too
+	pollEvery      = 15 * time.Second // Ollama writes a log line per request: no more often than needed
+	pollEveryDoubt = time.Second
+	pollEveryAway  = 2 * time.Second
+	pollEveryTry   = 500 * time.Millisecond // while requests may wait for it
+	pollTimeout    = 3 * time.Second
+	pollsFailed    = 3           // so many in a row, and a server is away
+	listEvery      = time.Minute // models come and go without the proxy, too
 )
 
 // NewServer returns a server that has not been polled. transport serves the proxy's own few requests to it.
@@ -129,24 +148,54 @@ func (c *ownRequests) RoundTrip(r *http.Request) (*http.Response, error) {
 func (s *Server) State() State {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.state
+	return s.dated(s.state)
+}
+
+// dated fills in when the server was last seen, and what follows from that.
+func (s *Server) dated(st State) State {
+	if seen := s.alive.Load(); seen != nil {
+		if st.Seen = *seen; st.Away {
+			st.Until = seen.Add(s.TryDuration)
+		}
+	}
+	return st
+}
+
+// Alive says that something came from the server.
+func (s *Server) Alive() {
+	now := time.Now()
+	s.alive.Store(&now)
 }
 
 // Used says that a request was sent that may load a model, so that the next poll reads what is loaded.
 func (s *Server) Used() { s.used.Store(true) }
 
-// Unreachable says that no connection could be made to the server: it counts as down from now on, until a poll, which is made
-// at once, finds it again.
+// NoConnection reports whether a request failed since no connection to the server could be made: it cannot have begun with it.
+func NoConnection(err error) bool {
+	op, ok := errors.AsType[*net.OpError](err)
+	return ok && op.Op == "dial" && !errors.Is(err, context.Canceled) &&
+		!slices.ContainsFunc(ours, func(e error) bool { return errors.Is(err, e) })
+}
+
+// ours are errors of this machine, which say nothing of the one that was to be reached.
+var ours = []error{syscall.EMFILE, syscall.ENFILE, syscall.EADDRNOTAVAIL, syscall.ENOBUFS, syscall.ENOMEM}
+
+// Unreachable says that no connection could be made to the server (NoConnection): it counts as away from now on, until a poll,
+// which is made at once, finds it again.
 func (s *Server) Unreachable(err error) {
 	s.mu.Lock()
-	was := s.state.Up
-	s.state.Up, s.state.Err = false, err
+	was := s.state.Away
+	s.state.Up, s.state.Away, s.state.gone, s.state.Err = false, true, true, err
 	s.missed++
 	s.mu.Unlock()
-	if was {
-		s.log.Warn("upstream does not answer", "upstream", s.Name, "url", s.URL.String(), "err", err)
+	if !was {
+		s.warnAway(err)
 	}
 	s.Failed()
+}
+
+func (s *Server) warnAway(err error) {
+	s.log.Warn("upstream does not answer", "upstream", s.Name, "url", s.URL.String(), "err", err)
 }
 
 // Failed says that a request was not answered: the next poll is made at once.
@@ -166,32 +215,53 @@ func (s *Server) Changed() {
 // Run polls the server until ctx ends.
 func (s *Server) Run(ctx context.Context) {
 	for {
-		next := pollEvery
-		if !s.State().Up {
-			next = pollEveryDown
-		}
 		select {
 		case <-ctx.Done():
 			return
 		case <-s.wake:
-		case <-time.After(next):
+		case <-time.After(s.pause()):
 		}
 		s.Poll(ctx)
 	}
 }
 
+// pause returns for how long not to poll.
+func (s *Server) pause() time.Duration {
+	switch st := s.State(); {
+	case st.Away && time.Now().Before(st.Until):
+		return pollEveryTry
+	case st.Away:
+		return pollEveryAway
+	case !st.Up:
+		return pollEveryDoubt
+	case s.TryDuration > 0: // which is counted from the last poll, if there is nothing else
+		return min(pollEvery, max(s.TryDuration/4, pollEveryDoubt))
+	}
+	return pollEvery
+}
+
 // Refresh returns the server's state with its models as they are now. Those who ask while others do share one poll.
 func (s *Server) Refresh(ctx context.Context) State {
+	return s.since(ctx, func() time.Time { return s.listed }, s.Used)
+}
+
+// Check returns the server's state as it is now. Those who ask while others do share one poll.
+func (s *Server) Check(ctx context.Context) State {
+	return s.since(ctx, func() time.Time { return s.ended }, func() {})
+}
+
+// since polls, prepared by before, unless what last says, with s.mu held, has happened while others polled.
+func (s *Server) since(ctx context.Context, last func() time.Time, before func()) State {
 	asked := time.Now()
 	s.polling.Lock()
 	defer s.polling.Unlock()
 	s.mu.Lock()
-	state, since := s.state, s.listed.After(asked)
+	state, done := s.dated(s.state), last().After(asked)
 	s.mu.Unlock()
-	if since {
+	if done {
 		return state
 	}
-	s.Used()
+	before()
 	return s.poll(ctx)
 }
 
@@ -209,34 +279,61 @@ func (s *Server) poll(ctx context.Context) State {
 	s.mu.Unlock()
 	used := s.used.Swap(false)
 	next, listed := s.ask(ctx, prev, used, used || list)
+	if used && !next.Up {
+		s.Used()
+	}
 	if ctx.Err() != nil {
-		if used {
-			s.Used()
-		}
-		return prev
+		return s.dated(prev)
 	}
 	s.mu.Lock()
-	if next.Up && s.missed != missed { // it was gone since: the next poll tells whether it has come back
-		next.Up, next.Err = false, s.state.Err
+	s.judge(&next, prev)
+	if !next.Away && s.missed != missed { // it was gone since: the next poll tells whether it has come back
+		next.Up, next.Away, next.gone, next.Err = false, true, true, s.state.Err
 		s.Changed()
 	}
-	s.state = next
+	was := s.state.Away
+	s.state, s.ended = next, time.Now()
 	if listed {
-		s.listed = time.Now()
+		s.listed = s.ended
 	}
 	s.mu.Unlock()
 
 	first := prev.Polled.IsZero()
 	switch {
-	case !first && next.Up && !prev.Up:
+	case first:
+	case next.Up && was:
 		s.log.Info("upstream answers", "upstream", s.Name, "url", s.URL.String(), "version", next.Version, "models", len(next.Models))
-	case !first && !next.Up && prev.Up:
-		s.log.Warn("upstream does not answer", "upstream", s.Name, "url", s.URL.String(), "err", next.Err)
+	case next.Away && !was:
+		s.warnAway(next.Err)
+	case !next.Up && prev.Up:
+		s.log.Info("a poll of the upstream failed; it counts as away if the next ones fail too", "upstream", s.Name, "url", s.URL.String(), "err", next.Err)
 	}
+	next = s.dated(next)
 	if s.Polled != nil {
 		s.Polled(next)
 	}
 	return next
+}
+
+// judge says whether a server is away, after a poll. s.mu must be held.
+func (s *Server) judge(next *State, prev State) {
+	if next.Up {
+		s.Alive()
+		s.failed = 0
+		return
+	}
+	slow := errors.Is(next.Err, context.DeadlineExceeded)
+	seen := s.alive.Load()
+	answers := seen != nil && seen.After(prev.Polled) // something, if not this
+	if answers {
+		s.failed = 0
+	}
+	s.failed++
+	next.Away = prev.Away && !answers || NoConnection(next.Err) && !slow || s.failed >= pollsFailed
+	next.gone = prev.gone || next.Away && !slow
+	if !next.Away {
+		next.Loaded = prev.Loaded
+	}
 }
 
 // ask makes a poll's requests; list says that the models are to be listed, listed that they were.
@@ -252,9 +349,7 @@ func (s *Server) ask(ctx context.Context, prev State, used, list bool) (next Sta
 		next.Version += " (simulated)"
 	}
 	next.Up = true
-	// One that was only too slow to answer has not been restarted.
-	away := !prev.Up && !errors.Is(prev.Err, context.DeadlineExceeded)
-	next.Restarted = !prev.Polled.IsZero() && (away || prev.Version != "" && prev.Version != next.Version)
+	next.Restarted = !prev.Polled.IsZero() && (prev.gone || prev.Version != "" && prev.Version != next.Version)
 	next.Models, next.Digests = prev.Models, prev.Digests
 	if list || next.Restarted {
 		if list, err := s.client.List(ctx); err == nil {
@@ -274,7 +369,7 @@ func (s *Server) ask(ctx context.Context, prev State, used, list bool) (next Sta
 			}
 		}
 	}
-	if used || len(prev.Loaded) > 0 || next.Restarted {
+	if used || len(prev.Loaded) > 0 || prev.Away || next.Restarted {
 		var err error
 		next.Loaded, err = s.Loaded(ctx)
 		next.LoadedKnown = err == nil

@@ -3,15 +3,16 @@ package upstream
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -22,7 +23,8 @@ import (
 // stub is an Ollama server whose answers a test sets.
 type stub struct {
 	mu      sync.Mutex
-	version string            // "" hangs up; guarded by mu
+	version string            // "" refuses connections; guarded by mu
+	fails   error             // what every request ends with; guarded by mu
 	ps      string            // guarded by mu
 	date    string            // guarded by mu
 	asked   []string          // method, path and body; guarded by mu
@@ -42,7 +44,10 @@ func (s *stub) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 	s.asked = append(s.asked, r.Method+" "+r.URL.Path+body)
 	if s.version == "" {
-		return nil, errors.New("connection refused")
+		return nil, errRefused
+	}
+	if s.fails != nil {
+		return nil, s.fails
 	}
 	w := httptest.NewRecorder()
 	if s.date != "" {
@@ -63,6 +68,8 @@ func (s *stub) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 	return w.Result(), nil
 }
+
+var errRefused = &net.OpError{Op: "dial", Err: syscall.ECONNREFUSED}
 
 func (s *stub) set(f func()) {
 	s.mu.Lock()
@@ -166,7 +173,24 @@ func TestRun(t *testing.T) {
 			t.Error("still up after a failed request")
 		}
 		if n := count(time.Minute); n < 29 || n > 31 {
-			t.Errorf("%d polls in a minute of being down, want 30", n)
+			t.Errorf("%d polls in a minute of being away, want 30", n)
+		}
+		// While requests may wait for it, it is looked for more often.
+		server.TryDuration = time.Minute
+		s.set(func() { s.version = "0.34.1" })
+		server.Failed()
+		count(time.Second)
+		if n := count(10 * time.Minute); n != 40 {
+			t.Errorf("%d polls in ten minutes, want 40", n)
+		}
+		s.set(func() { s.version = "" })
+		server.Failed()
+		if n := count(50 * time.Second); n < 80 {
+			t.Errorf("%d polls in 50 s while requests wait, want 100 but for those before it was found away", n)
+		}
+		count(time.Minute)
+		if n := count(time.Minute); n < 29 || n > 31 {
+			t.Errorf("%d polls in a minute when none wait any more, want 30", n)
 		}
 		cancel()
 		<-ended
@@ -231,14 +255,89 @@ func TestKeep(t *testing.T) {
 	}
 }
 
-// TestSlowIsNotRestarted: a poll that took too long does not mean that what was loaded is gone; one that was refused does.
-func TestSlowIsNotRestarted(t *testing.T) {
-	server := newTestServer(&stub{version: "0.34.1", ps: `{}`})
-	server.Poll(t.Context())
-	for err, want := range map[error]bool{fmt.Errorf("asking: %w", context.DeadlineExceeded): false, errors.New("connection refused"): true} {
-		st, _ := server.ask(t.Context(), State{Polled: time.Now(), Version: "0.34.1", Err: err}, true, true)
-		if !st.Up || st.Restarted != want {
-			t.Errorf("after %v: %+v", err, st)
+// TestDoubt: a poll that fails is no server that is away: that is one that refuses connections, or three polls in a row that
+// failed while nothing else came from it. And one that was only too slow has not been restarted.
+func TestDoubt(t *testing.T) {
+	slow, broken := fmt.Errorf("asking: %w", context.DeadlineExceeded), io.EOF
+	for _, tc := range []struct {
+		name      string
+		polls     []error // how one after the other ends, after one that was answered
+		answers   bool    // something else comes from the server between them
+		away      string  // whether it is away after each
+		restarted bool    // by the next poll that is answered
+	}{
+		{"slow once", []error{slow}, false, "-", false},
+		{"broken off once", []error{broken}, false, "-", false},
+		{"slow for long", []error{slow, slow, slow, slow}, false, "--xx", false},
+		{"broken off for long", []error{broken, broken, broken}, false, "--x", true},
+		{"slow, now and then", []error{slow, slow, nil, slow, slow}, false, "-----", false},
+		{"slow while it answers", []error{slow, slow, slow, slow, slow}, true, "-----", false},
+		{"refused", []error{errRefused}, false, "x", true},
+		{"refused while it answers", []error{errRefused}, true, "x", true},
+		{"refused, then slow", []error{errRefused, slow}, false, "xx", true},
+		{"no route", []error{&net.OpError{Op: "dial", Err: syscall.EHOSTUNREACH}}, false, "x", true},
+		{"no descriptors", []error{&net.OpError{Op: "dial", Err: syscall.EMFILE}}, false, "-", false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := &stub{version: "0.34.1", ps: `{"models":[{"name":"a:latest"}]}`}
+				server := newTestServer(s)
+				server.TryDuration = time.Minute
+				server.Poll(t.Context())
+				seen := time.Now()
+				away := ""
+				var st State
+				for _, err := range tc.polls {
+					time.Sleep(time.Second)
+					if tc.answers {
+						seen = time.Now()
+						server.Alive()
+						time.Sleep(time.Second)
+					}
+					s.set(func() { s.fails = err })
+					st = server.Poll(t.Context())
+					if err == nil {
+						seen = time.Now()
+					}
+					if st.Up != (err == nil) || !st.Away && len(st.Loaded) != 1 || len(st.Models) != 2 || !st.Seen.Equal(seen) || st.Away && !st.Until.Equal(seen.Add(time.Minute)) {
+						t.Errorf("after %v: %+v, last seen %v", err, st, seen)
+					}
+					away += map[bool]string{true: "x", false: "-"}[st.Away]
+				}
+				if away != tc.away {
+					t.Errorf("away: %s, want %s", away, tc.away)
+				}
+				s.set(func() { s.fails = nil })
+				if st := server.Poll(t.Context()); !st.Up || st.Away || st.Restarted != tc.restarted || !st.LoadedKnown {
+					t.Errorf("then: %+v", st)
+				}
+			})
+		})
+	}
+}
+
+// TestNeverAnswered: one that was never seen is away as well, and nobody waits for it.
+func TestNeverAnswered(t *testing.T) {
+	server := newTestServer(&stub{})
+	server.TryDuration = time.Minute
+	if st := server.Poll(t.Context()); !st.Away || !st.Seen.IsZero() || !st.Until.IsZero() {
+		t.Errorf("%+v", st)
+	}
+}
+
+// TestCheck: what a poll found that ended since somebody asked need not be asked again.
+func TestCheck(t *testing.T) {
+	s := &stub{}
+	server := newTestServer(s)
+	for _, shared := range []bool{false, true, false} {
+		if server.ended = time.Now(); shared {
+			server.ended = time.Now().Add(time.Hour) // as if while it waited for its turn
+		}
+		if st := server.Check(t.Context()); !st.Away {
+			t.Errorf("%+v", st)
+		}
+		if polled := s.taken() != ""; polled == shared {
+			t.Errorf("polled: %v, another poll ended meanwhile: %v", polled, shared)
 		}
 	}
 }
@@ -266,8 +365,8 @@ func TestUnreachable(t *testing.T) {
 	s := &stub{version: "0.34.1", ps: `{"models":[]}`}
 	server := newTestServer(s)
 	server.Poll(t.Context())
-	server.Unreachable(errors.New("connection refused"))
-	if st := server.State(); st.Up || st.Err == nil || len(st.Models) != 2 {
+	server.Unreachable(errRefused)
+	if st := server.State(); st.Up || !st.Away || st.Err == nil || len(st.Models) != 2 {
 		t.Errorf("after a connection was refused: %+v", st)
 	}
 	if st := server.Poll(t.Context()); !st.Up || !st.Restarted {
@@ -282,11 +381,11 @@ func TestUnreachableDuringPoll(t *testing.T) {
 	server.Poll(t.Context())
 	server.client = api.NewClient(server.URL, &http.Client{Transport: tripper(func(r *http.Request) (*http.Response, error) {
 		if r.URL.Path == "/api/version" {
-			server.Unreachable(errors.New("connection refused"))
+			server.Unreachable(errRefused)
 		}
 		return s.RoundTrip(r)
 	})})
-	if st := server.Poll(t.Context()); st.Up {
+	if st := server.Poll(t.Context()); st.Up || !st.Away {
 		t.Errorf("gone during the poll: %+v", st)
 	}
 	server.client = api.NewClient(server.URL, &http.Client{Transport: s})

@@ -60,6 +60,7 @@ type Book struct {
 	mu     sync.Mutex
 	names  *simplelru.LRU[string, named]  // by upstream.ModelKey; guarded by mu
 	models *simplelru.LRU[string, *model] // by weights; guarded by mu
+	latest time.Time                      // when the last load ended, of any model; guarded by mu
 }
 
 // model is what is known of the runner of some weights. Guarded by Book.mu.
@@ -306,7 +307,7 @@ func (r *Request) loaded(now time.Time, took time.Duration) (e Ending) {
 			break
 		}
 		end := r.at.Add(min(took, now.Sub(r.at)))
-		if i := m.shared(r.at, end, took, r.Options); i >= 0 {
+		if i := m.shared(r.at, end, took, r.Options, r.book.latest); i >= 0 {
 			if i == len(m.loads)-1 {
 				m.options, m.known = r.Options, true
 				if r.at.Before(m.since) {
@@ -315,7 +316,7 @@ func (r *Request) loaded(now time.Time, took time.Duration) (e Ending) {
 			}
 			return Ending{}
 		}
-		e.Loaded, m.loadTime = true, took
+		e.Loaded, m.loadTime, r.book.latest = true, took, end
 		if m.loads = append(m.loads, load{end, r.Options}); len(m.loads) > maxLoads {
 			m.loads = slices.Delete(m.loads, 0, 1)
 		}
@@ -333,13 +334,13 @@ func (r *Request) loaded(now time.Time, took time.Duration) (e Ending) {
 	return e
 }
 
-// shared returns which load that another request has told ended together with the one that a request
-// tells which was sent at a time; -1: none. All that waited for one load go on at the same moment,
-// within what a busy machine takes.
-func (m *model) shared(at, end time.Time, took time.Duration, o prefix.Options) int {
+// shared returns which load that another request has told is the one that a request tells which was sent
+// at a time; -1: none. All that waited for one load go on at the same moment, within what a busy machine
+// takes; and nothing is loaded once more before something else was, of which latest is the last.
+func (m *model) shared(at, end time.Time, took time.Duration, o prefix.Options, latest time.Time) int {
 	apart := max(100*time.Millisecond, took/8)
 	return slices.IndexFunc(m.loads, func(l load) bool {
-		return l.options == o && at.Before(l.end) && end.Sub(l.end).Abs() <= apart
+		return l.options == o && at.Before(l.end) && (l.end.Equal(latest) || end.Sub(l.end).Abs() <= apart)
 	})
 }
 

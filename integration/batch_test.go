@@ -133,14 +133,7 @@ func TestBatch(t *testing.T) {
 	if err := json.Unmarshal([]byte(content("whole.jsonl.summary")), &summary); err != nil {
 		t.Fatal(err)
 	}
-	evaluations, err := server.WaitEvaluations(t.Context(), mark, part)
-	if err != nil {
-		t.Fatal(err)
-	}
-	sum := 0
-	for _, e := range evaluations {
-		sum += e.Evaluated
-	}
+	_, sum := evaluations(t, server, mark, part)
 	if summary.Succeeded != part || summary.Evaluated.Basis != "measured" || summary.Evaluated.Value != sum {
 		t.Errorf("the summary says %+v, the server's log %d tokens", summary, sum)
 	}

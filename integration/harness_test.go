@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/proxyprocess"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
 // binDir holds the programs that the tests build once.
@@ -149,4 +150,19 @@ func eventually(t testing.TB, what string, ok func() bool) {
 func tail(text string, lines int) string {
 	all := strings.SplitAfter(text, "\n")
 	return strings.Join(all[max(0, len(all)-lines):], "")
+}
+
+// evaluations waits until the server's log has n evaluations since the mark, and returns how many tokens
+// their prompts have, and how many of those were evaluated.
+func evaluations(t testing.TB, server *realollama.Server, mark realollama.Mark, n int) (total, evaluated int) {
+	t.Helper()
+	log, err := server.WaitEvaluations(t.Context(), mark, n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range log {
+		total += e.Total
+		evaluated += e.Evaluated
+	}
+	return total, evaluated
 }

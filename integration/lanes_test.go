@@ -39,14 +39,7 @@ func TestLanes(t *testing.T) {
 			}
 			evaluated := func(mark realollama.Mark, n int) int {
 				t.Helper()
-				log, err := server.WaitEvaluations(t.Context(), mark, n)
-				if err != nil {
-					t.Fatal(err)
-				}
-				sum := 0
-				for _, e := range log {
-					sum += e.Evaluated
-				}
+				_, sum := evaluations(t, server, mark, n)
 				return sum
 			}
 			const prefixes, each = 12, 4

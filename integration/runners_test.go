@@ -48,15 +48,7 @@ func TestTwoNames(t *testing.T) {
 				}
 			}
 			wg.Wait()
-			log, err := server.WaitEvaluations(t.Context(), mark, len(names)*each)
-			if err != nil {
-				t.Fatal(err)
-			}
-			total, evaluated := 0, 0
-			for _, e := range log {
-				total += e.Total
-				evaluated += e.Evaluated
-			}
+			total, evaluated := evaluations(t, server, mark, len(names)*each)
 			t.Logf("%d tokens, %d evaluated, of requests under %d names", total, evaluated, len(names))
 			if 3*evaluated > total {
 				t.Errorf("%d of %d tokens were evaluated, want less than a third", evaluated, total)

@@ -76,14 +76,7 @@ func TestUpstreams(t *testing.T) {
 				_, want[id{prefix, n}], _, _ = ask(servers["a"].URL(), seed, prefix, n)
 			}
 		}
-		log, err := servers["a"].WaitEvaluations(t.Context(), mark, prefixes*each)
-		if err != nil {
-			t.Fatal(err)
-		}
-		sum := 0
-		for _, e := range log {
-			sum += e.Evaluated
-		}
+		_, sum := evaluations(t, servers["a"], mark, prefixes*each)
 		// No server has the model loaded when the proxy begins, so that all requests wait by the time that the first one is
 		// served: a prefix whose requests come one by one is evaluated again between them, whatever the order.
 		for _, name := range names {

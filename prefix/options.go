@@ -65,12 +65,12 @@ func (o Options) value(i int) string {
 // Set states the option with this name, whose value is text as a Modelfile has it. false: it is no
 // runner option, or that is no value.
 func (o *Options) Set(name, text string) bool {
-	i := slices.Index(optionNames[:shift], name)
-	if i < 0 {
-		return false
-	}
-	return o.parse(i, text)
+	i := option(name)
+	return i >= 0 && o.parse(i, text)
 }
+
+// option returns the index of the option with this name; -1: there is none in an options object.
+func option(name string) int { return slices.Index(optionNames[:shift], name) }
 
 // parse takes in an option's value: a number, true or false. A negative num_gpu means any.
 func (o *Options) parse(i int, text string) bool {

@@ -251,15 +251,11 @@ func (o *Options) read(object []byte) {
 	c := jsonscan.NewCursor(object, 0)
 	for c.Enter(); c.More(); {
 		key, value := c.Key(), c.Value()
-		name := unquoted(key)
-		for i := range shift {
-			if string(name) != optionNames[i] {
-				continue
-			}
-			if string(value) == "null" {
-				o.drop(i)
-				continue
-			}
+		switch i := option(string(unquoted(key))); {
+		case i < 0:
+		case string(value) == "null":
+			o.drop(i)
+		default:
 			o.parse(i, string(value)) // what is no value is as if it were not there
 		}
 	}

@@ -157,9 +157,9 @@ func (h *Handler) polledBooks(b *backend, st upstream.State) {
 		b.runners.Unloaded(model)
 	}
 	if st.LoadedKnown {
-		b.runners.Listed(st.Loaded, st.Polled)
+		loaded := b.runners.Listed(st.Loaded, st.Polled)
 		if h.Lanes != nil {
-			h.Lanes.SetLoaded(up.Index, slices.Collect(maps.Keys(b.runners.ByWeights(st.Loaded))), st.Polled)
+			h.Lanes.SetLoaded(up.Index, slices.Collect(maps.Keys(loaded)), st.Polled)
 		}
 	}
 }

@@ -54,9 +54,6 @@ func (h *Handler) wait(r *http.Request, ex *exchange) *refusal {
 			return &refusal{http.StatusServiceUnavailable, fmt.Sprintf("upstream %s is draining and gets no new requests; POST %s%s/resume ends that", b.Name, pathUpstreams, b.Name)}
 		}
 	}
-	if ex.chain == nil && ex.runsHere() {
-		h.account(ex) // its model was found just now
-	}
 	return h.acquire(r, ex, list)
 }
 

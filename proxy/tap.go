@@ -15,10 +15,10 @@ type tap struct {
 
 func (t *tap) Read(p []byte) (int, error) {
 	n, err := t.ReadCloser.Read(p)
-	if n > 0 && t.ex.BytesOut == 0 {
-		t.ex.FirstByte = time.Since(t.ex.start)
-	}
 	if n > 0 {
+		if t.ex.BytesOut == 0 {
+			t.ex.FirstByte = time.Since(t.ex.start)
+		}
 		t.ex.up.Alive() // however slowly it answers polls meanwhile
 	}
 	t.ex.BytesOut += int64(n)

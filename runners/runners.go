@@ -1,7 +1,7 @@
 // Package runners knows what an Ollama server holds in memory: which models are loaded, with which
 // options, since when, and under which names they are used. A Book, one for each server, is fed by
 // the requests that are sent and the answers that come, and by what /api/ps lists. It tells what
-// changed (Event); the ledger, the scheduler and whoever keeps models loaded listen.
+// changed (Event); the ledger and the scheduler listen, and whoever keeps models loaded asks.
 //
 // Ollama keeps one runner for a model's weights, whatever name asks for them, and loads it anew for
 // a request with other runner options (0.24 to 0.34, server/sched.go: schedulerModelKey,
@@ -38,17 +38,15 @@ type Event struct {
 	Kind Kind
 	// Listed says that /api/ps told it, and not a request that came through the proxy.
 	Listed  bool
-	Weights string   // of which model, as in Wanted.Options.Model; "" with Restarted: all
-	Names   []string // the keys (upstream.ModelKey) under which it was asked for
+	Weights string // of which model, as in Wanted.Options.Model; "" with Restarted: all
 }
 
 const (
-	maxModels  = 1024           // that are remembered, by weights …
-	maxNames   = 4096           // … and by name
-	maxNamesOf = 64             // of one model
-	maxEqual   = 8              // options of which it is known that they mean the same as those loaded
-	maxLoad    = 24 * time.Hour // that is believed
-	maxLoads   = 8              // loads, of one model
+	maxModels = 1024           // that are remembered, by weights …
+	maxNames  = 4096           // … and by name
+	maxEqual  = 8              // options of which it is known that they mean the same as those loaded
+	maxLoad   = 24 * time.Hour // that is believed
+	maxLoads  = 8              // loads, of one model
 )
 
 // Book is what is known of one server. Make it with New. Its methods may be called from any goroutine.
@@ -66,7 +64,6 @@ type Book struct {
 // model is what is known of the runner of some weights. Guarded by Book.mu.
 type model struct {
 	weights string
-	names   []string // under which it was asked for
 	running []*Request
 	ended   time.Time // when a request last ended
 
@@ -117,15 +114,9 @@ func (b *Book) model(weights string) *model {
 	return m
 }
 
-func (m *model) event(kind Kind) Event {
-	return Event{Kind: kind, Weights: m.weights, Names: slices.Clone(m.names)}
-}
+func (m *model) event(kind Kind) Event { return Event{Kind: kind, Weights: m.weights} }
 
-func (m *model) listed(kind Kind) Event {
-	e := m.event(kind)
-	e.Listed = true
-	return e
-}
+func (m *model) listed(kind Kind) Event { return Event{Kind: kind, Weights: m.weights, Listed: true} }
 
 // forget forgets a load that has ended: the next one was asked for at a time, if it was.
 func (m *model) forget(at time.Time) {
@@ -161,9 +152,6 @@ func (b *Book) Begin(now time.Time, w Wanted) *Request {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	m := b.model(w.Options.Model)
-	if !slices.Contains(m.names, w.Name) && len(m.names) < maxNamesOf {
-		m.names = append(m.names, w.Name)
-	}
 	r := &Request{
 		Wanted: w, WasLoaded: w.Known && m.same(w.Options), LoadKnown: m.known,
 		Context: m.context, book: b, model: m, at: now, beside: len(m.running) > 0,
@@ -344,7 +332,7 @@ func (m *model) shared(at, end time.Time, took time.Duration, o prefix.Options, 
 	})
 }
 
-// Unloaded says that the model with this name was unloaded at a client's wish.
+// Unloaded says that what was loaded under this name is not any more: the model was deleted, or made anew.
 func (b *Book) Unloaded(name string) {
 	b.mu.Lock()
 	m := b.model(b.peek(name).Weights)
@@ -365,8 +353,8 @@ func (b *Book) Restarted() {
 	b.told(Event{Kind: Restarted})
 }
 
-// Listed takes in what /api/ps listed, asked at a time.
-func (b *Book) Listed(list []upstream.Loaded, at time.Time) {
+// Listed takes in what /api/ps listed, asked at a time, and returns it as ByWeights does.
+func (b *Book) Listed(list []upstream.Loaded, at time.Time) map[string]upstream.Loaded {
 	b.mu.Lock()
 	loaded := b.byWeights(list)
 	var events []Event
@@ -392,4 +380,5 @@ func (b *Book) Listed(list []upstream.Loaded, at time.Time) {
 	for _, e := range events {
 		b.told(e)
 	}
+	return loaded
 }

@@ -154,8 +154,7 @@ func (x *runner) learn(it *item, r Result, now time.Time) int {
 		if a.fits++; it.beside > sureLanes && a.fits < 2 {
 			return lanes
 		}
-		a.fits = 0
-		a.doubt, a.tried, a.ceiling, a.pause = 0, 0, false, 0
+		a.anew()
 		return max(lanes, it.beside)
 	case it.tries && it.beside == lanes+1:
 		a.fits = 0

@@ -445,9 +445,8 @@ func (st State) AtLeast(major, minor int) bool {
 const Forever = time.Duration(1<<63 - 1)
 
 // Keep sets how long the model stays loaded after its last request, evaluating nothing. It loads the
-// model if that is absent, or loaded with other options than these; nil
-// states none. embedding says that the model was used for embeddings: one that can do nothing else
-// refuses /api/generate.
+// model if that is absent, or loaded with other options than these; nil states none. embedding says
+// that the model was used for embeddings: one that can do nothing else refuses /api/generate.
 func (s *Server) Keep(ctx context.Context, model string, d time.Duration, embedding bool,
 	options map[string]any, shift *bool) error {
 	keep := &api.Duration{Duration: d}

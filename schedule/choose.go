@@ -16,6 +16,10 @@ func (q *Queue) fill(s *server, now time.Time) {
 	if s.waiting == 0 {
 		return
 	}
+	if s.away {
+		q.hold(s, now)
+		return
+	}
 	if s.lanes == Unlimited {
 		q.release(s, now)
 		return

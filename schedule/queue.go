@@ -64,6 +64,12 @@ type Request struct {
 	SlotFree bool
 }
 
+// Refusal says that a request that waited will not be sent.
+type Refusal struct {
+	ID  uint64
+	Err error // ErrFull: it made room for a more urgent one; or ErrAway
+}
+
 // Placement says that a request may be sent now.
 type Placement struct {
 	ID       uint64
@@ -152,17 +158,20 @@ type Queue struct {
 	clients *simplelru.LRU[string, *returns]
 	habits  returns // of all clients: what is expected of one that is not known
 	grants  []Placement
+	refused []Refusal
 	count   Counts
 }
 
 // server is one Ollama server.
 type server struct {
 	index     uint16
-	seed      uint64 // of its rendezvous hash
-	off       bool   // it is to be sent nothing new
-	lanes     int    // per runner; 0: learned
-	found     int    // … for the runner that this was last learned of: what others begin with
-	longest   bool   // it chooses slots by the longest match alone
+	seed      uint64    // of its rendezvous hash
+	off       bool      // it is to be sent nothing new
+	away      bool      // it does not answer: what waits for it is held …
+	until     time.Time // … and is refused from then on
+	lanes     int       // per runner; 0: learned
+	found     int       // … for the runner that this was last learned of: what others begin with
+	longest   bool      // it chooses slots by the longest match alone
 	runners   []*runner
 	byKey     map[Runner]*runner // several keys may have turned out to be one runner
 	list      []*runner          // for order
@@ -318,7 +327,8 @@ var epoch = time.Unix(1_600_000_000, 0)
 // Len returns how many requests wait.
 func (q *Queue) Len() int { return q.waiting[0] + q.waiting[1] + q.waiting[2] }
 
-// Add adds a request. false: the queue is full, and the request is not in it.
+// Add adds a request. false: the queue is full, and the request is not in it. If a less urgent one waits then that is refused
+// in its place, the one that came last; of those that are equally urgent, too, if this one came earlier and was sent in vain.
 func (q *Queue) Add(r Request, now time.Time) bool {
 	if r.Arrived.IsZero() || r.Arrived.After(now) {
 		r.Arrived = now
@@ -341,17 +351,59 @@ func (q *Queue) Add(r Request, now time.Time) bool {
 	q.returned(learn, it, r.Client, now)
 
 	full := q.Len() >= q.cfg.Limit
-	if full && !q.room(it, x) {
+	if full && !q.room(it, x) && !q.displaces(it) {
 		return false
 	}
 	q.items[it.id] = it
 	q.enqueue(it, x, r.Client, now)
 	q.pump(s, now)
-	if full && q.items[it.id].waits {
-		q.Leave(it.id, now)
-		return false
+	if full && q.Len() > q.cfg.Limit {
+		last := q.last()
+		if last == q.items[it.id] {
+			q.Leave(it.id, now)
+			return false
+		}
+		s := last.runner.server
+		q.refuse(last, ErrFull)
+		q.pump(s, now)
 	}
 	return true
+}
+
+// displaces reports whether a request that waits is refused for the sake of this one.
+func (q *Queue) displaces(it *item) bool {
+	last := q.last()
+	return last != nil && it.before(last)
+}
+
+// before reports whether a request is more urgent than another, or came first if both are equally urgent.
+func (it *item) before(other *item) bool {
+	if it.rank != other.rank {
+		return it.rank < other.rank
+	}
+	return it.arrived.Before(other.arrived)
+}
+
+// last returns the least urgent request that waits, and of several the one that came last; nil if none waits.
+func (q *Queue) last() (last *item) {
+	p := ranks - 1
+	for p > 0 && q.waiting[p] == 0 {
+		p--
+	}
+	for _, s := range q.servers {
+		for _, x := range s.runners {
+			if it := x.classes[p].fifo.back(); it != nil && (last == nil || last.before(it)) {
+				last = it
+			}
+		}
+	}
+	return last
+}
+
+// refuse takes out a request that waits and will not be sent.
+func (q *Queue) refuse(it *item, err error) {
+	q.drop(it.id)
+	q.refused = append(q.refused, Refusal{it.id, err})
 }
 
 // full is Scheduler.Full. A request that finds a free lane, or is more urgent than one that waits, may have a place.
@@ -366,7 +418,7 @@ func (q *Queue) full(p Priority) bool {
 	}
 	for _, s := range q.servers {
 		for _, x := range s.runners {
-			if s.lanes == Unlimited || x.busy < x.want {
+			if !s.away && (s.lanes == Unlimited || x.busy < x.want) {
 				return false
 			}
 		}
@@ -376,11 +428,12 @@ func (q *Queue) full(p Priority) bool {
 
 // room reports whether a request might be granted at once.
 func (q *Queue) room(it *item, x *runner) bool {
-	if x.busy < x.want || x.server.lanes == Unlimited {
+	if !x.server.away && (x.busy < x.want || x.server.lanes == Unlimited) {
 		return true
 	}
 	for _, u := range it.upstreams {
-		if y := q.server(u).byKey[Runner{u, it.key.Options}]; y == nil || y.busy < y.want {
+		s := q.server(u)
+		if y := s.byKey[Runner{u, it.key.Options}]; !s.away && (y == nil || y.busy < y.want) {
 			return true
 		}
 	}
@@ -579,6 +632,14 @@ func (q *Queue) Grants() []Placement {
 	g := q.grants
 	q.grants = q.grants[:0]
 	return g
+}
+
+// Refusals returns those that wait no more since Refusals was last called, and will not be sent. The slice is valid until the
+// next call of any method.
+func (q *Queue) Refusals() []Refusal {
+	r := q.refused
+	q.refused = q.refused[:0]
+	return r
 }
 
 // SetLanes says how many slots each model on the server has; 0: to be learned; or Unlimited.

@@ -45,22 +45,67 @@ type offer struct {
 // load is what counts against giving the server something new.
 func (o *offer) load() time.Duration { return o.wait + o.loading + o.displaced }
 
-// SetAvailable says whether a server is to be sent anything new. One that is down or drains is not: what waits for it goes
+// SetAvailable says whether a server is to be sent anything new. One that drains is not: what waits for it goes
 // to others that may serve it, and keeps its place there. What may go nowhere else stays, and is granted as ever. Servers are
 // available at first.
 func (q *Queue) SetAvailable(upstream uint16, on bool, now time.Time) {
 	s := q.server(upstream)
-	if s.off == !on {
+	was := s.shut()
+	s.off = !on
+	q.opened(s, was, now)
+}
+
+// SetAway says whether a server does not answer. What waits for it then goes to others that may serve it; what may go nowhere else
+// waits on, and is refused (ErrAway) if the server is still away at a time, or when none of several is expected back any more.
+func (q *Queue) SetAway(upstream uint16, away bool, until, now time.Time) {
+	s := q.server(upstream)
+	was := s.shut()
+	s.away, s.until = away, until
+	q.opened(s, was, now)
+	q.pump(s, now)
+}
+
+// shut reports whether a server is to be sent nothing that may go elsewhere.
+func (s *server) shut() bool { return s.off || s.away }
+
+// opened has what waits go elsewhere after a server may have been shut, or opened.
+func (q *Queue) opened(s *server, was bool, now time.Time) {
+	shut := s.shut()
+	if was == shut {
 		return
 	}
-	s.off = !on
 	for _, t := range slices.Clone(q.servers) {
-		if t.off && (!on || t != s) {
+		if t.shut() && (shut || t != s) {
 			q.vacate(t, now)
 		}
 	}
 	for _, t := range q.servers {
 		q.pump(t, now)
+	}
+}
+
+// hold is what is done for a server that is away in place of granting something: what has waited for long enough is refused,
+// unless another one that may serve it is not away, or may still come back.
+func (q *Queue) hold(s *server, now time.Time) {
+	if now.Before(s.until) {
+		s.later(s.until)
+		return
+	}
+	for _, x := range slices.Clone(s.runners) {
+		for _, it := range x.waiters() {
+			i := slices.IndexFunc(it.upstreams, func(u uint16) bool {
+				t := q.server(u)
+				return t != s && (!t.away || now.Before(t.until))
+			})
+			if i < 0 {
+				q.refuse(it, ErrAway)
+				continue
+			}
+			to := q.server(it.upstreams[i])
+			q.shift(it, q.runner(to, Runner{to.index, it.key.Options}, now), now)
+			q.count.Moved++
+			q.fill(to, now)
+		}
 	}
 }
 
@@ -158,7 +203,7 @@ func (q *Queue) route(it *item, now time.Time) (to *server, learn *runner) {
 	offers := q.offers[:0]
 	for _, all := range []bool{false, true} {
 		for _, u := range it.upstreams {
-			if s := q.server(u); all || !s.off {
+			if s := q.server(u); all || !s.shut() {
 				offers = append(offers, offer{server: s, x: s.byKey[Runner{u, it.key.Options}]})
 			}
 		}

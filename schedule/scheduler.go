@@ -13,6 +13,9 @@ var ErrFull = errors.New("too many requests are waiting; try again later")
 // ErrClosed says that the proxy is stopping and sends nothing more.
 var ErrClosed = errors.New("the proxy is stopping")
 
+// ErrAway says that the server, or each of those that may serve the request, has been away for too long.
+var ErrAway = errors.New("the server has been away for too long")
+
 // Scheduler lets requests wait until Queue grants them. Make it with NewScheduler. Its methods may be called from any
 // goroutine. It starts none of its own; between events a timer calls it when the queue wants to look again.
 type Scheduler struct {
@@ -43,8 +46,8 @@ type Grant struct {
 	scheduler *Scheduler
 }
 
-// Acquire waits until the request may be sent. Whoever gets a grant must release it. An error is ErrFull, ErrClosed, or
-// what ended ctx.
+// Acquire waits until the request may be sent. Whoever gets a grant must release it. An error is ErrFull, ErrAway, ErrClosed,
+// or what ended ctx.
 func (s *Scheduler) Acquire(ctx context.Context, r Request) (*Grant, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -132,6 +135,12 @@ func (s *Scheduler) handOver() {
 		w.place = p
 		close(w.ready)
 	}
+	for _, r := range s.queue.Refusals() {
+		w := s.waiters[r.ID]
+		delete(s.waiters, r.ID)
+		w.err = r.Err
+		close(w.ready)
+	}
 	at, ok := s.queue.Next()
 	switch {
 	case !ok || s.closed:
@@ -162,10 +171,16 @@ func (s *Scheduler) do(f func(q *Queue, now time.Time)) {
 	s.handOver()
 }
 
-// SetAvailable says whether the server is to be sent anything new. One that is down or drains is not: what waits for it goes
+// SetAvailable says whether the server is to be sent anything new. One that drains is not: what waits for it goes
 // to others that may serve it. What may go nowhere else stays, and is granted as ever. Servers are available at first.
 func (s *Scheduler) SetAvailable(upstream uint16, on bool) {
 	s.do(func(q *Queue, now time.Time) { q.SetAvailable(upstream, on, now) })
+}
+
+// SetAway says whether the server does not answer. What waits for it then goes to others that may serve it. What may go nowhere
+// else waits on, and ends with ErrAway if the server is still away at a time.
+func (s *Scheduler) SetAway(upstream uint16, away bool, until time.Time) {
+	s.do(func(q *Queue, now time.Time) { q.SetAway(upstream, away, until, now) })
 }
 
 // SetName gives a server the name by which several proxies know it; at first it is its index. Proxies that name their

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -49,7 +51,8 @@ func TestAcquire(t *testing.T) {
 		batch, now := request("m", seg{id: 2, tokens: 500}), request("m", seg{id: 3, tokens: 500})
 		batch.Priority, now.Priority = Batch, Interactive
 		second, third := acquire(ctx, s, batch), acquire(ctx, s, now)
-		if _, err := s.Acquire(ctx, now); !errors.Is(err, ErrFull) {
+		synctest.Wait()
+		if _, err := s.Acquire(ctx, batch); !errors.Is(err, ErrFull) {
 			t.Errorf("with a full queue: %v", err)
 		}
 		free := now
@@ -87,6 +90,185 @@ func TestAcquire(t *testing.T) {
 		(*Grant)(nil).Release(served)
 		if st := s.Stats(); st.Runners[0].Busy != 0 || st.Grants != 3 {
 			t.Errorf("at the end: %+v", st)
+		}
+	})
+}
+
+// TestMakesRoom: what is more urgent finds a place in a full queue; of what is least urgent the last to come makes room.
+func TestMakesRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := NewScheduler(Config{Lanes: 1, Limit: 3})
+		running := <-acquire(t.Context(), s, request("m", text(500)))
+		errs := map[string]chan error{}
+		add := func(name string, p Priority, arrived time.Time) {
+			r := request("m", text(500))
+			r.Priority, r.Arrived = p, arrived
+			errs[name] = make(chan error, 1)
+			go func() {
+				g, err := s.Acquire(t.Context(), r)
+				errs[name] <- err
+				g.Release(served)
+			}()
+			time.Sleep(time.Second)
+		}
+		refused := func() (names string) {
+			synctest.Wait()
+			for _, name := range slices.Sorted(maps.Keys(errs)) {
+				select {
+				case err := <-errs[name]:
+					if delete(errs, name); !errors.Is(err, ErrFull) {
+						t.Errorf("%s: %v", name, err)
+					}
+					names += name + " "
+				default:
+				}
+			}
+			return names
+		}
+		began := time.Now()
+		for _, c := range []struct {
+			name    string
+			p       Priority
+			arrived time.Time
+			refused string
+		}{
+			{"batch 1", Batch, time.Time{}, ""},
+			{"batch 2", Batch, time.Time{}, ""},
+			{"normal 1", Normal, time.Time{}, ""},
+			{"batch 3", Batch, time.Time{}, "batch 3 "},
+			{"normal 2", Normal, time.Time{}, "batch 2 "},
+			{"batch 0, sent in vain before", Batch, began.Add(-time.Second), "batch 1 "},
+			{"interactive 1", Interactive, time.Time{}, "batch 0, sent in vain before "},
+			{"interactive 2", Interactive, time.Time{}, "normal 2 "},
+			{"interactive 3", Interactive, time.Time{}, "normal 1 "},
+			{"interactive 4", Interactive, time.Time{}, "interactive 4 "},
+			{"normal 3", Normal, time.Time{}, "normal 3 "},
+		} {
+			full := s.Full(c.p)
+			add(c.name, c.p, c.arrived)
+			got := refused()
+			if got != c.refused {
+				t.Errorf("%s came, and refused was %q, want %q", c.name, got, c.refused)
+			}
+			if full != (got == c.name+" ") && c.arrived.IsZero() {
+				t.Errorf("%s: was full %v, and %q was refused", c.name, full, got)
+			}
+		}
+		running.Release(served)
+		synctest.Wait()
+		for name, c := range errs {
+			if err := <-c; err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+	})
+}
+
+// TestAway: what waits for a server that is away waits until it is back, and then the most urgent goes first; or it is told when it
+// was away for too long.
+func TestAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := NewScheduler(Config{Lanes: 1})
+		running := <-acquire(t.Context(), s, request("m", text(500)))
+		var order []string
+		ended := make(chan error, 100)
+		add := func(name string, p Priority) {
+			r := request("m", text(500))
+			r.Priority = p
+			go func() {
+				g, err := s.Acquire(t.Context(), r)
+				if err == nil {
+					order = append(order, name) // one after the other
+					g.Release(served)
+				}
+				ended <- err
+			}()
+			synctest.Wait()
+		}
+		add("batch", Batch)
+		s.SetAway(0, true, time.Now().Add(time.Minute))
+		running.Release(Result{Sent: true}) // it broke off
+		add("normal", Normal)
+		add("interactive", Interactive)
+		time.Sleep(59 * time.Second)
+		synctest.Wait()
+		if len(order) > 0 || len(ended) > 0 {
+			t.Fatalf("granted %v, %d ended while the server was away", order, len(ended))
+		}
+		s.SetAway(0, false, time.Time{})
+		for range 3 {
+			if err := <-ended; err != nil {
+				t.Error(err)
+			}
+		}
+		if want := []string{"interactive", "normal", "batch"}; !slices.Equal(order, want) {
+			t.Errorf("back: %v, want %v", order, want)
+		}
+
+		s.SetAway(0, true, time.Now().Add(time.Minute))
+		add("a", Normal)
+		add("b", Interactive)
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if len(ended) != 2 {
+			t.Fatalf("%d were told that it was away for too long", len(ended))
+		}
+		add("c", Normal) // at once
+		for range 3 {
+			if err := <-ended; !errors.Is(err, ErrAway) {
+				t.Errorf("away for too long: %v", err)
+			}
+		}
+		if st := s.Stats(); st.Waiting[Normal].Requests != 0 {
+			t.Errorf("%+v", st)
+		}
+	})
+}
+
+// TestAwayElsewhere: what several servers may serve waits for that which comes back, and no longer than for the last of them.
+func TestAwayElsewhere(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := NewScheduler(Config{Lanes: 1})
+		ask := func() (chan *Grant, chan error) {
+			r := request("m", text(500))
+			r.Upstreams = []uint16{0, 1}
+			granted, refused := make(chan *Grant, 1), make(chan error, 1)
+			go func() {
+				if g, err := s.Acquire(t.Context(), r); err != nil {
+					refused <- err
+				} else {
+					granted <- g
+				}
+			}()
+			synctest.Wait()
+			return granted, refused
+		}
+		s.SetAway(0, true, time.Now().Add(time.Minute))
+		granted, _ := ask()
+		if g := <-granted; g.Upstream != 1 {
+			t.Errorf("sent to %d, which is away", g.Upstream)
+		} else {
+			g.Release(served)
+		}
+		s.SetAway(1, true, time.Now().Add(2*time.Minute))
+		granted, refused := ask()
+		time.Sleep(119 * time.Second)
+		synctest.Wait()
+		if len(granted)+len(refused) > 0 {
+			t.Error("it did not wait for the second server")
+		}
+		s.SetAway(0, false, time.Time{})
+		synctest.Wait()
+		if g := <-granted; g.Upstream != 0 {
+			t.Errorf("sent to %d, which is away", g.Upstream)
+		} else {
+			g.Release(served)
+		}
+		s.SetAway(0, true, time.Now())
+		granted, refused = ask()
+		time.Sleep(time.Second)
+		if err := <-refused; !errors.Is(err, ErrAway) || len(granted) > 0 {
+			t.Error(err)
 		}
 	})
 }

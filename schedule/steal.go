@@ -33,7 +33,7 @@ func (q *Queue) share(s *server, now time.Time) {
 
 // takeOver lets a server take over what waits for another one, for as long as it has lanes for that.
 func (q *Queue) takeOver(t, from *server, now time.Time) {
-	if t.off || from.roaming == 0 || !t.room() {
+	if t.shut() || from.roaming == 0 || !t.room() {
 		return
 	}
 	for i := 0; i < len(from.runners); i++ { // none goes while requests wait for it

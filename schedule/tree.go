@@ -338,6 +338,17 @@ func (f *fifo) front() *item {
 	return f.items[0]
 }
 
+// back returns the one that came last; nil if there is none.
+func (f *fifo) back() *item {
+	f.order()
+	for i := len(f.items) - 1; i >= 0; i-- {
+		if f.items[i].waits {
+			return f.items[i]
+		}
+	}
+	return nil
+}
+
 // find returns the first that may be taken, see node.first.
 func (f *fifo) find(tries *int) *item {
 	f.order()

@@ -52,9 +52,11 @@ func (h *Handler) Polled(s *upstream.Server, st upstream.State) {
 		if st.Up {
 			b.looped.Store(false)
 		}
+		h.polledBooks(b, st) // before anything is sent: after a restart nothing is warm
 		h.available(b)
-		h.polledBooks(b, st)
 	}
+	fresh := make(chan struct{})
+	close(*h.news.Swap(&fresh))
 }
 
 // available tells the scheduler whether a server gets new requests.
@@ -62,7 +64,9 @@ func (h *Handler) available(b *backend) {
 	if h.Lanes != nil {
 		b.telling.Lock() // so that the last word is the right one
 		defer b.telling.Unlock()
-		h.Lanes.SetAvailable(b.index, b.takes())
+		st := b.State()
+		h.Lanes.SetAvailable(b.index, !b.looped.Load() && !b.draining.Load())
+		h.Lanes.SetAway(b.index, st.Away, st.Until)
 	}
 }
 
@@ -110,7 +114,7 @@ func (h *Handler) candidates(ex *exchange) []*backend {
 			h.refresh()
 			var away []*backend
 			if list, away = h.having(ex); len(list) == 0 && len(ex.tried) == 0 {
-				list = away
+				list = away // any of which may come back
 			}
 		}
 		if len(list) > 0 {
@@ -137,8 +141,8 @@ func (h *Handler) untried(ex *exchange, list []*backend) []*backend {
 	return slices.DeleteFunc(slices.Clone(list), func(b *backend) bool { return slices.Contains(ex.tried, b) })
 }
 
-// having returns the servers that have the request's model and get new requests; and one that is known to have it but gets none,
-// so that the client can be told what is wrong with the one that it needs.
+// having returns the servers that have the request's model and get new requests; and those that are known to have it but get none,
+// to be waited for, or so that the client can be told what is wrong with the one that it needs.
 func (h *Handler) having(ex *exchange) (list, away []*backend) {
 	for _, b := range h.backends {
 		st := b.State()
@@ -146,8 +150,8 @@ func (h *Handler) having(ex *exchange) (list, away []*backend) {
 		case slices.Contains(ex.tried, b) || !st.Has(ex.key):
 		case b.takes():
 			list = append(list, b)
-		case st.Lists(ex.key) && away == nil:
-			away = []*backend{b}
+		case st.Lists(ex.key):
+			away = append(away, b)
 		}
 	}
 	return list, away
@@ -204,6 +208,9 @@ func (h *Handler) begin(ex *exchange) {
 	b := ex.up
 	b.inFlight.Add(1)
 	ex.began = true
+	if ex.silence != nil {
+		ex.silence.Reset(h.UpstreamSilence)
+	}
 	if !ex.runsHere() {
 		return
 	}
@@ -267,6 +274,9 @@ func (ex *exchange) retract() {
 	ex.run = nil
 	ex.spend.End(time.Now(), savings.Outcome{Refused: true})
 	ex.spend = nil
+	if ex.silence != nil {
+		ex.silence.Stop()
+	}
 	ex.grant.Release(schedule.Result{}) // not sent
 	ex.grant = nil
 }

@@ -3,6 +3,7 @@ package proxy
 import (
 	"encoding/json"
 	"net/http"
+	"strconv"
 	"strings"
 )
 
@@ -32,6 +33,7 @@ func (e *refusal) write(w http.ResponseWriter, path string) int {
 		panic(err) // strings and nil always marshal
 	}
 	w.Header().Set("Content-Type", "application/json; charset=utf-8")
+	w.Header().Set("Content-Length", strconv.Itoa(len(text)))
 	w.WriteHeader(e.status)
 	w.Write(text) // a client that is gone has nobody to tell
 	return len(text)

@@ -55,6 +55,8 @@ type Handler struct {
 	Memory    int64 // bytes for all bodies that are held; 0: no limit
 	// BodyTimeout is for how long a request's body may make no progress; 0: for ever.
 	BodyTimeout time.Duration
+	// UpstreamSilence is for how long an upstream may send nothing of an answer before the request is given up; 0: for ever.
+	UpstreamSilence time.Duration
 
 	Guard   Guard
 	Metrics http.Handler // serves PathMetrics; nil forwards it like any other path
@@ -76,6 +78,12 @@ type Handler struct {
 
 	memory   *memory
 	inFlight atomic.Int64
+	waiting  atomic.Int64 // requests that wait, see Waiting
+
+	closing   chan struct{} // closed by Close
+	closeOnce sync.Once
+	news      atomic.Pointer[chan struct{}] // closed when the next poll of an upstream has ended
+
 	backends []*backend // Upstreams, in the same order
 	forward  *httputil.ReverseProxy
 	prefixes *prefix.Reader
@@ -162,6 +170,8 @@ type exchange struct {
 	up        *backend      // to which it is sent; nil before that is chosen
 	unloading chan struct{} // closed when other servers have unloaded the model, too; nil: they need not
 	began     bool          // it was sent to up, and has not ended
+	waiting   bool          // it is counted in Handler.waiting
+	silence   *time.Timer   // gives the request up; nil: never
 	tried     []*backend    // to which it was sent in vain
 	inbound   *http.Request // as it was given to the forwarder
 	edit      edit
@@ -227,6 +237,9 @@ func (h *Handler) Init() {
 		h.Touched = func(string, error) {}
 	}
 	h.memory = newMemory(h.Memory)
+	h.closing = make(chan struct{})
+	news := make(chan struct{})
+	h.news.Store(&news)
 	h.refreshEvery = refreshEvery
 	h.prefixes = prefix.NewReader()
 	for i, s := range h.Upstreams {
@@ -303,6 +316,12 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		h.refuse(w, r, ex, ref)
 		return
 	}
+	if h.UpstreamSilence > 0 {
+		ctx, giveUp := context.WithCancelCause(r.Context())
+		defer giveUp(nil)
+		r = r.WithContext(ctx)
+		ex.silence = time.AfterFunc(h.UpstreamSilence, func() { giveUp(errSilent) })
+	}
 	ex.unloading = h.unloadElsewhere(r.Context(), ex)
 	h.begin(ex)
 	h.forward.ServeHTTP(w, r)
@@ -373,6 +392,7 @@ func (ex *exchange) reply(w http.ResponseWriter, r *http.Request, ref *refusal) 
 		w.Header().Set("WWW-Authenticate", "Bearer")
 	}
 	ex.BytesOut = int64(ref.write(w, r.URL.Path))
+	http.NewResponseController(w).Flush() // the connection may be closed right after this, when the proxy stops
 }
 
 // unreadable refuses a request whose body the client did not send as it should.
@@ -537,7 +557,7 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 			return err
 		}
 	}
-	res.Body = &tap{res.Body, ex}
+	res.Body = &tap{res.Body, ex, h.UpstreamSilence}
 	return nil
 }
 
@@ -566,6 +586,12 @@ func peek(res *http.Response, most int64) ([]byte, error) {
 // forwardFailed answers where the upstream did not.
 func (h *Handler) forwardFailed(w http.ResponseWriter, r *http.Request, err error) {
 	ex := r.Context().Value(exchangeKey{}).(*exchange)
+	if ref, ok := errors.AsType[*refusal](err); ok && ref.status == http.StatusGatewayTimeout {
+		ex.Outcome = UpstreamError
+		ex.header.Set(headerUpstream, ex.up.Name)
+		ex.reply(w, r, ref)
+		return
+	}
 	if r.Context().Err() != nil {
 		ex.Outcome = ClientGone
 		panic(http.ErrAbortHandler) // nothing was written, and nothing must not become an empty 200
@@ -602,6 +628,10 @@ func reason(err error) string {
 // finish releases what the request held, and tells of it.
 func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	ex.unloaded()
+	if ex.silence != nil {
+		ex.silence.Stop()
+	}
+	h.waited(ex)
 	ex.use.end()
 	ex.letGo()
 	if ex.beginning != nil {
@@ -621,8 +651,11 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	if context.Cause(r.Context()) == ErrDrained && ex.Outcome == ClientGone {
 		ex.Outcome = Drained
 	}
-	if ex.Outcome == Aborted && !r.ProtoAtLeast(1, 1) {
-		reset(w)
+	if ex.Outcome == Aborted {
+		if !r.ProtoAtLeast(1, 1) {
+			reset(w)
+		}
+		h.brokeOff(r.Context(), ex.up)
 	}
 	h.accounted(ex)
 	if ex.began {

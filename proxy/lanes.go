@@ -1,11 +1,13 @@
 package proxy
 
 import (
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 
@@ -57,13 +59,52 @@ func (h *Handler) wait(r *http.Request, ex *exchange) *refusal {
 	return h.acquire(r, ex, list)
 }
 
-// acquire is wait, once it is known which servers can serve the request.
+// acquire is wait, once it is known which servers can serve the request. If all of them are away and one may come back
+// (--try-duration), then the request waits for that.
 func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refusal {
-	if h.Lanes == nil || ex.chain == nil || !ex.chain.HasPrompt() || !list[0].answers() {
+	if !slices.ContainsFunc(list, (*backend).answers) && !(ex.infers() && expected(list)) {
 		// To wait for what does not answer, one after the other, would only take longer.
 		ex.up = pick(list, ex.key)
 		return nil
 	}
+	if !ex.waiting {
+		ex.waiting = true
+		h.waiting.Add(1)
+	}
+	var err error
+	if h.Lanes == nil || ex.chain == nil || !ex.chain.HasPrompt() {
+		if list, err = h.await(r.Context(), list); err == nil {
+			ex.up = pick(list, ex.key)
+		}
+	} else {
+		err = h.lane(r, ex, list)
+	}
+	switch {
+	case err == nil:
+		h.waited(ex)
+		return nil
+	case errors.Is(err, schedule.ErrFull):
+		return ex.busy()
+	case errors.Is(err, schedule.ErrAway):
+		ex.header.Set("Retry-After", retryAfter)
+		return &refusal{http.StatusServiceUnavailable, fmt.Sprintf("ollama at %s has been away for longer than %v (--try-duration); start it there and try again", list[0].URL, list[0].TryDuration)}
+	case errors.Is(err, schedule.ErrClosed):
+		ex.header.Set("Retry-After", retryAfter)
+		return &refusal{http.StatusServiceUnavailable, "ollama-cacheproxy is stopping; try again when it is back"}
+	}
+	return givenUp(err)
+}
+
+// waited says that a request waits no more.
+func (h *Handler) waited(ex *exchange) {
+	if ex.waiting {
+		ex.waiting = false
+		h.waiting.Add(-1)
+	}
+}
+
+// lane waits for a lane.
+func (h *Handler) lane(r *http.Request, ex *exchange, list []*backend) error {
 	var upstreams []uint16
 	for _, b := range list {
 		upstreams = append(upstreams, b.index)
@@ -74,18 +115,61 @@ func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refus
 		Links: ex.chain.Links, Client: h.clientOf(r), Priority: priority, Arrived: ex.start,
 	})
 	ex.Waited, ex.Priority = ex.Waited+time.Since(began), priority.String()
-	switch {
-	case err == nil:
+	if err == nil {
 		ex.grant, ex.up = grant, h.backends[grant.Upstream]
-		return nil
-	case errors.Is(err, schedule.ErrFull):
-		return ex.busy()
-	case errors.Is(err, schedule.ErrClosed):
-		ex.header.Set("Retry-After", retryAfter)
-		return &refusal{http.StatusServiceUnavailable, "ollama-cacheproxy is stopping; try again when it is back"}
 	}
-	return givenUp(err)
+	return err
 }
+
+// expected reports whether one of the servers, which are away, may still come back.
+func expected(list []*backend) bool {
+	return slices.ContainsFunc(list, func(b *backend) bool {
+		st := b.State()
+		return st.Away && time.Now().Before(st.Until)
+	})
+}
+
+// await waits until one of the servers is not away any more, and returns those that are not.
+func (h *Handler) await(ctx context.Context, list []*backend) ([]*backend, error) {
+	for {
+		news := h.news.Load()
+		var back []*backend
+		var until time.Time
+		for _, b := range list {
+			if st := b.State(); !st.Away {
+				back = append(back, b)
+			} else if st.Until.After(until) {
+				until = st.Until
+			}
+		}
+		left := time.Until(until)
+		switch {
+		case len(back) > 0:
+			return back, nil
+		case left <= 0:
+			return list, schedule.ErrAway
+		}
+		select {
+		case <-*news:
+		case <-time.After(left):
+		case <-h.closing:
+			return list, schedule.ErrClosed
+		case <-ctx.Done():
+			return list, ctx.Err()
+		}
+	}
+}
+
+// Close refuses what waits, for a lane or for a server that is away, and what comes from now on and would have to wait.
+func (h *Handler) Close() {
+	h.closeOnce.Do(func() { close(h.closing) })
+	if h.Lanes != nil {
+		h.Lanes.Close()
+	}
+}
+
+// Waiting returns how many requests wait, or have been refused that and were not yet told.
+func (h *Handler) Waiting() int64 { return h.waiting.Load() }
 
 // givenUp refuses what was given up while it waited. Who sees it has stopped the proxy; mostly the client has left.
 func givenUp(err error) *refusal {

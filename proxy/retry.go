@@ -2,6 +2,8 @@ package proxy
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"net/http"
 	"net/http/httputil"
 	"slices"
@@ -14,7 +16,7 @@ import (
 // Why a request was sent to another upstream, or again: the one that it was sent to cannot have begun with it.
 const (
 	RetryUnreachable = "unreachable" // no connection could be made
-	RetryBusy        = "busy"        // it answered 503 before anything else
+	RetryBusy        = "busy"        // it answered 503 in Ollama's own words for a full queue
 	RetryAbsent      = "absent"      // it does not have the model any more
 )
 
@@ -25,16 +27,24 @@ const (
 )
 
 // attempts is the forwarder's transport. It sends a request elsewhere, once to each upstream, if the one that it was sent to
-// cannot have begun with it; what may have been begun is never sent twice.
+// cannot have begun with it, and if there is no other, or none answers, waits for one to come back; what may have been begun is
+// never sent twice.
 type attempts struct{ h *Handler }
 
 func (a attempts) RoundTrip(out *http.Request) (*http.Response, error) {
 	ex := out.Context().Value(exchangeKey{}).(*exchange)
-	defer ex.letGo() // nothing is sent again after this
+	defer ex.letGo()          // nothing is sent again after this
+	var unreachable time.Time // when it first was
 	for busy := 0; ; {
 		res, err := a.h.Transport.RoundTrip(out)
 		why := retryReason(res, err)
+		if err != nil && context.Cause(out.Context()) == errSilent {
+			return nil, ex.silent(a.h)
+		}
 		if why == "" || ex.passing != nil { // a body that passes through cannot be sent again
+			if upstream.Closed(err) && out.Context().Err() == nil {
+				a.h.brokeOff(out.Context(), ex.up)
+			}
 			return res, err
 		}
 		if why == RetryUnreachable {
@@ -45,8 +55,14 @@ func (a attempts) RoundTrip(out *http.Request) (*http.Response, error) {
 			ex.tried = append(ex.tried, ex.up)
 		}
 		list := a.h.elsewhere(ex, why)
+		if len(list) == 0 && why == RetryUnreachable {
+			if unreachable.IsZero() {
+				unreachable = time.Now()
+			}
+			list = a.h.returning(ex, unreachable)
+		}
 		if len(list) == 0 {
-			if why != RetryBusy || busy == busyMost || ex.grant == nil || !queueFull(res) {
+			if why != RetryBusy || busy == busyMost || ex.grant == nil {
 				return res, err
 			}
 			// Its queue will be shorter in a moment.
@@ -93,6 +109,35 @@ func (h *Handler) elsewhere(ex *exchange, why string) []*backend {
 	return h.candidates(ex)
 }
 
+// returning returns the servers for which a request waits that could not be sent to any since a time.
+func (h *Handler) returning(ex *exchange, since time.Time) []*backend {
+	if !ex.infers() || time.Since(since) >= ex.up.TryDuration {
+		return nil
+	}
+	ex.tried = nil
+	list := h.candidates(ex)
+	if !slices.ContainsFunc(list, (*backend).answers) && !expected(list) {
+		return nil
+	}
+	return list
+}
+
+// brokeOff is told of a request that was broken off by its server, before its lane goes to another one: if any wait, then they are
+// not to be sent one by one to a server that is gone.
+func (h *Handler) brokeOff(ctx context.Context, b *backend) {
+	if b.BrokeOff(); h.waiting.Load() > 0 {
+		b.Check(ctx)
+	}
+}
+
+// errSilent is the cause with which a request is given up that was not answered for Handler.UpstreamSilence.
+var errSilent = errors.New("the upstream sent nothing for too long")
+
+// silent tells of such a request.
+func (ex *exchange) silent(h *Handler) *refusal {
+	return &refusal{http.StatusGatewayTimeout, fmt.Sprintf("ollama at %s sent nothing for %v, and was not waited for any longer (--upstream-silence)", ex.up.URL, h.UpstreamSilence)}
+}
+
 // retryReason says why a request may be sent elsewhere; "" if it may not.
 func retryReason(res *http.Response, err error) string {
 	switch {
@@ -101,7 +146,9 @@ func retryReason(res *http.Response, err error) string {
 			return RetryUnreachable
 		}
 	case res.StatusCode == http.StatusServiceUnavailable:
-		return RetryBusy
+		if queueFull(res) { // of another one, such as a gateway's, nobody knows whether the request was begun
+			return RetryBusy
+		}
 	case res.StatusCode == http.StatusNotFound:
 		return RetryAbsent
 	}

@@ -80,3 +80,8 @@ func routeOf(r *http.Request) route {
 	}
 	return rt
 }
+
+// infers reports whether the request asks a model for something, or has one loaded.
+func (ex *exchange) infers() bool {
+	return (ex.reads == readsNative || ex.reads == readsForeign) && !ex.unloads()
+}

@@ -10,11 +10,18 @@ import (
 // how it ended. It wraps the body, not the ResponseWriter, so that flushing and 1xx answers work as they are.
 type tap struct {
 	io.ReadCloser
-	ex *exchange
+	ex      *exchange
+	silence time.Duration // Handler.UpstreamSilence
 }
 
 func (t *tap) Read(p []byte) (int, error) {
+	if t.ex.silence != nil {
+		t.ex.silence.Reset(t.silence)
+	}
 	n, err := t.ReadCloser.Read(p)
+	if t.ex.silence != nil {
+		t.ex.silence.Stop() // a slow client is not the upstream's silence
+	}
 	if n > 0 {
 		if t.ex.BytesOut == 0 {
 			t.ex.FirstByte = time.Since(t.ex.start)

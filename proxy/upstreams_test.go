@@ -689,16 +689,17 @@ func TestRetryReason(t *testing.T) {
 	dial := func(err error) error { return &net.OpError{Op: "dial", Err: err} }
 	for _, tc := range []struct {
 		status int
+		text   string
 		err    error
 		want   string
 	}{
 		{err: dial(syscall.ECONNREFUSED), want: RetryUnreachable}, {err: dial(syscall.EHOSTUNREACH), want: RetryUnreachable}, {err: dial(context.DeadlineExceeded), want: RetryUnreachable},
 		{err: dial(syscall.EMFILE)}, {err: dial(syscall.EADDRNOTAVAIL)}, {err: dial(context.Canceled)}, {err: io.EOF}, {err: &net.OpError{Op: "read", Err: syscall.ECONNRESET}},
-		{status: 503, want: RetryBusy}, {status: 404, want: RetryAbsent}, {status: 500}, {status: 429}, {status: 200},
+		{status: 503, text: `{"error":"` + busyWords + `"}`, want: RetryBusy}, {status: 503, text: "<html>no server is available</html>"}, {status: 503}, {status: 404, want: RetryAbsent}, {status: 500}, {status: 429}, {status: 200},
 	} {
 		var res *http.Response
 		if tc.err == nil {
-			res = &http.Response{StatusCode: tc.status}
+			res = &http.Response{StatusCode: tc.status, ContentLength: int64(len(tc.text)), Body: io.NopCloser(strings.NewReader(tc.text))}
 		}
 		if got := retryReason(res, tc.err); got != tc.want {
 			t.Errorf("%d %v: %q, want %q", tc.status, tc.err, got, tc.want)

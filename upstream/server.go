@@ -10,6 +10,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -57,6 +58,7 @@ type Server struct {
 	ended  time.Time // when the last poll ended; guarded by mu
 	listed time.Time // when the models were last listed; guarded by mu
 	missed int       // how often Unreachable was called; guarded by mu
+	broke  time.Time // when BrokeOff was last called; guarded by mu
 }
 
 // State is what the last poll found.
@@ -161,8 +163,18 @@ func (s *Server) dated(st State) State {
 	return st
 }
 
-// Alive says that something came from the server.
+// Alive says that something came from the server. One that counts as away is polled at once.
 func (s *Server) Alive() {
+	s.seen()
+	s.mu.Lock()
+	away := s.state.Away
+	s.mu.Unlock()
+	if away {
+		s.Failed()
+	}
+}
+
+func (s *Server) seen() {
 	now := time.Now()
 	s.alive.Store(&now)
 }
@@ -196,6 +208,22 @@ func (s *Server) Unreachable(err error) {
 
 func (s *Server) warnAway(err error) {
 	s.log.Warn("upstream does not answer", "upstream", s.Name, "url", s.URL.String(), "err", err)
+}
+
+// BrokeOff says that the server closed the connection of a request, which it may have begun with. If the next poll, which is made at
+// once, ends in the same way, then it is away: whatever accepts connections in its place, such as a container's port, is not the
+// server.
+func (s *Server) BrokeOff() {
+	s.mu.Lock()
+	s.broke = time.Now()
+	s.mu.Unlock()
+	s.Failed()
+}
+
+// Closed reports whether a request failed since the other side closed the connection before the answer's end.
+func Closed(err error) bool {
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
+		errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
 }
 
 // Failed says that a request was not answered: the next poll is made at once.
@@ -317,9 +345,13 @@ func (s *Server) poll(ctx context.Context) State {
 
 // judge says whether a server is away, after a poll. s.mu must be held.
 func (s *Server) judge(next *State, prev State) {
-	if next.Up {
-		s.Alive()
-		s.failed = 0
+	// What refuses to say its version, such as a gateway that lets nothing but inference through, answers, too.
+	status := StatusCode(next.Err)
+	if next.Up || status > 0 && status < http.StatusInternalServerError {
+		s.seen()
+		if s.failed = 0; !next.Up {
+			next.Loaded = prev.Loaded
+		}
 		return
 	}
 	slow := errors.Is(next.Err, context.DeadlineExceeded)
@@ -329,7 +361,8 @@ func (s *Server) judge(next *State, prev State) {
 		s.failed = 0
 	}
 	s.failed++
-	next.Away = prev.Away && !answers || NoConnection(next.Err) && !slow || s.failed >= pollsFailed
+	broken := Closed(next.Err) && (seen == nil || s.broke.After(*seen))
+	next.Away = prev.Away && !answers || NoConnection(next.Err) && !slow || broken || s.failed >= pollsFailed
 	next.gone = prev.gone || next.Away && !slow
 	if !next.Away {
 		next.Loaded = prev.Loaded

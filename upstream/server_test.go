@@ -259,6 +259,7 @@ func TestKeep(t *testing.T) {
 // failed while nothing else came from it. And one that was only too slow has not been restarted.
 func TestDoubt(t *testing.T) {
 	slow, broken := fmt.Errorf("asking: %w", context.DeadlineExceeded), io.EOF
+	forbidden, gateway := api.StatusError{StatusCode: 403}, api.StatusError{StatusCode: 502}
 	for _, tc := range []struct {
 		name      string
 		polls     []error // how one after the other ends, after one that was answered
@@ -270,6 +271,8 @@ func TestDoubt(t *testing.T) {
 		{"broken off once", []error{broken}, false, "-", false},
 		{"slow for long", []error{slow, slow, slow, slow}, false, "--xx", false},
 		{"broken off for long", []error{broken, broken, broken}, false, "--x", true},
+		{"a gateway that refuses polls", []error{forbidden, forbidden, forbidden, forbidden}, false, "----", false},
+		{"a gateway without the server", []error{gateway, gateway, gateway}, false, "--x", true},
 		{"slow, now and then", []error{slow, slow, nil, slow, slow}, false, "-----", false},
 		{"slow while it answers", []error{slow, slow, slow, slow, slow}, true, "-----", false},
 		{"refused", []error{errRefused}, false, "x", true},
@@ -296,7 +299,7 @@ func TestDoubt(t *testing.T) {
 					}
 					s.set(func() { s.fails = err })
 					st = server.Poll(t.Context())
-					if err == nil {
+					if err == nil || err == forbidden {
 						seen = time.Now()
 					}
 					if st.Up != (err == nil) || !st.Away && len(st.Loaded) != 1 || len(st.Models) != 2 || !st.Seen.Equal(seen) || st.Away && !st.Until.Equal(seen.Add(time.Minute)) {
@@ -314,6 +317,71 @@ func TestDoubt(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestBrokeOff: a server that closes the connections of a request and of a poll is away, one that closes either is not; nor is
+// one that has answered something since.
+func TestBrokeOff(t *testing.T) {
+	for _, tc := range []struct {
+		name          string
+		poll          error
+		alive, missed bool
+		away          bool
+	}{
+		{"both", io.EOF, false, true, true},
+		{"reset", &net.OpError{Op: "read", Err: syscall.ECONNRESET}, false, true, true},
+		{"the request alone", nil, false, true, false},
+		{"the poll alone", io.EOF, false, false, false},
+		{"a slow poll", context.DeadlineExceeded, false, true, false},
+		{"something came since", io.EOF, true, true, false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := &stub{version: "0.34.1", ps: `{"models":[]}`}
+				server := newTestServer(s)
+				server.Poll(t.Context())
+				time.Sleep(time.Second)
+				server.client = api.NewClient(server.URL, &http.Client{Transport: tripper(func(r *http.Request) (*http.Response, error) {
+					time.Sleep(time.Second)
+					if tc.alive {
+						server.Alive()
+					}
+					return s.RoundTrip(r)
+				})})
+				s.set(func() { s.fails = tc.poll })
+				if tc.missed {
+					server.BrokeOff()
+				}
+				server.Check(t.Context())
+				if st := server.State(); st.Away != tc.away || st.Up != (tc.poll == nil) {
+					t.Errorf("%+v", st)
+				}
+			})
+		})
+	}
+}
+
+// TestAliveWhileAway: a server that answers although it counts as away is polled at once.
+func TestAliveWhileAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &stub{version: "0.34.1", ps: `{"models":[]}`}
+		server := newTestServer(s)
+		ctx, stop := context.WithCancel(t.Context())
+		server.Poll(ctx)
+		server.Unreachable(errRefused)
+		<-server.wake
+		ended := make(chan struct{})
+		go func() { server.Run(ctx); close(ended) }()
+		synctest.Wait()
+		began := time.Now()
+		server.Alive()
+		synctest.Wait()
+		if st := server.State(); !st.Up || !time.Now().Equal(began) {
+			t.Errorf("%+v", st)
+		}
+		stop()
+		<-ended
+	})
 }
 
 // TestNeverAnswered: one that was never seen is away as well, and nobody waits for it.

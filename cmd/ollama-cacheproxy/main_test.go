@@ -186,8 +186,96 @@ func TestDrain(t *testing.T) {
 			if got := strings.Contains(log.String(), `"outcome":"drained"`); got != cut {
 				t.Errorf("the log has an outcome drained: %v, want %v\n%s", got, cut, log)
 			}
-			if got := strings.Contains(log.String(), "requests cut off after the drain limit"); got != cut {
+			if got := strings.Contains(log.String(), "cut off after the drain limit"); got != cut {
 				t.Errorf("the log says that requests were cut off: %v, want %v\n%s", got, cut, log)
+			}
+		})
+	}
+}
+
+// What waits for a slot when the proxy is told to stop may have its turn within --drain, and is told with 503 when that is over.
+func TestDrainWaiting(t *testing.T) {
+	for _, tc := range []struct {
+		drain  string
+		status int
+	}{{"30s", 200}, {"10ms", 503}, {"0s", 503}} {
+		t.Run(tc.drain, func(t *testing.T) {
+			listen, err := freeAddr()
+			if err != nil {
+				t.Fatal(err)
+			}
+			release := make(chan struct{})
+			up := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if r.URL.Path != "/api/chat" {
+					stubOllama(w, r)
+					return
+				}
+				io.Copy(io.Discard, r.Body) // net/http looks for a client that leaves from then on
+				select {
+				case <-release:
+					io.WriteString(w, `{"done":true}`)
+				case <-r.Context().Done():
+				}
+			}))
+			defer up.Close()
+			ctx, stop := context.WithCancel(t.Context())
+			defer stop()
+			code := make(chan int, 1)
+			log := &syncBuffer{}
+			go func() { // ends with stop
+				code <- run(ctx, []string{"--listen", listen, "--upstream", up.URL, "--drain", tc.drain, "--slots", "1"}, io.Discard, log)
+			}()
+			waitFor(t, func() bool {
+				res, err := http.Get("http://" + listen + "/_cacheproxy/ready")
+				if err == nil {
+					res.Body.Close()
+				}
+				return err == nil && res.StatusCode == 200
+			})
+			type answer struct {
+				status int
+				retry  string
+				err    error
+			}
+			answers := make(chan answer, 2)
+			for range 2 {
+				go func() {
+					res, err := http.Post("http://"+listen+"/api/chat", "application/json", strings.NewReader(`{"model":"a","messages":[{"role":"user","content":"hello"}]}`))
+					if err != nil {
+						answers <- answer{err: err}
+						return
+					}
+					defer res.Body.Close()
+					_, err = io.ReadAll(res.Body)
+					answers <- answer{res.StatusCode, res.Header.Get("Retry-After"), err}
+				}()
+			}
+			waitFor(t, func() bool {
+				res, err := http.Get("http://" + listen + "/metrics")
+				if err != nil {
+					return false
+				}
+				defer res.Body.Close()
+				text, err := io.ReadAll(res.Body)
+				return err == nil && strings.Contains(string(text), `ollama_cacheproxy_queue_requests{priority="normal"} 1`)
+			})
+			stop()
+			if tc.status == 200 {
+				waitFor(t, func() bool { return strings.Contains(log.String(), "stopping: no new requests") })
+				close(release)
+			}
+			a, b := <-answers, <-answers
+			if a.err == nil && a.status == 200 {
+				a, b = b, a // a is the one that waited
+			}
+			if a.status != tc.status || a.err != nil || a.status == 503 && a.retry == "" {
+				t.Errorf("what waited: %+v, want %d", a, tc.status)
+			}
+			if ran := b.err == nil && b.status == 200; ran != (tc.status == 200) {
+				t.Errorf("what ran: %+v", b)
+			}
+			if c := <-code; c != 0 {
+				t.Errorf("exit status %d, want 0\n%s", c, log)
 			}
 		})
 	}

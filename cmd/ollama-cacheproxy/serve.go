@@ -50,8 +50,11 @@ type serveCmd struct {
 	MaxBody         int64    `default:"${maxbody}" placeholder:"BYTES" help:"Longest request body to look at; a longer one is forwarded unread. Default: 67108864 (64 MiB)."`
 
 	Slots   []string      `placeholder:"[NAME=]N" help:"How many slots a loaded model has (the server's OLLAMA_NUM_PARALLEL), or auto to learn it: requests wait, and each slot gets the one that fits what it holds; NAME=N for one upstream. off sends requests as they come. Repeatable. Default: auto."`
-	Queue   int           `default:"10000" placeholder:"N" help:"How many requests may wait for a slot; more are answered 503. Default: 10000."`
+	Queue   int           `default:"10000" placeholder:"N" help:"How many requests may wait for a slot; of more than that the least urgent are answered 503. Default: 10000."`
 	MaxWait time.Duration `placeholder:"TIME" help:"From when on a waiting request goes before others, whatever that costs. Default: never."`
+
+	TryDuration     time.Duration `default:"60s" placeholder:"TIME" help:"For how long requests wait for an upstream that is away, counted from when it was last seen; then they get 503. 0: not at all. Default: 60s."`
+	UpstreamSilence time.Duration `placeholder:"TIME" help:"Give a request up, with 504, when its upstream has sent nothing for this long. A model that thinks, or loads, sends nothing either. Default: never."`
 
 	StoreEntries  int    `default:"1000000" placeholder:"N" help:"How many links of prefixes to remember; a prompt has about one for each 256 bytes. Default: 1000000."`
 	StoreBytes    int64  `default:"${storebytes}" placeholder:"BYTES" help:"How much memory to remember prefixes in. Default: 268435456 (256 MiB)."`
@@ -64,7 +67,7 @@ type serveCmd struct {
 
 	LogLevel  slog.Level    `default:"info" help:"debug, info, warn or error. Default: info."`
 	LogFormat string        `default:"auto" enum:"auto,text,json" help:"text, json, or auto: text on a terminal. Default: auto."`
-	Drain     time.Duration `default:"30s" help:"How long running requests may take to finish after SIGTERM or Ctrl-C. Default: 30s."`
+	Drain     time.Duration `default:"30s" help:"How long requests that run or wait may take to finish after SIGTERM or Ctrl-C. Default: 30s."`
 	Check     bool          `help:"Check the settings, say what they mean and whether the upstream answers, and stop. Exits with 0 if all is well, 1 if an upstream does not answer, 2 if a setting is wrong."`
 
 	listening func(net.Addr)       // called when the listener is there; nil: nobody is told
@@ -222,6 +225,9 @@ func (s *serveCmd) settings() (settings, error) {
 	if s.Drain < 0 {
 		return set, fmt.Errorf("--drain %v: want 0 or more", s.Drain)
 	}
+	if s.TryDuration < 0 || s.UpstreamSilence < 0 {
+		return set, fmt.Errorf("--try-duration %v, --upstream-silence %v: want times that are not negative", s.TryDuration, s.UpstreamSilence)
+	}
 	set.guard = proxy.Guard{AllowHosts: s.AllowHost, AllowOrigins: s.AllowOrigin}
 	if origins := os.Getenv("OLLAMA_ORIGINS"); origins != "" {
 		set.guard.AllowOrigins = append(set.guard.AllowOrigins, strings.Split(origins, ",")...)
@@ -281,7 +287,9 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	}
 	defer stop()
 	for _, t := range set.upstreams {
-		ups = append(ups, upstream.NewServer(t.name, t.url, transport, logger))
+		up := upstream.NewServer(t.name, t.url, transport, logger)
+		up.TryDuration = s.TryDuration
+		ups = append(ups, up)
 	}
 	if s.Check {
 		return s.report(ctx, c, set, ups)
@@ -290,7 +298,7 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	store := contextstore.NewMemory(contextstore.Limits{Entries: s.StoreEntries, Bytes: s.StoreBytes})
 	h := &proxy.Handler{
 		Upstreams: ups, Transport: transport, KeepAlive: set.keepAlive, NoTouch: !s.Touch,
-		MaxBody: s.MaxBody, Guard: set.guard, Log: logger,
+		MaxBody: s.MaxBody, UpstreamSilence: s.UpstreamSilence, Guard: set.guard, Log: logger,
 		Ledger: savings.New(store, rememberRequests), ShowPrompts: s.ShowPrompts, AttachContext: s.AttachContext == "auto",
 	}
 	counts := metrics.New(version(), h.InFlight)
@@ -343,7 +351,7 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 		BaseContext:       func(net.Listener) context.Context { return base },
 		ErrorLog:          slog.NewLogLogger(logger.Handler(), slog.LevelError),
 	}
-	background, stopBackground := context.WithCancel(ctx)
+	background, stopBackground := context.WithCancel(base) // what waits for an upstream may do so until the end
 	var wg sync.WaitGroup
 	served := make(chan error, 1)
 	wg.Go(func() { served <- srv.Serve(ln) }) // ends with srv.Shutdown or srv.Close
@@ -359,10 +367,7 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	select {
 	case err = <-served:
 	case <-ctx.Done():
-		if h.Lanes != nil {
-			h.Lanes.Close() // what waits is refused now: it can come back
-		}
-		err = drain(srv, s.Drain, h.InFlight, cut, logger)
+		err = drain(srv, h, s.Drain, cut, logger)
 	}
 	stopBackground()
 	cut(nil)
@@ -373,23 +378,30 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	return nil
 }
 
-// drain lets running requests finish, for as long as limit, and cuts off the rest.
-func drain(srv *http.Server, limit time.Duration, inFlight func() int64, cut context.CancelCauseFunc, logger *slog.Logger) error {
-	logger.Info("stopping: no new requests; running ones may finish", "in_flight", inFlight(), "limit", limit)
+// drain lets requests that run or wait finish, for as long as limit, refuses those that still wait, and cuts off the rest.
+func drain(srv *http.Server, h *proxy.Handler, limit time.Duration, cut context.CancelCauseFunc, logger *slog.Logger) error {
+	logger.Info("stopping: no new requests; those that are here may finish", "in_flight", h.InFlight(), "waiting", h.Waiting(), "limit", limit)
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	err := srv.Shutdown(ctx)
 	if errors.Is(err, context.DeadlineExceeded) {
-		logger.Warn("requests cut off after the drain limit", "in_flight", inFlight(), "limit", limit)
+		waiting := h.Waiting()
+		h.Close()
+		none(h.Waiting) // each has still to be told
+		logger.Warn("requests refused or cut off after the drain limit", "refused", waiting, "cut_off", h.InFlight(), "limit", limit)
 		cut(proxy.ErrDrained)
 		err = srv.Close()
-		// Nobody waits for handlers whose connections were closed, and each still has a line to log.
-		for until := time.Now().Add(cutOff); inFlight() > 0 && time.Now().Before(until); {
-			time.Sleep(time.Millisecond)
-		}
+		none(h.InFlight) // nobody waits for handlers whose connections were closed, and each still has a line to log
 	}
 	logger.Info("stopped")
 	return err
+}
+
+// none waits until nothing is left of something, for a short while.
+func none(left func() int64) {
+	for until := time.Now().Add(cutOff); left() > 0 && time.Now().Before(until); {
+		time.Sleep(time.Millisecond)
+	}
 }
 
 // pollAll asks all upstreams at once how they are.

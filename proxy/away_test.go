@@ -347,7 +347,7 @@ func TestUpstreamSilence(t *testing.T) {
 		m.mu.Lock()
 		m.silent = false
 		m.mu.Unlock()
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		if got := count([]*asked{silent, waits}); silent.Code != 504 || got[0] != 1 || !strings.Contains(silent.Body.String(), "--upstream-silence") {
 			t.Errorf("after that: %v %s", got, silent.Body)
 		}

@@ -84,6 +84,10 @@ fuzz: ## a minute of each fuzz test
 	$(GO) test -run '^$$' -fuzz '^FuzzLines$$' -fuzztime 60s ./batch
 	$(GO) test -run '^$$' -fuzz '^FuzzRows$$' -fuzztime 60s ./batch
 
+.PHONY: soak
+soak: ## ten minutes of mixed clients and two real servers that are killed and revived: nothing lost, memory flat
+	$(GO) run ./integration/cmd/soak -for 10m
+
 .PHONY: clean
 clean: ## remove what was built here; the cache stays
 	rm -rf bin

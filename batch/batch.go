@@ -37,6 +37,8 @@ type Config struct {
 	Retries     int           // how often a request is sent again after an error that may pass
 	Timeout     time.Duration // how long an answer may take from its first byte on; 0: as long as it wants
 
+	WaitForServer time.Duration // how long a server may not answer until that ends the batch; 0: it ends at once
+
 	Server    *url.URL // a proxy, or Ollama itself
 	Transport http.RoundTripper
 	APIKey    string // "": none
@@ -106,7 +108,10 @@ func (c *Config) client() *client {
 	if wait == 0 {
 		wait = 500 * time.Millisecond
 	}
-	return &client{url: c.Server, transport: c.Transport, key: c.APIKey, retries: c.Retries, timeout: c.Timeout, wait: wait}
+	return &client{
+		url: c.Server, transport: c.Transport, key: c.APIKey, retries: c.Retries, timeout: c.Timeout, wait: wait,
+		patience: c.WaitForServer, log: c.Log,
+	}
 }
 
 // Run runs a batch, or goes on with one, and tells what became of it. Its error says that the batch has not come to its end
@@ -146,8 +151,15 @@ func Run(ctx context.Context, c Config) (*Summary, error) {
 	return b.summary(ctx), nil
 }
 
-// prepare looks at the server, and says what is known to go wrong.
+// prepare says what is known to go wrong, and looks at the server.
 func (b *batch) prepare(ctx context.Context) error {
+	b.warn()
+	if _, err := b.client.await(ctx); err != nil {
+		if ctx.Err() != nil {
+			return ErrStopped
+		}
+		return err
+	}
 	absent, err := b.AbsentModels(ctx, b.survey)
 	if err != nil {
 		return err
@@ -156,7 +168,6 @@ func (b *batch) prepare(ctx context.Context) error {
 		model := absent[0]
 		return fmt.Errorf("model %q, which %d requests want, is not on the server at %s: pull it (ollama pull %[1]s) or take them out", model, b.survey.Models[model], b.Server)
 	}
-	b.warn()
 	if text, err := b.client.get(ctx, "/metrics"); err == nil && bytes.Contains(text, []byte("\nollama_cacheproxy_")) {
 		b.metrics, b.isProxy = text, true
 	}

@@ -34,10 +34,11 @@ type batchCmd struct {
 	Retries     int           `default:"4" placeholder:"N" help:"How often to send a request again after an error that may pass, waiting twice as long each time. Default: 4."`
 	Timeout     time.Duration `name:"request-timeout" placeholder:"TIME" help:"Cancel an answer that is not complete so long after its first byte (an embedding: after it was sent). Waiting, loading and reading the prompt do not count. Default: never."`
 
-	Server   string   `env:"-" placeholder:"ADDR" help:"The proxy, or Ollama itself. Default: OLLAMA_HOST, or else 127.0.0.1:11435."`
-	APIKey   string   `name:"api-key" placeholder:"KEY" help:"The key that the proxy asks for."`
-	Upstream []string `env:"-" placeholder:"[NAME=]ADDR" help:"Run a proxy of its own in front of these Ollama servers, for this batch."`
-	Slots    []string `placeholder:"[NAME=]N" help:"With --upstream: slots per model, as serve has it. Default: auto."`
+	Server   string        `env:"-" placeholder:"ADDR" help:"The proxy, or Ollama itself. Default: OLLAMA_HOST, or else 127.0.0.1:11435."`
+	Wait     time.Duration `name:"wait-for-server" default:"10m" placeholder:"TIME" help:"How long to wait for a server that does not answer, at the start and whenever it is away; 0s ends the batch at once. Retries count from when it answers. Default: 10m."`
+	APIKey   string        `name:"api-key" placeholder:"KEY" help:"The key that the proxy asks for."`
+	Upstream []string      `env:"-" placeholder:"[NAME=]ADDR" help:"Run a proxy of its own in front of these Ollama servers, for this batch."`
+	Slots    []string      `placeholder:"[NAME=]N" help:"With --upstream: slots per model, as serve has it. Default: auto."`
 
 	Plan        bool   `env:"-" help:"Send nothing: say how the prompts share prefixes, what that will cost, and what would help."`
 	Check       bool   `env:"-" help:"Send nothing: say which lines are wrong."`
@@ -87,6 +88,7 @@ func (b *batchCmd) Run(ctx context.Context, c *console) error {
 			return err
 		}
 		defer stop()
+		defer transport.CloseIdleConnections() // first: the proxy's end would wait for one that was never used
 	}
 	if b.Plan {
 		plan, err := batch.MakePlan(ctx, config)
@@ -107,10 +109,11 @@ func (b *batchCmd) Run(ctx context.Context, c *console) error {
 func (b *batchCmd) config(c *console) (*batch.Source, *batch.Config, error) {
 	config := &batch.Config{
 		Output: b.Output, Stdout: c.stdout, Errors: b.Errors, Order: batch.Order(b.Order), Window: b.Window,
-		Retries: b.Retries, Timeout: b.Timeout, APIKey: b.APIKey,
+		Retries: b.Retries, Timeout: b.Timeout, WaitForServer: b.Wait, APIKey: b.APIKey,
 	}
-	if b.Window < 1 || b.Retries < 0 || b.Timeout < 0 {
-		return nil, nil, fmt.Errorf("--window %d, --retries %d, --request-timeout %v: want at least 1, and 0 or more", b.Window, b.Retries, b.Timeout)
+	if b.Window < 1 || b.Retries < 0 || b.Timeout < 0 || b.Wait < 0 {
+		return nil, nil, fmt.Errorf("--window %d, --retries %d, --request-timeout %v, --wait-for-server %v: want at least 1, and 0 or more",
+			b.Window, b.Retries, b.Timeout, b.Wait)
 	}
 	if b.Concurrency != "auto" {
 		n, err := strconv.Atoi(b.Concurrency)

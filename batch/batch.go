@@ -30,6 +30,7 @@ type Config struct {
 	Output string    // the path of the results, or "-"
 	Stdout io.Writer // of "-"
 	Errors string    // the path of the requests that failed, to be sent again; "": they are not kept
+	Beside []Named   // other files of the run, which must not be any of these
 	Order  Order
 	Window int // how many requests are looked at to order them, at least 1
 
@@ -183,6 +184,9 @@ func (b *batch) warn() {
 	if v.Bad > len(v.BadLines) {
 		b.Log.Warn("more lines are not understood: see --check", "lines", v.Bad)
 	}
+	if v.Repeated > 0 {
+		b.Log.Warn("lines repeat the custom_id of an earlier line", "count", v.Repeated, "lines", lines(v.Repeats, v.Repeated))
+	}
 	if v.Long > 0 {
 		b.Log.Warn("prompts are probably longer than the num_ctx that they state, and Ollama cuts such without a word", "prompts", v.Long, "lines", lines(v.LongLines, v.Long))
 	}
@@ -204,7 +208,7 @@ func (b *batch) loop(ctx context.Context) error {
 		f := finished{item: it}
 		if f.request, f.err = b.Source.request(it); f.err != nil {
 			if f.bad, f.err = badLine(f.err); f.err == nil {
-				f.failure = &failure{Code: codeInvalid, Message: fmt.Sprintf("line %d: %v", it.line, f.bad)}
+				f.failure = &failure{Code: codeInvalid, Message: f.bad.Error()}
 			}
 		} else {
 			f.tried, f.err = b.client.ask(running, &f.request, it.line, func(sent time.Time, why string) {

@@ -15,6 +15,7 @@ import (
 type Template struct {
 	parts  []part
 	Fields []string // each once, in the order in which the request has them
+	openAI bool     // it is in OpenAI's batch form
 }
 
 // part is some of the template's text, and the field that comes after it.
@@ -27,11 +28,15 @@ type part struct {
 // ParseTemplate reads a template.
 func ParseTemplate(text []byte) (*Template, error) {
 	text = bytes.TrimPrefix(text, utf8BOM)
-	if _, err := members(text); err != nil {
+	if err := notUTF8(text, 1); err != nil {
+		return nil, fmt.Errorf("template: %w", err)
+	}
+	top, err := members(text)
+	if err != nil {
 		return nil, fmt.Errorf("template: %w", err)
 	}
 	text = compacted(text)
-	t := new(Template)
+	t := &Template{openAI: inForm(top)}
 	// Two braces in a row begin a field only within a text: elsewhere {{ is no JSON.
 	var literal []byte
 	for {

@@ -25,6 +25,7 @@ type batchCmd struct {
 	Input    string `short:"i" env:"-" default:"-" placeholder:"FILE" help:"Requests, one a line: bodies of /api/chat, /api/generate or /api/embed, or OpenAI's batch form. Default: stdin."`
 	Template string `env:"-" type:"path" placeholder:"FILE" help:"A request in which {{name}} stands for a field of each row of --data."`
 	Data     string `env:"-" placeholder:"FILE" help:"Rows for --template: a .csv or .tsv file whose first line names the fields, or a JSON object a line (also from stdin, as -)."`
+	Encoding string `env:"-" default:"utf-8" enum:"utf-8,windows-1252,latin1,utf-16" help:"What the input or --data is written in: utf-8, windows-1252, latin1 or utf-16; results are UTF-8. Default: utf-8."`
 	Output   string `short:"o" env:"-" default:"-" placeholder:"FILE" help:"Where results go, one a line. FILE.journal beside it is what an interrupted batch goes on by. Default: stdout, which cannot be gone on with."`
 	Errors   string `env:"-" type:"path" placeholder:"FILE" help:"Where the requests that failed go, to be sent again: -i FILE."`
 
@@ -134,6 +135,11 @@ func (b *batchCmd) config(c *console) (*batch.Source, *batch.Config, error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("--server, OLLAMA_HOST: %w", err)
 	}
+	for _, n := range []batch.Named{{For: "the input", Name: b.Input}, {For: "the data", Name: b.Data}, {For: "the template", Name: b.Template}, {For: "the summary", Name: b.SummaryJSON}} {
+		if n.Name != "" && n.Name != "-" {
+			config.Beside = append(config.Beside, n)
+		}
+	}
 	if config.Source, err = b.source(); err != nil {
 		return nil, nil, err
 	}
@@ -145,7 +151,7 @@ func (b *batchCmd) source() (*batch.Source, error) {
 		return nil, errors.New("--template and --data go together")
 	}
 	if b.Template == "" {
-		return batch.OpenLines(b.Input, os.Stdin)
+		return batch.OpenLines(b.Input, os.Stdin, batch.Encoding(b.Encoding))
 	}
 	if b.Input != "-" {
 		return nil, errors.New("-i has whole requests: give either that, or --template and --data")
@@ -158,7 +164,7 @@ func (b *batchCmd) source() (*batch.Source, error) {
 	if err != nil {
 		return nil, err
 	}
-	return batch.OpenRows(b.Data, os.Stdin, template)
+	return batch.OpenRows(b.Data, os.Stdin, batch.Encoding(b.Encoding), template)
 }
 
 // check is --check.

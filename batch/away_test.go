@@ -79,7 +79,7 @@ func away(t *testing.T, n int, f *fake, begin func(*machine, *Config)) (*Summary
 // A server that comes after the batch is waited for, and how long already is told now and then.
 func TestServerComesLater(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		summary, log, err := away(t, 5, &fake{}, func(m *machine, _ *Config) { m.killFor(3 * time.Minute) })
+		summary, log, err := away(t, 5, &fake{}, func(m *machine, _ *Config) { m.killFor(3*time.Minute - time.Second/2) })
 		if err != nil || summary.Succeeded != 5 {
 			t.Fatalf("%+v, %v", summary, err)
 		}

@@ -80,6 +80,7 @@ func TestBatchDialects(t *testing.T) {
 					joined := func(attempt int) any {
 						out := filepath.Join(t.TempDir(), fmt.Sprint(attempt))
 						cmd := exec.CommandContext(t.Context(), bin, "batch", "--server", server.URL(), "-i", "-", "-o", out)
+						cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0")
 						cmd.Stdin = strings.NewReader(form(c.path, "{"+members+"}"))
 						if log, err := cmd.CombinedOutput(); err != nil {
 							t.Fatalf("%v\n%s", err, log)

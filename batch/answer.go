@@ -21,10 +21,12 @@ const maxAnswer = 64 << 20
 
 var errLong = fmt.Errorf("the answer is longer than %d MiB", maxAnswer>>20)
 
-// object is a JSON object that is put together from the pieces of a stream, by the types of what is in them. At the top of a piece
-// "response" and "thinking" are texts that grow, lists grow as well, "message" and "choices" are joined, and of everything else the
-// last one that is not null stands. Within "message" and "choices" texts grow unless they are labels, objects are joined member by
-// member, lists grow, an element that has the index of an earlier one is joined to that, and of everything else the last one stands.
+// object is a JSON object that is put together from the pieces of a stream, by the types of what is in them.
+//
+// At the top of a piece "response" and "thinking" are texts that grow, lists grow as well, "message" and "choices"
+// are joined, and of everything else the last one that is not null stands. Within "message" and "choices" texts grow
+// unless they are labels, objects are joined member by member, lists grow, an element that has the index of an
+// earlier one is joined to that, and of everything else the last one stands.
 type object struct {
 	names   []string // in the order in which they came
 	members map[string]*value
@@ -46,10 +48,10 @@ type element struct {
 	run       []byte // as they came, with commas between them; nil: an object
 }
 
-// labels are texts within "message" and "choices" that name something, and are the same or absent in later pieces.
+// labels are texts within "message" and "choices" that name something: later pieces have the same one, or none.
 var labels = []string{"role", "id", "type", "name", "finish_reason", "tool_name", "tool_call_id"}
 
-// join takes in a piece, which is valid JSON. in is the member of the piece that it lies in, "" for the piece itself.
+// join takes in a piece, which is valid JSON, or an object within one, which the member in has.
 func (o *object) join(in string, piece []byte) {
 	c := jsonscan.NewCursor(piece, 0)
 	for c.Enter(); c.More(); {
@@ -98,9 +100,9 @@ func (v *value) join(in, name string, raw []byte) {
 	}
 }
 
-// add takes in an element of a list.
-func (v *value) add(name string, raw []byte, joined bool) {
-	if joined && raw[0] == '{' {
+// add takes in an element of a list, by its index if it may have one.
+func (v *value) add(name string, raw []byte, indexed bool) {
+	if indexed && raw[0] == '{' {
 		m, _ := members(raw) // it is valid
 		e := element{id: string(m["id"]), index: string(m["index"])}
 		if e.index != "" {
@@ -128,8 +130,8 @@ var varies = []string{
 	"created_at", "total_duration", "load_duration", "prompt_eval_duration", "eval_duration", "prompt_eval_cached_count", "context",
 }
 
-// appendTo writes the object, which lies in the member in, "" for the answer itself. line is what stands in an OpenAI answer for
-// its id; 0 for Ollama's own answers.
+// appendTo writes the object, which the member in has; "" is the answer itself. line is what stands in an OpenAI
+// answer for its id; 0 for Ollama's own answers.
 func (o *object) appendTo(b []byte, line int, in string) []byte {
 	b = append(b, '{')
 	for _, name := range o.names {

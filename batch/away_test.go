@@ -150,9 +150,17 @@ func TestServerDiesOfRequest(t *testing.T) {
 			<-r.Context().Done()
 			return true
 		}
-		summary, log, err := away(t, 10, f, func(on *machine, c *Config) { m, c.Retries, c.Concurrency = on, 2, 1 })
+		var out string
+		summary, log, err := away(t, 10, f, func(on *machine, c *Config) {
+			m, c.Retries, c.Concurrency = on, 2, 1
+			out = c.Output
+		})
 		if err != nil || summary.Succeeded != 9 || summary.Failed != 1 || m.starts != 4 {
 			t.Errorf("%+v, %v, %d starts\n%s", summary, err, m.starts, log)
+		}
+		const want = "the server went away each time that it was at this, 3 times: "
+		if got := results(t, read(t, out))[3].Error; got == nil || !strings.HasPrefix(got.Message, want) {
+			t.Errorf("%+v", got)
 		}
 	})
 }

@@ -41,13 +41,21 @@ func marked(text []byte) Encoding {
 	return ""
 }
 
-// copy writes as UTF-8 what is read. UTF-8 is not looked at; of the others it says where they are broken, for which the decoders of
-// x/text would write U+FFFD.
+// check looks at the beginning of a text.
+func (e Encoding) check(head []byte) error {
+	if mark := marked(head); mark != "" && mark != e {
+		return &lineError{1, 1, fmt.Errorf("the first bytes say that it is %s, not %s: say so (--encoding %[1]s)", mark, e)}
+	}
+	return nil
+}
+
+// copy writes as UTF-8 what is read. UTF-8 is not looked at; of the others it says where they are broken, for
+// which the decoders of x/text would write U+FFFD.
 func (e Encoding) copy(to io.Writer, from io.Reader) error {
 	in := bufio.NewReader(from)
 	head, _ := in.Peek(len(utf8BOM)) // an error comes again
-	if mark := marked(head); mark != "" && mark != e {
-		return &lineError{1, 1, fmt.Errorf("the first bytes say that it is not %s, but %s (--encoding)", e, mark)}
+	if err := e.check(head); err != nil {
+		return err
 	}
 	var next func(*bufio.Reader) (rune, error)
 	switch e {

@@ -71,7 +71,9 @@ type Named struct{ For, Name string }
 // apart refuses one file for two things of which one is written, however its name is spelled or linked.
 func (c *Config) apart() error {
 	used := slices.Clone(c.Beside)
-	for _, n := range []Named{{"the output", c.Output}, {"the journal", c.Output + JournalSuffix}, {"the file for errors", c.Errors}} {
+	for _, n := range []Named{
+		{"the output", c.Output}, {"the journal", c.Output + JournalSuffix}, {"the file for errors", c.Errors},
+	} {
 		if n.Name == "" || n.For == "the journal" && c.Output == "-" {
 			continue
 		}

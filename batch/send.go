@@ -147,9 +147,10 @@ func (c *client) try(ctx context.Context, r *request, line int) tried {
 	return t
 }
 
-// ask sends a request until it is answered or that is given up. An error ends the batch. overload is called as often as the server
-// says that it has too much to do. While the server is away nothing counts as a retry, and what did counts no more. That it went
-// away in the middle of this request may be the request's fault, and is put up with as often as it may be sent again.
+// ask sends a request until it is answered or that is given up. An error ends the batch. overload is called as often
+// as the server says that it has too much to do. While the server is away nothing counts as a retry, and when it is
+// back they are counted anew. That it went away at this request may be the request's fault: that is put up with as
+// often as the request may be sent again.
 func (c *client) ask(ctx context.Context, r *request, line int, overload func(sent time.Time, why string)) (tried, error) {
 	deaths := 0
 	for attempt := 0; ; attempt++ {
@@ -171,6 +172,7 @@ func (c *client) ask(ctx context.Context, r *request, line int, overload func(se
 					deaths++
 				}
 				if deaths > c.retries {
+					t.failure.Message = fmt.Sprintf("the server went away each time that it was at this, %d times: %s", deaths, t.failure.Message)
 					return t, nil
 				}
 				attempt = -1

@@ -49,8 +49,8 @@ type item struct {
 	bad   error // why it cannot be read; nil: it may be
 }
 
-// OpenLines opens requests, one a line. "-" is stdin, which is copied to a file first, beside no other input, as is what is not
-// UTF-8.
+// OpenLines opens requests, one a line. "-" is stdin, which is copied to a file first, beside no other input, as
+// is what is not UTF-8.
 func OpenLines(path string, stdin io.Reader, e Encoding) (*Source, error) {
 	return open(path, stdin, e, nil)
 }
@@ -137,11 +137,11 @@ func (s *Source) begin(extension string) error {
 	if err != nil && err != io.EOF {
 		return err
 	}
-	switch marked(head[:got]) {
-	case UTF8:
+	if err := UTF8.check(head[:got]); err != nil {
+		return err
+	}
+	if bytes.HasPrefix(head, utf8BOM) {
 		s.start = int64(len(utf8BOM))
-	case UTF16:
-		return errors.New("it is UTF-16: say so (--encoding utf-16), or save it as UTF-8")
 	}
 	if s.Template == nil || extension != ".csv" && extension != ".tsv" {
 		return nil
@@ -377,8 +377,8 @@ func (s *Source) raw(it item) ([]byte, error) {
 	return text, nil
 }
 
-// request returns the item's request. An error that is no *lineError says that the input could not be read; with one, the request has
-// the custom_id and the form of the line as far as they can be told.
+// request returns the item's request. An error that is no *lineError says that the input could not be read; with
+// one, the request has the custom_id and the form of the line as far as they can be told.
 func (s *Source) request(it item) (request, error) {
 	r := request{openAI: s.Template != nil && s.Template.openAI}
 	if it.bad != nil && s.Template != nil {

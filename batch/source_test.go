@@ -100,7 +100,7 @@ func TestRows(t *testing.T) {
 		",, \na,b,c\n":        "no column has a name",
 		"name,\"text\na,b\n":  "the line that names the columns: the quote that opens on line 1, column 6, is not closed by the end of the file, line 2",
 		"name,t\xe9xt\na,b\n": "the line that names the columns: line 1, column 7: byte 0xE9 is not UTF-8",
-		"\xff\xfen\x00a\x00,": "it is UTF-16: say so (--encoding utf-16), or save it as UTF-8",
+		"\xff\xfen\x00a\x00,": "line 1, column 1: the first bytes say that it is utf-16, not utf-8: say so (--encoding utf-16)",
 	} {
 		if _, err := rowsOf(t, "rows.csv", data, template); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v, want %q", data, err, want)
@@ -169,10 +169,10 @@ func TestEncodings(t *testing.T) {
 		{UTF16, "a\x00\x00\xdc", "line 1, column 2: bytes 0x00 0xDC are half a character in UTF-16"},
 		{UTF16, "\xfe\xff\x00a\xd8\x00", "line 1, column 2: bytes 0xD8 0x00 are half a character in UTF-16"},
 		{UTF16, "a\x00b", "line 1, column 2: byte 0x62 at the end is half a character in UTF-16"},
-		{UTF16, "\xef\xbb\xbf{}", "line 1, column 1: the first bytes say that it is not utf-16, but utf-8 (--encoding)"},
-		{Windows1252, "\xef\xbb\xbf{}", "line 1, column 1: the first bytes say that it is not windows-1252, but utf-8 (--encoding)"},
+		{UTF16, "\xef\xbb\xbf{}", "line 1, column 1: the first bytes say that it is utf-8, not utf-16: say so (--encoding utf-8)"},
+		{Windows1252, "\xef\xbb\xbf{}", "line 1, column 1: the first bytes say that it is utf-8, not windows-1252: say so (--encoding utf-8)"},
 		{Windows1252, "ab\n\xfc\x81", "line 2, column 2: byte 0x81 is no character in Windows 1252"},
-		{Latin1, "\xff\xfe{\x00", "line 1, column 1: the first bytes say that it is not latin1, but utf-16 (--encoding)"},
+		{Latin1, "\xff\xfe{\x00", "line 1, column 1: the first bytes say that it is utf-16, not latin1: say so (--encoding utf-16)"},
 	} {
 		if _, err := OpenLines("-", strings.NewReader(c.text), c.encoding); err == nil || !strings.HasSuffix(err.Error(), "the input -: "+c.want) {
 			t.Errorf("%s, %q: %v, want %s", c.encoding, c.text, err, c.want)
@@ -316,7 +316,7 @@ func FuzzLines(f *testing.F) {
 		write(t, path, text)
 		s, err := OpenLines(path, nil, UTF8)
 		if err != nil {
-			if !strings.Contains(err.Error(), "UTF-16") {
+			if !strings.Contains(err.Error(), "utf-16") {
 				t.Fatal(err)
 			}
 			return

@@ -14,22 +14,22 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// thinks is a template of a model that thinks, and does nothing else: its prompt has opened the thoughts. The answers of calls are calls
-// if they are a list of them.
+// thinks is a template of a model that thinks, and does nothing else: its prompt has opened the thoughts.
 const thinks = `{{- range .Messages }}<|im_start|>{{ .Role }}
 {{ if .Thinking }}<think>{{ .Thinking }}</think>{{ end }}{{ .Content }}<|im_end|>
 {{ end }}<|im_start|>assistant
 <think>
 `
 
+// calls is one of a model whose answers are calls of tools if they are a list of them.
 const calls = `{{ if .Tools }}{{ .Tools }}{{ end }}
 {{- range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}{{ if .ToolCalls }}[{{ range .ToolCalls }}{"name": "{{ .Function.Name }}", "arguments": {{ .Function.Arguments }}}{{ end }}]{{ end }}<|im_end|>
 {{ end }}<|im_start|>assistant
 `
 
-// TestBatchDialects: an answer that batch was streamed and has joined is, in every dialect, what the server answers where no stream
-// is asked for, to the last log probability and tool call.
+// TestBatchDialects: an answer that batch was streamed and has joined is, in every dialect that it takes, what the
+// server answers where no stream is asked for, to the last log probability and tool call.
 func TestBatchDialects(t *testing.T) {
 	const (
 		options  = `"options":{"temperature":0,"seed":1,"num_predict":12}`
@@ -179,8 +179,8 @@ func pretty(t testing.TB, v any) []byte {
 	return text
 }
 
-// TestBatchRestart: a server that crashes in the middle of a batch, and comes back, costs the batch nothing but time, directly and
-// through a proxy, also where nothing is sent a second time otherwise.
+// TestBatchRestart: a server that crashes in the middle of a batch, and comes back, costs the batch nothing but time,
+// directly and through a proxy.
 func TestBatchRestart(t *testing.T) {
 	const n = 200
 	bin, err := proxyBinary()

@@ -135,7 +135,10 @@ func (b *batchCmd) config(c *console) (*batch.Source, *batch.Config, error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("--server, OLLAMA_HOST: %w", err)
 	}
-	for _, n := range []batch.Named{{For: "the input", Name: b.Input}, {For: "the data", Name: b.Data}, {For: "the template", Name: b.Template}, {For: "the summary", Name: b.SummaryJSON}} {
+	for _, n := range []batch.Named{
+		{For: "the input", Name: b.Input}, {For: "the data", Name: b.Data}, {For: "the template", Name: b.Template},
+		{For: "the summary", Name: b.SummaryJSON},
+	} {
 		if n.Name != "" && n.Name != "-" {
 			config.Beside = append(config.Beside, n)
 		}

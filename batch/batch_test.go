@@ -446,8 +446,19 @@ nonsense
 		t.Errorf("to be sent again: %s", read(t, c.Errors))
 	}
 
-	s, err := rowsOf(t, "rows.csv", "id,text\n1,a\n2\n3,\n4,\xfc\n",
-		`{"custom_id":"{{id}}","url":"/v1/completions","body":{"model":"m","prompt":"{{text}}"}}`)
+	const inForm = `{"custom_id":"{{id}}","url":"/v1/completions","body":{"model":"m","prompt":"{{text}}"}}`
+	s, err := rowsOf(t, "rows.jsonl", `{"id":7}`+"\n"+`{"text":"x"}`+"\n", inForm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, out = run(t, over(t, c.Server.String(), s, c.Output+".objects"))
+	want := `{"id":"batch_req_1","custom_id":7,"response":null,` + refused + "1: the template's field {{text}} is not in the row\"}}\n" +
+		`{"id":"batch_req_2","custom_id":null,"response":null,` + refused + "2: the template's field {{id}} is not in the row\"}}\n"
+	if out != want {
+		t.Errorf("%s\nwant\n%s", out, want)
+	}
+
+	s, err = rowsOf(t, "rows.csv", "id,text\n1,a\n2\n3,\n4,\xfc\n", inForm)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -392,7 +392,9 @@ func (s *Source) request(it item) (request, error) {
 	if s.Template != nil {
 		var row map[string]json.RawMessage
 		if row, err = s.row(text); err == nil {
-			text, err = s.Template.Fill(row)
+			if text, err = s.Template.Fill(row); err != nil {
+				r.customID = s.Template.customID(row)
+			}
 		}
 	}
 	if err == nil {

@@ -42,7 +42,7 @@ func TakeSurvey(ctx context.Context, s *Source, each func(error)) (*Survey, erro
 	v := &Survey{Models: map[string]int{}}
 	reader := prefix.NewReader()
 	seed := maphash.MakeSeed()
-	ids := map[uint64]struct{}{} // their hashes: some ten bytes a line
+	ids := map[uint64]struct{}{} // their hashes: some twenty bytes for each
 	for it, err := range s.items() {
 		if err != nil {
 			return nil, fmt.Errorf("reading the input: %w", err)

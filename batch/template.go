@@ -109,3 +109,19 @@ func (t *Template) Fill(row map[string]json.RawMessage) ([]byte, error) {
 	}
 	return b, nil
 }
+
+// customID returns the custom_id of a row that lacks fields, unless it is one of those that it needs.
+func (t *Template) customID(row map[string]json.RawMessage) []byte {
+	const absent = `"\u0001"`
+	for _, name := range t.Fields {
+		if row[name] == nil {
+			row[name] = json.RawMessage(absent)
+		}
+	}
+	text, _ := t.Fill(row) // all fields are there
+	r, _ := parseRequest(text)
+	if bytes.Contains(r.customID, []byte(absent[1:len(absent)-1])) {
+		return nil
+	}
+	return r.customID
+}

@@ -21,12 +21,14 @@ const maxAnswer = 64 << 20
 
 var errLong = fmt.Errorf("the answer is longer than %d MiB", maxAnswer>>20)
 
-// object is a JSON object that is put together from the pieces of a stream, by the types of what is in them.
+// object is a JSON object that is put together from the pieces of a stream, by the types of what is
+// in them.
 //
-// At the top of a piece "response" and "thinking" are texts that grow, lists grow as well, "message" and "choices"
-// are joined, and of everything else the last one that is not null stands. Within "message" and "choices" texts grow
-// unless they are labels, objects are joined member by member, lists grow, an element that has the index of an
-// earlier one is joined to that, and of everything else the last one stands.
+// At the top of a piece "response" and "thinking" are texts that grow, lists grow as well,
+// "message" and "choices" are joined, and of everything else the last one that is not null stands.
+// Within "message" and "choices" texts grow unless they are labels, objects are joined member by
+// member, lists grow, an element that has the index of an earlier one is joined to that, and of
+// everything else the last one stands.
 type object struct {
 	names   []string // in the order in which they came
 	members map[string]*value
@@ -48,7 +50,8 @@ type element struct {
 	run       []byte // as they came, with commas between them; nil: an object
 }
 
-// labels are texts within "message" and "choices" that name something: later pieces have the same one, or none.
+// labels are texts within "message" and "choices" that name something: later pieces have the same
+// one, or none.
 var labels = []string{"role", "id", "type", "name", "finish_reason", "tool_name", "tool_call_id"}
 
 // join takes in a piece, which is valid JSON, or an object within one, which the member in has.
@@ -74,11 +77,19 @@ func (o *object) join(in string, piece []byte) {
 func (v *value) join(in, name string, raw []byte) {
 	top := in == ""
 	kind := raw[0]
-	switch {
-	case kind == 'n':
+	switch kind {
+	case 'n':
 		return
-	case kind == '"' && top && name != "response" && name != "thinking", kind == '"' && slices.Contains(labels, name),
-		kind == '{' && top && name != "message", kind != '"' && kind != '{' && kind != '[':
+	case '"':
+		if top && name != "response" && name != "thinking" || !top && slices.Contains(labels, name) {
+			kind = 0
+		}
+	case '{':
+		if top && name != "message" {
+			kind = 0
+		}
+	case '[':
+	default:
 		kind = 0
 	}
 	if kind != v.kind {
@@ -106,7 +117,8 @@ func (v *value) add(name string, raw []byte, indexed bool) {
 		m, _ := members(raw) // it is valid
 		e := element{id: string(m["id"]), index: string(m["index"])}
 		if e.index != "" {
-			// Some of Ollama's parsers of tool calls give each call the index 0: another id is another call.
+			// Some of Ollama's parsers of tool calls give each call the index 0: another id is
+			// another call.
 			i := slices.IndexFunc(v.list, func(f element) bool {
 				return f.run == nil && f.index == e.index && (f.id == e.id || e.id == "")
 			})
@@ -130,8 +142,8 @@ var varies = []string{
 	"created_at", "total_duration", "load_duration", "prompt_eval_duration", "eval_duration", "prompt_eval_cached_count", "context",
 }
 
-// appendTo writes the object, which the member in has; "" is the answer itself. line is what stands in an OpenAI
-// answer for its id; 0 for Ollama's own answers.
+// appendTo writes the object, which the member in has; "" is the answer itself. line is what stands
+// in an OpenAI answer for its id; 0 for Ollama's own answers.
 func (o *object) appendTo(b []byte, line int, in string) []byte {
 	b = append(b, '{')
 	for _, name := range o.names {

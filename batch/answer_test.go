@@ -47,7 +47,8 @@ func chatPieces() []api.ChatResponse {
 	}
 }
 
-// whole is what Ollama answers where no stream is asked for: writeChatResponse in its server/routes.go.
+// whole is what Ollama answers where no stream is asked for: writeChatResponse in its
+// server/routes.go.
 func whole(pieces []api.ChatResponse) api.ChatResponse {
 	all := pieces[len(pieces)-1]
 	var m api.Message
@@ -62,8 +63,8 @@ func whole(pieces []api.ChatResponse) api.ChatResponse {
 	return all
 }
 
-// TestJoined: a stream that was joined is what Ollama answers where no stream is asked for, in every dialect, as its own package
-// makes both. TestBatchDialects in integration asks real servers.
+// TestJoined: a stream that was joined is what Ollama answers where no stream is asked for, in
+// every dialect, as its own package makes both. TestBatchDialects in integration asks real servers.
 func TestJoined(t *testing.T) {
 	const ndjson, sse = "application/x-ndjson", "text/event-stream"
 	pieces := chatPieces()
@@ -140,7 +141,8 @@ func parsed(t testing.TB, text []byte) (v map[string]any) {
 	return v
 }
 
-// TestJoinedByType: the rule is by type, and knows nothing of the names that a later version may add.
+// TestJoinedByType: the rule is by type, and knows nothing of the names that a later version may
+// add.
 func TestJoinedByType(t *testing.T) {
 	for _, c := range []struct{ pieces, want string }{
 		{ // as OpenAI streams the arguments of calls
@@ -172,7 +174,8 @@ func TestJoinedByType(t *testing.T) {
 	}
 }
 
-// FuzzJoined: whatever a server streams is joined to one valid answer or refused, and an answer in one piece stays what it is.
+// FuzzJoined: whatever a server streams is joined to one valid answer or refused, and an answer in
+// one piece stays what it is.
 func FuzzJoined(f *testing.F) {
 	f.Add(`{"message":{"content":"a","logprobs":[{"index":0,"id":"x"},{"index":1},2,[3]]},"choices":[{"index":0,"text":"a"}],"response":"x","done":true}`)
 	f.Add(`{"message":{"content":"a","a":{"b":[]}},"response":"x"}` + "\n" + `{"message":{"content":"b","a":{"b":[{"index":0}]}},"done":true,"response":null}`)

@@ -95,7 +95,8 @@ func TestServerComesLater(t *testing.T) {
 	})
 }
 
-// While the server is away no retry is counted, and what was counted before is forgotten. What it was answering is sent again.
+// While the server is away no retry is counted, and what was counted before is forgotten. What it
+// was answering is sent again.
 func TestServerRestarts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var mu sync.Mutex
@@ -165,7 +166,8 @@ func TestServerDiesOfRequest(t *testing.T) {
 	})
 }
 
-// A server that stays away ends the batch, which goes on when it is back; one that may never be away ends it at once.
+// A server that stays away ends the batch, which goes on when it is back; one that may never be
+// away ends it at once.
 func TestServerStaysAway(t *testing.T) {
 	for _, patience := range []time.Duration{0, 10 * time.Minute} {
 		synctest.Test(t, func(t *testing.T) {

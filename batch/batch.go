@@ -38,7 +38,8 @@ type Config struct {
 	Retries     int           // how often a request is sent again after an error that may pass
 	Timeout     time.Duration // how long an answer may take from its first byte on; 0: as long as it wants
 
-	WaitForServer time.Duration // how long a server may not answer until that ends the batch; 0: it ends at once
+	// WaitForServer is how long a server may be away until that ends the batch; 0: it ends at once.
+	WaitForServer time.Duration
 
 	Server    *url.URL // a proxy, or Ollama itself
 	Transport http.RoundTripper
@@ -110,8 +111,8 @@ func (c *Config) client() *client {
 		wait = 500 * time.Millisecond
 	}
 	return &client{
-		url: c.Server, transport: c.Transport, key: c.APIKey, retries: c.Retries, timeout: c.Timeout, wait: wait,
-		patience: c.WaitForServer, log: c.Log,
+		url: c.Server, transport: c.Transport, key: c.APIKey, retries: c.Retries, timeout: c.Timeout,
+		wait: wait, patience: c.WaitForServer, log: c.Log,
 	}
 }
 
@@ -185,7 +186,8 @@ func (b *batch) warn() {
 		b.Log.Warn("more lines are not understood: see --check", "lines", v.Bad)
 	}
 	if v.Repeated > 0 {
-		b.Log.Warn("lines repeat the custom_id of an earlier line", "count", v.Repeated, "lines", lines(v.Repeats, v.Repeated))
+		b.Log.Warn("lines repeat the custom_id of an earlier line",
+			"count", v.Repeated, "lines", lines(v.Repeats, v.Repeated))
 	}
 	if v.Long > 0 {
 		b.Log.Warn("prompts are probably longer than the num_ctx that they state, and Ollama cuts such without a word", "prompts", v.Long, "lines", lines(v.LongLines, v.Long))

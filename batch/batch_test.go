@@ -476,7 +476,8 @@ nonsense
 	}
 }
 
-// Lines that repeat a custom_id are counted, and the first of them are named, before the run and by --check.
+// Lines that repeat a custom_id are counted, and the first of them are named, before the run and by
+// --check.
 func TestRepeatedIDs(t *testing.T) {
 	var input strings.Builder
 	for n := range 40 {

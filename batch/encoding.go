@@ -44,13 +44,14 @@ func marked(text []byte) Encoding {
 // check looks at the beginning of a text.
 func (e Encoding) check(head []byte) error {
 	if mark := marked(head); mark != "" && mark != e {
-		return &lineError{1, 1, fmt.Errorf("the first bytes say that it is %s, not %s: say so (--encoding %[1]s)", mark, e)}
+		return &lineError{1, 1, fmt.Errorf(
+			"the first bytes say that it is %s, not %s: say so (--encoding %[1]s)", mark, e)}
 	}
 	return nil
 }
 
-// copy writes as UTF-8 what is read. UTF-8 is not looked at; of the others it says where they are broken, for
-// which the decoders of x/text would write U+FFFD.
+// copy writes as UTF-8 what is read. UTF-8 is not looked at; of the others it says where they are
+// broken, for which the decoders of x/text would write U+FFFD.
 func (e Encoding) copy(to io.Writer, from io.Reader) error {
 	in := bufio.NewReader(from)
 	head, _ := in.Peek(len(utf8BOM)) // an error comes again
@@ -115,7 +116,8 @@ func pairs(order binary.ByteOrder) func(*bufio.Reader) (rune, error) {
 	return func(in *bufio.Reader) (rune, error) {
 		var unit [2]byte
 		if _, err := io.ReadFull(in, unit[:]); errors.Is(err, io.ErrUnexpectedEOF) {
-			return 0, badText(fmt.Sprintf("byte 0x%02X at the end is half a character in UTF-16", unit[0]))
+			text := fmt.Sprintf("byte 0x%02X at the end is half a character in UTF-16", unit[0])
+			return 0, badText(text)
 		} else if err != nil {
 			return 0, err
 		}
@@ -129,7 +131,8 @@ func pairs(order binary.ByteOrder) func(*bufio.Reader) (rune, error) {
 				return pair, nil
 			}
 		}
-		return 0, badText(fmt.Sprintf("bytes 0x%02X 0x%02X are half a character in UTF-16", unit[0], unit[1]))
+		text := fmt.Sprintf("bytes 0x%02X 0x%02X are half a character in UTF-16", unit[0], unit[1])
+		return 0, badText(text)
 	}
 }
 
@@ -146,10 +149,14 @@ func notUTF8(text []byte, line int) *lineError {
 		}
 		i += size
 	}
-	before := text[:i]
-	begin := bytes.LastIndexByte(before, '\n') + 1
-	return &lineError{
-		line + bytes.Count(before, []byte("\n")), utf8.RuneCount(before[begin:]) + 1,
-		fmt.Errorf("byte 0x%02X is not UTF-8: save it as UTF-8, or say what it is (--encoding windows-1252, for instance)", text[i]),
-	}
+	lines, column := position(text, i)
+	return &lineError{line + lines, column, fmt.Errorf(
+		"byte 0x%02X is not UTF-8: save it as UTF-8, or say what it is (--encoding windows-1252, for instance)",
+		text[i])}
+}
+
+// position returns how many lines end before a byte of a text, and its column in characters.
+func position(text []byte, at int) (lines, column int) {
+	begin := bytes.LastIndexByte(text[:at], '\n') + 1
+	return bytes.Count(text[:at], []byte("\n")), utf8.RuneCount(text[begin:at]) + 1
 }

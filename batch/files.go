@@ -68,7 +68,8 @@ func folder(name string) string {
 // Named is a file and what it is for.
 type Named struct{ For, Name string }
 
-// apart refuses one file for two things of which one is written, however its name is spelled or linked.
+// apart refuses one file for two things of which one is written, however its name is spelled or
+// linked.
 func (c *Config) apart() error {
 	used := slices.Clone(c.Beside)
 	for _, n := range []Named{
@@ -79,7 +80,8 @@ func (c *Config) apart() error {
 		}
 		for _, other := range used {
 			if c.same(other.Name, n.Name) {
-				return fmt.Errorf("%s %s and %s %s are one file: choose another for one of them", other.For, other.Name, n.For, n.Name)
+				return fmt.Errorf("%s %s and %s %s are one file: choose another for one of them",
+					other.For, other.Name, n.For, n.Name)
 			}
 		}
 		used = append(used, n)

@@ -37,9 +37,10 @@ func (r *request) streams() bool { return r.endpoint != prefix.Embed }
 // native reports whether the answer is in Ollama's own dialect.
 func (r *request) native() bool { return strings.HasPrefix(r.path, "/api/") }
 
-// parseRequest reads a line: a body of /api/chat, /api/generate or /api/embed, told by its messages, prompt or input, or
-// OpenAI's batch form. A body may have a custom_id too, which Ollama ignores; the result repeats it. With an error, the request has
-// the custom_id and the form as far as they can be told.
+// parseRequest reads a line: a body of /api/chat, /api/generate or /api/embed, told by its
+// messages, prompt or input, or OpenAI's batch form. A body may have a custom_id too, which Ollama
+// ignores; the result repeats it. With an error, the request has the custom_id and the form as far
+// as they can be told.
 func parseRequest(text []byte) (request, error) {
 	top, err := members(text)
 	r := request{customID: top["custom_id"], body: bytes.TrimSpace(text), openAI: inForm(top)}
@@ -82,7 +83,8 @@ func (r *request) form(top map[string][]byte, body []byte) error {
 	if body == nil || body[0] != '{' {
 		return errors.New(`"url" but no "body" that is an object`)
 	}
-	if method, ok := jsonscan.Unquote(top["method"]); top["method"] != nil && (!ok || !strings.EqualFold(method, http.MethodPost)) {
+	method, _ := jsonscan.Unquote(top["method"])
+	if top["method"] != nil && !strings.EqualFold(method, http.MethodPost) {
 		return fmt.Errorf("method %s: want POST", top["method"])
 	}
 	address, _ := jsonscan.Unquote(top["url"])
@@ -119,8 +121,9 @@ func (r *request) check(top map[string][]byte) error {
 	return nil
 }
 
-// members returns the raw values of a whole text that is one object, by the names that Ollama looks for: case does not
-// matter, the last one wins, null is nothing. With an error, it returns those that come before what is wrong.
+// members returns the raw values of a whole text that is one object, by the names that Ollama looks
+// for: case does not matter, the last one wins, null is nothing. With an error, it returns those
+// that come before what is wrong.
 func members(text []byte) (map[string][]byte, error) {
 	found := map[string][]byte{}
 	o := jsonscan.NewObject(text)

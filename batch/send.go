@@ -82,9 +82,11 @@ func broken(err error) tried {
 	}
 }
 
-// noServer reports whether a status is a proxy's or a gateway's for a server behind it that is away, or may be.
+// noServer reports whether a status is a proxy's or a gateway's for a server behind it that is
+// away, or may be.
 func noServer(status int) bool {
-	return status == http.StatusBadGateway || status == http.StatusServiceUnavailable || status == http.StatusGatewayTimeout
+	return status == http.StatusBadGateway || status == http.StatusServiceUnavailable ||
+		status == http.StatusGatewayTimeout
 }
 
 func (c *client) try(ctx context.Context, r *request, line int) tried {
@@ -147,10 +149,11 @@ func (c *client) try(ctx context.Context, r *request, line int) tried {
 	return t
 }
 
-// ask sends a request until it is answered or that is given up. An error ends the batch. overload is called as often
-// as the server says that it has too much to do. While the server is away nothing counts as a retry, and when it is
-// back they are counted anew. That it went away at this request may be the request's fault: that is put up with as
-// often as the request may be sent again.
+// ask sends a request until it is answered or that is given up. An error ends the batch. overload
+// is called as often as the server says that it has too much to do. While the server is away
+// nothing counts as a retry, and when it is back they are counted anew. That it went away at this
+// request may be the request's fault: that is put up with as often as the request may be sent
+// again.
 func (c *client) ask(ctx context.Context, r *request, line int, overload func(sent time.Time, why string)) (tried, error) {
 	deaths := 0
 	for attempt := 0; ; attempt++ {
@@ -172,7 +175,8 @@ func (c *client) ask(ctx context.Context, r *request, line int, overload func(se
 					deaths++
 				}
 				if deaths > c.retries {
-					t.failure.Message = fmt.Sprintf("the server went away each time that it was at this, %d times: %s", deaths, t.failure.Message)
+					t.failure.Message = fmt.Sprintf("the server went away each time that it was at this, %d times: %s",
+						deaths, t.failure.Message)
 					return t, nil
 				}
 				attempt = -1
@@ -195,7 +199,8 @@ func (c *client) ask(ctx context.Context, r *request, line int, overload func(se
 	}
 }
 
-// await waits until the server answers, and tells whether it was away. ErrUnreachable: it has been for too long.
+// await waits until the server answers, and tells whether it was away. ErrUnreachable: it has been
+// for too long.
 func (c *client) await(ctx context.Context) (away bool, err error) {
 	v, err, _ := c.lookout.Do("", func() (any, error) { return c.look(ctx) })
 	return v.(bool), err
@@ -218,16 +223,20 @@ func (c *client) look(ctx context.Context) (away bool, err error) {
 		switch {
 		case err == nil:
 			if away {
-				c.log.Info("the server answers again", "server", c.url.String(), "waited", waited.String())
+				c.log.Info("the server answers again",
+					"server", c.url.String(), "waited", waited.String())
 			}
 			return away, nil
 		case now.Sub(since) >= c.patience:
-			return true, fmt.Errorf("%w at %s: %w (waited %v: --wait-for-server)", ErrUnreachable, c.url, err, waited)
+			return true, fmt.Errorf("%w at %s: %w (waited %v: --wait-for-server)",
+				ErrUnreachable, c.url, err, waited)
 		case !away:
-			c.log.Warn("the server does not answer; waiting for it", "server", c.url.String(), "up_to", c.patience.String(), "err", err)
+			c.log.Warn("the server does not answer; waiting for it",
+				"server", c.url.String(), "up_to", c.patience.String(), "err", err)
 			away = true
 		case now.Sub(told) >= tellEvery:
-			c.log.Warn("still waiting for the server", "server", c.url.String(), "waited", waited.String(), "up_to", c.patience.String(), "err", err)
+			c.log.Warn("still waiting for the server", "server", c.url.String(),
+				"waited", waited.String(), "up_to", c.patience.String(), "err", err)
 			told = now
 		}
 		select {

@@ -15,7 +15,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"unicode/utf8"
 )
 
 // maxLine is how many bytes a line or a row may have.
@@ -49,8 +48,8 @@ type item struct {
 	bad   error // why it cannot be read; nil: it may be
 }
 
-// OpenLines opens requests, one a line. "-" is stdin, which is copied to a file first, beside no other input, as
-// is what is not UTF-8.
+// OpenLines opens requests, one a line. "-" is stdin, which is copied to a file first, beside no
+// other input, as is what is not UTF-8.
 func OpenLines(path string, stdin io.Reader, e Encoding) (*Source, error) {
 	return open(path, stdin, e, nil)
 }
@@ -170,7 +169,8 @@ func (s *Source) begin(extension string) error {
 	return nil
 }
 
-// nameColumns takes in the names, which were read from a text. Spreadsheets append columns without a name, which mean nothing.
+// nameColumns takes in the names, which were read from a text. Spreadsheets append columns without
+// a name, which mean nothing.
 func (s *Source) nameColumns(names []string, text []byte, readErr error) error {
 	if malformed, ok := errors.AsType[*csv.ParseError](readErr); ok {
 		return rowError(malformed, text, s.line)
@@ -206,10 +206,12 @@ func (s *Source) csv(r io.Reader) *csv.Reader {
 	return c
 }
 
-// fit refuses a row that has not the columns that the first line names. Empty fields beyond them mean nothing.
+// fit refuses a row that has not the columns that the first line names. Empty fields beyond them
+// mean nothing.
 func (s *Source) fit(fields []string) error {
 	n := len(s.columns)
-	if len(fields) < n || slices.ContainsFunc(fields[n:], func(field string) bool { return strings.TrimSpace(field) != "" }) {
+	said := func(field string) bool { return strings.TrimSpace(field) != "" }
+	if len(fields) < n || slices.ContainsFunc(fields[n:], said) {
 		return fmt.Errorf("the row has not the %d columns that the first line names", n)
 	}
 	return nil
@@ -319,7 +321,8 @@ func (s *Source) endless(off int64, err error) error {
 	return &lineError{line, 0, fmt.Errorf("the row that begins there is %w: is a quote not closed?", err)}
 }
 
-// rowError says what is wrong with a row, whose text begins on a line, and of quotes where they are.
+// rowError says what is wrong with a row, whose text begins on a line, and of quotes where they
+// are.
 func rowError(e *csv.ParseError, text []byte, line int) error {
 	if !errors.Is(e.Err, csv.ErrQuote) {
 		return e.Err
@@ -342,15 +345,16 @@ func rowError(e *csv.ParseError, text []byte, line int) error {
 			opens = i
 		}
 	}
-	begin := bytes.LastIndexByte(text[:opens], '\n') + 1
-	from := fmt.Sprintf("the quote that opens on line %d, column %d", line+bytes.Count(text[:opens], []byte("\n")), utf8.RuneCount(text[begin:opens])+1)
+	lines, column := position(text, opens)
+	from := fmt.Sprintf("the quote that opens on line %d, column %d", line+lines, column)
 	if !closed {
-		end := line + bytes.Count(bytes.TrimRight(text, "\r\n"), []byte("\n"))
-		return fmt.Errorf("%s, is not closed by the end of the file, line %d", from, end)
+		lines, _ = position(text, len(bytes.TrimRight(text, "\r\n")))
+		return fmt.Errorf("%s, is not closed by the end of the file, line %d", from, line+lines)
 	}
-	begin = bytes.LastIndexByte(text[:at], '\n') + 1
-	return fmt.Errorf("%s, ends on line %d, column %d, in the middle of a field: is one missing before, or is it to be doubled?",
-		from, line+e.Line-e.StartLine, utf8.RuneCount(text[begin:at])+1)
+	lines, column = position(text, at)
+	return fmt.Errorf(
+		"%s, ends on line %d, column %d, in the middle of a field: is one missing before, or is it to be doubled?",
+		from, line+lines, column)
 }
 
 // limitedReader fails after so many bytes, which are granted for one row at a time.
@@ -377,8 +381,9 @@ func (s *Source) raw(it item) ([]byte, error) {
 	return text, nil
 }
 
-// request returns the item's request. An error that is no *lineError says that the input could not be read; with
-// one, the request has the custom_id and the form of the line as far as they can be told.
+// request returns the item's request. An error that is no *lineError says that the input could not
+// be read; with one, the request has the custom_id and the form of the line as far as they can be
+// told.
 func (s *Source) request(it item) (request, error) {
 	r := request{openAI: s.Template != nil && s.Template.openAI}
 	if it.bad != nil && s.Template != nil {

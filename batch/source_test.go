@@ -78,8 +78,8 @@ func TestRows(t *testing.T) {
 			"line 2: the quote that opens on line 2, column 7, ends on line 2, column 9, in the middle of a field: is one missing before, or is it to be doubled?", `3 {"model":"m","prompt":"e: f"}`}},
 		{"not UTF-8.csv", "name,text\na,b\n\"é\nM\xfcller\",d\ne,f\n", []string{
 			`2 {"model":"m","prompt":"a: b"}`, "line 4, column 2: byte 0xFC is not UTF-8: save it as UTF-8, or say what it is (--encoding windows-1252, for instance)", `5 {"model":"m","prompt":"e: f"}`}},
-		{"not UTF-8.jsonl", "\xef\xbb\xbf{\"name\":\"\xc3\",\"text\":1}\n{\"name\":\"ï¿½\",\"text\":2}\n", []string{
-			"line 1, column 10: byte 0xC3 is not UTF-8: save it as UTF-8, or say what it is (--encoding windows-1252, for instance)", `2 {"model":"m","prompt":"ï¿½: 2"}`}},
+		{"not UTF-8.jsonl", "\xef\xbb\xbf{\"name\":\"\xc3\",\"text\":1}\n{\"name\":\"\uFFFD\",\"text\":2}\n", []string{
+			"line 1, column 10: byte 0xC3 is not UTF-8: save it as UTF-8, or say what it is (--encoding windows-1252, for instance)", "2 {\"model\":\"m\",\"prompt\":\"\uFFFD: 2\"}"}},
 		{"a field is missing.jsonl", `{"name":"a"}`, []string{"line 1: the template's field {{text}} is not in the row"}},
 		{"no object.jsonl", "[]\n{\"name\":1,\"text\":2}{}\n", []string{"line 1: not a JSON object", "line 2: more text after the object"}},
 	} {
@@ -108,7 +108,8 @@ func TestRows(t *testing.T) {
 	}
 }
 
-// A row without an end in sight is told with the line where it begins. (The limit is that of a row: no test has 64 MiB of text.)
+// A row without an end in sight is told with the line where it begins. (The limit is that of a row:
+// no test has 64 MiB of text.)
 func TestEndlessRow(t *testing.T) {
 	s, err := rowsOf(t, "rows.csv", "name,text\na,b\n\n\"c\nd\",e\nf,\"g\n", `{"model":"m","prompt":"{{name}}"}`)
 	if err != nil {

@@ -110,7 +110,8 @@ func (t *Template) Fill(row map[string]json.RawMessage) ([]byte, error) {
 	return b, nil
 }
 
-// customID returns the custom_id of a row that lacks fields, unless it is one of those that it needs.
+// customID returns the custom_id of a row that lacks fields, unless it is one of those that it
+// needs.
 func (t *Template) customID(row map[string]json.RawMessage) []byte {
 	const absent = `"\u0001"`
 	for _, name := range t.Fields {

@@ -14,7 +14,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// thinks is a template of a model that thinks, and does nothing else: its prompt has opened the thoughts.
+// thinks is a template of a model that thinks, and does nothing else: its prompt has opened the
+// thoughts.
 const thinks = `{{- range .Messages }}<|im_start|>{{ .Role }}
 {{ if .Thinking }}<think>{{ .Thinking }}</think>{{ end }}{{ .Content }}<|im_end|>
 {{ end }}<|im_start|>assistant
@@ -28,8 +29,9 @@ const calls = `{{ if .Tools }}{{ .Tools }}{{ end }}
 {{ end }}<|im_start|>assistant
 `
 
-// TestBatchDialects: an answer that batch was streamed and has joined is, in every dialect that it takes, what the
-// server answers where no stream is asked for, to the last log probability and tool call.
+// TestBatchDialects: an answer that batch was streamed and has joined is, in every dialect that it
+// takes, what the server answers where no stream is asked for, to the last log probability and tool
+// call.
 func TestBatchDialects(t *testing.T) {
 	const (
 		options  = `"options":{"temperature":0,"seed":1,"num_predict":12}`
@@ -98,7 +100,8 @@ func TestBatchDialects(t *testing.T) {
 						return plain(t, string(result.Response.Body))
 					}
 					whole() // from then on the same is reused each time
-					// The engine itself answers differently now and then: TestAnswers of realollama.
+					// The engine itself answers differently now and then: TestAnswers of
+					// realollama.
 					for attempt := 0; ; attempt++ {
 						want, got := whole(), joined(attempt)
 						if reflect.DeepEqual(want, got) {
@@ -179,8 +182,8 @@ func pretty(t testing.TB, v any) []byte {
 	return text
 }
 
-// TestBatchRestart: a server that crashes in the middle of a batch, and comes back, costs the batch nothing but time,
-// directly and through a proxy.
+// TestBatchRestart: a server that crashes in the middle of a batch, and comes back, costs the batch
+// nothing but time, directly and through a proxy.
 func TestBatchRestart(t *testing.T) {
 	const n = 200
 	bin, err := proxyBinary()

@@ -89,7 +89,8 @@ func (b *batchCmd) Run(ctx context.Context, c *console) error {
 			return err
 		}
 		defer stop()
-		defer transport.CloseIdleConnections() // first: the proxy's end would wait for one that was never used
+		// Before that: the proxy's end would wait for a connection that was never used.
+		defer transport.CloseIdleConnections()
 	}
 	if b.Plan {
 		plan, err := batch.MakePlan(ctx, config)

@@ -83,6 +83,7 @@ fuzz: ## a minute of each fuzz test
 	$(GO) test -run '^$$' -fuzz '^FuzzTemplate$$' -fuzztime 60s ./batch
 	$(GO) test -run '^$$' -fuzz '^FuzzLines$$' -fuzztime 60s ./batch
 	$(GO) test -run '^$$' -fuzz '^FuzzRows$$' -fuzztime 60s ./batch
+	$(GO) test -run '^$$' -fuzz '^FuzzJoined$$' -fuzztime 60s ./batch
 
 .PHONY: clean
 clean: ## remove what was built here; the cache stays

@@ -365,8 +365,8 @@ func TestOneFile(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	// What is no file may be named as often as one likes.
-	for _, name := range []string{"/dev/null", "-"} {
-		out.Output, out.Stdout, out.Errors = name, io.Discard, "/dev/null"
+	for _, name := range []string{os.DevNull, "-"} {
+		out.Output, out.Stdout, out.Errors = name, io.Discard, os.DevNull
 		if s, err := Run(t.Context(), out); err != nil || s.Succeeded != 2 {
 			t.Errorf("%s: %+v, %v", name, s, err)
 		}

@@ -83,6 +83,7 @@ fuzz: ## a minute of each fuzz test
 	$(GO) test -run '^$$' -fuzz '^FuzzTemplate$$' -fuzztime 60s ./batch
 	$(GO) test -run '^$$' -fuzz '^FuzzLines$$' -fuzztime 60s ./batch
 	$(GO) test -run '^$$' -fuzz '^FuzzRows$$' -fuzztime 60s ./batch
+	$(GO) test -run '^$$' -fuzz '^FuzzJoined$$' -fuzztime 60s ./batch
 
 .PHONY: soak
 soak: ## ten minutes of mixed clients and two real servers that are killed and revived: nothing lost, memory flat

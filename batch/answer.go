@@ -21,31 +21,47 @@ const maxAnswer = 64 << 20
 
 var errLong = fmt.Errorf("the answer is longer than %d MiB", maxAnswer>>20)
 
-// joined are the members of a stream's pieces that are joined to one text, appended to one list, or joined member by member.
-var joined = map[string]byte{
-	"content": '"', "thinking": '"', "reasoning": '"', "response": '"', "text": '"',
-	"tool_calls": '[', "logprobs": '[', "message": '{', "delta": '{',
-}
-
-// object is a JSON object that is put together from the pieces of a stream.
+// object is a JSON object that is put together from the pieces of a stream, by the types of what is
+// in them.
+//
+// At the top of a piece "response" and "thinking" are texts that grow, lists grow as well,
+// "message" and "choices" are joined, and of everything else the last one that is not null stands.
+// Within "message" and "choices" texts grow unless they are labels, objects are joined member by
+// member, lists grow, an element that has the index of an earlier one is joined to that, and of
+// everything else the last one stands.
 type object struct {
 	names   []string // in the order in which they came
 	members map[string]*value
 }
 
+// value is a member of an object. What it is follows from the last piece that had it.
 type value struct {
-	text   *strings.Builder // of joined texts
-	list   [][]byte         // of appended lists
-	object *object
-	raw    []byte // the last one that was not null
+	kind   byte // a text that grows ", a list [, a joined object {, or 0
+	text   strings.Builder
+	list   []element
+	object object
+	raw    []byte // of kind 0
 }
 
-// join takes in a piece.
-func (o *object) join(piece []byte) error {
-	s := jsonscan.NewObject(piece)
-	for m, ok := s.Next(); ok; m, ok = s.Next() {
-		key, raw := piece[m.Key:m.KeyEnd], piece[m.Value:m.ValueEnd]
-		name, _ := jsonscan.Unquote(key)
+// element is an object that states its index, or a run of elements that do not.
+type element struct {
+	id, index string // raw; an id may be ""
+	object    object
+	run       []byte // as they came, with commas between them; nil: an object
+}
+
+// labels are texts within "message" and "choices" that name something: later pieces have the same
+// one, or none.
+var labels = []string{"role", "id", "type", "name", "finish_reason", "tool_name", "tool_call_id"}
+
+// join takes in a piece, which is valid JSON, or an object within one, which the member in has.
+func (o *object) join(in string, piece []byte) {
+	c := jsonscan.NewCursor(piece, 0)
+	for c.Enter(); c.More(); {
+		name, _ := jsonscan.Unquote(c.Key())
+		if in == "choices" && name == "delta" {
+			name = "message"
+		}
 		v := o.members[name]
 		if v == nil {
 			v = &value{raw: []byte("null")}
@@ -54,49 +70,70 @@ func (o *object) join(piece []byte) error {
 			}
 			o.members[name], o.names = v, append(o.names, name)
 		}
-		if err := v.join(name, raw); err != nil {
-			return err
-		}
+		v.join(in, name, c.Value())
 	}
-	return s.Err()
 }
 
-func (v *value) join(name string, raw []byte) error {
-	switch kind := raw[0]; {
-	case kind == 'n':
-	case kind == '"' && joined[name] == '"':
-		text, ok := jsonscan.Unquote(raw)
-		if !ok {
-			return jsonscan.ErrSyntax
+func (v *value) join(in, name string, raw []byte) {
+	top := in == ""
+	kind := raw[0]
+	switch kind {
+	case 'n':
+		return
+	case '"':
+		if top && name != "response" && name != "thinking" || !top && slices.Contains(labels, name) {
+			kind = 0
 		}
-		if v.text == nil {
-			v.text = new(strings.Builder)
+	case '{':
+		if top && name != "message" {
+			kind = 0
 		}
+	case '[':
+	default:
+		kind = 0
+	}
+	if kind != v.kind {
+		*v = value{kind: kind}
+	}
+	switch kind {
+	case '"':
+		text, _ := jsonscan.Unquote(raw)
 		v.text.WriteString(text)
-	case kind == '[' && joined[name] == '[':
+	case '{':
+		v.object.join(name, raw)
+	case '[':
 		c := jsonscan.NewCursor(raw, 0)
 		for c.Enter(); c.More(); {
-			v.list = append(v.list, bytes.Clone(c.Value()))
-		}
-	case kind == '{' && (joined[name] == '{' || name == "logprobs"):
-		if v.object == nil {
-			v.object = new(object)
-		}
-		return v.object.join(raw)
-	case kind == '[' && name == "choices": // Ollama makes one
-		c := jsonscan.NewCursor(raw, 0)
-		for c.Enter(); c.More(); {
-			if v.object == nil {
-				v.object = new(object)
-			}
-			if err := v.object.join(c.Value()); err != nil {
-				return err
-			}
+			v.add(name, c.Value(), !top || name == "choices")
 		}
 	default:
 		v.raw = bytes.Clone(raw)
 	}
-	return nil
+}
+
+// add takes in an element of a list, by its index if it may have one.
+func (v *value) add(name string, raw []byte, indexed bool) {
+	if indexed && raw[0] == '{' {
+		m, _ := members(raw) // it is valid
+		e := element{id: string(m["id"]), index: string(m["index"])}
+		if e.index != "" {
+			// Some of Ollama's parsers of tool calls give each call the index 0: another id is
+			// another call.
+			i := slices.IndexFunc(v.list, func(f element) bool {
+				return f.run == nil && f.index == e.index && (f.id == e.id || e.id == "")
+			})
+			if i < 0 {
+				i, v.list = len(v.list), append(v.list, e)
+			}
+			v.list[i].object.join(name, raw)
+			return
+		}
+	}
+	if last := len(v.list) - 1; last >= 0 && v.list[last].run != nil {
+		v.list[last].run = append(append(v.list[last].run, ','), raw...)
+		return
+	}
+	v.list = append(v.list, element{run: bytes.Clone(raw)})
 }
 
 // varies are the members of Ollama's own answers that differ from run to run. context is left out as well: it repeats the whole
@@ -105,19 +142,17 @@ var varies = []string{
 	"created_at", "total_duration", "load_duration", "prompt_eval_duration", "eval_duration", "prompt_eval_cached_count", "context",
 }
 
-// appendTo writes the object. line is what stands in an OpenAI answer for its id; 0 for Ollama's own answers.
-func (o *object) appendTo(b []byte, line int, top bool) []byte {
+// appendTo writes the object, which the member in has; "" is the answer itself. line is what stands
+// in an OpenAI answer for its id; 0 for Ollama's own answers.
+func (o *object) appendTo(b []byte, line int, in string) []byte {
 	b = append(b, '{')
 	for _, name := range o.names {
-		v := o.members[name]
+		v, top := o.members[name], in == ""
 		if top && line == 0 && slices.Contains(varies, name) {
 			continue
 		}
 		if b[len(b)-1] != '{' {
 			b = append(b, ',')
-		}
-		if name == "delta" {
-			name = "message"
 		}
 		b = append(append(b, quoted(name)...), ':')
 		switch {
@@ -129,26 +164,35 @@ func (o *object) appendTo(b []byte, line int, top bool) []byte {
 			b = append(b, withoutDetails(v.raw)...)
 		case top && line > 0 && name == "object":
 			b = append(b, bytes.Replace(v.raw, []byte(".chunk"), nil, 1)...)
-		case name == "choices" && v.object != nil:
-			b = append(v.object.appendTo(append(b, '['), line, false), ']')
-		case v.object != nil:
-			b = v.object.appendTo(b, line, false)
-		case v.text != nil:
-			b = append(b, quoted(v.text.String())...)
-		case v.list != nil:
-			b = append(b, '[')
-			for i, e := range v.list {
-				if i > 0 {
-					b = append(b, ',')
-				}
-				b = append(b, compacted(e)...)
-			}
-			b = append(b, ']')
 		default:
-			b = append(b, compacted(v.raw)...)
+			b = v.appendTo(b, line, name)
 		}
 	}
 	return append(b, '}')
+}
+
+func (v *value) appendTo(b []byte, line int, name string) []byte {
+	switch v.kind {
+	case '"':
+		return append(b, quoted(v.text.String())...)
+	case '{':
+		return v.object.appendTo(b, line, name)
+	case '[':
+		b = append(b, '[')
+		for i, e := range v.list {
+			if i > 0 {
+				b = append(b, ',')
+			}
+			if e.run != nil {
+				run := compacted(slices.Concat([]byte("["), e.run, []byte("]")))
+				b = append(b, run[1:len(run)-1]...)
+			} else {
+				b = e.object.appendTo(b, line, name)
+			}
+		}
+		return append(b, ']')
+	}
+	return append(b, compacted(v.raw)...)
 }
 
 // withoutDetails is OpenAI's usage without the tokens that were reused, which differ from run to run.
@@ -195,9 +239,10 @@ func readAnswer(body io.Reader, r *request, contentType string, line int, begun 
 			}
 		}
 		if len(text) > 0 {
-			if e := all.join(text); e != nil {
+			if _, e := members(text); e != nil {
 				return nil, Counts{}, fmt.Errorf("reading the answer: %w", errors.Join(e, err))
 			}
+			all.join("", text)
 			if e := all.members["error"]; e != nil && string(e.raw) != "null" {
 				return nil, Counts{}, &serverError{message(text)}
 			}
@@ -220,7 +265,7 @@ func readAnswer(body io.Reader, r *request, contentType string, line int, begun 
 	if size == 0 || !whole {
 		return nil, Counts{}, fmt.Errorf("the answer broke off: %w", io.ErrUnexpectedEOF)
 	}
-	return all.appendTo(nil, id, true), all.counts(r), nil
+	return all.appendTo(nil, id, ""), all.counts(r), nil
 }
 
 // serverError is what the server said instead of the end of an answer that had begun.

@@ -30,12 +30,16 @@ type Config struct {
 	Output string    // the path of the results, or "-"
 	Stdout io.Writer // of "-"
 	Errors string    // the path of the requests that failed, to be sent again; "": they are not kept
+	Beside []Named   // other files of the run, which must not be any of these
 	Order  Order
 	Window int // how many requests are looked at to order them, at least 1
 
 	Concurrency int           // requests in flight; 0: learned
 	Retries     int           // how often a request is sent again after an error that may pass
 	Timeout     time.Duration // how long an answer may take from its first byte on; 0: as long as it wants
+
+	// WaitForServer is how long a server may be away until that ends the batch; 0: it ends at once.
+	WaitForServer time.Duration
 
 	Server    *url.URL // a proxy, or Ollama itself
 	Transport http.RoundTripper
@@ -106,7 +110,10 @@ func (c *Config) client() *client {
 	if wait == 0 {
 		wait = 500 * time.Millisecond
 	}
-	return &client{url: c.Server, transport: c.Transport, key: c.APIKey, retries: c.Retries, timeout: c.Timeout, wait: wait}
+	return &client{
+		url: c.Server, transport: c.Transport, key: c.APIKey, retries: c.Retries, timeout: c.Timeout,
+		wait: wait, patience: c.WaitForServer, log: c.Log,
+	}
 }
 
 // Run runs a batch, or goes on with one, and tells what became of it. Its error says that the batch has not come to its end
@@ -146,8 +153,15 @@ func Run(ctx context.Context, c Config) (*Summary, error) {
 	return b.summary(ctx), nil
 }
 
-// prepare looks at the server, and says what is known to go wrong.
+// prepare says what is known to go wrong, and looks at the server.
 func (b *batch) prepare(ctx context.Context) error {
+	b.warn()
+	if _, err := b.client.await(ctx); err != nil {
+		if ctx.Err() != nil {
+			return ErrStopped
+		}
+		return err
+	}
 	absent, err := b.AbsentModels(ctx, b.survey)
 	if err != nil {
 		return err
@@ -156,7 +170,6 @@ func (b *batch) prepare(ctx context.Context) error {
 		model := absent[0]
 		return fmt.Errorf("model %q, which %d requests want, is not on the server at %s: pull it (ollama pull %[1]s) or take them out", model, b.survey.Models[model], b.Server)
 	}
-	b.warn()
 	if text, err := b.client.get(ctx, "/metrics"); err == nil && bytes.Contains(text, []byte("\nollama_cacheproxy_")) {
 		b.metrics, b.isProxy = text, true
 	}
@@ -171,6 +184,10 @@ func (b *batch) warn() {
 	}
 	if v.Bad > len(v.BadLines) {
 		b.Log.Warn("more lines are not understood: see --check", "lines", v.Bad)
+	}
+	if v.Repeated > 0 {
+		b.Log.Warn("lines repeat the custom_id of an earlier line",
+			"count", v.Repeated, "lines", lines(v.Repeats, v.Repeated))
 	}
 	if v.Long > 0 {
 		b.Log.Warn("prompts are probably longer than the num_ctx that they state, and Ollama cuts such without a word", "prompts", v.Long, "lines", lines(v.LongLines, v.Long))
@@ -193,7 +210,7 @@ func (b *batch) loop(ctx context.Context) error {
 		f := finished{item: it}
 		if f.request, f.err = b.Source.request(it); f.err != nil {
 			if f.bad, f.err = badLine(f.err); f.err == nil {
-				f.failure = &failure{Code: codeInvalid, Message: fmt.Sprintf("line %d: %v", it.line, f.bad)}
+				f.failure = &failure{Code: codeInvalid, Message: f.bad.Error()}
 			}
 		} else {
 			f.tried, f.err = b.client.ask(running, &f.request, it.line, func(sent time.Time, why string) {

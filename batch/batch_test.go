@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -330,8 +331,45 @@ func TestOneFile(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	c.Errors = ""
-	if err := os.Remove(c.Output + JournalSuffix); err != nil {
+	// Nor is one of them another file of the run, also where neither is there yet.
+	dir := filepath.Dir(c.Output)
+	if err := os.Symlink(dir, dir+"/dir"); err != nil {
 		t.Fatal(err)
+	}
+	write(t, dir+"/template", "x")
+	for name, change := range map[string]func(*Config){
+		"template":                  func(c *Config) { c.Output = dir + "/dir/template" },
+		"summary":                   func(c *Config) { c.Output = dir + "/dir/summary" },
+		"out.jsonl" + JournalSuffix: func(*Config) {},
+		"errors":                    func(c *Config) { c.Errors = dir + "/dir/errors" },
+	} {
+		c := c
+		c.Beside = []Named{{"the other", filepath.Join(dir, name)}}
+		change(&c)
+		if _, err := Run(t.Context(), c); err == nil || !strings.Contains(err.Error(), "the other "+dir+"/"+name+" and the ") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if read(t, dir+"/template") != "x" {
+		t.Error("the template was changed")
+	}
+	// Stdout may be a file, too.
+	stdout, err := os.Create(dir + "/stdout")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stdout.Close()
+	out := c
+	out.Output, out.Stdout, out.Errors = "-", stdout, dir+"/stdout"
+	if _, err := Run(t.Context(), out); err == nil || !strings.Contains(err.Error(), "are one file") {
+		t.Errorf("%v", err)
+	}
+	// What is no file may be named as often as one likes.
+	for _, name := range []string{os.DevNull, "-"} {
+		out.Output, out.Stdout, out.Errors = name, io.Discard, os.DevNull
+		if s, err := Run(t.Context(), out); err != nil || s.Succeeded != 2 {
+			t.Errorf("%s: %+v, %v", name, s, err)
+		}
 	}
 	if s, _ := run(t, c); s.Succeeded != 2 {
 		t.Errorf("%+v", s)
@@ -370,6 +408,99 @@ func TestForms(t *testing.T) {
 	}
 	if !strings.Contains(got[0], `"usage":{"prompt_tokens":`) || summary.Failed != 1 || summary.PromptTokens.Value == 0 {
 		t.Errorf("%+v\n%s", summary, got[0])
+	}
+}
+
+// A line that is refused keeps its custom_id and its form, as far as they can be told.
+func TestRefusedLines(t *testing.T) {
+	input := `{"custom_id":"no model","method":"POST","url":"/v1/chat/completions","body":{"messages":[{"role":"user","content":"x"}]}}
+{"custom_id":"no such url","url":"/v1/responses","body":{"model":"m"}}
+{"custom_id":"cut off","method":"POST","url":"/v1/chat/completions","body":{"model":"m","messages":[
+{"custom_id":"in /api","prompt":"x"}
+{"custom_id":"` + "\xfc" + `","model":"m","prompt":"x"}
+{"custom_id":"twice","model":"m"} {}
+nonsense
+`
+	c := config(t, serve(t, &fake{}), input)
+	c.Errors = c.Output + ".errors"
+	summary, out := run(t, c)
+	if summary.Failed != 7 {
+		t.Errorf("%+v", summary)
+	}
+	got := strings.Split(out, "\n")
+	const refused = `"error":{"code":"invalid_request","message":"line `
+	for i, want := range []string{
+		`{"id":"batch_req_1","custom_id":"no model","response":null,` + refused + `1: no \"model\" is named"`,
+		`{"id":"batch_req_2","custom_id":"no such url","response":null,` + refused + `2: url`,
+		`{"id":"batch_req_3","custom_id":"cut off","response":null,` + refused + `3: invalid JSON at byte`,
+		`{"line":4,"custom_id":"in /api",` + refused + `4: no \"model\" is named"`,
+		`{"line":5,"custom_id":"` + "\uFFFD" + `",` + refused + `5, column 15: byte 0xFC is not UTF-8`,
+		`{"line":6,"custom_id":"twice",` + refused + `6: more text after the object"`,
+		`{"line":7,` + refused + `7: invalid JSON at byte`,
+	} {
+		if !strings.HasPrefix(got[i], want) {
+			t.Errorf("%s\nwant %s…", got[i], want)
+		}
+	}
+	if read(t, c.Errors) != input {
+		t.Errorf("to be sent again: %s", read(t, c.Errors))
+	}
+
+	const inForm = `{"custom_id":"{{id}}","url":"/v1/completions","body":{"model":"m","prompt":"{{text}}"}}`
+	s, err := rowsOf(t, "rows.jsonl", `{"id":7}`+"\n"+`{"text":"x"}`+"\n", inForm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, out = run(t, over(t, c.Server.String(), s, c.Output+".objects"))
+	want := `{"id":"batch_req_1","custom_id":7,"response":null,` + refused + "1: the template's field {{text}} is not in the row\"}}\n" +
+		`{"id":"batch_req_2","custom_id":null,"response":null,` + refused + "2: the template's field {{id}} is not in the row\"}}\n"
+	if out != want {
+		t.Errorf("%s\nwant\n%s", out, want)
+	}
+
+	s, err = rowsOf(t, "rows.csv", "id,text\n1,a\n2\n3,\n4,\xfc\n", inForm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c = over(t, c.Server.String(), s, c.Output+".rows")
+	_, out = run(t, c)
+	got = strings.Split(out, "\n")
+	for i, want := range []string{
+		`{"id":"batch_req_3","custom_id":null,"response":null,` + refused + `3: the row has not`,
+		`{"id":"batch_req_4","custom_id":"3","response":null,` + refused + `4: \"prompt\" is empty`,
+		`{"id":"batch_req_5","custom_id":"4","response":null,` + refused + `5, column 3: byte 0xFC`,
+	} {
+		if !strings.HasPrefix(got[i+1], want) {
+			t.Errorf("%s\nwant %s…", got[i+1], want)
+		}
+	}
+}
+
+// Lines that repeat a custom_id are counted, and the first of them are named, before the run and by
+// --check.
+func TestRepeatedIDs(t *testing.T) {
+	var input strings.Builder
+	for n := range 40 {
+		fmt.Fprintf(&input, `{"custom_id": %q,"model":"m","messages":[{"content":"x"}]}`+"\n", fmt.Sprint(n%25))
+	}
+	input.WriteString(`{"custom_id":"24","model":""}` + "\n" + chat("", "has none") + "\n" + chat("", "has none") + "\n")
+	c := config(t, serve(t, &fake{}), input.String())
+	var log, page strings.Builder
+	c.Log = slog.New(slog.NewTextHandler(&log, nil))
+	run(t, c)
+	v, err := TakeSurvey(t.Context(), c.Source, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := v.Print(&page, nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	const first = `"0" (line 26), "1" (line 27), "2" (line 28), "3" (line 29), "4" (line 30), "5" (line 31), "6" (line 32), "7" (line 33), "8" (line 34), "9" (line 35), …`
+	if want := "custom_id   16 lines repeat that of an earlier line: " + first + "\n"; !strings.Contains(page.String(), want) {
+		t.Errorf("%s", page.String())
+	}
+	if want := fmt.Sprintf("repeat the custom_id of an earlier line\" count=16 lines=%q", first); !strings.Contains(log.String(), want) {
+		t.Errorf("%s", log.String())
 	}
 }
 

@@ -34,7 +34,7 @@ func child(args []string) error {
 	if err != nil {
 		return err
 	}
-	s, err := OpenLines(args[1], nil)
+	s, err := OpenLines(args[1], nil, UTF8)
 	if err != nil {
 		return err
 	}

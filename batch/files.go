@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 )
 
 // files is what a batch does to keep its files, so that tests can make each step of it fail.
@@ -55,7 +56,69 @@ func fileError(doing, path string, err error) error {
 // folder is where a file really lies, also where its name is a link.
 func folder(name string) string {
 	if real, err := filepath.EvalSymlinks(name); err == nil {
-		name = real
+		return filepath.Dir(real)
 	}
-	return filepath.Dir(name)
+	dir := filepath.Dir(name)
+	if real, err := filepath.EvalSymlinks(dir); err == nil {
+		return real
+	}
+	return dir
+}
+
+// Named is a file and what it is for.
+type Named struct{ For, Name string }
+
+// apart refuses one file for two things of which one is written, however its name is spelled or
+// linked.
+func (c *Config) apart() error {
+	used := slices.Clone(c.Beside)
+	for _, n := range []Named{
+		{"the output", c.Output}, {"the journal", c.Output + JournalSuffix}, {"the file for errors", c.Errors},
+	} {
+		if n.Name == "" || n.For == "the journal" && c.Output == "-" {
+			continue
+		}
+		for _, other := range used {
+			if c.same(other.Name, n.Name) {
+				return fmt.Errorf("%s %s and %s %s are one file: choose another for one of them",
+					other.For, other.Name, n.For, n.Name)
+			}
+		}
+		used = append(used, n)
+	}
+	return nil
+}
+
+func (c *Config) same(a, b string) bool {
+	x, errA := c.stat(a)
+	y, errB := c.stat(b)
+	if errA == nil && errB == nil {
+		return x.Mode().IsRegular() && os.SameFile(x, y)
+	}
+	return errA != nil && errB != nil && target(a) == target(b)
+}
+
+func (c *Config) stat(name string) (fs.FileInfo, error) {
+	if stdout, ok := c.Stdout.(*os.File); ok && name == "-" {
+		return stdout.Stat()
+	}
+	return os.Stat(name)
+}
+
+// target is where a file will be that does not exist yet, also where its name is a link.
+func target(name string) string {
+	for range 40 { // as many as Linux follows
+		link, err := os.Readlink(name)
+		if err != nil {
+			break
+		}
+		if !filepath.IsAbs(link) {
+			link = filepath.Join(filepath.Dir(name), link)
+		}
+		name = link
+	}
+	if abs, err := filepath.Abs(name); err == nil {
+		name = abs
+	}
+	return filepath.Join(folder(name), filepath.Base(name))
 }

@@ -48,7 +48,7 @@ func config(t testing.TB, server, input string) Config {
 	dir := t.TempDir()
 	in := filepath.Join(dir, "in.jsonl")
 	write(t, in, input)
-	s, err := OpenLines(in, nil)
+	s, err := OpenLines(in, nil, UTF8)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -103,6 +103,9 @@ func openJournal(c *Config, limit int64) (*journal, error) {
 }
 
 func (j *journal) open(c *Config) error {
+	if err := c.apart(); err != nil {
+		return err
+	}
 	if c.Output == "-" {
 		j.name, j.out = "stdout", c.Stdout
 	} else {
@@ -115,9 +118,6 @@ func (j *journal) open(c *Config) error {
 		}
 	}
 	if c.Errors != "" {
-		if samePath(c.Errors, c.Output+JournalSuffix) {
-			return fmt.Errorf("%s is the journal's name: choose another file for errors", c.Errors)
-		}
 		f, kept, err := j.openFile("the file for errors", c.Errors)
 		if err != nil {
 			return err
@@ -125,6 +125,9 @@ func (j *journal) open(c *Config) error {
 		if j.failing = f; kept {
 			j.errs = f
 		}
+	}
+	if err := c.apart(); err != nil { // on a file system to which A and a are one
+		return err
 	}
 	if j.output == nil {
 		dir, err := os.MkdirTemp("", "ollama-cacheproxy-batch-")
@@ -135,9 +138,6 @@ func (j *journal) open(c *Config) error {
 		return j.first(c)
 	}
 	j.path = c.Output + JournalSuffix
-	if err := j.apart(c); err != nil {
-		return err
-	}
 	for _, f := range []file{j.output, j.errs} {
 		if f == nil {
 			continue
@@ -174,34 +174,6 @@ func (j *journal) openFile(what, name string) (f file, kept bool, err error) {
 		return nil, false, fileError("opening "+what, name, err)
 	}
 	return f, info.Mode().IsRegular(), nil
-}
-
-// apart refuses two names of one file, whether they are spelled alike or are links.
-func (j *journal) apart(c *Config) error {
-	if j.errs == nil {
-		return nil
-	}
-	errs, err := j.errs.Stat()
-	if err != nil {
-		return fileError("opening the file for errors", c.Errors, err)
-	}
-	output, err := j.output.Stat()
-	if err != nil {
-		return fileError("opening the output", c.Output, err)
-	}
-	if os.SameFile(output, errs) {
-		return fmt.Errorf("the output %s and the file for errors %s are one file: choose another for one of them", c.Output, c.Errors)
-	}
-	if kept, err := os.Stat(j.path); err == nil && os.SameFile(kept, errs) {
-		return fmt.Errorf("the journal %s and the file for errors %s are one file: choose another for errors", j.path, c.Errors)
-	}
-	return nil
-}
-
-func samePath(a, b string) bool {
-	x, errA := filepath.Abs(a)
-	y, errB := filepath.Abs(b)
-	return errA == nil && errB == nil && x == y
 }
 
 // first begins the journal of a new batch.

@@ -78,8 +78,8 @@ func (w *window) fill() error {
 		}
 		chain, err := w.chain(it)
 		if err != nil {
-			if it.bad, err = badLine(err); err != nil {
-				return err
+			if _, fatal := badLine(err); fatal != nil {
+				return fatal
 			}
 		}
 		it.text = chain.Bytes()

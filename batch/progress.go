@@ -59,6 +59,10 @@ func (v *Survey) Print(w io.Writer, absent []string, unknown error) error {
 	if unknown != nil {
 		text += fmt.Sprintf("server      %v\n", unknown)
 	}
+	if v.Repeated > 0 {
+		text += fmt.Sprintf("custom_id   %d lines repeat that of an earlier line: %s\n",
+			v.Repeated, lines(v.Repeats, v.Repeated))
+	}
 	if v.Long > 0 {
 		text += fmt.Sprintf("num_ctx     %d prompts are probably longer than the num_ctx that they state, and would be cut: lines %s (estimated, at %d bytes a token)\n", v.Long, lines(v.LongLines, v.Long), tokenBytes)
 	}

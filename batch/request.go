@@ -37,22 +37,23 @@ func (r *request) streams() bool { return r.endpoint != prefix.Embed }
 // native reports whether the answer is in Ollama's own dialect.
 func (r *request) native() bool { return strings.HasPrefix(r.path, "/api/") }
 
-// parseRequest reads a line: a body of /api/chat, /api/generate or /api/embed, told by its messages, prompt or input, or
-// OpenAI's batch form. A body may have a custom_id too, which Ollama ignores; the result repeats it.
+// parseRequest reads a line: a body of /api/chat, /api/generate or /api/embed, told by its
+// messages, prompt or input, or OpenAI's batch form. A body may have a custom_id too, which Ollama
+// ignores; the result repeats it. With an error, the request has the custom_id and the form as far
+// as they can be told.
 func parseRequest(text []byte) (request, error) {
 	top, err := members(text)
+	r := request{customID: top["custom_id"], body: bytes.TrimSpace(text), openAI: inForm(top)}
 	if err != nil {
-		return request{}, err
+		return r, err
 	}
-	r := request{customID: top["custom_id"], body: bytes.TrimSpace(text)}
-	if body, inForm := top["body"]; inForm || top["url"] != nil {
-		r.openAI = true
-		if err := r.form(top, body); err != nil {
-			return request{}, err
+	if r.openAI {
+		if err := r.form(top, top["body"]); err != nil {
+			return r, err
 		}
-		r.body = body
-		if top, err = members(body); err != nil {
-			return request{}, fmt.Errorf("body: %w", err)
+		r.body = top["body"]
+		if top, err = members(r.body); err != nil {
+			return r, fmt.Errorf("body: %w", err)
 		}
 	} else {
 		switch {
@@ -63,23 +64,27 @@ func parseRequest(text []byte) (request, error) {
 		case top["input"] != nil:
 			r.path = "/api/embed"
 		default:
-			return request{}, errors.New("neither messages (/api/chat) nor prompt (/api/generate) nor input (/api/embed) is in it")
+			return r, errors.New("neither messages (/api/chat) nor prompt (/api/generate) nor input (/api/embed) is in it")
 		}
 		r.endpoint = endpoints[r.path]
 	}
 	var ok bool
 	if r.model, ok = jsonscan.Unquote(top["model"]); !ok || r.model == "" {
-		return request{}, errors.New(`no "model" is named`)
+		return r, errors.New(`no "model" is named`)
 	}
 	return r, r.check(top)
 }
+
+// inForm reports whether a line is in OpenAI's batch form.
+func inForm(top map[string][]byte) bool { return top["body"] != nil || top["url"] != nil }
 
 // form reads what OpenAI's batch form has around the body.
 func (r *request) form(top map[string][]byte, body []byte) error {
 	if body == nil || body[0] != '{' {
 		return errors.New(`"url" but no "body" that is an object`)
 	}
-	if method, ok := jsonscan.Unquote(top["method"]); top["method"] != nil && (!ok || method != http.MethodPost) {
+	method, _ := jsonscan.Unquote(top["method"])
+	if top["method"] != nil && !strings.EqualFold(method, http.MethodPost) {
 		return fmt.Errorf("method %s: want POST", top["method"])
 	}
 	address, _ := jsonscan.Unquote(top["url"])
@@ -87,7 +92,7 @@ func (r *request) form(top map[string][]byte, body []byte) error {
 	if err != nil {
 		return fmt.Errorf("url: %w", err)
 	}
-	r.path = u.Path
+	r.path = strings.TrimSuffix(u.Path, "/")
 	var known bool
 	if r.endpoint, known = endpoints[r.path]; !known {
 		return fmt.Errorf("url %q: want one of /v1/chat/completions, /v1/completions, /v1/embeddings, /api/chat, /api/generate, /api/embed", address)
@@ -116,8 +121,9 @@ func (r *request) check(top map[string][]byte) error {
 	return nil
 }
 
-// members returns the raw values of a whole text that is one object, by the names that Ollama looks for: case does not
-// matter, the last one wins, null is nothing.
+// members returns the raw values of a whole text that is one object, by the names that Ollama looks
+// for: case does not matter, the last one wins, null is nothing. With an error, it returns those
+// that come before what is wrong.
 func members(text []byte) (map[string][]byte, error) {
 	found := map[string][]byte{}
 	o := jsonscan.NewObject(text)
@@ -134,16 +140,16 @@ func members(text []byte) (map[string][]byte, error) {
 	err := o.Err()
 	if err == nil {
 		if len(bytes.TrimSpace(text[o.End():])) > 0 {
-			return nil, errors.New("more text after the object")
+			return found, errors.New("more text after the object")
 		}
 		return found, nil
 	}
 	var whole json.RawMessage
 	var syntax *json.SyntaxError
 	if e := json.Unmarshal(text, &whole); errors.As(e, &syntax) {
-		return nil, fmt.Errorf("invalid JSON at byte %d: %w", syntax.Offset, e)
+		return found, fmt.Errorf("invalid JSON at byte %d: %w", syntax.Offset, e)
 	}
-	return nil, err
+	return found, err
 }
 
 // sent returns the body to send: as it is, but for "stream", which is absent or true for Ollama's own endpoints and true for

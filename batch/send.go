@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -15,6 +16,7 @@ import (
 	"time"
 
 	"github.com/ollama/ollama/api"
+	"golang.org/x/sync/singleflight"
 )
 
 // client talks to the server.
@@ -25,12 +27,18 @@ type client struct {
 	retries   int
 	timeout   time.Duration // from an answer's first byte; 0: none
 	wait      time.Duration // before the first retry
+	patience  time.Duration // with a server that does not answer
+	log       *slog.Logger
+	lookout   singleflight.Group // all requests wait by one look-out for the server
 }
 
 const (
 	maxWait       = 30 * time.Second
 	maxRetryAfter = 2 * time.Minute
 	askTimeout    = 10 * time.Second // for what is no inference
+
+	lookEvery = time.Second      // for a server that is away
+	tellEvery = 30 * time.Second // that it still is
 )
 
 // ErrUnreachable ends a batch whose server does not answer any more.
@@ -63,14 +71,22 @@ type tried struct {
 	after      time.Duration // that the server asks to wait first; 0: none
 	overloaded bool
 	gone       bool // the server may not be there any more
+	begun      bool // it may have been at this request when it went
 }
 
 func broken(err error) tried {
 	var dial *net.OpError
 	return tried{
 		failure: &failure{Code: codeBroken, Message: err.Error()}, again: true,
-		gone: errors.As(err, &dial) && dial.Op == "dial",
+		gone: true, begun: !errors.As(err, &dial) || dial.Op != "dial",
 	}
+}
+
+// noServer reports whether a status is a proxy's or a gateway's for a server behind it that is
+// away, or may be.
+func noServer(status int) bool {
+	return status == http.StatusBadGateway || status == http.StatusServiceUnavailable ||
+		status == http.StatusGatewayTimeout
 }
 
 func (c *client) try(ctx context.Context, r *request, line int) tried {
@@ -122,7 +138,10 @@ func (c *client) try(ctx context.Context, r *request, line int) tried {
 			f.Body = json
 		}
 	}
-	t := tried{failure: f, overloaded: overloaded(f.Status, f.Message), gone: f.Status == http.StatusBadGateway}
+	t := tried{
+		failure: f, overloaded: overloaded(f.Status, f.Message),
+		gone: noServer(f.Status), begun: f.Status != http.StatusServiceUnavailable,
+	}
 	t.again = t.overloaded || f.Status >= 500
 	if seconds, err := strconv.Atoi(res.Header.Get("Retry-After")); err == nil && seconds > 0 {
 		t.after = min(time.Duration(seconds)*time.Second, maxRetryAfter)
@@ -130,9 +149,13 @@ func (c *client) try(ctx context.Context, r *request, line int) tried {
 	return t
 }
 
-// ask sends a request until it is answered or that is given up. An error ends the batch. overload is called as often as the server
-// says that it has too much to do.
+// ask sends a request until it is answered or that is given up. An error ends the batch. overload
+// is called as often as the server says that it has too much to do. While the server is away
+// nothing counts as a retry, and when it is back they are counted anew. That it went away at this
+// request may be the request's fault: that is put up with as often as the request may be sent
+// again.
 func (c *client) ask(ctx context.Context, r *request, line int, overload func(sent time.Time, why string)) (tried, error) {
+	deaths := 0
 	for attempt := 0; ; attempt++ {
 		sent := time.Now()
 		t := c.try(ctx, r, line)
@@ -142,18 +165,28 @@ func (c *client) ask(ctx context.Context, r *request, line int, overload func(se
 		if ctx.Err() != nil {
 			return t, context.Cause(ctx)
 		}
+		if t.gone {
+			away, err := c.await(ctx)
+			if err != nil {
+				return t, err
+			}
+			if away {
+				if t.begun {
+					deaths++
+				}
+				if deaths > c.retries {
+					t.failure.Message = fmt.Sprintf("the server went away each time that it was at this, %d times: %s",
+						deaths, t.failure.Message)
+					return t, nil
+				}
+				attempt = -1
+				continue
+			}
+		}
 		if t.overloaded {
 			overload(sent, t.failure.Message)
 		}
-		if !t.again {
-			return t, nil
-		}
-		if attempt >= c.retries {
-			if t.gone {
-				if err := c.answers(ctx); err != nil {
-					return t, fmt.Errorf("%w: %s", ErrUnreachable, t.failure.Message)
-				}
-			}
+		if !t.again || attempt >= c.retries {
 			return t, nil
 		}
 		wait := min(c.wait<<min(attempt, 16), maxWait)
@@ -162,6 +195,54 @@ func (c *client) ask(ctx context.Context, r *request, line int, overload func(se
 		case <-time.After(wait):
 		case <-ctx.Done():
 			return t, context.Cause(ctx)
+		}
+	}
+}
+
+// await waits until the server answers, and tells whether it was away. ErrUnreachable: it has been
+// for too long.
+func (c *client) await(ctx context.Context) (away bool, err error) {
+	v, err, _ := c.lookout.Do("", func() (any, error) { return c.look(ctx) })
+	return v.(bool), err
+}
+
+func (c *client) look(ctx context.Context) (away bool, err error) {
+	since := time.Now()
+	told := since
+	for {
+		_, err := c.get(ctx, "/api/version")
+		var status api.StatusError
+		if errors.As(err, &status) && !noServer(status.StatusCode) {
+			err = nil // it has answered, if not what was asked for
+		}
+		if ctx.Err() != nil {
+			return away, context.Cause(ctx)
+		}
+		now := time.Now()
+		waited := now.Sub(since).Round(time.Second)
+		switch {
+		case err == nil:
+			if away {
+				c.log.Info("the server answers again",
+					"server", c.url.String(), "waited", waited.String())
+			}
+			return away, nil
+		case now.Sub(since) >= c.patience:
+			return true, fmt.Errorf("%w at %s: %w (waited %v: --wait-for-server)",
+				ErrUnreachable, c.url, err, waited)
+		case !away:
+			c.log.Warn("the server does not answer; waiting for it",
+				"server", c.url.String(), "up_to", c.patience.String(), "err", err)
+			away = true
+		case now.Sub(told) >= tellEvery:
+			c.log.Warn("still waiting for the server", "server", c.url.String(),
+				"waited", waited.String(), "up_to", c.patience.String(), "err", err)
+			told = now
+		}
+		select {
+		case <-time.After(min(lookEvery, c.patience-now.Sub(since))):
+		case <-ctx.Done():
+			return away, context.Cause(ctx)
 		}
 	}
 }
@@ -187,12 +268,6 @@ func (c *client) call(ctx context.Context, method, path string, body []byte) ([]
 		return nil, api.StatusError{StatusCode: res.StatusCode, Status: res.Status, ErrorMessage: message(text)}
 	}
 	return text, nil
-}
-
-// answers asks whether the server is there.
-func (c *client) answers(ctx context.Context) error {
-	_, err := c.get(ctx, "/api/version")
-	return err
 }
 
 // lanes returns how many lanes a proxy has for loaded models; 0: it does not schedule, or is none.

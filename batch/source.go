@@ -20,8 +20,6 @@ import (
 // maxLine is how many bytes a line or a row may have.
 const maxLine = 64 << 20
 
-var utf8BOM = []byte("\xef\xbb\xbf")
-
 var errLongLine = fmt.Errorf("longer than %d MiB", maxLine>>20)
 
 // Source is the input: requests, or rows that fill a template. It is read in order, and item by item once more when a request is
@@ -50,30 +48,35 @@ type item struct {
 	bad   error // why it cannot be read; nil: it may be
 }
 
-// OpenLines opens requests, one a line. "-" is stdin, which is copied to a file first, beside no other input.
-func OpenLines(path string, stdin io.Reader) (*Source, error) { return open(path, stdin, nil) }
-
-// OpenRows opens rows for a template: a .csv or .tsv file whose first line names the columns, or else a JSON object a line.
-func OpenRows(path string, stdin io.Reader, t *Template) (*Source, error) {
-	return open(path, stdin, t)
+// OpenLines opens requests, one a line. "-" is stdin, which is copied to a file first, beside no
+// other input, as is what is not UTF-8.
+func OpenLines(path string, stdin io.Reader, e Encoding) (*Source, error) {
+	return open(path, stdin, e, nil)
 }
 
-func open(path string, stdin io.Reader, t *Template) (*Source, error) {
+// OpenRows opens rows for a template: a .csv or .tsv file whose first line names the columns, or else a JSON object a line.
+func OpenRows(path string, stdin io.Reader, e Encoding, t *Template) (*Source, error) {
+	return open(path, stdin, e, t)
+}
+
+func open(path string, stdin io.Reader, e Encoding, t *Template) (*Source, error) {
 	s := &Source{Template: t, line: 1}
+	copied := stdin
+	if path != "-" {
+		var err error
+		if s.file, err = os.Open(path); err != nil {
+			return nil, fmt.Errorf("opening the input: %w", err)
+		}
+		if info, err := s.file.Stat(); err != nil || info.Mode().IsRegular() && e == UTF8 {
+			copied = nil
+		} else { // a pipe, or in another encoding
+			defer s.file.Close()
+			copied = s.file
+		}
+	}
 	var err error
-	if path == "-" {
-		err = s.spool(stdin)
-	} else {
-		s.file, err = os.Open(path)
-	}
-	if err != nil {
-		s.Close()
-		return nil, fmt.Errorf("opening the input: %w", err)
-	}
-	if info, e := s.file.Stat(); e == nil && path != "-" && !info.Mode().IsRegular() { // a pipe
-		pipe := s.file
-		err = s.spool(pipe)
-		pipe.Close()
+	if copied != nil {
+		err = s.spool(copied, e)
 	}
 	if err == nil {
 		err = s.begin(strings.ToLower(filepath.Ext(path)))
@@ -85,14 +88,17 @@ func open(path string, stdin io.Reader, t *Template) (*Source, error) {
 	return s, nil
 }
 
-// spool copies what can be read only once.
-func (s *Source) spool(r io.Reader) error {
+// spool copies what can be read only once, or is not UTF-8.
+func (s *Source) spool(r io.Reader, e Encoding) error {
 	f, err := os.CreateTemp("", "ollama-cacheproxy-batch-")
 	if err != nil {
 		return err
 	}
 	s.file, s.spooled = f, true
-	if _, err := io.Copy(f, r); err != nil {
+	if err := e.copy(f, r); err != nil {
+		if _, isText := errors.AsType[*lineError](err); isText {
+			return err
+		}
 		return fmt.Errorf("copying it to %s (TMPDIR says where to): %w", f.Name(), err)
 	}
 	_, err = f.Seek(0, io.SeekStart)
@@ -130,10 +136,11 @@ func (s *Source) begin(extension string) error {
 	if err != nil && err != io.EOF {
 		return err
 	}
-	if head = head[:got]; bytes.HasPrefix(head, utf8BOM) {
-		s.start = 3
-	} else if bytes.HasPrefix(head, []byte("\xff\xfe")) || bytes.HasPrefix(head, []byte("\xfe\xff")) {
-		return errors.New("it is UTF-16: save it as UTF-8")
+	if err := UTF8.check(head[:got]); err != nil {
+		return err
+	}
+	if bytes.HasPrefix(head, utf8BOM) {
+		s.start = int64(len(utf8BOM))
 	}
 	if s.Template == nil || extension != ".csv" && extension != ".tsv" {
 		return nil
@@ -144,28 +151,49 @@ func (s *Source) begin(extension string) error {
 	}
 	limited := &limitedReader{r: s.section(s.start, s.size-s.start), left: maxLine}
 	r := s.csv(limited)
-	columns, err := r.Read()
-	if err != nil {
-		return fmt.Errorf("the line that names the columns: %w", err)
+	columns, readErr := r.Read()
+	head = make([]byte, r.InputOffset())
+	if _, err := s.file.ReadAt(head, s.start); err != nil && err != io.EOF {
+		return err
 	}
-	s.columns = slices.Clone(columns)
-	for i, name := range s.columns {
-		s.columns[i] = strings.TrimSpace(name)
-		if slices.Contains(s.columns[:i], s.columns[i]) {
-			return fmt.Errorf("two columns are called %q", s.columns[i])
-		}
+	if err := s.nameColumns(columns, head, readErr); err != nil {
+		return fmt.Errorf("the line that names the columns: %w", err)
 	}
 	for _, field := range s.Template.Fields {
 		if !slices.Contains(s.columns, field) {
 			return fmt.Errorf("no column is called %q, as the template's {{%s}} wants; there are: %s", field, field, strings.Join(s.columns, ", "))
 		}
 	}
-	head = make([]byte, r.InputOffset())
-	if _, err := s.file.ReadAt(head, s.start); err != nil {
-		return err
-	}
 	s.start += int64(len(head))
 	s.line += bytes.Count(head, []byte("\n"))
+	return nil
+}
+
+// nameColumns takes in the names, which were read from a text. Spreadsheets append columns without
+// a name, which mean nothing.
+func (s *Source) nameColumns(names []string, text []byte, readErr error) error {
+	if malformed, ok := errors.AsType[*csv.ParseError](readErr); ok {
+		return rowError(malformed, text, s.line)
+	}
+	if readErr != nil {
+		return readErr
+	}
+	if err := notUTF8(text, s.line); err != nil {
+		return err
+	}
+	for _, name := range names {
+		name = strings.TrimSpace(name)
+		if name != "" && slices.Contains(s.columns, name) {
+			return fmt.Errorf("two columns are called %q", name)
+		}
+		s.columns = append(s.columns, name)
+	}
+	for len(s.columns) > 0 && s.columns[len(s.columns)-1] == "" {
+		s.columns = s.columns[:len(s.columns)-1]
+	}
+	if len(s.columns) == 0 {
+		return errors.New("no column has a name")
+	}
 	return nil
 }
 
@@ -174,8 +202,19 @@ func (s *Source) section(off, n int64) io.Reader { return io.NewSectionReader(s.
 func (s *Source) csv(r io.Reader) *csv.Reader {
 	c := csv.NewReader(r)
 	c.Comma, c.ReuseRecord = s.comma, true
-	c.FieldsPerRecord = len(s.columns)
+	c.FieldsPerRecord = -1 // fit looks
 	return c
+}
+
+// fit refuses a row that has not the columns that the first line names. Empty fields beyond them
+// mean nothing.
+func (s *Source) fit(fields []string) error {
+	n := len(s.columns)
+	said := func(field string) bool { return strings.TrimSpace(field) != "" }
+	if len(fields) < n || slices.ContainsFunc(fields[n:], said) {
+		return fmt.Errorf("the row has not the %d columns that the first line names", n)
+	}
+	return nil
 }
 
 // items returns the items and the text of each, which is valid until the next. An error ends them.
@@ -232,40 +271,90 @@ func (s *Source) rows(yield func(item, error) bool) {
 	next := item{line: s.line, off: s.start}
 	for {
 		limited.left = maxLine
-		_, err := r.Read()
+		fields, err := r.Read()
 		if err == io.EOF {
 			return
 		}
-		var malformed *csv.ParseError
-		end := s.start + r.InputOffset()
-		it := next
-		if err != nil && !errors.As(err, &malformed) {
-			yield(item{}, fmt.Errorf("line %d: %w (is a quote not closed?)", it.line, err))
+		malformed, isMalformed := errors.AsType[*csv.ParseError](err)
+		if err != nil && !isMalformed {
+			yield(item{}, s.endless(next.off, err))
 			return
 		}
-		if malformed != nil {
+		it := next
+		it.size = int(s.start + r.InputOffset() - it.off)
+		if isMalformed {
 			it.line = s.line - 1 + malformed.StartLine
+			text, err := s.raw(it)
+			if err != nil {
+				yield(item{}, err)
+				return
+			}
+			it.bad = rowError(malformed, text, it.line)
 		} else {
 			at, _ := r.FieldPos(0)
 			it.line = s.line - 1 + at
-		}
-		it.size = int(end - it.off)
-		if malformed != nil {
-			it.bad = rowError(malformed.Err, s.columns)
+			it.bad = s.fit(fields)
 		}
 		if !yield(it, nil) {
 			return
 		}
 		next.index++
-		next.off = end
+		next.off += int64(it.size)
 	}
 }
 
-func rowError(err error, columns []string) error {
-	if errors.Is(err, csv.ErrFieldCount) {
-		return fmt.Errorf("the row has not the %d columns that the first line names", len(columns))
+// endless says where the row begins of which the end was not found.
+func (s *Source) endless(off int64, err error) error {
+	if !errors.Is(err, errLongLine) {
+		return err
 	}
-	return err
+	line := s.line
+	in := bufio.NewReader(s.section(s.start, off-s.start))
+	for {
+		if _, _, err := skipLine(in); err == io.EOF {
+			break
+		} else if err != nil {
+			return err
+		}
+		line++
+	}
+	return &lineError{line, 0, fmt.Errorf("the row that begins there is %w: is a quote not closed?", err)}
+}
+
+// rowError says what is wrong with a row, whose text begins on a line, and of quotes where they
+// are.
+func rowError(e *csv.ParseError, text []byte, line int) error {
+	if !errors.Is(e.Err, csv.ErrQuote) {
+		return e.Err
+	}
+	text = bytes.TrimLeft(text, "\r\n") // blank lines before it
+	at := 0                             // where the error was found
+	for range e.Line - e.StartLine {
+		at += bytes.IndexByte(text[at:], '\n') + 1
+	}
+	at = min(at+e.Column-1, len(text))
+	closed := at < len(text) && text[at] == '"'
+	opens, before, inside := 0, -2, false // two quotes in a row are one within the text
+	for i, c := range text[:at] {
+		if c != '"' {
+			continue
+		}
+		if inside = !inside; !inside {
+			before = i
+		} else if before != i-1 {
+			opens = i
+		}
+	}
+	lines, column := position(text, opens)
+	from := fmt.Sprintf("the quote that opens on line %d, column %d", line+lines, column)
+	if !closed {
+		lines, _ = position(text, len(bytes.TrimRight(text, "\r\n")))
+		return fmt.Errorf("%s, is not closed by the end of the file, line %d", from, line+lines)
+	}
+	lines, column = position(text, at)
+	return fmt.Errorf(
+		"%s, ends on line %d, column %d, in the middle of a field: is one missing before, or is it to be doubled?",
+		from, line+lines, column)
 }
 
 // limitedReader fails after so many bytes, which are granted for one row at a time.
@@ -292,38 +381,56 @@ func (s *Source) raw(it item) ([]byte, error) {
 	return text, nil
 }
 
-// request returns the item's request. An error that is no *lineError says that the input could not be read.
+// request returns the item's request. An error that is no *lineError says that the input could not
+// be read; with one, the request has the custom_id and the form of the line as far as they can be
+// told.
 func (s *Source) request(it item) (request, error) {
-	if it.bad != nil {
-		return request{}, &lineError{it.line, it.bad}
+	r := request{openAI: s.Template != nil && s.Template.openAI}
+	if it.bad != nil && s.Template != nil {
+		return r, &lineError{it.line, 0, it.bad}
 	}
 	text, err := s.raw(it)
 	if err != nil {
-		return request{}, err
+		return r, err
 	}
+	bad := notUTF8(text, it.line)
 	if s.Template != nil {
-		row, err := s.row(text)
-		if err == nil {
-			text, err = s.Template.Fill(row)
-		}
-		if err != nil {
-			return request{}, &lineError{it.line, err}
+		var row map[string]json.RawMessage
+		if row, err = s.row(text); err == nil {
+			if text, err = s.Template.Fill(row); err != nil {
+				r.customID = s.Template.customID(row)
+			}
 		}
 	}
-	r, err := parseRequest(text)
-	if err != nil {
-		return request{}, &lineError{it.line, err}
+	if err == nil {
+		r, err = parseRequest(text)
 	}
-	return r, nil
+	switch {
+	case bad != nil:
+		r.customID = bytes.ToValidUTF8(r.customID, []byte("\uFFFD"))
+	case it.bad != nil:
+		bad = &lineError{it.line, 0, it.bad}
+	case err != nil:
+		bad = &lineError{it.line, 0, err}
+	default:
+		return r, nil
+	}
+	return r, bad
 }
 
 // lineError says what is wrong with a line.
 type lineError struct {
-	line int
-	err  error
+	line, column int // column 0: none is meant
+	err          error
 }
 
-func (e *lineError) Error() string { return fmt.Sprintf("line %d: %v", e.line, e.err) }
+func (e *lineError) Error() string {
+	if e.column > 0 {
+		return fmt.Sprintf("line %d, column %d: %v", e.line, e.column, e.err)
+	}
+	return fmt.Sprintf("line %d: %v", e.line, e.err)
+}
+
 func (e *lineError) Unwrap() error { return e.err }
 
 // row reads the values of a row, as JSON.
@@ -339,9 +446,8 @@ func (s *Source) row(text []byte) (map[string]json.RawMessage, error) {
 		return row, nil
 	}
 	fields, err := s.csv(bytes.NewReader(text)).Read()
-	var malformed *csv.ParseError
-	if errors.As(err, &malformed) {
-		err = malformed.Err
+	if err == nil {
+		err = s.fit(fields)
 	}
 	if err != nil {
 		return nil, err

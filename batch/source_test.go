@@ -2,6 +2,7 @@ package batch
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"syscall"
 	"testing"
 	"testing/iotest"
+	"unicode/utf16"
 )
 
 func rowsOf(t testing.TB, name, data, template string) (*Source, error) {
@@ -21,7 +23,7 @@ func rowsOf(t testing.TB, name, data, template string) (*Source, error) {
 	}
 	path := filepath.Join(t.TempDir(), name)
 	write(t, path, data)
-	s, err := OpenRows(path, nil, tpl)
+	s, err := OpenRows(path, nil, UTF8, tpl)
 	if err == nil {
 		t.Cleanup(s.Close)
 	}
@@ -63,6 +65,21 @@ func TestRows(t *testing.T) {
 		{"a column is missing.csv", "name,text\na\nc,d\n", []string{"line 2: the row has not the 2 columns that the first line names", `3 {"model":"m","prompt":"c: d"}`}},
 		{"a bare quote.csv", "name,text\na\"b,c\nc,d\n", []string{`line 2: bare " in non-quoted-field`, `3 {"model":"m","prompt":"c: d"}`}},
 		{"objects.jsonl", "{\"name\":\"a\\u00e9\",\"text\":1.50}\n\n{\"text\":null,\"name\":{\"x\":\"y\"}}\n", []string{`1 {"model":"m","prompt":"a\u00e9: 1.50"}`, `3 {"model":"m","prompt":"{\"x\":\"y\"}: "}`}},
+		{"empty trailing columns.csv", "name,text,,\na,b,,\nc,d\ne,f,,,, \n", []string{`2 {"model":"m","prompt":"a: b"}`, `3 {"model":"m","prompt":"c: d"}`, `4 {"model":"m","prompt":"e: f"}`}},
+		{"columns without names.csv", ",name, ,text\n1,a,2,b\n", []string{`2 {"model":"m","prompt":"a: b"}`}},
+		{"more than the columns.csv", "name,text,\na,b,,c\na,b,c\nc,d,\"\"\n", []string{
+			"line 2: the row has not the 2 columns that the first line names", "line 3: the row has not the 2 columns that the first line names", `4 {"model":"m","prompt":"c: d"}`}},
+		{"no end of a quote.csv", "name,text\na,b\n\n\"x\n\"\"y\",\"é,\n\nc,d\n\n", []string{
+			`2 {"model":"m","prompt":"a: b"}`, "line 4: the quote that opens on line 5, column 6, is not closed by the end of the file, line 7"}},
+		{"no end of a quote, nor of the line.csv", "name,text\r\n\"a,b\r\nc,d", []string{"line 2: the quote that opens on line 2, column 1, is not closed by the end of the file, line 3"}},
+		{"a quote is missing.csv", "name,text\na,\"b\nc,é \"d\"\ne,f\n", []string{
+			"line 2: the quote that opens on line 2, column 3, ends on line 3, column 5, in the middle of a field: is one missing before, or is it to be doubled?", `4 {"model":"m","prompt":"e: f"}`}},
+		{"a quote is not doubled.csv", "name,text\n\"a\"\"\",\"b\"c\"\ne,f\n", []string{
+			"line 2: the quote that opens on line 2, column 7, ends on line 2, column 9, in the middle of a field: is one missing before, or is it to be doubled?", `3 {"model":"m","prompt":"e: f"}`}},
+		{"not UTF-8.csv", "name,text\na,b\n\"é\nM\xfcller\",d\ne,f\n", []string{
+			`2 {"model":"m","prompt":"a: b"}`, "line 4, column 2: byte 0xFC is not UTF-8: save it as UTF-8, or say what it is (--encoding windows-1252, for instance)", `5 {"model":"m","prompt":"e: f"}`}},
+		{"not UTF-8.jsonl", "\xef\xbb\xbf{\"name\":\"\xc3\",\"text\":1}\n{\"name\":\"\uFFFD\",\"text\":2}\n", []string{
+			"line 1, column 10: byte 0xC3 is not UTF-8: save it as UTF-8, or say what it is (--encoding windows-1252, for instance)", "2 {\"model\":\"m\",\"prompt\":\"\uFFFD: 2\"}"}},
 		{"a field is missing.jsonl", `{"name":"a"}`, []string{"line 1: the template's field {{text}} is not in the row"}},
 		{"no object.jsonl", "[]\n{\"name\":1,\"text\":2}{}\n", []string{"line 1: not a JSON object", "line 2: more text after the object"}},
 	} {
@@ -80,7 +97,10 @@ func TestRows(t *testing.T) {
 		"name,txt\na,b\n":     "no column is called \"text\", as the template's {{text}} wants; there are: name, txt",
 		"name,text,name\n":    `two columns are called "name"`,
 		"":                    "the line that names the columns: EOF",
-		"\xff\xfen\x00a\x00,": "it is UTF-16: save it as UTF-8",
+		",, \na,b,c\n":        "no column has a name",
+		"name,\"text\na,b\n":  "the line that names the columns: the quote that opens on line 1, column 6, is not closed by the end of the file, line 2",
+		"name,t\xe9xt\na,b\n": "the line that names the columns: line 1, column 7: byte 0xE9 is not UTF-8",
+		"\xff\xfen\x00a\x00,": "line 1, column 1: the first bytes say that it is utf-16, not utf-8: say so (--encoding utf-16)",
 	} {
 		if _, err := rowsOf(t, "rows.csv", data, template); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v, want %q", data, err, want)
@@ -88,10 +108,83 @@ func TestRows(t *testing.T) {
 	}
 }
 
+// A row without an end in sight is told with the line where it begins. (The limit is that of a row:
+// no test has 64 MiB of text.)
+func TestEndlessRow(t *testing.T) {
+	s, err := rowsOf(t, "rows.csv", "name,text\na,b\n\n\"c\nd\",e\nf,\"g\n", `{"model":"m","prompt":"{{name}}"}`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var offs []int64
+	for it := range s.items() {
+		offs = append(offs, it.off)
+	}
+	if got := s.endless(offs[2], errLongLine).Error(); got != "line 6: the row that begins there is longer than 64 MiB: is a quote not closed?" {
+		t.Error(got)
+	}
+}
+
+// Text in another encoding is the same requests, from a file and from stdin.
+func TestEncodings(t *testing.T) {
+	const line = `{"model":"m","prompt":"Köln – 5 € 𝄞"}`
+	utf16Text := func(order binary.AppendByteOrder, mark bool) (b []byte) {
+		if mark {
+			b = order.AppendUint16(b, 0xfeff)
+		}
+		for _, unit := range utf16.Encode([]rune(line + "\n" + line)) {
+			b = order.AppendUint16(b, unit)
+		}
+		return b
+	}
+	for _, c := range []struct {
+		encoding Encoding
+		text     string
+		want     string
+	}{
+		{UTF8, line + "\n" + line, line},
+		{UTF16, string(utf16Text(binary.LittleEndian, true)), line},
+		{UTF16, string(utf16Text(binary.LittleEndian, false)), line},
+		{UTF16, string(utf16Text(binary.BigEndian, true)), line},
+		{Windows1252, "{\"model\":\"m\",\"prompt\":\"K\xf6ln \x96 5 \x80\"}", `{"model":"m","prompt":"Köln – 5 €"}`},
+		{Latin1, "{\"model\":\"m\",\"prompt\":\"K\xf6ln\"}", `{"model":"m","prompt":"Köln"}`},
+	} {
+		path := filepath.Join(t.TempDir(), "in.jsonl")
+		write(t, path, c.text)
+		for _, name := range []string{path, "-"} {
+			s, err := OpenLines(name, strings.NewReader(c.text), c.encoding)
+			if err != nil {
+				t.Errorf("%s: %v", c.encoding, err)
+				continue
+			}
+			if got := bodies(t, s); got[0] != "1 "+c.want {
+				t.Errorf("%s: %q, want %s", c.encoding, got, c.want)
+			}
+			s.Close()
+		}
+	}
+	for _, c := range []struct {
+		encoding   Encoding
+		text, want string
+	}{
+		{UTF16, "a\x00\n\x00b\x00\x00\xd8c\x00", "line 2, column 2: bytes 0x00 0xD8 are half a character in UTF-16"},
+		{UTF16, "a\x00\x00\xdc", "line 1, column 2: bytes 0x00 0xDC are half a character in UTF-16"},
+		{UTF16, "\xfe\xff\x00a\xd8\x00", "line 1, column 2: bytes 0xD8 0x00 are half a character in UTF-16"},
+		{UTF16, "a\x00b", "line 1, column 2: byte 0x62 at the end is half a character in UTF-16"},
+		{UTF16, "\xef\xbb\xbf{}", "line 1, column 1: the first bytes say that it is utf-8, not utf-16: say so (--encoding utf-8)"},
+		{Windows1252, "\xef\xbb\xbf{}", "line 1, column 1: the first bytes say that it is utf-8, not windows-1252: say so (--encoding utf-8)"},
+		{Windows1252, "ab\n\xfc\x81", "line 2, column 2: byte 0x81 is no character in Windows 1252"},
+		{Latin1, "\xff\xfe{\x00", "line 1, column 1: the first bytes say that it is utf-16, not latin1: say so (--encoding utf-16)"},
+	} {
+		if _, err := OpenLines("-", strings.NewReader(c.text), c.encoding); err == nil || !strings.HasSuffix(err.Error(), "the input -: "+c.want) {
+			t.Errorf("%s, %q: %v, want %s", c.encoding, c.text, err, c.want)
+		}
+	}
+}
+
 // What cannot be copied from stdin leaves nothing over.
 func TestStdinBroken(t *testing.T) {
 	t.Setenv("TMPDIR", t.TempDir())
-	if _, err := OpenLines("-", iotest.ErrReader(syscall.ENOSPC)); !errors.Is(err, syscall.ENOSPC) {
+	if _, err := OpenLines("-", iotest.ErrReader(syscall.ENOSPC), UTF8); !errors.Is(err, syscall.ENOSPC) {
 		t.Fatal(err)
 	}
 	if left, err := os.ReadDir(os.TempDir()); err != nil || len(left) > 0 {
@@ -120,7 +213,8 @@ func TestTemplate(t *testing.T) {
 		}
 	}
 	for template, want := range map[string]string{
-		`{"a":"{{n"}`: `has no }}`, `{"a":"{{}}"}`: `names no field`, `{"a":"b"}`: `no field is in it`, `{"a":`: `invalid JSON at byte`, `["{{a}}"]`: "not a JSON object",
+		"{\"a\":\"{{n}}\",\n\"b\":\"\xe4\"}": "template: line 2, column 6: byte 0xE4 is not UTF-8",
+		`{"a":"{{n"}`:                        `has no }}`, `{"a":"{{}}"}`: `names no field`, `{"a":"b"}`: `no field is in it`, `{"a":`: `invalid JSON at byte`, `["{{a}}"]`: "not a JSON object",
 	} {
 		if _, err := ParseTemplate([]byte(template)); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want %q", template, err, want)
@@ -130,10 +224,12 @@ func TestTemplate(t *testing.T) {
 
 func TestParseRequest(t *testing.T) {
 	for line, want := range map[string]string{
-		`{"model":"m","messages":[{"role":"user","content":"x"}]}`:                  "/api/chat m",
-		`{"MODEL":"m","prompt":"x"} `:                                               "/api/generate m",
-		`{"model":"m","input":["x"]}`:                                               "/api/embed m",
-		`{"custom_id":"1","url":"/v1/embeddings","body":{"model":"m","input":"x"}}`: "/v1/embeddings m",
+		`{"model":"m","messages":[{"role":"user","content":"x"}]}`:                    "/api/chat m",
+		`{"MODEL":"m","prompt":"x"} `:                                                 "/api/generate m",
+		`{"model":"m","input":["x"]}`:                                                 "/api/embed m",
+		`{"custom_id":"1","url":"/v1/embeddings","body":{"model":"m","input":"x"}}`:   "/v1/embeddings m",
+		`{"url":"/v1/embeddings/","method":"post","body":{"model":"m","input":"x"}}`:  "/v1/embeddings m",
+		`{"url":"https://example.com/api/chat/","body":{"model":"m","messages":[1]}}`: "/api/chat m",
 		`{"model":"m"}`:                                         "neither messages",
 		`{"model":"","prompt":"x"}`:                             `no "model" is named`,
 		`{"prompt":"x"}`:                                        `no "model" is named`,
@@ -219,9 +315,9 @@ func FuzzLines(f *testing.F) {
 	f.Fuzz(func(t *testing.T, text string) {
 		path := filepath.Join(t.TempDir(), "in.jsonl")
 		write(t, path, text)
-		s, err := OpenLines(path, nil)
+		s, err := OpenLines(path, nil, UTF8)
 		if err != nil {
-			if !strings.Contains(err.Error(), "UTF-16") {
+			if !strings.Contains(err.Error(), "utf-16") {
 				t.Fatal(err)
 			}
 			return
@@ -264,7 +360,7 @@ func FuzzRows(f *testing.F) {
 	f.Fuzz(func(t *testing.T, text string) {
 		path := filepath.Join(t.TempDir(), "in.csv")
 		write(t, path, text)
-		s, err := OpenRows(path, nil, &Template{})
+		s, err := OpenRows(path, nil, UTF8, &Template{})
 		if err != nil {
 			return
 		}

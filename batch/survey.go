@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"maps"
 	"net/http"
 	"slices"
@@ -29,15 +30,19 @@ type Survey struct {
 	Models   map[string]int // requests by model, as written
 	Text     int64          // bytes of text in all prompts
 	Long     int            // prompts that are probably longer than the num_ctx that they state: Ollama cuts them without a word
+	Repeated int            // lines whose custom_id an earlier one has
 
 	BadLines  []error // the first of each
 	LongLines []int
+	Repeats   []string // as custom_id and line
 }
 
 // TakeSurvey reads the whole input. each, which may be nil, is told of every line that was not understood.
 func TakeSurvey(ctx context.Context, s *Source, each func(error)) (*Survey, error) {
 	v := &Survey{Models: map[string]int{}}
 	reader := prefix.NewReader()
+	seed := maphash.MakeSeed()
+	ids := map[uint64]struct{}{} // their hashes: some twenty bytes for each
 	for it, err := range s.items() {
 		if err != nil {
 			return nil, fmt.Errorf("reading the input: %w", err)
@@ -47,10 +52,19 @@ func TakeSurvey(ctx context.Context, s *Source, each func(error)) (*Survey, erro
 		}
 		v.Requests++
 		r, err := s.request(it)
-		if err != nil {
-			if _, fatal := badLine(err); fatal != nil {
-				return nil, fatal
+		if _, fatal := badLine(err); fatal != nil {
+			return nil, fatal
+		}
+		if id := compacted(r.customID); id != nil {
+			hash := maphash.Bytes(seed, id)
+			if _, repeated := ids[hash]; repeated {
+				if v.Repeated++; len(v.Repeats) < named {
+					v.Repeats = append(v.Repeats, fmt.Sprintf("%s (line %d)", id, it.line))
+				}
 			}
+			ids[hash] = struct{}{}
+		}
+		if err != nil {
 			if v.Bad++; len(v.BadLines) < named {
 				v.BadLines = append(v.BadLines, err)
 			}
@@ -77,7 +91,7 @@ func TakeSurvey(ctx context.Context, s *Source, each func(error)) (*Survey, erro
 func badLine(err error) (bad, fatal error) {
 	var line *lineError
 	if errors.As(err, &line) {
-		return line.err, nil
+		return line, nil
 	}
 	return nil, err
 }
@@ -105,8 +119,8 @@ func (c *Config) AbsentModels(ctx context.Context, v *Survey) ([]string, error) 
 	return absent, nil
 }
 
-// lines writes some line numbers out.
-func lines(some []int, of int) string {
+// lines writes some lines out.
+func lines[T any](some []T, of int) string {
 	var b strings.Builder
 	for i, n := range some {
 		if i > 0 {

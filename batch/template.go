@@ -15,6 +15,7 @@ import (
 type Template struct {
 	parts  []part
 	Fields []string // each once, in the order in which the request has them
+	openAI bool     // it is in OpenAI's batch form
 }
 
 // part is some of the template's text, and the field that comes after it.
@@ -27,11 +28,15 @@ type part struct {
 // ParseTemplate reads a template.
 func ParseTemplate(text []byte) (*Template, error) {
 	text = bytes.TrimPrefix(text, utf8BOM)
-	if _, err := members(text); err != nil {
+	if err := notUTF8(text, 1); err != nil {
+		return nil, fmt.Errorf("template: %w", err)
+	}
+	top, err := members(text)
+	if err != nil {
 		return nil, fmt.Errorf("template: %w", err)
 	}
 	text = compacted(text)
-	t := new(Template)
+	t := &Template{openAI: inForm(top)}
 	// Two braces in a row begin a field only within a text: elsewhere {{ is no JSON.
 	var literal []byte
 	for {
@@ -103,4 +108,21 @@ func (t *Template) Fill(row map[string]json.RawMessage) ([]byte, error) {
 		}
 	}
 	return b, nil
+}
+
+// customID returns the custom_id of a row that lacks fields, unless it is one of those that it
+// needs.
+func (t *Template) customID(row map[string]json.RawMessage) []byte {
+	const absent = `"\u0001"`
+	for _, name := range t.Fields {
+		if row[name] == nil {
+			row[name] = json.RawMessage(absent)
+		}
+	}
+	text, _ := t.Fill(row) // all fields are there
+	r, _ := parseRequest(text)
+	if bytes.Contains(r.customID, []byte(absent[1:len(absent)-1])) {
+		return nil
+	}
+	return r.customID
 }

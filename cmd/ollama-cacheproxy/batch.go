@@ -25,6 +25,7 @@ type batchCmd struct {
 	Input    string `short:"i" env:"-" default:"-" placeholder:"FILE" help:"Requests, one a line: bodies of /api/chat, /api/generate or /api/embed, or OpenAI's batch form. Default: stdin."`
 	Template string `env:"-" type:"path" placeholder:"FILE" help:"A request in which {{name}} stands for a field of each row of --data."`
 	Data     string `env:"-" placeholder:"FILE" help:"Rows for --template: a .csv or .tsv file whose first line names the fields, or a JSON object a line (also from stdin, as -)."`
+	Encoding string `env:"-" default:"utf-8" enum:"utf-8,windows-1252,latin1,utf-16" help:"What the input or --data is written in: utf-8, windows-1252, latin1 or utf-16; results are UTF-8. Default: utf-8."`
 	Output   string `short:"o" env:"-" default:"-" placeholder:"FILE" help:"Where results go, one a line. FILE.journal beside it is what an interrupted batch goes on by. Default: stdout, which cannot be gone on with."`
 	Errors   string `env:"-" type:"path" placeholder:"FILE" help:"Where the requests that failed go, to be sent again: -i FILE."`
 
@@ -34,10 +35,11 @@ type batchCmd struct {
 	Retries     int           `default:"4" placeholder:"N" help:"How often to send a request again after an error that may pass, waiting twice as long each time. Default: 4."`
 	Timeout     time.Duration `name:"request-timeout" placeholder:"TIME" help:"Cancel an answer that is not complete so long after its first byte (an embedding: after it was sent). Waiting, loading and reading the prompt do not count. Default: never."`
 
-	Server   string   `env:"-" placeholder:"ADDR" help:"The proxy, or Ollama itself. Default: OLLAMA_HOST, or else 127.0.0.1:11435."`
-	APIKey   string   `name:"api-key" placeholder:"KEY" help:"The key that the proxy asks for."`
-	Upstream []string `env:"-" placeholder:"[NAME=]ADDR" help:"Run a proxy of its own in front of these Ollama servers, for this batch."`
-	Slots    []string `placeholder:"[NAME=]N" help:"With --upstream: slots per model, as serve has it. Default: auto."`
+	Server   string        `env:"-" placeholder:"ADDR" help:"The proxy, or Ollama itself. Default: OLLAMA_HOST, or else 127.0.0.1:11435."`
+	Wait     time.Duration `name:"wait-for-server" default:"10m" placeholder:"TIME" help:"How long to wait for a server that does not answer, at the start and whenever it is away; 0s ends the batch at once. Retries count from when it answers. Default: 10m."`
+	APIKey   string        `name:"api-key" placeholder:"KEY" help:"The key that the proxy asks for."`
+	Upstream []string      `env:"-" placeholder:"[NAME=]ADDR" help:"Run a proxy of its own in front of these Ollama servers, for this batch."`
+	Slots    []string      `placeholder:"[NAME=]N" help:"With --upstream: slots per model, as serve has it. Default: auto."`
 
 	Plan        bool   `env:"-" help:"Send nothing: say how the prompts share prefixes, what that will cost, and what would help."`
 	Check       bool   `env:"-" help:"Send nothing: say which lines are wrong."`
@@ -87,6 +89,8 @@ func (b *batchCmd) Run(ctx context.Context, c *console) error {
 			return err
 		}
 		defer stop()
+		// Before that: the proxy's end would wait for a connection that was never used.
+		defer transport.CloseIdleConnections()
 	}
 	if b.Plan {
 		plan, err := batch.MakePlan(ctx, config)
@@ -107,10 +111,11 @@ func (b *batchCmd) Run(ctx context.Context, c *console) error {
 func (b *batchCmd) config(c *console) (*batch.Source, *batch.Config, error) {
 	config := &batch.Config{
 		Output: b.Output, Stdout: c.stdout, Errors: b.Errors, Order: batch.Order(b.Order), Window: b.Window,
-		Retries: b.Retries, Timeout: b.Timeout, APIKey: b.APIKey,
+		Retries: b.Retries, Timeout: b.Timeout, WaitForServer: b.Wait, APIKey: b.APIKey,
 	}
-	if b.Window < 1 || b.Retries < 0 || b.Timeout < 0 {
-		return nil, nil, fmt.Errorf("--window %d, --retries %d, --request-timeout %v: want at least 1, and 0 or more", b.Window, b.Retries, b.Timeout)
+	if b.Window < 1 || b.Retries < 0 || b.Timeout < 0 || b.Wait < 0 {
+		return nil, nil, fmt.Errorf("--window %d, --retries %d, --request-timeout %v, --wait-for-server %v: want at least 1, and 0 or more",
+			b.Window, b.Retries, b.Timeout, b.Wait)
 	}
 	if b.Concurrency != "auto" {
 		n, err := strconv.Atoi(b.Concurrency)
@@ -131,6 +136,14 @@ func (b *batchCmd) config(c *console) (*batch.Source, *batch.Config, error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("--server, OLLAMA_HOST: %w", err)
 	}
+	for _, n := range []batch.Named{
+		{For: "the input", Name: b.Input}, {For: "the data", Name: b.Data}, {For: "the template", Name: b.Template},
+		{For: "the summary", Name: b.SummaryJSON},
+	} {
+		if n.Name != "" && n.Name != "-" {
+			config.Beside = append(config.Beside, n)
+		}
+	}
 	if config.Source, err = b.source(); err != nil {
 		return nil, nil, err
 	}
@@ -142,7 +155,7 @@ func (b *batchCmd) source() (*batch.Source, error) {
 		return nil, errors.New("--template and --data go together")
 	}
 	if b.Template == "" {
-		return batch.OpenLines(b.Input, os.Stdin)
+		return batch.OpenLines(b.Input, os.Stdin, batch.Encoding(b.Encoding))
 	}
 	if b.Input != "-" {
 		return nil, errors.New("-i has whole requests: give either that, or --template and --data")
@@ -155,7 +168,7 @@ func (b *batchCmd) source() (*batch.Source, error) {
 	if err != nil {
 		return nil, err
 	}
-	return batch.OpenRows(b.Data, os.Stdin, template)
+	return batch.OpenRows(b.Data, os.Stdin, batch.Encoding(b.Encoding), template)
 }
 
 // check is --check.

@@ -2,15 +2,19 @@ package main
 
 import (
 	"context"
+	"encoding/binary"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+	"unicode/utf16"
 
 	"github.com/rogpeppe/go-internal/testscript"
 )
@@ -39,10 +43,27 @@ func TestScripts(t *testing.T) {
 			}
 			other, err := freeAddr()
 			env.Setenv("OTHER", other)
-			return err
+			if err != nil {
+				return err
+			}
+			return notUTF8(env.WorkDir)
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){"waitready": waitReady, "waitlooped": waitLooped, "curl": curl, "headers": headers},
 	})
+}
+
+// notUTF8 writes the files that no txtar can have.
+func notUTF8(dir string) error {
+	text := []byte("\xff\xfe")
+	for _, unit := range utf16.Encode([]rune("name,text,,\r\nMüller,5 €,,\r\n")) {
+		text = binary.LittleEndian.AppendUint16(text, unit)
+	}
+	for name, content := range map[string]string{"utf16.csv": string(text), "broken.csv": "name,text\nok,1\nM\xfcller,2\na,\"3\n4\n"} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o666); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // stubOllama answers what the proxy asks at its start.

@@ -12,6 +12,9 @@ GOTESTSUM        := $(GO) run gotest.tools/gotestsum@v1.13.0 --hide-summary skip
 TEST_PACKAGES    := $(GOTESTSUM) --format pkgname -- -race -count=1
 TEST_EACH        := $(GOTESTSUM) --format testname -- -race -count=1 -timeout 40m
 
+# Without a bound on that, the minute would go into making new inputs shorter.
+FUZZ             := $(GO) test -run '^$$' -fuzztime 60s -fuzzminimizetime 20x -fuzz
+
 .PHONY: help
 help: ## say what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -71,19 +74,19 @@ bench-candidates: ## 170,000 candidates and one rubric on simulated servers, in 
 
 .PHONY: fuzz
 fuzz: ## a minute of each fuzz test
-	$(GO) test -run '^$$' -fuzz '^FuzzObject$$' -fuzztime 60s ./jsonscan
-	$(GO) test -run '^$$' -fuzz '^FuzzCursor$$' -fuzztime 60s ./jsonscan
-	$(GO) test -run '^$$' -fuzz '^FuzzRead$$' -fuzztime 60s ./prefix
-	$(GO) test -run '^$$' -fuzz '^FuzzMemory$$' -fuzztime 60s ./contextstore
-	$(GO) test -run '^$$' -fuzz '^FuzzSplits$$' -fuzztime 60s ./savings
-	$(GO) test -run '^$$' -fuzz '^FuzzText$$' -fuzztime 60s ./savings
-	$(GO) test -run '^$$' -fuzz '^FuzzQueue$$' -fuzztime 60s ./schedule
-	$(GO) test -run '^$$' -fuzz '^FuzzKeepAlive$$' -fuzztime 60s ./proxy
-	$(GO) test -run '^$$' -fuzz '^FuzzTokens$$' -fuzztime 60s ./ollamasim
-	$(GO) test -run '^$$' -fuzz '^FuzzTemplate$$' -fuzztime 60s ./batch
-	$(GO) test -run '^$$' -fuzz '^FuzzLines$$' -fuzztime 60s ./batch
-	$(GO) test -run '^$$' -fuzz '^FuzzRows$$' -fuzztime 60s ./batch
-	$(GO) test -run '^$$' -fuzz '^FuzzJoined$$' -fuzztime 60s ./batch
+	$(FUZZ) '^FuzzObject$$' ./jsonscan
+	$(FUZZ) '^FuzzCursor$$' ./jsonscan
+	$(FUZZ) '^FuzzRead$$' ./prefix
+	$(FUZZ) '^FuzzMemory$$' ./contextstore
+	$(FUZZ) '^FuzzSplits$$' ./savings
+	$(FUZZ) '^FuzzText$$' ./savings
+	$(FUZZ) '^FuzzQueue$$' ./schedule
+	$(FUZZ) '^FuzzKeepAlive$$' ./proxy
+	$(FUZZ) '^FuzzTokens$$' ./ollamasim
+	$(FUZZ) '^FuzzTemplate$$' ./batch
+	$(FUZZ) '^FuzzLines$$' ./batch
+	$(FUZZ) '^FuzzRows$$' ./batch
+	$(FUZZ) '^FuzzJoined$$' ./batch
 
 .PHONY: soak
 soak: ## ten minutes of mixed clients and two real servers that are killed and revived: nothing lost, memory flat

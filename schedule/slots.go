@@ -8,20 +8,21 @@ import (
 // How many slots a runner has is found out by granting one request more than there are lanes, now and then, and looking at
 // whether it waited inside Ollama: if the time that it spent there on nothing (Result.Queue) is about as long as it took until
 // one of the others ended, it waited for that one's slot. If it did not wait, there is a lane more from then on, and the next
-// one is tried. If it did, that is all there are, and one more is tried only after a pause that doubles each time. Until then
+// one is tried. If it did, that is all there are, and one more is tried only after a pause that doubles each time, up to a minute. Until then
 // it has cost at most one prefix: it is taken to have landed where the first one ended, and no other is tried meanwhile. Lanes are
 // given up when requests wait, or do not find what their slots should hold.
 
 // learner is what is known of the number of slots of a runner.
 type learner struct {
-	idle    mean    // ns that Ollama takes for other things than waiting, as requests that were alone tell
-	fastest float64 // tokens for each ns that a request generated that was alone, at most; of late
-	doubt   int     // what tells that requests wait with this many lanes, less what tells that they do not
-	tried   int     // … with one more
-	fits    int     // requests in a row that were tried and did not wait
-	ceiling bool    // one more lane was one too many
-	seen    int     // requests since then
-	pause   int     // how many of them until one more is tried
+	idle    mean      // ns that Ollama takes for other things than waiting, as requests that were alone tell
+	fastest float64   // tokens for each ns that a request generated that was alone, at most; of late
+	doubt   int       // what tells that requests wait with this many lanes, less what tells that they do not
+	tried   int       // … with one more
+	fits    int       // requests in a row that were tried and did not wait
+	ceiling bool      // one more lane was one too many
+	seen    int       // requests since then
+	pause   int       // how many of them until one more is tried …
+	since   time.Time // … unless longestPause has passed since then
 }
 
 const (
@@ -34,8 +35,13 @@ const (
 	leastStuck = time.Second
 	firstPause = 16 // requests
 	lastPause  = 4096
-	// patient is for how many pauses one more is tried only where that costs nothing if it waits.
-	patient = 16
+	// longestPause bounds pauses in time: what was mistaken for slots that are not there may have been somebody else's requests in
+	// them, who has gone.
+	longestPause = time.Minute
+	// patient is for how many pauses one more is tried only where that costs nothing if it waits, and patientTime for how many of
+	// the longest ones.
+	patient     = 16
+	patientTime = 5
 	// sureLanes is up to how many lanes one that did not wait is enough.
 	sureLanes = 4
 	// leastAnswer is how many tokens are generated at least for their pace to tell anything.
@@ -57,7 +63,7 @@ const (
 // try grants a request although all lanes are busy, if it is time for that.
 func (q *Queue) try(x *runner, now time.Time) {
 	a := &x.learner
-	for x.server.lanes == 0 && x.waiting > 0 && x.busy >= x.want && x.busy < maxLearned && !(a.ceiling && (a.seen < a.pause || x.tries > 0)) {
+	for x.server.lanes == 0 && x.waiting > 0 && x.busy >= x.want && x.busy < maxLearned && !(a.ceiling && (a.pauses(1, 1, now) || x.tries > 0)) {
 		if at := x.triedAt(); now.Before(at) {
 			x.server.later(at)
 			return
@@ -65,7 +71,7 @@ func (q *Queue) try(x *runner, now time.Time) {
 		x.lanes = append(x.lanes, &lane{name: x.unused()})
 		c := choice{q: q, x: x, now: now}
 		it, l, how := c.choose()
-		if it == nil || a.ceiling && a.seen < patient*a.pause && c.costs(it) {
+		if it == nil || a.ceiling && a.pauses(patient, patientTime, now) && c.costs(it) {
 			x.lanes = x.lanes[:len(x.lanes)-1]
 			return
 		}
@@ -159,7 +165,7 @@ func (x *runner) learn(it *item, r Result, now time.Time) int {
 	case it.tries && it.beside == lanes+1:
 		a.fits = 0
 		if a.tried += max(int(v), int(maybe)); a.tried >= int(yes) {
-			a.stop()
+			a.stop(now)
 		}
 	case it.beside != lanes || lanes == 1 || v == unknown:
 	case v == no:
@@ -167,7 +173,7 @@ func (x *runner) learn(it *item, r Result, now time.Time) int {
 	default:
 		// The more slots are busy, the longer a request waits until the engine has time for it.
 		if a.doubt += int(v); a.doubt >= int(yes)*min(lanes, 3) {
-			a.stop()
+			a.stop(now)
 			return lanes - 1
 		}
 	}
@@ -175,9 +181,15 @@ func (x *runner) learn(it *item, r Result, now time.Time) int {
 }
 
 // stop notes that one lane more would be one too many.
-func (a *learner) stop() {
-	a.doubt, a.tried, a.seen, a.ceiling = 0, 0, 0, true
+func (a *learner) stop(now time.Time) {
+	a.doubt, a.tried, a.seen, a.since, a.ceiling = 0, 0, 0, now, true
 	a.pause = min(max(2*a.pause, firstPause), lastPause)
+}
+
+// pauses reports whether so many pauses are not over yet. They are after so many of the longest ones, too, if not too few requests
+// were served meanwhile: where each takes a minute one more is not tried beside all of them.
+func (a *learner) pauses(n, longest int, now time.Time) bool {
+	return a.seen < n*firstPause || a.seen < n*a.pause && now.Before(a.since.Add(time.Duration(longest)*longestPause))
 }
 
 // anew forgets that one lane more would be one too many.

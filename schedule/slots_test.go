@@ -82,6 +82,34 @@ func TestSlotsChange(t *testing.T) {
 	}
 }
 
+// TestOutsider: slots that somebody else held, who does not use the proxy, are found within minutes, however long that went on.
+func TestOutsider(t *testing.T) {
+	for _, before := range []int{8000, 30_000} {
+		s := newSim(t, engineConfig{slots: 1, load: time.Second, perToken: time.Millisecond, decode: 10 * time.Millisecond}, New(Config{Limit: before}))
+		work := func(n int) []*job { return groups(n/20, 20, 300, 30, 10, 9) }
+		burst(s, work(before))
+		s.run()
+		x := s.q.servers[0].runners[0]
+		if x.want != 1 {
+			t.Errorf("%d lanes while the others are taken", x.want)
+		}
+		s.cfg.slots, s.boxes[0].loaded = 4, nil // the queue is not told
+		began, n := s.now, 0
+		var found time.Duration
+		s.onDone = func(*job) {
+			if n++; found == 0 && x.want == 4 {
+				found = s.now.Sub(began)
+			}
+		}
+		burst(s, work(8000))
+		s.run()
+		t.Logf("after %d requests: found within %v", before, found)
+		if found == 0 || found > 5*time.Minute {
+			t.Errorf("after %d requests: 4 slots were found within %v; %d lanes at the end", before, found, x.want)
+		}
+	}
+}
+
 func slotsChange(t *testing.T, slots [2]int, before int) {
 	s := newSim(t, engineConfig{slots: slots[0], load: time.Second}, New(Config{}))
 	burst(s, groups(before/20, 20, 300, 30, 10, 9))
@@ -225,20 +253,29 @@ func TestTryAgain(t *testing.T) {
 	for _, w := range []struct {
 		name    string
 		seen    int
+		since   time.Duration
 		sibling bool // one waits that would find its prefix in the slot
 		tried   bool
 	}{
-		{"in the pause", firstPause - 1, false, false},
-		{"after it", firstPause, false, true},
-		{"after it, and it costs a prefix", firstPause, true, false},
-		{"much later", patient * firstPause, true, true},
+		{"in the pause", firstPause - 1, 0, false, false},
+		{"after it", firstPause, 0, false, true},
+		{"after it, and it costs a prefix", firstPause, 0, true, false},
+		{"much later", patient * firstPause, 0, true, true},
+		{"before a minute", firstPause, longestPause - time.Second, false, false},
+		{"after a minute", firstPause, longestPause, false, true},
+		{"after a minute, and it costs a prefix", firstPause, longestPause, true, false},
+		{"after five minutes", patient * firstPause, patientTime * longestPause, true, true},
+		{"after five minutes with few requests", firstPause - 1, patientTime * longestPause, false, false},
 	} {
 		d := newDesk(t, Config{})
 		d.q.habits = returns{missed: 100} // nobody comes back
 		first := d.add(with(alpha))
 		d.granted(first)
-		a := &d.q.servers[0].runners[0].learner
-		a.ceiling, a.pause, a.seen = true, firstPause, w.seen
+		a, pause := &d.q.servers[0].runners[0].learner, firstPause
+		if w.since > 0 {
+			pause = lastPause
+		}
+		a.ceiling, a.pause, a.seen, a.since = true, pause, w.seen, d.now.Add(-w.since)
 		d.add(with(beta))
 		if w.sibling {
 			d.add(with(alpha))

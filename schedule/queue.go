@@ -209,6 +209,7 @@ type runner struct {
 	used     time.Time // when a request last ended
 	served   Runner    // what the last request that was answered asked for
 	tried    time.Time // when the last request that was answered was granted
+	asked    time.Time // when a request was last granted
 	replaced []*runner // those that are believed to have been unloaded for it, until its next grant
 	sought   time.Time // since when requests wait for it while it is not resident
 	habits   returns   // when requests for it came after it had nothing to do

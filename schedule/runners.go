@@ -243,9 +243,9 @@ func (s *server) between(a, b string) relation {
 }
 
 // untangled reports whether the runner may be used for all that is known of the others that are loaded. When a second
-// model has been loaded, a single request to the first one tells whether that has been unloaded for it: until then the
+// model is loaded, a single request to the first one tells whether that has been unloaded for it: until then the
 // two are not used at the same time, since they might evict each other with every request. Nobody waits for that for much
-// longer than a load takes.
+// longer than a load takes, and what is idle has the single request at once.
 func (x *runner) untangled(now time.Time) bool {
 	for _, y := range x.server.runners {
 		if y == x || !y.resident || x.server.relation(x, y) != untried {
@@ -254,8 +254,8 @@ func (x *runner) untangled(now time.Time) bool {
 		var until time.Time
 		load := max(x.rates.load(), y.rates.load())
 		switch {
-		case y.turn > x.turn && y.busy > 0 && !y.answered(): // its first request is under way
-			until = y.since.Add(2 * load)
+		case y.turn > x.turn && y.busy > 0 && !y.answered() && (x.busy > 0 || x.asked.After(y.since)):
+			until = y.since.Add(2 * load) // the single request, and the other's first one, are under way
 		case y.turn < x.turn && x.answered() && !y.tried.After(x.since) && (y.waiting > 0 || y.busy > 0):
 			until = x.used.Add(2 * load)
 		}

@@ -340,6 +340,35 @@ func TestOvertaking(t *testing.T) {
 	}
 }
 
+// TestIdleBesideLoad: a model that is loaded and idle serves at once while another one, which can be loaded beside it, is loaded for
+// the first time.
+func TestIdleBesideLoad(t *testing.T) {
+	s := newSim(t, engineConfig{slots: 1, load: 30 * time.Second}, New(Config{Lanes: 1}))
+	one := func(model string, id uint64) *job {
+		return &job{segs: []seg{{id: id, tokens: 100}}, gen: 10, model: model}
+	}
+	s.submit(one("a", 1))
+	s.run()
+	s.submit(one("b", 2))
+	var asked []*job
+	for i := range 20 {
+		s.after(time.Duration(i+1)*time.Second, func() {
+			j := one("a", uint64(10+i))
+			asked = append(asked, j)
+			s.submit(j)
+		})
+	}
+	s.run()
+	for i, j := range asked {
+		if took := j.end.Sub(j.came); took > 100*time.Millisecond {
+			t.Errorf("request %d to the loaded model took %v", i, took)
+		}
+	}
+	if s.loads != 2 {
+		t.Errorf("%d loads", s.loads)
+	}
+}
+
 // TestThreeModels: three models of which one at a time can be loaded are found out, too: whether each client keeps to one, or asks for
 // all in turn, learning it costs some loads beyond those that there are if it is known, and no more than that.
 func TestThreeModels(t *testing.T) {

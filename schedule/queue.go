@@ -126,6 +126,8 @@ const (
 	// without Config.MaxWait (the oldest of every k: arXiv 2502.04677). So many go, too, before a
 	// runner makes room for another with less urgent requests.
 	patience = 256
+	// longestTurn is for how long a model keeps another one waiting that has to be loaded in its place, if a load takes no longer.
+	longestTurn = 30 * time.Second
 	// fairWeight is how many tokens of a prompt a generated one counts as when clients are compared.
 	fairWeight = 10
 	// probeAfter is for how many times as long as it takes to evaluate a prefix lanes are held before it is tried whether

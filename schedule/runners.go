@@ -150,7 +150,7 @@ func (q *Queue) yields(x, y *runner, now time.Time) bool {
 		begin = y.sought
 	}
 	load := max(x.rates.load(), y.rates.load())
-	turn := quantum * load
+	turn := min(quantum*load, max(longestTurn, load))
 	if q.aged(y.oldest(), now) {
 		begin, turn = x.since, agedQuantum*load
 	}

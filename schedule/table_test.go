@@ -369,6 +369,38 @@ func TestIdleBesideLoad(t *testing.T) {
 	}
 }
 
+// TestSecondModel: whoever asks for a model, once a minute, beside four loops on another one that has to be unloaded for it, waits for
+// a load and half a minute, or for two loads if those take longer.
+func TestSecondModel(t *testing.T) {
+	for _, load := range []time.Duration{2 * time.Second, 10 * time.Second, 30 * time.Second, time.Minute} {
+		s := newSim(t, engineConfig{slots: 1, load: load, exclude: true}, New(Config{Lanes: 1}))
+		s.q.SetExclusive(0, "a", "b", true, s.now)
+		for c := range 4 {
+			var own []*job
+			for i := range 10_000 {
+				own = append(own, &job{segs: []seg{{id: uint64(c), tokens: 300}, {id: uint64(100_000*(c+1) + i), tokens: 30}}, gen: 20, client: fmt.Sprint("loop", c), model: "a"})
+			}
+			s.closed(own, 5*time.Millisecond)
+		}
+		var asked []*job
+		for i := range 10 {
+			s.after(time.Duration(i+1)*(time.Minute+2*load), func() {
+				j := &job{segs: []seg{{id: uint64(900_000 + i), tokens: 100}}, gen: 20, client: "person", model: "b"}
+				asked = append(asked, j)
+				s.submit(j)
+			})
+		}
+		s.run()
+		most := max(longestTurn, load) + load + time.Second
+		for i, j := range asked {
+			if took := j.end.Sub(j.came); took > most {
+				t.Errorf("a load takes %v: request %d took %v, want %v", load, i, took, most)
+			}
+		}
+		t.Logf("a load takes %v: %d loads for 10 requests", load, s.loads)
+	}
+}
+
 // TestThreeModels: three models of which one at a time can be loaded are found out, too: whether each client keeps to one, or asks for
 // all in turn, learning it costs some loads beyond those that there are if it is known, and no more than that.
 func TestThreeModels(t *testing.T) {

@@ -441,6 +441,7 @@ func (q *Queue) grant(it *item, l *lane, how reason, now time.Time) {
 			q.count.Opened++
 		}
 	}
+	it.displaced = max(0, l.tokens-tokens)
 	it.hosted = x.displaced(it, tokens)
 	if !keeps {
 		l.work = 0

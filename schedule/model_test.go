@@ -107,7 +107,7 @@ func (m *model) drain() {
 				m.t.Fatalf("request %d made room where %d of %d waited", no.ID, waited, m.cfg.Limit)
 			}
 			for id, other := range m.waiting {
-				if p, o := r.Priority.rank(), other.Priority.rank(); p < o || p == o && r.came.Before(other.came) {
+				if p, o := r.Priority.rank(), other.Priority.rank(); p < o || p == o && r.came.Before(other.came) && other.Program+r.Program == 0 {
 					m.t.Fatalf("request %d was refused in place of %d, which is less urgent or came later", no.ID, id)
 				}
 			}
@@ -218,6 +218,9 @@ func (m *model) add() {
 		Runner:   Runner{Upstream: uint16(b & 1), Options: options([]string{"a", "b"}[b>>1&1], 2048*(b>>2&1))},
 		Client:   fmt.Sprint(b >> 3 & 3),
 		Priority: Priority(b>>5&3) - 1, // one of four is none that is known
+	}
+	if c&1 == 1 {
+		r.Program, r.Flow = uint64(c>>1&3), uint64(c>>3&3)
 	}
 	r.Upstreams = [][]uint16{nil, {1}, {0, 1}, {1, 2}, {0, 1, 2}, {2, 0, 1}, {0, 2}, {0, 1, 2}}[m.byte()%8]
 	if m.next%8 == 7 { // it was sent before, and not answered

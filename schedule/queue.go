@@ -33,19 +33,38 @@ const (
 	Batch
 )
 
-func (p Priority) String() string { return [...]string{"interactive", "normal", "batch"}[p.rank()] }
+func (p Priority) String() string {
+	return [...]string{urgent: "interactive", normal: "normal", lesser: "batch"}[p.rank()]
+}
 
-// rank is a priority as an index, the most urgent first.
+// rank is a priority as an index, the most urgent first, with one for those of Normal that go before the others: see flow.
 type rank uint8
 
 const (
 	urgent rank = iota // Interactive
-	_
-	_
+	sparse
+	normal
+	lesser // Batch
 	ranks
 )
 
-func (p Priority) rank() rank { return rank(min(max(p, Interactive), Batch) - Interactive) }
+func (p Priority) rank() rank {
+	switch {
+	case p <= Interactive:
+		return urgent
+	case p >= Batch:
+		return lesser
+	}
+	return normal
+}
+
+// asked is the rank without regard to flows: which model is loaded they do not decide.
+func (r rank) asked() rank {
+	if r == sparse {
+		return normal
+	}
+	return r
+}
 
 // Request is what the queue needs to know of a request.
 type Request struct {
@@ -57,6 +76,8 @@ type Request struct {
 	Links     []prefix.Link // of its prompt; not kept
 	Tokens    int           // estimated, of the prompt; 0: guessed from the links
 	Client    string        // to be fair to: an API key or an address
+	Program   uint64        // which of its programs, as far as that can be told; 0: not at all, and flows make no difference
+	Flow      uint64        // what the program works on, such as a conversation
 	Priority  Priority
 	Arrived   time.Time // zero: now. One whose server did not answer keeps its place by it
 	// SlotFree: it needs no slot of a model (it unloads one, or a remote model answers it). Scheduler grants it at once; Queue
@@ -159,6 +180,8 @@ type Queue struct {
 	offers  []offer   // for route
 	clients *simplelru.LRU[string, *returns]
 	habits  returns // of all clients: what is expected of one that is not known
+	flows   *simplelru.LRU[flowKey, *flow]
+	busiest [2]*flow // the program, and the flow, that has had the most of late; nil: none has had anything
 	grants  []Placement
 	refused []Refusal
 	count   Counts
@@ -243,6 +266,10 @@ type item struct {
 	node    *node
 	waits   bool
 
+	program, flow *flow // nil: not known
+	detour        bool  // it goes before others of its program
+	displaced     int   // tokens that its lane held and that it did not use
+
 	upstreams []uint16 // that may serve it, if there are several
 	opening   uint64   // see openingOf
 	moves     int      // how often it was taken over
@@ -321,14 +348,23 @@ func New(cfg Config) *Queue {
 	if err != nil {
 		panic(err) // the size is positive
 	}
-	return &Queue{cfg: cfg, items: map[uint64]*item{}, clients: clients, habits: firstHabits()}
+	flows, err := simplelru.NewLRU[flowKey, *flow](2*maxFlows, nil)
+	if err != nil {
+		panic(err) // the size is positive
+	}
+	return &Queue{cfg: cfg, items: map[uint64]*item{}, clients: clients, habits: firstHabits(), flows: flows}
 }
 
 // epoch is what arrivals are counted from, so that they can be summed.
 var epoch = time.Unix(1_600_000_000, 0)
 
 // Len returns how many requests wait.
-func (q *Queue) Len() int { return q.waiting[0] + q.waiting[1] + q.waiting[2] }
+func (q *Queue) Len() (n int) {
+	for _, w := range q.waiting {
+		n += w
+	}
+	return n
+}
 
 // Add adds a request. false: the queue is full, and the request is not in it. If a less urgent one waits then that is refused
 // in its place, the one that came last; of those that are equally urgent, too, if this one came earlier and was sent in vain.
@@ -338,6 +374,7 @@ func (q *Queue) Add(r Request, now time.Time) bool {
 	}
 	it := &item{id: r.ID, key: r.Runner, rank: r.Priority.rank(), arrived: r.Arrived}
 	it.steps, it.tokens = stepsOf(r.Links, r.Tokens)
+	q.enter(it, &r, now)
 	switch len(r.Upstreams) {
 	case 0:
 	case 1:
@@ -355,6 +392,7 @@ func (q *Queue) Add(r Request, now time.Time) bool {
 
 	full := q.Len() >= q.cfg.Limit
 	if full && !q.room(it, x) && !q.displaces(it) {
+		q.exit(it, 0, now)
 		return false
 	}
 	q.items[it.id] = it
@@ -367,7 +405,7 @@ func (q *Queue) Add(r Request, now time.Time) bool {
 			return false
 		}
 		s := last.runner.server
-		q.refuse(last, ErrFull)
+		q.refuse(last, ErrFull, now)
 		q.pump(s, now)
 	}
 	return true
@@ -404,8 +442,8 @@ func (q *Queue) last() (last *item) {
 }
 
 // refuse takes out a request that waits and will not be sent.
-func (q *Queue) refuse(it *item, err error) {
-	q.drop(it.id)
+func (q *Queue) refuse(it *item, err error, now time.Time) {
+	q.drop(it.id, now)
 	q.refused = append(q.refused, Refusal{it.id, err})
 }
 
@@ -504,19 +542,20 @@ func stepsOf(links []prefix.Link, tokens int) ([]step, int) {
 
 // Leave takes out a request that waits and whose client has left. Of one that has been granted, Done must be told.
 func (q *Queue) Leave(id uint64, now time.Time) {
-	if it := q.drop(id); it != nil {
+	if it := q.drop(id, now); it != nil {
 		q.pump(it.runner.server, now)
 	}
 }
 
 // drop takes out a request that waits, and grants nothing for that; nil: there is none.
-func (q *Queue) drop(id uint64) *item {
+func (q *Queue) drop(id uint64, now time.Time) *item {
 	it := q.items[id]
 	if it == nil || !it.waits {
 		return nil
 	}
 	delete(q.items, id)
 	q.unwait(it, false)
+	q.exit(it, 0, now)
 	return it
 }
 
@@ -540,6 +579,11 @@ func (q *Queue) Done(id uint64, r Result, now time.Time) {
 	}
 	delete(q.items, id)
 	x, l := it.runner, it.lane
+	if r.Sent {
+		q.exit(it, now.Sub(it.granted), now)
+	} else {
+		q.exit(it, 0, now)
+	}
 	for p := range x.classes {
 		if l.marks[p] != nil {
 			x.classes[p].tree.count(l.marks[p], 0, 0, -1)
@@ -584,6 +628,9 @@ func (q *Queue) Done(id uint64, r Result, now time.Time) {
 	}
 	l.charge(cost - it.cost)
 	it.class.charge(it.account, cost-it.cost)
+	if a := x.classes[normal].accounts[it.account.name]; it.rank == sparse && a != nil {
+		x.classes[normal].charge(a, cost) // whoever has many flows is owed no more for that
+	}
 	l.wanted = x.server.waiting > 0 || q.roaming > 0
 	if x.server.lanes == 0 {
 		if n := x.learn(it, r, now); n != x.want || x.learner.ceiling {

@@ -98,7 +98,7 @@ func (q *Queue) hold(s *server, now time.Time) {
 				return t != s && (!t.away || now.Before(t.until))
 			})
 			if i < 0 {
-				q.refuse(it, ErrAway)
+				q.refuse(it, ErrAway, now)
 				continue
 			}
 			to := q.server(it.upstreams[i])

@@ -139,10 +139,10 @@ func (q *Queue) admits(x *runner, now time.Time) bool {
 
 // yields reports whether x, which is loaded, is to make room for y although requests wait for it.
 func (q *Queue) yields(x, y *runner, now time.Time) bool {
-	if y.top() < x.top() {
+	if y.top().asked() < x.top().asked() {
 		return true
 	}
-	if y.top() > x.top() && y.skipped < patience*y.want && !q.aged(y.oldest(), now) {
+	if y.top().asked() > x.top().asked() && y.skipped < patience*y.want && !q.aged(y.oldest(), now) {
 		return false
 	}
 	begin := x.since
@@ -172,7 +172,7 @@ func (q *Queue) drained(y, x *runner, now time.Time) bool {
 	if y.waiting > 0 {
 		return q.yields(y, x, now)
 	}
-	if !y.wanted || x.top() < y.rank {
+	if !y.wanted || x.top().asked() < y.rank.asked() {
 		return true
 	}
 	until := y.used.Add(y.habits.hold(&q.habits, y.rates.load()))

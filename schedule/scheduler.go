@@ -232,7 +232,7 @@ func (s *Scheduler) Close() {
 	defer s.mu.Unlock()
 	s.closed = true
 	for id, w := range s.waiters {
-		s.queue.drop(id)
+		s.queue.drop(id, time.Now())
 		w.err = ErrClosed
 		close(w.ready)
 	}

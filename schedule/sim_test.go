@@ -29,6 +29,8 @@ type job struct {
 	priority Priority
 	model    string
 	numCtx   int
+	program  uint64
+	flow     uint64
 	done     func()
 
 	id        uint64
@@ -284,7 +286,10 @@ func (s *sim) submit(j *job) {
 }
 
 func (s *sim) add(j *job) {
-	r := Request{ID: j.id, Runner: s.runner(j), Links: j.links(), Tokens: total(j.segs), Client: j.client, Priority: j.priority, Arrived: j.came}
+	r := Request{ID: j.id, Runner: s.runner(j), Links: j.links(), Tokens: total(j.segs), Client: j.client, Program: j.program, Flow: j.flow, Priority: j.priority, Arrived: j.came}
+	if r.Program == 0 { // as the proxy does: by how the prompt begins
+		r.Program, r.Flow = 1, j.segs[0].id
+	}
 	if len(s.boxes) > 1 {
 		r.Upstreams = s.upstreams()
 	}

@@ -30,11 +30,17 @@ type RunnerStats struct {
 func (q *Queue) Stats(now time.Time) Stats {
 	st := Stats{Counts: q.count, Waiting: map[Priority]Waiting{}}
 	for p := Interactive; p <= Batch; p++ {
-		w := Waiting{Requests: q.waiting[p.rank()]}
-		for _, s := range q.servers {
-			for _, x := range s.runners {
-				if it := x.classes[p.rank()].fifo.front(); it != nil {
-					w.Oldest = max(w.Oldest, now.Sub(it.arrived))
+		var w Waiting
+		for r := range ranks {
+			if r.asked() != p.rank() {
+				continue
+			}
+			w.Requests += q.waiting[r]
+			for _, s := range q.servers {
+				for _, x := range s.runners {
+					if it := x.classes[r].fifo.front(); it != nil {
+						w.Oldest = max(w.Oldest, now.Sub(it.arrived))
+					}
 				}
 			}
 		}

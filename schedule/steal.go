@@ -211,7 +211,7 @@ func (t *theft) queued(p rank) int {
 // repays reports whether to take something over is better than to leave it. If not by its backlog, then as soon as the lane has been
 // idle for as long as it costs.
 func (t *theft) repays(l loot) bool {
-	if l.again <= slack || l.share >= l.again || l.it.rank == urgent && t.loading == 0 {
+	if l.again <= slack || l.share >= l.again || l.it.rank <= sparse && t.loading == 0 {
 		return true
 	}
 	at := t.from.joinable(l.it, l.owned, latest(l.lane.used, t.from.coveted), time.Duration(l.again)*t.per)

@@ -176,13 +176,15 @@ func TestBodyEarlyAnswers(t *testing.T) {
 	f := newFake(t, nil)
 	f.ln.SetDeadline(noDeadline)
 	var wg sync.WaitGroup
+	over := make(chan struct{})
 	wg.Go(func() { // ends when the listener is closed
 		for {
 			conn, err := f.ln.Accept()
 			if err != nil {
 				return
 			}
-			wg.Go(func() { // ends with the proxy's request
+			wg.Go(func() { <-over; conn.Close() }) // which may be a spare one, that no request was written to
+			wg.Go(func() {                         // ends with the proxy's request, or with the test
 				defer conn.Close()
 				buf := make([]byte, 32<<10)
 				n, err := io.ReadAtLeast(conn, buf, 4096)
@@ -218,5 +220,6 @@ func TestBodyEarlyAnswers(t *testing.T) {
 	}
 	clients.Wait()
 	f.ln.Close()
+	close(over)
 	wg.Wait()
 }

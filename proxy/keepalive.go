@@ -137,9 +137,10 @@ const (
 // fields are the members of a body that the proxy looks at, found as Ollama will find them: keys fold case, the last
 // one wins, and null is absent.
 type fields struct {
-	open  int  // offset just past the opening brace
-	empty bool // the object has no member
-	model string
+	open   int  // offset just past the opening brace
+	empty  bool // the object has no member
+	model  string
+	stream byte // how the last value of "stream" begins; 0: it is not stated
 
 	keepAlive      clientKeepAlive
 	duration       time.Duration // where keepAlive is keepAliveSet; upstream.Forever for negative values
@@ -153,6 +154,7 @@ type fields struct {
 var (
 	keyModel     = []byte("model")
 	keyName      = []byte("name")
+	keyStream    = []byte("stream")
 	keyKeepAlive = []byte("keep_alive")
 )
 
@@ -164,6 +166,8 @@ func scan(data []byte, members []jsonscan.Member) (fields, error) {
 		f.members = append(f.members, m)
 		key, value := data[m.Key:m.KeyEnd], data[m.Value:m.ValueEnd]
 		switch {
+		case jsonscan.KeyIs(key, keyStream):
+			f.stream = value[0]
 		case jsonscan.KeyIs(key, keyModel):
 			if s, ok := jsonscan.Unquote(value); ok { // null leaves what was there
 				f.model = s

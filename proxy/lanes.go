@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"net"
 	"net/http"
 	"slices"
@@ -112,7 +113,7 @@ func (h *Handler) lane(r *http.Request, ex *exchange, list []*backend) error {
 	began, priority := time.Now(), priorityOf(r)
 	grant, err := h.Lanes.Acquire(r.Context(), schedule.Request{
 		Runner: schedule.Runner{Upstream: upstreams[0], Options: h.runner(ex, list)}, Upstreams: upstreams,
-		Links: ex.chain.Links, Client: h.clientOf(r), Priority: priority, Arrived: ex.start,
+		Links: ex.chain.Links, Client: h.clientOf(r), Program: programOf(r, ex), Flow: flowOf(r, ex), Priority: priority, Arrived: ex.start,
 	})
 	ex.Waited, ex.Priority = ex.Waited+time.Since(began), priority.String()
 	if err == nil {
@@ -209,6 +210,32 @@ func priorityOf(r *http.Request) schedule.Priority {
 		return schedule.Batch
 	}
 	return schedule.Normal
+}
+
+// Open WebUI names its users and their chats, if it is told to (ENABLE_FORWARD_USER_INFO_HEADERS).
+const (
+	headerUser = "X-OpenWebUI-User-Id"
+	headerChat = "X-OpenWebUI-Chat-Id"
+)
+
+// seed is of the hashes that tell flows apart.
+var seed = maphash.MakeSeed()
+
+// programOf tells the programs of one client apart without their help: a person's chat and a script come from one address, but
+// not from one program, or not in one form.
+func programOf(r *http.Request, ex *exchange) uint64 {
+	return max(1, maphash.Comparable(seed, [...]string{r.UserAgent(), r.Header.Get(headerUser), ex.Endpoint, string(rune(ex.fields.stream))}))
+}
+
+// flowOf tells apart what a program works on: conversations, or what has the same system prompt.
+func flowOf(r *http.Request, ex *exchange) uint64 {
+	if id := r.Header.Get(headerChat); id != "" {
+		return maphash.String(seed, id)
+	}
+	if ex.chain.Messages > 2 { // it goes on
+		return ex.chain.Conversation
+	}
+	return ex.chain.Opening
 }
 
 // clientOf says to whom the scheduler is to be fair: one who shows a key that was checked, else an address.

@@ -81,7 +81,7 @@ func (q *Queue) enter(it *item, r *Request, now time.Time) {
 
 // sparse reports whether a flow has had little, compared with the one that has had the most.
 func (f *flow) sparse(busiest *flow, now time.Time) bool {
-	return busiest != nil && busiest != f && f.attained(now) <= sparsePart*busiest.attained(now)
+	return busiest != nil && f.attained(now) < sparsePart*busiest.attained(now)
 }
 
 // exit notes that a request of a flow does not wait any more and is not being served: it has taken a lane for so long, and others have

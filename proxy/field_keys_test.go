@@ -3,9 +3,12 @@ package proxy
 import (
 	"fmt"
 	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 )
 
 const theKey = "sk-proxy-3f9a"
@@ -224,17 +227,121 @@ func TestCORSOnOwnAnswers(t *testing.T) {
 }
 
 func TestParseKeys(t *testing.T) {
-	for text, n := range map[string]int{"a": 1, "a\nb\n": 2, "# x\na\n\n#b\n": 1, "a\r\nb\r\n": 2} {
+	for text, want := range map[string][]string{
+		"a": {"a"}, "a\nb\n": {"a", "b"}, "# x\na\n\n#b\n": {"a"}, "a\r\nb\r\n": {"a", "b"}, "a\rb\r": {"a", "b"},
+		"\ufeffa\n": {"a"}, "\ufeff# people\r\n \ta\t \r\n\ufeffb": {"a", "b"}, "\u00a0a\u00a0\n\v\n": {"a"}, "\ufeff \ufeffa": {"a"},
+		"a=b:c/+~é": {"a=b:c/+~é"},
+	} {
 		k, err := ParseKeys(text)
-		if err != nil || k.Len() != n {
+		if err != nil || k.Len() != len(want) {
 			t.Errorf("%q: %v, %v", text, k, err)
+			continue
+		}
+		for _, key := range want {
+			if k.check(key) == "" {
+				t.Errorf("%q: %q is no key", text, key)
+			}
 		}
 	}
-	for _, text := range []string{"", "\n\n", "# only\n", "a b\n", "a\tb"} {
+	for _, text := range []string{"", "\n\n", "# only\n", "a b\n", "a\tb", "\ufeff", "\ufeff\r\n", "\xff\xfea\x00b\x00", "a\x00b\x00", "ok\nke\xffy"} {
 		if k, err := ParseKeys(text); err == nil {
 			t.Errorf("%q gives %d keys", text, k.Len())
 		} else if strings.Contains(text, "a") && strings.Contains(err.Error(), "a b") {
 			t.Errorf("the error tells the key: %v", err)
 		}
+	}
+}
+
+// TestReplaceKeys: new keys hold from the next request on; what cannot be read leaves the old ones.
+func TestReplaceKeys(t *testing.T) {
+	f := newFake(t, okAnswer)
+	rg := newRig(t, f.URL, &Handler{Guard: withKeys(t, "one\ntwo")})
+	for _, step := range []struct {
+		text string
+		fail bool
+		in   map[string]int
+	}{
+		{"two\nthree", false, map[string]int{"one": 401, "two": 200, "three": 200}},
+		{"# nobody", true, map[string]int{"one": 401, "two": 200, "three": 200}},
+		{"four x", true, map[string]int{"two": 200, "four": 401}},
+		{"four", false, map[string]int{"two": 401, "four": 200}},
+	} {
+		if err := rg.h.Guard.Keys.Replace(step.text); (err != nil) != step.fail {
+			t.Errorf("%q: %v", step.text, err)
+		}
+		for key, want := range step.in {
+			if res, _ := rg.do("GET", "/api/version", "", "Authorization: Bearer "+key); res.StatusCode != want {
+				t.Errorf("after %q: %s gets %d, want %d", step.text, key, res.StatusCode, want)
+			}
+		}
+	}
+}
+
+// TestWhoIsCharged: a client is known by the key that was checked, however it is written, and whatever else is in the header.
+func TestWhoIsCharged(t *testing.T) {
+	g := withKeys(t, "one\ntwo")
+	who := func(path, remote string, headers ...string) string {
+		r := httptest.NewRequest("POST", path, nil)
+		r.RemoteAddr = remote
+		for _, h := range headers {
+			k, v, _ := strings.Cut(h, ": ")
+			r.Header.Add(k, v)
+		}
+		client, _ := g.key(r)
+		return clientOf(r, client)
+	}
+	one, two := who("/api/chat", "10.0.0.1:1", "Authorization: Bearer one"), who("/api/chat", "10.0.0.1:1", "Authorization: Bearer two")
+	if one == two {
+		t.Error("two keys are one client")
+	}
+	for want, same := range map[string][][]string{
+		one: {
+			{"/api/chat", "Authorization: bEaReR one"}, {"/api/chat", "Authorization: BEARER   one  "}, {"/api/chat", "Authorization: Bearer one", "Authorization: Bearer junk"},
+			{"/api/chat", "Authorization: Bearer one", "X-Api-Key: junk"}, {"/api/chat", "Authorization: Bearer one", "X-Api-Key: two"}, {"/v1/messages", "Authorization: Bearer one", "X-Api-Key: two"},
+			{"/v1/messages", "X-Api-Key: one"}, {"/v1/messages", "X-Api-Key: one", "Authorization: Bearer junk"}, {"/v1/messages", "X-Api-Key: one", "Authorization: junk"},
+		},
+		two: {{"/v1/messages", "X-Api-Key: two", "Authorization: Basic b25l"}, {"/v1/chat/completions", "Authorization: bearer two", "X-Api-Key: one"}},
+	} {
+		for i, h := range same {
+			if got := who(h[0], fmt.Sprintf("10.0.0.%d:%d", i, i), h[1:]...); got != want {
+				t.Errorf("%q is another client", h)
+			}
+		}
+	}
+	g.Keys = nil // whoever asks for none tells clients apart by their addresses
+	if who("/api/chat", "10.0.0.1:1", "Authorization: Bearer one") != who("/api/chat", "10.0.0.1:2", "X-Api-Key: junk") || who("/api/chat", "10.0.0.1:1") == who("/api/chat", "10.0.0.2:1") {
+		t.Error("clients without keys are not told apart by their addresses")
+	}
+}
+
+// TestJunkIsNoClient: whoever writes the key differently each time gets no more than a fair share.
+func TestJunkIsNoClient(t *testing.T) {
+	const each = 40
+	f := newFake(t, nil)
+	rg := newRig(t, f.URL, &Handler{Guard: withKeys(t, "honest\ncheat"), Lanes: schedule.NewScheduler(schedule.Config{Lanes: 1})})
+	first := rg.dial()
+	first.send(rawPost("/v1/messages", chatWith("s", "first", ""), "X-Api-Key: honest"))
+	up := f.accept()
+	up.receive()
+	for i := range each {
+		scheme := []byte("bearer")
+		for bit := range scheme {
+			if i>>bit&1 != 0 {
+				scheme[bit] -= 'a' - 'A'
+			}
+		}
+		rg.dial().send(rawPost("/v1/messages", chatWith(fmt.Sprint("c", i), "cheat", ""), fmt.Sprintf("Authorization: %s cheat", scheme), fmt.Sprint("X-Api-Key: junk", i)))
+		rg.dial().send(rawPost("/v1/messages", chatWith(fmt.Sprint("h", i), "honest", ""), "Authorization: Bearer honest"))
+		waiting(t, rg, 2*i+2)
+	}
+	honest := 0
+	for range each {
+		up.send(answer(200, "application/json", chatAnswer))
+		if strings.Contains(string(up.receive().body), "honest") {
+			honest++
+		}
+	}
+	if honest < each*2/5 {
+		t.Errorf("the honest client got %d of %d", honest, each)
 	}
 }

@@ -149,6 +149,7 @@ type exchange struct {
 	header    http.Header         // the client's answer's
 	origin    string              // for CORS headers
 	route                         // what its path means
+	client    string              // who it is by the API key that was checked; "" without one
 	spent     []string            // request headers that are for the proxy alone
 	members   [12]jsonscan.Member // of the body; more are allocated
 	arriving  *arriving           // nil where there is no body, or no limit for it
@@ -310,6 +311,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // admit checks Host, Origin and API key, and answers preflights.
 func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (done bool) {
+	ex.client, ex.spent = h.Guard.key(r)
 	ref := h.loop(r)
 	if ref == nil {
 		ref = h.Guard.host(r)
@@ -322,8 +324,8 @@ func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (d
 		preflight(w, ex.origin)
 		return true
 	}
-	if ref == nil {
-		ex.spent, ref = h.Guard.key(r)
+	if ref == nil && h.Guard.Keys != nil && ex.client == "" && !keyless(r) {
+		ref = &refusal{http.StatusUnauthorized, "a valid API key is needed: send it as 'Authorization: Bearer KEY' (the keys are in the file that ollama-cacheproxy was started with: --api-keys-file)"}
 	}
 	if ref != nil {
 		h.refuse(w, r, ex, ref)

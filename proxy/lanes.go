@@ -1,10 +1,8 @@
 package proxy
 
 import (
-	"crypto/sha256"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"strings"
 	"time"
@@ -71,7 +69,7 @@ func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refus
 	began, priority := time.Now(), priorityOf(r)
 	grant, err := h.Lanes.Acquire(r.Context(), schedule.Request{
 		Runner: schedule.Runner{Upstream: upstreams[0], Options: h.runner(ex, list)}, Upstreams: upstreams,
-		Links: ex.chain.Links, Client: h.clientOf(r), Priority: priority, Arrived: ex.start,
+		Links: ex.chain.Links, Client: clientOf(r, ex.client), Priority: priority, Arrived: ex.start,
 	})
 	ex.Waited, ex.Priority = ex.Waited+time.Since(began), priority.String()
 	switch {
@@ -125,19 +123,6 @@ func priorityOf(r *http.Request) schedule.Priority {
 		return schedule.Batch
 	}
 	return schedule.Normal
-}
-
-// clientOf says to whom the scheduler is to be fair: one who shows a key that was checked, else an address.
-func (h *Handler) clientOf(r *http.Request) string {
-	if h.Guard.Keys != nil {
-		sum := sha256.Sum256([]byte(r.Header.Get("Authorization") + r.Header.Get("X-Api-Key"))) // nobody needs the key itself
-		return string(sum[:])
-	}
-	host, _, err := net.SplitHostPort(r.RemoteAddr)
-	if err != nil {
-		return r.RemoteAddr
-	}
-	return host
 }
 
 // free gives the lane back.

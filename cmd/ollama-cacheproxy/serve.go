@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"os/signal"
 	"slices"
 	"strconv"
 	"strings"
@@ -60,7 +61,7 @@ type serveCmd struct {
 
 	AllowHost   []string `placeholder:"NAME" help:"Accept this Host name on loopback connections too (* for any). Repeatable."`
 	AllowOrigin []string `placeholder:"ORIGIN" help:"Let web pages of this origin in, such as https://chat.example.com; one * stands for anything. Repeatable. Those in OLLAMA_ORIGINS are let in too."`
-	APIKeysFile string   `name:"api-keys-file" type:"path" placeholder:"FILE" help:"Ask clients for one of the keys in this file, one a line."`
+	APIKeysFile string   `name:"api-keys-file" type:"path" placeholder:"FILE" help:"Ask clients for one of the keys in this file, one a line. It is read again when it changes, and at SIGHUP."`
 
 	LogLevel  slog.Level    `default:"info" help:"debug, info, warn or error. Default: info."`
 	LogFormat string        `default:"auto" enum:"auto,text,json" help:"text, json, or auto: text on a terminal. Default: auto."`
@@ -107,7 +108,8 @@ type settings struct {
 	upstreams []target
 	keepAlive proxy.KeepAlive
 	guard     proxy.Guard
-	lanes     bool // requests wait for slots, or are to be spread over upstreams
+	keys      *keysFile // guard.Keys is what was read of it; nil: none are asked for
+	lanes     bool      // requests wait for slots, or are to be spread over upstreams
 }
 
 // target is an upstream, as the flags name it.
@@ -227,13 +229,10 @@ func (s *serveCmd) settings() (settings, error) {
 		set.guard.AllowOrigins = append(set.guard.AllowOrigins, strings.Split(origins, ",")...)
 	}
 	if s.APIKeysFile != "" {
-		text, err := os.ReadFile(s.APIKeysFile)
-		if err != nil {
-			return set, fmt.Errorf("--api-keys-file: %w", err)
+		if set.keys, err = readKeys(s.APIKeysFile); err != nil {
+			return set, err
 		}
-		if set.guard.Keys, err = proxy.ParseKeys(string(text)); err != nil {
-			return set, fmt.Errorf("--api-keys-file %s: %w", s.APIKeysFile, err)
-		}
+		set.guard.Keys = set.keys.keys
 	}
 	return set, nil
 }
@@ -267,6 +266,11 @@ func selfTarget(listen string, up *url.URL) bool {
 }
 
 func (s *serveCmd) Run(ctx context.Context, c *console) error {
+	hangup := make(chan os.Signal, 1)
+	if s.listening == nil { // within another verb SIGHUP ends the program, as it does by default
+		signal.Notify(hangup, syscall.SIGHUP)
+		defer signal.Stop(hangup)
+	}
 	set, err := s.settings()
 	if err != nil {
 		return exitError{2, err}
@@ -354,7 +358,8 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 			wg.Go(func() { up.Run(background) })
 		}
 	})
-	wg.Go(func() { h.Run(background) }) // ends with background
+	wg.Go(func() { h.Run(background) })                          // ends with background
+	wg.Go(func() { set.keys.watch(background, hangup, logger) }) // ends with background
 
 	select {
 	case err = <-served:

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"slices"
 	"strings"
 	"testing"
@@ -190,6 +191,131 @@ func TestKeyless(t *testing.T) {
 			t.Errorf("the upstream got %s %q", got.line, got.headers)
 		}
 	}
+}
+
+// TestStrangers: whoever shows no key learns from the pages that need none whether all is well, and nothing else; an
+// upstream gets nothing of theirs but the question.
+func TestStrangers(t *testing.T) {
+	f := newFake(t, func(r received) string {
+		if strings.Contains(r.line, "/api/") {
+			return answer(200, "application/json", `{"version":"0.34.1","models":[]}`)
+		}
+		return answer(200, "text/plain", "Ollama is running")
+	})
+	away := newFake(t, nil)
+	away.ln.Close()
+	secret := []string{"big", "small", "0.34.1", f.URL.Host, away.URL.Host}
+	for _, upstream := range []*fake{f, away} {
+		rg := newRigOf(t, &Handler{Guard: withKeys(t, theKey)}, map[string]*url.URL{"big": upstream.URL, "small": away.URL})
+		for _, b := range rg.h.Upstreams {
+			b.Poll(t.Context())
+		}
+		for len(f.reqs) > 0 {
+			f.next()
+		}
+		check := func(what string, got received) {
+			t.Helper()
+			for _, word := range secret {
+				if strings.Contains(fmt.Sprint(got.line, got.headers, string(got.body), got.trailer), word) {
+					t.Errorf("%s tells %q: %s %q %s", what, word, got.line, got.headers, got.body)
+				}
+			}
+		}
+		for _, state := range []string{"", "draining", "looped"} {
+			for _, b := range rg.h.backends {
+				b.draining.Store(state == "draining")
+				b.looped.Store(state == "looped")
+			}
+			for _, path := range []string{"/", "/?x=y", pathReady, pathHealth} {
+				for _, headers := range [][]string{nil, {"X-Cacheproxy-Upstream: small"}, {"X-Cacheproxy-Upstream: none"}, {"Authorization: Bearer dummy"}, {"X-Api-Key: " + theKey}, {"Expect: 100-continue"}} {
+					for _, body := range []string{"", "Content-Length: 5\r\n\r\nhello", "Transfer-Encoding: chunked\r\nTrailer: X-T\r\n\r\n5\r\nhello\r\n0\r\nX-T: 1\r\n\r\n"} {
+						if body == "" {
+							body = "\r\n"
+						}
+						client := rg.dial()
+						client.send("GET " + path + " HTTP/1.1\r\nHost: localhost\r\n" + lines(headers) + body)
+						got := client.receive()
+						client.Close()
+						rg.ended()
+						check(fmt.Sprint(state, path, headers), got)
+						if upstream == f && !strings.HasPrefix(path, ownPrefix) && state == "" {
+							if up := f.next(); len(up.body) > 0 || up.chunked || up.values("Content-Length") != nil || up.values("Trailer") != nil || up.values("Expect") != nil {
+								t.Errorf("%s %q: the upstream got %q and %q", path, headers, up.headers, up.body)
+							}
+							if string(got.body) != "Ollama is running" {
+								t.Errorf("%s %q: %s %s", path, headers, got.line, got.body)
+							}
+						}
+					}
+				}
+			}
+		}
+		f.none()
+		for _, b := range rg.h.backends {
+			b.draining.Store(false)
+			b.looped.Store(false)
+		}
+		// Whoever shows one is told as ever.
+		for _, path := range []string{"/", pathReady} {
+			res, text := rg.do("GET", path, "", "Authorization: Bearer "+theKey)
+			if upstream == f && !strings.Contains(res.Header.Get(headerUpstream)+text, "big") || upstream == away && path == "/" && !strings.Contains(text, away.URL.Host) {
+				t.Errorf("%s with a key: %v %s", path, res.Header, text)
+			}
+		}
+		if upstream == f {
+			f.next()
+		}
+	}
+}
+
+// TestChangesFromPages: a page of another origin, a local one and one that the operator lets in among them, changes nothing
+// of the proxy's own. A page of the proxy's own origin may, and so may what is no page.
+func TestChangesFromPages(t *testing.T) {
+	f := newFake(t, okAnswer)
+	rg := newRig(t, f.URL, &Handler{Guard: Guard{AllowOrigins: []string{"*"}}})
+	host := strings.TrimPrefix(rg.URL, "http://")
+	for _, verb := range []string{"drain", "resume"} {
+		for origin, want := range map[string]int{
+			"": 200, rg.URL: 200, "https://" + host: 200,
+			"http://localhost:3000": 403, "http://localhost": 403, "http://127.0.0.1": 403, "http://" + host + "0": 403, "app://x": 403, "file://": 403, "null": 403, "https://chat.example.com": 403,
+			"vscode-webview://x": 403,
+		} {
+			rg.h.backends[0].draining.Store(verb == "resume")
+			var headers []string
+			if origin != "" {
+				headers = append(headers, "Origin: "+origin)
+			}
+			res, text := rg.do("POST", pathUpstreams+"up/"+verb, "", headers...)
+			if changed := rg.h.backends[0].draining.Load() == (verb == "drain"); res.StatusCode != want || changed != (want == 200) {
+				t.Errorf("%s from %q: %d %s, and it was done: %v", verb, origin, res.StatusCode, text, changed)
+			}
+			if res, _ := rg.do("GET", strings.TrimSuffix(pathUpstreams, "/"), "", headers...); res.StatusCode != 200 {
+				t.Errorf("%q may not read: %d", origin, res.StatusCode)
+			}
+		}
+	}
+	f.none()
+}
+
+// TestPreflightOfKeys: a page may send a key in both headers that are looked at; where none is asked for preflights are
+// Ollama's (TestOriginsAsOllama).
+func TestPreflightOfKeys(t *testing.T) {
+	f := newFake(t, okAnswer)
+	var without string
+	for _, guard := range []Guard{{}, withKeys(t, theKey)} {
+		rg := newRig(t, f.URL, &Handler{Guard: guard})
+		for _, path := range []string{"/v1/messages", "/api/chat", "/v1/messages/count_tokens"} {
+			res, _ := rg.do("OPTIONS", path, "", "Origin: http://localhost:3000", "Access-Control-Request-Method: POST", "Access-Control-Request-Headers: x-api-key")
+			allowed := res.Header.Get("Access-Control-Allow-Headers")
+			if guard.Keys == nil {
+				without = allowed
+			}
+			if res.StatusCode != 204 || guard.Keys == nil && strings.Contains(strings.ToLower(allowed), "api-key") || guard.Keys != nil && allowed != without+",X-Api-Key" {
+				t.Errorf("%s: %d, allowed are %s", path, res.StatusCode, allowed)
+			}
+		}
+	}
+	f.none()
 }
 
 // TestCORSOnOwnAnswers: a web page can read what the proxy says itself; what the upstream says of CORS is replaced, not

@@ -195,13 +195,18 @@ func setCORS(h http.Header, origin string) {
 	h.Add("Vary", "Origin")
 }
 
-// preflight answers an OPTIONS request as Ollama does: one from a web page, or to a local name.
-func preflight(w http.ResponseWriter, origin string) {
+// preflight answers an OPTIONS request as Ollama does: one from a web page, or to a local name. Where keys are asked
+// for, a page may send one in any header that is looked at.
+func preflight(w http.ResponseWriter, origin string, keys bool) {
 	h := w.Header()
 	if origin != "" {
+		allowed := allowHeaders
+		if keys {
+			allowed += ",X-Api-Key"
+		}
 		setCORS(h, origin)
 		h.Set("Access-Control-Allow-Methods", "GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS")
-		h.Set("Access-Control-Allow-Headers", allowHeaders)
+		h.Set("Access-Control-Allow-Headers", allowed)
 		h.Set("Access-Control-Max-Age", "43200")
 		h.Add("Vary", "Access-Control-Request-Method")
 		h.Add("Vary", "Access-Control-Request-Headers")
@@ -245,7 +250,8 @@ func clientOf(r *http.Request, key string) string {
 	return host
 }
 
-// keyless reports whether a request needs no key: the probes of monitors and containers, which tell nothing.
+// keyless reports whether a request needs no key: the probes of monitors and containers. It carries nothing to an upstream,
+// and names none: see exchange.stranger.
 func keyless(r *http.Request) bool {
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		return false

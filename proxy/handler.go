@@ -150,6 +150,7 @@ type exchange struct {
 	origin    string              // for CORS headers
 	route                         // what its path means
 	client    string              // who it is by the API key that was checked; "" without one
+	stranger  bool                // it shows no API key although keys are asked for: see keyless
 	spent     []string            // request headers that are for the proxy alone
 	members   [12]jsonscan.Member // of the body; more are allocated
 	arriving  *arriving           // nil where there is no body, or no limit for it
@@ -290,6 +291,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if ex.arriving != nil {
 		r.Body = ex.arriving
 	}
+	if ex.stranger {
+		r.Body, r.ContentLength, r.TransferEncoding, r.Trailer = http.NoBody, 0, nil, nil
+	}
 	ref := h.only(r, ex)
 	if ref == nil && h.merge(w, r, ex) {
 		return
@@ -312,6 +316,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // admit checks Host, Origin and API key, and answers preflights.
 func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (done bool) {
 	ex.client, ex.spent = h.Guard.key(r)
+	ex.stranger = h.Guard.Keys != nil && ex.client == ""
 	ref := h.loop(r)
 	if ref == nil {
 		ref = h.Guard.host(r)
@@ -321,10 +326,10 @@ func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (d
 	}
 	if ref == nil && r.Method == http.MethodOptions && (ex.origin != "" || localName(hostname(r.Host))) {
 		ex.Status, ex.Outcome = http.StatusNoContent, Own
-		preflight(w, ex.origin)
+		preflight(w, ex.origin, h.Guard.Keys != nil)
 		return true
 	}
-	if ref == nil && h.Guard.Keys != nil && ex.client == "" && !keyless(r) {
+	if ref == nil && ex.stranger && !keyless(r) {
 		ref = &refusal{http.StatusUnauthorized, "a valid API key is needed: send it as 'Authorization: Bearer KEY' (the keys are in the file that ollama-cacheproxy was started with: --api-keys-file)"}
 	}
 	if ref != nil {
@@ -371,6 +376,10 @@ func (h *Handler) refuse(w http.ResponseWriter, r *http.Request, ex *exchange, r
 func (ex *exchange) reply(w http.ResponseWriter, r *http.Request, ref *refusal) {
 	ex.Status = ref.status
 	setCORS(w.Header(), ex.origin)
+	if ex.stranger && ref.status >= 500 {
+		// It would name an upstream, or say where that is.
+		ref = &refusal{ref.status, "no answer of Ollama; whoever shows an API key is told why"}
+	}
 	if ref.status == http.StatusUnauthorized {
 		w.Header().Set("WWW-Authenticate", "Bearer")
 	}
@@ -505,6 +514,12 @@ func (ex *exchange) strip(header http.Header) {
 	}
 	header.Del(headerPriority)
 	header.Del(headerUpstream)
+	// What another protocol carries could not be checked. Ollama speaks none but HTTP/1.1, and answers in that.
+	header.Del("Connection")
+	header.Del("Upgrade")
+	if ex.stranger {
+		header.Del("Expect") // there is no body
+	}
 	// The origin was judged here, by the inbound Host; the upstream sees another Host and would judge wrongly.
 	header.Del("Origin")
 }
@@ -513,13 +528,16 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 	ex := res.Request.Context().Value(exchangeKey{}).(*exchange)
 	ex.up.Alive()
 	ex.unloaded()
+	if res.StatusCode == http.StatusSwitchingProtocols {
+		return errors.New("it switches to another protocol, which nobody asked for")
+	}
 	if ex.Status = res.StatusCode; ex.Status < 300 {
 		ex.run.Answered()
 		ex.use.answer()
 	}
 	setCORS(res.Header, ex.origin)
 	res.Header.Del(headerUpstream) // of another proxy behind this one
-	ex.header.Set(headerUpstream, ex.up.Name)
+	ex.name()
 	ex.Simulated = res.Header[upstream.SimulatedHeader] != nil
 	if ex.spend != nil {
 		ex.tell(res.Header)
@@ -531,9 +549,6 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 	if res.Header["Content-Type"] == nil {
 		ex.header["Content-Type"] = nil // or net/http would guess one
 	}
-	if res.StatusCode == http.StatusSwitchingProtocols {
-		return nil // its body is read and written by others than the handler
-	}
 	if res.StatusCode >= 400 && ex.passing != nil && !ex.passing.ended.Load() {
 		if err := readEarly(res); err != nil {
 			return err
@@ -541,6 +556,13 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 	}
 	res.Body = &tap{res.Body, ex}
 	return nil
+}
+
+// name tells the client which upstream it is.
+func (ex *exchange) name() {
+	if !ex.stranger {
+		ex.header.Set(headerUpstream, ex.up.Name)
+	}
 }
 
 // unloaded waits until other servers have unloaded the model.
@@ -586,7 +608,7 @@ func (h *Handler) forwardFailed(w http.ResponseWriter, r *http.Request, err erro
 	ex.up.Failed()
 	ex.Outcome = Unreachable
 	h.Log.Debug("upstream request failed", "upstream", ex.up.Name, "err", err)
-	ex.header.Set(headerUpstream, ex.up.Name)
+	ex.name()
 	ex.reply(w, r, &refusal{http.StatusBadGateway, fmt.Sprintf("ollama at %s does not answer: %s; start it, or point ollama-cacheproxy's --upstream to where it runs", ex.up.URL, reason(err))})
 }
 
@@ -678,7 +700,7 @@ func (ex *exchange) outcome(r *http.Request) Outcome {
 	switch {
 	case ex.bodyErr != nil && ex.bodyErr != io.EOF && r.Context().Err() == nil:
 		return Aborted
-	case ex.bodyErr != io.EOF && ex.Status != http.StatusSwitchingProtocols:
+	case ex.bodyErr != io.EOF:
 		return ClientGone
 	case ex.Status >= 500:
 		return UpstreamError

@@ -27,7 +27,7 @@ const busyWords = "server busy, please try again.  maximum pending requests exce
 // only reads which upstream a request is meant for, if its client names one.
 func (h *Handler) only(r *http.Request, ex *exchange) *refusal {
 	name := r.Header.Get(headerUpstream)
-	if name == "" {
+	if name == "" || ex.stranger {
 		return nil
 	}
 	if ex.only = h.named(name); ex.only != nil {

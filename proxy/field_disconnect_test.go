@@ -83,8 +83,8 @@ func TestClientGoneWhileSending(t *testing.T) {
 		"chat within a chunk":  {"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n", "ff\r\n{\"mod", false},
 		"blob with a length":   {"POST /api/blobs/sha256:00 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n", "GGUF", true},
 		"blob in chunks":       {"POST /api/blobs/sha256:00 HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n", "4\r\nGGUF\r\n", true},
-		"longer than MaxBody":  {"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999\r\n\r\n", "{\"model\":\"m\"", true},
-		"compressed and known": {"POST /v1/responses HTTP/1.1\r\nHost: localhost\r\nContent-Encoding: zstd\r\nContent-Length: 1000\r\n\r\n", "\x28\xb5\x2f\xfd", true},
+		"longer than MaxBody":  {"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999\r\n\r\n", `{"model":"m","x":"` + strings.Repeat("x", 3000), true},
+		"compressed and known": {"POST /v1/responses HTTP/1.1\r\nHost: localhost\r\nContent-Encoding: zstd\r\nContent-Length: 1000\r\n\r\n", "\x28\xb5\x2f\xfd", false},
 	} {
 		for how, leave := range map[string]func(*fakeConn){"FIN": func(c *fakeConn) { c.Close() }, "RST": (*fakeConn).reset} {
 			t.Run(name+"/"+how, func(t *testing.T) {

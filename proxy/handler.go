@@ -134,7 +134,7 @@ var ErrDrained = errors.New("cut off while stopping")
 // Why a body was forwarded unread or unedited.
 const (
 	UneditedTooLarge = "too_large" // longer than MaxBody
-	UneditedEncoded  = "encoded"   // it has a Content-Encoding
+	UneditedEncoded  = "encoded"   // it has a Content-Encoding, and is no JSON as it stands
 	UneditedNotJSON  = "not_json"  // it is not a JSON object
 )
 
@@ -155,11 +155,12 @@ type exchange struct {
 	members   [12]jsonscan.Member // of the body; more are allocated
 	arriving  *arriving           // nil where there is no body, or no limit for it
 	body      *body               // nil where the body passes through, or there is none, or it was let go
-	beginning io.Closer           // of a body that passes through although it was read that far
+	beginning io.ReadCloser       // of a body that passes through although it was read that far
 	passing   *passing            // nil where the body was read, or there is none
 	fields    fields              // of the body
 	key       string              // upstream.ModelKey of the model that it names; "" for none
 	cloud     bool                // a remote service runs that
+	unread    bool                // it asks for a prompt to be evaluated, and that is all that could be found out
 	only      *backend
 	up        *backend      // to which it is sent; nil before that is chosen
 	unloading chan struct{} // closed when other servers have unloaded the model, too; nil: they need not
@@ -405,14 +406,8 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 		return nil
 	}
 	most := min(h.MaxBody, h.memory.most)
-	if enc := r.Header.Get("Content-Encoding"); enc != "" && !strings.EqualFold(enc, "identity") {
-		ex.Unedited = UneditedEncoded
-	} else if r.ContentLength > most {
-		ex.Unedited = UneditedTooLarge
-	}
-	if ex.Unedited != "" {
-		ex.pass(r)
-		return nil
+	if r.ContentLength > most {
+		most = min(most, bodyFirst-1) // what Ollama reads may end there
 	}
 	longer := func() error { return h.full(r, ex) }
 	var b *body
@@ -423,15 +418,6 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 	}
 	if err == nil {
 		b, over, err = h.memory.read(r.Context(), r.Body, r.ContentLength, most, longer)
-	}
-	if over && err == nil {
-		ex.Unedited = UneditedTooLarge
-		begin := once{b.open(edit{})}
-		b.release()
-		ex.beginning = begin
-		r.Body = &rest{io.MultiReader(begin, r.Body), r.Body}
-		ex.pass(r)
-		return nil
 	}
 	if ex.body = b; b != nil {
 		ex.in.Store(int64(len(b.data)))
@@ -446,9 +432,26 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 		return ex.unreadable(err)
 	}
 
-	f, err := scan(b.data, ex.members[:])
+	// Ollama reads the first value, whatever follows it; and the body as it stands, whatever its Content-Encoding says, but for
+	// zstd under /v1.
+	f, err := scan(b.data[:min(int64(len(b.data)), most)], ex.members[:])
 	if err != nil {
-		ex.Unedited = UneditedNotJSON
+		enc := r.Header.Get("Content-Encoding")
+		switch {
+		case over:
+			ex.Unedited = UneditedTooLarge
+			ex.in.Store(0)
+			ex.beginning = once{b.open(edit{})}
+			ex.letGo()
+			r.Body = &rest{io.MultiReader(ex.beginning, r.Body), r.Body}
+			ex.pass(r)
+		case enc != "" && !strings.EqualFold(enc, "identity"):
+			ex.Unedited = UneditedEncoded
+		default:
+			ex.Unedited = UneditedNotJSON
+			return nil // Ollama refuses it
+		}
+		ex.unread = ex.prompt != prefix.None && !ex.embed
 		return nil
 	}
 	if ex.reads == readsName && f.model == "" {

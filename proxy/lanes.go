@@ -57,7 +57,7 @@ func (h *Handler) wait(r *http.Request, ex *exchange) *refusal {
 
 // acquire is wait, once it is known which servers can serve the request.
 func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refusal {
-	if h.Lanes == nil || ex.chain == nil || !ex.chain.HasPrompt() || !list[0].answers() {
+	if h.Lanes == nil || !ex.unread && (ex.chain == nil || !ex.chain.HasPrompt()) || !list[0].answers() {
 		// To wait for what does not answer, one after the other, would only take longer.
 		ex.up = pick(list, ex.key)
 		return nil
@@ -67,10 +67,15 @@ func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refus
 		upstreams = append(upstreams, b.index)
 	}
 	began, priority := time.Now(), priorityOf(r)
-	grant, err := h.Lanes.Acquire(r.Context(), schedule.Request{
-		Runner: schedule.Runner{Upstream: upstreams[0], Options: h.runner(ex, list)}, Upstreams: upstreams,
-		Links: ex.chain.Links, Client: clientOf(r, ex.client), Priority: priority, Arrived: ex.start,
-	})
+	lanes, request := h.Lanes, schedule.Request{Upstreams: upstreams, Client: clientOf(r, ex.client), Priority: priority, Arrived: ex.start}
+	if ex.unread {
+		// What it says of its model at first need not be the last word, and its body may take long to come: it holds
+		// up nobody but its like.
+		lanes = lanes.Aside()
+	} else {
+		request.Runner, request.Links = schedule.Runner{Upstream: upstreams[0], Options: h.runner(ex, list)}, ex.chain.Links
+	}
+	grant, err := lanes.Acquire(r.Context(), request)
 	ex.Waited, ex.Priority = ex.Waited+time.Since(began), priority.String()
 	switch {
 	case err == nil:
@@ -130,7 +135,7 @@ func (ex *exchange) free(a savings.Answer) {
 	if ex.grant == nil {
 		return
 	}
-	res := schedule.Result{Sent: ex.spend != nil && ex.Outcome != Unreachable, Answered: ex.Status >= 200 && ex.Status < 300 && ex.BytesOut > 0, Total: a.Total, Generated: a.Generated, Timed: a.TotalTime > 0}
+	res := schedule.Result{Sent: ex.began && ex.Outcome != Unreachable, Answered: ex.Status >= 200 && ex.Status < 300 && ex.BytesOut > 0, Total: a.Total, Generated: a.Generated, Timed: a.TotalTime > 0}
 	if ex.streams && ex.FirstByte > ex.sent {
 		res.FirstByte = ex.FirstByte - ex.sent
 	}

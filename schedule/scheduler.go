@@ -1,6 +1,7 @@
 package schedule
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"sync"
@@ -23,6 +24,7 @@ type Scheduler struct {
 	timer   *time.Timer // nil until it is first needed
 	armed   time.Time   // for when; zero: not set
 	closed  bool
+	aside   *Scheduler // nil before it is first asked for
 }
 
 // waiter is a request that waits. Under Scheduler.mu until ready is closed.
@@ -211,6 +213,24 @@ func (s *Scheduler) Stats() Stats {
 	return s.queue.Stats(time.Now())
 }
 
+// Aside returns a scheduler for requests of whose runner nothing is known: it has the bounds of this one, but one lane
+// for each server that is not Unlimited, and is closed with this one.
+func (s *Scheduler) Aside() *Scheduler {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.aside == nil {
+		cfg := s.queue.cfg
+		if cfg.Lanes != Unlimited {
+			cfg.Lanes = 1
+		}
+		s.aside = NewScheduler(cfg)
+		for _, t := range s.queue.servers {
+			s.aside.queue.server(t.index).lanes = cmp.Or(min(t.lanes, 0), 1)
+		}
+	}
+	return s.aside
+}
+
 // Close refuses what waits and what comes from now on. What has been granted may be released as ever.
 func (s *Scheduler) Close() {
 	s.mu.Lock()
@@ -223,4 +243,7 @@ func (s *Scheduler) Close() {
 	}
 	clear(s.waiters)
 	s.handOver()
+	if s.aside != nil {
+		s.aside.Close()
+	}
 }

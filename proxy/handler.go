@@ -81,6 +81,7 @@ type Handler struct {
 	prefixes *prefix.Reader
 	attacher *attach.Attacher // nil: nothing is attached
 
+	lingers      time.Duration
 	refreshEvery time.Duration
 	refreshing   sync.Mutex
 	refreshed    time.Time // guarded by refreshing
@@ -230,7 +231,7 @@ func (h *Handler) Init() {
 		h.Touched = func(string, error) {}
 	}
 	h.memory = newMemory(h.Memory)
-	h.refreshEvery = refreshEvery
+	h.lingers, h.refreshEvery = lingers, refreshEvery
 	h.prefixes = prefix.NewReader()
 	for i, s := range h.Upstreams {
 		b := h.newBackend(i, s)
@@ -279,6 +280,13 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if h.BodyTimeout > 0 && r.Body != nil && r.Body != http.NoBody {
 		ex.arriving = &arriving{ReadCloser: r.Body, conn: http.NewResponseController(w), limit: h.BodyTimeout}
 	}
+	ctx, end := r.Context(), func() {}
+	if rt.outlives() {
+		ctx, end = outlive(ctx, h.lingers)
+	}
+	defer end()
+	// A copy: net/http looks at its own request's body when it decides whether to read on after an early answer.
+	r = r.WithContext(context.WithValue(ctx, exchangeKey{}, ex))
 	defer h.finish(ex, w, r) // a broken copy panics with http.ErrAbortHandler
 
 	if done := h.admit(w, r, ex); done {
@@ -287,8 +295,6 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if h.own(w, r, ex) {
 		return
 	}
-	// A copy: net/http looks at its own request's body when it decides whether to read on after an early answer.
-	r = r.WithContext(context.WithValue(r.Context(), exchangeKey{}, ex))
 	if ex.arriving != nil {
 		r.Body = ex.arriving
 	}
@@ -312,6 +318,27 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	ex.unloading = h.unloadElsewhere(r.Context(), ex)
 	h.begin(ex)
 	h.forward.ServeHTTP(w, r)
+}
+
+// lingers is for how long a request goes on without its client: see route.outlives.
+const lingers = time.Minute
+
+// outlive returns a context that ends by so much later than ctx, or at the end of a drain.
+func outlive(ctx context.Context, by time.Duration) (context.Context, context.CancelFunc) {
+	longer, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() {
+		if context.Cause(ctx) != ErrDrained {
+			select {
+			case <-longer.Done():
+			case <-time.After(by):
+			}
+		}
+		cancel(context.Cause(ctx))
+	})
+	return longer, func() {
+		stop()
+		cancel(nil)
+	}
 }
 
 // admit checks Host, Origin and API key, and answers preflights.

@@ -123,8 +123,10 @@ func doorsBodies(t *testing.T, server *realollama.Server) {
 			return nil
 		})
 	}
-	if n := p.Metric(t, `ollama_cacheproxy_unedited_total{reason="too_large"`); n != 1 {
-		t.Errorf("%v bodies were too large to be read, want the one with its padding before it", n)
+	for reason, what := range map[string]string{"too_large": "one with its padding before it", "encoded": "zstd where Ollama does not decode it"} {
+		if n := p.Metric(t, `ollama_cacheproxy_unedited_total{reason="`+reason+`"`); n != 1 {
+			t.Errorf("%v bodies are told as %s, want 1: %s", n, reason, what)
+		}
 	}
 }
 

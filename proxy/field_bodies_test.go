@@ -10,6 +10,9 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/klauspost/compress/zstd"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
@@ -93,6 +96,45 @@ func TestPlainIsRead(t *testing.T) {
 		}
 		if ex := rg.ended(); ex.Model != "m" {
 			t.Errorf("told as %+v", ex)
+		}
+	}
+}
+
+// TestZstdIsRead: where Ollama decodes zstd the proxy does so to read what is asked, and sends it as it came.
+func TestZstdIsRead(t *testing.T) {
+	encoder, err := zstd.NewWriter(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer encoder.Close()
+	encoded := func(text string) string { return string(encoder.EncodeAll([]byte(text), nil)) }
+	prompt := chatWith("s", strings.Repeat("What is the weather? ", 50), "")
+	bomb := encoded(`{"model":"m","messages":[{"role":"user","content":"` + strings.Repeat("x", 64<<20) + `"}]}`)
+	for _, tt := range []struct {
+		path, body, encoding, model, why string
+	}{
+		{"/v1/chat/completions", encoded(prompt), "zstd", "m", ""},
+		{"/v1/messages", encoded(prompt), "zstd", "m", ""},
+		{"/v1/embeddings", encoded(`{"model":"m","input":"x"}`), "zstd", "m", ""},
+		{"/v1/chat/completions", encoded(prompt)[:100], "zstd", "", UneditedEncoded},
+		{"/v1/chat/completions", encoded("no JSON"), "zstd", "", UneditedEncoded},
+		{"/v1/chat/completions", encoded(prompt), "ZSTD", "", UneditedEncoded}, // Ollama does not know it by this name
+		{"/v1/chat/completions", encoded(prompt), "", "", UneditedNotJSON},
+		{"/v1/chat/completions", bomb, "zstd", "", UneditedEncoded},
+		{"/api/chat", encoded(prompt), "zstd", "", UneditedEncoded},
+	} {
+		f := newFake(t, func(received) string { return answer(200, "application/json", chatAnswer) })
+		rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, "", "24h"), NoTouch: true, Lanes: schedule.NewScheduler(schedule.Config{Lanes: 1})})
+		for range 2 {
+			res, _ := rg.post(tt.path, tt.body, "Content-Encoding: "+tt.encoding)
+			if got := f.next(); string(got.body) != tt.body || got.value("Content-Encoding") != tt.encoding {
+				t.Errorf("%s %q went as %q, %d bytes", tt.path, tt.encoding, got.headers, len(got.body))
+			}
+			asks := tt.model != "" && tt.path != "/v1/embeddings"
+			ex := rg.ended()
+			if ex.Model != tt.model || ex.Unedited != tt.why || (ex.Savings != nil) != asks || (res.Header.Get(headerPrefix) != "") != asks {
+				t.Errorf("%s %q: told as %+v, %v", tt.path, tt.encoding, ex, res.Header)
+			}
 		}
 	}
 }

@@ -182,7 +182,7 @@ func TestLingers(t *testing.T) {
 		if longer.Err() != nil {
 			t.Error("it ended too early")
 		}
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		synctest.Wait()
 		if longer.Err() == nil {
 			t.Error("it goes on")

@@ -21,6 +21,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/klauspost/compress/zstd"
+
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/attach"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/jsonscan"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
@@ -75,6 +77,8 @@ type Handler struct {
 	Touched func(model string, err error)
 
 	memory   *memory
+	decoder  *zstd.Decoder
+	decoding sync.Mutex
 	inFlight atomic.Int64
 	backends []*backend // Upstreams, in the same order
 	forward  *httputil.ReverseProxy
@@ -138,6 +142,9 @@ const (
 	UneditedEncoded  = "encoded"   // it has a Content-Encoding, and is no JSON as it stands
 	UneditedNotJSON  = "not_json"  // it is not a JSON object
 )
+
+// decodedMost is how many bytes of a compressed body Ollama reads.
+const decodedMost = 20 << 20
 
 // invalidModel stands for what a client wrote in place of a model's name, which may be anything and of any length.
 const invalidModel = "(invalid)"
@@ -231,6 +238,10 @@ func (h *Handler) Init() {
 		h.Touched = func(string, error) {}
 	}
 	h.memory = newMemory(h.Memory)
+	var err error
+	if h.decoder, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(decodedMost)); err != nil {
+		panic(err) // the options are right
+	}
 	h.lingers, h.refreshEvery = lingers, refreshEvery
 	h.prefixes = prefix.NewReader()
 	for i, s := range h.Upstreams {
@@ -461,7 +472,17 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 
 	// Ollama reads the first value, whatever follows it; and the body as it stands, whatever its Content-Encoding says, but for
 	// zstd under /v1.
-	f, err := scan(b.data[:min(int64(len(b.data)), most)], ex.members[:])
+	data := b.data[:min(int64(len(b.data)), most)]
+	f, err := scan(data, ex.members[:])
+	if err != nil && !over && ex.reads == readsForeign && r.Header.Get("Content-Encoding") == "zstd" {
+		h.decoding.Lock() // until the text is read, so that no more than one takes memory beside its body
+		defer h.decoding.Unlock()
+		if text, decoded := h.decoder.DecodeAll(data, nil); decoded == nil {
+			data = text
+			f, err = scan(data, ex.members[:])
+			defer func() { ex.fields.members, ex.fields.long = nil, nil }() // they are the text's, not the body's
+		}
+	}
 	if err != nil {
 		enc := r.Header.Get("Content-Encoding")
 		switch {
@@ -499,7 +520,7 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 		return nil // nothing here stays loaded
 	}
 	ex.fields = f
-	h.account(ex)
+	h.account(ex, data)
 	if err := h.attach(ex); err != nil {
 		return ex.unreadable(err)
 	}

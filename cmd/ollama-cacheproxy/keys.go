@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
@@ -19,6 +20,7 @@ type keysFile struct {
 	path string
 	keys *proxy.Keys
 	seen fs.FileInfo // of what was read last; nil: it could not be found
+	err  error       // why it could not be read last
 }
 
 // readKeys reads the file for the first time.
@@ -52,15 +54,29 @@ func (k *keysFile) changed() bool {
 
 // reload reads the file again. If that fails, the keys from before stay.
 func (k *keysFile) reload(logger *slog.Logger) {
-	text, err := k.read()
-	if err == nil {
-		err = k.keys.Replace(text)
+	var text string
+	if text, k.err = k.read(); k.err == nil {
+		k.err = k.keys.Replace(text)
 	}
-	if err != nil {
-		logger.Error("the API keys could not be read again: those from before stay", "file", k.path, "keys", k.keys.Len(), "err", err)
+	if k.err != nil {
+		logger.Error("the API keys could not be read again: those from before stay", "file", k.path, "keys", k.keys.Len(), "err", k.err)
 		return
 	}
 	logger.Info("API keys read again", "file", k.path, "keys", k.keys.Len())
+}
+
+// readable reports whether the file, which could not be opened, can be now: that somebody was let at it changes neither its
+// length nor its time.
+func (k *keysFile) readable() bool {
+	if !errors.Is(k.err, fs.ErrPermission) {
+		return false
+	}
+	f, err := os.Open(k.path)
+	if err != nil {
+		return false
+	}
+	f.Close()
+	return true
 }
 
 // watch reads the keys again when the file has changed, and at each signal, until ctx ends. k is nil if no keys are asked for.
@@ -78,7 +94,7 @@ func (k *keysFile) watch(ctx context.Context, signals <-chan os.Signal, logger *
 			}
 			k.reload(logger)
 		case <-tick.C:
-			if k != nil && k.changed() {
+			if k != nil && (k.changed() || k.readable()) {
 				k.reload(logger)
 			}
 		}

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
@@ -86,6 +87,13 @@ func TestKeysFile(t *testing.T) {
 		}
 		stop()
 		<-done
+		if k.readable() {
+			t.Error("what was read would be read over and over")
+		}
+		k.err = fs.ErrPermission // as if: the superuser may read everything
+		if !k.readable() {
+			t.Error("nobody looks whether the file may be read now")
+		}
 	})
 }
 

@@ -332,7 +332,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 // lingers is for how long a request goes on without its client: see route.outlives.
-const lingers = time.Minute
+const lingers = 30 * time.Second
 
 // outlive returns a context that ends by so much later than ctx, or at the end of a drain.
 func outlive(ctx context.Context, by time.Duration) (context.Context, context.CancelFunc) {

@@ -224,6 +224,7 @@ func (s *Scheduler) Aside() *Scheduler {
 			cfg.Lanes = 1
 		}
 		s.aside = NewScheduler(cfg)
+		s.aside.closed = s.closed
 		for _, t := range s.queue.servers {
 			s.aside.queue.server(t.index).lanes = cmp.Or(min(t.lanes, 0), 1)
 		}

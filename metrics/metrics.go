@@ -94,7 +94,7 @@ func New(version string, inFlight func() int64) *Metrics {
 	m.bytesIn = counter("request_bytes_total", "Bytes of request bodies, as clients sent them.", "endpoint")
 	m.bytesOut = counter("response_bytes_total", "Bytes of response bodies.", "endpoint")
 	m.keepAlive = counter("keep_alive_total", "Requests that can carry keep_alive, by what was done: injected (the client gave none), held (it gave none, and the model is held already), spared (it gave none, and another request may wait for the model to make room), kept (the client's own), raised (it was shorter), forced.", "action")
-	m.unedited = counter("unedited_total", "Request bodies forwarded unread: too_large, encoded or not_json.", "reason")
+	m.unedited = counter("unedited_total", "Request bodies that could not be read: too_large, encoded or not_json.", "reason")
 	m.touches = counter("keep_alive_touches_total", "Requests of the proxy's own that set keep_alive for models used through /v1, by result.", "model", "result")
 	m.up = gauge("upstream_up", "1 if the upstream answered the last poll.", "upstream")
 	m.info = gauge("upstream_info", "1, with the upstream's version.", "upstream", "version")

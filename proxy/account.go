@@ -27,9 +27,9 @@ const (
 	excerptTail   = 100 // … and ends with
 )
 
-// account reads the chain of a request whose body has been read.
-func (h *Handler) account(ex *exchange) {
-	if h.Ledger == nil || ex.prompt == prefix.None || ex.body == nil {
+// account reads the chain of a request whose body has been read: data, which need not be what is sent.
+func (h *Handler) account(ex *exchange, data []byte) {
+	if h.Ledger == nil || ex.prompt == prefix.None {
 		return
 	}
 	if !h.exists(ex.key) {
@@ -37,10 +37,10 @@ func (h *Handler) account(ex *exchange) {
 			return
 		}
 	}
-	chain := h.prefixes.ReadMembers(ex.prompt, ex.key, ex.body.data, ex.fields.members, ex.fields.long)
+	chain := h.prefixes.ReadMembers(ex.prompt, ex.key, data, ex.fields.members, ex.fields.long)
 	ex.chain, ex.dialect = &chain, ex.route.answer // on its own: the ledger keeps it for longer than the exchange
 	if h.ShowPrompts {
-		ex.excerpt = excerpt(ex.body.data)
+		ex.excerpt = excerpt(data)
 	}
 }
 

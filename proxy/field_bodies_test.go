@@ -10,10 +10,13 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/klauspost/compress/zstd"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// TestUnreadableBodies: what is compressed, led by a byte order mark or in UTF-16 goes on byte for byte, with its headers (F15).
+// TestUnreadableBodies: what is really compressed, led by a byte order mark or in UTF-16 goes on byte for byte, with its headers (F15).
 func TestUnreadableBodies(t *testing.T) {
 	const text = `{"model":"m","keep_alive":"5m"}`
 	utf16 := func(bom string, big bool) string {
@@ -31,12 +34,12 @@ func TestUnreadableBodies(t *testing.T) {
 	for name, tt := range map[string]struct{ path, body, encoding, why string }{
 		"show gzip":       {"/api/show", "\x1f\x8b\x08\x00abc", "gzip", ""},
 		"chat gzip":       {"/api/chat", "\x1f\x8b\x08\x00abc", "gzip", UneditedEncoded},
-		"chat GZIP":       {"/api/chat", text, "GZIP", UneditedEncoded},
-		"chat two":        {"/api/generate", text, "identity, gzip", UneditedEncoded},
+		"chat GZIP":       {"/api/chat", "\x1f\x8b\x08\x00abc", "GZIP", UneditedEncoded},
+		"chat two":        {"/api/generate", "\x1f\x8b\x08\x00abc", "identity, gzip", UneditedEncoded},
 		"responses zstd":  {"/v1/responses", "\x28\xb5\x2f\xfd\x04", "zstd", UneditedEncoded},
 		"messages br":     {"/v1/messages", "\x0b\x02", "br", UneditedEncoded},
 		"embed deflate":   {"/api/embed", "\x78\x9c", "deflate", UneditedEncoded},
-		"unknown coding":  {"/api/chat", text, "x-none", UneditedEncoded},
+		"unknown coding":  {"/api/chat", "x" + text, "x-none", UneditedEncoded},
 		"gzip undeclared": {"/api/chat", "\x1f\x8b\x08\x00abc", "", UneditedNotJSON},
 		"BOM":             {"/api/chat", "\xef\xbb\xbf" + text, "", UneditedNotJSON},
 		"UTF-16LE":        {"/api/chat", utf16("\xff\xfe", false), "", UneditedNotJSON},
@@ -75,13 +78,93 @@ func TestUnreadableBodies(t *testing.T) {
 	}
 }
 
-// TestIdentityIsRead: "identity" is no encoding.
-func TestIdentityIsRead(t *testing.T) {
+// TestPlainIsRead: a body that can be read is read, whatever its Content-Encoding says, as Ollama does (TestDoors).
+func TestPlainIsRead(t *testing.T) {
 	f := newFake(t, okAnswer)
-	rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, "", "24h")})
-	rg.post("/api/chat", `{"model":"m"}`, "Content-Encoding: identity")
-	if got := f.next(); string(got.body) != `{"keep_alive":`+day+`,"model":"m"}` || got.value("Content-Encoding") != "identity" {
-		t.Errorf("went as %+v", got)
+	rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, "", "24h"), NoTouch: true})
+	for _, enc := range []string{"identity", "x", "gzip", "GZIP", "zstd", "br, gzip", ""} {
+		rg.post("/api/chat", `{"model":"m"}`, "Content-Encoding: "+enc)
+		if got := f.next(); string(got.body) != `{"keep_alive":`+day+`,"model":"m"}` || got.value("Content-Encoding") != enc {
+			t.Errorf("went as %+v", got)
+		}
+		if ex := rg.ended(); ex.KeepAlive != didInject || ex.Unedited != "" {
+			t.Errorf("told as %+v", ex)
+		}
+		rg.post("/v1/chat/completions", `{"model":"m"}`, "Content-Encoding: "+enc)
+		if got := f.next(); string(got.body) != `{"model":"m"}` || got.value("Content-Encoding") != enc {
+			t.Errorf("went as %+v", got)
+		}
+		if ex := rg.ended(); ex.Model != "m" {
+			t.Errorf("told as %+v", ex)
+		}
+	}
+}
+
+// TestZstdIsRead: where Ollama decodes zstd the proxy does so to read what is asked, and sends it as it came.
+func TestZstdIsRead(t *testing.T) {
+	encoder, err := zstd.NewWriter(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer encoder.Close()
+	encoded := func(text string) string { return string(encoder.EncodeAll([]byte(text), nil)) }
+	prompt := chatWith("s", strings.Repeat("What is the weather? ", 50), "")
+	bomb := encoded(`{"model":"m","messages":[{"role":"user","content":"` + strings.Repeat("x", 64<<20) + `"}]}`)
+	for _, tt := range []struct {
+		path, body, encoding, model, why string
+	}{
+		{"/v1/chat/completions", encoded(prompt), "zstd", "m", ""},
+		{"/v1/messages", encoded(prompt), "zstd", "m", ""},
+		{"/v1/embeddings", encoded(`{"model":"m","input":"x"}`), "zstd", "m", ""},
+		{"/v1/chat/completions", encoded(prompt)[:100], "zstd", "", UneditedEncoded},
+		{"/v1/chat/completions", encoded("no JSON"), "zstd", "", UneditedEncoded},
+		{"/v1/chat/completions", encoded(prompt), "ZSTD", "", UneditedEncoded}, // Ollama does not know it by this name
+		{"/v1/chat/completions", encoded(prompt), "", "", UneditedNotJSON},
+		{"/v1/chat/completions", bomb, "zstd", "", UneditedEncoded},
+		{"/api/chat", encoded(prompt), "zstd", "", UneditedEncoded},
+	} {
+		f := newFake(t, func(received) string { return answer(200, "application/json", chatAnswer) })
+		rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, "", "24h"), NoTouch: true, Lanes: schedule.NewScheduler(schedule.Config{Lanes: 1})})
+		for range 2 {
+			res, _ := rg.post(tt.path, tt.body, "Content-Encoding: "+tt.encoding)
+			if got := f.next(); string(got.body) != tt.body || got.value("Content-Encoding") != tt.encoding {
+				t.Errorf("%s %q went as %q, %d bytes", tt.path, tt.encoding, got.headers, len(got.body))
+			}
+			asks := tt.model != "" && tt.path != "/v1/embeddings"
+			ex := rg.ended()
+			if ex.Model != tt.model || ex.Unedited != tt.why || (ex.Savings != nil) != asks || (res.Header.Get(headerPrefix) != "") != asks {
+				t.Errorf("%s %q: told as %+v, %v", tt.path, tt.encoding, ex, res.Header)
+			}
+		}
+	}
+}
+
+// TestPaddedBehind: what follows the first value is not read by Ollama, and is none of the body's length.
+func TestPaddedBehind(t *testing.T) {
+	f := newFake(t, okAnswer)
+	rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, Force, "24h"), MaxBody: 1000})
+	const body = `{"model":"m","keep_alive":"5m"}`
+	for _, padding := range []string{strings.Repeat(" ", 3000), strings.Repeat("\n", 200_000), strings.Repeat("x", 3000)} {
+		for _, chunked := range []bool{false, true} {
+			client := rg.dial()
+			if chunked {
+				client.send("POST /api/generate HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+				client.chunk(body + padding)
+				client.send("0\r\n\r\n")
+			} else {
+				client.send(rawPost("/api/generate", body+padding))
+			}
+			if got := client.receive(); got.line != "HTTP/1.1 200 OK" {
+				t.Errorf("got %+v", got)
+			}
+			client.Close()
+			if got := f.next(); !strings.HasPrefix(string(got.body), `{"model":"m","keep_alive":`+day+`}`) || len(got.body) > len(body)+len(padding)+10 {
+				t.Errorf("%d bytes went, %.60q", len(got.body), got.body)
+			}
+			if ex := rg.ended(); ex.KeepAlive != didForce || ex.Unedited != "" {
+				t.Errorf("told as %+v", ex)
+			}
+		}
 	}
 }
 

@@ -5,9 +5,11 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -52,6 +54,7 @@ func TestClientGone(t *testing.T) {
 				t.Run(stage+"/"+name+"/"+how, func(t *testing.T) {
 					f := newFake(t, nil)
 					rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, "", "24h")})
+					rg.h.lingers = 0
 					client := rg.dial()
 					client.send(request)
 					up := f.accept()
@@ -83,8 +86,8 @@ func TestClientGoneWhileSending(t *testing.T) {
 		"chat within a chunk":  {"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n", "ff\r\n{\"mod", false},
 		"blob with a length":   {"POST /api/blobs/sha256:00 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n", "GGUF", true},
 		"blob in chunks":       {"POST /api/blobs/sha256:00 HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n", "4\r\nGGUF\r\n", true},
-		"longer than MaxBody":  {"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999\r\n\r\n", "{\"model\":\"m\"", true},
-		"compressed and known": {"POST /v1/responses HTTP/1.1\r\nHost: localhost\r\nContent-Encoding: zstd\r\nContent-Length: 1000\r\n\r\n", "\x28\xb5\x2f\xfd", true},
+		"longer than MaxBody":  {"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999\r\n\r\n", `{"model":"m","x":"` + strings.Repeat("x", 3000), true},
+		"compressed and known": {"POST /v1/responses HTTP/1.1\r\nHost: localhost\r\nContent-Encoding: zstd\r\nContent-Length: 1000\r\n\r\n", "\x28\xb5\x2f\xfd", false},
 	} {
 		for how, leave := range map[string]func(*fakeConn){"FIN": func(c *fakeConn) { c.Close() }, "RST": (*fakeConn).reset} {
 			t.Run(name+"/"+how, func(t *testing.T) {
@@ -109,6 +112,97 @@ func TestClientGoneWhileSending(t *testing.T) {
 			})
 		}
 	}
+}
+
+// TestHalfClosed: a client that shuts its sending side after the request gets its answer, except where Ollama itself
+// takes it for one that has left.
+func TestHalfClosed(t *testing.T) {
+	const name = `{"model":"m"}`
+	get := func(target string) string { return target + " HTTP/1.1\r\nHost: localhost\r\n\r\n" }
+	for request, answered := range map[string]bool{
+		get("GET /api/tags"): true, get("GET /"): true, get("HEAD /"): true, get("GET /v1/models"): true, get("GET /api/ps"): true, get("GET /v1/models/m"): true, get("GET /api/version"): true, get("GET /new"): true,
+		get("HEAD /api/blobs/sha256:00"): true, get("POST /api/me"): true, rawPost("/api/show", name): true, rawPost("/api/copy", name): true, "DELETE" + strings.TrimPrefix(rawPost("/api/delete", name), "POST"): true,
+		"POST /api/show HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nd\r\n" + name + "\r\n0\r\n\r\n": true,
+		"GET /api/tags HTTP/1.0\r\n\r\n": true,
+		rawPost("/api/chat", name):       false, rawPost("/v1/chat/completions", name): false, rawPost("/api/embed", name): false, rawPost("/api/pull", name): false, rawPost("/api/create", name): false, rawPost("/new", name): false,
+	} {
+		for _, upstreams := range []int{1, 2} {
+			seen := make(chan struct{})
+			f := newFake(t, func(r received) string {
+				<-seen // the answer comes when the client's end has come
+				if strings.HasPrefix(r.line, "HEAD") {
+					return "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n"
+				}
+				return answer(200, "application/json", `{"models":[],"data":[]}`)
+			})
+			ups := map[string]*url.URL{"up": f.URL}
+			if upstreams == 2 {
+				ups["up2"] = newFake(t, okAnswer).URL
+			}
+			rg := newRigOf(t, &Handler{}, ups)
+			srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if answered {
+					context.AfterFunc(r.Context(), func() { close(seen) })
+				}
+				rg.h.ServeHTTP(w, r)
+			}))
+			rg.srv = srv
+			client := rg.dial()
+			client.send(request)
+			if err := client.Conn.(*net.TCPConn).CloseWrite(); err != nil {
+				t.Fatal(err)
+			}
+			got := client.closed()
+			if ok := strings.Contains(got, " 200 OK\r\n"); ok != answered {
+				t.Errorf("%.60q of %d: %q", request, upstreams, got)
+			}
+			want := ClientGone
+			if answered {
+				want = OK
+			}
+			if ex := rg.ended(); ex.Outcome != want {
+				t.Errorf("%.60q told as %+v", request, ex)
+			}
+			if !answered {
+				close(seen)
+			}
+			srv.Close()
+		}
+	}
+}
+
+// TestLingers: whoever has left for good is waited for no longer than a while.
+func TestLingers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, leave := context.WithCancel(t.Context())
+		longer, end := outlive(ctx, lingers)
+		leave()
+		time.Sleep(lingers - 1)
+		synctest.Wait()
+		if longer.Err() != nil {
+			t.Error("it ended too early")
+		}
+		time.Sleep(time.Nanosecond)
+		synctest.Wait()
+		if longer.Err() == nil {
+			t.Error("it goes on")
+		}
+		end()
+		for cause, want := range map[error]error{ErrDrained: ErrDrained, nil: context.Canceled} {
+			ctx, cut := context.WithCancelCause(t.Context())
+			longer, end := outlive(ctx, lingers)
+			cut(cause)
+			synctest.Wait()
+			if got := longer.Err() != nil; got != (cause != nil) {
+				t.Errorf("%v: ended is %v", cause, got)
+			}
+			end() // nothing is left of it
+			synctest.Wait()
+			if got := context.Cause(longer); got != want {
+				t.Errorf("%v: it ended by %v", cause, got)
+			}
+		}
+	})
 }
 
 // TestCutOff: the server's own context ends, as at the end of a drain. A client that is still there must not take what

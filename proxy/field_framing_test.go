@@ -2,7 +2,6 @@ package proxy
 
 import (
 	"fmt"
-	"io"
 	"net/http"
 	"net/url"
 	"slices"
@@ -251,33 +250,42 @@ func TestInformational(t *testing.T) {
 	}
 }
 
-// TestUpgrade: after 101 the two ends talk to each other, in both directions.
+// TestUpgrade: no other protocol is let through, where nothing could be checked. The request goes without the wish, and is
+// answered in HTTP/1.1, as Ollama does it.
 func TestUpgrade(t *testing.T) {
-	f := newFake(t, nil)
-	rg := newRig(t, f.URL, &Handler{})
-	client := rg.dial()
-	client.send("GET /v1/realtime HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-Websocket-Key: x\r\n\r\n")
-	up := f.accept()
-	req := up.mustHead()
-	if req.value("Upgrade") != "websocket" || req.value("Connection") != "Upgrade" || req.value("Sec-Websocket-Key") != "x" {
-		t.Errorf("went as %+v", req)
-	}
-	up.send("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
-	if got := client.mustHead(); got.line != "HTTP/1.1 101 Switching Protocols" || got.value("Upgrade") != "websocket" {
-		t.Errorf("got %+v", got)
-	}
-	buf := make([]byte, 5)
-	for _, ends := range [][2]*fakeConn{{client, up}, {up, client}, {client, up}} {
-		ends[0].send("hello")
-		if _, err := io.ReadFull(ends[1].br, buf); err != nil || string(buf) != "hello" {
-			t.Errorf("%q, %v", buf, err)
+	for _, wish := range [][]string{
+		{"Connection: Upgrade", "Upgrade: websocket", "Sec-Websocket-Key: x"}, {"Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA"},
+		{"connection: keep-alive, upgrade", "upgrade: H2C"}, {"Connection: keep-alive", "Connection: Upgrade", "Upgrade: TLS/1.0, HTTP/1.1"}, {"Upgrade: h2c"}, {"Connection: Upgrade"},
+	} {
+		for _, switches := range []bool{false, true} {
+			for _, request := range []string{rawPost("/api/chat", `{"model":"m"}`, wish...), rawPost("/api/pull", `{"model":"m"}`, wish...), "GET /v1/realtime HTTP/1.1\r\nHost: localhost\r\n" + lines(wish) + "\r\n"} {
+				f := newFake(t, nil)
+				rg := newRig(t, f.URL, &Handler{})
+				client := rg.dial()
+				client.send(request)
+				up := f.accept()
+				if got := up.receive(); got.values("Upgrade") != nil || got.values("Connection") != nil || got.values("Http2-Settings") != nil && wish[0] != "Upgrade: h2c" {
+					t.Errorf("%q went as %q", wish, got.headers)
+				}
+				if !switches {
+					up.send(answer(200, "application/json", "{}"))
+					if got := client.receive(); got.line != "HTTP/1.1 200 OK" {
+						t.Errorf("%q: %+v", wish, got)
+					}
+					continue
+				}
+				up.send("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n")
+				if got := client.receive(); !strings.HasPrefix(got.line, "HTTP/1.1 502 ") || !strings.Contains(string(got.body), "another protocol") {
+					t.Errorf("%q: %s %s", wish, got.line, got.body)
+				}
+				if got := up.closed(); got != "" {
+					t.Errorf("%q went on as %q", wish, got)
+				}
+				if ex := rg.ended(); ex.Status != http.StatusBadGateway || ex.Outcome != Unreachable {
+					t.Errorf("told as %+v", ex)
+				}
+			}
 		}
-	}
-	up.Close()
-	client.closed() // the upstream's end is passed on; the client may still talk
-	client.Close()
-	if ex := rg.ended(); ex.Status != http.StatusSwitchingProtocols || ex.Outcome != OK {
-		t.Errorf("told as %+v", ex)
 	}
 }
 

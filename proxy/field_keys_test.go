@@ -3,9 +3,13 @@ package proxy
 import (
 	"fmt"
 	"net/http"
+	"net/http/httptest"
+	"net/url"
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 )
 
 const theKey = "sk-proxy-3f9a"
@@ -189,6 +193,131 @@ func TestKeyless(t *testing.T) {
 	}
 }
 
+// TestStrangers: whoever shows no key learns from the pages that need none whether all is well, and nothing else; an
+// upstream gets nothing of theirs but the question.
+func TestStrangers(t *testing.T) {
+	f := newFake(t, func(r received) string {
+		if strings.Contains(r.line, "/api/") {
+			return answer(200, "application/json", `{"version":"0.34.1","models":[]}`)
+		}
+		return answer(200, "text/plain", "Ollama is running")
+	})
+	away := newFake(t, nil)
+	away.ln.Close()
+	secret := []string{"big", "small", "0.34.1", f.URL.Host, away.URL.Host}
+	for _, upstream := range []*fake{f, away} {
+		rg := newRigOf(t, &Handler{Guard: withKeys(t, theKey)}, map[string]*url.URL{"big": upstream.URL, "small": away.URL})
+		for _, b := range rg.h.Upstreams {
+			b.Poll(t.Context())
+		}
+		for len(f.reqs) > 0 {
+			f.next()
+		}
+		check := func(what string, got received) {
+			t.Helper()
+			for _, word := range secret {
+				if strings.Contains(fmt.Sprint(got.line, got.headers, string(got.body), got.trailer), word) {
+					t.Errorf("%s tells %q: %s %q %s", what, word, got.line, got.headers, got.body)
+				}
+			}
+		}
+		for _, state := range []string{"", "draining", "looped"} {
+			for _, b := range rg.h.backends {
+				b.draining.Store(state == "draining")
+				b.looped.Store(state == "looped")
+			}
+			for _, path := range []string{"/", "/?x=y", pathReady, pathHealth} {
+				for _, headers := range [][]string{nil, {"X-Cacheproxy-Upstream: small"}, {"X-Cacheproxy-Upstream: none"}, {"Authorization: Bearer dummy"}, {"X-Api-Key: " + theKey}, {"Expect: 100-continue"}} {
+					for _, body := range []string{"", "Content-Length: 5\r\n\r\nhello", "Transfer-Encoding: chunked\r\nTrailer: X-T\r\n\r\n5\r\nhello\r\n0\r\nX-T: 1\r\n\r\n"} {
+						if body == "" {
+							body = "\r\n"
+						}
+						client := rg.dial()
+						client.send("GET " + path + " HTTP/1.1\r\nHost: localhost\r\n" + lines(headers) + body)
+						got := client.receive()
+						client.Close()
+						rg.ended()
+						check(fmt.Sprint(state, path, headers), got)
+						if upstream == f && !strings.HasPrefix(path, ownPrefix) && state == "" {
+							if up := f.next(); len(up.body) > 0 || up.chunked || up.values("Content-Length") != nil || up.values("Trailer") != nil || up.values("Expect") != nil {
+								t.Errorf("%s %q: the upstream got %q and %q", path, headers, up.headers, up.body)
+							}
+							if string(got.body) != "Ollama is running" {
+								t.Errorf("%s %q: %s %s", path, headers, got.line, got.body)
+							}
+						}
+					}
+				}
+			}
+		}
+		f.none()
+		for _, b := range rg.h.backends {
+			b.draining.Store(false)
+			b.looped.Store(false)
+		}
+		// Whoever shows one is told as ever.
+		for _, path := range []string{"/", pathReady} {
+			res, text := rg.do("GET", path, "", "Authorization: Bearer "+theKey)
+			if upstream == f && !strings.Contains(res.Header.Get(headerUpstream)+text, "big") || upstream == away && path == "/" && !strings.Contains(text, away.URL.Host) {
+				t.Errorf("%s with a key: %v %s", path, res.Header, text)
+			}
+		}
+		if upstream == f {
+			f.next()
+		}
+	}
+}
+
+// TestChangesFromPages: a page of another origin, a local one and one that the operator lets in among them, changes nothing
+// of the proxy's own. A page of the proxy's own origin may, and so may what is no page.
+func TestChangesFromPages(t *testing.T) {
+	f := newFake(t, okAnswer)
+	rg := newRig(t, f.URL, &Handler{Guard: Guard{AllowOrigins: []string{"*"}}})
+	host := strings.TrimPrefix(rg.URL, "http://")
+	for _, verb := range []string{"drain", "resume"} {
+		for origin, want := range map[string]int{
+			"": 200, rg.URL: 200, "https://" + host: 200,
+			"http://localhost:3000": 403, "http://localhost": 403, "http://127.0.0.1": 403, "http://" + host + "0": 403, "app://x": 403, "file://": 403, "null": 403, "https://chat.example.com": 403,
+			"vscode-webview://x": 403,
+		} {
+			rg.h.backends[0].draining.Store(verb == "resume")
+			var headers []string
+			if origin != "" {
+				headers = append(headers, "Origin: "+origin)
+			}
+			res, text := rg.do("POST", pathUpstreams+"up/"+verb, "", headers...)
+			if changed := rg.h.backends[0].draining.Load() == (verb == "drain"); res.StatusCode != want || changed != (want == 200) {
+				t.Errorf("%s from %q: %d %s, and it was done: %v", verb, origin, res.StatusCode, text, changed)
+			}
+			if res, _ := rg.do("GET", strings.TrimSuffix(pathUpstreams, "/"), "", headers...); res.StatusCode != 200 {
+				t.Errorf("%q may not read: %d", origin, res.StatusCode)
+			}
+		}
+	}
+	f.none()
+}
+
+// TestPreflightOfKeys: a page may send a key in both headers that are looked at; where none is asked for preflights are
+// Ollama's (TestOriginsAsOllama).
+func TestPreflightOfKeys(t *testing.T) {
+	f := newFake(t, okAnswer)
+	var without string
+	for _, guard := range []Guard{{}, withKeys(t, theKey)} {
+		rg := newRig(t, f.URL, &Handler{Guard: guard})
+		for _, path := range []string{"/v1/messages", "/api/chat", "/v1/messages/count_tokens"} {
+			res, _ := rg.do("OPTIONS", path, "", "Origin: http://localhost:3000", "Access-Control-Request-Method: POST", "Access-Control-Request-Headers: x-api-key")
+			allowed := res.Header.Get("Access-Control-Allow-Headers")
+			if guard.Keys == nil {
+				without = allowed
+			}
+			if res.StatusCode != 204 || guard.Keys == nil && strings.Contains(strings.ToLower(allowed), "api-key") || guard.Keys != nil && allowed != without+",X-Api-Key" {
+				t.Errorf("%s: %d, allowed are %s", path, res.StatusCode, allowed)
+			}
+		}
+	}
+	f.none()
+}
+
 // TestCORSOnOwnAnswers: a web page can read what the proxy says itself; what the upstream says of CORS is replaced, not
 // doubled (F24).
 func TestCORSOnOwnAnswers(t *testing.T) {
@@ -224,17 +353,124 @@ func TestCORSOnOwnAnswers(t *testing.T) {
 }
 
 func TestParseKeys(t *testing.T) {
-	for text, n := range map[string]int{"a": 1, "a\nb\n": 2, "# x\na\n\n#b\n": 1, "a\r\nb\r\n": 2} {
+	for text, want := range map[string][]string{
+		"a": {"a"}, "a\nb\n": {"a", "b"}, "# x\na\n\n#b\n": {"a"}, "a\r\nb\r\n": {"a", "b"}, "a\rb\r": {"a", "b"},
+		"\ufeffa\n": {"a"}, "\ufeff# people\r\n \ta\t \r\n\ufeffb": {"a", "b"}, "\u00a0a\u00a0\n\v\n": {"a"}, "\ufeff \ufeffa": {"a"},
+		"a=b:c/+~é": {"a=b:c/+~é"},
+	} {
 		k, err := ParseKeys(text)
-		if err != nil || k.Len() != n {
+		if err != nil || k.Len() != len(want) {
 			t.Errorf("%q: %v, %v", text, k, err)
+			continue
+		}
+		for _, key := range want {
+			if k.check(key) == "" {
+				t.Errorf("%q: %q is no key", text, key)
+			}
 		}
 	}
-	for _, text := range []string{"", "\n\n", "# only\n", "a b\n", "a\tb"} {
+	for _, text := range []string{"", "\n\n", "# only\n", "a b\n", "a\tb", "\ufeff", "\ufeff\r\n", "\xff\xfea\x00b\x00", "a\x00b\x00", "ok\nke\xffy"} {
 		if k, err := ParseKeys(text); err == nil {
 			t.Errorf("%q gives %d keys", text, k.Len())
 		} else if strings.Contains(text, "a") && strings.Contains(err.Error(), "a b") {
 			t.Errorf("the error tells the key: %v", err)
 		}
+	}
+}
+
+// TestReplaceKeys: new keys hold from the next request on; what cannot be read leaves the old ones.
+func TestReplaceKeys(t *testing.T) {
+	f := newFake(t, okAnswer)
+	rg := newRig(t, f.URL, &Handler{Guard: withKeys(t, "one\ntwo")})
+	for _, step := range []struct {
+		text string
+		fail bool
+		in   map[string]int
+	}{
+		{"two\nthree", false, map[string]int{"one": 401, "two": 200, "three": 200}},
+		{"# nobody", true, map[string]int{"one": 401, "two": 200, "three": 200}},
+		{"four x", true, map[string]int{"two": 200, "four": 401}},
+		{"four", false, map[string]int{"two": 401, "four": 200}},
+	} {
+		if err := rg.h.Guard.Keys.Replace(step.text); (err != nil) != step.fail {
+			t.Errorf("%q: %v", step.text, err)
+		}
+		for key, want := range step.in {
+			if res, _ := rg.do("GET", "/api/version", "", "Authorization: Bearer "+key); res.StatusCode != want {
+				t.Errorf("after %q: %s gets %d, want %d", step.text, key, res.StatusCode, want)
+			}
+		}
+	}
+}
+
+// TestWhoIsCharged: a client is known by the key that was checked, however it is written, and whatever else is in the header.
+func TestWhoIsCharged(t *testing.T) {
+	g := withKeys(t, "one\ntwo")
+	who := func(path, remote string, headers ...string) string {
+		r := httptest.NewRequest("POST", path, nil)
+		r.RemoteAddr = remote
+		for _, h := range headers {
+			k, v, _ := strings.Cut(h, ": ")
+			r.Header.Add(k, v)
+		}
+		client, _ := g.key(r)
+		return clientOf(r, client)
+	}
+	one, two := who("/api/chat", "10.0.0.1:1", "Authorization: Bearer one"), who("/api/chat", "10.0.0.1:1", "Authorization: Bearer two")
+	if one == two {
+		t.Error("two keys are one client")
+	}
+	for want, same := range map[string][][]string{
+		one: {
+			{"/api/chat", "Authorization: bEaReR one"}, {"/api/chat", "Authorization: BEARER   one  "}, {"/api/chat", "Authorization: Bearer one", "Authorization: Bearer junk"},
+			{"/api/chat", "Authorization: Bearer one", "X-Api-Key: junk"}, {"/api/chat", "Authorization: Bearer one", "X-Api-Key: two"}, {"/v1/messages", "Authorization: Bearer one", "X-Api-Key: two"},
+			{"/v1/messages", "X-Api-Key: one"}, {"/v1/messages", "X-Api-Key: one", "Authorization: Bearer junk"}, {"/v1/messages", "X-Api-Key: one", "Authorization: junk"},
+		},
+		two: {{"/v1/messages", "X-Api-Key: two", "Authorization: Basic b25l"}, {"/v1/chat/completions", "Authorization: bearer two", "X-Api-Key: one"}},
+	} {
+		for i, h := range same {
+			if got := who(h[0], fmt.Sprintf("10.0.0.%d:%d", i, i), h[1:]...); got != want {
+				t.Errorf("%q is another client", h)
+			}
+		}
+	}
+	g.Keys = nil // whoever asks for none tells clients apart by their addresses
+	if who("/api/chat", "10.0.0.1:1", "Authorization: Bearer one") != who("/api/chat", "10.0.0.1:2", "X-Api-Key: junk") || who("/api/chat", "10.0.0.1:1") == who("/api/chat", "10.0.0.2:1") {
+		t.Error("clients without keys are not told apart by their addresses")
+	}
+}
+
+// TestJunkIsNoClient: whoever writes the key differently each time gets no more than a fair share.
+func TestJunkIsNoClient(t *testing.T) {
+	const each = 40
+	f := newFake(t, nil)
+	rg := newRig(t, f.URL, &Handler{Guard: withKeys(t, "honest\ncheat"), Lanes: schedule.NewScheduler(schedule.Config{Lanes: 1})})
+	first := rg.dial()
+	first.send(rawPost("/v1/messages", chatWith("s", "first", ""), "X-Api-Key: honest"))
+	up := f.accept()
+	up.receive()
+	for i := range each {
+		scheme := []byte("bearer")
+		for bit := range scheme {
+			if i>>bit&1 != 0 {
+				scheme[bit] -= 'a' - 'A'
+			}
+		}
+		rg.dial().send(rawPost("/v1/messages", chatWith(fmt.Sprint("c", i), "cheat", ""), fmt.Sprintf("Authorization: %s cheat", scheme), fmt.Sprint("X-Api-Key: junk", i)))
+		waiting(t, rg, i+1)
+	}
+	for i := range each {
+		rg.dial().send(rawPost("/v1/messages", chatWith(fmt.Sprint("h", i), "honest", ""), "Authorization: Bearer honest"))
+		waiting(t, rg, each+i+1)
+	}
+	honest := 0
+	for range each {
+		up.send(answer(200, "application/json", chatAnswer))
+		if strings.Contains(string(up.receive().body), "honest") {
+			honest++
+		}
+	}
+	if honest < each/4 {
+		t.Errorf("the honest client got %d of %d", honest, each)
 	}
 }

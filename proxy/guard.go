@@ -3,12 +3,16 @@ package proxy
 import (
 	"crypto/sha256"
 	"crypto/subtle"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
 	"net/netip"
 	"os"
 	"strings"
+	"sync/atomic"
+	"unicode"
+	"unicode/utf8"
 )
 
 // Guard decides who may use the proxy. Ollama checks Host and Origin so that a web page cannot reach a server on the
@@ -20,39 +24,60 @@ type Guard struct {
 	Keys         *Keys    // nil asks for none
 }
 
-// Keys are the API keys that clients must show, as digests.
-type Keys struct{ sums [][sha256.Size]byte }
+// Keys are the API keys that clients must show, as digests. They may be replaced while they are asked for.
+type Keys struct {
+	sums atomic.Pointer[[][sha256.Size]byte]
+}
 
-// ParseKeys reads one key a line; blank lines and lines that begin with # are skipped.
+// ParseKeys reads keys as Replace does.
 func ParseKeys(text string) (*Keys, error) {
 	k := &Keys{}
-	for i, line := range strings.Split(text, "\n") {
-		line = strings.TrimSpace(line)
-		if line == "" || strings.HasPrefix(line, "#") {
-			continue
-		}
-		if strings.ContainsAny(line, " \t") {
-			return nil, fmt.Errorf("line %d: an API key has no spaces", i+1)
-		}
-		k.sums = append(k.sums, sha256.Sum256([]byte(line)))
-	}
-	if len(k.sums) == 0 {
-		return nil, fmt.Errorf("no API key in it: write one key a line")
+	if err := k.Replace(text); err != nil {
+		return nil, err
 	}
 	return k, nil
 }
 
-// Len returns how many keys there are.
-func (k *Keys) Len() int { return len(k.sums) }
+// Replace reads one key a line; blank lines and lines that begin with # are skipped, and so are the marks that
+// editors leave: blanks around a key, byte order marks, carriage returns. After an error the keys are those
+// from before.
+func (k *Keys) Replace(text string) error {
+	var sums [][sha256.Size]byte
+	for i, line := range strings.Split(strings.NewReplacer("\r\n", "\n", "\r", "\n").Replace(text), "\n") {
+		line = strings.TrimFunc(line, func(r rune) bool { return r == '\ufeff' || unicode.IsSpace(r) })
+		if line == "" || strings.HasPrefix(line, "#") {
+			continue
+		}
+		if strings.ContainsFunc(line, unicode.IsSpace) {
+			return fmt.Errorf("line %d: an API key has no spaces", i+1)
+		}
+		if !utf8.ValidString(line) || strings.ContainsFunc(line, unicode.IsControl) {
+			return fmt.Errorf("line %d: this is no UTF-8 text; save the file as UTF-8", i+1)
+		}
+		sums = append(sums, sha256.Sum256([]byte(line)))
+	}
+	if len(sums) == 0 {
+		return errors.New("no API key in it: write one key a line")
+	}
+	k.sums.Store(&sums)
+	return nil
+}
 
-// has compares with every key, in a time that does not tell which one or how much of it fits.
-func (k *Keys) has(key string) bool {
+// Len returns how many keys there are.
+func (k *Keys) Len() int { return len(*k.sums.Load()) }
+
+// check compares with every key, in a time that does not tell which one or how much of it fits. It returns the
+// key's digest, by which the client is known; "" where there is no such key.
+func (k *Keys) check(key string) string {
 	sum := sha256.Sum256([]byte(key))
 	found := 0
-	for i := range k.sums {
-		found |= subtle.ConstantTimeCompare(sum[:], k.sums[i][:])
+	for _, known := range *k.sums.Load() {
+		found |= subtle.ConstantTimeCompare(sum[:], known[:])
 	}
-	return found == 1
+	if found == 0 {
+		return ""
+	}
+	return string(sum[:])
 }
 
 // defaultOrigins are the origins that Ollama allows (envconfig.AllowedOrigins).
@@ -170,13 +195,18 @@ func setCORS(h http.Header, origin string) {
 	h.Add("Vary", "Origin")
 }
 
-// preflight answers an OPTIONS request as Ollama does: one from a web page, or to a local name.
-func preflight(w http.ResponseWriter, origin string) {
+// preflight answers an OPTIONS request as Ollama does: one from a web page, or to a local name. Where keys are asked
+// for, a page may send one in any header that is looked at.
+func preflight(w http.ResponseWriter, origin string, keys bool) {
 	h := w.Header()
 	if origin != "" {
+		allowed := allowHeaders
+		if keys {
+			allowed += ",X-Api-Key"
+		}
 		setCORS(h, origin)
 		h.Set("Access-Control-Allow-Methods", "GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS")
-		h.Set("Access-Control-Allow-Headers", allowHeaders)
+		h.Set("Access-Control-Allow-Headers", allowed)
 		h.Set("Access-Control-Max-Age", "43200")
 		h.Add("Vary", "Access-Control-Request-Method")
 		h.Add("Vary", "Access-Control-Request-Headers")
@@ -184,26 +214,44 @@ func preflight(w http.ResponseWriter, origin string) {
 	w.WriteHeader(http.StatusNoContent)
 }
 
-// key refuses a request that shows no API key, where keys are asked for. It returns the headers that carried one of the
+// key returns who the client is by the API key that it shows; "" where it shows none, or none is asked for. How the
+// header is spelled, and what else is in it, does not matter. spent are the headers that carried one of the
 // proxy's keys: they are not for the upstream.
-func (g *Guard) key(r *http.Request) (spent []string, _ *refusal) {
+func (g *Guard) key(r *http.Request) (client string, spent []string) {
 	if g.Keys == nil {
-		return nil, nil
+		return "", nil
 	}
-	shown := false
-	if scheme, key, ok := strings.Cut(r.Header.Get("Authorization"), " "); ok && strings.EqualFold(scheme, "Bearer") && g.Keys.has(strings.TrimSpace(key)) {
-		spent, shown = append(spent, "Authorization"), true
+	if scheme, key, ok := strings.Cut(r.Header.Get("Authorization"), " "); ok && strings.EqualFold(scheme, "Bearer") {
+		if client = g.Keys.check(strings.TrimSpace(key)); client != "" {
+			spent = append(spent, "Authorization")
+		}
 	}
-	if key := r.Header.Get("X-Api-Key"); key != "" && g.Keys.has(key) {
-		spent, shown = append(spent, "X-Api-Key"), shown || isAnthropic(r.URL.Path)
+	if key := r.Header.Get("X-Api-Key"); key != "" {
+		other := g.Keys.check(key)
+		if other != "" {
+			spent = append(spent, "X-Api-Key")
+		}
+		if client == "" && isAnthropic(r.URL.Path) {
+			client = other
+		}
 	}
-	if !shown && !keyless(r) {
-		return nil, &refusal{http.StatusUnauthorized, "a valid API key is needed: send it as 'Authorization: Bearer KEY' (the keys are in the file that ollama-cacheproxy was started with: --api-keys-file)"}
-	}
-	return spent, nil
+	return client, spent
 }
 
-// keyless reports whether a request needs no key: the probes of monitors and containers, which tell nothing.
+// clientOf says to whom the scheduler is to be fair: the key that was checked, else an address.
+func clientOf(r *http.Request, key string) string {
+	if key != "" {
+		return key
+	}
+	host, _, err := net.SplitHostPort(r.RemoteAddr)
+	if err != nil {
+		return r.RemoteAddr
+	}
+	return host
+}
+
+// keyless reports whether a request needs no key: the probes of monitors and containers. It carries nothing to an upstream,
+// and names none: see exchange.stranger.
 func keyless(r *http.Request) bool {
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		return false

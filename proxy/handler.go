@@ -21,6 +21,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/klauspost/compress/zstd"
+
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/attach"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/jsonscan"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
@@ -77,6 +79,8 @@ type Handler struct {
 	Touched func(model string, err error)
 
 	memory   *memory
+	decoder  *zstd.Decoder
+	decoding sync.Mutex
 	inFlight atomic.Int64
 	waiting  atomic.Int64 // requests that wait, see Waiting
 
@@ -89,6 +93,7 @@ type Handler struct {
 	prefixes *prefix.Reader
 	attacher *attach.Attacher // nil: nothing is attached
 
+	lingers      time.Duration
 	refreshEvery time.Duration
 	refreshing   sync.Mutex
 	refreshed    time.Time // guarded by refreshing
@@ -142,9 +147,12 @@ var ErrDrained = errors.New("cut off while stopping")
 // Why a body was forwarded unread or unedited.
 const (
 	UneditedTooLarge = "too_large" // longer than MaxBody
-	UneditedEncoded  = "encoded"   // it has a Content-Encoding
+	UneditedEncoded  = "encoded"   // it has a Content-Encoding, and is no JSON as it stands
 	UneditedNotJSON  = "not_json"  // it is not a JSON object
 )
+
+// decodedMost is how many bytes of a compressed body Ollama reads.
+const decodedMost = 20 << 20
 
 // invalidModel stands for what a client wrote in place of a model's name, which may be anything and of any length.
 const invalidModel = "(invalid)"
@@ -157,15 +165,18 @@ type exchange struct {
 	header    http.Header         // the client's answer's
 	origin    string              // for CORS headers
 	route                         // what its path means
+	client    string              // who it is by the API key that was checked; "" without one
+	stranger  bool                // it shows no API key although keys are asked for: see keyless
 	spent     []string            // request headers that are for the proxy alone
 	members   [12]jsonscan.Member // of the body; more are allocated
 	arriving  *arriving           // nil where there is no body, or no limit for it
 	body      *body               // nil where the body passes through, or there is none, or it was let go
-	beginning io.Closer           // of a body that passes through although it was read that far
+	beginning io.ReadCloser       // of a body that passes through although it was read that far
 	passing   *passing            // nil where the body was read, or there is none
 	fields    fields              // of the body
 	key       string              // upstream.ModelKey of the model that it names; "" for none
 	cloud     bool                // a remote service runs that
+	unread    bool                // it asks for a prompt to be evaluated, and that is all that could be found out
 	only      *backend
 	up        *backend      // to which it is sent; nil before that is chosen
 	unloading chan struct{} // closed when other servers have unloaded the model, too; nil: they need not
@@ -240,7 +251,11 @@ func (h *Handler) Init() {
 	h.closing = make(chan struct{})
 	news := make(chan struct{})
 	h.news.Store(&news)
-	h.refreshEvery = refreshEvery
+	var err error
+	if h.decoder, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(decodedMost)); err != nil {
+		panic(err) // the options are right
+	}
+	h.lingers, h.refreshEvery = lingers, refreshEvery
 	h.prefixes = prefix.NewReader()
 	for i, s := range h.Upstreams {
 		b := h.newBackend(i, s)
@@ -289,6 +304,13 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if h.BodyTimeout > 0 && r.Body != nil && r.Body != http.NoBody {
 		ex.arriving = &arriving{ReadCloser: r.Body, conn: http.NewResponseController(w), limit: h.BodyTimeout}
 	}
+	ctx, end := r.Context(), func() {}
+	if rt.outlives() {
+		ctx, end = outlive(ctx, h.lingers)
+	}
+	defer end()
+	// A copy: net/http looks at its own request's body when it decides whether to read on after an early answer.
+	r = r.WithContext(context.WithValue(ctx, exchangeKey{}, ex))
 	defer h.finish(ex, w, r) // a broken copy panics with http.ErrAbortHandler
 
 	if done := h.admit(w, r, ex); done {
@@ -297,10 +319,11 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if h.own(w, r, ex) {
 		return
 	}
-	// A copy: net/http looks at its own request's body when it decides whether to read on after an early answer.
-	r = r.WithContext(context.WithValue(r.Context(), exchangeKey{}, ex))
 	if ex.arriving != nil {
 		r.Body = ex.arriving
+	}
+	if ex.stranger {
+		r.Body, r.ContentLength, r.TransferEncoding, r.Trailer = http.NoBody, 0, nil, nil
 	}
 	ref := h.only(r, ex)
 	if ref == nil && h.merge(w, r, ex) {
@@ -327,8 +350,31 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.forward.ServeHTTP(w, r)
 }
 
+// lingers is for how long a request goes on without its client: see route.outlives.
+const lingers = 30 * time.Second
+
+// outlive returns a context that ends by so much later than ctx, or at the end of a drain.
+func outlive(ctx context.Context, by time.Duration) (context.Context, context.CancelFunc) {
+	longer, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() {
+		if context.Cause(ctx) != ErrDrained {
+			select {
+			case <-longer.Done():
+			case <-time.After(by):
+			}
+		}
+		cancel(context.Cause(ctx))
+	})
+	return longer, func() {
+		stop()
+		cancel(nil)
+	}
+}
+
 // admit checks Host, Origin and API key, and answers preflights.
 func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (done bool) {
+	ex.client, ex.spent = h.Guard.key(r)
+	ex.stranger = h.Guard.Keys != nil && ex.client == ""
 	ref := h.loop(r)
 	if ref == nil {
 		ref = h.Guard.host(r)
@@ -338,11 +384,11 @@ func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (d
 	}
 	if ref == nil && r.Method == http.MethodOptions && (ex.origin != "" || localName(hostname(r.Host))) {
 		ex.Status, ex.Outcome = http.StatusNoContent, Own
-		preflight(w, ex.origin)
+		preflight(w, ex.origin, h.Guard.Keys != nil)
 		return true
 	}
-	if ref == nil {
-		ex.spent, ref = h.Guard.key(r)
+	if ref == nil && ex.stranger && !keyless(r) {
+		ref = &refusal{http.StatusUnauthorized, "a valid API key is needed: send it as 'Authorization: Bearer KEY' (the keys are in the file that ollama-cacheproxy was started with: --api-keys-file)"}
 	}
 	if ref != nil {
 		h.refuse(w, r, ex, ref)
@@ -388,6 +434,10 @@ func (h *Handler) refuse(w http.ResponseWriter, r *http.Request, ex *exchange, r
 func (ex *exchange) reply(w http.ResponseWriter, r *http.Request, ref *refusal) {
 	ex.Status = ref.status
 	setCORS(w.Header(), ex.origin)
+	if ex.stranger && ref.status >= 500 {
+		// It would name an upstream, or say where that is.
+		ref = &refusal{ref.status, "no answer of Ollama; whoever shows an API key is told why"}
+	}
 	if ref.status == http.StatusUnauthorized {
 		w.Header().Set("WWW-Authenticate", "Bearer")
 	}
@@ -414,14 +464,8 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 		return nil
 	}
 	most := min(h.MaxBody, h.memory.most)
-	if enc := r.Header.Get("Content-Encoding"); enc != "" && !strings.EqualFold(enc, "identity") {
-		ex.Unedited = UneditedEncoded
-	} else if r.ContentLength > most {
-		ex.Unedited = UneditedTooLarge
-	}
-	if ex.Unedited != "" {
-		ex.pass(r)
-		return nil
+	if r.ContentLength > most {
+		most = min(most, bodyFirst-1) // what Ollama reads may end there
 	}
 	longer := func() error { return h.full(r, ex) }
 	var b *body
@@ -432,15 +476,6 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 	}
 	if err == nil {
 		b, over, err = h.memory.read(r.Context(), r.Body, r.ContentLength, most, longer)
-	}
-	if over && err == nil {
-		ex.Unedited = UneditedTooLarge
-		begin := once{b.open(edit{})}
-		b.release()
-		ex.beginning = begin
-		r.Body = &rest{io.MultiReader(begin, r.Body), r.Body}
-		ex.pass(r)
-		return nil
 	}
 	if ex.body = b; b != nil {
 		ex.in.Store(int64(len(b.data)))
@@ -455,9 +490,36 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 		return ex.unreadable(err)
 	}
 
-	f, err := scan(b.data, ex.members[:])
+	// Ollama reads the first value, whatever follows it; and the body as it stands, whatever its Content-Encoding says, but for
+	// zstd under /v1.
+	data := b.data[:min(int64(len(b.data)), most)]
+	f, err := scan(data, ex.members[:])
+	if err != nil && !over && ex.reads == readsForeign && r.Header.Get("Content-Encoding") == "zstd" {
+		h.decoding.Lock() // until the text is read, so that no more than one takes memory beside its body
+		defer h.decoding.Unlock()
+		if text, decoded := h.decoder.DecodeAll(data, nil); decoded == nil {
+			data = text
+			f, err = scan(data, ex.members[:])
+			defer func() { ex.fields.members, ex.fields.long = nil, nil }() // they are the text's, not the body's
+		}
+	}
 	if err != nil {
-		ex.Unedited = UneditedNotJSON
+		enc := r.Header.Get("Content-Encoding")
+		switch {
+		case over:
+			ex.Unedited = UneditedTooLarge
+			ex.in.Store(0)
+			ex.beginning = once{b.open(edit{})}
+			ex.letGo()
+			r.Body = &rest{io.MultiReader(ex.beginning, r.Body), r.Body}
+			ex.pass(r)
+		case enc != "" && !strings.EqualFold(enc, "identity"):
+			ex.Unedited = UneditedEncoded
+		default:
+			ex.Unedited = UneditedNotJSON
+			return nil // Ollama refuses it
+		}
+		ex.unread = ex.prompt != prefix.None && !ex.embed
 		return nil
 	}
 	if ex.reads == readsName && f.model == "" {
@@ -478,7 +540,7 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 		return nil // nothing here stays loaded
 	}
 	ex.fields = f
-	h.account(ex)
+	h.account(ex, data)
 	if err := h.attach(ex); err != nil {
 		return ex.unreadable(err)
 	}
@@ -523,6 +585,12 @@ func (ex *exchange) strip(header http.Header) {
 	}
 	header.Del(headerPriority)
 	header.Del(headerUpstream)
+	// What another protocol carries could not be checked. Ollama speaks none but HTTP/1.1, and answers in that.
+	header.Del("Connection")
+	header.Del("Upgrade")
+	if ex.stranger {
+		header.Del("Expect") // there is no body
+	}
 	// The origin was judged here, by the inbound Host; the upstream sees another Host and would judge wrongly.
 	header.Del("Origin")
 }
@@ -531,13 +599,16 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 	ex := res.Request.Context().Value(exchangeKey{}).(*exchange)
 	ex.up.Alive()
 	ex.unloaded()
+	if res.StatusCode == http.StatusSwitchingProtocols {
+		return errors.New("it switches to another protocol, which nobody asked for")
+	}
 	if ex.Status = res.StatusCode; ex.Status < 300 {
 		ex.run.Answered()
 		ex.use.answer()
 	}
 	setCORS(res.Header, ex.origin)
 	res.Header.Del(headerUpstream) // of another proxy behind this one
-	ex.header.Set(headerUpstream, ex.up.Name)
+	ex.name()
 	ex.Simulated = res.Header[upstream.SimulatedHeader] != nil
 	if ex.spend != nil {
 		ex.tell(res.Header)
@@ -549,9 +620,6 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 	if res.Header["Content-Type"] == nil {
 		ex.header["Content-Type"] = nil // or net/http would guess one
 	}
-	if res.StatusCode == http.StatusSwitchingProtocols {
-		return nil // its body is read and written by others than the handler
-	}
 	if res.StatusCode >= 400 && ex.passing != nil && !ex.passing.ended.Load() {
 		if err := readEarly(res); err != nil {
 			return err
@@ -559,6 +627,13 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 	}
 	res.Body = &tap{res.Body, ex, h.UpstreamSilence}
 	return nil
+}
+
+// name tells the client which upstream it is.
+func (ex *exchange) name() {
+	if !ex.stranger {
+		ex.header.Set(headerUpstream, ex.up.Name)
+	}
 }
 
 // unloaded waits until other servers have unloaded the model.
@@ -610,7 +685,7 @@ func (h *Handler) forwardFailed(w http.ResponseWriter, r *http.Request, err erro
 	ex.up.Failed()
 	ex.Outcome = Unreachable
 	h.Log.Debug("upstream request failed", "upstream", ex.up.Name, "err", err)
-	ex.header.Set(headerUpstream, ex.up.Name)
+	ex.name()
 	ex.reply(w, r, &refusal{http.StatusBadGateway, fmt.Sprintf("ollama at %s does not answer: %s; start it, or point ollama-cacheproxy's --upstream to where it runs", ex.up.URL, reason(err))})
 }
 
@@ -709,7 +784,7 @@ func (ex *exchange) outcome(r *http.Request) Outcome {
 	switch {
 	case ex.bodyErr != nil && ex.bodyErr != io.EOF && r.Context().Err() == nil:
 		return Aborted
-	case ex.bodyErr != io.EOF && ex.Status != http.StatusSwitchingProtocols:
+	case ex.bodyErr != io.EOF:
 		return ClientGone
 	case ex.Status >= 500:
 		return UpstreamError

@@ -2,11 +2,9 @@ package proxy
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"hash/maphash"
-	"net"
 	"net/http"
 	"slices"
 	"strings"
@@ -32,7 +30,7 @@ const busyWords = "server busy, please try again.  maximum pending requests exce
 // only reads which upstream a request is meant for, if its client names one.
 func (h *Handler) only(r *http.Request, ex *exchange) *refusal {
 	name := r.Header.Get(headerUpstream)
-	if name == "" {
+	if name == "" || ex.stranger {
 		return nil
 	}
 	if ex.only = h.named(name); ex.only != nil {
@@ -73,7 +71,7 @@ func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refus
 		h.waiting.Add(1)
 	}
 	var err error
-	if h.Lanes == nil || ex.chain == nil || !ex.chain.HasPrompt() {
+	if h.Lanes == nil || !ex.unread && (ex.chain == nil || !ex.chain.HasPrompt()) {
 		if list, err = h.await(r.Context(), list); err == nil {
 			ex.up = pick(list, ex.key)
 		}
@@ -111,10 +109,16 @@ func (h *Handler) lane(r *http.Request, ex *exchange, list []*backend) error {
 		upstreams = append(upstreams, b.index)
 	}
 	began, priority := time.Now(), priorityOf(r)
-	grant, err := h.Lanes.Acquire(r.Context(), schedule.Request{
-		Runner: schedule.Runner{Upstream: upstreams[0], Options: h.runner(ex, list)}, Upstreams: upstreams,
-		Links: ex.chain.Links, Client: h.clientOf(r), Program: programOf(r, ex), Flow: flowOf(r, ex), Priority: priority, Arrived: ex.start,
-	})
+	lanes, request := h.Lanes, schedule.Request{Upstreams: upstreams, Client: clientOf(r, ex.client), Priority: priority, Arrived: ex.start}
+	if ex.unread {
+		// What it says of its model at first need not be the last word, and its body may take long to come: it holds
+		// up nobody but its like.
+		lanes = lanes.Aside()
+	} else {
+		request.Program, request.Flow = programOf(r, ex), flowOf(r, ex)
+		request.Runner, request.Links = schedule.Runner{Upstream: upstreams[0], Options: h.runner(ex, list)}, ex.chain.Links
+	}
+	grant, err := lanes.Acquire(r.Context(), request)
 	ex.Waited, ex.Priority = ex.Waited+time.Since(began), priority.String()
 	if err == nil {
 		ex.grant, ex.up = grant, h.backends[grant.Upstream]
@@ -238,25 +242,12 @@ func flowOf(r *http.Request, ex *exchange) uint64 {
 	return ex.chain.Opening
 }
 
-// clientOf says to whom the scheduler is to be fair: one who shows a key that was checked, else an address.
-func (h *Handler) clientOf(r *http.Request) string {
-	if h.Guard.Keys != nil {
-		sum := sha256.Sum256([]byte(r.Header.Get("Authorization") + r.Header.Get("X-Api-Key"))) // nobody needs the key itself
-		return string(sum[:])
-	}
-	host, _, err := net.SplitHostPort(r.RemoteAddr)
-	if err != nil {
-		return r.RemoteAddr
-	}
-	return host
-}
-
 // free gives the lane back.
 func (ex *exchange) free(a savings.Answer) {
 	if ex.grant == nil {
 		return
 	}
-	res := schedule.Result{Sent: ex.spend != nil && ex.Outcome != Unreachable, Answered: ex.Status >= 200 && ex.Status < 300 && ex.BytesOut > 0, Total: a.Total, Generated: a.Generated, Timed: a.TotalTime > 0}
+	res := schedule.Result{Sent: ex.began && ex.Outcome != Unreachable, Answered: ex.Status >= 200 && ex.Status < 300 && ex.BytesOut > 0, Total: a.Total, Generated: a.Generated, Timed: a.TotalTime > 0}
 	if ex.streams && ex.FirstByte > ex.sent {
 		res.FirstByte = ex.FirstByte - ex.sent
 	}

@@ -20,9 +20,14 @@ const chatAnswer = `{"model":"m","message":{"role":"assistant","content":"x"},"d
 // waiting waits until so many requests wait for a lane.
 func waiting(t *testing.T, rg *rig, n int) {
 	t.Helper()
+	waitingIn(t, rg.h.Lanes, n)
+}
+
+func waitingIn(t *testing.T, lanes *schedule.Scheduler, n int) {
+	t.Helper()
 	for i := 0; ; i++ {
 		sum := 0
-		for _, w := range rg.h.Lanes.Stats().Waiting {
+		for _, w := range lanes.Stats().Waiting {
 			sum += w.Requests
 		}
 		if sum == n {
@@ -177,6 +182,87 @@ func TestBrokenAnswersFreeLanes(t *testing.T) {
 	}
 	if st := rg.h.Lanes.Stats(); most > 3 || n != 200 || len(st.Runners) > 0 && st.Runners[0].Busy > 0 {
 		t.Errorf("%d requests, %d at once, %+v", n, most, st)
+	}
+}
+
+// TestUnreadWaits: what asks for a prompt to be evaluated and cannot be read is sent one at a time, fairly, beside what can be read,
+// and holds up nothing else. However little is known of it, its lane is free again when it has ended.
+func TestUnreadWaits(t *testing.T) {
+	const max = 2000
+	padded := `{"model":"m",` + strings.Repeat(" ", 3*max) + `"messages":[{"role":"user","content":"x"}]}`
+	for name, request := range map[string]string{
+		"padded":         rawPost("/api/chat", padded),
+		"large":          rawPost("/v1/chat/completions", chatWith("s", strings.Repeat("x", 3*max), "")),
+		"padded, chunks": fmt.Sprintf("POST /api/chat HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n", len(padded), padded),
+		"zstd":           rawPost("/v1/responses", "\x28\xb5\x2f\xfd\x04", "Content-Encoding: zstd"),
+		"unknown coding": rawPost("/v1/messages", "abc", "Content-Encoding: new"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFake(t, nil)
+			rg := newRig(t, f.URL, &Handler{MaxBody: max, Lanes: schedule.NewScheduler(schedule.Config{Lanes: 1})})
+			busy := rg.dial() // the lane of what can be read
+			busy.send(rawPost("/api/chat", chatWith("s", "one", "")))
+			up := f.accept()
+			up.receive()
+			clients := []*fakeConn{rg.dial(), rg.dial()}
+			clients[0].send(request)
+			other := f.accept()
+			other.receive()
+			clients[1].send(request)
+			waitingIn(t, rg.h.Lanes.Aside(), 1)
+			if name == "zstd" || name == "unknown coding" { // of a body that was read to its end it is seen that the client leaves
+				gone := rg.dial()
+				gone.send(request)
+				waitingIn(t, rg.h.Lanes.Aside(), 2)
+				gone.Close()
+				waitingIn(t, rg.h.Lanes.Aside(), 1)
+				if ex := rg.ended(); ex.Outcome != ClientGone || ex.Priority != "normal" {
+					t.Errorf("told as %+v", ex)
+				}
+			}
+			other.send(answer(200, "application/json", chatAnswer))
+			clients[0].receive()
+			if ex := rg.ended(); ex.Outcome != OK || ex.Unedited == "" || ex.Upstream != "up" {
+				t.Errorf("told as %+v", ex)
+			}
+			other.receive()
+			other.send(answer(500, "application/json", `{"error":"x"}`))
+			clients[1].receive()
+			if ex := rg.ended(); ex.Waited == 0 {
+				t.Errorf("told as %+v", ex)
+			}
+			waitingIn(t, rg.h.Lanes.Aside(), 0)
+			last := rg.dial()
+			last.send(request)
+			other.receive()
+			waits := rg.dial()
+			waits.send(request)
+			waitingIn(t, rg.h.Lanes.Aside(), 1)
+			rg.h.Lanes.Close()
+			if got := waits.receive(); !strings.Contains(got.line, " 503 ") {
+				t.Errorf("while stopping: %s", got.line)
+			}
+			for up, c := range map[*fakeConn]*fakeConn{up: busy, other: last} {
+				up.send(answer(200, "application/json", chatAnswer))
+				if got := c.receive(); !strings.Contains(got.line, " 200 ") {
+					t.Errorf("%+v", got)
+				}
+			}
+		})
+	}
+}
+
+// TestUnreadIsSent: without a limit of lanes, and where no prompt is evaluated, what cannot be read does not wait.
+func TestUnreadIsSent(t *testing.T) {
+	f := newFake(t, nil)
+	off := schedule.NewScheduler(schedule.Config{Lanes: 1})
+	off.SetLanes(0, schedule.Unlimited)
+	for path, lanes := range map[string]*schedule.Scheduler{"/api/chat": off, "/v1/messages": nil, "/v1/embeddings": schedule.NewScheduler(schedule.Config{Lanes: 1}), "/api/embed": schedule.NewScheduler(schedule.Config{Lanes: 1})} {
+		rg := newRig(t, f.URL, &Handler{MaxBody: 2000, Lanes: lanes})
+		for range 3 {
+			rg.dial().send(rawPost(path, `{"model":"m","x":"`+strings.Repeat("x", 3000)+`"}`))
+			f.accept().receive() // none has been answered
+		}
 	}
 }
 

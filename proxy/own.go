@@ -20,9 +20,12 @@ func (h *Handler) own(w http.ResponseWriter, r *http.Request, ex *exchange) bool
 		ex.page(w, pathHealth, http.StatusOK, map[string]any{"status": "ok"})
 		return true
 	case path == pathReady:
-		// Anyone may see this page: names and versions, and nothing else.
+		// Anyone may see this page. Names and versions are for those alone who show a key, if keys are asked for.
 		versions := map[string]string{}
-		status, page := http.StatusServiceUnavailable, map[string]any{"status": "no upstream answers", "upstreams": versions}
+		status, page := http.StatusServiceUnavailable, map[string]any{"status": "no upstream answers"}
+		if !ex.stranger {
+			page["upstreams"] = versions
+		}
 		for _, b := range h.backends {
 			if st := b.State(); st.Up {
 				versions[b.Name] = st.Version
@@ -39,6 +42,9 @@ func (h *Handler) own(w http.ResponseWriter, r *http.Request, ex *exchange) bool
 		name, verb, _ := strings.Cut(strings.TrimPrefix(path, pathUpstreams), "/")
 		b := h.named(name)
 		switch {
+		case r.Method != http.MethodGet && r.Method != http.MethodHead && ex.origin != "":
+			// It may read this page if it may read Ollama's answers. To change something here is not for pages.
+			h.refuse(w, r, ex, &refusal{http.StatusForbidden, "this is not for web pages of another origin; send it without Origin"})
 		case b == nil:
 			h.refuse(w, r, ex, &refusal{http.StatusNotFound, fmt.Sprintf("there is no upstream %q; GET %s lists them", name, strings.TrimSuffix(pathUpstreams, "/"))})
 		case verb != "drain" && verb != "resume" || r.Method != http.MethodPost:

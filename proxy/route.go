@@ -27,6 +27,7 @@ type route struct {
 	answer savings.Dialect // how the answer to that is written
 	alters bool            // may change or remove a model
 	first  bool            // goes to the first upstream, since it changes something or must always go to the same one
+	long   bool            // works for long, until it is done or its client leaves
 	merged string          // the member of the answer that lists what an upstream has, if it is merged over upstreams
 }
 
@@ -35,14 +36,14 @@ var routes = map[string]route{
 	"/":                        {label: "/"},
 	"/api/version":             {label: "/api/version"},
 	"/api/status":              {label: "/api/status"},
-	"/api/pull":                {label: "/api/pull", alters: true, first: true},
-	"/api/push":                {label: "/api/push", first: true},
+	"/api/pull":                {label: "/api/pull", alters: true, long: true, first: true},
+	"/api/push":                {label: "/api/push", long: true, first: true},
 	"/api/tags":                {label: "/api/tags", merged: "models"},
 	"/api/show":                {label: "/api/show", reads: readsName},
 	"/api/delete":              {label: "/api/delete", alters: true, first: true},
 	"/api/me":                  {label: "/api/me", first: true},
 	"/api/signout":             {label: "/api/signout", first: true},
-	"/api/create":              {label: "/api/create", alters: true, first: true},
+	"/api/create":              {label: "/api/create", alters: true, long: true, first: true},
 	"/api/copy":                {label: "/api/copy", alters: true, first: true},
 	"/api/ps":                  {label: "/api/ps", merged: "models"},
 	"/api/generate":            {label: "/api/generate", reads: readsNative, prompt: prefix.Generate},
@@ -56,7 +57,7 @@ var routes = map[string]route{
 	"/v1/responses":            {label: "/v1/responses", reads: readsForeign, prompt: prefix.Responses, answer: savings.Responses},
 	"/v1/responses/compact":    {label: "/v1/responses/compact", reads: readsForeign},
 	"/v1/messages":             {label: "/v1/messages", reads: readsForeign, prompt: prefix.Messages, answer: savings.Anthropic},
-	"/v1/audio/transcriptions": {label: "/v1/audio/transcriptions"},
+	"/v1/audio/transcriptions": {label: "/v1/audio/transcriptions", long: true},
 }
 
 // pathModel, and a model's name after it, asks for one model.
@@ -64,13 +65,14 @@ const pathModel = "/v1/models/"
 
 func routeOf(r *http.Request) route {
 	rt, ok := routes[r.URL.Path]
+	body := r.Body != nil && r.Body != http.NoBody
 	switch {
 	case !ok && strings.HasPrefix(r.URL.Path, "/api/blobs/"):
-		rt.label, rt.first = "/api/blobs/{digest}", true
+		rt.label, rt.first, rt.long = "/api/blobs/{digest}", true, body
 	case !ok && strings.HasPrefix(r.URL.Path, pathModel):
 		rt.label = "/v1/models/{model}"
 	case !ok:
-		rt.label = "other"
+		rt.label, rt.long = "other", body
 	}
 	if r.Method != http.MethodPost {
 		rt.reads = readsNothing
@@ -84,4 +86,11 @@ func routeOf(r *http.Request) route {
 // infers reports whether the request asks a model for something, or has one loaded.
 func (ex *exchange) infers() bool {
 	return (ex.reads == readsNative || ex.reads == readsForeign) && !ex.unloads()
+}
+
+// outlives reports whether the request goes on when its client leaves, since it does so in Ollama, too. A client that has shut
+// its sending side, as some do when they have sent their request, looks like one that has left, until something is
+// written to it. Of what evaluates, or works for long otherwise, Ollama itself gives up both.
+func (rt route) outlives() bool {
+	return !rt.long && rt.reads != readsNative && rt.reads != readsForeign
 }

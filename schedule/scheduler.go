@@ -1,6 +1,7 @@
 package schedule
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"sync"
@@ -26,6 +27,7 @@ type Scheduler struct {
 	timer   *time.Timer // nil until it is first needed
 	armed   time.Time   // for when; zero: not set
 	closed  bool
+	aside   *Scheduler // nil before it is first asked for
 }
 
 // waiter is a request that waits. Under Scheduler.mu until ready is closed.
@@ -175,12 +177,18 @@ func (s *Scheduler) do(f func(q *Queue, now time.Time)) {
 // to others that may serve it. What may go nowhere else stays, and is granted as ever. Servers are available at first.
 func (s *Scheduler) SetAvailable(upstream uint16, on bool) {
 	s.do(func(q *Queue, now time.Time) { q.SetAvailable(upstream, on, now) })
+	if aside := s.made(); aside != nil {
+		aside.SetAvailable(upstream, on)
+	}
 }
 
 // SetAway says whether the server does not answer. What waits for it then goes to others that may serve it. What may go nowhere
 // else waits on, and ends with ErrAway if the server is still away at a time.
 func (s *Scheduler) SetAway(upstream uint16, away bool, until time.Time) {
 	s.do(func(q *Queue, now time.Time) { q.SetAway(upstream, away, until, now) })
+	if aside := s.made(); aside != nil {
+		aside.SetAway(upstream, away, until)
+	}
 }
 
 // SetName gives a server the name by which several proxies know it; at first it is its index. Proxies that name their
@@ -226,6 +234,33 @@ func (s *Scheduler) Stats() Stats {
 	return s.queue.Stats(time.Now())
 }
 
+// Aside returns a scheduler for requests of whose runner nothing is known: it has the bounds of this one, but one lane
+// for each server that is not Unlimited, and is closed with this one.
+func (s *Scheduler) Aside() *Scheduler {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.aside == nil {
+		cfg := s.queue.cfg
+		if cfg.Lanes != Unlimited {
+			cfg.Lanes = 1
+		}
+		s.aside = NewScheduler(cfg)
+		s.aside.closed = s.closed
+		for _, t := range s.queue.servers {
+			u := s.aside.queue.server(t.index)
+			u.lanes, u.off, u.away, u.until = cmp.Or(min(t.lanes, 0), 1), t.off, t.away, t.until
+		}
+	}
+	return s.aside
+}
+
+// made returns the scheduler that Aside returns, if it has been asked for; else nil.
+func (s *Scheduler) made() *Scheduler {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.aside
+}
+
 // Close refuses what waits and what comes from now on. What has been granted may be released as ever.
 func (s *Scheduler) Close() {
 	s.mu.Lock()
@@ -238,4 +273,7 @@ func (s *Scheduler) Close() {
 	}
 	clear(s.waiters)
 	s.handOver()
+	if s.aside != nil {
+		s.aside.Close()
+	}
 }

@@ -431,3 +431,45 @@ func TestRetries(t *testing.T) {
 		a.Release(served)
 	})
 }
+
+// TestAside: requests of which nothing is known have one lane per server, or no limit, whatever the others hold; and are
+// refused when those are.
+func TestAside(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := NewScheduler(Config{Lanes: 4, Limit: 1})
+		s.SetLanes(1, Unlimited)
+		ask := func(s *Scheduler, upstream uint16) chan error {
+			ended := make(chan error, 1)
+			go func() {
+				_, err := s.Acquire(t.Context(), Request{Upstreams: []uint16{upstream}})
+				ended <- err
+			}()
+			synctest.Wait()
+			return ended
+		}
+		for range 3 {
+			if err := <-ask(s.Aside(), 1); err != nil {
+				t.Error(err)
+			}
+		}
+		if err := <-ask(s.Aside(), 0); err != nil {
+			t.Error(err)
+		}
+		waits := ask(s.Aside(), 0)
+		if err := <-ask(s.Aside(), 0); !errors.Is(err, ErrFull) {
+			t.Errorf("the second that waits: %v", err)
+		}
+		if err := <-ask(s, 0); err != nil {
+			t.Errorf("one that is known: %v", err)
+		}
+		s.Close()
+		if err := <-waits; !errors.Is(err, ErrClosed) {
+			t.Error(err)
+		}
+		late := NewScheduler(Config{})
+		late.Close()
+		if err := <-ask(late.Aside(), 0); !errors.Is(err, ErrClosed) {
+			t.Errorf("after the end: %v", err)
+		}
+	})
+}

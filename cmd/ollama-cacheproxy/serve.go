@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"os/signal"
 	"slices"
 	"strconv"
 	"strings"
@@ -47,7 +48,7 @@ type serveCmd struct {
 	KeepAlive       []string `placeholder:"[MODEL=]TIME" help:"How long models stay loaded after a request that states no keep_alive: a duration (24h), seconds, -1 (for ever) or off; MODEL=TIME for one model. Repeatable. Default: 24h."`
 	KeepAlivePolicy string   `default:"if-absent" enum:"if-absent,at-least,force" help:"What becomes of a client's own keep_alive: if-absent keeps it, at-least raises a shorter one, force replaces it. 0 (unload) is always kept. Default: if-absent."`
 	Touch           bool     `default:"true" negatable:"" help:"For models used through /v1 and /v1/messages, which cannot carry keep_alive, set it with one empty request per load."`
-	MaxBody         int64    `default:"${maxbody}" placeholder:"BYTES" help:"Longest request body to look at; a longer one is forwarded unread. Default: 67108864 (64 MiB)."`
+	MaxBody         int64    `default:"${maxbody}" placeholder:"BYTES" help:"Longest request body to look at; a longer one is forwarded unread, one at a time. Default: 67108864 (64 MiB)."`
 
 	Slots   []string      `placeholder:"[NAME=]N" help:"How many slots a loaded model has (the server's OLLAMA_NUM_PARALLEL), or auto to learn it: requests wait, and each slot gets the one that fits what it holds; NAME=N for one upstream. off sends requests as they come. Repeatable. Default: auto."`
 	Queue   int           `default:"10000" placeholder:"N" help:"How many requests may wait for a slot; of more than that the least urgent are answered 503. Default: 10000."`
@@ -63,7 +64,7 @@ type serveCmd struct {
 
 	AllowHost   []string `placeholder:"NAME" help:"Accept this Host name on loopback connections too (* for any). Repeatable."`
 	AllowOrigin []string `placeholder:"ORIGIN" help:"Let web pages of this origin in, such as https://chat.example.com; one * stands for anything. Repeatable. Those in OLLAMA_ORIGINS are let in too."`
-	APIKeysFile string   `name:"api-keys-file" type:"path" placeholder:"FILE" help:"Ask clients for one of the keys in this file, one a line."`
+	APIKeysFile string   `name:"api-keys-file" type:"path" placeholder:"FILE" help:"Ask clients for one of the keys in this file, one a line. It is read again when it changes, and at SIGHUP."`
 
 	LogLevel  slog.Level    `default:"info" help:"debug, info, warn or error. Default: info."`
 	LogFormat string        `default:"auto" enum:"auto,text,json" help:"text, json, or auto: text on a terminal. Default: auto."`
@@ -110,7 +111,8 @@ type settings struct {
 	upstreams []target
 	keepAlive proxy.KeepAlive
 	guard     proxy.Guard
-	lanes     bool // requests wait for slots, or are to be spread over upstreams
+	keys      *keysFile // guard.Keys is what was read of it; nil: none are asked for
+	lanes     bool      // requests wait for slots, or are to be spread over upstreams
 }
 
 // target is an upstream, as the flags name it.
@@ -233,13 +235,10 @@ func (s *serveCmd) settings() (settings, error) {
 		set.guard.AllowOrigins = append(set.guard.AllowOrigins, strings.Split(origins, ",")...)
 	}
 	if s.APIKeysFile != "" {
-		text, err := os.ReadFile(s.APIKeysFile)
-		if err != nil {
-			return set, fmt.Errorf("--api-keys-file: %w", err)
+		if set.keys, err = readKeys(s.APIKeysFile); err != nil {
+			return set, err
 		}
-		if set.guard.Keys, err = proxy.ParseKeys(string(text)); err != nil {
-			return set, fmt.Errorf("--api-keys-file %s: %w", s.APIKeysFile, err)
-		}
+		set.guard.Keys = set.keys.keys
 	}
 	return set, nil
 }
@@ -273,6 +272,11 @@ func selfTarget(listen string, up *url.URL) bool {
 }
 
 func (s *serveCmd) Run(ctx context.Context, c *console) error {
+	hangup := make(chan os.Signal, 1)
+	if s.listening == nil { // within another verb SIGHUP ends the program, as it does by default
+		signal.Notify(hangup, syscall.SIGHUP)
+		defer signal.Stop(hangup)
+	}
 	set, err := s.settings()
 	if err != nil {
 		return exitError{2, err}
@@ -362,7 +366,8 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 			wg.Go(func() { up.Run(background) })
 		}
 	})
-	wg.Go(func() { h.Run(background) }) // ends with background
+	wg.Go(func() { h.Run(background) })                          // ends with background
+	wg.Go(func() { set.keys.watch(background, hangup, logger) }) // ends with background
 
 	select {
 	case err = <-served:

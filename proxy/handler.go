@@ -359,7 +359,7 @@ func loops(b *backend) *refusal {
 
 func (h *Handler) refuse(w http.ResponseWriter, r *http.Request, ex *exchange, ref *refusal) {
 	ex.Outcome = Refused
-	if r.Context().Err() != nil {
+	if r.Context().Err() != nil && ref.status != http.StatusRequestTimeout {
 		ex.Outcome = ClientGone
 	}
 	ex.reply(w, r, ref)
@@ -566,6 +566,10 @@ func peek(res *http.Response, most int64) ([]byte, error) {
 // forwardFailed answers where the upstream did not.
 func (h *Handler) forwardFailed(w http.ResponseWriter, r *http.Request, err error) {
 	ex := r.Context().Value(exchangeKey{}).(*exchange)
+	if ex.arriving != nil && ex.arriving.late() {
+		h.refuse(w, r, ex, ex.unreadable(os.ErrDeadlineExceeded))
+		return
+	}
 	if r.Context().Err() != nil {
 		ex.Outcome = ClientGone
 		panic(http.ErrAbortHandler) // nothing was written, and nothing must not become an empty 200

@@ -201,13 +201,11 @@ func NewTransport() *http.Transport {
 		IdleConnTimeout:       90 * time.Second,
 		TLSHandshakeTimeout:   10 * time.Second,
 		ExpectContinueTimeout: time.Second,
-		ReadBufferSize:        copyBuffer,
-		WriteBufferSize:       copyBuffer,
 	}
 }
 
 // copyBuffer is how many bytes are moved at a time. A stream's writes up to this size are not split.
-const copyBuffer = 64 << 10
+const copyBuffer = 40 << 10
 
 // Init makes the handler ready; it starts nothing.
 func (h *Handler) Init() {

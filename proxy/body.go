@@ -30,7 +30,7 @@ func newBody(data []byte, s *share) *body {
 func (b *body) release() {
 	if b.refs.Add(-1) == 0 {
 		if b.share != nil {
-			freeBuffer(b.data)
+			b.share.of.freeBuffer(b.data)
 			b.share.release()
 		}
 		b.data = nil // the transport's request leads here until the answer has ended

@@ -5,6 +5,7 @@ import (
 	"io"
 	"math"
 	"math/bits"
+	"runtime"
 	"sync"
 	"sync/atomic"
 
@@ -22,6 +23,10 @@ type memory struct {
 	first, rest *semaphore.Weighted
 	most        int64        // bytes of the longest body that fits
 	held        atomic.Int64 // bytes of all buffers
+
+	spare      atomic.Int64 // bytes of buffers that were let go since they were last collected
+	spareMost  int64        // beyond which they are
+	collecting atomic.Bool
 }
 
 // MemoryLeast is the smallest budget, in bytes.
@@ -34,7 +39,19 @@ func newMemory(limit int64) *memory {
 	}
 	limit = max(limit, MemoryLeast)
 	first := limit / 4
-	return &memory{first: semaphore.NewWeighted(first), rest: semaphore.NewWeighted(limit - first), most: limit - first - 1}
+	return &memory{first: semaphore.NewWeighted(first), rest: semaphore.NewWeighted(limit - first), most: limit - first - 1, spareMost: limit / 8}
+}
+
+// drop tells that a buffer of n bytes was let go. The garbage collector by itself may let those become as many bytes as
+// are held, and so double what was budgeted.
+func (m *memory) drop(n int) {
+	if m.spare.Add(int64(n)) > m.spareMost && m.collecting.CompareAndSwap(false, true) {
+		go func() { // ends with the collection
+			defer m.collecting.Store(false)
+			m.spare.Store(0)
+			runtime.GC()
+		}()
+	}
 }
 
 // share is what one body takes of the memory.
@@ -92,7 +109,7 @@ func (m *memory) read(ctx context.Context, src io.Reader, length, most int64, lo
 	if err := s.take(ctx, m.first, size); err != nil {
 		return nil, false, err
 	}
-	data := newBuffer(size)
+	data := m.newBuffer(size)
 	s.hold(cap(data))
 	for err == nil && int64(len(data)) <= most {
 		if len(data) == cap(data) {
@@ -108,7 +125,7 @@ func (m *memory) read(ctx context.Context, src io.Reader, length, most int64, lo
 			if size > 2*bodyGrows*int64(cap(data)) {
 				size = bodyGrows * int64(cap(data))
 			}
-			data = moved(data, size)
+			data = m.moved(data, size)
 			s.hold(cap(data))
 		}
 		var n int
@@ -118,8 +135,8 @@ func (m *memory) read(ctx context.Context, src io.Reader, length, most int64, lo
 	if err == io.EOF {
 		err = nil
 	}
-	if size = bufferSize(int64(len(data))); size < int64(cap(data)) {
-		data = moved(data, size)
+	if size = bufferSize(int64(len(data))); size < int64(cap(data))/8*7 { // a few bytes less are not worth a copy
+		data = m.moved(data, size)
 	}
 	s.hold(cap(data))
 	s.giveBack(s.taken - s.held)
@@ -158,24 +175,26 @@ func bufferSize(n int64) int64 {
 }
 
 // newBuffer returns an empty buffer of a size that bufferSize returned.
-func newBuffer(size int64) []byte {
+func (m *memory) newBuffer(size int64) []byte {
 	if size <= bufferPooled {
 		i, _ := bufferClass(size)
 		if b, ok := buffers[i].Get().(*[]byte); ok {
+			m.spare.Add(-size)
 			return (*b)[:0]
 		}
 	}
 	return make([]byte, 0, size)
 }
 
-func freeBuffer(b []byte) {
+func (m *memory) freeBuffer(b []byte) {
+	m.drop(cap(b))
 	if i, size := bufferClass(int64(cap(b))); i < len(buffers) && size == int64(cap(b)) {
 		buffers[i].Put(&b)
 	}
 }
 
 // moved returns the same bytes in a buffer of another size.
-func moved(b []byte, size int64) []byte {
-	defer freeBuffer(b)
-	return append(newBuffer(size), b...)
+func (m *memory) moved(b []byte, size int64) []byte {
+	defer m.freeBuffer(b)
+	return append(m.newBuffer(size), b...)
 }

@@ -10,6 +10,8 @@ import (
 	"sync"
 	"testing"
 	"testing/iotest"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 )
 
 // pattern is a text in which every offset looks different.
@@ -23,7 +25,7 @@ func pattern(n int, salt byte) []byte {
 
 // readBody reads a body in a memory of its own, without a limit.
 func readBody(src io.Reader, length, most int64) (*body, bool, error) {
-	return newMemory(0).read(context.Background(), src, length, most, func() error { return nil })
+	return newMemory(0).read(context.Background(), schedule.Normal, src, length, most, func() error { return nil })
 }
 
 func TestReadBody(t *testing.T) {

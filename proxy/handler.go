@@ -409,7 +409,7 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 		err = longer()
 	}
 	if err == nil {
-		b, over, err = h.memory.read(r.Context(), r.Body, r.ContentLength, most, longer)
+		b, over, err = h.memory.read(r.Context(), priorityOf(r), r.Body, r.ContentLength, most, longer)
 	}
 	if over && err == nil {
 		ex.Unedited = UneditedTooLarge

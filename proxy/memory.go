@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sync/semaphore"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 )
 
 // memory is the budget for all bodies that are held. A body takes its share before it is read, and gives it back when nothing can
@@ -21,8 +23,9 @@ import (
 // they cannot wait for each other.
 type memory struct {
 	first, rest *semaphore.Weighted
-	most        int64        // bytes of the longest body that fits
-	held        atomic.Int64 // bytes of all buffers
+	turns       [3]*semaphore.Weighted // of each priority one body at a time waits for the rest, so that no crowd is before others
+	most        int64                  // bytes of the longest body that fits
+	held        atomic.Int64           // bytes of all buffers
 
 	spare      atomic.Int64 // bytes of buffers that were let go since they were last collected
 	spareMost  int64        // beyond which they are
@@ -39,7 +42,11 @@ func newMemory(limit int64) *memory {
 	}
 	limit = max(limit, MemoryLeast)
 	first := limit / 4
-	return &memory{first: semaphore.NewWeighted(first), rest: semaphore.NewWeighted(limit - first), most: limit - first - 1, spareMost: limit / 8}
+	m := &memory{first: semaphore.NewWeighted(first), rest: semaphore.NewWeighted(limit - first), most: limit - first - 1, spareMost: limit / 8}
+	for i := range m.turns {
+		m.turns[i] = semaphore.NewWeighted(1)
+	}
+	return m
 }
 
 // drop tells that a buffer of n bytes was let go. The garbage collector by itself may let those become as many bytes as
@@ -98,7 +105,7 @@ const (
 // read reads a body of which length bytes were announced; -1: nobody knows. When it is longer than most, which may be no more than
 // m.most, over is true and the body holds what was read so far. longer is called before anything beyond the first bodyFirst
 // bytes is read, when there is memory for it; an error of it ends the reading.
-func (m *memory) read(ctx context.Context, src io.Reader, length, most int64, longer func() error) (b *body, over bool, err error) {
+func (m *memory) read(ctx context.Context, p schedule.Priority, src io.Reader, length, most int64, longer func() error) (b *body, over bool, err error) {
 	s := &share{of: m}
 	size, all := int64(bodyFirst), bufferSize(most+1)
 	if length >= 0 {
@@ -114,7 +121,11 @@ func (m *memory) read(ctx context.Context, src io.Reader, length, most int64, lo
 	for err == nil && int64(len(data)) <= most {
 		if len(data) == cap(data) {
 			if s.from == m.first {
-				if err = s.take(ctx, m.rest, all); err == nil {
+				if err = m.turns[p-schedule.Interactive].Acquire(ctx, 1); err == nil {
+					err = s.take(ctx, m.rest, all)
+					m.turns[p-schedule.Interactive].Release(1)
+				}
+				if err == nil {
 					err = longer()
 				}
 				if err != nil {

@@ -367,7 +367,8 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 			wg.Go(func() { up.Run(background) })
 		}
 	})
-	wg.Go(func() { h.Run(background) }) // ends with background
+	wg.Go(func() { h.Run(background) })           // ends with background
+	wg.Go(func() { trim(background, transport) }) // ends with background
 
 	select {
 	case err = <-served:

@@ -19,6 +19,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/attach"
@@ -276,10 +277,18 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	defer h.finish(ex, w, r) // a broken copy panics with http.ErrAbortHandler
 
+	scarce := r.Context().Value(scarceKey{}) != nil
+	if scarce {
+		w.Header().Set("Connection", "close")
+	}
 	if done := h.admit(w, r, ex); done {
 		return
 	}
 	if h.own(w, r, ex) {
+		return
+	}
+	if scarce {
+		h.refuse(w, r, ex, ex.noDescriptor())
 		return
 	}
 	// A copy: net/http looks at its own request's body when it decides whether to read on after an early answer.
@@ -578,8 +587,11 @@ func (h *Handler) forwardFailed(w http.ResponseWriter, r *http.Request, err erro
 			return
 		}
 	}
-	var ref *refusal
-	if errors.As(err, &ref) {
+	ref, ok := errors.AsType[*refusal](err)
+	if errors.Is(err, syscall.EMFILE) {
+		ref, ok = ex.noDescriptor(), true
+	}
+	if ok {
 		h.refuse(w, r, ex, ref)
 		return
 	}

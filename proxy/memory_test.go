@@ -254,3 +254,25 @@ func TestMemoryPriority(t *testing.T) {
 		}
 	})
 }
+
+// TestPassingBodyStuck: a body that passes through and leaves off is given up with 408, too, in the words of the path, whether or
+// not the upstream has begun with it; its connection to the upstream is broken off.
+func TestPassingBodyStuck(t *testing.T) {
+	for _, path := range []string{"/api/create", "/api/blobs/sha256:0", "/v1/audio/transcriptions"} {
+		f := newFake(t, nil)
+		rg := newRig(t, f.URL, &Handler{BodyTimeout: 100 * time.Millisecond})
+		client := rg.dial()
+		client.send("POST " + path + " HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{")
+		up := f.accept()
+		up.mustHead()
+		got := client.receive()
+		if !strings.Contains(got.line, " 408 ") || !strings.Contains(string(got.body), "--body-timeout") || got.value("Connection") != "close" {
+			t.Errorf("%s: %+v %s", path, got, got.body)
+		}
+		up.closed()
+		client.closed()
+		if ex := rg.ended(); ex.Outcome != Refused || ex.Status != http.StatusRequestTimeout {
+			t.Errorf("%s: %+v", path, ex)
+		}
+	}
+}

@@ -17,6 +17,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/KimMachineGun/automemlimit/memlimit"
 	"github.com/lmittmann/tint"
 	"golang.org/x/term"
 
@@ -289,6 +290,7 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 		return exitError{2, err}
 	}
 	logger := newLogger(c.stderr, s.LogFormat, s.LogLevel)
+	memlimit.Set() // near a container's limit garbage is collected sooner; an error says that there is no such limit
 	transport := proxy.NewTransport()
 	defer transport.CloseIdleConnections()
 	var ups []*upstream.Server
@@ -356,11 +358,13 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	base, cut := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer cut(nil)
 	srv := newServer(base, h, logger)
+	descriptors := proxy.NewDescriptors()
+	srv.ConnState, srv.ConnContext = descriptors.ConnState, descriptors.ConnContext
 	background, stopBackground := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	served := make(chan error, 1)
-	wg.Go(func() { served <- srv.Serve(ln) }) // ends with srv.Shutdown or srv.Close
-	wg.Go(func() {                            // ends with background
+	wg.Go(func() { served <- srv.Serve(descriptors.Listener(ln)) }) // ends with srv.Shutdown or srv.Close
+	wg.Go(func() {                                                  // ends with background
 		pollAll(background, ups)
 		announce(logger, ln.Addr(), ups)
 		for _, up := range ups {

@@ -33,7 +33,7 @@ type memory struct {
 }
 
 // MemoryLeast is the smallest budget, in bytes.
-const MemoryLeast = 4 * bufferPooled
+const MemoryLeast = 16 << 20
 
 // newMemory returns a budget of so many bytes; 0: no limit.
 func newMemory(limit int64) *memory {
@@ -158,22 +158,22 @@ func (m *memory) read(ctx context.Context, p schedule.Priority, src io.Reader, l
 	return newBody(data, s), int64(len(data)) > most, err
 }
 
-// Buffers of up to bufferPooled bytes are pooled, by their sizes: four for each power of two.
+// Buffers of up to bufferPooled bytes are pooled, by their sizes: eight for each power of two.
 const (
 	bufferLeast  = 1 << 10 // bytes
-	bufferPooled = 4 << 20
+	bufferPooled = DefaultMaxBody
 )
 
-var buffers [1 + 4*12]sync.Pool // of *[]byte
+var buffers [1 + 8*16]sync.Pool // of *[]byte
 
 // bufferClass returns the place in buffers for n bytes, and their size.
 func bufferClass(n int64) (i int, size int64) {
 	if n <= bufferLeast {
 		return 0, bufferLeast
 	}
-	shift := bits.Len64(uint64(n-1)) - 3
-	quarters := (n-1)>>shift + 1 // of the power of two below n: 5 to 8
-	return (shift-8)*4 + int(quarters) - 4, quarters << shift
+	shift := bits.Len64(uint64(n-1)) - 4
+	eighths := (n-1)>>shift + 1 // of the power of two below n: 9 to 16
+	return (shift-7)*8 + int(eighths) - 8, eighths << shift
 }
 
 // bufferSize returns how large a buffer for n bytes is.

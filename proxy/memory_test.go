@@ -89,7 +89,7 @@ func TestWaitingBodies(t *testing.T) {
 			res.Body.Close()
 		})
 	}
-	waiting(t, rg, int(memory*3/4/(length+1))-1)
+	waiting(t, rg, int(memory*3/4/bufferSize(length+1))-1)
 	t.Logf("held %d MiB, heap %d MiB", rg.h.Held()>>20, memoryOf()>>20)
 	close(gate)
 	wg.Wait()
@@ -274,5 +274,23 @@ func TestPassingBodyStuck(t *testing.T) {
 		if ex := rg.ended(); ex.Outcome != Refused || ex.Status != http.StatusRequestTimeout {
 			t.Errorf("%s: %+v", path, ex)
 		}
+	}
+}
+
+// TestBufferClasses: a buffer is at most an eighth longer than what it is for, and each size has a pool of its own.
+func TestBufferClasses(t *testing.T) {
+	last, lastSize := 0, int64(0)
+	for n := int64(1); n <= bufferPooled; n += 1 + n/100 {
+		i, size := bufferClass(n)
+		if size < n || n > bufferLeast && (size-n)*8 > n || i < last || (i == last) != (size == lastSize) && lastSize > 0 {
+			t.Fatalf("%d bytes: %d, after %d in %d; class %d after %d", n, size, lastSize, n, i, last)
+		}
+		if again, same := bufferClass(size); again != i || same != size {
+			t.Fatalf("a buffer of %d bytes goes to class %d (%d) instead of %d", size, again, same, i)
+		}
+		last, lastSize = i, size
+	}
+	if i, size := bufferClass(bufferPooled); i != len(buffers)-1 || size != bufferPooled {
+		t.Errorf("the last class is %d, %d bytes", i, size)
 	}
 }

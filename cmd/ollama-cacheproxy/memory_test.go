@@ -14,6 +14,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/KimMachineGun/automemlimit/memlimit"
+
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
@@ -25,7 +27,24 @@ func resident() int64 {
 	return int64(m.HeapSys - m.HeapReleased)
 }
 
-// TestMemoryGivenBack: within 60 s after a load its memory has been given back to the system, while streams go on.
+// TestDefaultMemory: a quarter of what the machine has, or of what the cgroup may use if that is less.
+func TestDefaultMemory(t *testing.T) {
+	gib := func(n uint64) memlimit.Provider { return memlimit.Limit(n << 30) }
+	none := func() (uint64, error) { return 0, memlimit.ErrNoLimit }
+	for _, at := range []struct {
+		machine, cgroup memlimit.Provider
+		want            int64
+	}{{gib(8), none, 2 << 30}, {gib(8), gib(4), 1 << 30}, {gib(4), gib(8), 1 << 30}, {none, gib(4), 1 << 30}, {gib(8), memlimit.Limit(1 << 20), proxy.MemoryLeast}} {
+		if got := defaultMemory(at.machine, at.cgroup); got != at.want {
+			t.Errorf("%d, want %d", got, at.want)
+		}
+	}
+	if got := defaultMemory(memlimit.FromSystem, memlimit.FromCgroup); got > 1<<50 {
+		t.Errorf("%d: the limits of this machine are unknown", got)
+	}
+}
+
+// TestMemoryGivenBack: within 60 s after a load its memory has been given back to the system, though somebody still uses a little.
 func TestMemoryGivenBack(t *testing.T) {
 	up := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		io.Copy(io.Discard, r.Body)

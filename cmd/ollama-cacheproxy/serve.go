@@ -223,7 +223,7 @@ func (s *serveCmd) settings() (settings, error) {
 		return set, fmt.Errorf("--max-body %d: want a positive number of bytes", s.MaxBody)
 	}
 	if set.memory = s.Memory; set.memory == 0 {
-		set.memory = defaultMemory()
+		set.memory = defaultMemory(memlimit.FromSystem, memlimit.FromCgroup)
 	}
 	if set.memory < proxy.MemoryLeast {
 		return set, fmt.Errorf("--memory %d: want at least %d bytes (%d MiB)", s.Memory, proxy.MemoryLeast, proxy.MemoryLeast>>20)

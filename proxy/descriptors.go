@@ -12,9 +12,10 @@ import (
 	"time"
 )
 
-// Descriptors bounds how many of the process's file descriptors clients' connections take. As many clients are served as may
-// each need a connection to an upstream too; a few more, over connections that are closed at once, see the proxy's own pages. Before anybody is
-// turned away the connections are closed that have been idle for longest.
+// Descriptors bounds how many of the process's file descriptors clients' connections take. As many
+// clients are served as may each need a connection to an upstream too; a few more, over
+// connections that are closed at once, see the proxy's own pages. Before anybody is turned away
+// the connections are closed that have been idle for longest.
 type Descriptors struct {
 	served, most int // how many clients are served, and how many connections they may have in all; 0: no limit
 
@@ -31,9 +32,11 @@ type idleConn struct {
 }
 
 const (
-	descriptorsOther = 16                    // that are no connections: the listener, the standard streams, files, the runtime's own
+	// That are no connections: the listener, the standard streams, files, the runtime's own.
+	descriptorsOther = 16
 	descriptorsPause = 20 * time.Millisecond // before it is tried again to get one
-	firstRequest     = time.Second           // which a new connection is given to send one, though others could need its descriptor
+	// Which a new connection is given to send a request, though others could need its descriptor.
+	firstRequest = time.Second
 )
 
 // NewDescriptors returns one for the limit that the process has.

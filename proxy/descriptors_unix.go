@@ -7,7 +7,8 @@ import (
 	"syscall"
 )
 
-// descriptorLimit returns how many files the process may have open. Go's os package has raised it at the start, as far as the hard limit allows.
+// descriptorLimit returns how many files the process may have open. Go's os package has raised it
+// at the start, as far as the hard limit allows.
 func descriptorLimit() int {
 	var l syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &l); err != nil {

@@ -14,18 +14,20 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 )
 
-// memory is the budget for all bodies that are held. A body takes its share before it is read, and gives it back when nothing can
-// be sent again.
+// memory is the budget for all bodies that are held. A body takes its share before it is read, and
+// gives it back when nothing can be sent again.
 //
-// A body of up to bodyFirst bytes, and the beginning of any other, takes its share of a quarter: clients that announce much and
-// send little take little, and stand in nobody's way. What is longer then takes from the rest, at once, all that it may become;
-// so nobody who holds some of the rest waits for more of it, and those who hold some of the quarter wait for the rest alone. Hence
-// they cannot wait for each other.
+// A body of up to bodyFirst bytes, and the beginning of any other, takes its share of a quarter:
+// clients that announce much and send little take little, and stand in nobody's way. What is
+// longer then takes from the rest, at once, all that it may become; so nobody who holds some of
+// the rest waits for more of it, and those who hold some of the quarter wait for the rest alone.
+// Hence they cannot wait for each other.
 type memory struct {
 	first, rest *semaphore.Weighted
-	turns       [3]*semaphore.Weighted // of each priority one body at a time waits for the rest, so that no crowd is before others
-	most        int64                  // bytes of the longest body that fits
-	held        atomic.Int64           // bytes of all buffers
+	// Of each priority one body at a time waits for the rest, so that no crowd is before others.
+	turns [3]*semaphore.Weighted
+	most  int64        // bytes of the longest body that fits
+	held  atomic.Int64 // bytes of all buffers
 
 	spare      atomic.Int64 // bytes of buffers that were let go since they were last collected
 	spareMost  int64        // beyond which they are
@@ -42,15 +44,18 @@ func newMemory(limit int64) *memory {
 	}
 	limit = max(limit, MemoryLeast)
 	first := limit / 4
-	m := &memory{first: semaphore.NewWeighted(first), rest: semaphore.NewWeighted(limit - first), most: limit - first - 1, spareMost: limit / 8}
+	m := &memory{
+		first: semaphore.NewWeighted(first), rest: semaphore.NewWeighted(limit - first),
+		most: limit - first - 1, spareMost: limit / 8,
+	}
 	for i := range m.turns {
 		m.turns[i] = semaphore.NewWeighted(1)
 	}
 	return m
 }
 
-// drop tells that a buffer of n bytes was let go. The garbage collector by itself may let those become as many bytes as
-// are held, and so double what was budgeted.
+// drop tells that a buffer of n bytes was let go. The garbage collector by itself may let those
+// become as many bytes as are held, and so double what was budgeted.
 func (m *memory) drop(n int) {
 	if m.spare.Add(int64(n)) > m.spareMost && m.collecting.CompareAndSwap(false, true) {
 		go func() { // ends with the collection
@@ -102,9 +107,10 @@ const (
 	bodyGrows = 16       // and how many times as large the next one is at most
 )
 
-// read reads a body of which length bytes were announced; -1: nobody knows. When it is longer than most, which may be no more than
-// m.most, over is true and the body holds what was read so far. longer is called before anything beyond the first bodyFirst
-// bytes is read, when there is memory for it; an error of it ends the reading.
+// read reads a body of which length bytes were announced; -1: nobody knows. When it is longer than
+// most, which may be no more than m.most, over is true and the body holds what was read so far.
+// longer is called before anything beyond the first bodyFirst bytes is read, when there is memory
+// for it; an error of it ends the reading.
 func (m *memory) read(ctx context.Context, p schedule.Priority, src io.Reader, length, most int64, longer func() error) (b *body, over bool, err error) {
 	s := &share{of: m}
 	size, all := int64(bodyFirst), bufferSize(most+1)
@@ -190,7 +196,9 @@ func (m *memory) newBuffer(size int64) []byte {
 	if size <= bufferPooled {
 		i, _ := bufferClass(size)
 		if b, ok := buffers[i].Get().(*[]byte); ok {
-			m.spare.Add(-size)
+			if m.spare.Add(-size) < 0 {
+				m.spare.Store(0) // it was let go before the last collection
+			}
 			return (*b)[:0]
 		}
 	}

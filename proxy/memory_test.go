@@ -49,7 +49,8 @@ func heapPeak() (done func() uint64) {
 	return func() uint64 { close(stop); return <-peak }
 }
 
-// TestWaitingBodies: 100 requests with bodies of 8 MiB wait for one lane, in a heap of at most 512 MiB; all are answered.
+// TestWaitingBodies: 100 requests with bodies of 8 MiB wait for one lane, in a heap of at most 512
+// MiB; all are answered.
 func TestWaitingBodies(t *testing.T) {
 	const n, memory = 100, 512 << 20
 	open, length := longBody(8 << 20)
@@ -103,7 +104,8 @@ func TestWaitingBodies(t *testing.T) {
 	}
 }
 
-// TestAnnouncedBodies: 1,000 clients that announce 4 MiB and send 100 bytes take 64 KiB each, and nothing once they have left.
+// TestAnnouncedBodies: 1,000 clients that announce 4 MiB and send 100 bytes take 64 KiB each, and
+// nothing once they have left.
 func TestAnnouncedBodies(t *testing.T) {
 	const n = 1000
 	rg := newRig(t, newFake(t, okAnswer).URL, &Handler{Lanes: schedule.NewScheduler(schedule.Config{Lanes: 1}), Memory: 1 << 30})
@@ -137,8 +139,8 @@ func poll(t *testing.T, ok func() bool) {
 	}
 }
 
-// TestFullQueueUnread: a full queue is asked before a body is read: one that is announced gets its answer without a byte of it
-// being sent, a chunked one after 64 KiB at most.
+// TestFullQueueUnread: a full queue is asked before a body is read: one that is announced gets its
+// answer without a byte of it being sent, a chunked one after 64 KiB at most.
 func TestFullQueueUnread(t *testing.T) {
 	rg, f := laneRig(t, schedule.Config{Lanes: 1, Limit: 1})
 	busy, waits := rg.dial(), rg.dial()
@@ -176,7 +178,8 @@ func TestFullQueueUnread(t *testing.T) {
 	}
 }
 
-// TestLaneNeedsWholeBody: a request takes no lane before its body has come whole, however it is framed.
+// TestLaneNeedsWholeBody: a request takes no lane before its body has come whole, however it is
+// framed.
 func TestLaneNeedsWholeBody(t *testing.T) {
 	for _, path := range []string{"/api/chat", "/api/generate", "/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"} {
 		rg, f := laneRig(t, schedule.Config{Lanes: 1})
@@ -197,8 +200,8 @@ func TestLaneNeedsWholeBody(t *testing.T) {
 	}
 }
 
-// TestBodyLetGo: a body is let go with the answer's header, after which it cannot be sent again, whatever the answer is. Until then it is
-// held.
+// TestBodyLetGo: a body is let go with the answer's header, after which it cannot be sent again,
+// whatever the answer is. Until then it is held.
 func TestBodyLetGo(t *testing.T) {
 	for _, status := range []int{200, 400, 404, 500, 503} {
 		rg, f := laneRig(t, schedule.Config{Lanes: 1})
@@ -217,7 +220,8 @@ func TestBodyLetGo(t *testing.T) {
 	}
 }
 
-// TestMemoryPriority: where the memory is full, a body waits behind one at most of each other priority, however many there are.
+// TestMemoryPriority: where the memory is full, a body waits behind one at most of each other
+// priority, however many there are.
 func TestMemoryPriority(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const size = 6 << 20 // two of them fit
@@ -255,8 +259,9 @@ func TestMemoryPriority(t *testing.T) {
 	})
 }
 
-// TestPassingBodyStuck: a body that passes through and leaves off is given up with 408, too, in the words of the path, whether or
-// not the upstream has begun with it; its connection to the upstream is broken off.
+// TestPassingBodyStuck: a body that passes through and leaves off is given up with 408, too, in
+// the words of the path, whether or not the upstream has begun with it; its connection to the
+// upstream is broken off.
 func TestPassingBodyStuck(t *testing.T) {
 	for _, path := range []string{"/api/create", "/api/blobs/sha256:0", "/v1/audio/transcriptions"} {
 		f := newFake(t, nil)
@@ -277,7 +282,8 @@ func TestPassingBodyStuck(t *testing.T) {
 	}
 }
 
-// TestBufferClasses: a buffer is at most an eighth longer than what it is for, and each size has a pool of its own.
+// TestBufferClasses: a buffer is at most an eighth longer than what it is for, and each size has a
+// pool of its own.
 func TestBufferClasses(t *testing.T) {
 	last, lastSize := 0, int64(0)
 	for n := int64(1); n <= bufferPooled; n += 1 + n/100 {

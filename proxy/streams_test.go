@@ -27,8 +27,9 @@ func memoryOf() int64 {
 	return int64(m.HeapInuse + m.StackInuse)
 }
 
-// streamsThrough opens n streams at addr, each of which has passed on what an upstream wrote, and returns how many bytes of
-// memory each takes here. Clients and upstreams are bare connections, which take next to none.
+// streamsThrough opens n streams at addr, each of which has passed on what an upstream wrote, and
+// returns how many bytes of memory each takes here. Clients and upstreams are bare connections,
+// which take next to none.
 func streamsThrough(t *testing.T, addr string, upstream *net.TCPListener, n int) int64 {
 	t.Helper()
 	request := rawPost("/api/chat", chatWith("You are a judge of candidates.", strings.Repeat("Tell me more of that. ", 400), ""))

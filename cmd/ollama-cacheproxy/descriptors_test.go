@@ -56,7 +56,8 @@ func startLimited(t *testing.T, ulimit, upstream string, flags ...string) (addr 
 // fresh uses a connection for one request, and waits for no answer for ever.
 var fresh = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 10 * time.Second}
 
-// page gets one of the proxy's pages over a connection of its own, and returns its status; 0 where there is no answer.
+// page gets one of the proxy's pages over a connection of its own, and returns its status; 0 where
+// there is no answer.
 func page(addr, path string) int {
 	res, err := fresh.Get("http://" + addr + path)
 	if err != nil {
@@ -83,8 +84,8 @@ func TestDescriptorLimit(t *testing.T) {
 	}
 }
 
-// TestIdleClientsMakeRoom: where clients keep as many connections as there are descriptors, those that have been idle for
-// longest are closed, the newest stay, and everybody is answered.
+// TestIdleClientsMakeRoom: where clients keep as many connections as there are descriptors, those
+// that have been idle for longest are closed, the newest stay, and everybody is answered.
 func TestIdleClientsMakeRoom(t *testing.T) {
 	up := httptest.NewServer(http.HandlerFunc(stubOllama))
 	defer up.Close()
@@ -134,8 +135,9 @@ func TestSilentClients(t *testing.T) {
 	waitFor(t, func() bool { return page(addr, "/api/version") == http.StatusOK })
 }
 
-// TestBusyClientsTakeAll: where requests under way take all descriptors, new ones get 503, the health page answers, and what is under way
-// is answered. So it is where each has a connection to the upstream, and where all but one wait for a lane.
+// TestBusyClientsTakeAll: where requests under way take all descriptors, new ones get 503, the
+// health page answers, and what is under way is answered. So it is where each has a connection to
+// the upstream, and where all but one wait for a lane.
 func TestBusyClientsTakeAll(t *testing.T) {
 	for _, slots := range []string{"off", "1"} {
 		t.Run("slots "+slots, func(t *testing.T) {

@@ -14,7 +14,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 )
 
-// defaultMemory returns how many bytes held bodies may take unless the operator says otherwise: a quarter of the least of these limits.
+// defaultMemory returns how many bytes held bodies may take unless the operator says otherwise: a
+// quarter of the least of these limits.
 func defaultMemory(limits ...memlimit.Provider) int64 {
 	least := uint64(math.MaxInt64)
 	for _, limit := range limits {
@@ -31,8 +32,9 @@ const (
 	trimWorth = 32 << 20 // bytes allocated since the last time, below which there is little to give back
 )
 
-// trim gives memory back to the system after a load, until ctx ends. By itself Go collects garbage when as much was
-// allocated as is held, which takes long once nobody asks for anything, and what is pooled only at the second time after that.
+// trim gives memory back to the system after a load, until ctx ends. By itself Go collects garbage
+// when as much was allocated as is held, which takes long once nobody asks for anything, and what
+// is pooled only at the second time after that.
 func trim(ctx context.Context, transport *http.Transport) {
 	tick := time.NewTicker(trimEvery)
 	defer tick.Stop()

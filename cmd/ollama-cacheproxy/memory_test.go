@@ -27,7 +27,8 @@ func resident() int64 {
 	return int64(m.HeapSys - m.HeapReleased)
 }
 
-// TestDefaultMemory: a quarter of what the machine has, or of what the cgroup may use if that is less.
+// TestDefaultMemory: a quarter of what the machine has, or of what the cgroup may use if that is
+// less.
 func TestDefaultMemory(t *testing.T) {
 	gib := func(n uint64) memlimit.Provider { return memlimit.Limit(n << 30) }
 	none := func() (uint64, error) { return 0, memlimit.ErrNoLimit }
@@ -44,7 +45,8 @@ func TestDefaultMemory(t *testing.T) {
 	}
 }
 
-// TestMemoryGivenBack: within 60 s after a load its memory has been given back to the system, though somebody still uses a little.
+// TestMemoryGivenBack: within 60 s after a load its memory has been given back to the system,
+// though somebody still uses a little.
 func TestMemoryGivenBack(t *testing.T) {
 	up := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		io.Copy(io.Discard, r.Body)

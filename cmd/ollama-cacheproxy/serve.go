@@ -50,12 +50,13 @@ type serveCmd struct {
 	Listen   string   `default:"127.0.0.1:11435" placeholder:"ADDR" help:"Address to listen on: host:port, :port (all interfaces) or a host. Default: 127.0.0.1:11435."`
 	Upstream []string `placeholder:"[NAME=]ADDR" help:"An Ollama server, in the forms that OLLAMA_HOST takes: host, host:port or a URL; NAME is what logs, metrics and answers call it; or sim: for a simulated one (docs/upstreams.md). Repeatable: requests go where their model is and their prefix is warm. Default: http://127.0.0.1:11434."`
 
-	KeepAlive       []string      `placeholder:"[MODEL=]TIME" help:"How long models stay loaded after a request that states no keep_alive: a duration (24h), seconds, -1 (for ever) or off; MODEL=TIME for one model. Repeatable. Default: 24h."`
-	KeepAlivePolicy string        `default:"if-absent" enum:"if-absent,at-least,force" help:"What becomes of a client's own keep_alive: if-absent keeps it, at-least raises a shorter one, force replaces it. 0 (unload) is always kept. Default: if-absent."`
-	Touch           bool          `default:"true" negatable:"" help:"For models used through /v1 and /v1/messages, which cannot carry keep_alive, set it with one empty request per load."`
-	MaxBody         int64         `default:"${maxbody}" placeholder:"BYTES" help:"Longest request body to look at; a longer one is forwarded unread. Default: 67108864 (64 MiB)."`
-	Memory          int64         `placeholder:"BYTES" help:"How much memory the bodies of all requests that wait may take together; those that do not fit wait unread. Default: a quarter of what the machine has, or the container (cgroup) may use."`
-	BodyTimeout     time.Duration `default:"60s" placeholder:"TIME" help:"For how long a request's body may make no progress before it is given up with 408; 0 for ever. Default: 60s."`
+	KeepAlive       []string `placeholder:"[MODEL=]TIME" help:"How long models stay loaded after a request that states no keep_alive: a duration (24h), seconds, -1 (for ever) or off; MODEL=TIME for one model. Repeatable. Default: 24h."`
+	KeepAlivePolicy string   `default:"if-absent" enum:"if-absent,at-least,force" help:"What becomes of a client's own keep_alive: if-absent keeps it, at-least raises a shorter one, force replaces it. 0 (unload) is always kept. Default: if-absent."`
+	Touch           bool     `default:"true" negatable:"" help:"For models used through /v1 and /v1/messages, which cannot carry keep_alive, set it with one empty request per load."`
+	MaxBody         int64    `default:"${maxbody}" placeholder:"BYTES" help:"Longest request body to look at; a longer one is forwarded unread. Default: 67108864 (64 MiB)."`
+
+	Memory      int64         `placeholder:"BYTES" help:"How much memory the bodies of all requests that wait may take together; those that do not fit wait unread. Default: a quarter of what the machine has, or the container (cgroup) may use."`
+	BodyTimeout time.Duration `default:"60s" placeholder:"TIME" help:"For how long a request's body may make no progress before it is given up with 408; 0 for ever. Default: 60s."`
 
 	Slots   []string      `placeholder:"[NAME=]N" help:"How many slots a loaded model has (the server's OLLAMA_NUM_PARALLEL), or auto to learn it: requests wait, and each slot gets the one that fits what it holds; NAME=N for one upstream. off sends requests as they come. Repeatable. Default: auto."`
 	Queue   int           `default:"10000" placeholder:"N" help:"How many requests may wait for a slot; more are answered 503. Default: 10000."`

@@ -58,7 +58,8 @@ func inVirtualTime(t *testing.T, h http.Handler, test func(*testing.T, pipeListe
 	})
 }
 
-// TestIdleConnections: a connection is closed 120 s after its last answer, or 30 s after it began and sent no header.
+// TestIdleConnections: a connection is closed 120 s after its last answer, or 30 s after it began
+// and sent no header.
 func TestIdleConnections(t *testing.T) {
 	hello := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "hello") })
 	inVirtualTime(t, hello, func(t *testing.T, ln pipeListener) {
@@ -111,8 +112,8 @@ func stuckBodies() map[string]string {
 	return bodies
 }
 
-// TestStuckBodies: a body that makes no progress for --body-timeout ends with 408 and the connection, and one that makes
-// some in each such time may take for ever.
+// TestStuckBodies: a body that makes no progress for --body-timeout ends with 408 and the
+// connection, and one that makes some in each such time may take for ever.
 func TestStuckBodies(t *testing.T) {
 	const limit = time.Minute
 	server := func() *proxy.Handler {

@@ -206,7 +206,7 @@ func NewTransport() *http.Transport {
 }
 
 // copyBuffer is how many bytes are moved at a time. A stream's writes up to this size are not split.
-const copyBuffer = 40 << 10
+const copyBuffer = 32 << 10
 
 // Init makes the handler ready; it starts nothing.
 func (h *Handler) Init() {

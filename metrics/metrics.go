@@ -271,6 +271,12 @@ func (m *Metrics) Store(stats func() contextstore.Stats) {
 		func() float64 { return float64(stats().Evictions) }))
 }
 
+// Held adds the series of the memory for bodies; held is asked at each scrape.
+func (m *Metrics) Held(held func() int64) {
+	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: namespace + "_held_bytes", Help: "Memory that the bodies take of requests that wait, or may have to be sent again."},
+		func() float64 { return float64(held()) }))
+}
+
 // Touched counts a keep_alive that the proxy set on its own.
 func (m *Metrics) Touched(model string, err error) {
 	result := "ok"

@@ -30,7 +30,7 @@ func newBody(data []byte, s *share) *body {
 func (b *body) release() {
 	if b.refs.Add(-1) == 0 {
 		if b.share != nil {
-			freeBuffer(b.data)
+			b.share.of.freeBuffer(b.data)
 			b.share.release()
 		}
 		b.data = nil // the transport's request leads here until the answer has ended
@@ -144,21 +144,27 @@ type arriving struct {
 	conn  *http.ResponseController
 	limit time.Duration
 
-	mu   sync.Mutex
-	over bool // no more of it is read: the connection may be another request's. Guarded by mu
+	mu    sync.Mutex // guards the fields below
+	over  bool       // no more of it is read: the connection may be another request's
+	until time.Time  // when the limit is reached; zero while nobody waits for the client
 }
 
 func (a *arriving) Read(p []byte) (int, error) {
 	a.mu.Lock()
 	if !a.over {
-		a.conn.SetReadDeadline(time.Now().Add(a.limit)) // what is no connection of net/http's server has none
+		a.until = time.Now().Add(a.limit)
+		a.conn.SetReadDeadline(a.until) // what is no connection of net/http's server has none
 	}
 	a.mu.Unlock()
 	n, err := a.ReadCloser.Read(p)
 	if err != nil {
 		a.end(err)
+		return n, err
 	}
-	return n, err
+	a.mu.Lock()
+	a.until = time.Time{}
+	a.mu.Unlock()
+	return n, nil
 }
 
 // end takes the limit off a body that has come whole: from then on net/http reads to see the client leave. On any other it stays
@@ -169,11 +175,20 @@ func (a *arriving) end(err error) {
 	switch {
 	case a.over:
 	case err == io.EOF:
+		a.until = time.Time{}
 		a.conn.SetReadDeadline(time.Time{})
 	case err == nil: // the request is over
 		a.conn.SetReadDeadline(time.Now().Add(a.limit))
 	}
 	a.over = true
+}
+
+// late reports whether it left off for longer than limit. net/http cancels the request's context before that is read as
+// an error.
+func (a *arriving) late() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return !a.until.IsZero() && !time.Now().Before(a.until)
 }
 
 // bufferPool serves httputil.ReverseProxy.

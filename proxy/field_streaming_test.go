@@ -44,7 +44,7 @@ func TestStreamEachWrite(t *testing.T) {
 		line(200), line(20 << 10), line(100) + line(101), // a line, the final context array, two lines in one
 		`{"response":"th`, `ree`, ` writes"}` + "\n", // a line in three
 		"\n", "a", "data: {\"x\":1}\n\n", ": comment\n\n", "\x00\xff\r\n\r\n", "0\r\n\r\n",
-		line(4 << 10), line(32 << 10), line(32<<10 + 1), line(64<<10 - 1), line(64 << 10),
+		line(4 << 10), line(32<<10 - 1), line(32 << 10),
 	}
 	for _, s := range streamed {
 		for _, accept := range []string{"", "Accept-Encoding: gzip", "Accept-Encoding: gzip, deflate, br, zstd"} {

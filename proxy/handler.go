@@ -19,6 +19,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/klauspost/compress/zstd"
@@ -222,13 +223,11 @@ func NewTransport() *http.Transport {
 		IdleConnTimeout:       90 * time.Second,
 		TLSHandshakeTimeout:   10 * time.Second,
 		ExpectContinueTimeout: time.Second,
-		ReadBufferSize:        copyBuffer,
-		WriteBufferSize:       copyBuffer,
 	}
 }
 
 // copyBuffer is how many bytes are moved at a time. A stream's writes up to this size are not split.
-const copyBuffer = 64 << 10
+const copyBuffer = 32 << 10
 
 // Init makes the handler ready; it starts nothing.
 func (h *Handler) Init() {
@@ -313,10 +312,18 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	r = r.WithContext(context.WithValue(ctx, exchangeKey{}, ex))
 	defer h.finish(ex, w, r) // a broken copy panics with http.ErrAbortHandler
 
+	scarce := r.Context().Value(scarceKey{}) != nil
+	if scarce {
+		w.Header().Set("Connection", "close")
+	}
 	if done := h.admit(w, r, ex); done {
 		return
 	}
 	if h.own(w, r, ex) {
+		return
+	}
+	if scarce {
+		h.refuse(w, r, ex, ex.noDescriptor())
 		return
 	}
 	if ex.arriving != nil {
@@ -424,7 +431,7 @@ func loops(b *backend) *refusal {
 
 func (h *Handler) refuse(w http.ResponseWriter, r *http.Request, ex *exchange, ref *refusal) {
 	ex.Outcome = Refused
-	if r.Context().Err() != nil {
+	if r.Context().Err() != nil && ref.status != http.StatusRequestTimeout {
 		ex.Outcome = ClientGone
 	}
 	ex.reply(w, r, ref)
@@ -475,7 +482,7 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 		err = longer()
 	}
 	if err == nil {
-		b, over, err = h.memory.read(r.Context(), r.Body, r.ContentLength, most, longer)
+		b, over, err = h.memory.read(r.Context(), priorityOf(r), r.Body, r.ContentLength, most, longer)
 	}
 	if ex.body = b; b != nil {
 		ex.in.Store(int64(len(b.data)))
@@ -667,6 +674,10 @@ func (h *Handler) forwardFailed(w http.ResponseWriter, r *http.Request, err erro
 		ex.reply(w, r, ref)
 		return
 	}
+	if ex.arriving != nil && ex.arriving.late() {
+		h.refuse(w, r, ex, ex.unreadable(os.ErrDeadlineExceeded))
+		return
+	}
 	if r.Context().Err() != nil {
 		ex.Outcome = ClientGone
 		panic(http.ErrAbortHandler) // nothing was written, and nothing must not become an empty 200
@@ -677,8 +688,11 @@ func (h *Handler) forwardFailed(w http.ResponseWriter, r *http.Request, err erro
 			return
 		}
 	}
-	var ref *refusal
-	if errors.As(err, &ref) {
+	ref, ok := errors.AsType[*refusal](err)
+	if errors.Is(err, syscall.EMFILE) {
+		ref, ok = ex.noDescriptor(), true
+	}
+	if ok {
 		h.refuse(w, r, ex, ref)
 		return
 	}

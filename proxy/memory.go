@@ -5,27 +5,37 @@ import (
 	"io"
 	"math"
 	"math/bits"
+	"runtime"
 	"sync"
 	"sync/atomic"
 
 	"golang.org/x/sync/semaphore"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 )
 
-// memory is the budget for all bodies that are held. A body takes its share before it is read, and gives it back when nothing can
-// be sent again.
+// memory is the budget for all bodies that are held. A body takes its share before it is read, and
+// gives it back when nothing can be sent again.
 //
-// A body of up to bodyFirst bytes, and the beginning of any other, takes its share of a quarter: clients that announce much and
-// send little take little, and stand in nobody's way. What is longer then takes from the rest, at once, all that it may become;
-// so nobody who holds some of the rest waits for more of it, and those who hold some of the quarter wait for the rest alone. Hence
-// they cannot wait for each other.
+// A body of up to bodyFirst bytes, and the beginning of any other, takes its share of a quarter:
+// clients that announce much and send little take little, and stand in nobody's way. What is
+// longer then takes from the rest, at once, all that it may become; so nobody who holds some of
+// the rest waits for more of it, and those who hold some of the quarter wait for the rest alone.
+// Hence they cannot wait for each other.
 type memory struct {
 	first, rest *semaphore.Weighted
-	most        int64        // bytes of the longest body that fits
-	held        atomic.Int64 // bytes of all buffers
+	// Of each priority one body at a time waits for the rest, so that no crowd is before others.
+	turns [3]*semaphore.Weighted
+	most  int64        // bytes of the longest body that fits
+	held  atomic.Int64 // bytes of all buffers
+
+	spare      atomic.Int64 // bytes of buffers that were let go since they were last collected
+	spareMost  int64        // beyond which they are
+	collecting atomic.Bool
 }
 
 // MemoryLeast is the smallest budget, in bytes.
-const MemoryLeast = 4 * bufferPooled
+const MemoryLeast = 16 << 20
 
 // newMemory returns a budget of so many bytes; 0: no limit.
 func newMemory(limit int64) *memory {
@@ -34,7 +44,26 @@ func newMemory(limit int64) *memory {
 	}
 	limit = max(limit, MemoryLeast)
 	first := limit / 4
-	return &memory{first: semaphore.NewWeighted(first), rest: semaphore.NewWeighted(limit - first), most: limit - first - 1}
+	m := &memory{
+		first: semaphore.NewWeighted(first), rest: semaphore.NewWeighted(limit - first),
+		most: limit - first - 1, spareMost: limit / 8,
+	}
+	for i := range m.turns {
+		m.turns[i] = semaphore.NewWeighted(1)
+	}
+	return m
+}
+
+// drop tells that a buffer of n bytes was let go. The garbage collector by itself may let those
+// become as many bytes as are held, and so double what was budgeted.
+func (m *memory) drop(n int) {
+	if m.spare.Add(int64(n)) > m.spareMost && m.collecting.CompareAndSwap(false, true) {
+		go func() { // ends with the collection
+			defer m.collecting.Store(false)
+			m.spare.Store(0)
+			runtime.GC()
+		}()
+	}
 }
 
 // share is what one body takes of the memory.
@@ -78,10 +107,11 @@ const (
 	bodyGrows = 16       // and how many times as large the next one is at most
 )
 
-// read reads a body of which length bytes were announced; -1: nobody knows. When it is longer than most, which may be no more than
-// m.most, over is true and the body holds what was read so far. longer is called before anything beyond the first bodyFirst
-// bytes is read, when there is memory for it; an error of it ends the reading.
-func (m *memory) read(ctx context.Context, src io.Reader, length, most int64, longer func() error) (b *body, over bool, err error) {
+// read reads a body of which length bytes were announced; -1: nobody knows. When it is longer than
+// most, which may be no more than m.most, over is true and the body holds what was read so far.
+// longer is called before anything beyond the first bodyFirst bytes is read, when there is memory
+// for it; an error of it ends the reading.
+func (m *memory) read(ctx context.Context, p schedule.Priority, src io.Reader, length, most int64, longer func() error) (b *body, over bool, err error) {
 	s := &share{of: m}
 	size, all := int64(bodyFirst), bufferSize(most+1)
 	if length >= 0 {
@@ -92,12 +122,16 @@ func (m *memory) read(ctx context.Context, src io.Reader, length, most int64, lo
 	if err := s.take(ctx, m.first, size); err != nil {
 		return nil, false, err
 	}
-	data := newBuffer(size)
+	data := m.newBuffer(size)
 	s.hold(cap(data))
 	for err == nil && int64(len(data)) <= most {
 		if len(data) == cap(data) {
 			if s.from == m.first {
-				if err = s.take(ctx, m.rest, all); err == nil {
+				if err = m.turns[p-schedule.Interactive].Acquire(ctx, 1); err == nil {
+					err = s.take(ctx, m.rest, all)
+					m.turns[p-schedule.Interactive].Release(1)
+				}
+				if err == nil {
 					err = longer()
 				}
 				if err != nil {
@@ -108,7 +142,7 @@ func (m *memory) read(ctx context.Context, src io.Reader, length, most int64, lo
 			if size > 2*bodyGrows*int64(cap(data)) {
 				size = bodyGrows * int64(cap(data))
 			}
-			data = moved(data, size)
+			data = m.moved(data, size)
 			s.hold(cap(data))
 		}
 		var n int
@@ -118,8 +152,8 @@ func (m *memory) read(ctx context.Context, src io.Reader, length, most int64, lo
 	if err == io.EOF {
 		err = nil
 	}
-	if size = bufferSize(int64(len(data))); size < int64(cap(data)) {
-		data = moved(data, size)
+	if size = bufferSize(int64(len(data))); size < int64(cap(data))/8*7 { // a few bytes less are not worth a copy
+		data = m.moved(data, size)
 	}
 	s.hold(cap(data))
 	s.giveBack(s.taken - s.held)
@@ -130,22 +164,22 @@ func (m *memory) read(ctx context.Context, src io.Reader, length, most int64, lo
 	return newBody(data, s), int64(len(data)) > most, err
 }
 
-// Buffers of up to bufferPooled bytes are pooled, by their sizes: four for each power of two.
+// Buffers of up to bufferPooled bytes are pooled, by their sizes: eight for each power of two.
 const (
 	bufferLeast  = 1 << 10 // bytes
-	bufferPooled = 4 << 20
+	bufferPooled = DefaultMaxBody
 )
 
-var buffers [1 + 4*12]sync.Pool // of *[]byte
+var buffers [1 + 8*16]sync.Pool // of *[]byte
 
 // bufferClass returns the place in buffers for n bytes, and their size.
 func bufferClass(n int64) (i int, size int64) {
 	if n <= bufferLeast {
 		return 0, bufferLeast
 	}
-	shift := bits.Len64(uint64(n-1)) - 3
-	quarters := (n-1)>>shift + 1 // of the power of two below n: 5 to 8
-	return (shift-8)*4 + int(quarters) - 4, quarters << shift
+	shift := bits.Len64(uint64(n-1)) - 4
+	eighths := (n-1)>>shift + 1 // of the power of two below n: 9 to 16
+	return (shift-7)*8 + int(eighths) - 8, eighths << shift
 }
 
 // bufferSize returns how large a buffer for n bytes is.
@@ -158,24 +192,28 @@ func bufferSize(n int64) int64 {
 }
 
 // newBuffer returns an empty buffer of a size that bufferSize returned.
-func newBuffer(size int64) []byte {
+func (m *memory) newBuffer(size int64) []byte {
 	if size <= bufferPooled {
 		i, _ := bufferClass(size)
 		if b, ok := buffers[i].Get().(*[]byte); ok {
+			if m.spare.Add(-size) < 0 {
+				m.spare.Store(0) // it was let go before the last collection
+			}
 			return (*b)[:0]
 		}
 	}
 	return make([]byte, 0, size)
 }
 
-func freeBuffer(b []byte) {
+func (m *memory) freeBuffer(b []byte) {
+	m.drop(cap(b))
 	if i, size := bufferClass(int64(cap(b))); i < len(buffers) && size == int64(cap(b)) {
 		buffers[i].Put(&b)
 	}
 }
 
 // moved returns the same bytes in a buffer of another size.
-func moved(b []byte, size int64) []byte {
-	defer freeBuffer(b)
-	return append(newBuffer(size), b...)
+func (m *memory) moved(b []byte, size int64) []byte {
+	defer m.freeBuffer(b)
+	return append(m.newBuffer(size), b...)
 }

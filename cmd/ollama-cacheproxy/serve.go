@@ -18,6 +18,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/KimMachineGun/automemlimit/memlimit"
 	"github.com/lmittmann/tint"
 	"golang.org/x/term"
 
@@ -36,6 +37,11 @@ const (
 	defaultUpstream  = "http://127.0.0.1:11434"
 	maxUpstreams     = 256
 
+	headerTimeout = 30 * time.Second  // for a request's header to come
+	idleTimeout   = 120 * time.Second // after which a client's idle connection is closed
+	maxHeader     = 64 << 10          // bytes of a request's header
+	headerSlack   = 4096              // that net/http reads beyond what it is told
+
 	cutOff            = 2 * time.Second // for requests that were cut off to end
 	defaultStoreBytes = 256 << 20
 	rememberRequests  = 1000 // on /_cacheproxy/requests
@@ -49,6 +55,9 @@ type serveCmd struct {
 	KeepAlivePolicy string   `default:"if-absent" enum:"if-absent,at-least,force" help:"What becomes of a client's own keep_alive: if-absent keeps it, at-least raises a shorter one, force replaces it. 0 (unload) is always kept. Default: if-absent."`
 	Touch           bool     `default:"true" negatable:"" help:"For models used through /v1 and /v1/messages, which cannot carry keep_alive, set it with one empty request per load."`
 	MaxBody         int64    `default:"${maxbody}" placeholder:"BYTES" help:"Longest request body to look at; a longer one is forwarded unread, one at a time. Default: 67108864 (64 MiB)."`
+
+	Memory      int64         `placeholder:"BYTES" help:"How much memory the bodies of all requests that wait may take together; those that do not fit wait unread. Default: a quarter of what the machine has, or the container (cgroup) may use."`
+	BodyTimeout time.Duration `default:"60s" placeholder:"TIME" help:"For how long a request's body may make no progress before it is given up with 408; 0 for ever. Default: 60s."`
 
 	Slots   []string      `placeholder:"[NAME=]N" help:"How many slots a loaded model has (the server's OLLAMA_NUM_PARALLEL), or auto to learn it: requests wait, and each slot gets the one that fits what it holds; NAME=N for one upstream. off sends requests as they come. Repeatable. Default: auto."`
 	Queue   int           `default:"10000" placeholder:"N" help:"How many requests may wait for a slot; of more than that the least urgent are answered 503. Default: 10000."`
@@ -113,6 +122,7 @@ type settings struct {
 	guard     proxy.Guard
 	keys      *keysFile // guard.Keys is what was read of it; nil: none are asked for
 	lanes     bool      // requests wait for slots, or are to be spread over upstreams
+	memory    int64     // bytes
 }
 
 // target is an upstream, as the flags name it.
@@ -218,6 +228,15 @@ func (s *serveCmd) settings() (settings, error) {
 	if s.MaxBody < 1 {
 		return set, fmt.Errorf("--max-body %d: want a positive number of bytes", s.MaxBody)
 	}
+	if set.memory = s.Memory; set.memory == 0 {
+		set.memory = defaultMemory(memlimit.FromSystem, memlimit.FromCgroup)
+	}
+	if set.memory < proxy.MemoryLeast {
+		return set, fmt.Errorf("--memory %d: want at least %d bytes (%d MiB)", s.Memory, proxy.MemoryLeast, proxy.MemoryLeast>>20)
+	}
+	if s.BodyTimeout < 0 {
+		return set, fmt.Errorf("--body-timeout %v: want 0 (for ever) or more", s.BodyTimeout)
+	}
 	if s.Queue < 1 || s.MaxWait < 0 {
 		return set, fmt.Errorf("--queue %d, --max-wait %v: want at least 1, and a time that is not negative", s.Queue, s.MaxWait)
 	}
@@ -282,6 +301,7 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 		return exitError{2, err}
 	}
 	logger := newLogger(c.stderr, s.LogFormat, s.LogLevel)
+	memlimit.Set() // near a container's limit garbage is collected sooner; an error says that there is no such limit
 	transport := proxy.NewTransport()
 	defer transport.CloseIdleConnections()
 	var ups []*upstream.Server
@@ -302,7 +322,7 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	store := contextstore.NewMemory(contextstore.Limits{Entries: s.StoreEntries, Bytes: s.StoreBytes})
 	h := &proxy.Handler{
 		Upstreams: ups, Transport: transport, KeepAlive: set.keepAlive, NoTouch: !s.Touch,
-		MaxBody: s.MaxBody, UpstreamSilence: s.UpstreamSilence, Guard: set.guard, Log: logger,
+		MaxBody: s.MaxBody, Memory: set.memory, BodyTimeout: s.BodyTimeout, UpstreamSilence: s.UpstreamSilence, Guard: set.guard, Log: logger,
 		Ledger: savings.New(store, rememberRequests), ShowPrompts: s.ShowPrompts, AttachContext: s.AttachContext == "auto",
 	}
 	counts := metrics.New(version(), h.InFlight)
@@ -316,6 +336,7 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 		counts.Lanes(names, h.Lanes.Stats)
 	}
 	counts.Store(store.Stats)
+	counts.Held(h.Held)
 	h.Metrics, h.Done, h.Touched, h.Attached = counts.Handler(), counts.Done, counts.Touched, counts.Attached
 	if s.done != nil {
 		h.Done = func(ex proxy.Exchange) {
@@ -349,17 +370,14 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	// Requests outlive ctx: they have until s.Drain.
 	base, cut := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer cut(nil)
-	srv := &http.Server{
-		Handler:           h,
-		ReadHeaderTimeout: 30 * time.Second,
-		BaseContext:       func(net.Listener) context.Context { return base },
-		ErrorLog:          slog.NewLogLogger(logger.Handler(), slog.LevelError),
-	}
+	srv := newServer(base, h, logger)
+	descriptors := proxy.NewDescriptors()
+	srv.ConnState, srv.ConnContext = descriptors.ConnState, descriptors.ConnContext
 	background, stopBackground := context.WithCancel(base) // what waits for an upstream may do so until the end
 	var wg sync.WaitGroup
 	served := make(chan error, 1)
-	wg.Go(func() { served <- srv.Serve(ln) }) // ends with srv.Shutdown or srv.Close
-	wg.Go(func() {                            // ends with background
+	wg.Go(func() { served <- srv.Serve(descriptors.Listener(ln)) }) // ends with srv.Shutdown or srv.Close
+	wg.Go(func() {                                                  // ends with background
 		pollAll(background, ups)
 		announce(logger, ln.Addr(), ups)
 		for _, up := range ups {
@@ -368,6 +386,7 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	})
 	wg.Go(func() { h.Run(background) })                          // ends with background
 	wg.Go(func() { set.keys.watch(background, hangup, logger) }) // ends with background
+	wg.Go(func() { trim(background, transport) })                // ends with background
 
 	select {
 	case err = <-served:
@@ -381,6 +400,18 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 		return fmt.Errorf("serving: %w", err)
 	}
 	return nil
+}
+
+// newServer returns the server for clients. What it limits in time is what clients do: sending headers, and nothing.
+func newServer(base context.Context, h http.Handler, logger *slog.Logger) *http.Server {
+	return &http.Server{
+		Handler:           h,
+		ReadHeaderTimeout: headerTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeader - headerSlack,
+		BaseContext:       func(net.Listener) context.Context { return base },
+		ErrorLog:          slog.NewLogLogger(logger.Handler(), slog.LevelError),
+	}
 }
 
 // drain lets requests that run or wait finish, for as long as limit, refuses those that still wait, and cuts off the rest.
@@ -490,7 +521,7 @@ func (s *serveCmd) report(ctx context.Context, c *console, set settings, ups []*
 	if len(silent) > 0 {
 		verdict = ""
 	}
-	_, err := fmt.Fprintf(c.stdout, "%s%skeep-alive  %v, %s\nAPI keys    %s\n", verdict, text, set.keepAlive, s.KeepAlivePolicy, keys)
+	_, err := fmt.Fprintf(c.stdout, "%s%skeep-alive  %v, %s\nmemory      %d MiB for the bodies of requests that wait\nAPI keys    %s\n", verdict, text, set.keepAlive, s.KeepAlivePolicy, set.memory>>20, keys)
 	if err == nil && len(silent) > 0 {
 		err = fmt.Errorf("the settings are right, but no Ollama answers at %s: start it there, or say where it is with --upstream", strings.Join(silent, " and "))
 	}

@@ -1,0 +1,177 @@
+package main
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
+)
+
+// pipeListener hands out connections without sockets, on which time is virtual.
+type pipeListener struct {
+	conns  chan net.Conn
+	closed chan struct{}
+}
+
+func (l pipeListener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.conns:
+		return c, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l pipeListener) Close() error   { close(l.closed); return nil }
+func (l pipeListener) Addr() net.Addr { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)} }
+
+func (l pipeListener) dial() net.Conn {
+	client, server := net.Pipe()
+	l.conns <- server
+	return client
+}
+
+// inVirtualTime serves h as the program does, in a synctest bubble.
+func inVirtualTime(t *testing.T, h http.Handler, test func(*testing.T, pipeListener)) {
+	synctest.Test(t, func(t *testing.T) {
+		ln := pipeListener{make(chan net.Conn), make(chan struct{})}
+		srv := newServer(t.Context(), h, slog.New(slog.DiscardHandler))
+		served := make(chan error, 1)
+		go func() { served <- srv.Serve(ln) }() // ends with Close
+		defer func() {
+			srv.Close()
+			if err := <-served; !errors.Is(err, http.ErrServerClosed) {
+				t.Error(err)
+			}
+		}()
+		test(t, ln)
+	})
+}
+
+// TestIdleConnections: a connection is closed 120 s after its last answer, or 30 s after it began
+// and sent no header.
+func TestIdleConnections(t *testing.T) {
+	hello := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "hello") })
+	inVirtualTime(t, hello, func(t *testing.T, ln pipeListener) {
+		for send, want := range map[string]time.Duration{"": headerTimeout, "GET / HT": headerTimeout, "GET / HTTP/1.1\r\nHost: x\r\n\r\n": 120 * time.Second} {
+			c := ln.dial()
+			io.WriteString(c, send)
+			if strings.HasSuffix(send, "\n") {
+				res, err := http.ReadResponse(bufio.NewReader(c), nil)
+				if err != nil || res.ContentLength != 5 {
+					t.Fatal(res, err)
+				}
+				io.ReadFull(res.Body, make([]byte, 5))
+			}
+			began := time.Now()
+			io.Copy(io.Discard, c) // an answer 408 to a header that broke off
+			if d := time.Since(began); d != want {
+				t.Errorf("after %q the connection is closed in %v, want %v", send, d, want)
+			}
+		}
+	})
+}
+
+// TestLongHeader: a header of up to 64 KiB is taken, a longer one is refused.
+func TestLongHeader(t *testing.T) {
+	hello := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.Header().Set("Connection", "close") })
+	inVirtualTime(t, hello, func(t *testing.T, ln pipeListener) {
+		const begin, end = "GET / HTTP/1.1\r\nHost: x\r\nA: ", "\r\n\r\n"
+		for size, want := range map[int]int{64 << 10: 200, 64<<10 + 1: 431, 1 << 20: 431} {
+			c := ln.dial()
+			go io.WriteString(c, begin+strings.Repeat("a", size-len(begin+end))+end) // ends with the connection
+			res, err := http.ReadResponse(bufio.NewReader(c), nil)
+			if err != nil || res.StatusCode != want {
+				t.Errorf("a header of %d bytes: %v, %v; want %d", size, res, err, want)
+			}
+			io.Copy(io.Discard, c)
+		}
+	})
+}
+
+// stuckBodies are requests whose body leaves off.
+func stuckBodies() map[string]string {
+	const begin = `{"model":"m","messages":[{"role":"user","content":"`
+	bodies := map[string]string{}
+	for _, path := range []string{"/api/chat", "/api/generate", "/v1/chat/completions", "/v1/messages", "/api/show", "/api/blobs/sha256-0", "/_cacheproxy/health"} {
+		post := "POST " + path + " HTTP/1.1\r\nHost: localhost\r\n"
+		bodies[path+", announced"] = post + "Content-Length: 1000\r\n\r\n" + begin
+		bodies[path+", chunked"] = post + fmt.Sprintf("Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n", len(begin), begin)
+		bodies[path+", encoded"] = post + "Content-Encoding: x\r\nContent-Length: 1000\r\n\r\n" + begin
+	}
+	return bodies
+}
+
+// TestStuckBodies: a body that makes no progress for --body-timeout ends with 408 and the
+// connection, and one that makes some in each such time may take for ever.
+func TestStuckBodies(t *testing.T) {
+	const limit = time.Minute
+	server := func() *proxy.Handler {
+		u, err := upstream.ParseAddr("127.0.0.1:1", "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		h := &proxy.Handler{Upstreams: []*upstream.Server{upstream.NewServer("u", u, nil, slog.New(slog.DiscardHandler))}, Transport: readsAll{}, BodyTimeout: limit}
+		h.Init()
+		return h
+	}
+	for name, request := range stuckBodies() {
+		t.Run(name, func(t *testing.T) {
+			inVirtualTime(t, server(), func(t *testing.T, ln pipeListener) {
+				c := ln.dial()
+				io.WriteString(c, request)
+				began := time.Now()
+				res, err := http.ReadResponse(bufio.NewReader(c), nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				own := strings.Contains(name, "_cacheproxy") // answered before its body is looked at
+				if d := time.Since(began); !own && (res.StatusCode != http.StatusRequestTimeout || d != limit || !res.Close) {
+					t.Errorf("%v after %v, connection closed %v", res.Status, d, res.Close)
+				}
+				io.Copy(io.Discard, res.Body)
+				io.Copy(io.Discard, c)
+				if d := time.Since(began); d > 2*limit {
+					t.Errorf("the connection is closed after %v", d)
+				}
+			})
+		})
+	}
+	t.Run("slow but alive", func(t *testing.T) {
+		inVirtualTime(t, server(), func(t *testing.T, ln pipeListener) {
+			c := ln.dial()
+			const body = `{"model":"m","messages":[]}`
+			fmt.Fprintf(c, "POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n", len(body))
+			for i := range len(body) {
+				time.Sleep(limit - time.Second)
+				io.WriteString(c, body[i:i+1])
+			}
+			res, err := http.ReadResponse(bufio.NewReader(c), nil)
+			if err != nil || res.StatusCode != http.StatusOK {
+				t.Errorf("%v, %v", res, err)
+			}
+			c.Close()
+		})
+	})
+}
+
+// readsAll is an upstream that reads the body and answers.
+type readsAll struct{}
+
+func (readsAll) RoundTrip(r *http.Request) (*http.Response, error) {
+	defer r.Body.Close()
+	if _, err := io.Copy(io.Discard, r.Body); err != nil {
+		return nil, err
+	}
+	return &http.Response{StatusCode: 200, Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, Request: r, Header: http.Header{}, Body: io.NopCloser(strings.NewReader("{}")), ContentLength: 2}, nil
+}

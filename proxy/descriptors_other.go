@@ -1,0 +1,5 @@
+//go:build !unix
+
+package proxy
+
+func descriptorLimit() int { return 0 }

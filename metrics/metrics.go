@@ -277,6 +277,12 @@ func (m *Metrics) Held(held func() int64) {
 		func() float64 { return float64(held()) }))
 }
 
+// Waiting adds the series of all that waits; waiting is asked at each scrape.
+func (m *Metrics) Waiting(waiting func() int64) {
+	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: namespace + "_waiting_requests", Help: "Requests that wait for a lane, or for an upstream that is away."},
+		func() float64 { return float64(waiting()) }))
+}
+
 // Touched counts a keep_alive that the proxy set on its own.
 func (m *Metrics) Touched(model string, err error) {
 	result := "ok"

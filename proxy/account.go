@@ -58,7 +58,7 @@ func (h *Handler) exists(model string) bool {
 // accounted ends it.
 func (h *Handler) accounted(ex *exchange) {
 	end := runners.Outcome{
-		Refused:  ex.Status >= 300 || ex.Outcome == Unreachable,
+		Refused:  ex.Status >= 300 && !ex.gaveUp || ex.Outcome == Unreachable,
 		Accepted: ex.Status >= 200 && ex.Status < 300, Unload: ex.use.unloads() && ex.Outcome == OK,
 	}
 	if ex.spend == nil {

@@ -28,10 +28,21 @@ type mortal struct {
 	mu     sync.Mutex
 	death  chan struct{} // closed when it dies; nil: it is dead. Guarded by mu
 	open   bool          // when it is dead something accepts connections in its place, and closes them; guarded by mu
+	behind bool          // … or a gateway answers 502 to all that comes; guarded by mu
 	silent bool          // it answers no request to a model; guarded by mu
+	closed bool          // no connection can be made for requests to models; guarded by mu
+	busy   bool          // its queue is full; guarded by mu
+	dials  int           // requests to models that came, or would have; guarded by mu
 	serves int           // requests that are begun; guarded by mu
 	order  []string      // their bodies, since it came to life; guarded by mu
 	body   func(ctx context.Context) io.ReadCloser
+}
+
+// set changes something of a server that runs.
+func (m *mortal) set(change func()) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	change()
 }
 
 func (m *mortal) live(on bool) (serves int) {
@@ -47,24 +58,51 @@ func (m *mortal) live(on bool) (serves int) {
 	return serves
 }
 
+// asked returns how many requests to models came, or would have.
+func (m *mortal) asked() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.dials
+}
+
 func (m *mortal) RoundTrip(r *http.Request) (*http.Response, error) {
-	var body []byte
+	read := func() (text []byte, err error) {
+		if r.Body != nil {
+			text, err = io.ReadAll(r.Body)
+		}
+		return text, err
+	}
 	if r.Body != nil {
-		body, _ = io.ReadAll(r.Body)
-		r.Body.Close()
+		defer r.Body.Close()
 	}
 	m.mu.Lock()
-	death, open, silent := m.death, m.open, m.silent
+	death, open, behind, silent, closed, busy := m.death, m.open, m.behind, m.silent, m.closed, m.busy
+	infers := r.Method == http.MethodPost && r.URL.Path != "/api/show"
+	if infers {
+		m.dials++
+	}
 	m.mu.Unlock()
+	answered := func(status int, text string) *http.Response {
+		return &http.Response{StatusCode: status, Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, Header: http.Header{"Content-Type": {"application/json"}}, Body: io.NopCloser(strings.NewReader(text)), ContentLength: int64(len(text)), Request: r}
+	}
 	switch {
+	case death == nil && behind:
+		return answered(502, "<html>Bad Gateway</html>"), nil
 	case death == nil && open:
 		return nil, io.EOF
-	case death == nil:
+	case death == nil, closed && infers:
 		return nil, &net.OpError{Op: "dial", Err: syscall.ECONNREFUSED}
+	}
+	body, err := read()
+	if err != nil {
+		return nil, err
+	}
+	if busy && infers {
+		return answered(503, `{"error":"`+busyWords+`"}`), nil
 	}
 	text := `{"version":"0.34.1","models":[{"name":"m:latest","digest":"1"}]}`
 	answer := io.NopCloser(strings.NewReader(text))
-	if r.Method == http.MethodPost && r.URL.Path != "/api/show" && !bytes.Contains(body, []byte(`"keep_alive":0`)) {
+	if infers && !strings.HasPrefix(r.URL.Path, "/api/blobs/") && !bytes.Contains(body, []byte(`"keep_alive":0`)) {
 		m.mu.Lock()
 		m.serves++
 		m.order = append(m.order, string(body))
@@ -77,6 +115,9 @@ func (m *mortal) RoundTrip(r *http.Request) (*http.Response, error) {
 		select {
 		case <-think:
 		case <-death:
+			if behind {
+				return answered(502, "<html>Bad Gateway</html>"), nil
+			}
 			return nil, io.EOF
 		case <-r.Context().Done():
 			return nil, context.Cause(r.Context())
@@ -89,26 +130,48 @@ func (m *mortal) RoundTrip(r *http.Request) (*http.Response, error) {
 	return &http.Response{StatusCode: 200, Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, Header: http.Header{"Content-Type": {"application/json"}}, Body: answer, ContentLength: -1, Request: r}, nil
 }
 
+// mortals sends each request to the server that its URL names.
+type mortals map[string]*mortal
+
+func (m mortals) RoundTrip(r *http.Request) (*http.Response, error) {
+	return m[r.URL.Hostname()].RoundTrip(r)
+}
+
 // inTime runs a test with a proxy in front of a mortal server, in virtual time. lanes as schedule.Config.Lanes; -2: no scheduler.
 func inTime(t *testing.T, lanes int, try time.Duration, test func(t *testing.T, m *mortal, h *Handler, ask func(path, body string, headers ...string) *asked)) {
 	t.Helper()
+	inTimes(t, []string{"up"}, lanes, try, func(t *testing.T, m mortals, h *Handler, ask func(path, body string, headers ...string) *asked) {
+		test(t, m["up"], h, ask)
+	})
+}
+
+// inTimes does so with several. One whose name ends with an exclamation mark is dead at first.
+func inTimes(t *testing.T, names []string, lanes int, try time.Duration, test func(t *testing.T, m mortals, h *Handler, ask func(path, body string, headers ...string) *asked)) {
+	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		m := &mortal{}
-		m.live(true)
+		m := mortals{}
 		h := &Handler{Transport: m, KeepAlive: keep(t, IfAbsent, "24h"), NoTouch: true}
 		if lanes != -2 {
 			h.Lanes = schedule.NewScheduler(schedule.Config{Lanes: lanes, Limit: 100})
 		}
-		up := upstream.NewServer("up", &url.URL{Scheme: "http", Host: "ollama:11434"}, m, slog.New(slog.DiscardHandler))
-		up.TryDuration = try
-		up.Polled = func(st upstream.State) { h.Polled(up, st) }
-		h.Upstreams = []*upstream.Server{up}
+		for _, name := range names {
+			name, dead := strings.CutSuffix(name, "!")
+			if m[name] = new(mortal); !dead {
+				m[name].live(true)
+			}
+			up := upstream.NewServer(name, &url.URL{Scheme: "http", Host: name + ":11434"}, m, slog.New(slog.DiscardHandler))
+			up.TryDuration = try
+			up.Polled = func(st upstream.State) { h.Polled(up, st) }
+			h.Upstreams = append(h.Upstreams, up)
+		}
 		h.Ledger = savings.New(contextstore.NewMemory(contextstore.Limits{Entries: 1000, Bytes: 1 << 20}), 100)
 		h.Init()
 		ctx, stop := context.WithCancel(t.Context())
 		var wg sync.WaitGroup
-		up.Poll(ctx)
-		wg.Go(func() { up.Run(ctx) })
+		for _, up := range h.Upstreams {
+			up.Poll(ctx)
+			wg.Go(func() { up.Run(ctx) })
+		}
 		test(t, m, h, func(path, body string, headers ...string) *asked {
 			a := &asked{ResponseRecorder: httptest.NewRecorder(), began: time.Now(), ended: make(chan struct{})}
 			r := httptest.NewRequest(http.MethodPost, path, strings.NewReader(body))
@@ -174,7 +237,7 @@ func TestRestart(t *testing.T) {
 		for _, open := range []bool{false, true} {
 			t.Run(fmt.Sprint(lanes, open), func(t *testing.T) {
 				inTime(t, lanes, time.Minute, func(t *testing.T, m *mortal, h *Handler, ask func(string, string, ...string) *asked) {
-					m.open = open
+					m.set(func() { m.open = open })
 					var all []*asked
 					for i := range 50 {
 						all = append(all, ask("/api/chat", chatWith("s", fmt.Sprint("early", i), ""), headerPriority+": batch"))
@@ -336,7 +399,7 @@ func TestLeavesWhileAway(t *testing.T) {
 func TestUpstreamSilence(t *testing.T) {
 	inTime(t, 1, time.Minute, func(t *testing.T, m *mortal, h *Handler, ask func(string, string, ...string) *asked) {
 		h.UpstreamSilence = 10 * time.Second
-		m.silent = true
+		m.set(func() { m.silent = true })
 		silent := ask("/api/chat", chatWith("s", "one", ""))
 		synctest.Wait()
 		waits := ask("/api/chat", chatWith("s", "two", ""))
@@ -344,9 +407,7 @@ func TestUpstreamSilence(t *testing.T) {
 		if got := count([]*asked{silent, waits}); got[0] != 2 {
 			t.Errorf("before that: %v", got)
 		}
-		m.mu.Lock()
-		m.silent = false
-		m.mu.Unlock()
+		m.set(func() { m.silent = false })
 		time.Sleep(time.Nanosecond)
 		if got := count([]*asked{silent, waits}); silent.Code != 504 || got[0] != 1 || !strings.Contains(silent.Body.String(), "--upstream-silence") {
 			t.Errorf("after that: %v %s", got, silent.Body)
@@ -419,5 +480,198 @@ func TestGatewayBusy(t *testing.T) {
 		if ex := f.ended(); ex.Retries != nil || len(a.took())+len(b.took()) != 1 {
 			t.Errorf("sent more than once: %+v", ex)
 		}
+	}
+}
+
+// TestOthersComeBack: what waits for one server is served by another one that comes back, or comes up, meanwhile.
+func TestOthersComeBack(t *testing.T) {
+	for _, lanes := range []int{-2, schedule.Unlimited, 1} {
+		for _, b := range []string{"b", "b!"} {
+			t.Run(fmt.Sprint(lanes, b), func(t *testing.T) {
+				if lanes == -2 {
+					lanes = schedule.Unlimited // with several servers there is a scheduler
+				}
+				inTimes(t, []string{"a", b}, lanes, time.Minute, func(t *testing.T, m mortals, h *Handler, ask func(string, string, ...string) *asked) {
+					if b == "b" {
+						m["b"].live(false)
+						time.Sleep(15 * time.Second)
+					}
+					m["a"].live(false)
+					time.Sleep(15 * time.Second)
+					var all []*asked
+					for i := range 10 {
+						all = append(all, ask("/api/chat", chatWith("s", fmt.Sprint(i), "")), ask("/api/embed", `{"model":"m","input":"x"}`))
+					}
+					time.Sleep(time.Second)
+					m["b"].live(true)
+					time.Sleep(time.Minute + 10*time.Second)
+					if got := count(all); got[200] != 20 {
+						t.Errorf("%v", got)
+					}
+				})
+			})
+		}
+	}
+	// Also what waits for a lane, while the first one is up.
+	inTimes(t, []string{"a", "b"}, 1, time.Minute, func(t *testing.T, m mortals, h *Handler, ask func(string, string, ...string) *asked) {
+		m["b"].live(false)
+		time.Sleep(20 * time.Second)
+		var all []*asked
+		for i := range 40 {
+			all = append(all, ask("/api/chat", chatWith(fmt.Sprint("s", i), "x", "")))
+		}
+		time.Sleep(3500 * time.Millisecond)
+		m["b"].live(true)
+		time.Sleep(4 * time.Second)
+		if m["b"].asked() == 0 {
+			t.Error("the one that came back took over nothing")
+		}
+		begun := m["a"].live(false)
+		time.Sleep(50 * time.Second)
+		if got := count(all); got[200] != 40-begun || got[502] != begun {
+			t.Errorf("%v, %d were begun where the server died", got, begun)
+		}
+	})
+}
+
+// TestRefusedThoughPolled: a server that answers polls, but makes no connection for requests to models, is not asked without a
+// pause, costs no request for as long as that does not last, and is given up then.
+func TestRefusedThoughPolled(t *testing.T) {
+	for _, lasts := range []time.Duration{20 * time.Second, time.Hour} {
+		for _, lanes := range []int{-2, schedule.Unlimited, 2} {
+			inTime(t, lanes, time.Minute, func(t *testing.T, m *mortal, h *Handler, ask func(string, string, ...string) *asked) {
+				m.set(func() { m.closed = true })
+				var all []*asked
+				for i := range 10 {
+					all = append(all, ask("/api/chat", chatWith("s", fmt.Sprint(i), "")))
+				}
+				time.Sleep(lasts)
+				dials := m.asked()
+				m.set(func() { m.closed = false })
+				time.Sleep(time.Minute)
+				got := count(all)
+				whole := got[200]
+				if lasts > time.Minute {
+					whole = got[502] + got[503]
+				}
+				if whole != 10 || dials > 10*(goneMost+1) {
+					t.Errorf("for %v, %d lanes: %v, asked %d times", lasts, lanes, got, dials)
+				}
+			})
+		}
+	}
+}
+
+// TestAllDrain: servers that drain get nothing new, whether or not another one is away.
+func TestAllDrain(t *testing.T) {
+	for _, lanes := range []int{schedule.Unlimited, 1} {
+		inTimes(t, []string{"a", "b"}, lanes, time.Minute, func(t *testing.T, m mortals, h *Handler, ask func(string, string, ...string) *asked) {
+			time.Sleep(time.Minute)
+			h.drain(h.backends[0], true)
+			h.drain(h.backends[1], true)
+			all := []*asked{ask("/api/chat", chatWith("s", "x", "")), ask("/api/embed", `{"model":"m","input":"x"}`)}
+			if got := count(all); got[503] != 2 || m["a"].asked()+m["b"].asked() > 0 {
+				t.Errorf("both drain: %v", got)
+			}
+			h.drain(h.backends[1], false)
+			m["b"].live(false)
+			time.Sleep(15 * time.Second)
+			all = []*asked{ask("/api/chat", chatWith("s", "x", "")), ask("/api/embed", `{"model":"m","input":"x"}`)}
+			time.Sleep(time.Second)
+			if got := count(all); got[0] != 2 {
+				t.Errorf("one drains, one is away: %v", got)
+			}
+			time.Sleep(time.Minute)
+			if got := count(all); got[503] != 2 || m["a"].asked() > 0 {
+				t.Errorf("… and stays away: %v, the one that drains was asked %d times", got, m["a"].asked())
+			}
+		})
+	}
+}
+
+// TestRestartBehindGateway: a gateway that answers in the place of a server that restarts costs what was under way, and no more.
+func TestRestartBehindGateway(t *testing.T) {
+	inTime(t, 2, time.Minute, func(t *testing.T, m *mortal, h *Handler, ask func(string, string, ...string) *asked) {
+		m.set(func() { m.behind = true })
+		var all []*asked
+		for i := range 50 {
+			all = append(all, ask("/api/chat", chatWith("s", fmt.Sprint(i), "")))
+		}
+		time.Sleep(2500 * time.Millisecond)
+		begun := m.live(false)
+		time.Sleep(3 * time.Second)
+		if got := count(all); got[502] != begun || !h.Upstreams[0].State().Away {
+			t.Errorf("%v, %d were begun, away %v", got, begun, h.Upstreams[0].State().Away)
+		}
+		m.live(true)
+		time.Sleep(time.Minute)
+		if got := count(all); got[200] != 50-begun {
+			t.Errorf("in the end: %v", got)
+		}
+	})
+}
+
+// TestSilenceOfOthers: a client that sends slowly and the pauses before a busy server is asked again are not the upstream's silence.
+func TestSilenceOfOthers(t *testing.T) {
+	inTime(t, 1, time.Minute, func(t *testing.T, m *mortal, h *Handler, ask func(string, string, ...string) *asked) {
+		h.UpstreamSilence = 3 * time.Second
+		w := httptest.NewRecorder()
+		r := httptest.NewRequest(http.MethodPost, "/api/blobs/sha256:0", &halting{ctx: t.Context(), pauses: make([]time.Duration, 0)})
+		slow := &halting{ctx: t.Context()}
+		for range 45 {
+			slow.pauses = append(slow.pauses, 1)
+		}
+		r.Body, r.ContentLength, r.Host = slow, 45, "localhost"
+		if h.ServeHTTP(w, r); w.Code != 200 {
+			t.Errorf("a slow upload: %d %s", w.Code, w.Body)
+		}
+		m.set(func() { m.busy = true })
+		busy := ask("/api/chat", chatWith("s", "x", ""))
+		time.Sleep(2 * time.Minute)
+		if got := count([]*asked{busy}); got[503] != 1 || !strings.Contains(busy.Body.String(), busyWords) {
+			t.Errorf("a busy server: %v %s", got, busy.Body)
+		}
+	})
+}
+
+// TestWaitingIsBounded: of what needs no lane no more waits for a server that is away than --queue says.
+func TestWaitingIsBounded(t *testing.T) {
+	inTime(t, -2, time.Minute, func(t *testing.T, m *mortal, h *Handler, ask func(string, string, ...string) *asked) {
+		h.Queue = 10
+		m.live(false)
+		var all []*asked
+		for range 30 {
+			all = append(all, ask("/api/embed", `{"model":"m","input":"x"}`))
+		}
+		if got := count(all); got[0] != 10 || got[503] != 20 || h.Waiting() != 10 {
+			t.Errorf("%v, %d wait", got, h.Waiting())
+		}
+		m.live(true)
+		time.Sleep(5 * time.Second)
+		if got := count(all); got[200] != 10 {
+			t.Errorf("%v", got)
+		}
+	})
+}
+
+// TestLongBodyAtRestart: a body that passes unread waits for its server, too, also if that is found to be gone by it.
+func TestLongBodyAtRestart(t *testing.T) {
+	for _, lanes := range []int{-2, 1} {
+		inTime(t, lanes, time.Minute, func(t *testing.T, m *mortal, h *Handler, ask func(string, string, ...string) *asked) {
+			h.MaxBody = 1000
+			m.live(false)
+			all := []*asked{ask("/api/chat", chatWith("s", strings.Repeat("x", 5000), ""))}
+			time.Sleep(time.Second)
+			all = append(all, ask("/api/chat", chatWith("s", strings.Repeat("y", 5000), "")))
+			time.Sleep(time.Second)
+			if got := count(all); got[0] != 2 {
+				t.Errorf("while it is away: %v", got)
+			}
+			m.live(true)
+			time.Sleep(10 * time.Second)
+			if got := count(all); got[200] != 2 || len(m.order) != 2 || len(m.order[0]) < 5000 || len(m.order[1]) < 5000 {
+				t.Errorf("%v, %d came: %s %s", got, len(m.order), all[0].Body, all[1].Body)
+			}
+		})
 	}
 }

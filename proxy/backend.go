@@ -144,15 +144,22 @@ func (h *Handler) untried(ex *exchange, list []*backend) []*backend {
 // having returns the servers that have the request's model and get new requests; and those that are known to have it but get none,
 // to be waited for, or so that the client can be told what is wrong with the one that it needs.
 func (h *Handler) having(ex *exchange) (list, away []*backend) {
+	var draining []*backend
 	for _, b := range h.backends {
 		st := b.State()
 		switch {
 		case slices.Contains(ex.tried, b) || !st.Has(ex.key):
 		case b.takes():
 			list = append(list, b)
-		case st.Lists(ex.key):
+		case !st.Lists(ex.key):
+		case b.draining.Load():
+			draining = append(draining, b)
+		default:
 			away = append(away, b)
 		}
+	}
+	if len(away) == 0 {
+		away = draining
 	}
 	return list, away
 }
@@ -274,9 +281,6 @@ func (ex *exchange) retract() {
 	ex.run = nil
 	ex.spend.End(time.Now(), savings.Outcome{Refused: true})
 	ex.spend = nil
-	if ex.silence != nil {
-		ex.silence.Stop()
-	}
 	ex.grant.Release(schedule.Result{}) // not sent
 	ex.grant = nil
 }

@@ -60,6 +60,8 @@ type Handler struct {
 	BodyTimeout time.Duration
 	// UpstreamSilence is for how long an upstream may send nothing of an answer before the request is given up; 0: for ever.
 	UpstreamSilence time.Duration
+	// Queue is how many requests that need no lane wait for servers that are away; 0: schedule.DefaultLimit.
+	Queue int
 
 	Guard   Guard
 	Metrics http.Handler // serves PathMetrics; nil forwards it like any other path
@@ -84,6 +86,7 @@ type Handler struct {
 	decoding sync.Mutex
 	inFlight atomic.Int64
 	waiting  atomic.Int64 // requests that wait, see Waiting
+	awaiting atomic.Int64 // … for a server that is away, and for no lane
 
 	closing   chan struct{} // closed by Close
 	closeOnce sync.Once
@@ -183,6 +186,8 @@ type exchange struct {
 	unloading chan struct{} // closed when other servers have unloaded the model, too; nil: they need not
 	began     bool          // it was sent to up, and has not ended
 	waiting   bool          // it is counted in Handler.waiting
+	gateway   bool          // the answer is not the server's, most likely: see byGateway
+	gaveUp    bool          // after Handler.UpstreamSilence
 	silence   *time.Timer   // gives the request up; nil: never
 	tried     []*backend    // to which it was sent in vain
 	inbound   *http.Request // as it was given to the forwarder
@@ -245,6 +250,9 @@ func (h *Handler) Init() {
 	}
 	if h.Touched == nil {
 		h.Touched = func(string, error) {}
+	}
+	if h.Queue == 0 {
+		h.Queue = schedule.DefaultLimit
 	}
 	h.memory = newMemory(h.Memory)
 	h.closing = make(chan struct{})
@@ -467,7 +475,7 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 		if name, ok := strings.CutPrefix(r.URL.Path, pathModel); ok {
 			ex.key = upstream.ModelKey(name)
 		}
-		ex.pass(r)
+		h.pass(r, ex)
 		return nil
 	}
 	most := min(h.MaxBody, h.memory.most)
@@ -519,7 +527,7 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 			ex.beginning = once{b.open(edit{})}
 			ex.letGo()
 			r.Body = &rest{io.MultiReader(ex.beginning, r.Body), r.Body}
-			ex.pass(r)
+			h.pass(r, ex)
 		case enc != "" && !strings.EqualFold(enc, "identity"):
 			ex.Unedited = UneditedEncoded
 		default:
@@ -604,7 +612,9 @@ func (ex *exchange) strip(header http.Header) {
 
 func (h *Handler) modifyResponse(res *http.Response) error {
 	ex := res.Request.Context().Value(exchangeKey{}).(*exchange)
-	ex.up.Alive()
+	if !ex.gateway {
+		ex.up.Alive()
+	}
 	ex.unloaded()
 	if res.StatusCode == http.StatusSwitchingProtocols {
 		return errors.New("it switches to another protocol, which nobody asked for")
@@ -669,8 +679,8 @@ func peek(res *http.Response, most int64) ([]byte, error) {
 func (h *Handler) forwardFailed(w http.ResponseWriter, r *http.Request, err error) {
 	ex := r.Context().Value(exchangeKey{}).(*exchange)
 	if ref, ok := errors.AsType[*refusal](err); ok && ref.status == http.StatusGatewayTimeout {
-		ex.Outcome = UpstreamError
-		ex.header.Set(headerUpstream, ex.up.Name)
+		ex.Outcome, ex.gaveUp = UpstreamError, true
+		ex.name()
 		ex.reply(w, r, ref)
 		return
 	}
@@ -717,9 +727,7 @@ func reason(err error) string {
 // finish releases what the request held, and tells of it.
 func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	ex.unloaded()
-	if ex.silence != nil {
-		ex.silence.Stop()
-	}
+	ex.quiet()
 	h.waited(ex)
 	ex.use.end()
 	ex.letGo()
@@ -744,7 +752,9 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 		if !r.ProtoAtLeast(1, 1) {
 			reset(w)
 		}
-		h.brokeOff(r.Context(), ex.up)
+		if upstream.Closed(ex.bodyErr) {
+			h.brokeOff(r.Context(), ex.up)
+		}
 	}
 	h.accounted(ex)
 	if ex.began {
@@ -764,6 +774,13 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	h.Done(ex.Exchange)
 }
 
+// quiet says that nothing is expected of an upstream now.
+func (ex *exchange) quiet() {
+	if ex.silence != nil {
+		ex.silence.Stop()
+	}
+}
+
 // letGo releases the body, once it cannot be sent again.
 func (ex *exchange) letGo() {
 	if ex.body != nil {
@@ -773,11 +790,14 @@ func (ex *exchange) letGo() {
 }
 
 // pass has the body pass through, counted.
-func (ex *exchange) pass(r *http.Request) {
+func (h *Handler) pass(r *http.Request, ex *exchange) {
 	if r.Body == nil || r.Body == http.NoBody {
 		return
 	}
 	ex.passing = &passing{ReadCloser: r.Body, left: r.ContentLength, n: &ex.in}
+	if h.UpstreamSilence > 0 {
+		ex.passing.heard = func() { ex.silence.Reset(h.UpstreamSilence) } // it has something to wait for still
+	}
 	r.Body = ex.passing
 }
 

@@ -47,21 +47,25 @@ func (h *Handler) only(r *http.Request, ex *exchange) *refusal {
 // granted. What only loads or unloads a model, embeddings, remote models and everything without a prompt never wait.
 func (h *Handler) wait(r *http.Request, ex *exchange) *refusal {
 	list := h.candidates(ex)
-	if b := list[0]; len(list) == 1 {
-		if b.looped.Load() {
-			return loops(b)
-		}
-		if b.draining.Load() && ex.only == nil && !ex.unloads() {
-			return &refusal{http.StatusServiceUnavailable, fmt.Sprintf("upstream %s is draining and gets no new requests; POST %s%s/resume ends that", b.Name, pathUpstreams, b.Name)}
-		}
+	if len(list) == 1 && list[0].looped.Load() {
+		return loops(list[0])
+	}
+	if drains(list) && ex.only == nil && !ex.unloads() {
+		name := list[0].Name
+		return &refusal{http.StatusServiceUnavailable, fmt.Sprintf("upstream %s is draining and gets no new requests; POST %s%s/resume ends that", name, pathUpstreams, name)}
 	}
 	return h.acquire(r, ex, list)
+}
+
+// drains reports whether all of the servers drain.
+func drains(list []*backend) bool {
+	return !slices.ContainsFunc(list, func(b *backend) bool { return !b.draining.Load() })
 }
 
 // acquire is wait, once it is known which servers can serve the request. If all of them are away and one may come back
 // (--try-duration), then the request waits for that.
 func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refusal {
-	if !slices.ContainsFunc(list, (*backend).answers) && !(ex.infers() && expected(list)) {
+	if !ex.infers() || !slices.ContainsFunc(list, (*backend).mayAnswer) {
 		// To wait for what does not answer, one after the other, would only take longer.
 		ex.up = pick(list, ex.key)
 		return nil
@@ -70,14 +74,16 @@ func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refus
 		ex.waiting = true
 		h.waiting.Add(1)
 	}
+	began := time.Now()
 	var err error
 	if h.Lanes == nil || !ex.unread && (ex.chain == nil || !ex.chain.HasPrompt()) {
-		if list, err = h.await(r.Context(), list); err == nil {
+		if list, err = h.await(r.Context(), ex, list); err == nil {
 			ex.up = pick(list, ex.key)
 		}
 	} else {
 		err = h.lane(r, ex, list)
 	}
+	ex.Waited += time.Since(began)
 	switch {
 	case err == nil:
 		h.waited(ex)
@@ -85,13 +91,26 @@ func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refus
 	case errors.Is(err, schedule.ErrFull):
 		return ex.busy()
 	case errors.Is(err, schedule.ErrAway):
+		// Another one may have come since that was not known to have the model.
+		if again := h.candidates(ex); ex.only == nil && len(h.backends) > 1 && slices.ContainsFunc(again, (*backend).mayAnswer) && !drains(again) {
+			return h.acquire(r, ex, again)
+		}
 		ex.header.Set("Retry-After", retryAfter)
-		return &refusal{http.StatusServiceUnavailable, fmt.Sprintf("ollama at %s has been away for longer than %v (--try-duration); start it there and try again", list[0].URL, list[0].TryDuration)}
+		var urls []string
+		for _, b := range list {
+			urls = append(urls, b.URL.String())
+		}
+		return &refusal{http.StatusServiceUnavailable, fmt.Sprintf("ollama at %s has been away for longer than %v (--try-duration); start it there and try again", strings.Join(urls, " and "), list[0].TryDuration)}
 	case errors.Is(err, schedule.ErrClosed):
-		ex.header.Set("Retry-After", retryAfter)
-		return &refusal{http.StatusServiceUnavailable, "ollama-cacheproxy is stopping; try again when it is back"}
+		return ex.stopping()
 	}
 	return givenUp(err)
+}
+
+// stopping refuses what would have to wait when the proxy stops.
+func (ex *exchange) stopping() *refusal {
+	ex.header.Set("Retry-After", retryAfter)
+	return &refusal{http.StatusServiceUnavailable, "ollama-cacheproxy is stopping; try again when it is back"}
 }
 
 // waited says that a request waits no more.
@@ -102,57 +121,68 @@ func (h *Handler) waited(ex *exchange) {
 	}
 }
 
-// lane waits for a lane.
+// lane waits for a lane of one of the servers, or of one that is away now and comes back meanwhile.
 func (h *Handler) lane(r *http.Request, ex *exchange, list []*backend) error {
-	var upstreams []uint16
+	priority := priorityOf(r)
+	lanes, request := h.Lanes, schedule.Request{Client: clientOf(r, ex.client), Priority: priority, Arrived: ex.start}
 	for _, b := range list {
-		upstreams = append(upstreams, b.index)
+		request.Upstreams = append(request.Upstreams, b.index)
 	}
-	began, priority := time.Now(), priorityOf(r)
-	lanes, request := h.Lanes, schedule.Request{Upstreams: upstreams, Client: clientOf(r, ex.client), Priority: priority, Arrived: ex.start}
+	if ex.only == nil && ex.runsHere() {
+		for _, b := range h.backends {
+			if st := b.State(); st.Away && st.Lists(ex.key) && !b.draining.Load() && !slices.Contains(list, b) {
+				request.Upstreams = append(request.Upstreams, b.index)
+			}
+		}
+	}
 	if ex.unread {
 		// What it says of its model at first need not be the last word, and its body may take long to come: it holds
 		// up nobody but its like.
 		lanes = lanes.Aside()
 	} else {
 		request.Program, request.Flow = programOf(r, ex), flowOf(r, ex)
-		request.Runner, request.Links = schedule.Runner{Upstream: upstreams[0], Options: h.runner(ex, list)}, ex.chain.Links
+		request.Runner, request.Links = schedule.Runner{Upstream: list[0].index, Options: h.runner(ex, list)}, ex.chain.Links
 	}
 	grant, err := lanes.Acquire(r.Context(), request)
-	ex.Waited, ex.Priority = ex.Waited+time.Since(began), priority.String()
-	if err == nil {
+	if ex.Priority = priority.String(); err == nil {
 		ex.grant, ex.up = grant, h.backends[grant.Upstream]
 	}
 	return err
 }
 
-// expected reports whether one of the servers, which are away, may still come back.
-func expected(list []*backend) bool {
-	return slices.ContainsFunc(list, func(b *backend) bool {
-		st := b.State()
-		return st.Away && time.Now().Before(st.Until)
-	})
+// mayAnswer reports whether the server is not away, or may still come back.
+func (b *backend) mayAnswer() bool {
+	st := b.State()
+	return !b.looped.Load() && (!st.Away || time.Now().Before(st.Until))
 }
 
-// await waits until one of the servers is not away any more, and returns those that are not.
-func (h *Handler) await(ctx context.Context, list []*backend) ([]*backend, error) {
-	for {
+// await waits until one of the servers is not away any more, and returns those that are not. So many wait as --queue says.
+func (h *Handler) await(ctx context.Context, ex *exchange, list []*backend) ([]*backend, error) {
+	for waits := false; ; {
 		news := h.news.Load()
 		var back []*backend
-		var until time.Time
+		left := time.Duration(0)
 		for _, b := range list {
 			if st := b.State(); !st.Away {
 				back = append(back, b)
-			} else if st.Until.After(until) {
-				until = st.Until
+			} else {
+				left = max(left, time.Until(st.Until))
 			}
 		}
-		left := time.Until(until)
+		if len(back) == 0 && ex.only == nil && ex.runsHere() {
+			back, _ = h.having(ex)
+		}
 		switch {
 		case len(back) > 0:
 			return back, nil
-		case left <= 0:
+		case left == 0:
 			return list, schedule.ErrAway
+		case !waits:
+			waits = true
+			defer h.awaiting.Add(-1)
+			if h.awaiting.Add(1) > int64(h.Queue) {
+				return list, schedule.ErrFull
+			}
 		}
 		select {
 		case <-*news:

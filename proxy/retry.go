@@ -26,70 +26,96 @@ const (
 	busyLast  = 5 * time.Second        // … up to this
 )
 
+// goneMost is how often a request is sent again to servers that answer polls, but make no connection for it: for about a minute.
+const goneMost = 16
+
 // attempts is the forwarder's transport. It sends a request elsewhere, once to each upstream, if the one that it was sent to
 // cannot have begun with it, and if there is no other, or none answers, waits for one to come back; what may have been begun is
 // never sent twice.
 type attempts struct{ h *Handler }
 
 func (a attempts) RoundTrip(out *http.Request) (*http.Response, error) {
-	ex := out.Context().Value(exchangeKey{}).(*exchange)
-	defer ex.letGo()          // nothing is sent again after this
-	var unreachable time.Time // when it first was
-	for busy := 0; ; {
-		res, err := a.h.Transport.RoundTrip(out)
-		why := retryReason(res, err)
+	h, ex := a.h, out.Context().Value(exchangeKey{}).(*exchange)
+	defer ex.letGo() // nothing is sent again after this
+	for busy, gone := 0, 0; ; {
+		res, err := h.Transport.RoundTrip(out)
 		if err != nil && context.Cause(out.Context()) == errSilent {
-			return nil, ex.silent(a.h)
+			return nil, ex.silent(h)
 		}
-		if why == "" || ex.passing != nil { // a body that passes through cannot be sent again
-			if upstream.Closed(err) && out.Context().Err() == nil {
-				a.h.brokeOff(out.Context(), ex.up)
-			}
+		why := retryReason(res, err)
+		ex.gateway = why == "" && err == nil && byGateway(res.StatusCode)
+		switch {
+		case why == RetryUnreachable:
+			ex.up.Unreachable(err)
+			h.available(ex.up)
+		case (ex.gateway || upstream.Closed(err)) && out.Context().Err() == nil:
+			h.brokeOff(out.Context(), ex.up)
+		}
+		if why == "" || ex.passing != nil && ex.passing.begun.Load() { // what was read of it has gone
 			return res, err
 		}
-		if why == RetryUnreachable {
-			ex.up.Unreachable(err)
-			a.h.available(ex.up)
-		}
+		ex.quiet()
 		if !slices.Contains(ex.tried, ex.up) {
 			ex.tried = append(ex.tried, ex.up)
 		}
-		list := a.h.elsewhere(ex, why)
-		if len(list) == 0 && why == RetryUnreachable {
-			if unreachable.IsZero() {
-				unreachable = time.Now()
-			}
-			list = a.h.returning(ex, unreachable)
-		}
-		if len(list) == 0 {
-			if why != RetryBusy || busy == busyMost || ex.grant == nil {
+		list := h.elsewhere(ex, why)
+		var pause time.Duration
+		switch {
+		case len(list) > 0:
+		case why == RetryUnreachable && gone < goneMost:
+			if list = h.returning(ex); len(list) == 0 {
 				return res, err
 			}
-			// Its queue will be shorter in a moment.
-			select {
-			case <-out.Context().Done():
-				res.Body.Close()
-				return nil, context.Cause(out.Context())
-			case <-time.After(min(busyPause<<busy, busyLast)):
+			if gone > 0 {
+				pause = min(busyPause<<gone, busyLast)
 			}
+			gone++
+		case why == RetryBusy && busy < busyMost && ex.grant != nil: // its queue will be shorter in a moment
+			pause = min(busyPause<<busy, busyLast)
 			busy++
 			list = []*backend{ex.up}
+		default:
+			return res, err
+		}
+		if pause > 0 {
+			select {
+			case <-out.Context().Done():
+				err = context.Cause(out.Context())
+			case <-h.closing:
+				err = ex.stopping()
+			case <-time.After(pause):
+				err = nil
+			}
+		} else {
+			err = nil
 		}
 		if res != nil {
 			res.Body.Close()
 		}
+		if err != nil {
+			return nil, err
+		}
 		ex.retract()
 		ex.Retries = append(ex.Retries, why)
-		if ref := a.h.acquire(ex.inbound, ex, list); ref != nil {
+		if ref := h.acquire(ex.inbound, ex, list); ref != nil {
 			return nil, ref
 		}
-		a.h.begin(ex)
+		h.begin(ex)
 		again := out.Clone(out.Context())
 		u := *ex.inbound.URL
 		again.URL, again.Host = &u, ""
-		a.h.rewrite(&httputil.ProxyRequest{In: ex.inbound, Out: again})
+		h.rewrite(&httputil.ProxyRequest{In: ex.inbound, Out: again})
+		if ex.passing != nil {
+			again.Body = ex.passing // ReverseProxy's own reader of it is closed
+		}
 		out = again
 	}
+}
+
+// byGateway reports whether a status is what stands in front of a server answers while the server does not. Of 503 it may be, if that
+// is not in Ollama's own words.
+func byGateway(status int) bool {
+	return status == http.StatusBadGateway || status == http.StatusServiceUnavailable || status == http.StatusGatewayTimeout
 }
 
 // elsewhere returns the servers to which a request that was refused may be sent.
@@ -109,20 +135,20 @@ func (h *Handler) elsewhere(ex *exchange, why string) []*backend {
 	return h.candidates(ex)
 }
 
-// returning returns the servers for which a request waits that could not be sent to any since a time.
-func (h *Handler) returning(ex *exchange, since time.Time) []*backend {
-	if !ex.infers() || time.Since(since) >= ex.up.TryDuration {
+// returning returns the servers for which a request waits that could not be sent to any.
+func (h *Handler) returning(ex *exchange) []*backend {
+	if !ex.infers() || ex.up.TryDuration == 0 {
 		return nil
 	}
 	ex.tried = nil
 	list := h.candidates(ex)
-	if !slices.ContainsFunc(list, (*backend).answers) && !expected(list) {
+	if !slices.ContainsFunc(list, (*backend).mayAnswer) || drains(list) && ex.only == nil {
 		return nil
 	}
 	return list
 }
 
-// brokeOff is told of a request that was broken off by its server, before its lane goes to another one: if any wait, then they are
+// brokeOff is told of a request that was broken off by its server, or answered in its place by a gateway, before its lane goes to another one: if any wait, then they are
 // not to be sent one by one to a server that is gone.
 func (h *Handler) brokeOff(ctx context.Context, b *backend) {
 	if b.BrokeOff(); h.waiting.Load() > 0 {

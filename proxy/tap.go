@@ -26,7 +26,9 @@ func (t *tap) Read(p []byte) (int, error) {
 		if t.ex.BytesOut == 0 {
 			t.ex.FirstByte = time.Since(t.ex.start)
 		}
-		t.ex.up.Alive() // however slowly it answers polls meanwhile
+		if !t.ex.gateway {
+			t.ex.up.Alive() // however slowly it answers polls meanwhile
+		}
 	}
 	t.ex.BytesOut += int64(n)
 	if t.ex.answer != nil {
@@ -45,16 +47,22 @@ type passing struct {
 	io.ReadCloser
 	left  int64         // bytes still to come; negative if that is not known
 	n     *atomic.Int64 // bytes that came
+	begun atomic.Bool   // reading was begun
 	ended atomic.Bool   // the whole body was read
+	heard func()        // is called when something of it came; nil: nobody listens
 
 	failed atomic.Pointer[error] // why the client's body could not be read
 }
 
 func (p *passing) Read(b []byte) (int, error) {
+	p.begun.Store(true)
 	if p.left == 0 {
 		return 0, io.EOF
 	}
 	n, err := p.ReadCloser.Read(b)
+	if n > 0 && p.heard != nil {
+		p.heard()
+	}
 	p.n.Add(int64(n))
 	if p.left > 0 {
 		p.left -= int64(n)
@@ -65,4 +73,12 @@ func (p *passing) Read(b []byte) (int, error) {
 		p.failed.Store(&err)
 	}
 	return n, err
+}
+
+// Close closes the body, unless nothing was read of it: then it may be sent elsewhere, and net/http closes it in the end.
+func (p *passing) Close() error {
+	if !p.begun.Load() {
+		return nil
+	}
+	return p.ReadCloser.Close()
 }

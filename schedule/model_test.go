@@ -98,7 +98,7 @@ func (m *model) drain() {
 		switch no.Err {
 		case ErrAway:
 			for _, u := range r.servers() {
-				if !m.away[u] || m.now.Before(m.until[u]) {
+				if !m.off[u] && (!m.away[u] || m.now.Before(m.until[u])) {
 					m.t.Fatalf("request %d was refused: server %d, of %v, is away (%v) until %v; it is %v", no.ID, u, r.servers(), m.away[u], m.until[u], m.now)
 				}
 			}

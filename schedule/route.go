@@ -95,7 +95,7 @@ func (q *Queue) hold(s *server, now time.Time) {
 		for _, it := range x.waiters() {
 			i := slices.IndexFunc(it.upstreams, func(u uint16) bool {
 				t := q.server(u)
-				return t != s && (!t.away || now.Before(t.until))
+				return t != s && !t.off && (!t.away || now.Before(t.until))
 			})
 			if i < 0 {
 				q.refuse(it, ErrAway, now)

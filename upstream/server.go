@@ -167,9 +167,9 @@ func (s *Server) dated(st State) State {
 func (s *Server) Alive() {
 	s.seen()
 	s.mu.Lock()
-	away := s.state.Away
+	poll := s.state.Away && time.Since(s.ended) >= pollEveryTry
 	s.mu.Unlock()
-	if away {
+	if poll {
 		s.Failed()
 	}
 }
@@ -197,13 +197,19 @@ var ours = []error{syscall.EMFILE, syscall.ENFILE, syscall.EADDRNOTAVAIL, syscal
 func (s *Server) Unreachable(err error) {
 	s.mu.Lock()
 	was := s.state.Away
-	s.state.Up, s.state.Away, s.state.gone, s.state.Err = false, true, true, err
+	s.state.Up, s.state.Away, s.state.gone, s.state.Err = false, true, s.state.gone || !timedOut(err), err
 	s.missed++
 	s.mu.Unlock()
 	if !was {
 		s.warnAway(err)
 	}
 	s.Failed()
+}
+
+// timedOut reports whether a connection was not made in time: whatever was slow has not been started anew for all that is known.
+func timedOut(err error) bool {
+	e, ok := errors.AsType[net.Error](err)
+	return ok && e.Timeout()
 }
 
 func (s *Server) warnAway(err error) {
@@ -260,7 +266,7 @@ func (s *Server) pause() time.Duration {
 		return pollEveryTry
 	case st.Away:
 		return pollEveryAway
-	case !st.Up:
+	case !st.Up && !answered(st.Err):
 		return pollEveryDoubt
 	case s.TryDuration > 0: // which is counted from the last poll, if there is nothing else
 		return min(pollEvery, max(s.TryDuration/4, pollEveryDoubt))
@@ -275,7 +281,7 @@ func (s *Server) Refresh(ctx context.Context) State {
 
 // Check returns the server's state as it is now. Those who ask while others do share one poll.
 func (s *Server) Check(ctx context.Context) State {
-	return s.since(ctx, func() time.Time { return s.ended }, func() {})
+	return s.since(ctx, func() time.Time { return s.state.Polled }, func() {})
 }
 
 // since polls, prepared by before, unless what last says, with s.mu held, has happened while others polled.
@@ -346,8 +352,7 @@ func (s *Server) poll(ctx context.Context) State {
 // judge says whether a server is away, after a poll. s.mu must be held.
 func (s *Server) judge(next *State, prev State) {
 	// What refuses to say its version, such as a gateway that lets nothing but inference through, answers, too.
-	status := StatusCode(next.Err)
-	if next.Up || status > 0 && status < http.StatusInternalServerError {
+	if next.Up || answered(next.Err) {
 		s.seen()
 		if s.failed = 0; !next.Up {
 			next.Loaded = prev.Loaded
@@ -361,12 +366,18 @@ func (s *Server) judge(next *State, prev State) {
 		s.failed = 0
 	}
 	s.failed++
-	broken := Closed(next.Err) && (seen == nil || s.broke.After(*seen))
+	broken := (Closed(next.Err) || StatusCode(next.Err) > 0) && (seen == nil || s.broke.After(*seen))
 	next.Away = prev.Away && !answers || NoConnection(next.Err) && !slow || broken || s.failed >= pollsFailed
 	next.gone = prev.gone || next.Away && !slow
 	if !next.Away {
 		next.Loaded = prev.Loaded
 	}
+}
+
+// answered reports whether a poll that failed was answered all the same, and not by a gateway in the server's place.
+func answered(err error) bool {
+	status := StatusCode(err)
+	return status > 0 && status < http.StatusInternalServerError
 }
 
 // ask makes a poll's requests; list says that the models are to be listed, listed that they were.

@@ -60,11 +60,11 @@ type serveCmd struct {
 	BodyTimeout time.Duration `default:"60s" placeholder:"TIME" help:"For how long a request's body may make no progress before it is given up with 408; 0 for ever. Default: 60s."`
 
 	Slots   []string      `placeholder:"[NAME=]N" help:"How many slots a loaded model has (the server's OLLAMA_NUM_PARALLEL), or auto to learn it: requests wait, and each slot gets the one that fits what it holds; NAME=N for one upstream. off sends requests as they come. Repeatable. Default: auto."`
-	Queue   int           `default:"10000" placeholder:"N" help:"How many requests may wait for a slot; of more than that the least urgent are answered 503. Default: 10000."`
+	Queue   int           `default:"10000" placeholder:"N" help:"How many requests may wait for a slot, or for an upstream that is away; of more than that the least urgent are answered 503. Default: 10000."`
 	MaxWait time.Duration `placeholder:"TIME" help:"From when on a waiting request goes before others, whatever that costs. Default: never."`
 
 	TryDuration     time.Duration `default:"60s" placeholder:"TIME" help:"For how long requests wait for an upstream that is away, counted from when it was last seen; then they get 503. 0: not at all. Default: 60s."`
-	UpstreamSilence time.Duration `placeholder:"TIME" help:"Give a request up, with 504, when its upstream has sent nothing for this long. A model that thinks, or loads, sends nothing either. Default: never."`
+	UpstreamSilence time.Duration `placeholder:"TIME" help:"Give any request up, with 504, when its upstream has sent nothing for this long. A model that thinks, or loads, sends nothing either, nor does a pull that verifies. Default: never."`
 
 	StoreEntries  int    `default:"1000000" placeholder:"N" help:"How many links of prefixes to remember; a prompt has about one for each 256 bytes. Default: 1000000."`
 	StoreBytes    int64  `default:"${storebytes}" placeholder:"BYTES" help:"How much memory to remember prefixes in. Default: 268435456 (256 MiB)."`
@@ -322,7 +322,7 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	store := contextstore.NewMemory(contextstore.Limits{Entries: s.StoreEntries, Bytes: s.StoreBytes})
 	h := &proxy.Handler{
 		Upstreams: ups, Transport: transport, KeepAlive: set.keepAlive, NoTouch: !s.Touch,
-		MaxBody: s.MaxBody, Memory: set.memory, BodyTimeout: s.BodyTimeout, UpstreamSilence: s.UpstreamSilence, Guard: set.guard, Log: logger,
+		MaxBody: s.MaxBody, Memory: set.memory, BodyTimeout: s.BodyTimeout, UpstreamSilence: s.UpstreamSilence, Queue: s.Queue, Guard: set.guard, Log: logger,
 		Ledger: savings.New(store, rememberRequests), ShowPrompts: s.ShowPrompts, AttachContext: s.AttachContext == "auto",
 	}
 	counts := metrics.New(version(), h.InFlight)
@@ -337,6 +337,7 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	}
 	counts.Store(store.Stats)
 	counts.Held(h.Held)
+	counts.Waiting(h.Waiting)
 	h.Metrics, h.Done, h.Touched, h.Attached = counts.Handler(), counts.Done, counts.Touched, counts.Attached
 	if s.done != nil {
 		h.Done = func(ex proxy.Exchange) {

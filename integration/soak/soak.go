@@ -31,6 +31,8 @@ const (
 	lost = 3 * time.Minute
 	// judged is how long a run must be for its memory to be judged: before that it is still growing into its caches.
 	judged = 4 * time.Minute
+	// faultsPerRestart is how many requests may be lost, or broken off, when a server dies.
+	faultsPerRestart = 4
 	// flat is how many times as much memory the last quarter of a run may take as the second one.
 	flat = 1.2
 )
@@ -110,7 +112,25 @@ func Run(ctx context.Context, c Config) (err error) {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	return errors.Join(s.verdict(resident), s.idleAgain(ctx, idle))
+	return errors.Join(s.verdict(resident), s.wellAgain(ctx), s.idleAgain(ctx, idle))
+}
+
+// wellAgain has each kind of client ask once more, now that all servers are alive.
+func (s *soak) wellAgain(ctx context.Context) error {
+	r := rand.New(rand.NewPCG(3, 4))
+	for _, k := range kinds {
+		outcome, bad := "", error(nil)
+		for range 20 { // a poll may have to find a server first
+			if outcome, bad = k.ask(s, ctx, r); outcome == k.well && bad == nil {
+				break
+			}
+			time.Sleep(500 * time.Millisecond)
+		}
+		if outcome != k.well || bad != nil {
+			return fmt.Errorf("with all servers alive, %s still ends with %q (%v)", k.name, outcome, bad)
+		}
+	}
+	return nil
 }
 
 type soak struct {
@@ -154,6 +174,17 @@ func (s *soak) verdict(resident []float64) error {
 		if s.outcomes[k.name+": "+k.well] == 0 {
 			errs = append(errs, fmt.Errorf("%s: no request ended with %q", k.name, k.well))
 		}
+	}
+	// What a server was at when it died is lost, and nothing else: one lane, what passed unread, and what was on its way.
+	faults := 0
+	for name, n := range s.outcomes {
+		kind, how, _ := strings.Cut(name, ": ")
+		if kind != "list" && (how == "502" || how == "504" || how == "broken off") { // lists do not wait
+			faults += n
+		}
+	}
+	if most := faultsPerRestart * s.outcomes["server: restarted"]; faults > most {
+		errs = append(errs, fmt.Errorf("%d requests were lost or broken off, in %d restarts", faults, s.outcomes["server: restarted"]))
 	}
 	quarter := len(resident) / 4
 	if quarter == 0 {
@@ -239,7 +270,7 @@ func (s *soak) figures(ctx context.Context) (f figures, err error) {
 	lines := bufio.NewScanner(res.Body)
 	for lines.Scan() {
 		name, value, _ := strings.Cut(lines.Text(), " ")
-		to := map[string]*float64{"process_resident_memory_bytes": &f.resident, "go_goroutines": &f.goroutines, "ollama_cacheproxy_in_flight_requests": &f.inFlight}[name]
+		to := map[string]*float64{"process_resident_memory_bytes": &f.resident, "go_goroutines": &f.goroutines, "ollama_cacheproxy_in_flight": &f.inFlight}[name]
 		if to == nil {
 			continue
 		}
@@ -247,8 +278,8 @@ func (s *soak) figures(ctx context.Context) (f figures, err error) {
 			return f, fmt.Errorf("/metrics: %s: %w", lines.Text(), err)
 		}
 	}
-	if f.resident == 0 || f.goroutines == 0 {
-		return f, errors.New("/metrics does not tell memory and goroutines")
+	if f.resident == 0 || f.goroutines == 0 || f.inFlight == 0 { // this request is one
+		return f, errors.New("/metrics does not tell memory, goroutines and requests in flight")
 	}
 	return f, lines.Err()
 }
@@ -368,7 +399,7 @@ func isWhole(path, contentType string, answer []byte) error {
 	}
 	switch {
 	case strings.HasPrefix(contentType, "text/event-stream") && path == "/v1/messages":
-		if !bytes.Contains(end, []byte(`"message_stop"`)) && !bytes.Contains(answer, []byte("event: error")) {
+		if !bytes.Contains(end, []byte(`"message_stop"`)) && !bytes.Contains(end, []byte(`"type":"error"`)) {
 			return fmt.Errorf("it ends with %.200q", end)
 		}
 		return nil
@@ -381,7 +412,7 @@ func isWhole(path, contentType string, answer []byte) error {
 	if err := json.Unmarshal(end, &last); err != nil {
 		return fmt.Errorf("it ends with %.200q: %w", end, err)
 	}
-	if !last.Done && last.Error == nil && last.Models == nil && last.Choices == nil && last.Type != "message" {
+	if !last.Done && last.Error == nil && last.Models == nil && len(last.Choices) == 0 && last.Type != "message" {
 		return fmt.Errorf("it ends with %.200q", end)
 	}
 	return nil

@@ -326,6 +326,21 @@ func TestAwayForLong(t *testing.T) {
 				if got := count([]*asked{back}); got[200] != 1 || !h.Upstreams[0].State().Up {
 					t.Errorf("back: %v", got)
 				}
+				m.live(false)
+				time.Sleep(5 * time.Second)
+				waits = []*asked{ask("/api/chat", chatWith("s", "six", "")), ask("/api/embed", `{"model":"m","input":"x"}`)}
+				time.Sleep(20 * time.Second)
+				m.live(true)
+				time.Sleep(5 * time.Second)
+				if got := count(waits); got[200] != 2 {
+					t.Errorf("what waited: %v", got)
+				}
+				for _, a := range waits {
+					told, timing := a.Header().Get(headerWaited), a.Header().Get("Server-Timing")
+					if waited := (a.took - time.Second).Seconds(); lanes != 1 && told != fmt.Sprintf("%.3f", waited) || timing == "" || told < "20" {
+						t.Errorf("waited %q, %q, and took %v", told, timing, a.took)
+					}
+				}
 			})
 		})
 	}

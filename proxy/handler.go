@@ -16,6 +16,7 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -626,6 +627,10 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 	setCORS(res.Header, ex.origin)
 	res.Header.Del(headerUpstream) // of another proxy behind this one
 	ex.name()
+	if ex.infers() {
+		ex.header.Set(headerWaited, strconv.FormatFloat(ex.Waited.Seconds(), 'f', 3, 64))
+		ex.header.Add("Server-Timing", "queue;dur="+strconv.FormatFloat(ms(ex.Waited), 'f', 1, 64))
+	}
 	ex.Simulated = res.Header[upstream.SimulatedHeader] != nil
 	if ex.spend != nil {
 		ex.tell(res.Header)

@@ -15,9 +15,10 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 )
 
-// Request headers that are for the proxy alone.
+// Headers between clients and the proxy alone.
 const (
 	headerPriority = "X-Cacheproxy-Priority" // how urgent a request is: interactive, normal (as without it) or batch
+	headerWaited   = "X-Cacheproxy-Waited"   // in answers: for how many seconds the request waited in the proxy
 	headerUpstream = "X-Cacheproxy-Upstream" // the name of the upstream that is to answer it; in answers, of the one that did
 )
 

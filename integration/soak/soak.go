@@ -59,7 +59,8 @@ func Run(ctx context.Context, c Config) (err error) {
 		s.servers = append(s.servers, server)
 		flags = append(flags, "--upstream", fmt.Sprintf("s%d=%s", i+1, server.URL()))
 	}
-	s.proxy, err = proxyprocess.Start(ctx, c.Proxy, flags[1], append(flags[2:], "--slots", "1", "--queue", "12", "--max-body", "1048576")...)
+	s.proxy, err = proxyprocess.Start(ctx, c.Proxy, flags[1], append(flags[2:], "--slots", "1", "--queue", "12", "--max-body", "1048576",
+		"--store-entries", "20000")...)
 	if err != nil {
 		return err
 	}

@@ -2,34 +2,45 @@ package schedule
 
 import (
 	"math"
+	"slices"
 	"time"
 )
 
 // People go before scripts without anybody's saying so. A client's programs (Request.Program) and what each of them works on
-// (Request.Flow) are flows. One that has nothing else waiting and has had little of the servers' time is sparse, and its request goes
-// before those of backlogged flows, as in fq_codel (RFC 8290); CAKE's two levels keep a program with many prompts from
-// looking like many people. Whoever goes on asking ceases to be sparse: Autellix (arXiv 2502.13965) counts attained service, too.
+// (Request.Flow) are flows. One that has nothing else waiting and has had little of the servers' time, beside what the busiest one has had
+// and waits for, is sparse, and its request goes before those of backlogged flows, as in fq_codel (RFC 8290). Whoever goes on asking
+// ceases to be sparse: Autellix (arXiv 2502.13965) counts attained service, too.
+//
+// What goes before others pays for it, all flows together: in time, so that a crowd of new names starves nobody, and in what has to be
+// evaluated again since it was pushed out of a slot. What cannot be paid for yet waits in its place, and goes first later.
 
 const (
-	// sparsePart is which part of what the busiest program has had of late a sparse one has had at most; of the busiest
-	// flow's, likewise.
+	// sparsePart is which part of what the busiest flow has had and waits for a sparse one has had at most.
 	sparsePart = 0.25
 	// flowMemory is the half-life of what a flow has had.
 	flowMemory = 30 * time.Second
-	// detour is which part of a program's time its others may spend on evaluating again what its own sparse flows pushed out of
-	// slots: that is how much longer a batch takes beside a person who uses the same program.
-	detour = 0.05
+	// aheadPart is how much time what goes before others takes, relative to what does not: a third of all, at most.
+	aheadPart = 0.5
+	// pushedPart is how much time the evaluation takes of what is pushed out of slots by what goes before others, likewise; and ownPart
+	// of what is pushed out by what goes before others of its own program: who has many prompts is most likely no crowd of people.
+	pushedPart = 0.15
+	ownPart    = 0.12
+	// fewFlows is how many things a program works on at most for one of them to be taken for a person's.
+	fewFlows = 4
 	// maxFlows is how many programs are remembered, and how many flows.
 	maxFlows = 4096
+	// maxDenied is how many requests are looked at again.
+	maxDenied = 256
 )
 
 // flow is a program, or one thing that a program works on.
 type flow struct {
-	had     float64 // seconds of lanes, of late …
-	at      time.Time
-	active  int     // requests that wait or are being served
-	detours int     // … of those that went before others of the same program
-	spent   float64 // what that cost, relative to what it may cost, as seconds of lanes
+	had    float64 // seconds of lanes, of late …
+	spent  float64 // … and what was spent on going before others, as seconds of what it is paid with
+	at     time.Time
+	active int // requests that wait or are being served …
+	first  int // … of those that go before others
+	flows  int // of a program: how many of its flows are active
 }
 
 // attained returns how many seconds of lanes a flow has had of late.
@@ -59,6 +70,19 @@ func (q *Queue) flow(key flowKey) *flow {
 	return f
 }
 
+// demand returns what a flow has had of late, and its backlog: one that asks for one thing at a time has none.
+func (q *Queue) demand(f *flow, now time.Time) float64 {
+	return f.attained(now) + float64(max(0, f.active-1))*q.typical()
+}
+
+// typical returns how many seconds a request takes.
+func (q *Queue) typical() float64 {
+	if q.took.n == 0 {
+		return 1
+	}
+	return q.took.v
+}
+
 // enter notes which flow a request belongs to, and has it go before others if that is sparse.
 func (q *Queue) enter(it *item, r *Request, now time.Time) {
 	if r.Program == 0 {
@@ -66,22 +90,77 @@ func (q *Queue) enter(it *item, r *Request, now time.Time) {
 	}
 	it.program = q.flow(flowKey{r.Client, r.Program, 0})
 	it.flow = q.flow(flowKey{r.Client, r.Program, max(r.Flow, 1)})
-	if it.rank == Normal.rank() {
-		switch {
-		case it.program.active == 0 && it.program.sparse(q.busiest[0], now):
-			it.rank = sparse
-		case it.flow.active == 0 && it.flow.sparse(q.busiest[1], now) && it.program.detours == 0 && it.program.spent <= it.program.had:
-			it.rank, it.detour = sparse, true
-			it.program.detours++
-		}
+	if it.rank == normal && q.sparse(it, now) && !q.advance(it, now) && len(q.denied) < maxDenied {
+		q.denied = append(q.denied, it.id)
 	}
 	it.program.active++
-	it.flow.active++
+	if it.flow.active++; it.flow.active == 1 {
+		it.program.flows++
+	}
+	q.rank(it, now)
 }
 
-// sparse reports whether a flow has had little, compared with the one that has had the most.
-func (f *flow) sparse(busiest *flow, now time.Time) bool {
-	return busiest != nil && f.attained(now) < sparsePart*busiest.attained(now)
+// rank notes the flows of a request if they are the busiest ones now.
+func (q *Queue) rank(it *item, now time.Time) {
+	if b := q.busiest[0]; b == nil || q.demand(it.program, now) > q.demand(b, now) {
+		q.busiest[0] = it.program
+	}
+	if b := q.busiest[1]; b == nil || it.flow.attained(now) > b.attained(now) {
+		q.busiest[1] = it.flow
+	}
+}
+
+// sparse reports whether a request that comes is one of a sparse flow.
+func (q *Queue) sparse(it *item, now time.Time) bool {
+	program, prompt := q.busiest[0], q.busiest[1]
+	if program != nil && it.program.active == 0 && it.program.attained(now) < sparsePart*q.demand(program, now) {
+		return true
+	}
+	// A program that has many prompts is no crowd: here it counts what they have had, not what waits.
+	it.detour = prompt != nil && it.flow.active == 0 && it.program.flows <= fewFlows && it.flow.attained(now) < sparsePart*prompt.attained(now)
+	return it.detour
+}
+
+// advance has a request go before others if that is paid for: false if it is not, or if one of its program does so already.
+func (q *Queue) advance(it *item, now time.Time) bool {
+	if it.program.first > 0 {
+		return false
+	}
+	charge, least := q.typical()/aheadPart, 0.0
+	if it.detour {
+		again := q.typical() / 2
+		if q.again.n > 0 {
+			again = q.again.v
+		}
+		charge += again / ownPart
+		least = charge
+	}
+	if q.ahead.spent+least > q.ahead.had {
+		return false
+	}
+	it.rank, it.charged = sparse, charge
+	it.program.first++
+	q.ahead.add(0, it.charged, now)
+	return true
+}
+
+// reconsider has those go before others that were denied that, as far as it is paid for now.
+func (q *Queue) reconsider(now time.Time) {
+	for i := 0; i < len(q.denied); i++ {
+		it := q.items[q.denied[i]]
+		if it != nil && it.waits && it.rank == normal {
+			x, client := it.runner, it.account.name
+			again := *it // lists still have it, as one that has ceased to wait
+			if x.waiting == 1 || !q.advance(&again, now) {
+				continue
+			}
+			q.unwait(it, false)
+			q.items[it.id] = &again
+			q.enqueue(&again, x, client, now)
+		}
+		q.denied = slices.Delete(q.denied, i, i+1)
+		i--
+	}
 }
 
 // exit notes that a request of a flow does not wait any more and is not being served: it has taken a lane for so long, and others have
@@ -90,19 +169,33 @@ func (q *Queue) exit(it *item, took time.Duration, now time.Time) {
 	if it.program == nil {
 		return
 	}
-	spent := 0.0
-	if it.detour {
-		it.program.detours--
-		again := float64(it.displaced) * it.runner.rates.lostPart() * it.runner.rates.perToken().Seconds()
-		spent = took.Seconds()/sparsePart + again/detour
-	}
 	it.program.active--
-	it.flow.active--
-	it.program.add(took.Seconds(), spent, now)
-	it.flow.add(took.Seconds(), 0, now)
-	for i, f := range []*flow{it.program, it.flow} {
-		if b := q.busiest[i]; b == nil || f.attained(now) > b.attained(now) {
-			q.busiest[i] = f
-		}
+	if it.flow.active--; it.flow.active == 0 {
+		it.program.flows--
 	}
+	seconds := took.Seconds()
+	if took > 0 {
+		q.took.add(seconds)
+	}
+	if it.rank == sparse {
+		it.program.first--
+		spent := -it.charged
+		if took > 0 {
+			again, part := float64(it.displaced), pushedPart
+			if it.detour { // the others of its kind have it evaluated again, too
+				again, part = again+float64(max(0, it.tokens-it.expected)), ownPart
+			}
+			again *= it.runner.rates.lostPart() * it.runner.rates.perToken().Seconds()
+			if it.detour {
+				q.again.add(again)
+			}
+			spent += seconds/aheadPart + again/part
+		}
+		q.ahead.add(0, spent, now)
+	} else {
+		q.ahead.add(seconds/float64(max(1, it.beside)), 0, now) // what is evaluated is evaluated one after the other
+	}
+	it.program.add(seconds, 0, now)
+	it.flow.add(seconds, 0, now)
+	q.rank(it, now)
 }

@@ -65,3 +65,150 @@ func TestPeople(t *testing.T) {
 		}
 	}
 }
+
+// off has a workload's flows make no difference.
+func off(jobs []*job) []*job {
+	for _, j := range jobs {
+		j.program = noFlows
+	}
+	return jobs
+}
+
+// beside is a batch with a long prefix, and a small program with prompts of its own beside it.
+func beside(t *testing.T, prefix int, think time.Duration, flows bool) (makespan, longest time.Duration, evaluated int) {
+	s := newSim(t, engineConfig{slots: 1, load: time.Second, perToken: time.Millisecond, decode: 10 * time.Millisecond}, New(Config{Lanes: 1}))
+	set := func(j *job) *job {
+		if !flows {
+			off([]*job{j})
+		}
+		return j
+	}
+	left := 400
+	for i := range left {
+		s.submit(set(&job{segs: []seg{{id: 1, tokens: prefix}, {id: uint64(1000 + i), tokens: 50}}, gen: 20, client: "batch", program: 1, flow: 1, done: func() {
+			if left--; left == 0 {
+				makespan = s.now.Sub(start)
+			}
+		}}))
+	}
+	var ask func(n int)
+	ask = func(n int) {
+		j := &job{segs: []seg{{id: 2, tokens: 60}, {id: uint64(10_000 + n), tokens: 60}}, gen: 10, client: "small", program: 2, flow: 2}
+		j.done = func() {
+			longest = max(longest, j.end.Sub(j.came))
+			if left > 0 {
+				s.after(think, func() { ask(n + 1) })
+			}
+		}
+		s.submit(set(j))
+	}
+	s.after(time.Second, func() { ask(0) })
+	s.run()
+	return makespan, longest, s.evaluated
+}
+
+// TestAheadPays: what goes before a batch with a long prefix, and pushes that out of the only slot, does not do so at any cost.
+func TestAheadPays(t *testing.T) {
+	for _, prefix := range []int{500, 2000, 8000} {
+		for _, think := range []time.Duration{500 * time.Millisecond, 2 * time.Second, 10 * time.Second, 30 * time.Second} {
+			plain, _, few := beside(t, prefix, think, false)
+			makespan, longest, many := beside(t, prefix, think, true)
+			t.Logf("prefix %d, asked every %v: the batch takes %v (%v without flows), %d tokens (%d); the longest wait beside it is %v", prefix, think, makespan, plain, many, few, longest)
+			if makespan > plain*3/2 {
+				t.Errorf("prefix %d, asked every %v: the batch takes %v, without flows %v", prefix, think, makespan, plain)
+			}
+		}
+	}
+}
+
+// TestCrowd: a crowd of requests with ever new names takes no more than a part of what somebody gets who has one.
+func TestCrowd(t *testing.T) {
+	served := func(flows bool) (victim, crowd int) {
+		s := newSim(t, engineConfig{slots: 1, load: time.Second, perToken: time.Millisecond, decode: 10 * time.Millisecond}, New(Config{Lanes: 1}))
+		end := start.Add(20 * time.Minute)
+		n := uint64(0)
+		var ask func(client string, count *int)
+		ask = func(client string, count *int) {
+			if n++; s.now.After(end) {
+				return
+			}
+			j := &job{segs: []seg{{id: 5, tokens: 100}, {id: 1000 + n, tokens: 100}}, gen: 20, client: client, program: 1, flow: 1}
+			if client == "crowd" {
+				j.program = 1000 + n
+			}
+			if !flows {
+				off([]*job{j})
+			}
+			j.done = func() {
+				*count++
+				s.after(5*time.Millisecond, func() { ask(client, count) })
+			}
+			s.submit(j)
+		}
+		ask("victim", &victim)
+		for range 30 {
+			ask("crowd", &crowd)
+		}
+		s.run()
+		return victim, crowd
+	}
+	plain, _ := served(false)
+	victim, crowd := served(true)
+	t.Logf("served %d, and %d of the crowd; without flows %d", victim, crowd, plain)
+	if victim*2 < plain {
+		t.Errorf("served %d requests, without flows %d", victim, plain)
+	}
+}
+
+// TestEarlyPerson: a person goes first also before anything of a batch was answered, and who has asked for a minute before it came.
+func TestEarlyPerson(t *testing.T) {
+	for _, history := range []int{0, 4} {
+		s := newSim(t, engineConfig{slots: 1, load: time.Second, perToken: time.Millisecond, decode: 10 * time.Millisecond}, New(Config{Lanes: 1}))
+		chat := func(n int) *job {
+			j := &job{segs: []seg{{id: 2, tokens: 100}, {id: uint64(100 + n), tokens: 50}}, gen: 250, client: "c", program: 2, flow: 2}
+			s.submit(j)
+			return j
+		}
+		for i := range history {
+			s.after(time.Duration(i)*15*time.Second, func() { chat(i) })
+		}
+		var asked *job
+		s.after(time.Minute, func() {
+			for i := range 300 {
+				s.submit(&job{segs: []seg{{id: 1, tokens: 500}, {id: uint64(1000 + i), tokens: 50}}, gen: 50, client: "c", program: 1, flow: 1})
+			}
+			s.after(500*time.Millisecond, func() { asked = chat(99) })
+		})
+		s.run()
+		if took := asked.end.Sub(asked.came); took > 6*time.Second {
+			t.Errorf("after %d chats: it took %v", history, took)
+		}
+	}
+}
+
+// TestOnePage: five people on one page, which names nobody, beside a script of another program: none waits for all of that.
+func TestOnePage(t *testing.T) {
+	for _, people := range []int{5, 20} {
+		s := newSim(t, engineConfig{slots: 1, load: time.Second, perToken: time.Millisecond, decode: 10 * time.Millisecond}, New(Config{Lanes: 1}))
+		for i := range 400 {
+			s.submit(&job{segs: []seg{{id: 1, tokens: 500}, {id: uint64(1000 + i), tokens: 50}}, gen: 80, client: "script", program: 1, flow: 1})
+		}
+		var took []time.Duration
+		for p := range people {
+			for n := range 5 {
+				s.after(time.Duration(p)*time.Second+time.Duration(n+1)*time.Minute, func() {
+					j := &job{segs: []seg{{id: 2, tokens: 100}, {id: uint64(100*(p+1) + n), tokens: 50}}, gen: 80, client: "page", program: 2, flow: uint64(2 + p)}
+					j.done = func() { took = append(took, j.end.Sub(j.came)) }
+					s.submit(j)
+				})
+			}
+		}
+		s.run()
+		slices.Sort(took)
+		p95, longest := took[len(took)*95/100], took[len(took)-1]
+		t.Logf("%d people: p95 %v, longest %v", people, p95, longest)
+		if longest > 2*time.Minute {
+			t.Errorf("%d people: p95 %v, longest %v", people, p95, longest)
+		}
+	}
+}

@@ -181,7 +181,11 @@ type Queue struct {
 	clients *simplelru.LRU[string, *returns]
 	habits  returns // of all clients: what is expected of one that is not known
 	flows   *simplelru.LRU[flowKey, *flow]
-	busiest [2]*flow // the program, and the flow, that has had the most of late; nil: none has had anything
+	busiest [2]*flow // the program that has had and waits for the most, and the flow that has had the most; nil: there was none
+	ahead   flow     // what went before others has spent, and what did not go before others has had
+	denied  []uint64 // requests that are to go before others as soon as that is paid for
+	took    mean     // seconds that requests took
+	again   mean     // seconds that it takes to evaluate again what a detour pushed out
 	grants  []Placement
 	refused []Refusal
 	count   Counts
@@ -266,9 +270,10 @@ type item struct {
 	node    *node
 	waits   bool
 
-	program, flow *flow // nil: not known
-	detour        bool  // it goes before others of its program
-	displaced     int   // tokens that its lane held and that it did not use
+	program, flow *flow   // nil: not known
+	detour        bool    // it goes before others of its program
+	charged       float64 // what it is expected to spend, if it goes before others
+	displaced     int     // tokens that its lane held and that it did not use
 
 	upstreams []uint16 // that may serve it, if there are several
 	opening   uint64   // see openingOf
@@ -419,26 +424,28 @@ func (q *Queue) displaces(it *item) bool {
 
 // before reports whether a request is more urgent than another, or came first if both are equally urgent.
 func (it *item) before(other *item) bool {
-	if it.rank != other.rank {
-		return it.rank < other.rank
+	if a, b := it.rank.asked(), other.rank.asked(); a != b {
+		return a < b // to be sparse is a reason to go first, not to push out what waits
 	}
 	return it.arrived.Before(other.arrived)
 }
 
 // last returns the least urgent request that waits, and of several the one that came last; nil if none waits.
 func (q *Queue) last() (last *item) {
-	p := ranks - 1
-	for p > 0 && q.waiting[p] == 0 {
-		p--
-	}
-	for _, s := range q.servers {
-		for _, x := range s.runners {
-			if it := x.classes[p].fifo.back(); it != nil && (last == nil || last.before(it)) {
-				last = it
+	for p := ranks - 1; ; p-- {
+		if q.waiting[p] > 0 {
+			for _, s := range q.servers {
+				for _, x := range s.runners {
+					if it := x.classes[p].fifo.back(); it != nil && (last == nil || last.before(it)) {
+						last = it
+					}
+				}
 			}
 		}
+		if p == 0 || last != nil && p.asked() != normal {
+			return last
+		}
 	}
-	return last
 }
 
 // refuse takes out a request that waits and will not be sent.
@@ -584,6 +591,7 @@ func (q *Queue) Done(id uint64, r Result, now time.Time) {
 	} else {
 		q.exit(it, 0, now)
 	}
+	q.reconsider(now)
 	for p := range x.classes {
 		if l.marks[p] != nil {
 			x.classes[p].tree.count(l.marks[p], 0, 0, -1)

@@ -145,15 +145,14 @@ func (q *Queue) yields(x, y *runner, now time.Time) bool {
 	if y.top().asked() > x.top().asked() && y.skipped < patience*y.want && !q.aged(y.oldest(), now) {
 		return false
 	}
-	begin := x.since
-	if y.sought.After(begin) {
+	load := x.rates.load()
+	begin, turn := x.since.Add(load), quantum*load // from when it is loaded: a load alone is no turn
+	if q.aged(y.oldest(), now) {
+		turn = agedQuantum * load
+	} else if y.sought.After(begin) {
 		begin = y.sought
 	}
-	load := max(x.rates.load(), y.rates.load())
-	turn := min(quantum*load, max(longestTurn, load))
-	if q.aged(y.oldest(), now) {
-		begin, turn = x.since, agedQuantum*load
-	}
+	turn = min(turn, max(longestTurn, load))
 	if at := begin.Add(turn); now.Before(at) {
 		x.server.later(at)
 		if q.cfg.MaxWait > 0 {

@@ -21,6 +21,9 @@ type seg struct {
 	answer bool // generated earlier: evaluated only if no slot has it any more
 }
 
+// noFlows as a job's program has flows make no difference for it.
+const noFlows = 1 << 63
+
 // job is a request of a workload.
 type job struct {
 	segs     []seg
@@ -287,7 +290,9 @@ func (s *sim) submit(j *job) {
 
 func (s *sim) add(j *job) {
 	r := Request{ID: j.id, Runner: s.runner(j), Links: j.links(), Tokens: total(j.segs), Client: j.client, Program: j.program, Flow: j.flow, Priority: j.priority, Arrived: j.came}
-	if r.Program == 0 { // as the proxy does: by how the prompt begins
+	if r.Program == noFlows {
+		r.Program = 0
+	} else if r.Program == 0 { // as the proxy does: by how the prompt begins
 		r.Program, r.Flow = 1, j.segs[0].id
 	}
 	if len(s.boxes) > 1 {

@@ -391,13 +391,42 @@ func TestSecondModel(t *testing.T) {
 			})
 		}
 		s.run()
-		most := max(longestTurn, load) + load + time.Second
+		most := max(longestTurn, load) + load + 2*time.Second // and what is being served
 		for i, j := range asked {
 			if took := j.end.Sub(j.came); took > most {
 				t.Errorf("a load takes %v: request %d took %v, want %v", load, i, took, most)
 			}
 		}
 		t.Logf("a load takes %v: %d loads for 10 requests", load, s.loads)
+	}
+}
+
+// TestLongLoads: where a load takes longer than a turn, the models do more than being loaded.
+func TestLongLoads(t *testing.T) {
+	for _, loads := range []time.Duration{10 * time.Second, 35 * time.Second, time.Minute} {
+		s := newSim(t, engineConfig{slots: 2, load: loads, exclude: true, perToken: time.Millisecond, decode: 10 * time.Millisecond}, New(Config{Lanes: 2}))
+		s.q.SetExclusive(0, "a", "b", true, s.now)
+		served := map[string]int{}
+		end := start.Add(2 * time.Hour)
+		var ask func(model string, n uint64)
+		ask = func(model string, n uint64) {
+			if s.now.After(end) {
+				return
+			}
+			s.submit(&job{segs: []seg{{id: n, tokens: 200}}, gen: 20, client: model, model: model, done: func() {
+				served[model]++
+				s.after(5*time.Millisecond, func() { ask(model, n+8) })
+			}})
+		}
+		for i := range uint64(8) {
+			ask([]string{"a", "b"}[i%2], 1000+i)
+		}
+		s.run()
+		busy := time.Duration(s.loads) * loads
+		t.Logf("a load takes %v: served %v, %d loads take %v of 2 h", loads, served, s.loads, busy)
+		if busy > 80*time.Minute || min(served["a"], served["b"])*2 < max(served["a"], served["b"]) {
+			t.Errorf("a load takes %v: served %v, %d loads", loads, served, s.loads)
+		}
 	}
 }
 

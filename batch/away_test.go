@@ -253,3 +253,40 @@ func TestAwayBehindProxy(t *testing.T) {
 		})
 	}
 }
+
+// A server that goes, or hangs, when it is asked for its models is waited for as well; Ctrl-C says that the batch was stopped.
+func TestAwayAtModels(t *testing.T) {
+	for _, hangs := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			began := time.Now()
+			f := &fake{}
+			f.get = func(w http.ResponseWriter, r *http.Request) bool {
+				if r.URL.Path != "/api/show" || time.Since(began) > time.Minute {
+					return false
+				}
+				if hangs {
+					<-r.Context().Done()
+				}
+				panic(http.ErrAbortHandler)
+			}
+			summary, log, err := away(t, 5, f, func(*machine, *Config) {})
+			if err != nil || summary.Succeeded != 5 {
+				t.Errorf("hangs %v: %+v, %v\n%s", hangs, summary, err, log)
+			}
+			began = time.Now().Add(time.Hour)
+			ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+			defer cancel()
+			m := &machine{handler: f}
+			m.start()
+			c := config(t, "http://server", numbered(1))
+			transport := c.Transport.(*http.Transport)
+			transport.DialContext = m.dial
+			c.WaitForServer = time.Hour
+			if _, err := Run(ctx, c); !errors.Is(err, ErrStopped) {
+				t.Errorf("hangs %v, stopped: %v", hangs, err)
+			}
+			transport.CloseIdleConnections()
+			m.kill()
+		})
+	}
+}

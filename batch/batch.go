@@ -133,7 +133,9 @@ func Run(ctx context.Context, c Config) (*Summary, error) {
 		ready: map[string]time.Time{}, context: map[string]int{}, onGPU: map[string]float64{},
 	}
 	b.resumed = j.head.Next + len(j.beyond)
-	if b.survey, err = TakeSurvey(ctx, c.Source, nil); err != nil {
+	if b.survey, err = TakeSurvey(ctx, c.Source, nil); ctx.Err() != nil {
+		return nil, ErrStopped
+	} else if err != nil {
 		return nil, err
 	}
 	if b.resumed > 0 {
@@ -163,6 +165,20 @@ func (b *batch) prepare(ctx context.Context) error {
 		return err
 	}
 	absent, err := b.AbsentModels(ctx, b.survey)
+	for began := time.Now(); errors.Is(err, ErrUnreachable) && ctx.Err() == nil && time.Since(began) < b.WaitForServer; {
+		// It has gone meanwhile, or answers this alone not.
+		if _, err = b.client.await(ctx); err != nil {
+			break
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(lookEvery):
+			absent, err = b.AbsentModels(ctx, b.survey)
+		}
+	}
+	if ctx.Err() != nil {
+		return ErrStopped
+	}
 	if err != nil {
 		return err
 	}

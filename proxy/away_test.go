@@ -690,3 +690,27 @@ func TestLongBodyAtRestart(t *testing.T) {
 		})
 	}
 }
+
+// TestComesLate: when a server comes up at last, or again after long, then no request is told that it has been away for too long
+// that comes between the first answer and the next poll.
+func TestComesLate(t *testing.T) {
+	for _, name := range []string{"up", "up!"} {
+		for _, lanes := range []int{-2, schedule.Unlimited, 1} {
+			inTimes(t, []string{name}, lanes, time.Minute, func(t *testing.T, m mortals, h *Handler, ask func(string, string, ...string) *asked) {
+				if name == "up" {
+					m["up"].live(false)
+				}
+				time.Sleep(5*time.Minute + 700*time.Millisecond)
+				m["up"].live(true)
+				for i := range 5 {
+					w := httptest.NewRecorder()
+					r := httptest.NewRequest(http.MethodPost, "/api/chat", strings.NewReader(chatWith("s", fmt.Sprint(i), "")))
+					r.Host = "localhost"
+					if h.ServeHTTP(w, r); w.Code != 200 {
+						t.Errorf("%s, %d lanes, request %d: %d %s", name, lanes, i, w.Code, w.Body)
+					}
+				}
+			})
+		}
+	}
+}

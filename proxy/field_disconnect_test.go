@@ -175,7 +175,7 @@ func TestHalfClosed(t *testing.T) {
 func TestLingers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, leave := context.WithCancel(t.Context())
-		longer, end := outlive(ctx, lingers)
+		longer, end := outlive(ctx, nil, lingers)
 		leave()
 		time.Sleep(lingers - 1)
 		synctest.Wait()
@@ -190,7 +190,7 @@ func TestLingers(t *testing.T) {
 		end()
 		for cause, want := range map[error]error{ErrDrained: ErrDrained, nil: context.Canceled} {
 			ctx, cut := context.WithCancelCause(t.Context())
-			longer, end := outlive(ctx, lingers)
+			longer, end := outlive(ctx, nil, lingers)
 			cut(cause)
 			synctest.Wait()
 			if got := longer.Err() != nil; got != (cause != nil) {

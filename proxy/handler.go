@@ -216,9 +216,14 @@ type exchangeKey struct{}
 // connections, and never asks for compression that the client did not ask for.
 func NewTransport() *http.Transport {
 	dialer := &net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}
-	return &http.Transport{
+	var t *http.Transport
+	t = &http.Transport{
 		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 			conn, err := dialer.DialContext(ctx, network, addr)
+			if errors.Is(err, syscall.EMFILE) { // kept connections, to other servers perhaps, have the descriptors
+				t.CloseIdleConnections()
+				conn, err = dialer.DialContext(ctx, network, addr)
+			}
 			if tcp, ok := conn.(*net.TCPConn); ok {
 				return upstreamConn{tcp}, nil
 			}
@@ -230,6 +235,7 @@ func NewTransport() *http.Transport {
 		TLSHandshakeTimeout:   10 * time.Second,
 		ExpectContinueTimeout: time.Second,
 	}
+	return t
 }
 
 // copyBuffer is how many bytes are moved at a time. A stream's writes up to this size are not split.
@@ -256,6 +262,7 @@ func (h *Handler) Init() {
 		h.Queue = schedule.DefaultLimit
 	}
 	h.memory = newMemory(h.Memory)
+	h.memory.waits = h.waitForMemory
 	h.closing = make(chan struct{})
 	news := make(chan struct{})
 	h.news.Store(&news)
@@ -314,7 +321,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	ctx, end := r.Context(), func() {}
 	if rt.outlives() {
-		ctx, end = outlive(ctx, h.lingers)
+		ctx, end = outlive(ctx, h.closing, h.lingers)
 	}
 	defer end()
 	// A copy: net/http looks at its own request's body when it decides whether to read on after an early answer.
@@ -370,12 +377,13 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 const lingers = 30 * time.Second
 
 // outlive returns a context that ends by so much later than ctx, or at the end of a drain.
-func outlive(ctx context.Context, by time.Duration) (context.Context, context.CancelFunc) {
+func outlive(ctx context.Context, closing <-chan struct{}, by time.Duration) (context.Context, context.CancelFunc) {
 	longer, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	stop := context.AfterFunc(ctx, func() {
 		if context.Cause(ctx) != ErrDrained {
 			select {
 			case <-longer.Done():
+			case <-closing:
 			case <-time.After(by):
 			}
 		}
@@ -500,6 +508,11 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 		return ref
 	}
 	if errors.Is(err, context.Canceled) {
+		if h.closed() && r.Context().Err() == nil {
+			ex.waiting = true // until it is told
+			h.waiting.Add(1)
+			return ex.stopping()
+		}
 		return givenUp(err)
 	}
 	if err != nil {
@@ -614,7 +627,9 @@ func (ex *exchange) strip(header http.Header) {
 func (h *Handler) modifyResponse(res *http.Response) error {
 	ex := res.Request.Context().Value(exchangeKey{}).(*exchange)
 	if !ex.gateway {
-		ex.up.Alive()
+		if ex.up.Alive(); ex.up.State().Away {
+			h.available(ex.up) // for how long others wait for it has changed
+		}
 	}
 	ex.unloaded()
 	if res.StatusCode == http.StatusSwitchingProtocols {
@@ -783,6 +798,33 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 func (ex *exchange) quiet() {
 	if ex.silence != nil {
 		ex.silence.Stop()
+	}
+}
+
+// waitForMemory counts a request that waits for memory, and has it wait no longer than until the proxy stops.
+func (h *Handler) waitForMemory(ctx context.Context) (context.Context, func()) {
+	h.waiting.Add(1)
+	ctx, cancel := context.WithCancel(ctx)
+	go func() { // ends with the waiting
+		select {
+		case <-h.closing:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, func() {
+		cancel()
+		h.waiting.Add(-1)
+	}
+}
+
+// closed reports whether Close has been called.
+func (h *Handler) closed() bool {
+	select {
+	case <-h.closing:
+		return true
+	default:
+		return false
 	}
 }
 

@@ -24,9 +24,11 @@ import (
 // Hence they cannot wait for each other.
 type memory struct {
 	first, rest *semaphore.Weighted
-	// Of each priority one body at a time waits for the rest, so that no crowd is before others.
-	turns [3]*semaphore.Weighted
-	most  int64        // bytes of the longest body that fits
+	// Of each priority one body at a time waits for either, so that no crowd is before others.
+	turns [2][3]*semaphore.Weighted
+	most  int64 // bytes of the longest body that fits
+	// waits is called when a body has to wait: the context with which it does, and what to call afterwards; nil: as it is.
+	waits func(context.Context) (context.Context, func())
 	held  atomic.Int64 // bytes of all buffers
 
 	spare      atomic.Int64 // bytes of buffers that were let go since they were last collected
@@ -49,7 +51,9 @@ func newMemory(limit int64) *memory {
 		most: limit - first - 1, spareMost: limit / 8,
 	}
 	for i := range m.turns {
-		m.turns[i] = semaphore.NewWeighted(1)
+		for p := range m.turns[i] {
+			m.turns[i][p] = semaphore.NewWeighted(1)
+		}
 	}
 	return m
 }
@@ -75,13 +79,32 @@ type share struct {
 }
 
 // take waits until there are n bytes, and gives back what was taken before.
-func (s *share) take(ctx context.Context, from *semaphore.Weighted, n int64) error {
-	if err := from.Acquire(ctx, n); err != nil {
-		return err
+func (s *share) take(ctx context.Context, p schedule.Priority, from *semaphore.Weighted, n int64) error {
+	if !from.TryAcquire(n) {
+		if err := s.of.acquire(ctx, p, from, n); err != nil {
+			return err
+		}
 	}
 	s.giveBack(s.taken)
 	s.from, s.taken = from, n
 	return nil
+}
+
+func (m *memory) acquire(ctx context.Context, p schedule.Priority, from *semaphore.Weighted, n int64) error {
+	if m.waits != nil {
+		waits, end := m.waits(ctx)
+		defer end()
+		ctx = waits
+	}
+	turn := m.turns[0][p-schedule.Interactive]
+	if from == m.rest {
+		turn = m.turns[1][p-schedule.Interactive]
+	}
+	if err := turn.Acquire(ctx, 1); err != nil {
+		return err
+	}
+	defer turn.Release(1)
+	return from.Acquire(ctx, n)
 }
 
 func (s *share) giveBack(n int64) {
@@ -113,13 +136,14 @@ const (
 // for it; an error of it ends the reading.
 func (m *memory) read(ctx context.Context, p schedule.Priority, src io.Reader, length, most int64, longer func() error) (b *body, over bool, err error) {
 	s := &share{of: m}
-	size, all := int64(bodyFirst), bufferSize(most+1)
+	need := most + 1
 	if length >= 0 {
 		src = io.LimitReader(src, length)
-		all = min(all, bufferSize(length+1)) // one more than the body, so that its end is seen without growing
-		size = min(size, all)
+		need = min(length, most) + 1 // one more than the body, so that its end is seen without growing
 	}
-	if err := s.take(ctx, m.first, size); err != nil {
+	all := min(bufferSize(need), m.most+1) // no more than there is
+	size := min(bodyFirst, all)
+	if err := s.take(ctx, p, m.first, size); err != nil {
 		return nil, false, err
 	}
 	data := m.newBuffer(size)
@@ -127,11 +151,7 @@ func (m *memory) read(ctx context.Context, p schedule.Priority, src io.Reader, l
 	for err == nil && int64(len(data)) <= most {
 		if len(data) == cap(data) {
 			if s.from == m.first {
-				if err = m.turns[p-schedule.Interactive].Acquire(ctx, 1); err == nil {
-					err = s.take(ctx, m.rest, all)
-					m.turns[p-schedule.Interactive].Release(1)
-				}
-				if err == nil {
+				if err = s.take(ctx, p, m.rest, all); err == nil {
 					err = longer()
 				}
 				if err != nil {

@@ -2,12 +2,15 @@ package proxy
 
 import (
 	"bytes"
+	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -299,4 +302,90 @@ func TestBufferClasses(t *testing.T) {
 	if i, size := bufferClass(bufferPooled); i != len(buffers)-1 || size != bufferPooled {
 		t.Errorf("the last class is %d, %d bytes", i, size)
 	}
+}
+
+// TestMemoryBudgets: whatever the budget, and whatever is announced, a body takes no more than there is, and one that fits comes.
+func TestMemoryBudgets(t *testing.T) {
+	for limit := int64(MemoryLeast); limit < 400<<20; limit += 3_333_333 {
+		m := newMemory(limit)
+		most := min(int64(DefaultMaxBody), m.most)
+		for _, announced := range []int64{-1, 200 << 10, most, most + 1, 1<<63 - 1} {
+			ctx, cancel := context.WithCancel(t.Context())
+			src := &limited{left: 200 << 10, end: cancel}
+			b, over, err := m.read(ctx, schedule.Normal, src, announced, most, func() error { return nil })
+			if err != nil || over || len(b.data) != 200<<10 {
+				t.Fatalf("a budget of %d, %d announced: %v", limit, announced, err)
+			}
+			b.release()
+			cancel()
+			if held := m.held.Load(); held != 0 {
+				t.Fatalf("a budget of %d: %d bytes are held", limit, held)
+			}
+		}
+	}
+}
+
+// limited has so many bytes, and then ends. Whoever asks for none at all again and again is told that his context has ended.
+type limited struct {
+	left, empty int
+	end         func()
+}
+
+func (l *limited) Read(p []byte) (int, error) {
+	if len(p) == 0 {
+		if l.empty++; l.empty > 100 {
+			l.end()
+			return 0, errors.New("asked for nothing")
+		}
+	}
+	if l.left == 0 {
+		return 0, io.EOF
+	}
+	n := min(len(p), l.left)
+	l.left -= n
+	return n, nil
+}
+
+// TestMemoryCrowd: a crowd of short bodies that wait for memory is not before one that is more urgent.
+func TestMemoryCrowd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newMemory(MemoryLeast)
+		read := func(p schedule.Priority) *body {
+			b, _, err := m.read(t.Context(), p, strings.NewReader(strings.Repeat("x", 50<<10)), 50<<10, 1<<20, func() error { return nil })
+			if err != nil {
+				t.Error(err)
+			}
+			return b
+		}
+		var held []*body
+		for m.first.TryAcquire(bodyFirst) {
+			m.first.Release(bodyFirst)
+			held = append(held, read(schedule.Batch))
+		}
+		var mu sync.Mutex
+		var order []schedule.Priority
+		var wg sync.WaitGroup
+		wait := func(p schedule.Priority) {
+			wg.Go(func() {
+				b := read(p)
+				mu.Lock()
+				order = append(order, p)
+				mu.Unlock()
+				b.release()
+			})
+			synctest.Wait()
+		}
+		for range 20 {
+			wait(schedule.Batch)
+		}
+		wait(schedule.Interactive)
+		for _, b := range held {
+			b.release()
+			synctest.Wait()
+		}
+		wg.Wait()
+		if i := slices.Index(order, schedule.Interactive); i > 2 {
+			t.Errorf("%d of the crowd went before it", i)
+		}
+	})
 }

@@ -55,7 +55,9 @@ func (k *keysFile) changed() bool {
 // reload reads the file again. If that fails, the keys from before stay.
 func (k *keysFile) reload(logger *slog.Logger) {
 	var text string
-	if text, k.err = k.read(); k.err == nil {
+	if now, err := os.Stat(k.path); err == nil && !now.Mode().IsRegular() {
+		k.seen, k.err = now, errors.New("it is no file any more") // to read a pipe may never end
+	} else if text, k.err = k.read(); k.err == nil {
 		k.err = k.keys.Replace(text)
 	}
 	if k.err != nil {

@@ -279,7 +279,7 @@ func (m *Metrics) Held(held func() int64) {
 
 // Waiting adds the series of all that waits; waiting is asked at each scrape.
 func (m *Metrics) Waiting(waiting func() int64) {
-	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: namespace + "_waiting_requests", Help: "Requests that wait for a lane, or for an upstream that is away."},
+	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: namespace + "_waiting_requests", Help: "Requests that wait for a lane, for memory, or for an upstream that is away."},
 		func() float64 { return float64(waiting()) }))
 }
 

@@ -204,7 +204,8 @@ func (h *Handler) Close() {
 	}
 }
 
-// Waiting returns how many requests wait, or have been refused that and were not yet told.
+// Waiting returns how many requests wait, for a lane, for memory or for a server that is away, or have been refused that and were
+// not yet told.
 func (h *Handler) Waiting() int64 { return h.waiting.Load() }
 
 // givenUp refuses what was given up while it waited. Who sees it has stopped the proxy; mostly the client has left.

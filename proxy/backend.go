@@ -215,9 +215,7 @@ func (h *Handler) begin(ex *exchange) {
 	b := ex.up
 	b.inFlight.Add(1)
 	ex.began = true
-	if ex.silence != nil {
-		ex.silence.Reset(h.UpstreamSilence)
-	}
+	ex.silence.wait()
 	if !ex.runsHere() {
 		return
 	}

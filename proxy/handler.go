@@ -189,7 +189,7 @@ type exchange struct {
 	waiting   bool          // it is counted in Handler.waiting
 	gateway   bool          // the answer is not the server's, most likely: see byGateway
 	gaveUp    bool          // after Handler.UpstreamSilence
-	silence   *time.Timer   // gives the request up; nil: never
+	silence   *silence      // gives the request up; nil: never
 	tried     []*backend    // to which it was sent in vain
 	inbound   *http.Request // as it was given to the forwarder
 	edit      edit
@@ -366,7 +366,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		ctx, giveUp := context.WithCancelCause(r.Context())
 		defer giveUp(nil)
 		r = r.WithContext(ctx)
-		ex.silence = time.AfterFunc(h.UpstreamSilence, func() { giveUp(errSilent) })
+		ex.silence = &silence{time.AfterFunc(h.UpstreamSilence, func() { giveUp(errSilent) }), h.UpstreamSilence}
 	}
 	ex.unloading = h.unloadElsewhere(r.Context(), ex)
 	h.begin(ex)
@@ -484,7 +484,7 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 		if name, ok := strings.CutPrefix(r.URL.Path, pathModel); ok {
 			ex.key = upstream.ModelKey(name)
 		}
-		h.pass(r, ex)
+		ex.pass(r)
 		return nil
 	}
 	most := min(h.MaxBody, h.memory.most)
@@ -541,7 +541,7 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 			ex.beginning = once{b.open(edit{})}
 			ex.letGo()
 			r.Body = &rest{io.MultiReader(ex.beginning, r.Body), r.Body}
-			h.pass(r, ex)
+			ex.pass(r)
 		case enc != "" && !strings.EqualFold(enc, "identity"):
 			ex.Unedited = UneditedEncoded
 		default:
@@ -627,7 +627,7 @@ func (ex *exchange) strip(header http.Header) {
 func (h *Handler) modifyResponse(res *http.Response) error {
 	ex := res.Request.Context().Value(exchangeKey{}).(*exchange)
 	if !ex.gateway {
-		if ex.up.Alive(); ex.up.State().Away {
+		if ex.up.Alive() {
 			h.available(ex.up) // for how long others wait for it has changed
 		}
 	}
@@ -662,7 +662,7 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 			return err
 		}
 	}
-	res.Body = &tap{res.Body, ex, h.UpstreamSilence}
+	res.Body = &tap{res.Body, ex}
 	return nil
 }
 
@@ -747,7 +747,7 @@ func reason(err error) string {
 // finish releases what the request held, and tells of it.
 func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	ex.unloaded()
-	ex.quiet()
+	ex.silence.stop()
 	h.waited(ex)
 	ex.use.end()
 	ex.letGo()
@@ -794,13 +794,6 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	h.Done(ex.Exchange)
 }
 
-// quiet says that nothing is expected of an upstream now.
-func (ex *exchange) quiet() {
-	if ex.silence != nil {
-		ex.silence.Stop()
-	}
-}
-
 // waitForMemory counts a request that waits for memory, and has it wait no longer than until the proxy stops.
 func (h *Handler) waitForMemory(ctx context.Context) (context.Context, func()) {
 	h.waiting.Add(1)
@@ -837,14 +830,11 @@ func (ex *exchange) letGo() {
 }
 
 // pass has the body pass through, counted.
-func (h *Handler) pass(r *http.Request, ex *exchange) {
+func (ex *exchange) pass(r *http.Request) {
 	if r.Body == nil || r.Body == http.NoBody {
 		return
 	}
-	ex.passing = &passing{ReadCloser: r.Body, left: r.ContentLength, n: &ex.in}
-	if h.UpstreamSilence > 0 {
-		ex.passing.heard = func() { ex.silence.Reset(h.UpstreamSilence) } // it has something to wait for still
-	}
+	ex.passing = &passing{ReadCloser: r.Body, left: r.ContentLength, ex: ex}
 	r.Body = ex.passing
 }
 

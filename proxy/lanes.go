@@ -63,6 +63,15 @@ func drains(list []*backend) bool {
 	return !slices.ContainsFunc(list, func(b *backend) bool { return !b.draining.Load() })
 }
 
+// promising returns the candidates if one of them may answer, now or later, and does not drain; else none.
+func (h *Handler) promising(ex *exchange) []*backend {
+	list := h.candidates(ex)
+	if !slices.ContainsFunc(list, (*backend).mayAnswer) || drains(list) && ex.only == nil {
+		return nil
+	}
+	return list
+}
+
 // acquire is wait, once it is known which servers can serve the request. If all of them are away and one may come back
 // (--try-duration), then the request waits for that.
 func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refusal {
@@ -93,8 +102,10 @@ func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refus
 		return ex.busy()
 	case errors.Is(err, schedule.ErrAway):
 		// Another one may have come since that was not known to have the model.
-		if again := h.candidates(ex); ex.only == nil && len(h.backends) > 1 && slices.ContainsFunc(again, (*backend).mayAnswer) && !drains(again) {
-			return h.acquire(r, ex, again)
+		if ex.only == nil && len(h.backends) > 1 {
+			if again := h.promising(ex); len(again) > 0 {
+				return h.acquire(r, ex, again)
+			}
 		}
 		ex.header.Set("Retry-After", retryAfter)
 		var urls []string

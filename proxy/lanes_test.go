@@ -110,14 +110,21 @@ func TestLeavesWhileWaiting(t *testing.T) {
 	last.receive()
 }
 
-// TestQueueFull: a request too many is refused in the words of the path that it asks.
-func TestQueueFull(t *testing.T) {
+// fullRig has its one lane busy, and its queue full.
+func fullRig(t *testing.T) *rig {
+	t.Helper()
 	rg, f := laneRig(t, schedule.Config{Lanes: 1, Limit: 1})
 	busy, waits := rg.dial(), rg.dial()
 	busy.send(rawPost("/api/chat", chatWith("s", "one", "")))
 	f.accept().receive()
 	waits.send(rawPost("/api/chat", chatWith("s", "two", "")))
 	waiting(t, rg, 1)
+	return rg
+}
+
+// TestQueueFull: a request too many is refused in the words of the path that it asks.
+func TestQueueFull(t *testing.T) {
+	rg := fullRig(t)
 	const words = "server busy, please try again.  maximum pending requests exceeded"
 	for path, want := range map[string]string{
 		"/api/chat":            `{"error":"` + words + `"}`,

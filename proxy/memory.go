@@ -23,10 +23,8 @@ import (
 // the rest waits for more of it, and those who hold some of the quarter wait for the rest alone.
 // Hence they cannot wait for each other.
 type memory struct {
-	first, rest *semaphore.Weighted
-	// Of each priority one body at a time waits for either, so that no crowd is before others.
-	turns [2][3]*semaphore.Weighted
-	most  int64 // bytes of the longest body that fits
+	first, rest *budget
+	most        int64 // bytes of the longest body that fits
 	// waits is called when a body has to wait: the context with which it does, and what to call afterwards; nil: as it is.
 	waits func(context.Context) (context.Context, func())
 	held  atomic.Int64 // bytes of all buffers
@@ -34,6 +32,20 @@ type memory struct {
 	spare      atomic.Int64 // bytes of buffers that were let go since they were last collected
 	spareMost  int64        // beyond which they are
 	collecting atomic.Bool
+}
+
+// budget is a part of the memory.
+type budget struct {
+	*semaphore.Weighted
+	turns [3]*semaphore.Weighted // of each priority one body at a time waits for it, so that no crowd is before others
+}
+
+func newBudget(n int64) *budget {
+	b := &budget{Weighted: semaphore.NewWeighted(n)}
+	for p := range b.turns {
+		b.turns[p] = semaphore.NewWeighted(1)
+	}
+	return b
 }
 
 // MemoryLeast is the smallest budget, in bytes.
@@ -46,16 +58,10 @@ func newMemory(limit int64) *memory {
 	}
 	limit = max(limit, MemoryLeast)
 	first := limit / 4
-	m := &memory{
-		first: semaphore.NewWeighted(first), rest: semaphore.NewWeighted(limit - first),
+	return &memory{
+		first: newBudget(first), rest: newBudget(limit - first),
 		most: limit - first - 1, spareMost: limit / 8,
 	}
-	for i := range m.turns {
-		for p := range m.turns[i] {
-			m.turns[i][p] = semaphore.NewWeighted(1)
-		}
-	}
-	return m
 }
 
 // drop tells that a buffer of n bytes was let go. The garbage collector by itself may let those
@@ -73,13 +79,13 @@ func (m *memory) drop(n int) {
 // share is what one body takes of the memory.
 type share struct {
 	of    *memory
-	from  *semaphore.Weighted // nil: nothing
-	taken int64               // from that
-	held  int64               // bytes of the buffer
+	from  *budget // nil: nothing
+	taken int64   // from that
+	held  int64   // bytes of the buffer
 }
 
 // take waits until there are n bytes, and gives back what was taken before.
-func (s *share) take(ctx context.Context, p schedule.Priority, from *semaphore.Weighted, n int64) error {
+func (s *share) take(ctx context.Context, p schedule.Priority, from *budget, n int64) error {
 	if !from.TryAcquire(n) {
 		if err := s.of.acquire(ctx, p, from, n); err != nil {
 			return err
@@ -90,16 +96,13 @@ func (s *share) take(ctx context.Context, p schedule.Priority, from *semaphore.W
 	return nil
 }
 
-func (m *memory) acquire(ctx context.Context, p schedule.Priority, from *semaphore.Weighted, n int64) error {
+func (m *memory) acquire(ctx context.Context, p schedule.Priority, from *budget, n int64) error {
 	if m.waits != nil {
 		waits, end := m.waits(ctx)
 		defer end()
 		ctx = waits
 	}
-	turn := m.turns[0][p-schedule.Interactive]
-	if from == m.rest {
-		turn = m.turns[1][p-schedule.Interactive]
-	}
+	turn := from.turns[p-schedule.Interactive]
 	if err := turn.Acquire(ctx, 1); err != nil {
 		return err
 	}

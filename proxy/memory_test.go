@@ -145,12 +145,7 @@ func poll(t *testing.T, ok func() bool) {
 // TestFullQueueUnread: a full queue is asked before a body is read: one that is announced gets its
 // answer without a byte of it being sent, a chunked one after 64 KiB at most.
 func TestFullQueueUnread(t *testing.T) {
-	rg, f := laneRig(t, schedule.Config{Lanes: 1, Limit: 1})
-	busy, waits := rg.dial(), rg.dial()
-	busy.send(rawPost("/api/chat", chatWith("s", "one", "")))
-	f.accept().receive()
-	waits.send(rawPost("/api/chat", chatWith("s", "two", "")))
-	waiting(t, rg, 1)
+	rg := fullRig(t)
 	for _, path := range []string{"/api/chat", "/api/generate", "/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"} {
 		announced, chunked := rg.dial(), rg.dial()
 		announced.send("POST " + path + " HTTP/1.1\r\nHost: localhost\r\nContent-Length: 62914560\r\n\r\n")

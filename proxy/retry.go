@@ -54,7 +54,7 @@ func (a attempts) RoundTrip(out *http.Request) (*http.Response, error) {
 		if why == "" || ex.passing != nil && ex.passing.begun.Load() { // what was read of it has gone
 			return res, err
 		}
-		ex.quiet()
+		ex.silence.stop()
 		if !slices.Contains(ex.tried, ex.up) {
 			ex.tried = append(ex.tried, ex.up)
 		}
@@ -77,23 +77,17 @@ func (a attempts) RoundTrip(out *http.Request) (*http.Response, error) {
 		default:
 			return res, err
 		}
-		if pause > 0 {
-			select {
-			case <-out.Context().Done():
-				err = context.Cause(out.Context())
-			case <-h.closing:
-				err = ex.stopping()
-			case <-time.After(pause):
-				err = nil
-			}
-		} else {
-			err = nil
-		}
 		if res != nil {
 			res.Body.Close()
 		}
-		if err != nil {
-			return nil, err
+		if pause > 0 {
+			select {
+			case <-out.Context().Done():
+				return nil, context.Cause(out.Context())
+			case <-h.closing:
+				return nil, ex.stopping()
+			case <-time.After(pause):
+			}
 		}
 		ex.retract()
 		ex.Retries = append(ex.Retries, why)
@@ -141,15 +135,11 @@ func (h *Handler) returning(ex *exchange) []*backend {
 		return nil
 	}
 	ex.tried = nil
-	list := h.candidates(ex)
-	if !slices.ContainsFunc(list, (*backend).mayAnswer) || drains(list) && ex.only == nil {
-		return nil
-	}
-	return list
+	return h.promising(ex)
 }
 
-// brokeOff is told of a request that was broken off by its server, or answered in its place by a gateway, before its lane goes to another one: if any wait, then they are
-// not to be sent one by one to a server that is gone.
+// brokeOff is told of a request that was broken off by its server, or answered in its place by a gateway, before its lane goes to
+// another one: if any wait, then they are not to be sent one by one to a server that is gone.
 func (h *Handler) brokeOff(ctx context.Context, b *backend) {
 	if b.BrokeOff(); h.waiting.Load() > 0 {
 		b.Check(ctx)
@@ -158,6 +148,24 @@ func (h *Handler) brokeOff(ctx context.Context, b *backend) {
 
 // errSilent is the cause with which a request is given up that was not answered for Handler.UpstreamSilence.
 var errSilent = errors.New("the upstream sent nothing for too long")
+
+// silence gives a request up when its upstream has sent nothing for so long, while something of it is waited for. Nil never does.
+type silence struct {
+	timer *time.Timer
+	limit time.Duration
+}
+
+func (s *silence) wait() {
+	if s != nil {
+		s.timer.Reset(s.limit)
+	}
+}
+
+func (s *silence) stop() {
+	if s != nil {
+		s.timer.Stop()
+	}
+}
 
 // silent tells of such a request.
 func (ex *exchange) silent(h *Handler) *refusal {

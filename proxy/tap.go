@@ -10,18 +10,13 @@ import (
 // how it ended. It wraps the body, not the ResponseWriter, so that flushing and 1xx answers work as they are.
 type tap struct {
 	io.ReadCloser
-	ex      *exchange
-	silence time.Duration // Handler.UpstreamSilence
+	ex *exchange
 }
 
 func (t *tap) Read(p []byte) (int, error) {
-	if t.ex.silence != nil {
-		t.ex.silence.Reset(t.silence)
-	}
+	t.ex.silence.wait()
 	n, err := t.ReadCloser.Read(p)
-	if t.ex.silence != nil {
-		t.ex.silence.Stop() // a slow client is not the upstream's silence
-	}
+	t.ex.silence.stop() // a slow client is not the upstream's silence
 	if n > 0 {
 		if t.ex.BytesOut == 0 {
 			t.ex.FirstByte = time.Since(t.ex.start)
@@ -45,11 +40,10 @@ func (t *tap) Read(p []byte) (int, error) {
 // byte, when the answer may be on its way already and the server has closed the body, and would break off the answer.
 type passing struct {
 	io.ReadCloser
-	left  int64         // bytes still to come; negative if that is not known
-	n     *atomic.Int64 // bytes that came
-	begun atomic.Bool   // reading was begun
-	ended atomic.Bool   // the whole body was read
-	heard func()        // is called when something of it came; nil: nobody listens
+	left  int64       // bytes still to come; negative if that is not known
+	ex    *exchange   // it is told of the bytes that come
+	begun atomic.Bool // reading was begun
+	ended atomic.Bool // the whole body was read
 
 	failed atomic.Pointer[error] // why the client's body could not be read
 }
@@ -60,10 +54,10 @@ func (p *passing) Read(b []byte) (int, error) {
 		return 0, io.EOF
 	}
 	n, err := p.ReadCloser.Read(b)
-	if n > 0 && p.heard != nil {
-		p.heard()
+	if n > 0 {
+		p.ex.silence.wait() // the upstream has something to wait for still
 	}
-	p.n.Add(int64(n))
+	p.ex.in.Add(int64(n))
 	if p.left > 0 {
 		p.left -= int64(n)
 	}

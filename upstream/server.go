@@ -163,15 +163,18 @@ func (s *Server) dated(st State) State {
 	return st
 }
 
-// Alive says that something came from the server. One that counts as away is polled at once.
-func (s *Server) Alive() {
+// Alive says that something came from the server, and reports whether it counts as away nevertheless, until the next poll, which is
+// made at once.
+func (s *Server) Alive() (away bool) {
 	s.seen()
 	s.mu.Lock()
-	poll := s.state.Away && time.Since(s.ended) >= pollEveryTry
+	away = s.state.Away
+	poll := away && time.Since(s.ended) >= pollEveryTry
 	s.mu.Unlock()
 	if poll {
 		s.Failed()
 	}
+	return away
 }
 
 func (s *Server) seen() {

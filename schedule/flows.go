@@ -149,14 +149,11 @@ func (q *Queue) reconsider(now time.Time) {
 	for i := 0; i < len(q.denied); i++ {
 		it := q.items[q.denied[i]]
 		if it != nil && it.waits && it.rank == normal {
-			x, client := it.runner, it.account.name
-			again := *it // lists still have it, as one that has ceased to wait
-			if x.waiting == 1 || !q.advance(&again, now) {
+			again := *it
+			if it.runner.waiting == 1 || !q.advance(&again, now) {
 				continue
 			}
-			q.unwait(it, false)
-			q.items[it.id] = &again
-			q.enqueue(&again, x, client, now)
+			q.requeue(it, &again, it.runner, now)
 		}
 		q.denied = slices.Delete(q.denied, i, i+1)
 		i--

@@ -499,14 +499,19 @@ func openingOf(links []prefix.Link) uint64 {
 // shift has a request that waits wait for another runner, in the place that it has by its arrival. What its client owes goes with
 // the last of its requests.
 func (q *Queue) shift(it *item, to *runner, now time.Time) {
-	q.unwait(it, false)
-	again := *it // lists still have it, as one that has ceased to wait
+	again := *it
 	again.key.Upstream = to.server.index
-	q.items[it.id] = &again
 	from := it.account
-	q.enqueue(&again, to, from.name, now)
+	q.requeue(it, &again, to, now)
 	if from.waiting == 0 && from.deficit < 0 {
 		again.class.charge(again.account, -from.deficit)
 		from.deficit = 0
 	}
+}
+
+// requeue has a request that waits wait as another one, for a runner. Lists still have the first, as one that has ceased to wait.
+func (q *Queue) requeue(it, again *item, to *runner, now time.Time) {
+	q.unwait(it, false)
+	q.items[it.id] = again
+	q.enqueue(again, to, it.account.name, now)
 }

@@ -173,22 +173,27 @@ func (s *Scheduler) do(f func(q *Queue, now time.Time)) {
 	s.handOver()
 }
 
+// both is do for this scheduler and for that which Aside returns, if it has been asked for.
+func (s *Scheduler) both(f func(q *Queue, now time.Time)) {
+	s.do(f)
+	s.mu.Lock()
+	aside := s.aside
+	s.mu.Unlock()
+	if aside != nil {
+		aside.do(f)
+	}
+}
+
 // SetAvailable says whether the server is to be sent anything new. One that drains is not: what waits for it goes
 // to others that may serve it. What may go nowhere else stays, and is granted as ever. Servers are available at first.
 func (s *Scheduler) SetAvailable(upstream uint16, on bool) {
-	s.do(func(q *Queue, now time.Time) { q.SetAvailable(upstream, on, now) })
-	if aside := s.made(); aside != nil {
-		aside.SetAvailable(upstream, on)
-	}
+	s.both(func(q *Queue, now time.Time) { q.SetAvailable(upstream, on, now) })
 }
 
 // SetAway says whether the server does not answer. What waits for it then goes to others that may serve it. What may go nowhere
 // else waits on, and ends with ErrAway if the server is still away at a time.
 func (s *Scheduler) SetAway(upstream uint16, away bool, until time.Time) {
-	s.do(func(q *Queue, now time.Time) { q.SetAway(upstream, away, until, now) })
-	if aside := s.made(); aside != nil {
-		aside.SetAway(upstream, away, until)
-	}
+	s.both(func(q *Queue, now time.Time) { q.SetAway(upstream, away, until, now) })
 }
 
 // SetName gives a server the name by which several proxies know it; at first it is its index. Proxies that name their
@@ -251,13 +256,6 @@ func (s *Scheduler) Aside() *Scheduler {
 			u.lanes, u.off, u.away, u.until = cmp.Or(min(t.lanes, 0), 1), t.off, t.away, t.until
 		}
 	}
-	return s.aside
-}
-
-// made returns the scheduler that Aside returns, if it has been asked for; else nil.
-func (s *Scheduler) made() *Scheduler {
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	return s.aside
 }
 

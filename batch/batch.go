@@ -158,24 +158,7 @@ func Run(ctx context.Context, c Config) (*Summary, error) {
 // prepare says what is known to go wrong, and looks at the server.
 func (b *batch) prepare(ctx context.Context) error {
 	b.warn()
-	if _, err := b.client.await(ctx); err != nil {
-		if ctx.Err() != nil {
-			return ErrStopped
-		}
-		return err
-	}
-	absent, err := b.AbsentModels(ctx, b.survey)
-	for began := time.Now(); errors.Is(err, ErrUnreachable) && ctx.Err() == nil && time.Since(began) < b.WaitForServer; {
-		// It has gone meanwhile, or answers this alone not.
-		if _, err = b.client.await(ctx); err != nil {
-			break
-		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(lookEvery):
-			absent, err = b.AbsentModels(ctx, b.survey)
-		}
-	}
+	absent, err := b.absent(ctx)
 	if ctx.Err() != nil {
 		return ErrStopped
 	}
@@ -190,6 +173,24 @@ func (b *batch) prepare(ctx context.Context) error {
 		b.metrics, b.isProxy = text, true
 	}
 	return nil
+}
+
+// absent waits for the server, and returns the models that it has not. It may go, or hang, when it is asked for them.
+func (b *batch) absent(ctx context.Context) (absent []string, err error) {
+	for began := time.Now(); ; {
+		if _, err := b.client.await(ctx); err != nil {
+			return nil, err
+		}
+		absent, err := b.AbsentModels(ctx, b.survey)
+		if !errors.Is(err, ErrUnreachable) || time.Since(began) >= b.WaitForServer {
+			return absent, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(lookEvery):
+		}
+	}
 }
 
 // warn says what the survey has found.

@@ -113,8 +113,8 @@ func New(version string, inFlight func() int64) *Metrics {
 	m.attached = counter("attach_context_total", "What became of stored context for /api/generate: attached to a request; trusted, no_slower, unsuitable (a group of requests); anything else says why it was switched off for the model.", "model", "outcome")
 	build := gauge("build_info", "1, with the proxy's version.", "version", "goversion")
 	build.WithLabelValues(version, runtime.Version()).Set(1)
+	m.gauge("in_flight", "Requests being served.", inFlight)
 	m.registry.MustRegister(
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name("in_flight"), Help: "Requests being served."}, func() float64 { return float64(inFlight()) }),
 		collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 	)
@@ -261,26 +261,26 @@ func (m *Metrics) Attached(model, outcome string) {
 
 // Store adds the series of a store; stats is asked at each scrape.
 func (m *Metrics) Store(stats func() contextstore.Stats) {
-	gauge := func(name, help string, value func(contextstore.Stats) float64) {
-		m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: namespace + "_" + name, Help: help},
-			func() float64 { return value(stats()) }))
-	}
-	gauge("store_entries", "Links of prefixes that are remembered.", func(s contextstore.Stats) float64 { return float64(s.Entries) })
-	gauge("store_bytes", "Memory that the remembered prefixes take.", func(s contextstore.Stats) float64 { return float64(s.Bytes) })
+	m.gauge("store_entries", "Links of prefixes that are remembered.", func() int64 { return int64(stats().Entries) })
+	m.gauge("store_bytes", "Memory that the remembered prefixes take.", func() int64 { return stats().Bytes })
 	m.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: namespace + "_store_evictions_total", Help: "Links that were forgotten to make room."},
 		func() float64 { return float64(stats().Evictions) }))
 }
 
 // Held adds the series of the memory for bodies; held is asked at each scrape.
 func (m *Metrics) Held(held func() int64) {
-	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: namespace + "_held_bytes", Help: "Memory that the bodies take of requests that wait, or may have to be sent again."},
-		func() float64 { return float64(held()) }))
+	m.gauge("held_bytes", "Memory that the bodies take of requests that wait, or may have to be sent again.", held)
 }
 
 // Waiting adds the series of all that waits; waiting is asked at each scrape.
 func (m *Metrics) Waiting(waiting func() int64) {
-	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: namespace + "_waiting_requests", Help: "Requests that wait for a lane, for memory, or for an upstream that is away."},
-		func() float64 { return float64(waiting()) }))
+	m.gauge("waiting_requests", "Requests that wait for a lane, for memory, or for an upstream that is away.", waiting)
+}
+
+// gauge adds a series without labels, whose value is asked for at each scrape.
+func (m *Metrics) gauge(name, help string, value func() int64) {
+	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: namespace + "_" + name, Help: help},
+		func() float64 { return float64(value()) }))
 }
 
 // Touched counts a keep_alive that the proxy set on its own.

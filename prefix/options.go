@@ -31,6 +31,13 @@ var optionNames = [numOptions]string{"num_ctx", "num_batch", "num_gpu", "main_gp
 // NumCtx returns the stated context length in tokens, 0 where none is stated.
 func (o Options) NumCtx() int { return int(o.values[numCtx]) }
 
+// WithContext returns the same with a context length stated, in tokens.
+func (o Options) WithContext(tokens int) Options {
+	o.set |= 1 << numCtx
+	o.values[numCtx] = int64(tokens)
+	return o
+}
+
 // Change is one runner option that differs between two requests. "default" stands for an option that is not stated.
 type Change struct{ Option, From, To string }
 

@@ -1,9 +1,7 @@
 package proxy
 
 import (
-	"maps"
 	"net/http"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -159,7 +157,11 @@ func (h *Handler) polledBooks(b *backend, st upstream.State) {
 	if st.LoadedKnown {
 		loaded := b.runners.Listed(st.Loaded, st.Polled)
 		if h.Lanes != nil {
-			h.Lanes.SetLoaded(up.Index, slices.Collect(maps.Keys(loaded)), st.Polled)
+			contexts := make(map[string]int, len(loaded))
+			for model, l := range loaded {
+				contexts[model] = l.ContextLength
+			}
+			h.Lanes.SetLoaded(up.Index, contexts, st.Polled)
 		}
 	}
 }

@@ -71,6 +71,7 @@ const (
 	byOpening
 	byJoining
 	byAge
+	byTrial // to see whether the host cache keeps what the lane loses: the next request for that tells
 )
 
 // choose returns what to grant now, and in which lane it will land; nil if everything that waits is better off waiting.
@@ -80,7 +81,7 @@ func (c *choice) choose() (*item, *lane, reason) {
 		at := it.arrived.Add(c.q.cfg.MaxWait)
 		if c.now.Before(at) {
 			x.server.later(at)
-		} else if l, tokens := x.landing(it); c.q.keeps(l, tokens) || l.since >= agedQuantum*x.forgone(l, tokens) {
+		} else if l, tokens := x.landing(it); l.since >= agedQuantum*x.forgone(l, tokens) {
 			return it, l, byAge
 		}
 	}
@@ -97,8 +98,8 @@ func (c *choice) choose() (*item, *lane, reason) {
 			continue
 		}
 		k.refill()
-		if it, l := c.match(k); it != nil {
-			return it, l, byMatch
+		if it, l, how := c.match(k); it != nil {
+			return it, l, how
 		}
 		if it, l, how := c.join(p, k); it != nil {
 			return it, l, how
@@ -158,8 +159,9 @@ func (q *Queue) keeps(l *lane, tokens int) bool {
 	return q.follows(l.visit.client, tokens, l.tokens)
 }
 
-// match returns the request that shares the most with a free lane without being another lane's business, and the lane.
-func (c *choice) match(k *class) (*item, *lane) {
+// match returns the request that shares the most with a free lane without being another lane's business, and the lane; or the one that
+// has waited for longest, if a lane has done enough for others.
+func (c *choice) match(k *class) (*item, *lane, reason) {
 	var best *item
 	var at *lane
 	most := -1
@@ -171,10 +173,16 @@ func (c *choice) match(k *class) (*item, *lane) {
 		if it == nil || tokens <= most {
 			continue
 		}
-		if l.work >= quantum*max(l.tokens, slack) && c.q.keeps(l, tokens) {
-			// It has had its turn: the oldest goes, whatever it is.
-			if front := k.fifo.front(); front.account.deficit > 0 && front.owned().depth() <= slack {
-				it = front
+		if front := k.oldest(); front != nil && front != it && front.owned().depth() <= slack {
+			land, kept := c.x.landing(front)
+			if how, turned := c.turned(l, front, kept); turned {
+				if c.overtakes(front, land, kept) {
+					continue
+				}
+				if how == byTrial {
+					c.x.probing = l.visit
+				}
+				return front, land, how
 			}
 		}
 		land, tokens := c.x.landing(it)
@@ -183,7 +191,42 @@ func (c *choice) match(k *class) (*item, *lane) {
 		}
 		best, at, most = it, land, tokens
 	}
-	return best, at
+	return best, at, byMatch
+}
+
+// turned reports whether a lane has worked for long enough for others, so that front goes, whatever it is, of which so many tokens would
+// be kept: for so long that what is evaluated again for that is little of it.
+func (c *choice) turned(l *lane, front *item, kept int) (reason, bool) {
+	x := c.x
+	lost := int(float64(x.forgone(l, kept)) * x.rates.lostPart())
+	if at := c.q.loss(x, l, kept); at > lost && c.holds(front, l, kept) {
+		lost = at
+	}
+	late := c.now.Sub(front.arrived) - front.due
+	switch {
+	case l.work >= quantum*lost:
+		return byMatch, true
+	case late >= longestWait && l.since >= agedQuantum*lost:
+		return byAge, true
+	case late >= longestWait/3 && lost >= hostWorth && !x.server.longest && x.rates.host.n == 0 && x.probing == nil && l.visit != nil:
+		return byTrial, true
+	}
+	return 0, false
+}
+
+// oldest returns the one that has waited for longest, of those whose clients have not had their share; nil: all have.
+func (k *class) oldest() *item {
+	front := k.fifo.front()
+	if front == nil || front.account.deficit > 0 {
+		return front
+	}
+	front = nil
+	for _, a := range k.backlogged {
+		if it := a.fifo.front(); a.deficit > 0 && (front == nil || it.arrived.Before(front.arrived)) {
+			front = it
+		}
+	}
+	return front
 }
 
 // best returns the request that shares the most with a prompt, of those with no prefix beyond that on which a lane is busy,
@@ -244,7 +287,12 @@ func (x *runner) landing(it *item) (*lane, int) {
 // blocked reports whether a request must not take the lane since that is held for one that is expected, or since it might
 // take another's slot.
 func (c *choice) blocked(it *item, l *lane, tokens int) bool {
-	return c.overtakes(it, l, tokens) || c.q.held(c.x, l, it.rank, c.q.loss(c.x, l, tokens), c.now)
+	return c.overtakes(it, l, tokens) || c.holds(it, l, tokens)
+}
+
+// holds reports whether a lane, of which so many tokens would be kept, is held against a request.
+func (c *choice) holds(it *item, l *lane, tokens int) bool {
+	return c.q.held(c.x, l, it.rank, c.x.rates.evaluate(c.q.loss(c.x, l, tokens)), c.now)
 }
 
 // overtakes reports whether a request that finds nothing in the lane where it is to land might reach the engine before one that
@@ -258,7 +306,7 @@ func (c *choice) overtakes(it *item, l *lane, tokens int) bool {
 	wait, before := false, c.now.Before(l.used.Add(mostTransit))
 	for _, o := range x.lanes {
 		before = before && o != l
-		if o.item == nil || o.item.expected <= slack {
+		if o.item == nil || float64(o.item.expected)*x.rates.lostPart() <= slack {
 			continue
 		}
 		preferred := !o.item.freed.After(l.used) // by the engine, as it was used less recently
@@ -274,9 +322,9 @@ func (c *choice) overtakes(it *item, l *lane, tokens int) bool {
 	return wait
 }
 
-// loss returns how long it takes to evaluate again what the client that a lane is warm for would find in it, if so many
+// loss returns how many tokens have to be evaluated again of what the client that a lane is warm for would find in it, if so many
 // tokens of it are kept.
-func (q *Queue) loss(x *runner, l *lane, kept int) time.Duration {
+func (q *Queue) loss(x *runner, l *lane, kept int) int {
 	if l.visit == nil {
 		return 0
 	}
@@ -285,7 +333,7 @@ func (q *Queue) loss(x *runner, l *lane, kept int) time.Duration {
 	if part > 0.97 { // a chat: the answer is part of the next prompt
 		expected += float64(l.visit.generated)
 	}
-	return time.Duration(max(0, expected-float64(kept)) * x.rates.lostPart() * float64(x.rates.perToken()))
+	return int(max(0, expected-float64(kept)) * x.rates.lostPart())
 }
 
 // held reports whether a lane is held, against a request of the given priority, for the next request of the client that it
@@ -304,16 +352,10 @@ func (q *Queue) held(x *runner, l *lane, against rank, loss time.Duration, now t
 	if for_ == 0 {
 		return false
 	}
-	if !x.server.longest && x.heldFor > probeAfter<<x.probes*q.loss(x, l, 0) {
-		// Perhaps the host cache keeps what the lane is held for.
-		x.heldFor, x.probes, x.probing, l.wanted = 0, x.probes+1, v, false
-		return false
-	}
 	if until := v.at.Add(for_); now.Before(until) {
 		x.server.later(until)
 		return true
 	}
-	x.heldFor += for_
 	if !l.reported {
 		l.reported = true
 		q.count.HoldsExpired++
@@ -337,7 +379,7 @@ func (c *choice) join(p rank, k *class) (*item, *lane, reason) {
 		if c.blocked(it, land, tokens) {
 			return
 		}
-		again := max(0, owned.depth()-tokens)
+		again := int(float64(max(0, owned.depth()-tokens)) * c.x.rates.lostPart())
 		share := c.x.backlog(owned)
 		if least >= 0 && (again > least+slack || again > least-slack && share <= most) {
 			return
@@ -413,7 +455,8 @@ func (c *choice) worth(it *item, n *node, again, backlog int) bool {
 func (q *Queue) grant(it *item, l *lane, how reason, now time.Time) {
 	x := it.runner
 	tokens := shared(it.steps, l.holds)
-	if oldest := x.oldest(); oldest != it {
+	oldest := x.oldest()
+	if oldest != it {
 		if x.eldest != oldest {
 			x.eldest, x.passed = oldest, 0
 		}
@@ -426,7 +469,6 @@ func (q *Queue) grant(it *item, l *lane, how reason, now time.Time) {
 	x.asked = now
 	if v := l.visit; v != nil && l.wanted && v.state == visitReturned && !l.reported && keeps && it.arrived.After(v.at) {
 		q.count.HoldsHit++
-		x.heldFor += now.Sub(v.at)
 	}
 	q.count.Grants++
 	switch how {
@@ -434,7 +476,7 @@ func (q *Queue) grant(it *item, l *lane, how reason, now time.Time) {
 		q.count.Aged++
 	case byJoining:
 		q.count.Joined++
-	case byMatch, byOpening:
+	case byMatch, byOpening, byTrial:
 		if keeps {
 			q.count.Continued++
 		} else {
@@ -446,7 +488,7 @@ func (q *Queue) grant(it *item, l *lane, how reason, now time.Time) {
 	if !keeps {
 		l.work = 0
 	}
-	if how == byAge {
+	if how == byAge || oldest == it {
 		l.since = 0
 	}
 	l.before, l.holds, l.tokens, l.item, l.used = l.holds, it.steps, it.tokens, it, now
@@ -471,8 +513,9 @@ func (q *Queue) grant(it *item, l *lane, how reason, now time.Time) {
 	}
 	it.account.running++
 	it.cost = max(it.tokens-tokens, 1) + int(fairWeight*x.rates.generated())
+	it.takes = max(it.tokens-tokens, 1) + int(x.rates.weight()*x.rates.generated())
 	it.class.charge(it.account, it.cost)
-	l.charge(it.cost)
+	l.charge(it.takes)
 	q.grants = append(q.grants, Placement{ID: it.id, Upstream: x.server.index, Lane: l.name, Expected: tokens, Waited: now.Sub(it.arrived)})
 }
 

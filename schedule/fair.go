@@ -3,6 +3,7 @@ package schedule
 // class has a runner's requests of one priority.
 type class struct {
 	tree       *tree // nil until there was a request
+	rates      *rates
 	fifo       fifo
 	accounts   map[string]*account
 	backlogged []*account // clients with waiting requests
@@ -28,8 +29,11 @@ type account struct {
 	fifo    fifo
 }
 
-// fair returns how many tokens a client may take before others, where so many clients wait.
-func (c *class) fair(clients int) int { return max(int(quantum*c.sizes)/clients, slack) }
+// fair returns how many tokens a client may take before others, where so many clients wait. It is about one prompt where nothing is
+// lost by changes.
+func (c *class) fair(clients int) int {
+	return max(int(quantum*c.sizes*max(c.rates.lostPart(), 1.0/quantum))/clients, slack)
+}
 
 func (c *class) add(it *item, client string) {
 	a, ok := c.accounts[client]
@@ -81,7 +85,7 @@ func (c *class) join(a *account) {
 func (c *class) level(a *account) {
 	if over := a.given - c.quantum; a.round == c.round && over > 0 {
 		a.given = c.quantum
-		c.charge(a, over)
+		c.charge(a, max(0, min(over, a.deficit)))
 	}
 }
 

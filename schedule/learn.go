@@ -53,6 +53,9 @@ func (r *rates) perToken() time.Duration {
 	return time.Duration(r.prompt.over / r.prompt.under)
 }
 
+// evaluate returns how long it takes to evaluate so many tokens of a prompt.
+func (r *rates) evaluate(tokens int) time.Duration { return time.Duration(tokens) * r.perToken() }
+
 // weight returns how many tokens of a prompt take as long to evaluate as one takes to generate.
 func (r *rates) weight() float64 {
 	if r.prompt.under == 0 || r.decode.under == 0 {
@@ -106,13 +109,17 @@ func (r *rates) learn(it *item, res Result, evaluated int) {
 	if res.Loaded && res.Load > 0 {
 		r.loadTime.add(float64(res.Load))
 	}
-	if it.hosted > 0 && res.ReusedKnown && !res.Loaded {
-		kept := 0.0
-		if it.scale(res) >= it.expected+(it.hosted-it.expected)/2 {
-			kept = 1
-		}
-		r.host.add(kept)
+}
+
+// restored tells whether a prompt that no slot held any more, 1, or not, 0, was restored all the same; false: nothing is told.
+func (it *item) restored(r Result) (kept float64, told bool) {
+	if it.hosted == 0 || !r.ReusedKnown || r.Loaded {
+		return 0, false
 	}
+	if it.scale(r) >= it.expected+(it.hosted-it.expected)/2 {
+		return 1, true
+	}
+	return 0, true
 }
 
 // returns are the habits of a client: when, after an answer, the next request came that continues it.
@@ -298,22 +305,3 @@ func (x *runner) displaced(it *item, lands int) int {
 
 // scale returns how many tokens were reused, in those that the prompt was estimated in, which may be others than the server's.
 func (it *item) scale(r Result) int { return r.Reused * it.tokens / max(r.Total, 1) }
-
-// correct takes in where a request really landed, if what it reused tells that.
-func (x *runner) correct(it *item, r Result) {
-	if !r.ReusedKnown || r.Loaded || r.Total == 0 {
-		return
-	}
-	reused := it.scale(r)
-	off := func(expected int) int { return max(reused-expected, expected-reused) }
-	if off(it.expected) <= max(hostWorth, it.tokens/8) {
-		return
-	}
-	l := it.lane
-	for _, other := range x.lanes {
-		if other.item == nil && other != l && other.used.Before(it.granted) && off(shared(it.steps, other.holds)) <= max(slack, it.tokens/32) {
-			other.holds, other.tokens, other.visit = l.before, tokensOf(l.before), nil
-			return
-		}
-	}
-}

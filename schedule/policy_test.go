@@ -125,37 +125,6 @@ func TestLoadedAnew(t *testing.T) {
 	}
 }
 
-// TestCorrects: what was reused tells in which of the slots a request really landed.
-func TestCorrects(t *testing.T) {
-	d := newDesk(t, Config{Lanes: 2})
-	a, b := d.add(with(alpha)), d.add(with(beta))
-	d.granted(a, b)
-	d.done(a, evaluated(1064, 1064), time.Second)
-	d.done(b, evaluated(1064, 1064), time.Second)
-	// It is expected where alpha is, and reuses what beta had: the slots had been changed over.
-	mixed := request("m", alpha, seg{id: 77, tokens: 64})
-	x := d.q.servers[0].runners[0]
-	x.lanes[0].holds, x.lanes[1].holds = x.lanes[1].holds, x.lanes[0].holds
-	c := d.add(mixed)
-	d.granted(c)
-	if x.lanes[1].item == nil {
-		t.Fatal("it is not in the lane that is believed to hold its prefix")
-	}
-	x.lanes[1].item.expected = 0 // as if that had held something else …
-	x.lanes[1].before, x.lanes[0].holds = x.lanes[0].holds, x.lanes[1].before
-	d.done(c, evaluated(1064, 64), time.Second)
-	// … so it was in the other one, and what this one held is there still.
-	if shared(x.lanes[0].holds, stepsFor(beta)) < 900 {
-		t.Error("the lane it landed in is still believed to hold what it reused")
-	}
-}
-
-func stepsFor(prefix seg) []step {
-	r := request("m", prefix)
-	steps, _ := stepsOf(r.Links, 0)
-	return steps
-}
-
 // TestAgedDuringHold: a request that has waited for too long does not wait for a lane that is held.
 func TestAgedDuringHold(t *testing.T) {
 	d := newDesk(t, Config{Lanes: 1, MaxWait: 200 * time.Millisecond})
@@ -282,7 +251,7 @@ func TestUrgentRunner(t *testing.T) {
 
 // TestRounds: a client that was not there gets one quantum, whatever it had left, and what it owed counts.
 func TestRounds(t *testing.T) {
-	c := &class{tree: newTree(), accounts: map[string]*account{}}
+	c := &class{tree: newTree(), accounts: map[string]*account{}, rates: &rates{}}
 	it := func() *item { return &item{waits: true, tokens: 5} } // a quantum of 100
 	leave := func(i *item) {
 		i.waits = false
@@ -385,7 +354,7 @@ func TestRequeued(t *testing.T) {
 		t.Errorf("%+v", st.Waiting)
 	}
 	d.q.cfg.MaxWait = time.Second
-	d.q.servers[0].runners[0].lanes[0].work = 1 << 20
+	d.q.servers[0].runners[0].lanes[0].since = 1 << 20
 	d.done(first, Result{}, 10*time.Millisecond)
 	if g := d.q.Grants(); len(g) != 1 || g[0].ID != id || g[0].Waited != 1010*time.Millisecond {
 		t.Errorf("granted %+v, want request %d", g, id)
@@ -459,7 +428,7 @@ func TestExpiryIsNotExclusive(t *testing.T) {
 		{"nothing more is known", func(*desk) {}, false},
 		{"no load was seen", func(d *desk) { d.sole("b", false) }, true},
 		{"a load was seen", func(d *desk) { d.sole("b", true) }, false},
-		{"both are loaded", func(d *desk) { d.q.SetLoaded(0, []string{"a", "b"}, d.now, d.now) }, true},
+		{"both are loaded", func(d *desk) { d.q.SetLoaded(0, map[string]int{"a": 0, "b": 0}, d.now, d.now) }, true},
 		{"a is unloaded", func(d *desk) { d.q.Cool(0, "a", d.now) }, true},
 		{"b is unloaded", func(d *desk) { d.q.Cool(0, "b", d.now) }, true},
 		{"another one is unloaded", func(d *desk) { d.q.Cool(0, "c", d.now) }, false},
@@ -488,7 +457,7 @@ func TestExpiryIsNotExclusive(t *testing.T) {
 				return
 			}
 			d.granted()
-			d.q.SetLoaded(0, []string{"a", "b"}, d.now, d.now)
+			d.q.SetLoaded(0, map[string]int{"a": 0, "b": 0}, d.now, d.now)
 			d.granted(other)
 		})
 	}

@@ -147,13 +147,13 @@ const (
 	// without Config.MaxWait (the oldest of every k: arXiv 2502.04677). So many go, too, before a
 	// runner makes room for another with less urgent requests.
 	patience = 256
+	// longestWait is for how much longer than without the proxy a request waits before that quantum is agedQuantum for it, too.
+	// A trial whether the host cache keeps what is lost comes after a third of it.
+	longestWait = 15 * time.Second
 	// longestTurn is for how long a model keeps another one waiting that has to be loaded in its place, if a load takes no longer.
 	longestTurn = 30 * time.Second
 	// fairWeight is how many tokens of a prompt a generated one counts as when clients are compared.
 	fairWeight = 10
-	// probeAfter is for how many times as long as it takes to evaluate a prefix lanes are held before it is tried whether
-	// that is needed; twice as long each time.
-	probeAfter = 8
 	// slack is how many tokens in common are not worth a thought. They take a few ms.
 	slack = 64
 	// triesMost bounds how many requests are looked at of clients that have had their share.
@@ -200,6 +200,7 @@ type server struct {
 	until     time.Time // … and is refused from then on
 	lanes     int       // per runner; 0: learned
 	found     int       // … for the runner that this was last learned of: what others begin with
+	host      mean      // rates.host of all its runners: what others begin with
 	longest   bool      // it chooses slots by the longest match alone
 	runners   []*runner
 	byKey     map[Runner]*runner // several keys may have turned out to be one runner
@@ -207,7 +208,8 @@ type server struct {
 	waiting   int
 	roaming   int // of these: how many others may serve, too
 	turns     uint64
-	loaded    map[string]bool        // the models that it lists as loaded, if that is known
+	loaded    map[string]int         // the models that it lists as loaded, if that is known, and their context in tokens if it tells that
+	parted    map[string]bool        // models for which runners were taken for one that are not
 	wake      time.Time              // when to look again; zero: after the next event
 	relations map[[2]string]relation // of models
 }
@@ -219,6 +221,7 @@ type runner struct {
 	classes [ranks]class
 	waiting int
 	roaming int
+	prompts int           // tokens of what waits
 	work    [ranks]int    // of what waits, in tokens: what is to be evaluated, estimated when it came, and generated
 	running int           // of what is being served
 	arrived time.Duration // the sum of the arrivals of what waits, since epoch. It may overflow: differences are right all the same
@@ -250,9 +253,7 @@ type runner struct {
 	visits   []*visit  // oldest first
 	rates    rates
 	learner  learner
-	heldFor  time.Duration // that lanes were held since the last probe
-	probing  *visit        // the one for which it was not held last, until it is continued
-	probes   int           // how often a lane was not held, to see whether the host cache makes that unnecessary
+	probing  *visit // the one for which it was not held last, until it is continued
 }
 
 // item is a request that waits or is being served.
@@ -265,7 +266,8 @@ type item struct {
 	rank    rank
 	arrived time.Time
 	tokens  int
-	work    int // in tokens, as runner.work
+	work    int           // in tokens, as runner.work
+	due     time.Duration // after how long it would have been served if all were served as they come
 	steps   []step
 	node    *node
 	waits   bool
@@ -283,7 +285,8 @@ type item struct {
 	granted  time.Time
 	freed    time.Time // when its lane had last fallen free by then
 	expected int
-	cost     int // charged so far
+	cost     int // charged so far to its client …
+	takes    int // … and to its lane
 
 	overtaken time.Time // when the first of those ended that were served when it was granted, or later
 	beside    int       // how many were served when it was granted, with it
@@ -492,7 +495,7 @@ func (q *Queue) room(it *item, x *runner) bool {
 func (q *Queue) enqueue(it *item, x *runner, client string, now time.Time) {
 	c := &x.classes[it.rank]
 	if c.tree == nil {
-		c.tree, c.accounts = newTree(), map[string]*account{}
+		c.tree, c.accounts, c.rates = newTree(), map[string]*account{}, &x.rates
 		for _, l := range x.lanes {
 			if l.item != nil {
 				l.mark(it.rank, c.tree)
@@ -509,9 +512,16 @@ func (q *Queue) enqueue(it *item, x *runner, client string, now time.Time) {
 	}
 	warm, _ := x.warmth(it, true)
 	it.work = max(it.tokens-warm, 1) + int(x.rates.weight()*x.rates.generated())
+	it.due = x.direct()
 	q.counted(it, 1)
 	x.arrived += it.arrived.Sub(epoch)
 	c.add(it, client)
+}
+
+// direct returns how long it would take to serve all that wait as they came.
+func (x *runner) direct() time.Duration {
+	tokens := float64(x.prompts)*x.rates.lostPart() + float64(x.waiting)*x.rates.weight()*x.rates.generated()
+	return x.rates.evaluate(int(tokens) / max(x.want, 1))
 }
 
 // counted adds a request that waits to all counts of such, or takes it out of them.
@@ -520,6 +530,7 @@ func (q *Queue) counted(it *item, n int) {
 	q.waiting[it.rank] += n
 	x.server.waiting += n
 	x.waiting += n
+	x.prompts += n * it.tokens
 	x.work[it.rank] += n * it.work
 	if it.roams() {
 		q.roaming += n
@@ -622,19 +633,23 @@ func (q *Queue) Done(id uint64, r Result, now time.Time) {
 			q.loaded(x, it, r, now)
 		}
 		x.served = it.key
-		x.correct(it, r)
 		x.rates.learn(it, r, evaluated)
+		// With fewer lanes than slots another slot may have kept it.
+		if kept, told := it.restored(r); told && (kept == 0 || x.server.lanes > 0 || x.learner.ceiling) {
+			x.rates.host.add(kept)
+			x.server.host.add(kept)
+		}
 		x.rates.service.add(float64(now.Sub(it.granted)))
 		if r.Timed && !r.Loaded {
 			x.rates.around.add(float64(max(0, now.Sub(it.granted)-r.Prompt-r.Eval)))
 		}
 		q.visited(x, it, r.Generated, now)
 	}
-	cost := 0
+	cost, work := 0, 0
 	if r.Sent {
-		cost = evaluated + fairWeight*r.Generated
+		cost, work = evaluated+fairWeight*r.Generated, evaluated+int(x.rates.weight()*float64(r.Generated))
 	}
-	l.charge(cost - it.cost)
+	l.charge(work - it.takes)
 	it.class.charge(it.account, cost-it.cost)
 	if a := x.classes[normal].accounts[it.account.name]; it.rank == sparse && a != nil {
 		x.classes[normal].charge(a, cost) // whoever has many flows is owed no more for that
@@ -745,7 +760,7 @@ func (q *Queue) server(index uint16) *server {
 			return s
 		}
 	}
-	s := &server{index: index, seed: seedOf(strconv.Itoa(int(index))), lanes: q.cfg.Lanes, byKey: map[Runner]*runner{}, relations: map[[2]string]relation{}}
+	s := &server{index: index, seed: seedOf(strconv.Itoa(int(index))), lanes: q.cfg.Lanes, byKey: map[Runner]*runner{}, parted: map[string]bool{}, relations: map[[2]string]relation{}}
 	q.servers = append(q.servers, s)
 	return s
 }

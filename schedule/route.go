@@ -112,20 +112,26 @@ func (q *Queue) hold(s *server, now time.Time) {
 // SetName gives a server the name by which several proxies know it; at first it is its index.
 func (q *Queue) SetName(upstream uint16, name string) { q.server(upstream).seed = seedOf(name) }
 
-// SetLoaded says which models a server listed as loaded when it was asked at a time, as those of Runner.Options: these can be
-// loaded at the same time, and what is missing has been unloaded, for a later one if there is one. It is learned from
-// answers, too; but those to other proxies are not seen here.
-func (q *Queue) SetLoaded(upstream uint16, models []string, at, now time.Time) {
+// SetLoaded says which models a server listed as loaded when it was asked at a time, as those of Runner.Options, and with how many
+// tokens of context, 0 where it did not say: these can be loaded at the same time, and what is missing has been unloaded, for a
+// later one if there is one. It is learned from answers, too; but those to other proxies are not seen here. The queue keeps the map.
+func (q *Queue) SetLoaded(upstream uint16, models map[string]int, at, now time.Time) {
 	s := q.server(upstream)
-	s.loaded = make(map[string]bool, len(models))
-	for i, m := range models {
-		s.loaded[m] = true
-		for _, other := range models[:i] {
-			s.relate(m, other, together)
+	s.loaded = models
+	for m := range models {
+		for other := range models {
+			if m < other {
+				s.relate(m, other, together)
+			}
+		}
+	}
+	for _, y := range slices.Clone(s.runners) {
+		if x := s.same(y.key); x != nil && x != y {
+			q.unite(x, y, now)
 		}
 	}
 	for _, x := range s.runners {
-		if x.resident && x.busy == 0 && !s.loaded[x.key.Options.Model] && x.since.Before(at) && x.used.Before(at) {
+		if _, listed := s.loaded[x.key.Options.Model]; x.resident && x.busy == 0 && !listed && x.since.Before(at) && x.used.Before(at) {
 			if y := x.evictor(); y != nil {
 				s.relate(x.key.Options.Model, y.key.Options.Model, apart)
 			}
@@ -139,7 +145,7 @@ func (q *Queue) SetLoaded(upstream uint16, models []string, at, now time.Time) {
 // is listed and was loaded since this one was used last. nil: none, or that is not clear.
 func (x *runner) evictor() (only *runner) {
 	for _, y := range x.server.runners {
-		if y.resident && y.turn > x.turn && y.since.After(x.used) && x.server.loaded[y.key.Options.Model] {
+		if _, listed := x.server.loaded[y.key.Options.Model]; listed && y.resident && y.turn > x.turn && y.since.After(x.used) {
 			if only != nil {
 				return nil
 			}
@@ -416,7 +422,7 @@ func (s *server) loading(x *runner, o prefix.Options, known *rates, now time.Tim
 		}
 		return max(0, x.since.Add(r.load()).Sub(now))
 	}
-	if s.loaded[o.Model] && !slices.ContainsFunc(s.runners, func(y *runner) bool { return y.resident && y.key.Options.Model == o.Model }) {
+	if _, listed := s.loaded[o.Model]; listed && !slices.ContainsFunc(s.runners, func(y *runner) bool { return y.resident && y.key.Options.Model == o.Model }) {
 		return 0 // by others, and with the same options for all that is known
 	}
 	sum := r.load()
@@ -443,7 +449,7 @@ func (q *Queue) displaced(x *runner, l *lane, kept int, now time.Time) time.Dura
 	if v == nil || v.state == visitReturned {
 		return 0
 	}
-	return time.Duration(q.client(v.client).later(&q.habits, now.Sub(v.at)) * float64(q.loss(x, l, kept)))
+	return time.Duration(q.client(v.client).later(&q.habits, now.Sub(v.at)) * float64(x.rates.evaluate(q.loss(x, l, kept))))
 }
 
 // later returns how likely it is that a client comes back which has not come back for some time. What is known of all clients

@@ -297,7 +297,7 @@ func TestProxiesAgree(t *testing.T) {
 			s := newSim(t, engineConfig{slots: 4, servers: 5}, New(Config{Lanes: 4}))
 			for i := range s.boxes {
 				s.q.SetName(uint16(i), fmt.Sprint("gpu", i))
-				s.q.SetLoaded(uint16(i), []string{options("m", 0).Model}, s.now, s.now)
+				s.q.SetLoaded(uint16(i), map[string]int{options("m", 0).Model: 0}, s.now, s.now)
 			}
 			sims = append(sims, s)
 			ids := ids

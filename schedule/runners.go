@@ -12,6 +12,10 @@ func (q *Queue) runner(s *server, key Runner, now time.Time) *runner {
 	if x, ok := s.byKey[key]; ok {
 		return x
 	}
+	if x := s.same(key); x != nil && len(s.byKey) < maxKeys {
+		s.byKey[key] = x
+		return x
+	}
 	if len(s.runners) >= maxRunners {
 		var oldest *runner
 		for _, x := range s.runners {
@@ -25,10 +29,27 @@ func (q *Queue) runner(s *server, key Runner, now time.Time) *runner {
 		}
 	}
 	x := &runner{key: key, server: s, want: max(s.lanes, s.found, 1), used: now, sought: now}
+	x.rates.host = mean{v: s.host.v, n: min(s.host.n, 1)}
 	x.resize()
 	s.byKey[key] = x
 	s.runners = append(s.runners, x)
 	return x
+}
+
+// same returns the runner for which a model is loaded with just the options of a key, though these were stated in another way:
+// num_ctx, which one request states and another does not, is the context that the server says the model has. nil: there is none.
+func (s *server) same(key Runner) *runner {
+	context := s.loaded[key.Options.Model]
+	if context == 0 || s.parted[key.Options.Model] {
+		return nil
+	}
+	for _, x := range s.runners {
+		o := x.key.Options
+		if x.resident && o.Model == key.Options.Model && o.NumCtx() == 0 && o.WithContext(context) == key.Options {
+			return x
+		}
+	}
+	return nil
 }
 
 // cool forgets what is warm. What is being served is served after the load, or by what replaces it.
@@ -386,6 +407,7 @@ func (q *Queue) part(x *runner, key Runner, now time.Time) {
 	maps.DeleteFunc(s.byKey, func(_ Runner, z *runner) bool { return z == x })
 	x.key = key
 	s.byKey[key] = x
+	s.parted[key.Options.Model] = true
 	if len(s.byKey) < before {
 		q.move(x, func(it *item) *runner { return q.runner(s, it.key, now) }, now)
 	}

@@ -204,7 +204,7 @@ func (s *Scheduler) SetName(upstream uint16, name string) {
 
 // SetLoaded says which models a server listed as loaded when it was asked at a time, as those of Runner.Options: see
 // Queue.SetLoaded.
-func (s *Scheduler) SetLoaded(upstream uint16, models []string, at time.Time) {
+func (s *Scheduler) SetLoaded(upstream uint16, models map[string]int, at time.Time) {
 	s.do(func(q *Queue, now time.Time) { q.SetLoaded(upstream, models, at, now) })
 }
 

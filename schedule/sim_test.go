@@ -32,6 +32,7 @@ type job struct {
 	priority Priority
 	model    string
 	numCtx   int
+	stated   bool // the request states num_ctx although that is the default: for Ollama nothing else
 	program  uint64
 	flow     uint64
 	done     func()
@@ -90,6 +91,7 @@ type slot struct {
 type engineConfig struct {
 	slots    int
 	host     int           // tokens that the host cache holds
+	untried  bool          // the queue does not know yet that there is none
 	longest  bool          // Ollama before 0.30
 	perToken time.Duration // of a prompt
 	decode   time.Duration // per token of an answer
@@ -184,6 +186,11 @@ func newSim(t *testing.T, cfg engineConfig, q *Queue) *sim {
 	s := &sim{t: t, cfg: cfg, q: q, now: start, jobs: map[uint64]*job{}, tree: map[uint64]bool{}, rng: rand.New(rand.NewPCG(cfg.seed, 2))}
 	for i := range max(cfg.servers, 1) {
 		s.boxes = append(s.boxes, &box{index: uint16(i)})
+	}
+	if q != nil && cfg.host == 0 && !cfg.untried {
+		for _, b := range s.boxes {
+			q.server(b.index).host = mean{v: 0, n: 1}
+		}
 	}
 	s.choose = func(*job) *box { return s.boxes[0] }
 	return s
@@ -304,6 +311,9 @@ func (s *sim) add(j *job) {
 }
 
 func (s *sim) runner(j *job) Runner {
+	if j.stated {
+		return Runner{Options: options(j.model, 4096)}
+	}
 	return Runner{Options: options(j.model, j.numCtx)}
 }
 

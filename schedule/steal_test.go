@@ -77,7 +77,7 @@ func TestSparesWarmLanes(t *testing.T) {
 		d.done(id, evaluated(8064, 64), time.Second)
 		d.now = d.now.Add(50 * time.Millisecond)
 	}
-	d.q.SetLoaded(1, []string{options("m", 0).Model}, d.now, d.now)
+	d.q.SetLoaded(1, map[string]int{options("m", 0).Model: 0}, d.now, d.now)
 	for i := range uint64(10) {
 		id := d.add(on(request("m", seg{id: 100 + i, tokens: 300}), 0, 1))
 		if at := d.at(id); at != 1 {
@@ -178,8 +178,8 @@ func TestVacateKeepsOrder(t *testing.T) {
 // TestTakesOver: an idle server takes a whole prefix, from the far end, and nothing of one that is being served.
 func TestTakesOver(t *testing.T) {
 	d := newDesk(t, Config{Lanes: 1})
-	d.q.SetLoaded(0, []string{options("m", 0).Model}, d.now, d.now)
-	d.q.SetLoaded(1, []string{options("m", 0).Model}, d.now, d.now)
+	d.q.SetLoaded(0, map[string]int{options("m", 0).Model: 0}, d.now, d.now)
+	d.q.SetLoaded(1, map[string]int{options("m", 0).Model: 0}, d.now, d.now)
 	d.q.SetAvailable(1, false, d.now)
 	first := d.add(on(with(alpha), 0, 1))
 	d.granted(first)
@@ -390,7 +390,7 @@ func TestNames(t *testing.T) {
 		d := newDesk(t, Config{Lanes: 1})
 		for i, n := range names {
 			d.q.SetName(uint16(i), n)
-			d.q.SetLoaded(uint16(i), []string{options("m", 0).Model}, d.now, d.now)
+			d.q.SetLoaded(uint16(i), map[string]int{options("m", 0).Model: 0}, d.now, d.now)
 		}
 		at := map[uint64]string{}
 		for i := range uint64(50) {
@@ -419,7 +419,7 @@ func TestSchedulerServers(t *testing.T) {
 		s := NewScheduler(Config{Lanes: 1})
 		s.SetName(0, "left")
 		s.SetName(1, "right")
-		s.SetLoaded(1, []string{options("m", 0).Model}, time.Now())
+		s.SetLoaded(1, map[string]int{options("m", 0).Model: 0}, time.Now())
 		a := <-acquire(t.Context(), s, on(request("m", alpha), 0))
 		s.SetAvailable(1, false)
 		b := acquire(t.Context(), s, on(request("m", beta), 0, 1))

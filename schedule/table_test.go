@@ -463,6 +463,30 @@ func TestThreeModels(t *testing.T) {
 	}
 }
 
+// TestStatedDefault: clients that state an option's default value share the model with those that do not, as they do with Ollama: nobody
+// waits for a turn.
+func TestStatedDefault(t *testing.T) {
+	for _, slots := range []int{1, 4} {
+		direct, lanes := compare(t, fmt.Sprintf("6 loops, of which 3 state the default num_ctx, %d slots", slots), engineConfig{slots: slots, load: 2 * time.Second}, Config{Lanes: slots}, func(s *sim) {
+			for c := range 6 {
+				var own []*job
+				for range 100 {
+					own = append(own, &job{segs: []seg{text(200)}, gen: 50, client: fmt.Sprint("client", c), stated: c%2 == 1})
+				}
+				s.after(time.Duration(c)*3*time.Millisecond, func() { s.closed(own, 5*time.Millisecond) })
+			}
+			if s.q != nil { // /api/ps is asked soon after a load
+				s.after(2*time.Second+500*time.Millisecond, func() { s.q.SetLoaded(0, map[string]int{options("m", 0).Model: 4096}, s.now, s.now); s.pumped() })
+			}
+		})
+		longest := [2]time.Duration{waitsOf(direct.sim).most, waitsOf(lanes.sim).most}
+		t.Logf("the longest request takes %v, directly %v", longest[1], longest[0])
+		if lanes.loads > 1 || lanes.wall > direct.wall*103/100 || longest[1] > longest[0]*13/10 {
+			t.Errorf("%d slots: %d loads, %v (directly %v), the longest request %v (%v)", slots, lanes.loads, lanes.wall, direct.wall, longest[1], longest[0])
+		}
+	}
+}
+
 // TestFieldF12: ten requests with three num_ctx in turn load the model three times, not nine.
 func TestFieldF12(t *testing.T) {
 	direct, lanes := compare(t, "10 requests, 3 num_ctx in turn", engineConfig{slots: 1, load: 2 * time.Second}, Config{Lanes: 1}, func(s *sim) {

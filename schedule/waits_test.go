@@ -1,0 +1,109 @@
+package schedule
+
+import (
+	"fmt"
+	"slices"
+	"testing"
+	"time"
+)
+
+// askers are clients that ask one thing after the other for so long, of a few system prompts.
+type askers struct {
+	clients, prompts  int
+	own               bool // client i keeps to prompt i, else each request takes the next one
+	tokens, tail, gen int
+	think             time.Duration
+	lasts             time.Duration
+}
+
+// waits are how long requests took, from the client's sending them to their end.
+type waits struct {
+	served    int
+	mean      time.Duration
+	p50, p95  time.Duration
+	p99, most time.Duration
+	perServed float64 // tokens evaluated
+}
+
+func (w askers) run(t *testing.T, cfg engineConfig, q *Queue) waits {
+	s := newSim(t, cfg, q)
+	prompts := make([]seg, w.prompts)
+	for i := range prompts {
+		prompts[i] = text(w.tokens)
+	}
+	var ask func(client, n int)
+	ask = func(client, n int) {
+		if s.now.Sub(start) > w.lasts {
+			return
+		}
+		p := prompts[client%w.prompts]
+		if !w.own {
+			p = prompts[(client+n)%w.prompts]
+		}
+		s.submit(&job{segs: []seg{p, text(w.tail)}, gen: w.gen, client: fmt.Sprint("client", client), done: func() {
+			s.after(w.think, func() { ask(client, n+1) })
+		}})
+	}
+	for c := range w.clients {
+		s.after(time.Duration(c)*3*time.Millisecond, func() { ask(c, 0) })
+	}
+	s.run()
+	return waitsOf(s)
+}
+
+func waitsOf(s *sim) waits {
+	var all []time.Duration
+	var sum time.Duration
+	for _, j := range s.finished {
+		all = append(all, j.end.Sub(j.came))
+		sum += j.end.Sub(j.came)
+	}
+	slices.Sort(all)
+	at := func(part float64) time.Duration { return all[int(part*float64(len(all)-1))].Round(time.Millisecond) }
+	return waits{
+		served: len(all), mean: (sum / time.Duration(len(all))).Round(time.Millisecond),
+		p50: at(0.5), p95: at(0.95), p99: at(0.99), most: at(1), perServed: float64(s.evaluated) / float64(len(all)),
+	}
+}
+
+// TestWaits: where the host cache keeps what the slots lose, order saves nothing, and loops wait for no longer than directly once that
+// is known. Where it saves, nobody waits for it without bound.
+func TestWaits(t *testing.T) {
+	const ample = 1 << 20
+	for _, w := range []struct {
+		name  string
+		slots int
+		host  int
+		askers
+	}{
+		{"6 on 3 prompts", 1, ample, askers{clients: 6, prompts: 3, own: true, tokens: 1000, gen: 100}},
+		{"6 on 3 prompts in turn", 1, ample, askers{clients: 6, prompts: 3, tokens: 1000, gen: 100}},
+		{"6 on 3 prompts", 4, ample, askers{clients: 6, prompts: 3, own: true, tokens: 1000, gen: 100}},
+		{"8 scripts", 1, ample, askers{clients: 8, prompts: 8, own: true, tokens: 1000, gen: 20}},
+		{"16 on 8 prompts", 4, ample, askers{clients: 16, prompts: 8, own: true, tokens: 1000, gen: 100}},
+		{"6 on 3 prompts", 1, 0, askers{clients: 6, prompts: 3, own: true, tokens: 1000, gen: 100}},
+		{"8 scripts", 1, 0, askers{clients: 8, prompts: 8, own: true, tokens: 1000, gen: 20}},
+		{"8 scripts, room for half", 1, 4000, askers{clients: 8, prompts: 8, own: true, tokens: 1000, gen: 20}},
+		{"8 scripts, long prompts", 1, 0, askers{clients: 8, prompts: 8, own: true, tokens: 8000, gen: 100}},
+		{"16 on 8 prompts", 4, 0, askers{clients: 16, prompts: 8, own: true, tokens: 1000, gen: 100}},
+	} {
+		w.tail, w.lasts = 50, 10*time.Minute
+		cfg := engineConfig{slots: w.slots, host: w.host, untried: true}
+		direct, lanes := w.run(t, cfg, nil), w.run(t, cfg, New(Config{Lanes: w.slots}))
+		name := fmt.Sprintf("%s, %d slots, host cache %d", w.name, w.slots, w.host)
+		t.Logf("%-45s directly %v", name, direct)
+		t.Logf("%-45s lanes    %v", "", lanes)
+		switch {
+		case w.host == ample && (lanes.served*100 < direct.served*99 || lanes.p95 > direct.p95*11/10 || lanes.p99 > direct.p99*11/10 ||
+			lanes.most > direct.most+10*time.Second || lanes.perServed > 1.05*direct.perServed):
+			t.Errorf("%s: order is kept that saves nothing", name)
+		case w.host != ample && (lanes.served*2 < direct.served*3 || lanes.p99 > agedQuantum*direct.p99+longestWait || lanes.most > agedQuantum*direct.most+2*longestWait):
+			t.Errorf("%s: it is not worth waiting for", name)
+		}
+	}
+}
+
+func (w waits) String() string {
+	sec := func(d time.Duration) float64 { return d.Seconds() }
+	return fmt.Sprintf("%5d served, mean %6.2f s, p50 %6.2f p95 %6.2f p99 %6.2f longest %6.2f, %7.1f tokens each", w.served, sec(w.mean), sec(w.p50), sec(w.p95), sec(w.p99), sec(w.most), w.perServed)
+}

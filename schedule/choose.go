@@ -2,6 +2,25 @@ package schedule
 
 import "time"
 
+// Which request a free lane serves next is decided here, in this order:
+//
+//  1. The one that has waited for longest, if that is longer than Config.MaxWait and the lane has done some work since it last did that,
+//     or if patience requests for each lane went before it.
+//  2. The one that tells whether the host cache restores what a lane has lost, if a lane was left to find that out (6).
+//  3. The most urgent rank goes first: interactive, sparse (flows.go), normal, batch. Of each rank clients that have had their share wait
+//     for those that have not (fair.go).
+//  4. The one that shares the most with the lane goes on with it.
+//  5. Yet the one that has waited for longest goes, whatever it shares, when the lane has done for others so many times the work that
+//     leaving its prefix costs: quantum, or agedQuantum for one that has waited for longestWait more than if all were served as they
+//     came. Where the host cache restores what is lost, leaving costs nothing, and requests go as they came.
+//  6. While it is not known whether it does, a lane is left once, for one that has waited for a third of longestWait too long.
+//  7. A lane is held for the client that it is warm for, for no longer than it takes to evaluate again what that would find (held).
+//  8. One that would land where another one that is on its way belongs waits until that has arrived (overtakes).
+//  9. When no lane is free that shares anything, the prefix is opened for which others have waited longest and that no other lane is
+//     on; one that another lane is on is joined when its backlog repays evaluating it once more, or nothing else waits (join).
+//
+// Which models are loaded is decided before that (runners.go), and how many lanes there are besides it (slots.go).
+
 // pump grants what may be granted since something has changed on a server, there or elsewhere.
 func (q *Queue) pump(s *server, now time.Time) {
 	q.fill(s, now)
@@ -394,15 +413,10 @@ func (c *choice) join(p rank, k *class) (*item, *lane, reason) {
 			try(it, n)
 		}
 	}
-	if best == nil {
-		for _, a := range k.backlogged {
-			if a.deficit <= 0 {
-				continue
-			}
+	for i := 0; best == nil && i < len(k.backlogged); i++ {
+		if a := k.backlogged[i]; a.deficit > 0 {
 			it := a.fifo.front()
-			if try(it, it.owned()); best != nil {
-				break
-			}
+			try(it, it.owned())
 		}
 	}
 	how := byJoining
@@ -455,50 +469,15 @@ func (c *choice) worth(it *item, n *node, again, backlog int) bool {
 func (q *Queue) grant(it *item, l *lane, how reason, now time.Time) {
 	x := it.runner
 	tokens := shared(it.steps, l.holds)
-	oldest := x.oldest()
-	if oldest != it {
-		if x.eldest != oldest {
-			x.eldest, x.passed = oldest, 0
-		}
-		x.passed++
-	}
 	keeps := q.keeps(l, tokens)
+	oldest := x.oldest() == it
+	x.overtaken(it)
+	q.counts(it, l, how, keeps)
 
 	q.unwait(it, true)
 	it.lane, it.granted, it.freed, it.expected = l, now, l.used, tokens
+	it.displaced, it.hosted = max(0, l.tokens-tokens), x.displaced(it, tokens)
 	x.asked = now
-	if v := l.visit; v != nil && l.wanted && v.state == visitReturned && !l.reported && keeps && it.arrived.After(v.at) {
-		q.count.HoldsHit++
-	}
-	q.count.Grants++
-	switch how {
-	case byAge:
-		q.count.Aged++
-	case byJoining:
-		q.count.Joined++
-	case byMatch, byOpening, byTrial:
-		if keeps {
-			q.count.Continued++
-		} else {
-			q.count.Opened++
-		}
-	}
-	it.displaced = max(0, l.tokens-tokens)
-	it.hosted = x.displaced(it, tokens)
-	if !keeps {
-		l.work = 0
-	}
-	if how == byAge || oldest == it {
-		l.since = 0
-	}
-	l.before, l.holds, l.tokens, l.item, l.used = l.holds, it.steps, it.tokens, it, now
-	for p := range x.classes {
-		if t := x.classes[p].tree; rank(p) == it.rank {
-			l.marks[p] = it.node
-		} else if t != nil {
-			l.mark(rank(p), t)
-		}
-	}
 	x.busy++
 	it.beside = x.busy
 	x.running += it.work
@@ -506,17 +485,67 @@ func (q *Queue) grant(it *item, l *lane, how reason, now time.Time) {
 		x.full = now
 	}
 	it.replaced, x.replaced = x.replaced, nil
-	for _, y := range x.server.runners {
-		if y != x && y.waiting > 0 && x.server.relation(x, y) == apart {
+	for y := range x.rivals() {
+		if y.waiting > 0 {
 			y.skipped++
 		}
 	}
+
+	if !keeps {
+		l.work = 0
+	}
+	if how == byAge || oldest {
+		l.since = 0
+	}
+	l.take(it, now)
+	evaluated, generated := max(it.tokens-tokens, 1), x.rates.generated()
+	it.cost, it.takes = evaluated+int(fairWeight*generated), evaluated+int(x.rates.weight()*generated)
 	it.account.running++
-	it.cost = max(it.tokens-tokens, 1) + int(fairWeight*x.rates.generated())
-	it.takes = max(it.tokens-tokens, 1) + int(x.rates.weight()*x.rates.generated())
 	it.class.charge(it.account, it.cost)
 	l.charge(it.takes)
 	q.grants = append(q.grants, Placement{ID: it.id, Upstream: x.server.index, Lane: l.name, Expected: tokens, Waited: now.Sub(it.arrived)})
+}
+
+// overtaken counts how many go before the one that has waited for longest.
+func (x *runner) overtaken(by *item) {
+	oldest := x.oldest()
+	if oldest == by {
+		return
+	}
+	if x.eldest != oldest {
+		x.eldest, x.passed = oldest, 0
+	}
+	x.passed++
+}
+
+// counts counts a grant, of a request that is about to be granted.
+func (q *Queue) counts(it *item, l *lane, how reason, keeps bool) {
+	if v := l.visit; v != nil && l.wanted && v.state == visitReturned && !l.reported && keeps && it.arrived.After(v.at) {
+		q.count.HoldsHit++
+	}
+	q.count.Grants++
+	switch {
+	case how == byAge:
+		q.count.Aged++
+	case how == byJoining:
+		q.count.Joined++
+	case keeps:
+		q.count.Continued++
+	default:
+		q.count.Opened++
+	}
+}
+
+// take has the lane serve a request.
+func (l *lane) take(it *item, now time.Time) {
+	l.before, l.holds, l.tokens, l.item, l.used = l.holds, it.steps, it.tokens, it, now
+	for p := range it.runner.classes {
+		if t := it.runner.classes[p].tree; rank(p) == it.rank {
+			l.marks[p] = it.node
+		} else if t != nil {
+			l.mark(rank(p), t)
+		}
+	}
 }
 
 // charge counts work that the lane does, in tokens.

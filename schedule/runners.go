@@ -2,6 +2,7 @@ package schedule
 
 import (
 	"cmp"
+	"iter"
 	"maps"
 	"slices"
 	"time"
@@ -117,34 +118,37 @@ func (q *Queue) aged(it *item, now time.Time) bool {
 // server's choice of the runner to load next is that of a buffer in front of a machine that is dear to set up: the one for
 // which the waiting adds up to the most.
 func (q *Queue) admits(x *runner, now time.Time) bool {
-	s := x.server
-	for _, y := range s.runners {
-		if y == x || y.busy == 0 && (x.busy == 0 || y.waiting == 0) {
-			continue
-		}
-		switch r := s.relation(x, y); {
-		case r == apart && y.busy > 0: // it is loaded for those, or will be
+	for y := range x.rivals() {
+		if y.busy > 0 { // it is loaded for those, or will be
 			return false
-		case r == untried && (y.overtakes(x, now) || x.overtakes(y, now)):
+		}
+	}
+	for _, y := range x.server.runners {
+		if y != x && x.server.relation(x, y) == untried && (y.overtakes(x, now) || x.overtakes(y, now)) {
 			return false
 		}
 	}
 	if x.resident {
-		for _, y := range s.runners {
-			if y.waiting > 0 && !y.resident && s.relation(x, y) == apart && q.yields(x, y, now) {
+		for y := range x.rivals() {
+			if y.waiting > 0 && !y.resident && q.yields(x, y, now) {
 				return false
 			}
 		}
 		return x.untangled(now)
 	}
+	return q.load(x, now)
+}
+
+// load has a runner take the place of those that cannot be loaded beside it, unless one of these is kept.
+func (q *Queue) load(x *runner, now time.Time) bool {
 	x.replaced = nil
-	for _, y := range s.runners {
-		if y != x && y.resident && s.relation(x, y) == apart && !q.drained(y, x, now) {
+	for y := range x.rivals() {
+		if y.resident && !q.drained(y, x, now) {
 			return false
 		}
 	}
-	for _, y := range s.runners {
-		if y != x && y.resident && s.relation(x, y) == apart {
+	for y := range x.rivals() {
+		if y.resident {
 			x.replaced = append(x.replaced, y)
 			y.cool()
 			if y.waiting > 0 {
@@ -254,6 +258,17 @@ func (s *server) relation(x, y *runner) relation {
 	return s.between(x.key.Options.Model, y.key.Options.Model)
 }
 
+// rivals returns the server's other runners that cannot be loaded beside this one, for all that is known.
+func (x *runner) rivals() iter.Seq[*runner] {
+	return func(yield func(*runner) bool) {
+		for _, y := range x.server.runners {
+			if y != x && x.server.relation(x, y) == apart && !yield(y) {
+				return
+			}
+		}
+	}
+}
+
 // between returns what is known of two models. Of one model only one is loaded.
 func (s *server) between(a, b string) relation {
 	if a == b {
@@ -271,20 +286,25 @@ func (x *runner) untangled(now time.Time) bool {
 		if y == x || !y.resident || x.server.relation(x, y) != untried {
 			continue
 		}
-		var until time.Time
-		load := max(x.rates.load(), y.rates.load())
-		switch {
-		case y.turn > x.turn && y.busy > 0 && !y.answered() && (x.busy > 0 || x.asked.After(y.since)):
-			until = y.since.Add(2 * load) // the single request, and the other's first one, are under way
-		case y.turn < x.turn && x.answered() && !y.tried.After(x.since) && (y.waiting > 0 || y.busy > 0):
-			until = x.used.Add(2 * load)
-		}
-		if now.Before(until) {
+		if until := x.tangled(y); now.Before(until) {
 			x.server.later(until)
 			return false
 		}
 	}
 	return true
+}
+
+// tangled returns until when a runner is not to be used for the sake of another one, of which it is not known yet whether it was unloaded
+// for it; zero: it may be used.
+func (x *runner) tangled(y *runner) time.Time {
+	load := max(x.rates.load(), y.rates.load())
+	switch {
+	case y.turn > x.turn && y.busy > 0 && !y.answered() && (x.busy > 0 || x.asked.After(y.since)):
+		return y.since.Add(2 * load) // the single request, and the other's first one, are under way
+	case y.turn < x.turn && x.answered() && !y.tried.After(x.since) && (y.waiting > 0 || y.busy > 0):
+		return x.used.Add(2 * load)
+	}
+	return time.Time{}
 }
 
 // leastAhead is by how much a request must be granted earlier than another one to have reached Ollama earlier, too.
@@ -323,58 +343,78 @@ func (x *runner) answered() bool { return !x.tried.Before(x.since) }
 func (q *Queue) loaded(x *runner, it *item, r Result, now time.Time) {
 	for _, y := range x.server.runners {
 		if y != x && y.resident && x.server.relation(x, y) == untried && y.serves(it) {
-			x.server.relate(x.key.Options.Model, y.key.Options.Model, together)
+			x.relate(y, together)
 		}
 	}
-	if r.Loaded {
-		if it.replaced == nil && x.since.Before(it.granted) && x.served != it.key {
-			q.part(x, it.key, now)
-		}
-	} else {
-		for _, y := range it.replaced {
-			switch {
-			case y.key.Options.Model == x.key.Options.Model:
-				q.unite(x, y, now)
-			case y.answered(): // y has been used since, and x was not unloaded for it
-				x.server.relate(x.key.Options.Model, y.key.Options.Model, together)
-			}
-		}
+	if !r.Loaded {
+		q.kept(x, it, now)
+	} else if it.replaced == nil && x.since.Before(it.granted) && x.served != it.key {
+		q.part(x, it.key, now)
 	}
 	if x.since.Before(it.granted) {
-		var last *runner // that may have had this one unloaded: first of all one of which nothing is known yet
-		for _, y := range x.server.runners {
-			known := x.server.relation(x, y)
-			if y == x || !y.resident || y.turn < x.turn || !y.since.Before(it.granted) || !y.answered() || known == apart {
-				continue
-			}
-			if !r.Loaded {
-				x.server.relate(x.key.Options.Model, y.key.Options.Model, together)
-			} else if !y.serves(it) && (last == nil || cmp.Or(cmp.Compare(x.server.relation(x, last), known), cmp.Compare(y.turn, last.turn)) > 0) {
-				last = y
-			}
-		}
-		if last != nil {
-			learned := apart
-			if x.server.relation(x, last) == together {
-				learned = untried // something was mistaken
-			}
-			x.server.relate(x.key.Options.Model, last.key.Options.Model, learned)
-		}
+		x.learnEvictor(it, r.Loaded)
 	}
 	if r.Loaded {
 		x.loads(it.granted)
-		for _, l := range slices.Concat(x.lanes, x.spare) {
-			if l.item == nil && l != it.lane && l.used.Before(it.granted) {
-				l.holds, l.tokens, l.before = nil, 0, nil
-			}
-		}
+		x.empty(it)
 	}
-	for _, y := range x.server.runners {
-		if y != x && y.resident && y.busy == 0 && x.server.relation(x, y) == apart {
+	for y := range x.rivals() {
+		if y.resident && y.busy == 0 {
 			y.cool()
 			y.sought = now
 		}
 	}
+}
+
+// empty forgets what slots held before the model was loaded for a request.
+func (x *runner) empty(by *item) {
+	for _, l := range slices.Concat(x.lanes, x.spare) {
+		if l.item == nil && l != by.lane && l.used.Before(by.granted) {
+			l.holds, l.tokens, l.before = nil, 0, nil
+		}
+	}
+}
+
+// kept learns from a request that found its model loaded although others were believed to have been unloaded for it.
+func (q *Queue) kept(x *runner, it *item, now time.Time) {
+	for _, y := range it.replaced {
+		switch {
+		case y.key.Options.Model == x.key.Options.Model:
+			q.unite(x, y, now)
+		case y.answered(): // y has been used since, and x was not unloaded for it
+			x.relate(y, together)
+		}
+	}
+}
+
+// learnEvictor learns which of the runners that were loaded since x was cannot be loaded beside it: none, if a request found x loaded,
+// and else the one for which it has been unloaded.
+func (x *runner) learnEvictor(it *item, loaded bool) {
+	var last *runner // that may have had this one unloaded: first of all one of which nothing is known yet
+	for _, y := range x.server.runners {
+		known := x.server.relation(x, y)
+		if y == x || !y.resident || y.turn < x.turn || !y.since.Before(it.granted) || !y.answered() || known == apart {
+			continue
+		}
+		if !loaded {
+			x.relate(y, together)
+		} else if !y.serves(it) && (last == nil || cmp.Or(cmp.Compare(x.server.relation(x, last), known), cmp.Compare(y.turn, last.turn)) > 0) {
+			last = y
+		}
+	}
+	if last == nil {
+		return
+	}
+	learned := apart
+	if x.server.relation(x, last) == together {
+		learned = untried // something was mistaken
+	}
+	x.relate(last, learned)
+}
+
+// relate notes whether two runners can be loaded at the same time.
+func (x *runner) relate(y *runner, r relation) {
+	x.server.relate(x.key.Options.Model, y.key.Options.Model, r)
 }
 
 // unite takes y for x from now on: its options were asked for, and the server did not load the model anew for them. A request

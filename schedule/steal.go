@@ -74,19 +74,24 @@ func (q *Queue) idler(t *server, y *runner, now time.Time) *runner {
 	key := Runner{t.index, y.key.Options}
 	x := t.byKey[key]
 	if x == nil || !x.resident {
-		if t.waiting > 0 || slices.ContainsFunc(t.runners, func(z *runner) bool { return z.busy > 0 && t.excludes(z, key.Options) }) {
-			return nil
-		}
-		x = q.runner(t, key, now)
-		for _, z := range t.runners {
-			if z != x && z.resident && t.excludes(z, key.Options) && !q.drained(z, x, now) {
-				return nil
-			}
-		}
-		return x
+		return q.loadable(t, key, now)
 	}
 	if t.lanes == Unlimited && x.busy > 0 || x.busy >= x.want && t.lanes != Unlimited || !q.admits(x, now) {
 		return nil
+	}
+	return x
+}
+
+// loadable returns a runner that may be loaded on a server where nothing waits and nothing runs in its place; nil: it may not.
+func (q *Queue) loadable(t *server, key Runner, now time.Time) *runner {
+	if t.waiting > 0 || slices.ContainsFunc(t.runners, func(z *runner) bool { return z.busy > 0 && t.excludes(z, key.Options) }) {
+		return nil
+	}
+	x := q.runner(t, key, now)
+	for _, z := range t.runners {
+		if z != x && z.resident && t.excludes(z, key.Options) && !q.drained(z, x, now) {
+			return nil
+		}
 	}
 	return x
 }
@@ -150,17 +155,7 @@ func (t *theft) best(p rank, k *class) (best loot) {
 		if t.blocked(it, land, tokens) {
 			return
 		}
-		lost := int(t.q.displaced(t.x, land, tokens, t.now) / t.per)
-		held := t.from.held(it.steps)
-		there := max(upTo(it.steps, held), t.from.restorable(it.steps, held))
-		here := max(tokens, t.x.restorable(it.steps, 0))
-		l := loot{it: it, lane: land, again: max(0, there-here) + t.loading + lost}
-		if n := it.owned(); n.parent != nil { // those lanes go on with it
-			l.owned, l.share = n, t.from.backlog(n)
-		} else {
-			l.share = max(0, t.queued(p)-it.work) / 2
-		}
-		if best.it == nil || l.again < best.again-slack || l.again <= best.again+slack && l.share > best.share {
+		if l := t.loot(p, it, land, tokens); best.it == nil || l.better(best) {
 			best = l
 		}
 	}
@@ -181,6 +176,26 @@ func (t *theft) best(p rank, k *class) (best loot) {
 		try(n.ends.takeable(t, &tries))
 	}
 	return best
+}
+
+// better reports whether less has to be evaluated again for it than for another one, or it spares the other server more.
+func (l loot) better(than loot) bool {
+	return l.again < than.again-slack || l.again <= than.again+slack && l.share > than.share
+}
+
+// loot returns what it costs and saves to take a request over into a lane that has so many tokens of it.
+func (t *theft) loot(p rank, it *item, land *lane, tokens int) loot {
+	lost := int(t.q.displaced(t.x, land, tokens, t.now) / t.per)
+	held := t.from.held(it.steps)
+	there := max(upTo(it.steps, held), t.from.restorable(it.steps, held))
+	here := max(tokens, t.x.restorable(it.steps, 0))
+	l := loot{it: it, lane: land, again: max(0, there-here) + t.loading + lost}
+	if n := it.owned(); n.parent != nil { // those lanes go on with it
+		l.owned, l.share = n, t.from.backlog(n)
+	} else {
+		l.share = max(0, t.queued(p)-it.work) / 2
+	}
+	return l
 }
 
 // landing returns the lane in which a request will land, and how much it has in common with that. Where lanes are unlimited, nothing

@@ -1,6 +1,9 @@
 package schedule
 
-import "time"
+import (
+	"math"
+	"time"
+)
 
 // Which request a free lane serves next is decided here, in this order:
 //
@@ -454,15 +457,34 @@ func (c *choice) worth(it *item, n *node, again, backlog int) bool {
 	if again <= slack || backlog >= again {
 		return true
 	}
+	takes := c.x.rates.evaluate(again)
 	if !it.roams() {
-		n = nil // with one server, a lane that has nothing else to do loses nothing by joining
+		// With one server, a lane that has nothing else to do loses nothing by joining, unless one of those others is done before that.
+		if c.generating(it, n) > takes {
+			return true
+		}
+		n = nil
 	}
-	at := c.x.joinable(it, n, c.x.idle, time.Duration(again)*c.x.rates.perToken())
+	at := c.x.joinable(it, n, c.x.idle, takes)
 	if c.now.Before(at) {
 		c.x.server.later(at)
 		return false
 	}
 	return true
+}
+
+// generating returns for how long the first of the lanes that are busy with a node to fall free is expected to generate until then: the
+// engine evaluates one prompt after the other, but beside what is generated.
+func (c *choice) generating(it *item, n *node) time.Duration {
+	first := time.Duration(math.MaxInt64)
+	for _, l := range c.x.lanes {
+		if l.item == nil || shared(it.steps, l.holds) < n.depth() {
+			continue
+		}
+		evaluated := l.item.granted.Add(c.x.rates.evaluate(l.item.tokens - l.item.expected))
+		first = min(first, l.item.granted.Add(time.Duration(c.x.rates.service.v)).Sub(latest(evaluated, c.now)))
+	}
+	return first
 }
 
 // grant lets a request go, to the lane in which it will land.

@@ -113,11 +113,11 @@ func (q *Queue) rank(it *item, now time.Time) {
 // sparse reports whether a request that comes is one of a sparse flow.
 func (q *Queue) sparse(it *item, now time.Time) bool {
 	program, prompt := q.busiest[0], q.busiest[1]
-	if program != nil && it.program.active == 0 && it.program.attained(now) < sparsePart*q.demand(program, now) {
+	if program != nil && it.program.active == 0 && it.program.attained(now)+q.typical() < sparsePart*q.demand(program, now) {
 		return true
 	}
 	// A program that has many prompts is no crowd: here it counts what they have had, not what waits.
-	it.detour = prompt != nil && it.flow.active == 0 && it.program.flows <= fewFlows && it.flow.attained(now) < sparsePart*prompt.attained(now)
+	it.detour = prompt != nil && it.flow.active == 0 && it.program.flows <= fewFlows && it.flow.attained(now)+q.typical() < sparsePart*prompt.attained(now)
 	return it.detour
 }
 

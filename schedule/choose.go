@@ -228,7 +228,7 @@ func (c *choice) turned(l *lane, front *item, kept int) (reason, bool) {
 	switch {
 	case l.work >= quantum*lost:
 		return byMatch, true
-	case late >= longestWait && l.since >= agedQuantum*lost:
+	case late >= c.q.longest && l.since >= agedQuantum*lost:
 		return byAge, true
 	case late >= longestWait/3 && lost >= hostWorth && !x.server.longest && x.rates.host.n == 0 && x.probing == nil && l.visit != nil:
 		return byTrial, true

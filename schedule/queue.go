@@ -173,6 +173,7 @@ const (
 // Queue is the policy. Make it with New. It is not safe for concurrent use. Time must not go back from call to call.
 type Queue struct {
 	cfg     Config
+	longest time.Duration    // longestWait; others for measuring what they cost
 	items   map[uint64]*item // waiting or being served
 	waiting [ranks]int
 	roaming int       // of those that wait: how many several servers may serve
@@ -360,7 +361,7 @@ func New(cfg Config) *Queue {
 	if err != nil {
 		panic(err) // the size is positive
 	}
-	return &Queue{cfg: cfg, items: map[uint64]*item{}, clients: clients, habits: firstHabits(), flows: flows}
+	return &Queue{cfg: cfg, longest: longestWait, items: map[uint64]*item{}, clients: clients, habits: firstHabits(), flows: flows}
 }
 
 // epoch is what arrivals are counted from, so that they can be summed.

@@ -103,6 +103,37 @@ func TestWaits(t *testing.T) {
 	}
 }
 
+// TestWaitCurve measures what it costs to leave a prefix earlier for those who wait: longestWait is where it begins to cost little.
+func TestWaitCurve(t *testing.T) {
+	for _, w := range []struct {
+		name  string
+		slots int
+		askers
+	}{
+		{"8 scripts, prompts of 1,000", 1, askers{clients: 8, prompts: 8, own: true, tokens: 1000, gen: 20}},
+		{"8 scripts, prompts of 8,000", 1, askers{clients: 8, prompts: 8, own: true, tokens: 8000, gen: 100}},
+		{"6 on 3 prompts of 1,000", 1, askers{clients: 6, prompts: 3, own: true, tokens: 1000, gen: 100}},
+		{"16 on 8 prompts of 1,000", 4, askers{clients: 16, prompts: 8, own: true, tokens: 1000, gen: 100}},
+	} {
+		w.tail, w.lasts = 50, 20*time.Minute
+		cfg := engineConfig{slots: w.slots}
+		direct := w.run(t, cfg, nil)
+		t.Logf("%s, %d slots, directly: %v", w.name, w.slots, direct)
+		var list []waits
+		for _, longest := range []time.Duration{0, 5 * time.Second, longestWait, 30 * time.Second, time.Hour} {
+			q := New(Config{Lanes: w.slots})
+			q.longest = longest
+			l := w.run(t, cfg, q)
+			t.Logf("  %-6v %.2f times as many served, p99 %.1f s, longest %.1f s, %.1f tokens each", longest, float64(l.served)/float64(direct.served), l.p99.Seconds(), l.most.Seconds(), l.perServed)
+			list = append(list, l)
+		}
+		first, chosen, last := list[0], list[2], list[4]
+		if chosen.served*4 < last.served*3 || chosen.most > last.most || first.most > agedQuantum*direct.most {
+			t.Errorf("%s: %v where nobody is left for others, %v as chosen, %v where all are", w.name, last, chosen, first)
+		}
+	}
+}
+
 func (w waits) String() string {
 	sec := func(d time.Duration) float64 { return d.Seconds() }
 	return fmt.Sprintf("%5d served, mean %6.2f s, p50 %6.2f p95 %6.2f p99 %6.2f longest %6.2f, %7.1f tokens each", w.served, sec(w.mean), sec(w.p50), sec(w.p95), sec(w.p99), sec(w.most), w.perServed)

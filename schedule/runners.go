@@ -342,6 +342,9 @@ func (q *Queue) loaded(x *runner, it *item, r Result, now time.Time) {
 	}
 	if r.Loaded {
 		x.loads(it.granted)
+		if x.learner.since.Before(it.granted) {
+			x.learner.anew() // the server may have been started anew with other settings
+		}
 		for _, l := range slices.Concat(x.lanes, x.spare) {
 			if l.item == nil && l != it.lane && l.used.Before(it.granted) {
 				l.holds, l.tokens, l.before = nil, 0, nil

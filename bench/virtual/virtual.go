@@ -1,5 +1,5 @@
-// Package virtual is what the benchmarks in virtual time have in common: servers in memory, and a proxy with serve's defaults before them, all in one
-// testing/synctest bubble.
+// Package virtual is what the benchmarks in virtual time have in common: servers in memory, and a
+// proxy with serve's defaults before them, all in one testing/synctest bubble.
 package virtual
 
 import (
@@ -26,7 +26,9 @@ import (
 const HeaderFrom = "X-From"
 
 // Proxy runs a proxy with serve's defaults, but for the lanes, until the test ends.
-func Proxy(t *testing.T, ups []*upstream.Server, transport http.RoundTripper, lanes schedule.Config) http.Handler {
+func Proxy(
+	t *testing.T, ups []*upstream.Server, transport http.RoundTripper, lanes schedule.Config,
+) http.Handler {
 	lanes.Limit = 10_000
 	ctx, cancel := context.WithCancel(t.Context())
 	store := contextstore.NewMemory(contextstore.Limits{Entries: 1_000_000, Bytes: 256 << 20})

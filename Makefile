@@ -64,6 +64,10 @@ bench-lanes: ## what scheduling saves: tokens evaluated, loads and time, directl
 	$(GO) run ./bench/lanes
 	$(GO) run ./bench/lanes -era 0.24.0
 
+.PHONY: bench-coldstart
+bench-coldstart: ## what it costs to find out how many slots there are, on simulated servers, in virtual time (a minute)
+	$(GO) test -count 1 -run TestTable -v ./bench/coldstart -args -all | grep -E '^ *\||^(FAIL|ok)'
+
 .PHONY: bench-candidates
 bench-candidates: ## 170,000 candidates and one rubric on simulated servers, in virtual time (minutes for each of the ways to run it)
 	$(GO) test -c -o bin/candidates.test ./bench/candidates

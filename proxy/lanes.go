@@ -137,6 +137,7 @@ func (h *Handler) waited(ex *exchange) {
 func (h *Handler) lane(r *http.Request, ex *exchange, list []*backend) error {
 	priority := priorityOf(r)
 	lanes, request := h.Lanes, schedule.Request{Client: clientOf(r, ex.client), Priority: priority, Arrived: ex.start}
+	request.Streams = ex.asksForStream()
 	for _, b := range list {
 		request.Upstreams = append(request.Upstreams, b.index)
 	}
@@ -268,6 +269,22 @@ const (
 // seed is of the hashes that tell flows apart.
 var seed = maphash.MakeSeed()
 
+// asksForStream reports whether the answer is to come piece by piece: Ollama's own endpoints do
+// that unless told otherwise.
+func (ex *exchange) asksForStream() bool {
+	if ex.fields.stream == 0 {
+		return ex.dialect == savings.Native
+	}
+	return ex.fields.stream == 't'
+}
+
+// begins says that the answer has begun to come: of a stream that tells that it has a slot.
+func (ex *exchange) begins() {
+	if ex.Status < 300 && ex.asksForStream() {
+		ex.grant.Began()
+	}
+}
+
 // programOf tells the programs of one client apart without their help: a person's chat and a script come from one address, but
 // not from one program, or not in one form.
 func programOf(r *http.Request, ex *exchange) uint64 {
@@ -291,9 +308,6 @@ func (ex *exchange) free(a savings.Answer) {
 		return
 	}
 	res := schedule.Result{Sent: ex.began && ex.Outcome != Unreachable, Answered: ex.Status >= 200 && ex.Status < 300 && ex.BytesOut > 0, Total: a.Total, Generated: a.Generated, Timed: a.TotalTime > 0}
-	if ex.streams && ex.FirstByte > ex.sent {
-		res.FirstByte = ex.FirstByte - ex.sent
-	}
 	if res.Timed {
 		res.Prompt, res.Eval, res.Load = a.PromptEval, a.Eval, a.Load
 	}

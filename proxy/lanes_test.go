@@ -307,3 +307,49 @@ func TestNoWaitWhileDown(t *testing.T) {
 		}
 	}
 }
+
+// TestStreamsTellSlots: of streams in every dialect it is known how many run beside each other as soon
+// as they have begun; answers that come whole tell it when they end.
+func TestStreamsTellSlots(t *testing.T) {
+	const head = "HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n" +
+		"Transfer-Encoding: chunked\r\n\r\n"
+	for _, w := range []struct {
+		path, fields string
+		lanes        int // once two have begun
+	}{
+		{"/api/chat", ``, 2},
+		{"/api/chat", `"stream":false,`, 1},
+		{"/v1/chat/completions", `"stream":true,`, 2},
+		{"/v1/chat/completions", ``, 1},
+		{"/v1/messages", `"stream":true,`, 2},
+		{"/v1/messages", ``, 1},
+	} {
+		t.Run(w.path+" "+w.fields, func(t *testing.T) {
+			rg, f := laneRig(t, schedule.Config{})
+			var clients, ups []*fakeConn
+			for i := range 2 {
+				c := rg.dial()
+				message := fmt.Sprintf(`{%s"model":"m","messages":[{"role":"user","content":"%d"}]}`, w.fields, i)
+				c.send(rawPost(w.path, message))
+				up := f.accept()
+				up.receive()
+				up.send(head)
+				up.chunk("x")
+				if c.mustHead(); c.mustChunk() != "x" {
+					t.Error("another chunk came")
+				}
+				clients, ups = append(clients, c), append(ups, up)
+			}
+			if got := rg.h.Lanes.Stats().Runners[0].Lanes; got != w.lanes {
+				t.Errorf("%d lanes, want %d", got, w.lanes)
+			}
+			for i := range clients {
+				ups[i].send("0\r\n\r\n")
+				if chunk, err := clients[i].nextChunk(); chunk != "" || err != nil {
+					t.Errorf("%q %v", chunk, err)
+				}
+				rg.ended()
+			}
+		})
+	}
+}

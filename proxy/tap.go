@@ -20,6 +20,7 @@ func (t *tap) Read(p []byte) (int, error) {
 	if n > 0 {
 		if t.ex.BytesOut == 0 {
 			t.ex.FirstByte = time.Since(t.ex.start)
+			t.ex.begins()
 		}
 		if !t.ex.gateway {
 			t.ex.up.Alive() // however slowly it answers polls meanwhile

@@ -195,6 +195,9 @@ func (m *model) event() {
 		}
 	case 15:
 		m.now = m.now.Add(time.Millisecond)
+		if id, ok := pick(m.running, m.byte()); ok {
+			m.q.Began(id, m.now)
+		}
 	}
 	m.drain()
 }
@@ -218,6 +221,7 @@ func (m *model) add() {
 		Runner:   Runner{Upstream: uint16(b & 1), Options: options([]string{"a", "b"}[b>>1&1], 2048*(b>>2&1))},
 		Client:   fmt.Sprint(b >> 3 & 3),
 		Priority: Priority(b>>5&3) - 1, // one of four is none that is known
+		Streams:  c&2 == 0,
 	}
 	if c&1 == 1 {
 		r.Program, r.Flow = uint64(c>>1&3), uint64(c>>3&3)
@@ -343,11 +347,17 @@ func (m *model) checkRunner(x *runner) {
 			m.t.Fatalf("a lane is idle, %d wait, and nobody looks again", x.waiting)
 		}
 	}
-	waiting, roaming, running := 0, 0, 0
+	waiting, roaming, running, tries := 0, 0, 0, 0
 	for _, l := range x.lanes {
 		if l.item != nil {
 			running += l.item.work
+			if l.item.tries && !l.item.told {
+				tries++
+			}
 		}
+	}
+	if tries != x.tries {
+		m.t.Fatalf("%d are tried, counted %d", tries, x.tries)
 	}
 	for _, it := range x.waiters() {
 		if !it.roams() {

@@ -79,6 +79,7 @@ type Request struct {
 	Program   uint64        // which of its programs, as far as that can be told; 0: not at all, and flows make no difference
 	Flow      uint64        // what the program works on, such as a conversation
 	Priority  Priority
+	Streams   bool      // its answer comes piece by piece, so that Began is told
 	Arrived   time.Time // zero: now. One whose server did not answer keeps its place by it
 	// SlotFree: it needs no slot of a model (it unloads one, or a remote model answers it). Scheduler grants it at once; Queue
 	// is not to be given it.
@@ -109,8 +110,6 @@ type Result struct {
 	Reused      int // of these, where ReusedKnown
 	ReusedKnown bool
 	Generated   int // tokens of the answer
-
-	FirstByte time.Duration // from the grant to the first byte of the answer's body; 0: not known
 
 	// What the answer tells of time. /v1 tells nothing.
 	Prompt, Eval time.Duration
@@ -291,7 +290,12 @@ type item struct {
 
 	overtaken time.Time // when the first of those ended that were served when it was granted, or later
 	beside    int       // how many were served when it was granted, with it
-	tries     bool      // it was granted although all lanes were busy
+	tries     bool      // it was granted with all lanes busy, and is not known to have a slot …
+	told      bool      // … and nothing more is waited for to hear that
+	late      bool      // its answer began so late that it must have waited for a slot
+	streams   bool      // its answer is a stream
+	begun     time.Time // when that began
+	from      time.Time // when nothing else was to be evaluated before it any more, as far as is known
 	replaced  []*runner // those that are believed to have been unloaded for it
 	hosted    int       // tokens that the host cache may have restored; 0: nothing to learn
 }
@@ -382,6 +386,7 @@ func (q *Queue) Add(r Request, now time.Time) bool {
 		r.Arrived = now
 	}
 	it := &item{id: r.ID, key: r.Runner, rank: r.Priority.rank(), arrived: r.Arrived}
+	it.streams = r.Streams
 	it.steps, it.tokens = stepsOf(r.Links, r.Tokens)
 	q.enter(it, &r, now)
 	switch len(r.Upstreams) {
@@ -612,7 +617,7 @@ func (q *Queue) Done(id uint64, r Result, now time.Time) {
 	}
 	x.busy--
 	x.running -= it.work
-	if it.tries {
+	if it.tries && !it.told {
 		x.tries--
 	}
 	l.item, l.used, l.class, l.wanted, l.reported, l.visit = nil, now, it.rank, false, false, nil
@@ -657,9 +662,7 @@ func (q *Queue) Done(id uint64, r Result, now time.Time) {
 	}
 	l.wanted = x.server.waiting > 0 || q.roaming > 0
 	if x.server.lanes == 0 {
-		if n := x.learn(it, r, now); n != x.want || x.learner.ceiling {
-			x.want, x.server.found = n, n
-		}
+		x.found(x.learn(it, r, now))
 	}
 	for _, other := range x.lanes {
 		if other.item != nil && other.item.overtaken.IsZero() {
@@ -737,8 +740,8 @@ func (q *Queue) SetLanes(upstream uint16, n int, now time.Time) {
 func (q *Queue) SetLongestMatch(upstream uint16, on bool) { q.server(upstream).longest = on }
 
 // Cool says that the model on the server is not loaded any more, so that nothing is warm there. An empty one means all.
-// That it cannot be loaded beside others is forgotten: what was taken for that may have been such an end. A server of which all
-// is gone was started anew, maybe with other settings: whether there are more slots is tried again soon.
+// That it cannot be loaded beside others is forgotten: what was taken for that may have been such an
+// end. So is that there are no more slots: the server may have been started anew with other settings.
 func (q *Queue) Cool(upstream uint16, model string, now time.Time) {
 	s := q.server(upstream)
 	maps.DeleteFunc(s.relations, func(p [2]string, r relation) bool {
@@ -747,8 +750,6 @@ func (q *Queue) Cool(upstream uint16, model string, now time.Time) {
 	for _, x := range s.runners {
 		if model == "" || x.key.Options.Model == model {
 			x.cool()
-		}
-		if model == "" {
 			x.learner.anew()
 		}
 	}

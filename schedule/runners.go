@@ -356,6 +356,9 @@ func (q *Queue) loaded(x *runner, it *item, r Result, now time.Time) {
 	}
 	if r.Loaded {
 		x.loads(it.granted)
+		if x.learner.since.Before(it.granted) {
+			x.learner.anew() // the server may have been started anew with other settings
+		}
 		x.empty(it)
 	}
 	for y := range x.rivals() {

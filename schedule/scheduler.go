@@ -116,6 +116,18 @@ func (s *Scheduler) leave(id uint64) bool {
 	return true
 }
 
+// Began says that the answer has begun to come, as a stream. After Release it says nothing.
+func (g *Grant) Began() {
+	if g == nil || g.scheduler == nil {
+		return
+	}
+	s := g.scheduler
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.queue.Began(g.ID, time.Now())
+	s.handOver()
+}
+
 // Release says that the request has ended, and how. Only the first call counts: the queue knows the request no more.
 func (g *Grant) Release(r Result) {
 	if g == nil || g.scheduler == nil {

@@ -20,7 +20,8 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 func request(model string, segs ...seg) Request {
 	j := &job{model: model, segs: segs}
-	return Request{Runner: Runner{Options: options(model, 0)}, Links: j.links(), Client: "c"}
+	runner := Runner{Options: options(model, 0)}
+	return Request{Runner: runner, Links: j.links(), Client: "c", Streams: true}
 }
 
 var served = Result{Sent: true, Answered: true, Total: 1000, Generated: 10}

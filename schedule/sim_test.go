@@ -98,7 +98,7 @@ type engineConfig struct {
 	load     time.Duration
 	exclude  bool          // models cannot be loaded together
 	silent   bool          // it tells nothing of times, as on /v1
-	mute     bool          // … nor when its answer begins, as there without streaming
+	mute     bool          // its answers come whole: nothing tells when they begin
 	servers  int           // 0: one
 	jitter   time.Duration // until a request that was sent arrives, at most: they overtake each other …
 	seed     uint64        // … by chance
@@ -297,6 +297,7 @@ func (s *sim) submit(j *job) {
 
 func (s *sim) add(j *job) {
 	r := Request{ID: j.id, Runner: s.runner(j), Links: j.links(), Tokens: total(j.segs), Client: j.client, Program: j.program, Flow: j.flow, Priority: j.priority, Arrived: j.came}
+	r.Streams = !s.cfg.mute
 	if r.Program == noFlows {
 		r.Program = 0
 	} else if r.Program == 0 { // as the proxy does: by how the prompt begins
@@ -461,14 +462,18 @@ func (s *sim) place(e *engine) {
 			Sent: true, Answered: true, Total: all, Reused: all - evaluated, ReusedKnown: true, Generated: j.gen, Timed: true,
 			Prompt: e.computes.Sub(s.now), Eval: decode, Queue: max(0, s.now.Sub(j.sent)-load), Load: load, Loaded: loaded, LoadKnown: true,
 		}
-		r.FirstByte = e.computes.Sub(j.sent)
-		if s.cfg.mute {
-			r.FirstByte = 0
-		}
-		if s.cfg.silent || s.cfg.mute {
+		if s.cfg.silent {
 			r.Timed, r.Prompt, r.Eval, r.Queue, r.Load, r.Loaded, r.LoadKnown = false, 0, 0, 0, 0, false, false
 		}
 		lives := e.box.lives
+		if s.q != nil && !s.cfg.mute {
+			s.after(e.computes.Sub(s.now), func() {
+				if e.box.lives == lives {
+					s.q.Began(j.id, s.now)
+					s.pumped()
+				}
+			})
+		}
 		s.after(end.Sub(s.now), func() {
 			if e.box.lives != lives {
 				return // killed meanwhile

@@ -5,20 +5,39 @@ import (
 	"time"
 )
 
-// How many slots a runner has is found out by granting one request more than there are lanes, now and then, and looking at
-// whether it waited inside Ollama: if the time that it spent there on nothing (Result.Queue) is about as long as it took until
-// one of the others ended, it waited for that one's slot. If it did not wait, there is a lane more from then on, and the next
-// one is tried. If it did, that is all there are, and one more is tried only after a pause that doubles each time, up to a minute. Until then
-// it has cost at most one prefix: it is taken to have landed where the first one ended, and no other is tried meanwhile. Lanes are
-// given up when requests wait, or do not find what their slots should hold.
+// How many slots a runner has is found out by granting one request more than there are lanes, and
+// seeing whether it waits inside Ollama.
+//
+// 1. When a stream begins it has a slot. If then more have one than there are lanes, that is how
+// many lanes there are, and more are tried at once: up to half as many as there are.
+//
+// 2. If a stream that was tried has not begun after twice the time that its evaluation should take,
+// with nothing else to be evaluated before it, there is no slot for it.
+//
+// 3. Of an answer that comes whole its end tells: the time that it spent on nothing (Result.Queue),
+// or under /v1 that it must have been generated faster than any other had it begun when another one
+// ended. Nothing is heard before, so some are tried at once at first, and then as many as there are
+// lanes. The same is asked of a stream that began only after another one had ended.
+//
+// 4. If there is no other slot, one more is tried only after a pause that doubles each time, up to
+// a minute, or when the model or the server has been loaded anew.
+//
+// 5. Lanes are given up when requests wait, or do not find what their slots should hold.
+//
+// What was tried in vain has cost at most one prefix: it is taken to have landed where the first
+// one ended.
 
 // learner is what is known of the number of slots of a runner.
 type learner struct {
-	idle    mean      // ns that Ollama takes for other things than waiting, as requests that were alone tell
-	fastest float64   // tokens for each ns that a request generated that was alone, at most; of late
-	doubt   int       // what tells that requests wait with this many lanes, less what tells that they do not
+	idle    mean      // ns that Ollama takes beside waiting, as requests that were alone tell
+	fastest float64   // work for each ns that a request was served, at most; of late
+	hasty   bool      // … in which there may be a load
+	pace    float64   // ns until the first byte for each token to be evaluated, at most; of late
+	rough   bool      // … in which there may be a load
+	began   time.Time // when the last stream began
+	ready   time.Time // when an answer first began or ended since the model was loaded
+	doubt   int       // what tells that requests wait with these lanes, less what tells that they do not
 	tried   int       // … with one more
-	fits    int       // requests in a row that were tried and did not wait
 	ceiling bool      // one more lane was one too many
 	seen    int       // requests since then
 	pause   int       // how many of them until one more is tried …
@@ -26,24 +45,30 @@ type learner struct {
 }
 
 const (
-	// leastLead is how long what runs has run when one more is tried, so that they do not reach Ollama the other way about.
+	// leastLead is how long what runs has run when one more is tried, so that they do not reach
+	// Ollama the other way about.
 	leastLead = 5 * time.Millisecond
-	// leastGap is what it takes until one of the others ends at least, for the time that a request waited to tell anything:
-	// less is not told from noise.
+	// leastGap is what it takes until one of the others ends at least, for the time that a request
+	// waited to tell anything: less is not told from noise.
 	leastGap = 8 * time.Millisecond
-	// leastStuck is how long nothing was granted before one more is tried although another one that was tried is under way.
+	// leastStuck is how long nothing was granted before one more is tried although another one that
+	// was tried is under way.
 	leastStuck = time.Second
 	firstPause = 16 // requests
 	lastPause  = 4096
-	// longestPause bounds pauses in time: what was mistaken for slots that are not there may have been somebody else's requests in
-	// them, who has gone.
+	// longestPause bounds pauses in time: what was mistaken for slots that are not there may have
+	// been somebody else's requests in them, who has gone.
 	longestPause = time.Minute
-	// patient is for how many pauses one more is tried only where that costs nothing if it waits, and patientTime for how many of
-	// the longest ones.
+	// patient is for how many pauses one more is tried only where that costs nothing if it waits,
+	// and patientTime for how many of the longest ones.
 	patient     = 16
 	patientTime = 5
-	// sureLanes is up to how many lanes one that did not wait is enough.
-	sureLanes = 4
+	// blind is how many are tried at once of which nothing is heard before they end, as long as
+	// none has ended.
+	blind = 3
+	// late is after how many times as long as it should take to evaluate a prompt its answer is
+	// late.
+	late = 2
 	// leastAnswer is how many tokens are generated at least for their pace to tell anything.
 	leastAnswer = 8
 	// leastWeight is as how many tokens of a prompt it takes to generate one, at least.
@@ -54,16 +79,21 @@ const (
 type verdict int
 
 const (
-	unknown verdict = -1
 	no      verdict = 0
-	maybe   verdict = 1
-	yes     verdict = 4
+	unknown verdict = 1 // to try again and again, and learn nothing, costs more than to be mistaken
+	maybe   verdict = 4
+	likely  verdict = 8
+	yes     verdict = 16
 )
 
-// try grants a request although all lanes are busy, if it is time for that.
+// try grants requests although all lanes are busy, if it is time for that.
 func (q *Queue) try(x *runner, now time.Time) {
 	a := &x.learner
-	for x.server.lanes == 0 && x.waiting > 0 && x.busy >= x.want && x.busy < maxLearned && !(a.ceiling && (a.pauses(1, 1, now) || x.tries > 0)) {
+	for x.server.lanes == 0 && x.waiting > 0 && x.busy >= x.want && x.busy < maxLearned {
+		x.overdue(now)
+		if a.ceiling && (a.pauses(1, 1, now) || x.tries > 0) {
+			return
+		}
 		if at := x.triedAt(); now.Before(at) {
 			x.server.later(at)
 			return
@@ -83,20 +113,169 @@ func (q *Queue) try(x *runner, now time.Time) {
 
 // triedAt returns from when on one more may be tried.
 func (x *runner) triedAt() time.Time {
-	if x.tries == 0 {
-		return x.full.Add(max(leastLead, min(x.rates.transit(), time.Duration(x.rates.service.v)/time.Duration(2*x.want))))
+	if x.tries < x.mostTries() {
+		each := time.Duration(x.rates.service.v) / time.Duration(2*x.want)
+		return x.full.Add(max(leastLead, min(x.rates.transit(), each)))
 	}
-	stuck := max(leastStuck, 2*time.Duration(x.rates.service.v)) // a stream of minutes would otherwise hold up everybody
+	// A stream of minutes would otherwise hold up everybody.
+	stuck := max(leastStuck, 2*time.Duration(x.rates.service.v))
 	if x.loading() {
 		stuck += agedQuantum * x.rates.load()
 	}
 	return x.full.Add(stuck)
 }
 
+// mostTries returns how many are tried at once: few, if they are heard of before they end, and else
+// some.
+func (x *runner) mostTries() int {
+	for _, l := range x.lanes {
+		if l.item != nil && l.item.tries && !l.item.told && l.item.streams {
+			return max(1, x.want/2)
+		}
+	}
+	if x.server.found == 0 && (x.silent() || x.used.Before(x.learner.ready)) {
+		return blind
+	}
+	return x.want
+}
+
+// overdue notes that there is no other slot if a request that was tried should have begun to be
+// answered by now.
+func (x *runner) overdue(now time.Time) {
+	a := &x.learner
+	for _, l := range x.lanes {
+		it := l.item
+		if it == nil || !it.tries || it.told || !it.streams || a.pace == 0 || it.from.Before(a.began) {
+			continue
+		}
+		if at := it.from.Add(x.due(it)); now.Before(at) {
+			x.server.later(at)
+			continue
+		}
+		x.told(it)
+		a.stop(now)
+	}
+}
+
+// told notes that nothing more is waited for to hear whether there is a slot for a request that was
+// tried.
+func (x *runner) told(it *item) {
+	if it.tries && !it.told {
+		it.told = true
+		x.tries--
+	}
+}
+
+// due returns how long it takes until the first byte of an answer comes, at most, once its request
+// has a slot.
+func (x *runner) due(it *item) time.Duration {
+	return leastGap + time.Duration(late*x.learner.pace*float64(max(it.tokens-it.expected, slack)))
+}
+
+// Began says that the answer to a granted request has begun to come, as a stream.
+func (q *Queue) Began(id uint64, now time.Time) {
+	it := q.items[id]
+	if it == nil || it.waits || !it.begun.IsZero() {
+		return
+	}
+	x := it.runner
+	it.begun, it.streams = now, true
+	if x.server.lanes == 0 {
+		x.found(x.begin(it, now))
+		q.pump(x.server, now)
+	}
+}
+
+// found notes how many lanes there are to be.
+func (x *runner) found(lanes int) {
+	if lanes != x.want || x.learner.ceiling {
+		x.want, x.server.found = lanes, lanes
+		for _, l := range x.lanes {
+			if it := l.item; it != nil && it.tries && it.beside <= lanes {
+				x.told(it)
+				it.tries = false
+			}
+		}
+	}
+	x.resize()
+}
+
+// begin takes in that a request has a slot, and returns how many lanes there should be.
+func (x *runner) begin(it *item, now time.Time) int {
+	a := &x.learner
+	it.late = a.paces(x, it, now)
+	a.heard(x, now)
+	seated := 0
+	for _, l := range x.lanes {
+		o := l.item
+		switch {
+		case o == nil:
+		case x.seated(o, it):
+			seated++
+		case o.streams:
+			o.from = now // one after the other is evaluated
+		}
+	}
+	switch {
+	case seated > x.want:
+		for _, l := range x.lanes {
+			if o := l.item; o != nil && o.tries && x.seated(o, it) {
+				x.told(o)
+				o.tries = false
+			}
+		}
+		a.anew()
+		return seated
+	case !it.late: // for what was tried its end tells
+	case it.tries:
+		x.told(it)
+		if it.beside == x.want+1 && !a.ceiling {
+			a.stop(now)
+		}
+	case !it.tries && it.beside == x.want && x.want > 1:
+		if a.doubt += int(yes); a.doubt >= int(yes)*min(x.want, 3) {
+			a.stop(now)
+			return x.want - 1
+		}
+	}
+	return x.want
+}
+
+// paces takes in how long it took until the answer to a request began, and reports whether that was
+// so long that the request must have waited for the slot of another one.
+func (a *learner) paces(x *runner, it *item, now time.Time) bool {
+	from := it.from
+	if x.used.After(from) {
+		from = x.used // it may have waited until then
+	}
+	first := !a.began.After(x.since)
+	pace := float64(now.Sub(from)) / float64(max(it.tokens-it.expected, slack))
+	if first && a.pace == 0 {
+		a.pace, a.rough = pace, true // with the time that a load took, maybe
+	} else if !first {
+		if a.rough {
+			a.pace, a.rough = 0, false
+		}
+		a.pace = max(0.9*a.pace, pace)
+	}
+	a.began = now
+	return !it.overtaken.IsZero() && it.overtaken.Sub(it.from) > x.due(it)
+}
+
+// seated reports whether a request that is being served has a slot, now that another one has.
+func (x *runner) seated(o, it *item) bool {
+	// Ollama's queue is first come, first served, but while a model is loaded requests change
+	// places.
+	lead := max(leastGap, x.rates.transit())
+	before := !o.granted.Add(lead).After(it.granted)
+	return !o.begun.IsZero() || before && !x.silent() && !o.granted.Before(x.learner.ready)
+}
+
 // loading reports whether nothing was answered since the model was loaded.
 func (x *runner) loading() bool { return !x.used.After(x.since) }
 
-// costs reports whether a prompt that runs is likely to be evaluated again if a request takes the slot of whatever ends first.
+// costs reports whether a prompt that runs is likely to be evaluated again if a request takes the
+// slot of whatever ends first.
 func (c *choice) costs(it *item) bool {
 	x := c.x
 	for _, l := range x.lanes {
@@ -122,49 +301,44 @@ func (c *choice) costs(it *item) bool {
 	return false
 }
 
-// learn takes in whether a request waited inside Ollama, and returns how many lanes there should be.
+// learn takes in whether a request waited inside Ollama, and returns how many lanes there should
+// be.
 func (x *runner) learn(it *item, r Result, now time.Time) int {
 	a, lanes := &x.learner, x.want
 	if !r.Answered {
 		return lanes
 	}
 	a.seen++
-	if it.tries && it.overtaken.IsZero() && x.loading() {
+	a.heard(x, now)
+	if it.tries && it.begun.IsZero() && it.overtaken.IsZero() && x.loading() {
 		// While a model is loaded requests change places: whether the other one waited tells.
 		for _, l := range x.lanes {
-			if l.item != nil && x.busy == 1 {
-				l.item.tries, l.item.beside = true, it.beside
-				x.tries++
+			if o := l.item; o != nil && x.busy == 1 && o.begun.IsZero() {
+				if !o.tries || o.told {
+					x.tries++
+				}
+				o.tries, o.told, o.beside = true, false, it.beside
 			}
 		}
 		return lanes
 	}
 	v := a.judge(it, r, now)
+	a.hurry(it, r, now)
 	if !it.tries && r.ReusedKnown {
-		if f := it.found(r); f != unknown {
+		if f := it.finds(r); f != unknown {
 			v = f
 		}
 	}
-	if it.beside == 1 && it.overtaken.IsZero() { // it did not wait
-		if r.Timed && x.busy == 0 {
-			a.idle.add(float64(r.Queue))
-		}
-		if it.granted.After(x.since) {
-			done := float64(r.Generated) + float64(it.tokens-it.expected)/leastWeight
-			a.fastest = max(0.99*a.fastest, done/float64(max(now.Sub(it.granted), 1)))
-		}
+	if it.beside == 1 && it.overtaken.IsZero() && r.Timed && x.busy == 0 { // it did not wait
+		a.idle.add(float64(r.Queue))
 	}
 	switch {
 	case it.tries && v == no:
-		// The more slots are busy, the less it is certain which request waits, and a lane too many has many prompts evaluated again.
-		if a.fits++; it.beside > sureLanes && a.fits < 2 {
-			return lanes
-		}
 		a.anew()
 		return max(lanes, it.beside)
+	case it.told || it.late && v != no: // that was taken in when it began
 	case it.tries && it.beside == lanes+1:
-		a.fits = 0
-		if a.tried += max(int(v), int(maybe)); a.tried >= int(yes) {
+		if a.tried += int(v); a.tried >= int(yes) {
 			a.stop(now)
 		}
 	case it.beside != lanes || lanes == 1 || v == unknown:
@@ -180,53 +354,120 @@ func (x *runner) learn(it *item, r Result, now time.Time) int {
 	return lanes
 }
 
+// worked returns what was done for a request, in tokens of answers.
+func (it *item) worked(r Result) float64 {
+	evaluated := it.tokens - it.expected
+	if r.ReusedKnown && r.Total > 0 {
+		evaluated = r.Total - r.Reused
+	}
+	return float64(r.Generated) + float64(evaluated)/leastWeight
+}
+
 // stop notes that one lane more would be one too many.
 func (a *learner) stop(now time.Time) {
 	a.doubt, a.tried, a.seen, a.since, a.ceiling = 0, 0, 0, now, true
 	a.pause = min(max(2*a.pause, firstPause), lastPause)
 }
 
-// pauses reports whether so many pauses are not over yet. They are after so many of the longest ones, too, if not too few requests
-// were served meanwhile: where each takes a minute one more is not tried beside all of them.
+// pauses reports whether so many pauses are not over yet. They are after so many of the longest
+// ones, too, if not too few requests were served meanwhile: where each takes a minute one more is
+// not tried beside all of them.
 func (a *learner) pauses(n, longest int, now time.Time) bool {
-	return a.seen < n*firstPause || a.seen < n*a.pause && now.Before(a.since.Add(time.Duration(longest)*longestPause))
+	over := a.since.Add(time.Duration(longest) * longestPause)
+	return a.seen < n*firstPause || a.seen < n*a.pause && now.Before(over)
 }
 
 // anew forgets that one lane more would be one too many.
 func (a *learner) anew() {
-	a.doubt, a.tried, a.fits, a.seen, a.ceiling, a.pause = 0, 0, 0, 0, false, 0
+	a.doubt, a.tried, a.seen, a.ceiling, a.pause = 0, 0, 0, false, 0
 }
 
-// judge tells whether a request waited inside Ollama until one of the others ended. If it ended first it did not. Where the answer
-// does not tell for how long it waited (on /v1), it did not if it began earlier, or must have generated faster than any
-// other if it began then.
+// judge tells whether a request waited inside Ollama until one of the others ended. If it ended
+// first it did not. Where the answer does not tell for how long it waited (on /v1), it did not if
+// it began earlier, or must have generated faster than any other if it began then.
 func (a *learner) judge(it *item, r Result, now time.Time) verdict {
 	if it.overtaken.IsZero() {
+		if !it.begun.IsZero() {
+			return unknown // that was taken in when it began
+		}
 		return no
 	}
 	gap := it.overtaken.Sub(it.granted)
 	if !r.Timed {
-		since := float64(max(now.Sub(it.overtaken), 1))
-		if r.FirstByte > 0 && r.FirstByte < gap || a.fastest > 0 && r.Generated >= leastAnswer && float64(r.Generated) > 1.5*a.fastest*since {
-			return no
-		}
-		return maybe
+		return a.judgeUntimed(it, r, gap, now.Sub(it.overtaken))
 	}
 	gap -= r.Load // which it would have waited for in any case
-	wait := r.Queue - time.Duration(a.idle.v)
+	wait, margin := r.Queue-time.Duration(a.idle.v), leastGap/2+gap/4
 	switch {
 	case gap < max(leastGap, time.Duration(3*a.idle.v)):
 		return unknown
-	case wait < gap/3:
+	case wait < gap-margin: // it had its slot when the other one ended
 		return no
-	case wait > gap/2 && (wait > (r.Prompt+r.Eval)/2 || wait < gap+gap/4):
+	case wait < gap+margin || wait > gap && wait > (r.Prompt+r.Eval)/2:
 		return yes
 	}
 	return unknown // the engine was busy with something else
 }
 
-// found tells whether a request found in its slot what its lane should hold. If there are too few slots it did not.
-func (it *item) found(r Result) verdict {
+// judgeUntimed is judge where only the lengths tell, of the answer and of the time: gap until
+// another one ended, and since then.
+func (a *learner) judgeUntimed(it *item, r Result, gap, since time.Duration) verdict {
+	least := 0.8
+	if a.hasty {
+		least = 1.0 / 30
+	}
+	switch alone := it.worked(r) / a.fastest; {
+	case !it.begun.IsZero() && !it.tries, a.fastest == 0:
+		return unknown
+	case !it.begun.IsZero():
+		return a.judgeBegun(it)
+	case r.Generated < leastAnswer:
+		return maybe
+	case float64(since)*a.fastest < float64(r.Generated)*least: // else it was faster than any
+		return no
+	case a.hasty || float64(gap) < alone/10:
+		return unknown
+	case float64(gap+since) > 1.7*alone:
+		return yes
+	}
+	return likely
+}
+
+// judgeBegun is judge for a stream that began after another one had ended: maybe it had its slot
+// before, and was still being evaluated. Then less of it was left by then.
+func (a *learner) judgeBegun(it *item) verdict {
+	evaluation := a.pace * float64(max(it.tokens-it.expected, slack))
+	since, gap := it.begun.Sub(it.overtaken), it.overtaken.Sub(it.from)
+	if float64(min(since, gap)) > evaluation*3/4 {
+		return likely
+	}
+	return maybe
+}
+
+// hurry takes in how fast a request was served.
+func (a *learner) hurry(it *item, r Result, now time.Time) {
+	pace, hasty := it.worked(r)/float64(max(now.Sub(it.granted), 1)), it.granted.Before(a.ready)
+	switch {
+	case a.fastest == 0 || a.hasty && !hasty:
+		a.fastest, a.hasty = pace, hasty
+	case a.hasty == hasty:
+		a.fastest = max(0.99*a.fastest, pace)
+	}
+}
+
+// heard notes that an answer has begun or ended.
+func (a *learner) heard(x *runner, now time.Time) {
+	if x.silent() {
+		a.ready = now
+	}
+}
+
+// silent reports whether nothing was heard of the model since it was loaded.
+func (x *runner) silent() bool { return !x.learner.ready.After(x.since) }
+
+// finds tells whether a request found in its slot what its lane should hold. If there are too few
+// slots it did not.
+func (it *item) finds(r Result) verdict {
 	switch reused := it.scale(r); {
 	case r.Loaded || it.expected < hostWorth:
 	case reused >= it.expected-it.expected/8:

@@ -57,7 +57,7 @@ func TestNeverSlower(t *testing.T) {
 		}
 		return list
 	}
-	for _, lanes := range []bool{true} {
+	for _, lanes := range []bool{true, false} {
 		for _, slots := range []int{1, 2, 4} {
 			for _, host := range []int{0, 1 << 20} {
 				for _, exclude := range []bool{false, true} {

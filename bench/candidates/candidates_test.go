@@ -1,14 +1,11 @@
 package candidates
 
 import (
-	"context"
 	"encoding/json"
 	"flag"
 	"fmt"
 	"io"
 	"log/slog"
-	"math/rand/v2"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -21,11 +18,9 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
-	"github.com/ollama-cacheproxy/ollama-cacheproxy/metrics"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/bench/virtual"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/ollamasim"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
-	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
@@ -110,9 +105,9 @@ func cpu(u syscall.Rusage) time.Duration {
 }
 
 func (m mode) run(t *testing.T, before syscall.Rusage) {
-	n := network{}
+	n := virtual.Network{}
 	transport := proxy.NewTransport()
-	transport.DialContext = n.dial
+	transport.DialContext = n.Dial
 	defer transport.CloseIdleConnections()
 	var sims []*ollamasim.Server
 	var ups []*upstream.Server
@@ -122,16 +117,16 @@ func (m mode) run(t *testing.T, before syscall.Rusage) {
 			t.Fatal(err)
 		}
 		name := fmt.Sprintf("sim%d", i+1)
-		defer n.serve(t, name, s)()
+		defer n.Serve(t, name, s)()
 		sims = append(sims, s)
 		ups = append(ups, upstream.NewServer(name, &url.URL{Scheme: "http", Host: name}, transport, slog.New(slog.DiscardHandler)))
 	}
 	if m.proxied {
-		defer n.serve(t, "proxy", startProxy(t, ups, transport))()
+		defer n.Serve(t, "proxy", virtual.Proxy(t, ups, transport, schedule.Config{}))()
 	}
 
 	batch, chat := candidates(t), newChats(t)
-	clients := &http.Client{Transport: &http.Transport{DialContext: n.dial, MaxIdleConnsPerHost: 64, DisableCompression: true}}
+	clients := &http.Client{Transport: &http.Transport{DialContext: n.Dial, MaxIdleConnsPerHost: 64, DisableCompression: true}}
 	defer clients.CloseIdleConnections()
 	ask := func(c int, priority, body string) []byte {
 		host := "proxy"
@@ -144,10 +139,10 @@ func (m mode) run(t *testing.T, before syscall.Rusage) {
 			return nil
 		}
 		req.Header.Set("Content-Type", "application/json")
-		req.Header.Set(headerFrom, "10.0.0.1:1")
+		req.Header.Set(virtual.HeaderFrom, "10.0.0.1:1")
 		if priority == "interactive" {
 			req.Header.Set("X-Cacheproxy-Priority", priority)
-			req.Header.Set(headerFrom, "10.0.0.2:1")
+			req.Header.Set(virtual.HeaderFrom, "10.0.0.2:1")
 		}
 		res, err := clients.Do(req)
 		if err != nil {
@@ -257,79 +252,12 @@ func (m mode) report(t *testing.T, sims []*ollamasim.Server, makespan time.Durat
 	}
 }
 
-// headerFrom is where a request comes from: connections in memory have no address.
-const headerFrom = "X-From"
-
-// startProxy runs a proxy with serve's defaults.
-func startProxy(t *testing.T, ups []*upstream.Server, transport http.RoundTripper) http.Handler {
-	ctx, cancel := context.WithCancel(t.Context())
-	store := contextstore.NewMemory(contextstore.Limits{Entries: 1_000_000, Bytes: 256 << 20})
-	keep, err := proxy.ParseKeepAlive("if-absent", []string{"24h"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	h := &proxy.Handler{
-		Upstreams: ups, Transport: transport, KeepAlive: keep, Ledger: savings.New(store, 1000),
-		Lanes: schedule.NewScheduler(schedule.Config{Limit: 10_000}), Log: slog.New(slog.NewJSONHandler(io.Discard, nil)),
-		Guard: proxy.Guard{AllowHosts: []string{"*"}},
-	}
-	counts := metrics.New("test", h.InFlight)
-	h.Metrics, h.Done, h.Touched = counts.Handler(), counts.Done, counts.Touched
-	var wg sync.WaitGroup
-	for _, up := range ups {
-		up.Polled = func(st upstream.State) {
-			h.Polled(up, st)
-			counts.Polled(up.Name, st)
-		}
-	}
-	h.Init()
-	for _, up := range ups {
-		up.Poll(ctx)
-		wg.Go(func() { up.Run(ctx) })
-	}
-	wg.Go(func() { h.Run(ctx) })
-	t.Cleanup(func() {
-		cancel()
-		wg.Wait()
-	})
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		r.RemoteAddr = r.Header.Get(headerFrom)
-		h.ServeHTTP(w, r)
-	})
-}
-
-// network is servers in memory, by name.
-type network map[string]*ollamasim.Listener
-
-func (n network) dial(ctx context.Context, network, addr string) (net.Conn, error) {
-	host, _, err := net.SplitHostPort(addr)
-	if err != nil {
-		return nil, err
-	}
-	return n[host].DialContext(ctx, network, addr)
-}
-
-// serve starts a server. Its address is in no use after stop.
-func (n network) serve(t *testing.T, name string, h http.Handler) (stop func()) {
-	ln := ollamasim.Listen()
-	n[name] = ln
-	srv := &http.Server{Handler: h}
-	served := make(chan error, 1)
-	go func() { served <- srv.Serve(ln) }() // ends with stop
-	return func() {
-		if err := srv.Close(); err != nil {
-			t.Error(err)
-		}
-		<-served
-	}
-}
-
 // sizes returns how many words of a system's and of a user's message make prompts that have the given number of tokens in common, and own ones of
 // their own: the template has some, too.
 func sizes(t *testing.T, common int) (system, user int) {
 	s := alone(t)
 	for i := range 2 {
-		s.ask(t, body(message("system", words(1, 0, common))+","+message("user", words(1, uint64(i)+1, own))))
+		s.ask(t, body(message("system", virtual.Words(1, 0, common))+","+message("user", virtual.Words(1, uint64(i)+1, own))))
 	}
 	e := s.Evaluations(ollamasim.Mark{})[1]
 	return 2*common - e.Reused, 2*own - e.Evaluated
@@ -368,8 +296,8 @@ func body(messages string) string {
 // candidates returns the requests by number.
 func candidates(t *testing.T) func(int) string {
 	system, user := sizes(t, shared)
-	rubric := message("system", words(1, 0, system))
-	return func(i int) string { return body(rubric + "," + message("user", words(1, uint64(i)+1, user))) }
+	rubric := message("system", virtual.Words(1, 0, system))
+	return func(i int) string { return body(rubric + "," + message("user", virtual.Words(1, uint64(i)+1, user))) }
 }
 
 // chats is somebody who chats: some turns, then anew.
@@ -386,10 +314,10 @@ func newChats(t *testing.T) *chats {
 
 func (c *chats) next() string {
 	if c.turns%chatTurns == 0 {
-		c.messages = message("system", words(2, 0, c.system))
+		c.messages = message("system", virtual.Words(2, 0, c.system))
 	}
 	c.turns++
-	c.messages += "," + message("user", words(2, uint64(c.turns), c.user))
+	c.messages += "," + message("user", virtual.Words(2, uint64(c.turns), c.user))
 	return body(c.messages)
 }
 
@@ -399,22 +327,4 @@ func (c *chats) answered(t *testing.T, text []byte) {
 		t.Error(err)
 	}
 	c.messages += "," + message("assistant", answer.Message.Content)
-}
-
-// words is text of n of the simulated tokens. The first one is no other id's.
-func words(seed, id uint64, n int) string {
-	r := rand.New(rand.NewPCG(seed, id))
-	var b strings.Builder
-	for i := range n {
-		b.WriteByte(' ')
-		x := uint64(r.Uint32())
-		if i == 0 {
-			x = id
-		}
-		for range 5 {
-			b.WriteByte(byte('a' + x%26))
-			x /= 26
-		}
-	}
-	return b.String()
 }

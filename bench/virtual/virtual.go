@@ -1,0 +1,112 @@
+// Package virtual is what the benchmarks in virtual time have in common: servers in memory, and a
+// proxy with serve's defaults before them, all in one testing/synctest bubble.
+package virtual
+
+import (
+	"context"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/metrics"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/ollamasim"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
+)
+
+// HeaderFrom is where a request comes from: connections in memory have no address.
+const HeaderFrom = "X-From"
+
+// Proxy runs a proxy with serve's defaults, but for the lanes, until the test ends.
+func Proxy(
+	t *testing.T, ups []*upstream.Server, transport http.RoundTripper, lanes schedule.Config,
+) http.Handler {
+	lanes.Limit = 10_000
+	ctx, cancel := context.WithCancel(t.Context())
+	store := contextstore.NewMemory(contextstore.Limits{Entries: 1_000_000, Bytes: 256 << 20})
+	keep, err := proxy.ParseKeepAlive("if-absent", []string{"24h"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := &proxy.Handler{
+		Upstreams: ups, Transport: transport, KeepAlive: keep, Ledger: savings.New(store, 1000),
+		Lanes: schedule.NewScheduler(lanes), Log: slog.New(slog.NewJSONHandler(io.Discard, nil)),
+		Guard: proxy.Guard{AllowHosts: []string{"*"}},
+	}
+	counts := metrics.New("test", h.InFlight)
+	h.Metrics, h.Done, h.Touched = counts.Handler(), counts.Done, counts.Touched
+	var wg sync.WaitGroup
+	for _, up := range ups {
+		up.Polled = func(st upstream.State) {
+			h.Polled(up, st)
+			counts.Polled(up.Name, st)
+		}
+	}
+	h.Init()
+	for _, up := range ups {
+		up.Poll(ctx)
+		wg.Go(func() { up.Run(ctx) })
+	}
+	wg.Go(func() { h.Run(ctx) })
+	t.Cleanup(func() {
+		cancel()
+		wg.Wait()
+	})
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		r.RemoteAddr = r.Header.Get(HeaderFrom)
+		h.ServeHTTP(w, r)
+	})
+}
+
+// Network is servers in memory, by name.
+type Network map[string]*ollamasim.Listener
+
+// Dial is an http.Transport's DialContext.
+func (n Network) Dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	host, _, err := net.SplitHostPort(addr)
+	if err != nil {
+		return nil, err
+	}
+	return n[host].DialContext(ctx, network, addr)
+}
+
+// Serve starts a server. Its address is in no use after stop.
+func (n Network) Serve(t *testing.T, name string, h http.Handler) (stop func()) {
+	ln := ollamasim.Listen()
+	n[name] = ln
+	srv := &http.Server{Handler: h}
+	served := make(chan error, 1)
+	go func() { served <- srv.Serve(ln) }() // ends with stop
+	return func() {
+		if err := srv.Close(); err != nil {
+			t.Error(err)
+		}
+		<-served
+	}
+}
+
+// Words is text of n of the simulated tokens. The first one is no other id's.
+func Words(seed, id uint64, n int) string {
+	r := rand.New(rand.NewPCG(seed, id))
+	var b strings.Builder
+	for i := range n {
+		b.WriteByte(' ')
+		x := uint64(r.Uint32())
+		if i == 0 {
+			x = id
+		}
+		for range 5 {
+			b.WriteByte(byte('a' + x%26))
+			x /= 26
+		}
+	}
+	return b.String()
+}

@@ -603,63 +603,25 @@ func (q *Queue) Done(id uint64, r Result, now time.Time) {
 	}
 	delete(q.items, id)
 	x, l := it.runner, it.lane
+	took := time.Duration(0)
 	if r.Sent {
-		q.exit(it, now.Sub(it.granted), now)
-	} else {
-		q.exit(it, 0, now)
+		took = now.Sub(it.granted)
 	}
+	q.exit(it, took, now)
 	q.reconsider(now)
-	for p := range x.classes {
-		if l.marks[p] != nil {
-			x.classes[p].tree.count(l.marks[p], 0, 0, -1)
-			l.marks[p] = nil
-		}
-	}
-	x.busy--
-	x.running -= it.work
-	if it.tries && !it.told {
-		x.tries--
-	}
-	l.item, l.used, l.class, l.wanted, l.reported, l.visit = nil, now, it.rank, false, false, nil
-	it.account.running--
-
-	evaluated := max(it.tokens-it.expected, 1)
+	it.frees(now)
+	evaluated := 0
 	switch {
 	case !r.Sent: // the slot is as it was
 		l.holds, l.before = l.before, nil
 		l.tokens = tokensOf(l.holds)
-		evaluated = 0
 	case !r.Answered: // it may hold some of it, and what it held before is lost
+		evaluated = max(it.tokens-it.expected, 1)
 		l.holds, l.before, l.tokens = nil, nil, 0
 	default:
-		if r.ReusedKnown && r.Total > 0 {
-			evaluated = max(r.Total-r.Reused, 1)
-		}
-		if r.LoadKnown {
-			q.loaded(x, it, r, now)
-		}
-		x.served = it.key
-		x.rates.learn(it, r, evaluated)
-		// With fewer lanes than slots another slot may have kept it.
-		if kept, told := it.restored(r); told && (kept == 0 || x.server.lanes > 0 || x.learner.ceiling) {
-			x.rates.host.add(kept)
-			x.server.host.add(kept)
-		}
-		x.rates.service.add(float64(now.Sub(it.granted)))
-		if r.Timed && !r.Loaded {
-			x.rates.around.add(float64(max(0, now.Sub(it.granted)-r.Prompt-r.Eval)))
-		}
-		q.visited(x, it, r.Generated, now)
+		evaluated = q.answered(it, r, now)
 	}
-	cost, work := 0, 0
-	if r.Sent {
-		cost, work = evaluated+fairWeight*r.Generated, evaluated+int(x.rates.weight()*float64(r.Generated))
-	}
-	l.charge(work - it.takes)
-	it.class.charge(it.account, cost-it.cost)
-	if a := x.classes[normal].accounts[it.account.name]; it.rank == sparse && a != nil {
-		x.classes[normal].charge(a, cost) // whoever has many flows is owed no more for that
-	}
+	it.pays(r, evaluated)
 	l.wanted = x.server.waiting > 0 || q.roaming > 0
 	if x.server.lanes == 0 {
 		x.found(x.learn(it, r, now))
@@ -676,6 +638,62 @@ func (q *Queue) Done(id uint64, r Result, now time.Time) {
 	}
 	x.resize()
 	q.pump(x.server, now)
+}
+
+// frees has a request that has ended take its lane no longer.
+func (it *item) frees(now time.Time) {
+	x, l := it.runner, it.lane
+	for p := range x.classes {
+		if l.marks[p] != nil {
+			x.classes[p].tree.count(l.marks[p], 0, 0, -1)
+			l.marks[p] = nil
+		}
+	}
+	x.busy--
+	x.running -= it.work
+	if it.tries && !it.told {
+		x.tries--
+	}
+	it.account.running--
+	l.item, l.used, l.class, l.wanted, l.reported, l.visit = nil, now, it.rank, false, false, nil
+}
+
+// answered learns from a request that was answered, and returns how many tokens of its prompt were evaluated.
+func (q *Queue) answered(it *item, r Result, now time.Time) int {
+	x, evaluated := it.runner, max(it.tokens-it.expected, 1)
+	if r.ReusedKnown && r.Total > 0 {
+		evaluated = max(r.Total-r.Reused, 1)
+	}
+	if r.LoadKnown {
+		q.loaded(x, it, r, now)
+	}
+	x.served = it.key
+	x.rates.learn(it, r, evaluated)
+	// With fewer lanes than slots another slot may have kept it.
+	if kept, told := it.restored(r); told && (kept == 0 || x.server.lanes > 0 || x.learner.ceiling) {
+		x.rates.host.add(kept)
+		x.server.host.add(kept)
+	}
+	took := now.Sub(it.granted)
+	x.rates.service.add(float64(took))
+	if r.Timed && !r.Loaded {
+		x.rates.around.add(float64(max(0, took-r.Prompt-r.Eval)))
+	}
+	q.visited(x, it, r.Generated, now)
+	return evaluated
+}
+
+// pays charges a request's client and its lane with what it took instead of what it was expected to take.
+func (it *item) pays(r Result, evaluated int) {
+	x, cost, work := it.runner, 0, 0
+	if r.Sent {
+		cost, work = evaluated+fairWeight*r.Generated, evaluated+int(x.rates.weight()*float64(r.Generated))
+	}
+	it.lane.charge(work - it.takes)
+	it.class.charge(it.account, cost-it.cost)
+	if a := x.classes[normal].accounts[it.account.name]; it.rank == sparse && a != nil {
+		x.classes[normal].charge(a, cost) // whoever has many flows is owed no more for that
+	}
 }
 
 func tokensOf(steps []step) int {

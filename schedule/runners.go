@@ -356,9 +356,6 @@ func (q *Queue) loaded(x *runner, it *item, r Result, now time.Time) {
 	}
 	if r.Loaded {
 		x.loads(it.granted)
-		if x.learner.since.Before(it.granted) {
-			x.learner.anew() // the server may have been started anew with other settings
-		}
 		x.empty(it)
 	}
 	for y := range x.rivals() {
@@ -369,8 +366,12 @@ func (q *Queue) loaded(x *runner, it *item, r Result, now time.Time) {
 	}
 }
 
-// empty forgets what slots held before the model was loaded for a request.
+// empty forgets what slots held before the model was loaded for a request, and how many there were: the server may have been started anew
+// with other settings.
 func (x *runner) empty(by *item) {
+	if x.learner.since.Before(by.granted) {
+		x.learner.anew()
+	}
 	for _, l := range slices.Concat(x.lanes, x.spare) {
 		if l.item == nil && l != by.lane && l.used.Before(by.granted) {
 			l.holds, l.tokens, l.before = nil, 0, nil

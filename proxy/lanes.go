@@ -225,7 +225,7 @@ func givenUp(err error) *refusal {
 
 // full refuses a request that would find no place in the queue, whose body is too long to be read for that.
 func (h *Handler) full(r *http.Request, ex *exchange) error {
-	if h.Lanes == nil || ex.prompt == prefix.None || ex.embed || !h.Lanes.Full(priorityOf(r)) {
+	if h.Lanes == nil || ex.prompt == prefix.None || ex.embed || !h.Lanes.Full(priorityOf(r), h.Trusted.clientOf(r, ex.client)) {
 		return nil
 	}
 	return ex.busy()

@@ -60,7 +60,7 @@ type serveCmd struct {
 	BodyTimeout time.Duration `default:"60s" placeholder:"TIME" help:"For how long a request's body may make no progress before it is given up with 408; 0 for ever. Default: 60s."`
 
 	Slots   []string      `placeholder:"[NAME=]N" help:"How many slots a loaded model has (the server's OLLAMA_NUM_PARALLEL), or auto to learn it: requests wait, and each slot gets the one that fits what it holds; NAME=N for one upstream. off sends requests as they come. Repeatable. Default: auto."`
-	Queue   int           `default:"10000" placeholder:"N" help:"How many requests may wait for a slot, or for an upstream that is away; of more than that the least urgent are answered 503. Default: 10000."`
+	Queue   int           `default:"10000" placeholder:"N" help:"How many requests may wait for a slot, or for an upstream that is away; of more than that the least urgent are answered 503, and of these the newest of whoever has most waiting. Default: 10000."`
 	MaxWait time.Duration `placeholder:"TIME" help:"From when on a waiting request goes before others, whatever that costs. Default: never."`
 
 	TryDuration     time.Duration `default:"60s" placeholder:"TIME" help:"For how long requests wait for an upstream that is away, counted from when it was last seen; then they get 503. 0: not at all. Default: 60s."`

@@ -1,0 +1,271 @@
+package integration
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
+)
+
+// nginxConf runs in the foreground, as whoever starts it, and keeps everything in one folder.
+const nginxConf = `
+daemon off;
+master_process off;
+pid nginx.pid;
+error_log stderr;
+events {}
+http {
+	access_log off;
+	client_body_temp_path body;
+	proxy_temp_path proxy;
+	fastcgi_temp_path fastcgi;
+	uwsgi_temp_path uwsgi;
+	scgi_temp_path scgi;
+	server {
+		listen %s;
+		location / {
+			proxy_pass %s;
+			proxy_http_version 1.1;
+			proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+			proxy_buffering off;
+			proxy_read_timeout 1h;
+		}
+	}
+}
+`
+
+// findNginx returns the path of the nginx that the variable NGINX names, of the one in PATH, or of
+// Debian's, which is unpacked into the cache where there is none.
+func findNginx(ctx context.Context) (string, error) {
+	for _, name := range []string{os.Getenv("NGINX"), "nginx", "/usr/sbin/nginx"} {
+		if path, err := exec.LookPath(name); err == nil {
+			return path, nil
+		}
+	}
+	missing := func(err error) (string, error) {
+		return "", fmt.Errorf("nginx is needed, in PATH or as the variable NGINX names it; install it"+
+			" (Debian: apt-get install nginx): %w", err)
+	}
+	if _, err := exec.LookPath("apt-get"); err != nil {
+		return missing(err)
+	}
+	cache, err := realollama.OpenCache(os.Stderr)
+	if err != nil {
+		return missing(err)
+	}
+	dir, err := cache.Ensure(ctx, realollama.Made{
+		Name: "nginx", Inputs: []string{"1"}, Announce: "unpacking Debian's nginx (2 MB on disk)",
+		Make: func(_ context.Context, result string, run func(string, ...string) error) error {
+			if err := run(result, "apt-get", "download", "nginx"); err != nil {
+				// The lists of packages are old, or none. Who is not root cannot have new ones.
+				if err := errors.Join(run("", "apt-get", "update"), run(result, "apt-get", "download", "nginx")); err != nil {
+					return err
+				}
+			}
+			return run(result, "sh", "-c", "dpkg-deb --extract nginx_*.deb . && rm nginx_*.deb && usr/sbin/nginx -v")
+		},
+	})
+	if err != nil {
+		return missing(err)
+	}
+	return filepath.Join(dir, "usr", "sbin", "nginx"), nil
+}
+
+// startNginx runs nginx in front of a server until the test ends, and returns its address.
+func startNginx(t *testing.T, bin, upstream string) (addr string) {
+	t.Helper()
+	for range 5 { // the port may be taken meanwhile
+		if addr = tryNginx(t, bin, upstream); addr != "" {
+			return addr
+		}
+	}
+	t.Fatal("nginx does not start, five times; its log is above")
+	return ""
+}
+
+func tryNginx(t *testing.T, bin, upstream string) string {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := ln.Addr().String()
+	ln.Close()
+	dir := t.TempDir()
+	conf := filepath.Join(dir, "nginx.conf")
+	if err := os.WriteFile(conf, fmt.Appendf(nil, nginxConf, addr, upstream), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var log bytes.Buffer
+	cmd := exec.Command(bin, "-p", dir, "-c", conf, "-e", "stderr")
+	cmd.Stdout, cmd.Stderr = &log, &log
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	exited := make(chan struct{})
+	go func() { // ends with nginx
+		cmd.Wait()
+		close(exited)
+	}()
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for range 3000 {
+		conn, err := net.Dial("tcp", addr)
+		if err == nil {
+			conn.Close()
+			t.Cleanup(func() {
+				cmd.Process.Signal(syscall.SIGTERM)
+				<-exited
+				if t.Failed() {
+					t.Logf("nginx's log:\n%s", tail(log.String(), 30))
+				}
+			})
+			return addr
+		}
+		select {
+		case <-tick.C:
+		case <-exited:
+			t.Logf("nginx has ended:\n%s", log.String())
+			return ""
+		}
+	}
+	cmd.Process.Kill()
+	<-exited
+	t.Fatalf("nginx does not listen:\n%s", log.String())
+	return ""
+}
+
+// caller is a client at an address of this machine.
+type caller struct {
+	t     *testing.T
+	http  *http.Client
+	claim string // who it says that it is
+}
+
+func callerAt(t *testing.T, address, claim string) caller {
+	dialer := &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(address)}}
+	transport := &http.Transport{DialContext: dialer.DialContext}
+	t.Cleanup(transport.CloseIdleConnections)
+	return caller{t, &http.Client{Transport: transport}, claim}
+}
+
+func (c caller) post(ctx context.Context, addr, body string) *http.Response {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+addr+"/api/generate", strings.NewReader(body))
+	if err != nil {
+		c.t.Error(err)
+		return &http.Response{Body: http.NoBody}
+	}
+	req.Header.Set("X-Forwarded-For", c.claim)
+	res, err := c.http.Do(req)
+	if err != nil {
+		c.t.Error(err)
+		return &http.Response{Body: http.NoBody}
+	}
+	return res
+}
+
+// status is post for a short answer.
+func (c caller) status(addr string) int {
+	res := c.post(c.t.Context(), addr, generate(tiny, ""))
+	defer res.Body.Close()
+	if _, err := io.Copy(io.Discard, res.Body); err != nil {
+		c.t.Error(err)
+	}
+	return res.StatusCode
+}
+
+// TestNginx: two people behind nginx, who send the same, are told apart if nginx is trusted, whoever
+// they say that they are, and are not if it is not. That is seen by who gives up a place in a full
+// queue: the one who has more of it. A stream comes through piece by piece, and ends when its client
+// leaves.
+func TestNginx(t *testing.T) {
+	nginx, err := findNginx(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := realollama.Start(t, realollama.Config{Version: realollama.Newest(), Models: []string{tiny}})
+	for name, flags := range map[string][]string{"trusted": {"--trusted-proxy", "127.0.0.1/32"}, "not trusted": nil} {
+		t.Run(name, func(t *testing.T) {
+			p := startProxy(t, server.URL(), append(flags, "--slots", "1", "--queue", "3")...)
+			addr := startNginx(t, nginx, p.URL)
+			// (Linux has all of 127.0.0.0/8.)
+			script, person := callerAt(t, "127.0.0.2", "127.0.0.3"), callerAt(t, "127.0.0.3", "127.0.0.3")
+
+			ctx, leave := context.WithCancel(t.Context())
+			defer leave()
+			stream := script.post(ctx, addr, fmt.Sprintf(
+				`{"model":%q,"prompt":"hi","raw":true,"options":{"num_predict":10000000}}`, tiny))
+			defer stream.Body.Close()
+			lines := bufio.NewReader(stream.Body)
+			for range 3 {
+				if line, err := lines.ReadString('\n'); err != nil || !strings.Contains(line, `"done":false`) {
+					t.Fatalf("a stream through nginx: %q %v", line, err)
+				}
+			}
+			if n := p.Metric(t, "ollama_cacheproxy_in_flight"); n < 2 { // with that which asks
+				t.Error("the first pieces came when the answer had ended")
+			}
+
+			statuses := make(chan int, 4)
+			var wg sync.WaitGroup
+			waits := func(n float64) {
+				t.Helper()
+				eventually(t, fmt.Sprint(n, " waiting"), func() bool { return p.Metric(t, "ollama_cacheproxy_waiting_requests") == n })
+			}
+			for i := range 3 {
+				wg.Go(func() { statuses <- script.status(addr) })
+				waits(float64(i + 1))
+			}
+			asked := make(chan int, 1)
+			wg.Go(func() { asked <- person.status(addr) })
+			var refused int
+			var who string
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			select {
+			case refused = <-statuses:
+				who = "the script"
+			case refused = <-asked:
+				who = "the person"
+			case <-ctx.Done():
+				t.Error("nobody is refused in a minute")
+			}
+			want := "the person"
+			if flags != nil {
+				want = "the script"
+			}
+			if refused != http.StatusServiceUnavailable || who != want {
+				t.Errorf("%s gets %d, want 503 for %s", who, refused, want)
+			}
+			leave()
+			wg.Wait()
+			close(statuses)
+			close(asked)
+			rest := 0
+			for _, c := range []chan int{statuses, asked} {
+				for status := range c {
+					if rest++; status != http.StatusOK {
+						t.Errorf("after the stream's client has left: %d", status)
+					}
+				}
+			}
+			if rest != 3 {
+				t.Errorf("%d are answered, want 3", rest)
+			}
+		})
+	}
+}

@@ -186,7 +186,8 @@ func (q *Queue) exit(it *item, took time.Duration, now time.Time) {
 			if it.detour {
 				q.again.add(again)
 			}
-			spent += seconds/aheadPart + again/part
+			// Of the time of all lanes together, as what others have had is counted.
+			spent += seconds/float64(max(1, it.beside))/aheadPart + again/part
 		}
 		q.ahead.add(0, spent, now)
 	} else {

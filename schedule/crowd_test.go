@@ -2,6 +2,7 @@ package schedule
 
 import (
 	"fmt"
+	"slices"
 	"testing"
 	"time"
 )
@@ -109,7 +110,10 @@ func TestCrowdedSentInVain(t *testing.T) {
 func TestCrowdedShares(t *testing.T) {
 	const limit = 300
 	q := crowdedQueue(limit, script)
-	who := []Request{script(0), {Client: "script", Program: 2, Flow: 1}, {Client: "b", Program: 1, Flow: 1}, {Client: "c", Program: 1, Flow: 1}}
+	who := []Request{
+		script(0), {Client: "script", Program: 2, Flow: 1},
+		{Client: "b", Program: 1, Flow: 1}, {Client: "c", Program: 1, Flow: 1},
+	}
 	now := start.Add(time.Second)
 	waiting := map[uint64]int{}
 	for i := range uint64(limit + 1) {
@@ -130,8 +134,8 @@ func TestCrowdedShares(t *testing.T) {
 	for _, w := range waiting {
 		counts[w]++
 	}
-	if counts[0]+counts[1] != limit/3 || counts[0] != limit/6 || counts[2] != limit/3 || counts[3] != limit/3 {
-		t.Errorf("of %d places the two programs of one client and two others have %v", limit, counts)
+	if want := []int{limit / 6, limit / 6, limit / 3, limit / 3}; !slices.Equal(counts, want) {
+		t.Errorf("two programs of one client, and two others, have %v places, want %v", counts, want)
 	}
 	for id := range waiting {
 		if q.Len() <= limit/2 {

@@ -185,7 +185,8 @@ type Queue struct {
 	ahead   flow     // what went before others has spent, and what did not go before others has had
 	denied  []uint64 // requests that are to go before others as soon as that is paid for
 	took    mean     // seconds that requests took
-	again   mean     // seconds that it takes to evaluate again what a detour pushed out
+	again   mean     // seconds that it would take to evaluate again what a detour pushed out, if it is lost …
+	lost    float64  // … and which part of such is, of late
 	grants  []Placement
 	refused []Refusal
 	count   Counts

@@ -72,11 +72,13 @@ func findNginx(ctx context.Context) (string, error) {
 		Make: func(_ context.Context, result string, run func(string, ...string) error) error {
 			if err := run(result, "apt-get", "download", "nginx"); err != nil {
 				// The lists of packages are old, or none. Who is not root cannot have new ones.
-				if err := errors.Join(run("", "apt-get", "update"), run(result, "apt-get", "download", "nginx")); err != nil {
+				err := errors.Join(run("", "apt-get", "update"), run(result, "apt-get", "download", "nginx"))
+				if err != nil {
 					return err
 				}
 			}
-			return run(result, "sh", "-c", "dpkg-deb --extract nginx_*.deb . && rm nginx_*.deb && usr/sbin/nginx -v")
+			return run(result, "sh", "-c",
+				"dpkg-deb --extract nginx_*.deb . && rm nginx_*.deb && usr/sbin/nginx -v")
 		},
 	})
 	if err != nil {
@@ -164,7 +166,8 @@ func callerAt(t *testing.T, address, claim string) caller {
 }
 
 func (c caller) post(ctx context.Context, addr, body string) *http.Response {
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+addr+"/api/generate", strings.NewReader(body))
+	url := "http://" + addr + "/api/generate"
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url, strings.NewReader(body))
 	if err != nil {
 		c.t.Error(err)
 		return &http.Response{Body: http.NoBody}
@@ -198,7 +201,9 @@ func TestNginx(t *testing.T) {
 		t.Fatal(err)
 	}
 	server := realollama.Start(t, realollama.Config{Version: realollama.Newest(), Models: []string{tiny}})
-	for name, flags := range map[string][]string{"trusted": {"--trusted-proxy", "127.0.0.1/32"}, "not trusted": nil} {
+	for name, flags := range map[string][]string{
+		"trusted": {"--trusted-proxy", "127.0.0.1/32"}, "not trusted": nil,
+	} {
 		t.Run(name, func(t *testing.T) {
 			p := startProxy(t, server.URL(), append(flags, "--slots", "1", "--queue", "3")...)
 			addr := startNginx(t, nginx, p.URL)
@@ -224,7 +229,9 @@ func TestNginx(t *testing.T) {
 			var wg sync.WaitGroup
 			waits := func(n float64) {
 				t.Helper()
-				eventually(t, fmt.Sprint(n, " waiting"), func() bool { return p.Metric(t, "ollama_cacheproxy_waiting_requests") == n })
+				eventually(t, fmt.Sprint(n, " waiting"), func() bool {
+					return p.Metric(t, "ollama_cacheproxy_waiting_requests") == n
+				})
 			}
 			for i := range 3 {
 				wg.Go(func() { statuses <- script.status(addr) })

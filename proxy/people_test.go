@@ -51,6 +51,8 @@ type office struct {
 type who struct {
 	peer    string   // the address of the connection
 	headers []string // name: value
+	user    string   // that bodies name; of a script one for each request begins with it
+	whole   bool     // answers are wanted whole, as by the script, and not as streams
 }
 
 // headerPeer tells the proxy of the test where a request comes from: connections in memory have no
@@ -74,7 +76,9 @@ func newOffice(t *testing.T, house house, trusted ...string) *office {
 		t.Fatal(err)
 	}
 	o := &office{house: house, t: t, sim: sim}
-	listeners := map[string]*ollamasim.Listener{"sim:80": ollamasim.Listen(), "proxy:80": ollamasim.Listen()}
+	listeners := map[string]*ollamasim.Listener{
+		"sim:80": ollamasim.Listen(), "proxy:80": ollamasim.Listen(),
+	}
 	dial := func(ctx context.Context, network, addr string) (net.Conn, error) {
 		return listeners[addr].DialContext(ctx, network, addr)
 	}
@@ -123,7 +127,7 @@ func newOffice(t *testing.T, house house, trusted ...string) *office {
 	})
 	somebody := who{peer: "10.9.0.99"}
 	o.ask(somebody, "/api/embed", `{"model":"e","input":"x"}`)
-	o.ask(somebody, "/api/chat", chatBody(false, 1, turn("user", "x")))
+	o.ask(somebody, "/api/chat", somebody.chatBody(1, turn("user", "x")))
 	synctest.Wait() // until both are told of
 	o.before, o.longest = sim.Stats().Evaluated, 0
 	return o
@@ -193,9 +197,9 @@ func say(id uint64, n int) string {
 
 func turn(role, text string) string { return fmt.Sprintf(`{"role":%q,"content":%q}`, role, text) }
 
-func chatBody(stream bool, answer int, turns ...string) string {
-	return fmt.Sprintf(`{"model":"m","stream":%v,"options":{"num_predict":%d},"messages":[%s]}`,
-		stream, answer, strings.Join(turns, ","))
+func (w who) chatBody(answer int, turns ...string) string {
+	return fmt.Sprintf(`{"model":"m","user":%q,"stream":%v,"options":{"num_predict":%d},"messages":[%s]}`,
+		w.user, !w.whole, answer, strings.Join(turns, ","))
 }
 
 const (
@@ -205,14 +209,21 @@ const (
 	scriptAnswer = 20  // tokens, for each slot: so all of them take about four minutes
 )
 
+// scriptTurn is what all of the script's prompts begin with.
+var scriptTurn = turn("system", say(1, scriptPrompt))
+
 // script sends all of its requests at once, and returns when all are answered.
 func (o *office) script(w who) {
-	w.headers = append([]string{"User-Agent: " + scriptAgent}, w.headers...)
+	w.headers, w.whole = append([]string{"User-Agent: " + scriptAgent}, w.headers...), true
 	var wg sync.WaitGroup
 	for i := range backlog {
+		w := w
+		if w.user != "" {
+			w.user = fmt.Sprint(w.user, i)
+		}
 		wg.Go(func() {
-			o.ask(w, "/api/chat", chatBody(false, scriptAnswer*o.slots,
-				turn("system", say(1, scriptPrompt)), turn("user", say(uint64(1000+i), scriptOwn))))
+			o.ask(w, "/api/chat", w.chatBody(scriptAnswer*o.slots,
+				scriptTurn, turn("user", say(uint64(1000+i), scriptOwn))))
 		})
 	}
 	wg.Wait()
@@ -232,7 +243,7 @@ func (o *office) chat(w who, id uint64, turns int, think time.Duration, told fun
 	for i := range turns {
 		time.Sleep(pause())
 		said = append(said, turn("user", say(id*1000+uint64(i), 40)))
-		r := o.ask(w, "/api/chat", chatBody(true, 30, said...))
+		r := o.ask(w, "/api/chat", w.chatBody(30, said...))
 		said = append(said, turn("assistant", r.Message.Content))
 		told(r)
 	}
@@ -241,7 +252,7 @@ func (o *office) chat(w who, id uint64, turns int, think time.Duration, told fun
 // openWebUI is a request as Open WebUI sends it, told to name its users
 // (ENABLE_FORWARD_USER_INFO_HEADERS).
 func openWebUI(peer, user string) who {
-	return who{peer, []string{
+	return who{peer: peer, headers: []string{
 		"User-Agent: Python/3.11 aiohttp/3.12.15",
 		"X-OpenWebUI-User-Name: " + user, "X-OpenWebUI-User-Id: id-" + user,
 		"X-OpenWebUI-User-Email: " + user + "@example.com", "X-OpenWebUI-User-Role: user",
@@ -255,10 +266,11 @@ type beside struct {
 	script  who
 	people  []who
 	trusted []string
+	alike   bool // what they ask is like what the script asks: they are told apart by who they are
 	embeds  bool // they want embeddings
-	// atMost is for how many requests' time somebody waits. One runs and is waited for; where several
-	// people ask at once, one of theirs is, too.
-	atMost int
+	// For how many requests' time somebody waits at most on four slots, and if their number is learned,
+	// where that falls short of what is wanted; else 0.
+	four, learned int
 }
 
 // house is how the server is set up.
@@ -295,15 +307,19 @@ func (h house) turns(people int) (turns int, think time.Duration) {
 func (b beside) ask(o *office, i int, told func(reply)) {
 	turns, think := o.turns(len(b.people))
 	time.Sleep(time.Duration(i) * think / time.Duration(len(b.people)))
-	if !b.embeds {
-		o.chat(b.people[i], uint64(100+i), turns, think, told)
+	w := b.people[i]
+	if !b.alike && !b.embeds {
+		o.chat(w, uint64(100+i), turns, think, told)
 		return
 	}
 	pause := pauses(uint64(i), think)
-	for n := range turns {
+	for n := range uint64(turns) {
 		time.Sleep(pause())
-		body := fmt.Sprintf(`{"model":"e","input":%q}`, say(uint64(n), 100))
-		told(o.ask(b.people[i], "/api/embed", body))
+		if b.embeds {
+			told(o.ask(w, "/api/embed", fmt.Sprintf(`{"model":"e","input":%q}`, say(n, 100))))
+		} else {
+			told(o.ask(w, "/api/chat", w.chatBody(30, scriptTurn, turn("user", say(9000+n, 40)))))
+		}
 	}
 }
 
@@ -338,9 +354,15 @@ func (b beside) run(t *testing.T, h house, alone int64) {
 	more := float64(o.sim.Stats().Evaluated-o.before-own) / float64(alone)
 	t.Logf("%d asked, and waited for %v (median), %v (p99); a request takes up to %v; the script takes %v"+
 		" and evaluates %.3f times as much", len(waits), waits[len(waits)/2], p99, o.longest, took, more)
-	bound := o.longest * time.Duration(max(b.atMost, min(2, len(b.people))))
-	if p99 > bound {
-		t.Errorf("p99 of the waits is %v, want at most %v", p99, bound)
+	// One request runs and is waited for; where several people ask at once, one of theirs is, too.
+	bound := min(2, len(b.people))
+	if !h.told {
+		bound = max(bound, b.learned)
+	} else if h.slots == 4 {
+		bound = max(bound, b.four)
+	}
+	if p99 > time.Duration(bound)*o.longest {
+		t.Errorf("p99 of the waits is %v, longer than %d requests take", p99, bound)
 	}
 	if more > 1.05 {
 		t.Errorf("the script had %.3f times as many tokens evaluated", more)
@@ -351,42 +373,53 @@ func (b beside) run(t *testing.T, h house, alone int64) {
 // most, however they can be told from the script, and the script has next to nothing evaluated again.
 func TestPeopleFirst(t *testing.T) {
 	const (
-		userAgent, forwarded = "User-Agent: " + scriptAgent, "X-Forwarded-For: "
+		userAgent, browser = "User-Agent: " + scriptAgent, "User-Agent: Mozilla/5.0"
+		forwarded          = "X-Forwarded-For: "
 
-		agent, prompt    = "another User-Agent", "another system prompt"
-		addresses, users = "20 people, 20 addresses", "20 people in Open WebUI"
+		prompt, users = "another system prompt", "20 people in Open WebUI"
 	)
-	one := func(peer string, headers ...string) []who { return []who{{peer, headers}} }
+	one := func(peer string, headers ...string) []who {
+		return []who{{peer: peer, headers: headers, whole: true}}
+	}
 	var inOpenWebUI, each []who
 	for i := range 20 {
 		inOpenWebUI = append(inOpenWebUI, openWebUI(frontAddress, fmt.Sprint("user", i)))
-		each = append(each, who{fmt.Sprint("192.0.2.", i+10), []string{userAgent}})
+		each = append(each, one(fmt.Sprint("192.0.2.", i+10), userAgent)...)
 	}
 	here, front := who{peer: scriptAddress}, who{peer: frontAddress}
 	trusted := []string{frontAddress}
 	cases := []beside{
-		{name: "another address", script: here, people: one("10.9.0.8", userAgent)},
-		{name: agent, script: here, people: one(scriptAddress, "User-Agent: Mozilla/5.0")},
-		{name: prompt, script: here, people: one(scriptAddress, userAgent)},
+		{name: "another address", alike: true, script: here, people: one("10.9.0.8", userAgent)},
+		{name: "another User-Agent", alike: true, script: here, people: one(scriptAddress, browser)},
+		// The first two or three times it is taken to be lost what they push out, before it is known
+		// whether the host cache has it; and what goes first within a program has to be paid for before.
+		{name: prompt, script: here, people: one(scriptAddress, userAgent), four: 2, learned: 5},
 		{
-			name: "behind nginx", trusted: trusted,
-			script: who{frontAddress, []string{forwarded + "192.0.2.1"}},
+			name: "behind nginx", alike: true, trusted: trusted,
+			script: who{peer: frontAddress, headers: []string{forwarded + "192.0.2.1"}},
 			people: one(frontAddress, userAgent, forwarded+"192.0.2.2"),
 		},
-		{name: "in Open WebUI", script: front, people: inOpenWebUI[:1]},
-		{name: "in a trusted Open WebUI", trusted: trusted, script: front, people: inOpenWebUI[:1]},
+		{name: "in Open WebUI", alike: true, script: front, people: inOpenWebUI[:1]},
+		{
+			name: "another user in the body", alike: true, script: here,
+			people: []who{{peer: scriptAddress, headers: []string{userAgent}, user: "ann", whole: true}},
+		},
+		{
+			name:   "beside a user for each request",
+			script: who{peer: scriptAddress, user: "applicant"}, people: one(scriptAddress, browser),
+		},
 		{name: "embeddings", script: here, people: one(scriptAddress, userAgent), embeds: true},
-		{name: addresses, script: here, people: each},
-		// On four slots what they push out is charged to them as if it were lost, which the host cache
-		// keeps, so that they go first less often than they could.
-		{name: users, script: front, people: inOpenWebUI, atMost: 4},
+		{name: "20 people, 20 addresses", alike: true, script: here, people: each},
+		// Where the number of slots is learned it is not seen that the host cache keeps what they push out.
+		// That is charged to them as if it were lost, and they go first less often than they could.
+		{name: users, script: front, people: inOpenWebUI, learned: 4},
 		{name: "20 people in a trusted Open WebUI", trusted: trusted, script: front, people: inOpenWebUI},
 	}
 	for _, h := range []house{
 		{slots: 1, told: true},
-		{slots: 4, told: true, only: []string{prompt, addresses, users}},
+		{slots: 4, told: true, only: []string{prompt, users}},
 		{slots: 4, only: []string{prompt, users}},
-		{slots: 1, told: true, forget: true, only: []string{agent, prompt}},
+		{slots: 1, told: true, forget: true, only: []string{prompt}},
 	} {
 		var alone int64
 		synctest.Test(t, func(t *testing.T) {

@@ -131,7 +131,7 @@ func (t *TrustedProxies) clientOf(r *http.Request, key string) string {
 // seed is of the hashes by which users, programs and flows are told apart. No name is kept.
 var seed = maphash.MakeSeed()
 
-// names are what a request's body says of who asks, and for which conversation, as hashes. 0: nothing.
+// names are what a body says of who asks, and in which conversation, as hashes; 0: nothing.
 type names struct {
 	user         [3]uint64 // one for each member that may name a user
 	conversation uint64
@@ -185,30 +185,32 @@ func nameOf(value []byte) uint64 {
 type program struct {
 	agent, user, endpoint string
 	stream                byte
-	named                 [3]uint64
 }
 
 // programOf says which of its client's programs a request comes from: a person's chat and a script
-// come from one address, but not from one program, or not in one form. Users that a request names
-// count as programs, whoever says so: names only divide what one client has.
+// come from one address, but not from one program, or not in one form.
 func programOf(r *http.Request, ex *exchange) uint64 {
-	return max(1, maphash.Comparable(seed, program{
-		r.UserAgent(), r.Header.Get(headerUser), ex.Endpoint, ex.fields.stream, ex.fields.names.user,
-	}))
+	p := program{r.UserAgent(), r.Header.Get(headerUser), ex.Endpoint, ex.fields.stream}
+	return max(1, maphash.Comparable(seed, p))
 }
 
-// flowOf tells apart what a program works on: conversations, or what has the same system prompt.
+// flow is what tells apart what a program works on.
+type flow struct {
+	names  names
+	begins uint64
+}
+
+// flowOf says what its program works on: conversations, or what has the same system prompt, for the
+// users that the body names. Names are believed from anyone, since they only divide what a client has;
+// and they make no programs, of which each may go first, since a script may have one for each request.
 func flowOf(r *http.Request, ex *exchange) uint64 {
 	if id := r.Header.Get(headerChat); id != "" {
 		return maphash.String(seed, id)
 	}
-	begins := ex.chain.Opening
-	if ex.chain.Messages > 2 { // it goes on
-		begins = ex.chain.Conversation
+	f := flow{ex.fields.names, ex.chain.Opening}
+	// Some programs have one key for all that they ask: it makes conversations, and does not join them.
+	if ex.chain.Messages > 2 && f.names.conversation == 0 { // it goes on
+		f.begins = ex.chain.Conversation
 	}
-	if key := ex.fields.names.conversation; key != 0 {
-		// Some programs have one key for all that they ask.
-		return maphash.Comparable(seed, [...]uint64{key, ex.chain.Opening})
-	}
-	return begins
+	return maphash.Comparable(seed, f)
 }

@@ -45,7 +45,8 @@ func TestForwardedClient(t *testing.T) {
 		{"[fd00::1]:99", []string{"X-Forwarded-For: 192.0.2.7"}, "192.0.2.7"},
 		{"10.0.0.1:99", []string{"X-Forwarded-For: 192.0.2.7, 10.0.0.2,fd00::9"}, "192.0.2.7"},
 		{"10.0.0.1:99", []string{"X-Forwarded-For: 198.51.100.1, 192.0.2.7"}, "192.0.2.7"},
-		{"10.0.0.1:99", []string{"X-Forwarded-For: 198.51.100.1", "X-Forwarded-For: 192.0.2.7"}, "192.0.2.7"},
+		{"10.0.0.1:99", []string{"X-Forwarded-For: 198.51.100.1", "X-Forwarded-For: 192.0.2.7"},
+			"192.0.2.7"},
 		{"10.0.0.1:99", []string{"X-Forwarded-For: junk, 192.0.2.7"}, "192.0.2.7"},
 		{"10.0.0.1:99", []string{"X-Forwarded-For: 2001:db8::1"}, "2001:db8::1"},
 		{"10.0.0.1:99", []string{"X-Forwarded-For: ::ffff:192.0.2.7"}, "192.0.2.7"},
@@ -53,7 +54,8 @@ func TestForwardedClient(t *testing.T) {
 		{"10.0.0.1:99", []string{"X-Forwarded-For: fe80::1%anything"}, "fe80::1"},
 		{"10.0.0.1:99", []string{"Forwarded: for=192.0.2.7"}, "192.0.2.7"},
 		{"10.0.0.1:99", []string{`Forwarded: For="[2001:db8::1]:4711";proto=http;by=10.0.0.1`}, "2001:db8::1"},
-		{"10.0.0.1:99", []string{`Forwarded: for=198.51.100.1, proto=https;for="192.0.2.7:80", for=10.0.0.3`}, "192.0.2.7"},
+		{"10.0.0.1:99", []string{`Forwarded: for=198.51.100.1, proto=https;for="192.0.2.7:80", for=10.0.0.3`},
+			"192.0.2.7"},
 		{"10.0.0.1:99", []string{"Forwarded: for=192.0.2.7", "X-Forwarded-For: 192.0.2.7"}, "192.0.2.7"},
 
 		{"10.0.0.1:99", nil, "10.0.0.1"},
@@ -185,43 +187,47 @@ func whoIn(t testing.TB, body string, headers ...string) (program, flow uint64) 
 	return programOf(r, ex), flowOf(r, ex)
 }
 
-// TestNamesInBodies: users that a body names are programs of their own, conversations are flows.
+// TestNamesInBodies: users and conversations that a body names are flows of their own, in one program.
 func TestNamesInBodies(t *testing.T) {
-	nobody, _ := whoIn(t, `{}`)
-	users := []uint64{nobody}
+	one, nobody := whoIn(t, `{}`)
+	flows := []uint64{nobody}
 	for _, body := range []string{
 		`{"user":"ann"}`, `{"user":"bob"}`, `{"safety_identifier":"ann"}`,
 		`{"metadata":{"user_id":"ann"}}`, `{"metadata":{"user_id":"bob"}}`,
 		`{"user":"ann","metadata":{"user_id":"ann"}}`,
+		`{"prompt_cache_key":"one"}`, `{"prompt_cache_key":"two"}`, `{"prompt_cache_key":"one","user":"ann"}`,
 	} {
-		user, flow := whoIn(t, body)
-		if slices.Contains(users, user) || flow != 7 {
-			t.Errorf("%s is somebody else's program, or flow %d", body, flow)
+		program, flow := whoIn(t, body)
+		if slices.Contains(flows, flow) || program != one {
+			t.Errorf("%s is somebody else's flow, or another program's", body)
 		}
-		users = append(users, user)
+		flows = append(flows, flow)
 	}
 	for _, same := range [][2]string{
 		{`{"user":"ann"}`, `{"model":"m", "USER": "ann", "messages":[{"user":"bob"}]}`},
 		{`{"user":"ann"}`, `{"user":"bob","user":"ann"}`},
-		{`{}`, `{"user":""}`}, {`{}`, `{"user":null}`}, {`{}`, `{"user":7}`}, {`{}`, `{"user":["ann"]}`},
-		{`{}`, `{"metadata":"ann"}`}, {`{}`, `{"metadata":{"x":{"user_id":"ann"}}}`},
+		{`{}`, `{"user":""}`},
+		{`{}`, `{"user":null}`},
+		{`{}`, `{"user":7}`},
+		{`{}`, `{"user":["ann"]}`},
+		{`{}`, `{"metadata":"ann"}`},
+		{`{}`, `{"metadata":{"x":{"user_id":"ann"}}}`},
 		{`{}`, `{"metadata":{"user_id":"ann"},"metadata":null}`},
 		{`{}`, `{"metadata":{"user_id":"` + strings.Repeat("x", metadataMost) + `"}}`},
 		{`{"metadata":{"user_id":"ann"}}`, `{"metadata":{"x":[{}],"user_id":"bob","User_Id":"ann"}}`},
 	} {
-		a, _ := whoIn(t, same[0])
-		if b, _ := whoIn(t, same[1]); a != b {
+		_, a := whoIn(t, same[0])
+		if _, b := whoIn(t, same[1]); a != b {
 			t.Errorf("%s and %s are two", same[0], same[1])
 		}
 	}
-	_, one := whoIn(t, `{"prompt_cache_key":"one"}`)
-	_, two := whoIn(t, `{"prompt_cache_key":"two"}`)
 	_, chat := whoIn(t, `{"prompt_cache_key":"one"}`, headerChat+": a")
-	if _, again := whoIn(t, `{"prompt_cache_key":"one","user":"ann"}`); one == two || one == 7 || one != again {
-		t.Errorf("two conversations are %x and %x, and %x", one, two, again)
-	}
-	if _, again := whoIn(t, `{}`, headerChat+": a"); chat != again || chat == one {
+	if _, again := whoIn(t, `{"user":"ann"}`, headerChat+": a"); chat != again || slices.Contains(flows, chat) {
 		t.Errorf("one chat is %x and %x", chat, again)
+	}
+	ann, _ := whoIn(t, `{}`, headerUser+": ann")
+	if bob, _ := whoIn(t, `{}`, headerUser+": bob"); ann == bob || ann == one {
+		t.Errorf("two users of Open WebUI are %x and %x", ann, bob)
 	}
 }
 

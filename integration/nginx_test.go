@@ -13,7 +13,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -191,6 +190,28 @@ func (c caller) status(addr string) int {
 	return res.StatusCode
 }
 
+// endless has a model answer without end, and returns what ends that. It reads the first pieces, which
+// must come while the rest is still being made.
+func (c caller) endless(p *proxyProcess, addr string) (leave func()) {
+	c.t.Helper()
+	ctx, cancel := context.WithCancel(c.t.Context())
+	stream := c.post(ctx, addr, fmt.Sprintf(
+		`{"model":%q,"prompt":"hi","raw":true,"options":{"num_predict":10000000}}`, tiny))
+	lines := bufio.NewReader(stream.Body)
+	for range 3 {
+		if line, err := lines.ReadString('\n'); err != nil || !strings.Contains(line, `"done":false`) {
+			c.t.Fatalf("a stream through nginx: %q %v", line, err)
+		}
+	}
+	if n := p.Metric(c.t, "ollama_cacheproxy_in_flight"); n < 2 { // with that which asks
+		c.t.Error("the first pieces came when the answer had ended")
+	}
+	return func() {
+		cancel()
+		stream.Body.Close()
+	}
+}
+
 // TestNginx: two people behind nginx, who send the same, are told apart if nginx is trusted, whoever
 // they say that they are, and are not if it is not. That is seen by who gives up a place in a full
 // queue: the one who has more of it. A stream comes through piece by piece, and ends when its client
@@ -201,77 +222,50 @@ func TestNginx(t *testing.T) {
 		t.Fatal(err)
 	}
 	server := realollama.Start(t, realollama.Config{Version: realollama.Newest(), Models: []string{tiny}})
-	for name, flags := range map[string][]string{
-		"trusted": {"--trusted-proxy", "127.0.0.1/32"}, "not trusted": nil,
+	for _, c := range []struct {
+		name, refused string
+		flags         []string
+	}{
+		{"trusted", "the script", []string{"--trusted-proxy", "127.0.0.1/32"}},
+		{"not trusted", "the person", nil},
 	} {
-		t.Run(name, func(t *testing.T) {
-			p := startProxy(t, server.URL(), append(flags, "--slots", "1", "--queue", "3")...)
+		t.Run(c.name, func(t *testing.T) {
+			p := startProxy(t, server.URL(), append(c.flags, "--slots", "1", "--queue", "3")...)
 			addr := startNginx(t, nginx, p.URL)
 			// (Linux has all of 127.0.0.0/8.)
 			script, person := callerAt(t, "127.0.0.2", "127.0.0.3"), callerAt(t, "127.0.0.3", "127.0.0.3")
-
-			ctx, leave := context.WithCancel(t.Context())
+			leave := script.endless(p, addr)
 			defer leave()
-			stream := script.post(ctx, addr, fmt.Sprintf(
-				`{"model":%q,"prompt":"hi","raw":true,"options":{"num_predict":10000000}}`, tiny))
-			defer stream.Body.Close()
-			lines := bufio.NewReader(stream.Body)
-			for range 3 {
-				if line, err := lines.ReadString('\n'); err != nil || !strings.Contains(line, `"done":false`) {
-					t.Fatalf("a stream through nginx: %q %v", line, err)
-				}
-			}
-			if n := p.Metric(t, "ollama_cacheproxy_in_flight"); n < 2 { // with that which asks
-				t.Error("the first pieces came when the answer had ended")
-			}
 
-			statuses := make(chan int, 4)
-			var wg sync.WaitGroup
-			waits := func(n float64) {
-				t.Helper()
-				eventually(t, fmt.Sprint(n, " waiting"), func() bool {
-					return p.Metric(t, "ollama_cacheproxy_waiting_requests") == n
+			type told struct {
+				who    string
+				status int
+			}
+			answers := make(chan told, 4)
+			for i := range 3 {
+				go func() { answers <- told{"the script", script.status(addr)} }() // ends with the stream
+				eventually(t, fmt.Sprint(i+1, " waiting"), func() bool {
+					return p.Metric(t, "ollama_cacheproxy_waiting_requests") == float64(i+1)
 				})
 			}
-			for i := range 3 {
-				wg.Go(func() { statuses <- script.status(addr) })
-				waits(float64(i + 1))
+			go func() { answers <- told{"the person", person.status(addr)} }() // likewise
+			timeout := time.After(time.Minute)
+			next := func() (a told) {
+				select {
+				case a = <-answers:
+				case <-timeout:
+					t.Fatal("no answer in a minute")
+				}
+				return a
 			}
-			asked := make(chan int, 1)
-			wg.Go(func() { asked <- person.status(addr) })
-			var refused int
-			var who string
-			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-			defer cancel()
-			select {
-			case refused = <-statuses:
-				who = "the script"
-			case refused = <-asked:
-				who = "the person"
-			case <-ctx.Done():
-				t.Error("nobody is refused in a minute")
-			}
-			want := "the person"
-			if flags != nil {
-				want = "the script"
-			}
-			if refused != http.StatusServiceUnavailable || who != want {
-				t.Errorf("%s gets %d, want 503 for %s", who, refused, want)
+			if first, want := next(), (told{c.refused, http.StatusServiceUnavailable}); first != want {
+				t.Errorf("while the stream lasts the answer is %v, want %v", first, want)
 			}
 			leave()
-			wg.Wait()
-			close(statuses)
-			close(asked)
-			rest := 0
-			for _, c := range []chan int{statuses, asked} {
-				for status := range c {
-					if rest++; status != http.StatusOK {
-						t.Errorf("after the stream's client has left: %d", status)
-					}
+			for range 3 {
+				if a := next(); a.status != http.StatusOK {
+					t.Errorf("after its client has left: %v", a)
 				}
-			}
-			if rest != 3 {
-				t.Errorf("%d are answered, want 3", rest)
 			}
 		})
 	}

@@ -86,6 +86,8 @@ fuzz: ## a minute of each fuzz test
 	$(FUZZ) '^FuzzText$$' ./savings
 	$(FUZZ) '^FuzzQueue$$' ./schedule
 	$(FUZZ) '^FuzzKeepAlive$$' ./proxy
+	$(FUZZ) '^FuzzForwarded$$' ./proxy
+	$(FUZZ) '^FuzzNames$$' ./proxy
 	$(FUZZ) '^FuzzTokens$$' ./ollamasim
 	$(FUZZ) '^FuzzTemplate$$' ./batch
 	$(FUZZ) '^FuzzLines$$' ./batch

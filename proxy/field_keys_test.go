@@ -414,7 +414,7 @@ func TestWhoIsCharged(t *testing.T) {
 			r.Header.Add(k, v)
 		}
 		client, _ := g.key(r)
-		return clientOf(r, client)
+		return (*TrustedProxies)(nil).clientOf(r, client)
 	}
 	one, two := who("/api/chat", "10.0.0.1:1", "Authorization: Bearer one"), who("/api/chat", "10.0.0.1:1", "Authorization: Bearer two")
 	if one == two {

@@ -238,18 +238,6 @@ func (g *Guard) key(r *http.Request) (client string, spent []string) {
 	return client, spent
 }
 
-// clientOf says to whom the scheduler is to be fair: the key that was checked, else an address.
-func clientOf(r *http.Request, key string) string {
-	if key != "" {
-		return key
-	}
-	host, _, err := net.SplitHostPort(r.RemoteAddr)
-	if err != nil {
-		return r.RemoteAddr
-	}
-	return host
-}
-
 // keyless reports whether a request needs no key: the probes of monitors and containers. It carries nothing to an upstream,
 // and names none: see exchange.stranger.
 func keyless(r *http.Request) bool {

@@ -65,8 +65,9 @@ type Handler struct {
 	Queue int
 
 	Guard   Guard
-	Metrics http.Handler // serves PathMetrics; nil forwards it like any other path
-	Log     *slog.Logger // nil discards
+	Trusted *TrustedProxies // believed when they say who asks; nil: nobody is
+	Metrics http.Handler    // serves PathMetrics; nil forwards it like any other path
+	Log     *slog.Logger    // nil discards
 
 	Ledger      *savings.Ledger     // nil accounts for nothing and reads no prefixes
 	Lanes       *schedule.Scheduler // says when a request may be sent, and where; nil, with one upstream only, sends them as they come

@@ -147,6 +147,8 @@ type fields struct {
 	keepAliveAt    int           // the last value's offset, where there is one, null included
 	keepAliveAtEnd int
 
+	names names
+
 	members []jsonscan.Member // all of them, in order
 	long    []byte            // jsonscan.Object.Long
 }
@@ -178,6 +180,8 @@ func scan(data []byte, members []jsonscan.Member) (fields, error) {
 				continue // one bad value fails the request, whatever follows
 			}
 			f.keepAlive, f.duration = readKeepAlive(value)
+		default:
+			f.names.read(key, value)
 		}
 	}
 	f.open, f.empty, f.long = o.Open(), o.Len() == 0, o.Long()

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"hash/maphash"
 	"net/http"
 	"slices"
 	"strings"
@@ -136,7 +135,7 @@ func (h *Handler) waited(ex *exchange) {
 // lane waits for a lane of one of the servers, or of one that is away now and comes back meanwhile.
 func (h *Handler) lane(r *http.Request, ex *exchange, list []*backend) error {
 	priority := priorityOf(r)
-	lanes, request := h.Lanes, schedule.Request{Client: clientOf(r, ex.client), Priority: priority, Arrived: ex.start}
+	lanes, request := h.Lanes, schedule.Request{Client: h.Trusted.clientOf(r, ex.client), Priority: priority, Arrived: ex.start}
 	request.Streams = ex.asksForStream()
 	for _, b := range list {
 		request.Upstreams = append(request.Upstreams, b.index)
@@ -227,7 +226,7 @@ func givenUp(err error) *refusal {
 
 // full refuses a request that would find no place in the queue, whose body is too long to be read for that.
 func (h *Handler) full(r *http.Request, ex *exchange) error {
-	if h.Lanes == nil || ex.prompt == prefix.None || ex.embed || !h.Lanes.Full(priorityOf(r)) {
+	if h.Lanes == nil || ex.prompt == prefix.None || ex.embed || !h.Lanes.Full(priorityOf(r), h.Trusted.clientOf(r, ex.client)) {
 		return nil
 	}
 	return ex.busy()
@@ -260,15 +259,6 @@ func priorityOf(r *http.Request) schedule.Priority {
 	return schedule.Normal
 }
 
-// Open WebUI names its users and their chats, if it is told to (ENABLE_FORWARD_USER_INFO_HEADERS).
-const (
-	headerUser = "X-OpenWebUI-User-Id"
-	headerChat = "X-OpenWebUI-Chat-Id"
-)
-
-// seed is of the hashes that tell flows apart.
-var seed = maphash.MakeSeed()
-
 // asksForStream reports whether the answer is to come piece by piece: Ollama's own endpoints do
 // that unless told otherwise.
 func (ex *exchange) asksForStream() bool {
@@ -283,23 +273,6 @@ func (ex *exchange) begins() {
 	if ex.Status < 300 && ex.asksForStream() {
 		ex.grant.Began()
 	}
-}
-
-// programOf tells the programs of one client apart without their help: a person's chat and a script come from one address, but
-// not from one program, or not in one form.
-func programOf(r *http.Request, ex *exchange) uint64 {
-	return max(1, maphash.Comparable(seed, [...]string{r.UserAgent(), r.Header.Get(headerUser), ex.Endpoint, string(rune(ex.fields.stream))}))
-}
-
-// flowOf tells apart what a program works on: conversations, or what has the same system prompt.
-func flowOf(r *http.Request, ex *exchange) uint64 {
-	if id := r.Header.Get(headerChat); id != "" {
-		return maphash.String(seed, id)
-	}
-	if ex.chain.Messages > 2 { // it goes on
-		return ex.chain.Conversation
-	}
-	return ex.chain.Opening
 }
 
 // free gives the lane back.

@@ -218,6 +218,39 @@ func TestBodyLetGo(t *testing.T) {
 	}
 }
 
+// TestFullQueueOfAnother: somebody else's backlog that fills the queue is no reason to refuse a body
+// unread: a place is made for it.
+func TestFullQueueOfAnother(t *testing.T) {
+	f := newFake(t, nil)
+	lanes := schedule.NewScheduler(schedule.Config{Lanes: 1, Limit: 3})
+	rg := newRig(t, f.URL, &Handler{Lanes: lanes, Trusted: trusting(t, "127.0.0.1")})
+	const script, person = "X-Forwarded-For: 192.0.2.1", "X-Forwarded-For: 192.0.2.2"
+	var clients []*fakeConn
+	for i := range 4 {
+		c := rg.dial()
+		c.send(rawPost("/api/chat", chatWith("s", fmt.Sprint(i), ""), script))
+		if i == 0 {
+			f.accept().receive()
+		}
+		waiting(t, rg, i)
+		clients = append(clients, c)
+	}
+	long := rg.dial()
+	long.send(rawPost("/api/chat", chatWith("p", strings.Repeat("x", 2*bodyFirst), ""), person))
+	if got := clients[3].receive(); !strings.Contains(got.line, " 503 ") || got.value("Retry-After") == "" {
+		t.Errorf("the newest of the backlog: %+v", got)
+	}
+	waiting(t, rg, 3)
+	if ex := rg.ended(); ex.Outcome != Refused {
+		t.Errorf("told as %+v", ex)
+	}
+	more := rg.dial()
+	more.send(rawPost("/api/chat", chatWith("s", "more", ""), script))
+	if got := more.receive(); !strings.Contains(got.line, " 503 ") {
+		t.Errorf("more of the backlog: %+v", got)
+	}
+}
+
 // TestMemoryPriority: where the memory is full, a body waits behind one at most of each other
 // priority, however many there are.
 func TestMemoryPriority(t *testing.T) {

@@ -95,6 +95,35 @@ func BenchmarkVacate(b *testing.B) {
 	}
 }
 
+// BenchmarkFull is a request that comes to a full queue: more of a backlog, which is refused, and one of
+// somebody with nothing else, for which the backlog gives up a place.
+func BenchmarkFull(b *testing.B) {
+	for _, limit := range []int{1000, 10_000, 100_000} {
+		for _, other := range []bool{false, true} {
+			b.Run(fmt.Sprintf("%d waiting, another client %v", limit, other), func(b *testing.B) {
+				q := crowdedQueue(limit, func(i int) Request {
+					return Request{Client: fmt.Sprint(i % 8), Program: 1, Flow: uint64(i % 100)}
+				})
+				who := Request{Client: "0", Program: 1}
+				if other {
+					who.Client = "other"
+				}
+				id, now := uint64(limit+1), start.Add(time.Hour)
+				b.ReportAllocs()
+				for b.Loop() {
+					id++
+					now = now.Add(time.Millisecond)
+					if q.Add(from(who, id, now)) {
+						q.Refusals()
+						q.Leave(id, now)
+						q.Add(from(Request{Client: "1", Program: 1}, id, now))
+					}
+				}
+			})
+		}
+	}
+}
+
 // BenchmarkLone is what a client waits that sends one request after the other.
 func BenchmarkLone(b *testing.B) {
 	s := NewScheduler(Config{})

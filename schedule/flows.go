@@ -128,12 +128,12 @@ func (q *Queue) advance(it *item, now time.Time) bool {
 	}
 	charge, least := q.typical()/aheadPart, 0.0
 	if it.detour {
-		again := q.typical() / 2
-		if q.again.n > 0 {
-			again = q.again.v
+		if q.again.n == 0 { // nobody knows yet what that costs: the first one goes on credit
+			charge += q.typical() / 2 / ownPart
+		} else {
+			charge += q.again.v * q.lost / ownPart
+			least = charge
 		}
-		charge += again / ownPart
-		least = charge
 	}
 	if q.ahead.spent+least > q.ahead.had {
 		return false
@@ -173,6 +173,7 @@ func (q *Queue) exit(it *item, took time.Duration, now time.Time) {
 	seconds := took.Seconds()
 	if took > 0 {
 		q.took.add(seconds)
+		q.lost = it.runner.rates.lostPart()
 	}
 	if it.rank == sparse {
 		it.program.first--
@@ -182,11 +183,12 @@ func (q *Queue) exit(it *item, took time.Duration, now time.Time) {
 			if it.detour { // the others of its kind have it evaluated again, too
 				again, part = again+float64(max(0, it.tokens-it.expected)), ownPart
 			}
-			again *= it.runner.rates.lostPart() * it.runner.rates.perToken().Seconds()
+			again *= it.runner.rates.perToken().Seconds()
 			if it.detour {
 				q.again.add(again)
 			}
-			spent += seconds/aheadPart + again/part
+			// Of the time of all lanes together, as what others have had is counted.
+			spent += seconds/float64(max(1, it.beside))/aheadPart + again*q.lost/part
 		}
 		q.ahead.add(0, spent, now)
 	} else {

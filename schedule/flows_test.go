@@ -212,3 +212,35 @@ func TestOnePage(t *testing.T) {
 		}
 	}
 }
+
+// TestAheadOnManyLanes: what goes first takes a third of the time of all lanes together, not of one. So
+// people who take a fifth of it wait for one running request at most, as the script's prefix is theirs,
+// too, and nothing is pushed out for them.
+func TestAheadOnManyLanes(t *testing.T) {
+	for _, slots := range []int{1, 4} {
+		cfg := engineConfig{slots: slots, load: time.Second, perToken: time.Millisecond, decode: 10 * time.Millisecond}
+		s := newSim(t, cfg, New(Config{Lanes: slots}))
+		segs := func(i int) []seg { return []seg{{id: 1, tokens: 500}, {id: uint64(1000 + i), tokens: 20}} }
+		const gen = 100 // a second
+		for i := range 400 * slots {
+			s.submit(&job{segs: segs(i), gen: gen, client: "c", program: 1, flow: 1})
+		}
+		var waits []time.Duration
+		every := 5 * time.Second / time.Duration(slots)
+		for i := range 50 * slots {
+			s.after(10*time.Second+time.Duration(i)*every, func() {
+				person := uint64(2 + i%20)
+				j := &job{segs: segs(10_000 + i), gen: gen, client: "c", program: person, flow: 1}
+				j.done = func() { waits = append(waits, j.sent.Sub(j.came)) }
+				s.submit(j)
+			})
+		}
+		s.run()
+		slices.Sort(waits)
+		p95 := waits[len(waits)*95/100]
+		t.Logf("%d slots: %d waited for %v (median), %v (p95)", slots, len(waits), waits[len(waits)/2], p95)
+		if running := s.cfg.perToken*time.Duration(20*slots) + s.cfg.decode*gen; p95 > running {
+			t.Errorf("%d slots: p95 of the waits is %v, a request takes %v", slots, p95, running)
+		}
+	}
+}

@@ -288,14 +288,18 @@ func (q *Queue) visited(x *runner, it *item, generated int, now time.Time) {
 	it.lane.visit = v
 }
 
-// displaced returns how many tokens the server held of a prompt that no lane holds any more, if those are many more than
-// the lane in which the request lands holds; else 0.
+// displaced returns how many tokens the server held of a prompt that no lane holds any more that the request
+// might land in, if those are many more than the lane holds in which it is to land; else 0.
 func (x *runner) displaced(it *item, lands int) int {
 	v, tokens := x.closest(it.steps)
 	if v == nil || tokens < lands+hostWorth {
 		return 0
 	}
 	for _, l := range x.lanes {
+		// A busy slot cannot have been used. Where the number of slots is learned a lane may be none.
+		if l.item != nil && x.server.lanes > 0 {
+			continue
+		}
 		if shared(it.steps, l.holds) > lands+hostWorth {
 			return 0
 		}

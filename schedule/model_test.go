@@ -106,10 +106,8 @@ func (m *model) drain() {
 			if waited := len(m.waiting) + m.granted - granted; waited < m.cfg.Limit {
 				m.t.Fatalf("request %d made room where %d of %d waited", no.ID, waited, m.cfg.Limit)
 			}
-			for id, other := range m.waiting {
-				if p, o := r.Priority.rank(), other.Priority.rank(); p < o || p == o && r.came.Before(other.came) && other.Program+r.Program == 0 {
-					m.t.Fatalf("request %d was refused in place of %d, which is less urgent or came later", no.ID, id)
-				}
+			if m.granted == granted { // else others may have left since
+				m.gaveUp(r)
 			}
 		default:
 			m.t.Fatalf("request %d was refused: %v", no.ID, no.Err)
@@ -239,20 +237,47 @@ func (m *model) add() {
 		}
 	}
 	r.Links = j.links()
+	came := m.now
+	if !r.Arrived.IsZero() {
+		came = r.Arrived
+	}
 	if m.q.Add(r, m.now) {
-		came := m.now
-		if !r.Arrived.IsZero() {
-			came = r.Arrived
-		}
 		m.waiting[r.ID] = modelRequest{Request: r, came: came}
 		m.added++
 	} else if len(m.waiting) < m.cfg.Limit {
 		m.t.Fatalf("refused with %d waiting", len(m.waiting))
-	} else {
-		for id, other := range m.waiting {
-			if r.Priority.rank() < other.Priority.rank() {
-				m.t.Fatalf("refused, although %d waits, which is less urgent", id)
-			}
+	} else if len(m.q.grants) == 0 { // else others may have left since
+		m.gaveUp(modelRequest{Request: r, came: came})
+	}
+}
+
+// gaveUp checks that a request was the one to be refused when the queue was full: nobody else's
+// share of the places was larger, and nothing of its flow's came later.
+func (m *model) gaveUp(r modelRequest) {
+	who := flowKey{r.Client, r.Program, r.Flow}
+	counts := map[crowdKey]int{}
+	for level := range int8(crowdLevels) {
+		counts[who.at(level)]++
+	}
+	for id, other := range m.waiting {
+		if r.Priority.rank() < other.Priority.rank() {
+			m.t.Fatalf("request %d was refused in place of %d, which is less urgent", r.ID, id)
+		}
+		if r.Priority.rank() > other.Priority.rank() {
+			continue
+		}
+		key := flowKey{other.Client, other.Program, other.Flow}
+		if key == who && r.came.Before(other.came) {
+			m.t.Fatalf("request %d was refused in place of %d, which came later", r.ID, id)
+		}
+		for level := range int8(crowdLevels) {
+			counts[key.at(level)]++
+		}
+	}
+	for key, n := range counts {
+		beside := key.level == 0 || who.at(key.level-1) == key.at(key.level-1)
+		if most := counts[who.at(key.level)]; beside && n > most {
+			m.t.Fatalf("request %d was refused: of %v %d wait, of %v %d", r.ID, who.at(key.level), most, key, n)
 		}
 	}
 }
@@ -274,12 +299,45 @@ func (m *model) done() {
 	}, m.now)
 }
 
+// checkPlaces compares who is noted to have the places with who waits.
+func (m *model) checkPlaces() {
+	if m.q.places == nil {
+		return
+	}
+	waiting, noted := [ranks]map[crowdKey]int{}, 0
+	for _, r := range m.waiting {
+		p := r.Priority.rank()
+		if waiting[p] == nil {
+			waiting[p] = map[crowdKey]int{}
+		}
+		for level := range int8(crowdLevels) {
+			waiting[p][flowKey{r.Client, r.Program, r.Flow}.at(level)]++
+		}
+	}
+	for p, at := range m.q.places {
+		noted += at.all.waiting
+		if len(at.parts) != len(waiting[p]) {
+			m.t.Fatalf("%d crowds wait, %d are noted", len(waiting[p]), len(at.parts))
+		}
+		for key, c := range at.parts {
+			if c.key != key || c.waiting != waiting[p][key] || c.within.parts[c.index] != c ||
+				c.within.parts[0].waiting < c.waiting {
+				m.t.Fatalf("of %v %d wait, noted is %+v", key, waiting[p][key], c)
+			}
+		}
+	}
+	if noted != len(m.waiting) {
+		m.t.Fatalf("%d wait, %d are noted", len(m.waiting), noted)
+	}
+}
+
 // check holds the queue to its own books. (It does not call Helper, which takes half of the time.)
 func (m *model) check() {
 	q := m.q
 	if q.Len() != len(m.waiting) || q.Len() > m.cfg.Limit || len(q.items) != len(m.waiting)+len(m.running) {
 		m.t.Fatalf("%d wait and %d are known, want %d and %d more", q.Len(), len(q.items), len(m.waiting), len(m.running))
 	}
+	m.checkPlaces()
 	roams := 0
 	for _, s := range q.servers {
 		waiting, busy, loaded, roaming := 0, 0, 0, 0

@@ -185,10 +185,12 @@ type Queue struct {
 	ahead   flow     // what went before others has spent, and what did not go before others has had
 	denied  []uint64 // requests that are to go before others as soon as that is paid for
 	took    mean     // seconds that requests took
-	again   mean     // seconds that it takes to evaluate again what a detour pushed out
+	again   mean     // seconds that it would take to evaluate again what a detour pushed out, if it is lost …
+	lost    float64  // … and which part of such is, of late
 	grants  []Placement
 	refused []Refusal
 	count   Counts
+	places  *places // who has them; nil: not noted
 }
 
 // server is one Ollama server.
@@ -272,6 +274,7 @@ type item struct {
 	node    *node
 	waits   bool
 
+	who           flowKey // as the request says
 	program, flow *flow   // nil: not known
 	detour        bool    // it goes before others of its program
 	charged       float64 // what it is expected to spend, if it goes before others
@@ -379,13 +382,13 @@ func (q *Queue) Len() (n int) {
 	return n
 }
 
-// Add adds a request. false: the queue is full, and the request is not in it. If a less urgent one waits then that is refused
-// in its place, the one that came last; of those that are equally urgent, too, if this one came earlier and was sent in vain.
+// Add adds a request. false: the queue is full, and the request is not in it. Where others have more
+// than their share of the places, or are less urgent, one of theirs is refused in its place: see crowd.
 func (q *Queue) Add(r Request, now time.Time) bool {
 	if r.Arrived.IsZero() || r.Arrived.After(now) {
 		r.Arrived = now
 	}
-	it := &item{id: r.ID, key: r.Runner, rank: r.Priority.rank(), arrived: r.Arrived}
+	it := &item{id: r.ID, key: r.Runner, rank: r.Priority.rank(), arrived: r.Arrived, who: flowKey{r.Client, r.Program, r.Flow}}
 	it.streams = r.Streams
 	it.steps, it.tokens = stepsOf(r.Links, r.Tokens)
 	q.enter(it, &r, now)
@@ -405,7 +408,7 @@ func (q *Queue) Add(r Request, now time.Time) bool {
 	q.returned(learn, it, r.Client, now)
 
 	full := q.Len() >= q.cfg.Limit
-	if full && !q.room(it, x) && !q.displaces(it) {
+	if full && !q.room(it, x) && q.crowded().yields(it) == it {
 		q.exit(it, 0, now)
 		return false
 	}
@@ -413,7 +416,7 @@ func (q *Queue) Add(r Request, now time.Time) bool {
 	q.enqueue(it, x, r.Client, now)
 	q.pump(s, now)
 	if full && q.Len() > q.cfg.Limit {
-		last := q.last()
+		last := q.crowded().last()
 		if last == q.items[it.id] {
 			q.Leave(it.id, now)
 			return false
@@ -425,62 +428,10 @@ func (q *Queue) Add(r Request, now time.Time) bool {
 	return true
 }
 
-// displaces reports whether a request that waits is refused for the sake of this one.
-func (q *Queue) displaces(it *item) bool {
-	last := q.last()
-	return last != nil && it.before(last)
-}
-
-// before reports whether a request is more urgent than another, or came first if both are equally urgent.
-func (it *item) before(other *item) bool {
-	if a, b := it.rank.asked(), other.rank.asked(); a != b {
-		return a < b // to be sparse is a reason to go first, not to push out what waits
-	}
-	return it.arrived.Before(other.arrived)
-}
-
-// last returns the least urgent request that waits, and of several the one that came last; nil if none waits.
-func (q *Queue) last() (last *item) {
-	for p := ranks - 1; ; p-- {
-		if q.waiting[p] > 0 {
-			for _, s := range q.servers {
-				for _, x := range s.runners {
-					if it := x.classes[p].fifo.back(); it != nil && (last == nil || last.before(it)) {
-						last = it
-					}
-				}
-			}
-		}
-		if p == 0 || last != nil && p.asked() != normal {
-			return last
-		}
-	}
-}
-
 // refuse takes out a request that waits and will not be sent.
 func (q *Queue) refuse(it *item, err error, now time.Time) {
 	q.drop(it.id, now)
 	q.refused = append(q.refused, Refusal{it.id, err})
-}
-
-// full is Scheduler.Full. A request that finds a free lane, or is more urgent than one that waits, may have a place.
-func (q *Queue) full(p Priority) bool {
-	if q.Len() < q.cfg.Limit {
-		return false
-	}
-	for _, n := range q.waiting[p.rank()+1:] {
-		if n > 0 {
-			return false
-		}
-	}
-	for _, s := range q.servers {
-		for _, x := range s.runners {
-			if !s.away && (s.lanes == Unlimited || x.busy < x.want) {
-				return false
-			}
-		}
-	}
-	return true
 }
 
 // room reports whether a request might be granted at once.
@@ -522,6 +473,9 @@ func (q *Queue) enqueue(it *item, x *runner, client string, now time.Time) {
 	q.counted(it, 1)
 	x.arrived += it.arrived.Sub(epoch)
 	c.add(it, client)
+	if q.places != nil {
+		q.places.add(it)
+	}
 }
 
 // direct returns how long it would take to serve all that wait as they came.
@@ -593,6 +547,11 @@ func (q *Queue) unwait(it *item, serve bool) {
 	}
 	it.waits = false
 	it.class.remove(it, serve)
+	if q.places != nil {
+		if q.places.remove(it); q.Len() <= q.cfg.Limit/2 {
+			q.places = nil
+		}
+	}
 }
 
 // Done says that a granted request has ended. Of one that is not being served it takes no notice.

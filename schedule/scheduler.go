@@ -236,12 +236,12 @@ func (s *Scheduler) Cool(upstream uint16, model string) {
 	s.do(func(q *Queue, now time.Time) { q.Cool(upstream, model, now) })
 }
 
-// Full reports whether a request with this priority would have to wait and finds no place, as far as that can be told without
-// knowing it.
-func (s *Scheduler) Full(p Priority) bool {
+// Full reports whether a request of a client with this priority would have to wait and finds no place,
+// as far as that can be told without knowing more of it: what its body may say, is in its favour.
+func (s *Scheduler) Full(p Priority, client string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.queue.full(p)
+	return s.queue.full(p, client, time.Now())
 }
 
 // Stats returns what a page or a scrape shows.

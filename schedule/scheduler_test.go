@@ -145,13 +145,13 @@ func TestMakesRoom(t *testing.T) {
 			{"interactive 4", Interactive, time.Time{}, "interactive 4 "},
 			{"normal 3", Normal, time.Time{}, "normal 3 "},
 		} {
-			full := s.Full(c.p)
+			full := s.Full(c.p, "c")
 			add(c.name, c.p, c.arrived)
 			got := refused()
 			if got != c.refused {
 				t.Errorf("%s came, and refused was %q, want %q", c.name, got, c.refused)
 			}
-			if full != (got == c.name+" ") && c.arrived.IsZero() {
+			if full && got != c.name+" " && c.arrived.IsZero() {
 				t.Errorf("%s: was full %v, and %q was refused", c.name, full, got)
 			}
 		}

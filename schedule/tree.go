@@ -343,6 +343,8 @@ func (f *fifo) back() *item {
 	f.order()
 	for i := len(f.items) - 1; i >= 0; i-- {
 		if f.items[i].waits {
+			clear(f.items[i+1:]) // so that nobody looks at them again
+			f.items = f.items[:i+1]
 			return f.items[i]
 		}
 	}

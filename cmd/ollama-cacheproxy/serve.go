@@ -60,7 +60,7 @@ type serveCmd struct {
 	BodyTimeout time.Duration `default:"60s" placeholder:"TIME" help:"For how long a request's body may make no progress before it is given up with 408; 0 for ever. Default: 60s."`
 
 	Slots   []string      `placeholder:"[NAME=]N" help:"How many slots a loaded model has (the server's OLLAMA_NUM_PARALLEL), or auto to learn it: requests wait, and each slot gets the one that fits what it holds; NAME=N for one upstream. off sends requests as they come. Repeatable. Default: auto."`
-	Queue   int           `default:"10000" placeholder:"N" help:"How many requests may wait for a slot, or for an upstream that is away; of more than that the least urgent are answered 503. Default: 10000."`
+	Queue   int           `default:"10000" placeholder:"N" help:"How many requests may wait for a slot, or for an upstream that is away; of more than that the least urgent are answered 503, and of these the newest of whoever has most waiting. Default: 10000."`
 	MaxWait time.Duration `placeholder:"TIME" help:"From when on a waiting request goes before others, whatever that costs. Default: never."`
 
 	TryDuration     time.Duration `default:"60s" placeholder:"TIME" help:"For how long requests wait for an upstream that is away, counted from when it was last seen; then they get 503. 0: not at all. Default: 60s."`
@@ -74,6 +74,8 @@ type serveCmd struct {
 	AllowHost   []string `placeholder:"NAME" help:"Accept this Host name on loopback connections too (* for any). Repeatable."`
 	AllowOrigin []string `placeholder:"ORIGIN" help:"Let web pages of this origin in, such as https://chat.example.com; one * stands for anything. Repeatable. Those in OLLAMA_ORIGINS are let in too."`
 	APIKeysFile string   `name:"api-keys-file" type:"path" placeholder:"FILE" help:"Ask clients for one of the keys in this file, one a line. It is read again when it changes, and at SIGHUP."`
+
+	TrustedProxy []string `placeholder:"CIDR" help:"Believe a front at this address or network (nginx, Open WebUI) when it says who asks: by X-Forwarded-For or Forwarded, else X-OpenWebUI-User-Id. Each is then a client of its own, which counts for fairness and for nothing else. Repeatable. Default: nobody."`
 
 	LogLevel  slog.Level    `default:"info" help:"debug, info, warn or error. Default: info."`
 	LogFormat string        `default:"auto" enum:"auto,text,json" help:"text, json, or auto: text on a terminal. Default: auto."`
@@ -97,6 +99,8 @@ Examples:
       hold every model for a day, llama3 for an hour, whatever shorter time clients ask for
   ollama-cacheproxy --listen 0.0.0.0:11435 --api-keys-file keys.txt
       serve other machines, which must show a key
+  ollama-cacheproxy --trusted-proxy 127.0.0.1 --trusted-proxy 172.18.0.0/16
+      tell apart the people behind an nginx here, and behind an Open WebUI in a container
   ollama-cacheproxy --slots 1
       say that a model has one slot, which need not be learned then
   ollama-cacheproxy --upstream big=10.0.0.7 --upstream small=10.0.0.8 --slots big=4
@@ -121,8 +125,9 @@ type settings struct {
 	keepAlive proxy.KeepAlive
 	guard     proxy.Guard
 	keys      *keysFile // guard.Keys is what was read of it; nil: none are asked for
-	lanes     bool      // requests wait for slots, or are to be spread over upstreams
-	memory    int64     // bytes
+	trusted   *proxy.TrustedProxies
+	lanes     bool  // requests wait for slots, or are to be spread over upstreams
+	memory    int64 // bytes
 }
 
 // target is an upstream, as the flags name it.
@@ -253,6 +258,9 @@ func (s *serveCmd) settings() (settings, error) {
 	if origins := os.Getenv("OLLAMA_ORIGINS"); origins != "" {
 		set.guard.AllowOrigins = append(set.guard.AllowOrigins, strings.Split(origins, ",")...)
 	}
+	if set.trusted, err = proxy.ParseTrustedProxies(s.TrustedProxy); err != nil {
+		return set, fmt.Errorf("--trusted-proxy: %w", err)
+	}
 	if s.APIKeysFile != "" {
 		if set.keys, err = readKeys(s.APIKeysFile); err != nil {
 			return set, err
@@ -322,7 +330,7 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	store := contextstore.NewMemory(contextstore.Limits{Entries: s.StoreEntries, Bytes: s.StoreBytes})
 	h := &proxy.Handler{
 		Upstreams: ups, Transport: transport, KeepAlive: set.keepAlive, NoTouch: !s.Touch,
-		MaxBody: s.MaxBody, Memory: set.memory, BodyTimeout: s.BodyTimeout, UpstreamSilence: s.UpstreamSilence, Queue: s.Queue, Guard: set.guard, Log: logger,
+		MaxBody: s.MaxBody, Memory: set.memory, BodyTimeout: s.BodyTimeout, UpstreamSilence: s.UpstreamSilence, Queue: s.Queue, Guard: set.guard, Trusted: set.trusted, Log: logger,
 		Ledger: savings.New(store, rememberRequests), ShowPrompts: s.ShowPrompts, AttachContext: s.AttachContext == "auto",
 	}
 	counts := metrics.New(version(), h.InFlight)
@@ -522,7 +530,7 @@ func (s *serveCmd) report(ctx context.Context, c *console, set settings, ups []*
 	if len(silent) > 0 {
 		verdict = ""
 	}
-	_, err := fmt.Fprintf(c.stdout, "%s%skeep-alive  %v, %s\nmemory      %d MiB for the bodies of requests that wait\nAPI keys    %s\n", verdict, text, set.keepAlive, s.KeepAlivePolicy, set.memory>>20, keys)
+	_, err := fmt.Fprintf(c.stdout, "%s%skeep-alive  %v, %s\nmemory      %d MiB for the bodies of requests that wait\nAPI keys    %s\ntrusted     %v\n", verdict, text, set.keepAlive, s.KeepAlivePolicy, set.memory>>20, keys, set.trusted)
 	if err == nil && len(silent) > 0 {
 		err = fmt.Errorf("the settings are right, but no Ollama answers at %s: start it there, or say where it is with --upstream", strings.Join(silent, " and "))
 	}

@@ -289,13 +289,18 @@ func (r *Request) end(now time.Time, o Outcome) (entry Entry, put, ok bool) {
 	if !entry.Loaded && r.run.Idle > defaultKeepAlive && r.run.WasLoaded {
 		entry.SavedLoading = o.Ending.LoadTime
 	}
+	l.remember(entry)
+	return entry, put, true
+}
+
+// remember adds to the ring. l.mu must be held.
+func (l *Ledger) remember(entry Entry) {
 	if len(l.recent) < cap(l.recent) {
 		l.recent = append(l.recent, entry)
 	} else if len(l.recent) > 0 {
 		l.recent[l.next%uint64(cap(l.recent))] = entry
 	}
 	l.next++
-	return entry, put, true
 }
 
 // load reports whether the model was loaded for the request, and forgets what was warm before.

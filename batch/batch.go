@@ -223,38 +223,18 @@ func (b *batch) loop(ctx context.Context) error {
 	polls := make(chan seen)
 	overloads := make(chan overload)
 	wg.Go(func() { b.poll(running, polls) }) // ends with running
-	send := func(it item) {
-		f := finished{item: it}
-		if f.request, f.err = b.Source.request(it); f.err != nil {
-			if f.bad, f.err = badLine(f.err); f.err == nil {
-				f.failure = &failure{Code: codeInvalid, Message: f.bad.Error()}
-			}
-		} else {
-			f.tried, f.err = b.client.ask(running, &f.request, it.line, func(sent time.Time, why string) {
-				select {
-				case overloads <- overload{sent, why}:
-				case <-running.Done():
-				}
-			})
-		}
-		select {
-		case done <- f:
-		case <-running.Done():
-		}
-	}
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for more := true; ; {
-		for more && b.inFlight < b.limit.target() && (b.inFlight == 0 || b.window.behind() <= b.journal.head.Next) {
+		for more && b.mayStart() {
 			it, ok, err := b.window.take()
 			if err != nil {
 				return err
 			}
-			if more = ok; !ok {
-				break
+			if more = ok; ok {
+				b.inFlight++
+				wg.Go(func() { b.send(running, it, done, overloads) }) // ends with running at the latest
 			}
-			b.inFlight++
-			wg.Go(func() { send(it) }) // ends with running at the latest
 		}
 		if b.watch != nil {
 			b.watch(b)
@@ -264,13 +244,7 @@ func (b *batch) loop(ctx context.Context) error {
 		}
 		select {
 		case f := <-done:
-			if f.err != nil {
-				if ctx.Err() != nil {
-					return ErrStopped
-				}
-				return f.err
-			}
-			if err := b.finish(f); err != nil {
+			if err := b.finish(ctx, f); err != nil {
 				return err
 			}
 			b.inFlight--
@@ -278,14 +252,48 @@ func (b *batch) loop(ctx context.Context) error {
 		case s := <-polls:
 			b.look(s)
 		case o := <-overloads:
-			if b.limit.backOff(o.sent, time.Now()) {
-				b.Log.Warn("the server has too much to do: fewer requests at once", "concurrency", b.limit.target(), "err", o.why)
-			}
+			b.slow(o)
 		case <-tick.C:
 			b.tell()
 		case <-ctx.Done():
 			return ErrStopped
 		}
+	}
+}
+
+// mayStart reports whether one more request may be sent now.
+func (b *batch) mayStart() bool {
+	return b.inFlight < b.limit.target() &&
+		(b.inFlight == 0 || b.window.behind() <= b.journal.head.Next)
+}
+
+// send sends an item and tells done what became of it, and overloads each time that the server says
+// that it has too much to do. It ends with ctx at the latest.
+func (b *batch) send(ctx context.Context, it item, done chan<- finished, overloads chan<- overload) {
+	f := finished{item: it}
+	if f.request, f.err = b.Source.request(it); f.err != nil {
+		if f.bad, f.err = badLine(f.err); f.err == nil {
+			f.failure = &failure{Code: codeInvalid, Message: f.bad.Error()}
+		}
+	} else {
+		f.tried, f.err = b.client.ask(ctx, &f.request, it.line, func(sent time.Time, why string) {
+			select {
+			case overloads <- overload{sent, why}:
+			case <-ctx.Done():
+			}
+		})
+	}
+	select {
+	case done <- f:
+	case <-ctx.Done():
+	}
+}
+
+// slow has fewer requests run at once.
+func (b *batch) slow(o overload) {
+	if b.limit.backOff(o.sent, time.Now()) {
+		b.Log.Warn("the server has too much to do: fewer requests at once",
+			"concurrency", b.limit.target(), "err", o.why)
 	}
 }
 
@@ -305,7 +313,13 @@ func (b *batch) tell() {
 }
 
 // finish records what became of an item.
-func (b *batch) finish(f finished) error {
+func (b *batch) finish(ctx context.Context, f finished) error {
+	switch {
+	case f.err != nil && ctx.Err() != nil:
+		return ErrStopped
+	case f.err != nil:
+		return f.err
+	}
 	counts := f.counts
 	if f.failure != nil {
 		counts = Counts{Failed: 1}

@@ -289,41 +289,50 @@ func (p *parser) anthropicMessage(f *fields) {
 		}
 		return
 	}
-	var texts, results [][]byte
-	var images, thinking []byte
-	var made calls
+	b := p.anthropicBlocks(content)
+	first := strings.EqualFold(string(unquoted(f.raw[fRole])), "user")
+	if first {
+		p.toolResults(b.results)
+	}
+	if calls := b.made.all(); b.texts != nil || b.images != nil || calls.hash != 0 || !empty(b.thinking) {
+		p.head(f.raw[fRole], closed(b.images), b.thinking)
+		p.texts(b.texts)
+		p.end(calls.hash, calls.bytes)
+	}
+	if !first {
+		p.toolResults(b.results)
+	}
+}
+
+// anthropicBlocks are a message's blocks, by what becomes of them.
+type anthropicBlocks struct {
+	texts, results   [][]byte
+	images, thinking []byte
+	made             calls
+}
+
+func (p *parser) anthropicBlocks(content []byte) (b anthropicBlocks) {
 	c := jsonscan.NewCursor(content, 0)
 	for c.Enter(); c.More(); {
 		block := c.Value()
 		switch string(unquoted(member(block, "type"))) {
 		case "text":
 			if t := member(block, "text"); !empty(t) {
-				texts = append(texts, t)
+				b.texts = append(b.texts, t)
 			}
 		case "image":
-			images = appendImage(images, member(member(block, "source"), "data"))
+			b.images = appendImage(b.images, member(member(block, "source"), "data"))
 		case "tool_use", "server_tool_use":
-			made = append(made, p.reader.canon('u', block, anthropicCall)...)
+			b.made = append(b.made, p.reader.canon('u', block, anthropicCall)...)
 		case "tool_result", "web_search_tool_result":
-			results = append(results, block)
+			b.results = append(b.results, block)
 		case "thinking":
 			if t := member(block, "thinking"); t != nil {
-				thinking = t
+				b.thinking = t
 			}
 		}
 	}
-	first := strings.EqualFold(string(unquoted(f.raw[fRole])), "user")
-	if first {
-		p.toolResults(results)
-	}
-	if calls := made.all(); texts != nil || images != nil || calls.hash != 0 || !empty(thinking) {
-		p.head(f.raw[fRole], closed(images), thinking)
-		p.texts(texts)
-		p.end(calls.hash, calls.bytes)
-	}
-	if !first {
-		p.toolResults(results)
-	}
+	return b
 }
 
 // appendImage adds an image to a JSON array of images that is still open.
@@ -423,15 +432,7 @@ func (p *parser) responsesItem(f *fields, raw []byte) {
 	}
 	switch kind {
 	case "function_call", "tool_search_call":
-		if !p.open {
-			p.head(roleAssistant, nil, p.thinking)
-			p.open, p.thinking = true, nil
-		}
-		if !empty(p.thinking) { // it takes the place of what the message had
-			p.made = append(p.made, canonicalOf(unquoted(p.thinking)))
-			p.thinking = nil
-		}
-		p.made = append(p.made, p.reader.canon('f', raw, responsesCall)...)
+		p.responsesCall(raw)
 		return
 	case "reasoning":
 		p.thinking = f.raw[fEncrypted]
@@ -470,6 +471,19 @@ func (p *parser) responsesItem(f *fields, raw []byte) {
 		}
 	}
 	p.end(0, 0)
+}
+
+// responsesCall adds a call to the assistant's message that is open, or opens one.
+func (p *parser) responsesCall(raw []byte) {
+	if !p.open {
+		p.head(roleAssistant, nil, p.thinking)
+		p.open, p.thinking = true, nil
+	}
+	if !empty(p.thinking) { // it takes the place of what the message had
+		p.made = append(p.made, canonicalOf(unquoted(p.thinking)))
+		p.thinking = nil
+	}
+	p.made = append(p.made, p.reader.canon('f', raw, responsesCall)...)
 }
 
 // close ends the assistant's message that is open, if one is.

@@ -67,23 +67,17 @@ func (s *Server) embedding(r *http.Request, in *api.EmbedRequest) (*api.EmbedRes
 }
 
 // inputs returns the texts of a request: one, or a list of them.
-func inputs(in any) ([]string, error) {
-	var list []any
-	switch v := in.(type) {
-	case []any:
-		list = v
-	default:
-		if v != nil && v != "" {
-			list = []any{v}
-		}
+func inputs(in any) (texts []string, err error) {
+	list, ok := in.([]any)
+	if !ok && in != nil && in != "" {
+		list = []any{in}
 	}
-	texts := make([]string, len(list))
-	for i, v := range list {
-		text, ok := v.(string)
+	for _, x := range list {
+		text, ok := x.(string)
 		if !ok {
 			return nil, errors.New("invalid input type")
 		}
-		texts[i] = text
+		texts = append(texts, text)
 	}
 	return texts, nil
 }

@@ -206,10 +206,6 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request, q question, out 
 	}
 	req.fault = s.faultOf(q, text)
 	if req.fault != nil && req.fault.After == 0 {
-		s.mu.Lock()
-		s.stats.Requests++
-		s.stats.Failed++
-		s.mu.Unlock()
 		s.failed(out, &faultError{*req.fault}, false)
 		return
 	}
@@ -257,7 +253,12 @@ func (s *Server) faultOf(q question, prompt string) *Fault {
 		return nil
 	}
 	s.asked++
-	return s.fault(FaultRequest{Path: q.path, Model: q.model, Prompt: prompt, Number: s.asked})
+	f := s.fault(FaultRequest{Path: q.path, Model: q.model, Prompt: prompt, Number: s.asked})
+	if f != nil && f.After == 0 {
+		s.stats.Requests++
+		s.stats.Failed++
+	}
+	return f
 }
 
 type faultError struct{ Fault }

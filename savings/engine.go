@@ -177,11 +177,6 @@ func (e *engine) load(r *Request, end runners.Ending) {
 	e.fresh = len(e.names) == 1
 }
 
-// storedWarm reports whether what the store knows of the prompt is warm here.
-func (r *Request) storedWarm() bool {
-	return r.record.Warm && r.record.Upstream == r.upstream.Index
-}
-
 // wholeOnly reports whether the engine reuses nothing of a prompt unless all of the one before is
 // its beginning.
 func (r *Request) wholeOnly() bool { return r.run.Sliding && r.upstream.Old }
@@ -225,7 +220,7 @@ func (e *engine) candidates(r *Request, total int) []candidate {
 		}
 		rank++
 	}
-	if r.known > max(2, deepest) && r.storedWarm() {
+	if r.known > max(2, deepest) && r.record.Warm {
 		s := prefix.At(r.chain.Links, r.known)
 		list = e.tokensOf(list, maxHeld, r, nil, s, total)
 	}

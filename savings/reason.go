@@ -80,7 +80,7 @@ func (e *engine) nearest(r *Request) nearest {
 	stored := prefix.At(r.chain.Links, r.known)
 	switch {
 	case stored.Bytes <= max(n.live.Bytes, n.lost.Bytes):
-	case r.storedWarm():
+	case r.record.Warm:
 		n.live, n.pending = stored, false
 	default:
 		n.lost = stored

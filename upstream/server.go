@@ -48,7 +48,7 @@ type Server struct {
 	simulated atomic.Bool  // see ownRequests
 
 	used  atomic.Bool               // a model may have been loaded since the last look at /api/ps
-	alive atomic.Pointer[time.Time] // when anything last came from the server; nil: nothing did
+	alive atomic.Pointer[time.Time] // when anything last came from the server; zero: nothing did
 
 	polling sync.Mutex // held while a poll is under way
 
@@ -114,6 +114,7 @@ func NewServer(name string, u *url.URL, transport http.RoundTripper, log *slog.L
 	s.own = &http.Client{Transport: &ownRequests{RoundTripper: transport, instance: s.Instance, skew: &s.skew, simulated: &s.simulated}}
 	s.client = api.NewClient(u, s.own)
 	s.used.Store(true)
+	s.alive.Store(new(time.Time))
 	return s
 }
 
@@ -155,18 +156,10 @@ func (s *Server) State() State {
 
 // dated fills in when the server was last seen, and what follows from that.
 func (s *Server) dated(st State) State {
-	if st.Seen = s.lastSeen(); st.Away && !st.Seen.IsZero() {
+	if st.Seen = *s.alive.Load(); st.Away && !st.Seen.IsZero() {
 		st.Until = st.Seen.Add(s.TryDuration)
 	}
 	return st
-}
-
-// lastSeen returns when anything last came from the server; zero: nothing did.
-func (s *Server) lastSeen() time.Time {
-	if at := s.alive.Load(); at != nil {
-		return *at
-	}
-	return time.Time{}
 }
 
 // Alive says that something came from the server, and reports whether it counts as away nevertheless, until the next poll, which is
@@ -372,7 +365,7 @@ func (s *Server) judge(next *State, prev State) {
 		return
 	}
 	slow := errors.Is(next.Err, context.DeadlineExceeded)
-	seen := s.lastSeen()
+	seen := *s.alive.Load()
 	answers := seen.After(prev.Polled) // something, if not this
 	if answers {
 		s.failed = 0

@@ -97,7 +97,7 @@ func empty(raw []byte) bool { return len(raw) < 3 || raw[0] != '"' }
 
 // each writes the messages of an array.
 func (p *parser) each(raw []byte) {
-	if len(raw) == 0 || raw[0] != '[' {
+	if !isList(raw) {
 		return
 	}
 	c := jsonscan.NewCursor(raw, 0)
@@ -159,7 +159,7 @@ func (p *parser) simple(role, text []byte) {
 
 // images writes the fingerprints of a JSON array of images.
 func (p *parser) images(raw []byte) {
-	if len(raw) == 0 || raw[0] != '[' {
+	if !isList(raw) {
 		return
 	}
 	c := jsonscan.NewCursor(raw, 0)
@@ -202,7 +202,7 @@ func (p *parser) openAIMessage(f *fields) {
 	if content == nil || !bytes.EqualFold(unquoted(f.raw[fRole]), []byte("tool")) {
 		name = nil // it is rendered for tools with content only
 	}
-	if len(content) == 0 || content[0] != '[' {
+	if !isList(content) {
 		p.head(f.raw[fRole], nil, reasoning, name, id)
 		p.text(content)
 		p.end(calls.hash, calls.bytes)
@@ -255,7 +255,7 @@ func (p *parser) anthropicSystem(raw []byte) {
 		p.simple(roleSystem, raw)
 		return
 	}
-	if len(raw) == 0 || raw[0] != '[' {
+	if !isList(raw) {
 		return
 	}
 	var texts [][]byte
@@ -283,57 +283,55 @@ func (p *parser) texts(raw [][]byte) {
 // text, after anybody else's.
 func (p *parser) anthropicMessage(f *fields) {
 	content := f.raw[fContent]
-	if len(content) == 0 || content[0] != '[' {
+	if !isList(content) {
 		if !empty(content) {
 			p.simple(f.raw[fRole], content)
 		}
 		return
 	}
-	b := p.anthropicBlocks(content)
-	first := strings.EqualFold(string(unquoted(f.raw[fRole])), "user")
-	if first {
-		p.toolResults(b.results)
-	}
-	if calls := b.made.all(); b.texts != nil || b.images != nil || calls.hash != 0 || !empty(b.thinking) {
-		p.head(f.raw[fRole], closed(b.images), b.thinking)
-		p.texts(b.texts)
-		p.end(calls.hash, calls.bytes)
-	}
-	if !first {
-		p.toolResults(b.results)
-	}
-}
-
-// anthropicBlocks are a message's blocks, by what becomes of them.
-type anthropicBlocks struct {
-	texts, results   [][]byte
-	images, thinking []byte
-	made             calls
-}
-
-func (p *parser) anthropicBlocks(content []byte) (b anthropicBlocks) {
+	var texts, results [][]byte
+	var images, thinking []byte
+	var made calls
 	c := jsonscan.NewCursor(content, 0)
 	for c.Enter(); c.More(); {
 		block := c.Value()
 		switch string(unquoted(member(block, "type"))) {
 		case "text":
 			if t := member(block, "text"); !empty(t) {
-				b.texts = append(b.texts, t)
+				texts = append(texts, t)
 			}
 		case "image":
-			b.images = appendImage(b.images, member(member(block, "source"), "data"))
+			images = appendImage(images, member(member(block, "source"), "data"))
 		case "tool_use", "server_tool_use":
-			b.made = append(b.made, p.reader.canon('u', block, anthropicCall)...)
+			made = append(made, p.reader.canon('u', block, anthropicCall)...)
 		case "tool_result", "web_search_tool_result":
-			b.results = append(b.results, block)
+			results = append(results, block)
 		case "thinking":
 			if t := member(block, "thinking"); t != nil {
-				b.thinking = t
+				thinking = t
 			}
 		}
 	}
-	return b
+	first := strings.EqualFold(string(unquoted(f.raw[fRole])), "user")
+	if first {
+		p.toolResults(results)
+	}
+	p.blocks(f.raw[fRole], texts, closed(images), thinking, made.all())
+	if !first {
+		p.toolResults(results)
+	}
 }
+
+// blocks writes a message of blocks, unless nothing of them is rendered.
+func (p *parser) blocks(role []byte, texts [][]byte, images, thinking []byte, made canonical) {
+	if texts != nil || images != nil || made.hash != 0 || !empty(thinking) {
+		p.head(role, images, thinking)
+		p.texts(texts)
+		p.end(made.hash, made.bytes)
+	}
+}
+
+func isList(raw []byte) bool { return len(raw) > 0 && raw[0] == '[' }
 
 // appendImage adds an image to a JSON array of images that is still open.
 func appendImage(list, image []byte) []byte {
@@ -366,7 +364,7 @@ func (p *parser) toolResults(blocks [][]byte) {
 		}
 		var texts [][]byte
 		var images []byte
-		if len(content) > 0 && content[0] == '[' {
+		if isList(content) {
 			c := jsonscan.NewCursor(content, 0)
 			for c.Enter(); c.More(); {
 				part := c.Value()
@@ -388,7 +386,7 @@ func (p *parser) toolResults(blocks [][]byte) {
 
 // searchResults writes what Anthropic's own web search found as the text that Ollama makes of it.
 func (p *parser) searchResults(content []byte) {
-	if len(content) == 0 || content[0] != '[' {
+	if !isList(content) {
 		if !empty(content) {
 			p.text(content)
 		} else {
@@ -500,7 +498,7 @@ func (p *parser) close() {
 func (p *parser) contents(role, content, lead []byte, extra ...[]byte) {
 	var texts [][]byte
 	var images []byte
-	if len(content) == 0 || content[0] != '[' {
+	if !isList(content) {
 		texts = append(texts, content)
 	} else {
 		c := jsonscan.NewCursor(content, 0)

@@ -88,7 +88,7 @@ func (e *engine) nearest(r *Request) nearest {
 	return n
 }
 
-// diverged says how the prompt differs, if one is near.
+// diverged says how the prompt differs from the nearest one.
 func (n *nearest) diverged(r *Request) string {
 	switch {
 	case n.siblingOf != nil && n.siblingOf.Runner != r.chain.Runner:

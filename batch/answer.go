@@ -153,7 +153,9 @@ var steady = map[string]func(v *value, line int) []byte{
 	"id":      func(_ *value, line int) []byte { return fmt.Appendf(nil, `"line-%d"`, line) },
 	"created": func(*value, int) []byte { return []byte("0") },
 	"usage":   func(v *value, _ int) []byte { return withoutDetails(v.raw) },
-	"object":  func(v *value, _ int) []byte { return bytes.Replace(v.raw, []byte(".chunk"), nil, 1) },
+	"object": func(v *value, _ int) []byte {
+		return bytes.Replace(v.raw, []byte(".chunk"), nil, 1)
+	},
 }
 
 // appendTo writes the object, which the member in has; "" is the answer itself. line is what stands

@@ -268,7 +268,8 @@ func (b *batch) send(ctx context.Context, it item, in inbox) {
 		f.tried, f.err = b.client.ask(ctx, &f.request, it.line, func(sent time.Time, why string) {
 			in.put(ctx, func() error {
 				if b.limit.backOff(sent, time.Now()) {
-					b.Log.Warn("the server has too much to do: fewer requests at once", "concurrency", b.limit.target(), "err", why)
+					b.Log.Warn("the server has too much to do: fewer requests at once",
+						"concurrency", b.limit.target(), "err", why)
 				}
 				return nil
 			})
@@ -305,8 +306,8 @@ func (b *batch) finish(ctx context.Context, f finished) error {
 	}
 	b.limit.answered(b.inFlight, counts)
 	b.ran.add(counts)
-	r := f.request
-	if err := b.journal.add(f.item, f.failure != nil, counts, r.result(f.line, f.answer, f.failure)); err != nil {
+	result := f.request.result(f.line, f.answer, f.failure)
+	if err := b.journal.add(f.item, f.failure != nil, counts, result); err != nil {
 		return err
 	}
 	b.inFlight--
@@ -368,7 +369,8 @@ func (b *batch) poll(ctx context.Context, in inbox) {
 			metrics, _ = b.client.get(ctx, "/metrics") // read again in a moment
 		}
 		var ps api.ProcessResponse
-		if text, err := b.client.get(ctx, "/api/ps"); err != nil || json.Unmarshal(text, &ps) != nil {
+		text, err := b.client.get(ctx, "/api/ps")
+		if err != nil || json.Unmarshal(text, &ps) != nil {
 			ps.Models = nil
 		}
 		in.put(ctx, func() error {

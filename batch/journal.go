@@ -172,7 +172,8 @@ func (j *journal) first(c *Config) error {
 	if unused, err := empty(j.output); err != nil {
 		return err
 	} else if !unused {
-		return fmt.Errorf("%s exists already, and no journal (%s) tells how to go on: choose another output, or remove it", c.Output, j.path)
+		return fmt.Errorf("%s exists already, and no journal (%s) tells how to go on: "+
+			"choose another output, or remove it", c.Output, j.path)
 	}
 	if unused, err := empty(j.errs); err != nil {
 		return err
@@ -317,7 +318,8 @@ func (j *journal) replay(c *Config) error {
 func (h *journalHead) goesOn(want journalHead, output, journal string) error {
 	switch {
 	case h.Input != want.Input:
-		return fmt.Errorf("%w: the input or its template is not what it was when %s was begun (sha256 %.12s… then, %.12s… now); choose another output, or remove %s and %s to start over",
+		return fmt.Errorf("%w: the input or its template is not what it was when %s was begun "+
+			"(sha256 %.12s… then, %.12s… now); choose another output, or remove %s and %s to start over",
 			errChanged, output, h.Input, want.Input, output, journal)
 	case h.Order != want.Order:
 		return fmt.Errorf("%w: %s was begun with --order %s", errChanged, output, h.Order)

@@ -107,7 +107,8 @@ func (c *client) try(ctx context.Context, r *request, line int) tried {
 	if err == nil {
 		defer res.Body.Close()
 		if res.StatusCode == http.StatusOK {
-			t.answer, t.counts, err = readAnswer(res.Body, r, res.Header.Get("Content-Type"), line, begun)
+			contentType := res.Header.Get("Content-Type")
+			t.answer, t.counts, err = readAnswer(res.Body, r, contentType, line, begun)
 		}
 	}
 	var server *serverError
@@ -135,7 +136,8 @@ func refused(res *http.Response) tried {
 	if err != nil {
 		return broken(err)
 	}
-	f := &failure{Status: res.StatusCode, Code: codeRefused, Message: cmp.Or(message(text), res.Status)}
+	said := cmp.Or(message(text), res.Status)
+	f := &failure{Status: res.StatusCode, Code: codeRefused, Message: said}
 	if json := bytes.TrimSpace(text); len(json) > 0 && json[0] == '{' {
 		if _, err := members(json); err == nil {
 			f.Body = json

@@ -51,7 +51,8 @@ func ParseTemplate(text []byte) (*Template, error) {
 		}
 		inner, after, closed := bytes.Cut(rest, []byte("}}"))
 		if !closed || bytes.Contains(inner, []byte(`"`)) {
-			return nil, fmt.Errorf("template: %q has no }} (write {{{{ for two braces)", "{{"+string(rest[:min(len(rest), 20)]))
+			return nil, fmt.Errorf("template: %q has no }} (write {{{{ for two braces)",
+				"{{"+string(rest[:min(len(rest), 20)]))
 		}
 		text = after
 		name := strings.TrimSpace(string(inner))

@@ -190,8 +190,10 @@ func (l *slot) goBack(n, window int, all bool) int {
 	}
 	if threshold = max(threshold, 0); l.low >= threshold {
 		i := len(l.checkpoints) - 1
-		for i >= 0 && (l.checkpoints[i].tokens-1 > n || l.checkpoints[i].low >= threshold && l.checkpoints[i].low != 0) {
-			i--
+		for ; i >= 0; i-- {
+			if c := l.checkpoints[i]; c.tokens-1 <= n && (c.low < threshold || c.low == 0) {
+				break
+			}
 		}
 		if i < 0 {
 			return 0
@@ -199,7 +201,8 @@ func (l *slot) goBack(n, window int, all bool) int {
 		c := l.checkpoints[i]
 		l.low, n = max(c.low, c.tokens-window), min(n, max(c.low+1, c.tokens-1))
 	}
-	l.checkpoints = slices.DeleteFunc(slices.Clone(l.checkpoints), func(c checkpoint) bool { return c.tokens-1 > n })
+	beyond := func(c checkpoint) bool { return c.tokens-1 > n }
+	l.checkpoints = slices.DeleteFunc(slices.Clone(l.checkpoints), beyond)
 	return n
 }
 

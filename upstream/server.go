@@ -348,11 +348,13 @@ func (s *Server) poll(ctx context.Context) State {
 func (s *Server) logChange(next State, wasUp, wasAway bool) {
 	switch {
 	case next.Up && wasAway:
-		s.log.Info("upstream answers", "upstream", s.Name, "url", s.URL.String(), "version", next.Version, "models", len(next.Models))
+		s.log.Info("upstream answers", "upstream", s.Name, "url", s.URL.String(),
+			"version", next.Version, "models", len(next.Models))
 	case next.Away && !wasAway:
 		s.warnAway(next.Err)
 	case !next.Up && wasUp:
-		s.log.Info("a poll of the upstream failed; it counts as away if the next ones fail too", "upstream", s.Name, "url", s.URL.String(), "err", next.Err)
+		s.log.Info("a poll of the upstream failed; it counts as away if the next ones fail too",
+			"upstream", s.Name, "url", s.URL.String(), "err", next.Err)
 	}
 }
 
@@ -371,7 +373,8 @@ func (s *Server) judge(next *State, prev State) {
 		s.failed = 0
 	}
 	s.failed++
-	broken := (Closed(next.Err) || StatusCode(next.Err) > 0) && (seen.IsZero() || s.broke.After(seen))
+	broken := (Closed(next.Err) || StatusCode(next.Err) > 0) &&
+		(seen.IsZero() || s.broke.After(seen))
 	next.Away = prev.Away && !answers || NoConnection(next.Err) && !slow || broken || s.failed >= pollsFailed
 	next.gone = prev.gone || next.Away && !slow
 	if next.Away {

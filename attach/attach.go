@@ -259,7 +259,9 @@ func (p *Plan) Refused(status int) {
 // Answered tells how an answer ended that came whole, with status 200.
 func (p *Plan) Answered(answer Answer) {
 	if p.own != nil {
-		p.a.sample(p, answer)
+		if s := p.sampled(answer); s != nil {
+			p.a.sample(p, s)
+		}
 		return
 	}
 	context, _ := tokens(answer.Context) // none does not begin with the stored tokens
@@ -286,17 +288,20 @@ func (p *Plan) current() bool {
 	return ok && g.form == p.form
 }
 
-// sample takes in the answer to a request that was sent as it came. The second one of a group has Run compare them.
-func (a *Attacher) sample(p *Plan, answer Answer) {
+// sampled returns the answer to a request that was sent as it came, as a sample; nil if it is none.
+func (p *Plan) sampled(answer Answer) *sample {
 	context, ok := tokens(answer.Context)
 	n := answer.PromptTokens - 1
 	// A prompt that was cut has less tokens than the context, which is that of the whole text. An answer's tokens need not be
 	// exactly as many as its text has.
 	if !ok || n < 1 || n > len(context) || len(context)-n > answer.AnswerTokens+answer.AnswerTokens/8+minTokens {
-		return
+		return nil
 	}
-	s := &sample{request: p.own, tokens: context[:n:n]}
+	return &sample{request: p.own, tokens: context[:n:n]}
+}
 
+// sample takes in a sample. The second one of a group has Run compare them.
+func (a *Attacher) sample(p *Plan, s *sample) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if known, _ := a.models.Get(p.key.model); known.off {

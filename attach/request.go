@@ -91,43 +91,12 @@ func read(body []byte) (*request, bool) {
 	var group []byte
 	o := jsonscan.NewObject(body)
 	for m, ok := o.Next(); ok; m, ok = o.Next() {
-		key, value := body[m.Key:m.KeyEnd], body[m.Value:m.ValueEnd]
-		switch {
-		case jsonscan.KeyIs(key, keyPrompt):
-			if !readString(value, &r.prompt, m, &r.promptAt) {
-				return nil, false
-			}
-			continue
-		case jsonscan.KeyIs(key, keySystem):
-			if !readString(value, &r.system, m, &r.systemAt) {
-				return nil, false
-			}
-		case jsonscan.KeyIs(key, keyOptions):
-			if group, ok = r.readOptions(value, group); !ok {
-				return nil, false
-			}
-			continue
-		case jsonscan.KeyIs(key, keyKeepAlive):
-			if unloads(value) {
-				return nil, false
-			}
-			r.keepAlives = append(r.keepAlives, span{m.Value, m.ValueEnd})
-			continue
-		case isOne(key, perRequest):
-			continue
-		case jsonscan.KeyIs(key, keyContext):
-			// With an empty one, too, Ollama leaves out the messages that the model was created with.
-			if string(value) != "null" {
-				return nil, false
-			}
-		case isOne(key, ownForm):
-			if !empty(value) {
-				return nil, false
-			}
+		if group, ok = r.readMember(m, group); !ok {
+			return nil, false
 		}
-		group = append(append(append(append(group, key...), ':'), value...), ',')
 	}
-	if o.Err() != nil || r.prompt == "" || slices.ContainsFunc(markers, func(s string) bool { return strings.Contains(r.prompt, s) }) {
+	marked := func(s string) bool { return strings.Contains(r.prompt, s) }
+	if o.Err() != nil || slices.ContainsFunc(markers, marked) {
 		return nil, false
 	}
 	r.end = o.End() - 1
@@ -147,6 +116,37 @@ func read(body []byte) (*request, bool) {
 	}
 	r.group = string(group)
 	return r, true
+}
+
+// readMember takes in a member, and appends it to the group if it is part of that; false where a
+// stored context cannot be attached.
+func (r *request) readMember(m jsonscan.Member, group []byte) ([]byte, bool) {
+	key, value := r.body[m.Key:m.KeyEnd], r.body[m.Value:m.ValueEnd]
+	switch {
+	case isOne(key, perRequest):
+		return group, true
+	case jsonscan.KeyIs(key, keyPrompt):
+		return group, readString(value, &r.prompt, m, &r.promptAt)
+	case jsonscan.KeyIs(key, keyOptions):
+		return r.readOptions(value, group)
+	case jsonscan.KeyIs(key, keyKeepAlive):
+		r.keepAlives = append(r.keepAlives, span{m.Value, m.ValueEnd})
+		return group, !unloads(value)
+	case jsonscan.KeyIs(key, keySystem):
+		if !readString(value, &r.system, m, &r.systemAt) {
+			return nil, false
+		}
+	case jsonscan.KeyIs(key, keyContext):
+		// With an empty one, too, Ollama leaves out the messages that the model was created with.
+		if string(value) != "null" {
+			return nil, false
+		}
+	case isOne(key, ownForm):
+		if !empty(value) {
+			return nil, false
+		}
+	}
+	return append(append(append(append(group, key...), ':'), value...), ','), true
 }
 
 // readString takes in a string's value; false where Ollama will refuse it. A prompt that is written anew must not become

@@ -75,23 +75,10 @@ func (o *object) join(in string, piece []byte) {
 }
 
 func (v *value) join(in, name string, raw []byte) {
-	top := in == ""
-	kind := raw[0]
-	switch kind {
-	case 'n':
+	if raw[0] == 'n' {
 		return
-	case '"':
-		if top && name != "response" && name != "thinking" || !top && slices.Contains(labels, name) {
-			kind = 0
-		}
-	case '{':
-		if top && name != "message" {
-			kind = 0
-		}
-	case '[':
-	default:
-		kind = 0
 	}
+	kind := kindOf(in, name, raw[0])
 	if kind != v.kind {
 		*v = value{kind: kind}
 	}
@@ -104,11 +91,30 @@ func (v *value) join(in, name string, raw []byte) {
 	case '[':
 		c := jsonscan.NewCursor(raw, 0)
 		for c.Enter(); c.More(); {
-			v.add(name, c.Value(), !top || name == "choices")
+			v.add(name, c.Value(), in != "" || name == "choices")
 		}
 	default:
 		v.raw = bytes.Clone(raw)
 	}
+}
+
+// kindOf returns value.kind of a member that begins with a byte.
+func kindOf(in, name string, first byte) byte {
+	grows := in != "" && !slices.Contains(labels, name) ||
+		in == "" && (name == "response" || name == "thinking")
+	joined := in != "" || name == "message"
+	if first == '[' || first == '{' && joined || first == '"' && grows {
+		return first
+	}
+	return 0
+}
+
+// raw returns a member at the top that neither grows nor is joined, as it came; null: it did not.
+func (o *object) raw(name string) []byte {
+	if v := o.members[name]; v != nil {
+		return v.raw
+	}
+	return []byte("null")
 }
 
 // add takes in an element of a list, by its index if it may have one.
@@ -142,29 +148,32 @@ var varies = []string{
 	"created_at", "total_duration", "load_duration", "prompt_eval_duration", "eval_duration", "prompt_eval_cached_count", "context",
 }
 
+// steady writes the members of OpenAI's answers that differ from run to run so that they do not.
+var steady = map[string]func(v *value, line int) []byte{
+	"id":      func(_ *value, line int) []byte { return fmt.Appendf(nil, `"line-%d"`, line) },
+	"created": func(*value, int) []byte { return []byte("0") },
+	"usage":   func(v *value, _ int) []byte { return withoutDetails(v.raw) },
+	"object": func(v *value, _ int) []byte {
+		return bytes.Replace(v.raw, []byte(".chunk"), nil, 1)
+	},
+}
+
 // appendTo writes the object, which the member in has; "" is the answer itself. line is what stands
 // in an OpenAI answer for its id; 0 for Ollama's own answers.
 func (o *object) appendTo(b []byte, line int, in string) []byte {
 	b = append(b, '{')
 	for _, name := range o.names {
-		v, top := o.members[name], in == ""
-		if top && line == 0 && slices.Contains(varies, name) {
+		if in == "" && line == 0 && slices.Contains(varies, name) {
 			continue
 		}
 		if b[len(b)-1] != '{' {
 			b = append(b, ',')
 		}
 		b = append(append(b, quoted(name)...), ':')
-		switch {
-		case top && line > 0 && name == "id":
-			b = fmt.Appendf(b, `"line-%d"`, line)
-		case top && line > 0 && name == "created":
-			b = append(b, '0')
-		case top && line > 0 && name == "usage":
-			b = append(b, withoutDetails(v.raw)...)
-		case top && line > 0 && name == "object":
-			b = append(b, bytes.Replace(v.raw, []byte(".chunk"), nil, 1)...)
-		default:
+		v := o.members[name]
+		if write := steady[name]; write != nil && in == "" && line > 0 {
+			b = append(b, write(v, line)...)
+		} else {
 			b = v.appendTo(b, line, name)
 		}
 	}
@@ -219,9 +228,11 @@ func readAnswer(body io.Reader, r *request, contentType string, line int, begun 
 	events := strings.TrimSpace(mediaType) == "text/event-stream"
 	in := bufio.NewReader(io.LimitReader(body, maxAnswer+1))
 	var all object
-	whole, size := false, 0
-	for {
-		piece, err := in.ReadBytes('\n')
+	whole, size := !events, 0
+	var err error
+	for err == nil {
+		var piece []byte
+		piece, err = in.ReadBytes('\n')
 		if len(piece) > 0 && size == 0 {
 			begun()
 		}
@@ -230,11 +241,7 @@ func readAnswer(body io.Reader, r *request, contentType string, line int, begun 
 		}
 		text := bytes.TrimSpace(piece)
 		if events {
-			var data bool
-			if text, data = bytes.CutPrefix(text, []byte("data:")); !data {
-				text = nil
-			}
-			if text = bytes.TrimSpace(text); string(text) == "[DONE]" {
+			if text = eventData(text); string(text) == "[DONE]" {
 				whole, text = true, nil
 			}
 		}
@@ -243,29 +250,32 @@ func readAnswer(body io.Reader, r *request, contentType string, line int, begun 
 				return nil, Counts{}, fmt.Errorf("reading the answer: %w", errors.Join(e, err))
 			}
 			all.join("", text)
-			if e := all.members["error"]; e != nil && string(e.raw) != "null" {
+			if string(all.raw("error")) != "null" {
 				return nil, Counts{}, &serverError{message(text)}
 			}
 		}
-		if err == io.EOF {
-			break
-		}
-		if err != nil {
-			return nil, Counts{}, err
-		}
+	}
+	if err != io.EOF {
+		return nil, Counts{}, err
 	}
 	id := line
 	if r.native() {
 		id = 0
-		done := all.members["done"]
-		whole = r.endpoint == prefix.Embed || done != nil && string(done.raw) == "true"
-	} else if !events {
-		whole = true
+		whole = r.endpoint == prefix.Embed || string(all.raw("done")) == "true"
 	}
 	if size == 0 || !whole {
 		return nil, Counts{}, fmt.Errorf("the answer broke off: %w", io.ErrUnexpectedEOF)
 	}
 	return all.appendTo(nil, id, ""), all.counts(r), nil
+}
+
+// eventData returns what a line of an event stream has as data; nil: nothing.
+func eventData(line []byte) []byte {
+	data, found := bytes.CutPrefix(line, []byte("data:"))
+	if !found {
+		return nil
+	}
+	return bytes.TrimSpace(data)
 }
 
 // serverError is what the server said instead of the end of an answer that had begun.
@@ -276,9 +286,7 @@ func (e *serverError) Error() string { return e.text }
 // counts reads what an answer's end tells.
 func (o *object) counts(r *request) Counts {
 	number := func(name string, to any) {
-		if v := o.members[name]; v != nil {
-			json.Unmarshal(v.raw, to) // what is no number tells nothing
-		}
+		json.Unmarshal(o.raw(name), to) // what is no number tells nothing
 	}
 	c := Counts{Answers: 1}
 	if r.native() {

@@ -99,12 +99,6 @@ type finished struct {
 	err error // ends the batch
 }
 
-// seen is what a poll has found; what could not be read is nil.
-type seen struct {
-	metrics []byte
-	loaded  *api.ProcessResponse
-}
-
 func (c *Config) client() *client {
 	wait := c.firstWait
 	if wait == 0 {
@@ -219,29 +213,8 @@ func (b *batch) loop(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer cancel()
-	done := make(chan finished)
-	polls := make(chan seen)
-	overloads := make(chan overload)
-	wg.Go(func() { b.poll(running, polls) }) // ends with running
-	send := func(it item) {
-		f := finished{item: it}
-		if f.request, f.err = b.Source.request(it); f.err != nil {
-			if f.bad, f.err = badLine(f.err); f.err == nil {
-				f.failure = &failure{Code: codeInvalid, Message: f.bad.Error()}
-			}
-		} else {
-			f.tried, f.err = b.client.ask(running, &f.request, it.line, func(sent time.Time, why string) {
-				select {
-				case overloads <- overload{sent, why}:
-				case <-running.Done():
-				}
-			})
-		}
-		select {
-		case done <- f:
-		case <-running.Done():
-		}
-	}
+	in := make(inbox)
+	wg.Go(func() { b.poll(running, in) }) // ends with running
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for more := true; ; {
@@ -250,11 +223,10 @@ func (b *batch) loop(ctx context.Context) error {
 			if err != nil {
 				return err
 			}
-			if more = ok; !ok {
-				break
+			if more = ok; ok {
+				b.inFlight++
+				wg.Go(func() { b.send(running, it, in) }) // ends with running at the latest
 			}
-			b.inFlight++
-			wg.Go(func() { send(it) }) // ends with running at the latest
 		}
 		if b.watch != nil {
 			b.watch(b)
@@ -263,23 +235,9 @@ func (b *batch) loop(ctx context.Context) error {
 			return nil
 		}
 		select {
-		case f := <-done:
-			if f.err != nil {
-				if ctx.Err() != nil {
-					return ErrStopped
-				}
-				return f.err
-			}
-			if err := b.finish(f); err != nil {
+		case do := <-in:
+			if err := do(); err != nil {
 				return err
-			}
-			b.inFlight--
-			b.tell()
-		case s := <-polls:
-			b.look(s)
-		case o := <-overloads:
-			if b.limit.backOff(o.sent, time.Now()) {
-				b.Log.Warn("the server has too much to do: fewer requests at once", "concurrency", b.limit.target(), "err", o.why)
 			}
 		case <-tick.C:
 			b.tell()
@@ -289,9 +247,35 @@ func (b *batch) loop(ctx context.Context) error {
 	}
 }
 
-type overload struct {
-	sent time.Time
-	why  string
+// inbox takes what loop is to do about what other goroutines have found.
+type inbox chan func() error
+
+func (in inbox) put(ctx context.Context, do func() error) {
+	select {
+	case in <- do:
+	case <-ctx.Done():
+	}
+}
+
+// send sends an item, and ends with ctx at the latest.
+func (b *batch) send(ctx context.Context, it item, in inbox) {
+	f := finished{item: it}
+	if f.request, f.err = b.Source.request(it); f.err != nil {
+		if f.bad, f.err = badLine(f.err); f.err == nil {
+			f.failure = &failure{Code: codeInvalid, Message: f.bad.Error()}
+		}
+	} else {
+		f.tried, f.err = b.client.ask(ctx, &f.request, it.line, func(sent time.Time, why string) {
+			in.put(ctx, func() error {
+				if b.limit.backOff(sent, time.Now()) {
+					b.Log.Warn("the server has too much to do: fewer requests at once",
+						"concurrency", b.limit.target(), "err", why)
+				}
+				return nil
+			})
+		})
+	}
+	in.put(ctx, func() error { return b.finish(ctx, f) })
 }
 
 func (b *batch) tell() {
@@ -305,7 +289,13 @@ func (b *batch) tell() {
 }
 
 // finish records what became of an item.
-func (b *batch) finish(f finished) error {
+func (b *batch) finish(ctx context.Context, f finished) error {
+	switch {
+	case f.err != nil && ctx.Err() != nil:
+		return ErrStopped
+	case f.err != nil:
+		return f.err
+	}
 	counts := f.counts
 	if f.failure != nil {
 		counts = Counts{Failed: 1}
@@ -316,8 +306,13 @@ func (b *batch) finish(f finished) error {
 	}
 	b.limit.answered(b.inFlight, counts)
 	b.ran.add(counts)
-	r := f.request
-	return b.journal.add(f.item, f.failure != nil, counts, r.result(f.line, f.answer, f.failure))
+	result := f.request.result(f.line, f.answer, f.failure)
+	if err := b.journal.add(f.item, f.failure != nil, counts, result); err != nil {
+		return err
+	}
+	b.inFlight--
+	b.tell()
+	return nil
 }
 
 // shortLoad is what a model that is loaded may take until it is ready.
@@ -365,24 +360,23 @@ func numCtx(r *request) int {
 }
 
 // poll looks at the server until ctx ends.
-func (b *batch) poll(ctx context.Context, polls chan<- seen) {
+func (b *batch) poll(ctx context.Context, in inbox) {
 	tick := time.NewTicker(pollEvery)
 	defer tick.Stop()
 	for {
-		var s seen
+		var metrics []byte
 		if b.isProxy {
-			s.metrics, _ = b.client.get(ctx, "/metrics") // read again in a moment
+			metrics, _ = b.client.get(ctx, "/metrics") // read again in a moment
 		}
-		if text, err := b.client.get(ctx, "/api/ps"); err == nil {
-			if s.loaded = new(api.ProcessResponse); json.Unmarshal(text, s.loaded) != nil {
-				s.loaded = nil
-			}
+		var ps api.ProcessResponse
+		text, err := b.client.get(ctx, "/api/ps")
+		if err != nil || json.Unmarshal(text, &ps) != nil {
+			ps.Models = nil
 		}
-		select {
-		case polls <- s:
-		case <-ctx.Done():
-			return
-		}
+		in.put(ctx, func() error {
+			b.look(metrics, ps.Models)
+			return nil
+		})
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
@@ -392,14 +386,11 @@ func (b *batch) poll(ctx context.Context, polls chan<- seen) {
 }
 
 // look takes in what a poll has found.
-func (b *batch) look(s seen) {
-	if n := lanes(s.metrics); n > 0 {
+func (b *batch) look(metrics []byte, loaded []api.ProcessModelResponse) {
+	if n := lanes(metrics); n > 0 {
 		b.limit.lanes = n
 	}
-	if s.loaded == nil {
-		return
-	}
-	for _, m := range s.loaded.Models {
+	for _, m := range loaded {
 		r := request{model: m.Name}
 		b.context[r.runner()] = m.ContextLength
 		if m.Size <= 0 {

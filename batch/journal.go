@@ -106,24 +106,16 @@ func (j *journal) open(c *Config) error {
 	if err := c.apart(); err != nil {
 		return err
 	}
-	if c.Output == "-" {
-		j.name, j.out = "stdout", c.Stdout
-	} else {
-		f, kept, err := j.openFile("the output", c.Output)
-		if err != nil {
+	var err error
+	if j.name, j.out = "stdout", c.Stdout; c.Output != "-" {
+		j.name = c.Output
+		if j.out, j.output, err = j.openFile("the output", c.Output); err != nil {
 			return err
-		}
-		if j.name, j.out = c.Output, f; kept {
-			j.output = f
 		}
 	}
 	if c.Errors != "" {
-		f, kept, err := j.openFile("the file for errors", c.Errors)
-		if err != nil {
+		if j.failing, j.errs, err = j.openFile("the file for errors", c.Errors); err != nil {
 			return err
-		}
-		if j.failing = f; kept {
-			j.errs = f
 		}
 	}
 	if err := c.apart(); err != nil { // on a file system to which A and a are one
@@ -149,11 +141,6 @@ func (j *journal) open(c *Config) error {
 	j.files.Remove(j.path + ".new") // of a run that was killed before it was complete
 	f, err := j.files.OpenFile(j.path, os.O_RDWR, 0)
 	if errors.Is(err, fs.ErrNotExist) {
-		if done, err := empty(j.output); err != nil {
-			return err
-		} else if !done {
-			return fmt.Errorf("%s exists already, and no journal (%s) tells how to go on: choose another output, or remove it", c.Output, j.path)
-		}
 		return j.first(c)
 	}
 	if err != nil {
@@ -163,33 +150,44 @@ func (j *journal) open(c *Config) error {
 	return j.replay(c)
 }
 
-// openFile opens a file to write to, and tells whether it is one that can be gone on with: a terminal or a pipe cannot.
-func (j *journal) openFile(what, name string) (f file, kept bool, err error) {
-	if f, err = j.files.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o666); err != nil {
-		return nil, false, fileError("opening "+what, name, err)
+// openFile opens a file to write to. kept is the same, but nil if it cannot be gone on with, as a
+// terminal or a pipe.
+func (j *journal) openFile(what, name string) (f io.Writer, kept file, err error) {
+	if kept, err = j.files.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o666); err != nil {
+		return nil, nil, fileError("opening "+what, name, err)
 	}
-	j.opened = append(j.opened, f)
-	info, err := f.Stat()
-	if err != nil {
-		return nil, false, fileError("opening "+what, name, err)
+	j.opened = append(j.opened, kept)
+	info, err := kept.Stat()
+	switch {
+	case err != nil:
+		return nil, nil, fileError("opening "+what, name, err)
+	case !info.Mode().IsRegular():
+		return kept, nil, nil
 	}
-	return f, info.Mode().IsRegular(), nil
+	return kept, kept, nil
 }
 
 // first begins the journal of a new batch.
 func (j *journal) first(c *Config) error {
-	if j.errs != nil {
-		if unused, err := empty(j.errs); err != nil {
-			return err
-		} else if !unused {
-			return fmt.Errorf("%s exists already: choose another file for errors, or remove it", c.Errors)
-		}
+	if unused, err := empty(j.output); err != nil {
+		return err
+	} else if !unused {
+		return fmt.Errorf("%s exists already, and no journal (%s) tells how to go on: "+
+			"choose another output, or remove it", c.Output, j.path)
+	}
+	if unused, err := empty(j.errs); err != nil {
+		return err
+	} else if !unused {
+		return fmt.Errorf("%s exists already: choose another file for errors, or remove it", c.Errors)
 	}
 	return j.begin()
 }
 
-// empty reports whether nothing is in a file.
+// empty reports whether nothing is in a file, or there is none.
 func empty(f file) (bool, error) {
+	if f == nil {
+		return true, nil
+	}
 	info, err := f.Stat()
 	if err != nil {
 		return false, fileError("looking at", f.Name(), err)
@@ -303,26 +301,38 @@ func (j *journal) replay(c *Config) error {
 			return j.first(c)
 		}
 	}
-	if j.head.Input != want.Input {
-		return fmt.Errorf("%w: the input or its template is not what it was when %s was begun (sha256 %.12s… then, %.12s… now); choose another output, or remove %s and %s to start over",
-			errChanged, c.Output, j.head.Input, want.Input, c.Output, j.path)
-	}
-	if j.head.Order != want.Order {
-		return fmt.Errorf("%w: %s was begun with --order %s", errChanged, c.Output, j.head.Order)
-	}
-	if j.head.Collect != want.Collect {
-		return fmt.Errorf("%w: %s was begun with --errors %q", errChanged, c.Output, j.head.Collect)
+	if err := j.head.goesOn(want, c.Output, j.path); err != nil {
+		return err
 	}
 	if err := j.cut(j.output, j.head.Output); err != nil {
 		return err
 	}
-	if j.errs != nil {
-		if err := j.cut(j.errs, j.head.Errors); err != nil {
-			return err
-		}
+	if err := j.cut(j.errs, j.head.Errors); err != nil {
+		return err
 	}
-	for j.size = int64(len(line)); ; j.size += int64(len(line)) {
-		line, err = in.ReadBytes('\n')
+	j.size = int64(len(line))
+	return j.replayEntries(in)
+}
+
+// goesOn refuses to go on with a batch that was begun otherwise than is wanted now.
+func (h *journalHead) goesOn(want journalHead, output, journal string) error {
+	switch {
+	case h.Input != want.Input:
+		return fmt.Errorf("%w: the input or its template is not what it was when %s was begun "+
+			"(sha256 %.12s… then, %.12s… now); choose another output, or remove %s and %s to start over",
+			errChanged, output, h.Input, want.Input, output, journal)
+	case h.Order != want.Order:
+		return fmt.Errorf("%w: %s was begun with --order %s", errChanged, output, h.Order)
+	case h.Collect != want.Collect:
+		return fmt.Errorf("%w: %s was begun with --errors %q", errChanged, output, h.Collect)
+	}
+	return nil
+}
+
+// replayEntries reads what comes after the head, and has the journal go on where that ends.
+func (j *journal) replayEntries(in *bufio.Reader) error {
+	for {
+		line, err := in.ReadBytes('\n')
 		if err != nil && err != io.EOF {
 			return j.failed("reading the journal", j.path, err)
 		}
@@ -341,6 +351,7 @@ func (j *journal) replay(c *Config) error {
 		if err := j.settle(p, e.Result); err != nil {
 			return err
 		}
+		j.size += int64(len(line))
 	}
 	if err := j.file.Truncate(j.size); err != nil {
 		return j.failed("cutting the journal", j.path, err)
@@ -351,8 +362,11 @@ func (j *journal) replay(c *Config) error {
 	return nil
 }
 
-// cut shortens a file to what is known of it.
+// cut shortens a file, if there is one, to what is known of it.
 func (j *journal) cut(f file, size int64) error {
+	if f == nil {
+		return nil
+	}
 	info, err := f.Stat()
 	if err != nil {
 		return j.failed("going on with", f.Name(), err)

@@ -77,7 +77,7 @@ func TestGPU(t *testing.T) {
 	all := b.limit.target()
 	see := func(model string, vram int64, want int) {
 		t.Helper()
-		b.look(seen{loaded: &api.ProcessResponse{Models: []api.ProcessModelResponse{{Name: model, Size: 100, SizeVRAM: vram, ContextLength: 4096}}}})
+		b.look(nil, []api.ProcessModelResponse{{Name: model, Size: 100, SizeVRAM: vram, ContextLength: 4096}})
 		if got := b.limit.target(); got != want {
 			t.Errorf("%s with %d in GPU memory: %d in flight, want %d", model, vram, got, want)
 		}

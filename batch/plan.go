@@ -245,26 +245,26 @@ func texts(r *request) []string {
 	return all
 }
 
-// fields looks at what of the template each row repeats.
-func (p *Plan) fields(c *Config) error {
-	t := c.Source.Template
-	// The template's text and fields in the order of the prompt: from a prompt whose fields are marks.
+// piece is some of the template's own text within the prompt, and the field that comes after it.
+type piece struct {
+	own   int    // bytes of text
+	field string // "": none, at the end
+}
+
+// pieces returns the template's text and fields in the order of the prompt, which it finds in one
+// whose fields are marks; nil where a field stands where only some values may, such as the url.
+func (t *Template) pieces() ([]piece, error) {
 	marks := map[string]json.RawMessage{}
-	mark := func(name string) string { return "\x01" + name + "\x02" }
 	for _, name := range t.Fields {
-		marks[name] = quoted(mark(name))
+		marks[name] = quoted("\x01" + name + "\x02")
 	}
 	body, err := t.Fill(marks)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	r, err := parseRequest(body)
 	if err != nil {
-		return nil // a field stands where only some values may, such as the url
-	}
-	type piece struct {
-		own   int    // bytes of the template's text
-		field string // after it; "" at the end
+		return nil, nil
 	}
 	var pieces []piece
 	for text := strings.Join(texts(&r), ""); ; {
@@ -272,96 +272,109 @@ func (p *Plan) fields(c *Config) error {
 		name, rest, _ := strings.Cut(rest, "\x02")
 		pieces = append(pieces, piece{len(own), name})
 		if text = rest; !found {
-			break
+			return pieces, nil
 		}
 	}
+}
 
-	// How often values repeat, alone and together with all that comes before.
-	seed := maphash.MakeSeed()
-	alone := map[string]map[uint64]bool{}
-	var names []string
-	for _, piece := range pieces {
-		if piece.field != "" && alone[piece.field] == nil {
-			alone[piece.field], names = map[uint64]bool{}, append(names, piece.field)
-		}
+// fields looks at what of the template each row repeats.
+func (p *Plan) fields(c *Config) error {
+	pieces, err := c.Source.Template.pieces()
+	if err != nil {
+		return err
 	}
-	if len(names) == 0 {
-		return nil
-	}
-	var rows []map[string]string
-	total := map[string]int{}
-	for it, err := range c.Source.items() {
-		if err != nil {
-			return fmt.Errorf("reading the input: %w", err)
-		}
-		if len(rows) == c.Window {
-			break
-		}
-		text, err := c.Source.raw(it)
-		if err != nil {
-			return err
-		}
-		row, err := c.Source.row(text)
-		if it.bad != nil || err != nil {
-			continue
-		}
-		values := map[string]string{}
-		for _, name := range names {
-			values[name] = plain(row[name])
-			alone[name][maphash.String(seed, values[name])] = true
-			total[name] += len(values[name])
-		}
-		rows = append(rows, values)
-	}
-	if len(rows) == 0 {
-		return nil
-	}
-	own, after := 0, 0
+	own := 0
 	for _, piece := range pieces {
 		own += piece.own
 	}
 	before := 0
+	var fields []Field
 	for _, piece := range pieces {
 		before += piece.own
-		if after = own - before; piece.field != "" && !slices.ContainsFunc(p.Fields, func(f Field) bool { return f.Name == piece.field }) {
-			p.Fields = append(p.Fields, Field{piece.field, len(alone[piece.field]), float64(total[piece.field]) / float64(len(rows)), after})
+		same := func(f Field) bool { return f.Name == piece.field }
+		if piece.field != "" && !slices.ContainsFunc(fields, same) {
+			fields = append(fields, Field{Name: piece.field, After: own - before})
 		}
 	}
-	order := slices.Clone(p.Fields)
+	if len(fields) == 0 {
+		return nil
+	}
+	rows, err := c.firstRows(fields)
+	if err != nil || len(rows) == 0 {
+		return err
+	}
+	for i := range fields {
+		f, different, bytes := &fields[i], map[string]bool{}, 0
+		for _, row := range rows {
+			different[row[f.Name]] = true
+			bytes += len(row[f.Name])
+		}
+		f.Values, f.Bytes = len(different), float64(bytes)/float64(len(rows))
+	}
+	order := slices.Clone(fields)
 	slices.SortStableFunc(order, func(a, b Field) int {
 		return cmp.Or(cmp.Compare(a.Values, b.Values), cmp.Compare(b.Bytes, a.Bytes))
 	})
-	p.Layout = &Layout{Rows: len(rows)}
+	p.Fields, p.Layout = fields, &Layout{Rows: len(rows)}
 	then := []piece{{own: own}}
 	for _, f := range order {
 		p.Layout.Order = append(p.Layout.Order, f.Name)
 		then[len(then)-1].field = f.Name
 		then = append(then, piece{})
 	}
-	cost := func(layout []piece) (bytes int64) {
-		seen := map[uint64]bool{}
-		for _, row := range rows {
-			var key maphash.Hash
-			key.SetSeed(seed)
-			for i, piece := range layout {
-				if i == 0 && len(seen) == 0 {
-					bytes += int64(piece.own)
-				}
-				key.WriteString(row[piece.field])
-				key.WriteByte(0)
-				if sum := key.Sum64(); !seen[sum] {
-					seen[sum] = true
-					bytes += int64(len(row[piece.field]))
-					if i+1 < len(layout) {
-						bytes += int64(layout[i+1].own)
-					}
+	p.Layout.Now, p.Layout.Then = toEvaluate(pieces, rows), toEvaluate(then, rows)
+	return nil
+}
+
+// firstRows returns the values of the fields in the first rows, a window of them, that are
+// understood.
+func (c *Config) firstRows(fields []Field) (rows []map[string]string, err error) {
+	for it, err := range c.Source.items() {
+		if err != nil {
+			return nil, fmt.Errorf("reading the input: %w", err)
+		}
+		if len(rows) == c.Window {
+			break
+		}
+		text, err := c.Source.raw(it)
+		if err != nil {
+			return nil, err
+		}
+		row, err := c.Source.row(text)
+		if it.bad != nil || err != nil {
+			continue
+		}
+		values := map[string]string{}
+		for _, f := range fields {
+			values[f.Name] = plain(row[f.Name])
+		}
+		rows = append(rows, values)
+	}
+	return rows, nil
+}
+
+// toEvaluate returns how many bytes of the rows' prompts no other has at the same place after the
+// same beginning.
+func toEvaluate(layout []piece, rows []map[string]string) (bytes int64) {
+	seen := map[uint64]bool{}
+	seed := maphash.MakeSeed()
+	bytes = int64(layout[0].own)
+	for _, row := range rows {
+		var key maphash.Hash
+		key.SetSeed(seed)
+		for i, piece := range layout {
+			key.WriteString(row[piece.field])
+			key.WriteByte(0)
+			if sum := key.Sum64(); !seen[sum] {
+				seen[sum] = true
+				bytes += int64(len(row[piece.field]))
+				if i+1 < len(layout) {
+					bytes += int64(layout[i+1].own)
 				}
 			}
 		}
-		return bytes
 	}
-	p.Layout.Now, p.Layout.Then = cost(pieces), cost(then)
-	return nil
+	return bytes
 }
 
 // plain is a row's value as it stands within a text.
@@ -432,30 +445,31 @@ func parted(a, b []string) (text, offset, after int) {
 		return 0, 0, 0
 	}
 	x, y := a[text], b[text]
-	for offset < len(x) && offset < len(y) && x[offset] == y[offset] {
-		offset++
-	}
+	offset = common(x, y)
 	x, y = x[offset:], y[offset:]
+	if x == "" || y == "" { // one goes on where the other ends
+		return text, offset, 0
+	}
 	for _, ends := range []string{" ", "\n"} { // after a word, or after the line
 		_, x, ok1 := strings.Cut(x, ends)
 		_, y, ok2 := strings.Cut(y, ends)
-		if !ok1 || !ok2 {
-			continue
+		if ok1 && ok2 {
+			after = max(after, common(x, y))
 		}
-		n := 0
-		for n < len(x) && n < len(y) && x[n] == y[n] {
-			n++
-		}
-		after = max(after, n)
-	}
-	if x == "" || y == "" { // one goes on where the other ends
-		return text, offset, 0
 	}
 	n := 0
 	for n < len(x) && n < len(y) && x[len(x)-1-n] == y[len(y)-1-n] {
 		n++
 	}
 	return text, offset, max(after, n)
+}
+
+// common returns how many bytes two texts begin with in common.
+func common(a, b string) (n int) {
+	for n < len(a) && n < len(b) && a[n] == b[n] {
+		n++
+	}
+	return n
 }
 
 // Print writes the plan for people.

@@ -2,6 +2,7 @@ package batch
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -102,20 +103,21 @@ func (c *client) try(ctx context.Context, r *request, line int) tried {
 		begun()
 	}
 	res, err := c.do(ctx, http.MethodPost, r.path, r.sent())
+	var t tried
 	if err == nil {
 		defer res.Body.Close()
 		if res.StatusCode == http.StatusOK {
-			var t tried
-			if t.answer, t.counts, err = readAnswer(res.Body, r, res.Header.Get("Content-Type"), line, begun); err == nil {
-				if res.Header[simulatedHeader] != nil {
-					t.counts.Simulated = 1
-				}
-				return t
-			}
+			contentType := res.Header.Get("Content-Type")
+			t.answer, t.counts, err = readAnswer(res.Body, r, contentType, line, begun)
 		}
 	}
 	var server *serverError
 	switch {
+	case err == nil && res.StatusCode == http.StatusOK:
+		if res.Header[simulatedHeader] != nil {
+			t.counts.Simulated = 1
+		}
+		return t
 	case context.Cause(ctx) == errRequestTimeout:
 		return tried{failure: &failure{Code: codeTimeout, Message: fmt.Sprintf("the answer was not complete %v after it began (--request-timeout); it was cancelled", c.timeout)}}
 	case errors.As(err, &server):
@@ -125,14 +127,17 @@ func (c *client) try(ctx context.Context, r *request, line int) tried {
 	case err != nil:
 		return broken(err)
 	}
+	return refused(res)
+}
+
+// refused reads an answer with another status than 200.
+func refused(res *http.Response) tried {
 	text, err := io.ReadAll(io.LimitReader(res.Body, 1<<20))
 	if err != nil {
 		return broken(err)
 	}
-	f := &failure{Status: res.StatusCode, Code: codeRefused, Message: message(text)}
-	if f.Message == "" {
-		f.Message = res.Status
-	}
+	said := cmp.Or(message(text), res.Status)
+	f := &failure{Status: res.StatusCode, Code: codeRefused, Message: said}
 	if json := bytes.TrimSpace(text); len(json) > 0 && json[0] == '{' {
 		if _, err := members(json); err == nil {
 			f.Body = json

@@ -149,10 +149,15 @@ func (s *Source) begin(extension string) error {
 	if extension == ".tsv" {
 		s.comma = '\t'
 	}
+	return s.readColumns()
+}
+
+// readColumns reads the line that names the columns; the items come after it.
+func (s *Source) readColumns() error {
 	limited := &limitedReader{r: s.section(s.start, s.size-s.start), left: maxLine}
 	r := s.csv(limited)
 	columns, readErr := r.Read()
-	head = make([]byte, r.InputOffset())
+	head := make([]byte, r.InputOffset())
 	if _, err := s.file.ReadAt(head, s.start); err != nil && err != io.EOF {
 		return err
 	}

@@ -58,16 +58,12 @@ func TakeSurvey(ctx context.Context, s *Source, each func(error)) (*Survey, erro
 		if id := compacted(r.customID); id != nil {
 			hash := maphash.Bytes(seed, id)
 			if _, repeated := ids[hash]; repeated {
-				if v.Repeated++; len(v.Repeats) < named {
-					v.Repeats = append(v.Repeats, fmt.Sprintf("%s (line %d)", id, it.line))
-				}
+				count(&v.Repeated, &v.Repeats, fmt.Sprintf("%s (line %d)", id, it.line))
 			}
 			ids[hash] = struct{}{}
 		}
 		if err != nil {
-			if v.Bad++; len(v.BadLines) < named {
-				v.BadLines = append(v.BadLines, err)
-			}
+			count(&v.Bad, &v.BadLines, err)
 			if each != nil {
 				each(err)
 			}
@@ -79,12 +75,17 @@ func TakeSurvey(ctx context.Context, s *Source, each func(error)) (*Survey, erro
 		chain := reader.Read(r.endpoint, r.runner(), r.body)
 		v.Text += int64(chain.Bytes())
 		if n := chain.Runner.NumCtx(); n > 0 && chain.Bytes()/tokenBytes > n {
-			if v.Long++; len(v.LongLines) < named {
-				v.LongLines = append(v.LongLines, it.line)
-			}
+			count(&v.Long, &v.LongLines, it.line)
 		}
 	}
 	return v, nil
+}
+
+// count counts one more of something, and keeps it if it is among the first.
+func count[T any](n *int, first *[]T, one T) {
+	if *n++; len(*first) < named {
+		*first = append(*first, one)
+	}
 }
 
 // badLine tells an error of a line from one of reading.

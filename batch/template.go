@@ -40,31 +40,30 @@ func ParseTemplate(text []byte) (*Template, error) {
 	// Two braces in a row begin a field only within a text: elsewhere {{ is no JSON.
 	var literal []byte
 	for {
-		open := bytes.Index(text, []byte("{{"))
-		if open < 0 {
+		before, rest, found := bytes.Cut(text, []byte("{{"))
+		literal = append(literal, before...)
+		if !found {
 			break
 		}
-		literal = append(literal, text[:open]...)
-		rest := text[open+2:]
 		if bytes.HasPrefix(rest, []byte("{{")) {
 			literal, text = append(literal, "{{"...), rest[2:]
 			continue
 		}
-		end := bytes.Index(rest, []byte("}}"))
-		quote := bytes.IndexByte(rest, '"')
-		if end < 0 || quote >= 0 && quote < end {
-			return nil, fmt.Errorf("template: %q has no }} (write {{{{ for two braces)", text[open:open+2+min(len(rest), 20)])
+		inner, after, closed := bytes.Cut(rest, []byte("}}"))
+		if !closed || bytes.Contains(inner, []byte(`"`)) {
+			return nil, fmt.Errorf("template: %q has no }} (write {{{{ for two braces)",
+				"{{"+string(rest[:min(len(rest), 20)]))
 		}
-		name := strings.TrimSpace(string(rest[:end]))
+		text = after
+		name := strings.TrimSpace(string(inner))
 		switch {
 		case name == "":
 			return nil, errors.New("template: {{}} names no field (write {{{{ for two braces)")
 		case name[0] == '.' || strings.Contains(name, `\`):
-			literal, text = append(literal, text[open:open+2+end+2]...), rest[end+2:]
+			literal = fmt.Appendf(literal, "{{%s}}", inner)
 			continue
 		}
-		text = rest[end+2:]
-		p := part{text: literal, field: name, whole: opensText(literal) && len(text) > 1 && text[0] == '"' && text[1] != ':'}
+		p := part{text: literal, field: name, whole: opensText(literal) && closesText(text)}
 		if p.whole { // its quotes belong to the value
 			p.text, text = literal[:len(literal)-1], text[1:]
 		}
@@ -73,7 +72,7 @@ func ParseTemplate(text []byte) (*Template, error) {
 			t.Fields = append(t.Fields, name)
 		}
 	}
-	t.parts = append(t.parts, part{text: append(literal, text...)})
+	t.parts = append(t.parts, part{text: literal})
 	if len(t.Fields) == 0 {
 		return nil, errors.New("template: no field is in it: write {{name}} where a row's value belongs")
 	}
@@ -84,6 +83,11 @@ func ParseTemplate(text []byte) (*Template, error) {
 func opensText(text []byte) bool {
 	quoteless, quoted := bytes.CutSuffix(text, []byte(`"`))
 	return quoted && (len(quoteless)-len(bytes.TrimRight(quoteless, `\`)))%2 == 0
+}
+
+// closesText reports whether the JSON text begins with the quote that ends a text, and not a key.
+func closesText(text []byte) bool {
+	return bytes.HasPrefix(text, []byte(`"`)) && !bytes.HasPrefix(text, []byte(`":`))
 }
 
 // Fill returns the request for a row, of raw JSON values.

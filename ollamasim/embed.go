@@ -27,23 +27,9 @@ func (s *Server) embed(w http.ResponseWriter, r *http.Request) {
 
 // embedding makes embeddings. The texts of one request are evaluated one after the other, and nothing of them is reused.
 func (s *Server) embedding(r *http.Request, in *api.EmbedRequest) (*api.EmbedResponse, int, error) {
-	var texts []string
-	switch v := in.Input.(type) {
-	case nil:
-	case string:
-		if v != "" {
-			texts = append(texts, v)
-		}
-	case []any:
-		for _, x := range v {
-			text, ok := x.(string)
-			if !ok {
-				return nil, http.StatusBadRequest, errors.New("invalid input type")
-			}
-			texts = append(texts, text)
-		}
-	default:
-		return nil, http.StatusBadRequest, errors.New("invalid input type")
+	texts, err := inputs(in.Input)
+	if err != nil {
+		return nil, http.StatusBadRequest, err
 	}
 	m := s.model(in.Model)
 	if m == nil {
@@ -78,6 +64,22 @@ func (s *Server) embedding(r *http.Request, in *api.EmbedRequest) (*api.EmbedRes
 	end := s.outcome(req)
 	out.TotalDuration, out.LoadDuration, out.PromptEvalCount = end.TotalDuration, end.LoadDuration, end.PromptEvalCount
 	return out, http.StatusOK, nil
+}
+
+// inputs returns the texts of a request: one, or a list of them.
+func inputs(in any) (texts []string, err error) {
+	list, ok := in.([]any)
+	if !ok && in != nil && in != "" {
+		list = []any{in}
+	}
+	for _, x := range list {
+		text, ok := x.(string)
+		if !ok {
+			return nil, errors.New("invalid input type")
+		}
+		texts = append(texts, text)
+	}
+	return texts, nil
 }
 
 // vector is a text's embedding, of length 1.

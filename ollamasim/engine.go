@@ -135,20 +135,48 @@ func (r *runner) pump() {
 
 // compute begins the next batch.
 func (r *runner) compute() {
-	answers, prompts, streams, steps := 0, 0, false, 0
-	for _, l := range r.slots {
-		if q := l.request; q != nil && q.done == len(q.prompt) {
-			if answers++; steps == 0 || q.length-q.made < steps {
-				steps = q.length - q.made
-			}
-			if q.fault != nil {
-				steps = min(steps, max(q.fault.After-q.made, 1))
-			}
-			streams = streams || q.stream
-		}
+	answers, steps, streams := r.answering()
+	prompts := r.plan(max(r.options.numBatch, 1) - answers)
+	if answers+prompts == 0 {
+		return
 	}
+	r.each = time.Duration(float64(prompts) / r.model.PromptRate * float64(time.Second))
+	if answers > 0 {
+		r.each += time.Duration(float64(time.Second) / r.model.AnswerRate)
+	}
+	r.batches = 1
+	if prompts == 0 && !streams {
+		r.batches = steps
+	}
+	r.each = max(r.each, 1)
+	r.began, r.computing = r.server.clock.Now(), true
+	r.arm()
+}
+
+// answering returns how many requests have answers under way, after how many tokens the first of
+// those ends, and whether one is streamed.
+func (r *runner) answering() (n, steps int, streams bool) {
+	for _, l := range r.slots {
+		q := l.request
+		if q == nil || q.done < len(q.prompt) {
+			continue
+		}
+		if n++; steps == 0 || q.length-q.made < steps {
+			steps = q.length - q.made
+		}
+		if q.fault != nil {
+			steps = min(steps, max(q.fault.After-q.made, 1))
+		}
+		streams = streams || q.stream
+	}
+	return n, steps, streams
+}
+
+// plan says how many tokens of each prompt the next batch has, of room, and returns how many of
+// all.
+func (r *runner) plan(room int) (tokens int) {
 	// Who comes first in llama-server's batches is who has the lower slot, and before that whoever had no room in the last one.
-	first, room := 0, max(r.options.numBatch, 1)-answers
+	first := 0
 	if r.server.era == eraA {
 		first = r.next
 	}
@@ -174,22 +202,9 @@ func (r *runner) compute() {
 			l.plan = l.checkpoint(q, l.plan, max(r.options.numBatch, 1), r.model.Window)
 		}
 		room -= l.plan
-		prompts += l.plan
+		tokens += l.plan
 	}
-	if answers+prompts == 0 {
-		return
-	}
-	r.each = time.Duration(float64(prompts) / r.model.PromptRate * float64(time.Second))
-	if answers > 0 {
-		r.each += time.Duration(float64(time.Second) / r.model.AnswerRate)
-	}
-	r.batches = 1
-	if prompts == 0 && !streams {
-		r.batches = steps
-	}
-	r.each = max(r.each, 1)
-	r.began, r.computing = r.server.clock.Now(), true
-	r.arm()
+	return tokens
 }
 
 // arm sets the timer for the end of the batches.
@@ -228,32 +243,15 @@ func (r *runner) computed() {
 		if q == nil {
 			continue
 		}
-		switch {
-		case q.done == len(q.prompt):
-			q.made += r.batches
-			s.stats.Generated += int64(r.batches)
-		case l.plan > 0:
-			q.done += l.plan
-			s.stats.Evaluated += int64(l.plan)
-			if l.plan = 0; q.done == len(q.prompt) {
-				q.evaled = now
-				if q.length > 0 { // the last batch of a prompt makes the first token of the answer
-					q.made = 1
-					s.stats.Generated++
-				}
-			}
-		}
-		if f := q.fault; f != nil && q.made >= f.After && !q.over {
-			ended = append(ended, q)
-		} else if q.done == len(q.prompt) && q.made >= q.length {
-			if !q.over {
-				ended = append(ended, q)
-			}
-		} else if !q.over {
+		r.advance(l, q, now)
+		if !q.over && !q.failing() && (q.done < len(q.prompt) || q.made < q.length) {
 			if q.stream && q.made > 0 {
 				s.wake(q)
 			}
 			continue
+		}
+		if !q.over {
+			ended = append(ended, q)
 		}
 		l.release(r, now)
 		free++
@@ -265,14 +263,37 @@ func (r *runner) computed() {
 		r.release()
 	}
 	for _, q := range ended {
-		if f := q.fault; f != nil && q.made >= f.After {
-			s.end(q, &faultError{*f})
+		if q.failing() {
+			s.end(q, &faultError{*q.fault})
 			continue
 		}
 		s.log = append(s.log, Evaluation{len(q.prompt), q.reused, len(q.prompt) - q.reused})
 		s.end(q, nil)
 	}
 }
+
+// advance notes what batches have computed for the request in a slot.
+func (r *runner) advance(l *slot, q *request, now time.Time) {
+	stats := &r.server.stats
+	if q.done == len(q.prompt) {
+		q.made += r.batches
+		stats.Generated += int64(r.batches)
+		return
+	}
+	q.done += l.plan
+	stats.Evaluated += int64(l.plan)
+	if q.done == len(q.prompt) {
+		q.evaled = now
+		if q.length > 0 { // the last batch of a prompt makes the first token of the answer
+			q.made = 1
+			stats.Generated++
+		}
+	}
+	l.plan = 0
+}
+
+// failing reports whether the request has come to where its fault is.
+func (q *request) failing() bool { return q.fault != nil && q.made >= q.fault.After }
 
 // release frees a slot. It keeps what its request left in it: the last token of an answer was never in a batch.
 func (l *slot) release(r *runner, now time.Time) {

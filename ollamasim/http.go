@@ -202,21 +202,12 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request, q question, out 
 	if !q.empty {
 		req.limit, req.keep = o.NumPredict, o.NumKeep
 		text = q.prompt(req.options.numCtx)
-		req.prompt = tokenize(slices.Grow(slices.Clone(q.before), len(text)/3), text)
-		if len(req.prompt) == 0 {
-			req.prompt = tokenize(nil, "\n") // of raw text there may be none
-		}
+		req.prompt = q.tokens(text)
 	}
-	if f := s.faultOf(q, text); f != nil {
-		if f.After == 0 {
-			s.mu.Lock()
-			s.stats.Requests++
-			s.stats.Failed++
-			s.mu.Unlock()
-			s.failed(out, &faultError{*f}, false)
-			return
-		}
-		req.fault = f
+	req.fault = s.faultOf(q, text)
+	if req.fault != nil && req.fault.After == 0 {
+		s.failed(out, &faultError{*req.fault}, false)
+		return
 	}
 	s.arrive(req)
 	if sent, err := s.write(r, req, out); err != nil {
@@ -229,14 +220,30 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request, q question, out 
 	}
 	answer := answerTokens(make([]token, 0, req.made), req.seed, 0, req.made)
 	if q.context {
-		for _, t := range slices.Concat(req.prompt, answer) {
-			end.context = append(end.context, int(t))
-		}
+		end.context = ids(slices.Concat(req.prompt, answer))
 	}
 	if q.stream { // it has all been sent
 		answer = nil
 	}
 	out.end(detokenize(answer), end)
+}
+
+// tokens returns those of the prompt, of which text is the new part.
+func (q *question) tokens(text string) []token {
+	all := tokenize(slices.Grow(slices.Clone(q.before), len(text)/3), text)
+	if len(all) == 0 { // of raw text there may be none
+		return tokenize(nil, "\n")
+	}
+	return all
+}
+
+// ids writes tokens as a client knows them.
+func ids(tokens []token) []int {
+	list := make([]int, len(tokens))
+	for i, t := range tokens {
+		list[i] = int(t)
+	}
+	return list
 }
 
 func (s *Server) faultOf(q question, prompt string) *Fault {
@@ -246,7 +253,12 @@ func (s *Server) faultOf(q question, prompt string) *Fault {
 		return nil
 	}
 	s.asked++
-	return s.fault(FaultRequest{Path: q.path, Model: q.model, Prompt: prompt, Number: s.asked})
+	f := s.fault(FaultRequest{Path: q.path, Model: q.model, Prompt: prompt, Number: s.asked})
+	if f != nil && f.After == 0 {
+		s.stats.Requests++
+		s.stats.Failed++
+	}
+	return f
 }
 
 type faultError struct{ Fault }

@@ -166,40 +166,44 @@ func (h *hostCache) load(r *runner, k kept, prompt []token) (kept, bool) {
 // reusable returns how many of the prompt's tokens the slot has, and makes the slot ready for the rest. At least one is always
 // evaluated.
 func (r *runner) reusable(l *slot, prompt []token) int {
-	n := common(l.tokens, prompt)
-	window := r.model.Window
-	if r.server.era == eraA {
-		if n == len(prompt) {
-			n--
-		}
+	n, window := common(l.tokens, prompt), r.model.Window
+	switch {
+	case r.server.era == eraA:
+		n = min(n, len(prompt)-1)
 		// Ollama's own cache must have the whole window before the place to go on from.
 		if window > 0 && window < r.options.numCtx && max(0, n-window) < l.low {
-			n = 0
+			return 0
 		}
-		return max(n, 0)
+	case window > 0 && n > 0:
+		n = l.goBack(n, window, n == len(prompt))
 	}
-	if window > 0 && n > 0 {
-		threshold := n - window
-		if n == len(prompt) {
-			threshold--
-		}
-		if threshold = max(threshold, 0); l.low >= threshold {
-			i := len(l.checkpoints) - 1
-			for i >= 0 && (l.checkpoints[i].tokens-1 > n || l.checkpoints[i].low >= threshold && l.checkpoints[i].low != 0) {
-				i--
+	return max(min(n, len(prompt)-1), 0)
+}
+
+// goBack has a slot of llama-server go back to its first n tokens, all of the prompt or not, and
+// returns to how many it can: the layers with a window have lost what came before that, and a
+// checkpoint must stand in for them.
+func (l *slot) goBack(n, window int, all bool) int {
+	threshold := n - window
+	if all {
+		threshold--
+	}
+	if threshold = max(threshold, 0); l.low >= threshold {
+		i := len(l.checkpoints) - 1
+		for ; i >= 0; i-- {
+			if c := l.checkpoints[i]; c.tokens-1 <= n && (c.low < threshold || c.low == 0) {
+				break
 			}
-			if i < 0 {
-				return 0
-			}
-			c := l.checkpoints[i]
-			l.low, n = max(c.low, c.tokens-window), min(n, max(c.low+1, c.tokens-1))
 		}
-		l.checkpoints = slices.DeleteFunc(slices.Clone(l.checkpoints), func(c checkpoint) bool { return c.tokens-1 > n })
+		if i < 0 {
+			return 0
+		}
+		c := l.checkpoints[i]
+		l.low, n = max(c.low, c.tokens-window), min(n, max(c.low+1, c.tokens-1))
 	}
-	if n == len(prompt) {
-		n--
-	}
-	return max(n, 0)
+	beyond := func(c checkpoint) bool { return c.tokens-1 > n }
+	l.checkpoints = slices.DeleteFunc(slices.Clone(l.checkpoints), beyond)
+	return n
 }
 
 // checkpoint makes a checkpoint before a batch with n tokens of the prompt, where llama-server does, and returns how many tokens the

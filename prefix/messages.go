@@ -97,7 +97,7 @@ func empty(raw []byte) bool { return len(raw) < 3 || raw[0] != '"' }
 
 // each writes the messages of an array.
 func (p *parser) each(raw []byte) {
-	if len(raw) == 0 || raw[0] != '[' {
+	if !isList(raw) {
 		return
 	}
 	c := jsonscan.NewCursor(raw, 0)
@@ -159,7 +159,7 @@ func (p *parser) simple(role, text []byte) {
 
 // images writes the fingerprints of a JSON array of images.
 func (p *parser) images(raw []byte) {
-	if len(raw) == 0 || raw[0] != '[' {
+	if !isList(raw) {
 		return
 	}
 	c := jsonscan.NewCursor(raw, 0)
@@ -202,7 +202,7 @@ func (p *parser) openAIMessage(f *fields) {
 	if content == nil || !bytes.EqualFold(unquoted(f.raw[fRole]), []byte("tool")) {
 		name = nil // it is rendered for tools with content only
 	}
-	if len(content) == 0 || content[0] != '[' {
+	if !isList(content) {
 		p.head(f.raw[fRole], nil, reasoning, name, id)
 		p.text(content)
 		p.end(calls.hash, calls.bytes)
@@ -255,7 +255,7 @@ func (p *parser) anthropicSystem(raw []byte) {
 		p.simple(roleSystem, raw)
 		return
 	}
-	if len(raw) == 0 || raw[0] != '[' {
+	if !isList(raw) {
 		return
 	}
 	var texts [][]byte
@@ -283,7 +283,7 @@ func (p *parser) texts(raw [][]byte) {
 // text, after anybody else's.
 func (p *parser) anthropicMessage(f *fields) {
 	content := f.raw[fContent]
-	if len(content) == 0 || content[0] != '[' {
+	if !isList(content) {
 		if !empty(content) {
 			p.simple(f.raw[fRole], content)
 		}
@@ -316,15 +316,22 @@ func (p *parser) anthropicMessage(f *fields) {
 	if first {
 		p.toolResults(results)
 	}
-	if calls := made.all(); texts != nil || images != nil || calls.hash != 0 || !empty(thinking) {
-		p.head(f.raw[fRole], closed(images), thinking)
-		p.texts(texts)
-		p.end(calls.hash, calls.bytes)
-	}
+	p.blocks(f.raw[fRole], texts, closed(images), thinking, made.all())
 	if !first {
 		p.toolResults(results)
 	}
 }
+
+// blocks writes a message of blocks, unless nothing of them is rendered.
+func (p *parser) blocks(role []byte, texts [][]byte, images, thinking []byte, made canonical) {
+	if texts != nil || images != nil || made.hash != 0 || !empty(thinking) {
+		p.head(role, images, thinking)
+		p.texts(texts)
+		p.end(made.hash, made.bytes)
+	}
+}
+
+func isList(raw []byte) bool { return len(raw) > 0 && raw[0] == '[' }
 
 // appendImage adds an image to a JSON array of images that is still open.
 func appendImage(list, image []byte) []byte {
@@ -357,7 +364,7 @@ func (p *parser) toolResults(blocks [][]byte) {
 		}
 		var texts [][]byte
 		var images []byte
-		if len(content) > 0 && content[0] == '[' {
+		if isList(content) {
 			c := jsonscan.NewCursor(content, 0)
 			for c.Enter(); c.More(); {
 				part := c.Value()
@@ -379,7 +386,7 @@ func (p *parser) toolResults(blocks [][]byte) {
 
 // searchResults writes what Anthropic's own web search found as the text that Ollama makes of it.
 func (p *parser) searchResults(content []byte) {
-	if len(content) == 0 || content[0] != '[' {
+	if !isList(content) {
 		if !empty(content) {
 			p.text(content)
 		} else {
@@ -423,15 +430,7 @@ func (p *parser) responsesItem(f *fields, raw []byte) {
 	}
 	switch kind {
 	case "function_call", "tool_search_call":
-		if !p.open {
-			p.head(roleAssistant, nil, p.thinking)
-			p.open, p.thinking = true, nil
-		}
-		if !empty(p.thinking) { // it takes the place of what the message had
-			p.made = append(p.made, canonicalOf(unquoted(p.thinking)))
-			p.thinking = nil
-		}
-		p.made = append(p.made, p.reader.canon('f', raw, responsesCall)...)
+		p.responsesCall(raw)
 		return
 	case "reasoning":
 		p.thinking = f.raw[fEncrypted]
@@ -472,6 +471,19 @@ func (p *parser) responsesItem(f *fields, raw []byte) {
 	p.end(0, 0)
 }
 
+// responsesCall adds a call to the assistant's message that is open, or opens one.
+func (p *parser) responsesCall(raw []byte) {
+	if !p.open {
+		p.head(roleAssistant, nil, p.thinking)
+		p.open, p.thinking = true, nil
+	}
+	if !empty(p.thinking) { // it takes the place of what the message had
+		p.made = append(p.made, canonicalOf(unquoted(p.thinking)))
+		p.thinking = nil
+	}
+	p.made = append(p.made, p.reader.canon('f', raw, responsesCall)...)
+}
+
 // close ends the assistant's message that is open, if one is.
 func (p *parser) close() {
 	if p.open {
@@ -486,7 +498,7 @@ func (p *parser) close() {
 func (p *parser) contents(role, content, lead []byte, extra ...[]byte) {
 	var texts [][]byte
 	var images []byte
-	if len(content) == 0 || content[0] != '[' {
+	if !isList(content) {
 		texts = append(texts, content)
 	} else {
 		c := jsonscan.NewCursor(content, 0)

@@ -244,26 +244,10 @@ func (r *Request) End(now time.Time, o Outcome) Ending {
 	var events []Event
 	var ending Ending
 	switch {
-	case o.Accepted && o.Unload:
-		m.forget(now)
-		events = append(events, m.event(Unloaded))
-	case !o.Accepted && !o.Refused && r.Known && m.known && !m.same(r.Options):
+	case o.Accepted:
+		ending, events = r.accepted(now, o)
+	case !o.Refused && r.Known && m.known && !m.same(r.Options):
 		m.forget(r.at) // it may have been loaded for it, or may be yet
-	case o.Accepted && r.Known:
-		replaced := m.known && !m.same(r.Options)
-		if ending = r.loaded(now, o.Load); ending.Loaded {
-			kind := Loaded
-			if replaced {
-				kind = Replaced
-			}
-			events = append(events, m.event(kind))
-		}
-	}
-	if o.Accepted {
-		m.ended = now
-		if !o.Unload {
-			m.answered = true
-		}
 	}
 	ending.LoadTime = m.loadTime
 	if len(m.running) == 0 {
@@ -276,6 +260,28 @@ func (r *Request) End(now time.Time, o Outcome) Ending {
 	return ending
 }
 
+// accepted notes that the server has answered the request. Book.mu must be held.
+func (r *Request) accepted(now time.Time, o Outcome) (e Ending, events []Event) {
+	m := r.model
+	m.ended = now
+	if o.Unload {
+		m.forget(now)
+		return Ending{}, []Event{m.event(Unloaded)}
+	}
+	replaced := m.known && !m.same(r.Options)
+	if r.Known {
+		e = r.loaded(now, o.Load)
+	}
+	m.answered = true
+	switch {
+	case e.Loaded && replaced:
+		events = append(events, m.event(Replaced))
+	case e.Loaded:
+		events = append(events, m.event(Loaded))
+	}
+	return e, events
+}
+
 // loaded finds out whether the model was loaded for the request, and notes what that means. took is
 // what the answer told, 0 if it did not. Book.mu must be held.
 func (r *Request) loaded(now time.Time, took time.Duration) (e Ending) {
@@ -285,15 +291,9 @@ func (r *Request) loaded(now time.Time, took time.Duration) (e Ending) {
 		e.Changes = r.Options.Changes(m.options)
 	}
 	switch {
-	case took > 0:
-		limit := max(100*time.Millisecond, 4*m.warmLoad)
-		if same {
-			limit = max(limit, m.loadTime/2) // unless it was to be expected, it must look like one
-		}
-		if took <= limit {
-			m.warmLoad = (3*m.warmLoad + took) / 4
-			break
-		}
+	case took == 0: // /v1 does not tell
+		e.Loaded = m.known && !same
+	case !m.warm(took, same):
 		end := r.at.Add(min(took, now.Sub(r.at)))
 		if i := m.shared(r.at, end, took, r.Options, r.book.latest); i >= 0 {
 			if i == len(m.loads)-1 {
@@ -305,11 +305,8 @@ func (r *Request) loaded(now time.Time, took time.Duration) (e Ending) {
 			return Ending{}
 		}
 		e.Loaded, m.loadTime, r.book.latest = true, took, end
-		if m.loads = append(m.loads, load{end, r.Options}); len(m.loads) > maxLoads {
-			m.loads = slices.Delete(m.loads, 0, 1)
-		}
-	default: // /v1 does not tell
-		e.Loaded = m.known && !same
+		m.loads = append(m.loads, load{end, r.Options})
+		m.loads = m.loads[max(0, len(m.loads)-maxLoads):]
 	}
 	switch {
 	case e.Loaded:
@@ -320,6 +317,20 @@ func (r *Request) loaded(now time.Time, took time.Duration) (e Ending) {
 	}
 	m.options, m.known = r.Options, true
 	return e
+}
+
+// warm reports whether so short a load_duration is one of a model that was loaded, and learns from
+// it then. same: with these options it was to be expected to be.
+func (m *model) warm(took time.Duration, same bool) bool {
+	limit := max(100*time.Millisecond, 4*m.warmLoad)
+	if same {
+		limit = max(limit, m.loadTime/2) // unless it was to be expected, it must look like one
+	}
+	if took > limit {
+		return false
+	}
+	m.warmLoad = (3*m.warmLoad + took) / 4
+	return true
 }
 
 // shared returns which load that another request has told is the one that a request tells which was sent

@@ -177,6 +177,10 @@ func (e *engine) load(r *Request, end runners.Ending) {
 	e.fresh = len(e.names) == 1
 }
 
+// wholeOnly reports whether the engine reuses nothing of a prompt unless all of the one before is
+// its beginning.
+func (r *Request) wholeOnly() bool { return r.run.Sliding && r.upstream.Old }
+
 // candidate is what may have been reused.
 type candidate struct {
 	tokens int
@@ -216,8 +220,8 @@ func (e *engine) candidates(r *Request, total int) []candidate {
 		}
 		rank++
 	}
-	if depth := r.known; depth > max(2, deepest) && r.record.Warm && r.record.Upstream == r.upstream.Index {
-		s := prefix.At(r.chain.Links, depth)
+	if r.known > max(2, deepest) && r.record.Warm {
+		s := prefix.At(r.chain.Links, r.known)
 		list = e.tokensOf(list, maxHeld, r, nil, s, total)
 	}
 	slices.SortFunc(list, func(a, b candidate) int { return cmp.Or(b.tokens-a.tokens, a.rank-b.rank) })
@@ -228,17 +232,14 @@ func (e *engine) candidates(r *Request, total int) []candidate {
 // can reuse of h (nil: of some prompt that has s in common with it).
 func (e *engine) tokensOf(list []candidate, rank int, r *Request, h *held, s prefix.Shared,
 	total int) []candidate {
-	all := e.tokens(r.bytes, r.chain.Messages)
 	if total == 0 {
-		total = int(all)
+		total = int(e.tokens(r.bytes, r.chain.Messages))
 	}
-	if total == 0 {
+	whole := h != nil && s.Links == len(h.chain.Links)
+	switch {
+	case total == 0, r.wholeOnly() && !whole:
 		return list
-	}
-	if r.run.Sliding && r.upstream.Old && (h == nil || s.Links < len(h.chain.Links)) {
-		return list
-	}
-	if h != nil && s.Links == len(h.chain.Links) && h.total > 0 {
+	case whole && h.total > 0:
 		// All of the earlier prompt, and its answer if that follows.
 		n := h.total
 		if s.Links < len(r.chain.Links) {
@@ -246,8 +247,8 @@ func (e *engine) tokensOf(list []candidate, rank int, r *Request, h *held, s pre
 		}
 		return append(list, candidate{tokens: min(n, total-1), rank: rank, share: 1})
 	}
-	// The tokens after the last link in common are their share of the text, and what the template adds. Where several
-	// prompts with that link were seen, they tell how many tokens it has.
+	// The tokens after the last link in common are their share of the text, and what the template
+	// adds. Where several prompts with that link were seen, they tell how many tokens it has.
 	perByte := max(0, float64(total-perMessage*(r.chain.Messages+1))/float64(max(1, r.bytes)))
 	shared := s.Bytes
 	if l, ok := s.Next(r.chain.Links); ok && s.Offset > 0 {
@@ -255,15 +256,10 @@ func (e *engine) tokensOf(list []candidate, rank int, r *Request, h *held, s pre
 	}
 	last := r.chain.Links[s.Links-1]
 	y, x := afterLink(r.chain, last, total)
-	plain := y - perByte*x
-	reused, few := plain, false
-	if f, ok := e.fits.Peek(last.Hash); ok {
-		reused, few = f.with(x, y).intercept(perByte), f.n < fewFits
-	} else if h != nil && h.total > 0 {
-		hy, hx := afterLink(h.chain, last, h.total)
-		reused, few = fit{}.with(hx, hy).with(x, y).intercept(perByte), true
-	}
-	// A line through texts of other kinds may lie anywhere: the text up to the link has no density of its own kind.
+	plain, line := y-perByte*x, e.line(last, h)
+	reused := line.with(x, y).intercept(perByte)
+	// A line through texts of other kinds may lie anywhere: the text up to the link has no density
+	// of its own kind.
 	text, added := perByte*float64(last.Bytes), float64(perMessage*max(0, int(last.Message)+1))
 	after := perByte * float64(min(shared, r.bytes)-last.Bytes)
 	reused = min(max(reused, text/2), 2*text+added) + after
@@ -271,7 +267,7 @@ func (e *engine) tokensOf(list []candidate, rank int, r *Request, h *held, s pre
 	likely := candidate{tokens: within(reused), rank: rank, share: 1}
 	// A line through few prompts may mislead where their texts are of different kinds. Then the share of
 	// the text is as likely, and the time has to tell.
-	if n := within(plain + after); few && n > 0 && abs(n-likely.tokens)*20 > total {
+	if n := within(plain + after); line.few() && n > 0 && abs(n-likely.tokens)*20 > total {
 		likely.share = 0.5
 		list = append(list, candidate{tokens: n, rank: rank, share: 0.5, other: true})
 	}
@@ -312,6 +308,19 @@ func (f fit) intercept(slope float64) float64 {
 	mx, my := f.x/f.n, f.y/f.n
 	slope = (f.xy - f.n*mx*my + ridge*slope) / (f.xx - f.n*mx*mx + ridge)
 	return my - slope*mx
+}
+
+// few reports whether the line may mislead.
+func (f fit) few() bool { return f.n > 0 && f.n < fewFits }
+
+// line returns what is learned of the prompts that have the link in common, or else what h tells.
+func (e *engine) line(l prefix.Link, h *held) fit {
+	f, ok := e.fits.Peek(l.Hash)
+	if !ok && h != nil && h.total > 0 {
+		y, x := afterLink(h.chain, l, h.total)
+		f = f.with(x, y)
+	}
+	return f
 }
 
 // tokens estimates a prompt's tokens; 0 if nothing is learned.
@@ -367,29 +376,36 @@ func (e *engine) learn(r *Request, o Outcome, g guess, entry *Entry) {
 	if decode > 0 {
 		e.decode.add(decode)
 	}
-	if o.PromptEval > 0 {
-		if g.sure {
-			e.guessed.add(o.Total-g.reused, o.Total, ms, decode)
-		} else if !e.guessed.known() && !g.known && o.Total >= 16 {
-			// It may have been warm. Of three, the slowest per token is taken for cold.
-			if e.unsure = append(e.unsure, sample{float64(o.Total), ms, decode}); len(e.unsure) >= 3 {
-				slowest := slices.MaxFunc(e.unsure, func(a, b sample) int { return cmp.Compare(a.ms/a.total, b.ms/b.total) })
-				e.guessed.add(int(slowest.total), int(slowest.total), slowest.ms, slowest.decode)
-				e.unsure = nil
-			}
-		}
-		if entry.Basis == Measured {
-			e.measured.add(entry.Tokens.Evaluated, o.Total, ms, 0)
-		}
+	switch {
+	case g.sure:
+		e.guessed.add(o.Total-g.reused, o.Total, ms, decode)
+	case ms > 0 && !e.guessed.known() && !g.known && o.Total >= 16:
+		e.learnCold(sample{float64(o.Total), ms, decode})
+	}
+	if entry.Basis == Measured {
+		e.measured.add(entry.Tokens.Evaluated, o.Total, ms, 0)
 	}
 	// A doubtful estimate teaches nothing: a wrong one would make the next wrong one more probable.
-	if g.sure && g.best.tokens > 0 && g.best.tokens*10 >= o.Total {
+	if g.sure && g.best.tokens*10 >= o.Total {
 		hit := 0.0
 		if g.picked.rank == g.best.rank || g.reused*10 >= g.best.tokens*8 {
 			hit = 1
 		}
 		e.warm[bucket(g.best.rank)].add(hit)
 	}
+}
+
+// learnCold learns from prompts that may have been warm, for want of better: of three, the slowest
+// per token is taken for cold.
+func (e *engine) learnCold(s sample) {
+	if e.unsure = append(e.unsure, s); len(e.unsure) < 3 {
+		return
+	}
+	slowest := slices.MaxFunc(e.unsure, func(a, b sample) int {
+		return cmp.Compare(a.ms/a.total, b.ms/b.total)
+	})
+	e.guessed.add(int(slowest.total), int(slowest.total), slowest.ms, slowest.decode)
+	e.unsure = nil
 }
 
 func abs(n int) int { return max(n, -n) }
@@ -414,13 +430,8 @@ func (e *engine) learnFits(r *Request, total int) {
 		}
 		seen[n] = last.Hash
 		n++
-		f, ok := e.fits.Get(last.Hash)
-		if !ok {
-			hy, hx := afterLink(h.chain, last, h.total)
-			f = fit{}.with(hx, hy)
-		}
 		y, x := afterLink(r.chain, last, total)
-		e.fits.Add(last.Hash, f.with(x, y))
+		e.fits.Add(last.Hash, e.line(last, h).with(x, y))
 	}
 }
 

@@ -41,40 +41,21 @@ func (e *engine) estimate(r *Request, o Outcome, loaded bool) guess {
 	if o.Total == 0 {
 		return guess{}
 	}
-	if loaded {
+	list := distinct(e.candidates(r, o.Total), o.Total)
+	if loaded || len(list) == 0 && e.fresh {
 		return guess{known: true, sure: true}
 	}
-	list := distinct(e.candidates(r, o.Total), o.Total)
-	g := guess{}
-	if len(list) > 0 {
-		g.best = list[0]
-	}
-	ev, learned := r.evidence(o), e.guessed.known()
-	switch {
-	case len(list) == 0 && e.fresh:
-		g.known, g.sure = true, true
-		return g
-	case !learned && (len(list) == 0 || !e.fresh):
-		return g // it may be warm from before, for all we know
-	case !learned:
+	list = append(list, candidate{rank: none})
+	g, ev := guess{best: list[0]}, r.evidence(o)
+	if !e.guessed.known() {
+		if !e.fresh {
+			return g // it may be warm from before, for all we know
+		}
 		ev.ms = 0 // it says nothing yet: what is expected must do
 	}
-	list = append(list, candidate{rank: none})
 	chances := e.weigh(ev, list, r.upstream.Old)
-	best := 0
-	for i := range list {
-		if chances[i] > chances[best] {
-			best = i
-		}
-	}
-	g.picked, g.reused = list[best], list[best].tokens
-	agreed, wrong := 0.0, 0.0
-	for i, c := range list {
-		if VerdictOf(o.Total, c.tokens) == VerdictOf(o.Total, g.reused) {
-			agreed += chances[i]
-		}
-		wrong += chances[i] * float64(abs(c.tokens-g.reused)) / float64(o.Total)
-	}
+	picked, agreed, wrong := likeliest(list, chances, o.Total)
+	g.picked, g.reused = picked, picked.tokens
 	g.known = agreed >= enough && wrong <= vague
 	g.sure = agreed >= certain && wrong <= vague/3 && ev.ms > 0
 	if ev.ms == 0 {
@@ -94,6 +75,26 @@ func (e *engine) estimate(r *Request, o Outcome, loaded bool) guess {
 	g.reused, g.sure = max(g.reused, o.Total-n), false
 	g.known = d.told || e.busy.jitter() < math.Ln2
 	return g
+}
+
+// likeliest returns the most probable candidate, how probable its verdict is, and how wrong its
+// tokens are on the average, as a part of the prompt's.
+func likeliest(list []candidate, chances []float64, total int) (
+	c candidate, agreed, wrong float64) {
+	best := 0
+	for i := range chances {
+		if chances[i] > chances[best] {
+			best = i
+		}
+	}
+	c = list[best]
+	for i, other := range list {
+		if VerdictOf(total, other.tokens) == VerdictOf(total, c.tokens) {
+			agreed += chances[i]
+		}
+		wrong += chances[i] * float64(abs(other.tokens-c.tokens)) / float64(total)
+	}
+	return c, agreed, wrong
 }
 
 // distinct leaves out candidates that say about the same as an earlier one that was seen more

@@ -161,6 +161,7 @@ func (l *Ledger) Begin(now time.Time, up Upstream, chain *prefix.Chain, run *run
 	if known > 0 && record.Model != model {
 		known, record = 0, contextstore.Record{}
 	}
+	record.Warm = record.Warm && record.Upstream == up.Index
 
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -289,10 +290,9 @@ func (r *Request) end(now time.Time, o Outcome) (entry Entry, put, ok bool) {
 	if !entry.Loaded && r.run.Idle > defaultKeepAlive && r.run.WasLoaded {
 		entry.SavedLoading = o.Ending.LoadTime
 	}
-	if len(l.recent) < cap(l.recent) {
-		l.recent = append(l.recent, entry)
-	} else if len(l.recent) > 0 {
-		l.recent[l.next%uint64(cap(l.recent))] = entry
+	if n := cap(l.recent); n > 0 {
+		l.recent = l.recent[:min(len(l.recent)+1, n)]
+		l.recent[l.next%uint64(n)] = entry
 	}
 	l.next++
 	return entry, put, true

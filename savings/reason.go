@@ -23,58 +23,82 @@ const (
 
 // reason finds out why. entry has its verdict; changes are those for which the model was loaded.
 func (e *engine) reason(r *Request, entry *Entry, changes []prefix.Change) (Reason, string) {
-	// The nearest prompts: of those that should be warm, and of those that are lost.
-	var live, lost prefix.Shared
-	var lostTo *held
-	sibling := prefix.Shared{} // that begins with the same text, though it was to be rendered or loaded otherwise
-	var siblingOf *held
-	pending := false // the nearest one's evaluation was not over when this request was sent
+	n := e.nearest(r)
+	gone := r.shares(n.lost) && n.lost.Bytes > n.live.Bytes
+	short := r.shares(n.live) &&
+		entry.Tokens.Reused < int(0.8*float64(n.live.Bytes)/float64(r.bytes)*float64(entry.Total))
+	switch {
+	case entry.Loaded && len(changes) > 0 && (gone || n.siblingOf != nil):
+		return ReasonReloaded, "the model was loaded anew: " + join(changes)
+	case gone:
+		return n.why, n.detail
+	case r.shares(n.live) && r.wholeOnly():
+		return ReasonSliding, "the model has a sliding window, and this version of Ollama " +
+			"reuses nothing of such a prompt unless all of the one before is its beginning"
+	case short && n.pending:
+		return ReasonBeside, "another request with its prefix was still being evaluated"
+	case short:
+		return ReasonTaken, "another prompt has taken the slot that held its prefix"
+	case n.siblingOf == nil && n.live.Bytes < 64:
+		return ReasonFirst, "nothing like it was seen before"
+	}
+	return ReasonDiverged, n.diverged(r)
+}
+
+// shares reports whether what is in common is much of the prompt.
+func (r *Request) shares(s prefix.Shared) bool { return s.Bytes >= 64 && 10*s.Bytes >= r.bytes }
+
+// nearest is what a prompt has in common with the nearest ones that were sent before it.
+type nearest struct {
+	live    prefix.Shared // with one that should be warm
+	pending bool          // … and whose evaluation was not over when the request was sent
+
+	lost   prefix.Shared // with one that is lost, for why and detail
+	why    Reason
+	detail string
+
+	// with the last one that begins with the same text, though it was to be rendered or loaded
+	// otherwise
+	sibling   prefix.Shared
+	siblingOf *prefix.Chain
+}
+
+func (e *engine) nearest(r *Request) nearest {
+	n := nearest{why: ReasonEvicted, detail: "the model has been loaded anew since"}
 	for _, h := range e.held[:e.before(r)] {
 		s := prefix.Common(r.chain.Links, h.chain.Links)
 		switch {
-		case h.lost && s.Bytes >= lost.Bytes:
-			lost, lostTo = s, h
-		case !h.lost && s.Bytes >= live.Bytes:
-			live, pending = s, h.pending || h.ended.After(r.at)
+		case h.lost && s.Bytes >= n.lost.Bytes:
+			n.lost, n.why, n.detail = s, h.why, h.detail
+		case !h.lost && s.Bytes >= n.live.Bytes:
+			n.live, n.pending = s, h.pending || h.ended.After(r.at)
 		}
 		if h.chain.Opening == r.chain.Opening {
-			sibling, siblingOf = s, h
+			n.sibling, n.siblingOf = s, h.chain
 		}
 	}
-	if stored := prefix.At(r.chain.Links, r.known); stored.Bytes > max(live.Bytes, lost.Bytes) {
-		if r.record.Warm && r.record.Upstream == r.upstream.Index {
-			live, pending = stored, false
-		} else {
-			lost = stored
-		}
-	}
-	share := func(s prefix.Shared) bool { return s.Bytes >= 64 && 10*s.Bytes >= r.bytes }
+	stored := prefix.At(r.chain.Links, r.known)
 	switch {
-	case entry.Loaded && len(changes) > 0 && siblingOf != nil:
-		return ReasonReloaded, "the model was loaded anew: " + join(changes)
-	case share(lost) && lost.Bytes > live.Bytes && entry.Loaded && len(changes) > 0:
-		return ReasonReloaded, "the model was loaded anew: " + join(changes)
-	case share(lost) && lost.Bytes > live.Bytes && lostTo != nil:
-		return lostTo.why, lostTo.detail
-	case share(lost) && lost.Bytes > live.Bytes:
-		return ReasonEvicted, "the model has been loaded anew since"
-	case share(live) && r.run.Sliding && r.upstream.Old:
-		return ReasonSliding, "the model has a sliding window, and this version of Ollama reuses nothing of such a prompt unless all of the one before is its beginning"
-	case share(live) && entry.Tokens.Reused < int(0.8*float64(live.Bytes)/float64(r.bytes)*float64(entry.Total)):
-		if pending {
-			return ReasonBeside, "another request with its prefix was still being evaluated"
-		}
-		return ReasonTaken, "another prompt has taken the slot that held its prefix"
-	case siblingOf != nil && sibling.Links <= 2 && siblingOf.chain.Runner != r.chain.Runner:
-		return ReasonDiverged, "diverged in the options: " + join(r.chain.Runner.Changes(siblingOf.chain.Runner))
-	case siblingOf != nil && sibling.Bytes <= live.Bytes && live.Part != prefix.Block && live.Part != prefix.Tail && live.Part != prefix.Head:
-		return ReasonDiverged, "diverged in the " + live.Part.String()
-	case live.Bytes >= 64 || share(live):
-		return ReasonDiverged, where(live)
-	case siblingOf != nil:
-		return ReasonDiverged, where(sibling)
+	case stored.Bytes <= max(n.live.Bytes, n.lost.Bytes):
+	case r.record.Warm:
+		n.live, n.pending = stored, false
+	default:
+		n.lost = stored
 	}
-	return ReasonFirst, "nothing like it was seen before"
+	return n
+}
+
+// diverged says how the prompt differs from the nearest one.
+func (n *nearest) diverged(r *Request) string {
+	switch {
+	case n.siblingOf != nil && n.siblingOf.Runner != r.chain.Runner:
+		return "diverged in the options: " + join(r.chain.Runner.Changes(n.siblingOf.Runner))
+	case n.siblingOf != nil && n.sibling.Bytes <= n.live.Bytes && n.live.Part < prefix.Head:
+		return "diverged in the " + n.live.Part.String()
+	case n.live.Bytes >= 64:
+		return where(n.live)
+	}
+	return where(n.sibling)
 }
 
 // where says where a prompt differs from the nearest one, without a word of its text.

@@ -81,17 +81,21 @@ func ParseAddr(s, defaultPort string) (*url.URL, error) {
 	if n, err := strconv.Atoi(port); err != nil || n < 1 || n > 65535 {
 		return nil, fmt.Errorf("address %q: port %q is not a number from 1 to 65535", s, port)
 	}
-	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
-		if host = "127.0.0.1"; ip.To4() == nil {
-			host = "::1"
-		}
-	}
-	if host == "" {
-		host = "127.0.0.1"
-	}
-	u := &url.URL{Scheme: scheme, Host: net.JoinHostPort(host, port)}
+	u := &url.URL{Scheme: scheme, Host: net.JoinHostPort(reachable(host), port)}
 	if path = strings.Trim(path, "/"); path != "" {
 		u.Path = "/" + path
 	}
 	return u, nil
+}
+
+// reachable returns the host to which one connects to reach what listens on a host.
+func reachable(host string) string {
+	ip := net.ParseIP(host)
+	switch {
+	case host == "" || ip.Equal(net.IPv4zero):
+		return "127.0.0.1"
+	case ip.Equal(net.IPv6unspecified):
+		return "::1"
+	}
+	return host
 }

@@ -48,7 +48,7 @@ type Server struct {
 	simulated atomic.Bool  // see ownRequests
 
 	used  atomic.Bool               // a model may have been loaded since the last look at /api/ps
-	alive atomic.Pointer[time.Time] // when anything last came from the server; nil: nothing did
+	alive atomic.Pointer[time.Time] // when anything last came from the server; zero: nothing did
 
 	polling sync.Mutex // held while a poll is under way
 
@@ -114,6 +114,7 @@ func NewServer(name string, u *url.URL, transport http.RoundTripper, log *slog.L
 	s.own = &http.Client{Transport: &ownRequests{RoundTripper: transport, instance: s.Instance, skew: &s.skew, simulated: &s.simulated}}
 	s.client = api.NewClient(u, s.own)
 	s.used.Store(true)
+	s.alive.Store(new(time.Time))
 	return s
 }
 
@@ -155,10 +156,8 @@ func (s *Server) State() State {
 
 // dated fills in when the server was last seen, and what follows from that.
 func (s *Server) dated(st State) State {
-	if seen := s.alive.Load(); seen != nil {
-		if st.Seen = *seen; st.Away {
-			st.Until = seen.Add(s.TryDuration)
-		}
+	if st.Seen = *s.alive.Load(); st.Away && !st.Seen.IsZero() {
+		st.Until = st.Seen.Add(s.TryDuration)
 	}
 	return st
 }
@@ -335,15 +334,8 @@ func (s *Server) poll(ctx context.Context) State {
 	}
 	s.mu.Unlock()
 
-	first := prev.Polled.IsZero()
-	switch {
-	case first:
-	case next.Up && was:
-		s.log.Info("upstream answers", "upstream", s.Name, "url", s.URL.String(), "version", next.Version, "models", len(next.Models))
-	case next.Away && !was:
-		s.warnAway(next.Err)
-	case !next.Up && prev.Up:
-		s.log.Info("a poll of the upstream failed; it counts as away if the next ones fail too", "upstream", s.Name, "url", s.URL.String(), "err", next.Err)
+	if !prev.Polled.IsZero() {
+		s.logChange(next, prev.Up, was)
 	}
 	next = s.dated(next)
 	if s.Polled != nil {
@@ -352,28 +344,41 @@ func (s *Server) poll(ctx context.Context) State {
 	return next
 }
 
+// logChange logs what a poll has found, if that has changed.
+func (s *Server) logChange(next State, wasUp, wasAway bool) {
+	switch {
+	case next.Up && wasAway:
+		s.log.Info("upstream answers", "upstream", s.Name, "url", s.URL.String(),
+			"version", next.Version, "models", len(next.Models))
+	case next.Away && !wasAway:
+		s.warnAway(next.Err)
+	case !next.Up && wasUp:
+		s.log.Info("a poll of the upstream failed; it counts as away if the next ones fail too",
+			"upstream", s.Name, "url", s.URL.String(), "err", next.Err)
+	}
+}
+
 // judge says whether a server is away, after a poll. s.mu must be held.
 func (s *Server) judge(next *State, prev State) {
 	// What refuses to say its version, such as a gateway that lets nothing but inference through, answers, too.
 	if next.Up || answered(next.Err) {
 		s.seen()
-		if s.failed = 0; !next.Up {
-			next.Loaded = prev.Loaded
-		}
+		s.failed = 0
 		return
 	}
 	slow := errors.Is(next.Err, context.DeadlineExceeded)
-	seen := s.alive.Load()
-	answers := seen != nil && seen.After(prev.Polled) // something, if not this
+	seen := *s.alive.Load()
+	answers := seen.After(prev.Polled) // something, if not this
 	if answers {
 		s.failed = 0
 	}
 	s.failed++
-	broken := (Closed(next.Err) || StatusCode(next.Err) > 0) && (seen == nil || s.broke.After(*seen))
+	broken := (Closed(next.Err) || StatusCode(next.Err) > 0) &&
+		(seen.IsZero() || s.broke.After(seen))
 	next.Away = prev.Away && !answers || NoConnection(next.Err) && !slow || broken || s.failed >= pollsFailed
 	next.gone = prev.gone || next.Away && !slow
-	if !next.Away {
-		next.Loaded = prev.Loaded
+	if next.Away {
+		next.Loaded = nil
 	}
 }
 
@@ -389,7 +394,8 @@ func (s *Server) ask(ctx context.Context, prev State, used, list bool) (next Sta
 	defer cancel()
 	next = State{Polled: time.Now()}
 	if next.Version, next.Err = s.client.Version(ctx); next.Err != nil {
-		next.Version, next.Models, next.Digests, next.Simulated = prev.Version, prev.Models, prev.Digests, prev.Simulated
+		next.Version, next.Simulated = prev.Version, prev.Simulated
+		next.Models, next.Digests, next.Loaded = prev.Models, prev.Digests, prev.Loaded
 		return next, false
 	}
 	if next.Simulated = s.simulated.Load(); next.Simulated {
@@ -399,22 +405,7 @@ func (s *Server) ask(ctx context.Context, prev State, used, list bool) (next Sta
 	next.Restarted = !prev.Polled.IsZero() && (prev.gone || prev.Version != "" && prev.Version != next.Version)
 	next.Models, next.Digests = prev.Models, prev.Digests
 	if list || next.Restarted {
-		if list, err := s.client.List(ctx); err == nil {
-			listed = true
-			next.Models, next.Digests = nil, make(map[string]string, len(list.Models))
-			for _, m := range list.Models {
-				next.Models = append(next.Models, m.Name)
-				if IsCloud(m.Name) {
-					continue // a local one may have the same name but for that
-				}
-				next.Digests[ModelKey(m.Name)] = m.Digest
-			}
-			for model, digest := range prev.Digests {
-				if next.Digests[model] != digest {
-					next.Replaced = append(next.Replaced, model)
-				}
-			}
-		}
+		listed = s.list(ctx, &next)
 	}
 	if used || len(prev.Loaded) > 0 || prev.Away || next.Restarted {
 		var err error
@@ -422,6 +413,29 @@ func (s *Server) ask(ctx context.Context, prev State, used, list bool) (next Sta
 		next.LoadedKnown = err == nil
 	}
 	return next, listed
+}
+
+// list asks which models the server has, and reports whether it answered. next tells those of the
+// poll before.
+func (s *Server) list(ctx context.Context, next *State) bool {
+	list, err := s.client.List(ctx)
+	if err != nil {
+		return false
+	}
+	before := next.Digests
+	next.Models, next.Digests = nil, make(map[string]string, len(list.Models))
+	for _, m := range list.Models {
+		next.Models = append(next.Models, m.Name)
+		if !IsCloud(m.Name) { // a local one may have the same name but for that
+			next.Digests[ModelKey(m.Name)] = m.Digest
+		}
+	}
+	for model, digest := range before {
+		if next.Digests[model] != digest {
+			next.Replaced = append(next.Replaced, model)
+		}
+	}
+	return true
 }
 
 // Has reports whether the server is known to have the model (ModelKey), or may have it since its models are not known.

@@ -78,17 +78,8 @@ func Run(ctx context.Context, c Config) (err error) {
 	var wg sync.WaitGroup
 	for i, k := range kinds {
 		for n := range k.clients {
-			wg.Go(func() {
-				r := rand.New(rand.NewPCG(uint64(i), uint64(n)))
-				for running.Err() == nil {
-					outcome, bad := k.ask(s, ctx, r)
-					s.count(k.name+": "+outcome, bad)
-					select { // the pace of somebody who has something else to do
-					case <-running.Done():
-					case <-time.After(time.Duration(r.IntN(200)) * time.Millisecond):
-					}
-				}
-			})
+			r := rand.New(rand.NewPCG(uint64(i), uint64(n)))
+			wg.Go(func() { s.keepAsking(running, ctx, k, r) })
 		}
 	}
 	wg.Go(func() { s.kill(running, ctx) })
@@ -114,6 +105,18 @@ func Run(ctx context.Context, c Config) (err error) {
 		return err
 	}
 	return errors.Join(s.verdict(resident), s.wellAgain(ctx), s.idleAgain(ctx, idle))
+}
+
+// keepAsking is a client, at the pace of somebody who has something else to do, until running ends.
+func (s *soak) keepAsking(running, ctx context.Context, k kind, r *rand.Rand) {
+	for running.Err() == nil {
+		outcome, bad := k.ask(s, ctx, r)
+		s.count(k.name+": "+outcome, bad)
+		select {
+		case <-running.Done():
+		case <-time.After(time.Duration(r.IntN(200)) * time.Millisecond):
+		}
+	}
 }
 
 // wellAgain has each kind of client ask once more, now that all servers are alive.

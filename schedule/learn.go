@@ -14,6 +14,9 @@ type mean struct {
 
 const meanOver = 16
 
+// hint returns the same as if it had been seen once.
+func (m mean) hint() mean { return mean{v: m.v, n: min(m.n, 1)} }
+
 func (m *mean) add(v float64) {
 	m.n = min(m.n+1, meanOver)
 	m.v += (v - m.v) / float64(m.n)

@@ -628,10 +628,11 @@ func (q *Queue) answered(it *item, r Result, now time.Time) int {
 	}
 	x.served = it.key
 	x.rates.learn(it, r, evaluated)
-	// With fewer lanes than slots another slot may have kept it.
-	if kept, told := it.restored(r); told && (kept == 0 || x.server.lanes > 0 || x.learner.ceiling) {
+	if kept, told := it.restored(r); told {
 		x.rates.host.add(kept)
-		x.server.host.add(kept)
+		if kept == 0 || x.server.lanes > 0 || x.learner.ceiling { // with fewer lanes than slots another slot may have kept it
+			x.server.host.add(kept)
+		}
 	}
 	took := now.Sub(it.granted)
 	x.rates.service.add(float64(took))

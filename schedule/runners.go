@@ -30,7 +30,7 @@ func (q *Queue) runner(s *server, key Runner, now time.Time) *runner {
 		}
 	}
 	x := &runner{key: key, server: s, want: max(s.lanes, s.found, 1), used: now, sought: now}
-	x.rates.host = mean{v: s.host.v, n: min(s.host.n, 1)}
+	x.rates.host = s.host.hint()
 	x.resize()
 	s.byKey[key] = x
 	s.runners = append(s.runners, x)

@@ -188,6 +188,9 @@ func (q *Queue) Began(id uint64, now time.Time) {
 
 // found notes how many lanes there are to be.
 func (x *runner) found(lanes int) {
+	if lanes > x.want {
+		x.rates.host = x.server.host.hint() // it may have been those slots that kept what was taken for lost
+	}
 	if lanes != x.want || x.learner.ceiling {
 		x.want, x.server.found = lanes, lanes
 		for _, l := range x.lanes {

@@ -7,7 +7,8 @@ import (
 	"time"
 )
 
-// TestNeverSlower: with a model of ordinary cost no workload takes longer than directly by more than 3 % and 1 ms for each request.
+// TestNeverSlower: with a model of ordinary cost no workload takes longer than directly by more than 3 %, or 5 % where
+// the number of slots is to be learned, and 1 ms for each request.
 func TestNeverSlower(t *testing.T) {
 	type work struct {
 		name string
@@ -83,7 +84,11 @@ func TestNeverSlower(t *testing.T) {
 						if strings.HasPrefix(w.name, "two models") {
 							more -= cfg.load // once, to find out whether both can be loaded
 						}
-						if more > direct*3/100 && more > time.Duration(len(d.finished))*time.Millisecond {
+						most := direct * 3 / 100
+						if !lanes { // one prompt is evaluated before more slots than one are known
+							most = direct * 5 / 100
+						}
+						if more > most && more > time.Duration(len(d.finished))*time.Millisecond {
 							t.Errorf("%-95s %6.1f s, directly %6.1f: %.3f", name, wall.Seconds(), direct.Seconds(), float64(wall)/float64(direct))
 						}
 					}

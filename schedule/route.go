@@ -126,7 +126,12 @@ func (q *Queue) SetLoaded(upstream uint16, models map[string]int, at, now time.T
 		}
 	}
 	for _, y := range slices.Clone(s.runners) {
-		if x := s.same(y.key); x != nil && x != y {
+		x := s.same(y.key)
+		if x == nil || x == y {
+			continue
+		}
+		// While x takes the place of y the server may still list y, with the context that y has.
+		if y.turn == 0 || x.answered() && x.since.Before(at) {
 			q.unite(x, y, now)
 		}
 	}

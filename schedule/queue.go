@@ -166,7 +166,7 @@ const (
 	maxClients = 4096 // whose habits are remembered
 	maxRunners = 256  // per server
 	maxVisits  = 64   // per runner
-	hostWorth  = 256  // tokens that tell that the host cache had them
+	hostWorth  = 128  // tokens that tell that the host cache had them
 	maxLearned = 64   // lanes
 	maxPairs   = 1024 // of models of which it is known whether they can be loaded together, per server
 	maxKeys    = 1024 // of runners, with those that have turned out to be one

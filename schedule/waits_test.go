@@ -124,6 +124,21 @@ func (w waits) String() string {
 	return fmt.Sprintf("%5d served, mean %6.2f s, p50 %6.2f p95 %6.2f p99 %6.2f longest %6.2f, %7.1f tokens each", w.served, sec(w.mean), sec(w.p50), sec(w.p95), sec(w.p99), sec(w.most), w.perServed)
 }
 
+// TestShortPrompts: what the host cache does is learned from short system prompts, too, which take
+// long to evaluate on a slow machine.
+func TestShortPrompts(t *testing.T) {
+	cfg := engineConfig{host: 1 << 20, untried: true, perToken: 10 * time.Millisecond, decode: 30 * time.Millisecond}
+	for _, cfg.slots = range []int{1, 4} {
+		w := askers{clients: 8, prompts: 8, own: true, tokens: 200, tail: 50, gen: 20, lasts: 20 * time.Minute}
+		direct, lanes := w.run(t, cfg, nil), w.run(t, cfg, New(Config{Lanes: cfg.slots}))
+		t.Logf("%d slots, directly %v", cfg.slots, direct)
+		t.Logf("%d slots, lanes    %v", cfg.slots, lanes)
+		if lanes.p95 > direct.p95*11/10 || lanes.most > direct.most+10*time.Second {
+			t.Errorf("%d slots: order is kept that saves nothing", cfg.slots)
+		}
+	}
+}
+
 // TestUntold: where answers do not tell what was reused, nothing is learned by leaving a lane, and
 // it is not left for that again and again.
 func TestUntold(t *testing.T) {

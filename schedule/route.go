@@ -125,6 +125,21 @@ func (q *Queue) SetLoaded(upstream uint16, models map[string]int, at, now time.T
 			}
 		}
 	}
+	q.uniteSame(s, at, now)
+	for _, x := range s.runners {
+		if _, listed := s.loaded[x.key.Options.Model]; x.resident && x.busy == 0 && !listed && x.since.Before(at) && x.used.Before(at) {
+			if y := x.evictor(); y != nil {
+				s.relate(x.key.Options.Model, y.key.Options.Model, apart)
+			}
+			x.cool()
+		}
+	}
+	q.pump(s, now)
+}
+
+// uniteSame makes one of runners that state the same options in different ways, after the server listed
+// what is loaded when it was asked at a time.
+func (q *Queue) uniteSame(s *server, at, now time.Time) {
 	for _, y := range slices.Clone(s.runners) {
 		x := s.same(y.key)
 		if x == nil || x == y {
@@ -135,15 +150,6 @@ func (q *Queue) SetLoaded(upstream uint16, models map[string]int, at, now time.T
 			q.unite(x, y, now)
 		}
 	}
-	for _, x := range s.runners {
-		if _, listed := s.loaded[x.key.Options.Model]; x.resident && x.busy == 0 && !listed && x.since.Before(at) && x.used.Before(at) {
-			if y := x.evictor(); y != nil {
-				s.relate(x.key.Options.Model, y.key.Options.Model, apart)
-			}
-			x.cool()
-		}
-	}
-	q.pump(s, now)
 }
 
 // evictor returns the runner for which this one, which the server does not list any more, has been unloaded: the only one that

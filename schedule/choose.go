@@ -192,7 +192,8 @@ func (x *runner) lost(l *lane, kept int) int {
 	return int(float64(x.forgone(l, kept)) * x.rates.lostPart())
 }
 
-// match returns the request that shares the most with a free lane without being another lane's business, and the lane.
+// match returns the request that shares the most with a free lane without being another lane's
+// business, and the lane.
 func (c *choice) match(k *class) (*item, *lane, reason) {
 	var best *item
 	var at *lane

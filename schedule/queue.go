@@ -150,7 +150,8 @@ const (
 	// longestWait is for how much longer than without the proxy a request waits before that quantum is agedQuantum for it, too.
 	// A trial whether the host cache keeps what is lost comes after a third of it.
 	longestWait = 15 * time.Second
-	// mostTrials is how many such trials there are while a model is loaded. Each costs two prefixes at most.
+	// mostTrials is how many such trials there are while a model is loaded. Each costs two prefixes
+	// at most.
 	mostTrials = 3
 	// longestTurn is for how long a model keeps another one waiting that has to be loaded in its place, if a load takes no longer.
 	longestTurn = 30 * time.Second

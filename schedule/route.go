@@ -137,8 +137,8 @@ func (q *Queue) SetLoaded(upstream uint16, models map[string]int, at, now time.T
 	q.pump(s, now)
 }
 
-// uniteSame makes one of runners that state the same options in different ways, after the server listed
-// what is loaded when it was asked at a time.
+// uniteSame makes one of runners that state the same options in different ways, after the server was
+// asked at a time what is loaded.
 func (q *Queue) uniteSame(s *server, at, now time.Time) {
 	for _, y := range slices.Clone(s.runners) {
 		x := s.same(y.key)

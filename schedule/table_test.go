@@ -487,8 +487,8 @@ func TestStatedDefault(t *testing.T) {
 	}
 }
 
-// TestListedLate: what a server lists may be older than what it was asked for last. While a model is loaded
-// with one num_ctx in place of another one, the two are not taken for the same.
+// TestListedLate: what a server lists may be older than what it was asked for last. While a model is
+// loaded with one num_ctx in place of another one, the two are not taken for the same.
 func TestListedLate(t *testing.T) {
 	cfg := engineConfig{slots: 1, load: 200 * time.Millisecond, exclude: true}
 	for _, late := range []time.Duration{5 * time.Millisecond, 200 * time.Millisecond} {

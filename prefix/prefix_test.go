@@ -480,6 +480,16 @@ func TestCommonOfEqual(t *testing.T) {
 	}
 }
 
+// TestWithContext: a context that is added is the same as one that the request states.
+func TestWithContext(t *testing.T) {
+	for _, body := range []string{`{}`, `{"options":{"num_ctx":8192}}`} {
+		got := read(t, Chat, []byte(body)).Runner.WithContext(4096)
+		if want := read(t, Chat, []byte(`{"options":{"num_ctx":4096}}`)).Runner; got != want {
+			t.Errorf("%s: %+v, want %+v", body, got, want)
+		}
+	}
+}
+
 func TestOptionsChanges(t *testing.T) {
 	a := read(t, Chat, []byte(`{"options":{"num_ctx":4096,"use_mmap":false}}`)).Runner
 	b := read(t, Chat, []byte(`{"options":{"num_ctx":8192},"shift":false}`)).Runner

@@ -16,7 +16,9 @@ import (
 //  5. Yet the one that has waited for longest goes, whatever it shares, when the lane has done for others so many times the work that
 //     leaving its prefix costs: quantum, or agedQuantum for one that has waited for longestWait more than if all were served as they
 //     came. Where the host cache restores what is lost, leaving costs nothing, and requests go as they came.
-//  6. While it is not known whether it does, a lane is left once, for one that has waited for a third of longestWait too long.
+//     A system prompt that another lane is on, too, keeps nobody from that.
+//  6. While that is not known for sure, a lane is left mostTrials times, for one that has waited
+//     for a third of longestWait too long.
 //  7. A lane is held for the client that it is warm for, for no longer than it takes to evaluate again what that would find (held).
 //  8. One that would land where another one that is on its way belongs waits until that has arrived (overtakes).
 //  9. When no lane is free that shares anything, the prefix is opened for which others have waited longest and that no other lane is
@@ -103,7 +105,7 @@ func (c *choice) choose() (*item, *lane, reason) {
 		at := it.arrived.Add(c.q.cfg.MaxWait)
 		if c.now.Before(at) {
 			x.server.later(at)
-		} else if l, tokens := x.landing(it); l.since >= agedQuantum*x.forgone(l, tokens) {
+		} else if l, tokens := x.landing(it); l.since >= agedQuantum*x.lost(l, tokens) {
 			return it, l, byAge
 		}
 	}
@@ -120,6 +122,9 @@ func (c *choice) choose() (*item, *lane, reason) {
 			continue
 		}
 		k.refill()
+		if it, l, how := c.front(k); it != nil {
+			return it, l, how
+		}
 		if it, l, how := c.match(k); it != nil {
 			return it, l, how
 		}
@@ -181,8 +186,14 @@ func (q *Queue) keeps(l *lane, tokens int) bool {
 	return q.follows(l.visit.client, tokens, l.tokens)
 }
 
-// match returns the request that shares the most with a free lane without being another lane's business, and the lane; or the one that
-// has waited for longest, if a lane has done enough for others.
+// lost returns how many tokens that a lane holds have to be evaluated again for others that wait,
+// if so many are kept.
+func (x *runner) lost(l *lane, kept int) int {
+	return int(float64(x.forgone(l, kept)) * x.rates.lostPart())
+}
+
+// match returns the request that shares the most with a free lane without being another lane's
+// business, and the lane.
 func (c *choice) match(k *class) (*item, *lane, reason) {
 	var best *item
 	var at *lane
@@ -195,18 +206,6 @@ func (c *choice) match(k *class) (*item, *lane, reason) {
 		if it == nil || tokens <= most {
 			continue
 		}
-		if front := k.oldest(); front != nil && front != it && front.owned().depth() <= slack {
-			land, kept := c.x.landing(front)
-			if how, turned := c.turned(l, front, kept); turned {
-				if c.overtakes(front, land, kept) {
-					continue
-				}
-				if how == byTrial {
-					c.x.probing = l.visit
-				}
-				return front, land, how
-			}
-		}
 		land, tokens := c.x.landing(it)
 		if c.blocked(it, land, tokens) {
 			continue
@@ -216,11 +215,38 @@ func (c *choice) match(k *class) (*item, *lane, reason) {
 	return best, at, byMatch
 }
 
+// front returns the request that has waited for longest, and its lane, if that has done enough for
+// others. Only the lane in which it will land counts: another one that is free loses nothing by it.
+func (c *choice) front(k *class) (*item, *lane, reason) {
+	it := k.oldest()
+	if it == nil {
+		return nil, nil, 0
+	}
+	l, kept := c.x.landing(it)
+	// What another lane is on is that lane's business, unless this one holds it as well, such as a
+	// system prompt that all requests begin with.
+	if it.owned().depth() > kept+slack {
+		return nil, nil, 0
+	}
+	if best, _ := k.best(l.holds); best == nil || best == it { // join or match chooses
+		return nil, nil, 0
+	}
+	how, turned := c.turned(l, it, kept)
+	if !turned || c.overtakes(it, l, kept) {
+		return nil, nil, 0
+	}
+	if how == byTrial {
+		c.x.probing = l.visit
+		c.x.trials++
+	}
+	return it, l, how
+}
+
 // turned reports whether a lane has worked for long enough for others, so that front goes, whatever it is, of which so many tokens would
 // be kept: for so long that what is evaluated again for that is little of it.
 func (c *choice) turned(l *lane, front *item, kept int) (reason, bool) {
 	x := c.x
-	lost := int(float64(x.forgone(l, kept)) * x.rates.lostPart())
+	lost := x.lost(l, kept)
 	if at := c.q.loss(x, l, kept); at > lost && c.holds(front, l, kept) {
 		lost = at
 	}
@@ -230,10 +256,19 @@ func (c *choice) turned(l *lane, front *item, kept int) (reason, bool) {
 		return byMatch, true
 	case late >= c.q.longest && l.since >= agedQuantum*lost:
 		return byAge, true
-	case late >= longestWait/3 && lost >= hostWorth && !x.server.longest && x.rates.host.n == 0 && x.probing == nil && l.visit != nil:
+	case late >= longestWait/3 && lost >= hostWorth && x.tests(l):
 		return byTrial, true
 	}
 	return 0, false
+}
+
+// tests reports whether a lane may be left to see whether the host cache keeps what it loses:
+// nothing has told against that so far, and too little for it. Answers that do not tell what was
+// reused do not tell that either, however often it is tried.
+func (x *runner) tests(l *lane) bool {
+	host := x.rates.host
+	open := host.n == 0 || host.v == 1 && host.n < sureHost
+	return open && !x.server.longest && x.trials < mostTrials && x.probing == nil && l.visit != nil
 }
 
 // oldest returns the one that has waited for longest, of those whose clients have not had their share; nil: all have.
@@ -401,7 +436,8 @@ func (c *choice) join(p rank, k *class) (*item, *lane, reason) {
 		if c.blocked(it, land, tokens) {
 			return
 		}
-		again := int(float64(max(0, owned.depth()-tokens)) * c.x.rates.lostPart())
+		// A lane that would be idle otherwise takes the first sign of a host cache for granted.
+		again := int(float64(max(0, owned.depth()-tokens)) * (1 - c.x.rates.host.v))
 		share := c.x.backlog(owned)
 		if least >= 0 && (again > least+slack || again > least-slack && share <= most) {
 			return

@@ -17,6 +17,10 @@ const meanOver = 16
 // hint returns the same as if it had been seen once.
 func (m mean) hint() mean { return mean{v: m.v, n: min(m.n, 1)} }
 
+// sureHost is how many times it must have been seen whether the host cache restores what a slot
+// lost before that is relied on in full: what it does for one prompt it does not do for each.
+const sureHost = 3
+
 func (m *mean) add(v float64) {
 	m.n = min(m.n+1, meanOver)
 	m.v += (v - m.v) / float64(m.n)
@@ -85,10 +89,7 @@ func (r *rates) load() time.Duration {
 
 // lostPart returns which part of a prompt that its slot does not hold any more has to be evaluated again.
 func (r *rates) lostPart() float64 {
-	if r.host.n == 0 {
-		return 1
-	}
-	return 1 - r.host.v
+	return 1 - r.host.v*float64(min(r.host.n, sureHost))/sureHost
 }
 
 // mostTransit is how long a request is taken to be on its way to a slot, at most.

@@ -405,7 +405,7 @@ func (m *model) checkRunner(x *runner) {
 			m.t.Fatalf("a lane is idle, %d wait, and nobody looks again", x.waiting)
 		}
 	}
-	waiting, roaming, running, tries := 0, 0, 0, 0
+	waiting, roaming, running, tries, prompts := 0, 0, 0, 0, 0
 	for _, l := range x.lanes {
 		if l.item != nil {
 			running += l.item.work
@@ -418,6 +418,7 @@ func (m *model) checkRunner(x *runner) {
 		m.t.Fatalf("%d are tried, counted %d", tries, x.tries)
 	}
 	for _, it := range x.waiters() {
+		prompts += it.tokens
 		if !it.roams() {
 			continue
 		}
@@ -431,6 +432,9 @@ func (m *model) checkRunner(x *runner) {
 	}
 	if roaming != x.roaming || running != x.running {
 		m.t.Fatalf("%d may go elsewhere, counted %d; %d tokens run, counted %d", roaming, x.roaming, running, x.running)
+	}
+	if prompts != x.prompts {
+		m.t.Fatalf("%d tokens of prompts wait, counted %d", prompts, x.prompts)
 	}
 	for p := range x.classes {
 		c := &x.classes[p]

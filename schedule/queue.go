@@ -149,6 +149,9 @@ const (
 	// longestWait is for how much longer than without the proxy a request waits before that quantum is agedQuantum for it, too.
 	// A trial whether the host cache keeps what is lost comes after a third of it.
 	longestWait = 15 * time.Second
+	// mostTrials is how many such trials there are while a model is loaded. Each costs two prefixes
+	// at most.
+	mostTrials = 3
 	// longestTurn is for how long a model keeps another one waiting that has to be loaded in its place, if a load takes no longer.
 	longestTurn = 30 * time.Second
 	// fairWeight is how many tokens of a prompt a generated one counts as when clients are compared.
@@ -163,7 +166,7 @@ const (
 	maxClients = 4096 // whose habits are remembered
 	maxRunners = 256  // per server
 	maxVisits  = 64   // per runner
-	hostWorth  = 256  // tokens that tell that the host cache had them
+	hostWorth  = 128  // tokens that tell that the host cache had them
 	maxLearned = 64   // lanes
 	maxPairs   = 1024 // of models of which it is known whether they can be loaded together, per server
 	maxKeys    = 1024 // of runners, with those that have turned out to be one
@@ -256,6 +259,7 @@ type runner struct {
 	rates    rates
 	learner  learner
 	probing  *visit // the one for which it was not held last, until it is continued
+	trials   int    // how often that was done since it was loaded
 }
 
 // item is a request that waits or is being served.

@@ -125,11 +125,7 @@ func (q *Queue) SetLoaded(upstream uint16, models map[string]int, at, now time.T
 			}
 		}
 	}
-	for _, y := range slices.Clone(s.runners) {
-		if x := s.same(y.key); x != nil && x != y {
-			q.unite(x, y, now)
-		}
-	}
+	q.uniteSame(s, at, now)
 	for _, x := range s.runners {
 		if _, listed := s.loaded[x.key.Options.Model]; x.resident && x.busy == 0 && !listed && x.since.Before(at) && x.used.Before(at) {
 			if y := x.evictor(); y != nil {
@@ -139,6 +135,21 @@ func (q *Queue) SetLoaded(upstream uint16, models map[string]int, at, now time.T
 		}
 	}
 	q.pump(s, now)
+}
+
+// uniteSame makes one of runners that state the same options in different ways, after the server was
+// asked at a time what is loaded.
+func (q *Queue) uniteSame(s *server, at, now time.Time) {
+	for _, y := range slices.Clone(s.runners) {
+		x := s.same(y.key)
+		if x == nil || x == y {
+			continue
+		}
+		// While x takes the place of y the server may still list y, with the context that y has.
+		if y.turn == 0 || x.answered() && x.since.Before(at) {
+			q.unite(x, y, now)
+		}
+	}
 }
 
 // evictor returns the runner for which this one, which the server does not list any more, has been unloaded: the only one that

@@ -56,7 +56,7 @@ func (s *server) same(key Runner) *runner {
 // cool forgets what is warm. What is being served is served after the load, or by what replaces it.
 func (x *runner) cool() {
 	x.resident = x.busy > 0
-	x.probing, x.spare = nil, nil
+	x.probing, x.trials, x.spare = nil, 0, nil
 	for _, l := range x.lanes {
 		l.before, l.visit, l.wanted = nil, nil, false
 		if l.item == nil {

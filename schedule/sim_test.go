@@ -98,6 +98,7 @@ type engineConfig struct {
 	load     time.Duration
 	exclude  bool          // models cannot be loaded together
 	silent   bool          // it tells nothing of times, as on /v1
+	untold   bool          // it does not tell what was reused
 	mute     bool          // its answers come whole: nothing tells when they begin
 	servers  int           // 0: one
 	jitter   time.Duration // until a request that was sent arrives, at most: they overtake each other …
@@ -464,6 +465,9 @@ func (s *sim) place(e *engine) {
 		}
 		if s.cfg.silent {
 			r.Timed, r.Prompt, r.Eval, r.Queue, r.Load, r.Loaded, r.LoadKnown = false, 0, 0, 0, 0, false, false
+		}
+		if s.cfg.untold {
+			r.Reused, r.ReusedKnown = 0, false
 		}
 		lives := e.box.lives
 		if s.q != nil && !s.cfg.mute {

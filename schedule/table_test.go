@@ -487,6 +487,51 @@ func TestStatedDefault(t *testing.T) {
 	}
 }
 
+// TestListedLate: what a server lists may be older than what it was asked for last. While a model is
+// loaded with one num_ctx in place of another one, the two are not taken for the same.
+func TestListedLate(t *testing.T) {
+	cfg := engineConfig{slots: 1, load: 200 * time.Millisecond, exclude: true}
+	for _, late := range []time.Duration{5 * time.Millisecond, 200 * time.Millisecond} {
+		s := newSim(t, cfg, New(Config{Lanes: 1}))
+		jobs := groups(200, 1, 300, 10, 50, 5)
+		for i, j := range jobs {
+			j.numCtx = 2048 * ((i/4 + i) % 2)
+		}
+		for c := range 4 {
+			var own []*job
+			for i := c; i < len(jobs); i += 4 {
+				own = append(own, jobs[i])
+			}
+			s.after(time.Duration(c)*3*time.Millisecond, func() { s.closed(own, 5*time.Millisecond) })
+		}
+		both, united := false, false
+		var poll func()
+		poll = func() {
+			at, contexts := s.now, map[string]int{}
+			for _, e := range s.boxes[0].loaded {
+				contexts[options(e.model(), 0).Model] = 4096
+				if e.key == "m/2048" {
+					contexts[options(e.model(), 0).Model] = 2048
+				}
+			}
+			s.after(late, func() {
+				s.q.SetLoaded(0, contexts, at, s.now)
+				runners := len(s.q.servers[0].runners)
+				both, united = both || runners == 2, united || both && runners < 2
+				s.pumped()
+			})
+			if len(s.jobs) > 0 {
+				s.after(100*time.Millisecond, poll)
+			}
+		}
+		s.after(0, poll)
+		s.run()
+		if !both || united {
+			t.Errorf("listed %v late: told apart %v, taken for the same %v", late, both, united)
+		}
+	}
+}
+
 // TestFieldF12: ten requests with three num_ctx in turn load the model three times, not nine.
 func TestFieldF12(t *testing.T) {
 	direct, lanes := compare(t, "10 requests, 3 num_ctx in turn", engineConfig{slots: 1, load: 2 * time.Second}, Config{Lanes: 1}, func(s *sim) {

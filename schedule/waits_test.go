@@ -10,8 +10,10 @@ import (
 // askers are clients that ask one thing after the other for so long, of a few system prompts.
 type askers struct {
 	clients, prompts  int
+	common            int  // tokens that all system prompts begin with
 	own               bool // client i keeps to prompt i, else each request takes the next one
 	tokens, tail, gen int
+	urgent            int // of each so many clients, one is interactive; 0: none is
 	think             time.Duration
 	lasts             time.Duration
 }
@@ -27,6 +29,10 @@ type waits struct {
 
 func (w askers) run(t *testing.T, cfg engineConfig, q *Queue) waits {
 	s := newSim(t, cfg, q)
+	var common []seg
+	if w.common > 0 {
+		common = []seg{text(w.common)}
+	}
 	prompts := make([]seg, w.prompts)
 	for i := range prompts {
 		prompts[i] = text(w.tokens)
@@ -40,9 +46,15 @@ func (w askers) run(t *testing.T, cfg engineConfig, q *Queue) waits {
 		if !w.own {
 			p = prompts[(client+n)%w.prompts]
 		}
-		s.submit(&job{segs: []seg{p, text(w.tail)}, gen: w.gen, client: fmt.Sprint("client", client), done: func() {
-			s.after(w.think, func() { ask(client, n+1) })
-		}})
+		j := &job{
+			segs: append(slices.Clone(common), p, text(w.tail)), gen: w.gen,
+			client: fmt.Sprint("client", client),
+			done:   func() { s.after(w.think, func() { ask(client, n+1) }) },
+		}
+		if w.urgent > 0 && client%w.urgent == 0 {
+			j.priority = Interactive
+		}
+		s.submit(j)
 	}
 	for c := range w.clients {
 		s.after(time.Duration(c)*3*time.Millisecond, func() { ask(c, 0) })
@@ -81,11 +93,15 @@ func TestWaits(t *testing.T) {
 		{"6 on 3 prompts", 4, ample, askers{clients: 6, prompts: 3, own: true, tokens: 1000, gen: 100}},
 		{"8 scripts", 1, ample, askers{clients: 8, prompts: 8, own: true, tokens: 1000, gen: 20}},
 		{"16 on 8 prompts", 4, ample, askers{clients: 16, prompts: 8, own: true, tokens: 1000, gen: 100}},
+		{"16 on 8 prompts with one beginning", 2, ample, askers{clients: 16, prompts: 8, own: true, common: 500, tokens: 1000, gen: 100}},
+		{"16 on 8 prompts with one beginning", 4, ample, askers{clients: 16, prompts: 8, own: true, common: 500, tokens: 1000, gen: 100}},
 		{"6 on 3 prompts", 1, 0, askers{clients: 6, prompts: 3, own: true, tokens: 1000, gen: 100}},
 		{"8 scripts", 1, 0, askers{clients: 8, prompts: 8, own: true, tokens: 1000, gen: 20}},
 		{"8 scripts, room for half", 1, 4000, askers{clients: 8, prompts: 8, own: true, tokens: 1000, gen: 20}},
 		{"8 scripts, long prompts", 1, 0, askers{clients: 8, prompts: 8, own: true, tokens: 8000, gen: 100}},
 		{"16 on 8 prompts", 4, 0, askers{clients: 16, prompts: 8, own: true, tokens: 1000, gen: 100}},
+		{"16 on 8 prompts with one beginning", 2, 0, askers{clients: 16, prompts: 8, own: true, common: 500, tokens: 1000, gen: 100}},
+		{"16 on 8 prompts with one beginning", 4, 0, askers{clients: 16, prompts: 8, own: true, common: 500, tokens: 1000, gen: 100}},
 	} {
 		w.tail, w.lasts = 50, 10*time.Minute
 		cfg := engineConfig{slots: w.slots, host: w.host, untried: true}
@@ -137,4 +153,51 @@ func TestWaitCurve(t *testing.T) {
 func (w waits) String() string {
 	sec := func(d time.Duration) float64 { return d.Seconds() }
 	return fmt.Sprintf("%5d served, mean %6.2f s, p50 %6.2f p95 %6.2f p99 %6.2f longest %6.2f, %7.1f tokens each", w.served, sec(w.mean), sec(w.p50), sec(w.p95), sec(w.p99), sec(w.most), w.perServed)
+}
+
+// TestShortPrompts: what the host cache does is learned from short system prompts, too, which take
+// long to evaluate on a slow machine.
+func TestShortPrompts(t *testing.T) {
+	cfg := engineConfig{host: 1 << 20, untried: true, perToken: 10 * time.Millisecond, decode: 30 * time.Millisecond}
+	for _, cfg.slots = range []int{1, 4} {
+		w := askers{clients: 8, prompts: 8, own: true, tokens: 200, tail: 50, gen: 20, lasts: 20 * time.Minute}
+		direct, lanes := w.run(t, cfg, nil), w.run(t, cfg, New(Config{Lanes: cfg.slots}))
+		t.Logf("%d slots, directly %v", cfg.slots, direct)
+		t.Logf("%d slots, lanes    %v", cfg.slots, lanes)
+		if lanes.p95 > direct.p95*11/10 || lanes.most > direct.most+10*time.Second {
+			t.Errorf("%d slots: order is kept that saves nothing", cfg.slots)
+		}
+	}
+}
+
+// TestUntold: where answers do not tell what was reused, nothing is learned by leaving a lane, and
+// it is not left for that again and again.
+func TestUntold(t *testing.T) {
+	w := askers{clients: 8, prompts: 8, own: true, tokens: 8000, tail: 50, gen: 100, lasts: 10 * time.Minute}
+	run := func(untold bool) waits {
+		return w.run(t, engineConfig{slots: 1, untried: true, untold: untold}, New(Config{Lanes: 1}))
+	}
+	want, got := run(false), run(true)
+	t.Logf("told   %v", want)
+	t.Logf("untold %v", got)
+	if got.perServed > 1.1*want.perServed {
+		t.Errorf("%.0f tokens for each request, %.0f where it is told", got.perServed, want.perServed)
+	}
+}
+
+// TestMaxWaitAmple: where the host cache keeps what the slots lose, whoever has waited for MaxWait
+// goes at once, even where urgent requests could fill the slot.
+func TestMaxWaitAmple(t *testing.T) {
+	w := askers{
+		clients: 16, prompts: 8, own: true, urgent: 4, tokens: 1000, tail: 50, gen: 20,
+		lasts: 10 * time.Minute,
+	}
+	cfg := engineConfig{slots: 1, host: 1 << 20, untried: true}
+	const longest = 2 * time.Second
+	direct, lanes := w.run(t, cfg, nil), w.run(t, cfg, New(Config{Lanes: 1, MaxWait: longest}))
+	t.Logf("directly %v", direct)
+	t.Logf("lanes    %v", lanes)
+	if lanes.p99 > longest+direct.p99 || lanes.most > longest+2*direct.most {
+		t.Error("those that have waited for so long wait for an order that saves nothing")
+	}
 }

@@ -189,7 +189,9 @@ func (m *model) event() {
 		case 3:
 			m.q.SetExclusive(uint16(b/7%3), "a", "b", b/21%2 == 0, m.now)
 		case 4:
-			m.q.SetLongestMatch(uint16(b/7%3), b/21%2 == 0)
+			if m.q.SetLongestMatch(uint16(b/7%3), b/21%2 == 0); b/42 > 0 {
+				m.q.SetExpected(uint16(b/7%3), b/42, m.now)
+			}
 		}
 	case 15:
 		m.now = m.now.Add(time.Millisecond)

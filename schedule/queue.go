@@ -718,6 +718,22 @@ func (q *Queue) SetLanes(upstream uint16, n int, now time.Time) {
 	q.pump(s, now)
 }
 
+// SetExpected says how many slots each model on the server has, most likely, where that is learned:
+// they begin with so many lanes.
+func (q *Queue) SetExpected(upstream uint16, n int, now time.Time) {
+	s := q.server(upstream)
+	if s.lanes != 0 {
+		return
+	}
+	for _, x := range s.runners {
+		x.want = n
+		x.learner.anew()
+		x.resize()
+	}
+	s.found = n
+	q.pump(s, now)
+}
+
 // SetLongestMatch says whether the server chooses slots by the longest match alone, as Ollama before 0.30 does.
 func (q *Queue) SetLongestMatch(upstream uint16, on bool) { q.server(upstream).longest = on }
 

@@ -225,6 +225,12 @@ func (s *Scheduler) SetLanes(upstream uint16, n int) {
 	s.do(func(q *Queue, now time.Time) { q.SetLanes(upstream, n, now) })
 }
 
+// SetExpected says how many slots each model on the server has, most likely, where that is learned:
+// they begin with so many lanes, 1 otherwise.
+func (s *Scheduler) SetExpected(upstream uint16, n int) {
+	s.do(func(q *Queue, now time.Time) { q.SetExpected(upstream, n, now) })
+}
+
 // SetLongestMatch says whether the server chooses slots by the longest match alone, as Ollama before 0.30 does.
 func (s *Scheduler) SetLongestMatch(upstream uint16, on bool) {
 	s.do(func(q *Queue, _ time.Time) { q.SetLongestMatch(upstream, on) })

@@ -36,7 +36,7 @@ type learner struct {
 	rough   bool      // … in which there may be a load
 	began   time.Time // when the last stream began
 	ready   time.Time // when an answer first began or ended since the model was loaded
-	doubt   int       // what tells that requests wait with these lanes, less what tells that they do not
+	doubt   int       // what tells that requests wait with these lanes, less what tells they do not
 	tried   int       // … with one more
 	ceiling bool      // one more lane was one too many
 	seen    int       // requests since then
@@ -193,12 +193,7 @@ func (x *runner) found(lanes int) {
 	}
 	if lanes != x.want || x.learner.ceiling {
 		x.want, x.server.found = lanes, lanes
-		for _, l := range x.lanes {
-			if it := l.item; it != nil && it.tries && it.beside <= lanes {
-				x.told(it)
-				it.tries = false
-			}
-		}
+		x.settle(func(it *item) bool { return it.beside <= lanes })
 	}
 	x.resize()
 }
@@ -208,25 +203,13 @@ func (x *runner) begin(it *item, now time.Time) int {
 	a := &x.learner
 	it.late = a.paces(x, it, now)
 	a.heard(x, now)
-	seated := 0
-	for _, l := range x.lanes {
-		o := l.item
-		switch {
-		case o == nil:
-		case x.seated(o, it):
-			seated++
-		case o.streams:
-			o.from = now // one after the other is evaluated
-		}
+	seated := x.seats(it, now)
+	if seated == x.want {
+		a.doubt = 0
 	}
 	switch {
 	case seated > x.want:
-		for _, l := range x.lanes {
-			if o := l.item; o != nil && o.tries && x.seated(o, it) {
-				x.told(o)
-				o.tries = false
-			}
-		}
+		x.settle(func(o *item) bool { return x.seated(o, it) })
 		a.anew()
 		return seated
 	case !it.late: // for what was tried its end tells
@@ -235,13 +218,46 @@ func (x *runner) begin(it *item, now time.Time) int {
 		if it.beside == x.want+1 && !a.ceiling {
 			a.stop(now)
 		}
-	case !it.tries && it.beside == x.want && x.want > 1:
-		if a.doubt += int(yes); a.doubt >= int(yes)*min(x.want, 3) {
-			a.stop(now)
-			return x.want - 1
-		}
+	case x.want > seated && it.beside > seated:
+		return x.doubts(yes, seated, now)
 	}
 	return x.want
+}
+
+// seats returns how many requests are known to have a slot now that one has. The evaluation of the
+// others may begin only now, since one is evaluated after the other.
+func (x *runner) seats(it *item, now time.Time) (n int) {
+	for _, l := range x.lanes {
+		if o := l.item; o != nil && x.seated(o, it) {
+			n++
+		} else if o != nil {
+			o.from = now
+		}
+	}
+	return n
+}
+
+// settle notes that those of what was tried have a slot that a function picks.
+func (x *runner) settle(seated func(*item) bool) {
+	for _, l := range x.lanes {
+		if o := l.item; o != nil && o.tries && seated(o) {
+			x.told(o)
+			o.tries = false
+		}
+	}
+}
+
+// doubts takes in what tells that there are too many lanes, and returns how many there should be:
+// as few, once that has been told often enough. The more slots are busy, the longer a request waits
+// until the engine has time for it.
+func (x *runner) doubts(v verdict, few int, now time.Time) int {
+	a := &x.learner
+	if a.doubt += int(v); a.doubt < int(yes)*min(x.want, 3) {
+		return x.want
+	}
+	a.stop(now)
+	a.doubt = 0
+	return few
 }
 
 // paces takes in how long it took until the answer to a request began, and reports whether that was
@@ -262,7 +278,7 @@ func (a *learner) paces(x *runner, it *item, now time.Time) bool {
 		a.pace = max(0.9*a.pace, pace)
 	}
 	a.began = now
-	return !it.overtaken.IsZero() && it.overtaken.Sub(it.from) > x.due(it)
+	return x.used.Sub(it.from) > x.due(it)
 }
 
 // seated reports whether a request that is being served has a slot, now that another one has.
@@ -304,57 +320,61 @@ func (c *choice) costs(it *item) bool {
 	return false
 }
 
-// learn takes in whether a request waited inside Ollama, and returns how many lanes there should
-// be.
+// learn takes in whether a request waited inside Ollama, and returns how many lanes there are to be.
 func (x *runner) learn(it *item, r Result, now time.Time) int {
-	a, lanes := &x.learner, x.want
 	if !r.Answered {
-		return lanes
+		return x.want
 	}
+	a := &x.learner
 	a.seen++
 	a.heard(x, now)
 	if it.tries && it.begun.IsZero() && it.overtaken.IsZero() && x.loading() {
-		// While a model is loaded requests change places: whether the other one waited tells.
-		for _, l := range x.lanes {
-			if o := l.item; o != nil && x.busy == 1 && o.begun.IsZero() {
-				if !o.tries || o.told {
-					x.tries++
-				}
-				o.tries, o.told, o.beside = true, false, it.beside
-			}
-		}
-		return lanes
+		x.exchange(it)
+		return x.want
 	}
 	v := a.judge(it, r, now)
 	a.hurry(it, r, now)
-	if !it.tries && r.ReusedKnown {
-		if f := it.finds(r); f != unknown {
-			v = f
-		}
+	if f := it.finds(r); !it.tries && f != unknown {
+		v = f
 	}
 	if it.beside == 1 && it.overtaken.IsZero() && r.Timed && x.busy == 0 { // it did not wait
 		a.idle.add(float64(r.Queue))
 	}
+	return x.conclude(it, v, now)
+}
+
+// exchange notes that a request that was tried ended first. While a model is loaded requests change
+// places: whether the other one waited tells.
+func (x *runner) exchange(it *item) {
+	for _, l := range x.lanes {
+		if o := l.item; o != nil && x.busy == 1 && o.begun.IsZero() {
+			if !o.tries || o.told {
+				x.tries++
+			}
+			o.tries, o.told, o.beside = true, false, it.beside
+		}
+	}
+}
+
+// conclude returns how many lanes there should be for all that is known of an ended request.
+func (x *runner) conclude(it *item, v verdict, now time.Time) int {
+	a := &x.learner
 	switch {
 	case it.tries && v == no:
 		a.anew()
-		return max(lanes, it.beside)
+		return max(x.want, it.beside)
 	case it.told || it.late && v != no: // that was taken in when it began
-	case it.tries && it.beside == lanes+1:
+	case it.tries && it.beside == x.want+1:
 		if a.tried += int(v); a.tried >= int(yes) {
 			a.stop(now)
 		}
-	case it.beside != lanes || lanes == 1 || v == unknown:
+	case it.beside != x.want || x.want == 1 || v == unknown:
 	case v == no:
 		a.doubt = max(0, a.doubt-int(yes))
 	default:
-		// The more slots are busy, the longer a request waits until the engine has time for it.
-		if a.doubt += int(v); a.doubt >= int(yes)*min(lanes, 3) {
-			a.stop(now)
-			return lanes - 1
-		}
+		return x.doubts(v, x.want-1, now)
 	}
-	return lanes
+	return x.want
 }
 
 // worked returns what was done for a request, in tokens of answers.
@@ -368,7 +388,7 @@ func (it *item) worked(r Result) float64 {
 
 // stop notes that one lane more would be one too many.
 func (a *learner) stop(now time.Time) {
-	a.doubt, a.tried, a.seen, a.since, a.ceiling = 0, 0, 0, now, true
+	a.tried, a.seen, a.since, a.ceiling = 0, 0, now, true
 	a.pause = min(max(2*a.pause, firstPause), lastPause)
 }
 
@@ -472,7 +492,7 @@ func (x *runner) silent() bool { return !x.learner.ready.After(x.since) }
 // slots it did not.
 func (it *item) finds(r Result) verdict {
 	switch reused := it.scale(r); {
-	case r.Loaded || it.expected < hostWorth:
+	case !r.ReusedKnown || r.Loaded || it.expected < hostWorth:
 	case reused >= it.expected-it.expected/8:
 		return no
 	case reused < it.expected/2:

@@ -580,3 +580,37 @@ func TestBlind(t *testing.T) {
 		}
 	}
 }
+
+// TestExpected: what is said of the number of slots is believed at first, and corrected if it is wrong.
+func TestExpected(t *testing.T) {
+	d := newDesk(t, Config{})
+	d.q.SetExpected(0, 4, d.now)
+	for i := range uint64(6) {
+		d.add(request("m", seg{id: 50 + i, tokens: 1000}))
+	}
+	if got := len(d.q.Grants()); got != 4 {
+		t.Errorf("%d are sent at once, want 4", got)
+	}
+	for _, w := range []struct{ said, slots int }{
+		{4, 4}, {8, 8}, {4, 1}, {4, 2}, {8, 4}, {1, 4}, {2, 8},
+	} {
+		for kind := range 4 {
+			mute, length := kind%2 == 1, 40+kind/2*400
+			q := New(Config{})
+			q.SetExpected(0, w.said, start)
+			s := newSim(t, engineConfig{slots: w.slots, load: time.Second, mute: mute}, q)
+			burst(s, groups(20, 20, 300, 30, length, 9))
+			right, n := 0, 0
+			s.onDone = func(*job) {
+				if n++; q.servers[0].runners[0].want != w.slots {
+					right = n
+				}
+			}
+			s.run()
+			t.Logf("%+v, whole answers %v, %d tokens: right after %d of 400 requests", w, mute, length, right)
+			if w.said == w.slots && right > 0 || right > 60 {
+				t.Errorf("%+v, whole answers %v: right after %d requests only", w, mute, right)
+			}
+		}
+	}
+}

@@ -245,8 +245,7 @@ func TestColdStart(t *testing.T) {
 		{4, 400, true, true, closed},
 		{4, 20, false, false, closed},
 		{4, 400, true, false, closed},
-		{4, 400, true, true, crowded},
-		{8, 400, true, true, open},
+		{8, 20, true, true, open},
 		{16, 400, true, true, closed},
 		{16, 20, false, true, open},
 	} {

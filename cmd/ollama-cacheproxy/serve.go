@@ -59,7 +59,7 @@ type serveCmd struct {
 	Memory      int64         `placeholder:"BYTES" help:"How much memory the bodies of all requests that wait may take together; those that do not fit wait unread. Default: a quarter of what the machine has, or the container (cgroup) may use."`
 	BodyTimeout time.Duration `default:"60s" placeholder:"TIME" help:"For how long a request's body may make no progress before it is given up with 408; 0 for ever. Default: 60s."`
 
-	Slots   []string      `placeholder:"[NAME=]N" help:"How many slots a loaded model has (the server's OLLAMA_NUM_PARALLEL), or auto to learn it: requests wait, and each slot gets the one that fits what it holds; NAME=N for one upstream. off sends requests as they come. Repeatable. Default: auto."`
+	Slots   []string      `placeholder:"[NAME=]N" help:"How many slots a loaded model has (the server's OLLAMA_NUM_PARALLEL), or auto to learn it, from OLLAMA_NUM_PARALLEL on where that is set here and the server is on this machine: requests wait, and each slot gets the one that fits what it holds; NAME=N for one upstream. off sends requests as they come. Repeatable. Default: auto."`
 	Queue   int           `default:"10000" placeholder:"N" help:"How many requests may wait for a slot, or for an upstream that is away; of more than that the least urgent are answered 503, and of these the newest of whoever has most waiting. Default: 10000."`
 	MaxWait time.Duration `placeholder:"TIME" help:"From when on a waiting request goes before others, whatever that costs. Default: never."`
 
@@ -132,10 +132,11 @@ type settings struct {
 
 // target is an upstream, as the flags name it.
 type target struct {
-	name  string
-	url   *url.URL
-	sim   *ollamasim.Server // nil: a real one, at url
-	slots int               // 0: to be learned; schedule.Unlimited: off
+	name     string
+	url      *url.URL
+	sim      *ollamasim.Server // nil: a real one, at url
+	slots    int               // 0: to be learned; schedule.Unlimited: off
+	expected int               // so many, most likely, where they are to be learned; 0: not known
 }
 
 // targets reads --upstream and --slots.
@@ -196,8 +197,28 @@ func (s *serveCmd) targets(listen string) ([]target, error) {
 			return nil, fmt.Errorf("--slots %q: no --upstream is called %q", slots, name)
 		}
 	}
+	for i := range list {
+		list[i].expect(os.Getenv("OLLAMA_NUM_PARALLEL"))
+	}
 	return list, nil
 }
+
+// expect has an Ollama on this machine begin with the slots that the proxy's own environment says:
+// most likely it has the same one. What it could not read it ignores, too.
+func (t *target) expect(parallel string) {
+	if t.sim != nil || t.slots != 0 {
+		return
+	}
+	ip := net.ParseIP(t.url.Hostname())
+	here := t.url.Hostname() == "localhost" || ip != nil && ip.IsLoopback()
+	n, err := strconv.Atoi(strings.Trim(parallel, " \"'"))
+	if here && err == nil && n > 0 && n <= mostSlots {
+		t.expected = n
+	}
+}
+
+// mostSlots bounds how many slots can be given.
+const mostSlots = 1024
 
 func parseSlots(s string) (int, error) {
 	switch n, err := strconv.Atoi(s); {
@@ -205,8 +226,8 @@ func parseSlots(s string) (int, error) {
 		return 0, nil
 	case s == "off":
 		return schedule.Unlimited, nil
-	case err != nil || n < 1 || n > 1024:
-		return 0, errors.New("want a number from 1 to 1024, auto or off")
+	case err != nil || n < 1 || n > mostSlots:
+		return 0, fmt.Errorf("want a number from 1 to %d, auto or off", mostSlots)
 	default:
 		return n, nil
 	}
@@ -339,6 +360,9 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 		var names []string
 		for i, t := range set.upstreams {
 			h.Lanes.SetLanes(uint16(i), t.slots)
+			if t.expected > 0 {
+				h.Lanes.SetExpected(uint16(i), t.expected)
+			}
 			names = append(names, t.name)
 		}
 		counts.Lanes(names, h.Lanes.Stats)
@@ -514,7 +538,9 @@ func (s *serveCmd) report(ctx context.Context, c *console, set settings, ups []*
 			silent = append(silent, name+up.URL.String())
 		}
 		slots := "slots off"
-		switch n := set.upstreams[i].slots; {
+		switch n, expected := set.upstreams[i].slots, set.upstreams[i].expected; {
+		case expected > 0:
+			slots = fmt.Sprintf("slots learned, %d by OLLAMA_NUM_PARALLEL at first", expected)
 		case n == 0:
 			slots = "slots learned"
 		case n > 0:

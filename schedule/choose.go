@@ -390,7 +390,7 @@ func (q *Queue) loss(x *runner, l *lane, kept int) int {
 	if part > 0.97 { // a chat: the answer is part of the next prompt
 		expected += float64(l.visit.generated)
 	}
-	return int(max(0, expected-float64(kept)) * x.rates.lostPart())
+	return int(max(0, expected-float64(kept)) * (1 - x.rates.kept.v))
 }
 
 // held reports whether a lane is held, against a request of the given priority, for the next request of the client that it

@@ -41,7 +41,8 @@ type rates struct {
 	loadTime mean  // ns
 	service  mean  // ns from a grant to the end
 	around   mean  // … that the engine did not work for it
-	host     mean  // how often a prompt that no slot held any more was restored all the same
+	host     mean  // how often a prompt that no slot held any more was restored by the host cache …
+	kept     mean  // … or by that or a slot for which there is no lane yet
 }
 
 // What is assumed before anything is known: about what a small GPU does.

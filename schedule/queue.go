@@ -633,8 +633,9 @@ func (q *Queue) answered(it *item, r Result, now time.Time) int {
 	x.served = it.key
 	x.rates.learn(it, r, evaluated)
 	if kept, told := it.restored(r); told {
-		x.rates.host.add(kept)
+		x.rates.kept.add(kept)
 		if kept == 0 || x.server.lanes > 0 || x.learner.ceiling { // with fewer lanes than slots another slot may have kept it
+			x.rates.host.add(kept)
 			x.server.host.add(kept)
 		}
 	}

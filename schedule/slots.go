@@ -188,9 +188,6 @@ func (q *Queue) Began(id uint64, now time.Time) {
 
 // found notes how many lanes there are to be.
 func (x *runner) found(lanes int) {
-	if lanes > x.want {
-		x.rates.host = x.server.host.hint() // it may have been those slots that kept what was taken for lost
-	}
 	if lanes != x.want || x.learner.ceiling {
 		x.want, x.server.found = lanes, lanes
 		x.settle(func(it *item) bool { return it.beside <= lanes })
@@ -302,7 +299,7 @@ func (c *choice) costs(it *item) bool {
 			continue
 		}
 		kept := shared(it.steps, l.holds)
-		lost := float64(l.tokens-kept) * x.rates.lostPart()
+		lost := float64(l.tokens-kept) * (1 - x.rates.kept.v)
 		if lost <= slack || l.work >= quantum*l.tokens { // it has had its turn
 			continue
 		}

@@ -317,7 +317,8 @@ func (c *choice) costs(it *item) bool {
 	return false
 }
 
-// learn takes in whether a request waited inside Ollama, and returns how many lanes there are to be.
+// learn takes in whether a request waited inside Ollama, and returns how many lanes there should
+// be.
 func (x *runner) learn(it *item, r Result, now time.Time) int {
 	if !r.Answered {
 		return x.want

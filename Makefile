@@ -82,6 +82,7 @@ fuzz: ## a minute of each fuzz test
 	$(FUZZ) '^FuzzText$$' ./savings
 	$(FUZZ) '^FuzzQueue$$' ./schedule
 	$(FUZZ) '^FuzzKeepAlive$$' ./proxy
+	$(FUZZ) '^FuzzKeys$$' ./proxy
 	$(FUZZ) '^FuzzTokens$$' ./ollamasim
 	$(FUZZ) '^FuzzTemplate$$' ./batch
 	$(FUZZ) '^FuzzLines$$' ./batch

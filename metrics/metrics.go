@@ -58,9 +58,12 @@ type Metrics struct {
 	truncated       *prometheus.CounterVec
 	waited          *prometheus.HistogramVec
 	attached        *prometheus.CounterVec
+	keyRequests     *prometheus.CounterVec
+	keyTokens       *prometheus.CounterVec
 
 	mu     sync.RWMutex
 	models map[string]string // label by upstream.ModelKey; guarded by mu
+	names  map[string]bool   // of API keys; guarded by mu
 }
 
 // New registers every series on a registry of its own. inFlight is asked at each scrape.
@@ -111,6 +114,8 @@ func New(version string, inFlight func() int64) *Metrics {
 	m.estimatedLoads = counter("estimated_model_loads_total", "Model loads that are inferred from changed options, where answers do not tell (/v1).", "model")
 	m.truncated = counter("estimated_truncated_prompts_total", "Prompts that Ollama has probably cut, by their token count.", "model")
 	m.attached = counter("attach_context_total", "What became of stored context for /api/generate: attached to a request; trusted, no_slower, unsuitable (a group of requests); anything else says why it was switched off for the model.", "model", "outcome")
+	m.keyRequests = counter("key_requests_total", "Requests that ended, by the name of their API key and outcome.", "name", "outcome")
+	m.keyTokens = counter("key_tokens_total", "Tokens of requests by the name of their API key: prompt (reused ones too) and generated, as answers told.", "name", "kind")
 	build := gauge("build_info", "1, with the proxy's version.", "version", "goversion")
 	build.WithLabelValues(version, runtime.Version()).Set(1)
 	m.gauge("in_flight", "Requests being served.", inFlight)
@@ -153,6 +158,39 @@ func (m *Metrics) Done(ex proxy.Exchange) {
 	}
 	if ex.Savings != nil {
 		m.account(model, ex.Savings)
+	}
+	m.named(ex)
+}
+
+// named counts a request for the name of its API key. A name that is not in the file any more is not
+// counted, so that the label takes no more values than the file has names.
+func (m *Metrics) named(ex proxy.Exchange) {
+	m.mu.RLock()
+	defer m.mu.RUnlock() // held while counting: KeyNames must not delete the series in between
+	if !m.names[ex.Name] || ex.Outcome == proxy.Own {
+		return
+	}
+	m.keyRequests.WithLabelValues(ex.Name, string(ex.Outcome)).Inc()
+	if e := ex.Savings; e != nil {
+		m.keyTokens.WithLabelValues(ex.Name, "prompt").Add(float64(e.Total))
+		m.keyTokens.WithLabelValues(ex.Name, "generated").Add(float64(e.Generated))
+	}
+}
+
+// KeyNames says which names the API keys have now. The series of others end.
+func (m *Metrics) KeyNames(names []string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	before := m.names
+	m.names = map[string]bool{}
+	for _, name := range names {
+		m.names[name] = true
+	}
+	for name := range before {
+		if !m.names[name] {
+			m.keyRequests.DeletePartialMatch(prometheus.Labels{"name": name})
+			m.keyTokens.DeletePartialMatch(prometheus.Labels{"name": name})
+		}
 	}
 }
 

@@ -122,3 +122,43 @@ func TestModelLabelsAreBounded(t *testing.T) {
 		t.Errorf("no %s", want)
 	}
 }
+
+// TestKeyNames: what each API key's name asks for is counted; names that the file has no more have no series, whoever still uses them.
+func TestKeyNames(t *testing.T) {
+	m := New("v", func() int64 { return 0 })
+	done := func(name string, outcome proxy.Outcome, e *savings.Entry) {
+		m.Done(proxy.Exchange{Endpoint: "/api/chat", Name: name, Outcome: outcome, Savings: e})
+	}
+	done("alice", proxy.OK, nil) // nobody has said yet that there is such a name
+	m.KeyNames([]string{"alice", "bob"})
+	done("alice", proxy.OK, &savings.Entry{Total: 100, Generated: 7, Verdict: savings.Uncertain})
+	done("alice", proxy.OK, &savings.Entry{Total: 20, Verdict: savings.Uncertain})
+	done("bob", proxy.Refused, nil)
+	done("bob", proxy.Own, nil)
+	done("", proxy.OK, nil)
+	for i := range 1000 {
+		done(fmt.Sprintf("made up %d", i), proxy.Refused, nil)
+	}
+	check := func(present []string, series int) {
+		t.Helper()
+		text := scrape(t, m)
+		for _, want := range present {
+			if !strings.Contains(text, "\nollama_cacheproxy_"+want+"\n") {
+				t.Errorf("no %s", want)
+			}
+		}
+		if n := strings.Count(text, "\nollama_cacheproxy_key_requests_total{") + strings.Count(text, "\nollama_cacheproxy_key_tokens_total{"); n != series {
+			t.Errorf("%d series, want %d", n, series)
+		}
+	}
+	check([]string{`key_requests_total{name="alice",outcome="ok"} 2`, `key_requests_total{name="bob",outcome="refused"} 1`,
+		`key_tokens_total{kind="prompt",name="alice"} 120`, `key_tokens_total{kind="generated",name="alice"} 7`}, 4)
+	m.KeyNames([]string{"alice", "carol"})
+	done("bob", proxy.OK, nil) // one that was under way
+	done("carol", proxy.OK, nil)
+	check([]string{`key_requests_total{name="alice",outcome="ok"} 2`, `key_requests_total{name="carol",outcome="ok"} 1`}, 4)
+	problems, err := testutil.GatherAndLint(m.registry)
+	if err != nil || len(problems) > 0 {
+		t.Errorf("lint: %v, %v", problems, err)
+	}
+}

@@ -52,6 +52,8 @@ func openAIType(status int) string {
 		return "authentication_error"
 	case http.StatusForbidden:
 		return "permission_error"
+	case http.StatusTooManyRequests:
+		return "rate_limit_error"
 	}
 	return "api_error"
 }

@@ -109,6 +109,7 @@ type Exchange struct {
 	Method   string
 	Path     string
 	Endpoint string // the path as a label: one of a bounded set
+	Name     string // of the API key that it came with; "" where that has none
 	Model    string // as the client wrote it; "" where none was read, "(invalid)" where it is no model's name
 	Status   int    // 0 where the client got none
 	Outcome  Outcome
@@ -171,6 +172,7 @@ type exchange struct {
 	origin    string              // for CORS headers
 	route                         // what its path means
 	client    string              // who it is by the API key that was checked; "" without one
+	holder    *keyHolder          // what that client may do; nil without a key
 	stranger  bool                // it shows no API key although keys are asked for: see keyless
 	spent     []string            // request headers that are for the proxy alone
 	members   [12]jsonscan.Member // of the body; more are allocated
@@ -348,7 +350,10 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if ex.stranger {
 		r.Body, r.ContentLength, r.TransferEncoding, r.Trailer = http.NoBody, 0, nil, nil
 	}
-	ref := h.only(r, ex)
+	ref := h.tooFast(ex)
+	if ref == nil {
+		ref = h.only(r, ex)
+	}
 	if ref == nil && h.merge(w, r, ex) {
 		return
 	}
@@ -399,6 +404,9 @@ func outlive(ctx context.Context, closing <-chan struct{}, by time.Duration) (co
 func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (done bool) {
 	ex.client, ex.spent = h.Guard.key(r)
 	ex.stranger = h.Guard.Keys != nil && ex.client == ""
+	if ex.holder = h.Guard.Keys.holder(ex.client); ex.holder != nil {
+		ex.Name = ex.holder.name
+	}
 	ref := h.loop(r)
 	if ref == nil {
 		ref = h.Guard.host(r)
@@ -499,7 +507,7 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 		err = longer()
 	}
 	if err == nil {
-		b, over, err = h.memory.read(r.Context(), priorityOf(r), r.Body, r.ContentLength, most, longer)
+		b, over, err = h.memory.read(r.Context(), ex.holder.priority(r), r.Body, r.ContentLength, most, longer)
 	}
 	if ex.body = b; b != nil {
 		ex.in.Store(int64(len(b.data)))
@@ -866,10 +874,13 @@ func (ex *exchange) outcome(r *http.Request) Outcome {
 }
 
 func (ex *exchange) attrs() []slog.Attr {
-	attrs := make([]slog.Attr, 0, 20)
+	attrs := make([]slog.Attr, 0, 21)
 	attrs = append(attrs, slog.String("method", ex.Method), slog.String("path", ex.Path[:min(len(ex.Path), 256)]))
 	if ex.Model != "" {
 		attrs = append(attrs, slog.String("model", ex.Model))
+	}
+	if ex.Name != "" {
+		attrs = append(attrs, slog.String("key_name", ex.Name))
 	}
 	attrs = append(attrs,
 		slog.Int("status", ex.Status),

@@ -85,13 +85,24 @@ func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refus
 		h.waiting.Add(1)
 	}
 	began := time.Now()
+	var counted bool // among those of its client that wait
+	mayWait := func() bool {
+		if ex.holder == nil {
+			return true
+		}
+		counted = true
+		return ex.holder.mayWait(ex.Waited > 0 || len(ex.tried) > 0)
+	}
 	var err error
 	if h.Lanes == nil || !ex.unread && (ex.chain == nil || !ex.chain.HasPrompt()) {
-		if list, err = h.await(r.Context(), ex, list); err == nil {
+		if list, err = h.await(r.Context(), ex, list, mayWait); err == nil {
 			ex.up = pick(list, ex.key)
 		}
 	} else {
-		err = h.lane(r, ex, list)
+		err = h.lane(r, ex, list, mayWait)
+	}
+	if counted {
+		ex.holder.waiting.Add(-1)
 	}
 	ex.Waited += time.Since(began)
 	switch {
@@ -100,6 +111,8 @@ func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refus
 		return nil
 	case errors.Is(err, schedule.ErrFull):
 		return ex.busy()
+	case errors.Is(err, schedule.ErrMayNotWait):
+		return ex.tooMany()
 	case errors.Is(err, schedule.ErrAway):
 		// Another one may have come since that was not known to have the model.
 		if ex.only == nil && len(h.backends) > 1 {
@@ -134,9 +147,12 @@ func (h *Handler) waited(ex *exchange) {
 }
 
 // lane waits for a lane of one of the servers, or of one that is away now and comes back meanwhile.
-func (h *Handler) lane(r *http.Request, ex *exchange, list []*backend) error {
-	priority := priorityOf(r)
-	lanes, request := h.Lanes, schedule.Request{Client: clientOf(r, ex.client), Priority: priority, Arrived: ex.start}
+func (h *Handler) lane(r *http.Request, ex *exchange, list []*backend, mayWait func() bool) error {
+	priority := ex.holder.priority(r)
+	lanes, request := h.Lanes, schedule.Request{Client: clientOf(r, ex.client), Priority: priority, Arrived: ex.start, MayWait: mayWait}
+	if ex.holder != nil {
+		request.Weight = ex.holder.share
+	}
 	for _, b := range list {
 		request.Upstreams = append(request.Upstreams, b.index)
 	}
@@ -169,7 +185,7 @@ func (b *backend) mayAnswer() bool {
 }
 
 // await waits until one of the servers is not away any more, and returns those that are not. So many wait as --queue says.
-func (h *Handler) await(ctx context.Context, ex *exchange, list []*backend) ([]*backend, error) {
+func (h *Handler) await(ctx context.Context, ex *exchange, list []*backend, mayWait func() bool) ([]*backend, error) {
 	for waits := false; ; {
 		news := h.news.Load()
 		var back []*backend
@@ -194,6 +210,9 @@ func (h *Handler) await(ctx context.Context, ex *exchange, list []*backend) ([]*
 			defer h.awaiting.Add(-1)
 			if h.awaiting.Add(1) > int64(h.Queue) {
 				return list, schedule.ErrFull
+			}
+			if !mayWait() {
+				return list, schedule.ErrMayNotWait
 			}
 		}
 		select {
@@ -226,10 +245,15 @@ func givenUp(err error) *refusal {
 
 // full refuses a request that would find no place in the queue, whose body is too long to be read for that.
 func (h *Handler) full(r *http.Request, ex *exchange) error {
-	if h.Lanes == nil || ex.prompt == prefix.None || ex.embed || !h.Lanes.Full(priorityOf(r)) {
+	switch {
+	case h.Lanes == nil || ex.prompt == prefix.None || ex.embed:
 		return nil
+	case ex.holder.waits():
+		return ex.tooMany()
+	case h.Lanes.Full(ex.holder.priority(r)):
+		return ex.busy()
 	}
-	return ex.busy()
+	return nil
 }
 
 func (ex *exchange) busy() *refusal {
@@ -247,16 +271,6 @@ func (h *Handler) runner(ex *exchange, list []*backend) prefix.Options {
 		}
 	}
 	return o
-}
-
-func priorityOf(r *http.Request) schedule.Priority {
-	switch strings.ToLower(r.Header.Get(headerPriority)) {
-	case "interactive":
-		return schedule.Interactive
-	case "batch":
-		return schedule.Batch
-	}
-	return schedule.Normal
 }
 
 // Open WebUI names its users and their chats, if it is told to (ENABLE_FORWARD_USER_INFO_HEADERS).

@@ -19,6 +19,7 @@ const leastSweep = 1024
 type account struct {
 	name    string
 	size    mean // tokens of its prompts
+	weight  float64
 	deficit int
 	round   int // when it last got a quantum …
 	given   int // … and of how much
@@ -40,7 +41,7 @@ func (c *class) add(it *item, client string) {
 		a = &account{name: client, round: c.round - 1}
 		c.accounts[client] = a
 	}
-	it.account = a
+	it.account, a.weight = a, it.weight
 	before := a.size.v
 	if a.size.add(float64(it.tokens)); a.waiting > 0 {
 		c.sizes += a.size.v - before
@@ -81,7 +82,7 @@ func (c *class) join(a *account) {
 func (c *class) level(a *account) {
 	if over := a.given - c.quantum; a.round == c.round && over > 0 {
 		a.given = c.quantum
-		c.charge(a, over)
+		c.owe(a, over)
 	}
 }
 
@@ -103,8 +104,11 @@ func (c *class) remove(it *item, serve bool) {
 	}
 }
 
-// charge takes tokens of a client's deficit.
-func (c *class) charge(a *account, tokens int) {
+// charge has a client pay for what it was served.
+func (c *class) charge(a *account, tokens int) { c.owe(a, int(float64(tokens)/a.weight)) }
+
+// owe takes tokens of a client's deficit.
+func (c *class) owe(a *account, tokens int) {
 	before := a.deficit > 0
 	a.deficit -= tokens
 	if after := a.deficit > 0; a.waiting > 0 && before != after {

@@ -8,6 +8,7 @@
 package schedule
 
 import (
+	"cmp"
 	"maps"
 	"slices"
 	"strconv"
@@ -35,6 +36,16 @@ const (
 
 func (p Priority) String() string {
 	return [...]string{urgent: "interactive", normal: "normal", lesser: "batch"}[p.rank()]
+}
+
+// ParsePriority reads what String writes; false, and Normal, for anything else.
+func ParsePriority(s string) (Priority, bool) {
+	for p := Interactive; p <= Batch; p++ {
+		if s == p.String() {
+			return p, true
+		}
+	}
+	return Normal, false
 }
 
 // rank is a priority as an index, the most urgent first, with one for those of Normal that go before the others: see flow.
@@ -78,8 +89,12 @@ type Request struct {
 	Client    string        // to be fair to: an API key or an address
 	Program   uint64        // which of its programs, as far as that can be told; 0: not at all, and flows make no difference
 	Flow      uint64        // what the program works on, such as a conversation
+	Weight    float64       // the client's share, relative to that of the greatest; 0: 1, as much as any
 	Priority  Priority
 	Arrived   time.Time // zero: now. One whose server did not answer keeps its place by it
+	// MayWait is asked once by Scheduler, under its lock, if the request has to wait; where it
+	// says false Acquire returns ErrMayNotWait. Nil: it may.
+	MayWait func() bool
 	// SlotFree: it needs no slot of a model (it unloads one, or a remote model answers it). Scheduler grants it at once; Queue
 	// is not to be given it.
 	SlotFree bool
@@ -265,7 +280,8 @@ type item struct {
 	rank    rank
 	arrived time.Time
 	tokens  int
-	work    int // in tokens, as runner.work
+	weight  float64 // of its client
+	work    int     // in tokens, as runner.work
 	steps   []step
 	node    *node
 	waits   bool
@@ -377,7 +393,7 @@ func (q *Queue) Add(r Request, now time.Time) bool {
 	if r.Arrived.IsZero() || r.Arrived.After(now) {
 		r.Arrived = now
 	}
-	it := &item{id: r.ID, key: r.Runner, rank: r.Priority.rank(), arrived: r.Arrived}
+	it := &item{id: r.ID, key: r.Runner, rank: r.Priority.rank(), arrived: r.Arrived, weight: cmp.Or(r.Weight, 1)}
 	it.steps, it.tokens = stepsOf(r.Links, r.Tokens)
 	q.enter(it, &r, now)
 	switch len(r.Upstreams) {

@@ -11,6 +11,9 @@ import (
 // ErrFull says that as many requests wait as may. The client is to come again later.
 var ErrFull = errors.New("too many requests are waiting; try again later")
 
+// ErrMayNotWait says that the request would have to wait, and its Request.MayWait says no.
+var ErrMayNotWait = errors.New("as many requests of this client wait as may")
+
 // ErrClosed says that the proxy is stopping and sends nothing more.
 var ErrClosed = errors.New("the proxy is stopping")
 
@@ -48,8 +51,8 @@ type Grant struct {
 	scheduler *Scheduler
 }
 
-// Acquire waits until the request may be sent. Whoever gets a grant must release it. An error is ErrFull, ErrAway, ErrClosed,
-// or what ended ctx.
+// Acquire waits until the request may be sent. Whoever gets a grant must release it. An error is ErrFull, ErrMayNotWait,
+// ErrAway, ErrClosed, or what ended ctx.
 func (s *Scheduler) Acquire(ctx context.Context, r Request) (*Grant, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -99,6 +102,12 @@ func (s *Scheduler) join(r *Request) (*waiter, error) {
 	s.handOver()
 	if !added {
 		return nil, ErrFull
+	}
+	if _, waits := s.waiters[r.ID]; waits && r.MayWait != nil && !r.MayWait() {
+		delete(s.waiters, r.ID)
+		s.queue.Leave(r.ID, time.Now())
+		s.handOver()
+		return nil, ErrMayNotWait
 	}
 	return w, nil
 }

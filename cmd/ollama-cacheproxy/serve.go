@@ -73,7 +73,7 @@ type serveCmd struct {
 
 	AllowHost   []string `placeholder:"NAME" help:"Accept this Host name on loopback connections too (* for any). Repeatable."`
 	AllowOrigin []string `placeholder:"ORIGIN" help:"Let web pages of this origin in, such as https://chat.example.com; one * stands for anything. Repeatable. Those in OLLAMA_ORIGINS are let in too."`
-	APIKeysFile string   `name:"api-keys-file" type:"path" placeholder:"FILE" help:"Ask clients for one of the keys in this file, one a line. It is read again when it changes, and at SIGHUP."`
+	APIKeysFile string   `name:"api-keys-file" type:"path" placeholder:"FILE" help:"Ask clients for one of the keys in this file. A line is KEY, or NAME KEY and then any of weight=2 (its share beside others that wait), class=batch (the most urgent priority that it may ask for, and the one it has if it asks for none: interactive, normal or batch), max-waiting=50 (more requests that would have to wait get 429) and rate=10/s (or /m, /h; more requests get 429). It is read again when it changes, and at SIGHUP."`
 
 	LogLevel  slog.Level    `default:"info" help:"debug, info, warn or error. Default: info."`
 	LogFormat string        `default:"auto" enum:"auto,text,json" help:"text, json, or auto: text on a terminal. Default: auto."`
@@ -97,6 +97,8 @@ Examples:
       hold every model for a day, llama3 for an hour, whatever shorter time clients ask for
   ollama-cacheproxy --listen 0.0.0.0:11435 --api-keys-file keys.txt
       serve other machines, which must show a key
+  printf 'alice %s class=interactive\nnightly %s weight=0.5 class=batch max-waiting=50 rate=600/m\n' "$ALICE_KEY" "$NIGHTLY_KEY" > keys.txt
+      give each key a name for logs and metrics, a share, and limits
   ollama-cacheproxy --slots 1
       say that a model has one slot, which need not be learned then
   ollama-cacheproxy --upstream big=10.0.0.7 --upstream small=10.0.0.8 --slots big=4
@@ -334,6 +336,10 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 			names = append(names, t.name)
 		}
 		counts.Lanes(names, h.Lanes.Stats)
+	}
+	if set.keys != nil {
+		counts.KeyNames(set.keys.keys.Names())
+		set.keys.replaced = counts.KeyNames
 	}
 	counts.Store(store.Stats)
 	counts.Held(h.Held)

@@ -241,11 +241,13 @@ var (
 	laneCount    = prometheus.NewDesc(namespace+"_lanes", "Lanes of loaded models, by state: busy, held (free although requests wait: one that continues its prefix is expected), idle.", []string{"upstream", "model", "num_ctx", "state"}, nil)
 	laneLearned  = prometheus.NewDesc(namespace+"_lanes_learned", "How many slots a model has, as learned; nothing where the number is given.", []string{"upstream", "model", "num_ctx"}, nil)
 	laneSwitches = prometheus.NewDesc(namespace+"_lane_switches_total", "Requests that lanes took, by what the lane held: continued (most of what they had in common), opened (nothing of it), joined (nothing, while another lane is busy with it), load (its model is not loaded).", []string{"kind"}, nil)
+	waitError    = prometheus.NewDesc(namespace+"_estimated_wait_error_seconds", "How wrong the estimates were, made when requests began to wait, of when they would begin: the error's size.", nil, nil)
+	waitBias     = prometheus.NewDesc(namespace+"_estimated_wait_bias_seconds", "By how much longer requests waited than estimated, on average; negative: shorter.", nil, nil)
 	laneHolds    = prometheus.NewDesc(namespace+"_lane_holds_total", "Lanes that were held for a request expected to continue their prefix, by outcome: hit (it came), expired.", []string{"outcome"}, nil)
 )
 
 func (l *lanes) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{queueLength, queueOldest, laneCount, laneLearned, laneSwitches, laneHolds} {
+	for _, d := range []*prometheus.Desc{queueLength, queueOldest, laneCount, laneLearned, laneSwitches, laneHolds, waitError, waitBias} {
 		ch <- d
 	}
 }
@@ -288,6 +290,14 @@ func (l *lanes) Collect(ch chan<- prometheus.Metric) {
 	count(laneSwitches, st.Opened, "opened")
 	count(laneSwitches, st.Joined, "joined")
 	count(laneSwitches, st.RunnerLoads, "load")
+	if e := st.Estimates; e.Count > 0 {
+		buckets := map[float64]uint64{}
+		for i, bound := range schedule.EstimateBounds {
+			buckets[bound.Seconds()] = e.Within[i]
+		}
+		ch <- prometheus.MustNewConstHistogram(waitError, e.Count, e.Absolute.Seconds(), buckets)
+		gauge(waitBias, e.Late.Seconds()/float64(e.Count))
+	}
 	count(laneHolds, st.HoldsHit, "hit")
 	count(laneHolds, st.HoldsExpired, "expired")
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
@@ -157,6 +158,36 @@ func TestKeyNames(t *testing.T) {
 	done("bob", proxy.OK, nil) // one that was under way
 	done("carol", proxy.OK, nil)
 	check([]string{`key_requests_total{name="alice",outcome="ok"} 2`, `key_requests_total{name="carol",outcome="ok"} 1`}, 4)
+	problems, err := testutil.GatherAndLint(m.registry)
+	if err != nil || len(problems) > 0 {
+		t.Errorf("lint: %v, %v", problems, err)
+	}
+}
+
+// TestEstimates: how wrong estimates were is shown once there were any.
+func TestEstimates(t *testing.T) {
+	m := New("v", func() int64 { return 0 })
+	var st schedule.Stats
+	m.Lanes([]string{"up"}, func() schedule.Stats { return st })
+	if text := scrape(t, m); strings.Contains(text, "estimated_wait") {
+		t.Error("estimates that were never made are shown")
+	}
+	e := &st.Estimates
+	e.Count, e.Absolute, e.Late = 4, 10*time.Second, -6*time.Second
+	for i := range e.Within {
+		e.Within[i] = uint64(min(i, 4))
+	}
+	text := scrape(t, m)
+	for _, want := range []string{
+		`estimated_wait_error_seconds_sum 10`, `estimated_wait_error_seconds_count 4`,
+		`estimated_wait_error_seconds_bucket{le="0.1"} 0`,
+		`estimated_wait_error_seconds_bucket{le="300"} 4`,
+		`estimated_wait_error_seconds_bucket{le="+Inf"} 4`, `estimated_wait_bias_seconds -1.5`,
+	} {
+		if !strings.Contains(text, "\nollama_cacheproxy_"+want+"\n") {
+			t.Errorf("no %s", want)
+		}
+	}
 	problems, err := testutil.GatherAndLint(m.registry)
 	if err != nil || len(problems) > 0 {
 		t.Errorf("lint: %v, %v", problems, err)

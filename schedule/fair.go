@@ -1,10 +1,13 @@
 package schedule
 
+import "cmp"
+
 // class has a runner's requests of one priority.
 type class struct {
 	tree       *tree // nil until there was a request
 	fifo       fifo
 	accounts   map[string]*account
+	fresh      int        // of all accounts
 	backlogged []*account // clients with waiting requests
 	sizes      float64    // of their prompts, each client's mean, added up
 	positive   int        // of these, with a deficit above 0
@@ -24,6 +27,7 @@ type account struct {
 	round   int // when it last got a quantum …
 	given   int // … and of how much
 	waiting int
+	fresh   int // tokens of what waits that are to be evaluated, estimated when it came
 	running int
 	index   int // in class.backlogged
 	fifo    fifo
@@ -41,7 +45,7 @@ func (c *class) add(it *item, client string) {
 		a = &account{name: client, round: c.round - 1}
 		c.accounts[client] = a
 	}
-	it.account, a.weight = a, it.weight
+	it.account, a.weight = a, cmp.Or(it.weight, 1)
 	before := a.size.v
 	if a.size.add(float64(it.tokens)); a.waiting > 0 {
 		c.sizes += a.size.v - before
@@ -49,6 +53,8 @@ func (c *class) add(it *item, client string) {
 		c.join(a)
 	}
 	a.waiting++
+	a.fresh += it.fresh
+	c.fresh += it.fresh
 	a.fifo.push(it)
 	c.fifo.push(it)
 	c.tree.wait(it)
@@ -88,6 +94,8 @@ func (c *class) level(a *account) {
 
 func (c *class) remove(it *item, serve bool) {
 	a := it.account
+	a.fresh -= it.fresh
+	c.fresh -= it.fresh
 	a.fifo.dropped()
 	c.fifo.dropped()
 	c.tree.leave(it, serve)

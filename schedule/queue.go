@@ -8,7 +8,6 @@
 package schedule
 
 import (
-	"cmp"
 	"maps"
 	"slices"
 	"strconv"
@@ -280,12 +279,14 @@ type item struct {
 	rank    rank
 	arrived time.Time
 	tokens  int
-	weight  float64 // of its client
+	weight  float64 // of its client; 0: 1
+	fresh   int     // of tokens, those to be evaluated, as estimated when it came
 	work    int     // in tokens, as runner.work
 	steps   []step
 	node    *node
 	waits   bool
 
+	origin        flowKey // as the request says
 	program, flow *flow   // nil: not known
 	detour        bool    // it goes before others of its program
 	charged       float64 // what it is expected to spend, if it goes before others
@@ -393,7 +394,8 @@ func (q *Queue) Add(r Request, now time.Time) bool {
 	if r.Arrived.IsZero() || r.Arrived.After(now) {
 		r.Arrived = now
 	}
-	it := &item{id: r.ID, key: r.Runner, rank: r.Priority.rank(), arrived: r.Arrived, weight: cmp.Or(r.Weight, 1)}
+	it := &item{id: r.ID, key: r.Runner, rank: r.Priority.rank(), arrived: r.Arrived, weight: r.Weight}
+	it.origin = flowKey{r.Client, r.Program, r.Flow}
 	it.steps, it.tokens = stepsOf(r.Links, r.Tokens)
 	q.enter(it, &r, now)
 	switch len(r.Upstreams) {
@@ -524,7 +526,8 @@ func (q *Queue) enqueue(it *item, x *runner, client string, now time.Time) {
 		x.coveted = now
 	}
 	warm, _ := x.warmth(it, true)
-	it.work = max(it.tokens-warm, 1) + int(x.rates.weight()*x.rates.generated())
+	it.fresh = max(it.tokens-warm, 1)
+	it.work = it.fresh + int(x.rates.weight()*x.rates.generated())
 	q.counted(it, 1)
 	x.arrived += it.arrived.Sub(epoch)
 	c.add(it, client)
@@ -641,6 +644,9 @@ func (q *Queue) Done(id uint64, r Result, now time.Time) {
 		x.correct(it, r)
 		x.rates.learn(it, r, evaluated)
 		x.rates.service.add(float64(now.Sub(it.granted)))
+		if !r.Loaded || r.Load > 0 {
+			x.rates.pace.add(float64(max(0, now.Sub(it.granted)-r.Load)), x.rates.work(it.fresh, 1))
+		}
 		if r.Timed && !r.Loaded {
 			x.rates.around.add(float64(max(0, now.Sub(it.granted)-r.Prompt-r.Eval)))
 		}

@@ -61,6 +61,9 @@ type Handler struct {
 	BodyTimeout time.Duration
 	// UpstreamSilence is for how long an upstream may send nothing of an answer before the request is given up; 0: for ever.
 	UpstreamSilence time.Duration
+	// Heartbeat is after how long of waiting the answer of a streamed /v1 request is begun, with
+	// comments every so often, so that clients with a first-byte timeout stay; 0: never.
+	Heartbeat time.Duration
 	// Queue is how many requests that need no lane wait for servers that are away; 0: schedule.DefaultLimit.
 	Queue int
 
@@ -112,6 +115,7 @@ type Exchange struct {
 	Name     string // of the API key that it came with; "" where that has none
 	Model    string // as the client wrote it; "" where none was read, "(invalid)" where it is no model's name
 	Status   int    // 0 where the client got none
+	Begun    bool   // a heartbeat began the answer: whatever Status is, the client saw 200
 	Outcome  Outcome
 
 	Duration  time.Duration
@@ -192,6 +196,7 @@ type exchange struct {
 	gateway   bool          // the answer is not the server's, most likely: see byGateway
 	gaveUp    bool          // after Handler.UpstreamSilence
 	silence   *silence      // gives the request up; nil: never
+	beat      *heartbeat    // nil: the request has none
 	tried     []*backend    // to which it was sent in vain
 	inbound   *http.Request // as it was given to the forwarder
 	edit      edit
@@ -361,6 +366,10 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		ref = h.read(r, ex)
 	}
 	if ref == nil {
+		if ex.beat = h.newHeartbeat(w, ex); ex.beat != nil {
+			defer ex.beat.stop() // nothing may be written when ServeHTTP has returned
+			w = ex.beat
+		}
 		ref = h.wait(r, ex)
 	}
 	if ref != nil {
@@ -464,6 +473,7 @@ func (h *Handler) refuse(w http.ResponseWriter, r *http.Request, ex *exchange, r
 
 // reply answers in the upstream's place.
 func (ex *exchange) reply(w http.ResponseWriter, r *http.Request, ref *refusal) {
+	ex.beat.stop()
 	ex.Status = ref.status
 	setCORS(w.Header(), ex.origin)
 	if ex.stranger && ref.status >= 500 {
@@ -473,7 +483,12 @@ func (ex *exchange) reply(w http.ResponseWriter, r *http.Request, ref *refusal) 
 	if ref.status == http.StatusUnauthorized {
 		w.Header().Set("WWW-Authenticate", "Bearer")
 	}
-	ex.BytesOut = int64(ref.write(w, r.URL.Path))
+	if ex.beat.begun() {
+		n, _ := io.WriteString(w, ref.event(r.URL.Path, nil)) // a client that is gone has nobody to tell
+		ex.BytesOut = int64(n)
+	} else {
+		ex.BytesOut = int64(ref.write(w, r.URL.Path))
+	}
 	http.NewResponseController(w).Flush() // the connection may be closed right after this, when the proxy stops
 }
 
@@ -596,6 +611,9 @@ func (h *Handler) rewrite(pr *httputil.ProxyRequest) {
 		}
 	}
 	ex.strip(pr.Out.Header)
+	if ex.beat.begun() {
+		pr.Out.Header.Del("Accept-Encoding") // the answer has no Content-Encoding any more
+	}
 	pr.Out.Trailer = pr.In.Trailer // filled in when the body has been read
 	if b := ex.body; b != nil {
 		pr.Out.Header.Del("Expect") // the body has come already
@@ -642,6 +660,9 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 	ex.unloaded()
 	if res.StatusCode == http.StatusSwitchingProtocols {
 		return errors.New("it switches to another protocol, which nobody asked for")
+	}
+	if ex.beat.begun() {
+		ex.asEvent(res)
 	}
 	if ex.Status = res.StatusCode; ex.Status < 300 {
 		ex.run.Answered()
@@ -768,6 +789,7 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	if ex.up != nil {
 		ex.Upstream = ex.up.Name
 	}
+	ex.Begun = ex.beat.begun()
 	ex.Duration = time.Since(ex.start)
 	ex.BytesIn = ex.in.Load()
 	if ex.Outcome == "" {
@@ -874,7 +896,7 @@ func (ex *exchange) outcome(r *http.Request) Outcome {
 }
 
 func (ex *exchange) attrs() []slog.Attr {
-	attrs := make([]slog.Attr, 0, 21)
+	attrs := make([]slog.Attr, 0, 22)
 	attrs = append(attrs, slog.String("method", ex.Method), slog.String("path", ex.Path[:min(len(ex.Path), 256)]))
 	if ex.Model != "" {
 		attrs = append(attrs, slog.String("model", ex.Model))
@@ -896,6 +918,9 @@ func (ex *exchange) attrs() []slog.Attr {
 	}
 	if ex.Unedited != "" {
 		attrs = append(attrs, slog.String("unedited", ex.Unedited))
+	}
+	if ex.Begun {
+		attrs = append(attrs, slog.Bool("heartbeat", true))
 	}
 	if ex.Upstream != "" {
 		attrs = append(attrs, slog.String("upstream", ex.Upstream))

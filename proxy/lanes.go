@@ -93,6 +93,7 @@ func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refus
 		counted = true
 		return ex.holder.mayWait(ex.Waited > 0 || len(ex.tried) > 0)
 	}
+	ex.beat.wait()
 	var err error
 	if h.Lanes == nil || !ex.unread && (ex.chain == nil || !ex.chain.HasPrompt()) {
 		if list, err = h.await(r.Context(), ex, list, mayWait); err == nil {
@@ -101,6 +102,7 @@ func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refus
 	} else {
 		err = h.lane(r, ex, list, mayWait)
 	}
+	ex.beat.waited()
 	if counted {
 		ex.holder.waiting.Add(-1)
 	}

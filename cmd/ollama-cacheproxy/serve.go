@@ -63,6 +63,8 @@ type serveCmd struct {
 	Queue   int           `default:"10000" placeholder:"N" help:"How many requests may wait for a slot, or for an upstream that is away; of more than that the least urgent are answered 503. Default: 10000."`
 	MaxWait time.Duration `placeholder:"TIME" help:"From when on a waiting request goes before others, whatever that costs. Default: never."`
 
+	Heartbeat time.Duration `placeholder:"TIME" help:"Begin the answer of a stream under /v1 that has waited for this long, and send a comment this often until it comes, so that clients with a first-byte timeout stay. Errors are events of the stream then, since status 200 has been sent (docs/waiting.md). At least 1s. Default: never."`
+
 	TryDuration     time.Duration `default:"60s" placeholder:"TIME" help:"For how long requests wait for an upstream that is away, counted from when it was last seen; then they get 503. 0: not at all. Default: 60s."`
 	UpstreamSilence time.Duration `placeholder:"TIME" help:"Give any request up, with 504, when its upstream has sent nothing for this long. A model that thinks, or loads, sends nothing either, nor does a pull that verifies. Default: never."`
 
@@ -105,6 +107,8 @@ Examples:
       spread requests over two servers; the first, where models are pulled, has four slots per model
   ollama-cacheproxy --upstream 'sim:?model=llama3&slots=2'
       try it without a model: a simulated Ollama, whose answers and figures are made up, and say so
+  ollama-cacheproxy --heartbeat 15s
+      keep clients that give up when nothing comes for half a minute: streams under /v1 that wait are begun
   ollama-cacheproxy --check --upstream gpu-box:11434
       say whether these settings are right, and stop
 
@@ -251,6 +255,9 @@ func (s *serveCmd) settings() (settings, error) {
 	if s.TryDuration < 0 || s.UpstreamSilence < 0 {
 		return set, fmt.Errorf("--try-duration %v, --upstream-silence %v: want times that are not negative", s.TryDuration, s.UpstreamSilence)
 	}
+	if s.Heartbeat != 0 && s.Heartbeat < time.Second {
+		return set, fmt.Errorf("--heartbeat %v: want at least 1s, such as 15s, or 0 for none", s.Heartbeat)
+	}
 	set.guard = proxy.Guard{AllowHosts: s.AllowHost, AllowOrigins: s.AllowOrigin}
 	if origins := os.Getenv("OLLAMA_ORIGINS"); origins != "" {
 		set.guard.AllowOrigins = append(set.guard.AllowOrigins, strings.Split(origins, ",")...)
@@ -324,7 +331,7 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	store := contextstore.NewMemory(contextstore.Limits{Entries: s.StoreEntries, Bytes: s.StoreBytes})
 	h := &proxy.Handler{
 		Upstreams: ups, Transport: transport, KeepAlive: set.keepAlive, NoTouch: !s.Touch,
-		MaxBody: s.MaxBody, Memory: set.memory, BodyTimeout: s.BodyTimeout, UpstreamSilence: s.UpstreamSilence, Queue: s.Queue, Guard: set.guard, Log: logger,
+		MaxBody: s.MaxBody, Memory: set.memory, BodyTimeout: s.BodyTimeout, UpstreamSilence: s.UpstreamSilence, Heartbeat: s.Heartbeat, Queue: s.Queue, Guard: set.guard, Log: logger,
 		Ledger: savings.New(store, rememberRequests), ShowPrompts: s.ShowPrompts, AttachContext: s.AttachContext == "auto",
 	}
 	counts := metrics.New(version(), h.InFlight)

@@ -16,7 +16,6 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"os"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -476,6 +475,7 @@ func (ex *exchange) reply(w http.ResponseWriter, r *http.Request, ref *refusal) 
 	ex.beat.stop()
 	ex.Status = ref.status
 	setCORS(w.Header(), ex.origin)
+	ex.timing(w.Header())
 	if ex.stranger && ref.status >= 500 {
 		// It would name an upstream, or say where that is.
 		ref = &refusal{ref.status, "no answer of Ollama; whoever shows an API key is told why"}
@@ -670,11 +670,8 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 	}
 	setCORS(res.Header, ex.origin)
 	res.Header.Del(headerUpstream) // of another proxy behind this one
+	res.Header.Del(headerWaited)
 	ex.name()
-	if ex.infers() {
-		ex.header.Set(headerWaited, strconv.FormatFloat(ex.Waited.Seconds(), 'f', 3, 64))
-		ex.header.Add("Server-Timing", "queue;dur="+strconv.FormatFloat(ms(ex.Waited), 'f', 1, 64))
-	}
 	ex.Simulated = res.Header[upstream.SimulatedHeader] != nil
 	if ex.spend != nil {
 		ex.tell(res.Header)
@@ -683,6 +680,7 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 			ex.answer = savings.NewReader(ex.dialect, res.Header.Get("Content-Type"), ex.up.books.Load().TellsCached)
 		}
 	}
+	ex.timing(ex.header)
 	if res.Header["Content-Type"] == nil {
 		ex.header["Content-Type"] = nil // or net/http would guess one
 	}

@@ -6,6 +6,7 @@ package proxy
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -348,16 +349,8 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		h.refuse(w, r, ex, ex.noDescriptor())
 		return
 	}
-	if ex.arriving != nil {
-		r.Body = ex.arriving
-	}
-	if ex.stranger {
-		r.Body, r.ContentLength, r.TransferEncoding, r.Trailer = http.NoBody, 0, nil, nil
-	}
-	ref := h.tooFast(ex)
-	if ref == nil {
-		ref = h.only(r, ex)
-	}
+	ex.takes(r)
+	ref := cmp.Or(h.tooFast(ex), h.only(r, ex))
 	if ref == nil && h.merge(w, r, ex) {
 		return
 	}
@@ -365,25 +358,40 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		ref = h.read(r, ex)
 	}
 	if ref == nil {
-		if ex.beat = h.newHeartbeat(w, ex); ex.beat != nil {
-			defer ex.beat.stop() // nothing may be written when ServeHTTP has returned
-			w = ex.beat
-		}
+		w = h.heartbeats(w, ex)
 		ref = h.wait(r, ex)
 	}
 	if ref != nil {
 		h.refuse(w, r, ex, ref)
 		return
 	}
-	if h.UpstreamSilence > 0 {
-		ctx, giveUp := context.WithCancelCause(r.Context())
-		defer giveUp(nil)
-		r = r.WithContext(ctx)
-		ex.silence = &silence{time.AfterFunc(h.UpstreamSilence, func() { giveUp(errSilent) }), h.UpstreamSilence}
-	}
+	r, over := h.givesUp(r, ex)
+	defer over()
 	ex.unloading = h.unloadElsewhere(r.Context(), ex)
 	h.begin(ex)
 	h.forward.ServeHTTP(w, r)
+}
+
+// takes gives the request the body that is read of it.
+func (ex *exchange) takes(r *http.Request) {
+	if ex.arriving != nil {
+		r.Body = ex.arriving
+	}
+	if ex.stranger {
+		r.Body, r.ContentLength, r.TransferEncoding, r.Trailer = http.NoBody, 0, nil, nil
+	}
+}
+
+// givesUp has the request given up when its upstream is silent for too long. over is to be called when
+// it has ended.
+func (h *Handler) givesUp(r *http.Request, ex *exchange) (bounded *http.Request, over func()) {
+	if h.UpstreamSilence == 0 {
+		return r, func() {}
+	}
+	ctx, giveUp := context.WithCancelCause(r.Context())
+	timer := time.AfterFunc(h.UpstreamSilence, func() { giveUp(errSilent) })
+	ex.silence = &silence{timer, h.UpstreamSilence}
+	return r.WithContext(ctx), func() { giveUp(nil) }
 }
 
 // lingers is for how long a request goes on without its client: see route.outlives.
@@ -773,6 +781,7 @@ func reason(err error) string {
 
 // finish releases what the request held, and tells of it.
 func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
+	ex.beat.stop() // nothing may be written when ServeHTTP has returned
 	ex.unloaded()
 	ex.silence.stop()
 	h.waited(ex)
@@ -797,12 +806,7 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 		ex.Outcome = Drained
 	}
 	if ex.Outcome == Aborted {
-		if !r.ProtoAtLeast(1, 1) {
-			reset(w)
-		}
-		if upstream.Closed(ex.bodyErr) {
-			h.brokeOff(r.Context(), ex.up)
-		}
+		h.aborted(ex, w, r)
 	}
 	h.accounted(ex)
 	if ex.began {
@@ -820,6 +824,16 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	}
 	h.inFlight.Add(-1) // its line is logged: who waits for the last one may go
 	h.Done(ex.Exchange)
+}
+
+// aborted is called when the upstream's answer broke off.
+func (h *Handler) aborted(ex *exchange, w http.ResponseWriter, r *http.Request) {
+	if !r.ProtoAtLeast(1, 1) {
+		reset(w)
+	}
+	if upstream.Closed(ex.bodyErr) {
+		h.brokeOff(r.Context(), ex.up)
+	}
 }
 
 // waitForMemory counts a request that waits for memory, and has it wait no longer than until the proxy stops.

@@ -36,13 +36,17 @@ type heartbeat struct {
 	over  bool // what is written now is the answer
 }
 
-// newHeartbeat returns the heartbeat for a request whose body has been read; nil where it has none.
-func (h *Handler) newHeartbeat(w http.ResponseWriter, ex *exchange) *heartbeat {
+// heartbeats returns the writer of the answer to a request whose body has been read: with a heartbeat,
+// where it has one.
+func (h *Handler) heartbeats(w http.ResponseWriter, ex *exchange) http.ResponseWriter {
 	if h.Heartbeat == 0 || ex.reads != readsForeign || ex.prompt == prefix.None ||
 		ex.fields.stream != 't' {
-		return nil
+		return w
 	}
-	return &heartbeat{ResponseWriter: w, every: h.Heartbeat, left: h.Heartbeat, origin: ex.origin}
+	ex.beat = &heartbeat{
+		ResponseWriter: w, every: h.Heartbeat, left: h.Heartbeat, origin: ex.origin,
+	}
+	return ex.beat
 }
 
 // wait says that the request waits from now on, until waited is called.

@@ -84,8 +84,28 @@ func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refus
 		ex.waiting = true
 		h.waiting.Add(1)
 	}
+	list, err := h.queued(r, ex, list)
+	switch {
+	case err == nil:
+		h.waited(ex)
+		return nil
+	case errors.Is(err, schedule.ErrFull):
+		return ex.busy()
+	case errors.Is(err, schedule.ErrMayNotWait):
+		return ex.tooMany()
+	case errors.Is(err, schedule.ErrAway):
+		return h.gone(r, ex, list)
+	case errors.Is(err, schedule.ErrClosed):
+		return ex.stopping()
+	}
+	return givenUp(err)
+}
+
+// queued waits for one of the servers, or for a lane of one. It returns those that it waited for, and
+// has chosen ex.up if there is no error.
+func (h *Handler) queued(r *http.Request, ex *exchange, list []*backend) ([]*backend, error) {
 	began := time.Now()
-	var counted bool // among those of its client that wait
+	counted := false // among those of its client that wait
 	mayWait := func() bool {
 		if ex.holder == nil {
 			return true
@@ -107,31 +127,25 @@ func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refus
 		ex.holder.waiting.Add(-1)
 	}
 	ex.Waited += time.Since(began)
-	switch {
-	case err == nil:
-		h.waited(ex)
-		return nil
-	case errors.Is(err, schedule.ErrFull):
-		return ex.busy()
-	case errors.Is(err, schedule.ErrMayNotWait):
-		return ex.tooMany()
-	case errors.Is(err, schedule.ErrAway):
-		// Another one may have come since that was not known to have the model.
-		if ex.only == nil && len(h.backends) > 1 {
-			if again := h.promising(ex); len(again) > 0 {
-				return h.acquire(r, ex, again)
-			}
+	return list, err
+}
+
+// gone is called for a request whose servers have been away for too long.
+func (h *Handler) gone(r *http.Request, ex *exchange, list []*backend) *refusal {
+	// Another one may have come since that was not known to have the model.
+	if ex.only == nil && len(h.backends) > 1 {
+		if again := h.promising(ex); len(again) > 0 {
+			return h.acquire(r, ex, again)
 		}
-		ex.header.Set("Retry-After", retryAfter)
-		var urls []string
-		for _, b := range list {
-			urls = append(urls, b.URL.String())
-		}
-		return &refusal{http.StatusServiceUnavailable, fmt.Sprintf("ollama at %s has been away for longer than %v (--try-duration); start it there and try again", strings.Join(urls, " and "), list[0].TryDuration)}
-	case errors.Is(err, schedule.ErrClosed):
-		return ex.stopping()
 	}
-	return givenUp(err)
+	ex.header.Set("Retry-After", retryAfter)
+	var urls []string
+	for _, b := range list {
+		urls = append(urls, b.URL.String())
+	}
+	return &refusal{http.StatusServiceUnavailable, fmt.Sprintf(
+		"ollama at %s has been away for longer than %v (--try-duration); start it there and try again",
+		strings.Join(urls, " and "), list[0].TryDuration)}
 }
 
 // stopping refuses what would have to wait when the proxy stops.
@@ -190,18 +204,7 @@ func (b *backend) mayAnswer() bool {
 func (h *Handler) await(ctx context.Context, ex *exchange, list []*backend, mayWait func() bool) ([]*backend, error) {
 	for waits := false; ; {
 		news := h.news.Load()
-		var back []*backend
-		left := time.Duration(0)
-		for _, b := range list {
-			if st := b.State(); !st.Away {
-				back = append(back, b)
-			} else {
-				left = max(left, time.Until(st.Until))
-			}
-		}
-		if len(back) == 0 && ex.only == nil && ex.runsHere() {
-			back, _ = h.having(ex)
-		}
+		back, left := h.back(ex, list)
 		switch {
 		case len(back) > 0:
 			return back, nil
@@ -226,6 +229,21 @@ func (h *Handler) await(ctx context.Context, ex *exchange, list []*backend, mayW
 			return list, ctx.Err()
 		}
 	}
+}
+
+// back returns the servers that are not away, and else for how long to wait for one.
+func (h *Handler) back(ex *exchange, list []*backend) (back []*backend, left time.Duration) {
+	for _, b := range list {
+		if st := b.State(); !st.Away {
+			back = append(back, b)
+		} else {
+			left = max(left, time.Until(st.Until))
+		}
+	}
+	if len(back) == 0 && ex.only == nil && ex.runsHere() {
+		back, _ = h.having(ex)
+	}
+	return back, left
 }
 
 // Close refuses what waits, for a lane or for a server that is away, and what comes from now on and would have to wait.

@@ -231,32 +231,8 @@ func (s *serveCmd) settings() (settings, error) {
 	if set.keepAlive, err = proxy.ParseKeepAlive(proxy.KeepAlivePolicy(s.KeepAlivePolicy), append([]string{defaultKeepAlive}, s.KeepAlive...)); err != nil {
 		return set, fmt.Errorf("--keep-alive: %w", err)
 	}
-	if s.MaxBody < 1 {
-		return set, fmt.Errorf("--max-body %d: want a positive number of bytes", s.MaxBody)
-	}
-	if set.memory = s.Memory; set.memory == 0 {
-		set.memory = defaultMemory(memlimit.FromSystem, memlimit.FromCgroup)
-	}
-	if set.memory < proxy.MemoryLeast {
-		return set, fmt.Errorf("--memory %d: want at least %d bytes (%d MiB)", s.Memory, proxy.MemoryLeast, proxy.MemoryLeast>>20)
-	}
-	if s.BodyTimeout < 0 {
-		return set, fmt.Errorf("--body-timeout %v: want 0 (for ever) or more", s.BodyTimeout)
-	}
-	if s.Queue < 1 || s.MaxWait < 0 {
-		return set, fmt.Errorf("--queue %d, --max-wait %v: want at least 1, and a time that is not negative", s.Queue, s.MaxWait)
-	}
-	if s.StoreEntries < 0 || s.StoreBytes < 0 {
-		return set, fmt.Errorf("--store-entries %d, --store-bytes %d: want 0 (remember no prefixes but the last prompts') or more", s.StoreEntries, s.StoreBytes)
-	}
-	if s.Drain < 0 {
-		return set, fmt.Errorf("--drain %v: want 0 or more", s.Drain)
-	}
-	if s.TryDuration < 0 || s.UpstreamSilence < 0 {
-		return set, fmt.Errorf("--try-duration %v, --upstream-silence %v: want times that are not negative", s.TryDuration, s.UpstreamSilence)
-	}
-	if s.Heartbeat != 0 && s.Heartbeat < time.Second {
-		return set, fmt.Errorf("--heartbeat %v: want at least 1s, such as 15s, or 0 for none", s.Heartbeat)
+	if set.memory, err = s.limits(); err != nil {
+		return set, err
 	}
 	set.guard = proxy.Guard{AllowHosts: s.AllowHost, AllowOrigins: s.AllowOrigin}
 	if origins := os.Getenv("OLLAMA_ORIGINS"); origins != "" {
@@ -269,6 +245,39 @@ func (s *serveCmd) settings() (settings, error) {
 		set.guard.Keys = set.keys.keys
 	}
 	return set, nil
+}
+
+// limits checks the flags that are numbers and times, and returns how much memory bodies may take.
+func (s *serveCmd) limits() (int64, error) {
+	if s.MaxBody < 1 {
+		return 0, fmt.Errorf("--max-body %d: want a positive number of bytes", s.MaxBody)
+	}
+	memory := s.Memory
+	if memory == 0 {
+		memory = defaultMemory(memlimit.FromSystem, memlimit.FromCgroup)
+	}
+	if memory < proxy.MemoryLeast {
+		return 0, fmt.Errorf("--memory %d: want at least %d bytes (%d MiB)", s.Memory, proxy.MemoryLeast, proxy.MemoryLeast>>20)
+	}
+	if s.BodyTimeout < 0 {
+		return 0, fmt.Errorf("--body-timeout %v: want 0 (for ever) or more", s.BodyTimeout)
+	}
+	if s.Queue < 1 || s.MaxWait < 0 {
+		return 0, fmt.Errorf("--queue %d, --max-wait %v: want at least 1, and a time that is not negative", s.Queue, s.MaxWait)
+	}
+	if s.StoreEntries < 0 || s.StoreBytes < 0 {
+		return 0, fmt.Errorf("--store-entries %d, --store-bytes %d: want 0 (remember no prefixes but the last prompts') or more", s.StoreEntries, s.StoreBytes)
+	}
+	if s.Drain < 0 {
+		return 0, fmt.Errorf("--drain %v: want 0 or more", s.Drain)
+	}
+	if s.TryDuration < 0 || s.UpstreamSilence < 0 {
+		return 0, fmt.Errorf("--try-duration %v, --upstream-silence %v: want times that are not negative", s.TryDuration, s.UpstreamSilence)
+	}
+	if s.Heartbeat != 0 && s.Heartbeat < time.Second {
+		return 0, fmt.Errorf("--heartbeat %v: want at least 1s, such as 15s, or 0 for none", s.Heartbeat)
+	}
+	return memory, nil
 }
 
 // listenAddr reads an address for net.Listen; a missing port is defaultPort.

@@ -83,6 +83,7 @@ fuzz: ## a minute of each fuzz test
 	$(FUZZ) '^FuzzQueue$$' ./schedule
 	$(FUZZ) '^FuzzKeepAlive$$' ./proxy
 	$(FUZZ) '^FuzzKeys$$' ./proxy
+	$(FUZZ) '^FuzzEvent$$' ./proxy
 	$(FUZZ) '^FuzzTokens$$' ./ollamasim
 	$(FUZZ) '^FuzzTemplate$$' ./batch
 	$(FUZZ) '^FuzzLines$$' ./batch

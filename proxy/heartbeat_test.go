@@ -500,3 +500,30 @@ func TestHeartbeatWire(t *testing.T) {
 		t.Errorf("%+v", ex)
 	}
 }
+
+// FuzzEvent: whatever an upstream says of an error, it is told as one event, whose data is JSON with a
+// message, in one line.
+func FuzzEvent(f *testing.F) {
+	f.Add(uint8(0), []byte(`{"message":"bad\nthing","code":null}`))
+	f.Add(uint8(1), []byte(`"text"`))
+	f.Add(uint8(2), []byte("{\"message\":\"\u2028\\u0000\",\"a\":1e400}"))
+	f.Fuzz(func(t *testing.T, which uint8, told []byte) {
+		paths := []string{"/v1/chat/completions", "/v1/messages", "/v1/responses"}
+		path := paths[int(which)%len(paths)]
+		text := (&refusal{http.StatusBadGateway, "broken"}).event(path, told)
+		comments, events := sse(t, text)
+		if comments != 0 || len(events) != 1 || !strings.HasSuffix(text, "\n\n") || strings.Contains(text, "\r") {
+			t.Fatalf("%q", text)
+		}
+		var data struct{ Error map[string]any }
+		if err := json.Unmarshal([]byte(events[0][1]), &data); err != nil || data.Error == nil {
+			t.Fatalf("%v: %q", err, text)
+		}
+		var fields map[string]any
+		if json.Unmarshal(told, &fields) != nil || fields == nil {
+			if data.Error["message"] != "broken" {
+				t.Errorf("%q", text)
+			}
+		}
+	})
+}

@@ -114,8 +114,11 @@ func New(version string, inFlight func() int64) *Metrics {
 	m.estimatedLoads = counter("estimated_model_loads_total", "Model loads that are inferred from changed options, where answers do not tell (/v1).", "model")
 	m.truncated = counter("estimated_truncated_prompts_total", "Prompts that Ollama has probably cut, by their token count.", "model")
 	m.attached = counter("attach_context_total", "What became of stored context for /api/generate: attached to a request; trusted, no_slower, unsuitable (a group of requests); anything else says why it was switched off for the model.", "model", "outcome")
-	m.keyRequests = counter("key_requests_total", "Requests that ended, by the name of their API key and outcome.", "name", "outcome")
-	m.keyTokens = counter("key_tokens_total", "Tokens of requests by the name of their API key: prompt (reused ones too) and generated, as answers told.", "name", "kind")
+	m.keyRequests = counter("key_requests_total",
+		"Requests that ended, by the name of their API key and outcome.", "name", "outcome")
+	m.keyTokens = counter("key_tokens_total",
+		"Tokens of requests by the name of their API key: prompt (reused ones too) and generated, as answers told.",
+		"name", "kind")
 	build := gauge("build_info", "1, with the proxy's version.", "version", "goversion")
 	build.WithLabelValues(version, runtime.Version()).Set(1)
 	m.gauge("in_flight", "Requests being served.", inFlight)

@@ -30,9 +30,12 @@ func (e *refusal) write(w http.ResponseWriter, path string) int {
 func (e *refusal) body(path string) map[string]any {
 	switch {
 	case isAnthropic(path):
-		return map[string]any{"type": "error", "error": map[string]any{"type": anthropicType(e.status), "message": e.message}}
+		own := map[string]any{"type": anthropicType(e.status), "message": e.message}
+		return map[string]any{"type": "error", "error": own}
 	case strings.HasPrefix(path, "/v1/"):
-		return map[string]any{"error": map[string]any{"message": e.message, "type": openAIType(e.status), "param": nil, "code": nil}}
+		return map[string]any{"error": map[string]any{
+			"message": e.message, "type": openAIType(e.status), "param": nil, "code": nil,
+		}}
 	}
 	return map[string]any{"error": e.message}
 }
@@ -48,7 +51,10 @@ func (e *refusal) event(path string, told json.RawMessage) string {
 	case isAnthropic(path):
 	case path == "/v1/responses":
 		own := body["error"].(map[string]any)
-		body["type"], body["message"], body["code"], body["param"] = "error", own["message"], own["code"], own["param"]
+		body["type"] = "error"
+		for _, field := range []string{"message", "code", "param"} {
+			body[field] = own[field]
+		}
 	default:
 		return "data: " + string(marshal(body)) + "\n\n"
 	}

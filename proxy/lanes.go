@@ -165,7 +165,10 @@ func (h *Handler) waited(ex *exchange) {
 // lane waits for a lane of one of the servers, or of one that is away now and comes back meanwhile.
 func (h *Handler) lane(r *http.Request, ex *exchange, list []*backend, mayWait func() bool) error {
 	priority := ex.holder.priority(r)
-	lanes, request := h.Lanes, schedule.Request{Client: clientOf(r, ex.client), Priority: priority, Arrived: ex.start, MayWait: mayWait}
+	lanes := h.Lanes
+	request := schedule.Request{
+		Client: clientOf(r, ex.client), Priority: priority, Arrived: ex.start, MayWait: mayWait,
+	}
 	if ex.holder != nil {
 		request.Weight = ex.holder.share
 	}
@@ -201,7 +204,9 @@ func (b *backend) mayAnswer() bool {
 }
 
 // await waits until one of the servers is not away any more, and returns those that are not. So many wait as --queue says.
-func (h *Handler) await(ctx context.Context, ex *exchange, list []*backend, mayWait func() bool) ([]*backend, error) {
+func (h *Handler) await(
+	ctx context.Context, ex *exchange, list []*backend, mayWait func() bool,
+) ([]*backend, error) {
 	for waits := false; ; {
 		news := h.news.Load()
 		back, left := h.back(ex, list)

@@ -88,6 +88,8 @@ fuzz: ## a minute of each fuzz test
 	$(FUZZ) '^FuzzKeepAlive$$' ./proxy
 	$(FUZZ) '^FuzzForwarded$$' ./proxy
 	$(FUZZ) '^FuzzNames$$' ./proxy
+	$(FUZZ) '^FuzzKeys$$' ./proxy
+	$(FUZZ) '^FuzzEvent$$' ./proxy
 	$(FUZZ) '^FuzzTokens$$' ./ollamasim
 	$(FUZZ) '^FuzzTemplate$$' ./batch
 	$(FUZZ) '^FuzzLines$$' ./batch

@@ -58,9 +58,12 @@ type Metrics struct {
 	truncated       *prometheus.CounterVec
 	waited          *prometheus.HistogramVec
 	attached        *prometheus.CounterVec
+	keyRequests     *prometheus.CounterVec
+	keyTokens       *prometheus.CounterVec
 
 	mu     sync.RWMutex
 	models map[string]string // label by upstream.ModelKey; guarded by mu
+	names  map[string]bool   // of API keys; guarded by mu
 }
 
 // New registers every series on a registry of its own. inFlight is asked at each scrape.
@@ -111,6 +114,11 @@ func New(version string, inFlight func() int64) *Metrics {
 	m.estimatedLoads = counter("estimated_model_loads_total", "Model loads that are inferred from changed options, where answers do not tell (/v1).", "model")
 	m.truncated = counter("estimated_truncated_prompts_total", "Prompts that Ollama has probably cut, by their token count.", "model")
 	m.attached = counter("attach_context_total", "What became of stored context for /api/generate: attached to a request; trusted, no_slower, unsuitable (a group of requests); anything else says why it was switched off for the model.", "model", "outcome")
+	m.keyRequests = counter("key_requests_total",
+		"Requests that ended, by the name of their API key and outcome.", "name", "outcome")
+	m.keyTokens = counter("key_tokens_total",
+		"Tokens of requests by the name of their API key: prompt (reused ones too) and generated, as answers told.",
+		"name", "kind")
 	build := gauge("build_info", "1, with the proxy's version.", "version", "goversion")
 	build.WithLabelValues(version, runtime.Version()).Set(1)
 	m.gauge("in_flight", "Requests being served.", inFlight)
@@ -153,6 +161,39 @@ func (m *Metrics) Done(ex proxy.Exchange) {
 	}
 	if ex.Savings != nil {
 		m.account(model, ex.Savings)
+	}
+	m.named(ex)
+}
+
+// named counts a request for the name of its API key. A name that is not in the file any more is not
+// counted, so that the label takes no more values than the file has names.
+func (m *Metrics) named(ex proxy.Exchange) {
+	m.mu.RLock()
+	defer m.mu.RUnlock() // held while counting: KeyNames must not delete the series in between
+	if !m.names[ex.Name] || ex.Outcome == proxy.Own {
+		return
+	}
+	m.keyRequests.WithLabelValues(ex.Name, string(ex.Outcome)).Inc()
+	if e := ex.Savings; e != nil {
+		m.keyTokens.WithLabelValues(ex.Name, "prompt").Add(float64(e.Total))
+		m.keyTokens.WithLabelValues(ex.Name, "generated").Add(float64(e.Generated))
+	}
+}
+
+// KeyNames says which names the API keys have now. The series of others end.
+func (m *Metrics) KeyNames(names []string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	before := m.names
+	m.names = map[string]bool{}
+	for _, name := range names {
+		m.names[name] = true
+	}
+	for name := range before {
+		if !m.names[name] {
+			m.keyRequests.DeletePartialMatch(prometheus.Labels{"name": name})
+			m.keyTokens.DeletePartialMatch(prometheus.Labels{"name": name})
+		}
 	}
 }
 
@@ -203,11 +244,13 @@ var (
 	laneCount    = prometheus.NewDesc(namespace+"_lanes", "Lanes of loaded models, by state: busy, held (free although requests wait: one that continues its prefix is expected), idle.", []string{"upstream", "model", "num_ctx", "state"}, nil)
 	laneLearned  = prometheus.NewDesc(namespace+"_lanes_learned", "How many slots a model has, as learned; nothing where the number is given.", []string{"upstream", "model", "num_ctx"}, nil)
 	laneSwitches = prometheus.NewDesc(namespace+"_lane_switches_total", "Requests that lanes took, by what the lane held: continued (most of what they had in common), opened (nothing of it), joined (nothing, while another lane is busy with it), load (its model is not loaded).", []string{"kind"}, nil)
+	waitError    = prometheus.NewDesc(namespace+"_estimated_wait_error_seconds", "How wrong the estimates were, made when requests began to wait, of when they would begin: the error's size.", nil, nil)
+	waitBias     = prometheus.NewDesc(namespace+"_estimated_wait_bias_seconds", "By how much longer requests waited than estimated, on average; negative: shorter.", nil, nil)
 	laneHolds    = prometheus.NewDesc(namespace+"_lane_holds_total", "Lanes that were held for a request expected to continue their prefix, by outcome: hit (it came), expired.", []string{"outcome"}, nil)
 )
 
 func (l *lanes) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{queueLength, queueOldest, laneCount, laneLearned, laneSwitches, laneHolds} {
+	for _, d := range []*prometheus.Desc{queueLength, queueOldest, laneCount, laneLearned, laneSwitches, laneHolds, waitError, waitBias} {
 		ch <- d
 	}
 }
@@ -250,6 +293,14 @@ func (l *lanes) Collect(ch chan<- prometheus.Metric) {
 	count(laneSwitches, st.Opened, "opened")
 	count(laneSwitches, st.Joined, "joined")
 	count(laneSwitches, st.RunnerLoads, "load")
+	if e := st.Estimates; e.Count > 0 {
+		buckets := map[float64]uint64{}
+		for i, bound := range schedule.EstimateBounds {
+			buckets[bound.Seconds()] = e.Within[i]
+		}
+		ch <- prometheus.MustNewConstHistogram(waitError, e.Count, e.Absolute.Seconds(), buckets)
+		gauge(waitBias, e.Late.Seconds()/float64(e.Count))
+	}
 	count(laneHolds, st.HoldsHit, "hit")
 	count(laneHolds, st.HoldsExpired, "expired")
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
@@ -120,5 +121,75 @@ func TestModelLabelsAreBounded(t *testing.T) {
 	}
 	if want := `model="other",outcome="client_error"} 5000`; !strings.Contains(text, want) {
 		t.Errorf("no %s", want)
+	}
+}
+
+// TestKeyNames: what each API key's name asks for is counted; names that the file has no more have no series, whoever still uses them.
+func TestKeyNames(t *testing.T) {
+	m := New("v", func() int64 { return 0 })
+	done := func(name string, outcome proxy.Outcome, e *savings.Entry) {
+		m.Done(proxy.Exchange{Endpoint: "/api/chat", Name: name, Outcome: outcome, Savings: e})
+	}
+	done("alice", proxy.OK, nil) // nobody has said yet that there is such a name
+	m.KeyNames([]string{"alice", "bob"})
+	done("alice", proxy.OK, &savings.Entry{Total: 100, Generated: 7, Verdict: savings.Uncertain})
+	done("alice", proxy.OK, &savings.Entry{Total: 20, Verdict: savings.Uncertain})
+	done("bob", proxy.Refused, nil)
+	done("bob", proxy.Own, nil)
+	done("", proxy.OK, nil)
+	for i := range 1000 {
+		done(fmt.Sprintf("made up %d", i), proxy.Refused, nil)
+	}
+	check := func(present []string, series int) {
+		t.Helper()
+		text := scrape(t, m)
+		for _, want := range present {
+			if !strings.Contains(text, "\nollama_cacheproxy_"+want+"\n") {
+				t.Errorf("no %s", want)
+			}
+		}
+		if n := strings.Count(text, "\nollama_cacheproxy_key_requests_total{") + strings.Count(text, "\nollama_cacheproxy_key_tokens_total{"); n != series {
+			t.Errorf("%d series, want %d", n, series)
+		}
+	}
+	check([]string{`key_requests_total{name="alice",outcome="ok"} 2`, `key_requests_total{name="bob",outcome="refused"} 1`,
+		`key_tokens_total{kind="prompt",name="alice"} 120`, `key_tokens_total{kind="generated",name="alice"} 7`}, 4)
+	m.KeyNames([]string{"alice", "carol"})
+	done("bob", proxy.OK, nil) // one that was under way
+	done("carol", proxy.OK, nil)
+	check([]string{`key_requests_total{name="alice",outcome="ok"} 2`, `key_requests_total{name="carol",outcome="ok"} 1`}, 4)
+	problems, err := testutil.GatherAndLint(m.registry)
+	if err != nil || len(problems) > 0 {
+		t.Errorf("lint: %v, %v", problems, err)
+	}
+}
+
+// TestEstimates: how wrong estimates were is shown once there were any.
+func TestEstimates(t *testing.T) {
+	m := New("v", func() int64 { return 0 })
+	var st schedule.Stats
+	m.Lanes([]string{"up"}, func() schedule.Stats { return st })
+	if text := scrape(t, m); strings.Contains(text, "estimated_wait") {
+		t.Error("estimates that were never made are shown")
+	}
+	e := &st.Estimates
+	e.Count, e.Absolute, e.Late = 4, 10*time.Second, -6*time.Second
+	for i := range e.Within {
+		e.Within[i] = uint64(min(i, 4))
+	}
+	text := scrape(t, m)
+	for _, want := range []string{
+		`estimated_wait_error_seconds_sum 10`, `estimated_wait_error_seconds_count 4`,
+		`estimated_wait_error_seconds_bucket{le="0.1"} 0`,
+		`estimated_wait_error_seconds_bucket{le="300"} 4`,
+		`estimated_wait_error_seconds_bucket{le="+Inf"} 4`, `estimated_wait_bias_seconds -1.5`,
+	} {
+		if !strings.Contains(text, "\nollama_cacheproxy_"+want+"\n") {
+			t.Errorf("no %s", want)
+		}
+	}
+	problems, err := testutil.GatherAndLint(m.registry)
+	if err != nil || len(problems) > 0 {
+		t.Errorf("lint: %v, %v", problems, err)
 	}
 }

@@ -209,6 +209,39 @@ type asked struct {
 	took  time.Duration
 	broke bool
 	ended chan struct{}
+
+	mu sync.Mutex // held while something is written, so that seen can be called before it has ended
+}
+
+func (a *asked) Write(p []byte) (int, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.ResponseRecorder.Write(p)
+}
+
+func (a *asked) WriteString(s string) (int, error) { return a.Write([]byte(s)) }
+
+func (a *asked) WriteHeader(status int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.ResponseRecorder.WriteHeader(status)
+}
+
+func (a *asked) Flush() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.ResponseRecorder.Flush()
+}
+
+// seen waits until all is quiet and returns what the client has by then.
+func (a *asked) seen() string {
+	synctest.Wait()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if !a.Flushed {
+		return ""
+	}
+	return a.Body.String()
 }
 
 // count waits until all is quiet and counts statuses: 0 has not ended, -1 broke off.

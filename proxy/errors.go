@@ -19,24 +19,55 @@ func (e *refusal) Error() string { return e.message }
 // write sends the refusal: {"error": "…"} as Ollama does, {"error": {"message": …}} under /v1, Anthropic's shape under
 // /v1/messages. It returns the body's length in bytes.
 func (e *refusal) write(w http.ResponseWriter, path string) int {
-	var body any
-	switch {
-	case isAnthropic(path):
-		body = map[string]any{"type": "error", "error": map[string]any{"type": anthropicType(e.status), "message": e.message}}
-	case strings.HasPrefix(path, "/v1/"):
-		body = map[string]any{"error": map[string]any{"message": e.message, "type": openAIType(e.status), "param": nil, "code": nil}}
-	default:
-		body = map[string]string{"error": e.message}
-	}
-	text, err := json.Marshal(body)
-	if err != nil {
-		panic(err) // strings and nil always marshal
-	}
+	text := marshal(e.body(path))
 	w.Header().Set("Content-Type", "application/json; charset=utf-8")
 	w.Header().Set("Content-Length", strconv.Itoa(len(text)))
 	w.WriteHeader(e.status)
 	w.Write(text) // a client that is gone has nobody to tell
 	return len(text)
+}
+
+func (e *refusal) body(path string) map[string]any {
+	switch {
+	case isAnthropic(path):
+		own := map[string]any{"type": anthropicType(e.status), "message": e.message}
+		return map[string]any{"type": "error", "error": own}
+	case strings.HasPrefix(path, "/v1/"):
+		return map[string]any{"error": map[string]any{
+			"message": e.message, "type": openAIType(e.status), "param": nil, "code": nil,
+		}}
+	}
+	return map[string]any{"error": e.message}
+}
+
+// event writes the refusal as the last event of a stream, in the form of the path's dialect. told is
+// the error as the upstream wrote it; where that is no object it is the refusal's own.
+func (e *refusal) event(path string, told json.RawMessage) string {
+	body := e.body(path)
+	if fields := map[string]any(nil); json.Unmarshal(told, &fields) == nil && fields != nil {
+		body["error"] = fields
+	}
+	switch {
+	case isAnthropic(path):
+	case path == "/v1/responses":
+		own := body["error"].(map[string]any)
+		body["type"] = "error"
+		for _, field := range []string{"message", "code", "param"} {
+			body[field] = own[field]
+		}
+	default:
+		return "data: " + string(marshal(body)) + "\n\n"
+	}
+	return "event: error\ndata: " + string(marshal(body)) + "\n\n"
+}
+
+// marshal writes what can be written as JSON.
+func marshal(v any) []byte {
+	text, err := json.Marshal(v)
+	if err != nil {
+		panic(err) // maps, strings and what was JSON always marshal
+	}
+	return text
 }
 
 // isAnthropic reports whether a path speaks Anthropic's dialect.
@@ -52,6 +83,8 @@ func openAIType(status int) string {
 		return "authentication_error"
 	case http.StatusForbidden:
 		return "permission_error"
+	case http.StatusTooManyRequests:
+		return "rate_limit_error"
 	}
 	return "api_error"
 }

@@ -117,14 +117,15 @@ func TestRequestHeaders(t *testing.T) {
 	}
 }
 
-// TestResponseHeaders: the upstream's headers come back as they are, those of the connection excepted. None is made up but Date and the upstream's name.
+// TestResponseHeaders: the upstream's headers come back as they are, those of the connection excepted. None is made up but Date, the upstream's name, and for how long the request waited.
 func TestResponseHeaders(t *testing.T) {
 	for name, body := range map[string]string{"text": "plain text", "html": "<html>", "json": `{"a":1}`, "none": "", "gzip": "\x1f\x8b\x08\x00"} {
 		f := newFake(t, func(received) string {
 			return fmt.Sprintf("HTTP/1.1 200 OK\r\nDate: Mon, 01 Jan 2024 00:00:00 GMT\r\nSet-Cookie: a=b\r\nSet-Cookie: c=d\r\nServer: x\r\nKeep-Alive: timeout=5\r\nX-Request-Id: 7\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
 		})
 		rg := newRig(t, f.URL, &Handler{})
-		want := []string{"Date: Mon, 01 Jan 2024 00:00:00 GMT", "Set-Cookie: a=b", "Set-Cookie: c=d", "Server: x", "X-Cacheproxy-Upstream: up", "X-Request-Id: 7", fmt.Sprintf("Content-Length: %d", len(body))}
+		want := []string{"Date: Mon, 01 Jan 2024 00:00:00 GMT", "Set-Cookie: a=b", "Set-Cookie: c=d", "Server: x", "X-Cacheproxy-Upstream: up", "X-Request-Id: 7",
+			"X-Cacheproxy-Waited: 0.000", "Server-Timing: queue;dur=0.0", fmt.Sprintf("Content-Length: %d", len(body))}
 		slices.Sort(want)
 		for range 30 { // headers and body may go out together or apart
 			client := rg.dial()

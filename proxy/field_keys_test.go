@@ -369,10 +369,10 @@ func TestParseKeys(t *testing.T) {
 			}
 		}
 	}
-	for _, text := range []string{"", "\n\n", "# only\n", "a b\n", "a\tb", "\ufeff", "\ufeff\r\n", "\xff\xfea\x00b\x00", "a\x00b\x00", "ok\nke\xffy"} {
+	for _, text := range []string{"", "\n\n", "# only\n", "a b c\n", "a\tb\tc", "a weight=2", "\ufeff", "\ufeff\r\n", "\xff\xfea\x00b\x00", "a\x00b\x00", "ok\nke\xffy"} {
 		if k, err := ParseKeys(text); err == nil {
 			t.Errorf("%q gives %d keys", text, k.Len())
-		} else if strings.Contains(text, "a") && strings.Contains(err.Error(), "a b") {
+		} else if strings.Contains(text, "a") && strings.Contains(err.Error(), "b c") {
 			t.Errorf("the error tells the key: %v", err)
 		}
 	}
@@ -389,7 +389,7 @@ func TestReplaceKeys(t *testing.T) {
 	}{
 		{"two\nthree", false, map[string]int{"one": 401, "two": 200, "three": 200}},
 		{"# nobody", true, map[string]int{"one": 401, "two": 200, "three": 200}},
-		{"four x", true, map[string]int{"two": 200, "four": 401}},
+		{"four x y", true, map[string]int{"two": 200, "four": 401}},
 		{"four", false, map[string]int{"two": 401, "four": 200}},
 	} {
 		if err := rg.h.Guard.Keys.Replace(step.text); (err != nil) != step.fail {

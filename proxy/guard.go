@@ -1,18 +1,12 @@
 package proxy
 
 import (
-	"crypto/sha256"
-	"crypto/subtle"
-	"errors"
 	"fmt"
 	"net"
 	"net/http"
 	"net/netip"
 	"os"
 	"strings"
-	"sync/atomic"
-	"unicode"
-	"unicode/utf8"
 )
 
 // Guard decides who may use the proxy. Ollama checks Host and Origin so that a web page cannot reach a server on the
@@ -22,62 +16,6 @@ type Guard struct {
 	AllowHosts   []string // more Host names that are accepted on a loopback connection; "*" accepts all
 	AllowOrigins []string // more origins that web pages may come from; one * in each may stand for anything
 	Keys         *Keys    // nil asks for none
-}
-
-// Keys are the API keys that clients must show, as digests. They may be replaced while they are asked for.
-type Keys struct {
-	sums atomic.Pointer[[][sha256.Size]byte]
-}
-
-// ParseKeys reads keys as Replace does.
-func ParseKeys(text string) (*Keys, error) {
-	k := &Keys{}
-	if err := k.Replace(text); err != nil {
-		return nil, err
-	}
-	return k, nil
-}
-
-// Replace reads one key a line; blank lines and lines that begin with # are skipped, and so are the marks that
-// editors leave: blanks around a key, byte order marks, carriage returns. After an error the keys are those
-// from before.
-func (k *Keys) Replace(text string) error {
-	var sums [][sha256.Size]byte
-	for i, line := range strings.Split(strings.NewReplacer("\r\n", "\n", "\r", "\n").Replace(text), "\n") {
-		line = strings.TrimFunc(line, func(r rune) bool { return r == '\ufeff' || unicode.IsSpace(r) })
-		if line == "" || strings.HasPrefix(line, "#") {
-			continue
-		}
-		if strings.ContainsFunc(line, unicode.IsSpace) {
-			return fmt.Errorf("line %d: an API key has no spaces", i+1)
-		}
-		if !utf8.ValidString(line) || strings.ContainsFunc(line, unicode.IsControl) {
-			return fmt.Errorf("line %d: this is no UTF-8 text; save the file as UTF-8", i+1)
-		}
-		sums = append(sums, sha256.Sum256([]byte(line)))
-	}
-	if len(sums) == 0 {
-		return errors.New("no API key in it: write one key a line")
-	}
-	k.sums.Store(&sums)
-	return nil
-}
-
-// Len returns how many keys there are.
-func (k *Keys) Len() int { return len(*k.sums.Load()) }
-
-// check compares with every key, in a time that does not tell which one or how much of it fits. It returns the
-// key's digest, by which the client is known; "" where there is no such key.
-func (k *Keys) check(key string) string {
-	sum := sha256.Sum256([]byte(key))
-	found := 0
-	for _, known := range *k.sums.Load() {
-		found |= subtle.ConstantTimeCompare(sum[:], known[:])
-	}
-	if found == 0 {
-		return ""
-	}
-	return string(sum[:])
 }
 
 // defaultOrigins are the origins that Ollama allows (envconfig.AllowedOrigins).

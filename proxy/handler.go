@@ -6,6 +6,7 @@ package proxy
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -16,7 +17,6 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"os"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -61,6 +61,9 @@ type Handler struct {
 	BodyTimeout time.Duration
 	// UpstreamSilence is for how long an upstream may send nothing of an answer before the request is given up; 0: for ever.
 	UpstreamSilence time.Duration
+	// Heartbeat is after how long of waiting the answer of a streamed /v1 request is begun, with
+	// comments every so often, so that clients with a first-byte timeout stay; 0: never.
+	Heartbeat time.Duration
 	// Queue is how many requests that need no lane wait for servers that are away; 0: schedule.DefaultLimit.
 	Queue int
 
@@ -110,8 +113,10 @@ type Exchange struct {
 	Method   string
 	Path     string
 	Endpoint string // the path as a label: one of a bounded set
+	Name     string // of the API key that it came with; "" where that has none
 	Model    string // as the client wrote it; "" where none was read, "(invalid)" where it is no model's name
 	Status   int    // 0 where the client got none
+	Begun    bool   // a heartbeat began the answer: whatever Status is, the client saw 200
 	Outcome  Outcome
 
 	Duration  time.Duration
@@ -172,6 +177,7 @@ type exchange struct {
 	origin    string              // for CORS headers
 	route                         // what its path means
 	client    string              // who it is by the API key that was checked; "" without one
+	holder    *keyHolder          // what that client may do; nil without a key
 	stranger  bool                // it shows no API key although keys are asked for: see keyless
 	spent     []string            // request headers that are for the proxy alone
 	members   [12]jsonscan.Member // of the body; more are allocated
@@ -191,6 +197,7 @@ type exchange struct {
 	gateway   bool          // the answer is not the server's, most likely: see byGateway
 	gaveUp    bool          // after Handler.UpstreamSilence
 	silence   *silence      // gives the request up; nil: never
+	beat      *heartbeat    // nil: the request has none
 	tried     []*backend    // to which it was sent in vain
 	inbound   *http.Request // as it was given to the forwarder
 	edit      edit
@@ -343,13 +350,8 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		h.refuse(w, r, ex, ex.noDescriptor())
 		return
 	}
-	if ex.arriving != nil {
-		r.Body = ex.arriving
-	}
-	if ex.stranger {
-		r.Body, r.ContentLength, r.TransferEncoding, r.Trailer = http.NoBody, 0, nil, nil
-	}
-	ref := h.only(r, ex)
+	ex.takes(r)
+	ref := cmp.Or(h.tooFast(ex), h.only(r, ex))
 	if ref == nil && h.merge(w, r, ex) {
 		return
 	}
@@ -357,21 +359,40 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		ref = h.read(r, ex)
 	}
 	if ref == nil {
+		w = h.heartbeats(w, ex)
 		ref = h.wait(r, ex)
 	}
 	if ref != nil {
 		h.refuse(w, r, ex, ref)
 		return
 	}
-	if h.UpstreamSilence > 0 {
-		ctx, giveUp := context.WithCancelCause(r.Context())
-		defer giveUp(nil)
-		r = r.WithContext(ctx)
-		ex.silence = &silence{time.AfterFunc(h.UpstreamSilence, func() { giveUp(errSilent) }), h.UpstreamSilence}
-	}
+	r, over := h.givesUp(r, ex)
+	defer over()
 	ex.unloading = h.unloadElsewhere(r.Context(), ex)
 	h.begin(ex)
 	h.forward.ServeHTTP(w, r)
+}
+
+// takes gives the request the body that is read of it.
+func (ex *exchange) takes(r *http.Request) {
+	if ex.arriving != nil {
+		r.Body = ex.arriving
+	}
+	if ex.stranger {
+		r.Body, r.ContentLength, r.TransferEncoding, r.Trailer = http.NoBody, 0, nil, nil
+	}
+}
+
+// givesUp has the request given up when its upstream is silent for too long. over is to be called when
+// it has ended.
+func (h *Handler) givesUp(r *http.Request, ex *exchange) (bounded *http.Request, over func()) {
+	if h.UpstreamSilence == 0 {
+		return r, func() {}
+	}
+	ctx, giveUp := context.WithCancelCause(r.Context())
+	timer := time.AfterFunc(h.UpstreamSilence, func() { giveUp(errSilent) })
+	ex.silence = &silence{timer, h.UpstreamSilence}
+	return r.WithContext(ctx), func() { giveUp(nil) }
 }
 
 // lingers is for how long a request goes on without its client: see route.outlives.
@@ -400,6 +421,9 @@ func outlive(ctx context.Context, closing <-chan struct{}, by time.Duration) (co
 func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (done bool) {
 	ex.client, ex.spent = h.Guard.key(r)
 	ex.stranger = h.Guard.Keys != nil && ex.client == ""
+	if ex.holder = h.Guard.Keys.holder(ex.client); ex.holder != nil {
+		ex.Name = ex.holder.name
+	}
 	ref := h.loop(r)
 	if ref == nil {
 		ref = h.Guard.host(r)
@@ -457,8 +481,10 @@ func (h *Handler) refuse(w http.ResponseWriter, r *http.Request, ex *exchange, r
 
 // reply answers in the upstream's place.
 func (ex *exchange) reply(w http.ResponseWriter, r *http.Request, ref *refusal) {
+	ex.beat.stop()
 	ex.Status = ref.status
 	setCORS(w.Header(), ex.origin)
+	ex.timing(w.Header())
 	if ex.stranger && ref.status >= 500 {
 		// It would name an upstream, or say where that is.
 		ref = &refusal{ref.status, "no answer of Ollama; whoever shows an API key is told why"}
@@ -466,7 +492,12 @@ func (ex *exchange) reply(w http.ResponseWriter, r *http.Request, ref *refusal) 
 	if ref.status == http.StatusUnauthorized {
 		w.Header().Set("WWW-Authenticate", "Bearer")
 	}
-	ex.BytesOut = int64(ref.write(w, r.URL.Path))
+	if ex.beat.begun() {
+		n, _ := io.WriteString(w, ref.event(r.URL.Path, nil)) // a client that is gone has nobody to tell
+		ex.BytesOut = int64(n)
+	} else {
+		ex.BytesOut = int64(ref.write(w, r.URL.Path))
+	}
 	http.NewResponseController(w).Flush() // the connection may be closed right after this, when the proxy stops
 }
 
@@ -500,7 +531,7 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 		err = longer()
 	}
 	if err == nil {
-		b, over, err = h.memory.read(r.Context(), priorityOf(r), r.Body, r.ContentLength, most, longer)
+		b, over, err = h.memory.read(r.Context(), ex.holder.priority(r), r.Body, r.ContentLength, most, longer)
 	}
 	if ex.body = b; b != nil {
 		ex.in.Store(int64(len(b.data)))
@@ -589,6 +620,9 @@ func (h *Handler) rewrite(pr *httputil.ProxyRequest) {
 		}
 	}
 	ex.strip(pr.Out.Header)
+	if ex.beat.begun() {
+		pr.Out.Header.Del("Accept-Encoding") // the answer has no Content-Encoding any more
+	}
 	pr.Out.Trailer = pr.In.Trailer // filled in when the body has been read
 	if b := ex.body; b != nil {
 		pr.Out.Header.Del("Expect") // the body has come already
@@ -636,17 +670,17 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 	if res.StatusCode == http.StatusSwitchingProtocols {
 		return errors.New("it switches to another protocol, which nobody asked for")
 	}
+	if ex.beat.begun() {
+		ex.asEvent(res)
+	}
 	if ex.Status = res.StatusCode; ex.Status < 300 {
 		ex.run.Answered()
 		ex.use.answer()
 	}
 	setCORS(res.Header, ex.origin)
 	res.Header.Del(headerUpstream) // of another proxy behind this one
+	res.Header.Del(headerWaited)
 	ex.name()
-	if ex.infers() {
-		ex.header.Set(headerWaited, strconv.FormatFloat(ex.Waited.Seconds(), 'f', 3, 64))
-		ex.header.Add("Server-Timing", "queue;dur="+strconv.FormatFloat(ms(ex.Waited), 'f', 1, 64))
-	}
 	ex.Simulated = res.Header[upstream.SimulatedHeader] != nil
 	if ex.spend != nil {
 		ex.tell(res.Header)
@@ -655,6 +689,7 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 			ex.answer = savings.NewReader(ex.dialect, res.Header.Get("Content-Type"), ex.up.books.Load().TellsCached)
 		}
 	}
+	ex.timing(ex.header)
 	if res.Header["Content-Type"] == nil {
 		ex.header["Content-Type"] = nil // or net/http would guess one
 	}
@@ -747,6 +782,7 @@ func reason(err error) string {
 
 // finish releases what the request held, and tells of it.
 func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
+	ex.beat.stop() // nothing may be written when ServeHTTP has returned
 	ex.unloaded()
 	ex.silence.stop()
 	h.waited(ex)
@@ -761,6 +797,7 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	if ex.up != nil {
 		ex.Upstream = ex.up.Name
 	}
+	ex.Begun = ex.beat.begun()
 	ex.Duration = time.Since(ex.start)
 	ex.BytesIn = ex.in.Load()
 	if ex.Outcome == "" {
@@ -770,12 +807,7 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 		ex.Outcome = Drained
 	}
 	if ex.Outcome == Aborted {
-		if !r.ProtoAtLeast(1, 1) {
-			reset(w)
-		}
-		if upstream.Closed(ex.bodyErr) {
-			h.brokeOff(r.Context(), ex.up)
-		}
+		h.aborted(ex, w, r)
 	}
 	h.accounted(ex)
 	if ex.began {
@@ -793,6 +825,16 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	}
 	h.inFlight.Add(-1) // its line is logged: who waits for the last one may go
 	h.Done(ex.Exchange)
+}
+
+// aborted is called when the upstream's answer broke off.
+func (h *Handler) aborted(ex *exchange, w http.ResponseWriter, r *http.Request) {
+	if !r.ProtoAtLeast(1, 1) {
+		reset(w)
+	}
+	if upstream.Closed(ex.bodyErr) {
+		h.brokeOff(r.Context(), ex.up)
+	}
 }
 
 // waitForMemory counts a request that waits for memory, and has it wait no longer than until the proxy stops.
@@ -867,10 +909,13 @@ func (ex *exchange) outcome(r *http.Request) Outcome {
 }
 
 func (ex *exchange) attrs() []slog.Attr {
-	attrs := make([]slog.Attr, 0, 20)
+	attrs := make([]slog.Attr, 0, 22)
 	attrs = append(attrs, slog.String("method", ex.Method), slog.String("path", ex.Path[:min(len(ex.Path), 256)]))
 	if ex.Model != "" {
 		attrs = append(attrs, slog.String("model", ex.Model))
+	}
+	if ex.Name != "" {
+		attrs = append(attrs, slog.String("key_name", ex.Name))
 	}
 	attrs = append(attrs,
 		slog.Int("status", ex.Status),
@@ -886,6 +931,9 @@ func (ex *exchange) attrs() []slog.Attr {
 	}
 	if ex.Unedited != "" {
 		attrs = append(attrs, slog.String("unedited", ex.Unedited))
+	}
+	if ex.Begun {
+		attrs = append(attrs, slog.Bool("heartbeat", true))
 	}
 	if ex.Upstream != "" {
 		attrs = append(attrs, slog.String("upstream", ex.Upstream))

@@ -83,39 +83,68 @@ func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refus
 		ex.waiting = true
 		h.waiting.Add(1)
 	}
-	began := time.Now()
-	var err error
-	if h.Lanes == nil || !ex.unread && (ex.chain == nil || !ex.chain.HasPrompt()) {
-		if list, err = h.await(r.Context(), ex, list); err == nil {
-			ex.up = pick(list, ex.key)
-		}
-	} else {
-		err = h.lane(r, ex, list)
-	}
-	ex.Waited += time.Since(began)
+	list, err := h.queued(r, ex, list)
 	switch {
 	case err == nil:
 		h.waited(ex)
 		return nil
 	case errors.Is(err, schedule.ErrFull):
 		return ex.busy()
+	case errors.Is(err, schedule.ErrMayNotWait):
+		return ex.tooMany()
 	case errors.Is(err, schedule.ErrAway):
-		// Another one may have come since that was not known to have the model.
-		if ex.only == nil && len(h.backends) > 1 {
-			if again := h.promising(ex); len(again) > 0 {
-				return h.acquire(r, ex, again)
-			}
-		}
-		ex.header.Set("Retry-After", retryAfter)
-		var urls []string
-		for _, b := range list {
-			urls = append(urls, b.URL.String())
-		}
-		return &refusal{http.StatusServiceUnavailable, fmt.Sprintf("ollama at %s has been away for longer than %v (--try-duration); start it there and try again", strings.Join(urls, " and "), list[0].TryDuration)}
+		return h.gone(r, ex, list)
 	case errors.Is(err, schedule.ErrClosed):
 		return ex.stopping()
 	}
 	return givenUp(err)
+}
+
+// queued waits for one of the servers, or for a lane of one. It returns those that it waited for, and
+// has chosen ex.up if there is no error.
+func (h *Handler) queued(r *http.Request, ex *exchange, list []*backend) ([]*backend, error) {
+	began := time.Now()
+	counted := false // among those of its client that wait
+	mayWait := func() bool {
+		if ex.holder == nil {
+			return true
+		}
+		counted = true
+		return ex.holder.mayWait(ex.Waited > 0 || len(ex.tried) > 0)
+	}
+	ex.beat.wait()
+	var err error
+	if h.Lanes == nil || !ex.unread && (ex.chain == nil || !ex.chain.HasPrompt()) {
+		if list, err = h.await(r.Context(), ex, list, mayWait); err == nil {
+			ex.up = pick(list, ex.key)
+		}
+	} else {
+		err = h.lane(r, ex, list, mayWait)
+	}
+	ex.beat.waited()
+	if counted {
+		ex.holder.waiting.Add(-1)
+	}
+	ex.Waited += time.Since(began)
+	return list, err
+}
+
+// gone is called for a request whose servers have been away for too long.
+func (h *Handler) gone(r *http.Request, ex *exchange, list []*backend) *refusal {
+	// Another one may have come since that was not known to have the model.
+	if ex.only == nil && len(h.backends) > 1 {
+		if again := h.promising(ex); len(again) > 0 {
+			return h.acquire(r, ex, again)
+		}
+	}
+	ex.header.Set("Retry-After", retryAfter)
+	var urls []string
+	for _, b := range list {
+		urls = append(urls, b.URL.String())
+	}
+	return &refusal{http.StatusServiceUnavailable, fmt.Sprintf(
+		"ollama at %s has been away for longer than %v (--try-duration); start it there and try again",
+		strings.Join(urls, " and "), list[0].TryDuration)}
 }
 
 // stopping refuses what would have to wait when the proxy stops.
@@ -133,10 +162,16 @@ func (h *Handler) waited(ex *exchange) {
 }
 
 // lane waits for a lane of one of the servers, or of one that is away now and comes back meanwhile.
-func (h *Handler) lane(r *http.Request, ex *exchange, list []*backend) error {
-	priority := priorityOf(r)
-	lanes, request := h.Lanes, schedule.Request{Client: h.Trusted.clientOf(r, ex.client), Priority: priority, Arrived: ex.start}
-	request.Streams = ex.asksForStream()
+func (h *Handler) lane(r *http.Request, ex *exchange, list []*backend, mayWait func() bool) error {
+	priority := ex.holder.priority(r)
+	lanes := h.Lanes
+	request := schedule.Request{
+		Client: h.Trusted.clientOf(r, ex.client), Priority: priority, Arrived: ex.start, MayWait: mayWait,
+		Streams: ex.asksForStream(),
+	}
+	if ex.holder != nil {
+		request.Weight = ex.holder.share
+	}
 	for _, b := range list {
 		request.Upstreams = append(request.Upstreams, b.index)
 	}
@@ -169,21 +204,12 @@ func (b *backend) mayAnswer() bool {
 }
 
 // await waits until one of the servers is not away any more, and returns those that are not. So many wait as --queue says.
-func (h *Handler) await(ctx context.Context, ex *exchange, list []*backend) ([]*backend, error) {
+func (h *Handler) await(
+	ctx context.Context, ex *exchange, list []*backend, mayWait func() bool,
+) ([]*backend, error) {
 	for waits := false; ; {
 		news := h.news.Load()
-		var back []*backend
-		left := time.Duration(0)
-		for _, b := range list {
-			if st := b.State(); !st.Away {
-				back = append(back, b)
-			} else {
-				left = max(left, time.Until(st.Until))
-			}
-		}
-		if len(back) == 0 && ex.only == nil && ex.runsHere() {
-			back, _ = h.having(ex)
-		}
+		back, left := h.back(ex, list)
 		switch {
 		case len(back) > 0:
 			return back, nil
@@ -195,6 +221,9 @@ func (h *Handler) await(ctx context.Context, ex *exchange, list []*backend) ([]*
 			if h.awaiting.Add(1) > int64(h.Queue) {
 				return list, schedule.ErrFull
 			}
+			if !mayWait() {
+				return list, schedule.ErrMayNotWait
+			}
 		}
 		select {
 		case <-*news:
@@ -205,6 +234,21 @@ func (h *Handler) await(ctx context.Context, ex *exchange, list []*backend) ([]*
 			return list, ctx.Err()
 		}
 	}
+}
+
+// back returns the servers that are not away, and else for how long to wait for one.
+func (h *Handler) back(ex *exchange, list []*backend) (back []*backend, left time.Duration) {
+	for _, b := range list {
+		if st := b.State(); !st.Away {
+			back = append(back, b)
+		} else {
+			left = max(left, time.Until(st.Until))
+		}
+	}
+	if len(back) == 0 && ex.only == nil && ex.runsHere() {
+		back, _ = h.having(ex)
+	}
+	return back, left
 }
 
 // Close refuses what waits, for a lane or for a server that is away, and what comes from now on and would have to wait.
@@ -226,10 +270,15 @@ func givenUp(err error) *refusal {
 
 // full refuses a request that would find no place in the queue, whose body is too long to be read for that.
 func (h *Handler) full(r *http.Request, ex *exchange) error {
-	if h.Lanes == nil || ex.prompt == prefix.None || ex.embed || !h.Lanes.Full(priorityOf(r), h.Trusted.clientOf(r, ex.client)) {
+	switch {
+	case h.Lanes == nil || ex.prompt == prefix.None || ex.embed:
 		return nil
+	case ex.holder.waits():
+		return ex.tooMany()
+	case h.Lanes.Full(ex.holder.priority(r), h.Trusted.clientOf(r, ex.client)):
+		return ex.busy()
 	}
-	return ex.busy()
+	return nil
 }
 
 func (ex *exchange) busy() *refusal {
@@ -247,16 +296,6 @@ func (h *Handler) runner(ex *exchange, list []*backend) prefix.Options {
 		}
 	}
 	return o
-}
-
-func priorityOf(r *http.Request) schedule.Priority {
-	switch strings.ToLower(r.Header.Get(headerPriority)) {
-	case "interactive":
-		return schedule.Interactive
-	case "batch":
-		return schedule.Batch
-	}
-	return schedule.Normal
 }
 
 // asksForStream reports whether the answer is to come piece by piece: Ollama's own endpoints do

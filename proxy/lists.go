@@ -111,6 +111,7 @@ func (h *Handler) merge(w http.ResponseWriter, r *http.Request, ex *exchange) bo
 	ex.Status, ex.Outcome, ex.BytesOut = http.StatusOK, OK, int64(len(text))
 	setCORS(w.Header(), ex.origin)
 	w.Header().Set(headerUpstream, strings.Join(names, ", "))
+	ex.timing(w.Header())
 	w.Header().Set("Content-Type", "application/json; charset=utf-8")
 	w.WriteHeader(http.StatusOK)
 	if _, err := w.Write(text); err != nil {

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"encoding/json"
 	"fmt"
+	"math"
 	"net/http"
 	"strconv"
 	"strings"
@@ -15,60 +16,105 @@ func (h *Handler) own(w http.ResponseWriter, r *http.Request, ex *exchange) bool
 	case path == PathMetrics && h.Metrics != nil:
 		ex.Endpoint, ex.Outcome, ex.Status = PathMetrics, Own, http.StatusOK
 		h.Metrics.ServeHTTP(w, r)
-		return true
+	case !strings.HasPrefix(path, ownPrefix):
+		return false
 	case path == pathHealth:
 		ex.page(w, pathHealth, http.StatusOK, map[string]any{"status": "ok"})
-		return true
 	case path == pathReady:
-		// Anyone may see this page. Names and versions are for those alone who show a key, if keys are asked for.
-		versions := map[string]string{}
-		status, page := http.StatusServiceUnavailable, map[string]any{"status": "no upstream answers"}
-		if !ex.stranger {
-			page["upstreams"] = versions
-		}
-		for _, b := range h.backends {
-			if st := b.State(); st.Up {
-				versions[b.Name] = st.Version
-				status, page["status"] = http.StatusOK, "ready"
-			}
-		}
-		ex.page(w, pathReady, status, page)
-		return true
+		h.ready(w, ex)
 	case path+"/" == pathUpstreams:
 		ex.page(w, pathUpstreams, http.StatusOK, map[string]any{"upstreams": h.upstreams()})
-		return true
 	case strings.HasPrefix(path, pathUpstreams):
-		ex.Endpoint = pathUpstreams
-		name, verb, _ := strings.Cut(strings.TrimPrefix(path, pathUpstreams), "/")
-		b := h.named(name)
-		switch {
-		case r.Method != http.MethodGet && r.Method != http.MethodHead && ex.origin != "":
-			// It may read this page if it may read Ollama's answers. To change something here is not for pages.
-			h.refuse(w, r, ex, &refusal{http.StatusForbidden, "this is not for web pages of another origin; send it without Origin"})
-		case b == nil:
-			h.refuse(w, r, ex, &refusal{http.StatusNotFound, fmt.Sprintf("there is no upstream %q; GET %s lists them", name, strings.TrimSuffix(pathUpstreams, "/"))})
-		case verb != "drain" && verb != "resume" || r.Method != http.MethodPost:
-			h.refuse(w, r, ex, &refusal{http.StatusMethodNotAllowed, "want POST " + pathUpstreams + name + "/drain, or …/resume"})
-		default:
-			h.drain(b, verb == "drain")
-			ex.page(w, pathUpstreams, http.StatusOK, h.upstream(b))
+		h.changeUpstream(w, r, ex)
+	case path == pathQueue:
+		if limit, ok := h.shown(w, r, ex, pathQueue, "limit", shownQueue, queueMost); ok {
+			ex.page(w, pathQueue, http.StatusOK, h.queue(limit))
 		}
-		return true
 	case path == pathRequests && h.Ledger != nil:
-		n, err := strconv.Atoi(cmp.Or(r.URL.Query().Get("n"), strconv.Itoa(shownRequests)))
-		if err != nil || n < 0 {
-			ex.Endpoint = pathRequests
-			h.refuse(w, r, ex, &refusal{http.StatusBadRequest, "n: want how many requests to show, such as " + pathRequests + "?n=20"})
-			return true
+		if n, ok := h.shown(w, r, ex, pathRequests, "n", shownRequests, math.MaxInt); ok {
+			ex.page(w, pathRequests, http.StatusOK, h.requests(n))
 		}
-		ex.page(w, pathRequests, http.StatusOK, h.requests(n))
-		return true
-	case strings.HasPrefix(path, ownPrefix):
+	default:
 		ex.Endpoint = ownPrefix
 		h.refuse(w, r, ex, &refusal{http.StatusNotFound, "ollama-cacheproxy has no page " + path})
-		return true
 	}
-	return false
+	return true
+}
+
+// ready serves pathReady. Anyone may see this page. Names and versions are for those alone who show
+// a
+// key, if keys are asked for.
+func (h *Handler) ready(w http.ResponseWriter, ex *exchange) {
+	versions := map[string]string{}
+	status, page := http.StatusServiceUnavailable, map[string]any{"status": "no upstream answers"}
+	if !ex.stranger {
+		page["upstreams"] = versions
+	}
+	for _, b := range h.backends {
+		if st := b.State(); st.Up {
+			versions[b.Name] = st.Version
+			status, page["status"] = http.StatusOK, "ready"
+		}
+	}
+	ex.page(w, pathReady, status, page)
+}
+
+// changeUpstream has an upstream drain, or resume.
+func (h *Handler) changeUpstream(w http.ResponseWriter, r *http.Request, ex *exchange) {
+	ex.Endpoint = pathUpstreams
+	name, verb, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, pathUpstreams), "/")
+	b := h.named(name)
+	switch {
+	case r.Method != http.MethodGet && r.Method != http.MethodHead && ex.origin != "":
+		// It may read this page if it may read Ollama's answers. To change something here is not
+		// for pages.
+		h.refuse(w, r, ex, &refusal{
+			http.StatusForbidden,
+			"this is not for web pages of another origin; send it without Origin",
+		})
+	case b == nil:
+		h.refuse(
+			w,
+			r,
+			ex,
+			&refusal{http.StatusNotFound, fmt.Sprintf("there is no upstream %q; GET %s lists them",
+				name, strings.TrimSuffix(pathUpstreams, "/"))},
+		)
+	case verb != "drain" && verb != "resume" || r.Method != http.MethodPost:
+		h.refuse(w, r, ex, &refusal{
+			http.StatusMethodNotAllowed,
+			"want POST " + pathUpstreams + name + "/drain, or …/resume",
+		})
+	default:
+		h.drain(b, verb == "drain")
+		ex.page(w, pathUpstreams, http.StatusOK, h.upstream(b))
+	}
+}
+
+// shown reads how many entries a page is to show, and refuses what is no such number.
+func (h *Handler) shown(
+	w http.ResponseWriter, r *http.Request, ex *exchange, path, name string, unless, most int,
+) (int, bool) {
+	n, err := strconv.Atoi(cmp.Or(r.URL.Query().Get(name), strconv.Itoa(unless)))
+	if err == nil && n >= 0 && n <= most {
+		return n, true
+	}
+	bound := ""
+	if most < math.MaxInt {
+		bound = fmt.Sprintf(", up to %d", most)
+	}
+	ex.Endpoint = path
+	h.refuse(w, r, ex, &refusal{
+		http.StatusBadRequest,
+		fmt.Sprintf(
+			"%s: want how many requests to show%s, such as %s?%s=20",
+			name,
+			bound,
+			path,
+			name,
+		),
+	})
+	return 0, false
 }
 
 // page writes one of the proxy's own pages as JSON.
@@ -107,7 +153,17 @@ func (h *Handler) upstreams() []upstreamEntry {
 
 func (h *Handler) upstream(b *backend) upstreamEntry {
 	st := b.State()
-	e := upstreamEntry{Name: b.Name, URL: b.URL.String(), Up: st.Up, Draining: b.draining.Load(), InFlight: b.inFlight.Load(), Version: st.Version, Simulated: st.Simulated, Models: []string{}, Loaded: []string{}}
+	e := upstreamEntry{
+		Name:      b.Name,
+		URL:       b.URL.String(),
+		Up:        st.Up,
+		Draining:  b.draining.Load(),
+		InFlight:  b.inFlight.Load(),
+		Version:   st.Version,
+		Simulated: st.Simulated,
+		Models:    []string{},
+		Loaded:    []string{},
+	}
 	if st.Err != nil {
 		e.Error = st.Err.Error()
 	}

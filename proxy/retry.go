@@ -80,14 +80,8 @@ func (a attempts) RoundTrip(out *http.Request) (*http.Response, error) {
 		if res != nil {
 			res.Body.Close()
 		}
-		if pause > 0 {
-			select {
-			case <-out.Context().Done():
-				return nil, context.Cause(out.Context())
-			case <-h.closing:
-				return nil, ex.stopping()
-			case <-time.After(pause):
-			}
+		if err := h.pause(out.Context(), ex, pause); err != nil {
+			return nil, err
 		}
 		ex.retract()
 		ex.Retries = append(ex.Retries, why)
@@ -104,6 +98,26 @@ func (a attempts) RoundTrip(out *http.Request) (*http.Response, error) {
 		}
 		out = again
 	}
+}
+
+// pause waits before a request is sent again.
+func (h *Handler) pause(ctx context.Context, ex *exchange, d time.Duration) error {
+	if d == 0 {
+		return nil
+	}
+	ex.beat.wait()
+	stops := false
+	select {
+	case <-ctx.Done():
+	case <-h.closing:
+		stops = true
+	case <-time.After(d):
+	}
+	ex.beat.waited()
+	if stops {
+		return ex.stopping()
+	}
+	return context.Cause(ctx)
 }
 
 // byGateway reports whether a status is what stands in front of a server answers while the server does not. Of 503 it may be, if that

@@ -1,11 +1,14 @@
 package schedule
 
+import "cmp"
+
 // class has a runner's requests of one priority.
 type class struct {
 	tree       *tree // nil until there was a request
 	rates      *rates
 	fifo       fifo
 	accounts   map[string]*account
+	fresh      int        // of all accounts
 	backlogged []*account // clients with waiting requests
 	sizes      float64    // of their prompts, each client's mean, added up
 	positive   int        // of these, with a deficit above 0
@@ -20,10 +23,12 @@ const leastSweep = 1024
 type account struct {
 	name    string
 	size    mean // tokens of its prompts
+	weight  float64
 	deficit int
 	round   int // when it last got a quantum …
 	given   int // … and of how much
 	waiting int
+	fresh   int // tokens of what waits that are to be evaluated, estimated when it came
 	running int
 	index   int // in class.backlogged
 	fifo    fifo
@@ -44,7 +49,7 @@ func (c *class) add(it *item, client string) {
 		a = &account{name: client, round: c.round - 1}
 		c.accounts[client] = a
 	}
-	it.account = a
+	it.account, a.weight = a, cmp.Or(it.weight, 1)
 	before := a.size.v
 	if a.size.add(float64(it.tokens)); a.waiting > 0 {
 		c.sizes += a.size.v - before
@@ -52,6 +57,8 @@ func (c *class) add(it *item, client string) {
 		c.join(a)
 	}
 	a.waiting++
+	a.fresh += it.fresh
+	c.fresh += it.fresh
 	a.fifo.push(it)
 	c.fifo.push(it)
 	c.tree.wait(it)
@@ -85,12 +92,14 @@ func (c *class) join(a *account) {
 func (c *class) level(a *account) {
 	if over := a.given - c.quantum; a.round == c.round && over > 0 {
 		a.given = c.quantum
-		c.charge(a, max(0, min(over, a.deficit)))
+		c.owe(a, max(0, min(over, a.deficit)))
 	}
 }
 
 func (c *class) remove(it *item, serve bool) {
 	a := it.account
+	a.fresh -= it.fresh
+	c.fresh -= it.fresh
 	a.fifo.dropped()
 	c.fifo.dropped()
 	c.tree.leave(it, serve)
@@ -107,8 +116,11 @@ func (c *class) remove(it *item, serve bool) {
 	}
 }
 
-// charge takes tokens of a client's deficit.
-func (c *class) charge(a *account, tokens int) {
+// charge has a client pay for what it was served.
+func (c *class) charge(a *account, tokens int) { c.owe(a, int(float64(tokens)/a.weight)) }
+
+// owe takes tokens of a client's deficit.
+func (c *class) owe(a *account, tokens int) {
 	before := a.deficit > 0
 	a.deficit -= tokens
 	if after := a.deficit > 0; a.waiting > 0 && before != after {

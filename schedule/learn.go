@@ -40,6 +40,7 @@ type rates struct {
 	decode   ratio // ns to generate one
 	loadTime mean  // ns
 	service  mean  // ns from a grant to the end
+	pace     ratio // ns of that, but for loads, for a token of its work
 	around   mean  // … that the engine did not work for it
 	host     mean  // how often a prompt that no slot held any more was restored by the host cache …
 	kept     mean  // … or by that or a slot for which there is no lane yet
@@ -78,6 +79,12 @@ func (r *rates) generated() float64 {
 		return firstAnswer
 	}
 	return r.answer.v
+}
+
+// work returns how much there is to do for so many requests, in tokens of a prompt, of which so many
+// are to be evaluated.
+func (r *rates) work(fresh, requests int) float64 {
+	return float64(fresh) + float64(requests)*r.weight()*r.generated()
 }
 
 // load returns how long it takes to load the model.

@@ -37,6 +37,16 @@ func (p Priority) String() string {
 	return [...]string{urgent: "interactive", normal: "normal", lesser: "batch"}[p.rank()]
 }
 
+// ParsePriority reads what String writes; false, and Normal, for anything else.
+func ParsePriority(s string) (Priority, bool) {
+	for p := Interactive; p <= Batch; p++ {
+		if s == p.String() {
+			return p, true
+		}
+	}
+	return Normal, false
+}
+
 // rank is a priority as an index, the most urgent first, with one for those of Normal that go before the others: see flow.
 type rank uint8
 
@@ -78,9 +88,13 @@ type Request struct {
 	Client    string        // to be fair to: an API key or an address
 	Program   uint64        // which of its programs, as far as that can be told; 0: not at all, and flows make no difference
 	Flow      uint64        // what the program works on, such as a conversation
+	Weight    float64       // the client's share, relative to that of the greatest; 0: 1, as much as any
 	Priority  Priority
 	Streams   bool      // its answer comes piece by piece, so that Began is told
 	Arrived   time.Time // zero: now. One whose server did not answer keeps its place by it
+	// MayWait is asked once by Scheduler, under its lock, if the request has to wait; where it
+	// says false Acquire returns ErrMayNotWait. Nil: it may.
+	MayWait func() bool
 	// SlotFree: it needs no slot of a model (it unloads one, or a remote model answers it). Scheduler grants it at once; Queue
 	// is not to be given it.
 	SlotFree bool
@@ -272,6 +286,8 @@ type item struct {
 	rank    rank
 	arrived time.Time
 	tokens  int
+	weight  float64       // of its client; 0: 1
+	fresh   int           // of tokens, those to be evaluated, as estimated when it came
 	work    int           // in tokens, as runner.work
 	due     time.Duration // after how long it would have been served if all were served as they come
 	steps   []step
@@ -392,8 +408,8 @@ func (q *Queue) Add(r Request, now time.Time) bool {
 	if r.Arrived.IsZero() || r.Arrived.After(now) {
 		r.Arrived = now
 	}
-	it := &item{id: r.ID, key: r.Runner, rank: r.Priority.rank(), arrived: r.Arrived, who: flowKey{r.Client, r.Program, r.Flow}}
-	it.streams = r.Streams
+	it := &item{id: r.ID, key: r.Runner, rank: r.Priority.rank(), arrived: r.Arrived, weight: r.Weight}
+	it.who, it.streams = flowKey{r.Client, r.Program, r.Flow}, r.Streams
 	it.steps, it.tokens = stepsOf(r.Links, r.Tokens)
 	q.enter(it, &r, now)
 	switch len(r.Upstreams) {
@@ -472,7 +488,8 @@ func (q *Queue) enqueue(it *item, x *runner, client string, now time.Time) {
 		x.coveted = now
 	}
 	warm, _ := x.warmth(it, true)
-	it.work = max(it.tokens-warm, 1) + int(x.rates.weight()*x.rates.generated())
+	it.fresh = max(it.tokens-warm, 1)
+	it.work = it.fresh + int(x.rates.weight()*x.rates.generated())
 	it.due = x.direct()
 	q.counted(it, 1)
 	x.arrived += it.arrived.Sub(epoch)
@@ -641,6 +658,9 @@ func (q *Queue) answered(it *item, r Result, now time.Time) int {
 	}
 	took := now.Sub(it.granted)
 	x.rates.service.add(float64(took))
+	if !r.Loaded || r.Load > 0 {
+		x.rates.pace.add(float64(max(0, took-r.Load)), x.rates.work(it.fresh, 1))
+	}
 	if r.Timed && !r.Loaded {
 		x.rates.around.add(float64(max(0, took-r.Prompt-r.Eval)))
 	}

@@ -521,7 +521,7 @@ func (q *Queue) shift(it *item, to *runner, now time.Time) {
 	from := it.account
 	q.requeue(it, &again, to, now)
 	if from.waiting == 0 && from.deficit < 0 {
-		again.class.charge(again.account, -from.deficit)
+		again.class.owe(again.account, -from.deficit)
 		from.deficit = 0
 	}
 }

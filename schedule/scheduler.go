@@ -11,6 +11,9 @@ import (
 // ErrFull says that as many requests wait as may. The client is to come again later.
 var ErrFull = errors.New("too many requests are waiting; try again later")
 
+// ErrMayNotWait says that the request would have to wait, and its Request.MayWait says no.
+var ErrMayNotWait = errors.New("as many requests of this client wait as may")
+
 // ErrClosed says that the proxy is stopping and sends nothing more.
 var ErrClosed = errors.New("the proxy is stopping")
 
@@ -28,6 +31,8 @@ type Scheduler struct {
 	armed   time.Time   // for when; zero: not set
 	closed  bool
 	aside   *Scheduler // nil before it is first asked for
+
+	accuracy *accuracy // of the estimates of when requests begin; shared with aside
 }
 
 // waiter is a request that waits. Under Scheduler.mu until ready is closed.
@@ -35,11 +40,15 @@ type waiter struct {
 	ready chan struct{} // closed when it has been granted, or refused
 	place Placement
 	err   error
+
+	since    time.Time     // when it began to wait …
+	expected time.Duration // … and for how long it was expected to, where …
+	told     bool          // … that could be estimated
 }
 
 // NewScheduler returns a scheduler with an empty queue.
 func NewScheduler(cfg Config) *Scheduler {
-	return &Scheduler{queue: New(cfg), waiters: map[uint64]*waiter{}}
+	return &Scheduler{queue: New(cfg), waiters: map[uint64]*waiter{}, accuracy: &accuracy{}}
 }
 
 // Grant lets a request be sent to its server, until Release. The nil Grant is none; to release it does nothing.
@@ -48,8 +57,8 @@ type Grant struct {
 	scheduler *Scheduler
 }
 
-// Acquire waits until the request may be sent. Whoever gets a grant must release it. An error is ErrFull, ErrAway, ErrClosed,
-// or what ended ctx.
+// Acquire waits until the request may be sent. Whoever gets a grant must release it. An error is ErrFull, ErrMayNotWait,
+// ErrAway, ErrClosed, or what ended ctx.
 func (s *Scheduler) Acquire(ctx context.Context, r Request) (*Grant, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -92,13 +101,24 @@ func (s *Scheduler) join(r *Request) (*waiter, error) {
 	r.ID = s.last
 	w := &waiter{ready: make(chan struct{})}
 	s.waiters[r.ID] = w
-	added := s.queue.Add(*r, time.Now())
+	w.since = time.Now()
+	added := s.queue.Add(*r, w.since)
 	if !added {
 		delete(s.waiters, r.ID)
 	}
 	s.handOver()
 	if !added {
 		return nil, ErrFull
+	}
+	switch _, waits := s.waiters[r.ID]; {
+	case !waits:
+	case r.MayWait != nil && !r.MayWait():
+		delete(s.waiters, r.ID)
+		s.queue.Leave(r.ID, time.Now())
+		s.handOver()
+		return nil, ErrMayNotWait
+	default:
+		w.expected, w.told = s.queue.estimate(r.ID, w.since)
 	}
 	return w, nil
 }
@@ -147,6 +167,9 @@ func (s *Scheduler) handOver() {
 		w := s.waiters[p.ID]
 		delete(s.waiters, p.ID)
 		w.place = p
+		if w.told {
+			s.accuracy.add(w.expected, time.Since(w.since))
+		}
 		close(w.ready)
 	}
 	for _, r := range s.queue.Refusals() {
@@ -254,7 +277,9 @@ func (s *Scheduler) Full(p Priority, client string) bool {
 func (s *Scheduler) Stats() Stats {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.queue.Stats(time.Now())
+	st := s.queue.Stats(time.Now())
+	st.Estimates = s.accuracy.get()
+	return st
 }
 
 // Aside returns a scheduler for requests of whose runner nothing is known: it has the bounds of this one, but one lane
@@ -268,7 +293,7 @@ func (s *Scheduler) Aside() *Scheduler {
 			cfg.Lanes = 1
 		}
 		s.aside = NewScheduler(cfg)
-		s.aside.closed = s.closed
+		s.aside.closed, s.aside.accuracy = s.closed, s.accuracy
 		for _, t := range s.queue.servers {
 			u := s.aside.queue.server(t.index)
 			u.lanes, u.off, u.away, u.until = cmp.Or(min(t.lanes, 0), 1), t.off, t.away, t.until

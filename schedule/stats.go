@@ -7,6 +7,8 @@ type Stats struct {
 	Counts
 	Waiting map[Priority]Waiting
 	Runners []RunnerStats // those that are loaded, or that requests wait for
+
+	Estimates Estimates // filled in by Scheduler
 }
 
 // Waiting is what waits with one priority.

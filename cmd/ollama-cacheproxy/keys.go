@@ -21,6 +21,8 @@ type keysFile struct {
 	keys *proxy.Keys
 	seen fs.FileInfo // of what was read last; nil: it could not be found
 	err  error       // why it could not be read last
+
+	replaced func(names []string) // called with the keys' names after each reload; nil: nobody is told
 }
 
 // readKeys reads the file for the first time.
@@ -63,6 +65,9 @@ func (k *keysFile) reload(logger *slog.Logger) {
 	if k.err != nil {
 		logger.Error("the API keys could not be read again: those from before stay", "file", k.path, "keys", k.keys.Len(), "err", k.err)
 		return
+	}
+	if k.replaced != nil {
+		k.replaced(k.keys.Names())
 	}
 	logger.Info("API keys read again", "file", k.path, "keys", k.keys.Len())
 }

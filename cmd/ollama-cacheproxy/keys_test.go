@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"io/fs"
 	"log/slog"
@@ -42,6 +43,8 @@ func TestKeysFile(t *testing.T) {
 		must(err)
 		ctx, stop := context.WithCancel(t.Context())
 		done := make(chan struct{})
+		names := "?"
+		k.replaced = func(n []string) { names = fmt.Sprint(n) }
 		go func() { // ends with stop
 			defer close(done)
 			k.watch(ctx, signals, logger)
@@ -71,6 +74,8 @@ func TestKeysFile(t *testing.T) {
 			}, 3, "INFO"},
 			{"what the link leads to", func() { write(path+".1", "1\n2\n3\n4\n") }, 4, "INFO"},
 			{"SIGHUP without a change", func() { signals <- syscall.SIGHUP }, 4, "INFO"},
+			{"names and settings", func() { write(path+".1", "a 1 weight=2\nb 2 rate=1/s\n3") }, 3, "INFO"},
+			{"a setting that there is not", func() { write(path+".1", "a 1\nb 2 weigth=2\n") }, 3, "line 2"},
 		} {
 			before := log.String()
 			step.change()
@@ -87,6 +92,9 @@ func TestKeysFile(t *testing.T) {
 		}
 		stop()
 		<-done
+		if names != "[a b]" {
+			t.Errorf("the names are told as %s", names)
+		}
 		if k.readable() {
 			t.Error("what was read would be read over and over")
 		}

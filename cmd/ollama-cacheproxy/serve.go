@@ -63,6 +63,8 @@ type serveCmd struct {
 	Queue   int           `default:"10000" placeholder:"N" help:"How many requests may wait for a slot, or for an upstream that is away; of more than that the least urgent are answered 503, and of these the newest of whoever has most waiting. Default: 10000."`
 	MaxWait time.Duration `placeholder:"TIME" help:"From when on a waiting request goes before others, whatever that costs. Default: never."`
 
+	Heartbeat time.Duration `placeholder:"TIME" help:"Begin the answer of a stream under /v1 that has waited for this long, and send a comment this often until it comes, so that clients with a first-byte timeout stay. Errors are events of the stream then, since status 200 has been sent (docs/waiting.md). At least 1s. Default: never."`
+
 	TryDuration     time.Duration `default:"60s" placeholder:"TIME" help:"For how long requests wait for an upstream that is away, counted from when it was last seen; then they get 503. 0: not at all. Default: 60s."`
 	UpstreamSilence time.Duration `placeholder:"TIME" help:"Give any request up, with 504, when its upstream has sent nothing for this long. A model that thinks, or loads, sends nothing either, nor does a pull that verifies. Default: never."`
 
@@ -73,7 +75,7 @@ type serveCmd struct {
 
 	AllowHost   []string `placeholder:"NAME" help:"Accept this Host name on loopback connections too (* for any). Repeatable."`
 	AllowOrigin []string `placeholder:"ORIGIN" help:"Let web pages of this origin in, such as https://chat.example.com; one * stands for anything. Repeatable. Those in OLLAMA_ORIGINS are let in too."`
-	APIKeysFile string   `name:"api-keys-file" type:"path" placeholder:"FILE" help:"Ask clients for one of the keys in this file, one a line. It is read again when it changes, and at SIGHUP."`
+	APIKeysFile string   `name:"api-keys-file" type:"path" placeholder:"FILE" help:"Ask clients for one of the keys in this file. A line is KEY, or NAME KEY and then any of weight=2 (its share beside others that wait), class=batch (the most urgent priority that it may ask for, and the one it has if it asks for none: interactive, normal or batch), max-waiting=50 (more requests that would have to wait get 429) and rate=10/s (or /m, /h; more requests get 429). It is read again when it changes, and at SIGHUP."`
 
 	TrustedProxy []string `placeholder:"CIDR" help:"Believe a front at this address or network (nginx, Open WebUI) when it says who asks: by X-Forwarded-For or Forwarded, else X-OpenWebUI-User-Id. Each is then a client of its own, which counts for fairness and for nothing else. Repeatable. Default: nobody."`
 
@@ -101,16 +103,20 @@ Examples:
       serve other machines, which must show a key
   ollama-cacheproxy --trusted-proxy 127.0.0.1 --trusted-proxy 172.18.0.0/16
       tell apart the people behind an nginx here, and behind an Open WebUI in a container
+  printf 'alice %s class=interactive\nnightly %s weight=0.5 class=batch max-waiting=50 rate=600/m\n' "$ALICE_KEY" "$NIGHTLY_KEY" > keys.txt
+      give each key a name for logs and metrics, a share, and limits
   ollama-cacheproxy --slots 1
       say that a model has one slot, which need not be learned then
   ollama-cacheproxy --upstream big=10.0.0.7 --upstream small=10.0.0.8 --slots big=4
       spread requests over two servers; the first, where models are pulled, has four slots per model
   ollama-cacheproxy --upstream 'sim:?model=llama3&slots=2'
       try it without a model: a simulated Ollama, whose answers and figures are made up, and say so
+  ollama-cacheproxy --heartbeat 15s
+      keep clients that give up when nothing comes for half a minute: streams under /v1 that wait are begun
   ollama-cacheproxy --check --upstream gpu-box:11434
       say whether these settings are right, and stop
 
-Pages of its own: /metrics (Prometheus), /_cacheproxy/requests (what became of the last requests' prompts), /_cacheproxy/upstreams, /_cacheproxy/health, /_cacheproxy/ready.
+Pages of its own: /metrics (Prometheus), /_cacheproxy/requests (what became of the last requests' prompts), /_cacheproxy/queue (what waits, and when it is expected to begin), /_cacheproxy/upstreams, /_cacheproxy/health, /_cacheproxy/ready.
 POST /_cacheproxy/upstreams/NAME/drain has an upstream finish what it has and get nothing new, …/resume ends that.
 
 With several upstreams what changes models (pull, create, copy, push, delete, blobs) goes to the first one. The request header X-Cacheproxy-Upstream: NAME sends any request to one of them; in answers it names the one that answered.
@@ -251,29 +257,8 @@ func (s *serveCmd) settings() (settings, error) {
 	if set.keepAlive, err = proxy.ParseKeepAlive(proxy.KeepAlivePolicy(s.KeepAlivePolicy), append([]string{defaultKeepAlive}, s.KeepAlive...)); err != nil {
 		return set, fmt.Errorf("--keep-alive: %w", err)
 	}
-	if s.MaxBody < 1 {
-		return set, fmt.Errorf("--max-body %d: want a positive number of bytes", s.MaxBody)
-	}
-	if set.memory = s.Memory; set.memory == 0 {
-		set.memory = defaultMemory(memlimit.FromSystem, memlimit.FromCgroup)
-	}
-	if set.memory < proxy.MemoryLeast {
-		return set, fmt.Errorf("--memory %d: want at least %d bytes (%d MiB)", s.Memory, proxy.MemoryLeast, proxy.MemoryLeast>>20)
-	}
-	if s.BodyTimeout < 0 {
-		return set, fmt.Errorf("--body-timeout %v: want 0 (for ever) or more", s.BodyTimeout)
-	}
-	if s.Queue < 1 || s.MaxWait < 0 {
-		return set, fmt.Errorf("--queue %d, --max-wait %v: want at least 1, and a time that is not negative", s.Queue, s.MaxWait)
-	}
-	if s.StoreEntries < 0 || s.StoreBytes < 0 {
-		return set, fmt.Errorf("--store-entries %d, --store-bytes %d: want 0 (remember no prefixes but the last prompts') or more", s.StoreEntries, s.StoreBytes)
-	}
-	if s.Drain < 0 {
-		return set, fmt.Errorf("--drain %v: want 0 or more", s.Drain)
-	}
-	if s.TryDuration < 0 || s.UpstreamSilence < 0 {
-		return set, fmt.Errorf("--try-duration %v, --upstream-silence %v: want times that are not negative", s.TryDuration, s.UpstreamSilence)
+	if set.memory, err = s.limits(); err != nil {
+		return set, err
 	}
 	set.guard = proxy.Guard{AllowHosts: s.AllowHost, AllowOrigins: s.AllowOrigin}
 	if origins := os.Getenv("OLLAMA_ORIGINS"); origins != "" {
@@ -289,6 +274,39 @@ func (s *serveCmd) settings() (settings, error) {
 		set.guard.Keys = set.keys.keys
 	}
 	return set, nil
+}
+
+// limits checks the flags that are numbers and times, and returns how much memory bodies may take.
+func (s *serveCmd) limits() (int64, error) {
+	if s.MaxBody < 1 {
+		return 0, fmt.Errorf("--max-body %d: want a positive number of bytes", s.MaxBody)
+	}
+	memory := s.Memory
+	if memory == 0 {
+		memory = defaultMemory(memlimit.FromSystem, memlimit.FromCgroup)
+	}
+	if memory < proxy.MemoryLeast {
+		return 0, fmt.Errorf("--memory %d: want at least %d bytes (%d MiB)", s.Memory, proxy.MemoryLeast, proxy.MemoryLeast>>20)
+	}
+	if s.BodyTimeout < 0 {
+		return 0, fmt.Errorf("--body-timeout %v: want 0 (for ever) or more", s.BodyTimeout)
+	}
+	if s.Queue < 1 || s.MaxWait < 0 {
+		return 0, fmt.Errorf("--queue %d, --max-wait %v: want at least 1, and a time that is not negative", s.Queue, s.MaxWait)
+	}
+	if s.StoreEntries < 0 || s.StoreBytes < 0 {
+		return 0, fmt.Errorf("--store-entries %d, --store-bytes %d: want 0 (remember no prefixes but the last prompts') or more", s.StoreEntries, s.StoreBytes)
+	}
+	if s.Drain < 0 {
+		return 0, fmt.Errorf("--drain %v: want 0 or more", s.Drain)
+	}
+	if s.TryDuration < 0 || s.UpstreamSilence < 0 {
+		return 0, fmt.Errorf("--try-duration %v, --upstream-silence %v: want times that are not negative", s.TryDuration, s.UpstreamSilence)
+	}
+	if s.Heartbeat != 0 && s.Heartbeat < time.Second {
+		return 0, fmt.Errorf("--heartbeat %v: want at least 1s, such as 15s, or 0 for none", s.Heartbeat)
+	}
+	return memory, nil
 }
 
 // listenAddr reads an address for net.Listen; a missing port is defaultPort.
@@ -351,7 +369,7 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	store := contextstore.NewMemory(contextstore.Limits{Entries: s.StoreEntries, Bytes: s.StoreBytes})
 	h := &proxy.Handler{
 		Upstreams: ups, Transport: transport, KeepAlive: set.keepAlive, NoTouch: !s.Touch,
-		MaxBody: s.MaxBody, Memory: set.memory, BodyTimeout: s.BodyTimeout, UpstreamSilence: s.UpstreamSilence, Queue: s.Queue, Guard: set.guard, Trusted: set.trusted, Log: logger,
+		MaxBody: s.MaxBody, Memory: set.memory, BodyTimeout: s.BodyTimeout, UpstreamSilence: s.UpstreamSilence, Heartbeat: s.Heartbeat, Queue: s.Queue, Guard: set.guard, Trusted: set.trusted, Log: logger,
 		Ledger: savings.New(store, rememberRequests), ShowPrompts: s.ShowPrompts, AttachContext: s.AttachContext == "auto",
 	}
 	counts := metrics.New(version(), h.InFlight)
@@ -366,6 +384,10 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 			names = append(names, t.name)
 		}
 		counts.Lanes(names, h.Lanes.Stats)
+	}
+	if set.keys != nil {
+		counts.KeyNames(set.keys.keys.Names())
+		set.keys.replaced = counts.KeyNames
 	}
 	counts.Store(store.Stats)
 	counts.Held(h.Held)

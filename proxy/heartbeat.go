@@ -1,0 +1,176 @@
+package proxy
+
+import (
+	"encoding/json"
+	"io"
+	"net/http"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+)
+
+// beatText is a comment in a stream of events, which its readers skip.
+const beatText = ": waiting\n\n"
+
+// eventMost is how many bytes of an upstream's refusal are read to be told as an event.
+const eventMost = 64 << 10
+
+// heartbeat is the writer of an answer that is a stream of events. While the request waits, and has
+// waited for long enough, it begins the answer, with status 200, and writes a comment every so
+// often until the upstream's answer comes. That follows in the same body; see exchange.asEvent for
+// what is
+// no such stream. A nil heartbeat does nothing.
+type heartbeat struct {
+	http.ResponseWriter
+	every  time.Duration
+	origin string // for CORS headers
+
+	mu    sync.Mutex // guards all below, and the writer until over is set
+	timer *time.Timer
+	waits bool          // only then is the answer begun: nothing else touches the header
+	since time.Time     // when waits was set
+	left  time.Duration // to wait before the answer is begun
+	began bool
+	over  bool // what is written now is the answer
+}
+
+// heartbeats returns the writer of the answer to a request whose body has been read: with a heartbeat,
+// where it has one.
+func (h *Handler) heartbeats(w http.ResponseWriter, ex *exchange) http.ResponseWriter {
+	if h.Heartbeat == 0 || ex.reads != readsForeign || ex.prompt == prefix.None ||
+		ex.fields.stream != 't' {
+		return w
+	}
+	ex.beat = &heartbeat{
+		ResponseWriter: w, every: h.Heartbeat, left: h.Heartbeat, origin: ex.origin,
+	}
+	return ex.beat
+}
+
+// wait says that the request waits from now on, until waited is called.
+func (b *heartbeat) wait() {
+	if b == nil {
+		return
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.waits, b.since = true, time.Now()
+	switch {
+	case b.began || b.over: // the timer runs, or never will
+	case b.timer == nil:
+		b.timer = time.AfterFunc(b.left, b.beat)
+	default:
+		b.timer.Reset(b.left)
+	}
+}
+
+func (b *heartbeat) waited() {
+	if b == nil {
+		return
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.waits = false; !b.began && !b.over {
+		b.left = max(0, b.left-time.Since(b.since))
+		b.timer.Stop()
+	}
+}
+
+// beat is called by the timer.
+func (b *heartbeat) beat() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.over || !b.began && !b.waits {
+		return
+	}
+	if !b.began {
+		b.began = true
+		header := b.Header()
+		setCORS(header, b.origin)
+		header.Set("Content-Type", "text/event-stream")
+		header.Set("Cache-Control", "no-cache")
+		header.Set("X-Accel-Buffering", "no") // or nginx would keep the comments
+		b.ResponseWriter.WriteHeader(http.StatusOK)
+	}
+	// A client that is gone is noticed by net/http, which ends the request's context.
+	io.WriteString(b.ResponseWriter, beatText)
+	http.NewResponseController(b.ResponseWriter).Flush()
+	b.timer.Reset(b.every)
+}
+
+// begun reports whether the answer has been begun.
+func (b *heartbeat) begun() bool {
+	if b == nil {
+		return false
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.began
+}
+
+// stop ends the heartbeats, before the answer is written or the request ends.
+func (b *heartbeat) stop() {
+	if b == nil {
+		return
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.over = true
+	if b.timer != nil {
+		b.timer.Stop()
+	}
+}
+
+// Unwrap is for http.ResponseController.
+func (b *heartbeat) Unwrap() http.ResponseWriter { return b.ResponseWriter }
+
+// WriteHeader writes the header of the answer, unless it has been written.
+func (b *heartbeat) WriteHeader(status int) {
+	final := status >= 200
+	if final {
+		b.stop()
+	}
+	if !b.begun() {
+		b.ResponseWriter.WriteHeader(status)
+	}
+}
+
+func (b *heartbeat) Write(p []byte) (int, error) {
+	b.stop()
+	return b.ResponseWriter.Write(p)
+}
+
+// asEvent makes an answer whose header could not be written, since a heartbeat has begun another
+// one,
+// the end of that: a stream of events as it is, anything else an event that tells of an error.
+func (ex *exchange) asEvent(res *http.Response) {
+	stream := strings.HasPrefix(res.Header.Get("Content-Type"), "text/event-stream") &&
+		res.Header.Get("Content-Encoding") == ""
+	if res.StatusCode < 300 && stream {
+		return
+	}
+	text, err := io.ReadAll(io.LimitReader(res.Body, eventMost))
+	res.Body.Close()
+	ref := &refusal{res.StatusCode, "ollama answered " + res.Status}
+	var told struct {
+		Error json.RawMessage `json:"error"`
+	}
+	switch {
+	case err != nil:
+		ref = &refusal{http.StatusBadGateway, "ollama's answer broke off: " + reason(err)}
+	case res.StatusCode < 300:
+		ref.status = http.StatusBadGateway
+		ref.message = "ollama answered with something else than a stream of events"
+	default:
+		json.Unmarshal(text, &told)              // what is no such JSON is not passed on
+		json.Unmarshal(told.Error, &ref.message) // Ollama's own form
+	}
+	event := ref.event(ex.Path, told.Error)
+	res.StatusCode, res.Body, res.ContentLength = ref.status, io.NopCloser(
+		strings.NewReader(event),
+	), int64(
+		len(event),
+	)
+}

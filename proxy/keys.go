@@ -1,0 +1,372 @@
+package proxy
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"crypto/subtle"
+	"errors"
+	"fmt"
+	"math"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"golang.org/x/time/rate"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
+)
+
+// Keys are the API keys that clients must show, as digests, and what each of them may do. They can
+// be replaced while requests are served.
+//
+//	sk-proxy-3f9a
+//	alice sk-proxy-77d1 class=interactive
+//	nightly sk-proxy-b0c4 weight=0.5 class=batch max-waiting=50 rate=600/m
+type Keys struct {
+	holders   atomic.Pointer[[]*keyHolder]
+	replacing sync.Mutex // held by Replace, so that no two of them read the same old holders
+}
+
+// keyHolder is who shows one of the keys.
+type keyHolder struct {
+	sum    [sha256.Size]byte // of the key
+	name   string            // "" where the file gives none
+	weight float64           // its share among those who wait, relative to the others'
+	share  float64           // the same relative to the greatest weight in the file
+
+	// classed says that a class is set: the most urgent priority that this client may ask for, and
+	// the one that it has where it asks for none.
+	classed bool
+	class   schedule.Priority
+
+	maxWaiting int // requests that may wait; 0: no limit
+	limiter    *rate.Limiter
+
+	// waiting is shared with the holder of the same name in the file before, so that a reload
+	// neither forgets who waits nor counts them twice.
+	waiting *atomic.Int64
+}
+
+// keySettings lists what may follow a name and a key, for error messages and for the check that no
+// setting stands where the key belongs.
+var keySettings = []struct{ name, form string }{
+	{"weight", "weight=2 (a number from 0.1 to 10)"},
+	{"class", "class=interactive, class=normal or class=batch"},
+	{"max-waiting", "max-waiting=50 (a whole number from 1 on)"},
+	{"rate", "rate=10/s, rate=600/m or rate=1000/h (a whole number from 1 on)"},
+}
+
+const (
+	keyLine = "want KEY, or NAME KEY and then any of weight=2 class=interactive|normal|batch " +
+		"max-waiting=50 rate=10/s"
+	longestKeyName = 64
+	// looksLikeKey begins keys of OpenAI's and Anthropic's form. A name is shown in logs and
+	// metrics, so a line with the two the wrong way round must not pass.
+	looksLikeKey = "sk-"
+)
+
+// ParseKeys reads keys as Replace does.
+func ParseKeys(text string) (*Keys, error) {
+	k := &Keys{}
+	if err := k.Replace(text); err != nil {
+		return nil, err
+	}
+	return k, nil
+}
+
+// Replace reads one key a line, with a name and settings where there are any; blank lines and lines
+// that begin with # are skipped, and so are the marks that editors leave: blanks around a line,
+// byte
+// order marks, carriage returns. After an error the keys are those from before.
+//
+// Limits carry over to the key of the same name: who waits is still counted, and a rate goes on
+// from
+// where it was.
+func (k *Keys) Replace(text string) error {
+	k.replacing.Lock()
+	defer k.replacing.Unlock()
+	var list []*keyHolder
+	names, sums := map[string]int{}, map[[sha256.Size]byte]int{}
+	lines := strings.Split(strings.NewReplacer("\r\n", "\n", "\r", "\n").Replace(text), "\n")
+	for i, line := range lines {
+		line = strings.TrimFunc(
+			line,
+			func(r rune) bool { return r == '\ufeff' || unicode.IsSpace(r) },
+		)
+		if line == "" || strings.HasPrefix(line, "#") {
+			continue
+		}
+		p, err := parseKey(line)
+		if err != nil {
+			return fmt.Errorf("line %d: %w", i+1, err)
+		}
+		before, twice := sums[p.sum]
+		switch {
+		case twice && p.name == "" && list[before].name == "":
+			continue // nothing is said of it that could contradict
+		case twice:
+			return fmt.Errorf(
+				"line %d: another line has this key, too; give each client a key of its own",
+				i+1,
+			)
+		}
+		if first, taken := names[p.name]; taken && p.name != "" {
+			return fmt.Errorf(
+				"line %d: line %d has the name %q already; give each key a name of its own",
+				i+1,
+				first,
+				p.name,
+			)
+		}
+		names[p.name], sums[p.sum] = i+1, len(list)
+		list = append(list, p)
+	}
+	if len(list) == 0 {
+		return errors.New("no API key in it: write one key a line")
+	}
+	heaviest := slices.MaxFunc(
+		list,
+		func(a, b *keyHolder) int { return cmp.Compare(a.weight, b.weight) },
+	)
+	for _, p := range list {
+		p.share = p.weight / heaviest.weight
+	}
+	k.inherit(list)
+	k.holders.Store(&list)
+	return nil
+}
+
+// inherit has the holders of a new file go on with what is counted of those of the same name.
+func (k *Keys) inherit(list []*keyHolder) {
+	var before []*keyHolder
+	if p := k.holders.Load(); p != nil {
+		before = *p
+	}
+	for _, p := range list {
+		if p.name == "" {
+			continue
+		}
+		i := slices.IndexFunc(before, func(q *keyHolder) bool { return q.name == p.name })
+		if i < 0 {
+			continue
+		}
+		old := before[i]
+		p.waiting = old.waiting
+		if old.limiter != nil && p.limiter != nil && old.limiter.Limit() == p.limiter.Limit() &&
+			old.limiter.Burst() == p.limiter.Burst() {
+			p.limiter = old.limiter
+		}
+	}
+}
+
+// parseKey reads one line.
+func parseKey(line string) (*keyHolder, error) {
+	if !utf8.ValidString(line) ||
+		strings.ContainsFunc(
+			line,
+			func(r rune) bool { return unicode.IsControl(r) && !unicode.IsSpace(r) },
+		) {
+		return nil, errors.New("this is no UTF-8 text; save the file as UTF-8")
+	}
+	words := strings.Fields(line)
+	p := &keyHolder{weight: 1, waiting: &atomic.Int64{}}
+	if len(words) == 1 {
+		p.sum = sha256.Sum256([]byte(words[0]))
+		return p, nil
+	}
+	if p.name = words[0]; !validKeyName(p.name) {
+		return nil, fmt.Errorf(
+			"the name, which comes before the key, has up to %d letters, digits, dots, "+
+				"dashes, underscores and @, and does not begin with %s; %s",
+			longestKeyName,
+			looksLikeKey,
+			keyLine,
+		)
+	}
+	if isKeySetting(words[1]) {
+		return nil, fmt.Errorf("a key with settings needs a name before it; %s", keyLine)
+	}
+	p.sum = sha256.Sum256([]byte(words[1]))
+	seen := map[string]bool{}
+	for _, word := range words[2:] {
+		if !isKeySetting(word) { // it is not repeated in the message: it may be a part of a key
+			return nil, fmt.Errorf("a word after the key is no setting; %s", keyLine)
+		}
+		name, value, _ := strings.Cut(word, "=")
+		if seen[name] {
+			return nil, fmt.Errorf("%s is given twice; give it once", name)
+		}
+		seen[name] = true
+		if err := p.set(name, value); err != nil {
+			return nil, err
+		}
+	}
+	return p, nil
+}
+
+func isKeySetting(word string) bool {
+	name, _, ok := strings.Cut(word, "=")
+	for _, s := range keySettings {
+		if ok && s.name == name {
+			return true
+		}
+	}
+	return false
+}
+
+func validKeyName(name string) bool {
+	return len(name) <= longestKeyName && !strings.HasPrefix(strings.ToLower(name), looksLikeKey) &&
+		!strings.ContainsFunc(name, func(r rune) bool {
+			return r >= utf8.RuneSelf ||
+				!unicode.IsLetter(r) && !unicode.IsDigit(r) && !strings.ContainsRune("._-@", r)
+		})
+}
+
+// set reads one setting.
+func (p *keyHolder) set(name, value string) (err error) {
+	ok := false
+	switch name {
+	case "weight":
+		p.weight, err = strconv.ParseFloat(value, 64)
+		ok = err == nil && p.weight >= 0.1 && p.weight <= 10
+	case "class":
+		p.class, ok = schedule.ParsePriority(value)
+		p.classed = true
+	case "max-waiting":
+		p.maxWaiting, err = strconv.Atoi(value)
+		ok = err == nil && p.maxWaiting >= 1
+	case "rate":
+		p.limiter, ok = parseRate(value)
+	}
+	if ok {
+		return nil
+	}
+	for _, s := range keySettings {
+		if s.name == name {
+			return fmt.Errorf("%s=%s: want %s", name, value, s.form)
+		}
+	}
+	panic("a setting that is not in keySettings")
+}
+
+// parseRate reads a number of requests and the time in which so many may be sent. A client may send
+// them all at once.
+func parseRate(s string) (*rate.Limiter, bool) {
+	number, unit, _ := strings.Cut(s, "/")
+	per := map[string]time.Duration{"s": time.Second, "m": time.Minute, "h": time.Hour}[unit]
+	n, err := strconv.Atoi(number)
+	if err != nil || n < 1 || n > math.MaxInt32 || per == 0 {
+		return nil, false
+	}
+	return rate.NewLimiter(rate.Limit(float64(n)/per.Seconds()), n), true
+}
+
+// Len returns how many keys there are.
+func (k *Keys) Len() int { return len(*k.holders.Load()) }
+
+// Names returns the names of the keys that have one.
+func (k *Keys) Names() []string {
+	var names []string
+	for _, p := range *k.holders.Load() {
+		if p.name != "" {
+			names = append(names, p.name)
+		}
+	}
+	return names
+}
+
+// check compares with every key, in a time that does not tell which one or how much of it fits. It
+// returns the key's digest, by which the client is known; "" where there is no such key.
+func (k *Keys) check(key string) string {
+	sum := sha256.Sum256([]byte(key))
+	found := 0
+	for _, p := range *k.holders.Load() {
+		found |= subtle.ConstantTimeCompare(sum[:], p.sum[:])
+	}
+	if found == 0 {
+		return ""
+	}
+	return string(sum[:])
+}
+
+// holder returns whom check knows by this digest; nil where there is nobody.
+func (k *Keys) holder(client string) *keyHolder {
+	if k == nil || client == "" {
+		return nil
+	}
+	for _, p := range *k.holders.Load() {
+		if string(p.sum[:]) == client {
+			return p
+		}
+	}
+	return nil
+}
+
+// priority says how urgent a request is: as its client asks, but no more urgent than its class.
+func (p *keyHolder) priority(r *http.Request) schedule.Priority {
+	asked, ok := schedule.ParsePriority(strings.ToLower(r.Header.Get(headerPriority)))
+	switch {
+	case p == nil || !p.classed:
+		return asked // Normal where it asks for none
+	case !ok:
+		return p.class
+	}
+	return max(asked, p.class)
+}
+
+// tooFast refuses a request that is one too many for the client's rate.
+func (h *Handler) tooFast(ex *exchange) *refusal {
+	if ex.holder == nil || ex.holder.limiter == nil ||
+		ex.reads != readsNative && ex.reads != readsForeign {
+		return nil
+	}
+	now := time.Now()
+	res := ex.holder.limiter.ReserveN(now, 1)
+	wait := res.DelayFrom(now)
+	if wait <= 0 {
+		return nil
+	}
+	res.CancelAt(now)
+	ex.header.Set("Retry-After", strconv.FormatFloat(math.Ceil(wait.Seconds()), 'f', -1, 64))
+	return &refusal{
+		http.StatusTooManyRequests,
+		fmt.Sprintf(
+			"more requests than the API key named %s may send; the next one may come in %v "+
+				"(rate= in the file of the API keys)",
+			ex.holder.name,
+			wait.Round(time.Millisecond),
+		),
+	}
+}
+
+// mayWait counts a request as one that waits, and reports whether its client may have so many. One
+// that was let in before, and waits once more since its server is gone, may in any case.
+func (p *keyHolder) mayWait(before bool) bool {
+	n := p.waiting.Add(1)
+	return before || p.maxWaiting == 0 || n <= int64(p.maxWaiting)
+}
+
+// waits reports whether the client has as many waiting requests as it may have.
+func (p *keyHolder) waits() bool {
+	return p != nil && p.maxWaiting > 0 && p.waiting.Load() >= int64(p.maxWaiting)
+}
+
+// tooMany refuses a request of a client that has as many waiting as it may.
+func (ex *exchange) tooMany() *refusal {
+	ex.header.Set("Retry-After", retryAfter)
+	return &refusal{
+		http.StatusTooManyRequests,
+		fmt.Sprintf(
+			"%d requests with the API key named %s wait already, which is all that may; send this "+
+				"one when some of them are answered (max-waiting= in the file of the API keys)",
+			ex.holder.maxWaiting,
+			ex.holder.name,
+		),
+	}
+}

@@ -1,0 +1,151 @@
+package proxy
+
+import (
+	"fmt"
+	"hash/maphash"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
+)
+
+const (
+	pathQueue  = ownPrefix + "queue"
+	shownQueue = 100 // entries that the page shows unless told otherwise
+	queueMost  = 1000
+)
+
+// queuePage is what pathQueue shows: what waits for a lane, those first that are expected to go
+// first.
+type queuePage struct {
+	Waiting int `json:"waiting"` // for a lane, for memory, or for a server that is away
+	Queued  int `json:"queued"`  // of these, for a lane; Requests are the first of them
+
+	Priorities map[string]queuedEntry `json:"priorities"`
+	Requests   []waitingEntry         `json:"requests"`
+	Estimates  estimatesEntry         `json:"estimates"`
+	Servers    []lanesEntry           `json:"servers"`
+}
+
+// queuedEntry is what is queued with one priority.
+type queuedEntry struct {
+	Requests int     `json:"requests"`
+	Oldest   float64 `json:"oldest_s"`
+}
+
+// waitingEntry is one request that waits for a lane.
+type waitingEntry struct {
+	Place    int     `json:"place"` // among those for the same model on the same server
+	Name     string  `json:"name,omitempty"`
+	Client   string  `json:"client"` // hashed, and so is Flow
+	Flow     string  `json:"flow"`
+	Model    string  `json:"model"`
+	Upstream string  `json:"upstream"`
+	Priority string  `json:"priority"`
+	Sparse   bool    `json:"sparse,omitempty"` // it goes before others of its priority
+	Age      float64 `json:"age_s"`
+	Tokens   int     `json:"estimated_prompt_tokens"`
+	// Start is until when it is expected to begin, from now; nil where nothing tells.
+	Start *float64 `json:"estimated_start_s"`
+}
+
+// estimatesEntry says how wrong the estimates were that were made when requests began to wait.
+type estimatesEntry struct {
+	Count  int64    `json:"count"`       // those that have begun
+	Waited *float64 `json:"mean_wait_s"` // nil, as the others, where there were none
+	Error  *float64 `json:"mean_absolute_error_s"`
+	Bias   *float64 `json:"bias_s"` // by how much longer they waited than estimated, on average
+}
+
+// lanesEntry is a server, and what it has loaded or to load.
+type lanesEntry struct {
+	Name     string       `json:"name"`
+	Up       bool         `json:"up"`
+	Draining bool         `json:"draining"`
+	Models   []modelLanes `json:"models"`
+}
+
+// modelLanes are the lanes of a model with one set of options.
+type modelLanes struct {
+	Model   string `json:"model"`
+	NumCtx  int    `json:"num_ctx,omitempty"`
+	Loaded  bool   `json:"loaded"`
+	Waiting int    `json:"waiting"`
+	Busy    int    `json:"lanes_busy"`
+	Lanes   int    `json:"lanes"`   // 0: no limit
+	Learned bool   `json:"learned"` // or else they are given
+}
+
+// queue returns what waits, with so many requests.
+func (h *Handler) queue(limit int) queuePage {
+	page := queuePage{
+		Waiting: int(h.Waiting()), Priorities: map[string]queuedEntry{}, Requests: []waitingEntry{},
+	}
+	for _, b := range h.backends {
+		st := b.State()
+		page.Servers = append(
+			page.Servers,
+			lanesEntry{
+				Name:     b.Name,
+				Up:       st.Up,
+				Draining: b.draining.Load(),
+				Models:   []modelLanes{},
+			},
+		)
+	}
+	if h.Lanes == nil {
+		return page
+	}
+	waits, st := h.Lanes.Waiting(limit), h.Lanes.Stats()
+	page.Queued, page.Estimates = waits.Total, estimatesOf(waits.Estimates)
+	for p, q := range waits.By {
+		page.Priorities[p.String()] = queuedEntry{q.Requests, seconds(q.Oldest)}
+	}
+	for _, x := range st.Runners {
+		s := &page.Servers[x.Runner.Upstream]
+		s.Models = append(s.Models, modelLanes{
+			Model: upstream.DisplayName(x.Runner.Options.Model), NumCtx: x.Runner.Options.NumCtx(),
+			Loaded: x.Loaded, Waiting: x.Waiting, Busy: x.Busy, Lanes: x.Lanes, Learned: x.Learned,
+		})
+	}
+	for _, q := range waits.First {
+		page.Requests = append(page.Requests, h.waitingEntry(q))
+	}
+	return page
+}
+
+func (h *Handler) waitingEntry(q schedule.Waiter) waitingEntry {
+	e := waitingEntry{
+		Place: q.Place, Client: hashed(q.Client), Flow: hashed([3]any{q.Client, q.Program, q.Flow}),
+		Model: upstream.DisplayName(q.Options.Model), Upstream: h.backends[q.Upstream].Name,
+		Priority: q.Priority.String(), Sparse: q.Sparse, Age: seconds(q.Age), Tokens: q.Tokens,
+	}
+	if p := h.Guard.Keys.holder(q.Client); p != nil {
+		e.Name = p.name
+	}
+	if q.StartKnown {
+		start := seconds(q.Start)
+		e.Start = &start
+	}
+	return e
+}
+
+func estimatesOf(e schedule.Estimates) estimatesEntry {
+	if e.Count == 0 {
+		return estimatesEntry{}
+	}
+	mean := func(sum time.Duration) *float64 {
+		v := seconds(sum / time.Duration(e.Count))
+		return &v
+	}
+	return estimatesEntry{int64(e.Count), mean(e.Waited), mean(e.Absolute), mean(e.Late)}
+}
+
+// hashed stands for who a client is, and what it works on: the same for as long as the proxy runs,
+// and not to be undone.
+func hashed[T comparable](name T) string {
+	return fmt.Sprintf("%016x", maphash.Comparable(seed, name))
+}
+
+// seconds are in milliseconds' steps.
+func seconds(d time.Duration) float64 { return d.Round(time.Millisecond).Seconds() }

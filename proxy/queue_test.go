@@ -1,0 +1,180 @@
+package proxy
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
+)
+
+// asking is how tests in virtual time ask; see inTime.
+type asking func(path, body string, headers ...string) *asked
+
+// get is the answer to a GET.
+func get(ask asking, path string, headers ...string) *asked {
+	a := ask(path, "", headers...)
+	<-a.ended
+	return a
+}
+
+// queueOf reads the page.
+func queueOf(
+	t *testing.T,
+	ask asking,
+	query string,
+	headers ...string,
+) (page queuePage, text string) {
+	t.Helper()
+	a := get(ask, pathQueue+query, headers...)
+	text = a.Body.String()
+	d := json.NewDecoder(strings.NewReader(text))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&page); err != nil || a.Code != http.StatusOK {
+		t.Fatalf("%d %v: %s", a.Code, err, text)
+	}
+	return page, text
+}
+
+// TestQueuePage: who waits is told place, age and when it is expected to begin, once something is
+// known, and how wrong that was; clients and keys are not.
+func TestQueuePage(t *testing.T) {
+	inTime(
+		t,
+		1,
+		time.Minute,
+		func(t *testing.T, m *mortal, h *Handler, ask func(string, string, ...string) *asked) {
+			h.Guard = withKeys(t, "alice "+theKey+"\nplain-key")
+			chat := func(text, key string, headers ...string) *asked {
+				a := ask("/api/chat", chatWith("system", text, ""), append(headers, bearer(key))...)
+				synctest.Wait()
+				return a
+			}
+			all := []*asked{
+				chat("one", theKey),
+				chat("two", "plain-key"),
+				chat("three", theKey, headerPriority+": batch"),
+			}
+			time.Sleep(500 * time.Millisecond)
+			page, text := queueOf(t, ask, "", bearer(theKey))
+			if page.Waiting != 2 || page.Queued != 2 || len(page.Requests) != 2 ||
+				page.Priorities["batch"].Requests != 1 ||
+				page.Priorities["normal"] != (queuedEntry{1, 0.5}) ||
+				page.Priorities["interactive"].Requests != 0 {
+				t.Fatalf("%s", text)
+			}
+			first, second := page.Requests[0], page.Requests[1]
+			if first.Place != 1 || second.Place != 2 || first.Start != nil || first.Age != 0.5 || first.Name != "" ||
+				second.Name != "alice" || second.Priority != "batch" ||
+				first.Model != "m:latest" ||
+				first.Upstream != "up" ||
+				first.Tokens < 1 ||
+				first.Client == second.Client ||
+				first.Flow == second.Flow ||
+				len(first.Client) != 16 {
+				t.Errorf("%+v, %+v", first, second)
+			}
+			if e := page.Estimates; e.Count != 0 || e.Error != nil || e.Waited != nil ||
+				e.Bias != nil ||
+				!strings.Contains(text, `"estimated_start_s":null`) {
+				t.Errorf("nothing is known yet: %s", text)
+			}
+			if s := page.Servers; len(s) != 1 || !s[0].Up || s[0].Name != "up" ||
+				len(s[0].Models) != 1 ||
+				s[0].Models[0].Busy != 1 ||
+				s[0].Models[0].Lanes != 1 ||
+				s[0].Models[0].Learned ||
+				s[0].Models[0].Waiting != 2 {
+				t.Errorf("servers: %+v", s)
+			}
+			for _, secret := range []string{theKey, "plain-key", "one", "two", "system", "192.0.2.1"} {
+				if strings.Contains(text, secret) {
+					t.Errorf("the page tells %q: %s", secret, text)
+				}
+			}
+			time.Sleep(time.Minute)
+			for i := range 5 {
+				all = append(all, chat(fmt.Sprint("again ", i), theKey))
+			}
+			time.Sleep(250 * time.Millisecond)
+			page, text = queueOf(t, ask, "?limit=2", bearer("plain-key"))
+			if page.Queued != 4 || len(page.Requests) != 2 {
+				t.Fatalf("%s", text)
+			}
+			for i, q := range page.Requests {
+				want := 0.75 + float64(i) // each takes a second
+				if q.Start == nil || *q.Start < want-0.2 || *q.Start > want+0.2 ||
+					q.Client != second.Client {
+					t.Errorf("request %d, which will begin in %v s: %s", i, want, text)
+				}
+			}
+			time.Sleep(time.Minute)
+			if got := count(all); got[200] != len(all) {
+				t.Errorf("%v", got)
+			}
+			page, text = queueOf(t, ask, "?limit=0", bearer(theKey))
+			if e := page.Estimates; e.Count != 4 || *e.Error > 0.3 || *e.Bias > *e.Error ||
+				*e.Bias < -*e.Error ||
+				page.Queued != 0 {
+				t.Errorf("%s", text)
+			}
+			for query, want := range map[string]string{
+				"?limit=x": "limit: want how many", "?limit=-1": "up to 1000",
+				"?limit=1001": "?limit=20",
+			} {
+				if w := get(
+					ask,
+					pathQueue+query,
+					bearer(theKey),
+				); w.Code != 400 ||
+					!strings.Contains(w.Body.String(), want) {
+					t.Errorf("%s: %d %s", query, w.Code, w.Body)
+				}
+			}
+			if w := get(ask, pathQueue); w.Code != http.StatusUnauthorized {
+				t.Errorf("without a key: %d %s", w.Code, w.Body)
+			}
+		},
+	)
+}
+
+// TestQueuePageAway: what waits for a server that is away is told, without a time; and so is that
+// with
+// --slots off nothing has a place.
+func TestQueuePageAway(t *testing.T) {
+	for _, lanes := range []int{1, schedule.Unlimited, -2} {
+		inTime(
+			t,
+			lanes,
+			time.Minute,
+			func(t *testing.T, m *mortal, h *Handler, ask func(string, string, ...string) *asked) {
+				m.live(false)
+				a := ask("/api/chat", chatWith("s", "one", ""))
+				synctest.Wait()
+				page, text := queueOf(t, ask, "")
+				queued := 1
+				if h.Lanes == nil {
+					queued = 0
+				}
+				if page.Waiting != 1 || page.Queued != queued || len(page.Requests) != queued ||
+					page.Estimates.Count != 0 {
+					t.Errorf("%s", text)
+				}
+				for _, q := range page.Requests {
+					if q.Start != nil {
+						t.Errorf("%s", text)
+					}
+				}
+				m.live(true)
+				time.Sleep(5 * time.Second)
+				if got := count([]*asked{a}); got[200] != 1 {
+					t.Error(got)
+				}
+			},
+		)
+	}
+}

@@ -268,9 +268,9 @@ type beside struct {
 	trusted []string
 	alike   bool // what they ask is like what the script asks: they are told apart by who they are
 	embeds  bool // they want embeddings
-	// For how many requests' time somebody waits at most on four slots, and if their number is learned,
+	// For how many requests' time somebody waits at most on four slots of which the proxy was told,
 	// where that falls short of what is wanted; else 0.
-	four, learned int
+	four int
 }
 
 // house is how the server is set up.
@@ -356,9 +356,7 @@ func (b beside) run(t *testing.T, h house, alone int64) {
 		" and evaluates %.3f times as much", len(waits), waits[len(waits)/2], p99, o.longest, took, more)
 	// One request runs and is waited for; where several people ask at once, one of theirs is, too.
 	bound := min(2, len(b.people))
-	if !h.told {
-		bound = max(bound, b.learned)
-	} else if h.slots == 4 {
+	if h.told && h.slots == 4 {
 		bound = max(bound, b.four)
 	}
 	if p99 > time.Duration(bound)*o.longest {
@@ -393,7 +391,7 @@ func TestPeopleFirst(t *testing.T) {
 		{name: "another User-Agent", alike: true, script: here, people: one(scriptAddress, browser)},
 		// The first two or three times it is taken to be lost what they push out, before it is known
 		// whether the host cache has it; and what goes first within a program has to be paid for before.
-		{name: prompt, script: here, people: one(scriptAddress, userAgent), four: 2, learned: 5},
+		{name: prompt, script: here, people: one(scriptAddress, userAgent), four: 2},
 		{
 			name: "behind nginx", alike: true, trusted: trusted,
 			script: who{peer: frontAddress, headers: []string{forwarded + "192.0.2.1"}},
@@ -410,9 +408,8 @@ func TestPeopleFirst(t *testing.T) {
 		},
 		{name: "embeddings", script: here, people: one(scriptAddress, userAgent), embeds: true},
 		{name: "20 people, 20 addresses", alike: true, script: here, people: each},
-		// Where the number of slots is learned it is not seen that the host cache keeps what they push out.
 		// That is charged to them as if it were lost, and they go first less often than they could.
-		{name: users, script: front, people: inOpenWebUI, learned: 4},
+		{name: users, script: front, people: inOpenWebUI},
 		{name: "20 people in a trusted Open WebUI", trusted: trusted, script: front, people: inOpenWebUI},
 	}
 	for _, h := range []house{

@@ -422,6 +422,7 @@ func (q *Queue) grant(it *item, l *lane, how reason, now time.Time) {
 	keeps := q.keeps(l, tokens)
 
 	q.unwait(it, true)
+	it.turn = x.unbegun()
 	it.lane, it.granted, it.from, it.freed, it.expected = l, now, now, l.used, tokens
 	x.asked = now
 	if v := l.visit; v != nil && l.wanted && v.state == visitReturned && !l.reported && keeps && it.arrived.After(v.at) {

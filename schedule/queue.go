@@ -311,16 +311,17 @@ type item struct {
 	cost     int // charged so far to its client …
 	takes    int // … and to its lane
 
-	overtaken time.Time // when the first of those ended that were served when it was granted, or later
-	beside    int       // how many were served when it was granted, with it
-	tries     bool      // it was granted with all lanes busy, and is not known to have a slot …
-	told      bool      // … and nothing more is waited for to hear that
-	late      bool      // its answer began so late that it must have waited for a slot
-	streams   bool      // its answer is a stream
-	begun     time.Time // when that began
-	from      time.Time // when nothing else was to be evaluated before it any more, as far as is known
-	replaced  []*runner // those that are believed to have been unloaded for it
-	hosted    int       // tokens that the host cache may have restored; 0: nothing to learn
+	overtaken time.Time     // when the first of those ended that were served when it was granted, or later
+	beside    int           // how many were served when it was granted, with it
+	tries     bool          // it was granted with all lanes busy, and is not known to have a slot …
+	told      bool          // … and nothing more is waited for to hear that
+	late      bool          // its answer began so late that it must have waited for a slot
+	streams   bool          // its answer is a stream
+	begun     time.Time     // when that began
+	turn      time.Duration // until those were evaluated that were granted before, as far as is known
+	from      time.Time     // when nothing else was to be evaluated before it any more, as far as is known
+	replaced  []*runner     // those that are believed to have been unloaded for it
+	hosted    int           // tokens that the host cache may have restored; 0: nothing to learn
 }
 
 // lane stands for a slot.

@@ -278,6 +278,17 @@ func (a *learner) paces(x *runner, it *item, now time.Time) bool {
 	return x.used.Sub(it.from) > x.due(it)
 }
 
+// unbegun returns for how long those streams are still to be evaluated that have not begun.
+func (x *runner) unbegun() time.Duration {
+	tokens := 0
+	for _, l := range x.lanes {
+		if it := l.item; it != nil && it.streams && it.begun.IsZero() {
+			tokens += max(it.tokens-it.expected, 0)
+		}
+	}
+	return time.Duration(x.learner.pace * float64(tokens))
+}
+
 // seated reports whether a request that is being served has a slot, now that another one has.
 func (x *runner) seated(o, it *item) bool {
 	// Ollama's queue is first come, first served, but while a model is loaded requests change
@@ -331,6 +342,9 @@ func (x *runner) learn(it *item, r Result, now time.Time) int {
 		return x.want
 	}
 	v := a.judge(it, r, now)
+	if v == yes && !it.tries && r.Queue < it.turn*5/4 {
+		v = unknown // the evaluation of others explains that
+	}
 	a.hurry(it, r, now)
 	if f := it.finds(r); !it.tries && f != unknown {
 		v = f

@@ -614,3 +614,32 @@ func TestExpected(t *testing.T) {
 		}
 	}
 }
+
+// TestTurn: that a request waited while others were evaluated does not tell that there are too many
+// lanes.
+func TestTurn(t *testing.T) {
+	for _, w := range []struct {
+		turn  time.Duration
+		lanes int
+	}{{0, 1}, {time.Second, 2}} {
+		x := &runner{want: 2}
+		for range 4 {
+			it := &item{beside: 2, granted: start, overtaken: start.Add(time.Second), turn: w.turn}
+			r := Result{Answered: true, Timed: true, Queue: time.Second}
+			x.want = x.learn(it, r, start.Add(2*time.Second))
+		}
+		if x.want != w.lanes {
+			t.Errorf("%d lanes although others were evaluated for %v, want %d", x.want, w.turn, w.lanes)
+		}
+	}
+	x := &runner{want: 2, learner: learner{pace: float64(time.Millisecond)}}
+	for i, it := range []*item{
+		nil, {tokens: 100, streams: true, expected: 40}, {tokens: 100},
+		{tokens: 100, streams: true, begun: start},
+	} {
+		x.lanes = append(x.lanes, &lane{name: i, item: it})
+	}
+	if got := x.unbegun(); got != 60*time.Millisecond {
+		t.Errorf("what has not begun takes %v, want 60ms", got)
+	}
+}

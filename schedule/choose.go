@@ -533,8 +533,8 @@ func (q *Queue) grant(it *item, l *lane, how reason, now time.Time) {
 	q.counts(it, l, how, keeps)
 
 	q.unwait(it, true)
-	it.turn = x.unbegun()
 	it.lane, it.granted, it.from, it.freed, it.expected = l, now, now, l.used, tokens
+	it.turn = x.before(it, now)
 	it.displaced, it.hosted = max(0, l.tokens-tokens), x.displaced(it, tokens)
 	x.asked = now
 	x.busy++

@@ -254,26 +254,27 @@ type runner struct {
 	spare   []*lane   // lanes that fell free since then: whose slots those have got, unless there are more
 	full    time.Time // when a request was last granted so that no lane was free
 
-	resident bool      // believed to be loaded
-	since    time.Time // when that began
-	turn     uint64    // … in the order of the server's loads
-	used     time.Time // when a request last ended
-	served   Runner    // what the last request that was answered asked for
-	tried    time.Time // when the last request that was answered was granted
-	asked    time.Time // when a request was last granted
-	replaced []*runner // those that are believed to have been unloaded for it, until its next grant
-	sought   time.Time // since when requests wait for it while it is not resident
-	habits   returns   // when requests for it came after it had nothing to do
-	wanted   bool      // others waited when it had nothing to do any more
-	missed   bool      // it was held for requests that did not come
-	rank     rank      // of the last request
-	idle     time.Time // since when a lane is free and a request waits
-	coveted  time.Time // since when requests wait that others may serve, too
-	visits   []*visit  // oldest first
-	rates    rates
-	learner  learner
-	probing  *visit // the one for which it was not held last, until it is continued
-	trials   int    // how often that was done since it was loaded
+	resident  bool      // believed to be loaded
+	since     time.Time // when that began
+	turn      uint64    // … in the order of the server's loads
+	used      time.Time // when a request last ended
+	served    Runner    // what the last request that was answered asked for
+	tried     time.Time // when the last request that was answered was granted
+	asked     time.Time // when a request was last granted
+	replaced  []*runner // those that are believed to have been unloaded for it, until its next grant
+	sought    time.Time // since when requests wait for it while it is not resident
+	habits    returns   // when requests for it came after it had nothing to do
+	wanted    bool      // others waited when it had nothing to do any more
+	missed    bool      // it was held for requests that did not come
+	rank      rank      // of the last request
+	idle      time.Time // since when a lane is free and a request waits
+	coveted   time.Time // since when requests wait that others may serve, too
+	visits    []*visit  // oldest first
+	rates     rates
+	learner   learner
+	evaluates time.Time // until when what was granted is evaluated, most likely
+	probing   *visit    // the one for which it was not held last, until it is continued
+	trials    int       // how often that was done since it was loaded
 }
 
 // item is a request that waits or is being served.

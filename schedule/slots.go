@@ -278,15 +278,22 @@ func (a *learner) paces(x *runner, it *item, now time.Time) bool {
 	return x.used.Sub(it.from) > x.due(it)
 }
 
-// unbegun returns for how long those streams are still to be evaluated that have not begun.
-func (x *runner) unbegun() time.Duration {
+// before returns for how long others are evaluated before a request that is granted now, most
+// likely: as estimated, or those streams that have not begun.
+func (x *runner) before(it *item, now time.Time) time.Duration {
 	tokens := 0
 	for _, l := range x.lanes {
-		if it := l.item; it != nil && it.streams && it.begun.IsZero() {
-			tokens += max(it.tokens-it.expected, 0)
+		if o := l.item; o != nil && o.streams && o.begun.IsZero() {
+			tokens += max(o.tokens-o.expected, 0)
 		}
 	}
-	return time.Duration(x.learner.pace * float64(tokens))
+	turn := max(x.evaluates.Sub(now), time.Duration(x.learner.pace*float64(tokens)), 0)
+	if x.evaluates.Before(now) {
+		x.evaluates = now
+	}
+	own := time.Duration(max(it.tokens-it.expected, 1)) * x.rates.perToken()
+	x.evaluates = x.evaluates.Add(own)
+	return turn
 }
 
 // seated reports whether a request that is being served has a slot, now that another one has.

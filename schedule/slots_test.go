@@ -632,14 +632,20 @@ func TestTurn(t *testing.T) {
 			t.Errorf("%d lanes although others were evaluated for %v, want %d", x.want, w.turn, w.lanes)
 		}
 	}
-	x := &runner{want: 2, learner: learner{pace: float64(time.Millisecond)}}
+	x := &runner{learner: learner{pace: float64(time.Millisecond)}}
 	for i, it := range []*item{
 		nil, {tokens: 100, streams: true, expected: 40}, {tokens: 100},
 		{tokens: 100, streams: true, begun: start},
 	} {
 		x.lanes = append(x.lanes, &lane{name: i, item: it})
 	}
-	if got := x.unbegun(); got != 60*time.Millisecond {
-		t.Errorf("what has not begun takes %v, want 60ms", got)
+	it := &item{tokens: 1000}
+	if got := x.before(it, start); got != 60*time.Millisecond {
+		t.Errorf("streams that have not begun take %v, want 60ms", got)
+	}
+	x.lanes = nil
+	later := start.Add(200 * time.Millisecond)
+	if got := x.before(it, later); got != 1000*firstPrompt-200*time.Millisecond {
+		t.Errorf("the one before takes %v", got)
 	}
 }

@@ -174,7 +174,8 @@ func doorsHalfClose(t *testing.T, direct, proxied string) {
 	}
 }
 
-// doorsPreflight: the answers to preflights are Ollama's, but for Allow, which browsers do not look at there.
+// doorsPreflight: the answers to preflights are Ollama's, but for Allow, which browsers do not look at there, and for the time that
+// refused ones waited.
 func doorsPreflight(t *testing.T, direct, proxied string) {
 	keys := filepath.Join(t.TempDir(), "keys.txt")
 	if err := os.WriteFile(keys, []byte("\ufeffsk-one\r\n"), 0o600); err != nil {
@@ -194,7 +195,7 @@ func doorsPreflight(t *testing.T, direct, proxied string) {
 			t.Fatal(err)
 		}
 		res.Body.Close()
-		for _, name := range []string{"Allow", "Date", "Content-Length", "Content-Type"} {
+		for _, name := range []string{"Allow", "Date", "Content-Length", "Content-Type", "Server-Timing", "X-Cacheproxy-Waited"} {
 			res.Header.Del(name)
 		}
 		return res.StatusCode, res.Header

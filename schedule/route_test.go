@@ -346,3 +346,22 @@ func TestEvenSplit(t *testing.T) {
 		}
 	}
 }
+
+// TestLearnsBesideServers: to see whether a server has more slots takes no requests from servers that have nothing to do.
+func TestLearnsBesideServers(t *testing.T) {
+	for _, mute := range []bool{false, true} {
+		s := newSim(t, engineConfig{slots: 1, host: 1 << 20, servers: 8, load: 4 * time.Second, mute: mute}, New(Config{}))
+		p := text(2000)
+		for c := range 8 {
+			var own []*job
+			for range 300 {
+				own = append(own, &job{segs: []seg{p, text(50)}, gen: 64, client: "c"})
+			}
+			s.after(time.Duration(c)*3*time.Millisecond, func() { s.closed(own, time.Millisecond) })
+		}
+		s.run()
+		if s.loads < 7 {
+			t.Errorf("answers come whole %v: %d of 8 servers serve 8 loops", mute, s.loads)
+		}
+	}
+}

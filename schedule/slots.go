@@ -128,6 +128,9 @@ func (x *runner) triedAt() time.Time {
 // mostTries returns how many are tried at once: few, if they are heard of before they end, and else
 // some.
 func (x *runner) mostTries() int {
+	if x.roaming > 0 {
+		return 1 // others may be served elsewhere
+	}
 	for _, l := range x.lanes {
 		if l.item != nil && l.item.tries && !l.item.told && l.item.streams {
 			return max(1, x.want/2)

@@ -92,8 +92,8 @@ type Request struct {
 	Priority  Priority
 	Streams   bool      // its answer comes piece by piece, so that Began is told
 	Arrived   time.Time // zero: now. One whose server did not answer keeps its place by it
-	// MayWait is asked once by Scheduler, under its lock, if the request has to wait; where it
-	// says false Acquire returns ErrMayNotWait. Nil: it may.
+	// MayWait is asked once, by Queue.Add, if the request has to wait; where it says false the request
+	// is not added, and Scheduler.Acquire returns ErrMayNotWait. Nil: it may.
 	MayWait func() bool
 	// SlotFree: it needs no slot of a model (it unloads one, or a remote model answers it). Scheduler grants it at once; Queue
 	// is not to be given it.
@@ -435,16 +435,28 @@ func (q *Queue) Add(r Request, now time.Time) bool {
 	q.items[it.id] = it
 	q.enqueue(it, x, r.Client, now)
 	q.pump(s, now)
-	if full && q.Len() > q.cfg.Limit {
-		last := q.crowded().last()
-		if last == q.items[it.id] {
-			q.Leave(it.id, now)
-			return false
-		}
-		s := last.runner.server
-		q.refuse(last, ErrFull, now)
-		q.pump(s, now)
+	return q.stays(it.id, r.MayWait, now)
+}
+
+// stays refuses one of those that wait if a request that was added is one too many, and returns false
+// if that is the request itself. Nobody gives up a place for one that may not wait.
+func (q *Queue) stays(id uint64, mayWait func() bool, now time.Time) bool {
+	it := q.items[id] // another one than was added, if it was moved
+	if mayWait != nil && it != nil && it.waits && !mayWait() {
+		q.Leave(id, now)
+		return false
 	}
+	if q.Len() <= q.cfg.Limit {
+		return true
+	}
+	last := q.crowded().last()
+	if last == it {
+		q.Leave(id, now)
+		return false
+	}
+	s := last.runner.server
+	q.refuse(last, ErrFull, now)
+	q.pump(s, now)
 	return true
 }
 

@@ -53,6 +53,7 @@ type who struct {
 	headers []string // name: value
 	user    string   // that bodies name; of a script one for each request begins with it
 	whole   bool     // answers are wanted whole, as by the script, and not as streams
+	every   int      // of a script: one of so many requests is of a program of its own; 0: none
 }
 
 // headerPeer tells the proxy of the test where a request comes from: connections in memory have no
@@ -220,6 +221,9 @@ func (o *office) script(w who) {
 		w := w
 		if w.user != "" {
 			w.user = fmt.Sprint(w.user, i)
+		}
+		if w.every > 0 && i%w.every == 0 {
+			w.headers = append(slices.Clip(w.headers), fmt.Sprint("X-OpenWebUI-User-Id: ", i))
 		}
 		wg.Go(func() {
 			o.ask(w, "/api/chat", w.chatBody(scriptAnswer*o.slots,
@@ -407,6 +411,16 @@ func TestPeopleFirst(t *testing.T) {
 		{
 			name:   "beside a user for each request",
 			script: who{peer: scriptAddress, user: "applicant"}, people: one(scriptAddress, browser),
+		},
+		// Who is many programs has no busy one beside which others could be seen to have had little, and some
+		// that go first.
+		{
+			name: "another address, beside a program for each request", alike: true,
+			script: who{peer: scriptAddress, every: 1}, people: one("10.9.0.8", userAgent),
+		},
+		{
+			name: "another address, beside a program for every second request", alike: true,
+			script: who{peer: scriptAddress, every: 2}, people: one("10.9.0.8", userAgent),
 		},
 		{name: "embeddings", script: here, people: one(scriptAddress, userAgent), embeds: true},
 		{name: "20 people, 20 addresses", alike: true, script: here, people: each},

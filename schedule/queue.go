@@ -198,7 +198,8 @@ type Queue struct {
 	clients *simplelru.LRU[string, *returns]
 	habits  returns // of all clients: what is expected of one that is not known
 	flows   *simplelru.LRU[flowKey, *flow]
-	busiest [2]*flow // the program that has had and waits for the most, and the flow that has had the most; nil: there was none
+	busiest *flow    // the client that has had and waits for the most; nil: there was none
+	served  *flow    // the flow that has had the most; nil: there was none
 	ahead   flow     // what went before others has spent, and what did not go before others has had
 	denied  []uint64 // requests that are to go before others as soon as that is paid for
 	took    mean     // seconds that requests took
@@ -295,7 +296,9 @@ type item struct {
 	waits   bool
 
 	who           flowKey // as the request says
-	program, flow *flow   // nil: not known
+	owner         *flow   // its client; nil: not known, and so are …
+	program, flow *flow
+	newcomer      bool    // it goes before others since its client has had little
 	detour        bool    // it goes before others of its program
 	charged       float64 // what it is expected to spend, if it goes before others
 	displaced     int     // tokens that its lane held and that it did not use
@@ -384,7 +387,7 @@ func New(cfg Config) *Queue {
 	if err != nil {
 		panic(err) // the size is positive
 	}
-	flows, err := simplelru.NewLRU[flowKey, *flow](2*maxFlows, nil)
+	flows, err := simplelru.NewLRU[flowKey, *flow](3*maxFlows, nil)
 	if err != nil {
 		panic(err) // the size is positive
 	}

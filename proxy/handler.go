@@ -176,8 +176,7 @@ type exchange struct {
 	header    http.Header         // the client's answer's
 	origin    string              // for CORS headers
 	route                         // what its path means
-	client    string              // who it is by the API key that was checked; "" without one
-	holder    *keyHolder          // what that client may do; nil without a key
+	holder    *keyHolder          // who it is by the API key that was checked, and what that client may do; nil without one
 	stranger  bool                // it shows no API key although keys are asked for: see keyless
 	spent     []string            // request headers that are for the proxy alone
 	members   [12]jsonscan.Member // of the body; more are allocated
@@ -420,9 +419,9 @@ func outlive(ctx context.Context, closing <-chan struct{}, by time.Duration) (co
 
 // admit checks Host, Origin and API key, and answers preflights.
 func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (done bool) {
-	ex.client, ex.spent = h.Guard.key(r)
-	ex.stranger = h.Guard.Keys != nil && ex.client == ""
-	if ex.holder = h.Guard.Keys.holder(ex.client); ex.holder != nil {
+	ex.holder, ex.spent = h.Guard.key(r)
+	ex.stranger = h.Guard.Keys != nil && ex.holder == nil
+	if ex.holder != nil {
 		ex.Name = ex.holder.name
 	}
 	ref := h.loop(r)

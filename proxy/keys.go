@@ -82,12 +82,10 @@ func ParseKeys(text string) (*Keys, error) {
 
 // Replace reads one key a line, with a name and settings where there are any; blank lines and lines
 // that begin with # are skipped, and so are the marks that editors leave: blanks around a line,
-// byte
-// order marks, carriage returns. After an error the keys are those from before.
+// byte order marks, carriage returns. After an error the keys are those from before.
 //
 // Limits carry over to the key of the same name: who waits is still counted, and a rate goes on
-// from
-// where it was.
+// from where it was.
 func (k *Keys) Replace(text string) error {
 	k.replacing.Lock()
 	defer k.replacing.Unlock()

@@ -490,8 +490,11 @@ func TestHeartbeatWire(t *testing.T) {
 	if chunk := stays.mustChunk(); chunk != "" {
 		t.Errorf("at the end: %q", chunk)
 	}
-	rg.ended()
-	if ex := rg.ended(); ex.Outcome != OK || !ex.Begun || ex.Status != 200 ||
+	ex := rg.ended()
+	if other := rg.ended(); other.Begun { // the lane was free before the first one was told of
+		ex = other
+	}
+	if ex.Outcome != OK || !ex.Begun || ex.Status != 200 ||
 		ex.BytesOut != int64(len(streamText)) {
 		t.Errorf("%+v", ex)
 	}

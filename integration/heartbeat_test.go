@@ -17,8 +17,7 @@ import (
 )
 
 // gate stands between the proxy and Ollama: a request that says HOLD is answered when hold is
-// closed,
-// one that says FAIL with an error.
+// closed, one that says FAIL with an error.
 func gate(t *testing.T, server *realollama.Server, hold <-chan struct{}) *httptest.Server {
 	target, err := url.Parse(server.URL())
 	if err != nil {
@@ -79,8 +78,7 @@ func queued(proxy string) (waiting, busy int, err error) {
 }
 
 // TestHeartbeat: clients that wait three seconds for a byte wait for their turn through a proxy
-// with
-// --heartbeat, and give up without; what goes wrong then they tell as an error.
+// with --heartbeat, and give up without; what goes wrong then they tell as an error.
 func TestHeartbeat(t *testing.T) {
 	versions := realollama.Distinct()
 	server := realollama.Start(t, realollama.Config{

@@ -364,7 +364,7 @@ func TestParseKeys(t *testing.T) {
 			continue
 		}
 		for _, key := range want {
-			if k.check(key) == "" {
+			if k.check(key) == nil {
 				t.Errorf("%q: %q is no key", text, key)
 			}
 		}
@@ -414,7 +414,7 @@ func TestWhoIsCharged(t *testing.T) {
 			r.Header.Add(k, v)
 		}
 		client, _ := g.key(r)
-		return (*TrustedProxies)(nil).clientOf(r, client)
+		return (*TrustedProxies)(nil).clientOf(r, client.client())
 	}
 	one, two := who("/api/chat", "10.0.0.1:1", "Authorization: Bearer one"), who("/api/chat", "10.0.0.1:1", "Authorization: Bearer two")
 	if one == two {

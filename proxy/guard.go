@@ -152,24 +152,24 @@ func preflight(w http.ResponseWriter, origin string, keys bool) {
 	w.WriteHeader(http.StatusNoContent)
 }
 
-// key returns who the client is by the API key that it shows; "" where it shows none, or none is asked for. How the
+// key returns who the client is by the API key that it shows; nil where it shows none, or none is asked for. How the
 // header is spelled, and what else is in it, does not matter. spent are the headers that carried one of the
 // proxy's keys: they are not for the upstream.
-func (g *Guard) key(r *http.Request) (client string, spent []string) {
+func (g *Guard) key(r *http.Request) (client *keyHolder, spent []string) {
 	if g.Keys == nil {
-		return "", nil
+		return nil, nil
 	}
 	if scheme, key, ok := strings.Cut(r.Header.Get("Authorization"), " "); ok && strings.EqualFold(scheme, "Bearer") {
-		if client = g.Keys.check(strings.TrimSpace(key)); client != "" {
+		if client = g.Keys.check(strings.TrimSpace(key)); client != nil {
 			spent = append(spent, "Authorization")
 		}
 	}
 	if key := r.Header.Get("X-Api-Key"); key != "" {
 		other := g.Keys.check(key)
-		if other != "" {
+		if other != nil {
 			spent = append(spent, "X-Api-Key")
 		}
-		if client == "" && isAnthropic(r.URL.Path) {
+		if client == nil && isAnthropic(r.URL.Path) {
 			client = other
 		}
 	}

@@ -176,8 +176,7 @@ type exchange struct {
 	header    http.Header         // the client's answer's
 	origin    string              // for CORS headers
 	route                         // what its path means
-	client    string              // who it is by the API key that was checked; "" without one
-	holder    *keyHolder          // what that client may do; nil without a key
+	holder    *keyHolder          // who it is by the API key that was checked, and what that client may do; nil without one
 	stranger  bool                // it shows no API key although keys are asked for: see keyless
 	spent     []string            // request headers that are for the proxy alone
 	members   [12]jsonscan.Member // of the body; more are allocated
@@ -194,6 +193,7 @@ type exchange struct {
 	unloading chan struct{} // closed when other servers have unloaded the model, too; nil: they need not
 	began     bool          // it was sent to up, and has not ended
 	waiting   bool          // it is counted in Handler.waiting
+	paused    time.Duration // for how long it waited beside Waited: for memory, and to be sent again
 	gateway   bool          // the answer is not the server's, most likely: see byGateway
 	gaveUp    bool          // after Handler.UpstreamSilence
 	silence   *silence      // gives the request up; nil: never
@@ -419,9 +419,9 @@ func outlive(ctx context.Context, closing <-chan struct{}, by time.Duration) (co
 
 // admit checks Host, Origin and API key, and answers preflights.
 func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (done bool) {
-	ex.client, ex.spent = h.Guard.key(r)
-	ex.stranger = h.Guard.Keys != nil && ex.client == ""
-	if ex.holder = h.Guard.Keys.holder(ex.client); ex.holder != nil {
+	ex.holder, ex.spent = h.Guard.key(r)
+	ex.stranger = h.Guard.Keys != nil && ex.holder == nil
+	if ex.holder != nil {
 		ex.Name = ex.holder.name
 	}
 	ref := h.loop(r)
@@ -689,14 +689,14 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 			ex.answer = savings.NewReader(ex.dialect, res.Header.Get("Content-Type"), ex.up.books.Load().TellsCached)
 		}
 	}
-	ex.timing(ex.header)
-	if res.Header["Content-Type"] == nil {
-		ex.header["Content-Type"] = nil // or net/http would guess one
-	}
 	if res.StatusCode >= 400 && ex.passing != nil && !ex.passing.ended.Load() {
 		if err := readEarly(res); err != nil {
 			return err
 		}
+	}
+	ex.timing(ex.header) // nothing fails after this, so that no other answer has it twice
+	if res.Header["Content-Type"] == nil {
+		ex.header["Content-Type"] = nil // or net/http would guess one
 	}
 	res.Body = &tap{res.Body, ex}
 	return nil
@@ -840,6 +840,8 @@ func (h *Handler) aborted(ex *exchange, w http.ResponseWriter, r *http.Request) 
 // waitForMemory counts a request that waits for memory, and has it wait no longer than until the proxy stops.
 func (h *Handler) waitForMemory(ctx context.Context) (context.Context, func()) {
 	h.waiting.Add(1)
+	began := time.Now()
+	ex := ctx.Value(exchangeKey{}).(*exchange)
 	ctx, cancel := context.WithCancel(ctx)
 	go func() { // ends with the waiting
 		select {
@@ -851,6 +853,7 @@ func (h *Handler) waitForMemory(ctx context.Context) (context.Context, func()) {
 	return ctx, func() {
 		cancel()
 		h.waiting.Add(-1)
+		ex.paused += time.Since(began)
 	}
 }
 
@@ -944,8 +947,8 @@ func (ex *exchange) attrs() []slog.Attr {
 	if len(ex.Retries) > 0 {
 		attrs = append(attrs, slog.String("retries", strings.Join(ex.Retries, ",")))
 	}
-	if ex.Waited >= time.Millisecond {
-		attrs = append(attrs, milliseconds("waited_ms", ex.Waited))
+	if waited := ex.Waited + ex.paused; waited >= time.Millisecond {
+		attrs = append(attrs, milliseconds("waited_ms", waited))
 	}
 	if e := ex.Savings; e != nil && e.Total > 0 {
 		attrs = append(attrs, slog.Int("prompt_tokens", e.Total), slog.String("warm", string(e.Verdict)))

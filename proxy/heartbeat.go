@@ -20,8 +20,7 @@ const eventMost = 64 << 10
 // heartbeat is the writer of an answer that is a stream of events. While the request waits, and has
 // waited for long enough, it begins the answer, with status 200, and writes a comment every so
 // often until the upstream's answer comes. That follows in the same body; see exchange.asEvent for
-// what is
-// no such stream. A nil heartbeat does nothing.
+// what is no such stream. A nil heartbeat does nothing.
 type heartbeat struct {
 	http.ResponseWriter
 	every  time.Duration
@@ -143,8 +142,7 @@ func (b *heartbeat) Write(p []byte) (int, error) {
 }
 
 // asEvent makes an answer whose header could not be written, since a heartbeat has begun another
-// one,
-// the end of that: a stream of events as it is, anything else an event that tells of an error.
+// one, the end of that: a stream of events as it is, anything else an event that tells of an error.
 func (ex *exchange) asEvent(res *http.Response) {
 	stream := strings.HasPrefix(res.Header.Get("Content-Type"), "text/event-stream") &&
 		res.Header.Get("Content-Encoding") == ""
@@ -168,9 +166,6 @@ func (ex *exchange) asEvent(res *http.Response) {
 		json.Unmarshal(told.Error, &ref.message) // Ollama's own form
 	}
 	event := ref.event(ex.Path, told.Error)
-	res.StatusCode, res.Body, res.ContentLength = ref.status, io.NopCloser(
-		strings.NewReader(event),
-	), int64(
-		len(event),
-	)
+	res.StatusCode, res.ContentLength = ref.status, int64(len(event))
+	res.Body = io.NopCloser(strings.NewReader(event))
 }

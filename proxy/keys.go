@@ -82,12 +82,10 @@ func ParseKeys(text string) (*Keys, error) {
 
 // Replace reads one key a line, with a name and settings where there are any; blank lines and lines
 // that begin with # are skipped, and so are the marks that editors leave: blanks around a line,
-// byte
-// order marks, carriage returns. After an error the keys are those from before.
+// byte order marks, carriage returns. After an error the keys are those from before.
 //
 // Limits carry over to the key of the same name: who waits is still counted, and a rate goes on
-// from
-// where it was.
+// from where it was.
 func (k *Keys) Replace(text string) error {
 	k.replacing.Lock()
 	defer k.replacing.Unlock()
@@ -282,20 +280,27 @@ func (k *Keys) Names() []string {
 }
 
 // check compares with every key, in a time that does not tell which one or how much of it fits. It
-// returns the key's digest, by which the client is known; "" where there is no such key.
-func (k *Keys) check(key string) string {
+// returns who has the key; nil where nobody has.
+func (k *Keys) check(key string) *keyHolder {
 	sum := sha256.Sum256([]byte(key))
-	found := 0
+	var found *keyHolder
 	for _, p := range *k.holders.Load() {
-		found |= subtle.ConstantTimeCompare(sum[:], p.sum[:])
+		if subtle.ConstantTimeCompare(sum[:], p.sum[:]) == 1 {
+			found = p
+		}
 	}
-	if found == 0 {
-		return ""
-	}
-	return string(sum[:])
+	return found
 }
 
-// holder returns whom check knows by this digest; nil where there is nobody.
+// client is the key's digest, by which the client is known; "" of nil.
+func (p *keyHolder) client() string {
+	if p == nil {
+		return ""
+	}
+	return string(p.sum[:])
+}
+
+// holder returns who is known by this digest now; nil where there is nobody.
 func (k *Keys) holder(client string) *keyHolder {
 	if k == nil || client == "" {
 		return nil
@@ -322,8 +327,8 @@ func (p *keyHolder) priority(r *http.Request) schedule.Priority {
 
 // tooFast refuses a request that is one too many for the client's rate.
 func (h *Handler) tooFast(ex *exchange) *refusal {
-	if ex.holder == nil || ex.holder.limiter == nil ||
-		ex.reads != readsNative && ex.reads != readsForeign {
+	asks := ex.reads == readsNative || ex.reads == readsForeign || ex.Endpoint == pathAudio
+	if ex.holder == nil || ex.holder.limiter == nil || !asks {
 		return nil
 	}
 	now := time.Now()

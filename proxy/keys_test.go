@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"fmt"
+	"net/http"
 	"net/http/httptest"
 	"slices"
 	"strconv"
@@ -119,7 +120,7 @@ func FuzzKeys(f *testing.F) {
 			t.Fatal(err)
 		}
 		if err := k.Replace(text); err != nil {
-			if k.Len() != 1 || k.check("the-old-key") == "" {
+			if k.Len() != 1 || k.check("the-old-key") == nil {
 				t.Errorf("a file with %v replaced the keys", err)
 			}
 			return
@@ -144,7 +145,7 @@ func FuzzKeys(f *testing.F) {
 			key := strings.TrimSuffix(line, "\n")
 			plain := key != "" && !strings.HasPrefix(key, "#") && !strings.ContainsAny(key, "\r\ufeff") &&
 				!strings.ContainsFunc(key, unicode.IsSpace)
-			if plain && k.check(key) == "" {
+			if plain && k.check(key) == nil {
 				t.Errorf("the key %q is not asked for", key)
 			}
 		}
@@ -171,7 +172,7 @@ func TestKeyClass(t *testing.T) {
 		for _, asked := range []string{"", "urgent", "Interactive", "normal", "batch"} {
 			r := httptest.NewRequest("POST", "/api/chat", nil)
 			r.Header.Set(headerPriority, asked)
-			got = append(got, k.holder(k.check(key)).priority(r).String())
+			got = append(got, k.check(key).priority(r).String())
 		}
 		if s := strings.Join(got, " "); s != want {
 			t.Errorf("%s: %s, want %s", key, s, want)
@@ -276,7 +277,7 @@ func TestKeyMaxWaitingAway(t *testing.T) {
 				if got := count([]*asked{waits, other}); got[200] != 2 {
 					t.Errorf("back: %v", got)
 				}
-				if n := h.Guard.Keys.holder(h.Guard.Keys.check("k1")).waiting.Load(); n != 0 {
+				if n := h.Guard.Keys.check("k1").waiting.Load(); n != 0 {
 					t.Errorf("%d are counted as waiting", n)
 				}
 			},
@@ -316,6 +317,7 @@ func TestKeyRate(t *testing.T) {
 	}
 	refused("/api/embed", `{"error":"`)
 	refused("/v1/messages", `{"error":{"message":`)
+	refused(pathAudio, `"type":"rate_limit_error"`)
 	for _, path := range []string{"/api/show", "/api/pull"} {
 		if status, text, _ := ask(path, "k1"); status != 200 {
 			t.Errorf("%s: %d %s", path, status, text)
@@ -350,5 +352,45 @@ func TestKeyNames(t *testing.T) {
 		strings.Contains(log, "plain-key") ||
 		!strings.Contains(log, `"key_name":"alice"`) {
 		t.Errorf("the log: %s", log)
+	}
+}
+
+// TestKeysWhileReplaced: whoever is let in while the file is read again has the limits that one of the
+// files sets for the key.
+func TestKeysWhileReplaced(t *testing.T) {
+	const limited, without = "alice k1 class=batch max-waiting=3\n", "bob k2\n"
+	g := withKeys(t, limited)
+	h := newRig(t, newFake(t, okAnswer).URL, &Handler{Guard: g}).h
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() { // ends with stop
+		defer close(stopped)
+		for i := 0; ; i++ {
+			select {
+			case <-stop:
+				return
+			default:
+				g.Keys.Replace([]string{without, limited}[i%2])
+			}
+		}
+	}()
+	in := 0
+	for range 20_000 {
+		r := httptest.NewRequest(http.MethodPost, "/api/chat", nil)
+		r.Host = "localhost"
+		r.Header.Set("Authorization", "Bearer k1")
+		r.Header.Set(headerPriority, "interactive")
+		ex := &exchange{header: http.Header{}}
+		if h.admit(httptest.NewRecorder(), r, ex) {
+			continue
+		}
+		in++
+		if p := ex.holder.priority(r); p != schedule.Batch || ex.Name != "alice" {
+			t.Fatalf("it is let in as %q, with priority %v", ex.Name, p)
+		}
+	}
+	close(stop)
+	<-stopped
+	if in == 0 {
+		t.Error("nobody was let in")
 	}
 }

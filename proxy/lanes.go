@@ -166,7 +166,7 @@ func (h *Handler) lane(r *http.Request, ex *exchange, list []*backend, mayWait f
 	priority := ex.holder.priority(r)
 	lanes := h.Lanes
 	request := schedule.Request{
-		Client: h.Trusted.clientOf(r, ex.client), Priority: priority, Arrived: ex.start, MayWait: mayWait,
+		Client: h.Trusted.clientOf(r, ex.holder.client()), Priority: priority, Arrived: ex.start, MayWait: mayWait,
 		Streams: ex.asksForStream(),
 	}
 	if ex.holder != nil {
@@ -275,7 +275,7 @@ func (h *Handler) full(r *http.Request, ex *exchange) error {
 		return nil
 	case ex.holder.waits():
 		return ex.tooMany()
-	case h.Lanes.Full(ex.holder.priority(r), h.Trusted.clientOf(r, ex.client)):
+	case h.Lanes.Full(ex.holder.priority(r), h.Trusted.clientOf(r, ex.holder.client())):
 		return ex.busy()
 	}
 	return nil

@@ -42,8 +42,7 @@ func (h *Handler) own(w http.ResponseWriter, r *http.Request, ex *exchange) bool
 }
 
 // ready serves pathReady. Anyone may see this page. Names and versions are for those alone who show
-// a
-// key, if keys are asked for.
+// a key, if keys are asked for.
 func (h *Handler) ready(w http.ResponseWriter, ex *exchange) {
 	versions := map[string]string{}
 	status, page := http.StatusServiceUnavailable, map[string]any{"status": "no upstream answers"}

@@ -81,6 +81,9 @@ func (h *Handler) queue(limit int) queuePage {
 	page := queuePage{
 		Waiting: int(h.Waiting()), Priorities: map[string]queuedEntry{}, Requests: []waitingEntry{},
 	}
+	for p := schedule.Interactive; p <= schedule.Batch; p++ {
+		page.Priorities[p.String()] = queuedEntry{}
+	}
 	for _, b := range h.backends {
 		st := b.State()
 		page.Servers = append(

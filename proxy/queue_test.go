@@ -143,8 +143,7 @@ func TestQueuePage(t *testing.T) {
 }
 
 // TestQueuePageAway: what waits for a server that is away is told, without a time; and so is that
-// with
-// --slots off nothing has a place.
+// with --slots off nothing has a place.
 func TestQueuePageAway(t *testing.T) {
 	for _, lanes := range []int{1, schedule.Unlimited, -2} {
 		inTime(
@@ -161,7 +160,7 @@ func TestQueuePageAway(t *testing.T) {
 					queued = 0
 				}
 				if page.Waiting != 1 || page.Queued != queued || len(page.Requests) != queued ||
-					page.Estimates.Count != 0 {
+					page.Estimates.Count != 0 || len(page.Priorities) != 3 {
 					t.Errorf("%s", text)
 				}
 				for _, q := range page.Requests {

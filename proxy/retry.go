@@ -105,6 +105,7 @@ func (h *Handler) pause(ctx context.Context, ex *exchange, d time.Duration) erro
 	if d == 0 {
 		return nil
 	}
+	began := time.Now()
 	ex.beat.wait()
 	stops := false
 	select {
@@ -114,6 +115,7 @@ func (h *Handler) pause(ctx context.Context, ex *exchange, d time.Duration) erro
 	case <-time.After(d):
 	}
 	ex.beat.waited()
+	ex.paused += time.Since(began)
 	if stops {
 		return ex.stopping()
 	}

@@ -60,6 +60,9 @@ var routes = map[string]route{
 	"/v1/audio/transcriptions": {label: "/v1/audio/transcriptions", long: true},
 }
 
+// pathAudio asks a model, too, in a form that is not read.
+const pathAudio = "/v1/audio/transcriptions"
+
 // pathModel, and a model's name after it, asks for one model.
 const pathModel = "/v1/models/"
 

@@ -10,6 +10,7 @@ import (
 // answer has come whole would keep back the beginning of one that comes slowly, and few clients read
 // trailers, which proxies on the way drop.
 func (ex *exchange) timing(header http.Header) {
-	header.Set(headerWaited, strconv.FormatFloat(ex.Waited.Seconds(), 'f', 3, 64))
-	header.Add("Server-Timing", "queue;dur="+strconv.FormatFloat(ms(ex.Waited), 'f', 1, 64))
+	waited := ex.Waited + ex.paused
+	header.Set(headerWaited, strconv.FormatFloat(waited.Seconds(), 'f', 3, 64))
+	header.Add("Server-Timing", "queue;dur="+strconv.FormatFloat(ms(waited), 'f', 1, 64))
 }

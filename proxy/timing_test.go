@@ -1,16 +1,18 @@
 package proxy
 
 import (
+	"io"
 	"net/http"
 	"strings"
 	"testing"
+	"testing/iotest"
+	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 )
 
 // TestTiming: every answer says for how long its request waited, once, whoever gives it; what
-// another
-// proxy behind this one says of its own queue comes after that.
+// another proxy behind this one says of its own queue comes after that.
 func TestTiming(t *testing.T) {
 	f := newFake(t, func(r received) string {
 		head := "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nX-Cacheproxy-Waited: 9\r\n"
@@ -60,4 +62,56 @@ func TestTiming(t *testing.T) {
 		res.Header.Get(headerWaited) != "0.000" {
 		t.Errorf("refused by the proxy: %d %v", res.StatusCode, res.Header)
 	}
+}
+
+// TestTimingOfAllWaits: what a request waits for beside a lane counts, too: memory for its body, and the
+// pauses before it is sent again to a server whose queue was full.
+func TestTimingOfAllWaits(t *testing.T) {
+	inTime(t, 1, time.Minute, func(t *testing.T, m *mortal, h *Handler, ask func(string, string, ...string) *asked) {
+		quarter := h.memory.most / 3 // all that there is for the beginnings of bodies
+		if !h.memory.first.TryAcquire(quarter) {
+			t.Fatal("somebody has some of the memory")
+		}
+		a := ask("/api/chat", chatWith("s", "one", ""))
+		time.Sleep(3 * time.Second)
+		h.memory.first.Release(quarter)
+		<-a.ended
+		if got := a.Header().Get(headerWaited); got != "3.000" {
+			t.Errorf("it waited for memory for 3 s, and is told %s s", got)
+		}
+		m.set(func() { m.busy = true })
+		a = ask("/api/chat", chatWith("s", "one", ""))
+		time.Sleep(10 * time.Second)
+		m.set(func() { m.busy = false })
+		<-a.ended
+		waited, timing := a.Header().Get(headerWaited), a.Header().Get("Server-Timing")
+		if waited != "12.750" || timing != "queue;dur=12750.0" { // 0.25, 0.5, 1, 2, 4 and 5 s
+			t.Errorf("its server's queue was full, and it is told %s s, %s", waited, timing)
+		}
+	})
+}
+
+// breaksOff refuses uploads before they have come, with an answer that breaks off.
+type breaksOff struct{ http.RoundTripper }
+
+func (b breaksOff) RoundTrip(r *http.Request) (*http.Response, error) {
+	if r.Method != http.MethodPost {
+		return b.RoundTripper.RoundTrip(r)
+	}
+	body := io.MultiReader(strings.NewReader("begun"), iotest.ErrReader(io.ErrUnexpectedEOF))
+	return &http.Response{
+		StatusCode: 400, Header: http.Header{}, Body: io.NopCloser(body), ContentLength: 100, Request: r,
+	}, nil
+}
+
+// TestTimingOnce: the proxy's own answer in place of one that broke off has it once, too.
+func TestTimingOnce(t *testing.T) {
+	inTime(t, 1, time.Minute, func(t *testing.T, _ *mortal, h *Handler, ask func(string, string, ...string) *asked) {
+		h.forward.Transport = breaksOff{h.forward.Transport}
+		a := ask("/api/blobs/sha256:0", "what is uploaded")
+		<-a.ended
+		if timing := a.Result().Header.Values("Server-Timing"); a.Code != 502 || len(timing) != 1 {
+			t.Errorf("%d %s, %q", a.Code, a.Body, timing)
+		}
+	})
 }

@@ -79,7 +79,8 @@ func (t *TrustedProxies) trusts(peer string) bool {
 	if t == nil {
 		return false
 	}
-	ip := net.ParseIP(peer)
+	addr, _, _ := strings.Cut(peer, "%") // the zone of a link-local address, which no network has
+	ip := net.ParseIP(addr)
 	for i := range t.ranges {
 		if t.ranges[i].Contains(ip) {
 			return true

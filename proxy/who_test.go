@@ -34,7 +34,7 @@ func askedBy(peer string, headers ...string) *http.Request {
 // TestForwardedClient: a front that is trusted says who asks; nobody else does, and what cannot be
 // read, or contradicts itself, leaves the address of the connection.
 func TestForwardedClient(t *testing.T) {
-	trusted := trusting(t, "10.0.0.0/8", " 127.0.0.1", "fd00::/8", "::1")
+	trusted := trusting(t, "10.0.0.0/8", " 127.0.0.1", "fd00::/8", "::1", "fe80::9%eth0")
 	for _, c := range []struct {
 		peer    string
 		headers []string
@@ -58,7 +58,11 @@ func TestForwardedClient(t *testing.T) {
 			"192.0.2.7"},
 		{"10.0.0.1:99", []string{"Forwarded: for=192.0.2.7", "X-Forwarded-For: 192.0.2.7"}, "192.0.2.7"},
 
+		{"[fe80::9%eth0]:99", []string{"X-Forwarded-For: 192.0.2.7"}, "192.0.2.7"},
+		{"[fe80::9%eth0]:99", []string{"X-Forwarded-For: 192.0.2.7, fe80::9%eth1"}, "192.0.2.7"},
+
 		{"10.0.0.1:99", nil, "10.0.0.1"},
+		{"[fe80::8%eth0]:99", []string{"X-Forwarded-For: 192.0.2.7"}, "fe80::8%eth0"},
 		{"10.0.0.1:99", []string{"Forwarded: for=192.0.2.8", "X-Forwarded-For: 192.0.2.7"}, "10.0.0.1"},
 		{"10.0.0.1:99", []string{"X-Forwarded-For: "}, "10.0.0.1"},
 		{"10.0.0.1:99", []string{"X-Forwarded-For: 192.0.2.7, junk"}, "10.0.0.1"},

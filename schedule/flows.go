@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// People go before scripts without anybody's saying so. A client's programs (Request.Program) and what each of them works on
+// People go before scripts without anybody's saying so. Clients, a client's programs (Request.Program) and what each of them works on
 // (Request.Flow) are flows. One that has nothing else waiting and has had little of the servers' time, beside what the busiest one has had
 // and waits for, is sparse, and its request goes before those of backlogged flows, as in fq_codel (RFC 8290). Whoever goes on asking
 // ceases to be sparse: Autellix (arXiv 2502.13965) counts attained service, too.
@@ -27,13 +27,15 @@ const (
 	ownPart    = 0.12
 	// fewFlows is how many things a program works on at most for one of them to be taken for a person's.
 	fewFlows = 4
-	// maxFlows is how many programs are remembered, and how many flows.
+	// newcomers is how many requests go first on credit of clients that have had little.
+	newcomers = 4
+	// maxFlows is how many clients are remembered, how many programs, and how many flows.
 	maxFlows = 4096
 	// maxDenied is how many requests are looked at again.
 	maxDenied = 256
 )
 
-// flow is a program, or one thing that a program works on.
+// flow is a client, one of its programs, or one thing that a program works on.
 type flow struct {
 	had    float64 // seconds of lanes, of late …
 	spent  float64 // … and what was spent on going before others, as seconds of what it is paid with
@@ -41,6 +43,8 @@ type flow struct {
 	active int // requests that wait or are being served …
 	first  int // … of those that go before others
 	flows  int // of a program: how many of its flows are active
+
+	program *flow // of a client: the one that has had and waits for the most
 }
 
 // attained returns how many seconds of lanes a flow has had of late.
@@ -57,7 +61,7 @@ func (f *flow) add(seconds, spent float64, now time.Time) {
 type flowKey struct {
 	client  string
 	program uint64
-	flow    uint64 // 0: the program
+	flow    uint64 // 0: the program, or the client if that is 0, too
 }
 
 // flow returns a flow, made if need be.
@@ -88,11 +92,13 @@ func (q *Queue) enter(it *item, r *Request, now time.Time) {
 	if r.Program == 0 {
 		return
 	}
+	it.owner = q.flow(flowKey{client: r.Client})
 	it.program = q.flow(flowKey{r.Client, r.Program, 0})
 	it.flow = q.flow(flowKey{r.Client, r.Program, max(r.Flow, 1)})
 	if it.rank == normal && q.sparse(it, now) && !q.advance(it, now) && len(q.denied) < maxDenied {
 		q.denied = append(q.denied, it.id)
 	}
+	it.owner.active++
 	it.program.active++
 	if it.flow.active++; it.flow.active == 1 {
 		it.program.flows++
@@ -102,19 +108,33 @@ func (q *Queue) enter(it *item, r *Request, now time.Time) {
 
 // rank notes the flows of a request if they are the busiest ones now.
 func (q *Queue) rank(it *item, now time.Time) {
-	if b := q.busiest[0]; b == nil || q.demand(it.program, now) > q.demand(b, now) {
-		q.busiest[0] = it.program
+	if b := q.busiest; b == nil || q.demand(it.owner, now) > q.demand(b, now) {
+		q.busiest = it.owner
 	}
-	if b := q.busiest[1]; b == nil || it.flow.attained(now) > b.attained(now) {
-		q.busiest[1] = it.flow
+	if b := it.owner.program; b == nil || q.demand(it.program, now) > q.demand(b, now) {
+		it.owner.program = it.program
+	}
+	if b := q.served; b == nil || it.flow.attained(now) > b.attained(now) {
+		q.served = it.flow
 	}
 }
 
-// sparse reports whether a request that comes is one of a sparse flow.
+// little reports whether a client, or a program, has nothing else under way, and has had little beside
+// the busiest one.
+func (q *Queue) little(f, busiest *flow, now time.Time) bool {
+	return f.active == 0 && f.attained(now)+q.typical() < sparsePart*q.demand(busiest, now)
+}
+
+// sparse reports whether a request that comes is one of a sparse flow. That is first of all one of a
+// client that has had little beside the busiest one. Whoever makes many programs of what it does has no
+// busy one, and none that is sparse beside it.
 func (q *Queue) sparse(it *item, now time.Time) bool {
-	program, prompt := q.busiest[0], q.busiest[1]
-	if program != nil && it.program.active == 0 && it.program.attained(now)+q.typical() < sparsePart*q.demand(program, now) {
-		return true
+	prompt := q.served
+	if q.busiest != nil {
+		it.newcomer = q.little(it.owner, q.busiest, now)
+		if it.newcomer || q.little(it.program, q.busiest.program, now) {
+			return true
+		}
 	}
 	// A program that has many prompts is no crowd: here it counts what they have had, not what waits.
 	it.detour = prompt != nil && it.flow.active == 0 && it.program.flows <= fewFlows && it.flow.attained(now)+q.typical() < sparsePart*prompt.attained(now)
@@ -127,7 +147,10 @@ func (q *Queue) advance(it *item, now time.Time) bool {
 		return false
 	}
 	charge, least := q.typical()/aheadPart, 0.0
-	if it.detour {
+	switch {
+	case it.newcomer: // a client with many sparse programs may have spent all that there was
+		least = -newcomers * charge
+	case it.detour:
 		if q.again.n == 0 { // nobody knows yet what that costs: the first one goes on credit
 			charge += q.typical() / 2 / ownPart
 		} else {
@@ -166,6 +189,7 @@ func (q *Queue) exit(it *item, took time.Duration, now time.Time) {
 	if it.program == nil {
 		return
 	}
+	it.owner.active--
 	it.program.active--
 	if it.flow.active--; it.flow.active == 0 {
 		it.program.flows--
@@ -194,6 +218,7 @@ func (q *Queue) exit(it *item, took time.Duration, now time.Time) {
 	} else {
 		q.ahead.add(seconds/float64(max(1, it.beside)), 0, now) // what is evaluated is evaluated one after the other
 	}
+	it.owner.add(seconds, 0, now)
 	it.program.add(seconds, 0, now)
 	it.flow.add(seconds, 0, now)
 	q.rank(it, now)

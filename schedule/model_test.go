@@ -243,9 +243,19 @@ func (m *model) add() {
 	if !r.Arrived.IsZero() {
 		came = r.Arrived
 	}
+	mayNot := false
+	if m.next%16 == 5 {
+		r.MayWait = func() bool { mayNot = b&1 == 1; return !mayNot }
+	}
 	if m.q.Add(r, m.now) {
 		m.waiting[r.ID] = modelRequest{Request: r, came: came}
 		m.added++
+	} else if mayNot {
+		for _, no := range m.q.refused {
+			if no.Err == ErrFull {
+				m.t.Fatalf("request %d gave up its place for one that may not wait", no.ID)
+			}
+		}
 	} else if len(m.waiting) < m.cfg.Limit {
 		m.t.Fatalf("refused with %d waiting", len(m.waiting))
 	} else if len(m.q.grants) == 0 { // else others may have left since

@@ -92,8 +92,8 @@ type Request struct {
 	Priority  Priority
 	Streams   bool      // its answer comes piece by piece, so that Began is told
 	Arrived   time.Time // zero: now. One whose server did not answer keeps its place by it
-	// MayWait is asked once by Scheduler, under its lock, if the request has to wait; where it
-	// says false Acquire returns ErrMayNotWait. Nil: it may.
+	// MayWait is asked once, by Queue.Add, if the request has to wait; where it says false the request
+	// is not added, and Scheduler.Acquire returns ErrMayNotWait. Nil: it may.
 	MayWait func() bool
 	// SlotFree: it needs no slot of a model (it unloads one, or a remote model answers it). Scheduler grants it at once; Queue
 	// is not to be given it.
@@ -198,7 +198,8 @@ type Queue struct {
 	clients *simplelru.LRU[string, *returns]
 	habits  returns // of all clients: what is expected of one that is not known
 	flows   *simplelru.LRU[flowKey, *flow]
-	busiest [2]*flow // the program that has had and waits for the most, and the flow that has had the most; nil: there was none
+	busiest *flow    // the client that has had and waits for the most; nil: there was none
+	served  *flow    // the flow that has had the most; nil: there was none
 	ahead   flow     // what went before others has spent, and what did not go before others has had
 	denied  []uint64 // requests that are to go before others as soon as that is paid for
 	took    mean     // seconds that requests took
@@ -296,7 +297,9 @@ type item struct {
 	waits   bool
 
 	who           flowKey // as the request says
-	program, flow *flow   // nil: not known
+	owner         *flow   // its client; nil: not known, and so are …
+	program, flow *flow
+	newcomer      bool    // it goes before others since its client has had little
 	detour        bool    // it goes before others of its program
 	charged       float64 // what it is expected to spend, if it goes before others
 	displaced     int     // tokens that its lane held and that it did not use
@@ -386,7 +389,7 @@ func New(cfg Config) *Queue {
 	if err != nil {
 		panic(err) // the size is positive
 	}
-	flows, err := simplelru.NewLRU[flowKey, *flow](2*maxFlows, nil)
+	flows, err := simplelru.NewLRU[flowKey, *flow](3*maxFlows, nil)
 	if err != nil {
 		panic(err) // the size is positive
 	}
@@ -437,16 +440,28 @@ func (q *Queue) Add(r Request, now time.Time) bool {
 	q.items[it.id] = it
 	q.enqueue(it, x, r.Client, now)
 	q.pump(s, now)
-	if full && q.Len() > q.cfg.Limit {
-		last := q.crowded().last()
-		if last == q.items[it.id] {
-			q.Leave(it.id, now)
-			return false
-		}
-		s := last.runner.server
-		q.refuse(last, ErrFull, now)
-		q.pump(s, now)
+	return q.stays(it.id, r.MayWait, now)
+}
+
+// stays refuses one of those that wait if a request that was added is one too many, and returns false
+// if that is the request itself. Nobody gives up a place for one that may not wait.
+func (q *Queue) stays(id uint64, mayWait func() bool, now time.Time) bool {
+	it := q.items[id] // another one than was added, if it was moved
+	if mayWait != nil && it != nil && it.waits && !mayWait() {
+		q.Leave(id, now)
+		return false
 	}
+	if q.Len() <= q.cfg.Limit {
+		return true
+	}
+	last := q.crowded().last()
+	if last == it {
+		q.Leave(id, now)
+		return false
+	}
+	s := last.runner.server
+	q.refuse(last, ErrFull, now)
+	q.pump(s, now)
 	return true
 }
 

@@ -102,22 +102,25 @@ func (s *Scheduler) join(r *Request) (*waiter, error) {
 	w := &waiter{ready: make(chan struct{})}
 	s.waiters[r.ID] = w
 	w.since = time.Now()
+	refusal := ErrFull
+	if mayWait := r.MayWait; mayWait != nil {
+		r.MayWait = func() bool {
+			may := mayWait()
+			if !may {
+				refusal = ErrMayNotWait
+			}
+			return may
+		}
+	}
 	added := s.queue.Add(*r, w.since)
 	if !added {
 		delete(s.waiters, r.ID)
 	}
 	s.handOver()
 	if !added {
-		return nil, ErrFull
+		return nil, refusal
 	}
-	switch _, waits := s.waiters[r.ID]; {
-	case !waits:
-	case r.MayWait != nil && !r.MayWait():
-		delete(s.waiters, r.ID)
-		s.queue.Leave(r.ID, time.Now())
-		s.handOver()
-		return nil, ErrMayNotWait
-	default:
+	if _, waits := s.waiters[r.ID]; waits {
 		w.expected, w.told = s.queue.estimate(r.ID, w.since)
 	}
 	return w, nil

@@ -88,8 +88,7 @@ func (a *accuracy) get() Estimates {
 }
 
 // Waiting returns what waits: how many requests, and the first of them, at most so many. It holds
-// the
-// scheduler's lock only while it copies what it sorts.
+// the scheduler's lock only while it copies what it sorts.
 func (s *Scheduler) Waiting(most int) Waits {
 	s.mu.Lock()
 	now := time.Now()
@@ -112,8 +111,7 @@ func (s *Scheduler) Waiting(most int) Waits {
 }
 
 // row is what decides when a request goes. Of its item only that is read, without the lock, which
-// does
-// not change while it waits.
+// does not change while it waits.
 type row struct {
 	*item
 	pace  *pace
@@ -175,8 +173,7 @@ func (c *class) waiters(rows []row, p *pace) []row {
 }
 
 // roundOf returns in which round from now on a client is served what comes after so much else of
-// its
-// own: after so many requests, of which so many tokens are to be evaluated.
+// its own: after so many requests, of which so many tokens are to be evaluated.
 func (c *class) roundOf(a *account, r *rates, fresh, requests int) int {
 	cost := float64(fresh) + float64(requests)*fairWeight*r.generated()
 	over := int(cost/a.weight) - a.deficit
@@ -209,8 +206,7 @@ func (q *Queue) aheadOf(it *item) float64 {
 }
 
 // estimate returns how long a request that has just begun to wait is expected to; false where
-// nothing
-// has been learned that tells.
+// nothing has been learned that tells.
 func (q *Queue) estimate(id uint64, now time.Time) (time.Duration, bool) {
 	it := q.items[id]
 	return q.paceOf(it.runner, now).start(q.aheadOf(it))

@@ -60,8 +60,7 @@ func TestWaitingOrder(t *testing.T) {
 }
 
 // TestWaitingStart: where all takes as long as ever, requests begin when it was told, on one lane
-// and
-// on several; nothing is told before anything is known, or while the server is away.
+// and on several; nothing is told before anything is known, or while the server is away.
 func TestWaitingStart(t *testing.T) {
 	for _, lanes := range []int{1, 3} {
 		synctest.Test(t, func(t *testing.T) {
@@ -123,8 +122,7 @@ func TestWaitingStart(t *testing.T) {
 }
 
 // TestWaitingLoad: who needs another model is told that it has to be loaded, when the one before
-// has
-// had its turn.
+// has had its turn.
 func TestWaitingLoad(t *testing.T) {
 	d := newDesk(t, Config{Lanes: 1})
 	of := func(model string) Request {

@@ -74,3 +74,21 @@ func TestMayWait(t *testing.T) {
 		}
 	})
 }
+
+// TestMayNotWaitTakesNoPlace: in a full queue nobody gives up a place for a request that may not wait;
+// nor does that keep one which may.
+func TestMayNotWaitTakesNoPlace(t *testing.T) {
+	const limit = 20
+	for _, may := range []bool{false, true} {
+		q := crowdedQueue(limit, script)
+		asked := 0
+		r, now := from(Request{Client: "other", Program: 1, Flow: 1}, limit+1, start.Add(time.Second))
+		r.MayWait = func() bool { asked++; return may }
+		if q.Add(r, now) != may || asked != 1 || q.Len() != limit || len(q.items) != limit+1 {
+			t.Errorf("may wait %v: asked %d times, %d wait of %d", may, asked, q.Len(), len(q.items))
+		}
+		if no := q.Refusals(); len(no) > 0 != may {
+			t.Errorf("may wait %v: refused was %v", may, no)
+		}
+	}
+}

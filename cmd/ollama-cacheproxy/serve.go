@@ -157,30 +157,49 @@ func (s *serveCmd) targets(listen string) ([]target, error) {
 		if err != nil {
 			return nil, fmt.Errorf("--upstream: %w", err)
 		}
-		switch {
-		case name != "":
-		case len(addrs) == 1:
+		if name == "" {
 			name = "upstream"
-		default:
-			name = fmt.Sprintf("upstream%d", i+1)
+			if len(addrs) > 1 {
+				name += strconv.Itoa(i + 1)
+			}
 		}
 		if sim == nil && selfTarget(listen, u) {
 			return nil, fmt.Errorf("--upstream %s is the proxy's own address: give the address of Ollama itself", u)
 		}
-		for _, t := range list {
-			if t.name == name {
-				return nil, fmt.Errorf("--upstream: two are called %q", name)
-			}
-			if sim == nil && t.sim == nil && t.url.String() == u.String() {
-				return nil, fmt.Errorf("--upstream: %s and %s are one address, %s", t.name, name, u)
+		t := target{name: name, url: u, sim: sim}
+		for _, other := range list {
+			if err := t.conflict(other); err != nil {
+				return nil, fmt.Errorf("--upstream: %w", err)
 			}
 		}
-		list = append(list, target{name: name, url: u, sim: sim})
+		list = append(list, t)
 	}
 	if len(list) > maxUpstreams {
 		return nil, fmt.Errorf("--upstream: %d are given, %d at most can be", len(list), maxUpstreams)
 	}
-	all := slices.Clone(s.Slots)
+	if err := setSlots(list, s.Slots); err != nil {
+		return nil, err
+	}
+	for i := range list {
+		list[i].expect(os.Getenv("OLLAMA_NUM_PARALLEL"))
+	}
+	return list, nil
+}
+
+// conflict says what keeps two upstreams from being given together; nil: nothing.
+func (t target) conflict(other target) error {
+	switch {
+	case t.name == other.name:
+		return fmt.Errorf("two are called %q", t.name)
+	case t.sim == nil && other.sim == nil && t.url.String() == other.url.String():
+		return fmt.Errorf("%s and %s are one address, %s", other.name, t.name, t.url)
+	}
+	return nil
+}
+
+// setSlots gives upstreams the slots that --slots says.
+func setSlots(list []target, flags []string) error {
+	all := slices.Clone(flags)
 	slices.SortStableFunc(all, func(a, b string) int { // what is said of one upstream goes before what is said of all
 		return strings.Count(a, "=") - strings.Count(b, "=")
 	})
@@ -191,7 +210,7 @@ func (s *serveCmd) targets(listen string) ([]target, error) {
 		}
 		n, err := parseSlots(value)
 		if err != nil {
-			return nil, fmt.Errorf("--slots %q: %w", slots, err)
+			return fmt.Errorf("--slots %q: %w", slots, err)
 		}
 		known := !named
 		for i := range list {
@@ -200,13 +219,10 @@ func (s *serveCmd) targets(listen string) ([]target, error) {
 			}
 		}
 		if !known {
-			return nil, fmt.Errorf("--slots %q: no --upstream is called %q", slots, name)
+			return fmt.Errorf("--slots %q: no --upstream is called %q", slots, name)
 		}
 	}
-	for i := range list {
-		list[i].expect(os.Getenv("OLLAMA_NUM_PARALLEL"))
-	}
-	return list, nil
+	return nil
 }
 
 // expect has an Ollama on this machine begin with the slots that the proxy's own environment says:
@@ -365,61 +381,13 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	if s.Check {
 		return s.report(ctx, c, set, ups)
 	}
-
-	store := contextstore.NewMemory(contextstore.Limits{Entries: s.StoreEntries, Bytes: s.StoreBytes})
-	h := &proxy.Handler{
-		Upstreams: ups, Transport: transport, KeepAlive: set.keepAlive, NoTouch: !s.Touch,
-		MaxBody: s.MaxBody, Memory: set.memory, BodyTimeout: s.BodyTimeout, UpstreamSilence: s.UpstreamSilence, Heartbeat: s.Heartbeat, Queue: s.Queue, Guard: set.guard, Trusted: set.trusted, Log: logger,
-		Ledger: savings.New(store, rememberRequests), ShowPrompts: s.ShowPrompts, AttachContext: s.AttachContext == "auto",
-	}
-	counts := metrics.New(version(), h.InFlight)
-	if set.lanes {
-		h.Lanes = schedule.NewScheduler(schedule.Config{Limit: s.Queue, MaxWait: s.MaxWait})
-		var names []string
-		for i, t := range set.upstreams {
-			h.Lanes.SetLanes(uint16(i), t.slots)
-			if t.expected > 0 {
-				h.Lanes.SetExpected(uint16(i), t.expected)
-			}
-			names = append(names, t.name)
-		}
-		counts.Lanes(names, h.Lanes.Stats)
-	}
-	if set.keys != nil {
-		counts.KeyNames(set.keys.keys.Names())
-		set.keys.replaced = counts.KeyNames
-	}
-	counts.Store(store.Stats)
-	counts.Held(h.Held)
-	counts.Waiting(h.Waiting)
-	h.Metrics, h.Done, h.Touched, h.Attached = counts.Handler(), counts.Done, counts.Touched, counts.Attached
-	if s.done != nil {
-		h.Done = func(ex proxy.Exchange) {
-			counts.Done(ex)
-			s.done(ex)
-		}
-	}
-	for _, up := range ups {
-		up.Polled = func(st upstream.State) {
-			h.Polled(up, st)
-			counts.Polled(up.Name, st)
-		}
-	}
-	h.Init()
-
-	ln, err := net.Listen("tcp", set.listen)
+	h := s.handler(set, ups, transport, logger)
+	ln, err := set.listener(logger)
 	if err != nil {
-		hint := "choose another address with --listen"
-		if errors.Is(err, syscall.EADDRINUSE) {
-			hint = "is another proxy running? " + hint
-		}
-		return fmt.Errorf("listening on %s: %w (%s)", set.listen, err, hint)
+		return err
 	}
 	if s.listening != nil {
 		s.listening(ln.Addr())
-	}
-	if addr, ok := ln.Addr().(*net.TCPAddr); ok && !addr.IP.IsLoopback() && set.guard.Keys == nil {
-		logger.Warn("listening beyond this machine without API keys: anyone who reaches this address can use, pull and delete models; set --api-keys-file", "listen", ln.Addr().String())
 	}
 
 	// Requests outlive ctx: they have until s.Drain.
@@ -455,6 +423,72 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 		return fmt.Errorf("serving: %w", err)
 	}
 	return nil
+}
+
+// handler builds what serves the requests: all but the upstreams and how they are reached.
+func (s *serveCmd) handler(
+	set settings, ups []*upstream.Server, transport *http.Transport, logger *slog.Logger,
+) *proxy.Handler {
+	store := contextstore.NewMemory(contextstore.Limits{Entries: s.StoreEntries, Bytes: s.StoreBytes})
+	h := &proxy.Handler{
+		Upstreams: ups, Transport: transport, KeepAlive: set.keepAlive, NoTouch: !s.Touch,
+		MaxBody: s.MaxBody, Memory: set.memory, BodyTimeout: s.BodyTimeout,
+		UpstreamSilence: s.UpstreamSilence, Heartbeat: s.Heartbeat, Queue: s.Queue,
+		Guard: set.guard, Trusted: set.trusted, Log: logger,
+		Ledger: savings.New(store, rememberRequests), ShowPrompts: s.ShowPrompts,
+		AttachContext: s.AttachContext == "auto",
+	}
+	counts := metrics.New(version(), h.InFlight)
+	if set.lanes {
+		h.Lanes = schedule.NewScheduler(schedule.Config{Limit: s.Queue, MaxWait: s.MaxWait})
+		var names []string
+		for i, t := range set.upstreams {
+			h.Lanes.SetLanes(uint16(i), t.slots)
+			if t.expected > 0 {
+				h.Lanes.SetExpected(uint16(i), t.expected)
+			}
+			names = append(names, t.name)
+		}
+		counts.Lanes(names, h.Lanes.Stats)
+	}
+	if set.keys != nil {
+		counts.KeyNames(set.keys.keys.Names())
+		set.keys.replaced = counts.KeyNames
+	}
+	counts.Store(store.Stats)
+	counts.Held(h.Held)
+	counts.Waiting(h.Waiting)
+	h.Metrics, h.Done, h.Touched, h.Attached = counts.Handler(), counts.Done, counts.Touched, counts.Attached
+	if s.done != nil {
+		h.Done = func(ex proxy.Exchange) {
+			counts.Done(ex)
+			s.done(ex)
+		}
+	}
+	for _, up := range ups {
+		up.Polled = func(st upstream.State) {
+			h.Polled(up, st)
+			counts.Polled(up.Name, st)
+		}
+	}
+	h.Init()
+	return h
+}
+
+// listener listens where the settings say.
+func (set settings) listener(logger *slog.Logger) (net.Listener, error) {
+	ln, err := net.Listen("tcp", set.listen)
+	if err != nil {
+		hint := "choose another address with --listen"
+		if errors.Is(err, syscall.EADDRINUSE) {
+			hint = "is another proxy running? " + hint
+		}
+		return nil, fmt.Errorf("listening on %s: %w (%s)", set.listen, err, hint)
+	}
+	if addr, ok := ln.Addr().(*net.TCPAddr); ok && !addr.IP.IsLoopback() && set.guard.Keys == nil {
+		logger.Warn("listening beyond this machine without API keys: anyone who reaches this address can use, pull and delete models; set --api-keys-file", "listen", ln.Addr().String())
+	}
+	return ln, nil
 }
 
 // newServer returns the server for clients. What it limits in time is what clients do: sending headers, and nothing.

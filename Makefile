@@ -6,6 +6,7 @@ GO      ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 
 STATICCHECK      := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+GOCYCLO          := github.com/fzipp/gocyclo/cmd/gocyclo@v0.6.0
 DOCKERFILE_UTILS := dockerfile-utils@0.16.3
 # These run go test, and tell each package or each test as it ends.
 GOTESTSUM        := $(GO) run gotest.tools/gotestsum@v1.13.0 --hide-summary skipped
@@ -47,11 +48,12 @@ servers: ## find or build the Ollama servers and models that the tests use
 	$(GO) run ./integration/cmd/realollama ensure --models
 
 .PHONY: lint
-lint: ## gofmt, vet, staticcheck; the Dockerfile (needs npx)
+lint: ## gofmt, vet, staticcheck, no complex functions; the Dockerfile (needs npx)
 	@unformatted=$$(gofmt -l .); if [ -n "$$unformatted" ]; then echo "not gofmt'ed: $$unformatted"; exit 1; fi
 	$(GO) vet ./...
 	$(GO) mod tidy -diff
 	$(GO) run $(STATICCHECK) ./...
+	$(GO) run $(GOCYCLO) -over 15 -ignore '_test\.go$$' .
 	npx --yes $(DOCKERFILE_UTILS) lint Dockerfile
 
 .PHONY: bench

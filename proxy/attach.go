@@ -45,7 +45,7 @@ func (h *Handler) contextLength(model string) int {
 
 // attach replaces the body where it is sent with stored context, and ex.fields with what is in the one that is sent.
 func (h *Handler) attach(ex *exchange) error {
-	if h.attacher == nil || ex.prompt != prefix.Generate {
+	if h.attacher == nil || ex.prompt != prefix.Generate || !ex.runsHere() {
 		return nil
 	}
 	if ex.plan = h.attacher.Plan(ex.key, ex.body.data); ex.plan == nil || ex.plan.Body() == nil {

@@ -510,7 +510,7 @@ func (ex *exchange) unreadable(err error) *refusal {
 	return &refusal{http.StatusBadRequest, fmt.Sprintf("reading the request's body: %v", err)}
 }
 
-// read reads the body, as far as the proxy may.
+// read reads the body, as far as the proxy may, and what it says of the model and the prompt.
 func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 	if ex.reads == readsNothing || ex.reads == readsName && len(h.backends) == 1 {
 		if name, ok := strings.CutPrefix(r.URL.Path, pathModel); ok {
@@ -519,93 +519,109 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 		ex.pass(r)
 		return nil
 	}
+	data, over, ref := h.readBody(r, ex)
+	if ref != nil {
+		return ref
+	}
+	// Ollama reads the first value, whatever follows it; and the body as it stands, whatever its
+	// Content-Encoding says, but for zstd under /v1.
+	f, err := scan(data, ex.members[:])
+	if err == nil {
+		h.understand(ex, f, data)
+		if err := h.attach(ex); err != nil {
+			return ex.unreadable(err)
+		}
+		return nil
+	}
+	switch enc := r.Header.Get("Content-Encoding"); {
+	case over:
+		ex.Unedited = UneditedTooLarge
+		ex.in.Store(0)
+		ex.beginning = once{ex.body.open(edit{})}
+		ex.letGo()
+		r.Body = &rest{io.MultiReader(ex.beginning, r.Body), r.Body}
+		ex.pass(r)
+	case enc == "zstd" && ex.reads == readsForeign && h.readZstd(ex, data):
+		return nil
+	case enc != "" && !strings.EqualFold(enc, "identity"):
+		ex.Unedited = UneditedEncoded
+	default:
+		ex.Unedited = UneditedNotJSON
+		return nil // Ollama refuses it
+	}
+	ex.unread = ex.prompt != prefix.None && !ex.embed
+	return nil
+}
+
+// readBody makes ex.body of the request's body, and returns of it what is to be looked at. over: it is
+// longer than the proxy may read, and the rest is still to come.
+func (h *Handler) readBody(r *http.Request, ex *exchange) (data []byte, over bool, ref *refusal) {
 	most := min(h.MaxBody, h.memory.most)
 	if r.ContentLength > most {
 		most = min(most, bodyFirst-1) // what Ollama reads may end there
 	}
 	longer := func() error { return h.full(r, ex) }
-	var b *body
-	var over bool
 	var err error
 	if r.ContentLength > bodyFirst {
 		err = longer()
 	}
 	if err == nil {
-		b, over, err = h.memory.read(r.Context(), ex.holder.priority(r), r.Body, r.ContentLength, most, longer)
+		ex.body, over, err = h.memory.read(r.Context(), ex.holder.priority(r), r.Body, r.ContentLength, most, longer)
 	}
-	if ex.body = b; b != nil {
-		ex.in.Store(int64(len(b.data)))
+	if ex.body != nil {
+		data = ex.body.data[:min(int64(len(ex.body.data)), most)]
+		ex.in.Store(int64(len(ex.body.data)))
 	}
-	if ref, ok := errors.AsType[*refusal](err); ok {
-		return ref
+	ref, ok := errors.AsType[*refusal](err)
+	switch {
+	case err == nil || ok:
+		return data, over, ref
+	case !errors.Is(err, context.Canceled):
+		return nil, false, ex.unreadable(err)
+	case r.Context().Err() != nil:
+		return nil, false, givenUp(err)
 	}
-	if errors.Is(err, context.Canceled) {
-		if h.closed() && r.Context().Err() == nil {
-			ex.waiting = true // until it is told
-			h.waiting.Add(1)
-			return ex.stopping()
-		}
-		return givenUp(err)
-	}
-	if err != nil {
-		return ex.unreadable(err)
-	}
+	// Only the wait for memory was cancelled, as the end of the proxy does: see waitForMemory.
+	ex.waiting = true // until it is told
+	h.waiting.Add(1)
+	return nil, false, ex.stopping()
+}
 
-	// Ollama reads the first value, whatever follows it; and the body as it stands, whatever its Content-Encoding says, but for
-	// zstd under /v1.
-	data := b.data[:min(int64(len(b.data)), most)]
-	f, err := scan(data, ex.members[:])
-	if err != nil && !over && ex.reads == readsForeign && r.Header.Get("Content-Encoding") == "zstd" {
-		h.decoding.Lock() // until the text is read, so that no more than one takes memory beside its body
-		defer h.decoding.Unlock()
-		if text, decoded := h.decoder.DecodeAll(data, nil); decoded == nil {
-			data = text
-			f, err = scan(data, ex.members[:])
-			defer func() { ex.fields.members, ex.fields.long = nil, nil }() // they are the text's, not the body's
-		}
-	}
+// readZstd looks at the text of a compressed body; false where that is no JSON object.
+func (h *Handler) readZstd(ex *exchange, data []byte) bool {
+	h.decoding.Lock() // until the text is read, so that no more than one takes memory beside its body
+	defer h.decoding.Unlock()
+	text, err := h.decoder.DecodeAll(data, nil)
 	if err != nil {
-		enc := r.Header.Get("Content-Encoding")
-		switch {
-		case over:
-			ex.Unedited = UneditedTooLarge
-			ex.in.Store(0)
-			ex.beginning = once{b.open(edit{})}
-			ex.letGo()
-			r.Body = &rest{io.MultiReader(ex.beginning, r.Body), r.Body}
-			ex.pass(r)
-		case enc != "" && !strings.EqualFold(enc, "identity"):
-			ex.Unedited = UneditedEncoded
-		default:
-			ex.Unedited = UneditedNotJSON
-			return nil // Ollama refuses it
-		}
-		ex.unread = ex.prompt != prefix.None && !ex.embed
-		return nil
+		return false
 	}
+	f, err := scan(text, ex.members[:])
+	if err != nil {
+		return false
+	}
+	h.understand(ex, f, text)
+	ex.fields.members, ex.fields.long = nil, nil // they are the text's, not the body's
+	return true
+}
+
+// understand takes in what a body says: f, which was found in data.
+func (h *Handler) understand(ex *exchange, f fields, data []byte) {
 	if ex.reads == readsName && f.model == "" {
-		f.model = f.name(b.data) // as Ollama reads it
+		f.model = f.name(data) // as Ollama reads it
 	}
-	key := upstream.ModelKey(f.model)
+	ex.key = upstream.ModelKey(f.model)
 	switch {
 	case ex.reads == readsName:
-	case key != "":
+	case ex.key != "":
 		ex.Model = f.model
 	case f.model != "":
 		ex.Model = invalidModel
 	}
-	if ex.key = key; key == "" {
-		return nil
+	ex.cloud = ex.key != "" && upstream.IsCloud(f.model)
+	if ex.runsHere() { // else nothing here stays loaded
+		ex.fields = f
+		h.account(ex, data)
 	}
-	if ex.cloud = upstream.IsCloud(f.model); ex.cloud {
-		return nil // nothing here stays loaded
-	}
-	ex.fields = f
-	h.account(ex, data)
-	if err := h.attach(ex); err != nil {
-		return ex.unreadable(err)
-	}
-	return nil
 }
 
 // rewrite makes the outbound request: the same, to the upstream, with the body's edit.
@@ -854,16 +870,6 @@ func (h *Handler) waitForMemory(ctx context.Context) (context.Context, func()) {
 		cancel()
 		h.waiting.Add(-1)
 		ex.paused += time.Since(began)
-	}
-}
-
-// closed reports whether Close has been called.
-func (h *Handler) closed() bool {
-	select {
-	case <-h.closing:
-		return true
-	default:
-		return false
 	}
 }
 

@@ -73,41 +73,19 @@ func (h *Handler) merge(w http.ResponseWriter, r *http.Request, ex *exchange) bo
 		panic(http.ErrAbortHandler)
 	}
 	var names []string
-	var all []listed
-	at := map[string]int{}
 	for i, list := range lists {
-		if list == nil {
-			continue
-		}
-		names = append(names, h.backends[i].Name)
-		for _, e := range list {
-			key := cmp.Or(e.Name, e.ID)
-			j, known := at[key]
-			switch {
-			case !known:
-				at[key] = len(all)
-				all = append(all, e)
-			case newer(e, all[j]) < 0:
-				all[j] = e
-			}
+		if list != nil {
+			names = append(names, h.backends[i].Name)
 		}
 	}
 	if names == nil {
 		return false // whoever it is forwarded to says what is wrong
 	}
-	slices.SortStableFunc(all, newer)
-	entries := make([]json.RawMessage, 0, len(all))
-	for _, e := range all {
-		entries = append(entries, e.raw)
-	}
-	content := map[string]any{ex.merged: entries}
+	content := map[string]any{ex.merged: union(lists)}
 	if ex.merged == "data" {
 		content["object"] = "list"
 	}
-	text, err := json.Marshal(content)
-	if err != nil {
-		panic(err) // what was parsed can be written
-	}
+	text := marshal(content)
 	ex.Status, ex.Outcome, ex.BytesOut = http.StatusOK, OK, int64(len(text))
 	setCORS(w.Header(), ex.origin)
 	w.Header().Set(headerUpstream, strings.Join(names, ", "))
@@ -118,6 +96,29 @@ func (h *Handler) merge(w http.ResponseWriter, r *http.Request, ex *exchange) bo
 		ex.Outcome = ClientGone
 	}
 	return true
+}
+
+// union returns the entries of all lists in Ollama's order, of those with one name the newest.
+func union(lists [][]listed) []json.RawMessage {
+	var all []listed
+	at := map[string]int{} // in all, by name
+	for _, e := range slices.Concat(lists...) {
+		key := cmp.Or(e.Name, e.ID)
+		i, known := at[key]
+		switch {
+		case !known:
+			at[key] = len(all)
+			all = append(all, e)
+		case newer(e, all[i]) < 0:
+			all[i] = e
+		}
+	}
+	slices.SortStableFunc(all, newer)
+	entries := make([]json.RawMessage, 0, len(all))
+	for _, e := range all {
+		entries = append(entries, e.raw)
+	}
+	return entries
 }
 
 // list asks one upstream; never nil without an error.

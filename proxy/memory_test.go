@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -19,6 +20,7 @@ import (
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
 // longBody returns a chat of about n bytes and how long it is; all share one text.
@@ -288,6 +290,51 @@ func TestMemoryPriority(t *testing.T) {
 			t.Errorf("%d bytes are held", held)
 		}
 	})
+}
+
+// TestMemoryWaitEnds: a body that waits for memory waits no longer than until the proxy stops, which
+// its client is told, or until its client leaves.
+func TestMemoryWaitEnds(t *testing.T) {
+	for _, stops := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			logger := slog.New(slog.DiscardHandler)
+			up := upstream.NewServer("u", &url.URL{Scheme: "http", Host: "127.0.0.1:11434"}, nil, logger)
+			var ended []Exchange
+			h := &Handler{
+				Upstreams: []*upstream.Server{up}, Transport: stubUpstream{}, Memory: MemoryLeast,
+				Done: func(ex Exchange) { ended = append(ended, ex) },
+			}
+			h.Init()
+			for h.memory.first.TryAcquire(1 << 10) {
+			}
+			ctx, leave := context.WithCancel(t.Context())
+			defer leave()
+			body := strings.NewReader(chatWith("s", "one", ""))
+			r := httptest.NewRequestWithContext(ctx, "POST", "http://127.0.0.1:11435/api/chat", body)
+			w := httptest.NewRecorder()
+			go h.ServeHTTP(w, r) // ends when it waits no more
+			synctest.Wait()
+			if len(ended) != 0 || h.Waiting() != 1 {
+				t.Fatalf("%d wait, %+v", h.Waiting(), ended)
+			}
+			outcome := ClientGone
+			if stops {
+				outcome = Refused
+				h.Close()
+			} else {
+				leave()
+			}
+			synctest.Wait()
+			if len(ended) != 1 || ended[0].Outcome != outcome || h.Waiting() != 0 {
+				t.Fatalf("%d wait, %+v", h.Waiting(), ended)
+			}
+			told := w.Code == http.StatusServiceUnavailable && w.Header().Get("Retry-After") != "" &&
+				strings.Contains(w.Body.String(), "is stopping")
+			if told != stops {
+				t.Errorf("stops %v: %d %s", stops, w.Code, w.Body)
+			}
+		})
+	}
 }
 
 // TestPassingBodyStuck: a body that passes through and leaves off is given up with 408, too, in

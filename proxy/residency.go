@@ -328,19 +328,7 @@ func (r *residency) check(ctx context.Context) {
 			continue // asked again after checkEvery; an upstream that is down is reported by its polls
 		}
 		want := r.keep.floor(m.key, m.longest)
-		l, isLoaded := loaded[weights]
-		switch {
-		case want == Hold{}:
-			m.pending, m.answered, m.keptAt = false, false, now // nothing is promised for this model
-		case !isLoaded && m.inFlight > 0: // still loading, or waiting to
-		case !isLoaded:
-			m.pending = false
-			m.gone()
-		case m.changed(l) || !m.statedKnown:
-			m.pending, m.answered = false, false
-		case !m.keptAt.IsZero() && !l.ExpiresAt.Before(m.keptAt.Add(m.keptFor-min(expirySlack, m.keptFor/2))):
-			m.pending = false
-		default:
+		if l, isLoaded := loaded[weights]; m.needsTouch(want, l, isLoaded, now) {
 			touches = append(touches, touch{weights, m.name, want.Duration, m.embed, m.stated})
 		}
 	}
@@ -371,6 +359,29 @@ func (r *residency) check(ctx context.Context) {
 			cancel()
 		}
 	}
+}
+
+// needsTouch judges the model by how /api/ps lists it at the time now: whether it is loaded as the
+// proxy's clients had it, and not held for as long as is wanted. Where it is not to be touched it says
+// what is known now.
+func (m *residence) needsTouch(want Hold, l upstream.Loaded, isLoaded bool, now time.Time) bool {
+	switch {
+	case want == Hold{}:
+		m.pending, m.answered, m.keptAt = false, false, now // nothing is promised for this model
+	case !isLoaded && m.inFlight > 0: // still loading, or waiting to
+	case !isLoaded:
+		m.pending = false
+		m.gone()
+	case m.changed(l) || !m.statedKnown:
+		m.pending, m.answered = false, false
+	case m.keptAt.IsZero():
+		return true
+	case l.ExpiresAt.Before(m.keptAt.Add(m.keptFor - min(expirySlack, m.keptFor/2))):
+		return true
+	default:
+		m.pending = false
+	}
+	return false
 }
 
 // touch sets how long a model that is loaded stays loaded. stated are the options with which it is.

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httputil"
-	"slices"
 	"strings"
 	"time"
 
@@ -37,10 +36,11 @@ type attempts struct{ h *Handler }
 func (a attempts) RoundTrip(out *http.Request) (*http.Response, error) {
 	h, ex := a.h, out.Context().Value(exchangeKey{}).(*exchange)
 	defer ex.letGo() // nothing is sent again after this
-	for busy, gone := 0, 0; ; {
+	var past repeats
+	for {
 		res, err := h.Transport.RoundTrip(out)
 		if err != nil && context.Cause(out.Context()) == errSilent {
-			return nil, ex.silent(h)
+			return nil, ex.silent()
 		}
 		why := retryReason(res, err)
 		ex.gateway = why == "" && err == nil && byGateway(res.StatusCode)
@@ -51,53 +51,72 @@ func (a attempts) RoundTrip(out *http.Request) (*http.Response, error) {
 		case (ex.gateway || upstream.Closed(err)) && out.Context().Err() == nil:
 			h.brokeOff(out.Context(), ex.up)
 		}
-		if why == "" || ex.passing != nil && ex.passing.begun.Load() { // what was read of it has gone
+		if why == "" || ex.passing.wasBegun() { // what was read of it has gone
 			return res, err
 		}
 		ex.silence.stop()
-		if !slices.Contains(ex.tried, ex.up) {
-			ex.tried = append(ex.tried, ex.up)
-		}
-		list := h.elsewhere(ex, why)
-		var pause time.Duration
-		switch {
-		case len(list) > 0:
-		case why == RetryUnreachable && gone < goneMost:
-			if list = h.returning(ex); len(list) == 0 {
-				return res, err
-			}
-			if gone > 0 {
-				pause = min(busyPause<<gone, busyLast)
-			}
-			gone++
-		case why == RetryBusy && busy < busyMost && ex.grant != nil: // its queue will be shorter in a moment
-			pause = min(busyPause<<busy, busyLast)
-			busy++
-			list = []*backend{ex.up}
-		default:
+		ex.tried = append(ex.tried, ex.up)
+		list, pause := h.next(ex, why, &past)
+		if len(list) == 0 {
 			return res, err
 		}
 		if res != nil {
 			res.Body.Close()
 		}
-		if err := h.pause(out.Context(), ex, pause); err != nil {
+		if out, err = h.again(out, ex, why, list, pause); err != nil {
 			return nil, err
 		}
-		ex.retract()
-		ex.Retries = append(ex.Retries, why)
-		if ref := h.acquire(ex.inbound, ex, list); ref != nil {
-			return nil, ref
-		}
-		h.begin(ex)
-		again := out.Clone(out.Context())
-		u := *ex.inbound.URL
-		again.URL, again.Host = &u, ""
-		h.rewrite(&httputil.ProxyRequest{In: ex.inbound, Out: again})
-		if ex.passing != nil {
-			again.Body = ex.passing // ReverseProxy's own reader of it is closed
-		}
-		out = again
 	}
+}
+
+// again returns a request that was refused as it is to be sent to one of these servers, for which it
+// has paused and waited.
+func (h *Handler) again(
+	out *http.Request, ex *exchange, why string, list []*backend, pause time.Duration,
+) (*http.Request, error) {
+	if err := h.pause(out.Context(), ex, pause); err != nil {
+		return nil, err
+	}
+	ex.retract()
+	ex.Retries = append(ex.Retries, why)
+	if ref := h.acquire(ex.inbound, ex, list); ref != nil {
+		return nil, ref
+	}
+	h.begin(ex)
+	again := out.Clone(out.Context())
+	u := *ex.inbound.URL
+	again.URL, again.Host = &u, ""
+	h.rewrite(&httputil.ProxyRequest{In: ex.inbound, Out: again})
+	if ex.passing != nil {
+		again.Body = ex.passing // ReverseProxy's own reader of it is closed
+	}
+	return again, nil
+}
+
+// repeats counts how often a request was sent to servers that had refused it once.
+type repeats struct{ busy, gone int }
+
+// next returns the servers to which a refused request may be sent now, and how long to pause before
+// that; none: its refusal is final.
+func (h *Handler) next(
+	ex *exchange, why string, past *repeats,
+) (list []*backend, pause time.Duration) {
+	if list = h.elsewhere(ex, why); len(list) > 0 {
+		return list, 0
+	}
+	switch {
+	case why == RetryUnreachable && past.gone < goneMost:
+		list = h.returning(ex)
+		if past.gone > 0 {
+			pause = min(busyPause<<past.gone, busyLast)
+		}
+		past.gone++
+	case why == RetryBusy && past.busy < busyMost && ex.grant != nil:
+		list = []*backend{ex.up} // its queue will be shorter in a moment
+		pause = min(busyPause<<past.busy, busyLast)
+		past.busy++
+	}
+	return list, pause
 }
 
 // pause waits before a request is sent again.
@@ -184,8 +203,10 @@ func (s *silence) stop() {
 }
 
 // silent tells of such a request.
-func (ex *exchange) silent(h *Handler) *refusal {
-	return &refusal{http.StatusGatewayTimeout, fmt.Sprintf("ollama at %s sent nothing for %v, and was not waited for any longer (--upstream-silence)", ex.up.URL, h.UpstreamSilence)}
+func (ex *exchange) silent() *refusal {
+	return &refusal{http.StatusGatewayTimeout, fmt.Sprintf(
+		"ollama at %s sent nothing for %v, and was not waited for any longer (--upstream-silence)",
+		ex.up.URL, ex.silence.limit)}
 }
 
 // retryReason says why a request may be sent elsewhere; "" if it may not.

@@ -70,9 +70,12 @@ func (p *passing) Read(b []byte) (int, error) {
 	return n, err
 }
 
+// wasBegun reports whether reading was begun. Nothing is read of a nil body.
+func (p *passing) wasBegun() bool { return p != nil && p.begun.Load() }
+
 // Close closes the body, unless nothing was read of it: then it may be sent elsewhere, and net/http closes it in the end.
 func (p *passing) Close() error {
-	if !p.begun.Load() {
+	if !p.wasBegun() {
 		return nil
 	}
 	return p.ReadCloser.Close()

@@ -12,10 +12,12 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
@@ -224,6 +226,25 @@ func passage(id, n int) string {
 		fmt.Fprintf(&b, "word%d-%d ", id, i*id%97+i)
 	}
 	return b.String()
+}
+
+// TestUnion: of entries with one name the newest one is listed, wherever it comes from, and what is
+// equally new stays in the upstreams' order.
+func TestUnion(t *testing.T) {
+	entry := func(name, from string, hour int) listed {
+		return listed{
+			raw: json.RawMessage(strconv.Quote(from)), Name: name,
+			Modified: instant{time.Date(2026, 1, 1, hour, 0, 0, 0, time.UTC)},
+		}
+	}
+	got := union([][]listed{
+		{entry("m", "old m", 1), entry("n", "new n", 3), entry("o", "first o", 4)},
+		nil,
+		{entry("m", "new m", 5), entry("n", "old n", 2), entry("o", "other o", 4), entry("p", "p", 4)},
+	})
+	if want := `["new m" "first o" "p" "new n"]`; fmt.Sprintf("%s", got) != want {
+		t.Errorf("%s", got)
+	}
 }
 
 // listing decodes a merged list: from which box each name comes, in order.

@@ -169,7 +169,7 @@ func (c *choice) probe() (*item, *lane) {
 	}
 	n, tokens, _ := c.x.classes[p].tree.walk(v.steps)
 	tries := triesMost
-	it := n.first(&tries)
+	it := n.first((*item).owed, &tries)
 	if it == nil || n.busy > 0 || !c.q.follows(v.client, tokens, v.tokens) {
 		return nil, nil
 	}
@@ -286,6 +286,9 @@ func (k *class) oldest() *item {
 	return front
 }
 
+// owed reports whether a request's client has not had its share.
+func (it *item) owed() bool { return it.account.deficit > 0 }
+
 // best returns the request that shares the most with a prompt, of those with no prefix beyond that on which a lane is busy,
 // and how many tokens it shares.
 func (k *class) best(holds []step) (*item, int) {
@@ -293,14 +296,14 @@ func (k *class) best(holds []step) (*item, int) {
 	tries := triesMost
 	if !whole {
 		if n.busy == 0 {
-			if it := n.first(&tries); it != nil {
+			if it := n.first((*item).owed, &tries); it != nil {
 				return it, tokens
 			}
 		}
 		n = n.parent
 	}
 	for ; n != nil; n = n.parent {
-		if it := n.first(&tries); it != nil {
+		if it := n.first((*item).owed, &tries); it != nil {
 			return it, min(tokens, n.depth())
 		}
 	}
@@ -448,7 +451,7 @@ func (c *choice) join(p rank, k *class) (*item, *lane, reason) {
 	}
 	for n := &k.tree.root; n != nil; n = n.nextTaken() {
 		tries := triesMost
-		if it := n.first(&tries); it != nil && n.busy > 0 {
+		if it := n.first((*item).owed, &tries); it != nil && n.busy > 0 {
 			try(it, n)
 		}
 	}
@@ -484,7 +487,7 @@ func (x *runner) backlog(n *node) int { return int(x.below(n)) / (n.busy + 1) }
 
 // below returns the work that waits below a node, in tokens.
 func (x *runner) below(n *node) float64 {
-	return float64(n.tokens-n.waiting*n.depth()) + float64(n.waiting)*x.rates.weight()*x.rates.generated()
+	return x.rates.work(n.tokens-n.waiting*n.depth(), n.waiting)
 }
 
 // worth reports whether a lane should evaluate so many tokens again rather than leave a backlog to the lanes that are

@@ -95,9 +95,6 @@ type Request struct {
 	// MayWait is asked once, by Queue.Add, if the request has to wait; where it says false the request
 	// is not added, and Scheduler.Acquire returns ErrMayNotWait. Nil: it may.
 	MayWait func() bool
-	// SlotFree: it needs no slot of a model (it unloads one, or a remote model answers it). Scheduler grants it at once; Queue
-	// is not to be given it.
-	SlotFree bool
 }
 
 // Refusal says that a request that waited will not be sent.

@@ -317,8 +317,7 @@ func (q *Queue) fillIn(o *offer, it *item, known *rates, host bool, now time.Tim
 		}
 	}
 	o.loading = s.loading(x, it.key.Options, known, now)
-	work := float64(it.tokens-o.warm) + r.weight()*r.generated()
-	o.cost = o.load() + time.Duration(work*float64(r.perToken()))
+	o.cost = o.load() + time.Duration(r.work(it.tokens-o.warm, 1)*float64(r.perToken()))
 	o.score = s.score(it.opening)
 }
 
@@ -356,7 +355,7 @@ func (x *runner) ahead(p rank) time.Duration {
 // counts like what is warm: siblings that come in a burst would otherwise scatter.
 func (x *runner) warmth(it *item, host bool) (warm int, ahead float64) {
 	steps := x.held(it.steps)
-	warm = upTo(it.steps, steps)
+	warm = tokensOf(it.steps[:steps])
 	var nodes [ranks]*node
 	var depths [ranks]int
 	for p := range ranks {
@@ -389,14 +388,6 @@ func (x *runner) held(steps []step) int {
 	return n
 }
 
-// upTo returns how many tokens so many steps are.
-func upTo(steps []step, n int) int {
-	if n == 0 {
-		return 0
-	}
-	return int(steps[n-1].tokens)
-}
-
 // restorable returns how many tokens of a prompt the server's host cache is expected to have, if that is more than
 // the given number of steps, by how often it had what it was asked for; before it was asked for anything, half of it.
 func (x *runner) restorable(steps []step, least int) int {
@@ -410,7 +401,7 @@ func (x *runner) restorable(steps []step, least int) int {
 	for _, v := range x.visits {
 		least = max(least, further(steps, v.steps, least))
 	}
-	return int(float64(upTo(steps, least)) * part)
+	return int(float64(tokensOf(steps[:least])) * part)
 }
 
 // further returns common if that is more than n, else at most n. Fingerprints are cumulative: one tells whether it is.

@@ -53,7 +53,7 @@ func NewScheduler(cfg Config) *Scheduler {
 
 // Grant lets a request be sent to its server, until Release. The nil Grant is none; to release it does nothing.
 type Grant struct {
-	Placement // of one that is SlotFree: zero, with Lane -1
+	Placement
 	scheduler *Scheduler
 }
 
@@ -62,9 +62,6 @@ type Grant struct {
 func (s *Scheduler) Acquire(ctx context.Context, r Request) (*Grant, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
-	}
-	if r.SlotFree {
-		return &Grant{Placement: Placement{Lane: -1}}, nil
 	}
 	w, err := s.join(&r)
 	if err != nil {
@@ -141,7 +138,7 @@ func (s *Scheduler) leave(id uint64) bool {
 
 // Began says that the answer has begun to come, as a stream. After Release it says nothing.
 func (g *Grant) Began() {
-	if g == nil || g.scheduler == nil {
+	if g == nil {
 		return
 	}
 	s := g.scheduler
@@ -153,7 +150,7 @@ func (g *Grant) Began() {
 
 // Release says that the request has ended, and how. Only the first call counts: the queue knows the request no more.
 func (g *Grant) Release(r Result) {
-	if g == nil || g.scheduler == nil {
+	if g == nil {
 		return
 	}
 	s := g.scheduler

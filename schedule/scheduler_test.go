@@ -56,13 +56,6 @@ func TestAcquire(t *testing.T) {
 		if _, err := s.Acquire(ctx, batch); !errors.Is(err, ErrFull) {
 			t.Errorf("with a full queue: %v", err)
 		}
-		free := now
-		free.SlotFree = true
-		if g, err := s.Acquire(ctx, free); err != nil || g.Lane != -1 {
-			t.Errorf("a request that needs no slot: %v, %v", g, err)
-		} else {
-			g.Release(served)
-		}
 		time.Sleep(3 * time.Second)
 		st := s.Stats()
 		if w := st.Waiting[Batch]; w.Requests != 1 || w.Oldest != 3*time.Second {

@@ -31,22 +31,17 @@ type RunnerStats struct {
 // Stats returns what is shown.
 func (q *Queue) Stats(now time.Time) Stats {
 	st := Stats{Counts: q.count, Waiting: map[Priority]Waiting{}}
-	for p := Interactive; p <= Batch; p++ {
-		var w Waiting
-		for r := range ranks {
-			if r.asked() != p.rank() {
-				continue
-			}
-			w.Requests += q.waiting[r]
-			for _, s := range q.servers {
-				for _, x := range s.runners {
-					if it := x.classes[r].fifo.front(); it != nil {
-						w.Oldest = max(w.Oldest, now.Sub(it.arrived))
-					}
+	for r := range ranks {
+		w := st.Waiting[r.priority()]
+		w.Requests += q.waiting[r]
+		for _, s := range q.servers {
+			for _, x := range s.runners {
+				if it := x.classes[r].fifo.front(); it != nil {
+					w.Oldest = max(w.Oldest, now.Sub(it.arrived))
 				}
 			}
 		}
-		st.Waiting[p] = w
+		st.Waiting[r.priority()] = w
 	}
 	for _, s := range q.servers {
 		for _, x := range s.runners {

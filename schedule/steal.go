@@ -173,7 +173,7 @@ func (t *theft) best(p rank, k *class) (best loot) {
 		tries := triesMost
 		try(n.last(t, &tries))
 		tries = triesMost
-		try(n.ends.takeable(t, &tries))
+		try(n.ends.find(t.takes, &tries))
 	}
 	return best
 }
@@ -187,7 +187,7 @@ func (l loot) better(than loot) bool {
 func (t *theft) loot(p rank, it *item, land *lane, tokens int) loot {
 	lost := int(t.q.displaced(t.x, land, tokens, t.now) / t.per)
 	held := t.from.held(it.steps)
-	there := max(upTo(it.steps, held), t.from.restorable(it.steps, held))
+	there := max(tokensOf(it.steps[:held]), t.from.restorable(it.steps, held))
 	here := max(tokens, t.x.restorable(it.steps, 0))
 	l := loot{it: it, lane: land, again: max(0, there-here) + t.loading + lost}
 	if n := it.owned(); n.parent != nil { // those lanes go on with it
@@ -202,7 +202,7 @@ func (t *theft) loot(p rank, it *item, land *lane, tokens int) loot {
 // is displaced.
 func (t *theft) landing(it *item) (*lane, int) {
 	if t.x.server.lanes == Unlimited {
-		return &lane{}, upTo(it.steps, t.x.held(it.steps))
+		return &lane{}, tokensOf(it.steps[:t.x.held(it.steps)])
 	}
 	return t.x.landing(it)
 }
@@ -277,38 +277,8 @@ func (n *node) last(t *theft, tries *int) *item {
 				return it
 			}
 		}
-		if it := c.oldest(t, tries); it != nil {
+		if it := c.first(t.takes, tries); it != nil {
 			return it
-		}
-	}
-	return nil
-}
-
-// oldest returns a request below a node that may be taken over, the oldest subtree first.
-func (n *node) oldest(t *theft, tries *int) *item {
-	if it := n.ends.takeable(t, tries); it != nil {
-		return it
-	}
-	for c := n.open.first; c != nil && *tries > 0; c = c.next {
-		if it := c.oldest(t, tries); it != nil {
-			return it
-		}
-	}
-	return nil
-}
-
-// takeable returns the first of the list that may be taken over.
-func (f *fifo) takeable(t *theft, tries *int) *item {
-	f.order()
-	for _, it := range f.items {
-		if *tries <= 0 {
-			break
-		}
-		if it.waits {
-			if t.takes(it) {
-				return it
-			}
-			*tries--
 		}
 	}
 	return nil

@@ -26,12 +26,7 @@ func common(a, b []step) int {
 }
 
 // shared returns about how many tokens a prompt has in common with another one.
-func shared(a, other []step) int {
-	if n := common(a, other); n > 0 {
-		return int(a[n-1].tokens)
-	}
-	return 0
-}
+func shared(a, other []step) int { return tokensOf(a[:common(a, other)]) }
 
 // tree is the prefix tree of one runner's requests of one priority: those that wait, and those that are being served by
 // any of its lanes. Chains of nodes with one child are one node.
@@ -114,12 +109,7 @@ func (n *node) unlink() {
 }
 
 // depth returns about how many tokens a prompt has up to the node's end.
-func (n *node) depth() int {
-	if len(n.steps) == 0 {
-		return 0
-	}
-	return int(n.steps[len(n.steps)-1].tokens)
-}
+func (n *node) depth() int { return tokensOf(n.steps) }
 
 // list puts the node where it belongs among its siblings.
 func (n *node) list() {
@@ -244,14 +234,14 @@ func (t *tree) walk(steps []step) (n *node, tokens int, whole bool) {
 	return n, tokens, true
 }
 
-// first returns a request below a node that may be taken, the oldest subtree first. Of those that may not it looks at no
-// more than *tries, so that it takes no time to speak of where thousands wait.
-func (n *node) first(tries *int) *item {
-	if it := n.ends.find(tries); it != nil {
+// first returns a request below a node that may be taken, the oldest subtree first. Of those that may
+// not it looks at no more than *tries, so that it takes no time to speak of where thousands wait.
+func (n *node) first(may func(*item) bool, tries *int) *item {
+	if it := n.ends.find(may, tries); it != nil {
 		return it
 	}
 	for c := n.open.first; c != nil && *tries > 0; c = c.next {
-		if it := c.first(tries); it != nil {
+		if it := c.first(may, tries); it != nil {
 			return it
 		}
 	}
@@ -352,7 +342,7 @@ func (f *fifo) back() *item {
 }
 
 // find returns the first that may be taken, see node.first.
-func (f *fifo) find(tries *int) *item {
+func (f *fifo) find(may func(*item) bool, tries *int) *item {
 	f.order()
 	for _, it := range f.items {
 		if *tries <= 0 {
@@ -361,7 +351,7 @@ func (f *fifo) find(tries *int) *item {
 		if !it.waits {
 			continue
 		}
-		if it.account.deficit > 0 {
+		if may(it) {
 			return it
 		}
 		*tries--

@@ -12,8 +12,8 @@ func (q *Queue) release(s *server, now time.Time) {
 			continue
 		}
 		if !x.resident {
-			for _, y := range s.runners {
-				if y != x && y.resident && s.relation(x, y) == apart {
+			for y := range x.rivals() {
+				if y.resident {
 					y.cool()
 				}
 			}

@@ -268,8 +268,8 @@ func (l *lane) remaining(r *rates, now time.Time) time.Duration {
 // the runner has made room: it serves what is under way, and what waits for it for no longer than a
 // turn.
 func (x *runner) vacates(now time.Time) (longest time.Duration) {
-	for _, y := range x.server.runners {
-		if y == x || !y.resident || x.server.relation(x, y) != apart {
+	for y := range x.rivals() {
+		if !y.resident {
 			continue
 		}
 		var busy time.Duration

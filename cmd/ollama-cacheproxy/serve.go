@@ -8,10 +8,8 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"net/url"
 	"os"
 	"os/signal"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -24,7 +22,6 @@ import (
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/metrics"
-	"github.com/ollama-cacheproxy/ollama-cacheproxy/ollamasim"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
@@ -136,109 +133,6 @@ type settings struct {
 	memory    int64 // bytes
 }
 
-// target is an upstream, as the flags name it.
-type target struct {
-	name     string
-	url      *url.URL
-	sim      *ollamasim.Server // nil: a real one, at url
-	slots    int               // 0: to be learned; schedule.Unlimited: off
-	expected int               // so many, most likely, where they are to be learned; 0: not known
-}
-
-// targets reads --upstream and --slots.
-func (s *serveCmd) targets(listen string) ([]target, error) {
-	addrs := s.Upstream
-	if len(addrs) == 0 {
-		addrs = []string{defaultUpstream}
-	}
-	var list []target
-	for i, addr := range addrs {
-		name, u, sim, err := parseTarget(addr)
-		if err != nil {
-			return nil, fmt.Errorf("--upstream: %w", err)
-		}
-		switch {
-		case name != "":
-		case len(addrs) == 1:
-			name = "upstream"
-		default:
-			name = fmt.Sprintf("upstream%d", i+1)
-		}
-		if sim == nil && selfTarget(listen, u) {
-			return nil, fmt.Errorf("--upstream %s is the proxy's own address: give the address of Ollama itself", u)
-		}
-		for _, t := range list {
-			if t.name == name {
-				return nil, fmt.Errorf("--upstream: two are called %q", name)
-			}
-			if sim == nil && t.sim == nil && t.url.String() == u.String() {
-				return nil, fmt.Errorf("--upstream: %s and %s are one address, %s", t.name, name, u)
-			}
-		}
-		list = append(list, target{name: name, url: u, sim: sim})
-	}
-	if len(list) > maxUpstreams {
-		return nil, fmt.Errorf("--upstream: %d are given, %d at most can be", len(list), maxUpstreams)
-	}
-	all := slices.Clone(s.Slots)
-	slices.SortStableFunc(all, func(a, b string) int { // what is said of one upstream goes before what is said of all
-		return strings.Count(a, "=") - strings.Count(b, "=")
-	})
-	for _, slots := range all {
-		name, value, named := strings.Cut(slots, "=")
-		if !named {
-			value = slots
-		}
-		n, err := parseSlots(value)
-		if err != nil {
-			return nil, fmt.Errorf("--slots %q: %w", slots, err)
-		}
-		known := !named
-		for i := range list {
-			if !named || list[i].name == name {
-				list[i].slots, known = n, true
-			}
-		}
-		if !known {
-			return nil, fmt.Errorf("--slots %q: no --upstream is called %q", slots, name)
-		}
-	}
-	for i := range list {
-		list[i].expect(os.Getenv("OLLAMA_NUM_PARALLEL"))
-	}
-	return list, nil
-}
-
-// expect has an Ollama on this machine begin with the slots that the proxy's own environment says:
-// most likely it has the same one. What it could not read it ignores, too.
-func (t *target) expect(parallel string) {
-	if t.sim != nil || t.slots != 0 {
-		return
-	}
-	ip := net.ParseIP(t.url.Hostname())
-	here := t.url.Hostname() == "localhost" || ip != nil && ip.IsLoopback()
-	n, err := strconv.Atoi(strings.Trim(parallel, " \"'"))
-	if here && err == nil && n > 0 && n <= mostSlots {
-		t.expected = n
-	}
-}
-
-// mostSlots bounds how many slots can be given.
-const mostSlots = 1024
-
-func parseSlots(s string) (int, error) {
-	switch n, err := strconv.Atoi(s); {
-	case s == "auto":
-		return 0, nil
-	case s == "off":
-		return schedule.Unlimited, nil
-	case err != nil || n < 1 || n > mostSlots:
-		return 0, fmt.Errorf("want a number from 1 to %d, auto or off", mostSlots)
-	default:
-		return n, nil
-	}
-}
-
 func (s *serveCmd) settings() (settings, error) {
 	var set settings
 	var err error
@@ -324,19 +218,6 @@ func listenAddr(s string) (string, error) {
 	return net.JoinHostPort(host, port), nil
 }
 
-// selfTarget reports whether the proxy would forward to itself.
-func selfTarget(listen string, up *url.URL) bool {
-	host, port, err := net.SplitHostPort(listen)
-	if err != nil || port != up.Port() || port == "0" {
-		return false
-	}
-	local := func(h string) bool {
-		ip := net.ParseIP(h)
-		return h == "" || h == "localhost" || ip != nil && (ip.IsLoopback() || ip.IsUnspecified())
-	}
-	return host == up.Hostname() || local(host) && local(up.Hostname())
-}
-
 func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	hangup := make(chan os.Signal, 1)
 	if s.listening == nil { // within another verb SIGHUP ends the program, as it does by default
@@ -365,61 +246,13 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	if s.Check {
 		return s.report(ctx, c, set, ups)
 	}
-
-	store := contextstore.NewMemory(contextstore.Limits{Entries: s.StoreEntries, Bytes: s.StoreBytes})
-	h := &proxy.Handler{
-		Upstreams: ups, Transport: transport, KeepAlive: set.keepAlive, NoTouch: !s.Touch,
-		MaxBody: s.MaxBody, Memory: set.memory, BodyTimeout: s.BodyTimeout, UpstreamSilence: s.UpstreamSilence, Heartbeat: s.Heartbeat, Queue: s.Queue, Guard: set.guard, Trusted: set.trusted, Log: logger,
-		Ledger: savings.New(store, rememberRequests), ShowPrompts: s.ShowPrompts, AttachContext: s.AttachContext == "auto",
-	}
-	counts := metrics.New(version(), h.InFlight)
-	if set.lanes {
-		h.Lanes = schedule.NewScheduler(schedule.Config{Limit: s.Queue, MaxWait: s.MaxWait})
-		var names []string
-		for i, t := range set.upstreams {
-			h.Lanes.SetLanes(uint16(i), t.slots)
-			if t.expected > 0 {
-				h.Lanes.SetExpected(uint16(i), t.expected)
-			}
-			names = append(names, t.name)
-		}
-		counts.Lanes(names, h.Lanes.Stats)
-	}
-	if set.keys != nil {
-		counts.KeyNames(set.keys.keys.Names())
-		set.keys.replaced = counts.KeyNames
-	}
-	counts.Store(store.Stats)
-	counts.Held(h.Held)
-	counts.Waiting(h.Waiting)
-	h.Metrics, h.Done, h.Touched, h.Attached = counts.Handler(), counts.Done, counts.Touched, counts.Attached
-	if s.done != nil {
-		h.Done = func(ex proxy.Exchange) {
-			counts.Done(ex)
-			s.done(ex)
-		}
-	}
-	for _, up := range ups {
-		up.Polled = func(st upstream.State) {
-			h.Polled(up, st)
-			counts.Polled(up.Name, st)
-		}
-	}
-	h.Init()
-
-	ln, err := net.Listen("tcp", set.listen)
+	h := s.handler(set, ups, transport, logger)
+	ln, err := set.listener(logger)
 	if err != nil {
-		hint := "choose another address with --listen"
-		if errors.Is(err, syscall.EADDRINUSE) {
-			hint = "is another proxy running? " + hint
-		}
-		return fmt.Errorf("listening on %s: %w (%s)", set.listen, err, hint)
+		return err
 	}
 	if s.listening != nil {
 		s.listening(ln.Addr())
-	}
-	if addr, ok := ln.Addr().(*net.TCPAddr); ok && !addr.IP.IsLoopback() && set.guard.Keys == nil {
-		logger.Warn("listening beyond this machine without API keys: anyone who reaches this address can use, pull and delete models; set --api-keys-file", "listen", ln.Addr().String())
 	}
 
 	// Requests outlive ctx: they have until s.Drain.
@@ -455,6 +288,72 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 		return fmt.Errorf("serving: %w", err)
 	}
 	return nil
+}
+
+// handler builds what serves the requests: all but the upstreams and how they are reached.
+func (s *serveCmd) handler(
+	set settings, ups []*upstream.Server, transport *http.Transport, logger *slog.Logger,
+) *proxy.Handler {
+	store := contextstore.NewMemory(contextstore.Limits{Entries: s.StoreEntries, Bytes: s.StoreBytes})
+	h := &proxy.Handler{
+		Upstreams: ups, Transport: transport, KeepAlive: set.keepAlive, NoTouch: !s.Touch,
+		MaxBody: s.MaxBody, Memory: set.memory, BodyTimeout: s.BodyTimeout,
+		UpstreamSilence: s.UpstreamSilence, Heartbeat: s.Heartbeat, Queue: s.Queue,
+		Guard: set.guard, Trusted: set.trusted, Log: logger,
+		Ledger: savings.New(store, rememberRequests), ShowPrompts: s.ShowPrompts,
+		AttachContext: s.AttachContext == "auto",
+	}
+	counts := metrics.New(version(), h.InFlight)
+	if set.lanes {
+		h.Lanes = schedule.NewScheduler(schedule.Config{Limit: s.Queue, MaxWait: s.MaxWait})
+		var names []string
+		for i, t := range set.upstreams {
+			h.Lanes.SetLanes(uint16(i), t.slots)
+			if t.expected > 0 {
+				h.Lanes.SetExpected(uint16(i), t.expected)
+			}
+			names = append(names, t.name)
+		}
+		counts.Lanes(names, h.Lanes.Stats)
+	}
+	if set.keys != nil {
+		counts.KeyNames(set.keys.keys.Names())
+		set.keys.replaced = counts.KeyNames
+	}
+	counts.Store(store.Stats)
+	counts.Held(h.Held)
+	counts.Waiting(h.Waiting)
+	h.Metrics, h.Done, h.Touched, h.Attached = counts.Handler(), counts.Done, counts.Touched, counts.Attached
+	if s.done != nil {
+		h.Done = func(ex proxy.Exchange) {
+			counts.Done(ex)
+			s.done(ex)
+		}
+	}
+	for _, up := range ups {
+		up.Polled = func(st upstream.State) {
+			h.Polled(up, st)
+			counts.Polled(up.Name, st)
+		}
+	}
+	h.Init()
+	return h
+}
+
+// listener listens where the settings say.
+func (set settings) listener(logger *slog.Logger) (net.Listener, error) {
+	ln, err := net.Listen("tcp", set.listen)
+	if err != nil {
+		hint := "choose another address with --listen"
+		if errors.Is(err, syscall.EADDRINUSE) {
+			hint = "is another proxy running? " + hint
+		}
+		return nil, fmt.Errorf("listening on %s: %w (%s)", set.listen, err, hint)
+	}
+	if addr, ok := ln.Addr().(*net.TCPAddr); ok && !addr.IP.IsLoopback() && set.guard.Keys == nil {
+		logger.Warn("listening beyond this machine without API keys: anyone who reaches this address can use, pull and delete models; set --api-keys-file", "listen", ln.Addr().String())
+	}
+	return ln, nil
 }
 
 // newServer returns the server for clients. What it limits in time is what clients do: sending headers, and nothing.

@@ -153,10 +153,11 @@ func (q *Queue) uniteSame(s *server, at, now time.Time) {
 }
 
 // evictor returns the runner for which this one, which the server does not list any more, has been unloaded: the only one that
-// is listed and was loaded since this one was used last. nil: none, or that is not clear.
+// is listed, was sought later, and was loaded or used since this one was used last. (Ollama has a request wait for what runs, so that it
+// may have been granted earlier than that ended.) nil: none, or that is not clear.
 func (x *runner) evictor() (only *runner) {
 	for _, y := range x.server.runners {
-		if _, listed := x.server.loaded[y.key.Options.Model]; listed && y.resident && y.turn > x.turn && y.since.After(x.used) {
+		if _, listed := x.server.loaded[y.key.Options.Model]; listed && y.resident && y.turn > x.turn && latest(y.since, y.used).After(x.used) {
 			if only != nil {
 				return nil
 			}

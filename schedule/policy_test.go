@@ -630,3 +630,35 @@ func TestSameRunner(t *testing.T) {
 		t.Errorf("%d runners after a load", n)
 	}
 }
+
+// TestEvicted: a model that is not listed any more just after it was used, while another one serves or is being loaded, has been unloaded
+// for that. On a real server that is all that tells where both are always asked for: /api/ps lists neither while one takes the other's place.
+func TestEvicted(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		listed map[string]int
+		later  time.Duration // after a was used last
+		want   relation
+	}{
+		{"b is being loaded", map[string]int{}, 5 * time.Millisecond, apart},
+		{"b is listed", map[string]int{"b": 0}, 5 * time.Millisecond, apart},
+		{"both are listed", map[string]int{"a": 0, "b": 0}, 5 * time.Millisecond, together},
+		{"a may have expired", map[string]int{}, 2 * longestTurn, untried},
+	} {
+		d := newDesk(t, Config{Lanes: 1})
+		ask := func(model string) uint64 { return d.add(request(model, seg{id: uint64(len(model)) + 7, tokens: 100})) }
+		a := ask("a")
+		d.granted(a)
+		b := ask("b")
+		d.wake()
+		d.granted(b)
+		loaded := evaluated(100, 100)
+		loaded.Loaded, loaded.LoadKnown, loaded.Load = true, true, 50*time.Millisecond
+		d.done(a, loaded, 50*time.Millisecond)
+		d.now = d.now.Add(c.later)
+		d.q.SetLoaded(0, c.listed, d.now, d.now)
+		if got := d.q.servers[0].between("a", "b"); got != c.want {
+			t.Errorf("%s: %v, want %v", c.name, got, c.want)
+		}
+	}
+}

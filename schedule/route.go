@@ -128,7 +128,7 @@ func (q *Queue) SetLoaded(upstream uint16, models map[string]int, at, now time.T
 	q.uniteSame(s, at, now)
 	for _, x := range s.runners {
 		if _, listed := s.loaded[x.key.Options.Model]; x.resident && x.busy == 0 && !listed && x.since.Before(at) && x.used.Before(at) {
-			if y := x.evictor(); y != nil {
+			if y := x.evictor(now); y != nil {
 				s.relate(x.key.Options.Model, y.key.Options.Model, apart)
 			}
 			x.cool()
@@ -152,17 +152,23 @@ func (q *Queue) uniteSame(s *server, at, now time.Time) {
 	}
 }
 
-// evictor returns the runner for which this one, which the server does not list any more, has been unloaded: the only one that
-// is listed, was sought later, and was loaded or used since this one was used last. (Ollama has a request wait for what runs, so that it
-// may have been granted earlier than that ended.) nil: none, or that is not clear.
-func (x *runner) evictor() (only *runner) {
+// evictor returns a runner for which this one, which the server does not list any more, has been unloaded, if all that may be are of one
+// model: those that are listed, and were loaded later and since this one was used last; and as long as that is not long ago, those that
+// serve, or are being loaded to serve. (Ollama has their requests wait for what runs.) nil: none, or that is not clear.
+func (x *runner) evictor(now time.Time) (only *runner) {
 	for _, y := range x.server.runners {
-		if _, listed := x.server.loaded[y.key.Options.Model]; listed && y.resident && y.turn > x.turn && latest(y.since, y.used).After(x.used) {
-			if only != nil {
-				return nil
-			}
-			only = y
+		if !y.resident || y.key.Options.Model == x.key.Options.Model {
+			continue
 		}
+		_, listed := x.server.loaded[y.key.Options.Model]
+		later := listed && y.turn > x.turn && y.since.After(x.used)
+		if !later && (y.busy == 0 || now.Sub(x.used) > longestTurn) {
+			continue
+		}
+		if only != nil && only.key.Options.Model != y.key.Options.Model {
+			return nil
+		}
+		only = y
 	}
 	return only
 }

@@ -355,7 +355,9 @@ func (q *Queue) loaded(x *runner, it *item, r Result, now time.Time) {
 		x.learnEvictor(it, r.Loaded)
 	}
 	if r.Loaded {
-		x.loads(it.granted)
+		if x.since.Before(it.granted) {
+			x.loads(it.granted)
+		}
 		x.empty(it)
 	}
 	for y := range x.rivals() {

@@ -204,7 +204,7 @@ func TestWaitingBeside(t *testing.T) {
 		}
 		select {
 		case <-done:
-			if w := s.Waiting(10); w.Total != 0 || w.Estimates.Count == 0 {
+			if w := s.Waiting(10); w.Total != 0 { // whether anybody had to wait is chance
 				t.Errorf("at the end: %+v", w)
 			}
 			return

@@ -387,7 +387,8 @@ func (x *runner) conclude(it *item, v verdict, now time.Time) int {
 		return max(x.want, it.beside)
 	case it.told || it.late && v != no: // that was taken in when it began
 	case it.tries && it.beside == x.want+1:
-		if a.tried += int(v); a.tried >= int(yes) {
+		// What tells nothing has cost a prefix all the same.
+		if a.tried += max(int(v), int(maybe)); a.tried >= int(yes) {
 			a.stop(now)
 		}
 	case it.beside != x.want || x.want == 1 || v == unknown:

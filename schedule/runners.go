@@ -341,11 +341,7 @@ func (x *runner) answered() bool { return !x.tried.Before(x.since) }
 
 // loaded learns from whether a request to a runner that was believed to be loaded found it so.
 func (q *Queue) loaded(x *runner, it *item, r Result, now time.Time) {
-	for _, y := range x.server.runners {
-		if y != x && y.resident && x.server.relation(x, y) == untried && y.serves(it) {
-			x.relate(y, together)
-		}
-	}
+	x.learnBeside(it)
 	if !r.Loaded {
 		q.kept(x, it, now)
 	} else if it.replaced == nil && x.since.Before(it.granted) && x.served != it.key {
@@ -377,6 +373,15 @@ func (x *runner) empty(by *item) {
 	for _, l := range slices.Concat(x.lanes, x.spare) {
 		if l.item == nil && l != by.lane && l.used.Before(by.granted) {
 			l.holds, l.tokens, l.before = nil, 0, nil
+		}
+	}
+}
+
+// learnBeside learns from a request that was answered while others were served that were granted well before it.
+func (x *runner) learnBeside(it *item) {
+	for _, y := range x.server.runners {
+		if y != x && y.resident && x.server.relation(x, y) == untried && y.serves(it) {
+			x.relate(y, together)
 		}
 	}
 }

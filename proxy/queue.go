@@ -1,8 +1,6 @@
 package proxy
 
 import (
-	"fmt"
-	"hash/maphash"
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
@@ -142,12 +140,6 @@ func estimatesOf(e schedule.Estimates) estimatesEntry {
 		return &v
 	}
 	return estimatesEntry{int64(e.Count), mean(e.Waited), mean(e.Absolute), mean(e.Late)}
-}
-
-// hashed stands for who a client is, and what it works on: the same for as long as the proxy runs,
-// and not to be undone.
-func hashed[T comparable](name T) string {
-	return fmt.Sprintf("%016x", maphash.Comparable(seed, name))
 }
 
 // seconds are in milliseconds' steps.

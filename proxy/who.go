@@ -124,13 +124,19 @@ func (t *TrustedProxies) clientOf(r *http.Request, key string) string {
 	}
 	// Nobody stands behind the front, so what is said of a user is the front's own word.
 	if user := r.Header.Get(headerUser); user != "" {
-		return fmt.Sprintf("user %016x", maphash.String(seed, user))
+		return "user " + hashed(user)
 	}
 	return peer
 }
 
 // seed is of the hashes by which users, programs and flows are told apart. No name is kept.
 var seed = maphash.MakeSeed()
+
+// hashed stands for who a client is, and what it works on: the same for as long as the proxy runs,
+// and not to be undone.
+func hashed[T comparable](name T) string {
+	return fmt.Sprintf("%016x", maphash.Comparable(seed, name))
+}
 
 // names are what a body says of who asks, and in which conversation, as hashes; 0: nothing.
 type names struct {

@@ -125,8 +125,8 @@ func (c *choice) choose() (*item, *lane, reason) {
 		if it, l, how := c.front(k); it != nil {
 			return it, l, how
 		}
-		if it, l, how := c.match(k); it != nil {
-			return it, l, how
+		if it, l := c.match(k); it != nil {
+			return it, l, byMatch
 		}
 		if it, l, how := c.join(p, k); it != nil {
 			return it, l, how
@@ -194,7 +194,7 @@ func (x *runner) lost(l *lane, kept int) int {
 
 // match returns the request that shares the most with a free lane without being another lane's
 // business, and the lane.
-func (c *choice) match(k *class) (*item, *lane, reason) {
+func (c *choice) match(k *class) (*item, *lane) {
 	var best *item
 	var at *lane
 	most := -1
@@ -212,7 +212,7 @@ func (c *choice) match(k *class) (*item, *lane, reason) {
 		}
 		best, at, most = it, land, tokens
 	}
-	return best, at, byMatch
+	return best, at
 }
 
 // front returns the request that has waited for longest, and its lane, if that has done enough for
@@ -373,7 +373,7 @@ func (c *choice) overtakes(it *item, l *lane, tokens int) bool {
 		if x.server.longest {
 			preferred = before // as it comes first
 		}
-		if at := o.item.granted.Add(min(x.rates.transit(), time.Duration(o.item.expected)*x.rates.perToken())); preferred && c.now.Before(at) {
+		if at := o.item.granted.Add(min(x.rates.transit(), x.rates.evaluate(o.item.expected))); preferred && c.now.Before(at) {
 			x.server.later(at)
 			wait = true
 		}
@@ -560,8 +560,8 @@ func (q *Queue) grant(it *item, l *lane, how reason, now time.Time) {
 		l.since = 0
 	}
 	l.take(it, now)
-	evaluated, generated := max(it.tokens-tokens, 1), x.rates.generated()
-	it.cost, it.takes = evaluated+int(fairWeight*generated), evaluated+int(x.rates.weight()*generated)
+	evaluated := max(it.tokens-tokens, 1)
+	it.cost, it.takes = evaluated+int(fairWeight*x.rates.generated()), int(x.rates.work(evaluated, 1))
 	it.account.running++
 	it.class.charge(it.account, it.cost)
 	l.charge(it.takes)

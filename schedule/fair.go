@@ -40,7 +40,8 @@ func (c *class) fair(clients int) int {
 	return max(int(quantum*c.sizes*max(c.rates.lostPart(), 1.0/quantum))/clients, slack)
 }
 
-func (c *class) add(it *item, client string) {
+func (c *class) add(it *item) {
+	client := it.who.client
 	a, ok := c.accounts[client]
 	if !ok {
 		if len(c.accounts) >= max(c.sweep, leastSweep) {

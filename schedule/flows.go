@@ -88,13 +88,14 @@ func (q *Queue) typical() float64 {
 }
 
 // enter notes which flow a request belongs to, and has it go before others if that is sparse.
-func (q *Queue) enter(it *item, r *Request, now time.Time) {
-	if r.Program == 0 {
+func (q *Queue) enter(it *item, now time.Time) {
+	who := it.who
+	if who.program == 0 {
 		return
 	}
-	it.owner = q.flow(flowKey{client: r.Client})
-	it.program = q.flow(flowKey{r.Client, r.Program, 0})
-	it.flow = q.flow(flowKey{r.Client, r.Program, max(r.Flow, 1)})
+	it.owner = q.flow(flowKey{client: who.client})
+	it.program = q.flow(flowKey{who.client, who.program, 0})
+	it.flow = q.flow(flowKey{who.client, who.program, max(who.flow, 1)})
 	if it.rank == normal && q.sparse(it, now) && !q.advance(it, now) && len(q.denied) < maxDenied {
 		q.denied = append(q.denied, it.id)
 	}

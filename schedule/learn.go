@@ -241,9 +241,9 @@ func (q *Queue) client(name string) *returns {
 }
 
 // returned learns from a request that came which of those served before it continues, and after how long.
-func (q *Queue) returned(x *runner, it *item, client string, now time.Time) {
+func (q *Queue) returned(x *runner, it *item, now time.Time) {
 	v, tokens := x.closest(it.steps)
-	if v == nil || v.client != client || v.state == visitReturned || it.arrived.Before(v.at) || tokens <= slack || 2*tokens < v.tokens {
+	if v == nil || v.client != it.who.client || v.state == visitReturned || it.arrived.Before(v.at) || tokens <= slack || 2*tokens < v.tokens {
 		return
 	}
 	h := q.client(v.client)

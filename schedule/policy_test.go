@@ -259,11 +259,13 @@ func TestRounds(t *testing.T) {
 	}
 	for _, w := range []struct{ had, want int }{{500, 100}, {-30, 70}, {0, 100}, {-250, -150}} {
 		first := it()
-		c.add(first, "client")
+		first.who.client = "client"
+		c.add(first)
 		leave(first)
 		c.accounts["client"].deficit = w.had
 		again := it()
-		c.add(again, "client")
+		again.who.client = "client"
+		c.add(again)
 		if got := c.accounts["client"].deficit; got != w.want {
 			t.Errorf("with %d left it has %d in the next round, want %d", w.had, got, w.want)
 		}
@@ -271,8 +273,10 @@ func TestRounds(t *testing.T) {
 	}
 	// Of two that are in debt, the one that owes less goes on first.
 	a, b := it(), it()
-	c.add(a, "a")
-	c.add(b, "b")
+	a.who.client = "a"
+	c.add(a)
+	b.who.client = "b"
+	c.add(b)
 	c.charge(a.account, 300)
 	c.charge(b.account, 1000)
 	c.refill()
@@ -283,10 +287,12 @@ func TestRounds(t *testing.T) {
 	leave(b)
 	// One that came first with much at a time gives back what it was given beyond the quantum of all.
 	large := &item{waits: true, tokens: 1000}
-	c.add(large, "large")
+	large.who.client = "large"
+	c.add(large)
 	c.charge(large.account, 9000)
 	small := it()
-	c.add(small, "small")
+	small.who.client = "small"
+	c.add(small)
 	if want := 20 * (1000 + 5) / 2; large.account.deficit != want-9000 || small.account.deficit != want || c.positive != 2 || c.sizes != 1005 {
 		t.Errorf("%d and %d, %d above 0, want %d less what was had; sizes %v", large.account.deficit, small.account.deficit, c.positive, want, c.sizes)
 	}

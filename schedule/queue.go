@@ -68,6 +68,17 @@ func (p Priority) rank() rank {
 	return normal
 }
 
+// priority is the priority that a request of the rank was asked for with.
+func (r rank) priority() Priority {
+	switch r {
+	case urgent:
+		return Interactive
+	case lesser:
+		return Batch
+	}
+	return Normal
+}
+
 // asked is the rank without regard to flows: which model is loaded they do not decide.
 func (r rank) asked() rank {
 	if r == sparse {
@@ -413,7 +424,7 @@ func (q *Queue) Add(r Request, now time.Time) bool {
 	it := &item{id: r.ID, key: r.Runner, rank: r.Priority.rank(), arrived: r.Arrived, weight: r.Weight}
 	it.who, it.streams = flowKey{r.Client, r.Program, r.Flow}, r.Streams
 	it.steps, it.tokens = stepsOf(r.Links, r.Tokens)
-	q.enter(it, &r, now)
+	q.enter(it, now)
 	switch len(r.Upstreams) {
 	case 0:
 	case 1:
@@ -427,7 +438,7 @@ func (q *Queue) Add(r Request, now time.Time) bool {
 	if learn == nil {
 		learn = x
 	}
-	q.returned(learn, it, r.Client, now)
+	q.returned(learn, it, now)
 
 	full := q.Len() >= q.cfg.Limit
 	if full && !q.room(it, x) && q.crowded().yields(it) == it {
@@ -435,7 +446,7 @@ func (q *Queue) Add(r Request, now time.Time) bool {
 		return false
 	}
 	q.items[it.id] = it
-	q.enqueue(it, x, r.Client, now)
+	q.enqueue(it, x, now)
 	q.pump(s, now)
 	return q.stays(it.id, r.MayWait, now)
 }
@@ -483,7 +494,7 @@ func (q *Queue) room(it *item, x *runner) bool {
 }
 
 // enqueue has a request wait for a runner.
-func (q *Queue) enqueue(it *item, x *runner, client string, now time.Time) {
+func (q *Queue) enqueue(it *item, x *runner, now time.Time) {
 	c := &x.classes[it.rank]
 	if c.tree == nil {
 		c.tree, c.accounts, c.rates = newTree(), map[string]*account{}, &x.rates
@@ -503,11 +514,11 @@ func (q *Queue) enqueue(it *item, x *runner, client string, now time.Time) {
 	}
 	warm, _ := x.warmth(it, true)
 	it.fresh = max(it.tokens-warm, 1)
-	it.work = it.fresh + int(x.rates.weight()*x.rates.generated())
+	it.work = int(x.rates.work(it.fresh, 1))
 	it.due = x.direct()
 	q.counted(it, 1)
 	x.arrived += it.arrived.Sub(epoch)
-	c.add(it, client)
+	c.add(it)
 	if q.places != nil {
 		q.places.add(it)
 	}

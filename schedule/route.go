@@ -245,13 +245,13 @@ func (q *Queue) route(it *item, now time.Time) (to *server, learn *runner) {
 		warmest = q.weigh(offers, it, known, true, now)
 	}
 	if warmest.warm <= slack {
-		return settle(offers, time.Duration(it.tokens)*known.perToken()), nil
+		return settle(offers, known.evaluate(it.tokens)), nil
 	}
 	best := &offers[0]
 	for i := range offers {
 		o := &offers[i]
 		// What is evaluated once more counts twice: others wait for it, too. Conversations would go to and fro otherwise.
-		o.cost += time.Duration(warmest.warm-o.warm) * known.perToken()
+		o.cost += known.evaluate(warmest.warm - o.warm)
 		if o.cost < best.cost || o.cost == best.cost && o.score > best.score {
 			best = o
 		}
@@ -528,5 +528,5 @@ func (q *Queue) shift(it *item, to *runner, now time.Time) {
 func (q *Queue) requeue(it, again *item, to *runner, now time.Time) {
 	q.unwait(it, false)
 	q.items[it.id] = again
-	q.enqueue(again, to, it.account.name, now)
+	q.enqueue(again, to, now)
 }

@@ -80,7 +80,7 @@ type verdict int
 
 const (
 	no      verdict = 0
-	unknown verdict = 1 // to try again and again, and learn nothing, costs more than to be mistaken
+	unknown verdict = -1 // of what was tried it counts as maybe: see conclude
 	maybe   verdict = 4
 	likely  verdict = 8
 	yes     verdict = 16
@@ -151,7 +151,7 @@ func (x *runner) overdue(now time.Time) {
 		if it == nil || !it.tries || it.told || !it.streams || a.pace == 0 || it.from.Before(a.began) {
 			continue
 		}
-		if at := it.from.Add(x.due(it)); now.Before(at) {
+		if at := it.from.Add(x.firstByte(it)); now.Before(at) {
 			x.server.later(at)
 			continue
 		}
@@ -169,9 +169,9 @@ func (x *runner) told(it *item) {
 	}
 }
 
-// due returns how long it takes until the first byte of an answer comes, at most, once its request
+// firstByte returns how long it takes until the first byte of an answer comes, at most, once its request
 // has a slot.
-func (x *runner) due(it *item) time.Duration {
+func (x *runner) firstByte(it *item) time.Duration {
 	return leastGap + time.Duration(late*x.learner.pace*float64(max(it.tokens-it.expected, slack)))
 }
 
@@ -278,7 +278,7 @@ func (a *learner) paces(x *runner, it *item, now time.Time) bool {
 		a.pace = max(0.9*a.pace, pace)
 	}
 	a.began = now
-	return x.used.Sub(it.from) > x.due(it)
+	return x.used.Sub(it.from) > x.firstByte(it)
 }
 
 // before returns for how long others are evaluated before a request that is granted now, most
@@ -294,8 +294,7 @@ func (x *runner) before(it *item, now time.Time) time.Duration {
 	if x.evaluates.Before(now) {
 		x.evaluates = now
 	}
-	own := time.Duration(max(it.tokens-it.expected, 1)) * x.rates.perToken()
-	x.evaluates = x.evaluates.Add(own)
+	x.evaluates = x.evaluates.Add(x.rates.evaluate(max(it.tokens-it.expected, 1)))
 	return turn
 }
 
@@ -324,7 +323,7 @@ func (c *choice) costs(it *item) bool {
 		if lost <= slack || l.work >= quantum*l.tokens { // it has had its turn
 			continue
 		}
-		if c.q.client(l.item.account.name).hold(&c.q.habits, time.Duration(lost)*x.rates.perToken()) > 0 {
+		if c.q.client(l.item.account.name).hold(&c.q.habits, x.rates.evaluate(int(lost))) > 0 {
 			return true
 		}
 		for p := range x.classes {
@@ -387,7 +386,8 @@ func (x *runner) conclude(it *item, v verdict, now time.Time) int {
 		return max(x.want, it.beside)
 	case it.told || it.late && v != no: // that was taken in when it began
 	case it.tries && it.beside == x.want+1:
-		// What tells nothing has cost a prefix all the same.
+		// What tells nothing has cost a prefix all the same: to try again and again, and learn
+		// nothing, costs more than to be mistaken.
 		if a.tried += max(int(v), int(maybe)); a.tried >= int(yes) {
 			a.stop(now)
 		}

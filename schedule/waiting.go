@@ -303,14 +303,3 @@ func (p *pace) start(ahead float64) (time.Duration, bool) {
 	at += left/float64(lanes) + float64(p.base)
 	return time.Duration(min(at, float64(math.MaxInt64/2))), true
 }
-
-// priority is the priority that a request of the rank was asked for with.
-func (r rank) priority() Priority {
-	switch r {
-	case urgent:
-		return Interactive
-	case lesser:
-		return Batch
-	}
-	return Normal
-}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"strconv"
+	"strings"
 	"syscall"
 
 	"github.com/alecthomas/kong"
@@ -89,6 +90,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return exit
 	}
 	if err != nil {
+		if strings.Contains(err.Error(), "unknown flag --attach-context") {
+			err = errors.New("--attach-context is gone, since it saved no time: --contexts is what does")
+		}
 		fmt.Fprintf(stderr, "ollama-cacheproxy: %v (see ollama-cacheproxy --help)\n", err)
 		return 2
 	}

@@ -91,15 +91,16 @@ const (
 // live is an engine that runs, and what is believed of its slots.
 type live struct {
 	Running
-	acting sync.Mutex // held while states of idle slots are saved; new requests wait for that
+	acting chan struct{} // full while states of idle slots are saved; new requests wait for that
 
 	// Guarded by Manager.mu.
 	told, attaches bool // Config.Told was told of it, and what
 
 	slots  []slot
-	active int       // requests that were sent to it and have not ended
+	active int       // requests that are sent to it, or wait for acting, and have not ended
 	ended  time.Time // when the last of them ended
 	clock  uint64    // counts the requests that ended
+	task   int       // the largest number of a request that it was seen to use
 }
 
 // slot is what is believed of an engine's slot. The zero slot holds nothing that is known.
@@ -159,6 +160,7 @@ type Use struct {
 	r    Request
 	on   *live // nil: none is known
 	slot int   // that it is expected to use; -1: not known
+	task int   // a number that its own is larger than
 
 	warm     int // tokens of its prompt that a slot was believed to hold
 	expected int // tokens that are to be reused beyond that since a state was attached; 0: none was
@@ -193,7 +195,7 @@ func (m *Manager) Before(ctx context.Context, r Request) *Use {
 	if m == nil || len(r.Contents) == 0 {
 		return nil
 	}
-	u := &Use{m: m, r: r, slot: -1}
+	u := &Use{m: m, r: r, slot: -1, task: -1}
 	if u.on = m.find(r); u.on == nil || !r.Loaded {
 		u.load(ctx)
 	}
@@ -202,16 +204,32 @@ func (m *Manager) Before(ctx context.Context, r Request) *Use {
 		m.nudge()
 		return u
 	}
-	u.on.acting.Lock()
 	m.mu.Lock()
-	u.on.active++
+	u.on.active++ // so that at most the state is saved first that is being saved
+	u.task = u.on.task
 	m.mu.Unlock()
-	u.on.acting.Unlock()
+	if !u.on.act(ctx) {
+		return u
+	}
+	u.on.rest()
 	if !u.attach(ctx) {
 		u.replace(ctx)
 	}
 	return u
 }
+
+// act begins what no request may be in the way of. It reports whether that was before ctx ended;
+// rest ends it then.
+func (l *live) act(ctx context.Context) bool {
+	select {
+	case l.acting <- struct{}{}:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+func (l *live) rest() { <-l.acting }
 
 // scan returns the engines that run, and forgets those that do not.
 func (m *Manager) scan() []*live {
@@ -243,7 +261,13 @@ func (m *Manager) known(running []Running) []*live {
 	for _, e := range running {
 		l := m.engines[e.ID]
 		if l == nil {
-			l = &live{Running: e, slots: make([]slot, e.Slots), ended: time.Now()}
+			l = &live{
+				Running: e, slots: make([]slot, e.Slots), ended: time.Now(), task: -1,
+				acting: make(chan struct{}, 1),
+			}
+			for i := range l.slots {
+				l.slots[i].task = -1 // an engine's first request has the number 0
+			}
 			m.engines[e.ID] = l
 		}
 		all = append(all, l)
@@ -529,22 +553,30 @@ func (u *Use) Cached(total int) (cached int, ok bool) {
 	}
 	u.m.mu.Lock()
 	defer u.m.mu.Unlock()
-	s, ok := u.ranOn(list, total)
+	s, ok := u.ranOn(list, func(s engine.Slot) bool { return s.Processed+s.Cached == total })
 	return s.Cached, ok
 }
 
-// ranOn finds the slot on which the request ran, of total tokens, among what the engine tells of them.
-// Manager.mu must be held.
-func (u *Use) ranOn(list []engine.Slot, total int) (found engine.Slot, ok bool) {
+// ranOn finds the slot on which the request ran, among what the engine tells of those that fit. false:
+// there is none, or there are several, and nothing says which. Manager.mu must be held.
+func (u *Use) ranOn(list []engine.Slot, fits func(engine.Slot) bool) (found engine.Slot, ok bool) {
+	n := 0
 	for _, s := range list {
-		if s.ID >= len(u.on.slots) || s.Processed+s.Cached != total || s.Task <= u.on.slots[s.ID].task {
-			continue // it serves another request, or did so before
+		if s.ID >= len(u.on.slots) {
+			continue
 		}
-		if !ok || s.ID == u.slot {
+		u.on.task = max(u.on.task, s.Task)
+		switch {
+		case s.Task <= u.task || s.Task <= u.on.slots[s.ID].task || !fits(s):
+			// it serves another request, or did so before
+		case s.ID == u.slot:
 			found, ok = s, true
+		case !ok && !u.on.slots[s.ID].claimed:
+			found = s
+			n++
 		}
 	}
-	return found, ok
+	return found, ok || n == 1
 }
 
 // identify finds the slot that a request used which has just ended, by its counts, and notes what that
@@ -562,12 +594,17 @@ func (u *Use) identify(ctx context.Context, a Answer, held slot) int {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	s, ok := u.ranOn(list, a.Total)
+	// Builds of 2026 forget what of a prompt was reused as soon as the request has ended; what the slot
+	// holds they still tell.
+	counted := func(s engine.Slot) bool { return s.Processed+s.Cached == a.Total }
+	s, ok := u.ranOn(list, func(s engine.Slot) bool {
+		return !s.Processing && (counted(s) || held.holds(s.Tokens))
+	})
 	if !ok {
 		return -1
 	}
 	held.task, held.claimed = s.Task, on.slots[s.ID].claimed
-	if on.slots[s.ID] = held; !a.CachedKnown {
+	if on.slots[s.ID] = held; !a.CachedKnown && counted(s) {
 		a.Cached = s.Cached
 		u.judge(a)
 	}

@@ -15,7 +15,9 @@ const (
 	// only time: the engine evaluates for nobody else meanwhile.
 	pays = 2
 
-	statusTimeout = time.Second            // for an engine to tell of its slots
+	// statusTimeout is for an engine to tell of its slots, which it does between two batches of tokens:
+	// after seconds, on a slow machine. A request that is sent meanwhile has to wait for as long.
+	statusTimeout = 10 * time.Second
 	countTimeout  = 100 * time.Millisecond // … for the sake of a figure
 	leastTimeout  = 2 * time.Second        // for it to attach a state
 	saveTimeout   = 30 * time.Second       // for it to save one

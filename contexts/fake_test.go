@@ -391,8 +391,8 @@ func (e *llama) release(i int) {
 	e.changed = make(chan struct{})
 }
 
-// complete evaluates a prompt and generates an answer.
-func (e *llama) complete(ctx context.Context, prompt []uint32, answer int) (Answer, error) {
+// complete evaluates a prompt and generates an answer. It calls began with the first token.
+func (e *llama) complete(ctx context.Context, prompt []uint32, answer int, began func()) (Answer, error) {
 	i, err := e.occupy(ctx, prompt)
 	if err != nil {
 		return Answer{}, err
@@ -426,16 +426,19 @@ func (e *llama) complete(ctx context.Context, prompt []uint32, answer int) (Answ
 		a.Prompt += took
 		n = to
 	}
-	select {
-	case <-time.After(perAnswer * time.Duration(answer)):
-	case <-ctx.Done():
-		return Answer{}, ctx.Err()
-	case <-e.gone:
-		return Answer{}, engine.ErrGone
+	for i, token := range (text{{"answer", answer}}).sequence() {
+		if err := e.take(ctx, perAnswer); err != nil {
+			return Answer{}, err
+		}
+		if i == 0 {
+			began()
+		}
+		e.mu.Lock()
+		if i < answer-1 { // the last token is not evaluated
+			s.tokens = append(s.tokens, token)
+		}
+		e.mu.Unlock()
 	}
-	e.mu.Lock()
-	s.tokens = append(s.tokens, text{{"answer", answer}}.sequence()[:max(answer-1, 0)]...)
-	e.mu.Unlock()
 	return a, nil
 }
 
@@ -600,6 +603,8 @@ type ask struct {
 	prompt  text
 	answer  int    // tokens
 	owner   string // a secret
+	streams bool
+	awaited bool // others wait
 }
 
 func newProxied(t testing.TB, models map[string]modelSpec, limit contextstore.FileLimits) *proxied {
@@ -732,9 +737,13 @@ func (p *proxied) direct(ctx context.Context, a ask) (Answer, error) {
 	if a.context == 0 {
 		a.context = 4096
 	}
+	return p.send(ctx, a, func() {})
+}
+
+func (p *proxied) send(ctx context.Context, a ask, began func()) (Answer, error) {
 	e := p.ensure(a.model, a.context)
 	defer e.leave()
-	return e.complete(ctx, a.prompt.sequence(), a.answer)
+	return e.complete(ctx, a.prompt.sequence(), a.answer, began)
 }
 
 // ask sends a request through the proxy. It returns when the request has ended, which may be before
@@ -746,10 +755,15 @@ func (p *proxied) ask(ctx context.Context, a ask) (Answer, error) {
 	lane := p.lane(a.model)
 	lane <- struct{}{}
 	u := p.m.Before(ctx, p.request(a))
-	got, err := p.direct(ctx, a)
+	got, err := p.send(ctx, a, func() {
+		if a.streams {
+			u.Began(!p.blind)
+		}
+	})
 	told := got
+	told.Awaited = a.awaited
 	if p.blind {
-		told.Cached, told.CachedKnown = 0, false
+		told.Cached, told.CachedKnown = u.Cached(told.Total)
 	}
 	var freed atomic.Bool
 	u.After(told, func() {

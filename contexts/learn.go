@@ -18,9 +18,8 @@ const (
 	// statusTimeout is for an engine to tell of its slots, which it does between two batches of tokens:
 	// after seconds, on a slow machine. A request that is sent meanwhile has to wait for as long.
 	statusTimeout = 10 * time.Second
-	countTimeout  = 100 * time.Millisecond // … for the sake of a figure
-	leastTimeout  = 2 * time.Second        // for it to attach a state
-	saveTimeout   = 30 * time.Second       // for it to save one
+	leastTimeout  = 2 * time.Second  // for it to attach a state
+	saveTimeout   = 30 * time.Second // for it to save one
 )
 
 // occasion is when a state may be saved: the number is how many times as long evaluating it again must
@@ -32,6 +31,7 @@ const (
 	ending  occasion = 20 // a request has ended, and the next one may wait for its lane
 	resting occasion = 8  // the engine has nothing to do
 	leaving occasion = 3  // the state is about to be lost
+	copying occasion = 3  // others wait that can have it in their slots, too
 )
 
 // learned is what is known of a model in an engine's build. Guarded by Manager.mu.

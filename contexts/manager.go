@@ -100,7 +100,6 @@ type live struct {
 	active int       // requests that are sent to it, or wait for acting, and have not ended
 	ended  time.Time // when the last of them ended
 	clock  uint64    // counts the requests that ended
-	task   int       // the largest number of a request that it was seen to use
 }
 
 // slot is what is believed of an engine's slot. The zero slot holds nothing that is known.
@@ -160,13 +159,17 @@ type Use struct {
 	r    Request
 	on   *live // nil: none is known
 	slot int   // that it is expected to use; -1: not known
-	task int   // a number that its own is larger than
 
 	warm     int // tokens of its prompt that a slot was believed to hold
 	expected int // tokens that are to be reused beyond that since a state was attached; 0: none was
 	exact    bool
 	loading  time.Duration
 	sought   bool // on was sought once more, since it was not there before
+
+	// Guarded by Manager.mu.
+	task    int           // its own number at the engine is a larger one
+	running []engine.Slot // what the engine told of its slots when the answer had begun
+	placed  *engine.Slot  // that of these on which it runs, for certain; nil: not known
 }
 
 // Answer is how a request ended. The zero Answer: nothing came of it, and what its slot holds is not
@@ -178,6 +181,7 @@ type Answer struct {
 	CachedKnown bool
 	Generated   int           // tokens of the answer
 	Prompt      time.Duration // evaluating the prompt; 0: not known
+	Awaited     bool          // other requests wait, perhaps for what this one has evaluated
 }
 
 // Loading is how long the model took to load, where Before had it loaded; else 0.
@@ -206,7 +210,6 @@ func (m *Manager) Before(ctx context.Context, r Request) *Use {
 	}
 	m.mu.Lock()
 	u.on.active++ // so that at most the state is saved first that is being saved
-	u.task = u.on.task
 	m.mu.Unlock()
 	if !u.on.act(ctx) {
 		return u
@@ -262,8 +265,7 @@ func (m *Manager) known(running []Running) []*live {
 		l := m.engines[e.ID]
 		if l == nil {
 			l = &live{
-				Running: e, slots: make([]slot, e.Slots), ended: time.Now(), task: -1,
-				acting: make(chan struct{}, 1),
+				Running: e, slots: make([]slot, e.Slots), ended: time.Now(), acting: make(chan struct{}, 1),
 			}
 			for i := range l.slots {
 				l.slots[i].task = -1 // an engine's first request has the number 0
@@ -377,7 +379,7 @@ func (u *Use) replace(ctx context.Context) {
 	if len(lost) == 0 {
 		return
 	}
-	idle, err := on.idle(ctx, statusTimeout)
+	idle, err := u.idle(ctx, statusTimeout)
 	if err != nil {
 		return
 	}
@@ -389,16 +391,24 @@ func (u *Use) replace(ctx context.Context) {
 }
 
 // idle asks which slots are idle. An engine with one slot is not asked: who has its lane has its slot.
-func (l *live) idle(ctx context.Context, limit time.Duration) (func(slot int) bool, error) {
-	if len(l.slots) == 1 {
+func (u *Use) idle(ctx context.Context, limit time.Duration) (func(slot int) bool, error) {
+	if len(u.on.slots) == 1 {
 		return func(int) bool { return true }, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	list, err := l.Engine.Slots(ctx)
+	list, err := u.on.Engine.Slots(ctx)
+	if err != nil {
+		return nil, err
+	}
+	u.m.mu.Lock()
+	defer u.m.mu.Unlock()
+	for _, s := range list {
+		u.task = max(u.task, s.Task)
+	}
 	return func(slot int) bool {
 		return slices.ContainsFunc(list, func(s engine.Slot) bool { return s.ID == slot && !s.Processing })
-	}, err
+	}, nil
 }
 
 // warmest returns how many tokens of the request's prompt a slot is believed to hold, and which; -1:
@@ -417,7 +427,7 @@ func (l *live) warmest(r Request) (tokens, at int) {
 // was used last, since the engine gives the one used least recently to a prompt that fits none.
 func (u *Use) choose(ctx context.Context, gain time.Duration) (int, bool) {
 	m, on := u.m, u.on
-	idle, err := on.idle(ctx, max(gain/4, statusTimeout))
+	idle, err := u.idle(ctx, max(gain/4, statusTimeout))
 	if err != nil {
 		return 0, false
 	}
@@ -462,7 +472,11 @@ func (u *Use) After(a Answer, release func()) {
 		release()
 		return
 	}
-	hold := m.saves(on, held, ending)
+	when := ending
+	if len(on.slots) > 1 && a.Awaited {
+		when = copying
+	}
+	hold := m.saves(on, held, when)
 	if !hold && !asks {
 		release()
 		return
@@ -502,8 +516,7 @@ func (u *Use) begun() bool {
 }
 
 // ended takes in what an answer tells, and returns what the slot holds that the request used, with
-// no tokens if that is not known; asks says that the engine must be asked which slot that is, or what
-// was reused.
+// no tokens if that is not known; asks says that the engine must be asked which slot that is.
 func (u *Use) ended(a Answer) (held slot, asks bool) {
 	m, on := u.m, u.on
 	m.mu.Lock()
@@ -523,8 +536,14 @@ func (u *Use) ended(a Answer) (held slot, asks bool) {
 			on.slots[u.slot] = slot{task: on.slots[u.slot].task}
 		}
 		return slot{}, false
+	case !a.CachedKnown && u.expected > 0 && a.Prompt > 0:
+		// By the time that the evaluation took.
+		if each := m.learned(on.Format).evaluation(1); each > 0 {
+			u.judge(max(0, a.Total-int(a.Prompt/each)))
+		}
 	case a.CachedKnown:
-		u.judge(a)
+		m.learned(on.Format).evaluated(a.Total-a.Cached, a.Prompt)
+		u.judge(a.Cached)
 	}
 	held = slot{
 		prompt: prompt{
@@ -536,54 +555,97 @@ func (u *Use) ended(a Answer) (held slot, asks bool) {
 		held.task = on.slots[0].task
 		on.slots[0] = held
 	}
-	return held, len(on.slots) > 1 || !a.CachedKnown && u.expected > 0
+	return held, len(on.slots) > 1
 }
 
-// Cached asks the engine how many tokens of the request's prompt were reused, of so many; false if
-// that cannot be told.
-func (u *Use) Cached(total int) (cached int, ok bool) {
-	if u == nil || !u.begun() {
-		return 0, false
+// Began says that the answer has begun to come, piece by piece. An engine tells how much of a prompt it
+// has reused, and in which slot, until the answer has ended, so it is asked now; if there is one slot,
+// and the answer will tell what was reused, there is nothing to ask.
+func (u *Use) Began(tellsCached bool) {
+	if u == nil || u.on == nil || tellsCached && len(u.on.slots) == 1 {
+		return
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), countTimeout)
-	defer cancel()
-	list, err := u.on.Engine.Slots(ctx)
-	if err != nil {
-		return 0, false
-	}
-	u.m.mu.Lock()
-	defer u.m.mu.Unlock()
-	s, ok := u.ranOn(list, func(s engine.Slot) bool { return s.Processed+s.Cached == total })
-	return s.Cached, ok
+	u.m.ending.Go(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), statusTimeout)
+		defer cancel()
+		list, err := u.on.Engine.Slots(ctx)
+		if err != nil {
+			return
+		}
+		u.m.mu.Lock()
+		defer u.m.mu.Unlock()
+		u.running = list
+		if s, ok := u.only(list, func(s engine.Slot) bool {
+			return s.Processing && s.Tokens > s.Processed+s.Cached // some of its answer, too
+		}); ok {
+			u.placed = &s
+			u.on.slots[s.ID].task = s.Task // no other request's
+		}
+	})
 }
 
-// ranOn finds the slot on which the request ran, among what the engine tells of those that fit. false:
-// there is none, or there are several, and nothing says which. Manager.mu must be held.
-func (u *Use) ranOn(list []engine.Slot, fits func(engine.Slot) bool) (found engine.Slot, ok bool) {
+// only returns the slot on which the request runs or ran, of those that fit. false: there is none, or
+// there are several and nothing says which. Manager.mu must be held.
+func (u *Use) only(list []engine.Slot, fits func(engine.Slot) bool) (found engine.Slot, ok bool) {
 	n := 0
 	for _, s := range list {
-		if s.ID >= len(u.on.slots) {
-			continue
-		}
-		u.on.task = max(u.on.task, s.Task)
 		switch {
-		case s.Task <= u.task || s.Task <= u.on.slots[s.ID].task || !fits(s):
-			// it serves another request, or did so before
+		case !u.fresh(s) || !fits(s):
 		case s.ID == u.slot:
-			found, ok = s, true
-		case !ok && !u.on.slots[s.ID].claimed:
+			return s, true
+		case !u.on.slots[s.ID].claimed:
 			found = s
 			n++
 		}
 	}
-	return found, ok || n == 1
+	return found, n == 1
 }
 
-// identify finds the slot that a request used which has just ended, by its counts, and notes what that
-// holds; -1: there is none, or another request has begun there.
+// Cached tells how many tokens of the request's prompt were reused, of so many, where its engine told
+// that; else false.
+func (u *Use) Cached(total int) (cached int, ok bool) {
+	if u == nil || u.on == nil {
+		return 0, false
+	}
+	u.m.mu.Lock()
+	defer u.m.mu.Unlock()
+	s, ok := u.counted(u.running, total)
+	return s.Cached, ok
+}
+
+// counted finds the slot on which the request runs, or ran last, by the tokens of its prompt.
+// Manager.mu must be held.
+func (u *Use) counted(list []engine.Slot, total int) (found engine.Slot, ok bool) {
+	if u.placed != nil {
+		return *u.placed, u.placed.Processed+u.placed.Cached == total
+	}
+	return u.only(list, func(s engine.Slot) bool { return total > 0 && s.Processed+s.Cached == total })
+}
+
+// fresh reports whether the request may be the last that has used a slot: it is not known whose that
+// was, and that one began no earlier. Manager.mu must be held.
+func (u *Use) fresh(s engine.Slot) bool {
+	return s.ID < len(u.on.slots) && s.Task > max(u.task, u.on.slots[s.ID].task)
+}
+
+// ran finds the slot on which the request ran which has just ended, by what the engine told while it ran
+// or tells of its slots now. Manager.mu must be held.
+func (u *Use) ran(list []engine.Slot, a Answer, held slot) (found engine.Slot, ok bool) {
+	if was, counted := u.counted(u.running, a.Total); counted {
+		for _, s := range list {
+			if s.ID == was.ID {
+				return s, s.Task == was.Task
+			}
+		}
+	}
+	return u.only(list, func(s engine.Slot) bool { return !s.Processing && held.holds(s.Tokens) })
+}
+
+// identify finds the slot that a request used which has just ended, and notes what that holds; -1:
+// there is none, or another request has begun there.
 func (u *Use) identify(ctx context.Context, a Answer, held slot) int {
 	m, on := u.m, u.on
-	if len(on.slots) == 1 && (a.CachedKnown || u.expected == 0) {
+	if len(on.slots) == 1 {
 		return 0
 	}
 	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
@@ -594,36 +656,27 @@ func (u *Use) identify(ctx context.Context, a Answer, held slot) int {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	// Builds of 2026 forget what of a prompt was reused as soon as the request has ended; what the slot
-	// holds they still tell.
-	counted := func(s engine.Slot) bool { return s.Processed+s.Cached == a.Total }
-	s, ok := u.ranOn(list, func(s engine.Slot) bool {
-		return !s.Processing && (counted(s) || held.holds(s.Tokens))
-	})
+	s, ok := u.ran(list, a, held)
 	if !ok {
 		return -1
 	}
 	held.task, held.claimed = s.Task, on.slots[s.ID].claimed
-	if on.slots[s.ID] = held; !a.CachedKnown && counted(s) {
-		a.Cached = s.Cached
-		u.judge(a)
-	}
+	on.slots[s.ID] = held
 	return s.ID
 }
 
-// judge learns from what was reused. Manager.mu must be held.
-func (u *Use) judge(a Answer) {
-	m := u.m
-	l := m.learned(u.on.Format)
-	l.evaluated(a.Total-a.Cached, a.Prompt)
+// judge learns whether what was attached was of use, from how many tokens were reused. Manager.mu must
+// be held.
+func (u *Use) judge(cached int) {
 	if u.expected == 0 {
 		return
 	}
-	saved := a.Cached - u.warm
+	m, l := u.m, u.m.learned(u.on.Format)
+	saved := cached - u.warm
 	helped := saved >= u.expected/2
 	if l.judge(u.exact, helped) {
-		m.Log.Warn("stored contexts are of no use to this model, as it seems, and are not attached for a while: "+
-			"models with a sliding window need `ollama-cacheproxy engine link --swa-full`", "model", u.r.Model)
+		m.Log.Warn("stored contexts seem to be of no use to this model, and are not attached for a while: for one with "+
+			"a sliding window that takes 'ollama-cacheproxy engine link --swa-full'", "model", u.r.Model)
 	}
 	if !helped {
 		m.counts.Failed[FailedUnused]++

@@ -134,44 +134,67 @@ func TestContextsInTurn(t *testing.T) {
 
 // TestHundredPrefixes: three rounds, in an order in which no slot is ever warm.
 func TestHundredPrefixes(t *testing.T) {
+	for _, c := range []struct {
+		slots, clients  int
+		streams, varied bool
+	}{
+		{1, 1, false, false},
+		{1, 8, true, false},
+		{4, 1, false, false},
+		{4, 1, true, false},
+		{4, 4, true, false},
+		{4, 8, true, true},
+		{4, 8, false, true},
+		{4, 8, false, false},
+	} {
+		name := fmt.Sprintf("%d slots, %d clients, streams %t, varied %t", c.slots, c.clients, c.streams, c.varied)
+		t.Run(name, func(t *testing.T) {
+			with(t, map[string]modelSpec{"m": {slots: c.slots}}, ample, func(p *proxied) {
+				p.hundredPrefixes(c.clients, c.streams, c.varied)
+			})
+		})
+	}
+}
+
+func (p *proxied) hundredPrefixes(clients int, streams, varied bool) {
 	const prefixes, rounds = 100, 3
-	for _, slots := range []int{1, 4} {
-		for _, clients := range []int{1, slots, 8} {
-			t.Run(fmt.Sprintf("%d slots, %d clients", slots, clients), func(t *testing.T) {
-				with(t, map[string]modelSpec{"m": {slots: slots}}, ample, func(p *proxied) {
-					var first int
-					for round := range rounds {
-						work := make(chan int)
-						var wg sync.WaitGroup
-						for range clients {
-							wg.Go(func() {
-								for i := range work {
-									p.must(ask{model: "m", prompt: long(fmt.Sprint("prefix ", i), round), answer: 5})
-								}
-							})
-						}
-						for i := range prefixes {
-							work <- i
-						}
-						close(work)
-						wg.Wait()
-						if round == 0 {
-							first = p.total()
-						}
+	least, first := 0, 0
+	for round := range rounds {
+		work := make(chan int)
+		var wg sync.WaitGroup
+		for range clients {
+			wg.Go(func() {
+				for i := range work {
+					x := long(fmt.Sprint("prefix ", i), round)
+					if varied {
+						x[0].tokens += 3 * i
 					}
-					least := prefixes*1000 + prefixes*rounds*20
-					later := p.total() - first - (rounds-1)*prefixes*20
-					t.Logf("%d tokens evaluated, %.3f of the least possible; of prefixes in later rounds %d; %d saves, %d restores, %v",
-						p.total(), float64(p.total())/float64(least), later, p.saves, p.restores, p.m.Counts().Failed)
-					if p.total() > least*105/100 {
-						t.Errorf("%d tokens were evaluated, more than 1.05 of %d", p.total(), least)
-					}
-					if later > first/100 {
-						t.Errorf("%d tokens of prefixes were evaluated in later rounds, more than 1 %% of %d", later, first)
-					}
-				})
+					p.must(ask{model: "m", prompt: x, answer: 5, streams: streams, awaited: clients > 1})
+				}
 			})
 		}
+		for i := range prefixes {
+			work <- i
+			if least += 20; round == 0 {
+				if least += 1000; varied {
+					least += 3 * i
+				}
+			}
+		}
+		close(work)
+		wg.Wait()
+		if round == 0 {
+			first = p.total()
+		}
+	}
+	later := p.total() - first - (rounds-1)*prefixes*20
+	p.t.Logf("%d tokens evaluated, %.3f of the least possible; of prefixes in later rounds %d; %d saves, %d restores, %v",
+		p.total(), float64(p.total())/float64(least), later, p.saves, p.restores, p.m.Counts().Failed)
+	if p.total() > least*105/100 {
+		p.t.Errorf("%d tokens were evaluated, more than 1.05 of %d", p.total(), least)
+	}
+	if later > first/100 {
+		p.t.Errorf("%d tokens of prefixes were evaluated in later rounds, more than 1 %% of %d", later, first)
 	}
 }
 

@@ -329,10 +329,7 @@ func (u *Use) attach(ctx context.Context) bool {
 	}
 	ctx, cancel := context.WithTimeout(ctx, max(gain, leastTimeout))
 	defer cancel()
-	began := time.Now()
 	got, err := on.Restore(ctx, i, best.ID)
-	took := time.Since(began)
-
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	u.slot = i
@@ -343,10 +340,10 @@ func (u *Use) attach(ctx context.Context) bool {
 	}
 	s.prompt, s.tokens, s.again = best.prompt(), got.Tokens, true
 	u.expected, u.exact = best.reach-warm, best.exact
-	m.disk.attaching.measured(best.Bytes, took)
+	m.disk.attaching.measured(best.Bytes, got.Took)
 	m.counts.Attached++
 	m.Log.Debug("context attached", "model", best.Model, "context", best.ID, "tokens", best.Tokens,
-		"common", best.reach, "warm", warm, "slot", i, "took", took)
+		"common", best.reach, "warm", warm, "slot", i, "took", got.Took)
 	m.Files.Used(best.ID)
 	return true
 }

@@ -131,9 +131,9 @@ func (m *Manager) save(ctx context.Context, on *live, i int) bool {
 		return false
 	}
 	learnFrom(&l.perState, float64(saved.Bytes)/float64(max(saved.Tokens, 1)))
-	m.disk.saving.measured(saved.Bytes, took)
+	m.disk.saving.measured(saved.Bytes, saved.Took) // not while it waited for the engine
 	m.counts.Saved++
-	m.Log.Debug("context saved", "model", s.model, "tokens", saved.Tokens, "bytes", saved.Bytes, "slot", i, "took", took)
+	m.Log.Debug("context saved", "model", s.model, "tokens", saved.Tokens, "bytes", saved.Bytes, "slot", i, "took", saved.Took)
 	m.counts.SavedBytes += uint64(saved.Bytes)
 	return true
 }

@@ -41,6 +41,7 @@ type learned struct {
 	perText  float64 // tokens for each byte of text; 0: not known
 	partial  verdict // on states that a prompt parts from before their end
 	exact    verdict // on states that a prompt goes on from
+	named    bool    // it was told that its states cannot be of use
 }
 
 // learned returns what is known of a format, made if need be. m.mu must be held.

@@ -40,6 +40,7 @@ type Running struct {
 	Format  string   // all that a state depends on beside its tokens: see engine.Process.Format
 	Slots   int      // at least 1
 	Context int      // tokens, of each slot; 0: not known
+	Full    bool     // it keeps all tokens of a model with a sliding window
 }
 
 // Config is what a Manager works with. Running, Files and Log must be set.
@@ -147,6 +148,8 @@ type Request struct {
 	Contents []uint64 // prefix.Chain.Contents
 	Bytes    []int    // of text, up to and with each link
 
+	// Sliding says that the model's attention has a sliding window.
+	Sliding bool
 	// Loaded says that the model is loaded as the request needs it, for certain.
 	Loaded bool
 	// Load has the model loaded as the request needs it, and returns how long that took.
@@ -202,6 +205,9 @@ func (m *Manager) Before(ctx context.Context, r Request) *Use {
 	u := &Use{m: m, r: r, slot: -1, task: -1}
 	if u.on = m.find(r); u.on == nil || !r.Loaded {
 		u.load(ctx)
+	}
+	if u.on != nil && !m.restores(u.on, r) {
+		return nil
 	}
 	if u.on == nil { // the model is loaded for this request, or by an engine that is not linked
 		m.loading.Add(1)
@@ -294,6 +300,23 @@ func (r *Running) runs(weights string) bool {
 	return len(r.Files) > 0 && r.Files[0] == files[0] && !slices.ContainsFunc(r.Files, func(file string) bool {
 		return !slices.Contains(files, file)
 	})
+}
+
+// restores reports whether the engine makes use of the states of the request's model. Those of one
+// with a sliding window have no more than the last window, and no prompt is found to go on from that
+// (seen with Gemma 3 on Ollama 0.34.1, with a chat's next turn, too).
+func (m *Manager) restores(on *live, r Request) bool {
+	if !r.Sliding || on.Full {
+		return true
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if l := m.learned(on.Format); !l.named {
+		l.named = true
+		m.Log.Warn("no context is stored for this model, which has a sliding window: that takes "+
+			"'ollama-cacheproxy engine link --swa-full', and more memory", "model", r.Model)
+	}
+	return false
 }
 
 // load has the request's model loaded before the request is sent, if a state is stored that can be
@@ -503,7 +526,8 @@ func (u *Use) begun() bool {
 		u.sought = true
 		u.m.loading.Add(-1)
 	}
-	if u.on = u.m.find(u.r); u.on == nil {
+	if u.on = u.m.find(u.r); u.on == nil || !u.m.restores(u.on, u.r) {
+		u.on = nil
 		return false
 	}
 	u.m.mu.Lock()
@@ -672,8 +696,8 @@ func (u *Use) judge(cached int) {
 	saved := cached - u.warm
 	helped := saved >= u.expected/2
 	if l.judge(u.exact, helped) {
-		m.Log.Warn("stored contexts seem to be of no use to this model, and are not attached for a while: for one with "+
-			"a sliding window that takes 'ollama-cacheproxy engine link --swa-full'", "model", u.r.Model)
+		m.Log.Warn("stored contexts seem to be of no use to this model, and are not attached for a while",
+			"model", u.r.Model)
 	}
 	if !helped {
 		m.counts.Failed[FailedUnused]++

@@ -677,6 +677,7 @@ func (p *proxied) check() {
 // checkStored checks that each state has the tokens of the prompt that it is stored for.
 func (p *proxied) checkStored() {
 	p.t.Helper()
+	wrong, example := 0, ""
 	for _, s := range p.store.List() {
 		tokens, _, err := readState(filepath.Join(p.dir, s.ID))
 		if err != nil {
@@ -687,8 +688,12 @@ func (p *proxied) checkStored() {
 		want := p.known[s.Links[len(s.Links)-1]]
 		p.ollama.mu.Unlock()
 		if n := lead(tokens, want); n < len(want) {
-			p.t.Errorf("a state is stored for a prompt of %d tokens, and has %d in common with it", len(want), n)
+			wrong++
+			example = fmt.Sprintf("for a prompt of %d tokens, with which it has %d in common", len(want), n)
 		}
+	}
+	if wrong > 0 {
+		p.t.Errorf("%d states are stored for other prompts than theirs, such as one %s", wrong, example)
 	}
 }
 

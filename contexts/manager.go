@@ -101,6 +101,8 @@ type live struct {
 	active int       // requests that are sent to it, or wait for acting, and have not ended
 	ended  time.Time // when the last of them ended
 	clock  uint64    // counts the requests that ended
+	sent   uint64    // counts those that were sent, about
+	asking []*Use    // that have ended, and whose slots are asked for
 }
 
 // slot is what is believed of an engine's slot. The zero slot holds nothing that is known.
@@ -169,10 +171,7 @@ type Use struct {
 	loading  time.Duration
 	sought   bool // on was sought once more, since it was not there before
 
-	// Guarded by Manager.mu.
-	task    int           // its own number at the engine is a larger one
-	running []engine.Slot // what the engine told of its slots when the answer had begun
-	placed  *engine.Slot  // that of these on which it runs, for certain; nil: not known
+	place place // guarded by Manager.mu
 }
 
 // Answer is how a request ended. The zero Answer: nothing came of it, and what its slot holds is not
@@ -202,7 +201,7 @@ func (m *Manager) Before(ctx context.Context, r Request) *Use {
 	if m == nil || len(r.Contents) == 0 {
 		return nil
 	}
-	u := &Use{m: m, r: r, slot: -1, task: -1}
+	u := &Use{m: m, r: r, slot: -1, place: place{after: -1}}
 	if u.on = m.find(r); u.on == nil || !r.Loaded {
 		u.load(ctx)
 	}
@@ -217,6 +216,7 @@ func (m *Manager) Before(ctx context.Context, r Request) *Use {
 	m.mu.Lock()
 	u.on.active++ // so that at most the state is saved first that is being saved
 	m.mu.Unlock()
+	defer u.sends()
 	if !u.on.act(ctx) {
 		return u
 	}
@@ -424,7 +424,7 @@ func (u *Use) idle(ctx context.Context, limit time.Duration) (func(slot int) boo
 	u.m.mu.Lock()
 	defer u.m.mu.Unlock()
 	for _, s := range list {
-		u.task = max(u.task, s.Task)
+		u.place.after = max(u.place.after, s.Task)
 	}
 	return func(slot int) bool {
 		return slices.ContainsFunc(list, func(s engine.Slot) bool { return s.ID == slot && !s.Processing })
@@ -507,7 +507,7 @@ func (u *Use) After(a Answer, release func()) {
 		}
 		ctx, cancel := context.WithTimeout(context.Background(), saveTimeout)
 		defer cancel()
-		if i := u.identify(ctx, a, held); i >= 0 && hold {
+		if i := u.identify(ctx, held); i >= 0 && hold {
 			m.save(ctx, on, i)
 		}
 		if hold {
@@ -576,114 +576,12 @@ func (u *Use) ended(a Answer) (held slot, asks bool) {
 		held.task = on.slots[0].task
 		on.slots[0] = held
 	}
-	return held, len(on.slots) > 1
-}
-
-// Began says that the answer has begun to come, piece by piece. An engine tells how much of a prompt it
-// has reused, and in which slot, until the answer has ended, so it is asked now; if there is one slot,
-// and the answer will tell what was reused, there is nothing to ask.
-func (u *Use) Began(tellsCached bool) {
-	if u == nil || u.on == nil || tellsCached && len(u.on.slots) == 1 {
-		return
-	}
-	u.m.ending.Go(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), statusTimeout)
-		defer cancel()
-		list, err := u.on.Engine.Slots(ctx)
-		if err != nil {
-			return
-		}
-		u.m.mu.Lock()
-		defer u.m.mu.Unlock()
-		u.running = list
-		if s, ok := u.only(list, func(s engine.Slot) bool {
-			return s.Processing && s.Tokens > s.Processed+s.Cached // some of its answer, too
-		}); ok {
-			u.placed = &s
-			u.on.slots[s.ID].task = s.Task // no other request's
-		}
-	})
-}
-
-// only returns the slot on which the request runs or ran, of those that fit. false: there is none, or
-// there are several and nothing says which. Manager.mu must be held.
-func (u *Use) only(list []engine.Slot, fits func(engine.Slot) bool) (found engine.Slot, ok bool) {
-	n := 0
-	for _, s := range list {
-		switch {
-		case !u.fresh(s) || !fits(s):
-		case s.ID == u.slot:
-			return s, true
-		case !u.on.slots[s.ID].claimed:
-			found = s
-			n++
-		}
-	}
-	return found, n == 1
-}
-
-// Cached tells how many tokens of the request's prompt were reused, of so many, where its engine told
-// that; else false.
-func (u *Use) Cached(total int) (cached int, ok bool) {
-	if u == nil || u.on == nil {
-		return 0, false
-	}
-	u.m.mu.Lock()
-	defer u.m.mu.Unlock()
-	s, ok := u.counted(u.running, total)
-	return s.Cached, ok
-}
-
-// counted finds the slot on which the request runs, or ran last, by the tokens of its prompt.
-// Manager.mu must be held.
-func (u *Use) counted(list []engine.Slot, total int) (found engine.Slot, ok bool) {
-	if u.placed != nil {
-		return *u.placed, u.placed.Processed+u.placed.Cached == total
-	}
-	return u.only(list, func(s engine.Slot) bool { return total > 0 && s.Processed+s.Cached == total })
-}
-
-// fresh reports whether the request may be the last that has used a slot: it is not known whose that
-// was, and that one began no earlier. Manager.mu must be held.
-func (u *Use) fresh(s engine.Slot) bool {
-	return s.ID < len(u.on.slots) && s.Task > max(u.task, u.on.slots[s.ID].task)
-}
-
-// ran finds the slot on which the request ran which has just ended, by what the engine told while it ran
-// or tells of its slots now. Manager.mu must be held.
-func (u *Use) ran(list []engine.Slot, a Answer, held slot) (found engine.Slot, ok bool) {
-	if was, counted := u.counted(u.running, a.Total); counted {
-		for _, s := range list {
-			if s.ID == was.ID {
-				return s, s.Task == was.Task
-			}
-		}
-	}
-	return u.only(list, func(s engine.Slot) bool { return !s.Processing && held.holds(s.Tokens) })
-}
-
-// identify finds the slot that a request used which has just ended, and notes what that holds; -1:
-// there is none, or another request has begun there.
-func (u *Use) identify(ctx context.Context, a Answer, held slot) int {
-	m, on := u.m, u.on
 	if len(on.slots) == 1 {
-		return 0
+		return held, false
 	}
-	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
-	defer cancel()
-	list, err := on.Engine.Slots(ctx)
-	if err != nil {
-		return -1
-	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	s, ok := u.ran(list, a, held)
-	if !ok {
-		return -1
-	}
-	held.task, held.claimed = s.Task, on.slots[s.ID].claimed
-	on.slots[s.ID] = held
-	return s.ID
+	u.place.holds = a.Total + max(a.Generated-1, 0)
+	on.asking = append(on.asking, u)
+	return held, true
 }
 
 // judge learns whether what was attached was of use, from how many tokens were reused. Manager.mu must

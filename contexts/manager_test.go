@@ -165,6 +165,9 @@ func (p *proxied) hundredPrefixes(clients int, streams, varied bool) {
 		for range clients {
 			wg.Go(func() {
 				for i := range work {
+					if clients > 1 { // they are not in step to the microsecond
+						time.Sleep(time.Duration(rand.IntN(20_000)) * time.Microsecond)
+					}
 					x := long(fmt.Sprint("prefix ", i), round)
 					if varied {
 						x[0].tokens += 3 * i

@@ -101,8 +101,7 @@ type live struct {
 	active int       // requests that are sent to it, or wait for acting, and have not ended
 	ended  time.Time // when the last of them ended
 	clock  uint64    // counts the requests that ended
-	sent   uint64    // counts those that were sent, about
-	asking []*Use    // that have ended, and whose slots are asked for
+	open   []*Use    // those whose slots are not known yet, as they were sent; none if there is one slot
 }
 
 // slot is what is believed of an engine's slot. The zero slot holds nothing that is known.
@@ -168,6 +167,7 @@ type Use struct {
 	warm     int // tokens of its prompt that a slot was believed to hold
 	expected int // tokens that are to be reused beyond that since a state was attached; 0: none was
 	exact    bool
+	attached string // the state's ID
 	loading  time.Duration
 	sought   bool // on was sought once more, since it was not there before
 
@@ -362,7 +362,7 @@ func (u *Use) attach(ctx context.Context) bool {
 		return true
 	}
 	s.prompt, s.tokens, s.again = best.prompt(), got.Tokens, true
-	u.expected, u.exact = best.reach-warm, best.exact
+	u.expected, u.exact, u.attached = best.reach-warm, best.exact, best.ID
 	m.disk.attaching.measured(best.Bytes, got.Took)
 	m.counts.Attached++
 	m.Log.Debug("context attached", "model", best.Model, "context", best.ID, "tokens", best.Tokens,
@@ -533,6 +533,9 @@ func (u *Use) begun() bool {
 	u.m.mu.Lock()
 	defer u.m.mu.Unlock()
 	u.on.active++
+	if len(u.on.slots) > 1 {
+		u.on.open = slices.Insert(u.on.open, 0, u)
+	}
 	return true
 }
 
@@ -543,6 +546,11 @@ func (u *Use) ended(a Answer) (held slot, asks bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	defer m.nudge()
+	defer func() {
+		if !asks {
+			u.close()
+		}
+	}()
 	on.active--
 	on.ended = time.Now()
 	on.clock++
@@ -580,7 +588,6 @@ func (u *Use) ended(a Answer) (held slot, asks bool) {
 		return held, false
 	}
 	u.place.holds = a.Total + max(a.Generated-1, 0)
-	on.asking = append(on.asking, u)
 	return held, true
 }
 
@@ -596,6 +603,11 @@ func (u *Use) judge(cached int) {
 	if l.judge(u.exact, helped) {
 		m.Log.Warn("stored contexts seem to be of no use to this model, and are not attached for a while",
 			"model", u.r.Model)
+	}
+	if saved < leastTokens {
+		// It may be another prompt's: somebody else's that ran in the slot when it was saved. As long as it is
+		// there, that of this prompt is not stored.
+		m.Files.Drop(u.attached, "the engine made no use of it")
 	}
 	if !helped {
 		m.counts.Failed[FailedUnused]++

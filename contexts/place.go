@@ -10,11 +10,11 @@ import (
 // place is what is known of where a request runs, on an engine with several slots. The engine chooses
 // the slot and does not say whose request it serves there, but it numbers its tasks as they come.
 type place struct {
-	order   uint64        // live.sent
 	after   int           // its own task has a larger number
 	running []engine.Slot // what the engine told of its slots when the answer had begun
 	at      *engine.Slot  // that of these on which it runs, for certain; nil: not known
-	holds   int           // tokens that its slot holds after it
+	begun   bool          // its answer has begun to come
+	holds   int           // tokens that its slot holds after it has ended; 0: it has not
 	lost    bool          // its slot cannot be told from another's
 }
 
@@ -22,8 +22,25 @@ type place struct {
 func (u *Use) sends() {
 	u.m.mu.Lock()
 	defer u.m.mu.Unlock()
-	u.on.sent++
-	u.place.order = u.on.sent
+	if len(u.on.slots) > 1 {
+		u.on.open = append(u.on.open, u)
+	}
+}
+
+// close says that it is known in which slot the request ran, or will not be. Manager.mu must be held.
+func (u *Use) close() {
+	u.on.open = slices.DeleteFunc(u.on.open, func(o *Use) bool { return o == u })
+}
+
+// alike returns the requests whose slots are not known yet, and for which something is the case, in the
+// order in which they were sent. Manager.mu must be held.
+func (l *live) alike(is func(p *place) bool) (list []*Use) {
+	for _, o := range l.open {
+		if o.place.at == nil && is(&o.place) {
+			list = append(list, o)
+		}
+	}
+	return list
 }
 
 // Began says that the answer has begun to come, piece by piece. An engine tells how much of a prompt it
@@ -33,6 +50,9 @@ func (u *Use) Began(tellsCached bool) {
 	if u == nil || u.on == nil || tellsCached && len(u.on.slots) == 1 {
 		return
 	}
+	u.m.mu.Lock()
+	u.place.begun = true
+	u.m.mu.Unlock()
 	u.m.ending.Go(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), statusTimeout)
 		defer cancel()
@@ -46,7 +66,8 @@ func (u *Use) Began(tellsCached bool) {
 		of := u.candidates(list, func(s engine.Slot) bool {
 			return s.Processing && s.Tokens > s.Processed+s.Cached // some of an answer, too
 		})
-		if len(of) == 1 {
+		alike := u.on.alike(func(p *place) bool { return p.begun && p.holds == 0 })
+		if len(of) == 1 && len(alike) == 1 && alike[0] == u {
 			u.place.at = &of[0]
 			u.on.slots[of[0].ID].task = of[0].Task // no other request's
 		}
@@ -112,18 +133,9 @@ func (u *Use) ran(list []engine.Slot, held *slot) (found engine.Slot, ok bool) {
 	if len(of) == 1 && of[0].ID == u.slot {
 		return of[0], true
 	}
-	rank := 0
-	var alike []*Use
-	for _, o := range u.on.asking {
-		if o.place.holds != u.place.holds || o.place.at != nil {
-			continue
-		}
-		alike = append(alike, o)
-		if o.place.order < u.place.order {
-			rank++
-		}
-	}
-	if u.place.lost || len(of) != len(alike) {
+	alike := u.on.alike(func(p *place) bool { return p.holds == u.place.holds })
+	rank := slices.Index(alike, u)
+	if u.place.lost || rank < 0 || len(of) != len(alike) {
 		for _, o := range alike { // another request has begun in the slot of one of them
 			o.place.lost = true
 		}
@@ -144,9 +156,7 @@ func (u *Use) identify(ctx context.Context, held slot) int {
 	list, err := on.Engine.Slots(ctx)
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	defer func() {
-		on.asking = slices.DeleteFunc(on.asking, func(o *Use) bool { return o == u })
-	}()
+	defer u.close()
 	if err != nil {
 		return -1
 	}

@@ -166,6 +166,9 @@ func (r *rate) estimate(bytes int64) time.Duration {
 
 func (r *rate) measured(bytes int64, took time.Duration) {
 	if bytes > 0 {
+		if time.Since(r.at) > rateCounts {
+			r.seen = 0
+		}
 		learnFrom(&r.seen, max(took-overhead, 0).Seconds()/float64(bytes))
 		r.at = time.Now()
 	}

@@ -98,10 +98,11 @@ type live struct {
 	told, attaches bool // Config.Told was told of it, and what
 
 	slots  []slot
-	active int       // requests that are sent to it, or wait for acting, and have not ended
-	ended  time.Time // when the last of them ended
-	clock  uint64    // counts the requests that ended
-	open   []*Use    // those whose slots are not known yet, as they were sent; none if there is one slot
+	saving []chan struct{} // by slot: closed when what that holds has been saved; nil: it is not being saved
+	active int             // requests that are sent to it, or wait for acting, and have not ended
+	ended  time.Time       // when the last of them ended
+	clock  uint64          // counts the requests that ended
+	open   []*Use          // those whose slots are not known yet, as they were sent; none if there is one slot
 }
 
 // slot is what is believed of an engine's slot. The zero slot holds nothing that is known.
@@ -272,6 +273,7 @@ func (m *Manager) known(running []Running) []*live {
 		if l == nil {
 			l = &live{
 				Running: e, slots: make([]slot, e.Slots), ended: time.Now(), acting: make(chan struct{}, 1),
+				saving: make([]chan struct{}, e.Slots),
 			}
 			for i := range l.slots {
 				l.slots[i].task = -1 // an engine's first request has the number 0

@@ -177,7 +177,7 @@ type Use struct {
 type Answer struct {
 	Unsent      bool // it did not reach the server
 	Total       int  // tokens of the prompt; 0: not known
-	Cached      int  // of these reused
+	Cached      int  // of these reused, if CachedKnown; else an estimate, -1 for none
 	CachedKnown bool
 	Generated   int           // tokens of the answer
 	Prompt      time.Duration // evaluating the prompt; 0: not known
@@ -190,6 +190,14 @@ func (u *Use) Loading() time.Duration {
 		return 0
 	}
 	return u.loading
+}
+
+// Attached is how many tokens of the request's prompt a state has that was attached for it; 0: none was.
+func (u *Use) Attached() int {
+	if u == nil || u.expected == 0 {
+		return 0
+	}
+	return u.warm + u.expected
 }
 
 // Before prepares the server for a request that is about to be sent: what its slot would lose is
@@ -529,12 +537,7 @@ func (u *Use) ended(a Answer) (held slot, asks bool) {
 			on.slots[u.slot] = slot{task: on.slots[u.slot].task}
 		}
 		return slot{}, false
-	case !a.CachedKnown && u.expected > 0 && a.Prompt > 0:
-		// By the time that the evaluation took.
-		if each := m.learned(on.Format).evaluation(1); each > 0 {
-			u.judge(max(0, a.Total-int(a.Prompt/each)))
-		}
-	case a.CachedKnown:
+	case a.Cached >= 0:
 		m.learned(on.Format).evaluated(a.Total-a.Cached, a.Prompt)
 		u.judge(a.Cached)
 	}

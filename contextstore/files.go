@@ -387,10 +387,11 @@ func (f *Files) commit(name string, s State) (State, error) {
 		f.tell(err)
 		return State{}, err
 	}
+	stored := x.State // from here on others may change it
 	f.mu.Lock()
 	if f.closed { // the file stays: the next that opens the store has it
 		f.mu.Unlock()
-		return x.State, nil
+		return stored, nil
 	}
 	f.release(name)
 	clear(f.told)
@@ -404,7 +405,7 @@ func (f *Files) commit(name string, s State) (State, error) {
 	gone = append(gone, f.evict(f.least(over, math.Inf(1), []*file{x}))...)
 	f.mu.Unlock()
 	f.unlinkAll(gone)
-	return x.State, nil
+	return stored, nil
 }
 
 // prepare looks at what the engine has written.

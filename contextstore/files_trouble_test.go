@@ -131,6 +131,52 @@ func TestFilesGone(t *testing.T) {
 	})
 }
 
+// TestFilesChanged: a file in which a byte has changed is not attached, and one that is as it was is
+// read for that once.
+func TestFilesChanged(t *testing.T) {
+	dir := t.TempDir()
+	f, _ := openFiles(t, dir, ample)
+	s := mustSave(t, f, stateOf(chainOf("a", 5), 4000))
+	path := filepath.Join(dir, s.ID)
+	flip := func() {
+		t.Helper()
+		state, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		state[3000] ^= 1
+		if err := os.WriteFile(path, state, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	check := func(when string, want bool) {
+		t.Helper()
+		if err := f.Check(t.Context(), s.ID); (err == nil) != want {
+			t.Errorf("%s: %v", when, err)
+		}
+	}
+	check("not settled", true)
+	for _, again := range []bool{false, true} {
+		if err := f.Close(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if again {
+			flip()
+		}
+		f, _ = openFiles(t, dir, ample)
+		check(fmt.Sprint("changed: ", again), !again)
+		if !again {
+			flip()
+			check("changed after it was read", true)
+			flip()
+		}
+	}
+	check("dropped", false)
+	if st := f.Stats(); st.States != 0 || st.Dropped != 1 || len(names(t, dir)) != 0 {
+		t.Errorf("%+v, %q", st, names(t, dir))
+	}
+}
+
 // TestFilesFolderGone: without its folder the store has nothing, and says so once.
 func TestFilesFolderGone(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "contexts")

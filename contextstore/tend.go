@@ -112,6 +112,7 @@ func (f *Files) write(ctx context.Context, x *file, before time.Time) error {
 	held, ok := f.states.Peek(x.ID)
 	if ok = ok && held == x; ok {
 		if err == nil {
+			x.checked = x.checked || s.Settled && !x.Settled
 			x.Sum, x.Settled, x.Boot = s.Sum, s.Settled, s.Boot
 		} else {
 			x.dirty = true

@@ -1,6 +1,7 @@
 package contextstore
 
 import (
+	"context"
 	"encoding/json"
 	"time"
 )
@@ -26,6 +27,9 @@ func ParseSide(name string, text []byte) (s State, again []byte, err error) {
 	again, err = json.Marshal(entry)
 	return entry.State, again, err
 }
+
+// Tend looks after the files as the store does by and by, and takes none for too new to be settled.
+func (f *Files) Tend() { f.tend(context.Background(), time.Now().Add(2*tendEvery), true) }
 
 // SetBoot has the store say that the machine was started as id.
 func (f *Files) SetBoot(id string) { f.boot = id }

@@ -2,6 +2,7 @@ package contextstore_test
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"sync"
@@ -139,8 +140,18 @@ func TestFilesReadOnly(t *testing.T) {
 		t.Error("removed what cannot be removed")
 	}
 	undo()
-	f, _ = openFiles(t, dir, ample)
+	f, log = openFiles(t, dir, ample)
 	if best, _, ok := f.Best(q); !ok || best.ID != s.ID {
 		t.Error("what was stored is gone")
+	}
+	// Whenever it begins again it is told again.
+	for i := range 3 {
+		undo := readOnly(t, dir)
+		f.Room(stateOf(chainOf("c", 5), 4000))
+		undo()
+		mustSave(t, f, stateOf(chainOf(fmt.Sprint(i, "x"), 5), 4000))
+	}
+	if log.count("cannot be stored as they should be") != 3 {
+		t.Errorf("logged: %s", log)
 	}
 }

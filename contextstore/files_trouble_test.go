@@ -421,7 +421,26 @@ func TestFilesConcurrent(t *testing.T) {
 			}
 		})
 	}
+	saved := make(chan struct{})
+	tended := make(chan struct{})
+	go func() {
+		defer close(tended)
+		for {
+			select {
+			case <-saved:
+				return
+			default:
+				f.Tend()
+			}
+		}
+	}()
 	wg.Wait()
+	close(saved)
+	<-tended
+	f.Tend()
+	if n := f.Stats().States; len(names(t, dir)) != 2*n {
+		t.Errorf("%d states, but %q", n, names(t, dir))
+	}
 	if err := f.Close(t.Context()); err != nil {
 		t.Fatal(err)
 	}

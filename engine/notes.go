@@ -92,6 +92,7 @@ func Processes(home string) ([]Process, error) {
 			return nil, fmt.Errorf("reading an engine's note: %w", err)
 		}
 		if alive {
+			p.folder = ContextsFolder(home)
 			all = append(all, p)
 		}
 	}

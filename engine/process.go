@@ -65,13 +65,26 @@ type Process struct {
 	Build string
 	// Version is that of Ollama when it was linked, "" if it told none.
 	Version string `json:",omitempty"`
-	// SaveFolder is where it saves states, as it sees the file system. It is the link's folder
-	// contexts unless it was started with --slot-save-path.
+	// SaveFolder is where it saves states, as it sees the file system; see Folder. It is the link's
+	// folder contexts unless it was started with a --slot-save-path: then Elsewhere is true.
 	SaveFolder string
+	Elsewhere  bool `json:",omitempty"`
 	// Decisive is what else of its arguments and environment the format of its states may depend on.
 	Decisive []string `json:",omitempty"`
 	// Started is when it was started.
 	Started time.Time
+
+	// folder is the link's folder contexts as this process sees it, "" if it was not read from a note.
+	folder string
+}
+
+// Folder is where it saves states, as this process sees the file system: another container may have
+// the link's folder under another name.
+func (p Process) Folder() string {
+	if p.Elsewhere || p.folder == "" {
+		return p.SaveFolder
+	}
+	return p.folder
 }
 
 // Blob is the base name of the weights' file, such as sha256-…, which names weights in Ollama.

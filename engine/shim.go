@@ -69,7 +69,9 @@ func prepare(home string, args []string) ([]string, error) {
 	environ := os.Environ()
 	p := parse(args, environ)
 	added := []string{}
-	if p.SaveFolder == "" {
+	if p.SaveFolder != "" {
+		p.Elsewhere = true
+	} else {
 		folder := ContextsFolder(home)
 		if err := usable(folder); err != nil {
 			return nil, err

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -25,6 +26,9 @@ const (
 
 // forgottenAfter is how old a note that was never finished is when it is taken away.
 const forgottenAfter = time.Minute
+
+// noteLimit bounds what is read of a note, in bytes. One has about 600.
+const noteLimit = 64 << 10
 
 // writeNote writes the note of an engine that this process is about to become. The file stays open
 // and locked, across exec too, until that engine ends: whether a note's engine lives is seen without
@@ -119,10 +123,14 @@ func readNote(path string) (p Process, alive bool, err error) {
 	case !errors.Is(err, syscall.EWOULDBLOCK):
 		return p, false, &os.PathError{Op: "lock", Path: path, Err: err}
 	}
-	text := make([]byte, 64<<10)
+	info, err := f.Stat()
+	if err != nil || info.Size() > noteLimit {
+		return p, false, errors.Join(fmt.Errorf("%s is no note", path), err)
+	}
+	text := make([]byte, info.Size())
 	n, err := f.ReadAt(text, 0)
-	if n == len(text) {
-		return p, false, fmt.Errorf("%s is no note", path)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return p, false, err
 	}
 	if err := json.Unmarshal(text[:n], &p); err != nil {
 		return p, false, fmt.Errorf("%s: %w", path, err)

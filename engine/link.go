@@ -59,6 +59,8 @@ type LinkOptions struct {
 type Info struct {
 	// Home is the link's folder.
 	Home string
+	// Given is the path of the installed binary as it was given, made absolute.
+	Given string
 	// Ollama and Engine are the installed binary and its llama-server, with symlinks followed.
 	Ollama, Engine string
 	// Version is what the installed Ollama called itself, "" if it said nothing.
@@ -74,6 +76,15 @@ type Info struct {
 	Stale string `json:"-"`
 	// Anew is whether Link has made it, as opposed to having found it as it should be.
 	Anew bool `json:"-"`
+}
+
+// Command is the command that links anew, with the name or the path of this program.
+func (i Info) Command(program string) string {
+	swa := ""
+	if i.SWAFull {
+		swa = " --swa-full"
+	}
+	return program + " engine link --ollama " + i.Given + " --to " + i.Home + swa
 }
 
 // Start is the binary to start in place of the installed one.
@@ -115,8 +126,8 @@ func Link(o LinkOptions) (Info, error) {
 	present, err := readLink(wanted.Home)
 	switch {
 	case err == nil && present.is(wanted):
-		if present.identities() != wanted.identities() {
-			err = wanted.keep(present) // the same files in another place of the disk
+		if present.places() != wanted.places() {
+			present, err = wanted.keep(present)
 		}
 		return present.Info, err
 	case errors.Is(err, ErrNotLinked):
@@ -145,7 +156,7 @@ func plan(o LinkOptions) (link, error) {
 	if err != nil || o.Home == "" {
 		return link{}, errors.Join(errors.New("no folder is given to link to"), err)
 	}
-	ollama, err := installed(o.Ollama)
+	given, ollama, err := installed(o.Ollama)
 	if err != nil {
 		return link{}, err
 	}
@@ -167,7 +178,7 @@ func plan(o LinkOptions) (link, error) {
 		return link{}, fmt.Errorf("finding this program: %w", err)
 	}
 	l := link{
-		Info:    Info{Home: home, Ollama: ollama, Engine: engine, Version: version, SWAFull: o.SWAFull, Linked: time.Now().Truncate(time.Second)},
+		Info:    Info{Home: home, Given: given, Ollama: ollama, Engine: engine, Version: version, SWAFull: o.SWAFull, Linked: time.Now().Truncate(time.Second)},
 		Program: program,
 	}
 	for path, id := range map[string]*identity{ollama: &l.OllamaFile, engine: &l.EngineFile, program: &l.ProgramFile} {
@@ -179,36 +190,34 @@ func plan(o LinkOptions) (link, error) {
 	return l, err
 }
 
-// installed is the binary that a path stands for. It is one that can be linked, and if the path
-// leads into a link, it is the one that is linked there.
-func installed(path string) (string, error) {
+// installed is the binary that a path stands for, and that path made absolute. It is one that can be
+// linked, and if the path leads into a link, it is the one that is linked there.
+func installed(path string) (given, real string, err error) {
 	if path == "" {
-		return "", errors.New("no Ollama is given to link")
+		return "", "", errors.New("no Ollama is given to link")
 	}
-	path, err := filepath.Abs(path)
-	if err != nil {
-		return "", err
+	if given, err = filepath.Abs(path); err != nil {
+		return "", "", err
 	}
-	real, err := filepath.EvalSymlinks(path)
-	if err != nil {
-		return "", fmt.Errorf("finding Ollama: %w", err)
+	if real, err = filepath.EvalSymlinks(given); err != nil {
+		return "", "", fmt.Errorf("finding Ollama: %w", err)
 	}
 	if l, err := readLink(filepath.Dir(filepath.Dir(real))); err == nil {
-		return l.Ollama, nil
+		return installed(l.Given)
 	}
 	f, err := os.Open(real)
 	if err != nil {
-		return "", fmt.Errorf("reading Ollama: %w", err)
+		return "", "", fmt.Errorf("reading Ollama: %w", err)
 	}
 	defer f.Close()
 	var begin [2]byte
 	if _, err := io.ReadFull(f, begin[:]); err != nil {
-		return "", fmt.Errorf("%s is no program: %w", real, err)
+		return "", "", fmt.Errorf("%s is no program: %w", real, err)
 	}
 	if string(begin[:]) == "#!" {
-		return "", fmt.Errorf("%s is a script: give the program that it starts", real)
+		return "", "", fmt.Errorf("%s is a script: give the program that it starts", real)
 	}
-	return real, nil
+	return given, real, nil
 }
 
 // findEngine finds the llama-server of an Ollama where that looks for it (its ml/path.go and
@@ -314,6 +323,9 @@ func addContent(h hash.Hash, path string) error {
 
 // changed says in words what the engine and Ollama differ in from what was linked, "" if in nothing.
 func (l link) changed() string {
+	if now, err := filepath.EvalSymlinks(l.Given); err == nil && now != l.Ollama {
+		return l.Given + " is " + now + " now"
+	}
 	for path, id := range map[string]identity{l.Ollama: l.OllamaFile, l.Engine: l.EngineFile} {
 		if why := id.change(path); why != "" {
 			return path + " " + why
@@ -336,12 +348,14 @@ func (l link) is(wanted link) bool {
 	return true
 }
 
-func (l link) identities() [2]identity { return [2]identity{l.OllamaFile, l.EngineFile} }
+// places is where the linked files are: the same ones may get to another place of the disk.
+func (l link) places() [3]any { return [3]any{l.Given, l.OllamaFile, l.EngineFile} }
 
 // keep writes down where the files of a present link are now.
-func (l link) keep(present link) error {
+func (l link) keep(present link) (link, error) {
+	present.Given = l.Given
 	present.OllamaFile, present.EngineFile, present.ProgramFile = l.OllamaFile, l.EngineFile, l.ProgramFile
-	return present.write(l.Home)
+	return present, present.write(l.Home)
 }
 
 // nothingThere fails where a folder that is no link has something under the names of one.
@@ -513,7 +527,7 @@ func buildOf(library string) (string, error) {
 	return hex.EncodeToString(h.Sum(nil)[:16]), nil
 }
 
-// listing is a key of the files beside an engine, by their names, sizes and times.
+// listing is a key of the files beside an engine, by their names, sizes and times in seconds.
 func listing(library string) (string, error) {
 	entries, err := os.ReadDir(library)
 	if err != nil {
@@ -521,7 +535,7 @@ func listing(library string) (string, error) {
 	}
 	h := sha256.New()
 	for _, entry := range entries {
-		if info, err := os.Stat(filepath.Join(library, entry.Name())); err == nil {
+		if info, err := os.Stat(filepath.Join(library, entry.Name())); err == nil && entry.Name() != engineName {
 			fmt.Fprintf(h, "%s %d %d\n", entry.Name(), info.Size(), info.ModTime().Unix())
 		}
 	}
@@ -566,7 +580,7 @@ func Unlink(home string, contexts bool) error {
 		return err
 	}
 	if len(running) > 0 {
-		return fmt.Errorf("%d engines of %s run: stop that Ollama first", len(running), home)
+		return fmt.Errorf("engines of %s run (%d): stop that Ollama first", home, len(running))
 	}
 	folders := []string{"bin", "lib", "engines"}
 	if contexts {

@@ -165,6 +165,26 @@ func TestLinkUpgraded(t *testing.T) {
 	if l := must(readLink(info.Home)); l.changed() != "" {
 		t.Errorf("the same files: %s", l.changed())
 	}
+	// The path that was given leads to another version, and the old one is still there.
+	given := filepath.Join(t.TempDir(), "ollama")
+	if err := os.Symlink(ollama, given); err != nil {
+		t.Fatal(err)
+	}
+	again := must(Link(LinkOptions{Ollama: given, Home: info.Home}))
+	if again.Anew || again.Given != given || !strings.Contains(again.Command("ollama-cacheproxy"), "--ollama "+given+" --to "+info.Home) {
+		t.Errorf("linked by a symlink: %+v", again)
+	}
+	newer := install(t)
+	if err := errors.Join(os.Remove(given), os.Symlink(newer, given)); err != nil {
+		t.Fatal(err)
+	}
+	if got := must(Inspect(info.Home)); got.Stale != given+" is "+newer+" now" {
+		t.Errorf("the symlink leads to another one: %+v", got)
+	}
+	if again := must(Link(LinkOptions{Ollama: given, Home: info.Home})); !again.Anew || again.Ollama != newer || again.Stale != "" {
+		t.Errorf("linked anew by a symlink: %+v", again)
+	}
+	info = must(Link(LinkOptions{Ollama: ollama, Home: info.Home}))
 	// An installed Ollama that is gone.
 	if err := os.RemoveAll(filepath.Dir(info.Engine)); err != nil {
 		t.Fatal(err)
@@ -276,7 +296,7 @@ func TestUnlink(t *testing.T) {
 	state := filepath.Join(info.Home, "contexts", "state")
 	write(t, state, "x")
 	_, end := hold(t, info.Home, 1)
-	if err := Unlink(info.Home, true); err == nil || !strings.Contains(err.Error(), "1 engines of") {
+	if err := Unlink(info.Home, true); err == nil || !strings.Contains(err.Error(), "run (1): stop that Ollama first") {
 		t.Errorf("unlinking below a running engine: %v", err)
 	}
 	end()

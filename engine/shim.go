@@ -64,7 +64,7 @@ func prepare(home string, args []string) ([]string, error) {
 		return nil, err
 	}
 	if why := l.changed(); why != "" {
-		return nil, errors.New(why + "; link anew: ollama-cacheproxy engine link --ollama " + l.Ollama + " --to " + home)
+		return nil, errors.New(why + "; link anew: " + l.Command("ollama-cacheproxy"))
 	}
 	environ := os.Environ()
 	p := parse(args, environ)

@@ -75,19 +75,15 @@ func nextStep(w io.Writer, info engine.Info) {
 		if err != nil {
 			program = "ollama-cacheproxy"
 		}
-		swa := ""
-		if info.SWAFull {
-			swa = " --swa-full"
-		}
 		fmt.Fprintf(w, `
 or, where systemd starts it, with "systemctl edit ollama" and
 
   [Service]
-  ExecStartPre=%s engine link --ollama %s --to %s%s
+  ExecStartPre=%s
   ExecStart=
   ExecStart=%s serve
 
-`, program, info.Ollama, info.Home, swa, info.Start())
+`, info.Command(program), info.Start())
 	}
 	fmt.Fprintf(w, "and the proxy, as the same user, as\n\n  ollama-cacheproxy serve --contexts %s\n", info.Home)
 }
@@ -170,7 +166,7 @@ func (e *engineStatusCmd) Run(c *console) error {
 			p.Port, p.Blob(), p.Parallel, p.ContextEach, p.Started.Local().Format(time.DateTime), p.PID, p.Server)
 	}
 	if info.Stale != "" {
-		return fmt.Errorf("stored contexts are off: %s; link anew: ollama-cacheproxy engine link --ollama %s --to %s", info.Stale, info.Ollama, e.Dir)
+		return fmt.Errorf("stored contexts are off: %s; link anew: %s", info.Stale, info.Command("ollama-cacheproxy"))
 	}
 	return nil
 }

@@ -126,28 +126,31 @@ func Link(o LinkOptions) (Info, error) {
 	present, err := readLink(wanted.Home)
 	switch {
 	case err == nil && present.is(wanted):
-		if present.places() != wanted.places() {
-			present, err = wanted.keep(present)
-		}
-		return present.Info, err
+		return present.kept(wanted)
 	case errors.Is(err, ErrNotLinked):
-		if err := nothingThere(wanted.Home); err != nil {
-			return Info{}, err
-		}
-	case err != nil && !errors.Is(err, errDamaged):
+		err = nothingThere(wanted.Home)
+	case errors.Is(err, errDamaged):
+		err = nil
+	}
+	if err != nil {
 		return Info{}, err
 	}
-	if wanted.Version == "" {
-		wanted.Version = versionOf(wanted.Ollama)
+	return wanted.anew()
+}
+
+// anew finds out what takes longer and makes the link.
+func (l link) anew() (info Info, err error) {
+	if l.Version == "" {
+		l.Version = versionOf(l.Ollama)
 	}
-	if wanted.Build, err = buildOf(filepath.Dir(wanted.Engine)); err != nil {
+	if l.Build, err = buildOf(filepath.Dir(l.Engine)); err != nil {
 		return Info{}, err
 	}
-	if err := wanted.make(); err != nil {
-		return Info{}, fmt.Errorf("linking %s to %s: %w", wanted.Ollama, wanted.Home, err)
+	if err := l.make(); err != nil {
+		return Info{}, fmt.Errorf("linking %s to %s: %w", l.Ollama, l.Home, err)
 	}
-	wanted.Anew = true
-	return wanted.Info, nil
+	l.Anew = true
+	return l.Info, nil
 }
 
 // plan finds out what is to be linked, all but what takes long.
@@ -164,7 +167,7 @@ func plan(o LinkOptions) (link, error) {
 	engine, err := findEngine(ollama)
 	if err != nil {
 		if version = versionOf(ollama); older(version) {
-			err = fmt.Errorf("Ollama %s has no llama-server; 0.30 and later have", version)
+			err = errors.New("Ollama " + version + " has no llama-server; 0.30 and later have")
 		}
 		return link{}, err
 	}
@@ -351,11 +354,14 @@ func (l link) is(wanted link) bool {
 // places is where the linked files are: the same ones may get to another place of the disk.
 func (l link) places() [3]any { return [3]any{l.Given, l.OllamaFile, l.EngineFile} }
 
-// keep writes down where the files of a present link are now.
-func (l link) keep(present link) (link, error) {
-	present.Given = l.Given
-	present.OllamaFile, present.EngineFile, present.ProgramFile = l.OllamaFile, l.EngineFile, l.ProgramFile
-	return present, present.write(l.Home)
+// kept leaves a link as it is, and writes down where the files of the wanted one are now.
+func (l link) kept(wanted link) (Info, error) {
+	if l.places() == wanted.places() {
+		return l.Info, nil
+	}
+	l.Given = wanted.Given
+	l.OllamaFile, l.EngineFile, l.ProgramFile = wanted.OllamaFile, wanted.EngineFile, wanted.ProgramFile
+	return l.Info, l.write(wanted.Home)
 }
 
 // nothingThere fails where a folder that is no link has something under the names of one.

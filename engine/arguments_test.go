@@ -14,10 +14,14 @@ import (
 
 // ollamas are command lines of Ollama 0.34.1.
 var (
-	plain = strings.Fields("--model /m/sha256-1 --port 4711 --host 127.0.0.1 --no-webui --offline -c 8192 -np 2 --log-verbosity 4 --no-log-prefix " +
-		"--no-log-timestamps --no-jinja --chat-template chatml --load-mode none --flash-attn auto -b 512 -ub 512 --context-shift --keep 4")
-	rich = strings.Fields("--model /m/sha256-1 --port 4712 --host 127.0.0.1 --no-webui --offline -c 4096 -np 1 --mmproj /m/sha256-2 --lora /m/sha256-3 " +
-		"--lora /m/sha256-4 --cache-type-k q8_0 --cache-type-v q4_0 --embedding -ngl 0 -t 3")
+	plain = strings.Fields(
+		"--model /m/sha256-1 --port 4711 --host 127.0.0.1 --no-webui --offline -c 8192 -np 2 --log-verbosity 4 --no-log-prefix " +
+			"--no-log-timestamps --no-jinja --chat-template chatml --load-mode none --flash-attn auto -b 512 -ub 512 --context-shift --keep 4",
+	)
+	rich = strings.Fields(
+		"--model /m/sha256-1 --port 4712 --host 127.0.0.1 --no-webui --offline -c 4096 -np 1 --mmproj /m/sha256-2 --lora /m/sha256-3 " +
+			"--lora /m/sha256-4 --cache-type-k q8_0 --cache-type-v q4_0 --embedding -ngl 0 -t 3",
+	)
 	discovery = strings.Fields("--port 4713 --host 127.0.0.1 --no-webui --offline --verbose")
 	devices   = strings.Fields("--list-devices --offline --verbose")
 )
@@ -37,17 +41,57 @@ func TestParse(t *testing.T) {
 		}},
 		"environment": {
 			[]string{"-m", "m", "-ctk", "q8_0"},
-			[]string{"LLAMA_ARG_ROPE_SCALING_TYPE=yarn", "LLAMA_ARG_FLASH_ATTN=on", "LLAMA_ARG_CACHE_TYPE_K=q4_0", "LLAMA_ARG_CACHE_TYPE_V=q4_0", "LLAMA_ARG_SWA_FULL=1", "LLAMA_ARG_MODEL=other"},
-			Process{Model: "m", KeyType: "q8_0", ValueType: "q4_0", SWAFull: true, Decisive: []string{"FLASH_ATTN=on", "ROPE_SCALING_TYPE=yarn"}},
+			[]string{
+				"LLAMA_ARG_ROPE_SCALING_TYPE=yarn",
+				"LLAMA_ARG_FLASH_ATTN=on",
+				"LLAMA_ARG_CACHE_TYPE_K=q4_0",
+				"LLAMA_ARG_CACHE_TYPE_V=q4_0",
+				"LLAMA_ARG_SWA_FULL=1",
+				"LLAMA_ARG_MODEL=other",
+			},
+			Process{
+				Model:     "m",
+				KeyType:   "q8_0",
+				ValueType: "q4_0",
+				SWAFull:   true,
+				Decisive:  []string{"FLASH_ATTN=on", "ROPE_SCALING_TYPE=yarn"},
+			},
 		},
-		"switched off":  {nil, []string{"LLAMA_ARG_SWA_FULL=false"}, Process{KeyType: "f16", ValueType: "f16"}},
-		"folder":        {[]string{"--slot-save-path", "/x/", "--swa-full"}, nil, Process{KeyType: "f16", ValueType: "f16", SaveFolder: "/x/", SWAFull: true}},
-		"no value":      {[]string{"--swa-full", "--port"}, nil, Process{KeyType: "f16", ValueType: "f16", SWAFull: true}},
-		"no number":     {[]string{"--port", "x", "-c", "-5"}, nil, Process{KeyType: "f16", ValueType: "f16"}},
-		"everywhere":    {[]string{"--host", "0.0.0.0"}, nil, Process{KeyType: "f16", ValueType: "f16"}},
-		"other address": {[]string{"--host", "::1"}, nil, Process{KeyType: "f16", ValueType: "f16", Host: "::1"}},
-		"value like a flag": {[]string{"--keep", "-1", "--port", "7", "--chat-template", "--model", "-c", "9"}, nil,
-			Process{KeyType: "f16", ValueType: "f16", Port: 7, Context: 9, ContextEach: 9}},
+		"switched off": {
+			nil,
+			[]string{"LLAMA_ARG_SWA_FULL=false"},
+			Process{KeyType: "f16", ValueType: "f16"},
+		},
+		"folder": {
+			[]string{"--slot-save-path", "/x/", "--swa-full"},
+			nil,
+			Process{KeyType: "f16", ValueType: "f16", SaveFolder: "/x/", SWAFull: true},
+		},
+		"no value": {
+			[]string{"--swa-full", "--port"},
+			nil,
+			Process{KeyType: "f16", ValueType: "f16", SWAFull: true},
+		},
+		"no number": {
+			[]string{"--port", "x", "-c", "-5"},
+			nil,
+			Process{KeyType: "f16", ValueType: "f16"},
+		},
+		"everywhere": {
+			[]string{"--host", "0.0.0.0"},
+			nil,
+			Process{KeyType: "f16", ValueType: "f16"},
+		},
+		"other address": {
+			[]string{"--host", "::1"},
+			nil,
+			Process{KeyType: "f16", ValueType: "f16", Host: "::1"},
+		},
+		"value like a flag": {
+			[]string{"--keep", "-1", "--port", "7", "--chat-template", "--model", "-c", "9"},
+			nil,
+			Process{KeyType: "f16", ValueType: "f16", Port: 7, Context: 9, ContextEach: 9},
+		},
 	}
 	for name, test := range tests {
 		if got := parse(test.args, test.env); !reflect.DeepEqual(got, test.want) {
@@ -127,7 +171,10 @@ func FuzzParse(f *testing.F) {
 			t.Fatalf("numbers that make no sense: %+v", p)
 		}
 		// What does not matter does not, wherever it is.
-		before := parse(append([]string{"--port", "5", "--offline", "-t", "3"}, args...), append([]string{"LLAMA_ARG_THREADS=3"}, environ...))
+		before := parse(
+			append([]string{"--port", "5", "--offline", "-t", "3"}, args...),
+			append([]string{"LLAMA_ARG_THREADS=3"}, environ...),
+		)
 		before.Port = p.Port
 		if !reflect.DeepEqual(before, p) {
 			if slices.Contains(args, "--port") || before.Format() != p.Format() {

@@ -48,16 +48,26 @@ func TestClient(t *testing.T) {
 	if *asked != "GET /slots " {
 		t.Errorf("asked %q", *asked)
 	}
-	p, asked = answering(t, 200, `{"id_slot":1,"filename":"a","n_saved":1255,"n_written":28936044,"timings":{"save_ms":9.673}}`)
-	if got, err := p.Save(t.Context(), 1, "a"); err != nil || got != (Saved{1255, 28936044, 9673 * time.Microsecond}) {
+	p, asked = answering(
+		t,
+		200,
+		`{"id_slot":1,"filename":"a","n_saved":1255,"n_written":28936044,"timings":{"save_ms":9.673}}`,
+	)
+	if got, err := p.Save(t.Context(), 1, "a"); err != nil ||
+		got != (Saved{1255, 28936044, 9673 * time.Microsecond}) {
 		t.Errorf("saved %+v, %v", got, err)
 	}
 	if *asked != `POST /slots/1?action=save {"filename":"a"}` {
 		t.Errorf("asked %q", *asked)
 	}
-	p, asked = answering(t, 200, `{"id_slot":1,"filename":"a","n_restored":1255,"n_read":28936044,"timings":{"restore_ms":5.5}}`)
+	p, asked = answering(
+		t,
+		200,
+		`{"id_slot":1,"filename":"a","n_restored":1255,"n_read":28936044,"timings":{"restore_ms":5.5}}`,
+	)
 	write(t, filepath.Join(p.SaveFolder, "a"), "state")
-	if got, err := p.Restore(t.Context(), 1, "a", 5); err != nil || got != (Restored{1255, 28936044, 5500 * time.Microsecond}) {
+	if got, err := p.Restore(t.Context(), 1, "a", 5); err != nil ||
+		got != (Restored{1255, 28936044, 5500 * time.Microsecond}) {
 		t.Errorf("restored %+v, %v", got, err)
 	}
 	if *asked != `POST /slots/1?action=restore {"filename":"a"}` {
@@ -96,14 +106,17 @@ func TestClientErrors(t *testing.T) {
 				t.Errorf("%d %s: %v is %v", test.status, test.text, err, kind)
 			}
 		}
-		if _, err := p.Slots(t.Context()); err == nil || test.want != nil && !errors.Is(err, test.want) {
+		if _, err := p.Slots(t.Context()); err == nil ||
+			test.want != nil && !errors.Is(err, test.want) {
 			t.Errorf("%d %s: slots: %v", test.status, test.text, err)
 		}
 	}
 }
 
 func TestClientGone(t *testing.T) {
-	server := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }))
+	server := httptest.NewServer(
+		http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }),
+	)
 	u, err := url.Parse(server.URL)
 	if err != nil {
 		t.Fatal(err)
@@ -126,8 +139,8 @@ func TestClientGone(t *testing.T) {
 	}
 }
 
-// TestRestoreGuards: the engine is not asked for a file that is not what was saved, or a slot that it
-// has not.
+// TestRestoreGuards: the engine is not asked for a file that is not what was saved, or a slot that
+// it has not.
 func TestRestoreGuards(t *testing.T) {
 	p, asked := answering(t, 200, `{}`)
 	write(t, filepath.Join(p.SaveFolder, "a"), "state")
@@ -136,7 +149,10 @@ func TestRestoreGuards(t *testing.T) {
 		name string
 		size int64
 	}{{0, "a", 4}, {0, "a", 6}, {0, "b", 5}, {0, ".", 4096}, {-1, "a", 5}, {2, "a", 5}} {
-		if _, err := p.Restore(t.Context(), test.slot, test.name, test.size); !errors.Is(err, ErrRefused) {
+		if _, err := p.Restore(t.Context(), test.slot, test.name, test.size); !errors.Is(
+			err,
+			ErrRefused,
+		) {
 			t.Errorf("%+v: %v", test, err)
 		}
 	}
@@ -148,6 +164,10 @@ func TestRestoreGuards(t *testing.T) {
 		t.Errorf("the states of a note are in %s, not in %s", p.Folder(), other)
 	}
 	if p.Elsewhere = true; p.Folder() != p.SaveFolder {
-		t.Errorf("the states of an engine that saves elsewhere are in %s, not in %s", p.Folder(), p.SaveFolder)
+		t.Errorf(
+			"the states of an engine that saves elsewhere are in %s, not in %s",
+			p.Folder(),
+			p.SaveFolder,
+		)
 	}
 }

@@ -102,8 +102,8 @@ type link struct {
 }
 
 // Link makes a link, makes it anew where what is linked has changed, and leaves it where nothing
-// has. It fails, and leaves all as it was, where the Ollama is older than 0.30, where the folder has
-// something else under the names that it needs, and where the folder cannot be written.
+// has. It fails, and leaves all as it was, where the Ollama is older than 0.30, where the folder
+// has something else under the names that it needs, and where the folder cannot be written.
 func Link(o LinkOptions) (Info, error) {
 	if err := supported(); err != nil {
 		return Info{}, err
@@ -181,10 +181,15 @@ func plan(o LinkOptions) (link, error) {
 		return link{}, fmt.Errorf("finding this program: %w", err)
 	}
 	l := link{
-		Info:    Info{Home: home, Given: given, Ollama: ollama, Engine: engine, Version: version, SWAFull: o.SWAFull, Linked: time.Now().Truncate(time.Second)},
+		Info: Info{
+			Home: home, Given: given, Ollama: ollama, Engine: engine, Version: version,
+			SWAFull: o.SWAFull, Linked: time.Now().Truncate(time.Second),
+		},
 		Program: program,
 	}
-	for path, id := range map[string]*identity{ollama: &l.OllamaFile, engine: &l.EngineFile, program: &l.ProgramFile} {
+	for path, id := range map[string]*identity{
+		ollama: &l.OllamaFile, engine: &l.EngineFile, program: &l.ProgramFile,
+	} {
 		if *id, err = identify(path); err != nil {
 			return link{}, err
 		}
@@ -193,8 +198,8 @@ func plan(o LinkOptions) (link, error) {
 	return l, err
 }
 
-// installed is the binary that a path stands for, and that path made absolute. It is one that can be
-// linked, and if the path leads into a link, it is the one that is linked there.
+// installed is the binary that a path stands for, and that path made absolute. It is one that can
+// be linked, and if the path leads into a link, it is the one that is linked there.
 func installed(path string) (given, real string, err error) {
 	if path == "" {
 		return "", "", errors.New("no Ollama is given to link")
@@ -232,7 +237,9 @@ func findEngine(ollama string) (string, error) {
 	if runtime.GOOS == "darwin" {
 		places = []string{down, up}
 	}
-	places = append(places, filepath.Join(beside, "build", "lib", "ollama"), filepath.Join(beside, "dist", runtime.GOOS+"-"+runtime.GOARCH, "lib", "ollama"))
+	places = append(places,
+		filepath.Join(beside, "build", "lib", "ollama"),
+		filepath.Join(beside, "dist", runtime.GOOS+"-"+runtime.GOARCH, "lib", "ollama"))
 	if runtime.GOOS == "darwin" {
 		places = append(places, beside)
 	}
@@ -243,7 +250,8 @@ func findEngine(ollama string) (string, error) {
 			}
 		}
 	}
-	return "", fmt.Errorf("there is no llama-server where %s looks for it (%s)", ollama, strings.Join(places, ", "))
+	return "", fmt.Errorf("there is no llama-server where %s looks for it (%s)",
+		ollama, strings.Join(places, ", "))
 }
 
 func isFile(path string) bool {
@@ -294,7 +302,8 @@ func identify(path string) (identity, error) {
 	if err := addContent(h, path); err != nil {
 		return identity{}, err
 	}
-	return identity{info.Size(), info.ModTime().UTC(), inode(info), hex.EncodeToString(h.Sum(nil))}, nil
+	sum := hex.EncodeToString(h.Sum(nil))
+	return identity{info.Size(), info.ModTime().UTC(), inode(info), sum}, nil
 }
 
 // change says in words how the file at a path differs, "" if it does not.
@@ -324,7 +333,8 @@ func addContent(h hash.Hash, path string) error {
 	return err
 }
 
-// changed says in words what the engine and Ollama differ in from what was linked, "" if in nothing.
+// changed says in words what the engine and Ollama differ in from what was linked, "" if in
+// nothing.
 func (l link) changed() string {
 	if now, err := filepath.EvalSymlinks(l.Given); err == nil && now != l.Ollama {
 		return l.Given + " is " + now + " now"
@@ -337,10 +347,17 @@ func (l link) changed() string {
 	return ""
 }
 
+// wants is what makes one link another one.
+func (l link) wants() [8]any {
+	return [8]any{
+		l.Home, l.Ollama, l.Engine, l.SWAFull, l.Library,
+		l.OllamaFile.Sum, l.EngineFile.Sum, l.ProgramFile.Sum,
+	}
+}
+
 // is whether a link is what it would be if it were made anew, and all there.
 func (l link) is(wanted link) bool {
-	if l.Ollama != wanted.Ollama || l.Engine != wanted.Engine || l.Home != wanted.Home || l.SWAFull != wanted.SWAFull || l.Library != wanted.Library ||
-		l.OllamaFile.Sum != wanted.OllamaFile.Sum || l.EngineFile.Sum != wanted.EngineFile.Sum || l.ProgramFile.Sum != wanted.ProgramFile.Sum {
+	if l.wants() != wanted.wants() {
 		return false
 	}
 	for _, name := range []string{linkedOllama, linkedEngine, originalEngine} {
@@ -360,7 +377,8 @@ func (l link) kept(wanted link) (Info, error) {
 		return l.Info, nil
 	}
 	l.Given = wanted.Given
-	l.OllamaFile, l.EngineFile, l.ProgramFile = wanted.OllamaFile, wanted.EngineFile, wanted.ProgramFile
+	l.OllamaFile, l.EngineFile = wanted.OllamaFile, wanted.EngineFile
+	l.ProgramFile = wanted.ProgramFile
 	return l.Info, l.write(wanted.Home)
 }
 
@@ -368,7 +386,8 @@ func (l link) kept(wanted link) (Info, error) {
 func nothingThere(home string) error {
 	for _, name := range []string{"bin", "lib"} {
 		if _, err := os.Lstat(filepath.Join(home, name)); err == nil {
-			return fmt.Errorf("%s has a %s already, and no %s: give a folder of its own", home, name, linkFile)
+			return fmt.Errorf("%s has a %s already, and no %s: give a folder of its own",
+				home, name, linkFile)
 		}
 	}
 	return nil
@@ -384,7 +403,7 @@ func readLink(home string) (link, error) {
 	}
 	var l link
 	if err := json.Unmarshal(text, &l); err != nil {
-		return link{}, fmt.Errorf("reading what is linked: %s: %w: %w", filepath.Join(home, linkFile), errDamaged, err)
+		return link{}, fmt.Errorf("reading what is linked in %s: %w: %w", home, errDamaged, err)
 	}
 	return l, nil
 }
@@ -444,7 +463,8 @@ func (l link) make() error {
 		if entry.Name() == engineName {
 			continue
 		}
-		if err := os.Symlink(filepath.Join(library, entry.Name()), filepath.Join(stage, linkedLib, entry.Name())); err != nil {
+		from := filepath.Join(library, entry.Name())
+		if err := os.Symlink(from, filepath.Join(stage, linkedLib, entry.Name())); err != nil {
 			return err
 		}
 	}
@@ -467,7 +487,8 @@ func swap(stage, home string) (err error) {
 		}
 	}()
 	for _, name := range []string{"bin", "lib"} {
-		from, to, old := filepath.Join(stage, name), filepath.Join(home, name), filepath.Join(stage, "old-"+name)
+		from, to := filepath.Join(stage, name), filepath.Join(home, name)
+		old := filepath.Join(stage, "old-"+name)
 		switch err := os.Rename(to, old); {
 		case err == nil:
 			undo = append(undo, func() error { return os.Rename(old, to) })
@@ -482,8 +503,8 @@ func swap(stage, home string) (err error) {
 	return os.Rename(filepath.Join(stage, linkFile), filepath.Join(home, linkFile))
 }
 
-// linkOrCopy links a file, or copies it where that is not possible: on another file system, or where
-// it belongs to somebody else.
+// linkOrCopy links a file, or copies it where that is not possible: on another file system, or
+// where it belongs to somebody else.
 func linkOrCopy(from, to string) error {
 	if os.Link(from, to) == nil {
 		return nil
@@ -505,8 +526,8 @@ func linkOrCopy(from, to string) error {
 // beyond are of vendors of accelerators, and their sizes tell them apart.
 const readFully = 64 << 20
 
-// buildOf is a key of an engine's files, wherever they are: the contents of those in its folder, and
-// the names and sizes of those in folders beneath.
+// buildOf is a key of an engine's files, wherever they are: the contents of those in its folder,
+// and the names and sizes of those in folders beneath.
 func buildOf(library string) (string, error) {
 	h := sha256.New()
 	err := filepath.WalkDir(library, func(path string, entry fs.DirEntry, err error) error {
@@ -541,7 +562,10 @@ func listing(library string) (string, error) {
 	}
 	h := sha256.New()
 	for _, entry := range entries {
-		if info, err := os.Stat(filepath.Join(library, entry.Name())); err == nil && entry.Name() != engineName {
+		if entry.Name() == engineName {
+			continue // it has an identity of its own
+		}
+		if info, err := os.Stat(filepath.Join(library, entry.Name())); err == nil {
 			fmt.Fprintf(h, "%s %d %d\n", entry.Name(), info.Size(), info.ModTime().Unix())
 		}
 	}
@@ -592,7 +616,8 @@ func Unlink(home string, contexts bool) error {
 	if contexts {
 		folders = append(folders, "contexts")
 	}
-	for _, name := range append(folders, linkFile) { // that last: without it nothing is known to be a link
+	// That file is the last: without it nothing is known to be a link.
+	for _, name := range append(folders, linkFile) {
 		if err := os.RemoveAll(filepath.Join(home, name)); err != nil {
 			return fmt.Errorf("unlinking: %w", err)
 		}

@@ -36,17 +36,29 @@ func TestLink(t *testing.T) {
 	root := filepath.Dir(filepath.Dir(ollama))
 	before := names(t, root)
 	info := linkTo(t, ollama)
-	if !info.Anew || info.Ollama != ollama || info.Version != "0.34.1" || info.SWAFull || len(info.Build) != 32 || info.Stale != "" || info.Start() != filepath.Join(info.Home, "bin", "ollama") {
+	if !info.Anew || info.Ollama != ollama || info.Version != "0.34.1" || info.SWAFull ||
+		len(info.Build) != 32 ||
+		info.Stale != "" ||
+		info.Start() != filepath.Join(info.Home, "bin", "ollama") {
 		t.Errorf("linked %+v", info)
 	}
-	want := []string{"bin/ollama", "lib/ollama/cuda_v13", "lib/ollama/libllama.so", "lib/ollama/llama-server", "lib/ollama/llama-server.installed", "link.json"}
+	want := []string{
+		"bin/ollama",
+		"lib/ollama/cuda_v13",
+		"lib/ollama/libllama.so",
+		"lib/ollama/llama-server",
+		"lib/ollama/llama-server.installed",
+		"link.json",
+	}
 	if got := names(t, info.Home); !slices.Equal(got, want) {
 		t.Errorf("it has %q, want %q", got, want)
 	}
 	if after := names(t, root); !slices.Equal(after, before) {
 		t.Errorf("the installed one had %q and has %q", before, after)
 	}
-	if text := must(os.ReadFile(filepath.Join(info.Home, "lib/ollama/cuda_v13/libggml-cuda.so"))); string(text) != "the content of cuda_v13/libggml-cuda.so" {
+	if text := must(os.ReadFile(filepath.Join(info.Home, "lib/ollama/cuda_v13/libggml-cuda.so"))); string(
+		text,
+	) != "the content of cuda_v13/libggml-cuda.so" {
 		t.Errorf("a library has %q", text)
 	}
 	for name, mode := range map[string]fs.FileMode{"": 0o700, "bin": 0o700, "lib/ollama": 0o700, "engines": 0o700, "contexts": 0o700, "link.json": 0o600} {
@@ -69,7 +81,8 @@ func TestLink(t *testing.T) {
 		}
 		return info
 	}
-	if again := link(LinkOptions{Ollama: ollama}); again.Anew || again.Build != info.Build || !again.Linked.Equal(info.Linked) {
+	if again := link(LinkOptions{Ollama: ollama}); again.Anew || again.Build != info.Build ||
+		!again.Linked.Equal(info.Linked) {
 		t.Errorf("linked again without need: %+v", again)
 	}
 	if again := link(LinkOptions{Ollama: info.Start()}); again.Anew || again.Ollama != ollama {
@@ -82,7 +95,8 @@ func TestLink(t *testing.T) {
 	if again := link(LinkOptions{Ollama: symlink}); again.Anew || again.Ollama != ollama {
 		t.Errorf("linked by a symlink: %+v", again)
 	}
-	if again := link(LinkOptions{Ollama: ollama, SWAFull: true}); !again.Anew || !again.SWAFull || again.Build != info.Build {
+	if again := link(LinkOptions{Ollama: ollama, SWAFull: true}); !again.Anew || !again.SWAFull ||
+		again.Build != info.Build {
 		t.Errorf("linked with --swa-full: %+v", again)
 	}
 	// The same files elsewhere are the same build, and have the same name for states.
@@ -123,16 +137,19 @@ func TestLinkUpgraded(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			ollama := install(t)
 			info := linkTo(t, ollama)
-			if got := must(Inspect(info.Home)); got.Stale != "" || got.Anew || got.Build != info.Build {
+			if got := must(Inspect(info.Home)); got.Stale != "" || got.Anew ||
+				got.Build != info.Build {
 				t.Errorf("before: %+v", got)
 			}
 			upgrade(t, filepath.Join(filepath.Dir(filepath.Dir(ollama)), name))
-			if got := must(Inspect(info.Home)); !strings.Contains(got.Stale, "linked") && !strings.Contains(got.Stale, "have changed") {
+			if got := must(Inspect(info.Home)); !strings.Contains(got.Stale, "linked") &&
+				!strings.Contains(got.Stale, "have changed") {
 				t.Errorf("after an upgrade: %+v", got)
 			}
 			t.Setenv("TEST_VERSION", "0.35.0")
 			again, err := Link(LinkOptions{Ollama: ollama, Home: info.Home})
-			if err != nil || !again.Anew || again.Version != "0.35.0" || (again.Build == info.Build) != (name == "bin/ollama") {
+			if err != nil || !again.Anew || again.Version != "0.35.0" ||
+				(again.Build == info.Build) != (name == "bin/ollama") {
 				t.Errorf("linked anew: %+v was %+v, %v", again, info, err)
 			}
 			if got := must(Inspect(info.Home)); got.Stale != "" {
@@ -171,7 +188,11 @@ func TestLinkUpgraded(t *testing.T) {
 		t.Fatal(err)
 	}
 	again := must(Link(LinkOptions{Ollama: given, Home: info.Home}))
-	if again.Anew || again.Given != given || !strings.Contains(again.Command("ollama-cacheproxy"), "--ollama "+given+" --to "+info.Home) {
+	if again.Anew || again.Given != given ||
+		!strings.Contains(
+			again.Command("ollama-cacheproxy"),
+			"--ollama "+given+" --to "+info.Home,
+		) {
 		t.Errorf("linked by a symlink: %+v", again)
 	}
 	newer := install(t)
@@ -181,7 +202,9 @@ func TestLinkUpgraded(t *testing.T) {
 	if got := must(Inspect(info.Home)); got.Stale != given+" is "+newer+" now" {
 		t.Errorf("the symlink leads to another one: %+v", got)
 	}
-	if again := must(Link(LinkOptions{Ollama: given, Home: info.Home})); !again.Anew || again.Ollama != newer || again.Stale != "" {
+	if again := must(Link(LinkOptions{Ollama: given, Home: info.Home})); !again.Anew ||
+		again.Ollama != newer ||
+		again.Stale != "" {
 		t.Errorf("linked anew by a symlink: %+v", again)
 	}
 	info = must(Link(LinkOptions{Ollama: ollama, Home: info.Home}))
@@ -230,7 +253,8 @@ func TestLinkRefuses(t *testing.T) {
 		}
 		t.Setenv("TEST_VERSION", test.version)
 		before := names(t, empty)
-		if info, err := Link(LinkOptions{Ollama: test.ollama, Home: home}); err == nil || !strings.Contains(err.Error(), test.want) {
+		if info, err := Link(LinkOptions{Ollama: test.ollama, Home: home}); err == nil ||
+			!strings.Contains(err.Error(), test.want) {
 			t.Errorf("linking %q to %q: %+v, %v, want %q", test.ollama, home, info, err, test.want)
 		}
 		if after := names(t, empty); !slices.Equal(before, after) {
@@ -272,8 +296,16 @@ func TestLinkFails(t *testing.T) {
 	if err := os.RemoveAll(stage); err != nil {
 		t.Fatal(err)
 	}
-	want := []string{"bin/ollama", "lib/ollama/cuda_v13", "lib/ollama/libllama.so", "lib/ollama/llama-server", "lib/ollama/llama-server.installed", "link.json"}
-	if got := names(t, info.Home); !slices.Equal(got, want) || string(must(os.ReadFile(filepath.Join(info.Home, "link.json")))) != string(before) {
+	want := []string{
+		"bin/ollama",
+		"lib/ollama/cuda_v13",
+		"lib/ollama/libllama.so",
+		"lib/ollama/llama-server",
+		"lib/ollama/llama-server.installed",
+		"link.json",
+	}
+	if got := names(t, info.Home); !slices.Equal(got, want) ||
+		string(must(os.ReadFile(filepath.Join(info.Home, "link.json")))) != string(before) {
 		t.Errorf("it has %q, want %q", got, want)
 	}
 	if entries := must(os.ReadDir(info.Home)); len(entries) != 5 {
@@ -282,7 +314,8 @@ func TestLinkFails(t *testing.T) {
 	// Two at once.
 	unlock := must(lockFolder(info.Home))
 	defer unlock()
-	if _, err := Link(LinkOptions{Ollama: ollama, Home: info.Home}); err == nil || !strings.Contains(err.Error(), "is being linked by another process") {
+	if _, err := Link(LinkOptions{Ollama: ollama, Home: info.Home}); err == nil ||
+		!strings.Contains(err.Error(), "is being linked by another process") {
 		t.Errorf("beside another one: %v", err)
 	}
 }
@@ -296,7 +329,8 @@ func TestUnlink(t *testing.T) {
 	state := filepath.Join(info.Home, "contexts", "state")
 	write(t, state, "x")
 	_, end := hold(t, info.Home, 1)
-	if err := Unlink(info.Home, true); err == nil || !strings.Contains(err.Error(), "run (1): stop that Ollama first") {
+	if err := Unlink(info.Home, true); err == nil ||
+		!strings.Contains(err.Error(), "run (1): stop that Ollama first") {
 		t.Errorf("unlinking below a running engine: %v", err)
 	}
 	end()

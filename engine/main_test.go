@@ -14,8 +14,8 @@ import (
 	"go.uber.org/goleak"
 )
 
-// The test binary is also the Ollama that is linked, its engine, and, as the program that a link has
-// for an engine, itself.
+// The test binary is also the Ollama that is linked, its engine, and, as the program that a link
+// has for an engine, itself.
 func TestMain(m *testing.M) {
 	// The race detector has each process wait for a second at its end.
 	os.Setenv("GORACE", "atexit_sleep_ms=0")
@@ -41,7 +41,8 @@ type report struct {
 	PID  int
 }
 
-// fakeEngine tells of itself where TEST_REPORT says, and ends with TEST_EXIT, or when its input does.
+// fakeEngine tells of itself where TEST_REPORT says, and ends with TEST_EXIT, or when its input
+// does.
 func fakeEngine() int {
 	text, err := json.Marshal(report{os.Args, os.Getpid()})
 	if err != nil {
@@ -60,7 +61,8 @@ func fakeEngine() int {
 	return 0
 }
 
-// install makes an Ollama with an engine in a new folder, as its packages do, and returns its binary.
+// install makes an Ollama with an engine in a new folder, as its packages do, and returns its
+// binary.
 func install(t testing.TB) string {
 	t.Helper()
 	t.Setenv("TEST_VERSION", "0.34.1")

@@ -31,8 +31,9 @@ const forgottenAfter = time.Minute
 const noteLimit = 64 << 10
 
 // writeNote writes the note of an engine that this process is about to become. The file stays open
-// and locked, across exec too, until that engine ends: whether a note's engine lives is seen without
-// its pid, which another namespace does not have. A note can be read from when it is complete.
+// and locked, across exec too, until that engine ends: whether a note's engine lives is seen
+// without its pid, which another namespace does not have. A note can be read from when it is
+// complete.
 func writeNote(home string, p Process) (err error) {
 	folder := notesFolder(home)
 	if err := os.MkdirAll(folder, 0o700); err != nil {
@@ -51,7 +52,8 @@ func writeNote(home string, p Process) (err error) {
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(&os.PathError{Op: "write", Path: aside, Err: err}, os.Remove(aside), syscall.Close(fd))
+			err = &os.PathError{Op: "write", Path: aside, Err: err}
+			err = errors.Join(err, os.Remove(aside), syscall.Close(fd))
 		}
 	}()
 	if err := syscall.Flock(fd, syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
@@ -100,7 +102,9 @@ func Processes(home string) ([]Process, error) {
 			all = append(all, p)
 		}
 	}
-	slices.SortStableFunc(all, func(a, b Process) int { return cmp.Or(a.Started.Compare(b.Started), cmp.Compare(a.PID, b.PID)) })
+	slices.SortStableFunc(all, func(a, b Process) int {
+		return cmp.Or(a.Started.Compare(b.Started), cmp.Compare(a.PID, b.PID))
+	})
 	return all, nil
 }
 

@@ -21,7 +21,9 @@ func holdNote() int {
 	p := parse(nil, nil)
 	p.PID, p.Started = os.Getpid(), time.Unix(1_800_000_000, 0).UTC()
 	p.Port, _ = strconv.Atoi(port)
-	p.Started = p.Started.Add(-time.Duration(p.Port) * time.Second) // the highest port is the oldest
+	p.Started = p.Started.Add(
+		-time.Duration(p.Port) * time.Second,
+	) // the highest port is the oldest
 	if err := writeNote(home, p); err != nil {
 		fmt.Println(err)
 		return 1
@@ -78,7 +80,14 @@ func TestProcesses(t *testing.T) {
 	if len(all) != 2 || all[0].PID != old || all[1].PID != young {
 		t.Fatalf("%+v, want %d and %d", all, old, young)
 	}
-	want := Process{PID: young, Port: 1, KeyType: "f16", ValueType: "f16", Started: all[1].Started, folder: filepath.Join(home, "contexts")}
+	want := Process{
+		PID:       young,
+		Port:      1,
+		KeyType:   "f16",
+		ValueType: "f16",
+		Started:   all[1].Started,
+		folder:    filepath.Join(home, "contexts"),
+	}
 	if !reflect.DeepEqual(all[1], want) {
 		t.Errorf("%+v, want %+v", all[1], want)
 	}
@@ -131,7 +140,8 @@ func TestProcessesElse(t *testing.T) {
 				write(t, at(entry.Name()), content)
 			}
 		}
-		if _, err := Processes(home); err == nil || !strings.Contains(err.Error(), "reading an engine's note") {
+		if _, err := Processes(home); err == nil ||
+			!strings.Contains(err.Error(), "reading an engine's note") {
 			t.Errorf("a damaged note: %v", err)
 		}
 	}

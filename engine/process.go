@@ -3,9 +3,9 @@
 // Ollama 0.30 and later start a process of llama-server for each loaded model, from a folder whose
 // place is fixed beside Ollama's own binary, and keep its port for themselves. Link makes a second
 // folder like the installed one, with links to everything in it, in which llama-server is this
-// program. Called by that name (Main) it writes down what it was asked to start, a note, and becomes
-// the installed llama-server, which it also tells where to save its states. Nothing of the installed
-// Ollama is changed, and what Ollama supervises is the engine itself.
+// program. Called by that name (Main) it writes down what it was asked to start, a note, and
+// becomes the installed llama-server, which it also tells where to save its states. Nothing of the
+// installed Ollama is changed, and what Ollama supervises is the engine itself.
 //
 // Processes reads the notes of the engines that live, and Process has the requests that an engine
 // answers: what its slots hold, and saving and restoring them.
@@ -102,7 +102,8 @@ func (p Process) Format() string {
 			fmt.Fprintf(h, "%d %s\n", len(v), v)
 		}
 	}
-	field(p.Build, p.Blob(), baseName(p.Projector), p.KeyType, p.ValueType, strconv.FormatBool(p.SWAFull), strconv.FormatBool(p.Embeddings))
+	field(p.Build, p.Blob(), baseName(p.Projector), p.KeyType, p.ValueType,
+		strconv.FormatBool(p.SWAFull), strconv.FormatBool(p.Embeddings))
 	for _, adapter := range p.Adapters {
 		field(baseName(adapter))
 	}

@@ -24,7 +24,8 @@ func Main(args []string) int {
 	// What is linked is a path that leads to it, so that even a damaged link.json does no harm.
 	original, err = filepath.EvalSymlinks(original)
 	if err != nil {
-		complain("the installed llama-server is not there any more: %v; link anew: ollama-cacheproxy engine link --to %s", err, home)
+		complain("the installed llama-server is not there any more: %v; "+
+			"link anew: ollama-cacheproxy engine link --to %s", err, home)
 		return 1
 	}
 	if startsModel(rest) {
@@ -35,7 +36,7 @@ func Main(args []string) int {
 		}
 	}
 	err = syscall.Exec(original, append([]string{original}, rest...), os.Environ())
-	complain("starting the installed llama-server: %v", &os.PathError{Op: "exec", Path: original, Err: err})
+	complain("starting the installed llama-server, %s: %v", original, err)
 	return 1
 }
 

@@ -24,7 +24,10 @@ func TestShim(t *testing.T) {
 	t.Setenv("OLLAMA_HOST", "0.0.0.0:4242")
 	s := start(t, info.Home, nil, args...)
 	contexts := filepath.Join(info.Home, "contexts")
-	if want := with(append([]string{info.Engine}, args...), "--slot-save-path", contexts+"/"); !slices.Equal(s.report.Args, want) {
+	if want := with(append([]string{info.Engine}, args...), "--slot-save-path", contexts+"/"); !slices.Equal(
+		s.report.Args,
+		want,
+	) {
 		t.Errorf("the engine has %q, want %q", s.report.Args, want)
 	}
 	if s.report.PID != s.Process.Pid {
@@ -36,7 +39,10 @@ func TestShim(t *testing.T) {
 	}
 	p := all[0]
 	if p.PID != s.Process.Pid || p.Port != 4711 || p.Blob() != "sha256-1" || p.Parallel != 2 || p.ContextEach != 4096 || p.Server != "0.0.0.0:4242" || p.Version != "0.34.1" ||
-		p.Build != info.Build || p.SaveFolder != contexts || p.Elsewhere || p.Folder() != contexts || p.Started.IsZero() {
+		p.Build != info.Build || p.SaveFolder != contexts ||
+		p.Elsewhere ||
+		p.Folder() != contexts ||
+		p.Started.IsZero() {
 		t.Errorf("the note is %+v", p)
 	}
 	if said := s.end(t); said != "" {
@@ -70,7 +76,15 @@ func TestShimUmask(t *testing.T) {
 
 func TestShimArguments(t *testing.T) {
 	info := linkTo(t, install(t))
-	swa := must(Link(LinkOptions{Ollama: info.Ollama, Home: filepath.Join(t.TempDir(), "swa"), SWAFull: true}))
+	swa := must(
+		Link(
+			LinkOptions{
+				Ollama:  info.Ollama,
+				Home:    filepath.Join(t.TempDir(), "swa"),
+				SWAFull: true,
+			},
+		),
+	)
 	args := startArgs(t)
 	for name, test := range map[string]struct {
 		home        string
@@ -85,7 +99,10 @@ func TestShimArguments(t *testing.T) {
 		"swa given":         {swa.Home, with(args, "--swa-full"), []string{"--slot-save-path", swa.Home + "/contexts/"}, 1},
 	} {
 		s := start(t, test.home, nil, test.args...)
-		if want := append(append([]string{info.Engine}, test.args...), test.added...); !slices.Equal(s.report.Args, want) {
+		if want := append(append([]string{info.Engine}, test.args...), test.added...); !slices.Equal(
+			s.report.Args,
+			want,
+		) {
 			t.Errorf("%s: the engine has %q, want %q", name, s.report.Args, want)
 		}
 		all := processes(t, test.home)
@@ -93,7 +110,8 @@ func TestShimArguments(t *testing.T) {
 			t.Errorf("%s: engines %+v, want %d", name, all, test.engines)
 		}
 		for _, p := range all {
-			if p.SWAFull != strings.HasPrefix(name, "swa") || p.Elsewhere != (name == "save path of ones") {
+			if p.SWAFull != strings.HasPrefix(name, "swa") ||
+				p.Elsewhere != (name == "save path of ones") {
 				t.Errorf("%s: the note is %+v", name, p)
 			}
 		}
@@ -103,7 +121,8 @@ func TestShimArguments(t *testing.T) {
 	}
 }
 
-// TestShimWithout: whatever is wrong, Ollama gets its engine, and is told why there are no contexts.
+// TestShimWithout: whatever is wrong, Ollama gets its engine, and is told why there are no
+// contexts.
 func TestShimWithout(t *testing.T) {
 	for name, test := range map[string]struct {
 		spoil func(t *testing.T, info Info)
@@ -134,7 +153,12 @@ func TestShimWithout(t *testing.T) {
 			t.Errorf("%s: engines %+v, %v", name, all, err)
 		}
 		said := s.end(t)
-		if !strings.HasPrefix(said, "ollama-cacheproxy: stored contexts are off for this model: ") || !strings.Contains(said, test.says) || strings.Count(said, "\n") != 1 {
+		if !strings.HasPrefix(
+			said,
+			"ollama-cacheproxy: stored contexts are off for this model: ",
+		) ||
+			!strings.Contains(said, test.says) ||
+			strings.Count(said, "\n") != 1 {
 			t.Errorf("%s: stderr has %q, want %q", name, said, test.says)
 		}
 	}
@@ -149,9 +173,11 @@ func TestShimNoEngine(t *testing.T) {
 		if err := damage(); err != nil {
 			t.Fatal(err)
 		}
-		output, err := exec.Command(filepath.Join(info.Home, linkedEngine), discovery...).CombinedOutput()
+		output, err := exec.Command(filepath.Join(info.Home, linkedEngine), discovery...).
+			CombinedOutput()
 		exit, ok := errors.AsType[*exec.ExitError](err)
-		if !ok || exit.ExitCode() != 1 || !strings.Contains(string(output), "the installed llama-server") {
+		if !ok || exit.ExitCode() != 1 ||
+			!strings.Contains(string(output), "the installed llama-server") {
 			t.Errorf("%v, %s", err, output)
 		}
 	}

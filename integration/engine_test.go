@@ -18,7 +18,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// linked links a real Ollama to a new folder and runs it from there. The installed one is not changed.
+// linked links a real Ollama to a new folder and runs it from there. The installed one is not
+// changed.
 func linked(t *testing.T, config realollama.Config) (home string, server *realollama.Server) {
 	t.Helper()
 	cache, err := realollama.OpenCache(os.Stderr)
@@ -74,7 +75,8 @@ func treeOf(t *testing.T, root string) string {
 	return hex.EncodeToString(h.Sum(nil))
 }
 
-// prompted has a server answer a prompt with few tokens; with a keep_alive of 0 it unloads the model.
+// prompted has a server answer a prompt with few tokens; with a keep_alive of 0 it unloads the
+// model.
 func prompted(t *testing.T, server *realollama.Server, model, prompt string, keepAlive any) {
 	t.Helper()
 	body, err := json.Marshal(map[string]any{
@@ -132,12 +134,19 @@ func TestEngine(t *testing.T) {
 		}
 		t.Run(version, func(t *testing.T) {
 			const model, few = "smollm2", 40
-			home, server := linked(t, realollama.Config{Version: version, Models: []string{model}, Parallel: 2})
+			home, server := linked(
+				t,
+				realollama.Config{Version: version, Models: []string{model}, Parallel: 2},
+			)
 			if all, err := engine.Processes(home); err != nil || len(all) != 0 {
 				t.Fatalf("before anything is loaded: %v, %v", all, err)
 			}
 			document := words(1, 400)
-			total, evaluated := evaluatedBy(t, server, func() { prompted(t, server, model, document+"\nOne:", "10m") })
+			total, evaluated := evaluatedBy(
+				t,
+				server,
+				func() { prompted(t, server, model, document+"\nOne:", "10m") },
+			)
 			if evaluated != total || total < 400 {
 				t.Fatalf("cold: %d of %d tokens evaluated", evaluated, total)
 			}
@@ -149,15 +158,20 @@ func TestEngine(t *testing.T) {
 			if shown(t, p) != shown(t, want) {
 				t.Errorf("the note is\n%s, want\n%s", shown(t, p), shown(t, want))
 			}
-			if p.PID == 0 || p.Port == 0 || len(p.Build) != 32 || len(p.Blob()) != len("sha256-")+64 {
+			if p.PID == 0 || p.Port == 0 || len(p.Build) != 32 ||
+				len(p.Blob()) != len("sha256-")+64 {
 				t.Errorf("the note lacks something: %+v", p)
 			}
 			slots, err := p.Slots(t.Context())
 			if err != nil || len(slots) != 2 {
 				t.Fatalf("slots %+v, %v", slots, err)
 			}
-			used := slices.IndexFunc(slots, func(s engine.Slot) bool { return s.Task >= 0 && s.Tokens >= total })
-			if used < 0 || slots[used].Processing || slots[used].Context != 2048 || slots[1-used].Tokens > 10 {
+			used := slices.IndexFunc(
+				slots,
+				func(s engine.Slot) bool { return s.Task >= 0 && s.Tokens >= total },
+			)
+			if used < 0 || slots[used].Processing || slots[used].Context != 2048 ||
+				slots[1-used].Tokens > 10 {
 				t.Fatalf("no slot has the document: %+v", slots)
 			}
 			saved, err := p.Save(t.Context(), used, "document.bin")
@@ -166,7 +180,12 @@ func TestEngine(t *testing.T) {
 			}
 			info, err := os.Stat(filepath.Join(engine.ContextsFolder(home), "document.bin"))
 			if err != nil || info.Size() != saved.Bytes || info.Mode().Perm() != 0o600 {
-				t.Fatalf("the state's file is %v, want %d bytes for its owner only: %v", info, saved.Bytes, err)
+				t.Fatalf(
+					"the state's file is %v, want %d bytes for its owner only: %v",
+					info,
+					saved.Bytes,
+					err,
+				)
 			}
 			format := p.Format()
 
@@ -181,10 +200,18 @@ func TestEngine(t *testing.T) {
 						t.Fatal(err)
 					}
 				}
-				total, evaluated := evaluatedBy(t, server, func() { prompted(t, server, model, document+"\nTwo:", "10m") })
+				total, evaluated := evaluatedBy(
+					t,
+					server,
+					func() { prompted(t, server, model, document+"\nTwo:", "10m") },
+				)
 				t.Logf("after a reload: %d of %d tokens evaluated", evaluated, total)
 				if evaluated > few {
-					t.Errorf("%d of %d tokens evaluated after the state was restored", evaluated, total)
+					t.Errorf(
+						"%d of %d tokens evaluated after the state was restored",
+						evaluated,
+						total,
+					)
 				}
 			})
 
@@ -192,14 +219,25 @@ func TestEngine(t *testing.T) {
 				p := reloaded(t, home, server, model)
 				other := 1 - used
 				restored, err := p.Restore(t.Context(), other, "document.bin", saved.Bytes)
-				if err != nil || restored.Tokens != saved.Tokens || restored.Bytes != saved.Bytes || restored.Took <= 0 {
+				if err != nil || restored.Tokens != saved.Tokens || restored.Bytes != saved.Bytes ||
+					restored.Took <= 0 {
 					t.Fatalf("restored %+v of %+v: %v", restored, saved, err)
 				}
-				total, evaluated := evaluatedBy(t, server, func() { prompted(t, server, model, document+"\nThree:", "10m") })
+				total, evaluated := evaluatedBy(
+					t,
+					server,
+					func() { prompted(t, server, model, document+"\nThree:", "10m") },
+				)
 				t.Logf("in slot %d: %d of %d tokens evaluated", other, evaluated, total)
 				slots, err := p.Slots(t.Context())
 				if err != nil || evaluated > few || slots[other].Tokens < total {
-					t.Errorf("%d of %d tokens evaluated, slots %+v: %v", evaluated, total, slots, err)
+					t.Errorf(
+						"%d of %d tokens evaluated, slots %+v: %v",
+						evaluated,
+						total,
+						slots,
+						err,
+					)
 				}
 				if n, err := p.Erase(t.Context(), other); err != nil || n < total {
 					t.Errorf("erased %d tokens of %d: %v", n, total, err)
@@ -221,7 +259,8 @@ func TestEngine(t *testing.T) {
 				if _, err := p.Slots(t.Context()); !errors.Is(err, engine.ErrGone) {
 					t.Errorf("a dead engine: %v", err)
 				}
-				if left, err := os.ReadDir(filepath.Join(home, "engines")); err != nil || len(left) > 0 {
+				if left, err := os.ReadDir(filepath.Join(home, "engines")); err != nil ||
+					len(left) > 0 {
 					t.Errorf("notes that are left: %v, %v", left, err)
 				}
 			})
@@ -264,11 +303,15 @@ func refusesFiles(t *testing.T, home string, server *realollama.Server, model st
 				t.Fatal(err)
 			}
 		}
-		if _, err := p.Restore(t.Context(), 0, name, int64(c.size)); !errors.Is(err, engine.ErrRefused) {
+		if _, err := p.Restore(t.Context(), 0, name, int64(c.size)); !errors.Is(
+			err,
+			engine.ErrRefused,
+		) {
 			t.Errorf("restoring %q: %v", name, err)
 		}
 	}
-	if _, err := p.Restore(t.Context(), 0, "missing", 40); !errors.Is(err, engine.ErrRefused) || !errors.Is(err, fs.ErrNotExist) {
+	if _, err := p.Restore(t.Context(), 0, "missing", 40); !errors.Is(err, engine.ErrRefused) ||
+		!errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("restoring what is not there: %v", err)
 	}
 	if _, err := p.Save(t.Context(), 0, "../x"); !errors.Is(err, engine.ErrRefused) {
@@ -303,7 +346,8 @@ func TestEngineOld(t *testing.T) {
 	}
 	home := filepath.Join(t.TempDir(), "linked")
 	const want = "Ollama 0.24.0 has no llama-server; 0.30 and later have"
-	if _, err := engine.Link(engine.LinkOptions{Ollama: installed, Home: home}); err == nil || err.Error() != want {
+	if _, err := engine.Link(engine.LinkOptions{Ollama: installed, Home: home}); err == nil ||
+		err.Error() != want {
 		t.Errorf("linking it: %v", err)
 	}
 	if _, err := os.Stat(home); !errors.Is(err, fs.ErrNotExist) {

@@ -15,8 +15,8 @@ func fakeOllama() {
 	fmt.Println("Warning: client version is " + version)
 }
 
-// fakeEngine is what is called by the name of an engine: the program of a link, as in reality, or the
-// installed one, which tells its arguments.
+// fakeEngine is what is called by the name of an engine: the program of a link, as in reality, or
+// the installed one, which tells its arguments.
 func fakeEngine() {
 	self, err := os.Executable()
 	if err != nil {

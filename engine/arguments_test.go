@@ -14,14 +14,13 @@ import (
 
 // ollamas are command lines of Ollama 0.34.1.
 var (
-	plain = strings.Fields(
-		"--model /m/sha256-1 --port 4711 --host 127.0.0.1 --no-webui --offline -c 8192 -np 2 --log-verbosity 4 --no-log-prefix " +
-			"--no-log-timestamps --no-jinja --chat-template chatml --load-mode none --flash-attn auto -b 512 -ub 512 --context-shift --keep 4",
-	)
-	rich = strings.Fields(
-		"--model /m/sha256-1 --port 4712 --host 127.0.0.1 --no-webui --offline -c 4096 -np 1 --mmproj /m/sha256-2 --lora /m/sha256-3 " +
-			"--lora /m/sha256-4 --cache-type-k q8_0 --cache-type-v q4_0 --embedding -ngl 0 -t 3",
-	)
+	plain = strings.Fields(`--model /m/sha256-1 --port 4711 --host 127.0.0.1 --no-webui --offline
+		-c 8192 -np 2 --log-verbosity 4 --no-log-prefix --no-log-timestamps
+		--no-jinja --chat-template chatml --load-mode none --flash-attn auto
+		-b 512 -ub 512 --context-shift --keep 4`)
+	rich = strings.Fields(`--model /m/sha256-1 --port 4712 --host 127.0.0.1 --no-webui --offline
+		-c 4096 -np 1 --mmproj /m/sha256-2 --lora /m/sha256-3 --lora /m/sha256-4
+		--cache-type-k q8_0 --cache-type-v q4_0 --embedding -ngl 0 -t 3`)
 	discovery = strings.Fields("--port 4713 --host 127.0.0.1 --no-webui --offline --verbose")
 	devices   = strings.Fields("--list-devices --offline --verbose")
 )
@@ -33,10 +32,12 @@ func TestParse(t *testing.T) {
 	}{
 		"nothing": {nil, nil, Process{KeyType: "f16", ValueType: "f16"}},
 		"plain": {plain, []string{"HOME=/root", "LLAMA_ARG_CACHE_RAM=0"}, Process{
-			Model: "/m/sha256-1", Port: 4711, Context: 8192, Parallel: 2, ContextEach: 4096, KeyType: "f16", ValueType: "f16", Decisive: []string{"--flash-attn", "auto"},
+			Model: "/m/sha256-1", Port: 4711, Context: 8192, Parallel: 2, ContextEach: 4096, KeyType: "f16",
+			ValueType: "f16", Decisive: []string{"--flash-attn", "auto"},
 		}},
 		"rich": {rich, nil, Process{
-			Model: "/m/sha256-1", Port: 4712, Context: 4096, Parallel: 1, ContextEach: 4096, KeyType: "q8_0", ValueType: "q4_0", Projector: "/m/sha256-2",
+			Model: "/m/sha256-1", Port: 4712, Context: 4096, Parallel: 1, ContextEach: 4096,
+			KeyType: "q8_0", ValueType: "q4_0", Projector: "/m/sha256-2",
 			Adapters: []string{"/m/sha256-3", "/m/sha256-4"}, Embeddings: true,
 		}},
 		"environment": {
@@ -126,8 +127,10 @@ func TestFormat(t *testing.T) {
 		t.Errorf("it has %d letters", n)
 	}
 	for name, args := range map[string][]string{
-		"num_ctx": replaced(plain, "-c", "512"), "slots": replaced(plain, "-np", "4"), "port": replaced(plain, "--port", "1"), "batch": replaced(plain, "-b", "1"),
-		"keep": replaced(plain, "--keep", "9"), "threads": with(plain, "-t", "3"), "layers": with(plain, "-ngl", "9"), "folder": with(plain, "--slot-save-path", "/x/"),
+		"num_ctx": replaced(plain, "-c", "512"), "slots": replaced(plain, "-np", "4"),
+		"port": replaced(plain, "--port", "1"), "batch": replaced(plain, "-b", "1"),
+		"keep": replaced(plain, "--keep", "9"), "threads": with(plain, "-t", "3"),
+		"layers": with(plain, "-ngl", "9"), "folder": with(plain, "--slot-save-path", "/x/"),
 		"store moved": replaced(plain, "--model", "/elsewhere/sha256-1"),
 	} {
 		other := parse(args, []string{"LLAMA_ARG_CACHE_RAM=0", "PATH=/bin"})
@@ -138,10 +141,14 @@ func TestFormat(t *testing.T) {
 	}
 	seen := map[string]string{base.Format(): "nothing"}
 	for name, args := range map[string][]string{
-		"weights": replaced(plain, "--model", "/m/sha256-2"), "keys": with(plain, "-ctk", "q8_0"), "values": with(plain, "-ctv", "q8_0"), "swa-full": with(plain, "--swa-full"),
-		"flash attention": replaced(plain, "--flash-attn", "off"), "adapter": with(plain, "--lora", "/m/a"), "other adapter": with(plain, "--lora", "/m/b"),
-		"adapters": with(plain, "--lora", "/m/a", "--lora", "/m/b"), "projector": with(plain, "--mmproj", "/m/a"), "embedding": with(plain, "--embedding"),
-		"unknown": with(plain, "--rope-scaling", "yarn"), "another unknown": with(plain, "--rope-scaling", "linear"), "build": nil, "environment": nil,
+		"weights": replaced(plain, "--model", "/m/sha256-2"), "keys": with(plain, "-ctk", "q8_0"),
+		"values": with(plain, "-ctv", "q8_0"), "swa-full": with(plain, "--swa-full"),
+		"flash attention": replaced(plain, "--flash-attn", "off"),
+		"adapter":         with(plain, "--lora", "/m/a"), "other adapter": with(plain, "--lora", "/m/b"),
+		"adapters":  with(plain, "--lora", "/m/a", "--lora", "/m/b"),
+		"projector": with(plain, "--mmproj", "/m/a"), "embedding": with(plain, "--embedding"),
+		"unknown":         with(plain, "--rope-scaling", "yarn"),
+		"another unknown": with(plain, "--rope-scaling", "linear"), "build": nil, "environment": nil,
 	} {
 		other := parse(args, nil)
 		other.Build = "b1"
@@ -161,7 +168,8 @@ func TestFormat(t *testing.T) {
 }
 
 func FuzzParse(f *testing.F) {
-	for _, args := range [][]string{nil, plain, rich, discovery, devices, {"--port"}, {"-c", "99999999999999999999", "-np", "0"}, {"--lora", "--lora", "--lora"}} {
+	for _, args := range [][]string{nil, plain, rich, discovery, devices, {"--port"},
+		{"-c", "99999999999999999999", "-np", "0"}, {"--lora", "--lora", "--lora"}} {
 		f.Add(strings.Join(args, "\n"), "LLAMA_ARG_CTX_SIZE=4096\nLLAMA_ARG_X\n=")
 	}
 	f.Fuzz(func(t *testing.T, line, env string) {
@@ -185,7 +193,8 @@ func FuzzParse(f *testing.F) {
 			t.Fatalf("other formats: %+v\n%+v", before, p)
 		}
 		// Arguments that nobody knows are kept.
-		if more := parse(append([]string{"--unheard-of"}, args...), environ); more.Format() == p.Format() {
+		more := parse(append([]string{"--unheard-of"}, args...), environ)
+		if more.Format() == p.Format() {
 			t.Fatal("an unknown flag is lost")
 		}
 	})
@@ -193,8 +202,10 @@ func FuzzParse(f *testing.F) {
 
 func TestServerAddr(t *testing.T) {
 	for host, want := range map[string]string{
-		"": "127.0.0.1:11434", "0.0.0.0": "0.0.0.0:11434", "127.0.0.1:5": "127.0.0.1:5", "http://h": "h:80", "https://h": "h:443", "https://h:5/path": "h:5",
-		"[::1]": "[::1]:11434", "::1": "[::1]:11434", "[::1]:7": "[::1]:7", ":8": ":8", "h:70000": "h:11434", "h:x": "h:11434", ` "h:9" `: "h:9", "ollama.com": "ollama.com:443",
+		"": "127.0.0.1:11434", "0.0.0.0": "0.0.0.0:11434", "127.0.0.1:5": "127.0.0.1:5",
+		"http://h": "h:80", "https://h": "h:443", "https://h:5/path": "h:5",
+		"[::1]": "[::1]:11434", "::1": "[::1]:11434", "[::1]:7": "[::1]:7", ":8": ":8",
+		"h:70000": "h:11434", "h:x": "h:11434", ` "h:9" `: "h:9", "ollama.com": "ollama.com:443",
 	} {
 		if got := serverAddr(host); got != want {
 			t.Errorf("OLLAMA_HOST=%q is %q, want %q", host, got, want)
@@ -234,7 +245,8 @@ func TestBlobs(t *testing.T) {
 		t.Fatal(err)
 	}
 	first := filepath.Join(split, "model-00001-of-00002.gguf")
-	for part, blob := range map[string]string{first: "sha256-c", filepath.Join(split, "model-00002-of-00002.gguf"): "sha256-a"} {
+	for part, blob := range map[string]string{first: "sha256-c",
+		filepath.Join(split, "model-00002-of-00002.gguf"): "sha256-a"} {
 		if err := os.Link(filepath.Join(store, blob), part); err != nil {
 			t.Fatal(err)
 		}
@@ -257,7 +269,9 @@ func TestTurnsByContext(t *testing.T) {
 	for _, test := range []struct {
 		size, at int
 		want     bool
-	}{{0, -1, false}, {100, -1, false}, {100, 10, true}, {3 << 20, 1<<20 - 5, true}, {3 << 20, 2<<20 - 30, true}, {3 << 20, 3<<20 - len(name), true}, {ggufHead + 2<<20, ggufHead + 1<<20 + 1<<19, false}} {
+	}{{0, -1, false}, {100, -1, false}, {100, 10, true}, {3 << 20, 1<<20 - 5, true},
+		{3 << 20, 2<<20 - 30, true}, {3 << 20, 3<<20 - len(name), true},
+		{ggufHead + 2<<20, ggufHead + 1<<20 + 1<<19, false}} {
 		content := bytes.Repeat([]byte("x"), test.size)
 		if test.at >= 0 {
 			copy(content[test.at:], name)

@@ -40,7 +40,8 @@ func answering(t *testing.T, status int, text string) (Process, *string) {
 
 func TestClient(t *testing.T) {
 	p, asked := answering(t, 200, `[{"id":0,"n_ctx":2048,"speculative":false,"is_processing":false},
-		{"id":1,"n_ctx":2048,"is_processing":true,"id_task":12,"n_prompt_tokens":640,"n_prompt_tokens_processed":8,"n_prompt_tokens_cache":632,"params":{"n_predict":4}}]`)
+		{"id":1,"n_ctx":2048,"is_processing":true,"id_task":12,"n_prompt_tokens":640,
+		 "n_prompt_tokens_processed":8,"n_prompt_tokens_cache":632,"params":{"n_predict":4}}]`)
 	want := []Slot{{ID: 0, Task: -1, Context: 2048}, {1, true, 12, 640, 8, 632, 2048}}
 	if got, err := p.Slots(t.Context()); err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("slots %+v, %v, want %+v", got, err, want)
@@ -89,12 +90,17 @@ func TestClientErrors(t *testing.T) {
 		want   error
 		says   string
 	}{
-		{400, `{"error":{"code":400,"message":"Invalid filename"}}`, ErrRefused, "having the engine save slot 0: the engine refused: Invalid filename"},
-		{501, `{"error":{"message":"Start it with --slot-save-path"}}`, ErrUnsupported, "having the engine save slot 0: the engine does not do that: Start it with --slot-save-path"},
-		{503, `{"error":{"message":"Loading model"}}`, ErrLoading, "having the engine save slot 0: the engine is still loading its model: Loading model"},
-		{500, `{"error":{"message":"Unable to save slot"}}`, nil, "having the engine save slot 0: the engine answers 500: Unable to save slot"},
+		{400, `{"error":{"code":400,"message":"Invalid filename"}}`, ErrRefused,
+			"having the engine save slot 0: the engine refused: Invalid filename"},
+		{501, `{"error":{"message":"Start it with --slot-save-path"}}`, ErrUnsupported,
+			"having the engine save slot 0: the engine does not do that: Start it with --slot-save-path"},
+		{503, `{"error":{"message":"Loading model"}}`, ErrLoading,
+			"having the engine save slot 0: the engine is still loading its model: Loading model"},
+		{500, `{"error":{"message":"Unable to save slot"}}`, nil,
+			"having the engine save slot 0: the engine answers 500: Unable to save slot"},
 		{404, `no such page`, nil, "having the engine save slot 0: the engine answers 404: Not Found"},
-		{200, `{`, nil, "having the engine save slot 0: reading the engine's answer: unexpected end of JSON input"},
+		{200, `{`, nil,
+			"having the engine save slot 0: reading the engine's answer: unexpected end of JSON input"},
 	} {
 		p, _ := answering(t, test.status, test.text)
 		_, err := p.Save(t.Context(), 0, "a")
@@ -114,9 +120,9 @@ func TestClientErrors(t *testing.T) {
 }
 
 func TestClientGone(t *testing.T) {
-	server := httptest.NewServer(
-		http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }),
-	)
+	server := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+		panic(http.ErrAbortHandler)
+	}))
 	u, err := url.Parse(server.URL)
 	if err != nil {
 		t.Fatal(err)
@@ -149,10 +155,8 @@ func TestRestoreGuards(t *testing.T) {
 		name string
 		size int64
 	}{{0, "a", 4}, {0, "a", 6}, {0, "b", 5}, {0, ".", 4096}, {-1, "a", 5}, {2, "a", 5}} {
-		if _, err := p.Restore(t.Context(), test.slot, test.name, test.size); !errors.Is(
-			err,
-			ErrRefused,
-		) {
+		_, err := p.Restore(t.Context(), test.slot, test.name, test.size)
+		if !errors.Is(err, ErrRefused) {
 			t.Errorf("%+v: %v", test, err)
 		}
 	}
@@ -164,10 +168,7 @@ func TestRestoreGuards(t *testing.T) {
 		t.Errorf("the states of a note are in %s, not in %s", p.Folder(), other)
 	}
 	if p.Elsewhere = true; p.Folder() != p.SaveFolder {
-		t.Errorf(
-			"the states of an engine that saves elsewhere are in %s, not in %s",
-			p.Folder(),
-			p.SaveFolder,
-		)
+		t.Errorf("an engine that saves elsewhere does so in %s, not in %s",
+			p.Folder(), p.SaveFolder)
 	}
 }

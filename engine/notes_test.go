@@ -21,9 +21,8 @@ func holdNote() int {
 	p := parse(nil, nil)
 	p.PID, p.Started = os.Getpid(), time.Unix(1_800_000_000, 0).UTC()
 	p.Port, _ = strconv.Atoi(port)
-	p.Started = p.Started.Add(
-		-time.Duration(p.Port) * time.Second,
-	) // the highest port is the oldest
+	// The highest port is the oldest.
+	p.Started = p.Started.Add(-time.Duration(p.Port) * time.Second)
 	if err := writeNote(home, p); err != nil {
 		fmt.Println(err)
 		return 1
@@ -127,7 +126,8 @@ func TestProcessesElse(t *testing.T) {
 	if all := processes(t, home); len(all) != 0 {
 		t.Errorf("%+v", all)
 	}
-	for name, stays := range map[string]bool{"1-1.json.new": true, "2-2.json.new": false, "README": true, "3-3.json": false} {
+	for name, stays := range map[string]bool{"1-1.json.new": true, "2-2.json.new": false,
+		"README": true, "3-3.json": false} {
 		if _, err := os.Stat(at(name)); (err == nil) != stays {
 			t.Errorf("%s: %v", name, err)
 		}

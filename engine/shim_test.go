@@ -24,10 +24,8 @@ func TestShim(t *testing.T) {
 	t.Setenv("OLLAMA_HOST", "0.0.0.0:4242")
 	s := start(t, info.Home, nil, args...)
 	contexts := filepath.Join(info.Home, "contexts")
-	if want := with(append([]string{info.Engine}, args...), "--slot-save-path", contexts+"/"); !slices.Equal(
-		s.report.Args,
-		want,
-	) {
+	want := with(append([]string{info.Engine}, args...), "--slot-save-path", contexts+"/")
+	if !slices.Equal(s.report.Args, want) {
 		t.Errorf("the engine has %q, want %q", s.report.Args, want)
 	}
 	if s.report.PID != s.Process.Pid {
@@ -38,7 +36,8 @@ func TestShim(t *testing.T) {
 		t.Fatalf("engines %+v, want one", all)
 	}
 	p := all[0]
-	if p.PID != s.Process.Pid || p.Port != 4711 || p.Blob() != "sha256-1" || p.Parallel != 2 || p.ContextEach != 4096 || p.Server != "0.0.0.0:4242" || p.Version != "0.34.1" ||
+	if p.PID != s.Process.Pid || p.Port != 4711 || p.Blob() != "sha256-1" || p.Parallel != 2 ||
+		p.ContextEach != 4096 || p.Server != "0.0.0.0:4242" || p.Version != "0.34.1" ||
 		p.Build != info.Build || p.SaveFolder != contexts ||
 		p.Elsewhere ||
 		p.Folder() != contexts ||
@@ -76,15 +75,8 @@ func TestShimUmask(t *testing.T) {
 
 func TestShimArguments(t *testing.T) {
 	info := linkTo(t, install(t))
-	swa := must(
-		Link(
-			LinkOptions{
-				Ollama:  info.Ollama,
-				Home:    filepath.Join(t.TempDir(), "swa"),
-				SWAFull: true,
-			},
-		),
-	)
+	options := LinkOptions{Ollama: info.Ollama, Home: filepath.Join(t.TempDir(), "swa"), SWAFull: true}
+	swa := must(Link(options))
 	args := startArgs(t)
 	for name, test := range map[string]struct {
 		home        string
@@ -95,14 +87,14 @@ func TestShimArguments(t *testing.T) {
 		"devices":           {info.Home, devices, nil, 0},
 		"nothing":           {info.Home, nil, nil, 0},
 		"save path of ones": {info.Home, with(args, "--slot-save-path", "/x/"), nil, 1},
-		"swa":               {swa.Home, args, []string{"--slot-save-path", swa.Home + "/contexts/", "--swa-full"}, 1},
-		"swa given":         {swa.Home, with(args, "--swa-full"), []string{"--slot-save-path", swa.Home + "/contexts/"}, 1},
+		"swa": {swa.Home, args, []string{"--slot-save-path", swa.Home + "/contexts/",
+			"--swa-full"}, 1},
+		"swa given": {swa.Home, with(args, "--swa-full"),
+			[]string{"--slot-save-path", swa.Home + "/contexts/"}, 1},
 	} {
 		s := start(t, test.home, nil, test.args...)
-		if want := append(append([]string{info.Engine}, test.args...), test.added...); !slices.Equal(
-			s.report.Args,
-			want,
-		) {
+		want := append(append([]string{info.Engine}, test.args...), test.added...)
+		if !slices.Equal(s.report.Args, want) {
 			t.Errorf("%s: the engine has %q, want %q", name, s.report.Args, want)
 		}
 		all := processes(t, test.home)
@@ -128,11 +120,18 @@ func TestShimWithout(t *testing.T) {
 		spoil func(t *testing.T, info Info)
 		says  string
 	}{
-		"upgraded engine": {func(t *testing.T, info Info) { upgrade(t, info.Engine) }, "is not the one any more that was linked; link anew: ollama-cacheproxy engine link --ollama "},
-		"upgraded ollama": {func(t *testing.T, info Info) { upgrade(t, info.Ollama) }, "is not the one any more that was linked; link anew"},
-		"ollama is gone":  {func(t *testing.T, info Info) { os.Remove(info.Ollama) }, "is not there any more; link anew"},
-		"damaged link":    {func(t *testing.T, info Info) { write(t, filepath.Join(info.Home, "link.json"), "{") }, "it is damaged"},
-		"no link":         {func(t *testing.T, info Info) { os.Remove(filepath.Join(info.Home, "link.json")) }, "it is no link"},
+		"upgraded engine": {func(t *testing.T, info Info) { upgrade(t, info.Engine) },
+			"is not the one any more that was linked; link anew: ollama-cacheproxy engine link --ollama "},
+		"upgraded ollama": {func(t *testing.T, info Info) { upgrade(t, info.Ollama) },
+			"is not the one any more that was linked; link anew"},
+		"ollama is gone": {func(t *testing.T, info Info) { os.Remove(info.Ollama) },
+			"is not there any more; link anew"},
+		"damaged link": {func(t *testing.T, info Info) {
+			write(t, filepath.Join(info.Home, "link.json"), "{")
+		}, "it is damaged"},
+		"no link": {func(t *testing.T, info Info) {
+			os.Remove(filepath.Join(info.Home, "link.json"))
+		}, "it is no link"},
 		"no contexts": {func(t *testing.T, info Info) {
 			os.Remove(filepath.Join(info.Home, "contexts"))
 			write(t, filepath.Join(info.Home, "contexts"), "")
@@ -153,11 +152,8 @@ func TestShimWithout(t *testing.T) {
 			t.Errorf("%s: engines %+v, %v", name, all, err)
 		}
 		said := s.end(t)
-		if !strings.HasPrefix(
-			said,
-			"ollama-cacheproxy: stored contexts are off for this model: ",
-		) ||
-			!strings.Contains(said, test.says) ||
+		const begins = "ollama-cacheproxy: stored contexts are off for this model: "
+		if !strings.HasPrefix(said, begins) || !strings.Contains(said, test.says) ||
 			strings.Count(said, "\n") != 1 {
 			t.Errorf("%s: stderr has %q, want %q", name, said, test.says)
 		}
@@ -167,7 +163,9 @@ func TestShimWithout(t *testing.T) {
 func TestShimNoEngine(t *testing.T) {
 	info := linkTo(t, install(t))
 	for _, damage := range []func() error{
-		func() error { return errors.Join(os.Remove(info.Engine), os.WriteFile(info.Engine, nil, 0o600)) },
+		func() error {
+			return errors.Join(os.Remove(info.Engine), os.WriteFile(info.Engine, nil, 0o600))
+		},
 		func() error { return os.Remove(info.Engine) },
 	} {
 		if err := damage(); err != nil {
@@ -217,7 +215,8 @@ func TestShimInPath(t *testing.T) {
 	if home := must(homeOf("llama-server")); home != filepath.Dir(filepath.Dir(filepath.Dir(exe))) {
 		t.Errorf("by %s the home is %s", exe, home)
 	}
-	for name, want := range map[string]bool{"llama-server": true, "/x/llama-server": true, "ollama-cacheproxy": false, "/llama-server/x": false, "": false} {
+	for name, want := range map[string]bool{"llama-server": true, "/x/llama-server": true,
+		"ollama-cacheproxy": false, "/llama-server/x": false, "": false} {
 		if Called([]string{name}) != want {
 			t.Errorf("%q: %v", name, !want)
 		}

@@ -86,7 +86,8 @@ func prompted(t *testing.T, server *realollama.Server, model, prompt string, kee
 	if err != nil {
 		t.Fatal(err)
 	}
-	if status, _, text := post(t, server.URL()+"/api/generate", string(body)); status != http.StatusOK {
+	status, _, text := post(t, server.URL()+"/api/generate", string(body))
+	if status != http.StatusOK {
 		t.Fatalf("%d %s", status, text)
 	}
 }
@@ -119,10 +120,13 @@ func reloaded(t *testing.T, home string, server *realollama.Server, model string
 	return onlyEngine(t, home)
 }
 
-func evaluatedBy(t *testing.T, server *realollama.Server, do func()) (total, evaluated int) {
+// evaluatedBy has a server answer a prompt and returns how many tokens that has and cost.
+func evaluatedBy(
+	t *testing.T, server *realollama.Server, model, prompt string,
+) (total, evaluated int) {
 	t.Helper()
 	mark := server.Mark()
-	do()
+	prompted(t, server, model, prompt, "10m")
 	return evaluations(t, server, mark, 1)
 }
 
@@ -134,26 +138,22 @@ func TestEngine(t *testing.T) {
 		}
 		t.Run(version, func(t *testing.T) {
 			const model, few = "smollm2", 40
-			home, server := linked(
-				t,
-				realollama.Config{Version: version, Models: []string{model}, Parallel: 2},
-			)
+			config := realollama.Config{Version: version, Models: []string{model}, Parallel: 2}
+			home, server := linked(t, config)
 			if all, err := engine.Processes(home); err != nil || len(all) != 0 {
 				t.Fatalf("before anything is loaded: %v, %v", all, err)
 			}
 			document := words(1, 400)
-			total, evaluated := evaluatedBy(
-				t,
-				server,
-				func() { prompted(t, server, model, document+"\nOne:", "10m") },
-			)
+			total, evaluated := evaluatedBy(t, server, model, document+"\nOne:")
 			if evaluated != total || total < 400 {
 				t.Fatalf("cold: %d of %d tokens evaluated", evaluated, total)
 			}
 			p := onlyEngine(t, home)
 			want := engine.Process{
-				PID: p.PID, Port: p.Port, Model: p.Model, Parallel: 2, Context: 4096, ContextEach: 2048, KeyType: "f16", ValueType: "f16",
-				Server: server.Addr(), Build: p.Build, Version: version, SaveFolder: engine.ContextsFolder(home), Decisive: p.Decisive, Started: p.Started,
+				PID: p.PID, Port: p.Port, Model: p.Model, Parallel: 2, Context: 4096, ContextEach: 2048,
+				KeyType: "f16", ValueType: "f16",
+				Server: server.Addr(), Build: p.Build, Version: version,
+				SaveFolder: engine.ContextsFolder(home), Decisive: p.Decisive, Started: p.Started,
 			}
 			if shown(t, p) != shown(t, want) {
 				t.Errorf("the note is\n%s, want\n%s", shown(t, p), shown(t, want))
@@ -166,10 +166,9 @@ func TestEngine(t *testing.T) {
 			if err != nil || len(slots) != 2 {
 				t.Fatalf("slots %+v, %v", slots, err)
 			}
-			used := slices.IndexFunc(
-				slots,
-				func(s engine.Slot) bool { return s.Task >= 0 && s.Tokens >= total },
-			)
+			used := slices.IndexFunc(slots, func(s engine.Slot) bool {
+				return s.Task >= 0 && s.Tokens >= total
+			})
 			if used < 0 || slots[used].Processing || slots[used].Context != 2048 ||
 				slots[1-used].Tokens > 10 {
 				t.Fatalf("no slot has the document: %+v", slots)
@@ -180,12 +179,7 @@ func TestEngine(t *testing.T) {
 			}
 			info, err := os.Stat(filepath.Join(engine.ContextsFolder(home), "document.bin"))
 			if err != nil || info.Size() != saved.Bytes || info.Mode().Perm() != 0o600 {
-				t.Fatalf(
-					"the state's file is %v, want %d bytes for its owner only: %v",
-					info,
-					saved.Bytes,
-					err,
-				)
+				t.Fatalf("the file is %v, want %d bytes for its owner: %v", info, saved.Bytes, err)
 			}
 			format := p.Format()
 
@@ -200,18 +194,10 @@ func TestEngine(t *testing.T) {
 						t.Fatal(err)
 					}
 				}
-				total, evaluated := evaluatedBy(
-					t,
-					server,
-					func() { prompted(t, server, model, document+"\nTwo:", "10m") },
-				)
+				total, evaluated := evaluatedBy(t, server, model, document+"\nTwo:")
 				t.Logf("after a reload: %d of %d tokens evaluated", evaluated, total)
 				if evaluated > few {
-					t.Errorf(
-						"%d of %d tokens evaluated after the state was restored",
-						evaluated,
-						total,
-					)
+					t.Errorf("after a restore %d of %d tokens evaluated", evaluated, total)
 				}
 			})
 
@@ -223,21 +209,12 @@ func TestEngine(t *testing.T) {
 					restored.Took <= 0 {
 					t.Fatalf("restored %+v of %+v: %v", restored, saved, err)
 				}
-				total, evaluated := evaluatedBy(
-					t,
-					server,
-					func() { prompted(t, server, model, document+"\nThree:", "10m") },
-				)
+				total, evaluated := evaluatedBy(t, server, model, document+"\nThree:")
 				t.Logf("in slot %d: %d of %d tokens evaluated", other, evaluated, total)
 				slots, err := p.Slots(t.Context())
 				if err != nil || evaluated > few || slots[other].Tokens < total {
-					t.Errorf(
-						"%d of %d tokens evaluated, slots %+v: %v",
-						evaluated,
-						total,
-						slots,
-						err,
-					)
+					t.Errorf("%d of %d tokens evaluated, slots %+v: %v",
+						evaluated, total, slots, err)
 				}
 				if n, err := p.Erase(t.Context(), other); err != nil || n < total {
 					t.Errorf("erased %d tokens of %d: %v", n, total, err)
@@ -303,10 +280,8 @@ func refusesFiles(t *testing.T, home string, server *realollama.Server, model st
 				t.Fatal(err)
 			}
 		}
-		if _, err := p.Restore(t.Context(), 0, name, int64(c.size)); !errors.Is(
-			err,
-			engine.ErrRefused,
-		) {
+		_, err := p.Restore(t.Context(), 0, name, int64(c.size))
+		if !errors.Is(err, engine.ErrRefused) {
 			t.Errorf("restoring %q: %v", name, err)
 		}
 	}

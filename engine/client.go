@@ -23,7 +23,7 @@ var (
 	// is a state that is missing, torn, foreign or too long for the slot, which is empty if it was
 	// the engine that refused; else a slot that does not exist or a name that is not one of a file.
 	ErrRefused = errors.New("the engine refused")
-	// ErrGone: no engine answers there any more.
+	// ErrGone: no engine answers there: it has ended, or has only just been started.
 	ErrGone = errors.New("the engine is gone")
 	// ErrLoading: the engine has not loaded its model yet (503).
 	ErrLoading = errors.New("the engine is still loading its model")

@@ -59,7 +59,12 @@ func homeOf(name string) (string, error) {
 
 // prepare writes the note of the engine that is started with args, and returns the arguments that
 // it is to have.
-func prepare(home string, args []string) ([]string, error) {
+func prepare(home string, args []string) (more []string, err error) {
+	defer func() {
+		if bug := recover(); bug != nil {
+			more, err = nil, fmt.Errorf("a bug: %v", bug)
+		}
+	}()
 	l, err := readLink(home)
 	if err != nil {
 		return nil, err

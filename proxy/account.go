@@ -61,7 +61,7 @@ func (h *Handler) accounted(ex *exchange) {
 	}
 	if ex.spend == nil {
 		ex.run.End(time.Now(), end)
-		ex.free(savings.Answer{})
+		h.free(ex, savings.Answer{})
 		return
 	}
 	o := savings.Outcome{
@@ -76,13 +76,14 @@ func (h *Handler) accounted(ex *exchange) {
 		o.Answer = ex.answer.Answer()
 		defer ex.answer.Release()
 	}
-	ex.attached(o.Answer)
+	ex.count(&o.Answer)
 	end.Load, end.Unload = o.Load, end.Unload || o.DoneReason == "unload"
 	o.Ending = ex.run.End(time.Now(), end)
+	ex.loadedBefore(&o)
 	if entry, ok := ex.spend.End(time.Now(), o); ok {
 		ex.Savings = &entry
 	}
-	ex.free(o.Answer)
+	h.free(ex, o.Answer)
 }
 
 // changed takes in what has changed of what a server holds.
@@ -145,9 +146,7 @@ func (h *Handler) polledBooks(b *backend, st upstream.State) {
 	}
 	if st.Restarted {
 		b.runners.Restarted()
-		h.forgetContexts(st.Models)
 	}
-	h.forgetContexts(st.Replaced)
 	for _, model := range st.Replaced {
 		if h.Ledger != nil {
 			h.Ledger.Forget(b.index, model)

@@ -25,7 +25,7 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 
-	"github.com/ollama-cacheproxy/ollama-cacheproxy/attach"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/contexts"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/jsonscan"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/runners"
@@ -74,12 +74,8 @@ type Handler struct {
 
 	Ledger      *savings.Ledger     // nil accounts for nothing and reads no prefixes
 	Lanes       *schedule.Scheduler // says when a request may be sent, and where; nil, with one upstream only, sends them as they come
+	Contexts    *contexts.Manager   // nil stores and attaches no context
 	ShowPrompts bool                // the page of the last requests has excerpts of their bodies
-
-	// AttachContext sends requests to /api/generate with stored context where that is exact and no slower; with one upstream
-	// only. Attached is told what became of it.
-	AttachContext bool
-	Attached      func(model, outcome string)
 
 	// Done is told of each request when it is over, Touched of each keep_alive that was set, or refused, in the
 	// background. Nil means nobody listens.
@@ -100,7 +96,6 @@ type Handler struct {
 	backends []*backend // Upstreams, in the same order
 	forward  *httputil.ReverseProxy
 	prefixes *prefix.Reader
-	attacher *attach.Attacher // nil: nothing is attached
 
 	lingers      time.Duration
 	refreshEvery time.Duration
@@ -207,12 +202,13 @@ type exchange struct {
 	chain   *prefix.Chain
 	spend   *savings.Request // nil where the ledger does not account for it
 	grant   *schedule.Grant  // nil where it holds no lane
+	context *contexts.Use    // nil where nothing is to be stored or attached
+	loaded  runners.Ending   // of the load that was caused before it was sent, to attach something
 	sent    time.Duration    // from start until it was sent
 	streams bool             // the answer is a stream of events
 	dialect savings.Dialect
 	answer  *savings.Reader // nil where nobody reads the answer
 	excerpt string
-	plan    *attach.Plan // nil where nothing is attached, or to be learned from the answer
 
 	in      atomic.Int64 // bytes of the request's body so far; becomes BytesIn
 	bodyErr error        // how reading the answer's body ended; nil if it was never read to an end
@@ -287,8 +283,8 @@ func (h *Handler) Init() {
 			h.Lanes.SetName(b.index, s.Name)
 		}
 	}
-	if h.AttachContext && len(h.backends) == 1 {
-		h.attacher = h.newAttacher()
+	if h.Contexts != nil {
+		h.Contexts.Told = h.engineFound
 	}
 	h.forward = &httputil.ReverseProxy{
 		Rewrite:        h.rewrite,
@@ -307,9 +303,7 @@ func (h *Handler) Run(ctx context.Context) {
 	for _, b := range h.backends {
 		wg.Go(func() { b.residency.run(ctx) })
 	}
-	if h.attacher != nil {
-		wg.Go(func() { h.attacher.Run(ctx) })
-	}
+	wg.Go(func() { h.Contexts.Run(ctx) })
 	wg.Wait()
 }
 
@@ -369,6 +363,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	r, over := h.givesUp(r, ex)
 	defer over()
 	ex.unloading = h.unloadElsewhere(r.Context(), ex)
+	h.prepare(r.Context(), ex)
 	h.begin(ex)
 	h.forward.ServeHTTP(w, r)
 }
@@ -528,9 +523,6 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 	f, err := scan(data, ex.members[:])
 	if err == nil {
 		h.understand(ex, f, data)
-		if err := h.attach(ex); err != nil {
-			return ex.unreadable(err)
-		}
 		return nil
 	}
 	switch enc := r.Header.Get("Content-Encoding"); {

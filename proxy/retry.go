@@ -77,11 +77,12 @@ func (h *Handler) again(
 	if err := h.pause(out.Context(), ex, pause); err != nil {
 		return nil, err
 	}
-	ex.retract()
+	h.retract(ex)
 	ex.Retries = append(ex.Retries, why)
 	if ref := h.acquire(ex.inbound, ex, list); ref != nil {
 		return nil, ref
 	}
+	h.prepare(out.Context(), ex)
 	h.begin(ex)
 	again := out.Clone(out.Context())
 	u := *ex.inbound.URL

@@ -439,9 +439,7 @@ func (c *choice) join(p rank, k *class) (*item, *lane, reason) {
 		if c.blocked(it, land, tokens) {
 			return
 		}
-		// A lane that would be idle otherwise takes the first sign of a host cache for granted.
-		again := int(float64(max(0, owned.depth()-tokens)) * (1 - c.x.rates.host.v))
-		share := c.x.backlog(owned)
+		again, share := c.again(owned, tokens), c.x.backlog(owned)
 		if least >= 0 && (again > least+slack || again > least-slack && share <= most) {
 			return
 		}
@@ -466,6 +464,20 @@ func (c *choice) join(p rank, k *class) (*item, *lane, reason) {
 		how = byOpening
 	}
 	return best, at, how
+}
+
+// again returns how many tokens are evaluated once more if a prefix that another lane is busy with is
+// put on a lane that holds so many tokens of it.
+func (c *choice) again(owned *node, tokens int) int {
+	n := max(0, owned.depth()-tokens)
+	switch {
+	case !c.x.copied():
+		// A lane that would be idle otherwise takes the first sign of a host cache for granted.
+		return int(float64(n) * (1 - c.x.rates.host.v))
+	case c.x.evaluated(owned):
+		return 0
+	}
+	return n
 }
 
 // nextTaken returns the next of the nodes that have waiting requests and on which lanes are busy, in depth-first order.
@@ -493,7 +505,9 @@ func (x *runner) below(n *node) float64 {
 // worth reports whether a lane should evaluate so many tokens again rather than leave a backlog to the lanes that are
 // busy there.
 func (c *choice) worth(it *item, n *node, again, backlog int) bool {
-	if again <= slack || backlog >= again {
+	// Where what the other lane evaluates can be had when its request has ended, the backlog is no
+	// reason: it may all be served then.
+	if again <= slack || backlog >= again && !c.x.copied() {
 		return true
 	}
 	takes := c.x.rates.evaluate(again)
@@ -504,12 +518,26 @@ func (c *choice) worth(it *item, n *node, again, backlog int) bool {
 		}
 		n = nil
 	}
+	if c.x.copied() {
+		takes *= copiedPatience
+	}
 	at := c.x.joinable(it, n, c.x.idle, takes)
 	if c.now.Before(at) {
 		c.x.server.later(at)
 		return false
 	}
 	return true
+}
+
+// evaluated reports whether a request that was evaluated up to a node has ended: one that a lane is busy
+// with there found it.
+func (x *runner) evaluated(n *node) bool {
+	for _, l := range x.lanes {
+		if l.item != nil && l.item.expected+slack >= n.depth() && shared(l.item.steps, l.holds) >= n.depth() {
+			return true
+		}
+	}
+	return false
 }
 
 // generating returns for how long the first of the lanes that are busy with a node to fall free is expected to generate until then: the

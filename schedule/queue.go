@@ -174,6 +174,9 @@ const (
 	// mostTrials is how many such trials there are while a model is loaded. Each costs two prefixes
 	// at most.
 	mostTrials = 3
+	// copiedPatience is how many times as long a lane waits before it evaluates once more what
+	// another one is evaluating, if it can have that for nothing soon: the estimate may be too short.
+	copiedPatience = 3
 	// longestTurn is for how long a model keeps another one waiting that has to be loaded in its place, if a load takes no longer.
 	longestTurn = 30 * time.Second
 	// fairWeight is how many tokens of a prompt a generated one counts as when clients are compared.
@@ -222,14 +225,15 @@ type Queue struct {
 // server is one Ollama server.
 type server struct {
 	index     uint16
-	seed      uint64    // of its rendezvous hash
-	off       bool      // it is to be sent nothing new
-	away      bool      // it does not answer: what waits for it is held …
-	until     time.Time // … and is refused from then on
-	lanes     int       // per runner; 0: learned
-	found     int       // … for the runner that this was last learned of: what others begin with
-	host      mean      // rates.host of all its runners: what others begin with
-	longest   bool      // it chooses slots by the longest match alone
+	seed      uint64           // of its rendezvous hash
+	off       bool             // it is to be sent nothing new
+	away      bool             // it does not answer: what waits for it is held …
+	until     time.Time        // … and is refused from then on
+	lanes     int              // per runner; 0: learned
+	told      map[string]Slots // by model
+	found     int              // … for the runner that this was last learned of: what others begin with
+	host      mean             // rates.host of all its runners: what others begin with
+	longest   bool             // it chooses slots by the longest match alone
 	runners   []*runner
 	byKey     map[Runner]*runner // several keys may have turned out to be one runner
 	list      []*runner          // for order
@@ -628,7 +632,7 @@ func (q *Queue) Done(id uint64, r Result, now time.Time) {
 	}
 	it.pays(r, evaluated)
 	l.wanted = x.server.waiting > 0 || q.roaming > 0
-	if x.server.lanes == 0 {
+	if x.given() == 0 {
 		x.found(x.learn(it, r, now))
 	}
 	for _, other := range x.lanes {
@@ -676,7 +680,7 @@ func (q *Queue) answered(it *item, r Result, now time.Time) int {
 	x.rates.learn(it, r, evaluated)
 	if kept, told := it.restored(r); told {
 		x.rates.kept.add(kept)
-		if kept == 0 || x.server.lanes > 0 || x.learner.ceiling { // with fewer lanes than slots another slot may have kept it
+		if kept == 0 || x.given() > 0 || x.learner.ceiling { // with fewer lanes than slots another slot may have kept it
 			x.rates.host.add(kept)
 			x.server.host.add(kept)
 		}
@@ -754,12 +758,40 @@ func (q *Queue) SetLanes(upstream uint16, n int, now time.Time) {
 	s.lanes = n
 	for _, x := range s.runners {
 		switch {
-		case n > 0:
-			x.want = n
+		case x.given() > 0:
+			x.want = x.given()
 		case n == 0 && before == Unlimited:
 			x.want = max(s.found, 1)
 		}
 		x.resize()
+	}
+	q.pump(s, now)
+}
+
+// Slots is what an engine tells of itself.
+type Slots struct {
+	Count int // at least 1
+	// Copied says that what one slot has evaluated is in the others for next to nothing, as soon as
+	// the request that it was evaluated for has ended.
+	Copied bool
+}
+
+// SetSlots says what the engine of a model on the server tells: how many slots there are is not
+// learned from then on. What SetLanes says goes before it.
+func (q *Queue) SetSlots(upstream uint16, model string, told Slots, now time.Time) {
+	s := q.server(upstream)
+	if s.told[model] == told {
+		return
+	}
+	if s.told == nil {
+		s.told = map[string]Slots{}
+	}
+	s.told[model] = told
+	for _, x := range s.runners {
+		if x.key.Options.Model == model && s.lanes == 0 {
+			x.want = told.Count
+			x.resize()
+		}
 	}
 	q.pump(s, now)
 }
@@ -772,9 +804,11 @@ func (q *Queue) SetExpected(upstream uint16, n int, now time.Time) {
 		return
 	}
 	for _, x := range s.runners {
-		x.want = n
-		x.learner.anew()
-		x.resize()
+		if x.given() == 0 {
+			x.want = n
+			x.learner.anew()
+			x.resize()
+		}
 	}
 	s.found = n
 	q.pump(s, now)

@@ -248,6 +248,12 @@ func (s *Scheduler) SetLanes(upstream uint16, n int) {
 	s.do(func(q *Queue, now time.Time) { q.SetLanes(upstream, n, now) })
 }
 
+// SetSlots says what the engine of a model on the server tells: how many slots there are is not
+// learned from then on. What SetLanes says goes before it.
+func (s *Scheduler) SetSlots(upstream uint16, model string, told Slots) {
+	s.do(func(q *Queue, now time.Time) { q.SetSlots(upstream, model, told, now) })
+}
+
 // SetExpected says how many slots each model on the server has, most likely, where that is learned:
 // they begin with so many lanes, 1 otherwise.
 func (s *Scheduler) SetExpected(upstream uint16, n int) {

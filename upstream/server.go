@@ -4,10 +4,8 @@
 package upstream
 
 import (
-	"bytes"
 	"context"
 	"crypto/rand"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -465,34 +463,6 @@ func (s *Server) Show(ctx context.Context, model string) (*api.ShowResponse, err
 	return s.client.Show(ctx, &api.ShowRequest{Model: model})
 }
 
-// Render posts a body to /api/generate that asks to be rendered only (_debug_render_only), and returns the prompt that the
-// model would be given.
-func (s *Server) Render(ctx context.Context, body []byte) (string, error) {
-	r, err := http.NewRequestWithContext(ctx, http.MethodPost, s.URL.JoinPath("/api/generate").String(), bytes.NewReader(body))
-	if err != nil {
-		return "", err
-	}
-	r.Header.Set("Content-Type", "application/json")
-	res, err := s.own.Do(r)
-	if err != nil {
-		return "", err
-	}
-	defer res.Body.Close()
-	var answer struct {
-		DebugInfo *api.DebugInfo `json:"_debug_info"`
-	}
-	err = json.NewDecoder(res.Body).Decode(&answer)
-	switch {
-	case res.StatusCode != http.StatusOK:
-		return "", fmt.Errorf("rendering a prompt: status %d", res.StatusCode)
-	case err != nil:
-		return "", fmt.Errorf("rendering a prompt: %w", err)
-	case answer.DebugInfo == nil:
-		return "", errors.New("rendering a prompt: the answer has no rendered text")
-	}
-	return answer.DebugInfo.RenderedTemplate, nil
-}
-
 // AtLeast reports whether the server's version is known to be this one or later.
 func (st State) AtLeast(major, minor int) bool {
 	var a, b int
@@ -522,6 +492,21 @@ func (s *Server) Keep(ctx context.Context, model string, d time.Duration, embedd
 	return s.client.Generate(ctx,
 		&api.GenerateRequest{Model: model, KeepAlive: keep, Stream: &stream, Options: options, Shift: shift},
 		func(api.GenerateResponse) error { return nil })
+}
+
+// Load has the model loaded with these options, as a request would that states them, and returns how
+// long that took by the server's account. It evaluates nothing, and states no keep_alive.
+func (s *Server) Load(
+	ctx context.Context, model string, options map[string]any, shift *bool,
+) (took time.Duration, err error) {
+	stream := false
+	err = s.client.Generate(ctx,
+		&api.GenerateRequest{Model: model, Stream: &stream, Options: options, Shift: shift},
+		func(r api.GenerateResponse) error {
+			took = r.LoadDuration
+			return nil
+		})
+	return took, err
 }
 
 // StatusCode returns the HTTP status with which a server refused what was asked, 0 where it did not answer.

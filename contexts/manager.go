@@ -28,7 +28,7 @@ import (
 type Engine interface {
 	Slots(ctx context.Context) ([]engine.Slot, error)
 	Save(ctx context.Context, slot int, name string) (engine.Saved, error)
-	Restore(ctx context.Context, slot int, name string) (engine.Restored, error)
+	Restore(ctx context.Context, slot int, name string, size int64) (engine.Restored, error)
 }
 
 // Running is an engine that runs now.
@@ -360,7 +360,7 @@ func (u *Use) attach(ctx context.Context) bool {
 	}
 	ctx, cancel := context.WithTimeout(ctx, max(gain, leastTimeout))
 	defer cancel()
-	got, err := on.Restore(ctx, i, best.ID)
+	got, err := on.Restore(ctx, i, best.ID, best.Bytes)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	u.slot = i

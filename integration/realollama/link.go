@@ -1,0 +1,39 @@
+package realollama
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+)
+
+// LinkConfig says which Ollama to link to the proxy, and where.
+type LinkConfig struct {
+	// Version is EraB or EraC; EraA has no engine of its own to link to.
+	Version string
+	// Home is the folder of the link.
+	Home string
+	// Program is the path of the proxy's binary.
+	Program string
+	// SWAFull has the engine keep the whole context of sliding windows.
+	SWAFull bool
+}
+
+// Link makes sure that the cache has an Ollama, makes a linked one of it in a folder, and returns the path of
+// its binary, for Config.Bin. The one in the cache stays as it is.
+func Link(ctx context.Context, config LinkConfig) (string, error) {
+	c, err := OpenCache(os.Stderr)
+	if err != nil {
+		return "", err
+	}
+	original, err := c.Ollama(ctx, config.Version)
+	if err != nil {
+		return "", err
+	}
+	if err := linkEngine(original, config); err != nil {
+		return "", err
+	}
+	return filepath.Join(config.Home, "bin", "ollama"), nil
+}
+
+func linkEngine(original string, config LinkConfig) error { return errors.New("not there yet") }

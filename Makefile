@@ -41,7 +41,7 @@ test-engine-source: export OLLAMA_CACHEPROXY_ENGINE = source
 test-engine-source: export OLLAMA_ERAS = b c
 test-engine-source: servers ## the tests of the engine, on llama-server built from its source (10 min more, once)
 	$(TEST_EACH) ./integration/realollama
-	$(TEST_EACH) -run '^(TestSimulated|TestTruth|TestAttachContext|TestPrefix)$$' ./integration
+	$(TEST_EACH) -run '^(TestSimulated|TestTruth|TestPrefix)$$' ./integration
 
 .PHONY: servers
 servers: ## find or build the Ollama servers and models that the tests use

@@ -25,8 +25,6 @@ type Record struct {
 	Warm bool
 	// Tokens is how many tokens the prompt has up to and with this link. 0: not known.
 	Tokens int
-	// Context is the link's stored context, in tokens. nil: none. It is shared: not to be modified.
-	Context []int
 }
 
 // Store keeps what is known of links. Its methods may be called concurrently. None of them fails, or waits for anything but
@@ -34,7 +32,7 @@ type Record struct {
 //
 // Links are given as prefix makes them: from a prompt's first on, and each hash stands for all links before it, too. What is
 // known of a chain is a leading run of its links. Links are dropped to make room from the ends of chains, those first that
-// were put longest ago. Only Put makes a link newer; to ask changes nothing, and neither does SetContext.
+// were put longest ago. Only Put makes a link newer; to ask changes nothing.
 //
 // The links of a chain are all of one model, since the first one's hash has the model's name in it. When the name comes to
 // mean another model the links stay the same: Forget is for that.
@@ -53,15 +51,6 @@ type Store interface {
 	// remember is not noted.
 	Put(links []prefix.Link, s Sight, tokens int)
 
-	// SetContext stores a copy of tokens as the context of the link with this hash, until the link is dropped; an empty one
-	// removes what is stored. false: the link is not known, or there is no room for that many tokens, and nothing has been
-	// stored.
-	SetContext(hash uint64, tokens []int) bool
-
-	// Context returns the stored context of the last of the known leading links that has one, and that link's index. The
-	// tokens are shared: not to be modified. -1 and nil if none has one.
-	Context(links []prefix.Link) (i int, tokens []int)
-
 	// Cool says that the upstream's load of the model has ended (reload, eviction, restart): what was warm there is not
 	// any more, until it is seen again. Model 0 means all models.
 	Cool(upstream uint16, model uint32)
@@ -77,7 +66,7 @@ type Store interface {
 // Limits bound a store. With one of them 0 or less it keeps nothing.
 type Limits struct {
 	Entries int   // links
-	Bytes   int64 // memory for links and their contexts
+	Bytes   int64 // memory for links
 }
 
 // Stats counts what a store holds.

@@ -1,8 +1,4 @@
 package contextstore
 
-// What the account is made of, for comparison with a model and with the heap.
-const (
-	ContextBytes = contextBytes
-	TokenBytes   = tokenBytes
-	MaxChain     = maxChain
-)
+// MaxChain is how many links of one chain are kept, for comparison with a model.
+const MaxChain = maxChain

@@ -12,15 +12,11 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
-// What Memory's bytes are made of, measured as growth of the heap by TestLinkBytes and TestContextBytes.
+// What Memory's bytes are made of, measured as growth of the heap by TestLinkBytes.
 const (
 	// LinkBytes is what a link costs: 96 for its entry in the LRU, the rest for its place in a map. The map grows in steps,
 	// so that with the number of links, and with how long they have been replaced, it is between 119 and 148.
 	LinkBytes = 132
-	// A stored context costs contextBytes more, for its place in a map and what the allocator rounds up, and tokenBytes for
-	// each token.
-	contextBytes = 80
-	tokenBytes   = 8
 )
 
 const (
@@ -49,11 +45,6 @@ type Memory struct {
 	forgotten uint64            // the last that ended with the forgetting of any model
 	cooled    map[uint16]uint64 // the last that ended with the cooling of all models, by upstream
 
-	// contexts has the stored contexts by the hashes of their links, known or not. They are not in links, since to
-	// overwrite a value there makes its link the newest, newer than those before it in its chain.
-	contexts     map[uint64][]int
-	contextsCost int64 // in bytes
-
 	// numbers has the numbers of the models remembered, by the hashes of their keys, so that long keys cost nothing. Should
 	// two keys ever have one hash, they are one model here, and what is forgotten of one is forgotten of the other.
 	numbers *simplelru.LRU[uint64, uint32]
@@ -81,13 +72,12 @@ type link struct {
 // NewMemory returns an empty store.
 func NewMemory(limits Limits) *Memory {
 	return &Memory{
-		limits:   Limits{Entries: max(limits.Entries, 0), Bytes: max(limits.Bytes, 0)},
-		seed:     maphash.MakeSeed(),
-		links:    newLRU[link](),
-		tick:     1,
-		cooled:   map[uint16]uint64{},
-		contexts: map[uint64][]int{},
-		numbers:  newLRU[uint32](),
+		limits:  Limits{Entries: max(limits.Entries, 0), Bytes: max(limits.Bytes, 0)},
+		seed:    maphash.MakeSeed(),
+		links:   newLRU[link](),
+		tick:    1,
+		cooled:  map[uint16]uint64{},
+		numbers: newLRU[uint32](),
 	}
 }
 
@@ -129,10 +119,9 @@ func (m *Memory) Match(links []prefix.Link) (depth int, rec Record) {
 		return 0, Record{}
 	}
 	rec = Record{
-		Sight:   Sight{Upstream: last.upstream, Lane: last.lane, Model: last.model},
-		Warm:    last.tick > m.cooled[last.upstream] && last.tick > m.slot(last.model).cooled[last.upstream],
-		Tokens:  int(last.tokens),
-		Context: m.contexts[links[depth-1].Hash],
+		Sight:  Sight{Upstream: last.upstream, Lane: last.lane, Model: last.model},
+		Warm:   last.tick > m.cooled[last.upstream] && last.tick > m.slot(last.model).cooled[last.upstream],
+		Tokens: int(last.tokens),
 	}
 	if last.at != 0 {
 		rec.At = time.Unix(0, last.at)
@@ -193,12 +182,8 @@ func (m *Memory) Put(links []prefix.Link, s Sight, tokens int) {
 	// From the last link to the first, so that the first is the newest and is dropped last.
 	for i := int(kept) - 1; i >= 0; i-- {
 		l, hash := seen, links[i].Hash
-		if old, ok := m.links.Peek(hash); ok {
-			if old.model == l.model && m.known(old) {
-				l.tokens = old.tokens
-			} else {
-				m.dropContext(hash)
-			}
+		if old, ok := m.links.Peek(hash); ok && old.model == l.model && m.known(old) {
+			l.tokens = old.tokens
 		}
 		if i == last && tokens > 0 {
 			l.tokens = uint32(min(tokens, math.MaxInt32))
@@ -211,65 +196,13 @@ func (m *Memory) Put(links []prefix.Link, s Sight, tokens int) {
 // trim drops the oldest links until the limits hold. m.mu must be held.
 func (m *Memory) trim() {
 	for m.links.Len() > m.limits.Entries || m.bytes() > m.limits.Bytes {
-		hash, _, _ := m.links.RemoveOldest()
-		m.dropContext(hash)
+		m.links.RemoveOldest()
 		m.evictions++
 	}
 }
 
 // bytes returns how many bytes are held. m.mu must be held.
-func (m *Memory) bytes() int64 { return int64(m.links.Len())*LinkBytes + m.contextsCost }
-
-// SetContext implements Store.
-func (m *Memory) SetContext(hash uint64, tokens []int) bool {
-	if len(tokens) > 0 && LinkBytes+contextCost(len(tokens)) > m.limits.Bytes {
-		return false // it would drop every link, its own as well
-	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	l, ok := m.links.Peek(hash)
-	if !ok || !m.known(l) {
-		return false
-	}
-	m.dropContext(hash)
-	if len(tokens) == 0 {
-		return true
-	}
-	stored := make([]int, len(tokens)) // not longer, as slices.Clone may be: the account counts tokens
-	copy(stored, tokens)
-	m.contexts[hash] = stored
-	m.contextsCost += contextCost(len(tokens))
-	m.trim()
-	_, ok = m.contexts[hash]
-	return ok
-}
-
-// dropContext removes the context of the link with this hash, if it has one. m.mu must be held.
-func (m *Memory) dropContext(hash uint64) {
-	if tokens, ok := m.contexts[hash]; ok {
-		m.contextsCost -= contextCost(len(tokens))
-		delete(m.contexts, hash)
-	}
-}
-
-// contextCost returns what a stored context of n tokens costs, in bytes of heap.
-func contextCost(n int) int64 { return contextBytes + tokenBytes*int64(n) }
-
-// Context implements Store.
-func (m *Memory) Context(links []prefix.Link) (i int, tokens []int) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if len(m.contexts) == 0 {
-		return -1, nil
-	}
-	depth, _ := m.match(links)
-	for i := depth - 1; i >= 0; i-- {
-		if tokens, ok := m.contexts[links[i].Hash]; ok {
-			return i, tokens
-		}
-	}
-	return -1, nil
-}
+func (m *Memory) bytes() int64 { return int64(m.links.Len()) * LinkBytes }
 
 // Cool implements Store.
 func (m *Memory) Cool(upstream uint16, model uint32) {
@@ -291,7 +224,7 @@ func (m *Memory) Forget(model uint32) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if model == 0 {
-		m.links, m.contexts, m.contextsCost = newLRU[link](), map[uint64][]int{}, 0
+		m.links = newLRU[link]()
 	} else if s := m.slot(model); s != nil {
 		m.forget(s)
 	}

@@ -16,7 +16,7 @@ func TestMemory(t *testing.T) {
 	})
 }
 
-var costs = storetest.Costs{Link: contextstore.LinkBytes, Context: contextstore.ContextBytes, Token: contextstore.TokenBytes}
+var costs = storetest.Costs{Link: contextstore.LinkBytes}
 
 // TestMemoryRandom compares full stores with the model: which links are dropped, and the account.
 func TestMemoryRandom(t *testing.T) {
@@ -100,26 +100,6 @@ func TestLinkBytes(t *testing.T) {
 	}
 }
 
-func TestContextBytes(t *testing.T) {
-	for _, n := range []int{100, 129, 1000, 20_000} {
-		links := make([]prefix.Link, 4_000_000/n)
-		fill(links, 0)
-		s := contextstore.NewMemory(contextstore.Limits{Entries: 1 << 20, Bytes: 1 << 40})
-		for i := range links { // each is a prompt
-			s.Put(links[i:i+1], contextstore.Sight{Model: s.Model("m")}, 0)
-		}
-		tokens := make([]int, n)
-		accounted, before := s.Stats().Bytes, heap()
-		for _, l := range links {
-			s.SetContext(l.Hash, tokens)
-		}
-		grown := heap() - before
-		accounted = s.Stats().Bytes - accounted
-		wantWithin(t, fmt.Sprintf("%d contexts of %d tokens", len(links), n), accounted, grown)
-		runtime.KeepAlive(links)
-	}
-}
-
 // A million links take at most 300 MB, and are all there.
 func TestMillionLinks(t *testing.T) {
 	const million = 1_000_000
@@ -162,13 +142,11 @@ func TestAllocations(t *testing.T) {
 	s := filled(1000, 1)
 	links := make([]prefix.Link, 64)
 	fill(links, 0)
-	s.SetContext(links[40].Hash, []int{1, 2, 3})
 	sight := contextstore.Sight{Model: s.Model("m")}
 	for name, f := range map[string]func(){
-		"Match":   func() { s.Match(links) },
-		"Context": func() { s.Context(links) },
-		"Put":     func() { s.Put(links, sight, 1000) },
-		"Model":   func() { s.Model("m") },
+		"Match": func() { s.Match(links) },
+		"Put":   func() { s.Put(links, sight, 1000) },
+		"Model": func() { s.Model("m") },
 	} {
 		if n := testing.AllocsPerRun(100, f); n != 0 {
 			t.Errorf("%s of what is known allocates %v times", name, n)

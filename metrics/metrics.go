@@ -57,7 +57,6 @@ type Metrics struct {
 	estimatedLoads  *prometheus.CounterVec
 	truncated       *prometheus.CounterVec
 	waited          *prometheus.HistogramVec
-	attached        *prometheus.CounterVec
 	keyRequests     *prometheus.CounterVec
 	keyTokens       *prometheus.CounterVec
 
@@ -113,7 +112,6 @@ func New(version string, inFlight func() int64) *Metrics {
 	m.loads = counter("model_loads_total", "Model loads that requests waited for, as their answers told.", "model")
 	m.estimatedLoads = counter("estimated_model_loads_total", "Model loads that are inferred from changed options, where answers do not tell (/v1).", "model")
 	m.truncated = counter("estimated_truncated_prompts_total", "Prompts that Ollama has probably cut, by their token count.", "model")
-	m.attached = counter("attach_context_total", "What became of stored context for /api/generate: attached to a request; trusted, no_slower, unsuitable (a group of requests); anything else says why it was switched off for the model.", "model", "outcome")
 	m.keyRequests = counter("key_requests_total",
 		"Requests that ended, by the name of their API key and outcome.", "name", "outcome")
 	m.keyTokens = counter("key_tokens_total",
@@ -303,11 +301,6 @@ func (l *lanes) Collect(ch chan<- prometheus.Metric) {
 	}
 	count(laneHolds, st.HoldsHit, "hit")
 	count(laneHolds, st.HoldsExpired, "expired")
-}
-
-// Attached counts what became of stored context.
-func (m *Metrics) Attached(model, outcome string) {
-	m.attached.WithLabelValues(m.model(model, true), outcome).Inc()
 }
 
 // Store adds the series of a store; stats is asked at each scrape.

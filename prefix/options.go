@@ -1,9 +1,12 @@
 package prefix
 
 import (
+	"encoding/binary"
 	"fmt"
 	"slices"
 	"strconv"
+
+	"github.com/cespare/xxhash/v2"
 )
 
 // Options are the runner options that a request states: those with which a model is loaded, so that a request with other
@@ -52,6 +55,18 @@ func (o Options) Changes(from Options) []Change {
 		}
 	}
 	return changes
+}
+
+// hash returns a fingerprint of the options, the model aside; 0 if none is stated.
+func (o Options) hash() uint64 {
+	if o.set == 0 {
+		return 0
+	}
+	stated := binary.LittleEndian.AppendUint16(make([]byte, 0, 2+8*numOptions), o.set)
+	for _, v := range o.values {
+		stated = binary.LittleEndian.AppendUint64(stated, uint64(v))
+	}
+	return xxhash.Sum64(stated)
 }
 
 func (o *Options) put(i int, v int64) {

@@ -74,6 +74,18 @@ func (c *Chain) Leaf() uint64 {
 	return c.Links[len(c.Links)-1].Hash
 }
 
+// Contents returns the fingerprints of the links as they would be if the request stated no runner
+// options: what the prompts of two requests have in common whatever context length and the like the
+// model is loaded with for each. Like Hash, none of them is 0.
+func (c *Chain) Contents() []uint64 {
+	runner := c.Runner.hash()
+	contents := make([]uint64, len(c.Links))
+	for i, l := range c.Links {
+		contents[i] = max(l.Hash^runner, 1)
+	}
+	return contents
+}
+
 // Bytes returns how many bytes of text the prompt has.
 func (c *Chain) Bytes() int {
 	if len(c.Links) == 0 {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 
@@ -561,5 +562,29 @@ func TestManyMessages(t *testing.T) {
 	}
 	if s := Common(a.Links, b.Links); s.Links != maxLinks-1 {
 		t.Errorf("%+v in common", s)
+	}
+}
+
+// TestContents: what a chain has beside its runner options is the same whatever these are, and the
+// model is not one of them.
+func TestContents(t *testing.T) {
+	r := NewReader()
+	read := func(model, options string) Chain {
+		return r.Read(Chat, model, []byte(`{"messages":[{"role":"user","content":"`+strings.Repeat("a word ", 200)+`"}]`+options+`}`))
+	}
+	plain, wide := read("m", ""), read("m", `,"options":{"num_ctx":8192,"num_gpu":1}`)
+	if n := Common(plain.Links, wide.Links).Links; n != 0 {
+		t.Errorf("with other options %d links are in common, want none", n)
+	}
+	if got, want := wide.Contents(), plain.Contents(); !slices.Equal(got, want) {
+		t.Errorf("with other options the contents are %x, want %x", got, want)
+	}
+	for i, l := range plain.Links {
+		if l.Hash != plain.Contents()[i] {
+			t.Errorf("link %d is %x, its contents %x, without any option", i, l.Hash, plain.Contents()[i])
+		}
+	}
+	if other := read("n", ""); other.Contents()[0] == plain.Contents()[0] || other.Contents()[4] == plain.Contents()[4] {
+		t.Error("two models have the same contents")
 	}
 }

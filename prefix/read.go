@@ -84,12 +84,12 @@ func (r *Reader) ReadMembers(e Endpoint, model string, body []byte, members []js
 		c.Runner = p.body.runner
 		c.Runner.Model = model
 	}
-	p.runner(c.Runner)
+	p.loads(c.Runner)
 	p.settings(e, &p.body)
 	p.message = 0
 	p.prompt()
 	if len(p.links) == maxLinks {
-		p.links[maxLinks-1].Hash, p.links[maxLinks-1].Bytes = p.digest.Sum64()|1, p.bytes
+		p.links[maxLinks-1].Hash, p.links[maxLinks-1].Bytes = p.sum(), p.bytes
 	}
 	c.Links, c.Messages, c.Images = p.links, int(p.message), p.pictures
 	c.Opening = xxhash.Sum64String(model) ^ cmp.Or(p.opening[0]*3, p.opening[1])
@@ -261,13 +261,10 @@ func (o *Options) read(object []byte) {
 	}
 }
 
-func (w *writer) runner(o Options) {
+// loads writes which model is loaded, and with which options.
+func (w *writer) loads(o Options) {
 	w.put('R', []byte(o.Model))
-	for i, v := range o.values {
-		if o.set&(1<<i) != 0 {
-			w.putNumber(byte(i), uint64(v))
-		}
-	}
+	w.runner = o.hash()
 	w.add(Link{Part: Runner, Message: -1})
 }
 

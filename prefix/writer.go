@@ -34,7 +34,8 @@ const mark = 0xFF
 // writer makes a chain. What it writes to the digest is a canonical form of the prompt: the same for every way to write
 // the same request.
 type writer struct {
-	digest xxhash.Digest
+	digest xxhash.Digest // of the model and the prompt
+	runner uint64        // of the options that the model is loaded with
 	links  []Link
 
 	message  int32 // the message being written
@@ -80,12 +81,15 @@ func (w *writer) add(l Link) {
 	if len(w.links) == maxLinks {
 		return
 	}
-	l.Hash = w.digest.Sum64()
-	if l.Hash == 0 {
-		l.Hash = 1
-	}
+	l.Hash = w.sum()
 	l.Bytes = w.bytes
 	w.links = append(w.links, l)
+}
+
+// sum returns the fingerprint of all that was written, and of the runner options. These are not
+// part of the digest, so that a chain without them costs no second one: see Chain.Contents.
+func (w *writer) sum() uint64 {
+	return max(w.digest.Sum64()^w.runner, 1)
 }
 
 // begin begins a message's text: its Head link has been written.

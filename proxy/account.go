@@ -76,7 +76,6 @@ func (h *Handler) accounted(ex *exchange) {
 		o.Answer = ex.answer.Answer()
 		defer ex.answer.Release()
 	}
-	ex.attached(o.Answer)
 	end.Load, end.Unload = o.Load, end.Unload || o.DoneReason == "unload"
 	o.Ending = ex.run.End(time.Now(), end)
 	if entry, ok := ex.spend.End(time.Now(), o); ok {
@@ -145,9 +144,7 @@ func (h *Handler) polledBooks(b *backend, st upstream.State) {
 	}
 	if st.Restarted {
 		b.runners.Restarted()
-		h.forgetContexts(st.Models)
 	}
-	h.forgetContexts(st.Replaced)
 	for _, model := range st.Replaced {
 		if h.Ledger != nil {
 			h.Ledger.Forget(b.index, model)

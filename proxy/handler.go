@@ -25,7 +25,6 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 
-	"github.com/ollama-cacheproxy/ollama-cacheproxy/attach"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/jsonscan"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/runners"
@@ -76,11 +75,6 @@ type Handler struct {
 	Lanes       *schedule.Scheduler // says when a request may be sent, and where; nil, with one upstream only, sends them as they come
 	ShowPrompts bool                // the page of the last requests has excerpts of their bodies
 
-	// AttachContext sends requests to /api/generate with stored context where that is exact and no slower; with one upstream
-	// only. Attached is told what became of it.
-	AttachContext bool
-	Attached      func(model, outcome string)
-
 	// Done is told of each request when it is over, Touched of each keep_alive that was set, or refused, in the
 	// background. Nil means nobody listens.
 	Done    func(Exchange)
@@ -100,7 +94,6 @@ type Handler struct {
 	backends []*backend // Upstreams, in the same order
 	forward  *httputil.ReverseProxy
 	prefixes *prefix.Reader
-	attacher *attach.Attacher // nil: nothing is attached
 
 	lingers      time.Duration
 	refreshEvery time.Duration
@@ -212,7 +205,6 @@ type exchange struct {
 	dialect savings.Dialect
 	answer  *savings.Reader // nil where nobody reads the answer
 	excerpt string
-	plan    *attach.Plan // nil where nothing is attached, or to be learned from the answer
 
 	in      atomic.Int64 // bytes of the request's body so far; becomes BytesIn
 	bodyErr error        // how reading the answer's body ended; nil if it was never read to an end
@@ -287,9 +279,6 @@ func (h *Handler) Init() {
 			h.Lanes.SetName(b.index, s.Name)
 		}
 	}
-	if h.AttachContext && len(h.backends) == 1 {
-		h.attacher = h.newAttacher()
-	}
 	h.forward = &httputil.ReverseProxy{
 		Rewrite:        h.rewrite,
 		ModifyResponse: h.modifyResponse,
@@ -306,9 +295,6 @@ func (h *Handler) Run(ctx context.Context) {
 	var wg sync.WaitGroup
 	for _, b := range h.backends {
 		wg.Go(func() { b.residency.run(ctx) })
-	}
-	if h.attacher != nil {
-		wg.Go(func() { h.attacher.Run(ctx) })
 	}
 	wg.Wait()
 }
@@ -528,9 +514,6 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 	f, err := scan(data, ex.members[:])
 	if err == nil {
 		h.understand(ex, f, data)
-		if err := h.attach(ex); err != nil {
-			return ex.unreadable(err)
-		}
 		return nil
 	}
 	switch enc := r.Header.Get("Content-Encoding"); {

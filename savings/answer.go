@@ -47,9 +47,6 @@ type Answer struct {
 	// DoneReason is "stop", "length", …, and "load" or "unload" for a request without a prompt, which has no counts: Done
 	// is false then.
 	DoneReason string
-	// Context is the context of /api/generate, a JSON array as the server wrote it; nil if there is none. It lies in the
-	// Reader's memory: valid until Release.
-	Context []byte
 }
 
 const (
@@ -104,8 +101,7 @@ func NewReader(d Dialect, contentType string, tellsCached bool) *Reader {
 	return r
 }
 
-// Release makes the Reader's memory available to others. Neither the Reader nor a Context that it returned may be used
-// any more.
+// Release makes the Reader's memory available to others. The Reader may not be used any more.
 func (r *Reader) Release() {
 	if cap(r.line) > maxPooled {
 		r.line = nil
@@ -231,10 +227,6 @@ func native(text []byte) Answer {
 			done = string(value) == "true"
 		case "done_reason":
 			a.DoneReason, _ = jsonscan.Unquote(value)
-		case "context":
-			if a.Context = nil; value[0] == '[' {
-				a.Context = value
-			}
 		case "prompt_eval_count":
 			a.Total, _ = count(value)
 		case "prompt_eval_cached_count":

@@ -4,10 +4,8 @@
 package upstream
 
 import (
-	"bytes"
 	"context"
 	"crypto/rand"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -463,34 +461,6 @@ func (s *Server) Loaded(ctx context.Context) ([]Loaded, error) {
 // Show asks what the server has of a model.
 func (s *Server) Show(ctx context.Context, model string) (*api.ShowResponse, error) {
 	return s.client.Show(ctx, &api.ShowRequest{Model: model})
-}
-
-// Render posts a body to /api/generate that asks to be rendered only (_debug_render_only), and returns the prompt that the
-// model would be given.
-func (s *Server) Render(ctx context.Context, body []byte) (string, error) {
-	r, err := http.NewRequestWithContext(ctx, http.MethodPost, s.URL.JoinPath("/api/generate").String(), bytes.NewReader(body))
-	if err != nil {
-		return "", err
-	}
-	r.Header.Set("Content-Type", "application/json")
-	res, err := s.own.Do(r)
-	if err != nil {
-		return "", err
-	}
-	defer res.Body.Close()
-	var answer struct {
-		DebugInfo *api.DebugInfo `json:"_debug_info"`
-	}
-	err = json.NewDecoder(res.Body).Decode(&answer)
-	switch {
-	case res.StatusCode != http.StatusOK:
-		return "", fmt.Errorf("rendering a prompt: status %d", res.StatusCode)
-	case err != nil:
-		return "", fmt.Errorf("rendering a prompt: %w", err)
-	case answer.DebugInfo == nil:
-		return "", errors.New("rendering a prompt: the answer has no rendered text")
-	}
-	return answer.DebugInfo.RenderedTemplate, nil
 }
 
 // AtLeast reports whether the server's version is known to be this one or later.

@@ -15,16 +15,16 @@ func TestImports(t *testing.T) {
 		"upstream":              {},
 		"ollamasim":             {"upstream"},
 		"prefix":                {"jsonscan"},
-		"attach":                {"jsonscan"},
 		"batch":                 {"jsonscan", "prefix"},
+		"engine":                {},
 		"contextstore":          {"prefix"},
 		"runners":               {"prefix", "upstream"},
 		"savings":               {"contextstore", "jsonscan", "prefix", "runners"},
 		"schedule":              {"prefix"},
-		"proxy":                 {"attach", "jsonscan", "prefix", "runners", "savings", "schedule", "upstream"},
+		"proxy":                 {"jsonscan", "prefix", "runners", "savings", "schedule", "upstream"},
 		"metrics":               {"contextstore", "proxy", "savings", "schedule", "upstream"},
 		"bench":                 {"bench/text", "proxy", "savings", "upstream"},
-		"cmd/ollama-cacheproxy": {"batch", "bench", "contextstore", "metrics", "ollamasim", "proxy", "savings", "schedule", "upstream"},
+		"cmd/ollama-cacheproxy": {"batch", "bench", "contextstore", "engine", "metrics", "ollamasim", "proxy", "savings", "schedule", "upstream"},
 	}
 	for pkg, want := range allowed {
 		out, err := exec.Command("go", "list", "-f", `{{join .Imports "\n"}}`, module+pkg).Output()

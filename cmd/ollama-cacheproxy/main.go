@@ -9,10 +9,12 @@ import (
 	"os"
 	"os/signal"
 	"strconv"
+	"strings"
 	"syscall"
 
 	"github.com/alecthomas/kong"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/engine"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 )
 
@@ -21,6 +23,7 @@ type cli struct {
 	Serve   serveCmd   `cmd:"" default:"withargs" help:"Forward requests to Ollama (the default verb)."`
 	Batch   batchCmd   `cmd:"" help:"Send a file of requests, and go on where it was after a crash."`
 	Bench   benchCmd   `cmd:"" help:"Measure what the proxy is worth on an Ollama server: directly and through it, in one run."`
+	Engine  engineCmd  `cmd:"" help:"Link to the engines of an Ollama on this machine, for stored contexts."`
 	Health  healthCmd  `cmd:"" help:"Ask a running proxy whether it and its upstream are well; for a container's health check."`
 	Version versionCmd `cmd:"" help:"Print the version."`
 }
@@ -37,6 +40,9 @@ type console struct {
 }
 
 func main() {
+	if engine.Called(os.Args) {
+		os.Exit(engine.Main(os.Args))
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	// The first signal asks for a graceful stop; from then on a signal kills, as it does by default.
@@ -89,6 +95,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return exit
 	}
 	if err != nil {
+		if strings.Contains(err.Error(), "unknown flag --attach-context") {
+			err = errors.New("--attach-context is gone, since it saved no time: --contexts is what does")
+		}
 		fmt.Fprintf(stderr, "ollama-cacheproxy: %v (see ollama-cacheproxy --help)\n", err)
 		return 2
 	}

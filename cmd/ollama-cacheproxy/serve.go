@@ -65,10 +65,9 @@ type serveCmd struct {
 	TryDuration     time.Duration `default:"60s" placeholder:"TIME" help:"For how long requests wait for an upstream that is away, counted from when it was last seen; then they get 503. 0: not at all. Default: 60s."`
 	UpstreamSilence time.Duration `placeholder:"TIME" help:"Give any request up, with 504, when its upstream has sent nothing for this long. A model that thinks, or loads, sends nothing either, nor does a pull that verifies. Default: never."`
 
-	StoreEntries  int    `default:"1000000" placeholder:"N" help:"How many links of prefixes to remember; a prompt has about one for each 256 bytes. Default: 1000000."`
-	StoreBytes    int64  `default:"${storebytes}" placeholder:"BYTES" help:"How much memory to remember prefixes in. Default: 268435456 (256 MiB)."`
-	AttachContext string `default:"off" enum:"auto,off" help:"auto sends requests to /api/generate with stored context where that was verified to be exact and measured to be no slower (it has saved no time so far: docs/attach-context.md). Default: off."`
-	ShowPrompts   bool   `help:"Show the beginning and the end of request bodies on /_cacheproxy/requests. Without this (and without --attach-context auto) no prompt text is kept."`
+	StoreEntries int   `default:"1000000" placeholder:"N" help:"How many links of prefixes to remember; a prompt has about one for each 256 bytes. Default: 1000000."`
+	StoreBytes   int64 `default:"${storebytes}" placeholder:"BYTES" help:"How much memory to remember prefixes in. Default: 268435456 (256 MiB)."`
+	ShowPrompts  bool  `help:"Show the beginning and the end of request bodies on /_cacheproxy/requests. Without this no prompt text is kept."`
 
 	AllowHost   []string `placeholder:"NAME" help:"Accept this Host name on loopback connections too (* for any). Repeatable."`
 	AllowOrigin []string `placeholder:"ORIGIN" help:"Let web pages of this origin in, such as https://chat.example.com; one * stands for anything. Repeatable. Those in OLLAMA_ORIGINS are let in too."`
@@ -144,9 +143,6 @@ func (s *serveCmd) settings() (settings, error) {
 	}
 	for _, t := range set.upstreams {
 		set.lanes = set.lanes || t.slots != schedule.Unlimited || len(set.upstreams) > 1
-	}
-	if s.AttachContext == "auto" && len(set.upstreams) > 1 {
-		return set, errors.New("--attach-context auto works with one --upstream only: stored context belongs to a server's own models")
 	}
 	if set.keepAlive, err = proxy.ParseKeepAlive(proxy.KeepAlivePolicy(s.KeepAlivePolicy), append([]string{defaultKeepAlive}, s.KeepAlive...)); err != nil {
 		return set, fmt.Errorf("--keep-alive: %w", err)
@@ -301,7 +297,6 @@ func (s *serveCmd) handler(
 		UpstreamSilence: s.UpstreamSilence, Heartbeat: s.Heartbeat, Queue: s.Queue,
 		Guard: set.guard, Trusted: set.trusted, Log: logger,
 		Ledger: savings.New(store, rememberRequests), ShowPrompts: s.ShowPrompts,
-		AttachContext: s.AttachContext == "auto",
 	}
 	counts := metrics.New(version(), h.InFlight)
 	if set.lanes {
@@ -323,7 +318,7 @@ func (s *serveCmd) handler(
 	counts.Store(store.Stats)
 	counts.Held(h.Held)
 	counts.Waiting(h.Waiting)
-	h.Metrics, h.Done, h.Touched, h.Attached = counts.Handler(), counts.Done, counts.Touched, counts.Attached
+	h.Metrics, h.Done, h.Touched = counts.Handler(), counts.Done, counts.Touched
 	if s.done != nil {
 		h.Done = func(ex proxy.Exchange) {
 			counts.Done(ex)

@@ -19,8 +19,6 @@ func testEvictionOrder(t *testing.T, s contextstore.Store) {
 	s.Cool(0, s.Model("m"))
 	s.Forget(s.Model("other"))
 	s.Match(b)
-	setContext(t, s, b[3], 1, 2, 3)
-	s.Context(b)
 	put(s, d[:2], "m")
 	for _, want := range []struct {
 		links []prefix.Link
@@ -30,7 +28,6 @@ func testEvictionOrder(t *testing.T, s contextstore.Store) {
 	}
 	put(s, d, "m")
 	wantDepth(t, s, b, 0)
-	wantContext(t, s, b, -1)
 	put(s, b[:3], "m")
 	wantDepth(t, s, c, 1)
 	if st := s.Stats(); st.Entries != 12 || st.Evictions != 7 {
@@ -93,9 +90,6 @@ func testNoRoom(t *testing.T, s contextstore.Store) {
 	chain := links("a", 3)
 	put(s, chain, "m")
 	wantDepth(t, s, chain, 0)
-	if s.SetContext(chain[0].Hash, []int{1}) {
-		t.Error("SetContext stores in a store without room")
-	}
 	within(t, s)
 }
 
@@ -116,72 +110,5 @@ func testBytes(t *testing.T, s contextstore.Store) {
 	}
 	if st := s.Stats(); st.Bytes < st.Limits.Bytes-9*link || st.Evictions == 0 {
 		t.Errorf("links were dropped without need, or none was: %+v", st)
-	}
-}
-
-func testContextBytes(t *testing.T, s contextstore.Store) {
-	chain := links("a", 10)
-	put(s, chain, "m")
-	bare := s.Stats().Bytes
-	held := func(step string, least, most int64) {
-		t.Helper()
-		if got := s.Stats().Bytes - bare; got < least || got > most {
-			t.Errorf("%s: the contexts cost %d bytes, want %d to %d", step, got, least, most)
-		}
-	}
-	thousand := make([]int, 1000)
-	setContext(t, s, chain[4], thousand...)
-	held("set", 4_000, 10_000) // 4 or 8 bytes a token, and what goes with them
-	one := s.Stats().Bytes - bare
-	setContext(t, s, chain[4], thousand...)
-	held("set again", one, one)
-	setContext(t, s, chain[9], thousand...)
-	held("two", 2*one, 2*one)
-	put(s, chain, "m")
-	held("put", 2*one, 2*one)
-	setContext(t, s, chain[9], thousand[:500]...)
-	held("shorter", 6_000, 2*one-2_000)
-	setContext(t, s, chain[9])
-	setContext(t, s, chain[9])
-	held("removed", one, one)
-	put(s, chain, "other")
-	held("put under another model", 0, 0)
-	setContext(t, s, chain[9], thousand...)
-	s.Forget(s.Model("other"))
-	put(s, chain, "other")
-	held("put after Forget", 0, 0)
-	setContext(t, s, chain[9], thousand...)
-	put(s, links("b", 10), "m")
-	held("evicted", 0, 0)
-	s.Forget(0)
-	put(s, chain, "m")
-	held("put after Forget of all", 0, 0)
-}
-
-func testContextWithoutRoom(t *testing.T, s contextstore.Store) {
-	old, chain := links("b", 9), links("a", 9)
-	put(s, old, "m")
-	put(s, chain, "m")
-	setContext(t, s, chain[2], 1, 2, 3)
-	before := s.Stats()
-	if s.SetContext(chain[2].Hash, make([]int, 20_000)) {
-		t.Error("SetContext takes more than the store has room for")
-	}
-	wantContext(t, s, chain, 2, 1, 2, 3)
-	if got := s.Stats(); got != before {
-		t.Errorf("a context that was refused changed Stats from %+v to %+v", before, got)
-	}
-	// Room is made from what is oldest.
-	var n int
-	for n = 100; s.Stats().Evictions == 0 && n < 20_000; n += 100 {
-		setContext(t, s, chain[2], make([]int, n)...)
-		within(t, s)
-	}
-	wantDepth(t, s, chain, 9)
-	if depth, _ := s.Match(old); depth == 0 || depth == 9 {
-		t.Errorf("of the oldest chain %d links are left, want some", depth)
-	}
-	if i, tokens := s.Context(chain); i != 2 || len(tokens) != n-100 {
-		t.Errorf("Context is at %d and has %d tokens", i, len(tokens))
 	}
 }

@@ -37,8 +37,6 @@ func testConcurrentFull(t *testing.T, s contextstore.Store) {
 				switch script.next(8) {
 				default:
 					s.Put(links, contextstore.Sight{Upstream: uint16(worker), Model: model}, n)
-				case 1:
-					s.SetContext(links[n].Hash, make([]int, script.next(256)))
 				case 2:
 					s.Cool(uint16(worker), model)
 				case 3:
@@ -50,9 +48,6 @@ func testConcurrentFull(t *testing.T, s contextstore.Store) {
 				}
 				if depth, rec := s.Match(links); depth > len(links) || depth > 0 && rec.Model == 0 {
 					t.Errorf("Match is %d, %+v", depth, rec)
-				}
-				if i, tokens := s.Context(links); (i < 0) != (tokens == nil) {
-					t.Errorf("Context is at %d, %v", i, tokens)
 				}
 				if st := s.Stats(); st.Entries > st.Limits.Entries || st.Bytes > st.Limits.Bytes || st.Bytes < 0 {
 					t.Errorf("beyond its limits: %+v", st)

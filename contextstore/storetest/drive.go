@@ -3,7 +3,6 @@ package storetest
 import (
 	"fmt"
 	"math/rand/v2"
-	"slices"
 	"testing"
 	"time"
 
@@ -74,7 +73,7 @@ func drive(s contextstore.Store, costs Costs, script source, space int) error {
 
 	for step := 0; len(script) > 0; step++ {
 		var did string
-		switch op := script.next(10); {
+		switch op := script.next(7); {
 		case op < 5:
 			c, n := script.next(chains), script.next(chainLinks+1)
 			sight := contextstore.Sight{Upstream: upstream(), Lane: uint16(script.next(3)), At: at.Add(time.Duration(step))}
@@ -85,25 +84,13 @@ func drive(s contextstore.Store, costs Costs, script source, space int) error {
 			s.Put(chain(space, c)[:n], sight, tokens)
 			model.Put(chain(space, c)[:n], sight, tokens)
 			did = fmt.Sprintf("Put chain %d[:%d] %+v tokens %d", c, n, sight, tokens)
-		case op < 8:
-			c, i := script.next(chains), script.next(chainLinks)
-			tokens := make([]int, script.next(256))
-			for j := range tokens {
-				tokens[j] = step + j
-			}
-			hash := chain(space, c)[i].Hash
-			did = fmt.Sprintf("SetContext chain %d[%d] to %d tokens", c, i, len(tokens))
-			if got, want := s.SetContext(hash, tokens), model.SetContext(hash, tokens); got != want {
-				return fmt.Errorf("step %d: %s returns %v, want %v", step, did, got, want)
-			}
-			clear(tokens) // the store has its own
 		default:
 			var id uint32
 			m := script.next(5)
 			if m < 4 {
 				id = number(m)
 			}
-			if op == 8 {
+			if op == 5 {
 				up := upstream()
 				s.Cool(up, id)
 				model.Cool(up, id)
@@ -130,11 +117,6 @@ func compare(s contextstore.Store, model *naive, space int) error {
 		if depth != wantDepth || !equal(rec, wantRec) {
 			return fmt.Errorf("Match of chain %d is %d, %+v; want %d, %+v", c, depth, rec, wantDepth, wantRec)
 		}
-		i, tokens := s.Context(links)
-		wantI, wantTokens := model.Context(links)
-		if i != wantI || !slices.Equal(tokens, wantTokens) {
-			return fmt.Errorf("Context of chain %d is at %d, %v; want %d, %v", c, i, tokens, wantI, wantTokens)
-		}
 	}
 	if model.costs != (Costs{}) && s.Stats() != model.Stats() {
 		return fmt.Errorf("Stats are %+v; want %+v", s.Stats(), model.Stats())
@@ -145,7 +127,6 @@ func compare(s contextstore.Store, model *naive, space int) error {
 // equal compares records, their times as instants.
 func equal(a, b contextstore.Record) bool {
 	at := a.At.Equal(b.At)
-	context := slices.Equal(a.Context, b.Context) && (a.Context == nil) == (b.Context == nil)
 	a.At, b.At = time.Time{}, time.Time{}
-	return at && context && a.Sight == b.Sight && a.Warm == b.Warm && a.Tokens == b.Tokens
+	return at && a == b
 }

@@ -9,9 +9,7 @@ import (
 
 // Costs is what a store accounts for, in bytes.
 type Costs struct {
-	Link    int64 // for a link
-	Context int64 // for a stored context, beside its tokens
-	Token   int64 // for each token of a context
+	Link int64 // for a link
 }
 
 // naive is a store that is right because it is simple: it looks at everything it holds for every operation. Its models are the
@@ -63,7 +61,7 @@ func (n *naive) Put(links []prefix.Link, s contextstore.Sight, tokens int) {
 		l := &naiveLink{hash: links[i].Hash, rec: contextstore.Record{Sight: s, Warm: true}}
 		if old := n.find(l.hash); old != nil {
 			if !old.forgotten && old.rec.Model == s.Model {
-				l.rec.Tokens, l.rec.Context = old.rec.Tokens, old.rec.Context
+				l.rec.Tokens = old.rec.Tokens
 			}
 			n.held = slices.DeleteFunc(n.held, func(x *naiveLink) bool { return x == old })
 		}
@@ -80,37 +78,6 @@ func (n *naive) trim() {
 		n.held = n.held[:len(n.held)-1]
 		n.evictions++
 	}
-}
-
-func (n *naive) contextCost(tokens []int) int64 {
-	if len(tokens) == 0 {
-		return 0
-	}
-	return n.costs.Context + int64(len(tokens))*n.costs.Token
-}
-
-func (n *naive) SetContext(hash uint64, tokens []int) bool {
-	l := n.find(hash)
-	if l == nil || l.forgotten || n.costs.Link+n.contextCost(tokens) > n.limits.Bytes {
-		return false
-	}
-	l.rec.Context = append([]int(nil), tokens...)
-	n.trim()
-	return n.find(hash) != nil
-}
-
-func (n *naive) Context(links []prefix.Link) (i int, tokens []int) {
-	i = -1
-	for j, link := range links {
-		l := n.find(link.Hash)
-		if l == nil || l.forgotten {
-			break
-		}
-		if l.rec.Context != nil {
-			i, tokens = j, l.rec.Context
-		}
-	}
-	return i, tokens
 }
 
 func (n *naive) Cool(upstream uint16, model uint32) {
@@ -134,8 +101,6 @@ func (n *naive) Forget(model uint32) {
 
 func (n *naive) Stats() contextstore.Stats {
 	st := contextstore.Stats{Entries: len(n.held), Evictions: n.evictions, Limits: n.limits}
-	for _, l := range n.held {
-		st.Bytes += n.costs.Link + n.contextCost(l.rec.Context)
-	}
+	st.Bytes = int64(len(n.held)) * n.costs.Link
 	return st
 }

@@ -2,7 +2,6 @@
 package storetest
 
 import (
-	"fmt"
 	"testing"
 	"time"
 
@@ -34,9 +33,6 @@ func Run(t *testing.T, newStore func(t testing.TB, entries int, bytes int64) con
 		{"no bytes", ample, 0, testNoRoom},
 		{"limits below 0", -1, -1, testNoRoom},
 		{"bytes", ample, 50_000, testBytes},
-		{"bytes of contexts", 10, ample, testContextBytes},
-		{"context", ample, ample, testContext},
-		{"context without room", ample, 20_000, testContextWithoutRoom},
 		{"cool", ample, ample, testCool},
 		{"cool all models", ample, ample, testCoolAll},
 		{"forget", ample, ample, testForget},
@@ -92,20 +88,6 @@ func wantDepth(t testing.TB, s contextstore.Store, links []prefix.Link, want int
 	}
 }
 
-func wantContext(t *testing.T, s contextstore.Store, links []prefix.Link, want int, tokens ...int) {
-	t.Helper()
-	if i, got := s.Context(links); i != want || fmt.Sprint(got) != fmt.Sprint(tokens) || want < 0 && got != nil {
-		t.Errorf("Context is at %d, %v; want %d, %v", i, got, want, tokens)
-	}
-}
-
-func setContext(t *testing.T, s contextstore.Store, l prefix.Link, tokens ...int) {
-	t.Helper()
-	if !s.SetContext(l.Hash, tokens) {
-		t.Fatalf("SetContext refuses %d tokens", len(tokens))
-	}
-}
-
 // record returns what is known of the last of the links, all of which must be known.
 func record(t *testing.T, s contextstore.Store, links []prefix.Link) contextstore.Record {
 	t.Helper()
@@ -122,10 +104,6 @@ func testEmpty(t *testing.T, s contextstore.Store) {
 		if depth, rec := s.Match(l); depth != 0 || !equal(rec, contextstore.Record{}) {
 			t.Errorf("Match of %d links is %d, %+v", len(l), depth, rec)
 		}
-		wantContext(t, s, l, -1)
-	}
-	if s.SetContext(chain[0].Hash, []int{1}) || s.SetContext(chain[0].Hash, nil) {
-		t.Error("SetContext takes a link that is not known")
 	}
 	s.Put(nil, contextstore.Sight{Model: s.Model("m")}, 7)
 	s.Cool(3, s.Model("m"))
@@ -205,45 +183,5 @@ func testTime(t *testing.T, s contextstore.Store) {
 		if got := record(t, s, chain).At; !got.Equal(at) || got.IsZero() != at.IsZero() {
 			t.Errorf("At is %v, was %v", got, at)
 		}
-	}
-}
-
-func testContext(t *testing.T, s contextstore.Store) {
-	chain := links("a", 6)
-	put(s, chain, "m")
-	wantContext(t, s, chain, -1)
-	tokens := []int{7, 8, 9}
-	setContext(t, s, chain[1], tokens...)
-	clear(tokens)
-	wantContext(t, s, chain, 1, 7, 8, 9)
-	setContext(t, s, chain[4], 1<<31-1)
-	wantContext(t, s, chain, 4, 1<<31-1)
-	wantContext(t, s, chain[:4], 1, 7, 8, 9)
-	wantContext(t, s, chain[:1], -1)
-	wantContext(t, s, links("aaab", 6), 1, 7, 8, 9)
-	wantContext(t, s, links("ab", 6), -1)
-
-	if rec := record(t, s, chain[:2]); fmt.Sprint(rec.Context) != "[7 8 9]" {
-		t.Errorf("the link's record has context %v", rec.Context)
-	}
-	if rec := record(t, s, chain[:3]); rec.Context != nil {
-		t.Errorf("the next link's record has context %v", rec.Context)
-	}
-
-	put(s, chain, "m")
-	wantContext(t, s, chain, 4, 1<<31-1)
-	got := record(t, s, chain[:2]).Context
-	setContext(t, s, chain[1], 1, 2, 3)
-	if fmt.Sprint(got) != "[7 8 9]" {
-		t.Errorf("a context that was given out became %v", got)
-	}
-	setContext(t, s, chain[4])
-	wantContext(t, s, chain, 1, 1, 2, 3)
-	if !s.SetContext(chain[1].Hash, []int{}) {
-		t.Error("SetContext does not remove")
-	}
-	wantContext(t, s, chain, -1)
-	if rec := record(t, s, chain[:2]); rec.Context != nil {
-		t.Errorf("the context that was removed is %v", rec.Context)
 	}
 }

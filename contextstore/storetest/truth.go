@@ -14,7 +14,6 @@ func testCool(t *testing.T, s contextstore.Store) {
 	m, other := s.Model("m"), s.Model("other")
 	a, b, c, d := links("a", 4), links("b", 4), links("c", 4), links("d", 4)
 	s.Put(a, contextstore.Sight{Upstream: 1, Model: m}, 40)
-	setContext(t, s, a[3], 1, 2)
 	s.Put(b, contextstore.Sight{Upstream: 2, Model: m}, 40)
 	s.Put(c, contextstore.Sight{Upstream: 1, Model: other}, 40)
 	s.Cool(1, m)
@@ -28,7 +27,7 @@ func testCool(t *testing.T, s contextstore.Store) {
 		}
 	}
 	warm("cooled", false, true, true, true)
-	want := contextstore.Record{Sight: contextstore.Sight{Upstream: 1, Model: m}, Tokens: 40, Context: []int{1, 2}}
+	want := contextstore.Record{Sight: contextstore.Sight{Upstream: 1, Model: m}, Tokens: 40}
 	if rec := record(t, s, a); !equal(rec, want) {
 		t.Errorf("of a link that is not warm %+v is known, want %+v", rec, want)
 	}
@@ -73,22 +72,14 @@ func testForget(t *testing.T, s contextstore.Store) {
 	a, b := links("a", 5), links("b", 5)
 	s.Put(a, contextstore.Sight{Model: m}, 50)
 	s.Put(b, contextstore.Sight{Model: s.Model("other")}, 50)
-	setContext(t, s, a[2], 1, 2, 3)
-	setContext(t, s, b[2], 1, 2, 3)
 	s.Forget(m)
 	wantDepth(t, s, a, 0)
-	wantContext(t, s, a, -1)
-	if s.SetContext(a[2].Hash, []int{1}) || s.SetContext(a[2].Hash, nil) {
-		t.Error("SetContext takes a link that was forgotten")
-	}
 	wantDepth(t, s, b, 5)
-	wantContext(t, s, b, 2, 1, 2, 3)
 	if again := s.Model("m"); again != m {
 		t.Errorf("the model's number was %d and is %d", m, again)
 	}
 	s.Put(a[:4], contextstore.Sight{Model: m}, 0)
 	wantDepth(t, s, a, 4)
-	wantContext(t, s, a, -1)
 	s.Put(a, contextstore.Sight{Model: m}, 0)
 	if rec := record(t, s, a); !equal(rec, contextstore.Record{Sight: contextstore.Sight{Model: m}, Warm: true}) {
 		t.Errorf("%+v is left of what was forgotten", rec)
@@ -104,11 +95,9 @@ func testForgetAll(t *testing.T, s contextstore.Store) {
 	m := s.Model("m")
 	put(s, links("a", 5), "m")
 	put(s, links("b", 5), "other")
-	setContext(t, s, links("b", 5)[1], 1)
 	s.Forget(0)
 	for _, name := range []string{"a", "b"} {
 		wantDepth(t, s, links(name, 5), 0)
-		wantContext(t, s, links(name, 5), -1)
 	}
 	if again := s.Model("m"); again != m {
 		t.Errorf("the model's number was %d and is %d", m, again)
@@ -116,20 +105,17 @@ func testForgetAll(t *testing.T, s contextstore.Store) {
 	put(s, links("a", 5), "m")
 	wantDepth(t, s, links("a", 5), 5)
 	put(s, links("b", 5), "other")
-	wantContext(t, s, links("b", 5), -1)
 	within(t, s)
 }
 
 func testAnotherModel(t *testing.T, s contextstore.Store) {
 	chain := links("a", 5)
 	s.Put(chain, contextstore.Sight{Model: s.Model("m")}, 50)
-	setContext(t, s, chain[2], 1, 2, 3)
 	sight := contextstore.Sight{Model: s.Model("other")}
 	s.Put(chain, sight, 0)
 	if rec := record(t, s, chain); !equal(rec, contextstore.Record{Sight: sight, Warm: true}) {
 		t.Errorf("%+v is known, partly of another model", rec)
 	}
-	wantContext(t, s, chain, -1)
 	s.Forget(s.Model("m"))
 	wantDepth(t, s, chain, 5)
 	s.Forget(s.Model("other"))
@@ -192,7 +178,6 @@ func testTooManyModels(t *testing.T, s contextstore.Store) {
 	if depth, _ := s.Match(chain); depth > 0 && s.Model("model 0") != first {
 		t.Errorf("of a model that is not remembered, %d links are known", depth)
 	}
-	wantContext(t, s, chain, -1)
 
 	s.Put(links("late", 3), contextstore.Sight{Model: first}, 0) // by a request that took long
 	s.Forget(s.Model("model 0"))

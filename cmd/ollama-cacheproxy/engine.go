@@ -1,0 +1,176 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/engine"
+)
+
+// engineCmd links the proxy to the engines of an Ollama on the same machine; docs/engine.md.
+type engineCmd struct {
+	Link   engineLinkCmd   `cmd:"" help:"Link to an installed Ollama, or link anew after an upgrade."`
+	Unlink engineUnlinkCmd `cmd:"" help:"Take a link away."`
+	Status engineStatusCmd `cmd:"" help:"Say what is linked and which engines run."`
+}
+
+type engineLinkCmd struct {
+	Ollama  string `placeholder:"PATH" help:"The installed ollama binary. By default the one in PATH, or where installers put it."`
+	To      string `required:"" placeholder:"DIR" help:"The folder of the link, which is made if it is not there."`
+	SWAFull bool   `name:"swa-full" help:"Have models with a sliding window (Gemma 3, gpt-oss) keep all tokens, so that their contexts can be stored: it takes more memory."`
+}
+
+func (e *engineLinkCmd) Help() string {
+	return `Makes a second folder of an installed Ollama, 0.30 or later, whose engines tell the proxy where they are and
+save their contexts there. Nothing of the installed one is changed. Start DIR/bin/ollama in its place, and the proxy
+with --contexts DIR, as the same user.
+
+It does nothing where all is as it should be, so it can be run before each start of Ollama: then an upgrade is noticed.
+
+Examples:
+
+  ollama-cacheproxy engine link --to ~/.ollama-linked
+  ~/.ollama-linked/bin/ollama serve
+  ollama-cacheproxy engine link --ollama /usr/local/bin/ollama --to /var/lib/ollama-linked --swa-full`
+}
+
+func (e *engineLinkCmd) Run(c *console) error {
+	ollama := e.Ollama
+	if ollama == "" {
+		if ollama = findOllama(); ollama == "" {
+			return errors.New("there is no ollama in PATH or where installers put it: say where it is with --ollama")
+		}
+	}
+	info, err := engine.Link(engine.LinkOptions{Ollama: ollama, Home: e.To, SWAFull: e.SWAFull})
+	if err != nil {
+		return err
+	}
+	if !info.Anew {
+		fmt.Fprintf(c.stdout, "%s is linked to %s already, and nothing has changed\n", info.Home, info.Ollama)
+		return nil
+	}
+	fmt.Fprintf(c.stdout, "linked %s%s to %s\n", info.Ollama, ofVersion(info), info.Home)
+	nextStep(c.stdout, info)
+	return nil
+}
+
+func ofVersion(info engine.Info) string {
+	if info.Version == "" {
+		return ""
+	}
+	return " (" + info.Version + ")"
+}
+
+// nextStep says how the linked Ollama is started.
+func nextStep(w io.Writer, info engine.Info) {
+	fmt.Fprintf(w, "\nNext, stop Ollama and start it as\n\n  %s serve\n", info.Start())
+	if runtime.GOOS == "linux" {
+		program, err := os.Executable()
+		if err != nil {
+			program = "ollama-cacheproxy"
+		}
+		swa := ""
+		if info.SWAFull {
+			swa = " --swa-full"
+		}
+		fmt.Fprintf(w, `
+or, where systemd starts it, with "systemctl edit ollama" and
+
+  [Service]
+  ExecStartPre=%s engine link --ollama %s --to %s%s
+  ExecStart=
+  ExecStart=%s serve
+
+`, program, info.Ollama, info.Home, swa, info.Start())
+	}
+	fmt.Fprintf(w, "and the proxy, as the same user, as\n\n  ollama-cacheproxy serve --contexts %s\n", info.Home)
+}
+
+// findOllama is the ollama in PATH, or where installers and package managers put it; "" if there is
+// none.
+func findOllama() string {
+	if path, err := exec.LookPath("ollama"); err == nil {
+		return path
+	}
+	places := []string{
+		"/usr/local/bin/ollama", "/usr/bin/ollama", "/bin/ollama", "/opt/ollama/bin/ollama",
+		"/opt/homebrew/bin/ollama", "/Applications/Ollama.app/Contents/Resources/ollama",
+	}
+	if home, err := os.UserHomeDir(); err == nil {
+		places = append(places, filepath.Join(home, ".local", "bin", "ollama"))
+	}
+	for _, place := range places {
+		if info, err := os.Stat(place); err == nil && info.Mode().IsRegular() {
+			return place
+		}
+	}
+	return ""
+}
+
+type engineUnlinkCmd struct {
+	Dir      string `arg:"" placeholder:"DIR" help:"The folder of the link."`
+	Contexts bool   `help:"Take the stored contexts away, too."`
+}
+
+func (e *engineUnlinkCmd) Help() string {
+	return `Takes away what engine link has made, and leaves the stored contexts unless it is told otherwise. Stop the linked Ollama
+first: as long as it runs it needs the link to load models.
+
+Example:
+
+  ollama-cacheproxy engine unlink ~/.ollama-linked`
+}
+
+func (e *engineUnlinkCmd) Run(c *console) error {
+	if err := engine.Unlink(e.Dir, e.Contexts); err != nil {
+		return err
+	}
+	fmt.Fprintf(c.stdout, "unlinked %s\n", e.Dir)
+	return nil
+}
+
+type engineStatusCmd struct {
+	Dir string `arg:"" placeholder:"DIR" help:"The folder of the link."`
+}
+
+func (e *engineStatusCmd) Help() string {
+	return `Says which Ollama is linked, whether it has changed since, and which engines of it run. It exits with 1 where
+stored contexts are off, as they are after an upgrade until it is linked anew.
+
+Example:
+
+  ollama-cacheproxy engine status ~/.ollama-linked`
+}
+
+func (e *engineStatusCmd) Run(c *console) error {
+	info, err := engine.Inspect(e.Dir)
+	if err != nil {
+		return err
+	}
+	swa := ""
+	if info.SWAFull {
+		swa = ", with --swa-full"
+	}
+	fmt.Fprintf(c.stdout, "%s is linked to %s%s since %s%s\n", e.Dir, info.Ollama, ofVersion(info), info.Linked.Local().Format(time.DateTime), swa)
+	running, err := engine.Processes(e.Dir)
+	if err != nil {
+		return err
+	}
+	if len(running) == 0 {
+		fmt.Fprintln(c.stdout, "no engines run")
+	}
+	for _, p := range running {
+		fmt.Fprintf(c.stdout, "port %d: %s, %d slots of %d tokens, since %s, pid %d, of the Ollama on %s\n",
+			p.Port, p.Blob(), p.Parallel, p.ContextEach, p.Started.Local().Format(time.DateTime), p.PID, p.Server)
+	}
+	if info.Stale != "" {
+		return fmt.Errorf("stored contexts are off: %s; link anew: ollama-cacheproxy engine link --ollama %s --to %s", info.Stale, info.Ollama, e.Dir)
+	}
+	return nil
+}

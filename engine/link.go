@@ -1,0 +1,583 @@
+package engine
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// engineName is the name by which Ollama starts its engine.
+const engineName = "llama-server"
+
+// The files of a link, beneath its folder.
+var (
+	linkFile       = "link.json"
+	linkedOllama   = filepath.Join("bin", "ollama")
+	linkedLib      = filepath.Join("lib", "ollama")
+	linkedEngine   = filepath.Join(linkedLib, engineName)
+	originalEngine = filepath.Join(linkedLib, engineName+".installed")
+)
+
+// ErrNotLinked is the error where a folder is no link.
+var ErrNotLinked = errors.New("it is no link to an Ollama")
+
+// errDamaged is the error where what is linked was written down and cannot be made out any more.
+var errDamaged = errors.New("it is damaged")
+
+// Called is whether the program was called as an engine, by os.Args: then all that it does is Main.
+func Called(args []string) bool { return len(args) > 0 && filepath.Base(args[0]) == engineName }
+
+// LinkOptions say what is linked where.
+type LinkOptions struct {
+	// Ollama is the installed binary. Symlinks are followed, as Ollama itself does.
+	Ollama string
+	// Home is the folder of the link, which is made if it is not there.
+	Home string
+	// Program is what becomes llama-server; "" for this very program.
+	Program string
+	// SWAFull has the engines keep all tokens in layers with a sliding window (--swa-full), at the
+	// cost of memory; without it states of such models are of little use.
+	SWAFull bool
+}
+
+// Info is what a link is made of.
+type Info struct {
+	// Home is the link's folder.
+	Home string
+	// Ollama and Engine are the installed binary and its llama-server, with symlinks followed.
+	Ollama, Engine string
+	// Version is what the installed Ollama called itself, "" if it said nothing.
+	Version string
+	// Build tells builds of the engine apart: it is the same wherever the same files are installed.
+	Build string
+	// SWAFull is as it was asked for.
+	SWAFull bool
+	// Linked is when it was linked.
+	Linked time.Time
+	// Stale says in words what has changed since, so that stored contexts are off until it is linked
+	// anew; "" if nothing has.
+	Stale string `json:"-"`
+	// Anew is whether Link has made it, as opposed to having found it as it should be.
+	Anew bool `json:"-"`
+}
+
+// Start is the binary to start in place of the installed one.
+func (i Info) Start() string { return filepath.Join(i.Home, linkedOllama) }
+
+// link is what link.json has.
+type link struct {
+	Info
+	// OllamaFile, EngineFile and ProgramFile tell the linked files from newer ones.
+	OllamaFile, EngineFile, ProgramFile identity
+	// Program is the path of what became llama-server.
+	Program string
+	// Library tells the files beside the engine from newer ones.
+	Library string
+}
+
+// Link makes a link, makes it anew where what is linked has changed, and leaves it where nothing
+// has. It fails, and leaves all as it was, where the Ollama is older than 0.30, where the folder has
+// something else under the names that it needs, and where the folder cannot be written.
+func Link(o LinkOptions) (Info, error) {
+	if err := supported(); err != nil {
+		return Info{}, err
+	}
+	wanted, err := plan(o)
+	if err != nil {
+		return Info{}, err
+	}
+	if err := os.MkdirAll(wanted.Home, 0o700); err != nil {
+		return Info{}, fmt.Errorf("making the link's folder: %w", err)
+	}
+	if wanted.Home, err = filepath.EvalSymlinks(wanted.Home); err != nil {
+		return Info{}, fmt.Errorf("making the link's folder: %w", err)
+	}
+	unlock, err := lockFolder(wanted.Home)
+	if err != nil {
+		return Info{}, err
+	}
+	defer unlock()
+	present, err := readLink(wanted.Home)
+	switch {
+	case err == nil && present.is(wanted):
+		if present.identities() != wanted.identities() {
+			err = wanted.keep(present) // the same files in another place of the disk
+		}
+		return present.Info, err
+	case errors.Is(err, ErrNotLinked):
+		if err := nothingThere(wanted.Home); err != nil {
+			return Info{}, err
+		}
+	case err != nil && !errors.Is(err, errDamaged):
+		return Info{}, err
+	}
+	if wanted.Version == "" {
+		wanted.Version = versionOf(wanted.Ollama)
+	}
+	if wanted.Build, err = buildOf(filepath.Dir(wanted.Engine)); err != nil {
+		return Info{}, err
+	}
+	if err := wanted.make(); err != nil {
+		return Info{}, fmt.Errorf("linking %s to %s: %w", wanted.Ollama, wanted.Home, err)
+	}
+	wanted.Anew = true
+	return wanted.Info, nil
+}
+
+// plan finds out what is to be linked, all but what takes long.
+func plan(o LinkOptions) (link, error) {
+	home, err := filepath.Abs(o.Home)
+	if err != nil || o.Home == "" {
+		return link{}, errors.Join(errors.New("no folder is given to link to"), err)
+	}
+	ollama, err := installed(o.Ollama)
+	if err != nil {
+		return link{}, err
+	}
+	version := ""
+	engine, err := findEngine(ollama)
+	if err != nil {
+		if version = versionOf(ollama); older(version) {
+			err = fmt.Errorf("Ollama %s has no llama-server; 0.30 and later have", version)
+		}
+		return link{}, err
+	}
+	program := o.Program
+	if program == "" {
+		if program, err = os.Executable(); err != nil {
+			return link{}, fmt.Errorf("finding this program: %w", err)
+		}
+	}
+	if program, err = filepath.EvalSymlinks(program); err != nil {
+		return link{}, fmt.Errorf("finding this program: %w", err)
+	}
+	l := link{
+		Info:    Info{Home: home, Ollama: ollama, Engine: engine, Version: version, SWAFull: o.SWAFull, Linked: time.Now().Truncate(time.Second)},
+		Program: program,
+	}
+	for path, id := range map[string]*identity{ollama: &l.OllamaFile, engine: &l.EngineFile, program: &l.ProgramFile} {
+		if *id, err = identify(path); err != nil {
+			return link{}, err
+		}
+	}
+	l.Library, err = listing(filepath.Dir(engine))
+	return l, err
+}
+
+// installed is the binary that a path stands for. It is one that can be linked, and if the path
+// leads into a link, it is the one that is linked there.
+func installed(path string) (string, error) {
+	if path == "" {
+		return "", errors.New("no Ollama is given to link")
+	}
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return "", err
+	}
+	real, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return "", fmt.Errorf("finding Ollama: %w", err)
+	}
+	if l, err := readLink(filepath.Dir(filepath.Dir(real))); err == nil {
+		return l.Ollama, nil
+	}
+	f, err := os.Open(real)
+	if err != nil {
+		return "", fmt.Errorf("reading Ollama: %w", err)
+	}
+	defer f.Close()
+	var begin [2]byte
+	if _, err := io.ReadFull(f, begin[:]); err != nil {
+		return "", fmt.Errorf("%s is no program: %w", real, err)
+	}
+	if string(begin[:]) == "#!" {
+		return "", fmt.Errorf("%s is a script: give the program that it starts", real)
+	}
+	return real, nil
+}
+
+// findEngine finds the llama-server of an Ollama where that looks for it (its ml/path.go and
+// llm/llama_binary.go).
+func findEngine(ollama string) (string, error) {
+	beside := filepath.Dir(ollama)
+	up, down := filepath.Join(beside, "..", "lib", "ollama"), filepath.Join(beside, "lib", "ollama")
+	places := []string{up, down}
+	if runtime.GOOS == "darwin" {
+		places = []string{down, up}
+	}
+	places = append(places, filepath.Join(beside, "build", "lib", "ollama"), filepath.Join(beside, "dist", runtime.GOOS+"-"+runtime.GOARCH, "lib", "ollama"))
+	if runtime.GOOS == "darwin" {
+		places = append(places, beside)
+	}
+	for _, place := range places {
+		if real, err := filepath.EvalSymlinks(place); err == nil {
+			if engine := filepath.Join(real, engineName); isFile(engine) {
+				return engine, nil
+			}
+		}
+	}
+	return "", fmt.Errorf("there is no llama-server where %s looks for it (%s)", ollama, strings.Join(places, ", "))
+}
+
+func isFile(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.Mode().IsRegular()
+}
+
+var versionLine = regexp.MustCompile(`version is v?(\S+)`)
+
+// versionOf is what an Ollama calls itself, "" if it says nothing.
+func versionOf(ollama string) string {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, ollama, "--version")
+	// Nobody listens there: else it tells the version of a server that runs by chance.
+	cmd.Env = append(os.Environ(), "OLLAMA_HOST=127.0.0.1:1")
+	output, err := cmd.CombinedOutput()
+	if m := versionLine.FindSubmatch(output); err == nil && m != nil {
+		return string(m[1])
+	}
+	return ""
+}
+
+// older is whether a version is one before llama-server.
+func older(version string) bool {
+	major, rest, _ := strings.Cut(version, ".")
+	minor, _, _ := strings.Cut(rest, ".")
+	n, err := strconv.Atoi(minor)
+	return err == nil && major == "0" && 0 < n && n < 30
+}
+
+// identity tells a file from the one that an upgrade puts in its place.
+type identity struct {
+	Size    int64
+	ModTime time.Time
+	Inode   uint64
+	// Sum is the SHA-256 of its content, which only counts where the others do not say the same:
+	// layers of images and copies of folders change those.
+	Sum string
+}
+
+func identify(path string) (identity, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return identity{}, err
+	}
+	h := sha256.New()
+	if err := addContent(h, path); err != nil {
+		return identity{}, err
+	}
+	return identity{info.Size(), info.ModTime().UTC(), inode(info), hex.EncodeToString(h.Sum(nil))}, nil
+}
+
+// change says in words how the file at a path differs, "" if it does not.
+func (id identity) change(path string) string {
+	info, err := os.Stat(path)
+	switch {
+	case err != nil:
+		return "is not there any more"
+	case info.Size() == id.Size && info.ModTime().Equal(id.ModTime) && inode(info) == id.Inode:
+		return ""
+	}
+	if info.Size() == id.Size {
+		if now, err := identify(path); err == nil && now.Sum == id.Sum {
+			return ""
+		}
+	}
+	return "is not the one any more that was linked"
+}
+
+func addContent(h hash.Hash, path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, err = io.Copy(h, f)
+	return err
+}
+
+// changed says in words what the engine and Ollama differ in from what was linked, "" if in nothing.
+func (l link) changed() string {
+	for path, id := range map[string]identity{l.Ollama: l.OllamaFile, l.Engine: l.EngineFile} {
+		if why := id.change(path); why != "" {
+			return path + " " + why
+		}
+	}
+	return ""
+}
+
+// is whether a link is what it would be if it were made anew, and all there.
+func (l link) is(wanted link) bool {
+	if l.Ollama != wanted.Ollama || l.Engine != wanted.Engine || l.Home != wanted.Home || l.SWAFull != wanted.SWAFull || l.Library != wanted.Library ||
+		l.OllamaFile.Sum != wanted.OllamaFile.Sum || l.EngineFile.Sum != wanted.EngineFile.Sum || l.ProgramFile.Sum != wanted.ProgramFile.Sum {
+		return false
+	}
+	for _, name := range []string{linkedOllama, linkedEngine, originalEngine} {
+		if !isFile(filepath.Join(l.Home, name)) {
+			return false
+		}
+	}
+	return true
+}
+
+func (l link) identities() [2]identity { return [2]identity{l.OllamaFile, l.EngineFile} }
+
+// keep writes down where the files of a present link are now.
+func (l link) keep(present link) error {
+	present.OllamaFile, present.EngineFile, present.ProgramFile = l.OllamaFile, l.EngineFile, l.ProgramFile
+	return present.write(l.Home)
+}
+
+// nothingThere fails where a folder that is no link has something under the names of one.
+func nothingThere(home string) error {
+	for _, name := range []string{"bin", "lib"} {
+		if _, err := os.Lstat(filepath.Join(home, name)); err == nil {
+			return fmt.Errorf("%s has a %s already, and no %s: give a folder of its own", home, name, linkFile)
+		}
+	}
+	return nil
+}
+
+func readLink(home string) (link, error) {
+	text, err := os.ReadFile(filepath.Join(home, linkFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return link{}, fmt.Errorf("%s: %w", home, ErrNotLinked)
+	}
+	if err != nil {
+		return link{}, fmt.Errorf("reading what is linked: %w", err)
+	}
+	var l link
+	if err := json.Unmarshal(text, &l); err != nil {
+		return link{}, fmt.Errorf("reading what is linked: %s: %w: %w", filepath.Join(home, linkFile), errDamaged, err)
+	}
+	return l, nil
+}
+
+// write writes link.json, aside and then in its place.
+func (l link) write(folder string) error {
+	text, err := json.MarshalIndent(l, "", "\t")
+	if err != nil {
+		return err
+	}
+	f, err := os.CreateTemp(folder, linkFile+".")
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(append(text, '\n'))
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = os.Rename(f.Name(), filepath.Join(folder, linkFile))
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(f.Name()))
+	}
+	return nil
+}
+
+// make makes the link aside and then puts it in its place.
+func (l link) make() error {
+	for _, folder := range []string{notesFolder(l.Home), ContextsFolder(l.Home)} {
+		if err := os.MkdirAll(folder, 0o700); err != nil {
+			return err
+		}
+	}
+	stage, err := os.MkdirTemp(l.Home, ".link-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(stage)
+	for _, folder := range []string{filepath.Dir(linkedOllama), linkedLib} {
+		if err := os.MkdirAll(filepath.Join(stage, folder), 0o700); err != nil {
+			return err
+		}
+	}
+	if err := linkOrCopy(l.Ollama, filepath.Join(stage, linkedOllama)); err != nil {
+		return err
+	}
+	if err := linkOrCopy(l.Program, filepath.Join(stage, linkedEngine)); err != nil {
+		return err
+	}
+	if err := os.Symlink(l.Engine, filepath.Join(stage, originalEngine)); err != nil {
+		return err
+	}
+	library := filepath.Dir(l.Engine)
+	entries, err := os.ReadDir(library)
+	if err != nil {
+		return err
+	}
+	for _, entry := range entries {
+		if entry.Name() == engineName {
+			continue
+		}
+		if err := os.Symlink(filepath.Join(library, entry.Name()), filepath.Join(stage, linkedLib, entry.Name())); err != nil {
+			return err
+		}
+	}
+	if err := l.write(stage); err != nil {
+		return err
+	}
+	return swap(stage, l.Home)
+}
+
+// swap puts what a folder has aside in its place, link.json last, and what was there back where one
+// of them fails.
+func swap(stage, home string) (err error) {
+	var undo []func() error
+	defer func() {
+		if err == nil {
+			return
+		}
+		for _, f := range slices.Backward(undo) {
+			err = errors.Join(err, f())
+		}
+	}()
+	for _, name := range []string{"bin", "lib"} {
+		from, to, old := filepath.Join(stage, name), filepath.Join(home, name), filepath.Join(stage, "old-"+name)
+		switch err := os.Rename(to, old); {
+		case err == nil:
+			undo = append(undo, func() error { return os.Rename(old, to) })
+		case !errors.Is(err, fs.ErrNotExist):
+			return err
+		}
+		if err := os.Rename(from, to); err != nil {
+			return err
+		}
+		undo = append(undo, func() error { return os.Rename(to, from) })
+	}
+	return os.Rename(filepath.Join(stage, linkFile), filepath.Join(home, linkFile))
+}
+
+// linkOrCopy links a file, or copies it where that is not possible: on another file system, or where
+// it belongs to somebody else.
+func linkOrCopy(from, to string) error {
+	if os.Link(from, to) == nil {
+		return nil
+	}
+	source, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer source.Close()
+	target, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o700)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(target, source)
+	return errors.Join(err, target.Close())
+}
+
+// readFully is up to which size a file's content counts for the build of an engine, in bytes. Those
+// beyond are of vendors of accelerators, and their sizes tell them apart.
+const readFully = 64 << 20
+
+// buildOf is a key of an engine's files, wherever they are: the contents of those in its folder, and
+// the names and sizes of those in folders beneath.
+func buildOf(library string) (string, error) {
+	h := sha256.New()
+	err := filepath.WalkDir(library, func(path string, entry fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := os.Stat(path)
+		if err != nil || info.IsDir() {
+			return nil // a link to nowhere
+		}
+		name, err := filepath.Rel(library, path)
+		if err != nil {
+			return err
+		}
+		fmt.Fprintf(h, "%s %d\n", filepath.ToSlash(name), info.Size())
+		if info.Size() <= readFully && filepath.Dir(path) == library && info.Mode().IsRegular() {
+			return addContent(h, path)
+		}
+		return nil
+	})
+	if err != nil {
+		return "", fmt.Errorf("reading the engine's files: %w", err)
+	}
+	return hex.EncodeToString(h.Sum(nil)[:16]), nil
+}
+
+// listing is a key of the files beside an engine, by their names, sizes and times.
+func listing(library string) (string, error) {
+	entries, err := os.ReadDir(library)
+	if err != nil {
+		return "", fmt.Errorf("reading the engine's files: %w", err)
+	}
+	h := sha256.New()
+	for _, entry := range entries {
+		if info, err := os.Stat(filepath.Join(library, entry.Name())); err == nil {
+			fmt.Fprintf(h, "%s %d %d\n", entry.Name(), info.Size(), info.ModTime().Unix())
+		}
+	}
+	return hex.EncodeToString(h.Sum(nil)[:16]), nil
+}
+
+// Inspect says what is linked in a folder, and whether that has changed since.
+func Inspect(home string) (Info, error) {
+	home, err := filepath.Abs(home)
+	if err != nil {
+		return Info{}, err
+	}
+	l, err := readLink(home)
+	if err != nil {
+		return Info{}, err
+	}
+	l.Stale = l.changed()
+	if l.Stale == "" {
+		if now, err := listing(filepath.Dir(l.Engine)); err != nil || now != l.Library {
+			l.Stale = "the files beside " + l.Engine + " have changed"
+		}
+	}
+	return l.Info, nil
+}
+
+// Unlink takes a link away, and with contexts the states that were saved, too. It refuses where a
+// folder is no link, and as long as engines of the link run.
+func Unlink(home string, contexts bool) error {
+	if err := supported(); err != nil {
+		return err
+	}
+	if _, err := readLink(home); errors.Is(err, ErrNotLinked) {
+		return err
+	}
+	unlock, err := lockFolder(home)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	running, err := Processes(home)
+	if err != nil {
+		return err
+	}
+	if len(running) > 0 {
+		return fmt.Errorf("%d engines of %s run: stop that Ollama first", len(running), home)
+	}
+	folders := []string{"bin", "lib", "engines"}
+	if contexts {
+		folders = append(folders, "contexts")
+	}
+	for _, name := range append(folders, linkFile) { // that last: without it nothing is known to be a link
+		if err := os.RemoveAll(filepath.Join(home, name)); err != nil {
+			return fmt.Errorf("unlinking: %w", err)
+		}
+	}
+	// Nothing else of ours is in there; a folder with something in it stays.
+	os.Remove(home)
+	return nil
+}

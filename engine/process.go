@@ -1,0 +1,115 @@
+// Package engine knows the engines, llama.cpp's servers, that an Ollama runs.
+//
+// Ollama 0.30 and later start a process of llama-server for each loaded model, from a folder whose
+// place is fixed beside Ollama's own binary, and keep its port for themselves. Link makes a second
+// folder like the installed one, with links to everything in it, in which llama-server is this
+// program. Called by that name (Main) it writes down what it was asked to start, a note, and becomes
+// the installed llama-server, which it also tells where to save its states. Nothing of the installed
+// Ollama is changed, and what Ollama supervises is the engine itself.
+//
+// Processes reads the notes of the engines that live, and Process has the requests that an engine
+// answers: what its slots hold, and saving and restoring them.
+//
+// The folder of a link, called home here, has
+//
+//	bin/ollama     a hard link or a copy of the installed binary, which is to be started in its place
+//	lib/ollama/    links to what the installed Ollama has there, and this program as llama-server
+//	link.json      what was linked
+//	engines/       a note for each running engine, which holds a lock on it as long as it lives
+//	contexts/      where the engines save states
+package engine
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"net"
+	"path/filepath"
+	"strconv"
+	"time"
+)
+
+// ContextsFolder is where the engines of a link save states.
+func ContextsFolder(home string) string { return filepath.Join(home, "contexts") }
+
+func notesFolder(home string) string { return filepath.Join(home, "engines") }
+
+// Process is a running engine, as it was started.
+type Process struct {
+	// PID is the engine's process in its own namespace: another container may not see it.
+	PID int
+	// Port is where it listens, on Host.
+	Port int
+	// Host is an address to reach it at; "" is 127.0.0.1.
+	Host string `json:",omitempty"`
+	// Model is the path of the weights, or of their first part where they have several.
+	Model string
+	// Projector is the path of the model that turns images into tokens, "" for none.
+	Projector string `json:",omitempty"`
+	// Adapters are the paths of the LoRA adapters, with a scale where one was given.
+	Adapters []string `json:",omitempty"`
+	// Parallel is how many slots it has (-np); 0 where it was not told.
+	Parallel int
+	// Context is the tokens of all slots together (-c), ContextEach of one; 0 where it was not told.
+	Context, ContextEach int
+	// KeyType and ValueType are the types of what it holds of each token; "f16" by default.
+	KeyType, ValueType string
+	// SWAFull is whether layers with a sliding window keep all tokens nevertheless, so that a state
+	// can be used up to any of its tokens.
+	SWAFull bool
+	// Embeddings is whether it only embeds.
+	Embeddings bool
+	// Server is the address that the Ollama which started it listens on, host and port.
+	Server string
+	// Build tells builds of the engine apart.
+	Build string
+	// Version is that of Ollama when it was linked, "" if it told none.
+	Version string `json:",omitempty"`
+	// SaveFolder is where it saves states, as it sees the file system. It is the link's folder
+	// contexts unless it was started with --slot-save-path.
+	SaveFolder string
+	// Decisive is what else of its arguments and environment the format of its states may depend on.
+	Decisive []string `json:",omitempty"`
+	// Started is when it was started.
+	Started time.Time
+}
+
+// Blob is the base name of the weights' file, such as sha256-…, which names weights in Ollama.
+func (p Process) Blob() string { return filepath.Base(p.Model) }
+
+// Format is a key of everything that the format and the meaning of a saved state depend on: two
+// engines with the same one can restore each other's states. It does not depend on the number of
+// slots or tokens, on the port or on threads; but some models turn positions otherwise in a long
+// context than in a short one, and theirs depends on ContextEach.
+func (p Process) Format() string {
+	h := sha256.New()
+	field := func(values ...string) {
+		fmt.Fprintln(h, len(values))
+		for _, v := range values {
+			fmt.Fprintf(h, "%d %s\n", len(v), v)
+		}
+	}
+	field(p.Build, p.Blob(), baseName(p.Projector), p.KeyType, p.ValueType, strconv.FormatBool(p.SWAFull), strconv.FormatBool(p.Embeddings))
+	for _, adapter := range p.Adapters {
+		field(baseName(adapter))
+	}
+	field(p.Decisive...)
+	return hex.EncodeToString(h.Sum(nil)[:16])
+}
+
+// baseName is filepath.Base, but for nothing.
+func baseName(path string) string {
+	if path == "" {
+		return ""
+	}
+	return filepath.Base(path)
+}
+
+// addr is where the engine listens.
+func (p Process) addr() string {
+	host := p.Host
+	if host == "" {
+		host = "127.0.0.1"
+	}
+	return net.JoinHostPort(host, strconv.Itoa(p.Port))
+}

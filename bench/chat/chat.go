@@ -1,5 +1,5 @@
-// Package chat sends chats to a server as its clients do, for benchmarks and tests on real servers, and
-// takes the times.
+// Package chat sends chats to a server as its clients do, for benchmarks and tests on real servers,
+// and takes the times.
 package chat
 
 import (
@@ -60,13 +60,13 @@ type Answer struct {
 	Server string
 	// Load is how long the server says that it loaded the model.
 	Load time.Duration
-	// First is the time until the first piece of text, Took until the end, both from when the request
-	// was sent. Without Request.Stream they are nearly the same.
+	// First is the time until the first piece of text, Took until the end, both from when the
+	// request was sent. Without Request.Stream they are nearly the same.
 	First, Took time.Duration
 }
 
-// Send sends a request and reads the answer to its end. Whatever is not a whole answer with status 200 is
-// an error.
+// Send sends a request and reads the answer to its end. Whatever is not a whole answer with status
+// 200 is an error.
 func Send(ctx context.Context, client *http.Client, url string, q Request) (Answer, error) {
 	var a Answer
 	req, err := q.request(ctx, url)
@@ -108,17 +108,12 @@ func (q Request) request(ctx context.Context, url string) (*http.Request, error)
 	if q.NumCtx > 0 {
 		options["num_ctx"] = q.NumCtx
 	}
-	body, err := json.Marshal(map[string]any{
+	req, err := post(ctx, url+"/api/chat", map[string]any{
 		"model": q.Model, "stream": q.Stream, "options": options, "messages": q.Messages,
 	})
 	if err != nil {
 		return nil, err
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url+"/api/chat", bytes.NewReader(body))
-	if err != nil {
-		return nil, err
-	}
-	req.Header.Set("Content-Type", "application/json")
 	if q.Priority != "" {
 		req.Header.Set("X-Cacheproxy-Priority", q.Priority)
 	}
@@ -126,6 +121,18 @@ func (q Request) request(ctx context.Context, url string) (*http.Request, error)
 		req.Header.Set("Authorization", "Bearer "+q.Key)
 	}
 	return req, nil
+}
+
+func post(ctx context.Context, url string, what any) (*http.Request, error) {
+	body, err := json.Marshal(what)
+	if err != nil {
+		return nil, err
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(body))
+	if err == nil {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	return req, err
 }
 
 // piece is a part of an answer, or all of it.
@@ -149,18 +156,36 @@ func ClientFrom(address string) *http.Client {
 	}}
 }
 
-// Unload has a server unload a model at once, as it does by itself when keep_alive has run out, and returns
-// when it is gone.
+// Embed has a server embed a text; the Answer's Text is the vector as the server spells it.
+func Embed(ctx context.Context, client *http.Client, url, model, text string) (Answer, error) {
+	var a Answer
+	req, err := post(ctx, url+"/api/embed", map[string]any{"model": model, "input": text})
+	if err != nil {
+		return a, err
+	}
+	sent := time.Now()
+	var said struct {
+		Embeddings json.RawMessage
+		Prompt     int           `json:"prompt_eval_count"`
+		Load       time.Duration `json:"load_duration"`
+	}
+	if err := decode(client, req, &said); err != nil {
+		return a, fmt.Errorf("embedding: %w", err)
+	}
+	a.Text, a.Prompt, a.Load = string(said.Embeddings), said.Prompt, said.Load
+	a.Took = time.Since(sent)
+	a.First = a.Took
+	return a, nil
+}
+
+// Unload has a server unload a model at once, as it does by itself when keep_alive has run out, and
+// returns when it is gone.
 func Unload(ctx context.Context, client *http.Client, url, model string) error {
-	body, err := json.Marshal(map[string]any{"model": model, "keep_alive": 0})
+	req, err := post(ctx, url+"/api/generate", map[string]any{"model": model, "keep_alive": 0})
 	if err != nil {
 		return err
 	}
-	post, err := http.NewRequestWithContext(ctx, http.MethodPost, url+"/api/generate", bytes.NewReader(body))
-	if err != nil {
-		return err
-	}
-	if err := decode(client, post, &struct{}{}); err != nil {
+	if err := decode(client, req, &struct{}{}); err != nil {
 		return fmt.Errorf("unloading %s: %w", model, err)
 	}
 	for {
@@ -203,9 +228,11 @@ func decode(client *http.Client, req *http.Request, into any) error {
 
 const pollInterval = 20 * time.Millisecond
 
-// Evaluations waits until the servers' logs tell of n prompts since their marks, for two seconds at most,
-// and returns what they tell.
-func Evaluations(ctx context.Context, servers []*realollama.Server, marks []realollama.Mark, n int) ([]realollama.Evaluation, error) {
+// Evaluations waits until the servers' logs tell of n prompts since their marks, for two seconds at
+// most, and returns what they tell.
+func Evaluations(
+	ctx context.Context, servers []*realollama.Server, marks []realollama.Mark, n int,
+) ([]realollama.Evaluation, error) {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	for {
@@ -218,13 +245,15 @@ func Evaluations(ctx context.Context, servers []*realollama.Server, marks []real
 		}
 		select {
 		case <-ctx.Done():
-			return all, fmt.Errorf("the servers' logs have %d of %d evaluations: %w", len(all), n, ctx.Err())
+			return all, fmt.Errorf("the servers' logs have %d of %d evaluations: %w",
+				len(all), n, ctx.Err())
 		case <-time.After(pollInterval):
 		}
 	}
 }
 
-// Quantile is the time that the given part of all of them (0 to 1) do not exceed; 0 of none. It sorts them.
+// Quantile is the time that the given part (0 to 1) of all of them do not exceed; 0 of none. It
+// sorts them.
 func Quantile(all []time.Duration, part float64) time.Duration {
 	if len(all) == 0 {
 		return 0

@@ -12,8 +12,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// lone measures what contexts add for a client that sends one request at a time, everything warm: directly,
-// through a proxy without and one with contexts, in turn, all on one server.
+// lone measures what contexts add for a client that sends one request at a time, everything warm:
+// directly, through a proxy without and one with contexts, in turn, all on one server.
 func (b *bench) lone(ctx context.Context) (rows []row, err error) {
 	const first = 5 // rounds in which the model is loaded and connections are opened
 	rounds := b.n(200)
@@ -37,7 +37,8 @@ func (b *bench) lone(ctx context.Context) (rows []row, err error) {
 		now := make([]chat.Answer, len(urls))
 		for i := range urls {
 			i = (i + n) % len(urls) // each comes first in turn
-			if now[i], err = chat.Send(ctx, client, urls[i], ask(n, 70, 250, "gen-llama-tiny").Request); err != nil {
+			q := ask(n, 70, 250, "gen-llama-tiny")
+			if now[i], err = q.send(ctx, client, urls[i]); err != nil {
 				return nil, err
 			}
 		}
@@ -58,8 +59,9 @@ func (b *bench) lone(ctx context.Context) (rows []row, err error) {
 		{"a lone chat, everything warm", fmt.Sprint(rounds), "", "", "", ""},
 		note("median, ms", median(took[0]), median(took[2])),
 		note("median through the proxy without contexts, ms", "", median(took[1])),
-		target("added by contexts, median of the differences, ms", "", milliseconds2(more), "≤ 1", more <= time.Millisecond),
-		note("answers that differ from the direct ones", "", fmt.Sprintf("%d of %d", differ, rounds)),
+		target("added by contexts, median of the differences, ms", "", milliseconds2(more),
+			"≤ 1", more <= time.Millisecond),
+		note("answers that differ", "", fmt.Sprintf("%d of %d", differ, rounds)),
 	}, nil
 }
 

@@ -1,14 +1,14 @@
-// Command contexts measures, on real Ollama servers, what stored contexts save: the same requests directly and
-// through the proxy, with the tokens that the server evaluated and the models that it loaded by its own log,
-// and the times beside. It prints the table of docs/contexts.md, row by row, each with what it must reach and
-// whether it did; the exit status is 1 if one did not.
+// Command contexts measures, on real Ollama servers, what stored contexts save: the same requests
+// directly and through the proxy, with the tokens that the server evaluated and the models that it
+// loaded by its own log, and the times beside. It prints the table of docs/contexts.md, row by row,
+// each with what it must reach and whether it did; the exit status is 1 if one did not.
 //
 //	go run ./bench/contexts
 //	go run ./bench/contexts -era 0.33.0 -only rubric
 //	go run ./bench/contexts -quick
 //
-// The least possible is measured, too, where a target refers to it: the same requests on a server of their own,
-// one after the other, in the order of their models, options and prefixes.
+// The least possible is measured, too, where a target refers to it: the same requests on a server
+// of their own, one after the other, in the order of their models and prefixes.
 package main
 
 import (
@@ -31,10 +31,11 @@ import (
 
 func main() {
 	var b bench
-	flag.StringVar(&b.era, "era", realollama.EraC, "version of Ollama: "+realollama.EraB+" or "+realollama.EraC)
+	flag.StringVar(&b.era, "era", realollama.EraC,
+		"version of Ollama: "+realollama.EraB+" or "+realollama.EraC)
 	flag.BoolVar(&b.quick, "quick", false, "about a quarter of the requests")
 	only := flag.String("only", "", "only rows whose name contains this")
-	contexts := flag.Bool("contexts", true, "false: through the proxy without stored contexts, for comparison")
+	contexts := flag.Bool("contexts", true, "false: through the proxy without stored contexts")
 	flag.StringVar(&b.flags, "flags", "", "more flags of the proxy, separated by spaces")
 	verbose := flag.Bool("v", false, "print what each request came to")
 	flag.Parse()
@@ -119,7 +120,9 @@ type row [columns]string
 func (r row) String() string { return "| " + strings.Join(r[:], " | ") + " |" }
 
 // note is a row with a figure for each side and no target.
-func note(label, direct, proxied string) row { return row{"… " + label, "", direct, proxied, "", ""} }
+func note(label, direct, proxied string) row {
+	return row{"… " + label, "", direct, proxied, "", ""}
+}
 
 const (
 	yes = "yes"

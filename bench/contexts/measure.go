@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -14,19 +15,29 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// request is one chat of a workload.
+// request is one chat of a workload, or an embedding.
 type request struct {
 	id int // the same on both sides
 	chat.Request
+	// embed is a text to embed by the model instead of a chat; "" for a chat.
+	embed string
 }
 
-// step is a part of a workload: something that is done to the server or the proxy, or requests, or first the
-// one and then the other.
+func (q request) send(ctx context.Context, client *http.Client, url string) (chat.Answer, error) {
+	if q.embed != "" {
+		return chat.Embed(ctx, client, url, q.Model, q.embed)
+	}
+	q.Stream = true
+	return chat.Send(ctx, client, url, q.Request)
+}
+
+// step is a part of a workload: something that is done to the server or the proxy, or requests, or
+// first the one and then the other.
 type step struct {
 	name string
 	do   func(ctx context.Context, p *linked.Pair) error
-	// clients send their requests one after the other, each when its last one is answered, all clients
-	// beside each other.
+	// clients send their requests one after the other, each when its last one is answered, all
+	// clients beside each other.
 	clients [][]request
 }
 
@@ -36,8 +47,10 @@ type workload struct {
 	config  realollama.Config
 	swaFull bool
 	steps   []step
-	// least are the requests of all steps in the best order, for one client on one slot; nil: the least
-	// possible is not measured.
+	// base is what the contexts are compared with.
+	base linked.Way
+	// least are the requests of all steps in the best order, for one client on one slot; nil: the
+	// least possible is not measured.
 	least []request
 }
 
@@ -64,15 +77,30 @@ type stage struct {
 
 // completion is a request that was answered.
 type completion struct {
-	id int
+	id    int
+	embed bool
 	chat.Answer
 }
 
-// first returns the median time to the first token, without what the server says that it spent on loading.
+// chats is how many of the requests the server's log tells of: embeddings it leaves out.
+func (s stage) chats() int {
+	n := 0
+	for _, c := range s.done {
+		if !c.embed {
+			n++
+		}
+	}
+	return n
+}
+
+// first returns the median time to the first token, without what the server says that it spent on
+// loading.
 func (s stage) first() time.Duration {
 	var all []time.Duration
 	for _, c := range s.done {
-		all = append(all, c.First-c.Load)
+		if !c.embed {
+			all = append(all, c.First-c.Load)
+		}
 	}
 	return chat.Quantile(all, 0.5)
 }
@@ -80,10 +108,11 @@ func (s stage) first() time.Duration {
 // result is what one side came to.
 type result struct {
 	stages []stage
-	log    string // the proxy's
+	// metrics are the proxy's about contexts, as it spells them.
+	metrics []string
 }
 
-// total is all stages in one, but for those before the one of the name; "" is all.
+// total is all stages in one.
 func (r result) total() stage {
 	var all stage
 	for _, s := range r.stages {
@@ -103,8 +132,8 @@ type compared struct {
 	direct, proxied result
 }
 
-// limit is how long one side of a workload may take: longer than any does, unless something has come to a
-// standstill.
+// limit is how long one side of a workload may take: longer than any does, unless something has
+// come to a standstill.
 const limit = 5 * time.Minute
 
 // compare runs a workload directly and through the proxy, on a fresh server each.
@@ -120,8 +149,8 @@ func (b *bench) compare(ctx context.Context, w workload) (c compared, err error)
 		}
 		c.least = r.total()
 	}
-	if c.direct, err = b.measure(ctx, w, linked.Direct); err != nil {
-		return c, fmt.Errorf("directly: %w", err)
+	if c.direct, err = b.measure(ctx, w, w.base); err != nil {
+		return c, fmt.Errorf("%s: %w", w.base, err)
 	}
 	if c.proxied, err = b.measure(ctx, w, b.way); err != nil {
 		return c, fmt.Errorf("through the proxy: %w", err)
@@ -158,17 +187,20 @@ func (b *bench) measure(ctx context.Context, w workload, way linked.Way) (r resu
 		if s.clients == nil {
 			continue
 		}
-		done, err := b.play(ctx, client, p, s)
+		done, err := play(ctx, client, p, s)
 		if err != nil {
 			return r, fmt.Errorf("%s: %w", s.name, errors.Join(err, context.Cause(ctx)))
 		}
 		r.stages = append(r.stages, done)
 		b.tell(way, done)
 	}
-	if p.Proxy != nil {
-		r.log = p.Proxy.Log()
+	if way == linked.Contexts {
+		r.metrics, err = contextMetrics(ctx, client, p.URL())
 	}
-	return r, nil
+	if b.verbose != nil {
+		fmt.Fprintln(b.verbose, strings.Join(r.metrics, "\n"))
+	}
+	return r, err
 }
 
 // tell prints what a stage came to, if that was asked for.
@@ -178,18 +210,35 @@ func (b *bench) tell(way linked.Way, s stage) {
 	}
 	fmt.Fprintf(b.verbose, "  %s, %s: %d requests, %d evaluated (%d missing), %d loads, %v\n",
 		way, s.name, len(s.done), s.evaluated, s.missing, s.loads, s.wall.Round(time.Millisecond))
-	for i, c := range s.done {
-		if i == 5 {
-			fmt.Fprintf(b.verbose, "    …\n")
-			break
-		}
+	for _, c := range s.done[:min(len(s.done), 10)] {
 		fmt.Fprintf(b.verbose, "    %d: prompt %d, load %v, first %v, took %v\n", c.id, c.Prompt,
 			c.Load.Round(time.Millisecond), c.First.Round(time.Millisecond), c.Took.Round(time.Millisecond))
 	}
 }
 
+// contextMetrics are the lines of /metrics about contexts.
+func contextMetrics(ctx context.Context, client *http.Client, url string) ([]string, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url+"/metrics", nil)
+	if err != nil {
+		return nil, err
+	}
+	res, err := client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer res.Body.Close()
+	var all []string
+	lines := bufio.NewScanner(res.Body)
+	for lines.Scan() {
+		if strings.HasPrefix(lines.Text(), "ollama_cacheproxy_context") {
+			all = append(all, lines.Text())
+		}
+	}
+	return all, lines.Err()
+}
+
 // play sends the requests of a step.
-func (b *bench) play(ctx context.Context, client *http.Client, p *linked.Pair, s step) (stage, error) {
+func play(ctx context.Context, client *http.Client, p *linked.Pair, s step) (stage, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	st := stage{name: s.name}
@@ -199,14 +248,13 @@ func (b *bench) play(ctx context.Context, client *http.Client, p *linked.Pair, s
 	for _, list := range s.clients {
 		wg.Go(func() {
 			for _, q := range list {
-				q.Stream = true
-				a, err := chat.Send(ctx, client, p.URL(), q.Request)
+				a, err := q.send(ctx, client, p.URL())
 				if err != nil {
 					cancel(err)
 					return
 				}
 				mu.Lock()
-				st.done = append(st.done, completion{q.id, a})
+				st.done = append(st.done, completion{q.id, q.embed != "", a})
 				mu.Unlock()
 			}
 		})
@@ -217,9 +265,10 @@ func (b *bench) play(ctx context.Context, client *http.Client, p *linked.Pair, s
 		return st, err
 	}
 	st.loads = p.Server.Loads(mark)
-	all, err := chat.Evaluations(ctx, []*realollama.Server{p.Server}, []realollama.Mark{mark}, len(st.done))
+	servers, marks := []*realollama.Server{p.Server}, []realollama.Mark{mark}
+	all, err := chat.Evaluations(ctx, servers, marks, st.chats())
 	// A load ends the engine of the model before, sometimes before it has written its last line.
-	if st.missing = len(st.done) - len(all); err != nil && (ctx.Err() != nil || st.missing > st.loads) {
+	if st.missing = st.chats() - len(all); err != nil && (ctx.Err() != nil || st.missing > st.loads) {
 		return st, err
 	}
 	for _, e := range all {

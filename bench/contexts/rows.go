@@ -14,13 +14,14 @@ func (c compared) over(n int) (text string, times float64) {
 	return fmt.Sprintf("%d (%.2f)", n, times), times
 }
 
-// rows are those that each comparison begins with: the tokens, with most times the least possible as the
-// target (0: there is none), and what goes beside.
+// rows are those that each comparison begins with: the tokens, with most times the least possible
+// as the target (0: there is none), and what goes beside.
 func (c compared) rows(most float64) []row {
 	direct, proxied := c.direct.total(), c.proxied.total()
 	d, _ := c.over(direct.evaluated)
 	p, times := c.over(proxied.evaluated)
-	head := target("", d, p, fmt.Sprintf("≤ %.2f × the least possible, %d", most, c.least.evaluated), times <= most)
+	must := fmt.Sprintf("≤ %.2f × the least possible, %d", most, c.least.evaluated)
+	head := target("", d, p, must, times <= most)
 	if most == 0 {
 		head[4], head[5] = "", ""
 	}
@@ -28,11 +29,13 @@ func (c compared) rows(most float64) []row {
 	all := []row{head,
 		note("loads", fmt.Sprint(direct.loads), fmt.Sprint(proxied.loads)),
 		note("seconds", seconds(direct.wall), seconds(proxied.wall)),
-		note("time to first token without loading, median, ms", milliseconds(direct.first()), milliseconds(proxied.first())),
-		note("answers that differ from the direct ones", "", fmt.Sprintf("%d of %d", c.differ(), len(direct.done))),
+		note("time to first token without loading, median, ms",
+			milliseconds(direct.first()), milliseconds(proxied.first())),
+		note("answers that differ", "", fmt.Sprintf("%d of %d", c.differ(), len(direct.done))),
 	}
 	if direct.missing+proxied.missing > 0 {
-		all = append(all, note("prompts that the server's log does not tell of", fmt.Sprint(direct.missing), fmt.Sprint(proxied.missing)))
+		all = append(all, note("prompts that the server's log does not tell of",
+			fmt.Sprint(direct.missing), fmt.Sprint(proxied.missing)))
 	}
 	return all
 }

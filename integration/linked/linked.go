@@ -1,6 +1,6 @@
-// Package linked runs a real Ollama with the proxy in front of it, in the ways that are compared: Ollama
-// alone, the proxy without stored contexts, and the proxy with them, for which the Ollama is one whose engine
-// is linked to the proxy. It is for tests and benchmarks.
+// Package linked runs a real Ollama with the proxy in front of it, in the ways that are compared:
+// Ollama alone, the proxy without stored contexts, and the proxy with them, for which the Ollama is
+// one whose engine is linked to the proxy. It is for tests and benchmarks.
 package linked
 
 import (
@@ -94,7 +94,8 @@ func (p *Pair) link(ctx context.Context) (string, error) {
 		p.Home, p.ownHome = dir, true
 	}
 	return realollama.Link(ctx, realollama.LinkConfig{
-		Version: p.options.Server.Version, Home: p.Home, Program: p.options.Program, SWAFull: p.options.SWAFull,
+		Version: p.options.Server.Version, Home: p.Home, Program: p.options.Program,
+		SWAFull: p.options.SWAFull,
 	})
 }
 
@@ -104,8 +105,8 @@ func (p *Pair) StartProxy(ctx context.Context, more ...string) error {
 	if p.options.Way == Contexts {
 		flags = append(flags, "--contexts", p.Home)
 	}
-	var err error
-	p.Proxy, err = proxyprocess.Start(ctx, p.options.Program, p.Server.URL(), append(flags, more...)...)
+	proxy, err := proxyprocess.Start(ctx, p.options.Program, p.Server.URL(), append(flags, more...)...)
+	p.Proxy = proxy
 	return err
 }
 
@@ -128,8 +129,8 @@ func (p *Pair) Unload(ctx context.Context, model string) error {
 // RestartServer ends Ollama and its engines and starts it anew on the same port.
 func (p *Pair) RestartServer(ctx context.Context) error { return p.Server.Restart(ctx) }
 
-// RestartProxy ends the proxy as an upgrade does and starts it anew, on another port. For Direct it does
-// nothing.
+// RestartProxy ends the proxy as an upgrade does and starts it anew, on another port. For Direct it
+// does nothing.
 func (p *Pair) RestartProxy(ctx context.Context) error {
 	if p.Proxy == nil {
 		return nil

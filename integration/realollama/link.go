@@ -2,9 +2,10 @@ package realollama
 
 import (
 	"context"
-	"errors"
+	"fmt"
 	"os"
-	"path/filepath"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/engine"
 )
 
 // LinkConfig says which Ollama to link to the proxy, and where.
@@ -19,8 +20,8 @@ type LinkConfig struct {
 	SWAFull bool
 }
 
-// Link makes sure that the cache has an Ollama, makes a linked one of it in a folder, and returns the path of
-// its binary, for Config.Bin. The one in the cache stays as it is.
+// Link makes sure that the cache has an Ollama, makes a linked one of it in a folder, and returns
+// the path of its binary, for Config.Bin. The one in the cache stays as it is.
 func Link(ctx context.Context, config LinkConfig) (string, error) {
 	c, err := OpenCache(os.Stderr)
 	if err != nil {
@@ -30,10 +31,11 @@ func Link(ctx context.Context, config LinkConfig) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if err := linkEngine(original, config); err != nil {
-		return "", err
+	info, err := engine.Link(engine.LinkOptions{
+		Ollama: original, Home: config.Home, Program: config.Program, SWAFull: config.SWAFull,
+	})
+	if err != nil {
+		return "", fmt.Errorf("linking ollama %s: %w", config.Version, err)
 	}
-	return filepath.Join(config.Home, "bin", "ollama"), nil
+	return info.Start(), nil
 }
-
-func linkEngine(original string, config LinkConfig) error { return errors.New("not there yet") }

@@ -309,7 +309,7 @@ func (x *runner) displaced(it *item, lands int) int {
 	}
 	for _, l := range x.lanes {
 		// A busy slot cannot have been used. Where the number of slots is learned a lane may be none.
-		if l.item != nil && (x.server.lanes > 0 || x.learner.ceiling) {
+		if l.item != nil && (x.given() > 0 || x.learner.ceiling) {
 			continue
 		}
 		if shared(it.steps, l.holds) > lands+hostWorth {

@@ -222,14 +222,15 @@ type Queue struct {
 // server is one Ollama server.
 type server struct {
 	index     uint16
-	seed      uint64    // of its rendezvous hash
-	off       bool      // it is to be sent nothing new
-	away      bool      // it does not answer: what waits for it is held …
-	until     time.Time // … and is refused from then on
-	lanes     int       // per runner; 0: learned
-	found     int       // … for the runner that this was last learned of: what others begin with
-	host      mean      // rates.host of all its runners: what others begin with
-	longest   bool      // it chooses slots by the longest match alone
+	seed      uint64         // of its rendezvous hash
+	off       bool           // it is to be sent nothing new
+	away      bool           // it does not answer: what waits for it is held …
+	until     time.Time      // … and is refused from then on
+	lanes     int            // per runner; 0: learned
+	told      map[string]int // lanes of a model, by its name, as its engine tells; see given
+	found     int            // … for the runner that this was last learned of: what others begin with
+	host      mean           // rates.host of all its runners: what others begin with
+	longest   bool           // it chooses slots by the longest match alone
 	runners   []*runner
 	byKey     map[Runner]*runner // several keys may have turned out to be one runner
 	list      []*runner          // for order
@@ -628,7 +629,7 @@ func (q *Queue) Done(id uint64, r Result, now time.Time) {
 	}
 	it.pays(r, evaluated)
 	l.wanted = x.server.waiting > 0 || q.roaming > 0
-	if x.server.lanes == 0 {
+	if x.given() == 0 {
 		x.found(x.learn(it, r, now))
 	}
 	for _, other := range x.lanes {
@@ -676,7 +677,7 @@ func (q *Queue) answered(it *item, r Result, now time.Time) int {
 	x.rates.learn(it, r, evaluated)
 	if kept, told := it.restored(r); told {
 		x.rates.kept.add(kept)
-		if kept == 0 || x.server.lanes > 0 || x.learner.ceiling { // with fewer lanes than slots another slot may have kept it
+		if kept == 0 || x.given() > 0 || x.learner.ceiling { // with fewer lanes than slots another slot may have kept it
 			x.rates.host.add(kept)
 			x.server.host.add(kept)
 		}
@@ -754,12 +755,32 @@ func (q *Queue) SetLanes(upstream uint16, n int, now time.Time) {
 	s.lanes = n
 	for _, x := range s.runners {
 		switch {
-		case n > 0:
-			x.want = n
+		case x.given() > 0:
+			x.want = x.given()
 		case n == 0 && before == Unlimited:
 			x.want = max(s.found, 1)
 		}
 		x.resize()
+	}
+	q.pump(s, now)
+}
+
+// SetSlots says how many slots a model on the server has, as its engine tells: nothing of that is
+// learned from then on. What SetLanes says goes before it.
+func (q *Queue) SetSlots(upstream uint16, model string, n int, now time.Time) {
+	s := q.server(upstream)
+	if s.told[model] == n {
+		return
+	}
+	if s.told == nil {
+		s.told = map[string]int{}
+	}
+	s.told[model] = n
+	for _, x := range s.runners {
+		if x.key.Options.Model == model && s.lanes == 0 {
+			x.want = n
+			x.resize()
+		}
 	}
 	q.pump(s, now)
 }
@@ -772,9 +793,11 @@ func (q *Queue) SetExpected(upstream uint16, n int, now time.Time) {
 		return
 	}
 	for _, x := range s.runners {
-		x.want = n
-		x.learner.anew()
-		x.resize()
+		if x.given() == 0 {
+			x.want = n
+			x.learner.anew()
+			x.resize()
+		}
 	}
 	s.found = n
 	q.pump(s, now)

@@ -29,13 +29,25 @@ func (q *Queue) runner(s *server, key Runner, now time.Time) *runner {
 			s.runners = slices.DeleteFunc(s.runners, func(x *runner) bool { return x == oldest })
 		}
 	}
-	x := &runner{key: key, server: s, want: max(s.lanes, s.found, 1), used: now, sought: now}
+	x := &runner{key: key, server: s, want: max(s.given(key.Options.Model), s.found, 1), used: now, sought: now}
 	x.rates.host = s.host.hint()
 	x.resize()
 	s.byKey[key] = x
 	s.runners = append(s.runners, x)
 	return x
 }
+
+// given returns how many lanes there are for a model, as its engine tells or the operator says; 0: that
+// is learned; or Unlimited.
+func (s *server) given(model string) int {
+	if n := s.told[model]; n > 0 && s.lanes == 0 {
+		return n
+	}
+	return s.lanes
+}
+
+// given returns how many lanes there are for the runner; 0: that is learned; or Unlimited.
+func (x *runner) given() int { return x.server.given(x.key.Options.Model) }
 
 // same returns the runner for which a model is loaded with just the options of a key, though these were stated in another way:
 // num_ctx, which one request states and another does not, is the context that the server says the model has. nil: there is none.

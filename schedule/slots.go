@@ -89,7 +89,7 @@ const (
 // try grants requests although all lanes are busy, if it is time for that.
 func (q *Queue) try(x *runner, now time.Time) {
 	a := &x.learner
-	for x.server.lanes == 0 && x.waiting > 0 && x.busy >= x.want && x.busy < maxLearned {
+	for x.given() == 0 && x.waiting > 0 && x.busy >= x.want && x.busy < maxLearned {
 		x.overdue(now)
 		if a.ceiling && (a.pauses(1, 1, now) || x.tries > 0) {
 			return
@@ -183,7 +183,7 @@ func (q *Queue) Began(id uint64, now time.Time) {
 	}
 	x := it.runner
 	it.begun, it.streams = now, true
-	if x.server.lanes == 0 {
+	if x.given() == 0 {
 		x.found(x.begin(it, now))
 		q.pump(x.server, now)
 	}

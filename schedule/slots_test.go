@@ -1,7 +1,9 @@
 package schedule
 
 import (
+	"cmp"
 	"fmt"
+	"slices"
 	"testing"
 	"time"
 )
@@ -647,5 +649,29 @@ func TestTurn(t *testing.T) {
 	later := start.Add(200 * time.Millisecond)
 	if got := x.before(it, later); got != 1000*firstPrompt-200*time.Millisecond {
 		t.Errorf("the one before takes %v", got)
+	}
+}
+
+// TestSlotsTold: where an engine tells how many slots it has nothing is learned, for its model alone, and
+// what the operator says goes before it.
+func TestSlotsTold(t *testing.T) {
+	for _, lanes := range []int{0, 2} {
+		d := newDesk(t, Config{Lanes: lanes})
+		d.q.SetSlots(0, "m", 4, d.now)
+		for range 6 {
+			d.add(with(seg{id: tails + 1000, tokens: 1000}))
+		}
+		want := cmp.Or(lanes, 4)
+		granted := len(slices.Clone(d.q.Grants()))
+		if stats := d.q.Stats(d.now).Runners[0]; granted != want || stats.Learned {
+			t.Errorf("with --slots %d: %d of 6 granted, learned %v; want %d, told", lanes, granted, stats.Learned, want)
+		}
+		d.q.SetSlots(0, "m", 1, d.now)
+		for i := range granted {
+			d.done(uint64(i+1), evaluated(1064, 1064), time.Second)
+		}
+		if n := d.q.Stats(d.now).Runners[0].Lanes; n != cmp.Or(lanes, 1) {
+			t.Errorf("with --slots %d: %d lanes after the model was loaded with 1 slot", lanes, n)
+		}
 	}
 }

@@ -48,7 +48,7 @@ func (q *Queue) Stats(now time.Time) Stats {
 			if !x.resident && x.waiting == 0 {
 				continue
 			}
-			r := RunnerStats{Runner: x.key, Loaded: x.resident, Waiting: x.waiting, Lanes: x.want, Learned: s.lanes == 0, Busy: x.busy}
+			r := RunnerStats{Runner: x.key, Loaded: x.resident, Waiting: x.waiting, Lanes: x.want, Learned: x.given() == 0, Busy: x.busy}
 			if s.lanes == Unlimited {
 				r.Lanes = 0
 			}

@@ -141,6 +141,12 @@ func (p *Pair) RestartProxy(ctx context.Context) error {
 	return p.StartProxy(ctx)
 }
 
+// KillProxy ends the proxy as a crash does.
+func (p *Pair) KillProxy() {
+	p.Proxy.Kill()
+	p.Proxy = nil
+}
+
 // StopProxy ends the proxy, so that URL is the server's.
 func (p *Pair) StopProxy() error {
 	proxy := p.Proxy

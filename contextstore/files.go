@@ -472,7 +472,7 @@ func (f *Files) Abort(name string) {
 
 // Query says what a state is to be of use for.
 type Query struct {
-	Format string   // of the engine
+	Format string   // of the engine; "": of any
 	Owner  uint64   // who asks; see OwnerOf
 	Links  []uint64 // of the prompt; see State.Links
 	// Tokens is how many the engine's slot takes: it refuses longer states. 0: any number.
@@ -484,7 +484,7 @@ type Query struct {
 func (f *Files) Best(q Query) (s State, depth int, ok bool) {
 	for {
 		f.mu.Lock()
-		x, depth := f.groups[f.key(q.Format, q.Owner)].best(q.Links, q.Tokens)
+		x, depth := f.best(q)
 		if x == nil || f.closed {
 			f.mu.Unlock()
 			return State{}, 0, false
@@ -497,6 +497,23 @@ func (f *Files) Best(q Query) (s State, depth int, ok bool) {
 		}
 		f.Drop(s.ID, err.Error())
 	}
+}
+
+// best is Best, but for whether the file is there. f.mu must be held.
+func (f *Files) best(q Query) (best *file, depth int) {
+	key := f.key(q.Format, q.Owner)
+	if q.Format != "" {
+		return f.groups[key].best(q.Links, q.Tokens)
+	}
+	for k, g := range f.groups {
+		if k.owner != key.owner {
+			continue
+		}
+		if x, n := g.best(q.Links, q.Tokens); n > depth || n > 0 && n == depth && x.Bytes < best.Bytes {
+			best, depth = x, n
+		}
+	}
+	return best, depth
 }
 
 // Used notes that a state was of use.

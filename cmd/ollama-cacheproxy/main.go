@@ -64,7 +64,7 @@ func joinNegative(args []string) []string {
 }
 
 // vars are figures that help texts and defaults refer to.
-var vars = kong.Vars{"maxbody": strconv.Itoa(proxy.DefaultMaxBody), "storebytes": strconv.Itoa(defaultStoreBytes)}
+var vars = kong.Vars{"maxbody": strconv.Itoa(proxy.DefaultMaxBody), "storebytes": strconv.Itoa(defaultStoreBytes), "contextbytes": strconv.Itoa(defaultContextBytes)}
 
 // run is the program; it returns the exit status: 0, 1 for a failure, 2 for arguments that make no sense.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {

@@ -7,10 +7,11 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 )
 
-// looseAge is how old a file must be that belongs to no state until Verify mentions it: until then
+// looseAge is how old a file must be that belongs to no state to be a problem: until then
 // it may be one that is being written.
 const looseAge = 10 * time.Minute
 
@@ -24,65 +25,95 @@ type Problem struct {
 	at    time.Time // when a loose file was changed
 }
 
-// ReadFiles returns the states in a folder, those that were used last first, whether or not a
-// process has it open.
-func ReadFiles(dir string) ([]State, error) {
+// Verified is how much Verify has looked at.
+type Verified struct {
+	States int   // that are, or should be, in the folder
+	Bytes  int64 // of those that are whole
+	Hashed int   // whose checksum was compared
+}
+
+// ReadFiles returns the states in a folder, those that were used last first, and what is not as it
+// should be, whether or not a process has the folder open.
+func ReadFiles(dir string) ([]State, []Problem, error) {
 	in, err := look(dir)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	states := make([]State, len(in.states))
 	for i, s := range in.states {
 		states[i] = s.State
 	}
 	slices.Reverse(states)
-	return states, nil
+	return states, in.problems(), nil
 }
 
-// RemoveFiles removes states from a folder. A process that has it open notices. A state that is not
-// there is none that failed.
-func RemoveFiles(dir string, ids ...string) error {
+// RemoveFiles removes states from a folder, and what is left of torn ones, and returns how many bytes
+// that were. A process that has the folder open notices. What is not there is no error.
+func RemoveFiles(dir string, ids ...string) (bytes int64, err error) {
 	var errs []error
 	for _, id := range ids {
-		if !validID(id) {
+		stem, _, _ := strings.Cut(id, ".")
+		if !validID(stem + stateExt) {
 			errs = append(errs, fmt.Errorf("%q is no state's name", id))
 			continue
 		}
-		for _, name := range []string{sideName(id), id} {
-			if err := os.Remove(filepath.Join(dir, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		// First what says what it is: see Files.unlink.
+		for _, ext := range []string{sideExt, sideExt + asideExt, stateExt, partExt} {
+			path := filepath.Join(dir, stem+ext)
+			info, err := os.Lstat(path)
+			if err == nil {
+				err = os.Remove(path)
+			}
+			switch {
+			case err == nil:
+				bytes += info.Size()
+			case !errors.Is(err, os.ErrNotExist):
 				errs = append(errs, err)
 			}
 		}
 	}
-	return errors.Join(errs...)
+	return bytes, errors.Join(errs...)
 }
 
-// Verify looks at every state in a folder, and returns how many there are and what is wrong. With
-// full it reads all of each file, and compares its checksum where that is known: it is a minute or
-// two after the state was saved.
-func Verify(ctx context.Context, dir string, full bool) (states int, problems []Problem, err error) {
+// Verify looks at every state in a folder and returns what is wrong. With full it reads all of each
+// file, and compares its checksum where that is known: it is a minute or two after the state was
+// saved, or when the store has been closed.
+func Verify(ctx context.Context, dir string, full bool) (Verified, []Problem, error) {
 	in, err := look(dir)
 	if err != nil {
-		return 0, nil, err
+		return Verified{}, nil, err
 	}
-	for _, p := range in.junk {
-		if !p.loose || time.Since(p.at) > looseAge { // else it may be about to belong to one
-			problems = append(problems, p)
-		}
-	}
+	problems := in.problems()
+	v := Verified{States: len(problems)}
 	for i := range in.states {
 		s := &in.states[i]
 		err := s.verify(ctx, dir, full)
 		switch {
 		case ctx.Err() != nil:
-			return states, problems, ctx.Err()
+			return v, problems, ctx.Err()
 		case errors.Is(err, os.ErrNotExist): // removed just now
+			continue
 		case err != nil:
 			problems = append(problems, Problem{ID: s.ID, Model: s.Model, What: err.Error()})
+		default:
+			v.Bytes += s.Bytes
+			if full && s.Settled {
+				v.Hashed++
+			}
 		}
-		states++
+		v.States++
 	}
-	return states, problems, nil
+	return v, problems, nil
+}
+
+// problems returns what is not as it should be, without what may be about to belong to a state.
+func (in *found) problems() (problems []Problem) {
+	for _, p := range in.junk {
+		if !p.loose || time.Since(p.at) > looseAge {
+			problems = append(problems, p)
+		}
+	}
+	return problems
 }
 
 // verify returns how a state's file differs from what is said of it.

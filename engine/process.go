@@ -113,3 +113,16 @@ func (p Process) addr() string {
 	}
 	return net.JoinHostPort(host, strconv.Itoa(p.Port))
 }
+
+// Files are the base names of the files that the engine has loaded: the weights', the projector's and
+// the adapters'.
+func (p Process) Files() []string {
+	files := []string{p.Blob()}
+	if p.Projector != "" {
+		files = append(files, baseName(p.Projector))
+	}
+	for _, adapter := range p.Adapters {
+		files = append(files, baseName(adapter))
+	}
+	return files
+}

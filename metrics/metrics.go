@@ -12,6 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/contexts"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
@@ -307,8 +308,42 @@ func (l *lanes) Collect(ch chan<- prometheus.Metric) {
 func (m *Metrics) Store(stats func() contextstore.Stats) {
 	m.gauge("store_entries", "Links of prefixes that are remembered.", func() int64 { return int64(stats().Entries) })
 	m.gauge("store_bytes", "Memory that the remembered prefixes take.", func() int64 { return stats().Bytes })
-	m.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: namespace + "_store_evictions_total", Help: "Links that were forgotten to make room."},
-		func() float64 { return float64(stats().Evictions) }))
+	m.counter("store_evictions_total", "Links that were forgotten to make room.", func() float64 { return float64(stats().Evictions) })
+}
+
+// Contexts adds the series of stored contexts; counts and files are asked at each scrape.
+func (m *Metrics) Contexts(counts func() contexts.Counts, files func() contextstore.FileStats) {
+	m.gauge("contexts", "Stored contexts.", func() int64 { return int64(files().States) })
+	m.gauge("contexts_bytes", "Disk that the stored contexts take.", func() int64 { return files().Bytes })
+	m.counter("contexts_saved_total", "Contexts that were stored.", func() float64 { return float64(counts().Saved) })
+	m.counter("contexts_saved_bytes_total", "… and their bytes.", func() float64 { return float64(counts().SavedBytes) })
+	m.counter("contexts_attached_total", "Stored contexts that were given to an engine, for a request.", func() float64 { return float64(counts().Attached) })
+	m.counter("contexts_dropped_total", "Stored contexts that were dropped: for room, since nobody needed them, or as they could not be used.", func() float64 {
+		s := files()
+		return float64(s.Evicted + s.Expired + s.Dropped)
+	})
+	m.counter("contexts_reused_tokens_total", "Tokens of prompts that were not evaluated since a context was attached, as the server or its engine told.", func() float64 { return float64(counts().Tokens) })
+	m.counter("estimated_contexts_saved_seconds_total", "How long the evaluation of those tokens would have taken, at the speed that was learned.", func() float64 { return counts().Evaluation.Seconds() })
+	m.registry.MustRegister(failures{counts})
+}
+
+// failures are why contexts were not stored or attached, or in vain.
+type failures struct{ counts func() contexts.Counts }
+
+var failed = prometheus.NewDesc(namespace+"_contexts_failed_total",
+	"Contexts that could not be stored or attached, or were of no use.", []string{"reason"}, nil)
+
+func (f failures) Describe(ch chan<- *prometheus.Desc) { ch <- failed }
+
+func (f failures) Collect(ch chan<- prometheus.Metric) {
+	for reason, n := range f.counts().Failed {
+		ch <- prometheus.MustNewConstMetric(failed, prometheus.CounterValue, float64(n), reason)
+	}
+}
+
+// counter adds a series without labels that only grows, whose value is asked for at each scrape.
+func (m *Metrics) counter(name, help string, value func() float64) {
+	m.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: namespace + "_" + name, Help: help}, value))
 }
 
 // Held adds the series of the memory for bodies; held is asked at each scrape.

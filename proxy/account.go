@@ -76,8 +76,10 @@ func (h *Handler) accounted(ex *exchange) {
 		o.Answer = ex.answer.Answer()
 		defer ex.answer.Release()
 	}
+	ex.count(&o.Answer)
 	end.Load, end.Unload = o.Load, end.Unload || o.DoneReason == "unload"
 	o.Ending = ex.run.End(time.Now(), end)
+	ex.loadedBefore(&o)
 	if entry, ok := ex.spend.End(time.Now(), o); ok {
 		ex.Savings = &entry
 	}

@@ -19,6 +19,7 @@ import (
 type backend struct {
 	*upstream.Server
 	index     uint16
+	port      int                              // of this machine, on which it listens; 0: it is elsewhere
 	books     atomic.Pointer[savings.Upstream] // what the ledger needs to know of it
 	runners   *runners.Book
 	residency *residency
@@ -29,7 +30,7 @@ type backend struct {
 }
 
 func (h *Handler) newBackend(index int, s *upstream.Server) *backend {
-	b := &backend{Server: s, index: uint16(index)}
+	b := &backend{Server: s, index: uint16(index), port: localPort(s)}
 	b.books.Store(&savings.Upstream{Name: s.Name, Index: b.index})
 	b.runners = runners.New(s, func(e runners.Event) { h.changed(b, e) })
 	b.residency = newResidency(s, b.runners, h.KeepAlive, h.Touched, h.Log)
@@ -279,8 +280,9 @@ func (ex *exchange) retract() {
 	ex.run = nil
 	ex.spend.End(time.Now(), savings.Outcome{Refused: true})
 	ex.spend = nil
-	ex.grant.Release(schedule.Result{}) // not sent
-	ex.grant = nil
+	ex.began = false
+	ex.release(schedule.Result{}, savings.Answer{}) // not sent
+	ex.grant, ex.context = nil, nil
 }
 
 // unloadElsewhere has the model unloaded by all other servers that may hold it, and returns a channel that is closed when that

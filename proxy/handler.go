@@ -25,6 +25,7 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/contexts"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/jsonscan"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/runners"
@@ -73,6 +74,7 @@ type Handler struct {
 
 	Ledger      *savings.Ledger     // nil accounts for nothing and reads no prefixes
 	Lanes       *schedule.Scheduler // says when a request may be sent, and where; nil, with one upstream only, sends them as they come
+	Contexts    *contexts.Manager   // nil stores and attaches no context
 	ShowPrompts bool                // the page of the last requests has excerpts of their bodies
 
 	// Done is told of each request when it is over, Touched of each keep_alive that was set, or refused, in the
@@ -200,6 +202,8 @@ type exchange struct {
 	chain   *prefix.Chain
 	spend   *savings.Request // nil where the ledger does not account for it
 	grant   *schedule.Grant  // nil where it holds no lane
+	context *contexts.Use    // nil where nothing is to be stored or attached
+	loaded  runners.Ending   // of the load that was caused before it was sent, to attach something
 	sent    time.Duration    // from start until it was sent
 	streams bool             // the answer is a stream of events
 	dialect savings.Dialect
@@ -279,6 +283,9 @@ func (h *Handler) Init() {
 			h.Lanes.SetName(b.index, s.Name)
 		}
 	}
+	if h.Contexts != nil {
+		h.Contexts.Told = h.engineFound
+	}
 	h.forward = &httputil.ReverseProxy{
 		Rewrite:        h.rewrite,
 		ModifyResponse: h.modifyResponse,
@@ -296,6 +303,7 @@ func (h *Handler) Run(ctx context.Context) {
 	for _, b := range h.backends {
 		wg.Go(func() { b.residency.run(ctx) })
 	}
+	wg.Go(func() { h.Contexts.Run(ctx) })
 	wg.Wait()
 }
 
@@ -355,6 +363,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	r, over := h.givesUp(r, ex)
 	defer over()
 	ex.unloading = h.unloadElsewhere(r.Context(), ex)
+	h.prepare(r.Context(), ex)
 	h.begin(ex)
 	h.forward.ServeHTTP(w, r)
 }

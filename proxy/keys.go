@@ -292,6 +292,14 @@ func (k *Keys) check(key string) *keyHolder {
 	return found
 }
 
+// secret returns what tells the client's stored contexts from those of others; nil without a key.
+func (p *keyHolder) secret() []byte {
+	if p == nil {
+		return nil
+	}
+	return p.sum[:]
+}
+
 // client is the key's digest, by which the client is known; "" of nil.
 func (p *keyHolder) client() string {
 	if p == nil {

@@ -329,5 +329,5 @@ func (ex *exchange) free(a savings.Answer) {
 			res.Reused, res.ReusedKnown = e.Tokens.Reused, true
 		}
 	}
-	ex.grant.Release(res)
+	ex.release(res, a)
 }

@@ -82,6 +82,7 @@ func (h *Handler) again(
 	if ref := h.acquire(ex.inbound, ex, list); ref != nil {
 		return nil, ref
 	}
+	h.prepare(out.Context(), ex)
 	h.begin(ex)
 	again := out.Clone(out.Context())
 	u := *ex.inbound.URL

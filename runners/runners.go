@@ -166,6 +166,15 @@ func (b *Book) Begin(now time.Time, w Wanted) *Request {
 	return r
 }
 
+// Loaded reports whether it is known that the model is loaded as is wanted, since a request that came
+// through here was answered like that.
+func (b *Book) Loaded(w Wanted) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	m, ok := b.models.Peek(w.Options.Model)
+	return ok && w.Known && m.answered && m.same(w.Options)
+}
+
 // Since returns when the model's present load was asked for, or the last one was seen to have ended: no
 // keep_alive that was sent before holds it. Zero: neither is known.
 func (r *Request) Since() time.Time {

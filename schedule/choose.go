@@ -441,6 +441,9 @@ func (c *choice) join(p rank, k *class) (*item, *lane, reason) {
 		}
 		// A lane that would be idle otherwise takes the first sign of a host cache for granted.
 		again := int(float64(max(0, owned.depth()-tokens)) * (1 - c.x.rates.host.v))
+		if c.x.copied() && c.x.evaluated(owned) {
+			again = 0
+		}
 		share := c.x.backlog(owned)
 		if least >= 0 && (again > least+slack || again > least-slack && share <= most) {
 			return
@@ -493,7 +496,9 @@ func (x *runner) below(n *node) float64 {
 // worth reports whether a lane should evaluate so many tokens again rather than leave a backlog to the lanes that are
 // busy there.
 func (c *choice) worth(it *item, n *node, again, backlog int) bool {
-	if again <= slack || backlog >= again {
+	// Where what the other lane evaluates can be had when its request has ended, the backlog is no
+	// reason: it may all be served then.
+	if again <= slack || backlog >= again && !c.x.copied() {
 		return true
 	}
 	takes := c.x.rates.evaluate(again)
@@ -510,6 +515,17 @@ func (c *choice) worth(it *item, n *node, again, backlog int) bool {
 		return false
 	}
 	return true
+}
+
+// evaluated reports whether a request that was evaluated up to a node has ended: one that a lane is busy
+// with there found it.
+func (x *runner) evaluated(n *node) bool {
+	for _, l := range x.lanes {
+		if l.item != nil && l.item.expected+slack >= n.depth() && shared(l.item.steps, l.holds) >= n.depth() {
+			return true
+		}
+	}
+	return false
 }
 
 // generating returns for how long the first of the lanes that are busy with a node to fall free is expected to generate until then: the

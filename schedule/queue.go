@@ -222,15 +222,15 @@ type Queue struct {
 // server is one Ollama server.
 type server struct {
 	index     uint16
-	seed      uint64         // of its rendezvous hash
-	off       bool           // it is to be sent nothing new
-	away      bool           // it does not answer: what waits for it is held …
-	until     time.Time      // … and is refused from then on
-	lanes     int            // per runner; 0: learned
-	told      map[string]int // lanes of a model, by its name, as its engine tells; see given
-	found     int            // … for the runner that this was last learned of: what others begin with
-	host      mean           // rates.host of all its runners: what others begin with
-	longest   bool           // it chooses slots by the longest match alone
+	seed      uint64           // of its rendezvous hash
+	off       bool             // it is to be sent nothing new
+	away      bool             // it does not answer: what waits for it is held …
+	until     time.Time        // … and is refused from then on
+	lanes     int              // per runner; 0: learned
+	told      map[string]Slots // by model
+	found     int              // … for the runner that this was last learned of: what others begin with
+	host      mean             // rates.host of all its runners: what others begin with
+	longest   bool             // it chooses slots by the longest match alone
 	runners   []*runner
 	byKey     map[Runner]*runner // several keys may have turned out to be one runner
 	list      []*runner          // for order
@@ -765,20 +765,28 @@ func (q *Queue) SetLanes(upstream uint16, n int, now time.Time) {
 	q.pump(s, now)
 }
 
-// SetSlots says how many slots a model on the server has, as its engine tells: nothing of that is
+// Slots is what an engine tells of itself.
+type Slots struct {
+	Count int // at least 1
+	// Copied says that what one slot has evaluated is in the others for next to nothing, as soon as
+	// the request that it was evaluated for has ended.
+	Copied bool
+}
+
+// SetSlots says what the engine of a model on the server tells: how many slots there are is not
 // learned from then on. What SetLanes says goes before it.
-func (q *Queue) SetSlots(upstream uint16, model string, n int, now time.Time) {
+func (q *Queue) SetSlots(upstream uint16, model string, told Slots, now time.Time) {
 	s := q.server(upstream)
-	if s.told[model] == n {
+	if s.told[model] == told {
 		return
 	}
 	if s.told == nil {
-		s.told = map[string]int{}
+		s.told = map[string]Slots{}
 	}
-	s.told[model] = n
+	s.told[model] = told
 	for _, x := range s.runners {
 		if x.key.Options.Model == model && s.lanes == 0 {
-			x.want = n
+			x.want = told.Count
 			x.resize()
 		}
 	}

@@ -40,11 +40,14 @@ func (q *Queue) runner(s *server, key Runner, now time.Time) *runner {
 // given returns how many lanes there are for a model, as its engine tells or the operator says; 0: that
 // is learned; or Unlimited.
 func (s *server) given(model string) int {
-	if n := s.told[model]; n > 0 && s.lanes == 0 {
+	if n := s.told[model].Count; n > 0 && s.lanes == 0 {
 		return n
 	}
 	return s.lanes
 }
+
+// copied reports whether lanes can have what others have evaluated: see Slots.
+func (x *runner) copied() bool { return x.server.told[x.key.Options.Model].Copied }
 
 // given returns how many lanes there are for the runner; 0: that is learned; or Unlimited.
 func (x *runner) given() int { return x.server.given(x.key.Options.Model) }

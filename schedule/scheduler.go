@@ -248,10 +248,10 @@ func (s *Scheduler) SetLanes(upstream uint16, n int) {
 	s.do(func(q *Queue, now time.Time) { q.SetLanes(upstream, n, now) })
 }
 
-// SetSlots says how many slots a model on the server has, as its engine tells: nothing of that is
+// SetSlots says what the engine of a model on the server tells: how many slots there are is not
 // learned from then on. What SetLanes says goes before it.
-func (s *Scheduler) SetSlots(upstream uint16, model string, n int) {
-	s.do(func(q *Queue, now time.Time) { q.SetSlots(upstream, model, n, now) })
+func (s *Scheduler) SetSlots(upstream uint16, model string, told Slots) {
+	s.do(func(q *Queue, now time.Time) { q.SetSlots(upstream, model, told, now) })
 }
 
 // SetExpected says how many slots each model on the server has, most likely, where that is learned:

@@ -657,7 +657,7 @@ func TestTurn(t *testing.T) {
 func TestSlotsTold(t *testing.T) {
 	for _, lanes := range []int{0, 2} {
 		d := newDesk(t, Config{Lanes: lanes})
-		d.q.SetSlots(0, "m", 4, d.now)
+		d.q.SetSlots(0, "m", Slots{Count: 4}, d.now)
 		for range 6 {
 			d.add(with(seg{id: tails + 1000, tokens: 1000}))
 		}
@@ -666,12 +666,49 @@ func TestSlotsTold(t *testing.T) {
 		if stats := d.q.Stats(d.now).Runners[0]; granted != want || stats.Learned {
 			t.Errorf("with --slots %d: %d of 6 granted, learned %v; want %d, told", lanes, granted, stats.Learned, want)
 		}
-		d.q.SetSlots(0, "m", 1, d.now)
+		d.q.SetSlots(0, "m", Slots{Count: 1}, d.now)
 		for i := range granted {
 			d.done(uint64(i+1), evaluated(1064, 1064), time.Second)
 		}
 		if n := d.q.Stats(d.now).Runners[0].Lanes; n != cmp.Or(lanes, 1) {
 			t.Errorf("with --slots %d: %d lanes after the model was loaded with 1 slot", lanes, n)
+		}
+	}
+}
+
+// TestSlotsCopied: where slots can have what others evaluated, one evaluates a prefix that many wait
+// with, and when its request has ended all go on. Where that would generate for longer than evaluating
+// it once more takes, the others do not wait.
+func TestSlotsCopied(t *testing.T) {
+	for _, w := range []struct {
+		copied     bool
+		generation time.Duration
+		want       int // granted at once
+	}{{false, 100 * time.Millisecond, 4}, {true, 100 * time.Millisecond, 1}, {true, time.Minute, 4}} {
+		d := newDesk(t, Config{})
+		d.q.SetSlots(0, "m", Slots{Count: 4, Copied: w.copied}, d.now)
+		r := evaluated(1064, 1064)
+		r.Eval = w.generation
+		d.done(d.add(with(beta)), r, time.Second+w.generation) // tells how fast it is
+		d.q.Grants()
+		for range 9 {
+			tails++
+			d.add(request("m", alpha, seg{id: tails, tokens: 600}))
+		}
+		places := slices.Clone(d.q.Grants())
+		if len(places) != w.want {
+			t.Errorf("%+v: %d of 9 with one prefix are granted at once", w, len(places))
+		}
+		for _, p := range places {
+			d.done(p.ID, r, time.Second)
+		}
+		for range 3 { // some wait for those before them to arrive
+			if _, ok := d.q.Next(); ok && len(d.q.grants) < 4 {
+				d.wake()
+			}
+		}
+		if n := len(d.q.Grants()); n != 4 {
+			t.Errorf("%+v: %d go on when the prefix is evaluated, on 4 slots", w, n)
 		}
 	}
 }

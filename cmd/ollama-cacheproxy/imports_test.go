@@ -16,15 +16,16 @@ func TestImports(t *testing.T) {
 		"ollamasim":             {"upstream"},
 		"prefix":                {"jsonscan"},
 		"batch":                 {"jsonscan", "prefix"},
-		"engine":                {},
 		"contextstore":          {"prefix"},
+		"engine":                {},
+		"contexts":              {"contextstore", "engine"},
 		"runners":               {"prefix", "upstream"},
 		"savings":               {"contextstore", "jsonscan", "prefix", "runners"},
 		"schedule":              {"prefix"},
-		"proxy":                 {"jsonscan", "prefix", "runners", "savings", "schedule", "upstream"},
-		"metrics":               {"contextstore", "proxy", "savings", "schedule", "upstream"},
+		"proxy":                 {"contexts", "jsonscan", "prefix", "runners", "savings", "schedule", "upstream"},
+		"metrics":               {"contexts", "contextstore", "proxy", "savings", "schedule", "upstream"},
 		"bench":                 {"bench/text", "proxy", "savings", "upstream"},
-		"cmd/ollama-cacheproxy": {"batch", "bench", "contextstore", "engine", "metrics", "ollamasim", "proxy", "savings", "schedule", "upstream"},
+		"cmd/ollama-cacheproxy": {"batch", "bench", "contexts", "contextstore", "engine", "metrics", "ollamasim", "proxy", "savings", "schedule", "upstream"},
 	}
 	for pkg, want := range allowed {
 		out, err := exec.Command("go", "list", "-f", `{{join .Imports "\n"}}`, module+pkg).Output()

@@ -20,12 +20,13 @@ import (
 
 // cli is the command line. Each verb has a file of its own.
 type cli struct {
-	Serve   serveCmd   `cmd:"" default:"withargs" help:"Forward requests to Ollama (the default verb)."`
-	Batch   batchCmd   `cmd:"" help:"Send a file of requests, and go on where it was after a crash."`
-	Bench   benchCmd   `cmd:"" help:"Measure what the proxy is worth on an Ollama server: directly and through it, in one run."`
-	Engine  engineCmd  `cmd:"" help:"Link to the engines of an Ollama on this machine, for stored contexts."`
-	Health  healthCmd  `cmd:"" help:"Ask a running proxy whether it and its upstream are well; for a container's health check."`
-	Version versionCmd `cmd:"" help:"Print the version."`
+	Serve    serveCmd    `cmd:"" default:"withargs" help:"Forward requests to Ollama (the default verb)."`
+	Batch    batchCmd    `cmd:"" help:"Send a file of requests, and go on where it was after a crash."`
+	Bench    benchCmd    `cmd:"" help:"Measure what the proxy is worth on an Ollama server: directly and through it, in one run."`
+	Contexts contextsCmd `cmd:"" help:"List, remove and verify the contexts that serve --contexts keeps."`
+	Engine   engineCmd   `cmd:"" help:"Link to the engines of an Ollama on this machine, for stored contexts."`
+	Health   healthCmd   `cmd:"" help:"Ask a running proxy whether it and its upstream are well; for a container's health check."`
+	Version  versionCmd  `cmd:"" help:"Print the version."`
 }
 
 // exitError ends the program with a status of its own.
@@ -64,7 +65,7 @@ func joinNegative(args []string) []string {
 }
 
 // vars are figures that help texts and defaults refer to.
-var vars = kong.Vars{"maxbody": strconv.Itoa(proxy.DefaultMaxBody), "storebytes": strconv.Itoa(defaultStoreBytes)}
+var vars = kong.Vars{"maxbody": strconv.Itoa(proxy.DefaultMaxBody), "storebytes": strconv.Itoa(defaultStoreBytes), "contextbytes": strconv.Itoa(defaultContextBytes)}
 
 // run is the program; it returns the exit status: 0, 1 for a failure, 2 for arguments that make no sense.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {

@@ -48,7 +48,8 @@ func TestScripts(t *testing.T) {
 			}
 			return notUTF8(env.WorkDir)
 		},
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"waitready": waitReady, "waitlooped": waitLooped, "curl": curl, "headers": headers},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"waitready": waitReady, "waitlooped": waitLooped, "curl": curl, "headers": headers,
+			"savecontexts": saveContexts, "spoilcontext": spoilContext},
 	})
 }
 

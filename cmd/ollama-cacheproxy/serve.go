@@ -20,6 +20,7 @@ import (
 	"github.com/lmittmann/tint"
 	"golang.org/x/term"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/contexts"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/metrics"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
@@ -39,9 +40,10 @@ const (
 	maxHeader     = 64 << 10          // bytes of a request's header
 	headerSlack   = 4096              // that net/http reads beyond what it is told
 
-	cutOff            = 2 * time.Second // for requests that were cut off to end
-	defaultStoreBytes = 256 << 20
-	rememberRequests  = 1000 // on /_cacheproxy/requests
+	cutOff              = 2 * time.Second // for requests that were cut off to end
+	defaultStoreBytes   = 256 << 20
+	defaultContextBytes = 20 << 30
+	rememberRequests    = 1000 // on /_cacheproxy/requests
 )
 
 type serveCmd struct {
@@ -65,9 +67,13 @@ type serveCmd struct {
 	TryDuration     time.Duration `default:"60s" placeholder:"TIME" help:"For how long requests wait for an upstream that is away, counted from when it was last seen; then they get 503. 0: not at all. Default: 60s."`
 	UpstreamSilence time.Duration `placeholder:"TIME" help:"Give any request up, with 504, when its upstream has sent nothing for this long. A model that thinks, or loads, sends nothing either, nor does a pull that verifies. Default: never."`
 
-	StoreEntries int   `default:"1000000" placeholder:"N" help:"How many links of prefixes to remember; a prompt has about one for each 256 bytes. Default: 1000000."`
-	StoreBytes   int64 `default:"${storebytes}" placeholder:"BYTES" help:"How much memory to remember prefixes in. Default: 268435456 (256 MiB)."`
-	ShowPrompts  bool  `help:"Show the beginning and the end of request bodies on /_cacheproxy/requests. Without this no prompt text is kept."`
+	StoreEntries   int           `default:"1000000" placeholder:"N" help:"How many links of prefixes to remember; a prompt has about one for each 256 bytes. Default: 1000000."`
+	StoreBytes     int64         `default:"${storebytes}" placeholder:"BYTES" help:"How much memory to remember prefixes in. Default: 268435456 (256 MiB)."`
+	Contexts       string        `placeholder:"HOME" type:"path" help:"Keep the state of evaluated prompts on disk, below this folder, and give it back to Ollama after a load, a restart or an eviction. It takes an Ollama 0.30 or later on this machine that was linked with 'ollama-cacheproxy engine link --to HOME' (docs/contexts.md). Default: not at all."`
+	ContextBytes   int64         `default:"${contextbytes}" placeholder:"BYTES" help:"How much disk the stored contexts may take; 2 GiB of the disk stay free. Default: 21474836480 (20 GiB)."`
+	ContextTTL     time.Duration `default:"720h" placeholder:"TIME" help:"How long a stored context is kept that nobody needs; 0 for ever. Default: 720h (30 days)."`
+	ContextsShared bool          `help:"Attach what one API key's prompts left to those of the others, too. A client could find out by the time that an answer takes whether another one has sent a prompt."`
+	ShowPrompts    bool          `help:"Show the beginning and the end of request bodies on /_cacheproxy/requests. Without this no prompt text is kept."`
 
 	AllowHost   []string `placeholder:"NAME" help:"Accept this Host name on loopback connections too (* for any). Repeatable."`
 	AllowOrigin []string `placeholder:"ORIGIN" help:"Let web pages of this origin in, such as https://chat.example.com; one * stands for anything. Repeatable. Those in OLLAMA_ORIGINS are let in too."`
@@ -109,6 +115,8 @@ Examples:
       try it without a model: a simulated Ollama, whose answers and figures are made up, and say so
   ollama-cacheproxy --heartbeat 15s
       keep clients that give up when nothing comes for half a minute: streams under /v1 that wait are begun
+  ollama-cacheproxy engine link --to ~/.ollama-cacheproxy && ollama-cacheproxy --contexts ~/.ollama-cacheproxy
+      keep what was evaluated on disk, for when the model is loaded again (start ~/.ollama-cacheproxy/bin/ollama serve)
   ollama-cacheproxy --check --upstream gpu-box:11434
       say whether these settings are right, and stop
 
@@ -122,7 +130,8 @@ Other verbs: batch, bench, health, version ("ollama-cacheproxy VERB --help").`
 
 // settings are the flags, understood.
 type settings struct {
-	listen    string // for net.Listen
+	contexts  *contexts.Manager // nil stores and attaches no context
+	listen    string            // for net.Listen
 	upstreams []target
 	keepAlive proxy.KeepAlive
 	guard     proxy.Guard
@@ -142,6 +151,9 @@ func (s *serveCmd) settings() (settings, error) {
 		return set, err
 	}
 	for _, t := range set.upstreams {
+		if s.Contexts != "" && t.slots == schedule.Unlimited {
+			return set, errors.New("--contexts needs lanes, to know which slots are free: leave out --slots off")
+		}
 		set.lanes = set.lanes || t.slots != schedule.Unlimited || len(set.upstreams) > 1
 	}
 	if set.keepAlive, err = proxy.ParseKeepAlive(proxy.KeepAlivePolicy(s.KeepAlivePolicy), append([]string{defaultKeepAlive}, s.KeepAlive...)); err != nil {
@@ -186,6 +198,9 @@ func (s *serveCmd) limits() (int64, error) {
 	}
 	if s.StoreEntries < 0 || s.StoreBytes < 0 {
 		return 0, fmt.Errorf("--store-entries %d, --store-bytes %d: want 0 (remember no prefixes but the last prompts') or more", s.StoreEntries, s.StoreBytes)
+	}
+	if s.ContextBytes < 1 || s.ContextTTL < 0 {
+		return 0, fmt.Errorf("--context-bytes %d, --context-ttl %v: want at least 1 byte, and a time that is not negative", s.ContextBytes, s.ContextTTL)
 	}
 	if s.Drain < 0 {
 		return 0, fmt.Errorf("--drain %v: want 0 or more", s.Drain)
@@ -242,6 +257,17 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	if s.Check {
 		return s.report(ctx, c, set, ups)
 	}
+	files, err := s.storedContexts(&set, logger)
+	if err != nil {
+		return err
+	}
+	if files != nil {
+		defer func() {
+			closing, cancel := context.WithTimeout(context.Background(), cutOff)
+			defer cancel()
+			files.Close(closing) // what it could not put on the disk it has told
+		}()
+	}
 	h := s.handler(set, ups, transport, logger)
 	ln, err := set.listener(logger)
 	if err != nil {
@@ -297,6 +323,7 @@ func (s *serveCmd) handler(
 		UpstreamSilence: s.UpstreamSilence, Heartbeat: s.Heartbeat, Queue: s.Queue,
 		Guard: set.guard, Trusted: set.trusted, Log: logger,
 		Ledger: savings.New(store, rememberRequests), ShowPrompts: s.ShowPrompts,
+		Contexts: set.contexts,
 	}
 	counts := metrics.New(version(), h.InFlight)
 	if set.lanes {
@@ -316,6 +343,9 @@ func (s *serveCmd) handler(
 		set.keys.replaced = counts.KeyNames
 	}
 	counts.Store(store.Stats)
+	if set.contexts != nil {
+		counts.Contexts(set.contexts.Counts, set.contexts.Files.Stats)
+	}
 	counts.Held(h.Held)
 	counts.Waiting(h.Waiting)
 	h.Metrics, h.Done, h.Touched = counts.Handler(), counts.Done, counts.Touched

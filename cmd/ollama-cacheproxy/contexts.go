@@ -1,0 +1,291 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
+)
+
+type contextsCmd struct {
+	Ls     contextsLs     `cmd:"" help:"List what is stored, what was used last first."`
+	Rm     contextsRm     `cmd:"" help:"Remove stored contexts."`
+	Verify contextsVerify `cmd:"" help:"Look whether what is stored is whole."`
+}
+
+func (contextsCmd) Help() string {
+	return `Contexts are what models had evaluated of prompts, kept on disk by serve --contexts HOME. These verbs work while that runs, and while it does not.
+
+Examples:
+
+  ollama-cacheproxy contexts ls /var/lib/ollama-cacheproxy
+  ollama-cacheproxy contexts rm /var/lib/ollama-cacheproxy --model llama3 --older 7d
+      those of a model that were of no use for a week
+  ollama-cacheproxy contexts verify /var/lib/ollama-cacheproxy
+      exits with 1 if something is torn, and says what to do`
+}
+
+// contextsHome is the folder that all of these verbs are about.
+type contextsHome struct {
+	Home string `arg:"" type:"path" help:"What serve --contexts is given."`
+}
+
+func (h contextsHome) dir() string { return filepath.Join(h.Home, "contexts") }
+
+// read returns what is stored, and what is not as it should be.
+func (h contextsHome) read() ([]contextstore.State, []contextstore.Problem, error) {
+	states, problems, err := contextstore.ReadFiles(h.dir())
+	return states, problems, h.explain(err)
+}
+
+// explain says what a missing folder means.
+func (h contextsHome) explain(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%s: there is no such folder: nothing has been stored, or %s is not what serve --contexts is given",
+			h.dir(), h.Home)
+	}
+	return err
+}
+
+type contextsLs struct {
+	contextsHome
+	JSON bool `name:"json" env:"-" help:"One JSON array."`
+}
+
+func (contextsLs) Help() string {
+	return `MB are of 1,000,000 bytes. COST is about how long it took to evaluate. USES counts how often it was asked for.
+
+Examples:
+
+  ollama-cacheproxy contexts ls /var/lib/ollama-cacheproxy
+  ollama-cacheproxy contexts ls /var/lib/ollama-cacheproxy --json | jq 'map(.bytes) | add'
+      how many bytes are stored`
+}
+
+// listed is one state as --json shows it: nothing of the prompt but how long it is.
+type listed struct {
+	ID      string    `json:"id"`
+	Model   string    `json:"model"`
+	Format  string    `json:"format"`
+	Links   int       `json:"links"`
+	Tokens  int       `json:"tokens"`
+	Bytes   int64     `json:"bytes"`
+	Seconds float64   `json:"evaluation_seconds"`
+	Made    time.Time `json:"made"`
+	Used    time.Time `json:"used"`
+	Uses    int       `json:"uses"`
+}
+
+// shownID is how many letters of an ID the list shows: enough to tell any two apart, in practice.
+const shownID = 12
+
+func (c *contextsLs) Run(out *console) error {
+	states, problems, err := c.read()
+	if err != nil {
+		return err
+	}
+	if n := len(problems); n > 0 {
+		fmt.Fprintf(out.stderr, "%s not whole: see ollama-cacheproxy contexts verify %s\n",
+			counted(n, "file is", "files are"), c.Home)
+	}
+	if c.JSON {
+		list := make([]listed, len(states))
+		for i, s := range states {
+			list[i] = listed{stem(s.ID), s.Model, s.Format, len(s.Links), s.Tokens, s.Bytes,
+				s.Cost.Seconds(), s.Made, s.Used, s.Uses}
+		}
+		enc := json.NewEncoder(out.stdout)
+		enc.SetIndent("", "  ")
+		return enc.Encode(list)
+	}
+	table := tabwriter.NewWriter(out.stdout, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(table, "ID\tMODEL\tTOKENS\tMB\tCOST\tMADE\tUSED\tUSES")
+	for _, s := range states {
+		fmt.Fprintf(table, "%s\t%s\t%d\t%.1f\t%v\t%s\t%s\t%d\n", stem(s.ID)[:shownID], s.Model, s.Tokens,
+			float64(s.Bytes)/1e6, s.Cost.Round(10*time.Millisecond), ago(s.Made), ago(s.Used), s.Uses)
+	}
+	return table.Flush()
+}
+
+func stem(id string) string { name, _, _ := strings.Cut(id, "."); return name }
+
+// counted returns a number with what it counts.
+func counted(n int, one, many string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return strconv.Itoa(n) + " " + many
+}
+
+// ago returns how long ago a time was, in its largest unit.
+func ago(t time.Time) string {
+	d := max(time.Since(t), 0)
+	switch {
+	case d < time.Minute:
+		return fmt.Sprintf("%ds ago", int(d.Seconds()))
+	case d < time.Hour:
+		return fmt.Sprintf("%dm ago", int(d.Minutes()))
+	case d < 48*time.Hour:
+		return fmt.Sprintf("%dh ago", int(d.Hours()))
+	default:
+		return fmt.Sprintf("%dd ago", int(d.Hours()/24))
+	}
+}
+
+type contextsRm struct {
+	contextsHome
+	IDs   []string `arg:"" optional:"" name:"id" help:"As ls shows them; the first letters will do."`
+	All   bool     `env:"-" help:"All of them, and what is left of any that are torn."`
+	Model string   `env:"-" placeholder:"NAME" help:"Those of a model."`
+	Older age      `env:"-" placeholder:"TIME" help:"Those that were of no use for so long, such as 7d or 12h."`
+}
+
+func (contextsRm) Help() string {
+	return `A proxy that runs goes on without them.
+
+Examples:
+
+  ollama-cacheproxy contexts rm /var/lib/ollama-cacheproxy 3f9c0a
+  ollama-cacheproxy contexts rm /var/lib/ollama-cacheproxy --older 30d
+  ollama-cacheproxy contexts rm /var/lib/ollama-cacheproxy --model llama3 --older 7d
+      both must hold
+  ollama-cacheproxy contexts rm /var/lib/ollama-cacheproxy --all`
+}
+
+// Validate is called by kong.
+func (c *contextsRm) Validate() error {
+	switch chosen := c.Model != "" || c.Older != 0; {
+	case c.All && (chosen || len(c.IDs) > 0), chosen && len(c.IDs) > 0:
+		return errors.New("want IDs, or --all, or --model and --older")
+	case !c.All && !chosen && len(c.IDs) == 0:
+		return errors.New("which? want IDs (see ollama-cacheproxy contexts ls), --all, --model or --older")
+	}
+	return nil
+}
+
+func (c *contextsRm) Run(out *console) error {
+	states, problems, err := c.read()
+	if err != nil {
+		return err
+	}
+	var ids []string
+	for _, s := range states {
+		if len(c.IDs) == 0 && c.chooses(s) {
+			ids = append(ids, s.ID)
+		}
+	}
+	for _, p := range problems {
+		if c.All {
+			ids = append(ids, p.ID)
+		}
+	}
+	for _, asked := range c.IDs {
+		id, err := find(asked, states, problems)
+		if err != nil {
+			return err
+		}
+		ids = append(ids, id)
+	}
+	freed, err := contextstore.RemoveFiles(c.dir(), ids...)
+	fmt.Fprintf(out.stdout, "removed %s, %.1f MB\n", counted(len(ids), "context", "contexts"),
+		float64(freed)/1e6)
+	return err
+}
+
+// chooses reports whether the flags choose a state.
+func (c *contextsRm) chooses(s contextstore.State) bool {
+	if c.Model != "" && upstream.ModelKey(s.Model) != upstream.ModelKey(c.Model) {
+		return false
+	}
+	return c.All || time.Since(s.Used) >= time.Duration(c.Older)
+}
+
+// find returns the file whose name begins as asked.
+func find(asked string, states []contextstore.State, problems []contextstore.Problem) (string, error) {
+	var ids []string
+	for _, s := range states {
+		ids = append(ids, s.ID)
+	}
+	for _, p := range problems {
+		ids = append(ids, p.ID)
+	}
+	found := ""
+	for _, id := range ids {
+		switch {
+		case !strings.HasPrefix(id, asked) || stem(id) == stem(found):
+		case found != "":
+			return "", fmt.Errorf("%s: several begin so", asked)
+		default:
+			found = id
+		}
+	}
+	if found == "" {
+		return "", fmt.Errorf("%s: no context begins so", asked)
+	}
+	return found, nil
+}
+
+type contextsVerify struct {
+	contextsHome
+	Quick bool `env:"-" help:"Look at the files' beginnings and sizes only; otherwise all of each is read, and its checksum compared."`
+}
+
+func (contextsVerify) Help() string {
+	return `Exits with 0 if all is whole, otherwise with 1. An engine refuses a file that is torn, and the request is evaluated as if there were none; a file in which bytes have changed it would take.`
+}
+
+func (c *contextsVerify) Run(ctx context.Context, out *console) error {
+	sum, problems, err := contextstore.Verify(ctx, c.dir(), !c.Quick)
+	if err != nil {
+		return c.explain(err)
+	}
+	for _, p := range problems {
+		fmt.Fprintf(out.stdout, "%s: %s\n", p.ID, p.What)
+	}
+	about := fmt.Sprintf("%s, %.1f MB", counted(sum.States, "context", "contexts"), float64(sum.Bytes)/1e6)
+	if len(problems) == 0 {
+		fmt.Fprintf(out.stdout, "%s: all whole (%d with a checksum)\n", about, sum.Hashed)
+		return nil
+	}
+	commands := make([]string, 0, len(problems))
+	for _, p := range problems {
+		commands = append(commands, stem(p.ID)[:shownID])
+	}
+	return exitError{1, fmt.Errorf("%s: %s not whole; to remove what is not: ollama-cacheproxy contexts rm %s %s",
+		about, counted(len(problems), "is", "are"), quoted(c.Home), strings.Join(commands, " "))}
+}
+
+// quoted returns a path as a shell takes it.
+func quoted(path string) string {
+	if strings.ContainsAny(path, " \t\n'\"\\$`&;|<>()*?[]#~!{}") {
+		return "'" + strings.ReplaceAll(path, "'", `'\''`) + "'"
+	}
+	return path
+}
+
+// age is a duration that may be in days.
+type age time.Duration
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (a *age) UnmarshalText(text []byte) error {
+	d, err := time.ParseDuration(string(text))
+	if days, ok := strings.CutSuffix(string(text), "d"); ok {
+		var n float64
+		n, err = strconv.ParseFloat(days, 64)
+		d = time.Duration(n * 24 * float64(time.Hour))
+	}
+	if err != nil || d <= 0 {
+		return fmt.Errorf("%q: want a time such as 7d or 12h", text)
+	}
+	*a = age(d)
+	return nil
+}

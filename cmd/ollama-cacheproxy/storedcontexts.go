@@ -1,0 +1,56 @@
+package main
+
+import (
+	"fmt"
+	"log/slog"
+	"net"
+	"strconv"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/contexts"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/engine"
+)
+
+// contextsLeave is how many bytes of the disk stored contexts leave free.
+const contextsLeave = 2 << 30
+
+// storedContexts opens what --contexts names, and has set.contexts manage it. The files are to be
+// closed; those of a nil store are none.
+func (s *serveCmd) storedContexts(set *settings, log *slog.Logger) (*contextstore.Files, error) {
+	if s.Contexts == "" {
+		return nil, nil
+	}
+	files, err := contextstore.OpenFiles(engine.ContextsFolder(s.Contexts), contextstore.FileLimits{
+		Bytes: s.ContextBytes, TTL: s.ContextTTL, Free: contextsLeave, Share: s.ContextsShared,
+	}, log)
+	if err != nil {
+		return nil, fmt.Errorf("--contexts %s: %w", s.Contexts, err)
+	}
+	home := s.Contexts
+	set.contexts = contexts.New(contexts.Config{
+		Running: func() []contexts.Running { return running(home, log) },
+		Files:   files, Log: log,
+	})
+	return files, nil
+}
+
+// running returns the engines of a link that run now.
+func running(home string, log *slog.Logger) []contexts.Running {
+	processes, err := engine.Processes(home)
+	if err != nil {
+		log.Debug("the running engines cannot be told", "err", err)
+	}
+	var list []contexts.Running
+	for _, p := range processes {
+		_, port, err := net.SplitHostPort(p.Server)
+		n, nerr := strconv.Atoi(port)
+		if err != nil || nerr != nil || p.Embeddings {
+			continue
+		}
+		list = append(list, contexts.Running{
+			Engine: p, ID: fmt.Sprintf("%d %d %d", p.PID, p.Port, p.Started.UnixNano()), Port: n,
+			Files: p.Files(), Format: p.Format(), Slots: max(p.Parallel, 1), Context: p.ContextEach,
+		})
+	}
+	return list
+}

@@ -1,0 +1,171 @@
+package contexts
+
+import (
+	"math"
+	"time"
+)
+
+// What is saved and attached, and what is not worth it.
+const (
+	// leastTokens is of how many tokens a state must save the evaluation.
+	leastTokens = 64
+	// leastGain is the least time that a state must save.
+	leastGain = 50 * time.Millisecond
+	// pays is how many times as long evaluating must take as attaching. What is saved by it is not
+	// only time: the engine evaluates for nobody else meanwhile.
+	pays = 2
+
+	statusTimeout = time.Second            // for an engine to tell of its slots
+	countTimeout  = 100 * time.Millisecond // … for the sake of a figure
+	leastTimeout  = 2 * time.Second        // for it to attach a state
+	saveTimeout   = 30 * time.Second       // for it to save one
+)
+
+// occasion is when a state may be saved: the number is how many times as long evaluating it again must
+// take as saving it. Where nothing is about to be lost, that bounds what saving costs in all, to a
+// twentieth of the time that the server evaluates.
+type occasion float64
+
+const (
+	ending  occasion = 20 // a request has ended, and the next one may wait for its lane
+	resting occasion = 8  // the engine has nothing to do
+	leaving occasion = 3  // the state is about to be lost
+)
+
+// learned is what is known of a model in an engine's build. Guarded by Manager.mu.
+type learned struct {
+	perToken float64 // seconds that the evaluation of a token takes; 0: not known
+	perState float64 // bytes of a state for each of its tokens; 0: not known
+	perText  float64 // tokens for each byte of text; 0: not known
+	partial  verdict // on states that a prompt parts from before their end
+	exact    verdict // on states that a prompt goes on from
+}
+
+// learned returns what is known of a format, made if need be. m.mu must be held.
+func (m *Manager) learned(format string) *learned {
+	l := m.formats[format]
+	if l == nil {
+		l = &learned{}
+		m.formats[format] = l
+	}
+	return l
+}
+
+// learnFrom moves a value that was learned towards one that was seen. The first one counts whole.
+func learnFrom(value *float64, seen float64) {
+	if *value == 0 {
+		*value = seen
+		return
+	}
+	*value += (seen - *value) / 4
+}
+
+// evaluated learns from an evaluation of so many tokens. Few tokens take longer each, and tell nothing
+// of many.
+func (l *learned) evaluated(tokens int, took time.Duration) {
+	if tokens >= leastTokens && took > 0 {
+		learnFrom(&l.perToken, took.Seconds()/float64(tokens))
+	}
+}
+
+// evaluation estimates how long so many tokens take to evaluate; 0 where nothing was learned yet.
+func (l *learned) evaluation(tokens int) time.Duration {
+	return seconds(l.perToken * float64(max(tokens, 0)))
+}
+
+// usualState is how many bytes a token of a state is taken to have before the first one is saved: as
+// in a model of 8 billion parameters with 8 heads for keys and values in 16 bits (Llama 3 8B: 32
+// layers of 2 × 8 × 128 × 2 bytes).
+const usualState = 128 << 10
+
+// size estimates how many bytes the state of so many tokens has.
+func (l *learned) size(tokens int) int64 {
+	per := l.perState
+	if per == 0 {
+		per = usualState
+	}
+	return int64(per * float64(tokens))
+}
+
+// usualText is how many tokens a byte of English text has, about.
+const usualText = 0.25
+
+func (l *learned) density() float64 {
+	if l.perText == 0 {
+		return usualText
+	}
+	return l.perText
+}
+
+// verdict counts how often a state was attached in vain, since one was last of use.
+type verdict struct {
+	failed int
+	until  time.Time // nothing is attached before
+}
+
+const (
+	mostFailed   = 2                // in a row, before nothing is attached for a while
+	leastPause   = 30 * time.Second // for which then, the first time; four times as long each further time
+	longestPause = 6 * time.Hour
+)
+
+// judge notes whether a state that was attached was of use, and reports whether nothing is to be
+// attached for a while from now on, for the first time.
+func (l *learned) judge(exact, helped bool) (first bool) {
+	v := &l.partial
+	if exact {
+		v = &l.exact
+	}
+	if helped {
+		*v = verdict{}
+		return false
+	}
+	if v.failed++; v.failed >= mostFailed {
+		pause := float64(leastPause) * math.Pow(4, float64(v.failed-mostFailed))
+		v.until = time.Now().Add(time.Duration(min(pause, float64(longestPause))))
+	}
+	return v.failed == mostFailed
+}
+
+// useful reports whether a state is to be attached.
+func (l *learned) useful(exact bool) bool {
+	if exact {
+		return time.Now().After(l.exact.until)
+	}
+	return time.Now().After(l.partial.until)
+}
+
+// disk is how fast states are saved and attached, as measured, with what the engine does for it.
+type disk struct{ saving, attaching rate }
+
+// rate is in seconds for each byte. A measurement counts for a while: a disk that was busy is tried
+// again.
+type rate struct {
+	usual, seen float64
+	at          time.Time
+}
+
+const rateCounts = 10 * time.Minute
+
+// newDisk returns rates of 500 MB/s for writing and of 1 GB/s for reading: what an SSD does.
+func newDisk() disk { return disk{saving: rate{usual: 2e-9}, attaching: rate{usual: 1e-9}} }
+
+// overhead is what saving and attaching take whatever the size, about: two requests on loopback.
+const overhead = 2 * time.Millisecond
+
+func (r *rate) estimate(bytes int64) time.Duration {
+	per := r.seen
+	if per == 0 || time.Since(r.at) > rateCounts {
+		per = r.usual
+	}
+	return overhead + seconds(per*float64(bytes))
+}
+
+func (r *rate) measured(bytes int64, took time.Duration) {
+	if bytes > 0 {
+		learnFrom(&r.seen, max(took-overhead, 0).Seconds()/float64(bytes))
+		r.at = time.Now()
+	}
+}
+
+func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }

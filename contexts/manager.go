@@ -1,0 +1,605 @@
+// Package contexts keeps the state of prompts that an Ollama server has evaluated on disk, and gives
+// it back to the server when a prompt comes that begins alike: after the model was loaded again, after
+// a restart, and where another prompt took the slot. It owns the decisions: when a state is saved,
+// when it is attached, and when it turns out that a model makes no use of it.
+//
+// It keeps no file (see contextstore.Files), starts no engine (see package engine) and forwards no
+// request: package proxy tells it of each before it is sent and when it has ended. What it believes of
+// an engine's slots may be wrong, since others use the server, too. The engine itself compares a
+// prompt's tokens with those of its slot, whatever was put there, so that a wrong belief costs time
+// and never an answer.
+package contexts
+
+import (
+	"context"
+	"log/slog"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/engine"
+)
+
+// Engine is what the manager asks of a llama-server: engine.Process.
+type Engine interface {
+	Slots(ctx context.Context) ([]engine.Slot, error)
+	Save(ctx context.Context, slot int, name string) (engine.Saved, error)
+	Restore(ctx context.Context, slot int, name string) (engine.Restored, error)
+}
+
+// Running is an engine that runs now.
+type Running struct {
+	Engine
+	ID      string   // of this process, never used again
+	Port    int      // on which its Ollama server listens
+	Files   []string // the base names of its model's, its projector's and its adapters'
+	Format  string   // all that a state depends on beside its tokens: see engine.Process.Format
+	Slots   int      // at least 1
+	Context int      // tokens, of each slot; 0: not known
+}
+
+// Config is what a Manager works with. Running, Files and Log must be set.
+type Config struct {
+	// Told is told of each engine that is found, and whether states are attached to it: again when
+	// that changes. It must not call the manager. Nil: nobody listens.
+	Told func(e Running, attaches bool)
+
+	Running func() []Running // the engines that run now, the newest last; called for each request
+	Files   *contextstore.Files
+	Log     *slog.Logger
+}
+
+// Manager decides. Make it with New, and have Run running. Its methods may be called from any
+// goroutine; those of the nil Manager do nothing.
+type Manager struct {
+	Config
+	wake    chan struct{}  // holds one
+	ending  sync.WaitGroup // of requests that have ended, and whose states are being saved
+	loading atomic.Int64   // requests for which the model is being loaded
+
+	mu      sync.Mutex
+	engines map[string]*live    // by Running.ID; guarded by mu
+	formats map[string]*learned // by Running.Format; guarded by mu
+	disk    disk                // guarded by mu
+	counts  Counts              // guarded by mu
+}
+
+// Counts are what a manager did since it was made.
+type Counts struct {
+	Saved      uint64 // states
+	SavedBytes uint64 // … of so many bytes
+	Attached   uint64 // states
+	// Tokens is how many tokens of prompts were not evaluated again since a state was attached, and
+	// Evaluation how long that would have taken, estimated from the speed of other evaluations.
+	Tokens     uint64
+	Evaluation time.Duration
+	Failed     map[string]uint64 // by reason: see the Failed… constants
+}
+
+// Why something could not be done, or was done in vain.
+const (
+	FailedSave    = "save"    // the engine could not save a state: the disk is full, slow or read-only
+	FailedAttach  = "attach"  // the engine refused a state, or did not answer
+	FailedUnused  = "unused"  // a state was attached, and the engine evaluated the prompt nevertheless
+	FailedChanged = "changed" // a slot held something else than was believed when it was saved
+)
+
+// live is an engine that runs, and what is believed of its slots.
+type live struct {
+	Running
+	acting sync.Mutex // held while states of idle slots are saved; new requests wait for that
+
+	// Guarded by Manager.mu.
+	told, attaches bool // Config.Told was told of it, and what
+
+	slots  []slot
+	active int       // requests that were sent to it and have not ended
+	ended  time.Time // when the last of them ended
+	clock  uint64    // counts the requests that ended
+}
+
+// slot is what is believed of an engine's slot. The zero slot holds nothing that is known.
+type slot struct {
+	prompt
+	tokens  int // of the prompt and of its answer
+	again   bool
+	used    uint64 // live.clock when a request last used it
+	claimed bool   // a request was sent that is expected to use it
+	task    int    // the engine's number for the last request that was seen to use it
+}
+
+// New returns a manager.
+func New(c Config) *Manager {
+	return &Manager{
+		Config: c, wake: make(chan struct{}, 1),
+		engines: map[string]*live{}, formats: map[string]*learned{}, disk: newDisk(),
+		counts: Counts{Failed: map[string]uint64{}},
+	}
+}
+
+// Owner returns what stands for whoever has a secret; 0 for nil.
+func (m *Manager) Owner(secret []byte) uint64 {
+	if m == nil || secret == nil {
+		return 0
+	}
+	return m.Files.OwnerOf(string(secret))
+}
+
+// Counts returns what was done so far.
+func (m *Manager) Counts() Counts {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	c := m.counts
+	c.Failed = maps.Clone(c.Failed)
+	return c
+}
+
+// Request is one that is about to be sent to a server.
+type Request struct {
+	Port     int      // of the server, which is on this machine
+	Weights  string   // of its model, as package runners names them: its files, with + between them
+	Model    string   // its name, for people
+	Owner    uint64   // whose it is; 0: nobody's in particular
+	Contents []uint64 // prefix.Chain.Contents
+	Bytes    []int    // of text, up to and with each link
+
+	// Loaded says that the model is loaded as the request needs it, for certain.
+	Loaded bool
+	// Load has the model loaded as the request needs it, and returns how long that took.
+	Load func(ctx context.Context) (time.Duration, error)
+}
+
+// Use is a request that is sent to an engine. The nil Use does nothing.
+type Use struct {
+	m    *Manager
+	r    Request
+	on   *live // nil: none is known
+	slot int   // that it is expected to use; -1: not known
+
+	warm     int // tokens of its prompt that a slot was believed to hold
+	expected int // tokens that are to be reused beyond that since a state was attached; 0: none was
+	exact    bool
+	loading  time.Duration
+	sought   bool // on was sought once more, since it was not there before
+}
+
+// Answer is how a request ended. The zero Answer: nothing came of it, and what its slot holds is not
+// known.
+type Answer struct {
+	Unsent      bool // it did not reach the server
+	Total       int  // tokens of the prompt; 0: not known
+	Cached      int  // of these reused
+	CachedKnown bool
+	Generated   int           // tokens of the answer
+	Prompt      time.Duration // evaluating the prompt; 0: not known
+}
+
+// Loading is how long the model took to load, where Before had it loaded; else 0.
+func (u *Use) Loading() time.Duration {
+	if u == nil {
+		return 0
+	}
+	return u.loading
+}
+
+// Before prepares the server for a request that is about to be sent: what its slot would lose is
+// saved, and what is stored of its prompt attached, where that takes much less time than it saves. It
+// returns when the request may be sent.
+func (m *Manager) Before(ctx context.Context, r Request) *Use {
+	if m == nil || len(r.Contents) == 0 {
+		return nil
+	}
+	u := &Use{m: m, r: r, slot: -1}
+	if u.on = m.find(r); u.on == nil || !r.Loaded {
+		u.load(ctx)
+	}
+	if u.on == nil { // the model is loaded for this request, or by an engine that is not linked
+		m.loading.Add(1)
+		m.nudge()
+		return u
+	}
+	u.on.acting.Lock()
+	m.mu.Lock()
+	u.on.active++
+	m.mu.Unlock()
+	u.on.acting.Unlock()
+	if !u.attach(ctx) {
+		u.replace(ctx)
+	}
+	return u
+}
+
+// scan returns the engines that run, and forgets those that do not.
+func (m *Manager) scan() []*live {
+	running := m.Running()
+	m.mu.Lock()
+	all := m.known(running)
+	var news []func()
+	for _, l := range all {
+		if attaches := m.learned(l.Format).useful(false); !l.told || l.attaches != attaches {
+			l.told, l.attaches = true, attaches
+			news = append(news, func() { m.Told(l.Running, attaches) })
+		}
+	}
+	m.mu.Unlock()
+	for _, tell := range news {
+		if m.Told != nil {
+			tell()
+		}
+	}
+	return all
+}
+
+// known returns what is known of each engine that runs. m.mu must be held.
+func (m *Manager) known(running []Running) []*live {
+	maps.DeleteFunc(m.engines, func(id string, _ *live) bool {
+		return !slices.ContainsFunc(running, func(e Running) bool { return e.ID == id })
+	})
+	all := make([]*live, 0, len(running))
+	for _, e := range running {
+		l := m.engines[e.ID]
+		if l == nil {
+			l = &live{Running: e, slots: make([]slot, e.Slots), ended: time.Now()}
+			m.engines[e.ID] = l
+		}
+		all = append(all, l)
+	}
+	return all
+}
+
+// find returns the engine that runs the request's model, the newest if there are several; nil: none.
+func (m *Manager) find(r Request) (found *live) {
+	for _, l := range m.scan() {
+		if l.Port == r.Port && l.runs(r.Weights) && (found == nil || len(l.Files) >= len(found.Files)) {
+			found = l
+		}
+	}
+	return found
+}
+
+// runs reports whether the engine runs these weights: files with + between them, the model's first.
+// They may have a draft model, too, which is no part of a state.
+func (r *Running) runs(weights string) bool {
+	files := strings.Split(weights, "+")
+	return len(r.Files) > 0 && r.Files[0] == files[0] && !slices.ContainsFunc(r.Files, func(file string) bool {
+		return !slices.Contains(files, file)
+	})
+}
+
+// load has the request's model loaded before the request is sent, if a state is stored that can be
+// attached then. What is loaded may have to make room for it, so that its states are saved first.
+func (u *Use) load(ctx context.Context) {
+	m := u.m
+	m.Leave(ctx, u.r.Port)
+	best, ok := m.best("", 0, u.r)
+	if !ok || u.r.Load == nil || !m.pays(best, 0) {
+		return
+	}
+	if took, err := u.r.Load(ctx); err == nil { // else the request itself will tell
+		u.loading = took
+		u.on = m.find(u.r)
+	}
+}
+
+// attach puts the best stored state into a slot, if that saves much more time than it takes.
+func (u *Use) attach(ctx context.Context) bool {
+	m, on := u.m, u.on
+	m.mu.Lock()
+	warm, at := on.warmest(u.r)
+	m.mu.Unlock()
+	u.warm, u.slot = warm, at
+	best, ok := m.best(on.Format, on.Context, u.r)
+	if !ok || !m.pays(best, warm) {
+		return false
+	}
+	gain := m.gain(best, warm)
+	i, ok := u.choose(ctx, gain)
+	if !ok {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(ctx, max(gain, leastTimeout))
+	defer cancel()
+	began := time.Now()
+	got, err := on.Restore(ctx, i, best.ID)
+	took := time.Since(began)
+
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	u.slot = i
+	s := &on.slots[i]
+	if *s = (slot{task: s.task, used: s.used, claimed: true}); err != nil {
+		m.attachFailed(best, err)
+		return true
+	}
+	s.prompt, s.tokens, s.again = best.prompt(), got.Tokens, true
+	u.expected, u.exact = best.reach-warm, best.exact
+	m.disk.attaching.measured(best.Bytes, took)
+	m.counts.Attached++
+	m.Log.Debug("context attached", "model", best.Model, "context", best.ID, "tokens", best.Tokens,
+		"common", best.reach, "warm", warm, "slot", i, "took", took)
+	m.Files.Used(best.ID)
+	return true
+}
+
+// replace is called where nothing is attached: what the request's slot loses is saved, if it is worth
+// that.
+func (u *Use) replace(ctx context.Context) {
+	m, on := u.m, u.on
+	m.mu.Lock()
+	// The engine takes the slot with the most in common if that is at least a tenth of the prompt
+	// (--slot-prompt-similarity), else the one that was used least recently.
+	total := u.r.estimate(m.learned(on.Format))
+	if u.slot < 0 || u.warm*10 < total {
+		u.slot = -1
+		if len(on.slots) == 1 {
+			u.slot = 0
+		}
+	}
+	var lost []int
+	for i, s := range on.slots {
+		if !s.claimed && s.tokens-u.warm >= leastTokens && (u.slot == i || u.slot < 0) {
+			lost = append(lost, i)
+		}
+	}
+	if u.slot >= 0 {
+		on.slots[u.slot].claimed = true
+	}
+	m.mu.Unlock()
+	lost = slices.DeleteFunc(lost, func(i int) bool { return !m.due(on, i, leaving) })
+	if len(lost) == 0 {
+		return
+	}
+	idle, err := on.idle(ctx, statusTimeout)
+	if err != nil {
+		return
+	}
+	for _, i := range lost {
+		if idle(i) {
+			m.save(ctx, on, i)
+		}
+	}
+}
+
+// idle asks which slots are idle. An engine with one slot is not asked: who has its lane has its slot.
+func (l *live) idle(ctx context.Context, limit time.Duration) (func(slot int) bool, error) {
+	if len(l.slots) == 1 {
+		return func(int) bool { return true }, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	list, err := l.Engine.Slots(ctx)
+	return func(slot int) bool {
+		return slices.ContainsFunc(list, func(s engine.Slot) bool { return s.ID == slot && !s.Processing })
+	}, err
+}
+
+// warmest returns how many tokens of the request's prompt a slot is believed to hold, and which; -1:
+// none. Manager.mu must be held.
+func (l *live) warmest(r Request) (tokens, at int) {
+	at = -1
+	for i, s := range l.slots {
+		if n := s.shared(r.Contents); n > tokens && !s.claimed {
+			tokens, at = n, i
+		}
+	}
+	return tokens, at
+}
+
+// choose claims the idle slot that loses least if something is attached to it: of several the one that
+// was used last, since the engine gives the one used least recently to a prompt that fits none.
+func (u *Use) choose(ctx context.Context, gain time.Duration) (int, bool) {
+	m, on := u.m, u.on
+	idle, err := on.idle(ctx, max(gain/4, statusTimeout))
+	if err != nil {
+		return 0, false
+	}
+	best, loses := -1, time.Duration(0)
+	for i := range on.slots {
+		m.mu.Lock()
+		s := on.slots[i]
+		m.mu.Unlock()
+		if s.claimed || !idle(i) {
+			continue
+		}
+		cost := m.unsaved(on, s)
+		if best < 0 || cost < loses || cost == loses && s.used > on.slots[best].used {
+			best, loses = i, cost
+		}
+	}
+	if best < 0 {
+		return 0, false
+	}
+	if m.due(on, best, leaving) && m.save(ctx, on, best) {
+		loses = 0
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if loses > gain/2 || on.slots[best].claimed {
+		return 0, false
+	}
+	on.slots[best].claimed = true
+	return best, true
+}
+
+// After says how the request ended. It calls release, once, when its lane may be given to another
+// request: at once, or as soon as a state that is worth it has been saved.
+func (u *Use) After(a Answer, release func()) {
+	if u == nil || !u.begun() {
+		release()
+		return
+	}
+	m, on := u.m, u.on
+	held, asks := u.ended(a)
+	if held.tokens == 0 {
+		release()
+		return
+	}
+	hold := m.saves(on, held, ending)
+	if !hold && !asks {
+		release()
+		return
+	}
+	m.ending.Go(func() {
+		if !hold {
+			release()
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), saveTimeout)
+		defer cancel()
+		if i := u.identify(ctx, a, held); i >= 0 && hold {
+			m.save(ctx, on, i)
+		}
+		if hold {
+			release()
+		}
+	})
+}
+
+// begun reports whether an engine is known that the request ran on. Where the model was loaded for it,
+// that is found now.
+func (u *Use) begun() bool {
+	if u.on != nil {
+		return true
+	}
+	if !u.sought {
+		u.sought = true
+		u.m.loading.Add(-1)
+	}
+	if u.on = u.m.find(u.r); u.on == nil {
+		return false
+	}
+	u.m.mu.Lock()
+	defer u.m.mu.Unlock()
+	u.on.active++
+	return true
+}
+
+// ended takes in what an answer tells, and returns what the slot holds that the request used, with
+// no tokens if that is not known; asks says that the engine must be asked which slot that is, or what
+// was reused.
+func (u *Use) ended(a Answer) (held slot, asks bool) {
+	m, on := u.m, u.on
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	defer m.nudge()
+	on.active--
+	on.ended = time.Now()
+	on.clock++
+	if u.slot >= 0 {
+		on.slots[u.slot].claimed = false
+	}
+	switch {
+	case a.Unsent:
+		return slot{}, false
+	case a.Total == 0:
+		if u.slot >= 0 {
+			on.slots[u.slot] = slot{task: on.slots[u.slot].task}
+		}
+		return slot{}, false
+	case a.CachedKnown:
+		u.judge(a)
+	}
+	held = slot{
+		prompt: prompt{
+			contents: u.r.Contents, upTo: spread(a.Total, u.r.Bytes), owner: u.r.Owner, model: u.r.Model,
+		},
+		tokens: a.Total + a.Generated, used: on.clock, again: u.warm >= leastTokens || u.expected > 0,
+	}
+	if len(on.slots) == 1 {
+		held.task = on.slots[0].task
+		on.slots[0] = held
+	}
+	return held, len(on.slots) > 1 || !a.CachedKnown && u.expected > 0
+}
+
+// Cached asks the engine how many tokens of the request's prompt were reused, of so many; false if
+// that cannot be told.
+func (u *Use) Cached(total int) (cached int, ok bool) {
+	if u == nil || !u.begun() {
+		return 0, false
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), countTimeout)
+	defer cancel()
+	list, err := u.on.Engine.Slots(ctx)
+	if err != nil {
+		return 0, false
+	}
+	u.m.mu.Lock()
+	defer u.m.mu.Unlock()
+	s, ok := u.ranOn(list, total)
+	return s.Cached, ok
+}
+
+// ranOn finds the slot on which the request ran, of total tokens, among what the engine tells of them.
+// Manager.mu must be held.
+func (u *Use) ranOn(list []engine.Slot, total int) (found engine.Slot, ok bool) {
+	for _, s := range list {
+		if s.ID >= len(u.on.slots) || s.Processed+s.Cached != total || s.Task <= u.on.slots[s.ID].task {
+			continue // it serves another request, or did so before
+		}
+		if !ok || s.ID == u.slot {
+			found, ok = s, true
+		}
+	}
+	return found, ok
+}
+
+// identify finds the slot that a request used which has just ended, by its counts, and notes what that
+// holds; -1: there is none, or another request has begun there.
+func (u *Use) identify(ctx context.Context, a Answer, held slot) int {
+	m, on := u.m, u.on
+	if len(on.slots) == 1 && (a.CachedKnown || u.expected == 0) {
+		return 0
+	}
+	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
+	defer cancel()
+	list, err := on.Engine.Slots(ctx)
+	if err != nil {
+		return -1
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	s, ok := u.ranOn(list, a.Total)
+	if !ok {
+		return -1
+	}
+	held.task, held.claimed = s.Task, on.slots[s.ID].claimed
+	if on.slots[s.ID] = held; !a.CachedKnown {
+		a.Cached = s.Cached
+		u.judge(a)
+	}
+	return s.ID
+}
+
+// judge learns from what was reused. Manager.mu must be held.
+func (u *Use) judge(a Answer) {
+	m := u.m
+	l := m.learned(u.on.Format)
+	l.evaluated(a.Total-a.Cached, a.Prompt)
+	if u.expected == 0 {
+		return
+	}
+	saved := a.Cached - u.warm
+	helped := saved >= u.expected/2
+	if l.judge(u.exact, helped) {
+		m.Log.Warn("stored contexts are of no use to this model, as it seems, and are not attached for a while: "+
+			"models with a sliding window need `ollama-cacheproxy engine link --swa-full`", "model", u.r.Model)
+	}
+	if !helped {
+		m.counts.Failed[FailedUnused]++
+		return
+	}
+	m.counts.Tokens += uint64(saved)
+	m.counts.Evaluation += l.evaluation(saved)
+}
+
+// nudge has Run look again.
+func (m *Manager) nudge() {
+	select {
+	case m.wake <- struct{}{}:
+	default:
+	}
+}

@@ -1,0 +1,253 @@
+package contexts
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/engine"
+)
+
+// again estimates how long so many tokens of a stored state take to evaluate: from what was learned of
+// the model, else from what was known when it was stored. m.mu must be held.
+func (m *Manager) again(s stored, tokens int) time.Duration {
+	if t := m.learned(s.Format).evaluation(tokens); t > 0 {
+		return t
+	}
+	return time.Duration(float64(s.Cost) * float64(max(tokens, 0)) / float64(max(s.Tokens, 1)))
+}
+
+// gain estimates how much time is saved if a state is attached, where a slot holds the first tokens of
+// the prompt already.
+func (m *Manager) gain(s stored, warm int) time.Duration {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.again(s, s.reach-warm) - m.disk.attaching.estimate(s.Bytes)
+}
+
+// pays reports whether a state is to be attached.
+func (m *Manager) pays(s stored, warm int) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	saves, takes := m.again(s, s.reach-warm), m.disk.attaching.estimate(s.Bytes)
+	return saves >= leastGain && saves >= pays*takes && m.learned(s.Format).useful(s.exact)
+}
+
+// attachFailed notes that a state was not attached. m.mu must be held.
+func (m *Manager) attachFailed(s stored, err error) {
+	m.counts.Failed[FailedAttach]++
+	if errors.Is(err, engine.ErrRefused) {
+		m.Files.Drop(s.ID, "the engine refused it")
+	}
+	m.Log.Warn("a stored context could not be attached; the request goes on without it",
+		"model", s.Model, "context", s.ID, "err", err)
+}
+
+// unstored returns how many tokens that a slot holds are in no stored state.
+func (m *Manager) unstored(on *live, s slot) int {
+	if s.tokens < leastTokens || len(s.contents) == 0 {
+		return 0
+	}
+	covered, ok := m.best(on.Format, 0, Request{Owner: s.owner, Contents: s.contents})
+	if !ok {
+		return s.tokens
+	}
+	if covered.exact && len(covered.Links) == len(s.contents) {
+		return s.tokens - covered.Tokens
+	}
+	return s.tokens - covered.reach
+}
+
+// unsaved estimates how long it would take to evaluate what a slot holds and no stored state has.
+func (m *Manager) unsaved(on *live, s slot) time.Duration {
+	n := m.unstored(on, s)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.learned(on.Format).evaluation(n)
+}
+
+// due reports whether what a slot holds is to be saved.
+func (m *Manager) due(on *live, i int, when occasion) bool {
+	m.mu.Lock()
+	s := on.slots[i]
+	m.mu.Unlock()
+	return m.saves(on, s, when)
+}
+
+// saves reports whether what a slot holds is to be saved.
+func (m *Manager) saves(on *live, s slot, when occasion) bool {
+	n := m.unstored(on, s)
+	if n < leastTokens {
+		return false
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	l := m.learned(on.Format)
+	if !l.useful(false) && !l.useful(true) {
+		return false
+	}
+	worth, takes := l.evaluation(n), m.disk.saving.estimate(l.size(s.tokens))
+	return worth >= leastGain && float64(worth) >= float64(when)*float64(takes)
+}
+
+// save has the engine save what a slot holds. It reports whether that is stored now.
+func (m *Manager) save(ctx context.Context, on *live, i int) bool {
+	m.mu.Lock()
+	s, l := on.slots[i], m.learned(on.Format)
+	state := contextstore.State{
+		Format: on.Format, Model: s.model, Owner: s.owner, Links: s.contents, LinkTokens: s.upTo,
+		Tokens: s.tokens, Cost: l.evaluation(s.tokens),
+	}
+	state.Bytes, state.Uses = l.size(s.tokens), 1
+	if s.again {
+		state.Uses = 2
+	}
+	m.mu.Unlock()
+	name, err := m.Files.Room(state)
+	if err != nil {
+		return errors.Is(err, contextstore.ErrHeld)
+	}
+	began := time.Now()
+	saved, err := on.Save(ctx, i, name)
+	took := time.Since(began)
+	changed := err == nil && !s.holds(saved.Tokens)
+	if state.Tokens = saved.Tokens; err != nil || changed {
+		m.Files.Abort(name)
+	} else {
+		_, err = m.Files.Commit(name, state)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch {
+	case changed:
+		m.counts.Failed[FailedChanged]++
+		on.slots[i] = slot{task: on.slots[i].task, claimed: on.slots[i].claimed}
+		return false
+	case err != nil:
+		m.counts.Failed[FailedSave]++
+		m.disk.saving.measured(state.Bytes, max(took, saveTimeout))
+		m.Log.Warn("a context could not be saved; requests go on without it", "model", s.model, "err", err)
+		return false
+	}
+	learnFrom(&l.perState, float64(saved.Bytes)/float64(max(saved.Tokens, 1)))
+	m.disk.saving.measured(saved.Bytes, took)
+	m.counts.Saved++
+	m.Log.Debug("context saved", "model", s.model, "tokens", saved.Tokens, "bytes", saved.Bytes, "slot", i, "took", took)
+	m.counts.SavedBytes += uint64(saved.Bytes)
+	return true
+}
+
+// Leave is called before the models that a server has loaded may have to make room: what is worth it
+// is saved.
+func (m *Manager) Leave(ctx context.Context, port int) {
+	if m == nil {
+		return
+	}
+	for _, on := range m.scan() {
+		if on.Port == port {
+			m.rest(ctx, on, leaving)
+		}
+	}
+}
+
+// look asks an engine to which no request is under way what its slots hold, and forgets what is
+// believed of those that hold something else: others have used them.
+func (m *Manager) look(ctx context.Context, on *live) {
+	on.acting.Lock() // so that none begins meanwhile
+	defer on.acting.Unlock()
+	m.mu.Lock()
+	active := on.active
+	m.mu.Unlock()
+	if active > 0 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, countTimeout)
+	defer cancel()
+	list, err := on.Engine.Slots(ctx)
+	if err != nil {
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, told := range list {
+		if told.ID >= len(on.slots) || told.Task < 0 { // it tells nothing before its first request
+			continue
+		}
+		if s := &on.slots[told.ID]; s.tokens > 0 && !s.holds(told.Tokens) {
+			*s = slot{task: told.Task}
+		}
+	}
+}
+
+// holds reports whether what a slot is believed to hold has as many tokens as its engine tells. Of the
+// answer it holds all but the last token, or less if it ended by a word that stops it.
+func (s *slot) holds(tokens int) bool { return tokens >= s.size()-1 && tokens <= s.tokens+1 }
+
+// rest saves what an engine's slots hold, if no request is under way there.
+func (m *Manager) rest(ctx context.Context, on *live, when occasion) {
+	on.acting.Lock()
+	defer on.acting.Unlock()
+	for i := range on.slots {
+		m.mu.Lock()
+		active := on.active
+		m.mu.Unlock()
+		if active > 0 || ctx.Err() != nil {
+			return
+		}
+		if m.due(on, i, when) {
+			m.save(ctx, on, i)
+		}
+	}
+}
+
+const (
+	restAfter  = time.Second      // without a request, until what is worth it is saved
+	leaveAfter = 20 * time.Second // … and what is worth it only as it may be lost
+	scanEvery  = 5 * time.Second
+	scanSoon   = 100 * time.Millisecond // while a model is loaded for a request
+)
+
+// Run saves what is worth it while nothing is to be done, until ctx ends; and then once more.
+func (m *Manager) Run(ctx context.Context) {
+	if m == nil {
+		return
+	}
+	for ctx.Err() == nil {
+		wait := scanEvery
+		if m.loading.Load() > 0 {
+			wait = scanSoon
+		}
+		for _, on := range m.scan() {
+			m.mu.Lock()
+			active, idle := on.active, time.Since(on.ended)
+			m.mu.Unlock()
+			switch {
+			case active > 0:
+				continue
+			case idle < restAfter:
+				wait = min(wait, restAfter-idle)
+				continue
+			case idle < leaveAfter:
+				wait = min(wait, leaveAfter-idle)
+			}
+			m.look(ctx, on)
+			if idle >= leaveAfter {
+				m.rest(ctx, on, leaving)
+			} else {
+				m.rest(ctx, on, resting)
+			}
+		}
+		select {
+		case <-ctx.Done():
+		case <-m.wake:
+		case <-time.After(wait):
+		}
+	}
+	m.ending.Wait()
+	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), saveTimeout)
+	defer cancel()
+	for _, on := range m.scan() {
+		m.rest(last, on, leaving)
+	}
+}

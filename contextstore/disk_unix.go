@@ -1,0 +1,49 @@
+//go:build unix
+
+package contextstore
+
+import (
+	"errors"
+	"os"
+	"strings"
+	"syscall"
+)
+
+// lock takes the lock of a folder, without waiting. It ends with the process.
+func lock(f *os.File) error {
+	err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	if errors.Is(err, syscall.EWOULDBLOCK) {
+		return ErrLocked
+	}
+	return err
+}
+
+// diskFree returns how many bytes the disk of a folder has left for whoever is not root.
+func diskFree(dir string) (int64, error) {
+	var st syscall.Statfs_t
+	if err := syscall.Statfs(dir, &st); err != nil {
+		return 0, &os.PathError{Op: "statfs", Path: dir, Err: err}
+	}
+	return int64(st.Bavail) * int64(st.Bsize), nil
+}
+
+// syncFolder puts the names in a folder on the disk.
+func syncFolder(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	// Some file systems have no such thing.
+	if err := f.Sync(); err != nil && !errors.Is(err, syscall.EINVAL) &&
+		!errors.Is(err, errors.ErrUnsupported) {
+		return err
+	}
+	return nil
+}
+
+// bootID returns what is another after each start of the machine; "" where that is not known.
+func bootID() string {
+	id, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(id))
+}

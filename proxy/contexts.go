@@ -1,0 +1,116 @@
+package proxy
+
+import (
+	"context"
+	"net"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/contexts"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/runners"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
+)
+
+// localPort returns on which port of this machine a server listens; 0 if it is on another one.
+func localPort(s *upstream.Server) int {
+	ip := net.ParseIP(s.URL.Hostname())
+	if s.URL.Scheme != "http" || s.URL.Hostname() != "localhost" && (ip == nil || !ip.IsLoopback()) {
+		return 0
+	}
+	port, err := strconv.Atoi(s.URL.Port())
+	if err != nil {
+		return 80
+	}
+	return port
+}
+
+// engineFound takes in what an engine tells of itself.
+func (h *Handler) engineFound(e contexts.Running, attaches bool) {
+	for _, b := range h.backends {
+		if b.port == e.Port && h.Lanes != nil {
+			h.Lanes.SetSlots(b.index, strings.Join(e.Files, "+"), schedule.Slots{Count: e.Slots, Copied: attaches})
+		}
+	}
+}
+
+// prepare has stored context attached before the request is sent, and stored what the request is
+// about to have unloaded.
+func (h *Handler) prepare(ctx context.Context, ex *exchange) {
+	b := ex.up
+	if h.Contexts == nil || b.port == 0 || !ex.runsHere() {
+		return
+	}
+	if ex.unloads() {
+		h.Contexts.Leave(ctx, b.port)
+		return
+	}
+	if ex.grant == nil || ex.chain == nil || !ex.chain.HasPrompt() {
+		return
+	}
+	wanted := b.wanted(ex.key, ex.options())
+	sizes := make([]int, len(ex.chain.Links))
+	for i, l := range ex.chain.Links {
+		sizes[i] = l.Bytes
+	}
+	ex.context = h.Contexts.Before(ctx, contexts.Request{
+		Port: b.port, Weights: wanted.Options.Model, Model: upstream.DisplayName(ex.key),
+		Owner: h.Contexts.Owner(ex.holder.secret()), Contents: ex.chain.Contents(), Bytes: sizes,
+		Loaded: b.runners.Loaded(wanted),
+		Load: func(ctx context.Context) (time.Duration, error) {
+			return ex.load(ctx, wanted)
+		},
+	})
+}
+
+// load has the request's model loaded as the request needs it, by one without a prompt.
+func (ex *exchange) load(ctx context.Context, wanted runners.Wanted) (time.Duration, error) {
+	options, shift := ex.chain.Runner.Request()
+	run := ex.up.runners.Begin(time.Now(), wanted)
+	took, err := ex.up.Load(ctx, ex.fields.model, options, shift)
+	if err != nil {
+		run.End(time.Now(), runners.Outcome{Refused: upstream.StatusCode(err) != 0})
+		return 0, err
+	}
+	ex.loaded = run.End(time.Now(), runners.Outcome{Accepted: true, Load: took})
+	return took, nil
+}
+
+// loadedBefore adds to what an answer tells the load that prepare caused for it.
+func (ex *exchange) loadedBefore(o *savings.Outcome) {
+	took := ex.context.Loading()
+	if took == 0 || !ex.loaded.Loaded {
+		return
+	}
+	o.Ending = ex.loaded
+	if o.TotalTime > 0 {
+		o.Load += took
+		o.TotalTime += took
+	}
+}
+
+// count takes in what the engine tells of the request where its server does not.
+func (ex *exchange) count(a *savings.Answer) {
+	if a.Done && a.Total > 0 && !a.CachedKnown {
+		a.Cached, a.CachedKnown = ex.context.Cached(a.Total)
+	}
+}
+
+// release gives the lane back, as soon as no stored context is to be made of what its slot holds.
+func (ex *exchange) release(res schedule.Result, a savings.Answer) {
+	answer := contexts.Answer{
+		Unsent: !ex.began, Total: a.Total, Cached: a.Cached, CachedKnown: a.CachedKnown,
+		Generated: a.Generated, Prompt: a.PromptEval,
+	}
+	if evaluated := a.Total - a.Cached; answer.Prompt == 0 && evaluated > 0 {
+		// /v1 does not tell. A token of an answer takes longer than one of a prompt, about four times.
+		answer.Prompt = (ex.Duration - ex.sent) * time.Duration(evaluated) / time.Duration(evaluated+4*a.Generated)
+		if ex.streams && ex.FirstByte > ex.sent {
+			answer.Prompt = ex.FirstByte - ex.sent
+		}
+	}
+	grant := ex.grant
+	ex.context.After(answer, func() { grant.Release(res) })
+}

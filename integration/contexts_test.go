@@ -23,7 +23,9 @@ const contextsMetric = "ollama_cacheproxy_contexts_"
 
 // engineEras are the versions that have an engine to link to.
 func engineEras() []string {
-	return slices.DeleteFunc(realollama.Versions(), func(v string) bool { return v == realollama.EraA })
+	return slices.DeleteFunc(realollama.Versions(), func(v string) bool {
+		return v == realollama.EraA
+	})
 }
 
 // contextsPair is a linked Ollama with the proxy in front of it, with what tests ask of the two.
@@ -116,12 +118,13 @@ func cold(all []realollama.Evaluation) int {
 	return n
 }
 
-// saved waits until the proxy that runs has saved so many states in all.
+// saved waits until so many states are stored.
 func (p *contextsPair) saved(t testing.TB, n int) {
 	t.Helper()
-	eventually(t, fmt.Sprintf("saved %d times", n), func() bool { return p.metric(t, "saved_total") >= float64(n) })
+	eventually(t, fmt.Sprintf("%d states", n), func() bool { return len(p.states(t)) >= n })
 }
 
+// metric is one that the proxy counts of contexts.
 func (p *contextsPair) metric(t testing.TB, name string) float64 {
 	t.Helper()
 	return (&proxyProcess{p.Proxy}).Metric(t, contextsMetric+name)
@@ -134,24 +137,30 @@ func (p *contextsPair) unload(t testing.TB) {
 	}
 }
 
-// states are the names of the files with states that are whole.
+// states are the files of the states that are stored.
 func (p *contextsPair) states(t testing.TB) []string {
 	t.Helper()
-	all, err := filepath.Glob(filepath.Join(p.StateDir(), "*.bin"))
+	all, err := filepath.Glob(filepath.Join(p.StateDir(), "*.json")) // beside each, and made after it
 	if err != nil {
 		t.Fatal(err)
+	}
+	for i, name := range all {
+		all[i] = strings.TrimSuffix(name, ".json") + ".bin"
 	}
 	return all
 }
 
-// TestContexts is the table of bench/contexts in small: which prompts are evaluated, and which models are loaded.
+// TestContexts is the table of bench/contexts in small: which prompts are evaluated, and which models
+// are loaded.
 func TestContexts(t *testing.T) {
 	for _, version := range engineEras() {
 		t.Run(version, func(t *testing.T) {
 			t.Run("restarts", func(t *testing.T) { contextsRestarts(t, version) })
 			t.Run("two models", func(t *testing.T) { contextsTwoModels(t, version) })
 			for _, slots := range []int{1, 4} {
-				t.Run(fmt.Sprintf("rounds, slots %d", slots), func(t *testing.T) { contextsRounds(t, version, slots) })
+				t.Run(fmt.Sprintf("rounds, slots %d", slots), func(t *testing.T) {
+					contextsRounds(t, version, slots)
+				})
 			}
 			t.Run("one system prompt", func(t *testing.T) { contextsSystemPrompt(t, version) })
 			t.Run("keys", func(t *testing.T) { contextsKeys(t, version) })
@@ -159,8 +168,8 @@ func TestContexts(t *testing.T) {
 	}
 }
 
-// contextsRestarts: whatever is loaded anew or restarted, the prefix is not evaluated again, and answers are those of an Ollama
-// that has it all to evaluate.
+// contextsRestarts: whatever is loaded anew or restarted, the prefix is not evaluated again, and
+// answers are those of an Ollama without the proxy.
 func contextsRestarts(t *testing.T, version string) {
 	p := startContexts(t, realollama.Config{Version: version})
 	var want []string
@@ -214,9 +223,13 @@ func contextsRestarts(t *testing.T, version string) {
 			t.Errorf("%s: %q, want %q", tt.name, got, want[n])
 		}
 	}
+	if p.metric(t, "attached_total") < 1 { // by the proxy that was started last
+		t.Error("no context was attached, by the metrics")
+	}
 }
 
-// contextsTwoModels: two models that evict each other, each with a client of its own, evaluate their prefixes once.
+// contextsTwoModels: two models that evict each other, each with a client of its own, evaluate their
+// prefixes once.
 func contextsTwoModels(t *testing.T, version string) {
 	const each = 8
 	models := []string{contextModel, "gen-qwen3-costly"}
@@ -259,7 +272,8 @@ func contextsRounds(t *testing.T, version string, slots int) {
 	}
 }
 
-// contextsSystemPrompt: clients that come at once with one system prompt have it evaluated once, and copied to the other slots.
+// contextsSystemPrompt: clients that come at once with one system prompt have it evaluated once, and
+// copied to the other slots.
 func contextsSystemPrompt(t *testing.T, version string) {
 	const clients, each = 8, 3
 	p := startContexts(t, realollama.Config{Version: version, Parallel: 4})
@@ -279,7 +293,8 @@ func contextsSystemPrompt(t *testing.T, version string) {
 	}
 }
 
-// contextsKeys: a state is attached to requests of whoever sent that prefix, and to others' only if that was asked for.
+// contextsKeys: a state is attached to requests of whoever sent that prefix, and to others' only if
+// that was asked for.
 func contextsKeys(t *testing.T, version string) {
 	keys := filepath.Join(t.TempDir(), "keys")
 	if err := os.WriteFile(keys, []byte("alice key-of-alice\nbob key-of-bob\n"), 0o600); err != nil {
@@ -312,16 +327,4 @@ func contextsKeys(t *testing.T, version string) {
 			}
 		})
 	}
-}
-
-// logLines are the proxy's that warn of something, or tell an error, and contain each of the words.
-func (p *contextsPair) logLines(words ...string) []string {
-	var found []string
-	for line := range strings.Lines(p.Proxy.Log()) {
-		warns := strings.Contains(line, `"level":"WARN"`) || strings.Contains(line, `"level":"ERROR"`)
-		if warns && !slices.ContainsFunc(words, func(w string) bool { return !strings.Contains(line, w) }) {
-			found = append(found, line)
-		}
-	}
-	return found
 }

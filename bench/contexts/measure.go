@@ -54,17 +54,6 @@ type workload struct {
 	least []request
 }
 
-// requests is how many there are in all.
-func (w workload) requests() int {
-	n := 0
-	for _, s := range w.steps {
-		for _, list := range s.clients {
-			n += len(list)
-		}
-	}
-	return n
-}
-
 // stage is what a step came to.
 type stage struct {
 	name string

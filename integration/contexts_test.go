@@ -66,9 +66,7 @@ func startContextsIn(t *testing.T, home string, config realollama.Config, flags 
 		}
 		p.client.CloseIdleConnections()
 		if t.Failed() {
-			if p.Proxy != nil {
-				t.Logf("the proxy's log:\n%s", tail(p.Proxy.Log(), 60))
-			}
+			t.Logf("the proxy's log:\n%s", tail(p.Log(), 60))
 			t.Logf("the server's log:\n%s", tail(server, 30))
 		}
 	})

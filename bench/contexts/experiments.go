@@ -72,13 +72,13 @@ func pause(ctx context.Context, _ *linked.Pair) error {
 	select {
 	case <-ctx.Done():
 		return ctx.Err()
-	case <-time.After(time.Second):
+	case <-time.After(2 * time.Second):
 		return nil
 	}
 }
 
 // rubric is a long system prompt, which is asked for again after what makes all caches cold. Nobody
-// asks for a second before each of that.
+// asks for two seconds before each of that.
 func (b *bench) rubric() workload {
 	const model = "smollm2"
 	length := 1700 // about 2,000 tokens
@@ -122,7 +122,8 @@ func (b *bench) rubric() workload {
 	}
 }
 
-// afterwards judges the steps after something that makes the rubric cold by the warm ones.
+// afterwards judges the steps after something that makes the rubric cold by the warm ones. The proxy
+// may have the model loaded before it sends a request, so what a load takes is the direct side's.
 func afterwards(c compared) []row {
 	rows := c.rows(0)
 	warmTokens, warmFirst := [2]int{}, [2]time.Duration{}
@@ -140,9 +141,9 @@ func afterwards(c compared) []row {
 		rows = append(rows,
 			target(p.name+": tokens of the prefix evaluated",
 				fmt.Sprint(max(d.evaluated-warmTokens[0], 0)), fmt.Sprint(max(more, 0)), "≤ 20", more <= 20),
-			target(p.name+": time to first token without loading, ms",
-				milliseconds(d.first()), milliseconds(p.first()), "≤ 1.25 × warm",
-				float64(p.first()) <= 1.25*float64(warmFirst[1])))
+			target(p.name+": time to first token, ms",
+				milliseconds(d.done[0].First), milliseconds(p.done[0].First),
+				"≤ 1.25 × warm, and a load", p.done[0].First <= warmFirst[1]*5/4+d.loading()))
 	}
 	return rows
 }
@@ -306,8 +307,9 @@ func back(c compared) []row {
 	return append(c.rows(0),
 		note("tokens of the prompt", fmt.Sprint(d.done[0].Prompt), fmt.Sprint(p.done[0].Prompt)),
 		note("evaluated after the restart", fmt.Sprint(d.evaluated), fmt.Sprint(p.evaluated)),
-		target("time to first token after the restart, without loading, ms",
-			milliseconds(d.first()), milliseconds(p.first()), "≤ 2000", p.first() <= 2*time.Second))
+		target("time to first token after the restart, ms",
+			milliseconds(d.done[0].First), milliseconds(p.done[0].First), "≤ 2000, and a load",
+			p.done[0].First <= 2*time.Second+d.loading()))
 }
 
 // window is a model with a sliding window, over prefixes that are longer than that, and embeddings

@@ -94,6 +94,15 @@ func (s stage) first() time.Duration {
 	return chat.Quantile(all, 0.5)
 }
 
+// loading is how long the server says that it loaded models, for all requests together.
+func (s stage) loading() time.Duration {
+	var all time.Duration
+	for _, c := range s.done {
+		all += c.Load
+	}
+	return all
+}
+
 // result is what one side came to.
 type result struct {
 	stages []stage
@@ -186,8 +195,8 @@ func (b *bench) measure(ctx context.Context, w workload, way linked.Way) (r resu
 	if way == linked.Contexts {
 		r.metrics, err = contextMetrics(ctx, client, p.URL())
 	}
-	if b.verbose != nil {
-		fmt.Fprintln(b.verbose, strings.Join(r.metrics, "\n"))
+	if b.verbose != nil && p.Proxy != nil {
+		fmt.Fprintf(b.verbose, "%s\n%s", strings.Join(r.metrics, "\n"), p.Log())
 	}
 	return r, err
 }

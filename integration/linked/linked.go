@@ -55,6 +55,7 @@ type Pair struct {
 	Home string
 
 	options Options
+	ended   string // what proxies that have ended had logged
 	ownHome bool
 	client  *http.Client
 }
@@ -144,6 +145,7 @@ func (p *Pair) RestartProxy(ctx context.Context) error {
 // KillProxy ends the proxy as a crash does.
 func (p *Pair) KillProxy() {
 	p.Proxy.Kill()
+	p.ended += p.Proxy.Log()
 	p.Proxy = nil
 }
 
@@ -151,7 +153,17 @@ func (p *Pair) KillProxy() {
 func (p *Pair) StopProxy() error {
 	proxy := p.Proxy
 	p.Proxy = nil
-	return proxy.Stop()
+	err := proxy.Stop()
+	p.ended += proxy.Log()
+	return err
+}
+
+// Log is what all proxies have logged.
+func (p *Pair) Log() string {
+	if p.Proxy == nil {
+		return p.ended
+	}
+	return p.ended + p.Proxy.Log()
 }
 
 // Stop ends the proxy and Ollama, and removes the folder of the link if Start made it.

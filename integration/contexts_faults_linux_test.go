@@ -23,6 +23,7 @@ import (
 func TestContextsFaults(t *testing.T) {
 	version := realollama.Newest()
 	t.Run("the proxy is killed in mid-save", func(t *testing.T) { contextsKilled(t, version) })
+	t.Run("two proxies", func(t *testing.T) { contextsTwoProxies(t, version) })
 	t.Run("torn files", func(t *testing.T) { contextsTorn(t, version) })
 	t.Run("the engine is killed in mid-restore", func(t *testing.T) { contextsEngineKilled(t, version) })
 }
@@ -56,7 +57,7 @@ func (p *contextsPair) logged(t testing.TB, words ...string) int {
 		}
 		return len(found) > 0
 	})
-	t.Logf("logged %d times: %s", len(found), found[0])
+	t.Logf("logged %d times, the last: %s", len(found), found[len(found)-1])
 	return len(found)
 }
 
@@ -112,6 +113,20 @@ func contextsKilled(t *testing.T, version string) {
 	}
 }
 
+// contextsTwoProxies: of two proxies with one folder the second goes without contexts, and says so.
+func contextsTwoProxies(t *testing.T, version string) {
+	p := startContexts(t, realollama.Config{Version: version})
+	want := p.directAnswers(t, 65, 1)
+	second := &contextsPair{
+		Pair:   &linked.Pair{Server: p.Server, Proxy: startProxy(t, p.Server.URL(), "--contexts", p.Home).Process},
+		client: p.client,
+	}
+	if got := second.answer(t, contextChat(65, 0)); got != want[0] {
+		t.Errorf("answer %q, want %q", got, want[0])
+	}
+	second.logged(t, "another process keeps its contexts in this folder")
+}
+
 // engine is the one engine that runs.
 func (p *contextsPair) engine(t testing.TB) engine.Process {
 	t.Helper()
@@ -126,25 +141,29 @@ func (p *contextsPair) engine(t testing.TB) engine.Process {
 func contextsTorn(t *testing.T, version string) {
 	p := startContexts(t, realollama.Config{Version: version})
 	want := p.directAnswers(t, 70, 4)
-	for kind, tear := range map[string]func(path string) error{
-		"cut off": func(path string) error { return os.Truncate(path, 1000) },
-		"gone":    os.Remove,
-		"foreign": func(path string) error { // of the same size
+	for _, tt := range []struct {
+		kind string
+		tear func(path string) error
+		why  string // in the log
+	}{
+		{"cut off", func(path string) error { return os.Truncate(path, 1000) }, "it is torn"},
+		{"gone", os.Remove, "no such file"},
+		{"foreign", func(path string) error { // of the same size
 			info, err := os.Stat(path)
 			if err != nil {
 				return err
 			}
 			return os.WriteFile(path, make([]byte, info.Size()), 0o600)
-		},
+		}, "the engine refused"},
 	} {
-		t.Run(kind, func(t *testing.T) {
+		t.Run(tt.kind, func(t *testing.T) {
 			for n := range 2 {
 				p.answer(t, contextChat(70, n))
 			}
 			p.saved(t, 1)
 			p.unload(t)
 			for _, path := range p.states(t) {
-				if err := tear(path); err != nil {
+				if err := tt.tear(path); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -153,7 +172,7 @@ func contextsTorn(t *testing.T, version string) {
 			if n != 1 || got != want[3] {
 				t.Errorf("%d prompts evaluated, want 1; answer %q, want %q", n, got, want[3])
 			}
-			p.logged(t, "stored context")
+			p.logged(t, "stored context", tt.why)
 		})
 	}
 }
@@ -221,15 +240,20 @@ func TestContextsDisk(t *testing.T) {
 		}
 		return
 	}
-	for name, disk := range map[string]struct {
+	const readOnly = syscall.MS_RDONLY
+	for _, disk := range []struct {
+		name    string
 		flags   uintptr
 		options string
+		later   uintptr  // flags from when the proxy has started
 		words   []string // of the line that says why there are no contexts
 	}{
-		"read-only": {syscall.MS_RDONLY, "size=64m", []string{"read-only file system"}},
-		"full":      {0, "size=256k", []string{"context"}},
+		{"read-only", readOnly, "size=64m", 0, []string{"read-only file system"}},
+		// (The proxy leaves 2 GiB of a disk to others.)
+		{"read-only later", 0, "size=4g", readOnly, []string{"context", "could not be saved"}},
+		{"full", 0, "size=256k", 0, []string{"the disk has no room"}},
 	} {
-		t.Run(name, func(t *testing.T) {
+		t.Run(disk.name, func(t *testing.T) {
 			home := t.TempDir()
 			dir := filepath.Join(home, "contexts")
 			if err := os.Mkdir(dir, 0o700); err != nil {
@@ -244,6 +268,12 @@ func TestContextsDisk(t *testing.T) {
 				}
 			})
 			p := startContextsIn(t, home, realollama.Config{Version: realollama.Newest()})
+			if disk.later != 0 {
+				// As a file system is mounted read-only that has met errors: with files open to write.
+				if err := syscall.Mount("", dir, "", syscall.MS_REMOUNT|syscall.MS_BIND|disk.later, ""); err != nil {
+					t.Fatal(err)
+				}
+			}
 			want := p.directAnswers(t, 90, 4)
 			for n := range 3 {
 				if got := p.answer(t, contextChat(90, n)); got != want[n] {

@@ -15,10 +15,9 @@ const (
 	// only time: the engine evaluates for nobody else meanwhile.
 	pays = 2
 
-	statusTimeout = time.Second            // for an engine to tell of its slots
-	countTimeout  = 100 * time.Millisecond // … for the sake of a figure
-	leastTimeout  = 2 * time.Second        // for it to attach a state
-	saveTimeout   = 30 * time.Second       // for it to save one
+	statusTimeout = time.Second      // for an engine to tell of its slots
+	leastTimeout  = 2 * time.Second  // for it to attach a state
+	saveTimeout   = 30 * time.Second // for it to save one
 )
 
 // occasion is when a state may be saved: the number is how many times as long evaluating it again must
@@ -30,6 +29,7 @@ const (
 	ending  occasion = 20 // a request has ended, and the next one may wait for its lane
 	resting occasion = 8  // the engine has nothing to do
 	leaving occasion = 3  // the state is about to be lost
+	copying occasion = 3  // others wait that can have it in their slots, too
 )
 
 // learned is what is known of a model in an engine's build. Guarded by Manager.mu.
@@ -39,6 +39,7 @@ type learned struct {
 	perText  float64 // tokens for each byte of text; 0: not known
 	partial  verdict // on states that a prompt parts from before their end
 	exact    verdict // on states that a prompt goes on from
+	named    bool    // it was told that its states cannot be of use
 }
 
 // learned returns what is known of a format, made if need be. m.mu must be held.

@@ -40,6 +40,7 @@ type Running struct {
 	Format  string   // all that a state depends on beside its tokens: see engine.Process.Format
 	Slots   int      // at least 1
 	Context int      // tokens, of each slot; 0: not known
+	Full    bool     // it keeps all tokens of a model with a sliding window
 }
 
 // Config is what a Manager works with. Running, Files and Log must be set.
@@ -148,6 +149,8 @@ type Request struct {
 	Contents []uint64 // prefix.Chain.Contents
 	Bytes    []int    // of text, up to and with each link
 
+	// Sliding says that the model's attention has a sliding window.
+	Sliding bool
 	// Loaded says that the model is loaded as the request needs it, for certain.
 	Loaded bool
 	// Load has the model loaded as the request needs it, and returns how long that took.
@@ -166,6 +169,8 @@ type Use struct {
 	exact    bool
 	loading  time.Duration
 	sought   bool // on was sought once more, since it was not there before
+
+	running []engine.Slot // what the engine told of its slots when the answer had begun; guarded by Manager.mu
 }
 
 // Answer is how a request ended. The zero Answer: nothing came of it, and what its slot holds is not
@@ -177,6 +182,7 @@ type Answer struct {
 	CachedKnown bool
 	Generated   int           // tokens of the answer
 	Prompt      time.Duration // evaluating the prompt; 0: not known
+	Awaited     bool          // other requests wait, perhaps for what this one has evaluated
 }
 
 // Loading is how long the model took to load, where Before had it loaded; else 0.
@@ -197,6 +203,9 @@ func (m *Manager) Before(ctx context.Context, r Request) *Use {
 	u := &Use{m: m, r: r, slot: -1}
 	if u.on = m.find(r); u.on == nil || !r.Loaded {
 		u.load(ctx)
+	}
+	if u.on != nil && !m.restores(u.on, r) {
+		return nil
 	}
 	if u.on == nil { // the model is loaded for this request, or by an engine that is not linked
 		m.loading.Add(1)
@@ -269,6 +278,23 @@ func (r *Running) runs(weights string) bool {
 	return len(r.Files) > 0 && r.Files[0] == files[0] && !slices.ContainsFunc(r.Files, func(file string) bool {
 		return !slices.Contains(files, file)
 	})
+}
+
+// restores reports whether the engine makes use of the states of the request's model. Those of one
+// with a sliding window have no more than the last window, and no prompt is found to go on from that
+// (seen with Gemma 3 on Ollama 0.34.1, with a chat's next turn, too).
+func (m *Manager) restores(on *live, r Request) bool {
+	if !r.Sliding || on.Full {
+		return true
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if l := m.learned(on.Format); !l.named {
+		l.named = true
+		m.Log.Warn("no context is stored for this model, which has a sliding window: that takes "+
+			"'ollama-cacheproxy engine link --swa-full', and more memory", "model", r.Model)
+	}
+	return false
 }
 
 // load has the request's model loaded before the request is sent, if a state is stored that can be
@@ -439,7 +465,11 @@ func (u *Use) After(a Answer, release func()) {
 		release()
 		return
 	}
-	hold := m.saves(on, held, ending)
+	when := ending
+	if len(on.slots) > 1 && a.Awaited {
+		when = copying
+	}
+	hold := m.saves(on, held, when)
 	if !hold && !asks {
 		release()
 		return
@@ -469,7 +499,8 @@ func (u *Use) begun() bool {
 		u.sought = true
 		u.m.loading.Add(-1)
 	}
-	if u.on = u.m.find(u.r); u.on == nil {
+	if u.on = u.m.find(u.r); u.on == nil || !u.m.restores(u.on, u.r) {
+		u.on = nil
 		return false
 	}
 	u.m.mu.Lock()
@@ -479,8 +510,7 @@ func (u *Use) begun() bool {
 }
 
 // ended takes in what an answer tells, and returns what the slot holds that the request used, with
-// no tokens if that is not known; asks says that the engine must be asked which slot that is, or what
-// was reused.
+// no tokens if that is not known; asks says that the engine must be asked which slot that is.
 func (u *Use) ended(a Answer) (held slot, asks bool) {
 	m, on := u.m, u.on
 	m.mu.Lock()
@@ -500,8 +530,14 @@ func (u *Use) ended(a Answer) (held slot, asks bool) {
 			on.slots[u.slot] = slot{task: on.slots[u.slot].task}
 		}
 		return slot{}, false
+	case !a.CachedKnown && u.expected > 0 && a.Prompt > 0:
+		// By the time that the evaluation took.
+		if each := m.learned(on.Format).evaluation(1); each > 0 {
+			u.judge(max(0, a.Total-int(a.Prompt/each)))
+		}
 	case a.CachedKnown:
-		u.judge(a)
+		m.learned(on.Format).evaluated(a.Total-a.Cached, a.Prompt)
+		u.judge(a.Cached)
 	}
 	held = slot{
 		prompt: prompt{
@@ -513,46 +549,81 @@ func (u *Use) ended(a Answer) (held slot, asks bool) {
 		held.task = on.slots[0].task
 		on.slots[0] = held
 	}
-	return held, len(on.slots) > 1 || !a.CachedKnown && u.expected > 0
+	return held, len(on.slots) > 1
 }
 
-// Cached asks the engine how many tokens of the request's prompt were reused, of so many; false if
-// that cannot be told.
-func (u *Use) Cached(total int) (cached int, ok bool) {
-	if u == nil || !u.begun() {
-		return 0, false
+// Began says that the answer has begun to come, piece by piece. An engine tells how much of a prompt it
+// has reused, and in which slot, until the answer has ended, so it is asked now; if there is one slot,
+// and the answer will tell what was reused, there is nothing to ask.
+func (u *Use) Began(tellsCached bool) {
+	if u == nil || u.on == nil || tellsCached && len(u.on.slots) == 1 {
+		return
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), countTimeout)
-	defer cancel()
-	list, err := u.on.Engine.Slots(ctx)
-	if err != nil {
+	u.m.ending.Go(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), statusTimeout)
+		defer cancel()
+		list, err := u.on.Engine.Slots(ctx)
+		if err != nil {
+			return
+		}
+		u.m.mu.Lock()
+		defer u.m.mu.Unlock()
+		u.running = list
+	})
+}
+
+// Cached tells how many tokens of the request's prompt were reused, of so many, where its engine told
+// that; else false.
+func (u *Use) Cached(total int) (cached int, ok bool) {
+	if u == nil || u.on == nil {
 		return 0, false
 	}
 	u.m.mu.Lock()
 	defer u.m.mu.Unlock()
-	s, ok := u.ranOn(list, total)
+	s, ok := u.counted(u.running, total)
 	return s.Cached, ok
 }
 
-// ranOn finds the slot on which the request ran, of total tokens, among what the engine tells of them.
+// counted finds the slot on which the request runs, or ran last, by the tokens of its prompt.
 // Manager.mu must be held.
-func (u *Use) ranOn(list []engine.Slot, total int) (found engine.Slot, ok bool) {
+func (u *Use) counted(list []engine.Slot, total int) (found engine.Slot, ok bool) {
 	for _, s := range list {
-		if s.ID >= len(u.on.slots) || s.Processed+s.Cached != total || s.Task <= u.on.slots[s.ID].task {
-			continue // it serves another request, or did so before
-		}
-		if !ok || s.ID == u.slot {
+		if u.fresh(s) && total > 0 && s.Processed+s.Cached == total && (!ok || s.ID == u.slot) {
 			found, ok = s, true
 		}
 	}
 	return found, ok
 }
 
-// identify finds the slot that a request used which has just ended, by its counts, and notes what that
-// holds; -1: there is none, or another request has begun there.
+// fresh reports whether a slot was used since it was last known which request had used it.
+func (u *Use) fresh(s engine.Slot) bool {
+	return s.ID < len(u.on.slots) && s.Task > u.on.slots[s.ID].task
+}
+
+// ran finds the slot on which the request ran which has just ended, by what the engine told while it ran
+// or tells of its slots now. Of several that hold as many tokens it is most likely the one that
+// began first. Manager.mu must be held.
+func (u *Use) ran(list []engine.Slot, a Answer, held slot) (found engine.Slot, ok bool) {
+	if was, counted := u.counted(u.running, a.Total); counted {
+		for _, s := range list {
+			if s.ID == was.ID {
+				return s, s.Task == was.Task
+			}
+		}
+	}
+	for _, s := range list {
+		if u.fresh(s) && held.holds(s.Tokens) && (!ok || s.Task < found.Task) {
+			found, ok = s, true
+		}
+	}
+	return found, ok
+}
+
+// identify finds the slot that a request used which has just ended, and notes what that holds; -1:
+// there is none, or another request has begun there.
 func (u *Use) identify(ctx context.Context, a Answer, held slot) int {
 	m, on := u.m, u.on
-	if len(on.slots) == 1 && (a.CachedKnown || u.expected == 0) {
+	if len(on.slots) == 1 {
 		return 0
 	}
 	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
@@ -563,31 +634,27 @@ func (u *Use) identify(ctx context.Context, a Answer, held slot) int {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	s, ok := u.ranOn(list, a.Total)
+	s, ok := u.ran(list, a, held)
 	if !ok {
 		return -1
 	}
 	held.task, held.claimed = s.Task, on.slots[s.ID].claimed
-	if on.slots[s.ID] = held; !a.CachedKnown {
-		a.Cached = s.Cached
-		u.judge(a)
-	}
+	on.slots[s.ID] = held
 	return s.ID
 }
 
-// judge learns from what was reused. Manager.mu must be held.
-func (u *Use) judge(a Answer) {
-	m := u.m
-	l := m.learned(u.on.Format)
-	l.evaluated(a.Total-a.Cached, a.Prompt)
+// judge learns whether what was attached was of use, from how many tokens were reused. Manager.mu must
+// be held.
+func (u *Use) judge(cached int) {
 	if u.expected == 0 {
 		return
 	}
-	saved := a.Cached - u.warm
+	m, l := u.m, u.m.learned(u.on.Format)
+	saved := cached - u.warm
 	helped := saved >= u.expected/2
 	if l.judge(u.exact, helped) {
-		m.Log.Warn("stored contexts are of no use to this model, as it seems, and are not attached for a while: "+
-			"models with a sliding window need `ollama-cacheproxy engine link --swa-full`", "model", u.r.Model)
+		m.Log.Warn("stored contexts seem to be of no use to this model, and are not attached for a while",
+			"model", u.r.Model)
 	}
 	if !helped {
 		m.counts.Failed[FailedUnused]++

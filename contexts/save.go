@@ -162,7 +162,7 @@ func (m *Manager) look(ctx context.Context, on *live) {
 	if active > 0 {
 		return
 	}
-	ctx, cancel := context.WithTimeout(ctx, countTimeout)
+	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
 	defer cancel()
 	list, err := on.Engine.Slots(ctx)
 	if err != nil {

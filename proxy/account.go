@@ -61,7 +61,7 @@ func (h *Handler) accounted(ex *exchange) {
 	}
 	if ex.spend == nil {
 		ex.run.End(time.Now(), end)
-		ex.free(savings.Answer{})
+		h.free(ex, savings.Answer{})
 		return
 	}
 	o := savings.Outcome{
@@ -83,7 +83,7 @@ func (h *Handler) accounted(ex *exchange) {
 	if entry, ok := ex.spend.End(time.Now(), o); ok {
 		ex.Savings = &entry
 	}
-	ex.free(o.Answer)
+	h.free(ex, o.Answer)
 }
 
 // changed takes in what has changed of what a server holds.

@@ -275,7 +275,7 @@ func (ex *exchange) options() *prefix.Options {
 }
 
 // retract undoes begin: the server cannot have begun with the request.
-func (ex *exchange) retract() {
+func (h *Handler) retract(ex *exchange) {
 	ex.up.inFlight.Add(-1)
 	ex.began = false
 	ex.use.end()
@@ -285,7 +285,7 @@ func (ex *exchange) retract() {
 	ex.spend.End(time.Now(), savings.Outcome{Refused: true})
 	ex.spend = nil
 	ex.began = false
-	ex.release(schedule.Result{}, savings.Answer{}) // not sent
+	h.release(ex, schedule.Result{}, savings.Answer{}) // not sent
 	ex.grant, ex.context = nil, nil
 }
 

@@ -58,7 +58,8 @@ func (h *Handler) prepare(ctx context.Context, ex *exchange) {
 	ex.context = h.Contexts.Before(ctx, contexts.Request{
 		Port: b.port, Weights: wanted.Options.Model, Model: upstream.DisplayName(ex.key),
 		Owner: h.Contexts.Owner(ex.holder.secret()), Contents: ex.chain.Contents(), Bytes: sizes,
-		Loaded: b.runners.Loaded(wanted),
+		Sliding: wanted.Sliding,
+		Loaded:  b.runners.Loaded(wanted),
 		Load: func(ctx context.Context) (time.Duration, error) {
 			return ex.load(ctx, wanted)
 		},
@@ -99,10 +100,10 @@ func (ex *exchange) count(a *savings.Answer) {
 }
 
 // release gives the lane back, as soon as no stored context is to be made of what its slot holds.
-func (ex *exchange) release(res schedule.Result, a savings.Answer) {
+func (h *Handler) release(ex *exchange, res schedule.Result, a savings.Answer) {
 	answer := contexts.Answer{
 		Unsent: !ex.began, Total: a.Total, Cached: a.Cached, CachedKnown: a.CachedKnown,
-		Generated: a.Generated, Prompt: a.PromptEval,
+		Generated: a.Generated, Prompt: a.PromptEval, Awaited: h.waiting.Load() > 0,
 	}
 	if evaluated := a.Total - a.Cached; answer.Prompt == 0 && evaluated > 0 {
 		// /v1 does not tell. A token of an answer takes longer than one of a prompt, about four times.

@@ -314,11 +314,12 @@ func (ex *exchange) asksForStream() bool {
 func (ex *exchange) begins() {
 	if ex.Status < 300 && ex.asksForStream() {
 		ex.grant.Began()
+		ex.context.Began(ex.up.books.Load().TellsCached)
 	}
 }
 
 // free gives the lane back.
-func (ex *exchange) free(a savings.Answer) {
+func (h *Handler) free(ex *exchange, a savings.Answer) {
 	if ex.grant == nil {
 		return
 	}
@@ -332,5 +333,5 @@ func (ex *exchange) free(a savings.Answer) {
 			res.Reused, res.ReusedKnown = e.Tokens.Reused, true
 		}
 	}
-	ex.release(res, a)
+	h.release(ex, res, a)
 }

@@ -77,7 +77,7 @@ func (h *Handler) again(
 	if err := h.pause(out.Context(), ex, pause); err != nil {
 		return nil, err
 	}
-	ex.retract()
+	h.retract(ex)
 	ex.Retries = append(ex.Retries, why)
 	if ref := h.acquire(ex.inbound, ex, list); ref != nil {
 		return nil, ref

@@ -439,12 +439,7 @@ func (c *choice) join(p rank, k *class) (*item, *lane, reason) {
 		if c.blocked(it, land, tokens) {
 			return
 		}
-		// A lane that would be idle otherwise takes the first sign of a host cache for granted.
-		again := int(float64(max(0, owned.depth()-tokens)) * (1 - c.x.rates.host.v))
-		if c.x.copied() && c.x.evaluated(owned) {
-			again = 0
-		}
-		share := c.x.backlog(owned)
+		again, share := c.again(owned, tokens), c.x.backlog(owned)
 		if least >= 0 && (again > least+slack || again > least-slack && share <= most) {
 			return
 		}
@@ -469,6 +464,20 @@ func (c *choice) join(p rank, k *class) (*item, *lane, reason) {
 		how = byOpening
 	}
 	return best, at, how
+}
+
+// again returns how many tokens are evaluated once more if a prefix that another lane is busy with is
+// put on a lane that holds so many tokens of it.
+func (c *choice) again(owned *node, tokens int) int {
+	n := max(0, owned.depth()-tokens)
+	switch {
+	case !c.x.copied():
+		// A lane that would be idle otherwise takes the first sign of a host cache for granted.
+		return int(float64(n) * (1 - c.x.rates.host.v))
+	case c.x.evaluated(owned):
+		return 0
+	}
+	return n
 }
 
 // nextTaken returns the next of the nodes that have waiting requests and on which lanes are busy, in depth-first order.
@@ -508,6 +517,9 @@ func (c *choice) worth(it *item, n *node, again, backlog int) bool {
 			return true
 		}
 		n = nil
+	}
+	if c.x.copied() {
+		takes *= copiedPatience
 	}
 	at := c.x.joinable(it, n, c.x.idle, takes)
 	if c.now.Before(at) {

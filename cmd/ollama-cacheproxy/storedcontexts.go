@@ -50,6 +50,7 @@ func running(home string, log *slog.Logger) []contexts.Running {
 		list = append(list, contexts.Running{
 			Engine: p, ID: fmt.Sprintf("%d %d %d", p.PID, p.Port, p.Started.UnixNano()), Port: n,
 			Files: p.Files(), Format: p.Format(), Slots: max(p.Parallel, 1), Context: p.ContextEach,
+			Full: p.SWAFull,
 		})
 	}
 	return list

@@ -105,7 +105,8 @@ type groupKey struct {
 // file is a state that is stored.
 type file struct {
 	side
-	dirty bool // the side file is not what it should be
+	dirty   bool // the side file is not what it should be
+	checked bool // its bytes were compared with its checksum, or that was made of them
 }
 
 // OpenFiles opens the store in a folder, and makes the folder if need be: for its owner only. What is
@@ -387,10 +388,11 @@ func (f *Files) commit(name string, s State) (State, error) {
 		f.tell(err)
 		return State{}, err
 	}
+	stored := x.State // from here on others may change it
 	f.mu.Lock()
 	if f.closed { // the file stays: the next that opens the store has it
 		f.mu.Unlock()
-		return x.State, nil
+		return stored, nil
 	}
 	f.release(name)
 	clear(f.told)
@@ -404,7 +406,7 @@ func (f *Files) commit(name string, s State) (State, error) {
 	gone = append(gone, f.evict(f.least(over, math.Inf(1), []*file{x}))...)
 	f.mu.Unlock()
 	f.unlinkAll(gone)
-	return x.State, nil
+	return stored, nil
 }
 
 // prepare looks at what the engine has written.
@@ -514,6 +516,42 @@ func (f *Files) best(q Query) (best *file, depth int) {
 		}
 	}
 	return best, depth
+}
+
+// Check compares a state with its checksum, if that has not been done since the store was opened. An
+// engine takes a file in which bytes have changed, and answers wrongly then; so this is for before a
+// state is attached. It reads the file, which the engine is about to do as well, and so finds it in
+// memory. An error: the state is dropped, and not to be attached.
+func (f *Files) Check(ctx context.Context, id string) error {
+	f.mu.Lock()
+	x, ok := f.states.Peek(id)
+	var sum uint64
+	todo := ok && x.Settled && !x.checked // what is not settled is what was written a moment ago
+	if todo {
+		sum = x.Sum
+	}
+	f.mu.Unlock()
+	if !ok {
+		return fmt.Errorf("context %s: %w", id, os.ErrNotExist)
+	}
+	if !todo {
+		return nil
+	}
+	now, err := hash(ctx, filepath.Join(f.dir, id), false)
+	if err == nil && now != sum {
+		err = errChanged
+	}
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if err != nil {
+		f.Drop(id, err.Error())
+		return err
+	}
+	f.mu.Lock()
+	x.checked = true
+	f.mu.Unlock()
+	return nil
 }
 
 // Used notes that a state was of use.

@@ -74,6 +74,7 @@ type Counts struct {
 	Saved      uint64 // states
 	SavedBytes uint64 // … of so many bytes
 	Attached   uint64 // states
+	Filled     uint64 // states that were attached before anybody asked: see Fill
 	// Tokens is how many tokens of prompts were not evaluated again since a state was attached, and
 	// Evaluation how long that would have taken, estimated from the speed of other evaluations.
 	Tokens     uint64

@@ -4,13 +4,9 @@ import (
 	"cmp"
 	"context"
 	"slices"
-	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
 )
-
-// Attached reports whether a stored state was attached for the request.
-func (u *Use) Attached() bool { return u != nil && u.expected > 0 }
 
 // Fill attaches the states that are used most to the slots of a model's engine that hold nothing, as
 // after a load: of several that begin alike, the one that is used most. It goes on for as long as
@@ -50,8 +46,10 @@ func (m *Manager) Fill(ctx context.Context, port int, weights string, more func(
 
 // fill attaches a state to an empty slot, if it is worth it. ok: there may be room for another one.
 func (m *Manager) fill(ctx context.Context, on *live, state contextstore.State) (worth, ok bool) {
-	on.acting.Lock()
-	defer on.acting.Unlock()
+	if !on.act(ctx) {
+		return false, false
+	}
+	defer on.rest()
 	s := stored{State: state, exact: true, reach: state.Tokens}
 	m.mu.Lock()
 	p := s.prompt()
@@ -74,8 +72,7 @@ func (m *Manager) fill(ctx context.Context, on *live, state contextstore.State) 
 	}
 	ctx, cancel := context.WithTimeout(ctx, leastTimeout)
 	defer cancel()
-	began := time.Now()
-	got, err := on.Restore(ctx, i, s.ID)
+	got, err := on.Restore(ctx, i, s.ID, s.Bytes)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if err != nil {
@@ -83,10 +80,10 @@ func (m *Manager) fill(ctx context.Context, on *live, state contextstore.State) 
 		return false, false
 	}
 	on.slots[i] = slot{prompt: p, tokens: got.Tokens, again: true, task: on.slots[i].task}
-	m.disk.attaching.measured(s.Bytes, time.Since(began))
+	m.disk.attaching.measured(s.Bytes, got.Took)
 	m.counts.Filled++
 	m.Log.Debug("context attached before anybody asks", "model", s.Model, "context", s.ID,
-		"tokens", s.Tokens, "slot", i, "took", time.Since(began))
+		"tokens", s.Tokens, "slot", i, "took", got.Took)
 	return true, true
 }
 

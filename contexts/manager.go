@@ -28,7 +28,7 @@ import (
 type Engine interface {
 	Slots(ctx context.Context) ([]engine.Slot, error)
 	Save(ctx context.Context, slot int, name string) (engine.Saved, error)
-	Restore(ctx context.Context, slot int, name string) (engine.Restored, error)
+	Restore(ctx context.Context, slot int, name string, size int64) (engine.Restored, error)
 }
 
 // Running is an engine that runs now.
@@ -74,6 +74,7 @@ type Counts struct {
 	Saved      uint64 // states
 	SavedBytes uint64 // … of so many bytes
 	Attached   uint64 // states
+	Filled     uint64 // states that were attached before anybody asked: see Fill
 	// Tokens is how many tokens of prompts were not evaluated again since a state was attached, and
 	// Evaluation how long that would have taken, estimated from the speed of other evaluations.
 	Tokens     uint64
@@ -180,7 +181,7 @@ type Use struct {
 type Answer struct {
 	Unsent      bool // it did not reach the server
 	Total       int  // tokens of the prompt; 0: not known
-	Cached      int  // of these reused
+	Cached      int  // of these reused, if CachedKnown; else an estimate, -1 for none
 	CachedKnown bool
 	Generated   int           // tokens of the answer
 	Prompt      time.Duration // evaluating the prompt; 0: not known
@@ -193,6 +194,14 @@ func (u *Use) Loading() time.Duration {
 		return 0
 	}
 	return u.loading
+}
+
+// Attached is how many tokens of the request's prompt a state has that was attached for it; 0: none was.
+func (u *Use) Attached() int {
+	if u == nil || u.expected == 0 {
+		return 0
+	}
+	return u.warm + u.expected
 }
 
 // Before prepares the server for a request that is about to be sent: what its slot would lose is
@@ -358,7 +367,7 @@ func (u *Use) attach(ctx context.Context) bool {
 	}
 	ctx, cancel := context.WithTimeout(ctx, max(gain, leastTimeout))
 	defer cancel()
-	got, err := on.Restore(ctx, i, best.ID)
+	got, err := on.Restore(ctx, i, best.ID, best.Bytes)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	s := &on.slots[i]
@@ -570,12 +579,7 @@ func (u *Use) ended(a Answer) (held slot, asks bool) {
 			on.slots[u.slot] = slot{task: on.slots[u.slot].task}
 		}
 		return slot{}, false
-	case !a.CachedKnown && u.expected > 0 && a.Prompt > 0:
-		// By the time that the evaluation took.
-		if each := m.learned(on.Format).evaluation(1); each > 0 {
-			u.judge(max(0, a.Total-int(a.Prompt/each)))
-		}
-	case a.CachedKnown:
+	case a.Cached >= 0:
 		m.learned(on.Format).evaluated(a.Total-a.Cached, a.Prompt)
 		u.judge(a.Cached)
 	}

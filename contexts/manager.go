@@ -477,7 +477,8 @@ func (u *Use) choose(ctx context.Context, gain time.Duration) (int, bool) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if loses > gain/2 || on.slots[best].claimed && best != u.slot {
+	// Without a slot of its own that is warm, the request takes one that loses as much, or more.
+	if loses > gain/2 && u.slot >= 0 && best != u.slot || on.slots[best].claimed && best != u.slot {
 		return 0, false
 	}
 	u.claim(best)

@@ -164,7 +164,6 @@ type llama struct {
 	clock   int
 	changed chan struct{} // closed, and made anew, when a slot becomes idle
 	running int
-	used    int
 }
 
 type llamaSlot struct {
@@ -213,25 +212,19 @@ func (o *ollama) loaded(model string, context int) *llama {
 
 // ensure has a model loaded, and counts a request there, so that it is not unloaded meanwhile.
 func (o *ollama) ensure(model string, context int) *llama {
-	for {
-		o.loading <- struct{}{}
-		e := o.loaded(model, context)
-		if e == nil {
-			if !o.makeRoom(model) {
-				<-o.loading
-				time.Sleep(10 * time.Millisecond) // virtual: until a request has ended
-				continue
-			}
-			e = o.start(model, context)
+	o.loading <- struct{}{} // in turn: who comes later waits, also for a model that is loaded
+	defer func() { <-o.loading }()
+	e := o.loaded(model, context)
+	if e == nil {
+		for !o.makeRoom(model) {
+			time.Sleep(10 * time.Millisecond) // virtual: until a request has ended
 		}
-		e.mu.Lock()
-		e.running++
-		e.clock++
-		e.used = e.clock
-		e.mu.Unlock()
-		<-o.loading
-		return e
+		e = o.start(model, context)
 	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.running++
+	return e
 }
 
 // makeRoom ends the engines that are in the way of another. It reports whether none is any more.
@@ -626,8 +619,9 @@ type proxied struct {
 	dir      string
 	stop     context.CancelFunc
 	ended    chan struct{}
-	mistakes int  // states that may be stored for other prompts than theirs
-	blind    bool // the engine does not tell what was reused
+	mistakes int           // states that may be stored for other prompts than theirs
+	turn     chan struct{} // if not nil, full while a request is under way, as with models that evict each other
+	blind    bool          // the engine does not tell what was reused
 
 	mu    sync.Mutex
 	lanes map[string]chan struct{}
@@ -796,6 +790,9 @@ func (p *proxied) ask(ctx context.Context, a ask) (Answer, error) {
 	}
 	lane := p.lane(a.model)
 	lane <- struct{}{}
+	if p.turn != nil {
+		p.turn <- struct{}{}
+	}
 	u := p.m.Before(ctx, p.request(a))
 	got, err := p.send(ctx, a, func() {
 		if a.streams {
@@ -812,6 +809,9 @@ func (p *proxied) ask(ctx context.Context, a ask) (Answer, error) {
 		if !freed.CompareAndSwap(false, true) {
 			p.t.Error("a lane was released more than once")
 			return
+		}
+		if p.turn != nil {
+			<-p.turn
 		}
 		<-lane
 	})

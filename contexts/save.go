@@ -88,6 +88,9 @@ func (m *Manager) saves(on *live, s slot, when occasion) bool {
 		return false
 	}
 	worth, takes := l.evaluation(n), m.disk.saving.estimate(l.size(s.tokens))
+	if l.perState == 0 {
+		when = min(when, trying)
+	}
 	return worth >= leastGain && float64(worth) >= float64(when)*float64(takes)
 }
 

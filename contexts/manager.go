@@ -99,10 +99,11 @@ type live struct {
 	told, attaches bool // Config.Told was told of it, and what
 
 	slots  []slot
-	active int       // requests that are sent to it, or wait for acting, and have not ended
-	ended  time.Time // when the last of them ended
-	clock  uint64    // counts the requests that ended
-	open   []*Use    // those whose slots are not known yet, as they were sent; none if there is one slot
+	saving []chan struct{} // by slot: closed when what that holds has been saved; nil: it is not being saved
+	active int             // requests that are sent to it, or wait for acting, and have not ended
+	ended  time.Time       // when the last of them ended
+	clock  uint64          // counts the requests that ended
+	open   []*Use          // those whose slots are not known yet, as they were sent; none if there is one slot
 }
 
 // slot is what is believed of an engine's slot. The zero slot holds nothing that is known.
@@ -281,6 +282,7 @@ func (m *Manager) known(running []Running) []*live {
 		if l == nil {
 			l = &live{
 				Running: e, slots: make([]slot, e.Slots), ended: time.Now(), acting: make(chan struct{}, 1),
+				saving: make([]chan struct{}, e.Slots),
 			}
 			for i := range l.slots {
 				l.slots[i].task = -1 // an engine's first request has the number 0
@@ -475,7 +477,8 @@ func (u *Use) choose(ctx context.Context, gain time.Duration) (int, bool) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if loses > gain/2 || on.slots[best].claimed && best != u.slot {
+	// Without a slot of its own that is warm, the request takes one that loses as much, or more.
+	if loses > gain/2 && u.slot >= 0 && best != u.slot || on.slots[best].claimed && best != u.slot {
 		return 0, false
 	}
 	u.claim(best)

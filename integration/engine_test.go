@@ -18,9 +18,9 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// linked links a real Ollama to a new folder and runs it from there. The installed one is not
+// linkedServer links a real Ollama to a new folder and runs it from there. The installed one is not
 // changed.
-func linked(t *testing.T, config realollama.Config) (home string, server *realollama.Server) {
+func linkedServer(t *testing.T, config realollama.Config) (home string, server *realollama.Server) {
 	t.Helper()
 	cache, err := realollama.OpenCache(os.Stderr)
 	if err != nil {
@@ -139,7 +139,7 @@ func TestEngine(t *testing.T) {
 		t.Run(version, func(t *testing.T) {
 			const model, few = "smollm2", 40
 			config := realollama.Config{Version: version, Models: []string{model}, Parallel: 2}
-			home, server := linked(t, config)
+			home, server := linkedServer(t, config)
 			if all, err := engine.Processes(home); err != nil || len(all) != 0 {
 				t.Fatalf("before anything is loaded: %v, %v", all, err)
 			}

@@ -15,8 +15,10 @@ const (
 	// only time: the engine evaluates for nobody else meanwhile.
 	pays = 2
 
-	statusTimeout = time.Second      // for an engine to tell of its slots
-	leastTimeout  = 2 * time.Second  // for it to attach a state
+	// statusTimeout is for an engine to tell of its slots, which it does between two batches of tokens:
+	// after seconds, on a slow machine. A request that is sent meanwhile has to wait for as long.
+	statusTimeout = 10 * time.Second
+	leastTimeout  = 10 * time.Second // for it to attach a state, also between two batches
 	saveTimeout   = 30 * time.Second // for it to save one
 )
 

@@ -28,7 +28,7 @@ import (
 type Engine interface {
 	Slots(ctx context.Context) ([]engine.Slot, error)
 	Save(ctx context.Context, slot int, name string) (engine.Saved, error)
-	Restore(ctx context.Context, slot int, name string) (engine.Restored, error)
+	Restore(ctx context.Context, slot int, name string, size int64) (engine.Restored, error)
 }
 
 // Running is an engine that runs now.
@@ -74,6 +74,7 @@ type Counts struct {
 	Saved      uint64 // states
 	SavedBytes uint64 // … of so many bytes
 	Attached   uint64 // states
+	Filled     uint64 // states that were attached before anybody asked: see Fill
 	// Tokens is how many tokens of prompts were not evaluated again since a state was attached, and
 	// Evaluation how long that would have taken, estimated from the speed of other evaluations.
 	Tokens     uint64
@@ -92,15 +93,16 @@ const (
 // live is an engine that runs, and what is believed of its slots.
 type live struct {
 	Running
-	acting sync.Mutex // held while states of idle slots are saved; new requests wait for that
+	acting chan struct{} // full while states of idle slots are saved; new requests wait for that
 
 	// Guarded by Manager.mu.
 	told, attaches bool // Config.Told was told of it, and what
 
 	slots  []slot
-	active int       // requests that were sent to it and have not ended
+	active int       // requests that are sent to it, or wait for acting, and have not ended
 	ended  time.Time // when the last of them ended
 	clock  uint64    // counts the requests that ended
+	open   []*Use    // those whose slots are not known yet, as they were sent; none if there is one slot
 }
 
 // slot is what is believed of an engine's slot. The zero slot holds nothing that is known.
@@ -166,10 +168,11 @@ type Use struct {
 	warm     int // tokens of its prompt that a slot was believed to hold
 	expected int // tokens that are to be reused beyond that since a state was attached; 0: none was
 	exact    bool
+	attached string // the state's ID
 	loading  time.Duration
 	sought   bool // on was sought once more, since it was not there before
 
-	running []engine.Slot // what the engine told of its slots when the answer had begun; guarded by Manager.mu
+	place place // guarded by Manager.mu
 }
 
 // Answer is how a request ended. The zero Answer: nothing came of it, and what its slot holds is not
@@ -177,7 +180,7 @@ type Use struct {
 type Answer struct {
 	Unsent      bool // it did not reach the server
 	Total       int  // tokens of the prompt; 0: not known
-	Cached      int  // of these reused
+	Cached      int  // of these reused, if CachedKnown; else an estimate, -1 for none
 	CachedKnown bool
 	Generated   int           // tokens of the answer
 	Prompt      time.Duration // evaluating the prompt; 0: not known
@@ -192,6 +195,14 @@ func (u *Use) Loading() time.Duration {
 	return u.loading
 }
 
+// Attached is how many tokens of the request's prompt a state has that was attached for it; 0: none was.
+func (u *Use) Attached() int {
+	if u == nil || u.expected == 0 {
+		return 0
+	}
+	return u.warm + u.expected
+}
+
 // Before prepares the server for a request that is about to be sent: what its slot would lose is
 // saved, and what is stored of its prompt attached, where that takes much less time than it saves. It
 // returns when the request may be sent.
@@ -199,7 +210,7 @@ func (m *Manager) Before(ctx context.Context, r Request) *Use {
 	if m == nil || len(r.Contents) == 0 {
 		return nil
 	}
-	u := &Use{m: m, r: r, slot: -1}
+	u := &Use{m: m, r: r, slot: -1, place: place{after: -1}}
 	if u.on = m.find(r); u.on == nil || !r.Loaded {
 		u.load(ctx)
 	}
@@ -211,16 +222,32 @@ func (m *Manager) Before(ctx context.Context, r Request) *Use {
 		m.nudge()
 		return u
 	}
-	u.on.acting.Lock()
 	m.mu.Lock()
-	u.on.active++
+	u.on.active++ // so that at most the state is saved first that is being saved
 	m.mu.Unlock()
-	u.on.acting.Unlock()
+	defer u.sends()
+	if !u.on.act(ctx) {
+		return u
+	}
+	u.on.rest()
 	if !u.attach(ctx) {
 		u.replace(ctx)
 	}
 	return u
 }
+
+// act begins what no request may be in the way of. It reports whether that was before ctx ended;
+// rest ends it then.
+func (l *live) act(ctx context.Context) bool {
+	select {
+	case l.acting <- struct{}{}:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+func (l *live) rest() { <-l.acting }
 
 // scan returns the engines that run, and forgets those that do not.
 func (m *Manager) scan() []*live {
@@ -252,7 +279,12 @@ func (m *Manager) known(running []Running) []*live {
 	for _, e := range running {
 		l := m.engines[e.ID]
 		if l == nil {
-			l = &live{Running: e, slots: make([]slot, e.Slots), ended: time.Now()}
+			l = &live{
+				Running: e, slots: make([]slot, e.Slots), ended: time.Now(), acting: make(chan struct{}, 1),
+			}
+			for i := range l.slots {
+				l.slots[i].task = -1 // an engine's first request has the number 0
+			}
 			m.engines[e.ID] = l
 		}
 		all = append(all, l)
@@ -316,8 +348,12 @@ func (u *Use) attach(ctx context.Context) bool {
 	m, on := u.m, u.on
 	m.mu.Lock()
 	warm, at := on.warmest(u.r)
+	// The engine takes the slot with the most in common if that is more than a tenth of the prompt
+	// (--slot-prompt-similarity), else the one that was used least recently.
+	if u.warm = warm; at >= 0 && warm*10 >= u.r.estimate(m.learned(on.Format)) {
+		u.claim(at)
+	}
 	m.mu.Unlock()
-	u.warm, u.slot = warm, at
 	best, ok := m.best(on.Format, on.Context, u.r)
 	if !ok || !m.pays(best, warm) {
 		return false
@@ -329,24 +365,20 @@ func (u *Use) attach(ctx context.Context) bool {
 	}
 	ctx, cancel := context.WithTimeout(ctx, max(gain, leastTimeout))
 	defer cancel()
-	began := time.Now()
-	got, err := on.Restore(ctx, i, best.ID)
-	took := time.Since(began)
-
+	got, err := on.Restore(ctx, i, best.ID, best.Bytes)
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	u.slot = i
 	s := &on.slots[i]
 	if *s = (slot{task: s.task, used: s.used, claimed: true}); err != nil {
 		m.attachFailed(best, err)
 		return true
 	}
 	s.prompt, s.tokens, s.again = best.prompt(), got.Tokens, true
-	u.expected, u.exact = best.reach-warm, best.exact
-	m.disk.attaching.measured(best.Bytes, took)
+	u.expected, u.exact, u.attached = best.reach-warm, best.exact, best.ID
+	m.disk.attaching.measured(best.Bytes, got.Took)
 	m.counts.Attached++
 	m.Log.Debug("context attached", "model", best.Model, "context", best.ID, "tokens", best.Tokens,
-		"common", best.reach, "warm", warm, "slot", i, "took", took)
+		"common", best.reach, "warm", warm, "slot", i, "took", got.Took)
 	m.Files.Used(best.ID)
 	return true
 }
@@ -356,30 +388,21 @@ func (u *Use) attach(ctx context.Context) bool {
 func (u *Use) replace(ctx context.Context) {
 	m, on := u.m, u.on
 	m.mu.Lock()
-	// The engine takes the slot with the most in common if that is at least a tenth of the prompt
-	// (--slot-prompt-similarity), else the one that was used least recently.
-	total := u.r.estimate(m.learned(on.Format))
-	if u.slot < 0 || u.warm*10 < total {
-		u.slot = -1
-		if len(on.slots) == 1 {
-			u.slot = 0
-		}
+	if u.slot < 0 && len(on.slots) == 1 && !on.slots[0].claimed {
+		u.claim(0)
 	}
 	var lost []int
 	for i, s := range on.slots {
-		if !s.claimed && s.tokens-u.warm >= leastTokens && (u.slot == i || u.slot < 0) {
+		if s.tokens-u.warm >= leastTokens && (u.slot == i || u.slot < 0 && !s.claimed) {
 			lost = append(lost, i)
 		}
-	}
-	if u.slot >= 0 {
-		on.slots[u.slot].claimed = true
 	}
 	m.mu.Unlock()
 	lost = slices.DeleteFunc(lost, func(i int) bool { return !m.due(on, i, leaving) })
 	if len(lost) == 0 {
 		return
 	}
-	idle, err := on.idle(ctx, statusTimeout)
+	idle, err := u.idle(ctx, statusTimeout)
 	if err != nil {
 		return
 	}
@@ -391,16 +414,24 @@ func (u *Use) replace(ctx context.Context) {
 }
 
 // idle asks which slots are idle. An engine with one slot is not asked: who has its lane has its slot.
-func (l *live) idle(ctx context.Context, limit time.Duration) (func(slot int) bool, error) {
-	if len(l.slots) == 1 {
+func (u *Use) idle(ctx context.Context, limit time.Duration) (func(slot int) bool, error) {
+	if len(u.on.slots) == 1 {
 		return func(int) bool { return true }, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	list, err := l.Engine.Slots(ctx)
+	list, err := u.on.Engine.Slots(ctx)
+	if err != nil {
+		return nil, err
+	}
+	u.m.mu.Lock()
+	defer u.m.mu.Unlock()
+	for _, s := range list {
+		u.place.after = max(u.place.after, s.Task)
+	}
 	return func(slot int) bool {
 		return slices.ContainsFunc(list, func(s engine.Slot) bool { return s.ID == slot && !s.Processing })
-	}, err
+	}, nil
 }
 
 // warmest returns how many tokens of the request's prompt a slot is believed to hold, and which; -1:
@@ -419,21 +450,21 @@ func (l *live) warmest(r Request) (tokens, at int) {
 // was used last, since the engine gives the one used least recently to a prompt that fits none.
 func (u *Use) choose(ctx context.Context, gain time.Duration) (int, bool) {
 	m, on := u.m, u.on
-	idle, err := on.idle(ctx, max(gain/4, statusTimeout))
+	idle, err := u.idle(ctx, max(gain/4, statusTimeout))
 	if err != nil {
 		return 0, false
 	}
-	best, loses := -1, time.Duration(0)
+	best, loses, used := -1, time.Duration(0), uint64(0)
 	for i := range on.slots {
 		m.mu.Lock()
 		s := on.slots[i]
 		m.mu.Unlock()
-		if s.claimed || !idle(i) {
+		if s.claimed && i != u.slot || !idle(i) {
 			continue
 		}
 		cost := m.unsaved(on, s)
-		if best < 0 || cost < loses || cost == loses && s.used > on.slots[best].used {
-			best, loses = i, cost
+		if best < 0 || cost < loses || cost == loses && s.used > used {
+			best, loses, used = i, cost, s.used
 		}
 	}
 	if best < 0 {
@@ -444,11 +475,20 @@ func (u *Use) choose(ctx context.Context, gain time.Duration) (int, bool) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if loses > gain/2 || on.slots[best].claimed {
+	if loses > gain/2 || on.slots[best].claimed && best != u.slot {
 		return 0, false
 	}
-	on.slots[best].claimed = true
+	u.claim(best)
 	return best, true
+}
+
+// claim says which slot the request is expected to use. Manager.mu must be held.
+func (u *Use) claim(slot int) {
+	if u.slot >= 0 {
+		u.on.slots[u.slot].claimed = false
+	}
+	u.slot = slot
+	u.on.slots[slot].claimed = true
 }
 
 // After says how the request ended. It calls release, once, when its lane may be given to another
@@ -479,7 +519,7 @@ func (u *Use) After(a Answer, release func()) {
 		}
 		ctx, cancel := context.WithTimeout(context.Background(), saveTimeout)
 		defer cancel()
-		if i := u.identify(ctx, a, held); i >= 0 && hold {
+		if i := u.identify(ctx, held); i >= 0 && hold {
 			m.save(ctx, on, i)
 		}
 		if hold {
@@ -505,6 +545,9 @@ func (u *Use) begun() bool {
 	u.m.mu.Lock()
 	defer u.m.mu.Unlock()
 	u.on.active++
+	if len(u.on.slots) > 1 {
+		u.on.open = slices.Insert(u.on.open, 0, u)
+	}
 	return true
 }
 
@@ -515,6 +558,11 @@ func (u *Use) ended(a Answer) (held slot, asks bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	defer m.nudge()
+	defer func() {
+		if !asks {
+			u.close()
+		}
+	}()
 	on.active--
 	on.ended = time.Now()
 	on.clock++
@@ -529,12 +577,7 @@ func (u *Use) ended(a Answer) (held slot, asks bool) {
 			on.slots[u.slot] = slot{task: on.slots[u.slot].task}
 		}
 		return slot{}, false
-	case !a.CachedKnown && u.expected > 0 && a.Prompt > 0:
-		// By the time that the evaluation took.
-		if each := m.learned(on.Format).evaluation(1); each > 0 {
-			u.judge(max(0, a.Total-int(a.Prompt/each)))
-		}
-	case a.CachedKnown:
+	case a.Cached >= 0:
 		m.learned(on.Format).evaluated(a.Total-a.Cached, a.Prompt)
 		u.judge(a.Cached)
 	}
@@ -548,98 +591,11 @@ func (u *Use) ended(a Answer) (held slot, asks bool) {
 		held.task = on.slots[0].task
 		on.slots[0] = held
 	}
-	return held, len(on.slots) > 1
-}
-
-// Began says that the answer has begun to come, piece by piece. An engine tells how much of a prompt it
-// has reused, and in which slot, until the answer has ended, so it is asked now; if there is one slot,
-// and the answer will tell what was reused, there is nothing to ask.
-func (u *Use) Began(tellsCached bool) {
-	if u == nil || u.on == nil || tellsCached && len(u.on.slots) == 1 {
-		return
-	}
-	u.m.ending.Go(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), statusTimeout)
-		defer cancel()
-		list, err := u.on.Engine.Slots(ctx)
-		if err != nil {
-			return
-		}
-		u.m.mu.Lock()
-		defer u.m.mu.Unlock()
-		u.running = list
-	})
-}
-
-// Cached tells how many tokens of the request's prompt were reused, of so many, where its engine told
-// that; else false.
-func (u *Use) Cached(total int) (cached int, ok bool) {
-	if u == nil || u.on == nil {
-		return 0, false
-	}
-	u.m.mu.Lock()
-	defer u.m.mu.Unlock()
-	s, ok := u.counted(u.running, total)
-	return s.Cached, ok
-}
-
-// counted finds the slot on which the request runs, or ran last, by the tokens of its prompt.
-// Manager.mu must be held.
-func (u *Use) counted(list []engine.Slot, total int) (found engine.Slot, ok bool) {
-	for _, s := range list {
-		if u.fresh(s) && total > 0 && s.Processed+s.Cached == total && (!ok || s.ID == u.slot) {
-			found, ok = s, true
-		}
-	}
-	return found, ok
-}
-
-// fresh reports whether a slot was used since it was last known which request had used it.
-func (u *Use) fresh(s engine.Slot) bool {
-	return s.ID < len(u.on.slots) && s.Task > u.on.slots[s.ID].task
-}
-
-// ran finds the slot on which the request ran which has just ended, by what the engine told while it ran
-// or tells of its slots now. Of several that hold as many tokens it is most likely the one that
-// began first. Manager.mu must be held.
-func (u *Use) ran(list []engine.Slot, a Answer, held slot) (found engine.Slot, ok bool) {
-	if was, counted := u.counted(u.running, a.Total); counted {
-		for _, s := range list {
-			if s.ID == was.ID {
-				return s, s.Task == was.Task
-			}
-		}
-	}
-	for _, s := range list {
-		if u.fresh(s) && held.holds(s.Tokens) && (!ok || s.Task < found.Task) {
-			found, ok = s, true
-		}
-	}
-	return found, ok
-}
-
-// identify finds the slot that a request used which has just ended, and notes what that holds; -1:
-// there is none, or another request has begun there.
-func (u *Use) identify(ctx context.Context, a Answer, held slot) int {
-	m, on := u.m, u.on
 	if len(on.slots) == 1 {
-		return 0
+		return held, false
 	}
-	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
-	defer cancel()
-	list, err := on.Engine.Slots(ctx)
-	if err != nil {
-		return -1
-	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	s, ok := u.ran(list, a, held)
-	if !ok {
-		return -1
-	}
-	held.task, held.claimed = s.Task, on.slots[s.ID].claimed
-	on.slots[s.ID] = held
-	return s.ID
+	u.place.holds = a.Total + max(a.Generated-1, 0)
+	return held, true
 }
 
 // judge learns whether what was attached was of use, from how many tokens were reused. Manager.mu must
@@ -654,6 +610,11 @@ func (u *Use) judge(cached int) {
 	if l.judge(u.exact, helped) {
 		m.Log.Warn("stored contexts seem to be of no use to this model, and are not attached for a while",
 			"model", u.r.Model)
+	}
+	if saved < leastTokens {
+		// It may be another prompt's: somebody else's that ran in the slot when it was saved. As long as it is
+		// there, that of this prompt is not stored.
+		m.Files.Drop(u.attached, "the engine made no use of it")
 	}
 	if !helped {
 		m.counts.Failed[FailedUnused]++

@@ -131,9 +131,9 @@ func (m *Manager) save(ctx context.Context, on *live, i int) bool {
 		return false
 	}
 	learnFrom(&l.perState, float64(saved.Bytes)/float64(max(saved.Tokens, 1)))
-	m.disk.saving.measured(saved.Bytes, took)
+	m.disk.saving.measured(saved.Bytes, saved.Took) // not while it waited for the engine
 	m.counts.Saved++
-	m.Log.Debug("context saved", "model", s.model, "tokens", saved.Tokens, "bytes", saved.Bytes, "slot", i, "took", took)
+	m.Log.Debug("context saved", "model", s.model, "tokens", saved.Tokens, "bytes", saved.Bytes, "slot", i, "took", saved.Took)
 	m.counts.SavedBytes += uint64(saved.Bytes)
 	return true
 }
@@ -154,8 +154,10 @@ func (m *Manager) Leave(ctx context.Context, port int) {
 // look asks an engine to which no request is under way what its slots hold, and forgets what is
 // believed of those that hold something else: others have used them.
 func (m *Manager) look(ctx context.Context, on *live) {
-	on.acting.Lock() // so that none begins meanwhile
-	defer on.acting.Unlock()
+	if !on.act(ctx) { // so that none begins meanwhile
+		return
+	}
+	defer on.rest()
 	m.mu.Lock()
 	active := on.active
 	m.mu.Unlock()
@@ -186,8 +188,10 @@ func (s *slot) holds(tokens int) bool { return tokens >= s.size()-1 && tokens <=
 
 // rest saves what an engine's slots hold, if no request is under way there.
 func (m *Manager) rest(ctx context.Context, on *live, when occasion) {
-	on.acting.Lock()
-	defer on.acting.Unlock()
+	if !on.act(ctx) {
+		return
+	}
+	defer on.rest()
 	for i := range on.slots {
 		m.mu.Lock()
 		active := on.active

@@ -1,6 +1,11 @@
-// Package contextstore keeps what the proxy knows of prompts' prefixes: where a prefix was last seen and when, whether it may
-// still be warm there, how many tokens it has, and its stored context. It owns the bounds of that knowledge and the ways in
-// which it stops being true. It does not fingerprint prompts (see package prefix), choose upstreams or judge what a figure means.
+// Package contextstore keeps what the proxy knows of prompts' prefixes, and the states that engines
+// have of them.
+//
+// A Store has, in memory, where a prefix was last seen and when, whether it may still be warm there,
+// and how many tokens it has. Files has, on disk, what an engine had evaluated of a prompt, for an
+// engine to go on from. Both own their bounds and the ways in which what they have stops being true.
+// They do not fingerprint prompts (see package prefix), choose upstreams, talk to engines or judge
+// what a figure means.
 package contextstore
 
 import (

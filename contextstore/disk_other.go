@@ -14,5 +14,3 @@ func lock(*os.File) error { return errors.ErrUnsupported }
 func diskFree(string) (int64, error) { return math.MaxInt64, nil }
 
 func syncFolder(string) error { return nil }
-
-func bootID() string { return "" }

@@ -5,7 +5,6 @@ package contextstore
 import (
 	"errors"
 	"os"
-	"strings"
 	"syscall"
 )
 
@@ -18,8 +17,13 @@ func lock(f *os.File) error {
 	return err
 }
 
-// diskFree returns how many bytes the disk of a folder has left for whoever is not root.
+// diskFree returns how many bytes the disk of a folder has left for whoever is not root; an error if
+// nothing can be written there at all.
 func diskFree(dir string) (int64, error) {
+	const writable = 2 // W_OK
+	if err := syscall.Access(dir, writable); err != nil {
+		return 0, &os.PathError{Op: "write to", Path: dir, Err: err}
+	}
 	var st syscall.Statfs_t
 	if err := syscall.Statfs(dir, &st); err != nil {
 		return 0, &os.PathError{Op: "statfs", Path: dir, Err: err}
@@ -40,10 +44,4 @@ func syncFolder(dir string) error {
 		return err
 	}
 	return nil
-}
-
-// bootID returns what is another after each start of the machine; "" where that is not known.
-func bootID() string {
-	id, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	return strings.TrimSpace(string(id))
 }

@@ -105,7 +105,8 @@ type groupKey struct {
 // file is a state that is stored.
 type file struct {
 	side
-	dirty bool // the side file is not what it should be
+	dirty   bool // the side file is not what it should be
+	checked bool // its bytes were compared with its checksum, or that was made of them
 }
 
 // OpenFiles opens the store in a folder, and makes the folder if need be: for its owner only. What is
@@ -201,8 +202,7 @@ func (f *Files) load() error {
 		f.add(&file{side: s})
 	}
 	gone := f.expire(time.Now())
-	over := f.stats.Bytes - f.limits.Bytes
-	gone = append(gone, f.evict(f.least(over, math.Inf(1), nil))...)
+	gone = append(gone, f.evict(f.overfull(nil))...)
 	f.mu.Unlock()
 	f.unlinkAll(gone)
 	return nil
@@ -356,6 +356,17 @@ func (f *Files) least(bytes int64, most float64, spared []*file) (least []*file)
 	return least
 }
 
+// overfull returns what must go for the limit to hold, but for one that stays. What is being written
+// has its room, too, unless that would take more than there is: an engine may write more than was
+// said. f.mu must be held.
+func (f *Files) overfull(stays *file) []*file {
+	over, spared := f.stats.Bytes-max(f.limits.Bytes, 0), []*file{stays}
+	if victims := f.least(over+f.writing, math.Inf(1), spared); victims != nil {
+		return victims
+	}
+	return f.least(over, math.Inf(1), spared)
+}
+
 // evict forgets states to make room. f.mu must be held.
 func (f *Files) evict(victims []*file) []*file {
 	for _, x := range victims {
@@ -387,10 +398,11 @@ func (f *Files) commit(name string, s State) (State, error) {
 		f.tell(err)
 		return State{}, err
 	}
+	stored := x.State // from here on others may change it
 	f.mu.Lock()
 	if f.closed { // the file stays: the next that opens the store has it
 		f.mu.Unlock()
-		return x.State, nil
+		return stored, nil
 	}
 	f.release(name)
 	clear(f.told)
@@ -400,11 +412,10 @@ func (f *Files) commit(name string, s State) (State, error) {
 		f.stats.Replaced++
 	}
 	f.add(x)
-	over := f.stats.Bytes + f.writing - f.limits.Bytes
-	gone = append(gone, f.evict(f.least(over, math.Inf(1), []*file{x}))...)
+	gone = append(gone, f.evict(f.overfull(x))...)
 	f.mu.Unlock()
 	f.unlinkAll(gone)
-	return x.State, nil
+	return stored, nil
 }
 
 // prepare looks at what the engine has written.
@@ -514,6 +525,42 @@ func (f *Files) best(q Query) (best *file, depth int) {
 		}
 	}
 	return best, depth
+}
+
+// Check compares a state with its checksum, if that has not been done since the store was opened. An
+// engine takes a file in which bytes have changed, and answers wrongly then; so this is for before a
+// state is attached. It reads the file, which the engine is about to do as well, and so finds it in
+// memory. An error: the state is dropped, and not to be attached.
+func (f *Files) Check(ctx context.Context, id string) error {
+	f.mu.Lock()
+	x, ok := f.states.Peek(id)
+	var sum uint64
+	todo := ok && x.Settled && !x.checked // what is not settled is what was written a moment ago
+	if todo {
+		sum = x.Sum
+	}
+	f.mu.Unlock()
+	if !ok {
+		return fmt.Errorf("context %s: %w", id, os.ErrNotExist)
+	}
+	if !todo {
+		return nil
+	}
+	now, err := hash(ctx, filepath.Join(f.dir, id), false)
+	if err == nil && now != sum {
+		err = errChanged
+	}
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if err != nil {
+		f.Drop(id, err.Error())
+		return err
+	}
+	f.mu.Lock()
+	x.checked = true
+	f.mu.Unlock()
+	return nil
 }
 
 // Used notes that a state was of use.

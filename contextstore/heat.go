@@ -24,9 +24,13 @@ const replaceMargin = 1
 // heats compare as the counts do at any time (Cormode et al., "Forward Decay", 2009).
 type heat float64
 
+// maxHeat is more than any heat is in the next thousand years.
+const maxHeat = 1e7
+
 // heated returns the heat of so many uses at one time.
 func heated(uses int, at time.Time) heat {
-	return heat(math.Log2(float64(max(uses, 1))) + float64(at.UnixMilli())/float64(halfLife.Milliseconds()))
+	halves := float64(at.UnixMilli()) / float64(halfLife.Milliseconds())
+	return heat(math.Log2(float64(max(uses, 1))) + halves)
 }
 
 // plus returns the heat of both counts together.

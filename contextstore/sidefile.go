@@ -102,7 +102,7 @@ func parseSide(name string, text []byte) (side, error) {
 	}
 	switch stem, ok := strings.CutSuffix(name, sideExt); {
 	case s.Version != sideVersion:
-		return side{}, fmt.Errorf("it has version %d, and this program reads %d", s.Version, sideVersion)
+		return side{}, fmt.Errorf("it has version %d instead of %d", s.Version, sideVersion)
 	case !ok || s.ID != stem+stateExt || !validID(s.ID):
 		return side{}, fmt.Errorf("it says that it is that of %q", s.ID)
 	case s.Format == "":
@@ -110,6 +110,9 @@ func parseSide(name string, text []byte) (side, error) {
 	}
 	if err := s.State.check(); err != nil {
 		return side{}, err
+	}
+	if math.Abs(float64(s.Heat)) > maxHeat {
+		return side{}, fmt.Errorf("it has a heat of %v", s.Heat)
 	}
 	if s.Bytes <= 0 {
 		return side{}, fmt.Errorf("it says that the state has %d bytes", s.Bytes)

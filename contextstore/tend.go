@@ -112,6 +112,7 @@ func (f *Files) write(ctx context.Context, x *file, before time.Time) error {
 	held, ok := f.states.Peek(x.ID)
 	if ok = ok && held == x; ok {
 		if err == nil {
+			x.checked = x.checked || s.Settled && !x.Settled
 			x.Sum, x.Settled, x.Boot = s.Sum, s.Settled, s.Boot
 		} else {
 			x.dirty = true
@@ -153,10 +154,9 @@ func hash(ctx context.Context, path string, sync bool) (uint64, error) {
 }
 
 // Close puts on the disk what is not there yet, for as long as ctx allows, and gives the folder back.
-// What was not put there is lost if the machine itself ends without an orderly stop, and only then.
+// An error says that this was not long enough: what is not there is lost if the machine does not run
+// on, but not otherwise. To close it again does nothing.
 func (f *Files) Close(ctx context.Context) error {
-	f.stop()
-	<-f.idle
 	f.mu.Lock()
 	closed := f.closed
 	f.closed = true
@@ -164,6 +164,11 @@ func (f *Files) Close(ctx context.Context) error {
 	if closed {
 		return nil
 	}
-	f.settle(ctx, time.Now().Add(time.Hour), true)
-	return f.lock.Close()
+	f.stop()
+	select {
+	case <-f.idle:
+		f.settle(ctx, time.Now().Add(time.Hour), true)
+	case <-ctx.Done(): // the disk holds it up
+	}
+	return errors.Join(ctx.Err(), f.lock.Close())
 }

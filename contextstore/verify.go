@@ -116,6 +116,9 @@ func (in *found) problems() (problems []Problem) {
 	return problems
 }
 
+// errChanged is what is wrong with a file whose checksum is not what it was.
+var errChanged = errors.New("its checksum is another: some of its bytes have changed")
+
 // verify returns how a state's file differs from what is said of it.
 func (s *side) verify(ctx context.Context, dir string, full bool) error {
 	path := filepath.Join(dir, s.ID)
@@ -131,7 +134,7 @@ func (s *side) verify(ctx context.Context, dir string, full bool) error {
 	}
 	sum, err := hash(ctx, path, false)
 	if err == nil && sum != s.Sum {
-		err = errors.New("its checksum is another: some of its bytes have changed")
+		err = errChanged
 	}
 	return err
 }

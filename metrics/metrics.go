@@ -57,6 +57,7 @@ type Metrics struct {
 	loads           *prometheus.CounterVec
 	estimatedLoads  *prometheus.CounterVec
 	truncated       *prometheus.CounterVec
+	prewarm         *prometheus.CounterVec
 	waited          *prometheus.HistogramVec
 	keyRequests     *prometheus.CounterVec
 	keyTokens       *prometheus.CounterVec
@@ -113,6 +114,8 @@ func New(version string, inFlight func() int64) *Metrics {
 	m.loads = counter("model_loads_total", "Model loads that requests waited for, as their answers told.", "model")
 	m.estimatedLoads = counter("estimated_model_loads_total", "Model loads that are inferred from changed options, where answers do not tell (/v1).", "model")
 	m.truncated = counter("estimated_truncated_prompts_total", "Prompts that Ollama has probably cut, by their token count.", "model")
+	m.prewarm = counter("prewarm_requests_total",
+		"Requests of the proxy's own to make prompts warm, which no other series counts.", "result")
 	m.keyRequests = counter("key_requests_total",
 		"Requests that ended, by the name of their API key and outcome.", "name", "outcome")
 	m.keyTokens = counter("key_tokens_total",
@@ -135,6 +138,10 @@ func (m *Metrics) Handler() http.Handler {
 
 // Done counts a request that ended.
 func (m *Metrics) Done(ex proxy.Exchange) {
+	if ex.Prewarm != "" { // no client has sent it
+		m.prewarm.WithLabelValues(ex.Prewarm).Inc()
+		return
+	}
 	model := m.model(ex.Model, ex.Outcome == proxy.OK)
 	m.requests.WithLabelValues(ex.Endpoint, model, string(ex.Outcome)).Inc()
 	m.duration.WithLabelValues(ex.Endpoint).Observe(ex.Duration.Seconds())
@@ -318,6 +325,7 @@ func (m *Metrics) Contexts(counts func() contexts.Counts, files func() contextst
 	m.counter("contexts_saved_total", "Contexts that were stored.", func() float64 { return float64(counts().Saved) })
 	m.counter("contexts_saved_bytes_total", "… and their bytes.", func() float64 { return float64(counts().SavedBytes) })
 	m.counter("contexts_attached_total", "Stored contexts that were given to an engine, for a request.", func() float64 { return float64(counts().Attached) })
+	m.counter("contexts_filled_total", "Stored contexts that were given to an engine before anybody asked.", func() float64 { return float64(counts().Filled) })
 	m.counter("contexts_dropped_total", "Stored contexts that were dropped: for room, since nobody needed them, or as they could not be used.", func() float64 {
 		s := files()
 		return float64(s.Evicted + s.Expired + s.Dropped)

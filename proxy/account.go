@@ -100,6 +100,7 @@ func (h *Handler) changed(b *backend, e runners.Event) {
 	case runners.Restarted:
 		h.lose(b, e, savings.LostRestart)
 	}
+	h.prewarming.changed(b, e)
 }
 
 // lose tells that what a model held on a server is gone.

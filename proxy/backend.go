@@ -55,6 +55,7 @@ func (h *Handler) Polled(s *upstream.Server, st upstream.State) {
 		}
 		h.polledBooks(b, st) // before anything is sent: after a restart nothing is warm
 		h.available(b)
+		h.prewarming.nudge()
 	}
 	fresh := make(chan struct{})
 	close(*h.news.Swap(&fresh))
@@ -216,6 +217,9 @@ func (h *Handler) begin(ex *exchange) {
 	b := ex.up
 	b.inFlight.Add(1)
 	ex.began = true
+	if h.prewarming != nil && ex.infers() && !ex.cloud {
+		h.prewarming.asked(ex, []*backend{b})
+	}
 	ex.silence.wait()
 	if !ex.runsHere() {
 		return
@@ -245,6 +249,7 @@ func (h *Handler) begin(ex *exchange) {
 		return
 	}
 	ex.spend, ex.sent = h.Ledger.Begin(time.Now(), *b.books.Load(), ex.chain, ex.run), time.Since(ex.start)
+	ex.spend.Attached(ex.context.Attached())
 }
 
 // wanted returns what a request needs loaded that names a model, by its key, and states these options;

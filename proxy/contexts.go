@@ -69,12 +69,13 @@ func (h *Handler) prepare(ctx context.Context, ex *exchange) {
 // load has the request's model loaded as the request needs it, by one without a prompt.
 func (ex *exchange) load(ctx context.Context, wanted runners.Wanted) (time.Duration, error) {
 	options, shift := ex.chain.Runner.Request()
-	run := ex.up.runners.Begin(time.Now(), wanted)
-	took, err := ex.up.Load(ctx, ex.fields.model, options, shift)
-	if err != nil {
+	began := time.Now()
+	run := ex.up.runners.Begin(began, wanted)
+	if err := ex.up.Load(ctx, ex.fields.model, options, shift); err != nil {
 		run.End(time.Now(), runners.Outcome{Refused: upstream.StatusCode(err) != 0})
 		return 0, err
 	}
+	took := time.Since(began) // the server does not tell, since it evaluates nothing
 	ex.loaded = run.End(time.Now(), runners.Outcome{Accepted: true, Load: took})
 	return took, nil
 }
@@ -102,10 +103,13 @@ func (ex *exchange) count(a *savings.Answer) {
 // release gives the lane back, as soon as no stored context is to be made of what its slot holds.
 func (h *Handler) release(ex *exchange, res schedule.Result, a savings.Answer) {
 	answer := contexts.Answer{
-		Unsent: !ex.began, Total: a.Total, Cached: a.Cached, CachedKnown: a.CachedKnown,
-		Generated: a.Generated, Prompt: a.PromptEval, Awaited: h.waiting.Load() > 0,
+		Unsent: !ex.began, Total: a.Total, Cached: -1, CachedKnown: a.CachedKnown, Generated: a.Generated,
+		Prompt: a.PromptEval, Awaited: h.waiting.Load() > 0,
 	}
-	if evaluated := a.Total - a.Cached; answer.Prompt == 0 && evaluated > 0 {
+	if e := ex.Savings; e != nil && e.Tokens != nil {
+		answer.Cached = e.Tokens.Reused
+	}
+	if evaluated := a.Total - max(answer.Cached, 0); answer.Prompt == 0 && evaluated > 0 {
 		// /v1 does not tell. A token of an answer takes longer than one of a prompt, about four times.
 		answer.Prompt = (ex.Duration - ex.sent) * time.Duration(evaluated) / time.Duration(evaluated+4*a.Generated)
 		if ex.streams && ex.FirstByte > ex.sent {

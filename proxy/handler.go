@@ -75,6 +75,7 @@ type Handler struct {
 	Ledger      *savings.Ledger     // nil accounts for nothing and reads no prefixes
 	Lanes       *schedule.Scheduler // says when a request may be sent, and where; nil, with one upstream only, sends them as they come
 	Contexts    *contexts.Manager   // nil stores and attaches no context
+	Prewarm     *Prewarm            // requests whose prompts are to be warm before anybody asks; nil: none
 	ShowPrompts bool                // the page of the last requests has excerpts of their bodies
 
 	// Done is told of each request when it is over, Touched of each keep_alive that was set, or refused, in the
@@ -93,9 +94,10 @@ type Handler struct {
 	closeOnce sync.Once
 	news      atomic.Pointer[chan struct{}] // closed when the next poll of an upstream has ended
 
-	backends []*backend // Upstreams, in the same order
-	forward  *httputil.ReverseProxy
-	prefixes *prefix.Reader
+	backends   []*backend // Upstreams, in the same order
+	prewarming *prewarmer // nil: there is nothing to make warm
+	forward    *httputil.ReverseProxy
+	prefixes   *prefix.Reader
 
 	lingers      time.Duration
 	refreshEvery time.Duration
@@ -127,6 +129,10 @@ type Exchange struct {
 	Retries   []string // why it was sent to another one, or again: see the Retry… constants
 
 	Savings *savings.Entry // nil where there is nothing to account for
+
+	// Prewarm says what became of a request of the proxy's own that was to make its prompt warm: see the
+	// Prewarm… constants; "" of all others.
+	Prewarm string
 
 	Priority string        // interactive, normal or batch; "" where the request did not have to wait for a lane
 	Waited   time.Duration // for it
@@ -205,6 +211,8 @@ type exchange struct {
 	context *contexts.Use    // nil where nothing is to be stored or attached
 	loaded  runners.Ending   // of the load that was caused before it was sent, to attach something
 	sent    time.Duration    // from start until it was sent
+	warming *warming         // it is the proxy's own, to make its prompt warm; nil: it is not
+	asks    []*backend       // what prewarmer.asked was told last
 	streams bool             // the answer is a stream of events
 	dialect savings.Dialect
 	answer  *savings.Reader // nil where nobody reads the answer
@@ -276,6 +284,7 @@ func (h *Handler) Init() {
 	}
 	h.lingers, h.refreshEvery = lingers, refreshEvery
 	h.prefixes = prefix.NewReader()
+	h.prewarming = newPrewarmer(h)
 	for i, s := range h.Upstreams {
 		b := h.newBackend(i, s)
 		h.backends = append(h.backends, b)
@@ -297,13 +306,15 @@ func (h *Handler) Init() {
 	}
 }
 
-// Run does what the handler does in the background until ctx ends: it keeps models loaded.
+// Run does what the handler does in the background until ctx ends: it keeps models loaded, and prompts
+// warm.
 func (h *Handler) Run(ctx context.Context) {
 	var wg sync.WaitGroup
 	for _, b := range h.backends {
 		wg.Go(func() { b.residency.run(ctx) })
 	}
 	wg.Go(func() { h.Contexts.Run(ctx) })
+	wg.Go(func() { h.prewarming.run(ctx) })
 	wg.Wait()
 }
 
@@ -321,6 +332,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if h.BodyTimeout > 0 && r.Body != nil && r.Body != http.NoBody {
 		ex.arriving = &arriving{ReadCloser: r.Body, conn: http.NewResponseController(w), limit: h.BodyTimeout}
 	}
+	ex.warming, _ = r.Context().Value(warmingKey{}).(*warming)
 	ctx, end := r.Context(), func() {}
 	if rt.outlives() {
 		ctx, end = outlive(ctx, h.closing, h.lingers)
@@ -355,6 +367,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if ref == nil {
 		w = h.heartbeats(w, ex)
 		ref = h.wait(r, ex)
+	}
+	if ref == nil {
+		ref = h.loadFirst(r, ex)
 	}
 	if ref != nil {
 		h.refuse(w, r, ex, ref)
@@ -415,7 +430,7 @@ func outlive(ctx context.Context, closing <-chan struct{}, by time.Duration) (co
 // admit checks Host, Origin and API key, and answers preflights.
 func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (done bool) {
 	ex.holder, ex.spent = h.Guard.key(r)
-	ex.stranger = h.Guard.Keys != nil && ex.holder == nil
+	ex.stranger = h.Guard.Keys != nil && ex.holder == nil && ex.warming == nil
 	if ex.holder != nil {
 		ex.Name = ex.holder.name
 	}
@@ -818,6 +833,8 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 		h.aborted(ex, w, r)
 	}
 	h.accounted(ex)
+	h.warmed(r, ex)
+	h.prewarming.asked(ex, nil)
 	if ex.began {
 		ex.up.inFlight.Add(-1)
 	}
@@ -927,11 +944,13 @@ func (ex *exchange) attrs() []slog.Attr {
 	if ex.FirstByte > 0 {
 		attrs = append(attrs, milliseconds("first_byte_ms", ex.FirstByte))
 	}
-	if ex.KeepAlive != "" {
-		attrs = append(attrs, slog.String("keep_alive", ex.KeepAlive))
-	}
-	if ex.Unedited != "" {
-		attrs = append(attrs, slog.String("unedited", ex.Unedited))
+	for _, a := range []slog.Attr{
+		slog.String("keep_alive", ex.KeepAlive), slog.String("unedited", ex.Unedited),
+		slog.String("prewarm", ex.Prewarm),
+	} {
+		if a.Value.String() != "" {
+			attrs = append(attrs, a)
+		}
 	}
 	if ex.Begun {
 		attrs = append(attrs, slog.Bool("heartbeat", true))

@@ -74,6 +74,9 @@ func (h *Handler) promising(ex *exchange) []*backend {
 // acquire is wait, once it is known which servers can serve the request. If all of them are away and one may come back
 // (--try-duration), then the request waits for that.
 func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refusal {
+	if ex.infers() && !ex.cloud {
+		h.prewarming.asked(ex, list)
+	}
 	if !ex.infers() || !slices.ContainsFunc(list, (*backend).mayAnswer) {
 		// To wait for what does not answer, one after the other, would only take longer.
 		ex.up = pick(list, ex.key)

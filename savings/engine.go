@@ -224,9 +224,12 @@ func (e *engine) candidates(r *Request, total int) []candidate {
 		s := prefix.At(r.chain.Links, r.known)
 		list = e.tokensOf(list, maxHeld, r, nil, s, total)
 	}
-	slices.SortFunc(list, func(a, b candidate) int { return cmp.Or(b.tokens-a.tokens, a.rank-b.rank) })
+	slices.SortFunc(list, mostTokens)
 	return list
 }
+
+// mostTokens compares candidates by their tokens, the most first, then by rank.
+func mostTokens(a, b candidate) int { return cmp.Or(b.tokens-a.tokens, a.rank-b.rank) }
 
 // tokensOf adds to the list how many tokens of a prompt of total tokens (0: estimate it) the engine
 // can reuse of h (nil: of some prompt that has s in common with it).

@@ -41,8 +41,16 @@ func (e *engine) estimate(r *Request, o Outcome, loaded bool) guess {
 	if o.Total == 0 {
 		return guess{}
 	}
-	list := distinct(e.candidates(r, o.Total), o.Total)
-	if loaded || len(list) == 0 && e.fresh {
+	var list []candidate
+	if !loaded {
+		list = e.candidates(r, o.Total)
+	}
+	if n := min(r.attached, o.Total-1); n > 0 {
+		list = append(list, candidate{tokens: n, share: 1})
+		slices.SortFunc(list, mostTokens)
+	}
+	list = distinct(list, o.Total)
+	if len(list) == 0 && (loaded || e.fresh) {
 		return guess{known: true, sure: true}
 	}
 	list = append(list, candidate{rank: none})

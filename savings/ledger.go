@@ -150,8 +150,18 @@ type Request struct {
 	known         int // leading links that the store knew
 	record        contextstore.Record
 	run           *runners.Request
+	attached      int // tokens of its prompt of which a stored state was given to the engine for it
 	Expected      int // tokens expected to be reused
 	ExpectedKnown bool
+}
+
+// Attached says, before the request is sent, that a stored state was given to the engine for it which
+// has so many tokens of its prompt.
+func (r *Request) Attached(tokens int) {
+	if r != nil && tokens > 0 {
+		r.attached = tokens
+		r.Expected, r.ExpectedKnown = max(r.Expected, tokens), true
+	}
 }
 
 // Begin notes that a request is sent. The chain must stay as it is. run is the same request.

@@ -494,19 +494,13 @@ func (s *Server) Keep(ctx context.Context, model string, d time.Duration, embedd
 		func(api.GenerateResponse) error { return nil })
 }
 
-// Load has the model loaded with these options, as a request would that states them, and returns how
-// long that took by the server's account. It evaluates nothing, and states no keep_alive.
-func (s *Server) Load(
-	ctx context.Context, model string, options map[string]any, shift *bool,
-) (took time.Duration, err error) {
+// Load has the model loaded with these options, as a request would that states them. It evaluates
+// nothing, and states no keep_alive.
+func (s *Server) Load(ctx context.Context, model string, options map[string]any, shift *bool) error {
 	stream := false
-	err = s.client.Generate(ctx,
+	return s.client.Generate(ctx,
 		&api.GenerateRequest{Model: model, Stream: &stream, Options: options, Shift: shift},
-		func(r api.GenerateResponse) error {
-			took = r.LoadDuration
-			return nil
-		})
-	return took, err
+		func(api.GenerateResponse) error { return nil })
 }
 
 // StatusCode returns the HTTP status with which a server refused what was asked, 0 where it did not answer.

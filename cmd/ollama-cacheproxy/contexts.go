@@ -23,7 +23,8 @@ type contextsCmd struct {
 }
 
 func (contextsCmd) Help() string {
-	return `Contexts are what models had evaluated of prompts, kept on disk by serve --contexts HOME. These verbs work while that runs, and while it does not.
+	return `Contexts are what models had evaluated of prompts, kept on disk by serve --contexts HOME.
+These verbs work while that runs, and while it does not.
 
 Examples:
 
@@ -50,8 +51,8 @@ func (h contextsHome) read() ([]contextstore.State, []contextstore.Problem, erro
 // explain says what a missing folder means.
 func (h contextsHome) explain(err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("%s: there is no such folder: nothing has been stored, or %s is not what serve --contexts is given",
-			h.dir(), h.Home)
+		return fmt.Errorf("%s: there is no such folder: nothing has been stored, "+
+			"or %s is not what serve --contexts is given", h.dir(), h.Home)
 	}
 	return err
 }
@@ -62,7 +63,8 @@ type contextsLs struct {
 }
 
 func (contextsLs) Help() string {
-	return `MB are of 1,000,000 bytes. COST is about how long it took to evaluate. USES counts how often it was asked for.
+	return `MB are of 1,000,000 bytes. COST is about how long it would take to evaluate again. USES counts
+how often it was asked for.
 
 Examples:
 
@@ -110,13 +112,18 @@ func (c *contextsLs) Run(out *console) error {
 	table := tabwriter.NewWriter(out.stdout, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(table, "ID\tMODEL\tTOKENS\tMB\tCOST\tMADE\tUSED\tUSES")
 	for _, s := range states {
-		fmt.Fprintf(table, "%s\t%s\t%d\t%.1f\t%v\t%s\t%s\t%d\n", stem(s.ID)[:shownID], s.Model, s.Tokens,
-			float64(s.Bytes)/1e6, s.Cost.Round(10*time.Millisecond), ago(s.Made), ago(s.Used), s.Uses)
+		fmt.Fprintf(table, "%s\t%s\t%d\t%.1f\t%v\t%s\t%s\t%d\n", stem(s.ID)[:shownID], s.Model,
+			s.Tokens, float64(s.Bytes)/1e6, s.Cost.Round(10*time.Millisecond), ago(s.Made),
+			ago(s.Used), s.Uses)
 	}
 	return table.Flush()
 }
 
-func stem(id string) string { name, _, _ := strings.Cut(id, "."); return name }
+// stem returns a file's name without what kind of file it is.
+func stem(id string) string {
+	name, _, _ := strings.Cut(id, ".")
+	return name
+}
 
 // counted returns a number with what it counts.
 func counted(n int, one, many string) string {
@@ -146,7 +153,7 @@ type contextsRm struct {
 	IDs   []string `arg:"" optional:"" name:"id" help:"As ls shows them; the first letters will do."`
 	All   bool     `env:"-" help:"All of them, and what is left of any that are torn."`
 	Model string   `env:"-" placeholder:"NAME" help:"Those of a model."`
-	Older age      `env:"-" placeholder:"TIME" help:"Those that were of no use for so long, such as 7d or 12h."`
+	Older age      `env:"-" placeholder:"TIME" help:"Those of no use for so long: 7d, 12h."`
 }
 
 func (contextsRm) Help() string {
@@ -167,7 +174,8 @@ func (c *contextsRm) Validate() error {
 	case c.All && (chosen || len(c.IDs) > 0), chosen && len(c.IDs) > 0:
 		return errors.New("want IDs, or --all, or --model and --older")
 	case !c.All && !chosen && len(c.IDs) == 0:
-		return errors.New("which? want IDs (see ollama-cacheproxy contexts ls), --all, --model or --older")
+		return errors.New("which? want IDs (see ollama-cacheproxy contexts ls), " +
+			"--all, --model or --older")
 	}
 	return nil
 }
@@ -236,11 +244,17 @@ func find(asked string, states []contextstore.State, problems []contextstore.Pro
 
 type contextsVerify struct {
 	contextsHome
-	Quick bool `env:"-" help:"Look at the files' beginnings and sizes only; otherwise all of each is read, and its checksum compared."`
+	Quick bool `env:"-" help:"Look at beginnings and sizes only, and compare no checksums."`
 }
 
 func (contextsVerify) Help() string {
-	return `Exits with 0 if all is whole, otherwise with 1. An engine refuses a file that is torn, and the request is evaluated as if there were none; a file in which bytes have changed it would take.`
+	return `Exits with 0 if all is whole, otherwise with 1. An engine refuses a file that is torn, and
+evaluates the prompt; one in which bytes have changed it would take, and answer wrongly.
+
+Examples:
+
+  ollama-cacheproxy contexts verify /var/lib/ollama-cacheproxy
+  ollama-cacheproxy contexts verify /var/lib/ollama-cacheproxy --quick`
 }
 
 func (c *contextsVerify) Run(ctx context.Context, out *console) error {
@@ -251,17 +265,19 @@ func (c *contextsVerify) Run(ctx context.Context, out *console) error {
 	for _, p := range problems {
 		fmt.Fprintf(out.stdout, "%s: %s\n", p.ID, p.What)
 	}
-	about := fmt.Sprintf("%s, %.1f MB", counted(sum.States, "context", "contexts"), float64(sum.Bytes)/1e6)
+	about := fmt.Sprintf("%s, %.1f MB", counted(sum.States, "context", "contexts"),
+		float64(sum.Bytes)/1e6)
 	if len(problems) == 0 {
 		fmt.Fprintf(out.stdout, "%s: all whole (%d with a checksum)\n", about, sum.Hashed)
 		return nil
 	}
-	commands := make([]string, 0, len(problems))
+	ids := make([]string, 0, len(problems))
 	for _, p := range problems {
-		commands = append(commands, stem(p.ID)[:shownID])
+		ids = append(ids, stem(p.ID)[:shownID])
 	}
-	return exitError{1, fmt.Errorf("%s: %s not whole; to remove what is not: ollama-cacheproxy contexts rm %s %s",
-		about, counted(len(problems), "is", "are"), quoted(c.Home), strings.Join(commands, " "))}
+	return exitError{1, fmt.Errorf("%s: %s not whole; to remove what is not: "+
+		"ollama-cacheproxy contexts rm %s %s",
+		about, counted(len(problems), "is", "are"), quoted(c.Home), strings.Join(ids, " "))}
 }
 
 // quoted returns a path as a shell takes it.

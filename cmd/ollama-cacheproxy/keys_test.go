@@ -47,7 +47,7 @@ func TestKeysFile(t *testing.T) {
 		k.replaced = func(n []string) { names = fmt.Sprint(n) }
 		go func() { // ends with stop
 			defer close(done)
-			k.watch(ctx, signals, logger)
+			watchFiles(ctx, signals, logger, k)
 		}()
 		for _, step := range []struct {
 			what   string
@@ -79,7 +79,7 @@ func TestKeysFile(t *testing.T) {
 		} {
 			before := log.String()
 			step.change()
-			time.Sleep(keysEvery + 1)
+			time.Sleep(filesEvery + 1)
 			synctest.Wait()
 			lines := strings.TrimPrefix(log.String(), before)
 			want := 0
@@ -152,7 +152,7 @@ func TestHangup(t *testing.T) {
 			}
 		}
 		if flags == nil {
-			waitFor(t, func() bool { return strings.Contains(log.String(), "SIGHUP: there is no --api-keys-file") })
+			waitFor(t, func() bool { return strings.Contains(log.String(), "SIGHUP: there is neither an --api-keys-file") })
 		} else {
 			waitFor(t, func() bool { return status("two") == http.StatusOK })
 			waitFor(t, func() bool { return strings.Contains(log.String(), "API keys read again") })

@@ -72,6 +72,7 @@ type serveCmd struct {
 	Contexts       string        `placeholder:"HOME" type:"path" help:"Keep the state of evaluated prompts on disk, below this folder, and give it back to Ollama after a load, a restart or an eviction. It takes an Ollama 0.30 or later on this machine that was linked with 'ollama-cacheproxy engine link --to HOME' (docs/contexts.md). Default: not at all."`
 	ContextBytes   int64         `default:"${contextbytes}" placeholder:"BYTES" help:"How much disk the stored contexts may take; 2 GiB of the disk stay free. Default: 21474836480 (20 GiB)."`
 	ContextTTL     time.Duration `default:"720h" placeholder:"TIME" help:"How long a stored context is kept that nobody needs; 0 for ever. Default: 720h (30 days)."`
+	Prewarm        string        `placeholder:"FILE" type:"path" help:"Requests whose prompts are to be warm before anybody asks: one JSON object a line, as a client would send it, with \"path\" if that is not /api/chat (docs/contexts.md). They are sent while nobody asks, at first and after each load of their model, and given up when somebody does. At first they load their models. The file is read again when it changes, and at SIGHUP. Default: none."`
 	ContextsShared bool          `help:"Attach what one API key's prompts left to those of the others, too. A client could find out by the time that an answer takes whether another one has sent a prompt."`
 	ShowPrompts    bool          `help:"Show the beginning and the end of request bodies on /_cacheproxy/requests. Without this no prompt text is kept."`
 
@@ -135,7 +136,8 @@ type settings struct {
 	upstreams []target
 	keepAlive proxy.KeepAlive
 	guard     proxy.Guard
-	keys      *keysFile // guard.Keys is what was read of it; nil: none are asked for
+	keys      *keysFile    // guard.Keys is what was read of it; nil: none are asked for
+	prewarm   *prewarmFile // nil: nothing is made warm before anybody asks
 	trusted   *proxy.TrustedProxies
 	lanes     bool  // requests wait for slots, or are to be spread over upstreams
 	memory    int64 // bytes
@@ -175,7 +177,10 @@ func (s *serveCmd) settings() (settings, error) {
 		}
 		set.guard.Keys = set.keys.keys
 	}
-	return set, nil
+	if s.Prewarm != "" {
+		set.prewarm, err = readPrewarm(s.Prewarm)
+	}
+	return set, err
 }
 
 // limits checks the flags that are numbers and times, and returns how much memory bodies may take.
@@ -294,9 +299,11 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 			wg.Go(func() { up.Run(background) })
 		}
 	})
-	wg.Go(func() { h.Run(background) })                          // ends with background
-	wg.Go(func() { set.keys.watch(background, hangup, logger) }) // ends with background
-	wg.Go(func() { trim(background, transport) })                // ends with background
+	wg.Go(func() { h.Run(background) })           // ends with background
+	wg.Go(func() { trim(background, transport) }) // ends with background
+	wg.Go(func() {                                // ends with background
+		watchFiles(background, hangup, logger, set.files()...)
+	})
 
 	select {
 	case err = <-served:
@@ -312,6 +319,17 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	return nil
 }
 
+// files returns the files that are read again when they change.
+func (set settings) files() (list []reloader) {
+	if set.keys != nil {
+		list = append(list, set.keys)
+	}
+	if set.prewarm != nil {
+		list = append(list, set.prewarm)
+	}
+	return list
+}
+
 // handler builds what serves the requests: all but the upstreams and how they are reached.
 func (s *serveCmd) handler(
 	set settings, ups []*upstream.Server, transport *http.Transport, logger *slog.Logger,
@@ -324,6 +342,9 @@ func (s *serveCmd) handler(
 		Guard: set.guard, Trusted: set.trusted, Log: logger,
 		Ledger: savings.New(store, rememberRequests), ShowPrompts: s.ShowPrompts,
 		Contexts: set.contexts,
+	}
+	if set.prewarm != nil {
+		h.Prewarm = set.prewarm.requests
 	}
 	counts := metrics.New(version(), h.InFlight)
 	if set.lanes {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -23,6 +24,10 @@ func (s *serveCmd) storedContexts(set *settings, log *slog.Logger) (*contextstor
 	files, err := contextstore.OpenFiles(engine.ContextsFolder(s.Contexts), contextstore.FileLimits{
 		Bytes: s.ContextBytes, TTL: s.ContextTTL, Free: contextsLeave, Share: s.ContextsShared,
 	}, log)
+	if errors.Is(err, contextstore.ErrLocked) {
+		log.Warn("stored contexts are off: another proxy has them", "folder", s.Contexts)
+		return nil, nil
+	}
 	if err != nil {
 		return nil, fmt.Errorf("--contexts %s: %w", s.Contexts, err)
 	}
@@ -44,7 +49,7 @@ func running(home string, log *slog.Logger) []contexts.Running {
 	for _, p := range processes {
 		_, port, err := net.SplitHostPort(p.Server)
 		n, nerr := strconv.Atoi(port)
-		if err != nil || nerr != nil || p.Embeddings {
+		if err != nil || nerr != nil || p.Embeddings || p.Elsewhere {
 			continue
 		}
 		list = append(list, contexts.Running{

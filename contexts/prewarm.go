@@ -1,0 +1,111 @@
+package contexts
+
+import (
+	"cmp"
+	"context"
+	"slices"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
+)
+
+// Fill attaches the states that are used most to the slots of a model's engine that hold nothing, as
+// after a load: of several that begin alike, the one that is used most. It goes on for as long as
+// another one is worth it and more says so, which is asked before each, and returns how many there were.
+// A request that comes meanwhile waits for one of them, which takes milliseconds.
+//
+// States that belong to somebody are left out, unless they are shared: whoever asks next could find
+// out, by the time that an answer takes, that somebody has sent a prompt.
+func (m *Manager) Fill(ctx context.Context, port int, weights string, more func() bool) (filled int) {
+	if m == nil {
+		return 0
+	}
+	on := m.find(Request{Port: port, Weights: weights})
+	if on == nil {
+		return 0
+	}
+	list := m.Files.List()
+	shared := m.Files.Stats().Limits.Share
+	list = slices.DeleteFunc(list, func(s contextstore.State) bool {
+		return s.Format != on.Format || s.Owner != 0 && !shared || on.Context > 0 && s.Tokens > on.Context
+	})
+	slices.SortStableFunc(list, func(a, b contextstore.State) int { return cmp.Compare(b.Uses, a.Uses) })
+	for _, s := range list {
+		if ctx.Err() != nil || !more() {
+			break
+		}
+		worth, ok := m.fill(ctx, on, s)
+		if !ok {
+			break
+		}
+		if worth {
+			filled++
+		}
+	}
+	return filled
+}
+
+// fill attaches a state to an empty slot, if it is worth it. ok: there may be room for another one.
+func (m *Manager) fill(ctx context.Context, on *live, state contextstore.State) (worth, ok bool) {
+	if !on.act(ctx) {
+		return false, false
+	}
+	defer on.rest()
+	s := stored{State: state, exact: true, reach: state.Tokens}
+	m.mu.Lock()
+	p := s.prompt()
+	warm := 0
+	for _, held := range on.slots {
+		warm = max(warm, p.shared(held.contents))
+	}
+	active := on.active
+	m.mu.Unlock()
+	if active > 0 {
+		return false, false
+	}
+	s.exact = false // what comes goes on from it or parts from it: as if it parts
+	if !m.pays(s, warm) {
+		return false, true
+	}
+	i := m.empty(ctx, on)
+	if i < 0 {
+		return false, false
+	}
+	ctx, cancel := context.WithTimeout(ctx, leastTimeout)
+	defer cancel()
+	got, err := on.Restore(ctx, i, s.ID, s.Bytes)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err != nil {
+		m.attachFailed(s, err)
+		return false, false
+	}
+	on.slots[i] = slot{prompt: p, tokens: got.Tokens, again: true, task: on.slots[i].task}
+	m.disk.attaching.measured(s.Bytes, got.Took)
+	m.counts.Filled++
+	m.Log.Debug("context attached before anybody asks", "model", s.Model, "context", s.ID,
+		"tokens", s.Tokens, "slot", i, "took", got.Took)
+	return true, true
+}
+
+// empty returns the last slot of an engine that holds nothing; -1: there is none. It is the last one
+// since the engine gives the first of those that were never used to a prompt that fits none.
+func (m *Manager) empty(ctx context.Context, on *live) int {
+	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
+	defer cancel()
+	list, err := on.Engine.Slots(ctx)
+	if err != nil {
+		return -1
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	last := -1
+	for _, told := range list {
+		if told.ID >= len(on.slots) || told.Processing || told.Tokens > 0 {
+			continue
+		}
+		if s := on.slots[told.ID]; s.tokens == 0 && !s.claimed {
+			last = max(last, told.ID)
+		}
+	}
+	return last
+}

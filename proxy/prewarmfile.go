@@ -1,0 +1,200 @@
+package proxy
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync/atomic"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
+)
+
+// defaultPrewarmPath is the endpoint of a line that names none.
+const defaultPrewarmPath = "/api/chat"
+
+// Prewarm is the requests whose prompts are to be warm before anybody asks. Make it with
+// ParsePrewarm. Its methods may be called from any goroutine; the nil *Prewarm has no requests.
+type Prewarm struct {
+	requests atomic.Pointer[[]prewarmRequest]
+	replaced atomic.Pointer[func()] // called after Replace; nil: nobody is told
+}
+
+// prewarmRequest is one of them.
+type prewarmRequest struct {
+	path  string
+	key   string // upstream.ModelKey of its model
+	body  string // as it is sent: an answer of one token is asked for
+	chain *prefix.Chain
+}
+
+// ParsePrewarm reads requests as Replace does.
+func ParsePrewarm(text string) (*Prewarm, error) {
+	p := &Prewarm{}
+	if err := p.Replace(text); err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+// Replace reads one request a line, in JSON as a client would send it, with the endpoint as its
+// member "path" if that is not /api/chat, or as {"path": …, "body": …}. Blank lines are skipped. After
+// an error, which names the line, the requests are those from before.
+func (p *Prewarm) Replace(text string) error {
+	list := []prewarmRequest{}
+	reader := prefix.NewReader()
+	for i, line := range strings.Split(strings.TrimPrefix(text, "\ufeff"), "\n") {
+		if strings.TrimSpace(line) == "" {
+			continue
+		}
+		r, err := parsePrewarm(reader, []byte(line))
+		if err != nil {
+			return fmt.Errorf("line %d: %w", i+1, err)
+		}
+		same := func(other prewarmRequest) bool { return other.path == r.path && other.body == r.body }
+		if !slices.ContainsFunc(list, same) {
+			list = append(list, r)
+		}
+	}
+	if len(list) == 0 {
+		return errors.New("no request in it: write one a line, in JSON")
+	}
+	p.requests.Store(&list)
+	if told := p.replaced.Load(); told != nil {
+		(*told)()
+	}
+	return nil
+}
+
+// Len returns how many requests there are.
+func (p *Prewarm) Len() int { return len(p.list()) }
+
+func (p *Prewarm) list() []prewarmRequest {
+	if p == nil {
+		return nil
+	}
+	return *p.requests.Load()
+}
+
+// parsePrewarm reads one line.
+func parsePrewarm(reader *prefix.Reader, line []byte) (r prewarmRequest, err error) {
+	path, members, err := addressed(line)
+	if err != nil {
+		return r, err
+	}
+	body, err := answeredShortly(path, members)
+	if err != nil {
+		return r, err
+	}
+	r.path = path
+	f, err := scan(body, nil)
+	if err != nil {
+		return r, err
+	}
+	switch r.key = upstream.ModelKey(f.model); {
+	case r.key == "":
+		return r, fmt.Errorf(`"model": %q is not the name of one`, f.model)
+	case upstream.IsCloud(f.model):
+		return r, fmt.Errorf("model %q runs elsewhere, and is not kept warm from here", f.model)
+	case f.keepAlive == keepAliveInvalid:
+		return r, errors.New(`"keep_alive": want a duration such as "1h", or a number of seconds`)
+	case f.keepAlive == keepAliveSet && f.duration == 0:
+		return r, errors.New(`"keep_alive": 0 would unload the model at once`)
+	}
+	chain := reader.ReadMembers(routes[path].prompt, r.key, body, f.members, f.long)
+	if !chain.HasPrompt() {
+		return r, fmt.Errorf("a request to %s without a prompt", r.path)
+	}
+	r.body, r.chain = string(body), &chain
+	return r, nil
+}
+
+// addressed reads a line, but for what its endpoint makes of it.
+func addressed(line []byte) (path string, members map[string]json.RawMessage, err error) {
+	if err := json.Unmarshal(line, &members); err != nil {
+		return "", nil, fmt.Errorf("want a request, as one JSON object: %w", err)
+	}
+	path = defaultPrewarmPath
+	if text, ok := members["path"]; ok {
+		delete(members, "path")
+		if json.Unmarshal(text, &path) != nil {
+			return "", nil, fmt.Errorf(`"path": %s is no string`, text)
+		}
+		if body, ok := members["body"]; ok && len(members) == 1 {
+			members = nil
+			if err := json.Unmarshal(body, &members); err != nil {
+				return "", nil, fmt.Errorf(`"body": want a JSON object: %w`, err)
+			}
+		}
+	}
+	if members == nil {
+		return "", nil, errors.New("want a request, as one JSON object, and not null")
+	}
+	if rt := routes[path]; rt.prompt == prefix.None || rt.embed {
+		return "", nil, fmt.Errorf("path %q: want one of %s", path, strings.Join(prewarmPaths(), ", "))
+	}
+	return path, members, nil
+}
+
+// prewarmPaths lists the endpoints that a line may name.
+func prewarmPaths() []string {
+	paths := slices.Collect(maps.Keys(routes))
+	paths = slices.DeleteFunc(paths, func(path string) bool {
+		return routes[path].prompt == prefix.None || routes[path].embed
+	})
+	slices.Sort(paths)
+	return paths
+}
+
+// answeredShortly returns the body with an answer of one token asked for, in one piece: less than one
+// is no limit to some servers.
+func answeredShortly(path string, members map[string]json.RawMessage) ([]byte, error) {
+	one := json.RawMessage("1")
+	set(members, "stream", json.RawMessage("false"))
+	switch path {
+	case "/api/chat", "/api/generate":
+		options := map[string]json.RawMessage{}
+		for key, value := range members {
+			if strings.EqualFold(key, "options") && json.Unmarshal(value, &options) != nil {
+				return nil, errors.New(`"options": want a JSON object`)
+			}
+		}
+		if options == nil {
+			options = map[string]json.RawMessage{}
+		}
+		options["num_predict"] = one
+		text, err := unescaped(options)
+		if err != nil {
+			return nil, err
+		}
+		set(members, "options", text)
+	case "/v1/responses":
+		set(members, "max_output_tokens", one)
+	default:
+		set(members, "max_tokens", one)
+		set(members, "max_completion_tokens", nil)
+		set(members, "stream_options", nil)
+	}
+	return unescaped(members)
+}
+
+// set gives a member a value, whatever case its name is written in, as Ollama reads it; nil removes it.
+func set(members map[string]json.RawMessage, name string, value json.RawMessage) {
+	maps.DeleteFunc(members, func(key string, _ json.RawMessage) bool { return strings.EqualFold(key, name) })
+	if value != nil {
+		members[name] = value
+	}
+}
+
+// unescaped writes a JSON object without changing what is in its values: prompts are to stay as they are.
+func unescaped(members map[string]json.RawMessage) ([]byte, error) {
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false)
+	err := e.Encode(members)
+	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), err
+}

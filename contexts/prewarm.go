@@ -4,13 +4,10 @@ import (
 	"cmp"
 	"context"
 	"slices"
-	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/engine"
 )
-
-// Attached reports whether a stored state was attached for the request.
-func (u *Use) Attached() bool { return u != nil && u.expected > 0 }
 
 // Fill attaches the states that are used most to the slots of a model's engine that hold nothing, as
 // after a load: of several that begin alike, the one that is used most. It goes on for as long as
@@ -50,22 +47,22 @@ func (m *Manager) Fill(ctx context.Context, port int, weights string, more func(
 
 // fill attaches a state to an empty slot, if it is worth it. ok: there may be room for another one.
 func (m *Manager) fill(ctx context.Context, on *live, state contextstore.State) (worth, ok bool) {
-	on.acting.Lock()
-	defer on.acting.Unlock()
-	s := stored{State: state, exact: true, reach: state.Tokens}
+	if !on.act(ctx) {
+		return false, false
+	}
+	defer on.rest()
+	s := stored{State: state, reach: state.Tokens} // not exact: what comes may part from it before its end
 	m.mu.Lock()
-	p := s.prompt()
-	warm := 0
+	p, warm := s.prompt(), 0
 	for _, held := range on.slots {
 		warm = max(warm, p.shared(held.contents))
 	}
 	active := on.active
 	m.mu.Unlock()
-	if active > 0 {
+	switch {
+	case active > 0:
 		return false, false
-	}
-	s.exact = false // what comes goes on from it or parts from it: as if it parts
-	if !m.pays(s, warm) {
+	case !m.pays(s, warm):
 		return false, true
 	}
 	i := m.empty(ctx, on)
@@ -74,7 +71,6 @@ func (m *Manager) fill(ctx context.Context, on *live, state contextstore.State) 
 	}
 	ctx, cancel := context.WithTimeout(ctx, leastTimeout)
 	defer cancel()
-	began := time.Now()
 	got, err := on.Restore(ctx, i, s.ID)
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -83,15 +79,15 @@ func (m *Manager) fill(ctx context.Context, on *live, state contextstore.State) 
 		return false, false
 	}
 	on.slots[i] = slot{prompt: p, tokens: got.Tokens, again: true, task: on.slots[i].task}
-	m.disk.attaching.measured(s.Bytes, time.Since(began))
+	m.disk.attaching.measured(s.Bytes, got.Took)
 	m.counts.Filled++
 	m.Log.Debug("context attached before anybody asks", "model", s.Model, "context", s.ID,
-		"tokens", s.Tokens, "slot", i, "took", time.Since(began))
+		"tokens", s.Tokens, "slot", i, "took", got.Took)
 	return true, true
 }
 
-// empty returns the last slot of an engine that holds nothing; -1: there is none. It is the last one
-// since the engine gives the first of those that were never used to a prompt that fits none.
+// empty returns the first slot of an engine that holds nothing; -1: there is none. It is the first one
+// since the engine gives the last of those that were never used to a prompt that fits none.
 func (m *Manager) empty(ctx context.Context, on *live) int {
 	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
 	defer cancel()
@@ -101,14 +97,12 @@ func (m *Manager) empty(ctx context.Context, on *live) int {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	last := -1
-	for _, told := range list {
-		if told.ID >= len(on.slots) || told.Processing || told.Tokens > 0 {
-			continue
-		}
-		if s := on.slots[told.ID]; s.tokens == 0 && !s.claimed {
-			last = max(last, told.ID)
-		}
+	empty := func(told engine.Slot) bool {
+		return told.ID < len(on.slots) && !told.Processing && told.Tokens == 0 &&
+			on.slots[told.ID].tokens == 0 && !on.slots[told.ID].claimed
 	}
-	return last
+	if i := slices.IndexFunc(list, empty); i >= 0 {
+		return list[i].ID
+	}
+	return -1
 }

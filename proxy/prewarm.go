@@ -374,7 +374,7 @@ func (h *Handler) warmed(r *http.Request, ex *exchange) {
 		reused = 10*e.Tokens.Evaluated <= e.Total
 	}
 	switch {
-	case ex.Outcome == OK && ex.context.Attached():
+	case ex.Outcome == OK && ex.context.Attached() > 0:
 		w.result = PrewarmAttached
 	case ex.Outcome == OK && reused:
 		w.result = PrewarmWarm

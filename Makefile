@@ -66,6 +66,11 @@ bench-lanes: ## what scheduling saves: tokens evaluated, loads and time, directl
 	$(GO) run ./bench/lanes
 	$(GO) run ./bench/lanes -era 0.24.0
 
+.PHONY: bench-contexts
+bench-contexts: ## what stored contexts save: tokens evaluated and time, directly and through the proxy, on real servers (10 min each)
+	$(GO) run ./bench/contexts
+	$(GO) run ./bench/contexts -era 0.33.0
+
 .PHONY: bench-coldstart
 bench-coldstart: ## what it costs to find out how many slots there are, on simulated servers, in virtual time (a minute)
 	$(GO) test -count 1 -run TestTable -v ./bench/coldstart -args -all | grep -E '^ *\||^(FAIL|ok)'

@@ -534,7 +534,7 @@ func readState(path string) (tokens []uint32, model string, err error) {
 }
 
 // Restore implements Engine.
-func (e *llama) Restore(ctx context.Context, i int, name string) (engine.Restored, error) {
+func (e *llama) Restore(ctx context.Context, i int, name string, _ int64) (engine.Restored, error) {
 	if err := e.hold(ctx, i); err != nil {
 		return engine.Restored{}, err
 	}

@@ -28,7 +28,7 @@ import (
 type Engine interface {
 	Slots(ctx context.Context) ([]engine.Slot, error)
 	Save(ctx context.Context, slot int, name string) (engine.Saved, error)
-	Restore(ctx context.Context, slot int, name string) (engine.Restored, error)
+	Restore(ctx context.Context, slot int, name string, size int64) (engine.Restored, error)
 }
 
 // Running is an engine that runs now.
@@ -348,8 +348,12 @@ func (u *Use) attach(ctx context.Context) bool {
 	m, on := u.m, u.on
 	m.mu.Lock()
 	warm, at := on.warmest(u.r)
+	// The engine takes the slot with the most in common if that is more than a tenth of the prompt
+	// (--slot-prompt-similarity), else the one that was used least recently.
+	if u.warm = warm; at >= 0 && warm*10 >= u.r.estimate(m.learned(on.Format)) {
+		u.claim(at)
+	}
 	m.mu.Unlock()
-	u.warm, u.slot = warm, at
 	best, ok := m.best(on.Format, on.Context, u.r)
 	if !ok || !m.pays(best, warm) {
 		return false
@@ -361,10 +365,9 @@ func (u *Use) attach(ctx context.Context) bool {
 	}
 	ctx, cancel := context.WithTimeout(ctx, max(gain, leastTimeout))
 	defer cancel()
-	got, err := on.Restore(ctx, i, best.ID)
+	got, err := on.Restore(ctx, i, best.ID, best.Bytes)
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	u.slot = i
 	s := &on.slots[i]
 	if *s = (slot{task: s.task, used: s.used, claimed: true}); err != nil {
 		m.attachFailed(best, err)
@@ -385,23 +388,14 @@ func (u *Use) attach(ctx context.Context) bool {
 func (u *Use) replace(ctx context.Context) {
 	m, on := u.m, u.on
 	m.mu.Lock()
-	// The engine takes the slot with the most in common if that is at least a tenth of the prompt
-	// (--slot-prompt-similarity), else the one that was used least recently.
-	total := u.r.estimate(m.learned(on.Format))
-	if u.slot < 0 || u.warm*10 < total {
-		u.slot = -1
-		if len(on.slots) == 1 {
-			u.slot = 0
-		}
+	if u.slot < 0 && len(on.slots) == 1 && !on.slots[0].claimed {
+		u.claim(0)
 	}
 	var lost []int
 	for i, s := range on.slots {
-		if !s.claimed && s.tokens-u.warm >= leastTokens && (u.slot == i || u.slot < 0) {
+		if s.tokens-u.warm >= leastTokens && (u.slot == i || u.slot < 0 && !s.claimed) {
 			lost = append(lost, i)
 		}
-	}
-	if u.slot >= 0 {
-		on.slots[u.slot].claimed = true
 	}
 	m.mu.Unlock()
 	lost = slices.DeleteFunc(lost, func(i int) bool { return !m.due(on, i, leaving) })
@@ -460,17 +454,17 @@ func (u *Use) choose(ctx context.Context, gain time.Duration) (int, bool) {
 	if err != nil {
 		return 0, false
 	}
-	best, loses := -1, time.Duration(0)
+	best, loses, used := -1, time.Duration(0), uint64(0)
 	for i := range on.slots {
 		m.mu.Lock()
 		s := on.slots[i]
 		m.mu.Unlock()
-		if s.claimed || !idle(i) {
+		if s.claimed && i != u.slot || !idle(i) {
 			continue
 		}
 		cost := m.unsaved(on, s)
-		if best < 0 || cost < loses || cost == loses && s.used > on.slots[best].used {
-			best, loses = i, cost
+		if best < 0 || cost < loses || cost == loses && s.used > used {
+			best, loses, used = i, cost, s.used
 		}
 	}
 	if best < 0 {
@@ -481,11 +475,20 @@ func (u *Use) choose(ctx context.Context, gain time.Duration) (int, bool) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if loses > gain/2 || on.slots[best].claimed {
+	if loses > gain/2 || on.slots[best].claimed && best != u.slot {
 		return 0, false
 	}
-	on.slots[best].claimed = true
+	u.claim(best)
 	return best, true
+}
+
+// claim says which slot the request is expected to use. Manager.mu must be held.
+func (u *Use) claim(slot int) {
+	if u.slot >= 0 {
+		u.on.slots[u.slot].claimed = false
+	}
+	u.slot = slot
+	u.on.slots[slot].claimed = true
 }
 
 // After says how the request ended. It calls release, once, when its lane may be given to another

@@ -71,7 +71,7 @@ func (m *Manager) fill(ctx context.Context, on *live, state contextstore.State) 
 	}
 	ctx, cancel := context.WithTimeout(ctx, leastTimeout)
 	defer cancel()
-	got, err := on.Restore(ctx, i, s.ID)
+	got, err := on.Restore(ctx, i, s.ID, s.Bytes)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if err != nil {

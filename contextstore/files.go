@@ -202,8 +202,7 @@ func (f *Files) load() error {
 		f.add(&file{side: s})
 	}
 	gone := f.expire(time.Now())
-	over := f.stats.Bytes - f.limits.Bytes
-	gone = append(gone, f.evict(f.least(over, math.Inf(1), nil))...)
+	gone = append(gone, f.evict(f.overfull(nil))...)
 	f.mu.Unlock()
 	f.unlinkAll(gone)
 	return nil
@@ -357,6 +356,17 @@ func (f *Files) least(bytes int64, most float64, spared []*file) (least []*file)
 	return least
 }
 
+// overfull returns what must go for the limit to hold, but for one that stays. What is being written
+// has its room, too, unless that would take more than there is: an engine may write more than was
+// said. f.mu must be held.
+func (f *Files) overfull(stays *file) []*file {
+	over, spared := f.stats.Bytes-max(f.limits.Bytes, 0), []*file{stays}
+	if victims := f.least(over+f.writing, math.Inf(1), spared); victims != nil {
+		return victims
+	}
+	return f.least(over, math.Inf(1), spared)
+}
+
 // evict forgets states to make room. f.mu must be held.
 func (f *Files) evict(victims []*file) []*file {
 	for _, x := range victims {
@@ -402,8 +412,7 @@ func (f *Files) commit(name string, s State) (State, error) {
 		f.stats.Replaced++
 	}
 	f.add(x)
-	over := f.stats.Bytes + f.writing - f.limits.Bytes
-	gone = append(gone, f.evict(f.least(over, math.Inf(1), []*file{x}))...)
+	gone = append(gone, f.evict(f.overfull(x))...)
 	f.mu.Unlock()
 	f.unlinkAll(gone)
 	return stored, nil

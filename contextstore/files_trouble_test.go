@@ -81,6 +81,36 @@ func TestFilesBadState(t *testing.T) {
 	mustSave(t, f, big)
 }
 
+// TestFilesLargerThanSaid: the limit holds whatever an engine writes, and while it writes.
+func TestFilesLargerThanSaid(t *testing.T) {
+	dir := t.TempDir()
+	f, _ := openFiles(t, dir, contextstore.FileLimits{Bytes: 10_000})
+	mustSave(t, f, stateOf(chainOf("a", 5), 3000))
+	large, small := stateOf(chainOf("b", 5), 2000), stateOf(chainOf("c", 5), 4000)
+	var parts []string
+	for _, s := range []contextstore.State{large, small} {
+		part, err := f.Room(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		parts = append(parts, part)
+	}
+	for i, test := range []struct {
+		state contextstore.State
+		size  int
+		left  int64
+	}{{large, 9000, 9000}, {small, 4000, 4000}} {
+		file := stateFile(7, test.size)
+		if err := os.WriteFile(filepath.Join(dir, parts[i]), file, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		s, err := f.Commit(parts[i], test.state)
+		if err != nil || s.Bytes != int64(test.size) || f.Stats().Bytes != test.left {
+			t.Errorf("%+v %v; %+v", s, err, f.Stats())
+		}
+	}
+}
+
 // TestFilesOlderTokens: builds before about 10,800 write the tokens themselves.
 func TestFilesOlderTokens(t *testing.T) {
 	file := stateFile(7, 4000)

@@ -13,7 +13,7 @@ import (
 
 // setting is what one of llama-server's flags, or its name in the environment, sets.
 type setting struct {
-	// flag without a value, or with one.
+	// value is whether a flag has one.
 	value bool
 	// set reads it into a Process; nil for what neither says anything of the engine nor changes the
 	// format of its states.
@@ -35,18 +35,16 @@ var (
 
 	setModel     = setting{true, func(p *Process, text string) { p.Model = text }}
 	setProjector = setting{true, func(p *Process, text string) { p.Projector = text }}
-	setAdapter   = setting{true, func(p *Process, text string) { p.Adapters = append(p.Adapters, text) }}
+	setAdapter   = setting{true, addAdapter}
 	setKeys      = setting{true, func(p *Process, text string) { p.KeyType = text }}
 	setValues    = setting{true, func(p *Process, text string) { p.ValueType = text }}
 	setSWAFull   = setting{false, func(p *Process, text string) { p.SWAFull = switchedOn(text) }}
 	setEmbedding = setting{false, func(p *Process, text string) { p.Embeddings = switchedOn(text) }}
 	setFolder    = setting{true, func(p *Process, text string) { p.SaveFolder = text }}
 	setHost      = setting{true, setHostOf}
-
-	// silent are settings that do not matter here.
-	silentSwitch = setting{false, nil}
-	silentValue  = setting{true, nil}
 )
+
+func addAdapter(p *Process, text string) { p.Adapters = append(p.Adapters, text) }
 
 // switchedOn is how llama-server reads a switch in the environment; "" stands for a flag.
 func switchedOn(text string) bool {
@@ -66,59 +64,69 @@ func setHostOf(p *Process, text string) {
 
 // flags are those that Ollama passes and whoever starts it may add. What is not here counts as
 // decisive for the format of states: then, at worst, a state is not used that could be.
-var flags = map[string]setting{
-	"--model": setModel, "-m": setModel,
-	"--port": setPort, "--host": setHost,
-	"-c": setSize, "--ctx-size": setSize,
-	"-np": setSlots, "--parallel": setSlots,
-	"--mmproj": setProjector, "-mm": setProjector,
-	"--lora": setAdapter, "--lora-scaled": setAdapter,
-	"--cache-type-k": setKeys, "-ctk": setKeys,
-	"--cache-type-v": setValues, "-ctv": setValues,
-	"--swa-full":  setSWAFull,
-	"--embedding": setEmbedding, "--embeddings": setEmbedding,
-	"--slot-save-path": setFolder,
+var flags = settings(map[string]setting{
+	"--model -m":               setModel,
+	"--port":                   setPort,
+	"--host":                   setHost,
+	"--ctx-size -c":            setSize,
+	"--parallel -np":           setSlots,
+	"--mmproj -mm":             setProjector,
+	"--lora --lora-scaled":     setAdapter,
+	"--cache-type-k -ctk":      setKeys,
+	"--cache-type-v -ctv":      setValues,
+	"--swa-full":               setSWAFull,
+	"--embedding --embeddings": setEmbedding,
+	"--slot-save-path":         setFolder,
+	silentSwitches:             {value: false},
+	silentValues:               {value: true},
+})
 
-	"--no-webui": silentSwitch, "--webui": silentSwitch, "--no-ui": silentSwitch, "--ui": silentSwitch,
-	"--offline":       silentSwitch,
-	"--log-verbosity": silentValue, "-lv": silentValue, "--verbosity": silentValue,
-	"--verbose": silentSwitch, "-v": silentSwitch, "--log-verbose": silentSwitch,
-	"--no-log-prefix": silentSwitch, "--log-prefix": silentSwitch,
-	"--no-log-timestamps": silentSwitch, "--log-timestamps": silentSwitch,
-	"--no-jinja": silentSwitch, "--jinja": silentSwitch, "--chat-template": silentValue,
-	"--load-mode": silentValue, "--no-mmap": silentSwitch, "--mmap": silentSwitch, "--mlock": silentSwitch,
-	"-b": silentValue, "--batch-size": silentValue, "-ub": silentValue, "--ubatch-size": silentValue,
-	"-ngl": silentValue, "--gpu-layers": silentValue, "--n-gpu-layers": silentValue,
-	"-t": silentValue, "--threads": silentValue, "-tb": silentValue, "--threads-batch": silentValue,
-	"--threads-http": silentValue,
-	"--split-mode":   silentValue, "-sm": silentValue, "--main-gpu": silentValue, "-mg": silentValue,
-	"--tensor-split": silentValue, "-ts": silentValue,
-	"--fit": silentValue, "-fit": silentValue, "--fit-target": silentValue, "-fitt": silentValue,
-	"--context-shift": silentSwitch, "--no-context-shift": silentSwitch, "--keep": silentValue,
-	"--mmproj-offload": silentSwitch, "--no-mmproj-offload": silentSwitch,
-	"--spec-draft-n-max": silentValue, "--spec-draft-backend-sampling": silentSwitch,
-	"--cache-ram": silentValue, "-cram": silentValue, "--cache-reuse": silentValue,
-	"--ctx-checkpoints": silentValue, "--slot-prompt-similarity": silentValue, "-sps": silentValue,
-	"--metrics": silentSwitch, "--props": silentSwitch, "--slots": silentSwitch, "--no-slots": silentSwitch,
-	"--warmup": silentSwitch, "--no-warmup": silentSwitch, "--timeout": silentValue, "-to": silentValue,
-}
+const (
+	silentSwitches = `
+		--no-webui --webui --no-ui --ui --offline --verbose -v --log-verbose
+		--no-log-prefix --log-prefix --no-log-timestamps --log-timestamps
+		--no-jinja --jinja --no-mmap --mmap --mlock --context-shift --no-context-shift
+		--mmproj-offload --no-mmproj-offload --spec-draft-backend-sampling
+		--metrics --props --slots --no-slots --warmup --no-warmup`
+	silentValues = `
+		--log-verbosity -lv --verbosity --chat-template --load-mode
+		-b --batch-size -ub --ubatch-size -ngl --gpu-layers --n-gpu-layers
+		-t --threads -tb --threads-batch --threads-http --timeout -to
+		--split-mode -sm --main-gpu -mg --tensor-split -ts --fit -fit --fit-target -fitt
+		--keep --spec-draft-n-max --cache-ram -cram --cache-reuse --ctx-checkpoints
+		--slot-prompt-similarity -sps`
+)
 
 // environment has what the engine reads of its environment, by the name without LLAMA_ARG_. A flag
 // wins over it.
-var environment = map[string]setting{
-	"MODEL": setModel, "PORT": setPort, "HOST": setHost, "CTX_SIZE": setSize, "N_PARALLEL": setSlots,
-	"MMPROJ": setProjector, "CACHE_TYPE_K": setKeys, "CACHE_TYPE_V": setValues, "SWA_FULL": setSWAFull,
-	"EMBEDDINGS": setEmbedding,
-	"NO_WEBUI":   silentSwitch, "UI": silentSwitch, "OFFLINE": silentSwitch, "LOG_VERBOSITY": silentValue,
-	"JINJA": silentSwitch, "CHAT_TEMPLATE": silentValue, "LOAD_MODE": silentValue, "MMAP": silentSwitch,
-	"NO_MMAP": silentSwitch, "MLOCK": silentSwitch, "BATCH": silentValue, "UBATCH": silentValue,
-	"N_GPU_LAYERS": silentValue, "THREADS": silentValue, "THREADS_HTTP": silentValue,
-	"SPLIT_MODE": silentValue, "MAIN_GPU": silentValue, "TENSOR_SPLIT": silentValue, "FIT": silentValue,
-	"FIT_TARGET": silentValue, "CONTEXT_SHIFT": silentSwitch, "NO_CONTEXT_SHIFT": silentSwitch,
-	"MMPROJ_OFFLOAD": silentSwitch, "NO_MMPROJ_OFFLOAD": silentSwitch,
-	"SPEC_DRAFT_N_MAX": silentValue, "CACHE_RAM": silentValue, "CACHE_REUSE": silentValue,
-	"CTX_CHECKPOINTS": silentValue, "ENDPOINT_METRICS": silentSwitch, "ENDPOINT_PROPS": silentSwitch,
-	"ENDPOINT_SLOTS": silentSwitch, "WARMUP": silentSwitch, "TIMEOUT": silentValue,
+var environment = settings(map[string]setting{
+	"MODEL":        setModel,
+	"PORT":         setPort,
+	"HOST":         setHost,
+	"CTX_SIZE":     setSize,
+	"N_PARALLEL":   setSlots,
+	"MMPROJ":       setProjector,
+	"CACHE_TYPE_K": setKeys,
+	"CACHE_TYPE_V": setValues,
+	"SWA_FULL":     setSWAFull,
+	"EMBEDDINGS":   setEmbedding,
+
+	`NO_WEBUI UI OFFLINE LOG_VERBOSITY JINJA CHAT_TEMPLATE LOAD_MODE MMAP NO_MMAP MLOCK
+	BATCH UBATCH N_GPU_LAYERS THREADS THREADS_HTTP TIMEOUT SPLIT_MODE MAIN_GPU TENSOR_SPLIT
+	FIT FIT_TARGET CONTEXT_SHIFT NO_CONTEXT_SHIFT MMPROJ_OFFLOAD NO_MMPROJ_OFFLOAD
+	SPEC_DRAFT_N_MAX CACHE_RAM CACHE_REUSE CTX_CHECKPOINTS WARMUP
+	ENDPOINT_METRICS ENDPOINT_PROPS ENDPOINT_SLOTS`: {},
+})
+
+// settings has each of the names that a key has.
+func settings(of map[string]setting) map[string]setting {
+	all := map[string]setting{}
+	for names, s := range of {
+		for _, name := range strings.Fields(names) {
+			all[name] = s
+		}
+	}
+	return all
 }
 
 // parse reads the command line of a llama-server, without its name, and its environment
@@ -196,9 +204,9 @@ func serverAddr(ollamaHost string) string {
 	return net.JoinHostPort(host, port)
 }
 
-// blobs are the files of the model store that a path of weights stands for. Weights of several parts
-// are given to the engine by hard links in a folder beside them that is made anew for each load, and
-// whose name says nothing.
+// blobs are the files of the model store that a path of weights stands for. Weights of several
+// parts are given to the engine by hard links in a folder beside them that is made anew for each
+// load, and whose name says nothing.
 func blobs(model string) []string {
 	folder := filepath.Dir(model)
 	if !strings.HasPrefix(filepath.Base(folder), ".ollama-split-") {

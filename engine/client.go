@@ -9,18 +9,21 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
+	"path/filepath"
 	"strconv"
 	"time"
 )
 
 // What may go wrong with a request to an engine; test with errors.Is. Other errors are the
-// context's, or what an engine said that is none of these, such as a state that could not be written.
+// context's, or what an engine said that is none of these, such as a state that could not be
+// written.
 var (
-	// ErrRefused: the engine does not take it (400). In a restore that is a state that is missing,
-	// torn, foreign or too long for the slot, and the slot is empty afterwards; else a slot that does
-	// not exist or a name that is not one of a file.
+	// ErrRefused: the engine does not take it (400), or Restore does not offer it. In a restore that
+	// is a state that is missing, torn, foreign or too long for the slot, which is empty if it was
+	// the engine that refused; else a slot that does not exist or a name that is not one of a file.
 	ErrRefused = errors.New("the engine refused")
-	// ErrGone: no engine answers there any more.
+	// ErrGone: no engine answers there: it has ended, or has only just been started.
 	ErrGone = errors.New("the engine is gone")
 	// ErrLoading: the engine has not loaded its model yet (503).
 	ErrLoading = errors.New("the engine is still loading its model")
@@ -38,8 +41,8 @@ type Slot struct {
 	// Tokens is what it holds: prompt and answer, so far. It is 0 before its first request, also
 	// where a state has been restored.
 	Tokens int
-	// Processed and Cached are the tokens of its present or last prompt that were evaluated, and
-	// those that it held already.
+	// Processed and Cached are the tokens of the prompt that it works on that have been evaluated,
+	// and those that it held already. Both are 0 again once the request has ended.
 	Processed, Cached int
 	// Context is how many tokens it can hold.
 	Context int
@@ -116,9 +119,19 @@ func (p Process) Save(ctx context.Context, slot int, name string) (Saved, error)
 	return Saved{answer.Tokens, answer.Bytes, milliseconds(answer.Timings.Save)}, nil
 }
 
-// Restore has the engine read the state of a slot from a file of its folder. It waits for the slot's
-// present request to end. What the slot held is lost, also where the engine refuses the file.
-func (p Process) Restore(ctx context.Context, slot int, name string) (Restored, error) {
+// Restore has the engine read the state of a slot from a file of its folder. It waits for the
+// slot's present request to end. What the slot held is lost, also where the engine refuses the
+// file. The size in bytes is what Save told: a file of another size is torn and is not shown to
+// the engine, which does not survive all of those.
+func (p Process) Restore(ctx context.Context, slot int, name string, size int64) (Restored, error) {
+	info, err := os.Stat(filepath.Join(p.Folder(), name))
+	switch {
+	case err != nil:
+		return Restored{}, fmt.Errorf("restoring a slot: %w: %w", ErrRefused, err)
+	case info.Size() != size || !info.Mode().IsRegular():
+		return Restored{}, fmt.Errorf("restoring a slot: %w: %s has %d bytes, not %d",
+			ErrRefused, name, info.Size(), size)
+	}
 	var answer struct {
 		Tokens  int   `json:"n_restored"`
 		Bytes   int64 `json:"n_read"`
@@ -132,8 +145,8 @@ func (p Process) Restore(ctx context.Context, slot int, name string) (Restored, 
 	return Restored{answer.Tokens, answer.Bytes, milliseconds(answer.Timings.Restore)}, nil
 }
 
-// Erase has the engine forget what a slot holds, once its present request has ended, and returns how
-// many tokens that was.
+// Erase has the engine forget what a slot holds, once its present request has ended, and returns
+// how many tokens that was.
 func (p Process) Erase(ctx context.Context, slot int) (int, error) {
 	var answer struct {
 		Tokens int `json:"n_erased"`
@@ -146,6 +159,11 @@ func milliseconds(ms float64) time.Duration { return time.Duration(ms * float64(
 
 // act has a slot saved, restored or erased.
 func (p Process) act(ctx context.Context, slot int, action, name string, answer any) error {
+	// The engine would take the number modulo that of its slots.
+	if slot < 0 || p.Parallel > 0 && slot >= p.Parallel {
+		return fmt.Errorf("having the engine %s slot %d: %w: it has %d slots",
+			action, slot, ErrRefused, p.Parallel)
+	}
 	body, err := json.Marshal(struct {
 		Filename string `json:"filename,omitempty"`
 	}{name})

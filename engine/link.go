@@ -59,6 +59,8 @@ type LinkOptions struct {
 type Info struct {
 	// Home is the link's folder.
 	Home string
+	// Given is the path of the installed binary as it was given, made absolute.
+	Given string
 	// Ollama and Engine are the installed binary and its llama-server, with symlinks followed.
 	Ollama, Engine string
 	// Version is what the installed Ollama called itself, "" if it said nothing.
@@ -76,6 +78,15 @@ type Info struct {
 	Anew bool `json:"-"`
 }
 
+// Command is the command that links anew, with the name or the path of this program.
+func (i Info) Command(program string) string {
+	swa := ""
+	if i.SWAFull {
+		swa = " --swa-full"
+	}
+	return program + " engine link --ollama " + i.Given + " --to " + i.Home + swa
+}
+
 // Start is the binary to start in place of the installed one.
 func (i Info) Start() string { return filepath.Join(i.Home, linkedOllama) }
 
@@ -91,8 +102,8 @@ type link struct {
 }
 
 // Link makes a link, makes it anew where what is linked has changed, and leaves it where nothing
-// has. It fails, and leaves all as it was, where the Ollama is older than 0.30, where the folder has
-// something else under the names that it needs, and where the folder cannot be written.
+// has. It fails, and leaves all as it was, where the Ollama is older than 0.30, where the folder
+// has something else under the names that it needs, and where the folder cannot be written.
 func Link(o LinkOptions) (Info, error) {
 	if err := supported(); err != nil {
 		return Info{}, err
@@ -115,28 +126,31 @@ func Link(o LinkOptions) (Info, error) {
 	present, err := readLink(wanted.Home)
 	switch {
 	case err == nil && present.is(wanted):
-		if present.identities() != wanted.identities() {
-			err = wanted.keep(present) // the same files in another place of the disk
-		}
-		return present.Info, err
+		return present.kept(wanted)
 	case errors.Is(err, ErrNotLinked):
-		if err := nothingThere(wanted.Home); err != nil {
-			return Info{}, err
-		}
-	case err != nil && !errors.Is(err, errDamaged):
+		err = nothingThere(wanted.Home)
+	case errors.Is(err, errDamaged):
+		err = nil
+	}
+	if err != nil {
 		return Info{}, err
 	}
-	if wanted.Version == "" {
-		wanted.Version = versionOf(wanted.Ollama)
+	return wanted.anew()
+}
+
+// anew finds out what takes longer and makes the link.
+func (l link) anew() (info Info, err error) {
+	if l.Version == "" {
+		l.Version = versionOf(l.Ollama)
 	}
-	if wanted.Build, err = buildOf(filepath.Dir(wanted.Engine)); err != nil {
+	if l.Build, err = buildOf(filepath.Dir(l.Engine)); err != nil {
 		return Info{}, err
 	}
-	if err := wanted.make(); err != nil {
-		return Info{}, fmt.Errorf("linking %s to %s: %w", wanted.Ollama, wanted.Home, err)
+	if err := l.make(); err != nil {
+		return Info{}, fmt.Errorf("linking %s to %s: %w", l.Ollama, l.Home, err)
 	}
-	wanted.Anew = true
-	return wanted.Info, nil
+	l.Anew = true
+	return l.Info, nil
 }
 
 // plan finds out what is to be linked, all but what takes long.
@@ -145,7 +159,7 @@ func plan(o LinkOptions) (link, error) {
 	if err != nil || o.Home == "" {
 		return link{}, errors.Join(errors.New("no folder is given to link to"), err)
 	}
-	ollama, err := installed(o.Ollama)
+	given, ollama, err := installed(o.Ollama)
 	if err != nil {
 		return link{}, err
 	}
@@ -153,7 +167,7 @@ func plan(o LinkOptions) (link, error) {
 	engine, err := findEngine(ollama)
 	if err != nil {
 		if version = versionOf(ollama); older(version) {
-			err = fmt.Errorf("Ollama %s has no llama-server; 0.30 and later have", version)
+			err = errors.New("Ollama " + version + " has no llama-server; 0.30 and later have")
 		}
 		return link{}, err
 	}
@@ -167,10 +181,15 @@ func plan(o LinkOptions) (link, error) {
 		return link{}, fmt.Errorf("finding this program: %w", err)
 	}
 	l := link{
-		Info:    Info{Home: home, Ollama: ollama, Engine: engine, Version: version, SWAFull: o.SWAFull, Linked: time.Now().Truncate(time.Second)},
+		Info: Info{
+			Home: home, Given: given, Ollama: ollama, Engine: engine, Version: version,
+			SWAFull: o.SWAFull, Linked: time.Now().Truncate(time.Second),
+		},
 		Program: program,
 	}
-	for path, id := range map[string]*identity{ollama: &l.OllamaFile, engine: &l.EngineFile, program: &l.ProgramFile} {
+	for path, id := range map[string]*identity{
+		ollama: &l.OllamaFile, engine: &l.EngineFile, program: &l.ProgramFile,
+	} {
 		if *id, err = identify(path); err != nil {
 			return link{}, err
 		}
@@ -179,36 +198,34 @@ func plan(o LinkOptions) (link, error) {
 	return l, err
 }
 
-// installed is the binary that a path stands for. It is one that can be linked, and if the path
-// leads into a link, it is the one that is linked there.
-func installed(path string) (string, error) {
+// installed is the binary that a path stands for, and that path made absolute. It is one that can
+// be linked, and if the path leads into a link, it is the one that is linked there.
+func installed(path string) (given, real string, err error) {
 	if path == "" {
-		return "", errors.New("no Ollama is given to link")
+		return "", "", errors.New("no Ollama is given to link")
 	}
-	path, err := filepath.Abs(path)
-	if err != nil {
-		return "", err
+	if given, err = filepath.Abs(path); err != nil {
+		return "", "", err
 	}
-	real, err := filepath.EvalSymlinks(path)
-	if err != nil {
-		return "", fmt.Errorf("finding Ollama: %w", err)
+	if real, err = filepath.EvalSymlinks(given); err != nil {
+		return "", "", fmt.Errorf("finding Ollama: %w", err)
 	}
 	if l, err := readLink(filepath.Dir(filepath.Dir(real))); err == nil {
-		return l.Ollama, nil
+		return installed(l.Given)
 	}
 	f, err := os.Open(real)
 	if err != nil {
-		return "", fmt.Errorf("reading Ollama: %w", err)
+		return "", "", fmt.Errorf("reading Ollama: %w", err)
 	}
 	defer f.Close()
 	var begin [2]byte
 	if _, err := io.ReadFull(f, begin[:]); err != nil {
-		return "", fmt.Errorf("%s is no program: %w", real, err)
+		return "", "", fmt.Errorf("%s is no program: %w", real, err)
 	}
 	if string(begin[:]) == "#!" {
-		return "", fmt.Errorf("%s is a script: give the program that it starts", real)
+		return "", "", fmt.Errorf("%s is a script: give the program that it starts", real)
 	}
-	return real, nil
+	return given, real, nil
 }
 
 // findEngine finds the llama-server of an Ollama where that looks for it (its ml/path.go and
@@ -220,7 +237,9 @@ func findEngine(ollama string) (string, error) {
 	if runtime.GOOS == "darwin" {
 		places = []string{down, up}
 	}
-	places = append(places, filepath.Join(beside, "build", "lib", "ollama"), filepath.Join(beside, "dist", runtime.GOOS+"-"+runtime.GOARCH, "lib", "ollama"))
+	places = append(places,
+		filepath.Join(beside, "build", "lib", "ollama"),
+		filepath.Join(beside, "dist", runtime.GOOS+"-"+runtime.GOARCH, "lib", "ollama"))
 	if runtime.GOOS == "darwin" {
 		places = append(places, beside)
 	}
@@ -231,7 +250,8 @@ func findEngine(ollama string) (string, error) {
 			}
 		}
 	}
-	return "", fmt.Errorf("there is no llama-server where %s looks for it (%s)", ollama, strings.Join(places, ", "))
+	return "", fmt.Errorf("there is no llama-server where %s looks for it (%s)",
+		ollama, strings.Join(places, ", "))
 }
 
 func isFile(path string) bool {
@@ -282,7 +302,8 @@ func identify(path string) (identity, error) {
 	if err := addContent(h, path); err != nil {
 		return identity{}, err
 	}
-	return identity{info.Size(), info.ModTime().UTC(), inode(info), hex.EncodeToString(h.Sum(nil))}, nil
+	sum := hex.EncodeToString(h.Sum(nil))
+	return identity{info.Size(), info.ModTime().UTC(), inode(info), sum}, nil
 }
 
 // change says in words how the file at a path differs, "" if it does not.
@@ -312,8 +333,12 @@ func addContent(h hash.Hash, path string) error {
 	return err
 }
 
-// changed says in words what the engine and Ollama differ in from what was linked, "" if in nothing.
+// changed says in words what the engine and Ollama differ in from what was linked, "" if in
+// nothing.
 func (l link) changed() string {
+	if now, err := filepath.EvalSymlinks(l.Given); err == nil && now != l.Ollama {
+		return l.Given + " is " + now + " now"
+	}
 	for path, id := range map[string]identity{l.Ollama: l.OllamaFile, l.Engine: l.EngineFile} {
 		if why := id.change(path); why != "" {
 			return path + " " + why
@@ -322,10 +347,17 @@ func (l link) changed() string {
 	return ""
 }
 
+// wants is what makes one link another one.
+func (l link) wants() [8]any {
+	return [8]any{
+		l.Home, l.Ollama, l.Engine, l.SWAFull, l.Library,
+		l.OllamaFile.Sum, l.EngineFile.Sum, l.ProgramFile.Sum,
+	}
+}
+
 // is whether a link is what it would be if it were made anew, and all there.
 func (l link) is(wanted link) bool {
-	if l.Ollama != wanted.Ollama || l.Engine != wanted.Engine || l.Home != wanted.Home || l.SWAFull != wanted.SWAFull || l.Library != wanted.Library ||
-		l.OllamaFile.Sum != wanted.OllamaFile.Sum || l.EngineFile.Sum != wanted.EngineFile.Sum || l.ProgramFile.Sum != wanted.ProgramFile.Sum {
+	if l.wants() != wanted.wants() {
 		return false
 	}
 	for _, name := range []string{linkedOllama, linkedEngine, originalEngine} {
@@ -336,19 +368,26 @@ func (l link) is(wanted link) bool {
 	return true
 }
 
-func (l link) identities() [2]identity { return [2]identity{l.OllamaFile, l.EngineFile} }
+// places is where the linked files are: the same ones may get to another place of the disk.
+func (l link) places() [3]any { return [3]any{l.Given, l.OllamaFile, l.EngineFile} }
 
-// keep writes down where the files of a present link are now.
-func (l link) keep(present link) error {
-	present.OllamaFile, present.EngineFile, present.ProgramFile = l.OllamaFile, l.EngineFile, l.ProgramFile
-	return present.write(l.Home)
+// kept leaves a link as it is, and writes down where the files of the wanted one are now.
+func (l link) kept(wanted link) (Info, error) {
+	if l.places() == wanted.places() {
+		return l.Info, nil
+	}
+	l.Given = wanted.Given
+	l.OllamaFile, l.EngineFile = wanted.OllamaFile, wanted.EngineFile
+	l.ProgramFile = wanted.ProgramFile
+	return l.Info, l.write(wanted.Home)
 }
 
 // nothingThere fails where a folder that is no link has something under the names of one.
 func nothingThere(home string) error {
 	for _, name := range []string{"bin", "lib"} {
 		if _, err := os.Lstat(filepath.Join(home, name)); err == nil {
-			return fmt.Errorf("%s has a %s already, and no %s: give a folder of its own", home, name, linkFile)
+			return fmt.Errorf("%s has a %s already, and no %s: give a folder of its own",
+				home, name, linkFile)
 		}
 	}
 	return nil
@@ -364,7 +403,7 @@ func readLink(home string) (link, error) {
 	}
 	var l link
 	if err := json.Unmarshal(text, &l); err != nil {
-		return link{}, fmt.Errorf("reading what is linked: %s: %w: %w", filepath.Join(home, linkFile), errDamaged, err)
+		return link{}, fmt.Errorf("reading what is linked in %s: %w: %w", home, errDamaged, err)
 	}
 	return l, nil
 }
@@ -424,7 +463,8 @@ func (l link) make() error {
 		if entry.Name() == engineName {
 			continue
 		}
-		if err := os.Symlink(filepath.Join(library, entry.Name()), filepath.Join(stage, linkedLib, entry.Name())); err != nil {
+		from := filepath.Join(library, entry.Name())
+		if err := os.Symlink(from, filepath.Join(stage, linkedLib, entry.Name())); err != nil {
 			return err
 		}
 	}
@@ -447,7 +487,8 @@ func swap(stage, home string) (err error) {
 		}
 	}()
 	for _, name := range []string{"bin", "lib"} {
-		from, to, old := filepath.Join(stage, name), filepath.Join(home, name), filepath.Join(stage, "old-"+name)
+		from, to := filepath.Join(stage, name), filepath.Join(home, name)
+		old := filepath.Join(stage, "old-"+name)
 		switch err := os.Rename(to, old); {
 		case err == nil:
 			undo = append(undo, func() error { return os.Rename(old, to) })
@@ -462,8 +503,8 @@ func swap(stage, home string) (err error) {
 	return os.Rename(filepath.Join(stage, linkFile), filepath.Join(home, linkFile))
 }
 
-// linkOrCopy links a file, or copies it where that is not possible: on another file system, or where
-// it belongs to somebody else.
+// linkOrCopy links a file, or copies it where that is not possible: on another file system, or
+// where it belongs to somebody else.
 func linkOrCopy(from, to string) error {
 	if os.Link(from, to) == nil {
 		return nil
@@ -485,8 +526,8 @@ func linkOrCopy(from, to string) error {
 // beyond are of vendors of accelerators, and their sizes tell them apart.
 const readFully = 64 << 20
 
-// buildOf is a key of an engine's files, wherever they are: the contents of those in its folder, and
-// the names and sizes of those in folders beneath.
+// buildOf is a key of an engine's files, wherever they are: the contents of those in its folder,
+// and the names and sizes of those in folders beneath.
 func buildOf(library string) (string, error) {
 	h := sha256.New()
 	err := filepath.WalkDir(library, func(path string, entry fs.DirEntry, err error) error {
@@ -513,7 +554,7 @@ func buildOf(library string) (string, error) {
 	return hex.EncodeToString(h.Sum(nil)[:16]), nil
 }
 
-// listing is a key of the files beside an engine, by their names, sizes and times.
+// listing is a key of the files beside an engine, by their names, sizes and times in seconds.
 func listing(library string) (string, error) {
 	entries, err := os.ReadDir(library)
 	if err != nil {
@@ -521,6 +562,9 @@ func listing(library string) (string, error) {
 	}
 	h := sha256.New()
 	for _, entry := range entries {
+		if entry.Name() == engineName {
+			continue // it has an identity of its own
+		}
 		if info, err := os.Stat(filepath.Join(library, entry.Name())); err == nil {
 			fmt.Fprintf(h, "%s %d %d\n", entry.Name(), info.Size(), info.ModTime().Unix())
 		}
@@ -566,13 +610,14 @@ func Unlink(home string, contexts bool) error {
 		return err
 	}
 	if len(running) > 0 {
-		return fmt.Errorf("%d engines of %s run: stop that Ollama first", len(running), home)
+		return fmt.Errorf("engines of %s run (%d): stop that Ollama first", home, len(running))
 	}
 	folders := []string{"bin", "lib", "engines"}
 	if contexts {
 		folders = append(folders, "contexts")
 	}
-	for _, name := range append(folders, linkFile) { // that last: without it nothing is known to be a link
+	// That file is the last: without it nothing is known to be a link.
+	for _, name := range append(folders, linkFile) {
 		if err := os.RemoveAll(filepath.Join(home, name)); err != nil {
 			return fmt.Errorf("unlinking: %w", err)
 		}

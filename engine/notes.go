@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -26,9 +27,13 @@ const (
 // forgottenAfter is how old a note that was never finished is when it is taken away.
 const forgottenAfter = time.Minute
 
+// noteLimit bounds what is read of a note, in bytes. One has about 600.
+const noteLimit = 64 << 10
+
 // writeNote writes the note of an engine that this process is about to become. The file stays open
-// and locked, across exec too, until that engine ends: whether a note's engine lives is seen without
-// its pid, which another namespace does not have. A note can be read from when it is complete.
+// and locked, across exec too, until that engine ends: whether a note's engine lives is seen
+// without its pid, which another namespace does not have. A note can be read from when it is
+// complete.
 func writeNote(home string, p Process) (err error) {
 	folder := notesFolder(home)
 	if err := os.MkdirAll(folder, 0o700); err != nil {
@@ -47,7 +52,8 @@ func writeNote(home string, p Process) (err error) {
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(&os.PathError{Op: "write", Path: aside, Err: err}, os.Remove(aside), syscall.Close(fd))
+			err = &os.PathError{Op: "write", Path: aside, Err: err}
+			err = errors.Join(err, os.Remove(aside), syscall.Close(fd))
 		}
 	}()
 	if err := syscall.Flock(fd, syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
@@ -92,10 +98,13 @@ func Processes(home string) ([]Process, error) {
 			return nil, fmt.Errorf("reading an engine's note: %w", err)
 		}
 		if alive {
+			p.folder = ContextsFolder(home)
 			all = append(all, p)
 		}
 	}
-	slices.SortStableFunc(all, func(a, b Process) int { return cmp.Or(a.Started.Compare(b.Started), cmp.Compare(a.PID, b.PID)) })
+	slices.SortStableFunc(all, func(a, b Process) int {
+		return cmp.Or(a.Started.Compare(b.Started), cmp.Compare(a.PID, b.PID))
+	})
 	return all, nil
 }
 
@@ -118,10 +127,14 @@ func readNote(path string) (p Process, alive bool, err error) {
 	case !errors.Is(err, syscall.EWOULDBLOCK):
 		return p, false, &os.PathError{Op: "lock", Path: path, Err: err}
 	}
-	text := make([]byte, 64<<10)
+	info, err := f.Stat()
+	if err != nil || info.Size() > noteLimit {
+		return p, false, errors.Join(fmt.Errorf("%s is no note", path), err)
+	}
+	text := make([]byte, info.Size())
 	n, err := f.ReadAt(text, 0)
-	if n == len(text) {
-		return p, false, fmt.Errorf("%s is no note", path)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return p, false, err
 	}
 	if err := json.Unmarshal(text[:n], &p); err != nil {
 		return p, false, fmt.Errorf("%s: %w", path, err)

@@ -3,9 +3,9 @@
 // Ollama 0.30 and later start a process of llama-server for each loaded model, from a folder whose
 // place is fixed beside Ollama's own binary, and keep its port for themselves. Link makes a second
 // folder like the installed one, with links to everything in it, in which llama-server is this
-// program. Called by that name (Main) it writes down what it was asked to start, a note, and becomes
-// the installed llama-server, which it also tells where to save its states. Nothing of the installed
-// Ollama is changed, and what Ollama supervises is the engine itself.
+// program. Called by that name (Main) it writes down what it was asked to start, a note, and
+// becomes the installed llama-server, which it also tells where to save its states. Nothing of the
+// installed Ollama is changed, and what Ollama supervises is the engine itself.
 //
 // Processes reads the notes of the engines that live, and Process has the requests that an engine
 // answers: what its slots hold, and saving and restoring them.
@@ -65,13 +65,26 @@ type Process struct {
 	Build string
 	// Version is that of Ollama when it was linked, "" if it told none.
 	Version string `json:",omitempty"`
-	// SaveFolder is where it saves states, as it sees the file system. It is the link's folder
-	// contexts unless it was started with --slot-save-path.
+	// SaveFolder is where it saves states, as it sees the file system; see Folder. It is the link's
+	// folder contexts unless it was started with a --slot-save-path: then Elsewhere is true.
 	SaveFolder string
+	Elsewhere  bool `json:",omitempty"`
 	// Decisive is what else of its arguments and environment the format of its states may depend on.
 	Decisive []string `json:",omitempty"`
 	// Started is when it was started.
 	Started time.Time
+
+	// folder is the link's folder contexts as this process sees it, "" if it was not read from a note.
+	folder string
+}
+
+// Folder is where it saves states, as this process sees the file system: another container may have
+// the link's folder under another name.
+func (p Process) Folder() string {
+	if p.Elsewhere || p.folder == "" {
+		return p.SaveFolder
+	}
+	return p.folder
 }
 
 // Blob is the base name of the weights' file, such as sha256-…, which names weights in Ollama.
@@ -89,7 +102,8 @@ func (p Process) Format() string {
 			fmt.Fprintf(h, "%d %s\n", len(v), v)
 		}
 	}
-	field(p.Build, p.Blob(), baseName(p.Projector), p.KeyType, p.ValueType, strconv.FormatBool(p.SWAFull), strconv.FormatBool(p.Embeddings))
+	field(p.Build, p.Blob(), baseName(p.Projector), p.KeyType, p.ValueType,
+		strconv.FormatBool(p.SWAFull), strconv.FormatBool(p.Embeddings))
 	for _, adapter := range p.Adapters {
 		field(baseName(adapter))
 	}

@@ -24,7 +24,8 @@ func Main(args []string) int {
 	// What is linked is a path that leads to it, so that even a damaged link.json does no harm.
 	original, err = filepath.EvalSymlinks(original)
 	if err != nil {
-		complain("the installed llama-server is not there any more: %v; link anew: ollama-cacheproxy engine link --to %s", err, home)
+		complain("the installed llama-server is not there any more: %v; "+
+			"link anew: ollama-cacheproxy engine link --to %s", err, home)
 		return 1
 	}
 	if startsModel(rest) {
@@ -35,7 +36,7 @@ func Main(args []string) int {
 		}
 	}
 	err = syscall.Exec(original, append([]string{original}, rest...), os.Environ())
-	complain("starting the installed llama-server: %v", &os.PathError{Op: "exec", Path: original, Err: err})
+	complain("starting the installed llama-server, %s: %v", original, err)
 	return 1
 }
 
@@ -58,18 +59,25 @@ func homeOf(name string) (string, error) {
 
 // prepare writes the note of the engine that is started with args, and returns the arguments that
 // it is to have.
-func prepare(home string, args []string) ([]string, error) {
+func prepare(home string, args []string) (more []string, err error) {
+	defer func() {
+		if bug := recover(); bug != nil {
+			more, err = nil, fmt.Errorf("a bug: %v", bug)
+		}
+	}()
 	l, err := readLink(home)
 	if err != nil {
 		return nil, err
 	}
 	if why := l.changed(); why != "" {
-		return nil, errors.New(why + "; link anew: ollama-cacheproxy engine link --ollama " + l.Ollama + " --to " + home)
+		return nil, errors.New(why + "; link anew: " + l.Command("ollama-cacheproxy"))
 	}
 	environ := os.Environ()
 	p := parse(args, environ)
 	added := []string{}
-	if p.SaveFolder == "" {
+	if p.SaveFolder != "" {
+		p.Elsewhere = true
+	} else {
 		folder := ContextsFolder(home)
 		if err := usable(folder); err != nil {
 			return nil, err

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/bench/chat"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
@@ -106,7 +107,7 @@ func (b *bench) interactive(ctx context.Context) ([]row, error) {
 		for place, d := range r.done {
 			if d.q.priority == "interactive" {
 				overtaken[i] = fmt.Sprint(place - d.before)
-				own = d.prompt // with a prefix of its own all of it is evaluated
+				own = d.Prompt // with a prefix of its own all of it is evaluated
 			}
 		}
 		if way(i) == direct {
@@ -138,9 +139,9 @@ func fairness(c compared) []row {
 		if d.q.id >= 10_000 {
 			from = 1
 		}
-		prompts[from] += float64(d.prompt)
+		prompts[from] += float64(d.Prompt)
 		n[from]++
-		largest = max(largest, float64(d.prompt+generatedWeight*d.generated))
+		largest = max(largest, float64(d.Prompt+generatedWeight*d.Generated))
 	}
 	quantum := 20 * (prompts[0]/n[0] + prompts[1]/n[1]) / 2
 	return []row{
@@ -164,7 +165,7 @@ func service(r result, quantum float64) (difference float64, jain []string) {
 	for i := 0; i < min(len(r.done), len(r.evaluations)) && left[0] > backlog && left[1] > backlog; i++ {
 		from := r.done[i].from
 		left[from]--
-		cost := float64(r.evaluations[i].Evaluated + generatedWeight*r.done[i].generated)
+		cost := float64(r.evaluations[i].Evaluated + generatedWeight*r.done[i].Generated)
 		total[from] += cost
 		window[from] += cost
 		difference = max(difference, (total[0]-total[1])/quantum, (total[1]-total[0])/quantum)
@@ -194,7 +195,7 @@ func losses(c compared) []row {
 		again := 0
 		for i, d := range r.done {
 			switch killed := len(c.least.done) / 3; {
-			case i < killed && d.server == serverName(0):
+			case i < killed && d.Server == serverName(0):
 				lost[d.q.prefix] = true
 			case i < killed: // on another server, too
 				delete(lost, d.q.prefix)
@@ -242,7 +243,7 @@ func (b *bench) lone(ctx context.Context) (rows []row, err error) {
 
 	var took, added [bare + 1][]time.Duration
 	equal := 0
-	client := clientFrom("")
+	client := chat.ClientFrom("")
 	defer client.CloseIdleConnections()
 	for n := range rounds + first {
 		var now [bare + 1]time.Duration
@@ -254,7 +255,7 @@ func (b *bench) lone(ctx context.Context) (rows []row, err error) {
 			if err != nil {
 				return nil, err
 			}
-			now[i], texts[i] = time.Since(sent), a.text
+			now[i], texts[i] = time.Since(sent), a.Text
 		}
 		if n < first {
 			continue
@@ -274,14 +275,14 @@ func (b *bench) lone(ctx context.Context) (rows []row, err error) {
 		return all
 	}
 	quantiles := func(part float64) func(i int) string {
-		return func(i int) string { return fmt.Sprintf("%.2f", ms(quantile(took[i], part))) }
+		return func(i int) string { return fmt.Sprintf("%.2f", ms(chat.Quantile(took[i], part))) }
 	}
 	return []row{
 		{fmt.Sprintf("a lone client × %d, directly and through the proxy in turn", rounds), fmt.Sprint(rounds), "", "", "", "", "", "", fmt.Sprintf("%d of %d", equal, rounds)},
 		note("median, ms", each(quantiles(0.5))),
 		note("p95, ms", each(quantiles(0.95))),
-		note(fmt.Sprintf("added, median of the differences, ms (by a bare reverse proxy: %.2f)", ms(quantile(added[bare], 0.5))), each(func(i int) string {
-			return fmt.Sprintf("%.2f", ms(quantile(added[i], 0.5)))
+		note(fmt.Sprintf("added, median of the differences, ms (by a bare reverse proxy: %.2f)", ms(chat.Quantile(added[bare], 0.5))), each(func(i int) string {
+			return fmt.Sprintf("%.2f", ms(chat.Quantile(added[i], 0.5)))
 		})),
 	}, nil
 }

@@ -124,7 +124,7 @@ func ratio(n, least int) string { return fmt.Sprintf("%d (%.2f)", n, float64(n)/
 func (c compared) row() row {
 	var equal int
 	for _, d := range c.by[direct].done {
-		same := func(e completion) bool { return e.q.id == d.q.id && e.text == d.text }
+		same := func(e completion) bool { return e.q.id == d.q.id && e.Text == d.Text }
 		if slices.ContainsFunc(c.by[given].done, same) && slices.ContainsFunc(c.by[auto].done, same) {
 			equal++
 		}

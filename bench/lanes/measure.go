@@ -1,19 +1,17 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"os"
 	"slices"
 	"sync"
 	"time"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/bench/chat"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/proxyprocess"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
@@ -53,15 +51,7 @@ func (r result) latency(priority string, part float64) time.Duration {
 			all = append(all, c.took)
 		}
 	}
-	return quantile(all, part)
-}
-
-func quantile(all []time.Duration, part float64) time.Duration {
-	if len(all) == 0 {
-		return 0
-	}
-	slices.Sort(all)
-	return all[min(int(part*float64(len(all))), len(all)-1)]
+	return chat.Quantile(all, part)
 }
 
 // compare measures all ways in turn; several times if the workload says so, and of each way the run that took the median time
@@ -133,7 +123,7 @@ func (b *bench) measure(ctx context.Context, w workload, how way) (r result, err
 	for i, s := range servers {
 		r.loads += s.Loads(marks[i])
 	}
-	r.evaluations, err = evaluations(ctx, servers, marks, len(p.done))
+	r.evaluations, err = chat.Evaluations(ctx, servers, marks, len(p.done))
 	if missing := len(p.done) - len(r.evaluations); err != nil && (ctx.Err() != nil || missing > r.loads) {
 		return r, err
 	} else if missing > 0 { // a load, or a kill, ends the engine of the model before, sometimes before it has written its last line
@@ -143,26 +133,6 @@ func (b *bench) measure(ctx context.Context, w workload, how way) (r result, err
 		r.evaluated += max(e.Evaluated, 1)
 	}
 	return r, nil
-}
-
-// evaluations waits until the logs tell of n prompts, for two seconds at most.
-func evaluations(ctx context.Context, servers []*realollama.Server, marks []realollama.Mark, n int) (all []realollama.Evaluation, err error) {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
-	defer cancel()
-	for {
-		all = nil
-		for i, s := range servers {
-			all = append(all, s.Evaluations(marks[i])...)
-		}
-		if len(all) >= n {
-			return all, nil
-		}
-		select {
-		case <-ctx.Done():
-			return all, fmt.Errorf("the servers' logs have %d of %d evaluations: %w", len(all), n, ctx.Err())
-		case <-time.After(20 * time.Millisecond):
-		}
-	}
 }
 
 // front starts what requests are sent to, and returns its URL.
@@ -214,7 +184,7 @@ type player struct {
 type completion struct {
 	q    request
 	from int // of the clients
-	answer
+	chat.Answer
 	took   time.Duration
 	before int // how many requests had been answered when it was sent
 }
@@ -230,7 +200,7 @@ func (p *player) play(w workload, best bool) {
 		if w.addresses != nil && !best {
 			address = w.addresses[i]
 		}
-		client := clientFrom(address)
+		client := chat.ClientFrom(address)
 		defer client.CloseIdleConnections()
 		switch {
 		case best:
@@ -265,15 +235,15 @@ func (p *player) play(w workload, best bool) {
 }
 
 // sequence sends requests one after the other, each when the last one is answered. Of a chat, answers become messages.
-func (p *player) sequence(client *http.Client, from int, list []request, chat bool) {
-	var history []message
+func (p *player) sequence(client *http.Client, from int, list []request, isChat bool) {
+	var history []chat.Message
 	for i, q := range list {
-		if chat && i > 0 {
+		if isChat && i > 0 {
 			q.messages = append(slices.Clone(history), q.messages[len(q.messages)-1])
 		}
 		text := p.send(client, from, q)
-		if chat {
-			history = append(slices.Clone(q.messages), message{"assistant", text})
+		if isChat {
+			history = append(slices.Clone(q.messages), chat.Assistant(text))
 		}
 	}
 }
@@ -314,58 +284,12 @@ func (p *player) send(client *http.Client, from int, q request) string {
 			}
 		})
 	}
-	return a.text
+	return a.Text
 }
 
-// clientFrom returns a client whose connections come from a local address; "" for any.
-func clientFrom(address string) *http.Client {
-	var dialer net.Dialer
-	if address != "" {
-		dialer.LocalAddr = &net.TCPAddr{IP: net.ParseIP(address)}
-	}
-	return &http.Client{Transport: &http.Transport{DialContext: dialer.DialContext, MaxIdleConnsPerHost: 1000}}
-}
-
-// answer is what a server says to a request.
-type answer struct {
-	text              string
-	prompt, generated int    // tokens
-	server            string // that answered, of several
-}
-
-func ask(ctx context.Context, client *http.Client, url string, q request) (a answer, err error) {
-	options := map[string]any{"temperature": 0, "seed": 1, "num_predict": q.generate}
-	if q.numCtx > 0 {
-		options["num_ctx"] = q.numCtx
-	}
-	body, err := json.Marshal(map[string]any{"model": q.model, "stream": false, "options": options, "messages": q.messages})
-	if err != nil {
-		return a, err
-	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url+"/api/chat", bytes.NewReader(body))
-	if err != nil {
-		return a, err
-	}
-	req.Header.Set("Content-Type", "application/json")
-	if q.priority != "" {
-		req.Header.Set("X-Cacheproxy-Priority", q.priority)
-	}
-	res, err := client.Do(req)
-	if err != nil {
-		return a, err
-	}
-	defer res.Body.Close()
-	var said struct {
-		Message   message
-		Prompt    int `json:"prompt_eval_count"`
-		Generated int `json:"eval_count"`
-		Error     string
-	}
-	if err := json.NewDecoder(res.Body).Decode(&said); err != nil {
-		return a, fmt.Errorf("%s: %w", res.Status, err)
-	}
-	if res.StatusCode != http.StatusOK {
-		return a, fmt.Errorf("%s: %s", res.Status, said.Error)
-	}
-	return answer{said.Message.Content, said.Prompt, said.Generated, res.Header.Get(headerServer)}, nil
+// ask sends a request, not as a stream.
+func ask(ctx context.Context, client *http.Client, url string, q request) (chat.Answer, error) {
+	return chat.Send(ctx, client, url, chat.Request{
+		Model: q.model, Messages: q.messages, Generate: q.generate, NumCtx: q.numCtx, Priority: q.priority,
+	})
 }

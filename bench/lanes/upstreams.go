@@ -15,10 +15,9 @@ import (
 	"strings"
 	"sync"
 	"time"
-)
 
-// headerServer names, on an answer, which of several servers it comes from.
-const headerServer = "X-Cacheproxy-Upstream"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/bench/chat"
+)
 
 // serverName is the name by which the proxy is told of one of several servers.
 func serverName(i int) string { return string(rune('a' + i)) }
@@ -116,7 +115,7 @@ func beBare(server string) error {
 func (l *leastLoaded) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	b := l.take()
 	defer l.give(b)
-	w.Header().Set(headerServer, b.name)
+	w.Header().Set(chat.HeaderServer, b.name)
 	b.proxy.ServeHTTP(w, r)
 }
 

@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"slices"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/bench/chat"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/bench/text"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
@@ -15,14 +16,9 @@ type request struct {
 	prefix   int // which of the workload's prefixes it has, where that is looked at
 	model    string
 	numCtx   int
-	messages []message
+	messages []chat.Message
 	generate int
 	priority string
-}
-
-type message struct {
-	Role    string `json:"role"`
-	Content string `json:"content"`
 }
 
 // workload is what clients ask. Each client is a list of requests.
@@ -54,7 +50,7 @@ func (b *bench) config(slots int, hostCache bool) realollama.Config {
 
 // chat returns a request with a prefix of about 600 tokens and a tail of 30.
 func (b *bench) chat(id, prefix, n int) request {
-	return request{id: id, prefix: prefix, model: b.model, generate: 4, messages: []message{{"system", text.Words(uint64(prefix), 250)}, {"user", text.Words(uint64(1000*prefix+n+7), 12)}}}
+	return request{id: id, prefix: prefix, model: b.model, generate: 4, messages: []chat.Message{chat.System(text.Words(uint64(prefix), 250)), chat.User(text.Words(uint64(1000*prefix+n+7), 12))}}
 }
 
 // shuffled has many prefixes in turn.
@@ -164,7 +160,7 @@ func (b *bench) chats(slots int) workload {
 		for turn := range chatTurns {
 			w.clients[c] = append(w.clients[c], request{
 				id: c*100 + turn, model: b.model, generate: 8,
-				messages: []message{{"system", text.Words(700, 250)}, {"user", text.Words(uint64(7000+100*c+turn), 30)}},
+				messages: []chat.Message{chat.System(text.Words(700, 250)), chat.User(text.Words(uint64(7000+100*c+turn), 30))},
 			})
 		}
 	}
@@ -205,7 +201,7 @@ func (b *bench) batch(also bool) workload {
 		w.name = "one interactive among 500 batch (25 prefixes), 1 slot, small host cache"
 		w.least = append(w.least, q)
 		w.events = func(p *player, _ []*realollama.Server) map[int]func() error {
-			return map[int]func() error{100: func() error { p.send(clientFrom(""), 1, q); return nil }}
+			return map[int]func() error{100: func() error { p.send(chat.ClientFrom(""), 1, q); return nil }}
 		}
 	}
 	return w
@@ -225,7 +221,7 @@ func (b *bench) unequal() workload {
 	}
 	for i, n := range []int{longs, shorts} {
 		for k := range n {
-			q := request{id: i*10_000 + k, model: b.model, generate: 4, messages: []message{{"user", text.Words(uint64(20_000+10_000*i+k), []int{500, 15}[i])}}}
+			q := request{id: i*10_000 + k, model: b.model, generate: 4, messages: []chat.Message{chat.User(text.Words(uint64(20_000+10_000*i+k), []int{500, 15}[i]))}}
 			w.clients[i] = append(w.clients[i], q)
 			w.least = append(w.least, q)
 		}
@@ -236,7 +232,7 @@ func (b *bench) unequal() workload {
 func (b *bench) decode() workload {
 	w := workload{name: "decode-heavy: 64 short prompts, 96 tokens each, 8 clients, 4 slots", config: b.config(4, true), clients: make([][]request, 8), runs: 3}
 	for n := range 64 {
-		q := request{id: n, model: b.model, generate: 96, messages: []message{{"user", text.Words(uint64(9000+n), 20)}}}
+		q := request{id: n, model: b.model, generate: 96, messages: []chat.Message{chat.User(text.Words(uint64(9000+n), 20))}}
 		w.clients[n%8] = append(w.clients[n%8], q)
 		w.least = append(w.least, q)
 	}

@@ -21,30 +21,32 @@ type engineCmd struct {
 }
 
 type engineLinkCmd struct {
-	Ollama  string `placeholder:"PATH" help:"The installed ollama binary. By default the one in PATH, or where installers put it."`
-	To      string `required:"" placeholder:"DIR" help:"The folder of the link, which is made if it is not there."`
-	SWAFull bool   `name:"swa-full" help:"Have models with a sliding window (Gemma 3, gpt-oss) keep all tokens, so that their contexts can be stored: it takes more memory."`
+	Ollama  string `placeholder:"PATH" help:"The installed ollama binary; by default that in PATH, or where installers put it."`
+	To      string `required:"" placeholder:"DIR" help:"The folder of the link; it is made if it is not there."`
+	SWAFull bool   `name:"swa-full" help:"Have models with a sliding window (Gemma 3, gpt-oss) keep all tokens, at the cost of memory, so that their contexts can be stored."`
 }
 
 func (e *engineLinkCmd) Help() string {
-	return `Makes a second folder of an installed Ollama, 0.30 or later, whose engines tell the proxy where they are and
-save their contexts there. Nothing of the installed one is changed. Start DIR/bin/ollama in its place, and the proxy
-with --contexts DIR, as the same user.
+	return `Makes a second folder of an installed Ollama, 0.30 or later, whose engines tell the proxy where they
+are and save their contexts there. Nothing of the installed one is changed. Start DIR/bin/ollama in
+its place, and the proxy with --contexts DIR, as the same user.
 
-It does nothing where all is as it should be, so it can be run before each start of Ollama: then an upgrade is noticed.
+It does nothing where all is as it should be, so it can be run before each start of Ollama: then an
+upgrade is noticed.
 
 Examples:
 
   ollama-cacheproxy engine link --to ~/.ollama-linked
   ~/.ollama-linked/bin/ollama serve
-  ollama-cacheproxy engine link --ollama /usr/local/bin/ollama --to /var/lib/ollama-linked --swa-full`
+  ollama-cacheproxy engine link --ollama /opt/ollama/bin/ollama --to /var/lib/ollama-linked`
 }
 
 func (e *engineLinkCmd) Run(c *console) error {
 	ollama := e.Ollama
 	if ollama == "" {
 		if ollama = findOllama(); ollama == "" {
-			return errors.New("there is no ollama in PATH or where installers put it: say where it is with --ollama")
+			return errors.New("there is no ollama in PATH or where installers put it: " +
+				"say where it is with --ollama")
 		}
 	}
 	info, err := engine.Link(engine.LinkOptions{Ollama: ollama, Home: e.To, SWAFull: e.SWAFull})
@@ -52,7 +54,8 @@ func (e *engineLinkCmd) Run(c *console) error {
 		return err
 	}
 	if !info.Anew {
-		fmt.Fprintf(c.stdout, "%s is linked to %s already, and nothing has changed\n", info.Home, info.Ollama)
+		fmt.Fprintf(c.stdout, "%s is linked to %s already, and nothing has changed\n",
+			info.Home, info.Ollama)
 		return nil
 	}
 	fmt.Fprintf(c.stdout, "linked %s%s to %s\n", info.Ollama, ofVersion(info), info.Home)
@@ -75,21 +78,18 @@ func nextStep(w io.Writer, info engine.Info) {
 		if err != nil {
 			program = "ollama-cacheproxy"
 		}
-		swa := ""
-		if info.SWAFull {
-			swa = " --swa-full"
-		}
 		fmt.Fprintf(w, `
 or, where systemd starts it, with "systemctl edit ollama" and
 
   [Service]
-  ExecStartPre=%s engine link --ollama %s --to %s%s
+  ExecStartPre=%s
   ExecStart=
   ExecStart=%s serve
 
-`, program, info.Ollama, info.Home, swa, info.Start())
+`, info.Command(program), info.Start())
 	}
-	fmt.Fprintf(w, "and the proxy, as the same user, as\n\n  ollama-cacheproxy serve --contexts %s\n", info.Home)
+	fmt.Fprintf(w, "and the proxy, as the same user, as\n\n")
+	fmt.Fprintf(w, "  ollama-cacheproxy serve --contexts %s\n", info.Home)
 }
 
 // findOllama is the ollama in PATH, or where installers and package managers put it; "" if there is
@@ -119,8 +119,8 @@ type engineUnlinkCmd struct {
 }
 
 func (e *engineUnlinkCmd) Help() string {
-	return `Takes away what engine link has made, and leaves the stored contexts unless it is told otherwise. Stop the linked Ollama
-first: as long as it runs it needs the link to load models.
+	return `Takes away what engine link has made, and leaves the stored contexts unless it is told otherwise.
+Stop the linked Ollama first: as long as it runs it needs the link to load models.
 
 Example:
 
@@ -140,8 +140,8 @@ type engineStatusCmd struct {
 }
 
 func (e *engineStatusCmd) Help() string {
-	return `Says which Ollama is linked, whether it has changed since, and which engines of it run. It exits with 1 where
-stored contexts are off, as they are after an upgrade until it is linked anew.
+	return `Says which Ollama is linked, whether it has changed since, and which engines of it run. It exits
+with 1 where stored contexts are off, as they are after an upgrade until it is linked anew.
 
 Example:
 
@@ -157,7 +157,8 @@ func (e *engineStatusCmd) Run(c *console) error {
 	if info.SWAFull {
 		swa = ", with --swa-full"
 	}
-	fmt.Fprintf(c.stdout, "%s is linked to %s%s since %s%s\n", e.Dir, info.Ollama, ofVersion(info), info.Linked.Local().Format(time.DateTime), swa)
+	fmt.Fprintf(c.stdout, "%s is linked to %s%s since %s%s\n",
+		e.Dir, info.Ollama, ofVersion(info), info.Linked.Local().Format(time.DateTime), swa)
 	running, err := engine.Processes(e.Dir)
 	if err != nil {
 		return err
@@ -166,11 +167,13 @@ func (e *engineStatusCmd) Run(c *console) error {
 		fmt.Fprintln(c.stdout, "no engines run")
 	}
 	for _, p := range running {
-		fmt.Fprintf(c.stdout, "port %d: %s, %d slots of %d tokens, since %s, pid %d, of the Ollama on %s\n",
-			p.Port, p.Blob(), p.Parallel, p.ContextEach, p.Started.Local().Format(time.DateTime), p.PID, p.Server)
+		started := p.Started.Local().Format(time.DateTime)
+		fmt.Fprintf(c.stdout, "port %d: %s, slots: %d of %d tokens, since %s, of the Ollama on %s\n",
+			p.Port, p.Blob(), p.Parallel, p.ContextEach, started, p.Server)
 	}
 	if info.Stale != "" {
-		return fmt.Errorf("stored contexts are off: %s; link anew: ollama-cacheproxy engine link --ollama %s --to %s", info.Stale, info.Ollama, e.Dir)
+		return fmt.Errorf("stored contexts are off: %s; link anew: %s",
+			info.Stale, info.Command("ollama-cacheproxy"))
 	}
 	return nil
 }

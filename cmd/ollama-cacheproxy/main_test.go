@@ -20,7 +20,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"ollama-cacheproxy": main})
+	testscript.Main(m, map[string]func(){"ollama-cacheproxy": main, "ollama": fakeOllama, "llama-server": fakeEngine})
 }
 
 // TestScripts runs the command line as its user types it; testdata has a feature per file.
@@ -31,6 +31,13 @@ func TestScripts(t *testing.T) {
 			up := httptest.NewServer(http.HandlerFunc(stubOllama))
 			env.Defer(up.Close)
 			env.Setenv("UPSTREAM", up.URL)
+			self, err := os.Executable()
+			if err != nil {
+				return err
+			}
+			env.Setenv("TESTPROGRAM", self)
+			// The race detector has each process wait for a second at its end.
+			env.Setenv("GORACE", "atexit_sleep_ms=0")
 			free, err := freeAddr()
 			if err != nil {
 				return err

@@ -49,7 +49,7 @@ func running(home string, log *slog.Logger) []contexts.Running {
 	for _, p := range processes {
 		_, port, err := net.SplitHostPort(p.Server)
 		n, nerr := strconv.Atoi(port)
-		if err != nil || nerr != nil || p.Embeddings {
+		if err != nil || nerr != nil || p.Embeddings || p.Elsewhere {
 			continue
 		}
 		list = append(list, contexts.Running{

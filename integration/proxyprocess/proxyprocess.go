@@ -107,6 +107,12 @@ func (p *Process) Stop() error {
 	return nil
 }
 
+// Kill ends the proxy at once, as a crash does, and waits until it has ended.
+func (p *Process) Kill() {
+	p.cmd.Process.Kill()
+	<-p.exited
+}
+
 // Log returns what the proxy has logged.
 func (p *Process) Log() string {
 	p.mu.Lock()

@@ -1,0 +1,29 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+)
+
+// fakeOllama is what scripts install as ollama: it tells its version.
+func fakeOllama() {
+	version := os.Getenv("TEST_VERSION")
+	if version == "" {
+		version = "0.34.1"
+	}
+	fmt.Println("Warning: client version is " + version)
+}
+
+// fakeEngine is what is called by the name of an engine: the program of a link, as in reality, or
+// the installed one, which tells its arguments.
+func fakeEngine() {
+	self, err := os.Executable()
+	if err != nil {
+		panic(err)
+	}
+	if _, err := os.Lstat(filepath.Join(filepath.Dir(self), "llama-server.installed")); err == nil {
+		main()
+	}
+	fmt.Printf("installed engine: %v\n", os.Args[1:])
+}

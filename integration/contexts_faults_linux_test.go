@@ -1,0 +1,297 @@
+package integration
+
+import (
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/bench/chat"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/engine"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/linked"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
+)
+
+// TestContextsFaults: whatever goes wrong with contexts, requests are answered, as Ollama alone answers
+// them, and the log says what went wrong.
+func TestContextsFaults(t *testing.T) {
+	version := realollama.Newest()
+	t.Run("the proxy is killed in mid-save", func(t *testing.T) { contextsKilled(t, version) })
+	t.Run("two proxies", func(t *testing.T) { contextsTwoProxies(t, version) })
+	t.Run("torn files", func(t *testing.T) { contextsTorn(t, version) })
+	t.Run("the engine is killed in mid-restore", func(t *testing.T) { contextsEngineKilled(t, version) })
+}
+
+// directAnswers are what the server says to the first n chats of a prefix, without the proxy. It is left
+// with no model loaded.
+func (p *contextsPair) directAnswers(t *testing.T, prefix, n int) []string {
+	t.Helper()
+	direct := &contextsPair{Pair: &linked.Pair{Server: p.Server}, client: p.client}
+	var want []string
+	for i := range n {
+		want = append(want, direct.answer(t, contextChat(prefix, i)))
+	}
+	p.unload(t)
+	return want
+}
+
+// logged waits until the proxy has warned of something, in a line with each of the words, and returns
+// how many such lines there are.
+func (p *contextsPair) logged(t testing.TB, words ...string) int {
+	t.Helper()
+	var found []string
+	eventually(t, fmt.Sprintf("logged with %q", words), func() bool {
+		found = nil
+		for line := range strings.Lines(p.Proxy.Log()) {
+			warns := strings.Contains(line, `"level":"WARN"`) || strings.Contains(line, `"level":"ERROR"`)
+			lacks := func(w string) bool { return !strings.Contains(line, w) }
+			if warns && !slices.ContainsFunc(words, lacks) {
+				found = append(found, line)
+			}
+		}
+		return len(found) > 0
+	})
+	t.Logf("logged %d times, the last: %s", len(found), found[len(found)-1])
+	return len(found)
+}
+
+// contextsKilled: the proxy is killed when a file that is being written is there; the next one removes
+// what is not whole, and uses what is.
+func contextsKilled(t *testing.T, version string) {
+	p := startContexts(t, realollama.Config{Version: version})
+	want := p.directAnswers(t, 60, 3)
+	for n := range 2 {
+		p.answer(t, contextChat(60, n))
+	}
+	p.saved(t, 1)
+
+	process := p.engine(t)
+	url, killed := p.URL(), make(chan struct{})
+	go func() { // ends when a file is being written, or nothing is saved
+		defer close(killed)
+		for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(200 * time.Microsecond) {
+			if parts, _ := filepath.Glob(filepath.Join(p.StateDir(), "*.part")); len(parts) > 0 {
+				break
+			}
+		}
+		p.KillProxy()
+	}()
+	for n := 0; ; n++ { // prefixes that are worth to save, until the proxy is gone
+		if _, err := chat.Send(t.Context(), p.client, url, contextChat(6000+n, 0)); err != nil {
+			break
+		}
+	}
+	<-killed
+	if parts, _ := filepath.Glob(filepath.Join(p.StateDir(), "*.part")); len(parts) == 0 {
+		t.Error("no save was met under way")
+	}
+	// What a save leaves that an engine has begun only, as opposed to the one that was just met.
+	torn := filepath.Join(p.StateDir(), strings.Repeat("0", 32)+".part")
+	if err := os.WriteFile(torn, []byte("ggsn"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.StartProxy(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if parts, _ := filepath.Glob(filepath.Join(p.StateDir(), "*.part")); len(parts) > 0 {
+		t.Errorf("after a restart there is %q", parts)
+	}
+	p.logged(t, "not whole")
+	if again := p.engine(t); again.PID != process.PID {
+		t.Error("the engine has ended")
+	}
+	p.unload(t)
+	var got string
+	if n := cold(p.evaluated(t, 1, func() { got = p.answer(t, contextChat(60, 2)) })); n != 0 || got != want[2] {
+		t.Errorf("%d prompts evaluated of the prefix that was saved before, answer %q, want %q", n, got, want[2])
+	}
+}
+
+// contextsTwoProxies: of two proxies with one folder the second goes without contexts, and says so.
+func contextsTwoProxies(t *testing.T, version string) {
+	p := startContexts(t, realollama.Config{Version: version})
+	want := p.directAnswers(t, 65, 1)
+	second := &contextsPair{
+		Pair:   &linked.Pair{Server: p.Server, Proxy: startProxy(t, p.Server.URL(), "--contexts", p.Home).Process},
+		client: p.client,
+	}
+	if got := second.answer(t, contextChat(65, 0)); got != want[0] {
+		t.Errorf("answer %q, want %q", got, want[0])
+	}
+	second.logged(t, "another process keeps its contexts in this folder")
+}
+
+// engine is the one engine that runs.
+func (p *contextsPair) engine(t testing.TB) engine.Process {
+	t.Helper()
+	all, err := engine.Processes(p.Home)
+	if err != nil || len(all) != 1 {
+		t.Fatalf("engines: %v, %v", all, err)
+	}
+	return all[0]
+}
+
+// contextsTorn: states that are cut off, overwritten or gone are told of and forgotten.
+func contextsTorn(t *testing.T, version string) {
+	p := startContexts(t, realollama.Config{Version: version})
+	want := p.directAnswers(t, 70, 4)
+	for _, tt := range []struct {
+		kind string
+		tear func(path string) error
+		why  string // in the log
+	}{
+		{"cut off", func(path string) error { return os.Truncate(path, 1000) }, "it is torn"},
+		{"gone", os.Remove, "no such file"},
+		{"foreign", func(path string) error { // of the same size
+			info, err := os.Stat(path)
+			if err != nil {
+				return err
+			}
+			return os.WriteFile(path, make([]byte, info.Size()), 0o600)
+		}, "the engine refused"},
+	} {
+		t.Run(tt.kind, func(t *testing.T) {
+			for n := range 2 {
+				p.answer(t, contextChat(70, n))
+			}
+			p.saved(t, 1)
+			p.unload(t)
+			for _, path := range p.states(t) {
+				if err := tt.tear(path); err != nil {
+					t.Fatal(err)
+				}
+			}
+			var got string
+			n := cold(p.evaluated(t, 1, func() { got = p.answer(t, contextChat(70, 3)) }))
+			if n != 1 || got != want[3] {
+				t.Errorf("%d prompts evaluated, want 1; answer %q, want %q", n, got, want[3])
+			}
+			p.logged(t, "stored context", tt.why)
+		})
+	}
+}
+
+// contextsEngineKilled: an engine that does not answer the proxy any more, and is killed then.
+func contextsEngineKilled(t *testing.T, version string) {
+	p := startContexts(t, realollama.Config{Version: version, CacheRAMMiB: new(int)})
+	want := p.directAnswers(t, 80, 3)
+	for _, prefix := range []int{80, 80, 81} {
+		p.answer(t, contextChat(prefix, 0))
+	}
+	p.saved(t, 2)
+	process := p.engine(t)
+	if err := syscall.Kill(process.PID, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	answered := make(chan string, 1)
+	go func() { answered <- p.answer(t, contextChat(80, 2)) }()
+	eventually(t, "waiting for the engine", func() bool { return unread(t, process.Port) })
+	if err := syscall.Kill(process.PID, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if got := <-answered; got != want[2] {
+		t.Errorf("answer %q, want %q", got, want[2])
+	}
+	// All goes on as before.
+	p.unload(t)
+	if n := cold(p.evaluated(t, 1, func() { p.answer(t, contextChat(80, 1)) })); n != 0 {
+		t.Error("the prefix was evaluated again")
+	}
+}
+
+// unread is whether somebody has sent to a port of loopback what was not read yet.
+func unread(t testing.TB, port int) bool {
+	t.Helper()
+	table, err := os.ReadFile("/proc/net/tcp")
+	if err != nil {
+		t.Fatal(err)
+	}
+	local := fmt.Sprintf("0100007F:%04X", port)
+	for line := range strings.Lines(string(table)) {
+		fields := strings.Fields(line)
+		if len(fields) > 4 && fields[1] == local && fields[3] == "01" { // established
+			_, received, _ := strings.Cut(fields[4], ":")
+			if strings.Trim(received, "0") != "" {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// mountsEnv says that the test runs in a mount namespace of its own.
+const mountsEnv = "CACHEPROXY_TEST_MOUNTS"
+
+// TestContextsDisk: a folder that is read-only, and a disk that is full. Each needs a file system of its
+// own, so it runs again in a namespace where it may mount one.
+func TestContextsDisk(t *testing.T) {
+	if os.Getenv(mountsEnv) == "" {
+		cmd := exec.CommandContext(t.Context(), "unshare", "--user", "--map-root-user", "--mount",
+			os.Args[0], "-test.run=^TestContextsDisk$", "-test.v", "-test.timeout=5m")
+		cmd.Env = append(os.Environ(), mountsEnv+"=1")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("in a mount namespace: %v\n%s", err, tail(string(out), 150))
+		}
+		return
+	}
+	const readOnly = syscall.MS_RDONLY
+	for _, disk := range []struct {
+		name    string
+		flags   uintptr
+		options string
+		later   uintptr  // flags from when the proxy has started
+		words   []string // of the line that says why there are no contexts
+	}{
+		{"read-only", readOnly, "size=64m", 0, []string{"read-only file system"}},
+		// (The proxy leaves 2 GiB of a disk to others.)
+		{"read-only later", 0, "size=4g", readOnly, []string{"context", "could not be saved"}},
+		{"full", 0, "size=256k", 0, []string{"the disk has no room"}},
+	} {
+		t.Run(disk.name, func(t *testing.T) {
+			home := t.TempDir()
+			dir := filepath.Join(home, "contexts")
+			if err := os.Mkdir(dir, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			if err := syscall.Mount("tmpfs", dir, "tmpfs", disk.flags, disk.options+",mode=0700"); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() {
+				if err := syscall.Unmount(dir, 0); err != nil {
+					t.Error(err)
+				}
+			})
+			p := startContextsIn(t, home, realollama.Config{Version: realollama.Newest()})
+			if disk.later != 0 {
+				// As a file system is mounted read-only that has met errors: with files open to write.
+				if err := syscall.Mount("", dir, "", syscall.MS_REMOUNT|syscall.MS_BIND|disk.later, ""); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want := p.directAnswers(t, 90, 4)
+			for n := range 3 {
+				if got := p.answer(t, contextChat(90, n)); got != want[n] {
+					t.Errorf("answer %d: %q, want %q", n, got, want[n])
+				}
+			}
+			p.logged(t, disk.words...)
+			p.unload(t)
+			if got := p.answer(t, contextChat(90, 3)); got != want[3] {
+				t.Errorf("answer after an unload: %q, want %q", got, want[3])
+			}
+			if n := p.logged(t, disk.words...); n > 2 { // at the start, and at the first save
+				t.Errorf("it was told %d times", n)
+			}
+			status, _, text := get(t, p.URL()+"/_cacheproxy/health")
+			if status != http.StatusOK {
+				t.Errorf("the proxy's health: %d %s", status, text)
+			}
+		})
+	}
+}

@@ -1,0 +1,41 @@
+package realollama
+
+import (
+	"context"
+	"fmt"
+	"os"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/engine"
+)
+
+// LinkConfig says which Ollama to link to the proxy, and where.
+type LinkConfig struct {
+	// Version is EraB or EraC; EraA has no engine of its own to link to.
+	Version string
+	// Home is the folder of the link.
+	Home string
+	// Program is the path of the proxy's binary.
+	Program string
+	// SWAFull has the engine keep the whole context of sliding windows.
+	SWAFull bool
+}
+
+// Link makes sure that the cache has an Ollama, makes a linked one of it in a folder, and returns
+// the path of its binary, for Config.Bin. The one in the cache stays as it is.
+func Link(ctx context.Context, config LinkConfig) (string, error) {
+	c, err := OpenCache(os.Stderr)
+	if err != nil {
+		return "", err
+	}
+	original, err := c.Ollama(ctx, config.Version)
+	if err != nil {
+		return "", err
+	}
+	info, err := engine.Link(engine.LinkOptions{
+		Ollama: original, Home: config.Home, Program: config.Program, SWAFull: config.SWAFull,
+	})
+	if err != nil {
+		return "", fmt.Errorf("linking ollama %s: %w", config.Version, err)
+	}
+	return info.Start(), nil
+}

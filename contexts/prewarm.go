@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/engine"
 )
 
 // Fill attaches the states that are used most to the slots of a model's engine that hold nothing, as
@@ -50,20 +51,18 @@ func (m *Manager) fill(ctx context.Context, on *live, state contextstore.State) 
 		return false, false
 	}
 	defer on.rest()
-	s := stored{State: state, exact: true, reach: state.Tokens}
+	s := stored{State: state, reach: state.Tokens} // not exact: what comes may part from it before its end
 	m.mu.Lock()
-	p := s.prompt()
-	warm := 0
+	p, warm := s.prompt(), 0
 	for _, held := range on.slots {
 		warm = max(warm, p.shared(held.contents))
 	}
 	active := on.active
 	m.mu.Unlock()
-	if active > 0 {
+	switch {
+	case active > 0:
 		return false, false
-	}
-	s.exact = false // what comes goes on from it or parts from it: as if it parts
-	if !m.pays(s, warm) {
+	case !m.pays(s, warm):
 		return false, true
 	}
 	i := m.empty(ctx, on)
@@ -87,8 +86,8 @@ func (m *Manager) fill(ctx context.Context, on *live, state contextstore.State) 
 	return true, true
 }
 
-// empty returns the last slot of an engine that holds nothing; -1: there is none. It is the last one
-// since the engine gives the first of those that were never used to a prompt that fits none.
+// empty returns the first slot of an engine that holds nothing; -1: there is none. It is the first one
+// since the engine gives the last of those that were never used to a prompt that fits none.
 func (m *Manager) empty(ctx context.Context, on *live) int {
 	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
 	defer cancel()
@@ -98,14 +97,12 @@ func (m *Manager) empty(ctx context.Context, on *live) int {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	last := -1
-	for _, told := range list {
-		if told.ID >= len(on.slots) || told.Processing || told.Tokens > 0 {
-			continue
-		}
-		if s := on.slots[told.ID]; s.tokens == 0 && !s.claimed {
-			last = max(last, told.ID)
-		}
+	empty := func(told engine.Slot) bool {
+		return told.ID < len(on.slots) && !told.Processing && told.Tokens == 0 &&
+			on.slots[told.ID].tokens == 0 && !on.slots[told.ID].claimed
 	}
-	return last
+	if i := slices.IndexFunc(list, empty); i >= 0 {
+		return list[i].ID
+	}
+	return -1
 }

@@ -1,0 +1,153 @@
+package integration
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
+)
+
+// warmModel takes about a millisecond for each token of a prompt.
+const warmModel = "gen-llama-costly"
+
+// warmPrompt is a chat with one of the prefixes, of so many words, and a question of its own.
+func warmPrompt(t testing.TB, prefix uint64, length int, question string) string {
+	t.Helper()
+	text, err := json.Marshal(map[string]any{
+		"model": warmModel, "stream": false, "options": map[string]any{"temperature": 0, "num_predict": 4},
+		"messages": []map[string]string{
+			{"role": "system", "content": words(prefix, length)}, {"role": "user", "content": question},
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+// prewarmFile writes a file for --prewarm.
+func prewarmFile(t testing.TB, lines ...string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "prewarm.jsonl")
+	if err := os.WriteFile(path, []byte(strings.Join(lines, "\n")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// prewarmed is how many requests of the proxy's own had this result; "": any.
+func (p *proxyProcess) prewarmed(t testing.TB, result string) int {
+	t.Helper()
+	series := "ollama_cacheproxy_prewarm_requests_total{"
+	if result != "" {
+		series += fmt.Sprintf("result=%q}", result)
+	}
+	return int(p.Metric(t, series))
+}
+
+// warm checks that next to nothing is evaluated of a prompt whose prefix is warm, which comes now.
+func (p *proxyProcess) warm(t testing.TB, server *realollama.Server, what, body string) {
+	t.Helper()
+	mark := server.Mark()
+	mustPost(t, p.URL+"/api/chat", body)
+	total, evaluated := evaluations(t, server, mark, 1)
+	t.Logf("%s: %d of %d tokens were evaluated", what, evaluated, total)
+	if evaluated > 40 || total < 150 { // 20, and the question's own
+		t.Errorf("%s: %d of %d tokens were evaluated", what, evaluated, total)
+	}
+}
+
+// TestPrewarm: on real servers, the prompts of --prewarm are warm before anybody asks: at first, after a
+// load and after a restart.
+func TestPrewarm(t *testing.T) {
+	for _, version := range realollama.Distinct() {
+		t.Run(version, func(t *testing.T) {
+			server := realollama.Start(t, realollama.Config{
+				Version: version, Models: []string{warmModel}, Parallel: 3,
+			})
+			const length = 150
+			p := startProxy(t, server.URL(), "--prewarm", prewarmFile(t,
+				warmPrompt(t, 1, length, "?"),
+				`{"path":"/v1/chat/completions","body":`+warmPrompt(t, 2, length, "?")+`}`))
+			again := func(what string, sent int) {
+				t.Helper()
+				eventually(t, "warm "+what, func() bool { return p.prewarmed(t, "") >= sent })
+				for prefix := range uint64(2) {
+					p.warm(t, server, what, warmPrompt(t, prefix+1, length, "What about "+what+"?"))
+				}
+				if n := p.prewarmed(t, ""); n != sent {
+					t.Errorf("%s: %d requests were sent to make prompts warm, want %d", what, n, sent)
+				}
+			}
+			again("at first", 2)
+
+			mustPost(t, p.URL+"/api/generate", `{"model":"`+warmModel+`","keep_alive":0}`)
+			eventually(t, "unloaded", func() bool { return len(loaded(t, server.URL())) == 0 })
+			mustPost(t, p.URL+"/api/chat", warmPrompt(t, 3, 20, "Who?"))
+			again("after a load", 4)
+
+			server.Kill()
+			eventually(t, "seen to be away", func() bool {
+				return p.Metric(t, "ollama_cacheproxy_upstream_up{") == 0
+			})
+			if err := server.Restart(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			again("after a restart", 6)
+			if n := p.prewarmed(t, "evaluated"); n != 6 {
+				t.Errorf("%d requests had their prompts evaluated, want 6", n)
+			}
+			// Nobody else is told of them: six prompts and one were asked for by clients.
+			if n := p.Metric(t, `ollama_cacheproxy_requests_total{endpoint="/api/chat"`); n != 7 {
+				t.Errorf("%v requests of clients are counted, want 7", n)
+			}
+		})
+	}
+}
+
+// TestPrewarmGivesWay: a client that comes while a prompt is being made warm is not kept waiting until
+// that has been evaluated, and then it goes on.
+func TestPrewarmGivesWay(t *testing.T) {
+	server := realollama.Start(t, realollama.Config{
+		Version: realollama.Newest(), Models: []string{warmModel}, Parallel: 1,
+	})
+	p := startProxy(t, server.URL(), "--prewarm", prewarmFile(t, warmPrompt(t, 1, 900, "?")))
+	eventually(t, "loaded for the prompt", func() bool { return len(loaded(t, server.URL())) == 1 })
+	mark := server.Mark()
+	mustPost(t, p.URL+"/api/chat", warmPrompt(t, 2, 20, "Who?"))
+	first, err := server.WaitEvaluations(t.Context(), mark, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(first) != 1 || first[0].Total > 300 || p.prewarmed(t, "given_up") != 1 {
+		t.Errorf("when the client was answered the server had evaluated %+v, and %d prompts were given up",
+			first, p.prewarmed(t, "given_up"))
+	}
+	eventually(t, "warm", func() bool { return p.prewarmed(t, "") == 2 })
+	p.warm(t, server, "then", warmPrompt(t, 1, 900, "What?"))
+}
+
+// TestPrewarmFile: a file that is wrong is refused at the start, and read again when it is changed.
+func TestPrewarmFile(t *testing.T) {
+	server := realollama.Start(t, realollama.Config{Version: realollama.Newest(), Models: []string{warmModel}})
+	path := prewarmFile(t, warmPrompt(t, 1, 150, "?"))
+	p := startProxy(t, server.URL(), "--prewarm", path)
+	eventually(t, "warm", func() bool { return p.prewarmed(t, "evaluated") == 1 })
+	if err := os.WriteFile(path, []byte(warmPrompt(t, 2, 150, "?")+"\n{}"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "refused", func() bool { return strings.Contains(p.Log(), "could not be read again") })
+	if err := os.WriteFile(path, []byte(warmPrompt(t, 2, 150, "?")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "warm, too", func() bool { return p.prewarmed(t, "evaluated") == 2 })
+	p.warm(t, server, "of the changed file", warmPrompt(t, 2, 150, "What?"))
+	if status, _, _ := get(t, p.URL+"/_cacheproxy/ready"); status != http.StatusOK {
+		t.Errorf("ready: %d", status)
+	}
+}

@@ -456,19 +456,7 @@ func (u *Use) choose(ctx context.Context, gain time.Duration) (int, bool) {
 	if err != nil {
 		return 0, false
 	}
-	best, loses, used := -1, time.Duration(0), uint64(0)
-	for i := range on.slots {
-		m.mu.Lock()
-		s := on.slots[i]
-		m.mu.Unlock()
-		if s.claimed && i != u.slot || !idle(i) {
-			continue
-		}
-		cost := m.unsaved(on, s)
-		if best < 0 || cost < loses || cost == loses && s.used > used {
-			best, loses, used = i, cost, s.used
-		}
-	}
+	best, loses := u.losesLeast(idle)
 	if best < 0 {
 		return 0, false
 	}
@@ -483,6 +471,26 @@ func (u *Use) choose(ctx context.Context, gain time.Duration) (int, bool) {
 	}
 	u.claim(best)
 	return best, true
+}
+
+// losesLeast returns the idle slot, claimed by no other request, in which least would be lost that is not
+// stored, and how long it would take to evaluate that again; -1: there is none.
+func (u *Use) losesLeast(idle func(slot int) bool) (best int, loses time.Duration) {
+	m, on := u.m, u.on
+	best, used := -1, uint64(0)
+	for i := range on.slots {
+		m.mu.Lock()
+		s := on.slots[i]
+		m.mu.Unlock()
+		if s.claimed && i != u.slot || !idle(i) {
+			continue
+		}
+		cost := m.unsaved(on, s)
+		if best < 0 || cost < loses || cost == loses && s.used > used {
+			best, loses, used = i, cost, s.used
+		}
+	}
+	return best, loses
 }
 
 // claim says which slot the request is expected to use. Manager.mu must be held.

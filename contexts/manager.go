@@ -475,19 +475,7 @@ func (u *Use) choose(ctx context.Context, gain time.Duration) (int, bool) {
 	if err != nil {
 		return 0, false
 	}
-	best, loses, used := -1, time.Duration(0), uint64(0)
-	for i := range on.slots {
-		m.mu.Lock()
-		s := on.slots[i]
-		m.mu.Unlock()
-		if s.claimed && i != u.slot || !idle(i) {
-			continue
-		}
-		cost := m.unsaved(on, s)
-		if best < 0 || cost < loses || cost == loses && s.used > used {
-			best, loses, used = i, cost, s.used
-		}
-	}
+	best, loses := u.cheapest(idle)
 	if best < 0 {
 		return 0, false
 	}
@@ -511,6 +499,26 @@ func (u *Use) claim(slot int) {
 	}
 	u.slot = slot
 	u.on.slots[slot].claimed = true
+}
+
+// cheapest returns the idle slot that loses least, and how long that takes to evaluate again; -1: none is
+// free.
+func (u *Use) cheapest(idle func(slot int) bool) (best int, loses time.Duration) {
+	m, on := u.m, u.on
+	best, used := -1, uint64(0)
+	for i := range on.slots {
+		m.mu.Lock()
+		s := on.slots[i]
+		m.mu.Unlock()
+		if s.claimed && i != u.slot || !idle(i) {
+			continue
+		}
+		cost := m.unsaved(on, s)
+		if best < 0 || cost < loses || cost == loses && s.used > used {
+			best, loses, used = i, cost, s.used
+		}
+	}
+	return best, loses
 }
 
 // After says how the request ended. It calls release, once, when its lane may be given to another

@@ -34,13 +34,14 @@ type Engine interface {
 // Running is an engine that runs now.
 type Running struct {
 	Engine
-	ID      string   // of this process, never used again
-	Port    int      // on which its Ollama server listens
-	Files   []string // the base names of its model's, its projector's and its adapters'
-	Format  string   // all that a state depends on beside its tokens: see engine.Process.Format
-	Slots   int      // at least 1
-	Context int      // tokens, of each slot; 0: not known
-	Full    bool     // it keeps all tokens of a model with a sliding window
+	ID         string   // of this process, never used again
+	Port       int      // on which its Ollama server listens
+	Files      []string // the base names of its model's, its projector's and its adapters'
+	Format     string   // all that a state depends on beside its tokens: see engine.Process.Format
+	Slots      int      // at least 1
+	Context    int      // tokens, of each slot; 0: not known
+	Full       bool     // it keeps all tokens of a model with a sliding window
+	ValueBytes float64  // of each number in its cache
 }
 
 // Config is what a Manager works with. Running, Files and Log must be set.
@@ -151,6 +152,8 @@ type Request struct {
 	Contents []uint64 // prefix.Chain.Contents
 	Bytes    []int    // of text, up to and with each link
 
+	// Values is how many numbers the engine keeps for each token; 0: not known.
+	Values int
 	// Sliding says that the model's attention has a sliding window.
 	Sliding bool
 	// Loaded says that the model is loaded as the request needs it, for certain.
@@ -218,6 +221,7 @@ func (m *Manager) Before(ctx context.Context, r Request) *Use {
 	if u.on != nil && !m.restores(u.on, r) {
 		return nil
 	}
+	u.sized()
 	if u.on == nil { // the model is loaded for this request, or by an engine that is not linked
 		m.loading.Add(1)
 		m.nudge()
@@ -235,6 +239,18 @@ func (m *Manager) Before(ctx context.Context, r Request) *Use {
 		u.replace(ctx)
 	}
 	return u
+}
+
+// sized notes how large a state of the model will be, before the first one tells.
+func (u *Use) sized() {
+	if u.on == nil || u.r.Values == 0 {
+		return
+	}
+	u.m.mu.Lock()
+	defer u.m.mu.Unlock()
+	if l := u.m.learned(u.on.Format); l.perState == 0 {
+		l.perState = float64(u.r.Values) * u.on.ValueBytes
+	}
 }
 
 // act begins what no request may be in the way of. It reports whether that was before ctx ended;
@@ -360,6 +376,9 @@ func (u *Use) attach(ctx context.Context) bool {
 	if !ok || !m.pays(best, warm) {
 		return false
 	}
+	if m.Files.Check(ctx, best.ID) != nil {
+		return false // it has changed, and the engine would not notice
+	}
 	gain := m.gain(best, warm)
 	i, ok := u.choose(ctx, gain)
 	if !ok {
@@ -456,7 +475,7 @@ func (u *Use) choose(ctx context.Context, gain time.Duration) (int, bool) {
 	if err != nil {
 		return 0, false
 	}
-	best, loses := u.losesLeast(idle)
+	best, loses := u.cheapest(idle)
 	if best < 0 {
 		return 0, false
 	}
@@ -473,9 +492,18 @@ func (u *Use) choose(ctx context.Context, gain time.Duration) (int, bool) {
 	return best, true
 }
 
-// losesLeast returns the idle slot, claimed by no other request, in which least would be lost that is not
-// stored, and how long it would take to evaluate that again; -1: there is none.
-func (u *Use) losesLeast(idle func(slot int) bool) (best int, loses time.Duration) {
+// claim says which slot the request is expected to use. Manager.mu must be held.
+func (u *Use) claim(slot int) {
+	if u.slot >= 0 {
+		u.on.slots[u.slot].claimed = false
+	}
+	u.slot = slot
+	u.on.slots[slot].claimed = true
+}
+
+// cheapest returns the idle slot that loses least, and how long that takes to evaluate again; -1: none is
+// free.
+func (u *Use) cheapest(idle func(slot int) bool) (best int, loses time.Duration) {
 	m, on := u.m, u.on
 	best, used := -1, uint64(0)
 	for i := range on.slots {
@@ -491,15 +519,6 @@ func (u *Use) losesLeast(idle func(slot int) bool) (best int, loses time.Duratio
 		}
 	}
 	return best, loses
-}
-
-// claim says which slot the request is expected to use. Manager.mu must be held.
-func (u *Use) claim(slot int) {
-	if u.slot >= 0 {
-		u.on.slots[u.slot].claimed = false
-	}
-	u.slot = slot
-	u.on.slots[slot].claimed = true
 }
 
 // After says how the request ended. It calls release, once, when its lane may be given to another
@@ -553,6 +572,7 @@ func (u *Use) begun() bool {
 		u.on = nil
 		return false
 	}
+	u.sized()
 	u.m.mu.Lock()
 	defer u.m.mu.Unlock()
 	u.on.active++

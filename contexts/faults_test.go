@@ -446,8 +446,14 @@ func TestWrongStateGoes(t *testing.T) {
 	})
 }
 
-// TestRequestWaitsForOneSave: however many slots are to be saved before their engine may have to go.
+// TestRequestWaitsForOneSave: however many slots are to be saved before their engine may have to go; and
+// for one of the slot that it takes, if that is not warm.
 func TestRequestWaitsForOneSave(t *testing.T) {
+	t.Run("warm", func(t *testing.T) { testWaits(t, true, 1) })
+	t.Run("cold", func(t *testing.T) { testWaits(t, false, 2) })
+}
+
+func testWaits(t *testing.T, warm bool, saves int) {
 	with(t, map[string]modelSpec{"m": {slots: 4}}, ample, func(p *proxied) {
 		p.must(ask{model: "m", prompt: long("first", 0), answer: 2})
 		p.rest(0)
@@ -457,7 +463,7 @@ func TestRequestWaitsForOneSave(t *testing.T) {
 		p.must(ask{model: "m", prompt: long("d", 0), answer: 2})
 		p.rest(0)
 		before := p.saved()
-		warm := p.request(ask{model: "m", context: 4096, prompt: long("d", 0)})
+		r := p.request(ask{model: "m", context: 4096, prompt: long("d", 0)})
 		p.m.mu.Lock()
 		for _, l := range p.m.engines { // as if others had evaluated the same before, and nothing were stored
 			for i := range l.slots {
@@ -474,12 +480,15 @@ func TestRequestWaitsForOneSave(t *testing.T) {
 			p.m.Leave(context.Background(), ollamaPort)
 		}()
 		time.Sleep(time.Millisecond) // virtual: the first save is under way
-		for j := range warm.Contents {
-			warm.Contents[j]++
+		for j := range r.Contents {
+			r.Contents[j]++
+			if !warm {
+				r.Contents[j] += 2
+			}
 		}
-		u := p.m.Before(context.Background(), warm)
-		if n := p.saved() - before; n != 1 {
-			t.Errorf("the request has waited for %d saves", n)
+		u := p.m.Before(context.Background(), r)
+		if n := p.saved() - before; n != saves {
+			t.Errorf("the request has waited for %d saves, instead of %d", n, saves)
 		}
 		u.After(Answer{Unsent: true}, func() {})
 		<-left

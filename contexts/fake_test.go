@@ -619,9 +619,10 @@ type proxied struct {
 	dir      string
 	stop     context.CancelFunc
 	ended    chan struct{}
-	mistakes int           // states that may be stored for other prompts than theirs
-	turn     chan struct{} // if not nil, full while a request is under way, as with models that evict each other
-	blind    bool          // the engine does not tell what was reused
+	failed   map[string]uint64 // Counts.Failed of managers that have ended
+	mistakes int               // states that may be stored for other prompts than theirs
+	turn     chan struct{}     // if not nil, full while a request is under way, as with models that evict each other
+	blind    bool              // the engine does not tell what was reused
 
 	mu    sync.Mutex
 	lanes map[string]chan struct{}
@@ -672,7 +673,7 @@ type ask struct {
 
 func newProxied(t testing.TB, models map[string]modelSpec, limit contextstore.FileLimits) *proxied {
 	p := &proxied{
-		ollama: newOllama(t, models), lanes: map[string]chan struct{}{}, gates: map[string]*gate{}, limit: limit,
+		ollama: newOllama(t, models), lanes: map[string]chan struct{}{}, gates: map[string]*gate{}, failed: map[string]uint64{}, limit: limit,
 		dir: filepath.Join(t.TempDir(), "contexts"),
 	}
 	p.files = func() *contextstore.Files { return p.store }
@@ -706,6 +707,9 @@ func (p *proxied) finish() {
 	p.stop()
 	<-p.ended
 	p.check()
+	for why, n := range p.m.Counts().Failed {
+		p.failed[why] += n
+	}
 	if err := p.store.Close(context.Background()); err != nil {
 		p.t.Error(err)
 	}

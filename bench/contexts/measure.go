@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -60,7 +61,9 @@ type stage struct {
 	done []completion
 	// evaluated is the number of tokens in all; each prompt has one at least.
 	evaluated, loads int
-	missing          int // prompts of which the server's log does not tell
+	// missing is how many prompts the server's log does not tell of. Through a proxy they count as
+	// evaluated, each like the longest, else not at all.
+	missing int
 	wall             time.Duration
 }
 
@@ -271,6 +274,10 @@ func play(ctx context.Context, client *http.Client, p *linked.Pair, s step) (sta
 	}
 	for _, e := range all {
 		st.evaluated += max(e.Evaluated, 1)
+	}
+	if p.Proxy != nil && st.missing > 0 { // what is judged gets the worst of it
+		longest := slices.MaxFunc(st.done, func(a, b completion) int { return a.Prompt - b.Prompt })
+		st.evaluated += st.missing * longest.Prompt
 	}
 	return st, nil
 }

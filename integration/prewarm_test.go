@@ -157,3 +157,58 @@ func TestPrewarmFile(t *testing.T) {
 		t.Errorf("ready: %d", status)
 	}
 }
+
+// TestPrewarmContexts: where contexts are stored they are attached before anybody asks: those of the
+// file's prompts after a restart of both, and those used most after a load.
+func TestPrewarmContexts(t *testing.T) {
+	bin, err := proxyBinary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	home := filepath.Join(t.TempDir(), "home")
+	ollama, err := realollama.Link(t.Context(), realollama.LinkConfig{
+		Version: realollama.Newest(), Home: home, Program: bin,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := realollama.Start(t, realollama.Config{
+		Version: realollama.Newest(), Bin: ollama, Models: []string{warmModel}, Parallel: 4,
+	})
+	const length, contexts = 150, "ollama_cacheproxy_contexts_"
+	file := prewarmFile(t, warmPrompt(t, 1, length, "?"))
+	unload := func() {
+		t.Helper()
+		mustPost(t, server.URL()+"/api/generate", `{"model":"`+warmModel+`","keep_alive":0}`)
+		eventually(t, "unloaded", func() bool { return len(loaded(t, server.URL())) == 0 })
+	}
+
+	p := startProxy(t, server.URL(), "--contexts", home, "--prewarm", file)
+	eventually(t, "warm", func() bool { return p.prewarmed(t, "evaluated") == 1 })
+	eventually(t, "stored", func() bool { return p.Metric(t, contexts+"saved_total") == 1 })
+	for n := range 2 { // another one, used twice
+		mustPost(t, p.URL+"/api/chat", warmPrompt(t, 2, length, fmt.Sprintf("Which %d?", n)))
+		eventually(t, "stored, too", func() bool { return p.Metric(t, contexts+"saved_total") >= 2 })
+		unload()
+	}
+	if err := p.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	if err := server.Restart(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+
+	mark := server.Mark()
+	p = startProxy(t, server.URL(), "--contexts", home, "--prewarm", file)
+	eventually(t, "warm again", func() bool { return p.prewarmed(t, "") == 1 })
+	if total, evaluated := evaluations(t, server, mark, 1); evaluated > 20 || p.prewarmed(t, "attached") != 1 {
+		t.Errorf("%d of %d tokens were evaluated to make the prompt warm again", evaluated, total)
+	}
+	eventually(t, "filled", func() bool { return p.Metric(t, contexts+"filled_total") == 1 })
+	attached := p.Metric(t, contexts+"attached_total")
+	p.warm(t, server, "of the file, after a restart", warmPrompt(t, 1, length, "What?"))
+	p.warm(t, server, "of no file, after a restart", warmPrompt(t, 2, length, "What?"))
+	if n := p.Metric(t, contexts+"attached_total"); n != attached {
+		t.Errorf("%v contexts were attached when somebody asked", n-attached)
+	}
+}

@@ -346,6 +346,9 @@ func (h *Handler) loadFirst(r *http.Request, ex *exchange) *refusal {
 		w.needs = &wanted
 		p.mu.Unlock()
 		ex.up.Used()
+		if ex.up.port != 0 {
+			h.Contexts.Leave(r.Context(), ex.up.port) // others may have to make room
+		}
 		_, err := ex.load(w.loading, wanted)
 		p.mu.Lock()
 		w.needs, w.lost = nil, w.item.lost

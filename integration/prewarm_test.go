@@ -62,8 +62,8 @@ func (p *proxyProcess) warm(t testing.TB, server *realollama.Server, what, body 
 	}
 }
 
-// TestPrewarm: on real servers, the prompts of --prewarm are warm before anybody asks: at first, after a
-// load and after a restart.
+// TestPrewarm: on real servers, the prompts of --prewarm are warm before anybody asks: at first,
+// after a load and after a restart.
 func TestPrewarm(t *testing.T) {
 	for _, version := range realollama.Distinct() {
 		t.Run(version, func(t *testing.T) {
@@ -116,8 +116,8 @@ func TestPrewarm(t *testing.T) {
 	}
 }
 
-// TestPrewarmGivesWay: a client that comes while a prompt is being made warm is not kept waiting until
-// that has been evaluated, and then it goes on.
+// TestPrewarmGivesWay: a client that comes while a prompt is being made warm is not kept waiting
+// until that has been evaluated, and then it goes on.
 func TestPrewarmGivesWay(t *testing.T) {
 	server := realollama.Start(t, realollama.Config{
 		Version: realollama.Newest(), Models: []string{warmModel}, Parallel: 1,
@@ -158,8 +158,8 @@ func TestPrewarmFile(t *testing.T) {
 	}
 }
 
-// TestPrewarmContexts: where contexts are stored they are attached before anybody asks: those of the
-// file's prompts after a restart of both, and those used most after a load.
+// TestPrewarmContexts: where contexts are stored they are attached before anybody asks: those of
+// the file's prompts after a restart of both, and those used most after a load.
 func TestPrewarmContexts(t *testing.T) {
 	bin, err := proxyBinary()
 	if err != nil {
@@ -211,4 +211,11 @@ func TestPrewarmContexts(t *testing.T) {
 	if n := p.Metric(t, contexts+"attached_total"); n != attached {
 		t.Errorf("%v contexts were attached when somebody asked", n-attached)
 	}
+
+	// A proxy that finds the model loaded knows nothing of its slots but which hold nothing.
+	if err := p.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	p = startProxy(t, server.URL(), "--contexts", home)
+	eventually(t, "filled at first", func() bool { return p.Metric(t, contexts+"filled_total") == 2 })
 }

@@ -12,8 +12,8 @@ import (
 	"time"
 )
 
-// TestPrewarmFile: the requests are read again when the file has changed, and at SIGHUP, beside other
-// files; what is wrong is told, and leaves those from before.
+// TestPrewarmFile: the requests are read again when the file has changed, and at SIGHUP, beside
+// other files; what is wrong is told, and leaves those from before.
 func TestPrewarmFile(t *testing.T) {
 	dir := t.TempDir()
 	path, keys := filepath.Join(dir, "prewarm.jsonl"), filepath.Join(dir, "keys.txt")
@@ -24,6 +24,7 @@ func TestPrewarmFile(t *testing.T) {
 		}
 	}
 	const line = `{"model":"m","messages":[{"role":"user","content":"x"}]}`
+	other := strings.Replace(line, "x", "y", 1)
 	write(path, line)
 	write(keys, "one")
 	synctest.Test(t, func(t *testing.T) {
@@ -51,7 +52,7 @@ func TestPrewarmFile(t *testing.T) {
 			lines    int
 		}{
 			{"nothing", func() {}, 1, "", 0},
-			{"another line", func() { write(path, line+"\n"+strings.Replace(line, "x", "y", 1)) }, 2, "requests=2", 1},
+			{"another line", func() { write(path, line+"\n"+other) }, 2, "requests=2", 1},
 			{"a wrong one", func() { write(path, line+"\n{}") }, 2, "line 2:", 1},
 			{"the keys alone", func() { write(keys, "one\ntwo") }, 2, "API keys read again", 1},
 			{"SIGHUP", func() { write(path, line); signals <- syscall.SIGHUP }, 1, "requests=1", 2},
@@ -61,7 +62,8 @@ func TestPrewarmFile(t *testing.T) {
 			time.Sleep(filesEvery + 1)
 			synctest.Wait()
 			lines := strings.TrimPrefix(log.String(), before)
-			if f.requests.Len() != step.requests || strings.Count(lines, "\n") != step.lines || !strings.Contains(lines, step.logged) {
+			if f.requests.Len() != step.requests || strings.Count(lines, "\n") != step.lines ||
+				!strings.Contains(lines, step.logged) {
 				t.Errorf("%s: %d requests, want %d, and %d lines with %q:\n%s",
 					step.what, f.requests.Len(), step.requests, step.lines, step.logged, lines)
 			}

@@ -85,6 +85,7 @@ bench-candidates: ## 170,000 candidates and one rubric on simulated servers, in 
 
 .PHONY: fuzz
 fuzz: ## a minute of each fuzz test
+	$(FUZZ) '^FuzzParse$$' ./engine
 	$(FUZZ) '^FuzzObject$$' ./jsonscan
 	$(FUZZ) '^FuzzCursor$$' ./jsonscan
 	$(FUZZ) '^FuzzRead$$' ./prefix

@@ -77,13 +77,13 @@ type modelSpec struct {
 
 // ollama stands for an Ollama server: it has one model loaded at a time, or as many as most says.
 type ollama struct {
-	t       testing.TB
-	files   func() *contextstore.Files
-	models  map[string]modelSpec
-	most    int           // models that are loaded together; 0: one
-	writing time.Duration // for each KiB of a state
-	reading time.Duration
-	faults  faults
+	t      testing.TB
+	files  func() *contextstore.Files
+	models map[string]modelSpec
+	most   int // models that are loaded together; 0: one
+
+	disk   diskSpeed // guarded by mu, and so are the faults
+	faults faults
 
 	mu        sync.Mutex
 	engines   []*llama // the newest last
@@ -110,10 +110,39 @@ type faults struct {
 	save, restore func(ctx context.Context, e *llama) error
 }
 
+// diskSpeed is how long a disk takes for each KiB of a state.
+type diskSpeed struct{ writing, reading time.Duration }
+
+var ssd = diskSpeed{writing: 20 * time.Microsecond, reading: 10 * time.Microsecond}
+
+func (o *ollama) fault() faults {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.faults
+}
+
+func (o *ollama) setFaults(f faults) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.faults = f
+}
+
+func (o *ollama) speed() diskSpeed {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.disk
+}
+
+func (o *ollama) setDisk(d diskSpeed) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.disk = d
+}
+
 func newOllama(t testing.TB, models map[string]modelSpec) *ollama {
 	return &ollama{
 		t: t, models: models, most: 1,
-		writing: 20 * time.Microsecond, reading: 10 * time.Microsecond,
+		disk:      ssd,
 		evaluated: map[string]int{}, loading: make(chan struct{}, 1), known: map[uint64][]uint32{},
 	}
 }
@@ -135,7 +164,6 @@ type llama struct {
 	clock   int
 	changed chan struct{} // closed, and made anew, when a slot becomes idle
 	running int
-	used    int
 }
 
 type llamaSlot struct {
@@ -184,25 +212,19 @@ func (o *ollama) loaded(model string, context int) *llama {
 
 // ensure has a model loaded, and counts a request there, so that it is not unloaded meanwhile.
 func (o *ollama) ensure(model string, context int) *llama {
-	for {
-		o.loading <- struct{}{}
-		e := o.loaded(model, context)
-		if e == nil {
-			if !o.makeRoom(model) {
-				<-o.loading
-				time.Sleep(10 * time.Millisecond) // virtual: until a request has ended
-				continue
-			}
-			e = o.start(model, context)
+	o.loading <- struct{}{} // in turn: who comes later waits, also for a model that is loaded
+	defer func() { <-o.loading }()
+	e := o.loaded(model, context)
+	if e == nil {
+		for !o.makeRoom(model) {
+			time.Sleep(10 * time.Millisecond) // virtual: until a request has ended
 		}
-		e.mu.Lock()
-		e.running++
-		e.clock++
-		e.used = e.clock
-		e.mu.Unlock()
-		<-o.loading
-		return e
+		e = o.start(model, context)
 	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.running++
+	return e
 }
 
 // makeRoom ends the engines that are in the way of another. It reports whether none is any more.
@@ -471,7 +493,7 @@ func (e *llama) hold(ctx context.Context, i int) error {
 
 // Save implements Engine.
 func (e *llama) Save(ctx context.Context, i int, name string) (engine.Saved, error) {
-	if f := e.o.faults.save; f != nil {
+	if f := e.o.fault().save; f != nil {
 		if err := f(ctx, e); err != nil {
 			return engine.Saved{}, err
 		}
@@ -485,7 +507,7 @@ func (e *llama) Save(ctx context.Context, i int, name string) (engine.Saved, err
 	e.mu.Unlock()
 	file := stateOf(tokens, e.model)
 	size := int64(len(file) + stateBytes*len(tokens))
-	took := e.o.writing * time.Duration(size>>10)
+	took := e.o.speed().writing * time.Duration(size>>10)
 	path := filepath.Join(e.o.files().Dir(), name)
 	if err := os.WriteFile(path, file, 0o600); err != nil {
 		return engine.Saved{}, err
@@ -543,7 +565,7 @@ func (e *llama) Restore(ctx context.Context, i int, name string, _ int64) (engin
 	s := &e.slots[i]
 	s.tokens, s.restored = nil, false // lost also where the file is refused
 	e.mu.Unlock()
-	if f := e.o.faults.restore; f != nil {
+	if f := e.o.fault().restore; f != nil {
 		if err := f(ctx, e); err != nil {
 			return engine.Restored{}, err
 		}
@@ -556,7 +578,7 @@ func (e *llama) Restore(ctx context.Context, i int, name string, _ int64) (engin
 		e.o.t.Errorf("a state of %s was attached to %s: answers would differ", model, e.model)
 	}
 	size := int64(len(tokens)) * stateBytes
-	took := e.o.reading * time.Duration(size>>10)
+	took := e.o.speed().reading * time.Duration(size>>10)
 	if err := e.work(took); err != nil {
 		return engine.Restored{}, err
 	}
@@ -568,6 +590,13 @@ func (e *llama) Restore(ctx context.Context, i int, name string, _ int64) (engin
 	e.o.restores++
 	e.o.attached = append(e.o.attached, attachment{name, e.model})
 	return engine.Restored{Tokens: len(tokens), Bytes: size, Took: took}, nil
+}
+
+// saved returns how many states were saved.
+func (o *ollama) saved() int {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.saves
 }
 
 // total returns how many tokens of prompts were evaluated.
@@ -590,8 +619,9 @@ type proxied struct {
 	dir      string
 	stop     context.CancelFunc
 	ended    chan struct{}
-	mistakes int  // states that may be stored for other prompts than theirs
-	blind    bool // the engine does not tell what was reused
+	mistakes int           // states that may be stored for other prompts than theirs
+	turn     chan struct{} // if not nil, full while a request is under way, as with models that evict each other
+	blind    bool          // the engine does not tell what was reused
 
 	mu    sync.Mutex
 	lanes map[string]chan struct{}
@@ -760,6 +790,9 @@ func (p *proxied) ask(ctx context.Context, a ask) (Answer, error) {
 	}
 	lane := p.lane(a.model)
 	lane <- struct{}{}
+	if p.turn != nil {
+		p.turn <- struct{}{}
+	}
 	u := p.m.Before(ctx, p.request(a))
 	got, err := p.send(ctx, a, func() {
 		if a.streams {
@@ -776,6 +809,9 @@ func (p *proxied) ask(ctx context.Context, a ask) (Answer, error) {
 		if !freed.CompareAndSwap(false, true) {
 			p.t.Error("a lane was released more than once")
 			return
+		}
+		if p.turn != nil {
+			<-p.turn
 		}
 		<-lane
 	})

@@ -31,6 +31,7 @@ const (
 	ending  occasion = 20 // a request has ended, and the next one may wait for its lane
 	resting occasion = 8  // the engine has nothing to do
 	leaving occasion = 3  // the state is about to be lost
+	trying  occasion = 1  // the first of a format, which tells how large its states are
 	copying occasion = 3  // others wait that can have it in their slots, too
 )
 
@@ -166,6 +167,9 @@ func (r *rate) estimate(bytes int64) time.Duration {
 
 func (r *rate) measured(bytes int64, took time.Duration) {
 	if bytes > 0 {
+		if time.Since(r.at) > rateCounts {
+			r.seen = 0
+		}
 		learnFrom(&r.seen, max(took-overhead, 0).Seconds()/float64(bytes))
 		r.at = time.Now()
 	}

@@ -34,13 +34,14 @@ type Engine interface {
 // Running is an engine that runs now.
 type Running struct {
 	Engine
-	ID      string   // of this process, never used again
-	Port    int      // on which its Ollama server listens
-	Files   []string // the base names of its model's, its projector's and its adapters'
-	Format  string   // all that a state depends on beside its tokens: see engine.Process.Format
-	Slots   int      // at least 1
-	Context int      // tokens, of each slot; 0: not known
-	Full    bool     // it keeps all tokens of a model with a sliding window
+	ID         string   // of this process, never used again
+	Port       int      // on which its Ollama server listens
+	Files      []string // the base names of its model's, its projector's and its adapters'
+	Format     string   // all that a state depends on beside its tokens: see engine.Process.Format
+	Slots      int      // at least 1
+	Context    int      // tokens, of each slot; 0: not known
+	Full       bool     // it keeps all tokens of a model with a sliding window
+	ValueBytes float64  // of each number in its cache
 }
 
 // Config is what a Manager works with. Running, Files and Log must be set.
@@ -99,10 +100,11 @@ type live struct {
 	told, attaches bool // Config.Told was told of it, and what
 
 	slots  []slot
-	active int       // requests that are sent to it, or wait for acting, and have not ended
-	ended  time.Time // when the last of them ended
-	clock  uint64    // counts the requests that ended
-	open   []*Use    // those whose slots are not known yet, as they were sent; none if there is one slot
+	saving []chan struct{} // by slot: closed when what that holds has been saved; nil: it is not being saved
+	active int             // requests that are sent to it, or wait for acting, and have not ended
+	ended  time.Time       // when the last of them ended
+	clock  uint64          // counts the requests that ended
+	open   []*Use          // those whose slots are not known yet, as they were sent; none if there is one slot
 }
 
 // slot is what is believed of an engine's slot. The zero slot holds nothing that is known.
@@ -150,6 +152,8 @@ type Request struct {
 	Contents []uint64 // prefix.Chain.Contents
 	Bytes    []int    // of text, up to and with each link
 
+	// Values is how many numbers the engine keeps for each token; 0: not known.
+	Values int
 	// Sliding says that the model's attention has a sliding window.
 	Sliding bool
 	// Loaded says that the model is loaded as the request needs it, for certain.
@@ -217,6 +221,7 @@ func (m *Manager) Before(ctx context.Context, r Request) *Use {
 	if u.on != nil && !m.restores(u.on, r) {
 		return nil
 	}
+	u.sized()
 	if u.on == nil { // the model is loaded for this request, or by an engine that is not linked
 		m.loading.Add(1)
 		m.nudge()
@@ -234,6 +239,18 @@ func (m *Manager) Before(ctx context.Context, r Request) *Use {
 		u.replace(ctx)
 	}
 	return u
+}
+
+// sized notes how large a state of the model will be, before the first one tells.
+func (u *Use) sized() {
+	if u.on == nil || u.r.Values == 0 {
+		return
+	}
+	u.m.mu.Lock()
+	defer u.m.mu.Unlock()
+	if l := u.m.learned(u.on.Format); l.perState == 0 {
+		l.perState = float64(u.r.Values) * u.on.ValueBytes
+	}
 }
 
 // act begins what no request may be in the way of. It reports whether that was before ctx ended;
@@ -281,6 +298,7 @@ func (m *Manager) known(running []Running) []*live {
 		if l == nil {
 			l = &live{
 				Running: e, slots: make([]slot, e.Slots), ended: time.Now(), acting: make(chan struct{}, 1),
+				saving: make([]chan struct{}, e.Slots),
 			}
 			for i := range l.slots {
 				l.slots[i].task = -1 // an engine's first request has the number 0
@@ -357,6 +375,9 @@ func (u *Use) attach(ctx context.Context) bool {
 	best, ok := m.best(on.Format, on.Context, u.r)
 	if !ok || !m.pays(best, warm) {
 		return false
+	}
+	if m.Files.Check(ctx, best.ID) != nil {
+		return false // it has changed, and the engine would not notice
 	}
 	gain := m.gain(best, warm)
 	i, ok := u.choose(ctx, gain)
@@ -454,19 +475,7 @@ func (u *Use) choose(ctx context.Context, gain time.Duration) (int, bool) {
 	if err != nil {
 		return 0, false
 	}
-	best, loses, used := -1, time.Duration(0), uint64(0)
-	for i := range on.slots {
-		m.mu.Lock()
-		s := on.slots[i]
-		m.mu.Unlock()
-		if s.claimed && i != u.slot || !idle(i) {
-			continue
-		}
-		cost := m.unsaved(on, s)
-		if best < 0 || cost < loses || cost == loses && s.used > used {
-			best, loses, used = i, cost, s.used
-		}
-	}
+	best, loses := u.cheapest(idle)
 	if best < 0 {
 		return 0, false
 	}
@@ -475,7 +484,8 @@ func (u *Use) choose(ctx context.Context, gain time.Duration) (int, bool) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if loses > gain/2 || on.slots[best].claimed && best != u.slot {
+	// Without a slot of its own that is warm, the request takes one that loses as much, or more.
+	if loses > gain/2 && u.slot >= 0 && best != u.slot || on.slots[best].claimed && best != u.slot {
 		return 0, false
 	}
 	u.claim(best)
@@ -489,6 +499,26 @@ func (u *Use) claim(slot int) {
 	}
 	u.slot = slot
 	u.on.slots[slot].claimed = true
+}
+
+// cheapest returns the idle slot that loses least, and how long that takes to evaluate again; -1: none is
+// free.
+func (u *Use) cheapest(idle func(slot int) bool) (best int, loses time.Duration) {
+	m, on := u.m, u.on
+	best, used := -1, uint64(0)
+	for i := range on.slots {
+		m.mu.Lock()
+		s := on.slots[i]
+		m.mu.Unlock()
+		if s.claimed && i != u.slot || !idle(i) {
+			continue
+		}
+		cost := m.unsaved(on, s)
+		if best < 0 || cost < loses || cost == loses && s.used > used {
+			best, loses, used = i, cost, s.used
+		}
+	}
+	return best, loses
 }
 
 // After says how the request ended. It calls release, once, when its lane may be given to another
@@ -542,6 +572,7 @@ func (u *Use) begun() bool {
 		u.on = nil
 		return false
 	}
+	u.sized()
 	u.m.mu.Lock()
 	defer u.m.mu.Unlock()
 	u.on.active++

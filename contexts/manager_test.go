@@ -96,6 +96,7 @@ func TestStateComesBackWithoutRest(t *testing.T) {
 func TestModelsThatEvictEachOther(t *testing.T) {
 	models := map[string]modelSpec{"m": {slots: 1}, "n": {slots: 1}}
 	with(t, models, ample, func(p *proxied) {
+		p.turn = make(chan struct{}, 1)
 		var wg sync.WaitGroup
 		for model := range models {
 			wg.Go(func() {
@@ -106,7 +107,8 @@ func TestModelsThatEvictEachOther(t *testing.T) {
 		}
 		wg.Wait()
 		least := 2 * (1000 + 40*20)
-		t.Logf("%d tokens evaluated, %.3f of the least possible, %d loads", p.total(), float64(p.total())/float64(least), p.loads)
+		t.Logf("%d tokens evaluated, %.3f of the least possible; %d loads, %d saves, %d restores", p.total(),
+			float64(p.total())/float64(least), p.loads, p.saves, p.restores)
 		if p.total() > least*11/10 {
 			t.Errorf("%d tokens were evaluated, more than 1.1 of %d", p.total(), least)
 		}

@@ -69,6 +69,9 @@ func (m *Manager) fill(ctx context.Context, on *live, state contextstore.State) 
 	case !m.pays(s, warm):
 		return false, true
 	}
+	if m.Files.Check(ctx, s.ID) != nil {
+		return false, true
+	}
 	i := m.empty(ctx, on)
 	if i < 0 {
 		return false, false

@@ -88,11 +88,37 @@ func (m *Manager) saves(on *live, s slot, when occasion) bool {
 		return false
 	}
 	worth, takes := l.evaluation(n), m.disk.saving.estimate(l.size(s.tokens))
+	if l.perState == 0 {
+		when = min(when, trying)
+	}
 	return worth >= leastGain && float64(worth) >= float64(when)*float64(takes)
 }
 
-// save has the engine save what a slot holds. It reports whether that is stored now.
+// save has the engine save what a slot holds, or waits until it has, where that is being done. It
+// reports whether that is stored now.
 func (m *Manager) save(ctx context.Context, on *live, i int) bool {
+	m.mu.Lock()
+	if under := on.saving[i]; under != nil {
+		s := on.slots[i]
+		m.mu.Unlock()
+		select {
+		case <-under:
+		case <-ctx.Done():
+		}
+		return m.unstored(on, s) < leastTokens
+	}
+	under := make(chan struct{})
+	on.saving[i] = under
+	m.mu.Unlock()
+	defer close(under)
+	stored := m.saveNow(ctx, on, i)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	on.saving[i] = nil
+	return stored
+}
+
+func (m *Manager) saveNow(ctx context.Context, on *live, i int) bool {
 	m.mu.Lock()
 	s, l := on.slots[i], m.learned(on.Format)
 	state := contextstore.State{
@@ -100,6 +126,9 @@ func (m *Manager) save(ctx context.Context, on *live, i int) bool {
 		Tokens: s.tokens, Cost: l.evaluation(s.tokens),
 	}
 	state.Bytes, state.Uses = l.size(s.tokens), 1
+	if l.perState == 0 { // it is an estimate that nothing is to be refused by
+		state.Bytes = min(state.Bytes, m.Files.Stats().Limits.Bytes)
+	}
 	if s.again {
 		state.Uses = 2
 	}
@@ -108,34 +137,49 @@ func (m *Manager) save(ctx context.Context, on *live, i int) bool {
 	if err != nil {
 		return errors.Is(err, contextstore.ErrHeld)
 	}
-	began := time.Now()
+	// An engine that has begun goes on, whether or not the client leaves that waits for it.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), saveTimeout)
+	defer cancel()
 	saved, err := on.Save(ctx, i, name)
-	took := time.Since(began)
-	changed := err == nil && !s.holds(saved.Tokens)
-	if state.Tokens = saved.Tokens; err != nil || changed {
+	if err != nil || !s.holds(saved.Tokens) {
 		m.Files.Abort(name)
-	} else {
-		_, err = m.Files.Commit(name, state)
+		m.notSaved(on, i, state, err)
+		return false
 	}
+	state.Tokens = saved.Tokens
+	_, err = m.Files.Commit(name, state)
+
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	switch {
-	case changed:
-		m.counts.Failed[FailedChanged]++
-		on.slots[i] = slot{task: on.slots[i].task, claimed: on.slots[i].claimed}
-		return false
-	case err != nil:
-		m.counts.Failed[FailedSave]++
-		m.disk.saving.measured(state.Bytes, max(took, saveTimeout))
-		m.Log.Warn("a context could not be saved; requests go on without it", "model", s.model, "err", err)
-		return false
-	}
 	learnFrom(&l.perState, float64(saved.Bytes)/float64(max(saved.Tokens, 1)))
 	m.disk.saving.measured(saved.Bytes, saved.Took) // not while it waited for the engine
+	if err != nil {
+		m.counts.Failed[FailedSave]++
+		m.Log.Warn("a context could not be stored; requests go on without it", "model", s.model, "err", err)
+		return false
+	}
 	m.counts.Saved++
-	m.Log.Debug("context saved", "model", s.model, "tokens", saved.Tokens, "bytes", saved.Bytes, "slot", i, "took", saved.Took)
 	m.counts.SavedBytes += uint64(saved.Bytes)
+	m.Log.Debug("context saved", "model", s.model, "tokens", saved.Tokens, "bytes", saved.Bytes, "slot", i,
+		"took", saved.Took)
 	return true
+}
+
+// notSaved notes that the engine could not save a state, or, if err is nil, that its slot holds
+// something else than was believed.
+func (m *Manager) notSaved(on *live, i int, state contextstore.State, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err == nil {
+		m.counts.Failed[FailedChanged]++
+		on.slots[i] = slot{task: on.slots[i].task, claimed: on.slots[i].claimed}
+		return
+	}
+	m.counts.Failed[FailedSave]++
+	if !errors.Is(err, engine.ErrGone) { // else the disk is not to blame
+		m.disk.saving.measured(state.Bytes, saveTimeout)
+	}
+	m.Log.Warn("a context could not be saved; requests go on without it", "model", state.Model, "err", err)
 }
 
 // Leave is called before the models that a server has loaded may have to make room: what is worth it

@@ -117,7 +117,7 @@ func (n *naiveFiles) commit(s contextstore.State) {
 func (n *naiveFiles) best(q contextstore.Query) (id string, depth int, bytes int64) {
 	for _, x := range n.held {
 		d := sharedLinks(x.Links, q.Links)
-		if !sameGroup(x.State, contextstore.State{Format: q.Format, Owner: q.Owner}) || d == 0 ||
+		if x.Owner != q.Owner || q.Format != "" && x.Format != q.Format || d == 0 ||
 			q.Tokens > 0 && x.Tokens > q.Tokens || x.Whole && d < len(x.Links) {
 			continue
 		}
@@ -263,7 +263,7 @@ func (d *modelDriver) compare() {
 	}
 	for range 10 {
 		q := contextstore.Query{
-			Format: string(rune('f' + d.IntN(2))), Owner: d.Uint64N(2), Links: d.chain(),
+			Format: []string{"f", "g", ""}[d.IntN(3)], Owner: d.Uint64N(2), Links: d.chain(),
 			Tokens: d.IntN(9),
 		}
 		s, depth, ok := d.files.Best(q)

@@ -20,6 +20,7 @@
 package engine
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
@@ -139,4 +140,17 @@ func (p Process) Files() []string {
 		files = append(files, baseName(adapter))
 	}
 	return files
+}
+
+// typeBytes is how many bytes a number takes in each type of a cache: whole ones, and blocks of 32 with
+// a scale or more (llama.cpp, ggml-common.h).
+var typeBytes = map[string]float64{
+	"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34. / 32, "q5_1": 24. / 32, "q5_0": 22. / 32,
+	"q4_1": 20. / 32, "q4_0": 18. / 32, "iq4_nl": 18. / 32,
+}
+
+// ValueBytes is how many bytes a number takes in the cache, keys and values on average; of types that
+// are not known as in f16.
+func (p Process) ValueBytes() float64 {
+	return (cmp.Or(typeBytes[p.KeyType], 2) + cmp.Or(typeBytes[p.ValueType], 2)) / 2
 }

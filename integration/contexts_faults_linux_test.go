@@ -147,7 +147,7 @@ func contextsTorn(t *testing.T, version string) {
 		why  string // in the log
 	}{
 		{"cut off", func(path string) error { return os.Truncate(path, 1000) }, "it is torn"},
-		{"gone", os.Remove, "no such file"},
+		{"gone", os.Remove, "its file is gone"},
 		{"foreign", func(path string) error { // of the same size
 			info, err := os.Stat(path)
 			if err != nil {
@@ -240,18 +240,17 @@ func TestContextsDisk(t *testing.T) {
 		}
 		return
 	}
-	const readOnly = syscall.MS_RDONLY
 	for _, disk := range []struct {
 		name    string
 		flags   uintptr
 		options string
-		later   uintptr  // flags from when the proxy has started
+		later   bool     // from when the engine has started
 		words   []string // of the line that says why there are no contexts
 	}{
-		{"read-only", readOnly, "size=64m", 0, []string{"read-only file system"}},
+		{"read-only", syscall.MS_RDONLY, "size=64m", false, []string{"read-only file system"}},
 		// (The proxy leaves 2 GiB of a disk to others.)
-		{"read-only later", 0, "size=4g", readOnly, []string{"context", "could not be saved"}},
-		{"full", 0, "size=256k", 0, []string{"the disk has no room"}},
+		{"read-only later", syscall.MS_RDONLY, "size=4g", true, []string{"read-only file system"}},
+		{"full", 0, "size=256k", false, []string{"the disk has no room"}},
 	} {
 		t.Run(disk.name, func(t *testing.T) {
 			home := t.TempDir()
@@ -259,25 +258,27 @@ func TestContextsDisk(t *testing.T) {
 			if err := os.Mkdir(dir, 0o700); err != nil {
 				t.Fatal(err)
 			}
-			if err := syscall.Mount("tmpfs", dir, "tmpfs", disk.flags, disk.options+",mode=0700"); err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() {
-				if err := syscall.Unmount(dir, 0); err != nil {
-					t.Error(err)
-				}
-			})
-			p := startContextsIn(t, home, realollama.Config{Version: realollama.Newest()})
-			if disk.later != 0 {
-				// As a file system is mounted read-only that has met errors: with files open to write.
-				if err := syscall.Mount("", dir, "", syscall.MS_REMOUNT|syscall.MS_BIND|disk.later, ""); err != nil {
+			mount := func() {
+				if err := syscall.Mount("tmpfs", dir, "tmpfs", disk.flags, disk.options+",mode=0700"); err != nil {
 					t.Fatal(err)
 				}
+				t.Cleanup(func() { // lazily: the proxy may have it open still
+					if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
+						t.Error(err)
+					}
+				})
 			}
+			if !disk.later {
+				mount()
+			}
+			p := startContextsIn(t, home, realollama.Config{Version: realollama.Newest()})
 			want := p.directAnswers(t, 90, 4)
 			for n := range 3 {
 				if got := p.answer(t, contextChat(90, n)); got != want[n] {
 					t.Errorf("answer %d: %q, want %q", n, got, want[n])
+				}
+				if n == 0 && disk.later {
+					mount() // over it: what has files that are open to write cannot be made read-only
 				}
 			}
 			p.logged(t, disk.words...)

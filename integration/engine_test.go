@@ -138,7 +138,8 @@ func TestEngine(t *testing.T) {
 		}
 		t.Run(version, func(t *testing.T) {
 			const model, few = "smollm2", 40
-			config := realollama.Config{Version: version, Models: []string{model}, Parallel: 2}
+			models := []string{model, "gen-llama-tiny"}
+			config := realollama.Config{Version: version, Models: models, Parallel: 2}
 			home, server := linkedServer(t, config)
 			if all, err := engine.Processes(home); err != nil || len(all) != 0 {
 				t.Fatalf("before anything is loaded: %v, %v", all, err)
@@ -285,6 +286,10 @@ func refusesFiles(t *testing.T, home string, server *realollama.Server, model st
 			t.Errorf("restoring %q: %v", name, err)
 		}
 	}
+	size := foreignState(t, home, server, "gen-llama-tiny", "other-model")
+	if _, err := p.Restore(t.Context(), 0, "other-model", size); !errors.Is(err, engine.ErrRefused) {
+		t.Errorf("restoring the state of another model: %v", err)
+	}
 	if _, err := p.Restore(t.Context(), 0, "missing", 40); !errors.Is(err, engine.ErrRefused) ||
 		!errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("restoring what is not there: %v", err)
@@ -304,6 +309,31 @@ func refusesFiles(t *testing.T, home string, server *realollama.Server, model st
 	if now := onlyEngine(t, home); now.PID != p.PID {
 		t.Errorf("the engine is another one: %d was %d", now.PID, p.PID)
 	}
+}
+
+// foreignState loads another model beside the one that is loaded, saves a state of it, unloads it
+// again, and returns the state's size.
+func foreignState(
+	t *testing.T, home string, server *realollama.Server, model, name string,
+) int64 {
+	t.Helper()
+	prompted(t, server, model, words(3, 50), "10m")
+	all, err := engine.Processes(home)
+	if err != nil || len(all) != 2 {
+		t.Fatalf("engines %+v, want two: %v", all, err)
+	}
+	slots, err := all[1].Slots(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	used := slices.IndexFunc(slots, func(s engine.Slot) bool { return s.Tokens >= 50 })
+	saved, err := all[1].Save(t.Context(), used, name)
+	if err != nil || saved.Tokens < 50 {
+		t.Fatalf("saved %+v of slots %+v: %v", saved, slots, err)
+	}
+	prompted(t, server, model, "", 0)
+	onlyEngine(t, home)
+	return saved.Bytes
 }
 
 // TestEngineOld: Ollama before 0.30 has nothing to link to, and is told so.

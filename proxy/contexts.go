@@ -58,7 +58,7 @@ func (h *Handler) prepare(ctx context.Context, ex *exchange) {
 	ex.context = h.Contexts.Before(ctx, contexts.Request{
 		Port: b.port, Weights: wanted.Options.Model, Model: upstream.DisplayName(ex.key),
 		Owner: h.Contexts.Owner(ex.holder.secret()), Contents: ex.chain.Contents(), Bytes: sizes,
-		Sliding: wanted.Sliding,
+		Sliding: wanted.Sliding, Values: wanted.Values,
 		Loaded:  b.runners.Loaded(wanted),
 		Load: func(ctx context.Context) (time.Duration, error) {
 			return ex.load(ctx, wanted)

@@ -1,6 +1,7 @@
 package runners
 
 import (
+	"cmp"
 	"context"
 	"path/filepath"
 	"strings"
@@ -31,6 +32,9 @@ type Model struct {
 	Defaults prefix.Options
 	// Sliding says that the model's attention has a sliding window.
 	Sliding bool
+	// Values is how many numbers the attention's keys and values have for each token, in all layers;
+	// 0: not known.
+	Values int
 }
 
 // named is what a name was found to stand for.
@@ -49,6 +53,7 @@ type Wanted struct {
 	Options prefix.Options
 	Known   bool // all that the request states is in Options
 	Sliding bool // the model's attention has a sliding window
+	Values  int  // that the attention's keys and values have for each token: see Model
 }
 
 // Wanted returns what a request needs loaded that names a model (upstream.ModelKey), whose manifest
@@ -58,7 +63,7 @@ type Wanted struct {
 // The server is asked once for each manifest, for two seconds at most.
 func (b *Book) Wanted(name, digest string, o *prefix.Options) Wanted {
 	m := b.resolve(name, digest)
-	w := Wanted{Name: name, Known: o != nil, Sliding: m.Sliding}
+	w := Wanted{Name: name, Known: o != nil, Sliding: m.Sliding, Values: m.Values}
 	if o != nil {
 		w.Options = o.Over(m.Defaults)
 	}
@@ -160,12 +165,33 @@ func describe(name string, show *api.ShowResponse) Model {
 			m.Defaults.Set(f[0], f[1]) // most are no runner options
 		}
 	}
-	for key, value := range show.ModelInfo {
-		if n, ok := value.(float64); ok && n > 0 && strings.HasSuffix(key, ".attention.sliding_window") {
-			m.Sliding = true
+	info := modelInfo(show.ModelInfo)
+	m.Sliding, m.Values = info.number("attention.sliding_window") > 0, info.values()
+	return m
+}
+
+// modelInfo is what a model's file says of it, by keys that begin with its architecture.
+type modelInfo map[string]any
+
+// number returns what is said under a key; 0 if it is no number.
+func (m modelInfo) number(key string) float64 {
+	for k, v := range m {
+		if n, ok := v.(float64); ok && strings.HasSuffix(k, "."+key) {
+			return n
 		}
 	}
-	return m
+	return 0
+}
+
+// values returns how many numbers the keys and values have for each token; 0 if that is not told.
+func (m modelInfo) values() int {
+	heads := m.number("attention.head_count")
+	if heads == 0 {
+		return 0
+	}
+	each := m.number("embedding_length") / heads
+	both := cmp.Or(m.number("attention.key_length"), each) + cmp.Or(m.number("attention.value_length"), each)
+	return int(m.number("block_count") * cmp.Or(m.number("attention.head_count_kv"), heads) * both)
 }
 
 // weightsOf returns the names of the files that a Modelfile, as Ollama writes it, begins with; "" if

@@ -89,6 +89,35 @@ func TestNames(t *testing.T) {
 	}
 }
 
+// TestValues: how large the state of a token is follows from what the model's file says.
+func TestValues(t *testing.T) {
+	for _, w := range []struct {
+		name string
+		info map[string]any
+		want int
+	}{
+		{"SmolLM2 135M", map[string]any{
+			"llama.attention.head_count": 9., "llama.attention.head_count_kv": 3., "llama.block_count": 30.,
+			"llama.embedding_length": 576.,
+		}, 30 * 3 * (64 + 64)}, // of two bytes each 23,040, as was measured
+		{"keys and values of other lengths", map[string]any{
+			"gemma3.attention.head_count": 4., "gemma3.attention.head_count_kv": 1., "gemma3.block_count": 18.,
+			"gemma3.attention.key_length": 256., "gemma3.attention.value_length": 128., "gemma3.embedding_length": 640.,
+		}, 18 * (256 + 128)},
+		{"one head for each", map[string]any{
+			"x.attention.head_count": 8., "x.block_count": 2., "x.embedding_length": 64.,
+		}, 2 * 8 * (8 + 8)},
+		{"heads that differ by layer", map[string]any{
+			"x.attention.head_count": []any{8., 4.}, "x.block_count": 2., "x.embedding_length": 64.,
+		}, 0},
+		{"nothing", nil, 0},
+	} {
+		if m := describe("m", &api.ShowResponse{Modelfile: "FROM /m/sha256-1\n", ModelInfo: w.info}); m.Values != w.want {
+			t.Errorf("%s: %d values, want %d", w.name, m.Values, w.want)
+		}
+	}
+}
+
 // desk is a book under test.
 type desk struct {
 	*testing.T

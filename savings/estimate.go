@@ -41,15 +41,7 @@ func (e *engine) estimate(r *Request, o Outcome, loaded bool) guess {
 	if o.Total == 0 {
 		return guess{}
 	}
-	var list []candidate
-	if !loaded {
-		list = e.candidates(r, o.Total)
-	}
-	if n := min(r.attached, o.Total-1); n > 0 {
-		list = append(list, candidate{tokens: n, share: 1})
-		slices.SortFunc(list, mostTokens)
-	}
-	list = distinct(list, o.Total)
+	list := distinct(e.possible(r, o.Total, loaded), o.Total)
 	if len(list) == 0 && (loaded || e.fresh) {
 		return guess{known: true, sure: true}
 	}
@@ -83,6 +75,18 @@ func (e *engine) estimate(r *Request, o Outcome, loaded bool) guess {
 	g.reused, g.sure = max(g.reused, o.Total-n), false
 	g.known = d.told || e.busy.jitter() < math.Ln2
 	return g
+}
+
+// possible returns what may have been reused, the most tokens first.
+func (e *engine) possible(r *Request, total int, loaded bool) (list []candidate) {
+	if !loaded {
+		list = e.candidates(r, total)
+	}
+	if n := min(r.attached, total-1); n > 0 {
+		list = append(list, candidate{tokens: n, share: 1})
+		slices.SortFunc(list, mostTokens)
+	}
+	return list
 }
 
 // likeliest returns the most probable candidate, how probable its verdict is, and how wrong its

@@ -470,6 +470,30 @@ func TestSliding(t *testing.T) {
 	}
 }
 
+// TestAttached: of a server that does not tell what it reused, a prompt of which a stored state was
+// attached is judged by its time; without, after a load, it is cold for certain.
+func TestAttached(t *testing.T) {
+	for _, w := range []struct {
+		attached, evaluated int
+		verdict             Verdict
+	}{{0, 510, Cold}, {500, 10, Hit}, {500, 510, Uncertain}} { // a busy machine takes as long for what is warm
+		b := newBench(t, 1, 1, false)
+		system := msg{"system", prose(b.sim.r, 500)}
+		for range 5 { // tell how fast it is
+			b.end(b.begin(msg{"system", prose(b.sim.r, 500)}, msg{"user", "first"}), told(510, 510))
+		}
+		r := b.begin(system, msg{"user", "one"})
+		if r.Attached(w.attached); w.attached > 0 && (r.Expected != w.attached || !r.ExpectedKnown) {
+			t.Errorf("%+v: %d tokens are expected", w, r.Expected)
+		}
+		o := told(510, w.evaluated)
+		o.Ending.Loaded = true
+		if entry, _ := b.end(r, o); entry.Verdict != w.verdict || entry.Basis == Measured {
+			t.Errorf("%+v: %s %s, %+v", w, entry.Basis, entry.Verdict, entry.Tokens)
+		}
+	}
+}
+
 // TestStoreAfterLoad: what was warm before a load is not, in the store either.
 func TestStoreAfterLoad(t *testing.T) {
 	b := newBench(t, 1, 1, true)

@@ -204,9 +204,6 @@ func (s *serveCmd) limits() (int64, error) {
 	if s.StoreEntries < 0 || s.StoreBytes < 0 {
 		return 0, fmt.Errorf("--store-entries %d, --store-bytes %d: want 0 (remember no prefixes but the last prompts') or more", s.StoreEntries, s.StoreBytes)
 	}
-	if s.ContextBytes < 1 || s.ContextTTL < 0 {
-		return 0, fmt.Errorf("--context-bytes %d, --context-ttl %v: want at least 1 byte, and a time that is not negative", s.ContextBytes, s.ContextTTL)
-	}
 	if s.Drain < 0 {
 		return 0, fmt.Errorf("--drain %v: want 0 or more", s.Drain)
 	}

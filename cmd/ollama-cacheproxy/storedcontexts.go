@@ -18,6 +18,9 @@ const contextsLeave = 2 << 30
 // storedContexts opens what --contexts names, and has set.contexts manage it. The files are to be
 // closed; those of a nil store are none.
 func (s *serveCmd) storedContexts(set *settings, log *slog.Logger) (*contextstore.Files, error) {
+	if s.ContextBytes < 1 || s.ContextTTL < 0 {
+		return nil, exitError{2, fmt.Errorf("--context-bytes %d, --context-ttl %v: want at least 1 byte, and a time that is not negative", s.ContextBytes, s.ContextTTL)}
+	}
 	if s.Contexts == "" {
 		return nil, nil
 	}
@@ -55,7 +58,7 @@ func running(home string, log *slog.Logger) []contexts.Running {
 		list = append(list, contexts.Running{
 			Engine: p, ID: fmt.Sprintf("%d %d %d", p.PID, p.Port, p.Started.UnixNano()), Port: n,
 			Files: p.Files(), Format: p.Format(), Slots: max(p.Parallel, 1), Context: p.ContextEach,
-			Full: p.SWAFull,
+			Full: p.SWAFull, ValueBytes: p.ValueBytes(),
 		})
 	}
 	return list

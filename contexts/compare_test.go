@@ -1,0 +1,171 @@
+package contexts
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
+)
+
+// load is a random schedule: what some clients ask for, one after another, and what else happens.
+type load struct {
+	models  map[string]modelSpec
+	most    int
+	disk    diskSpeed
+	limit   int64
+	clients [][]step
+}
+
+// step is what one client does next.
+type step struct {
+	ask
+	pause time.Duration // before
+	what  byte          // 'r': a request; 'd': one past the proxy; 'u': everything is unloaded; 'p': the proxy restarts
+}
+
+// randomLoad makes a schedule of a seed.
+func randomLoad(seed uint64) load {
+	r := rand.New(rand.NewPCG(seed, 7))
+	l := load{
+		models: map[string]modelSpec{}, most: 1 + r.IntN(2), disk: ssd,
+		limit: []int64{1 << 40, 8 << 20, 2 << 20}[r.IntN(3)],
+	}
+	for i := range 1 + r.IntN(2) {
+		l.models[string(rune('a'+i))] = modelSpec{slots: 1 + r.IntN(4), window: r.IntN(4) == 0}
+	}
+	if r.IntN(3) == 0 {
+		l.disk = diskSpeed{writing: ssd.writing * 20, reading: ssd.reading * 20}
+	}
+	prefixes, tokens := 1+r.IntN(12), 50+r.IntN(1500)
+	longest := []time.Duration{0, time.Second, time.Minute}[r.IntN(3)]
+	clients := 1 + r.IntN(4)
+	for c := range clients {
+		var steps []step
+		for i := range 120 / clients {
+			s := step{what: 'r'}
+			if longest > 0 {
+				s.pause = time.Duration(r.Int64N(int64(longest)))
+			}
+			switch n := r.IntN(40); {
+			case n < 3:
+				s.what = 'd'
+			case n == 3:
+				s.what = 'u'
+			case n == 4 && clients == 1:
+				s.what = 'p'
+			}
+			p := r.IntN(prefixes)
+			s.ask = ask{
+				model: string(rune('a' + r.IntN(len(l.models)))), answer: 1 + r.IntN(10), streams: r.IntN(2) == 0,
+				prompt: text{{fmt.Sprint("prefix ", p), tokens + p*r.IntN(2)}, {fmt.Sprint(c, i), 5 + r.IntN(40)}},
+			}
+			if r.IntN(10) == 0 {
+				s.context = 8192
+			}
+			steps = append(steps, s)
+		}
+		l.clients = append(l.clients, steps)
+	}
+	return l
+}
+
+// spent is what a schedule took.
+type spent struct {
+	tokens, saves, restores int
+	took                    time.Duration
+	failed                  map[string]uint64
+}
+
+// play plays a schedule, with a manager or without, in virtual time.
+func (l load) play(t *testing.T, managed bool) (s spent) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newProxied(t, l.models, contextstore.FileLimits{Bytes: l.limit})
+		p.most, p.disk = l.most, l.disk
+		p.mistakes = 1000 // see TestHundredPrefixes for those of one slot
+		if l.most == 1 && len(l.models) > 1 {
+			p.turn = make(chan struct{}, 1)
+		}
+		if managed {
+			p.begin()
+		}
+		began := time.Now()
+		var wg sync.WaitGroup
+		for _, steps := range l.clients {
+			wg.Go(func() {
+				for _, x := range steps {
+					p.step(x, managed)
+				}
+			})
+		}
+		wg.Wait()
+		s.took = time.Since(began)
+		if managed {
+			p.m.ending.Wait()
+			s.failed = p.m.Counts().Failed
+			p.finish()
+		}
+		s.tokens, s.saves, s.restores = p.total(), p.saves, p.restores
+	})
+	return s
+}
+
+func (p *proxied) step(x step, managed bool) {
+	time.Sleep(x.pause)
+	switch x.what {
+	case 'u':
+		if p.m != nil && len(x.prompt)%2 == 0 {
+			p.m.Leave(context.Background(), ollamaPort)
+		}
+		p.unload()
+	case 'p':
+		if managed {
+			p.finish()
+			p.begin()
+		}
+	case 'd':
+		p.direct(context.Background(), x.ask) // it may end by an unload, and so may the next one
+	default:
+		p.ask(context.Background(), x.ask)
+	}
+}
+
+// compare checks that a manager does no harm.
+func (l load) compare(t *testing.T) (with, without spent) {
+	without, with = l.play(t, false), l.play(t, true)
+	// Where each slot is of several, which one a prompt is given is chance: as much as one prompt for each of them.
+	slack := 0
+	if l.limit > 0 {
+		slack = 2 * 1600
+	}
+	if with.tokens > without.tokens*101/100+slack {
+		t.Errorf("%d tokens were evaluated, and %d without a manager: %+v", with.tokens, without.tokens, with)
+	}
+	if with.took > without.took*105/100+5*time.Second {
+		t.Errorf("it took %v, and %v without a manager: %+v", with.took, without.took, with)
+	}
+	return with, without
+}
+
+func TestNoHarm(t *testing.T) {
+	var all, plain, saves, restores int
+	var took, plainTook time.Duration
+	for seed := range uint64(60) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			with, without := randomLoad(seed).compare(t)
+			all += with.tokens
+			plain += without.tokens
+			took += with.took
+			plainTook += without.took
+			saves += with.saves
+			restores += with.restores
+			t.Logf("%.3f of the tokens, %.3f of the time, %+v", float64(with.tokens)/float64(without.tokens),
+				with.took.Seconds()/without.took.Seconds(), with)
+		})
+	}
+	t.Logf("in all %d tokens of %d, %v of %v, %d saves, %d restores", all, plain, took, plainTook, saves, restores)
+}

@@ -161,19 +161,25 @@ func TestPrewarmFile(t *testing.T) {
 // TestPrewarmContexts: where contexts are stored they are attached before anybody asks: those of
 // the file's prompts after a restart of both, and those used most after a load.
 func TestPrewarmContexts(t *testing.T) {
+	for _, version := range engineEras() {
+		t.Run(version, func(t *testing.T) { prewarmContexts(t, version) })
+	}
+}
+
+func prewarmContexts(t *testing.T, version string) {
 	bin, err := proxyBinary()
 	if err != nil {
 		t.Fatal(err)
 	}
 	home := filepath.Join(t.TempDir(), "home")
 	ollama, err := realollama.Link(t.Context(), realollama.LinkConfig{
-		Version: realollama.Newest(), Home: home, Program: bin,
+		Version: version, Home: home, Program: bin,
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	server := realollama.Start(t, realollama.Config{
-		Version: realollama.Newest(), Bin: ollama, Models: []string{warmModel}, Parallel: 4,
+		Version: version, Bin: ollama, Models: []string{warmModel}, Parallel: 4,
 	})
 	const length, contexts = 150, "ollama_cacheproxy_contexts_"
 	file := prewarmFile(t, warmPrompt(t, 1, length, "?"))

@@ -352,7 +352,8 @@ func (h *Handler) loadFirst(r *http.Request, ex *exchange) *refusal {
 		if ex.up.port != 0 {
 			h.Contexts.Leave(r.Context(), ex.up.port) // others may have to make room
 		}
-		_, err := ex.load(w.loading, wanted)
+		took, err := ex.load(w.loading, wanted)
+		ex.loadedFirst = took
 		p.mu.Lock()
 		w.needs, w.lost = nil, w.item.lost
 		p.mu.Unlock()

@@ -60,7 +60,6 @@ type stage struct {
 	done []completion
 	// evaluated is the number of tokens in all; each prompt has one at least.
 	evaluated, loads int
-	missing          int // prompts of which the server's log does not tell
 	wall             time.Duration
 }
 
@@ -117,7 +116,6 @@ func (r result) total() stage {
 		all.done = append(all.done, s.done...)
 		all.evaluated += s.evaluated
 		all.loads += s.loads
-		all.missing += s.missing
 		all.wall += s.wall
 	}
 	return all
@@ -206,8 +204,8 @@ func (b *bench) tell(way linked.Way, s stage) {
 	if b.verbose == nil {
 		return
 	}
-	fmt.Fprintf(b.verbose, "  %s, %s: %d requests, %d evaluated (%d missing), %d loads, %v\n",
-		way, s.name, len(s.done), s.evaluated, s.missing, s.loads, s.wall.Round(time.Millisecond))
+	fmt.Fprintf(b.verbose, "  %s, %s: %d requests, %d evaluated, %d loads, %v\n",
+		way, s.name, len(s.done), s.evaluated, s.loads, s.wall.Round(time.Millisecond))
 	for _, c := range s.done[:min(len(s.done), 10)] {
 		fmt.Fprintf(b.verbose, "    %d: prompt %d, load %v, first %v, took %v\n", c.id, c.Prompt,
 			c.Load.Round(time.Millisecond), c.First.Round(time.Millisecond), c.Took.Round(time.Millisecond))
@@ -263,14 +261,28 @@ func play(ctx context.Context, client *http.Client, p *linked.Pair, s step) (sta
 		return st, err
 	}
 	st.loads = p.Server.Loads(mark)
-	servers, marks := []*realollama.Server{p.Server}, []realollama.Mark{mark}
-	all, err := chat.Evaluations(ctx, servers, marks, st.chats())
-	// A load ends the engine of the model before, sometimes before it has written its last line.
-	if st.missing = st.chats() - len(all); err != nil && (ctx.Err() != nil || st.missing > st.loads) {
-		return st, err
-	}
+	all, err := begun(ctx, p.Server, mark, st.chats())
 	for _, e := range all {
 		st.evaluated += max(e.Evaluated, 1)
 	}
-	return st, nil
+	return st, err
+}
+
+// begun waits until the server's log tells of n prompts since a mark, and returns what it then tells.
+// What it tells at their ends may never come: a load ends the engine of the model before, sometimes
+// before that has written its last line.
+func begun(
+	ctx context.Context, server *realollama.Server, mark realollama.Mark, n int,
+) ([]realollama.Evaluation, error) {
+	for range 100 {
+		if all := server.Begun(mark); len(all) >= n {
+			return all, nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+	return nil, fmt.Errorf("the server's log does not tell of %d prompts", n)
 }

@@ -33,10 +33,6 @@ func (c compared) rows(most float64) []row {
 			milliseconds(direct.first()), milliseconds(proxied.first())),
 		note("answers that differ", "", fmt.Sprintf("%d of %d", c.differ(), len(direct.done))),
 	}
-	if direct.missing+proxied.missing > 0 {
-		all = append(all, note("prompts that the server's log does not tell of",
-			fmt.Sprint(direct.missing), fmt.Sprint(proxied.missing)))
-	}
 	return all
 }
 

@@ -77,6 +77,10 @@ func (s *Server) WaitEvaluations(ctx context.Context, since Mark, n int) ([]Eval
 	}
 }
 
+// Begun are the prompts that an engine of eras B and C began with, from a mark on, in the log's order:
+// aborted ones too, and those at whose end the engine was ended before its last line was written.
+func (s *Server) Begun(since Mark) []Evaluation { return parseBegun(s.logSince(since)) }
+
 // Loads is the number of model loads that the log tells of from a mark on,
 // failed ones included. Loads of the same model with other options count.
 func (s *Server) Loads(since Mark) int { return countLoads(s.logSince(since)) }
@@ -87,6 +91,7 @@ var (
 	// Eras B and C: the lines of a llama-server. Requests of one slot follow
 	// each other.
 	newPromptLine = regexp.MustCompile(`id +(\d+) \| task +(\d+) \| new prompt,.* task\.n_tokens = (\d+)`)
+	cachedLine    = regexp.MustCompile(`id +(\d+) \| task +(\d+) \| cached n_tokens = (\d+), memory_seq_rm`)
 	timingLine    = regexp.MustCompile(`id +(\d+) \| task +(\d+) \|`)
 	evaluatedLine = regexp.MustCompile(`prompt eval time = .* ms / +(\d+) tokens`)
 )
@@ -118,6 +123,23 @@ func parseEvaluations(log string) []Evaluation {
 				e.Reused = e.Total - e.Evaluated
 			}
 			all = append(all, e)
+		}
+	}
+	return all
+}
+
+func parseBegun(log string) []Evaluation {
+	var all []Evaluation
+	totals := map[string]int{} // of prompts of which it is not told yet what a slot had of them
+	for line := range strings.Lines(log) {
+		if m := newPromptLine.FindStringSubmatch(line); m != nil {
+			totals[m[1]+"/"+m[2]] = number(m[3])
+		} else if m := cachedLine.FindStringSubmatch(line); m != nil {
+			// A long prompt has one such line for each of its parts.
+			if total, ok := totals[m[1]+"/"+m[2]]; ok {
+				delete(totals, m[1]+"/"+m[2])
+				all = append(all, Evaluation{Total: total, Reused: number(m[3]), Evaluated: total - number(m[3])})
+			}
 		}
 	}
 	return all

@@ -1,9 +1,11 @@
 package realollama
 
 import (
+	"cmp"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 )
 
@@ -47,11 +49,27 @@ func TestParseLog(t *testing.T) {
 			if got := parseEvaluations(string(log)); !slices.Equal(got, test.want) {
 				t.Errorf("evaluations\n%v, want\n%v", got, test.want)
 			}
+			if got := parseBegun(string(log)); !sameAsEvaluated(test.file, got, test.want) {
+				t.Errorf("begun\n%v, want\n%v", got, test.want)
+			}
 			if got := countLoads(string(log)); got != test.loads {
 				t.Errorf("%d loads, want %d", got, test.loads)
 			}
 		})
 	}
+}
+
+// sameAsEvaluated reports whether prompts were begun with as they were evaluated, which is told in
+// another order where two slots work. Era A does not tell.
+func sameAsEvaluated(file string, begun, evaluated []Evaluation) bool {
+	if strings.HasPrefix(file, EraA) {
+		return len(begun) == 0
+	}
+	order := func(a, b Evaluation) int {
+		return cmp.Or(cmp.Compare(a.Total, b.Total), cmp.Compare(a.Reused, b.Reused))
+	}
+	slices.SortFunc(begun, order)
+	return slices.Equal(begun, slices.SortedFunc(slices.Values(evaluated), order))
 }
 
 func TestParseEvaluationsOfOtherBuilds(t *testing.T) {

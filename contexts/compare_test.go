@@ -26,7 +26,8 @@ type load struct {
 type step struct {
 	ask
 	pause time.Duration // before
-	what  byte          // 'r': a request; 'd': one past the proxy; 'u': everything is unloaded; 'p': the proxy restarts
+	// 'r': a request; 'd': one past the proxy; 'u': all is unloaded; 'p': the proxy restarts.
+	what byte
 }
 
 const mostTokens = 1610 // of a random prompt
@@ -64,8 +65,11 @@ func randomLoad(seed uint64) load {
 			}
 			p := r.IntN(prefixes)
 			s.ask = ask{
-				model: string(rune('a' + r.IntN(len(l.models)))), answer: 1 + r.IntN(10), streams: r.IntN(2) == 0,
-				prompt: text{{fmt.Sprint("prefix ", p), tokens + p*r.IntN(2)}, {fmt.Sprint(c, i), 5 + r.IntN(40)}},
+				model: string(rune('a' + r.IntN(len(l.models)))), answer: 1 + r.IntN(10),
+				streams: r.IntN(2) == 0,
+				prompt: text{
+					{fmt.Sprint("prefix ", p), tokens + p*r.IntN(2)}, {fmt.Sprint(c, i), 5 + r.IntN(40)},
+				},
 			}
 			if r.IntN(10) == 0 {
 				s.context = 8192

@@ -621,7 +621,7 @@ type proxied struct {
 	ended    chan struct{}
 	failed   map[string]uint64 // Counts.Failed of managers that have ended
 	mistakes int               // states that may be stored for other prompts than theirs
-	turn     chan struct{}     // if not nil, full while a request is under way, as with models that evict each other
+	turn     chan struct{}     // full while a request is under way; nil: several may be
 	blind    bool              // the engine does not tell what was reused
 
 	mu    sync.Mutex
@@ -673,7 +673,8 @@ type ask struct {
 
 func newProxied(t testing.TB, models map[string]modelSpec, limit contextstore.FileLimits) *proxied {
 	p := &proxied{
-		ollama: newOllama(t, models), lanes: map[string]chan struct{}{}, gates: map[string]*gate{}, failed: map[string]uint64{}, limit: limit,
+		ollama: newOllama(t, models), lanes: map[string]chan struct{}{}, gates: map[string]*gate{},
+		failed: map[string]uint64{}, limit: limit,
 		dir: filepath.Join(t.TempDir(), "contexts"),
 	}
 	p.files = func() *contextstore.Files { return p.store }

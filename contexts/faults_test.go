@@ -155,7 +155,10 @@ func TestFaultsOfSaving(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			with(t, one, ample, func(p *proxied) {
 				calls := 0
-				p.setFaults(faults{save: func(ctx context.Context, e *llama) error { calls++; return c.fault(ctx, e) }})
+				p.setFaults(faults{save: func(ctx context.Context, e *llama) error {
+					calls++
+					return c.fault(ctx, e)
+				}})
 				p.must(ask{model: "m", prompt: long("a", 1), answer: 2})
 				p.m.Leave(context.Background(), ollamaPort)
 				p.rest(0)
@@ -402,8 +405,11 @@ func (p *proxied) some(r *rand.Rand, i int) {
 		defer leave()
 	}
 	a := ask{
-		model: string(rune('a' + r.IntN(3))), context: 2048 << r.IntN(2), streams: r.IntN(2) == 0, awaited: true,
-		prompt: text{{fmt.Sprint("p", r.IntN(6)), 200 + 100*r.IntN(4)}, {fmt.Sprint(r.IntN(3), i), 10 + r.IntN(50)}},
+		model: string(rune('a' + r.IntN(3))), context: 2048 << r.IntN(2), awaited: true,
+		streams: r.IntN(2) == 0,
+		prompt: text{
+			{fmt.Sprint("p", r.IntN(6)), 200 + 100*r.IntN(4)}, {fmt.Sprint(r.IntN(3), i), 10 + r.IntN(50)},
+		},
 		answer: 1 + r.IntN(8), owner: []string{"", "alice", "bob"}[r.IntN(3)],
 	}
 	switch r.IntN(12) {
@@ -425,7 +431,8 @@ func TestWrongStateGoes(t *testing.T) {
 		short := func(name string, i int) ask {
 			return ask{model: "m", prompt: text{{name, 150}, {fmt.Sprint(i), 5}}, answer: 2}
 		}
-		p.setDisk(diskSpeed{writing: 500 * time.Microsecond, reading: time.Microsecond}) // saving waits for an occasion
+		// So slow that saving waits for an occasion.
+		p.setDisk(diskSpeed{writing: 500 * time.Microsecond, reading: time.Microsecond})
 		p.must(short("first", 0))
 		p.must(short("a", 0))
 		if _, err := p.direct(context.Background(), short("other", 0)); err != nil {

@@ -195,8 +195,8 @@ func (p *proxied) hundredPrefixes(clients int, streams, varied bool) {
 		}
 	}
 	later := p.total() - first - (rounds-1)*prefixes*20
-	p.t.Logf("%d tokens evaluated, %.3f of the least possible; of prefixes in later rounds %d; %d saves, %d restores, %v",
-		p.total(), float64(p.total())/float64(least), later, p.saves, p.restores, p.m.Counts().Failed)
+	p.t.Logf("%d tokens evaluated, %.3f of the least possible; of prefixes in later rounds %d; "+
+		"%d saves, %d restores, %v", p.total(), float64(p.total())/float64(least), later, p.saves, p.restores, p.m.Counts().Failed)
 	if p.total() > least*105/100+2000*p.mistakes {
 		p.t.Errorf("%d tokens were evaluated, more than 1.05 of %d", p.total(), least)
 	}
@@ -243,7 +243,8 @@ func TestLoneWarmChat(t *testing.T) {
 				var onPath time.Duration
 				for i := range turns {
 					began := time.Now()
-					u := p.m.Before(context.Background(), p.request(ask{model: "m", context: 4096, prompt: chat("a", i), answer: 5}))
+					u := p.m.Before(context.Background(),
+						p.request(ask{model: "m", context: 4096, prompt: chat("a", i)}))
 					if i > 0 {
 						onPath += time.Since(began)
 					}

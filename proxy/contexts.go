@@ -31,6 +31,7 @@ func localPort(s *upstream.Server) int {
 func (h *Handler) engineFound(e contexts.Running, attaches bool) {
 	for _, b := range h.backends {
 		if b.port == e.Port && h.Lanes != nil {
+			h.Log.Debug("engine found", "upstream", b.Name, "files", e.Files, "slots", e.Slots, "context", e.Context, "attaches", attaches)
 			h.Lanes.SetSlots(b.index, strings.Join(e.Files, "+"), schedule.Slots{Count: e.Slots, Copied: attaches})
 		}
 	}

@@ -510,7 +510,7 @@ func (c *choice) worth(it *item, n *node, again, backlog int) bool {
 	if again <= slack || backlog >= again && !c.x.copied() {
 		return true
 	}
-	takes := c.x.rates.evaluate(again)
+	takes, owned := c.x.rates.evaluate(again), n
 	if !it.roams() {
 		// With one server, a lane that has nothing else to do loses nothing by joining, unless one of those others is done before that.
 		if c.generating(it, n) > takes {
@@ -518,15 +518,27 @@ func (c *choice) worth(it *item, n *node, again, backlog int) bool {
 		}
 		n = nil
 	}
-	if c.x.copied() {
-		takes *= copiedPatience
-	}
-	at := c.x.joinable(it, n, c.x.idle, takes)
+	at := c.x.joinable(it, n, c.x.idle, c.patience(it, owned, takes))
 	if c.now.Before(at) {
 		c.x.server.later(at)
 		return false
 	}
 	return true
+}
+
+// patience returns for how long a lane is idle before it evaluates once more, for a time, what others are
+// busy with. Where it can have that as soon as one of them has ended, it waits for longer while that
+// is being evaluated, and from when an answer has begun as elsewhere.
+func (c *choice) patience(it *item, n *node, takes time.Duration) time.Duration {
+	if !c.x.copied() {
+		return takes
+	}
+	for _, l := range c.x.lanes {
+		if l.item != nil && !l.item.begun.IsZero() && shared(it.steps, l.holds) >= n.depth() {
+			return max(takes, l.item.begun.Add(takes).Sub(c.x.idle))
+		}
+	}
+	return max(copiedPatience*takes, copiedLeast)
 }
 
 // evaluated reports whether a request that was evaluated up to a node has ended: one that a lane is busy

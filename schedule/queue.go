@@ -177,6 +177,8 @@ const (
 	// copiedPatience is how many times as long a lane waits before it evaluates once more what
 	// another one is evaluating, if it can have that for nothing soon: the estimate may be too short.
 	copiedPatience = 3
+	// copiedLeast is the least of that: at first nothing is known of how fast the server is.
+	copiedLeast = 15 * time.Second
 	// longestTurn is for how long a model keeps another one waiting that has to be loaded in its place, if a load takes no longer.
 	longestTurn = 30 * time.Second
 	// fairWeight is how many tokens of a prompt a generated one counts as when clients are compared.

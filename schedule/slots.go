@@ -185,6 +185,8 @@ func (q *Queue) Began(id uint64, now time.Time) {
 	it.begun, it.streams = now, true
 	if x.given() == 0 {
 		x.found(x.begin(it, now))
+	}
+	if x.given() == 0 || x.copied() {
 		q.pump(x.server, now)
 	}
 }

@@ -684,7 +684,13 @@ func TestSlotsCopied(t *testing.T) {
 		copied     bool
 		generation time.Duration
 		want       int // granted at once
-	}{{false, 100 * time.Millisecond, 4}, {true, 100 * time.Millisecond, 1}, {true, time.Minute, 4}} {
+		streams    bool
+	}{
+		{false, 100 * time.Millisecond, 4, false},
+		{true, 100 * time.Millisecond, 1, false},
+		{true, time.Minute, 4, false},
+		{true, 100 * time.Millisecond, 1, true},
+	} {
 		d := newDesk(t, Config{})
 		d.q.SetSlots(0, "m", Slots{Count: 4, Copied: w.copied}, d.now)
 		r := evaluated(1064, 1064)
@@ -695,7 +701,16 @@ func TestSlotsCopied(t *testing.T) {
 			tails++
 			d.add(request("m", alpha, seg{id: tails, tokens: 600}))
 		}
+		granted := d.now
 		places := slices.Clone(d.q.Grants())
+		if w.streams {
+			d.q.Began(places[0].ID, d.now) // what it generates takes as long as it takes
+			d.wake()
+			if n := len(d.q.Grants()); n != 3 || d.now.Sub(granted) > 2*time.Second {
+				t.Errorf("%+v: %d more are granted %v after the first answer has begun", w, n, d.now.Sub(granted))
+			}
+			continue
+		}
 		if len(places) != w.want {
 			t.Errorf("%+v: %d of 9 with one prefix are granted at once", w, len(places))
 		}

@@ -142,6 +142,8 @@ func (m *Manager) saveNow(ctx context.Context, on *live, i int) bool {
 	defer cancel()
 	saved, err := on.Save(ctx, i, name)
 	if err != nil || !s.holds(saved.Tokens) {
+		m.Log.Debug("context not saved", "model", s.model, "slot", i, "tokens", saved.Tokens,
+			"prompt", s.size(), "expected", s.tokens, "err", err)
 		m.Files.Abort(name)
 		m.notSaved(on, i, state, err)
 		return false

@@ -292,6 +292,9 @@ func (h *Handler) Init() {
 		h.backends = append(h.backends, b)
 		if h.Lanes != nil {
 			h.Lanes.SetName(b.index, s.Name)
+			if h.Contexts != nil && b.port != 0 {
+				h.Lanes.SetTells(b.index)
+			}
 		}
 	}
 	if h.Contexts != nil {

@@ -233,6 +233,7 @@ type server struct {
 	until     time.Time        // … and is refused from then on
 	lanes     int              // per runner; 0: learned
 	told      map[string]Slots // by model
+	tells     bool             // a model's engine is expected to tell, when it is loaded
 	found     int              // … for the runner that this was last learned of: what others begin with
 	host      mean             // rates.host of all its runners: what others begin with
 	longest   bool             // it chooses slots by the longest match alone
@@ -777,6 +778,10 @@ type Slots struct {
 	// the request that it was evaluated for has ended.
 	Copied bool
 }
+
+// SetTells says that the engines of a server are expected to tell how many slots they have (SetSlots), as
+// soon as they are started: it is not tried to find out before.
+func (q *Queue) SetTells(upstream uint16) { q.server(upstream).tells = true }
 
 // SetSlots says what the engine of a model on the server tells: how many slots there are is not
 // learned from then on. What SetLanes says goes before it.

@@ -248,6 +248,12 @@ func (s *Scheduler) SetLanes(upstream uint16, n int) {
 	s.do(func(q *Queue, now time.Time) { q.SetLanes(upstream, n, now) })
 }
 
+// SetTells says that the engines of a server are expected to tell how many slots they have (SetSlots), as
+// soon as they are started: it is not tried to find out before.
+func (s *Scheduler) SetTells(upstream uint16) {
+	s.do(func(q *Queue, _ time.Time) { q.SetTells(upstream) })
+}
+
 // SetSlots says what the engine of a model on the server tells: how many slots there are is not
 // learned from then on. What SetLanes says goes before it.
 func (s *Scheduler) SetSlots(upstream uint16, model string, told Slots) {

@@ -676,6 +676,27 @@ func TestSlotsTold(t *testing.T) {
 	}
 }
 
+// TestSlotsAwaited: where engines are expected to tell how many slots they have, that is not tried to find
+// out before the first of them could; and is, if none does.
+func TestSlotsAwaited(t *testing.T) {
+	for _, tells := range []bool{false, true} {
+		d := newDesk(t, Config{})
+		if tells {
+			d.q.SetTells(0)
+		}
+		for range 4 {
+			d.add(with(seg{id: tails + 1000, tokens: 1000}))
+		}
+		d.granted(1)
+		for len(d.q.Grants()) == 0 {
+			d.wake()
+		}
+		if waited := d.now.Sub(start); tells != (waited >= toldWithin) || waited > 2*toldWithin {
+			t.Errorf("expected to tell %v: a second one is tried after %v", tells, waited)
+		}
+	}
+}
+
 // TestSlotsCopied: where slots can have what others evaluated, one evaluates a prefix that many wait
 // with, and when its request has ended all go on. Where that would generate for longer than evaluating
 // it once more takes, the others do not wait.

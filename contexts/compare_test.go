@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -27,6 +28,8 @@ type step struct {
 	pause time.Duration // before
 	what  byte          // 'r': a request; 'd': one past the proxy; 'u': everything is unloaded; 'p': the proxy restarts
 }
+
+const mostTokens = 1610 // of a random prompt
 
 // randomLoad makes a schedule of a seed.
 func randomLoad(seed uint64) load {
@@ -76,9 +79,9 @@ func randomLoad(seed uint64) load {
 
 // spent is what a schedule took.
 type spent struct {
-	tokens, saves, restores int
-	took                    time.Duration
-	failed                  map[string]uint64
+	tokens, loads, saves, restores int
+	took                           time.Duration
+	failed                         map[string]uint64
 }
 
 // play plays a schedule, with a manager or without, in virtual time.
@@ -86,7 +89,11 @@ func (l load) play(t *testing.T, managed bool) (s spent) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newProxied(t, l.models, contextstore.FileLimits{Bytes: l.limit})
 		p.most, p.disk = l.most, l.disk
-		p.mistakes = 1000 // see TestHundredPrefixes for those of one slot
+		for _, x := range slices.Concat(l.clients...) {
+			if x.what == 'd' || len(l.clients) > 1 {
+				p.mistakes++ // it may be as long as another, in whose slot it is
+			}
+		}
 		if l.most == 1 && len(l.models) > 1 {
 			p.turn = make(chan struct{}, 1)
 		}
@@ -109,7 +116,7 @@ func (l load) play(t *testing.T, managed bool) (s spent) {
 			s.failed = p.m.Counts().Failed
 			p.finish()
 		}
-		s.tokens, s.saves, s.restores = p.total(), p.saves, p.restores
+		s.tokens, s.loads, s.saves, s.restores = p.total(), p.loads, p.saves, p.restores
 	})
 	return s
 }
@@ -128,44 +135,70 @@ func (p *proxied) step(x step, managed bool) {
 			p.begin()
 		}
 	case 'd':
-		p.direct(context.Background(), x.ask) // it may end by an unload, and so may the next one
+		for again := true; again; { // until it is not ended by an unload
+			_, err := p.direct(context.Background(), x.ask)
+			again = err != nil
+		}
 	default:
-		p.ask(context.Background(), x.ask)
+		for again := true; again; {
+			_, err := p.ask(context.Background(), x.ask)
+			again = err != nil
+		}
 	}
 }
 
-// compare checks that a manager does no harm.
+// compare checks that a manager does no harm: at most 1 % more tokens, and 5 % more time.
 func (l load) compare(t *testing.T) (with, without spent) {
 	without, with = l.play(t, false), l.play(t, true)
-	// Where each slot is of several, which one a prompt is given is chance: as much as one prompt for each of them.
-	slack := 0
-	if l.limit > 0 {
-		slack = 2 * 1600
+	// What is tried in vain, until it is learned that a model makes no use of it.
+	tokens, took := without.tokens*101/100, without.took*105/100+5*time.Second
+	for _, m := range l.models {
+		if m.window {
+			tokens += int(with.failed[FailedUnused]) * mostTokens
+		}
 	}
-	if with.tokens > without.tokens*101/100+slack {
+	if len(l.clients) > 1 {
+		// Who comes first is chance, and so is which slot a prompt is given, and what an unload comes upon.
+		tokens += without.tokens/20 + 2*mostTokens
+		took += time.Duration(max(with.loads-without.loads, 0))*loadTakes + without.took/20
+	}
+	if with.tokens > tokens {
 		t.Errorf("%d tokens were evaluated, and %d without a manager: %+v", with.tokens, without.tokens, with)
 	}
-	if with.took > without.took*105/100+5*time.Second {
+	if with.took > took {
 		t.Errorf("it took %v, and %v without a manager: %+v", with.took, without.took, with)
 	}
 	return with, without
 }
 
+// TestNoHarm plays schedules that differ by a seed. That none takes much more than without a manager is
+// checked for each, and that all together take less.
 func TestNoHarm(t *testing.T) {
-	var all, plain, saves, restores int
-	var took, plainTook time.Duration
-	for seed := range uint64(60) {
+	var all, plain spent
+	for seed := range uint64(24) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			with, without := randomLoad(seed).compare(t)
-			all += with.tokens
-			plain += without.tokens
-			took += with.took
-			plainTook += without.took
-			saves += with.saves
-			restores += with.restores
 			t.Logf("%.3f of the tokens, %.3f of the time, %+v", float64(with.tokens)/float64(without.tokens),
 				with.took.Seconds()/without.took.Seconds(), with)
+			all.add(with)
+			plain.add(without)
 		})
 	}
-	t.Logf("in all %d tokens of %d, %v of %v, %d saves, %d restores", all, plain, took, plainTook, saves, restores)
+	t.Logf("in all %+v, and without a manager %+v", all, plain)
+	if all.tokens > plain.tokens*9/10 || all.took > plain.took {
+		t.Error("that is no gain")
+	}
+}
+
+func (s *spent) add(o spent) {
+	s.tokens += o.tokens
+	s.took += o.took
+	s.loads += o.loads
+	s.saves += o.saves
+	s.restores += o.restores
+}
+
+// FuzzNoHarm looks for a schedule that takes longer with a manager.
+func FuzzNoHarm(f *testing.F) {
+	f.Fuzz(func(t *testing.T, seed uint64) { randomLoad(seed).compare(t) })
 }

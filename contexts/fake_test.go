@@ -625,6 +625,38 @@ type proxied struct {
 
 	mu    sync.Mutex
 	lanes map[string]chan struct{}
+	gates map[string]*gate // by model
+}
+
+// gate lets requests of one context length at a time have lanes of a model, as the proxy's queue does:
+// they need the model loaded anew for another one.
+type gate struct {
+	mu      sync.Mutex
+	context int
+	n       int           // requests under way
+	changed chan struct{} // closed when n becomes 0
+}
+
+func (g *gate) enter(context int) {
+	g.mu.Lock()
+	for g.n > 0 && g.context != context {
+		changed := g.changed
+		g.mu.Unlock()
+		<-changed
+		g.mu.Lock()
+	}
+	g.context = context
+	g.n++
+	g.mu.Unlock()
+}
+
+func (g *gate) leave() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.n--; g.n == 0 {
+		close(g.changed)
+		g.changed = make(chan struct{})
+	}
 }
 
 // ask is one request.
@@ -640,7 +672,7 @@ type ask struct {
 
 func newProxied(t testing.TB, models map[string]modelSpec, limit contextstore.FileLimits) *proxied {
 	p := &proxied{
-		ollama: newOllama(t, models), lanes: map[string]chan struct{}{}, limit: limit,
+		ollama: newOllama(t, models), lanes: map[string]chan struct{}{}, gates: map[string]*gate{}, limit: limit,
 		dir: filepath.Join(t.TempDir(), "contexts"),
 	}
 	p.files = func() *contextstore.Files { return p.store }
@@ -738,6 +770,15 @@ func (p *proxied) lane(model string) chan struct{} {
 	return p.lanes[model]
 }
 
+func (p *proxied) gate(model string) *gate {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.gates[model] == nil {
+		p.gates[model] = &gate{changed: make(chan struct{})}
+	}
+	return p.gates[model]
+}
+
 // request returns what the manager is told of a request.
 func (p *proxied) request(a ask) Request {
 	contents, bytes := a.prompt.chain(a.model)
@@ -789,6 +830,8 @@ func (p *proxied) ask(ctx context.Context, a ask) (Answer, error) {
 		a.context = 4096
 	}
 	lane := p.lane(a.model)
+	gate := p.gate(a.model)
+	gate.enter(a.context)
 	lane <- struct{}{}
 	if p.turn != nil {
 		p.turn <- struct{}{}
@@ -814,6 +857,7 @@ func (p *proxied) ask(ctx context.Context, a ask) (Answer, error) {
 			<-p.turn
 		}
 		<-lane
+		gate.leave()
 	})
 	return got, err
 }

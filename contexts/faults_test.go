@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -415,4 +416,86 @@ func (p *proxied) some(r *rand.Rand, i int) {
 	default:
 		p.ask(ctx, a)
 	}
+}
+
+// TestWrongStateGoes: a prompt of others that is as long as the one before it is taken for that when
+// it is saved. It is dropped as soon as that shows, and the right one is stored.
+func TestWrongStateGoes(t *testing.T) {
+	with(t, one, ample, func(p *proxied) {
+		short := func(name string, i int) ask {
+			return ask{model: "m", prompt: text{{name, 150}, {fmt.Sprint(i), 5}}, answer: 2}
+		}
+		p.setDisk(diskSpeed{writing: 500 * time.Microsecond, reading: time.Microsecond}) // saving waits for an occasion
+		p.must(short("first", 0))
+		p.must(short("a", 0))
+		if _, err := p.direct(context.Background(), short("other", 0)); err != nil {
+			t.Fatal(err)
+		}
+		p.m.Leave(context.Background(), ollamaPort)
+		p.unload()
+		if n := p.store.Stats().States; n != 2 {
+			t.Fatalf("%d states are stored: one of them is to be the wrong one", n)
+		}
+		p.evaluates(short("a", 1), 155, 155)
+		if n := p.m.Counts().Failed[FailedUnused]; n != 1 {
+			t.Errorf("%d states were of no use", n)
+		}
+		p.m.Leave(context.Background(), ollamaPort)
+		p.unload()
+		p.evaluates(short("a", 2), 1, 10)
+	})
+}
+
+// TestRequestWaitsForOneSave: however many slots are to be saved before their engine may have to go; and
+// for one of the slot that it takes, if that is not warm.
+func TestRequestWaitsForOneSave(t *testing.T) {
+	t.Run("warm", func(t *testing.T) { testWaits(t, true, 1) })
+	t.Run("cold", func(t *testing.T) { testWaits(t, false, 2) })
+}
+
+func testWaits(t *testing.T, warm bool, saves int) {
+	with(t, map[string]modelSpec{"m": {slots: 4}}, ample, func(p *proxied) {
+		p.must(ask{model: "m", prompt: long("first", 0), answer: 2})
+		p.rest(0)
+		p.setDisk(diskSpeed{writing: 100 * time.Microsecond, reading: time.Microsecond})
+		p.must(ask{model: "m", prompt: long("b", 0), answer: 2}) // it tells how slow the disk is
+		p.must(ask{model: "m", prompt: long("c", 0), answer: 2})
+		p.must(ask{model: "m", prompt: long("d", 0), answer: 2})
+		p.rest(0)
+		before := p.saved()
+		r := p.request(ask{model: "m", context: 4096, prompt: long("d", 0)})
+		p.m.mu.Lock()
+		for _, l := range p.m.engines { // as if others had evaluated the same before, and nothing were stored
+			for i := range l.slots {
+				l.slots[i].contents = slices.Clone(l.slots[i].contents)
+				for j := range l.slots[i].contents {
+					l.slots[i].contents[j]++
+				}
+			}
+		}
+		p.m.mu.Unlock()
+		left := make(chan struct{})
+		go func() {
+			defer close(left)
+			p.m.Leave(context.Background(), ollamaPort)
+		}()
+		time.Sleep(time.Millisecond) // virtual: the first save is under way
+		for j := range r.Contents {
+			r.Contents[j]++
+			if !warm {
+				r.Contents[j] += 2
+			}
+		}
+		u := p.m.Before(context.Background(), r)
+		if n := p.saved() - before; n != saves {
+			t.Errorf("the request has waited for %d saves, instead of %d", n, saves)
+		}
+		u.After(Answer{Unsent: true}, func() {})
+		<-left
+		for _, s := range p.store.List() { // what was made up
+			if p.known[s.Links[0]] == nil {
+				p.store.Drop(s.ID, "it was made up")
+			}
+		}
+	})
 }

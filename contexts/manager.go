@@ -11,6 +11,7 @@
 package contexts
 
 import (
+	"cmp"
 	"context"
 	"log/slog"
 	"maps"
@@ -418,6 +419,7 @@ func (u *Use) replace(ctx context.Context) {
 			lost = append(lost, i)
 		}
 	}
+	slices.SortFunc(lost, func(a, b int) int { return cmp.Compare(on.slots[a].used, on.slots[b].used) })
 	m.mu.Unlock()
 	lost = slices.DeleteFunc(lost, func(i int) bool { return !m.due(on, i, leaving) })
 	if len(lost) == 0 {
@@ -427,10 +429,8 @@ func (u *Use) replace(ctx context.Context) {
 	if err != nil {
 		return
 	}
-	for _, i := range lost {
-		if idle(i) {
-			m.save(ctx, on, i)
-		}
+	if i := slices.IndexFunc(lost, idle); i >= 0 {
+		m.save(ctx, on, lost[i]) // the engine takes the one that was used least recently
 	}
 }
 

@@ -143,7 +143,6 @@ func TestHundredPrefixes(t *testing.T) {
 		{1, 1, false, false},
 		{1, 8, true, false},
 		{4, 1, false, false},
-		{4, 1, true, false},
 		{4, 4, true, false},
 		{4, 8, true, true},
 		{4, 8, false, true},
@@ -273,9 +272,8 @@ func TestLoneWarmChat(t *testing.T) {
 
 // TestPromptsThatNeverComeBack: what is saved in vain is bounded, in time and in bytes.
 func TestPromptsThatNeverComeBack(t *testing.T) {
-	const prompts = 10_000
 	limit := contextstore.FileLimits{Bytes: 100 << 20}
-	for _, slots := range []int{1, 2} {
+	for slots, prompts := range map[int]int{1: 10_000, 2: 2_000} {
 		t.Run(fmt.Sprint(slots), func(t *testing.T) {
 			with(t, map[string]modelSpec{"m": {slots: slots}}, limit, func(p *proxied) {
 				began := time.Now()
@@ -293,7 +291,7 @@ func TestPromptsThatNeverComeBack(t *testing.T) {
 				if p.written > 3*limit.Bytes/2 {
 					t.Errorf("%d MiB were written for a limit of %d", p.written>>20, limit.Bytes>>20)
 				}
-				answers := prompts * 2 * perAnswer
+				answers := time.Duration(prompts) * 2 * perAnswer
 				if spent := took - p.evalTime - answers - loadTakes; spent > p.evalTime/20 {
 					t.Errorf("%v were spent on what never came back", spent)
 				}

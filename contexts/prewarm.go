@@ -9,14 +9,16 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/engine"
 )
 
-// Fill attaches the states that are used most to the slots of a model's engine that hold nothing, as
-// after a load: of several that begin alike, the one that is used most. It goes on for as long as
-// another one is worth it and more says so, which is asked before each, and returns how many there were.
-// A request that comes meanwhile waits for one of them, which takes milliseconds.
+// Fill attaches the states that are used most to the slots of a model's engine that hold nothing,
+// as after a load: of several that begin alike, the one that is used most. It goes on for as long
+// as another one is worth it and more says so, which is asked before each, and returns how many
+// there were. A request that comes meanwhile waits for one of them, which takes milliseconds.
 //
 // States that belong to somebody are left out, unless they are shared: whoever asks next could find
 // out, by the time that an answer takes, that somebody has sent a prompt.
-func (m *Manager) Fill(ctx context.Context, port int, weights string, more func() bool) (filled int) {
+func (m *Manager) Fill(
+	ctx context.Context, port int, weights string, more func() bool,
+) (filled int) {
 	if m == nil {
 		return 0
 	}
@@ -29,7 +31,9 @@ func (m *Manager) Fill(ctx context.Context, port int, weights string, more func(
 	list = slices.DeleteFunc(list, func(s contextstore.State) bool {
 		return s.Format != on.Format || s.Owner != 0 && !shared || on.Context > 0 && s.Tokens > on.Context
 	})
-	slices.SortStableFunc(list, func(a, b contextstore.State) int { return cmp.Compare(b.Uses, a.Uses) })
+	slices.SortStableFunc(list, func(a, b contextstore.State) int {
+		return cmp.Compare(b.Uses, a.Uses)
+	})
 	for _, s := range list {
 		if ctx.Err() != nil || !more() {
 			break
@@ -51,7 +55,7 @@ func (m *Manager) fill(ctx context.Context, on *live, state contextstore.State) 
 		return false, false
 	}
 	defer on.rest()
-	s := stored{State: state, reach: state.Tokens} // not exact: what comes may part from it before its end
+	s := stored{State: state, reach: state.Tokens} // what comes may part from it before its end
 	m.mu.Lock()
 	p, warm := s.prompt(), 0
 	for _, held := range on.slots {
@@ -89,8 +93,8 @@ func (m *Manager) fill(ctx context.Context, on *live, state contextstore.State) 
 	return true, true
 }
 
-// empty returns the first slot of an engine that holds nothing; -1: there is none. It is the first one
-// since the engine gives the last of those that were never used to a prompt that fits none.
+// empty returns the first slot of an engine that holds nothing; -1: there is none. It is the first
+// one since the engine gives the last of those that were never used to a prompt that fits none.
 func (m *Manager) empty(ctx context.Context, on *live) int {
 	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
 	defer cancel()

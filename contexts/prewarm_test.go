@@ -30,8 +30,8 @@ func (p *proxied) used(prompts ...string) {
 	}
 }
 
-// TestFill: after a load the slots that hold nothing get the states that are used most, so that next to
-// nothing of their prompts is evaluated, and nothing is attached for them.
+// TestFill: after a load the slots that hold nothing get the states that are used most, so that
+// next to nothing of their prompts is evaluated, and nothing is attached for them.
 func TestFill(t *testing.T) {
 	with(t, four, ample, func(p *proxied) {
 		p.used("a", "b", "c", "d", "e")
@@ -57,7 +57,8 @@ func TestFill(t *testing.T) {
 	})
 }
 
-// TestFillLeavesTheLeastUsed: a prompt that fits none takes the slot of the state that is used least.
+// TestFillLeavesTheLeastUsed: a prompt that fits none takes the slot of the state that is used
+// least.
 func TestFillLeavesTheLeastUsed(t *testing.T) {
 	with(t, four, ample, func(p *proxied) {
 		p.used("a", "b", "c", "d")
@@ -146,7 +147,8 @@ func TestFillNothing(t *testing.T) {
 	}
 }
 
-// TestFillBesideRequests: whoever comes meanwhile has the right slot, and waits for one state at most.
+// TestFillBesideRequests: whoever comes meanwhile has the right slot, and waits for one state at
+// most.
 func TestFillBesideRequests(t *testing.T) {
 	with(t, four, ample, func(p *proxied) {
 		p.used("a", "b", "c", "d")

@@ -62,8 +62,8 @@ func (p *proxyProcess) warm(t testing.TB, server *realollama.Server, what, body 
 	}
 }
 
-// TestPrewarm: on real servers, the prompts of --prewarm are warm before anybody asks: at first, after a
-// load and after a restart.
+// TestPrewarm: on real servers, the prompts of --prewarm are warm before anybody asks: at first,
+// after a load and after a restart.
 func TestPrewarm(t *testing.T) {
 	for _, version := range realollama.Distinct() {
 		t.Run(version, func(t *testing.T) {
@@ -71,25 +71,31 @@ func TestPrewarm(t *testing.T) {
 				Version: version, Models: []string{warmModel}, Parallel: 3,
 			})
 			const length = 150
-			p := startProxy(t, server.URL(), "--prewarm", prewarmFile(t,
+			lines := []string{
 				warmPrompt(t, 1, length, "?"),
-				`{"path":"/v1/chat/completions","body":`+warmPrompt(t, 2, length, "?")+`}`))
+				`{"path":"/v1/chat/completions","body":` + warmPrompt(t, 2, length, "?") + `}`,
+			}
+			if version == realollama.EraA { // which puts all prompts that begin alike into one slot
+				lines = lines[:1]
+			}
+			n := len(lines)
+			p := startProxy(t, server.URL(), "--prewarm", prewarmFile(t, lines...))
 			again := func(what string, sent int) {
 				t.Helper()
 				eventually(t, "warm "+what, func() bool { return p.prewarmed(t, "") >= sent })
-				for prefix := range uint64(2) {
+				for prefix := range uint64(n) {
 					p.warm(t, server, what, warmPrompt(t, prefix+1, length, "What about "+what+"?"))
 				}
-				if n := p.prewarmed(t, ""); n != sent {
-					t.Errorf("%s: %d requests were sent to make prompts warm, want %d", what, n, sent)
+				if got := p.prewarmed(t, ""); got != sent {
+					t.Errorf("%s: %d requests were sent to make prompts warm, want %d", what, got, sent)
 				}
 			}
-			again("at first", 2)
+			again("at first", n)
 
 			mustPost(t, p.URL+"/api/generate", `{"model":"`+warmModel+`","keep_alive":0}`)
 			eventually(t, "unloaded", func() bool { return len(loaded(t, server.URL())) == 0 })
 			mustPost(t, p.URL+"/api/chat", warmPrompt(t, 3, 20, "Who?"))
-			again("after a load", 4)
+			again("after a load", 2*n)
 
 			server.Kill()
 			eventually(t, "seen to be away", func() bool {
@@ -98,20 +104,20 @@ func TestPrewarm(t *testing.T) {
 			if err := server.Restart(t.Context()); err != nil {
 				t.Fatal(err)
 			}
-			again("after a restart", 6)
-			if n := p.prewarmed(t, "evaluated"); n != 6 {
-				t.Errorf("%d requests had their prompts evaluated, want 6", n)
+			again("after a restart", 3*n)
+			if got := p.prewarmed(t, "evaluated"); got != 3*n {
+				t.Errorf("%d requests had their prompts evaluated, want %d", got, 3*n)
 			}
-			// Nobody else is told of them: six prompts and one were asked for by clients.
-			if n := p.Metric(t, `ollama_cacheproxy_requests_total{endpoint="/api/chat"`); n != 7 {
-				t.Errorf("%v requests of clients are counted, want 7", n)
+			// Nobody else is told of them: only what clients have asked is counted as that.
+			if got := p.Metric(t, `ollama_cacheproxy_requests_total{endpoint="/api/chat"`); int(got) != 3*n+1 {
+				t.Errorf("%v requests of clients are counted, want %d", got, 3*n+1)
 			}
 		})
 	}
 }
 
-// TestPrewarmGivesWay: a client that comes while a prompt is being made warm is not kept waiting until
-// that has been evaluated, and then it goes on.
+// TestPrewarmGivesWay: a client that comes while a prompt is being made warm is not kept waiting
+// until that has been evaluated, and then it goes on.
 func TestPrewarmGivesWay(t *testing.T) {
 	server := realollama.Start(t, realollama.Config{
 		Version: realollama.Newest(), Models: []string{warmModel}, Parallel: 1,
@@ -150,4 +156,72 @@ func TestPrewarmFile(t *testing.T) {
 	if status, _, _ := get(t, p.URL+"/_cacheproxy/ready"); status != http.StatusOK {
 		t.Errorf("ready: %d", status)
 	}
+}
+
+// TestPrewarmContexts: where contexts are stored they are attached before anybody asks: those of
+// the file's prompts after a restart of both, and those used most after a load.
+func TestPrewarmContexts(t *testing.T) {
+	for _, version := range engineEras() {
+		t.Run(version, func(t *testing.T) { prewarmContexts(t, version) })
+	}
+}
+
+func prewarmContexts(t *testing.T, version string) {
+	bin, err := proxyBinary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	home := filepath.Join(t.TempDir(), "home")
+	ollama, err := realollama.Link(t.Context(), realollama.LinkConfig{
+		Version: version, Home: home, Program: bin,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := realollama.Start(t, realollama.Config{
+		Version: version, Bin: ollama, Models: []string{warmModel}, Parallel: 4,
+	})
+	const length, contexts = 150, "ollama_cacheproxy_contexts_"
+	file := prewarmFile(t, warmPrompt(t, 1, length, "?"))
+	unload := func() {
+		t.Helper()
+		mustPost(t, server.URL()+"/api/generate", `{"model":"`+warmModel+`","keep_alive":0}`)
+		eventually(t, "unloaded", func() bool { return len(loaded(t, server.URL())) == 0 })
+	}
+
+	p := startProxy(t, server.URL(), "--contexts", home, "--prewarm", file)
+	eventually(t, "warm", func() bool { return p.prewarmed(t, "evaluated") == 1 })
+	eventually(t, "stored", func() bool { return p.Metric(t, contexts+"saved_total") == 1 })
+	for n := range 2 { // another one, used twice
+		mustPost(t, p.URL+"/api/chat", warmPrompt(t, 2, length, fmt.Sprintf("Which %d?", n)))
+		eventually(t, "stored, too", func() bool { return p.Metric(t, contexts+"saved_total") >= 2 })
+		unload()
+	}
+	if err := p.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	if err := server.Restart(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+
+	mark := server.Mark()
+	p = startProxy(t, server.URL(), "--contexts", home, "--prewarm", file)
+	eventually(t, "warm again", func() bool { return p.prewarmed(t, "") == 1 })
+	if total, evaluated := evaluations(t, server, mark, 1); evaluated > 20 || p.prewarmed(t, "attached") != 1 {
+		t.Errorf("%d of %d tokens were evaluated to make the prompt warm again", evaluated, total)
+	}
+	eventually(t, "filled", func() bool { return p.Metric(t, contexts+"filled_total") == 1 })
+	attached := p.Metric(t, contexts+"attached_total")
+	p.warm(t, server, "of the file, after a restart", warmPrompt(t, 1, length, "What?"))
+	p.warm(t, server, "of no file, after a restart", warmPrompt(t, 2, length, "What?"))
+	if n := p.Metric(t, contexts+"attached_total"); n != attached {
+		t.Errorf("%v contexts were attached when somebody asked", n-attached)
+	}
+
+	// A proxy that finds the model loaded knows nothing of its slots but which hold nothing.
+	if err := p.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	p = startProxy(t, server.URL(), "--contexts", home)
+	eventually(t, "filled at first", func() bool { return p.Metric(t, contexts+"filled_total") == 2 })
 }

@@ -38,6 +38,7 @@ func TestSeries(t *testing.T) {
 		Basis: savings.Estimated, Total: 50, Tokens: &savings.Tokens{Reused: 5, Evaluated: 45}, Verdict: savings.Partial, Reason: savings.ReasonTaken, Loaded: true, Load: time.Second, Truncated: true}})
 	m.Done(proxy.Exchange{Endpoint: "/v1/chat/completions", Model: "llama3", Outcome: proxy.OK, Savings: &savings.Entry{Basis: savings.Unknown, Verdict: savings.Uncertain, Loaded: true}})
 	m.Done(proxy.Exchange{Endpoint: "/api/chat", Model: "llama3", Outcome: proxy.OK, Savings: &savings.Entry{Basis: savings.Unknown, Total: 7, Verdict: savings.Uncertain}})
+	m.Done(proxy.Exchange{Endpoint: "/api/chat", Model: "llama3", Outcome: proxy.OK, Duration: time.Hour, Priority: "batch", Upstream: "main", Prewarm: proxy.PrewarmEvaluated})
 	m.Held(func() int64 { return 600 })
 	m.Store(func() contextstore.Stats { return contextstore.Stats{Entries: 3, Bytes: 400, Evictions: 5} })
 	m.Touched("llama3", nil)
@@ -68,6 +69,7 @@ func TestSeries(t *testing.T) {
 		`ollama_cacheproxy_estimated_truncated_prompts_total{model="llama3:latest"} 1`,
 		`ollama_cacheproxy_estimated_saved_seconds_total{kind="evaluation",model="llama3:latest"} 3`,
 		`ollama_cacheproxy_estimated_saved_seconds_total{kind="loading",model="llama3:latest"} 1`,
+		`ollama_cacheproxy_prewarm_requests_total{result="evaluated"} 1`,
 		`ollama_cacheproxy_held_bytes 600`,
 		`ollama_cacheproxy_store_entries 3`,
 		`ollama_cacheproxy_store_bytes 400`,

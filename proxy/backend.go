@@ -55,7 +55,7 @@ func (h *Handler) Polled(s *upstream.Server, st upstream.State) {
 		}
 		h.polledBooks(b, st) // before anything is sent: after a restart nothing is warm
 		h.available(b)
-		h.prewarming.nudge()
+		h.prewarming.polled(b, st)
 	}
 	fresh := make(chan struct{})
 	close(*h.news.Swap(&fresh))

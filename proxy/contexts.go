@@ -80,9 +80,9 @@ func (ex *exchange) load(ctx context.Context, wanted runners.Wanted) (time.Durat
 	return took, nil
 }
 
-// loadedBefore adds to what an answer tells the load that prepare caused for it.
+// loadedBefore adds to what an answer tells the load that loadFirst or prepare caused for it.
 func (ex *exchange) loadedBefore(o *savings.Outcome) {
-	took := ex.context.Loading()
+	took := ex.loadedFirst + ex.context.Loading()
 	if took == 0 || !ex.loaded.Loaded {
 		return
 	}

@@ -218,6 +218,8 @@ type exchange struct {
 	answer  *savings.Reader // nil where nobody reads the answer
 	excerpt string
 
+	loadedFirst time.Duration // how long its model took to load, where loadFirst had it loaded
+
 	in      atomic.Int64 // bytes of the request's body so far; becomes BytesIn
 	bodyErr error        // how reading the answer's body ended; nil if it was never read to an end
 }

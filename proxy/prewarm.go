@@ -35,9 +35,10 @@ const (
 	prewarmClient = "(prewarm)"
 )
 
-// prewarmer makes prompts warm before anybody asks: one at a time, while nobody asks for anything of the
-// servers that it needs, at first and whenever their model has been loaded anew or its server started
-// anew. A model that was unloaded meanwhile is not loaded for it. The nil *prewarmer does nothing.
+// prewarmer makes prompts warm before anybody asks: one at a time, while nobody asks for anything
+// of the servers that it needs, at first and whenever their model has been loaded anew or its
+// server started anew. A model that was unloaded meanwhile is not loaded for it. The nil
+// *prewarmer does nothing.
 type prewarmer struct {
 	h    *Handler
 	wake chan struct{} // holds one
@@ -49,6 +50,7 @@ type prewarmer struct {
 	ended   time.Time        // when the last of them ended, or something failed here; zero: none did
 	running *warming         // nil: none is
 	fills   []fill           // engines whose empty slots are to be given stored contexts
+	seen    []*backend       // servers of which it was seen what they had loaded at first
 }
 
 // warmItem is a request whose prompt is to be warm. Guarded by prewarmer.mu.
@@ -64,7 +66,8 @@ type warmItem struct {
 // fill is a model that was loaded.
 type fill struct {
 	on      *backend
-	weights string
+	weights string // "": those of model
+	model   string // upstream.ModelKey
 }
 
 // warming is such a request under way.
@@ -157,8 +160,8 @@ func (p *prewarmer) next() (do func(context.Context), wait time.Duration) {
 	return nil, 0
 }
 
-// take takes in what the file has now. Requests that it had before are as warm as they were. p.mu must
-// be held.
+// take takes in what the file has now. Requests that it had before are as warm as they were. p.mu
+// must be held.
 func (p *prewarmer) take(list []prewarmRequest) {
 	if len(list) == len(p.items) && (len(list) == 0 || list[0].chain == p.items[0].chain) {
 		return
@@ -166,8 +169,7 @@ func (p *prewarmer) take(list []prewarmRequest) {
 	before := p.items
 	p.items = make([]*warmItem, 0, len(list))
 	for _, r := range list {
-		at := slices.IndexFunc(before, func(i *warmItem) bool { return i.path == r.path && i.body == r.body })
-		if at >= 0 {
+		if at := slices.IndexFunc(before, func(i *warmItem) bool { return i.same(r) }); at >= 0 {
 			before[at].chain = r.chain
 			p.items = append(p.items, before[at])
 			continue
@@ -197,14 +199,15 @@ func (p *prewarmer) targets(i *warmItem) (to []*backend) {
 	return to
 }
 
-// idle reports whether nobody asks for anything of the servers, and nothing waits. p.mu must be held.
+// idle reports whether nobody asks for anything of the servers, and nothing waits. p.mu must be
+// held.
 func (p *prewarmer) idle(list []*backend) bool {
 	return p.h.waiting.Load() == 0 &&
 		!slices.ContainsFunc(list, func(b *backend) bool { return p.asking[b] > 0 })
 }
 
-// asked says that a client's request may go to these servers from now on, and to no others; none: it
-// has ended. What is made warm there meanwhile is given up.
+// asked says that a client's request may go to these servers from now on, and to no others; none:
+// it has ended. What is made warm there meanwhile is given up.
 func (p *prewarmer) asked(ex *exchange, list []*backend) {
 	if p == nil || ex.warming != nil || slices.Equal(ex.asks, list) {
 		return
@@ -226,8 +229,8 @@ func (p *prewarmer) asked(ex *exchange, list []*backend) {
 	}
 }
 
-// abandon gives a request up since a client asks. Where its model is being loaded as the client needs
-// it, that goes on: it would have to be loaded anew. prewarmer.mu must be held.
+// abandon gives a request up since a client asks. Where its model is being loaded as the client
+// needs it, that goes on: it would have to be loaded anew. prewarmer.mu must be held.
 func (w *warming) abandon(b *backend, ex *exchange) {
 	w.cancel()
 	if w.needs != nil && ex.key != "" && b.runners.Weights(ex.key) == w.needs.Options.Model {
@@ -301,8 +304,8 @@ func (p *prewarmer) loaded(ctx context.Context, i *warmItem) bool {
 func (p *prewarmer) send(ctx context.Context, w *warming) {
 	i := w.item
 	r := (&http.Request{
-		Method: http.MethodPost, URL: &url.URL{Path: i.path}, Host: "localhost", RemoteAddr: prewarmClient,
-		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
+		Method: http.MethodPost, URL: &url.URL{Path: i.path}, Host: "localhost",
+		RemoteAddr: prewarmClient, Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
 		Header: http.Header{
 			"Content-Type": {"application/json"}, headerPriority: {schedule.Batch.String()},
 		},
@@ -327,8 +330,8 @@ func (d discard) Write(b []byte) (int, error) { return len(b), nil }
 func (d discard) WriteHeader(int)             {}
 func (d discard) Flush()                      {}
 
-// loadFirst has the model loaded for a request that is to make its prompt warm, before that is sent: if
-// somebody asks meanwhile who needs the same, the load goes on.
+// loadFirst has the model loaded for a request that is to make its prompt warm, before that is
+// sent: if somebody asks meanwhile who needs the same, the load goes on.
 func (h *Handler) loadFirst(r *http.Request, ex *exchange) *refusal {
 	w := ex.warming
 	if w == nil {
@@ -346,7 +349,11 @@ func (h *Handler) loadFirst(r *http.Request, ex *exchange) *refusal {
 		w.needs = &wanted
 		p.mu.Unlock()
 		ex.up.Used()
-		_, err := ex.load(w.loading, wanted)
+		if ex.up.port != 0 {
+			h.Contexts.Leave(r.Context(), ex.up.port) // others may have to make room
+		}
+		took, err := ex.load(w.loading, wanted)
+		ex.loadedFirst = took
 		p.mu.Lock()
 		w.needs, w.lost = nil, w.item.lost
 		p.mu.Unlock()
@@ -393,6 +400,9 @@ func (h *Handler) warmed(r *http.Request, ex *exchange) {
 // fill gives the empty slots of a model that was loaded the stored contexts that are used most.
 func (p *prewarmer) fill(ctx context.Context, f fill) {
 	on := []*backend{f.on}
+	if f.weights == "" {
+		f.weights = f.on.wanted(f.model, nil).Options.Model
+	}
 	p.h.Contexts.Fill(ctx, f.on.port, f.weights, func() bool {
 		p.mu.Lock()
 		defer p.mu.Unlock()
@@ -412,12 +422,33 @@ func (p *prewarmer) changed(b *backend, e runners.Event) {
 			i.changed(b, e.Kind)
 		}
 	}
-	if (e.Kind == runners.Loaded || e.Kind == runners.Replaced) && p.h.Contexts != nil && b.port != 0 {
-		if f := (fill{b, e.Weights}); !slices.Contains(p.fills, f) {
-			p.fills = append(p.fills, f)
+	if e.Kind == runners.Loaded || e.Kind == runners.Replaced {
+		p.fillLater(fill{on: b, weights: e.Weights})
+	}
+	p.nudge()
+}
+
+// polled takes in what a poll of a server found.
+func (p *prewarmer) polled(b *backend, st upstream.State) {
+	if p == nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if st.LoadedKnown && !slices.Contains(p.seen, b) {
+		p.seen = append(p.seen, b)
+		for _, l := range st.Loaded {
+			p.fillLater(fill{on: b, model: upstream.ModelKey(l.Name)})
 		}
 	}
 	p.nudge()
+}
+
+// fillLater has the empty slots of a model filled when nobody asks. p.mu must be held.
+func (p *prewarmer) fillLater(f fill) {
+	if p.h.Contexts != nil && f.on.port != 0 && !slices.Contains(p.fills, f) {
+		p.fills = append(p.fills, f)
+	}
 }
 
 // changed takes in what has changed of the request's model on a server. prewarmer.mu must be held.

@@ -39,8 +39,8 @@ type warmRig struct {
 
 const warmLoad = 10 * time.Second // of each model of the simulated servers
 
-// newWarmRig starts all. Each server has the models a and b, of which it holds one at a time, in one
-// slot.
+// newWarmRig starts all. Each server has the models a and b, of which it holds one at a time, in
+// one slot.
 func newWarmRig(t *testing.T, servers int, lines []string, set func(*Handler)) *warmRig {
 	procs := runtime.GOMAXPROCS(1) // see newOffice
 	t.Cleanup(func() { runtime.GOMAXPROCS(procs) })
@@ -81,7 +81,8 @@ func newWarmRig(t *testing.T, servers int, lines []string, set func(*Handler)) *
 	for i := range servers {
 		name := fmt.Sprint("sim", i)
 		sim, err := ollamasim.New(ollamasim.Config{MaxLoaded: 1, Models: []ollamasim.Model{
-			{Name: "a", LoadTime: warmLoad, PromptRate: 100}, {Name: "b", LoadTime: warmLoad, PromptRate: 100},
+			{Name: "a", LoadTime: warmLoad, PromptRate: 100},
+			{Name: "b", LoadTime: warmLoad, PromptRate: 100},
 		}})
 		if err != nil {
 			t.Fatal(err)
@@ -115,7 +116,8 @@ func (rg *warmRig) ask(path, body string, headers ...string) (r reply, took time
 	began := time.Now()
 	req, err := http.NewRequest(http.MethodPost, "http://proxy"+path, strings.NewReader(body))
 	if err != nil {
-		rg.t.Fatal(err)
+		rg.t.Error(err)
+		return r, 0
 	}
 	req.Host = "localhost"
 	for _, h := range headers {
@@ -185,15 +187,17 @@ func short(model string, id uint64) string {
 // warmLine is a line of the file with that prefix.
 func warmLine(model string, id uint64) string { return warmBody(model, id, "?", "") }
 
-// TestPrewarmAtStart: the prompts are evaluated in the order of the file, and once; who comes then finds
-// them warm. Nobody else sees that.
+// TestPrewarmAtStart: the prompts are evaluated in the order of the file, and once; who comes then
+// finds them warm. Nobody else sees that.
 func TestPrewarmAtStart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		keys, err := ParseKeys("ann the-key class=interactive\n")
 		if err != nil {
 			t.Fatal(err)
 		}
-		rg := newWarmRig(t, 1, []string{warmLine("a", 1), warmLine("a", 2)}, func(h *Handler) { h.Guard.Keys = keys })
+		rg := newWarmRig(t, 1, []string{warmLine("a", 1), warmLine("a", 2)}, func(h *Handler) {
+			h.Guard.Keys = keys
+		})
 		time.Sleep(warmLoad + 30*time.Second)
 		rg.want("at start", "a evaluated", "a evaluated")
 		time.Sleep(10 * time.Hour)
@@ -202,7 +206,8 @@ func TestPrewarmAtStart(t *testing.T) {
 		for id := range uint64(2) {
 			r, took := rg.ask("/api/chat", short("a", id+1), "Authorization: Bearer the-key")
 			if r.Prompt-r.Cached > 20 || took > time.Second {
-				t.Errorf("prompt %d: %d of %d tokens were evaluated, in %v", id+1, r.Prompt-r.Cached, r.Prompt, took)
+				t.Errorf("prompt %d: %d of %d tokens were evaluated, in %v",
+					id+1, r.Prompt-r.Cached, r.Prompt, took)
 			}
 		}
 		synctest.Wait()
@@ -256,8 +261,8 @@ func TestPrewarmGivesWay(t *testing.T) {
 	}
 }
 
-// TestPrewarmIsPatient: nothing is sent while anybody asks, for a second after, and longer if somebody
-// came each time.
+// TestPrewarmIsPatient: nothing is sent while anybody asks, for a second after, and longer if
+// somebody came each time.
 func TestPrewarmIsPatient(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		rg := newWarmRig(t, 1, nil, func(h *Handler) {
@@ -298,8 +303,8 @@ func TestPrewarmIsPatient(t *testing.T) {
 	})
 }
 
-// TestPrewarmAfterLoads: when its model was loaded anew a prompt is made warm again; what was unloaded is
-// not loaded for it, unless the server was started anew.
+// TestPrewarmAfterLoads: when its model was loaded anew a prompt is made warm again; what was
+// unloaded is not loaded for it, unless the server was started anew.
 func TestPrewarmAfterLoads(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		rg := newWarmRig(t, 1, []string{warmLine("a", 1)}, nil)
@@ -343,8 +348,8 @@ func TestPrewarmAfterLoads(t *testing.T) {
 	})
 }
 
-// TestPrewarmEvictedElsewhere: what others have had unloaded, past the proxy, is not loaded again, though
-// the proxy does not know it yet.
+// TestPrewarmEvictedElsewhere: what others have had unloaded, past the proxy, is not loaded again,
+// though the proxy does not know it yet.
 func TestPrewarmEvictedElsewhere(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		rg := newWarmRig(t, 1, []string{warmLine("a", 1)}, nil)
@@ -356,7 +361,8 @@ func TestPrewarmEvictedElsewhere(t *testing.T) {
 			close(answered)
 		}()
 		<-answered
-		req, err := http.NewRequest("POST", "http://sim0/api/generate", strings.NewReader(`{"model":"a","keep_alive":0}`))
+		unload := strings.NewReader(`{"model":"a","keep_alive":0}`)
+		req, err := http.NewRequest("POST", "http://sim0/api/generate", unload)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -386,7 +392,8 @@ func TestPrewarmFails(t *testing.T) {
 		time.Sleep(time.Minute)
 		rg.sims[0].SetFaults(nil)
 		got := rg.results()
-		if len(got) < 3 || len(got) > 8 || slices.ContainsFunc(got, func(s string) bool { return s != "a failed" }) {
+		other := func(s string) bool { return s != "a failed" }
+		if len(got) < 3 || len(got) > 8 || slices.ContainsFunc(got, other) {
 			t.Errorf("%q", got)
 		}
 		time.Sleep(5 * time.Minute)
@@ -421,8 +428,8 @@ func TestPrewarmReplaced(t *testing.T) {
 	})
 }
 
-// TestPrewarmSeveral: of several servers one gets the prompt, and the client finds it there; a client of
-// another server is in nobody's way.
+// TestPrewarmSeveral: of several servers one gets the prompt, and the client finds it there; a
+// client of another server is in nobody's way.
 func TestPrewarmSeveral(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		rg := newWarmRig(t, 2, []string{warmLine("a", 1)}, nil)
@@ -437,8 +444,9 @@ func TestPrewarmSeveral(t *testing.T) {
 		other := map[string]string{"sim0": "sim1", "sim1": "sim0"}[at]
 		rg.ask("/api/generate", `{"model":"a","keep_alive":0}`)
 		rg.ask("/api/chat", short("a", 7), headerUpstream+": "+at)
-		rg.ask("/api/chat", warmBody("b", 7, "?", `,"options":{"num_predict":1}`), headerUpstream+": "+other)
-		go rg.ask("/api/chat", warmBody("b", 7, "?", `,"options":{"num_predict":4000}`), headerUpstream+": "+other)
+		there := headerUpstream + ": " + other
+		rg.ask("/api/chat", warmBody("b", 7, "?", `,"options":{"num_predict":1}`), there)
+		go rg.ask("/api/chat", warmBody("b", 7, "?", `,"options":{"num_predict":4000}`), there)
 		time.Sleep(time.Minute)
 		rg.want("after a load, beside a client of the other server", "a evaluated", "a evaluated")
 		synctest.Wait()

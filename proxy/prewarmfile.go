@@ -32,6 +32,11 @@ type prewarmRequest struct {
 	chain *prefix.Chain
 }
 
+// same reports whether two requests are sent alike.
+func (r prewarmRequest) same(other prewarmRequest) bool {
+	return r.path == other.path && r.body == other.body
+}
+
 // ParsePrewarm reads requests as Replace does.
 func ParsePrewarm(text string) (*Prewarm, error) {
 	p := &Prewarm{}
@@ -42,8 +47,8 @@ func ParsePrewarm(text string) (*Prewarm, error) {
 }
 
 // Replace reads one request a line, in JSON as a client would send it, with the endpoint as its
-// member "path" if that is not /api/chat, or as {"path": …, "body": …}. Blank lines are skipped. After
-// an error, which names the line, the requests are those from before.
+// member "path" if that is not /api/chat, or as {"path": …, "body": …}. Blank lines are skipped.
+// After an error, which names the line, the requests are those from before.
 func (p *Prewarm) Replace(text string) error {
 	list := []prewarmRequest{}
 	reader := prefix.NewReader()
@@ -55,8 +60,7 @@ func (p *Prewarm) Replace(text string) error {
 		if err != nil {
 			return fmt.Errorf("line %d: %w", i+1, err)
 		}
-		same := func(other prewarmRequest) bool { return other.path == r.path && other.body == r.body }
-		if !slices.ContainsFunc(list, same) {
+		if !slices.ContainsFunc(list, r.same) {
 			list = append(list, r)
 		}
 	}
@@ -150,8 +154,8 @@ func prewarmPaths() []string {
 	return paths
 }
 
-// answeredShortly returns the body with an answer of one token asked for, in one piece: less than one
-// is no limit to some servers.
+// answeredShortly returns the body with an answer of one token asked for, in one piece: less than
+// one is no limit to some servers.
 func answeredShortly(path string, members map[string]json.RawMessage) ([]byte, error) {
 	one := json.RawMessage("1")
 	set(members, "stream", json.RawMessage("false"))
@@ -182,15 +186,19 @@ func answeredShortly(path string, members map[string]json.RawMessage) ([]byte, e
 	return unescaped(members)
 }
 
-// set gives a member a value, whatever case its name is written in, as Ollama reads it; nil removes it.
+// set gives a member a value, whatever case its name is written in, as Ollama reads it; nil
+// removes it.
 func set(members map[string]json.RawMessage, name string, value json.RawMessage) {
-	maps.DeleteFunc(members, func(key string, _ json.RawMessage) bool { return strings.EqualFold(key, name) })
+	maps.DeleteFunc(members, func(key string, _ json.RawMessage) bool {
+		return strings.EqualFold(key, name)
+	})
 	if value != nil {
 		members[name] = value
 	}
 }
 
-// unescaped writes a JSON object without changing what is in its values: prompts are to stay as they are.
+// unescaped writes a JSON object without changing what is in its values: prompts are to stay as
+// they are.
 func unescaped(members map[string]json.RawMessage) ([]byte, error) {
 	var b bytes.Buffer
 	e := json.NewEncoder(&b)

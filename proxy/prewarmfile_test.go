@@ -6,7 +6,8 @@ import (
 	"testing"
 )
 
-// TestParsePrewarm: what is sent is what the line has, but for how long the answer is and how it comes.
+// TestParsePrewarm: what is sent is what the line has, but for how long the answer is and how it
+// comes.
 func TestParsePrewarm(t *testing.T) {
 	const said = `"messages":[{"role":"user","content":"a<b \u003c \"é"}]`
 	for _, tt := range []struct{ name, line, path, body string }{

@@ -46,11 +46,12 @@ func (f *settingsFile) changed() bool {
 	if err != nil || f.seen == nil {
 		return (err == nil) != (f.seen != nil)
 	}
-	return !os.SameFile(now, f.seen) || now.Size() != f.seen.Size() || !now.ModTime().Equal(f.seen.ModTime())
+	return !os.SameFile(now, f.seen) || now.Size() != f.seen.Size() ||
+		!now.ModTime().Equal(f.seen.ModTime())
 }
 
-// readable reports whether the file, which could not be opened, can be now: that somebody was let at it changes neither its
-// length nor its time.
+// readable reports whether the file, which could not be opened, can be now: that somebody was let
+// at it changes neither its length nor its time.
 func (f *settingsFile) readable() bool {
 	if !errors.Is(f.err, fs.ErrPermission) {
 		return false
@@ -70,7 +71,9 @@ type reloader interface {
 }
 
 // watchFiles reads files again when they have changed, and at each signal, until ctx ends.
-func watchFiles(ctx context.Context, signals <-chan os.Signal, logger *slog.Logger, files ...reloader) {
+func watchFiles(
+	ctx context.Context, signals <-chan os.Signal, logger *slog.Logger, files ...reloader,
+) {
 	tick := time.NewTicker(filesEvery)
 	defer tick.Stop()
 	for {

@@ -124,7 +124,7 @@ func contextsTwoProxies(t *testing.T, version string) {
 	if got := second.answer(t, contextChat(65, 0)); got != want[0] {
 		t.Errorf("answer %q, want %q", got, want[0])
 	}
-	second.logged(t, "another process keeps its contexts in this folder")
+	second.logged(t, "stored contexts are off: another proxy has them")
 }
 
 // engine is the one engine that runs.

@@ -98,7 +98,9 @@ func Send(ctx context.Context, client *http.Client, url string, q Request) (Answ
 		if said.Done {
 			a.Prompt, a.Generated, a.Load = said.Prompt, said.Generated, said.Load
 			a.Took = time.Since(sent)
-			return a, nil
+			// To the very end: else the connection is closed, as by a client that leaves.
+			_, err := io.Copy(io.Discard, res.Body)
+			return a, err
 		}
 	}
 }

@@ -81,7 +81,7 @@ func pause(ctx context.Context, _ *linked.Pair) error {
 // asks for two seconds before each of that.
 func (b *bench) rubric() workload {
 	const model = "smollm2"
-	length := 1700 // about 2,000 tokens
+	length := 1960 // about 2,000 tokens
 	if b.quick {
 		length = 500
 	}

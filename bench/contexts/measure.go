@@ -261,21 +261,25 @@ func play(ctx context.Context, client *http.Client, p *linked.Pair, s step) (sta
 		return st, err
 	}
 	st.loads = p.Server.Loads(mark)
-	all, err := begun(ctx, p.Server, mark, st.chats())
+	all, err := evaluations(ctx, p.Server, mark, st)
 	for _, e := range all {
 		st.evaluated += max(e.Evaluated, 1)
 	}
 	return st, err
 }
 
-// begun waits until the server's log tells of n prompts since a mark, and returns what it then tells.
-// What it tells at their ends may never come: a load ends the engine of the model before, sometimes
-// before that has written its last line.
-func begun(
-	ctx context.Context, server *realollama.Server, mark realollama.Mark, n int,
+// evaluations waits until the server's log tells of all chats of a stage since a mark, and returns
+// what it then tells. What it tells at their ends may never come: a load ends the engine of the model
+// before, sometimes before that has written its last line. But only there it tells chats from
+// embeddings, which no workload here has beside loads.
+func evaluations(
+	ctx context.Context, server *realollama.Server, mark realollama.Mark, st stage,
 ) ([]realollama.Evaluation, error) {
+	if st.chats() < len(st.done) {
+		return server.WaitEvaluations(ctx, mark, st.chats())
+	}
 	for range 100 {
-		if all := server.Begun(mark); len(all) >= n {
+		if all := server.Begun(mark); len(all) >= len(st.done) {
 			return all, nil
 		}
 		select {
@@ -284,5 +288,5 @@ func begun(
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
-	return nil, fmt.Errorf("the server's log does not tell of %d prompts", n)
+	return nil, fmt.Errorf("the server's log does not tell of %d prompts", len(st.done))
 }

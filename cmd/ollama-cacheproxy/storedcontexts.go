@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net"
 	"strconv"
+	"syscall"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contexts"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
@@ -31,6 +32,10 @@ func (s *serveCmd) storedContexts(set *settings, log *slog.Logger) (*contextstor
 		log.Warn("stored contexts are off: another proxy has them", "folder", s.Contexts)
 		return nil, nil
 	}
+	if brokenDisk(err) {
+		log.Warn("stored contexts are off", "err", err)
+		return nil, nil
+	}
 	if err != nil {
 		return nil, fmt.Errorf("--contexts %s: %w", s.Contexts, err)
 	}
@@ -40,6 +45,17 @@ func (s *serveCmd) storedContexts(set *settings, log *slog.Logger) (*contextstor
 		Files:   files, Log: log,
 	})
 	return files, nil
+}
+
+// brokenDisk reports whether an error is the disk's, which a proxy that is started anew must do without,
+// rather than a wrong setting.
+func brokenDisk(err error) bool {
+	for _, of := range []error{syscall.EROFS, syscall.ENOSPC, syscall.EDQUOT, syscall.EIO} {
+		if errors.Is(err, of) {
+			return true
+		}
+	}
+	return false
 }
 
 // running returns the engines of a link that run now.

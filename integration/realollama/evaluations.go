@@ -78,7 +78,7 @@ func (s *Server) WaitEvaluations(ctx context.Context, since Mark, n int) ([]Eval
 }
 
 // Begun are the prompts that an engine of eras B and C began with, from a mark on, in the log's order:
-// aborted ones too, and those at whose end the engine was ended before its last line was written.
+// also aborted ones, embeddings, and those whose engine was ended before it had written its last line.
 func (s *Server) Begun(since Mark) []Evaluation { return parseBegun(s.logSince(since)) }
 
 // Loads is the number of model loads that the log tells of from a mark on,

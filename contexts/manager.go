@@ -356,9 +356,14 @@ func (u *Use) load(ctx context.Context) {
 	if !ok || u.r.Load == nil || !m.pays(best, 0) {
 		return
 	}
-	if took, err := u.r.Load(ctx); err == nil { // else the request itself will tell
-		u.loading = took
-		u.on = m.find(u.r)
+	took, err := u.r.Load(ctx)
+	if err != nil {
+		m.Log.Debug("the model could not be loaded to attach a context", "model", u.r.Model, "err", err)
+		return // the request itself will tell
+	}
+	u.loading = took
+	if u.on = m.find(u.r); u.on == nil {
+		m.Log.Debug("no engine is found to attach a context to", "model", u.r.Model, "weights", u.r.Weights)
 	}
 }
 
@@ -375,14 +380,17 @@ func (u *Use) attach(ctx context.Context) bool {
 	m.mu.Unlock()
 	best, ok := m.best(on.Format, on.Context, u.r)
 	if !ok || !m.pays(best, warm) {
+		m.Log.Debug("no context attached", "model", u.r.Model, "stored", ok, "common", best.reach, "warm", warm)
 		return false
 	}
-	if m.Files.Check(ctx, best.ID) != nil {
+	if err := m.Files.Check(ctx, best.ID); err != nil {
+		m.Log.Debug("no context attached", "model", u.r.Model, "context", best.ID, "err", err)
 		return false // it has changed, and the engine would not notice
 	}
 	gain := m.gain(best, warm)
 	i, ok := u.choose(ctx, gain)
 	if !ok {
+		m.Log.Debug("no context attached, for want of a slot", "model", u.r.Model, "context", best.ID)
 		return false
 	}
 	ctx, cancel := context.WithTimeout(ctx, max(gain, leastTimeout))

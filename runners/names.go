@@ -83,8 +83,11 @@ func (b *Book) resolve(name, digest string) Model {
 		defer cancel()
 		show, err := b.show.Show(ctx, name)
 		n := named{digest: digest, Model: Model{Weights: name}, again: time.Now().Add(showAgain)}
-		if err == nil {
+		switch {
+		case err == nil:
 			n.Model, n.again = describe(name, show), time.Time{}
+		case upstream.NoConnection(err) || upstream.Closed(err):
+			n.again = time.Now() // it is being started anew, and that fails at once
 		}
 		b.mu.Lock()
 		defer b.mu.Unlock()

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"slices"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -19,9 +21,14 @@ import (
 type shelf struct {
 	models map[string]*api.ShowResponse
 	asked  []string
+	down   int // for so many requests
 }
 
 func (s *shelf) Show(_ context.Context, model string) (*api.ShowResponse, error) {
+	if s.down > 0 {
+		s.down--
+		return nil, &net.OpError{Op: "dial", Err: syscall.ECONNREFUSED}
+	}
 	s.asked = append(s.asked, model)
 	if show := s.models[model]; show != nil {
 		return show, nil
@@ -86,6 +93,16 @@ func TestNames(t *testing.T) {
 	s.models["a"] = &api.ShowResponse{Modelfile: fmt.Sprintf(modelfile, "3")}
 	if got := b.Wanted("a", "new", nil); got.Options.Model != "sha256-3" || got.Known {
 		t.Errorf("%+v", got)
+	}
+}
+
+// TestNamesWhileDown: a server that is being started anew is asked again by the next request.
+func TestNamesWhileDown(t *testing.T) {
+	b := New(&shelf{models: map[string]*api.ShowResponse{"a": {Modelfile: fmt.Sprintf(modelfile, "1")}}, down: 2}, nil)
+	for _, want := range []string{"a", "a", "sha256-1"} {
+		if got := b.Wanted("a", "da", nil); got.Options.Model != want {
+			t.Errorf("%q, want %q", got.Options.Model, want)
+		}
 	}
 }
 

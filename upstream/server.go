@@ -145,6 +145,25 @@ func (c *ownRequests) RoundTrip(r *http.Request) (*http.Response, error) {
 	return res, err
 }
 
+// CloseIdleConnections closes the connections that no request uses.
+func (c *ownRequests) CloseIdleConnections() {
+	if t, ok := c.RoundTripper.(interface{ CloseIdleConnections() }); ok {
+		t.CloseIdleConnections()
+	}
+}
+
+// persist sends one of the proxy's own requests, once more if it breaks off: it may have been sent on a
+// connection that was kept from before the server was started anew, and others of these may be left.
+// Polls are not repeated, since that is how they find out.
+func (s *Server) persist(ctx context.Context, ask func() error) error {
+	err := ask()
+	if Closed(err) && ctx.Err() == nil {
+		s.own.CloseIdleConnections()
+		err = ask()
+	}
+	return err
+}
+
 // State returns what the last poll found.
 func (s *Server) State() State {
 	s.mu.Lock()
@@ -459,8 +478,12 @@ func (s *Server) Loaded(ctx context.Context) ([]Loaded, error) {
 }
 
 // Show asks what the server has of a model.
-func (s *Server) Show(ctx context.Context, model string) (*api.ShowResponse, error) {
-	return s.client.Show(ctx, &api.ShowRequest{Model: model})
+func (s *Server) Show(ctx context.Context, model string) (show *api.ShowResponse, err error) {
+	err = s.persist(ctx, func() (err error) {
+		show, err = s.client.Show(ctx, &api.ShowRequest{Model: model})
+		return err
+	})
+	return show, err
 }
 
 // AtLeast reports whether the server's version is known to be this one or later.
@@ -498,9 +521,11 @@ func (s *Server) Keep(ctx context.Context, model string, d time.Duration, embedd
 // nothing, and states no keep_alive.
 func (s *Server) Load(ctx context.Context, model string, options map[string]any, shift *bool) error {
 	stream := false
-	return s.client.Generate(ctx,
-		&api.GenerateRequest{Model: model, Stream: &stream, Options: options, Shift: shift},
-		func(api.GenerateResponse) error { return nil })
+	return s.persist(ctx, func() error {
+		return s.client.Generate(ctx,
+			&api.GenerateRequest{Model: model, Stream: &stream, Options: options, Shift: shift},
+			func(api.GenerateResponse) error { return nil })
+	})
 }
 
 // StatusCode returns the HTTP status with which a server refused what was asked, 0 where it did not answer.

@@ -255,6 +255,21 @@ func TestKeep(t *testing.T) {
 	}
 }
 
+// TestPersist: what breaks off, on a connection that was kept from before a restart, is sent once more;
+// what cannot be sent at all is not.
+func TestPersist(t *testing.T) {
+	for _, w := range []struct {
+		fails error
+		asked int
+	}{{syscall.ECONNRESET, 2}, {syscall.ECONNREFUSED, 1}} {
+		up := &stub{version: "0.34.1", fails: w.fails}
+		s := NewServer("s", &url.URL{Scheme: "http", Host: "ollama"}, up, slog.New(slog.DiscardHandler))
+		if err := s.Load(t.Context(), "m", nil, nil); err == nil || len(up.asked) != w.asked {
+			t.Errorf("%v: sent %d times, want %d; %v", w.fails, len(up.asked), w.asked, err)
+		}
+	}
+}
+
 // TestDoubt: a poll that fails is no server that is away: that is one that refuses connections, or three polls in a row that
 // failed while nothing else came from it. And one that was only too slow has not been restarted.
 func TestDoubt(t *testing.T) {

@@ -68,7 +68,10 @@ type Manager struct {
 	engines map[string]*live    // by Running.ID; guarded by mu
 	formats map[string]*learned // by Running.Format; guarded by mu
 	disk    disk                // guarded by mu
-	counts  Counts              // guarded by mu
+	// underway are the requests that have not ended, in the order in which they came; guarded by mu.
+	underway []*Use
+	beside   map[pair]bool // models that were seen loaded beside each other; guarded by mu
+	counts   Counts        // guarded by mu
 }
 
 // Counts are what a manager did since it was made.
@@ -122,7 +125,7 @@ type slot struct {
 func New(c Config) *Manager {
 	return &Manager{
 		Config: c, wake: make(chan struct{}, 1),
-		engines: map[string]*live{}, formats: map[string]*learned{}, disk: newDisk(),
+		beside: map[pair]bool{}, engines: map[string]*live{}, formats: map[string]*learned{}, disk: newDisk(),
 		counts: Counts{Failed: map[string]uint64{}},
 	}
 }
@@ -175,7 +178,8 @@ type Use struct {
 	exact    bool
 	attached string // the state's ID
 	loading  time.Duration
-	sought   bool // on was sought once more, since it was not there before
+	sought   bool          // on was sought once more, since it was not there before
+	done     chan struct{} // closed when the request has ended
 
 	place place // guarded by Manager.mu
 }
@@ -215,11 +219,19 @@ func (m *Manager) Before(ctx context.Context, r Request) *Use {
 	if m == nil || len(r.Contents) == 0 {
 		return nil
 	}
-	u := &Use{m: m, r: r, slot: -1, place: place{after: -1}}
-	if u.on = m.find(r); u.on == nil || !r.Loaded {
+	u := &Use{m: m, r: r, slot: -1, place: place{after: -1}, done: make(chan struct{})}
+	m.mu.Lock()
+	m.underway = append(m.underway, u)
+	m.mu.Unlock()
+	u.seek()
+	if u.outlasts(ctx) {
+		u.seek()
+	}
+	if u.on == nil || !r.Loaded {
 		u.load(ctx)
 	}
 	if u.on != nil && !m.restores(u.on, r) {
+		u.over()
 		return nil
 	}
 	u.sized()
@@ -240,6 +252,100 @@ func (m *Manager) Before(ctx context.Context, r Request) *Use {
 		u.replace(ctx)
 	}
 	return u
+}
+
+// seek finds the engine that runs the request's model.
+func (u *Use) seek() { u.set(u.m.find(u.r)) }
+
+// set notes the engine. Others look at it, too: see rival.
+func (u *Use) set(on *live) {
+	u.m.mu.Lock()
+	defer u.m.mu.Unlock()
+	u.on = on
+}
+
+// over says that the request has ended.
+func (u *Use) over() {
+	u.m.mu.Lock()
+	defer u.m.mu.Unlock()
+	if i := slices.Index(u.m.underway, u); i >= 0 {
+		u.m.underway = slices.Delete(u.m.underway, i, i+1)
+		close(u.done)
+	}
+}
+
+// outlasts waits until the requests to other models have ended that came before this one to a server,
+// where one of the two models may have to make room for the other: what is unloaded is unloaded in
+// the moment in which its last request ends, and what that left could not be saved any more. The
+// server would have this one wait for them, too. Of models that were seen loaded beside each
+// other neither waits. It reports whether it has waited.
+func (u *Use) outlasts(ctx context.Context) (waited bool) {
+	began := time.Now()
+	for {
+		o, worth := u.rival()
+		if o == nil || time.Since(began) > worth || ctx.Err() != nil {
+			return waited
+		}
+		waited = true
+		select {
+		case <-o.done:
+		case <-time.After(scanSoon): // they may be loaded beside each other by now
+			u.m.scan()
+		case <-ctx.Done():
+		}
+	}
+}
+
+// rival returns a request that came before this one, to another model of its server that was not seen
+// loaded beside this one's, and for how long it is worth waiting for that; nil: there is none.
+func (u *Use) rival() (*Use, time.Duration) {
+	u.m.mu.Lock()
+	defer u.m.mu.Unlock()
+	for _, o := range u.m.underway {
+		if o == u {
+			break
+		}
+		if o.r.Port == u.r.Port && o.r.Weights != u.r.Weights && !u.m.beside[pairOf(u.r, o.r)] {
+			return o, u.m.outlast(o)
+		}
+	}
+	return nil, 0
+}
+
+// outlast returns for how long another request waits for this one: for twice as long as what it leaves
+// takes to evaluate, once by itself and once again if it is lost, within bounds. m.mu must be held.
+func (m *Manager) outlast(u *Use) time.Duration {
+	if u.on == nil {
+		return usualOutlast // it is being loaded
+	}
+	l := m.learned(u.on.Format)
+	return min(max(2*l.evaluation(u.r.estimate(l)), leastOutlast), mostOutlast)
+}
+
+// pair is two models of one server.
+type pair struct {
+	port          int
+	first, second string
+}
+
+func pairOf(a, b Request) pair {
+	return pair{a.Port, min(a.Weights, b.Weights), max(a.Weights, b.Weights)}
+}
+
+// together notes which models are loaded beside each other. m.mu must be held.
+func (m *Manager) together(all []*live) {
+	for i, a := range all {
+		for _, b := range all[:i] {
+			if a.Port == b.Port && a.Files[0] != b.Files[0] {
+				m.beside[pairOf(a.request(), b.request())] = true
+			}
+		}
+	}
+}
+
+// request is one to the engine's model.
+func (r *Running) request() Request {
+	return Request{Port: r.Port, Weights: strings.Join(r.Files, "+")}
 }
 
 // sized notes how large a state of the model will be, before the first one tells.
@@ -272,6 +378,7 @@ func (m *Manager) scan() []*live {
 	running := m.Running()
 	m.mu.Lock()
 	all := m.known(running)
+	m.together(all)
 	var news []func()
 	for _, l := range all {
 		if attaches := m.learned(l.Format).useful(false); !l.told || l.attaches != attaches {
@@ -362,7 +469,7 @@ func (u *Use) load(ctx context.Context) {
 		return // the request itself will tell
 	}
 	u.loading = took
-	if u.on = m.find(u.r); u.on == nil {
+	if u.seek(); u.on == nil {
 		m.Log.Debug("no engine is found to attach a context to", "model", u.r.Model, "weights", u.r.Weights)
 	}
 }
@@ -532,7 +639,17 @@ func (u *Use) cheapest(idle func(slot int) bool) (best int, loses time.Duration)
 // After says how the request ended. It calls release, once, when its lane may be given to another
 // request: at once, or as soon as a state that is worth it has been saved.
 func (u *Use) After(a Answer, release func()) {
-	if u == nil || !u.begun() {
+	if u == nil {
+		release()
+		return
+	}
+	release = func(release func()) func() {
+		return func() {
+			u.over()
+			release()
+		}
+	}(release)
+	if !u.begun() {
 		release()
 		return
 	}
@@ -576,10 +693,11 @@ func (u *Use) begun() bool {
 		u.sought = true
 		u.m.loading.Add(-1)
 	}
-	if u.on = u.m.find(u.r); u.on == nil || !u.m.restores(u.on, u.r) {
-		u.on = nil
+	on := u.m.find(u.r)
+	if on == nil || !u.m.restores(on, u.r) {
 		return false
 	}
+	u.set(on)
 	u.sized()
 	u.m.mu.Lock()
 	defer u.m.mu.Unlock()

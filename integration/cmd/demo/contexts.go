@@ -17,7 +17,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// The last part: a long system prompt, and a server that is restarted.
+// The fourth part: a long system prompt, and a server that is restarted.
 
 const libraryPrompt = `You are the assistant of the public library in Brook Lane. You answer visitors' questions in one short and friendly sentence, by the rules below and by nothing else. If the rules do not say it, tell the visitor to ask at the desk.
 The library is open from Tuesday to Friday from 10 to 19 o'clock and on Saturday from 10 to 14 o'clock. It is closed on Sunday, on Monday and on public holidays. In August it closes at 17 o'clock. The reading room opens an hour earlier, and is entered from the yard.
@@ -49,10 +49,13 @@ type visit struct {
 	evaluated int
 }
 
-// library is what the questions came to in one way, and how many bytes were stored by then.
+// library is what the questions came to in one way.
 type library struct {
 	visits []visit
-	bytes  int64
+	// bytes is how much was stored before the restart; 0 directly.
+	bytes int64
+	// unbroken is the answer to the last question by a server that was not restarted. It is asked for directly only.
+	unbroken string
 }
 
 // contexts asks with one long system prompt, restarts Ollama and asks again: directly, and through the proxy with
@@ -95,12 +98,7 @@ func visitLibrary(ctx context.Context, o linked.Options) (l library, err error) 
 	defer client.CloseIdleConnections()
 	for i, question := range libraryQuestions {
 		if i == restarted {
-			if o.Way == linked.Contexts {
-				if l.bytes, err = waitStored(ctx, p.StateDir()); err != nil {
-					return l, err
-				}
-			}
-			if err := p.RestartServer(ctx); err != nil {
+			if err := l.restart(ctx, client, p, o.Way, question); err != nil {
 				return l, err
 			}
 		}
@@ -111,6 +109,21 @@ func visitLibrary(ctx context.Context, o linked.Options) (l library, err error) 
 		l.visits = append(l.visits, v)
 	}
 	return l, nil
+}
+
+// restart restarts Ollama, after what is to be done before that.
+func (l *library) restart(ctx context.Context, client *http.Client, p *linked.Pair, way linked.Way, question string) (err error) {
+	if way == linked.Contexts {
+		l.bytes, err = waitStored(ctx, p.StateDir())
+	} else {
+		var v visit
+		v, err = visitOnce(ctx, client, p, question)
+		l.unbroken = v.Text
+	}
+	if err != nil {
+		return err
+	}
+	return p.RestartServer(ctx)
 }
 
 func visitOnce(ctx context.Context, client *http.Client, p *linked.Pair, question string) (v visit, err error) {
@@ -154,11 +167,13 @@ func waitStored(ctx context.Context, dir string) (bytes int64, err error) {
 
 // conclude prints both ways side by side. It fails where the restart was felt through the proxy.
 func conclude(out io.Writer, direct, proxied library) error {
-	equal := 0
-	for i, v := range direct.visits {
-		if v.Text == proxied.visits[i].Text {
-			equal++
+	equal := func(l library) (n int) {
+		for i, text := range []string{direct.visits[cold].Text, direct.visits[warm].Text, direct.unbroken} {
+			if l.visits[i].Text == text {
+				n++
+			}
 		}
+		return n
 	}
 	t := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
 	fmt.Fprintf(t, "\tdirectly\tthrough the proxy\n")
@@ -167,8 +182,12 @@ func conclude(out io.Writer, direct, proxied library) error {
 		fmt.Fprintf(t, "%s: prompt tokens evaluated (server's log)\t%d\t%d\n", name, d.evaluated, p.evaluated)
 		fmt.Fprintf(t, "%s: first token after\t%v\t%v\n", name, d.First.Round(time.Millisecond), p.First.Round(time.Millisecond))
 	}
-	fmt.Fprintf(t, "answers\t%d\t%d, %d equal\n", len(direct.visits), len(proxied.visits), equal)
+	fmt.Fprintf(t, "answers, and those of a server that is not restarted\t%d, %d equal\t%d, %d equal\n",
+		len(direct.visits), equal(direct), len(proxied.visits), equal(proxied))
 	t.Flush()
+	if equal(direct) < len(direct.visits) {
+		fmt.Fprintln(out, "(The engine rounds otherwise when it evaluates a prompt as a whole than when the beginning is there.)")
+	}
 
 	d, p := direct.visits[restarted], proxied.visits[restarted]
 	evaluation := d.First - d.Load - direct.visits[warm].First

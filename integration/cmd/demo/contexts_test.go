@@ -53,7 +53,7 @@ func TestConclude(t *testing.T) {
 			{chat.Answer{Text: "a", First: 3500 * time.Millisecond}, 500},
 			{chat.Answer{Text: "b", First: 100 * time.Millisecond}, 10},
 			last,
-		}, bytes}
+		}, bytes, "c"}
 	}
 	slow := visit{chat.Answer{Text: "c", First: 3600 * time.Millisecond, Load: 500 * time.Millisecond}, 502}
 	quick := visit{chat.Answer{Text: "c", First: 700 * time.Millisecond, Load: 500 * time.Millisecond}, 502}
@@ -63,6 +63,7 @@ func TestConclude(t *testing.T) {
 		direct, proxied library
 		want            string // "" for an error
 	}{
+		{"rounded otherwise", of(0, visit{chat.Answer{Text: "d", First: 3 * time.Second}, 502}), of(12e6, spared), "3, 2 equal   3, 3 equal\n(The engine rounds"},
 		{"attached", of(0, slow), of(12e6, spared), "Saved: 490 of 502 tokens, and 3s of waiting"},
 		{"attached in part", of(0, slow), of(12e6, visit{slow.Answer, 200}), ""},
 		{"not attached", of(0, slow), of(12e6, slow), ""},

@@ -29,12 +29,13 @@ func TestContexts(t *testing.T) {
 				t.Fatal(err)
 			}
 			var out strings.Builder
-			if err := contexts(t.Context(), realollama.Installed{Bin: bin, Version: version}, binary, &out); err != nil {
+			ollama := realollama.Installed{Bin: bin, Version: version}
+			if err := contexts(t.Context(), ollama, binary, &out); err != nil {
 				t.Errorf("%v\n%s", err, &out)
 			}
 			want := "Saved: "
 			if version == realollama.EraA {
-				want = "Stored contexts are left out: Ollama 0.24.0 has no llama-server; 0.30 and later have.\n"
+				want = "left out: Ollama 0.24.0 has no llama-server; 0.30 and later have.\n"
 			}
 			if !strings.Contains(out.String(), want) {
 				t.Errorf("%q was to be told:\n%s", want, &out)
@@ -55,15 +56,20 @@ func TestConclude(t *testing.T) {
 			last,
 		}, bytes, "c"}
 	}
-	slow := visit{chat.Answer{Text: "c", First: 3600 * time.Millisecond, Load: 500 * time.Millisecond}, 502}
-	quick := visit{chat.Answer{Text: "c", First: 700 * time.Millisecond, Load: 500 * time.Millisecond}, 502}
+	whole := func(text string, first time.Duration) visit {
+		return visit{chat.Answer{Text: text, First: first, Load: 500 * time.Millisecond}, 502}
+	}
+	slow, quick := whole("c", 3600*time.Millisecond), whole("c", 700*time.Millisecond)
 	spared := visit{chat.Answer{Text: "c", First: 600 * time.Millisecond}, 12}
 	for _, tt := range []struct {
 		name            string
 		direct, proxied library
 		want            string // "" for an error
 	}{
-		{"rounded otherwise", of(0, visit{chat.Answer{Text: "d", First: 3 * time.Second}, 502}), of(12e6, spared), "3, 2 equal   3, 3 equal\n(The engine rounds"},
+		{
+			"rounded otherwise", of(0, whole("d", 3*time.Second)), of(12e6, spared),
+			"3, 2 equal   3, 3 equal\n(The engine rounds",
+		},
 		{"attached", of(0, slow), of(12e6, spared), "Saved: 490 of 502 tokens, and 3s of waiting"},
 		{"attached in part", of(0, slow), of(12e6, visit{slow.Answer, 200}), ""},
 		{"not attached", of(0, slow), of(12e6, slow), ""},

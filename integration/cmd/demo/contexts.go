@@ -90,8 +90,9 @@ func contexts(
 		fmt.Fprintf(out, "\nStored contexts are left out: %v.\n", err)
 		return nil
 	}
-	fmt.Fprint(out, "\nThree questions with one long system prompt, Ollama restarted before the third: "+
-		"directly and through the proxy with stored contexts (engine link, --contexts) …\n\n")
+	fmt.Fprint(out, "\nThree questions with one long system prompt, Ollama restarted before "+
+		"the third: directly and through the proxy with stored contexts "+
+		"(engine link, --contexts) …\n\n")
 	o := linked.Options{
 		Way: linked.Direct, Program: binary, Home: home,
 		Server: realollama.Config{
@@ -216,8 +217,8 @@ func conclude(out io.Writer, direct, proxied library) error {
 		len(direct.visits), equal(direct), len(proxied.visits), equal(proxied))
 	t.Flush()
 	if equal(direct) < len(direct.visits) {
-		fmt.Fprintln(out, "(The engine rounds differently when it evaluates a whole prompt at once "+
-			"than when it has the beginning.)")
+		fmt.Fprintln(out, "(The engine rounds differently when it evaluates a whole prompt "+
+			"at once than when it has the beginning.)")
 	}
 
 	d, p := direct.visits[restarted], proxied.visits[restarted]

@@ -40,6 +40,7 @@ func TestContexts(t *testing.T) {
 			if !strings.Contains(out.String(), want) {
 				t.Errorf("%q was to be told:\n%s", want, &out)
 			}
+			t.Log(&out)
 			left, err := filepath.Glob(filepath.Join(tmp, "*"))
 			if err != nil || len(left) > 0 {
 				t.Errorf("it leaves %v behind (%v)", left, err)

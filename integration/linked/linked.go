@@ -34,7 +34,7 @@ func (w Way) String() string { return [...]string{"direct", "without contexts", 
 // Options say what to run.
 type Options struct {
 	Way Way
-	// Server is the Ollama's configuration. Its Bin is set here.
+	// Server is the Ollama's configuration. For Contexts its Bin is the one to link.
 	Server realollama.Config
 	// Program is the path of the proxy's binary, which is also what the engine is linked to.
 	Program string
@@ -95,8 +95,8 @@ func (p *Pair) link(ctx context.Context) (string, error) {
 		p.Home, p.ownHome = dir, true
 	}
 	return realollama.Link(ctx, realollama.LinkConfig{
-		Version: p.options.Server.Version, Home: p.Home, Program: p.options.Program,
-		SWAFull: p.options.SWAFull,
+		Version: p.options.Server.Version, Ollama: p.options.Server.Bin,
+		Home: p.Home, Program: p.options.Program, SWAFull: p.options.SWAFull,
 	})
 }
 

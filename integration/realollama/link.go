@@ -10,8 +10,10 @@ import (
 
 // LinkConfig says which Ollama to link to the proxy, and where.
 type LinkConfig struct {
-	// Version is EraB or EraC; EraA has no engine of its own to link to.
+	// Version is EraB or EraC, or the version of Ollama; EraA has no engine of its own to link to.
 	Version string
+	// Ollama is an installed binary to link, as FindInstalled returns it; "" finds or builds one.
+	Ollama string
 	// Home is the folder of the link.
 	Home string
 	// Program is the path of the proxy's binary.
@@ -20,16 +22,18 @@ type LinkConfig struct {
 	SWAFull bool
 }
 
-// Link makes sure that the cache has an Ollama, makes a linked one of it in a folder, and returns
-// the path of its binary, for Config.Bin. The one in the cache stays as it is.
+// Link makes a linked Ollama in a folder, and returns the path of its binary, for Config.Bin. The
+// original, which is the given one or one that the cache has or builds, stays as it is.
 func Link(ctx context.Context, config LinkConfig) (string, error) {
-	c, err := OpenCache(os.Stderr)
-	if err != nil {
-		return "", err
-	}
-	original, err := c.Ollama(ctx, config.Version)
-	if err != nil {
-		return "", err
+	original := config.Ollama
+	if original == "" {
+		c, err := OpenCache(os.Stderr)
+		if err != nil {
+			return "", err
+		}
+		if original, err = c.Ollama(ctx, config.Version); err != nil {
+			return "", err
+		}
 	}
 	info, err := engine.Link(engine.LinkOptions{
 		Ollama: original, Home: config.Home, Program: config.Program, SWAFull: config.SWAFull,

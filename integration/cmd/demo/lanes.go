@@ -17,7 +17,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// The last part: many long prefixes in turn, and two num_ctx in turn. The model has random weights and takes a millisecond
+// The third part: many long prefixes in turn, and two num_ctx in turn. The model has random weights and takes a millisecond
 // or less for a token; its answers are compared, not shown.
 const (
 	lanesModel   = "gen-llama-costly"
@@ -26,7 +26,7 @@ const (
 	laneContexts = 8 // requests with one num_ctx and the other in turn
 )
 
-// question is a request of the last part.
+// question is a request of the third part.
 type question struct {
 	prefix, n, numCtx int
 }

@@ -1,7 +1,8 @@
 // Command demo shows what the proxy is for, on a real Ollama with a small real model and unmodified clients: the same
 // questions directly and through the proxy, and what becomes of the model when nobody asks for a while; then, for two
-// scripts with a long prefix each, what the proxy's ledger says of reused tokens, beside the server's own log; last, what
-// comes of many prefixes at once, and of two num_ctx in turn, directly and through the proxy.
+// scripts with a long prefix each, what the proxy's ledger says of reused tokens, beside the server's own log; then what
+// comes of many prefixes at once, and of two num_ctx in turn, directly and through the proxy; last, a restart of Ollama,
+// after which a long system prompt is evaluated anew directly, and attached from the disk through the proxy.
 //
 // It runs the Ollama that the machine has, on a port and with models of the demo's own, or builds one.
 //
@@ -132,7 +133,10 @@ func run(ctx context.Context, era string, out io.Writer) (err error) {
 	if err := d.prefixes(p.URL); err != nil {
 		return err
 	}
-	return lanes(ctx, ollama, binary, out)
+	if err := lanes(ctx, ollama, binary, out); err != nil {
+		return err
+	}
+	return contexts(ctx, ollama, binary, out)
 }
 
 // findOllama returns the Ollama of the given era, or where none is given the one that the machine has,

@@ -69,6 +69,7 @@ type Manager struct {
 	formats map[string]*learned // by Running.Format; guarded by mu
 	disk    disk                // guarded by mu
 	counts  Counts              // guarded by mu
+	warned  map[string]bool     // guarded by mu: that these, of the Failed… constants, go wrong
 }
 
 // Counts are what a manager did since it was made.
@@ -115,6 +116,7 @@ type slot struct {
 	again   bool
 	used    uint64 // live.clock when a request last used it
 	claimed bool   // a request was sent that is expected to use it
+	cannot  bool   // be saved
 	task    int    // the engine's number for the last request that was seen to use it
 }
 
@@ -123,7 +125,7 @@ func New(c Config) *Manager {
 	return &Manager{
 		Config: c, wake: make(chan struct{}, 1),
 		engines: map[string]*live{}, formats: map[string]*learned{}, disk: newDisk(),
-		counts: Counts{Failed: map[string]uint64{}},
+		counts: Counts{Failed: map[string]uint64{}}, warned: map[string]bool{},
 	}
 }
 
@@ -352,6 +354,7 @@ func (m *Manager) restores(on *live, r Request) bool {
 func (u *Use) load(ctx context.Context) {
 	m := u.m
 	m.Leave(ctx, u.r.Port)
+	u.on = nil // what runs now may be replaced for the request
 	best, ok := m.best("", 0, u.r)
 	if !ok || u.r.Load == nil || !m.pays(best, 0) {
 		return
@@ -407,6 +410,7 @@ func (u *Use) attach(ctx context.Context) bool {
 	u.expected, u.exact, u.attached = best.reach-warm, best.exact, best.ID
 	m.disk.attaching.measured(best.Bytes, got.Took)
 	m.counts.Attached++
+	m.worked(FailedAttach)
 	m.Log.Debug("context attached", "model", best.Model, "context", best.ID, "tokens", best.Tokens,
 		"common", best.reach, "warm", warm, "slot", i, "took", got.Took)
 	m.Files.Used(best.ID)
@@ -662,6 +666,21 @@ func (u *Use) judge(cached int) {
 	m.counts.Tokens += uint64(saved)
 	m.counts.Evaluation += l.evaluation(saved)
 }
+
+// failed counts that something went wrong, and tells that as a warning the first time since it went well.
+// m.mu must be held.
+func (m *Manager) failed(why, message string, args ...any) {
+	m.counts.Failed[why]++
+	level := slog.LevelWarn
+	if m.warned[why] {
+		level = slog.LevelDebug
+	}
+	m.warned[why] = true
+	m.Log.Log(context.Background(), level, message, args...)
+}
+
+// worked notes that something went well. m.mu must be held.
+func (m *Manager) worked(why string) { delete(m.warned, why) }
 
 // nudge has Run look again.
 func (m *Manager) nudge() {

@@ -20,6 +20,7 @@ const (
 	statusTimeout = 10 * time.Second
 	leastTimeout  = 10 * time.Second // for it to attach a state, also between two batches
 	saveTimeout   = 30 * time.Second // for it to save one
+	endTimeout    = 10 * time.Second // for all that is saved when the manager ends
 )
 
 // occasion is when a state may be saved: the number is how many times as long evaluating it again must

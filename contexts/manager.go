@@ -60,9 +60,11 @@ type Config struct {
 // goroutine; those of the nil Manager do nothing.
 type Manager struct {
 	Config
-	wake    chan struct{}  // holds one
-	ending  sync.WaitGroup // of requests that have ended, and whose states are being saved
-	loading atomic.Int64   // requests for which the model is being loaded
+	wake    chan struct{}   // holds one
+	ending  sync.WaitGroup  // of requests that have ended, and whose states are being saved
+	life    context.Context // in which engines save; ended by end
+	end     context.CancelFunc
+	loading atomic.Int64 // requests for which the model is being loaded
 
 	mu      sync.Mutex
 	engines map[string]*live    // by Running.ID; guarded by mu
@@ -122,8 +124,9 @@ type slot struct {
 
 // New returns a manager.
 func New(c Config) *Manager {
+	life, end := context.WithCancel(context.Background())
 	return &Manager{
-		Config: c, wake: make(chan struct{}, 1),
+		Config: c, life: life, end: end, wake: make(chan struct{}, 1),
 		engines: map[string]*live{}, formats: map[string]*learned{}, disk: newDisk(),
 		counts: Counts{Failed: map[string]uint64{}}, warned: map[string]bool{},
 	}
@@ -559,7 +562,7 @@ func (u *Use) After(a Answer, release func()) {
 		if !hold {
 			release()
 		}
-		ctx, cancel := context.WithTimeout(context.Background(), saveTimeout)
+		ctx, cancel := context.WithTimeout(m.life, saveTimeout)
 		defer cancel()
 		if i := u.identify(ctx, held); i >= 0 && hold {
 			m.save(ctx, on, i)

@@ -140,7 +140,7 @@ func (m *Manager) saveNow(ctx context.Context, on *live, i int) bool {
 		return errors.Is(err, contextstore.ErrHeld)
 	}
 	// An engine that has begun goes on, whether or not the client leaves that waits for it.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), saveTimeout)
+	ctx, cancel := context.WithTimeout(m.life, saveTimeout)
 	defer cancel()
 	saved, err := on.Save(ctx, i, name)
 	if err != nil || !s.holds(saved.Tokens) {
@@ -300,10 +300,10 @@ func (m *Manager) Run(ctx context.Context) {
 		case <-time.After(wait):
 		}
 	}
+	last := time.AfterFunc(endTimeout, m.end) // an engine that hangs is not waited for
+	defer last.Stop()
 	m.ending.Wait()
-	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), saveTimeout)
-	defer cancel()
 	for _, on := range m.scan() {
-		m.rest(last, on, leaving)
+		m.rest(m.life, on, leaving)
 	}
 }

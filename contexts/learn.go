@@ -19,10 +19,12 @@ const (
 	// after seconds, on a slow machine. A request that is sent meanwhile has to wait for as long.
 	statusTimeout = 10 * time.Second
 	leastTimeout  = 10 * time.Second // for it to attach a state, also between two batches
+	saveTimeout   = 30 * time.Second // for it to save one
+	endTimeout    = 10 * time.Second // for all that is saved when the manager ends
+
 	// leastOutlast and mostOutlast bound for how long a request waits for one to another model that may
-	// have to make room.
+	// have to make room; usualOutlast is for one whose model is being loaded.
 	leastOutlast, usualOutlast, mostOutlast = 5 * time.Second, 10 * time.Second, 20 * time.Second
-	saveTimeout                             = 30 * time.Second // for it to save one
 )
 
 // occasion is when a state may be saved: the number is how many times as long evaluating it again must

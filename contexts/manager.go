@@ -60,9 +60,11 @@ type Config struct {
 // goroutine; those of the nil Manager do nothing.
 type Manager struct {
 	Config
-	wake    chan struct{}  // holds one
-	ending  sync.WaitGroup // of requests that have ended, and whose states are being saved
-	loading atomic.Int64   // requests for which the model is being loaded
+	wake    chan struct{}   // holds one
+	ending  sync.WaitGroup  // of requests that have ended, and whose states are being saved
+	life    context.Context // in which engines save; ended by end
+	end     context.CancelFunc
+	loading atomic.Int64 // requests for which the model is being loaded
 
 	mu      sync.Mutex
 	engines map[string]*live    // by Running.ID; guarded by mu
@@ -70,8 +72,9 @@ type Manager struct {
 	disk    disk                // guarded by mu
 	// underway are the requests that have not ended, in the order in which they came; guarded by mu.
 	underway []*Use
-	beside   map[pair]bool // models that were seen loaded beside each other; guarded by mu
-	counts   Counts        // guarded by mu
+	beside   map[pair]bool   // models that were seen loaded beside each other; guarded by mu
+	counts   Counts          // guarded by mu
+	warned   map[string]bool // guarded by mu: that these, of the Failed… constants, go wrong
 }
 
 // Counts are what a manager did since it was made.
@@ -118,15 +121,17 @@ type slot struct {
 	again   bool
 	used    uint64 // live.clock when a request last used it
 	claimed bool   // a request was sent that is expected to use it
+	cannot  bool   // be saved
 	task    int    // the engine's number for the last request that was seen to use it
 }
 
 // New returns a manager.
 func New(c Config) *Manager {
+	life, end := context.WithCancel(context.Background())
 	return &Manager{
-		Config: c, wake: make(chan struct{}, 1),
+		Config: c, life: life, end: end, wake: make(chan struct{}, 1),
 		beside: map[pair]bool{}, engines: map[string]*live{}, formats: map[string]*learned{}, disk: newDisk(),
-		counts: Counts{Failed: map[string]uint64{}},
+		counts: Counts{Failed: map[string]uint64{}}, warned: map[string]bool{},
 	}
 }
 
@@ -459,6 +464,7 @@ func (m *Manager) restores(on *live, r Request) bool {
 func (u *Use) load(ctx context.Context) {
 	m := u.m
 	m.Leave(ctx, u.r.Port)
+	u.on = nil // what runs now may be replaced for the request
 	best, ok := m.best("", 0, u.r)
 	if !ok || u.r.Load == nil || !m.pays(best, 0) {
 		return
@@ -514,6 +520,7 @@ func (u *Use) attach(ctx context.Context) bool {
 	u.expected, u.exact, u.attached = best.reach-warm, best.exact, best.ID
 	m.disk.attaching.measured(best.Bytes, got.Took)
 	m.counts.Attached++
+	m.worked(FailedAttach)
 	m.Log.Debug("context attached", "model", best.Model, "context", best.ID, "tokens", best.Tokens,
 		"common", best.reach, "warm", warm, "slot", i, "took", got.Took)
 	m.Files.Used(best.ID)
@@ -672,7 +679,7 @@ func (u *Use) After(a Answer, release func()) {
 		if !hold {
 			release()
 		}
-		ctx, cancel := context.WithTimeout(context.Background(), saveTimeout)
+		ctx, cancel := context.WithTimeout(m.life, saveTimeout)
 		defer cancel()
 		if i := u.identify(ctx, held); i >= 0 && hold {
 			m.save(ctx, on, i)
@@ -780,6 +787,21 @@ func (u *Use) judge(cached int) {
 	m.counts.Tokens += uint64(saved)
 	m.counts.Evaluation += l.evaluation(saved)
 }
+
+// failed counts that something went wrong, and tells that as a warning the first time since it went well.
+// m.mu must be held.
+func (m *Manager) failed(why, message string, args ...any) {
+	m.counts.Failed[why]++
+	level := slog.LevelWarn
+	if m.warned[why] {
+		level = slog.LevelDebug
+	}
+	m.warned[why] = true
+	m.Log.Log(context.Background(), level, message, args...)
+}
+
+// worked notes that something went well. m.mu must be held.
+func (m *Manager) worked(why string) { delete(m.warned, why) }
 
 // nudge has Run look again.
 func (m *Manager) nudge() {

@@ -88,6 +88,7 @@ func (m *Manager) fill(ctx context.Context, on *live, state contextstore.State) 
 	on.slots[i] = slot{prompt: p, tokens: got.Tokens, again: true, task: on.slots[i].task}
 	m.disk.attaching.measured(s.Bytes, got.Took)
 	m.counts.Filled++
+	m.worked(FailedAttach)
 	m.Log.Debug("context attached before anybody asks", "model", s.Model, "context", s.ID,
 		"tokens", s.Tokens, "slot", i, "took", got.Took)
 	return true, true

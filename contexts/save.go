@@ -36,17 +36,19 @@ func (m *Manager) pays(s stored, warm int) bool {
 
 // attachFailed notes that a state was not attached. m.mu must be held.
 func (m *Manager) attachFailed(s stored, err error) {
-	m.counts.Failed[FailedAttach]++
-	if errors.Is(err, engine.ErrRefused) {
+	switch {
+	case errors.Is(err, engine.ErrRefused):
 		m.Files.Drop(s.ID, "the engine refused it")
+	case !errors.Is(err, engine.ErrGone): // else the next engine does not know of it
+		m.learned(s.Format).judge(s.exact, false) // each costs time, and what the slot held
 	}
-	m.Log.Warn("a stored context could not be attached; the request goes on without it",
+	m.failed(FailedAttach, "a stored context could not be attached; requests go on without",
 		"model", s.Model, "context", s.ID, "err", err)
 }
 
 // unstored returns how many tokens that a slot holds are in no stored state.
 func (m *Manager) unstored(on *live, s slot) int {
-	if s.tokens < leastTokens || len(s.contents) == 0 {
+	if s.tokens < leastTokens || len(s.contents) == 0 || s.cannot {
 		return 0
 	}
 	covered, ok := m.best(on.Format, 0, Request{Owner: s.owner, Contents: s.contents})
@@ -138,7 +140,7 @@ func (m *Manager) saveNow(ctx context.Context, on *live, i int) bool {
 		return errors.Is(err, contextstore.ErrHeld)
 	}
 	// An engine that has begun goes on, whether or not the client leaves that waits for it.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), saveTimeout)
+	ctx, cancel := context.WithTimeout(m.life, saveTimeout)
 	defer cancel()
 	saved, err := on.Save(ctx, i, name)
 	if err != nil || !s.holds(saved.Tokens) {
@@ -156,10 +158,11 @@ func (m *Manager) saveNow(ctx context.Context, on *live, i int) bool {
 	learnFrom(&l.perState, float64(saved.Bytes)/float64(max(saved.Tokens, 1)))
 	m.disk.saving.measured(saved.Bytes, saved.Took) // not while it waited for the engine
 	if err != nil {
-		m.counts.Failed[FailedSave]++
-		m.Log.Warn("a context could not be stored; requests go on without it", "model", s.model, "err", err)
+		m.failed(FailedSave, "a context could not be stored; requests go on without",
+			"model", s.model, "err", err)
 		return false
 	}
+	m.worked(FailedSave)
 	m.counts.Saved++
 	m.counts.SavedBytes += uint64(saved.Bytes)
 	m.Log.Debug("context saved", "model", s.model, "tokens", saved.Tokens, "bytes", saved.Bytes, "slot", i,
@@ -177,11 +180,14 @@ func (m *Manager) notSaved(on *live, i int, state contextstore.State, err error)
 		on.slots[i] = slot{task: on.slots[i].task, claimed: on.slots[i].claimed}
 		return
 	}
-	m.counts.Failed[FailedSave]++
-	if !errors.Is(err, engine.ErrGone) { // else the disk is not to blame
+	switch {
+	case errors.Is(err, engine.ErrUnsupported): // such as a prompt with an image
+		on.slots[i].cannot = true
+	case !errors.Is(err, engine.ErrGone): // else the disk is not to blame
 		m.disk.saving.measured(state.Bytes, saveTimeout)
 	}
-	m.Log.Warn("a context could not be saved; requests go on without it", "model", state.Model, "err", err)
+	m.failed(FailedSave, "a context could not be saved; requests go on without",
+		"model", state.Model, "err", err)
 }
 
 // Leave is called before the models that a server has loaded may have to make room: what is worth it
@@ -294,10 +300,10 @@ func (m *Manager) Run(ctx context.Context) {
 		case <-time.After(wait):
 		}
 	}
+	last := time.AfterFunc(endTimeout, m.end) // an engine that hangs is not waited for
+	defer last.Stop()
 	m.ending.Wait()
-	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), saveTimeout)
-	defer cancel()
 	for _, on := range m.scan() {
-		m.rest(last, on, leaving)
+		m.rest(m.life, on, leaving)
 	}
 }

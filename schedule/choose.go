@@ -580,6 +580,9 @@ func (q *Queue) grant(it *item, l *lane, how reason, now time.Time) {
 	it.turn = x.before(it, now)
 	it.displaced, it.hosted = max(0, l.tokens-tokens), x.displaced(it, tokens)
 	x.asked = now
+	if x.first.IsZero() {
+		x.first = now
+	}
 	x.busy++
 	it.beside = x.busy
 	x.running += it.work

@@ -269,6 +269,7 @@ type runner struct {
 	tries   int       // requests that are served beyond want, to see whether there is a slot for them
 	spare   []*lane   // lanes that fell free since then: whose slots those have got, unless there are more
 	full    time.Time // when a request was last granted so that no lane was free
+	first   time.Time // when a request was first granted
 
 	resident  bool      // believed to be loaded
 	since     time.Time // when that began

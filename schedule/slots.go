@@ -69,7 +69,8 @@ const (
 	// late is after how many times as long as it should take to evaluate a prompt its answer is
 	// late.
 	late = 2
-	// toldWithin is after how long an engine is not expected to tell any more how many slots it has.
+	// toldWithin is for how long after a model's first request its engine is expected to tell how many
+	// slots it has.
 	toldWithin = 10 * time.Second
 	// leastAnswer is how many tokens are generated at least for their pace to tell anything.
 	leastAnswer = 8
@@ -115,9 +116,18 @@ func (q *Queue) try(x *runner, now time.Time) {
 
 // triedAt returns from when on one more may be tried.
 func (x *runner) triedAt() time.Time {
-	if x.server.tells && x.tries == 0 {
-		return x.full.Add(toldWithin)
+	told := x.first // from when on it is known that no engine tells
+	if x.server.tells {
+		told = told.Add(toldWithin)
 	}
+	if at := x.triedSince(); at.After(told) {
+		return at
+	}
+	return told
+}
+
+// triedSince is triedAt, but for what engines tell.
+func (x *runner) triedSince() time.Time {
 	if x.tries < x.mostTries() {
 		each := time.Duration(x.rates.service.v) / time.Duration(2*x.want)
 		return x.full.Add(max(leastLead, min(x.rates.transit(), each)))

@@ -697,6 +697,37 @@ func TestSlotsAwaited(t *testing.T) {
 	}
 }
 
+// TestSlotsNotTold: where no engine tells, short requests that come one after the other do not put off
+// for ever that it is tried.
+func TestSlotsNotTold(t *testing.T) {
+	d := newDesk(t, Config{})
+	d.q.SetTells(0)
+	for range 4 {
+		d.add(with(seg{id: tails + 1000, tokens: 1000}))
+	}
+	for busy := d.granted(1)[0].ID; d.now.Sub(start) < 3*toldWithin; {
+		ends := d.now.Add(time.Second)
+		for at, ok := d.q.Next(); ok && at.Before(ends); at, ok = d.q.Next() {
+			d.wake()
+			if len(d.q.Grants()) > 0 {
+				return
+			}
+		}
+		d.done(busy, evaluated(1064, 1064), ends.Sub(d.now))
+		next := slices.Clone(d.q.Grants())
+		for len(next) == 0 {
+			d.wake()
+			next = slices.Clone(d.q.Grants())
+		}
+		if len(next) > 1 {
+			return
+		}
+		busy = next[0].ID
+		d.add(with(seg{id: tails + 1000, tokens: 1000}))
+	}
+	t.Errorf("no second lane was tried within %v", d.now.Sub(start))
+}
+
 // TestSlotsCopied: where slots can have what others evaluated, one evaluates a prefix that many wait
 // with, and when its request has ended all go on. Where that would generate for longer than evaluating
 // it once more takes, the others do not wait.

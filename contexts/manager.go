@@ -199,6 +199,7 @@ type Answer struct {
 	Generated   int           // tokens of the answer
 	Prompt      time.Duration // evaluating the prompt; 0: not known
 	Awaited     bool          // other requests wait, perhaps for what this one has evaluated
+	Unloads     bool          // the model is unloaded with the answer's end (keep_alive 0)
 }
 
 // Loading is how long the model took to load, where Before had it loaded; else 0.
@@ -744,6 +745,9 @@ func (u *Use) ended(a Answer) (held slot, asks bool) {
 	case a.Cached >= 0:
 		m.learned(on.Format).evaluated(a.Total-a.Cached, a.Prompt)
 		u.judge(a.Cached)
+	}
+	if a.Unloads {
+		return slot{}, false // by the time that it could be saved, it is gone
 	}
 	held = slot{
 		prompt: prompt{

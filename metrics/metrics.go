@@ -330,6 +330,7 @@ func (m *Metrics) Contexts(counts func() contexts.Counts, files func() contextst
 		s := files()
 		return float64(s.Evicted + s.Expired + s.Dropped)
 	})
+	m.counter("contexts_refused_total", "Contexts that were not stored for want of room, on the disk or within --context-bytes.", func() float64 { return float64(files().Refused) })
 	m.counter("contexts_reused_tokens_total", "Tokens of prompts that were not evaluated since a context was attached, as the server or its engine told.", func() float64 { return float64(counts().Tokens) })
 	m.counter("estimated_contexts_saved_seconds_total", "How long the evaluation of those tokens would have taken, at the speed that was learned.", func() float64 { return counts().Evaluation.Seconds() })
 	m.registry.MustRegister(failures{counts})

@@ -60,7 +60,7 @@ func (h *Handler) prepare(ctx context.Context, ex *exchange) {
 		Port: b.port, Weights: wanted.Options.Model, Model: upstream.DisplayName(ex.key),
 		Owner: h.Contexts.Owner(ex.holder.secret()), Contents: ex.chain.Contents(), Bytes: sizes,
 		Sliding: wanted.Sliding, Values: wanted.Values,
-		Loaded:  b.runners.Loaded(wanted),
+		Loaded: b.runners.Loaded(wanted),
 		Load: func(ctx context.Context) (time.Duration, error) {
 			return ex.load(ctx, wanted)
 		},
@@ -105,7 +105,7 @@ func (ex *exchange) count(a *savings.Answer) {
 func (h *Handler) release(ex *exchange, res schedule.Result, a savings.Answer) {
 	answer := contexts.Answer{
 		Unsent: !ex.began, Total: a.Total, Cached: -1, CachedKnown: a.CachedKnown, Generated: a.Generated,
-		Prompt: a.PromptEval, Awaited: h.waiting.Load() > 0,
+		Prompt: a.PromptEval, Awaited: h.waiting.Load() > 0, Unloads: ex.use.unloads(),
 	}
 	if e := ex.Savings; e != nil && e.Tokens != nil {
 		answer.Cached = e.Tokens.Reused

@@ -520,7 +520,7 @@ func (s *serveCmd) report(ctx context.Context, c *console, set settings, ups []*
 	if len(silent) > 0 {
 		verdict = ""
 	}
-	_, err := fmt.Fprintf(c.stdout, "%s%skeep-alive  %v, %s\nmemory      %d MiB for the bodies of requests that wait\nAPI keys    %s\ntrusted     %v\n", verdict, text, set.keepAlive, s.KeepAlivePolicy, set.memory>>20, keys, set.trusted)
+	_, err := fmt.Fprintf(c.stdout, "%s%skeep-alive  %v, %s\nmemory      %d MiB for the bodies of requests that wait\nAPI keys    %s\ntrusted     %v\ncontexts    %s\n", verdict, text, set.keepAlive, s.KeepAlivePolicy, set.memory>>20, keys, set.trusted, s.aboutContexts())
 	if err == nil && len(silent) > 0 {
 		err = fmt.Errorf("the settings are right, but no Ollama answers at %s: start it there, or say where it is with --upstream", strings.Join(silent, " and "))
 	}

@@ -40,11 +40,38 @@ func (s *serveCmd) storedContexts(set *settings, log *slog.Logger) (*contextstor
 		return nil, fmt.Errorf("--contexts %s: %w", s.Contexts, err)
 	}
 	home := s.Contexts
+	if told := linkState(home); told != "" {
+		log.Warn("no context is stored yet: "+told, "contexts", home)
+	}
 	set.contexts = contexts.New(contexts.Config{
 		Running: func() []contexts.Running { return running(home, log) },
 		Files:   files, Log: log,
 	})
 	return files, nil
+}
+
+// linkState says what keeps the engines of a link from storing contexts, and what to do; "" if nothing
+// does.
+func linkState(home string) string {
+	info, err := engine.Inspect(home)
+	switch {
+	case err != nil:
+		return fmt.Sprintf("no Ollama is linked there: run 'ollama-cacheproxy engine link --to %s', and start the linked one", home)
+	case info.Stale != "":
+		return info.Stale + fmt.Sprintf(": run 'ollama-cacheproxy engine link --to %s' again, and start the linked one", home)
+	}
+	return ""
+}
+
+// aboutContexts says in a few words, for --check, what --contexts means.
+func (s *serveCmd) aboutContexts() string {
+	if s.Contexts == "" {
+		return "off"
+	}
+	if told := linkState(s.Contexts); told != "" {
+		return "off so far: " + told
+	}
+	return fmt.Sprintf("in %s, at most %d MiB", engine.ContextsFolder(s.Contexts), s.ContextBytes>>20)
 }
 
 // brokenDisk reports whether an error is the disk's, which a proxy that is started anew must do without,

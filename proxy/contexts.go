@@ -27,12 +27,14 @@ func localPort(s *upstream.Server) int {
 	return port
 }
 
-// engineFound takes in what an engine tells of itself.
+// engineFound takes in what an engine tells of itself. Where each API key has contexts of its own, a slot
+// does not have what another one has evaluated: the request that waits for it may be of another key.
 func (h *Handler) engineFound(e contexts.Running, attaches bool) {
+	copied := attaches && (h.Guard.Keys == nil || h.Contexts.Shared())
 	for _, b := range h.backends {
 		if b.port == e.Port && h.Lanes != nil {
 			h.Log.Debug("engine found", "upstream", b.Name, "files", e.Files, "slots", e.Slots, "context", e.Context, "attaches", attaches)
-			h.Lanes.SetSlots(b.index, strings.Join(e.Files, "+"), schedule.Slots{Count: e.Slots, Copied: attaches})
+			h.Lanes.SetSlots(b.index, strings.Join(e.Files, "+"), schedule.Slots{Count: e.Slots, Copied: copied})
 		}
 	}
 }
@@ -60,7 +62,7 @@ func (h *Handler) prepare(ctx context.Context, ex *exchange) {
 		Port: b.port, Weights: wanted.Options.Model, Model: upstream.DisplayName(ex.key),
 		Owner: h.Contexts.Owner(ex.holder.secret()), Contents: ex.chain.Contents(), Bytes: sizes,
 		Sliding: wanted.Sliding, Values: wanted.Values,
-		Loaded:  b.runners.Loaded(wanted),
+		Loaded: b.runners.Loaded(wanted),
 		Load: func(ctx context.Context) (time.Duration, error) {
 			return ex.load(ctx, wanted)
 		},

@@ -143,6 +143,9 @@ func (m *Manager) Owner(secret []byte) uint64 {
 	return m.Files.OwnerOf(string(secret))
 }
 
+// Shared reports whether states are attached whoever their owners are.
+func (m *Manager) Shared() bool { return m.Files.Stats().Limits.Share }
+
 // Counts returns what was done so far.
 func (m *Manager) Counts() Counts {
 	m.mu.Lock()
@@ -497,11 +500,11 @@ func (u *Use) attach(ctx context.Context) bool {
 		m.Log.Debug("no context attached", "model", u.r.Model, "stored", ok, "common", best.reach, "warm", warm)
 		return false
 	}
-	if err := m.Files.Check(ctx, best.ID); err != nil {
+	gain := m.gain(best, warm)
+	if err := m.check(ctx, best, gain); err != nil {
 		m.Log.Debug("no context attached", "model", u.r.Model, "context", best.ID, "err", err)
 		return false // it has changed, and the engine would not notice
 	}
-	gain := m.gain(best, warm)
 	i, ok := u.choose(ctx, gain)
 	if !ok {
 		m.Log.Debug("no context attached, for want of a slot", "model", u.r.Model, "context", best.ID)

@@ -34,6 +34,21 @@ func (m *Manager) pays(s stored, warm int) bool {
 	return saves >= leastGain && saves >= pays*takes && m.learned(s.Format).useful(s.exact)
 }
 
+// check has all of a state's file read, if that was not done yet, for as long as it may gain anything. A
+// disk that is too slow for that is too slow to attach it.
+func (m *Manager) check(ctx context.Context, s stored, gain time.Duration) error {
+	limit := max(gain, time.Second) // a disk is not judged by less
+	reading, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	err := m.Files.Check(reading, s.ID)
+	if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		m.disk.attaching.measured(s.Bytes, limit)
+	}
+	return err
+}
+
 // attachFailed notes that a state was not attached. m.mu must be held.
 func (m *Manager) attachFailed(s stored, err error) {
 	switch {

@@ -27,12 +27,14 @@ func localPort(s *upstream.Server) int {
 	return port
 }
 
-// engineFound takes in what an engine tells of itself.
+// engineFound takes in what an engine tells of itself. Where each API key has contexts of its own, a slot
+// does not have what another one has evaluated: the request that waits for it may be of another key.
 func (h *Handler) engineFound(e contexts.Running, attaches bool) {
+	copied := attaches && (h.Guard.Keys == nil || h.Contexts.Shared())
 	for _, b := range h.backends {
 		if b.port == e.Port && h.Lanes != nil {
 			h.Log.Debug("engine found", "upstream", b.Name, "files", e.Files, "slots", e.Slots, "context", e.Context, "attaches", attaches)
-			h.Lanes.SetSlots(b.index, strings.Join(e.Files, "+"), schedule.Slots{Count: e.Slots, Copied: attaches})
+			h.Lanes.SetSlots(b.index, strings.Join(e.Files, "+"), schedule.Slots{Count: e.Slots, Copied: copied})
 		}
 	}
 }

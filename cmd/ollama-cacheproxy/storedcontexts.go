@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net"
 	"strconv"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contexts"
@@ -39,12 +40,12 @@ func (s *serveCmd) storedContexts(set *settings, log *slog.Logger) (*contextstor
 	if err != nil {
 		return nil, fmt.Errorf("--contexts %s: %w", s.Contexts, err)
 	}
-	home := s.Contexts
+	home, named := s.Contexts, atomic.Bool{}
 	if told := linkState(home); told != "" {
 		log.Warn("no context is stored yet: "+told, "contexts", home)
 	}
 	set.contexts = contexts.New(contexts.Config{
-		Running: func() []contexts.Running { return running(home, log) },
+		Running: func() []contexts.Running { return running(home, log, &named) },
 		Files:   files, Log: log,
 	})
 	return files, nil
@@ -85,11 +86,15 @@ func brokenDisk(err error) bool {
 	return false
 }
 
-// running returns the engines of a link that run now.
-func running(home string, log *slog.Logger) []contexts.Running {
+// running returns the engines of a link that run now. That they cannot be told is logged once, until
+// they can: told says that it was.
+func running(home string, log *slog.Logger, told *atomic.Bool) []contexts.Running {
 	processes, err := engine.Processes(home)
-	if err != nil {
-		log.Debug("the running engines cannot be told", "err", err)
+	if err == nil {
+		told.Store(false)
+	} else if !told.Swap(true) {
+		log.Warn("no context is stored or attached: the running engines cannot be told "+
+			"(is Ollama another user?)", "err", err)
 	}
 	var list []contexts.Running
 	for _, p := range processes {

@@ -159,6 +159,9 @@ func TestContexts(t *testing.T) {
 		t.Run(version, func(t *testing.T) {
 			t.Run("restarts", func(t *testing.T) { contextsRestarts(t, version) })
 			t.Run("two models", func(t *testing.T) { contextsTwoModels(t, version) })
+			if version != realollama.Newest() {
+				return // the engine is the same, and whether answers tell what was reused matters above alone
+			}
 			for _, slots := range []int{1, 4} {
 				t.Run(fmt.Sprintf("rounds, slots %d", slots), func(t *testing.T) {
 					contextsRounds(t, version, slots)

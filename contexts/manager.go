@@ -468,7 +468,6 @@ func (m *Manager) restores(on *live, r Request) bool {
 func (u *Use) load(ctx context.Context) {
 	m := u.m
 	m.Leave(ctx, u.r.Port)
-	u.on = nil // what runs now may be replaced for the request
 	best, ok := m.best("", 0, u.r)
 	if !ok || u.r.Load == nil || !m.pays(best, 0) {
 		return
@@ -697,8 +696,15 @@ func (u *Use) After(a Answer, release func()) {
 // begun reports whether an engine is known that the request ran on. Where the model was loaded for it,
 // that is found now.
 func (u *Use) begun() bool {
-	if u.on != nil {
+	if u.on != nil && (u.r.Loaded || u.m.runs(u.on)) {
 		return true
+	}
+	if u.on != nil { // it was replaced for the request
+		u.m.mu.Lock()
+		u.close()
+		u.on.active--
+		u.m.mu.Unlock()
+		u.on, u.slot, u.warm, u.expected, u.sought = nil, -1, 0, 0, true
 	}
 	if !u.sought {
 		u.sought = true
@@ -717,6 +723,11 @@ func (u *Use) begun() bool {
 		u.on.open = slices.Insert(u.on.open, 0, u)
 	}
 	return true
+}
+
+// runs reports whether an engine runs now.
+func (m *Manager) runs(on *live) bool {
+	return slices.Contains(m.scan(), on)
 }
 
 // ended takes in what an answer tells, and returns what the slot holds that the request used, with

@@ -585,17 +585,20 @@ func (u *Use) begun() bool {
 		u.m.mu.Lock()
 		u.close()
 		u.on.active--
-		u.m.mu.Unlock()
 		u.on, u.slot, u.warm, u.expected, u.sought = nil, -1, 0, 0, true
+		u.m.mu.Unlock()
 	}
 	if !u.sought {
 		u.sought = true
 		u.m.loading.Add(-1)
 	}
-	if u.on = u.m.find(u.r); u.on == nil || !u.m.restores(u.on, u.r) {
-		u.on = nil
+	on := u.m.find(u.r)
+	if on == nil || !u.m.restores(on, u.r) {
 		return false
 	}
+	u.m.mu.Lock()
+	u.on = on
+	u.m.mu.Unlock()
 	u.sized()
 	u.m.mu.Lock()
 	defer u.m.mu.Unlock()

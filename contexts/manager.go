@@ -703,8 +703,8 @@ func (u *Use) begun() bool {
 		u.m.mu.Lock()
 		u.close()
 		u.on.active--
-		u.m.mu.Unlock()
 		u.on, u.slot, u.warm, u.expected, u.sought = nil, -1, 0, 0, true
+		u.m.mu.Unlock()
 	}
 	if !u.sought {
 		u.sought = true

@@ -50,18 +50,22 @@ func (u *Use) Began(tellsCached bool) {
 	if u == nil || u.on == nil || tellsCached && len(u.on.slots) == 1 {
 		return
 	}
+	on := u.on
 	u.m.mu.Lock()
 	u.place.begun = true
 	u.m.mu.Unlock()
 	u.m.ending.Go(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), statusTimeout)
 		defer cancel()
-		list, err := u.on.Engine.Slots(ctx)
+		list, err := on.Engine.Slots(ctx)
 		if err != nil {
 			return
 		}
 		u.m.mu.Lock()
 		defer u.m.mu.Unlock()
+		if u.on != on { // it was replaced
+			return
+		}
 		u.place.running = list
 		of := u.candidates(list, func(s engine.Slot) bool {
 			return s.Processing && s.Tokens > s.Processed+s.Cached // some of an answer, too

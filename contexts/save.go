@@ -128,14 +128,14 @@ func (m *Manager) save(ctx context.Context, on *live, i int) bool {
 	on.saving[i] = under
 	m.mu.Unlock()
 	defer close(under)
-	stored := m.saveNow(ctx, on, i)
+	stored := m.saveNow(on, i)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	on.saving[i] = nil
 	return stored
 }
 
-func (m *Manager) saveNow(ctx context.Context, on *live, i int) bool {
+func (m *Manager) saveNow(on *live, i int) bool {
 	m.mu.Lock()
 	s, l := on.slots[i], m.learned(on.Format)
 	state := contextstore.State{

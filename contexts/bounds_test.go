@@ -94,3 +94,19 @@ func TestHangingEngine(t *testing.T) {
 		}
 	})
 }
+
+// TestHungSaveFreesLane: a lane is not held for longer than longestHold while an engine saves.
+func TestHungSaveFreesLane(t *testing.T) {
+	with(t, one, ample, func(p *proxied) {
+		p.must(ask{model: "m", prompt: long("a", 1), answer: 2}) // tells how fast it is
+		p.rest(time.Minute)
+		p.setFaults(faults{save: hang})
+		p.must(ask{model: "m", prompt: long("b", 1), answer: 2})
+		lane, began := p.lane("m"), time.Now()
+		lane <- struct{}{} // when the lane is free
+		if took := time.Since(began); took < time.Second || took > longestHold {
+			t.Errorf("the lane was held for %v", took)
+		}
+		<-lane
+	})
+}

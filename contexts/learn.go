@@ -20,6 +20,7 @@ const (
 	statusTimeout = 10 * time.Second
 	leastTimeout  = 10 * time.Second // for it to attach a state, also between two batches
 	saveTimeout   = 30 * time.Second // for it to save one
+	longestHold   = 5 * time.Second  // for a lane to be held while what its request left is saved
 	endTimeout    = 10 * time.Second // for all that is saved when the manager ends
 
 	// leastOutlast and mostOutlast bound for how long a request waits for one to another model that may

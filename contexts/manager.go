@@ -653,20 +653,18 @@ func (u *Use) After(a Answer, release func()) {
 		release()
 		return
 	}
-	release = func(release func()) func() {
-		return func() {
-			u.over()
-			release()
-		}
-	}(release)
-	if !u.begun() {
+	free := sync.OnceFunc(func() {
+		u.over()
 		release()
+	})
+	if !u.begun() {
+		free()
 		return
 	}
 	m, on := u.m, u.on
 	held, asks := u.ended(a)
 	if held.tokens == 0 {
-		release()
+		free()
 		return
 	}
 	when := ending
@@ -675,21 +673,21 @@ func (u *Use) After(a Answer, release func()) {
 	}
 	hold := m.saves(on, held, when)
 	if !hold && !asks {
-		release()
+		free()
 		return
 	}
 	m.ending.Go(func() {
 		if !hold {
-			release()
+			free()
 		}
+		// An engine that hangs does not hold the lane up.
+		defer time.AfterFunc(longestHold, free).Stop()
 		ctx, cancel := context.WithTimeout(m.life, saveTimeout)
 		defer cancel()
 		if i := u.identify(ctx, held); i >= 0 && hold {
 			m.save(ctx, on, i)
 		}
-		if hold {
-			release()
-		}
+		free()
 	})
 }
 

@@ -253,7 +253,7 @@ func (b *bench) inTurn() workload {
 		config: realollama.Config{Models: []string{costly}, KeepAlive: "10m", CacheRAMMiB: new(int)},
 	}
 	clients := make([][]request, 8)
-	for n := range b.n(8) {
+	for n := range max(b.n(8), 6) { // each prefix three times, or there is nothing to save
 		for i := range clients {
 			clients[i] = append(clients[i], ask(100*i+n, 40+i+8*(n%2), 250, costly))
 		}

@@ -45,7 +45,6 @@ const (
 type learned struct {
 	perToken float64 // seconds that the evaluation of a token takes; 0: not known
 	perState float64 // bytes of a state for each of its tokens; 0: not known
-	perText  float64 // tokens for each byte of text; 0: not known
 	partial  verdict // on states that a prompt parts from before their end
 	exact    verdict // on states that a prompt goes on from
 	named    bool    // it was told that its states cannot be of use
@@ -95,16 +94,6 @@ func (l *learned) size(tokens int) int64 {
 		per = usualState
 	}
 	return int64(per * float64(tokens))
-}
-
-// usualText is how many tokens a byte of English text has, about.
-const usualText = 0.25
-
-func (l *learned) density() float64 {
-	if l.perText == 0 {
-		return usualText
-	}
-	return l.perText
 }
 
 // verdict counts how often a state was attached in vain, since one was last of use.

@@ -327,8 +327,8 @@ func (m *Manager) outlast(u *Use) time.Duration {
 	if u.on == nil {
 		return usualOutlast // it is being loaded
 	}
-	l := m.learned(u.on.Format)
-	return min(max(2*l.evaluation(u.r.estimate(l)), leastOutlast), mostOutlast)
+	again := m.learned(u.on.Format).evaluation(u.r.estimate())
+	return min(max(2*again, leastOutlast), mostOutlast)
 }
 
 // pair is two models of one server.
@@ -490,7 +490,7 @@ func (u *Use) attach(ctx context.Context) bool {
 	warm, at := on.warmest(u.r)
 	// The engine takes the slot with the most in common if that is more than a tenth of the prompt
 	// (--slot-prompt-similarity), else the one that was used least recently.
-	if u.warm = warm; at >= 0 && warm*10 >= u.r.estimate(m.learned(on.Format)) {
+	if u.warm = warm; at >= 0 && warm*10 >= u.r.estimate() {
 		u.claim(at)
 	}
 	m.mu.Unlock()
@@ -770,8 +770,6 @@ func (u *Use) ended(a Answer) (held slot, asks bool) {
 	if len(on.slots) == 1 {
 		held.task = on.slots[0].task
 		on.slots[0] = held
-	}
-	if len(on.slots) == 1 {
 		return held, false
 	}
 	u.place.holds = a.Total + max(a.Generated-1, 0)

@@ -27,7 +27,7 @@ func (m *Manager) Fill(
 		return 0
 	}
 	list := m.Files.List()
-	shared := m.Files.Stats().Limits.Share
+	shared := m.Shared()
 	list = slices.DeleteFunc(list, func(s contextstore.State) bool {
 		return s.Format != on.Format || s.Owner != 0 && !shared || on.Context > 0 && s.Tokens > on.Context
 	})

@@ -22,7 +22,9 @@ func (p *prompt) first(depth int) int {
 }
 
 // shared returns how many of the prompt's tokens are those that another one begins with.
-func (p *prompt) shared(contents []uint64) int { return p.first(common(p.contents, contents)) }
+func (p *prompt) shared(contents []uint64) int {
+	return p.first(contextstore.Common(p.contents, contents))
+}
 
 // spread estimates how many of a prompt's tokens there are up to each link, by the bytes of text.
 func spread(tokens int, bytes []int) []int32 {
@@ -33,17 +35,6 @@ func spread(tokens int, bytes []int) []int32 {
 	}
 	upTo[len(upTo)-1] = int32(tokens)
 	return upTo
-}
-
-// common returns how many leading elements are equal, each of which stands for all before it, too.
-func common(a, b []uint64) int {
-	n := min(len(a), len(b))
-	for i := range n {
-		if a[i] != b[i] {
-			return i
-		}
-	}
-	return n
 }
 
 // stored is a state that begins like a request's prompt.
@@ -71,7 +62,8 @@ func (m *Manager) best(format string, most int, r Request) (stored, bool) {
 	return best, best.reach >= leastTokens
 }
 
+// usualText is how many tokens a byte of English text has, about.
+const usualText = 0.25
+
 // estimate returns how many tokens the request's prompt has, about.
-func (r *Request) estimate(l *learned) int {
-	return int(float64(r.Bytes[len(r.Bytes)-1]) * l.density())
-}
+func (r *Request) estimate() int { return int(float64(r.Bytes[len(r.Bytes)-1]) * usualText) }

@@ -225,10 +225,7 @@ func (m *Manager) look(ctx context.Context, on *live) {
 		return
 	}
 	defer on.rest()
-	m.mu.Lock()
-	active := on.active
-	m.mu.Unlock()
-	if active > 0 {
+	if m.active(on) > 0 {
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
@@ -253,6 +250,13 @@ func (m *Manager) look(ctx context.Context, on *live) {
 // answer it holds all but the last token, or less if it ended by a word that stops it.
 func (s *slot) holds(tokens int) bool { return tokens >= s.size()-1 && tokens <= s.tokens+1 }
 
+// active returns how many requests are under way to an engine.
+func (m *Manager) active(on *live) int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return on.active
+}
+
 // rest saves what an engine's slots hold, if no request is under way there.
 func (m *Manager) rest(ctx context.Context, on *live, when occasion) {
 	if !on.act(ctx) {
@@ -260,10 +264,7 @@ func (m *Manager) rest(ctx context.Context, on *live, when occasion) {
 	}
 	defer on.rest()
 	for i := range on.slots {
-		m.mu.Lock()
-		active := on.active
-		m.mu.Unlock()
-		if active > 0 || ctx.Err() != nil {
+		if m.active(on) > 0 || ctx.Err() != nil {
 			return
 		}
 		if m.due(on, i, when) {

@@ -21,9 +21,9 @@ type member struct {
 	shared int32 // leading links that it has in common with the member before it
 }
 
-// common returns how many leading links a and b have in common. Since each link stands for all
+// Common returns how many leading links a and b have in common. Since each link stands for all
 // before it, the first that differs is found without a look at each.
-func common(a, b []uint64) int {
+func Common(a, b []uint64) int {
 	return sort.Search(min(len(a), len(b)), func(i int) bool { return a[i] != b[i] })
 }
 
@@ -31,7 +31,7 @@ func common(a, b []uint64) int {
 func (g group) place(links []uint64) int {
 	return sort.Search(len(g), func(i int) bool {
 		have := g[i].Links
-		n := common(have, links)
+		n := Common(have, links)
 		if n == len(have) || n == len(links) {
 			return len(have) >= len(links)
 		}
@@ -44,10 +44,10 @@ func (g group) insert(f *file) group {
 	at := g.place(f.Links)
 	m := member{file: f, bytes: f.Bytes, tokens: int32(f.Tokens), links: int32(len(f.Links))}
 	if at > 0 {
-		m.shared = int32(common(g[at-1].Links, f.Links))
+		m.shared = int32(Common(g[at-1].Links, f.Links))
 	}
 	if at < len(g) {
-		g[at].shared = int32(common(f.Links, g[at].Links))
+		g[at].shared = int32(Common(f.Links, g[at].Links))
 	}
 	return slices.Insert(g, at, m)
 }
@@ -72,13 +72,13 @@ func (g group) remove(f *file) group {
 func (g group) walk(links []uint64, visit func(m *member, shared int) bool) {
 	at := g.place(links)
 	if at < len(g) {
-		n := common(g[at].Links, links)
+		n := Common(g[at].Links, links)
 		for i := at; n > 0 && visit(&g[i], n) && i+1 < len(g); i++ {
 			n = min(n, int(g[i+1].shared))
 		}
 	}
 	if at > 0 {
-		n := common(g[at-1].Links, links)
+		n := Common(g[at-1].Links, links)
 		for i := at - 1; n > 0 && visit(&g[i], n) && i > 0; i-- {
 			n = min(n, int(g[i].shared))
 		}

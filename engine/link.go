@@ -141,7 +141,7 @@ func Link(o LinkOptions) (Info, error) {
 // anew finds out what takes longer and makes the link.
 func (l link) anew() (info Info, err error) {
 	if l.Version == "" {
-		l.Version = versionOf(l.Ollama)
+		l.Version = VersionOf(context.Background(), l.Ollama)
 	}
 	if l.Build, err = buildOf(filepath.Dir(l.Engine)); err != nil {
 		return Info{}, err
@@ -166,7 +166,7 @@ func plan(o LinkOptions) (link, error) {
 	version := ""
 	engine, err := findEngine(ollama)
 	if err != nil {
-		if version = versionOf(ollama); older(version) {
+		if version = VersionOf(context.Background(), ollama); older(version) {
 			err = errors.New("Ollama " + version + " has no llama-server; 0.30 and later have")
 		}
 		return link{}, err
@@ -261,9 +261,9 @@ func isFile(path string) bool {
 
 var versionLine = regexp.MustCompile(`version is v?(\S+)`)
 
-// versionOf is what an Ollama calls itself, "" if it says nothing.
-func versionOf(ollama string) string {
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+// VersionOf is what an ollama binary calls itself, "" if it says nothing within ten seconds.
+func VersionOf(ctx context.Context, ollama string) string {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, ollama, "--version")
 	// Nobody listens there: else it tells the version of a server that runs by chance.

@@ -2,7 +2,6 @@ package proxy
 
 import (
 	"context"
-	"net"
 	"strconv"
 	"strings"
 	"time"
@@ -16,8 +15,7 @@ import (
 
 // localPort returns on which port of this machine a server listens; 0 if it is on another one.
 func localPort(s *upstream.Server) int {
-	ip := net.ParseIP(s.URL.Hostname())
-	if s.URL.Scheme != "http" || s.URL.Hostname() != "localhost" && (ip == nil || !ip.IsLoopback()) {
+	if s.URL.Scheme != "http" || !upstream.Here(s.URL) {
 		return 0
 	}
 	port, err := strconv.Atoi(s.URL.Port())

@@ -12,6 +12,12 @@ import (
 // DefaultPort is Ollama's own.
 const DefaultPort = "11434"
 
+// Here reports whether an address is this machine's own: loopback.
+func Here(u *url.URL) bool {
+	ip := net.ParseIP(u.Hostname())
+	return u.Hostname() == "localhost" || ip != nil && ip.IsLoopback()
+}
+
 // ParseNamed reads NAME=ADDR, or an address alone: then name is empty. A name is what logs, metrics, pages and headers show:
 // letters, digits, dots, dashes and underscores, 64 at most.
 func ParseNamed(s, defaultPort string) (name string, u *url.URL, err error) {

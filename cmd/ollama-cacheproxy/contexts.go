@@ -6,13 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/engine"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
@@ -40,7 +40,7 @@ type contextsHome struct {
 	Home string `arg:"" type:"path" help:"What serve --contexts is given."`
 }
 
-func (h contextsHome) dir() string { return filepath.Join(h.Home, "contexts") }
+func (h contextsHome) dir() string { return engine.ContextsFolder(h.Home) }
 
 // read returns what is stored, and what is not as it should be.
 func (h contextsHome) read() ([]contextstore.State, []contextstore.Problem, error) {

@@ -11,6 +11,7 @@ import (
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/ollamasim"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
 // target is an upstream, as the flags name it.
@@ -110,10 +111,8 @@ func (t *target) expect(parallel string) {
 	if t.sim != nil || t.slots != 0 {
 		return
 	}
-	ip := net.ParseIP(t.url.Hostname())
-	here := t.url.Hostname() == "localhost" || ip != nil && ip.IsLoopback()
 	n, err := strconv.Atoi(strings.Trim(parallel, " \"'"))
-	if here && err == nil && n > 0 && n <= mostSlots {
+	if upstream.Here(t.url) && err == nil && n > 0 && n <= mostSlots {
 		t.expected = n
 	}
 }

@@ -15,7 +15,8 @@ import (
 	"strconv"
 	"strings"
 	"sync/atomic"
-	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/engine"
 )
 
 // Ollama returns the path of the ollama binary of a version: the one that the
@@ -32,7 +33,7 @@ func (c *Cache) Ollama(ctx context.Context, version string) (string, error) {
 		}
 		return bin, nil
 	}
-	if bin := firstInPath("ollama"); bin != "" && binaryVersion(ctx, bin) == version {
+	if bin := firstInPath("ollama"); bin != "" && engine.VersionOf(ctx, bin) == version {
 		err := c.probed(ctx, version, bin)
 		if err == nil || ctx.Err() != nil {
 			return bin, err
@@ -78,7 +79,7 @@ func (c *Cache) firstWorking(ctx context.Context, places []string) (Installed, e
 			continue
 		}
 		tried[real] = true
-		version := binaryVersion(ctx, bin)
+		version := engine.VersionOf(ctx, bin)
 		if err := ctx.Err(); err != nil {
 			return Installed{}, fmt.Errorf("looking for an Ollama: %w", err)
 		}
@@ -108,23 +109,6 @@ func usualPlaces() []string {
 		places = append(places, filepath.Join(home, ".local", "bin", "ollama"), filepath.Join(home, "bin", "ollama"))
 	}
 	return places
-}
-
-var versionLine = regexp.MustCompile(`version is v?(\S+)`)
-
-// binaryVersion is the version that a binary gives itself, "" if it gives none.
-func binaryVersion(ctx context.Context, bin string) string {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, bin, "--version")
-	// Else the answer is the version of a server that runs by chance. No
-	// server listens on port 1.
-	cmd.Env = append(os.Environ(), "OLLAMA_HOST=127.0.0.1:1")
-	output, err := cmd.CombinedOutput()
-	if m := versionLine.FindSubmatch(output); err == nil && m != nil {
-		return string(m[1])
-	}
-	return ""
 }
 
 // built returns the path of a version's binary in the cache, with its engine where it looks for it.

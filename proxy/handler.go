@@ -454,6 +454,9 @@ func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (d
 	if ref == nil && ex.stranger && !keyless(r) {
 		ref = &refusal{http.StatusUnauthorized, "a valid API key is needed: send it as 'Authorization: Bearer KEY' (the keys are in the file that ollama-cacheproxy was started with: --api-keys-file)"}
 	}
+	if ref == nil && ex.admins {
+		ref = ex.notAdmin()
+	}
 	if ref != nil {
 		h.refuse(w, r, ex, ref)
 	}

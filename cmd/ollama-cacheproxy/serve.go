@@ -78,7 +78,7 @@ type serveCmd struct {
 
 	AllowHost   []string `placeholder:"NAME" help:"Accept this Host name on loopback connections too (* for any). Repeatable."`
 	AllowOrigin []string `placeholder:"ORIGIN" help:"Let web pages of this origin in, such as https://chat.example.com; one * stands for anything. Repeatable. Those in OLLAMA_ORIGINS are let in too."`
-	APIKeysFile string   `name:"api-keys-file" type:"path" placeholder:"FILE" help:"Ask clients for one of the keys in this file. A line is KEY, or NAME KEY and then any of weight=2 (its share beside others that wait), class=batch (the most urgent priority that it may ask for, and the one it has if it asks for none: interactive, normal or batch), max-waiting=50 (more requests that would have to wait get 429) and rate=10/s (or /m, /h; more requests get 429). It is read again when it changes, and at SIGHUP."`
+	APIKeysFile string   `name:"api-keys-file" type:"path" placeholder:"FILE" help:"Ask clients for one of the keys in this file. A line is KEY, or NAME KEY and then any of weight=2 (its share beside others that wait), class=batch (the most urgent priority that it may ask for, and the one it has if it asks for none: interactive, normal or batch), max-waiting=50 (more requests that would have to wait get 429), rate=10/s (or /m, /h; more requests get 429) and admin (it may pull, create, copy, push and delete models, and drain upstreams; no other key may). It is read again when it changes, and at SIGHUP."`
 
 	TrustedProxy []string `placeholder:"CIDR" help:"Believe a front at this address or network (nginx, Open WebUI) when it says who asks: by X-Forwarded-For or Forwarded, else X-OpenWebUI-User-Id. Each is then a client of its own, which counts for fairness and for nothing else. Repeatable. Default: nobody."`
 
@@ -357,6 +357,7 @@ func (s *serveCmd) handler(
 		counts.Lanes(names, h.Lanes.Stats)
 	}
 	if set.keys != nil {
+		set.keys.warn(logger)
 		counts.KeyNames(set.keys.keys.Names())
 		set.keys.replaced = counts.KeyNames
 	}
@@ -514,7 +515,7 @@ func (s *serveCmd) report(ctx context.Context, c *console, set settings, ups []*
 	}
 	keys := "none asked for"
 	if set.guard.Keys != nil {
-		keys = fmt.Sprintf("%d", set.guard.Keys.Len())
+		keys = fmt.Sprintf("%d, %d of them may change models and upstreams", set.guard.Keys.Len(), set.guard.Keys.Admins())
 	}
 	verdict := "the settings are right\n"
 	if len(silent) > 0 {

@@ -68,6 +68,7 @@ func (h *Handler) accounted(ex *exchange) {
 		OK: ex.Outcome == OK, Refused: end.Refused,
 		Counted:  ex.dialect == savings.Native && ex.answer != nil,
 		Duration: ex.Duration - ex.sent, Endpoint: ex.Endpoint, Excerpt: ex.excerpt,
+		Client: ex.Client, KeyName: ex.Name, Waited: ex.Waited + ex.paused, Whole: ex.Duration,
 	}
 	if ex.streams && ex.FirstByte > ex.sent {
 		o.FirstByte = ex.FirstByte - ex.sent
@@ -177,6 +178,8 @@ type requestEntry struct {
 	Endpoint string    `json:"endpoint"`
 	Model    string    `json:"model"`
 	Upstream string    `json:"upstream"`
+	Name     string    `json:"name,omitempty"`   // of the API key
+	Client   string    `json:"client,omitempty"` // hashed, as on the page of the queue; none: the proxy itself
 
 	Simulated bool `json:"simulated,omitempty"` // the answer and these figures are made up
 
@@ -195,6 +198,8 @@ type requestEntry struct {
 	Broken    bool    `json:"broken_off,omitempty"` // the answer did not come to its end
 	Loaded    bool    `json:"loaded_model,omitempty"`
 	Generated int     `json:"generated_tokens,omitempty"`
+	Waited    float64 `json:"waited_ms"`   // in the proxy, before it was sent
+	Duration  float64 `json:"duration_ms"` // of the whole request, that wait included
 	Load      float64 `json:"load_ms"`
 	Queue     float64 `json:"queue_ms"`
 	Prompt    float64 `json:"prompt_eval_ms"`
@@ -217,6 +222,7 @@ func (h *Handler) requests(n int) requestsPage {
 	for _, e := range h.Ledger.Recent(n) {
 		entry := requestEntry{
 			ID: e.ID, At: e.At, Endpoint: e.Endpoint, Model: upstream.DisplayName(e.Model), Upstream: e.Upstream,
+			Name: e.KeyName, Client: e.Client, Waited: ms(e.Waited), Duration: ms(e.Whole),
 			Prefix: savings.PrefixString(e.Prefix), Messages: e.Messages,
 			Basis: e.Basis, Tokens: promptTokens{Total: e.Total}, Estimate: e.Estimate, Verdict: e.Verdict, Reason: e.Reason, Detail: e.Detail,
 			Truncated: e.Truncated, Broken: e.Broken, Loaded: e.Loaded, Generated: e.Generated,

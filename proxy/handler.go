@@ -111,6 +111,7 @@ type Exchange struct {
 	Path     string
 	Endpoint string // the path as a label: one of a bounded set
 	Name     string // of the API key that it came with; "" where that has none
+	Client   string // who asked, hashed, as on the page of the queue; "" for the proxy itself
 	Model    string // as the client wrote it; "" where none was read, "(invalid)" where it is no model's name
 	Status   int    // 0 where the client got none
 	Begun    bool   // a heartbeat began the answer: whatever Status is, the client saw 200
@@ -828,6 +829,9 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	if ex.up != nil {
 		ex.Upstream = ex.up.Name
 	}
+	if ex.warming == nil {
+		ex.Client = hashed(h.Trusted.clientOf(r, ex.holder.client()))
+	}
 	ex.Begun = ex.beat.begun()
 	ex.Duration = time.Since(ex.start)
 	ex.BytesIn = ex.in.Load()
@@ -935,7 +939,7 @@ func (ex *exchange) outcome(r *http.Request) Outcome {
 }
 
 func (ex *exchange) attrs() []slog.Attr {
-	attrs := make([]slog.Attr, 0, 22)
+	attrs := make([]slog.Attr, 0, 24)
 	attrs = append(attrs, slog.String("method", ex.Method), slog.String("path", ex.Path[:min(len(ex.Path), 256)]))
 	if ex.Model != "" {
 		attrs = append(attrs, slog.String("model", ex.Model))
@@ -949,6 +953,9 @@ func (ex *exchange) attrs() []slog.Attr {
 		slog.Int64("bytes_in", ex.BytesIn),
 		slog.Int64("bytes_out", ex.BytesOut),
 		slog.String("outcome", string(ex.Outcome)))
+	if ex.Client != "" {
+		attrs = append(attrs, slog.String("client", ex.Client))
+	}
 	if ex.FirstByte > 0 {
 		attrs = append(attrs, milliseconds("first_byte_ms", ex.FirstByte))
 	}
@@ -982,6 +989,9 @@ func (ex *exchange) attrs() []slog.Attr {
 		}
 		if e.Reason != "" {
 			attrs = append(attrs, slog.String("reason", string(e.Reason)))
+		}
+		if e.Detail != "" {
+			attrs = append(attrs, slog.String("detail", e.Detail))
 		}
 	}
 	return attrs

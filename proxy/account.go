@@ -37,7 +37,7 @@ func (h *Handler) account(ex *exchange, data []byte) {
 	}
 	chain := h.prefixes.ReadMembers(ex.prompt, ex.key, data, ex.fields.members, ex.fields.long)
 	ex.chain, ex.dialect = &chain, ex.route.answer // on its own: the ledger keeps it for longer than the exchange
-	if h.ShowPrompts {
+	if h.Live().ShowPrompts {
 		ex.excerpt = excerpt(data)
 	}
 }
@@ -178,10 +178,11 @@ type requestEntry struct {
 	Endpoint string    `json:"endpoint"`
 	Model    string    `json:"model"`
 	Upstream string    `json:"upstream"`
-	Name     string    `json:"name,omitempty"`   // of the API key
-	Client   string    `json:"client,omitempty"` // hashed, as on the page of the queue; none: the proxy itself
 
 	Simulated bool `json:"simulated,omitempty"` // the answer and these figures are made up
+
+	Name   string `json:"name,omitempty"`   // of the API key
+	Client string `json:"client,omitempty"` // hashed, as on the page of the queue; none: the proxy itself
 
 	Prefix   string          `json:"prefix"`
 	Shared   string          `json:"shared_prefix,omitempty"` // the longest part of the prompt that was known before

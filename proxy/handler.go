@@ -83,6 +83,7 @@ type Handler struct {
 	Done    func(Exchange)
 	Touched func(model string, err error)
 
+	inForce  atomic.Pointer[Live] // what Change said last; nil: the fields above are in force
 	memory   *memory
 	decoder  *zstd.Decoder
 	decoding sync.Mutex
@@ -335,8 +336,8 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.inFlight.Add(1)
 	rt := routeOf(r)
 	ex := &exchange{start: time.Now(), header: w.Header(), route: rt, Exchange: Exchange{Method: r.Method, Path: r.URL.Path, Endpoint: rt.label}}
-	if h.BodyTimeout > 0 && r.Body != nil && r.Body != http.NoBody {
-		ex.arriving = &arriving{ReadCloser: r.Body, conn: http.NewResponseController(w), limit: h.BodyTimeout}
+	if limit := h.Live().BodyTimeout; limit > 0 && r.Body != nil && r.Body != http.NoBody {
+		ex.arriving = &arriving{ReadCloser: r.Body, conn: http.NewResponseController(w), limit: limit}
 	}
 	ex.warming, _ = r.Context().Value(warmingKey{}).(*warming)
 	ctx, end := r.Context(), func() {}
@@ -402,12 +403,13 @@ func (ex *exchange) takes(r *http.Request) {
 // givesUp has the request given up when its upstream is silent for too long. over is to be called when
 // it has ended.
 func (h *Handler) givesUp(r *http.Request, ex *exchange) (bounded *http.Request, over func()) {
-	if h.UpstreamSilence == 0 {
+	limit := h.Live().UpstreamSilence
+	if limit == 0 {
 		return r, func() {}
 	}
 	ctx, giveUp := context.WithCancelCause(r.Context())
-	timer := time.AfterFunc(h.UpstreamSilence, func() { giveUp(errSilent) })
-	ex.silence = &silence{timer, h.UpstreamSilence}
+	timer := time.AfterFunc(limit, func() { giveUp(errSilent) })
+	ex.silence = &silence{timer, limit}
 	return r.WithContext(ctx), func() { giveUp(nil) }
 }
 
@@ -442,10 +444,10 @@ func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (d
 	}
 	ref := h.loop(r)
 	if ref == nil {
-		ref = h.Guard.host(r)
+		ref = h.guard().host(r)
 	}
 	if ref == nil {
-		ex.origin, ref = h.Guard.origin(r)
+		ex.origin, ref = h.guard().origin(r)
 	}
 	if ref == nil && r.Method == http.MethodOptions && (ex.origin != "" || localName(hostname(r.Host))) {
 		ex.Status, ex.Outcome = http.StatusNoContent, Own

@@ -37,7 +37,7 @@ func (h *Handler) account(ex *exchange, data []byte) {
 	}
 	chain := h.prefixes.ReadMembers(ex.prompt, ex.key, data, ex.fields.members, ex.fields.long)
 	ex.chain, ex.dialect = &chain, ex.route.answer // on its own: the ledger keeps it for longer than the exchange
-	if h.ShowPrompts {
+	if h.Live().ShowPrompts {
 		ex.excerpt = excerpt(data)
 	}
 }
@@ -68,6 +68,7 @@ func (h *Handler) accounted(ex *exchange) {
 		OK: ex.Outcome == OK, Refused: end.Refused,
 		Counted:  ex.dialect == savings.Native && ex.answer != nil,
 		Duration: ex.Duration - ex.sent, Endpoint: ex.Endpoint, Excerpt: ex.excerpt,
+		Client: ex.Client, KeyName: ex.Name, Waited: ex.Waited + ex.paused, Whole: ex.Duration,
 	}
 	if ex.streams && ex.FirstByte > ex.sent {
 		o.FirstByte = ex.FirstByte - ex.sent
@@ -180,6 +181,9 @@ type requestEntry struct {
 
 	Simulated bool `json:"simulated,omitempty"` // the answer and these figures are made up
 
+	Name   string `json:"name,omitempty"`   // of the API key
+	Client string `json:"client,omitempty"` // hashed, as on the page of the queue; none: the proxy itself
+
 	Prefix   string          `json:"prefix"`
 	Shared   string          `json:"shared_prefix,omitempty"` // the longest part of the prompt that was known before
 	Messages int             `json:"messages"`
@@ -195,6 +199,8 @@ type requestEntry struct {
 	Broken    bool    `json:"broken_off,omitempty"` // the answer did not come to its end
 	Loaded    bool    `json:"loaded_model,omitempty"`
 	Generated int     `json:"generated_tokens,omitempty"`
+	Waited    float64 `json:"waited_ms"`   // in the proxy, before it was sent
+	Duration  float64 `json:"duration_ms"` // of the whole request, that wait included
 	Load      float64 `json:"load_ms"`
 	Queue     float64 `json:"queue_ms"`
 	Prompt    float64 `json:"prompt_eval_ms"`
@@ -217,6 +223,7 @@ func (h *Handler) requests(n int) requestsPage {
 	for _, e := range h.Ledger.Recent(n) {
 		entry := requestEntry{
 			ID: e.ID, At: e.At, Endpoint: e.Endpoint, Model: upstream.DisplayName(e.Model), Upstream: e.Upstream,
+			Name: e.KeyName, Client: e.Client, Waited: ms(e.Waited), Duration: ms(e.Whole),
 			Prefix: savings.PrefixString(e.Prefix), Messages: e.Messages,
 			Basis: e.Basis, Tokens: promptTokens{Total: e.Total}, Estimate: e.Estimate, Verdict: e.Verdict, Reason: e.Reason, Detail: e.Detail,
 			Truncated: e.Truncated, Broken: e.Broken, Loaded: e.Loaded, Generated: e.Generated,

@@ -83,6 +83,7 @@ type Handler struct {
 	Done    func(Exchange)
 	Touched func(model string, err error)
 
+	inForce  atomic.Pointer[Live] // what Change said last; nil: the fields above are in force
 	memory   *memory
 	decoder  *zstd.Decoder
 	decoding sync.Mutex
@@ -111,6 +112,7 @@ type Exchange struct {
 	Path     string
 	Endpoint string // the path as a label: one of a bounded set
 	Name     string // of the API key that it came with; "" where that has none
+	Client   string // who asked, hashed, as on the page of the queue; "" for the proxy itself
 	Model    string // as the client wrote it; "" where none was read, "(invalid)" where it is no model's name
 	Status   int    // 0 where the client got none
 	Begun    bool   // a heartbeat began the answer: whatever Status is, the client saw 200
@@ -334,8 +336,8 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.inFlight.Add(1)
 	rt := routeOf(r)
 	ex := &exchange{start: time.Now(), header: w.Header(), route: rt, Exchange: Exchange{Method: r.Method, Path: r.URL.Path, Endpoint: rt.label}}
-	if h.BodyTimeout > 0 && r.Body != nil && r.Body != http.NoBody {
-		ex.arriving = &arriving{ReadCloser: r.Body, conn: http.NewResponseController(w), limit: h.BodyTimeout}
+	if limit := h.Live().BodyTimeout; limit > 0 && r.Body != nil && r.Body != http.NoBody {
+		ex.arriving = &arriving{ReadCloser: r.Body, conn: http.NewResponseController(w), limit: limit}
 	}
 	ex.warming, _ = r.Context().Value(warmingKey{}).(*warming)
 	ctx, end := r.Context(), func() {}
@@ -401,12 +403,13 @@ func (ex *exchange) takes(r *http.Request) {
 // givesUp has the request given up when its upstream is silent for too long. over is to be called when
 // it has ended.
 func (h *Handler) givesUp(r *http.Request, ex *exchange) (bounded *http.Request, over func()) {
-	if h.UpstreamSilence == 0 {
+	limit := h.Live().UpstreamSilence
+	if limit == 0 {
 		return r, func() {}
 	}
 	ctx, giveUp := context.WithCancelCause(r.Context())
-	timer := time.AfterFunc(h.UpstreamSilence, func() { giveUp(errSilent) })
-	ex.silence = &silence{timer, h.UpstreamSilence}
+	timer := time.AfterFunc(limit, func() { giveUp(errSilent) })
+	ex.silence = &silence{timer, limit}
 	return r.WithContext(ctx), func() { giveUp(nil) }
 }
 
@@ -441,10 +444,10 @@ func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (d
 	}
 	ref := h.loop(r)
 	if ref == nil {
-		ref = h.Guard.host(r)
+		ref = h.guard().host(r)
 	}
 	if ref == nil {
-		ex.origin, ref = h.Guard.origin(r)
+		ex.origin, ref = h.guard().origin(r)
 	}
 	if ref == nil && r.Method == http.MethodOptions && (ex.origin != "" || localName(hostname(r.Host))) {
 		ex.Status, ex.Outcome = http.StatusNoContent, Own
@@ -453,6 +456,9 @@ func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (d
 	}
 	if ref == nil && ex.stranger && !keyless(r) {
 		ref = &refusal{http.StatusUnauthorized, "a valid API key is needed: send it as 'Authorization: Bearer KEY' (the keys are in the file that ollama-cacheproxy was started with: --api-keys-file)"}
+	}
+	if ref == nil && ex.admins {
+		ref = ex.notAdmin()
 	}
 	if ref != nil {
 		h.refuse(w, r, ex, ref)
@@ -825,6 +831,9 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	if ex.up != nil {
 		ex.Upstream = ex.up.Name
 	}
+	if ex.warming == nil {
+		ex.Client = hashed(h.Trusted.clientOf(r, ex.holder.client()))
+	}
 	ex.Begun = ex.beat.begun()
 	ex.Duration = time.Since(ex.start)
 	ex.BytesIn = ex.in.Load()
@@ -932,7 +941,7 @@ func (ex *exchange) outcome(r *http.Request) Outcome {
 }
 
 func (ex *exchange) attrs() []slog.Attr {
-	attrs := make([]slog.Attr, 0, 22)
+	attrs := make([]slog.Attr, 0, 24)
 	attrs = append(attrs, slog.String("method", ex.Method), slog.String("path", ex.Path[:min(len(ex.Path), 256)]))
 	if ex.Model != "" {
 		attrs = append(attrs, slog.String("model", ex.Model))
@@ -946,6 +955,9 @@ func (ex *exchange) attrs() []slog.Attr {
 		slog.Int64("bytes_in", ex.BytesIn),
 		slog.Int64("bytes_out", ex.BytesOut),
 		slog.String("outcome", string(ex.Outcome)))
+	if ex.Client != "" {
+		attrs = append(attrs, slog.String("client", ex.Client))
+	}
 	if ex.FirstByte > 0 {
 		attrs = append(attrs, milliseconds("first_byte_ms", ex.FirstByte))
 	}
@@ -979,6 +991,9 @@ func (ex *exchange) attrs() []slog.Attr {
 		}
 		if e.Reason != "" {
 			attrs = append(attrs, slog.String("reason", string(e.Reason)))
+		}
+		if e.Detail != "" {
+			attrs = append(attrs, slog.String("detail", e.Detail))
 		}
 	}
 	return attrs

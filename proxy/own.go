@@ -84,6 +84,8 @@ func (h *Handler) changeUpstream(w http.ResponseWriter, r *http.Request, ex *exc
 			http.StatusMethodNotAllowed,
 			"want POST " + pathUpstreams + name + "/drain, or …/resume",
 		})
+	case !ex.admin():
+		h.refuse(w, r, ex, ex.notAdmin())
 	default:
 		h.drain(b, verb == "drain")
 		ex.page(w, pathUpstreams, http.StatusOK, h.upstream(b))

@@ -96,6 +96,11 @@ type Entry struct {
 	SavedEvaluation, SavedLoading time.Duration
 
 	Excerpt string // of the request, where the operator wants to see it
+
+	Client  string        // who asked, hashed; "" for the proxy itself
+	KeyName string        // of the API key that it came with; "" where that has none
+	Waited  time.Duration // in the proxy: for a lane, for memory, for a server that was away
+	Whole   time.Duration // from when the request came to the end of its answer
 }
 
 // Ledger accounts. Make it with New. Its methods may be called from any goroutine.
@@ -230,6 +235,8 @@ type Outcome struct {
 
 	Ending            runners.Ending
 	Endpoint, Excerpt string // for the entry
+	Client, KeyName   string
+	Waited, Whole     time.Duration
 }
 
 // End accounts for a request, and returns its entry. One that the upstream did not accept, or that has no prompt, has none:
@@ -282,6 +289,7 @@ func (r *Request) end(now time.Time, o Outcome) (entry Entry, put, ok bool) {
 		Expected: r.Expected, ExpectedKnown: r.ExpectedKnown,
 		Basis: Unknown, Total: o.Total, Verdict: Uncertain, Generated: o.Generated, Broken: !whole,
 		Load: o.Load, Prompt: o.PromptEval, Eval: o.Eval, Excerpt: o.Excerpt,
+		Client: o.Client, KeyName: o.KeyName, Waited: o.Waited, Whole: o.Whole,
 	}
 	if r.known > 2 {
 		entry.Shared = r.chain.Links[r.known-1].Hash

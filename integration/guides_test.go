@@ -66,17 +66,22 @@ func TestGuides(t *testing.T) {
 		"../docs/guides/langchain.md":      {1, 5},
 		"../docs/guides/continue.md":       {0, 0},
 		"../docs/guides/ollama-command.md": {1, 2},
+		"../docs/batch.md":                 {1, 2},
 	}
 	for path, want := range guides {
 		t.Run(strings.TrimSuffix(filepath.Base(path), ".md"), func(t *testing.T) {
 			p := startProxy(t, server.URL())
 			ran := 0
+			var env []string
+			if strings.HasSuffix(path, "batch.md") { // it takes the proxy's own port unless this says otherwise
+				env = append(env, "OLLAMA_HOST="+p.URL)
+			}
 			dir := guideFolder(t)
 			for i, b := range blocks(t, path) {
 				if b.file != "" {
 					write(t, filepath.Join(dir, b.file), b.code)
 				}
-				if out, ok := runBlock(t, dir, b, p.URL, server.Bin()); ok {
+				if out, ok := runBlock(t, dir, b, p.URL, server.Bin(), env...); ok {
 					ran++
 					if strings.TrimSpace(out) == "" {
 						t.Errorf("block %d prints nothing:\n%s", i+1, b.code)

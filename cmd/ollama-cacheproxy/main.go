@@ -26,7 +26,10 @@ type cli struct {
 	Contexts contextsCmd `cmd:"" help:"List, remove and verify the contexts that serve --contexts keeps."`
 	Engine   engineCmd   `cmd:"" help:"Link to the engines of an Ollama on this machine, for stored contexts."`
 	Health   healthCmd   `cmd:"" help:"Ask a running proxy whether it and its upstream are well; for a container's health check."`
-	Version  versionCmd  `cmd:"" help:"Print the version."`
+	Version  versionCmd  `cmd:"" help:"Print the version, the commit and Go's version."`
+
+	Completion completionCmd `cmd:"" help:"Print what makes a shell complete verbs, flags and their values: bash, zsh or fish."`
+	Man        manCmd        `cmd:"" hidden:"" help:"Print the man page."`
 }
 
 // exitError ends the program with a status of its own.

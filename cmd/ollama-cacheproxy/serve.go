@@ -364,6 +364,13 @@ func (s *serveCmd) handler(
 	if set.contexts != nil {
 		counts.Contexts(set.contexts.Counts, set.contexts.Files.Stats)
 	}
+	limits := metrics.Limits{
+		Held: set.memory, Queue: s.Queue, StoreEntries: s.StoreEntries, StoreBytes: s.StoreBytes,
+	}
+	if set.contexts != nil {
+		limits.ContextBytes = s.ContextBytes
+	}
+	counts.Limits(func() metrics.Limits { return limits })
 	counts.Held(h.Held)
 	counts.Waiting(h.Waiting)
 	h.Metrics, h.Done, h.Touched = counts.Handler(), counts.Done, counts.Touched

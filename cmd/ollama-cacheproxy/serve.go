@@ -354,7 +354,7 @@ func (s *serveCmd) handler(
 			}
 			names = append(names, t.name)
 		}
-		counts.Lanes(names, h.Lanes.Stats)
+		counts.Lanes(names, h.LaneStats)
 	}
 	if set.keys != nil {
 		counts.KeyNames(set.keys.keys.Names())

@@ -392,7 +392,7 @@ func (s *serveCmd) handler(
 			}
 			names = append(names, t.name)
 		}
-		counts.Lanes(names, h.Lanes.Stats)
+		counts.Lanes(names, h.LaneStats)
 	}
 	if set.keys != nil {
 		set.keys.warn(logger)
@@ -403,6 +403,13 @@ func (s *serveCmd) handler(
 	if set.contexts != nil {
 		counts.Contexts(set.contexts.Counts, set.contexts.Files.Stats)
 	}
+	limits := metrics.Limits{
+		Held: set.memory, Queue: s.Queue, StoreEntries: s.StoreEntries, StoreBytes: s.StoreBytes,
+	}
+	if set.contexts != nil {
+		limits.ContextBytes = s.ContextBytes
+	}
+	counts.Limits(func() metrics.Limits { return limits })
 	counts.Held(h.Held)
 	counts.Waiting(h.Waiting)
 	h.Metrics, h.Done, h.Touched = counts.Handler(), counts.Done, counts.Touched

@@ -29,6 +29,9 @@ func NewCursor(text []byte, pos int) Cursor {
 // Know tells the cursor of a long string in its text, from Object.Long: to find its end once more would take a while.
 func (c *Cursor) Know(long []byte) { c.long = long }
 
+// Pos returns the offset of what comes next: of the value that Value returns, or of the key that Key returns.
+func (c *Cursor) Pos() int { return c.pos }
+
 // Kind returns the value's first byte, by which its type is known: one of { [ " t f n - 0…9. 0 at the text's end.
 func (c *Cursor) Kind() byte {
 	if c.pos >= len(c.text) {

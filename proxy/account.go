@@ -27,7 +27,7 @@ const (
 
 // account reads the chain of a request whose body has been read: data, which need not be what is sent.
 func (h *Handler) account(ex *exchange, data []byte) {
-	if h.Ledger == nil || ex.prompt == prefix.None {
+	if h.Ledger == nil || ex.prompt == prefix.None || !ex.runsHere() {
 		return
 	}
 	if !h.exists(ex.key) {

@@ -42,6 +42,14 @@ func (h *Handler) account(ex *exchange, data []byte) {
 	}
 }
 
+// look tells the ledger what it is that changes in a prompt, while its text is there.
+func (h *Handler) look(ex *exchange) {
+	message, from, to, ok := ex.spend.Look()
+	if ok && ex.body != nil && ex.fields.members != nil { // else it is compressed
+		ex.spend.Looked(h.prefixes.Look(ex.prompt, ex.body.data, ex.fields.members, ex.fields.long, message, from, to))
+	}
+}
+
 // exists reports whether an upstream has the model, as far as is known: made-up names are not to push out what is known of
 // real ones.
 func (h *Handler) exists(model string) bool {
@@ -67,6 +75,7 @@ func (h *Handler) accounted(ex *exchange) {
 	o := savings.Outcome{
 		OK: ex.Outcome == OK, Refused: end.Refused,
 		Counted:  ex.dialect == savings.Native && ex.answer != nil,
+		Edits:    ex.edits(),
 		Duration: ex.Duration - ex.sent, Endpoint: ex.Endpoint, Excerpt: ex.excerpt,
 	}
 	if ex.streams && ex.FirstByte > ex.sent {
@@ -191,6 +200,8 @@ type requestEntry struct {
 	Reason   savings.Reason  `json:"reason,omitempty"`
 	Detail   string          `json:"detail,omitempty"`
 
+	Changed *savings.Changed `json:"changed,omitempty"`
+
 	Truncated bool    `json:"probably_truncated,omitempty"`
 	Broken    bool    `json:"broken_off,omitempty"` // the answer did not come to its end
 	Loaded    bool    `json:"loaded_model,omitempty"`
@@ -218,7 +229,7 @@ func (h *Handler) requests(n int) requestsPage {
 		entry := requestEntry{
 			ID: e.ID, At: e.At, Endpoint: e.Endpoint, Model: upstream.DisplayName(e.Model), Upstream: e.Upstream,
 			Prefix: savings.PrefixString(e.Prefix), Messages: e.Messages,
-			Basis: e.Basis, Tokens: promptTokens{Total: e.Total}, Estimate: e.Estimate, Verdict: e.Verdict, Reason: e.Reason, Detail: e.Detail,
+			Basis: e.Basis, Tokens: promptTokens{Total: e.Total}, Estimate: e.Estimate, Verdict: e.Verdict, Reason: e.Reason, Detail: e.Detail, Changed: e.Changed,
 			Truncated: e.Truncated, Broken: e.Broken, Loaded: e.Loaded, Generated: e.Generated,
 			Load: ms(e.Load), Queue: ms(e.Queue), Prompt: ms(e.Prompt), Eval: ms(e.Eval),
 			EstimatedSavedMS: ms(e.SavedEvaluation + e.SavedLoading), Excerpt: e.Excerpt,

@@ -300,7 +300,15 @@ func (h *Handler) steadyText(ex *exchange, text []byte) {
 	}
 }
 
-// headsEdited is ex.Heads in words, for the log and the ledger's detail; "" where nothing was edited.
+// edits says for the ledger's detail what was changed in the request beside keep_alive; "": nothing.
+func (ex *exchange) edits() string {
+	if ex.Heads == nil {
+		return ""
+	}
+	return "edited by --stable-heads " + ex.headsEdited()
+}
+
+// headsEdited lists the rules that have edited the request; "" where none has.
 func (ex *exchange) headsEdited() string {
 	var names []string
 	for _, done := range ex.Heads {

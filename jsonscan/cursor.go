@@ -30,6 +30,9 @@ func NewCursor(text []byte, pos int) Cursor {
 // would take a while.
 func (c *Cursor) Know(long []byte) { c.long = long }
 
+// Pos returns the offset of what comes next: of the value that Value returns, or of the key that Key returns.
+func (c *Cursor) Pos() int { return c.pos }
+
 // Kind returns the value's first byte, which reveals its type: one of { [ " t f n - 0…9, or 0 at
 // the end of the text.
 func (c *Cursor) Kind() byte {

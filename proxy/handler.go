@@ -54,9 +54,11 @@ type Handler struct {
 	Upstreams []*upstream.Server
 	Transport http.RoundTripper // nil means NewTransport()
 	KeepAlive KeepAlive
-	NoTouch   bool  // never send a request of our own to set keep_alive for models used through /v1
-	MaxBody   int64 // bytes; 0 means DefaultMaxBody
-	Memory    int64 // bytes for all bodies that are held; 0: no limit
+	// StableHeads are edits of prompts that the operator has asked for.
+	StableHeads StableHeads
+	NoTouch     bool  // never send a request of our own to set keep_alive for models used through /v1
+	MaxBody     int64 // bytes; 0 means DefaultMaxBody
+	Memory      int64 // bytes for all bodies that are held; 0: no limit
 	// BodyTimeout is for how long a request's body may make no progress; 0: for ever.
 	BodyTimeout time.Duration
 	// UpstreamSilence is for how long an upstream may send nothing of an answer before the request is given up; 0: for ever.
@@ -125,6 +127,8 @@ type Exchange struct {
 
 	KeepAlive string // injected, kept, raised or forced; "" where the request has no keep_alive
 	Unedited  string // why a body that is usually read was not: see the Unedited… constants
+	// Heads are the edits that Handler.StableHeads made to its prompt; nil: none.
+	Heads []HeadEdits
 
 	Upstream  string   // the name of the one that it was sent to; "" for none, or for all
 	Simulated bool     // that one is: its answer and figures are made up
@@ -549,6 +553,8 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 	f, err := scan(data, ex.members[:])
 	if err == nil {
 		h.understand(ex, f, data)
+		h.steady(ex, data)
+		h.account(ex, data)
 		return nil
 	}
 	switch enc := r.Header.Get("Content-Encoding"); {
@@ -618,11 +624,13 @@ func (h *Handler) readZstd(ex *exchange, data []byte) bool {
 		return false
 	}
 	h.understand(ex, f, text)
+	h.account(ex, text)
+	h.steadyText(ex, text)
 	ex.fields.members, ex.fields.long = nil, nil // they are the text's, not the body's
 	return true
 }
 
-// understand takes in what a body says: f, which was found in data.
+// understand takes in what a body says of its model: f, which was found in data.
 func (h *Handler) understand(ex *exchange, f fields, data []byte) {
 	if ex.reads == readsName && f.model == "" {
 		f.model = f.name(data) // as Ollama reads it
@@ -638,7 +646,6 @@ func (h *Handler) understand(ex *exchange, f fields, data []byte) {
 	ex.cloud = ex.key != "" && upstream.IsCloud(f.model)
 	if ex.runsHere() { // else nothing here stays loaded
 		ex.fields = f
-		h.account(ex, data)
 	}
 }
 
@@ -963,7 +970,7 @@ func (ex *exchange) attrs() []slog.Attr {
 	}
 	for _, a := range []slog.Attr{
 		slog.String("keep_alive", ex.KeepAlive), slog.String("unedited", ex.Unedited),
-		slog.String("prewarm", ex.Prewarm),
+		slog.String("prewarm", ex.Prewarm), slog.String("stable_heads", ex.headsEdited()),
 	} {
 		if a.Value.String() != "" {
 			attrs = append(attrs, a)

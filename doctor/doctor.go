@@ -17,9 +17,9 @@ const (
 	// remembered bounds the requests of which facts are made; one takes about 300 bytes.
 	remembered = 10_000
 	// maxFlows bounds the conversations that are watched for turns that are dropped, and maxTurns the
-	// messages of each; a message takes 8 bytes.
+	// messages of each; a message takes 16 bytes.
 	maxFlows = 256
-	maxTurns = 512
+	maxTurns = 256
 	// maxOutside bounds the signs of use that did not come through the proxy.
 	maxOutside = 256
 )
@@ -74,7 +74,7 @@ type Request struct {
 	Reason    string        // why it was not warm, as the ledger has it
 	Truncated bool          // the server has probably cut the prompt
 	Bytes     int           // of the prompt's text
-	Dropped   bool          // it goes on without the oldest turns of its conversation: see Recorder.Turns
+	Moved     Moved         // since the oldest turns of its conversation are gone: see Recorder.Turns
 	Context   int           // tokens that the model is loaded with, as far as is known; 0: it is not
 
 	Conversation uint64 // the same for prompts of which one goes on where the other ends, or that begin alike
@@ -105,15 +105,15 @@ type Recorder struct {
 	started time.Time
 
 	mu      sync.Mutex
-	ring    []Request // guarded by mu
-	next    int       // where the oldest one is, once the ring is full; guarded by mu
-	outside []Outside // oldest first; guarded by mu
-	turns   *simplelru.LRU[uint64, []uint64]
+	ring    []Request                      // guarded by mu
+	next    int                            // where the oldest one is, once the ring is full; guarded by mu
+	outside []Outside                      // oldest first; guarded by mu
+	turns   *simplelru.LRU[uint64, []turn] // guarded by mu
 }
 
 // NewRecorder returns a recorder that has seen nothing since it was started.
 func NewRecorder(started time.Time) *Recorder {
-	turns, err := simplelru.NewLRU[uint64, []uint64](maxFlows, nil)
+	turns, err := simplelru.NewLRU[uint64, []turn](maxFlows, nil)
 	if err != nil {
 		panic(err) // the size is positive
 	}
@@ -142,15 +142,15 @@ func (r *Recorder) AddOutside(o Outside) {
 	r.outside = append(r.outside, o)
 }
 
-// Turns takes in the prompt of a conversation, which flow stands for, and reports whether it goes on
-// without the oldest turns of the one before: as clients do that keep the last few.
-func (r *Recorder) Turns(flow uint64, chain *prefix.Chain) (dropped bool) {
+// Turns takes in the prompt of a conversation, which flow stands for, and returns what of it has moved
+// since the one before had older turns, which are gone: as clients do that keep the last few.
+func (r *Recorder) Turns(flow uint64, chain *prefix.Chain) Moved {
 	now := turnsOf(chain)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	before, _ := r.turns.Get(flow)
 	r.turns.Add(flow, now)
-	return drops(before, now)
+	return moved(before, now)
 }
 
 // since returns the requests and signs since a time, oldest first, and from when on there is nothing

@@ -209,14 +209,17 @@ func (f *Facts) numCtx(m *Model) (Finding, bool) {
 		}
 		found.Evidence = append(found.Evidence, line+".")
 	}
-	largest := max(m.LargestAsked, m.Context)
+	largest := max(m.LargestAsked, m.Context, m.DefaultContext)
 	found.Advice = append(found.Advice, Advice{
 		Do:    "Have all clients ask for the same one, the largest that is needed.",
 		Where: InClient, Set: fmt.Sprintf(`"options": {"num_ctx": %d}`, largest),
 	})
 	if none {
+		if m.DefaultContext > 0 {
+			found.Evidence = append(found.Evidence, fmt.Sprintf("Those that ask for none get %s.", number(m.DefaultContext)))
+		}
 		found.Advice = append(found.Advice, Advice{
-			Do:    "Give those that ask for none, as all under /v1 do, the same by default; and take num_ctx out of the others.",
+			Do:    "Or give those that ask for none, as all under /v1 do, the same by default; and take num_ctx out of the others.",
 			Where: InOllama, Set: fmt.Sprintf("OLLAMA_CONTEXT_LENGTH=%d", largest),
 		})
 	}
@@ -259,8 +262,8 @@ func (f *Facts) cut(m *Model) (Finding, bool) {
 		ID: IDCut, Severity: High,
 		Title: fmt.Sprintf("Prompts are longer than the context of %s, and are cut", m.Name),
 		Evidence: []string{
-			fmt.Sprintf("%s had as many tokens as Ollama leaves of a prompt that is longer than the context of %s tokens"+
-				" (told by their text's length and token count, so an estimate).", plural(m.Cut.Count, "prompt"), number(m.Cut.Context)),
+			fmt.Sprintf("%s had more text than the context of %s tokens holds, and fewer tokens than such a text has"+
+				" (an estimate, from the lengths of both).", plural(m.Cut.Count, "prompt"), number(m.Cut.Context)),
 			"What was cut is the beginning, after the system prompt: the model answers without having seen it," +
 				" and the rest is evaluated from there.",
 			"Sent by " + names(m.Cut.By) + ".",
@@ -330,8 +333,8 @@ func (f *Facts) dropped(m *Model) (Finding, bool) {
 	return Finding{
 		ID: IDDropped, Title: fmt.Sprintf("A client drops the oldest turns of its chats with %s each time", m.Name),
 		Evidence: []string{
-			fmt.Sprintf("%s went on without the oldest turns of the one before, so that what follows them moved and was evaluated again: %s tokens%s.",
-				plural(m.Dropped.Count, "prompt"), number(m.Dropped.Tokens), m.estimated()),
+			fmt.Sprintf("%s went on without the oldest turns of the one before, so that what follows them moved and was evaluated again: about %s tokens.",
+				plural(m.Dropped.Count, "prompt"), number(m.Dropped.Tokens)),
 			"Sent by " + names(m.DroppedBy) + ".",
 		},
 		Advice: []Advice{

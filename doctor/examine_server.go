@@ -59,7 +59,7 @@ func (f *Facts) manySlots(m *Model) (Finding, bool) {
 	}
 	return Finding{
 		ID: IDManySlots, Severity: Low, Title: fmt.Sprintf("%s has slots that nobody uses", m.Name),
-		Evidence: []string{fmt.Sprintf("Of %d slots, %d were in use at a time at most, over %s.", l.Slots, l.Busy, plural(l.Requests, "request"))},
+		Evidence: []string{fmt.Sprintf("Of %d slots, at most %d served a request at a time, over %s.", l.Slots, l.Busy, plural(l.Requests, "request"))},
 		Advice: []Advice{{Do: "Give the memory back, to a longer context or to another model" + m.slotMemory() + ".",
 			Where: InOllama, Set: fmt.Sprintf("OLLAMA_NUM_PARALLEL=%d", max(1, l.Busy))}},
 		Doc: "doctor.md#too-few-slots-or-too-many",
@@ -153,7 +153,7 @@ func (f *Facts) evict(u *Upstream) (Finding, bool) {
 		}
 	}
 	if known > 0 {
-		evidence = append(evidence, fmt.Sprintf("Loaded now are %s of them, with %s MiB.", number(known), number(size)))
+		evidence = append(evidence, fmt.Sprintf("Now %d of the %d are loaded, with %s MiB.", known, len(models), number(size)))
 	}
 	found := Finding{
 		ID: IDEvict, Title: fmt.Sprintf("%s are loaded in place of each other", join(models)), Evidence: evidence,
@@ -163,10 +163,6 @@ func (f *Facts) evict(u *Upstream) (Finding, bool) {
 			{Do: "If they do not, ask for shorter contexts or take a smaller quantization until they do."},
 		},
 		Cost: w, Doc: "doctor.md#models-that-evict-each-other",
-	}
-	if !f.Settings.Contexts && w.Tokens > 0 {
-		found.Advice = append(found.Advice, Advice{Do: "Else at least have the state of their prompts kept: then a load costs the load alone (docs/contexts.md).",
-			Where: InProxy, Set: "--contexts ~/.ollama-linked"})
 	}
 	return found, true
 }
@@ -208,8 +204,12 @@ func (f *Facts) bypass(u *Upstream) (Finding, bool) {
 		ID: IDBypass, Severity: severity, Title: fmt.Sprintf("Clients use %s past the proxy", u.URL),
 		Evidence: append(evidence, "All of this is inferred from what Ollama lists as loaded. Their requests take slots and loads that the proxy cannot put in order."),
 		Advice: []Advice{
-			{Do: "Point them at the proxy: look for programs, services and containers whose settings name the address above.", Where: InShell, Set: "OLLAMA_HOST=127.0.0.1:11435"},
-			{Do: "To make sure, have Ollama listen where only the proxy looks for it.", Where: InOllama, Set: "OLLAMA_HOST=127.0.0.1:11433"},
+			{Do: "Point them at the proxy: look for programs, services and containers whose settings name the address above.",
+				Where: InClient, Set: "OLLAMA_HOST=" + f.Proxy},
+			{Do: "Or have the two swap their ports, so that no client has to be changed: Ollama moves to another one,",
+				Where: InOllama, Set: "OLLAMA_HOST=127.0.0.1:11436"},
+			{Do: "and the proxy listens where clients look for Ollama.", Where: InProxy,
+				Set: "--listen 127.0.0.1:11434 --upstream 127.0.0.1:11436"},
 		},
 		Cost: w, Doc: "doctor.md#clients-that-bypass-the-proxy",
 	}, true
@@ -228,8 +228,10 @@ func (f *Facts) link(u *Upstream) (Finding, bool) {
 			continue
 		}
 		tokens := 0
-		for _, l := range m.Loads {
-			tokens += l.Tokens
+		for _, l := range m.Loads { // what can be avoided is not to be made cheaper
+			if l.Cause == CauseEvicted || l.Cause == CauseRestarted {
+				tokens += l.Tokens
+			}
 		}
 		if m.much(tokens) {
 			cost := m.evaluation(tokens)
@@ -241,9 +243,9 @@ func (f *Facts) link(u *Upstream) (Finding, bool) {
 		return Finding{}, false
 	}
 	return Finding{
-		ID: IDLink, Title: "Stored contexts would save what loads cost in prompts",
+		ID: IDLink, Severity: Low, Title: "Stored contexts would save what loads cost in prompts",
 		Evidence: []string{
-			fmt.Sprintf("After loads, %s tokens of %s were evaluated again that had been warm.", number(w.Tokens), join(of)),
+			fmt.Sprintf("After evictions and restarts %s tokens of %s were evaluated again that had been warm.", number(w.Tokens), join(of)),
 			fmt.Sprintf("Ollama %s at %s is on the proxy's machine, so its engine can be linked (docs/contexts.md says for which models that is of use, and how much disk it takes).", u.Version, u.URL),
 		},
 		Advice: []Advice{

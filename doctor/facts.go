@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// Facts are what findings are made of. The proxy's page has all but Direct and Changed, which whoever
+// Facts are what findings are made of. The proxy's page has all but Proxy, Direct and Changed, which whoever
 // asks adds.
 type Facts struct {
 	Now   time.Time `json:"now"`
@@ -19,6 +19,8 @@ type Facts struct {
 	Models    []Model    `json:"models"`
 	Outside   []Outsider `json:"outside"`
 
+	// Proxy is its address, as clients name it.
+	Proxy string `json:"-"`
 	// Direct is what the servers say now, by their names.
 	Direct map[string]Direct `json:"-"`
 	// Changed are the heads of prompts that change, as the last requests tell.
@@ -73,7 +75,10 @@ type Model struct {
 	WorkingSet   int    `json:"working_set"`   // tokens: each conversation, or what prompts begin with, once
 	Working      int    `json:"conversations"` // that these are of
 	LargestAsked int    `json:"largest_num_ctx"`
-	Context      int    `json:"context"` // tokens that it was loaded with last; 0: not known
+	// Context is the longest context that it was loaded with, DefaultContext the one that it is loaded
+	// with for requests that ask for none, in tokens; 0: not known.
+	Context        int `json:"context"`
+	DefaultContext int `json:"default_context"`
 }
 
 // Name is how an asker is told from others without what it asks for.
@@ -311,7 +316,7 @@ func (m *modelRows) tokens() {
 			m.TokenBytes = 2 * q.Values // 16 bits each, unless OLLAMA_KV_CACHE_TYPE says otherwise
 		}
 		m.Sliding = m.Sliding || q.Sliding
-		m.Context = cmp.Or(q.Context, m.Context)
+		m.Context = max(m.Context, q.Context)
 		if q.Reason != "" {
 			c := cold[q.Reason]
 			if c == nil {
@@ -382,10 +387,16 @@ var afterLoad = map[string]bool{"reloaded": true, "evicted": true, "restarted": 
 
 func (m *modelRows) dropped() {
 	for _, q := range m.rows {
-		if q.Dropped {
-			m.Dropped.add(q)
-			m.DroppedBy = q.Asker.addTo(m.DroppedBy)
+		if q.Moved.Bytes == 0 {
+			continue
 		}
+		lost := 0
+		if q.Known && q.Bytes > 0 { // of the rest it would have been evaluated in any case
+			lost = min(q.Evaluated-q.Tokens*q.Moved.After/q.Bytes, q.Tokens*q.Moved.Bytes/q.Bytes)
+		}
+		m.Dropped.Count++
+		m.Dropped.Tokens += max(0, lost)
+		m.DroppedBy = q.Asker.addTo(m.DroppedBy)
 	}
 }
 
@@ -397,24 +408,37 @@ func (a Asker) addTo(list []Name) []Name {
 	return append(list, n)
 }
 
+// cutText is how many bytes a prompt must have to tell how many tokens a byte is: of shorter ones
+// most tokens are the template's.
+const cutText = 500
+
+// cut finds the prompts that were cut: those of which the ledger says so, by their token count, and
+// those that have far fewer tokens than their text should have, and more text than the context holds.
+// Ollama leaves out whole messages, so what is left may be much shorter than the context.
 func (m *modelRows) cut() {
-	// How many tokens a byte has the prompts tell that were not cut.
-	tokens, bytes := 0, 0
+	var densities []float64
 	for _, q := range m.rows {
-		if !q.Truncated && q.Tokens > 0 {
-			tokens, bytes = tokens+q.Tokens, bytes+q.Bytes
+		if q.Bytes >= cutText && q.Tokens > 0 {
+			densities = append(densities, float64(q.Tokens)/float64(q.Bytes))
 		}
 	}
+	if len(densities) < fewPrompts {
+		return
+	}
+	slices.Sort(densities)
+	density := densities[len(densities)*3/4] // of those that were not cut: most, or the upper ones
 	for _, q := range m.rows {
-		if !q.Truncated {
+		context := cmp.Or(q.NumCtx, q.Context)
+		predicted := int(density * float64(q.Bytes))
+		short := context > 0 && q.Tokens > 0 && q.Tokens <= context &&
+			2*predicted > 3*q.Tokens && 5*predicted > 6*context
+		if !q.Truncated && !short {
 			continue
 		}
 		m.Cut.Count++
-		m.Cut.Context = max(m.Cut.Context, cmp.Or(q.NumCtx, q.Context))
+		m.Cut.Context = max(m.Cut.Context, context)
 		m.Cut.By = q.Asker.addTo(m.Cut.By)
-		if bytes > 0 {
-			m.Cut.Needed = max(m.Cut.Needed, q.Bytes*tokens/bytes+q.Generated)
-		}
+		m.Cut.Needed = max(m.Cut.Needed, predicted+q.Generated)
 	}
 }
 

@@ -16,9 +16,9 @@ type Report struct {
 	Findings []Finding `json:"findings"`
 }
 
-// NewReport examines facts of the proxy at a URL.
-func NewReport(proxy string, f Facts) Report {
-	return Report{Proxy: proxy, Now: f.Now, Since: f.Since, Requests: f.Requests, Findings: Examine(f)}
+// NewReport examines facts.
+func NewReport(f Facts) Report {
+	return Report{Proxy: f.Proxy, Now: f.Now, Since: f.Since, Requests: f.Requests, Findings: Examine(f)}
 }
 
 // width is how long the lines of the text are at most, but for what is to be copied.
@@ -48,6 +48,9 @@ func (r Report) Write(w io.Writer) error {
 	for i, f := range r.Findings {
 		f.write(&b, i+1)
 	}
+	if len(r.Findings) > 0 {
+		b.WriteString("\nAfter a change, look at what came since: ollama-cacheproxy doctor --last 10m\n")
+	}
 	_, err := io.WriteString(w, b.String())
 	return err
 }
@@ -69,10 +72,11 @@ func (f Finding) write(b *strings.Builder, n int) {
 	for _, a := range f.Advice {
 		wrap(b, "   → ", a.Do)
 		if a.Set != "" {
-			fmt.Fprintf(b, "\n         %s\n     %s\n\n", a.Set, wheres[a.Where])
+			fmt.Fprintf(b, "\n         %s\n     %s\n", a.Set, wheres[a.Where])
 		}
+		b.WriteByte('\n')
 	}
-	fmt.Fprintf(b, "   More: %s\n", f.Doc)
+	fmt.Fprintf(b, "   More: docs/%s\n", f.Doc)
 }
 
 // String says what it has cost in words; "" for nothing.

@@ -8,12 +8,16 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
-// turnsOf returns a hash of each message's text by itself, whatever comes before it, as far as the
-// links of the chain tell: texts that differ in their last few bytes alone may have the same. The
-// leading message is left out where it is the only one that all turns have in common, the system
-// prompt; whoever drops turns keeps that.
-func turnsOf(c *prefix.Chain) []uint64 {
-	var turns []uint64
+// turn is a message of a prompt.
+type turn struct {
+	hash uint64 // of its text by itself, whatever comes before it
+	end  int    // how many bytes of text the prompt has up to its end
+}
+
+// turnsOf returns the messages of a prompt, as far as the links of its chain tell: texts that differ
+// in their last few bytes alone look alike.
+func turnsOf(c *prefix.Chain) []turn {
+	var turns []turn
 	last := int32(-1)
 	for i := range c.Links {
 		l := &c.Links[i]
@@ -24,12 +28,13 @@ func turnsOf(c *prefix.Chain) []uint64 {
 			if len(turns) == maxTurns {
 				break
 			}
-			turns, last = append(turns, 0), l.Message
+			turns, last = append(turns, turn{}), l.Message
 		}
+		t := &turns[len(turns)-1]
 		var d xxhash.Digest
-		d.ResetWithSeed(turns[len(turns)-1])
+		d.ResetWithSeed(t.hash)
 		d.Write(l.Fine[:])
-		turns[len(turns)-1] = d.Sum64() ^ uint64(l.Length)<<32 ^ uint64(l.Offset)
+		t.hash, t.end = d.Sum64()^uint64(l.Length)<<32^uint64(l.Offset), l.Bytes
 	}
 	return turns
 }
@@ -38,24 +43,32 @@ func turnsOf(c *prefix.Chain) []uint64 {
 // second to go on where the first was: short ones such as "yes" look alike.
 const fewestTurns = 2
 
-// drops reports whether the messages now are those before without some of the oldest, and with more
-// at the end. The first message of both may be a system prompt, which stays.
-func drops(before, now []uint64) bool {
+// Moved is the text of a prompt that an earlier one has too, but after more.
+type Moved struct {
+	Bytes int // of text that has moved; 0: none has
+	After int // of text after it, which is new
+}
+
+// moved returns what has moved where the messages now are those before without some of the oldest,
+// and with more at the end. The first message of both may be a system prompt, which stays.
+func moved(before, now []turn) Moved {
+	same := func(a, b turn) bool { return a.hash == b.hash }
 	if len(before) == 0 || len(now) == 0 {
-		return false
+		return Moved{}
 	}
-	kept := 0
-	if before[0] == now[0] {
-		kept = 1
-		if len(before) > 1 && len(now) > 1 && before[1] == now[1] {
-			return false // nothing of the beginning is gone
+	kept, start := 0, 0
+	if same(before[0], now[0]) {
+		kept, start = 1, now[0].end
+		if len(before) > 1 && len(now) > 1 && same(before[1], now[1]) {
+			return Moved{} // nothing of the beginning is gone
 		}
 	}
 	rest := now[kept:]
 	for from := kept + 1; from+fewestTurns <= len(before); from++ {
-		if n := len(before) - from; n < len(rest) && slices.Equal(before[from:], rest[:n]) {
-			return true
+		if n := len(before) - from; n < len(rest) && slices.EqualFunc(before[from:], rest[:n], same) {
+			end := rest[n-1].end
+			return Moved{Bytes: end - start, After: now[len(now)-1].end - end}
 		}
 	}
-	return false
+	return Moved{}
 }

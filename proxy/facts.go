@@ -31,6 +31,9 @@ type recorder struct {
 	// looked has the servers that have listed what is loaded before: what the first list has may be
 	// from before the proxy was started; guarded by mu.
 	looked map[uint16]bool
+	// contexts has how many tokens models are loaded with for requests that ask for no context length,
+	// as it was listed after such a request; guarded by mu.
+	contexts map[residentKey]int
 }
 
 type residentKey struct {
@@ -45,7 +48,7 @@ type seen struct {
 }
 
 func newRecorder() *recorder {
-	return &recorder{Recorder: doctor.NewRecorder(time.Now()), seen: map[residentKey]seen{}, looked: map[uint16]bool{}}
+	return &recorder{Recorder: doctor.NewRecorder(time.Now()), seen: map[residentKey]seen{}, looked: map[uint16]bool{}, contexts: map[residentKey]int{}}
 }
 
 // record remembers a request that has ended, if it was answered by a model.
@@ -81,7 +84,7 @@ func (h *Handler) record(r *http.Request, ex *exchange) {
 		q.Bytes, q.Conversation = c.Bytes(), c.Opening
 		if c.Messages > 2 {
 			q.Conversation = c.Conversation
-			q.Dropped = h.recorder.Turns(conversationOf(q.Client, programOf(r, ex), c.Opening), c)
+			q.Moved = h.recorder.Turns(conversationOf(q.Client, programOf(r, ex), c.Opening), c)
 		}
 	}
 	if e := ex.Savings; e != nil {
@@ -140,6 +143,9 @@ func (r *recorder) listed(b *backend, loaded map[string]upstream.Loaded, polled 
 		before, known := r.seen[key]
 		r.seen[key] = seen{polled, l.ExpiresAt, l.ContextLength}
 		used, last := b.residency.lastUse(weights)
+		if b.residency.asksNoContext(weights) && (len(r.contexts) < residencyModels || r.contexts[key] > 0) {
+			r.contexts[key] = l.ContextLength
+		}
 		switch {
 		case !used && !known && looked:
 			r.sign(b, upstream.DisplayName(upstream.ModelKey(l.Name)), doctor.OutsideLoaded)
@@ -163,6 +169,15 @@ func (r *residency) lastUse(weights string) (used bool, last time.Time) {
 		return true, time.Now()
 	}
 	return true, later(m.ended, m.keptAt).Add(idleDelay)
+}
+
+// asksNoContext reports whether the last request to a model that was answered asked for no context
+// length, so that it is loaded with what the server gives by default.
+func (r *residency) asksNoContext(weights string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	m, ok := r.models.Peek(weights)
+	return ok && m.statedKnown && m.stated.NumCtx() == 0
 }
 
 // nameOf returns the name under which a model was used last, by its weights.
@@ -204,24 +219,33 @@ func (h *Handler) facts(w http.ResponseWriter, r *http.Request, ex *exchange) {
 		}
 		f.Upstreams = append(f.Upstreams, u)
 	}
-	h.addSlots(f.Models)
+	h.addLoaded(f.Models)
 	ex.page(w, pathFacts, http.StatusOK, f)
 }
 
-// addSlots says how many slots models have, where that is known. Of the runners of one model the one
-// counts that has most.
-func (h *Handler) addSlots(models []doctor.Model) {
+// addLoaded says with what models are loaded: how many slots, where that is known, and for which
+// context by default. Of the runners of one model the one counts that has most slots.
+func (h *Handler) addLoaded(models []doctor.Model) {
+	find := func(b *backend, weights string) *doctor.Model {
+		name := b.residency.nameOf(weights)
+		i := slices.IndexFunc(models, func(m doctor.Model) bool { return m.Upstream == b.Name && m.Name == name })
+		if i < 0 {
+			return &doctor.Model{} // nobody has used it in this time
+		}
+		return &models[i]
+	}
+	h.recorder.mu.Lock()
+	for key, context := range h.recorder.contexts {
+		find(h.backends[key.upstream], key.weights).DefaultContext = context
+	}
+	h.recorder.mu.Unlock()
 	if h.Lanes == nil {
 		return
 	}
 	for _, x := range h.Lanes.Stats().Runners {
-		b := h.backends[x.Runner.Upstream]
-		name := b.residency.nameOf(x.Runner.Options.Model)
-		i := slices.IndexFunc(models, func(m doctor.Model) bool {
-			return m.Upstream == b.Name && m.Name == name
-		})
-		if i >= 0 && x.Lanes > models[i].Lanes.Slots {
-			models[i].Lanes.Slots, models[i].Lanes.Learned = x.Lanes, x.Learned
+		m := find(h.backends[x.Runner.Upstream], x.Runner.Options.Model)
+		if x.Lanes > m.Lanes.Slots {
+			m.Lanes.Slots, m.Lanes.Learned = x.Lanes, x.Learned
 		}
 	}
 }

@@ -82,7 +82,8 @@ func (d *doctorCmd) Run(ctx context.Context, c *console) error {
 	if facts.Direct, err = ask.servers(ctx, facts.Upstreams, direct); err != nil {
 		return exitError{statusUsage, err}
 	}
-	report := doctor.NewReport(u.String(), facts)
+	facts.Proxy = u.String()
+	report := doctor.NewReport(facts)
 	if d.JSON {
 		encoder := json.NewEncoder(c.stdout)
 		encoder.SetIndent("", "  ")
@@ -159,7 +160,7 @@ func (a *asking) page(ctx context.Context, name string, query url.Values, into a
 	}
 	res, err := a.RoundTrip(req)
 	if err != nil {
-		return fmt.Errorf("no proxy answers at %s: %w%s", a.base, err, a.nobody())
+		return fmt.Errorf("no proxy answers at %s: %w%s", a.base, err, a.nextStep())
 	}
 	defer res.Body.Close()
 	text, err := io.ReadAll(io.LimitReader(res.Body, doctorMost))
@@ -170,7 +171,7 @@ func (a *asking) page(ctx context.Context, name string, query url.Values, into a
 	case res.StatusCode == http.StatusUnauthorized:
 		return fmt.Errorf("the proxy at %s asks for an API key: give it with --api-key, or in OLLAMA_CACHEPROXY_API_KEY", a.base)
 	case res.StatusCode == http.StatusNotFound:
-		return a.stranger(ctx)
+		return a.whoIsThere(ctx)
 	case res.StatusCode != http.StatusOK:
 		return fmt.Errorf("%s answers %s: %s", u, res.Status, strings.TrimSpace(string(text[:min(len(text), 500)])))
 	}
@@ -180,8 +181,8 @@ func (a *asking) page(ctx context.Context, name string, query url.Values, into a
 	return nil
 }
 
-// nobody says what to do where nobody listens.
-func (a *asking) nobody() string {
+// nextStep says what to do where nobody listens.
+func (a *asking) nextStep() string {
 	hint := "\n  Start it with: ollama-cacheproxy\n  or say where it is with --proxy ADDR."
 	if _, err := os.Stat("/.dockerenv"); err == nil && upstream.Here(a.base) {
 		hint += "\n  This is a container, and its 127.0.0.1 is not the host's: try --proxy host.docker.internal:" + a.base.Port()
@@ -189,8 +190,8 @@ func (a *asking) nobody() string {
 	return hint
 }
 
-// stranger says who it is that has no such page.
-func (a *asking) stranger(ctx context.Context) error {
+// whoIsThere says who it is that has no such page.
+func (a *asking) whoIsThere(ctx context.Context) error {
 	probe := upstream.NewServer("", a.base, a, slog.New(slog.DiscardHandler))
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, a.base.JoinPath("/_cacheproxy/health").String(), nil)
 	if err != nil {

@@ -68,7 +68,7 @@ func (h *Handler) accounted(ex *exchange) {
 		Accepted: ex.Status >= 200 && ex.Status < 300, Unload: ex.use.unloads() && ex.Outcome == OK,
 	}
 	if ex.spend == nil {
-		ex.run.End(time.Now(), end)
+		ex.ending = ex.run.End(time.Now(), end)
 		h.free(ex, savings.Answer{})
 		return
 	}
@@ -90,6 +90,7 @@ func (h *Handler) accounted(ex *exchange) {
 	end.Load, end.Unload = o.Load, end.Unload || o.DoneReason == "unload"
 	o.Ending = ex.run.End(time.Now(), end)
 	ex.loadedBefore(&o)
+	ex.ending = o.Ending
 	if entry, ok := ex.spend.End(time.Now(), o); ok {
 		ex.Savings = &entry
 	}
@@ -103,6 +104,7 @@ func (h *Handler) changed(b *backend, e runners.Event) {
 		b.Changed() // /api/ps tells what that was loaded beside, and what in place of
 	case runners.Replaced:
 		if b.Changed(); e.Listed {
+			h.recorder.outside(b, e.Weights)
 			h.lose(b, e, savings.LostReloaded)
 		}
 	case runners.Unloaded:
@@ -166,6 +168,7 @@ func (h *Handler) polledBooks(b *backend, st upstream.State) {
 	}
 	if st.LoadedKnown {
 		loaded := b.runners.Listed(st.Loaded, st.Polled)
+		h.recorder.listed(b, loaded, st.Polled)
 		if h.Lanes != nil {
 			contexts := make(map[string]int, len(loaded))
 			for model, l := range loaded {

@@ -99,6 +99,7 @@ type Handler struct {
 
 	backends   []*backend // Upstreams, in the same order
 	prewarming *prewarmer // nil: there is nothing to make warm
+	recorder   *recorder  // of what pathFacts shows
 	forward    *httputil.ReverseProxy
 	prefixes   *prefix.Reader
 
@@ -216,6 +217,7 @@ type exchange struct {
 	grant   *schedule.Grant  // nil where it holds no lane
 	context *contexts.Use    // nil where nothing is to be stored or attached
 	loaded  runners.Ending   // of the load that was caused before it was sent, to attach something
+	ending  runners.Ending   // of its load, once it has ended
 	sent    time.Duration    // from start until it was sent
 	warming *warming         // it is the proxy's own, to make its prompt warm; nil: it is not
 	asks    []*backend       // what prewarmer.asked was told last
@@ -293,6 +295,7 @@ func (h *Handler) Init() {
 	h.lingers, h.refreshEvery = lingers, refreshEvery
 	h.prefixes = prefix.NewReader()
 	h.prewarming = newPrewarmer(h)
+	h.recorder = newRecorder()
 	for i, s := range h.Upstreams {
 		b := h.newBackend(i, s)
 		h.backends = append(h.backends, b)
@@ -854,6 +857,7 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 		h.aborted(ex, w, r)
 	}
 	h.accounted(ex)
+	h.record(r, ex)
 	h.warmed(r, ex)
 	h.prewarming.asked(ex, nil)
 	if ex.began {

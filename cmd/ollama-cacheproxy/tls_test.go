@@ -272,7 +272,7 @@ func TestHeartbeatHTTP2(t *testing.T) {
 		t.Fatalf("%q, %v", line, err)
 	}
 	first.Body.Close() // frees the lane
-	go func() { // ends with the test; the first one's upstream may take a piece before it notices
+	go func() {        // ends with the test; the first one's upstream may take a piece before it notices
 		for {
 			select {
 			case pieces <- "data: two\n\n":

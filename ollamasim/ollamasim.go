@@ -44,7 +44,8 @@ type Config struct {
 	MaxQueue int
 	// KeepAlive is OLLAMA_KEEP_ALIVE, a Go duration or seconds; "": 5m.
 	KeepAlive string
-	// CacheRAMMiB is LLAMA_ARG_CACHE_RAM, the host memory for evicted prompts in MiB (0 turns it off, -1 sets no limit); nil: 8192.
+	// CacheRAMMiB is LLAMA_ARG_CACHE_RAM, the host memory for evicted prompts in MiB (0 turns it
+	// off, -1 sets no limit); nil: 8192.
 	CacheRAMMiB *int
 	// MemoryMiB is the memory for all models together, in MiB; 0: unlimited.
 	MemoryMiB int
@@ -77,7 +78,8 @@ type Model struct {
 	// TokenBytes is the memory of a token of context, in the layers that keep all of it; 0: 128
 	// KiB.
 	TokenBytes int
-	// Window is the sliding window in tokens, for models that have one (gemma3: 1024, or 512 for the small ones); 0: none.
+	// Window is the sliding window in tokens, for models that have one (gemma3: 1024, or 512 for
+	// the small ones); 0: none.
 	Window int
 	// WindowTokenBytes is the memory of a token in the layers that have the window.
 	WindowTokenBytes int

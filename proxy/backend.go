@@ -230,9 +230,10 @@ func (h *Handler) begin(ex *exchange) {
 		var hold Hold
 		ex.run = b.runners.Begin(time.Now(), b.wanted(ex.key, ex.options()))
 		ex.use, ex.KeepAlive, hold = b.residency.beginNative(ex.run, ex.fields.model, ex.embed, ex.options(), ex.fields)
-		ex.edit = edit{}
+		ex.edits = ex.fit.edits()
 		if hold != (Hold{}) {
-			ex.edit = ex.fields.splice(hold)
+			ex.edits = append(ex.edits, ex.fields.splice(hold))
+			slices.SortStableFunc(ex.edits, func(a, b edit) int { return a.at - b.at })
 		}
 	case ex.reads == readsForeign:
 		b.Used()

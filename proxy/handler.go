@@ -57,9 +57,10 @@ type Handler struct {
 	KeepAlive KeepAlive
 	// StableHeads are edits of prompts that the operator has asked for.
 	StableHeads StableHeads
-	NoTouch     bool  // never send a request of our own to set keep_alive for models used through /v1
-	MaxBody     int64 // bytes; 0 means DefaultMaxBody
-	Memory      int64 // bytes for all bodies that are held; 0: no limit
+	NumCtx      NumCtx // what becomes of the context lengths that requests state
+	NoTouch     bool   // never send a request of our own to set keep_alive for models used through /v1
+	MaxBody     int64  // bytes; 0 means DefaultMaxBody
+	Memory      int64  // bytes for all bodies that are held; 0: no limit
 	// BodyTimeout is for how long a request's body may make no progress; 0: for ever.
 	BodyTimeout time.Duration
 	// UpstreamSilence is for how long an upstream may send nothing of an answer before the request is given up; 0: for ever.
@@ -131,6 +132,9 @@ type Exchange struct {
 	Unedited  string // why a body that is usually read was not: see the Unedited… constants
 	// Heads are the edits that Handler.StableHeads made to its prompt; nil: none.
 	Heads []HeadEdits
+	// NumCtx is what was done about the context length that it states, or does not: pinned, raised, kept or unknown; ""
+	// where nothing is to be done.
+	NumCtx string
 
 	Upstream  string   // the name of the one that it was sent to; "" for none, or for all
 	Simulated bool     // that one is: its answer and figures are made up
@@ -198,18 +202,19 @@ type exchange struct {
 	cloud     bool                // a remote service runs that
 	unread    bool                // it asks for a prompt to be evaluated, and that is all that could be found out
 	only      *backend
-	up        *backend      // to which it is sent; nil before that is chosen
-	unloading chan struct{} // closed when other servers have unloaded the model, too; nil: they need not
-	began     bool          // it was sent to up, and has not ended
-	waiting   bool          // it is counted in Handler.waiting
-	paused    time.Duration // for how long it waited beside Waited: for memory, and to be sent again
-	gateway   bool          // the answer is not the server's, most likely: see byGateway
-	gaveUp    bool          // after Handler.UpstreamSilence
-	silence   *silence      // gives the request up; nil: never
-	beat      *heartbeat    // nil: the request has none
-	tried     []*backend    // to which it was sent in vain
-	inbound   *http.Request // as it was given to the forwarder
-	edit      edit
+	up        *backend         // to which it is sent; nil before that is chosen
+	unloading chan struct{}    // closed when other servers have unloaded the model, too; nil: they need not
+	began     bool             // it was sent to up, and has not ended
+	waiting   bool             // it is counted in Handler.waiting
+	paused    time.Duration    // for how long it waited beside Waited: for memory, and to be sent again
+	gateway   bool             // the answer is not the server's, most likely: see byGateway
+	gaveUp    bool             // after Handler.UpstreamSilence
+	silence   *silence         // gives the request up; nil: never
+	beat      *heartbeat       // nil: the request has none
+	tried     []*backend       // to which it was sent in vain
+	inbound   *http.Request    // as it was given to the forwarder
+	edits     []edit           // of the body, in order
+	fit       fit              // of its num_ctx
 	run       *runners.Request // nil where it needs no model loaded here
 	use       use
 
@@ -565,7 +570,7 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 	case over:
 		ex.Unedited = UneditedTooLarge
 		ex.in.Store(0)
-		ex.beginning = once{ex.body.open(edit{})}
+		ex.beginning = once{ex.body.open()}
 		ex.letGo()
 		r.Body = &rest{io.MultiReader(ex.beginning, r.Body), r.Body}
 		ex.pass(r)
@@ -671,7 +676,7 @@ func (h *Handler) rewrite(pr *httputil.ProxyRequest) {
 	pr.Out.Trailer = pr.In.Trailer // filled in when the body has been read
 	if b := ex.body; b != nil {
 		pr.Out.Header.Del("Expect") // the body has come already
-		pr.Out.ContentLength = int64(len(b.data) + ex.edit.grow())
+		pr.Out.ContentLength = int64(len(b.data) + grow(ex.edits))
 		pr.Out.TransferEncoding = nil
 		if len(pr.In.Trailer) > 0 {
 			pr.Out.ContentLength = -1 // only a chunked body has trailers
@@ -679,10 +684,10 @@ func (h *Handler) rewrite(pr *httputil.ProxyRequest) {
 		// With GetBody the transport sends the body again if a kept connection turns out to be closed before anything was
 		// written. But with one of these headers it would do so even if the upstream may have read it.
 		if pr.In.Header["Idempotency-Key"] == nil && pr.In.Header["X-Idempotency-Key"] == nil {
-			pr.Out.GetBody = func() (io.ReadCloser, error) { return b.open(ex.edit), nil }
+			pr.Out.GetBody = func() (io.ReadCloser, error) { return b.open(ex.edits...), nil }
 		}
 		if pr.Out.Body = http.NoBody; len(b.data) > 0 {
-			pr.Out.Body = b.open(ex.edit)
+			pr.Out.Body = b.open(ex.edits...)
 		}
 	}
 }
@@ -979,6 +984,7 @@ func (ex *exchange) attrs() []slog.Attr {
 	for _, a := range []slog.Attr{
 		slog.String("keep_alive", ex.KeepAlive), slog.String("unedited", ex.Unedited),
 		slog.String("prewarm", ex.Prewarm), slog.String("stable_heads", ex.headsEdited()),
+		slog.String("num_ctx", ex.NumCtx),
 	} {
 		if a.Value.String() != "" {
 			attrs = append(attrs, a)

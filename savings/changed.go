@@ -145,7 +145,7 @@ func (r *Request) Looked(x prefix.Excerpt) {
 		var n int
 		c.Kind, n = KindOf(x.Text, p.From-x.Offset, p.To-x.Offset)
 		c.Byte = x.Offset + n
-		if c.Kind == KindText || p.To-p.From > exactPart {
+		if c.Kind == KindText || c.Kind == KindNumber || p.To-p.From > exactPart { // numbers stand everywhere
 			c.Byte, c.Within = p.From, p.To-p.From
 		}
 	}

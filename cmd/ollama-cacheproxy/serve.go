@@ -56,6 +56,8 @@ type serveCmd struct {
 	KeepAlive       []string `group:"everyday" placeholder:"[MODEL=]TIME" help:"How long models stay loaded after a request that states no keep_alive: a duration (24h), seconds, -1 (for ever) or off; MODEL=TIME for one model. Repeatable. Default: 24h."`
 	KeepAlivePolicy string   `default:"if-absent" enum:"if-absent,at-least,force" help:"What becomes of a client's own keep_alive: if-absent keeps it, at-least raises a shorter one, force replaces it. 0 (unload) is always kept. Default: if-absent."`
 	Touch           bool     `default:"true" negatable:"" help:"For models used through /v1 and /v1/messages, which cannot carry keep_alive, set it with one empty request per load."`
+	NumCtxPolicy    []string `placeholder:"[MODEL=]POLICY" help:"What becomes of the num_ctx of requests to /api/…, for each other one of which Ollama loads a model anew: keep leaves it, pin makes it the one that is loaded, where that is no less, raise the largest one that was asked for so far (docs/heads.md). A larger one takes more memory. MODEL=POLICY for one model. Repeatable. Default: keep."`
+	StableHeads     []string `placeholder:"RULE" help:"Edit prompts, so that their heads are the same each time: claude-billing puts zeros in the place of the checksums in the line x-anthropic-billing-header of Claude Code, total-tokens removes its system messages that count the tokens left (docs/heads.md). Repeatable. Default: none."`
 	MaxBody         int64    `default:"${maxbody}" placeholder:"BYTES" help:"Longest request body to look at; a longer one is forwarded unread, one at a time. Default: 67108864 (64 MiB)."`
 
 	Memory      int64         `placeholder:"BYTES" help:"How much memory the bodies of all requests that wait may take together; those that do not fit wait unread. Default: a quarter of what the machine has, or the container (cgroup) may use."`
@@ -146,6 +148,8 @@ type settings struct {
 	listen    string            // for net.Listen
 	upstreams []target
 	keepAlive proxy.KeepAlive
+	numCtx    proxy.NumCtx
+	heads     proxy.StableHeads
 	guard     proxy.Guard
 	keys      *keysFile    // guard.Keys is what was read of it; nil: none are asked for
 	prewarm   *prewarmFile // nil: nothing is made warm before anybody asks
@@ -174,6 +178,12 @@ func (s *serveCmd) settings() (settings, error) {
 	}
 	if set.keepAlive, err = proxy.ParseKeepAlive(proxy.KeepAlivePolicy(s.KeepAlivePolicy), append([]string{defaultKeepAlive}, s.KeepAlive...)); err != nil {
 		return set, fmt.Errorf("--keep-alive: %w", err)
+	}
+	if set.numCtx, err = proxy.ParseNumCtx(s.NumCtxPolicy); err != nil {
+		return set, fmt.Errorf("--num-ctx-policy: %w", err)
+	}
+	if set.heads, err = proxy.ParseStableHeads(s.StableHeads); err != nil {
+		return set, fmt.Errorf("--stable-heads: %w", err)
 	}
 	if set.memory, err = s.limits(); err != nil {
 		return set, err
@@ -372,6 +382,7 @@ func (s *serveCmd) handler(
 	store := contextstore.NewMemory(contextstore.Limits{Entries: s.StoreEntries, Bytes: s.StoreBytes})
 	h := &proxy.Handler{
 		Upstreams: ups, Transport: transport, KeepAlive: set.keepAlive, NoTouch: !s.Touch,
+		NumCtx: set.numCtx, StableHeads: set.heads,
 		MaxBody: s.MaxBody, Memory: set.memory, BodyTimeout: s.BodyTimeout,
 		UpstreamSilence: s.UpstreamSilence, Heartbeat: s.Heartbeat, Queue: s.Queue,
 		Guard: set.guard, Trusted: set.trusted, Log: logger,

@@ -97,15 +97,20 @@ func TestOutside(t *testing.T) {
 		lists []list
 		used  bool // m was used through the proxy, at the start
 		want  string
+		blind int // an upload was sent at the start, and has ended then; 0: there was none
 	}{
-		{"nothing changes", []list{{10, 300, 4096}, {25, 300, 4096}}, true, ""},
-		{"the clock is read in whole seconds", []list{{10, 300, 4096}, {25, 301, 4096}}, true, ""},
-		{"its expiry moves", []list{{10, 300, 4096}, {25, 320, 4096}}, true, "used m:latest"},
-		{"… by what came before the list", []list{{1, 300, 4096}, {25, 320, 4096}}, true, ""},
-		{"… and it is loaded otherwise, which others tell of", []list{{10, 300, 4096}, {25, 320, 8192}}, true, ""},
-		{"it is loaded before the proxy is started", []list{{10, 300, 4096}, {25, 320, 4096}}, false, ""},
-		{"it is loaded later", []list{{10, 0, 0}, {25, 320, 4096}, {40, 320, 4096}}, false, "loaded m:latest"},
-		{"it is used through the proxy", []list{{10, 0, 0}, {25, 320, 4096}}, true, ""},
+		{"nothing changes", []list{{10, 300, 4096}, {25, 300, 4096}}, true, "", 0},
+		{"the clock is read in whole seconds", []list{{10, 300, 4096}, {25, 301, 4096}}, true, "", 0},
+		{"its expiry moves", []list{{10, 300, 4096}, {25, 320, 4096}}, true, "used m:latest", 0},
+		{"… by what came before the list", []list{{1, 300, 4096}, {25, 320, 4096}}, true, "", 0},
+		{"… and it is loaded otherwise, which others tell of", []list{{10, 300, 4096}, {25, 320, 8192}}, true, "", 0},
+		{"it was loaded before the proxy was started", []list{{10, 300, 4096}, {25, 300, 4096}}, false, "", 0},
+		{"… and others go on to use it", []list{{10, 300, 4096}, {25, 320, 4096}}, false, "used m:latest", 0},
+		{"it is loaded later", []list{{10, 0, 0}, {25, 320, 4096}, {40, 320, 4096}}, false, "loaded m:latest", 0},
+		{"it is used through the proxy", []list{{10, 0, 0}, {25, 320, 4096}}, true, "", 0},
+		{"an upload may have loaded it", []list{{10, 0, 0}, {25, 320, 4096}}, false, "", 20},
+		{"… or used it, which is not over", []list{{10, 300, 4096}, {25, 320, 4096}}, true, "", -1},
+		{"… but it ended long before", []list{{10, 0, 0}, {25, 320, 4096}}, false, "loaded m:latest", 5},
 	} {
 		server := upstream.NewServer("up", &url.URL{Scheme: "http", Host: "127.0.0.1:1"}, nil, nil)
 		h := &Handler{Upstreams: []*upstream.Server{server}}
@@ -116,6 +121,14 @@ func TestOutside(t *testing.T) {
 			use := b.residency.beginForeign(run, "m", false, &prefix.Options{})
 			use.answer()
 			use.end()
+		}
+		if c.blind != 0 {
+			ex := &exchange{Exchange: Exchange{Method: http.MethodPost}}
+			h.recorder.sent(b, ex)
+			if ex.up = b; c.blind > 0 {
+				h.record(nil, ex)
+			}
+			h.recorder.blind[b.index] = blind{h.recorder.blind[b.index].inFlight, after(c.blind)}
 		}
 		for _, l := range c.lists {
 			loaded := map[string]upstream.Loaded{}

@@ -217,6 +217,7 @@ func (h *Handler) begin(ex *exchange) {
 	b := ex.up
 	b.inFlight.Add(1)
 	ex.began = true
+	defer h.recorder.sent(b, ex)
 	if h.prewarming != nil && ex.infers() && !ex.cloud {
 		h.prewarming.asked(ex, []*backend{b})
 	}

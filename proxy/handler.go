@@ -224,6 +224,7 @@ type exchange struct {
 	context *contexts.Use    // nil where nothing is to be stored or attached
 	loaded  runners.Ending   // of the load that was caused before it was sent, to attach something
 	ending  runners.Ending   // of its load, once it has ended
+	blind   *backend         // as to which the recorder knows that its model is not known; nil: it is
 	sent    time.Duration    // from start until it was sent
 	warming *warming         // it is the proxy's own, to make its prompt warm; nil: it is not
 	asks    []*backend       // what prewarmer.asked was told last

@@ -38,9 +38,13 @@ func TestQuantile(t *testing.T) {
 	}
 }
 
-// TestPredictions are the document's figures, for the document's sizes and for others.
+// TestPredictions: there are predictions only where they are asked for, for the usual sizes and for others.
 func TestPredictions(t *testing.T) {
 	r := &Report{Workload: "same", Requests: 100, PrefixTokens: 2000, TailTokens: 50, OutputTokens: 50}
+	if p := r.predict(Full); p != nil {
+		t.Errorf("not asked for: %+v", *p)
+	}
+	r.Predictions = true
 	for mode, want := range map[Mode]Prediction{Direct: {30, 205_000, 0}, KeepAlive: {20, 205_000, 0}, Full: {12, 7_000, 0.99}} {
 		if p := r.predict(mode); *p != want {
 			t.Errorf("%s: %+v, want %+v", mode, *p, want)
@@ -171,7 +175,7 @@ func TestWords(t *testing.T) {
 		{0, 100, 1, "    predicted  ", "reckoned as"},
 		{0, 99, 1, "    reckoned as predicted  ", "    predicted  "},
 	} {
-		r := &Report{Workload: "same", Requests: c.requests, PrefixTokens: 2000, TailTokens: 50, Memory: []Memory{{Model: "a", BytesPerToken: 100, Window: c.window}}}
+		r := &Report{Workload: "same", Predictions: true, Requests: c.requests, PrefixTokens: 2000, TailTokens: 50, Memory: []Memory{{Model: "a", BytesPerToken: 100, Window: c.window}}}
 		for mode, loads := range map[Mode]float64{Direct: c.loads, KeepAlive: 1} {
 			run := &ModeRun{Prompt: 10, Loads: int(loads), Requests: []Request{{Total: 10}}}
 			r.Modes = append(r.Modes, &ModeResult{Mode: mode, Predicted: r.predict(mode), Runs: []*ModeRun{run}})

@@ -34,17 +34,18 @@ type Report struct {
 	GiveUpMS     float64 `json:"give_up_ms"`
 	Seed         uint64  `json:"seed"`
 	Slots        string  `json:"slots"` // of the mode Full, as serve's flag has it
+	Predictions  bool    `json:"predictions,omitempty"`
 
 	Modes  []*ModeResult `json:"modes"` // as Modes has them, without those that were not run
 	Memory []Memory      `json:"memory"`
-	Notes  []string      `json:"notes"` // why figures are not those that were predicted
+	Notes  []string      `json:"notes"` // what to keep in mind when reading the figures
 }
 
 // ModeResult is what a mode came to. Figures of several rounds are medians, but for latencies and verdicts, which are of all
 // requests together.
 type ModeResult struct {
 	Mode      Mode           `json:"mode"`
-	Predicted *Prediction    `json:"predicted,omitempty"` // nil: nobody predicted anything of this workload
+	Predicted *Prediction    `json:"predicted,omitempty"` // nil unless Config.Predictions asks for it and the workload is "same"
 	Basis     savings.Basis  `json:"basis"`               // of evaluated and reused tokens
 	Seconds   float64        `json:"seconds"`             // from the first request to the last answer
 	Prompt    float64        `json:"prompt_tokens"`
@@ -136,7 +137,7 @@ func newReport(c *Config, version string, at time.Time) *Report {
 	return &Report{
 		At: at, Upstream: c.Upstream.String(), Ollama: version, Models: c.Models, Workload: c.Workload, Order: c.Modes,
 		Requests: c.Requests, PrefixTokens: c.PrefixTokens, TailTokens: c.TailTokens, OutputTokens: c.OutputTokens,
-		Clients: c.Clients, Rounds: c.Rounds, PauseMS: ms(c.Pause), GiveUpMS: ms(c.GiveUp), Seed: c.Seed, Slots: c.Slots,
+		Clients: c.Clients, Rounds: c.Rounds, PauseMS: ms(c.Pause), GiveUpMS: ms(c.GiveUp), Seed: c.Seed, Slots: c.Slots, Predictions: c.Predictions,
 		Modes: []*ModeResult{}, Notes: []string{},
 	}
 }
@@ -293,21 +294,23 @@ func quantiles(all []float64) Quantiles {
 	return Quantiles{quantile(all, 0), quantile(all, 0.5), quantile(all, 0.9), quantile(all, 0.99), quantile(all, 1)}
 }
 
-// Prediction is what a document that people start from expects of 100 requests with one prefix of 2,000 tokens and tails of 50.
+// Prediction is a common expectation of what a caching proxy saves on 100 requests that share a prefix of 2,000 tokens and
+// have 50 of their own. It takes it that Ollama alone never reuses a prefix; docs/bench.md says what is wrong with that.
 type Prediction struct {
 	Seconds   float64 `json:"seconds,omitempty"` // 0: it tells none for this size
 	Evaluated int     `json:"evaluated_tokens"`
 	HitRate   float64 `json:"hit_rate"`
 }
 
-// predicted says whether the sizes are the document's own; of others, its reckoning is applied to them.
+// predicted reports whether the sizes are those that the prediction was made for. Other sizes are reckoned the same way.
 func (r *Report) predicted() bool {
 	return r.Requests == 100 && r.PrefixTokens == 2000 && r.TailTokens == 50
 }
 
-// predict applies the document's reckoning: all of each prompt without the proxy and with keep_alive alone, the prefix once with it.
+// predict reckons that without the proxy, and with keep_alive alone, all of each prompt is evaluated, and with it the prefix
+// once.
 func (r *Report) predict(mode Mode) *Prediction {
-	if r.Workload != "same" {
+	if !r.Predictions || r.Workload != "same" {
 		return nil
 	}
 	p := &Prediction{Evaluated: r.Requests * (r.PrefixTokens + r.TailTokens)}
@@ -321,9 +324,12 @@ func (r *Report) predict(mode Mode) *Prediction {
 	return p
 }
 
-// explain says why what was measured is not what was predicted.
+// explain says what a workload cannot show, and why what was measured is not what was predicted.
 func (r *Report) explain() []string {
 	notes := []string{}
+	if r.Workload == "same" || r.Workload == "user-message-prefix" {
+		notes = append(notes, "One client with one prefix has little to gain from any proxy, since Ollama reuses a prefix by itself as long as nothing comes between. Try --workload num-ctx and --workload closed-loops, which are what several programs do to a server.")
+	}
 	base := r.mode(Direct)
 	if base == nil || base.Predicted == nil || base.Prompt == 0 {
 		return notes
@@ -344,7 +350,7 @@ func (r *Report) explain() []string {
 			100*s.Load, 100*s.Queue, 100*s.Prompt, 100*s.Answer))
 	}
 	if base.Predicted.Seconds > 0 {
-		notes = append(notes, "The predicted seconds are of a machine and a model that the document does not name; compare the modes with each other.")
+		notes = append(notes, "The predicted seconds belong to no machine or model that is known; compare the modes with each other.")
 	}
 	return notes
 }

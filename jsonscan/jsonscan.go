@@ -1,11 +1,11 @@
-// Package jsonscan walks JSON text in place: it finds the members of an object and where their values
-// begin and end, and allocates nothing on the way.
+// Package jsonscan walks JSON text in place: it finds the members of an object and where their
+// values begin and end, without allocating.
 //
-// It accepts exactly what encoding/json's Decoder accepts as its first value (the fuzz tests compare the
-// two), so that what is found here is what an Ollama server will find, with one exception made for speed: of a string
-// longer than 64 KiB only the first part is checked for control characters and unknown escapes. Text after the first
-// value is not looked at, because the Decoder does not look at it either. It does not decode values into Go types,
-// with the exception of strings (Unquote).
+// It accepts exactly what encoding/json's Decoder accepts as its first value (the fuzz tests
+// compare the two), so it finds what an Ollama server will find. There is one exception, for speed:
+// of a string longer than 64 KiB only the first part is checked for control characters and unknown
+// escapes. Text after the first value is ignored, as the Decoder ignores it. Except for strings
+// (Unquote), it does not decode values into Go types.
 package jsonscan
 
 import (
@@ -15,10 +15,10 @@ import (
 	"errors"
 )
 
-// ErrSyntax says that the text is not what encoding/json would accept.
+// ErrSyntax means that encoding/json would not accept the text.
 var ErrSyntax = errors.New("invalid JSON")
 
-// ErrNotObject says that the first value is not an object.
+// ErrNotObject means that the first value is not an object.
 var ErrNotObject = errors.New("not a JSON object")
 
 // maxDepth is encoding/json's limit on nested arrays and objects.
@@ -38,7 +38,7 @@ type Member struct {
 //	for m, ok := o.Next(); ok; m, ok = o.Next() { … }
 //	if err := o.Err(); err != nil { … }
 //
-// Only when Next has returned false and Err is nil is the whole object known to be valid.
+// The whole object is valid only if Next has returned false and Err returns nil.
 type Object struct {
 	scanner
 	pos  int
@@ -48,7 +48,7 @@ type Object struct {
 	done bool
 }
 
-// NewObject starts at the first value of text. Err tells if it is not an object.
+// NewObject starts at the first value of text. If that is not an object, Err says so.
 func NewObject(text []byte) Object {
 	o := Object{scanner: scanner{text: text}}
 	o.pos = skipSpace(text, 0)
@@ -77,7 +77,7 @@ func (o *Object) Len() int { return o.n }
 // Err returns ErrSyntax, ErrNotObject or nil.
 func (o *Object) Err() error { return o.err }
 
-// Next returns the next member; false at the object's end or at an error.
+// Next returns the next member, or false at the object's end or at an error.
 func (o *Object) Next() (Member, bool) {
 	if o.err != nil || o.done {
 		return Member{}, false
@@ -112,11 +112,11 @@ func (o *Object) fail() (Member, bool) {
 	return Member{}, false
 }
 
-// KeyIs reports whether encoding/json would store the member with this raw key (quotes included) into a
-// field called name: it folds case, by Unicode's simple folding, and reads escapes.
+// KeyIs reports whether encoding/json would store the member with this raw key (quotes included) in
+// a field called name: it folds case, by Unicode's simple folding, and reads escapes.
 func KeyIs(raw, name []byte) bool {
 	if len(raw) < 2 {
-		return false // of an invalid text
+		return false // the text is invalid
 	}
 	inner := raw[1 : len(raw)-1]
 	if bytes.IndexByte(inner, '\\') < 0 {
@@ -126,7 +126,8 @@ func KeyIs(raw, name []byte) bool {
 	return ok && bytes.EqualFold([]byte(s), name)
 }
 
-// Unquote decodes a raw string (quotes included) as encoding/json does; false where it is not a string.
+// Unquote decodes a raw string (quotes included) as encoding/json does. It returns false if it is
+// not a string.
 func Unquote(raw []byte) (string, bool) {
 	if len(raw) < 2 || raw[0] != '"' {
 		return "", false
@@ -149,7 +150,8 @@ func plainASCII(s []byte) bool {
 	return true
 }
 
-// Long returns the last string of more than 64 KiB that was read, for Cursor.Know; nil if there was none.
+// Long returns the last string longer than 64 KiB that was read, for Cursor.Know, or nil if there
+// was none.
 func (o *Object) Long() []byte { return o.long }
 
 // scanner reads a text. Its methods, and the functions below, return the offset just past what they read, or -1.
@@ -293,11 +295,12 @@ func skipDigits(b []byte, p int) int {
 }
 
 const (
-	// window is how many bytes of a string are searched at a time: they stay in the processor's first cache while they
-	// are searched for a quote, for backslashes and for control characters.
+	// window is how many bytes of a string are searched at a time: few enough to stay in the
+	// processor's first cache while they are searched for a quote, for backslashes and for control
+	// characters.
 	window = 8 << 10
-	// checked is how many bytes of a string are searched for more than its end. Finding each escape of a megabyte of
-	// text takes five times as long as finding its end.
+	// checked is how many bytes of a string are checked. Finding each escape in a megabyte of text
+	// takes five times as long as finding its end.
 	checked = 64 << 10
 )
 

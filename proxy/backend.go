@@ -250,6 +250,7 @@ func (h *Handler) begin(ex *exchange) {
 	}
 	ex.spend, ex.sent = h.Ledger.Begin(time.Now(), *b.books.Load(), ex.chain, ex.run), time.Since(ex.start)
 	ex.spend.Attached(ex.context.Attached())
+	h.look(ex)
 }
 
 // wanted returns what a request needs loaded that names a model, by its key, and states these options;

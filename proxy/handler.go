@@ -54,9 +54,11 @@ type Handler struct {
 	Upstreams []*upstream.Server
 	Transport http.RoundTripper // nil means NewTransport()
 	KeepAlive KeepAlive
-	NoTouch   bool  // never send a request of our own to set keep_alive for models used through /v1
-	MaxBody   int64 // bytes; 0 means DefaultMaxBody
-	Memory    int64 // bytes for all bodies that are held; 0: no limit
+	// StableHeads are edits of prompts that the operator has asked for.
+	StableHeads StableHeads
+	NoTouch     bool  // never send a request of our own to set keep_alive for models used through /v1
+	MaxBody     int64 // bytes; 0 means DefaultMaxBody
+	Memory      int64 // bytes for all bodies that are held; 0: no limit
 	// BodyTimeout is for how long a request's body may make no progress; 0: for ever.
 	BodyTimeout time.Duration
 	// UpstreamSilence is for how long an upstream may send nothing of an answer before the request is given up; 0: for ever.
@@ -83,6 +85,7 @@ type Handler struct {
 	Done    func(Exchange)
 	Touched func(model string, err error)
 
+	inForce  atomic.Pointer[Live] // what Change said last; nil: the fields above are in force
 	memory   *memory
 	decoder  *zstd.Decoder
 	decoding sync.Mutex
@@ -96,6 +99,7 @@ type Handler struct {
 
 	backends   []*backend // Upstreams, in the same order
 	prewarming *prewarmer // nil: there is nothing to make warm
+	recorder   *recorder  // of what pathFacts shows
 	forward    *httputil.ReverseProxy
 	prefixes   *prefix.Reader
 
@@ -111,6 +115,7 @@ type Exchange struct {
 	Path     string
 	Endpoint string // the path as a label: one of a bounded set
 	Name     string // of the API key that it came with; "" where that has none
+	Client   string // who asked, hashed, as on the page of the queue; "" for the proxy itself
 	Model    string // as the client wrote it; "" where none was read, "(invalid)" where it is no model's name
 	Status   int    // 0 where the client got none
 	Begun    bool   // a heartbeat began the answer: whatever Status is, the client saw 200
@@ -123,6 +128,8 @@ type Exchange struct {
 
 	KeepAlive string // injected, kept, raised or forced; "" where the request has no keep_alive
 	Unedited  string // why a body that is usually read was not: see the Unedited… constants
+	// Heads are the edits that Handler.StableHeads made to its prompt; nil: none.
+	Heads []HeadEdits
 
 	Upstream  string   // the name of the one that it was sent to; "" for none, or for all
 	Simulated bool     // that one is: its answer and figures are made up
@@ -210,6 +217,7 @@ type exchange struct {
 	grant   *schedule.Grant  // nil where it holds no lane
 	context *contexts.Use    // nil where nothing is to be stored or attached
 	loaded  runners.Ending   // of the load that was caused before it was sent, to attach something
+	ending  runners.Ending   // of its load, once it has ended
 	sent    time.Duration    // from start until it was sent
 	warming *warming         // it is the proxy's own, to make its prompt warm; nil: it is not
 	asks    []*backend       // what prewarmer.asked was told last
@@ -287,6 +295,7 @@ func (h *Handler) Init() {
 	h.lingers, h.refreshEvery = lingers, refreshEvery
 	h.prefixes = prefix.NewReader()
 	h.prewarming = newPrewarmer(h)
+	h.recorder = newRecorder()
 	for i, s := range h.Upstreams {
 		b := h.newBackend(i, s)
 		h.backends = append(h.backends, b)
@@ -334,8 +343,8 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.inFlight.Add(1)
 	rt := routeOf(r)
 	ex := &exchange{start: time.Now(), header: w.Header(), route: rt, Exchange: Exchange{Method: r.Method, Path: r.URL.Path, Endpoint: rt.label}}
-	if h.BodyTimeout > 0 && r.Body != nil && r.Body != http.NoBody {
-		ex.arriving = &arriving{ReadCloser: r.Body, conn: http.NewResponseController(w), limit: h.BodyTimeout}
+	if limit := h.Live().BodyTimeout; limit > 0 && r.Body != nil && r.Body != http.NoBody {
+		ex.arriving = &arriving{ReadCloser: r.Body, conn: http.NewResponseController(w), limit: limit}
 	}
 	ex.warming, _ = r.Context().Value(warmingKey{}).(*warming)
 	ctx, end := r.Context(), func() {}
@@ -401,12 +410,13 @@ func (ex *exchange) takes(r *http.Request) {
 // givesUp has the request given up when its upstream is silent for too long. over is to be called when
 // it has ended.
 func (h *Handler) givesUp(r *http.Request, ex *exchange) (bounded *http.Request, over func()) {
-	if h.UpstreamSilence == 0 {
+	limit := h.Live().UpstreamSilence
+	if limit == 0 {
 		return r, func() {}
 	}
 	ctx, giveUp := context.WithCancelCause(r.Context())
-	timer := time.AfterFunc(h.UpstreamSilence, func() { giveUp(errSilent) })
-	ex.silence = &silence{timer, h.UpstreamSilence}
+	timer := time.AfterFunc(limit, func() { giveUp(errSilent) })
+	ex.silence = &silence{timer, limit}
 	return r.WithContext(ctx), func() { giveUp(nil) }
 }
 
@@ -441,10 +451,10 @@ func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (d
 	}
 	ref := h.loop(r)
 	if ref == nil {
-		ref = h.Guard.host(r)
+		ref = h.guard().host(r)
 	}
 	if ref == nil {
-		ex.origin, ref = h.Guard.origin(r)
+		ex.origin, ref = h.guard().origin(r)
 	}
 	if ref == nil && r.Method == http.MethodOptions && (ex.origin != "" || localName(hostname(r.Host))) {
 		ex.Status, ex.Outcome = http.StatusNoContent, Own
@@ -453,6 +463,9 @@ func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (d
 	}
 	if ref == nil && ex.stranger && !keyless(r) {
 		ref = &refusal{http.StatusUnauthorized, "a valid API key is needed: send it as 'Authorization: Bearer KEY' (the keys are in the file that ollama-cacheproxy was started with: --api-keys-file)"}
+	}
+	if ref == nil && ex.admins {
+		ref = ex.notAdmin()
 	}
 	if ref != nil {
 		h.refuse(w, r, ex, ref)
@@ -543,6 +556,8 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 	f, err := scan(data, ex.members[:])
 	if err == nil {
 		h.understand(ex, f, data)
+		h.steady(ex, data)
+		h.account(ex, data)
 		return nil
 	}
 	switch enc := r.Header.Get("Content-Encoding"); {
@@ -612,11 +627,13 @@ func (h *Handler) readZstd(ex *exchange, data []byte) bool {
 		return false
 	}
 	h.understand(ex, f, text)
+	h.account(ex, text)
+	h.steadyText(ex, text)
 	ex.fields.members, ex.fields.long = nil, nil // they are the text's, not the body's
 	return true
 }
 
-// understand takes in what a body says: f, which was found in data.
+// understand takes in what a body says of its model: f, which was found in data.
 func (h *Handler) understand(ex *exchange, f fields, data []byte) {
 	if ex.reads == readsName && f.model == "" {
 		f.model = f.name(data) // as Ollama reads it
@@ -632,7 +649,6 @@ func (h *Handler) understand(ex *exchange, f fields, data []byte) {
 	ex.cloud = ex.key != "" && upstream.IsCloud(f.model)
 	if ex.runsHere() { // else nothing here stays loaded
 		ex.fields = f
-		h.account(ex, data)
 	}
 }
 
@@ -825,6 +841,9 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	if ex.up != nil {
 		ex.Upstream = ex.up.Name
 	}
+	if ex.warming == nil {
+		ex.Client = hashed(h.Trusted.clientOf(r, ex.holder.client()))
+	}
 	ex.Begun = ex.beat.begun()
 	ex.Duration = time.Since(ex.start)
 	ex.BytesIn = ex.in.Load()
@@ -838,6 +857,7 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 		h.aborted(ex, w, r)
 	}
 	h.accounted(ex)
+	h.record(r, ex)
 	h.warmed(r, ex)
 	h.prewarming.asked(ex, nil)
 	if ex.began {
@@ -932,7 +952,7 @@ func (ex *exchange) outcome(r *http.Request) Outcome {
 }
 
 func (ex *exchange) attrs() []slog.Attr {
-	attrs := make([]slog.Attr, 0, 22)
+	attrs := make([]slog.Attr, 0, 24)
 	attrs = append(attrs, slog.String("method", ex.Method), slog.String("path", ex.Path[:min(len(ex.Path), 256)]))
 	if ex.Model != "" {
 		attrs = append(attrs, slog.String("model", ex.Model))
@@ -946,12 +966,15 @@ func (ex *exchange) attrs() []slog.Attr {
 		slog.Int64("bytes_in", ex.BytesIn),
 		slog.Int64("bytes_out", ex.BytesOut),
 		slog.String("outcome", string(ex.Outcome)))
+	if ex.Client != "" {
+		attrs = append(attrs, slog.String("client", ex.Client))
+	}
 	if ex.FirstByte > 0 {
 		attrs = append(attrs, milliseconds("first_byte_ms", ex.FirstByte))
 	}
 	for _, a := range []slog.Attr{
 		slog.String("keep_alive", ex.KeepAlive), slog.String("unedited", ex.Unedited),
-		slog.String("prewarm", ex.Prewarm),
+		slog.String("prewarm", ex.Prewarm), slog.String("stable_heads", ex.headsEdited()),
 	} {
 		if a.Value.String() != "" {
 			attrs = append(attrs, a)
@@ -979,6 +1002,9 @@ func (ex *exchange) attrs() []slog.Attr {
 		}
 		if e.Reason != "" {
 			attrs = append(attrs, slog.String("reason", string(e.Reason)))
+		}
+		if e.Detail != "" {
+			attrs = append(attrs, slog.String("detail", e.Detail))
 		}
 	}
 	return attrs

@@ -30,6 +30,8 @@ func (h *Handler) own(w http.ResponseWriter, r *http.Request, ex *exchange) bool
 		if limit, ok := h.shown(w, r, ex, pathQueue, "limit", shownQueue, queueMost); ok {
 			ex.page(w, pathQueue, http.StatusOK, h.queue(limit))
 		}
+	case path == pathFacts:
+		h.facts(w, r, ex)
 	case path == pathRequests && h.Ledger != nil:
 		if n, ok := h.shown(w, r, ex, pathRequests, "n", shownRequests, math.MaxInt); ok {
 			ex.page(w, pathRequests, http.StatusOK, h.requests(n))
@@ -84,6 +86,8 @@ func (h *Handler) changeUpstream(w http.ResponseWriter, r *http.Request, ex *exc
 			http.StatusMethodNotAllowed,
 			"want POST " + pathUpstreams + name + "/drain, or …/resume",
 		})
+	case !ex.admin():
+		h.refuse(w, r, ex, ex.notAdmin())
 	default:
 		h.drain(b, verb == "drain")
 		ex.page(w, pathUpstreams, http.StatusOK, h.upstream(b))

@@ -271,6 +271,11 @@ func (s *Scheduler) SetLongestMatch(upstream uint16, on bool) {
 	s.do(func(q *Queue, _ time.Time) { q.SetLongestMatch(upstream, on) })
 }
 
+// SetMaxWait changes Config.MaxWait.
+func (s *Scheduler) SetMaxWait(d time.Duration) {
+	s.both(func(q *Queue, _ time.Time) { q.cfg.MaxWait = d })
+}
+
 // Cool says that the model on the server is not loaded any more. An empty one means all. That it cannot be loaded beside
 // others is forgotten.
 func (s *Scheduler) Cool(upstream uint16, model string) {

@@ -13,7 +13,7 @@ import (
 
 type healthCmd struct {
 	Listen string `default:"127.0.0.1:11435" placeholder:"ADDR" help:"Where the proxy listens."`
-	Ready  bool   `help:"Ask for the upstream too, not only for the proxy."`
+	Ready  bool   `help:"Check the upstream, too, not only the proxy."`
 }
 
 func (h *healthCmd) Help() string {

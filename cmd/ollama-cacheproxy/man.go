@@ -57,7 +57,7 @@ func manPage(app *kong.Application, date time.Time) string {
 		doc.TaggedParagraph(-1)
 		doc.TextBold(strings.TrimPrefix(verb.Summary(), app.Name+" "))
 		doc.EndSection()
-		manText(doc, verb.Help)
+		literal(doc, verb.Help)
 		doc.Indent(-1)
 		manText(doc, verb.Detail)
 		manFlags(doc, verb)
@@ -88,15 +88,15 @@ func manText(doc *roff.Document, text string) {
 			}
 		}
 		doc.Paragraph()
-		manText(doc, strings.TrimLeft(line, " "))
+		literal(doc, strings.TrimLeft(line, " "))
 	}
 	if indented {
 		doc.IndentEnd()
 	}
 }
 
-// manText writes text as it is: the library takes it for a format.
-func manText(doc *roff.Document, text string) {
+// literal writes text as it is: the library takes it for a format.
+func literal(doc *roff.Document, text string) {
 	doc.Text(strings.ReplaceAll(text, "%", "%%"))
 }
 
@@ -128,7 +128,7 @@ func manFlags(doc *roff.Document, verb *kong.Node) {
 				doc.TextItalic(placeholder(flag))
 			}
 			doc.EndSection()
-			manText(doc, flag.Help)
+			literal(doc, flag.Help)
 			for _, env := range flag.Envs {
 				doc.Text(" (" + env + ")")
 			}

@@ -12,8 +12,9 @@ import "bytes"
 //		}
 //	}
 //
-// Exactly one of Value, or Enter with More until it is false, must follow each More (and Key, in an object). On an
-// invalid text what it returns has no meaning, but it ends and stays within the text.
+// Exactly one of Value, or Enter with More until it is false, must follow each More (and Key, in an
+// object). On an invalid text what it returns has no meaning, but it ends and stays within the
+// text.
 type Cursor struct {
 	text []byte
 	pos  int

@@ -68,7 +68,8 @@ func NewObject(text []byte) Object {
 // Open returns the offset just past the opening brace.
 func (o *Object) Open() int { return o.open }
 
-// End returns the offset just past the closing brace, once Next has returned false without an error.
+// End returns the offset just past the closing brace, once Next has returned false without an
+// error.
 func (o *Object) End() int { return o.pos }
 
 // Len returns how many members Next has returned.
@@ -154,7 +155,8 @@ func plainASCII(s []byte) bool {
 // was none.
 func (o *Object) Long() []byte { return o.long }
 
-// scanner reads a text. Its methods, and the functions below, return the offset just past what they read, or -1.
+// scanner reads a text. Its methods, and the functions below, return the offset just past what they
+// read, or -1.
 type scanner struct {
 	text []byte
 	long []byte // the last long string
@@ -304,8 +306,9 @@ const (
 	checked = 64 << 10
 )
 
-// skipString reads the string whose opening quote is at p. Quotes and backslashes are found by bytes.IndexByte, which
-// uses the processor's vector instructions; control characters a word at a time.
+// skipString reads the string whose opening quote is at p. Quotes and backslashes are found by
+// bytes.IndexByte, which uses the processor's vector instructions; control characters a word at a
+// time.
 func (s *scanner) skipString(p int) int {
 	b, opening := s.text, p
 	p++
@@ -340,8 +343,8 @@ func (s *scanner) skipString(p int) int {
 	return -1
 }
 
-// skipUnchecked finds the end of a string from p on, where no escape is open: the first quote that an even number of
-// backslashes precedes.
+// skipUnchecked finds the end of a string from p on, where no escape is open: the first quote that
+// an even number of backslashes precedes.
 func skipUnchecked(b []byte, p int) int {
 	for start := p; ; {
 		n := bytes.IndexByte(b[p:], '"')
@@ -364,8 +367,9 @@ const (
 	highs = 0x8080808080808080
 )
 
-// hasControl reports whether s has a byte below 0x20. (Bit Twiddling Hacks, "Determine if a word has a byte less than
-// n": the high bit of a byte is set if it was borrowed for and was not set before; the lowest byte marked is right.)
+// hasControl reports whether s has a byte below 0x20. (Bit Twiddling Hacks, "Determine if a word
+// has a byte less than n": the high bit of a byte is set if it was borrowed for and was not set
+// before; the lowest byte marked is right.)
 func hasControl(s []byte) bool {
 	for ; len(s) >= 32; s = s[32:] {
 		x0, x1 := binary.LittleEndian.Uint64(s), binary.LittleEndian.Uint64(s[8:])

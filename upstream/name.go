@@ -40,8 +40,8 @@ func IsCloud(name string) bool {
 	return source == "cloud"
 }
 
-// cutSource splits off the suffix that says where a model runs, "cloud" or "local", as Ollama 0.34 does
-// (internal/modelref there).
+// cutSource splits off the suffix that says where a model runs, "cloud" or "local", as Ollama 0.34
+// does (internal/modelref there).
 func cutSource(name string) (base, source string) {
 	name = strings.TrimSpace(name)
 	i := strings.LastIndexByte(name, ':')

@@ -34,7 +34,7 @@ type configuredValue struct {
 }
 
 // ofCommandLine are flags that make no sense in the file.
-var ofCommandLine = []string{"help", "config", "check"}
+var ofCommandLine = []string{"config", "check"}
 
 // configError is what is wrong in the file, and in which line.
 type configError struct {
@@ -90,7 +90,7 @@ func (c *configFile) setting(name string, line int, value *yaml.Node, flags []*k
 		return unknownSetting(name, flags)
 	}
 	if slices.Contains(ofCommandLine, name) {
-		return fmt.Errorf("%s is for the command line alone", name)
+		return fmt.Errorf("%s is for the command line and the environment alone", name)
 	}
 	if first, twice := c.settings[name]; twice {
 		return fmt.Errorf("%s is given twice; line %d has it already", name, first.line)

@@ -83,7 +83,7 @@ func newParser(ctx context.Context, c *cli, stdout, stderr io.Writer, exit func(
 		kong.ExplicitGroups(groups),
 		kong.PostBuild(func(k *kong.Kong) error {
 			for _, f := range serveFlags(k.Model) {
-				if f.Group == nil && f.Name != "help" {
+				if f.Group == nil {
 					f.Group = &groups[1]
 				}
 			}

@@ -92,7 +92,7 @@ type serveCmd struct {
 	LogLevel  slog.Level    `group:"everyday" default:"info" help:"debug, info, warn or error. Default: info."`
 	LogFormat string        `default:"auto" enum:"auto,text,json" help:"text, json, or auto: text on a terminal. Default: auto."`
 	Drain     time.Duration `default:"30s" help:"How long requests that run or wait may take to finish after SIGTERM or Ctrl-C. Default: 30s."`
-	Check     bool          `group:"everyday" help:"Check the settings, say what they mean and whether the upstream answers, and stop. Exits with 0 if all is well, 1 if an upstream does not answer, 2 if a setting is wrong."`
+	Check     bool          `group:"everyday" help:"Check the settings, say what they mean and whether the upstream answers, and stop. Exits with 0 if all is well, 1 if an upstream does not answer or the address is taken, 2 if a setting is wrong. Where each setting comes from is told, too."`
 
 	file    *configFile               // what --config says; nil: there is none
 	inForce []setting                 // all flags, with where each comes from

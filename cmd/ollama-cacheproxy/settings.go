@@ -62,9 +62,6 @@ func (s *serveCmd) AfterApply(ctx *kong.Context) error {
 	}
 	s.inForce = nil
 	for _, f := range serveFlags(ctx.Model) {
-		if f.Name == "help" {
-			continue
-		}
 		value := reflect.Indirect(reflect.ValueOf(f.Target.Interface())).Interface()
 		x := setting{name: f.Name, value: value, source: "default"}
 		if f.Group != nil {

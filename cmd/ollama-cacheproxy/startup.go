@@ -29,9 +29,10 @@ const (
 	aProxy      occupant = "another ollama-cacheproxy"
 )
 
-// anybody asks whoever listens at an address. It shows no key, and believes any certificate.
+// anybody asks whoever listens at an address how it is, and nothing else. It shows no key, and believes
+// any certificate: a health check knows an address, and seldom a name or an authority.
 var anybody = &http.Client{
-	Timeout:   2 * time.Second,
+	Timeout:   5 * time.Second,
 	Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, DisableKeepAlives: true},
 }
 

@@ -217,6 +217,7 @@ func (h *Handler) begin(ex *exchange) {
 	b := ex.up
 	b.inFlight.Add(1)
 	ex.began = true
+	h.timeline.sent(ex)
 	if h.prewarming != nil && ex.infers() && !ex.cloud {
 		h.prewarming.asked(ex, []*backend{b})
 	}
@@ -279,6 +280,7 @@ func (ex *exchange) options() *prefix.Options {
 func (h *Handler) retract(ex *exchange) {
 	ex.up.inFlight.Add(-1)
 	ex.began = false
+	h.timeline.retracted(ex)
 	ex.use.end()
 	ex.use = use{}
 	ex.run.End(time.Now(), runners.Outcome{Refused: true})

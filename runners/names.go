@@ -122,6 +122,20 @@ func (b *Book) Weights(name string) string {
 	return b.peek(name).Weights
 }
 
+// Name returns the name, as upstream.ModelKey writes it, by which a model was last asked for that has
+// these weights; where none is known that is what stands for the weights.
+func (b *Book) Name(weights string) string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	name := weights
+	for _, key := range b.names.Keys() { // the one that was used last is the last one
+		if n, ok := b.names.Peek(key); ok && n.Weights == weights {
+			name = key
+		}
+	}
+	return name
+}
+
 // ByWeights returns what /api/ps listed, by what stands for the models' weights.
 func (b *Book) ByWeights(list []upstream.Loaded) map[string]upstream.Loaded {
 	b.mu.Lock()

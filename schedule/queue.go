@@ -117,9 +117,10 @@ type Refusal struct {
 // Placement says that a request may be sent now.
 type Placement struct {
 	ID       uint64
-	Upstream uint16 // the server to send it to
-	Lane     int    // stand-in for the slot in which it will land; of its runner. Unlimited: one of more than there are slots
-	Expected int    // tokens of its prompt that this slot is expected to hold, estimated
+	Upstream uint16         // the server to send it to
+	Options  prefix.Options // of the runner that serves it
+	Lane     int            // stand-in for the slot in which it will land; of its runner. Unlimited: one of more than there are slots
+	Expected int            // tokens of its prompt that this slot is expected to hold, estimated
 	Waited   time.Duration
 }
 

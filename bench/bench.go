@@ -55,6 +55,7 @@ type Config struct {
 	GiveUp                                           time.Duration // a mode in which nothing was answered for so long is ended
 	Seed                                             uint64        // other seeds make other texts
 	Slots                                            string        // that Front gives the mode Full; only told
+	Price                                            float64       // of a million evaluated tokens, in any currency; 0: no prices are told
 
 	// Front starts the proxy for a mode. done is called for each request when it is over, and not any more when stop has returned.
 	Front     func(ctx context.Context, mode Mode, done func(proxy.Exchange)) (base *url.URL, stop func() error, err error)

@@ -33,7 +33,8 @@ type Report struct {
 	PauseMS      float64 `json:"pause_ms"`
 	GiveUpMS     float64 `json:"give_up_ms"`
 	Seed         uint64  `json:"seed"`
-	Slots        string  `json:"slots"` // of the mode Full, as serve's flag has it
+	Slots        string  `json:"slots"`           // of the mode Full, as serve's flag has it
+	Price        float64 `json:"price,omitempty"` // of a million evaluated tokens
 
 	Modes  []*ModeResult `json:"modes"` // as Modes has them, without those that were not run
 	Memory []Memory      `json:"memory"`
@@ -136,7 +137,7 @@ func newReport(c *Config, version string, at time.Time) *Report {
 	return &Report{
 		At: at, Upstream: c.Upstream.String(), Ollama: version, Models: c.Models, Workload: c.Workload, Order: c.Modes,
 		Requests: c.Requests, PrefixTokens: c.PrefixTokens, TailTokens: c.TailTokens, OutputTokens: c.OutputTokens,
-		Clients: c.Clients, Rounds: c.Rounds, PauseMS: ms(c.Pause), GiveUpMS: ms(c.GiveUp), Seed: c.Seed, Slots: c.Slots,
+		Clients: c.Clients, Rounds: c.Rounds, PauseMS: ms(c.Pause), GiveUpMS: ms(c.GiveUp), Seed: c.Seed, Slots: c.Slots, Price: c.Price,
 		Modes: []*ModeResult{}, Notes: []string{},
 	}
 }

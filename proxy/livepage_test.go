@@ -268,7 +268,10 @@ func TestPageProblems(t *testing.T) {
 	want("Ollama fails", string(UpstreamError))
 	f.h.timeline.mu.Lock()
 	for i := range f.h.timeline.ring {
-		f.h.timeline.ring[i].At -= lately.Milliseconds() + 1000
+		f.h.timeline.ring[i].At -= lately.Milliseconds() + 20000
+	}
+	for i := range f.h.timeline.bins {
+		f.h.timeline.bins[i].at -= int64((lately + 20*time.Second) / binWidth)
 	}
 	f.h.timeline.mu.Unlock()
 	want("five minutes later")
@@ -340,6 +343,19 @@ func TestTimelineBounds(t *testing.T) {
 	for range timelineMost + 10 {
 		ask()
 	}
+	// A flood of requests that fail alike does not push out the others.
+	for range 10 * timelineMost {
+		ex := &exchange{start: time.Now(), route: routes["/api/chat"]}
+		ex.Outcome = Unreachable
+		tl.ended(ex)
+	}
+	if tl.next > timelineMost+10+3*alikeMost || tl.totals.Outcomes[string(Unreachable)] != 10*timelineMost { // a bin may have ended meanwhile
+		t.Errorf("of a flood %d are shown, %d were counted", tl.next-timelineMost-10, tl.totals.Outcomes[string(Unreachable)])
+	}
+	tl = newTimeline()
+	for range timelineMost + 10 {
+		ask()
+	}
 	list, next := tl.since(0)
 	if len(list) != timelineMost || next != timelineMost+10 || list[0].Number != 11 || list[len(list)-1].Number != next {
 		t.Errorf("%d entries, from %d on; the next is %d", len(list), list[0].Number, next)
@@ -351,12 +367,12 @@ func TestTimelineBounds(t *testing.T) {
 		t.Errorf("after the last one: %+v", list)
 	}
 	now := time.Now()
-	tl.bin(now.Add(-binWidth)).add(nil)
+	tl.bin(now.Add(-binWidth)).add(Exchange{})
 	if got := len(tl.series(now.Add(binMost * binWidth * 2))); got != 0 {
 		t.Errorf("hours later %d bins are shown", got)
 	}
 	for i := range 3 * binMost {
-		tl.bin(now.Add(time.Duration(i) * binWidth)).add(nil)
+		tl.bin(now.Add(time.Duration(i) * binWidth)).add(Exchange{})
 	}
 	series := tl.series(now.Add((3*binMost - 1) * binWidth))
 	if len(series) != binMost || !slices.IsSortedFunc(series, func(a, b binEntry) int { return int(a[0] - b[0]) }) {

@@ -338,7 +338,7 @@ func (h *Handler) wrongWith(b *backend) (list []problem) {
 				"it listen elsewhere.")
 	case st.Polled.IsZero():
 	case !st.Up:
-		what := fmt.Sprintf("%s at %s does not answer: %v.", b.Name, b.URL, st.Err)
+		what := fmt.Sprintf("%s at %s does not answer: %s.", b.Name, b.URL, reason(st.Err))
 		add("away", isError, what, "Start Ollama there (ollama serve), or say with --upstream where it is.")
 	}
 	if b.draining.Load() {
@@ -387,20 +387,19 @@ func (t *timeline) problems(now time.Time) (list []problem) {
 	contexts := map[string]map[int]bool{}
 	since := now.Add(-lately).UnixMilli()
 	t.mu.Lock()
+	for i := range t.bins {
+		if b := &t.bins[i]; b.at*binWidth.Milliseconds() >= since {
+			for i, n := range b.wrong {
+				counts[string(wrongs[i])] += n
+			}
+		}
+	}
 	for i := range t.ring {
 		d := &t.ring[i]
 		if d.At+int64(d.Duration) < since {
 			continue
 		}
-		kind := ""
-		switch d.Outcome {
-		case Unreachable, UpstreamError, Aborted, Refused:
-			kind = string(d.Outcome)
-		}
-		if kind != "" {
-			counts[kind]++
-			said[kind] = cmp.Or(d.Said, said[kind])
-		}
+		said[string(d.Outcome)] = cmp.Or(d.Said, said[string(d.Outcome)])
 		if d.told == nil {
 			continue
 		}

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"cmp"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -16,6 +17,7 @@ const (
 	runningMost  = 200              // requests under way that the page shows
 	binWidth     = 10 * time.Second // of the page's charts over time …
 	binMost      = 360              // … which show the last hour
+	alikeMost    = 10               // requests that failed alike within a bin, of which each is shown
 )
 
 // timeline remembers the last requests to models for the page: on which lane each of them was, and
@@ -114,7 +116,12 @@ type bin struct {
 	at int64 // since 1970, in binWidth; 0: none yet
 
 	requests, reused, evaluated, unknown, generated, loads int
+
+	wrong [len(wrongs)]int // by outcome
 }
+
+// wrongs are the outcomes that are problems.
+var wrongs = [...]Outcome{Unreachable, UpstreamError, Aborted, Refused}
 
 // binEntry is a bin as the page has it: when it began, in seconds, and what is in bin.
 type binEntry [7]int64
@@ -216,6 +223,17 @@ func (t *timeline) ended(ex *exchange) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.remove(ex)
+	if ex.Prewarm == "" { // or else no client has sent it
+		t.totals.add(ex.Exchange)
+	}
+	if alike := t.bin(now).add(ex.Exchange); alike <= alikeMost || ex.Savings != nil {
+		t.keep(d)
+	}
+}
+
+// keep remembers a request that has ended. Of many that fail at once not all are, so that they do not push out
+// all others. t.mu must be held.
+func (t *timeline) keep(d drawn) {
 	t.next++
 	d.Number = t.next
 	if len(t.ring) < timelineMost {
@@ -223,10 +241,6 @@ func (t *timeline) ended(ex *exchange) {
 	} else {
 		t.ring[(t.next-1)%timelineMost] = d
 	}
-	if ex.Prewarm == "" { // or else no client has sent it
-		t.totals.add(ex.Exchange)
-	}
-	t.bin(now).add(ex.Savings)
 }
 
 func toldOf(e *savings.Entry) *told {
@@ -289,10 +303,16 @@ func (t *timeline) bin(now time.Time) *bin {
 	return b
 }
 
-func (b *bin) add(e *savings.Entry) {
+// add counts a request, and returns how many have failed like it.
+func (b *bin) add(ex Exchange) (alike int) {
 	b.requests++
+	if i := slices.Index(wrongs[:], ex.Outcome); i >= 0 {
+		b.wrong[i]++
+		alike = b.wrong[i]
+	}
+	e := ex.Savings
 	if e == nil {
-		return
+		return alike
 	}
 	if e.Tokens != nil {
 		b.reused += e.Tokens.Reused
@@ -304,6 +324,7 @@ func (b *bin) add(e *savings.Entry) {
 	if e.Loaded {
 		b.loads++
 	}
+	return alike
 }
 
 // counted returns a copy of the totals.

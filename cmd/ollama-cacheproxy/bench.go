@@ -35,6 +35,8 @@ type benchCmd struct {
 	Model    []string `env:"-" placeholder:"NAME" help:"The model; twice for the workload models. Default: the only one that there is."`
 	Slots    string   `env:"-" default:"auto" placeholder:"N" help:"With --optimize true: slots per model, as serve has it. Default: auto."`
 
+	Price float64 `placeholder:"NUMBER" help:"What a million evaluated prompt tokens would cost elsewhere, in any currency: the report then prices them, and those that were reused. Default: 0, which shows no prices."`
+
 	JSON bool   `name:"json" env:"-" help:"Write the report to stdout as JSON, request by request, instead of as a table."`
 	HTML string `name:"html" env:"-" type:"path" placeholder:"FILE" help:"Write the report, with charts, to this file too: one page that needs no network."`
 
@@ -97,6 +99,9 @@ func (b *benchCmd) Run(ctx context.Context, c *console) error {
 
 // config understands the flags.
 func (b *benchCmd) config() (*bench.Config, error) {
+	if b.Price < 0 {
+		return nil, errors.New("--price: want 0 (no prices) or more")
+	}
 	for _, n := range []int{b.Requests, b.PrefixTokens, b.TailTokens, b.OutputTokens, b.Rounds} {
 		if n < 1 {
 			return nil, errors.New("--requests, --prefix-tokens, --tail-tokens, --output-tokens, --rounds: want at least 1")
@@ -111,6 +116,7 @@ func (b *benchCmd) config() (*bench.Config, error) {
 	config := &bench.Config{
 		Models: b.Model, Workload: b.Workload, Requests: b.Requests, PrefixTokens: b.PrefixTokens, TailTokens: b.TailTokens, OutputTokens: b.OutputTokens,
 		Clients: b.Clients, Pause: b.Pause, GiveUp: b.GiveUp, Rounds: b.Rounds, Seed: b.Seed, Slots: b.Slots,
+		Price: b.Price,
 	}
 	for _, mode := range b.Optimize {
 		if slices.Contains(config.Modes, bench.Mode(mode)) {

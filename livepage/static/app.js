@@ -230,7 +230,7 @@ function Track({r, whole, tall}) {
   const list = steps(r, now());
   const total = list.reduce((n, s) => n + s[1], 0);
   return html`<span class="track ${tall ? "tall" : ""}" aria-hidden="true" style=${tall ? {} : {width: Math.max(1.5, 100 * Math.min(1, total / whole)) + "%"}}>
-    ${list.filter(s => s[1] > 0).map(([kind, ms]) => html`<i class="${kind} ${r.verdict === "hit" ? "hit" : ""}" style=${{width: 100 * ms / total + "%"}}></i>`)}
+    ${list.filter(s => s[1] > 0).map(([kind, ms]) => html`<i class="${kind} ${r.verdict || ""}" style=${{width: 100 * ms / total + "%"}}></i>`)}
   </span>`;
 }
 
@@ -239,7 +239,7 @@ function Detail({r}) {
   const fact = (name, shown) => shown && html`<dt>${name}</dt><dd>${shown}</dd>`;
   return html`<div class="detail">
     <${Track} r=${r} tall=${true} />
-    <ul class="steps">${list.map(([kind, ms]) => html`<li><i class="${kind} ${r.verdict === "hit" ? "hit" : ""}"></i>${stepNames[kind]} ${duration(ms)}</li>`)}</ul>
+    <ul class="steps">${list.map(([kind, ms]) => html`<li><i class="${kind} ${r.verdict || ""}"></i>${stepNames[kind]} ${duration(ms)}</li>`)}</ul>
     <dl class="facts">
       ${fact("Why", (r.said || r.detail || reasons[r.reason]) && html`${r.said || r.detail || reasons[r.reason]}${r.reason && html` <span class="soft">(${r.reason})</span>`}`)}
       ${fact("Prompt", warmth(r))}
@@ -263,9 +263,9 @@ function Waiting() {
   return html`<section aria-labelledby="h-wait">
     <div class="head"><h2 id="h-wait">Waiting <span class="soft">${value(queue.waiting)}</span></h2></div>
     ${queue.requests.length === 0 ? html`<p class="soft">${queue.waiting ? "They wait for memory or for a server that is away." : "Nobody waits."}</p>` : html`<div class="scroll"><table id="waiting">
-      <thead><tr><th scope="col" class="num">Place</th><th scope="col">Who</th><th scope="col">For</th><th scope="col">Priority</th><th scope="col" class="num wide">Prompt tokens</th><th scope="col" class="num">Since</th><th scope="col" class="num">Expected</th></tr></thead>
+      <thead><tr><th scope="col" class="num wide">Place</th><th scope="col">Who</th><th scope="col">For</th><th scope="col">Priority</th><th scope="col" class="num wide">Prompt tokens</th><th scope="col" class="num">Since</th><th scope="col" class="num">Expected</th></tr></thead>
       <tbody>${queue.requests.slice(0, 12).map(w => html`<tr key=${w.since + w.client + w.place}>
-        <td class="num">${value(w.place)}</td><td>${w.name || html`<code>${w.client.slice(0, 8)}</code>`}</td>
+        <td class="num wide">${value(w.place)}</td><td>${w.name || html`<code>${w.client.slice(0, 8)}</code>`}</td>
         <td class="break">${w.model}${w.num_ctx ? html` <span class="soft">num_ctx ${number(w.num_ctx)}</span>` : ""}${many ? html` <span class="soft">${w.upstream}</span>` : ""}</td>
         <td>${w.priority}</td><td class="num wide">about ${value(w.tokens)}</td><td class="num">${duration(Math.max(0, now() - w.since))}</td><td class="num">${w.start ? until(w.start) : html`<span class="soft">not known</span>`}</td></tr>`)}
       </tbody></table></div>
@@ -353,7 +353,7 @@ function Upstreams() {
         return html`<tr key=${u.name}>
           <th scope="row">${u.name}<div class="soft break"><code>${u.url}</code></div></th>
           <td><span class="dot ${dot}"></span>${text}${u.error && html`<div class="soft break">${u.error}</div>`}</td>
-          <td class="wide">${u.version || "–"}<div class="soft">${plural(u.models.length, "model")}</div></td>
+          <td class="wide nowrap">${u.version || "–"}<div class="soft">${plural(u.models.length, "model")}</div></td>
           <td class="num">${value(u.in_flight)}</td>
           <td>${u.slots.length === 0 ? html`<span class="soft">${state.parts.proxy.lanes ? "none in use yet" : "requests go as they come"}</span>` : html`<ul class="slots">${u.slots.map(s => html`<li>
             ${s.model}${s.num_ctx ? html` <span class="soft">num_ctx ${number(s.num_ctx)}</span>` : ""}: ${value(s.busy)} of ${s.lanes ? value(s.lanes) : "any number"} busy${" "}
@@ -409,7 +409,7 @@ const kinds = {all: () => true, cold: r => r.reason, failed: r => failed(r) || r
 function Requests() {
   const all = state.log.filter(kinds[state.only]);
   const list = all.slice(-state.shown).reverse();
-  const longest = list.map(r => r.duration || 0).sort((a, b) => a - b)[Math.floor(.95 * (list.length - 1))] || 1;
+  const longest = list.map(r => r.duration || 0).sort((a, b) => a - b)[Math.floor(.95 * (list.length - 1))] || 1, scale = Math.max(longest, 50);
   const open = number => set({open: state.open === number ? 0 : number});
   return html`<section aria-labelledby="h-req">
     <div class="head"><h2 id="h-req">Last requests</h2>
@@ -425,10 +425,11 @@ function Requests() {
           <td class="wide">${failed(r) || r.broken ? html`<span class="fail">${outcomes[r.outcome]}${r.status >= 400 ? " " + r.status : ""}</span>` : r.reason ? reasons[r.reason] || r.reason : r.outcome === "ok" ? "" : outcomes[r.outcome]}</td>
           <td class="num wide">${r.sent >= 1 || r.waited >= 1 ? duration(Math.max(r.waited || 0, r.sent || 0)) : ""}</td>
           <td class="num">${failed(r) ? html`<span class="fail">${duration(r.duration || 0)}</span>` : duration(r.duration || 0)}</td>
-          <td class="fall"><${Track} r=${r} whole=${longest} /></td></tr>
+          <td class="fall"><${Track} r=${r} whole=${scale} /></td></tr>
         ${state.open === r.number && html`<tr key=${"detail" + r.number} class="open"><td colspan="8"><${Detail} r=${r} /></td></tr>`}`)}
       </tbody></table></div>
-      ${all.length > list.length && html`<p><button onClick=${() => set({shown: state.shown + 75})}>Show more</button> <span class="soft">${number(all.length - list.length)} older</span></p>`}`}
+      ${all.length > list.length && html`<p><button onClick=${() => set({shown: state.shown + 75})}>Show more</button> <span class="soft">${number(all.length - list.length)} older</span></p>`}
+      ${state.only === "failed" && html`<p class="soft">Of requests that failed alike at once, ten in ${state.parts.proxy.bin_s} seconds are listed.</p>`}`}
   </section>`;
 }
 

@@ -44,7 +44,7 @@ export function chart(element, bins, width, from, to) {
     scales: {x: {time: false, auto: false}, y: {range: (u, min, max) => [0, Math.max(max, 10) * 1.05]}},
     axes: [
       {...axis, size: 24, space: 80, values: (u, list) => list.map(t => clock(t * 1000, false)), incrs: [60, 120, 300, 600, 1200]},
-      {...axis, size: 46, space: 34, values: (u, list) => list.map(short)},
+      {...axis, size: 46, space: 26, values: (u, list) => list.map(short)},
     ],
     series: [{}, bars("unknown", tone("none")), bars("evaluated", tone("cold")), bars("reused", tone("warm")), {show: false, scale: "loads"}],
     hooks: {

@@ -78,7 +78,7 @@ export function rowsOf(requests, upstreams, from, now) {
   }
   for (const r of requests) {
     const end = r.duration ? r.at + r.duration : now;
-    if (end < from || !r.upstream) continue;
+    if (end < from || !r.upstream || r.lane === undefined && failed(r)) continue;
     const g = group(r.upstream, r.model, r.num_ctx, r.runner);
     let lane = r.lane;
     if (lane === undefined) {

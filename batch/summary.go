@@ -41,9 +41,26 @@ type Summary struct {
 	ModelLoads      Figure `json:"model_loads"`
 	Truncated       Figure `json:"truncated_prompts"`
 
+	// Price is that of a million evaluated tokens, in any currency, and Cost what the evaluated ones
+	// come to by it, Worth the reused ones. See SetPrice.
+	Price float64 `json:"price,omitempty"`
+	Cost  *Figure `json:"cost,omitempty"`
+	Worth *Figure `json:"worth_of_reused,omitempty"`
+
 	SecondsSaved      Figure `json:"seconds_saved"` // by evaluating nothing twice, against evaluating every prompt in full
 	Seconds           Figure `json:"seconds"`       // of this run
 	RequestsPerSecond Figure `json:"requests_per_second"`
+}
+
+// SetPrice has the summary tell what tokens cost at so much for a million evaluated ones; 0: it tells no
+// prices.
+func (s *Summary) SetPrice(perMillion float64) {
+	s.Price, s.Cost, s.Worth = perMillion, nil, nil
+	if perMillion == 0 {
+		return
+	}
+	at := func(tokens Figure) *Figure { return &Figure{tokens.Value * perMillion / 1e6, tokens.Basis} }
+	s.Cost, s.Worth = at(s.EvaluatedTokens), at(s.ReusedTokens)
 }
 
 // summary is made at the end.
@@ -121,6 +138,10 @@ func (s *Summary) Print(w io.Writer) error {
 	text += row("  hit rate", "%.1f %%", rate) + row("answer tokens", "%.0f", s.AnswerTokens) + row("model loads", "%.0f", s.ModelLoads)
 	if s.Truncated.Value > 0 {
 		text += row("prompts cut by Ollama", "%.0f", s.Truncated)
+	}
+	if s.Price > 0 {
+		text += fmt.Sprintf("%-22s%12g  a million evaluated tokens\n", "price", s.Price) +
+			row("  of the evaluated", "%.4f", *s.Cost) + row("  of the reused", "%.4f", *s.Worth)
 	}
 	text += row("seconds saved", "%.1f", s.SecondsSaved) + row("seconds of this run", "%.1f", s.Seconds) + row("requests per second", "%.2f", s.RequestsPerSecond)
 	_, err := io.WriteString(w, text)

@@ -56,6 +56,7 @@ type Config struct {
 	Seed                                             uint64        // other seeds make other texts
 	Slots                                            string        // that Front gives the mode Full; only told
 	Predictions                                      bool          // set the figures of Prediction beside those of the workload "same"
+	Price                                            float64       // of a million evaluated tokens, in any currency; 0: no prices are told
 
 	// Front starts the proxy for a mode. done is called for each request when it is over, and not any more when stop has returned.
 	Front     func(ctx context.Context, mode Mode, done func(proxy.Exchange)) (base *url.URL, stop func() error, err error)

@@ -35,6 +35,7 @@ type Report struct {
 	Seed         uint64  `json:"seed"`
 	Slots        string  `json:"slots"` // of the mode Full, as serve's flag has it
 	Predictions  bool    `json:"predictions,omitempty"`
+	Price        float64 `json:"price,omitempty"` // of a million evaluated tokens
 
 	Modes  []*ModeResult `json:"modes"` // as Modes has them, without those that were not run
 	Memory []Memory      `json:"memory"`
@@ -138,6 +139,7 @@ func newReport(c *Config, version string, at time.Time) *Report {
 		At: at, Upstream: c.Upstream.String(), Ollama: version, Models: c.Models, Workload: c.Workload, Order: c.Modes,
 		Requests: c.Requests, PrefixTokens: c.PrefixTokens, TailTokens: c.TailTokens, OutputTokens: c.OutputTokens,
 		Clients: c.Clients, Rounds: c.Rounds, PauseMS: ms(c.Pause), GiveUpMS: ms(c.GiveUp), Seed: c.Seed, Slots: c.Slots, Predictions: c.Predictions,
+		Price: c.Price,
 		Modes: []*ModeResult{}, Notes: []string{},
 	}
 }

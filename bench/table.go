@@ -104,6 +104,11 @@ func (r *Report) rows() (rows []row) {
 	})
 	predicted(func(p *Prediction) string { return number(float64(p.Evaluated)) })
 	add("… reused, "+string(r.basis()), func(m *ModeResult) string { return number(m.Reused) })
+	if r.Price > 0 {
+		add(fmt.Sprintf("at %g a million: evaluated (reused)", r.Price), func(m *ModeResult) string {
+			return fmt.Sprintf("%.4f (%.4f)", m.Evaluated*r.Price/1e6, m.Reused*r.Price/1e6)
+		})
+	}
 	if slices.ContainsFunc(r.Modes, func(m *ModeResult) bool { return m.Unknown > 0 }) {
 		add("… not known", func(m *ModeResult) string { return number(m.Unknown) })
 	}

@@ -218,6 +218,7 @@ func (h *Handler) begin(ex *exchange) {
 	b.inFlight.Add(1)
 	ex.began = true
 	defer h.recorder.sent(b, ex)
+	h.timeline.sent(ex)
 	if h.prewarming != nil && ex.infers() && !ex.cloud {
 		h.prewarming.asked(ex, []*backend{b})
 	}
@@ -282,6 +283,7 @@ func (ex *exchange) options() *prefix.Options {
 func (h *Handler) retract(ex *exchange) {
 	ex.up.inFlight.Add(-1)
 	ex.began = false
+	h.timeline.retracted(ex)
 	ex.use.end()
 	ex.use = use{}
 	ex.run.End(time.Now(), runners.Outcome{Refused: true})

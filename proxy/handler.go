@@ -28,6 +28,7 @@ import (
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contexts"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/jsonscan"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/livepage"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/runners"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
@@ -81,6 +82,8 @@ type Handler struct {
 	Contexts    *contexts.Manager   // nil stores and attaches no context
 	Prewarm     *Prewarm            // requests whose prompts are to be warm before anybody asks; nil: none
 	ShowPrompts bool                // the page of the last requests has excerpts of their bodies
+	Version     string              // of this program, for the page
+	Price       float64             // of a million evaluated prompt tokens, in any currency, for the page; 0: none is shown
 
 	// Done is told of each request when it is over, Touched of each keep_alive that was set, or refused, in the
 	// background. Nil means nobody listens.
@@ -100,6 +103,8 @@ type Handler struct {
 	news      atomic.Pointer[chan struct{}] // closed when the next poll of an upstream has ended
 
 	backends   []*backend // Upstreams, in the same order
+	timeline   *timeline
+	live       *livepage.Hub
 	prewarming *prewarmer // nil: there is nothing to make warm
 	recorder   *recorder  // of what pathFacts shows
 	forward    *httputil.ReverseProxy
@@ -232,6 +237,8 @@ type exchange struct {
 	dialect savings.Dialect
 	answer  *savings.Reader // nil where nobody reads the answer
 	excerpt string
+	shown   *onWay // on the page; nil: it was not sent, or is not shown there
+	said    string // why the proxy refused it
 
 	loadedFirst time.Duration // how long its model took to load, where loadFirst had it loaded
 
@@ -301,6 +308,8 @@ func (h *Handler) Init() {
 	}
 	h.lingers, h.refreshEvery = lingers, refreshEvery
 	h.prefixes = prefix.NewReader()
+	h.timeline = newTimeline()
+	h.live = livepage.NewHub(overview{h}, timelineMost)
 	h.prewarming = newPrewarmer(h)
 	h.recorder = newRecorder()
 	for i, s := range h.Upstreams {
@@ -517,7 +526,7 @@ func (h *Handler) refuse(w http.ResponseWriter, r *http.Request, ex *exchange, r
 // reply answers in the upstream's place.
 func (ex *exchange) reply(w http.ResponseWriter, r *http.Request, ref *refusal) {
 	ex.beat.stop()
-	ex.Status = ref.status
+	ex.Status, ex.said = ref.status, ref.message
 	setCORS(w.Header(), ex.origin)
 	ex.timing(w.Header())
 	if ex.stranger && ref.status >= 500 {
@@ -866,6 +875,7 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	h.accounted(ex)
 	h.record(r, ex)
 	h.warmed(r, ex)
+	h.timeline.ended(ex)
 	h.prewarming.asked(ex, nil)
 	if ex.began {
 		ex.up.inFlight.Add(-1)

@@ -81,6 +81,7 @@ type serveCmd struct {
 	ContextsShared bool          `help:"Attach what one API key's prompts left to those of the others, too. A client could find out by the time that an answer takes whether another one has sent a prompt."`
 	ShowPrompts    bool          `help:"Show the beginning and the end of request bodies on /_cacheproxy/requests. Without this no prompt text is kept."`
 
+	Price       float64  `placeholder:"NUMBER" help:"What a million evaluated prompt tokens would cost elsewhere, in any currency: the page at /_cacheproxy/ then shows what those that were reused are worth, and bench and batch do. Default: 0, which shows no prices."`
 	AllowHost   []string `placeholder:"NAME" help:"Accept this Host name on loopback connections too (* for any). Repeatable."`
 	AllowOrigin []string `placeholder:"ORIGIN" help:"Let web pages of this origin in, such as https://chat.example.com; one * stands for anything. Repeatable. Those in OLLAMA_ORIGINS are let in too."`
 	APIKeysFile string   `group:"everyday" name:"api-keys-file" type:"path" default:"" placeholder:"FILE" help:"Ask clients for one of the keys in this file. A line is KEY, or NAME KEY and then any of weight=2 (its share beside others that wait), class=batch (the most urgent priority that it may ask for, and the one it has if it asks for none: interactive, normal or batch), max-waiting=50 (more requests that would have to wait get 429), rate=10/s (or /m, /h; more requests get 429) and admin (it may pull, create, copy, push and delete models, and drain upstreams; no other key may). It is read again when it changes, and at SIGHUP."`
@@ -134,7 +135,7 @@ Examples:
   ollama-cacheproxy --check --upstream gpu-box:11434
       say whether these settings are right, and stop
 
-Pages of its own: /metrics (Prometheus), /_cacheproxy/requests (what became of the last requests' prompts), /_cacheproxy/queue (what waits, and when it is expected to begin), /_cacheproxy/upstreams, /_cacheproxy/health, /_cacheproxy/ready.
+Pages of its own: /_cacheproxy/ (for people, live), /metrics (Prometheus), /_cacheproxy/requests (what became of the last requests' prompts), /_cacheproxy/queue (what waits, and when it is expected to begin), /_cacheproxy/upstreams, /_cacheproxy/health, /_cacheproxy/ready.
 POST /_cacheproxy/upstreams/NAME/drain has an upstream finish what it has and get nothing new, …/resume ends that.
 
 With several upstreams what changes models (pull, create, copy, push, delete, blobs) goes to the first one. The request header X-Cacheproxy-Upstream: NAME sends any request to one of them; in answers it names the one that answered.
@@ -239,6 +240,9 @@ func (s *serveCmd) limits() (int64, error) {
 	if s.StoreEntries < 0 || s.StoreBytes < 0 {
 		return 0, fmt.Errorf("--store-entries %d, --store-bytes %d: want 0 (remember no prefixes but the last prompts') or more", s.StoreEntries, s.StoreBytes)
 	}
+	if s.Price < 0 {
+		return 0, fmt.Errorf("--price %v: want 0 (no prices) or more", s.Price)
+	}
 	if s.Drain < 0 {
 		return 0, fmt.Errorf("--drain %v: want 0 or more", s.Drain)
 	}
@@ -324,6 +328,7 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	base, cut := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer cut(nil)
 	srv := newServer(base, h, logger)
+	srv.RegisterOnShutdown(h.ClosePages)
 	descriptors := proxy.NewDescriptors()
 	srv.ConnState, srv.ConnContext = descriptors.ConnState, descriptors.ConnContext
 	background, stopBackground := context.WithCancel(base) // what waits for an upstream may do so until the end
@@ -387,7 +392,7 @@ func (s *serveCmd) handler(
 		UpstreamSilence: s.UpstreamSilence, Heartbeat: s.Heartbeat, Queue: s.Queue,
 		Guard: set.guard, Trusted: set.trusted, Log: logger,
 		Ledger: savings.New(store, rememberRequests), ShowPrompts: s.ShowPrompts,
-		Contexts: set.contexts,
+		Contexts: set.contexts, Version: version(), Price: s.Price,
 	}
 	if set.prewarm != nil {
 		h.Prewarm = set.prewarm.requests

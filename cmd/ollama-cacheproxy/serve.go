@@ -426,6 +426,7 @@ func (s *serveCmd) handler(
 		limits.ContextBytes = s.ContextBytes
 	}
 	counts.Limits(func() metrics.Limits { return limits })
+	counts.Draining(h.Draining)
 	counts.Held(h.Held)
 	counts.Waiting(h.Waiting)
 	h.Metrics, h.Done, h.Touched = counts.Handler(), counts.Done, counts.Touched

@@ -477,16 +477,24 @@ func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (d
 		preflight(w, ex.origin, h.Guard.Keys != nil)
 		return true
 	}
-	if ref == nil && ex.stranger && !keyless(r) {
-		ref = &refusal{http.StatusUnauthorized, "a valid API key is needed: send it as 'Authorization: Bearer KEY' (the keys are in the file that ollama-cacheproxy was started with: --api-keys-file)"}
-	}
-	if ref == nil && ex.admins {
-		ref = ex.notAdmin()
+	if ref == nil {
+		ref = ex.keyed(r)
 	}
 	if ref != nil {
 		h.refuse(w, r, ex, ref)
 	}
 	return ref != nil
+}
+
+// keyed refuses a request that shows no API key that may send it.
+func (ex *exchange) keyed(r *http.Request) *refusal {
+	switch {
+	case ex.stranger && !keyless(r):
+		return &refusal{http.StatusUnauthorized, "a valid API key is needed: send it as 'Authorization: Bearer KEY' (the keys are in the file that ollama-cacheproxy was started with: --api-keys-file)"}
+	case ex.admins:
+		return ex.notAdmin()
+	}
+	return nil
 }
 
 // loop refuses what comes back to this proxy from its upstreams, as its own requests show, and everything while all of them
@@ -857,9 +865,7 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	if ex.up != nil {
 		ex.Upstream = ex.up.Name
 	}
-	if ex.warming == nil {
-		ex.Client = hashed(h.Trusted.clientOf(r, ex.holder.client()))
-	}
+	ex.Client = h.clientShown(r, ex)
 	ex.Begun = ex.beat.begun()
 	ex.Duration = time.Since(ex.start)
 	ex.BytesIn = ex.in.Load()
@@ -974,39 +980,24 @@ func (ex *exchange) outcome(r *http.Request) Outcome {
 func (ex *exchange) attrs() []slog.Attr {
 	attrs := make([]slog.Attr, 0, 24)
 	attrs = append(attrs, slog.String("method", ex.Method), slog.String("path", ex.Path[:min(len(ex.Path), 256)]))
-	if ex.Model != "" {
-		attrs = append(attrs, slog.String("model", ex.Model))
-	}
-	if ex.Name != "" {
-		attrs = append(attrs, slog.String("key_name", ex.Name))
-	}
+	attrs = said(attrs, slog.String("model", ex.Model), slog.String("key_name", ex.Name))
 	attrs = append(attrs,
 		slog.Int("status", ex.Status),
 		milliseconds("duration_ms", ex.Duration),
 		slog.Int64("bytes_in", ex.BytesIn),
 		slog.Int64("bytes_out", ex.BytesOut),
 		slog.String("outcome", string(ex.Outcome)))
-	if ex.Client != "" {
-		attrs = append(attrs, slog.String("client", ex.Client))
-	}
+	attrs = said(attrs, slog.String("client", ex.Client))
 	if ex.FirstByte > 0 {
 		attrs = append(attrs, milliseconds("first_byte_ms", ex.FirstByte))
 	}
-	for _, a := range []slog.Attr{
-		slog.String("keep_alive", ex.KeepAlive), slog.String("unedited", ex.Unedited),
+	attrs = said(attrs, slog.String("keep_alive", ex.KeepAlive), slog.String("unedited", ex.Unedited),
 		slog.String("prewarm", ex.Prewarm), slog.String("stable_heads", ex.headsEdited()),
-		slog.String("num_ctx", ex.NumCtx),
-	} {
-		if a.Value.String() != "" {
-			attrs = append(attrs, a)
-		}
-	}
+		slog.String("num_ctx", ex.NumCtx))
 	if ex.Begun {
 		attrs = append(attrs, slog.Bool("heartbeat", true))
 	}
-	if ex.Upstream != "" {
-		attrs = append(attrs, slog.String("upstream", ex.Upstream))
-	}
+	attrs = said(attrs, slog.String("upstream", ex.Upstream))
 	if ex.Simulated {
 		attrs = append(attrs, slog.Bool("simulated", true))
 	}
@@ -1021,11 +1012,16 @@ func (ex *exchange) attrs() []slog.Attr {
 		if e.Tokens != nil {
 			attrs = append(attrs, slog.Int("evaluated", e.Tokens.Evaluated), slog.String("basis", string(e.Basis)))
 		}
-		if e.Reason != "" {
-			attrs = append(attrs, slog.String("reason", string(e.Reason)))
-		}
-		if e.Detail != "" {
-			attrs = append(attrs, slog.String("detail", e.Detail))
+		attrs = said(attrs, slog.String("reason", string(e.Reason)), slog.String("detail", e.Detail))
+	}
+	return attrs
+}
+
+// said adds those of more that have a text.
+func said(attrs []slog.Attr, more ...slog.Attr) []slog.Attr {
+	for _, a := range more {
+		if a.Value.String() != "" {
+			attrs = append(attrs, a)
 		}
 	}
 	return attrs

@@ -345,11 +345,7 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	wg.Go(func() { h.Run(background) })           // ends with background
 	wg.Go(func() { trim(background, transport) }) // ends with background
 	wg.Go(func() {                                // ends with background
-		files := set.files()
-		if c := newConfigReload(s, set, h, level); c != nil {
-			files = append(files, c)
-		}
-		watchFiles(background, hangup, logger, files...)
+		watchFiles(background, hangup, logger, append(set.files(), newConfigReload(s, set, h, level)...)...)
 	})
 
 	select {
@@ -451,6 +447,9 @@ func (set settings) listener(ctx context.Context, logger *slog.Logger) (net.List
 	ln, _, err := set.tryListen(ctx)
 	if err != nil {
 		return nil, err
+	}
+	if set.cert != nil {
+		set.cert.warn(logger)
 	}
 	if addr, ok := ln.Addr().(*net.TCPAddr); ok && !addr.IP.IsLoopback() && set.guard.Keys == nil {
 		logger.Warn("listening beyond this machine without API keys: anyone who reaches this address can use, pull and delete models; set --api-keys-file", "listen", ln.Addr().String())

@@ -3,7 +3,6 @@ package proxy
 import (
 	"cmp"
 
-
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 )
 

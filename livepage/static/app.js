@@ -13,7 +13,7 @@ const still = matchMedia("(prefers-reduced-motion: reduce)");
 // What is known, and what the person at the page has chosen.
 const state = {
   link: "connecting", message: "", parts: {}, log: [], offset: 0, at: 0,
-  paused: false, minutes: 5, hour: false, only: "all", shown: 25, open: 0, chosen: 0, tip: null, sure: "", said: "",
+  paused: false, minutes: 5, hour: false, only: "all", shown: 25, open: 0, chosen: 0, tip: null, sure: "", sureAt: 0, said: "",
 };
 let again = () => {};
 let boxes = [];
@@ -298,16 +298,17 @@ function Act({id, name, path, hurts, label}) {
   if (!state.parts.you || !state.parts.you.admin) return "";
   const asked = state.sure === id;
   const press = async () => {
-    if (hurts && !asked) {
-      set({sure: id});
-      setTimeout(() => state.sure === id && set({sure: ""}), 4000);
+    if (hurts && state.sure !== id) {
+      set({sure: id, sureAt: Date.now()});
+      setTimeout(() => state.sure === id && set({sure: ""}), 5000);
       return;
     }
-    set({sure: "", said: name + " …"});
+    if (hurts && Date.now() - state.sureAt < 400) return; // a double click is one press
+    set({sure: "", sureAt: 0, said: name + " …"});
     const refused = await change(path);
     set({said: refused ? `${name}: ${refused}` : `${name}: done.`});
   };
-  return html`<button class=${asked ? "sure" : ""} aria-label=${label} onClick=${press}>${asked ? name + " now?" : name}</button> `;
+  return html`<button class=${asked ? "sure" : ""} aria-label=${asked ? label + " now?" : label} onClick=${press}>${asked ? name + " now?" : name}</button> `;
 }
 
 const verbs = (u, verb, query = "") => `upstreams/${encodeURIComponent(u)}/${verb}${query}`;

@@ -215,12 +215,12 @@ func TestPage(t *testing.T) {
 	}
 	page.picture("empty")
 
-	ask := func(system, user string, more string) {
+	ask := func(system, user string, output int, more string) {
 		text, err := json.Marshal([]map[string]string{{"role": "system", "content": system}, {"role": "user", "content": user}})
 		if err != nil {
 			t.Error(err)
 		}
-		status, _, answer := post(t, p.URL+"/api/chat", fmt.Sprintf(`{"model":%q,"stream":false,"messages":%s,"options":{"num_predict":8%s}}`, tiny, text, more))
+		status, _, answer := post(t, p.URL+"/api/chat", fmt.Sprintf(`{"model":%q,"stream":false,"messages":%s,"options":{"num_predict":%d%s}}`, tiny, text, output, more))
 		if status != 200 {
 			t.Errorf("%d %s", status, answer)
 		}
@@ -228,8 +228,8 @@ func TestPage(t *testing.T) {
 	var work sync.WaitGroup
 	for script := range 4 {
 		work.Go(func() {
-			for i := range 12 {
-				ask(words(uint64(script/2), 150), words(uint64(100*script+i), 10), "")
+			for i := range 20 {
+				ask(words(uint64(script/2), 150), words(uint64(100*script+i), 10), 48, "")
 			}
 		})
 	}
@@ -253,7 +253,7 @@ func TestPage(t *testing.T) {
 		if after := told(t, p); !atLeast(after.grown(), f.grown()) {
 			t.Errorf("the page shows %v, /metrics tell %v", f.grown(), after.grown())
 		}
-		if looks == 2 {
+		if looks == 4 {
 			page.picture("busy")
 		}
 	}
@@ -262,7 +262,7 @@ func TestPage(t *testing.T) {
 	}
 
 	want := told(t, p)
-	f = page.until("all 48 requests", func(f pageFigures) bool { return f.Requests == 48 && f.Waiting == 0 && f.Running == 0 && f.Memory > 0 })
+	f = page.until("all 80 requests", func(f pageFigures) bool { return f.Requests == 80 && f.Waiting == 0 && f.Running == 0 && f.Memory > 0 })
 	same := func(what string, got, want float64) {
 		t.Helper()
 		if diff := got - want; diff > 1e-6 || diff < -1e-6 {
@@ -302,10 +302,10 @@ func TestPage(t *testing.T) {
 			Generated int `json:"generated_tokens"`
 		}
 	}
-	if _, _, text := get(t, p.URL+"/_cacheproxy/requests"); json.Unmarshal([]byte(text), &ledger) != nil || len(ledger.Requests) != 48 {
+	if _, _, text := get(t, p.URL+"/_cacheproxy/requests"); json.Unmarshal([]byte(text), &ledger) != nil || len(ledger.Requests) != 80 {
 		t.Fatalf("the ledger: %s", text)
 	}
-	f = page.until("48 rows", func(f pageFigures) bool { return len(f.Rows) == 48 })
+	f = page.until("80 rows", func(f pageFigures) bool { return len(f.Rows) == 80 })
 	rows := map[uint64]pageRow{}
 	for _, r := range f.Rows {
 		rows[uint64(r.Entry)] = r
@@ -360,7 +360,7 @@ func TestPage(t *testing.T) {
 
 	// Clients that disagree on num_ctx are told of.
 	for i := range 4 {
-		ask(words(1, 50), "hello", fmt.Sprintf(`,"num_ctx":%d`, 2048+512*(i%2)))
+		ask(words(1, 50), "hello", 8, fmt.Sprintf(`,"num_ctx":%d`, 2048+512*(i%2)))
 	}
 	page.until("that clients disagree on num_ctx", func(f pageFigures) bool { return strings.Join(f.Problems, " ") == "reloaded" })
 

@@ -146,7 +146,7 @@ function Figures() {
     <h2 id="h-sum" class="hidden">Since the start</h2>
     <dl class="figures">
       ${figure("f-requests", "Requests", value(t.requests), wrong > 0 ? html`<data value=${wrong}>${number(wrong)}</data> not answered` : t.requests ? "all answered" : "none yet")}
-      ${figure("f-reused", "Prompt tokens reused", value(reused, short(reused)), percent(reused, reused + evaluated) + guess)}
+      ${figure("f-reused", "Tokens reused", value(reused, short(reused)), percent(reused, reused + evaluated) + guess)}
       ${figure("f-evaluated", "Evaluated", value(evaluated, short(evaluated)), t.unknown ? html`and ${value(t.unknown, short(t.unknown))} not known` : html`${value(t.verdicts.cold || 0)} cold ${t.verdicts.cold === 1 ? "prompt" : "prompts"}`)}
       ${figure("f-generated", "Generated", value(t.generated, short(t.generated)), "tokens")}
       ${figure("f-loads", "Model loads", value(t.loads + t.estimated_loads), t.estimated_loads ? html`${value(t.estimated_loads)} of them inferred` : "as answers told")}

@@ -318,7 +318,7 @@ func TestFiles(t *testing.T) {
 func hundred(tb testing.TB, h *Hub) (read func() int64, leave func()) {
 	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if err := h.Open(); err != nil {
-			http.Error(w, err.Error(), 503)
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
 			return
 		}
 		h.Serve(w, r, nil)

@@ -381,81 +381,113 @@ func (h *Handler) waitingLong(now time.Time) []problem {
 			"wait with X-Cacheproxy-Priority: batch."}}
 }
 
-// problems tells what is wrong by the requests that ended lately.
-func (t *timeline) problems(now time.Time) (list []problem) {
-	counts, said := map[string]int{}, map[string]string{}
-	contexts := map[string]map[int]bool{}
-	since := now.Add(-lately).UnixMilli()
+// evidence is what the requests of the last minutes tell of what is wrong.
+type evidence struct {
+	counts map[string]int    // of what, by its kind
+	said   map[string]string // what one was told that ended so, by outcome
+	// contexts are the num_ctx that requests for a model asked for.
+	contexts map[string]map[int]bool
+}
+
+// evidence returns what requests tell that ended at a time or later.
+func (t *timeline) evidence(since int64) evidence {
+	e := evidence{map[string]int{}, map[string]string{}, map[string]map[int]bool{}}
 	t.mu.Lock()
+	defer t.mu.Unlock()
 	for i := range t.bins {
 		if b := &t.bins[i]; b.at*binWidth.Milliseconds() >= since {
 			for i, n := range b.wrong {
-				counts[string(wrongs[i])] += n
+				e.counts[string(wrongs[i])] += n
 			}
 		}
 	}
 	for i := range t.ring {
-		d := &t.ring[i]
-		if d.At+int64(d.Duration) < since {
+		if d := &t.ring[i]; d.At+int64(d.Duration) >= since {
+			e.add(d)
+		}
+	}
+	return e
+}
+
+func (e *evidence) add(d *drawn) {
+	if d.Said != "" {
+		e.said[string(d.Outcome)] = d.Said
+	}
+	if d.told == nil {
+		return
+	}
+	if d.Truncated {
+		e.counts["truncated"]++
+	}
+	if d.Loaded {
+		e.counts[string(d.Reason)]++
+	}
+	if e.contexts[d.Model] == nil {
+		e.contexts[d.Model] = map[int]bool{}
+	}
+	e.contexts[d.Model][d.NumCtx] = true
+}
+
+// disagree reports whether requests for one model asked for more than one num_ctx.
+func (e *evidence) disagree() bool {
+	for _, seen := range e.contexts {
+		if len(seen) > 1 {
+			return true
+		}
+	}
+	return false
+}
+
+// symptoms are what evidence may show: from how many on, how bad that is, and what to do about it.
+var symptoms = []struct {
+	kind        string
+	least       int
+	level       string
+	what, todo  string
+	onlyNumCtx  bool // where clients disagree on num_ctx …
+	otherNumCtx bool // … and where they do not
+}{
+	{kind: string(Unreachable), least: 1, level: isError,
+		what: "Requests of the last 5 minutes that reached no Ollama: %d.",
+		todo: "See the server below; start it, or correct --upstream."},
+	{kind: string(UpstreamError), least: 1, level: isError,
+		what: "Requests of the last 5 minutes that Ollama answered with an error: %d.",
+		todo: "Open one of them below, and look into Ollama's log at that time."},
+	{kind: string(Aborted), least: 1, level: isError,
+		what: "Answers of the last 5 minutes that broke off: %d.",
+		todo: "Ollama, or something between, closed the connection: its log says why. A crash is most " +
+			"often want of memory."},
+	{kind: string(Refused), least: 1, level: isWarning,
+		what: "Requests of the last 5 minutes that the proxy refused: %d.",
+		todo: "The reason says which setting decides."},
+	{kind: string(savings.ReasonReloaded), least: 2, level: isWarning, onlyNumCtx: true,
+		what: "Clients disagree on num_ctx: model loads that this cost in the last 5 minutes: %d.",
+		todo: "Set one num_ctx in all clients, or leave it out of them and set OLLAMA_CONTEXT_LENGTH for " +
+			"Ollama."},
+	{kind: string(savings.ReasonReloaded), least: 2, level: isWarning, otherNumCtx: true,
+		what: "Clients ask for different options: model loads that this cost in the last 5 minutes: %d.",
+		todo: "Have all clients ask for the same options; a request's detail below says which one differs."},
+	{kind: string(savings.ReasonEvicted), least: 2, level: isWarning,
+		what: "Models push each other out of memory: loads that this cost in the last 5 minutes: %d.",
+		todo: "Use smaller models or contexts, more memory (OLLAMA_MAX_LOADED_MODELS), or a server for each."},
+	{kind: "truncated", least: 1, level: isWarning,
+		what: "Prompts of the last 5 minutes that Ollama has probably cut, dropping their beginning: %d.",
+		todo: "Ask for a larger num_ctx, or send less."},
+}
+
+// problems tells what is wrong by the requests that ended lately.
+func (t *timeline) problems(now time.Time) (list []problem) {
+	e := t.evidence(now.Add(-lately).UnixMilli())
+	for _, s := range symptoms {
+		n := e.counts[s.kind]
+		if n < s.least || s.onlyNumCtx && !e.disagree() || s.otherNumCtx && e.disagree() {
 			continue
 		}
-		said[string(d.Outcome)] = cmp.Or(d.Said, said[string(d.Outcome)])
-		if d.told == nil {
-			continue
+		what := fmt.Sprintf(s.what, n)
+		if text := e.said[s.kind]; text != "" {
+			what += " One was told: " + text + "."
 		}
-		if d.Loaded {
-			counts["loads"]++
-		}
-		if d.Truncated {
-			counts["truncated"]++
-		}
-		if d.Loaded && d.Reason == savings.ReasonReloaded {
-			counts["reloaded"]++
-		}
-		if d.Loaded && d.Reason == savings.ReasonEvicted {
-			counts["evicted"]++
-		}
-		if contexts[d.Model] == nil {
-			contexts[d.Model] = map[int]bool{}
-		}
-		contexts[d.Model][d.NumCtx] = true
+		list = append(list, problem{s.kind, s.level, what, s.todo})
 	}
-	t.mu.Unlock()
-	add := func(kind string, least int, level, what, do string) {
-		if n := counts[kind]; n >= least {
-			what = fmt.Sprintf(what, n)
-			if text := said[kind]; text != "" {
-				what += " One was told: " + text + "."
-			}
-			list = append(list, problem{kind, level, what, do})
-		}
-	}
-	add(string(Unreachable), 1, isError, "Requests of the last 5 minutes that reached no Ollama: %d.",
-		"See the server below; start it, or correct --upstream.")
-	add(string(UpstreamError), 1, isError, "Requests of the last 5 minutes that Ollama answered with an error: %d.",
-		"Open one of them below, and look into Ollama's log at that time.")
-	add(string(Aborted), 1, isError, "Answers of the last 5 minutes that broke off: %d.",
-		"Ollama, or something between, closed the connection: its log says why. A crash is most often want of memory.")
-	add(string(Refused), 1, isWarning, "Requests of the last 5 minutes that the proxy refused: %d.",
-		"The reason says which setting decides.")
-	if n := counts["reloaded"]; n >= 2 {
-		models := 0
-		for _, seen := range contexts {
-			if len(seen) > 1 {
-				models++
-			}
-		}
-		what, do := "Clients ask for different options: model loads that this cost in the last 5 minutes: %d.",
-			"Have all clients ask for the same options; a request's detail below says which one differs."
-		if models > 0 {
-			what = "Clients disagree on num_ctx: model loads that this cost in the last 5 minutes: %d."
-			do = "Set one num_ctx in all clients, or leave it out of them and set OLLAMA_CONTEXT_LENGTH for Ollama."
-		}
-		add("reloaded", 2, isWarning, what, do)
-	}
-	add("evicted", 2, isWarning, "Models push each other out of memory: loads that this cost in the last 5 minutes: %d.",
-		"Use smaller models or contexts, more memory (OLLAMA_MAX_LOADED_MODELS), or a server for each.")
-	add("truncated", 1, isWarning, "Prompts of the last 5 minutes that Ollama has probably cut, dropping their beginning: %d.",
-		"Ask for a larger num_ctx, or send less.")
 	return list
 }

@@ -136,7 +136,7 @@ Examples:
       say whether these settings are right, and stop
 
 Pages of its own: /_cacheproxy/ (for people, live), /metrics (Prometheus), /_cacheproxy/requests (what became of the last requests' prompts), /_cacheproxy/queue (what waits, and when it is expected to begin), /_cacheproxy/upstreams, /_cacheproxy/health, /_cacheproxy/ready.
-POST /_cacheproxy/upstreams/NAME/drain has an upstream finish what it has and get nothing new, …/resume ends that.
+POST /_cacheproxy/upstreams/NAME/drain has an upstream finish what it has and get nothing new, …/resume ends that; …/hold?model=M&for=24h keeps a model in its memory, …/unload?model=M does not.
 
 With several upstreams what changes models (pull, create, copy, push, delete, blobs) goes to the first one. The request header X-Cacheproxy-Upstream: NAME sends any request to one of them; in answers it names the one that answered.
 

@@ -13,7 +13,7 @@ const still = matchMedia("(prefers-reduced-motion: reduce)");
 // What is known, and what the person at the page has chosen.
 const state = {
   link: "connecting", message: "", parts: {}, log: [], offset: 0, at: 0,
-  paused: false, minutes: 5, hour: false, only: "all", shown: 25, open: 0, chosen: 0, tip: null, sure: "", said: "",
+  paused: false, minutes: 5, hour: false, only: "all", shown: 25, open: 0, chosen: 0, tip: null, sure: "", sureAt: 0, said: "",
 };
 let again = () => {};
 let boxes = [];
@@ -76,7 +76,7 @@ function Page() {
     </main>
     <footer>
       <span>Since ${time(state.parts.proxy.started, new Date(state.parts.proxy.started).toLocaleString())}</span>
-      <a href="../metrics">metrics</a> <a href="requests">requests</a> <a href="queue">queue</a> <a href="upstreams">upstreams</a>
+      ${!state.parts.proxy.keys && html`<a href="../metrics">metrics</a> <a href="requests">requests</a> <a href="queue">queue</a> <a href="upstreams">upstreams</a>`}
       <span>No prompt text is shown here. Colours stand for how prompts begin.</span>
     </footer>`;
 }
@@ -145,14 +145,14 @@ function Figures() {
   return html`<section aria-labelledby="h-sum">
     <h2 id="h-sum" class="hidden">Since the start</h2>
     <dl class="figures">
-      ${figure("f-requests", "Requests", value(t.requests), wrong > 0 ? html`<data value=${wrong}>${number(wrong)}</data> not answered` : "all answered")}
-      ${figure("f-reused", "Prompt tokens reused", value(reused, short(reused)), percent(reused, reused + evaluated) + guess)}
+      ${figure("f-requests", "Requests", value(t.requests), wrong > 0 ? html`<data value=${wrong}>${number(wrong)}</data> not answered` : t.requests ? "all answered" : "none yet")}
+      ${figure("f-reused", "Tokens reused", value(reused, short(reused)), percent(reused, reused + evaluated) + guess)}
       ${figure("f-evaluated", "Evaluated", value(evaluated, short(evaluated)), t.unknown ? html`and ${value(t.unknown, short(t.unknown))} not known` : html`${value(t.verdicts.cold || 0)} cold ${t.verdicts.cold === 1 ? "prompt" : "prompts"}`)}
       ${figure("f-generated", "Generated", value(t.generated, short(t.generated)), "tokens")}
       ${figure("f-loads", "Model loads", value(t.loads + t.estimated_loads), t.estimated_loads ? html`${value(t.estimated_loads)} of them inferred` : "as answers told")}
       ${figure("f-saved", "Time saved", html`<data value=${saved}>${duration(1000 * saved)}</data>`, "estimated")}
-      ${proxy.price > 0 && figure("f-worth", `Reused, at ${proxy.price} a million`, html`<data value=${reused * proxy.price / 1e6}>${price(reused * proxy.price / 1e6)}</data>`,
-        `of ${price((evaluated + reused) * proxy.price / 1e6)} in all`)}
+      ${proxy.price > 0 && figure("f-worth", "Worth of reused", html`<data value=${reused * proxy.price / 1e6}>${price(reused * proxy.price / 1e6)}</data>`,
+        `at ${proxy.price} a million`)}
     </dl>
   </section>`;
 }
@@ -269,7 +269,7 @@ function Waiting() {
         <td class="break">${w.model}${w.num_ctx ? html` <span class="soft">num_ctx ${number(w.num_ctx)}</span>` : ""}${many ? html` <span class="soft">${w.upstream}</span>` : ""}</td>
         <td>${w.priority}</td><td class="num wide">about ${value(w.tokens)}</td><td class="num">${duration(Math.max(0, now() - w.since))}</td><td class="num">${w.start ? until(w.start) : html`<span class="soft">not known</span>`}</td></tr>`)}
       </tbody></table></div>
-      ${queue.queued > 12 && html`<p class="soft">and ${number(queue.queued - 12)} more: <a href="queue">queue</a></p>`}`}
+      ${queue.queued > 12 && html`<p class="soft">and ${number(queue.queued - 12)} more</p>`}`}
   </section>`;
 }
 
@@ -298,16 +298,17 @@ function Act({id, name, path, hurts, label}) {
   if (!state.parts.you || !state.parts.you.admin) return "";
   const asked = state.sure === id;
   const press = async () => {
-    if (hurts && !asked) {
-      set({sure: id});
-      setTimeout(() => state.sure === id && set({sure: ""}), 4000);
+    if (hurts && state.sure !== id) {
+      set({sure: id, sureAt: Date.now()});
+      setTimeout(() => state.sure === id && set({sure: ""}), 5000);
       return;
     }
-    set({sure: "", said: name + " …"});
+    if (hurts && Date.now() - state.sureAt < 400) return; // a double click is one press
+    set({sure: "", sureAt: 0, said: name + " …"});
     const refused = await change(path);
     set({said: refused ? `${name}: ${refused}` : `${name}: done.`});
   };
-  return html`<button class=${asked ? "sure" : ""} aria-label=${label} onClick=${press}>${asked ? name + " now?" : name}</button> `;
+  return html`<button class=${asked ? "sure" : ""} aria-label=${asked ? label + " now?" : label} onClick=${press}>${asked ? name + " now?" : name}</button> `;
 }
 
 const verbs = (u, verb, query = "") => `upstreams/${encodeURIComponent(u)}/${verb}${query}`;

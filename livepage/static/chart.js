@@ -41,7 +41,7 @@ export function chart(element, bins, width, from, to) {
     padding: [14, 8, 0, 0],
     cursor: {show: false},
     legend: {show: false},
-    scales: {x: {time: false, auto: false}, y: {range: (u, min, max) => [0, Math.max(max, 10) * 1.05]}},
+    scales: {x: {time: false, auto: false}, y: {range: (u, min, max) => [0, Math.max(max, 100) * 1.05]}},
     axes: [
       {...axis, size: 24, space: 80, values: (u, list) => list.map(t => clock(t * 1000, false)), incrs: [60, 120, 300, 600, 1200]},
       {...axis, size: 46, space: 26, values: (u, list) => list.map(short)},

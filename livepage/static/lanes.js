@@ -2,7 +2,7 @@
 
 import {clock, duration, failed, number} from "./format.js";
 
-const rowHeight = 20, rowGap = 3, headHeight = 20, waitHeight = 30, axisHeight = 20, gutter = 26;
+const rowHeight = 20, rowGap = 3, headHeight = 20, waitTop = 16, waitHeight = 40, axisHeight = 20, gutter = 26;
 const hues = [235, 55, 150, 320, 85, 275, 195, 20, 115, 350]; // far apart, one after the other
 
 const places = new Map(); // of groups among the hues, in the order in which they were first seen
@@ -163,7 +163,7 @@ export function draw(canvas, state) {
   let most = 0, count = 0;
   for (const e of edges) most = Math.max(most, count += e[1]);
   if (most > 0) {
-    const y = n => waitHeight - n / most * (waitHeight - 4);
+    const y = n => waitHeight - n / most * (waitHeight - waitTop - 2);
     c.beginPath();
     c.moveTo(x(from), waitHeight);
     count = 0;
@@ -187,11 +187,9 @@ export function draw(canvas, state) {
   c.fillStyle = line;
   c.fillRect(gutter, waitHeight, width - gutter, 1);
   c.textAlign = "left";
-  c.strokeStyle = paper;
-  c.lineWidth = 4;
-  c.lineJoin = "round";
+  c.fillStyle = paper; // over the lines of time
   const waitText = most > 0 ? `waiting, ${number(most)} at most` : "waiting";
-  c.strokeText(waitText, 0, 8);
+  c.fillRect(0, 0, c.measureText(waitText).width + 4, waitTop);
   c.fillStyle = soft;
   c.fillText(waitText, 0, 8);
 

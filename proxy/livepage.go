@@ -118,18 +118,24 @@ func (h *Handler) hold(ctx context.Context, b *backend, model, key string, hold 
 	if err != nil {
 		return err
 	}
-	if _, ok := b.loaded(list, key); !ok {
+	l, ok := b.loaded(list, key)
+	if !ok {
 		return errors.New("it is not loaded; a request to it loads it")
 	}
-	return b.residency.hold(ctx, b.runners.Weights(key), model, hold.Duration)
+	return b.residency.hold(ctx, b.runners.Weights(key), model, hold.Duration, l)
 }
 
-// hold keeps a model for so long from its next end on, as a client does that asks for that.
-func (r *residency) hold(ctx context.Context, weights, model string, d time.Duration) error {
+// hold keeps a model, which is listed as l, for so long from its next end on, as a client does that asks
+// for that.
+func (r *residency) hold(ctx context.Context, weights, model string, d time.Duration, l upstream.Loaded) error {
 	r.mu.Lock()
 	m := r.get(weights)
 	stated, embed := m.stated, m.embed
 	r.mu.Unlock()
+	if l.ContextLength > 0 {
+		// Others may have loaded it. Another context length, and none at all, would load it anew.
+		stated = stated.WithContext(l.ContextLength)
+	}
 	began := time.Now()
 	if err := r.touch(ctx, model, d, embed, stated); err != nil {
 		return err

@@ -344,7 +344,7 @@ func TestPageProblems(t *testing.T) {
 // TestPageChanges: a model can be held and unloaded, by nobody but who may, and not by pages of other origins.
 func TestPageChanges(t *testing.T) {
 	b := newBox(t, "a", "m:latest@1", "other:latest@2")
-	b.set(func() { b.loaded = []string{"m:latest"} })
+	b.set(func() { b.loaded, b.tokens = []string{"m:latest"}, 2048 }) // by somebody who asked for that
 	f := newFleet(t, 1, b)
 	f.ask("POST", "/api/chat", chat("m:latest", "x"))
 	b.took()
@@ -374,7 +374,8 @@ func TestPageChanges(t *testing.T) {
 	if res, text := f.do("POST", pathUpstreams+"a/hold?model=m:latest&for=36h", ""); res.StatusCode != 200 {
 		t.Errorf("hold: %s, %s", res.Status, text)
 	}
-	if got := b.took(); len(got) != 1 || !strings.Contains(got[0], `"keep_alive":"36h0m0s"`) || !strings.Contains(got[0], `"prompt":""`) {
+	if got := b.took(); len(got) != 1 || !strings.Contains(got[0], `"keep_alive":"36h0m0s"`) || !strings.Contains(got[0], `"prompt":""`) ||
+		!strings.Contains(got[0], `"num_ctx":2048`) {
 		t.Errorf("to hold it the server was asked %q", got)
 	}
 	loads := f.look().Upstreams[0].Loads

@@ -168,6 +168,9 @@ func TestExamine(t *testing.T) {
 		{"a checksum that changes", factsOf(nil, func(f *Facts) {
 			f.Changed = []Changed{{Model: "m:latest", Place: "system prompt", Kind: "checksum", Byte: 61, Cost: Cost{Count: 6, Tokens: 24900}, Since: start}}
 		}), IDHead, "--stable-heads claude-billing"},
+		{"tools in another order", factsOf(nil, func(f *Facts) {
+			f.Changed = []Changed{{Model: "m:latest", Place: "tools", Kind: "text", Cost: Cost{Count: 6, Tokens: 24900}, Since: start}}
+		}), IDHead, ""},
 		{"somebody who edits a message", factsOf(nil, func(f *Facts) {
 			f.Changed = []Changed{{Model: "m:latest", Place: "message 3", Kind: "text", Byte: 61, Cost: Cost{Count: 6, Tokens: 24900}, Since: start}}
 		}), "", ""},

@@ -74,7 +74,7 @@ func (f *Facts) upstream(u *Upstream) (list []Finding) {
 			list = append(list, found)
 		}
 	}
-	for _, l := range f.Direct[u.Name].Loaded {
+	for _, l := range f.Loaded[u.Name] {
 		if found, ok := cpu(l); ok {
 			found.Upstream, found.Model = u.Name, l.Name
 			list = append(list, found)
@@ -146,7 +146,7 @@ func (f *Facts) evict(u *Upstream) (Finding, bool) {
 	}
 	slices.Sort(models)
 	size, known := 0, 0
-	for _, l := range f.Direct[u.Name].Loaded {
+	for _, l := range f.Loaded[u.Name] {
 		if slices.Contains(models, l.Name) {
 			size, known = size+int(l.Size>>20), known+1
 		}

@@ -37,5 +37,13 @@ func (k *keysFile) reload(logger *slog.Logger) {
 	if k.replaced != nil {
 		k.replaced(k.keys.Names())
 	}
-	logger.Info("API keys read again", "file", k.path, "keys", k.keys.Len())
+	logger.Info("API keys read again", "file", k.path, "keys", k.keys.Len(), "admins", k.keys.Admins())
+}
+
+// warn says that no key may change models, where that is so: a file from before there was that right
+// has none that may.
+func (k *keysFile) warn(logger *slog.Logger) {
+	if k.keys.Admins() == 0 {
+		logger.Warn("no API key may pull, create, copy, push or delete models, or drain upstreams: add the word admin to the line of one that may, such as 'NAME KEY admin'", "file", k.path)
+	}
 }

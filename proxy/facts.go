@@ -103,7 +103,7 @@ func (h *Handler) record(r *http.Request, ex *exchange) {
 	}
 	q.KeepAlive, q.OwnKeepAlive = h.keeps(ex)
 	if c := ex.chain; c != nil && c.HasPrompt() {
-		q.Bytes, q.Conversation = c.Bytes(), c.Opening
+		q.Bytes, q.Images, q.Conversation = c.Bytes(), c.Images, c.Opening
 		if c.Messages > 2 {
 			q.Conversation = c.Conversation
 			q.Moved = h.recorder.Turns(conversationOf(q.Client, programOf(r, ex), c.Opening), c)

@@ -79,7 +79,7 @@ func (d *doctorCmd) Run(ctx context.Context, c *console) error {
 	if err != nil {
 		return exitError{statusUnasked, err}
 	}
-	if facts.Direct, err = ask.servers(ctx, facts.Upstreams, direct); err != nil {
+	if facts.Loaded, err = ask.servers(ctx, facts.Upstreams, direct); err != nil {
 		return exitError{statusUsage, err}
 	}
 	facts.Proxy = u.String()
@@ -213,8 +213,8 @@ func (a *asking) whoIsThere(ctx context.Context) error {
 
 // servers asks the proxy's servers what they have loaded: those in direct at that address, the others
 // through the proxy.
-func (a *asking) servers(ctx context.Context, list []doctor.Upstream, direct map[string]*url.URL) (map[string]doctor.Direct, error) {
-	found := map[string]doctor.Direct{}
+func (a *asking) servers(ctx context.Context, list []doctor.Upstream, direct map[string]*url.URL) (map[string][]doctor.Resident, error) {
+	found := map[string][]doctor.Resident{}
 	var names []string
 	var mu sync.Mutex
 	var wg sync.WaitGroup
@@ -232,10 +232,10 @@ func (a *asking) servers(ctx context.Context, list []doctor.Upstream, direct map
 		}
 		wg.Go(func() {
 			server := upstream.NewServer(u.Name, at, transport, slog.New(slog.DiscardHandler))
-			d := directOf(server.Poll(ctx))
+			loaded := loadedOn(server.Poll(ctx))
 			mu.Lock()
 			defer mu.Unlock()
-			found[u.Name] = d
+			found[u.Name] = loaded
 		})
 	}
 	wg.Wait()
@@ -245,15 +245,12 @@ func (a *asking) servers(ctx context.Context, list []doctor.Upstream, direct map
 	return found, nil
 }
 
-func directOf(st upstream.State) doctor.Direct {
-	d := doctor.Direct{Version: st.Version}
-	if st.Err != nil {
-		d.Error = st.Err.Error()
-	}
+func loadedOn(st upstream.State) (list []doctor.Resident) {
 	for _, l := range st.Loaded {
-		d.Loaded = append(d.Loaded, doctor.Resident{
-			Name: upstream.DisplayName(upstream.ModelKey(l.Name)), Size: l.Size, SizeVRAM: l.SizeVRAM, ContextLength: l.ContextLength,
+		list = append(list, doctor.Resident{
+			Name: upstream.DisplayName(upstream.ModelKey(l.Name)), Size: l.Size, SizeVRAM: l.SizeVRAM,
+			ContextLength: l.ContextLength,
 		})
 	}
-	return d
+	return list
 }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"regexp"
 	"strconv"
+	"strings"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
@@ -247,39 +248,47 @@ func unescaped(text []byte) []byte {
 
 // is checks what a regular expression cannot.
 func (p pattern) is(text []byte, start, end int) bool {
-	digits, letters, lower, upper := 0, 0, false, false
-	for _, c := range text[start:end] {
-		switch {
-		case '0' <= c && c <= '9':
-			digits++
-		case 'a' <= c && c <= 'z':
-			letters, lower = letters+1, true
-		case 'A' <= c && c <= 'Z':
-			letters, upper = letters+1, true
-		}
+	if p.NumSubexp() > 0 {
+		return true // what stands before it says what it is
 	}
-	before, after := byte(' '), byte(' ')
-	if start > 0 {
-		before = text[start-1]
-	}
-	if end < len(text) {
-		after = text[end]
-	}
-	switch {
-	case p.NumSubexp() > 0: // what stands before it says what it is
-		return true
-	case p.kind == KindChecksum:
-		return digits > 0 && letters > 0
-	case p.kind == KindUUID:
-		return digits >= 3 && letters >= 3 && (lower && upper || digits >= 6) || end-start == 36
-	case p.kind == KindClock && before == 'T': // after a date
-		return start > 1 && '0' <= text[start-2] && text[start-2] <= '9'
-	case p.kind == KindClock:
-		return !word(before) && before != ':' && before != '.' && before != '/' && before != '-' && after != ':' && !('0' <= after && after <= '9')
+	switch found := text[start:end]; p.kind {
+	case KindChecksum:
+		return amount(found, digits) > 0 && amount(found, letters) > 0
+	case KindUUID:
+		n := amount(found, digits)
+		mixed := amount(found, lower) > 0 && amount(found, upper) > 0
+		return len(found) == 36 || n >= 3 && amount(found, letters) >= 3 && (mixed || n >= 6)
+	case KindClock:
+		return isClock(text, start, end)
 	}
 	return true
 }
 
-func word(c byte) bool {
-	return c == '_' || '0' <= c && c <= '9' || 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z'
+// isClock reports whether what looks like a time of day stands where one would.
+func isClock(text []byte, start, end int) bool {
+	before, after := text[:start], text[end:]
+	if len(after) > 0 && (after[0] == ':' || strings.IndexByte(digits, after[0]) >= 0) {
+		return false
+	}
+	if len(before) > 1 && before[len(before)-1] == 'T' { // after a date
+		return strings.IndexByte(digits, before[len(before)-2]) >= 0
+	}
+	return len(before) == 0 || strings.IndexByte(letters+digits+"_:./-", before[len(before)-1]) < 0
+}
+
+const (
+	digits  = "0123456789"
+	lower   = "abcdefghijklmnopqrstuvwxyz"
+	upper   = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+	letters = lower + upper
+)
+
+// amount returns how many bytes of text are among these.
+func amount(text []byte, among string) (n int) {
+	for _, c := range text {
+		if strings.IndexByte(among, c) >= 0 {
+			n++
+		}
+	}
+	return n
 }

@@ -306,10 +306,7 @@ func (r *Request) end(now time.Time, o Outcome) (entry Entry, put, ok bool) {
 	case prompt:
 		put = r.account(now, o, &entry)
 	}
-	if o.Edits != "" && entry.Detail != "" {
-		entry.Detail += "; "
-	}
-	entry.Detail += o.Edits
+	entry.also(o.Edits)
 	if !entry.Loaded && r.run.Idle > defaultKeepAlive && r.run.WasLoaded {
 		entry.SavedLoading = o.Ending.LoadTime
 	}
@@ -319,6 +316,14 @@ func (r *Request) end(now time.Time, o Outcome) (entry Entry, put, ok bool) {
 	}
 	l.next++
 	return entry, put, true
+}
+
+// also adds to the detail what was edited, if anything was.
+func (e *Entry) also(edits string) {
+	if edits != "" && e.Detail != "" {
+		e.Detail += "; "
+	}
+	e.Detail += edits
 }
 
 // load reports whether the model was loaded for the request, and forgets what was warm before.

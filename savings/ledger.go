@@ -363,9 +363,7 @@ func (r *Request) account(now time.Time, o Outcome, entry *Entry) bool {
 		if entry.Verdict != Hit {
 			entry.Reason, entry.Detail = e.reason(r, entry, o.Ending.Changes)
 		}
-		if entry.Changed = r.changedBy(o.Total, *entry.Tokens); entry.Changed != nil {
-			entry.tellChanged()
-		}
+		entry.tellChanged(r.changedBy(o.Total, *entry.Tokens))
 		entry.SavedEvaluation = e.saved(entry.Tokens.Reused, o.Total)
 	}
 	e.learn(r, o, guess, entry)

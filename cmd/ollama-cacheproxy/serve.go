@@ -177,14 +177,8 @@ func (s *serveCmd) settings() (settings, error) {
 		}
 		set.lanes = set.lanes || t.slots != schedule.Unlimited || len(set.upstreams) > 1
 	}
-	if set.keepAlive, err = proxy.ParseKeepAlive(proxy.KeepAlivePolicy(s.KeepAlivePolicy), append([]string{defaultKeepAlive}, s.KeepAlive...)); err != nil {
-		return set, fmt.Errorf("--keep-alive: %w", err)
-	}
-	if set.numCtx, err = proxy.ParseNumCtx(s.NumCtxPolicy); err != nil {
-		return set, fmt.Errorf("--num-ctx-policy: %w", err)
-	}
-	if set.heads, err = proxy.ParseStableHeads(s.StableHeads); err != nil {
-		return set, fmt.Errorf("--stable-heads: %w", err)
+	if err = set.edits(s); err != nil {
+		return set, err
 	}
 	if set.memory, err = s.limits(); err != nil {
 		return set, err
@@ -217,6 +211,20 @@ func (s *serveCmd) readFiles(set *settings) (err error) {
 	}
 	set.upstreamTLS, err = upstreamTLS(s.UpstreamCA)
 	return err
+}
+
+// edits reads what is to be edited of requests.
+func (set *settings) edits(s *serveCmd) (err error) {
+	if set.keepAlive, err = proxy.ParseKeepAlive(proxy.KeepAlivePolicy(s.KeepAlivePolicy), append([]string{defaultKeepAlive}, s.KeepAlive...)); err != nil {
+		return fmt.Errorf("--keep-alive: %w", err)
+	}
+	if set.numCtx, err = proxy.ParseNumCtx(s.NumCtxPolicy); err != nil {
+		return fmt.Errorf("--num-ctx-policy: %w", err)
+	}
+	if set.heads, err = proxy.ParseStableHeads(s.StableHeads); err != nil {
+		return fmt.Errorf("--stable-heads: %w", err)
+	}
+	return nil
 }
 
 // limits checks the flags that are numbers and times, and returns how much memory bodies may take.

@@ -104,6 +104,9 @@ fuzz: ## a minute of each fuzz test
 	$(FUZZ) '^FuzzMemory$$' ./contextstore
 	$(FUZZ) '^FuzzSplits$$' ./savings
 	$(FUZZ) '^FuzzText$$' ./savings
+	$(FUZZ) '^FuzzKindOf$$' ./savings
+	$(FUZZ) '^FuzzNumCtx$$' ./proxy
+	$(FUZZ) '^FuzzStableHeads$$' ./proxy
 	$(FUZZ) '^FuzzQueue$$' ./schedule
 	$(FUZZ) '^FuzzKeepAlive$$' ./proxy
 	$(FUZZ) '^FuzzForwarded$$' ./proxy

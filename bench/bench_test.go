@@ -38,7 +38,8 @@ func TestQuantile(t *testing.T) {
 	}
 }
 
-// TestPredictions: there are predictions only where they are asked for, for the usual sizes and for others.
+// TestPredictions: there are predictions only where they are asked for, for the usual sizes and for
+// others.
 func TestPredictions(t *testing.T) {
 	r := &Report{Workload: "same", Requests: 100, PrefixTokens: 2000, TailTokens: 50, OutputTokens: 50}
 	if p := r.predict(Full); p != nil {
@@ -60,8 +61,9 @@ func TestPredictions(t *testing.T) {
 	}
 }
 
-// TestWorkloads: each has the requests that were asked for, no two prompts are equal, the same seed makes the same texts, another seed
-// other ones of the same shape, and contexts are as long as they must be.
+// TestWorkloads: each has the requests that were asked for, no two prompts are equal, the same seed
+// makes the same texts, another seed other ones of the same shape, and contexts are as long as they
+// must be.
 func TestWorkloads(t *testing.T) {
 	for _, name := range Workloads() {
 		c := &Config{Workload: name, Models: []string{"a", "b"}[:1], Requests: 90, PrefixTokens: 6000, TailTokens: 50, OutputTokens: 50, Clients: clients(name)}
@@ -130,7 +132,8 @@ func TestHTMLEscapes(t *testing.T) {
 	}
 }
 
-// TestChartsHaveNoNull: of nothing, and of requests that all failed, the page's script gets empty lists.
+// TestChartsHaveNoNull: of nothing, and of requests that all failed, the page's script gets empty
+// lists.
 func TestChartsHaveNoNull(t *testing.T) {
 	r := &Report{}
 	for range 2 {
@@ -159,8 +162,9 @@ func TestTitle(t *testing.T) {
 	}
 }
 
-// TestWords: texts say no more than what was found: of a model with a sliding window the size is a limit; of loads that differ it is
-// not said that they do not; predictions of other sizes are reckoned.
+// TestWords: texts say no more than what was found: of a model with a sliding window the size is a
+// limit; of loads that differ it is not said that they do not; predictions of other sizes are
+// reckoned.
 func TestWords(t *testing.T) {
 	for _, c := range []struct {
 		window, requests int
@@ -191,7 +195,8 @@ func TestWords(t *testing.T) {
 	}
 }
 
-// TestTimeline: requests that are under way at once are on rows of their own, and phases follow each other.
+// TestTimeline: requests that are under way at once are on rows of their own, and phases follow
+// each other.
 func TestTimeline(t *testing.T) {
 	run := &ModeRun{Requests: []Request{
 		{Sent: 0, Passed: 1, Whole: 11, Load: 2, Prompt: 3, Answer: 4},
@@ -227,7 +232,8 @@ func inMemory(c Config, answer func(*http.Request) (status int, body string)) *b
 
 var nowhere = &url.URL{Scheme: "http", Host: "nowhere"}
 
-// TestPauseIsNoStandstill: clients may wait longer between requests than an answer may take; a standstill is noticed all the same.
+// TestPauseIsNoStandstill: clients may wait longer between requests than an answer may take; a
+// standstill is noticed all the same.
 func TestPauseIsNoStandstill(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		asked := 0
@@ -248,7 +254,8 @@ func TestPauseIsNoStandstill(t *testing.T) {
 	})
 }
 
-// TestBeginningsEnd: neither a server nor a proxy that does not come to answer is waited for without end.
+// TestBeginningsEnd: neither a server nor a proxy that does not come to answer is waited for
+// without end.
 func TestBeginningsEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := Config{Upstream: nowhere, Models: []string{"a"}, GiveUp: time.Hour}

@@ -160,6 +160,11 @@ func (m *Model) waste(loads ...Load) (w Waste) {
 	return w
 }
 
+func (w *Waste) add(more Waste) {
+	w.Loads, w.Tokens, w.Seconds = w.Loads+more.Loads, w.Tokens+more.Tokens, w.Seconds+more.Seconds
+	w.Estimated = w.Estimated || more.Estimated
+}
+
 // loaded returns the loads of one cause.
 func (m *Model) loaded(cause Cause) (list []Load) {
 	for _, l := range m.Loads {

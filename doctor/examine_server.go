@@ -130,8 +130,7 @@ func (f *Facts) evict(u *Upstream) (Finding, bool) {
 		}
 		loads := m.loaded(CauseEvicted)
 		cost := m.waste(loads...)
-		w.Loads, w.Tokens, w.Seconds = w.Loads+cost.Loads, w.Tokens+cost.Tokens, w.Seconds+cost.Seconds
-		w.Estimated = w.Estimated || cost.Estimated
+		w.add(cost)
 		for _, l := range loads {
 			evidence = append(evidence, fmt.Sprintf("%s was loaded again %s after %s had been loaded: %s%s.",
 				m.Name, times(l.Count), l.By, duration(l.Seconds), again(Waste{Tokens: l.Tokens}, m)))
@@ -171,12 +170,12 @@ func (f *Facts) evict(u *Upstream) (Finding, bool) {
 func (f *Facts) bypass(u *Upstream) (Finding, bool) {
 	var evidence []string
 	var w Waste
-	seen := false
+	seen, title := false, fmt.Sprintf("Models on %s are unloaded by something that does not come through the proxy", u.URL)
 	for _, o := range f.Outside {
 		if o.Upstream != u.Name {
 			continue
 		}
-		seen = true
+		seen, title = true, fmt.Sprintf("Clients use %s past the proxy", u.URL)
 		said := map[OutsideKind]string{
 			OutsideOptions: "was found loaded with another context length than requests here had asked for",
 			OutsideUsed:    "was used while no request here did",
@@ -187,10 +186,11 @@ func (f *Facts) bypass(u *Upstream) (Finding, bool) {
 	for i := range f.Models {
 		m := &f.Models[i]
 		if loads := m.loaded(CauseUnknown); m.Upstream == u.Name && len(loads) > 0 {
-			w = m.waste(loads...)
+			cost := m.waste(loads...)
+			w.add(cost)
 			evidence = append(evidence, fmt.Sprintf("%s was loaded again %s for no reason that is known here: %s%s.",
-				m.Name, times(w.Loads), duration(loads[0].Seconds), again(w, m)))
-			seen = seen || w.Loads >= fewLoads
+				m.Name, times(cost.Loads), duration(loads[0].Seconds), again(cost, m)))
+			seen = seen || cost.Loads >= fewLoads
 		}
 	}
 	if !seen {
@@ -201,7 +201,7 @@ func (f *Facts) bypass(u *Upstream) (Finding, bool) {
 		severity = Medium // what is done past the proxy is not known, nor what it costs
 	}
 	return Finding{
-		ID: IDBypass, Severity: severity, Title: fmt.Sprintf("Clients use %s past the proxy", u.URL),
+		ID: IDBypass, Severity: severity, Title: title,
 		Evidence: append(evidence, "All of this is inferred from what Ollama lists as loaded. Their requests take slots and loads that the proxy cannot put in order."),
 		Advice: []Advice{
 			{Do: "Point them at the proxy: look for programs, services and containers whose settings name the address above.",
@@ -234,8 +234,7 @@ func (f *Facts) link(u *Upstream) (Finding, bool) {
 			}
 		}
 		if m.much(tokens) {
-			cost := m.evaluation(tokens)
-			w.Tokens, w.Seconds, w.Estimated = w.Tokens+cost.Tokens, w.Seconds+cost.Seconds, true
+			w.add(m.evaluation(tokens))
 			of = append(of, m.Name)
 		}
 	}
@@ -261,16 +260,14 @@ func (f *Facts) link(u *Upstream) (Finding, bool) {
 func (f *Facts) heads() (list []Finding) {
 	const day = 24 * 3600
 	for _, c := range f.Changed {
-		if c.Count < fewPrompts || c.Tokens < fewTokens {
+		// People edit what they have said. What programs write they do not.
+		edited := c.Kind == "text" && strings.HasPrefix(c.Place, "message")
+		if c.Count < fewPrompts || c.Tokens < fewTokens || edited {
 			continue
 		}
 		daily := ""
 		if span := f.Now.Sub(c.Since).Seconds(); span >= 60 {
 			daily = fmt.Sprintf(", or %s a day at this rate", number(int(float64(c.Tokens)/span*day)))
-		}
-		what := c.Kind
-		if what == "" || what == "text" {
-			what = "text"
 		}
 		cost := Waste{Tokens: c.Tokens, Estimated: true}
 		for i := range f.Models {
@@ -279,9 +276,9 @@ func (f *Facts) heads() (list []Finding) {
 			}
 		}
 		found := Finding{
-			ID: IDHead, Model: c.Model, Title: fmt.Sprintf("%s in the %s changes, and all that follows is evaluated again", article(what), c.Place),
+			ID: IDHead, Model: c.Model, Title: fmt.Sprintf("%s in the %s changes, and all that follows is evaluated again", article(c.Kind), c.Place),
 			Evidence: []string{fmt.Sprintf("%s differed from the one before at about byte %s of the %s, where there is %s: %s tokens were evaluated for that%s.",
-				plural(c.Count, "prompt"), number(c.Byte), c.Place, strings.ToLower(article(what)), number(c.Tokens), daily)},
+				plural(c.Count, "prompt"), number(c.Byte), c.Place, strings.ToLower(article(c.Kind)), number(c.Tokens), daily)},
 			Advice: []Advice{{Do: fmt.Sprintf("Take it out, or put it behind all that stays the same: into the last message instead of the %s.", c.Place)}},
 			Cost:   cost, Doc: "heads.md",
 		}

@@ -42,6 +42,8 @@ type Metrics struct {
 	bytesOut  *prometheus.CounterVec
 	keepAlive *prometheus.CounterVec
 	unedited  *prometheus.CounterVec
+	numCtx    *prometheus.CounterVec
+	heads     *prometheus.CounterVec
 	touches   *prometheus.CounterVec
 	up        *prometheus.GaugeVec
 	info      *prometheus.GaugeVec
@@ -102,6 +104,8 @@ func New(version string, inFlight func() int64) *Metrics {
 	m.bytesOut = counter("response_bytes_total", "Bytes of response bodies.", "endpoint")
 	m.keepAlive = counter("keep_alive_total", "Requests that can carry keep_alive, by what was done: injected (the client gave none), held (it gave none, and the model is held already), spared (it gave none, and another request may wait for the model to make room), kept (the client's own), raised (it was shorter), forced.", "action")
 	m.unedited = counter("unedited_total", "Request bodies that could not be read: too_large, encoded or not_json.", "reason")
+	m.numCtx = counter("num_ctx_total", "Native requests to models with a --num-ctx-policy, by what was done about their num_ctx: pinned (to the loaded one), raised (to the largest one), kept, unknown (the client states none, and the server's default is not known).", "action")
+	m.heads = counter("stable_heads_edits_total", "Edits of prompts that --stable-heads made, by rule.", "rule")
 	m.touches = counter("keep_alive_touches_total", "Requests of the proxy's own that set keep_alive for models used through /v1, by result.", "model", "result")
 	m.up = gauge("upstream_up", "1 if the upstream answered the last poll.", "upstream")
 	m.info = gauge("upstream_info", "1, with the upstream's version.", "upstream", "version")
@@ -194,6 +198,12 @@ func (m *Metrics) Done(ex proxy.Exchange) {
 	}
 	if ex.Unedited != "" {
 		m.unedited.WithLabelValues(ex.Unedited).Inc()
+	}
+	if ex.NumCtx != "" {
+		m.numCtx.WithLabelValues(ex.NumCtx).Inc()
+	}
+	for _, done := range ex.Heads {
+		m.heads.WithLabelValues(done.Rule).Add(float64(done.Edits))
 	}
 	if ex.Priority != "" {
 		m.waited.WithLabelValues(ex.Priority).Observe(ex.Waited.Seconds())

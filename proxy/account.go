@@ -37,6 +37,7 @@ func (h *Handler) account(ex *exchange, data []byte) {
 	}
 	chain := h.prefixes.ReadMembers(ex.prompt, ex.key, data, ex.fields.members, ex.fields.long)
 	ex.chain, ex.dialect = &chain, ex.route.answer // on its own: the ledger keeps it for longer than the exchange
+	h.fitContext(ex, data)
 	if h.Live().ShowPrompts {
 		ex.excerpt = excerpt(data)
 	}
@@ -75,7 +76,7 @@ func (h *Handler) accounted(ex *exchange) {
 	o := savings.Outcome{
 		OK: ex.Outcome == OK, Refused: end.Refused,
 		Counted:  ex.dialect == savings.Native && ex.answer != nil,
-		Edits:    ex.edits(),
+		Edits:    ex.edited(),
 		Duration: ex.Duration - ex.sent, Endpoint: ex.Endpoint, Excerpt: ex.excerpt,
 		Client: ex.Client, KeyName: ex.Name, Waited: ex.Waited + ex.paused, Whole: ex.Duration,
 	}

@@ -11,6 +11,8 @@ import (
 	"unique"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/doctor"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
@@ -28,9 +30,11 @@ type recorder struct {
 
 	mu   sync.Mutex
 	seen map[residentKey]seen // models, as they were listed last; guarded by mu
-	// looked has the servers that have listed what is loaded before: what the first list has may be
-	// from before the proxy was started; guarded by mu.
-	looked map[uint16]bool
+	// looked has when each server last listed what is loaded: what the first list has may be from before
+	// the proxy was started; guarded by mu.
+	looked map[uint16]time.Time
+	// blind has the requests whose model is not known; guarded by mu.
+	blind map[uint16]blind
 	// contexts has how many tokens models are loaded with for requests that ask for no context length,
 	// as it was listed after such a request; guarded by mu.
 	contexts map[residentKey]int
@@ -47,16 +51,41 @@ type seen struct {
 	context         int // tokens
 }
 
+// blind are requests to a server whose model is not known, such as uploads: they may use any.
+type blind struct {
+	inFlight int
+	ended    time.Time // when the last one did
+}
+
 func newRecorder() *recorder {
-	return &recorder{Recorder: doctor.NewRecorder(time.Now()), seen: map[residentKey]seen{}, looked: map[uint16]bool{}, contexts: map[residentKey]int{}}
+	return &recorder{
+		Recorder: doctor.NewRecorder(time.Now()), seen: map[residentKey]seen{}, looked: map[uint16]time.Time{},
+		blind: map[uint16]blind{}, contexts: map[residentKey]int{},
+	}
+}
+
+// sent notes that a request is sent.
+func (r *recorder) sent(b *backend, ex *exchange) {
+	if ex.blind == nil && ex.run == nil && ex.Method == http.MethodPost {
+		ex.blind = b
+		r.blindly(b, 1)
+	}
+}
+
+func (r *recorder) blindly(b *backend, n int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.blind[b.index] = blind{r.blind[b.index].inFlight + n, time.Now()}
 }
 
 // record remembers a request that has ended, if it was answered by a model.
 func (h *Handler) record(r *http.Request, ex *exchange) {
+	if ex.blind != nil {
+		h.recorder.blindly(ex.blind, -1)
+	}
 	if ex.run == nil || ex.up == nil || ex.warming != nil || ex.Status == 0 || ex.Status >= 300 {
 		return
 	}
-	hold := h.KeepAlive.For(ex.key)
 	q := doctor.Request{
 		Asker: doctor.Asker{
 			Name: ex.Name, Client: hashed(h.Trusted.clientOf(r, ex.holder.client())),
@@ -66,20 +95,13 @@ func (h *Handler) record(r *http.Request, ex *exchange) {
 		Arrived: ex.start, Sent: ex.start.Add(cmp.Or(ex.sent, ex.Waited+ex.paused)),
 		Ended: ex.start.Add(ex.Duration),
 		Batch: ex.Priority == schedule.Batch.String(), Lane: ex.Priority != "",
-		Foreign: ex.reads == readsForeign, KeepAlive: hold.Duration,
-		Loaded: ex.ending.Loaded, ByOptions: len(ex.ending.Changes) > 0,
+		Foreign: ex.reads == readsForeign,
+		Loaded:  ex.ending.Loaded, ByOptions: len(ex.ending.Changes) > 0,
+		ByNumCtx:  slices.ContainsFunc(ex.ending.Changes, func(c prefix.Change) bool { return c.Option == "num_ctx" }),
 		Restarted: ex.ending.Restarted, Context: ex.run.Context,
 		Values: ex.run.Values, Sliding: ex.run.Sliding,
 	}
-	if hold == (Hold{}) || q.Foreign && h.NoTouch {
-		q.KeepAlive = -1
-	}
-	if ex.KeepAlive == didKeep && ex.fields.keepAlive == keepAliveSet {
-		q.OwnKeepAlive, q.KeepAlive = true, ex.fields.duration
-	}
-	for _, c := range ex.ending.Changes {
-		q.ByNumCtx = q.ByNumCtx || c.Option == "num_ctx"
-	}
+	q.KeepAlive, q.OwnKeepAlive = h.keeps(ex)
 	if c := ex.chain; c != nil && c.HasPrompt() {
 		q.Bytes, q.Conversation = c.Bytes(), c.Opening
 		if c.Messages > 2 {
@@ -91,11 +113,24 @@ func (h *Handler) record(r *http.Request, ex *exchange) {
 		q.Load, q.Prompt, q.Eval = e.Load, e.Prompt, e.Eval
 		q.Tokens, q.Generated, q.Reason, q.Truncated = e.Total, e.Generated, string(e.Reason), e.Truncated
 		if e.Tokens != nil {
-			q.Known, q.Estimated = true, e.Basis != "measured"
+			q.Known, q.Estimated = true, e.Basis != savings.Measured
 			q.Reused, q.Evaluated = e.Tokens.Reused, e.Tokens.Evaluated
 		}
 	}
 	h.recorder.Add(q)
+}
+
+// keeps returns for how long the request's model stays after it, negative where Ollama decides that,
+// and whether that is the client's own wish.
+func (h *Handler) keeps(ex *exchange) (d time.Duration, own bool) {
+	hold := h.KeepAlive.For(ex.key)
+	switch {
+	case ex.KeepAlive == didKeep && ex.fields.keepAlive == keepAliveSet:
+		return ex.fields.duration, true
+	case hold == (Hold{}) || ex.reads == readsForeign && h.NoTouch:
+		return -1, false
+	}
+	return hold.Duration, false
 }
 
 // conversationOf stands for the chats of one program that begin with the same text.
@@ -131,28 +166,37 @@ func (r *recorder) listed(b *backend, loaded map[string]upstream.Loaded, polled 
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	looked := r.looked[b.index]
-	r.looked[b.index] = true
-	for key := range r.seen {
-		if _, ok := loaded[key.weights]; !ok && key.upstream == b.index {
-			delete(r.seen, key)
-		}
-	}
+	looked, blind := r.looked[b.index], r.blind[b.index]
+	r.looked[b.index] = polled
+	sees := blind.inFlight == 0 && blind.ended.Add(idleDelay).Before(looked)
 	for weights, l := range loaded {
 		key := residentKey{b.index, weights}
 		before, known := r.seen[key]
-		r.seen[key] = seen{polled, l.ExpiresAt, l.ContextLength}
-		used, last := b.residency.lastUse(weights)
 		if b.residency.asksNoContext(weights) && (len(r.contexts) < residencyModels || r.contexts[key] > 0) {
 			r.contexts[key] = l.ContextLength
 		}
-		switch {
-		case !used && !known && looked:
-			r.sign(b, upstream.DisplayName(upstream.ModelKey(l.Name)), doctor.OutsideLoaded)
-		case !known || !used || before.context != l.ContextLength:
-		case l.ExpiresAt.Sub(before.expires) > expirySlack && last.Before(before.polled):
-			r.sign(b, upstream.DisplayName(upstream.ModelKey(l.Name)), doctor.OutsideUsed)
+		r.seen[key] = seen{polled, l.ExpiresAt, l.ContextLength}
+		if sees && (known || !looked.IsZero()) {
+			r.compare(b, weights, l, before)
 		}
+	}
+	for key, s := range r.seen { // what is not listed any more
+		if key.upstream == b.index && s.polled != polled {
+			delete(r.seen, key)
+		}
+	}
+}
+
+// compare notes what a loaded model tells of others; before is the zero value where it was not loaded.
+func (r *recorder) compare(b *backend, weights string, l upstream.Loaded, before seen) {
+	used, last := b.residency.lastUse(weights)
+	name := upstream.DisplayName(upstream.ModelKey(l.Name))
+	switch {
+	case !used && before == (seen{}):
+		r.sign(b, name, doctor.OutsideLoaded)
+	case before == (seen{}) || before.context != l.ContextLength: // of the latter the book of runners tells
+	case l.ExpiresAt.Sub(before.expires) > expirySlack && last.Before(before.polled):
+		r.sign(b, name, doctor.OutsideUsed)
 	}
 }
 
@@ -168,7 +212,7 @@ func (r *residency) lastUse(weights string) (used bool, last time.Time) {
 	case m.inFlight > 0:
 		return true, time.Now()
 	}
-	return true, later(m.ended, m.keptAt).Add(idleDelay)
+	return true, later(m.checked, later(m.ended, m.keptAt)).Add(idleDelay) // a look may have become a touch
 }
 
 // asksNoContext reports whether the last request to a model that was answered asked for no context

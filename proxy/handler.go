@@ -28,6 +28,7 @@ import (
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contexts"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/jsonscan"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/livepage"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/runners"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
@@ -57,9 +58,10 @@ type Handler struct {
 	KeepAlive KeepAlive
 	// StableHeads are edits of prompts that the operator has asked for.
 	StableHeads StableHeads
-	NoTouch     bool  // never send a request of our own to set keep_alive for models used through /v1
-	MaxBody     int64 // bytes; 0 means DefaultMaxBody
-	Memory      int64 // bytes for all bodies that are held; 0: no limit
+	NumCtx      NumCtx // what becomes of the context lengths that requests state
+	NoTouch     bool   // never send a request of our own to set keep_alive for models used through /v1
+	MaxBody     int64  // bytes; 0 means DefaultMaxBody
+	Memory      int64  // bytes for all bodies that are held; 0: no limit
 	// BodyTimeout is for how long a request's body may make no progress; 0: for ever.
 	BodyTimeout time.Duration
 	// UpstreamSilence is for how long an upstream may send nothing of an answer before the request is given up; 0: for ever.
@@ -80,6 +82,8 @@ type Handler struct {
 	Contexts    *contexts.Manager   // nil stores and attaches no context
 	Prewarm     *Prewarm            // requests whose prompts are to be warm before anybody asks; nil: none
 	ShowPrompts bool                // the page of the last requests has excerpts of their bodies
+	Version     string              // of this program, for the page
+	Price       float64             // of a million evaluated prompt tokens, in any currency, for the page; 0: none is shown
 
 	// Done is told of each request when it is over, Touched of each keep_alive that was set, or refused, in the
 	// background. Nil means nobody listens.
@@ -99,6 +103,8 @@ type Handler struct {
 	news      atomic.Pointer[chan struct{}] // closed when the next poll of an upstream has ended
 
 	backends   []*backend // Upstreams, in the same order
+	timeline   *timeline
+	live       *livepage.Hub
 	prewarming *prewarmer // nil: there is nothing to make warm
 	recorder   *recorder  // of what pathFacts shows
 	forward    *httputil.ReverseProxy
@@ -131,6 +137,9 @@ type Exchange struct {
 	Unedited  string // why a body that is usually read was not: see the Unedited… constants
 	// Heads are the edits that Handler.StableHeads made to its prompt; nil: none.
 	Heads []HeadEdits
+	// NumCtx is what was done about the context length that it states, or does not: pinned, raised, kept or unknown; ""
+	// where nothing is to be done.
+	NumCtx string
 
 	Upstream  string   // the name of the one that it was sent to; "" for none, or for all
 	Simulated bool     // that one is: its answer and figures are made up
@@ -198,18 +207,19 @@ type exchange struct {
 	cloud     bool                // a remote service runs that
 	unread    bool                // it asks for a prompt to be evaluated, and that is all that could be found out
 	only      *backend
-	up        *backend      // to which it is sent; nil before that is chosen
-	unloading chan struct{} // closed when other servers have unloaded the model, too; nil: they need not
-	began     bool          // it was sent to up, and has not ended
-	waiting   bool          // it is counted in Handler.waiting
-	paused    time.Duration // for how long it waited beside Waited: for memory, and to be sent again
-	gateway   bool          // the answer is not the server's, most likely: see byGateway
-	gaveUp    bool          // after Handler.UpstreamSilence
-	silence   *silence      // gives the request up; nil: never
-	beat      *heartbeat    // nil: the request has none
-	tried     []*backend    // to which it was sent in vain
-	inbound   *http.Request // as it was given to the forwarder
-	edit      edit
+	up        *backend         // to which it is sent; nil before that is chosen
+	unloading chan struct{}    // closed when other servers have unloaded the model, too; nil: they need not
+	began     bool             // it was sent to up, and has not ended
+	waiting   bool             // it is counted in Handler.waiting
+	paused    time.Duration    // for how long it waited beside Waited: for memory, and to be sent again
+	gateway   bool             // the answer is not the server's, most likely: see byGateway
+	gaveUp    bool             // after Handler.UpstreamSilence
+	silence   *silence         // gives the request up; nil: never
+	beat      *heartbeat       // nil: the request has none
+	tried     []*backend       // to which it was sent in vain
+	inbound   *http.Request    // as it was given to the forwarder
+	edits     []edit           // of the body, in order
+	fit       fit              // of its num_ctx
 	run       *runners.Request // nil where it needs no model loaded here
 	use       use
 
@@ -219,6 +229,7 @@ type exchange struct {
 	context *contexts.Use    // nil where nothing is to be stored or attached
 	loaded  runners.Ending   // of the load that was caused before it was sent, to attach something
 	ending  runners.Ending   // of its load, once it has ended
+	blind   *backend         // as to which the recorder knows that its model is not known; nil: it is
 	sent    time.Duration    // from start until it was sent
 	warming *warming         // it is the proxy's own, to make its prompt warm; nil: it is not
 	asks    []*backend       // what prewarmer.asked was told last
@@ -226,6 +237,8 @@ type exchange struct {
 	dialect savings.Dialect
 	answer  *savings.Reader // nil where nobody reads the answer
 	excerpt string
+	shown   *onWay // on the page; nil: it was not sent, or is not shown there
+	said    string // why the proxy refused it
 
 	loadedFirst time.Duration // how long its model took to load, where loadFirst had it loaded
 
@@ -295,6 +308,8 @@ func (h *Handler) Init() {
 	}
 	h.lingers, h.refreshEvery = lingers, refreshEvery
 	h.prefixes = prefix.NewReader()
+	h.timeline = newTimeline()
+	h.live = livepage.NewHub(overview{h}, timelineMost)
 	h.prewarming = newPrewarmer(h)
 	h.recorder = newRecorder()
 	for i, s := range h.Upstreams {
@@ -462,16 +477,24 @@ func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (d
 		preflight(w, ex.origin, h.Guard.Keys != nil)
 		return true
 	}
-	if ref == nil && ex.stranger && !keyless(r) {
-		ref = &refusal{http.StatusUnauthorized, "a valid API key is needed: send it as 'Authorization: Bearer KEY' (the keys are in the file that ollama-cacheproxy was started with: --api-keys-file)"}
-	}
-	if ref == nil && ex.admins {
-		ref = ex.notAdmin()
+	if ref == nil {
+		ref = ex.keyed(r)
 	}
 	if ref != nil {
 		h.refuse(w, r, ex, ref)
 	}
 	return ref != nil
+}
+
+// keyed refuses a request that shows no API key that may send it.
+func (ex *exchange) keyed(r *http.Request) *refusal {
+	switch {
+	case ex.stranger && !keyless(r):
+		return &refusal{http.StatusUnauthorized, "a valid API key is needed: send it as 'Authorization: Bearer KEY' (the keys are in the file that ollama-cacheproxy was started with: --api-keys-file)"}
+	case ex.admins:
+		return ex.notAdmin()
+	}
+	return nil
 }
 
 // loop refuses what comes back to this proxy from its upstreams, as its own requests show, and everything while all of them
@@ -511,7 +534,7 @@ func (h *Handler) refuse(w http.ResponseWriter, r *http.Request, ex *exchange, r
 // reply answers in the upstream's place.
 func (ex *exchange) reply(w http.ResponseWriter, r *http.Request, ref *refusal) {
 	ex.beat.stop()
-	ex.Status = ref.status
+	ex.Status, ex.said = ref.status, ref.message
 	setCORS(w.Header(), ex.origin)
 	ex.timing(w.Header())
 	if ex.stranger && ref.status >= 500 {
@@ -565,7 +588,7 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 	case over:
 		ex.Unedited = UneditedTooLarge
 		ex.in.Store(0)
-		ex.beginning = once{ex.body.open(edit{})}
+		ex.beginning = once{ex.body.open()}
 		ex.letGo()
 		r.Body = &rest{io.MultiReader(ex.beginning, r.Body), r.Body}
 		ex.pass(r)
@@ -671,7 +694,7 @@ func (h *Handler) rewrite(pr *httputil.ProxyRequest) {
 	pr.Out.Trailer = pr.In.Trailer // filled in when the body has been read
 	if b := ex.body; b != nil {
 		pr.Out.Header.Del("Expect") // the body has come already
-		pr.Out.ContentLength = int64(len(b.data) + ex.edit.grow())
+		pr.Out.ContentLength = int64(len(b.data) + grow(ex.edits))
 		pr.Out.TransferEncoding = nil
 		if len(pr.In.Trailer) > 0 {
 			pr.Out.ContentLength = -1 // only a chunked body has trailers
@@ -679,10 +702,10 @@ func (h *Handler) rewrite(pr *httputil.ProxyRequest) {
 		// With GetBody the transport sends the body again if a kept connection turns out to be closed before anything was
 		// written. But with one of these headers it would do so even if the upstream may have read it.
 		if pr.In.Header["Idempotency-Key"] == nil && pr.In.Header["X-Idempotency-Key"] == nil {
-			pr.Out.GetBody = func() (io.ReadCloser, error) { return b.open(ex.edit), nil }
+			pr.Out.GetBody = func() (io.ReadCloser, error) { return b.open(ex.edits...), nil }
 		}
 		if pr.Out.Body = http.NoBody; len(b.data) > 0 {
-			pr.Out.Body = b.open(ex.edit)
+			pr.Out.Body = b.open(ex.edits...)
 		}
 	}
 }
@@ -842,9 +865,7 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	if ex.up != nil {
 		ex.Upstream = ex.up.Name
 	}
-	if ex.warming == nil {
-		ex.Client = hashed(h.Trusted.clientOf(r, ex.holder.client()))
-	}
+	ex.Client = h.clientShown(r, ex)
 	ex.Begun = ex.beat.begun()
 	ex.Duration = time.Since(ex.start)
 	ex.BytesIn = ex.in.Load()
@@ -860,6 +881,7 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	h.accounted(ex)
 	h.record(r, ex)
 	h.warmed(r, ex)
+	h.timeline.ended(ex)
 	h.prewarming.asked(ex, nil)
 	if ex.began {
 		ex.up.inFlight.Add(-1)
@@ -958,38 +980,24 @@ func (ex *exchange) outcome(r *http.Request) Outcome {
 func (ex *exchange) attrs() []slog.Attr {
 	attrs := make([]slog.Attr, 0, 24)
 	attrs = append(attrs, slog.String("method", ex.Method), slog.String("path", ex.Path[:min(len(ex.Path), 256)]))
-	if ex.Model != "" {
-		attrs = append(attrs, slog.String("model", ex.Model))
-	}
-	if ex.Name != "" {
-		attrs = append(attrs, slog.String("key_name", ex.Name))
-	}
+	attrs = said(attrs, slog.String("model", ex.Model), slog.String("key_name", ex.Name))
 	attrs = append(attrs,
 		slog.Int("status", ex.Status),
 		milliseconds("duration_ms", ex.Duration),
 		slog.Int64("bytes_in", ex.BytesIn),
 		slog.Int64("bytes_out", ex.BytesOut),
 		slog.String("outcome", string(ex.Outcome)))
-	if ex.Client != "" {
-		attrs = append(attrs, slog.String("client", ex.Client))
-	}
+	attrs = said(attrs, slog.String("client", ex.Client))
 	if ex.FirstByte > 0 {
 		attrs = append(attrs, milliseconds("first_byte_ms", ex.FirstByte))
 	}
-	for _, a := range []slog.Attr{
-		slog.String("keep_alive", ex.KeepAlive), slog.String("unedited", ex.Unedited),
+	attrs = said(attrs, slog.String("keep_alive", ex.KeepAlive), slog.String("unedited", ex.Unedited),
 		slog.String("prewarm", ex.Prewarm), slog.String("stable_heads", ex.headsEdited()),
-	} {
-		if a.Value.String() != "" {
-			attrs = append(attrs, a)
-		}
-	}
+		slog.String("num_ctx", ex.NumCtx))
 	if ex.Begun {
 		attrs = append(attrs, slog.Bool("heartbeat", true))
 	}
-	if ex.Upstream != "" {
-		attrs = append(attrs, slog.String("upstream", ex.Upstream))
-	}
+	attrs = said(attrs, slog.String("upstream", ex.Upstream))
 	if ex.Simulated {
 		attrs = append(attrs, slog.Bool("simulated", true))
 	}
@@ -1004,11 +1012,16 @@ func (ex *exchange) attrs() []slog.Attr {
 		if e.Tokens != nil {
 			attrs = append(attrs, slog.Int("evaluated", e.Tokens.Evaluated), slog.String("basis", string(e.Basis)))
 		}
-		if e.Reason != "" {
-			attrs = append(attrs, slog.String("reason", string(e.Reason)))
-		}
-		if e.Detail != "" {
-			attrs = append(attrs, slog.String("detail", e.Detail))
+		attrs = said(attrs, slog.String("reason", string(e.Reason)), slog.String("detail", e.Detail))
+	}
+	return attrs
+}
+
+// said adds those of more that have a text.
+func said(attrs []slog.Attr, more ...slog.Attr) []slog.Attr {
+	for _, a := range more {
+		if a.Value.String() != "" {
+			attrs = append(attrs, a)
 		}
 	}
 	return attrs

@@ -300,12 +300,16 @@ func (h *Handler) steadyText(ex *exchange, text []byte) {
 	}
 }
 
-// edits says for the ledger's detail what was changed in the request beside keep_alive; "": nothing.
-func (ex *exchange) edits() string {
-	if ex.Heads == nil {
-		return ""
+// edited says for the ledger's detail what was changed in the request beside keep_alive; "": nothing.
+func (ex *exchange) edited() string {
+	var list []string
+	if ex.fit.made {
+		list = append(list, ex.fit.String())
 	}
-	return "edited by --stable-heads " + ex.headsEdited()
+	if ex.Heads != nil {
+		list = append(list, "edited by --stable-heads "+ex.headsEdited())
+	}
+	return strings.Join(list, "; ")
 }
 
 // headsEdited lists the rules that have edited the request; "" where none has.

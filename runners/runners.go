@@ -75,6 +75,8 @@ type model struct {
 	known     bool
 	equal     []prefix.Options // known to mean the same
 	context   int              // tokens, from /api/ps; 0: not known
+	byDefault int              // tokens of a request that states none, as seen; 0: not known
+	largest   int              // tokens that an accepted request stated
 	restarted bool             // the server was restarted, and nothing has been loaded since
 
 	loads    []load        // the last ones
@@ -278,6 +280,7 @@ func (r *Request) accepted(now time.Time, o Outcome) (e Ending, events []Event) 
 		m.forget(now)
 		return Ending{}, []Event{m.event(Unloaded)}
 	}
+	m.largest = max(m.largest, r.Options.NumCtx())
 	replaced := m.known && !m.same(r.Options)
 	if r.Known {
 		e = r.loaded(now, o.Load)
@@ -369,7 +372,7 @@ func (b *Book) Restarted() {
 	b.mu.Lock()
 	for _, m := range b.models.Values() {
 		m.forget(time.Now())
-		m.restarted = true
+		m.restarted, m.byDefault = true, 0 // it may have been started with another default
 	}
 	b.mu.Unlock()
 	b.told(Event{Kind: Restarted})
@@ -389,6 +392,7 @@ func (b *Book) Listed(list []upstream.Loaded, at time.Time) map[string]upstream.
 			m.forget(at)
 			events = append(events, m.listed(Unloaded))
 		case !ok:
+			m.context = 0
 		case quiet && m.context > 0 && l.ContextLength > 0 && l.ContextLength != m.context:
 			// A client that bypasses the proxy has had it loaded with other options.
 			m.forget(at)
@@ -396,6 +400,7 @@ func (b *Book) Listed(list []upstream.Loaded, at time.Time) map[string]upstream.
 			events = append(events, m.listed(Replaced))
 		default:
 			m.context = l.ContextLength
+			m.learnDefault(at)
 		}
 	}
 	b.mu.Unlock()

@@ -107,7 +107,7 @@ func (e *engine) parting(r *Request) *Parting {
 			continue
 		}
 		alike := prefix.Alike(r.chain.Links, h.chain.Links, s)
-		if alike >= partingsLeast && alike*partingsShare >= r.bytes && (best == nil || alike > best.alike) {
+		if alike >= partingsLeast && alike*partingsShare >= r.bytes && (best == nil || 4*alike > 5*best.alike) { // mostly the last one
 			best, where = &Parting{Message: s.Message, From: s.Offset, To: s.Offset, tools: s.Part == prefix.Tools, alike: alike}, s
 		}
 	}
@@ -145,7 +145,7 @@ func (r *Request) Looked(x prefix.Excerpt) {
 		var n int
 		c.Kind, n = KindOf(x.Text, p.From-x.Offset, p.To-x.Offset)
 		c.Byte = x.Offset + n
-		if c.Kind == KindText || p.To-p.From > exactPart {
+		if c.Kind == KindText || c.Kind == KindNumber || p.To-p.From > exactPart { // numbers stand everywhere
 			c.Byte, c.Within = p.From, p.To-p.From
 		}
 	}

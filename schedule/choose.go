@@ -625,7 +625,7 @@ func (q *Queue) grant(it *item, l *lane, how reason, now time.Time) {
 	it.account.running++
 	it.class.charge(it.account, it.cost)
 	l.charge(it.takes)
-	q.grants = append(q.grants, Placement{ID: it.id, Upstream: x.server.index, Lane: l.name, Expected: tokens, Waited: now.Sub(it.arrived)})
+	q.grants = append(q.grants, Placement{ID: it.id, Upstream: x.server.index, Options: x.key.Options, Lane: l.name, Expected: tokens, Waited: now.Sub(it.arrived)})
 }
 
 // overtaken counts the requests that go before the one that has waited longest.

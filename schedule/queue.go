@@ -123,9 +123,10 @@ type Refusal struct {
 // Placement means that a request may be sent now.
 type Placement struct {
 	ID       uint64
-	Upstream uint16 // the server to send it to
-	Lane     int    // the runner's lane, which stands for the slot in which it will land. With Unlimited there are more lanes than slots
-	Expected int    // estimated tokens of its prompt that this slot holds
+	Upstream uint16         // the server to send it to
+	Options  prefix.Options // of the runner that serves it
+	Lane     int            // the runner's lane, which stands for the slot in which it will land. With Unlimited there are more lanes than slots
+	Expected int            // estimated tokens of its prompt that this slot holds
 	Waited   time.Duration
 }
 

@@ -24,6 +24,7 @@ type RunnerStats struct {
 	Waiting int
 	Lanes   int  // 0: Unlimited
 	Learned bool // the number of lanes is learned, not given
+	Told    bool // … but told by the model's engine
 	Busy    int  // lanes that serve a request
 	Held    int  // lanes that are free although requests wait
 }
@@ -49,6 +50,7 @@ func (q *Queue) Stats(now time.Time) Stats {
 				continue
 			}
 			r := RunnerStats{Runner: x.key, Loaded: x.resident, Waiting: x.waiting, Lanes: x.want, Learned: x.given() == 0, Busy: x.busy}
+			r.Told = s.lanes == 0 && x.given() > 0
 			if s.lanes == Unlimited {
 				r.Lanes = 0
 			}

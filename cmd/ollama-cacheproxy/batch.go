@@ -45,6 +45,8 @@ type batchCmd struct {
 	Check       bool   `env:"-" help:"Send nothing: report wrong lines."`
 	SummaryJSON string `name:"summary-json" env:"-" type:"path" placeholder:"FILE" help:"Write the summary to this file too."`
 
+	Price float64 `placeholder:"NUMBER" help:"What a million evaluated prompt tokens would cost elsewhere, in any currency: the summary then prices them, and those that were reused. Default: 0, which shows no prices."`
+
 	LogLevel  slog.Level `default:"info" help:"debug, info, warn or error. Default: info."`
 	LogFormat string     `default:"auto" enum:"auto,text,json" help:"text, json, or auto: text on a terminal. Default: auto."`
 }
@@ -215,6 +217,7 @@ func (b *batchCmd) inner(ctx context.Context, c *console, config *batch.Config) 
 
 // report tells what became of the batch.
 func (b *batchCmd) report(c *console, s *batch.Summary) error {
+	s.SetPrice(b.Price)
 	if err := s.Print(c.stderr); err != nil {
 		return err
 	}

@@ -37,6 +37,8 @@ type benchCmd struct {
 
 	Predictions bool `env:"-" help:"With the workload same: set the figures that are commonly expected of a caching proxy beside the measured ones, and say what is wrong with them (docs/bench.md)."`
 
+	Price float64 `placeholder:"NUMBER" help:"What a million evaluated prompt tokens would cost elsewhere, in any currency: the report then prices them, and those that were reused. Default: 0, which shows no prices."`
+
 	JSON bool   `name:"json" env:"-" help:"Write the report to stdout as JSON, request by request, instead of a table."`
 	HTML string `name:"html" env:"-" type:"path" placeholder:"FILE" help:"Also write the report to this file: one page with charts that needs no network."`
 
@@ -108,6 +110,9 @@ func (b *benchCmd) Run(ctx context.Context, c *console) error {
 
 // config understands the flags.
 func (b *benchCmd) config() (*bench.Config, error) {
+	if b.Price < 0 {
+		return nil, errors.New("--price: want 0 (no prices) or more")
+	}
 	for _, n := range []int{b.Requests, b.PrefixTokens, b.TailTokens, b.OutputTokens, b.Rounds} {
 		if n < 1 {
 			return nil, errors.New("--requests, --prefix-tokens, --tail-tokens, --output-tokens, --rounds: want at least 1")
@@ -122,6 +127,7 @@ func (b *benchCmd) config() (*bench.Config, error) {
 	config := &bench.Config{
 		Models: b.Model, Workload: b.Workload, Requests: b.Requests, PrefixTokens: b.PrefixTokens, TailTokens: b.TailTokens, OutputTokens: b.OutputTokens,
 		Clients: b.Clients, Pause: b.Pause, GiveUp: b.GiveUp, Rounds: b.Rounds, Seed: b.Seed, Slots: b.Slots, Predictions: b.Predictions,
+		Price: b.Price,
 	}
 	for _, mode := range b.Optimize {
 		if slices.Contains(config.Modes, bench.Mode(mode)) {

@@ -72,12 +72,12 @@ func readConfig(path string, flags []*kong.Flag) (*configFile, error) {
 	for i := 0; i < len(root.Content); i += 2 {
 		name, value := root.Content[i], root.Content[i+1]
 		if err := c.setting(name.Value, name.Line, value, flags); err != nil {
-			wrong, ok := errors.AsType[configError](err)
+			at, ok := errors.AsType[configError](err)
 			if !ok {
-				wrong = configError{line: name.Line, err: err}
+				at = configError{line: name.Line, err: err}
 			}
-			wrong.path = path
-			return nil, wrong
+			at.path = path
+			return nil, at
 		}
 	}
 	return c, nil
@@ -126,45 +126,55 @@ func unknownSetting(name string, flags []*kong.Flag) error {
 	return fmt.Errorf("there is no setting %q: settings have the names of the flags", name)
 }
 
-// take reads a value: one, a list, or, where the flag takes NAME=VALUE, a map. In a map, or in a list
-// beside maps, a value without a name is that of all others; in a map it is called default.
+// wrong is what is wrong with a setting at a node.
+func wrong(n *yaml.Node, name, want string) error {
+	return configError{line: n.Line, err: fmt.Errorf("%s: %s", name, want)}
+}
+
+// empty reports whether a node has no value.
+func empty(n *yaml.Node) bool { return n.Kind == yaml.ScalarNode && n.Tag == "!!null" }
+
+// take reads a value: one, a list, or, where the flag takes NAME=VALUE, a map.
 func (s *configured) take(name string, n *yaml.Node, named bool) error {
 	if n.Kind == yaml.AliasNode {
 		n = n.Alias
 	}
-	wrong := func(n *yaml.Node, want string) error {
-		return configError{line: n.Line, err: fmt.Errorf("%s: %s", name, want)}
-	}
 	switch {
-	case n.Kind == yaml.ScalarNode && n.Tag == "!!null":
-		return wrong(n, "there is no value: write one, or leave the line out")
+	case empty(n):
+		return wrong(n, name, "there is no value: write one, or leave the line out")
 	case n.Kind == yaml.ScalarNode:
 		s.values = append(s.values, configuredValue{n.Value, n.Line})
-	case n.Kind == yaml.SequenceNode && s.list:
+	case !s.list:
+		return wrong(n, name, "want one value")
+	case n.Kind == yaml.SequenceNode:
 		for _, item := range n.Content {
 			if item.Kind == yaml.SequenceNode {
-				return wrong(item, "a list within the list")
+				return wrong(item, name, "a list within the list")
 			}
 			if err := s.take(name, item, named); err != nil {
 				return err
 			}
 		}
-	case n.Kind == yaml.MappingNode && s.list && named:
-		for i := 0; i < len(n.Content); i += 2 {
-			key, value := n.Content[i], n.Content[i+1]
-			if value.Kind != yaml.ScalarNode || value.Tag == "!!null" {
-				return wrong(key, key.Value+": want one value")
-			}
-			text := key.Value + "=" + value.Value
-			if key.Value == "default" && name != "upstream" {
-				text = value.Value
-			}
-			s.values = append(s.values, configuredValue{text, value.Line})
-		}
-	case s.list:
-		return wrong(n, "want a value, or a list of them")
+	case named:
+		return s.takeMap(name, n)
 	default:
-		return wrong(n, "want one value")
+		return wrong(n, name, "want a value, or a list of them")
+	}
+	return nil
+}
+
+// takeMap reads NAME: VALUE for NAME=VALUE. A value without a name is called default.
+func (s *configured) takeMap(name string, n *yaml.Node) error {
+	for i := 0; i < len(n.Content); i += 2 {
+		key, value := n.Content[i], n.Content[i+1]
+		if value.Kind != yaml.ScalarNode || empty(value) {
+			return wrong(key, name, key.Value+": want one value")
+		}
+		text := key.Value + "=" + value.Value
+		if key.Value == "default" && name != "upstream" {
+			text = value.Value
+		}
+		s.values = append(s.values, configuredValue{text, value.Line})
 	}
 	return nil
 }

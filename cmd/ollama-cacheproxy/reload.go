@@ -26,8 +26,8 @@ type configReload struct {
 	level *slog.LevelVar
 }
 
-// newConfigReload returns nil where there is no file, or nobody to read it again.
-func newConfigReload(s *serveCmd, set settings, h *proxy.Handler, level *slog.LevelVar) *configReload {
+// newConfigReload returns one, or none where there is no file, or nobody to read it again.
+func newConfigReload(s *serveCmd, set settings, h *proxy.Handler, level *slog.LevelVar) []reloader {
 	if s.file == nil || s.again == nil {
 		return nil
 	}
@@ -36,7 +36,7 @@ func newConfigReload(s *serveCmd, set settings, h *proxy.Handler, level *slog.Le
 	for _, x := range s.inForce {
 		c.now[x.name] = x.String()
 	}
-	return c
+	return []reloader{c}
 }
 
 func (c *configReload) reload(logger *slog.Logger) {

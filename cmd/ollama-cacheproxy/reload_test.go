@@ -56,7 +56,7 @@ func TestConfigReload(t *testing.T) {
 		done := make(chan struct{})
 		go func() { // ends with stop
 			defer close(done)
-			watchFiles(ctx, nil, logger, c)
+			watchFiles(ctx, nil, logger, c...)
 		}()
 		for _, step := range []struct {
 			what, text string

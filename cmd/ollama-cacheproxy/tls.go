@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -82,12 +83,32 @@ func (set settings) serve(srv *http.Server, ln net.Listener) error {
 	if set.cert == nil {
 		return srv.Serve(ln)
 	}
+	srv.Handler = takesRest(srv.Handler)
 	srv.TLSConfig = &tls.Config{
 		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 			return set.cert.pair.Load(), nil
 		},
 	}
 	return srv.ServeTLS(ln, "", "")
+}
+
+const (
+	restMost = 256 << 10 // bytes, as many as net/http takes over HTTP/1.1
+	restWait = time.Second
+)
+
+// takesRest takes what is left of a request's body when its answer has been given, as net/http does over
+// HTTP/1.1 alone. Over HTTP/2 it resets the stream otherwise, and curl 7 then loses the answer: a
+// refusal, which comes before the body has been read.
+func takesRest(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		h.ServeHTTP(w, r)
+		if r.ProtoMajor == 2 && r.Body != nil {
+			// What does not come in time is reset after all.
+			http.NewResponseController(w).SetReadDeadline(time.Now().Add(restWait))
+			io.CopyN(io.Discard, r.Body, restMost)
+		}
+	})
 }
 
 // scheme is that of the URL by which clients reach the proxy.

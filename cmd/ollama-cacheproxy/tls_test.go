@@ -409,3 +409,27 @@ func TestCertFile(t *testing.T) {
 		<-done
 	})
 }
+
+// TestRefusedOverHTTP2: a refusal does not wait for a body that never comes. (That it does not break
+// one off that does is seen with curl: TestHTTPS in package integration.)
+func TestRefusedOverHTTP2(t *testing.T) {
+	a, dir := newAuthority(t), t.TempDir()
+	cert, key := a.write(dir, 2)
+	keys := filepath.Join(dir, "keys.txt")
+	if err := os.WriteFile(keys, []byte("one\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	up := httptest.NewServer(http.HandlerFunc(stubOllama))
+	t.Cleanup(up.Close)
+	listen, _ := startTLS(t, "--tls-cert", cert, "--tls-key", key, "--api-keys-file", keys, "--upstream", up.URL)
+	body, write := io.Pipe()
+	defer write.Close()
+	res, err := a.client(true).Post("https://"+listen+"/api/chat", "application/json", body)
+	if err != nil || res.StatusCode != http.StatusUnauthorized || res.ProtoMajor != 2 {
+		t.Fatal(res, err)
+	}
+	defer res.Body.Close()
+	if text, err := io.ReadAll(res.Body); err != nil || !strings.Contains(string(text), "a valid API key is needed") {
+		t.Errorf("%q, %v", text, err)
+	}
+}

@@ -1,5 +1,30 @@
 package metrics
 
+import "github.com/prometheus/client_golang/prometheus"
+
+// Draining adds the series of upstreams that drain; draining is asked at each scrape.
+func (m *Metrics) Draining(draining func() map[string]bool) {
+	m.registry.MustRegister(drains{draining})
+}
+
+// drains collects which upstreams drain.
+type drains struct{ draining func() map[string]bool }
+
+var upstreamDraining = prometheus.NewDesc(namespace+"_upstream_draining",
+	"1 if the upstream drains: it finishes what it has, and gets nothing new.", []string{"upstream"}, nil)
+
+func (d drains) Describe(ch chan<- *prometheus.Desc) { ch <- upstreamDraining }
+
+func (d drains) Collect(ch chan<- prometheus.Metric) {
+	for name, on := range d.draining() {
+		value := 0.0
+		if on {
+			value = 1
+		}
+		ch <- prometheus.MustNewConstMetric(upstreamDraining, prometheus.GaugeValue, value, name)
+	}
+}
+
 // Limits are how much may be used of what can be full, as the settings say. Dashboards and alerts
 // divide by them.
 type Limits struct {

@@ -6,6 +6,15 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 )
 
+// Draining reports, by upstream, whether it drains: it is given nothing new.
+func (h *Handler) Draining() map[string]bool {
+	all := make(map[string]bool, len(h.backends))
+	for _, b := range h.backends {
+		all[b.Name] = b.draining.Load()
+	}
+	return all
+}
+
 // LaneStats returns what Lanes tell, with models by name instead of by what stands for their weights:
 // the name under which /api/ps lists the model, else the one by which it was asked for.
 func (h *Handler) LaneStats() schedule.Stats {

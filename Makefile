@@ -4,6 +4,7 @@
 
 GO      ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+COMMIT  ?= $(shell git rev-parse HEAD 2>/dev/null)
 
 STATICCHECK      := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOCYCLO          := github.com/fzipp/gocyclo/cmd/gocyclo@v0.6.0
@@ -22,7 +23,7 @@ help: ## say what there is to make
 
 .PHONY: build
 build: ## build bin/ollama-cacheproxy
-	$(GO) build -trimpath -ldflags '-s -w -X main.versionText=$(VERSION)' -o bin/ollama-cacheproxy ./cmd/ollama-cacheproxy
+	$(GO) build -trimpath -ldflags '-s -w -X main.versionText=$(VERSION) -X main.commitText=$(COMMIT)' -o bin/ollama-cacheproxy ./cmd/ollama-cacheproxy
 
 .PHONY: demo
 demo: ## real Ollama, a small model, a Python client: with and without the proxy
@@ -92,6 +93,9 @@ fuzz: ## a minute of each fuzz test
 	$(FUZZ) '^FuzzMemory$$' ./contextstore
 	$(FUZZ) '^FuzzSplits$$' ./savings
 	$(FUZZ) '^FuzzText$$' ./savings
+	$(FUZZ) '^FuzzKindOf$$' ./savings
+	$(FUZZ) '^FuzzNumCtx$$' ./proxy
+	$(FUZZ) '^FuzzStableHeads$$' ./proxy
 	$(FUZZ) '^FuzzQueue$$' ./schedule
 	$(FUZZ) '^FuzzKeepAlive$$' ./proxy
 	$(FUZZ) '^FuzzForwarded$$' ./proxy

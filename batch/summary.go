@@ -7,11 +7,11 @@ import (
 	"time"
 )
 
-// Basis says where a figure comes from.
+// Basis is where a figure comes from.
 type Basis string
 
 const (
-	Measured  Basis = "measured"  // counted here, or told by the answers
+	Measured  Basis = "measured"  // counted here, or reported by the answers
 	Estimated Basis = "estimated" // inferred
 	Unknown   Basis = "unknown"
 )
@@ -24,14 +24,14 @@ type Figure struct {
 
 func measured(v float64) Figure { return Figure{v, Measured} }
 
-// Summary is what became of a batch, over all its runs unless it says otherwise.
+// Summary is the result of a batch, over all its runs unless noted.
 type Summary struct {
 	Requests  int `json:"requests"`
 	Succeeded int `json:"succeeded"`
 	Failed    int `json:"failed"`
 	Resumed   int `json:"resumed"` // done in earlier runs
 
-	Simulated int `json:"simulated,omitempty"` // answered by a server that is simulated: all that is told of these is made up
+	Simulated int `json:"simulated,omitempty"` // answered by a simulated server: all of its figures are made up
 
 	PromptTokens    Figure `json:"prompt_tokens"`
 	AnswerTokens    Figure `json:"answer_tokens"`
@@ -41,9 +41,25 @@ type Summary struct {
 	ModelLoads      Figure `json:"model_loads"`
 	Truncated       Figure `json:"truncated_prompts"`
 
-	SecondsSaved      Figure `json:"seconds_saved"` // by evaluating nothing twice, against evaluating every prompt in full
+	// Price is that of a million evaluated tokens, in any currency; Cost is the price of the
+	// evaluated tokens, and Worth that of the reused ones. See SetPrice.
+	Price float64 `json:"price,omitempty"`
+	Cost  *Figure `json:"cost,omitempty"`
+	Worth *Figure `json:"worth_of_reused,omitempty"`
+
+	SecondsSaved      Figure `json:"seconds_saved"` // by reuse, compared with evaluating every prompt in full
 	Seconds           Figure `json:"seconds"`       // of this run
 	RequestsPerSecond Figure `json:"requests_per_second"`
+}
+
+// SetPrice sets the price of a million evaluated tokens; 0: no prices are shown.
+func (s *Summary) SetPrice(perMillion float64) {
+	s.Price, s.Cost, s.Worth = perMillion, nil, nil
+	if perMillion == 0 {
+		return
+	}
+	at := func(tokens Figure) *Figure { return &Figure{tokens.Value * perMillion / 1e6, tokens.Basis} }
+	s.Cost, s.Worth = at(s.EvaluatedTokens), at(s.ReusedTokens)
 }
 
 // summary is made at the end.
@@ -69,7 +85,7 @@ func (b *batch) summary(ctx context.Context) *Summary {
 	return s
 }
 
-// reuse returns the tokens that were reused: measured if every answer told it, estimated if most did.
+// reuse returns the reused tokens: measured if every answer reported them, estimated if most did.
 func (c Counts) reuse() Figure {
 	switch {
 	case c.Prompt > 0 && c.ReusedOf == c.Prompt:
@@ -80,7 +96,8 @@ func (c Counts) reuse() Figure {
 	return Figure{Basis: Unknown}
 }
 
-// saved returns the seconds that evaluating the reused tokens would have taken, at the mean rate of those that were evaluated.
+// saved returns the seconds that evaluating the reused tokens would have taken, at the mean rate of
+// the evaluated ones.
 func (c Counts) saved() Figure {
 	evaluated := c.ReusedOf - c.Reused
 	if c.reuse().Basis == Unknown || evaluated <= 0 || c.PromptEval <= 0 {
@@ -89,7 +106,8 @@ func (c Counts) saved() Figure {
 	return Figure{c.PromptEval.Seconds() / float64(evaluated) * float64(c.Reused), Estimated}
 }
 
-// told returns what a proxy says of the time since this run began, which is about all of its clients.
+// told returns what a proxy's metrics say of the time since this run began, which covers all of its
+// clients.
 func (b *batch) told(ctx context.Context) (reused, saved Figure) {
 	reused.Basis, saved.Basis = Unknown, Unknown
 	now, err := b.client.get(ctx, "/metrics")
@@ -103,7 +121,7 @@ func (b *batch) told(ctx context.Context) (reused, saved Figure) {
 	return grown("estimated_prompt_tokens_total", `kind="reused"`), grown("estimated_saved_seconds_total", `kind="evaluation"`)
 }
 
-// Print writes the summary for people.
+// Print writes the summary as text.
 func (s *Summary) Print(w io.Writer) error {
 	row := func(name, format string, f Figure) string {
 		if f.Basis == Unknown {
@@ -121,6 +139,10 @@ func (s *Summary) Print(w io.Writer) error {
 	text += row("  hit rate", "%.1f %%", rate) + row("answer tokens", "%.0f", s.AnswerTokens) + row("model loads", "%.0f", s.ModelLoads)
 	if s.Truncated.Value > 0 {
 		text += row("prompts cut by Ollama", "%.0f", s.Truncated)
+	}
+	if s.Price > 0 {
+		text += fmt.Sprintf("%-22s%12g  a million evaluated tokens\n", "price", s.Price) +
+			row("  of the evaluated", "%.4f", *s.Cost) + row("  of the reused", "%.4f", *s.Worth)
 	}
 	text += row("seconds saved", "%.1f", s.SecondsSaved) + row("seconds of this run", "%.1f", s.Seconds) + row("requests per second", "%.2f", s.RequestsPerSecond)
 	_, err := io.WriteString(w, text)

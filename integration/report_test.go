@@ -48,55 +48,11 @@ func TestReport(t *testing.T) {
 		t.Fatalf("%v\n%s", err, out)
 	}
 
-	options := append(chromedp.DefaultExecAllocatorOptions[:], chromedp.ExecPath(browser), chromedp.NoSandbox) // tests may run as root, for whom it has no sandbox
-	ctx, stop := chromedp.NewExecAllocator(t.Context(), options...)
-	defer stop()
-	ctx, stop = chromedp.NewContext(ctx)
-	defer stop()
-	ctx, stop = context.WithTimeout(ctx, time.Minute) // a watchdog
-	defer stop()
-	var mu sync.Mutex
-	var complaints []string
-	complain := func(format string, args ...any) {
-		mu.Lock()
-		defer mu.Unlock()
-		complaints = append(complaints, fmt.Sprintf(format, args...))
-	}
-	enable := chromedp.Func(func(ctx context.Context, t *chromedp.Target) error {
-		_, err := cdp.Call(ctx, t, network.Enable, network.EnableParams{})
-		if err == nil {
-			_, err = cdp.Call(ctx, t, log.Enable, cdp.Empty{})
-		}
-		return err
-	})
-	if err := chromedp.Do(ctx, enable, chromedp.EmulateViewport(1200, 900)); err != nil {
-		t.Fatal(err)
-	}
-	err = chromedp.Listen(ctx, func(event any) {
-		switch e := event.(type) {
-		case *runtime.EventConsoleAPICalled:
-			complain("the page says in the console: %v", e.Args)
-		case *runtime.EventExceptionThrown:
-			complain("an exception: %v", e.ExceptionDetails)
-		case *log.EventEntryAdded:
-			complain("the browser says: %s", e.Entry.Text)
-		case *network.EventRequestWillBeSent:
-			if u, err := url.Parse(e.Request.URL); err != nil || u.Scheme != "file" && u.Scheme != "data" {
-				complain("a request for %s", e.Request.URL)
-			}
-		}
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	ctx, complaints := newTab(t, browser, func(u *url.URL) bool { return u.Scheme == "file" })
 
 	canvases := []string{"tokens", "loads", "whole", "first", "timeline0", "timeline1", "timeline2"}
 	for _, scheme := range []string{"light", "dark"} {
-		media := chromedp.Func(func(ctx context.Context, t *chromedp.Target) error {
-			_, err := cdp.Call(ctx, t, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{Features: []*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: scheme}}})
-			return err
-		})
-		if err := chromedp.Do(ctx, media, chromedp.Navigate("file://"+page)); err != nil {
+		if err := chromedp.Do(ctx, prefers("prefers-color-scheme", scheme), chromedp.Navigate("file://"+page)); err != nil {
 			t.Fatalf("%s: %v", scheme, err)
 		}
 		found, err := chromedp.Run(ctx, chromedp.Evaluate[struct {
@@ -158,11 +114,69 @@ func TestReport(t *testing.T) {
 			}
 		}
 	}
-	mu.Lock()
-	defer mu.Unlock()
-	for _, c := range complaints {
+	for _, c := range complaints() {
 		t.Error(c)
 	}
+}
+
+// newTab opens a tab of a browser, for as long as the test runs, and notes what there is to complain of: what a page
+// says in the console, exceptions, what the browser says of the page, and requests that it may not make.
+func newTab(t *testing.T, browser string, may func(*url.URL) bool) (ctx context.Context, complaints func() []string) {
+	t.Helper()
+	options := append(chromedp.DefaultExecAllocatorOptions[:], chromedp.ExecPath(browser), chromedp.NoSandbox) // tests may run as root, for whom it has no sandbox
+	ctx, stop := chromedp.NewExecAllocator(t.Context(), options...)
+	t.Cleanup(stop)
+	ctx, stop = chromedp.NewContext(ctx)
+	t.Cleanup(stop)
+	ctx, stop = context.WithTimeout(ctx, 3*time.Minute) // a watchdog
+	t.Cleanup(stop)
+	var mu sync.Mutex
+	var list []string
+	complain := func(format string, args ...any) {
+		mu.Lock()
+		defer mu.Unlock()
+		list = append(list, fmt.Sprintf(format, args...))
+	}
+	enable := chromedp.Func(func(ctx context.Context, t *chromedp.Target) error {
+		_, err := cdp.Call(ctx, t, network.Enable, network.EnableParams{})
+		if err == nil {
+			_, err = cdp.Call(ctx, t, log.Enable, cdp.Empty{})
+		}
+		return err
+	})
+	if err := chromedp.Do(ctx, enable, chromedp.EmulateViewport(1200, 900)); err != nil {
+		t.Fatal(err)
+	}
+	err := chromedp.Listen(ctx, func(event any) {
+		switch e := event.(type) {
+		case *runtime.EventConsoleAPICalled:
+			complain("the page says in the console: %v", e.Args)
+		case *runtime.EventExceptionThrown:
+			complain("an exception: %v", e.ExceptionDetails)
+		case *log.EventEntryAdded:
+			complain("the browser says: %s (%s)", e.Entry.Text, e.Entry.URL)
+		case *network.EventRequestWillBeSent:
+			if u, err := url.Parse(e.Request.URL); err != nil || u.Scheme != "data" && !may(u) {
+				complain("a request for %s", e.Request.URL)
+			}
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ctx, func() []string {
+		mu.Lock()
+		defer mu.Unlock()
+		return list
+	}
+}
+
+// prefers sets a media feature, such as prefers-color-scheme.
+func prefers(name, value string) chromedp.Action[chromedp.Void] {
+	return chromedp.Func(func(ctx context.Context, t *chromedp.Target) error {
+		_, err := cdp.Call(ctx, t, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{Features: []*emulation.MediaFeature{{Name: name, Value: value}}})
+		return err
+	})
 }
 
 var browsers = []string{"chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"}

@@ -135,6 +135,7 @@ func (p *parser) head(role []byte, images []byte, extra ...[]byte) {
 		name = bytes.ToLower(name)
 	}
 	p.system = string(name) == "system"
+	p.look.role(p.message, p.system)
 	if !p.system {
 		p.writeTools()
 	}

@@ -86,6 +86,16 @@ func (c *Chain) Contents() []uint64 {
 	return contents
 }
 
+// Restate makes it the chain of the same prompt for a runner with other options, of the same model.
+func (c *Chain) Restate(o Options) {
+	o.Model = c.Runner.Model
+	change := c.Runner.hash() ^ o.hash()
+	for i := range c.Links {
+		c.Links[i].Hash = max(c.Links[i].Hash^change, 1)
+	}
+	c.Runner = o
+}
+
 // Bytes returns how many bytes of text the prompt has.
 func (c *Chain) Bytes() int {
 	if len(c.Links) == 0 {

@@ -171,7 +171,7 @@ func TestKeyless(t *testing.T) {
 		{"GET", pathHealth, "", 200}, {"HEAD", pathHealth, "", 200}, {"POST", pathHealth, "", 401},
 		{"GET", pathReady, "", 503}, {"HEAD", pathReady, "", 503},
 		{"GET", PathMetrics, "", 401}, {"HEAD", PathMetrics, "", 401}, {"GET", PathMetrics, "Authorization: Bearer " + theKey, 200}, {"GET", PathMetrics, "Authorization: Bearer x", 401},
-		{"GET", "/_cacheproxy/none", "Authorization: Bearer " + theKey, 404}, {"GET", "/_cacheproxy/", "", 401},
+		{"GET", "/_cacheproxy/none", "Authorization: Bearer " + theKey, 404}, {"GET", "/_cacheproxy/", "", 200}, {"GET", pathEvents, "", 401},
 		{"OPTIONS", "/api/chat", "Origin: http://localhost:5173", 204}, {"OPTIONS", "/v1/messages", "Origin: app://x", 204}, {"OPTIONS", PathMetrics, "Origin: http://localhost", 204},
 		{"OPTIONS", "/api/chat", "Origin: http://evil.example", 403}, {"GET", "/", "Origin: http://evil.example", 403}, {"GET", pathHealth, "Origin: http://evil.example", 403},
 		{"GET", pathHealth, "Host: evil.example", 403}, {"GET", PathMetrics, "Host: evil.example", 403},

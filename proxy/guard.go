@@ -182,5 +182,7 @@ func keyless(r *http.Request) bool {
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		return false
 	}
-	return r.URL.Path == "/" || r.URL.Path == pathHealth || r.URL.Path == pathReady
+	_, isFile := pageFile(r.URL.Path) // which have no data in them
+	return r.URL.Path == "/" || r.URL.Path == pathHealth || r.URL.Path == pathReady || isFile ||
+		r.URL.Path+"/" == pathPage
 }

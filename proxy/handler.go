@@ -28,6 +28,7 @@ import (
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contexts"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/jsonscan"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/livepage"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/runners"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
@@ -55,9 +56,12 @@ type Handler struct {
 	Upstreams []*upstream.Server
 	Transport http.RoundTripper // nil means NewTransport()
 	KeepAlive KeepAlive
-	NoTouch   bool  // never send a request of our own to set keep_alive for models used through /v1
-	MaxBody   int64 // bytes; 0 means DefaultMaxBody
-	Memory    int64 // bytes for all bodies that are held; 0: no limit
+	// StableHeads are edits of prompts that the operator has asked for.
+	StableHeads StableHeads
+	NumCtx      NumCtx // what becomes of the context lengths that requests state
+	NoTouch     bool   // never send a request of our own to set keep_alive for models used through /v1
+	MaxBody     int64  // bytes; 0 means DefaultMaxBody
+	Memory      int64  // bytes for all bodies that are held; 0: no limit
 	// BodyTimeout is for how long a request's body may make no progress; 0: for ever.
 	BodyTimeout time.Duration
 	// UpstreamSilence is for how long an upstream may send nothing of an answer before the request is given up; 0: for ever.
@@ -78,6 +82,8 @@ type Handler struct {
 	Contexts    *contexts.Manager   // nil stores and attaches no context
 	Prewarm     *Prewarm            // requests whose prompts are to be warm before anybody asks; nil: none
 	ShowPrompts bool                // the page of the last requests has excerpts of their bodies
+	Version     string              // of this program, for the page
+	Price       float64             // of a million evaluated prompt tokens, in any currency, for the page; 0: none is shown
 
 	// Done is told of each request when it is over, Touched of each keep_alive that was set, or refused, in the
 	// background. Nil means nobody listens.
@@ -97,7 +103,10 @@ type Handler struct {
 	news      atomic.Pointer[chan struct{}] // closed when the next poll of an upstream has ended
 
 	backends   []*backend // Upstreams, in the same order
+	timeline   *timeline
+	live       *livepage.Hub
 	prewarming *prewarmer // nil: there is nothing to make warm
+	recorder   *recorder  // of what pathFacts shows
 	forward    *httputil.ReverseProxy
 	prefixes   *prefix.Reader
 
@@ -126,6 +135,11 @@ type Exchange struct {
 
 	KeepAlive string // injected, kept, raised or forced; "" where the request has no keep_alive
 	Unedited  string // why a body that is usually read was not: see the Unedited… constants
+	// Heads are the edits that Handler.StableHeads made to its prompt; nil: none.
+	Heads []HeadEdits
+	// NumCtx is what was done about the context length that it states, or does not: pinned, raised, kept or unknown; ""
+	// where nothing is to be done.
+	NumCtx string
 
 	Upstream  string   // the name of the one that it was sent to; "" for none, or for all
 	Simulated bool     // that one is: its answer and figures are made up
@@ -193,18 +207,19 @@ type exchange struct {
 	cloud     bool                // a remote service runs that
 	unread    bool                // it asks for a prompt to be evaluated, and that is all that could be found out
 	only      *backend
-	up        *backend      // to which it is sent; nil before that is chosen
-	unloading chan struct{} // closed when other servers have unloaded the model, too; nil: they need not
-	began     bool          // it was sent to up, and has not ended
-	waiting   bool          // it is counted in Handler.waiting
-	paused    time.Duration // for how long it waited beside Waited: for memory, and to be sent again
-	gateway   bool          // the answer is not the server's, most likely: see byGateway
-	gaveUp    bool          // after Handler.UpstreamSilence
-	silence   *silence      // gives the request up; nil: never
-	beat      *heartbeat    // nil: the request has none
-	tried     []*backend    // to which it was sent in vain
-	inbound   *http.Request // as it was given to the forwarder
-	edit      edit
+	up        *backend         // to which it is sent; nil before that is chosen
+	unloading chan struct{}    // closed when other servers have unloaded the model, too; nil: they need not
+	began     bool             // it was sent to up, and has not ended
+	waiting   bool             // it is counted in Handler.waiting
+	paused    time.Duration    // for how long it waited beside Waited: for memory, and to be sent again
+	gateway   bool             // the answer is not the server's, most likely: see byGateway
+	gaveUp    bool             // after Handler.UpstreamSilence
+	silence   *silence         // gives the request up; nil: never
+	beat      *heartbeat       // nil: the request has none
+	tried     []*backend       // to which it was sent in vain
+	inbound   *http.Request    // as it was given to the forwarder
+	edits     []edit           // of the body, in order
+	fit       fit              // of its num_ctx
 	run       *runners.Request // nil where it needs no model loaded here
 	use       use
 
@@ -213,6 +228,8 @@ type exchange struct {
 	grant   *schedule.Grant  // nil where it holds no lane
 	context *contexts.Use    // nil where nothing is to be stored or attached
 	loaded  runners.Ending   // of the load that was caused before it was sent, to attach something
+	ending  runners.Ending   // of its load, once it has ended
+	blind   *backend         // as to which the recorder knows that its model is not known; nil: it is
 	sent    time.Duration    // from start until it was sent
 	warming *warming         // it is the proxy's own, to make its prompt warm; nil: it is not
 	asks    []*backend       // what prewarmer.asked was told last
@@ -220,6 +237,8 @@ type exchange struct {
 	dialect savings.Dialect
 	answer  *savings.Reader // nil where nobody reads the answer
 	excerpt string
+	shown   *onWay // on the page; nil: it was not sent, or is not shown there
+	said    string // why the proxy refused it
 
 	loadedFirst time.Duration // how long its model took to load, where loadFirst had it loaded
 
@@ -289,7 +308,10 @@ func (h *Handler) Init() {
 	}
 	h.lingers, h.refreshEvery = lingers, refreshEvery
 	h.prefixes = prefix.NewReader()
+	h.timeline = newTimeline()
+	h.live = livepage.NewHub(overview{h}, timelineMost)
 	h.prewarming = newPrewarmer(h)
+	h.recorder = newRecorder()
 	for i, s := range h.Upstreams {
 		b := h.newBackend(i, s)
 		h.backends = append(h.backends, b)
@@ -512,7 +534,7 @@ func (h *Handler) refuse(w http.ResponseWriter, r *http.Request, ex *exchange, r
 // reply answers in the upstream's place.
 func (ex *exchange) reply(w http.ResponseWriter, r *http.Request, ref *refusal) {
 	ex.beat.stop()
-	ex.Status = ref.status
+	ex.Status, ex.said = ref.status, ref.message
 	setCORS(w.Header(), ex.origin)
 	ex.timing(w.Header())
 	if ex.stranger && ref.status >= 500 {
@@ -558,13 +580,15 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 	f, err := scan(data, ex.members[:])
 	if err == nil {
 		h.understand(ex, f, data)
+		h.steady(ex, data)
+		h.account(ex, data)
 		return nil
 	}
 	switch enc := r.Header.Get("Content-Encoding"); {
 	case over:
 		ex.Unedited = UneditedTooLarge
 		ex.in.Store(0)
-		ex.beginning = once{ex.body.open(edit{})}
+		ex.beginning = once{ex.body.open()}
 		ex.letGo()
 		r.Body = &rest{io.MultiReader(ex.beginning, r.Body), r.Body}
 		ex.pass(r)
@@ -627,11 +651,13 @@ func (h *Handler) readZstd(ex *exchange, data []byte) bool {
 		return false
 	}
 	h.understand(ex, f, text)
+	h.account(ex, text)
+	h.steadyText(ex, text)
 	ex.fields.members, ex.fields.long = nil, nil // they are the text's, not the body's
 	return true
 }
 
-// understand takes in what a body says: f, which was found in data.
+// understand takes in what a body says of its model: f, which was found in data.
 func (h *Handler) understand(ex *exchange, f fields, data []byte) {
 	if ex.reads == readsName && f.model == "" {
 		f.model = f.name(data) // as Ollama reads it
@@ -647,7 +673,6 @@ func (h *Handler) understand(ex *exchange, f fields, data []byte) {
 	ex.cloud = ex.key != "" && upstream.IsCloud(f.model)
 	if ex.runsHere() { // else nothing here stays loaded
 		ex.fields = f
-		h.account(ex, data)
 	}
 }
 
@@ -669,7 +694,7 @@ func (h *Handler) rewrite(pr *httputil.ProxyRequest) {
 	pr.Out.Trailer = pr.In.Trailer // filled in when the body has been read
 	if b := ex.body; b != nil {
 		pr.Out.Header.Del("Expect") // the body has come already
-		pr.Out.ContentLength = int64(len(b.data) + ex.edit.grow())
+		pr.Out.ContentLength = int64(len(b.data) + grow(ex.edits))
 		pr.Out.TransferEncoding = nil
 		if len(pr.In.Trailer) > 0 {
 			pr.Out.ContentLength = -1 // only a chunked body has trailers
@@ -677,10 +702,10 @@ func (h *Handler) rewrite(pr *httputil.ProxyRequest) {
 		// With GetBody the transport sends the body again if a kept connection turns out to be closed before anything was
 		// written. But with one of these headers it would do so even if the upstream may have read it.
 		if pr.In.Header["Idempotency-Key"] == nil && pr.In.Header["X-Idempotency-Key"] == nil {
-			pr.Out.GetBody = func() (io.ReadCloser, error) { return b.open(ex.edit), nil }
+			pr.Out.GetBody = func() (io.ReadCloser, error) { return b.open(ex.edits...), nil }
 		}
 		if pr.Out.Body = http.NoBody; len(b.data) > 0 {
-			pr.Out.Body = b.open(ex.edit)
+			pr.Out.Body = b.open(ex.edits...)
 		}
 	}
 }
@@ -854,7 +879,9 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 		h.aborted(ex, w, r)
 	}
 	h.accounted(ex)
+	h.record(r, ex)
 	h.warmed(r, ex)
+	h.timeline.ended(ex)
 	h.prewarming.asked(ex, nil)
 	if ex.began {
 		ex.up.inFlight.Add(-1)
@@ -965,7 +992,8 @@ func (ex *exchange) attrs() []slog.Attr {
 		attrs = append(attrs, milliseconds("first_byte_ms", ex.FirstByte))
 	}
 	attrs = said(attrs, slog.String("keep_alive", ex.KeepAlive), slog.String("unedited", ex.Unedited),
-		slog.String("prewarm", ex.Prewarm))
+		slog.String("prewarm", ex.Prewarm), slog.String("stable_heads", ex.headsEdited()),
+		slog.String("num_ctx", ex.NumCtx))
 	if ex.Begun {
 		attrs = append(attrs, slog.Bool("heartbeat", true))
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -13,6 +14,7 @@ import (
 // own serves the proxy's own pages; false where the request is for the upstream.
 func (h *Handler) own(w http.ResponseWriter, r *http.Request, ex *exchange) bool {
 	switch path := r.URL.Path; {
+	case h.pages(w, r, ex):
 	case path == PathMetrics && h.Metrics != nil:
 		ex.Endpoint, ex.Outcome, ex.Status = PathMetrics, Own, http.StatusOK
 		h.Metrics.ServeHTTP(w, r)
@@ -30,6 +32,8 @@ func (h *Handler) own(w http.ResponseWriter, r *http.Request, ex *exchange) bool
 		if limit, ok := h.shown(w, r, ex, pathQueue, "limit", shownQueue, queueMost); ok {
 			ex.page(w, pathQueue, http.StatusOK, h.queue(limit))
 		}
+	case path == pathFacts:
+		h.facts(w, r, ex)
 	case path == pathRequests && h.Ledger != nil:
 		if n, ok := h.shown(w, r, ex, pathRequests, "n", shownRequests, math.MaxInt); ok {
 			ex.page(w, pathRequests, http.StatusOK, h.requests(n))
@@ -58,7 +62,15 @@ func (h *Handler) ready(w http.ResponseWriter, ex *exchange) {
 	ex.page(w, pathReady, status, page)
 }
 
-// changeUpstream has an upstream drain, or resume.
+// What can be asked of an upstream.
+const (
+	verbHold   = "hold"   // keep a model in memory
+	verbUnload = "unload" // … or not
+)
+
+var verbs = []string{"drain", "resume", verbHold, verbUnload}
+
+// changeUpstream has an upstream drain, or resume, or hold or unload a model.
 func (h *Handler) changeUpstream(w http.ResponseWriter, r *http.Request, ex *exchange) {
 	ex.Endpoint = pathUpstreams
 	name, verb, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, pathUpstreams), "/")
@@ -79,13 +91,16 @@ func (h *Handler) changeUpstream(w http.ResponseWriter, r *http.Request, ex *exc
 			&refusal{http.StatusNotFound, fmt.Sprintf("there is no upstream %q; GET %s lists them",
 				name, strings.TrimSuffix(pathUpstreams, "/"))},
 		)
-	case verb != "drain" && verb != "resume" || r.Method != http.MethodPost:
+	case !slices.Contains(verbs, verb) || r.Method != http.MethodPost:
 		h.refuse(w, r, ex, &refusal{
 			http.StatusMethodNotAllowed,
-			"want POST " + pathUpstreams + name + "/drain, or …/resume",
+			"want POST " + pathUpstreams + name + "/drain, …/resume, …/hold?model=M&for=24h " +
+				"or …/unload?model=M",
 		})
 	case !ex.admin():
 		h.refuse(w, r, ex, ex.notAdmin())
+	case verb == verbHold || verb == verbUnload:
+		h.changeModel(w, r, ex, b, verb)
 	default:
 		h.drain(b, verb == "drain")
 		ex.page(w, pathUpstreams, http.StatusOK, h.upstream(b))

@@ -105,7 +105,7 @@ func (h *Handler) queue(limit int) queuePage {
 	for _, x := range st.Runners {
 		s := &page.Servers[x.Runner.Upstream]
 		s.Models = append(s.Models, modelLanes{
-			Model: upstream.DisplayName(x.Runner.Options.Model), NumCtx: x.Runner.Options.NumCtx(),
+			Model: h.modelName(x.Runner), NumCtx: x.Runner.Options.NumCtx(),
 			Loaded: x.Loaded, Waiting: x.Waiting, Busy: x.Busy, Lanes: x.Lanes, Learned: x.Learned,
 		})
 	}
@@ -118,7 +118,7 @@ func (h *Handler) queue(limit int) queuePage {
 func (h *Handler) waitingEntry(q schedule.Waiter) waitingEntry {
 	e := waitingEntry{
 		Place: q.Place, Client: hashed(q.Client), Flow: hashed([3]any{q.Client, q.Program, q.Flow}),
-		Model: upstream.DisplayName(q.Options.Model), Upstream: h.backends[q.Upstream].Name,
+		Model: h.modelName(schedule.Runner{Upstream: q.Upstream, Options: q.Options}), Upstream: h.backends[q.Upstream].Name,
 		Priority: q.Priority.String(), Sparse: q.Sparse, Age: seconds(q.Age), Tokens: q.Tokens,
 	}
 	if p := h.Guard.Keys.holder(q.Client); p != nil {
@@ -129,6 +129,11 @@ func (h *Handler) waitingEntry(q schedule.Waiter) waitingEntry {
 		e.Start = &start
 	}
 	return e
+}
+
+// modelName returns the name by which people know a model that a runner serves.
+func (h *Handler) modelName(r schedule.Runner) string {
+	return upstream.DisplayName(h.backends[r.Upstream].runners.Name(r.Options.Model))
 }
 
 func estimatesOf(e schedule.Estimates) estimatesEntry {

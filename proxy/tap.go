@@ -21,6 +21,7 @@ func (t *tap) Read(p []byte) (int, error) {
 		if t.ex.BytesOut == 0 {
 			t.ex.FirstByte = time.Since(t.ex.start)
 			t.ex.begins()
+			t.ex.answers()
 		}
 		if !t.ex.gateway {
 			t.ex.up.Alive() // however slowly it answers polls meanwhile

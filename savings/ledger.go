@@ -71,15 +71,17 @@ type Entry struct {
 	Conversation uint64
 	Messages     int // in the prompt
 
-	Basis     Basis
-	Total     int     // prompt tokens; 0 where not known
-	Tokens    *Tokens // nil where Basis is Unknown
-	Estimate  *Tokens // the estimate, also beside a measured figure; nil where there is none
-	Verdict   Verdict
-	Reason    Reason // of a request that is no Hit
-	Detail    string // the same in words; no prompt text
-	Truncated bool   // Ollama probably cut the prompt
-	Broken    bool   // the answer did not come to its end, for one because the client left: only what is known is told
+	Basis    Basis
+	Total    int     // prompt tokens; 0 where not known
+	Tokens   *Tokens // nil where Basis is Unknown
+	Estimate *Tokens // the estimate, also beside a measured figure; nil where there is none
+	Verdict  Verdict
+	Reason   Reason // of a request that is no Hit
+	Detail   string // the same in words, and what was edited; no prompt text
+	// Changed is where it differs from a prompt that it should have continued; nil: nowhere, as far as is known.
+	Changed   *Changed
+	Truncated bool // Ollama probably cut the prompt
+	Broken    bool // the answer did not come to its end, for one because the client left: only what is known is told
 
 	Expected      int // tokens that were expected to be reused when the request was sent
 	ExpectedKnown bool
@@ -152,6 +154,9 @@ type Request struct {
 	lost     int     // engine.lost when it began
 	beside   float64 // about how many tokens the prompts had that the model was given meanwhile
 
+	parting *Parting // nil: there is none …
+	changed *Changed // … or nobody looked what changes there
+
 	known         int // leading links that the store knew
 	record        contextstore.Record
 	run           *runners.Request
@@ -183,6 +188,7 @@ func (l *Ledger) Begin(now time.Time, up Upstream, chain *prefix.Chain, run *run
 	e := l.engine(up.Index, run)
 	r := &Request{ledger: l, engine: e, upstream: up, chain: chain, run: run, at: now, bytes: chain.Bytes(), lost: e.lost, known: known, record: record}
 	r.Expected, r.ExpectedKnown = e.expect(r)
+	r.parting = e.parting(r)
 	r.held = e.hold(chain)
 	size := e.size(r)
 	for _, other := range e.running {
@@ -232,6 +238,9 @@ type Outcome struct {
 	Counted   bool          // an answer of this kind that ends well always tells counts
 	FirstByte time.Duration // from Begin to the first byte of an answer that is streamed; 0 otherwise
 	Duration  time.Duration // from Begin to the end
+
+	// Edits is what the proxy changed in the request, in words, for the entry's detail; "": nothing worth telling.
+	Edits string
 
 	Ending            runners.Ending
 	Endpoint, Excerpt string // for the entry
@@ -305,6 +314,10 @@ func (r *Request) end(now time.Time, o Outcome) (entry Entry, put, ok bool) {
 	case prompt:
 		put = r.account(now, o, &entry)
 	}
+	if o.Edits != "" && entry.Detail != "" {
+		entry.Detail += "; "
+	}
+	entry.Detail += o.Edits
 	if !entry.Loaded && r.run.Idle > defaultKeepAlive && r.run.WasLoaded {
 		entry.SavedLoading = o.Ending.LoadTime
 	}
@@ -352,6 +365,9 @@ func (r *Request) account(now time.Time, o Outcome, entry *Entry) bool {
 		entry.Verdict = VerdictOf(o.Total, entry.Tokens.Reused)
 		if entry.Verdict != Hit {
 			entry.Reason, entry.Detail = e.reason(r, entry, o.Ending.Changes)
+		}
+		if entry.Changed = r.changedBy(o.Total, *entry.Tokens); entry.Changed != nil {
+			entry.tellChanged()
 		}
 		entry.SavedEvaluation = e.saved(entry.Tokens.Reused, o.Total)
 	}

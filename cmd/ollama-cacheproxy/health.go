@@ -11,8 +11,8 @@ import (
 )
 
 type healthCmd struct {
-	Listen string `default:"127.0.0.1:11435" placeholder:"ADDR" help:"Where the proxy listens: an address, or https://ADDR with --tls-cert, whose certificate is not looked at."`
-	Ready  bool   `help:"Ask for the upstream too, not only for the proxy."`
+	Listen string `default:"127.0.0.1:11435" placeholder:"ADDR" help:"Where the proxy listens: an address, or https://ADDR with --tls-cert, whose certificate is not checked."`
+	Ready  bool   `help:"Check the upstream, too, not only the proxy."`
 }
 
 func (h *healthCmd) Help() string {

@@ -24,9 +24,13 @@ type cli struct {
 	Batch    batchCmd    `cmd:"" help:"Send a file of requests, and go on where it was after a crash."`
 	Bench    benchCmd    `cmd:"" help:"Measure what the proxy is worth on an Ollama server: directly and through it, in one run."`
 	Contexts contextsCmd `cmd:"" help:"List, remove and verify the contexts that serve --contexts keeps."`
+	Doctor   doctorCmd   `cmd:"" help:"Say what is wrong with how a running proxy's Ollama is used, and which setting changes that."`
 	Engine   engineCmd   `cmd:"" help:"Link to the engines of an Ollama on this machine, for stored contexts."`
 	Health   healthCmd   `cmd:"" help:"Ask a running proxy whether it and its upstream are well; for a container's health check."`
-	Version  versionCmd  `cmd:"" help:"Print the version."`
+	Version  versionCmd  `cmd:"" help:"Print the version, the commit and Go's version."`
+
+	Completion completionCmd `cmd:"" help:"Print what makes a shell complete verbs, flags and their values: bash, zsh or fish."`
+	Man        manCmd        `cmd:"" hidden:"" help:"Print the man page."`
 }
 
 // exitError ends the program with a status of its own.
@@ -127,6 +131,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return &again.Serve, plain(err)
 	}
 	if err := kctx.Run(); err != nil {
+		if quiet, ok := errors.AsType[silentError](err); ok {
+			return quiet.code
+		}
 		fmt.Fprintf(stderr, "ollama-cacheproxy: %v\n", err)
 		if exit, ok := errors.AsType[exitError](err); ok {
 			return exit.code

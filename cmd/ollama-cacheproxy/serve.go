@@ -56,6 +56,8 @@ type serveCmd struct {
 	KeepAlive       []string `group:"everyday" placeholder:"[MODEL=]TIME" help:"How long models stay loaded after a request that states no keep_alive: a duration (24h), seconds, -1 (for ever) or off; MODEL=TIME for one model. Repeatable. Default: 24h."`
 	KeepAlivePolicy string   `default:"if-absent" enum:"if-absent,at-least,force" help:"What becomes of a client's own keep_alive: if-absent keeps it, at-least raises a shorter one, force replaces it. 0 (unload) is always kept. Default: if-absent."`
 	Touch           bool     `default:"true" negatable:"" help:"For models used through /v1 and /v1/messages, which cannot carry keep_alive, set it with one empty request per load."`
+	NumCtxPolicy    []string `placeholder:"[MODEL=]POLICY" help:"What becomes of the num_ctx of requests to /api/…, for each other one of which Ollama loads a model anew: keep leaves it, pin makes it the one that is loaded, where that is no less, raise the largest one that was asked for so far (docs/heads.md). A larger one takes more memory. MODEL=POLICY for one model. Repeatable. Default: keep."`
+	StableHeads     []string `placeholder:"RULE" help:"Edit prompts, so that their heads are the same each time: claude-billing puts zeros in the place of the checksums in the line x-anthropic-billing-header of Claude Code, total-tokens removes its system messages that count the tokens left (docs/heads.md). Repeatable. Default: none."`
 	MaxBody         int64    `default:"${maxbody}" placeholder:"BYTES" help:"Longest request body to look at; a longer one is forwarded unread, one at a time. Default: 67108864 (64 MiB)."`
 
 	Memory      int64         `placeholder:"BYTES" help:"How much memory the bodies of all requests that wait may take together; those that do not fit wait unread. Default: a quarter of what the machine has, or the container (cgroup) may use."`
@@ -79,6 +81,7 @@ type serveCmd struct {
 	ContextsShared bool          `help:"Attach what one API key's prompts left to those of the others, too. A client could find out by the time that an answer takes whether another one has sent a prompt."`
 	ShowPrompts    bool          `help:"Show the beginning and the end of request bodies on /_cacheproxy/requests. Without this no prompt text is kept."`
 
+	Price       float64  `placeholder:"NUMBER" help:"What a million evaluated prompt tokens would cost elsewhere, in any currency: the page at /_cacheproxy/ then shows what those that were reused are worth, and bench and batch do. Default: 0, which shows no prices."`
 	AllowHost   []string `placeholder:"NAME" help:"Accept this Host name on loopback connections too (* for any). Repeatable."`
 	AllowOrigin []string `placeholder:"ORIGIN" help:"Let web pages of this origin in, such as https://chat.example.com; one * stands for anything. Repeatable. Those in OLLAMA_ORIGINS are let in too."`
 	APIKeysFile string   `group:"everyday" name:"api-keys-file" type:"path" default:"" placeholder:"FILE" help:"Ask clients for one of the keys in this file. A line is KEY, or NAME KEY and then any of weight=2 (its share beside others that wait), class=batch (the most urgent priority that it may ask for, and the one it has if it asks for none: interactive, normal or batch), max-waiting=50 (more requests that would have to wait get 429), rate=10/s (or /m, /h; more requests get 429) and admin (it may pull, create, copy, push and delete models, and drain upstreams; no other key may). It is read again when it changes, and at SIGHUP."`
@@ -132,8 +135,8 @@ Examples:
   ollama-cacheproxy --check --upstream gpu-box:11434
       say whether these settings are right, and stop
 
-Pages of its own: /metrics (Prometheus), /_cacheproxy/requests (what became of the last requests' prompts), /_cacheproxy/queue (what waits, and when it is expected to begin), /_cacheproxy/upstreams, /_cacheproxy/health, /_cacheproxy/ready.
-POST /_cacheproxy/upstreams/NAME/drain has an upstream finish what it has and get nothing new, …/resume ends that.
+Pages of its own: /_cacheproxy/ (for people, live), /metrics (Prometheus), /_cacheproxy/requests (what became of the last requests' prompts), /_cacheproxy/queue (what waits, and when it is expected to begin), /_cacheproxy/upstreams, /_cacheproxy/health, /_cacheproxy/ready.
+POST /_cacheproxy/upstreams/NAME/drain has an upstream finish what it has and get nothing new, …/resume ends that; …/hold?model=M&for=24h keeps a model in its memory, …/unload?model=M does not.
 
 With several upstreams what changes models (pull, create, copy, push, delete, blobs) goes to the first one. The request header X-Cacheproxy-Upstream: NAME sends any request to one of them; in answers it names the one that answered.
 
@@ -146,6 +149,8 @@ type settings struct {
 	listen    string            // for net.Listen
 	upstreams []target
 	keepAlive proxy.KeepAlive
+	numCtx    proxy.NumCtx
+	heads     proxy.StableHeads
 	guard     proxy.Guard
 	keys      *keysFile    // guard.Keys is what was read of it; nil: none are asked for
 	prewarm   *prewarmFile // nil: nothing is made warm before anybody asks
@@ -174,6 +179,12 @@ func (s *serveCmd) settings() (settings, error) {
 	}
 	if set.keepAlive, err = proxy.ParseKeepAlive(proxy.KeepAlivePolicy(s.KeepAlivePolicy), append([]string{defaultKeepAlive}, s.KeepAlive...)); err != nil {
 		return set, fmt.Errorf("--keep-alive: %w", err)
+	}
+	if set.numCtx, err = proxy.ParseNumCtx(s.NumCtxPolicy); err != nil {
+		return set, fmt.Errorf("--num-ctx-policy: %w", err)
+	}
+	if set.heads, err = proxy.ParseStableHeads(s.StableHeads); err != nil {
+		return set, fmt.Errorf("--stable-heads: %w", err)
 	}
 	if set.memory, err = s.limits(); err != nil {
 		return set, err
@@ -242,6 +253,9 @@ func (s *serveCmd) limits() (int64, error) {
 	}
 	if s.StoreEntries < 0 || s.StoreBytes < 0 {
 		return 0, fmt.Errorf("--store-entries %d, --store-bytes %d: want 0 (remember no prefixes but the last prompts') or more", s.StoreEntries, s.StoreBytes)
+	}
+	if s.Price < 0 {
+		return 0, fmt.Errorf("--price %v: want 0 (no prices) or more", s.Price)
 	}
 	if s.Drain < 0 {
 		return 0, fmt.Errorf("--drain %v: want 0 or more", s.Drain)
@@ -328,6 +342,7 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	base, cut := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer cut(nil)
 	srv := newServer(base, h, logger)
+	srv.RegisterOnShutdown(h.ClosePages)
 	descriptors := proxy.NewDescriptors()
 	srv.ConnState, srv.ConnContext = descriptors.ConnState, descriptors.ConnContext
 	background, stopBackground := context.WithCancel(base) // what waits for an upstream may do so until the end
@@ -382,11 +397,12 @@ func (s *serveCmd) handler(
 	store := contextstore.NewMemory(contextstore.Limits{Entries: s.StoreEntries, Bytes: s.StoreBytes})
 	h := &proxy.Handler{
 		Upstreams: ups, Transport: transport, KeepAlive: set.keepAlive, NoTouch: !s.Touch,
+		NumCtx: set.numCtx, StableHeads: set.heads,
 		MaxBody: s.MaxBody, Memory: set.memory, BodyTimeout: s.BodyTimeout,
 		UpstreamSilence: s.UpstreamSilence, Heartbeat: s.Heartbeat, Queue: s.Queue,
 		Guard: set.guard, Trusted: set.trusted, Log: logger,
 		Ledger: savings.New(store, rememberRequests), ShowPrompts: s.ShowPrompts,
-		Contexts: set.contexts,
+		Contexts: set.contexts, Version: version(), Price: s.Price,
 	}
 	if set.prewarm != nil {
 		h.Prewarm = set.prewarm.requests
@@ -402,7 +418,7 @@ func (s *serveCmd) handler(
 			}
 			names = append(names, t.name)
 		}
-		counts.Lanes(names, h.Lanes.Stats)
+		counts.Lanes(names, h.LaneStats)
 	}
 	if set.keys != nil {
 		set.keys.warn(logger)
@@ -413,6 +429,14 @@ func (s *serveCmd) handler(
 	if set.contexts != nil {
 		counts.Contexts(set.contexts.Counts, set.contexts.Files.Stats)
 	}
+	limits := metrics.Limits{
+		Held: set.memory, Queue: s.Queue, StoreEntries: s.StoreEntries, StoreBytes: s.StoreBytes,
+	}
+	if set.contexts != nil {
+		limits.ContextBytes = s.ContextBytes
+	}
+	counts.Limits(func() metrics.Limits { return limits })
+	counts.Draining(h.Draining)
 	counts.Held(h.Held)
 	counts.Waiting(h.Waiting)
 	h.Metrics, h.Done, h.Touched = counts.Handler(), counts.Done, counts.Touched

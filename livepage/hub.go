@@ -1,0 +1,300 @@
+// Package livepage is the live page of the proxy: the files that a browser is given, and the hub that
+// sends what they show to every browser that looks. It knows nothing of requests or servers: a
+// Source tells what there is to show.
+package livepage
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"sync"
+	"time"
+)
+
+const (
+	every = time.Second // how often a source is asked while somebody looks
+	// quiet is after how long without anything new a comment is sent, by which each side finds out
+	// that the other one is gone.
+	quiet = 15 * time.Second
+	// patience is how long a browser may take to accept what is sent to it.
+	patience = 20 * time.Second
+
+	// DefaultLimit is how many pages may be open, unless a Hub says otherwise.
+	DefaultLimit = 200
+)
+
+// Part is one piece of what the page shows. It is sent when it is not what it was a second ago, so it
+// tells times as moments, and not as ages that grow while nothing happens.
+type Part struct {
+	Name string // unique among the parts
+	Data any    // for encoding/json
+}
+
+// Source tells what there is to show. Its methods are called by one goroutine at a time, once a
+// second while somebody looks, and never otherwise.
+type Source interface {
+	// Parts returns all pieces as they are now, always the same ones in the same order.
+	Parts() []Part
+	// Since returns the entries of a log that only grows, from a number on: the oldest one first, as
+	// many of the last ones as are remembered, and the number of the entry that comes next.
+	Since(from uint64) (entries []any, next uint64)
+}
+
+// Hub sends what a source tells to the pages that are open. All of them are sent the same bytes,
+// which are made once. A browser that is slow to read gets the newest state when it is ready for
+// more, and nothing is kept for it meanwhile. Make it with NewHub.
+type Hub struct {
+	// Remember is how many entries of the log a page is given when it is opened.
+	Remember int
+	// Limit is how many pages may be open; 0: DefaultLimit.
+	Limit int
+
+	source Source
+
+	mu     sync.Mutex
+	closed bool
+	pages  int                // guarded by mu, as all that follows
+	stop   context.CancelFunc // ends the goroutine that asks the source; nil: nobody looks
+	asks   sync.WaitGroup     // of that goroutine
+	tick   uint64             // how often the source was asked
+	news   chan struct{}      // closed when it is asked again, or the hub is closed
+	parts  []encoded
+	lines  [][]byte // the log's last entries, encoded
+	next   uint64   // the number of the entry that comes after lines
+	delta  []byte   // the event for a page that has seen all that there was a tick ago; nil: nothing is new
+}
+
+// encoded is a part as it is sent.
+type encoded struct {
+	name string
+	json []byte
+}
+
+// NewHub returns a hub that shows what a source tells, and of its log so many entries.
+func NewHub(source Source, remember int) *Hub {
+	return &Hub{source: source, Remember: remember, news: make(chan struct{})}
+}
+
+// ErrMany says that as many pages are open as may be.
+var ErrMany = errors.New("as many pages are open as may be")
+
+// ErrClosed says that the hub is closed.
+var ErrClosed = errors.New("the page is closed")
+
+// Open counts a page that is to be served; the error is ErrMany or ErrClosed. Whoever gets none must call
+// Serve, or else Leave, once.
+func (h *Hub) Open() error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	limit := h.Limit
+	if limit == 0 {
+		limit = DefaultLimit
+	}
+	switch {
+	case h.closed:
+		return ErrClosed
+	case h.pages >= limit:
+		return ErrMany
+	}
+	if h.pages++; h.stop == nil {
+		h.ask()
+		ctx, stop := context.WithCancel(context.Background())
+		h.stop = stop
+		h.asks.Go(func() { h.run(ctx) }) // ends when the last page is closed
+	}
+	return nil
+}
+
+// Leave is for whoever has opened a page and does not call Serve.
+func (h *Hub) Leave() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.pages--; h.pages == 0 {
+		h.stop()
+		h.stop, h.parts, h.lines, h.next, h.delta = nil, nil, nil, 0, nil
+	}
+}
+
+// Pages returns how many pages are open.
+func (h *Hub) Pages() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.pages
+}
+
+// Close ends the pages that are open, and refuses others. It returns when the source is not asked any
+// more.
+func (h *Hub) Close() {
+	h.mu.Lock()
+	if !h.closed {
+		h.closed = true
+		close(h.news)
+	}
+	if h.stop != nil {
+		h.stop()
+	}
+	h.mu.Unlock()
+	h.asks.Wait()
+}
+
+// run asks the source until ctx ends.
+func (h *Hub) run(ctx context.Context) {
+	ticker := time.NewTicker(every)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		h.mu.Lock()
+		if ctx.Err() == nil {
+			h.ask()
+			close(h.news)
+			h.news = make(chan struct{})
+		}
+		h.mu.Unlock()
+	}
+}
+
+// ask asks the source, and encodes what is new. h.mu must be held.
+func (h *Hub) ask() {
+	h.tick++
+	parts := h.source.Parts()
+	if len(h.parts) != len(parts) {
+		h.parts = make([]encoded, len(parts))
+	}
+	var fresh []encoded
+	for i, p := range parts {
+		text, err := json.Marshal(p.Data)
+		if err != nil {
+			text = []byte("null") // a number that JSON cannot write: the rest is shown nevertheless
+		}
+		if !bytes.Equal(text, h.parts[i].json) {
+			h.parts[i] = encoded{p.Name, text}
+			fresh = append(fresh, h.parts[i])
+		}
+	}
+	entries, next := h.source.Since(h.next)
+	before := len(h.lines)
+	for _, e := range entries {
+		if text, err := json.Marshal(e); err == nil {
+			h.lines = append(h.lines, text)
+		}
+	}
+	added := h.lines[before:]
+	if over := len(h.lines) - h.Remember; over > 0 {
+		h.lines = append([][]byte(nil), h.lines[over:]...)
+	}
+	h.next = next
+	h.delta = nil
+	if len(fresh)+len(added) > 0 {
+		h.delta = event(fresh, added, false)
+	}
+}
+
+// event returns what is sent of some parts and log entries, as a server-sent event. whole: they are
+// all that there is, and take the place of what the page has.
+func event(parts []encoded, lines [][]byte, whole bool) []byte {
+	size := 128
+	for _, p := range parts {
+		size += len(p.name) + len(p.json) + 4
+	}
+	for _, l := range lines {
+		size += len(l) + 1
+	}
+	b := bytes.NewBuffer(make([]byte, 0, size))
+	b.WriteString(`data: {"at":`)
+	at, _ := json.Marshal(time.Now().UnixMilli()) // a number
+	b.Write(at)
+	if whole {
+		b.WriteString(`,"whole":true`)
+	}
+	b.WriteString(`,"parts":{`)
+	for i, p := range parts {
+		if i > 0 {
+			b.WriteByte(',')
+		}
+		name, _ := json.Marshal(p.name) // a string
+		b.Write(name)
+		b.WriteByte(':')
+		b.Write(p.json)
+	}
+	b.WriteString(`},"log":[`)
+	b.Write(bytes.Join(lines, []byte(",")))
+	b.WriteString("]}\n\n")
+	return b.Bytes()
+}
+
+// since returns what a page is sent that has seen everything up to a tick; 0: nothing.
+func (h *Hub) since(seen uint64) (text []byte, tick uint64, news chan struct{}) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	switch seen {
+	case h.tick:
+		return nil, h.tick, h.news
+	case h.tick - 1:
+		if seen > 0 {
+			return h.delta, h.tick, h.news
+		}
+	}
+	return event(h.parts, h.lines, true), h.tick, h.news
+}
+
+// Serve sends a page what there is to show until the request ends, or the hub is closed. Open must have
+// returned no error before. viewer is what this page alone is told first, as its part "you".
+func (h *Hub) Serve(w http.ResponseWriter, r *http.Request, viewer any) {
+	defer h.Leave()
+	rc := http.NewResponseController(w)
+	send := func(text []byte) bool {
+		// Not every ResponseWriter has deadlines; net/http's have.
+		_ = rc.SetWriteDeadline(time.Now().Add(patience))
+		_, err := w.Write(text)
+		return err == nil && rc.Flush() == nil
+	}
+	header := w.Header()
+	header.Set("Content-Type", "text/event-stream; charset=utf-8")
+	header.Set("Cache-Control", "no-store")
+	header.Set("X-Accel-Buffering", "no") // nginx would keep events back
+	header.Set("Connection", "close")     // the deadline for writing is this page's
+	header.Set("X-Content-Type-Options", "nosniff")
+	w.WriteHeader(http.StatusOK)
+	you, err := json.Marshal(viewer)
+	if err != nil || !send(event([]encoded{{"you", you}}, nil, false)) {
+		return
+	}
+	beat := time.NewTimer(quiet)
+	defer beat.Stop()
+	var seen uint64
+	for {
+		text, tick, news := h.since(seen)
+		seen = tick
+		if text != nil {
+			if !send(text) {
+				return
+			}
+			beat.Reset(quiet)
+		}
+		if h.isClosed() {
+			return
+		}
+		select {
+		case <-r.Context().Done():
+			return
+		case <-news:
+		case <-beat.C:
+			if !send([]byte(": nothing new\n\n")) {
+				return
+			}
+			beat.Reset(quiet)
+		}
+	}
+}
+
+func (h *Hub) isClosed() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.closed
+}

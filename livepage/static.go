@@ -1,0 +1,92 @@
+package livepage
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"embed"
+	"encoding/hex"
+	"io/fs"
+	"mime"
+	"net/http"
+	"path"
+	"time"
+)
+
+// The page's own files, and three small libraries as their packages have them, with their licences
+// beside them: uPlot 1.6.32 (charts), Preact 10.29.8 (what changes of the document) and htm 3.1.1
+// (markup within JavaScript, without a build).
+//
+//go:embed static
+var files embed.FS
+
+// file is one of the page's files.
+type file struct {
+	text       []byte
+	etag, kind string
+}
+
+// static are the files by their names below the page's path; "" is the page itself.
+var static = func() map[string]file {
+	all := map[string]file{}
+	err := fs.WalkDir(files, "static", func(name string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		text, err := files.ReadFile(name)
+		if err != nil {
+			return err
+		}
+		sum := sha256.Sum256(text)
+		f := file{text: text, etag: `"` + hex.EncodeToString(sum[:8]) + `"`}
+		switch ext := path.Ext(name); ext {
+		case ".js": // whatever the machine's own list says
+			f.kind = "text/javascript; charset=utf-8"
+		case ".LICENSE":
+			f.kind = "text/plain; charset=utf-8"
+		default:
+			f.kind = mime.TypeByExtension(ext)
+		}
+		name = name[len("static/"):]
+		if name == "index.html" {
+			name = ""
+		}
+		all[name] = f
+		return nil
+	})
+	if err != nil {
+		panic(err) // the files are part of the program
+	}
+	return all
+}()
+
+// policy lets the page run its own scripts, talk to this proxy, and do nothing else. There is no inline
+// script or style in it.
+const policy = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; " +
+	"img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
+
+// Has reports whether there is a file with this name below the page's path; "" is the page itself.
+func Has(name string) bool {
+	_, ok := static[name]
+	return ok
+}
+
+// ServeFile serves the file with this name. It has nothing in it that is not in the program, too, so it
+// may be shown to anyone.
+func ServeFile(w http.ResponseWriter, r *http.Request, name string) {
+	f, ok := static[name]
+	if !ok {
+		http.NotFound(w, r)
+		return
+	}
+	h := w.Header()
+	h.Set("Content-Type", f.kind)
+	h.Set("ETag", f.etag)
+	h.Set("Cache-Control", "no-cache") // asked again each time, and answered 304: it is of this version
+	h.Set("Content-Security-Policy", policy)
+	h.Set("X-Content-Type-Options", "nosniff")
+	h.Set("X-Frame-Options", "DENY")
+	h.Set("Referrer-Policy", "no-referrer")
+	h.Set("Cross-Origin-Opener-Policy", "same-origin")
+	h.Set("Cross-Origin-Resource-Policy", "same-origin")
+	http.ServeContent(w, r, name, time.Time{}, bytes.NewReader(f.text))
+}

@@ -1,0 +1,493 @@
+package proxy
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/livepage"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
+)
+
+const (
+	pageWaitingMost = 50 // requests that wait which the page shows
+	pageContexts    = 20 // stored contexts
+)
+
+// overview is what the page shows: a livepage.Source.
+type overview struct{ *Handler }
+
+// Parts returns all but the requests that have ended. It tells moments (ms since 1970), not ages, so that what
+// does not change need not be sent again.
+func (o overview) Parts() []livepage.Part {
+	now := time.Now()
+	ups := o.pageUpstreams()
+	return []livepage.Part{
+		{Name: "proxy", Data: o.pageProxy()},
+		{Name: "problems", Data: o.problems(now)},
+		{Name: "totals", Data: o.timeline.counted()},
+		{Name: "queue", Data: o.pageQueue(now)},
+		{Name: "running", Data: o.timeline.under()},
+		{Name: "series", Data: o.timeline.series(now)},
+		{Name: "upstreams", Data: ups},
+		{Name: "contexts", Data: o.pageStored()},
+	}
+}
+
+// Since returns the requests that have ended.
+func (o overview) Since(from uint64) ([]any, uint64) {
+	list, next := o.timeline.since(from)
+	entries := make([]any, len(list))
+	for i := range list {
+		entries[i] = &list[i]
+	}
+	return entries, next
+}
+
+// pageProxy is what the page shows of this process.
+type pageProxy struct {
+	Version  string  `json:"version"`
+	Started  int64   `json:"started"`
+	Price    float64 `json:"price,omitempty"`
+	Bin      int     `json:"bin_s"`
+	Requests int     `json:"remembered"` // requests, at most
+	Lanes    bool    `json:"lanes"`      // requests wait for lanes
+	Keys     bool    `json:"keys"`       // are asked for
+	Held     string  `json:"keep_alive"` // as --keep-alive says
+}
+
+func (h *Handler) pageProxy() pageProxy {
+	return pageProxy{
+		Version: h.Version, Started: h.timeline.began.UnixMilli(), Price: h.Price,
+		Bin: int(binWidth / time.Second), Requests: timelineMost, Lanes: h.Lanes != nil,
+		Keys: h.Guard.Keys != nil, Held: h.KeepAlive.String(),
+	}
+}
+
+// pageQueue is what waits.
+type pageQueue struct {
+	Waiting  int           `json:"waiting"` // for a lane, for memory, or for a server
+	Queued   int           `json:"queued"`  // of these, for a lane
+	Requests []pageWaiting `json:"requests"`
+}
+
+// pageWaiting is one request that waits for a lane.
+type pageWaiting struct {
+	Place    int    `json:"place"`
+	Name     string `json:"name,omitempty"`
+	Client   string `json:"client"`
+	Model    string `json:"model"`
+	NumCtx   int    `json:"num_ctx,omitempty"`
+	Upstream string `json:"upstream"`
+	Priority string `json:"priority"`
+	Tokens   int    `json:"tokens"` // of its prompt, estimated
+	Since    int64  `json:"since"`
+	// Start is when it is expected to begin, in whole seconds; 0: nothing tells.
+	Start int64 `json:"start,omitempty"`
+}
+
+func (h *Handler) pageQueue(now time.Time) pageQueue {
+	q := pageQueue{Waiting: int(h.Waiting()), Requests: []pageWaiting{}}
+	if h.Lanes == nil {
+		return q
+	}
+	waits := h.Lanes.Waiting(pageWaitingMost)
+	q.Queued = waits.Total
+	for _, w := range waits.First {
+		e := h.waitingEntry(w)
+		p := pageWaiting{
+			Place: e.Place, Name: e.Name, Client: e.Client, Model: e.Model, NumCtx: w.Options.NumCtx(),
+			Upstream: e.Upstream, Priority: e.Priority, Tokens: e.Tokens,
+			Since: now.Add(-w.Age).UnixMilli(),
+		}
+		if w.StartKnown {
+			p.Start = now.Add(w.Start).Round(time.Second).UnixMilli()
+		}
+		q.Requests = append(q.Requests, p)
+	}
+	return q
+}
+
+// pageUpstream is what the page shows of a server.
+type pageUpstream struct {
+	upstreamEntry
+	Away  bool        `json:"away"`
+	Loops bool        `json:"loops,omitempty"` // it leads back to this proxy
+	Seen  int64       `json:"seen,omitempty"`
+	Until int64       `json:"until,omitempty"` // for how long requests wait for it
+	Loads []pageModel `json:"loads"`           // what it has in memory
+	Slots []pageSlots `json:"slots"`
+}
+
+// pageModel is a model in a server's memory.
+type pageModel struct {
+	Model   string `json:"model"`
+	Size    int64  `json:"size"`
+	GPU     int64  `json:"gpu"` // bytes of it
+	Context int    `json:"context"`
+	Expires int64  `json:"expires,omitempty"` // 0: never
+	Running int    `json:"running"`           // requests that came through here
+	// Holder says whose keep_alive is in force: proxy, client, or others.
+	Holder string `json:"holder"`
+	For    string `json:"for,omitempty"` // that keep_alive
+}
+
+// pageSlots are the lanes of a model with one set of options.
+type pageSlots struct {
+	Runner  string `json:"runner"` // what drawn.Runner is of the requests on these lanes
+	Model   string `json:"model"`
+	NumCtx  int    `json:"num_ctx,omitempty"`
+	Loaded  bool   `json:"loaded"`
+	Waiting int    `json:"waiting"`
+	Busy    int    `json:"busy"`
+	Held    int    `json:"held"`
+	Lanes   int    `json:"lanes"`  // 0: no limit
+	Source  string `json:"source"` // of that number: learned, given, told (by the engine) or none
+}
+
+func (h *Handler) pageUpstreams() []pageUpstream {
+	var list []pageUpstream
+	for _, b := range h.backends {
+		st := b.State()
+		u := pageUpstream{
+			upstreamEntry: h.upstream(b), Away: st.Away, Loops: b.looped.Load(),
+			Loads: []pageModel{}, Slots: []pageSlots{},
+		}
+		if !st.Up && !st.Seen.IsZero() {
+			u.Seen = st.Seen.UnixMilli()
+		}
+		if st.Away && !st.Until.IsZero() {
+			u.Until = st.Until.UnixMilli()
+		}
+		for _, l := range st.Loaded {
+			if st.Up {
+				u.Loads = append(u.Loads, b.pageModel(l))
+			}
+		}
+		list = append(list, u)
+	}
+	if h.Lanes == nil {
+		return list
+	}
+	for _, x := range h.Lanes.Stats().Runners {
+		u := &list[x.Runner.Upstream]
+		s := pageSlots{
+			Runner: hashed(x.Runner), Model: h.modelName(x.Runner), NumCtx: x.Runner.Options.NumCtx(),
+			Loaded: x.Loaded, Waiting: x.Waiting, Busy: x.Busy, Held: x.Held, Lanes: x.Lanes,
+			Source: "given",
+		}
+		switch {
+		case x.Lanes == 0:
+			s.Source = "none"
+		case x.Told:
+			s.Source = "told"
+		case x.Learned:
+			s.Source = "learned"
+		}
+		u.Slots = append(u.Slots, s)
+	}
+	return list
+}
+
+// pageModel returns what the page shows of a model that is loaded.
+func (b *backend) pageModel(l upstream.Loaded) pageModel {
+	m := pageModel{
+		Model: upstream.DisplayName(l.Name), Size: l.Size, GPU: l.SizeVRAM, Context: l.ContextLength,
+		Holder: holderOthers,
+	}
+	// A model that is kept for ever expires in some hundred years.
+	if time.Until(l.ExpiresAt) < 10*365*24*time.Hour {
+		m.Expires = l.ExpiresAt.Round(time.Second).UnixMilli()
+	}
+	m.Holder, m.For, m.Running = b.residency.holder(b.runners.Weights(upstream.ModelKey(l.Name)))
+	return m
+}
+
+// Who holds a model in memory.
+const (
+	holderProxy  = "proxy"  // its own keep_alive
+	holderClient = "client" // one that a client has asked for
+	holderOthers = "others" // none that came through here is in force, as far as is known
+)
+
+// holder returns whose keep_alive holds a model, what that is, and how many requests to it are under way.
+func (r *residency) holder(weights string) (who, long string, running int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	m, ok := r.models.Peek(weights)
+	if !ok {
+		return holderOthers, "", 0
+	}
+	if m.keptAt.IsZero() {
+		return holderOthers, "", m.inFlight
+	}
+	who, long = holderProxy, "ever"
+	if m.keptFor != upstream.Forever {
+		long = m.keptFor.String()
+	}
+	if m.longest != 0 && m.keptFor == m.longest {
+		who = holderClient
+	}
+	return who, long, m.inFlight
+}
+
+// pageContextsPart are the stored contexts; nil: none are kept.
+type pageContextsPart struct {
+	States    int               `json:"states"`
+	Bytes     int64             `json:"bytes"`
+	Limit     int64             `json:"limit"`
+	Saved     uint64            `json:"saved"`
+	Attached  uint64            `json:"attached"`
+	Filled    uint64            `json:"filled"`
+	Tokens    uint64            `json:"tokens"` // that were not evaluated again
+	Seconds   float64           `json:"seconds"`
+	Failed    map[string]uint64 `json:"failed"`
+	Refused   uint64            `json:"refused"`
+	Contexts  []pageContext     `json:"contexts"`
+	NotListed int               `json:"not_listed"`
+}
+
+// pageContext is one of them.
+type pageContext struct {
+	Model  string  `json:"model"`
+	Tokens int     `json:"tokens"`
+	Bytes  int64   `json:"bytes"`
+	Cost   float64 `json:"cost_s"` // to evaluate it again
+	Uses   int     `json:"uses"`
+	Made   int64   `json:"made"`
+	Used   int64   `json:"used"`
+}
+
+func (h *Handler) pageStored() *pageContextsPart {
+	if h.Contexts == nil {
+		return nil
+	}
+	c, st, states := h.Contexts.Counts(), h.Contexts.Files.Stats(), h.Contexts.Files.List()
+	p := &pageContextsPart{
+		States: st.States, Bytes: st.Bytes, Limit: st.Limits.Bytes, Refused: st.Refused,
+		Saved: c.Saved, Attached: c.Attached, Filled: c.Filled, Tokens: c.Tokens,
+		Seconds: c.Evaluation.Seconds(), Failed: c.Failed, Contexts: []pageContext{},
+	}
+	for _, s := range states[:min(len(states), pageContexts)] {
+		p.Contexts = append(p.Contexts, pageContext{
+			s.Model, s.Tokens, s.Bytes, s.Cost.Seconds(), s.Uses, s.Made.UnixMilli(), s.Used.UnixMilli(),
+		})
+	}
+	p.NotListed = len(states) - len(p.Contexts)
+	return p
+}
+
+// problem is something that is wrong now, and what to do about it.
+type problem struct {
+	Kind  string `json:"kind"`  // one of a fixed set, for tests and styles
+	Level string `json:"level"` // error, warning or note
+	What  string `json:"what"`
+	Do    string `json:"do"`
+}
+
+const (
+	isError   = "error"
+	isWarning = "warning"
+	isNote    = "note"
+	// lately is what the page takes for now, of what requests tell.
+	lately = 5 * time.Minute
+	// longWait is from when on it is a problem that a request waits.
+	longWait = 30 * time.Second
+)
+
+// problems returns what is wrong now, the worst first.
+func (h *Handler) problems(now time.Time) []problem {
+	list := []problem{}
+	up := 0
+	for _, b := range h.backends {
+		if b.answers() && b.State().Up {
+			up++
+		}
+		list = append(list, h.wrongWith(b)...)
+	}
+	list = append(list, h.timeline.problems(now)...)
+	list = append(list, h.waitingLong(now)...)
+	if h.Contexts != nil {
+		for _, reason := range []string{"save", "attach"} {
+			if n := h.Contexts.Counts().Failed[reason]; n > 0 {
+				list = append(list, problem{"contexts", isWarning,
+					fmt.Sprintf("Stored contexts that could not be %sed since the start: %d.", strings.TrimSuffix(reason, "e"), n),
+					"The log says why; most often the disk is full, slow or read-only (docs/contexts.md)."})
+			}
+		}
+	}
+	levels := []string{isError, isWarning, isNote}
+	slices.SortStableFunc(list, func(a, b problem) int {
+		return cmp.Compare(slices.Index(levels, a.Level), slices.Index(levels, b.Level))
+	})
+	return list
+}
+
+// wrongWith returns what is wrong with a server.
+func (h *Handler) wrongWith(b *backend) (list []problem) {
+	st := b.State()
+	add := func(kind, level, what, do string) { list = append(list, problem{kind, level, what, do}) }
+	switch {
+	case b.looped.Load():
+		add("loop", isError, fmt.Sprintf("Requests to %s at %s come back to this proxy.", b.Name, b.URL),
+			"Point --upstream to Ollama itself. If Ollama should be there, OLLAMA_HOST may have made "+
+				"it listen elsewhere.")
+	case st.Polled.IsZero():
+	case !st.Up:
+		what := fmt.Sprintf("%s at %s does not answer: %s.", b.Name, b.URL, reason(st.Err))
+		add("away", isError, what, "Start Ollama there (ollama serve), or say with --upstream where it is.")
+	}
+	if b.draining.Load() {
+		add("draining", isNote, fmt.Sprintf("%s is draining: it gets no new requests.", b.Name),
+			"Resume it when you are done with it.")
+	}
+	if st.Simulated {
+		add("simulated", isNote, fmt.Sprintf("%s is simulated: its answers and figures are made up.", b.Name), "")
+	}
+	for _, l := range st.Loaded {
+		if st.Up && l.SizeVRAM > 0 && l.SizeVRAM < l.Size {
+			add("cpu", isWarning, fmt.Sprintf("%d %% of %s are not in GPU memory on %s, which is slow.",
+				100-100*l.SizeVRAM/l.Size, l.Name, b.Name),
+				"Ask for a smaller num_ctx, use a smaller quantization, or unload other models.")
+		}
+	}
+	return list
+}
+
+// waitingLong tells of requests that have waited for long.
+func (h *Handler) waitingLong(now time.Time) []problem {
+	if h.Lanes == nil {
+		return nil
+	}
+	var oldest time.Duration
+	n := 0
+	for p, w := range h.Lanes.Stats().Waiting {
+		n += w.Requests
+		if p != schedule.Batch { // those are there to wait
+			oldest = max(oldest, w.Oldest)
+		}
+	}
+	if oldest < longWait {
+		return nil
+	}
+	since := now.Add(-oldest).Format("15:04:05")
+	return []problem{{"waiting", isWarning,
+		fmt.Sprintf("Requests have waited since %s; now there are %d.", since, n),
+		"Give Ollama more slots (OLLAMA_NUM_PARALLEL) or another server (--upstream), or mark what can " +
+			"wait with X-Cacheproxy-Priority: batch."}}
+}
+
+// evidence is what the requests of the last minutes tell of what is wrong.
+type evidence struct {
+	counts map[string]int    // of what, by its kind
+	said   map[string]string // what one was told that ended so, by outcome
+	// contexts are the num_ctx that requests for a model asked for.
+	contexts map[string]map[int]bool
+}
+
+// evidence returns what requests tell that ended at a time or later.
+func (t *timeline) evidence(since int64) evidence {
+	e := evidence{map[string]int{}, map[string]string{}, map[string]map[int]bool{}}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for i := range t.bins {
+		if b := &t.bins[i]; b.at*binWidth.Milliseconds() >= since {
+			for i, n := range b.wrong {
+				e.counts[string(wrongs[i])] += n
+			}
+		}
+	}
+	for i := range t.ring {
+		if d := &t.ring[i]; d.At+int64(d.Duration) >= since {
+			e.add(d)
+		}
+	}
+	return e
+}
+
+func (e *evidence) add(d *drawn) {
+	if d.Said != "" {
+		e.said[string(d.Outcome)] = d.Said
+	}
+	if d.told == nil {
+		return
+	}
+	if d.Truncated {
+		e.counts["truncated"]++
+	}
+	if d.Loaded {
+		e.counts[string(d.Reason)]++
+	}
+	if e.contexts[d.Model] == nil {
+		e.contexts[d.Model] = map[int]bool{}
+	}
+	e.contexts[d.Model][d.NumCtx] = true
+}
+
+// disagree reports whether requests for one model asked for more than one num_ctx.
+func (e *evidence) disagree() bool {
+	for _, seen := range e.contexts {
+		if len(seen) > 1 {
+			return true
+		}
+	}
+	return false
+}
+
+// symptoms are what evidence may show: from how many on, how bad that is, and what to do about it.
+var symptoms = []struct {
+	kind        string
+	least       int
+	level       string
+	what, todo  string
+	onlyNumCtx  bool // where clients disagree on num_ctx …
+	otherNumCtx bool // … and where they do not
+}{
+	{kind: string(Unreachable), least: 1, level: isError,
+		what: "Requests of the last 5 minutes that reached no Ollama: %d.",
+		todo: "See the server below; start it, or correct --upstream."},
+	{kind: string(UpstreamError), least: 1, level: isError,
+		what: "Requests of the last 5 minutes that Ollama answered with an error: %d.",
+		todo: "Open one of them below, and look into Ollama's log at that time."},
+	{kind: string(Aborted), least: 1, level: isError,
+		what: "Answers of the last 5 minutes that broke off: %d.",
+		todo: "Ollama, or something between, closed the connection: its log says why. A crash is most " +
+			"often want of memory."},
+	{kind: string(Refused), least: 1, level: isWarning,
+		what: "Requests of the last 5 minutes that the proxy refused: %d.",
+		todo: "The reason says which setting decides."},
+	{kind: string(savings.ReasonReloaded), least: 2, level: isWarning, onlyNumCtx: true,
+		what: "Clients disagree on num_ctx: model loads that this cost in the last 5 minutes: %d.",
+		todo: "Set one num_ctx in all clients, or leave it out of them and set OLLAMA_CONTEXT_LENGTH for " +
+			"Ollama."},
+	{kind: string(savings.ReasonReloaded), least: 2, level: isWarning, otherNumCtx: true,
+		what: "Clients ask for different options: model loads that this cost in the last 5 minutes: %d.",
+		todo: "Have all clients ask for the same options; a request's detail below says which one differs."},
+	{kind: string(savings.ReasonEvicted), least: 2, level: isWarning,
+		what: "Models push each other out of memory: loads that this cost in the last 5 minutes: %d.",
+		todo: "Use smaller models or contexts, more memory (OLLAMA_MAX_LOADED_MODELS), or a server for each."},
+	{kind: "truncated", least: 1, level: isWarning,
+		what: "Prompts of the last 5 minutes that Ollama has probably cut, dropping their beginning: %d.",
+		todo: "Ask for a larger num_ctx, or send less."},
+}
+
+// problems tells what is wrong by the requests that ended lately.
+func (t *timeline) problems(now time.Time) (list []problem) {
+	e := t.evidence(now.Add(-lately).UnixMilli())
+	for _, s := range symptoms {
+		n := e.counts[s.kind]
+		if n < s.least || s.onlyNumCtx && !e.disagree() || s.otherNumCtx && e.disagree() {
+			continue
+		}
+		what := fmt.Sprintf(s.what, n)
+		if text := e.said[s.kind]; text != "" {
+			what += " One was told: " + text + "."
+		}
+		list = append(list, problem{s.kind, s.level, what, s.todo})
+	}
+	return list
+}

@@ -193,12 +193,26 @@ func (s *serveCmd) settings() (settings, error) {
 	return set, s.readFiles(&set)
 }
 
+// apiKeys reads those that clients must show; nil where none are asked for.
+func (s *serveCmd) apiKeys() (*keysFile, error) {
+	inline := s.file != nil && s.file.keys.line > 0
+	switch {
+	case inline && s.APIKeysFile != "":
+		return nil, fmt.Errorf("--api-keys-file is given, and %s in %s: give one of them", settingAPIKeys, s.file.path)
+	case inline:
+		return inlineKeysFile(s.file)
+	case s.APIKeysFile != "":
+		return readKeys(s.APIKeysFile)
+	}
+	return nil, nil
+}
+
 // readFiles reads the files that settings name.
 func (s *serveCmd) readFiles(set *settings) (err error) {
-	if s.APIKeysFile != "" {
-		if set.keys, err = readKeys(s.APIKeysFile); err != nil {
-			return err
-		}
+	if set.keys, err = s.apiKeys(); err != nil {
+		return err
+	}
+	if set.keys != nil {
 		set.guard.Keys = set.keys.keys
 	}
 	if s.Prewarm != "" {
@@ -372,7 +386,7 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 
 // files returns the files that are read again when they change.
 func (set settings) files() (list []reloader) {
-	if set.keys != nil {
+	if set.keys != nil && !set.keys.inline {
 		list = append(list, set.keys)
 	}
 	if set.prewarm != nil {

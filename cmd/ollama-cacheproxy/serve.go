@@ -140,7 +140,7 @@ POST /_cacheproxy/upstreams/NAME/drain has an upstream finish what it has and ge
 
 With several upstreams what changes models (pull, create, copy, push, delete, blobs) goes to the first one. The request header X-Cacheproxy-Upstream: NAME sends any request to one of them; in answers it names the one that answered.
 
-Other verbs: batch, bench, health, version ("ollama-cacheproxy VERB --help").`
+Other verbs: batch (a file of requests), bench (what the proxy is worth), completion (for a shell), contexts and engine (stored contexts), doctor (what is wrong), health, version. Each has --help.`
 }
 
 // settings are the flags, understood.

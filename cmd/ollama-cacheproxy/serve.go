@@ -223,7 +223,7 @@ func (s *serveCmd) readFiles(set *settings) (err error) {
 	if set.cert, err = readCert(s.TLSCert, s.TLSKey); err != nil {
 		return err
 	}
-	set.upstreamTLS, err = upstreamTLS(s.UpstreamCA)
+	set.upstreamTLS, err = certificates("--upstream-ca", s.UpstreamCA)
 	return err
 }
 

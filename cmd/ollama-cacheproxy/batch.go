@@ -128,6 +128,9 @@ func (b *batchCmd) config(c *console) (*batch.Source, *batch.Config, error) {
 		return nil, nil, fmt.Errorf("--window %d, --retries %d, --request-timeout %v, --wait-for-server %v: want at least 1, and 0 or more",
 			b.Window, b.Retries, b.Timeout, b.Wait)
 	}
+	if !isPrice(b.Price) {
+		return nil, nil, fmt.Errorf("--price %v: want 0 (no prices) or more", b.Price)
+	}
 	if b.Concurrency != "auto" {
 		n, err := strconv.Atoi(b.Concurrency)
 		if err != nil || n < 1 {

@@ -114,7 +114,7 @@ func (b *benchCmd) Run(ctx context.Context, c *console) error {
 
 // config understands the flags.
 func (b *benchCmd) config() (*bench.Config, error) {
-	if b.Price < 0 {
+	if !isPrice(b.Price) {
 		return nil, errors.New("--price: want 0 (no prices) or more")
 	}
 	for _, n := range []int{b.Requests, b.PrefixTokens, b.TailTokens, b.OutputTokens, b.Rounds} {

@@ -103,7 +103,7 @@ func (h *Handler) record(r *http.Request, ex *exchange) {
 	}
 	q.KeepAlive, q.OwnKeepAlive = h.keeps(ex)
 	if c := ex.chain; c != nil && c.HasPrompt() {
-		q.Bytes, q.Conversation = c.Bytes(), c.Opening
+		q.Bytes, q.Images, q.Conversation = c.Bytes(), c.Images, c.Opening
 		if c.Messages > 2 {
 			q.Conversation = c.Conversation
 			q.Moved = h.recorder.Turns(conversationOf(q.Client, programOf(r, ex), c.Opening), c)
@@ -247,7 +247,8 @@ func (h *Handler) facts(w http.ResponseWriter, r *http.Request, ex *exchange) {
 		}
 		from = now.Add(-d)
 	}
-	f, keep := h.recorder.Facts(now, from), h.Live().KeepAlive
+	f := h.recorder.Facts(now, from)
+	keep := h.Live().KeepAlive
 	f.Settings = doctor.Settings{
 		KeepAlive: keep.String(), KeepAlivePolicy: string(cmp.Or(keep.Policy, IfAbsent)),
 		Contexts: h.Contexts != nil,

@@ -19,6 +19,7 @@ import (
 type configFile struct {
 	settingsFile
 	settings map[string]configured
+	keys     inlineKeys
 }
 
 // configured is one setting of the file.
@@ -85,6 +86,12 @@ func readConfig(path string, flags []*kong.Flag) (*configFile, error) {
 
 // setting takes in one of them.
 func (c *configFile) setting(name string, line int, value *yaml.Node, flags []*kong.Flag) error {
+	if name == settingAPIKeys {
+		if c.keys.line > 0 {
+			return fmt.Errorf("%s is given twice; line %d has it already", name, c.keys.line)
+		}
+		return c.keys.read(value, line)
+	}
 	i := slices.IndexFunc(flags, func(f *kong.Flag) bool { return f.Name == name })
 	if i < 0 {
 		return unknownSetting(name, flags)

@@ -108,6 +108,7 @@ func (h *Handler) changeModel(w http.ResponseWriter, r *http.Request, ex *exchan
 		h.refuse(w, r, ex, &refusal{http.StatusBadGateway, fmt.Sprintf("%s: %v", verb, err)})
 		return
 	}
+	h.recordChange(r, ex, b, key, hold.Duration)
 	h.Log.Info("model "+verb, "upstream", b.Name, "model", model, "for", hold.JSON, "key_name", ex.Name)
 	b.Refresh(r.Context())
 	ex.page(w, pathUpstreams, http.StatusOK, h.upstream(b))

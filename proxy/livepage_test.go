@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/doctor"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/livepage"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
 )
@@ -384,6 +385,12 @@ func TestPageChanges(t *testing.T) {
 	}
 	if res, text := f.do("POST", pathUpstreams+"a/unload?model=m:latest", ""); res.StatusCode != 200 {
 		t.Errorf("unload: %s, %s", res.Status, text)
+	}
+	rows := f.h.recorder.Facts(time.Now(), time.Time{}).Models
+	if n := len(rows); n != 1 || rows[0].Name != "m:latest" || !slices.ContainsFunc(rows[0].Askers, func(a doctor.Asked) bool {
+		return a.Endpoint == pathUpstreams && a.Requests == 2 && a.OwnKeepAlive != nil && *a.OwnKeepAlive == 0
+	}) {
+		t.Errorf("doctor is told %+v", rows)
 	}
 	if got := b.took(); len(got) != 1 || !strings.Contains(got[0], `"keep_alive":"0s"`) && !strings.Contains(got[0], `"keep_alive":0`) {
 		t.Errorf("to unload it the server was asked %q", got)

@@ -9,18 +9,20 @@ import (
 
 // Contexts are the context lengths of one model, in tokens; 0: not known, or none.
 type Contexts struct {
-	// Loaded is the one with which the model is loaded, or with which a request that is under way has it loaded: the
-	// largest of them.
+	// Loaded is the one with which the model is loaded, or with which a request that is under way
+	// has it loaded: the largest of them.
 	Loaded int
 	// ByDefault says that Loaded is what a request gets that states none.
 	ByDefault bool
-	// Default is what a request gets that states none: the Modelfile's, or what was seen after such a request.
+	// Default is what a request gets that states none: the Modelfile's, or what was seen after such
+	// a request.
 	Default int
 	// Largest is the largest that a request stated which the server accepted.
 	Largest int
 }
 
-// Contexts returns what is known of a model (upstream.ModelKey) whose manifest has this digest: see Wanted.
+// Contexts returns what is known of a model (upstream.ModelKey) whose manifest has this digest: see
+// Wanted.
 func (b *Book) Contexts(name, digest string) Contexts {
 	w := b.Wanted(name, digest, &prefix.Options{})
 	b.mu.Lock()
@@ -45,8 +47,8 @@ func (b *Book) Contexts(name, digest string) Contexts {
 	return c
 }
 
-// take takes in that the model has these options. told is what /api/ps tells of its context, which may be less than was
-// asked for, since no model gets more than it was made for.
+// take takes in that the model has these options. told is what /api/ps tells of its context, which
+// may be less than was asked for, since no model gets more than it was made for.
 func (c *Contexts) take(o prefix.Options, told int) {
 	n, stated := o.NumCtx(), o.NumCtx() > 0
 	switch {
@@ -62,8 +64,8 @@ func (c *Contexts) take(o prefix.Options, told int) {
 	}
 }
 
-// learnDefault takes in what /api/ps told, asked at a time, of a model that was loaded for requests that state no context
-// length, if it was.
+// learnDefault takes in what /api/ps told, asked at a time, of a model that was loaded for requests
+// that state no context length, if it was.
 func (m *model) learnDefault(at time.Time) {
 	states := func(r *Request) bool { return !r.Known || r.Options.NumCtx() > 0 }
 	if m.known && m.answered && m.options.NumCtx() == 0 && m.ended.Before(at) && !slices.ContainsFunc(m.running, states) {

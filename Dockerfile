@@ -6,7 +6,8 @@ COPY go.mod go.sum ./
 RUN go mod download
 COPY . .
 ARG VERSION=devel
-RUN CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.versionText=${VERSION}" -o /ollama-cacheproxy ./cmd/ollama-cacheproxy
+ARG COMMIT=
+RUN CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.versionText=${VERSION} -X main.commitText=${COMMIT}" -o /ollama-cacheproxy ./cmd/ollama-cacheproxy
 
 FROM scratch
 COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt

@@ -16,27 +16,27 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
-// maxAnswer is how many bytes an answer may have, so that a runaway one ends before memory does.
+// maxAnswer is how many bytes an answer may have, so that a runaway answer ends before memory does.
 const maxAnswer = 64 << 20
 
 var errLong = fmt.Errorf("the answer is longer than %d MiB", maxAnswer>>20)
 
-// object is a JSON object that is put together from the pieces of a stream, by the types of what is
-// in them.
+// object is a JSON object that is put together from the pieces of a stream, by the types of their
+// members.
 //
-// At the top of a piece "response" and "thinking" are texts that grow, lists grow as well,
-// "message" and "choices" are joined, and of everything else the last one that is not null stands.
-// Within "message" and "choices" texts grow unless they are labels, objects are joined member by
+// At the top of a piece, "response" and "thinking" are texts that grow, lists grow as well,
+// "message" and "choices" are joined, and of everything else the last value that is not null stays.
+// Within "message" and "choices", texts grow unless they are labels, objects are joined member by
 // member, lists grow, an element that has the index of an earlier one is joined to that, and of
-// everything else the last one stands.
+// everything else the last value stays.
 type object struct {
-	names   []string // in the order in which they came
+	names   []string // in order of arrival
 	members map[string]*value
 }
 
-// value is a member of an object. What it is follows from the last piece that had it.
+// value is a member of an object. Its kind is that of the last piece that had it.
 type value struct {
-	kind   byte // a text that grows ", a list [, a joined object {, or 0
+	kind   byte // " a growing text, [ a list, { a joined object, or 0
 	text   strings.Builder
 	list   []element
 	object object
@@ -47,14 +47,15 @@ type value struct {
 type element struct {
 	id, index string // raw; an id may be ""
 	object    object
-	run       []byte // as they came, with commas between them; nil: an object
+	run       []byte // as they came, separated by commas; nil: an object
 }
 
-// labels are texts within "message" and "choices" that name something: later pieces have the same
-// one, or none.
+// labels are texts within "message" and "choices" that name something: later pieces repeat them or
+// leave them out.
 var labels = []string{"role", "id", "type", "name", "finish_reason", "tool_name", "tool_call_id"}
 
-// join takes in a piece, which is valid JSON, or an object within one, which the member in has.
+// join adds a piece, which is valid JSON, or an object within one, which is the value of the member
+// in.
 func (o *object) join(in string, piece []byte) {
 	c := jsonscan.NewCursor(piece, 0)
 	for c.Enter(); c.More(); {
@@ -109,7 +110,8 @@ func kindOf(in, name string, first byte) byte {
 	return 0
 }
 
-// raw returns a member at the top that neither grows nor is joined, as it came; null: it did not.
+// raw returns a member at the top that neither grows nor is joined, as it came, or null if there
+// was none.
 func (o *object) raw(name string) []byte {
 	if v := o.members[name]; v != nil {
 		return v.raw
@@ -117,14 +119,14 @@ func (o *object) raw(name string) []byte {
 	return []byte("null")
 }
 
-// add takes in an element of a list, by its index if it may have one.
+// add adds an element of a list, by its index if it may have one.
 func (v *value) add(name string, raw []byte, indexed bool) {
 	if indexed && raw[0] == '{' {
 		m, _ := members(raw) // it is valid
 		e := element{id: string(m["id"]), index: string(m["index"])}
 		if e.index != "" {
-			// Some of Ollama's parsers of tool calls give each call the index 0: another id is
-			// another call.
+			// Some of Ollama's parsers of tool calls give each call the index 0, so a different id
+			// means a different call.
 			i := slices.IndexFunc(v.list, func(f element) bool {
 				return f.run == nil && f.index == e.index && (f.id == e.id || e.id == "")
 			})
@@ -142,13 +144,13 @@ func (v *value) add(name string, raw []byte, indexed bool) {
 	v.list = append(v.list, element{run: bytes.Clone(raw)})
 }
 
-// varies are the members of Ollama's own answers that differ from run to run. context is left out as well: it repeats the whole
-// prompt in numbers, and Ollama has deprecated it.
+// varies are the members of Ollama's own answers that differ from run to run. context is left out
+// as well: it repeats the whole prompt in numbers, and Ollama has deprecated it.
 var varies = []string{
 	"created_at", "total_duration", "load_duration", "prompt_eval_duration", "eval_duration", "prompt_eval_cached_count", "context",
 }
 
-// steady writes the members of OpenAI's answers that differ from run to run so that they do not.
+// steady replaces the members of OpenAI's answers that differ from run to run.
 var steady = map[string]func(v *value, line int) []byte{
 	"id":      func(_ *value, line int) []byte { return fmt.Appendf(nil, `"line-%d"`, line) },
 	"created": func(*value, int) []byte { return []byte("0") },
@@ -158,8 +160,8 @@ var steady = map[string]func(v *value, line int) []byte{
 	},
 }
 
-// appendTo writes the object, which the member in has; "" is the answer itself. line is what stands
-// in an OpenAI answer for its id; 0 for Ollama's own answers.
+// appendTo writes the object, which is the value of the member in; "" is the answer itself. line
+// stands for the id of an OpenAI answer; it is 0 for Ollama's own answers.
 func (o *object) appendTo(b []byte, line int, in string) []byte {
 	b = append(b, '{')
 	for _, name := range o.names {
@@ -204,7 +206,7 @@ func (v *value) appendTo(b []byte, line int, name string) []byte {
 	return append(b, compacted(v.raw)...)
 }
 
-// withoutDetails is OpenAI's usage without the tokens that were reused, which differ from run to run.
+// withoutDetails returns OpenAI's usage without the reused tokens, which differ from run to run.
 func withoutDetails(usage []byte) []byte {
 	var u struct {
 		Prompt     int `json:"prompt_tokens"`
@@ -221,8 +223,8 @@ func withoutDetails(usage []byte) []byte {
 	return text
 }
 
-// readAnswer reads an answer with status 200 and returns it in one piece, as the result has it, and its counts. begun is called
-// when the answer begins.
+// readAnswer reads an answer with status 200 and returns it in one piece, as the result has it,
+// with its counts. begun is called when the answer begins.
 func readAnswer(body io.Reader, r *request, contentType string, line int, begun func()) ([]byte, Counts, error) {
 	mediaType, _, _ := strings.Cut(contentType, ";")
 	events := strings.TrimSpace(mediaType) == "text/event-stream"
@@ -269,7 +271,7 @@ func readAnswer(body io.Reader, r *request, contentType string, line int, begun 
 	return all.appendTo(nil, id, ""), all.counts(r), nil
 }
 
-// eventData returns what a line of an event stream has as data; nil: nothing.
+// eventData returns the data in a line of an event stream, or nil if there is none.
 func eventData(line []byte) []byte {
 	data, found := bytes.CutPrefix(line, []byte("data:"))
 	if !found {
@@ -278,15 +280,15 @@ func eventData(line []byte) []byte {
 	return bytes.TrimSpace(data)
 }
 
-// serverError is what the server said instead of the end of an answer that had begun.
+// serverError is what the server reported instead of the end of an answer that had begun.
 type serverError struct{ text string }
 
 func (e *serverError) Error() string { return e.text }
 
-// counts reads what an answer's end tells.
+// counts reads the figures at an answer's end.
 func (o *object) counts(r *request) Counts {
 	number := func(name string, to any) {
-		json.Unmarshal(o.raw(name), to) // what is no number tells nothing
+		json.Unmarshal(o.raw(name), to) // what is not a number is ignored
 	}
 	c := Counts{Answers: 1}
 	if r.native() {
@@ -320,7 +322,7 @@ func (o *object) counts(r *request) Counts {
 	return c
 }
 
-// message returns what an error's body says.
+// message returns the message in an error's body.
 func message(body []byte) string {
 	var e struct{ Error json.RawMessage }
 	if json.Unmarshal(body, &e) == nil && e.Error != nil {

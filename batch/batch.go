@@ -1,11 +1,13 @@
-// Package batch sends a file of requests through a proxy or to an Ollama server and writes what is answered to another file.
+// Package batch sends a file of requests through a proxy or to an Ollama server and writes the
+// answers to another file.
 //
-// The data flows one way: the input (Source) is read a window ahead and ordered by prefix (window); so many requests as fill the
-// server (limit) are sent (client); each result goes to the journal and from there, when it is its turn, to the output. One
-// goroutine does all of this but the sending. Memory is bounded by the window, whatever the input's length.
+// Data flows one way: the input (Source) is read a window ahead and ordered by prefix (window); as
+// many requests as the server can use (limit) are sent (client); each result goes to the journal,
+// and to the output when it is its turn. One goroutine does all of this except the sending. Memory
+// is bounded by the window, whatever the input's length.
 //
-// It knows HTTP and Ollama's API only: what it says about reuse and time was told by the answers and by a proxy's /metrics. It
-// never changes a prompt.
+// The package knows only HTTP and Ollama's API: its figures on reuse and time come from the answers
+// and from a proxy's /metrics. It never changes a prompt.
 package batch
 
 import (
@@ -24,21 +26,21 @@ import (
 	"github.com/ollama/ollama/api"
 )
 
-// Config says what to run. Source, Output, Order, Window, Server, Transport and Log must be set.
+// Config configures a run. Source, Output, Order, Window, Server, Transport and Log must be set.
 type Config struct {
 	Source *Source
 	Output string    // the path of the results, or "-"
-	Stdout io.Writer // of "-"
-	Errors string    // the path of the requests that failed, to be sent again; "": they are not kept
-	Beside []Named   // other files of the run, which must not be any of these
+	Stdout io.Writer // where "-" writes to
+	Errors string    // the path for requests that failed, to be sent again; "": they are not kept
+	Beside []Named   // other files of the run, which must be different from these
 	Order  Order
-	Window int // how many requests are looked at to order them, at least 1
+	Window int // how many requests are read ahead and ordered, at least 1
 
 	Concurrency int           // requests in flight; 0: learned
-	Retries     int           // how often a request is sent again after an error that may pass
-	Timeout     time.Duration // how long an answer may take from its first byte on; 0: as long as it wants
+	Retries     int           // how often a request is retried after an error that may pass
+	Timeout     time.Duration // how long an answer may take from its first byte; 0: no limit
 
-	// WaitForServer is how long a server may be away until that ends the batch; 0: it ends at once.
+	// WaitForServer is how long a server may be away before the batch ends; 0: it ends at once.
 	WaitForServer time.Duration
 
 	Server    *url.URL // a proxy, or Ollama itself
@@ -46,7 +48,8 @@ type Config struct {
 	APIKey    string // "": none
 
 	Log *slog.Logger
-	// Progress is called, by one goroutine, when a request is done and about once a second; nil: nobody is told.
+	// Progress, if non-nil, is called by one goroutine when a request is done and about once a
+	// second.
 	Progress func(Progress)
 
 	firstWait time.Duration // before a retry; 0: half a second
@@ -55,17 +58,17 @@ type Config struct {
 	watch     func(*batch)  // for tests: called before each step
 }
 
-// Progress is how far a batch is.
+// Progress is the state of a batch.
 type Progress struct {
 	Done, Total int
-	Resumed     int // of Done, those of earlier runs
+	Resumed     int // of Done, in earlier runs
 	InFlight    int
-	Concurrency int // so many may be in flight
+	Concurrency int // the present limit of requests in flight
 	Elapsed     time.Duration
-	Counts      Counts // of all that is done
+	Counts      Counts // of everything that is done
 }
 
-// ErrStopped says that a batch was stopped before its end and can go on.
+// ErrStopped means that a batch was stopped before its end and can continue.
 var ErrStopped = errors.New("stopped before the end; run the same command to go on")
 
 const pollEvery = 2 * time.Second
@@ -82,13 +85,13 @@ type batch struct {
 	began    time.Time
 	resumed  int
 	inFlight int
-	ran      Counts               // in this run
-	ready    map[string]time.Time // when models were last seen to be loaded
+	ran      Counts               // of this run
+	ready    map[string]time.Time // when models were last seen loaded
 
 	isProxy bool
-	metrics []byte             // a proxy's, when the run began
-	context map[string]int     // tokens that loaded models have room for, as named in /api/ps
-	onGPU   map[string]float64 // the part of a model that is in GPU memory
+	metrics []byte             // the proxy's metrics when the run began
+	context map[string]int     // context of the loaded models in tokens, by their names in /api/ps
+	onGPU   map[string]float64 // the part of each model that is in GPU memory
 }
 
 // finished is an item that is done.
@@ -110,8 +113,8 @@ func (c *Config) client() *client {
 	}
 }
 
-// Run runs a batch, or goes on with one, and tells what became of it. Its error says that the batch has not come to its end
-// (errors.Is ErrStopped: since ctx ended); requests that failed are no error.
+// Run runs a batch, or continues one, and returns its summary. An error means that the batch has
+// not come to its end (errors.Is ErrStopped: because ctx ended); failed requests are no error.
 func Run(ctx context.Context, c Config) (*Summary, error) {
 	size := c.compactAt
 	if size == 0 {
@@ -149,7 +152,7 @@ func Run(ctx context.Context, c Config) (*Summary, error) {
 	return b.summary(ctx), nil
 }
 
-// prepare says what is known to go wrong, and looks at the server.
+// prepare logs what is known to go wrong, and examines the server.
 func (b *batch) prepare(ctx context.Context) error {
 	b.warn()
 	absent, err := b.absent(ctx)
@@ -169,7 +172,8 @@ func (b *batch) prepare(ctx context.Context) error {
 	return nil
 }
 
-// absent waits for the server, and returns the models that it has not. It may go, or hang, when it is asked for them.
+// absent waits for the server, and returns the models that it lacks. The server may disappear, or
+// hang, while it is asked.
 func (b *batch) absent(ctx context.Context) (absent []string, err error) {
 	for began := time.Now(); ; {
 		if _, err := b.client.await(ctx); err != nil {
@@ -187,7 +191,7 @@ func (b *batch) absent(ctx context.Context) (absent []string, err error) {
 	}
 }
 
-// warn says what the survey has found.
+// warn logs the survey's findings.
 func (b *batch) warn() {
 	v := b.survey
 	for _, err := range v.BadLines {
@@ -205,7 +209,7 @@ func (b *batch) warn() {
 	}
 }
 
-// loop sends what is not done until all is.
+// loop sends everything that is not done yet.
 func (b *batch) loop(ctx context.Context) error {
 	b.window = newWindow(b.Source, b.Window, b.journal.done)
 	defer b.window.stop()
@@ -247,7 +251,7 @@ func (b *batch) loop(ctx context.Context) error {
 	}
 }
 
-// inbox takes what loop is to do about what other goroutines have found.
+// inbox receives what other goroutines have found for loop.
 type inbox chan func() error
 
 func (in inbox) put(ctx context.Context, do func() error) {
@@ -257,7 +261,7 @@ func (in inbox) put(ctx context.Context, do func() error) {
 	}
 }
 
-// send sends an item, and ends with ctx at the latest.
+// send sends an item. It ends with ctx at the latest.
 func (b *batch) send(ctx context.Context, it item, in inbox) {
 	f := finished{item: it}
 	if f.request, f.err = b.Source.request(it); f.err != nil {
@@ -288,7 +292,7 @@ func (b *batch) tell() {
 	})
 }
 
-// finish records what became of an item.
+// finish records an item's result.
 func (b *batch) finish(ctx context.Context, f finished) error {
 	switch {
 	case f.err != nil && ctx.Err() != nil:
@@ -315,13 +319,14 @@ func (b *batch) finish(ctx context.Context, f finished) error {
 	return nil
 }
 
-// shortLoad is what a model that is loaded may take until it is ready.
+// shortLoad is how long a loaded model may take to be ready.
 const shortLoad = 100 * time.Millisecond
 
-// learn finds what an answer tells beside its counts.
+// learn learns what an answer reveals beyond its counts.
 func (b *batch) learn(f *finished, c *Counts) {
 	model := f.request.runner()
-	// Requests that waited for one load tell it all: it was another load only if it began after the last one was over.
+	// Requests that waited for the same load all report it: it is another load only if it began
+	// after the last one was over.
 	if c.Load > shortLoad {
 		ready := time.Now().Add(c.Load - c.Total)
 		if last, ok := b.ready[model]; !ok || ready.Sub(last) >= c.Load {
@@ -329,7 +334,7 @@ func (b *batch) learn(f *finished, c *Counts) {
 		}
 		b.ready[model] = ready
 	}
-	// A prompt of which fewer tokens were counted than its text has, and about as many as there is room for.
+	// A prompt for which fewer tokens were counted than its text has, and about as many as fit.
 	all := b.journal.head.Counts
 	perToken := float64(tokenBytes)
 	if all.Answers >= 8 && all.Prompt > 0 {
@@ -359,7 +364,7 @@ func numCtx(r *request) int {
 	return int(o.Options.NumCtx)
 }
 
-// poll looks at the server until ctx ends.
+// poll examines the server until ctx ends.
 func (b *batch) poll(ctx context.Context, in inbox) {
 	tick := time.NewTicker(pollEvery)
 	defer tick.Stop()
@@ -385,7 +390,7 @@ func (b *batch) poll(ctx context.Context, in inbox) {
 	}
 }
 
-// look takes in what a poll has found.
+// look records the result of a poll.
 func (b *batch) look(metrics []byte, loaded []api.ProcessModelResponse) {
 	if n := lanes(metrics); n > 0 {
 		b.limit.lanes = n
@@ -399,7 +404,7 @@ func (b *batch) look(metrics []byte, loaded []api.ProcessModelResponse) {
 		part := float64(m.SizeVRAM) / float64(m.Size)
 		was, known := b.onGPU[m.Name]
 		b.onGPU[m.Name] = part
-		// A machine without a GPU has nothing there, and never had.
+		// Without a GPU, no model was ever in GPU memory.
 		if part < 1 && part > 0 && !known || known && part < was {
 			if b.limit.backOff(time.Now(), time.Now()) {
 				b.Log.Warn("a model is not all in GPU memory: fewer requests at once", "model", m.Name, "size", m.Size, "size_vram", m.SizeVRAM, "concurrency", b.limit.target())

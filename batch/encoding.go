@@ -13,14 +13,14 @@ import (
 	"golang.org/x/text/encoding/charmap"
 )
 
-// Encoding says how the text of an input is written.
+// Encoding is how the text of an input is encoded.
 type Encoding string
 
 const (
 	UTF8        Encoding = "utf-8"
 	Windows1252 Encoding = "windows-1252"
 	Latin1      Encoding = "latin1"
-	UTF16       Encoding = "utf-16" // its mark says which; without one, little-endian
+	UTF16       Encoding = "utf-16" // little-endian unless its byte order mark says otherwise
 )
 
 var (
@@ -28,7 +28,7 @@ var (
 	utf16Marks = [][]byte{[]byte("\xff\xfe"), []byte("\xfe\xff")}
 )
 
-// marked returns the encoding whose mark a text begins with; "" if there is none.
+// marked returns the encoding whose byte order mark a text begins with, or "".
 func marked(text []byte) Encoding {
 	for _, mark := range utf16Marks {
 		if bytes.HasPrefix(text, mark) {
@@ -41,7 +41,7 @@ func marked(text []byte) Encoding {
 	return ""
 }
 
-// check looks at the beginning of a text.
+// check examines the beginning of a text.
 func (e Encoding) check(head []byte) error {
 	if mark := marked(head); mark != "" && mark != e {
 		return &lineError{1, 1, fmt.Errorf(
@@ -50,8 +50,8 @@ func (e Encoding) check(head []byte) error {
 	return nil
 }
 
-// copy writes as UTF-8 what is read. UTF-8 is not looked at; of the others it says where they are
-// broken, for which the decoders of x/text would write U+FFFD.
+// copy copies a text as UTF-8. It does not check UTF-8; for other encodings it reports invalid
+// bytes, for which the decoders of x/text would write U+FFFD.
 func (e Encoding) copy(to io.Writer, from io.Reader) error {
 	in := bufio.NewReader(from)
 	head, _ := in.Peek(len(utf8BOM)) // an error comes again
@@ -92,11 +92,11 @@ func (e Encoding) copy(to io.Writer, from io.Reader) error {
 		if column++; r == '\n' {
 			line, column = line+1, 1
 		}
-		out.WriteRune(r) // the first error is kept for Flush
+		out.WriteRune(r) // Flush returns the first error
 	}
 }
 
-// badText says what cannot be read as text.
+// badText is where and why text cannot be decoded.
 type badText string
 
 func (e badText) Error() string { return string(e) }
@@ -136,7 +136,7 @@ func pairs(order binary.ByteOrder) func(*bufio.Reader) (rune, error) {
 	}
 }
 
-// notUTF8 says which byte of a text that begins on a line is not UTF-8; nil: all are.
+// notUTF8 returns where a text that begins on a line is not UTF-8, or nil.
 func notUTF8(text []byte, line int) *lineError {
 	if utf8.Valid(text) {
 		return nil

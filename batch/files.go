@@ -10,15 +10,15 @@ import (
 	"slices"
 )
 
-// files is what a batch does to keep its files, so that tests can make each step of it fail.
+// files is everything that a batch does with its files, so that tests can make each step fail.
 type files interface {
 	OpenFile(name string, flag int, perm fs.FileMode) (file, error)
 	Rename(from, to string) error
 	Remove(name string) error
-	SyncFolder(path string) error // after which its files have their names, whatever happens
+	SyncFolder(path string) error // makes the files' names durable
 }
 
-// file is an *os.File, as far as a batch uses it.
+// file is the part of *os.File that a batch uses.
 type file interface {
 	io.ReadWriteSeeker
 	io.ReaderAt
@@ -30,13 +30,13 @@ type file interface {
 	Fd() uintptr
 }
 
-// disk is the machine's own file system.
+// disk is the machine's file system.
 type disk struct{}
 
 func (disk) OpenFile(name string, flag int, perm fs.FileMode) (file, error) {
 	f, err := os.OpenFile(name, flag, perm)
 	if err != nil {
-		return nil, err // not a file that is nil
+		return nil, err // a nil interface, not a nil *os.File in one
 	}
 	return f, nil
 }
@@ -45,7 +45,8 @@ func (disk) Rename(from, to string) error { return os.Rename(from, to) }
 func (disk) Remove(name string) error     { return os.Remove(name) }
 func (disk) SyncFolder(path string) error { return syncFolder(path) }
 
-// fileError names the file that is meant: after a rename the system's own error would have the name under which it was opened.
+// fileError names the file that is meant: after a rename the system's own error has the name under
+// which it was opened.
 func fileError(doing, path string, err error) error {
 	if p, ok := errors.AsType[*fs.PathError](err); ok {
 		err = p.Err
@@ -53,7 +54,7 @@ func fileError(doing, path string, err error) error {
 	return fmt.Errorf("%s %s: %w", doing, path, err)
 }
 
-// folder is where a file really lies, also where its name is a link.
+// folder returns the folder that really has the file, even if its name is a link.
 func folder(name string) string {
 	if real, err := filepath.EvalSymlinks(name); err == nil {
 		return filepath.Dir(real)
@@ -65,10 +66,10 @@ func folder(name string) string {
 	return dir
 }
 
-// Named is a file and what it is for.
+// Named is a file and its purpose.
 type Named struct{ For, Name string }
 
-// apart refuses one file for two things of which one is written, however its name is spelled or
+// apart refuses one file for two purposes of which one is written, however its name is spelled or
 // linked.
 func (c *Config) apart() error {
 	used := slices.Clone(c.Beside)
@@ -105,7 +106,7 @@ func (c *Config) stat(name string) (fs.FileInfo, error) {
 	return os.Stat(name)
 }
 
-// target is where a file will be that does not exist yet, also where its name is a link.
+// target returns the path of a file that does not exist yet, even if its name is a link.
 func target(name string) string {
 	for range 40 { // as many as Linux follows
 		link, err := os.Readlink(name)

@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// Order says in which order results are written.
+// Order is the order of the results.
 type Order string
 
 const (
@@ -21,15 +21,16 @@ const (
 	CompletionOrder Order = "completion"
 )
 
-// JournalSuffix is what the journal's name has beside the output's.
+// JournalSuffix is appended to the output's name for the journal's.
 const JournalSuffix = ".journal"
 
-// compactAt is how many bytes a journal may have before what is in the output is left out of it.
+// compactAt is the size in bytes at which the journal drops what is in the output.
 const compactAt = 16 << 20
 
-// journal writes the output and remembers, in a file beside it, what is in it, so that a batch that was killed at any moment goes
-// on where it was. Each result is appended to the journal first, in one write; only then is it written to the output, at once
-// or when it is its turn. At the start both files are cut to what the journal knows, and written anew from there.
+// journal writes the output and remembers, in a file beside it, what is in it, so that a batch that
+// was killed at any moment continues where it stopped. Each result is first appended to the journal
+// in one write; only then is it written to the output, at once or when it is its turn. At the start
+// both files are cut to what the journal knows, and continued from there.
 //
 // The first line is a journalHead; each other line is a journalEntry. The last one may be torn.
 type journal struct {
@@ -42,27 +43,27 @@ type journal struct {
 
 	name    string // of the output
 	out     io.Writer
-	output  file      // out, where it is a file that can be gone on with
-	failing io.Writer // the requests that fail; nil: nowhere
-	errs    file      // failing, where it is a file that can be gone on with
-	opened  []file    // output and failing, also where they are no such files
-	temp    string    // the folder of a journal that is not kept
+	output  file      // out, if it is a file that can be continued
+	failing io.Writer // where failed requests are written; nil: nowhere
+	errs    file      // failing, if it is a file that can be continued
+	opened  []file    // output and failing, even if they cannot be continued
+	temp    string    // the folder of a temporary journal
 
 	head   journalHead
-	beyond map[int]place // what is done from head.Next on
-	most   int           // items that were in beyond at once
+	beyond map[int]place // done items from head.Next on
+	most   int           // the largest size of beyond
 }
 
-// journalHead is what the output had when the journal was begun or compacted.
+// journalHead is the state of the output when the journal was begun or compacted.
 type journalHead struct {
 	Version int    `json:"batch_journal"`
 	Input   string `json:"input"` // the source's hash
 	Order   Order  `json:"order"`
-	Next    int    `json:"next"` // all items before are in the output
+	Next    int    `json:"next"` // all items before it are in the output
 	Output  int64  `json:"output_bytes"`
 	Errors  int64  `json:"errors_bytes"`
-	Counts  Counts `json:"counts"`      // of all that is done
-	Collect string `json:"errors_file"` // where requests that fail are written; "": nowhere
+	Counts  Counts `json:"counts"`      // of everything that is done
+	Collect string `json:"errors_file"` // where failed requests are written; "": nowhere
 }
 
 // journalEntry is an item that is done.
@@ -72,23 +73,23 @@ type journalEntry struct {
 	Off    int64           `json:"off"`
 	Size   int             `json:"size"`
 	Failed bool            `json:"failed,omitempty"`
-	Bad    bool            `json:"bad,omitempty"`    // its line was not understood
+	Bad    bool            `json:"bad,omitempty"`    // its line was invalid
 	Counts *Counts         `json:"counts,omitempty"` // absent: the head has them
 	Result json.RawMessage `json:"result,omitempty"` // absent: it is in the output
 }
 
-// place is where a result lies in the journal.
+// place is where a result is in the journal.
 type place struct {
 	entry journalEntry // without its counts and result
 	off   int64
 	size  int // 0: it is in the output
 }
 
-// errChanged says that a batch cannot go on.
+// errChanged means that a batch cannot continue.
 var errChanged = errors.New("the batch cannot go on")
 
-// openJournal opens the output and its journal, and brings the output to what the journal knows. An output that is no regular file
-// is written once, from its start.
+// openJournal opens the output and its journal, and brings the output to the state that the journal
+// knows. An output that is not a regular file is written once, from its start.
 func openJournal(c *Config, limit int64) (*journal, error) {
 	j := &journal{files: c.files, source: c.Source, limit: limit, beyond: map[int]place{}}
 	if j.files == nil {
@@ -118,7 +119,7 @@ func (j *journal) open(c *Config) error {
 			return err
 		}
 	}
-	if err := c.apart(); err != nil { // on a file system to which A and a are one
+	if err := c.apart(); err != nil { // on a file system that ignores case
 		return err
 	}
 	if j.output == nil {
@@ -150,8 +151,8 @@ func (j *journal) open(c *Config) error {
 	return j.replay(c)
 }
 
-// openFile opens a file to write to. kept is the same, but nil if it cannot be gone on with, as a
-// terminal or a pipe.
+// openFile opens a file for writing. kept is the same file, or nil if it cannot be continued, such
+// as a terminal or a pipe.
 func (j *journal) openFile(what, name string) (f io.Writer, kept file, err error) {
 	if kept, err = j.files.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o666); err != nil {
 		return nil, nil, fileError("opening "+what, name, err)
@@ -183,7 +184,7 @@ func (j *journal) first(c *Config) error {
 	return j.begin()
 }
 
-// empty reports whether nothing is in a file, or there is none.
+// empty reports whether a file is empty or missing.
 func empty(f file) (bool, error) {
 	if f == nil {
 		return true, nil
@@ -204,8 +205,8 @@ func (j *journal) failed(doing, path string, err error) error {
 	return fmt.Errorf("%w; what is done is kept, and the same command goes on", err)
 }
 
-// begin starts a journal with what is known in it. Until all of that is on the disk under another name, the one before stays: each
-// step is taken only if the one before it has succeeded.
+// begin starts a journal with everything that is known. The previous one stays until that is on the
+// disk under another name: each step is taken only if the one before it has succeeded.
 func (j *journal) begin() error {
 	const doing = "writing the journal"
 	path := j.path + ".new"
@@ -222,11 +223,11 @@ func (j *journal) begin() error {
 	}
 	if err != nil {
 		next.Close()
-		j.files.Remove(path) // or else the next run does
+		j.files.Remove(path) // otherwise the next run does
 		return j.failed(doing, j.path, err)
 	}
 	if j.file != nil {
-		j.file.Close() // nothing is written to it any more
+		j.file.Close() // nothing more is written to it
 	}
 	j.file, j.size, j.beyond = next, size, moved
 	j.limit = max(j.limit, 2*size)
@@ -236,7 +237,8 @@ func (j *journal) begin() error {
 	return nil
 }
 
-// copyTo writes what is known, and tells its size and where the results that wait lie in it.
+// copyTo writes everything that is known, and returns its size and the places of the results that
+// wait.
 func (j *journal) copyTo(next file) (size int64, moved map[int]place, err error) {
 	w := bufio.NewWriter(next)
 	head, err := json.Marshal(j.head)
@@ -244,7 +246,7 @@ func (j *journal) copyTo(next file) (size int64, moved map[int]place, err error)
 		panic(err) // numbers and short texts
 	}
 	size = int64(len(head)) + 1
-	w.Write(append(head, '\n')) // the first error is kept for Flush
+	w.Write(append(head, '\n')) // Flush returns the first error
 	moved = make(map[int]place, len(j.beyond))
 	for index, p := range j.beyond {
 		var result []byte
@@ -264,7 +266,7 @@ func (j *journal) copyTo(next file) (size int64, moved map[int]place, err error)
 	return size, moved, w.Flush()
 }
 
-// appendEntry appends a line of the journal and tells where in it the result begins.
+// appendEntry appends a line of the journal and returns where in it the result begins.
 func appendEntry(b []byte, e journalEntry, counts *Counts, result []byte) (line []byte, at int) {
 	e.Counts, e.Result = counts, nil
 	text, err := json.Marshal(e)
@@ -272,7 +274,7 @@ func appendEntry(b []byte, e journalEntry, counts *Counts, result []byte) (line 
 		panic(err) // numbers and short texts
 	}
 	b = append(b, text...)
-	if result != nil { // as it is, while Marshal would escape more
+	if result != nil { // as it is, since Marshal would escape more
 		b = append(b[:len(b)-1], `,"result":`...)
 		at = len(b)
 		b = append(append(b, result...), '}')
@@ -291,7 +293,7 @@ func (j *journal) replay(c *Config) error {
 	if err != nil || json.Unmarshal(line, &j.head) != nil || j.head.Version != want.Version {
 		return fmt.Errorf("%w: %s is no journal of a batch; remove it and the output to start over", errChanged, j.path)
 	}
-	if _, err := in.Peek(1); err == io.EOF && j.head.Next == 0 && j.head != want { // nothing was done: it has not begun
+	if _, err := in.Peek(1); err == io.EOF && j.head.Next == 0 && j.head != want { // nothing was done: the batch has not begun
 		unused, err := empty(j.output)
 		if err != nil {
 			return err
@@ -314,7 +316,7 @@ func (j *journal) replay(c *Config) error {
 	return j.replayEntries(in)
 }
 
-// goesOn refuses to go on with a batch that was begun otherwise than is wanted now.
+// goesOn refuses to continue a batch that was begun with other inputs or options.
 func (h *journalHead) goesOn(want journalHead, output, journal string) error {
 	switch {
 	case h.Input != want.Input:
@@ -329,7 +331,7 @@ func (h *journalHead) goesOn(want journalHead, output, journal string) error {
 	return nil
 }
 
-// replayEntries reads what comes after the head, and has the journal go on where that ends.
+// replayEntries reads what follows the head, and makes the journal continue where that ends.
 func (j *journal) replayEntries(in *bufio.Reader) error {
 	for {
 		line, err := in.ReadBytes('\n')
@@ -362,7 +364,7 @@ func (j *journal) replayEntries(in *bufio.Reader) error {
 	return nil
 }
 
-// cut shortens a file, if there is one, to what is known of it.
+// cut shortens a file, if it exists, to what is known of it.
 func (j *journal) cut(f file, size int64) error {
 	if f == nil {
 		return nil
@@ -402,7 +404,7 @@ func (j *journal) add(it item, failed bool, counts Counts, result []byte) error 
 	return nil
 }
 
-// settle takes in an item that the journal has: it writes what can be written.
+// settle processes an item that the journal has: it writes what can be written.
 func (j *journal) settle(p place, result []byte) error {
 	if j.head.Order == CompletionOrder && p.size > 0 {
 		if err := j.write(p, result); err != nil {
@@ -441,7 +443,7 @@ func (j *journal) result(p place) ([]byte, error) {
 	return text, nil
 }
 
-// write writes a result to the output, and its request to the file for errors.
+// write writes a result to the output, and the request of a failed one to the file for errors.
 func (j *journal) write(p place, result []byte) error {
 	n, err := j.out.Write(append(bytes.Clone(result), '\n'))
 	if err != nil {
@@ -463,7 +465,8 @@ func (j *journal) write(p place, result []byte) error {
 	return nil
 }
 
-// again returns the line with which an item can be sent again: what was not understood stands as it is.
+// again returns the line with which an item can be sent again: an invalid line is returned as it
+// is.
 func (j *journal) again(e journalEntry) ([]byte, error) {
 	it := item{index: e.Index, line: e.Line, off: e.Off, size: e.Size}
 	text, err := j.source.raw(it)
@@ -513,7 +516,8 @@ func (j *journal) compact() error {
 	return j.begin()
 }
 
-// close closes the files: what is worth keeping was synced. A journal of an output that cannot be gone on with is removed.
+// close closes the files: what is worth keeping was synced. The journal of an output that cannot be
+// continued is removed.
 func (j *journal) close() {
 	for _, f := range append(j.opened, j.file) {
 		if f != nil {
@@ -525,20 +529,20 @@ func (j *journal) close() {
 	}
 }
 
-// Counts is what became of requests. The zero value counts none.
+// Counts are sums over requests. The zero value counts none.
 type Counts struct {
 	Answers   int `json:"answers,omitempty"`
 	Failed    int `json:"failed,omitempty"`
 	Prompt    int `json:"prompt,omitempty"`    // tokens of prompts
-	ReusedOf  int `json:"reused_of,omitempty"` // of them those of answers that tell what was reused
-	Reused    int `json:"reused,omitempty"`    // of these, those that were
+	ReusedOf  int `json:"reused_of,omitempty"` // of these, tokens in answers that report the reuse
+	Reused    int `json:"reused,omitempty"`    // of these, reused tokens
 	Generated int `json:"generated,omitempty"` // tokens of answers
-	Text      int `json:"text,omitempty"`      // bytes of the text of prompts that were answered
+	Text      int `json:"text,omitempty"`      // bytes of text of answered prompts
 	Truncated int `json:"truncated,omitempty"` // prompts that were probably cut
-	Loads     int `json:"loads,omitempty"`     // of models that were waited for
-	Simulated int `json:"simulated,omitempty"` // answers of a server that is simulated
+	Loads     int `json:"loads,omitempty"`     // of models that requests waited for
+	Simulated int `json:"simulated,omitempty"` // answers of a simulated server
 
-	// Times as Ollama's own endpoints tell them.
+	// Times as Ollama's own endpoints report them.
 	Total      time.Duration `json:"total,omitempty"`
 	Load       time.Duration `json:"load,omitempty"`
 	PromptEval time.Duration `json:"prompt_eval,omitempty"`

@@ -8,19 +8,19 @@ import (
 
 const (
 	startAt = 2   // requests in flight before anything is known
-	mostAt  = 512 // … and at most: Ollama's own queue is as long
-	// perLane is how many requests are kept in flight for each lane of a proxy that schedules: enough for it to choose from. What
-	// waits there costs it a few hundred bytes each.
+	mostAt  = 512 // the most requests in flight: Ollama's own queue is as long
+	// perLane is how many requests are kept in flight for each lane of a proxy that schedules:
+	// enough for it to choose from. A waiting request costs it a few hundred bytes.
 	perLane      = 16
-	recoverAfter = 32 // answers after which one request more is tried again
+	recoverAfter = 32 // answers after which one more request is tried again
 )
 
-// limit says how many requests are in flight.
+// limit is how many requests are in flight.
 type limit struct {
 	fixed    int     // 0: learned
-	lanes    int     // that the proxy has; 0: not known
-	slots    float64 // that the server seems to have
-	ceiling  float64 // since the server had too much; 0: none
+	lanes    int     // of the proxy; 0: not known
+	slots    float64 // estimated slots of the server
+	ceiling  float64 // set when the server was overloaded; 0: none
 	backedAt time.Time
 	good     int // answers since then, or since the ceiling was last raised
 }
@@ -42,8 +42,8 @@ func (l *limit) target() int {
 	return int(max(1, min(n, mostAt)))
 }
 
-// answered learns from an answer that came while so many were in flight. With n requests on s slots each of them waits for n/s-1
-// times as long as it is served. Ollama's own endpoints tell both times.
+// answered learns from an answer that came while so many were in flight. With n requests on s slots
+// each waits for n/s-1 times as long as it is served. Ollama's own endpoints report both times.
 func (l *limit) answered(inFlight int, c Counts) {
 	if c.Failed == 0 && l.ceiling > 0 {
 		if l.good++; l.good >= recoverAfter {
@@ -62,7 +62,8 @@ func (l *limit) answered(inFlight int, c Counts) {
 	l.slots += (seen - l.slots) / 8
 }
 
-// backOff halves what is in flight, since a request that was sent then was too much. It reports whether that was news.
+// backOff halves the number in flight, since a request that was sent at that number was too much.
+// It reports whether that was news.
 func (l *limit) backOff(sent, now time.Time) bool {
 	if sent.Before(l.backedAt) {
 		return false // one of those that led to it
@@ -71,7 +72,7 @@ func (l *limit) backOff(sent, now time.Time) bool {
 	return true
 }
 
-// overloaded reports whether an error says that the server had too much to do, or not enough memory for it.
+// overloaded reports whether an error means that the server is overloaded, or lacks memory.
 func overloaded(status int, text string) bool {
 	if status == 503 || status == 429 {
 		return true

@@ -8,10 +8,11 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
-// window looks ahead over part of the input and hands out its items in the order of the tree of their prefixes, so that what
-// shares most follows each other: runner by runner, and within each by prefix. That is the order that evaluates least
-// (SGLang, arXiv 2312.07104, Theorem 3.1). Of a node's branches the one that the input has first goes first, so that results
-// need not wait long for their turn; but a window begins with the branches on which the last one ended.
+// window reads a part of the input ahead and hands out its items in the order of the tree of their
+// prefixes, so that items that share most follow each other: runner by runner, and within each by
+// prefix. That is the order that evaluates least (SGLang, arXiv 2312.07104, Theorem 3.1). Of a
+// node's branches the one that is first in the input goes first, so that results need not wait long
+// for their turn; but a window begins with the branches on which the last one ended.
 type window struct {
 	source *Source
 	size   int
@@ -22,8 +23,8 @@ type window struct {
 	stop   func()
 	read   int      // items that were read
 	begins [2]int   // the first index of this window and of the one before
-	items  []item   // of this window, those that are left
-	last   []uint64 // links of the item that was the last of the window before
+	items  []item   // the rest of this window
+	last   []uint64 // links of the last item of the window before
 }
 
 func newWindow(s *Source, size int, skip func(int) bool) *window {
@@ -32,8 +33,8 @@ func newWindow(s *Source, size int, skip func(int) bool) *window {
 	return w
 }
 
-// behind returns the index before which all must be done until the next window may be read, so that what waits to be written
-// is bounded; 0 if this window is not yet empty.
+// behind returns the index before which all items must be done before the next window may be read,
+// which bounds what waits to be written. It is 0 if this window is not yet empty.
 func (w *window) behind() int {
 	if len(w.items) > 0 {
 		return 0
@@ -41,7 +42,7 @@ func (w *window) behind() int {
 	return w.begins[1]
 }
 
-// take returns the next item; false at the end of the input.
+// take returns the next item, or false at the end of the input.
 func (w *window) take() (item, bool, error) {
 	if len(w.items) == 0 {
 		if err := w.fill(); err != nil || len(w.items) == 0 {
@@ -105,8 +106,8 @@ func (w *window) fill() error {
 	return nil
 }
 
-// path returns the hashes by which an item is ordered: of the first links all, of later ones ever fewer, so that a long prompt has
-// no more than about a hundred.
+// path returns the hashes by which an item is ordered: of the first links all, of later ones fewer
+// and fewer, so that a long prompt has at most about a hundred.
 func path(links []prefix.Link) []uint64 {
 	hashes := make([]uint64, 0, min(len(links), 100))
 	for i := 0; i < len(links); i += max(1, i/32) {

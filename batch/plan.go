@@ -17,17 +17,17 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
-// Plan is what can be said of a batch before it runs. Tokens are estimates, by bytes of text.
+// Plan is what is known of a batch before it runs. Tokens are estimates, from bytes of text.
 type Plan struct {
 	Survey *Survey
 
-	TokenBytes float64 // bytes of text a token
+	TokenBytes float64 // bytes of text per token
 	AsItIs     int64   // bytes to evaluate in the input's order, one request after the other
-	Ordered    int64   // … in the order in which they will be sent: the least possible, as far as the window reaches
+	Ordered    int64   // … in the order of sending: the least possible, as far as the window reaches
 	Groups     int     // of requests that share at least half of their prompt with the one before, in that order
 	Largest    int     // requests in the largest of them
 	Everywhere int     // bytes that all prompts begin with
-	Runners    int     // changes of model or of options in that order, the first one included: loads, if each must be loaded anew
+	Runners    int     // changes of model or options in that order, including the first: loads, if each needs one
 
 	Rates  Rates
 	Fields []Field  // of a template, in the order in which the prompt has them
@@ -35,33 +35,34 @@ type Plan struct {
 	Early  []string // what differs too early
 }
 
-// Rates are a server's, for one request at a time; 0 is unknown.
+// Rates are a server's, for one request at a time; 0 means unknown.
 type Rates struct {
-	Prompt float64 // tokens a second
-	Answer float64 // tokens a second
-	Length float64 // tokens an answer
-	From   string  // where they are from
+	Prompt float64 // tokens per second
+	Answer float64 // tokens per second
+	Length float64 // tokens per answer
+	From   string  // the source of the figures
 }
 
 // Field is a field of a template.
 type Field struct {
 	Name   string
-	Values int     // that are different, of the rows looked at
+	Values int     // different ones, in the examined rows
 	Bytes  float64 // of a value, on average
-	After  int     // bytes of the template's own text that come after it in the prompt
+	After  int     // bytes of the template's own text that follow it in the prompt
 }
 
-// Layout compares a template with one that has its own text first, then the fields whose values repeat most (Liu et al.,
-// "Optimizing LLM queries in relational workloads", arXiv 2403.05821). A prompt is never changed by itself.
+// Layout compares a template with one that has its own text first, then the fields whose values
+// repeat most (Liu et al., "Optimizing LLM queries in relational workloads", arXiv 2403.05821).
+// Prompts are never changed.
 type Layout struct {
-	Rows      int // looked at
+	Rows      int // examined
 	Order     []string
 	Now, Then int64 // bytes of all of these prompts to evaluate, as the template is and as it would be
 }
 
 const (
-	earlyPairs = 200 // neighbours that are compared
-	worthwhile = 256 // bytes that are worth a word
+	earlyPairs = 200 // compared neighbours
+	worthwhile = 256 // bytes that are worth advice
 )
 
 // MakePlan reads the whole input, and asks the server for its rates if it is there.
@@ -100,7 +101,7 @@ func (p *Plan) walk(ctx context.Context, c *Config) error {
 		}
 		chain, err := w.chain(it)
 		if err != nil {
-			continue // its line is wrong, which the survey says
+			continue // the survey reports its line
 		}
 		shared := prefix.Common(chain.Links, last.Links)
 		first := len(last.Links) == 0
@@ -131,7 +132,8 @@ func (p *Plan) walk(ctx context.Context, c *Config) error {
 	return nil
 }
 
-// rest is what of a prompt is to be evaluated: at least one token. Of what is embedded nothing is known.
+// rest is what is to be evaluated of a prompt: at least one token. Nothing is known of embedded
+// text.
 func rest(c *prefix.Chain, shared int) int64 {
 	if c.Bytes() == 0 {
 		return 0
@@ -139,7 +141,8 @@ func rest(c *prefix.Chain, shared int) int64 {
 	return int64(max(c.Bytes()-shared, tokenBytes))
 }
 
-// rates looks for measured ones: in the journal of this batch, or else in a proxy's list of its last requests.
+// rates looks for measured rates: in the journal of this batch, otherwise in a proxy's list of its
+// last requests.
 func (p *Plan) rates(ctx context.Context, c *Config) {
 	if counts, err := journalCounts(c.Output + JournalSuffix); err == nil && counts.Answers > 0 && counts.PromptEval > 0 {
 		evaluated := counts.Prompt - int(counts.reuse().Value)
@@ -191,7 +194,7 @@ func per(tokens int, d time.Duration) float64 {
 	return float64(tokens) / d.Seconds()
 }
 
-// journalCounts adds up what a journal tells.
+// journalCounts adds up the counts of a journal.
 func journalCounts(path string) (Counts, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -224,7 +227,7 @@ func texts(r *request) []string {
 		Messages       []struct{ Content json.RawMessage }
 	}
 	if json.Unmarshal(r.body, &body) != nil {
-		return nil // a prompt that is a list: nothing is said about it
+		return nil // a prompt that is a list: it has no advice
 	}
 	var all []string
 	for _, text := range []string{body.System, body.Prompt} {
@@ -245,14 +248,15 @@ func texts(r *request) []string {
 	return all
 }
 
-// piece is some of the template's own text within the prompt, and the field that comes after it.
+// piece is some of the template's own text within the prompt, and the field that follows it.
 type piece struct {
 	own   int    // bytes of text
 	field string // "": none, at the end
 }
 
-// pieces returns the template's text and fields in the order of the prompt, which it finds in one
-// whose fields are marks; nil where a field stands where only some values may, such as the url.
+// pieces returns the template's text and fields in the order of the prompt, which it finds in a
+// prompt whose fields are marks. It returns nil if a field is where only certain values are
+// allowed, such as in the url.
 func (t *Template) pieces() ([]piece, error) {
 	marks := map[string]json.RawMessage{}
 	for _, name := range t.Fields {
@@ -277,7 +281,7 @@ func (t *Template) pieces() ([]piece, error) {
 	}
 }
 
-// fields looks at what of the template each row repeats.
+// fields examines what each row repeats of the template.
 func (p *Plan) fields(c *Config) error {
 	pieces, err := c.Source.Template.pieces()
 	if err != nil {
@@ -326,8 +330,7 @@ func (p *Plan) fields(c *Config) error {
 	return nil
 }
 
-// firstRows returns the values of the fields in the first rows, a window of them, that are
-// understood.
+// firstRows returns the values of the fields in the first valid rows, up to a window.
 func (c *Config) firstRows(fields []Field) (rows []map[string]string, err error) {
 	for it, err := range c.Source.items() {
 		if err != nil {
@@ -353,8 +356,8 @@ func (c *Config) firstRows(fields []Field) (rows []map[string]string, err error)
 	return rows, nil
 }
 
-// toEvaluate returns how many bytes of the rows' prompts no other has at the same place after the
-// same beginning.
+// toEvaluate returns how many bytes of the rows' prompts no other prompt has at the same place
+// after the same beginning.
 func toEvaluate(layout []piece, rows []map[string]string) (bytes int64) {
 	seen := map[uint64]bool{}
 	seed := maphash.MakeSeed()
@@ -377,7 +380,7 @@ func toEvaluate(layout []piece, rows []map[string]string) (bytes int64) {
 	return bytes
 }
 
-// plain is a row's value as it stands within a text.
+// plain is a row's value as it is within a text.
 func plain(raw json.RawMessage) string {
 	var text string
 	if json.Unmarshal(raw, &text) == nil {
@@ -386,7 +389,7 @@ func plain(raw json.RawMessage) string {
 	return string(raw)
 }
 
-// early looks for prompts that part although much of what comes after is the same.
+// early looks for prompts that part although much of what follows is the same.
 func (p *Plan) early(c *Config) error {
 	type place struct{ message, offset int }
 	found := map[place]int{}
@@ -436,7 +439,8 @@ func (p *Plan) early(c *Config) error {
 	return nil
 }
 
-// parted tells where two prompts part, and how many bytes after what differs are the same in both.
+// parted returns where two prompts part, and how many bytes after the difference are the same in
+// both.
 func parted(a, b []string) (text, offset, after int) {
 	for text < len(a) && text < len(b) && a[text] == b[text] {
 		text++
@@ -447,7 +451,7 @@ func parted(a, b []string) (text, offset, after int) {
 	x, y := a[text], b[text]
 	offset = common(x, y)
 	x, y = x[offset:], y[offset:]
-	if x == "" || y == "" { // one goes on where the other ends
+	if x == "" || y == "" { // one continues where the other ends
 		return text, offset, 0
 	}
 	for _, ends := range []string{" ", "\n"} { // after a word, or after the line
@@ -464,7 +468,7 @@ func parted(a, b []string) (text, offset, after int) {
 	return text, offset, max(after, n)
 }
 
-// common returns how many bytes two texts begin with in common.
+// common returns how many leading bytes two texts share.
 func common(a, b string) (n int) {
 	for n < len(a) && n < len(b) && a[n] == b[n] {
 		n++
@@ -472,7 +476,7 @@ func common(a, b string) (n int) {
 	return n
 }
 
-// Print writes the plan for people.
+// Print writes the plan as text.
 func (p *Plan) Print(w io.Writer) error {
 	v := p.Survey
 	tokens := func(bytes int64) int64 { return int64(float64(bytes) / p.TokenBytes) }
@@ -506,7 +510,7 @@ func (p *Plan) Print(w io.Writer) error {
 	return err
 }
 
-// advice is what would help.
+// advice returns what would help.
 func (p *Plan) advice() string {
 	text := ""
 	if l := p.Layout; l != nil {

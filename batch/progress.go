@@ -8,7 +8,8 @@ import (
 	"time"
 )
 
-// Rate returns how many requests a second this run has done, and how long the rest takes at that rate; 0 if that is not known.
+// Rate returns how many requests this run has done per second, and how long the rest takes at that
+// rate; 0 if that is not known.
 func (p Progress) Rate() (perSecond float64, left time.Duration) {
 	done := p.Done - p.Resumed
 	if done <= 0 || p.Elapsed <= 0 {
@@ -18,7 +19,7 @@ func (p Progress) Rate() (perSecond float64, left time.Duration) {
 	return perSecond, time.Duration(float64(p.Total-p.Done) / perSecond * float64(time.Second)).Round(time.Second)
 }
 
-// Words says in short what beside the bar is worth knowing. What is not known is left out.
+// Words returns what is worth knowing beside the progress bar. Unknown figures are left out.
 func (p Progress) Words() string {
 	text := ""
 	if reused := p.Counts.reuse(); reused.Basis != Unknown {
@@ -43,7 +44,7 @@ func (p Progress) Attrs() []any {
 	return attrs
 }
 
-// Print writes the survey for people. unknown says why it is not known which models are absent.
+// Print writes the survey as text. unknown says why the absent models are not known.
 func (v *Survey) Print(w io.Writer, absent []string, unknown error) error {
 	text := fmt.Sprintf("requests    %d, of which %d are wrong\n", v.Requests, v.Bad)
 	for _, model := range slices.Sorted(maps.Keys(v.Models)) {

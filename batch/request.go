@@ -15,32 +15,33 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
-// endpoints are the paths that a batch may ask. An answer of any other has parts that differ from run to run deep within it.
+// endpoints are the paths that a batch may use. Answers of others have parts that differ from run
+// to run deep within them.
 var endpoints = map[string]prefix.Endpoint{
 	"/api/chat": prefix.Chat, "/api/generate": prefix.Generate, "/api/embed": prefix.Embed,
 	"/v1/chat/completions": prefix.ChatCompletions, "/v1/completions": prefix.Completions, "/v1/embeddings": prefix.Embed,
 }
 
-// request is one request, understood.
+// request is one parsed request.
 type request struct {
 	path     string
 	endpoint prefix.Endpoint
 	model    string // as written
-	body     []byte // as the input has it
+	body     []byte // as in the input
 	customID []byte // raw JSON; nil: none
-	openAI   bool   // in OpenAI's batch form, and so is its result
+	openAI   bool   // it is in OpenAI's batch form, and so is its result
 }
 
-// streams reports whether the answer is asked for as a stream, so that one sees when it begins.
+// streams reports whether the answer is requested as a stream, so that its beginning is visible.
 func (r *request) streams() bool { return r.endpoint != prefix.Embed }
 
 // native reports whether the answer is in Ollama's own dialect.
 func (r *request) native() bool { return strings.HasPrefix(r.path, "/api/") }
 
-// parseRequest reads a line: a body of /api/chat, /api/generate or /api/embed, told by its
+// parseRequest reads a line: a body of /api/chat, /api/generate or /api/embed, recognized by its
 // messages, prompt or input, or OpenAI's batch form. A body may have a custom_id too, which Ollama
-// ignores; the result repeats it. With an error, the request has the custom_id and the form as far
-// as they can be told.
+// ignores and the result repeats. With an error, the request has the custom_id and the form as far
+// as they can be read.
 func parseRequest(text []byte) (request, error) {
 	top, err := members(text)
 	r := request{customID: top["custom_id"], body: bytes.TrimSpace(text), openAI: inForm(top)}
@@ -78,7 +79,7 @@ func parseRequest(text []byte) (request, error) {
 // inForm reports whether a line is in OpenAI's batch form.
 func inForm(top map[string][]byte) bool { return top["body"] != nil || top["url"] != nil }
 
-// form reads what OpenAI's batch form has around the body.
+// form reads the members of OpenAI's batch form around the body.
 func (r *request) form(top map[string][]byte, body []byte) error {
 	if body == nil || body[0] != '{' {
 		return errors.New(`"url" but no "body" that is an object`)
@@ -100,7 +101,7 @@ func (r *request) form(top map[string][]byte, body []byte) error {
 	return nil
 }
 
-// check refuses what would only load a model.
+// check refuses a request that would only load a model.
 func (r *request) check(top map[string][]byte) error {
 	name, kinds := "prompt", `"`
 	switch r.endpoint {
@@ -121,9 +122,9 @@ func (r *request) check(top map[string][]byte) error {
 	return nil
 }
 
-// members returns the raw values of a whole text that is one object, by the names that Ollama looks
-// for: case does not matter, the last one wins, null is nothing. With an error, it returns those
-// that come before what is wrong.
+// members returns the raw values of a text that is one object, by the names that Ollama looks for:
+// case is ignored, the last one wins, null is ignored. With an error, it returns the members before
+// the error.
 func members(text []byte) (map[string][]byte, error) {
 	found := map[string][]byte{}
 	o := jsonscan.NewObject(text)
@@ -152,8 +153,8 @@ func members(text []byte) (map[string][]byte, error) {
 	return found, err
 }
 
-// sent returns the body to send: as it is, but for "stream", which is absent or true for Ollama's own endpoints and true for
-// OpenAI's, where the counts are asked for as well.
+// sent returns the body to send: unchanged except for "stream", which is absent or true for
+// Ollama's own endpoints and true for OpenAI's, where the counts are requested as well.
 func (r *request) sent() []byte {
 	if !r.streams() {
 		return r.body
@@ -186,7 +187,7 @@ func (r *request) sent() []byte {
 	return slices.Insert(out, o.Open(), []byte(more)...)
 }
 
-// runner is what a chain is read for: the model as most spellings of its name come down to.
+// runner is what a chain is read for: the model, to which most spellings of its name reduce.
 func (r *request) runner() string {
 	name := strings.ToLower(r.model)
 	name = strings.TrimPrefix(strings.TrimPrefix(name, "registry.ollama.ai/"), "library/")
@@ -196,7 +197,7 @@ func (r *request) runner() string {
 	return name
 }
 
-// quoted is text as JSON, with the fewest escapes.
+// quoted returns text as JSON, with the fewest escapes.
 func quoted(text string) []byte {
 	var b bytes.Buffer
 	e := json.NewEncoder(&b)
@@ -210,20 +211,21 @@ func quoted(text string) []byte {
 // failure is why a request was not answered.
 type failure struct {
 	Status  int             // of the answer; 0: there was none
-	Code    string          // in one word
-	Message string          // for people
-	Body    json.RawMessage // of the answer, where it is JSON
+	Code    string          // one word
+	Message string          // for display
+	Body    json.RawMessage // of the answer, if it is JSON
 }
 
 // Codes of failures.
 const (
-	codeInvalid = "invalid_request" // the line was not understood
+	codeInvalid = "invalid_request" // the line is invalid
 	codeRefused = "refused"         // by the server's status
 	codeTimeout = "timeout"         // --request-timeout
 	codeBroken  = "broken"          // no answer, or it broke off
 )
 
-// result is the line of the output for a request. Nothing in it depends on when or how often the request was sent.
+// result returns the output line for a request. It does not depend on when or how often the request
+// was sent.
 func (r *request) result(line int, answer []byte, f *failure) []byte {
 	var b []byte
 	if !r.openAI {
@@ -253,24 +255,25 @@ func (r *request) result(line int, answer []byte, f *failure) []byte {
 	return fmt.Appendf(b, `,"error":{"code":%q,"message":%s}}`, f.Code, quoted(f.Message))
 }
 
-// again is the line of the errors file: the request, so that it can be sent again. One without a custom_id gets its line as one.
+// again returns the line for the errors file, with which the request can be sent again. The line
+// number becomes the custom_id of one that has none.
 func (r *request) again(line int) []byte {
 	if r.openAI || r.customID != nil {
-		return nil // as the input has it
+		return nil // as in the input
 	}
 	body := compacted(r.body)
 	o := jsonscan.NewObject(body)
 	return slices.Insert(body, o.Open(), fmt.Appendf(nil, `"custom_id":"line %d",`, line)...)
 }
 
-// compacted is a JSON text without white space between its tokens; nil for none.
+// compacted returns a JSON text without white space between its tokens, or nil for none.
 func compacted(text []byte) []byte {
 	if text == nil {
 		return nil
 	}
 	var b bytes.Buffer
 	if err := json.Compact(&b, text); err != nil {
-		return text // it is shown as it is; the input was checked
+		return text // returned as it is; the input was checked
 	}
 	return b.Bytes()
 }

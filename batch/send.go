@@ -20,7 +20,7 @@ import (
 	"golang.org/x/sync/singleflight"
 )
 
-// client talks to the server.
+// client sends requests to the server.
 type client struct {
 	url       *url.URL
 	transport http.RoundTripper
@@ -28,21 +28,21 @@ type client struct {
 	retries   int
 	timeout   time.Duration // from an answer's first byte; 0: none
 	wait      time.Duration // before the first retry
-	patience  time.Duration // with a server that does not answer
+	patience  time.Duration // how long to wait for a server that does not answer
 	log       *slog.Logger
-	lookout   singleflight.Group // all requests wait by one look-out for the server
+	lookout   singleflight.Group // all requests share one wait for the server
 }
 
 const (
 	maxWait       = 30 * time.Second
 	maxRetryAfter = 2 * time.Minute
-	askTimeout    = 10 * time.Second // for what is no inference
+	askTimeout    = 10 * time.Second // for everything but inference
 
 	lookEvery = time.Second      // for a server that is away
-	tellEvery = 30 * time.Second // that it still is
+	tellEvery = 30 * time.Second // between log lines about it
 )
 
-// ErrUnreachable ends a batch whose server does not answer any more.
+// ErrUnreachable ends a batch whose server no longer answers.
 var ErrUnreachable = errors.New("the server does not answer")
 
 var errRequestTimeout = errors.New("the answer took too long")
@@ -60,19 +60,19 @@ func (c *client) do(ctx context.Context, method, path string, body []byte) (*htt
 	return c.transport.RoundTrip(req)
 }
 
-// simulatedHeader is on every answer of a server that is simulated.
+// simulatedHeader is on every answer of a simulated server.
 const simulatedHeader = "X-Cacheproxy-Simulated"
 
-// tried is what became of one attempt.
+// tried is the result of one attempt.
 type tried struct {
 	answer     []byte
 	counts     Counts
 	failure    *failure
-	again      bool          // it may be tried again
-	after      time.Duration // that the server asks to wait first; 0: none
+	again      bool          // it may be retried
+	after      time.Duration // the server's minimum pause; 0: none
 	overloaded bool
-	gone       bool // the server may not be there any more
-	begun      bool // it may have been at this request when it went
+	gone       bool // the server may be gone
+	begun      bool // it may have begun this request when it went away
 }
 
 func broken(err error) tried {
@@ -83,8 +83,8 @@ func broken(err error) tried {
 	}
 }
 
-// noServer reports whether a status is a proxy's or a gateway's for a server behind it that is
-// away, or may be.
+// noServer reports whether a status is that of a proxy or a gateway whose server is, or may be,
+// away.
 func noServer(status int) bool {
 	return status == http.StatusBadGateway || status == http.StatusServiceUnavailable ||
 		status == http.StatusGatewayTimeout
@@ -130,7 +130,7 @@ func (c *client) try(ctx context.Context, r *request, line int) tried {
 	return refused(res)
 }
 
-// refused reads an answer with another status than 200.
+// refused reads an answer with a status other than 200.
 func refused(res *http.Response) tried {
 	text, err := io.ReadAll(io.LimitReader(res.Body, 1<<20))
 	if err != nil {
@@ -154,11 +154,10 @@ func refused(res *http.Response) tried {
 	return t
 }
 
-// ask sends a request until it is answered or that is given up. An error ends the batch. overload
-// is called as often as the server says that it has too much to do. While the server is away
-// nothing counts as a retry, and when it is back they are counted anew. That it went away at this
-// request may be the request's fault: that is put up with as often as the request may be sent
-// again.
+// ask sends a request until it is answered or given up. An error ends the batch. overload is called
+// whenever the server is overloaded. While the server is away nothing counts as a retry, and when
+// it is back retries are counted anew. That it went away at this request may be the request's
+// fault, which is tolerated as often as the request may be sent again.
 func (c *client) ask(ctx context.Context, r *request, line int, overload func(sent time.Time, why string)) (tried, error) {
 	deaths := 0
 	for attempt := 0; ; attempt++ {
@@ -195,7 +194,7 @@ func (c *client) ask(ctx context.Context, r *request, line int, overload func(se
 			return t, nil
 		}
 		wait := min(c.wait<<min(attempt, 16), maxWait)
-		wait = max(t.after, wait/2+rand.N(wait/2+1)) // those that failed together do not come back together
+		wait = max(t.after, wait/2+rand.N(wait/2+1)) // so that those that failed together do not come back together
 		select {
 		case <-time.After(wait):
 		case <-ctx.Done():
@@ -204,8 +203,8 @@ func (c *client) ask(ctx context.Context, r *request, line int, overload func(se
 	}
 }
 
-// await waits until the server answers, and tells whether it was away. ErrUnreachable: it has been
-// for too long.
+// await waits until the server answers, and reports whether it was away. The error is
+// ErrUnreachable if it has been away for too long.
 func (c *client) await(ctx context.Context) (away bool, err error) {
 	v, err, _ := c.lookout.Do("", func() (any, error) { return c.look(ctx) })
 	return v.(bool), err
@@ -218,7 +217,7 @@ func (c *client) look(ctx context.Context) (away bool, err error) {
 		_, err := c.get(ctx, "/api/version")
 		var status api.StatusError
 		if errors.As(err, &status) && !noServer(status.StatusCode) {
-			err = nil // it has answered, if not what was asked for
+			err = nil // it has answered, even if with an error
 		}
 		if ctx.Err() != nil {
 			return away, context.Cause(ctx)
@@ -275,7 +274,8 @@ func (c *client) call(ctx context.Context, method, path string, body []byte) ([]
 	return text, nil
 }
 
-// lanes returns how many lanes a proxy has for loaded models; 0: it does not schedule, or is none.
+// lanes returns how many lanes a proxy has for loaded models, or 0 if it does not schedule or is
+// not one.
 func lanes(metrics []byte) int { return int(sum(metrics, "ollama_cacheproxy_lanes{", "")) }
 
 // sum adds up the series whose lines begin with prefix and contain part.

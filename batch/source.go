@@ -22,8 +22,8 @@ const maxLine = 64 << 20
 
 var errLongLine = fmt.Errorf("longer than %d MiB", maxLine>>20)
 
-// Source is the input: requests, or rows that fill a template. It is read in order, and item by item once more when a request is
-// sent, so that nothing of it is held in memory.
+// Source is the input: requests, or rows that fill a template. It is read in order, and each item
+// again when its request is sent, so that none of it is kept in memory.
 type Source struct {
 	// Hash is a fingerprint of the input and of the template.
 	Hash     string
@@ -31,7 +31,7 @@ type Source struct {
 
 	file    *os.File
 	spooled bool     // a copy, which is removed on Close
-	columns []string // of a CSV file; nil: a JSON object a line
+	columns []string // of a CSV file; nil: one JSON object per line
 	comma   rune
 	start   int64 // where the first line or row begins
 	line    int   // its number
@@ -45,16 +45,17 @@ type item struct {
 	off   int64 // in bytes
 	size  int
 	text  int   // bytes of the prompt's text, once it has been read
-	bad   error // why it cannot be read; nil: it may be
+	bad   error // why it cannot be read; nil: it may be readable
 }
 
-// OpenLines opens requests, one a line. "-" is stdin, which is copied to a file first, beside no
-// other input, as is what is not UTF-8.
+// OpenLines opens requests, one per line. "-" is stdin, which, like a file that is not UTF-8, is
+// copied to a file first.
 func OpenLines(path string, stdin io.Reader, e Encoding) (*Source, error) {
 	return open(path, stdin, e, nil)
 }
 
-// OpenRows opens rows for a template: a .csv or .tsv file whose first line names the columns, or else a JSON object a line.
+// OpenRows opens rows for a template: a .csv or .tsv file whose first line names the columns, or
+// one JSON object per line.
 func OpenRows(path string, stdin io.Reader, e Encoding, t *Template) (*Source, error) {
 	return open(path, stdin, e, t)
 }
@@ -88,7 +89,7 @@ func open(path string, stdin io.Reader, e Encoding, t *Template) (*Source, error
 	return s, nil
 }
 
-// spool copies what can be read only once, or is not UTF-8.
+// spool copies an input that can be read only once, or is not UTF-8.
 func (s *Source) spool(r io.Reader, e Encoding) error {
 	f, err := os.CreateTemp("", "ollama-cacheproxy-batch-")
 	if err != nil {
@@ -116,7 +117,7 @@ func (s *Source) Close() {
 	}
 }
 
-// begin reads what comes before the first item, and the whole for its hash.
+// begin reads what precedes the first item, and the whole input for its hash.
 func (s *Source) begin(extension string) error {
 	hash := sha256.New()
 	n, err := io.Copy(hash, s.file)
@@ -152,7 +153,7 @@ func (s *Source) begin(extension string) error {
 	return s.readColumns()
 }
 
-// readColumns reads the line that names the columns; the items come after it.
+// readColumns reads the line that names the columns; the items follow it.
 func (s *Source) readColumns() error {
 	limited := &limitedReader{r: s.section(s.start, s.size-s.start), left: maxLine}
 	r := s.csv(limited)
@@ -174,8 +175,8 @@ func (s *Source) readColumns() error {
 	return nil
 }
 
-// nameColumns takes in the names, which were read from a text. Spreadsheets append columns without
-// a name, which mean nothing.
+// nameColumns sets the names, which were read from a text. Spreadsheets append columns without a
+// name, which are ignored.
 func (s *Source) nameColumns(names []string, text []byte, readErr error) error {
 	if malformed, ok := errors.AsType[*csv.ParseError](readErr); ok {
 		return rowError(malformed, text, s.line)
@@ -207,12 +208,12 @@ func (s *Source) section(off, n int64) io.Reader { return io.NewSectionReader(s.
 func (s *Source) csv(r io.Reader) *csv.Reader {
 	c := csv.NewReader(r)
 	c.Comma, c.ReuseRecord = s.comma, true
-	c.FieldsPerRecord = -1 // fit looks
+	c.FieldsPerRecord = -1 // fit checks that
 	return c
 }
 
-// fit refuses a row that has not the columns that the first line names. Empty fields beyond them
-// mean nothing.
+// fit refuses a row without the columns that the first line names. Empty fields beyond them are
+// ignored.
 func (s *Source) fit(fields []string) error {
 	n := len(s.columns)
 	said := func(field string) bool { return strings.TrimSpace(field) != "" }
@@ -222,7 +223,8 @@ func (s *Source) fit(fields []string) error {
 	return nil
 }
 
-// items returns the items and the text of each, which is valid until the next. An error ends them.
+// items returns the items and the text of each, which is valid until the next one. An error ends
+// them.
 func (s *Source) items() iter.Seq2[item, error] {
 	if s.columns != nil {
 		return s.rows
@@ -257,7 +259,8 @@ func (s *Source) lines(yield func(item, error) bool) {
 	}
 }
 
-// skipLine reads a line, its end included, and tells how many bytes it has. At the end of the input err is io.EOF.
+// skipLine reads a line, including its end, and returns how many bytes it has. At the end of the
+// input err is io.EOF.
 func skipLine(in *bufio.Reader) (size int64, blank bool, err error) {
 	blank = true
 	for {
@@ -308,7 +311,7 @@ func (s *Source) rows(yield func(item, error) bool) {
 	}
 }
 
-// endless says where the row begins of which the end was not found.
+// endless reports where the row begins whose end was not found.
 func (s *Source) endless(off int64, err error) error {
 	if !errors.Is(err, errLongLine) {
 		return err
@@ -326,8 +329,7 @@ func (s *Source) endless(off int64, err error) error {
 	return &lineError{line, 0, fmt.Errorf("the row that begins there is %w: is a quote not closed?", err)}
 }
 
-// rowError says what is wrong with a row, whose text begins on a line, and of quotes where they
-// are.
+// rowError says what is wrong with a row whose text begins on a line, and where its quotes are.
 func rowError(e *csv.ParseError, text []byte, line int) error {
 	if !errors.Is(e.Err, csv.ErrQuote) {
 		return e.Err
@@ -377,7 +379,7 @@ func (l *limitedReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// raw returns an item's text as the input has it.
+// raw returns an item's text as it is in the input.
 func (s *Source) raw(it item) ([]byte, error) {
 	text := make([]byte, it.size)
 	if _, err := s.file.ReadAt(text, it.off); err != nil {
@@ -386,9 +388,9 @@ func (s *Source) raw(it item) ([]byte, error) {
 	return text, nil
 }
 
-// request returns the item's request. An error that is no *lineError says that the input could not
-// be read; with one, the request has the custom_id and the form of the line as far as they can be
-// told.
+// request returns the item's request. An error that is not a *lineError means that the input could
+// not be read. With a *lineError, the request has the custom_id and the form of the line as far as
+// they can be read.
 func (s *Source) request(it item) (request, error) {
 	r := request{openAI: s.Template != nil && s.Template.openAI}
 	if it.bad != nil && s.Template != nil {
@@ -423,9 +425,9 @@ func (s *Source) request(it item) (request, error) {
 	return r, bad
 }
 
-// lineError says what is wrong with a line.
+// lineError is what is wrong with a line.
 type lineError struct {
-	line, column int // column 0: none is meant
+	line, column int // column 0: the whole line
 	err          error
 }
 
@@ -442,7 +444,7 @@ func (e *lineError) Unwrap() error { return e.err }
 func (s *Source) row(text []byte) (map[string]json.RawMessage, error) {
 	row := map[string]json.RawMessage{}
 	if s.columns == nil {
-		if _, err := members(text); err != nil { // says where it is wrong
+		if _, err := members(text); err != nil { // it says where the error is
 			return nil, err
 		}
 		if err := json.Unmarshal(text, &row); err != nil {

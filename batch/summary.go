@@ -7,11 +7,11 @@ import (
 	"time"
 )
 
-// Basis says where a figure comes from.
+// Basis is where a figure comes from.
 type Basis string
 
 const (
-	Measured  Basis = "measured"  // counted here, or told by the answers
+	Measured  Basis = "measured"  // counted here, or reported by the answers
 	Estimated Basis = "estimated" // inferred
 	Unknown   Basis = "unknown"
 )
@@ -24,14 +24,14 @@ type Figure struct {
 
 func measured(v float64) Figure { return Figure{v, Measured} }
 
-// Summary is what became of a batch, over all its runs unless it says otherwise.
+// Summary is the result of a batch, over all its runs unless noted.
 type Summary struct {
 	Requests  int `json:"requests"`
 	Succeeded int `json:"succeeded"`
 	Failed    int `json:"failed"`
 	Resumed   int `json:"resumed"` // done in earlier runs
 
-	Simulated int `json:"simulated,omitempty"` // answered by a server that is simulated: all that is told of these is made up
+	Simulated int `json:"simulated,omitempty"` // answered by a simulated server: all of its figures are made up
 
 	PromptTokens    Figure `json:"prompt_tokens"`
 	AnswerTokens    Figure `json:"answer_tokens"`
@@ -41,19 +41,18 @@ type Summary struct {
 	ModelLoads      Figure `json:"model_loads"`
 	Truncated       Figure `json:"truncated_prompts"`
 
-	// Price is that of a million evaluated tokens, in any currency, and Cost what the evaluated ones
-	// come to by it, Worth the reused ones. See SetPrice.
+	// Price is that of a million evaluated tokens, in any currency; Cost is the price of the
+	// evaluated tokens, and Worth that of the reused ones. See SetPrice.
 	Price float64 `json:"price,omitempty"`
 	Cost  *Figure `json:"cost,omitempty"`
 	Worth *Figure `json:"worth_of_reused,omitempty"`
 
-	SecondsSaved      Figure `json:"seconds_saved"` // by evaluating nothing twice, against evaluating every prompt in full
+	SecondsSaved      Figure `json:"seconds_saved"` // by reuse, compared with evaluating every prompt in full
 	Seconds           Figure `json:"seconds"`       // of this run
 	RequestsPerSecond Figure `json:"requests_per_second"`
 }
 
-// SetPrice has the summary tell what tokens cost at so much for a million evaluated ones; 0: it tells no
-// prices.
+// SetPrice sets the price of a million evaluated tokens; 0: no prices are shown.
 func (s *Summary) SetPrice(perMillion float64) {
 	s.Price, s.Cost, s.Worth = perMillion, nil, nil
 	if perMillion == 0 {
@@ -86,7 +85,7 @@ func (b *batch) summary(ctx context.Context) *Summary {
 	return s
 }
 
-// reuse returns the tokens that were reused: measured if every answer told it, estimated if most did.
+// reuse returns the reused tokens: measured if every answer reported them, estimated if most did.
 func (c Counts) reuse() Figure {
 	switch {
 	case c.Prompt > 0 && c.ReusedOf == c.Prompt:
@@ -97,7 +96,8 @@ func (c Counts) reuse() Figure {
 	return Figure{Basis: Unknown}
 }
 
-// saved returns the seconds that evaluating the reused tokens would have taken, at the mean rate of those that were evaluated.
+// saved returns the seconds that evaluating the reused tokens would have taken, at the mean rate of
+// the evaluated ones.
 func (c Counts) saved() Figure {
 	evaluated := c.ReusedOf - c.Reused
 	if c.reuse().Basis == Unknown || evaluated <= 0 || c.PromptEval <= 0 {
@@ -106,7 +106,8 @@ func (c Counts) saved() Figure {
 	return Figure{c.PromptEval.Seconds() / float64(evaluated) * float64(c.Reused), Estimated}
 }
 
-// told returns what a proxy says of the time since this run began, which is about all of its clients.
+// told returns what a proxy's metrics say of the time since this run began, which covers all of its
+// clients.
 func (b *batch) told(ctx context.Context) (reused, saved Figure) {
 	reused.Basis, saved.Basis = Unknown, Unknown
 	now, err := b.client.get(ctx, "/metrics")
@@ -120,7 +121,7 @@ func (b *batch) told(ctx context.Context) (reused, saved Figure) {
 	return grown("estimated_prompt_tokens_total", `kind="reused"`), grown("estimated_saved_seconds_total", `kind="evaluation"`)
 }
 
-// Print writes the summary for people.
+// Print writes the summary as text.
 func (s *Summary) Print(w io.Writer) error {
 	row := func(name, format string, f Figure) string {
 		if f.Basis == Unknown {

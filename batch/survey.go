@@ -17,19 +17,20 @@ import (
 )
 
 const (
-	named = 10 // of things that are counted, the first ones are named
-	// tokenBytes is how many bytes of text a token has where nothing was measured: English text, with the vocabularies of today.
+	named = 10 // how many of each kind of finding are named
+	// tokenBytes is the assumed number of bytes of text per token where nothing was measured:
+	// English text, with present vocabularies.
 	tokenBytes = 4
 	maxModels  = 1000 // that are looked for before the start
 )
 
-// Survey is what the input holds, found without sending any of it.
+// Survey describes the input, without sending any of it.
 type Survey struct {
 	Requests int            // lines or rows that are not blank
-	Bad      int            // of them, those that were not understood
+	Bad      int            // invalid ones of these
 	Models   map[string]int // requests by model, as written
 	Text     int64          // bytes of text in all prompts
-	Long     int            // prompts that are probably longer than the num_ctx that they state: Ollama cuts them without a word
+	Long     int            // prompts that are probably longer than their num_ctx: Ollama cuts them silently
 	Repeated int            // lines whose custom_id an earlier one has
 
 	BadLines  []error // the first of each
@@ -37,12 +38,12 @@ type Survey struct {
 	Repeats   []string // as custom_id and line
 }
 
-// TakeSurvey reads the whole input. each, which may be nil, is told of every line that was not understood.
+// TakeSurvey reads the whole input. each, if non-nil, is called for every invalid line.
 func TakeSurvey(ctx context.Context, s *Source, each func(error)) (*Survey, error) {
 	v := &Survey{Models: map[string]int{}}
 	reader := prefix.NewReader()
 	seed := maphash.MakeSeed()
-	ids := map[uint64]struct{}{} // their hashes: some twenty bytes for each
+	ids := map[uint64]struct{}{} // hashes: some twenty bytes for each
 	for it, err := range s.items() {
 		if err != nil {
 			return nil, fmt.Errorf("reading the input: %w", err)
@@ -81,14 +82,14 @@ func TakeSurvey(ctx context.Context, s *Source, each func(error)) (*Survey, erro
 	return v, nil
 }
 
-// count counts one more of something, and keeps it if it is among the first.
+// count counts one more, and keeps it if it is among the first.
 func count[T any](n *int, first *[]T, one T) {
 	if *n++; len(*first) < named {
 		*first = append(*first, one)
 	}
 }
 
-// badLine tells an error of a line from one of reading.
+// badLine tells an error in a line from an error of reading.
 func badLine(err error) (bad, fatal error) {
 	var line *lineError
 	if errors.As(err, &line) {
@@ -97,14 +98,14 @@ func badLine(err error) (bad, fatal error) {
 	return nil, err
 }
 
-// AbsentModels asks the server for the models of the survey and returns those that it has not, sorted.
+// AbsentModels returns the models of the survey that the server lacks, sorted.
 func (c *Config) AbsentModels(ctx context.Context, v *Survey) ([]string, error) {
 	cl := c.client()
 	var absent []string
 	for _, model := range slices.Sorted(maps.Keys(v.Models)) {
 		body, err := json.Marshal(api.ShowRequest{Model: model})
 		if err != nil {
-			panic(err) // a text
+			panic(err) // a string
 		}
 		_, err = cl.call(ctx, http.MethodPost, "/api/show", body)
 		var status api.StatusError
@@ -120,7 +121,7 @@ func (c *Config) AbsentModels(ctx context.Context, v *Survey) ([]string, error) 
 	return absent, nil
 }
 
-// lines writes some lines out.
+// lines formats some lines.
 func lines[T any](some []T, of int) string {
 	var b strings.Builder
 	for i, n := range some {

@@ -9,20 +9,21 @@ import (
 	"strings"
 )
 
-// Template is a request with fields: a {{name}} within its texts stands for a row's value. A text that is nothing but one field
-// becomes the value itself where that is a number, an object, …; within a longer text it is written out. {{{{ stands for {{, and
-// what begins with a dot ({{ .Prompt }}, as Ollama's own templates have it) is left alone.
+// Template is a request with fields: a {{name}} within its texts stands for a row's value. A text
+// that consists of one field becomes the value itself if that is a number, an object, …; within a
+// longer text the value is written out. {{{{ stands for {{, and what begins with a dot ({{ .Prompt
+// }}, as in Ollama's own templates) is left alone.
 type Template struct {
 	parts  []part
-	Fields []string // each once, in the order in which the request has them
+	Fields []string // each once, in the order of the request
 	openAI bool     // it is in OpenAI's batch form
 }
 
-// part is some of the template's text, and the field that comes after it.
+// part is some of the template's text, and the field that follows it.
 type part struct {
 	text  []byte
 	field string // "": none, at the end
-	whole bool   // the text that it is in is nothing else
+	whole bool   // the field is all of its text
 }
 
 // ParseTemplate reads a template.
@@ -79,7 +80,7 @@ func ParseTemplate(text []byte) (*Template, error) {
 	return t, nil
 }
 
-// opensText reports whether the JSON text ends with a quote that is not escaped, which begins a text.
+// opensText reports whether the JSON text ends with an unescaped quote, which begins a text.
 func opensText(text []byte) bool {
 	quoteless, quoted := bytes.CutSuffix(text, []byte(`"`))
 	return quoted && (len(quoteless)-len(bytes.TrimRight(quoteless, `\`)))%2 == 0
@@ -114,8 +115,7 @@ func (t *Template) Fill(row map[string]json.RawMessage) ([]byte, error) {
 	return b, nil
 }
 
-// customID returns the custom_id of a row that lacks fields, unless it is one of those that it
-// needs.
+// customID returns the custom_id of a row with missing fields, unless it needs one of those.
 func (t *Template) customID(row map[string]json.RawMessage) []byte {
 	const absent = `"\u0001"`
 	for _, name := range t.Fields {

@@ -1,8 +1,9 @@
-// Package bench compares an Ollama server used directly with the same server behind the proxy: the same requests in each mode, mode
-// after mode in one run, each from a cold start.
+// Package bench compares an Ollama server used directly with the same server behind the proxy: the
+// same requests in each mode, mode after mode in one run, each from a cold start.
 //
-// All modes are measured by the same instrument, the proxy's own ledger: in the mode Direct a proxy that changes nothing and lets
-// nothing wait passes the requests on. What a client waits is measured by the client.
+// All modes are measured by the same instrument, the proxy's own ledger: in the mode Direct, a
+// proxy that changes nothing and lets nothing wait passes the requests on. The client measures its
+// own waits.
 package bench
 
 import (
@@ -29,42 +30,45 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// Mode is how requests come to the server.
+// Mode is how requests reach the server.
 type Mode string
 
 const (
 	Direct    Mode = "false"      // nothing is optimised
-	KeepAlive Mode = "keep-alive" // requests get keep_alive and are sent as they come
+	KeepAlive Mode = "keep-alive" // requests get keep_alive and are sent in order of arrival
 	Full      Mode = "true"       // requests get keep_alive and wait for the slot that is warm for them
 )
 
-// Modes are all modes, in the order in which they are shown.
+// Modes returns all modes, in the order of the report.
 func Modes() []Mode { return []Mode{Direct, KeepAlive, Full} }
 
-// Config says what to measure. All fields but Models, Clients, Pause, Slots, Transport and Progress must be set.
+// Config says what to measure. All fields except Models, Clients, Pause, Slots, Transport and
+// Progress must be set.
 type Config struct {
 	Upstream *url.URL // Ollama itself
-	Models   []string // the workload "models" takes two, the others one; none: those that the server has, if that leaves no choice
-	Modes    []Mode   // in the order in which the first round has them
+	Models   []string // two for the workload "models", otherwise one; none: the server's, if it has no more than needed
+	Modes    []Mode   // in the order of the first round
 	Workload string   // one of Workloads
 
 	Requests, PrefixTokens, TailTokens, OutputTokens int
-	Clients                                          int // that send at a time; 0: as many as the workload has by its nature
+	Clients                                          int // that send at once; 0: the workload's default
 	Rounds                                           int
 	Pause                                            time.Duration // of a client between an answer and its next request
-	GiveUp                                           time.Duration // a mode in which nothing was answered for so long is ended
-	Seed                                             uint64        // other seeds make other texts
-	Slots                                            string        // that Front gives the mode Full; only told
-	Price                                            float64       // of a million evaluated tokens, in any currency; 0: no prices are told
+	GiveUp                                           time.Duration // a mode in which nothing was answered for this long is ended
+	Seed                                             uint64        // of the generated texts
+	Slots                                            string        // that Front gives the mode Full; only reported
+	Predictions                                      bool          // set the figures of Prediction beside those of the workload "same"
+	Price                                            float64       // of a million evaluated tokens, in any currency; 0: no prices are shown
 
-	// Front starts the proxy for a mode. done is called for each request when it is over, and not any more when stop has returned.
+	// Front starts the proxy for a mode. done is called for each request when it is over, and no
+	// longer once stop has returned.
 	Front     func(ctx context.Context, mode Mode, done func(proxy.Exchange)) (base *url.URL, stop func() error, err error)
 	Transport http.RoundTripper // nil: http.DefaultTransport
 	Log       *slog.Logger
-	Progress  func(Progress) // called by one goroutine at a time when a request is done; nil: nobody is told
+	Progress  func(Progress) // called by one goroutine at a time when a request is done; may be nil
 }
 
-// Progress is how far a run is.
+// Progress is the state of a run.
 type Progress struct {
 	Mode        Mode
 	Done, Total int // requests of all modes and rounds
@@ -72,7 +76,7 @@ type Progress struct {
 	Elapsed     time.Duration
 }
 
-// Words says in short what beside the bar is worth knowing.
+// Words returns what is worth knowing beside the progress bar.
 func (p Progress) Words() string { return fmt.Sprintf("--optimize %s, %d errors", p.Mode, p.Failed) }
 
 // Attrs is the same for a line of the log.
@@ -80,10 +84,10 @@ func (p Progress) Attrs() []any {
 	return []any{"optimize", string(p.Mode), "done", p.Done, "of", p.Total, "errors", p.Failed}
 }
 
-// ErrStopped says that a run was stopped before its end. The report has what there was until then.
+// ErrStopped means that a run was stopped before its end. The report has what was measured before.
 var ErrStopped = errors.New("stopped before the end")
 
-// What is told in a report's title only where it is another.
+// Defaults, which a report's title does not mention.
 const (
 	DefaultGiveUp = 5 * time.Minute
 	DefaultSeed   = 1
@@ -93,7 +97,7 @@ const (
 const (
 	coolLimit  = 2 * time.Minute // for a model to be unloaded
 	coolEvery  = 20 * time.Millisecond
-	hopeless   = 5 // requests in a row that fail at the beginning: the others would, too
+	hopeless   = 5 // failed requests in a row at the beginning after which the others would fail, too
 	askedReady = 10 * time.Millisecond
 )
 
@@ -109,7 +113,8 @@ type bench struct {
 	progress Progress
 }
 
-// Run measures. With an error there is a report too if anything was measured; it is marked incomplete then.
+// Run measures. With an error there is a report, too, if anything was measured; it is marked
+// incomplete then.
 func Run(ctx context.Context, c Config) (*Report, error) {
 	c.Clients = cmp.Or(c.Clients, clients(c.Workload))
 	if c.Transport == nil {
@@ -137,7 +142,7 @@ func Run(ctx context.Context, c Config) (*Report, error) {
 	if ctx.Err() != nil {
 		err = ErrStopped
 	}
-	// The models were to be held for a day; nobody asked for that.
+	// The models were to be held for a day, which nobody asked for.
 	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), coolLimit)
 	defer cancel()
 	if coolErr := b.cool(end); err == nil {
@@ -163,7 +168,7 @@ func (b *bench) rounds(ctx context.Context, scales []scale) error {
 	return nil
 }
 
-// look asks the server what it is, and chooses the models.
+// look asks the server for its version, and chooses the models.
 func (b *bench) look(ctx context.Context) (upstream.State, error) {
 	st := b.server.Refresh(ctx)
 	if !st.Up {
@@ -204,14 +209,15 @@ func (b *bench) look(ctx context.Context) (upstream.State, error) {
 	return st, nil
 }
 
-// calibrate finds out how many tokens each model makes of words. It also has the model's file read once, so that the first mode
-// is not the only one to read it from the disk.
+// calibrate finds out how many tokens each model makes of words. It also has the model's file read
+// once, so that the first mode is not the only one to read it from the disk.
 func (b *bench) calibrate(ctx context.Context) (scales []scale, err error) {
 	const short, long = 100, 800 // words
 	for _, model := range b.Models {
 		var counts [2]int
 		for i, n := range []int{short, long} {
-			// Other words each time: what is reused would not be missing from the count, but that is Ollama's to change.
+			// Different words each time: the count includes reused tokens, but Ollama may change
+			// that.
 			q := request{model: model, numCtx: minNumCtx, system: text.Words(b.Seed<<40+uint64(i), n-1), user: text.Words(uint64(i), 1)}
 			asking, cancel := context.WithTimeoutCause(ctx, b.GiveUp, fmt.Errorf("nothing was answered for %v (--give-up)", b.GiveUp))
 			a := b.ask(asking, b.Upstream, q, nil, 1)
@@ -232,7 +238,7 @@ func (b *bench) calibrate(ctx context.Context) (scales []scale, err error) {
 	return scales, nil
 }
 
-// because returns why ctx ended where that is the reason of an error.
+// because returns why ctx ended if that is the reason of an error.
 func because(ctx context.Context, err error) error {
 	if err != nil && ctx.Err() != nil {
 		return context.Cause(ctx)
@@ -240,7 +246,7 @@ func because(ctx context.Context, err error) error {
 	return err
 }
 
-// cool unloads the models, and with them all that the server has cached of prompts.
+// cool unloads the models, and with them everything that the server has cached of prompts.
 func (b *bench) cool(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, coolLimit, fmt.Errorf("a model is still loaded after %v: is somebody else using the server?", coolLimit))
 	defer cancel()
@@ -269,7 +275,7 @@ func (b *bench) cool(ctx context.Context) error {
 	}
 }
 
-// run measures a mode once. What there is of it is in the report whatever the error.
+// run measures a mode once. Whatever the error, what was measured is in the report.
 func (b *bench) run(ctx context.Context, mode Mode, round int, seed uint64, scales []scale) error {
 	if err := b.cool(ctx); err != nil {
 		return err
@@ -302,7 +308,8 @@ func (b *bench) run(ctx context.Context, mode Mode, round int, seed uint64, scal
 	return err
 }
 
-// ready waits until the proxy knows the server: before, its ledger does not know the models.
+// ready waits until the proxy knows the server, since before that its ledger does not know the
+// models.
 func (b *bench) ready(ctx context.Context, base *url.URL) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, b.GiveUp, fmt.Errorf("the proxy was not ready within %v (--give-up): does Ollama still answer?", b.GiveUp))
 	defer cancel()
@@ -367,7 +374,7 @@ func (p *play) play(ctx context.Context, w workload) error {
 				for q := range next {
 					messages := q.messages(history)
 					sent := time.Now()
-					p.watchdog.Reset(p.GiveUp) // a pause is no standstill, neither before a request nor (note) after one
+					p.watchdog.Reset(p.GiveUp) // a pause is no standstill, neither before a request nor (in note) after one
 					a := p.ask(ctx, p.base, q, messages, p.OutputTokens)
 					switch context.Cause(ctx) {
 					case nil:
@@ -405,7 +412,7 @@ func (p *play) play(ctx context.Context, w workload) error {
 	return whole.Err()
 }
 
-// note takes a request in that is over.
+// note records a request that is over.
 func (p *play) note(d played, cancel context.CancelCauseFunc) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -425,7 +432,7 @@ func (p *play) note(d played, cancel context.CancelCauseFunc) {
 	}
 }
 
-// answer is what a client sees of one.
+// answer is what a client sees of an answer.
 type answer struct {
 	text         string
 	prompt       int    // tokens
@@ -434,7 +441,7 @@ type answer struct {
 	err          error
 }
 
-// ask sends one request; nil messages are the request's own.
+// ask sends one request; if messages is nil, the request's own.
 func (b *bench) ask(ctx context.Context, base *url.URL, q request, messages []api.Message, output int) (a answer) {
 	if messages == nil {
 		messages = q.messages(nil)
@@ -442,7 +449,8 @@ func (b *bench) ask(ctx context.Context, base *url.URL, q request, messages []ap
 	began := time.Now()
 	defer func() { a.whole = time.Since(began) }()
 	var body []byte
-	// num_predict and temperature 0: each answer is as long as the others, and the same whenever it is asked for.
+	// num_predict and temperature 0: all answers have the same length, and are the same whenever
+	// they are requested.
 	body, a.err = json.Marshal(map[string]any{"model": q.model, "messages": messages, "options": map[string]any{"num_ctx": q.numCtx, "num_predict": output, "temperature": 0, "seed": 1}})
 	if a.err != nil {
 		return a
@@ -481,7 +489,7 @@ func (b *bench) ask(ctx context.Context, base *url.URL, q request, messages []ap
 		all.WriteString(said.Message.Content)
 		if said.Done {
 			a.text, a.prompt = all.String(), said.PromptEvalCount
-			// The end too: to the proxy, a client that leaves before it was not answered.
+			// The end as well: to the proxy, a client that leaves before it has no answer.
 			_, a.err = io.Copy(io.Discard, lines)
 			return a
 		}

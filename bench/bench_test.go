@@ -38,9 +38,14 @@ func TestQuantile(t *testing.T) {
 	}
 }
 
-// TestPredictions are the document's figures, for the document's sizes and for others.
+// TestPredictions: there are predictions only where they are asked for, for the usual sizes and for
+// others.
 func TestPredictions(t *testing.T) {
 	r := &Report{Workload: "same", Requests: 100, PrefixTokens: 2000, TailTokens: 50, OutputTokens: 50}
+	if p := r.predict(Full); p != nil {
+		t.Errorf("not asked for: %+v", *p)
+	}
+	r.Predictions = true
 	for mode, want := range map[Mode]Prediction{Direct: {30, 205_000, 0}, KeepAlive: {20, 205_000, 0}, Full: {12, 7_000, 0.99}} {
 		if p := r.predict(mode); *p != want {
 			t.Errorf("%s: %+v, want %+v", mode, *p, want)
@@ -56,8 +61,9 @@ func TestPredictions(t *testing.T) {
 	}
 }
 
-// TestWorkloads: each has the requests that were asked for, no two prompts are equal, the same seed makes the same texts, another seed
-// other ones of the same shape, and contexts are as long as they must be.
+// TestWorkloads: each has the requests that were asked for, no two prompts are equal, the same seed
+// makes the same texts, another seed other ones of the same shape, and contexts are as long as they
+// must be.
 func TestWorkloads(t *testing.T) {
 	for _, name := range Workloads() {
 		c := &Config{Workload: name, Models: []string{"a", "b"}[:1], Requests: 90, PrefixTokens: 6000, TailTokens: 50, OutputTokens: 50, Clients: clients(name)}
@@ -126,7 +132,8 @@ func TestHTMLEscapes(t *testing.T) {
 	}
 }
 
-// TestChartsHaveNoNull: of nothing, and of requests that all failed, the page's script gets empty lists.
+// TestChartsHaveNoNull: of nothing, and of requests that all failed, the page's script gets empty
+// lists.
 func TestChartsHaveNoNull(t *testing.T) {
 	r := &Report{}
 	for range 2 {
@@ -155,8 +162,9 @@ func TestTitle(t *testing.T) {
 	}
 }
 
-// TestWords: texts say no more than what was found: of a model with a sliding window the size is a limit; of loads that differ it is
-// not said that they do not; predictions of other sizes are reckoned.
+// TestWords: texts say no more than what was found: of a model with a sliding window the size is a
+// limit; of loads that differ it is not said that they do not; predictions of other sizes are
+// reckoned.
 func TestWords(t *testing.T) {
 	for _, c := range []struct {
 		window, requests int
@@ -171,7 +179,7 @@ func TestWords(t *testing.T) {
 		{0, 100, 1, "    predicted  ", "reckoned as"},
 		{0, 99, 1, "    reckoned as predicted  ", "    predicted  "},
 	} {
-		r := &Report{Workload: "same", Requests: c.requests, PrefixTokens: 2000, TailTokens: 50, Memory: []Memory{{Model: "a", BytesPerToken: 100, Window: c.window}}}
+		r := &Report{Workload: "same", Predictions: true, Requests: c.requests, PrefixTokens: 2000, TailTokens: 50, Memory: []Memory{{Model: "a", BytesPerToken: 100, Window: c.window}}}
 		for mode, loads := range map[Mode]float64{Direct: c.loads, KeepAlive: 1} {
 			run := &ModeRun{Prompt: 10, Loads: int(loads), Requests: []Request{{Total: 10}}}
 			r.Modes = append(r.Modes, &ModeResult{Mode: mode, Predicted: r.predict(mode), Runs: []*ModeRun{run}})
@@ -187,7 +195,8 @@ func TestWords(t *testing.T) {
 	}
 }
 
-// TestTimeline: requests that are under way at once are on rows of their own, and phases follow each other.
+// TestTimeline: requests that are under way at once are on rows of their own, and phases follow
+// each other.
 func TestTimeline(t *testing.T) {
 	run := &ModeRun{Requests: []Request{
 		{Sent: 0, Passed: 1, Whole: 11, Load: 2, Prompt: 3, Answer: 4},
@@ -223,7 +232,8 @@ func inMemory(c Config, answer func(*http.Request) (status int, body string)) *b
 
 var nowhere = &url.URL{Scheme: "http", Host: "nowhere"}
 
-// TestPauseIsNoStandstill: clients may wait longer between requests than an answer may take; a standstill is noticed all the same.
+// TestPauseIsNoStandstill: clients may wait longer between requests than an answer may take; a
+// standstill is noticed all the same.
 func TestPauseIsNoStandstill(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		asked := 0
@@ -244,7 +254,8 @@ func TestPauseIsNoStandstill(t *testing.T) {
 	})
 }
 
-// TestBeginningsEnd: neither a server nor a proxy that does not come to answer is waited for without end.
+// TestBeginningsEnd: neither a server nor a proxy that does not come to answer is waited for
+// without end.
 func TestBeginningsEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := Config{Upstream: nowhere, Models: []string{"a"}, GiveUp: time.Hour}

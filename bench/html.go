@@ -11,7 +11,7 @@ import (
 	"slices"
 )
 
-// chartJS is Chart.js 4.6.1 as its package has it.
+// chartJS is Chart.js 4.6.1 from its package.
 //
 //go:embed chartjs/chart.umd.min.js
 var chartJS []byte
@@ -33,7 +33,7 @@ type charts struct {
 	Evaluated []float64  `json:"evaluated"`
 	Reused    []float64  `json:"reused"`
 	Unknown   []float64  `json:"unknown"`
-	Predicted []*float64 `json:"predicted"` // evaluated tokens; null: nobody predicted any
+	Predicted []*float64 `json:"predicted"` // evaluated tokens; null: no prediction
 	Loads     []float64  `json:"loads"`
 	Whole     [][]point  `json:"whole"` // latency in ms, share of requests that took no longer in %
 	First     [][]point  `json:"first"`
@@ -50,7 +50,8 @@ type timeline struct {
 	Bars  []bar `json:"bars"`
 }
 
-// bar is a request on a timeline: its row, when each phase ended (the first two: when it was sent by the proxy, when the model was ready), and which it was.
+// bar is a request on a timeline: its row, when each phase ended (the first two: when the proxy
+// sent it, when the model was ready), and which request it was.
 type bar struct {
 	Row    int                     `json:"row"`
 	Ends   [timelinePhases]float64 `json:"ends"` // seconds: passed on; loaded; given a slot; prompt evaluated; answered
@@ -59,9 +60,9 @@ type bar struct {
 	Text   string                  `json:"text"`
 }
 
-// HTML writes the report as one page that needs nothing else.
+// HTML writes the report as one self-contained page.
 func (r *Report) HTML(w io.Writer) error {
-	data, err := json.Marshal(r.charts()) // which escapes <, > and &, so that no name can end the script that it stands in
+	data, err := json.Marshal(r.charts()) // escapes <, > and &, so that no name can end the script that contains it
 	if err != nil {
 		return fmt.Errorf("writing the report: %w", err)
 	}
@@ -114,7 +115,7 @@ func (m *ModeResult) curve(figure func(q Request) float64) []point {
 	return points
 }
 
-// timeline puts requests that were in Ollama at the same time on rows below each other.
+// timeline puts requests that were in Ollama at the same time on separate rows.
 func (run *ModeRun) timeline() (t timeline) {
 	var list []Request
 	for _, q := range run.Requests {
@@ -124,7 +125,7 @@ func (run *ModeRun) timeline() (t timeline) {
 	}
 	slices.SortStableFunc(list, func(a, b Request) int { return cmp.Compare(a.Passed, b.Passed) })
 	t.Shown, t.Of, t.Bars = min(len(list), shownRequests), len(list), []bar{}
-	var busy []float64 // until when each row is
+	var busy []float64 // until when each row is occupied
 	for _, q := range list[:t.Shown] {
 		end := q.Sent + q.Whole
 		row := slices.IndexFunc(busy, func(until float64) bool { return until <= q.Passed })

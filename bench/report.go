@@ -14,9 +14,10 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// Report is what was measured. Tokens are of prompts unless they are called generated; times are in milliseconds.
+// Report is the result of a run. Tokens are of prompts unless they are called generated; times are
+// in milliseconds.
 type Report struct {
-	Incomplete bool      `json:"incomplete"` // it was stopped, or ended by an error: figures are of what there was until then
+	Incomplete bool      `json:"incomplete"` // it was stopped, or ended by an error: the figures are of what was measured before
 	At         time.Time `json:"at"`
 	Upstream   string    `json:"upstream"`
 	Ollama     string    `json:"ollama"` // version
@@ -33,30 +34,31 @@ type Report struct {
 	PauseMS      float64 `json:"pause_ms"`
 	GiveUpMS     float64 `json:"give_up_ms"`
 	Seed         uint64  `json:"seed"`
-	Slots        string  `json:"slots"`           // of the mode Full, as serve's flag has it
+	Slots        string  `json:"slots"` // of the mode Full, as serve's flag
+	Predictions  bool    `json:"predictions,omitempty"`
 	Price        float64 `json:"price,omitempty"` // of a million evaluated tokens
 
-	Modes  []*ModeResult `json:"modes"` // as Modes has them, without those that were not run
+	Modes  []*ModeResult `json:"modes"` // in the order of Modes, without those that were not run
 	Memory []Memory      `json:"memory"`
-	Notes  []string      `json:"notes"` // why figures are not those that were predicted
+	Notes  []string      `json:"notes"` // what to keep in mind when reading the figures
 }
 
-// ModeResult is what a mode came to. Figures of several rounds are medians, but for latencies and verdicts, which are of all
-// requests together.
+// ModeResult is the result of a mode. Figures of several rounds are medians, except for latencies
+// and verdicts, which are of all requests together.
 type ModeResult struct {
 	Mode      Mode           `json:"mode"`
-	Predicted *Prediction    `json:"predicted,omitempty"` // nil: nobody predicted anything of this workload
+	Predicted *Prediction    `json:"predicted,omitempty"` // nil unless Config.Predictions asks for it and the workload is "same"
 	Basis     savings.Basis  `json:"basis"`               // of evaluated and reused tokens
 	Seconds   float64        `json:"seconds"`             // from the first request to the last answer
 	Prompt    float64        `json:"prompt_tokens"`
 	Evaluated float64        `json:"evaluated_tokens"`
 	Reused    float64        `json:"reused_tokens"`
-	Unknown   float64        `json:"unknown_tokens"` // neither was told nor could be inferred
+	Unknown   float64        `json:"unknown_tokens"` // neither reported nor inferred
 	Loads     float64        `json:"loads"`
 	Answered  int            `json:"answered"` // of all rounds
-	Failed    int            `json:"failed"`   // of all rounds, unsent ones included
+	Failed    int            `json:"failed"`   // of all rounds, including unsent ones
 	Truncated int            `json:"truncated"`
-	HitRate   float64        `json:"hit_rate"` // prompts at least half of which was reused, of those of which it is known; -1: of none
+	HitRate   float64        `json:"hit_rate"` // the share of prompts at least half of which was reused, among those for which it is known; -1: none
 	Cold      map[string]int `json:"cold"`     // why the others were not, as the ledger infers it
 	Whole     Quantiles      `json:"latency_ms"`
 	First     Quantiles      `json:"first_token_ms"`
@@ -65,7 +67,8 @@ type ModeResult struct {
 	Runs      []*ModeRun     `json:"runs"`
 }
 
-// Shares divide the time that Ollama tells of, of all requests, by what it was spent on. They add up to 1, or are all 0.
+// Shares divide the time that Ollama reports, of all requests, by its use. They add up to 1, or are
+// all 0.
 type Shares struct {
 	Load   float64 `json:"load"`
 	Queue  float64 `json:"queue"` // waiting for a slot inside Ollama
@@ -91,7 +94,7 @@ type ModeRun struct {
 	Reused    int       `json:"reused_tokens"`
 	Unknown   int       `json:"unknown_tokens"`
 	Loads     int       `json:"loads"`
-	Unsent    int       `json:"unsent"` // requests that were given up: nothing was answered any more
+	Unsent    int       `json:"unsent"` // requests that were given up since nothing was answered any more
 	Loaded    []Loaded  `json:"loaded"` // at its end
 	Requests  []Request `json:"requests"`
 }
@@ -103,7 +106,7 @@ type Loaded struct {
 	Bytes  int64  `json:"bytes"`
 }
 
-// Request is one that was sent. What the ledger does not know is zero.
+// Request is a request that was sent. What the ledger does not know is zero.
 type Request struct {
 	Client int    `json:"client"`
 	Prefix int    `json:"prefix"`
@@ -137,15 +140,16 @@ func newReport(c *Config, version string, at time.Time) *Report {
 	return &Report{
 		At: at, Upstream: c.Upstream.String(), Ollama: version, Models: c.Models, Workload: c.Workload, Order: c.Modes,
 		Requests: c.Requests, PrefixTokens: c.PrefixTokens, TailTokens: c.TailTokens, OutputTokens: c.OutputTokens,
-		Clients: c.Clients, Rounds: c.Rounds, PauseMS: ms(c.Pause), GiveUpMS: ms(c.GiveUp), Seed: c.Seed, Slots: c.Slots, Price: c.Price,
+		Clients: c.Clients, Rounds: c.Rounds, PauseMS: ms(c.Pause), GiveUpMS: ms(c.GiveUp), Seed: c.Seed, Slots: c.Slots, Predictions: c.Predictions,
+		Price: c.Price,
 		Modes: []*ModeResult{}, Notes: []string{},
 	}
 }
 
 func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 
-// add takes in a run, with what the proxy told of its requests. The two are joined by the prompts' fingerprints, which no two
-// requests have in common.
+// add adds a run, with what the proxy recorded of its requests. The two are joined by the prompts'
+// fingerprints, which no two requests share.
 func (r *Report) add(mode Mode, round int, p *play, exchanges []proxy.Exchange, loaded []upstream.Loaded, unsent int) {
 	known := make(map[string]*proxy.Exchange, len(exchanges))
 	for i := range exchanges {
@@ -194,7 +198,7 @@ func (r *Report) add(mode Mode, round int, p *play, exchanges []proxy.Exchange, 
 	m.Runs = append(m.Runs, run)
 }
 
-// mode returns what there is of a mode, or nil.
+// mode returns the result of a mode, or nil.
 func (r *Report) mode(mode Mode) *ModeResult {
 	for _, m := range r.Modes {
 		if m.Mode == mode {
@@ -204,7 +208,7 @@ func (r *Report) mode(mode Mode) *ModeResult {
 	return nil
 }
 
-// sum works out what the runs come to.
+// sum computes the results of the runs.
 func (r *Report) sum() {
 	for _, m := range r.Modes {
 		m.sum()
@@ -240,7 +244,7 @@ func (m *ModeResult) sum() {
 			if q.truncated {
 				m.Truncated++
 			}
-			switch { // one that is estimated makes the sum an estimate
+			switch { // an estimate makes the sum an estimate
 			case q.Basis == savings.Estimated, q.Basis == savings.Measured && m.Basis == savings.Unknown:
 				m.Basis = q.Basis
 			}
@@ -281,7 +285,8 @@ func median(all []float64) float64 {
 	return quantile(all, 0.5)
 }
 
-// quantile returns what the given part of sorted values is at or below (nearest rank); 0 of nothing.
+// quantile returns the value that the given part of the sorted values does not exceed (nearest
+// rank), or 0 for none.
 func quantile(sorted []float64, part float64) float64 {
 	if len(sorted) == 0 {
 		return 0
@@ -294,21 +299,25 @@ func quantiles(all []float64) Quantiles {
 	return Quantiles{quantile(all, 0), quantile(all, 0.5), quantile(all, 0.9), quantile(all, 0.99), quantile(all, 1)}
 }
 
-// Prediction is what a document that people start from expects of 100 requests with one prefix of 2,000 tokens and tails of 50.
+// Prediction is a common expectation of what a caching proxy saves on 100 requests that share a
+// prefix of 2,000 tokens and have 50 of their own. It takes it that Ollama alone never reuses a
+// prefix; docs/bench.md says what is wrong with that.
 type Prediction struct {
-	Seconds   float64 `json:"seconds,omitempty"` // 0: it tells none for this size
+	Seconds   float64 `json:"seconds,omitempty"` // 0: none for this size
 	Evaluated int     `json:"evaluated_tokens"`
 	HitRate   float64 `json:"hit_rate"`
 }
 
-// predicted says whether the sizes are the document's own; of others, its reckoning is applied to them.
+// predicted reports whether the sizes are those that the prediction was made for. Other sizes are
+// reckoned the same way.
 func (r *Report) predicted() bool {
 	return r.Requests == 100 && r.PrefixTokens == 2000 && r.TailTokens == 50
 }
 
-// predict applies the document's reckoning: all of each prompt without the proxy and with keep_alive alone, the prefix once with it.
+// predict reckons that without the proxy, and with keep_alive alone, all of each prompt is
+// evaluated, and with it the prefix once.
 func (r *Report) predict(mode Mode) *Prediction {
-	if r.Workload != "same" {
+	if !r.Predictions || r.Workload != "same" {
 		return nil
 	}
 	p := &Prediction{Evaluated: r.Requests * (r.PrefixTokens + r.TailTokens)}
@@ -322,9 +331,12 @@ func (r *Report) predict(mode Mode) *Prediction {
 	return p
 }
 
-// explain says why what was measured is not what was predicted.
+// explain says what a workload cannot show, and why what was measured is not what was predicted.
 func (r *Report) explain() []string {
 	notes := []string{}
+	if r.Workload == "same" || r.Workload == "user-message-prefix" {
+		notes = append(notes, "One client with one prefix has little to gain from any proxy, since Ollama reuses a prefix by itself as long as nothing comes between. Try --workload num-ctx and --workload closed-loops, which are what several programs do to a server.")
+	}
 	base := r.mode(Direct)
 	if base == nil || base.Predicted == nil || base.Prompt == 0 {
 		return notes
@@ -345,12 +357,12 @@ func (r *Report) explain() []string {
 			100*s.Load, 100*s.Queue, 100*s.Prompt, 100*s.Answer))
 	}
 	if base.Predicted.Seconds > 0 {
-		notes = append(notes, "The predicted seconds are of a machine and a model that the document does not name; compare the modes with each other.")
+		notes = append(notes, "The predicted seconds belong to no machine or model that is known; compare the modes with each other.")
 	}
 	return notes
 }
 
-// Memory is what a cached context takes. What the server does not tell is 0.
+// Memory is the size of a cached context. What the server does not report is 0.
 type Memory struct {
 	Model         string `json:"model"`
 	Layers        int    `json:"layers"`
@@ -358,10 +370,10 @@ type Memory struct {
 	KeyLength     int    `json:"key_length"`   // of a head
 	ValueLength   int    `json:"value_length"` // of a head
 	Window        int    `json:"sliding_window"`
-	BytesPerToken int    `json:"bytes_per_token"` // keys and values of all layers, two bytes a number: the most that it can be where there is a sliding window, as some layers keep fewer tokens then
+	BytesPerToken int    `json:"bytes_per_token"` // keys and values of all layers, two bytes per number: an upper bound with a sliding window, since some layers keep fewer tokens then
 }
 
-// memory works out, from what /api/show tells, what a token of context takes.
+// memory computes, from the answer of /api/show, the size of a token of context.
 func (b *bench) memory(ctx context.Context, model string) Memory {
 	m := Memory{Model: model}
 	show, err := b.server.Show(ctx, model)
@@ -384,7 +396,7 @@ func (b *bench) memory(ctx context.Context, model string) Memory {
 	return m
 }
 
-// number writes a count, with a decimal where a median has one, and its thousands divided.
+// number writes a count, with a decimal if a median has one, and with separators between thousands.
 func number(f float64) string {
 	text := fmt.Sprintf("%.1f", f)
 	whole, tenth, _ := strings.Cut(text, ".")

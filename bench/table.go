@@ -17,10 +17,10 @@ import (
 type row struct {
 	Label     string
 	Cells     []string
-	Predicted bool // not measured, but expected by the document
+	Predicted bool // a prediction, not a measurement
 }
 
-// title says in a line what was measured.
+// title returns a line that says what was measured.
 func (r *Report) title() string {
 	title := fmt.Sprintf("workload %s: %s requests, %s + %s prompt tokens, %s generated; %s, %s", r.Workload,
 		number(float64(r.Requests)), number(float64(r.PrefixTokens)), number(float64(r.TailTokens)), number(float64(r.OutputTokens)), text.Plural(r.Clients, "client"), text.Plural(r.Rounds, "round"))
@@ -42,7 +42,7 @@ func (r *Report) title() string {
 
 func duration(ms float64) time.Duration { return time.Duration(ms * float64(time.Millisecond)) }
 
-// names are what the modes are called at the head of the table.
+// names are the modes' names at the head of the table.
 func (r *Report) names() (names []string) {
 	for _, m := range r.Modes {
 		names = append(names, map[Mode]string{Direct: "directly", KeepAlive: "keep-alive only", Full: "everything"}[m.Mode])
@@ -146,7 +146,7 @@ func (r *Report) rows() (rows []row) {
 	return rows
 }
 
-// basis is that of all token figures together: an estimate if some are one.
+// basis is that of all token figures together: an estimate if some are estimates.
 func (r *Report) basis() savings.Basis {
 	basis := savings.Unknown
 	for _, m := range r.Modes {
@@ -192,7 +192,7 @@ func join(modes []Mode) string {
 
 const incomplete = "INCOMPLETE: it was stopped before the end. Totals are of different numbers of requests."
 
-// Print writes the report for people.
+// Print writes the report as text.
 func (r *Report) Print(w io.Writer) error {
 	var b strings.Builder
 	if r.Incomplete {

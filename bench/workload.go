@@ -21,7 +21,8 @@ const (
 	minNumCtx    = 4096
 )
 
-// request is one that a client sends. Its prompt is a prefix, which others have too, and a tail that is its own.
+// request is one that a client sends. Its prompt is a prefix, which others share, and a tail of its
+// own.
 type request struct {
 	prefix int
 	model  string
@@ -33,13 +34,14 @@ type request struct {
 
 // workload is what clients ask.
 type workload struct {
-	// queues are what is asked; depth clients take from each of them, each when it has its last answer.
+	// queues are the requests; depth clients take from each of them, each when it has its last
+	// answer.
 	queues [][]request
 	depth  int
 	chat   bool // answers become messages of the next request
 }
 
-// clients is how many there are unless Config.Clients says it: as many as make the workload what it is called.
+// clients is the default number of clients: as many as the workload's name implies.
 func clients(name string) int {
 	switch name {
 	case "same", "user-message-prefix":
@@ -51,7 +53,7 @@ func clients(name string) int {
 	}
 }
 
-// scale says how long texts must be for a model to have so many tokens of them.
+// scale says how long texts must be for a model to make so many tokens of them.
 type scale struct {
 	tokensPerWord float64
 	overhead      float64 // tokens that the template adds to a prompt of a system and a user message
@@ -59,11 +61,11 @@ type scale struct {
 
 func (s scale) words(tokens float64) int { return max(1, int(tokens/s.tokensPerWord+0.5)) }
 
-// workload makes a workload up. Other seeds make others of the same shape.
+// workload makes up a workload. Other seeds make others of the same shape.
 func (c *Config) workload(seed uint64, scales []scale) workload {
 	n := c.Clients
 	w := workload{depth: n, chat: c.Workload == "chat-turns"}
-	// The most that a prompt and its answer have, and a bit: words differ in tokens.
+	// The largest prompt and answer, and a margin, since words differ in tokens.
 	need := c.PrefixTokens + c.TailTokens + c.OutputTokens
 	if w.chat {
 		need = c.PrefixTokens + turns*(c.TailTokens+c.OutputTokens+16)
@@ -75,7 +77,7 @@ func (c *Config) workload(seed uint64, scales []scale) workload {
 		if prefixes[prefix] == "" {
 			prefixes[prefix] = text.Words(seed<<32+uint64(prefix), s.words(float64(c.PrefixTokens)-s.overhead))
 		}
-		// The number comes first, as where a script puts a name: no two tails begin alike.
+		// The number comes first, where a script has a name: no two tails begin alike.
 		tail := fmt.Sprintf("%d %s", i, text.Words(seed<<32+1<<31+uint64(i), s.words(float64(c.TailTokens)-2)))
 		q := request{prefix: prefix, model: c.Models[model], numCtx: numCtx, system: prefixes[prefix], user: tail}
 		if c.Workload == "user-message-prefix" {
@@ -114,7 +116,7 @@ func (c *Config) workload(seed uint64, scales []scale) workload {
 	return w
 }
 
-// messages are those of a request after those of earlier turns.
+// messages returns those of a request after those of earlier turns.
 func (q request) messages(history []api.Message) []api.Message {
 	var list []api.Message
 	if len(history) > 0 && !q.begins {

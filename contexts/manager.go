@@ -1,13 +1,13 @@
-// Package contexts keeps the state of prompts that an Ollama server has evaluated on disk, and gives
-// it back to the server when a prompt comes that begins alike: after the model was loaded again, after
-// a restart, and where another prompt took the slot. It owns the decisions: when a state is saved,
-// when it is attached, and when it turns out that a model makes no use of it.
+// Package contexts keeps the states of prompts that an Ollama server has evaluated on disk, and
+// gives them back to the server when a prompt with the same beginning comes: after a reload, after
+// a restart, and when another prompt has taken the slot. It owns the decisions: when a state is
+// saved, when it is attached, and whether a model can use it.
 //
 // It keeps no file (see contextstore.Files), starts no engine (see package engine) and forwards no
-// request: package proxy tells it of each before it is sent and when it has ended. What it believes of
-// an engine's slots may be wrong, since others use the server, too. The engine itself compares a
-// prompt's tokens with those of its slot, whatever was put there, so that a wrong belief costs time
-// and never an answer.
+// request: package proxy calls it before each request is sent and when it has ended. What it
+// believes of an engine's slots may be wrong, since others use the server, too. The engine itself
+// compares a prompt's tokens with those of its slot, whatever was put there, so that a wrong belief
+// costs time and never an answer.
 package contexts
 
 import (
@@ -25,44 +25,44 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/engine"
 )
 
-// Engine is what the manager asks of a llama-server: engine.Process.
+// Engine is what the manager needs of a llama-server; engine.Process implements it.
 type Engine interface {
 	Slots(ctx context.Context) ([]engine.Slot, error)
 	Save(ctx context.Context, slot int, name string) (engine.Saved, error)
 	Restore(ctx context.Context, slot int, name string, size int64) (engine.Restored, error)
 }
 
-// Running is an engine that runs now.
+// Running is a running engine.
 type Running struct {
 	Engine
-	ID         string   // of this process, never used again
-	Port       int      // on which its Ollama server listens
-	Files      []string // the base names of its model's, its projector's and its adapters'
-	Format     string   // all that a state depends on beside its tokens: see engine.Process.Format
+	ID         string   // of this process, never reused
+	Port       int      // of its Ollama server
+	Files      []string // the base names of its model's, its projector's and its adapters' files
+	Format     string   // everything but tokens that a state depends on: see engine.Process.Format
 	Slots      int      // at least 1
-	Context    int      // tokens, of each slot; 0: not known
+	Context    int      // tokens per slot; 0: not known
 	Full       bool     // it keeps all tokens of a model with a sliding window
-	ValueBytes float64  // of each number in its cache
+	ValueBytes float64  // per number in its cache
 }
 
-// Config is what a Manager works with. Running, Files and Log must be set.
+// Config configures a Manager. Running, Files and Log must be set.
 type Config struct {
-	// Told is told of each engine that is found, and whether states are attached to it: again when
-	// that changes. It must not call the manager. Nil: nobody listens.
+	// Told, if non-nil, is called for each engine that is found, with whether states are attached
+	// to it, and again when that changes. It must not call the manager.
 	Told func(e Running, attaches bool)
 
-	Running func() []Running // the engines that run now, the newest last; called for each request
+	Running func() []Running // returns the engines that run now, the newest last; called for each request
 	Files   *contextstore.Files
 	Log     *slog.Logger
 }
 
-// Manager decides. Make it with New, and have Run running. Its methods may be called from any
-// goroutine; those of the nil Manager do nothing.
+// Manager makes the decisions. Make it with New, and run Run. Its methods are safe for concurrent
+// use; those of the nil Manager do nothing.
 type Manager struct {
 	Config
 	wake    chan struct{}   // holds one
-	ending  sync.WaitGroup  // of requests that have ended, and whose states are being saved
-	life    context.Context // in which engines save; ended by end
+	ending  sync.WaitGroup  // ended requests whose states are being saved
+	life    context.Context // in which engines save; cancelled by end
 	end     context.CancelFunc
 	loading atomic.Int64 // requests for which the model is being loaded
 
@@ -70,59 +70,59 @@ type Manager struct {
 	engines map[string]*live    // by Running.ID; guarded by mu
 	formats map[string]*learned // by Running.Format; guarded by mu
 	disk    disk                // guarded by mu
-	// underway are the requests that have not ended, in the order in which they came; guarded by mu.
+	// underway are the requests that have not ended, in order of arrival; guarded by mu.
 	underway []*Use
 	beside   map[pair]bool   // models that were seen loaded beside each other; guarded by mu
 	counts   Counts          // guarded by mu
-	warned   map[string]bool // guarded by mu: that these, of the Failed… constants, go wrong
+	warned   map[string]bool // the Failed… reasons that were logged since they last went well; guarded by mu
 }
 
-// Counts are what a manager did since it was made.
+// Counts are what a manager has done since it was made.
 type Counts struct {
 	Saved      uint64 // states
-	SavedBytes uint64 // … of so many bytes
+	SavedBytes uint64 // … and their bytes
 	Attached   uint64 // states
 	Filled     uint64 // states that were attached before anybody asked: see Fill
-	// Tokens is how many tokens of prompts were not evaluated again since a state was attached, and
-	// Evaluation how long that would have taken, estimated from the speed of other evaluations.
+	// Tokens is how many tokens of prompts were not evaluated again because a state was attached.
+	// Evaluation is how long that would have taken, estimated from the speed of other evaluations.
 	Tokens     uint64
 	Evaluation time.Duration
 	Failed     map[string]uint64 // by reason: see the Failed… constants
 }
 
-// Why something could not be done, or was done in vain.
+// Why something failed, or was done in vain.
 const (
 	FailedSave    = "save"    // the engine could not save a state: the disk is full, slow or read-only
 	FailedAttach  = "attach"  // the engine refused a state, or did not answer
 	FailedUnused  = "unused"  // a state was attached, and the engine evaluated the prompt nevertheless
-	FailedChanged = "changed" // a slot held something else than was believed when it was saved
+	FailedChanged = "changed" // a slot held something other than expected when it was saved
 )
 
-// live is an engine that runs, and what is believed of its slots.
+// live is a running engine, and what is believed of its slots.
 type live struct {
 	Running
 	acting chan struct{} // full while states of idle slots are saved; new requests wait for that
 
 	// Guarded by Manager.mu.
-	told, attaches bool // Config.Told was told of it, and what
+	told, attaches bool // whether Config.Told was called for it, and with what
 
 	slots  []slot
-	saving []chan struct{} // by slot: closed when what that holds has been saved; nil: it is not being saved
-	active int             // requests that are sent to it, or wait for acting, and have not ended
+	saving []chan struct{} // by slot: closed when its content has been saved; nil: it is not being saved
+	active int             // requests that are sent to it or wait for acting, and have not ended
 	ended  time.Time       // when the last of them ended
 	clock  uint64          // counts the requests that ended
-	open   []*Use          // those whose slots are not known yet, as they were sent; none if there is one slot
+	open   []*Use          // requests whose slots are not known yet, in the order in which they were sent; none if there is one slot
 }
 
 // slot is what is believed of an engine's slot. The zero slot holds nothing that is known.
 type slot struct {
 	prompt
-	tokens  int // of the prompt and of its answer
+	tokens  int // of the prompt and its answer
 	again   bool
 	used    uint64 // live.clock when a request last used it
 	claimed bool   // a request was sent that is expected to use it
 	cannot  bool   // be saved
-	task    int    // the engine's number for the last request that was seen to use it
+	task    int    // the engine's number of the last request that was seen to use it
 }
 
 // New returns a manager.
@@ -135,7 +135,7 @@ func New(c Config) *Manager {
 	}
 }
 
-// Owner returns what stands for whoever has a secret; 0 for nil.
+// Owner returns the owner that stands for a secret, or 0 for nil.
 func (m *Manager) Owner(secret []byte) uint64 {
 	if m == nil || secret == nil {
 		return 0
@@ -146,7 +146,7 @@ func (m *Manager) Owner(secret []byte) uint64 {
 // Shared reports whether states are attached whoever their owners are.
 func (m *Manager) Shared() bool { return m.Files.Stats().Limits.Share }
 
-// Counts returns what was done so far.
+// Counts returns what has been done so far.
 func (m *Manager) Counts() Counts {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -158,17 +158,17 @@ func (m *Manager) Counts() Counts {
 // Request is one that is about to be sent to a server.
 type Request struct {
 	Port     int      // of the server, which is on this machine
-	Weights  string   // of its model, as package runners names them: its files, with + between them
-	Model    string   // its name, for people
-	Owner    uint64   // whose it is; 0: nobody's in particular
+	Weights  string   // of its model, as package runners names them: its files, joined by +
+	Model    string   // its name, for display
+	Owner    uint64   // who sends it; 0: nobody in particular
 	Contents []uint64 // prefix.Chain.Contents
-	Bytes    []int    // of text, up to and with each link
+	Bytes    []int    // of text, up to and including each link
 
-	// Values is how many numbers the engine keeps for each token; 0: not known.
+	// Values is how many numbers the engine keeps per token; 0: not known.
 	Values int
-	// Sliding says that the model's attention has a sliding window.
+	// Sliding means that the model's attention has a sliding window.
 	Sliding bool
-	// Loaded says that the model is loaded as the request needs it, for certain.
+	// Loaded means that the model is certainly loaded as the request needs it.
 	Loaded bool
 	// Load has the model loaded as the request needs it, and returns how long that took.
 	Load func(ctx context.Context) (time.Duration, error)
@@ -178,34 +178,34 @@ type Request struct {
 type Use struct {
 	m    *Manager
 	r    Request
-	on   *live // nil: none is known
+	on   *live // nil: not known
 	slot int   // that it is expected to use; -1: not known
 
 	warm     int // tokens of its prompt that a slot was believed to hold
-	expected int // tokens that are to be reused beyond that since a state was attached; 0: none was
+	expected int // tokens expected to be reused beyond that because of an attached state; 0: none was attached
 	exact    bool
 	attached string // the state's ID
 	loading  time.Duration
-	sought   bool          // on was sought once more, since it was not there before
+	sought   bool          // on was looked for again, since it was not there before
 	done     chan struct{} // closed when the request has ended
 
 	place place // guarded by Manager.mu
 }
 
-// Answer is how a request ended. The zero Answer: nothing came of it, and what its slot holds is not
-// known.
+// Answer is how a request ended. The zero Answer means that it had no result, and that the content
+// of its slot is not known.
 type Answer struct {
 	Unsent      bool // it did not reach the server
 	Total       int  // tokens of the prompt; 0: not known
-	Cached      int  // of these reused, if CachedKnown; else an estimate, -1 for none
+	Cached      int  // reused ones of these if CachedKnown; otherwise an estimate, or -1
 	CachedKnown bool
 	Generated   int           // tokens of the answer
 	Prompt      time.Duration // evaluating the prompt; 0: not known
-	Awaited     bool          // other requests wait, perhaps for what this one has evaluated
-	Unloads     bool          // the model is unloaded with the answer's end (keep_alive 0)
+	Awaited     bool          // other requests wait that may use what this one has evaluated
+	Unloads     bool          // the model is unloaded at the answer's end (keep_alive 0)
 }
 
-// Loading is how long the model took to load, where Before had it loaded; else 0.
+// Loading is how long the load took that Before caused, or 0.
 func (u *Use) Loading() time.Duration {
 	if u == nil {
 		return 0
@@ -213,7 +213,8 @@ func (u *Use) Loading() time.Duration {
 	return u.loading
 }
 
-// Attached is how many tokens of the request's prompt a state has that was attached for it; 0: none was.
+// Attached is how many tokens of the request's prompt are in the state that was attached for it; 0:
+// none was.
 func (u *Use) Attached() int {
 	if u == nil || u.expected == 0 {
 		return 0
@@ -221,9 +222,9 @@ func (u *Use) Attached() int {
 	return u.warm + u.expected
 }
 
-// Before prepares the server for a request that is about to be sent: what its slot would lose is
-// saved, and what is stored of its prompt attached, where that takes much less time than it saves. It
-// returns when the request may be sent.
+// Before prepares the server for a request that is about to be sent: it saves what the request's
+// slot would lose, and attaches what is stored of its prompt if that takes much less time than it
+// saves. It returns when the request may be sent.
 func (m *Manager) Before(ctx context.Context, r Request) *Use {
 	if m == nil || len(r.Contents) == 0 {
 		return nil
@@ -250,7 +251,7 @@ func (m *Manager) Before(ctx context.Context, r Request) *Use {
 		return u
 	}
 	m.mu.Lock()
-	u.on.active++ // so that at most the state is saved first that is being saved
+	u.on.active++ // so that at most the save that is under way comes first
 	m.mu.Unlock()
 	defer u.sends()
 	if !u.on.act(ctx) {
@@ -266,14 +267,14 @@ func (m *Manager) Before(ctx context.Context, r Request) *Use {
 // seek finds the engine that runs the request's model.
 func (u *Use) seek() { u.set(u.m.find(u.r)) }
 
-// set notes the engine. Others look at it, too: see rival.
+// set sets the engine. Other requests look at it, too: see rival.
 func (u *Use) set(on *live) {
 	u.m.mu.Lock()
 	defer u.m.mu.Unlock()
 	u.on = on
 }
 
-// over says that the request has ended.
+// over records that the request has ended.
 func (u *Use) over() {
 	u.m.mu.Lock()
 	defer u.m.mu.Unlock()
@@ -283,11 +284,11 @@ func (u *Use) over() {
 	}
 }
 
-// outlasts waits until the requests to other models have ended that came before this one to a server,
-// where one of the two models may have to make room for the other: what is unloaded is unloaded in
-// the moment in which its last request ends, and what that left could not be saved any more. The
-// server would have this one wait for them, too. Of models that were seen loaded beside each
-// other neither waits. It reports whether it has waited.
+// outlasts waits until the earlier requests to other models of a server have ended, where one of
+// the two models may have to make room for the other. A model is unloaded at the moment in which
+// its last request ends, and then its state could no longer be saved. The server would make this
+// request wait for them, too. Models that were seen loaded beside each other do not wait. It
+// reports whether it has waited.
 func (u *Use) outlasts(ctx context.Context) (waited bool) {
 	began := time.Now()
 	for {
@@ -305,8 +306,8 @@ func (u *Use) outlasts(ctx context.Context) (waited bool) {
 	}
 }
 
-// rival returns a request that came before this one, to another model of its server that was not seen
-// loaded beside this one's, and for how long it is worth waiting for that; nil: there is none.
+// rival returns an earlier request, to another model of the same server that was not seen loaded
+// beside this one's, and how long it is worth waiting for; nil if there is none.
 func (u *Use) rival() (*Use, time.Duration) {
 	u.m.mu.Lock()
 	defer u.m.mu.Unlock()
@@ -321,8 +322,9 @@ func (u *Use) rival() (*Use, time.Duration) {
 	return nil, 0
 }
 
-// outlast returns for how long another request waits for this one: for twice as long as what it leaves
-// takes to evaluate, once by itself and once again if it is lost, within bounds. m.mu must be held.
+// outlast returns how long another request waits for this one: twice as long as its state takes to
+// evaluate, once for the evaluation and once for its possible loss, within bounds. m.mu must be
+// held.
 func (m *Manager) outlast(u *Use) time.Duration {
 	if u.on == nil {
 		return usualOutlast // it is being loaded
@@ -341,7 +343,7 @@ func pairOf(a, b Request) pair {
 	return pair{a.Port, min(a.Weights, b.Weights), max(a.Weights, b.Weights)}
 }
 
-// together notes which models are loaded beside each other. m.mu must be held.
+// together records which models are loaded beside each other. m.mu must be held.
 func (m *Manager) together(all []*live) {
 	for i, a := range all {
 		for _, b := range all[:i] {
@@ -352,12 +354,12 @@ func (m *Manager) together(all []*live) {
 	}
 }
 
-// request is one to the engine's model.
+// request returns a request to the engine's model.
 func (r *Running) request() Request {
 	return Request{Port: r.Port, Weights: strings.Join(r.Files, "+")}
 }
 
-// sized notes how large a state of the model will be, before the first one tells.
+// sized estimates how large a state of the model will be, before the first one shows.
 func (u *Use) sized() {
 	if u.on == nil || u.r.Values == 0 {
 		return
@@ -369,8 +371,8 @@ func (u *Use) sized() {
 	}
 }
 
-// act begins what no request may be in the way of. It reports whether that was before ctx ended;
-// rest ends it then.
+// act begins something that excludes requests. It reports whether that began before ctx ended; then
+// rest ends it.
 func (l *live) act(ctx context.Context) bool {
 	select {
 	case l.acting <- struct{}{}:
@@ -382,7 +384,7 @@ func (l *live) act(ctx context.Context) bool {
 
 func (l *live) rest() { <-l.acting }
 
-// scan returns the engines that run, and forgets those that do not.
+// scan returns the running engines, and forgets those that have ended.
 func (m *Manager) scan() []*live {
 	running := m.Running()
 	m.mu.Lock()
@@ -404,7 +406,7 @@ func (m *Manager) scan() []*live {
 	return all
 }
 
-// known returns what is known of each engine that runs. m.mu must be held.
+// known returns what is known of each running engine. m.mu must be held.
 func (m *Manager) known(running []Running) []*live {
 	maps.DeleteFunc(m.engines, func(id string, _ *live) bool {
 		return !slices.ContainsFunc(running, func(e Running) bool { return e.ID == id })
@@ -427,7 +429,7 @@ func (m *Manager) known(running []Running) []*live {
 	return all
 }
 
-// find returns the engine that runs the request's model, the newest if there are several; nil: none.
+// find returns the engine that runs the request's model, the newest if there are several, or nil.
 func (m *Manager) find(r Request) (found *live) {
 	for _, l := range m.scan() {
 		if l.Port == r.Port && l.runs(r.Weights) && (found == nil || len(l.Files) >= len(found.Files)) {
@@ -437,8 +439,8 @@ func (m *Manager) find(r Request) (found *live) {
 	return found
 }
 
-// runs reports whether the engine runs these weights: files with + between them, the model's first.
-// They may have a draft model, too, which is no part of a state.
+// runs reports whether the engine runs these weights: files joined by +, the model's first. There
+// may be a draft model, too, which is not part of a state.
 func (r *Running) runs(weights string) bool {
 	files := strings.Split(weights, "+")
 	return len(r.Files) > 0 && r.Files[0] == files[0] && !slices.ContainsFunc(r.Files, func(file string) bool {
@@ -446,9 +448,9 @@ func (r *Running) runs(weights string) bool {
 	})
 }
 
-// restores reports whether the engine makes use of the states of the request's model. Those of one
-// with a sliding window have no more than the last window, and no prompt is found to go on from that
-// (seen with Gemma 3 on Ollama 0.34.1, with a chat's next turn, too).
+// restores reports whether the engine can use the states of the request's model. Those of a model
+// with a sliding window have only the last window, and no prompt was found to continue from that
+// (tried with Gemma 3 on Ollama 0.34.1, also with a chat's next turn).
 func (m *Manager) restores(on *live, r Request) bool {
 	if !r.Sliding || on.Full {
 		return true
@@ -463,8 +465,8 @@ func (m *Manager) restores(on *live, r Request) bool {
 	return false
 }
 
-// load has the request's model loaded before the request is sent, if a state is stored that can be
-// attached then. What is loaded may have to make room for it, so that its states are saved first.
+// load has the request's model loaded before the request is sent, if there is a stored state that
+// can be attached then. What is loaded may have to make room for it, so its states are saved first.
 func (u *Use) load(ctx context.Context) {
 	m := u.m
 	m.Leave(ctx, u.r.Port)
@@ -475,7 +477,7 @@ func (u *Use) load(ctx context.Context) {
 	took, err := u.r.Load(ctx)
 	if err != nil {
 		m.Log.Debug("the model could not be loaded to attach a context", "model", u.r.Model, "err", err)
-		return // the request itself will tell
+		return // the request itself will show the error
 	}
 	u.loading = took
 	if u.seek(); u.on == nil {
@@ -488,8 +490,8 @@ func (u *Use) attach(ctx context.Context) bool {
 	m, on := u.m, u.on
 	m.mu.Lock()
 	warm, at := on.warmest(u.r)
-	// The engine takes the slot with the most in common if that is more than a tenth of the prompt
-	// (--slot-prompt-similarity), else the one that was used least recently.
+	// The engine takes the slot that shares most with the prompt if that is more than a tenth of it
+	// (--slot-prompt-similarity), otherwise the least recently used one.
 	if u.warm = warm; at >= 0 && warm*10 >= u.r.estimate() {
 		u.claim(at)
 	}
@@ -530,8 +532,8 @@ func (u *Use) attach(ctx context.Context) bool {
 	return true
 }
 
-// replace is called where nothing is attached: what the request's slot loses is saved, if it is worth
-// that.
+// replace is called if nothing is attached: it saves what the request's slot loses, if that is
+// worth it.
 func (u *Use) replace(ctx context.Context) {
 	m, on := u.m, u.on
 	m.mu.Lock()
@@ -555,11 +557,12 @@ func (u *Use) replace(ctx context.Context) {
 		return
 	}
 	if i := slices.IndexFunc(lost, idle); i >= 0 {
-		m.save(ctx, on, lost[i]) // the engine takes the one that was used least recently
+		m.save(ctx, on, lost[i]) // the engine takes the least recently used one
 	}
 }
 
-// idle asks which slots are idle. An engine with one slot is not asked: who has its lane has its slot.
+// idle asks which slots are idle. An engine with one slot is not asked: whoever has its lane has
+// its slot.
 func (u *Use) idle(ctx context.Context, limit time.Duration) (func(slot int) bool, error) {
 	if len(u.on.slots) == 1 {
 		return func(int) bool { return true }, nil
@@ -580,8 +583,8 @@ func (u *Use) idle(ctx context.Context, limit time.Duration) (func(slot int) boo
 	}, nil
 }
 
-// warmest returns how many tokens of the request's prompt a slot is believed to hold, and which; -1:
-// none. Manager.mu must be held.
+// warmest returns how many tokens of the request's prompt a slot is believed to hold, and which
+// slot; -1 if none. Manager.mu must be held.
 func (l *live) warmest(r Request) (tokens, at int) {
 	at = -1
 	for i, s := range l.slots {
@@ -592,8 +595,9 @@ func (l *live) warmest(r Request) (tokens, at int) {
 	return tokens, at
 }
 
-// choose claims the idle slot that loses least if something is attached to it: of several the one that
-// was used last, since the engine gives the one used least recently to a prompt that fits none.
+// choose claims the idle slot that loses least if something is attached to it. Of several it takes
+// the most recently used one, since the engine gives the least recently used one to a prompt that
+// fits none.
 func (u *Use) choose(ctx context.Context, gain time.Duration) (int, bool) {
 	m, on := u.m, u.on
 	idle, err := u.idle(ctx, max(gain/4, statusTimeout))
@@ -609,7 +613,7 @@ func (u *Use) choose(ctx context.Context, gain time.Duration) (int, bool) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	// Without a slot of its own that is warm, the request takes one that loses as much, or more.
+	// Without a warm slot, the request takes one that loses as much, or more.
 	if loses > gain/2 && u.slot >= 0 && best != u.slot || on.slots[best].claimed && best != u.slot {
 		return 0, false
 	}
@@ -617,7 +621,7 @@ func (u *Use) choose(ctx context.Context, gain time.Duration) (int, bool) {
 	return best, true
 }
 
-// claim says which slot the request is expected to use. Manager.mu must be held.
+// claim records which slot the request is expected to use. Manager.mu must be held.
 func (u *Use) claim(slot int) {
 	if u.slot >= 0 {
 		u.on.slots[u.slot].claimed = false
@@ -626,8 +630,8 @@ func (u *Use) claim(slot int) {
 	u.on.slots[slot].claimed = true
 }
 
-// cheapest returns the idle slot that loses least, and how long that takes to evaluate again; -1: none is
-// free.
+// cheapest returns the idle slot that loses least, and how long that takes to evaluate again, or -1
+// if none is idle.
 func (u *Use) cheapest(idle func(slot int) bool) (best int, loses time.Duration) {
 	m, on := u.m, u.on
 	best, used := -1, uint64(0)
@@ -646,8 +650,8 @@ func (u *Use) cheapest(idle func(slot int) bool) (best int, loses time.Duration)
 	return best, loses
 }
 
-// After says how the request ended. It calls release, once, when its lane may be given to another
-// request: at once, or as soon as a state that is worth it has been saved.
+// After records how the request ended. It calls release once, when the lane may be given to another
+// request: at once, or as soon as a valuable state has been saved.
 func (u *Use) After(a Answer, release func()) {
 	if u == nil {
 		release()
@@ -680,7 +684,7 @@ func (u *Use) After(a Answer, release func()) {
 		if !hold {
 			free()
 		}
-		// An engine that hangs does not hold the lane up.
+		// An engine that hangs must not hold the lane.
 		defer time.AfterFunc(longestHold, free).Stop()
 		ctx, cancel := context.WithTimeout(m.life, saveTimeout)
 		defer cancel()
@@ -691,8 +695,8 @@ func (u *Use) After(a Answer, release func()) {
 	})
 }
 
-// begun reports whether an engine is known that the request ran on. Where the model was loaded for it,
-// that is found now.
+// begun reports whether the engine that the request ran on is known. If the model was loaded for
+// the request, it is looked for now.
 func (u *Use) begun() bool {
 	if u.on != nil && (u.r.Loaded || u.m.runs(u.on)) {
 		return true
@@ -728,8 +732,8 @@ func (m *Manager) runs(on *live) bool {
 	return slices.Contains(m.scan(), on)
 }
 
-// ended takes in what an answer tells, and returns what the slot holds that the request used, with
-// no tokens if that is not known; asks says that the engine must be asked which slot that is.
+// ended learns from an answer, and returns what the request's slot holds, with no tokens if that is
+// not known. asks means that the engine must be asked which slot that is.
 func (u *Use) ended(a Answer) (held slot, asks bool) {
 	m, on := u.m, u.on
 	m.mu.Lock()
@@ -776,8 +780,8 @@ func (u *Use) ended(a Answer) (held slot, asks bool) {
 	return held, true
 }
 
-// judge learns whether what was attached was of use, from how many tokens were reused. Manager.mu must
-// be held.
+// judge learns from the number of reused tokens whether what was attached was of use. Manager.mu
+// must be held.
 func (u *Use) judge(cached int) {
 	if u.expected == 0 {
 		return
@@ -790,8 +794,8 @@ func (u *Use) judge(cached int) {
 			"model", u.r.Model)
 	}
 	if saved < leastTokens {
-		// It may be another prompt's: somebody else's that ran in the slot when it was saved. As long as it is
-		// there, that of this prompt is not stored.
+		// It may belong to another client's prompt that ran in the slot when it was saved. As long
+		// as it is there, the state of this prompt is not stored.
 		m.Files.Drop(u.attached, "the engine made no use of it")
 	}
 	if !helped {
@@ -802,8 +806,8 @@ func (u *Use) judge(cached int) {
 	m.counts.Evaluation += l.evaluation(saved)
 }
 
-// failed counts that something went wrong, and tells that as a warning the first time since it went well.
-// m.mu must be held.
+// failed counts a failure, and logs a warning if it is the first since the last success. m.mu must
+// be held.
 func (m *Manager) failed(why, message string, args ...any) {
 	m.counts.Failed[why]++
 	level := slog.LevelWarn
@@ -814,10 +818,10 @@ func (m *Manager) failed(why, message string, args ...any) {
 	m.Log.Log(context.Background(), level, message, args...)
 }
 
-// worked notes that something went well. m.mu must be held.
+// worked records a success. m.mu must be held.
 func (m *Manager) worked(why string) { delete(m.warned, why) }
 
-// nudge has Run look again.
+// nudge makes Run look again.
 func (m *Manager) nudge() {
 	select {
 	case m.wake <- struct{}{}:

@@ -7,18 +7,19 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/engine"
 )
 
-// place is what is known of where a request runs, on an engine with several slots. The engine chooses
-// the slot and does not say whose request it serves there, but it numbers its tasks as they come.
+// place is what is known of where a request runs, on an engine with several slots. The engine
+// chooses the slot and does not say whose request it serves there, but it numbers its tasks in
+// order of arrival.
 type place struct {
 	after   int           // its own task has a larger number
-	running []engine.Slot // what the engine told of its slots when the answer had begun
-	at      *engine.Slot  // that of these on which it runs, for certain; nil: not known
-	begun   bool          // its answer has begun to come
+	running []engine.Slot // the engine's slots when the answer had begun
+	at      *engine.Slot  // the one of these on which it certainly runs; nil: not known
+	begun   bool          // its answer has begun
 	holds   int           // tokens that its slot holds after it has ended; 0: it has not
 	lost    bool          // its slot cannot be told from another's
 }
 
-// sends notes that the request is sent now.
+// sends records that the request is sent now.
 func (u *Use) sends() {
 	u.m.mu.Lock()
 	defer u.m.mu.Unlock()
@@ -27,12 +28,12 @@ func (u *Use) sends() {
 	}
 }
 
-// close says that it is known in which slot the request ran, or will not be. Manager.mu must be held.
+// close records that the request's slot is known, or will never be. Manager.mu must be held.
 func (u *Use) close() {
 	u.on.open = slices.DeleteFunc(u.on.open, func(o *Use) bool { return o == u })
 }
 
-// alike returns the requests whose slots are not known yet, and for which something is the case, in the
+// alike returns the requests whose slots are not known yet and that satisfy a condition, in the
 // order in which they were sent. Manager.mu must be held.
 func (l *live) alike(is func(p *place) bool) (list []*Use) {
 	for _, o := range l.open {
@@ -43,9 +44,9 @@ func (l *live) alike(is func(p *place) bool) (list []*Use) {
 	return list
 }
 
-// Began says that the answer has begun to come, piece by piece. An engine tells how much of a prompt it
-// has reused, and in which slot, until the answer has ended, so it is asked now; if there is one slot,
-// and the answer will tell what was reused, there is nothing to ask.
+// Began records that the answer has begun, as a stream. An engine reports how much of a prompt it
+// has reused, and in which slot, only until the answer has ended, so it is asked now. If there is
+// one slot, and the answer will report the reuse, there is nothing to ask.
 func (u *Use) Began(tellsCached bool) {
 	if u == nil || u.on == nil || tellsCached && len(u.on.slots) == 1 {
 		return
@@ -68,7 +69,7 @@ func (u *Use) Began(tellsCached bool) {
 		}
 		u.place.running = list
 		of := u.candidates(list, func(s engine.Slot) bool {
-			return s.Processing && s.Tokens > s.Processed+s.Cached // some of an answer, too
+			return s.Processing && s.Tokens > s.Processed+s.Cached // part of an answer, too
 		})
 		alike := u.on.alike(func(p *place) bool { return p.begun && p.holds == 0 })
 		if len(of) == 1 && len(alike) == 1 && alike[0] == u {
@@ -78,8 +79,8 @@ func (u *Use) Began(tellsCached bool) {
 	})
 }
 
-// Cached tells how many tokens of the request's prompt were reused, of so many, where its engine told
-// that; else false.
+// Cached returns how many of the total tokens of the request's prompt were reused, if its engine
+// has reported that.
 func (u *Use) Cached(total int) (cached int, ok bool) {
 	if u == nil || u.on == nil {
 		return 0, false
@@ -90,7 +91,8 @@ func (u *Use) Cached(total int) (cached int, ok bool) {
 	return s.Cached, ok
 }
 
-// counted finds the slot on which the request ran by the tokens of its prompt. Manager.mu must be held.
+// counted finds the slot on which the request ran by the tokens of its prompt. Manager.mu must be
+// held.
 func (u *Use) counted(total int) (found engine.Slot, ok bool) {
 	if at := u.place.at; at != nil {
 		return *at, at.Processed+at.Cached == total
@@ -104,9 +106,9 @@ func (u *Use) counted(total int) (found engine.Slot, ok bool) {
 	return of[0], true
 }
 
-// candidates returns the slots that the request may be the last to have used, of those that fit, in the
-// order of their tasks: it is not known whose these were, and they began after it was sent. If one
-// of them is that which was expected, it is that one. Manager.mu must be held.
+// candidates returns the fitting slots that the request may have used last, in the order of their
+// tasks: those tasks have no known request, and began after this one was sent. If one of the slots
+// is the expected one, it is that one. Manager.mu must be held.
 func (u *Use) candidates(list []engine.Slot, fits func(engine.Slot) bool) (of []engine.Slot) {
 	for _, s := range list {
 		if s.ID >= len(u.on.slots) || s.Task <= max(u.place.after, u.on.slots[s.ID].task) || !fits(s) {
@@ -123,8 +125,8 @@ func (u *Use) candidates(list []engine.Slot, fits func(engine.Slot) bool) (of []
 	return of
 }
 
-// ran finds the slot on which the request ran which has just ended. Of several that ended at once and
-// hold as many tokens each, the engine took that first which was sent first. Manager.mu must be held.
+// ran finds the slot of a request that has just ended. Of several that ended at once and hold the
+// same number of tokens, the one sent first got the first task. Manager.mu must be held.
 func (u *Use) ran(list []engine.Slot, held *slot) (found engine.Slot, ok bool) {
 	if at := u.place.at; at != nil {
 		i := slices.IndexFunc(list, func(s engine.Slot) bool { return s.ID == at.ID && s.Task == at.Task })
@@ -148,8 +150,8 @@ func (u *Use) ran(list []engine.Slot, held *slot) (found engine.Slot, ok bool) {
 	return of[rank], true
 }
 
-// identify finds the slot that a request used which has just ended, and notes what that holds; -1:
-// there is none, or another request has begun there.
+// identify finds the slot of a request that has just ended, and records what that holds. It returns
+// -1 if there is none, or if another request has begun there.
 func (u *Use) identify(ctx context.Context, held slot) int {
 	m, on := u.m, u.on
 	if len(on.slots) == 1 {

@@ -9,13 +9,13 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/engine"
 )
 
-// Fill attaches the states that are used most to the slots of a model's engine that hold nothing,
-// as after a load: of several that begin alike, the one that is used most. It goes on for as long
-// as another one is worth it and more says so, which is asked before each, and returns how many
-// there were. A request that comes meanwhile waits for one of them, which takes milliseconds.
+// Fill attaches the most used states to the empty slots of a model's engine, as after a load; of
+// several that begin alike, it takes the one that is used most. It continues as long as another
+// state is worth it and more, which is called before each, returns true. It returns how many it
+// attached. A request that comes meanwhile waits for one of them, which takes milliseconds.
 //
-// States that belong to somebody are left out, unless they are shared: whoever asks next could find
-// out, by the time that an answer takes, that somebody has sent a prompt.
+// States with an owner are left out, unless they are shared: otherwise whoever asks next could find
+// out by timing that somebody has sent a prompt.
 func (m *Manager) Fill(
 	ctx context.Context, port int, weights string, more func() bool,
 ) (filled int) {
@@ -49,13 +49,14 @@ func (m *Manager) Fill(
 	return filled
 }
 
-// fill attaches a state to an empty slot, if it is worth it. ok: there may be room for another one.
+// fill attaches a state to an empty slot, if it is worth it. ok means that there may be room for
+// another one.
 func (m *Manager) fill(ctx context.Context, on *live, state contextstore.State) (worth, ok bool) {
 	if !on.act(ctx) {
 		return false, false
 	}
 	defer on.rest()
-	s := stored{State: state, reach: state.Tokens} // what comes may part from it before its end
+	s := stored{State: state, reach: state.Tokens} // a prompt may part from it before its end
 	m.mu.Lock()
 	p, warm := s.prompt(), 0
 	for _, held := range on.slots {
@@ -94,8 +95,8 @@ func (m *Manager) fill(ctx context.Context, on *live, state contextstore.State) 
 	return true, true
 }
 
-// empty returns the first slot of an engine that holds nothing; -1: there is none. It is the first
-// one since the engine gives the last of those that were never used to a prompt that fits none.
+// empty returns the first empty slot of an engine, or -1. It takes the first since the engine gives
+// the last never used slot to a prompt that fits none.
 func (m *Manager) empty(ctx context.Context, on *live) int {
 	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
 	defer cancel()

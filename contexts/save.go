@@ -9,8 +9,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/engine"
 )
 
-// again estimates how long so many tokens of a stored state take to evaluate: from what was learned of
-// the model, else from what was known when it was stored. m.mu must be held.
+// again estimates how long so many tokens of a stored state take to evaluate: from what was learned
+// of the model, otherwise from what was known when it was stored. m.mu must be held.
 func (m *Manager) again(s stored, tokens int) time.Duration {
 	if t := m.learned(s.Format).evaluation(tokens); t > 0 {
 		return t
@@ -18,8 +18,8 @@ func (m *Manager) again(s stored, tokens int) time.Duration {
 	return time.Duration(float64(s.Cost) * float64(max(tokens, 0)) / float64(max(s.Tokens, 1)))
 }
 
-// gain estimates how much time is saved if a state is attached, where a slot holds the first tokens of
-// the prompt already.
+// gain estimates how much time attaching a state saves, if a slot already holds the first tokens of
+// the prompt.
 func (m *Manager) gain(s stored, warm int) time.Duration {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -34,10 +34,10 @@ func (m *Manager) pays(s stored, warm int) bool {
 	return saves >= leastGain && saves >= pays*takes && m.learned(s.Format).useful(s.exact)
 }
 
-// check has all of a state's file read, if that was not done yet, for as long as it may gain anything. A
-// disk that is too slow for that is too slow to attach it.
+// check has all of a state's file read, unless that was done before, for as long as it may gain
+// anything. A disk that is too slow for that is too slow to attach it.
 func (m *Manager) check(ctx context.Context, s stored, gain time.Duration) error {
-	limit := max(gain, time.Second) // a disk is not judged by less
+	limit := max(gain, time.Second) // a shorter time says nothing about a disk
 	reading, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	err := m.Files.Check(reading, s.ID)
@@ -49,19 +49,19 @@ func (m *Manager) check(ctx context.Context, s stored, gain time.Duration) error
 	return err
 }
 
-// attachFailed notes that a state was not attached. m.mu must be held.
+// attachFailed records that attaching a state failed. m.mu must be held.
 func (m *Manager) attachFailed(s stored, err error) {
 	switch {
 	case errors.Is(err, engine.ErrRefused):
 		m.Files.Drop(s.ID, "the engine refused it")
-	case !errors.Is(err, engine.ErrGone): // else the next engine does not know of it
+	case !errors.Is(err, engine.ErrGone): // otherwise the next engine does not know of it
 		m.learned(s.Format).judge(s.exact, false) // each costs time, and what the slot held
 	}
 	m.failed(FailedAttach, "a stored context could not be attached; requests go on without",
 		"model", s.Model, "context", s.ID, "err", err)
 }
 
-// unstored returns how many tokens that a slot holds are in no stored state.
+// unstored returns how many of a slot's tokens are in no stored state.
 func (m *Manager) unstored(on *live, s slot) int {
 	if s.tokens < leastTokens || len(s.contents) == 0 || s.cannot {
 		return 0
@@ -111,8 +111,8 @@ func (m *Manager) saves(on *live, s slot, when occasion) bool {
 	return worth >= leastGain && float64(worth) >= float64(when)*float64(takes)
 }
 
-// save has the engine save what a slot holds, or waits until it has, where that is being done. It
-// reports whether that is stored now.
+// save has the engine save what a slot holds, or waits for a save that is under way. It reports
+// whether the state is stored now.
 func (m *Manager) save(ctx context.Context, on *live, i int) bool {
 	m.mu.Lock()
 	if under := on.saving[i]; under != nil {
@@ -143,7 +143,7 @@ func (m *Manager) saveNow(on *live, i int) bool {
 		Tokens: s.tokens, Cost: l.evaluation(s.tokens),
 	}
 	state.Bytes, state.Uses = l.size(s.tokens), 1
-	if l.perState == 0 { // it is an estimate that nothing is to be refused by
+	if l.perState == 0 { // an estimate must not cause a refusal
 		state.Bytes = min(state.Bytes, m.Files.Stats().Limits.Bytes)
 	}
 	if s.again {
@@ -154,7 +154,7 @@ func (m *Manager) saveNow(on *live, i int) bool {
 	if err != nil {
 		return errors.Is(err, contextstore.ErrHeld)
 	}
-	// An engine that has begun goes on, whether or not the client leaves that waits for it.
+	// An engine that has begun continues, whether or not the client that waits for it leaves.
 	ctx, cancel := context.WithTimeout(m.life, saveTimeout)
 	defer cancel()
 	saved, err := on.Save(ctx, i, name)
@@ -185,8 +185,8 @@ func (m *Manager) saveNow(on *live, i int) bool {
 	return true
 }
 
-// notSaved notes that the engine could not save a state, or, if err is nil, that its slot holds
-// something else than was believed.
+// notSaved records that the engine could not save a state, or, if err is nil, that its slot holds
+// something other than expected.
 func (m *Manager) notSaved(on *live, i int, state contextstore.State, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -198,15 +198,15 @@ func (m *Manager) notSaved(on *live, i int, state contextstore.State, err error)
 	switch {
 	case errors.Is(err, engine.ErrUnsupported): // such as a prompt with an image
 		on.slots[i].cannot = true
-	case !errors.Is(err, engine.ErrGone): // else the disk is not to blame
+	case !errors.Is(err, engine.ErrGone): // otherwise the disk is not to blame
 		m.disk.saving.measured(state.Bytes, saveTimeout)
 	}
 	m.failed(FailedSave, "a context could not be saved; requests go on without",
 		"model", state.Model, "err", err)
 }
 
-// Leave is called before the models that a server has loaded may have to make room: what is worth it
-// is saved.
+// Leave is called before the models that a server has loaded may have to make room. It saves what
+// is worth it.
 func (m *Manager) Leave(ctx context.Context, port int) {
 	if m == nil {
 		return
@@ -218,10 +218,10 @@ func (m *Manager) Leave(ctx context.Context, port int) {
 	}
 }
 
-// look asks an engine to which no request is under way what its slots hold, and forgets what is
-// believed of those that hold something else: others have used them.
+// look asks an engine without requests what its slots hold, and forgets what is believed of those
+// that hold something else, since others have used them.
 func (m *Manager) look(ctx context.Context, on *live) {
-	if !on.act(ctx) { // so that none begins meanwhile
+	if !on.act(ctx) { // so that no request begins meanwhile
 		return
 	}
 	defer on.rest()
@@ -237,7 +237,7 @@ func (m *Manager) look(ctx context.Context, on *live) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, told := range list {
-		if told.ID >= len(on.slots) || told.Task < 0 { // it tells nothing before its first request
+		if told.ID >= len(on.slots) || told.Task < 0 { // a slot reports nothing before its first request
 			continue
 		}
 		if s := &on.slots[told.ID]; s.tokens > 0 && !s.holds(told.Tokens) {
@@ -246,8 +246,8 @@ func (m *Manager) look(ctx context.Context, on *live) {
 	}
 }
 
-// holds reports whether what a slot is believed to hold has as many tokens as its engine tells. Of the
-// answer it holds all but the last token, or less if it ended by a word that stops it.
+// holds reports whether what a slot is believed to hold has as many tokens as its engine reports.
+// Of the answer it holds all but the last token, or less if a stop word ended it.
 func (s *slot) holds(tokens int) bool { return tokens >= s.size()-1 && tokens <= s.tokens+1 }
 
 // active returns how many requests are under way to an engine.
@@ -274,13 +274,13 @@ func (m *Manager) rest(ctx context.Context, on *live, when occasion) {
 }
 
 const (
-	restAfter  = time.Second      // without a request, until what is worth it is saved
-	leaveAfter = 20 * time.Second // … and what is worth it only as it may be lost
+	restAfter  = time.Second      // of idleness, until what is worth it is saved
+	leaveAfter = 20 * time.Second // … and what is worth it only since it may be lost
 	scanEvery  = 5 * time.Second
 	scanSoon   = 100 * time.Millisecond // while a model is loaded for a request
 )
 
-// Run saves what is worth it while nothing is to be done, until ctx ends; and then once more.
+// Run saves what is worth it while the engines are idle, until ctx ends, and then once more.
 func (m *Manager) Run(ctx context.Context) {
 	if m == nil {
 		return

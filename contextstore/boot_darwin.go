@@ -2,7 +2,7 @@ package contextstore
 
 import "syscall"
 
-// bootID returns what is another after each start of the machine; "" where that is not known.
+// bootID returns a value that differs after each start of the machine, or "" if it is not known.
 func bootID() string {
 	id, _ := syscall.Sysctl("kern.bootsessionuuid")
 	return id

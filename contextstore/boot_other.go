@@ -7,8 +7,8 @@ import (
 	"strings"
 )
 
-// bootID returns what is another after each start of the machine; "" where that is not known.
+// bootID returns a value that differs after each start of the machine, or "" if it is not known.
 func bootID() string {
-	id, _ := os.ReadFile("/proc/sys/kernel/random/boot_id") // Linux has it
+	id, _ := os.ReadFile("/proc/sys/kernel/random/boot_id") // only Linux has it
 	return strings.TrimSpace(string(id))
 }

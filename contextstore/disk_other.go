@@ -8,7 +8,7 @@ import (
 	"os"
 )
 
-// lock: the link to the engine is not there on this system, so neither are its files.
+// lock fails: there is no link to the engine on this system, so there are no files either.
 func lock(*os.File) error { return errors.ErrUnsupported }
 
 func diskFree(string) (int64, error) { return math.MaxInt64, nil }

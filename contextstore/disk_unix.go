@@ -8,7 +8,7 @@ import (
 	"syscall"
 )
 
-// lock takes the lock of a folder, without waiting. It ends with the process.
+// lock takes the lock of a folder, without waiting. The process's end releases it.
 func lock(f *os.File) error {
 	err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
 	if errors.Is(err, syscall.EWOULDBLOCK) {
@@ -17,8 +17,8 @@ func lock(f *os.File) error {
 	return err
 }
 
-// diskFree returns how many bytes the disk of a folder has left for whoever is not root; an error if
-// nothing can be written there at all.
+// diskFree returns how many bytes of the folder's disk are available to users other than root, or
+// an error if nothing can be written there at all.
 func diskFree(dir string) (int64, error) {
 	const writable = 2 // W_OK
 	if err := syscall.Access(dir, writable); err != nil {
@@ -31,14 +31,14 @@ func diskFree(dir string) (int64, error) {
 	return int64(st.Bavail) * int64(st.Bsize), nil
 }
 
-// syncFolder puts the names in a folder on the disk.
+// syncFolder syncs the names in a folder to the disk.
 func syncFolder(dir string) error {
 	f, err := os.Open(dir)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	// Some file systems have no such thing.
+	// Some file systems do not support it.
 	if err := f.Sync(); err != nil && !errors.Is(err, syscall.EINVAL) &&
 		!errors.Is(err, errors.ErrUnsupported) {
 		return err

@@ -26,17 +26,17 @@ import (
 const (
 	idBytes  = 16     // of a state's name
 	lockName = "lock" // held by the one store that works in a folder
-	saltName = "salt" // what fingerprints of owners are made with
+	saltName = "salt" // the secret for fingerprints of owners
 	saltSize = 32     // in bytes
 
-	// tendEvery is how often the store looks after its files. What was saved is put on the disk
-	// then, and has mostly been put there by the system already.
+	// tendEvery is how often the store maintains its files. It syncs what was saved since; by then
+	// the system has mostly written it already.
 	tendEvery = time.Minute
-	// writeUses is every how many times it notes on the disk how often states were of use.
+	// writeUses is after how many rounds of maintenance use counts are written to the disk.
 	writeUses = 10
 )
 
-// Why a state is not stored.
+// The reasons why a state is not stored.
 var (
 	ErrLocked = errors.New("another process keeps its contexts in this folder")
 	ErrHeld   = errors.New("a state that is as good is stored already")
@@ -45,37 +45,38 @@ var (
 	ErrClosed = errors.New("the store of contexts is closed")
 )
 
-// FileLimits bound what a store of files takes.
+// FileLimits bound a store of files.
 type FileLimits struct {
-	// Bytes is the size of all files together. With 0 or less nothing is stored.
+	// Bytes is the size of all files together. If it is 0 or less, nothing is stored.
 	Bytes int64
-	// TTL is how long a state is kept that is of no use. 0: for ever.
+	// TTL is how long an unused state is kept; 0 means for ever.
 	TTL time.Duration
-	// Free is how many bytes of the disk are left to others.
+	// Free is how many bytes of the disk must stay free.
 	Free int64
-	// Share has states serve everybody, whoever their owners are.
+	// Share lets states serve everybody, whoever their owners are.
 	Share bool
 }
 
-// FileStats counts what a store of files holds, and what became of the rest since it was opened.
+// FileStats counts the content of a store of files, and why other states are not in it, since it
+// was opened.
 type FileStats struct {
 	States int
-	Bytes  int64 // without what is being written
+	Bytes  int64 // without files that are being written
 
 	Refused  uint64 // by Room: ErrFull and ErrNoDisk
 	Evicted  uint64 // to make room for another
 	Expired  uint64 // older than the TTL
-	Replaced uint64 // by a state that is of use wherever they were
-	Dropped  uint64 // torn, refused by an engine, or removed by others
+	Replaced uint64 // by a state that covers them
+	Dropped  uint64 // torn, refused by an engine, or removed by somebody else
 
 	Limits FileLimits
 }
 
 // Files keeps the states of engines as files in one folder, which the engines write and read
-// themselves. What is kept is bounded, and survives the end of the process however that comes.
-// Its methods may be called concurrently. None holds the others up by waiting for the disk.
+// themselves. Its size is bounded, and it survives any end of the process. Its methods may be
+// called concurrently, and none blocks the others while it waits for the disk.
 //
-// Whatever goes wrong with the folder is told once, by one line of the log; the store has less then.
+// A problem with the folder is logged once; the store has fewer states then.
 type Files struct {
 	dir    string
 	limits FileLimits
@@ -84,16 +85,16 @@ type Files struct {
 	salt   []byte
 	boot   string
 
-	stop context.CancelFunc // ends tending
-	idle chan struct{}      // closed when tending has ended
+	stop context.CancelFunc // ends maintenance
+	idle chan struct{}      // closed when maintenance has ended
 
-	mu      sync.Mutex                    // guards all below
-	states  *simplelru.LRU[string, *file] // by ID, in the order of use
+	mu      sync.Mutex                    // guards everything below
+	states  *simplelru.LRU[string, *file] // by ID, in order of use
 	groups  map[groupKey]group            // the same ones
-	pending map[string]int64              // bytes that are being written, by temporary name
+	pending map[string]int64              // reserved bytes of files that are being written, by temporary name
 	writing int64                         // their sum
-	stats   FileStats                     // States, Refused, Limits are filled in by Stats
-	told    map[string]bool               // what has been logged of what does not work
+	stats   FileStats                     // Stats fills in States, Refused and Limits
+	told    map[string]bool               // problems that were logged
 	closed  bool
 }
 
@@ -102,16 +103,16 @@ type groupKey struct {
 	owner  uint64
 }
 
-// file is a state that is stored.
+// file is a stored state.
 type file struct {
 	side
-	dirty   bool // the side file is not what it should be
-	checked bool // its bytes were compared with its checksum, or that was made of them
+	dirty   bool // the side file is outdated
+	checked bool // its checksum was compared or computed
 }
 
-// OpenFiles opens the store in a folder, and makes the folder if need be: for its owner only. What is
-// not whole in it is removed, which one line of the log tells. ErrLocked: another process has it
-// open. Close it.
+// OpenFiles opens the store in a folder, which it creates if necessary, accessible to its owner
+// only. It removes incomplete files, and logs that in one line. The error is ErrLocked if another
+// process has the folder open. The caller must Close it.
 func OpenFiles(dir string, limits FileLimits, log *slog.Logger) (*Files, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
@@ -138,7 +139,7 @@ func OpenFiles(dir string, limits FileLimits, log *slog.Logger) (*Files, error) 
 	return f, nil
 }
 
-// take makes the folder ready and takes its lock.
+// take prepares the folder and takes its lock.
 func (f *Files) take() (err error) {
 	if err := os.MkdirAll(f.dir, 0o700); err != nil {
 		return err
@@ -174,7 +175,7 @@ func (f *Files) take() (err error) {
 	return os.WriteFile(path, f.salt, 0o600)
 }
 
-// load takes in what the folder has.
+// load reads the content of the folder.
 func (f *Files) load() error {
 	in, err := look(f.dir)
 	if err != nil {
@@ -208,9 +209,9 @@ func (f *Files) load() error {
 	return nil
 }
 
-// OwnerOf returns a fingerprint of whatever tells one owner of states from others, such as an API
-// key. It is the same for as long as the folder is, and cannot be turned back without the folder. 0
-// for "".
+// OwnerOf returns a fingerprint of something that identifies an owner of states, such as an API
+// key. It stays the same for the life of the folder, and cannot be inverted without the folder. It
+// is 0 for "".
 func (f *Files) OwnerOf(secret string) uint64 {
 	if secret == "" {
 		return 0
@@ -220,7 +221,7 @@ func (f *Files) OwnerOf(secret string) uint64 {
 	return max(binary.LittleEndian.Uint64(mac.Sum(nil)), 1)
 }
 
-// Dir returns the folder that the files are in.
+// Dir returns the folder of the files.
 func (f *Files) Dir() string { return f.dir }
 
 func (f *Files) key(format string, owner uint64) groupKey {
@@ -230,7 +231,7 @@ func (f *Files) key(format string, owner uint64) groupKey {
 	return groupKey{format, owner}
 }
 
-// add takes a state in. f.mu must be held.
+// add adds a state. f.mu must be held.
 func (f *Files) add(x *file) {
 	key := f.key(x.Format, x.Owner)
 	f.states.Add(x.ID, x)
@@ -238,7 +239,7 @@ func (f *Files) add(x *file) {
 	f.stats.Bytes += x.Bytes
 }
 
-// remove forgets a state, and reports whether it was there. f.mu must be held.
+// remove removes a state, and reports whether it was there. f.mu must be held.
 func (f *Files) remove(x *file) bool {
 	if held, ok := f.states.Peek(x.ID); !ok || held != x {
 		return false
@@ -252,14 +253,14 @@ func (f *Files) remove(x *file) bool {
 	return true
 }
 
-// Room asks whether a state is to be stored, and makes room for it. Of s it takes into account
-// Format, Owner, Links, Whole, Cost, Bytes (how large it will be, about) and Uses (how often a
-// prompt that begins so was asked for, this time included). While there is room, everything is
-// taken. Then only what was asked for twice at least, and is worth twice what must go for it: so
-// prompts that never come back are written once, up to the limit, and no more.
+// Room decides whether a state is to be stored, and makes room for it. It considers of s: Format,
+// Owner, Links, Whole, Cost, Bytes (the expected size) and Uses (how often a prompt with this
+// beginning was asked for, including this time). While there is room, it admits everything. After
+// that, it admits only states that were asked for at least twice and are worth twice what must be
+// evicted for them: so prompts that never come back are written once, up to the limit, and no more.
 //
-// name is that of the file for the engine to write in the folder; Commit or Abort it. The errors are
-// ErrHeld, ErrFull, ErrNoDisk, ErrClosed, and whatever else keeps the store from storing.
+// name is the file that the engine is to write in the folder; Commit or Abort it. The error is
+// ErrHeld, ErrFull, ErrNoDisk, ErrClosed, or whatever else prevents storing.
 func (f *Files) Room(s State) (name string, err error) {
 	if err := s.check(); err != nil || s.Format == "" {
 		return "", cmp.Or(err, errors.New("a state of no format"))
@@ -291,8 +292,8 @@ func (f *Files) Room(s State) (name string, err error) {
 	return name, err
 }
 
-// room makes room for a state, with so many bytes free on the disk, and returns what went for it.
-// f.mu must be held.
+// room makes room for a state, given how many bytes of the disk are free, and returns the evicted
+// states. f.mu must be held.
 func (f *Files) room(s *State, free int64) (gone []*file, err error) {
 	if f.closed {
 		return nil, ErrClosed
@@ -304,7 +305,7 @@ func (f *Files) room(s *State, free int64) (gone []*file, err error) {
 	replaced := g.coveredBy(s)
 	over := f.stats.Bytes + f.writing + s.Bytes - f.limits.Bytes
 	for _, x := range replaced {
-		over -= x.Bytes // they go when it has come, and are no loss
+		over -= x.Bytes // the new state replaces them, so they are no loss
 	}
 	onDisk := f.limits.Free + f.writing + s.Bytes - free
 	refused := ErrFull
@@ -326,8 +327,8 @@ func (f *Files) room(s *State, free int64) (gone []*file, err error) {
 	return f.evict(victims), nil
 }
 
-// least returns those that are worth least and have so many bytes together: of those that are worth
-// no more than most and are not spared. nil if these have less. f.mu must be held.
+// least returns the least valuable states that together have so many bytes, out of those worth no
+// more than most and not spared; nil if there are not enough. f.mu must be held.
 func (f *Files) least(bytes int64, most float64, spared []*file) (least []*file) {
 	if bytes <= 0 {
 		return nil
@@ -337,7 +338,7 @@ func (f *Files) least(bytes int64, most float64, spared []*file) (least []*file)
 		priority float64
 	}
 	var all []worth
-	for _, x := range f.states.Values() { // those of longest ago first
+	for _, x := range f.states.Values() { // least recently used first
 		if p := priority(x.Heat, &x.State); p <= most && !slices.Contains(spared, x) {
 			all = append(all, worth{x, p})
 		}
@@ -356,9 +357,9 @@ func (f *Files) least(bytes int64, most float64, spared []*file) (least []*file)
 	return least
 }
 
-// overfull returns what must go for the limit to hold, but for one that stays. What is being written
-// has its room, too, unless that would take more than there is: an engine may write more than was
-// said. f.mu must be held.
+// overfull returns the states that must be evicted to keep the limit, other than stay. Files that
+// are being written keep their room, unless that would exceed the limit: an engine may write more
+// than was expected. f.mu must be held.
 func (f *Files) overfull(stays *file) []*file {
 	over, spared := f.stats.Bytes-max(f.limits.Bytes, 0), []*file{stays}
 	if victims := f.least(over+f.writing, math.Inf(1), spared); victims != nil {
@@ -367,7 +368,7 @@ func (f *Files) overfull(stays *file) []*file {
 	return f.least(over, math.Inf(1), spared)
 }
 
-// evict forgets states to make room. f.mu must be held.
+// evict removes states to make room. f.mu must be held.
 func (f *Files) evict(victims []*file) []*file {
 	for _, x := range victims {
 		f.remove(x)
@@ -376,9 +377,9 @@ func (f *Files) evict(victims []*file) []*file {
 	return victims
 }
 
-// Commit stores a state whose file the engine has written under the name that Room gave, and returns
-// it with its ID, and its Tokens and Bytes as they are. States that it makes superfluous go. An
-// error: it is not stored, and the file is removed.
+// Commit stores a state whose file the engine has written under the name from Room, and returns it
+// with its ID and its actual Tokens and Bytes. States that it covers are removed. On an error it is
+// not stored, and the file is removed.
 func (f *Files) Commit(name string, s State) (State, error) {
 	stored, err := f.commit(name, s)
 	if err != nil {
@@ -400,7 +401,7 @@ func (f *Files) commit(name string, s State) (State, error) {
 	}
 	stored := x.State // from here on others may change it
 	f.mu.Lock()
-	if f.closed { // the file stays: the next that opens the store has it
+	if f.closed { // the file stays, and is found when the store is opened next
 		f.mu.Unlock()
 		return stored, nil
 	}
@@ -418,7 +419,7 @@ func (f *Files) commit(name string, s State) (State, error) {
 	return stored, nil
 }
 
-// prepare looks at what the engine has written.
+// prepare examines what the engine has written.
 func (f *Files) prepare(name string, s State) (*file, error) {
 	f.mu.Lock()
 	_, ok := f.pending[name]
@@ -452,7 +453,7 @@ func (f *Files) prepare(name string, s State) (*file, error) {
 	return x, nil
 }
 
-// place gives a file its name and says what it is.
+// place gives a file its final name and writes its side file.
 func (f *Files) place(name string, s side) error {
 	part, path := filepath.Join(f.dir, name), filepath.Join(f.dir, s.ID)
 	if err := os.Chmod(part, 0o600); err != nil {
@@ -464,13 +465,13 @@ func (f *Files) place(name string, s side) error {
 	return writeSide(f.dir, s, false)
 }
 
-// release ends what Room began. f.mu must be held.
+// release returns what Room reserved. f.mu must be held.
 func (f *Files) release(name string) {
 	f.writing -= f.pending[name]
 	delete(f.pending, name)
 }
 
-// Abort ends what Room began: the state has not been written, or is not wanted.
+// Abort returns what Room reserved: the state was not written, or is not wanted.
 func (f *Files) Abort(name string) {
 	f.mu.Lock()
 	_, ok := f.pending[name]
@@ -481,17 +482,17 @@ func (f *Files) Abort(name string) {
 	}
 }
 
-// Query says what a state is to be of use for.
+// Query describes the prompt that a state is wanted for.
 type Query struct {
-	Format string   // of the engine; "": of any
+	Format string   // of the engine; "": any
 	Owner  uint64   // who asks; see OwnerOf
 	Links  []uint64 // of the prompt; see State.Links
-	// Tokens is how many the engine's slot takes: it refuses longer states. 0: any number.
+	// Tokens is the size of the engine's slot, which refuses longer states; 0: any number.
 	Tokens int
 }
 
-// Best returns the state that has most leading links in common with a prompt, of several the
-// smallest, and how many they are. Its file was there just now.
+// Best returns the state that shares the most leading links with a prompt, the smallest of several,
+// and how many links these are. Its file has just been seen to exist.
 func (f *Files) Best(q Query) (s State, depth int, ok bool) {
 	for {
 		f.mu.Lock()
@@ -510,7 +511,7 @@ func (f *Files) Best(q Query) (s State, depth int, ok bool) {
 	}
 }
 
-// best is Best, but for whether the file is there. f.mu must be held.
+// best is Best without looking for the file. f.mu must be held.
 func (f *Files) best(q Query) (best *file, depth int) {
 	key := f.key(q.Format, q.Owner)
 	if q.Format != "" {
@@ -527,15 +528,15 @@ func (f *Files) best(q Query) (best *file, depth int) {
 	return best, depth
 }
 
-// Check compares a state with its checksum, if that has not been done since the store was opened. An
-// engine takes a file in which bytes have changed, and answers wrongly then; so this is for before a
-// state is attached. It reads the file, which the engine is about to do as well, and so finds it in
-// memory. An error: the state is dropped, and not to be attached.
+// Check compares a state with its checksum, if that has not been done since the store was opened.
+// An engine accepts a file with changed bytes, and then answers wrongly; so call this before a
+// state is attached. It reads the file, which the engine is about to do as well, and which then is
+// in memory. On an error the state is dropped, and must not be attached.
 func (f *Files) Check(ctx context.Context, id string) error {
 	f.mu.Lock()
 	x, ok := f.states.Peek(id)
 	var sum uint64
-	todo := ok && x.Settled && !x.checked // what is not settled is what was written a moment ago
+	todo := ok && x.Settled && !x.checked // what is not settled was written a moment ago
 	if todo {
 		sum = x.Sum
 	}
@@ -563,7 +564,7 @@ func (f *Files) Check(ctx context.Context, id string) error {
 	return nil
 }
 
-// Used notes that a state was of use.
+// Used records that a state was of use.
 func (f *Files) Used(id string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -575,7 +576,7 @@ func (f *Files) Used(id string) {
 	}
 }
 
-// Drop removes a state that is of no use, and tells why.
+// Drop removes a useless state, and logs the reason.
 func (f *Files) Drop(id, why string) {
 	f.mu.Lock()
 	x, ok := f.states.Peek(id)
@@ -590,7 +591,7 @@ func (f *Files) Drop(id, why string) {
 	}
 }
 
-// List returns all states, those that were used last first.
+// List returns all states, most recently used first.
 func (f *Files) List() []State {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -611,8 +612,8 @@ func (f *Files) Stats() FileStats {
 	return st
 }
 
-// unlink removes a state's two files, or one that belongs to none. First goes what says what it is:
-// what is left if the process ends between the two is found when the store is opened.
+// unlink removes a state's two files, or a file that belongs to none. The side file goes first:
+// what is left if the process ends in between is found when the store is opened.
 func (f *Files) unlink(id string) {
 	for _, name := range []string{sideName(id), id} {
 		if err := os.Remove(filepath.Join(f.dir, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -627,7 +628,7 @@ func (f *Files) unlinkAll(gone []*file) {
 	}
 }
 
-// tell logs what does not work: once, until something has been stored.
+// tell logs a problem once, until something has been stored again.
 func (f *Files) tell(err error) {
 	key := err.Error()
 	if path, ok := errors.AsType[*os.PathError](err); ok {
@@ -644,7 +645,7 @@ func (f *Files) tell(err error) {
 	}
 }
 
-// newStem returns a name that no state has.
+// newStem returns an unused name.
 func newStem() string {
 	var name [idBytes]byte
 	rand.Read(name[:]) // never fails

@@ -5,29 +5,29 @@ import (
 	"sort"
 )
 
-// group is the states of one format and one owner, sorted by their chains link by link, of those
-// that begin alike the shortest first. In this order all that begin with the same links lie beside
-// each other, and what has most in common with a chain lies beside that chain's own place: no map
-// of all links is needed, of which 10,000 states may have ten million.
+// group is the states of one format and one owner, sorted by their chains link by link, shorter
+// ones first. In this order all chains that begin with the same links are adjacent, and the chain
+// that shares most with a given one is next to that one's own place. So no map of all links is
+// needed, of which 10,000 states may have ten million.
 type group []member
 
-// member is one state of a group, with what a walk along it needs: so a walk reads one piece of
-// memory from end to end, and no chain.
+// member is one state of a group, with what a walk along the group needs: a walk reads one piece of
+// memory from end to end, and no chains.
 type member struct {
 	*file
 	bytes  int64
 	tokens int32
 	links  int32
-	shared int32 // leading links that it has in common with the member before it
+	shared int32 // leading links shared with the member before it
 }
 
-// Common returns how many leading links a and b have in common. Since each link stands for all
-// before it, the first that differs is found without a look at each.
+// Common returns how many leading links a and b share. Since each link stands for all links before
+// it, the first difference is found without comparing every one.
 func Common(a, b []uint64) int {
 	return sort.Search(min(len(a), len(b)), func(i int) bool { return a[i] != b[i] })
 }
 
-// place returns where the first state with these links is, or would be.
+// place returns the index of the first state with these links, or where it would be inserted.
 func (g group) place(links []uint64) int {
 	return sort.Search(len(g), func(i int) bool {
 		have := g[i].Links
@@ -39,7 +39,7 @@ func (g group) place(links []uint64) int {
 	})
 }
 
-// insert returns the group with one more.
+// insert returns the group with one more state.
 func (g group) insert(f *file) group {
 	at := g.place(f.Links)
 	m := member{file: f, bytes: f.Bytes, tokens: int32(f.Tokens), links: int32(len(f.Links))}
@@ -52,7 +52,7 @@ func (g group) insert(f *file) group {
 	return slices.Insert(g, at, m)
 }
 
-// remove returns the group without this one.
+// remove returns the group without a state.
 func (g group) remove(f *file) group {
 	for at := g.place(f.Links); at < len(g); at++ { // several may have the same links
 		if g[at].file != f {
@@ -66,9 +66,9 @@ func (g group) remove(f *file) group {
 	return g
 }
 
-// walk visits those that have a link in common with these, from the links' own place upwards and
-// then downwards: those that have more in common come sooner on either way. visit is told how many
-// leading links they have in common, and ends that way by false.
+// walk visits the states that share a link with these links, from their own place upwards and then
+// downwards, so that in each direction those that share more come first. visit receives the number
+// of shared leading links, and ends its direction by returning false.
 func (g group) walk(links []uint64, visit func(m *member, shared int) bool) {
 	at := g.place(links)
 	if at < len(g) {
@@ -85,8 +85,9 @@ func (g group) walk(links []uint64, visit func(m *member, shared int) bool) {
 	}
 }
 
-// best returns the state with most leading links in common with links, of several the smallest,
-// and how many they are. Only those of at most so many tokens count; 0 means any. nil if none does.
+// best returns the state that shares the most leading links with links, the smallest of several,
+// and their number. It considers only states of at most so many tokens (0: any). It returns nil if
+// there is none.
 func (g group) best(links []uint64, tokens int) (best *file, depth int) {
 	var bytes int64
 	g.walk(links, func(m *member, n int) bool {
@@ -103,7 +104,7 @@ func (g group) best(links []uint64, tokens int) (best *file, depth int) {
 	return best, depth
 }
 
-// coveredBy returns the states that s makes superfluous.
+// coveredBy returns the states that s makes redundant.
 func (g group) coveredBy(s *State) (covered []*file) {
 	g.walk(s.Links, func(m *member, n int) bool {
 		if n == int(m.links) && s.covers(&m.State, n) {
@@ -114,7 +115,7 @@ func (g group) coveredBy(s *State) (covered []*file) {
 	return covered
 }
 
-// covers reports whether one of the states makes s superfluous.
+// covers reports whether one of the states makes s redundant.
 func (g group) covers(s *State) (covered bool) {
 	g.walk(s.Links, func(m *member, n int) bool {
 		covered = covered || m.covers(s, n)

@@ -12,54 +12,61 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
-// What Memory's bytes are made of, measured as growth of the heap by TestLinkBytes.
+// The components of Memory's bytes, measured as growth of the heap by TestLinkBytes.
 const (
-	// LinkBytes is what a link costs: 96 for its entry in the LRU, the rest for its place in a map. The map grows in steps,
-	// so that with the number of links, and with how long they have been replaced, it is between 119 and 148.
+	// LinkBytes is the cost of a link: 96 for its entry in the LRU, the rest for its place in a
+	// map. The map grows in steps, so it varies between 119 and 148 with the number of links, and
+	// with how long they have been replaced.
 	LinkBytes = 132
 )
 
 const (
-	// maxModels is how many models are remembered. It divides 1<<32, so that a model's numbers stay its slot's.
+	// maxModels is how many models are remembered. It divides 1<<32, so that all numbers of a slot
+	// have the same remainder.
 	maxModels = 1024
-	// maxChain is how many links of one chain are kept: twice what 4 MB of text have in the shortest blocks. The lock is
-	// held for a whole chain, and nobody is to wait for one of a million empty messages.
+	// maxChain is how many links of one chain are kept: twice what 4 MB of text have in the
+	// shortest blocks. The lock is held for a whole chain, and nobody should wait for one of a
+	// million empty messages.
 	maxChain = 1 << 15
 )
 
 // Memory is a Store in the process's memory. Make it with NewMemory.
 //
-// Cool and Forget do not look for the links that they are about. Time is counted in ticks, which each of them ends: a link
-// has the tick in which it was put, and that is compared with those in which its model was last cooled and forgotten.
+// Cool and Forget do not search for the affected links. Time is counted in ticks, and each call
+// ends a tick. A link has the tick in which it was put, which is compared with the ticks in which
+// its model was last cooled and forgotten.
 //
-// Put goes from a chain's last link to its first. Hence, of any link that is held, all links before it in its chain are
-// held too, are newer in the LRU, and have no earlier tick. Match relies on that.
+// Put goes from a chain's last link to its first. Hence, for any link that is held, all links
+// before it in its chain are held too, are newer in the LRU, and have no earlier tick. Match relies
+// on that.
 type Memory struct {
 	limits Limits
 	seed   maphash.Seed
 
-	mu        sync.Mutex // guards all below
+	mu        sync.Mutex // guards everything below
 	links     *simplelru.LRU[uint64, link]
 	evictions uint64
-	tick      uint64            // the present one; from 1
-	forgotten uint64            // the last that ended with the forgetting of any model
-	cooled    map[uint16]uint64 // the last that ended with the cooling of all models, by upstream
+	tick      uint64            // the present tick; from 1
+	forgotten uint64            // the last tick in which any model was forgotten
+	cooled    map[uint16]uint64 // the last tick in which all models were cooled, by upstream
 
-	// numbers has the numbers of the models remembered, by the hashes of their keys, so that long keys cost nothing. Should
-	// two keys ever have one hash, they are one model here, and what is forgotten of one is forgotten of the other.
+	// numbers has the numbers of the remembered models, by the hashes of their keys, so that long
+	// keys cost nothing. If two keys had the same hash, they would be one model here, and forgotten
+	// together.
 	numbers *simplelru.LRU[uint64, uint32]
 	slots   [maxModels]slot // by number modulo maxModels
 }
 
-// slot is what is known of a model. When it is given to another, the number grows by maxModels: so links with the earlier
-// number, and callers who still have it, are found out.
+// slot is what is known of a model. When it is reused for another model, the number grows by
+// maxModels, so that links and callers with the earlier number are recognized.
 type slot struct {
 	number    uint32
-	forgotten uint64            // the last tick that ended with the forgetting of it
-	cooled    map[uint16]uint64 // the last that ended with the cooling of it, by upstream
+	forgotten uint64            // the last tick in which it was forgotten
+	cooled    map[uint16]uint64 // the last tick in which it was cooled, by upstream
 }
 
-// link is what is kept of one link: 32 bytes, so that an entry of the LRU is 96, a size that the allocator has.
+// link is the 32 bytes kept of one link, so that an entry of the LRU has 96, a size class of the
+// allocator.
 type link struct {
 	at       int64  // Unix time in nanoseconds; 0: the zero time.Time
 	tick     uint64 // in which it was put
@@ -81,8 +88,8 @@ func NewMemory(limits Limits) *Memory {
 	}
 }
 
-// newLRU returns an LRU that drops nothing by itself: its own limit knows entries only, and would drop a chain's first links
-// while its last ones are being put.
+// newLRU returns an LRU that drops nothing by itself: its own limit counts only entries, and would
+// drop a chain's first links while its last ones are being put.
 func newLRU[V any]() *simplelru.LRU[uint64, V] {
 	l, err := simplelru.NewLRU[uint64, V](math.MaxInt, nil)
 	if err != nil {
@@ -131,8 +138,8 @@ func (m *Memory) Match(links []prefix.Link) (depth int, rec Record) {
 
 // match returns how many leading links are known, and the last of those. m.mu must be held.
 func (m *Memory) match(links []prefix.Link) (depth int, last link) {
-	// The links that are held are a leading run, whose end is found without looking at each: with a million links, most of
-	// them out of the processor's caches, a look costs 0.1 µs.
+	// The links that are held are a leading run, whose end is found without looking at each: with a
+	// million links, most of them outside the processor's caches, a look costs 0.1 µs.
 	held := sort.Search(len(links), func(i int) bool { return !m.links.Contains(links[i].Hash) })
 	if held == 0 {
 		return 0, link{}
@@ -150,13 +157,14 @@ func (m *Memory) match(links []prefix.Link) (depth int, last link) {
 	return depth, last
 }
 
-// known reports whether what the link says still holds. m.mu must be held.
+// known reports whether the link is still valid. m.mu must be held.
 func (m *Memory) known(l link) bool {
 	s := m.slot(l.model)
 	return s != nil && l.tick > s.forgotten
 }
 
-// slot returns the slot of the model with this number: nil if there is none, or not any more. m.mu must be held.
+// slot returns the slot of the model with this number, or nil if it is not remembered. m.mu must be
+// held.
 func (m *Memory) slot(number uint32) *slot {
 	if s := &m.slots[number%maxModels]; number != 0 && s.number == number {
 		return s
@@ -179,7 +187,7 @@ func (m *Memory) Put(links []prefix.Link, s Sight, tokens int) {
 		return
 	}
 	seen.tick = m.tick
-	// From the last link to the first, so that the first is the newest and is dropped last.
+	// From the last link to the first, so that the first is the newest and dropped last.
 	for i := int(kept) - 1; i >= 0; i-- {
 		l, hash := seen, links[i].Hash
 		if old, ok := m.links.Peek(hash); ok && old.model == l.model && m.known(old) {
@@ -219,7 +227,7 @@ func (m *Memory) Cool(upstream uint16, model uint32) {
 	m.tick++
 }
 
-// Forget implements Store. Where it forgets all models it gives their memory back, too.
+// Forget implements Store. When it forgets all models, it frees their memory, too.
 func (m *Memory) Forget(model uint32) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -230,7 +238,7 @@ func (m *Memory) Forget(model uint32) {
 	}
 }
 
-// forget makes what is known of a model unknown. m.mu must be held.
+// forget invalidates what is known of a model. m.mu must be held.
 func (m *Memory) forget(s *slot) {
 	s.forgotten, m.forgotten = m.tick, m.tick
 	m.tick++

@@ -14,37 +14,37 @@ import (
 	"strings"
 )
 
-// Beside each file of a state lies one small file that says what it is. There is no index of all:
-// what is in the folder is what there is, so that a crash at any moment loses one state at most,
-// and to remove a state is to remove its two files.
+// Beside each state's file is a small side file that describes it. There is no index: the folder is
+// the truth, so that a crash at any moment loses at most one state, and removing a state means
+// removing its two files.
 const (
 	stateExt = ".bin"  // a state, as an engine wrote it
-	sideExt  = ".json" // what it is
+	sideExt  = ".json" // its description
 	partExt  = ".part" // a state that an engine is writing
 	asideExt = ".new"  // a side file that is being written
 )
 
-// sideVersion is the version of side files. Those of another one are not read.
+// sideVersion is the version of side files. Other versions are not read.
 const sideVersion = 1
 
-// maxSide is how long a side file may be, in bytes: four times that of the longest chain.
+// maxSide is the largest side file in bytes: four times that of the longest chain.
 const maxSide = 4 << 20
 
-// side is what a side file has.
+// side is the content of a side file.
 type side struct {
 	Version int `json:"version"`
 	State
 	// Heat is how often the state was of use lately: see heat.
 	Heat heat `json:"heat"`
-	// Settled says that the file's bytes are on the disk itself, and Sum is their xxh3. What is not
-	// settled is whole only while the machine has not been started again: Boot is when that was.
+	// Settled means that the file's bytes are synced to the disk, and Sum is their xxh3. A file
+	// that is not settled is trusted only until the machine is restarted; Boot says since when it
+	// runs.
 	Settled bool   `json:"settled"`
 	Sum     uint64 `json:"xxh3,omitempty"`
 	Boot    string `json:"boot,omitempty"`
 }
 
-// Chain is the fingerprints of a prompt's links. As text it is base64 of their bytes, the lowest
-// first.
+// Chain is the fingerprints of a prompt's links. As text it is base64 of their bytes, lowest first.
 type Chain []uint64
 
 // MarshalText implements encoding.TextMarshaler.
@@ -69,7 +69,7 @@ func (c *Chain) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// Counts are numbers of tokens. As text they are base64 of 32 bits each, the lowest byte first.
+// Counts are numbers of tokens. As text they are base64 of 32 bits each, lowest byte first.
 type Counts []int32
 
 // MarshalText implements encoding.TextMarshaler.
@@ -94,7 +94,7 @@ func (c *Counts) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// parseSide reads a side file's text; name is the file's, without its folder.
+// parseSide reads the text of a side file; name is the file's name without its folder.
 func parseSide(name string, text []byte) (side, error) {
 	var s side
 	if err := json.Unmarshal(text, &s); err != nil {
@@ -120,7 +120,7 @@ func parseSide(name string, text []byte) (side, error) {
 	return s, nil
 }
 
-// check returns what is wrong with a state, its ID and its size aside.
+// check returns what is wrong with a state, apart from its ID and size.
 func (s *State) check() error {
 	switch {
 	case len(s.Links) == 0:
@@ -133,8 +133,8 @@ func (s *State) check() error {
 	return nil
 }
 
-// validID reports whether the name is one that the store gives: so no name out of a file leads out
-// of the folder.
+// validID reports whether the name is one that the store makes, so that no name from a file leads
+// out of the folder.
 func validID(id string) bool {
 	stem, ok := strings.CutSuffix(id, stateExt)
 	return ok && len(stem) == 2*idBytes && strings.Trim(stem, "0123456789abcdef") == ""
@@ -157,7 +157,8 @@ func readSide(dir, name string) (side, error) {
 	return parseSide(name, text)
 }
 
-// writeSide writes a side file aside and moves it into place. With sync it is on the disk then.
+// writeSide writes a side file under another name and renames it. With sync, it is on the disk
+// afterwards.
 func writeSide(dir string, s side, sync bool) (err error) {
 	s.Version = sideVersion
 	text, err := json.Marshal(s)
@@ -186,9 +187,9 @@ func writeSide(dir string, s side, sync bool) (err error) {
 	return nil
 }
 
-// The beginning of a state's file, by llama.cpp's llama_context::state_seq_save_file and
-// server_tokens::serialize: magic, version, the number of 32-bit words that follow before the state
-// itself; and in these the tokens, or since about build 10,800 a marker, a version of its own, the
+// The beginning of a state's file, from llama.cpp's llama_context::state_seq_save_file and
+// server_tokens::serialize: magic, version, and the number of 32-bit words before the state itself.
+// These words are the tokens; or, since about build 10,800, a marker, a separate version, the
 // number of tokens, the tokens, and images.
 const (
 	stateMagic  = 0x67677371 // "ggsq"
@@ -196,10 +197,10 @@ const (
 	headerBytes = 24
 )
 
-// errNoState is why a file is not taken for a state.
+// errNoState is why a file is not accepted as a state.
 var errNoState = errors.New("it does not begin as a state does")
 
-// parseHeader returns how many tokens a state's file has, by its first bytes.
+// parseHeader returns how many tokens a state's file has, from its first bytes.
 func parseHeader(head []byte) (tokens int, err error) {
 	word := func(i int) uint32 { return binary.LittleEndian.Uint32(head[4*i:]) }
 	if len(head) < headerBytes || word(0) != stateMagic {
@@ -239,13 +240,13 @@ func readHeader(path string) (tokens int, bytes int64, err error) {
 	return tokens, info.Size(), err
 }
 
-// found is what is in a folder.
+// found is the content of a folder.
 type found struct {
 	states []side
-	junk   []Problem // entries without a state, states without an entry, what was never finished
+	junk   []Problem // entries without a state, states without an entry, unfinished files
 }
 
-// look reads what is in a folder. States are sorted by when they were used, the oldest first.
+// look reads a folder. States are sorted by their last use, the oldest first.
 func look(dir string) (found, error) {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -262,7 +263,7 @@ func look(dir string) (found, error) {
 		if err == nil {
 			err = s.compare(dir)
 		} else if errors.Is(err, os.ErrNotExist) {
-			continue // somebody has removed it just now
+			continue // it has just been removed
 		}
 		known[id] = true
 		if err != nil {
@@ -276,7 +277,7 @@ func look(dir string) (found, error) {
 		stem, ext, _ := strings.Cut(name, ".")
 		p := Problem{ID: name, What: "it was not finished", loose: true}
 		switch {
-		case !validID(stem + stateExt): // not ours
+		case !validID(stem + stateExt): // not one of our files
 			continue
 		case "."+ext == stateExt && !known[name]:
 			p.What = "nothing says what it is"
@@ -292,8 +293,8 @@ func look(dir string) (found, error) {
 	return in, nil
 }
 
-// compare returns how the file of a state differs from what its side file says, as far as that
-// shows without reading it.
+// compare returns how a state's file differs from its side file, as far as that shows without
+// reading the file.
 func (s *side) compare(dir string) error {
 	info, err := os.Lstat(filepath.Join(dir, s.ID))
 	switch {

@@ -11,7 +11,7 @@ import (
 	"github.com/zeebo/xxh3"
 )
 
-// tendUntil looks after the files until ctx ends.
+// tendUntil maintains the files until ctx ends.
 func (f *Files) tendUntil(ctx context.Context) {
 	defer close(f.idle)
 	tick := time.NewTicker(tendEvery)
@@ -26,8 +26,8 @@ func (f *Files) tendUntil(ctx context.Context) {
 	}
 }
 
-// tend drops what is too old, forgets what others have removed, and puts on the disk what has been
-// there for a while; with uses, also how often states were of use.
+// tend drops what is too old, forgets files that somebody else has removed, and syncs what was
+// written a while ago; with uses, it also writes use counts.
 func (f *Files) tend(ctx context.Context, now time.Time, uses bool) {
 	f.mu.Lock()
 	gone := f.expire(now)
@@ -68,7 +68,7 @@ func (f *Files) expire(now time.Time) (gone []*file) {
 	return gone
 }
 
-// settle puts on the disk what was made before a time; with uses, also how often states were of use.
+// settle syncs what was made before a time; with uses, it also writes use counts.
 func (f *Files) settle(ctx context.Context, before time.Time, uses bool) {
 	f.mu.Lock()
 	var todo []*file
@@ -84,7 +84,7 @@ func (f *Files) settle(ctx context.Context, before time.Time, uses bool) {
 		}
 		if err := f.write(ctx, x, before); err != nil && ctx.Err() == nil {
 			f.tell(err)
-			return // the next time
+			return // the rest follows in the next round
 		}
 	}
 	if len(todo) > 0 {
@@ -94,7 +94,7 @@ func (f *Files) settle(ctx context.Context, before time.Time, uses bool) {
 	}
 }
 
-// write writes a state's side file again, when its file is on the disk if it was made before a time.
+// write rewrites a state's side file, and first syncs the state if it was made before a time.
 func (f *Files) write(ctx context.Context, x *file, before time.Time) error {
 	f.mu.Lock()
 	s := x.side
@@ -119,13 +119,13 @@ func (f *Files) write(ctx context.Context, x *file, before time.Time) error {
 		}
 	}
 	f.mu.Unlock()
-	if !ok { // it went meanwhile
+	if !ok { // it was removed meanwhile
 		f.unlink(x.ID)
 	}
 	return err
 }
 
-// hash returns the xxh3 of a file. With sync its bytes are on the disk then.
+// hash returns the xxh3 of a file. With sync, its bytes are synced to the disk first.
 func hash(ctx context.Context, path string, sync bool) (uint64, error) {
 	file, err := os.Open(path)
 	if err != nil {
@@ -153,9 +153,9 @@ func hash(ctx context.Context, path string, sync bool) (uint64, error) {
 	return h.Sum64(), nil
 }
 
-// Close puts on the disk what is not there yet, for as long as ctx allows, and gives the folder back.
-// An error says that this was not long enough: what is not there is lost if the machine does not run
-// on, but not otherwise. To close it again does nothing.
+// Close syncs what is not yet on the disk, for as long as ctx allows, and releases the folder. An
+// error means that the time was too short: unsynced states are lost if the machine stops, but not
+// otherwise. Closing again does nothing.
 func (f *Files) Close(ctx context.Context) error {
 	f.mu.Lock()
 	closed := f.closed
@@ -168,7 +168,7 @@ func (f *Files) Close(ctx context.Context) error {
 	select {
 	case <-f.idle:
 		f.settle(ctx, time.Now().Add(time.Hour), true)
-	case <-ctx.Done(): // the disk holds it up
+	case <-ctx.Done(): // the disk blocks it
 	}
 	return errors.Join(ctx.Err(), f.lock.Close())
 }

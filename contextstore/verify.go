@@ -11,29 +11,29 @@ import (
 	"time"
 )
 
-// looseAge is how old a file must be that belongs to no state to be a problem: until then
-// it may be one that is being written.
+// looseAge is how old a file that belongs to no state must be to count as a problem: until then it
+// may be one that is being written.
 const looseAge = 10 * time.Minute
 
-// Problem is something in a store's folder that is not as it should be.
+// Problem is something wrong in a store's folder.
 type Problem struct {
 	ID    string `json:"id"` // the file's name
 	Model string `json:"model,omitempty"`
 	What  string `json:"what"`
 
-	loose bool      // a file that belongs to no state, or not yet
+	loose bool      // it belongs to no state, or not yet
 	at    time.Time // when a loose file was changed
 }
 
-// Verified is how much Verify has looked at.
+// Verified counts what Verify has examined.
 type Verified struct {
 	States int   // that are, or should be, in the folder
-	Bytes  int64 // of those that are whole
+	Bytes  int64 // of the complete ones
 	Hashed int   // whose checksum was compared
 }
 
-// ReadFiles returns the states in a folder, those that were used last first, and what is not as it
-// should be, whether or not a process has the folder open.
+// ReadFiles returns the states in a folder, most recently used first, and what is wrong there,
+// whether or not a process has the folder open.
 func ReadFiles(dir string) ([]State, []Problem, error) {
 	in, err := look(dir)
 	if err != nil {
@@ -47,8 +47,8 @@ func ReadFiles(dir string) ([]State, []Problem, error) {
 	return states, in.problems(), nil
 }
 
-// RemoveFiles removes states from a folder, and what is left of torn ones, and returns how many bytes
-// that were. A process that has the folder open notices. What is not there is no error.
+// RemoveFiles removes states from a folder, and what is left of torn ones, and returns how many
+// bytes that were. A process that has the folder open notices. A missing state is no error.
 func RemoveFiles(dir string, ids ...string) (bytes int64, err error) {
 	var errs []error
 	for _, id := range ids {
@@ -57,7 +57,7 @@ func RemoveFiles(dir string, ids ...string) (bytes int64, err error) {
 			errs = append(errs, fmt.Errorf("%q is no state's name", id))
 			continue
 		}
-		// First what says what it is: see Files.unlink.
+		// The side file goes first: see Files.unlink.
 		for _, ext := range []string{sideExt, sideExt + asideExt, stateExt, partExt} {
 			path := filepath.Join(dir, stem+ext)
 			info, err := os.Lstat(path)
@@ -75,9 +75,9 @@ func RemoveFiles(dir string, ids ...string) (bytes int64, err error) {
 	return bytes, errors.Join(errs...)
 }
 
-// Verify looks at every state in a folder and returns what is wrong. With full it reads all of each
-// file, and compares its checksum where that is known: it is a minute or two after the state was
-// saved, or when the store has been closed.
+// Verify examines every state in a folder and returns what is wrong. With full, it reads all of
+// each file, and compares its checksum where that is known: a minute or two after the state was
+// saved, or after the store was closed.
 func Verify(ctx context.Context, dir string, full bool) (Verified, []Problem, error) {
 	in, err := look(dir)
 	if err != nil {
@@ -106,7 +106,7 @@ func Verify(ctx context.Context, dir string, full bool) (Verified, []Problem, er
 	return v, problems, nil
 }
 
-// problems returns what is not as it should be, without what may be about to belong to a state.
+// problems returns what is wrong, except for files that may soon belong to a state.
 func (in *found) problems() (problems []Problem) {
 	for _, p := range in.junk {
 		if !p.loose || time.Since(p.at) > looseAge {
@@ -116,10 +116,10 @@ func (in *found) problems() (problems []Problem) {
 	return problems
 }
 
-// errChanged is what is wrong with a file whose checksum is not what it was.
+// errChanged means that a file's checksum does not match.
 var errChanged = errors.New("its checksum is another: some of its bytes have changed")
 
-// verify returns how a state's file differs from what is said of it.
+// verify returns how a state's file differs from its description.
 func (s *side) verify(ctx context.Context, dir string, full bool) error {
 	path := filepath.Join(dir, s.ID)
 	tokens, _, err := readHeader(path)

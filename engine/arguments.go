@@ -13,10 +13,10 @@ import (
 
 // setting is what one of llama-server's flags, or its name in the environment, sets.
 type setting struct {
-	// value is whether a flag has one.
+	// value means that the flag takes a value.
 	value bool
-	// set reads it into a Process; nil for what neither says anything of the engine nor changes the
-	// format of its states.
+	// set reads it into a Process. It is nil for settings that neither describe the engine nor
+	// change the format of its states.
 	set func(*Process, string)
 }
 
@@ -46,12 +46,12 @@ var (
 
 func addAdapter(p *Process, text string) { p.Adapters = append(p.Adapters, text) }
 
-// switchedOn is how llama-server reads a switch in the environment; "" stands for a flag.
+// switchedOn reads a switch in the environment as llama-server does; "" stands for a flag.
 func switchedOn(text string) bool {
 	return slices.Contains([]string{"", "on", "enabled", "true", "1"}, text)
 }
 
-// setHostOf keeps an address at which the engine can be reached, where it is not 127.0.0.1.
+// setHostOf keeps an address at which the engine can be reached, if it is not 127.0.0.1.
 func setHostOf(p *Process, text string) {
 	ip := net.ParseIP(text)
 	switch {
@@ -62,7 +62,7 @@ func setHostOf(p *Process, text string) {
 	}
 }
 
-// flags are those that Ollama passes and whoever starts it may add. What is not here counts as
+// flags are those that Ollama passes, and those that its users may add. An unlisted flag counts as
 // decisive for the format of states: then, at worst, a state is not used that could be.
 var flags = settings(map[string]setting{
 	"--model -m":               setModel,
@@ -97,8 +97,8 @@ const (
 		--slot-prompt-similarity -sps`
 )
 
-// environment has what the engine reads of its environment, by the name without LLAMA_ARG_. A flag
-// wins over it.
+// environment has what the engine reads from its environment, by the name without LLAMA_ARG_. A
+// flag takes precedence.
 var environment = settings(map[string]setting{
 	"MODEL":        setModel,
 	"PORT":         setPort,
@@ -118,7 +118,7 @@ var environment = settings(map[string]setting{
 	ENDPOINT_METRICS ENDPOINT_PROPS ENDPOINT_SLOTS`: {},
 })
 
-// settings has each of the names that a key has.
+// settings has every name of every setting.
 func settings(of map[string]setting) map[string]setting {
 	all := map[string]setting{}
 	for names, s := range of {
@@ -130,7 +130,7 @@ func settings(of map[string]setting) map[string]setting {
 }
 
 // parse reads the command line of a llama-server, without its name, and its environment
-// (NAME=value). A flag that lacks its value is as if it were not there.
+// (NAME=value). A flag without its value is ignored.
 func parse(args, environ []string) Process {
 	p := Process{KeyType: "f16", ValueType: "f16"}
 	for _, entry := range environ {
@@ -167,12 +167,12 @@ func parse(args, environ []string) Process {
 	return p
 }
 
-// startsModel is whether a command line of llama-server starts a model: Ollama also has it look for
-// devices.
+// startsModel reports whether a command line of llama-server starts a model. Ollama also runs it to
+// list devices.
 func startsModel(args []string) bool { return parse(args, nil).Model != "" }
 
-// serverAddr is the address, host and port, that an Ollama with this OLLAMA_HOST listens on, as
-// Ollama itself reads it.
+// serverAddr returns the address, host and port, on which an Ollama with this OLLAMA_HOST listens,
+// as Ollama itself reads it.
 func serverAddr(ollamaHost string) string {
 	defaultPort := "11434"
 	s := strings.TrimSpace(strings.Trim(strings.TrimSpace(ollamaHost), `"'`))
@@ -204,9 +204,9 @@ func serverAddr(ollamaHost string) string {
 	return net.JoinHostPort(host, port)
 }
 
-// blobs are the files of the model store that a path of weights stands for. Weights of several
-// parts are given to the engine by hard links in a folder beside them that is made anew for each
-// load, and whose name says nothing.
+// blobs returns the files of the model store behind a path of weights. Ollama gives the engine
+// weights of several parts as hard links in a folder beside them, which is made for each load and
+// whose name is arbitrary.
 func blobs(model string) []string {
 	folder := filepath.Dir(model)
 	if !strings.HasPrefix(filepath.Base(folder), ".ollama-split-") {
@@ -243,13 +243,13 @@ func blobs(model string) []string {
 	return found
 }
 
-// ggufHead is how much of the weights' file is searched for the names of its tensors, which come
-// after the vocabulary: 10 MB of the largest known.
+// ggufHead is how much of the weights' file is searched for the names of its tensors, which follow
+// the vocabulary: 10 MB in the largest known one.
 const ggufHead = 32 << 20
 
-// turnsByContext is whether the weights have one set of factors for positions in short contexts and
-// another one for those in long ones (LongRoPE, as Phi-3 has it). The engine takes one by the size
-// of the context, and a state that was computed with the other means something else.
+// turnsByContext reports whether the weights have different factors for positions in short and in
+// long contexts (LongRoPE, as in Phi-3). The engine chooses by the size of the context, and a state
+// that was computed with the other factors is invalid.
 func turnsByContext(model string) bool {
 	f, err := os.Open(model)
 	if err != nil {

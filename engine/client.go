@@ -15,42 +15,41 @@ import (
 	"time"
 )
 
-// What may go wrong with a request to an engine; test with errors.Is. Other errors are the
-// context's, or what an engine said that is none of these, such as a state that could not be
-// written.
+// Errors of requests to an engine; test with errors.Is. Other errors are the context's, or anything
+// else that an engine reports, such as a state that could not be written.
 var (
-	// ErrRefused: the engine does not take it (400), or Restore does not offer it. In a restore that
-	// is a state that is missing, torn, foreign or too long for the slot, which is empty if it was
-	// the engine that refused; else a slot that does not exist or a name that is not one of a file.
+	// ErrRefused: the engine refuses the request (400), or Restore does not send it. For a restore
+	// that means a state that is missing, torn, foreign or too long for the slot, which is empty if
+	// the engine refused; otherwise a slot that does not exist, or a name that is not a file's.
 	ErrRefused = errors.New("the engine refused")
-	// ErrGone: no engine answers there: it has ended, or has only just been started.
+	// ErrGone: no engine answers: it has ended, or has only just been started.
 	ErrGone = errors.New("the engine is gone")
 	// ErrLoading: the engine has not loaded its model yet (503).
 	ErrLoading = errors.New("the engine is still loading its model")
-	// ErrUnsupported: the engine does not do that (501), with these settings or for this prompt.
+	// ErrUnsupported: the engine cannot do that (501) with these settings or for this prompt.
 	ErrUnsupported = errors.New("the engine does not do that")
 )
 
-// Slot is what an engine says of one of its slots.
+// Slot is what an engine reports of one of its slots.
 type Slot struct {
 	ID int
-	// Processing is whether it works on a request.
+	// Processing means that it works on a request.
 	Processing bool
-	// Task is the number of its present or last request, -1 if there was none. The numbers grow.
+	// Task is the number of its present or last request, or -1 if there was none. The numbers grow.
 	Task int
-	// Tokens is what it holds: prompt and answer, so far. It is 0 before its first request, also
-	// where a state has been restored.
+	// Tokens is what it holds: prompt and answer so far. It is 0 before its first request, even if
+	// a state was restored.
 	Tokens int
-	// Processed and Cached are the tokens of the prompt that it works on that have been evaluated,
-	// and those that it held already. Both are 0 again once the request has ended.
+	// Processed and Cached are how many tokens of the present prompt were evaluated, and how many
+	// it held already. Both are 0 once the request has ended.
 	Processed, Cached int
 	// Context is how many tokens it can hold.
 	Context int
 }
 
-// Saved is what a save has written.
+// Saved is the result of a save.
 type Saved struct {
-	// Tokens is how many tokens the state has: 0 for that of an empty slot, which is no use.
+	// Tokens is how many tokens the state has; 0 is that of an empty slot, which is useless.
 	Tokens int
 	// Bytes is the size of its file.
 	Bytes int64
@@ -58,7 +57,7 @@ type Saved struct {
 	Took time.Duration
 }
 
-// Restored is what a restore has read.
+// Restored is the result of a restore.
 type Restored struct {
 	Tokens int
 	Bytes  int64
@@ -66,7 +65,7 @@ type Restored struct {
 	Took time.Duration
 }
 
-// client is for all engines. They are on this machine: there is no proxy between.
+// client is for all engines. They are on this machine, so no proxy is used.
 var client = &http.Client{Transport: &http.Transport{
 	DialContext:         (&net.Dialer{Timeout: 2 * time.Second}).DialContext,
 	MaxIdleConnsPerHost: 4,
@@ -74,10 +73,10 @@ var client = &http.Client{Transport: &http.Transport{
 	IdleConnTimeout: 4 * time.Second,
 }}
 
-// CloseIdleConnections closes the connections to engines that no request uses.
+// CloseIdleConnections closes connections to engines that no request uses.
 func CloseIdleConnections() { client.CloseIdleConnections() }
 
-// Slots asks the engine what its slots do and hold, in the order of their numbers.
+// Slots asks the engine for its slots, in the order of their numbers.
 func (p Process) Slots(ctx context.Context) ([]Slot, error) {
 	var answer []struct {
 		ID         int  `json:"id"`
@@ -102,9 +101,9 @@ func (p Process) Slots(ctx context.Context) ([]Slot, error) {
 	return slots, nil
 }
 
-// Save has the engine write the state of a slot to a file of its folder (SaveFolder), over one that
-// is there. It waits for the slot's present request to end. A file is there from the beginning on,
-// and complete once Save returns no error.
+// Save has the engine write the state of a slot to a file of its folder (SaveFolder), replacing one
+// of that name. It waits for the slot's present request to end. The file exists from the beginning,
+// and is complete once Save returns no error.
 func (p Process) Save(ctx context.Context, slot int, name string) (Saved, error) {
 	var answer struct {
 		Tokens  int   `json:"n_saved"`
@@ -120,9 +119,9 @@ func (p Process) Save(ctx context.Context, slot int, name string) (Saved, error)
 }
 
 // Restore has the engine read the state of a slot from a file of its folder. It waits for the
-// slot's present request to end. What the slot held is lost, also where the engine refuses the
-// file. The size in bytes is what Save told: a file of another size is torn and is not shown to
-// the engine, which does not survive all of those.
+// slot's present request to end. What the slot held is lost, even if the engine refuses the file.
+// size is what Save returned, in bytes: a file of another size is torn and is not shown to the
+// engine, which some torn files would crash.
 func (p Process) Restore(ctx context.Context, slot int, name string, size int64) (Restored, error) {
 	info, err := os.Stat(filepath.Join(p.Folder(), name))
 	switch {
@@ -146,7 +145,7 @@ func (p Process) Restore(ctx context.Context, slot int, name string, size int64)
 }
 
 // Erase has the engine forget what a slot holds, once its present request has ended, and returns
-// how many tokens that was.
+// how many tokens that were.
 func (p Process) Erase(ctx context.Context, slot int) (int, error) {
 	var answer struct {
 		Tokens int `json:"n_erased"`
@@ -159,7 +158,7 @@ func milliseconds(ms float64) time.Duration { return time.Duration(ms * float64(
 
 // act has a slot saved, restored or erased.
 func (p Process) act(ctx context.Context, slot int, action, name string, answer any) error {
-	// The engine would take the number modulo that of its slots.
+	// The engine would take the number modulo the number of its slots.
 	if slot < 0 || p.Parallel > 0 && slot >= p.Parallel {
 		return fmt.Errorf("having the engine %s slot %d: %w: it has %d slots",
 			action, slot, ErrRefused, p.Parallel)
@@ -177,7 +176,7 @@ func (p Process) act(ctx context.Context, slot int, action, name string, answer 
 	return nil
 }
 
-// answerLimit bounds what is read of an engine's answer, in bytes. A slot's is 4 KB.
+// answerLimit bounds an engine's answer, in bytes. A slot takes 4 KB.
 const answerLimit = 4 << 20
 
 func (p Process) ask(ctx context.Context, method, path string, body []byte, answer any) error {
@@ -187,8 +186,8 @@ func (p Process) ask(ctx context.Context, method, path string, body []byte, answ
 	}
 	if body != nil {
 		req.Header.Set("Content-Type", "application/json")
-		// Each action does the same if it is done twice, so it may be sent again where the engine has
-		// just closed the kept connection. The empty header tells net/http so and is not sent.
+		// Repeating an action is harmless, so it may be sent again if the engine has just closed
+		// the kept connection. The empty header says so to net/http and is not sent.
 		req.Header["X-Idempotency-Key"] = []string{}
 	}
 	res, err := client.Do(req)
@@ -209,8 +208,8 @@ func (p Process) ask(ctx context.Context, method, path string, body []byte, answ
 	return nil
 }
 
-// gone is the error of a connection that was not made or has broken: the engine is on this machine,
-// so that it has ended, unless it was the caller who gave up.
+// gone is the error of a connection that failed or broke: since the engine is on this machine, it
+// has ended, unless the caller gave up.
 func gone(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return err
@@ -218,7 +217,7 @@ func gone(ctx context.Context, err error) error {
 	return fmt.Errorf("%w: %w", ErrGone, err)
 }
 
-// refusal is the error of an answer other than 200.
+// refusal is the error of a status other than 200.
 func refusal(status int, text []byte) error {
 	var said struct {
 		Error struct {

@@ -11,13 +11,13 @@ import (
 
 var errSystem = errors.New("there is no link to the engine on " + runtime.GOOS)
 
-// Main says that there is no link on this system.
+// Main reports that there is no link on this system.
 func Main([]string) int {
 	fmt.Fprintf(os.Stderr, "ollama-cacheproxy: %v\n", errSystem)
 	return 1
 }
 
-// Processes are none on this system.
+// Processes returns none on this system.
 func Processes(string) ([]Process, error) { return nil, nil }
 
 func supported() error { return errSystem }

@@ -21,10 +21,10 @@ import (
 	"time"
 )
 
-// engineName is the name by which Ollama starts its engine.
+// engineName is the name under which Ollama starts its engine.
 const engineName = "llama-server"
 
-// The files of a link, beneath its folder.
+// The files of a link, relative to its folder.
 var (
 	linkFile       = "link.json"
 	linkedOllama   = filepath.Join("bin", "ollama")
@@ -33,29 +33,29 @@ var (
 	originalEngine = filepath.Join(linkedLib, engineName+".installed")
 )
 
-// ErrNotLinked is the error where a folder is no link.
+// ErrNotLinked means that a folder is not a link.
 var ErrNotLinked = errors.New("it is no link to an Ollama")
 
-// errDamaged is the error where what is linked was written down and cannot be made out any more.
+// errDamaged means that the record of what was linked cannot be read.
 var errDamaged = errors.New("it is damaged")
 
-// Called is whether the program was called as an engine, by os.Args: then all that it does is Main.
+// Called reports whether the program was called as an engine, by os.Args: then it only runs Main.
 func Called(args []string) bool { return len(args) > 0 && filepath.Base(args[0]) == engineName }
 
-// LinkOptions say what is linked where.
+// LinkOptions say what to link, and where.
 type LinkOptions struct {
 	// Ollama is the installed binary. Symlinks are followed, as Ollama itself does.
 	Ollama string
-	// Home is the folder of the link, which is made if it is not there.
+	// Home is the folder of the link, which is created if necessary.
 	Home string
-	// Program is what becomes llama-server; "" for this very program.
+	// Program becomes llama-server; "" means this program itself.
 	Program string
-	// SWAFull has the engines keep all tokens in layers with a sliding window (--swa-full), at the
-	// cost of memory; without it states of such models are of little use.
+	// SWAFull makes the engines keep all tokens in layers with a sliding window (--swa-full), which
+	// takes more memory; without it states of such models are of little use.
 	SWAFull bool
 }
 
-// Info is what a link is made of.
+// Info describes a link.
 type Info struct {
 	// Home is the link's folder.
 	Home string
@@ -63,22 +63,22 @@ type Info struct {
 	Given string
 	// Ollama and Engine are the installed binary and its llama-server, with symlinks followed.
 	Ollama, Engine string
-	// Version is what the installed Ollama called itself, "" if it said nothing.
+	// Version is the version that the installed Ollama reported, or "".
 	Version string
-	// Build tells builds of the engine apart: it is the same wherever the same files are installed.
+	// Build identifies the engine's build: it is the same wherever the same files are installed.
 	Build string
-	// SWAFull is as it was asked for.
+	// SWAFull is the option of that name.
 	SWAFull bool
 	// Linked is when it was linked.
 	Linked time.Time
-	// Stale says in words what has changed since, so that stored contexts are off until it is linked
-	// anew; "" if nothing has.
+	// Stale says in words what has changed since, so that stored contexts are off until it is
+	// linked again; "" if nothing has.
 	Stale string `json:"-"`
-	// Anew is whether Link has made it, as opposed to having found it as it should be.
+	// Anew means that Link has made it, rather than found it up to date.
 	Anew bool `json:"-"`
 }
 
-// Command is the command that links anew, with the name or the path of this program.
+// Command is the command that renews the link, with the name or the path of this program.
 func (i Info) Command(program string) string {
 	swa := ""
 	if i.SWAFull {
@@ -90,20 +90,21 @@ func (i Info) Command(program string) string {
 // Start is the binary to start in place of the installed one.
 func (i Info) Start() string { return filepath.Join(i.Home, linkedOllama) }
 
-// link is what link.json has.
+// link is the content of link.json.
 type link struct {
 	Info
-	// OllamaFile, EngineFile and ProgramFile tell the linked files from newer ones.
+	// OllamaFile, EngineFile and ProgramFile identify the linked files, so that newer ones are
+	// noticed.
 	OllamaFile, EngineFile, ProgramFile identity
 	// Program is the path of what became llama-server.
 	Program string
-	// Library tells the files beside the engine from newer ones.
+	// Library identifies the files beside the engine.
 	Library string
 }
 
-// Link makes a link, makes it anew where what is linked has changed, and leaves it where nothing
-// has. It fails, and leaves all as it was, where the Ollama is older than 0.30, where the folder
-// has something else under the names that it needs, and where the folder cannot be written.
+// Link makes a link, renews it if what is linked has changed, and otherwise changes nothing. It
+// fails, and changes nothing, if Ollama is older than 0.30, if the folder has something else under
+// the names that it needs, or if the folder cannot be written.
 func Link(o LinkOptions) (Info, error) {
 	if err := supported(); err != nil {
 		return Info{}, err
@@ -138,7 +139,7 @@ func Link(o LinkOptions) (Info, error) {
 	return wanted.anew()
 }
 
-// anew finds out what takes longer and makes the link.
+// anew does the slow part of the plan, and makes the link.
 func (l link) anew() (info Info, err error) {
 	if l.Version == "" {
 		l.Version = VersionOf(context.Background(), l.Ollama)
@@ -153,7 +154,7 @@ func (l link) anew() (info Info, err error) {
 	return l.Info, nil
 }
 
-// plan finds out what is to be linked, all but what takes long.
+// plan finds out what is to be linked, except for what takes long.
 func plan(o LinkOptions) (link, error) {
 	home, err := filepath.Abs(o.Home)
 	if err != nil || o.Home == "" {
@@ -198,8 +199,8 @@ func plan(o LinkOptions) (link, error) {
 	return l, err
 }
 
-// installed is the binary that a path stands for, and that path made absolute. It is one that can
-// be linked, and if the path leads into a link, it is the one that is linked there.
+// installed returns the binary that a path leads to, and that path made absolute. The binary is one
+// that can be linked. If the path leads into a link, it is the binary that is linked there.
 func installed(path string) (given, real string, err error) {
 	if path == "" {
 		return "", "", errors.New("no Ollama is given to link")
@@ -261,12 +262,13 @@ func isFile(path string) bool {
 
 var versionLine = regexp.MustCompile(`version is v?(\S+)`)
 
-// VersionOf is what an ollama binary calls itself, "" if it says nothing within ten seconds.
+// VersionOf returns the version that an ollama binary reports, or "" if it reports none within ten
+// seconds.
 func VersionOf(ctx context.Context, ollama string) string {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, ollama, "--version")
-	// Nobody listens there: else it tells the version of a server that runs by chance.
+	// Nobody listens there; otherwise it would report the version of a running server.
 	cmd.Env = append(os.Environ(), "OLLAMA_HOST=127.0.0.1:1")
 	output, err := cmd.CombinedOutput()
 	if m := versionLine.FindSubmatch(output); err == nil && m != nil {
@@ -275,7 +277,7 @@ func VersionOf(ctx context.Context, ollama string) string {
 	return ""
 }
 
-// older is whether a version is one before llama-server.
+// older reports whether a version has no llama-server yet.
 func older(version string) bool {
 	major, rest, _ := strings.Cut(version, ".")
 	minor, _, _ := strings.Cut(rest, ".")
@@ -288,8 +290,8 @@ type identity struct {
 	Size    int64
 	ModTime time.Time
 	Inode   uint64
-	// Sum is the SHA-256 of its content, which only counts where the others do not say the same:
-	// layers of images and copies of folders change those.
+	// Sum is the SHA-256 of its content, which matters only if the others differ: image layers and
+	// copies of folders change those.
 	Sum string
 }
 
@@ -306,7 +308,7 @@ func identify(path string) (identity, error) {
 	return identity{info.Size(), info.ModTime().UTC(), inode(info), sum}, nil
 }
 
-// change says in words how the file at a path differs, "" if it does not.
+// change says in words how the file at a path differs, or "".
 func (id identity) change(path string) string {
 	info, err := os.Stat(path)
 	switch {
@@ -333,8 +335,7 @@ func addContent(h hash.Hash, path string) error {
 	return err
 }
 
-// changed says in words what the engine and Ollama differ in from what was linked, "" if in
-// nothing.
+// changed says in words how the engine and Ollama differ from what was linked, or "".
 func (l link) changed() string {
 	if now, err := filepath.EvalSymlinks(l.Given); err == nil && now != l.Ollama {
 		return l.Given + " is " + now + " now"
@@ -347,7 +348,7 @@ func (l link) changed() string {
 	return ""
 }
 
-// wants is what makes one link another one.
+// wants is everything that makes one link different from another.
 func (l link) wants() [8]any {
 	return [8]any{
 		l.Home, l.Ollama, l.Engine, l.SWAFull, l.Library,
@@ -355,7 +356,7 @@ func (l link) wants() [8]any {
 	}
 }
 
-// is whether a link is what it would be if it were made anew, and all there.
+// is reports whether a link is complete and as it would be if it were made now.
 func (l link) is(wanted link) bool {
 	if l.wants() != wanted.wants() {
 		return false
@@ -368,10 +369,10 @@ func (l link) is(wanted link) bool {
 	return true
 }
 
-// places is where the linked files are: the same ones may get to another place of the disk.
+// places is where the linked files are: the same files may move to another place on the disk.
 func (l link) places() [3]any { return [3]any{l.Given, l.OllamaFile, l.EngineFile} }
 
-// kept leaves a link as it is, and writes down where the files of the wanted one are now.
+// kept keeps a link as it is, and records where the files of the wanted one are now.
 func (l link) kept(wanted link) (Info, error) {
 	if l.places() == wanted.places() {
 		return l.Info, nil
@@ -382,7 +383,7 @@ func (l link) kept(wanted link) (Info, error) {
 	return l.Info, l.write(wanted.Home)
 }
 
-// nothingThere fails where a folder that is no link has something under the names of one.
+// nothingThere fails if a folder that is not a link has something under the names of one.
 func nothingThere(home string) error {
 	for _, name := range []string{"bin", "lib"} {
 		if _, err := os.Lstat(filepath.Join(home, name)); err == nil {
@@ -408,7 +409,7 @@ func readLink(home string) (link, error) {
 	return l, nil
 }
 
-// write writes link.json, aside and then in its place.
+// write writes link.json under another name and renames it.
 func (l link) write(folder string) error {
 	text, err := json.MarshalIndent(l, "", "\t")
 	if err != nil {
@@ -428,7 +429,7 @@ func (l link) write(folder string) error {
 	return nil
 }
 
-// make makes the link aside and then puts it in its place.
+// make makes the link in a folder aside and then moves it into place.
 func (l link) make() error {
 	for _, folder := range []string{notesFolder(l.Home), ContextsFolder(l.Home)} {
 		if err := os.MkdirAll(folder, 0o700); err != nil {
@@ -474,8 +475,8 @@ func (l link) make() error {
 	return swap(stage, l.Home)
 }
 
-// swap puts what a folder has aside in its place, link.json last, and what was there back where one
-// of them fails.
+// swap moves what a folder has aside into place, link.json last, and restores what was there if a
+// step fails.
 func swap(stage, home string) (err error) {
 	var undo []func() error
 	defer func() {
@@ -503,8 +504,8 @@ func swap(stage, home string) (err error) {
 	return os.Rename(filepath.Join(stage, linkFile), filepath.Join(home, linkFile))
 }
 
-// linkOrCopy links a file, or copies it where that is not possible: on another file system, or
-// where it belongs to somebody else.
+// linkOrCopy makes a hard link, or a copy where that is impossible: on another file system, or if
+// the file belongs to another user.
 func linkOrCopy(from, to string) error {
 	if os.Link(from, to) == nil {
 		return nil
@@ -522,12 +523,12 @@ func linkOrCopy(from, to string) error {
 	return errors.Join(err, target.Close())
 }
 
-// readFully is up to which size a file's content counts for the build of an engine, in bytes. Those
-// beyond are of vendors of accelerators, and their sizes tell them apart.
+// readFully is the largest file whose content counts for the build of an engine, in bytes. Larger
+// files come from accelerator vendors, and their sizes tell them apart.
 const readFully = 64 << 20
 
-// buildOf is a key of an engine's files, wherever they are: the contents of those in its folder,
-// and the names and sizes of those in folders beneath.
+// buildOf returns a key of an engine's files, wherever they are: the contents of those in its
+// folder, and the names and sizes of those in folders beneath.
 func buildOf(library string) (string, error) {
 	h := sha256.New()
 	err := filepath.WalkDir(library, func(path string, entry fs.DirEntry, err error) error {
@@ -536,7 +537,7 @@ func buildOf(library string) (string, error) {
 		}
 		info, err := os.Stat(path)
 		if err != nil || info.IsDir() {
-			return nil // a link to nowhere
+			return nil // a dangling link
 		}
 		name, err := filepath.Rel(library, path)
 		if err != nil {
@@ -554,7 +555,8 @@ func buildOf(library string) (string, error) {
 	return hex.EncodeToString(h.Sum(nil)[:16]), nil
 }
 
-// listing is a key of the files beside an engine, by their names, sizes and times in seconds.
+// listing returns a key of the files beside an engine, from their names, sizes and times in
+// seconds.
 func listing(library string) (string, error) {
 	entries, err := os.ReadDir(library)
 	if err != nil {
@@ -563,7 +565,7 @@ func listing(library string) (string, error) {
 	h := sha256.New()
 	for _, entry := range entries {
 		if entry.Name() == engineName {
-			continue // it has an identity of its own
+			continue // it has its own identity
 		}
 		if info, err := os.Stat(filepath.Join(library, entry.Name())); err == nil {
 			fmt.Fprintf(h, "%s %d %d\n", entry.Name(), info.Size(), info.ModTime().Unix())
@@ -572,7 +574,7 @@ func listing(library string) (string, error) {
 	return hex.EncodeToString(h.Sum(nil)[:16]), nil
 }
 
-// Inspect says what is linked in a folder, and whether that has changed since.
+// Inspect describes the link in a folder, and says whether what is linked has changed since.
 func Inspect(home string) (Info, error) {
 	home, err := filepath.Abs(home)
 	if err != nil {
@@ -591,8 +593,8 @@ func Inspect(home string) (Info, error) {
 	return l.Info, nil
 }
 
-// Unlink takes a link away, and with contexts the states that were saved, too. It refuses where a
-// folder is no link, and as long as engines of the link run.
+// Unlink removes a link, and with contexts the saved states, too. It refuses if a folder is not a
+// link, or while engines of the link run.
 func Unlink(home string, contexts bool) error {
 	if err := supported(); err != nil {
 		return err
@@ -616,13 +618,13 @@ func Unlink(home string, contexts bool) error {
 	if contexts {
 		folders = append(folders, "contexts")
 	}
-	// That file is the last: without it nothing is known to be a link.
+	// That file goes last: without it the folder no longer counts as a link.
 	for _, name := range append(folders, linkFile) {
 		if err := os.RemoveAll(filepath.Join(home, name)); err != nil {
 			return fmt.Errorf("unlinking: %w", err)
 		}
 	}
-	// Nothing else of ours is in there; a folder with something in it stays.
+	// Nothing else of ours is in there; a folder with other content stays.
 	os.Remove(home)
 	return nil
 }

@@ -17,22 +17,22 @@ import (
 	"time"
 )
 
-// A note's file is named after when and by which process it was written. Under unfinished it is
-// being written.
+// The name of a note's file says when and by which process it was written. It is written in the
+// folder unfinished.
 const (
 	noteSuffix = ".json"
 	unfinished = ".new"
 )
 
-// forgottenAfter is how old a note that was never finished is when it is taken away.
+// forgottenAfter is the age at which an unfinished note is removed.
 const forgottenAfter = time.Minute
 
-// noteLimit bounds what is read of a note, in bytes. One has about 600.
+// noteLimit bounds a note, in bytes. A usual one has about 600.
 const noteLimit = 64 << 10
 
-// writeNote writes the note of an engine that this process is about to become. The file stays open
-// and locked, across exec too, until that engine ends: whether a note's engine lives is seen
-// without its pid, which another namespace does not have. A note can be read from when it is
+// writeNote writes the note of the engine that this process is about to become. The file stays open
+// and locked, across exec too, until that engine ends. So one can see whether the engine lives
+// without its pid, which another namespace does not have. A note can be read as soon as it is
 // complete.
 func writeNote(home string, p Process) (err error) {
 	folder := notesFolder(home)
@@ -45,7 +45,7 @@ func writeNote(home string, p Process) (err error) {
 	}
 	path := filepath.Join(folder, fmt.Sprintf("%d-%d%s", p.Started.UnixNano(), p.PID, noteSuffix))
 	aside := path + unfinished
-	// Not os.OpenFile: its files are closed by exec.
+	// Not os.OpenFile, whose files are closed by exec.
 	fd, err := syscall.Open(aside, syscall.O_RDWR|syscall.O_CREAT|syscall.O_EXCL, 0o600)
 	if err != nil {
 		return &os.PathError{Op: "open", Path: aside, Err: err}
@@ -69,9 +69,9 @@ func writeNote(home string, p Process) (err error) {
 	return os.Rename(aside, path)
 }
 
-// Processes are the engines of a link that live, the one that was started last at the end, and none
-// where there is no link. The notes of those that have ended are taken away. It takes some tens of
-// microseconds, and asks no engine anything.
+// Processes returns the running engines of a link, the most recently started last, or none if there
+// is no link. It removes the notes of engines that have ended. It takes some tens of microseconds,
+// and sends no engine a request.
 func Processes(home string) ([]Process, error) {
 	folder := notesFolder(home)
 	entries, err := os.ReadDir(folder)
@@ -108,20 +108,20 @@ func Processes(home string) ([]Process, error) {
 	return all, nil
 }
 
-// readNote reads the note of an engine, or takes it away if that has ended.
+// readNote reads the note of an engine, or removes it if the engine has ended.
 func readNote(path string) (p Process, alive bool, err error) {
 	f, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return p, false, nil // taken away by another reader
+		return p, false, nil // removed by another reader
 	}
 	if err != nil {
 		return p, false, err
 	}
 	defer f.Close()
-	// A shared lock: readers do not take each other for the engine.
+	// A shared lock, so that readers do not take each other for the engine.
 	switch err := syscall.Flock(int(f.Fd()), syscall.LOCK_SH|syscall.LOCK_NB); {
 	case err == nil:
-		// Another reader may have been faster, and who may only read the folder leaves it.
+		// Another reader may have been faster; a reader without write permission leaves it.
 		os.Remove(path)
 		return p, false, nil
 	case !errors.Is(err, syscall.EWOULDBLOCK):

@@ -1,13 +1,13 @@
 // Package engine knows the engines, llama.cpp's servers, that an Ollama runs.
 //
-// Ollama 0.30 and later start a process of llama-server for each loaded model, from a folder whose
-// place is fixed beside Ollama's own binary, and keep its port for themselves. Link makes a second
-// folder like the installed one, with links to everything in it, in which llama-server is this
-// program. Called by that name (Main) it writes down what it was asked to start, a note, and
-// becomes the installed llama-server, which it also tells where to save its states. Nothing of the
-// installed Ollama is changed, and what Ollama supervises is the engine itself.
+// Ollama 0.30 and later start a process of llama-server for each loaded model, from a folder beside
+// Ollama's own binary, and keep its port to themselves. Link makes a second folder like the
+// installed one, with links to everything in it, in which this program stands in for llama-server.
+// Called by that name (Main), it records what it was asked to start in a note, and becomes the
+// installed llama-server, with a folder for its states. The installed Ollama is not changed, and
+// supervises the engine itself.
 //
-// Processes reads the notes of the engines that live, and Process has the requests that an engine
+// Processes reads the notes of the running engines, and Process has the requests that an engine
 // answers: what its slots hold, and saving and restoring them.
 //
 // The folder of a link, called home here, has
@@ -37,45 +37,47 @@ func notesFolder(home string) string { return filepath.Join(home, "engines") }
 
 // Process is a running engine, as it was started.
 type Process struct {
-	// PID is the engine's process in its own namespace: another container may not see it.
+	// PID is the engine's process in its own namespace, which another container may not see.
 	PID int
 	// Port is where it listens, on Host.
 	Port int
-	// Host is an address to reach it at; "" is 127.0.0.1.
+	// Host is an address at which it can be reached; "" means 127.0.0.1.
 	Host string `json:",omitempty"`
-	// Model is the path of the weights, or of their first part where they have several.
+	// Model is the path of the weights, or of the first part if there are several.
 	Model string
-	// Projector is the path of the model that turns images into tokens, "" for none.
+	// Projector is the path of the model that turns images into tokens, or "".
 	Projector string `json:",omitempty"`
-	// Adapters are the paths of the LoRA adapters, with a scale where one was given.
+	// Adapters are the paths of the LoRA adapters, with a scale if one was given.
 	Adapters []string `json:",omitempty"`
-	// Parallel is how many slots it has (-np); 0 where it was not told.
+	// Parallel is how many slots it has (-np), or 0 if not given.
 	Parallel int
-	// Context is the tokens of all slots together (-c), ContextEach of one; 0 where it was not told.
+	// Context is the tokens of all slots together (-c), ContextEach of one slot; 0 if not given.
 	Context, ContextEach int
-	// KeyType and ValueType are the types of what it holds of each token; "f16" by default.
+	// KeyType and ValueType are the types of its keys and values; "f16" by default.
 	KeyType, ValueType string
-	// SWAFull is whether layers with a sliding window keep all tokens nevertheless, so that a state
+	// SWAFull means that layers with a sliding window keep all tokens nevertheless, so that a state
 	// can be used up to any of its tokens.
 	SWAFull bool
-	// Embeddings is whether it only embeds.
+	// Embeddings means that it only embeds.
 	Embeddings bool
-	// Server is the address that the Ollama which started it listens on, host and port.
+	// Server is the address, host and port, of the Ollama that started it.
 	Server string
-	// Build tells builds of the engine apart.
+	// Build identifies the engine's build.
 	Build string
-	// Version is that of Ollama when it was linked, "" if it told none.
+	// Version is the version of Ollama when it was linked, or "" if unknown.
 	Version string `json:",omitempty"`
 	// SaveFolder is where it saves states, as it sees the file system; see Folder. It is the link's
 	// folder contexts unless it was started with a --slot-save-path: then Elsewhere is true.
 	SaveFolder string
 	Elsewhere  bool `json:",omitempty"`
-	// Decisive is what else of its arguments and environment the format of its states may depend on.
+	// Decisive is everything else in its arguments and environment on which the format of its
+	// states may depend.
 	Decisive []string `json:",omitempty"`
 	// Started is when it was started.
 	Started time.Time
 
-	// folder is the link's folder contexts as this process sees it, "" if it was not read from a note.
+	// folder is the link's folder contexts as this process sees it, or "" if it was not read from a
+	// note.
 	folder string
 }
 
@@ -88,12 +90,12 @@ func (p Process) Folder() string {
 	return p.folder
 }
 
-// Blob is the base name of the weights' file, such as sha256-…, which names weights in Ollama.
+// Blob is the base name of the weights' file, such as sha256-…, which identifies weights in Ollama.
 func (p Process) Blob() string { return filepath.Base(p.Model) }
 
-// Format is a key of everything that the format and the meaning of a saved state depend on: two
-// engines with the same one can restore each other's states. It does not depend on the number of
-// slots or tokens, on the port or on threads; but some models turn positions otherwise in a long
+// Format is a key of everything on which the format and the meaning of a saved state depend: two
+// engines with the same Format can restore each other's states. It does not depend on the number of
+// slots or tokens, on the port or on threads. But some models turn positions differently in a long
 // context than in a short one, and theirs depends on ContextEach.
 func (p Process) Format() string {
 	h := sha256.New()
@@ -112,7 +114,7 @@ func (p Process) Format() string {
 	return hex.EncodeToString(h.Sum(nil)[:16])
 }
 
-// baseName is filepath.Base, but for nothing.
+// baseName is filepath.Base, except that it returns "" for "".
 func baseName(path string) string {
 	if path == "" {
 		return ""
@@ -129,8 +131,8 @@ func (p Process) addr() string {
 	return net.JoinHostPort(host, strconv.Itoa(p.Port))
 }
 
-// Files are the base names of the files that the engine has loaded: the weights', the projector's and
-// the adapters'.
+// Files are the base names of the files that the engine has loaded: the weights', the projector's
+// and the adapters'.
 func (p Process) Files() []string {
 	files := []string{p.Blob()}
 	if p.Projector != "" {
@@ -142,15 +144,15 @@ func (p Process) Files() []string {
 	return files
 }
 
-// typeBytes is how many bytes a number takes in each type of a cache: whole ones, and blocks of 32 with
-// a scale or more (llama.cpp, ggml-common.h).
+// typeBytes is how many bytes a number takes in each type of a cache: whole numbers, and blocks of
+// 32 with a scale or more (llama.cpp, ggml-common.h).
 var typeBytes = map[string]float64{
 	"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34. / 32, "q5_1": 24. / 32, "q5_0": 22. / 32,
 	"q4_1": 20. / 32, "q4_0": 18. / 32, "iq4_nl": 18. / 32,
 }
 
-// ValueBytes is how many bytes a number takes in the cache, keys and values on average; of types that
-// are not known as in f16.
+// ValueBytes is how many bytes a number takes in the cache, averaged over keys and values. Unknown
+// types count as f16.
 func (p Process) ValueBytes() float64 {
 	return (cmp.Or(typeBytes[p.KeyType], 2) + cmp.Or(typeBytes[p.ValueType], 2)) / 2
 }

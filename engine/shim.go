@@ -12,8 +12,9 @@ import (
 )
 
 // Main is the program under the name llama-server, called with os.Args. It becomes the installed
-// llama-server and does not return unless there is none; then it returns an exit status. Whatever
-// else goes wrong costs the stored contexts, which a line on stderr says, and not the answer.
+// llama-server and does not return unless there is none; then it returns an exit status. Anything
+// else that goes wrong costs only the stored contexts, which a line on stderr reports, and not the
+// answer.
 func Main(args []string) int {
 	home, err := homeOf(args[0])
 	if err != nil {
@@ -21,7 +22,7 @@ func Main(args []string) int {
 		return 1
 	}
 	original, rest := filepath.Join(home, originalEngine), args[1:]
-	// What is linked is a path that leads to it, so that even a damaged link.json does no harm.
+	// A path leads to the engine, so that even a damaged link.json does no harm.
 	original, err = filepath.EvalSymlinks(original)
 	if err != nil {
 		complain("the installed llama-server is not there any more: %v; "+
@@ -44,8 +45,8 @@ func complain(format string, args ...any) {
 	fmt.Fprintf(os.Stderr, "ollama-cacheproxy: "+format+"\n", args...)
 }
 
-// homeOf is the link's folder, by the name under which this program was called: it is
-// lib/ollama/llama-server in there.
+// homeOf returns the link's folder, from the name under which this program was called: it is
+// lib/ollama/llama-server in that folder.
 func homeOf(name string) (string, error) {
 	if !filepath.IsAbs(name) {
 		exe, err := os.Executable()
@@ -58,7 +59,7 @@ func homeOf(name string) (string, error) {
 }
 
 // prepare writes the note of the engine that is started with args, and returns the arguments that
-// it is to have.
+// it should get.
 func prepare(home string, args []string) (more []string, err error) {
 	defer func() {
 		if bug := recover(); bug != nil {
@@ -82,7 +83,7 @@ func prepare(home string, args []string) (more []string, err error) {
 		if err := usable(folder); err != nil {
 			return nil, err
 		}
-		// The slash is what the engine itself would add.
+		// The engine itself would add the slash.
 		p.SaveFolder = folder
 		added = append(added, "--slot-save-path", folder+string(filepath.Separator))
 	}
@@ -102,13 +103,13 @@ func prepare(home string, args []string) (more []string, err error) {
 	if err := writeNote(home, p); err != nil {
 		return nil, err
 	}
-	// States hold what people wrote.
+	// States contain what people wrote.
 	syscall.Umask(0o077)
 	return append(append([]string{}, args...), added...), nil
 }
 
-// usable makes sure that a folder is there and can be written: the engine does not start where it
-// is not.
+// usable makes sure that a folder exists and can be written, since otherwise the engine does not
+// start.
 func usable(folder string) error {
 	if err := os.MkdirAll(folder, 0o700); err != nil {
 		return err

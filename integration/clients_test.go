@@ -57,6 +57,7 @@ func clients() []client {
 func TestClients(t *testing.T) {
 	for _, version := range realollama.Distinct() {
 		t.Run(version, func(t *testing.T) {
+			t.Parallel() // most of the time somebody waits
 			server := realollama.Start(t, realollama.Config{
 				Version: version,
 				Models:  []string{"smollm2", "gen-llama-tiny", "gen-llama-embed"},

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -98,11 +99,15 @@ func post(t testing.TB, url, body string) (int, string, string) {
 	return do(t, http.MethodPost, url, body)
 }
 
-func do(t testing.TB, method, url, body string) (int, string, string) {
+// do sends a request with more headers, each a name and a value.
+func do(t testing.TB, method, url, body string, header ...string) (int, string, string) {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), method, url, strings.NewReader(body))
 	if err != nil {
 		t.Fatal(err)
+	}
+	for pair := range slices.Chunk(header, 2) {
+		req.Header.Set(pair[0], pair[1])
 	}
 	res, err := http.DefaultClient.Do(req)
 	if err != nil {

@@ -87,6 +87,7 @@ func TestHeartbeat(t *testing.T) {
 	for name, n := range map[string]int{"heartbeat.py": 8, "heartbeat.mjs": 4} {
 		for _, flags := range [][]string{{"--heartbeat", "1s"}, nil} {
 			t.Run(fmt.Sprint(name, flags), func(t *testing.T) {
+				t.Parallel() // most of the time the clients wait
 				hold := make(chan struct{})
 				p := startProxy(t, gate(t, server, hold).URL, append(flags, "--slots", "1")...)
 				first := make(chan int, 1)

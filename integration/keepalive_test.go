@@ -102,6 +102,7 @@ func TestKeepAliveV1(t *testing.T) {
 	const other = "gen-llama-tiny-b"
 	for _, version := range realollama.Distinct() {
 		t.Run(version, func(t *testing.T) {
+			t.Parallel() // most of the time it waits for what Ollama does after a while
 			server := realollama.Start(t, realollama.Config{Version: version, Models: []string{tiny, other}, KeepAlive: "10s"})
 			p := startProxy(t, server.URL())
 			touches := func() float64 { return p.Metric(t, "ollama_cacheproxy_keep_alive_touches_total{") }

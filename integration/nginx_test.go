@@ -55,35 +55,38 @@ func findNginx(ctx context.Context) (string, error) {
 			return path, nil
 		}
 	}
-	missing := func(err error) (string, error) {
+	dir, err := debian(ctx, "nginx", "2 MB on disk", "usr/sbin/nginx -v")
+	if err != nil {
 		return "", fmt.Errorf("nginx is needed, in PATH or as the variable NGINX names it; install it"+
 			" (Debian: apt-get install nginx): %w", err)
 	}
+	return filepath.Join(dir, "usr", "sbin", "nginx"), nil
+}
+
+// debian unpacks one of Debian's packages into the cache, where check must succeed, and returns the
+// folder.
+func debian(ctx context.Context, name, size, check string) (dir string, err error) {
 	if _, err := exec.LookPath("apt-get"); err != nil {
-		return missing(err)
+		return "", err
 	}
 	cache, err := realollama.OpenCache(os.Stderr)
 	if err != nil {
-		return missing(err)
+		return "", err
 	}
-	dir, err := cache.Ensure(ctx, realollama.Made{
-		Name: "nginx", Inputs: []string{"1"}, Announce: "unpacking Debian's nginx (2 MB on disk)",
+	return cache.Ensure(ctx, realollama.Made{
+		Name: name, Inputs: []string{"1"}, Announce: fmt.Sprintf("unpacking Debian's %s (%s)", name, size),
 		Make: func(_ context.Context, result string, run func(string, ...string) error) error {
-			if err := run(result, "apt-get", "download", "nginx"); err != nil {
+			if err := run(result, "apt-get", "download", name); err != nil {
 				// The lists of packages are old, or none. Who is not root cannot have new ones.
-				err := errors.Join(run("", "apt-get", "update"), run(result, "apt-get", "download", "nginx"))
+				err := errors.Join(run("", "apt-get", "update"), run(result, "apt-get", "download", name))
 				if err != nil {
 					return err
 				}
 			}
 			return run(result, "sh", "-c",
-				"dpkg-deb --extract nginx_*.deb . && rm nginx_*.deb && usr/sbin/nginx -v")
+				fmt.Sprintf("dpkg-deb --extract %[1]s_*.deb . && rm %[1]s_*.deb && %s", name, check))
 		},
 	})
-	if err != nil {
-		return missing(err)
-	}
-	return filepath.Join(dir, "usr", "sbin", "nginx"), nil
 }
 
 // startNginx runs nginx in front of a server until the test ends, and returns its address.

@@ -67,6 +67,7 @@ func (p *proxyProcess) warm(t testing.TB, server *realollama.Server, what, body 
 func TestPrewarm(t *testing.T) {
 	for _, version := range realollama.Distinct() {
 		t.Run(version, func(t *testing.T) {
+			t.Parallel() // most of the time the proxy waits until nobody asks
 			server := realollama.Start(t, realollama.Config{
 				Version: version, Models: []string{warmModel}, Parallel: 3,
 			})

@@ -67,6 +67,7 @@ func TestOllamaSuite(t *testing.T) {
 			continue // not asked for
 		}
 		t.Run(s.version, func(t *testing.T) {
+			t.Parallel() // most of the time somebody waits
 			program, dir := s.build(t)
 
 			server := s.server(t)

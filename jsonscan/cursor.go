@@ -2,7 +2,7 @@ package jsonscan
 
 import "bytes"
 
-// Cursor walks a text that NewObject's iteration has found valid, without checking it a second time:
+// Cursor walks a text that an Object's iteration has found valid, without checking it again:
 //
 //	c := jsonscan.NewCursor(text, 0)
 //	for c.Enter(); c.More(); {
@@ -12,8 +12,9 @@ import "bytes"
 //		}
 //	}
 //
-// Exactly one of Value, or Enter with More until it is false, must follow each More (and Key, in an object). On an
-// invalid text what it returns has no meaning, but it ends and stays within the text.
+// Exactly one of Value, or Enter with More until it is false, must follow each More (and Key, in an
+// object). On an invalid text what it returns has no meaning, but it ends and stays within the
+// text.
 type Cursor struct {
 	text []byte
 	pos  int
@@ -26,10 +27,15 @@ func NewCursor(text []byte, pos int) Cursor {
 	return Cursor{text: text, pos: skipSpace(text, pos)}
 }
 
-// Know tells the cursor of a long string in its text, from Object.Long: to find its end once more would take a while.
+// Know gives the cursor a long string of its text, from Object.Long, since finding its end again
+// would take a while.
 func (c *Cursor) Know(long []byte) { c.long = long }
 
-// Kind returns the value's first byte, by which its type is known: one of { [ " t f n - 0…9. 0 at the text's end.
+// Pos returns the offset of what comes next: of the value that Value returns, or of the key that Key returns.
+func (c *Cursor) Pos() int { return c.pos }
+
+// Kind returns the value's first byte, which reveals its type: one of { [ " t f n - 0…9, or 0 at
+// the end of the text.
 func (c *Cursor) Kind() byte {
 	if c.pos >= len(c.text) {
 		return 0
@@ -37,11 +43,11 @@ func (c *Cursor) Kind() byte {
 	return c.text[c.pos]
 }
 
-// Enter goes into the array or object.
+// Enter steps into the array or object.
 func (c *Cursor) Enter() { c.pos++ }
 
-// More goes to the next element, or the next member's key. false: there is none, and the cursor is past the end of the
-// array or object.
+// More steps to the next element, or the key of the next member. It returns false if there is none;
+// then the cursor is past the end of the array or object.
 func (c *Cursor) More() bool {
 	p := skipSpace(c.text, c.pos)
 	if p < len(c.text) && c.text[p] == ',' {
@@ -58,7 +64,7 @@ func (c *Cursor) More() bool {
 	return true
 }
 
-// Key returns the member's raw key, quotes included, and goes to its value.
+// Key returns the member's raw key, quotes included, and steps to its value.
 func (c *Cursor) Key() []byte {
 	start := c.pos
 	end := min(stringEnd(c.text, start), len(c.text))
@@ -67,7 +73,7 @@ func (c *Cursor) Key() []byte {
 	return c.text[min(start, end):end]
 }
 
-// Value returns the raw value and goes past it.
+// Value returns the raw value and steps past it.
 func (c *Cursor) Value() []byte {
 	start := c.pos
 	if start >= len(c.text) {
@@ -124,7 +130,7 @@ func compositeEnd(b []byte, p int) int {
 	return len(b)
 }
 
-// Name returns the key between its quotes where it is written plainly, without escapes: nil otherwise.
+// Name returns the key without its quotes if it is written without escapes, otherwise nil.
 func Name(raw []byte) []byte {
 	if len(raw) < 2 || bytes.IndexByte(raw, '\\') >= 0 {
 		return nil

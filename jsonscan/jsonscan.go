@@ -1,11 +1,11 @@
-// Package jsonscan walks JSON text in place: it finds the members of an object and where their values
-// begin and end, and allocates nothing on the way.
+// Package jsonscan walks JSON text in place: it finds the members of an object and where their
+// values begin and end, without allocating.
 //
-// It accepts exactly what encoding/json's Decoder accepts as its first value (the fuzz tests compare the
-// two), so that what is found here is what an Ollama server will find, with one exception made for speed: of a string
-// longer than 64 KiB only the first part is checked for control characters and unknown escapes. Text after the first
-// value is not looked at, because the Decoder does not look at it either. It does not decode values into Go types,
-// with the exception of strings (Unquote).
+// It accepts exactly what encoding/json's Decoder accepts as its first value (the fuzz tests
+// compare the two), so it finds what an Ollama server will find. There is one exception, for speed:
+// of a string longer than 64 KiB only the first part is checked for control characters and unknown
+// escapes. Text after the first value is ignored, as the Decoder ignores it. Except for strings
+// (Unquote), it does not decode values into Go types.
 package jsonscan
 
 import (
@@ -15,10 +15,10 @@ import (
 	"errors"
 )
 
-// ErrSyntax says that the text is not what encoding/json would accept.
+// ErrSyntax means that encoding/json would not accept the text.
 var ErrSyntax = errors.New("invalid JSON")
 
-// ErrNotObject says that the first value is not an object.
+// ErrNotObject means that the first value is not an object.
 var ErrNotObject = errors.New("not a JSON object")
 
 // maxDepth is encoding/json's limit on nested arrays and objects.
@@ -38,7 +38,7 @@ type Member struct {
 //	for m, ok := o.Next(); ok; m, ok = o.Next() { … }
 //	if err := o.Err(); err != nil { … }
 //
-// Only when Next has returned false and Err is nil is the whole object known to be valid.
+// The whole object is valid only if Next has returned false and Err returns nil.
 type Object struct {
 	scanner
 	pos  int
@@ -48,7 +48,7 @@ type Object struct {
 	done bool
 }
 
-// NewObject starts at the first value of text. Err tells if it is not an object.
+// NewObject starts at the first value of text. If that is not an object, Err says so.
 func NewObject(text []byte) Object {
 	o := Object{scanner: scanner{text: text}}
 	o.pos = skipSpace(text, 0)
@@ -68,7 +68,8 @@ func NewObject(text []byte) Object {
 // Open returns the offset just past the opening brace.
 func (o *Object) Open() int { return o.open }
 
-// End returns the offset just past the closing brace, once Next has returned false without an error.
+// End returns the offset just past the closing brace, once Next has returned false without an
+// error.
 func (o *Object) End() int { return o.pos }
 
 // Len returns how many members Next has returned.
@@ -77,7 +78,7 @@ func (o *Object) Len() int { return o.n }
 // Err returns ErrSyntax, ErrNotObject or nil.
 func (o *Object) Err() error { return o.err }
 
-// Next returns the next member; false at the object's end or at an error.
+// Next returns the next member, or false at the object's end or at an error.
 func (o *Object) Next() (Member, bool) {
 	if o.err != nil || o.done {
 		return Member{}, false
@@ -112,11 +113,11 @@ func (o *Object) fail() (Member, bool) {
 	return Member{}, false
 }
 
-// KeyIs reports whether encoding/json would store the member with this raw key (quotes included) into a
-// field called name: it folds case, by Unicode's simple folding, and reads escapes.
+// KeyIs reports whether encoding/json would store the member with this raw key (quotes included) in
+// a field called name: it folds case, by Unicode's simple folding, and reads escapes.
 func KeyIs(raw, name []byte) bool {
 	if len(raw) < 2 {
-		return false // of an invalid text
+		return false // the text is invalid
 	}
 	inner := raw[1 : len(raw)-1]
 	if bytes.IndexByte(inner, '\\') < 0 {
@@ -126,7 +127,8 @@ func KeyIs(raw, name []byte) bool {
 	return ok && bytes.EqualFold([]byte(s), name)
 }
 
-// Unquote decodes a raw string (quotes included) as encoding/json does; false where it is not a string.
+// Unquote decodes a raw string (quotes included) as encoding/json does. It returns false if it is
+// not a string.
 func Unquote(raw []byte) (string, bool) {
 	if len(raw) < 2 || raw[0] != '"' {
 		return "", false
@@ -149,10 +151,12 @@ func plainASCII(s []byte) bool {
 	return true
 }
 
-// Long returns the last string of more than 64 KiB that was read, for Cursor.Know; nil if there was none.
+// Long returns the last string longer than 64 KiB that was read, for Cursor.Know, or nil if there
+// was none.
 func (o *Object) Long() []byte { return o.long }
 
-// scanner reads a text. Its methods, and the functions below, return the offset just past what they read, or -1.
+// scanner reads a text. Its methods, and the functions below, return the offset just past what they
+// read, or -1.
 type scanner struct {
 	text []byte
 	long []byte // the last long string
@@ -293,16 +297,18 @@ func skipDigits(b []byte, p int) int {
 }
 
 const (
-	// window is how many bytes of a string are searched at a time: they stay in the processor's first cache while they
-	// are searched for a quote, for backslashes and for control characters.
+	// window is how many bytes of a string are searched at a time: few enough to stay in the
+	// processor's first cache while they are searched for a quote, for backslashes and for control
+	// characters.
 	window = 8 << 10
-	// checked is how many bytes of a string are searched for more than its end. Finding each escape of a megabyte of
-	// text takes five times as long as finding its end.
+	// checked is how many bytes of a string are checked. Finding each escape in a megabyte of text
+	// takes five times as long as finding its end.
 	checked = 64 << 10
 )
 
-// skipString reads the string whose opening quote is at p. Quotes and backslashes are found by bytes.IndexByte, which
-// uses the processor's vector instructions; control characters a word at a time.
+// skipString reads the string whose opening quote is at p. Quotes and backslashes are found by
+// bytes.IndexByte, which uses the processor's vector instructions; control characters a word at a
+// time.
 func (s *scanner) skipString(p int) int {
 	b, opening := s.text, p
 	p++
@@ -337,8 +343,8 @@ func (s *scanner) skipString(p int) int {
 	return -1
 }
 
-// skipUnchecked finds the end of a string from p on, where no escape is open: the first quote that an even number of
-// backslashes precedes.
+// skipUnchecked finds the end of a string from p on, where no escape is open: the first quote that
+// an even number of backslashes precedes.
 func skipUnchecked(b []byte, p int) int {
 	for start := p; ; {
 		n := bytes.IndexByte(b[p:], '"')
@@ -361,8 +367,9 @@ const (
 	highs = 0x8080808080808080
 )
 
-// hasControl reports whether s has a byte below 0x20. (Bit Twiddling Hacks, "Determine if a word has a byte less than
-// n": the high bit of a byte is set if it was borrowed for and was not set before; the lowest byte marked is right.)
+// hasControl reports whether s has a byte below 0x20. (Bit Twiddling Hacks, "Determine if a word
+// has a byte less than n": the high bit of a byte is set if it was borrowed for and was not set
+// before; the lowest byte marked is right.)
 func hasControl(s []byte) bool {
 	for ; len(s) >= 32; s = s[32:] {
 		x0, x1 := binary.LittleEndian.Uint64(s), binary.LittleEndian.Uint64(s[8:])

@@ -146,7 +146,8 @@ func TestStringAcrossWindows(t *testing.T) {
 	}
 }
 
-// Of a long string the end is found, whatever stands before it; its first 64 KiB are checked, the rest is not.
+// Of a long string the end is found, whatever stands before it; its first 64 KiB are checked, the
+// rest is not.
 func TestLongString(t *testing.T) {
 	for d := -8; d <= 8; d++ {
 		fill := strings.Repeat("a", checked+d)
@@ -175,7 +176,8 @@ func TestLongString(t *testing.T) {
 	}
 }
 
-// FuzzObject: the same texts are accepted as by encoding/json's Decoder, and the members are the same.
+// FuzzObject: the same texts are accepted as by encoding/json's Decoder, and the members are the
+// same.
 func FuzzObject(f *testing.F) {
 	for _, s := range []string{
 		`{}`, `{"model":"m","keep_alive":"5m"} junk`, `{"a":{"b":[1,2,{"c":null}]},"d":"\u00e9\n"}`,

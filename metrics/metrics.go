@@ -42,11 +42,15 @@ type Metrics struct {
 	bytesOut  *prometheus.CounterVec
 	keepAlive *prometheus.CounterVec
 	unedited  *prometheus.CounterVec
+	numCtx    *prometheus.CounterVec
+	heads     *prometheus.CounterVec
 	touches   *prometheus.CounterVec
 	up        *prometheus.GaugeVec
 	info      *prometheus.GaugeVec
 	simulated *prometheus.GaugeVec
 	loaded    *prometheus.GaugeVec
+	loadedGPU *prometheus.GaugeVec
+	refused   *prometheus.CounterVec
 
 	tokens          *prometheus.CounterVec
 	estimatedTokens *prometheus.CounterVec
@@ -61,6 +65,7 @@ type Metrics struct {
 	waited          *prometheus.HistogramVec
 	keyRequests     *prometheus.CounterVec
 	keyTokens       *prometheus.CounterVec
+	generated       *prometheus.CounterVec
 
 	mu     sync.RWMutex
 	models map[string]string // label by upstream.ModelKey; guarded by mu
@@ -99,14 +104,19 @@ func New(version string, inFlight func() int64) *Metrics {
 	m.bytesOut = counter("response_bytes_total", "Bytes of response bodies.", "endpoint")
 	m.keepAlive = counter("keep_alive_total", "Requests that can carry keep_alive, by what was done: injected (the client gave none), held (it gave none, and the model is held already), spared (it gave none, and another request may wait for the model to make room), kept (the client's own), raised (it was shorter), forced.", "action")
 	m.unedited = counter("unedited_total", "Request bodies that could not be read: too_large, encoded or not_json.", "reason")
+	m.numCtx = counter("num_ctx_total", "Native requests to models with a --num-ctx-policy, by what was done about their num_ctx: pinned (to the loaded one), raised (to the largest one), kept, unknown (the client states none, and the server's default is not known).", "action")
+	m.heads = counter("stable_heads_edits_total", "Edits of prompts that --stable-heads made, by rule.", "rule")
 	m.touches = counter("keep_alive_touches_total", "Requests of the proxy's own that set keep_alive for models used through /v1, by result.", "model", "result")
 	m.up = gauge("upstream_up", "1 if the upstream answered the last poll.", "upstream")
 	m.info = gauge("upstream_info", "1, with the upstream's version.", "upstream", "version")
 	m.simulated = gauge("upstream_simulated", "1 if the upstream says that it is simulated: its answers and figures are made up.", "upstream")
+	m.refused = counter("refused_requests_total", "Requests that the proxy refused, by the status that it answered.", "status")
+	m.loadedGPU = gauge("upstream_loaded_gpu_bytes", "How much of the memory of each loaded model is a GPU's.", "upstream", "model")
 	m.loaded = gauge("upstream_loaded_bytes", "Memory of each loaded model, as the upstream's /api/ps told at the last poll.", "upstream", "model")
 
 	m.tokens = counter("prompt_tokens_total", "Prompt tokens, by what became of them: reused or evaluated, as the server told (Ollama 0.34 and later), or unknown.", "model", "kind")
 	m.estimatedTokens = counter("estimated_prompt_tokens_total", "Prompt tokens of requests whose server does not tell what it reused: an estimate of what was reused and evaluated.", "model", "kind")
+	m.generated = counter("generated_tokens_total", "Tokens that were generated, as answers told.", "model")
 	m.warm = counter("prompts_total", "Prompts by how warm they were: hit (at least half was reused), partial (at least a tenth), cold; as the server told; or unknown.", "model", "verdict")
 	m.estimatedWarm = counter("estimated_prompts_total", "Prompts whose server does not tell what it reused, by how warm they were: an estimate.", "model", "verdict")
 	m.cold = counter("estimated_cold_prompts_total", "Prompts that were not a hit, by the reason that the proxy infers.", "model", "reason")
@@ -124,11 +134,35 @@ func New(version string, inFlight func() int64) *Metrics {
 	build := gauge("build_info", "1, with the proxy's version.", "version", "goversion")
 	build.WithLabelValues(version, runtime.Version()).Set(1)
 	m.gauge("in_flight", "Requests being served.", inFlight)
+	m.begin()
 	m.registry.MustRegister(
 		collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 	)
 	return m
+}
+
+// begin has series at 0 whose values are known beforehand: Prometheus sees no increase in a counter
+// that appears with 1, so that no alert would notice the first event.
+func (m *Metrics) begin() {
+	for _, status := range []int{
+		http.StatusUnauthorized, http.StatusForbidden, http.StatusRequestTimeout,
+		http.StatusTooManyRequests, http.StatusServiceUnavailable, http.StatusLoopDetected,
+	} {
+		m.refused.WithLabelValues(strconv.Itoa(status))
+	}
+	for _, reason := range []string{proxy.RetryUnreachable, proxy.RetryBusy, proxy.RetryAbsent} {
+		m.retries.WithLabelValues(reason)
+	}
+	for _, reason := range []string{proxy.UneditedTooLarge, proxy.UneditedEncoded, proxy.UneditedNotJSON} {
+		m.unedited.WithLabelValues(reason)
+	}
+	for _, result := range []string{
+		proxy.PrewarmEvaluated, proxy.PrewarmAttached, proxy.PrewarmWarm,
+		proxy.PrewarmGivenUp, proxy.PrewarmRefused, proxy.PrewarmFailed,
+	} {
+		m.prewarm.WithLabelValues(result)
+	}
 }
 
 // Handler serves the registry.
@@ -148,6 +182,9 @@ func (m *Metrics) Done(ex proxy.Exchange) {
 	if ex.Upstream != "" {
 		m.sent.WithLabelValues(ex.Upstream, string(ex.Outcome)).Inc()
 	}
+	if ex.Outcome == proxy.Refused {
+		m.refused.WithLabelValues(strconv.Itoa(ex.Status)).Inc()
+	}
 	for _, reason := range ex.Retries {
 		m.retries.WithLabelValues(reason).Inc()
 	}
@@ -161,6 +198,12 @@ func (m *Metrics) Done(ex proxy.Exchange) {
 	}
 	if ex.Unedited != "" {
 		m.unedited.WithLabelValues(ex.Unedited).Inc()
+	}
+	if ex.NumCtx != "" {
+		m.numCtx.WithLabelValues(ex.NumCtx).Inc()
+	}
+	for _, done := range ex.Heads {
+		m.heads.WithLabelValues(done.Rule).Add(float64(done.Edits))
 	}
 	if ex.Priority != "" {
 		m.waited.WithLabelValues(ex.Priority).Observe(ex.Waited.Seconds())
@@ -219,15 +262,18 @@ func (m *Metrics) account(model string, e *savings.Entry) {
 	if e.Reason != "" {
 		m.cold.WithLabelValues(model, string(e.Reason)).Inc()
 	}
+	loads, estimatedLoads, truncated := m.loads.WithLabelValues(model),
+		m.estimatedLoads.WithLabelValues(model), m.truncated.WithLabelValues(model) // at 0 from the model's first request on
 	switch {
 	case e.Loaded && e.Load > 0:
-		m.loads.WithLabelValues(model).Inc()
+		loads.Inc()
 	case e.Loaded:
-		m.estimatedLoads.WithLabelValues(model).Inc()
+		estimatedLoads.Inc()
 	}
 	if e.Truncated {
-		m.truncated.WithLabelValues(model).Inc()
+		truncated.Inc()
 	}
+	m.generated.WithLabelValues(model).Add(float64(e.Generated))
 	m.saved.WithLabelValues(model, "evaluation").Add(max(0, e.SavedEvaluation.Seconds()))
 	m.saved.WithLabelValues(model, "loading").Add(max(0, e.SavedLoading.Seconds()))
 }
@@ -345,8 +391,11 @@ var failed = prometheus.NewDesc(namespace+"_contexts_failed_total",
 func (f failures) Describe(ch chan<- *prometheus.Desc) { ch <- failed }
 
 func (f failures) Collect(ch chan<- prometheus.Metric) {
-	for reason, n := range f.counts().Failed {
-		ch <- prometheus.MustNewConstMetric(failed, prometheus.CounterValue, float64(n), reason)
+	counts := f.counts().Failed
+	for _, reason := range []string{
+		contexts.FailedSave, contexts.FailedAttach, contexts.FailedUnused, contexts.FailedChanged,
+	} {
+		ch <- prometheus.MustNewConstMetric(failed, prometheus.CounterValue, float64(counts[reason]), reason)
 	}
 }
 
@@ -387,6 +436,11 @@ func (m *Metrics) Polled(name string, st upstream.State) {
 		up = 1
 	}
 	m.up.WithLabelValues(name).Set(up)
+	for _, outcome := range []proxy.Outcome{
+		proxy.OK, proxy.ClientError, proxy.UpstreamError, proxy.Unreachable, proxy.Aborted,
+	} {
+		m.sent.WithLabelValues(name, string(outcome))
+	}
 	m.simulated.DeleteLabelValues(name)
 	if st.Simulated {
 		m.simulated.WithLabelValues(name).Set(1)
@@ -399,7 +453,9 @@ func (m *Metrics) Polled(name string, st upstream.State) {
 		m.model(model, true)
 	}
 	m.loaded.DeletePartialMatch(prometheus.Labels{"upstream": name})
+	m.loadedGPU.DeletePartialMatch(prometheus.Labels{"upstream": name})
 	for _, l := range st.Loaded {
+		m.loadedGPU.WithLabelValues(name, m.model(l.Name, true)).Set(float64(l.SizeVRAM))
 		m.loaded.WithLabelValues(name, m.model(l.Name, true)).Set(float64(l.Size))
 	}
 }

@@ -7,25 +7,27 @@ import (
 	"time"
 )
 
-// Clock is the time that a Server lives in. Real and Virtual are the two that there are.
+// Clock is the time that a Server lives in: Real or Virtual.
 type Clock interface {
 	Now() time.Time
-	// AfterFunc calls f when d has passed, in any goroutine. stop prevents that and reports whether it did.
+	// AfterFunc calls f when d has passed, in any goroutine. stop prevents that and reports whether
+	// it did.
 	AfterFunc(d time.Duration, f func()) (stop func() bool)
-	// Wait says that a request waits for the clock from now on, and Resume that it does not any more. Whoever wakes it
-	// calls Resume, before it runs: time must not go on in between.
+	// Wait says that a request waits for the clock from now on, and Resume that it no longer does.
+	// Whoever wakes it calls Resume before it runs: time must not advance in between.
 	Wait()
 	Resume()
 }
 
-// Real is the time of this machine, or one that runs faster. In a testing/synctest bubble it is the bubble's time.
+// Real is the time of this machine, or a faster one. In a testing/synctest bubble it is the
+// bubble's time.
 type Real struct {
 	start time.Time
 	speed float64
 }
 
-// NewReal returns a clock that runs speed times as fast as time does. A request costs the machine some 100 µs, whatever
-// the clock shows meanwhile: for more than about 100 use Virtual.
+// NewReal returns a clock that runs speed times as fast as real time. A request costs the machine
+// some 100 µs, whatever the clock shows meanwhile: for a speed above about 100 use Virtual.
 func NewReal(speed float64) *Real { return &Real{start: time.Now(), speed: speed} }
 
 // Now implements Clock.
@@ -44,28 +46,32 @@ func (c *Real) Wait() {}
 // Resume implements Clock. It does nothing.
 func (c *Real) Resume() {}
 
-// Virtual is a clock for many servers and many clients in one program, in which hours pass in seconds. It stands still while
-// somebody works, and when everybody waits for it, it jumps to the next event. Those who may work are participants:
-// whoever sends requests one after the other (a goroutine with two requests at once is two). A participant waits while a
-// Server serves its request, and in Sleep.
+// Virtual is a clock for many servers and clients in one program, in which hours pass in seconds.
+// It stands still while somebody works, and jumps to the next event when everybody waits for it.
+// Those who may work are participants: whoever sends requests one after the other (a goroutine with
+// two requests at once is two). A participant waits while a Server serves its request, and in
+// Sleep.
 //
-// Limits. What stands between participants and servers may only pass requests on: what it does by timers of its own
-// happens in real time, and if it lets requests wait, Parked must tell how many. Requests from others than participants
-// count as participants' while they wait in a server, and time may then move a little before a participant is done. With
-// a stream, time goes on while the pieces are on their way: the times to measure with are those in the answer's last line.
-// None of this holds in a testing/synctest bubble with in-memory connections (Listen) and a Real clock, where the runtime
-// knows who waits: use that where a test can be used.
+// Limits. What is between participants and servers may only pass requests on: what it does by its
+// own timers happens in real time, and if it lets requests wait, Parked must return how many.
+// Requests from others than participants count as participants' while they wait in a server, and
+// time may then advance a little before a participant is done. During a stream, time advances while
+// the pieces are on their way: measure with the times in the answer's last line. None of this
+// applies in a testing/synctest bubble with in-memory connections (Listen) and a Real clock, where
+// the runtime knows who waits: use that where a test can be used.
 type Virtual struct {
-	// Parked tells how many of the participants' requests wait outside of the servers until another request has been
-	// served, as in a proxy's queue; nil: none. It must not count a request that is on its way.
+	// Parked, if non-nil, returns how many of the participants' requests wait outside of the
+	// servers until another request has been served, as in a proxy's queue. It must not count a
+	// request that is on its way.
 	Parked func() int
-	// Patience is for how long, in real time, nothing may happen until the clock goes on although a participant does not
-	// wait, since it may be held up by what nobody told the clock; 0: for ever. Forced counts how often that was so.
+	// Patience is how long, in real time, nothing may happen before the clock advances although a
+	// participant does not wait, since it may be held up by something that the clock does not know
+	// of; 0: for ever. Forced counts how often that was so.
 	Patience time.Duration
 
 	kick chan struct{} // something changed; holds one
 
-	mu      sync.Mutex // guards all below
+	mu      sync.Mutex // guards everything below
 	now     time.Time
 	events  events
 	last    uint64 // number of the last event added
@@ -85,8 +91,8 @@ func NewVirtual(start time.Time) *Virtual {
 // event is a call of f at a time.
 type event struct {
 	at    time.Time
-	seq   uint64 // events of the same time happen in the order in which they were added
-	index int    // in the heap; -1 when it is not there any more
+	seq   uint64 // events at the same time happen in the order in which they were added
+	index int    // in the heap; -1 when it has left it
 	f     func()
 }
 
@@ -167,14 +173,15 @@ func (v *Virtual) changed() {
 	}
 }
 
-// Forced returns how often the clock went on out of Patience.
+// Forced returns how often the clock advanced because of Patience.
 func (v *Virtual) Forced() int {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	return v.forced
 }
 
-// Sleep lets a participant wait until d has passed. It returns what ended ctx if that came first.
+// Sleep lets a participant wait until d has passed. It returns the cause of ctx's end if that came
+// first.
 func (v *Virtual) Sleep(ctx context.Context, d time.Duration) error {
 	passed := make(chan struct{})
 	v.Wait()
@@ -193,7 +200,7 @@ func (v *Virtual) Sleep(ctx context.Context, d time.Duration) error {
 	return nil
 }
 
-// Run moves the time until ctx ends, and returns what ended it. All events happen in its goroutine.
+// Run advances the time until ctx ends, and returns the cause. All events happen in its goroutine.
 func (v *Virtual) Run(ctx context.Context) error {
 	poll := time.NewTimer(0)
 	defer poll.Stop()
@@ -231,7 +238,7 @@ func (v *Virtual) advance(force bool) (changes int, happened bool) {
 		parked = v.Parked()
 	}
 	v.mu.Lock()
-	// A request that was parked and reached a server meanwhile would count twice.
+	// A request that was parked and has reached a server meanwhile would count twice.
 	if len(v.events) == 0 || v.changes != before || v.waiting+parked < v.joined && !force {
 		defer v.mu.Unlock()
 		return before, false

@@ -124,7 +124,8 @@ func TestVirtualPatience(t *testing.T) {
 	}
 }
 
-// TestVirtualServers has clients of two servers over loopback, with pauses in which the models expire.
+// TestVirtualServers has clients of two servers over loopback, with pauses in which the models
+// expire.
 func TestVirtualServers(t *testing.T) {
 	v := NewVirtual(epoch)
 	var servers []*Server
@@ -168,7 +169,8 @@ func TestVirtualServers(t *testing.T) {
 			t.Errorf("%+v, want %d loads and %d tokens", st, rounds, want)
 		}
 	}
-	// Each round loads for 5 s, evaluates 2,000 tokens for two slots and then 20 at a time, and makes 16 tokens ten times at 20 ms.
+	// Each round loads for 5 s, evaluates 2,000 tokens for two slots and then 20 at a time, and
+	// makes 16 tokens ten times at 20 ms.
 	if got := v.Now().Sub(epoch); got < rounds*(6*time.Minute+10*time.Second) || got > rounds*(6*time.Minute+14*time.Second) || v.Forced() > 0 {
 		t.Errorf("%v passed, forced %d times", got, v.Forced())
 	}

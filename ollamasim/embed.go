@@ -25,7 +25,8 @@ func (s *Server) embed(w http.ResponseWriter, r *http.Request) {
 	writeBody(w, http.StatusOK, answer)
 }
 
-// embedding makes embeddings. The texts of one request are evaluated one after the other, and nothing of them is reused.
+// embedding computes embeddings. The texts of a request are evaluated one after the other, and
+// nothing of them is reused.
 func (s *Server) embedding(r *http.Request, in *api.EmbedRequest) (*api.EmbedResponse, int, error) {
 	texts, err := inputs(in.Input)
 	if err != nil {
@@ -66,7 +67,7 @@ func (s *Server) embedding(r *http.Request, in *api.EmbedRequest) (*api.EmbedRes
 	return out, http.StatusOK, nil
 }
 
-// inputs returns the texts of a request: one, or a list of them.
+// inputs returns the texts of a request: one, or a list.
 func inputs(in any) (texts []string, err error) {
 	list, ok := in.([]any)
 	if !ok && in != nil && in != "" {

@@ -7,24 +7,25 @@ import (
 	"github.com/ollama/ollama/api"
 )
 
-// engine is what a runner computes with: its slots, who waits for one, and the batch that is being computed. All slots share
-// the batches. A batch has the next token of each answer, and as many tokens of prompts as fit; it takes their time at
-// PromptRate, and that of one token at AnswerRate if there are answers in it. What comes meanwhile is looked at between
-// batches. Batches with nothing but answers are computed many at a time, until something happens.
+// engine is what a runner computes with: its slots, the requests that wait for one, and the batch
+// that is being computed. All slots share the batches. A batch has the next token of each answer,
+// and as many prompt tokens as fit; it takes their time at PromptRate, and that of one token at
+// AnswerRate if there are answers in it. Arrivals are considered between batches. Batches with
+// nothing but answers are computed many at a time, until something happens.
 type engine struct {
 	slots   []*slot
-	granted int        // requests that have a slot, or were let in to get one
+	granted int        // requests that have a slot, or were admitted to get one
 	queue   []*request // the others: first come, first served
-	arrived []*request // let in, not yet in a slot
+	arrived []*request // admitted, not yet in a slot
 	host    hostCache
 	next    int // era A: the slot with which the next batch begins
 
 	computing bool
 	began     time.Time     // of the batch
 	each      time.Duration // how long a batch takes
-	batches   int           // so many alike are computed
+	batches   int           // so many equal ones are computed
 	stop      func() bool   // of the timer for their end
-	number    uint64        // counts timers: one that comes too late is not the present one
+	number    uint64        // of the timer: one that fires too late has another number
 }
 
 // slot is one of a runner's slots.
@@ -39,20 +40,20 @@ type slot struct {
 
 // kept is what a slot or the host cache has of a prompt and its answer.
 type kept struct {
-	tokens []token // not changed once it is here
+	tokens []token // never changed once it is here
 	// low is the first token that layers with a sliding window still have.
 	low         int
 	checkpoints []checkpoint // of those layers, by tokens
 }
 
-// init makes the slots.
+// init creates the slots.
 func (e *engine) init(slots int) {
 	for i := range slots {
 		e.slots = append(e.slots, &slot{index: i})
 	}
 }
 
-// fit cuts a prompt that is longer than the context, and says how long the answer will be.
+// fit cuts a prompt that is longer than the context, and sets the length of the answer.
 func (s *Server) fit(r *request) error {
 	ctx, n := r.runner.options.numCtx, len(r.prompt)
 	if !r.embed {
@@ -65,7 +66,7 @@ func (s *Server) fit(r *request) error {
 			switch {
 			case !r.truncate, s.era != eraA && !r.shift:
 				return errTooLong
-			case s.era != eraA: // half of what is not kept goes, as when an answer outgrows the context
+			case s.era != eraA: // half of what is not kept is dropped, as when an answer outgrows the context
 				limit = ctx - max((ctx-keep)/2, 1)
 			}
 			r.prompt = slices.Concat(r.prompt[:keep], r.prompt[n-(limit-keep):])
@@ -87,7 +88,8 @@ func (s *Server) fit(r *request) error {
 
 var errTooLong = api.StatusError{StatusCode: 400, ErrorMessage: "the prompt is longer than the context length currently available to the model; shorten the prompt, adjust the context length in settings, or use a model with a longer context length"}
 
-// acquire lets a request in as soon as there is a slot for it. It is a semaphore in Ollama: first come, first served.
+// acquire admits a request as soon as there is a slot for it. In Ollama it is a semaphore: first
+// come, first served.
 func (r *runner) acquire(q *request) {
 	if r.granted == len(r.slots) {
 		r.queue = append(r.queue, q)
@@ -98,7 +100,7 @@ func (r *runner) acquire(q *request) {
 	r.pump()
 }
 
-// leave is the end of a request's part in the engine.
+// leave ends a request's part in the engine.
 func (r *runner) leave(q *request) {
 	if i := slices.Index(r.queue, q); i >= 0 {
 		r.queue = slices.Delete(r.queue, i, i+1)
@@ -110,7 +112,7 @@ func (r *runner) leave(q *request) {
 	}
 }
 
-// release lets the next one in.
+// release admits the next request.
 func (r *runner) release() {
 	r.granted--
 	if len(r.queue) > 0 {
@@ -172,10 +174,10 @@ func (r *runner) answering() (n, steps int, streams bool) {
 	return n, steps, streams
 }
 
-// plan says how many tokens of each prompt the next batch has, of room, and returns how many of
-// all.
+// plan sets how many tokens of each prompt the next batch has, within room, and returns the sum.
 func (r *runner) plan(room int) (tokens int) {
-	// Who comes first in llama-server's batches is who has the lower slot, and before that whoever had no room in the last one.
+	// In llama-server's batches, the lower slot comes first; before that, whoever had no room in
+	// the last one.
 	first := 0
 	if r.server.era == eraA {
 		first = r.next
@@ -221,7 +223,7 @@ func (r *runner) arm() {
 	})
 }
 
-// cut has the engine look about after the batch that is being computed, not after all that are alike.
+// cut makes the engine look for arrivals after the present batch, not after all equal ones.
 func (r *runner) cut() {
 	n := int((r.server.clock.Now().Sub(r.began) + r.each - 1) / r.each)
 	if n = max(n, 1); n < r.batches {
@@ -231,7 +233,7 @@ func (r *runner) cut() {
 	}
 }
 
-// computed is the end of batches.
+// computed ends batches.
 func (r *runner) computed() {
 	s, now := r.server, r.server.clock.Now()
 	r.computing = false
@@ -256,8 +258,8 @@ func (r *runner) computed() {
 		l.release(r, now)
 		free++
 	}
-	// What was let in before is in the next batch; what a free slot lets in now is not, since Ollama and its client have
-	// to hear of the end first.
+	// What was admitted before is in the next batch; what a free slot admits now is not, since
+	// Ollama and its client have to hear of the end first.
 	r.pump()
 	for range free {
 		r.release()
@@ -272,7 +274,7 @@ func (r *runner) computed() {
 	}
 }
 
-// advance notes what batches have computed for the request in a slot.
+// advance records what batches have computed for the request in a slot.
 func (r *runner) advance(l *slot, q *request, now time.Time) {
 	stats := &r.server.stats
 	if q.done == len(q.prompt) {
@@ -292,10 +294,11 @@ func (r *runner) advance(l *slot, q *request, now time.Time) {
 	l.plan = 0
 }
 
-// failing reports whether the request has come to where its fault is.
+// failing reports whether the request has reached its fault.
 func (q *request) failing() bool { return q.fault != nil && q.made >= q.fault.After }
 
-// release frees a slot. It keeps what its request left in it: the last token of an answer was never in a batch.
+// release frees a slot. It keeps what its request left in it: the last token of an answer was never
+// in a batch.
 func (l *slot) release(r *runner, now time.Time) {
 	q := l.request
 	l.request, q.slot = nil, nil
@@ -308,7 +311,7 @@ func (l *slot) release(r *runner, now time.Time) {
 	}
 	made := max(q.made-1, 0)
 	l.tokens = answerTokens(slices.Grow(slices.Clip(q.prompt[:q.done]), made), q.seed, 0, made)
-	if len(l.tokens) > r.options.numCtx { // half of the context was thrown away for the answer to go on
+	if len(l.tokens) > r.options.numCtx { // half of the context was thrown away for the answer to continue
 		l.kept = kept{tokens: l.tokens[:min(max(q.keep, 0), len(q.prompt))]}
 	}
 	l.lower(r)

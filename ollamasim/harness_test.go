@@ -73,7 +73,8 @@ func raw(prompt string, gen int, more string) string {
 	return `{"model":"m","raw":true,"stream":false,"prompt":` + string(text) + `,"options":` + string(options) + more + `}`
 }
 
-// closed sends the requests with so many clients, each of which sends the next one when its last is answered.
+// closed sends the requests with so many clients, each of which sends the next one when its last is
+// answered.
 func closed(t *testing.T, s *Server, clients int, bodies []string) {
 	var mu sync.Mutex
 	var wg sync.WaitGroup
@@ -82,7 +83,8 @@ func closed(t *testing.T, s *Server, clients int, bodies []string) {
 		time.Sleep(time.Millisecond) // which comes first is the order of the bodies
 		wg.Go(func() {
 			for {
-				// Answers that end at once are followed by the clients in their order, not by chance.
+				// Answers that end at once are followed by the clients in their order, not by
+				// chance.
 				time.Sleep(time.Duration(c) * time.Microsecond)
 				mu.Lock()
 				i := next

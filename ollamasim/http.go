@@ -15,7 +15,7 @@ import (
 	"github.com/ollama/ollama/api"
 )
 
-// What Ollama's server/routes.go answers.
+// The answers of Ollama's server/routes.go.
 
 func (s *Server) route() {
 	s.mux = http.NewServeMux()
@@ -47,11 +47,11 @@ func (s *Server) route() {
 func writeBody(w http.ResponseWriter, status int, v any) {
 	text, err := json.Marshal(v)
 	if err != nil {
-		panic(err) // all of it is ours
+		panic(err) // it is all our own
 	}
 	w.Header().Set("Content-Type", "application/json; charset=utf-8")
 	w.WriteHeader(status)
-	w.Write(text) // a client that has gone gets no error
+	w.Write(text) // a client that has left gets no error
 }
 
 func writeError(w http.ResponseWriter, status int, message string) {
@@ -106,7 +106,7 @@ func (s *Server) ps() api.ProcessResponse {
 		if s.config.MemoryMiB > 0 {
 			gpu = min(size, int64(s.config.MemoryMiB)<<20)
 		}
-		expires := run.expires // of the last time that it was idle
+		expires := run.expires // since it was last idle
 		if expires.IsZero() {
 			expires = s.clock.Now().Add(run.keep)
 		}
@@ -139,14 +139,14 @@ func (s *Server) show(w http.ResponseWriter, r *http.Request) {
 	if m.Embedding {
 		capability = "embedding"
 	}
-	// Only the keys that are there: the type writes dates that nobody set.
+	// Only the keys that exist: the type writes dates that nobody set.
 	writeBody(w, http.StatusOK, map[string]any{
 		"details": m.details(), "model_info": info, "capabilities": []string{capability}, "modified_at": time.Unix(1_700_000_000, 0).UTC(),
 		"license": "", "modelfile": "# simulated\nFROM " + m.Name + "\n", "template": "{{ .Prompt }}",
 	})
 }
 
-// question is a request for an answer, in the one form that all of Ollama's come down to.
+// question is a request for an answer, in the one form to which Ollama reduces them all.
 type question struct {
 	path, model string
 	kind        string // chat or generate
@@ -155,9 +155,9 @@ type question struct {
 	shift       *bool
 	truncate    *bool
 	stream      bool
-	empty       bool // it only loads the model, or unloads it
+	empty       bool // it only loads or unloads the model
 	prompt      func(numCtx int) string
-	context     bool    // the end of the answer tells all tokens
+	context     bool    // the end of the answer has all tokens
 	before      []token // context of the request
 	debug       bool    // only the prompt is wanted, once the model is loaded
 }
@@ -169,12 +169,12 @@ type writer interface {
 	fail(status int, err error, begun bool)
 }
 
-// outcome is what the end of an answer tells.
+// outcome is what the end of an answer reports.
 type outcome struct {
 	api.Metrics
 	reason   string
 	context  []int
-	rendered *api.DebugInfo // the prompt alone was asked for, and there is no answer
+	rendered *api.DebugInfo // only the prompt was wanted, and there is no answer
 }
 
 // answer answers a request.
@@ -228,16 +228,16 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request, q question, out 
 	out.end(detokenize(answer), end)
 }
 
-// tokens returns those of the prompt, of which text is the new part.
+// tokens returns the tokens of the prompt, of which text is the new part.
 func (q *question) tokens(text string) []token {
 	all := tokenize(slices.Grow(slices.Clone(q.before), len(text)/3), text)
-	if len(all) == 0 { // of raw text there may be none
+	if len(all) == 0 { // raw text may have none
 		return tokenize(nil, "\n")
 	}
 	return all
 }
 
-// ids writes tokens as a client knows them.
+// ids writes tokens as a client sees them.
 func ids(tokens []token) []int {
 	list := make([]int, len(tokens))
 	for i, t := range tokens {
@@ -320,8 +320,8 @@ func (s *Server) failed(out writer, err error, begun bool) {
 	}
 }
 
-// outcome is what the end of an answer tells. What took no time is a microsecond, as it is left out where it is 0, and no real
-// server takes none.
+// outcome returns what the end of an answer reports. A time of zero becomes a microsecond, since
+// Ollama omits 0, and no real server takes no time.
 func (s *Server) outcome(r *request) outcome {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -392,7 +392,8 @@ func chatQuestion(path string, req *api.ChatRequest, stream bool) question {
 	}
 }
 
-// chatPrompt leaves out the first messages of a conversation that is too long, but the system's and the last.
+// chatPrompt drops the first messages of a conversation that is too long, except for the system's
+// and the last.
 func chatPrompt(messages []api.Message, tools api.Tools, numCtx int, truncate bool) string {
 	var system []api.Message
 	for i := 0; ; i++ {
@@ -443,9 +444,9 @@ func (n *native) write(v any) {
 	}
 	text, err := json.Marshal(v)
 	if err != nil {
-		panic(err) // all of it is ours
+		panic(err) // it is all our own
 	}
-	n.w.Write(append(text, '\n')) // whether the client has gone, its context tells
+	n.w.Write(append(text, '\n')) // if the client has left, its context says so
 	http.NewResponseController(n.w).Flush()
 }
 

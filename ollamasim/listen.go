@@ -6,8 +6,8 @@ import (
 	"sync"
 )
 
-// Listener accepts connections in memory, for programs and testing/synctest bubbles in which client and server are one
-// process. Its connections hold no bytes: a write ends when it has been read.
+// Listener accepts connections in memory, for programs and testing/synctest bubbles in which client
+// and server are one process. Its connections buffer no bytes: a write ends when it has been read.
 type Listener struct {
 	accept chan net.Conn
 	closed chan struct{}

@@ -1,15 +1,17 @@
-// Package ollamasim is a simulated Ollama server: an http.Handler that answers as Ollama does and takes the time that a
-// model would take, without one. It owns what decides about that time: Ollama's scheduler (loads, evictions, keep_alive, the queue
-// before a load), the engine's slots and which of them a prompt is given, what it can reuse of the slot and of the host
-// prompt cache, and batches, which the slots share. Its rules are read from Ollama 0.24.0 and 0.34.1 and from
+// Package ollamasim is a simulated Ollama server: an http.Handler that answers as Ollama does and
+// takes the time that a model would take, without one. It owns everything that decides about that
+// time: Ollama's scheduler (loads, evictions, keep_alive, the queue before a load), the engine's
+// slots and which of them a prompt is given, what it can reuse of the slot and of the host cache,
+// and batches, which the slots share. Its rules are read from Ollama 0.24.0 and 0.34.1 and from
 // llama.cpp b10865; each is beside the code that follows it.
 //
-// Time is a Clock's: real, faster than real, or virtual. Text is cut into made-up tokens, prompts are rendered as ChatML whatever
-// the model, and an answer is made-up words that depend on the model and the prompt alone, so that it is the same however
-// the request came.
+// Time is a Clock's: real, faster than real, or virtual. Text is cut into made-up tokens, prompts
+// are rendered as ChatML whatever the model, and an answer is made-up words that depend only on the
+// model and the prompt, so that it is the same however the request was sent.
 //
-// Not simulated: images, thinking, tool calls in answers, stop sequences, format, templates and suffix; pulling and creating
-// models; /v1/responses and /v1/messages; the time that the server itself takes (about a millisecond a request).
+// Not simulated: images, thinking, tool calls in answers, stop sequences, format, templates and
+// suffix; pulling and creating models; /v1/responses and /v1/messages; the time that the server
+// itself takes (about a millisecond per request).
 package ollamasim
 
 import (
@@ -24,60 +26,68 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// Config says which server to simulate. At least one model must be given; the other fields may be zero.
+// Config describes the server to simulate. At least one model must be given; the other fields may
+// be zero.
 type Config struct {
-	// Version is Ollama's. Before 0.30 a prompt is given the free slot with the longest match, and there is no host prompt cache;
-	// from 0.34 on answers tell how many tokens were reused. "": 0.34.1.
+	// Version is Ollama's. Before 0.30 a prompt is given the free slot with the longest match, and
+	// there is no host cache; from 0.34 on answers report how many tokens were reused. "" means
+	// 0.34.1.
 	Version string
-	// Models are what the server has.
+	// Models are the models that the server has.
 	Models []Model
 	// Parallel is OLLAMA_NUM_PARALLEL, the number of slots of each loaded model; 0: 1.
 	Parallel int
 	// MaxLoaded is OLLAMA_MAX_LOADED_MODELS; 0: 3.
 	MaxLoaded int
-	// MaxQueue is OLLAMA_MAX_QUEUE: so many requests wait for a model to be loaded, beside the one that is loaded for; 0: 512.
+	// MaxQueue is OLLAMA_MAX_QUEUE: how many requests wait for a model to be loaded, beside the one
+	// that it is loaded for; 0: 512.
 	MaxQueue int
 	// KeepAlive is OLLAMA_KEEP_ALIVE, a Go duration or seconds; "": 5m.
 	KeepAlive string
-	// CacheRAMMiB is LLAMA_ARG_CACHE_RAM, the host memory for evicted prompts in MiB (0 turns it off, -1 sets no limit); nil: 8192.
+	// CacheRAMMiB is LLAMA_ARG_CACHE_RAM, the host memory for evicted prompts in MiB (0 turns it
+	// off, -1 sets no limit); nil: 8192.
 	CacheRAMMiB *int
-	// MemoryMiB is what models must fit in together, in MiB; 0: there is enough.
+	// MemoryMiB is the memory for all models together, in MiB; 0: unlimited.
 	MemoryMiB int
 	// Clock is the time that the server lives in; nil: real time.
 	Clock Clock
 }
 
-// Model says how a model behaves. Only Name must be set.
+// Model describes how a model behaves. Only Name must be set.
 type Model struct {
-	// Name is as in requests; without a tag it is name:latest.
+	// Name is as in requests; without a tag it means name:latest.
 	Name string
 	// Family is shown in /api/tags, /api/ps and /api/show; "": llama.
 	Family string
-	// Embedding says that it makes embeddings and nothing else. Other models make none from Ollama 0.30 on.
+	// Embedding means that it only makes embeddings. Other models make none from Ollama 0.30 on.
 	Embedding bool
-	// LoadTime is how long it takes to load; 0: 5 s.
+	// LoadTime is how long loading it takes; 0: 5 s.
 	LoadTime time.Duration
-	// PromptRate is how many tokens of prompts are evaluated in a second, by all slots together; 0: 1000.
+	// PromptRate is how many prompt tokens all slots together evaluate per second; 0: 1000.
 	PromptRate float64
-	// AnswerRate is how many tokens a second each slot answers with, as long as no prompt is evaluated; 0: 50.
+	// AnswerRate is how many tokens each slot generates per second while no prompt is evaluated; 0:
+	// 50.
 	AnswerRate float64
-	// AnswerTokens is the length of an answer whose request does not limit it, in tokens; 0: 64. One that is limited is as
-	// long as the limit.
+	// AnswerTokens is the length of an answer whose request does not limit it, in tokens; 0: 64. A
+	// limited one is as long as its limit.
 	AnswerTokens int
 	// NumCtx is the context length of a request that states none, in tokens; 0: 4096.
 	NumCtx int
-	// SizeMiB is what it takes in memory, in MiB, beside its context; 0: 4700.
+	// SizeMiB is its memory in MiB, without its context; 0: 4700.
 	SizeMiB int
-	// TokenBytes is what a token of context takes in memory, in the layers that keep all of it; 0: 128 KiB.
+	// TokenBytes is the memory of a token of context, in the layers that keep all of it; 0: 128
+	// KiB.
 	TokenBytes int
-	// Window is the sliding window in tokens, for models that have one (gemma3: 1024, or 512 for the small ones); 0: none.
+	// Window is the sliding window in tokens, for models that have one (gemma3: 1024, or 512 for
+	// the small ones); 0: none.
 	Window int
-	// WindowTokenBytes is what a token takes in the layers that have the window.
+	// WindowTokenBytes is the memory of a token in the layers that have the window.
 	WindowTokenBytes int
 }
 
-// Gemma3 is a model like gemma3:12b on one large graphics card: a window of 1024 tokens in 40 of 48 layers, each of 8 KiB a token, and
-// 10 s to load. The rates are round numbers. 8 GiB of host prompt cache hold five to seven of its prompts of 2,000 tokens.
+// Gemma3 is a model like gemma3:12b on one large graphics card: a window of 1024 tokens in 40 of 48
+// layers, each of 8 KiB per token, and 10 s to load. The rates are round numbers. 8 GiB of host
+// cache hold five to seven of its prompts of 2,000 tokens.
 func Gemma3() Model {
 	return Model{
 		Name: "gemma3:12b", Family: "gemma3", LoadTime: 10 * time.Second, PromptRate: 1000, AnswerRate: 40, SizeMiB: 8100,
@@ -109,7 +119,7 @@ func (m *Model) setDefaults() {
 	}
 }
 
-// canonical is a model's name with its tag. Ollama folds case.
+// canonical returns a model's name with its tag. Ollama folds case.
 func canonical(name string) string {
 	name = strings.ToLower(name)
 	if !strings.Contains(name[strings.LastIndexByte(name, '/')+1:], ":") {
@@ -118,8 +128,8 @@ func canonical(name string) string {
 	return name
 }
 
-// Server is a simulated Ollama server. Its methods may be called from any goroutine. It starts none of its own; a Clock
-// calls it.
+// Server is a simulated Ollama server. Its methods are safe for concurrent use. It starts no
+// goroutine; a Clock calls it.
 type Server struct {
 	config    Config
 	clock     Clock
@@ -127,29 +137,29 @@ type Server struct {
 	era       era
 	mux       *http.ServeMux
 
-	mu       sync.Mutex // guards all below, and what requests and runners hold
+	mu       sync.Mutex // guards everything below, and the fields of requests and runners
 	down     bool
 	fault    func(FaultRequest) *Fault
-	asked    int                   // how often fault was
+	asked    int                   // how often fault was called
 	live     map[*request]struct{} // those that have not ended
 	loaded   []*runner             // one may still be loading
 	head     *request              // the one that the others wait behind: a model is loaded for it, or has to be unloaded first
 	blocked  bool                  // head waits for an unload
 	pending  []*request
-	recheck  func() bool // stops the look at what expires, which there is while blocked
+	recheck  func() bool // stops looking for what expires, which happens while blocked
 	lastUsed uint64      // counts uses of slots
 	stats    Stats
 	log      []Evaluation
 	loads    []Load
 }
 
-// era is what differs between versions.
+// era is a group of versions that behave differently.
 type era int
 
 const (
 	eraA era = iota // up to 0.2x: Ollama's own runner
 	eraB            // 0.30 and later: llama-server
-	eraC            // 0.34 and later: it tells how much was reused
+	eraC            // 0.34 and later: it reports how much was reused
 )
 
 // New returns a server with nothing loaded.
@@ -198,7 +208,7 @@ func New(config Config) (*Server, error) {
 	return s, nil
 }
 
-// parseKeepAlive reads OLLAMA_KEEP_ALIVE. What is negative is for ever.
+// parseKeepAlive reads OLLAMA_KEEP_ALIVE. A negative value means for ever.
 func parseKeepAlive(text string) (time.Duration, error) {
 	d := 5 * time.Minute
 	if text != "" {
@@ -229,7 +239,7 @@ func (s *Server) model(name string) *Model {
 	return nil
 }
 
-// ServeHTTP answers as Ollama does, and says in a header that it is simulated.
+// ServeHTTP answers as Ollama does, with a header that marks it as simulated.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.mu.Lock()
 	down := s.down
@@ -238,11 +248,12 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		panic(http.ErrAbortHandler)
 	}
 	w.Header().Set(upstream.SimulatedHeader, "true")
-	w.Header().Set("Date", s.clock.Now().UTC().Format(http.TimeFormat)) // by which clients tell how far the clocks are apart
+	w.Header().Set("Date", s.clock.Now().UTC().Format(http.TimeFormat)) // shows clients how far the clocks are apart
 	s.mux.ServeHTTP(w, r)
 }
 
-// Crash ends all requests by breaking their connections. What is loaded is gone, and every request breaks until Restart.
+// Crash ends all requests by breaking their connections. Nothing is loaded any more, and every
+// request breaks until Restart.
 func (s *Server) Crash() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -255,7 +266,7 @@ func (s *Server) Crash() {
 	}
 }
 
-// Restart lets a server answer again after a Crash; one that runs crashes first.
+// Restart lets a server answer again after a Crash; a running one crashes first.
 func (s *Server) Restart() {
 	s.Crash()
 	s.mu.Lock()
@@ -263,10 +274,10 @@ func (s *Server) Restart() {
 	s.down = false
 }
 
-// Version is the version that the server tells.
+// Version is the version that the server reports.
 func (s *Server) Version() string { return s.config.Version }
 
-// FaultRequest is what a fault is chosen by.
+// FaultRequest is what a fault may depend on.
 type FaultRequest struct {
 	Path   string // /api/chat, …
 	Model  string // as in the request
@@ -274,20 +285,21 @@ type FaultRequest struct {
 	Number int    // of this request since SetFaults; the first is 1
 }
 
-// Fault is what goes wrong with a request.
+// Fault is how a request fails.
 type Fault struct {
-	// After is how many tokens of the answer come before; 0: the request is refused before it takes a slot.
+	// After is how many tokens of the answer come first; 0: the request is refused before it takes
+	// a slot.
 	After int
 	// Break breaks the connection. Otherwise the answer is an error.
 	Break bool
-	// Status of an error, if nothing has been sent before; 0: 500.
+	// Status is the status of an error, if nothing has been sent before; 0: 500.
 	Status int
 	// Message is the error's text.
 	Message string
 }
 
-// SetFaults has f say what goes wrong with a request for an answer; nil: nothing. With f nil, as at first, nothing does. f is called
-// by one goroutine at a time and must not call the server.
+// SetFaults makes f decide how a request for an answer fails; nil, as at first, means that none
+// does. f is called by one goroutine at a time and must not call the server.
 func (s *Server) SetFaults(f func(FaultRequest) *Fault) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

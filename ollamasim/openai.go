@@ -9,7 +9,7 @@ import (
 	"github.com/ollama/ollama/openai"
 )
 
-// OpenAI's dialect, converted by Ollama's own package as its middleware does.
+// OpenAI's dialect, converted by Ollama's own package, as its middleware does.
 
 func modelList(l api.ListResponse) any { return openai.ToListCompletion(l) }
 
@@ -37,7 +37,8 @@ func (s *Server) chatCompletions(w http.ResponseWriter, r *http.Request) {
 	s.answer(w, r, chatQuestion(r.URL.Path, chat, req.Stream), out)
 }
 
-// fromJSON makes numbers what they are when they are read from JSON, as they are in Ollama: the middleware writes the body anew.
+// fromJSON converts numbers to what they are when read from JSON, as in Ollama, whose middleware
+// writes the body anew.
 func fromJSON(options map[string]any) (read map[string]any) {
 	text, err := json.Marshal(options)
 	if err == nil {
@@ -112,7 +113,7 @@ func (c *compatible) token(text string) {
 	c.chunk(text, outcome{}, false)
 }
 
-// chunk is one of /v1/completions, which tells zeros in every event but the last.
+// chunk is one of /v1/completions, which reports zeros in every event but the last.
 func (c *compatible) chunk(text string, m outcome, done bool) {
 	r := api.GenerateResponse{Model: c.model, CreatedAt: c.s.clock.Now().UTC(), Response: text, Done: done, DoneReason: m.reason, Metrics: m.Metrics}
 	chunk := openai.ToCompleteChunk(c.id(), r)
@@ -156,7 +157,8 @@ func (c *compatible) end(text string, m outcome) {
 	c.data([]byte("[DONE]"))
 }
 
-// fail writes an error. Within a stream Ollama's middleware makes an empty piece of it, and the stream has no end.
+// fail writes an error. Within a stream Ollama's middleware turns it into an empty piece, and the
+// stream has no end.
 func (c *compatible) fail(status int, err error, begun bool) {
 	switch {
 	case !begun:
@@ -169,7 +171,7 @@ func (c *compatible) fail(status int, err error, begun bool) {
 func (c *compatible) event(v any) {
 	text, err := json.Marshal(v)
 	if err != nil {
-		panic(err) // all of it is ours
+		panic(err) // it is all our own
 	}
 	c.data(text)
 }
@@ -179,6 +181,6 @@ func (c *compatible) data(text []byte) {
 		c.begun = true
 		c.w.Header().Set("Content-Type", "text/event-stream")
 	}
-	fmt.Fprintf(c.w, "data: %s\n\n", text) // whether the client has gone, its context tells
+	fmt.Fprintf(c.w, "data: %s\n\n", text) // if the client has left, its context says so
 	http.NewResponseController(c.w).Flush()
 }

@@ -10,16 +10,16 @@ type hostCache struct {
 	bytes   int64
 }
 
-// checkpoint is a copy of what the layers with a sliding window had after so many tokens. low is what llama-server takes it to begin
-// with, though only the window before its end is in it.
+// checkpoint is a copy of what the layers with a sliding window had after so many tokens. low is
+// where llama-server believes it to begin, though only the window before its end is in it.
 type checkpoint struct{ low, tokens int }
 
 const (
-	maxCheckpoints = 32  // a slot; past that the oldest goes (llama-server first thins out those that are close together)
-	similarity     = 0.1 // of a prompt that a slot must have more than to be chosen for it
+	maxCheckpoints = 32  // per slot; beyond that the oldest is dropped (llama-server first thins out those that are close together)
+	similarity     = 0.1 // the part of a prompt that a slot must exceed to be chosen for it
 )
 
-// place gives a request a slot. There is a free one.
+// place gives a request a free slot, of which there must be one.
 func (r *runner) place(q *request) {
 	l, save := r.choose(q.prompt)
 	if save && r.caches() && !q.embed {
@@ -34,7 +34,7 @@ func (r *runner) place(q *request) {
 	}
 	l.request, q.slot, l.since, l.plan = q, l, r.server.clock.Now(), 0
 	if r.caches() && !q.embed {
-		// --cache-idle-slots, which is on by default: what the other slots hold is copied.
+		// --cache-idle-slots, which is on by default: the content of the other slots is copied.
 		for _, other := range r.slots {
 			if other.request == nil {
 				r.host.save(r, other.kept)
@@ -53,7 +53,7 @@ func (r *runner) place(q *request) {
 	r.server.stats.Reused += int64(n)
 }
 
-// choose returns the slot for a prompt, and whether what it holds is to be saved.
+// choose returns the slot for a prompt, and whether its content is to be saved.
 func (r *runner) choose(prompt []token) (l *slot, save bool) {
 	most := 0
 	for _, x := range r.slots {
@@ -61,7 +61,7 @@ func (r *runner) choose(prompt []token) (l *slot, save bool) {
 			continue
 		}
 		n := common(x.tokens, prompt)
-		if r.server.era == eraA { // the longest match, be it nothing; of equal ones the first
+		if r.server.era == eraA { // the longest match, even if empty; the first of equal ones
 			if l == nil || n > most {
 				l, most = x, n
 			}
@@ -86,7 +86,7 @@ func (r *runner) caches() bool {
 	return r.server.era != eraA && (ram == nil || *ram != 0)
 }
 
-// limit is the host cache's, in bytes; 0: none.
+// limit is the host cache's size in bytes; 0: none.
 func (s *Server) limit() int64 {
 	if ram := s.config.CacheRAMMiB; ram != nil {
 		return int64(max(*ram, 0)) << 20
@@ -94,7 +94,7 @@ func (s *Server) limit() int64 {
 	return 8192 << 20
 }
 
-// bytes is what it takes in the host cache. Of the layers with a window only that is copied.
+// bytes is the size in the host cache. Of the layers with a window only the window is copied.
 func (r *runner) bytes(k kept) int64 {
 	window := min(len(k.tokens), r.model.Window)
 	for _, c := range k.checkpoints {
@@ -103,9 +103,9 @@ func (r *runner) bytes(k kept) int64 {
 	return int64(len(k.tokens))*int64(r.model.TokenBytes) + int64(window)*int64(r.model.WindowTokenBytes)
 }
 
-// save adds a copy of what a slot holds, unless an entry has it already. What is a part of it goes, and the oldest entries as far as
-// there is no room; what is larger than the limit is not kept. With no limit of memory there is one of tokens: the
-// context of all slots.
+// save adds a copy of a slot's content, unless an entry has it already. Entries that are a part of
+// it are dropped, and the oldest ones if there is no room; content larger than the limit is not
+// kept. If the memory is unlimited, there is a limit of tokens: the context of all slots.
 func (h *hostCache) save(r *runner, k kept) {
 	size, limit := r.bytes(k), r.server.limit()
 	if len(k.tokens) == 0 || limit > 0 && size > limit {
@@ -139,8 +139,8 @@ func (h *hostCache) save(r *runner, k kept) {
 	}
 }
 
-// load takes out the entry that has more of the prompt than the slot, and of which more is kept: of its own tokens at least a
-// quarter, and a larger share than of the slot's.
+// load takes out the entry that has more of the prompt than the slot, and of which more is kept: at
+// least a quarter of its own tokens, and a larger share than of the slot's.
 func (h *hostCache) load(r *runner, k kept, prompt []token) (kept, bool) {
 	most := common(k.tokens, prompt)
 	share := -1.0
@@ -163,14 +163,14 @@ func (h *hostCache) load(r *runner, k kept, prompt []token) (kept, bool) {
 	return k, true
 }
 
-// reusable returns how many of the prompt's tokens the slot has, and makes the slot ready for the rest. At least one is always
-// evaluated.
+// reusable returns how many of the prompt's tokens the slot has, and prepares the slot for the
+// rest. At least one token is always evaluated.
 func (r *runner) reusable(l *slot, prompt []token) int {
 	n, window := common(l.tokens, prompt), r.model.Window
 	switch {
 	case r.server.era == eraA:
 		n = min(n, len(prompt)-1)
-		// Ollama's own cache must have the whole window before the place to go on from.
+		// Ollama's own cache must have the whole window before the place to continue from.
 		if window > 0 && window < r.options.numCtx && max(0, n-window) < l.low {
 			return 0
 		}
@@ -180,9 +180,9 @@ func (r *runner) reusable(l *slot, prompt []token) int {
 	return max(min(n, len(prompt)-1), 0)
 }
 
-// goBack has a slot of llama-server go back to its first n tokens, all of the prompt or not, and
-// returns to how many it can: the layers with a window have lost what came before that, and a
-// checkpoint must stand in for them.
+// goBack makes a slot of llama-server go back to its first n tokens, whether or not that is the
+// whole prompt, and returns to how many it can: the layers with a window have lost what came
+// before, and a checkpoint must replace it.
 func (l *slot) goBack(n, window int, all bool) int {
 	threshold := n - window
 	if all {
@@ -206,8 +206,9 @@ func (l *slot) goBack(n, window int, all bool) int {
 	return n
 }
 
-// checkpoint makes a checkpoint before a batch with n tokens of the prompt, where llama-server does, and returns how many tokens the
-// batch may have of it: batches end where the next checkpoint belongs, at 4 tokens and at 4 and a batch before the prompt's end.
+// checkpoint makes a checkpoint before a batch with n tokens of the prompt, where llama-server
+// does, and returns how many tokens of it the batch may have: batches end where the next checkpoint
+// belongs, at 4 tokens and at 4 and a batch before the prompt's end.
 func (l *slot) checkpoint(q *request, n, batch, window int) int {
 	all, at := len(q.prompt), q.done
 	for _, before := range []int{4 + batch, 4} {
@@ -228,7 +229,7 @@ func (l *slot) checkpoint(q *request, n, batch, window int) int {
 // ring is how many tokens the layers with a window have room for in llama-server.
 func ring(window, batch int) int { return (window + batch + 255) / 256 * 256 }
 
-// lower notes what the layers with a window have lost after all tokens were computed.
+// lower records what the layers with a window have lost after all tokens were computed.
 func (l *slot) lower(r *runner) {
 	window := r.model.Window
 	switch {

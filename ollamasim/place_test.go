@@ -9,14 +9,16 @@ import (
 	"time"
 )
 
-// shared is a request for a prompt of two parts, in tokens: the prefix with this number, and a tail that no other has.
+// shared is a request for a prompt of two parts, in tokens: the prefix with this number, and a tail
+// that no other has.
 func shared(prefix, tokens, tail, number int) string {
 	return raw(words(prefix, tokens)+words(1000+number, tail), 16, "")
 }
 
-// TestMeasured compares with what real Ollama 0.33 evaluated for 32 prefixes × 4 by 8 clients, on a 12-layer model: 993 tokens of prefix and
-// 62 of tail. The order "sorted" with an ample cache was measured after the same requests in the order of arrival, which
-// the cache still had; with 0.34.1 and other prompts, both in turn, it was 75,186.
+// TestMeasured compares with what real Ollama 0.33 evaluated for 32 prefixes × 4 by 8 clients, on a
+// 12-layer model: 993 tokens of prefix and 62 of tail. The order "sorted" with an ample cache was
+// measured after the same requests in the order of arrival, which the cache still had; with 0.34.1
+// and other prompts, both in turn, it was 75,186.
 func TestMeasured(t *testing.T) {
 	const ample = 8192
 	for _, c := range []struct {
@@ -72,7 +74,8 @@ func TestMeasured(t *testing.T) {
 	}
 }
 
-// TestPlacement has requests one after the other, each with what it must reuse: the rules of an era, and what was measured.
+// TestPlacement has requests one after the other, each with what it must reuse: the rules of an
+// era, and what was measured.
 func TestPlacement(t *testing.T) {
 	none, some := 0, 3
 	type step struct {

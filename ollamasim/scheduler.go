@@ -11,7 +11,7 @@ import (
 	"github.com/ollama/ollama/api"
 )
 
-// Ollama's own scheduler: which models are loaded. All of it as server/sched.go has it, in all eras.
+// Ollama's own scheduler: which models are loaded. It follows server/sched.go, in all eras.
 
 var (
 	errCrashed  = errors.New("the simulated server crashed")
@@ -19,14 +19,14 @@ var (
 	errMaxQueue = errors.New("server busy, please try again.  maximum pending requests exceeded")
 )
 
-// options are what a model is loaded with: a request with others reloads it.
+// options are what a model is loaded with: a request with other options reloads it.
 type options struct {
 	numCtx, numBatch, numGPU, mainGPU, numThread, draft int
 	mmap                                                string
 	shift                                               bool
 }
 
-// runnerOptions are the options that count for a load.
+// runnerOptions are the options that matter for a load.
 func (s *Server) runnerOptions(o api.Options, shift *bool) options {
 	r := options{
 		numCtx: max(o.NumCtx, 4), numBatch: o.NumBatch, numGPU: max(o.NumGPU, -1), mainGPU: -1,
@@ -49,11 +49,11 @@ type request struct {
 	options   options
 	keepAlive *time.Duration
 	loadOnly  bool
-	stream    bool // its handler wants to know of every token
+	stream    bool // its handler wants to see every token
 	embed     bool
 	prompt    []token
-	limit     int // tokens of the answer at most; negative: none was given
-	keep      int // tokens at the prompt's begin that stay when it is cut
+	limit     int // of the answer's tokens; negative: none was given
+	keep      int // tokens at the prompt's beginning that stay when it is cut
 	truncate  bool
 	shift     bool // an answer may outgrow the context
 	fault     *Fault
@@ -75,7 +75,7 @@ type request struct {
 	err     error
 
 	waiting bool
-	notify  chan struct{} // tells a waiting handler to look again; holds one
+	notify  chan struct{} // makes a waiting handler look again; holds one
 }
 
 // runner is a loaded model, or one that is being loaded. Guarded by Server.mu.
@@ -87,12 +87,12 @@ type runner struct {
 	dead    bool
 	refs    int           // requests that use it
 	keep    time.Duration // keep_alive
-	why     *int          // the count of its unload, if it was chosen to go
+	why     *int          // the counter of its unload, if it was chosen for one
 	expires time.Time     // when it was last idle, plus keep; zero before
 	engine
 }
 
-// size is what the runner takes in memory, in bytes.
+// size is the runner's memory in bytes.
 func (s *Server) size(m *Model, o options) int64 {
 	return int64(m.SizeMiB)<<20 + int64(o.numCtx)*int64(s.slots(m))*int64(m.TokenBytes)
 }
@@ -104,8 +104,8 @@ func (s *Server) slots(m *Model) int {
 	return s.config.Parallel
 }
 
-// await blocks until ready, which is called with s.mu held, says so, or the request has ended. It returns why the request
-// failed, errLeft if ctx ended.
+// await blocks until ready, which is called with s.mu held, returns true, or the request has ended.
+// It returns why the request failed, or errLeft if ctx ended.
 func (s *Server) await(ctx context.Context, r *request, ready func() bool) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -130,7 +130,7 @@ func (s *Server) await(ctx context.Context, r *request, ready func() bool) error
 	return r.err
 }
 
-// wake has the request's handler look again.
+// wake makes the request's handler look again.
 func (s *Server) wake(r *request) {
 	if r.waiting {
 		r.waiting = false
@@ -139,7 +139,8 @@ func (s *Server) wake(r *request) {
 	}
 }
 
-// arrive takes in a request. A model that is loaded as it wants it serves it at once, whoever waits for another.
+// arrive accepts a request. A model that is loaded as the request wants it serves it at once,
+// whoever waits for another.
 func (s *Server) arrive(r *request) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -171,10 +172,11 @@ func (s *Server) runner(m *Model) *runner {
 	return nil
 }
 
-// process serves the queue, first come, first served: all wait behind the head until its model is loaded.
+// process serves the queue, first come, first served: all wait behind the head until its model is
+// loaded.
 func (s *Server) process() {
 	for !s.blocked {
-		if s.head == nil || s.head.over { // one whose client has gone takes its place in the queue until here
+		if s.head == nil || s.head.over { // a request whose client has left keeps its place in the queue until here
 			if s.head = nil; len(s.pending) == 0 {
 				return
 			}
@@ -203,8 +205,9 @@ func (s *Server) process() {
 			victim.why = &s.stats.Reloads
 		}
 		if victim.refs > 0 {
-			// Ollama waits for any unload, and looks no more before. A request that comes to the victim meanwhile and has a
-			// keep_alive keeps the victim loaded for so long, and the head waiting: measured with 0.34.1.
+			// Ollama waits for any unload, and does not look before that. A request with a
+			// keep_alive that comes to the victim meanwhile keeps the victim loaded for that long,
+			// and the head waiting: measured with 0.34.1.
 			s.blocked = true
 			s.watch()
 			return
@@ -213,7 +216,8 @@ func (s *Server) process() {
 	}
 }
 
-// fits reports whether the head's model can be loaded beside the others. Alone, a model is always loaded.
+// fits reports whether the head's model can be loaded beside the others. Alone, a model is always
+// loaded.
 func (s *Server) fits(r *request) bool {
 	if s.config.MemoryMiB == 0 || len(s.loaded) == 0 {
 		return true
@@ -225,7 +229,8 @@ func (s *Server) fits(r *request) bool {
 	return sum <= int64(s.config.MemoryMiB)<<20
 }
 
-// victim is who has to go: the idle one, else any, that would expire first by its keep_alive.
+// victim returns which runner is unloaded: the idle one, otherwise any, that would expire first by
+// its keep_alive.
 func (s *Server) victim() *runner {
 	return slices.MinFunc(s.loaded, func(a, b *runner) int {
 		return cmp.Or(cmp.Compare(min(a.refs, 1), min(b.refs, 1)), cmp.Compare(a.keep, b.keep), strings.Compare(a.model.Name, b.model.Name))
@@ -273,7 +278,8 @@ func (s *Server) use(run *runner, r *request) {
 	run.acquire(r)
 }
 
-// end ends a request, with err if it failed. If it has a slot, that is free after the batch that is being computed.
+// end ends a request, with err if it failed. Its slot, if it has one, becomes free after the
+// present batch.
 func (s *Server) end(r *request, err error) {
 	if r.over {
 		return
@@ -297,7 +303,7 @@ func (s *Server) end(r *request, err error) {
 		return
 	}
 	if run == nil {
-		if loading := s.runner(r.model); s.head == r && loading != nil && !loading.ready { // the load is given up
+		if loading := s.runner(r.model); s.head == r && loading != nil && !loading.ready { // the load is abandoned
 			s.remove(loading)
 			s.process()
 		}
@@ -316,7 +322,7 @@ func (s *Server) end(r *request, err error) {
 	s.watch()
 }
 
-// unload removes a runner, for the reason that count counts.
+// unload removes a runner, and counts it under count.
 func (s *Server) unload(run *runner, count *int) {
 	*count++
 	s.remove(run)
@@ -330,8 +336,8 @@ func (s *Server) remove(run *runner) {
 	}
 }
 
-// sweep unloads what has expired. It is called before anything that what is loaded matters to, so that no timer is needed: an
-// idle server has no events, and a virtual clock never jumps for one.
+// sweep unloads what has expired. It is called before anything that depends on what is loaded, so
+// that no timer is needed: an idle server has no events, and a virtual clock never jumps for one.
 func (s *Server) sweep() {
 	now := s.clock.Now()
 	for _, run := range slices.Clone(s.loaded) {
@@ -342,7 +348,8 @@ func (s *Server) sweep() {
 	s.process()
 }
 
-// watch sets the one timer that is needed: while the head waits for an unload, for what expires next.
+// watch sets the only timer that is needed: while the head waits for an unload, for what expires
+// next.
 func (s *Server) watch() {
 	if s.recheck != nil {
 		s.recheck()

@@ -150,7 +150,8 @@ func TestEviction(t *testing.T) {
 	}
 }
 
-// TestHeadBlocks: all that is not loaded waits behind the first that has to wait, and what is loaded does not.
+// TestHeadBlocks: all that is not loaded waits behind the first that has to wait, and what is
+// loaded does not.
 func TestHeadBlocks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := start(t, Config{MaxLoaded: 2, Models: []Model{{Name: "a"}, {Name: "b"}, {Name: "c"}}})
@@ -189,8 +190,9 @@ func TestHeadBlocks(t *testing.T) {
 	})
 }
 
-// TestKeptAlive: a request with keep_alive that comes to a model which is to go keeps it, and what waits for its unload waits on.
-// Measured with 0.34.1: with "1h" the other request had no answer after 45 s, and without keep_alive it had one after 0.9 s.
+// TestKeptAlive: a request with keep_alive that comes to a model which is to go keeps it, and what
+// waits for its unload waits on. Measured with 0.34.1: with "1h" the other request had no answer
+// after 45 s, and without keep_alive it had one after 0.9 s.
 func TestKeptAlive(t *testing.T) {
 	for keepAlive, want := range map[string]time.Duration{"": 32 * time.Second, `"keep_alive":"1h"`: 26*time.Second + time.Hour + 6*time.Second} {
 		synctest.Test(t, func(t *testing.T) {

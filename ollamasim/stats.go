@@ -2,32 +2,32 @@ package ollamasim
 
 import "time"
 
-// Stats counts what a server did since it was made.
+// Stats counts what a server has done since it was made.
 type Stats struct {
 	Requests  int // that want an answer or an embedding
-	Rejected  int // of them refused with 503, the queue being full
-	Cancelled int // left by their clients
+	Rejected  int // of these refused with 503 because the queue was full
+	Cancelled int // abandoned by their clients
 	Failed    int // ended by a crash or an error
-	Answered  int // ended as they should
+	Answered  int // ended normally
 
-	Evaluated int64 // tokens of prompts that were computed, also for requests that did not end well
-	Reused    int64 // tokens of prompts that a slot or the host cache had
+	Evaluated int64 // computed prompt tokens, including those of requests that did not end normally
+	Reused    int64 // prompt tokens that a slot or the host cache had
 	Generated int64 // tokens of answers
 	Restored  int   // prompts that were found in the host cache
 
-	Loads     int // of models, aborted ones included
+	Loads     int // of models, including aborted ones
 	Evictions int // unloaded to make room for another model
-	Reloads   int // unloaded since other options were asked for
-	Expired   int // unloaded since keep_alive had passed
-	Unloaded  int // unloaded since a request wanted that, with keep_alive 0
+	Reloads   int // unloaded because other options were requested
+	Expired   int // unloaded because keep_alive had passed
+	Unloaded  int // unloaded because a request wanted that, with keep_alive 0
 
 	SlotBusy time.Duration // time that slots served requests, all slots together
 	Busy     time.Duration // time that engines computed, all models together
 
-	Now Waiting // the present
+	Now Waiting // at present
 }
 
-// Waiting is how many requests wait or are served.
+// Waiting counts requests that wait or are served.
 type Waiting struct {
 	Pending int // wait for a model to be loaded, in Ollama's queue
 	Queued  int // wait for a slot of a loaded model
@@ -35,7 +35,7 @@ type Waiting struct {
 	Loaded  int // models that are loaded
 }
 
-// Stats returns what the server did.
+// Stats returns the server's Stats.
 func (s *Server) Stats() Stats {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -55,11 +55,11 @@ func (s *Server) Stats() Stats {
 	return st
 }
 
-// Evaluation is what became of a prompt whose answer has ended, as a real server's log tells it.
+// Evaluation is how a prompt was served whose answer has ended, as a real server's log shows it.
 type Evaluation struct {
 	Total     int // tokens of the prompt
-	Reused    int // of them in the slot's cache
-	Evaluated int // of them computed
+	Reused    int // of these in the slot's cache
+	Evaluated int // of these computed
 }
 
 // Load is a load of a model.
@@ -69,27 +69,27 @@ type Load struct {
 	At     time.Time
 }
 
-// Mark is a place in what a server has done so far.
+// Mark is a point in a server's history.
 type Mark struct{ evaluations, loads int }
 
-// Mark returns the present.
+// Mark returns the present point.
 func (s *Server) Mark() Mark {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return Mark{len(s.log), len(s.loads)}
 }
 
-// Evaluations returns the prompts whose answers ended since the mark, in the order in which they did.
+// Evaluations returns the prompts whose answers ended since the mark, in that order.
 func (s *Server) Evaluations(since Mark) []Evaluation {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return append([]Evaluation(nil), s.log[since.evaluations:]...)
 }
 
-// Loads returns the number of model loads since the mark, aborted ones included.
+// Loads returns the number of model loads since the mark, including aborted ones.
 func (s *Server) Loads(since Mark) int { return len(s.LoadLog(since)) }
 
-// LoadLog returns the model loads since the mark, aborted ones included.
+// LoadLog returns the model loads since the mark, including aborted ones.
 func (s *Server) LoadLog(since Mark) []Load {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -8,15 +8,16 @@ import (
 	"github.com/ollama/ollama/api"
 )
 
-// token is a piece of text of up to maxPiece bytes, which it holds: a 1 and then its bytes. So a token can be turned into text
-// without a vocabulary, and is exact as a number in JSON.
+// token is a piece of text of up to maxPiece bytes, which it contains: a 1 and then its bytes. So a
+// token can be turned into text without a vocabulary, and is exact as a number in JSON.
 type token = uint64
 
 const maxPiece = 6 // bytes
 
-// tokenize adds the text's tokens to list: words with the blank before them, in pieces of maxPiece bytes, and all else one
-// character at a time. English has about four bytes a token then. Where a text is cut does not depend on what follows, so
-// that prompts which begin alike have tokens that begin alike.
+// tokenize adds the text's tokens to list: words with the blank before them, in pieces of maxPiece
+// bytes, and everything else one character at a time. English then has about four bytes per token.
+// Where a text is cut does not depend on what follows, so prompts that begin alike have tokens that
+// begin alike.
 func tokenize(list []token, text string) []token {
 	for len(text) > 0 {
 		n := piece(text)
@@ -70,7 +71,7 @@ func detokenize(tokens []token) string {
 	return string(b)
 }
 
-// common returns how many tokens two texts begin with alike.
+// common returns how many leading tokens two texts share.
 func common(a, b []token) int {
 	n := min(len(a), len(b))
 	for i := range n {
@@ -81,7 +82,7 @@ func common(a, b []token) int {
 	return n
 }
 
-// seed is what an answer is made of: equal for equal prompts to one model.
+// seed is what an answer is made from: equal for equal prompts to one model.
 func seed(model string, prompt []token) uint64 {
 	h := uint64(14695981039346656037)
 	for i := range len(model) {
@@ -98,7 +99,8 @@ func mix(h, v uint64) uint64 {
 	return h ^ h>>29
 }
 
-// answerToken returns the answer's token number i: a made-up word of four letters with a blank before it, but for the first.
+// answerToken returns the answer's token number i: a made-up word of four letters with a blank
+// before it, except for the first.
 func answerToken(seed uint64, i int) token {
 	h := mix(seed, uint64(i)+1)
 	t := token(1)
@@ -120,7 +122,7 @@ func answerTokens(list []token, seed uint64, from, to int) []token {
 	return list
 }
 
-// render is the prompt of a conversation, in ChatML.
+// render returns the prompt of a conversation, in ChatML.
 func render(messages []api.Message, tools api.Tools) string {
 	var b strings.Builder
 	if len(tools) > 0 && (len(messages) == 0 || messages[0].Role != "system") {

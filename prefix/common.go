@@ -1,5 +1,7 @@
 package prefix
 
+import "cmp"
+
 // Shared is what two prompts have in common from their start on.
 type Shared struct {
 	Links int // leading links that are equal
@@ -70,3 +72,57 @@ func (s Shared) Next(a []Link) (Link, bool) {
 
 // BlockPart returns how many bytes of text each part of l.Fine stands for: how exact Shared.Bytes is there.
 func BlockPart(l Link) int { return blockSize(l.Offset) / Fines }
+
+const (
+	// shiftMost is by how many bytes a message may be longer than another that is taken for the same, and shiftLeast how
+	// long they must be for that.
+	shiftMost, shiftLeast = 16, 2 << 10
+)
+
+// Alike returns how many bytes of text two prompts have alike behind the place s where they part (Common): in the same
+// places of the same messages, by the blocks' sixteenths. Where the message in which they part is longer in one of them
+// by a few bytes, so that all that follows in it has moved, its rest is taken to be alike if they have the beginning in
+// common and it is long. It is for prompts that one should have continued, but for a few bytes at their head.
+func Alike(a, other []Link, s Shared) int {
+	bytes := moved(a, other, s)
+	for i, j := s.Links, s.Links; i < len(a) && j < len(other); {
+		x, y := &a[i], &other[j]
+		order := cmp.Or(cmp.Compare(x.Message, y.Message), cmp.Compare(x.Offset, y.Offset))
+		switch {
+		case !x.text() || y.text() && order < 0:
+			i++
+		case !y.text() || order > 0:
+			j++
+		default:
+			if x.Length == y.Length && x.Fine == y.Fine && x.Fine != [Fines]uint8{} {
+				bytes += int(x.Length)
+			}
+			i, j = i+1, j+1
+		}
+	}
+	return bytes
+}
+
+// moved returns how many bytes are alike of a message that has become longer or shorter by a few.
+func moved(a, other []Link, s Shared) int {
+	if s.Bytes == 0 || s.Links >= min(len(a), len(other)) || !a[s.Links].text() || !other[s.Links].text() {
+		return 0
+	}
+	x, y := messageEnd(a, s.Links), messageEnd(other, s.Links)
+	if d := max(x-y, y-x); d == 0 || d > shiftMost || min(x, y) < shiftLeast {
+		return 0
+	}
+	return max(0, min(x, y)-s.Offset)
+}
+
+// messageEnd returns how many bytes of text the message of the link at i has.
+func messageEnd(a []Link, i int) int {
+	last := a[i]
+	for _, l := range a[i+1:] {
+		if l.Message != last.Message || !l.text() {
+			break
+		}
+		last = l
+	}
+	return last.Offset + int(last.Length)
+}

@@ -135,8 +135,15 @@ func (p *parser) head(role []byte, images []byte, extra ...[]byte) {
 		name = bytes.ToLower(name)
 	}
 	p.system = string(name) == "system"
-	if !p.system {
+	p.look.role(p.message, p.system)
+	switch {
+	case !p.system:
 		p.writeTools()
+		p.spoken = true
+	case p.spoken:
+		p.inserted = p.message
+	default:
+		p.leading++
 	}
 	p.put('M', name)
 	for i, raw := range extra {

@@ -41,6 +41,12 @@ func (o Options) WithContext(tokens int) Options {
 	return o
 }
 
+// WithoutContext returns the same with no context length stated.
+func (o Options) WithoutContext() Options {
+	o.drop(numCtx)
+	return o
+}
+
 // Change is one runner option that differs between two requests. "default" stands for an option that is not stated.
 type Change struct{ Option, From, To string }
 

@@ -56,6 +56,9 @@ type Chain struct {
 	Runner Options
 	// Messages is how many messages the prompt has; Images is how many images.
 	Messages, Images int
+	// Leading is how many system messages the prompt begins with; Inserted is the index of the last one that comes after
+	// another message, 0 if there is none: most templates render such ones at the prompt's start.
+	Leading, Inserted int
 	// Conversation is a fingerprint of the model and of how the conversation begins (the heads of its first system and first
 	// other message), whatever the tools and the options: requests of one conversation have the same.
 	Conversation uint64
@@ -84,6 +87,16 @@ func (c *Chain) Contents() []uint64 {
 		contents[i] = max(l.Hash^runner, 1)
 	}
 	return contents
+}
+
+// Restate makes it the chain of the same prompt for a runner with other options, of the same model.
+func (c *Chain) Restate(o Options) {
+	o.Model = c.Runner.Model
+	change := c.Runner.hash() ^ o.hash()
+	for i := range c.Links {
+		c.Links[i].Hash = max(c.Links[i].Hash^change, 1)
+	}
+	c.Runner = o
 }
 
 // Bytes returns how many bytes of text the prompt has.

@@ -65,13 +65,17 @@ func (r *Reader) Read(e Endpoint, model string, body []byte) Chain {
 // ReadMembers is Read for a body whose members are known: all that jsonscan.Object returned for it, in order, and its Long.
 // It is for long bodies, in which to look for these once more takes a while.
 func (r *Reader) ReadMembers(e Endpoint, model string, body []byte, members []jsonscan.Member, long []byte) Chain {
+	return r.read(e, model, body, members, long, nil)
+}
+
+func (r *Reader) read(e Endpoint, model string, body []byte, members []jsonscan.Member, long []byte, seen *look) Chain {
 	p := r.parsers.Get().(*parser)
 	defer func() {
 		*p = parser{writer: writer{buf: p.buf}} // else it would hold the body
 		r.parsers.Put(p)
 	}()
 	p.reader, p.endpoint, p.long = r, e, long
-	p.links, p.message = make([]Link, 0, capacity(len(body))), -1
+	p.links, p.message, p.look = make([]Link, 0, capacity(len(body))), -1, seen
 	p.digest.Reset()
 	if members == nil {
 		p.body.read(body)
@@ -92,6 +96,7 @@ func (r *Reader) ReadMembers(e Endpoint, model string, body []byte, members []js
 		p.links[maxLinks-1].Hash, p.links[maxLinks-1].Bytes = p.sum(), p.bytes
 	}
 	c.Links, c.Messages, c.Images = p.links, int(p.message), p.pictures
+	c.Leading, c.Inserted = int(p.leading), int(p.inserted)
 	c.Opening = xxhash.Sum64String(model) ^ cmp.Or(p.opening[0]*3, p.opening[1])
 	c.Conversation = xxhash.Sum64String(model) ^ p.opening[0]*3 ^ p.opening[1]
 	return c

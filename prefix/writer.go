@@ -48,6 +48,11 @@ type writer struct {
 	buf      *[cell]byte // text that is not hashed yet: of one block
 	n        int
 
+	leading, inserted int32 // for Chain
+	spoken            bool  // a message was written that is no system message
+
+	look *look // nil: nothing is to be seen
+
 	opening [2]uint64 // for Chain.Conversation: of the first system and the first other message
 	system  bool      // the message is a system message
 }
@@ -227,6 +232,7 @@ func (w *writer) plain(p []byte) {
 // hash takes in a unit, or the rest of a message, and ends the block's link where that is full.
 func (w *writer) hash(text []byte) {
 	w.opened(text)
+	w.look.see(w.message, w.pos, text)
 	w.digestText(text)
 	w.pos += len(text)
 	w.bytes += len(text)

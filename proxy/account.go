@@ -27,7 +27,7 @@ const (
 
 // account reads the chain of a request whose body has been read: data, which need not be what is sent.
 func (h *Handler) account(ex *exchange, data []byte) {
-	if h.Ledger == nil || ex.prompt == prefix.None {
+	if h.Ledger == nil || ex.prompt == prefix.None || !ex.runsHere() {
 		return
 	}
 	if !h.exists(ex.key) {
@@ -37,8 +37,17 @@ func (h *Handler) account(ex *exchange, data []byte) {
 	}
 	chain := h.prefixes.ReadMembers(ex.prompt, ex.key, data, ex.fields.members, ex.fields.long)
 	ex.chain, ex.dialect = &chain, ex.route.answer // on its own: the ledger keeps it for longer than the exchange
-	if h.ShowPrompts {
+	h.fitContext(ex, data)
+	if h.Live().ShowPrompts {
 		ex.excerpt = excerpt(data)
+	}
+}
+
+// look tells the ledger what it is that changes in a prompt, while its text is there.
+func (h *Handler) look(ex *exchange) {
+	message, from, to, ok := ex.spend.Look()
+	if ok && ex.body != nil && ex.fields.members != nil { // else it is compressed
+		ex.spend.Looked(h.prefixes.Look(ex.prompt, ex.body.data, ex.fields.members, ex.fields.long, message, from, to))
 	}
 }
 
@@ -60,14 +69,19 @@ func (h *Handler) accounted(ex *exchange) {
 		Accepted: ex.Status >= 200 && ex.Status < 300, Unload: ex.use.unloads() && ex.Outcome == OK,
 	}
 	if ex.spend == nil {
-		ex.run.End(time.Now(), end)
+		ex.ending = ex.run.End(time.Now(), end)
 		h.free(ex, savings.Answer{})
 		return
+	}
+	if !h.Live().ShowPrompts { // it may have been shown when the request came
+		ex.excerpt = ""
 	}
 	o := savings.Outcome{
 		OK: ex.Outcome == OK, Refused: end.Refused,
 		Counted:  ex.dialect == savings.Native && ex.answer != nil,
+		Edits:    ex.edited(),
 		Duration: ex.Duration - ex.sent, Endpoint: ex.Endpoint, Excerpt: ex.excerpt,
+		Client: ex.Client, KeyName: ex.Name, Waited: ex.Waited + ex.paused, Whole: ex.Duration,
 	}
 	if ex.streams && ex.FirstByte > ex.sent {
 		o.FirstByte = ex.FirstByte - ex.sent
@@ -80,6 +94,7 @@ func (h *Handler) accounted(ex *exchange) {
 	end.Load, end.Unload = o.Load, end.Unload || o.DoneReason == "unload"
 	o.Ending = ex.run.End(time.Now(), end)
 	ex.loadedBefore(&o)
+	ex.ending = o.Ending
 	if entry, ok := ex.spend.End(time.Now(), o); ok {
 		ex.Savings = &entry
 	}
@@ -93,6 +108,7 @@ func (h *Handler) changed(b *backend, e runners.Event) {
 		b.Changed() // /api/ps tells what that was loaded beside, and what in place of
 	case runners.Replaced:
 		if b.Changed(); e.Listed {
+			h.recorder.outside(b, e.Weights)
 			h.lose(b, e, savings.LostReloaded)
 		}
 	case runners.Unloaded:
@@ -156,6 +172,7 @@ func (h *Handler) polledBooks(b *backend, st upstream.State) {
 	}
 	if st.LoadedKnown {
 		loaded := b.runners.Listed(st.Loaded, st.Polled)
+		h.recorder.listed(b, loaded, st.Polled)
 		if h.Lanes != nil {
 			contexts := make(map[string]int, len(loaded))
 			for model, l := range loaded {
@@ -180,6 +197,9 @@ type requestEntry struct {
 
 	Simulated bool `json:"simulated,omitempty"` // the answer and these figures are made up
 
+	Name   string `json:"name,omitempty"`   // of the API key
+	Client string `json:"client,omitempty"` // hashed, as on the page of the queue; none: the proxy itself
+
 	Prefix   string          `json:"prefix"`
 	Shared   string          `json:"shared_prefix,omitempty"` // the longest part of the prompt that was known before
 	Messages int             `json:"messages"`
@@ -191,10 +211,14 @@ type requestEntry struct {
 	Reason   savings.Reason  `json:"reason,omitempty"`
 	Detail   string          `json:"detail,omitempty"`
 
+	Changed *savings.Changed `json:"changed,omitempty"`
+
 	Truncated bool    `json:"probably_truncated,omitempty"`
 	Broken    bool    `json:"broken_off,omitempty"` // the answer did not come to its end
 	Loaded    bool    `json:"loaded_model,omitempty"`
 	Generated int     `json:"generated_tokens,omitempty"`
+	Waited    float64 `json:"waited_ms"`   // in the proxy, before it was sent
+	Duration  float64 `json:"duration_ms"` // of the whole request, that wait included
 	Load      float64 `json:"load_ms"`
 	Queue     float64 `json:"queue_ms"`
 	Prompt    float64 `json:"prompt_eval_ms"`
@@ -217,8 +241,9 @@ func (h *Handler) requests(n int) requestsPage {
 	for _, e := range h.Ledger.Recent(n) {
 		entry := requestEntry{
 			ID: e.ID, At: e.At, Endpoint: e.Endpoint, Model: upstream.DisplayName(e.Model), Upstream: e.Upstream,
+			Name: e.KeyName, Client: e.Client, Waited: ms(e.Waited), Duration: ms(e.Whole),
 			Prefix: savings.PrefixString(e.Prefix), Messages: e.Messages,
-			Basis: e.Basis, Tokens: promptTokens{Total: e.Total}, Estimate: e.Estimate, Verdict: e.Verdict, Reason: e.Reason, Detail: e.Detail,
+			Basis: e.Basis, Tokens: promptTokens{Total: e.Total}, Estimate: e.Estimate, Verdict: e.Verdict, Reason: e.Reason, Detail: e.Detail, Changed: e.Changed,
 			Truncated: e.Truncated, Broken: e.Broken, Loaded: e.Loaded, Generated: e.Generated,
 			Load: ms(e.Load), Queue: ms(e.Queue), Prompt: ms(e.Prompt), Eval: ms(e.Eval),
 			EstimatedSavedMS: ms(e.SavedEvaluation + e.SavedLoading), Excerpt: e.Excerpt,

@@ -97,8 +97,11 @@ func TestF10TimeInTheSystemPrompt(t *testing.T) {
 		t.Errorf("the first one: %+v", e)
 	}
 	e := ask(t, rg, f, chatWith(at(90), "Go.", ""))
-	if e.Verdict != savings.Cold || e.Reason != savings.ReasonDiverged || !strings.Contains(e.Detail, "message 0, byte 80 ") || e.Expected > 200 {
+	if e.Verdict != savings.Cold || e.Reason != savings.ReasonDiverged || !strings.Contains(e.Detail, "a number at byte 80 to 95 of the system prompt, 7,") || e.Expected > 200 {
 		t.Errorf("a change at byte 90: %+v", e)
+	}
+	if detail, err := json.Marshal(e.Detail); err != nil || !strings.Contains(rg.log.String(), `"detail":`+string(detail)) {
+		t.Errorf("the log lacks the detail %s: %s", detail, rg.log.String())
 	}
 	ask(t, rg, f, chatWith(system, "Go.", ""))
 	e = ask(t, rg, f, chatWith(at(7900), "Go.", ""))

@@ -217,6 +217,7 @@ func (h *Handler) begin(ex *exchange) {
 	b := ex.up
 	b.inFlight.Add(1)
 	ex.began = true
+	defer h.recorder.sent(b, ex)
 	h.timeline.sent(ex)
 	if h.prewarming != nil && ex.infers() && !ex.cloud {
 		h.prewarming.asked(ex, []*backend{b})
@@ -231,9 +232,10 @@ func (h *Handler) begin(ex *exchange) {
 		var hold Hold
 		ex.run = b.runners.Begin(time.Now(), b.wanted(ex.key, ex.options()))
 		ex.use, ex.KeepAlive, hold = b.residency.beginNative(ex.run, ex.fields.model, ex.embed, ex.options(), ex.fields)
-		ex.edit = edit{}
+		ex.edits = ex.fit.edits()
 		if hold != (Hold{}) {
-			ex.edit = ex.fields.splice(hold)
+			ex.edits = append(ex.edits, ex.fields.splice(hold))
+			slices.SortStableFunc(ex.edits, func(a, b edit) int { return a.at - b.at })
 		}
 	case ex.reads == readsForeign:
 		b.Used()
@@ -251,6 +253,7 @@ func (h *Handler) begin(ex *exchange) {
 	}
 	ex.spend, ex.sent = h.Ledger.Begin(time.Now(), *b.books.Load(), ex.chain, ex.run), time.Since(ex.start)
 	ex.spend.Attached(ex.context.Attached())
+	h.look(ex)
 }
 
 // wanted returns what a request needs loaded that names a model, by its key, and states these options;

@@ -37,17 +37,22 @@ func (b *body) release() {
 	}
 }
 
-// open returns a reader of the body with the edit made.
-func (b *body) open(e edit) io.ReadCloser {
+// open returns a reader of the body with the edits made, which are in order and do not overlap.
+func (b *body) open(list ...edit) io.ReadCloser {
 	b.refs.Add(1) // only while the exchange holds it, too
-	return &bodyReader{body: b, parts: [3][]byte{b.data[:e.at], e.text, b.data[e.at+e.cut:]}}
+	parts, from := make([][]byte, 0, 2*len(list)+1), 0
+	for _, e := range list {
+		parts = append(parts, b.data[from:e.at], e.text)
+		from = e.at + e.cut
+	}
+	return &bodyReader{body: b, parts: append(parts, b.data[from:])}
 }
 
 // bodyReader reads the parts in turn. The transport may close it while another goroutine still reads.
 type bodyReader struct {
 	mu    sync.Mutex
 	body  *body // nil once closed
-	parts [3][]byte
+	parts [][]byte
 	i     int
 }
 
@@ -92,7 +97,7 @@ func (r *bodyReader) Close() error {
 	defer r.mu.Unlock()
 	if r.body != nil {
 		r.body.release()
-		r.body, r.parts = nil, [3][]byte{}
+		r.body, r.parts = nil, nil
 	}
 	return nil
 }
@@ -118,8 +123,13 @@ type edit struct {
 	text    []byte
 }
 
-// grow returns by how many bytes the edit lengthens the body.
-func (e edit) grow() int { return len(e.text) - e.cut }
+// grow returns by how many bytes edits lengthen the body.
+func grow(list []edit) (n int) {
+	for _, e := range list {
+		n += len(e.text) - e.cut
+	}
+	return n
+}
 
 // rest is a body too long to hold: what was read of it, then what still comes.
 type rest struct {

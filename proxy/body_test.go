@@ -108,7 +108,7 @@ func TestBodyEdits(t *testing.T) {
 						}
 					}
 					r.Close()
-					if string(got) != want || len(got) != len(text)+e.grow() {
+					if string(got) != want || len(got) != len(text)+grow([]edit{e}) {
 						t.Errorf("%+v in buffers of %d: %q, want %q", e, size, got, want)
 					}
 				}

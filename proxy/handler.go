@@ -8,6 +8,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -55,9 +56,12 @@ type Handler struct {
 	Upstreams []*upstream.Server
 	Transport http.RoundTripper // nil means NewTransport()
 	KeepAlive KeepAlive
-	NoTouch   bool  // never send a request of our own to set keep_alive for models used through /v1
-	MaxBody   int64 // bytes; 0 means DefaultMaxBody
-	Memory    int64 // bytes for all bodies that are held; 0: no limit
+	// StableHeads are edits of prompts that the operator has asked for.
+	StableHeads StableHeads
+	NumCtx      NumCtx // what becomes of the context lengths that requests state
+	NoTouch     bool   // never send a request of our own to set keep_alive for models used through /v1
+	MaxBody     int64  // bytes; 0 means DefaultMaxBody
+	Memory      int64  // bytes for all bodies that are held; 0: no limit
 	// BodyTimeout is for how long a request's body may make no progress; 0: for ever.
 	BodyTimeout time.Duration
 	// UpstreamSilence is for how long an upstream may send nothing of an answer before the request is given up; 0: for ever.
@@ -86,6 +90,7 @@ type Handler struct {
 	Done    func(Exchange)
 	Touched func(model string, err error)
 
+	inForce  atomic.Pointer[Live] // what Change said last; nil: the fields above are in force
 	memory   *memory
 	decoder  *zstd.Decoder
 	decoding sync.Mutex
@@ -101,6 +106,7 @@ type Handler struct {
 	timeline   *timeline
 	live       *livepage.Hub
 	prewarming *prewarmer // nil: there is nothing to make warm
+	recorder   *recorder  // of what pathFacts shows
 	forward    *httputil.ReverseProxy
 	prefixes   *prefix.Reader
 
@@ -116,6 +122,7 @@ type Exchange struct {
 	Path     string
 	Endpoint string // the path as a label: one of a bounded set
 	Name     string // of the API key that it came with; "" where that has none
+	Client   string // who asked, hashed, as on the page of the queue; "" for the proxy itself
 	Model    string // as the client wrote it; "" where none was read, "(invalid)" where it is no model's name
 	Status   int    // 0 where the client got none
 	Begun    bool   // a heartbeat began the answer: whatever Status is, the client saw 200
@@ -128,6 +135,11 @@ type Exchange struct {
 
 	KeepAlive string // injected, kept, raised or forced; "" where the request has no keep_alive
 	Unedited  string // why a body that is usually read was not: see the Unedited… constants
+	// Heads are the edits that Handler.StableHeads made to its prompt; nil: none.
+	Heads []HeadEdits
+	// NumCtx is what was done about the context length that it states, or does not: pinned, raised, kept or unknown; ""
+	// where nothing is to be done.
+	NumCtx string
 
 	Upstream  string   // the name of the one that it was sent to; "" for none, or for all
 	Simulated bool     // that one is: its answer and figures are made up
@@ -195,18 +207,19 @@ type exchange struct {
 	cloud     bool                // a remote service runs that
 	unread    bool                // it asks for a prompt to be evaluated, and that is all that could be found out
 	only      *backend
-	up        *backend      // to which it is sent; nil before that is chosen
-	unloading chan struct{} // closed when other servers have unloaded the model, too; nil: they need not
-	began     bool          // it was sent to up, and has not ended
-	waiting   bool          // it is counted in Handler.waiting
-	paused    time.Duration // for how long it waited beside Waited: for memory, and to be sent again
-	gateway   bool          // the answer is not the server's, most likely: see byGateway
-	gaveUp    bool          // after Handler.UpstreamSilence
-	silence   *silence      // gives the request up; nil: never
-	beat      *heartbeat    // nil: the request has none
-	tried     []*backend    // to which it was sent in vain
-	inbound   *http.Request // as it was given to the forwarder
-	edit      edit
+	up        *backend         // to which it is sent; nil before that is chosen
+	unloading chan struct{}    // closed when other servers have unloaded the model, too; nil: they need not
+	began     bool             // it was sent to up, and has not ended
+	waiting   bool             // it is counted in Handler.waiting
+	paused    time.Duration    // for how long it waited beside Waited: for memory, and to be sent again
+	gateway   bool             // the answer is not the server's, most likely: see byGateway
+	gaveUp    bool             // after Handler.UpstreamSilence
+	silence   *silence         // gives the request up; nil: never
+	beat      *heartbeat       // nil: the request has none
+	tried     []*backend       // to which it was sent in vain
+	inbound   *http.Request    // as it was given to the forwarder
+	edits     []edit           // of the body, in order
+	fit       fit              // of its num_ctx
 	run       *runners.Request // nil where it needs no model loaded here
 	use       use
 
@@ -215,6 +228,8 @@ type exchange struct {
 	grant   *schedule.Grant  // nil where it holds no lane
 	context *contexts.Use    // nil where nothing is to be stored or attached
 	loaded  runners.Ending   // of the load that was caused before it was sent, to attach something
+	ending  runners.Ending   // of its load, once it has ended
+	blind   *backend         // as to which the recorder knows that its model is not known; nil: it is
 	sent    time.Duration    // from start until it was sent
 	warming *warming         // it is the proxy's own, to make its prompt warm; nil: it is not
 	asks    []*backend       // what prewarmer.asked was told last
@@ -296,6 +311,7 @@ func (h *Handler) Init() {
 	h.timeline = newTimeline()
 	h.live = livepage.NewHub(overview{h}, timelineMost)
 	h.prewarming = newPrewarmer(h)
+	h.recorder = newRecorder()
 	for i, s := range h.Upstreams {
 		b := h.newBackend(i, s)
 		h.backends = append(h.backends, b)
@@ -343,8 +359,8 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.inFlight.Add(1)
 	rt := routeOf(r)
 	ex := &exchange{start: time.Now(), header: w.Header(), route: rt, Exchange: Exchange{Method: r.Method, Path: r.URL.Path, Endpoint: rt.label}}
-	if h.BodyTimeout > 0 && r.Body != nil && r.Body != http.NoBody {
-		ex.arriving = &arriving{ReadCloser: r.Body, conn: http.NewResponseController(w), limit: h.BodyTimeout}
+	if limit := h.Live().BodyTimeout; limit > 0 && r.Body != nil && r.Body != http.NoBody {
+		ex.arriving = &arriving{ReadCloser: r.Body, conn: http.NewResponseController(w), limit: limit}
 	}
 	ex.warming, _ = r.Context().Value(warmingKey{}).(*warming)
 	ctx, end := r.Context(), func() {}
@@ -410,12 +426,13 @@ func (ex *exchange) takes(r *http.Request) {
 // givesUp has the request given up when its upstream is silent for too long. over is to be called when
 // it has ended.
 func (h *Handler) givesUp(r *http.Request, ex *exchange) (bounded *http.Request, over func()) {
-	if h.UpstreamSilence == 0 {
+	limit := h.Live().UpstreamSilence
+	if limit == 0 {
 		return r, func() {}
 	}
 	ctx, giveUp := context.WithCancelCause(r.Context())
-	timer := time.AfterFunc(h.UpstreamSilence, func() { giveUp(errSilent) })
-	ex.silence = &silence{timer, h.UpstreamSilence}
+	timer := time.AfterFunc(limit, func() { giveUp(errSilent) })
+	ex.silence = &silence{timer, limit}
 	return r.WithContext(ctx), func() { giveUp(nil) }
 }
 
@@ -450,23 +467,34 @@ func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (d
 	}
 	ref := h.loop(r)
 	if ref == nil {
-		ref = h.Guard.host(r)
+		ref = h.guard().host(r)
 	}
 	if ref == nil {
-		ex.origin, ref = h.Guard.origin(r)
+		ex.origin, ref = h.guard().origin(r)
 	}
 	if ref == nil && r.Method == http.MethodOptions && (ex.origin != "" || localName(hostname(r.Host))) {
 		ex.Status, ex.Outcome = http.StatusNoContent, Own
 		preflight(w, ex.origin, h.Guard.Keys != nil)
 		return true
 	}
-	if ref == nil && ex.stranger && !keyless(r) {
-		ref = &refusal{http.StatusUnauthorized, "a valid API key is needed: send it as 'Authorization: Bearer KEY' (the keys are in the file that ollama-cacheproxy was started with: --api-keys-file)"}
+	if ref == nil {
+		ref = ex.keyed(r)
 	}
 	if ref != nil {
 		h.refuse(w, r, ex, ref)
 	}
 	return ref != nil
+}
+
+// keyed refuses a request that shows no API key that may send it.
+func (ex *exchange) keyed(r *http.Request) *refusal {
+	switch {
+	case ex.stranger && !keyless(r):
+		return &refusal{http.StatusUnauthorized, "a valid API key is needed: send it as 'Authorization: Bearer KEY' (the keys are in the file that ollama-cacheproxy was started with: --api-keys-file)"}
+	case ex.admins:
+		return ex.notAdmin()
+	}
+	return nil
 }
 
 // loop refuses what comes back to this proxy from its upstreams, as its own requests show, and everything while all of them
@@ -552,13 +580,15 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 	f, err := scan(data, ex.members[:])
 	if err == nil {
 		h.understand(ex, f, data)
+		h.steady(ex, data)
+		h.account(ex, data)
 		return nil
 	}
 	switch enc := r.Header.Get("Content-Encoding"); {
 	case over:
 		ex.Unedited = UneditedTooLarge
 		ex.in.Store(0)
-		ex.beginning = once{ex.body.open(edit{})}
+		ex.beginning = once{ex.body.open()}
 		ex.letGo()
 		r.Body = &rest{io.MultiReader(ex.beginning, r.Body), r.Body}
 		ex.pass(r)
@@ -621,11 +651,13 @@ func (h *Handler) readZstd(ex *exchange, data []byte) bool {
 		return false
 	}
 	h.understand(ex, f, text)
+	h.account(ex, text)
+	h.steadyText(ex, text)
 	ex.fields.members, ex.fields.long = nil, nil // they are the text's, not the body's
 	return true
 }
 
-// understand takes in what a body says: f, which was found in data.
+// understand takes in what a body says of its model: f, which was found in data.
 func (h *Handler) understand(ex *exchange, f fields, data []byte) {
 	if ex.reads == readsName && f.model == "" {
 		f.model = f.name(data) // as Ollama reads it
@@ -641,7 +673,6 @@ func (h *Handler) understand(ex *exchange, f fields, data []byte) {
 	ex.cloud = ex.key != "" && upstream.IsCloud(f.model)
 	if ex.runsHere() { // else nothing here stays loaded
 		ex.fields = f
-		h.account(ex, data)
 	}
 }
 
@@ -663,7 +694,7 @@ func (h *Handler) rewrite(pr *httputil.ProxyRequest) {
 	pr.Out.Trailer = pr.In.Trailer // filled in when the body has been read
 	if b := ex.body; b != nil {
 		pr.Out.Header.Del("Expect") // the body has come already
-		pr.Out.ContentLength = int64(len(b.data) + ex.edit.grow())
+		pr.Out.ContentLength = int64(len(b.data) + grow(ex.edits))
 		pr.Out.TransferEncoding = nil
 		if len(pr.In.Trailer) > 0 {
 			pr.Out.ContentLength = -1 // only a chunked body has trailers
@@ -671,10 +702,10 @@ func (h *Handler) rewrite(pr *httputil.ProxyRequest) {
 		// With GetBody the transport sends the body again if a kept connection turns out to be closed before anything was
 		// written. But with one of these headers it would do so even if the upstream may have read it.
 		if pr.In.Header["Idempotency-Key"] == nil && pr.In.Header["X-Idempotency-Key"] == nil {
-			pr.Out.GetBody = func() (io.ReadCloser, error) { return b.open(ex.edit), nil }
+			pr.Out.GetBody = func() (io.ReadCloser, error) { return b.open(ex.edits...), nil }
 		}
 		if pr.Out.Body = http.NoBody; len(b.data) > 0 {
-			pr.Out.Body = b.open(ex.edit)
+			pr.Out.Body = b.open(ex.edits...)
 		}
 	}
 }
@@ -834,6 +865,7 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	if ex.up != nil {
 		ex.Upstream = ex.up.Name
 	}
+	ex.Client = h.clientShown(r, ex)
 	ex.Begun = ex.beat.begun()
 	ex.Duration = time.Since(ex.start)
 	ex.BytesIn = ex.in.Load()
@@ -847,6 +879,7 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 		h.aborted(ex, w, r)
 	}
 	h.accounted(ex)
+	h.record(r, ex)
 	h.warmed(r, ex)
 	h.timeline.ended(ex)
 	h.prewarming.asked(ex, nil)
@@ -921,6 +954,9 @@ func reset(w http.ResponseWriter) {
 	if err != nil {
 		return // not a connection of net/http's server
 	}
+	if secure, ok := conn.(*tls.Conn); ok {
+		conn = secure.NetConn() // without TLS's own goodbye, which would make the answer look whole
+	}
 	if tcp, ok := conn.(*net.TCPConn); ok {
 		tcp.SetLinger(0)
 	}
@@ -942,37 +978,26 @@ func (ex *exchange) outcome(r *http.Request) Outcome {
 }
 
 func (ex *exchange) attrs() []slog.Attr {
-	attrs := make([]slog.Attr, 0, 22)
+	attrs := make([]slog.Attr, 0, 24)
 	attrs = append(attrs, slog.String("method", ex.Method), slog.String("path", ex.Path[:min(len(ex.Path), 256)]))
-	if ex.Model != "" {
-		attrs = append(attrs, slog.String("model", ex.Model))
-	}
-	if ex.Name != "" {
-		attrs = append(attrs, slog.String("key_name", ex.Name))
-	}
+	attrs = said(attrs, slog.String("model", ex.Model), slog.String("key_name", ex.Name))
 	attrs = append(attrs,
 		slog.Int("status", ex.Status),
 		milliseconds("duration_ms", ex.Duration),
 		slog.Int64("bytes_in", ex.BytesIn),
 		slog.Int64("bytes_out", ex.BytesOut),
 		slog.String("outcome", string(ex.Outcome)))
+	attrs = said(attrs, slog.String("client", ex.Client))
 	if ex.FirstByte > 0 {
 		attrs = append(attrs, milliseconds("first_byte_ms", ex.FirstByte))
 	}
-	for _, a := range []slog.Attr{
-		slog.String("keep_alive", ex.KeepAlive), slog.String("unedited", ex.Unedited),
-		slog.String("prewarm", ex.Prewarm),
-	} {
-		if a.Value.String() != "" {
-			attrs = append(attrs, a)
-		}
-	}
+	attrs = said(attrs, slog.String("keep_alive", ex.KeepAlive), slog.String("unedited", ex.Unedited),
+		slog.String("prewarm", ex.Prewarm), slog.String("stable_heads", ex.headsEdited()),
+		slog.String("num_ctx", ex.NumCtx))
 	if ex.Begun {
 		attrs = append(attrs, slog.Bool("heartbeat", true))
 	}
-	if ex.Upstream != "" {
-		attrs = append(attrs, slog.String("upstream", ex.Upstream))
-	}
+	attrs = said(attrs, slog.String("upstream", ex.Upstream))
 	if ex.Simulated {
 		attrs = append(attrs, slog.Bool("simulated", true))
 	}
@@ -987,8 +1012,16 @@ func (ex *exchange) attrs() []slog.Attr {
 		if e.Tokens != nil {
 			attrs = append(attrs, slog.Int("evaluated", e.Tokens.Evaluated), slog.String("basis", string(e.Basis)))
 		}
-		if e.Reason != "" {
-			attrs = append(attrs, slog.String("reason", string(e.Reason)))
+		attrs = said(attrs, slog.String("reason", string(e.Reason)), slog.String("detail", e.Detail))
+	}
+	return attrs
+}
+
+// said adds those of more that have a text.
+func said(attrs []slog.Attr, more ...slog.Attr) []slog.Attr {
+	for _, a := range more {
+		if a.Value.String() != "" {
+			attrs = append(attrs, a)
 		}
 	}
 	return attrs

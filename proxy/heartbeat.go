@@ -38,12 +38,13 @@ type heartbeat struct {
 // heartbeats returns the writer of the answer to a request whose body has been read: with a heartbeat,
 // where it has one.
 func (h *Handler) heartbeats(w http.ResponseWriter, ex *exchange) http.ResponseWriter {
-	if h.Heartbeat == 0 || ex.reads != readsForeign || ex.prompt == prefix.None ||
+	every := h.Live().Heartbeat
+	if every == 0 || ex.reads != readsForeign || ex.prompt == prefix.None ||
 		ex.fields.stream != 't' {
 		return w
 	}
 	ex.beat = &heartbeat{
-		ResponseWriter: w, every: h.Heartbeat, left: h.Heartbeat, origin: ex.origin,
+		ResponseWriter: w, every: every, left: every, origin: ex.origin,
 	}
 	return ex.beat
 }

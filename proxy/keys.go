@@ -28,6 +28,7 @@ import (
 //	sk-proxy-3f9a
 //	alice sk-proxy-77d1 class=interactive
 //	nightly sk-proxy-b0c4 weight=0.5 class=batch max-waiting=50 rate=600/m
+//	ops sk-proxy-91ce admin
 type Keys struct {
 	holders   atomic.Pointer[[]*keyHolder]
 	replacing sync.Mutex // held by Replace, so that no two of them read the same old holders
@@ -45,6 +46,8 @@ type keyHolder struct {
 	classed bool
 	class   schedule.Priority
 
+	admin bool // may change models and upstreams: see exchange.admin
+
 	maxWaiting int // requests that may wait; 0: no limit
 	limiter    *rate.Limiter
 
@@ -60,11 +63,13 @@ var keySettings = []struct{ name, form string }{
 	{"class", "class=interactive, class=normal or class=batch"},
 	{"max-waiting", "max-waiting=50 (a whole number from 1 on)"},
 	{"rate", "rate=10/s, rate=600/m or rate=1000/h (a whole number from 1 on)"},
+	{settingAdmin, "admin, admin=yes or admin=no"},
 }
 
 const (
 	keyLine = "want KEY, or NAME KEY and then any of weight=2 class=interactive|normal|batch " +
-		"max-waiting=50 rate=10/s"
+		"max-waiting=50 rate=10/s admin"
+	settingAdmin   = "admin" // the one setting that needs no value
 	longestKeyName = 64
 	// looksLikeKey begins keys of OpenAI's and Anthropic's form. A name is shown in logs and
 	// metrics, so a line with the two the wrong way round must not pass.
@@ -196,7 +201,10 @@ func parseKey(line string) (*keyHolder, error) {
 		if !isKeySetting(word) { // it is not repeated in the message: it may be a part of a key
 			return nil, fmt.Errorf("a word after the key is no setting; %s", keyLine)
 		}
-		name, value, _ := strings.Cut(word, "=")
+		name, value, valued := strings.Cut(word, "=")
+		if !valued {
+			value = "yes"
+		}
 		if seen[name] {
 			return nil, fmt.Errorf("%s is given twice; give it once", name)
 		}
@@ -211,7 +219,7 @@ func parseKey(line string) (*keyHolder, error) {
 func isKeySetting(word string) bool {
 	name, _, ok := strings.Cut(word, "=")
 	for _, s := range keySettings {
-		if ok && s.name == name {
+		if s.name == name && (ok || name == settingAdmin) {
 			return true
 		}
 	}
@@ -241,6 +249,8 @@ func (p *keyHolder) set(name, value string) (err error) {
 		ok = err == nil && p.maxWaiting >= 1
 	case "rate":
 		p.limiter, ok = parseRate(value)
+	case settingAdmin:
+		p.admin, ok = value == "yes", value == "yes" || value == "no"
 	}
 	if ok {
 		return nil
@@ -277,6 +287,17 @@ func (k *Keys) Names() []string {
 		}
 	}
 	return names
+}
+
+// Admins returns how many of the keys have the right to change models and upstreams.
+func (k *Keys) Admins() int {
+	n := 0
+	for _, p := range *k.holders.Load() {
+		if p.admin {
+			n++
+		}
+	}
+	return n
 }
 
 // check compares with every key, in a time that does not tell which one or how much of it fits. It
@@ -319,6 +340,31 @@ func (k *Keys) holder(client string) *keyHolder {
 		}
 	}
 	return nil
+}
+
+// admin reports whether the request may change models and upstreams: its key has that right, or no
+// keys are asked for at all, so that whoever reaches the proxy may do everything.
+func (ex *exchange) admin() bool {
+	if ex.holder == nil {
+		return !ex.stranger
+	}
+	return ex.holder.admin
+}
+
+// notAdmin refuses a request that only an admin may send, if it is not from one.
+func (ex *exchange) notAdmin() *refusal {
+	if ex.admin() {
+		return nil
+	}
+	who := "this API key"
+	if ex.Name != "" {
+		who = "the API key named " + ex.Name
+	}
+	return &refusal{
+		http.StatusForbidden,
+		who + " may not change models or upstreams: that takes a key with the word admin after it " +
+			"in the file of the API keys, such as 'NAME KEY admin'",
+	}
 }
 
 // priority says how urgent a request is: as its client asks, but no more urgent than its class.

@@ -292,7 +292,7 @@ func TestKeyMaxWaitingAway(t *testing.T) {
 // TestKeyRate: one request too many is told when it may come; lists are free, and so are other
 // keys.
 func TestKeyRate(t *testing.T) {
-	const file = "slow k1 rate=2/h\nquick k2\n"
+	const file = "slow k1 rate=2/h admin\nquick k2\n"
 	f := newFake(t, okAnswer)
 	rg := newRig(t, f.URL, &Handler{Guard: withKeys(t, file)})
 	ask := func(path, key string) (int, string, string) {

@@ -32,6 +32,8 @@ func (h *Handler) own(w http.ResponseWriter, r *http.Request, ex *exchange) bool
 		if limit, ok := h.shown(w, r, ex, pathQueue, "limit", shownQueue, queueMost); ok {
 			ex.page(w, pathQueue, http.StatusOK, h.queue(limit))
 		}
+	case path == pathFacts:
+		h.facts(w, r, ex)
 	case path == pathRequests && h.Ledger != nil:
 		if n, ok := h.shown(w, r, ex, pathRequests, "n", shownRequests, math.MaxInt); ok {
 			ex.page(w, pathRequests, http.StatusOK, h.requests(n))
@@ -95,6 +97,8 @@ func (h *Handler) changeUpstream(w http.ResponseWriter, r *http.Request, ex *exc
 			"want POST " + pathUpstreams + name + "/drain, …/resume, …/hold?model=M&for=24h " +
 				"or …/unload?model=M",
 		})
+	case !ex.admin():
+		h.refuse(w, r, ex, ex.notAdmin())
 	case verb == verbHold || verb == verbUnload:
 		h.changeModel(w, r, ex, b, verb)
 	default:

@@ -3,6 +3,7 @@ package proxy
 import (
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"strings"
 	"testing"
@@ -176,4 +177,43 @@ func TestQueuePageAway(t *testing.T) {
 			},
 		)
 	}
+}
+
+// TestRequestsTellWaits: the page of the last requests and the log say who asked, as the page of the
+// queue does, how long the request waited in the proxy and how long it took in all.
+func TestRequestsTellWaits(t *testing.T) {
+	inTime(t, 1, time.Minute, func(t *testing.T, m *mortal, h *Handler, ask func(string, string, ...string) *asked) {
+		log := &logBuffer{}
+		h.Log = slog.New(slog.NewJSONHandler(log, nil))
+		h.Guard = withKeys(t, "alice "+theKey+"\nplain-key")
+		first := ask("/api/chat", chatWith("system", "one", ""), bearer("plain-key"))
+		synctest.Wait()
+		second := ask("/api/chat", chatWith("another", "two", ""), bearer(theKey))
+		synctest.Wait()
+		queue, text := queueOf(t, ask, "", bearer(theKey))
+		if len(queue.Requests) != 1 {
+			t.Fatal(text)
+		}
+		<-first.ended
+		<-second.ended
+		var page requestsPage
+		if err := json.Unmarshal(get(ask, pathRequests, bearer(theKey)).Body.Bytes(), &page); err != nil || len(page.Requests) != 2 {
+			t.Fatal(err, page)
+		}
+		s, f := page.Requests[0], page.Requests[1]
+		// Each works for a second, and the second one waits for that of the first.
+		if s.Waited != 1000 || s.Duration != 2000 || f.Waited != 0 || f.Duration != 1000 {
+			t.Errorf("waited %v and %v ms of %v and %v", f.Waited, s.Waited, f.Duration, s.Duration)
+		}
+		if s.Client != queue.Requests[0].Client || s.Name != "alice" || f.Client == s.Client || f.Client == "" || f.Name != "" {
+			t.Errorf("asked by %q (%q) and %q (%q), queued by %q", f.Client, f.Name, s.Client, s.Name, queue.Requests[0].Client)
+		}
+		lines := strings.Split(strings.TrimSpace(log.String()), "\n")
+		want := []string{`"client":"` + s.Client + `"`, `"waited_ms":1000`, `"duration_ms":2000`, `"key_name":"alice"`}
+		for _, w := range want {
+			if !strings.Contains(lines[len(lines)-1], w) {
+				t.Errorf("the log lacks %s: %s", w, lines[len(lines)-1])
+			}
+		}
+	})
 }

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"net/http"
+	"path"
 	"strings"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
@@ -27,6 +28,7 @@ type route struct {
 	answer savings.Dialect // how the answer to that is written
 	alters bool            // may change or remove a model
 	first  bool            // goes to the first upstream, since it changes something or must always go to the same one
+	admins bool            // only admins may send it: see exchange.admin
 	long   bool            // works for long, until it is done or its client leaves
 	merged string          // the member of the answer that lists what an upstream has, if it is merged over upstreams
 }
@@ -70,6 +72,8 @@ func routeOf(r *http.Request) route {
 	rt, ok := routes[r.URL.Path]
 	body := r.Body != nil && r.Body != http.NoBody
 	switch {
+	case r.URL.Path == pathEvents:
+		rt.label, rt.long = pathEvents, true
 	case !ok && strings.HasPrefix(r.URL.Path, "/api/blobs/"):
 		rt.label, rt.first, rt.long = "/api/blobs/{digest}", true, body
 	case !ok && strings.HasPrefix(r.URL.Path, pathModel):
@@ -77,6 +81,7 @@ func routeOf(r *http.Request) route {
 	case !ok:
 		rt.label, rt.long = "other", body
 	}
+	rt.admins = changes(r)
 	if r.Method != http.MethodPost {
 		rt.reads = readsNothing
 	}
@@ -84,6 +89,21 @@ func routeOf(r *http.Request) route {
 		rt.merged = ""
 	}
 	return rt
+}
+
+// changes reports whether a request changes models, or who is signed in at an upstream.
+func changes(r *http.Request) bool {
+	switch r.Method {
+	case http.MethodGet, http.MethodHead, http.MethodOptions:
+		return false
+	}
+	// What stands in front of an upstream may clean a path before Ollama sees it.
+	switch p := path.Clean(r.URL.Path); p {
+	case "/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/api/signout":
+		return true
+	default:
+		return strings.HasPrefix(p, "/api/blobs/") || strings.HasPrefix(p, "/api/user/keys/")
+	}
 }
 
 // infers reports whether the request asks a model for something, or has one loaded.

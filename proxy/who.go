@@ -129,6 +129,14 @@ func (t *TrustedProxies) clientOf(r *http.Request, key string) string {
 	return peer
 }
 
+// clientShown is the client as logs and pages show it; "" for the proxy itself.
+func (h *Handler) clientShown(r *http.Request, ex *exchange) string {
+	if ex.warming != nil {
+		return ""
+	}
+	return hashed(h.Trusted.clientOf(r, ex.holder.client()))
+}
+
 // seed is of the hashes by which users, programs and flows are told apart. No name is kept.
 var seed = maphash.MakeSeed()
 

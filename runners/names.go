@@ -13,54 +13,54 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// Shower is what a Book asks a server: *upstream.Server.
+// Shower is what a Book needs of a server; *upstream.Server implements it.
 type Shower interface {
 	Show(ctx context.Context, model string) (*api.ShowResponse, error)
 }
 
 const (
-	showTimeout = 2 * time.Second // a request waits for it, once for each model
-	showAgain   = time.Minute     // after one that failed
+	showTimeout = 2 * time.Second // a request waits for it, once per model
+	showAgain   = time.Minute     // after a failure
 )
 
 // Model is what a name stands for.
 type Model struct {
-	// Weights stands for the files of which Ollama makes a runner: the model, its adapters and
-	// projectors. Where they are not known it is the name.
+	// Weights stands for the files from which Ollama makes a runner: the model, its adapters and
+	// projectors. If they are not known, it is the name.
 	Weights string
 	// Defaults are the runner options that the Modelfile sets.
 	Defaults prefix.Options
-	// Sliding says that the model's attention has a sliding window.
+	// Sliding means that the model's attention has a sliding window.
 	Sliding bool
-	// Values is how many numbers the attention's keys and values have for each token, in all layers;
-	// 0: not known.
+	// Values is how many numbers the attention's keys and values take per token, in all layers; 0
+	// if not known.
 	Values int
 }
 
 // named is what a name was found to stand for.
 type named struct {
-	digest string // of its manifest then
+	digest string // of its manifest at that time
 	Model
-	again time.Time // when to ask again, after a failure; zero: it was not one
+	again time.Time // when to ask again after a failure; zero: it did not fail
 }
 
 // Wanted is what a request needs loaded.
 type Wanted struct {
 	Name string // upstream.ModelKey
-	// Options are those that the request states and, where it states none, the Modelfile's. Their Model
-	// stands for the weights: see Model. Requests that have the same Options share a load; of those
-	// that have the same Model Ollama holds one at a time.
+	// Options are those that the request states and otherwise the Modelfile's. Their Model stands
+	// for the weights (Model.Weights). Requests with the same Options share a load; of those with
+	// the same Model, Ollama holds one at a time.
 	Options prefix.Options
-	Known   bool // all that the request states is in Options
+	Known   bool // Options has everything that the request states
 	Sliding bool // the model's attention has a sliding window
-	Values  int  // that the attention's keys and values have for each token: see Model
+	Values  int  // see Model.Values
 }
 
-// Wanted returns what a request needs loaded that names a model (upstream.ModelKey), whose manifest
-// has this digest, as /api/tags tells; "": not known, and nothing is asked. o is what it states; nil:
-// that is not known.
+// Wanted returns what a request needs loaded that names a model (upstream.ModelKey). digest is that
+// of its manifest, from /api/tags; "" if not known, and then the server is not asked. o are the
+// options that the request states; nil if they are not known.
 //
-// The server is asked once for each manifest, for two seconds at most.
+// The server is asked once per manifest, for at most two seconds.
 func (b *Book) Wanted(name, digest string, o *prefix.Options) Wanted {
 	m := b.resolve(name, digest)
 	w := Wanted{Name: name, Known: o != nil, Sliding: m.Sliding, Values: m.Values}
@@ -79,7 +79,7 @@ func (b *Book) resolve(name, digest string) Model {
 		return n.Model
 	}
 	found, _, _ := b.asking.Do(digest, func() (any, error) {
-		ctx, cancel := context.WithTimeout(context.Background(), showTimeout) // others wait for it, too
+		ctx, cancel := context.WithTimeout(context.Background(), showTimeout) // other requests wait for it, too
 		defer cancel()
 		show, err := b.show.Show(ctx, name)
 		n := named{digest: digest, Model: Model{Weights: name}, again: time.Now().Add(showAgain)}
@@ -87,7 +87,7 @@ func (b *Book) resolve(name, digest string) Model {
 		case err == nil:
 			n.Model, n.again = describe(name, show), time.Time{}
 		case upstream.NoConnection(err) || upstream.Closed(err):
-			n.again = time.Now() // it is being started anew, and that fails at once
+			n.again = time.Now() // it is restarting, which fails at once
 		}
 		b.mu.Lock()
 		defer b.mu.Unlock()
@@ -97,7 +97,7 @@ func (b *Book) resolve(name, digest string) Model {
 	return found.(Model)
 }
 
-// find returns what is known of a name, or of another one that is a copy of it.
+// find returns what is known of a name, or of another name that is a copy of it.
 func (b *Book) find(name, digest string) (named, bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -114,8 +114,8 @@ func (b *Book) find(name, digest string) (named, bool) {
 	return named{}, false
 }
 
-// Weights returns what is known to stand for the weights of a model, by its name; the server is not
-// asked.
+// Weights returns what is known to stand for the weights of a model, by its name. It does not ask
+// the server.
 func (b *Book) Weights(name string) string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -171,7 +171,7 @@ func (b *Book) weights(l upstream.Loaded) string {
 	return upstream.ModelKey(l.Name)
 }
 
-// describe reads what /api/show tells of a model.
+// describe reads the answer of /api/show.
 func describe(name string, show *api.ShowResponse) Model {
 	m := Model{Weights: weightsOf(show.Modelfile)}
 	if m.Weights == "" {
@@ -179,7 +179,7 @@ func describe(name string, show *api.ShowResponse) Model {
 	}
 	for line := range strings.Lines(show.Parameters) {
 		if f := strings.Fields(line); len(f) == 2 {
-			m.Defaults.Set(f[0], f[1]) // most are no runner options
+			m.Defaults.Set(f[0], f[1]) // most parameters are not runner options
 		}
 	}
 	info := modelInfo(show.ModelInfo)
@@ -187,10 +187,10 @@ func describe(name string, show *api.ShowResponse) Model {
 	return m
 }
 
-// modelInfo is what a model's file says of it, by keys that begin with its architecture.
+// modelInfo is what a model's file says about it, under keys that begin with its architecture.
 type modelInfo map[string]any
 
-// number returns what is said under a key; 0 if it is no number.
+// number returns the number under a key, or 0 if it is not a number.
 func (m modelInfo) number(key string) float64 {
 	for k, v := range m {
 		if n, ok := v.(float64); ok && strings.HasSuffix(k, "."+key) {
@@ -200,7 +200,7 @@ func (m modelInfo) number(key string) float64 {
 	return 0
 }
 
-// values returns how many numbers the keys and values have for each token; 0 if that is not told.
+// values returns how many numbers the keys and values take per token, or 0 if that is not known.
 func (m modelInfo) values() int {
 	heads := m.number("attention.head_count")
 	if heads == 0 {
@@ -211,8 +211,8 @@ func (m modelInfo) values() int {
 	return int(m.number("block_count") * cmp.Or(m.number("attention.head_count_kv"), heads) * both)
 }
 
-// weightsOf returns the names of the files that a Modelfile, as Ollama writes it, begins with; "" if
-// it names none.
+// weightsOf returns the names of the files with which a Modelfile begins, as Ollama writes it, or
+// "" if it names none.
 func weightsOf(modelfile string) string {
 	var files []string
 	for line := range strings.Lines(modelfile) {
@@ -227,7 +227,7 @@ func weightsOf(modelfile string) string {
 			return strings.Join(files, "+") // what follows may be any text
 		}
 		if !strings.ContainsAny(path, `/\`) {
-			return "" // a name: this model has no files that are told
+			return "" // a name, so the files are not known
 		}
 		path = strings.ReplaceAll(path, `\`, "/")
 		files = append(files, filepath.Base(path))

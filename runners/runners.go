@@ -1,13 +1,14 @@
 // Package runners knows what an Ollama server holds in memory: which models are loaded, with which
-// options, since when, and under which names they are used. A Book, one for each server, is fed by
-// the requests that are sent and the answers that come, and by what /api/ps lists. It tells what
-// changed (Event); the ledger and the scheduler listen, and whoever keeps models loaded asks.
+// options, since when, and under which names they are used. A Book, one per server, learns it from
+// the requests that are sent, the answers that come, and the lists of /api/ps. It reports changes
+// as Events to the ledger and the scheduler, and answers the questions of whatever keeps models
+// loaded.
 //
 // Ollama keeps one runner for a model's weights, whatever name asks for them, and loads it anew for
 // a request with other runner options (0.24 to 0.34, server/sched.go: schedulerModelKey,
 // needsReload). So does a Book: see Wanted.
 //
-// The package makes no request but /api/show, once for each model, and decides nothing.
+// The package makes no request except /api/show, once per model, and decides nothing.
 package runners
 
 import (
@@ -22,34 +23,34 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// Kind says what has changed.
+// Kind is what has changed.
 type Kind uint8
 
 const (
 	Loaded    Kind = iota // a request found its model not loaded, and had it loaded
 	Replaced              // the model is loaded with other options than before
-	Unloaded              // it is not loaded any more
-	Restarted             // the server was started anew: it holds nothing
+	Unloaded              // it is no longer loaded
+	Restarted             // the server was restarted and holds nothing
 	Idle                  // the last request to the model that was under way has ended
 )
 
 // Event is a change of what a server holds.
 type Event struct {
 	Kind Kind
-	// Listed says that /api/ps told it, and not a request that came through the proxy.
+	// Listed means that /api/ps revealed it, rather than a request through the proxy.
 	Listed  bool
-	Weights string // of which model, as in Wanted.Options.Model; "" with Restarted: all
+	Weights string // which model, as in Wanted.Options.Model; "" with Restarted: all of them
 }
 
 const (
-	maxModels = 1024           // that are remembered, by weights …
+	maxModels = 1024           // remembered by weights …
 	maxNames  = 4096           // … and by name
-	maxEqual  = 8              // options of which it is known that they mean the same as those loaded
-	maxLoad   = 24 * time.Hour // that is believed
-	maxLoads  = 8              // loads, of one model
+	maxEqual  = 8              // options that are known to mean the same as those loaded
+	maxLoad   = 24 * time.Hour // longer loads are not believed
+	maxLoads  = 8              // remembered loads of one model
 )
 
-// Book is what is known of one server. Make it with New. Its methods may be called from any goroutine.
+// Book is what is known of one server. Make it with New. Its methods are safe for concurrent use.
 type Book struct {
 	show   Shower
 	told   func(Event) // called without the lock
@@ -65,30 +66,32 @@ type Book struct {
 type model struct {
 	weights string
 	running []*Request
-	ended   time.Time // when a request last ended
+	ended   time.Time // when the last request ended
 
-	since    time.Time // no load that was asked for before then is still there
-	answered bool      // a request was answered since: it is loaded
+	since    time.Time // a load that was requested earlier is no longer there
+	answered bool      // a request has been answered since, so it is loaded
 
 	options   prefix.Options // with which it is loaded, if known
 	known     bool
-	equal     []prefix.Options // that turned out to mean the same
-	context   int              // tokens, as /api/ps tells; 0: not known
-	restarted bool             // the server was, and nothing has been loaded since
+	equal     []prefix.Options // known to mean the same
+	context   int              // tokens, from /api/ps; 0: not known
+	byDefault int              // tokens of a request that states none, as seen; 0: not known
+	largest   int              // tokens that an accepted request stated
+	restarted bool             // the server was restarted, and nothing has been loaded since
 
 	loads    []load        // the last ones
-	loadTime time.Duration // how long they take
-	warmLoad time.Duration // load_duration where nothing is loaded
+	loadTime time.Duration // how long a load takes
+	warmLoad time.Duration // load_duration when the model was loaded already
 }
 
-// load is one that a request told.
+// load is one that a request reported.
 type load struct {
 	end     time.Time
 	options prefix.Options
 }
 
-// New returns a book that knows nothing. show nil: every name is a model of its own. told is called
-// for each event, by whoever caused it; nil: nobody listens.
+// New returns an empty book. If show is nil, every name is a model of its own. told, if non-nil, is
+// called for each event, by the goroutine that causes it.
 func New(show Shower, told func(Event)) *Book {
 	names, err := simplelru.NewLRU[string, named](maxNames, nil)
 	if err != nil {
@@ -104,7 +107,7 @@ func New(show Shower, told func(Event)) *Book {
 	return &Book{show: show, told: told, names: names, models: models}
 }
 
-// model returns the model, made if need be. b.mu must be held.
+// model returns the model, adding it if necessary. b.mu must be held.
 func (b *Book) model(weights string) *model {
 	m, ok := b.models.Get(weights)
 	if !ok {
@@ -118,27 +121,27 @@ func (m *model) event(kind Kind) Event { return Event{Kind: kind, Weights: m.wei
 
 func (m *model) listed(kind Kind) Event { return Event{Kind: kind, Weights: m.weights, Listed: true} }
 
-// forget forgets a load that has ended: the next one was asked for at a time, if it was.
+// forget drops a load that has ended. The next one cannot have been requested before at.
 func (m *model) forget(at time.Time) {
 	m.since = at
 	m.known, m.answered, m.equal, m.context = false, false, nil, 0
 }
 
-// same reports whether a request with these options needs no other load than the present one.
+// same reports whether a request with these options can use the present load.
 func (m *model) same(o prefix.Options) bool {
 	return m.known && (o == m.options || slices.Contains(m.equal, o))
 }
 
-// Request is one that was sent to the server and has not ended. The nil Request does nothing.
+// Request is a request that was sent to the server and has not ended. The nil Request does nothing.
 type Request struct {
 	Wanted
 
-	// WasLoaded says that the model was loaded like that when it was sent, LoadKnown that it was known
-	// how it was loaded, if at all.
+	// WasLoaded means that the model was loaded with these options when the request was sent;
+	// LoadKnown means that this was known.
 	WasLoaded, LoadKnown bool
-	// Idle is how long the model had had nothing to do; 0 if another request was under way.
+	// Idle is how long the model had been idle; 0 if another request was under way.
 	Idle time.Duration
-	// Context is how many tokens the model's context has, as far as /api/ps has told; 0: not known.
+	// Context is the size of the model's context in tokens, from /api/ps; 0 if not known.
 	Context int
 
 	book   *Book
@@ -147,7 +150,7 @@ type Request struct {
 	beside bool // another request was under way meanwhile
 }
 
-// Begin notes that a request is sent.
+// Begin records that a request is sent.
 func (b *Book) Begin(now time.Time, w Wanted) *Request {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -166,8 +169,8 @@ func (b *Book) Begin(now time.Time, w Wanted) *Request {
 	return r
 }
 
-// Loaded reports whether it is known that the model is loaded as is wanted, since a request that came
-// through here was answered like that.
+// Loaded reports whether the model is known to be loaded as wanted, since a request through the
+// proxy was answered that way.
 func (b *Book) Loaded(w Wanted) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -175,15 +178,15 @@ func (b *Book) Loaded(w Wanted) bool {
 	return ok && w.Known && m.answered && m.same(w.Options)
 }
 
-// Since returns when the model's present load was asked for, or the last one was seen to have ended: no
-// keep_alive that was sent before holds it. Zero: neither is known.
+// Since returns when the model's present load was requested, or when the last one was seen to have
+// ended: a keep_alive sent earlier does not hold it. Zero if neither is known.
 func (r *Request) Since() time.Time {
 	r.book.mu.Lock()
 	defer r.book.mu.Unlock()
 	return r.model.since
 }
 
-// Expired says that the model's keep_alive had run out when the request was sent.
+// Expired records that the model's keep_alive had run out when the request was sent.
 func (r *Request) Expired(now time.Time) {
 	r.book.mu.Lock()
 	defer r.book.mu.Unlock()
@@ -191,8 +194,8 @@ func (r *Request) Expired(now time.Time) {
 	r.WasLoaded = false
 }
 
-// Mixed reports whether requests to the same model with other options are under way: one of them may
-// wait in Ollama for what others use to make room.
+// Mixed reports whether requests to the same model with other options are under way. One of them
+// may wait in Ollama for what others use to make room.
 func (r *Request) Mixed() bool {
 	r.book.mu.Lock()
 	defer r.book.mu.Unlock()
@@ -201,8 +204,8 @@ func (r *Request) Mixed() bool {
 	})
 }
 
-// Beside reports whether another request to the model is under way, while one to another model may
-// have to load that, and wait in Ollama for this one to make room.
+// Beside reports whether another request to the model is under way while a request to another model
+// may need a load, and wait in Ollama for this model to make room.
 func (r *Request) Beside() bool {
 	r.book.mu.Lock()
 	defer r.book.mu.Unlock()
@@ -211,7 +214,7 @@ func (r *Request) Beside() bool {
 	})
 }
 
-// Answered says that the server has accepted the request, and answers: its model is loaded.
+// Answered records that the server has accepted the request, so its model is loaded.
 func (r *Request) Answered() {
 	if r == nil {
 		return
@@ -223,21 +226,21 @@ func (r *Request) Answered() {
 
 // Outcome is how a request ended.
 type Outcome struct {
-	Refused  bool          // the server did not accept it, or never got it
-	Accepted bool          // the server answered it, with a status below 300; neither: the client left before
-	Load     time.Duration // waiting for the model, as told; 0: /v1 does not tell
-	Unload   bool          // it asked to unload the model, and that was done
+	Refused  bool          // the server did not accept it, or never received it
+	Accepted bool          // the server answered with a status below 300. Neither Refused nor Accepted: the client left before
+	Load     time.Duration // time spent waiting for the model, as reported; 0: not reported (/v1)
+	Unload   bool          // it asked to unload the model, and the server did
 }
 
-// Ending is what a request's end tells of its model's load.
+// Ending is what a request's end reveals of its model's load.
 type Ending struct {
-	Loaded    bool            // the model was loaded for it
+	Loaded    bool            // the model was loaded for this request
 	Changes   []prefix.Change // how its options differ from those loaded before
 	Restarted bool            // it was the first load after a restart
 	LoadTime  time.Duration   // how long a load takes; 0: not known
 }
 
-// End notes how the request ended.
+// End records how the request ended.
 func (r *Request) End(now time.Time, o Outcome) Ending {
 	if r == nil {
 		return Ending{}
@@ -256,7 +259,7 @@ func (r *Request) End(now time.Time, o Outcome) Ending {
 	case o.Accepted:
 		ending, events = r.accepted(now, o)
 	case !o.Refused && r.Known && m.known && !m.same(r.Options):
-		m.forget(r.at) // it may have been loaded for it, or may be yet
+		m.forget(r.at) // the model may have been loaded for it, or may still be
 	}
 	ending.LoadTime = m.loadTime
 	if len(m.running) == 0 {
@@ -269,7 +272,7 @@ func (r *Request) End(now time.Time, o Outcome) Ending {
 	return ending
 }
 
-// accepted notes that the server has answered the request. Book.mu must be held.
+// accepted records that the server has answered the request. Book.mu must be held.
 func (r *Request) accepted(now time.Time, o Outcome) (e Ending, events []Event) {
 	m := r.model
 	m.ended = now
@@ -277,6 +280,7 @@ func (r *Request) accepted(now time.Time, o Outcome) (e Ending, events []Event) 
 		m.forget(now)
 		return Ending{}, []Event{m.event(Unloaded)}
 	}
+	m.largest = max(m.largest, r.Options.NumCtx())
 	replaced := m.known && !m.same(r.Options)
 	if r.Known {
 		e = r.loaded(now, o.Load)
@@ -291,16 +295,16 @@ func (r *Request) accepted(now time.Time, o Outcome) (e Ending, events []Event) 
 	return e, events
 }
 
-// loaded finds out whether the model was loaded for the request, and notes what that means. took is
-// what the answer told, 0 if it did not. Book.mu must be held.
+// loaded finds out whether the model was loaded for the request, and records the consequences. took
+// is what the answer reported, 0 if nothing. Book.mu must be held.
 func (r *Request) loaded(now time.Time, took time.Duration) (e Ending) {
 	m := r.model
-	same := m.same(r.Options) // as of now: others may have ended since it began
+	same := m.same(r.Options) // at this time: others may have ended since it began
 	if m.known && !same {
 		e.Changes = r.Options.Changes(m.options)
 	}
 	switch {
-	case took == 0: // /v1 does not tell
+	case took == 0: // /v1 does not report it
 		e.Loaded = m.known && !same
 	case !m.warm(took, same):
 		end := r.at.Add(min(took, now.Sub(r.at)))
@@ -328,12 +332,12 @@ func (r *Request) loaded(now time.Time, took time.Duration) (e Ending) {
 	return e
 }
 
-// warm reports whether so short a load_duration is one of a model that was loaded, and learns from
-// it then. same: with these options it was to be expected to be.
+// warm reports whether such a short load_duration means that the model was loaded already, and if
+// so learns from it. same: its options made that likely.
 func (m *model) warm(took time.Duration, same bool) bool {
 	limit := max(100*time.Millisecond, 4*m.warmLoad)
 	if same {
-		limit = max(limit, m.loadTime/2) // unless it was to be expected, it must look like one
+		limit = max(limit, m.loadTime/2) // unless that was likely, it must look like a load
 	}
 	if took > limit {
 		return false
@@ -342,9 +346,10 @@ func (m *model) warm(took time.Duration, same bool) bool {
 	return true
 }
 
-// shared returns which load that another request has told is the one that a request tells which was sent
-// at a time; -1: none. All that waited for one load go on at the same moment, within what a busy machine
-// takes; and nothing is loaded once more before something else was, of which latest is the last.
+// shared returns which of the loads that other requests reported is the one of a request that was
+// sent at a time, or -1. All requests that waited for one load continue at the same moment, within
+// what a busy machine adds; and nothing is loaded again before something else was, the last of
+// which is latest.
 func (m *model) shared(at, end time.Time, took time.Duration, o prefix.Options, latest time.Time) int {
 	apart := max(100*time.Millisecond, took/8)
 	return slices.IndexFunc(m.loads, func(l load) bool {
@@ -352,7 +357,7 @@ func (m *model) shared(at, end time.Time, took time.Duration, o prefix.Options, 
 	})
 }
 
-// Unloaded says that what was loaded under this name is not any more: the model was deleted, or made anew.
+// Unloaded records that the model of this name is no longer loaded: it was deleted or replaced.
 func (b *Book) Unloaded(name string) {
 	b.mu.Lock()
 	m := b.model(b.peek(name).Weights)
@@ -362,18 +367,18 @@ func (b *Book) Unloaded(name string) {
 	b.told(e)
 }
 
-// Restarted says that the server was started anew, or cannot be reached, so that it holds nothing.
+// Restarted records that the server was restarted, or cannot be reached, so that it holds nothing.
 func (b *Book) Restarted() {
 	b.mu.Lock()
 	for _, m := range b.models.Values() {
 		m.forget(time.Now())
-		m.restarted = true
+		m.restarted, m.byDefault = true, 0 // it may have been started with another default
 	}
 	b.mu.Unlock()
 	b.told(Event{Kind: Restarted})
 }
 
-// Listed takes in what /api/ps listed, asked at a time, and returns it as ByWeights does.
+// Listed records what /api/ps listed, asked at a time, and returns it as ByWeights does.
 func (b *Book) Listed(list []upstream.Loaded, at time.Time) map[string]upstream.Loaded {
 	b.mu.Lock()
 	loaded := b.byWeights(list)
@@ -387,13 +392,15 @@ func (b *Book) Listed(list []upstream.Loaded, at time.Time) map[string]upstream.
 			m.forget(at)
 			events = append(events, m.listed(Unloaded))
 		case !ok:
+			m.context = 0
 		case quiet && m.context > 0 && l.ContextLength > 0 && l.ContextLength != m.context:
-			// Somebody who does not come through the proxy has had it loaded with other options.
+			// A client that bypasses the proxy has had it loaded with other options.
 			m.forget(at)
 			m.context = l.ContextLength
 			events = append(events, m.listed(Replaced))
 		default:
 			m.context = l.ContextLength
+			m.learnDefault(at)
 		}
 	}
 	b.mu.Unlock()

@@ -71,15 +71,17 @@ type Entry struct {
 	Conversation uint64
 	Messages     int // in the prompt
 
-	Basis     Basis
-	Total     int     // prompt tokens; 0 where not known
-	Tokens    *Tokens // nil where Basis is Unknown
-	Estimate  *Tokens // the estimate, also beside a measured figure; nil where there is none
-	Verdict   Verdict
-	Reason    Reason // of a request that is no Hit
-	Detail    string // the same in words; no prompt text
-	Truncated bool   // Ollama probably cut the prompt
-	Broken    bool   // the answer did not come to its end, for one because the client left: only what is known is told
+	Basis    Basis
+	Total    int     // prompt tokens; 0 where not known
+	Tokens   *Tokens // nil where Basis is Unknown
+	Estimate *Tokens // the estimate, also beside a measured figure; nil where there is none
+	Verdict  Verdict
+	Reason   Reason // of a request that is no Hit
+	Detail   string // the same in words, and what was edited; no prompt text
+	// Changed is where it differs from a prompt that it should have continued; nil: nowhere, as far as is known.
+	Changed   *Changed
+	Truncated bool // Ollama probably cut the prompt
+	Broken    bool // the answer did not come to its end, for one because the client left: only what is known is told
 
 	Expected      int // tokens that were expected to be reused when the request was sent
 	ExpectedKnown bool
@@ -96,6 +98,11 @@ type Entry struct {
 	SavedEvaluation, SavedLoading time.Duration
 
 	Excerpt string // of the request, where the operator wants to see it
+
+	Client  string        // who asked, hashed; "" for the proxy itself
+	KeyName string        // of the API key that it came with; "" where that has none
+	Waited  time.Duration // in the proxy: for a lane, for memory, for a server that was away
+	Whole   time.Duration // from when the request came to the end of its answer
 }
 
 // Ledger accounts. Make it with New. Its methods may be called from any goroutine.
@@ -147,6 +154,9 @@ type Request struct {
 	lost     int     // engine.lost when it began
 	beside   float64 // about how many tokens the prompts had that the model was given meanwhile
 
+	parting *Parting // nil: there is none …
+	changed *Changed // … or nobody looked what changes there
+
 	known         int // leading links that the store knew
 	record        contextstore.Record
 	run           *runners.Request
@@ -178,6 +188,7 @@ func (l *Ledger) Begin(now time.Time, up Upstream, chain *prefix.Chain, run *run
 	e := l.engine(up.Index, run)
 	r := &Request{ledger: l, engine: e, upstream: up, chain: chain, run: run, at: now, bytes: chain.Bytes(), lost: e.lost, known: known, record: record}
 	r.Expected, r.ExpectedKnown = e.expect(r)
+	r.parting = e.parting(r)
 	r.held = e.hold(chain)
 	size := e.size(r)
 	for _, other := range e.running {
@@ -228,8 +239,13 @@ type Outcome struct {
 	FirstByte time.Duration // from Begin to the first byte of an answer that is streamed; 0 otherwise
 	Duration  time.Duration // from Begin to the end
 
+	// Edits is what the proxy changed in the request, in words, for the entry's detail; "": nothing worth telling.
+	Edits string
+
 	Ending            runners.Ending
 	Endpoint, Excerpt string // for the entry
+	Client, KeyName   string
+	Waited, Whole     time.Duration
 }
 
 // End accounts for a request, and returns its entry. One that the upstream did not accept, or that has no prompt, has none:
@@ -282,6 +298,7 @@ func (r *Request) end(now time.Time, o Outcome) (entry Entry, put, ok bool) {
 		Expected: r.Expected, ExpectedKnown: r.ExpectedKnown,
 		Basis: Unknown, Total: o.Total, Verdict: Uncertain, Generated: o.Generated, Broken: !whole,
 		Load: o.Load, Prompt: o.PromptEval, Eval: o.Eval, Excerpt: o.Excerpt,
+		Client: o.Client, KeyName: o.KeyName, Waited: o.Waited, Whole: o.Whole,
 	}
 	if r.known > 2 {
 		entry.Shared = r.chain.Links[r.known-1].Hash
@@ -297,6 +314,7 @@ func (r *Request) end(now time.Time, o Outcome) (entry Entry, put, ok bool) {
 	case prompt:
 		put = r.account(now, o, &entry)
 	}
+	entry.also(o.Edits)
 	if !entry.Loaded && r.run.Idle > defaultKeepAlive && r.run.WasLoaded {
 		entry.SavedLoading = o.Ending.LoadTime
 	}
@@ -306,6 +324,14 @@ func (r *Request) end(now time.Time, o Outcome) (entry Entry, put, ok bool) {
 	}
 	l.next++
 	return entry, put, true
+}
+
+// also adds to the detail what was edited, if anything was.
+func (e *Entry) also(edits string) {
+	if edits != "" && e.Detail != "" {
+		e.Detail += "; "
+	}
+	e.Detail += edits
 }
 
 // load reports whether the model was loaded for the request, and forgets what was warm before.
@@ -345,6 +371,7 @@ func (r *Request) account(now time.Time, o Outcome, entry *Entry) bool {
 		if entry.Verdict != Hit {
 			entry.Reason, entry.Detail = e.reason(r, entry, o.Ending.Changes)
 		}
+		entry.tellChanged(r.changedBy(o.Total, *entry.Tokens))
 		entry.SavedEvaluation = e.saved(entry.Tokens.Reused, o.Total)
 	}
 	e.learn(r, o, guess, entry)
@@ -393,6 +420,15 @@ func (l *Ledger) Forget(upstream uint16, name string) {
 		} else {
 			e.lose(LostReplaced)
 		}
+	}
+}
+
+// ForgetExcerpts removes the excerpts of requests from the entries that are remembered.
+func (l *Ledger) ForgetExcerpts() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for i := range l.recent {
+		l.recent[i].Excerpt = ""
 	}
 }
 

@@ -5,28 +5,36 @@ import (
 	"time"
 )
 
-// Which request a free lane serves next is decided here, in this order:
+// The rules by which a free lane takes its next request, in this order:
 //
-//  1. The one that has waited for longest, if that is longer than Config.MaxWait and the lane has done some work since it last did that,
-//     or if patience requests for each lane went before it.
-//  2. The one that tells whether the host cache restores what a lane has lost, if a lane was left to find that out (6).
-//  3. The most urgent rank goes first: interactive, sparse (flows.go), normal, batch. Of each rank clients that have had their share wait
-//     for those that have not (fair.go).
-//  4. The one that shares the most with the lane goes on with it.
-//  5. Yet the one that has waited for longest goes, whatever it shares, when the lane has done for others so many times the work that
-//     leaving its prefix costs: quantum, or agedQuantum for one that has waited for longestWait more than if all were served as they
-//     came. Where the host cache restores what is lost, leaving costs nothing, and requests go as they came.
-//     A system prompt that another lane is on, too, keeps nobody from that.
-//  6. While that is not known for sure, a lane is left mostTrials times, for one that has waited
-//     for a third of longestWait too long.
-//  7. A lane is held for the client that it is warm for, for no longer than it takes to evaluate again what that would find (held).
-//  8. One that would land where another one that is on its way belongs waits until that has arrived (overtakes).
-//  9. When no lane is free that shares anything, the prefix is opened for which others have waited longest and that no other lane is
-//     on; one that another lane is on is joined when its backlog repays evaluating it once more, or nothing else waits (join).
+//	 1. A request that has waited longer than Config.MaxWait goes first, if the lane has done
+//	    some work since it last took such a request. So does the one that has waited longest
+//	    once patience requests per lane went before it.
+//	 2. If a lane was left to find out whether the host cache restores what it loses (6), the
+//	    request that shows it goes next.
+//	 3. The most urgent rank goes first: interactive, sparse (flows.go), normal, batch. Within a
+//	    rank, clients that have had their share wait for those that have not (fair.go).
+//	 4. The request that shares the most with the lane continues its prefix.
+//	 5. But the request that has waited longest goes, whatever it shares, once the lane has
+//	    worked for others for so many times what leaving its prefix costs: quantum, or
+//	    agedQuantum if the request has waited longestWait more than in order of arrival. Where
+//	    the host cache restores what is lost, leaving costs nothing, and requests go in order of
+//	    arrival. A system prompt on which another lane works, too, prevents none of this.
+//	 6. While it is uncertain whether the host cache restores, a lane is left up to mostTrials
+//	    times for a request that has waited a third of longestWait too long.
+//	 7. A lane is held for the client that it is warm for, at most as long as evaluating again
+//	    what that client would find takes (held).
+//	 8. A request that would land where another one belongs that is on its way waits until that
+//	    has arrived (overtakes).
+//	 9. If no free lane shares anything, the prefix is opened whose requests have waited longest
+//	    and on which no other lane works. A prefix on which another lane works is joined if its
+//	    backlog repays evaluating it once more, or if nothing else waits (join).
 //
-// Which models are loaded is decided before that (runners.go), and how many lanes there are besides it (slots.go).
+// Which models are loaded is decided before that (runners.go), and the number of lanes
+// independently of it (slots.go).
 
-// pump grants what may be granted since something has changed on a server, there or elsewhere.
+// pump grants what may be granted after something has changed on a server. Other servers may be
+// affected.
 func (q *Queue) pump(s *server, now time.Time) {
 	q.fill(s, now)
 	if q.roaming > 0 {
@@ -34,7 +42,7 @@ func (q *Queue) pump(s *server, now time.Time) {
 	}
 }
 
-// fill grants what may be granted on a server, and notes when to look again.
+// fill grants what may be granted on a server, and records when to look again.
 func (q *Queue) fill(s *server, now time.Time) {
 	s.wake = time.Time{}
 	if s.waiting == 0 {
@@ -56,14 +64,14 @@ func (q *Queue) fill(s *server, now time.Time) {
 	}
 }
 
-// later notes that the server is to be looked at again at a time.
+// later records when the server is to be looked at again.
 func (s *server) later(at time.Time) {
 	if s.wake.IsZero() || at.Before(s.wake) {
 		s.wake = at
 	}
 }
 
-// serve grants requests of a runner for as long as there are lanes for them.
+// serve grants requests of a runner as long as there are lanes for them.
 func (q *Queue) serve(x *runner, now time.Time) {
 	for x.waiting > 0 && x.busy < x.want {
 		if x.idle.IsZero() {
@@ -87,7 +95,7 @@ type choice struct {
 	racing bool // what was to be granted waits for others to arrive: nothing less urgent takes its lane
 }
 
-// reason says why a request was chosen.
+// reason is why a request was chosen.
 type reason uint8
 
 const (
@@ -95,10 +103,11 @@ const (
 	byOpening
 	byJoining
 	byAge
-	byTrial // to see whether the host cache keeps what the lane loses: the next request for that tells
+	byTrial // to find out whether the host cache keeps what the lane loses: the next request for that shows it
 )
 
-// choose returns what to grant now, and in which lane it will land; nil if everything that waits is better off waiting.
+// choose returns what to grant now, and the lane in which it will land, or nil if every waiting
+// request is better off waiting.
 func (c *choice) choose() (*item, *lane, reason) {
 	x := c.x
 	if it := x.oldest(); c.q.cfg.MaxWait > 0 && it != nil {
@@ -138,8 +147,8 @@ func (c *choice) choose() (*item, *lane, reason) {
 	return nil, nil, 0
 }
 
-// forgone returns how many tokens that a lane holds others that wait would have to evaluate again, if so many are kept. Few are
-// none.
+// forgone returns how many of a lane's tokens other waiting requests would have to evaluate again,
+// if so many are kept. Few tokens count as none.
 func (x *runner) forgone(l *lane, kept int) int {
 	most := 0
 	for p := range x.classes {
@@ -159,8 +168,8 @@ func (x *runner) forgone(l *lane, kept int) int {
 	return most
 }
 
-// probe returns the request that continues one for which a lane was not held, to see whether that has been kept by the
-// host cache. It is as urgent as any other.
+// probe returns the request that continues one for which a lane was not held, to find out whether
+// the host cache has kept that. It is as urgent as any other.
 func (c *choice) probe() (*item, *lane) {
 	v := c.x.probing
 	p := c.x.top()
@@ -178,7 +187,8 @@ func (c *choice) probe() (*item, *lane) {
 	return it, l
 }
 
-// keeps reports whether a lane keeps most of what its client is expected to use again, if so many tokens of it are kept.
+// keeps reports whether a lane keeps most of what its client is expected to reuse, if so many
+// tokens of it are kept.
 func (q *Queue) keeps(l *lane, tokens int) bool {
 	if l.visit == nil {
 		return tokens > slack && 2*tokens >= l.tokens
@@ -186,14 +196,14 @@ func (q *Queue) keeps(l *lane, tokens int) bool {
 	return q.follows(l.visit.client, tokens, l.tokens)
 }
 
-// lost returns how many tokens that a lane holds have to be evaluated again for others that wait,
-// if so many are kept.
+// lost returns how many of a lane's tokens other waiting requests have to evaluate again, if so
+// many are kept.
 func (x *runner) lost(l *lane, kept int) int {
 	return int(float64(x.forgone(l, kept)) * x.rates.lostPart())
 }
 
-// match returns the request that shares the most with a free lane without being another lane's
-// business, and the lane.
+// match returns the request that shares the most with a free lane and does not belong to another
+// lane, and that lane.
 func (c *choice) match(k *class) (*item, *lane) {
 	var best *item
 	var at *lane
@@ -215,15 +225,15 @@ func (c *choice) match(k *class) (*item, *lane) {
 	return best, at
 }
 
-// front returns the request that has waited for longest, and its lane, if that has done enough for
-// others. Only the lane in which it will land counts: another one that is free loses nothing by it.
+// front returns the request that has waited longest, and its lane, if that has done enough for
+// others. Only the lane in which it will land counts: any other free lane loses nothing.
 func (c *choice) front(k *class) (*item, *lane, reason) {
 	it := k.oldest()
 	if it == nil {
 		return nil, nil, 0
 	}
 	l, kept := c.x.landing(it)
-	// What another lane is on is that lane's business, unless this one holds it as well, such as a
+	// What another lane works on is left to that lane, unless this lane holds it as well, such as a
 	// system prompt that all requests begin with.
 	if it.owned().depth() > kept+slack {
 		return nil, nil, 0
@@ -242,8 +252,9 @@ func (c *choice) front(k *class) (*item, *lane, reason) {
 	return it, l, how
 }
 
-// turned reports whether a lane has worked for long enough for others, so that front goes, whatever it is, of which so many tokens would
-// be kept: for so long that what is evaluated again for that is little of it.
+// turned reports whether a lane has worked for others long enough for front to go, whatever it is,
+// of which so many tokens would be kept: long enough that the re-evaluation is a small part of that
+// work.
 func (c *choice) turned(l *lane, front *item, kept int) (reason, bool) {
 	x := c.x
 	lost := x.lost(l, kept)
@@ -262,16 +273,17 @@ func (c *choice) turned(l *lane, front *item, kept int) (reason, bool) {
 	return 0, false
 }
 
-// tests reports whether a lane may be left to see whether the host cache keeps what it loses:
-// nothing has told against that so far, and too little for it. Answers that do not tell what was
-// reused do not tell that either, however often it is tried.
+// tests reports whether a lane may be left to find out whether the host cache keeps what it loses:
+// there is no evidence against that so far, and too little for it. Answers that do not report the
+// reuse provide no evidence, however often it is tried.
 func (x *runner) tests(l *lane) bool {
 	host := x.rates.host
 	open := host.n == 0 || host.v == 1 && host.n < sureHost
 	return open && !x.server.longest && x.trials < mostTrials && x.probing == nil && l.visit != nil
 }
 
-// oldest returns the one that has waited for longest, of those whose clients have not had their share; nil: all have.
+// oldest returns the request that has waited longest, of clients that have not had their share, or
+// nil.
 func (k *class) oldest() *item {
 	front := k.fifo.front()
 	if front == nil || front.account.deficit > 0 {
@@ -289,8 +301,8 @@ func (k *class) oldest() *item {
 // owed reports whether a request's client has not had its share.
 func (it *item) owed() bool { return it.account.deficit > 0 }
 
-// best returns the request that shares the most with a prompt, of those with no prefix beyond that on which a lane is busy,
-// and how many tokens it shares.
+// best returns the request that shares the most with a prompt, of those that share nothing more
+// with what a busy lane works on, and how many tokens it shares.
 func (k *class) best(holds []step) (*item, int) {
 	n, tokens, whole := k.tree.walk(holds)
 	tries := triesMost
@@ -310,7 +322,7 @@ func (k *class) best(holds []step) (*item, int) {
 	return nil, 0
 }
 
-// owned returns the last node on a request's way down on which a lane is busy.
+// owned returns the last node on a request's path on which a lane is busy.
 func (it *item) owned() *node {
 	n := it.node
 	for n.busy == 0 && n.parent != nil {
@@ -319,10 +331,11 @@ func (it *item) owned() *node {
 	return n
 }
 
-// landing returns the lane in which the engine will put a request that is sent now, and how many tokens that has in common
-// with it: of the free ones that which holds the most of the prompt, if that is enough of it, else the one that was
-// used least recently. Before 0.30 it is always the one that holds the most, and of several the first one; all that were ever used
-// hold what every prompt of the model begins with.
+// landing returns the lane in which the engine will put a request that is sent now, and how many
+// tokens the two share. It is the free lane that holds the most of the prompt, if that is enough of
+// it, otherwise the least recently used one. Before 0.30 it is always the one that holds the most,
+// and the first of several; all that were ever used hold what every prompt of the model begins
+// with.
 func (x *runner) landing(it *item) (*lane, int) {
 	var best, lru *lane
 	most := 0
@@ -344,8 +357,8 @@ func (x *runner) landing(it *item) (*lane, int) {
 	return lru, shared(it.steps, lru.holds)
 }
 
-// blocked reports whether a request must not take the lane since that is held for one that is expected, or since it might
-// take another's slot.
+// blocked reports whether a request must not take the lane, since that is held for an expected
+// request, or since it might take another request's slot.
 func (c *choice) blocked(it *item, l *lane, tokens int) bool {
 	return c.overtakes(it, l, tokens) || c.holds(it, l, tokens)
 }
@@ -355,9 +368,9 @@ func (c *choice) holds(it *item, l *lane, tokens int) bool {
 	return c.q.held(c.x, l, it.rank, c.x.rates.evaluate(c.q.loss(c.x, l, tokens)), c.now)
 }
 
-// overtakes reports whether a request that finds nothing in the lane where it is to land might reach the engine before one that
-// was granted earlier, find that one's slot free, and take it. For that it waits no longer than that one would have to evaluate again,
-// and an interactive request does not.
+// overtakes reports whether a request that finds nothing in its lane might reach the engine before
+// one that was granted earlier, and take that one's slot. To prevent it, the request waits at most
+// as long as the other would have to evaluate again. Interactive requests do not wait.
 func (c *choice) overtakes(it *item, l *lane, tokens int) bool {
 	x := c.x
 	if float64(tokens) > similarity*float64(it.tokens) || it.rank == urgent {
@@ -382,8 +395,8 @@ func (c *choice) overtakes(it *item, l *lane, tokens int) bool {
 	return wait
 }
 
-// loss returns how many tokens have to be evaluated again of what the client that a lane is warm for would find in it, if so many
-// tokens of it are kept.
+// loss returns how many tokens the client that a lane is warm for would have to evaluate again, if
+// so many tokens of the lane are kept.
 func (q *Queue) loss(x *runner, l *lane, kept int) int {
 	if l.visit == nil {
 		return 0
@@ -396,9 +409,10 @@ func (q *Queue) loss(x *runner, l *lane, kept int) int {
 	return int(max(0, expected-float64(kept)) * (1 - x.rates.kept.v))
 }
 
-// held reports whether a lane is held, against a request of the given priority, for the next request of the client that it
-// is warm for: if that is likely to come soon enough, seeing what it takes to evaluate the prompt, or load the
-// model, again. That is ski rental: the lane is never held for longer than that takes.
+// held reports whether a lane is held, against a request of the given priority, for the next
+// request of the client that it is warm for: if that is likely to come soon enough, compared with
+// evaluating the prompt, or loading the model, again. This is ski rental: the lane is never held
+// longer than that takes.
 func (q *Queue) held(x *runner, l *lane, against rank, loss time.Duration, now time.Time) bool {
 	v := l.visit
 	if l.item != nil || v == nil || v.state != visitOpen || !l.wanted || against < l.class {
@@ -426,10 +440,10 @@ func (q *Queue) held(x *runner, l *lane, against rank, loss time.Duration, now t
 	return false
 }
 
-// join returns a request with a prefix on which another lane is busy, if it is better to evaluate that once more than to
-// wait: when there is next to nothing to evaluate; when the backlog would keep those lanes busy for longer than that takes;
-// or when a lane has been idle for as long as it takes. Which is ski rental again: it takes at most twice the time of the best that
-// could have been done.
+// join returns a request whose prefix another lane is working on, if evaluating it once more is
+// better than waiting: when next to nothing is to be evaluated; when the backlog would keep those
+// lanes busy for longer than that takes; or when a lane has been idle for as long as it takes. The
+// latter is ski rental again: it takes at most twice the time of the best possible decision.
 func (c *choice) join(p rank, k *class) (*item, *lane, reason) {
 	var best *item
 	var at *lane
@@ -466,13 +480,13 @@ func (c *choice) join(p rank, k *class) (*item, *lane, reason) {
 	return best, at, how
 }
 
-// again returns how many tokens are evaluated once more if a prefix that another lane is busy with is
+// again returns how many tokens are evaluated once more if a prefix on which another lane works is
 // put on a lane that holds so many tokens of it.
 func (c *choice) again(owned *node, tokens int) int {
 	n := max(0, owned.depth()-tokens)
 	switch {
 	case !c.x.copied():
-		// A lane that would be idle otherwise takes the first sign of a host cache for granted.
+		// A lane that would be idle otherwise relies on the first sign of a host cache.
 		return int(float64(n) * (1 - c.x.rates.host.v))
 	case c.x.evaluated(owned):
 		return 0
@@ -480,7 +494,7 @@ func (c *choice) again(owned *node, tokens int) int {
 	return n
 }
 
-// nextTaken returns the next of the nodes that have waiting requests and on which lanes are busy, in depth-first order.
+// nextTaken returns the next node that has waiting requests and busy lanes, in depth-first order.
 func (n *node) nextTaken() *node {
 	if n.taken.first != nil {
 		return n.taken.first
@@ -494,25 +508,27 @@ func (n *node) nextTaken() *node {
 	return nil
 }
 
-// backlog returns how much waits below a node for each of the lanes that are busy there and one more, in tokens.
+// backlog returns the waiting work below a node in tokens, per lane that is busy there, with one
+// more lane.
 func (x *runner) backlog(n *node) int { return int(x.below(n)) / (n.busy + 1) }
 
-// below returns the work that waits below a node, in tokens.
+// below returns the waiting work below a node, in tokens.
 func (x *runner) below(n *node) float64 {
 	return x.rates.work(n.tokens-n.waiting*n.depth(), n.waiting)
 }
 
-// worth reports whether a lane should evaluate so many tokens again rather than leave a backlog to the lanes that are
-// busy there.
+// worth reports whether a lane should evaluate so many tokens again rather than leave a backlog to
+// the lanes that are busy there.
 func (c *choice) worth(it *item, n *node, again, backlog int) bool {
-	// Where what the other lane evaluates can be had when its request has ended, the backlog is no
-	// reason: it may all be served then.
+	// Where the result of another lane's evaluation is available once its request has ended, the
+	// backlog is no reason: all of it may be served then.
 	if again <= slack || backlog >= again && !c.x.copied() {
 		return true
 	}
 	takes, owned := c.x.rates.evaluate(again), n
 	if !it.roams() {
-		// With one server, a lane that has nothing else to do loses nothing by joining, unless one of those others is done before that.
+		// With one server, an idle lane loses nothing by joining, unless one of those others is
+		// done before that.
 		if c.generating(it, n) > takes {
 			return true
 		}
@@ -526,9 +542,9 @@ func (c *choice) worth(it *item, n *node, again, backlog int) bool {
 	return true
 }
 
-// patience returns for how long a lane is idle before it evaluates once more, for a time, what others are
-// busy with. Where it can have that as soon as one of them has ended, it waits for longer while that
-// is being evaluated, and from when an answer has begun as elsewhere.
+// patience returns how long a lane is idle before it evaluates once more, for time, what other
+// lanes are working on. Where it can have the result as soon as one of them has ended, it waits
+// longer while that is being evaluated, and as usual once an answer has begun.
 func (c *choice) patience(it *item, n *node, takes time.Duration) time.Duration {
 	if !c.x.copied() {
 		return takes
@@ -541,8 +557,8 @@ func (c *choice) patience(it *item, n *node, takes time.Duration) time.Duration 
 	return max(copiedPatience*takes, copiedLeast)
 }
 
-// evaluated reports whether a request that was evaluated up to a node has ended: one that a lane is busy
-// with there found it.
+// evaluated reports whether a request that was evaluated up to a node has ended, so that a lane
+// that is busy there found its result.
 func (x *runner) evaluated(n *node) bool {
 	for _, l := range x.lanes {
 		if l.item != nil && l.item.expected+slack >= n.depth() && shared(l.item.steps, l.holds) >= n.depth() {
@@ -552,8 +568,9 @@ func (x *runner) evaluated(n *node) bool {
 	return false
 }
 
-// generating returns for how long the first of the lanes that are busy with a node to fall free is expected to generate until then: the
-// engine evaluates one prompt after the other, but beside what is generated.
+// generating returns how long the first of a node's busy lanes to become free is expected to
+// generate until then: the engine evaluates one prompt after the other, but beside what is
+// generated.
 func (c *choice) generating(it *item, n *node) time.Duration {
 	first := time.Duration(math.MaxInt64)
 	for _, l := range c.x.lanes {
@@ -566,7 +583,7 @@ func (c *choice) generating(it *item, n *node) time.Duration {
 	return first
 }
 
-// grant lets a request go, to the lane in which it will land.
+// grant sends a request to the lane in which it will land.
 func (q *Queue) grant(it *item, l *lane, how reason, now time.Time) {
 	x := it.runner
 	tokens := shared(it.steps, l.holds)
@@ -611,7 +628,7 @@ func (q *Queue) grant(it *item, l *lane, how reason, now time.Time) {
 	q.grants = append(q.grants, Placement{ID: it.id, Upstream: x.server.index, Options: x.key.Options, Lane: l.name, Expected: tokens, Waited: now.Sub(it.arrived)})
 }
 
-// overtaken counts how many go before the one that has waited for longest.
+// overtaken counts the requests that go before the one that has waited longest.
 func (x *runner) overtaken(by *item) {
 	oldest := x.oldest()
 	if oldest == by {
@@ -623,7 +640,7 @@ func (x *runner) overtaken(by *item) {
 	x.passed++
 }
 
-// counts counts a grant, of a request that is about to be granted.
+// counts counts the grant of a request that is about to be granted.
 func (q *Queue) counts(it *item, l *lane, how reason, keeps bool) {
 	if v := l.visit; v != nil && l.wanted && v.state == visitReturned && !l.reported && keeps && it.arrived.After(v.at) {
 		q.count.HoldsHit++
@@ -641,7 +658,7 @@ func (q *Queue) counts(it *item, l *lane, how reason, keeps bool) {
 	}
 }
 
-// take has the lane serve a request.
+// take lets the lane serve a request.
 func (l *lane) take(it *item, now time.Time) {
 	l.before, l.holds, l.tokens, l.item, l.used = l.holds, it.steps, it.tokens, it, now
 	for p := range it.runner.classes {

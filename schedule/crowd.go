@@ -7,25 +7,25 @@ import (
 	"time"
 )
 
-// A full queue's places are shared: whoever has the most of them gives one up for whoever has fewer.
-// Of all clients that is the one with the most requests that wait, of its programs likewise, and of
-// that program's flows; the newest request of that flow is refused. So nobody gains a place by having
-// more names, and a script's backlog shuts nobody out. (fq_codel and CAKE drop from the longest queue
-// likewise.) Less urgent requests give up their places first.
+// A full queue's places are shared: whoever has the most of them gives one up for whoever has
+// fewer. Among all clients that is the one with the most waiting requests, likewise among its
+// programs, and among that program's flows; the newest request of that flow is refused. So nobody
+// gains a place by using more names, and a script's backlog shuts nobody out. (fq_codel and CAKE
+// drop from the longest queue likewise.) Less urgent requests give up their places first.
 
-// crowd is those who wait with one priority: everybody, one client, one of its programs, or one of
-// that program's flows.
+// crowd is a group of waiting requests of one priority: all of them, one client's, one of its
+// programs', or one of that program's flows.
 type crowd struct {
 	key     crowdKey
-	within  *crowd // nil: this is everybody
+	within  *crowd // nil: this is the group of all
 	index   int    // in within.parts
 	waiting int
-	latest  time.Time // when the newest request came that it has had
+	latest  time.Time // when its newest request came, even if that no longer waits
 	parts   crowds    // of a flow: none
 	fifo    fifo      // of a flow
 }
 
-// crowdKey names a crowd. Below its level, all is zero.
+// crowdKey identifies a crowd. Below its level, everything is zero.
 type crowdKey struct {
 	level int8 // 0: a client, 1: a program, 2: a flow
 	flowKey
@@ -33,7 +33,7 @@ type crowdKey struct {
 
 const crowdLevels = 3
 
-// at returns the key of the client, program or flow that a flow is part of.
+// at returns the key of the client, program or flow that a flow belongs to.
 func (k flowKey) at(level int8) crowdKey {
 	if level < 2 {
 		k.flow = 0
@@ -44,7 +44,7 @@ func (k flowKey) at(level int8) crowdKey {
 	return crowdKey{level, k}
 }
 
-// crowds is a heap: on top is the largest crowd, and of several that which got a request last.
+// crowds is a heap: on top is the largest crowd, and of several the one that got a request last.
 type crowds []*crowd
 
 func (c crowds) Len() int { return len(c) }
@@ -72,14 +72,14 @@ func (c *crowds) Pop() any {
 	return last
 }
 
-// places says who has a queue's places, for each priority. They are noted only from when the queue is
-// full until it is half empty.
+// places records who has a queue's places, for each priority, from when the queue is full until it
+// is half empty.
 type places [ranks]struct {
 	all   crowd
 	parts map[crowdKey]*crowd
 }
 
-// add notes that a request waits.
+// add adds a waiting request.
 func (p *places) add(it *item) {
 	at := &p[it.rank.asked()]
 	if at.parts == nil {
@@ -104,7 +104,7 @@ func (p *places) add(it *item) {
 	}
 }
 
-// remove notes that a request does not wait any more.
+// remove removes a request that no longer waits.
 func (p *places) remove(it *item) {
 	at := &p[it.rank.asked()]
 	c := at.parts[it.who.at(crowdLevels-1)]
@@ -119,14 +119,15 @@ func (p *places) remove(it *item) {
 	}
 }
 
-// moved puts a crowd where it belongs, after it has changed.
+// moved restores a crowd's place in its heap after a change.
 func (c *crowd) moved() {
 	if c.within != nil {
 		heap.Fix(&c.within.parts, c.index)
 	}
 }
 
-// newest returns the newest request of the largest flow of the largest program of the largest client.
+// newest returns the newest request of the largest flow of the largest program of the largest
+// client.
 func (c *crowd) newest() *item {
 	for len(c.parts) > 0 {
 		c = c.parts[0]
@@ -134,7 +135,8 @@ func (c *crowd) newest() *item {
 	return c.fifo.back()
 }
 
-// last returns which request is refused of those that wait, which are too many; nil if none waits.
+// last returns which of the waiting requests, if they are too many, is refused, or nil if none
+// waits.
 func (p *places) last() *item {
 	for r := ranks; r > 0; {
 		if r--; p[r].all.waiting > 0 {
@@ -144,8 +146,8 @@ func (p *places) last() *item {
 	return nil
 }
 
-// yields returns which request gives up its place if one comes that finds none: that one itself, or
-// one that waits. Those that came earlier and were sent in vain are newer than nobody.
+// yields returns which request gives up its place for one that finds none: that one itself, or a
+// waiting one. An earlier request that was sent in vain counts as older than all.
 func (p *places) yields(it *item) *item {
 	last := p.last()
 	at := &p[it.rank.asked()]
@@ -183,7 +185,7 @@ func (c *crowd) yields(it *item, parts map[crowdKey]*crowd) *item {
 	return it
 }
 
-// crowded returns who has the places of the queue, which is full.
+// crowded returns who has the places of a full queue.
 func (q *Queue) crowded() *places {
 	if q.places != nil {
 		return q.places
@@ -204,8 +206,8 @@ func (q *Queue) crowded() *places {
 	return q.places
 }
 
-// full is Scheduler.Full. A request that finds a free lane, or for which another one would give up its
-// place, may have one. Of a client that is known so much that the request may be of a new program.
+// full implements Scheduler.Full. A request may have a place if it finds a free lane, or if another
+// one would give its place up. Of a known client the request may be of a new program.
 func (q *Queue) full(p Priority, client string, now time.Time) bool {
 	if q.Len() < q.cfg.Limit {
 		return false

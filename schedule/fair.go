@@ -10,11 +10,11 @@ type class struct {
 	accounts   map[string]*account
 	fresh      int        // of all accounts
 	backlogged []*account // clients with waiting requests
-	sizes      float64    // of their prompts, each client's mean, added up
-	positive   int        // of these, with a deficit above 0
+	sizes      float64    // the sum of the clients' mean prompt sizes
+	positive   int        // how many of these have a deficit above 0
 	round      int
-	quantum    int // of this round: the same for all who wait while it lasts
-	sweep      int // how many accounts there are when those of clients that are gone are next forgotten
+	quantum    int // of this round: the same for all who wait during it
+	sweep      int // the number of accounts at which those of departed clients are next removed
 }
 
 const leastSweep = 1024
@@ -26,16 +26,16 @@ type account struct {
 	weight  float64
 	deficit int
 	round   int // when it last got a quantum …
-	given   int // … and of how much
+	given   int // … and how much that was
 	waiting int
-	fresh   int // tokens of what waits that are to be evaluated, estimated when it came
+	fresh   int // tokens of its waiting requests that are to be evaluated, as estimated on arrival
 	running int
 	index   int // in class.backlogged
 	fifo    fifo
 }
 
-// fair returns how many tokens a client may take before others, where so many clients wait. It is about one prompt where nothing is
-// lost by changes.
+// fair returns how many tokens a client may take before others, if so many clients wait. It is
+// about one prompt where changes cost nothing.
 func (c *class) fair(clients int) int {
 	return max(int(quantum*c.sizes*max(c.rates.lostPart(), 1.0/quantum))/clients, slack)
 }
@@ -72,7 +72,7 @@ func (c *class) join(a *account) {
 	case len(c.backlogged) == 0:
 		c.quantum = fair
 		c.round++
-	case fair < c.quantum-c.quantum/8: // those who came first asked for more at a time than others do
+	case fair < c.quantum-c.quantum/8: // earlier clients asked for more at a time than others do
 		c.quantum = fair
 		for _, b := range c.backlogged {
 			c.level(b)
@@ -89,7 +89,7 @@ func (c *class) join(a *account) {
 	}
 }
 
-// level takes back what a client was given in this round beyond what all get in it.
+// level takes back what a client was given in this round beyond what everybody gets.
 func (c *class) level(a *account) {
 	if over := a.given - c.quantum; a.round == c.round && over > 0 {
 		a.given = c.quantum
@@ -109,7 +109,7 @@ func (c *class) remove(it *item, serve bool) {
 		c.backlogged[a.index], last.index = last, a.index
 		c.backlogged = c.backlogged[:len(c.backlogged)-1]
 		if c.sizes -= a.size.v; len(c.backlogged) == 0 {
-			c.sizes = 0 // not nearly
+			c.sizes = 0 // without rounding errors
 		}
 		if a.deficit > 0 {
 			c.positive--
@@ -117,10 +117,10 @@ func (c *class) remove(it *item, serve bool) {
 	}
 }
 
-// charge has a client pay for what it was served.
+// charge makes a client pay for what it was served.
 func (c *class) charge(a *account, tokens int) { c.owe(a, int(float64(tokens)/a.weight)) }
 
-// owe takes tokens of a client's deficit.
+// owe subtracts tokens from a client's deficit.
 func (c *class) owe(a *account, tokens int) {
 	before := a.deficit > 0
 	a.deficit -= tokens
@@ -133,9 +133,10 @@ func (c *class) owe(a *account, tokens int) {
 	}
 }
 
-// refill begins a round when no client that waits has anything left: each gets as many quanta as it takes for one of
-// them to go on. Clients that do not wait get nothing (Sheng et al., "Fairness in
-// serving large language models", arXiv 2401.00588; Cao et al., "Locality-aware fair scheduling", arXiv 2501.14312).
+// refill begins a round when no waiting client has anything left: each gets as many quanta as one
+// of them needs to continue. Clients that do not wait get nothing (Sheng et al., "Fairness in
+// serving large language models", arXiv 2401.00588; Cao et al., "Locality-aware fair scheduling",
+// arXiv 2501.14312).
 func (c *class) refill() {
 	if c.positive > 0 || len(c.backlogged) == 0 {
 		return
@@ -155,7 +156,7 @@ func (c *class) refill() {
 	}
 }
 
-// forget forgets the clients that are gone, and what they owe.
+// forget removes departed clients, and what they owe.
 func (c *class) forget() {
 	for name, a := range c.accounts {
 		if a.waiting == 0 && a.running == 0 {

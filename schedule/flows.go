@@ -6,48 +6,55 @@ import (
 	"time"
 )
 
-// People go before scripts without anybody's saying so. Clients, a client's programs (Request.Program) and what each of them works on
-// (Request.Flow) are flows. One that has nothing else waiting and has had little of the servers' time, beside what the busiest one has had
-// and waits for, is sparse, and its request goes before those of backlogged flows, as in fq_codel (RFC 8290). Whoever goes on asking
-// ceases to be sparse: Autellix (arXiv 2502.13965) counts attained service, too.
+// People go before scripts without having to ask for it. Clients, a client's programs
+// (Request.Program) and what each of them works on (Request.Flow) are flows. A flow is sparse if it
+// has nothing else waiting and has had little of the servers' time, compared with what the busiest
+// flow has had and waits for. Its request goes before those of backlogged flows, as in fq_codel
+// (RFC 8290). A flow that keeps asking ceases to be sparse: Autellix (arXiv 2502.13965) counts
+// attained service, too.
 //
-// What goes before others pays for it, all flows together: in time, so that a crowd of new names starves nobody, and in what has to be
-// evaluated again since it was pushed out of a slot. What cannot be paid for yet waits in its place, and goes first later.
+// Going first has to be paid for, by all sparse flows together: in time, so that a crowd of new
+// names starves nobody, and in what has to be evaluated again because it was evicted from a slot. A
+// request that cannot be paid for yet waits in its place, and goes first later.
 
 const (
-	// sparsePart is which part of what the busiest flow has had and waits for a sparse one has had at most.
+	// sparsePart is the part of what the busiest flow has had and waits for that a sparse one has
+	// had at most.
 	sparsePart = 0.25
 	// flowMemory is the half-life of what a flow has had.
 	flowMemory = 30 * time.Second
-	// aheadPart is how much time what goes before others takes, relative to what does not: a third of all, at most.
+	// aheadPart bounds the time of requests that go first, relative to the time of the others: a
+	// third of all.
 	aheadPart = 0.5
-	// pushedPart is how much time the evaluation takes of what is pushed out of slots by what goes before others, likewise; and ownPart
-	// of what is pushed out by what goes before others of its own program: who has many prompts is most likely no crowd of people.
+	// pushedPart likewise bounds the time of re-evaluating what requests that go first evict from
+	// slots; ownPart is for what they evict of their own program: a program with many prompts is
+	// most likely not a crowd of people.
 	pushedPart = 0.15
 	ownPart    = 0.12
-	// fewFlows is how many things a program works on at most for one of them to be taken for a person's.
+	// fewFlows is the largest number of things that a program works on for one of them to be taken
+	// for a person's.
 	fewFlows = 4
-	// newcomers is how many requests go first on credit of clients that have had little.
+	// newcomers is how many requests of clients that have had little go first on credit.
 	newcomers = 4
-	// maxFlows is how many clients are remembered, how many programs, and how many flows.
+	// maxFlows bounds the remembered clients, the programs, and the flows.
 	maxFlows = 4096
-	// maxDenied is how many requests are looked at again.
+	// maxDenied bounds the requests that are reconsidered.
 	maxDenied = 256
 )
 
 // flow is a client, one of its programs, or one thing that a program works on.
 type flow struct {
-	had    float64 // seconds of lanes, of late …
-	spent  float64 // … and what was spent on going before others, as seconds of what it is paid with
+	had    float64 // recent seconds of lanes …
+	spent  float64 // … and what going first has cost, in seconds
 	at     time.Time
 	active int // requests that wait or are being served …
-	first  int // … of those that go before others
+	first  int // … and those of them that go first
 	flows  int // of a program: how many of its flows are active
 
-	program *flow // of a client: the one that has had and waits for the most
+	program *flow // of a client: the program that has had and waits for the most
 }
 
-// attained returns how many seconds of lanes a flow has had of late.
+// attained returns how many seconds of lanes a flow has had recently.
 func (f *flow) attained(now time.Time) float64 { return f.had * faded(now.Sub(f.at)) }
 
 func faded(d time.Duration) float64 { return math.Exp2(-float64(d) / float64(flowMemory)) }
@@ -64,7 +71,7 @@ type flowKey struct {
 	flow    uint64 // 0: the program, or the client if that is 0, too
 }
 
-// flow returns a flow, made if need be.
+// flow returns a flow, adding it if necessary.
 func (q *Queue) flow(key flowKey) *flow {
 	f, ok := q.flows.Get(key)
 	if !ok {
@@ -74,7 +81,8 @@ func (q *Queue) flow(key flowKey) *flow {
 	return f
 }
 
-// demand returns what a flow has had of late, and its backlog: one that asks for one thing at a time has none.
+// demand returns what a flow has had recently, plus its backlog; a flow with one request at a time
+// has none.
 func (q *Queue) demand(f *flow, now time.Time) float64 {
 	return f.attained(now) + float64(max(0, f.active-1))*q.typical()
 }
@@ -87,7 +95,7 @@ func (q *Queue) typical() float64 {
 	return q.took.v
 }
 
-// enter notes which flow a request belongs to, and has it go before others if that is sparse.
+// enter records which flow a request belongs to, and lets it go first if that is sparse.
 func (q *Queue) enter(it *item, now time.Time) {
 	who := it.who
 	if who.program == 0 {
@@ -107,7 +115,7 @@ func (q *Queue) enter(it *item, now time.Time) {
 	q.rank(it, now)
 }
 
-// rank notes the flows of a request if they are the busiest ones now.
+// rank records the flows of a request if they are now the busiest ones.
 func (q *Queue) rank(it *item, now time.Time) {
 	if b := q.busiest; b == nil || q.demand(it.owner, now) > q.demand(b, now) {
 		q.busiest = it.owner
@@ -120,15 +128,15 @@ func (q *Queue) rank(it *item, now time.Time) {
 	}
 }
 
-// little reports whether a client, or a program, has nothing else under way, and has had little beside
-// the busiest one.
+// little reports whether a client, or a program, has nothing else under way, and has had little
+// compared with the busiest one.
 func (q *Queue) little(f, busiest *flow, now time.Time) bool {
 	return f.active == 0 && f.attained(now)+q.typical() < sparsePart*q.demand(busiest, now)
 }
 
-// sparse reports whether a request that comes is one of a sparse flow. That is first of all one of a
-// client that has had little beside the busiest one. Whoever makes many programs of what it does has no
-// busy one, and none that is sparse beside it.
+// sparse reports whether an arriving request belongs to a sparse flow. First of all its client must
+// have had little compared with the busiest one. A client that splits its work into many programs
+// has no busy one, and none that is sparse in comparison.
 func (q *Queue) sparse(it *item, now time.Time) bool {
 	prompt := q.served
 	if q.busiest != nil {
@@ -137,22 +145,23 @@ func (q *Queue) sparse(it *item, now time.Time) bool {
 			return true
 		}
 	}
-	// A program that has many prompts is no crowd: here it counts what they have had, not what waits.
+	// A program with many prompts is not a crowd: here, what they have had counts, not what waits.
 	it.detour = prompt != nil && it.flow.active == 0 && it.program.flows <= fewFlows && it.flow.attained(now)+q.typical() < sparsePart*prompt.attained(now)
 	return it.detour
 }
 
-// advance has a request go before others if that is paid for: false if it is not, or if one of its program does so already.
+// advance lets a request go first if that is paid for. It returns false if it is not, or if another
+// request of its program goes first already.
 func (q *Queue) advance(it *item, now time.Time) bool {
 	if it.program.first > 0 {
 		return false
 	}
 	charge, least := q.typical()/aheadPart, 0.0
 	switch {
-	case it.newcomer: // a client with many sparse programs may have spent all that there was
+	case it.newcomer: // a client with many sparse programs may have spent everything
 		least = -newcomers * charge
 	case it.detour:
-		if q.again.n == 0 { // nobody knows yet what that costs: the first one goes on credit
+		if q.again.n == 0 { // the cost is not known yet: the first one goes on credit
 			charge += q.typical() / 2 / ownPart
 		} else {
 			charge += q.again.v * q.lost / ownPart
@@ -168,7 +177,7 @@ func (q *Queue) advance(it *item, now time.Time) bool {
 	return true
 }
 
-// reconsider has those go before others that were denied that, as far as it is paid for now.
+// reconsider lets denied requests go first, as far as that is paid for now.
 func (q *Queue) reconsider(now time.Time) {
 	for i := 0; i < len(q.denied); i++ {
 		it := q.items[q.denied[i]]
@@ -184,8 +193,8 @@ func (q *Queue) reconsider(now time.Time) {
 	}
 }
 
-// exit notes that a request of a flow does not wait any more and is not being served: it has taken a lane for so long, and others have
-// had so many tokens evaluated again for it.
+// exit records that a request of a flow neither waits nor is served any more. It has had a lane for
+// so long, and others have had to evaluate so many tokens again for it.
 func (q *Queue) exit(it *item, took time.Duration, now time.Time) {
 	if it.program == nil {
 		return
@@ -212,12 +221,12 @@ func (q *Queue) exit(it *item, took time.Duration, now time.Time) {
 			if it.detour {
 				q.again.add(again)
 			}
-			// Of the time of all lanes together, as what others have had is counted.
+			// Of the time of all lanes together, as for what others have had.
 			spent += seconds/float64(max(1, it.beside))/aheadPart + again*q.lost/part
 		}
 		q.ahead.add(0, spent, now)
 	} else {
-		q.ahead.add(seconds/float64(max(1, it.beside)), 0, now) // what is evaluated is evaluated one after the other
+		q.ahead.add(seconds/float64(max(1, it.beside)), 0, now) // prompts are evaluated one after the other
 	}
 	it.owner.add(seconds, 0, now)
 	it.program.add(seconds, 0, now)

@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// mean is a mean of what was seen, the last ones counting most. n is how many that were, at most meanOver.
+// mean is a moving mean. n is how many values it has, at most meanOver.
 type mean struct {
 	v float64
 	n int
@@ -14,11 +14,11 @@ type mean struct {
 
 const meanOver = 16
 
-// hint returns the same as if it had been seen once.
+// hint returns the same mean as if from a single value.
 func (m mean) hint() mean { return mean{v: m.v, n: min(m.n, 1)} }
 
-// sureHost is how many times it must have been seen whether the host cache restores what a slot
-// lost before that is relied on in full: what it does for one prompt it does not do for each.
+// sureHost is how often the host cache must have been observed before it is relied on in full: what
+// it does for one prompt it does not do for each.
 const sureHost = 3
 
 func (m *mean) add(v float64) {
@@ -26,27 +26,27 @@ func (m *mean) add(v float64) {
 	m.v += (v - m.v) / float64(m.n)
 }
 
-// ratio is a mean of ratios, weighted by their denominators, the last ones counting most.
+// ratio is a moving mean of ratios, weighted by their denominators.
 type ratio struct{ over, under float64 }
 
 func (r *ratio) add(over, under float64) {
 	r.over, r.under = r.over*0.9+over, r.under*0.9+under
 }
 
-// rates are what has been learned of a runner's speed and of what is asked of it.
+// rates are what has been learned of a runner's speed and its requests.
 type rates struct {
 	answer   mean  // tokens of an answer
 	prompt   ratio // ns to evaluate a token of a prompt
-	decode   ratio // ns to generate one
+	decode   ratio // ns to generate a token
 	loadTime mean  // ns
 	service  mean  // ns from a grant to the end
-	pace     ratio // ns of that, but for loads, for a token of its work
-	around   mean  // … that the engine did not work for it
-	host     mean  // how often a prompt that no slot held any more was restored by the host cache …
-	kept     mean  // … or by that or a slot for which there is no lane yet
+	pace     ratio // ns of that without loads, per token of its work
+	around   mean  // … during which the engine did not work for it
+	host     mean  // how often the host cache restored a prompt that no slot held any more …
+	kept     mean  // … or that, or a slot for which there is no lane yet
 }
 
-// What is assumed before anything is known: about what a small GPU does.
+// Assumptions before anything is known: roughly a small GPU.
 const (
 	firstPrompt = 500 * time.Microsecond
 	firstWeight = 10
@@ -54,7 +54,7 @@ const (
 	firstLoad   = 2 * time.Second
 )
 
-// perToken returns how long it takes to evaluate a token of a prompt.
+// perToken returns how long evaluating a token of a prompt takes.
 func (r *rates) perToken() time.Duration {
 	if r.prompt.under == 0 {
 		return firstPrompt
@@ -62,7 +62,7 @@ func (r *rates) perToken() time.Duration {
 	return time.Duration(r.prompt.over / r.prompt.under)
 }
 
-// evaluate returns how long it takes to evaluate so many tokens of a prompt.
+// evaluate returns how long evaluating so many tokens of a prompt takes.
 func (r *rates) evaluate(tokens int) time.Duration { return time.Duration(tokens) * r.perToken() }
 
 // weight returns how many tokens of a prompt take as long to evaluate as one takes to generate.
@@ -81,13 +81,13 @@ func (r *rates) generated() float64 {
 	return r.answer.v
 }
 
-// work returns how much there is to do for so many requests, in tokens of a prompt, of which so many
-// are to be evaluated.
+// work returns the work of so many requests, in tokens of a prompt, if so many tokens are to be
+// evaluated.
 func (r *rates) work(fresh, requests int) float64 {
 	return float64(fresh) + float64(requests)*r.weight()*r.generated()
 }
 
-// load returns how long it takes to load the model.
+// load returns how long loading the model takes.
 func (r *rates) load() time.Duration {
 	if r.loadTime.n == 0 {
 		return firstLoad
@@ -95,24 +95,25 @@ func (r *rates) load() time.Duration {
 	return time.Duration(r.loadTime.v)
 }
 
-// lostPart returns which part of a prompt that its slot does not hold any more has to be evaluated again.
+// lostPart returns the part of a prompt that has to be evaluated again once its slot no longer
+// holds it.
 func (r *rates) lostPart() float64 {
 	return 1 - r.host.v*float64(min(r.host.n, sureHost))/sureHost
 }
 
-// mostTransit is how long a request is taken to be on its way to a slot, at most.
+// mostTransit is the longest time that a request is assumed to be on its way to a slot.
 const mostTransit = 50 * time.Millisecond
 
-// transit returns how long it takes at most, most likely, until a request that was granted has reached its slot.
+// transit returns the likely maximum time until a granted request has reached its slot.
 func (r *rates) transit() time.Duration { return min(time.Duration(2*r.around.v), mostTransit) }
 
-// learn takes in how a request went.
+// learn learns from how a request went.
 func (r *rates) learn(it *item, res Result, evaluated int) {
 	if res.Generated > 0 {
 		r.answer.add(float64(res.Generated))
 	}
 	if res.Timed && evaluated > slack && res.Prompt > 0 && res.ReusedKnown {
-		// In tokens as they are estimated, which is what this is multiplied by.
+		// In estimated tokens, which this is multiplied by.
 		r.prompt.add(float64(res.Prompt), float64(evaluated)*float64(it.tokens)/float64(max(res.Total, 1)))
 	}
 	if res.Timed && res.Generated > 1 && res.Eval > 0 {
@@ -123,7 +124,8 @@ func (r *rates) learn(it *item, res Result, evaluated int) {
 	}
 }
 
-// restored tells whether a prompt that no slot held any more, 1, or not, 0, was restored all the same; false: nothing is told.
+// restored returns 1 if a prompt that no slot held any more was restored all the same, and 0 if
+// not; false if that cannot be told.
 func (it *item) restored(r Result) (kept float64, told bool) {
 	if it.hosted == 0 || !r.ReusedKnown || r.Loaded {
 		return 0, false
@@ -134,11 +136,11 @@ func (it *item) restored(r Result) (kept float64, told bool) {
 	return 0, true
 }
 
-// returns are the habits of a client: when, after an answer, the next request came that continues it.
+// returns are the habits of a client: how long after an answer the request came that continues it.
 type returns struct {
 	gaps   [gapBuckets]float64 // by gapBounds
 	missed float64             // none came, or much later
-	kept   mean                // which part of what had been served the next request had in common with it
+	kept   mean                // the part of what had been served that the next request shared
 }
 
 const gapBuckets = 29
@@ -151,7 +153,8 @@ var gapBounds = func() (bounds [gapBuckets]time.Duration) {
 	return bounds
 }()
 
-// firstHabits are what is expected before anything is known: that every other client is a script that goes on at once.
+// firstHabits are the assumption before anything is known: every other client is a script that
+// continues at once.
 func firstHabits() returns {
 	h := returns{missed: 1}
 	h.gaps[9] = 1 // 23 ms
@@ -166,7 +169,7 @@ func (h *returns) total() float64 {
 	return n
 }
 
-// fade makes room for what is new.
+// fade makes room for new observations.
 func (h *returns) fade() {
 	if h.total() < 32 {
 		return
@@ -191,11 +194,11 @@ func (h *returns) miss() {
 	h.missed++
 }
 
-// unmiss takes back a miss: it came after all.
+// unmiss takes back a miss: the request came after all.
 func (h *returns) unmiss() { h.missed = max(0, h.missed-1) }
 
-// part returns which part of what a client was served its next request is expected to have in common with it.
-// Of one that is not known it is what is expected of all.
+// part returns the part of what a client was served that its next request is expected to share. For
+// an unknown client it is the mean of all.
 func (h *returns) part(all *returns) float64 {
 	switch {
 	case h.kept.n > 0:
@@ -206,9 +209,10 @@ func (h *returns) part(all *returns) float64 {
 	return 0.9
 }
 
-// hold returns for how long a lane is to be held for a client that is expected to come back, so that what is saved, less what
-// is waited, is the most on average; 0 if it is not worth it. It is never longer than loss, which is what is saved if the
-// client comes. What is known of all clients counts as much as two answers of this one.
+// hold returns how long to hold a lane for a client that is expected to come back, so that the mean
+// gain, less the wait, is largest; 0 if it is not worth it. It is never longer than loss, which is
+// what is gained if the client comes. The habits of all clients count as much as two answers of
+// this one.
 func (h *returns) hold(all *returns, loss time.Duration) time.Duration {
 	total, others := h.total()+2, all.total()
 	came, waited, best, at := 0.0, 0.0, 0.0, 0
@@ -223,7 +227,7 @@ func (h *returns) hold(all *returns, loss time.Duration) time.Duration {
 		waited += p * float64(t)
 		if gain := came*float64(loss) - waited - (1-came)*float64(t); gain > best {
 			best, hold, at = gain, t, i
-		} else if gain > 0.75*best && i <= at+2 { // little more is waited, and the next one may come a little later than all before
+		} else if gain > 0.75*best && i <= at+2 { // waiting a little more costs little, and the next request may come a little later than all before
 			hold = t
 		}
 	}
@@ -240,7 +244,8 @@ func (q *Queue) client(name string) *returns {
 	return h
 }
 
-// returned learns from a request that came which of those served before it continues, and after how long.
+// returned learns which of the requests served before an arriving request continues, and after how
+// long.
 func (q *Queue) returned(x *runner, it *item, now time.Time) {
 	v, tokens := x.closest(it.steps)
 	if v == nil || v.client != it.who.client || v.state == visitReturned || it.arrived.Before(v.at) || tokens <= slack || 2*tokens < v.tokens {
@@ -262,14 +267,14 @@ func (q *Queue) returned(x *runner, it *item, now time.Time) {
 	q.habits.came(now.Sub(v.at))
 }
 
-// follows reports whether a request that has so many tokens in common with a prompt that was served is what its client was
-// expected to send next, and not just another one with, say, the same system prompt.
+// follows reports whether a request that shares so many tokens with a served prompt is the one
+// expected of its client, rather than another one with, say, the same system prompt.
 func (q *Queue) follows(client string, shared, served int) bool {
 	return shared > slack && float64(shared) >= 0.9*q.client(client).part(&q.habits)*float64(served)
 }
 
-// closest returns the prompt of those served of late that shares the most with one, the last of several, and how many
-// tokens that is.
+// closest returns the recently served prompt that shares the most with another, the last of
+// several, and how many tokens that is.
 func (x *runner) closest(steps []step) (*visit, int) {
 	var best *visit
 	most := 0
@@ -281,10 +286,11 @@ func (x *runner) closest(steps []step) (*visit, int) {
 	return best, most
 }
 
-// visited remembers a request that was served.
+// visited remembers a served request.
 func (q *Queue) visited(x *runner, it *item, generated int, now time.Time) {
 	v := &visit{steps: it.steps, tokens: it.tokens, client: it.account.name, at: now, generated: generated}
-	// Of prompts that continue each other the last one is enough, so that many prefixes are remembered.
+	// Of prompts that continue each other the last one is enough, so that many prefixes are
+	// remembered.
 	if w, tokens := x.closest(v.steps); w != nil && q.follows(v.client, tokens, w.tokens) {
 		x.visits = slices.DeleteFunc(x.visits, func(o *visit) bool { return o == w })
 	}
@@ -300,15 +306,16 @@ func (q *Queue) visited(x *runner, it *item, generated int, now time.Time) {
 	it.lane.visit = v
 }
 
-// displaced returns how many tokens the server held of a prompt that no lane holds any more that the request
-// might land in, if those are many more than the lane holds in which it is to land; else 0.
+// displaced returns how many tokens of a prompt that no lane holds any more the server held, in
+// case the request landed there, if those are many more than its lane holds; otherwise 0.
 func (x *runner) displaced(it *item, lands int) int {
 	v, tokens := x.closest(it.steps)
 	if v == nil || tokens < lands+hostWorth {
 		return 0
 	}
 	for _, l := range x.lanes {
-		// A busy slot cannot have been used. Where the number of slots is learned a lane may be none.
+		// A busy slot cannot have been used. While the number of slots is being learned, a lane may
+		// have no slot.
 		if l.item != nil && (x.given() > 0 || x.learner.ceiling) {
 			continue
 		}
@@ -319,5 +326,6 @@ func (x *runner) displaced(it *item, lands int) int {
 	return tokens
 }
 
-// scale returns how many tokens were reused, in those that the prompt was estimated in, which may be others than the server's.
+// scale returns how many tokens were reused, in the units in which the prompt was estimated rather
+// than the server's.
 func (it *item) scale(r Result) int { return r.Reused * it.tokens / max(r.Total, 1) }

@@ -1,10 +1,13 @@
-// Package schedule decides which request goes to an Ollama server when. For each slot of a loaded model there is a lane,
-// which serves one request at a time and remembers the prompt that it served last; a lane that falls free takes the
-// waiting request that shares the most with it. What that saves, and the theory behind it, is told where it is applied.
+// Package schedule decides when a request goes to an Ollama server, and to which. For each slot of
+// a loaded model there is a lane, which serves one request at a time and remembers the prompt that
+// it served last; a lane that becomes free takes the waiting request that shares the most with it:
 //
-// Queue is the policy: it has no clock, no goroutine and no lock, and the same events give the same grants. Scheduler is the
-// shell around it in which requests wait. Where several servers may serve a request they choose one. Neither reads bodies or
-// talks to a server.
+//	arrival   A B C A B C A B C     (one lane; A, B and C are prefixes)
+//	served    A A A B B B C C C
+//
+// Queue is the policy: it has no clock, no goroutine and no lock, and the same events give the same
+// grants. Scheduler is the shell around it in which requests wait. If several servers can serve a
+// request, the queue chooses one. Neither reads bodies or talks to a server.
 package schedule
 
 import (
@@ -24,7 +27,8 @@ type Runner struct {
 	Options  prefix.Options
 }
 
-// Priority orders requests: as long as a more urgent one waits no other is granted, but see Config.MaxWait.
+// Priority orders requests: while a more urgent one waits, no other is granted, except by
+// Config.MaxWait.
 type Priority int8
 
 const (
@@ -37,7 +41,7 @@ func (p Priority) String() string {
 	return [...]string{urgent: "interactive", normal: "normal", lesser: "batch"}[p.rank()]
 }
 
-// ParsePriority reads what String writes; false, and Normal, for anything else.
+// ParsePriority reads what String writes. For anything else it returns Normal and false.
 func ParsePriority(s string) (Priority, bool) {
 	for p := Interactive; p <= Batch; p++ {
 		if s == p.String() {
@@ -47,7 +51,8 @@ func ParsePriority(s string) (Priority, bool) {
 	return Normal, false
 }
 
-// rank is a priority as an index, the most urgent first, with one for those of Normal that go before the others: see flow.
+// rank is a priority as an index, the most urgent first, with an additional one for Normal requests
+// that go first: see flow.
 type rank uint8
 
 const (
@@ -68,7 +73,7 @@ func (p Priority) rank() rank {
 	return normal
 }
 
-// priority is the priority that a request of the rank was asked for with.
+// priority is the priority that a request of the rank asked for.
 func (r rank) priority() Priority {
 	switch r {
 	case urgent:
@@ -79,7 +84,7 @@ func (r rank) priority() Priority {
 	return Normal
 }
 
-// asked is the rank without regard to flows: which model is loaded they do not decide.
+// asked is the rank without regard to flows, which do not decide which model is loaded.
 func (r rank) asked() rank {
 	if r == sparse {
 		return normal
@@ -87,218 +92,226 @@ func (r rank) asked() rank {
 	return r
 }
 
-// Request is what the queue needs to know of a request.
+// Request is what the queue needs to know about a request.
 type Request struct {
-	ID     uint64 // unique among the requests that wait or are being served; Scheduler chooses it
+	ID     uint64 // unique among the requests that wait or are being served; set by Scheduler
 	Runner Runner
-	// Upstreams are the servers that may serve it, each once: those that have the model. With several the queue chooses, and
-	// Runner.Upstream is not looked at; empty: Runner.Upstream. Not kept.
+	// Upstreams are the servers that can serve it, each once: those that have the model. With
+	// several, the queue chooses one and ignores Runner.Upstream; empty means Runner.Upstream. Not
+	// kept.
 	Upstreams []uint16
 	Links     []prefix.Link // of its prompt; not kept
-	Tokens    int           // estimated, of the prompt; 0: guessed from the links
-	Client    string        // to be fair to: an API key or an address
-	Program   uint64        // which of its programs, as far as that can be told; 0: not at all, and flows make no difference
+	Tokens    int           // of the prompt, estimated; 0: guessed from the links
+	Client    string        // the unit of fairness: an API key or an address
+	Program   uint64        // which of the client's programs sent it; 0: unknown, and flows make no difference
 	Flow      uint64        // what the program works on, such as a conversation
-	Weight    float64       // the client's share, relative to that of the greatest; 0: 1, as much as any
+	Weight    float64       // the client's share, relative to the greatest possible one; 0 means 1
 	Priority  Priority
-	Streams   bool      // its answer comes piece by piece, so that Began is told
-	Arrived   time.Time // zero: now. One whose server did not answer keeps its place by it
-	// MayWait is asked once, by Queue.Add, if the request has to wait; where it says false the request
-	// is not added, and Scheduler.Acquire returns ErrMayNotWait. Nil: it may.
+	Streams   bool      // the answer is streamed, so that Began is called
+	Arrived   time.Time // zero: now. A request whose server did not answer keeps its place by it
+	// MayWait, if non-nil, is called once by Queue.Add if the request has to wait. If it returns
+	// false, the request is not added, and Scheduler.Acquire returns ErrMayNotWait.
 	MayWait func() bool
 }
 
-// Refusal says that a request that waited will not be sent.
+// Refusal means that a waiting request will not be sent.
 type Refusal struct {
 	ID  uint64
-	Err error // ErrFull: it made room for a more urgent one; or ErrAway
+	Err error // ErrFull if it made room for a more urgent one, or ErrAway
 }
 
-// Placement says that a request may be sent now.
+// Placement means that a request may be sent now.
 type Placement struct {
 	ID       uint64
 	Upstream uint16         // the server to send it to
 	Options  prefix.Options // of the runner that serves it
-	Lane     int            // stand-in for the slot in which it will land; of its runner. Unlimited: one of more than there are slots
-	Expected int            // tokens of its prompt that this slot is expected to hold, estimated
+	Lane     int            // the runner's lane, which stands for the slot in which it will land. With Unlimited there are more lanes than slots
+	Expected int            // estimated tokens of its prompt that this slot holds
 	Waited   time.Duration
 }
 
 // Result is how a granted request ended.
 type Result struct {
-	// Sent: it may have reached the server. Answered: its answer has begun, so that the prompt has been evaluated.
+	// Sent: it may have reached the server. Answered: its answer has begun, so its prompt has been
+	// evaluated.
 	Sent, Answered bool
 
 	Total       int // tokens of the prompt; 0: not known
-	Reused      int // of these, where ReusedKnown
+	Reused      int // reused tokens of these, if ReusedKnown
 	ReusedKnown bool
 	Generated   int // tokens of the answer
 
-	// What the answer tells of time. /v1 tells nothing.
+	// Times from the answer. /v1 reports none.
 	Prompt, Eval time.Duration
 	Queue        time.Duration // inside Ollama: total - load - prompt_eval - eval
 	Load         time.Duration
-	Timed        bool // these times were told
+	Timed        bool // these times were reported
 
 	Loaded, LoadKnown bool // whether the model was loaded for it
 }
 
-// Config sets a queue's bounds.
+// Config bounds a queue.
 type Config struct {
-	Lanes   int           // per runner, as OLLAMA_NUM_PARALLEL; 0: learned, from 1 on; or Unlimited
-	Limit   int           // requests that wait; 0: DefaultLimit
-	MaxWait time.Duration // from when on a waiting request goes before others, whatever that costs; 0: never
+	Lanes   int           // per runner, as OLLAMA_NUM_PARALLEL; 0: learned, beginning with 1; or Unlimited
+	Limit   int           // waiting requests; 0: DefaultLimit
+	MaxWait time.Duration // how long a request may be passed over; 0: no limit
 }
 
-// Unlimited as a number of lanes says that nothing waits: every request is granted at once. Which prompts are warm where is
-// still remembered, for the choice between servers.
+// Unlimited lanes mean that nothing waits: every request is granted at once. Where prompts are warm
+// is still remembered, for the choice of a server.
 const Unlimited = -1
 
-// DefaultLimit is how many requests wait at most, unless the operator says otherwise.
+// DefaultLimit is the largest number of waiting requests, unless the operator sets another.
 const DefaultLimit = 10_000
 
 const (
-	// quantum is how many prefixes' worth of work a lane does before it leaves a prefix, and a client gets before others, if
-	// others wait: what is evaluated again is then about 5 % of it.
+	// quantum is how many prefixes' worth of work a lane does before it leaves a prefix for others
+	// that wait, and a client gets before others: the re-evaluation is then about 5 % of it.
 	quantum = 20
-	// agedQuantum is the same for the sake of a request that has waited for longer than MaxWait, counted from the last such
-	// request, whatever was served since. A server that is too slow for what it is sent would otherwise evaluate every prompt
-	// in full, and be slower still. What the lane holds and nobody waits for is left at once.
+	// agedQuantum is the same for a request that has waited longer than MaxWait, counted from the
+	// last such request, whatever was served since. Otherwise a server that is too slow for its
+	// requests would evaluate every prompt in full, and become slower still. A prefix that nobody
+	// waits for is left at once.
 	agedQuantum = 4
-	// patience is how many requests, for each lane, go before the one that has waited for longest, whatever their priorities, even
-	// without Config.MaxWait (the oldest of every k: arXiv 2502.04677). So many go, too, before a
-	// runner makes room for another with less urgent requests.
+	// patience is how many requests per lane go before the one that has waited longest, whatever
+	// their priorities, even without Config.MaxWait (the oldest of every k: arXiv 2502.04677). It
+	// is also how many go before a runner makes room for another with less urgent requests.
 	patience = 256
-	// longestWait is for how much longer than without the proxy a request waits before that quantum is agedQuantum for it, too.
-	// A trial whether the host cache keeps what is lost comes after a third of it.
+	// longestWait is how much longer than without the proxy a request waits before quantum is
+	// agedQuantum for it, too. Whether the host cache keeps what is lost is tried after a third of
+	// it.
 	longestWait = 15 * time.Second
-	// mostTrials is how many such trials there are while a model is loaded. Each costs two prefixes
-	// at most.
+	// mostTrials is how many such trials there are while a model is loaded. Each costs at most two
+	// prefixes.
 	mostTrials = 3
 	// copiedPatience is how many times as long a lane waits before it evaluates once more what
-	// another one is evaluating, if it can have that for nothing soon: the estimate may be too short.
+	// another one is evaluating, if it can soon have that for nothing: the estimate may be too
+	// short.
 	copiedPatience = 3
-	// copiedLeast is the least of that: at first nothing is known of how fast the server is.
+	// copiedLeast is the minimum of that wait, since at first the server's speed is not known.
 	copiedLeast = 15 * time.Second
-	// longestTurn is for how long a model keeps another one waiting that has to be loaded in its place, if a load takes no longer.
+	// longestTurn is how long a model keeps another one waiting that has to replace it, unless a
+	// load takes longer.
 	longestTurn = 30 * time.Second
-	// fairWeight is how many tokens of a prompt a generated one counts as when clients are compared.
+	// fairWeight is how many prompt tokens a generated one counts as when clients are compared.
 	fairWeight = 10
-	// slack is how many tokens in common are not worth a thought. They take a few ms.
+	// slack is how many shared tokens are negligible. They take a few ms.
 	slack = 64
-	// triesMost bounds how many requests are looked at of clients that have had their share.
+	// triesMost bounds how many requests are examined of clients that have had their share.
 	triesMost = 64
-	// similarity is which part of a prompt a slot must hold for the engine to choose the slot for that, and not by recency
-	// (llama.cpp --slot-prompt-similarity, which Ollama leaves as it is).
+	// similarity is the part of a prompt that a slot must hold for the engine to choose the slot
+	// for that, rather than by recency (llama.cpp --slot-prompt-similarity, which Ollama does not
+	// change).
 	similarity = 0.10
 	maxClients = 4096 // whose habits are remembered
 	maxRunners = 256  // per server
 	maxVisits  = 64   // per runner
-	hostWorth  = 128  // tokens that tell that the host cache had them
+	hostWorth  = 128  // tokens that prove that the host cache had them
 	maxLearned = 64   // lanes
-	maxPairs   = 1024 // of models of which it is known whether they can be loaded together, per server
-	maxKeys    = 1024 // of runners, with those that have turned out to be one
+	maxPairs   = 1024 // of models, per server, for which it is known whether they fit beside each other
+	maxKeys    = 1024 // keys of runners, including equivalent ones
 )
 
-// Queue is the policy. Make it with New. It is not safe for concurrent use. Time must not go back from call to call.
+// Queue is the policy. Make it with New. It is not safe for concurrent use. Time must not go back
+// between calls.
 type Queue struct {
 	cfg     Config
-	longest time.Duration    // longestWait; others for measuring what they cost
+	longest time.Duration    // longestWait, unless a test measures others
 	items   map[uint64]*item // waiting or being served
 	waiting [ranks]int
-	roaming int       // of those that wait: how many several servers may serve
+	roaming int       // how many waiting requests several servers can serve
 	servers []*server // in the order in which they became known
 	offers  []offer   // for route
 	clients *simplelru.LRU[string, *returns]
-	habits  returns // of all clients: what is expected of one that is not known
+	habits  returns // of all clients: the assumption for an unknown one
 	flows   *simplelru.LRU[flowKey, *flow]
-	busiest *flow    // the client that has had and waits for the most; nil: there was none
-	served  *flow    // the flow that has had the most; nil: there was none
-	ahead   flow     // what went before others has spent, and what did not go before others has had
-	denied  []uint64 // requests that are to go before others as soon as that is paid for
+	busiest *flow    // the client that has had and waits for the most; nil: none yet
+	served  *flow    // the flow that has had the most; nil: none yet
+	ahead   flow     // what going first has cost, and what other requests have had
+	denied  []uint64 // requests that go first as soon as that is paid for
 	took    mean     // seconds that requests took
-	again   mean     // seconds that it would take to evaluate again what a detour pushed out, if it is lost …
-	lost    float64  // … and which part of such is, of late
+	again   mean     // seconds of re-evaluating what a detour evicted, if it is lost …
+	lost    float64  // … and the part of such that was lost recently
 	grants  []Placement
 	refused []Refusal
 	count   Counts
-	places  *places // who has them; nil: not noted
+	places  *places // who has them; nil: not recorded
 }
 
 // server is one Ollama server.
 type server struct {
 	index     uint16
 	seed      uint64           // of its rendezvous hash
-	off       bool             // it is to be sent nothing new
-	away      bool             // it does not answer: what waits for it is held …
-	until     time.Time        // … and is refused from then on
+	off       bool             // it gets nothing new
+	away      bool             // it does not answer: its backlog is held …
+	until     time.Time        // … and is refused from this time on
 	lanes     int              // per runner; 0: learned
 	told      map[string]Slots // by model
-	tells     bool             // a model's engine is expected to tell, when it is loaded
-	found     int              // … for the runner that this was last learned of: what others begin with
-	host      mean             // rates.host of all its runners: what others begin with
+	tells     bool             // a model's engine is expected to report its slots once it is loaded
+	found     int              // … for the runner that learned it last: the others' initial value
+	host      mean             // rates.host of all its runners: the initial value of new ones
 	longest   bool             // it chooses slots by the longest match alone
 	runners   []*runner
-	byKey     map[Runner]*runner // several keys may have turned out to be one runner
-	list      []*runner          // for order
+	byKey     map[Runner]*runner // several keys may belong to one runner
+	list      []*runner          // ordered
 	waiting   int
-	roaming   int // of these: how many others may serve, too
+	roaming   int // how many of these other servers can serve, too
 	turns     uint64
-	loaded    map[string]int         // the models that it lists as loaded, if that is known, and their context in tokens if it tells that
-	parted    map[string]bool        // models for which runners were taken for one that are not
+	loaded    map[string]int         // the loaded models that it lists, if known, with their context in tokens, if reported
+	parted    map[string]bool        // models whose runners were wrongly united
 	wake      time.Time              // when to look again; zero: after the next event
 	relations map[[2]string]relation // of models
 }
 
-// runner is what is known of a Runner.
+// runner tracks one loaded model: its lanes, backlog and learned speeds.
 type runner struct {
 	key     Runner
 	server  *server
 	classes [ranks]class
 	waiting int
 	roaming int
-	prompts int           // tokens of what waits
-	work    [ranks]int    // of what waits, in tokens: what is to be evaluated, estimated when it came, and generated
+	prompts int           // tokens of its backlog
+	work    [ranks]int    // of its backlog, in tokens: those to be evaluated, as estimated on arrival, and those generated
 	running int           // of what is being served
-	arrived time.Duration // the sum of the arrivals of what waits, since epoch. It may overflow: differences are right all the same
+	arrived time.Duration // the sum of the arrivals of its backlog, since epoch. It may overflow; differences are still right
 	lanes   []*lane
-	want    int // lanes
+	want    int // wanted number of lanes
 	busy    int
-	eldest  *item     // the one that has waited for longest …
-	passed  int       // … and how many went before it since it is that
-	skipped int       // how many went to runners that cannot be loaded beside it while requests waited for it
-	tries   int       // requests that are served beyond want, to see whether there is a slot for them
-	spare   []*lane   // lanes that fell free since then: whose slots those have got, unless there are more
-	full    time.Time // when a request was last granted so that no lane was free
+	eldest  *item     // the request that has waited longest …
+	passed  int       // … and how many went before it since it is the longest
+	skipped int       // how many went to runners that cannot be loaded beside it while it had a backlog
+	tries   int       // requests that are served beyond want, to find out whether there is a slot for them
+	spare   []*lane   // lanes that became free since then, whose slots those have, unless there are more
+	full    time.Time // when a request was last granted that left no lane free
 	first   time.Time // when a request was first granted
 
 	resident  bool      // believed to be loaded
 	since     time.Time // when that began
-	turn      uint64    // … in the order of the server's loads
+	turn      uint64    // … as a number in the order of the server's loads
 	used      time.Time // when a request last ended
-	served    Runner    // what the last request that was answered asked for
-	tried     time.Time // when the last request that was answered was granted
+	served    Runner    // what the last answered request asked for
+	tried     time.Time // when the last answered request was granted
 	asked     time.Time // when a request was last granted
-	replaced  []*runner // those that are believed to have been unloaded for it, until its next grant
-	sought    time.Time // since when requests wait for it while it is not resident
-	habits    returns   // when requests for it came after it had nothing to do
-	wanted    bool      // others waited when it had nothing to do any more
+	replaced  []*runner // runners that are believed to have been unloaded for it, until its next grant
+	sought    time.Time // since when it has a backlog while it is not resident
+	habits    returns   // when requests for it came after it had become idle
+	wanted    bool      // others waited when it became idle
 	missed    bool      // it was held for requests that did not come
 	rank      rank      // of the last request
 	idle      time.Time // since when a lane is free and a request waits
-	coveted   time.Time // since when requests wait that others may serve, too
+	coveted   time.Time // since when requests wait that others can serve, too
 	visits    []*visit  // oldest first
 	rates     rates
 	learner   learner
-	evaluates time.Time // until when what was granted is evaluated, most likely
-	probing   *visit    // the one for which it was not held last, until it is continued
+	evaluates time.Time // when the evaluation of everything granted so far has probably ended
+	probing   *visit    // the one for which a lane was last not held, until it is continued
 	trials    int       // how often that was done since it was loaded
 }
 
 // item is a request that waits or is being served.
 type item struct {
 	id      uint64
-	key     Runner // as it was asked for
+	key     Runner // as it was requested
 	runner  *runner
 	class   *class
 	account *account
@@ -306,64 +319,64 @@ type item struct {
 	arrived time.Time
 	tokens  int
 	weight  float64       // of its client; 0: 1
-	fresh   int           // of tokens, those to be evaluated, as estimated when it came
+	fresh   int           // tokens to be evaluated, as estimated on arrival
 	work    int           // in tokens, as runner.work
-	due     time.Duration // after how long it would have been served if all were served as they come
+	due     time.Duration // how long it would have waited in order of arrival
 	steps   []step
 	node    *node
 	waits   bool
 
-	who           flowKey // as the request says
-	owner         *flow   // its client; nil: not known, and so are …
+	who           flowKey // from the request
+	owner         *flow   // its client; nil: unknown, and so are …
 	program, flow *flow
-	newcomer      bool    // it goes before others since its client has had little
-	detour        bool    // it goes before others of its program
-	charged       float64 // what it is expected to spend, if it goes before others
+	newcomer      bool    // it goes first since its client has had little
+	detour        bool    // it goes before others of its own program
+	charged       float64 // its expected cost, if it goes first
 	displaced     int     // tokens that its lane held and that it did not use
 
-	upstreams []uint16 // that may serve it, if there are several
+	upstreams []uint16 // that can serve it, if there are several
 	opening   uint64   // see openingOf
 	moves     int      // how often it was taken over
 
 	lane     *lane // while it is served
 	granted  time.Time
-	freed    time.Time // when its lane had last fallen free by then
+	freed    time.Time // when its lane had last become free at that time
 	expected int
 	cost     int // charged so far to its client …
 	takes    int // … and to its lane
 
-	overtaken time.Time     // when the first of those ended that were served when it was granted, or later
-	beside    int           // how many were served when it was granted, with it
+	overtaken time.Time     // when the first request ended that was served when this one was granted, or later
+	beside    int           // how many were served when it was granted, including it
 	tries     bool          // it was granted with all lanes busy, and is not known to have a slot …
-	told      bool          // … and nothing more is waited for to hear that
+	told      bool          // … and nothing more is expected to reveal that
 	late      bool          // its answer began so late that it must have waited for a slot
 	streams   bool          // its answer is a stream
 	begun     time.Time     // when that began
-	turn      time.Duration // until those were evaluated that were granted before, as far as is known
-	from      time.Time     // when nothing else was to be evaluated before it any more, as far as is known
-	replaced  []*runner     // those that are believed to have been unloaded for it
+	turn      time.Duration // until the requests granted earlier were evaluated, as far as known
+	from      time.Time     // when nothing else was left to be evaluated before it, as far as known
+	replaced  []*runner     // runners that are believed to have been unloaded for it
 	hosted    int           // tokens that the host cache may have restored; 0: nothing to learn
 }
 
 // lane stands for a slot.
 type lane struct {
 	name   int
-	holds  []step // the prompt that it last served, or serves
+	holds  []step // the prompt that it served last, or is serving
 	tokens int    // of that prompt
 	before []step // what it held before that
 	marks  [ranks]*node
 	item   *item // nil: free
 
-	used     time.Time // when it was last taken or fell free; zero: never
-	class    rank      // of the request that it last served
-	work     int       // tokens, since it took up its prefix
-	since    int       // … and since a request was last granted for having waited for too long
-	visit    *visit    // the request that it last served
-	wanted   bool      // requests waited when it fell free, so that to hold it costs something, and may save something
+	used     time.Time // when it was last taken or became free; zero: never
+	class    rank      // of the request that it served last
+	work     int       // tokens, since it began its prefix
+	since    int       // … and since a request was last granted because it had waited too long
+	visit    *visit    // the request that it served last
+	wanted   bool      // requests waited when it became free, so that holding it costs something, and may save something
 	reported bool      // its hold has been counted
 }
 
-// visit is a prompt that has been served, remembered to learn when one that continues it comes.
+// visit is a served prompt, remembered to learn when a request comes that continues it.
 type visit struct {
 	steps  []step
 	tokens int
@@ -382,19 +395,19 @@ const (
 	visitReturned            // one came
 )
 
-// Counts count what the policy did, since New.
+// Counts count what the policy has done since New.
 type Counts struct {
 	Grants       uint64 // with a lane
-	Continued    uint64 // to a lane that held most of what the two had in common
-	Opened       uint64 // to a lane that held nothing of it
-	Joined       uint64 // … although another lane was busy with its prefix
+	Continued    uint64 // to a lane that held most of what the two shared
+	Opened       uint64 // to a lane that held none of it
+	Joined       uint64 // … although another lane was working on its prefix
 	Aged         uint64 // for having waited longer than MaxWait
 	RunnerLoads  uint64 // to a runner that was not loaded
 	HoldsHit     uint64 // lanes held for a request that came
 	HoldsExpired uint64 // … and that did not come
-	Spread       uint64 // requests sent elsewhere than where most of the prompt was warm, since there was too much to do
-	Stolen       uint64 // requests taken over by a server that had nothing to do from one for which they waited
-	Moved        uint64 // … from one that was not available any more
+	Spread       uint64 // requests sent elsewhere than where most of the prompt was warm, because of the load there
+	Stolen       uint64 // requests that an idle server took over from a busy one
+	Moved        uint64 // … and from one that was no longer available
 }
 
 // New returns an empty queue.
@@ -424,8 +437,9 @@ func (q *Queue) Len() (n int) {
 	return n
 }
 
-// Add adds a request. false: the queue is full, and the request is not in it. Where others have more
-// than their share of the places, or are less urgent, one of theirs is refused in its place: see crowd.
+// Add adds a request. It returns false if the queue is full and the request is not added. If others
+// have more than their share of the places, or are less urgent, one of theirs is refused instead:
+// see crowd.
 func (q *Queue) Add(r Request, now time.Time) bool {
 	if r.Arrived.IsZero() || r.Arrived.After(now) {
 		r.Arrived = now
@@ -460,8 +474,8 @@ func (q *Queue) Add(r Request, now time.Time) bool {
 	return q.stays(it.id, r.MayWait, now)
 }
 
-// stays refuses one of those that wait if a request that was added is one too many, and returns false
-// if that is the request itself. Nobody gives up a place for one that may not wait.
+// stays refuses one of the waiting requests if an added one is too many, and returns false if that
+// is the added one. Nobody gives up a place for a request that may not wait.
 func (q *Queue) stays(id uint64, mayWait func() bool, now time.Time) bool {
 	it := q.items[id] // another one than was added, if it was moved
 	if mayWait != nil && it != nil && it.waits && !mayWait() {
@@ -482,7 +496,7 @@ func (q *Queue) stays(id uint64, mayWait func() bool, now time.Time) bool {
 	return true
 }
 
-// refuse takes out a request that waits and will not be sent.
+// refuse removes a waiting request that will not be sent.
 func (q *Queue) refuse(it *item, err error, now time.Time) {
 	q.drop(it.id, now)
 	q.refused = append(q.refused, Refusal{it.id, err})
@@ -502,7 +516,7 @@ func (q *Queue) room(it *item, x *runner) bool {
 	return false
 }
 
-// enqueue has a request wait for a runner.
+// enqueue adds a request to a runner's backlog.
 func (q *Queue) enqueue(it *item, x *runner, now time.Time) {
 	c := &x.classes[it.rank]
 	if c.tree == nil {
@@ -533,13 +547,13 @@ func (q *Queue) enqueue(it *item, x *runner, now time.Time) {
 	}
 }
 
-// direct returns how long it would take to serve all that wait as they came.
+// direct returns how long it would take to serve the backlog in order of arrival.
 func (x *runner) direct() time.Duration {
 	tokens := float64(x.prompts)*x.rates.lostPart() + float64(x.waiting)*x.rates.weight()*x.rates.generated()
 	return x.rates.evaluate(int(tokens) / max(x.want, 1))
 }
 
-// counted adds a request that waits to all counts of such, or takes it out of them.
+// counted adds a waiting request to all counts, or removes it from them.
 func (q *Queue) counted(it *item, n int) {
 	x := it.runner
 	q.waiting[it.rank] += n
@@ -561,7 +575,7 @@ func stepsOf(links []prefix.Link, tokens int) ([]step, int) {
 	}
 	all := links[len(links)-1].Bytes
 	if tokens <= 0 {
-		tokens = all/4 + 1 // about what English text has
+		tokens = all/4 + 1 // roughly as English text
 	}
 	steps := make([]step, len(links))
 	for i := range links {
@@ -573,14 +587,15 @@ func stepsOf(links []prefix.Link, tokens int) ([]step, int) {
 	return steps, tokens
 }
 
-// Leave takes out a request that waits and whose client has left. Of one that has been granted, Done must be told.
+// Leave removes a waiting request whose client has left. If it has been granted, Done must be
+// called.
 func (q *Queue) Leave(id uint64, now time.Time) {
 	if it := q.drop(id, now); it != nil {
 		q.pump(it.runner.server, now)
 	}
 }
 
-// drop takes out a request that waits, and grants nothing for that; nil: there is none.
+// drop removes a waiting request without granting anything. It returns nil if there is none.
 func (q *Queue) drop(id uint64, now time.Time) *item {
 	it := q.items[id]
 	if it == nil || !it.waits {
@@ -592,7 +607,7 @@ func (q *Queue) drop(id uint64, now time.Time) *item {
 	return it
 }
 
-// unwait takes a request out of what waits.
+// unwait removes a request from the backlog.
 func (q *Queue) unwait(it *item, serve bool) {
 	x := it.runner
 	q.counted(it, -1)
@@ -609,7 +624,7 @@ func (q *Queue) unwait(it *item, serve bool) {
 	}
 }
 
-// Done says that a granted request has ended. Of one that is not being served it takes no notice.
+// Done records that a granted request has ended. It ignores a request that is not being served.
 func (q *Queue) Done(id uint64, r Result, now time.Time) {
 	it := q.items[id]
 	if it == nil || it.waits {
@@ -626,10 +641,10 @@ func (q *Queue) Done(id uint64, r Result, now time.Time) {
 	it.frees(now)
 	evaluated := 0
 	switch {
-	case !r.Sent: // the slot is as it was
+	case !r.Sent: // the slot is unchanged
 		l.holds, l.before = l.before, nil
 		l.tokens = tokensOf(l.holds)
-	case !r.Answered: // it may hold some of it, and what it held before is lost
+	case !r.Answered: // it may hold a part of it, and what it held before is lost
 		evaluated = max(it.tokens-it.expected, 1)
 		l.holds, l.before, l.tokens = nil, nil, 0
 	default:
@@ -654,7 +669,7 @@ func (q *Queue) Done(id uint64, r Result, now time.Time) {
 	q.pump(x.server, now)
 }
 
-// frees has a request that has ended take its lane no longer.
+// frees makes a request that has ended release its lane.
 func (it *item) frees(now time.Time) {
 	x, l := it.runner, it.lane
 	for p := range x.classes {
@@ -672,7 +687,8 @@ func (it *item) frees(now time.Time) {
 	l.item, l.used, l.class, l.wanted, l.reported, l.visit = nil, now, it.rank, false, false, nil
 }
 
-// answered learns from a request that was answered, and returns how many tokens of its prompt were evaluated.
+// answered learns from an answered request, and returns how many tokens of its prompt were
+// evaluated.
 func (q *Queue) answered(it *item, r Result, now time.Time) int {
 	x, evaluated := it.runner, max(it.tokens-it.expected, 1)
 	if r.ReusedKnown && r.Total > 0 {
@@ -702,7 +718,7 @@ func (q *Queue) answered(it *item, r Result, now time.Time) int {
 	return evaluated
 }
 
-// pays charges a request's client and its lane with what it took instead of what it was expected to take.
+// pays charges a request's client and its lane with its actual cost instead of the expected one.
 func (it *item) pays(r Result, evaluated int) {
 	x, cost, work := it.runner, 0, 0
 	if r.Sent {
@@ -711,7 +727,7 @@ func (it *item) pays(r Result, evaluated int) {
 	it.lane.charge(work - it.takes)
 	it.class.charge(it.account, cost-it.cost)
 	if a := x.classes[normal].accounts[it.account.name]; it.rank == sparse && a != nil {
-		x.classes[normal].charge(a, cost) // whoever has many flows is owed no more for that
+		x.classes[normal].charge(a, cost) // splitting work into many flows must not pay
 	}
 }
 
@@ -722,7 +738,7 @@ func tokensOf(steps []step) int {
 	return int(steps[len(steps)-1].tokens)
 }
 
-// Tick grants what may be granted by now. It is to be called at the time that Next returned.
+// Tick grants what may be granted by now. Call it at the time that Next returned.
 func (q *Queue) Tick(now time.Time) {
 	for _, s := range q.servers {
 		if !s.wake.IsZero() && !now.Before(s.wake) {
@@ -731,7 +747,7 @@ func (q *Queue) Tick(now time.Time) {
 	}
 }
 
-// Next returns when Tick is to be called; false: not before the next event.
+// Next returns when Tick is to be called; false means not before the next event.
 func (q *Queue) Next() (at time.Time, ok bool) {
 	for _, s := range q.servers {
 		if !s.wake.IsZero() && (!ok || s.wake.Before(at)) {
@@ -741,22 +757,23 @@ func (q *Queue) Next() (at time.Time, ok bool) {
 	return at, ok
 }
 
-// Grants returns the grants since it was last called. The slice is valid until the next call of any method.
+// Grants returns the grants since its last call. The slice is valid until the next call of any
+// method.
 func (q *Queue) Grants() []Placement {
 	g := q.grants
 	q.grants = q.grants[:0]
 	return g
 }
 
-// Refusals returns those that wait no more since Refusals was last called, and will not be sent. The slice is valid until the
-// next call of any method.
+// Refusals returns the waiting requests that were given up since its last call. The slice is valid
+// until the next call of any method.
 func (q *Queue) Refusals() []Refusal {
 	r := q.refused
 	q.refused = q.refused[:0]
 	return r
 }
 
-// SetLanes says how many slots each model on the server has; 0: to be learned; or Unlimited.
+// SetLanes sets how many slots each model on the server has; 0: learned; or Unlimited.
 func (q *Queue) SetLanes(upstream uint16, n int, now time.Time) {
 	s := q.server(upstream)
 	before := s.lanes
@@ -773,20 +790,20 @@ func (q *Queue) SetLanes(upstream uint16, n int, now time.Time) {
 	q.pump(s, now)
 }
 
-// Slots is what an engine tells of itself.
+// Slots is what an engine reports of itself.
 type Slots struct {
 	Count int // at least 1
-	// Copied says that what one slot has evaluated is in the others for next to nothing, as soon as
-	// the request that it was evaluated for has ended.
+	// Copied means that what one slot has evaluated is available to the others for next to nothing,
+	// as soon as the request that it was evaluated for has ended.
 	Copied bool
 }
 
-// SetTells says that the engines of a server are expected to tell how many slots they have (SetSlots), as
-// soon as they are started: it is not tried to find out before.
+// SetTells sets whether the engines of a server are expected to report how many slots they have
+// (SetSlots) as soon as they are started. Then nothing is tried to find out before.
 func (q *Queue) SetTells(upstream uint16) { q.server(upstream).tells = true }
 
-// SetSlots says what the engine of a model on the server tells: how many slots there are is not
-// learned from then on. What SetLanes says goes before it.
+// SetSlots sets what the engine of a model on the server reports. The number of slots is no longer
+// learned from then on. SetLanes takes precedence.
 func (q *Queue) SetSlots(upstream uint16, model string, told Slots, now time.Time) {
 	s := q.server(upstream)
 	if s.told[model] == told {
@@ -805,8 +822,8 @@ func (q *Queue) SetSlots(upstream uint16, model string, told Slots, now time.Tim
 	q.pump(s, now)
 }
 
-// SetExpected says how many slots each model on the server has, most likely, where that is learned:
-// they begin with so many lanes.
+// SetExpected sets how many slots each model on the server probably has, where that is learned.
+// Models begin with so many lanes.
 func (q *Queue) SetExpected(upstream uint16, n int, now time.Time) {
 	s := q.server(upstream)
 	if s.lanes != 0 {
@@ -823,12 +840,14 @@ func (q *Queue) SetExpected(upstream uint16, n int, now time.Time) {
 	q.pump(s, now)
 }
 
-// SetLongestMatch says whether the server chooses slots by the longest match alone, as Ollama before 0.30 does.
+// SetLongestMatch sets whether the server chooses slots only by the longest match, as Ollama before
+// 0.30 does.
 func (q *Queue) SetLongestMatch(upstream uint16, on bool) { q.server(upstream).longest = on }
 
-// Cool says that the model on the server is not loaded any more, so that nothing is warm there. An empty one means all.
-// That it cannot be loaded beside others is forgotten: what was taken for that may have been such an
-// end. So is that there are no more slots: the server may have been started anew with other settings.
+// Cool records that the model on the server is no longer loaded, so that nothing is warm there; ""
+// means all models. It also forgets that the model does not fit beside others, since what was taken
+// for that may have been such an end, and that there are no more slots, since the server may have
+// been restarted with other settings.
 func (q *Queue) Cool(upstream uint16, model string, now time.Time) {
 	s := q.server(upstream)
 	maps.DeleteFunc(s.relations, func(p [2]string, r relation) bool {
@@ -854,7 +873,7 @@ func (q *Queue) server(index uint16) *server {
 	return s
 }
 
-// mark notes in a class's tree which prompt the lane is busy with.
+// mark records in a class's tree which prompt the lane is working on.
 func (l *lane) mark(p rank, t *tree) {
 	l.marks[p] = t.place(l.holds)
 	t.count(l.marks[p], 0, 0, 1)

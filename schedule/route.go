@@ -10,44 +10,48 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
-// A request that several servers may serve goes to the one where it costs the least time: waiting, evaluating what is not
-// warm there, loading the model, and evaluating anew what others lose by it. So a prefix stays where it is warm, and spreads
-// when its backlog repays evaluating it elsewhere, too. Of a prompt that is warm nowhere, a hash decides, within what the
-// load allows, so that several proxies choose alike without asking each other. What waits is taken over by
-// servers that have nothing to do: see steal.go.
+// A request that several servers can serve goes to the one where it costs the least time: waiting,
+// evaluating what is not warm there, loading the model, and evaluating again what others lose by
+// it. So a prefix stays where it is warm, and spreads when its backlog repays evaluating it
+// elsewhere, too. A prompt that is warm nowhere goes where a hash says, within what the load
+// allows, so that several proxies choose alike without asking each other. Idle servers take over
+// the backlog of others: see steal.go.
 
 const (
-	// overload is by which part of the mean a server's load may exceed that for it to be given a new prefix (the ε of
-	// Mirrokni et al., "Consistent hashing with bounded loads", arXiv 1608.01350).
+	// overload is the part of the mean by which a server's load may exceed the mean and still get a
+	// new prefix (the ε of Mirrokni et al., "Consistent hashing with bounded loads", arXiv
+	// 1608.01350).
 	overload = 0.25
-	// openingBytes is up to where a prompt decides to which server it goes if it is warm nowhere. Prompts that share more than
-	// that (about 1,000 tokens) go to one.
+	// openingBytes is the length of the beginning of a prompt that decides where it goes if it is
+	// warm nowhere. Prompts that share more than that (about 1,000 tokens) go to the same server.
 	openingBytes = 4096
-	// openingPart is which part of the first two messages decides at most, so that short prompts with different ends
-	// go to one server, too, and many conversations with one short system prompt do not.
+	// openingPart is the part of the first two messages that decides at most. So short prompts with
+	// different ends go to one server, too, and many conversations with one short system prompt do
+	// not.
 	openingPart = 0.75
-	// leastOpening is how many bytes are not worth sending prompts to one server for.
+	// leastOpening is the number of bytes below which it is not worth sending prompts to one
+	// server.
 	leastOpening = 256
 )
 
-// offer is what it takes to serve a request on one server.
+// offer is what serving a request on one server takes.
 type offer struct {
 	server    *server
-	x         *runner // nil: the server was not asked for it yet
-	warm      int     // tokens of the prompt that need not be evaluated
+	x         *runner // nil: the server has had no request for it yet
+	warm      int     // tokens of the prompt that need no evaluation
 	wait      time.Duration
 	loading   time.Duration
 	displaced time.Duration // what others lose
-	cost      time.Duration // all of these, and the evaluation
+	cost      time.Duration // the sum of these, and the evaluation
 	score     float64       // rendezvous
 }
 
-// load is what counts against giving the server something new.
+// load is what speaks against giving the server something new.
 func (o *offer) load() time.Duration { return o.wait + o.loading + o.displaced }
 
-// SetAvailable says whether a server is to be sent anything new. One that drains is not: what waits for it goes
-// to others that may serve it, and keeps its place there. What may go nowhere else stays, and is granted as ever. Servers are
-// available at first.
+// SetAvailable sets whether a server gets new requests. The backlog of one that drains goes to
+// others that can serve it, and keeps its place there. What no other can serve stays, and is
+// granted as usual. Servers are available at first.
 func (q *Queue) SetAvailable(upstream uint16, on bool, now time.Time) {
 	s := q.server(upstream)
 	was := s.shut()
@@ -55,8 +59,9 @@ func (q *Queue) SetAvailable(upstream uint16, on bool, now time.Time) {
 	q.opened(s, was, now)
 }
 
-// SetAway says whether a server does not answer. What waits for it then goes to others that may serve it; what may go nowhere else
-// waits on, and is refused (ErrAway) if the server is still away at a time, or when none of several is expected back any more.
+// SetAway sets whether a server does not answer. Then its backlog goes to others that can serve it.
+// What no other can serve continues to wait, and is refused (ErrAway) if the server is still away
+// at a time, or when none of several is expected back any more.
 func (q *Queue) SetAway(upstream uint16, away bool, until, now time.Time) {
 	s := q.server(upstream)
 	was := s.shut()
@@ -65,10 +70,10 @@ func (q *Queue) SetAway(upstream uint16, away bool, until, now time.Time) {
 	q.pump(s, now)
 }
 
-// shut reports whether a server is to be sent nothing that may go elsewhere.
+// shut reports whether a server gets nothing that may go elsewhere.
 func (s *server) shut() bool { return s.off || s.away }
 
-// opened has what waits go elsewhere after a server may have been shut, or opened.
+// opened moves backlogs after a server may have been shut or opened.
 func (q *Queue) opened(s *server, was bool, now time.Time) {
 	shut := s.shut()
 	if was == shut {
@@ -84,8 +89,8 @@ func (q *Queue) opened(s *server, was bool, now time.Time) {
 	}
 }
 
-// hold is what is done for a server that is away in place of granting something: what has waited for long enough is refused,
-// unless another one that may serve it is not away, or may still come back.
+// hold replaces granting for a server that is away: it refuses what has waited long enough, unless
+// another server that can serve it is not away, or may still come back.
 func (q *Queue) hold(s *server, now time.Time) {
 	if now.Before(s.until) {
 		s.later(s.until)
@@ -109,12 +114,13 @@ func (q *Queue) hold(s *server, now time.Time) {
 	}
 }
 
-// SetName gives a server the name by which several proxies know it; at first it is its index.
+// SetName sets the name by which several proxies know a server; at first it is its index.
 func (q *Queue) SetName(upstream uint16, name string) { q.server(upstream).seed = seedOf(name) }
 
-// SetLoaded says which models a server listed as loaded when it was asked at a time, as those of Runner.Options, and with how many
-// tokens of context, 0 where it did not say: these can be loaded at the same time, and what is missing has been unloaded, for a
-// later one if there is one. It is learned from answers, too; but those to other proxies are not seen here. The queue keeps the map.
+// SetLoaded sets which models (as Runner.Options) a server listed as loaded when it was asked at a
+// time, and with how many tokens of context, 0 if not reported. These fit beside each other, and
+// what is missing has been unloaded, for a later one if there is one. That is learned from answers,
+// too; but answers to other proxies are not seen here. The queue keeps the map.
 func (q *Queue) SetLoaded(upstream uint16, models map[string]int, at, now time.Time) {
 	s := q.server(upstream)
 	s.loaded = models
@@ -137,7 +143,7 @@ func (q *Queue) SetLoaded(upstream uint16, models map[string]int, at, now time.T
 	q.pump(s, now)
 }
 
-// uniteSame makes one of runners that state the same options in different ways, after the server was
+// uniteSame unites runners that state the same options in different ways, after the server was
 // asked at a time what is loaded.
 func (q *Queue) uniteSame(s *server, at, now time.Time) {
 	for _, y := range slices.Clone(s.runners) {
@@ -145,16 +151,18 @@ func (q *Queue) uniteSame(s *server, at, now time.Time) {
 		if x == nil || x == y {
 			continue
 		}
-		// While x takes the place of y the server may still list y, with the context that y has.
+		// While x replaces y, the server may still list y, with y's context.
 		if y.turn == 0 || x.answered() && x.since.Before(at) {
 			q.unite(x, y, now)
 		}
 	}
 }
 
-// evictor returns a runner for which this one, which the server does not list any more, has been unloaded, if all that may be are of one
-// model: those that are listed, and were loaded later and since this one was used last; and as long as that is not long ago, those that
-// serve, or are being loaded to serve. (Ollama has their requests wait for what runs.) nil: none, or that is not clear.
+// evictor returns the runner for which this one, which the server no longer lists, has been
+// unloaded, if all candidates are of one model. Candidates are those that are listed, and were
+// loaded later and since this one was last used; and, while that is recent, those that serve, or
+// are being loaded to serve. (Ollama makes their requests wait for what runs.) It returns nil if
+// there is none, or it is not clear.
 func (x *runner) evictor(now time.Time) (only *runner) {
 	for _, y := range x.server.runners {
 		if !y.resident || y.key.Options.Model == x.key.Options.Model {
@@ -173,14 +181,15 @@ func (x *runner) evictor(now time.Time) (only *runner) {
 	return only
 }
 
-// seedOf returns what a server's rendezvous hashes begin with. It must not differ between proxies, or versions of them.
+// seedOf returns the seed of a server's rendezvous hashes. It must be the same in all proxies, and
+// all versions of them.
 func seedOf(name string) uint64 {
 	h := fnv.New64a()
 	h.Write([]byte(name))
 	return h.Sum64()
 }
 
-// vacate has what waits for a server that is not available wait for others, as far as there are any.
+// vacate moves the backlog of an unavailable server to others, as far as there are any.
 func (q *Queue) vacate(s *server, now time.Time) {
 	for _, x := range slices.Clone(s.runners) {
 		if x.roaming == 0 {
@@ -195,12 +204,13 @@ func (q *Queue) vacate(s *server, now time.Time) {
 	}
 }
 
-// waiters returns what waits for a runner, more urgent ones first, and of those equally urgent in order of arrival.
+// waiters returns a runner's backlog, more urgent requests first, and equally urgent ones in order
+// of arrival.
 func (x *runner) waiters() []*item {
 	all := make([]*item, 0, x.waiting)
 	for p := range x.classes {
 		f := &x.classes[p].fifo
-		f.front() // puts them in order
+		f.front() // sorts them
 		for _, it := range f.items {
 			if it.waits {
 				all = append(all, it)
@@ -210,16 +220,17 @@ func (x *runner) waiters() []*item {
 	return all
 }
 
-// may reports whether a request that waits may be served by a server.
+// may reports whether a server can serve a waiting request.
 func (it *item) may(s *server) bool {
 	return it.runner.server == s || slices.Contains(it.upstreams, s.index)
 }
 
-// roams reports whether the queue has a choice where to send it.
+// roams reports whether the queue has a choice of servers for it.
 func (it *item) roams() bool { return len(it.upstreams) > 1 }
 
-// route returns the server to which a request is to go, of those that may serve it and are available; of all that may serve it, if
-// none of them is. learn is the runner where it is warmest; nil: that of this server.
+// route returns the server to which a request goes, of those that can serve it and are available,
+// or of all that can serve it if none is. learn is the runner where it is warmest, or nil for that
+// of this server.
 func (q *Queue) route(it *item, now time.Time) (to *server, learn *runner) {
 	if !it.roams() {
 		return q.server(it.key.Upstream), nil
@@ -241,7 +252,7 @@ func (q *Queue) route(it *item, now time.Time) (to *server, learn *runner) {
 	}
 	known := familiar(offers)
 	warmest := q.weigh(offers, it, known, false, now)
-	if 2*warmest.warm < it.tokens { // it takes longer to look at what host caches may have
+	if 2*warmest.warm < it.tokens { // looking for what host caches may have takes longer
 		warmest = q.weigh(offers, it, known, true, now)
 	}
 	if warmest.warm <= slack {
@@ -250,7 +261,8 @@ func (q *Queue) route(it *item, now time.Time) (to *server, learn *runner) {
 	best := &offers[0]
 	for i := range offers {
 		o := &offers[i]
-		// What is evaluated once more counts twice: others wait for it, too. Conversations would go to and fro otherwise.
+		// What is evaluated once more counts twice, since others wait for it, too. Otherwise
+		// conversations would go to and fro.
 		o.cost += known.evaluate(warmest.warm - o.warm)
 		if o.cost < best.cost || o.cost == best.cost && o.score > best.score {
 			best = o
@@ -262,7 +274,8 @@ func (q *Queue) route(it *item, now time.Time) (to *server, learn *runner) {
 	return best.server, warmest.x
 }
 
-// familiar returns the rates of a runner that has evaluated something, to go by where one has not.
+// familiar returns the rates of a runner that has evaluated something, as a substitute for one that
+// has not.
 func familiar(offers []offer) *rates {
 	for _, o := range offers {
 		if o.x != nil && o.x.rates.prompt.under > 0 {
@@ -272,8 +285,9 @@ func familiar(offers []offer) *rates {
 	return &rates{}
 }
 
-// settle returns the server for a new prefix: the first in the order of its rendezvous hash whose load does not exceed the mean by
-// more than overload and by what it takes to evaluate the prompt, since that is what it costs if another proxy sends it elsewhere.
+// settle returns the server for a new prefix: the first in the order of its rendezvous hash whose
+// load exceeds the mean by at most overload and the prompt's evaluation, since that is the cost if
+// another proxy sends it elsewhere.
 func settle(offers []offer, own time.Duration) *server {
 	var sum time.Duration
 	for i := range offers {
@@ -281,7 +295,7 @@ func settle(offers []offer, own time.Duration) *server {
 	}
 	bound := time.Duration((1+overload)*float64(sum)/float64(len(offers))) + own
 	var best *offer
-	for i := range offers { // one of them has no more than the mean
+	for i := range offers { // one of them does not exceed the mean
 		if o := &offers[i]; o.load() <= bound && (best == nil || o.score > best.score) {
 			best = o
 		}
@@ -289,7 +303,7 @@ func settle(offers []offer, own time.Duration) *server {
 	return best.server
 }
 
-// weigh fills in offers, and returns that of the server where the most is warm.
+// weigh computes the offers, and returns that of the server where the most is warm.
 func (q *Queue) weigh(offers []offer, it *item, known *rates, host bool, now time.Time) *offer {
 	warmest := &offers[0]
 	for i := range offers {
@@ -301,7 +315,7 @@ func (q *Queue) weigh(offers []offer, it *item, known *rates, host bool, now tim
 	return warmest
 }
 
-// fillIn fills in an offer. host: what the host cache may restore counts as warm.
+// fillIn computes an offer. host means that what the host cache may restore counts as warm.
 func (q *Queue) fillIn(o *offer, it *item, known *rates, host bool, now time.Time) {
 	*o = offer{server: o.server, x: o.x}
 	s, x := o.server, o.x
@@ -328,18 +342,19 @@ func (q *Queue) fillIn(o *offer, it *item, known *rates, host bool, now time.Tim
 	o.score = s.score(it.opening)
 }
 
-// width is how many requests are taken to be served beside each other.
+// width is how many requests are assumed to be served at once.
 func (x *runner) width() float64 {
 	if x.server.lanes == Unlimited {
-		return 1 // as OLLAMA_NUM_PARALLEL, unless that is set
+		return 1 // as OLLAMA_NUM_PARALLEL by default
 	}
 	return float64(max(x.want, 1))
 }
 
-// serving returns how many tokens of what is being served are still to come: half, for all that is known.
+// serving returns how many tokens of what is being served are still to come: half, for want of
+// better knowledge.
 func (x *runner) serving() float64 { return float64(x.running) / 2 }
 
-// queued returns the work, in tokens, of what waits and is as urgent.
+// queued returns the work of the equally urgent backlog, in tokens.
 func (x *runner) queued(p rank) float64 {
 	tokens := 0
 	for _, n := range x.work[:p+1] {
@@ -348,7 +363,7 @@ func (x *runner) queued(p rank) float64 {
 	return float64(tokens)
 }
 
-// ahead returns for how long a runner has to do, with what is as urgent.
+// ahead returns how long a runner is busy with what is equally urgent.
 func (x *runner) ahead(p rank) time.Duration {
 	if x.running == 0 && x.waiting == 0 {
 		return 0
@@ -356,10 +371,11 @@ func (x *runner) ahead(p rank) time.Duration {
 	return time.Duration((x.serving() + x.queued(p)) / x.width() * float64(x.rates.perToken()))
 }
 
-// warmth returns how many tokens of a prompt need not be evaluated if it is sent to the runner, since a lane holds them, or
-// since a request is to be served there that has them, too; and how many tokens' work goes before it. Those of
-// one prefix follow each other, so that one whose prefix is there waits for these alone. What waits
-// counts like what is warm: siblings that come in a burst would otherwise scatter.
+// warmth returns how many tokens of a prompt need no evaluation if it is sent to the runner, since
+// a lane holds them, or since a waiting request has them, too; and how many tokens' work goes
+// before it. Requests of one prefix follow each other, so that one whose prefix is there waits only
+// for those. The backlog counts like what is warm: otherwise siblings that come in a burst would
+// scatter.
 func (x *runner) warmth(it *item, host bool) (warm int, ahead float64) {
 	steps := x.held(it.steps)
 	warm = tokensOf(it.steps[:steps])
@@ -395,8 +411,9 @@ func (x *runner) held(steps []step) int {
 	return n
 }
 
-// restorable returns how many tokens of a prompt the server's host cache is expected to have, if that is more than
-// the given number of steps, by how often it had what it was asked for; before it was asked for anything, half of it.
+// restorable returns how many tokens of a prompt the server's host cache is expected to have, if
+// that is more than the given number of steps, by how often it had what was needed; half of it
+// before anything is known.
 func (x *runner) restorable(steps []step, least int) int {
 	part := 0.5
 	if x.rates.host.n > 0 {
@@ -411,7 +428,8 @@ func (x *runner) restorable(steps []step, least int) int {
 	return int(float64(tokensOf(steps[:least])) * part)
 }
 
-// further returns common if that is more than n, else at most n. Fingerprints are cumulative: one tells whether it is.
+// further returns common if that is more than n, otherwise at most n. Fingerprints are cumulative,
+// so one comparison tells.
 func further(a, b []step, n int) int {
 	if len(a) <= n || len(b) <= n || a[n].hash != b[n].hash {
 		return 0
@@ -419,7 +437,8 @@ func further(a, b []step, n int) int {
 	return common(a, b)
 }
 
-// loading returns how long it takes until a model is loaded, and to load again what is unloaded for it and was in use of late.
+// loading returns how long loading a model takes, plus loading again what is unloaded for it and
+// was recently used.
 func (s *server) loading(x *runner, o prefix.Options, known *rates, now time.Time) time.Duration {
 	r := known
 	if x != nil && x.rates.loadTime.n > 0 {
@@ -432,7 +451,7 @@ func (s *server) loading(x *runner, o prefix.Options, known *rates, now time.Tim
 		return max(0, x.since.Add(r.load()).Sub(now))
 	}
 	if _, listed := s.loaded[o.Model]; listed && !slices.ContainsFunc(s.runners, func(y *runner) bool { return y.resident && y.key.Options.Model == o.Model }) {
-		return 0 // by others, and with the same options for all that is known
+		return 0 // by others, and as far as known with the same options
 	}
 	sum := r.load()
 	for _, y := range s.runners {
@@ -446,13 +465,13 @@ func (s *server) loading(x *runner, o prefix.Options, known *rates, now time.Tim
 	return sum
 }
 
-// excludes reports whether a runner cannot be loaded beside what is loaded with some options, for all that is known.
+// excludes reports whether a runner is not known to fit beside what is loaded with some options.
 func (s *server) excludes(y *runner, o prefix.Options) bool {
 	return s.between(y.key.Options.Model, o.Model) == apart
 }
 
-// displaced returns how long it takes to evaluate again what a lane holds and its client is likely to come back for, if so many
-// tokens of it are kept.
+// displaced returns how long evaluating again what a lane holds and its client is likely to reuse
+// takes, if so many tokens of it are kept.
 func (q *Queue) displaced(x *runner, l *lane, kept int, now time.Time) time.Duration {
 	v := l.visit
 	if v == nil || v.state == visitReturned {
@@ -461,8 +480,8 @@ func (q *Queue) displaced(x *runner, l *lane, kept int, now time.Time) time.Dura
 	return time.Duration(q.client(v.client).later(&q.habits, now.Sub(v.at)) * float64(x.rates.evaluate(q.loss(x, l, kept))))
 }
 
-// later returns how likely it is that a client comes back which has not come back for some time. What is known of all clients
-// counts as much as two answers of this one.
+// later returns how likely it is that a client comes back which has not come back for some time.
+// The habits of all clients count as much as two answers of this one.
 func (h *returns) later(all *returns, since time.Duration) float64 {
 	others := all.total()
 	came, missed := 0.0, h.missed+2*all.missed/others
@@ -476,8 +495,9 @@ func (h *returns) later(all *returns, since time.Duration) float64 {
 	return came / (came + missed)
 }
 
-// score is the server's rendezvous hash for a prompt's opening, weighted by its lanes where their number is given or
-// found (Schindelhauer and Schomaker, "Weighted distributed hash tables", SPAA 2005).
+// score is the server's rendezvous hash for a prompt's opening, weighted by its lanes if their
+// number is given or learned (Schindelhauer and Schomaker, "Weighted distributed hash tables", SPAA
+// 2005).
 func (s *server) score(opening uint64) float64 {
 	h := opening ^ s.seed // mixed as SplitMix64 does
 	h = (h ^ h>>30) * 0xbf58476d1ce4e5b9
@@ -487,8 +507,9 @@ func (s *server) score(opening uint64) float64 {
 	return float64(max(s.lanes, s.found, 1)) / -math.Log(u)
 }
 
-// openingOf returns the fingerprint that decides where a prompt goes that is warm nowhere: that of a part which its siblings have,
-// too, most likely, and which later turns of a conversation do not change.
+// openingOf returns the fingerprint that decides where a prompt goes that is warm nowhere: that of
+// a part which its siblings probably have, too, and which later turns of a conversation do not
+// change.
 func openingOf(links []prefix.Link) uint64 {
 	end := 0
 	for _, l := range links {
@@ -498,7 +519,7 @@ func openingOf(links []prefix.Link) uint64 {
 		end = l.Bytes
 	}
 	limit := openingBytes
-	for float64(limit) > openingPart*float64(end) { // in few steps, so that siblings of somewhat different lengths have the same one
+	for float64(limit) > openingPart*float64(end) { // in few steps, so that siblings of slightly different lengths have the same one
 		limit /= 2
 	}
 	if limit < leastOpening {
@@ -511,8 +532,8 @@ func openingOf(links []prefix.Link) uint64 {
 	return links[i].Hash
 }
 
-// shift has a request that waits wait for another runner, in the place that it has by its arrival. What its client owes goes with
-// the last of its requests.
+// shift moves a waiting request to another runner's backlog, at the place of its arrival. What its
+// client owes moves with the last of its requests.
 func (q *Queue) shift(it *item, to *runner, now time.Time) {
 	again := *it
 	again.key.Upstream = to.server.index
@@ -524,7 +545,8 @@ func (q *Queue) shift(it *item, to *runner, now time.Time) {
 	}
 }
 
-// requeue has a request that waits wait as another one, for a runner. Lists still have the first, as one that has ceased to wait.
+// requeue replaces a waiting request by another one, for another runner. Lists still have the first
+// one, which no longer waits.
 func (q *Queue) requeue(it, again *item, to *runner, now time.Time) {
 	q.unwait(it, false)
 	q.items[it.id] = again

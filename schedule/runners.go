@@ -8,7 +8,8 @@ import (
 	"time"
 )
 
-// runner returns the runner, made if need be. Of too many, the one that was idle for longest is forgotten.
+// runner returns the runner, adding it if necessary. If there are too many, the one that was idle
+// longest is forgotten.
 func (q *Queue) runner(s *server, key Runner, now time.Time) *runner {
 	if x, ok := s.byKey[key]; ok {
 		return x
@@ -37,8 +38,8 @@ func (q *Queue) runner(s *server, key Runner, now time.Time) *runner {
 	return x
 }
 
-// given returns how many lanes there are for a model, as its engine tells or the operator says; 0: that
-// is learned; or Unlimited.
+// given returns how many lanes there are for a model, as its engine reports or the operator says;
+// 0: learned; or Unlimited.
 func (s *server) given(model string) int {
 	if n := s.told[model].Count; n > 0 && s.lanes == 0 {
 		return n
@@ -46,14 +47,15 @@ func (s *server) given(model string) int {
 	return s.lanes
 }
 
-// copied reports whether lanes can have what others have evaluated: see Slots.
+// copied reports whether lanes can use what others have evaluated: see Slots.
 func (x *runner) copied() bool { return x.server.told[x.key.Options.Model].Copied }
 
-// given returns how many lanes there are for the runner; 0: that is learned; or Unlimited.
+// given returns how many lanes there are for the runner; 0: learned; or Unlimited.
 func (x *runner) given() int { return x.server.given(x.key.Options.Model) }
 
-// same returns the runner for which a model is loaded with just the options of a key, though these were stated in another way:
-// num_ctx, which one request states and another does not, is the context that the server says the model has. nil: there is none.
+// same returns the runner for which a model is loaded with exactly the options of a key, though
+// they were stated differently: num_ctx, which one request states and another does not, is the
+// context that the server reports. It returns nil if there is none.
 func (s *server) same(key Runner) *runner {
 	context := s.loaded[key.Options.Model]
 	if context == 0 || s.parted[key.Options.Model] {
@@ -80,8 +82,8 @@ func (x *runner) cool() {
 	}
 }
 
-// order returns the runners for which requests wait: those with more urgent requests first, and of those with equally urgent
-// ones that for which the waiting adds up to the most.
+// order returns the runners with a backlog: more urgent ones first, and of equally urgent ones the
+// one whose requests have waited longest in sum.
 func (s *server) order(now time.Time) []*runner {
 	list := s.list[:0]
 	for _, x := range s.runners {
@@ -108,12 +110,12 @@ func (x *runner) top() rank {
 	return ranks
 }
 
-// accumulated returns how long the requests that wait have waited, added up.
+// accumulated returns the sum of the waits of the backlog.
 func (x *runner) accumulated(now time.Time) time.Duration {
 	return time.Duration(x.waiting)*now.Sub(epoch) - x.arrived
 }
 
-// oldest returns the request that has waited for longest, of those that wait.
+// oldest returns the request that has waited longest.
 func (x *runner) oldest() *item {
 	var oldest *item
 	for p := range x.classes {
@@ -124,14 +126,14 @@ func (x *runner) oldest() *item {
 	return oldest
 }
 
-// aged reports whether a request has waited for too long.
+// aged reports whether a request has waited too long.
 func (q *Queue) aged(it *item, now time.Time) bool {
 	return q.cfg.MaxWait > 0 && it != nil && now.Sub(it.arrived) >= q.cfg.MaxWait
 }
 
-// admits reports whether requests may be sent to the runner now. What must be unloaded for it is drained first, and a
-// server's choice of the runner to load next is that of a buffer in front of a machine that is dear to set up: the one for
-// which the waiting adds up to the most.
+// admits reports whether requests may be sent to the runner now. What must be unloaded for it is
+// drained first. The server chooses the runner to load next like a buffer in front of a machine
+// with an expensive setup: the one whose requests have waited longest in sum.
 func (q *Queue) admits(x *runner, now time.Time) bool {
 	for y := range x.rivals() {
 		if y.busy > 0 { // it is loaded for those, or will be
@@ -154,7 +156,7 @@ func (q *Queue) admits(x *runner, now time.Time) bool {
 	return q.load(x, now)
 }
 
-// load has a runner take the place of those that cannot be loaded beside it, unless one of these is kept.
+// load makes a runner replace those that cannot be loaded beside it, unless one of these is kept.
 func (q *Queue) load(x *runner, now time.Time) bool {
 	x.replaced = nil
 	for y := range x.rivals() {
@@ -177,7 +179,7 @@ func (q *Queue) load(x *runner, now time.Time) bool {
 	return true
 }
 
-// yields reports whether x, which is loaded, is to make room for y although requests wait for it.
+// yields reports whether x, which is loaded, is to make room for y although x has a backlog.
 func (q *Queue) yields(x, y *runner, now time.Time) bool {
 	if y.top().asked() < x.top().asked() {
 		return true
@@ -186,7 +188,7 @@ func (q *Queue) yields(x, y *runner, now time.Time) bool {
 		return false
 	}
 	load := x.rates.load()
-	begin, turn := x.since.Add(load), quantum*load // from when it is loaded: a load alone is no turn
+	begin, turn := x.since.Add(load), quantum*load // from when it is loaded: a load alone is not a turn
 	if q.aged(y.oldest(), now) {
 		turn = agedQuantum * load
 	} else if y.sought.After(begin) {
@@ -205,8 +207,8 @@ func (q *Queue) yields(x, y *runner, now time.Time) bool {
 	return true
 }
 
-// drained reports whether y may be unloaded for x: nothing waits for it that is as urgent, and nothing is expected that is
-// worth waiting for.
+// drained reports whether y may be unloaded for x: nothing equally urgent waits for it, and no
+// expected request is worth waiting for.
 func (q *Queue) drained(y, x *runner, now time.Time) bool {
 	if y.waiting > 0 {
 		return q.yields(y, x, now)
@@ -227,7 +229,7 @@ func (q *Queue) drained(y, x *runner, now time.Time) bool {
 	return true
 }
 
-// came learns from a request that came to a runner for which none waited.
+// came learns from a request to a runner without a backlog.
 func (x *runner) came(now time.Time) {
 	if !x.wanted || x.busy > 0 {
 		return
@@ -239,13 +241,13 @@ func (x *runner) came(now time.Time) {
 	x.wanted = false
 }
 
-// loads notes that the runner was loaded, after all others.
+// loads records that the runner was loaded, after all others.
 func (x *runner) loads(at time.Time) {
 	x.server.turns++
 	x.resident, x.since, x.turn = true, at, x.server.turns
 }
 
-// relation says whether two models can be loaded at the same time.
+// relation is whether two models fit beside each other.
 type relation uint8
 
 const (
@@ -273,7 +275,7 @@ func (s *server) relation(x, y *runner) relation {
 	return s.between(x.key.Options.Model, y.key.Options.Model)
 }
 
-// rivals returns the server's other runners that cannot be loaded beside this one, for all that is known.
+// rivals returns the server's other runners that are not known to fit beside this one.
 func (x *runner) rivals() iter.Seq[*runner] {
 	return func(yield func(*runner) bool) {
 		for _, y := range x.server.runners {
@@ -284,7 +286,7 @@ func (x *runner) rivals() iter.Seq[*runner] {
 	}
 }
 
-// between returns what is known of two models. Of one model only one is loaded.
+// between returns what is known of two models. A model is loaded only once.
 func (s *server) between(a, b string) relation {
 	if a == b {
 		return apart
@@ -292,10 +294,11 @@ func (s *server) between(a, b string) relation {
 	return s.relations[pair(a, b)]
 }
 
-// untangled reports whether the runner may be used for all that is known of the others that are loaded. When a second
-// model is loaded, a single request to the first one tells whether that has been unloaded for it: until then the
-// two are not used at the same time, since they might evict each other with every request. Nobody waits for that for much
-// longer than a load takes, and what is idle has the single request at once.
+// untangled reports whether the runner may be used, considering the other loaded ones. When a
+// second model is loaded, a single request to the first one shows whether that was unloaded for it.
+// Until then the two are not used at the same time, since they might evict each other with every
+// request. Nobody waits much longer than a load for that, and an idle model gets the single request
+// at once.
 func (x *runner) untangled(now time.Time) bool {
 	for _, y := range x.server.runners {
 		if y == x || !y.resident || x.server.relation(x, y) != untried {
@@ -309,8 +312,8 @@ func (x *runner) untangled(now time.Time) bool {
 	return true
 }
 
-// tangled returns until when a runner is not to be used for the sake of another one, of which it is not known yet whether it was unloaded
-// for it; zero: it may be used.
+// tangled returns until when a runner is not to be used because of another one, of which it is not
+// known yet whether it was unloaded for it; zero if it may be used.
 func (x *runner) tangled(y *runner) time.Time {
 	load := max(x.rates.load(), y.rates.load())
 	switch {
@@ -322,11 +325,13 @@ func (x *runner) tangled(y *runner) time.Time {
 	return time.Time{}
 }
 
-// leastAhead is by how much a request must be granted earlier than another one to have reached Ollama earlier, too.
+// leastAhead is how much earlier a request must be granted than another one to reach Ollama
+// earlier, too.
 const leastAhead = 100 * time.Millisecond
 
-// overtakes reports whether a request to the runner, which is not loaded, might reach Ollama before those to y that are being
-// served. Which of two models was loaded first could not be told then; nothing is sent to y meanwhile.
+// overtakes reports whether a request to the runner, which is not loaded, might reach Ollama before
+// the requests to y that are being served. Then it would not be clear which of two models was
+// loaded first. Nothing is sent to y meanwhile.
 func (x *runner) overtakes(y *runner, now time.Time) bool {
 	if x.waiting == 0 || x.resident || !y.resident || y.busy == 0 {
 		return false
@@ -339,8 +344,8 @@ func (x *runner) overtakes(y *runner, now time.Time) bool {
 	return true
 }
 
-// serves reports whether the runner is busy with a request that was granted well before another one. It was loaded for that before
-// whatever the other one needs.
+// serves reports whether the runner is busy with a request that was granted well before another
+// one, so that it was loaded for that before anything that the other one needs.
 func (x *runner) serves(before *item) bool {
 	for _, l := range x.lanes {
 		if l.item != nil && !l.item.granted.Add(leastAhead).After(before.granted) {
@@ -350,11 +355,11 @@ func (x *runner) serves(before *item) bool {
 	return false
 }
 
-// answered reports whether a request was answered that was granted since the runner is believed to be loaded: until then it may
-// not be, since requests overtake each other on their way.
+// answered reports whether a request was answered that was granted since the runner is believed to
+// be loaded. Until then it may not be, since requests overtake each other on their way.
 func (x *runner) answered() bool { return !x.tried.Before(x.since) }
 
-// loaded learns from whether a request to a runner that was believed to be loaded found it so.
+// loaded learns whether a request to a runner that was believed to be loaded found it so.
 func (q *Queue) loaded(x *runner, it *item, r Result, now time.Time) {
 	x.learnBeside(it)
 	if !r.Loaded {
@@ -379,8 +384,8 @@ func (q *Queue) loaded(x *runner, it *item, r Result, now time.Time) {
 	}
 }
 
-// empty forgets what slots held before the model was loaded for a request, and how many there were: the server may have been started anew
-// with other settings.
+// empty forgets what slots held before the model was loaded for a request, and how many there were:
+// the server may have been restarted with other settings.
 func (x *runner) empty(by *item) {
 	if x.learner.since.Before(by.granted) {
 		x.learner.anew()
@@ -392,7 +397,8 @@ func (x *runner) empty(by *item) {
 	}
 }
 
-// learnBeside learns from a request that was answered while others were served that were granted well before it.
+// learnBeside learns from a request that was answered while others were served that were granted
+// well before it.
 func (x *runner) learnBeside(it *item) {
 	for _, y := range x.server.runners {
 		if y != x && y.resident && x.server.relation(x, y) == untried && y.serves(it) {
@@ -401,7 +407,8 @@ func (x *runner) learnBeside(it *item) {
 	}
 }
 
-// kept learns from a request that found its model loaded although others were believed to have been unloaded for it.
+// kept learns from a request that found its model loaded although others were believed to have
+// replaced it.
 func (q *Queue) kept(x *runner, it *item, now time.Time) {
 	for _, y := range it.replaced {
 		switch {
@@ -413,10 +420,10 @@ func (q *Queue) kept(x *runner, it *item, now time.Time) {
 	}
 }
 
-// learnEvictor learns which of the runners that were loaded since x was cannot be loaded beside it: none, if a request found x loaded,
-// and else the one for which it has been unloaded.
+// learnEvictor learns which of the runners that were loaded since x do not fit beside it: none if a
+// request found x loaded, otherwise the one for which it was unloaded.
 func (x *runner) learnEvictor(it *item, loaded bool) {
-	var last *runner // that may have had this one unloaded: first of all one of which nothing is known yet
+	var last *runner // the candidate: preferably one of which nothing is known yet
 	for _, y := range x.server.runners {
 		known := x.server.relation(x, y)
 		if y == x || !y.resident || y.turn < x.turn || !y.since.Before(it.granted) || !y.answered() || known == apart {
@@ -433,18 +440,18 @@ func (x *runner) learnEvictor(it *item, loaded bool) {
 	}
 	learned := apart
 	if x.server.relation(x, last) == together {
-		learned = untried // something was mistaken
+		learned = untried // an assumption was wrong
 	}
 	x.relate(last, learned)
 }
 
-// relate notes whether two runners can be loaded at the same time.
+// relate records whether two runners fit beside each other.
 func (x *runner) relate(y *runner, r relation) {
 	x.server.relate(x.key.Options.Model, y.key.Options.Model, r)
 }
 
-// unite takes y for x from now on: its options were asked for, and the server did not load the model anew for them. A request
-// that states the default value of an option is such a case.
+// unite treats y as x from now on: a request had y's options, and the server did not load the model
+// again for them. That is so, for example, if a request states the default value of an option.
 func (q *Queue) unite(x, y *runner, now time.Time) {
 	s := x.server
 	if s.byKey[y.key] != y || y.busy > 0 || len(s.byKey) >= maxKeys {
@@ -463,7 +470,8 @@ func (q *Queue) unite(x, y *runner, now time.Time) {
 	q.move(y, func(*item) *runner { return x }, now)
 }
 
-// part undoes unite: the model has been loaded anew for the options of key, so that other options are other runners.
+// part undoes unite: the model has been loaded again for the options of key, so that other options
+// are other runners.
 func (q *Queue) part(x *runner, key Runner, now time.Time) {
 	s := x.server
 	if s.byKey[key] != x {
@@ -479,7 +487,7 @@ func (q *Queue) part(x *runner, key Runner, now time.Time) {
 	}
 }
 
-// move has what waits for a runner wait for others.
+// move moves a runner's backlog to others.
 func (q *Queue) move(x *runner, to func(*item) *runner, now time.Time) {
 	for _, it := range x.waiters() {
 		if y := to(it); y != x {

@@ -8,41 +8,43 @@ import (
 	"time"
 )
 
-// ErrFull says that as many requests wait as may. The client is to come again later.
+// ErrFull means that the queue is full. The client should come again later.
 var ErrFull = errors.New("too many requests are waiting; try again later")
 
-// ErrMayNotWait says that the request would have to wait, and its Request.MayWait says no.
+// ErrMayNotWait means that the request would have to wait, and its Request.MayWait returned false.
 var ErrMayNotWait = errors.New("as many requests of this client wait as may")
 
-// ErrClosed says that the proxy is stopping and sends nothing more.
+// ErrClosed means that the proxy is stopping and sends nothing more.
 var ErrClosed = errors.New("the proxy is stopping")
 
-// ErrAway says that the server, or each of those that may serve the request, has been away for too long.
+// ErrAway means that the server, or each server that can serve the request, has been away for too
+// long.
 var ErrAway = errors.New("the server has been away for too long")
 
-// Scheduler lets requests wait until Queue grants them. Make it with NewScheduler. Its methods may be called from any
-// goroutine. It starts none of its own; between events a timer calls it when the queue wants to look again.
+// Scheduler lets requests wait until Queue grants them. Make it with NewScheduler. Its methods are
+// safe for concurrent use. It starts no goroutine; between events a timer calls it when the queue
+// wants to look again.
 type Scheduler struct {
-	mu      sync.Mutex // guards all below, and what the waiters hold
+	mu      sync.Mutex // guards everything below, and the waiters' fields
 	queue   *Queue
 	waiters map[uint64]*waiter // not yet granted
 	last    uint64
 	timer   *time.Timer // nil until it is first needed
 	armed   time.Time   // for when; zero: not set
 	closed  bool
-	aside   *Scheduler // nil before it is first asked for
+	aside   *Scheduler // nil until the first request for it
 
-	accuracy *accuracy // of the estimates of when requests begin; shared with aside
+	accuracy *accuracy // of the estimated starts; shared with aside
 }
 
-// waiter is a request that waits. Under Scheduler.mu until ready is closed.
+// waiter is a waiting request. Guarded by Scheduler.mu until ready is closed.
 type waiter struct {
-	ready chan struct{} // closed when it has been granted, or refused
+	ready chan struct{} // closed when it has been granted or refused
 	place Placement
 	err   error
 
 	since    time.Time     // when it began to wait …
-	expected time.Duration // … and for how long it was expected to, where …
+	expected time.Duration // … and its expected wait, if …
 	told     bool          // … that could be estimated
 }
 
@@ -51,14 +53,15 @@ func NewScheduler(cfg Config) *Scheduler {
 	return &Scheduler{queue: New(cfg), waiters: map[uint64]*waiter{}, accuracy: &accuracy{}}
 }
 
-// Grant lets a request be sent to its server, until Release. The nil Grant is none; to release it does nothing.
+// Grant permits a request to be sent to its server, until Release. Releasing the nil Grant does
+// nothing.
 type Grant struct {
 	Placement
 	scheduler *Scheduler
 }
 
-// Acquire waits until the request may be sent. Whoever gets a grant must release it. An error is ErrFull, ErrMayNotWait,
-// ErrAway, ErrClosed, or what ended ctx.
+// Acquire waits until the request may be sent. A returned grant must be released. The error is
+// ErrFull, ErrMayNotWait, ErrAway, ErrClosed, or the cause of ctx's end.
 func (s *Scheduler) Acquire(ctx context.Context, r Request) (*Grant, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -73,14 +76,14 @@ func (s *Scheduler) Acquire(ctx context.Context, r Request) (*Grant, error) {
 		if s.leave(r.ID) {
 			return nil, ctx.Err()
 		}
-		<-w.ready // it was granted in the same moment
+		<-w.ready // it was granted at the same moment
 		s.grant(w).Release(Result{})
 		return nil, ctx.Err()
 	}
 	return s.grant(w), w.err
 }
 
-// grant returns what a waiter was granted; nil if it was refused.
+// grant returns what a waiter was granted, or nil if it was refused.
 func (s *Scheduler) grant(w *waiter) *Grant {
 	if w.err != nil {
 		return nil
@@ -123,7 +126,7 @@ func (s *Scheduler) join(r *Request) (*waiter, error) {
 	return w, nil
 }
 
-// leave takes a request out whose client has left. false: it does not wait any more.
+// leave removes a request whose client has left. It returns false if the request no longer waits.
 func (s *Scheduler) leave(id uint64) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -136,7 +139,7 @@ func (s *Scheduler) leave(id uint64) bool {
 	return true
 }
 
-// Began says that the answer has begun to come, as a stream. After Release it says nothing.
+// Began records that the answer has begun, as a stream. After Release it does nothing.
 func (g *Grant) Began() {
 	if g == nil {
 		return
@@ -148,7 +151,7 @@ func (g *Grant) Began() {
 	s.handOver()
 }
 
-// Release says that the request has ended, and how. Only the first call counts: the queue knows the request no more.
+// Release records that the request has ended, and how. Only the first call counts.
 func (g *Grant) Release(r Result) {
 	if g == nil {
 		return
@@ -160,8 +163,8 @@ func (g *Grant) Release(r Result) {
 	s.handOver()
 }
 
-// handOver wakes those who were granted something, and sets the timer. s.mu must be held. Whoever leaves takes the same
-// lock, so that nothing is granted to one who has left.
+// handOver wakes the granted waiters, and sets the timer. s.mu must be held. A leaving waiter takes
+// the same lock, so that nothing is granted to one that has left.
 func (s *Scheduler) handOver() {
 	for _, p := range s.queue.Grants() {
 		w := s.waiters[p.ID]
@@ -204,11 +207,11 @@ func (s *Scheduler) do(f func(q *Queue, now time.Time)) {
 	now := time.Now()
 	f(s.queue, now)
 	s.queue.Tick(now)
-	s.armed = time.Time{} // the timer may have run
+	s.armed = time.Time{} // the timer may have fired
 	s.handOver()
 }
 
-// both is do for this scheduler and for that which Aside returns, if it has been asked for.
+// both is do for this scheduler and for the one that Aside returns, if that exists.
 func (s *Scheduler) both(f func(q *Queue, now time.Time)) {
 	s.do(f)
 	s.mu.Lock()
@@ -219,66 +222,70 @@ func (s *Scheduler) both(f func(q *Queue, now time.Time)) {
 	}
 }
 
-// SetAvailable says whether the server is to be sent anything new. One that drains is not: what waits for it goes
-// to others that may serve it. What may go nowhere else stays, and is granted as ever. Servers are available at first.
+// SetAvailable sets whether the server gets new requests: see Queue.SetAvailable.
 func (s *Scheduler) SetAvailable(upstream uint16, on bool) {
 	s.both(func(q *Queue, now time.Time) { q.SetAvailable(upstream, on, now) })
 }
 
-// SetAway says whether the server does not answer. What waits for it then goes to others that may serve it. What may go nowhere
-// else waits on, and ends with ErrAway if the server is still away at a time.
+// SetAway sets whether the server does not answer: see Queue.SetAway.
 func (s *Scheduler) SetAway(upstream uint16, away bool, until time.Time) {
 	s.both(func(q *Queue, now time.Time) { q.SetAway(upstream, away, until, now) })
 }
 
-// SetName gives a server the name by which several proxies know it; at first it is its index. Proxies that name their
-// servers alike send new prefixes to the same ones without asking each other.
+// SetName sets the name by which several proxies know a server; at first it is its index. Proxies
+// that use the same names send new prefixes to the same servers without asking each other.
 func (s *Scheduler) SetName(upstream uint16, name string) {
 	s.do(func(q *Queue, _ time.Time) { q.SetName(upstream, name) })
 }
 
-// SetLoaded says which models a server listed as loaded when it was asked at a time, as those of Runner.Options: see
-// Queue.SetLoaded.
+// SetLoaded sets which models (as Runner.Options) a server listed as loaded when it was asked at a
+// time: see Queue.SetLoaded.
 func (s *Scheduler) SetLoaded(upstream uint16, models map[string]int, at time.Time) {
 	s.do(func(q *Queue, now time.Time) { q.SetLoaded(upstream, models, at, now) })
 }
 
-// SetLanes says how many slots each model on the server has; 0: to be learned; or Unlimited.
+// SetLanes sets how many slots each model on the server has; 0: learned; or Unlimited.
 func (s *Scheduler) SetLanes(upstream uint16, n int) {
 	s.do(func(q *Queue, now time.Time) { q.SetLanes(upstream, n, now) })
 }
 
-// SetTells says that the engines of a server are expected to tell how many slots they have (SetSlots), as
-// soon as they are started: it is not tried to find out before.
+// SetTells sets whether the engines of a server are expected to report how many slots they have
+// (SetSlots) as soon as they are started. Then nothing is tried to find out before.
 func (s *Scheduler) SetTells(upstream uint16) {
 	s.do(func(q *Queue, _ time.Time) { q.SetTells(upstream) })
 }
 
-// SetSlots says what the engine of a model on the server tells: how many slots there are is not
-// learned from then on. What SetLanes says goes before it.
+// SetSlots sets what the engine of a model on the server reports. The number of slots is no longer
+// learned from then on. SetLanes takes precedence.
 func (s *Scheduler) SetSlots(upstream uint16, model string, told Slots) {
 	s.do(func(q *Queue, now time.Time) { q.SetSlots(upstream, model, told, now) })
 }
 
-// SetExpected says how many slots each model on the server has, most likely, where that is learned:
-// they begin with so many lanes, 1 otherwise.
+// SetExpected sets how many slots each model on the server probably has, where that is learned.
+// Models begin with so many lanes, or 1.
 func (s *Scheduler) SetExpected(upstream uint16, n int) {
 	s.do(func(q *Queue, now time.Time) { q.SetExpected(upstream, n, now) })
 }
 
-// SetLongestMatch says whether the server chooses slots by the longest match alone, as Ollama before 0.30 does.
+// SetLongestMatch sets whether the server chooses slots only by the longest match, as Ollama before
+// 0.30 does.
 func (s *Scheduler) SetLongestMatch(upstream uint16, on bool) {
 	s.do(func(q *Queue, _ time.Time) { q.SetLongestMatch(upstream, on) })
 }
 
-// Cool says that the model on the server is not loaded any more. An empty one means all. That it cannot be loaded beside
-// others is forgotten.
+// SetMaxWait changes Config.MaxWait.
+func (s *Scheduler) SetMaxWait(d time.Duration) {
+	s.both(func(q *Queue, _ time.Time) { q.cfg.MaxWait = d })
+}
+
+// Cool records that the model on the server is no longer loaded; "" means all models. It forgets
+// that the model does not fit beside others.
 func (s *Scheduler) Cool(upstream uint16, model string) {
 	s.do(func(q *Queue, now time.Time) { q.Cool(upstream, model, now) })
 }
 
-// Full reports whether a request of a client with this priority would have to wait and finds no place,
-// as far as that can be told without knowing more of it: what its body may say, is in its favour.
+// Full reports whether a request of a client with this priority would have to wait and finds no
+// place. What its body may say counts in its favour, as it is not known yet.
 func (s *Scheduler) Full(p Priority, client string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -294,8 +301,8 @@ func (s *Scheduler) Stats() Stats {
 	return st
 }
 
-// Aside returns a scheduler for requests of whose runner nothing is known: it has the bounds of this one, but one lane
-// for each server that is not Unlimited, and is closed with this one.
+// Aside returns a scheduler for requests whose runner is not known. It has the bounds of this one,
+// but one lane for each server that is not Unlimited, and is closed with this one.
 func (s *Scheduler) Aside() *Scheduler {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -314,7 +321,7 @@ func (s *Scheduler) Aside() *Scheduler {
 	return s.aside
 }
 
-// Close refuses what waits and what comes from now on. What has been granted may be released as ever.
+// Close refuses everything that waits and that comes from now on. Grants may be released as usual.
 func (s *Scheduler) Close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -5,38 +5,39 @@ import (
 	"time"
 )
 
-// How many slots a runner has is found out by granting one request more than there are lanes, and
-// seeing whether it waits inside Ollama.
+// The number of a runner's slots is found out by granting one request more than there are lanes,
+// and seeing whether it waits inside Ollama.
 //
-// 1. When a stream begins it has a slot. If then more have one than there are lanes, that is how
-// many lanes there are, and more are tried at once: up to half as many as there are.
+// 1. A stream that has begun has a slot. If more streams have one than there are lanes, there are
+// as many lanes as that, and more are tried at once: up to half as many as there are.
 //
-// 2. If a stream that was tried has not begun after twice the time that its evaluation should take,
-// with nothing else to be evaluated before it, there is no slot for it.
+// 2. If a tried stream has not begun after twice the time that its evaluation should take, with
+// nothing else to be evaluated before it, there is no slot for it.
 //
-// 3. Of an answer that comes whole its end tells: the time that it spent on nothing (Result.Queue),
-// or under /v1 that it must have been generated faster than any other had it begun when another one
-// ended. Nothing is heard before, so some are tried at once at first, and then as many as there are
-// lanes. The same is asked of a stream that began only after another one had ended.
+// 3. An answer that comes whole reveals its slot at its end: by the time that it spent on nothing
+// (Result.Queue), or under /v1 because it would have been generated faster than any other had it
+// begun when another one ended. Nothing is known before, so some are tried at once at first, and
+// later as many as there are lanes. The same holds for a stream that began only after another one
+// had ended.
 //
 // 4. If there is no other slot, one more is tried only after a pause that doubles each time, up to
 // a minute, or when the model or the server has been loaded anew.
 //
 // 5. Lanes are given up when requests wait, or do not find what their slots should hold.
 //
-// What was tried in vain has cost at most one prefix: it is taken to have landed where the first
-// one ended.
+// An attempt in vain has cost at most one prefix: the request is assumed to have landed where the
+// first one ended.
 
 // learner is what is known of the number of slots of a runner.
 type learner struct {
-	idle    mean      // ns that Ollama takes beside waiting, as requests that were alone tell
-	fastest float64   // work for each ns that a request was served, at most; of late
+	idle    mean      // ns that Ollama takes beside waiting, from requests that were alone
+	fastest float64   // recent maximum of work per ns that a request was served
 	hasty   bool      // … in which there may be a load
-	pace    float64   // ns until the first byte for each token to be evaluated, at most; of late
+	pace    float64   // recent maximum of ns until the first byte per token to be evaluated
 	rough   bool      // … in which there may be a load
 	began   time.Time // when the last stream began
 	ready   time.Time // when an answer first began or ended since the model was loaded
-	doubt   int       // what tells that requests wait with these lanes, less what tells they do not
+	doubt   int       // evidence that requests wait with these lanes, less evidence against it
 	tried   int       // … with one more
 	ceiling bool      // one more lane was one too many
 	seen    int       // requests since then
@@ -45,45 +46,44 @@ type learner struct {
 }
 
 const (
-	// leastLead is how long what runs has run when one more is tried, so that they do not reach
-	// Ollama the other way about.
+	// leastLead is how long the present requests have run when one more is tried, so that they do
+	// not reach Ollama in the wrong order.
 	leastLead = 5 * time.Millisecond
-	// leastGap is what it takes until one of the others ends at least, for the time that a request
-	// waited to tell anything: less is not told from noise.
+	// leastGap is the least time until one of the others ends for a request's wait to be evidence:
+	// less cannot be told from noise.
 	leastGap = 8 * time.Millisecond
-	// leastStuck is how long nothing was granted before one more is tried although another one that
-	// was tried is under way.
+	// leastStuck is how long nothing was granted before one more is tried although another attempt
+	// is under way.
 	leastStuck = time.Second
 	firstPause = 16 // requests
 	lastPause  = 4096
-	// longestPause bounds pauses in time: what was mistaken for slots that are not there may have
-	// been somebody else's requests in them, who has gone.
+	// longestPause bounds pauses in time: slots that seemed to be missing may have been used by
+	// somebody else, who has left.
 	longestPause = time.Minute
-	// patient is for how many pauses one more is tried only where that costs nothing if it waits,
-	// and patientTime for how many of the longest ones.
+	// patient is for how many pauses one more is tried only where it costs nothing if it waits, and
+	// patientTime for how many of the longest ones.
 	patient     = 16
 	patientTime = 5
-	// blind is how many are tried at once of which nothing is heard before they end, as long as
+	// blind is how many requests are tried at once that reveal nothing before they end, as long as
 	// none has ended.
 	blind = 3
-	// late is after how many times as long as it should take to evaluate a prompt its answer is
-	// late.
+	// late is after how many times its expected evaluation time an answer is late.
 	late = 2
-	// toldWithin is for how long after a model's first request its engine is expected to tell how many
-	// slots it has.
+	// toldWithin is how long after a model's first request its engine is expected to report its
+	// slots.
 	toldWithin = 10 * time.Second
-	// leastAnswer is how many tokens are generated at least for their pace to tell anything.
+	// leastAnswer is the least number of generated tokens whose pace is evidence.
 	leastAnswer = 8
-	// leastWeight is as how many tokens of a prompt it takes to generate one, at least.
+	// leastWeight is the least number of prompt tokens that generating one counts as.
 	leastWeight = 5
 )
 
-// verdict says whether a request waited inside Ollama. Its number is how much that counts.
+// verdict is whether a request waited inside Ollama. Its number is its weight.
 type verdict int
 
 const (
 	no      verdict = 0
-	unknown verdict = -1 // of what was tried it counts as maybe: see conclude
+	unknown verdict = -1 // for an attempt it counts as maybe: see conclude
 	maybe   verdict = 4
 	likely  verdict = 8
 	yes     verdict = 16
@@ -116,7 +116,7 @@ func (q *Queue) try(x *runner, now time.Time) {
 
 // triedAt returns from when on one more may be tried.
 func (x *runner) triedAt() time.Time {
-	told := x.first // from when on it is known that no engine tells
+	told := x.first // from when on it is known that no engine reports its slots
 	if x.server.tells {
 		told = told.Add(toldWithin)
 	}
@@ -126,13 +126,13 @@ func (x *runner) triedAt() time.Time {
 	return told
 }
 
-// triedSince is triedAt, but for what engines tell.
+// triedSince is triedAt, regardless of what engines report.
 func (x *runner) triedSince() time.Time {
 	if x.tries < x.mostTries() {
 		each := time.Duration(x.rates.service.v) / time.Duration(2*x.want)
 		return x.full.Add(max(leastLead, min(x.rates.transit(), each)))
 	}
-	// A stream of minutes would otherwise hold up everybody.
+	// Otherwise a stream of minutes would hold up everybody.
 	stuck := max(leastStuck, 2*time.Duration(x.rates.service.v))
 	if x.loading() {
 		stuck += agedQuantum * x.rates.load()
@@ -140,8 +140,8 @@ func (x *runner) triedSince() time.Time {
 	return x.full.Add(stuck)
 }
 
-// mostTries returns how many are tried at once: few, if they are heard of before they end, and else
-// some.
+// mostTries returns how many are tried at once: few if they reveal their slots before they end,
+// otherwise some.
 func (x *runner) mostTries() int {
 	if x.roaming > 0 {
 		return 1 // others may be served elsewhere
@@ -157,8 +157,8 @@ func (x *runner) mostTries() int {
 	return x.want
 }
 
-// overdue notes that there is no other slot if a request that was tried should have begun to be
-// answered by now.
+// overdue records that there is no other slot if a tried request should have begun to be answered
+// by now.
 func (x *runner) overdue(now time.Time) {
 	a := &x.learner
 	for _, l := range x.lanes {
@@ -175,8 +175,7 @@ func (x *runner) overdue(now time.Time) {
 	}
 }
 
-// told notes that nothing more is waited for to hear whether there is a slot for a request that was
-// tried.
+// told records that nothing more is expected to reveal whether a tried request has a slot.
 func (x *runner) told(it *item) {
 	if it.tries && !it.told {
 		it.told = true
@@ -184,13 +183,13 @@ func (x *runner) told(it *item) {
 	}
 }
 
-// firstByte returns how long it takes until the first byte of an answer comes, at most, once its request
-// has a slot.
+// firstByte returns the maximum time until the first byte of an answer, once its request has a
+// slot.
 func (x *runner) firstByte(it *item) time.Duration {
 	return leastGap + time.Duration(late*x.learner.pace*float64(max(it.tokens-it.expected, slack)))
 }
 
-// Began says that the answer to a granted request has begun to come, as a stream.
+// Began records that the answer to a granted request has begun, as a stream.
 func (q *Queue) Began(id uint64, now time.Time) {
 	it := q.items[id]
 	if it == nil || it.waits || !it.begun.IsZero() {
@@ -206,7 +205,7 @@ func (q *Queue) Began(id uint64, now time.Time) {
 	}
 }
 
-// found notes how many lanes there are to be.
+// found sets the number of lanes.
 func (x *runner) found(lanes int) {
 	if lanes != x.want || x.learner.ceiling {
 		x.want, x.server.found = lanes, lanes
@@ -215,7 +214,7 @@ func (x *runner) found(lanes int) {
 	x.resize()
 }
 
-// begin takes in that a request has a slot, and returns how many lanes there should be.
+// begin records that a request has a slot, and returns how many lanes there should be.
 func (x *runner) begin(it *item, now time.Time) int {
 	a := &x.learner
 	it.late = a.paces(x, it, now)
@@ -229,7 +228,7 @@ func (x *runner) begin(it *item, now time.Time) int {
 		x.settle(func(o *item) bool { return x.seated(o, it) })
 		a.anew()
 		return seated
-	case !it.late: // for what was tried its end tells
+	case !it.late: // the end of an attempt reveals its slot
 	case it.tries:
 		x.told(it)
 		if it.beside == x.want+1 && !a.ceiling {
@@ -241,8 +240,8 @@ func (x *runner) begin(it *item, now time.Time) int {
 	return x.want
 }
 
-// seats returns how many requests are known to have a slot now that one has. The evaluation of the
-// others may begin only now, since one is evaluated after the other.
+// seats returns how many requests are known to have a slot now that one has. The others' evaluation
+// may begin only now, since prompts are evaluated one after the other.
 func (x *runner) seats(it *item, now time.Time) (n int) {
 	for _, l := range x.lanes {
 		if o := l.item; o != nil && x.seated(o, it) {
@@ -254,7 +253,7 @@ func (x *runner) seats(it *item, now time.Time) (n int) {
 	return n
 }
 
-// settle notes that those of what was tried have a slot that a function picks.
+// settle records that those attempts have a slot that a function picks.
 func (x *runner) settle(seated func(*item) bool) {
 	for _, l := range x.lanes {
 		if o := l.item; o != nil && o.tries && seated(o) {
@@ -264,9 +263,9 @@ func (x *runner) settle(seated func(*item) bool) {
 	}
 }
 
-// doubts takes in what tells that there are too many lanes, and returns how many there should be:
-// as few, once that has been told often enough. The more slots are busy, the longer a request waits
-// until the engine has time for it.
+// doubts adds evidence that there are too many lanes, and returns how many there should be: as few
+// once there is enough of it. The more slots are busy, the longer a request waits until the engine
+// has time for it.
 func (x *runner) doubts(v verdict, few int, now time.Time) int {
 	a := &x.learner
 	if a.doubt += int(v); a.doubt < int(yes)*min(x.want, 3) {
@@ -277,8 +276,8 @@ func (x *runner) doubts(v verdict, few int, now time.Time) int {
 	return few
 }
 
-// paces takes in how long it took until the answer to a request began, and reports whether that was
-// so long that the request must have waited for the slot of another one.
+// paces records how long it took until the answer to a request began, and reports whether that was
+// so long that the request must have waited for another one's slot.
 func (a *learner) paces(x *runner, it *item, now time.Time) bool {
 	from := it.from
 	if x.used.After(from) {
@@ -287,7 +286,7 @@ func (a *learner) paces(x *runner, it *item, now time.Time) bool {
 	first := !a.began.After(x.since)
 	pace := float64(now.Sub(from)) / float64(max(it.tokens-it.expected, slack))
 	if first && a.pace == 0 {
-		a.pace, a.rough = pace, true // with the time that a load took, maybe
+		a.pace, a.rough = pace, true // possibly including a load
 	} else if !first {
 		if a.rough {
 			a.pace, a.rough = 0, false
@@ -298,8 +297,8 @@ func (a *learner) paces(x *runner, it *item, now time.Time) bool {
 	return x.used.Sub(it.from) > x.firstByte(it)
 }
 
-// before returns for how long others are evaluated before a request that is granted now, most
-// likely: as estimated, or those streams that have not begun.
+// before returns how long others are probably evaluated before a request that is granted now: as
+// estimated, or those streams that have not begun.
 func (x *runner) before(it *item, now time.Time) time.Duration {
 	tokens := 0
 	for _, l := range x.lanes {
@@ -327,7 +326,7 @@ func (x *runner) seated(o, it *item) bool {
 // loading reports whether nothing was answered since the model was loaded.
 func (x *runner) loading() bool { return !x.used.After(x.since) }
 
-// costs reports whether a prompt that runs is likely to be evaluated again if a request takes the
+// costs reports whether a running prompt will probably be evaluated again if a request takes the
 // slot of whatever ends first.
 func (c *choice) costs(it *item) bool {
 	x := c.x
@@ -354,8 +353,7 @@ func (c *choice) costs(it *item) bool {
 	return false
 }
 
-// learn takes in whether a request waited inside Ollama, and returns how many lanes there should
-// be.
+// learn records whether a request waited inside Ollama, and returns how many lanes there should be.
 func (x *runner) learn(it *item, r Result, now time.Time) int {
 	if !r.Answered {
 		return x.want
@@ -381,8 +379,8 @@ func (x *runner) learn(it *item, r Result, now time.Time) int {
 	return x.conclude(it, v, now)
 }
 
-// exchange notes that a request that was tried ended first. While a model is loaded requests change
-// places: whether the other one waited tells.
+// exchange records that a tried request ended first. While a model is loaded requests change
+// places; then the other one's wait is the evidence.
 func (x *runner) exchange(it *item) {
 	for _, l := range x.lanes {
 		if o := l.item; o != nil && x.busy == 1 && o.begun.IsZero() {
@@ -394,17 +392,17 @@ func (x *runner) exchange(it *item) {
 	}
 }
 
-// conclude returns how many lanes there should be for all that is known of an ended request.
+// conclude returns how many lanes there should be after all that is known of an ended request.
 func (x *runner) conclude(it *item, v verdict, now time.Time) int {
 	a := &x.learner
 	switch {
 	case it.tries && v == no:
 		a.anew()
 		return max(x.want, it.beside)
-	case it.told || it.late && v != no: // that was taken in when it began
+	case it.told || it.late && v != no: // that was considered when it began
 	case it.tries && it.beside == x.want+1:
-		// What tells nothing has cost a prefix all the same: to try again and again, and learn
-		// nothing, costs more than to be mistaken.
+		// An attempt without evidence has cost a prefix all the same: trying again and again, and
+		// learning nothing, costs more than a mistake.
 		if a.tried += max(int(v), int(maybe)); a.tried >= int(yes) {
 			a.stop(now)
 		}
@@ -417,7 +415,7 @@ func (x *runner) conclude(it *item, v verdict, now time.Time) int {
 	return x.want
 }
 
-// worked returns what was done for a request, in tokens of answers.
+// worked returns the work done for a request, in tokens of answers.
 func (it *item) worked(r Result) float64 {
 	evaluated := it.tokens - it.expected
 	if r.ReusedKnown && r.Total > 0 {
@@ -426,32 +424,32 @@ func (it *item) worked(r Result) float64 {
 	return float64(r.Generated) + float64(evaluated)/leastWeight
 }
 
-// stop notes that one lane more would be one too many.
+// stop records that one more lane would be one too many.
 func (a *learner) stop(now time.Time) {
 	a.tried, a.seen, a.since, a.ceiling = 0, 0, now, true
 	a.pause = min(max(2*a.pause, firstPause), lastPause)
 }
 
-// pauses reports whether so many pauses are not over yet. They are after so many of the longest
-// ones, too, if not too few requests were served meanwhile: where each takes a minute one more is
-// not tried beside all of them.
+// pauses reports whether so many pauses are not over yet. They are over after so many of the
+// longest ones, too, unless too few requests were served meanwhile: where each takes a minute, one
+// more is not tried beside all of them.
 func (a *learner) pauses(n, longest int, now time.Time) bool {
 	over := a.since.Add(time.Duration(longest) * longestPause)
 	return a.seen < n*firstPause || a.seen < n*a.pause && now.Before(over)
 }
 
-// anew forgets that one lane more would be one too many.
+// anew forgets that one more lane would be one too many.
 func (a *learner) anew() {
 	a.doubt, a.tried, a.seen, a.ceiling, a.pause = 0, 0, 0, false, 0
 }
 
-// judge tells whether a request waited inside Ollama until one of the others ended. If it ended
-// first it did not. Where the answer does not tell for how long it waited (on /v1), it did not if
-// it began earlier, or must have generated faster than any other if it began then.
+// judge decides whether a request waited inside Ollama until one of the others ended. If it ended
+// first it did not. If the answer does not report its wait (on /v1), it did not if it began
+// earlier, or would have been generated faster than any other had it begun then.
 func (a *learner) judge(it *item, r Result, now time.Time) verdict {
 	if it.overtaken.IsZero() {
 		if !it.begun.IsZero() {
-			return unknown // that was taken in when it began
+			return unknown // that was considered when it began
 		}
 		return no
 	}
@@ -472,8 +470,8 @@ func (a *learner) judge(it *item, r Result, now time.Time) verdict {
 	return unknown // the engine was busy with something else
 }
 
-// judgeUntimed is judge where only the lengths tell, of the answer and of the time: gap until
-// another one ended, and since then.
+// judgeUntimed is judge for answers that reveal only their length and their time: gap until another
+// one ended, and since after that.
 func (a *learner) judgeUntimed(it *item, r Result, gap, since time.Duration) verdict {
 	least := 0.8
 	if a.hasty {
@@ -486,7 +484,7 @@ func (a *learner) judgeUntimed(it *item, r Result, gap, since time.Duration) ver
 		return a.judgeBegun(it)
 	case r.Generated < leastAnswer:
 		return maybe
-	case float64(since)*a.fastest < float64(r.Generated)*least: // else it was faster than any
+	case float64(since)*a.fastest < float64(r.Generated)*least: // otherwise it was faster than any
 		return no
 	case a.hasty || float64(gap) < alone/10:
 		return unknown
@@ -496,8 +494,8 @@ func (a *learner) judgeUntimed(it *item, r Result, gap, since time.Duration) ver
 	return likely
 }
 
-// judgeBegun is judge for a stream that began after another one had ended: maybe it had its slot
-// before, and was still being evaluated. Then less of it was left by then.
+// judgeBegun is judge for a stream that began after another one had ended. Perhaps it had its slot
+// before, and was still being evaluated; then less of it was left at that time.
 func (a *learner) judgeBegun(it *item) verdict {
 	evaluation := a.pace * float64(max(it.tokens-it.expected, slack))
 	since, gap := it.begun.Sub(it.overtaken), it.overtaken.Sub(it.from)
@@ -507,7 +505,7 @@ func (a *learner) judgeBegun(it *item) verdict {
 	return maybe
 }
 
-// hurry takes in how fast a request was served.
+// hurry records how fast a request was served.
 func (a *learner) hurry(it *item, r Result, now time.Time) {
 	pace, hasty := it.worked(r)/float64(max(now.Sub(it.granted), 1)), it.granted.Before(a.ready)
 	switch {
@@ -518,17 +516,17 @@ func (a *learner) hurry(it *item, r Result, now time.Time) {
 	}
 }
 
-// heard notes that an answer has begun or ended.
+// heard records that an answer has begun or ended.
 func (a *learner) heard(x *runner, now time.Time) {
 	if x.silent() {
 		a.ready = now
 	}
 }
 
-// silent reports whether nothing was heard of the model since it was loaded.
+// silent reports whether no answer has begun or ended since the model was loaded.
 func (x *runner) silent() bool { return !x.learner.ready.After(x.since) }
 
-// finds tells whether a request found in its slot what its lane should hold. If there are too few
+// finds reports whether a request found in its slot what its lane should hold. If there are too few
 // slots it did not.
 func (it *item) finds(r Result) verdict {
 	switch reused := it.scale(r); {
@@ -541,7 +539,7 @@ func (it *item) finds(r Result) verdict {
 	return unknown
 }
 
-// resize makes as many lanes as there should be. Busy ones stay until they fall free.
+// resize creates as many lanes as there should be. Busy ones stay until they become free.
 func (x *runner) resize() {
 	if x.server.lanes == Unlimited {
 		x.want = min(len(x.lanes), x.busy+maxWarm)

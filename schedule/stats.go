@@ -6,15 +6,15 @@ import "time"
 type Stats struct {
 	Counts
 	Waiting map[Priority]Waiting
-	Runners []RunnerStats // those that are loaded, or that requests wait for
+	Runners []RunnerStats // loaded, or with a backlog
 
 	Estimates Estimates // filled in by Scheduler
 }
 
-// Waiting is what waits with one priority.
+// Waiting counts the waiting requests of one priority.
 type Waiting struct {
 	Requests int
-	Oldest   time.Duration // how long the one that came first has waited
+	Oldest   time.Duration // how long the earliest one has waited
 }
 
 // RunnerStats is what is known of a runner.
@@ -23,13 +23,13 @@ type RunnerStats struct {
 	Loaded  bool
 	Waiting int
 	Lanes   int  // 0: Unlimited
-	Learned bool // the number of lanes is not given, but learned
+	Learned bool // the number of lanes is learned, not given
 	Told    bool // … but told by the model's engine
 	Busy    int  // lanes that serve a request
 	Held    int  // lanes that are free although requests wait
 }
 
-// Stats returns what is shown.
+// Stats returns the queue's Stats.
 func (q *Queue) Stats(now time.Time) Stats {
 	st := Stats{Counts: q.count, Waiting: map[Priority]Waiting{}}
 	for r := range ranks {

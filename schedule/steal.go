@@ -5,19 +5,21 @@ import (
 	"time"
 )
 
-// A runner with a free lane and nothing to do takes over what waits for the same model on another server. It takes
-// first what fits what its lanes hold; then a whole subtree of the other's prefix tree in which no lane is busy, from the far end,
-// which the other would come to last; and joins a prefix on which the other's lanes are busy only if that repays evaluating it
-// once more. What is taken is granted at once, or follows what is, and is not taken often, so that no request goes to and fro.
+// An idle runner with a free lane takes over requests that wait for the same model on another
+// server. It takes first what fits what its lanes hold; then a whole subtree of the other's prefix
+// tree in which no lane is busy, from the far end, which the other would reach last. It joins a
+// prefix on which the other's lanes are busy only if that repays evaluating it once more. What is
+// taken is granted at once, or follows what is, and is not taken often, so that no request goes to
+// and fro.
 
-// maxTaken is how many requests are taken over at most at once, so that no event takes long. Of a larger subtree the rest fits what
-// the lane then holds.
+// maxTaken is how many requests are taken over at once at most, so that no event takes long. The
+// rest of a larger subtree fits what the lane then holds.
 const maxTaken = 64
 
 // maxMoves is how often a request is taken over at most.
 const maxMoves = 4
 
-// share lets servers take over work from each other, after something has changed on one.
+// share lets servers take over requests from each other, after something has changed on one.
 func (q *Queue) share(s *server, now time.Time) {
 	for _, t := range q.servers {
 		if t != s {
@@ -31,12 +33,12 @@ func (q *Queue) share(s *server, now time.Time) {
 	}
 }
 
-// takeOver lets a server take over what waits for another one, for as long as it has lanes for that.
+// takeOver lets a server take over the backlog of another one, as long as it has lanes for that.
 func (q *Queue) takeOver(t, from *server, now time.Time) {
 	if t.shut() || from.roaming == 0 || !t.room() {
 		return
 	}
-	for i := 0; i < len(from.runners); i++ { // none goes while requests wait for it
+	for i := 0; i < len(from.runners); i++ { // no runner is removed while it has a backlog
 		y := from.runners[i]
 		for y.roaming > 0 {
 			x := q.idler(t, y, now)
@@ -68,8 +70,9 @@ func (s *server) room() bool {
 	})
 }
 
-// idler returns the server's runner for what another one is for, if it could serve a request now; nil otherwise. If it is not
-// loaded, then nothing else may be going on in its place. Where lanes are unlimited, one that serves nothing is idle.
+// idler returns the server's counterpart of another runner, if it could serve a request now,
+// otherwise nil. If it is not loaded, nothing else may be going on in its place. With unlimited
+// lanes, a runner that serves nothing is idle.
 func (q *Queue) idler(t *server, y *runner, now time.Time) *runner {
 	key := Runner{t.index, y.key.Options}
 	x := t.byKey[key]
@@ -82,7 +85,8 @@ func (q *Queue) idler(t *server, y *runner, now time.Time) *runner {
 	return x
 }
 
-// loadable returns a runner that may be loaded on a server where nothing waits and nothing runs in its place; nil: it may not.
+// loadable returns a runner that may be loaded on a server where nothing waits and nothing runs in
+// its place, or nil.
 func (q *Queue) loadable(t *server, key Runner, now time.Time) *runner {
 	if t.waiting > 0 || slices.ContainsFunc(t.runners, func(z *runner) bool { return z.busy > 0 && t.excludes(z, key.Options) }) {
 		return nil
@@ -100,12 +104,12 @@ func (q *Queue) loadable(t *server, key Runner, now time.Time) *runner {
 type loot struct {
 	it    *item
 	lane  *lane // in which it will land
-	owned *node // what of it the other runner's lanes are busy with, as far as they will go on with that; nil: nothing
+	owned *node // the part of it that the other runner's lanes are working on, as far as they will continue with it; nil: none
 	again int   // tokens that are evaluated once more, or as much time in other ways
-	share int   // tokens that the other server would have to do until it came to it, if half of them were done elsewhere
+	share int   // tokens that the other server would have to do before it, if half of them were done elsewhere
 }
 
-// steal takes over what is best taken over from another runner, and reports whether anything is.
+// steal takes over the best loot from another runner, and reports whether there was any.
 func (q *Queue) steal(x, y *runner, now time.Time) bool {
 	t := theft{choice: choice{q: q, x: x, now: now}, from: y}
 	r := &x.rates
@@ -141,11 +145,11 @@ func (q *Queue) steal(x, y *runner, now time.Time) bool {
 type theft struct {
 	choice
 	from    *runner
-	per     time.Duration // for a token
-	loading int           // the model, as tokens
+	per     time.Duration // per token
+	loading int           // loading the model, as tokens
 }
 
-// best returns what is best taken over of one priority.
+// best returns the best loot of one priority.
 func (t *theft) best(p rank, k *class) (best loot) {
 	try := func(it *item) {
 		if it == nil {
@@ -178,19 +182,21 @@ func (t *theft) best(p rank, k *class) (best loot) {
 	return best
 }
 
-// better reports whether less has to be evaluated again for it than for another one, or it spares the other server more.
+// better reports whether it needs less re-evaluation than another loot, or relieves the other
+// server more.
 func (l loot) better(than loot) bool {
 	return l.again < than.again-slack || l.again <= than.again+slack && l.share > than.share
 }
 
-// loot returns what it costs and saves to take a request over into a lane that has so many tokens of it.
+// loot returns the costs and gains of taking a request over into a lane that has so many tokens of
+// it.
 func (t *theft) loot(p rank, it *item, land *lane, tokens int) loot {
 	lost := int(t.q.displaced(t.x, land, tokens, t.now) / t.per)
 	held := t.from.held(it.steps)
 	there := max(tokensOf(it.steps[:held]), t.from.restorable(it.steps, held))
 	here := max(tokens, t.x.restorable(it.steps, 0))
 	l := loot{it: it, lane: land, again: max(0, there-here) + t.loading + lost}
-	if n := it.owned(); n.parent != nil { // those lanes go on with it
+	if n := it.owned(); n.parent != nil { // those lanes continue with it
 		l.owned, l.share = n, t.from.backlog(n)
 	} else {
 		l.share = max(0, t.queued(p)-it.work) / 2
@@ -198,8 +204,8 @@ func (t *theft) loot(p rank, it *item, land *lane, tokens int) loot {
 	return l
 }
 
-// landing returns the lane in which a request will land, and how much it has in common with that. Where lanes are unlimited, nothing
-// is displaced.
+// landing returns the lane in which a request will land, and how much it shares with that. With
+// unlimited lanes, nothing is displaced.
 func (t *theft) landing(it *item) (*lane, int) {
 	if t.x.server.lanes == Unlimited {
 		return &lane{}, tokensOf(it.steps[:t.x.held(it.steps)])
@@ -207,14 +213,15 @@ func (t *theft) landing(it *item) (*lane, int) {
 	return t.x.landing(it)
 }
 
-// takes reports whether a request may be taken over by the runner. (Where requests with different options have turned out to be for
-// one runner on one server, and have not on the other, those with other options stay.)
+// takes reports whether a request may be taken over by the runner. (If different options turned out
+// to mean one runner on one server but not on the other, requests with other options stay.)
 func (t *theft) takes(it *item) bool {
 	s := t.x.server
 	return it.moves < maxMoves && it.may(s) && s.byKey[Runner{s.index, it.key.Options}] == t.x
 }
 
-// queued returns how many tokens the other server has to do for each lane before it comes to what waits there last.
+// queued returns how many tokens per lane the other server has to do before it reaches the end of
+// its backlog.
 func (t *theft) queued(p rank) int {
 	var d time.Duration
 	for _, y := range t.from.server.runners {
@@ -223,8 +230,8 @@ func (t *theft) queued(p rank) int {
 	return int(d / t.per)
 }
 
-// repays reports whether to take something over is better than to leave it. If not by its backlog, then as soon as the lane has been
-// idle for as long as it costs.
+// repays reports whether taking something over is better than leaving it: because of its backlog,
+// or once the lane has been idle for as long as it costs.
 func (t *theft) repays(l loot) bool {
 	if l.again <= slack || l.share >= l.again || l.it.rank <= sparse && t.loading == 0 {
 		return true
@@ -237,8 +244,8 @@ func (t *theft) repays(l loot) bool {
 	return true
 }
 
-// group returns what is taken over together with a request: what waits with the longest part of its prompt that
-// no lane is busy with, as far as that is not too much.
+// group returns what is taken over together with a request: the backlog with the longest part of
+// its prompt that no lane is working on, within bounds.
 func (t *theft) group(it *item) []*item {
 	n := it.node
 	if n.busy > 0 {
@@ -252,7 +259,7 @@ func (t *theft) group(it *item) []*item {
 	return all
 }
 
-// gather adds what waits below a node and may be taken over to a list that has one of it.
+// gather adds the backlog below a node that may be taken over to a list that has one of it.
 func (n *node) gather(t *theft, list []*item) []*item {
 	for _, it := range n.ends.items {
 		if len(list) == maxTaken {
@@ -268,8 +275,8 @@ func (n *node) gather(t *theft, list []*item) []*item {
 	return list
 }
 
-// last returns the oldest request that may be taken over of the youngest subtree below a node in which no lane is busy; nil if there
-// is none in a few tries.
+// last returns the oldest request that may be taken over of the youngest subtree below a node in
+// which no lane is busy, or nil if a few tries find none.
 func (n *node) last(t *theft, tries *int) *item {
 	for c := n.open.last; c != nil && *tries > 0; c = c.prev {
 		if c.waiting > maxTaken {
@@ -284,9 +291,10 @@ func (n *node) last(t *theft, tries *int) *item {
 	return nil
 }
 
-// joinable returns when a lane that is idle since some time is to join the lanes that are busy with a request's prefix, although
-// what waits there does not repay evaluating that once more: after as long as this takes, which is ski rental. If
-// nothing has come since, then those lanes are only finishing what there is: they are joined if they seem stuck.
+// joinable returns when an idle lane is to join the lanes that are working on a request's prefix,
+// although their backlog does not repay evaluating that once more: after as long as this takes,
+// which is ski rental. If nothing has come since, those lanes are only finishing their backlog, and
+// are joined if they seem stuck.
 func (x *runner) joinable(it *item, n *node, idle time.Time, again time.Duration) time.Time {
 	at := idle.Add(again)
 	if n == nil || it.arrived.After(idle) {

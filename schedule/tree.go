@@ -6,14 +6,15 @@ import (
 	"time"
 )
 
-// step is what is kept of a link: its cumulative fingerprint, and about how many tokens the prompt has up to and with it.
+// step is what is kept of a link: its cumulative fingerprint, and roughly how many tokens the
+// prompt has up to and including it.
 type step struct {
 	hash   uint64
 	tokens int32
 }
 
-// common returns how many leading steps two prompts have in common. Fingerprints are cumulative, so it need not look at
-// all of them.
+// common returns how many leading steps two prompts share. Fingerprints are cumulative, so it need
+// not compare all of them.
 func common(a, b []step) int {
 	n := min(len(a), len(b))
 	if n == 0 || a[0].hash != b[0].hash {
@@ -25,40 +26,40 @@ func common(a, b []step) int {
 	return sort.Search(n, func(i int) bool { return a[i].hash != b[i].hash })
 }
 
-// shared returns about how many tokens a prompt has in common with another one.
+// shared returns roughly how many tokens a prompt shares with another one.
 func shared(a, other []step) int { return tokensOf(a[:common(a, other)]) }
 
-// tree is the prefix tree of one runner's requests of one priority: those that wait, and those that are being served by
-// any of its lanes. Chains of nodes with one child are one node.
+// tree is the prefix tree of one runner's requests of one priority: those that wait, and those that
+// its lanes are serving. Chains of nodes with one child are one node.
 type tree struct {
 	root  node
 	nodes map[uint64]*node // by the first fingerprint of their steps, which no two nodes share
 }
 
-// node is a run of steps that all requests below it have in common.
+// node is a run of steps that all requests below it share.
 type node struct {
 	parent *node
-	steps  []step // never empty but for the root
+	steps  []step // never empty except for the root
 
-	// Of the requests that end here or below.
+	// Of the requests that end here or below:
 	waiting int
-	tokens  int // of the prompts of those that wait
+	tokens  int // of the waiting ones' prompts
 	busy    int // being served
 
-	ends    fifo      // the requests that end here and wait
-	arrived time.Time // of the first of those that wait below
+	ends    fifo      // the waiting requests that end here
+	arrived time.Time // of the earliest waiting request below
 
 	// Children with waiting requests: those in which no lane is busy, and the others. Oldest first.
 	open, taken siblings
-	in          *siblings // which of its parent's lists this node is in
+	in          *siblings // the list of its parent that has this node
 	prev, next  *node
 }
 
 // siblings is a list of nodes.
 type siblings struct{ first, last *node }
 
-// reorderMost is how many siblings a node may overtake that began to wait later: those that come from another server keep their
-// places, but not at any cost.
+// reorderMost is how many siblings that began to wait later a node may overtake: those from another
+// server keep their places, but not at any cost.
 const reorderMost = 256
 
 // add adds a node in order of arrival, which is at the end unless it comes from another server.
@@ -90,7 +91,7 @@ func (s *siblings) pushFront(n *node) {
 	s.first = n
 }
 
-// unlink takes the node out of its list.
+// unlink removes the node from its list.
 func (n *node) unlink() {
 	if n.in == nil {
 		return
@@ -108,10 +109,10 @@ func (n *node) unlink() {
 	n.in, n.prev, n.next = nil, nil, nil
 }
 
-// depth returns about how many tokens a prompt has up to the node's end.
+// depth returns roughly how many tokens a prompt has up to the node's end.
 func (n *node) depth() int { return tokensOf(n.steps) }
 
-// list puts the node where it belongs among its siblings.
+// list puts the node in its place among its siblings.
 func (n *node) list() {
 	if n.parent == nil {
 		return
@@ -138,7 +139,7 @@ func (n *node) list() {
 
 func newTree() *tree { return &tree{nodes: map[uint64]*node{}} }
 
-// place returns the node at which a prompt with these steps ends, made if need be.
+// place returns the node at which a prompt with these steps ends, adding it if necessary.
 func (t *tree) place(steps []step) *node {
 	n := &t.root
 	for len(steps) > 0 {
@@ -157,7 +158,7 @@ func (t *tree) place(steps []step) *node {
 	return n
 }
 
-// split makes two nodes of one: the new one has its first i steps, and is returned.
+// split splits a node in two, and returns the new one, which has its first i steps.
 func (t *tree) split(n *node, i int) *node {
 	upper := &node{parent: n.parent, steps: n.steps[:i:i], waiting: n.waiting, tokens: n.tokens, busy: n.busy, arrived: n.arrived}
 	if n.in != nil { // in the same place
@@ -180,7 +181,7 @@ func (t *tree) split(n *node, i int) *node {
 	return upper
 }
 
-// count adds to a node and all above it, and drops the nodes that nobody needs any more.
+// count adds to a node and all above it, and removes nodes that are no longer needed.
 func (t *tree) count(n *node, waiting, tokens, busy int) {
 	for n != nil {
 		n.waiting += waiting
@@ -195,7 +196,7 @@ func (t *tree) count(n *node, waiting, tokens, busy int) {
 	}
 }
 
-// wait adds a request that waits.
+// wait adds a waiting request.
 func (t *tree) wait(it *item) {
 	it.node = t.place(it.steps)
 	for n := it.node; n != nil && n.waiting == 0; n = n.parent {
@@ -205,7 +206,8 @@ func (t *tree) wait(it *item) {
 	t.count(it.node, 1, it.tokens, 0)
 }
 
-// leave takes out a request that waited. It must not be marked as waiting any more. serve: it is being served from now on.
+// leave removes a request that waited and is no longer marked as waiting. serve means that it is
+// being served from now on.
 func (t *tree) leave(it *item, serve bool) {
 	it.node.ends.dropped()
 	busy := 0
@@ -215,8 +217,8 @@ func (t *tree) leave(it *item, serve bool) {
 	t.count(it.node, -1, -it.tokens, busy)
 }
 
-// walk returns the last node with waiting requests on a prompt's way down, how many tokens of the prompt are in common
-// with everything below it, and whether all of the node's own steps are.
+// walk returns the last node with waiting requests on a prompt's path, how many tokens the prompt
+// shares with everything below it, and whether it shares all of the node's own steps.
 func (t *tree) walk(steps []step) (n *node, tokens int, whole bool) {
 	n, whole = &t.root, true
 	for len(steps) > 0 {
@@ -234,8 +236,8 @@ func (t *tree) walk(steps []step) (n *node, tokens int, whole bool) {
 	return n, tokens, true
 }
 
-// first returns a request below a node that may be taken, the oldest subtree first. Of those that may
-// not it looks at no more than *tries, so that it takes no time to speak of where thousands wait.
+// first returns a request below a node that may be taken, the oldest subtree first. It examines at
+// most *tries of those that may not, so that it stays fast where thousands wait.
 func (n *node) first(may func(*item) bool, tries *int) *item {
 	if it := n.ends.find(may, tries); it != nil {
 		return it
@@ -248,17 +250,17 @@ func (n *node) first(may func(*item) bool, tries *int) *item {
 	return nil
 }
 
-// fifo is a list of waiting requests in order of arrival. Those that do not wait any more are skipped, and dropped now
-// and then.
+// fifo is a list of waiting requests in order of arrival. Those that no longer wait are skipped,
+// and removed now and then.
 type fifo struct {
 	items  []*item
 	live   int
 	late   bool // one was put in an earlier place since the list was last read
-	sorted int  // how many are in order, if not all are; else 0
+	sorted int  // how many are in order, if not all are; otherwise 0
 }
 
-// push adds a request: at the end, unless it keeps an earlier place. If many do, one after the other, since they come from
-// another server, they are put in order when the list is read.
+// push adds a request: at the end, unless it keeps an earlier place. If many do in succession,
+// since they come from another server, they are sorted when the list is read.
 func (f *fifo) push(it *item) {
 	f.live++
 	n := len(f.items)
@@ -275,7 +277,7 @@ func (f *fifo) push(it *item) {
 	f.items = slices.Insert(f.items, i, it)
 }
 
-// dropped says that one of the list has ceased to wait.
+// dropped records that one of the list no longer waits.
 func (f *fifo) dropped() {
 	f.live--
 	if f.live == 0 {
@@ -294,7 +296,7 @@ func (f *fifo) dropped() {
 	}
 }
 
-// order puts the list in order.
+// order sorts the list.
 func (f *fifo) order() {
 	f.late = false
 	if f.sorted == 0 {
@@ -315,7 +317,7 @@ func (f *fifo) order() {
 	f.sorted = 0
 }
 
-// front returns the oldest; nil if there is none.
+// front returns the oldest request, or nil.
 func (f *fifo) front() *item {
 	f.order()
 	for len(f.items) > 0 && !f.items[0].waits {
@@ -328,12 +330,12 @@ func (f *fifo) front() *item {
 	return f.items[0]
 }
 
-// back returns the one that came last; nil if there is none.
+// back returns the latest request, or nil.
 func (f *fifo) back() *item {
 	f.order()
 	for i := len(f.items) - 1; i >= 0; i-- {
 		if f.items[i].waits {
-			clear(f.items[i+1:]) // so that nobody looks at them again
+			clear(f.items[i+1:]) // so that nobody examines them again
 			f.items = f.items[:i+1]
 			return f.items[i]
 		}
@@ -341,7 +343,7 @@ func (f *fifo) back() *item {
 	return nil
 }
 
-// find returns the first that may be taken, see node.first.
+// find returns the first that may be taken; see node.first.
 func (f *fifo) find(may func(*item) bool, tries *int) *item {
 	f.order()
 	for _, it := range f.items {

@@ -2,10 +2,10 @@ package schedule
 
 import "time"
 
-// maxWarm is how many of the prompts that a runner served last are remembered where lanes are Unlimited.
+// maxWarm is how many of a runner's last prompts are remembered where lanes are Unlimited.
 const maxWarm = 16
 
-// release grants whatever waits for a server whose lanes are unlimited.
+// release grants everything that waits for a server with unlimited lanes.
 func (q *Queue) release(s *server, now time.Time) {
 	for _, x := range s.runners {
 		if x.waiting == 0 {
@@ -27,8 +27,9 @@ func (q *Queue) release(s *server, now time.Time) {
 	}
 }
 
-// vacant returns a free lane for a request, made if need be: that which holds the most of its prompt, if that is enough for the
-// engine to choose the slot for it. There may be more lanes than slots, so that one that holds something else is not used up.
+// vacant returns a free lane for a request, adding one if necessary: the one that holds the most of
+// its prompt, if that is enough for the engine to choose the slot for it. There may be more lanes
+// than slots, so a lane that holds something else is not used up.
 func (x *runner) vacant(it *item) *lane {
 	if x.busy < len(x.lanes) {
 		if l, tokens := x.landing(it); l.holds == nil || tokens > slack && float64(tokens) > similarity*float64(it.tokens) {

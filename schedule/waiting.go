@@ -10,24 +10,24 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
-// Those who wait are told when they are expected to begin, which is an estimate: the work that goes
-// before theirs (tokens to evaluate and to generate), at the pace at which the runner's lanes have
-// done such work so far; after what its lanes are busy with; and after a load if there must be
-// one. What goes before is taken to be what is more urgent, and of the same rank what the deficits
-// let go earlier (see class.refill), in order of arrival within a round. Which prefixes lanes hold,
-// and what comes later, changes that order; Estimates says by how much it was wrong so far.
+// Clients are told when their requests are expected to begin. That is an estimate: the work that
+// goes before (tokens to evaluate and to generate), at the pace at which the runner's lanes have
+// done such work so far; after what its lanes are busy with; and after a load if one is needed.
+// Before a request go those that are more urgent, and of the same rank those that the deficits let
+// go earlier (see class.refill), in order of arrival within a round. What the lanes hold, and what
+// comes later, changes that order; Estimates records how wrong the estimates were so far.
 
 // Waits is what waits at one moment.
 type Waits struct {
 	Total     int
 	By        map[Priority]Waiting
-	First     []Waiter // as many as were asked for, those first that are expected to go first
+	First     []Waiter // as many as were asked for, in their expected order
 	Estimates Estimates
 }
 
-// Waiter is one request that waits.
+// Waiter is one waiting request.
 type Waiter struct {
-	Place         int // among those that wait for the same runner, from 1 on
+	Place         int // among those that wait for the same runner, from 1
 	Client        string
 	Program, Flow uint64
 	Upstream      uint16 // whose runner it waits for now
@@ -37,19 +37,19 @@ type Waiter struct {
 	Age           time.Duration
 	Tokens        int // of its prompt, estimated
 
-	Start      time.Duration // until it is expected to begin, where StartKnown
+	Start      time.Duration // until its expected start, if StartKnown
 	StartKnown bool
 }
 
-// Estimates says how wrong the estimates were that were made when requests began to wait, of those
-// that were granted.
+// Estimates records how wrong the estimates were that were made when requests began to wait, for
+// those that were granted.
 type Estimates struct {
 	Count    uint64
-	Waited   time.Duration // the sum of what they waited
+	Waited   time.Duration // the sum of their waits
 	Absolute time.Duration // the sum of the errors' sizes
-	Late     time.Duration // the sum of what they waited longer, less what they waited shorter
-	// Within counts the errors that were at most as large as each of EstimateBounds, as Prometheus'
-	// buckets do.
+	Late     time.Duration // the sum of how much longer than estimated they waited, less how much shorter
+	// Within counts the errors that were at most as large as each of EstimateBounds, like
+	// Prometheus' buckets.
 	Within [len(EstimateBounds)]uint64
 }
 
@@ -59,13 +59,13 @@ var EstimateBounds = [...]time.Duration{
 	30 * time.Second, 100 * time.Second, 300 * time.Second,
 }
 
-// accuracy collects Estimates, for a scheduler and for that which Aside returns.
+// accuracy collects Estimates, for a scheduler and for the one that Aside returns.
 type accuracy struct {
 	mu  sync.Mutex
 	sum Estimates
 }
 
-// add takes in how long a request waited for which so long was expected.
+// add records how long a request waited, and how long it was expected to.
 func (a *accuracy) add(expected, waited time.Duration) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -87,8 +87,8 @@ func (a *accuracy) get() Estimates {
 	return a.sum
 }
 
-// Waiting returns what waits: how many requests, and the first of them, at most so many. It holds
-// the scheduler's lock only while it copies what it sorts.
+// Waiting returns how many requests wait, and the first of them, up to a limit. It holds the
+// scheduler's lock only while it copies what it sorts.
 func (s *Scheduler) Waiting(most int) Waits {
 	s.mu.Lock()
 	now := time.Now()
@@ -110,15 +110,15 @@ func (s *Scheduler) Waiting(most int) Waits {
 	}
 }
 
-// row is what decides when a request goes. Of its item only that is read, without the lock, which
-// does not change while it waits.
+// row is what decides when a request goes. Without the lock, only those fields of its item are read
+// that do not change while it waits.
 type row struct {
 	*item
 	pace  *pace
 	round int
 }
 
-// inOrder sorts the rows, and tells the first ones their place and start.
+// inOrder sorts the rows, and sets the place and start of the first ones.
 func inOrder(rows []row, most int, now time.Time) []Waiter {
 	slices.SortFunc(rows, func(a, b row) int {
 		return cmp.Or(cmp.Compare(a.rank, b.rank), cmp.Compare(a.round, b.round),
@@ -140,7 +140,7 @@ func inOrder(rows []row, most int, now time.Time) []Waiter {
 	return first
 }
 
-// waiters returns a row for each request that waits.
+// waiters returns a row for each waiting request.
 func (q *Queue) waiters(now time.Time) []row {
 	rows := make([]row, 0, q.Len())
 	for _, s := range q.servers {
@@ -157,11 +157,11 @@ func (q *Queue) waiters(now time.Time) []row {
 	return rows
 }
 
-// waiters adds a row for each request of the class that waits.
+// waiters adds a row for each waiting request of the class.
 func (c *class) waiters(rows []row, p *pace) []row {
 	for _, a := range c.backlogged {
 		fresh, n := 0, 0
-		a.fifo.front() // puts the list in order
+		a.fifo.front() // sorts the list
 		for _, it := range a.fifo.items {
 			if it.waits {
 				rows = append(rows, row{it, p, c.roundOf(a, &p.rates, fresh, n)})
@@ -172,8 +172,8 @@ func (c *class) waiters(rows []row, p *pace) []row {
 	return rows
 }
 
-// roundOf returns in which round from now on a client is served what comes after so much else of
-// its own: after so many requests, of which so many tokens are to be evaluated.
+// roundOf returns in which round from now on a client's request is served that comes after so many
+// other requests of its own, with so many tokens to be evaluated.
 func (c *class) roundOf(a *account, r *rates, fresh, requests int) int {
 	cost := float64(fresh) + float64(requests)*fairWeight*r.generated()
 	over := int(cost/a.weight) - a.deficit
@@ -183,8 +183,8 @@ func (c *class) roundOf(a *account, r *rates, fresh, requests int) int {
 	return 1 + over/max(c.quantum, 1)
 }
 
-// accountsMost is how many clients are looked at when a request begins to wait. More are taken to
-// be like those.
+// accountsMost is how many clients are examined when a request begins to wait. The others are
+// assumed to be like those.
 const accountsMost = 64
 
 // aheadOf returns how much work goes before a request that has just begun to wait.
@@ -205,23 +205,23 @@ func (q *Queue) aheadOf(it *item) float64 {
 	return sum
 }
 
-// estimate returns how long a request that has just begun to wait is expected to; false where
-// nothing has been learned that tells.
+// estimate returns how long a request that has just begun to wait is expected to wait; false if
+// nothing has been learned for that.
 func (q *Queue) estimate(id uint64, now time.Time) (time.Duration, bool) {
 	it := q.items[id]
 	return q.paceOf(it.runner, now).start(q.aheadOf(it))
 }
 
-// pace is how fast a runner does what waits for it.
+// pace is how fast a runner works through its backlog.
 type pace struct {
 	upstream uint16
 	rates    rates
 	known    bool
-	per      float64         // ns that a lane takes for a token of work
-	free     []time.Duration // until each lane falls free, the first one first
+	per      float64         // ns per token of work, for one lane
+	free     []time.Duration // until each lane becomes free, in ascending order
 	base     time.Duration   // until any lane may begin
 
-	place int     // for inOrder: how many requests have one …
+	place int     // for inOrder: how many requests have a place …
 	ahead float64 // … and their work
 }
 
@@ -256,7 +256,7 @@ func (r *rates) perWork() float64 {
 	return r.pace.over / r.pace.under
 }
 
-// remaining returns how long a lane is expected to be busy still.
+// remaining returns how long a lane is expected to stay busy.
 func (l *lane) remaining(r *rates, now time.Time) time.Duration {
 	if l.item == nil {
 		return 0
@@ -264,9 +264,8 @@ func (l *lane) remaining(r *rates, now time.Time) time.Duration {
 	return max(0, time.Duration(r.work(l.item.fresh, 1)*r.perWork())-now.Sub(l.item.granted))
 }
 
-// vacates returns how long it takes at most, as far as is known, until what cannot be loaded beside
-// the runner has made room: it serves what is under way, and what waits for it for no longer than a
-// turn.
+// vacates returns the maximum time, as far as known, until the runners that do not fit beside this
+// one have made room: they finish what is under way, and serve their backlogs for at most a turn.
 func (x *runner) vacates(now time.Time) (longest time.Duration) {
 	for y := range x.rivals() {
 		if !y.resident {
@@ -286,8 +285,8 @@ func (x *runner) vacates(now time.Time) (longest time.Duration) {
 	return longest
 }
 
-// start returns when a request begins that has so much work before it: when the lanes, as they fall
-// free, have done that. false: nothing is known.
+// start returns when a request begins that has so much work before it: when the lanes, as they
+// become free, have done that. false means that nothing is known.
 func (p *pace) start(ahead float64) (time.Duration, bool) {
 	if !p.known {
 		return 0, false

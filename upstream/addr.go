@@ -12,14 +12,14 @@ import (
 // DefaultPort is Ollama's own.
 const DefaultPort = "11434"
 
-// Here reports whether an address is this machine's own: loopback.
+// Here reports whether an address is a loopback address of this machine.
 func Here(u *url.URL) bool {
 	ip := net.ParseIP(u.Hostname())
 	return u.Hostname() == "localhost" || ip != nil && ip.IsLoopback()
 }
 
-// ParseNamed reads NAME=ADDR, or an address alone: then name is empty. A name is what logs, metrics, pages and headers show:
-// letters, digits, dots, dashes and underscores, 64 at most.
+// ParseNamed reads NAME=ADDR, or an address alone, for which name is empty. Logs, metrics, pages
+// and headers show the name: at most 64 letters, digits, dots, dashes and underscores.
 func ParseNamed(s, defaultPort string) (name string, u *url.URL, err error) {
 	name, addr, err := CutName(s)
 	if err != nil {
@@ -29,7 +29,8 @@ func ParseNamed(s, defaultPort string) (name string, u *url.URL, err error) {
 	return name, u, err
 }
 
-// CutName splits NAME=REST; name is empty where there is none. What follows a question mark is no name.
+// CutName splits NAME=REST; name is empty if there is none. Text after a question mark is never a
+// name.
 func CutName(s string) (name, rest string, err error) {
 	name, rest, named := strings.Cut(s, "=")
 	if !named || strings.Contains(name, "?") {
@@ -51,12 +52,14 @@ func validName(s string) bool {
 	return s != "" && len(s) <= 64
 }
 
-// ParseAddr reads an address in the forms that OLLAMA_HOST takes: a host, host:port, :port, an IPv6 address with
-// or without brackets, or a URL with an optional path prefix. A missing host is 127.0.0.1, and so is an
-// unspecified one (0.0.0.0, ::), to which one can listen but not connect. A missing port is defaultPort, or
-// 80 and 443 where the scheme http or https is written out.
+// ParseAddr reads an address in the forms that OLLAMA_HOST takes: a host, host:port, :port, an IPv6
+// address with or without brackets, or a URL with an optional path prefix. A missing host means
+// 127.0.0.1, and so does an unspecified one (0.0.0.0, ::), on which one can listen but to which one
+// cannot connect. A missing port means defaultPort, or 80 and 443 where the scheme http or https is
+// written out.
 //
-// Unlike Ollama, which falls back to the default, it refuses a port that is not a number from 1 to 65535.
+// Unlike Ollama, which falls back to the default, it refuses a port that is not a number from 1 to
+// 65535.
 func ParseAddr(s, defaultPort string) (*url.URL, error) {
 	s = strings.TrimSpace(s)
 	scheme, rest, ok := strings.Cut(s, "://")
@@ -94,7 +97,7 @@ func ParseAddr(s, defaultPort string) (*url.URL, error) {
 	return u, nil
 }
 
-// reachable returns the host to which one connects to reach what listens on a host.
+// reachable returns the host to connect to in order to reach what listens on a host.
 func reachable(host string) string {
 	ip := net.ParseIP(host)
 	switch {

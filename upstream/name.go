@@ -6,8 +6,9 @@ import (
 	"github.com/ollama/ollama/types/model"
 )
 
-// ModelKey returns what two spellings of one model's name have in common: the full name (host, namespace, model, tag)
-// in lower case, as Ollama resolves it. It returns "" for a name that Ollama refuses.
+// ModelKey returns the key under which all spellings of a model's name are equal: the full name
+// (host, namespace, model, tag) in lower case, as Ollama resolves it. It is "" for a name that
+// Ollama refuses.
 func ModelKey(name string) string {
 	n, ok := parseName(name)
 	if !ok {
@@ -16,8 +17,8 @@ func ModelKey(name string) string {
 	return strings.ToLower(n.String())
 }
 
-// DisplayName returns the shortest spelling of a model's name, as /api/ps and `ollama list` show it; "" for a name
-// that Ollama refuses.
+// DisplayName returns the shortest spelling of a model's name, as /api/ps and `ollama list` show
+// it, or "" for a name that Ollama refuses.
 func DisplayName(name string) string {
 	n, ok := parseName(name)
 	if !ok {
@@ -32,15 +33,15 @@ func parseName(name string) (n model.Name, ok bool) {
 	return n, n.IsValid()
 }
 
-// IsCloud reports whether Ollama answers for the model through its remote service: names that end in
-// ":cloud" or in "-cloud" within the tag.
+// IsCloud reports whether Ollama serves the model through its remote service: the name ends in
+// ":cloud", or in "-cloud" within the tag.
 func IsCloud(name string) bool {
 	_, source := cutSource(name)
 	return source == "cloud"
 }
 
-// cutSource splits off the suffix that says where a model runs, "cloud" or "local", as Ollama 0.34 does
-// (internal/modelref there).
+// cutSource splits off the suffix that says where a model runs, "cloud" or "local", as Ollama 0.34
+// does (internal/modelref there).
 func cutSource(name string) (base, source string) {
 	name = strings.TrimSpace(name)
 	i := strings.LastIndexByte(name, ':')

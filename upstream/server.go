@@ -1,6 +1,6 @@
-// Package upstream knows the Ollama servers that the proxy forwards to: how they are addressed, whether they answer,
-// their version, which models they have and which of them are loaded, and how to keep a model loaded. It does not
-// forward requests and decides nothing about them.
+// Package upstream knows the Ollama servers that the proxy forwards to: their addresses, health,
+// version, which models they have and which are loaded, and how to keep a model loaded. It does not
+// forward requests and makes no decisions about them.
 package upstream
 
 import (
@@ -22,19 +22,19 @@ import (
 	"github.com/ollama/ollama/api"
 )
 
-// Server is one Ollama server. Its methods may be called from any goroutine.
+// Server is one Ollama server. Its methods are safe for concurrent use.
 type Server struct {
-	Name string // the alias that logs, metrics and headers show
+	Name string // the alias in logs, metrics and headers
 	URL  *url.URL
 
 	// Instance names this process in the InstanceHeader of its own requests.
 	Instance string
 
-	// Polled is called after each poll, by the goroutine that polls; nil means nobody listens.
+	// Polled, if non-nil, is called after each poll, by the goroutine that polls.
 	Polled func(State)
 
-	// TryDuration is for how long after it was last seen up requests wait for a server that is away; 0: not at all. For so
-	// long it is polled more often.
+	// TryDuration is how long requests wait for a server that is away, counted from when it was
+	// last seen up; zero means not at all. During this time it is polled more often.
 	TryDuration time.Duration
 
 	log    *slog.Logger
@@ -45,8 +45,8 @@ type Server struct {
 	skew      atomic.Int64 // see ownRequests
 	simulated atomic.Bool  // see ownRequests
 
-	used  atomic.Bool               // a model may have been loaded since the last look at /api/ps
-	alive atomic.Pointer[time.Time] // when anything last came from the server; zero: nothing did
+	used  atomic.Bool               // a model may have been loaded since /api/ps was last read
+	alive atomic.Pointer[time.Time] // when anything last came from the server; nil: never
 
 	polling sync.Mutex // held while a poll is under way
 
@@ -59,54 +59,57 @@ type Server struct {
 	broke  time.Time // when BrokeOff was last called; guarded by mu
 }
 
-// State is what the last poll found.
+// State is the result of the last poll.
 type State struct {
 	Polled  time.Time         // when the poll began; zero before the first one
 	Up      bool              // the server answered
-	Away    bool              // it is gone: it refuses connections, or has answered nothing for several polls. Neither up nor away: in doubt
+	Away    bool              // it refuses connections, or has answered nothing for several polls. Neither Up nor Away: in doubt
 	Seen    time.Time         // when anything last came from it; zero: never
-	Until   time.Time         // of one that is away: for how long requests wait for it; zero: it was never seen, and they do not
+	Until   time.Time         // if it is away: how long requests wait for it; zero: they do not, as it was never seen
 	Err     error             // why it is not up
 	Version string            // the last one known; "0.34.1 (simulated)" where the server says that it is
-	Models  []string          // every model's name, as /api/tags spells it
-	Digests map[string]string // what each of them is, by ModelKey
-	Loaded  []Loaded          // nil where it was not asked for: see LoadedKnown
+	Models  []string          // the names of all models, as /api/tags spells them
+	Digests map[string]string // the digest of each model, by ModelKey
+	Loaded  []Loaded          // nil if it was not read: see LoadedKnown
 
-	// Simulated says that the server's answers and figures are made up, as it says itself (SimulatedHeader).
+	// Simulated means that the server's answers and figures are made up, as its SimulatedHeader
+	// says.
 	Simulated bool
-	// LoadedKnown says that Loaded was read in this poll. An idle server with nothing loaded is not asked.
+	// LoadedKnown means that this poll read Loaded. An idle server with nothing loaded is not
+	// asked.
 	LoadedKnown bool
-	// Replaced lists the models (ModelKey) that were deleted, or that are others than at the poll before.
+	// Replaced lists the models (ModelKey) that were deleted or replaced since the previous poll.
 	Replaced []string
 
-	// Restarted says that the server was away before this poll, or changed its version since. One that was only too slow to
-	// answer has not been restarted.
+	// Restarted means that the server was away before this poll, or has changed its version since.
+	// A server that was only too slow to answer has not been restarted.
 	Restarted bool
 
-	gone bool // it was away for another reason than that it took too long to answer, and has not answered since
+	gone bool // it was away for a reason other than a timeout, and has not answered since
 }
 
 // Loaded is a model in a server's memory.
 type Loaded struct {
-	Name          string    // the one under which it was loaded; others with the same weights share its runner
+	Name          string    // the name under which it was loaded; other names of the same weights share its runner
 	Digest        string    // of that name's manifest, as in State.Digests
-	ExpiresAt     time.Time // by our clock, within about a second: when it leaves memory if unused; stale while a request runs
+	ExpiresAt     time.Time // by our clock, within about a second: when it is unloaded if unused; outdated while a request runs
 	Size          int64     // bytes, all memory
 	SizeVRAM      int64     // bytes of it in GPU memory
 	ContextLength int       // tokens
 }
 
 const (
-	pollEvery      = 15 * time.Second // Ollama writes a log line per request: no more often than needed
+	pollEvery      = 15 * time.Second // Ollama writes a log line per request, so no more often than needed
 	pollEveryDoubt = time.Second
 	pollEveryAway  = 2 * time.Second
 	pollEveryTry   = 500 * time.Millisecond // while requests may wait for it
 	pollTimeout    = 3 * time.Second
-	pollsFailed    = 3           // so many in a row, and a server is away
-	listEvery      = time.Minute // models come and go without the proxy, too
+	pollsFailed    = 3           // failed polls in a row after which a server is away
+	listEvery      = time.Minute // models change without the proxy, too
 )
 
-// NewServer returns a server that has not been polled. transport serves the proxy's own few requests to it.
+// NewServer returns a server that has not been polled yet. transport carries the proxy's own few
+// requests to it.
 func NewServer(name string, u *url.URL, transport http.RoundTripper, log *slog.Logger) *Server {
 	s := &Server{Name: name, URL: u, Instance: rand.Text(), log: log, wake: make(chan struct{}, 1)}
 	s.own = &http.Client{Transport: &ownRequests{RoundTripper: transport, instance: s.Instance, skew: &s.skew, simulated: &s.simulated}}
@@ -116,14 +119,17 @@ func NewServer(name string, u *url.URL, transport http.RoundTripper, log *slog.L
 	return s
 }
 
-// InstanceHeader is on the proxy's own requests: one that comes back to the proxy that sent it shows a loop.
+// InstanceHeader marks the proxy's own requests. A request that comes back to the proxy that sent
+// it reveals a loop.
 const InstanceHeader = "X-Cacheproxy-Instance"
 
-// SimulatedHeader is on every answer of a server that is simulated (package ollamasim). Clients get it, too.
+// SimulatedHeader is on every answer of a simulated server (package ollamasim). Clients receive it,
+// too.
 const SimulatedHeader = "X-Cacheproxy-Simulated"
 
-// ownRequests sends the proxy's own requests. It marks them, and notes how far the server's clock is ahead of ours, from
-// the Date header (whole seconds), and whether the server is simulated.
+// ownRequests sends the proxy's own requests. It marks them, and records from the answers how far
+// the server's clock is ahead of ours (the Date header, in whole seconds) and whether the server is
+// simulated.
 type ownRequests struct {
 	http.RoundTripper
 	instance string
@@ -145,16 +151,16 @@ func (c *ownRequests) RoundTrip(r *http.Request) (*http.Response, error) {
 	return res, err
 }
 
-// CloseIdleConnections closes the connections that no request uses.
+// CloseIdleConnections closes connections that no request uses.
 func (c *ownRequests) CloseIdleConnections() {
 	if t, ok := c.RoundTripper.(interface{ CloseIdleConnections() }); ok {
 		t.CloseIdleConnections()
 	}
 }
 
-// persist sends one of the proxy's own requests, once more if it breaks off: it may have been sent on a
-// connection that was kept from before the server was started anew, and others of these may be left.
-// Polls are not repeated, since that is how they find out.
+// persist sends one of the proxy's own requests, and sends it again if it breaks off: it may have
+// used a connection from before a restart of the server, and others of these may be left. Polls are
+// not repeated, since their failure is what reveals a restart.
 func (s *Server) persist(ctx context.Context, ask func() error) error {
 	err := ask()
 	if Closed(err) && ctx.Err() == nil {
@@ -164,14 +170,14 @@ func (s *Server) persist(ctx context.Context, ask func() error) error {
 	return err
 }
 
-// State returns what the last poll found.
+// State returns the result of the last poll.
 func (s *Server) State() State {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.dated(s.state)
 }
 
-// dated fills in when the server was last seen, and what follows from that.
+// dated adds when the server was last seen, and what follows from that.
 func (s *Server) dated(st State) State {
 	if st.Seen = *s.alive.Load(); st.Away && !st.Seen.IsZero() {
 		st.Until = st.Seen.Add(s.TryDuration)
@@ -179,8 +185,8 @@ func (s *Server) dated(st State) State {
 	return st
 }
 
-// Alive says that something came from the server, and reports whether it counts as away nevertheless, until the next poll, which is
-// made at once.
+// Alive records that something came from the server. It reports whether the server counts as away
+// nevertheless, until the next poll, which is made at once.
 func (s *Server) Alive() (away bool) {
 	s.seen()
 	s.mu.Lock()
@@ -198,21 +204,23 @@ func (s *Server) seen() {
 	s.alive.Store(&now)
 }
 
-// Used says that a request was sent that may load a model, so that the next poll reads what is loaded.
+// Used records that a request was sent that may load a model, so that the next poll reads what is
+// loaded.
 func (s *Server) Used() { s.used.Store(true) }
 
-// NoConnection reports whether a request failed since no connection to the server could be made: it cannot have begun with it.
+// NoConnection reports whether a request failed because no connection to the server could be made,
+// so that the server cannot have begun with it.
 func NoConnection(err error) bool {
 	op, ok := errors.AsType[*net.OpError](err)
 	return ok && op.Op == "dial" && !errors.Is(err, context.Canceled) &&
 		!slices.ContainsFunc(ours, func(e error) bool { return errors.Is(err, e) })
 }
 
-// ours are errors of this machine, which say nothing of the one that was to be reached.
+// ours are errors of this machine, which say nothing about the server.
 var ours = []error{syscall.EMFILE, syscall.ENFILE, syscall.EADDRNOTAVAIL, syscall.ENOBUFS, syscall.ENOMEM}
 
-// Unreachable says that no connection could be made to the server (NoConnection): it counts as away from now on, until a poll,
-// which is made at once, finds it again.
+// Unreachable records that no connection to the server could be made (NoConnection). It counts as
+// away from now on, until a poll finds it again; one is made at once.
 func (s *Server) Unreachable(err error) {
 	s.mu.Lock()
 	was := s.state.Away
@@ -225,7 +233,8 @@ func (s *Server) Unreachable(err error) {
 	s.Failed()
 }
 
-// timedOut reports whether a connection was not made in time: whatever was slow has not been started anew for all that is known.
+// timedOut reports whether connecting timed out. A server that is only slow may not have been
+// restarted.
 func timedOut(err error) bool {
 	e, ok := errors.AsType[net.Error](err)
 	return ok && e.Timeout()
@@ -235,9 +244,9 @@ func (s *Server) warnAway(err error) {
 	s.log.Warn("upstream does not answer", "upstream", s.Name, "url", s.URL.String(), "err", err)
 }
 
-// BrokeOff says that the server closed the connection of a request, which it may have begun with. If the next poll, which is made at
-// once, ends in the same way, then it is away: whatever accepts connections in its place, such as a container's port, is not the
-// server.
+// BrokeOff records that the server closed the connection of a request, which it may have begun. If
+// the next poll, made at once, ends the same way, it is away: something that accepts connections in
+// its place, such as a container's port, is not the server.
 func (s *Server) BrokeOff() {
 	s.mu.Lock()
 	s.broke = time.Now()
@@ -245,13 +254,14 @@ func (s *Server) BrokeOff() {
 	s.Failed()
 }
 
-// Closed reports whether a request failed since the other side closed the connection before the answer's end.
+// Closed reports whether a request failed because the other side closed the connection before the
+// answer's end.
 func Closed(err error) bool {
 	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
 		errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
 }
 
-// Failed says that a request was not answered: the next poll is made at once.
+// Failed records that a request was not answered. The next poll is made at once.
 func (s *Server) Failed() {
 	select {
 	case s.wake <- struct{}{}:
@@ -259,7 +269,8 @@ func (s *Server) Failed() {
 	}
 }
 
-// Changed says that a model may have been changed or removed: the next poll, made at once, looks at all of them.
+// Changed records that a model may have been changed or removed. The next poll, made at once, lists
+// all models.
 func (s *Server) Changed() {
 	s.Used()
 	s.Failed()
@@ -278,7 +289,7 @@ func (s *Server) Run(ctx context.Context) {
 	}
 }
 
-// pause returns for how long not to poll.
+// pause returns how long to wait before the next poll.
 func (s *Server) pause() time.Duration {
 	switch st := s.State(); {
 	case st.Away && time.Now().Before(st.Until):
@@ -287,23 +298,24 @@ func (s *Server) pause() time.Duration {
 		return pollEveryAway
 	case !st.Up && !answered(st.Err):
 		return pollEveryDoubt
-	case s.TryDuration > 0: // which is counted from the last poll, if there is nothing else
+	case s.TryDuration > 0: // counted from the last poll, if there is nothing else
 		return min(pollEvery, max(s.TryDuration/4, pollEveryDoubt))
 	}
 	return pollEvery
 }
 
-// Refresh returns the server's state with its models as they are now. Those who ask while others do share one poll.
+// Refresh returns the server's state with the current models. Concurrent callers share one poll.
 func (s *Server) Refresh(ctx context.Context) State {
 	return s.since(ctx, func() time.Time { return s.listed }, s.Used)
 }
 
-// Check returns the server's state as it is now. Those who ask while others do share one poll.
+// Check returns the server's current state. Concurrent callers share one poll.
 func (s *Server) Check(ctx context.Context) State {
 	return s.since(ctx, func() time.Time { return s.state.Polled }, func() {})
 }
 
-// since polls, prepared by before, unless what last says, with s.mu held, has happened while others polled.
+// since polls, prepared by before, unless last reports, with s.mu held, that another caller's poll
+// was enough.
 func (s *Server) since(ctx context.Context, last func() time.Time, before func()) State {
 	asked := time.Now()
 	s.polling.Lock()
@@ -318,7 +330,7 @@ func (s *Server) since(ctx context.Context, last func() time.Time, before func()
 	return s.poll(ctx)
 }
 
-// Poll asks the server how it is, stores that and tells Polled.
+// Poll asks the server for its state, stores it and calls Polled.
 func (s *Server) Poll(ctx context.Context) State {
 	s.polling.Lock()
 	defer s.polling.Unlock()
@@ -340,7 +352,7 @@ func (s *Server) poll(ctx context.Context) State {
 	}
 	s.mu.Lock()
 	s.judge(&next, prev)
-	if !next.Away && s.missed != missed { // it was gone since: the next poll tells whether it has come back
+	if !next.Away && s.missed != missed { // it was gone meanwhile: the next poll finds out whether it is back
 		next.Up, next.Away, next.gone, next.Err = false, true, true, s.state.Err
 		s.Changed()
 	}
@@ -361,7 +373,7 @@ func (s *Server) poll(ctx context.Context) State {
 	return next
 }
 
-// logChange logs what a poll has found, if that has changed.
+// logChange logs what a poll has found, if it differs from the poll before.
 func (s *Server) logChange(next State, wasUp, wasAway bool) {
 	switch {
 	case next.Up && wasAway:
@@ -375,9 +387,10 @@ func (s *Server) logChange(next State, wasUp, wasAway bool) {
 	}
 }
 
-// judge says whether a server is away, after a poll. s.mu must be held.
+// judge decides, after a poll, whether a server is away. s.mu must be held.
 func (s *Server) judge(next *State, prev State) {
-	// What refuses to say its version, such as a gateway that lets nothing but inference through, answers, too.
+	// A server that refuses to give its version, such as a gateway that admits only inference,
+	// answers, too.
 	if next.Up || answered(next.Err) {
 		s.seen()
 		s.failed = 0
@@ -385,7 +398,7 @@ func (s *Server) judge(next *State, prev State) {
 	}
 	slow := errors.Is(next.Err, context.DeadlineExceeded)
 	seen := *s.alive.Load()
-	answers := seen.After(prev.Polled) // something, if not this
+	answers := seen.After(prev.Polled) // something other than this poll
 	if answers {
 		s.failed = 0
 	}
@@ -399,13 +412,14 @@ func (s *Server) judge(next *State, prev State) {
 	}
 }
 
-// answered reports whether a poll that failed was answered all the same, and not by a gateway in the server's place.
+// answered reports whether a failed poll was answered all the same, and not by a gateway in the
+// server's place.
 func answered(err error) bool {
 	status := StatusCode(err)
 	return status > 0 && status < http.StatusInternalServerError
 }
 
-// ask makes a poll's requests; list says that the models are to be listed, listed that they were.
+// ask makes a poll's requests. list: the models are to be listed; listed: they were.
 func (s *Server) ask(ctx context.Context, prev State, used, list bool) (next State, listed bool) {
 	ctx, cancel := context.WithTimeout(ctx, pollTimeout)
 	defer cancel()
@@ -432,8 +446,8 @@ func (s *Server) ask(ctx context.Context, prev State, used, list bool) (next Sta
 	return next, listed
 }
 
-// list asks which models the server has, and reports whether it answered. next tells those of the
-// poll before.
+// list asks for the server's models, and reports whether it answered. next has those of the
+// previous poll.
 func (s *Server) list(ctx context.Context, next *State) bool {
 	list, err := s.client.List(ctx)
 	if err != nil {
@@ -443,7 +457,7 @@ func (s *Server) list(ctx context.Context, next *State) bool {
 	next.Models, next.Digests = nil, make(map[string]string, len(list.Models))
 	for _, m := range list.Models {
 		next.Models = append(next.Models, m.Name)
-		if !IsCloud(m.Name) { // a local one may have the same name but for that
+		if !IsCloud(m.Name) { // a local model may have the same name except for the suffix
 			next.Digests[ModelKey(m.Name)] = m.Digest
 		}
 	}
@@ -455,7 +469,8 @@ func (s *Server) list(ctx context.Context, next *State) bool {
 	return true
 }
 
-// Has reports whether the server is known to have the model (ModelKey), or may have it since its models are not known.
+// Has reports whether the server is known to have the model (ModelKey), or may have it because its
+// models are not known.
 func (st State) Has(model string) bool { return st.Lists(model) || st.Digests == nil }
 
 // Lists reports whether the server is known to have the model (ModelKey).
@@ -464,7 +479,7 @@ func (st State) Lists(model string) bool {
 	return ok
 }
 
-// Loaded asks which models are loaded now.
+// Loaded returns which models are loaded now.
 func (s *Server) Loaded(ctx context.Context) ([]Loaded, error) {
 	ps, err := s.client.ListRunning(ctx)
 	if err != nil {
@@ -477,7 +492,7 @@ func (s *Server) Loaded(ctx context.Context) ([]Loaded, error) {
 	return loaded, nil
 }
 
-// Show asks what the server has of a model.
+// Show returns what the server says of a model.
 func (s *Server) Show(ctx context.Context, model string) (show *api.ShowResponse, err error) {
 	err = s.persist(ctx, func() (err error) {
 		show, err = s.client.Show(ctx, &api.ShowRequest{Model: model})
@@ -486,7 +501,7 @@ func (s *Server) Show(ctx context.Context, model string) (show *api.ShowResponse
 	return show, err
 }
 
-// AtLeast reports whether the server's version is known to be this one or later.
+// AtLeast reports whether the server's version is known and is this one or later.
 func (st State) AtLeast(major, minor int) bool {
 	var a, b int
 	if n, _ := fmt.Sscanf(st.Version, "%d.%d", &a, &b); n < 2 {
@@ -495,12 +510,13 @@ func (st State) AtLeast(major, minor int) bool {
 	return a > major || a == major && b >= minor
 }
 
-// Forever is the keep_alive that never ends; any negative value means the same to Ollama.
+// Forever is the keep_alive that never expires; to Ollama, any negative value means the same.
 const Forever = time.Duration(1<<63 - 1)
 
-// Keep sets how long the model stays loaded after its last request, evaluating nothing. It loads the
-// model if that is absent, or loaded with other options than these; nil states none. embedding says
-// that the model was used for embeddings: one that can do nothing else refuses /api/generate.
+// Keep sets how long the model stays loaded after its last request, without evaluating anything. It
+// loads the model if it is not loaded, or loaded with other options than these (nil: any options).
+// embedding means that the model was used for embeddings, since a model that can do nothing else
+// refuses /api/generate.
 func (s *Server) Keep(ctx context.Context, model string, d time.Duration, embedding bool,
 	options map[string]any, shift *bool) error {
 	keep := &api.Duration{Duration: d}
@@ -517,7 +533,7 @@ func (s *Server) Keep(ctx context.Context, model string, d time.Duration, embedd
 		func(api.GenerateResponse) error { return nil })
 }
 
-// Load has the model loaded with these options, as a request would that states them. It evaluates
+// Load has the model loaded with these options, like a request that states them. It evaluates
 // nothing, and states no keep_alive.
 func (s *Server) Load(ctx context.Context, model string, options map[string]any, shift *bool) error {
 	stream := false
@@ -528,7 +544,8 @@ func (s *Server) Load(ctx context.Context, model string, options map[string]any,
 	})
 }
 
-// StatusCode returns the HTTP status with which a server refused what was asked, 0 where it did not answer.
+// StatusCode returns the HTTP status with which a server refused a request, or 0 if it did not
+// answer.
 func StatusCode(err error) int {
 	var status api.StatusError
 	if errors.As(err, &status) {

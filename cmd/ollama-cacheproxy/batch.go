@@ -15,34 +15,34 @@ import (
 	"github.com/alecthomas/kong"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/batch"
-	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
 const exitFailed = 3 // some requests failed, and the batch is at its end
 
 type batchCmd struct {
-	Input    string `short:"i" env:"-" default:"-" placeholder:"FILE" help:"Requests, one a line: bodies of /api/chat, /api/generate or /api/embed, or OpenAI's batch form. Default: stdin."`
+	Input    string `short:"i" env:"-" default:"-" placeholder:"FILE" help:"Requests, one per line: bodies of /api/chat, /api/generate or /api/embed, or OpenAI's batch form. Default: stdin."`
 	Template string `env:"-" type:"path" placeholder:"FILE" help:"A request in which {{name}} stands for a field of each row of --data."`
-	Data     string `env:"-" placeholder:"FILE" help:"Rows for --template: a .csv or .tsv file whose first line names the fields, or a JSON object a line (also from stdin, as -)."`
-	Encoding string `env:"-" default:"utf-8" enum:"utf-8,windows-1252,latin1,utf-16" help:"What the input or --data is written in: utf-8, windows-1252, latin1 or utf-16; results are UTF-8. Default: utf-8."`
-	Output   string `short:"o" env:"-" default:"-" placeholder:"FILE" help:"Where results go, one a line. FILE.journal beside it is what an interrupted batch goes on by. Default: stdout, which cannot be gone on with."`
-	Errors   string `env:"-" type:"path" placeholder:"FILE" help:"Where the requests that failed go, to be sent again: -i FILE."`
+	Data     string `env:"-" placeholder:"FILE" help:"Rows for --template: a .csv or .tsv file whose first line names the fields, or one JSON object per line (- for stdin)."`
+	Encoding string `env:"-" default:"utf-8" enum:"utf-8,windows-1252,latin1,utf-16" help:"Encoding of the input or --data: utf-8, windows-1252, latin1 or utf-16; results are UTF-8. Default: utf-8."`
+	Output   string `short:"o" env:"-" default:"-" placeholder:"FILE" help:"Where to write results, one per line. With FILE.journal beside it an interrupted batch can continue. Default: stdout, which cannot be continued."`
+	Errors   string `env:"-" type:"path" placeholder:"FILE" help:"Where to write the requests that failed, to be sent again with -i FILE."`
 
-	Order       string        `env:"-" default:"input" enum:"input,completion" help:"Write results in the input's order, or as they come. Default: input."`
-	Window      int           `default:"10000" placeholder:"N" help:"How many requests to look ahead to order them by what their prompts share. Default: 10000."`
-	Concurrency string        `default:"auto" placeholder:"N" help:"Requests in flight; auto fills the proxy's lanes and backs off when the server has too much to do. Default: auto."`
-	Retries     int           `default:"4" placeholder:"N" help:"How often to send a request again after an error that may pass, waiting twice as long each time. Default: 4."`
-	Timeout     time.Duration `name:"request-timeout" placeholder:"TIME" help:"Cancel an answer that is not complete so long after its first byte (an embedding: after it was sent). Waiting, loading and reading the prompt do not count. Default: never."`
+	Order       string        `env:"-" default:"input" enum:"input,completion" help:"Write results in the order of the input, or as they come. Default: input."`
+	Window      int           `default:"10000" placeholder:"N" help:"How many requests to read ahead and order by what their prompts share. Default: 10000."`
+	Concurrency string        `default:"auto" placeholder:"N" help:"Requests in flight; auto fills the proxy's lanes and backs off when the server is overloaded. Default: auto."`
+	Retries     int           `default:"4" placeholder:"N" help:"How often to retry a request after an error that may pass, with a doubling pause. Default: 4."`
+	Timeout     time.Duration `name:"request-timeout" placeholder:"TIME" help:"Cancel an answer that is not complete this long after its first byte (an embedding: after it was sent). Waiting, loading and evaluating the prompt do not count. Default: never."`
 
 	Server   string        `env:"-" placeholder:"ADDR" help:"The proxy, or Ollama itself. Default: OLLAMA_HOST, or else 127.0.0.1:11435."`
-	Wait     time.Duration `name:"wait-for-server" default:"10m" placeholder:"TIME" help:"How long to wait for a server that does not answer, at the start and whenever it is away; 0s ends the batch at once. Retries count from when it answers. Default: 10m."`
-	APIKey   string        `name:"api-key" placeholder:"KEY" help:"The key that the proxy asks for."`
-	Upstream []string      `env:"-" placeholder:"[NAME=]ADDR" help:"Run a proxy of its own in front of these Ollama servers, for this batch."`
-	Slots    []string      `placeholder:"[NAME=]N" help:"With --upstream: slots per model, as serve has it. Default: auto."`
+	Wait     time.Duration `name:"wait-for-server" default:"10m" placeholder:"TIME" help:"How long to wait for a server that does not answer, at the start and later; 0s ends the batch at once. Retries count from when it answers. Default: 10m."`
+	APIKey   string        `name:"api-key" placeholder:"KEY" help:"An API key of the proxy."`
+	CA       string        `name:"ca" type:"path" default:"" placeholder:"FILE" help:"Believe certificates of https servers that are issued by one of these authorities, too: PEM."`
+	Upstream []string      `env:"-" placeholder:"[NAME=]ADDR" help:"Run a separate proxy in front of these Ollama servers for this batch. Repeatable."`
+	Slots    []string      `placeholder:"[NAME=]N" help:"With --upstream: slots per model, as for serve. Default: auto."`
 
-	Plan        bool   `env:"-" help:"Send nothing: say how the prompts share prefixes, what that will cost, and what would help."`
-	Check       bool   `env:"-" help:"Send nothing: say which lines are wrong."`
+	Plan        bool   `env:"-" help:"Send nothing: show how the prompts share prefixes, what the batch will cost, and what would help."`
+	Check       bool   `env:"-" help:"Send nothing: report wrong lines."`
 	SummaryJSON string `name:"summary-json" env:"-" type:"path" placeholder:"FILE" help:"Write the summary to this file too."`
 
 	Price float64 `placeholder:"NUMBER" help:"What a million evaluated prompt tokens would cost elsewhere, in any currency: the summary then prices them, and those that were reused. Default: 0, which shows no prices."`
@@ -52,7 +52,7 @@ type batchCmd struct {
 }
 
 func (b *batchCmd) Help() string {
-	return `Requests are sent in the order in which they share most, as many at once as the server has use for. Killed at any moment, the same command goes on where it was: the output is the same as that of a run that was not.
+	return `batch sends a file of requests in the order in which their prompts share most, as many at once as the server can use. After a crash the same command continues where it stopped, and the output is the same as that of an uninterrupted run.
 
 Examples:
 
@@ -61,13 +61,19 @@ Examples:
   ollama-cacheproxy batch --template request.json --data candidates.csv -o results.jsonl --errors failed.jsonl
       one request for each row
   ollama-cacheproxy batch --upstream 127.0.0.1:11434 -i requests.jsonl -o results.jsonl
-      without a proxy that runs
+      without a running proxy
   ollama-cacheproxy batch --template request.json --data candidates.csv --plan
       what would it cost, and would another order of the fields help?
 
-A line is {"model": …, "messages" or "prompt" or "input": …} and may have a "custom_id", or {"custom_id": …, "method": "POST", "url": "/v1/chat/completions", "body": {…}}. Results have the line's number, its custom_id, and the answer in one piece, without what differs from run to run (times, created_at, reused tokens) and without "context".
+A line is {"model": …, "messages" or "prompt" or "input": …} and may have a "custom_id", or {"custom_id": …, "method": "POST", "url": "/v1/chat/completions", "body": {…}}.
 
-Exit status: 0 all were answered, 3 some failed (each has a result that says why), 1 it was stopped before the end, 2 the arguments make no sense.`
+A template is such a line in which {{name}} stands for a field of each row, for example request.json:
+
+  {"custom_id": "{{id}}", "model": "llama3.2", "messages": [{"role": "user", "content": "Summarize: {{text}}"}]}
+
+A result has the line's number, its custom_id, and the whole answer without what differs between runs (times, created_at, reused tokens) and without "context". docs/batch.md has a complete example.
+
+Exit status: 0 all requests were answered, 1 stopped before the end, 2 wrong arguments, 3 some requests failed (each has a result that says why).`
 }
 
 func (b *batchCmd) Run(ctx context.Context, c *console) error {
@@ -79,7 +85,10 @@ func (b *batchCmd) Run(ctx context.Context, c *console) error {
 	bar := newProgress(c.stderr, b.LogFormat, b.LogLevel)
 	config.Log = bar.log
 	config.Progress = func(now batch.Progress) { bar.show(now.Done, now.Total, now.Elapsed, now) }
-	transport := proxy.NewTransport()
+	transport, err := newTransport(b.CA)
+	if err != nil {
+		return exitError{2, err}
+	}
 	defer transport.CloseIdleConnections()
 	config.Transport = transport
 	if b.Check {
@@ -118,6 +127,9 @@ func (b *batchCmd) config(c *console) (*batch.Source, *batch.Config, error) {
 	if b.Window < 1 || b.Retries < 0 || b.Timeout < 0 || b.Wait < 0 {
 		return nil, nil, fmt.Errorf("--window %d, --retries %d, --request-timeout %v, --wait-for-server %v: want at least 1, and 0 or more",
 			b.Window, b.Retries, b.Timeout, b.Wait)
+	}
+	if !isPrice(b.Price) {
+		return nil, nil, fmt.Errorf("--price %v: want 0 (no prices) or more", b.Price)
 	}
 	if b.Concurrency != "auto" {
 		n, err := strconv.Atoi(b.Concurrency)
@@ -195,6 +207,9 @@ func (b *batchCmd) check(ctx context.Context, c *console, config *batch.Config) 
 // inner runs a proxy within the program and points the batch at it.
 func (b *batchCmd) inner(ctx context.Context, c *console, config *batch.Config) (stop func(), err error) {
 	args := []string{"--log-format", b.LogFormat}
+	if b.CA != "" {
+		args = append(args, "--upstream-ca", b.CA)
+	}
 	for _, up := range b.Upstream {
 		args = append(args, "--upstream", up)
 	}

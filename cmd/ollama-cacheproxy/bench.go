@@ -17,50 +17,62 @@ import (
 )
 
 type benchCmd struct {
-	Workload string   `env:"-" default:"same" enum:"same,interleaved,closed-loops,models,num-ctx,user-message-prefix,chat-turns" help:"What is asked: one of those above. Default: same."`
-	Optimize []string `env:"-" placeholder:"MODE" enum:"false,keep-alive,true" help:"false: Ollama as it is; keep-alive: models stay loaded; true: requests also wait for the slot that is warm for them. Repeatable. Default: all three, compared."`
-	Requests int      `env:"-" default:"100" placeholder:"N" help:"Requests in each mode and round. Default: 100."`
+	Workload string   `env:"-" default:"same" enum:"same,interleaved,closed-loops,models,num-ctx,user-message-prefix,chat-turns" help:"One of the workloads above; num-ctx and closed-loops show most. Default: same."`
+	Optimize []string `env:"-" placeholder:"MODE" enum:"false,keep-alive,true" help:"false: Ollama alone; keep-alive: models stay loaded; true: requests also wait for the slot that is warm for them. Repeatable. Default: all three, compared."`
+	Requests int      `env:"-" default:"100" placeholder:"N" help:"Requests per mode and round. Default: 100."`
 
-	PrefixTokens int `env:"-" default:"2000" placeholder:"N" help:"Tokens that prompts have in common. Default: 2000."`
-	TailTokens   int `env:"-" default:"50" placeholder:"N" help:"Tokens that each prompt has for itself. Default: 50."`
+	PrefixTokens int `env:"-" default:"2000" placeholder:"N" help:"Tokens that prompts share. Default: 2000."`
+	TailTokens   int `env:"-" default:"50" placeholder:"N" help:"Tokens of each prompt that no other has. Default: 50."`
 	OutputTokens int `env:"-" default:"50" placeholder:"N" help:"Tokens of each answer. Default: 50."`
 
-	Clients int           `env:"-" placeholder:"N" help:"How many ask at a time. Default: 1 for same and user-message-prefix, 32 for interleaved, 4 for the others."`
-	Pause   time.Duration `env:"-" placeholder:"TIME" help:"How long a client waits after an answer. Default: not at all."`
-	GiveUp  time.Duration `env:"-" default:"5m" placeholder:"TIME" help:"End a mode in which nothing was answered for so long; what it has not answered counts as failed. Default: 5m."`
-	Rounds  int           `env:"-" default:"1" placeholder:"N" help:"How often each mode is measured; another comes first each time. Default: 1."`
-	Seed    uint64        `env:"-" default:"1" placeholder:"N" help:"Other seeds make other texts. Default: 1."`
+	Clients int           `env:"-" placeholder:"N" help:"How many clients send at once. Default: 1 for same and user-message-prefix, 32 for interleaved, 4 for the others."`
+	Pause   time.Duration `env:"-" placeholder:"TIME" help:"How long a client pauses after an answer. Default: no pause."`
+	GiveUp  time.Duration `env:"-" default:"5m" placeholder:"TIME" help:"End a mode when nothing has been answered for this long; the rest of its requests count as failed. Default: 5m."`
+	Rounds  int           `env:"-" default:"1" placeholder:"N" help:"How often to measure each mode; a different one comes first each time. Default: 1."`
+	Seed    uint64        `env:"-" default:"1" placeholder:"N" help:"Seed of the generated texts. Default: 1."`
 
-	Upstream string   `env:"-" placeholder:"ADDR" help:"Ollama itself, on which nobody else should work meanwhile. Default: OLLAMA_HOST, or else 127.0.0.1:11434."`
-	Model    []string `env:"-" placeholder:"NAME" help:"The model; twice for the workload models. Default: the only one that there is."`
-	Slots    string   `env:"-" default:"auto" placeholder:"N" help:"With --optimize true: slots per model, as serve has it. Default: auto."`
+	Upstream string   `env:"-" placeholder:"ADDR" help:"The Ollama server, which nobody else should use meanwhile. Default: OLLAMA_HOST, or else 127.0.0.1:11434."`
+	CA       string   `name:"ca" type:"path" default:"" placeholder:"FILE" help:"Believe certificates of https servers that are issued by one of these authorities, too: PEM."`
+	Model    []string `env:"-" placeholder:"NAME" help:"The model; give two for the workload models. Default: the only one that the server has."`
+	Slots    string   `env:"-" default:"auto" placeholder:"N" help:"With --optimize true: slots per model, as for serve. Default: auto."`
+
+	Predictions bool `env:"-" help:"With the workload same: set the figures that are commonly expected of a caching proxy beside the measured ones, and say what is wrong with them (docs/bench.md)."`
 
 	Price float64 `placeholder:"NUMBER" help:"What a million evaluated prompt tokens would cost elsewhere, in any currency: the report then prices them, and those that were reused. Default: 0, which shows no prices."`
 
-	JSON bool   `name:"json" env:"-" help:"Write the report to stdout as JSON, request by request, instead of as a table."`
-	HTML string `name:"html" env:"-" type:"path" placeholder:"FILE" help:"Write the report, with charts, to this file too: one page that needs no network."`
+	JSON bool   `name:"json" env:"-" help:"Write the report to stdout as JSON, request by request, instead of a table."`
+	HTML string `name:"html" env:"-" type:"path" placeholder:"FILE" help:"Also write the report to this file: one page with charts that needs no network."`
 
 	LogLevel  slog.Level `default:"info" help:"debug, info, warn or error. Default: info."`
 	LogFormat string     `default:"auto" enum:"auto,text,json" help:"text, json, or auto: text on a terminal. Default: auto."`
 }
 
 func (b *benchCmd) Help() string {
-	return `Each mode gets the same requests, with texts of its own, on the same server, from a cold start: the models are unloaded before it, and at the end. So do not use a server that others use.
+	return `bench sends the same requests to one Ollama directly, with keep_alive alone, and through the proxy, and sets the three beside each other. Models are unloaded before each mode and at the end, so use a server that nobody else uses.
 
-Workloads: same (one client, one prefix), interleaved (8 prefixes in turn, 32 requests at a time), closed-loops (4 scripts, a prefix each), models (two in turn), num-ctx (two values in turn), user-message-prefix (as same, without a system message), chat-turns (4 chats of 10 turns, one after the other, with one system prompt).
+Workloads:
+  num-ctx              4 clients, two values of num_ctx in turn: what clients that disagree cost
+  closed-loops         4 scripts with a prefix each, which ask again as soon as they have an answer
+  models               4 clients, two models in turn
+  interleaved          8 prefixes in turn, 32 requests at once
+  chat-turns           4 chats of 10 turns with one system prompt
+  same                 one client, one prefix: little to gain from any proxy
+  user-message-prefix  as same, with the prefix in the user's message
+
+Start with num-ctx, which shows a gain on any Ollama, and closed-loops, which shows one where prompts do not fit into Ollama's host cache.
 
 Examples:
 
-  ollama-cacheproxy bench
-      100 requests that share a prefix, in all three modes
+  ollama-cacheproxy bench --workload num-ctx --model llama3.2
+      clients that disagree on num_ctx, in all three modes
   ollama-cacheproxy bench --workload closed-loops --requests 1000 --rounds 3 --html report.html
-      four scripts at once, three times, with charts
-  ollama-cacheproxy bench --optimize false --optimize true --model llama3 --json > report.json
+      four scripts, measured three times, with charts
+  ollama-cacheproxy bench --optimize false --optimize true --json > report.json
       two modes, request by request
 
-Ctrl-C stops it; what was measured until then is reported, marked as incomplete.
+Ctrl-C stops it and reports what was measured so far, marked as incomplete.
 
-Exit status: 0 all were answered, 3 some failed, 1 it was stopped before the end, 2 the arguments make no sense.`
+Exit status: 0 all requests were answered, 1 stopped before the end, 2 wrong arguments, 3 some requests failed.`
 }
 
 func (b *benchCmd) Run(ctx context.Context, c *console) error {
@@ -75,7 +87,7 @@ func (b *benchCmd) Run(ctx context.Context, c *console) error {
 	config.Log = bar.log
 	config.Progress = func(now bench.Progress) { bar.show(now.Done, now.Total, now.Elapsed, now) }
 	config.Front = func(ctx context.Context, mode bench.Mode, done func(proxy.Exchange)) (*url.URL, func() error, error) {
-		flags := []string{"--upstream", config.Upstream.String(), "--log-format", b.LogFormat}
+		flags := []string{"--upstream", config.Upstream.String(), "--log-format", b.LogFormat, "--upstream-ca=" + b.CA}
 		switch mode {
 		case bench.Direct:
 			flags = append(flags, "--slots", "off", "--keep-alive", "off", "--no-touch")
@@ -86,7 +98,10 @@ func (b *benchCmd) Run(ctx context.Context, c *console) error {
 		}
 		return runInner(ctx, c, flags, done) // without settings from the environment: they would not be in the report
 	}
-	transport := proxy.NewTransport()
+	transport, err := newTransport(b.CA)
+	if err != nil {
+		return exitError{2, err}
+	}
 	defer transport.CloseIdleConnections()
 	config.Transport = transport
 	report, err := bench.Run(ctx, *config)
@@ -99,7 +114,7 @@ func (b *benchCmd) Run(ctx context.Context, c *console) error {
 
 // config understands the flags.
 func (b *benchCmd) config() (*bench.Config, error) {
-	if b.Price < 0 {
+	if !isPrice(b.Price) {
 		return nil, errors.New("--price: want 0 (no prices) or more")
 	}
 	for _, n := range []int{b.Requests, b.PrefixTokens, b.TailTokens, b.OutputTokens, b.Rounds} {
@@ -115,7 +130,7 @@ func (b *benchCmd) config() (*bench.Config, error) {
 	}
 	config := &bench.Config{
 		Models: b.Model, Workload: b.Workload, Requests: b.Requests, PrefixTokens: b.PrefixTokens, TailTokens: b.TailTokens, OutputTokens: b.OutputTokens,
-		Clients: b.Clients, Pause: b.Pause, GiveUp: b.GiveUp, Rounds: b.Rounds, Seed: b.Seed, Slots: b.Slots,
+		Clients: b.Clients, Pause: b.Pause, GiveUp: b.GiveUp, Rounds: b.Rounds, Seed: b.Seed, Slots: b.Slots, Predictions: b.Predictions,
 		Price: b.Price,
 	}
 	for _, mode := range b.Optimize {

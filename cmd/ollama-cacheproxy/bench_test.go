@@ -147,7 +147,7 @@ func TestBenchTable(t *testing.T) {
 // TestBenchEstimates: a server that does not tell what it reused has that estimated, and that is said.
 func TestBenchEstimates(t *testing.T) {
 	_, url := simulated(t, "0.24.0", quickLoad, 1e6, "a:latest")
-	status, stdout, stderr := benchmark(t.Context(), url, "--requests", "20", "--optimize", "true", "--optimize", "false")
+	status, stdout, stderr := benchmark(t.Context(), url, "--requests", "20", "--optimize", "true", "--optimize", "false", "--predictions")
 	if status != 0 || !strings.Contains(stdout, "… evaluated, estimated") || strings.Contains(stdout, "measured  ") {
 		t.Errorf("status %d: %s\n%s", status, stderr, stdout)
 	}

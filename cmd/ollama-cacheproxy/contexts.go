@@ -17,27 +17,27 @@ import (
 )
 
 type contextsCmd struct {
-	Ls     contextsLs     `cmd:"" help:"List what is stored, what was used last first."`
+	Ls     contextsLs     `cmd:"" help:"List what is stored, most recently used first."`
 	Rm     contextsRm     `cmd:"" help:"Remove stored contexts."`
-	Verify contextsVerify `cmd:"" help:"Look whether what is stored is whole."`
+	Verify contextsVerify `cmd:"" help:"Check that what is stored is complete and unchanged."`
 }
 
 func (contextsCmd) Help() string {
-	return `Contexts are what models had evaluated of prompts, kept on disk by serve --contexts HOME.
-These verbs work while that runs, and while it does not.
+	return `Contexts are evaluated prompts that serve --contexts HOME keeps on disk.
+These verbs work whether or not it runs.
 
 Examples:
 
   ollama-cacheproxy contexts ls /var/lib/ollama-cacheproxy
   ollama-cacheproxy contexts rm /var/lib/ollama-cacheproxy --model llama3 --older 7d
-      those of a model that were of no use for a week
+      those of one model that were unused for a week
   ollama-cacheproxy contexts verify /var/lib/ollama-cacheproxy
       exits with 1 if something is torn, and says what to do`
 }
 
 // contextsHome is the folder that all of these verbs are about.
 type contextsHome struct {
-	Home string `arg:"" type:"path" help:"What serve --contexts is given."`
+	Home string `arg:"" type:"path" help:"The folder given to serve --contexts."`
 }
 
 func (h contextsHome) dir() string { return engine.ContextsFolder(h.Home) }
@@ -59,12 +59,12 @@ func (h contextsHome) explain(err error) error {
 
 type contextsLs struct {
 	contextsHome
-	JSON bool `name:"json" env:"-" help:"One JSON array."`
+	JSON bool `name:"json" env:"-" help:"Print one JSON array."`
 }
 
 func (contextsLs) Help() string {
-	return `MB are of 1,000,000 bytes. COST is about how long it would take to evaluate again. USES counts
-how often it was asked for.
+	return `MB are 1,000,000 bytes. COST is roughly how long evaluating it again would take. USES counts how often
+it was asked for.
 
 Examples:
 
@@ -150,10 +150,10 @@ func ago(t time.Time) string {
 
 type contextsRm struct {
 	contextsHome
-	IDs   []string `arg:"" optional:"" name:"id" help:"As ls shows them; the first letters will do."`
-	All   bool     `env:"-" help:"All of them, and what is left of any that are torn."`
-	Model string   `env:"-" placeholder:"NAME" help:"Those of a model."`
-	Older age      `env:"-" placeholder:"TIME" help:"Those of no use for so long: 7d, 12h."`
+	IDs   []string `arg:"" optional:"" name:"id" help:"As ls shows them; the first letters are enough."`
+	All   bool     `env:"-" help:"All of them, including remains of torn ones."`
+	Model string   `env:"-" placeholder:"NAME" help:"Those of one model."`
+	Older age      `env:"-" placeholder:"TIME" help:"Those unused for this long: 7d, 12h."`
 }
 
 func (contextsRm) Help() string {
@@ -244,7 +244,7 @@ func find(asked string, states []contextstore.State, problems []contextstore.Pro
 
 type contextsVerify struct {
 	contextsHome
-	Quick bool `env:"-" help:"Look at beginnings and sizes only, and compare no checksums."`
+	Quick bool `env:"-" help:"Compare only beginnings and sizes, not checksums."`
 }
 
 func (contextsVerify) Help() string {

@@ -15,24 +15,24 @@ import (
 
 // engineCmd links the proxy to the engines of an Ollama on the same machine; docs/engine.md.
 type engineCmd struct {
-	Link   engineLinkCmd   `cmd:"" help:"Link to an installed Ollama, or link anew after an upgrade."`
-	Unlink engineUnlinkCmd `cmd:"" help:"Take a link away."`
-	Status engineStatusCmd `cmd:"" help:"Say what is linked and which engines run."`
+	Link   engineLinkCmd   `cmd:"" help:"Link to an installed Ollama, or renew the link after an upgrade."`
+	Unlink engineUnlinkCmd `cmd:"" help:"Remove a link."`
+	Status engineStatusCmd `cmd:"" help:"Show what is linked and which engines run."`
 }
 
 type engineLinkCmd struct {
-	Ollama  string `placeholder:"PATH" help:"The installed ollama binary; by default that in PATH, or where installers put it."`
-	To      string `required:"" placeholder:"DIR" help:"The folder of the link; it is made if it is not there."`
-	SWAFull bool   `name:"swa-full" help:"Have models with a sliding window (Gemma 3, gpt-oss) keep all tokens, at the cost of memory, so that their contexts can be stored."`
+	Ollama  string `placeholder:"PATH" help:"The installed ollama binary. Default: the one in PATH, or where installers put it."`
+	To      string `required:"" placeholder:"DIR" help:"The folder of the link; it is created if necessary."`
+	SWAFull bool   `name:"swa-full" help:"Let models with a sliding window (Gemma 3, gpt-oss) keep all tokens, which takes more memory, so that their contexts can be stored."`
 }
 
 func (e *engineLinkCmd) Help() string {
-	return `Makes a second folder of an installed Ollama, 0.30 or later, whose engines tell the proxy where they
-are and save their contexts there. Nothing of the installed one is changed. Start DIR/bin/ollama in
-its place, and the proxy with --contexts DIR, as the same user.
+	return `Creates a second folder for an installed Ollama, 0.30 or later, whose engines tell the proxy where they
+are and save their contexts there. The installed Ollama is not changed. Start DIR/bin/ollama in its
+place, and the proxy with --contexts DIR, as the same user.
 
-It does nothing where all is as it should be, so it can be run before each start of Ollama: then an
-upgrade is noticed.
+If the link is up to date, nothing is changed. So run it before each start of Ollama, and upgrades are
+noticed.
 
 Examples:
 
@@ -115,12 +115,12 @@ func findOllama() string {
 
 type engineUnlinkCmd struct {
 	Dir      string `arg:"" placeholder:"DIR" help:"The folder of the link."`
-	Contexts bool   `help:"Take the stored contexts away, too."`
+	Contexts bool   `help:"Remove the stored contexts, too."`
 }
 
 func (e *engineUnlinkCmd) Help() string {
-	return `Takes away what engine link has made, and leaves the stored contexts unless it is told otherwise.
-Stop the linked Ollama first: as long as it runs it needs the link to load models.
+	return `Removes what engine link has created, but keeps the stored contexts unless --contexts is given.
+Stop the linked Ollama first: it needs the link to load models.
 
 Example:
 
@@ -140,8 +140,8 @@ type engineStatusCmd struct {
 }
 
 func (e *engineStatusCmd) Help() string {
-	return `Says which Ollama is linked, whether it has changed since, and which engines of it run. It exits
-with 1 where stored contexts are off, as they are after an upgrade until it is linked anew.
+	return `Shows which Ollama is linked, whether it has changed since, and which of its engines run. It exits
+with 1 if stored contexts are off, as they are after an upgrade until engine link is run again.
 
 Example:
 

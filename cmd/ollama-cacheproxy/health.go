@@ -6,14 +6,13 @@ import (
 	"io"
 	"net/http"
 	"strings"
-	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
 type healthCmd struct {
-	Listen string `default:"127.0.0.1:11435" placeholder:"ADDR" help:"Where the proxy listens."`
-	Ready  bool   `help:"Ask for the upstream too, not only for the proxy."`
+	Listen string `default:"127.0.0.1:11435" placeholder:"ADDR" help:"Where the proxy listens: an address, or https://ADDR with --tls-cert, whose certificate is not checked."`
+	Ready  bool   `help:"Check the upstream, too, not only the proxy."`
 }
 
 func (h *healthCmd) Help() string {
@@ -34,13 +33,11 @@ func (h *healthCmd) Run(ctx context.Context, c *console) error {
 	if h.Ready {
 		page = "ready"
 	}
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.JoinPath("/_cacheproxy/", page).String(), nil)
 	if err != nil {
 		return err
 	}
-	res, err := http.DefaultClient.Do(req)
+	res, err := anybody.Do(req)
 	if err != nil {
 		return fmt.Errorf("no proxy answers at %s: %w", u, err)
 	}

@@ -22,11 +22,12 @@ func TestImports(t *testing.T) {
 		"runners":               {"prefix", "upstream"},
 		"savings":               {"contextstore", "jsonscan", "prefix", "runners"},
 		"schedule":              {"prefix"},
+		"doctor":                {"prefix"},
 		"livepage":              {},
-		"proxy":                 {"contexts", "jsonscan", "livepage", "prefix", "runners", "savings", "schedule", "upstream"},
+		"proxy":                 {"contexts", "doctor", "jsonscan", "livepage", "prefix", "runners", "savings", "schedule", "upstream"},
 		"metrics":               {"contexts", "contextstore", "proxy", "savings", "schedule", "upstream"},
 		"bench":                 {"bench/text", "proxy", "savings", "upstream"},
-		"cmd/ollama-cacheproxy": {"batch", "bench", "contexts", "contextstore", "engine", "metrics", "ollamasim", "proxy", "savings", "schedule", "upstream"},
+		"cmd/ollama-cacheproxy": {"batch", "bench", "contexts", "contextstore", "doctor", "engine", "metrics", "ollamasim", "proxy", "savings", "schedule", "upstream"},
 	}
 	for pkg, want := range allowed {
 		out, err := exec.Command("go", "list", "-f", `{{join .Imports "\n"}}`, module+pkg).Output()

@@ -18,7 +18,9 @@ func runInner(ctx context.Context, c *console, flags []string, done func(proxy.E
 	if err != nil {
 		panic(err) // the same tags as run's
 	}
-	if _, err := parser.Parse(append([]string{"serve", "--listen", "127.0.0.1:0", "--log-level", "warn"}, flags...)); err != nil {
+	// What the environment says of a file and of clients is not for this one.
+	flags = append([]string{"serve", "--config=", "--tls-cert=", "--tls-key=", "--listen", "127.0.0.1:0", "--log-level", "warn"}, flags...)
+	if _, err := parser.Parse(flags); err != nil {
 		return nil, nil, exitError{2, err}
 	}
 	listens := make(chan net.Addr, 1)

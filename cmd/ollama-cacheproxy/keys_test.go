@@ -152,7 +152,7 @@ func TestHangup(t *testing.T) {
 			}
 		}
 		if flags == nil {
-			waitFor(t, func() bool { return strings.Contains(log.String(), "SIGHUP: there is neither an --api-keys-file") })
+			waitFor(t, func() bool { return strings.Contains(log.String(), "SIGHUP: there is no file of settings") })
 		} else {
 			waitFor(t, func() bool { return status("two") == http.StatusOK })
 			waitFor(t, func() bool { return strings.Contains(log.String(), "API keys read again") })

@@ -24,9 +24,13 @@ type cli struct {
 	Batch    batchCmd    `cmd:"" help:"Send a file of requests, and go on where it was after a crash."`
 	Bench    benchCmd    `cmd:"" help:"Measure what the proxy is worth on an Ollama server: directly and through it, in one run."`
 	Contexts contextsCmd `cmd:"" help:"List, remove and verify the contexts that serve --contexts keeps."`
+	Doctor   doctorCmd   `cmd:"" help:"Say what is wrong with how a running proxy's Ollama is used, and which setting changes that."`
 	Engine   engineCmd   `cmd:"" help:"Link to the engines of an Ollama on this machine, for stored contexts."`
 	Health   healthCmd   `cmd:"" help:"Ask a running proxy whether it and its upstream are well; for a container's health check."`
-	Version  versionCmd  `cmd:"" help:"Print the version."`
+	Version  versionCmd  `cmd:"" help:"Print the version, the commit and Go's version."`
+
+	Completion completionCmd `cmd:"" help:"Print what makes a shell complete verbs, flags and their values: bash, zsh or fish."`
+	Man        manCmd        `cmd:"" hidden:"" help:"Print the man page."`
 }
 
 // exitError ends the program with a status of its own.
@@ -67,16 +71,26 @@ func joinNegative(args []string) []string {
 // vars are figures that help texts and defaults refer to.
 var vars = kong.Vars{"maxbody": strconv.Itoa(proxy.DefaultMaxBody), "storebytes": strconv.Itoa(defaultStoreBytes), "contextbytes": strconv.Itoa(defaultContextBytes)}
 
-// run is the program; it returns the exit status: 0, 1 for a failure, 2 for arguments that make no sense.
-func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	var c cli
-	exit := -1
-	parser, err := kong.New(&c,
+// groups are serve's flags in two parts: those without a group tag are special.
+var groups = []kong.Group{{Key: "everyday", Title: "Everyday flags:"}, {Key: "special", Title: "Special flags:"}}
+
+// newParser returns what reads a command line into c.
+func newParser(ctx context.Context, c *cli, stdout, stderr io.Writer, exit func(int)) *kong.Kong {
+	parser, err := kong.New(c,
 		kong.Name("ollama-cacheproxy"),
 		kong.Description("A transparent HTTP proxy in front of Ollama: point OLLAMA_HOST at it and models stay loaded."),
 		kong.DefaultEnvars("OLLAMA_CACHEPROXY"),
+		kong.ExplicitGroups(groups),
+		kong.PostBuild(func(k *kong.Kong) error {
+			for _, f := range serveFlags(k.Model) {
+				if f.Group == nil {
+					f.Group = &groups[1]
+				}
+			}
+			return nil
+		}),
 		kong.Writers(stdout, stderr),
-		kong.Exit(func(code int) { exit = code }),
+		kong.Exit(exit),
 		kong.ConfigureHelp(kong.HelpOptions{WrapUpperBound: 110}),
 		kong.BindTo(ctx, (*context.Context)(nil)),
 		kong.Bind(&console{stdout, stderr}),
@@ -85,13 +99,22 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	if err != nil {
 		panic(err) // the struct tags above are wrong
 	}
+	return parser
+}
+
+// run is the program; it returns the exit status: 0, 1 for a failure, 2 for arguments that make no sense.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	var c cli
+	exit := -1
+	parser := newParser(ctx, &c, stdout, stderr, func(code int) { exit = code })
 	if len(args) > 0 && (args[0] == "-h" || args[0] == "--help") {
 		args = append([]string{"serve"}, args...) // the help that people look for is the default verb's
 	}
 	if len(args) > 0 && args[0] == "--version" {
 		args[0] = "version"
 	}
-	kctx, err := parser.Parse(joinNegative(args))
+	args = joinNegative(args)
+	kctx, err := parser.Parse(args)
 	if exit >= 0 { // --help
 		return exit
 	}
@@ -99,10 +122,18 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		if strings.Contains(err.Error(), "unknown flag --attach-context") {
 			err = errors.New("--attach-context is gone, since it saved no time: --contexts is what does")
 		}
-		fmt.Fprintf(stderr, "ollama-cacheproxy: %v (see ollama-cacheproxy --help)\n", err)
+		fmt.Fprintf(stderr, "ollama-cacheproxy: %v (see ollama-cacheproxy --help)\n", plain(err))
 		return 2
 	}
+	c.Serve.again = func() (*serveCmd, error) {
+		var again cli
+		_, err := newParser(ctx, &again, io.Discard, io.Discard, func(int) {}).Parse(args)
+		return &again.Serve, plain(err)
+	}
 	if err := kctx.Run(); err != nil {
+		if quiet, ok := errors.AsType[silentError](err); ok {
+			return quiet.code
+		}
 		fmt.Fprintf(stderr, "ollama-cacheproxy: %v\n", err)
 		if exit, ok := errors.AsType[exitError](err); ok {
 			return exit.code

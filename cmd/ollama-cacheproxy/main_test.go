@@ -359,7 +359,7 @@ func TestListenAddr(t *testing.T) {
 			t.Errorf("listenAddr(%q) = %q, %v; want %q", in, got, err, want)
 		}
 	}
-	for _, in := range []string{"http://x/y", "a b:c:d"} {
+	for _, in := range []string{"http://x/y", "a b:c:d", "13001"} {
 		if got, err := listenAddr(in); err == nil {
 			t.Errorf("listenAddr(%q) = %q, want an error", in, got)
 		}

@@ -2,10 +2,12 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"os"
@@ -47,18 +49,22 @@ const (
 )
 
 type serveCmd struct {
-	Listen   string   `default:"127.0.0.1:11435" placeholder:"ADDR" help:"Address to listen on: host:port, :port (all interfaces) or a host. Default: 127.0.0.1:11435."`
-	Upstream []string `placeholder:"[NAME=]ADDR" help:"An Ollama server, in the forms that OLLAMA_HOST takes: host, host:port or a URL; NAME is what logs, metrics and answers call it; or sim: for a simulated one (docs/upstreams.md). Repeatable: requests go where their model is and their prefix is warm. Default: http://127.0.0.1:11434."`
+	Config string `group:"everyday" type:"path" default:"" placeholder:"FILE" help:"Read settings from this YAML file: the names of these flags, without dashes before them; lists for repeated ones; a map for NAME=VALUE (docs/settings.md). A flag goes before the environment, the environment before the file. It is read again when it changes, and at SIGHUP. Default: none."`
 
-	KeepAlive       []string `placeholder:"[MODEL=]TIME" help:"How long models stay loaded after a request that states no keep_alive: a duration (24h), seconds, -1 (for ever) or off; MODEL=TIME for one model. Repeatable. Default: 24h."`
+	Listen   string   `group:"everyday" default:"127.0.0.1:11435" placeholder:"ADDR" help:"Address to listen on: host:port, :port (all interfaces) or a host. Default: 127.0.0.1:11435."`
+	Upstream []string `group:"everyday" placeholder:"[NAME=]ADDR" help:"An Ollama server, in the forms that OLLAMA_HOST takes: host, host:port or a URL; NAME is what logs, metrics and answers call it; or sim: for a simulated one (docs/upstreams.md). Repeatable: requests go where their model is and their prefix is warm. Default: http://127.0.0.1:11434."`
+
+	KeepAlive       []string `group:"everyday" placeholder:"[MODEL=]TIME" help:"How long models stay loaded after a request that states no keep_alive: a duration (24h), seconds, -1 (for ever) or off; MODEL=TIME for one model. Repeatable. Default: 24h."`
 	KeepAlivePolicy string   `default:"if-absent" enum:"if-absent,at-least,force" help:"What becomes of a client's own keep_alive: if-absent keeps it, at-least raises a shorter one, force replaces it. 0 (unload) is always kept. Default: if-absent."`
 	Touch           bool     `default:"true" negatable:"" help:"For models used through /v1 and /v1/messages, which cannot carry keep_alive, set it with one empty request per load."`
+	NumCtxPolicy    []string `placeholder:"[MODEL=]POLICY" help:"What becomes of the num_ctx of requests to /api/…, for each other one of which Ollama loads a model anew: keep leaves it, pin makes it the one that is loaded, where that is no less, raise the largest one that was asked for so far (docs/heads.md). A larger one takes more memory. MODEL=POLICY for one model. Repeatable. Default: keep."`
+	StableHeads     []string `placeholder:"RULE" help:"Edit prompts, so that their heads are the same each time: claude-billing puts zeros in the place of the checksums in the line x-anthropic-billing-header of Claude Code, total-tokens removes its system messages that count the tokens left (docs/heads.md). Repeatable. Default: none."`
 	MaxBody         int64    `default:"${maxbody}" placeholder:"BYTES" help:"Longest request body to look at; a longer one is forwarded unread, one at a time. Default: 67108864 (64 MiB)."`
 
 	Memory      int64         `placeholder:"BYTES" help:"How much memory the bodies of all requests that wait may take together; those that do not fit wait unread. Default: a quarter of what the machine has, or the container (cgroup) may use."`
 	BodyTimeout time.Duration `default:"60s" placeholder:"TIME" help:"For how long a request's body may make no progress before it is given up with 408; 0 for ever. Default: 60s."`
 
-	Slots   []string      `placeholder:"[NAME=]N" help:"How many slots a loaded model has (the server's OLLAMA_NUM_PARALLEL), or auto to learn it, from OLLAMA_NUM_PARALLEL on where that is set here and the server is on this machine: requests wait, and each slot gets the one that fits what it holds; NAME=N for one upstream. off sends requests as they come. Repeatable. Default: auto."`
+	Slots   []string      `group:"everyday" placeholder:"[NAME=]N" help:"How many slots a loaded model has (the server's OLLAMA_NUM_PARALLEL), or auto to learn it, from OLLAMA_NUM_PARALLEL on where that is set here and the server is on this machine: requests wait, and each slot gets the one that fits what it holds; NAME=N for one upstream. off sends requests as they come. Repeatable. Default: auto."`
 	Queue   int           `default:"10000" placeholder:"N" help:"How many requests may wait for a slot, or for an upstream that is away; of more than that the least urgent are answered 503, and of these the newest of whoever has most waiting. Default: 10000."`
 	MaxWait time.Duration `placeholder:"TIME" help:"From when on a waiting request goes before others, whatever that costs. Default: never."`
 
@@ -69,24 +75,32 @@ type serveCmd struct {
 
 	StoreEntries   int           `default:"1000000" placeholder:"N" help:"How many links of prefixes to remember; a prompt has about one for each 256 bytes. Default: 1000000."`
 	StoreBytes     int64         `default:"${storebytes}" placeholder:"BYTES" help:"How much memory to remember prefixes in. Default: 268435456 (256 MiB)."`
-	Contexts       string        `placeholder:"HOME" type:"path" help:"Keep the state of evaluated prompts on disk, below this folder, and give it back to Ollama after a load, a restart or an eviction. It takes an Ollama 0.30 or later on this machine that was linked with 'ollama-cacheproxy engine link --to HOME' (docs/contexts.md). Default: not at all."`
+	Contexts       string        `group:"everyday" placeholder:"HOME" type:"path" default:"" help:"Keep the state of evaluated prompts on disk, below this folder, and give it back to Ollama after a load, a restart or an eviction. It takes an Ollama 0.30 or later on this machine that was linked with 'ollama-cacheproxy engine link --to HOME' (docs/contexts.md). Default: not at all."`
 	ContextBytes   int64         `default:"${contextbytes}" placeholder:"BYTES" help:"How much disk the stored contexts may take; 2 GiB of the disk stay free. Default: 21474836480 (20 GiB)."`
 	ContextTTL     time.Duration `default:"720h" placeholder:"TIME" help:"How long a stored context is kept that nobody needs; 0 for ever. Default: 720h (30 days)."`
-	Prewarm        string        `placeholder:"FILE" type:"path" help:"Requests whose prompts are to be warm before anybody asks: one JSON object a line, as a client would send it, with \"path\" if that is not /api/chat (docs/contexts.md). They are sent while nobody asks, at first and after each load of their model, and given up when somebody does. At first they load their models. The file is read again when it changes, and at SIGHUP. Default: none."`
+	Prewarm        string        `placeholder:"FILE" type:"path" default:"" help:"Requests whose prompts are to be warm before anybody asks: one JSON object a line, as a client would send it, with \"path\" if that is not /api/chat (docs/contexts.md). They are sent while nobody asks, at first and after each load of their model, and given up when somebody does. At first they load their models. The file is read again when it changes, and at SIGHUP. Default: none."`
 	ContextsShared bool          `help:"Attach what one API key's prompts left to those of the others, too. A client could find out by the time that an answer takes whether another one has sent a prompt."`
 	ShowPrompts    bool          `help:"Show the beginning and the end of request bodies on /_cacheproxy/requests. Without this no prompt text is kept."`
 
 	Price       float64  `placeholder:"NUMBER" help:"What a million evaluated prompt tokens would cost elsewhere, in any currency: the page at /_cacheproxy/ then shows what those that were reused are worth, and bench and batch do. Default: 0, which shows no prices."`
 	AllowHost   []string `placeholder:"NAME" help:"Accept this Host name on loopback connections too (* for any). Repeatable."`
 	AllowOrigin []string `placeholder:"ORIGIN" help:"Let web pages of this origin in, such as https://chat.example.com; one * stands for anything. Repeatable. Those in OLLAMA_ORIGINS are let in too."`
-	APIKeysFile string   `name:"api-keys-file" type:"path" placeholder:"FILE" help:"Ask clients for one of the keys in this file. A line is KEY, or NAME KEY and then any of weight=2 (its share beside others that wait), class=batch (the most urgent priority that it may ask for, and the one it has if it asks for none: interactive, normal or batch), max-waiting=50 (more requests that would have to wait get 429) and rate=10/s (or /m, /h; more requests get 429). It is read again when it changes, and at SIGHUP."`
+	APIKeysFile string   `group:"everyday" name:"api-keys-file" type:"path" default:"" placeholder:"FILE" help:"Ask clients for one of the keys in this file. A line is KEY, or NAME KEY and then any of weight=2 (its share beside others that wait), class=batch (the most urgent priority that it may ask for, and the one it has if it asks for none: interactive, normal or batch), max-waiting=50 (more requests that would have to wait get 429), rate=10/s (or /m, /h; more requests get 429) and admin (it may pull, create, copy, push and delete models, and drain upstreams; no other key may). It is read again when it changes, and at SIGHUP."`
+
+	TLSCert    string `name:"tls-cert" group:"everyday" type:"path" default:"" placeholder:"FILE" help:"Serve clients by https (HTTP/1.1 and HTTP/2) with this certificate: PEM, with those of its issuers after it. It and its key are read again when they change, and at SIGHUP. Default: plain http."`
+	TLSKey     string `name:"tls-key" group:"everyday" type:"path" default:"" placeholder:"FILE" help:"The key of --tls-cert: PEM."`
+	UpstreamCA string `name:"upstream-ca" type:"path" default:"" placeholder:"FILE" help:"Believe certificates of https upstreams that are issued by one of these authorities, too, beside those that the system believes: PEM. Nothing else believes them. Default: none."`
 
 	TrustedProxy []string `placeholder:"CIDR" help:"Believe a front at this address or network (nginx, Open WebUI) when it says who asks: by X-Forwarded-For or Forwarded, else X-OpenWebUI-User-Id. Each is then a client of its own, which counts for fairness and for nothing else. Repeatable. Default: nobody."`
 
-	LogLevel  slog.Level    `default:"info" help:"debug, info, warn or error. Default: info."`
+	LogLevel  slog.Level    `group:"everyday" default:"info" help:"debug, info, warn or error. Default: info."`
 	LogFormat string        `default:"auto" enum:"auto,text,json" help:"text, json, or auto: text on a terminal. Default: auto."`
 	Drain     time.Duration `default:"30s" help:"How long requests that run or wait may take to finish after SIGTERM or Ctrl-C. Default: 30s."`
-	Check     bool          `help:"Check the settings, say what they mean and whether the upstream answers, and stop. Exits with 0 if all is well, 1 if an upstream does not answer, 2 if a setting is wrong."`
+	Check     bool          `group:"everyday" help:"Check the settings, say what they mean and whether the upstream answers, and stop. Exits with 0 if all is well, 1 if an upstream does not answer or the address is taken, 2 if a setting is wrong. Where each setting comes from is told, too."`
+
+	file    *configFile               // what --config says; nil: there is none
+	inForce []setting                 // all flags, with where each comes from
+	again   func() (*serveCmd, error) // reads the command line, the environment and the file anew; nil: they stay
 
 	listening func(net.Addr)       // called when the listener is there; nil: nobody is told
 	done      func(proxy.Exchange) // called for each request when it is over; nil: nobody is told
@@ -127,7 +141,7 @@ POST /_cacheproxy/upstreams/NAME/drain has an upstream finish what it has and ge
 
 With several upstreams what changes models (pull, create, copy, push, delete, blobs) goes to the first one. The request header X-Cacheproxy-Upstream: NAME sends any request to one of them; in answers it names the one that answered.
 
-Other verbs: batch, bench, health, version ("ollama-cacheproxy VERB --help").`
+Other verbs: batch (a file of requests), bench (what the proxy is worth), completion (for a shell), contexts and engine (stored contexts), doctor (what is wrong), health, version. Each has --help.`
 }
 
 // settings are the flags, understood.
@@ -136,12 +150,17 @@ type settings struct {
 	listen    string            // for net.Listen
 	upstreams []target
 	keepAlive proxy.KeepAlive
+	numCtx    proxy.NumCtx
+	heads     proxy.StableHeads
 	guard     proxy.Guard
 	keys      *keysFile    // guard.Keys is what was read of it; nil: none are asked for
 	prewarm   *prewarmFile // nil: nothing is made warm before anybody asks
-	trusted   *proxy.TrustedProxies
-	lanes     bool  // requests wait for slots, or are to be spread over upstreams
-	memory    int64 // bytes
+	cert      *certFile    // nil: clients are served without TLS
+
+	upstreamTLS *tls.Config // nil: net/http's own
+	trusted     *proxy.TrustedProxies
+	lanes       bool  // requests wait for slots, or are to be spread over upstreams
+	memory      int64 // bytes
 }
 
 func (s *serveCmd) settings() (settings, error) {
@@ -159,8 +178,8 @@ func (s *serveCmd) settings() (settings, error) {
 		}
 		set.lanes = set.lanes || t.slots != schedule.Unlimited || len(set.upstreams) > 1
 	}
-	if set.keepAlive, err = proxy.ParseKeepAlive(proxy.KeepAlivePolicy(s.KeepAlivePolicy), append([]string{defaultKeepAlive}, s.KeepAlive...)); err != nil {
-		return set, fmt.Errorf("--keep-alive: %w", err)
+	if err = set.edits(s); err != nil {
+		return set, err
 	}
 	if set.memory, err = s.limits(); err != nil {
 		return set, err
@@ -172,16 +191,55 @@ func (s *serveCmd) settings() (settings, error) {
 	if set.trusted, err = proxy.ParseTrustedProxies(s.TrustedProxy); err != nil {
 		return set, fmt.Errorf("--trusted-proxy: %w", err)
 	}
-	if s.APIKeysFile != "" {
-		if set.keys, err = readKeys(s.APIKeysFile); err != nil {
-			return set, err
-		}
+	return set, s.readFiles(&set)
+}
+
+// apiKeys reads those that clients must show; nil where none are asked for.
+func (s *serveCmd) apiKeys() (*keysFile, error) {
+	inline := s.file != nil && s.file.keys.line > 0
+	switch {
+	case inline && s.APIKeysFile != "":
+		return nil, fmt.Errorf("--api-keys-file is given, and %s in %s: give one of them", settingAPIKeys, s.file.path)
+	case inline:
+		return inlineKeysFile(s.file)
+	case s.APIKeysFile != "":
+		return readKeys(s.APIKeysFile)
+	}
+	return nil, nil
+}
+
+// readFiles reads the files that settings name.
+func (s *serveCmd) readFiles(set *settings) (err error) {
+	if set.keys, err = s.apiKeys(); err != nil {
+		return err
+	}
+	if set.keys != nil {
 		set.guard.Keys = set.keys.keys
 	}
 	if s.Prewarm != "" {
-		set.prewarm, err = readPrewarm(s.Prewarm)
+		if set.prewarm, err = readPrewarm(s.Prewarm); err != nil {
+			return err
+		}
 	}
-	return set, err
+	if set.cert, err = readCert(s.TLSCert, s.TLSKey); err != nil {
+		return err
+	}
+	set.upstreamTLS, err = certificates("--upstream-ca", s.UpstreamCA)
+	return err
+}
+
+// edits reads what is to be edited of requests.
+func (set *settings) edits(s *serveCmd) (err error) {
+	if set.keepAlive, err = proxy.ParseKeepAlive(proxy.KeepAlivePolicy(s.KeepAlivePolicy), append([]string{defaultKeepAlive}, s.KeepAlive...)); err != nil {
+		return fmt.Errorf("--keep-alive: %w", err)
+	}
+	if set.numCtx, err = proxy.ParseNumCtx(s.NumCtxPolicy); err != nil {
+		return fmt.Errorf("--num-ctx-policy: %w", err)
+	}
+	if set.heads, err = proxy.ParseStableHeads(s.StableHeads); err != nil {
+		return fmt.Errorf("--stable-heads: %w", err)
+	}
+	return nil
 }
 
 // limits checks the flags that are numbers and times, and returns how much memory bodies may take.
@@ -205,7 +263,7 @@ func (s *serveCmd) limits() (int64, error) {
 	if s.StoreEntries < 0 || s.StoreBytes < 0 {
 		return 0, fmt.Errorf("--store-entries %d, --store-bytes %d: want 0 (remember no prefixes but the last prompts') or more", s.StoreEntries, s.StoreBytes)
 	}
-	if s.Price < 0 {
+	if !isPrice(s.Price) {
 		return 0, fmt.Errorf("--price %v: want 0 (no prices) or more", s.Price)
 	}
 	if s.Drain < 0 {
@@ -220,11 +278,18 @@ func (s *serveCmd) limits() (int64, error) {
 	return memory, nil
 }
 
+// isPrice reports whether a number can be the price of tokens: NaN and infinity, which flags accept as
+// numbers, cannot be written as JSON.
+func isPrice(price float64) bool { return price >= 0 && !math.IsInf(price, 1) }
+
 // listenAddr reads an address for net.Listen; a missing port is defaultPort.
 func listenAddr(s string) (string, error) {
 	host, port, err := net.SplitHostPort(s)
 	if err != nil {
 		host, port = strings.Trim(s, "[]"), defaultPort
+	}
+	if _, nerr := strconv.Atoi(s); nerr == nil {
+		return "", fmt.Errorf("address %q: this would be a host; did you mean :%s (all interfaces) or 127.0.0.1:%s?", s, s, s)
 	}
 	if strings.ContainsAny(s, "/ ") || err != nil && strings.Contains(host, ":") && net.ParseIP(host) == nil {
 		return "", fmt.Errorf("address %q: want host:port, :port or a host", s)
@@ -243,11 +308,14 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	}
 	set, err := s.settings()
 	if err != nil {
-		return exitError{2, err}
+		return exitError{2, s.locate(err)}
 	}
-	logger := newLogger(c.stderr, s.LogFormat, s.LogLevel)
+	level := new(slog.LevelVar)
+	level.Set(s.LogLevel)
+	logger := newLogger(c.stderr, s.LogFormat, level)
 	memlimit.Set() // near a container's limit garbage is collected sooner; an error says that there is no such limit
 	transport := proxy.NewTransport()
+	transport.TLSClientConfig = set.upstreamTLS
 	defer transport.CloseIdleConnections()
 	var ups []*upstream.Server
 	stop, err := simulate(set.upstreams, logger)
@@ -275,7 +343,7 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 		}()
 	}
 	h := s.handler(set, ups, transport, logger)
-	ln, err := set.listener(logger)
+	ln, err := set.listener(ctx, logger)
 	if err != nil {
 		return err
 	}
@@ -293,10 +361,10 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	background, stopBackground := context.WithCancel(base) // what waits for an upstream may do so until the end
 	var wg sync.WaitGroup
 	served := make(chan error, 1)
-	wg.Go(func() { served <- srv.Serve(descriptors.Listener(ln)) }) // ends with srv.Shutdown or srv.Close
-	wg.Go(func() {                                                  // ends with background
+	wg.Go(func() { served <- set.serve(srv, descriptors.Listener(ln)) }) // ends with srv.Shutdown or srv.Close
+	wg.Go(func() {                                                       // ends with background
 		pollAll(background, ups)
-		announce(logger, ln.Addr(), ups)
+		set.announce(logger, ln.Addr(), ups)
 		for _, up := range ups {
 			wg.Go(func() { up.Run(background) })
 		}
@@ -304,7 +372,7 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	wg.Go(func() { h.Run(background) })           // ends with background
 	wg.Go(func() { trim(background, transport) }) // ends with background
 	wg.Go(func() {                                // ends with background
-		watchFiles(background, hangup, logger, set.files()...)
+		watchFiles(background, hangup, logger, append(set.files(), newConfigReload(s, set, h, level)...)...)
 	})
 
 	select {
@@ -323,11 +391,14 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 
 // files returns the files that are read again when they change.
 func (set settings) files() (list []reloader) {
-	if set.keys != nil {
+	if set.keys != nil && !set.keys.inline {
 		list = append(list, set.keys)
 	}
 	if set.prewarm != nil {
 		list = append(list, set.prewarm)
+	}
+	if set.cert != nil {
+		list = append(list, set.cert)
 	}
 	return list
 }
@@ -339,6 +410,7 @@ func (s *serveCmd) handler(
 	store := contextstore.NewMemory(contextstore.Limits{Entries: s.StoreEntries, Bytes: s.StoreBytes})
 	h := &proxy.Handler{
 		Upstreams: ups, Transport: transport, KeepAlive: set.keepAlive, NoTouch: !s.Touch,
+		NumCtx: set.numCtx, StableHeads: set.heads,
 		MaxBody: s.MaxBody, Memory: set.memory, BodyTimeout: s.BodyTimeout,
 		UpstreamSilence: s.UpstreamSilence, Heartbeat: s.Heartbeat, Queue: s.Queue,
 		Guard: set.guard, Trusted: set.trusted, Log: logger,
@@ -359,9 +431,10 @@ func (s *serveCmd) handler(
 			}
 			names = append(names, t.name)
 		}
-		counts.Lanes(names, h.Lanes.Stats)
+		counts.Lanes(names, h.LaneStats)
 	}
 	if set.keys != nil {
+		set.keys.warn(logger)
 		counts.KeyNames(set.keys.keys.Names())
 		set.keys.replaced = counts.KeyNames
 	}
@@ -369,6 +442,14 @@ func (s *serveCmd) handler(
 	if set.contexts != nil {
 		counts.Contexts(set.contexts.Counts, set.contexts.Files.Stats)
 	}
+	limits := metrics.Limits{
+		Held: set.memory, Queue: s.Queue, StoreEntries: s.StoreEntries, StoreBytes: s.StoreBytes,
+	}
+	if set.contexts != nil {
+		limits.ContextBytes = s.ContextBytes
+	}
+	counts.Limits(func() metrics.Limits { return limits })
+	counts.Draining(h.Draining)
 	counts.Held(h.Held)
 	counts.Waiting(h.Waiting)
 	h.Metrics, h.Done, h.Touched = counts.Handler(), counts.Done, counts.Touched
@@ -389,14 +470,13 @@ func (s *serveCmd) handler(
 }
 
 // listener listens where the settings say.
-func (set settings) listener(logger *slog.Logger) (net.Listener, error) {
-	ln, err := net.Listen("tcp", set.listen)
+func (set settings) listener(ctx context.Context, logger *slog.Logger) (net.Listener, error) {
+	ln, _, err := set.tryListen(ctx)
 	if err != nil {
-		hint := "choose another address with --listen"
-		if errors.Is(err, syscall.EADDRINUSE) {
-			hint = "is another proxy running? " + hint
-		}
-		return nil, fmt.Errorf("listening on %s: %w (%s)", set.listen, err, hint)
+		return nil, err
+	}
+	if set.cert != nil {
+		set.cert.warn(logger)
 	}
 	if addr, ok := ln.Addr().(*net.TCPAddr); ok && !addr.IP.IsLoopback() && set.guard.Keys == nil {
 		logger.Warn("listening beyond this machine without API keys: anyone who reaches this address can use, pull and delete models; set --api-keys-file", "listen", ln.Addr().String())
@@ -452,8 +532,8 @@ func pollAll(ctx context.Context, ups []*upstream.Server) {
 }
 
 // announce says where the proxy listens and what it forwards to: in one line, if that is one upstream.
-func announce(logger *slog.Logger, addr net.Addr, ups []*upstream.Server) {
-	listen := "http://" + addr.String()
+func (set settings) announce(logger *slog.Logger, addr net.Addr, ups []*upstream.Server) {
+	listen := set.scheme() + "://" + addr.String()
 	up := 0
 	for _, u := range ups {
 		st := u.State()
@@ -462,6 +542,8 @@ func announce(logger *slog.Logger, addr net.Addr, ups []*upstream.Server) {
 		}
 		if st.Up {
 			up++
+		} else if hint := set.absent(u.URL); hint != "" {
+			logger.Warn(hint, "upstream", u.Name, "url", u.URL.String())
 		}
 		switch {
 		case len(ups) > 1 && st.Up:
@@ -489,51 +571,8 @@ func names(models []string) string {
 	return strings.Join(models, ", ")
 }
 
-// report is --check: what the settings mean, and the verdict, which is an error if an upstream does
-// not answer.
-func (s *serveCmd) report(ctx context.Context, c *console, set settings, ups []*upstream.Server) error {
-	pollAll(ctx, ups)
-	text := fmt.Sprintf("listen      http://%s\n", set.listen)
-	var silent []string
-	for i, up := range ups {
-		st := up.State()
-		name := ""
-		if len(ups) > 1 {
-			name = up.Name + " = "
-		}
-		answers := fmt.Sprintf("Ollama %s, %d models: %s", st.Version, len(st.Models), names(st.Models))
-		if !st.Up {
-			answers = fmt.Sprintf("does not answer: %v", st.Err)
-			silent = append(silent, name+up.URL.String())
-		}
-		slots := "slots off"
-		switch n, expected := set.upstreams[i].slots, set.upstreams[i].expected; {
-		case expected > 0:
-			slots = fmt.Sprintf("slots learned, %d by OLLAMA_NUM_PARALLEL at first", expected)
-		case n == 0:
-			slots = "slots learned"
-		case n > 0:
-			slots = fmt.Sprintf("slots %d", n)
-		}
-		text += fmt.Sprintf("upstream    %s%s (%s; %s)\n", name, up.URL, answers, slots)
-	}
-	keys := "none asked for"
-	if set.guard.Keys != nil {
-		keys = fmt.Sprintf("%d", set.guard.Keys.Len())
-	}
-	verdict := "the settings are right\n"
-	if len(silent) > 0 {
-		verdict = ""
-	}
-	_, err := fmt.Fprintf(c.stdout, "%s%skeep-alive  %v, %s\nmemory      %d MiB for the bodies of requests that wait\nAPI keys    %s\ntrusted     %v\ncontexts    %s\n", verdict, text, set.keepAlive, s.KeepAlivePolicy, set.memory>>20, keys, set.trusted, s.aboutContexts())
-	if err == nil && len(silent) > 0 {
-		err = fmt.Errorf("the settings are right, but no Ollama answers at %s: start it there, or say where it is with --upstream", strings.Join(silent, " and "))
-	}
-	return err
-}
-
 // newLogger logs for people on a terminal, for machines elsewhere.
-func newLogger(w io.Writer, format string, level slog.Level) *slog.Logger {
+func newLogger(w io.Writer, format string, level slog.Leveler) *slog.Logger {
 	f, isFile := w.(*os.File)
 	terminal := isFile && term.IsTerminal(int(f.Fd()))
 	if format == "text" || format == "auto" && terminal {

@@ -83,7 +83,7 @@ func watchFiles(
 			return
 		case <-signals:
 			if hangup = true; len(files) == 0 {
-				logger.Info("SIGHUP: there is neither an --api-keys-file nor a --prewarm file to read again")
+				logger.Info("SIGHUP: there is no file of settings to read again (--config, --api-keys-file, --prewarm, --tls-cert)")
 			}
 		case <-tick.C:
 		}

@@ -6,13 +6,18 @@ import (
 	"runtime/debug"
 )
 
-// versionText is set by the linker (-X main.versionText=…); otherwise the build information tells.
-var versionText string
+// These are set by the linker (-X main.versionText=…); otherwise the build information tells.
+var versionText, commitText string
 
 type versionCmd struct{}
 
 func (versionCmd) Run(c *console) error {
-	_, err := fmt.Fprintf(c.stdout, "ollama-cacheproxy %s %s %s/%s\n", version(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
+	build, _ := debug.ReadBuildInfo()
+	commit := ""
+	if text := commitOf(build); text != "" {
+		commit = " commit " + text
+	}
+	_, err := fmt.Fprintf(c.stdout, "ollama-cacheproxy %s%s %s %s/%s\n", version(), commit, runtime.Version(), runtime.GOOS, runtime.GOARCH)
 	return err
 }
 
@@ -24,4 +29,25 @@ func version() string {
 		return bi.Main.Version
 	}
 	return "(devel)"
+}
+
+// commitOf returns the first twelve hexadecimal digits of the commit that the program was built
+// from, with "+dirty" if the tree had changes; "" where neither the linker nor build (nil: none)
+// tells one, as after go install of a version, which names the source by itself.
+func commitOf(build *debug.BuildInfo) string {
+	commit, dirty := commitText, ""
+	if commit == "" && build != nil {
+		for _, s := range build.Settings {
+			switch {
+			case s.Key == "vcs.revision":
+				commit = s.Value
+			case s.Key == "vcs.modified" && s.Value == "true":
+				dirty = "+dirty"
+			}
+		}
+	}
+	if commit == "" {
+		return ""
+	}
+	return commit[:min(12, len(commit))] + dirty
 }

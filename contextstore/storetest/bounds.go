@@ -7,7 +7,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
-// How a store keeps its limits, and what it drops for that.
+// Tests of how a store keeps its limits, and what it drops for that.
 
 func testEvictionOrder(t *testing.T, s contextstore.Store) {
 	a, b, c, d := links("a", 4), links("b", 4), links("c", 4), links("d", 4)

@@ -12,7 +12,8 @@ func testRandom(t *testing.T, s contextstore.Store) {
 	Drive(t, s, Costs{}, Script(1, 1000))
 }
 
-// testConcurrent has several drive one store, each with prompts, models and upstreams of its own: none notices the others.
+// testConcurrent has several goroutines drive one store, each with its own prompts, models and
+// upstreams: none affects the others.
 func testConcurrent(t *testing.T, s contextstore.Store) {
 	var wg sync.WaitGroup
 	for space := 1; space <= 4; space++ {
@@ -25,7 +26,8 @@ func testConcurrent(t *testing.T, s contextstore.Store) {
 	wg.Wait()
 }
 
-// testConcurrentFull has several use the same prompts in a store that is too small for them.
+// testConcurrentFull has several goroutines use the same prompts in a store that is too small for
+// them.
 func testConcurrentFull(t *testing.T, s contextstore.Store) {
 	var wg sync.WaitGroup
 	for worker := range 4 {

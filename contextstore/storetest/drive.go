@@ -10,8 +10,9 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
-// Drive does what script says with the empty store s and with a simple model of it, and fails t where they differ. Any bytes are
-// a script. With the zero Costs, Stats are not compared, and s must be large enough to drop nothing.
+// Drive applies script to the empty store s and to a simple model of it, and fails t where they
+// differ. Any bytes are a valid script. With the zero Costs, Stats are not compared, and s must be
+// large enough to drop nothing.
 func Drive(t testing.TB, s contextstore.Store, costs Costs, script []byte) {
 	t.Helper()
 	if err := drive(s, costs, script, 0); err != nil {
@@ -19,7 +20,8 @@ func Drive(t testing.TB, s contextstore.Store, costs Costs, script []byte) {
 	}
 }
 
-// Script returns some bytes for Drive, enough for about so many operations. The same seed gives the same.
+// Script returns bytes for Drive, enough for about n operations. The same seed gives the same
+// script.
 func Script(seed uint64, operations int) []byte {
 	random := rand.New(rand.NewPCG(seed, 0))
 	script := make([]byte, operations*5)
@@ -29,14 +31,15 @@ func Script(seed uint64, operations int) []byte {
 	return script
 }
 
-// Scripts of one store are about these many prompts: a tree that branches at its first four links, then chains.
+// Scripts of one store use these prompts: a tree that branches at its first four links, then
+// chains.
 const (
 	branches   = 4
 	chains     = 1 << branches
 	chainLinks = 10
 )
 
-// chain returns the links of one of the prompts. Those of different spaces have nothing in common.
+// chain returns the links of one of the prompts. Those of different spaces share nothing.
 func chain(space, c int) []prefix.Link {
 	links := make([]prefix.Link, chainLinks)
 	for i := range links {
@@ -46,7 +49,7 @@ func chain(space, c int) []prefix.Link {
 	return links
 }
 
-// source is where a script's numbers come from. There are zeros after its end.
+// source is where a script's numbers come from. After its end there are zeros.
 type source []byte
 
 // next returns a number below n.
@@ -59,8 +62,8 @@ func (s *source) next(n int) int {
 	return x % n
 }
 
-// drive is Drive with prompts, upstreams and models of the space's own, so that several can drive one store at once. Only in
-// space 0 are all models forgotten.
+// drive is Drive with prompts, upstreams and models of its own space, so that several can drive one
+// store at once. Only in space 0 are all models forgotten.
 func drive(s contextstore.Store, costs Costs, script source, space int) error {
 	model := &naive{limits: s.Stats().Limits, costs: costs, models: map[uint32]bool{}}
 	number := func(i int) uint32 {
@@ -78,7 +81,7 @@ func drive(s contextstore.Store, costs Costs, script source, space int) error {
 			c, n := script.next(chains), script.next(chainLinks+1)
 			sight := contextstore.Sight{Upstream: upstream(), Lane: uint16(script.next(3)), At: at.Add(time.Duration(step))}
 			if m := script.next(5); m < 4 {
-				sight.Model = number(m) // else a sight of no model
+				sight.Model = number(m) // otherwise a sight without a model
 			}
 			tokens := script.next(3) * (step + 1)
 			s.Put(chain(space, c)[:n], sight, tokens)

@@ -7,13 +7,13 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
-// Costs is what a store accounts for, in bytes.
+// Costs is what a store charges, in bytes.
 type Costs struct {
-	Link int64 // for a link
+	Link int64 // per link
 }
 
-// naive is a store that is right because it is simple: it looks at everything it holds for every operation. Its models are the
-// numbers that it is told of.
+// naive is a store that is right because it is simple: every operation looks at everything it
+// holds. It uses the model numbers that it is given.
 type naive struct {
 	limits    contextstore.Limits
 	costs     Costs
@@ -28,7 +28,7 @@ type naiveLink struct {
 	forgotten bool
 }
 
-// find returns the link with this hash, known or forgotten, or nil.
+// find returns the link with this hash, valid or invalidated, or nil.
 func (n *naive) find(hash uint64) *naiveLink {
 	for _, l := range n.held {
 		if l.hash == hash {

@@ -1,4 +1,4 @@
-// Package storetest is what every contextstore.Store must pass.
+// Package storetest is the test suite that every contextstore.Store must pass.
 package storetest
 
 import (
@@ -9,10 +9,11 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
-// ample is more bytes, or links, than any of these tests fills.
+// ample is more bytes, or links, than any of these tests uses.
 const ample = 1 << 30
 
-// Run tests a kind of store. newStore returns a new, empty one with these limits; what it needs to be closed is t.Cleanup's.
+// Run tests a kind of store. newStore returns a new, empty store with these limits, and registers
+// its cleanup with t.
 func Run(t *testing.T, newStore func(t testing.TB, entries int, bytes int64) contextstore.Store) {
 	for _, test := range []struct {
 		name           string
@@ -54,8 +55,8 @@ func Run(t *testing.T, newStore func(t testing.TB, entries int, bytes int64) con
 
 var noon = time.Date(2025, 6, 1, 12, 0, 0, 0, time.UTC)
 
-// links returns the chain of n links that begins as the name says: each letter is some links' difference from those of
-// other names. "aab" is "aabbbbb…" and has two links in common with "a".
+// links returns the chain of n links with a name: each letter of the name is a point at which
+// chains of other names may part. "aab" is "aabbbbb…" and shares two links with "a".
 func links(name string, n int) []prefix.Link {
 	var chain []prefix.Link
 	var hash uint64 = 1
@@ -67,7 +68,7 @@ func links(name string, n int) []prefix.Link {
 	return chain[:n]
 }
 
-// numbered returns a chain of n links that has nothing in common with those of other numbers.
+// numbered returns a chain of n links that shares nothing with those of other numbers.
 func numbered(number, n int) []prefix.Link {
 	chain := make([]prefix.Link, n)
 	for i := range chain {
@@ -76,7 +77,7 @@ func numbered(number, n int) []prefix.Link {
 	return chain
 }
 
-// put puts links under a model with this key, seen on upstream 0.
+// put puts links under the model with this key, seen on upstream 0.
 func put(s contextstore.Store, links []prefix.Link, key string) {
 	s.Put(links, contextstore.Sight{Model: s.Model(key), At: noon}, 0)
 }

@@ -8,7 +8,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
-// How what a store knows stops being true.
+// Tests of how the content of a store becomes outdated.
 
 func testCool(t *testing.T, s contextstore.Store) {
 	m, other := s.Model("m"), s.Model("other")
@@ -145,7 +145,7 @@ func testModels(t *testing.T, s contextstore.Store) {
 	if len(keys) != 1024 {
 		t.Errorf("1024 models have %d numbers", len(keys))
 	}
-	// What is done for one is done for no other.
+	// What is done for one must not affect another.
 	for number := range keys {
 		s.Put(numbered(int(number), 2), contextstore.Sight{Model: number}, 0)
 	}

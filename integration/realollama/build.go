@@ -147,8 +147,8 @@ func (b *build) tool(ctx context.Context, name string) (string, error) {
 	return filepath.Join(filepath.Dir(python), name), nil
 }
 
-// download fetches the files of a package, about so many MB, with pip, which neither unpacks nor builds
-// them. More than one file comes where its dependencies come, too.
+// download fetches the files of a package, about so many MB, with pip, which neither unpacks nor
+// builds them. More than one file comes where its dependencies come, too.
 func (b *build) download(ctx context.Context, requirement string, megabytes int64, options ...string) ([]string, error) {
 	pip, err := b.ensure(ctx, pipRecipe())
 	if err != nil {
@@ -286,7 +286,8 @@ func unpackZip(path, dir string, under ...string) error {
 	return nil
 }
 
-// isUnder says whether a name in an archive lies in one of the folders, and not outside the archive.
+// isUnder says whether a name in an archive lies in one of the folders, and not outside the
+// archive.
 func isUnder(name string, folders []string) bool {
 	return filepath.IsLocal(name) && slices.ContainsFunc(folders, func(folder string) bool { return strings.HasPrefix(name, folder+"/") })
 }

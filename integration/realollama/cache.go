@@ -24,9 +24,8 @@ type Cache struct {
 	progress io.Writer
 }
 
-// OpenCache returns the cache in the folder that OLLAMA_CACHEPROXY_CACHE names,
-// else in ollama-cacheproxy under the user's cache folder. Long steps are told
-// to progress.
+// OpenCache returns the cache in the folder that OLLAMA_CACHEPROXY_CACHE names, otherwise in
+// ollama-cacheproxy under the user's cache folder. Long steps report to progress.
 func OpenCache(progress io.Writer) (*Cache, error) {
 	dir := os.Getenv(cacheEnv)
 	if dir == "" {

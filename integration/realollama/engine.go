@@ -14,17 +14,17 @@ import (
 	"sync/atomic"
 )
 
-// Eras B and C start llama.cpp's HTTP server for each model. Ollama's module does not bring it. There
-// are two ways to have one: the Python package xllamacpp, whose wheels have that server compiled, is
-// there in seconds; building it from its source takes about ten minutes on two cores.
+// Eras B and C start llama.cpp's HTTP server for each model. Ollama's module does not include it.
+// There are two ways to get one: the Python package xllamacpp, whose wheels contain that server,
+// takes seconds; building it from its source takes about ten minutes on two cores.
 
-// engineEnv has the engine built from its source if it is "source", also where there is a wheel.
+// engineEnv builds the engine from its source if it is "source", even where there is a wheel.
 const engineEnv = "OLLAMA_CACHEPROXY_ENGINE"
 
 const (
 	// wheelRequirement has llama.cpp b11063. The release before it, b10809, is nearer to b10864,
-	// which 0.34.1 pins, but treats sliding windows differently: it evaluated 513 tokens again where
-	// b10865 evaluates 50 (TestSimulated). No test tells b11063 from b10865.
+	// which 0.34.1 pins, but treats sliding windows differently: it evaluated 513 tokens again
+	// where b10865 evaluates 50 (TestSimulated). No test tells b11063 from b10865.
 	wheelRequirement = "xllamacpp==2026.9.11063"
 	wheelMegabytes   = 33
 
@@ -49,8 +49,8 @@ python=%s
 exec "$python" -I -B "${0%%/*}/llama_server.py" "$@"
 `
 
-// engineRecipe is the engine to build Ollama with: the wheel where it exists, else the source, unless
-// the environment chooses.
+// engineRecipe is the engine to build Ollama with: the wheel where it exists, else the source,
+// unless the environment chooses.
 func (c *Cache) engineRecipe(ctx context.Context) (recipe, error) {
 	wheel, source := wheelRecipe(), sourceEngineRecipe()
 	switch choice := os.Getenv(engineEnv); choice {
@@ -165,8 +165,8 @@ func headersRecipe() recipe {
 	}
 }
 
-// engineTools are what is built of the source: what Ollama runs to answer, and in `ollama create` of
-// safetensors.
+// engineTools are what is built of the source: what Ollama runs to answer, and in `ollama create`
+// of safetensors.
 var engineTools = []string{"llama-server", "llama-quantize"}
 
 // sourceFlags leave out all that a local CPU server does not need.

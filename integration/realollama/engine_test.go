@@ -51,8 +51,8 @@ func TestWheelRefusesWhatItDoesNotKnow(t *testing.T) {
 	}
 }
 
-// TestWheelMapsEachFlag sets every flag that Ollama 0.33 and 0.34 pass (llm/llama_server.go), and the
-// environment that tests and people use, and looks at the package's parameters.
+// TestWheelMapsEachFlag sets every flag that Ollama 0.33 and 0.34 pass (llm/llama_server.go), and
+// the environment that tests and people use, and looks at the package's parameters.
 func TestWheelMapsEachFlag(t *testing.T) {
 	const show = `
 import json, sys

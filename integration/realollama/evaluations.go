@@ -15,11 +15,11 @@ import (
 // Mark is a place in a server's log.
 type Mark int64
 
-// Evaluation is what the server's log says of one prompt: the only ground truth
-// of reuse. Eras B and C log it at the end of an answer, and not for aborted
-// requests and embeddings; era A logs it before it evaluates.
+// Evaluation is what the server's log says of one prompt: the only ground truth of reuse. Eras B
+// and C log it at the end of an answer, and not for aborted requests and embeddings; era A logs it
+// before it evaluates.
 type Evaluation struct {
-	// Total is the number of the prompt's tokens, 0 if the log does not tell.
+	// Total is the number of the prompt's tokens, 0 if the log does not say.
 	Total int
 	// Reused is how many of them a slot's cache had.
 	Reused int
@@ -39,7 +39,7 @@ func (s *Server) Mark() Mark {
 // Log is the whole log so far, "" once the server is stopped.
 func (s *Server) Log() string { return s.logSince(0) }
 
-// logSince is the log from a mark on, without a last line that is not ended yet.
+// logSince is the log from a mark on, without an incomplete last line.
 func (s *Server) logSince(since Mark) string {
 	f, err := os.Open(s.path("server.log"))
 	if err != nil {
@@ -53,14 +53,14 @@ func (s *Server) logSince(since Mark) string {
 	return string(content[:bytes.LastIndexByte(content, '\n')+1])
 }
 
-// Evaluations are the prompts that the log tells of from a mark on, in the log's
-// order. The log may lag behind an answer: see WaitEvaluations.
+// Evaluations are the prompts in the log from a mark on, in the log's order. The log may lag behind
+// an answer: see WaitEvaluations.
 func (s *Server) Evaluations(since Mark) []Evaluation {
 	return parseEvaluations(s.logSince(since))
 }
 
-// WaitEvaluations waits until the log tells of n prompts from a mark on, and
-// returns all that it then tells of. It fails when ctx ends or after 10 s.
+// WaitEvaluations waits until the log has n prompts from a mark on, and returns all that it then
+// has. It fails when ctx ends or after 10 s.
 func (s *Server) WaitEvaluations(ctx context.Context, since Mark, n int) ([]Evaluation, error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
@@ -77,12 +77,13 @@ func (s *Server) WaitEvaluations(ctx context.Context, since Mark, n int) ([]Eval
 	}
 }
 
-// Begun are the prompts that an engine of eras B and C began with, from a mark on, in the log's order:
-// also aborted ones, embeddings, and those whose engine was ended before it had written its last line.
+// Begun are the prompts that an engine of eras B and C began with, from a mark on, in the log's
+// order, including aborted ones, embeddings, and those whose engine ended before it had written its
+// last line.
 func (s *Server) Begun(since Mark) []Evaluation { return parseBegun(s.logSince(since)) }
 
-// Loads is the number of model loads that the log tells of from a mark on,
-// failed ones included. Loads of the same model with other options count.
+// Loads is the number of model loads in the log from a mark on, including failed ones. Loads of the
+// same model with other options count.
 func (s *Server) Loads(since Mark) int { return countLoads(s.logSince(since)) }
 
 var (
@@ -130,7 +131,7 @@ func parseEvaluations(log string) []Evaluation {
 
 func parseBegun(log string) []Evaluation {
 	var all []Evaluation
-	totals := map[string]int{} // of prompts of which it is not told yet what a slot had of them
+	totals := map[string]int{} // of prompts whose reused tokens are not known yet
 	for line := range strings.Lines(log) {
 		if m := newPromptLine.FindStringSubmatch(line); m != nil {
 			totals[m[1]+"/"+m[2]] = number(m[3])

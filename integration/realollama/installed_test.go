@@ -9,8 +9,8 @@ import (
 	"testing"
 )
 
-// TestInstalledOllamaIsUsed has the newest Ollama that the tests know give itself a version that they
-// do not know, beside some that cannot be used.
+// TestInstalledOllamaIsUsed has the newest Ollama that the tests know give itself a version that
+// they do not know, beside some that cannot be used.
 func TestInstalledOllamaIsUsed(t *testing.T) {
 	good := goodOllama(t)
 	c, told := openTestCache(t)

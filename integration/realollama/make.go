@@ -14,12 +14,13 @@ type Made struct {
 	Announce string   // what is being done and how long it takes
 	// Megabytes is about how large the result becomes, for the progress; 0: it is not told.
 	Megabytes int64
-	// Make fills the folder result. run runs a command in a folder ("" is scratch space), with its output in a log that an
-	// error names and quotes.
+	// Make fills the folder result. run runs a command in a folder ("" is scratch space), with its
+	// output in a log that an error names and quotes.
 	Make func(ctx context.Context, result string, run func(dir string, args ...string) error) error
 }
 
-// Ensure returns the entry's folder, which is made once, complete or not at all, by one of all processes that ask.
+// Ensure returns the entry's folder, which is made once, complete or not at all, by one of all
+// processes that ask.
 func (c *Cache) Ensure(ctx context.Context, m Made) (string, error) {
 	return c.ensure(ctx, recipe{
 		name: m.Name, inputs: m.Inputs, announce: m.Announce,

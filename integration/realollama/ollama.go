@@ -64,9 +64,9 @@ func binEnv(version string) string { return "OLLAMA_BIN_" + strings.ReplaceAll(v
 // Installed is an Ollama that the machine has: its binary and the version that it gives itself.
 type Installed struct{ Bin, Version string }
 
-// FindInstalled returns the Ollama that this machine has, in PATH or where its installers put it, if
-// it is of version 0.24 or newer and works; a zero value if there is none. What is found and cannot
-// be used is told. The error is the context's.
+// FindInstalled returns the Ollama that this machine has, in PATH or where its installers put it,
+// if it is of version 0.24 or newer and works; a zero value if there is none. What is found and
+// cannot be used is told. The error is the context's.
 func (c *Cache) FindInstalled(ctx context.Context) (Installed, error) {
 	return c.firstWorking(ctx, append([]string{firstInPath("ollama")}, usualPlaces()...))
 }
@@ -216,8 +216,8 @@ func (b *build) buildProgram(ctx context.Context, version string, env []string) 
 	return b.run(ctx, command{dir: module, env: env, watch: watch, args: args})
 }
 
-// countSteps is how many packages, and files of C and C++, a list of lines "stale C-FILES C++-FILES"
-// has, between others.
+// countSteps is how many packages, and files of C and C++, a list of lines "stale C-FILES
+// C++-FILES" has, between others.
 func countSteps(list string) int64 {
 	total := int64(0)
 	for line := range strings.Lines(list) {
@@ -235,8 +235,8 @@ func countSteps(list string) int64 {
 	return total
 }
 
-// compileLine matches the commands of go build -x that compile a package of Go or a file of C that is
-// not cgo's own.
+// compileLine matches the commands of go build -x that compile a package of Go or a file of C that
+// is not cgo's own.
 var compileLine = regexp.MustCompile(`/compile"? -o |\s-c (?:\./)?[^\s_$][^\s]*\.(?:c|cc|cpp|cxx)$`)
 
 // goModule downloads a Go module and returns its folder.

@@ -40,8 +40,9 @@ func baselineCMakeFlags(goarch string) []string {
 	return flags
 }
 
-// portableEnv overrides what the caller's environment, and the settings that `go env -w` keeps, say of
-// compiler flags and the processor. Go takes an empty value for none, so each of its own has one.
+// portableEnv overrides what the caller's environment, and the settings that `go env -w` keeps, say
+// of compiler flags and the processor. Go takes an empty value for none, so each of its own has
+// one.
 func portableEnv() []string {
 	return []string{
 		"CFLAGS=", "CXXFLAGS=", "CPPFLAGS=", "LDFLAGS=",

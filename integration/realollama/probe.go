@@ -110,7 +110,7 @@ var signalNames = map[string]string{
 	"floating point exception": "SIGFPE", "aborted": "SIGABRT", "killed": "SIGKILL",
 }
 
-// signalIn is the name of the last signal that a log tells of, "" if it tells of none.
+// signalIn is the name of the last signal in a log, or "".
 func signalIn(log string) string {
 	all := signalText.FindAllStringSubmatch(log, -1)
 	if len(all) == 0 {

@@ -65,8 +65,8 @@ func TestProbeOfAnEngineThatDiesOfQuantizedWeights(t *testing.T) {
 	}
 }
 
-// TestProbeIsRepeatedForAnotherEngine has a binary that was probed be probed anew when its engine is
-// another file.
+// TestProbeIsRepeatedForAnotherEngine has a binary that was probed be probed anew when its engine
+// is another file.
 func TestProbeIsRepeatedForAnotherEngine(t *testing.T) {
 	bin := brokenOllama(t, "")
 	c, _ := openTestCache(t)

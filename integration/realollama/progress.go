@@ -147,8 +147,8 @@ var faultLine = regexp.MustCompile(`(?i)\b(errors?|fatal|undefined|panic|failed|
 // internal/errors.
 var commandLine = regexp.MustCompile(`^(?:packagefile |modinfo |cd |mkdir |cat |cp |mv |rm |echo |touch |true |printf |WORK=|TERM=|CGO_|GOROOT=|EOF$|# internal$|\S*/pkg/tool/\S+/\w+ |\S*/(?:gcc|g\+\+|cc|c\+\+|clang|clang\+\+) -)`)
 
-// Quote is the part of a program's output that an error quotes: the last lines that name a fault and
-// the last lines of all, at most 20, each cut to 200 bytes.
+// Quote is the part of a program's output that an error quotes: the last lines that name a fault
+// and the last lines of all, at most 20, each cut to 200 bytes.
 func Quote(text string) string {
 	var lines []string
 	for line := range strings.Lines(text) {

@@ -211,8 +211,9 @@ func TestRunSaysWhatIsMissing(t *testing.T) {
 	}
 }
 
-// TestServerLogLinesAreWhole has the lines of Ollama and of its engine, which are written to one log
-// at once, be told apart. An engine that writes a line piece by piece has others come in between.
+// TestServerLogLinesAreWhole has the lines of Ollama and of its engine, which are written to one
+// log at once, be told apart. An engine that writes a line piece by piece has others come in
+// between.
 func TestServerLogLinesAreWhole(t *testing.T) {
 	perEra(t, func(t *testing.T, version string) {
 		s := Start(t, Config{Version: version, Models: []string{"gen-llama-tiny"}})

@@ -33,8 +33,8 @@ func Versions() []string {
 	return named
 }
 
-// Distinct are Versions without EraB, unless that was asked for: it has the engine of EraC, and what
-// its API lacks EraA's lacks, too. For tests that depend on one of the two.
+// Distinct are Versions without EraB, unless that was asked for: it has the engine of EraC, and
+// what its API lacks EraA's lacks, too. For tests that depend on one of the two.
 func Distinct() []string {
 	versions := Versions()
 	if os.Getenv(erasEnv) != "" {

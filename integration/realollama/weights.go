@@ -84,8 +84,8 @@ func bounds(values []float32) (lowest, highest, largest float32) {
 	return lowest, highest, max(-lowest, highest)
 }
 
-// appendQ4_1: a value is scale·q + lowest, q of 4 bits; the second half of the values is in the high
-// bits.
+// appendQ4_1: a value is scale·q + lowest, q of 4 bits; the second half of the values is in the
+// high bits.
 func appendQ4_1(to []byte, values []float32) []byte {
 	low, high, _ := bounds(values)
 	to, scale := appendHalf(to, (high-low)/15)
@@ -158,8 +158,8 @@ func appendQ4K(to []byte, values []float32) []byte {
 	return to
 }
 
-// appendQ6K: sixteen groups of 16 values, each with a scale s of 8 bits; a value is scale·s·(q − 32),
-// q of 6 bits, of which the upper two are apart.
+// appendQ6K: sixteen groups of 16 values, each with a scale s of 8 bits; a value is scale·s·(q −
+// 32), q of 6 bits, of which the upper two are apart.
 func appendQ6K(to []byte, values []float32) []byte {
 	_, _, largest := bounds(values)
 	scaleBits, scale := appendHalf(nil, largest/31/127)

@@ -1,0 +1,9 @@
+#!/bin/sh
+# Before the files are gone. dpkg says "remove", or "upgrade"; rpm says 0 when it is the last version
+# that goes. Whether it starts by itself is a setting, which Debian's packages keep until they are purged.
+set -e
+
+case "$1" in
+remove) [ ! -d /run/systemd/system ] || systemctl stop ollama-cacheproxy.service ;;
+0) systemctl disable --now ollama-cacheproxy.service ;;
+esac

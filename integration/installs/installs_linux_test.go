@@ -1,0 +1,426 @@
+package installs
+
+import (
+	"archive/tar"
+	"bufio"
+	"compress/gzip"
+	"context"
+	"crypto/sha256"
+	"debug/elf"
+	"debug/macho"
+	"debug/pe"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
+)
+
+// repository is the root of the source, where goreleaser puts what it makes into dist.
+const repository = "../.."
+
+const (
+	goreleaser = "github.com/goreleaser/goreleaser/v2@v2.15.1"
+	composeGo  = "github.com/compose-spec/compose-go/v2/cmd@v2.16.2"
+)
+
+// platforms are those that a release is for.
+var platforms = []string{"darwin/amd64", "darwin/arm64", "linux/amd64", "linux/arm64", "windows/amd64", "windows/arm64"}
+
+// packages are what the Debian has on which packages are tried, beside the smallest one that there is. The
+// engine of the Ollama that is made from ready parts needs Python.
+const packages = "systemd,python3,systemd-sysv,dbus,procps,curl,rpm,ruby,bash-completion,zsh,fish,man-db"
+
+// TestRelease makes a release that is not published, and installs what it made.
+func TestRelease(t *testing.T) {
+	cache, err := realollama.OpenCache(os.Stderr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	releaser := releaser(t, cache)
+	// Goreleaser tells no commit where the repository has no origin, as a clone's clone may not.
+	t.Setenv("GIT_CONFIG_COUNT", "1")
+	t.Setenv("GIT_CONFIG_KEY_0", "remote.origin.url")
+	t.Setenv("GIT_CONFIG_VALUE_0", "https://github.com/ollama-cacheproxy/ollama-cacheproxy.git")
+	output(t, repository, releaser, "check")
+	output(t, repository, releaser, "release", "--snapshot", "--clean", "--parallelism", fmt.Sprint(runtime.NumCPU()))
+	made := artifacts(t)
+	t.Run("programs", func(t *testing.T) { programs(t, made) })
+	t.Run("archives", func(t *testing.T) { archives(t, made) })
+	t.Run("bills of materials", func(t *testing.T) { billsOfMaterials(t, made) })
+	t.Run("checksums", func(t *testing.T) { checksums(t, made) })
+	t.Run("machine", func(t *testing.T) { machine(t, debian(t, cache), made) })
+}
+
+// TestCompose has the reference implementation load the compose file, and looks for what it mounts.
+func TestCompose(t *testing.T) {
+	text := output(t, filepath.Join(repository, "deploy/docker"), "go", "run", composeGo, "-format", "json", "compose.yaml")
+	var project struct {
+		Services map[string]struct {
+			Ports   []struct{ Host_IP string }
+			Volumes []struct{ Type, Source string }
+		}
+	}
+	if err := json.Unmarshal([]byte(text), &project); err != nil {
+		t.Fatalf("%v in %s", err, text)
+	}
+	for _, name := range []string{"ollama", "cacheproxy", "prometheus", "grafana"} {
+		if _, ok := project.Services[name]; !ok {
+			t.Errorf("there is no service %s", name)
+		}
+	}
+	for name, service := range project.Services {
+		for _, port := range service.Ports {
+			if port.Host_IP != "127.0.0.1" {
+				t.Errorf("%s is published to others: %+v", name, port)
+			}
+		}
+		for _, volume := range service.Volumes {
+			if _, err := os.Stat(volume.Source); volume.Type == "bind" && err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+	}
+}
+
+// releaser returns the path of goreleaser, which is built once: it takes minutes.
+func releaser(t *testing.T, cache *realollama.Cache) string {
+	dir, err := cache.Ensure(t.Context(), realollama.Made{
+		Name: "goreleaser", Inputs: []string{goreleaser, runtime.Version()}, Announce: "building goreleaser (3 to 6 min)",
+		Make: func(_ context.Context, result string, run func(string, ...string) error) error {
+			return run("", "env", "GOBIN="+result, "go", "install", goreleaser)
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return filepath.Join(dir, "goreleaser")
+}
+
+// debian returns the folder of a small Debian (or what else this machine's apt brings), which is made once.
+func debian(t *testing.T, cache *realollama.Cache) string {
+	if os.Getuid() != 0 {
+		t.Fatal("packages are tried in a container of systemd-nspawn, which only root may start: run this test as root")
+	}
+	sources, err := filepath.Glob("/etc/apt/sources.list.d/*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat("/etc/apt/sources.list"); err == nil {
+		sources = append(sources, "/etc/apt/sources.list")
+	}
+	for _, tool := range [][2]string{{"mmdebstrap", "mmdebstrap"}, {"systemd-nspawn", "systemd-container"}} {
+		if _, err := exec.LookPath(tool[0]); err != nil {
+			output(t, "", "apt-get", "update")
+			output(t, "", "apt-get", "install", "--yes", "--no-install-recommends", tool[1])
+		}
+	}
+	dir, err := cache.Ensure(t.Context(), realollama.Made{
+		Name: "debian", Inputs: append([]string{"1", packages}, sources...), Announce: "making a small Debian (1 to 2 min, 400 MB)",
+		Make: func(_ context.Context, result string, run func(string, ...string) error) error {
+			command := []string{"mmdebstrap", "--variant=minbase", "--include=" + packages, "", filepath.Join(result, "root")}
+			return run("", append(command, sources...)...)
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return filepath.Join(dir, "root")
+}
+
+// artifact is a file that goreleaser made.
+type artifact struct {
+	Name, Path, Type, GOOS, GOARCH string
+}
+
+// open returns a reader of the file.
+func (a artifact) open(t *testing.T) *os.File {
+	f, err := os.Open(filepath.Join(repository, a.Path))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
+func artifacts(t *testing.T) []artifact {
+	text, err := os.ReadFile(filepath.Join(repository, "dist/artifacts.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var made []artifact
+	if err := json.Unmarshal(text, &made); err != nil {
+		t.Fatal(err)
+	}
+	return made
+}
+
+// of returns the artifacts of a type, by platform, of which there must be one for each.
+func of(t *testing.T, made []artifact, kind string) map[string]artifact {
+	t.Helper()
+	found := map[string]artifact{}
+	for _, a := range made {
+		if a.Type == kind {
+			found[a.GOOS+"/"+a.GOARCH] = a
+		}
+	}
+	for _, platform := range platforms {
+		if _, ok := found[platform]; !ok {
+			t.Errorf("there is no %s for %s", kind, platform)
+		}
+	}
+	return found
+}
+
+// one returns the artifact for this machine whose name ends so.
+func one(t *testing.T, made []artifact, suffix string) artifact {
+	t.Helper()
+	for _, a := range made {
+		if a.GOOS == "linux" && a.GOARCH == runtime.GOARCH && strings.HasSuffix(a.Name, suffix) {
+			return a
+		}
+	}
+	t.Fatalf("there is no %s for linux/%s", suffix, runtime.GOARCH)
+	return artifact{}
+}
+
+// programs looks at each program's format, and asks this machine's what it is.
+func programs(t *testing.T, made []artifact) {
+	for platform, a := range of(t, made, "Binary") {
+		machine, err := programOf(a.GOOS, a.open(t))
+		if err != nil {
+			t.Errorf("%s: %v", platform, err)
+		}
+		want := map[string]string{
+			"darwin/amd64": "CpuAmd64", "darwin/arm64": "CpuArm64", "linux/amd64": "EM_X86_64", "linux/arm64": "EM_AARCH64",
+			"windows/amd64": "8664", "windows/arm64": "aa64",
+		}[platform]
+		if machine != want {
+			t.Errorf("%s: the program is for %s, not %s", platform, machine, want)
+		}
+	}
+	said := output(t, "", filepath.Join(must(filepath.Abs(repository)), one(t, made, "ollama-cacheproxy").Path), "--version")
+	if !strings.Contains(said, "commit "+head(t)) || !strings.Contains(said, runtime.Version()) {
+		t.Errorf("--version of %s and %s: %q", head(t), runtime.Version(), said)
+	}
+}
+
+// programOf returns for which processor a program is.
+func programOf(goos string, f io.ReaderAt) (string, error) {
+	switch goos {
+	case "linux":
+		program, err := elf.NewFile(f)
+		if err != nil {
+			return "", err
+		}
+		if slices.ContainsFunc(program.Progs, func(p *elf.Prog) bool { return p.Type == elf.PT_INTERP }) {
+			return "", errors.New("the program is linked to libraries of the system")
+		}
+		return program.Machine.String(), nil
+	case "darwin":
+		program, err := macho.NewFile(f)
+		if err != nil {
+			return "", err
+		}
+		return program.Cpu.String(), nil
+	default:
+		program, err := pe.NewFile(f)
+		if err != nil {
+			return "", err
+		}
+		return fmt.Sprintf("%x", program.Machine), nil
+	}
+}
+
+// archives looks into the one for this machine.
+func archives(t *testing.T, made []artifact) {
+	of(t, made, "Archive")
+	zipped, err := gzip.NewReader(one(t, made, ".tar.gz").open(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for reader := tar.NewReader(zipped); ; {
+		header, err := reader.Next()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		names = append(names, header.Name)
+	}
+	for _, name := range []string{"ollama-cacheproxy", "README.md", "extras/ollama-cacheproxy.1", "extras/ollama-cacheproxy.zsh"} {
+		if !slices.Contains(names, name) {
+			t.Errorf("the archive has no %s: %q", name, names)
+		}
+	}
+}
+
+// billsOfMaterials looks for a library in each. Their names alone say what they are of.
+func billsOfMaterials(t *testing.T, made []artifact) {
+	for _, platform := range platforms {
+		i := slices.IndexFunc(made, func(a artifact) bool {
+			return a.Type == "SBOM" && strings.HasSuffix(a.Name, "_"+strings.ReplaceAll(platform, "/", "_")+".cdx.json")
+		})
+		if i < 0 {
+			t.Errorf("there is none for %s", platform)
+			continue
+		}
+		var bill struct {
+			BOMFormat  string
+			Components []struct{ PURL string }
+		}
+		if err := json.NewDecoder(made[i].open(t)).Decode(&bill); err != nil {
+			t.Errorf("%s: %v", platform, err)
+		}
+		if bill.BOMFormat != "CycloneDX" || !slices.ContainsFunc(bill.Components, func(c struct{ PURL string }) bool {
+			return strings.HasPrefix(c.PURL, "pkg:golang/github.com/alecthomas/kong@")
+		}) {
+			t.Errorf("%s: kong is not among %d components of a %s", platform, len(bill.Components), bill.BOMFormat)
+		}
+	}
+}
+
+// checksums compares each with the file that it is of.
+func checksums(t *testing.T, made []artifact) {
+	sums := map[string]string{}
+	i := slices.IndexFunc(made, func(a artifact) bool { return a.Type == "Checksum" })
+	if i < 0 {
+		t.Fatal("there are no checksums")
+	}
+	for lines := bufio.NewScanner(made[i].open(t)); lines.Scan(); {
+		sum, name, _ := strings.Cut(lines.Text(), "  ")
+		sums[name] = sum
+	}
+	for _, a := range made {
+		if a.Type != "Archive" && a.Type != "Linux Package" && a.Type != "SBOM" {
+			continue
+		}
+		hash := sha256.New()
+		if _, err := io.Copy(hash, a.open(t)); err != nil {
+			t.Fatal(err)
+		}
+		if sums[a.Name] != hex.EncodeToString(hash.Sum(nil)) {
+			t.Errorf("%s: the checksum is %q", a.Name, sums[a.Name])
+		}
+	}
+}
+
+// tryUnit has systemd run machine.sh, and end with its status.
+const tryUnit = `[Unit]
+SuccessAction=exit
+FailureAction=exit
+[Service]
+Type=oneshot
+WorkingDirectory=%[1]s
+ExecStart=/bin/bash %[1]s/machine.sh
+StandardOutput=file:%[1]s/log
+StandardError=inherit
+`
+
+// machine boots the Debian in root, runs machine.sh there, and builds what the formula wants built.
+// Nothing of it stays in root; the loopback addresses are this machine's, and a real Ollama is there.
+func machine(t *testing.T, root string, made []artifact) {
+	server := realollama.Start(t, realollama.Config{Version: realollama.Newest(), Models: []string{"smollm2"}})
+	dir := t.TempDir()
+	copies := map[string]string{
+		"package.deb": filepath.Join(repository, one(t, made, ".deb").Path),
+		"package.rpm": filepath.Join(repository, one(t, made, ".rpm").Path),
+		"formula.rb":  filepath.Join(repository, "deploy/homebrew/ollama-cacheproxy.rb"),
+		"install.md":  filepath.Join(repository, "docs/install.md"),
+	}
+	for _, a := range made {
+		if a.GOOS == "linux" && (a.Type == "Archive" || a.Type == "Linux Package") || a.Type == "Checksum" {
+			copies[a.Name] = filepath.Join(repository, a.Path)
+		}
+	}
+	for _, name := range []string{"machine.sh", "homebrew.rb", "zsh-completes.zsh"} {
+		copies[name] = filepath.Join("testdata", name)
+	}
+	for name, from := range copies {
+		if err := os.WriteFile(filepath.Join(dir, name), must(os.ReadFile(from)), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(dir, "try.service"), fmt.Appendf(nil, tryUnit, dir), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	listen, ollama := must(net.Listen("tcp", "127.0.0.1:0")), must(net.Listen("tcp", "127.0.0.1:0"))
+	listen.Close()
+	ollama.Close()
+	binary := server.Bin()
+	command := exec.CommandContext(t.Context(), "systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--console=pipe",
+		"--directory="+root, "--volatile=overlay", "--bind="+dir, "--bind-ro="+dir+"/try.service:/etc/systemd/system/try.service",
+		"--bind-ro="+binary+":/usr/local/bin/ollama", "--bind-ro="+filepath.Join(filepath.Dir(binary), "../lib/ollama")+":/usr/local/lib/ollama",
+		"--bind-ro="+server.ModelsDir()+":/srv/models", "--boot", "systemd.unit=try.service", "systemd.setenv=COMMIT="+head(t),
+		"systemd.setenv=OLLAMA_CACHEPROXY_LISTEN="+listen.Addr().String(), "systemd.setenv=OLLAMA_CACHEPROXY_UPSTREAM="+server.Addr(),
+		"systemd.setenv=OLLAMA_HOST="+ollama.Addr().String(), "systemd.setenv=OLLAMA_MODELS=/srv/models", "systemd.setenv=OLLAMA_NO_CLOUD=1",
+		// As in package realollama.
+		"systemd.setenv=OMP_WAIT_POLICY=passive")
+	console, err := command.CombinedOutput()
+	log, _ := os.ReadFile(filepath.Join(dir, "log"))
+	if err != nil || !strings.HasSuffix(string(log), "\nall is well\n") {
+		t.Fatalf("%v: %s\nthe script's log: %s", err, console, log)
+	}
+	formula(t, string(log), filepath.Join(dir, "brewed"))
+}
+
+// formula runs the command by which the formula builds the program, as the log of machine.sh names it.
+func formula(t *testing.T, log, prefix string) {
+	_, line, ok := strings.Cut(log, "\nRUN ")
+	if !ok {
+		t.Fatal("the formula builds nothing")
+	}
+	var command []string
+	line, _, _ = strings.Cut(line, "\n")
+	if err := json.Unmarshal([]byte(line), &command); err != nil || command[0] != "go" {
+		t.Fatalf("%q: %v", line, err)
+	}
+	program := filepath.Join(prefix, "bin/ollama-cacheproxy")
+	if err := os.Remove(program); err != nil {
+		t.Fatal(err)
+	}
+	output(t, repository, command[0], command[1:]...)
+	_, version, _ := strings.Cut(line, "main.versionText=")
+	version, _, _ = strings.Cut(version, `"`)
+	if said := output(t, "", program, "--version"); version == "" || !strings.HasPrefix(said, "ollama-cacheproxy "+version+" ") {
+		t.Errorf("--version of %s: %q", version, said)
+	}
+}
+
+// head is the commit, as far as --version tells it.
+func head(t *testing.T) string {
+	return output(t, repository, "git", "rev-parse", "HEAD")[:12]
+}
+
+// output runs a command in a folder and returns what it prints; it must succeed.
+func output(t *testing.T, dir, name string, args ...string) string {
+	t.Helper()
+	command := exec.CommandContext(t.Context(), name, args...)
+	command.Dir = dir
+	var errors strings.Builder
+	command.Stderr = &errors
+	text, err := command.Output()
+	if err != nil {
+		t.Fatalf("%s %q: %v\n%s%s", name, args, err, text, errors.String())
+	}
+	return string(text)
+}
+
+func must[T any](v T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return v
+}

@@ -1,0 +1,52 @@
+package metrics
+
+import "github.com/prometheus/client_golang/prometheus"
+
+// Draining adds the series of upstreams that drain; draining is asked at each scrape.
+func (m *Metrics) Draining(draining func() map[string]bool) {
+	m.registry.MustRegister(drains{draining})
+}
+
+// drains collects which upstreams drain.
+type drains struct{ draining func() map[string]bool }
+
+var upstreamDraining = prometheus.NewDesc(namespace+"_upstream_draining",
+	"1 if the upstream drains: it finishes what it has, and gets nothing new.", []string{"upstream"}, nil)
+
+func (d drains) Describe(ch chan<- *prometheus.Desc) { ch <- upstreamDraining }
+
+func (d drains) Collect(ch chan<- prometheus.Metric) {
+	for name, on := range d.draining() {
+		value := 0.0
+		if on {
+			value = 1
+		}
+		ch <- prometheus.MustNewConstMetric(upstreamDraining, prometheus.GaugeValue, value, name)
+	}
+}
+
+// Limits are how much may be used of what can be full, as the settings say. Dashboards and alerts
+// divide by them.
+type Limits struct {
+	Held         int64 // bytes of bodies that wait (--memory)
+	Queue        int   // requests that wait (--queue)
+	StoreEntries int   // links of prefixes that are remembered (--store-entries)
+	StoreBytes   int64 // and the bytes that they may take (--store-bytes)
+	ContextBytes int64 // bytes on the disk (--context-bytes); 0: no contexts are stored
+}
+
+// Limits adds the series of the limits; limits is asked at each scrape.
+func (m *Metrics) Limits(limits func() Limits) {
+	m.gauge("held_limit_bytes", "How much memory the bodies of requests that wait may take (--memory).",
+		func() int64 { return limits().Held })
+	m.gauge("queue_limit_requests", "How many requests may wait (--queue).",
+		func() int64 { return int64(limits().Queue) })
+	m.gauge("store_limit_entries", "How many links of prefixes may be remembered (--store-entries).",
+		func() int64 { return int64(limits().StoreEntries) })
+	m.gauge("store_limit_bytes", "How much memory the remembered prefixes may take (--store-bytes).",
+		func() int64 { return limits().StoreBytes })
+	if limits().ContextBytes > 0 {
+		m.gauge("contexts_limit_bytes", "How much disk the stored contexts may take (--context-bytes).",
+			func() int64 { return limits().ContextBytes })
+	}
+}

@@ -1,0 +1,296 @@
+package proxy
+
+import (
+	"cmp"
+	"hash/maphash"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+	"unique"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/doctor"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
+)
+
+// pathFacts is what the verb doctor reads: what the last requests add up to, without prompt text and
+// without addresses of clients.
+const pathFacts = ownPrefix + "facts"
+
+// agentMost is how many bytes of a User-Agent header are kept.
+const agentMost = 48
+
+// recorder remembers what pathFacts shows.
+type recorder struct {
+	*doctor.Recorder
+
+	mu   sync.Mutex
+	seen map[residentKey]seen // models, as they were listed last; guarded by mu
+	// looked has when each server last listed what is loaded: what the first list has may be from before
+	// the proxy was started; guarded by mu.
+	looked map[uint16]time.Time
+	// blind has the requests whose model is not known; guarded by mu.
+	blind map[uint16]blind
+	// contexts has how many tokens models are loaded with for requests that ask for no context length,
+	// as it was listed after such a request; guarded by mu.
+	contexts map[residentKey]int
+}
+
+type residentKey struct {
+	upstream uint16
+	weights  string
+}
+
+// seen is a loaded model, as a poll found it.
+type seen struct {
+	polled, expires time.Time
+	context         int // tokens
+}
+
+// blind are requests to a server whose model is not known, such as uploads: they may use any.
+type blind struct {
+	inFlight int
+	ended    time.Time // when the last one did
+}
+
+func newRecorder() *recorder {
+	return &recorder{
+		Recorder: doctor.NewRecorder(time.Now()), seen: map[residentKey]seen{}, looked: map[uint16]time.Time{},
+		blind: map[uint16]blind{}, contexts: map[residentKey]int{},
+	}
+}
+
+// sent notes that a request is sent.
+func (r *recorder) sent(b *backend, ex *exchange) {
+	if ex.blind == nil && ex.run == nil && ex.Method == http.MethodPost {
+		ex.blind = b
+		r.blindly(b, 1)
+	}
+}
+
+func (r *recorder) blindly(b *backend, n int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.blind[b.index] = blind{r.blind[b.index].inFlight + n, time.Now()}
+}
+
+// record remembers a request that has ended, if it was answered by a model.
+func (h *Handler) record(r *http.Request, ex *exchange) {
+	if ex.blind != nil {
+		h.recorder.blindly(ex.blind, -1)
+	}
+	if ex.run == nil || ex.up == nil || ex.warming != nil || ex.Status == 0 || ex.Status >= 300 {
+		return
+	}
+	q := doctor.Request{
+		Asker: doctor.Asker{
+			Name: ex.Name, Client: hashed(h.Trusted.clientOf(r, ex.holder.client())),
+			Agent: agentOf(r), Endpoint: ex.Endpoint, NumCtx: ex.run.Options.NumCtx(),
+		},
+		Upstream: ex.up.Name, Model: upstream.DisplayName(ex.key), Weights: ex.run.Options.Model,
+		Arrived: ex.start, Sent: ex.start.Add(cmp.Or(ex.sent, ex.Waited+ex.paused)),
+		Ended: ex.start.Add(ex.Duration),
+		Batch: ex.Priority == schedule.Batch.String(), Lane: ex.Priority != "",
+		Foreign: ex.reads == readsForeign,
+		Loaded:  ex.ending.Loaded, ByOptions: len(ex.ending.Changes) > 0,
+		ByNumCtx:  slices.ContainsFunc(ex.ending.Changes, func(c prefix.Change) bool { return c.Option == "num_ctx" }),
+		Restarted: ex.ending.Restarted, Context: ex.run.Context,
+		Values: ex.run.Values, Sliding: ex.run.Sliding,
+	}
+	q.KeepAlive, q.OwnKeepAlive = h.keeps(ex)
+	if c := ex.chain; c != nil && c.HasPrompt() {
+		q.Bytes, q.Images, q.Conversation = c.Bytes(), c.Images, c.Opening
+		if c.Messages > 2 {
+			q.Conversation = c.Conversation
+			q.Moved = h.recorder.Turns(conversationOf(q.Client, programOf(r, ex), c.Opening), c)
+		}
+	}
+	if e := ex.Savings; e != nil {
+		q.Load, q.Prompt, q.Eval = e.Load, e.Prompt, e.Eval
+		q.Tokens, q.Generated, q.Reason, q.Truncated = e.Total, e.Generated, string(e.Reason), e.Truncated
+		if e.Tokens != nil {
+			q.Known, q.Estimated = true, e.Basis != savings.Measured
+			q.Reused, q.Evaluated = e.Tokens.Reused, e.Tokens.Evaluated
+		}
+	}
+	h.recorder.Add(q)
+}
+
+// keeps returns for how long the request's model stays after it, negative where Ollama decides that,
+// and whether that is the client's own wish.
+func (h *Handler) keeps(ex *exchange) (d time.Duration, own bool) {
+	hold := h.Live().KeepAlive.For(ex.key)
+	switch {
+	case ex.KeepAlive == didKeep && ex.fields.keepAlive == keepAliveSet:
+		return ex.fields.duration, true
+	case hold == (Hold{}) || ex.reads == readsForeign && h.NoTouch:
+		return -1, false
+	}
+	return hold.Duration, false
+}
+
+// conversationOf stands for the chats of one program that begin with the same text.
+func conversationOf(client string, program, opening uint64) uint64 {
+	return maphash.Comparable(seed, [3]any{client, program, opening})
+}
+
+// agentOf returns the first word of the User-Agent header, as far as it is plain text.
+func agentOf(r *http.Request) string {
+	agent, _, _ := strings.Cut(r.UserAgent(), " ")
+	agent = agent[:min(len(agent), agentMost)]
+	if strings.ContainsFunc(agent, func(c rune) bool { return c <= ' ' || c >= 0x7f }) {
+		return ""
+	}
+	return unique.Make(agent).Value() // requests of one program share it
+}
+
+// outside notes that a model was loaded with other options by somebody who does not come through
+// the proxy.
+func (r *recorder) outside(b *backend, weights string) {
+	r.sign(b, b.residency.nameOf(weights), doctor.OutsideOptions)
+}
+
+func (r *recorder) sign(b *backend, model string, kind doctor.OutsideKind) {
+	r.AddOutside(doctor.Outside{At: time.Now(), Upstream: b.Name, Model: model, Kind: kind})
+}
+
+// listed takes in what a poll found loaded, by weights, and notes what must be the doing of others:
+// a model that nobody here has used, and an expiry that has moved while nobody here used the model.
+func (r *recorder) listed(b *backend, loaded map[string]upstream.Loaded, polled time.Time) {
+	if b.residency.always {
+		return // then it does not know of all requests
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	looked, blind := r.looked[b.index], r.blind[b.index]
+	r.looked[b.index] = polled
+	sees := blind.inFlight == 0 && blind.ended.Add(idleDelay).Before(looked)
+	for weights, l := range loaded {
+		key := residentKey{b.index, weights}
+		before, known := r.seen[key]
+		if b.residency.asksNoContext(weights) && (len(r.contexts) < residencyModels || r.contexts[key] > 0) {
+			r.contexts[key] = l.ContextLength
+		}
+		r.seen[key] = seen{polled, l.ExpiresAt, l.ContextLength}
+		if sees && (known || !looked.IsZero()) {
+			r.compare(b, weights, l, before)
+		}
+	}
+	for key, s := range r.seen { // what is not listed any more
+		if key.upstream == b.index && s.polled != polled {
+			delete(r.seen, key)
+		}
+	}
+}
+
+// compare notes what a loaded model tells of others; before is the zero value where it was not loaded.
+func (r *recorder) compare(b *backend, weights string, l upstream.Loaded, before seen) {
+	used, last := b.residency.lastUse(weights)
+	name := upstream.DisplayName(upstream.ModelKey(l.Name))
+	switch {
+	case !used && before == (seen{}):
+		r.sign(b, name, doctor.OutsideLoaded)
+	case before == (seen{}) || before.context != l.ContextLength: // of the latter the book of runners tells
+	case l.ExpiresAt.Sub(before.expires) > expirySlack && last.Before(before.polled):
+		r.sign(b, name, doctor.OutsideUsed)
+	}
+}
+
+// lastUse returns whether a model, by its weights, was used through the proxy, and until when that may
+// have moved its expiry.
+func (r *residency) lastUse(weights string) (used bool, last time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	m, ok := r.models.Peek(weights)
+	switch {
+	case !ok:
+		return false, time.Time{}
+	case m.inFlight > 0:
+		return true, time.Now()
+	}
+	return true, later(m.checked, later(m.ended, m.keptAt)).Add(idleDelay) // a look may have become a touch
+}
+
+// asksNoContext reports whether the last request to a model that was answered asked for no context
+// length, so that it is loaded with what the server gives by default.
+func (r *residency) asksNoContext(weights string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	m, ok := r.models.Peek(weights)
+	return ok && m.statedKnown && m.stated.NumCtx() == 0
+}
+
+// nameOf returns the name under which a model was used last, by its weights.
+func (r *residency) nameOf(weights string) string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if m, ok := r.models.Peek(weights); ok && m.key != "" {
+		return upstream.DisplayName(m.key)
+	}
+	return upstream.DisplayName(weights)
+}
+
+// facts serves pathFacts.
+func (h *Handler) facts(w http.ResponseWriter, r *http.Request, ex *exchange) {
+	now := time.Now()
+	var from time.Time
+	if text := r.URL.Query().Get("last"); text != "" {
+		d, err := time.ParseDuration(text)
+		if err != nil || d <= 0 {
+			ex.Endpoint = pathFacts
+			h.refuse(w, r, ex, &refusal{http.StatusBadRequest, "last: want a time such as 6h"})
+			return
+		}
+		from = now.Add(-d)
+	}
+	f := h.recorder.Facts(now, from)
+	keep := h.Live().KeepAlive
+	f.Settings = doctor.Settings{
+		KeepAlive: keep.String(), KeepAlivePolicy: string(cmp.Or(keep.Policy, IfAbsent)),
+		Contexts: h.Contexts != nil,
+	}
+	for _, b := range h.backends {
+		st := b.State()
+		u := doctor.Upstream{
+			Name: b.Name, URL: b.URL.String(), Up: st.Up, Version: st.Version, Here: b.port != 0,
+			Simulated: st.Simulated,
+		}
+		if st.Err != nil {
+			u.Error = st.Err.Error()
+		}
+		f.Upstreams = append(f.Upstreams, u)
+	}
+	h.addLoaded(f.Models)
+	ex.page(w, pathFacts, http.StatusOK, f)
+}
+
+// addLoaded says with what models are loaded: how many slots, where that is known, and for which
+// context by default. Of the runners of one model the one counts that has most slots.
+func (h *Handler) addLoaded(models []doctor.Model) {
+	find := func(b *backend, weights string) *doctor.Model {
+		name := b.residency.nameOf(weights)
+		i := slices.IndexFunc(models, func(m doctor.Model) bool { return m.Upstream == b.Name && m.Name == name })
+		if i < 0 {
+			return &doctor.Model{} // nobody has used it in this time
+		}
+		return &models[i]
+	}
+	h.recorder.mu.Lock()
+	for key, context := range h.recorder.contexts {
+		find(h.backends[key.upstream], key.weights).DefaultContext = context
+	}
+	h.recorder.mu.Unlock()
+	if h.Lanes == nil {
+		return
+	}
+	for _, x := range h.Lanes.Stats().Runners {
+		m := find(h.backends[x.Runner.Upstream], x.Runner.Options.Model)
+		if x.Lanes > m.Lanes.Slots {
+			m.Lanes.Slots, m.Lanes.Learned = x.Lanes, x.Learned
+		}
+	}
+}

@@ -1,0 +1,322 @@
+package proxy
+
+import (
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/jsonscan"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+)
+
+// StableHeads are the rules by which text is taken out of prompts that differs from request to request and means nothing
+// to a model, so that Ollama can reuse what follows it. The zero value has none and edits nothing.
+//
+// Each edit is made in place and keeps the body's length: digits become zeros, and what is removed becomes spaces between
+// JSON values. Whatever is not exactly as a rule expects it stays as it is.
+type StableHeads struct{ rules []stableRule }
+
+type stableRule struct {
+	name string
+	// edit changes what the rule is for, and returns how many edits that were.
+	edit func(b promptBody) int
+}
+
+// stableRules are all that there are, in the order in which they are applied.
+var stableRules = []stableRule{
+	{"claude-billing", steadyBilling},
+	{"total-tokens", removeCountdowns},
+}
+
+// HeadEdits says how often a rule of StableHeads has edited a request.
+type HeadEdits struct {
+	Rule  string
+	Edits int // at least 1
+}
+
+// ParseStableHeads reads a list of rules' names.
+func ParseStableHeads(names []string) (StableHeads, error) {
+	var s StableHeads
+	var known []string
+	for _, rule := range stableRules {
+		known = append(known, rule.name)
+		if slices.Contains(names, rule.name) {
+			s.rules = append(s.rules, rule)
+		}
+	}
+	for _, name := range names {
+		if !slices.Contains(known, name) {
+			return StableHeads{}, fmt.Errorf("there is no rule %q: want one or several of %s", name, strings.Join(known, ", "))
+		}
+	}
+	return s, nil
+}
+
+// String lists the rules as ParseStableHeads reads them; "off" if there are none.
+func (s StableHeads) String() string {
+	if len(s.rules) == 0 {
+		return "off"
+	}
+	var names []string
+	for _, rule := range s.rules {
+		names = append(names, rule.name)
+	}
+	return strings.Join(names, ", ")
+}
+
+// apply edits a body in place, whose members are known, and says what was done.
+func (s StableHeads) apply(e prefix.Endpoint, body []byte, members []jsonscan.Member, long []byte) (done []HeadEdits) {
+	if len(s.rules) == 0 || e != prefix.Chat && e != prefix.ChatCompletions && e != prefix.Messages {
+		return nil
+	}
+	b := promptBody{long: long}
+	for _, m := range members {
+		key, value := body[m.Key:m.KeyEnd], body[m.Value:m.ValueEnd]
+		switch {
+		case jsonscan.KeyIs(key, []byte("messages")):
+			b.messages.add(value)
+		case e == prefix.Messages && jsonscan.KeyIs(key, []byte("system")):
+			b.system.add(value)
+		}
+	}
+	for _, rule := range s.rules {
+		if n := rule.edit(b); n > 0 {
+			done = append(done, HeadEdits{rule.name, n})
+		}
+	}
+	return done
+}
+
+// member is the value of an object's member, as a part of the body.
+type member struct {
+	value []byte // nil where there is none, or more than one: which of them counts is Ollama's business
+	n     int
+}
+
+func (m *member) add(value []byte) {
+	if m.n++; m.n > 1 {
+		value = nil
+	}
+	m.value = value
+}
+
+// isList reports whether there is one value, and that is an array.
+func (m member) isList() bool { return len(m.value) > 0 && m.value[0] == '[' }
+
+// promptBody is a body that has messages. Its values are parts of the body, which the rules write to.
+type promptBody struct {
+	system, messages member // system: of /v1/messages
+	long             []byte // a string whose end is known: jsonscan.Object.Long
+}
+
+// object reads the members with these names; n is how many members the object has. Keys fold case, as they do for most of
+// what Ollama reads; where they do not, what is found here is not rendered. Of a value that is no object, there are none.
+func (b promptBody) object(raw []byte, names ...string) (found []member, n int) {
+	found = make([]member, len(names))
+	if len(raw) == 0 || raw[0] != '{' {
+		return found, 0
+	}
+	c := jsonscan.NewCursor(raw, 0)
+	c.Know(b.long)
+	for c.Enter(); c.More(); n++ {
+		key := c.Key()
+		value := c.Value()
+		for i, name := range names {
+			if jsonscan.KeyIs(key, []byte(name)) {
+				found[i].add(value)
+			}
+		}
+	}
+	return found, n
+}
+
+// isText reports whether raw is the JSON string text.
+func isText(raw []byte, text string) bool {
+	s, ok := jsonscan.Unquote(raw)
+	return ok && s == text
+}
+
+// maxShort is how long a piece of text may be, in bytes of JSON, that a rule looks at as a whole.
+const maxShort = 512
+
+// systemText returns the raw string that the system prompt begins with; nil where there is none.
+func (b promptBody) systemText() []byte {
+	content := b.system.value
+	if b.system.n == 0 {
+		if !b.messages.isList() {
+			return nil
+		}
+		c := jsonscan.NewCursor(b.messages.value, 0)
+		c.Know(b.long)
+		if c.Enter(); !c.More() || c.Kind() != '{' {
+			return nil
+		}
+		first, _ := b.object(c.Value(), "role", "content")
+		if !isText(first[0].value, "system") {
+			return nil
+		}
+		content = first[1].value
+	}
+	if len(content) > 0 && content[0] == '[' {
+		c := jsonscan.NewCursor(content, 0)
+		c.Know(b.long)
+		if c.Enter(); !c.More() {
+			return nil
+		}
+		block, _ := b.object(c.Value(), "type", "text")
+		if !isText(block[0].value, "text") {
+			return nil
+		}
+		content = block[1].value
+	}
+	if len(content) < 2 || content[0] != '"' {
+		return nil
+	}
+	return content
+}
+
+// billing is the line with which Claude Code begins its system prompt, as JSON spells it:
+//
+//	x-anthropic-billing-header: cc_version=2.1.177.01c; cc_entrypoint=cli; cch=36ee5;
+//
+// The last part of the version and cch are checksums, of the first message and of the whole request.
+var (
+	billing = regexp.MustCompile(`^x-anthropic-billing-header:(?: [a-z_]+=[A-Za-z0-9._-]+;)+ ?(?:\\n|")`)
+	checks  = regexp.MustCompile(` (?:cch=|cc_version=[0-9]+\.[0-9]+\.[0-9]+\.)([0-9a-f]{3,64});`)
+)
+
+// steadyBilling is the rule claude-billing: zeros in the place of the checksums' digits.
+func steadyBilling(b promptBody) (edits int) {
+	text := b.systemText()
+	if text == nil {
+		return 0
+	}
+	text = text[1:min(len(text), maxShort)] // with the quote at the end, where it is that short
+	line := billing.Find(text)
+	for _, at := range checks.FindAllSubmatchIndex(line, -1) {
+		for i := at[2]; i < at[3]; i++ {
+			line[i] = '0' // also where it is one already: the next request's will be another
+		}
+		edits++
+	}
+	return edits
+}
+
+// countdown is what Claude Code says of how many tokens are left, in a system message of its own.
+var countdown = regexp.MustCompile(`^\s*(?:` +
+	`<total_tokens>[0-9]+ tokens left</total_tokens>|` +
+	`<system-reminder>\s*<total_tokens>[0-9]+ tokens left</total_tokens>\s*</system-reminder>)\s*$`)
+
+// removeCountdowns is the rule total-tokens: system messages that are nothing but a countdown are removed. Most templates
+// gather system messages at the prompt's start, so that each further one moves all that follows.
+func removeCountdowns(b promptBody) (edits int) {
+	if !b.messages.isList() {
+		return 0
+	}
+	type span struct {
+		start, end int
+		countdown  bool
+	}
+	var list []span
+	text := b.messages.value
+	c := jsonscan.NewCursor(text, 0)
+	c.Know(b.long)
+	for c.Enter(); c.More(); {
+		start := c.Pos()
+		value := c.Value()
+		s := span{start, start + len(value), b.isCountdown(value)}
+		if list = append(list, s); s.countdown {
+			edits++
+		}
+	}
+	if edits == len(list) {
+		return 0 // a request without messages would be another kind of request
+	}
+	kept := -1 // where the last one that is kept ends
+	for i, s := range list {
+		next := len(text)
+		if i+1 < len(list) {
+			next = list[i+1].start
+		}
+		switch {
+		case !s.countdown:
+			kept = i
+		case i+1 < len(list):
+			blank(text[s.start:next])
+		default: // and the comma before it
+			blank(text[list[kept].end:s.end])
+		}
+	}
+	return edits
+}
+
+// blank makes spaces of JSON text.
+func blank(text []byte) {
+	for i := range text {
+		text[i] = ' '
+	}
+}
+
+// isCountdown reports whether a message has a role and a content and nothing else, and is a countdown.
+func (b promptBody) isCountdown(raw []byte) bool {
+	if len(raw) == 0 || raw[0] != '{' || len(raw) > maxShort {
+		return false
+	}
+	m, n := b.object(raw, "role", "content")
+	if n != 2 || !isText(m[0].value, "system") {
+		return false
+	}
+	if content := m[1]; !content.isList() {
+		return isCountdownText(content.value)
+	}
+	blocks := 0
+	c := jsonscan.NewCursor(m[1].value, 0)
+	for c.Enter(); c.More(); blocks++ {
+		block, _ := b.object(c.Value(), "type", "text")
+		if !isText(block[0].value, "text") || !isCountdownText(block[1].value) {
+			return false
+		}
+	}
+	return blocks > 0
+}
+
+func isCountdownText(raw []byte) bool {
+	s, ok := jsonscan.Unquote(raw)
+	return ok && countdown.MatchString(s)
+}
+
+// steady applies the rules to a body that is to be sent, and to nothing else.
+func (h *Handler) steady(ex *exchange, data []byte) {
+	if ex.runsHere() {
+		ex.Heads = h.StableHeads.apply(ex.prompt, data, ex.fields.members, ex.fields.long)
+	}
+}
+
+// steadyText says of a compressed body whether the rules would have edited it: text is what it says.
+func (h *Handler) steadyText(ex *exchange, text []byte) {
+	if ex.runsHere() && h.StableHeads.apply(ex.prompt, text, ex.fields.members, ex.fields.long) != nil {
+		ex.Unedited = UneditedEncoded
+	}
+}
+
+// edited says for the ledger's detail what was changed in the request beside keep_alive; "": nothing.
+func (ex *exchange) edited() string {
+	var list []string
+	if ex.fit.made {
+		list = append(list, ex.fit.String())
+	}
+	if ex.Heads != nil {
+		list = append(list, "edited by --stable-heads "+ex.headsEdited())
+	}
+	return strings.Join(list, "; ")
+}
+
+// headsEdited lists the rules that have edited the request; "" where none has.
+func (ex *exchange) headsEdited() string {
+	var names []string
+	for _, done := range ex.Heads {
+		names = append(names, done.Rule)
+	}
+	return strings.Join(names, ",")
+}

@@ -1,0 +1,56 @@
+package runners
+
+import (
+	"testing"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
+)
+
+// TestContexts: what is loaded is known from requests and from /api/ps, and the default once it was seen.
+func TestContexts(t *testing.T) {
+	d := newDesk(t)
+	none, small, large := &prefix.Options{}, stating(t, "num_ctx", "2048"), stating(t, "num_ctx", "8192")
+	want := func(when string, c Contexts) {
+		t.Helper()
+		if got := d.Contexts("registry.ollama.ai/library/a:latest", ""); got != c {
+			t.Errorf("%s: %+v, want %+v", when, got, c)
+		}
+	}
+	listed := func(context int) {
+		d.now = d.now.Add(time.Second)
+		var list []upstream.Loaded
+		if context > 0 {
+			list = []upstream.Loaded{{Name: "a", ContextLength: context}}
+		}
+		d.Listed(list, d.now)
+		d.now = d.now.Add(time.Second)
+	}
+	load := func(o *prefix.Options) { d.took(d.begin("a", o), 2*time.Second, time.Second) }
+
+	want("at first", Contexts{})
+	r := d.begin("a", large)
+	want("while it is loaded", Contexts{Loaded: 8192})
+	r.End(d.now, Outcome{Refused: true})
+	want("after a refusal", Contexts{})
+	load(small)
+	want("after a load", Contexts{Loaded: 2048, Largest: 2048})
+	load(none)
+	want("by a default that is not known", Contexts{ByDefault: true, Largest: 2048})
+	listed(4096)
+	want("by default", Contexts{Loaded: 4096, ByDefault: true, Default: 4096, Largest: 2048})
+	load(large)
+	want("a larger one", Contexts{Loaded: 8192, Default: 4096, Largest: 8192})
+	listed(6000) // the model was made for no more
+	want("less than was asked for", Contexts{Loaded: 6000, Default: 4096, Largest: 8192})
+	r = d.begin("a", none)
+	want("beside one that states none", Contexts{Loaded: 6000, Default: 4096, Largest: 8192})
+	d.took(r, 2*time.Second, time.Second)
+	listed(0)
+	want("unloaded", Contexts{Default: 4096, Largest: 8192})
+	listed(1024)
+	want("loaded by somebody else", Contexts{Loaded: 1024, Default: 4096, Largest: 8192})
+	d.Restarted()
+	want("after a restart", Contexts{Largest: 8192})
+}

@@ -106,8 +106,8 @@ func TestExamine(t *testing.T) {
 		}
 		return factsOf(rows, func(f *Facts) { f.Models[0].Lanes.Slots = slots })
 	}
-	// A chat grows by 4,000 bytes with each turn, which are so many tokens, beside those of tools, until
-	// there are more than most.
+	// A chat grows by 4,000 bytes with each turn, which are so many tokens, beside those of tools,
+	// until there are more than most.
 	grows := func(each, tools, most int, change func(*Request)) Facts {
 		return factsOf(many(8, func(i int, q *Request) {
 			q.Bytes = 4000 * (i + 1)

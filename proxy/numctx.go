@@ -157,25 +157,34 @@ func (h *Handler) fitContext(ex *exchange, data []byte) {
 	ex.chain.Restate(options)
 }
 
-// contexts returns what is known of the context lengths of the request's model, on all servers to which it may be sent. A
-// default is known if each one's is.
+// contexts returns what is known of the context lengths of the request's model, on all servers to which it may be sent.
 func (h *Handler) contexts(ex *exchange) runners.Contexts {
-	var all runners.Contexts
-	for i, b := range h.candidates(ex) {
-		c := b.runners.Contexts(ex.key, b.State().Digests[ex.key])
-		if i == 0 {
-			all = c
-			continue
-		}
-		if c.Loaded > all.Loaded {
-			all.Loaded, all.ByDefault = c.Loaded, c.ByDefault
-		}
-		if all.Default = max(all.Default, c.Default); c.Default == 0 {
-			all.Default = 0
-		}
-		all.Largest = max(all.Largest, c.Largest)
-		all.ByDefault = all.ByDefault && c.Default == all.Loaded // else the others would load something else
+	var list []runners.Contexts
+	for _, b := range h.candidates(ex) {
+		list = append(list, b.runners.Contexts(ex.key, b.State().Digests[ex.key]))
 	}
+	return onAll(list)
+}
+
+// onAll returns what is known of several servers' context lengths where nobody knows yet which of them gets the request: the
+// largest ones. A default is known if each one's is, and what is loaded is it only if it is on each of them: elsewhere a
+// request that states none would get less.
+func onAll(list []runners.Contexts) (all runners.Contexts) {
+	known, by, everywhere := true, false, true
+	for _, c := range list {
+		all.Loaded, all.Largest = max(all.Loaded, c.Loaded), max(all.Largest, c.Largest)
+		all.Default = max(all.Default, c.Default)
+		known = known && c.Default > 0
+	}
+	for _, c := range list {
+		here := c.ByDefault && c.Loaded == all.Loaded
+		by = by || here
+		everywhere = everywhere && (here || c.Default == all.Loaded)
+	}
+	if !known {
+		all.Default = 0
+	}
+	all.ByDefault = by && everywhere
 	return all
 }
 

@@ -423,6 +423,15 @@ func (l *Ledger) Forget(upstream uint16, name string) {
 	}
 }
 
+// ForgetExcerpts removes the excerpts of requests from the entries that are remembered.
+func (l *Ledger) ForgetExcerpts() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for i := range l.recent {
+		l.recent[i].Excerpt = ""
+	}
+}
+
 // Recent returns the last entries, newest first, n at most.
 func (l *Ledger) Recent(n int) []Entry {
 	l.mu.Lock()

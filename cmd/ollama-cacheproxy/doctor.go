@@ -16,7 +16,6 @@ import (
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/doctor"
-	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
@@ -24,6 +23,7 @@ type doctorCmd struct {
 	Proxy    string        `env:"OLLAMA_CACHEPROXY_PROXY,OLLAMA_CACHEPROXY_LISTEN" default:"127.0.0.1:11435" placeholder:"ADDR" help:"Where the proxy listens. Default: 127.0.0.1:11435."`
 	Upstream []string      `env:"-" placeholder:"[NAME=]ADDR" help:"Ask this Ollama itself what it has loaded, and not through the proxy. Repeatable. Default: all that the proxy has, through it."`
 	APIKey   string        `name:"api-key" placeholder:"KEY" help:"The key that the proxy asks for."`
+	CA       string        `name:"ca" type:"path" default:"" placeholder:"FILE" help:"Believe certificates of https servers that are issued by one of these authorities, too: PEM."`
 	Last     time.Duration `env:"-" placeholder:"TIME" help:"Look at the requests of this last time alone, such as 1h. Default: at all that the proxy remembers, the last 10,000 since it was started."`
 	JSON     bool          `name:"json" env:"-" help:"Write the findings to stdout as JSON."`
 }
@@ -72,7 +72,10 @@ func (d *doctorCmd) Run(ctx context.Context, c *console) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
 	defer cancel()
-	transport := proxy.NewTransport()
+	transport, err := newTransport(d.CA)
+	if err != nil {
+		return exitError{statusUsage, err}
+	}
 	defer transport.CloseIdleConnections()
 	ask := &asking{base: u, key: d.APIKey, transport: transport}
 	facts, err := ask.facts(ctx, d.Last)

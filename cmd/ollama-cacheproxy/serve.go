@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"os"
@@ -223,7 +224,7 @@ func (s *serveCmd) readFiles(set *settings) (err error) {
 	if set.cert, err = readCert(s.TLSCert, s.TLSKey); err != nil {
 		return err
 	}
-	set.upstreamTLS, err = upstreamTLS(s.UpstreamCA)
+	set.upstreamTLS, err = certificates("--upstream-ca", s.UpstreamCA)
 	return err
 }
 
@@ -262,7 +263,7 @@ func (s *serveCmd) limits() (int64, error) {
 	if s.StoreEntries < 0 || s.StoreBytes < 0 {
 		return 0, fmt.Errorf("--store-entries %d, --store-bytes %d: want 0 (remember no prefixes but the last prompts') or more", s.StoreEntries, s.StoreBytes)
 	}
-	if s.Price < 0 {
+	if !isPrice(s.Price) {
 		return 0, fmt.Errorf("--price %v: want 0 (no prices) or more", s.Price)
 	}
 	if s.Drain < 0 {
@@ -276,6 +277,10 @@ func (s *serveCmd) limits() (int64, error) {
 	}
 	return memory, nil
 }
+
+// isPrice reports whether a number can be the price of tokens: NaN and infinity, which flags accept as
+// numbers, cannot be written as JSON.
+func isPrice(price float64) bool { return price >= 0 && !math.IsInf(price, 1) }
 
 // listenAddr reads an address for net.Listen; a missing port is defaultPort.
 func listenAddr(s string) (string, error) {

@@ -157,25 +157,34 @@ func (h *Handler) fitContext(ex *exchange, data []byte) {
 	ex.chain.Restate(options)
 }
 
-// contexts returns what is known of the context lengths of the request's model, on all servers to which it may be sent. A
-// default is known if each one's is.
+// contexts returns what is known of the context lengths of the request's model, on all servers to which it may be sent.
 func (h *Handler) contexts(ex *exchange) runners.Contexts {
-	var all runners.Contexts
-	for i, b := range h.candidates(ex) {
-		c := b.runners.Contexts(ex.key, b.State().Digests[ex.key])
-		if i == 0 {
-			all = c
-			continue
-		}
-		if c.Loaded > all.Loaded {
-			all.Loaded, all.ByDefault = c.Loaded, c.ByDefault
-		}
-		if all.Default = max(all.Default, c.Default); c.Default == 0 {
-			all.Default = 0
-		}
-		all.Largest = max(all.Largest, c.Largest)
-		all.ByDefault = all.ByDefault && c.Default == all.Loaded // else the others would load something else
+	var list []runners.Contexts
+	for _, b := range h.candidates(ex) {
+		list = append(list, b.runners.Contexts(ex.key, b.State().Digests[ex.key]))
 	}
+	return onAll(list)
+}
+
+// onAll returns what is known of several servers' context lengths where nobody knows yet which of them gets the request: the
+// largest ones. A default is known if each one's is, and what is loaded is it only if it is on each of them: elsewhere a
+// request that states none would get less.
+func onAll(list []runners.Contexts) (all runners.Contexts) {
+	known, by, everywhere := true, false, true
+	for _, c := range list {
+		all.Loaded, all.Largest = max(all.Loaded, c.Loaded), max(all.Largest, c.Largest)
+		all.Default = max(all.Default, c.Default)
+		known = known && c.Default > 0
+	}
+	for _, c := range list {
+		here := c.ByDefault && c.Loaded == all.Loaded
+		by = by || here
+		everywhere = everywhere && (here || c.Default == all.Loaded)
+	}
+	if !known {
+		all.Default = 0
+	}
+	all.ByDefault = by && everywhere
 	return all
 }
 
@@ -187,25 +196,16 @@ var (
 // numCtxEdit returns the edit by which a body that asks for so many tokens (0: it states none) asks for others, or, with
 // leave, states none. false: it is written in a way that is left alone.
 func numCtxEdit(data []byte, f fields, asked, tokens int, leave bool) (edit, bool) {
-	number := strconv.Itoa(tokens)
-	var options jsonscan.Member
-	n := 0
-	for _, m := range f.members {
-		if jsonscan.KeyIs(data[m.Key:m.KeyEnd], keyOptions) {
-			options = m
-			n++
-		}
+	options, n := f.options(data)
+	if asked < 0 || n > 1 || f.empty || leave && asked == 0 {
+		return edit{}, false
 	}
-	whole := `{"num_ctx":` + number + `}`
+	number := `"num_ctx":` + strconv.Itoa(tokens)
 	switch {
-	case asked < 0 || n > 1 || f.empty || leave && asked == 0:
-		return edit{}, false
-	case n == 0 && asked == 0:
-		return edit{at: f.open, text: []byte(`"options":` + whole + ",")}, true
 	case n == 0:
-		return edit{}, false
-	case data[options.Value] == 'n' && asked == 0:
-		return edit{at: options.Value, cut: options.ValueEnd - options.Value, text: []byte(whole)}, true
+		return edit{at: f.open, text: []byte(`"options":{` + number + "},")}, asked == 0
+	case data[options.Value] == 'n':
+		return edit{at: options.Value, cut: options.ValueEnd - options.Value, text: []byte("{" + number + "}")}, asked == 0
 	case data[options.Value] != '{':
 		return edit{}, false
 	}
@@ -213,16 +213,25 @@ func numCtxEdit(data []byte, f fields, asked, tokens int, leave bool) (edit, boo
 	switch {
 	case !ok || (stated.n > 0) != (asked > 0):
 		return edit{}, false
-	case stated.n > 0 && leave:
+	case leave:
 		return edit{at: stated.from, cut: stated.to - stated.from}, true
 	case stated.n > 0:
-		return edit{at: stated.value, cut: stated.valueEnd - stated.value, text: []byte(number)}, true
+		return edit{at: stated.value, cut: stated.valueEnd - stated.value, text: []byte(strconv.Itoa(tokens))}, true
+	case stated.others:
+		number += ","
 	}
-	text := `"num_ctx":` + number
-	if stated.others {
-		text += ","
+	return edit{at: options.Value + 1, text: []byte(number)}, true
+}
+
+// options returns the last member of this name, and how many there are.
+func (f fields) options(data []byte) (last jsonscan.Member, n int) {
+	for _, m := range f.members {
+		if jsonscan.KeyIs(data[m.Key:m.KeyEnd], keyOptions) {
+			last = m
+			n++
+		}
 	}
-	return edit{at: options.Value + 1, text: []byte(text)}, true
+	return last, n
 }
 
 // option is where a number stands in an object, as offsets into the body.

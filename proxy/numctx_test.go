@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -39,6 +40,34 @@ func TestNumCtxDecide(t *testing.T) {
 	} {
 		if did, tokens := c.policy.decide(c.asked, c.known); did != c.did || tokens != c.tokens {
 			t.Errorf("%s, %s: %q %d, want %q %d", c.name, c.policy, did, tokens, c.did, c.tokens)
+		}
+	}
+}
+
+// TestNumCtxOnAll: of several servers, whatever their order, nothing is taken for granted that does not hold for each.
+func TestNumCtxOnAll(t *testing.T) {
+	type contexts = runners.Contexts
+	for _, c := range []struct {
+		name string
+		list []contexts
+		want contexts
+	}{
+		{"none", nil, contexts{}},
+		{"one, by its default", []contexts{{Loaded: 4096, ByDefault: true, Default: 4096, Largest: 2048}}, contexts{Loaded: 4096, ByDefault: true, Default: 4096, Largest: 2048}},
+		{"one, by a default that was not seen yet", []contexts{{Loaded: 4096, ByDefault: true}}, contexts{Loaded: 4096, ByDefault: true}},
+		{"one, with what was stated", []contexts{{Loaded: 4096, Default: 4096}}, contexts{Loaded: 4096, Default: 4096}},
+		{"a default that is not known", []contexts{{}, {Loaded: 8192, Default: 4096}}, contexts{Loaded: 8192}},
+		{"another default", []contexts{{Default: 4096}, {Loaded: 32768, ByDefault: true, Default: 32768}}, contexts{Loaded: 32768, Default: 32768}},
+		{"the same default", []contexts{{Default: 4096}, {Loaded: 4096, ByDefault: true, Default: 4096}}, contexts{Loaded: 4096, ByDefault: true, Default: 4096}},
+		{"the same default, and more is loaded", []contexts{{Loaded: 8192, Default: 4096}, {Loaded: 4096, ByDefault: true, Default: 4096}}, contexts{Loaded: 8192, Default: 4096}},
+		{"one that is loaded by a default, and one with it stated", []contexts{{Loaded: 4096, Default: 8192}, {Loaded: 4096, ByDefault: true, Default: 4096}}, contexts{Loaded: 4096, Default: 8192}},
+		{"the largest of each", []contexts{{Largest: 8192, Default: 4096}, {Largest: 2048, Default: 4096}}, contexts{Largest: 8192, Default: 4096}},
+	} {
+		for range 2 {
+			if got := onAll(c.list); got != c.want {
+				t.Errorf("%s: %+v make %+v, want %+v", c.name, c.list, got, c.want)
+			}
+			slices.Reverse(c.list)
 		}
 	}
 }

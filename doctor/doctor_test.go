@@ -217,6 +217,53 @@ func TestExamine(t *testing.T) {
 	}
 }
 
+// TestSeverity: a cost is compared with the time that all work took, and where answers tell no times, as
+// under /v1, with the tokens that were evaluated.
+func TestSeverity(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		timed  bool
+		tokens int // that a head that changes has cost, of 100,000
+		want   Severity
+	}{
+		{"timed, little", true, 600, Low},
+		{"timed, much", true, 50_000, High},
+		{"not timed, little", false, 600, Low},
+		{"not timed, more", false, 5_000, Medium},
+		{"not timed, much", false, 50_000, High},
+	} {
+		facts := factsOf(many(10, func(_ int, q *Request) {
+			q.Foreign, q.Tokens, q.Reused, q.Evaluated, q.Bytes, q.Context = true, 10_000, 0, 10_000, 40_000, 16384
+			if q.Prompt = time.Second; !c.timed {
+				q.Prompt, q.Eval = 0, 0
+			}
+		}), func(f *Facts) {
+			f.Changed = []Changed{{Model: "m:latest", Place: "system prompt", Kind: "clock", Cost: Cost{Count: 3, Tokens: c.tokens}, Since: start}}
+		})
+		if found := Examine(facts); len(found) != 1 || found[0].Severity != c.want {
+			t.Errorf("%s: want %s: %+v", c.name, c.want, found)
+		}
+	}
+	untold := factsOf(many(4, func(_ int, q *Request) {
+		q.Prompt, q.Eval, q.Loaded, q.ByOptions, q.ByNumCtx = 0, 0, true, true, true
+	}), nil)
+	if found := Examine(untold); len(found) != 1 || found[0].Severity != Medium {
+		t.Errorf("loads of which no time is told: %+v", found)
+	}
+}
+
+// TestUnloadAdvice: of a client that unloads its model each time nothing is advised but to leave that out.
+func TestUnloadAdvice(t *testing.T) {
+	found := Examine(factsOf(many(4, func(i int, q *Request) {
+		if q.OwnKeepAlive, q.KeepAlive = true, 0; i > 0 {
+			load(q)
+		}
+	}), nil))
+	if len(found) != 1 || len(found[0].Advice) != 1 || found[0].Advice[0].Set != "" {
+		t.Errorf("%+v", found)
+	}
+}
+
 // headings returns the places of docs/doctor.md, as links name them.
 func headings(t *testing.T) (places []string) {
 	t.Helper()

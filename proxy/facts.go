@@ -120,6 +120,19 @@ func (h *Handler) record(r *http.Request, ex *exchange) {
 	h.recorder.Add(q)
 }
 
+// recordChange remembers that somebody has had a model held for so long, or unloaded (0), as a client does with an
+// empty request: or else its next load would look like the doing of others.
+func (h *Handler) recordChange(r *http.Request, ex *exchange, b *backend, key string, keepAlive time.Duration) {
+	h.recorder.Add(doctor.Request{
+		Asker: doctor.Asker{
+			Name: ex.Name, Client: hashed(h.Trusted.clientOf(r, ex.holder.client())),
+			Agent: agentOf(r), Endpoint: ex.Endpoint,
+		},
+		Upstream: b.Name, Model: upstream.DisplayName(key), Weights: b.runners.Weights(key),
+		Arrived: ex.start, Sent: ex.start, Ended: time.Now(), OwnKeepAlive: true, KeepAlive: keepAlive,
+	})
+}
+
 // keeps returns for how long the request's model stays after it, negative where Ollama decides
 // that, and whether that is the client's own wish.
 func (h *Handler) keeps(ex *exchange) (d time.Duration, own bool) {

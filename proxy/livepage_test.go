@@ -18,6 +18,7 @@ import (
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contexts"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/doctor"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/livepage"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
 )
@@ -350,7 +351,7 @@ func TestPageProblems(t *testing.T) {
 // TestPageChanges: a model can be held and unloaded, by nobody but who may, and not by pages of other origins.
 func TestPageChanges(t *testing.T) {
 	b := newBox(t, "a", "m:latest@1", "other:latest@2")
-	b.set(func() { b.loaded = []string{"m:latest"} })
+	b.set(func() { b.loaded, b.tokens = []string{"m:latest"}, 2048 }) // by somebody who asked for that
 	f := newFleet(t, 1, b)
 	f.ask("POST", "/api/chat", chat("m:latest", "x"))
 	b.took()
@@ -380,7 +381,8 @@ func TestPageChanges(t *testing.T) {
 	if res, text := f.do("POST", pathUpstreams+"a/hold?model=m:latest&for=36h", ""); res.StatusCode != 200 {
 		t.Errorf("hold: %s, %s", res.Status, text)
 	}
-	if got := b.took(); len(got) != 1 || !strings.Contains(got[0], `"keep_alive":"36h0m0s"`) || !strings.Contains(got[0], `"prompt":""`) {
+	if got := b.took(); len(got) != 1 || !strings.Contains(got[0], `"keep_alive":"36h0m0s"`) || !strings.Contains(got[0], `"prompt":""`) ||
+		!strings.Contains(got[0], `"num_ctx":2048`) {
 		t.Errorf("to hold it the server was asked %q", got)
 	}
 	loads := f.look().Upstreams[0].Loads
@@ -389,6 +391,12 @@ func TestPageChanges(t *testing.T) {
 	}
 	if res, text := f.do("POST", pathUpstreams+"a/unload?model=m:latest", ""); res.StatusCode != 200 {
 		t.Errorf("unload: %s, %s", res.Status, text)
+	}
+	rows := f.h.recorder.Facts(time.Now(), time.Time{}).Models
+	if n := len(rows); n != 1 || rows[0].Name != "m:latest" || !slices.ContainsFunc(rows[0].Askers, func(a doctor.Asked) bool {
+		return a.Endpoint == pathUpstreams && a.Requests == 2 && a.OwnKeepAlive != nil && *a.OwnKeepAlive == 0
+	}) {
+		t.Errorf("doctor is told %+v", rows)
 	}
 	if got := b.took(); len(got) != 1 || !strings.Contains(got[0], `"keep_alive":"0s"`) && !strings.Contains(got[0], `"keep_alive":0`) {
 		t.Errorf("to unload it the server was asked %q", got)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"io"
+	"log"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -65,6 +66,10 @@ func TestDoctor(t *testing.T) {
 	}
 	other := httptest.NewServer(http.NotFoundHandler())
 	defer other.Close()
+	secure := httptest.NewUnstartedServer(http.NotFoundHandler())
+	secure.Config.ErrorLog = log.New(io.Discard, "", 0)
+	secure.StartTLS()
+	defer secure.Close()
 
 	for _, c := range []struct {
 		name   string
@@ -81,6 +86,8 @@ func TestDoctor(t *testing.T) {
 		{"nobody there", []string{"--proxy", nobody}, 3, "", "Start it with: ollama-cacheproxy"},
 		{"Ollama there", []string{"--proxy", up.URL}, 3, "", "OLLAMA_HOST=127.0.0.1:11434 ollama serve"},
 		{"something else there", []string{"--proxy", other.URL}, 3, "", "neither an ollama-cacheproxy nor an Ollama"},
+		{"https there", []string{"--proxy", secure.Listener.Addr().String()}, 3, "", "give --proxy https://127.0.0.1:"},
+		{"… of an unknown issuer", []string{"--proxy", secure.URL}, 3, "", "--ca FILE"},
 		{"a wrong address", []string{"--proxy", "host:99999"}, 2, "", "--proxy"},
 		{"a wrong time", []string{"--proxy", p, "--last", "-1h"}, 2, "", "--last"},
 		{"an unknown server", []string{"--proxy", p, "--upstream", "small=" + up.URL}, 2, "", "it has big=http://"},

@@ -5,7 +5,8 @@ WORKDIR /src
 COPY go.mod go.sum ./
 RUN go mod download
 COPY . .
-ARG VERSION=devel COMMIT=
+ARG VERSION=devel
+ARG COMMIT=
 RUN CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.versionText=${VERSION} -X main.commitText=${COMMIT}" -o /ollama-cacheproxy ./cmd/ollama-cacheproxy
 
 FROM scratch

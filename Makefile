@@ -9,6 +9,7 @@ COMMIT  ?= $(shell git rev-parse HEAD 2>/dev/null)
 STATICCHECK      := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOCYCLO          := github.com/fzipp/gocyclo/cmd/gocyclo@v0.6.0
 DOCKERFILE_UTILS := dockerfile-utils@0.16.3
+GORELEASER       := github.com/goreleaser/goreleaser/v2@v2.15.1
 # These run go test, and tell each package or each test as it ends.
 GOTESTSUM        := $(GO) run gotest.tools/gotestsum@v1.13.0 --hide-summary skipped
 TEST_PACKAGES    := $(GOTESTSUM) --format pkgname -- -race -count=1
@@ -24,6 +25,14 @@ help: ## say what there is to make
 .PHONY: build
 build: ## build bin/ollama-cacheproxy
 	$(GO) build -trimpath -ldflags '-s -w -X main.versionText=$(VERSION) -X main.commitText=$(COMMIT)' -o bin/ollama-cacheproxy ./cmd/ollama-cacheproxy
+
+# Goreleaser tells no commit where the repository has no origin.
+.PHONY: release-snapshot
+release-snapshot: export GIT_CONFIG_COUNT = 1
+release-snapshot: export GIT_CONFIG_KEY_0 = remote.origin.url
+release-snapshot: export GIT_CONFIG_VALUE_0 = https://github.com/ollama-cacheproxy/ollama-cacheproxy.git
+release-snapshot: ## all files of a release, in dist: archives, packages, checksums, bills of materials
+	$(GO) run $(GORELEASER) release --snapshot --clean
 
 .PHONY: demo
 demo: ## real Ollama, a small model, a Python client: with and without the proxy
@@ -52,6 +61,8 @@ servers: ## find or build the Ollama servers and models that the tests use
 lint: ## gofmt, vet, staticcheck, no complex functions; the Dockerfile (needs npx)
 	@unformatted=$$(gofmt -l .); if [ -n "$$unformatted" ]; then echo "not gofmt'ed: $$unformatted"; exit 1; fi
 	$(GO) vet ./...
+	GOOS=darwin $(GO) vet ./...
+	GOOS=windows $(GO) vet ./...
 	$(GO) mod tidy -diff
 	$(GO) run $(STATICCHECK) ./...
 	$(GO) run $(GOCYCLO) -over 15 -ignore '_test\.go$$' .

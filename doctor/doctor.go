@@ -74,12 +74,15 @@ type Request struct {
 	Reason    string        // why it was not warm, as the ledger has it
 	Truncated bool          // the server has probably cut the prompt
 	Bytes     int           // of the prompt's text
+	Images    int           // in the prompt
 	Moved     Moved         // since the oldest turns of its conversation are gone: see Recorder.Turns
 	Context   int           // tokens that the model is loaded with, as far as is known; 0: it is not
 
 	Conversation uint64 // the same for prompts of which one goes on where the other ends, or that begin alike
 	Values       int    // numbers that each token takes in the engine's memory; 0: not known
 	Sliding      bool   // the model's attention has a sliding window
+
+	cut bool // as aggregate finds
 }
 
 // Outside is a sign that a server was used by somebody who does not come through the proxy.

@@ -106,13 +106,20 @@ func TestExamine(t *testing.T) {
 		}
 		return factsOf(rows, func(f *Facts) { f.Models[0].Lanes.Slots = slots })
 	}
-	cut := func(tokens int) []Request {
-		return many(8, func(i int, q *Request) {
-			if i >= 6 {
-				q.Bytes, q.Tokens = 24_000, tokens
+	// A chat grows by 4,000 bytes with each turn, which are so many tokens, beside those of tools, until
+	// there are more than most.
+	grows := func(each, tools, most int, change func(*Request)) Facts {
+		return factsOf(many(8, func(i int, q *Request) {
+			q.Bytes = 4000 * (i + 1)
+			if q.Tokens = tools + each*(i+1); q.Tokens > most {
+				q.Tokens = most - 100*i
 			}
-		})
+			if change != nil {
+				change(q)
+			}
+		}), nil)
 	}
+	never := 1 << 30
 	docs := headings(t)
 	for _, c := range []struct {
 		name  string
@@ -147,8 +154,22 @@ func TestExamine(t *testing.T) {
 		{"a sliding window", factsOf(cold(4, "sliding_window"), nil), IDSliding, ""},
 		{"turns dropped", factsOf(moved(4), nil), IDDropped, "LLAMA_ARG_CACHE_REUSE=64"},
 		{"… twice", factsOf(moved(2), nil), "", ""},
-		{"prompts cut", factsOf(cut(1900), nil), IDCut, "OLLAMA_CONTEXT_LENGTH=8192"},
-		{"long prompts that are not", factsOf(cut(5800), nil), "", ""},
+		{"prompts cut", grows(1000, 0, 4000, nil), IDCut, "OLLAMA_CONTEXT_LENGTH=16384"},
+		{"… beside tools", grows(600, 2000, 4000, nil), IDCut, "OLLAMA_CONTEXT_LENGTH=8192"},
+		{"… little by little", factsOf(many(12, func(i int, q *Request) {
+			q.Bytes, q.Tokens = 10_000+900*i, min(2500+225*i, 4000)
+		}), nil), IDCut, "OLLAMA_CONTEXT_LENGTH=8192"},
+		{"… which the ledger takes for something else", grows(1000, 0, 4000, func(q *Request) {
+			q.Reason, q.Reused, q.Evaluated = "slot_taken", 0, q.Tokens
+			if q.Bytes <= 16_000 {
+				q.Reason = "diverged"
+			}
+		}), IDCut, ""},
+		{"… of which the ledger says so", factsOf(many(4, func(i int, q *Request) { q.Truncated = i == 3 }), nil), IDCut, "OLLAMA_CONTEXT_LENGTH=8192"},
+		{"long prompts that are not", grows(1000, 0, never, func(q *Request) { q.Context = 16384 }), "", ""},
+		{"… beside many tools", grows(900, 20000, never, func(q *Request) { q.Context = 32768 }), "", ""},
+		{"… of text that is mostly blank", grows(450, 0, never, func(q *Request) { q.Context = 4096 }), "", ""},
+		{"… with images, of which text does not tell", grows(1000, 0, 4000, func(q *Request) { q.Images = 1 }), "", ""},
 		{"requests that wait", waited(6, 1), IDFewSlots, "OLLAMA_NUM_PARALLEL=6"},
 		{"… of which nobody knows the slots", waited(6, 0), "", ""},
 		{"slots for nobody", factsOf(many(60, func(int, *Request) {}), func(f *Facts) { f.Models[0].Lanes.Slots = 4 }), IDManySlots, "OLLAMA_NUM_PARALLEL=1"},
@@ -156,18 +177,21 @@ func TestExamine(t *testing.T) {
 			f.Models[0].Lanes.Slots, f.Models[0].Lanes.Learned = 4, true
 		}), "", ""},
 		{"part of a model on the processor", factsOf(nil, func(f *Facts) {
-			f.Direct = map[string]Direct{"upstream": {Loaded: []Resident{{"m:latest", 6 << 30, 4 << 30, 16384}}}}
+			f.Loaded = map[string][]Resident{"upstream": {{"m:latest", 6 << 30, 4 << 30, 16384}}}
 		}), IDCPU, "OLLAMA_CONTEXT_LENGTH=8192"},
 		{"all of it there", factsOf(nil, func(f *Facts) {
-			f.Direct = map[string]Direct{"upstream": {Loaded: []Resident{{"m:latest", 6 << 30, 0, 16384}}}}
+			f.Loaded = map[string][]Resident{"upstream": {{"m:latest", 6 << 30, 0, 16384}}}
 		}), "", ""},
 		{"none of it there", factsOf(nil, func(f *Facts) {
-			f.Direct = map[string]Direct{"upstream": {Loaded: []Resident{{"m:latest", 6 << 30, 6 << 30, 16384}}}}
+			f.Loaded = map[string][]Resident{"upstream": {{"m:latest", 6 << 30, 6 << 30, 16384}}}
 		}), "", ""},
 		{"a server away", factsOf(nil, func(f *Facts) { f.Upstreams[0].Up = false }), IDUnreachable, "--upstream"},
 		{"a checksum that changes", factsOf(nil, func(f *Facts) {
 			f.Changed = []Changed{{Model: "m:latest", Place: "system prompt", Kind: "checksum", Byte: 61, Cost: Cost{Count: 6, Tokens: 24900}, Since: start}}
 		}), IDHead, "--stable-heads claude-billing"},
+		{"tools in another order", factsOf(nil, func(f *Facts) {
+			f.Changed = []Changed{{Model: "m:latest", Place: "tools", Kind: "text", Cost: Cost{Count: 6, Tokens: 24900}, Since: start}}
+		}), IDHead, ""},
 		{"somebody who edits a message", factsOf(nil, func(f *Facts) {
 			f.Changed = []Changed{{Model: "m:latest", Place: "message 3", Kind: "text", Byte: 61, Cost: Cost{Count: 6, Tokens: 24900}, Since: start}}
 		}), "", ""},
@@ -390,7 +414,7 @@ func TestReport(t *testing.T) {
 		}
 	})
 	f := factsOf(rows, func(f *Facts) {
-		f.Direct = map[string]Direct{"upstream": {Loaded: []Resident{{"m:latest", 6 << 30, 4 << 30, 8192}}}}
+		f.Loaded = map[string][]Resident{"upstream": {{"m:latest", 6 << 30, 4 << 30, 8192}}}
 		f.Since = start.Local()
 	})
 	report := NewReport(f)

@@ -262,7 +262,7 @@ func (f *Facts) cut(m *Model) (Finding, bool) {
 	if m.Cut.Count == 0 {
 		return Finding{}, false
 	}
-	needed := roundContext(max(m.Cut.Needed, m.Cut.Context+1))
+	needed := roundContext(max(m.Cut.Needed+m.Cut.Needed/8, m.Cut.Context+1)) // which is an estimate
 	found := Finding{
 		ID: IDCut, Severity: High,
 		Title: fmt.Sprintf("Prompts are longer than the context of %s, and are cut", m.Name),

@@ -74,7 +74,7 @@ func (f *Facts) upstream(u *Upstream) (list []Finding) {
 			list = append(list, found)
 		}
 	}
-	for _, l := range f.Direct[u.Name].Loaded {
+	for _, l := range f.Loaded[u.Name] {
 		if found, ok := cpu(l); ok {
 			found.Upstream, found.Model = u.Name, l.Name
 			list = append(list, found)
@@ -146,7 +146,7 @@ func (f *Facts) evict(u *Upstream) (Finding, bool) {
 	}
 	slices.Sort(models)
 	size, known := 0, 0
-	for _, l := range f.Direct[u.Name].Loaded {
+	for _, l := range f.Loaded[u.Name] {
 		if slices.Contains(models, l.Name) {
 			size, known = size+int(l.Size>>20), known+1
 		}
@@ -275,11 +275,22 @@ func (f *Facts) heads() (list []Finding) {
 				cost = m.evaluation(c.Tokens)
 			}
 		}
+		place, kind := "the "+c.Place, article(c.Kind)
+		if strings.HasPrefix(c.Place, "message") {
+			place = c.Place
+		}
+		title := fmt.Sprintf("%s in %s changes, and all that follows is evaluated again", kind, place)
+		where := fmt.Sprintf("at about byte %s of %s, where there is %s", number(c.Byte), place, strings.ToLower(kind))
+		advice := fmt.Sprintf("Take it out, or put it behind all that stays the same: into the last message instead of %s.", place)
+		if c.Place == "tools" {
+			title, where = "The tools change, and all that follows them is evaluated again", "in the tools"
+			advice = "Send the same tools each time, in the same order and written in the same way."
+		}
 		found := Finding{
-			ID: IDHead, Model: c.Model, Title: fmt.Sprintf("%s in the %s changes, and all that follows is evaluated again", article(c.Kind), c.Place),
-			Evidence: []string{fmt.Sprintf("%s differed from the one before at about byte %s of the %s, where there is %s: %s tokens were evaluated for that%s.",
-				plural(c.Count, "prompt"), number(c.Byte), c.Place, strings.ToLower(article(c.Kind)), number(c.Tokens), daily)},
-			Advice: []Advice{{Do: fmt.Sprintf("Take it out, or put it behind all that stays the same: into the last message instead of the %s.", c.Place)}},
+			ID: IDHead, Model: c.Model, Title: title,
+			Evidence: []string{fmt.Sprintf("%s differed from the one before %s: %s tokens were evaluated for that%s.",
+				plural(c.Count, "prompt"), where, number(c.Tokens), daily)},
+			Advice: []Advice{{Do: advice}},
 			Cost:   cost, Doc: "heads.md",
 		}
 		if c.Kind == "checksum" && c.Place == "system prompt" {

@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// Facts are what findings are made of. The proxy's page has all but Proxy, Direct and Changed, which whoever
+// Facts are what findings are made of. The proxy's page has all but Proxy, Loaded and Changed, which whoever
 // asks adds.
 type Facts struct {
 	Now   time.Time `json:"now"`
@@ -21,8 +21,8 @@ type Facts struct {
 
 	// Proxy is its address, as clients name it.
 	Proxy string `json:"-"`
-	// Direct is what the servers say now, by their names.
-	Direct map[string]Direct `json:"-"`
+	// Loaded is what the servers say that they have loaded now, by the servers' names.
+	Loaded map[string][]Resident `json:"-"`
 	// Changed are the heads of prompts that change, as the last requests tell.
 	Changed []Changed `json:"-"`
 }
@@ -176,13 +176,6 @@ type Outsider struct {
 	Last     time.Time   `json:"last"`
 }
 
-// Direct is what a server itself said when it was asked.
-type Direct struct {
-	Version string
-	Error   string // why it could not be asked; "": it answered
-	Loaded  []Resident
-}
-
 // Resident is a model that a server has loaded.
 type Resident struct {
 	Name          string
@@ -260,12 +253,12 @@ type modelRows struct {
 
 func (m *modelRows) count(loads map[*Request]loaded) {
 	m.Requests = len(m.rows)
+	m.cut()
 	m.askers()
 	m.tokens()
 	m.loads(loads)
 	m.Lanes = lanesOf(m.rows)
 	m.dropped()
-	m.cut()
 }
 
 func (m *modelRows) askers() {
@@ -317,7 +310,7 @@ func (m *modelRows) tokens() {
 		}
 		m.Sliding = m.Sliding || q.Sliding
 		m.Context = max(m.Context, q.Context)
-		if q.Reason != "" {
+		if q.Reason != "" && !q.cut { // what is cut parts from what was warm, whatever the ledger takes it for
 			c := cold[q.Reason]
 			if c == nil {
 				c = &Cold{Reason: q.Reason}
@@ -408,38 +401,67 @@ func (a Asker) addTo(list []Name) []Name {
 	return append(list, n)
 }
 
-// cutText is how many bytes a prompt must have to tell how many tokens a byte is: of shorter ones
-// most tokens are the template's.
-const cutText = 500
+const (
+	// cutBytes is by how many bytes a conversation must have grown to tell that it was cut.
+	cutBytes = 1000
+	// cutDensity is how many bytes of text no token has.
+	cutDensity = 10
+)
 
 // cut finds the prompts that were cut: those of which the ledger says so, by their token count, and
-// those that have far fewer tokens than their text should have, and more text than the context holds.
-// Ollama leaves out whole messages, so what is left may be much shorter than the context.
+// those of a conversation that has grown since, by more than the context holds, while the token count
+// has not. (Ollama leaves out whole messages, so what is left may be shorter than the context.)
 func (m *modelRows) cut() {
-	var densities []float64
+	whole := map[uint64]*grown{}
+	tokens, bytes := 0, 0
 	for _, q := range m.rows {
-		if q.Bytes >= cutText && q.Tokens > 0 {
-			densities = append(densities, float64(q.Tokens)/float64(q.Bytes))
-		}
-	}
-	if len(densities) < fewPrompts {
-		return
-	}
-	slices.Sort(densities)
-	density := densities[len(densities)*3/4] // of those that were not cut: most, or the upper ones
-	for _, q := range m.rows {
-		context := cmp.Or(q.NumCtx, q.Context)
-		predicted := int(density * float64(q.Bytes))
-		short := context > 0 && q.Tokens > 0 && q.Tokens <= context &&
-			2*predicted > 3*q.Tokens && 5*predicted > 6*context
-		if !q.Truncated && !short {
+		if q.Tokens == 0 || q.Bytes == 0 || q.Images > 0 {
 			continue
 		}
+		g := whole[q.Conversation]
+		if g == nil {
+			g = &grown{first: q, last: q}
+			whole[q.Conversation] = g
+		}
+		context := cmp.Or(q.NumCtx, q.Context)
+		needed, cut := g.cut(q, context)
+		if !cut && !q.Truncated {
+			if tokens, bytes = tokens+q.Tokens, bytes+q.Bytes; q.Bytes >= g.last.Bytes && !g.stalls(q) {
+				g.last = q
+			}
+			continue
+		}
+		if !cut && bytes > 0 {
+			needed = q.Bytes * tokens / bytes
+		}
+		q.cut = true
 		m.Cut.Count++
 		m.Cut.Context = max(m.Cut.Context, context)
 		m.Cut.By = q.Asker.addTo(m.Cut.By)
-		m.Cut.Needed = max(m.Cut.Needed, predicted+q.Generated)
+		m.Cut.Needed = max(m.Cut.Needed, needed+q.Generated)
 	}
+}
+
+// grown is a conversation, as far as it was not cut: its first prompt and its longest one.
+type grown struct{ first, last *Request }
+
+// stalls reports whether a later prompt of the conversation has more text, and not the tokens for it.
+func (g *grown) stalls(q *Request) bool {
+	return (q.Tokens-g.last.Tokens)*cutDensity < q.Bytes-g.last.Bytes
+}
+
+// cut reports whether a later prompt of the conversation was cut, and about how many tokens it has.
+func (g *grown) cut(q *Request, context int) (needed int, cut bool) {
+	bytes := q.Bytes - g.last.Bytes
+	if context == 0 || q.Tokens > context || bytes < cutBytes || !g.stalls(q) {
+		return 0, false
+	}
+	each := float64(g.last.Tokens) / float64(g.last.Bytes)
+	if more := g.last.Bytes - g.first.Bytes; more >= cutBytes { // without tools, and what templates add
+		each = float64(g.last.Tokens-g.first.Tokens) / float64(more)
+	}
+	needed = g.last.Tokens + int(each*float64(bytes))
+	return needed, needed > context
 }
 
 // lanesOf says how requests to a model waited.

@@ -85,11 +85,16 @@ func gone(t testing.TB, r doctor.Report, id string) {
 // chatTo is the body of a chat: a system prompt of so many words, and what the user says.
 func chatTo(t testing.TB, model string, prefix uint64, length int, options map[string]any, turns ...string) string {
 	t.Helper()
+	return chatWithSystem(t, model, words(prefix, length), options, turns...)
+}
+
+func chatWithSystem(t testing.TB, model, system string, options map[string]any, turns ...string) string {
+	t.Helper()
 	set := map[string]any{"num_predict": 1, "temperature": 0}
 	for k, v := range options {
 		set[k] = v
 	}
-	messages := []map[string]string{{"role": "system", "content": words(prefix, length)}}
+	messages := []map[string]string{{"role": "system", "content": system}}
 	for i, text := range turns {
 		messages = append(messages, map[string]string{"role": []string{"user", "assistant"}[i%2], "content": text})
 	}
@@ -107,16 +112,16 @@ func (s spent) String() string {
 	return fmt.Sprintf("%d loads, %d tokens evaluated", s.loads, s.evaluated)
 }
 
-// spend returns what a server does for requests, of which n have prompts.
+// spend returns what a server does for requests, of which n have prompts; what it evaluates, at least.
 func spend(t testing.TB, server *realollama.Server, n int, do func()) (s spent) {
 	t.Helper()
 	mark := server.Mark()
 	do()
 	settles(t, func() error {
-		// An engine that is ended for another load may not have written the last line of a prompt.
+		// An engine that is ended for another load may take the lines of its last prompt with it.
 		begun := server.Begun(mark)
-		if len(begun) < n {
-			return fmt.Errorf("the server's log has %d prompts, want %d", len(begun), n)
+		if least := n - server.Loads(mark); len(begun) < least {
+			return fmt.Errorf("the server's log has %d prompts, want at least %d", len(begun), least)
 		}
 		s = spent{loads: server.Loads(mark)}
 		for _, e := range begun {
@@ -150,8 +155,8 @@ func TestDoctor(t *testing.T) {
 	t.Run("num_ctx", func(t *testing.T) {
 		ask := func(sizes ...int) (doctor.Report, spent) {
 			p := startProxy(t, scarce.URL(), "--slots", "1")
-			s := spend(t, scarce, 8, func() {
-				for n := range 8 {
+			s := spend(t, scarce, 6, func() {
+				for n := range 6 {
 					mustPost(t, p.URL+"/api/chat", chatTo(t, tiny, 2, 300, map[string]any{"num_ctx": sizes[n%len(sizes)]}, words(uint64(n), 10)))
 				}
 			})
@@ -163,7 +168,7 @@ func TestDoctor(t *testing.T) {
 		r, after := ask(8192)
 		gone(t, r, doctor.IDNumCtx)
 		t.Logf("before: %v; after: %v", before, after)
-		if f.Cost.Loads < 6 || before.loads < 6 || after.loads > 1 || after.evaluated*2 > before.evaluated {
+		if f.Cost.Loads < 5 || before.loads < 5 || after.loads > 1 || after.evaluated*2 > before.evaluated {
 			t.Errorf("before: %v (told %+v); after: %v", before, f.Cost, after)
 		}
 	})
@@ -236,14 +241,11 @@ func TestDoctor(t *testing.T) {
 	t.Run("cut", func(t *testing.T) {
 		ask := func(numCtx int) doctor.Report {
 			p := startProxy(t, scarce.URL())
-			for n := range 8 {
-				turns := []string{words(uint64(20+n), 60)}
-				if n >= 6 { // a long chat
-					for i := range 12 {
-						turns = append(turns, words(uint64(1000+i), 100))
-					}
-				}
+			var turns []string // of a chat that becomes long
+			for n := range 7 {
+				turns = append(turns, words(uint64(1000+2*n), 100))
 				mustPost(t, p.URL+"/api/chat", chatTo(t, tiny, 5, 150, map[string]any{"num_ctx": numCtx}, turns...))
+				turns = append(turns, words(uint64(1001+2*n), 100))
 			}
 			return examine(t, p)
 		}

@@ -161,7 +161,7 @@ func TestNumCtxPolicy(t *testing.T) {
 		{"keep", []string{"", `,"num_ctx":2048`, `,"num_ctx":1024`, `,"num_ctx":2048`, `,"num_ctx":1024`}, 5, "", 0},
 		{"pin", []string{`,"num_ctx":2048`, `,"num_ctx":1024`, `,"num_ctx":2048`, `,"num_ctx":512`}, 1, "pinned", 2},
 		{"raise", []string{`,"num_ctx":1024`, `,"num_ctx":2048`, `,"num_ctx":1024`, `,"num_ctx":512`}, 2, "raised", 2},
-		{"raise", []string{"", `,"num_ctx":2048`, ""}, 1, "", 0}, // the default of 4096 is more, once it is known
+		{"raise", []string{"", `,"num_ctx":2048`, ""}, 1, "raised", 1}, // the default of 4096 is more, once it is known
 	} {
 		mustPost(t, server.URL()+"/api/generate", fmt.Sprintf(`{"model":%q,"keep_alive":0}`, tiny))
 		eventually(t, "unloaded", func() bool { return len(loaded(t, server.URL())) == 0 })

@@ -258,7 +258,9 @@ func (h *Hub) Serve(w http.ResponseWriter, r *http.Request, viewer any) {
 	header.Set("Content-Type", "text/event-stream; charset=utf-8")
 	header.Set("Cache-Control", "no-store")
 	header.Set("X-Accel-Buffering", "no") // nginx would keep events back
-	header.Set("Connection", "close")     // the deadline for writing is this page's
+	if r.ProtoMajor == 1 {
+		header.Set("Connection", "close") // the deadline for writing is this page's
+	}
 	header.Set("X-Content-Type-Options", "nosniff")
 	w.WriteHeader(http.StatusOK)
 	you, err := json.Marshal(viewer)

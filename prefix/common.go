@@ -84,13 +84,7 @@ const (
 // by a few bytes, so that all that follows in it has moved, its rest is taken to be alike if they have the beginning in
 // common and it is long. It is for prompts that one should have continued, but for a few bytes at their head.
 func Alike(a, other []Link, s Shared) int {
-	bytes := 0
-	if s.Bytes > 0 && s.Links < min(len(a), len(other)) && a[s.Links].text() {
-		x, y := messageEnd(a, s.Links), messageEnd(other, s.Links)
-		if d := max(x-y, y-x); d > 0 && d <= shiftMost && min(x, y) >= shiftLeast {
-			bytes += max(0, min(x, y)-s.Offset)
-		}
-	}
+	bytes := moved(a, other, s)
 	for i, j := s.Links, s.Links; i < len(a) && j < len(other); {
 		x, y := &a[i], &other[j]
 		order := cmp.Or(cmp.Compare(x.Message, y.Message), cmp.Compare(x.Offset, y.Offset))
@@ -107,6 +101,18 @@ func Alike(a, other []Link, s Shared) int {
 		}
 	}
 	return bytes
+}
+
+// moved returns how many bytes are alike of a message that has become longer or shorter by a few.
+func moved(a, other []Link, s Shared) int {
+	if s.Bytes == 0 || s.Links >= min(len(a), len(other)) || !a[s.Links].text() || !other[s.Links].text() {
+		return 0
+	}
+	x, y := messageEnd(a, s.Links), messageEnd(other, s.Links)
+	if d := max(x-y, y-x); d == 0 || d > shiftMost || min(x, y) < shiftLeast {
+		return 0
+	}
+	return max(0, min(x, y)-s.Offset)
 }
 
 // messageEnd returns how many bytes of text the message of the link at i has.

@@ -136,8 +136,14 @@ func (p *parser) head(role []byte, images []byte, extra ...[]byte) {
 	}
 	p.system = string(name) == "system"
 	p.look.role(p.message, p.system)
-	if !p.system {
+	switch {
+	case !p.system:
 		p.writeTools()
+		p.spoken = true
+	case p.spoken:
+		p.inserted = p.message
+	default:
+		p.leading++
 	}
 	p.put('M', name)
 	for i, raw := range extra {

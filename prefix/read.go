@@ -96,6 +96,7 @@ func (r *Reader) read(e Endpoint, model string, body []byte, members []jsonscan.
 		p.links[maxLinks-1].Hash, p.links[maxLinks-1].Bytes = p.sum(), p.bytes
 	}
 	c.Links, c.Messages, c.Images = p.links, int(p.message), p.pictures
+	c.Leading, c.Inserted = int(p.leading), int(p.inserted)
 	c.Opening = xxhash.Sum64String(model) ^ cmp.Or(p.opening[0]*3, p.opening[1])
 	c.Conversation = xxhash.Sum64String(model) ^ p.opening[0]*3 ^ p.opening[1]
 	return c

@@ -48,6 +48,9 @@ type writer struct {
 	buf      *[cell]byte // text that is not hashed yet: of one block
 	n        int
 
+	leading, inserted int32 // for Chain
+	spoken            bool  // a message was written that is no system message
+
 	look *look // nil: nothing is to be seen
 
 	opening [2]uint64 // for Chain.Conversation: of the first system and the first other message

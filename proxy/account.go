@@ -73,6 +73,9 @@ func (h *Handler) accounted(ex *exchange) {
 		h.free(ex, savings.Answer{})
 		return
 	}
+	if !h.Live().ShowPrompts { // it may have been shown when the request came
+		ex.excerpt = ""
+	}
 	o := savings.Outcome{
 		OK: ex.Outcome == OK, Refused: end.Refused,
 		Counted:  ex.dialect == savings.Native && ex.answer != nil,

@@ -116,3 +116,61 @@ func TestChangedUnread(t *testing.T) {
 		t.Errorf("%+v", ex.Savings)
 	}
 }
+
+// TestHoisted: a system message that is added in each turn is evaluated at the prompt's head, with all that follows. The ledger
+// says so where the template does that, and not where it does not.
+func TestHoisted(t *testing.T) {
+	for _, hoists := range []bool{true, false} {
+		var last string
+		f := newFake(t, func(r received) string {
+			var body struct {
+				Messages []struct{ Role, Content string }
+			}
+			if err := json.Unmarshal(r.body, &body); err != nil {
+				return answer(400, "application/json", `{"error":"not JSON"}`)
+			}
+			head, text := "", ""
+			for _, m := range body.Messages {
+				if m.Role == "system" && hoists {
+					head += m.Content + "|"
+				} else {
+					text += m.Content + "|"
+				}
+			}
+			text = head + text
+			n := 0
+			for n < min(len(last), len(text)-1) && last[n] == text[n] {
+				n++
+			}
+			last = text
+			return answer(200, "application/json", fmt.Sprintf(`{"usage":{"prompt_tokens":%d,"completion_tokens":1,"prompt_tokens_details":{"cached_tokens":%d}}}`, len(text), n))
+		})
+		rg := newRig(t, f.URL, &Handler{})
+		var ex Exchange
+		for turn := range 4 {
+			messages := []map[string]string{{"role": "system", "content": prose(3000)}}
+			for i := range turn + 1 {
+				messages = append(messages,
+					map[string]string{"role": "user", "content": fmt.Sprintf("Question %d. ", i) + prose(1500)},
+					map[string]string{"role": "system", "content": fmt.Sprintf("<total_tokens>%d tokens left</total_tokens>", 15000000-1234*i)})
+			}
+			body, err := json.Marshal(map[string]any{"model": "m", "messages": messages})
+			if err != nil {
+				t.Fatal(err)
+			}
+			rg.post("/v1/chat/completions", string(body))
+			f.next()
+			ex = rg.ended()
+		}
+		e := ex.Savings
+		switch c := e.Changed; {
+		case !hoists && c != nil:
+			t.Errorf("where it is evaluated: %+v", c)
+		case !hoists:
+		case c == nil || !c.Hoisted || c.Place != "message 8" || c.Kind != savings.KindCounter || c.Tokens < 4400 || c.Tokens > 4700:
+			t.Errorf("at the head: %+v, %+v", c, e)
+		case e.Detail != c.Sentence() || !strings.HasPrefix(e.Detail, "a counter in message 8, a system message that the template puts at the prompt's head, 4,"):
+			t.Errorf("at the head: %q, %s", e.Detail, e.Reason)
+		}
+	}
+}

@@ -103,7 +103,7 @@ func (h *Handler) record(r *http.Request, ex *exchange) {
 	}
 	q.KeepAlive, q.OwnKeepAlive = h.keeps(ex)
 	if c := ex.chain; c != nil && c.HasPrompt() {
-		q.Bytes, q.Conversation = c.Bytes(), c.Opening
+		q.Bytes, q.Images, q.Conversation = c.Bytes(), c.Images, c.Opening
 		if c.Messages > 2 {
 			q.Conversation = c.Conversation
 			q.Moved = h.recorder.Turns(conversationOf(q.Client, programOf(r, ex), c.Opening), c)
@@ -123,7 +123,7 @@ func (h *Handler) record(r *http.Request, ex *exchange) {
 // keeps returns for how long the request's model stays after it, negative where Ollama decides that,
 // and whether that is the client's own wish.
 func (h *Handler) keeps(ex *exchange) (d time.Duration, own bool) {
-	hold := h.KeepAlive.For(ex.key)
+	hold := h.Live().KeepAlive.For(ex.key)
 	switch {
 	case ex.KeepAlive == didKeep && ex.fields.keepAlive == keepAliveSet:
 		return ex.fields.duration, true
@@ -248,8 +248,9 @@ func (h *Handler) facts(w http.ResponseWriter, r *http.Request, ex *exchange) {
 		from = now.Add(-d)
 	}
 	f := h.recorder.Facts(now, from)
+	keep := h.Live().KeepAlive
 	f.Settings = doctor.Settings{
-		KeepAlive: h.KeepAlive.String(), KeepAlivePolicy: string(cmp.Or(h.KeepAlive.Policy, IfAbsent)),
+		KeepAlive: keep.String(), KeepAlivePolicy: string(cmp.Or(keep.Policy, IfAbsent)),
 		Contexts: h.Contexts != nil,
 	}
 	for _, b := range h.backends {

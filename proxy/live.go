@@ -16,6 +16,9 @@ type Live struct {
 // as it was to be; a new keep_alive counts from its next request or load on.
 func (h *Handler) Change(l Live) {
 	h.inForce.Store(&l)
+	if !l.ShowPrompts && h.Ledger != nil {
+		h.Ledger.ForgetExcerpts() // without the setting no prompt text is kept
+	}
 	for _, b := range h.backends {
 		b.residency.setKeep(l.KeepAlive)
 	}

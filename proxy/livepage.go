@@ -71,6 +71,7 @@ func (h *Handler) events(w http.ResponseWriter, r *http.Request, ex *exchange) {
 	h.inFlight.Add(-1) // nobody waits for its end
 	defer h.inFlight.Add(1)
 	h.live.Serve(w, r, viewer{Admin: ex.admin(), Name: ex.Name})
+	ex.start = time.Now() // for how long somebody has looked is no measure of the proxy
 }
 
 // ClosePages ends the pages that are open, and refuses others: when the proxy stops, they are not to be

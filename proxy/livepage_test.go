@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -130,6 +131,63 @@ func TestPageEvents(t *testing.T) {
 	rg.ended()
 	if n := rg.h.InFlight(); n != 0 {
 		t.Errorf("%d requests are under way in the end", n)
+	}
+}
+
+// TestPageLeft: a page that is left does not stay counted, as a request does that goes on without its client.
+func TestPageLeft(t *testing.T) {
+	rg := newRig(t, newFake(t, okAnswer).URL, &Handler{})
+	rg.h.lingers = time.Hour
+	ctx, leave := context.WithCancel(t.Context())
+	defer leave()
+	req, err := http.NewRequestWithContext(ctx, "GET", rg.URL+pathEvents, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	res, err := rg.http.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	if n := rg.h.live.Pages(); n != 1 {
+		t.Errorf("%d pages are open", n)
+	}
+	leave()
+	rg.ended()
+	if n := rg.h.live.Pages(); n != 0 {
+		t.Errorf("%d pages are open in the end", n)
+	}
+}
+
+// TestPagesLive: what the pages tell is what is in force after a change, and prompts that are not to be shown any
+// more are forgotten.
+func TestPagesLive(t *testing.T) {
+	rg := newRig(t, newFake(t, okAnswer).URL, &Handler{ShowPrompts: true, KeepAlive: keep(t, "", "24h")})
+	rg.post("/api/chat", `{"model":"m","messages":[{"role":"user","content":"secret text"}]}`)
+	rg.ended()
+	shows := func() bool {
+		t.Helper()
+		_, text := rg.do("GET", pathRequests, "")
+		rg.ended()
+		return strings.Contains(text, "secret text")
+	}
+	if !shows() {
+		t.Error("the prompt is not shown")
+	}
+	l := rg.h.Live()
+	l.ShowPrompts, l.KeepAlive = false, keep(t, Force, "7h")
+	rg.h.Change(l)
+	if shows() {
+		t.Error("the prompt is shown still")
+	}
+	l.ShowPrompts = true
+	rg.h.Change(l)
+	if shows() {
+		t.Error("the prompt was not forgotten")
+	}
+	facts, _ := factsOf(t, rg, "")
+	if page := rg.look(); facts.Settings.KeepAlive != "7h0m0s" || facts.Settings.KeepAlivePolicy != "force" || page.Proxy.Held != "7h0m0s" {
+		t.Errorf("%+v, %+v", facts.Settings, page.Proxy)
 	}
 }
 

@@ -196,25 +196,16 @@ var (
 // numCtxEdit returns the edit by which a body that asks for so many tokens (0: it states none) asks for others, or, with
 // leave, states none. false: it is written in a way that is left alone.
 func numCtxEdit(data []byte, f fields, asked, tokens int, leave bool) (edit, bool) {
-	number := strconv.Itoa(tokens)
-	var options jsonscan.Member
-	n := 0
-	for _, m := range f.members {
-		if jsonscan.KeyIs(data[m.Key:m.KeyEnd], keyOptions) {
-			options = m
-			n++
-		}
+	options, n := f.options(data)
+	if asked < 0 || n > 1 || f.empty || leave && asked == 0 {
+		return edit{}, false
 	}
-	whole := `{"num_ctx":` + number + `}`
+	number := `"num_ctx":` + strconv.Itoa(tokens)
 	switch {
-	case asked < 0 || n > 1 || f.empty || leave && asked == 0:
-		return edit{}, false
-	case n == 0 && asked == 0:
-		return edit{at: f.open, text: []byte(`"options":` + whole + ",")}, true
 	case n == 0:
-		return edit{}, false
-	case data[options.Value] == 'n' && asked == 0:
-		return edit{at: options.Value, cut: options.ValueEnd - options.Value, text: []byte(whole)}, true
+		return edit{at: f.open, text: []byte(`"options":{` + number + "},")}, asked == 0
+	case data[options.Value] == 'n':
+		return edit{at: options.Value, cut: options.ValueEnd - options.Value, text: []byte("{" + number + "}")}, asked == 0
 	case data[options.Value] != '{':
 		return edit{}, false
 	}
@@ -222,16 +213,25 @@ func numCtxEdit(data []byte, f fields, asked, tokens int, leave bool) (edit, boo
 	switch {
 	case !ok || (stated.n > 0) != (asked > 0):
 		return edit{}, false
-	case stated.n > 0 && leave:
+	case leave:
 		return edit{at: stated.from, cut: stated.to - stated.from}, true
 	case stated.n > 0:
-		return edit{at: stated.value, cut: stated.valueEnd - stated.value, text: []byte(number)}, true
+		return edit{at: stated.value, cut: stated.valueEnd - stated.value, text: []byte(strconv.Itoa(tokens))}, true
+	case stated.others:
+		number += ","
 	}
-	text := `"num_ctx":` + number
-	if stated.others {
-		text += ","
+	return edit{at: options.Value + 1, text: []byte(number)}, true
+}
+
+// options returns the last member of this name, and how many there are.
+func (f fields) options(data []byte) (last jsonscan.Member, n int) {
+	for _, m := range f.members {
+		if jsonscan.KeyIs(data[m.Key:m.KeyEnd], keyOptions) {
+			last = m
+			n++
+		}
 	}
-	return edit{at: options.Value + 1, text: []byte(text)}, true
+	return last, n
 }
 
 // option is where a number stands in an object, as offsets into the body.

@@ -64,7 +64,7 @@ func (h *Handler) pageProxy() pageProxy {
 	return pageProxy{
 		Version: h.Version, Started: h.timeline.began.UnixMilli(), Price: h.Price,
 		Bin: int(binWidth / time.Second), Requests: timelineMost, Lanes: h.Lanes != nil,
-		Keys: h.Guard.Keys != nil, Held: h.KeepAlive.String(),
+		Keys: h.Guard.Keys != nil, Held: h.Live().KeepAlive.String(),
 	}
 }
 

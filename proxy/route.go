@@ -72,6 +72,8 @@ func routeOf(r *http.Request) route {
 	rt, ok := routes[r.URL.Path]
 	body := r.Body != nil && r.Body != http.NoBody
 	switch {
+	case r.URL.Path == pathEvents:
+		rt.label, rt.long = pathEvents, true
 	case !ok && strings.HasPrefix(r.URL.Path, "/api/blobs/"):
 		rt.label, rt.first, rt.long = "/api/blobs/{digest}", true, body
 	case !ok && strings.HasPrefix(r.URL.Path, pathModel):

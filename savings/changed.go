@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"regexp"
 	"strconv"
+	"strings"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
@@ -19,6 +20,9 @@ type Changed struct {
 	Within int  `json:"within,omitempty"`
 	Kind   Kind `json:"kind"`
 	Tokens int  `json:"tokens"` // that would have been reused otherwise: about
+	// Hoisted says that the place is a system message within the conversation, which was not in the earlier prompt, and that
+	// the template seems to render it at the prompt's head.
+	Hoisted bool `json:"hoisted,omitempty"`
 }
 
 // Kind says what text looks like that changes from prompt to prompt.
@@ -48,6 +52,8 @@ func (c Changed) Sentence() string {
 	}
 	tokens := thousands(c.Tokens) + " tokens a turn"
 	switch {
+	case c.Hoisted:
+		return fmt.Sprintf("%s in %s, a system message that the template puts at the prompt's head, %s", words[c.Kind], place, tokens)
 	case c.Place == placeTools:
 		return "the tools differ, " + tokens
 	case c.Within > 0:
@@ -76,8 +82,9 @@ type Parting struct {
 	Message  int // as prefix.Link counts them
 	From, To int // bytes of the message's text; equal where it is not text that differs
 
-	tools bool
-	alike int // bytes of text that would have been reused
+	tools   bool
+	hoisted bool // see Changed
+	alike   int  // bytes of text that would have been reused
 }
 
 const (
@@ -101,8 +108,10 @@ func (e *engine) parting(r *Request) *Parting {
 		n++
 		s := prefix.Common(r.chain.Links, h.chain.Links)
 		switch {
-		case s.Links == len(h.chain.Links) || s.Links == len(r.chain.Links):
-			return nil // it continues that one, or is its beginning
+		case s.Links == len(h.chain.Links):
+			return r.hoisted(h.chain)
+		case s.Links == len(r.chain.Links):
+			return nil // it is that one's beginning
 		case s.Links < 2: // it is loaded or rendered otherwise
 			continue
 		}
@@ -117,6 +126,40 @@ func (e *engine) parting(r *Request) *Parting {
 		}
 	}
 	return best
+}
+
+// hoisted is the parting of a prompt that continues another one, if a system message was added after it: if the template
+// puts that at the head, then all between is evaluated again.
+func (r *Request) hoisted(earlier *prefix.Chain) *Parting {
+	if r.chain.Inserted < max(1, earlier.Messages) {
+		return nil
+	}
+	p := &Parting{Message: r.chain.Inserted, To: hoistedLook, hoisted: true, alike: earlier.Bytes() - r.headBytes()}
+	if p.alike < partingsLeast || p.alike*partingsShare < r.bytes {
+		return nil
+	}
+	return p
+}
+
+// hoistedLook is how much of a system message is looked at, in bytes.
+const hoistedLook = 256
+
+// headBytes returns how many bytes of text the leading system messages and the tools have.
+func (r *Request) headBytes() (bytes int) {
+	for _, l := range r.chain.Links {
+		if int(l.Message) >= r.chain.Leading && l.Part != prefix.Tools {
+			break
+		}
+		bytes = l.Bytes
+	}
+	return bytes
+}
+
+// reusesHead reports whether the head of the prompt was reused and little else, to within a quarter of that and what a
+// template adds.
+func (r *Request) reusesHead(total, reused int) bool {
+	head := total * r.headBytes() / max(1, r.bytes)
+	return abs(reused-head) <= head/4+32
 }
 
 // lookAround is how many bytes of text on both sides tell what something is.
@@ -141,7 +184,10 @@ func (r *Request) Looked(x prefix.Excerpt) {
 	case x.System && p.Message == 0:
 		c.Place = placeSystem
 	}
-	if p.To > p.From {
+	if p.hoisted {
+		c.Hoisted = true
+		c.Kind, c.Byte = KindOf(x.Text, 0, len(x.Text))
+	} else if p.To > p.From {
 		var n int
 		c.Kind, n = KindOf(x.Text, p.From-x.Offset, p.To-x.Offset)
 		c.Byte = x.Offset + n
@@ -166,20 +212,24 @@ func (r *Request) changedBy(total int, tokens Tokens) *Changed {
 	if c.Tokens == 0 || 2*tokens.Evaluated < c.Tokens {
 		return nil // most of it was reused nevertheless
 	}
+	if c.Hoisted && !r.reusesHead(total, tokens.Reused) {
+		return nil // there is another reason
+	}
 	c.Tokens = min(c.Tokens, tokens.Evaluated)
 	return &c
 }
 
-// tellChanged has the detail name what changes, where nothing else is the reason.
-func (e *Entry) tellChanged() {
-	switch e.Reason {
-	case ReasonFirst, ReasonDiverged:
-		e.Reason, e.Detail = ReasonDiverged, e.Changed.Sentence()
-	case "":
-		e.Detail = e.Changed.Sentence()
-	default: // the model was loaded anew, or the slot was taken
-		e.Changed = nil
+// tellChanged notes what changes, and has the detail name it, where nothing else is the reason. c may be nil.
+func (e *Entry) tellChanged(c *Changed) {
+	switch {
+	case c == nil, c.Hoisted && e.Basis != Measured: // an estimate takes it for reused
+		return
+	case e.Reason == ReasonTaken && c.Hoisted, e.Reason == ReasonFirst:
+		e.Reason = ReasonDiverged
+	case e.Reason != ReasonDiverged && e.Reason != "":
+		return // the model was loaded anew, or the slot was taken
 	}
+	e.Changed, e.Detail = c, c.Sentence()
 }
 
 // pattern is how a kind is written. Where it has a group, that is what changes.
@@ -247,39 +297,47 @@ func unescaped(text []byte) []byte {
 
 // is checks what a regular expression cannot.
 func (p pattern) is(text []byte, start, end int) bool {
-	digits, letters, lower, upper := 0, 0, false, false
-	for _, c := range text[start:end] {
-		switch {
-		case '0' <= c && c <= '9':
-			digits++
-		case 'a' <= c && c <= 'z':
-			letters, lower = letters+1, true
-		case 'A' <= c && c <= 'Z':
-			letters, upper = letters+1, true
-		}
+	if p.NumSubexp() > 0 {
+		return true // what stands before it says what it is
 	}
-	before, after := byte(' '), byte(' ')
-	if start > 0 {
-		before = text[start-1]
-	}
-	if end < len(text) {
-		after = text[end]
-	}
-	switch {
-	case p.NumSubexp() > 0: // what stands before it says what it is
-		return true
-	case p.kind == KindChecksum:
-		return digits > 0 && letters > 0
-	case p.kind == KindUUID:
-		return digits >= 3 && letters >= 3 && (lower && upper || digits >= 6) || end-start == 36
-	case p.kind == KindClock && before == 'T': // after a date
-		return start > 1 && '0' <= text[start-2] && text[start-2] <= '9'
-	case p.kind == KindClock:
-		return !word(before) && before != ':' && before != '.' && before != '/' && before != '-' && after != ':' && !('0' <= after && after <= '9')
+	switch found := text[start:end]; p.kind {
+	case KindChecksum:
+		return amount(found, digits) > 0 && amount(found, letters) > 0
+	case KindUUID:
+		n := amount(found, digits)
+		mixed := amount(found, lower) > 0 && amount(found, upper) > 0
+		return len(found) == 36 || n >= 3 && amount(found, letters) >= 3 && (mixed || n >= 6)
+	case KindClock:
+		return isClock(text, start, end)
 	}
 	return true
 }
 
-func word(c byte) bool {
-	return c == '_' || '0' <= c && c <= '9' || 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z'
+// isClock reports whether what looks like a time of day stands where one would.
+func isClock(text []byte, start, end int) bool {
+	before, after := text[:start], text[end:]
+	if len(after) > 0 && (after[0] == ':' || strings.IndexByte(digits, after[0]) >= 0) {
+		return false
+	}
+	if len(before) > 1 && before[len(before)-1] == 'T' { // after a date
+		return strings.IndexByte(digits, before[len(before)-2]) >= 0
+	}
+	return len(before) == 0 || strings.IndexByte(letters+digits+"_:./-", before[len(before)-1]) < 0
+}
+
+const (
+	digits  = "0123456789"
+	lower   = "abcdefghijklmnopqrstuvwxyz"
+	upper   = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+	letters = lower + upper
+)
+
+// amount returns how many bytes of text are among these.
+func amount(text []byte, among string) (n int) {
+	for _, c := range text {
+		if strings.IndexByte(among, c) >= 0 {
+			n++
+		}
+	}
+	return n
 }

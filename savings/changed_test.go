@@ -66,10 +66,11 @@ func TestKindOf(t *testing.T) {
 
 func TestChangedSentence(t *testing.T) {
 	for want, c := range map[string]Changed{
-		"a checksum at byte 61 of the system prompt, 24,900 tokens a turn":          {Place: "system prompt", Byte: 61, Kind: KindChecksum, Tokens: 24900},
-		"text that differs at byte 64 to 79 of message 3, 1,234,567 tokens a turn":  {Place: "message 3", Byte: 64, Within: 16, Kind: KindText, Tokens: 1234567},
-		"the tools differ, 900 tokens a turn":                                       {Place: "tools", Kind: KindText, Tokens: 900},
-		"a random id at byte 40960 to 41215 of the system prompt, 12 tokens a turn": {Place: "system prompt", Byte: 40960, Within: 256, Kind: KindUUID, Tokens: 12},
+		"a checksum at byte 61 of the system prompt, 24,900 tokens a turn":                                       {Place: "system prompt", Byte: 61, Kind: KindChecksum, Tokens: 24900},
+		"text that differs at byte 64 to 79 of message 3, 1,234,567 tokens a turn":                               {Place: "message 3", Byte: 64, Within: 16, Kind: KindText, Tokens: 1234567},
+		"a counter in message 8, a system message that the template puts at the prompt's head, 50 tokens a turn": {Place: "message 8", Kind: KindCounter, Hoisted: true, Tokens: 50},
+		"the tools differ, 900 tokens a turn":                                                                    {Place: "tools", Kind: KindText, Tokens: 900},
+		"a random id at byte 40960 to 41215 of the system prompt, 12 tokens a turn":                              {Place: "system prompt", Byte: 40960, Within: 256, Kind: KindUUID, Tokens: 12},
 	} {
 		if got := c.Sentence(); got != want {
 			t.Errorf("%q, want %q", got, want)

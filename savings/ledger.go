@@ -314,10 +314,7 @@ func (r *Request) end(now time.Time, o Outcome) (entry Entry, put, ok bool) {
 	case prompt:
 		put = r.account(now, o, &entry)
 	}
-	if o.Edits != "" && entry.Detail != "" {
-		entry.Detail += "; "
-	}
-	entry.Detail += o.Edits
+	entry.also(o.Edits)
 	if !entry.Loaded && r.run.Idle > defaultKeepAlive && r.run.WasLoaded {
 		entry.SavedLoading = o.Ending.LoadTime
 	}
@@ -327,6 +324,14 @@ func (r *Request) end(now time.Time, o Outcome) (entry Entry, put, ok bool) {
 	}
 	l.next++
 	return entry, put, true
+}
+
+// also adds to the detail what was edited, if anything was.
+func (e *Entry) also(edits string) {
+	if edits != "" && e.Detail != "" {
+		e.Detail += "; "
+	}
+	e.Detail += edits
 }
 
 // load reports whether the model was loaded for the request, and forgets what was warm before.
@@ -366,9 +371,7 @@ func (r *Request) account(now time.Time, o Outcome, entry *Entry) bool {
 		if entry.Verdict != Hit {
 			entry.Reason, entry.Detail = e.reason(r, entry, o.Ending.Changes)
 		}
-		if entry.Changed = r.changedBy(o.Total, *entry.Tokens); entry.Changed != nil {
-			entry.tellChanged()
-		}
+		entry.tellChanged(r.changedBy(o.Total, *entry.Tokens))
 		entry.SavedEvaluation = e.saved(entry.Tokens.Reused, o.Total)
 	}
 	e.learn(r, o, guess, entry)
@@ -417,6 +420,15 @@ func (l *Ledger) Forget(upstream uint16, name string) {
 		} else {
 			e.lose(LostReplaced)
 		}
+	}
+}
+
+// ForgetExcerpts removes the excerpts of requests from the entries that are remembered.
+func (l *Ledger) ForgetExcerpts() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for i := range l.recent {
+		l.recent[i].Excerpt = ""
 	}
 }
 

@@ -467,3 +467,17 @@ func TestAside(t *testing.T) {
 		}
 	})
 }
+
+// TestSetMaxWait: the bound that a running scheduler is given holds for its queue, and for that of the
+// requests of whose runner nothing is known, whether that is there before or after.
+func TestSetMaxWait(t *testing.T) {
+	s := NewScheduler(Config{Lanes: 1, MaxWait: time.Second})
+	s.SetMaxWait(time.Minute)
+	aside := s.Aside()
+	if s.queue.cfg.MaxWait != time.Minute || aside.queue.cfg.MaxWait != time.Minute {
+		t.Errorf("%v, aside %v", s.queue.cfg.MaxWait, aside.queue.cfg.MaxWait)
+	}
+	if s.SetMaxWait(time.Hour); s.queue.cfg.MaxWait != time.Hour || aside.queue.cfg.MaxWait != time.Hour {
+		t.Errorf("then %v, aside %v", s.queue.cfg.MaxWait, aside.queue.cfg.MaxWait)
+	}
+}

@@ -15,7 +15,6 @@ import (
 	"github.com/alecthomas/kong"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/batch"
-	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
@@ -38,6 +37,7 @@ type batchCmd struct {
 	Server   string        `env:"-" placeholder:"ADDR" help:"The proxy, or Ollama itself. Default: OLLAMA_HOST, or else 127.0.0.1:11435."`
 	Wait     time.Duration `name:"wait-for-server" default:"10m" placeholder:"TIME" help:"How long to wait for a server that does not answer, at the start and later; 0s ends the batch at once. Retries count from when it answers. Default: 10m."`
 	APIKey   string        `name:"api-key" placeholder:"KEY" help:"An API key of the proxy."`
+	CA       string        `name:"ca" type:"path" default:"" placeholder:"FILE" help:"Believe certificates of https servers that are issued by one of these authorities, too: PEM."`
 	Upstream []string      `env:"-" placeholder:"[NAME=]ADDR" help:"Run a separate proxy in front of these Ollama servers for this batch. Repeatable."`
 	Slots    []string      `placeholder:"[NAME=]N" help:"With --upstream: slots per model, as for serve. Default: auto."`
 
@@ -85,7 +85,10 @@ func (b *batchCmd) Run(ctx context.Context, c *console) error {
 	bar := newProgress(c.stderr, b.LogFormat, b.LogLevel)
 	config.Log = bar.log
 	config.Progress = func(now batch.Progress) { bar.show(now.Done, now.Total, now.Elapsed, now) }
-	transport := proxy.NewTransport()
+	transport, err := newTransport(b.CA)
+	if err != nil {
+		return exitError{2, err}
+	}
 	defer transport.CloseIdleConnections()
 	config.Transport = transport
 	if b.Check {
@@ -124,6 +127,9 @@ func (b *batchCmd) config(c *console) (*batch.Source, *batch.Config, error) {
 	if b.Window < 1 || b.Retries < 0 || b.Timeout < 0 || b.Wait < 0 {
 		return nil, nil, fmt.Errorf("--window %d, --retries %d, --request-timeout %v, --wait-for-server %v: want at least 1, and 0 or more",
 			b.Window, b.Retries, b.Timeout, b.Wait)
+	}
+	if !isPrice(b.Price) {
+		return nil, nil, fmt.Errorf("--price %v: want 0 (no prices) or more", b.Price)
 	}
 	if b.Concurrency != "auto" {
 		n, err := strconv.Atoi(b.Concurrency)
@@ -201,6 +207,9 @@ func (b *batchCmd) check(ctx context.Context, c *console, config *batch.Config) 
 // inner runs a proxy within the program and points the batch at it.
 func (b *batchCmd) inner(ctx context.Context, c *console, config *batch.Config) (stop func(), err error) {
 	args := []string{"--log-format", b.LogFormat}
+	if b.CA != "" {
+		args = append(args, "--upstream-ca", b.CA)
+	}
 	for _, up := range b.Upstream {
 		args = append(args, "--upstream", up)
 	}

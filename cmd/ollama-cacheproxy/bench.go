@@ -32,6 +32,7 @@ type benchCmd struct {
 	Seed    uint64        `env:"-" default:"1" placeholder:"N" help:"Seed of the generated texts. Default: 1."`
 
 	Upstream string   `env:"-" placeholder:"ADDR" help:"The Ollama server, which nobody else should use meanwhile. Default: OLLAMA_HOST, or else 127.0.0.1:11434."`
+	CA       string   `name:"ca" type:"path" default:"" placeholder:"FILE" help:"Believe certificates of https servers that are issued by one of these authorities, too: PEM."`
 	Model    []string `env:"-" placeholder:"NAME" help:"The model; give two for the workload models. Default: the only one that the server has."`
 	Slots    string   `env:"-" default:"auto" placeholder:"N" help:"With --optimize true: slots per model, as for serve. Default: auto."`
 
@@ -86,7 +87,7 @@ func (b *benchCmd) Run(ctx context.Context, c *console) error {
 	config.Log = bar.log
 	config.Progress = func(now bench.Progress) { bar.show(now.Done, now.Total, now.Elapsed, now) }
 	config.Front = func(ctx context.Context, mode bench.Mode, done func(proxy.Exchange)) (*url.URL, func() error, error) {
-		flags := []string{"--upstream", config.Upstream.String(), "--log-format", b.LogFormat}
+		flags := []string{"--upstream", config.Upstream.String(), "--log-format", b.LogFormat, "--upstream-ca=" + b.CA}
 		switch mode {
 		case bench.Direct:
 			flags = append(flags, "--slots", "off", "--keep-alive", "off", "--no-touch")
@@ -97,7 +98,10 @@ func (b *benchCmd) Run(ctx context.Context, c *console) error {
 		}
 		return runInner(ctx, c, flags, done) // without settings from the environment: they would not be in the report
 	}
-	transport := proxy.NewTransport()
+	transport, err := newTransport(b.CA)
+	if err != nil {
+		return exitError{2, err}
+	}
 	defer transport.CloseIdleConnections()
 	config.Transport = transport
 	report, err := bench.Run(ctx, *config)
@@ -110,7 +114,7 @@ func (b *benchCmd) Run(ctx context.Context, c *console) error {
 
 // config understands the flags.
 func (b *benchCmd) config() (*bench.Config, error) {
-	if b.Price < 0 {
+	if !isPrice(b.Price) {
 		return nil, errors.New("--price: want 0 (no prices) or more")
 	}
 	for _, n := range []int{b.Requests, b.PrefixTokens, b.TailTokens, b.OutputTokens, b.Rounds} {

@@ -93,7 +93,7 @@ func (set settings) aboutUpstream(i int, up *upstream.Server) (text string, answ
 	return text, st.Up
 }
 
-// listSettings lists the flags by name. None of them is a secret: keys are in files, whose names are
+// listSettings lists the flags by name. None of them is a secret: of keys the file, or the names, are
 // shown.
 func (s *serveCmd) listSettings(set settings) string {
 	// What it means that nothing is said.
@@ -114,6 +114,9 @@ func (s *serveCmd) listSettings(set settings) string {
 			value = unsaid[x.name]
 		}
 		fmt.Fprintf(w, "  %s\t%s\t%s\n", x.name, value, x.source)
+	}
+	if s.file != nil && s.file.keys.line > 0 {
+		fmt.Fprintf(w, "  %s\t%s\t%s:%d\n", settingAPIKeys, strings.Join(set.keys.keys.Names(), ", "), s.file.path, s.file.keys.line)
 	}
 	w.Flush()
 	return b.String()

@@ -19,6 +19,7 @@ import (
 type configFile struct {
 	settingsFile
 	settings map[string]configured
+	keys     inlineKeys
 }
 
 // configured is one setting of the file.
@@ -85,6 +86,12 @@ func readConfig(path string, flags []*kong.Flag) (*configFile, error) {
 
 // setting takes in one of them.
 func (c *configFile) setting(name string, line int, value *yaml.Node, flags []*kong.Flag) error {
+	if name == settingAPIKeys {
+		if c.keys.line > 0 {
+			return fmt.Errorf("%s is given twice; line %d has it already", name, c.keys.line)
+		}
+		return c.keys.read(value, line)
+	}
 	i := slices.IndexFunc(flags, func(f *kong.Flag) bool { return f.Name == name })
 	if i < 0 {
 		return unknownSetting(name, flags)
@@ -137,7 +144,7 @@ func empty(n *yaml.Node) bool { return n.Kind == yaml.ScalarNode && n.Tag == "!!
 // take reads a value: one, a list, or, where the flag takes NAME=VALUE, a map.
 func (s *configured) take(name string, n *yaml.Node, named bool) error {
 	if n.Kind == yaml.AliasNode {
-		n = n.Alias
+		n = n.Alias // which is no alias
 	}
 	switch {
 	case empty(n):
@@ -148,7 +155,8 @@ func (s *configured) take(name string, n *yaml.Node, named bool) error {
 		return wrong(n, name, "want one value")
 	case n.Kind == yaml.SequenceNode:
 		for _, item := range n.Content {
-			if item.Kind == yaml.SequenceNode {
+			// An alias may stand for a list, even for the one that it is in.
+			if item.Kind == yaml.SequenceNode || item.Kind == yaml.AliasNode && item.Alias.Kind == yaml.SequenceNode {
 				return wrong(item, name, "a list within the list")
 			}
 			if err := s.take(name, item, named); err != nil {
@@ -167,6 +175,14 @@ func (s *configured) take(name string, n *yaml.Node, named bool) error {
 func (s *configured) takeMap(name string, n *yaml.Node) error {
 	for i := 0; i < len(n.Content); i += 2 {
 		key, value := n.Content[i], n.Content[i+1]
+		if value.Kind == yaml.AliasNode {
+			value = value.Alias
+		}
+		for j := 0; j < i; j += 2 {
+			if n.Content[j].Value == key.Value {
+				return wrong(key, name, fmt.Sprintf("%s is given twice; line %d has it already", key.Value, n.Content[j].Line))
+			}
+		}
 		if value.Kind != yaml.ScalarNode || empty(value) {
 			return wrong(key, name, key.Value+": want one value")
 		}

@@ -16,7 +16,6 @@ import (
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/doctor"
-	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
@@ -24,6 +23,7 @@ type doctorCmd struct {
 	Proxy    string        `env:"OLLAMA_CACHEPROXY_PROXY,OLLAMA_CACHEPROXY_LISTEN" default:"127.0.0.1:11435" placeholder:"ADDR" help:"Where the proxy listens. Default: 127.0.0.1:11435."`
 	Upstream []string      `env:"-" placeholder:"[NAME=]ADDR" help:"Ask this Ollama itself what it has loaded, and not through the proxy. Repeatable. Default: all that the proxy has, through it."`
 	APIKey   string        `name:"api-key" placeholder:"KEY" help:"The key that the proxy asks for."`
+	CA       string        `name:"ca" type:"path" default:"" placeholder:"FILE" help:"Believe certificates of https servers that are issued by one of these authorities, too: PEM."`
 	Last     time.Duration `env:"-" placeholder:"TIME" help:"Look at the requests of this last time alone, such as 1h. Default: at all that the proxy remembers, the last 10,000 since it was started."`
 	JSON     bool          `name:"json" env:"-" help:"Write the findings to stdout as JSON."`
 }
@@ -72,14 +72,17 @@ func (d *doctorCmd) Run(ctx context.Context, c *console) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
 	defer cancel()
-	transport := proxy.NewTransport()
+	transport, err := newTransport(d.CA)
+	if err != nil {
+		return exitError{statusUsage, err}
+	}
 	defer transport.CloseIdleConnections()
 	ask := &asking{base: u, key: d.APIKey, transport: transport}
 	facts, err := ask.facts(ctx, d.Last)
 	if err != nil {
 		return exitError{statusUnasked, err}
 	}
-	if facts.Direct, err = ask.servers(ctx, facts.Upstreams, direct); err != nil {
+	if facts.Loaded, err = ask.servers(ctx, facts.Upstreams, direct); err != nil {
 		return exitError{statusUsage, err}
 	}
 	facts.Proxy = u.String()
@@ -213,8 +216,8 @@ func (a *asking) whoIsThere(ctx context.Context) error {
 
 // servers asks the proxy's servers what they have loaded: those in direct at that address, the others
 // through the proxy.
-func (a *asking) servers(ctx context.Context, list []doctor.Upstream, direct map[string]*url.URL) (map[string]doctor.Direct, error) {
-	found := map[string]doctor.Direct{}
+func (a *asking) servers(ctx context.Context, list []doctor.Upstream, direct map[string]*url.URL) (map[string][]doctor.Resident, error) {
+	found := map[string][]doctor.Resident{}
 	var names []string
 	var mu sync.Mutex
 	var wg sync.WaitGroup
@@ -232,10 +235,10 @@ func (a *asking) servers(ctx context.Context, list []doctor.Upstream, direct map
 		}
 		wg.Go(func() {
 			server := upstream.NewServer(u.Name, at, transport, slog.New(slog.DiscardHandler))
-			d := directOf(server.Poll(ctx))
+			loaded := loadedOn(server.Poll(ctx))
 			mu.Lock()
 			defer mu.Unlock()
-			found[u.Name] = d
+			found[u.Name] = loaded
 		})
 	}
 	wg.Wait()
@@ -245,15 +248,12 @@ func (a *asking) servers(ctx context.Context, list []doctor.Upstream, direct map
 	return found, nil
 }
 
-func directOf(st upstream.State) doctor.Direct {
-	d := doctor.Direct{Version: st.Version}
-	if st.Err != nil {
-		d.Error = st.Err.Error()
-	}
+func loadedOn(st upstream.State) (list []doctor.Resident) {
 	for _, l := range st.Loaded {
-		d.Loaded = append(d.Loaded, doctor.Resident{
-			Name: upstream.DisplayName(upstream.ModelKey(l.Name)), Size: l.Size, SizeVRAM: l.SizeVRAM, ContextLength: l.ContextLength,
+		list = append(list, doctor.Resident{
+			Name: upstream.DisplayName(upstream.ModelKey(l.Name)), Size: l.Size, SizeVRAM: l.SizeVRAM,
+			ContextLength: l.ContextLength,
 		})
 	}
-	return d
+	return list
 }

@@ -3,6 +3,10 @@ package main
 import (
 	"fmt"
 	"log/slog"
+	"strings"
+	"unicode"
+
+	"go.yaml.in/yaml/v3"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 )
@@ -10,7 +14,8 @@ import (
 // keysFile is --api-keys-file.
 type keysFile struct {
 	settingsFile
-	keys *proxy.Keys
+	keys   *proxy.Keys
+	inline bool // they are in the file of --config itself, which is read again by configReload
 
 	replaced func(names []string) // called with the keys' names after each reload; nil: nobody is told
 }
@@ -28,6 +33,70 @@ func readKeys(path string) (*keysFile, error) {
 	return k, nil
 }
 
+// inlineKeys are those of the member api-keys in the file of --config, in the form that
+// --api-keys-file has.
+type inlineKeys struct {
+	text string
+	line int // 0: there are none
+}
+
+// settingAPIKeys is the one member of the file of --config that is no flag: keys on a command line could
+// be read by everybody on the machine.
+const settingAPIKeys = "api-keys"
+
+// read takes in a map: each name with its key, or with a map of key and settings.
+func (k *inlineKeys) read(n *yaml.Node, line int) error {
+	if n.Kind != yaml.MappingNode || len(n.Content) == 0 {
+		return wrong(n, settingAPIKeys, "want a map, such as 'alice: {key: KEY, class: interactive}'")
+	}
+	k.line = line
+	for i := 0; i < len(n.Content); i += 2 {
+		name, value := n.Content[i], n.Content[i+1]
+		words := []string{name.Value, value.Value}
+		if value.Kind == yaml.MappingNode {
+			words = keyWords(name.Value, value)
+		}
+		for _, word := range words {
+			if word == "" || strings.ContainsFunc(word, unicode.IsSpace) {
+				return wrong(name, settingAPIKeys, "want a name and a key without blanks, such as 'alice: {key: KEY, class: interactive}'")
+			}
+		}
+		if _, err := proxy.ParseKeys(strings.Join(words, " ")); err != nil {
+			return wrong(name, settingAPIKeys, strings.TrimPrefix(err.Error(), "line 1: "))
+		}
+		k.text += strings.Join(words, " ") + "\n"
+	}
+	if _, err := proxy.ParseKeys(k.text); err != nil { // two of them are alike: it counts them
+		return wrong(n, settingAPIKeys, strings.ReplaceAll(err.Error(), "line ", "entry "))
+	}
+	return nil
+}
+
+// keyWords returns the words of a line of --api-keys-file.
+func keyWords(name string, n *yaml.Node) []string {
+	words := []string{name, ""}
+	for i := 0; i < len(n.Content); i += 2 {
+		member, value := n.Content[i].Value, n.Content[i+1].Value
+		switch {
+		case member == "key":
+			words[1] = value
+		case member == "admin" && value == "true":
+			words = append(words, "admin=yes")
+		case member == "admin" && value == "false":
+			words = append(words, "admin=no")
+		default:
+			words = append(words, member+"="+value)
+		}
+	}
+	return words
+}
+
+// inlineKeysFile returns the keys of the file of --config.
+func inlineKeysFile(c *configFile) (*keysFile, error) {
+	keys, err := proxy.ParseKeys(c.keys.text)
+	return &keysFile{settingsFile: c.settingsFile, keys: keys, inline: true}, err
+}
+
 // reload reads the file again. If that fails, the keys from before stay.
 func (k *keysFile) reload(logger *slog.Logger) {
 	if err := k.again(k.keys.Replace); err != nil {
@@ -38,6 +107,13 @@ func (k *keysFile) reload(logger *slog.Logger) {
 		k.replaced(k.keys.Names())
 	}
 	logger.Info("API keys read again", "file", k.path, "keys", k.keys.Len(), "admins", k.keys.Admins())
+}
+
+// replace puts other keys into force, which have been read as keys before.
+func (k *keysFile) replace(text string) {
+	if err := k.keys.Replace(text); err == nil && k.replaced != nil {
+		k.replaced(k.keys.Names())
+	}
 }
 
 // warn says that no key may change models, where that is so: a file from before there was that right

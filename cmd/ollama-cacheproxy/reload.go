@@ -20,6 +20,7 @@ type configReload struct {
 	settingsFile
 	serve *serveCmd
 	now   map[string]string // each setting in force
+	keys  string            // the keys in it that are in force; "": there are none
 
 	set   settings
 	h     *proxy.Handler
@@ -32,7 +33,7 @@ func newConfigReload(s *serveCmd, set settings, h *proxy.Handler, level *slog.Le
 		return nil
 	}
 	c := &configReload{serve: s, now: map[string]string{}, set: set, h: h, level: level}
-	c.settingsFile = s.file.settingsFile
+	c.settingsFile, c.keys = s.file.settingsFile, s.file.keys.text
 	for _, x := range s.inForce {
 		c.now[x.name] = x.String()
 	}
@@ -57,6 +58,14 @@ func (c *configReload) reload(logger *slog.Logger) {
 		return
 	}
 	changed, later := c.compare(s)
+	switch text := fileKeys(s); {
+	case text == c.keys:
+	case text == "" || c.keys == "":
+		later = append(later, settingAPIKeys)
+	default:
+		c.keys, changed = text, append(changed, settingAPIKeys)
+		c.set.keys.replace(text)
+	}
 	c.h.Change(proxy.Live{
 		KeepAlive: set.keepAlive, AllowHosts: set.guard.AllowHosts, AllowOrigins: set.guard.AllowOrigins,
 		BodyTimeout: s.BodyTimeout, UpstreamSilence: s.UpstreamSilence, Heartbeat: s.Heartbeat,
@@ -70,6 +79,14 @@ func (c *configReload) reload(logger *slog.Logger) {
 	if len(later) > 0 {
 		logger.Warn("what has changed of these settings takes effect after a restart", "settings", later)
 	}
+}
+
+// fileKeys are those in the file of --config.
+func fileKeys(s *serveCmd) string {
+	if s.file == nil {
+		return ""
+	}
+	return s.file.keys.text
 }
 
 // compare returns what is other than it was: what is changed now, and what only a restart changes.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
@@ -148,5 +149,55 @@ func TestConfigLive(t *testing.T) {
 	stop()
 	if c := <-code; c != 0 {
 		t.Errorf("exit status %d\n%s", c, log)
+	}
+}
+
+// TestInlineKeysReload: keys in the file change with it; that there are any needs a restart, and so does
+// that there are none any more.
+func TestInlineKeysReload(t *testing.T) {
+	const keys = "api-keys: {alice: one, bob: two}\n"
+	for _, tt := range []struct {
+		what, before, after string
+		names               string // in force after that
+		want                string // that the log has
+	}{
+		{"others", keys, "api-keys: {alice: one, carol: three}\n", "[alice carol]", "changed=[api-keys]"},
+		{"the same", keys, "# again\n" + keys, "[alice bob]", "changed=[]"},
+		{"a mistake", keys, "api-keys: {alice: one, bob: one}\n", "[alice bob]", "another entry has this key"},
+		{"none any more", keys, "queue: 10\n", "[alice bob]", `settings="[queue api-keys]"`},
+		{"the first ones", "queue: 10000\n", keys, "none", "settings=[api-keys]"},
+	} {
+		t.Run(tt.what, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "proxy.yaml")
+			write := func(text string) {
+				if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			write(tt.before)
+			s, err := parsed(t, "--config", path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			set, err := s.settings()
+			if err != nil {
+				t.Fatal(err)
+			}
+			var log syncBuffer
+			logger := slog.New(slog.NewTextHandler(&log, nil))
+			h := s.handler(set, nil, proxy.NewTransport(), logger)
+			if len(set.files()) > 0 {
+				t.Error("the file would be read as one of keys, too")
+			}
+			write(tt.after)
+			newConfigReload(s, set, h, new(slog.LevelVar))[0].reload(logger)
+			got := "none"
+			if h.Guard.Keys != nil {
+				got = fmt.Sprint(h.Guard.Keys.Names())
+			}
+			if got != tt.names || !strings.Contains(log.String(), tt.want) {
+				t.Errorf("%s, want %s and %q:\n%s", got, tt.names, tt.want, &log)
+			}
+		})
 	}
 }

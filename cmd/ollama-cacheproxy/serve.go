@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"os"
@@ -140,7 +141,7 @@ POST /_cacheproxy/upstreams/NAME/drain has an upstream finish what it has and ge
 
 With several upstreams what changes models (pull, create, copy, push, delete, blobs) goes to the first one. The request header X-Cacheproxy-Upstream: NAME sends any request to one of them; in answers it names the one that answered.
 
-Other verbs: batch, bench, health, version ("ollama-cacheproxy VERB --help").`
+Other verbs: batch (a file of requests), bench (what the proxy is worth), completion (for a shell), contexts and engine (stored contexts), doctor (what is wrong), health, version. Each has --help.`
 }
 
 // settings are the flags, understood.
@@ -177,14 +178,8 @@ func (s *serveCmd) settings() (settings, error) {
 		}
 		set.lanes = set.lanes || t.slots != schedule.Unlimited || len(set.upstreams) > 1
 	}
-	if set.keepAlive, err = proxy.ParseKeepAlive(proxy.KeepAlivePolicy(s.KeepAlivePolicy), append([]string{defaultKeepAlive}, s.KeepAlive...)); err != nil {
-		return set, fmt.Errorf("--keep-alive: %w", err)
-	}
-	if set.numCtx, err = proxy.ParseNumCtx(s.NumCtxPolicy); err != nil {
-		return set, fmt.Errorf("--num-ctx-policy: %w", err)
-	}
-	if set.heads, err = proxy.ParseStableHeads(s.StableHeads); err != nil {
-		return set, fmt.Errorf("--stable-heads: %w", err)
+	if err = set.edits(s); err != nil {
+		return set, err
 	}
 	if set.memory, err = s.limits(); err != nil {
 		return set, err
@@ -199,12 +194,26 @@ func (s *serveCmd) settings() (settings, error) {
 	return set, s.readFiles(&set)
 }
 
+// apiKeys reads those that clients must show; nil where none are asked for.
+func (s *serveCmd) apiKeys() (*keysFile, error) {
+	inline := s.file != nil && s.file.keys.line > 0
+	switch {
+	case inline && s.APIKeysFile != "":
+		return nil, fmt.Errorf("--api-keys-file is given, and %s in %s: give one of them", settingAPIKeys, s.file.path)
+	case inline:
+		return inlineKeysFile(s.file)
+	case s.APIKeysFile != "":
+		return readKeys(s.APIKeysFile)
+	}
+	return nil, nil
+}
+
 // readFiles reads the files that settings name.
 func (s *serveCmd) readFiles(set *settings) (err error) {
-	if s.APIKeysFile != "" {
-		if set.keys, err = readKeys(s.APIKeysFile); err != nil {
-			return err
-		}
+	if set.keys, err = s.apiKeys(); err != nil {
+		return err
+	}
+	if set.keys != nil {
 		set.guard.Keys = set.keys.keys
 	}
 	if s.Prewarm != "" {
@@ -215,8 +224,22 @@ func (s *serveCmd) readFiles(set *settings) (err error) {
 	if set.cert, err = readCert(s.TLSCert, s.TLSKey); err != nil {
 		return err
 	}
-	set.upstreamTLS, err = upstreamTLS(s.UpstreamCA)
+	set.upstreamTLS, err = certificates("--upstream-ca", s.UpstreamCA)
 	return err
+}
+
+// edits reads what is to be edited of requests.
+func (set *settings) edits(s *serveCmd) (err error) {
+	if set.keepAlive, err = proxy.ParseKeepAlive(proxy.KeepAlivePolicy(s.KeepAlivePolicy), append([]string{defaultKeepAlive}, s.KeepAlive...)); err != nil {
+		return fmt.Errorf("--keep-alive: %w", err)
+	}
+	if set.numCtx, err = proxy.ParseNumCtx(s.NumCtxPolicy); err != nil {
+		return fmt.Errorf("--num-ctx-policy: %w", err)
+	}
+	if set.heads, err = proxy.ParseStableHeads(s.StableHeads); err != nil {
+		return fmt.Errorf("--stable-heads: %w", err)
+	}
+	return nil
 }
 
 // limits checks the flags that are numbers and times, and returns how much memory bodies may take.
@@ -240,7 +263,7 @@ func (s *serveCmd) limits() (int64, error) {
 	if s.StoreEntries < 0 || s.StoreBytes < 0 {
 		return 0, fmt.Errorf("--store-entries %d, --store-bytes %d: want 0 (remember no prefixes but the last prompts') or more", s.StoreEntries, s.StoreBytes)
 	}
-	if s.Price < 0 {
+	if !isPrice(s.Price) {
 		return 0, fmt.Errorf("--price %v: want 0 (no prices) or more", s.Price)
 	}
 	if s.Drain < 0 {
@@ -254,6 +277,10 @@ func (s *serveCmd) limits() (int64, error) {
 	}
 	return memory, nil
 }
+
+// isPrice reports whether a number can be the price of tokens: NaN and infinity, which flags accept as
+// numbers, cannot be written as JSON.
+func isPrice(price float64) bool { return price >= 0 && !math.IsInf(price, 1) }
 
 // listenAddr reads an address for net.Listen; a missing port is defaultPort.
 func listenAddr(s string) (string, error) {
@@ -364,7 +391,7 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 
 // files returns the files that are read again when they change.
 func (set settings) files() (list []reloader) {
-	if set.keys != nil {
+	if set.keys != nil && !set.keys.inline {
 		list = append(list, set.keys)
 	}
 	if set.prewarm != nil {

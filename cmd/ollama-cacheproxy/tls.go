@@ -12,6 +12,8 @@ import (
 	"os"
 	"sync/atomic"
 	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 )
 
 // certFile is --tls-cert with --tls-key: what clients are served with.
@@ -119,22 +121,32 @@ func (set settings) scheme() string {
 	return "https"
 }
 
-// upstreamTLS is how https upstreams are reached: their certificates are believed if the system
+// newTransport returns what reaches servers, of which https ones are believed as certificates says.
+func newTransport(ca string) (*http.Transport, error) {
+	t := proxy.NewTransport()
+	var err error
+	if t.TLSClientConfig, err = certificates("--ca", ca); err != nil {
+		return nil, err
+	}
+	return t, nil
+}
+
+// certificates is how https upstreams are reached: their certificates are believed if the system
 // believes them, or one of the authorities in the file has issued them. nil without a file.
-func upstreamTLS(path string) (*tls.Config, error) {
+func certificates(flag, path string) (*tls.Config, error) {
 	if path == "" {
 		return nil, nil
 	}
 	text, err := os.ReadFile(path)
 	if err != nil {
-		return nil, fmt.Errorf("--upstream-ca: %w", err)
+		return nil, fmt.Errorf("%s: %w", flag, err)
 	}
 	roots, err := x509.SystemCertPool()
 	if err != nil {
 		roots = x509.NewCertPool() // this system has none
 	}
 	if !roots.AppendCertsFromPEM(text) {
-		return nil, fmt.Errorf("--upstream-ca %s: there is no certificate in it: want PEM, which begins with -----BEGIN CERTIFICATE-----", path)
+		return nil, fmt.Errorf("%s %s: there is no certificate in it: want PEM, which begins with -----BEGIN CERTIFICATE-----", flag, path)
 	}
 	return &tls.Config{RootCAs: roots}, nil
 }

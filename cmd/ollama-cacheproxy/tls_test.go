@@ -358,6 +358,17 @@ func TestUpstreamCA(t *testing.T) {
 			t.Errorf("%v: status %d, want %d and %q\n%s", tt.flags, code, tt.code, tt.want, out)
 		}
 	}
+	// The other verbs that ask servers believe it by --ca.
+	secure, _ := startTLS(t, "--upstream", up.URL, "--upstream-ca", ca, "--tls-cert", certFile, "--tls-key", keyFile)
+	for _, tt := range []struct {
+		flags []string
+		code  int
+	}{{nil, statusUnasked}, {[]string{"--ca", ca}, 0}} {
+		out := &syncBuffer{}
+		if code := run(t.Context(), append([]string{"doctor", "--proxy", "https://" + secure}, tt.flags...), out, out); code != tt.code {
+			t.Errorf("doctor %v: status %d, want %d\n%s", tt.flags, code, tt.code, out)
+		}
+	}
 	listen, _ := startTLS(t, "--upstream", up.URL, "--upstream-ca", ca)
 	res, err := http.Post("http://"+listen+"/api/chat", "application/json", strings.NewReader(`{"model":"a"}`))
 	if err != nil {

@@ -37,8 +37,9 @@ const (
 // platforms are those that a release is for.
 var platforms = []string{"darwin/amd64", "darwin/arm64", "linux/amd64", "linux/arm64", "windows/amd64", "windows/arm64"}
 
-// packages are what the Debian has on which packages are tried, beside the smallest one that there is.
-const packages = "systemd,systemd-sysv,dbus,procps,curl,rpm,ruby,bash-completion,zsh,fish,man-db"
+// packages are what the Debian has on which packages are tried, beside the smallest one that there is. The
+// engine of the Ollama that is made from ready parts needs Python.
+const packages = "systemd,python3,systemd-sysv,dbus,procps,curl,rpm,ruby,bash-completion,zsh,fish,man-db"
 
 // TestRelease makes a release that is not published, and installs what it made.
 func TestRelease(t *testing.T) {
@@ -266,14 +267,21 @@ func archives(t *testing.T, made []artifact) {
 	}
 }
 
-// billsOfMaterials looks for a library in each.
+// billsOfMaterials looks for a library in each. Their names alone say what they are of.
 func billsOfMaterials(t *testing.T, made []artifact) {
-	for platform, a := range of(t, made, "SBOM") {
+	for _, platform := range platforms {
+		i := slices.IndexFunc(made, func(a artifact) bool {
+			return a.Type == "SBOM" && strings.HasSuffix(a.Name, "_"+strings.ReplaceAll(platform, "/", "_")+".cdx.json")
+		})
+		if i < 0 {
+			t.Errorf("there is none for %s", platform)
+			continue
+		}
 		var bill struct {
 			BOMFormat  string
 			Components []struct{ PURL string }
 		}
-		if err := json.NewDecoder(a.open(t)).Decode(&bill); err != nil {
+		if err := json.NewDecoder(made[i].open(t)).Decode(&bill); err != nil {
 			t.Errorf("%s: %v", platform, err)
 		}
 		if bill.BOMFormat != "CycloneDX" || !slices.ContainsFunc(bill.Components, func(c struct{ PURL string }) bool {
@@ -330,6 +338,12 @@ func machine(t *testing.T, root string, made []artifact) {
 		"package.deb": filepath.Join(repository, one(t, made, ".deb").Path),
 		"package.rpm": filepath.Join(repository, one(t, made, ".rpm").Path),
 		"formula.rb":  filepath.Join(repository, "deploy/homebrew/ollama-cacheproxy.rb"),
+		"install.md":  filepath.Join(repository, "docs/install.md"),
+	}
+	for _, a := range made {
+		if a.GOOS == "linux" && (a.Type == "Archive" || a.Type == "Linux Package") || a.Type == "Checksum" {
+			copies[a.Name] = filepath.Join(repository, a.Path)
+		}
 	}
 	for _, name := range []string{"machine.sh", "homebrew.rb", "zsh-completes.zsh"} {
 		copies[name] = filepath.Join("testdata", name)
@@ -342,12 +356,18 @@ func machine(t *testing.T, root string, made []artifact) {
 	if err := os.WriteFile(filepath.Join(dir, "try.service"), fmt.Appendf(nil, tryUnit, dir), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	free := must(net.Listen("tcp", "127.0.0.1:0"))
-	free.Close()
+	listen, ollama := must(net.Listen("tcp", "127.0.0.1:0")), must(net.Listen("tcp", "127.0.0.1:0"))
+	listen.Close()
+	ollama.Close()
+	binary := server.Bin()
 	command := exec.CommandContext(t.Context(), "systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--console=pipe",
 		"--directory="+root, "--volatile=overlay", "--bind="+dir, "--bind-ro="+dir+"/try.service:/etc/systemd/system/try.service",
-		"--boot", "systemd.unit=try.service", "systemd.setenv=COMMIT="+head(t),
-		"systemd.setenv=OLLAMA_CACHEPROXY_LISTEN="+free.Addr().String(), "systemd.setenv=OLLAMA_CACHEPROXY_UPSTREAM="+server.Addr())
+		"--bind-ro="+binary+":/usr/local/bin/ollama", "--bind-ro="+filepath.Join(filepath.Dir(binary), "../lib/ollama")+":/usr/local/lib/ollama",
+		"--bind-ro="+server.ModelsDir()+":/srv/models", "--boot", "systemd.unit=try.service", "systemd.setenv=COMMIT="+head(t),
+		"systemd.setenv=OLLAMA_CACHEPROXY_LISTEN="+listen.Addr().String(), "systemd.setenv=OLLAMA_CACHEPROXY_UPSTREAM="+server.Addr(),
+		"systemd.setenv=OLLAMA_HOST="+ollama.Addr().String(), "systemd.setenv=OLLAMA_MODELS=/srv/models", "systemd.setenv=OLLAMA_NO_CLOUD=1",
+		// As in package realollama.
+		"systemd.setenv=OMP_WAIT_POLICY=passive")
 	console, err := command.CombinedOutput()
 	log, _ := os.ReadFile(filepath.Join(dir, "log"))
 	if err != nil || !strings.HasSuffix(string(log), "\nall is well\n") {

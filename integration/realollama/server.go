@@ -175,6 +175,9 @@ func (s *Server) prepare(ctx context.Context, c *Cache) error {
 	return writeFile(s.path("server.log"), strings.NewReader(""), 0o644)
 }
 
+// ModelsDir is the folder that the server has its models in, OLLAMA_MODELS.
+func (s *Server) ModelsDir() string { return s.path("models") }
+
 func (s *Server) path(name string) string { return filepath.Join(s.dir, name) }
 
 // environment is all that the server sees: nothing of this process's Ollama

@@ -93,7 +93,7 @@ function Gate() {
     <h1>ollama-cacheproxy</h1>
     <form onSubmit=${enter}>
       <label class="hidden" for="key">API key</label>
-      <input id="key" name="key" type="password" autocomplete="off" spellcheck="false" placeholder="API key" required autofocus />
+      <input id="key" name="key" type="password" autocomplete="off" spellcheck="false" placeholder="API key" required />
       <button type="submit">Show</button>
     </form>
     <p role="alert" class="fail">${state.message}</p>

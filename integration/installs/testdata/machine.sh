@@ -1,5 +1,6 @@
 # Runs as root on a Debian of its own, with a systemd of its own; installs_linux_test.go starts it.
-# OLLAMA_CACHEPROXY_LISTEN and OLLAMA_CACHEPROXY_UPSTREAM are in the environment of all services.
+# OLLAMA_CACHEPROXY_LISTEN and OLLAMA_CACHEPROXY_UPSTREAM, a real Ollama, are in the environment of all
+# services; OLLAMA_HOST, a free address, and OLLAMA_MODELS are for an Ollama that is started here.
 # The last line of a log shows what failed.
 set -euxo pipefail
 proxy=http://$OLLAMA_CACHEPROXY_LISTEN
@@ -24,6 +25,21 @@ is() {
 }
 # set_to NAME VALUE is what an editor does with a line of the settings that begins with "#".
 set_to() { sed --in-place "s|^#\?OLLAMA_CACHEPROXY_$1=.*|OLLAMA_CACHEPROXY_$1=$2|" $settings && grep --quiet "^OLLAMA_CACHEPROXY_$1=$2" $settings; }
+
+# written SECTION runs the commands of a section of install.md, at the address that is free here.
+written() {
+	awk -v section="## $1" '$0 == section {on = 1} /^## / && $0 != section {on = 0}
+		/^```/ {code = on && /^```console/; next} code' install.md |
+		sed "s|127.0.0.1:11435|$OLLAMA_CACHEPROXY_LISTEN|; s|linux_amd64|linux_$(dpkg --print-architecture)|" >written.sh
+	test -s written.sh
+	(sudo() { "$@"; }; . ./written.sh)
+}
+
+: '=== as install.md has it'
+written 'An archive'
+test ! -e /usr/local/bin/ollama-cacheproxy
+written 'Debian and Ubuntu'
+test ! -e /usr/bin/ollama-cacheproxy
 
 : '=== the deb is installed, runs as a user of its own, and does what it is for'
 dpkg --install package.deb
@@ -100,6 +116,43 @@ dpkg --purge ollama-cacheproxy
 not active
 while read -r file; do test ! -e "$file"; done <files
 test -z "$(find /etc/systemd -name 'ollama-cacheproxy*')"
+
+: '=== stored contexts, with the drop-ins of both services and a real Ollama'
+useradd --system --create-home --home-dir /usr/share/ollama ollama
+# As Ollama's installer writes it.
+cat >/etc/systemd/system/ollama.service <<'UNIT'
+[Unit]
+Description=Ollama Service
+After=network-online.target
+[Service]
+ExecStart=/usr/local/bin/ollama serve
+User=ollama
+Group=ollama
+Restart=always
+RestartSec=3
+UNIT
+dpkg --install package.deb
+# At an address of its own, which Ollama takes from its environment, too.
+echo "OLLAMA_CACHEPROXY_UPSTREAM=$OLLAMA_HOST" >>$settings
+cp --recursive /usr/share/doc/ollama-cacheproxy/*.service.d /etc/systemd/system/
+systemctl daemon-reload
+systemctl restart ollama ollama-cacheproxy
+systemd-analyze security --no-pager --threshold=20 ollama-cacheproxy
+test "$(ps -o user= -p "$(pid)")" = ollama
+prompt=$(for i in {1..100}; do echo -n "word $i of a long text, "; done)
+chat() {
+	answers /api/chat --data "{\"model\": \"smollm2\", \"stream\": false, \"options\": {\"num_predict\": 2, \"num_ctx\": 4096},
+		\"messages\": [{\"role\": \"system\", \"content\": \"$prompt\"}, {\"role\": \"user\", \"content\": \"$1\"}]}"
+}
+answers /_cacheproxy/ready
+chat one
+# The state is saved by the time that the model is unloaded.
+answers /api/generate --data '{"model": "smollm2", "keep_alive": 0}'
+chat two
+answers /metrics | grep --perl-regexp '^ollama_cacheproxy_contexts_attached_total(\{.*\})? 1$'
+systemctl stop ollama ollama-cacheproxy
+dpkg --purge ollama-cacheproxy
+rm --recursive /etc/systemd/system/ollama*
 
 : '=== the rpm, too, by rpm itself; what it depends on has other names here'
 rpm --install --nodeps package.rpm

@@ -235,8 +235,18 @@ func removeCountdowns(b promptBody) (edits int) {
 			edits++
 		}
 	}
-	if edits == len(list) {
+	said := len(list) - 1 // the last message that is said
+	for said >= 0 && list[said].countdown {
+		said--
+	}
+	if said < 0 {
 		return 0 // a request without messages would be another kind of request
+	}
+	if last := len(list) - 1; said < last {
+		if m, _ := b.object(text[list[said].start:list[said].end], "role"); isText(m[0].value, "assistant") {
+			list[last].countdown = false // an assistant's message that came last would be continued, not answered
+			edits--
+		}
 	}
 	kept := -1 // where the last one that is kept ends
 	for i, s := range list {

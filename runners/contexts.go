@@ -37,25 +37,29 @@ func (b *Book) Contexts(name, digest string) Contexts {
 	}
 	c.Largest = m.largest
 	if c.Loaded = m.context; m.known {
-		c.take(m.options, m.context)
+		c.take(m.options, m.context, m.byDefault)
 	}
 	for _, r := range m.running {
 		if r.Known {
-			c.take(r.Options, 0)
+			c.take(r.Options, 0, m.byDefault)
 		}
+	}
+	if w.Options.NumCtx() > 0 { // a copy of the model, whose Modelfile says what it gets
+		c.ByDefault = false
 	}
 	return c
 }
 
 // take takes in that the model has these options. told is what /api/ps tells of its context, which
-// may be less than was asked for, since no model gets more than it was made for.
-func (c *Contexts) take(o prefix.Options, told int) {
+// may be less than was asked for, since no model gets more than it was made for; byDefault is what one
+// gets if neither request nor Modelfile states any.
+func (c *Contexts) take(o prefix.Options, told, byDefault int) {
 	n, stated := o.NumCtx(), o.NumCtx() > 0
 	switch {
 	case !stated && told > 0:
 		n = told
 	case !stated:
-		n = c.Default
+		n = byDefault
 	case told > 0:
 		n = min(n, told)
 	}

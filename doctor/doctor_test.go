@@ -106,8 +106,8 @@ func TestExamine(t *testing.T) {
 		}
 		return factsOf(rows, func(f *Facts) { f.Models[0].Lanes.Slots = slots })
 	}
-	// A chat grows by 4,000 bytes with each turn, which are so many tokens, beside those of tools, until
-	// there are more than most.
+	// A chat grows by 4,000 bytes with each turn, which are so many tokens, beside those of tools,
+	// until there are more than most.
 	grows := func(each, tools, most int, change func(*Request)) Facts {
 		return factsOf(many(8, func(i int, q *Request) {
 			q.Bytes = 4000 * (i + 1)
@@ -325,7 +325,7 @@ func TestCauses(t *testing.T) {
 }
 
 // chats returns the chain of a chat.
-func chats(t *testing.T, texts ...string) *prefix.Chain {
+func chats(t testing.TB, texts ...string) *prefix.Chain {
 	t.Helper()
 	var messages []map[string]string
 	for i, text := range texts {
@@ -491,5 +491,31 @@ func TestReport(t *testing.T) {
 		if n := len([]rune(line)); n > width+2 && !strings.Contains(line, "finding") {
 			t.Errorf("%d characters: %s", n, line)
 		}
+	}
+}
+
+// BenchmarkRecorder is what the recorder costs a request of a chat with 64 messages.
+func BenchmarkRecorder(b *testing.B) {
+	var texts []string
+	for i := range 64 {
+		texts = append(texts, strings.Repeat(fmt.Sprintf("This is message number %d. ", i), 20))
+	}
+	chain, r, q := chats(b, texts...), NewRecorder(start), asked(0, nil)
+	b.ReportAllocs()
+	for b.Loop() {
+		q.Moved = r.Turns(1, chain)
+		r.Add(q)
+	}
+}
+
+// BenchmarkFacts is what a look at the page costs, of all that is remembered.
+func BenchmarkFacts(b *testing.B) {
+	r := NewRecorder(start)
+	for i := range remembered {
+		r.Add(asked(float64(i), func(q *Request) { q.Conversation, q.Loaded = uint64(i%500), i%10 == 0 }))
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		Examine(r.Facts(at(20_000), time.Time{}))
 	}
 }

@@ -3,15 +3,21 @@ package proxy
 import (
 	"bufio"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"net/http"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/contexts"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/doctor"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/livepage"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
@@ -451,4 +457,44 @@ func TestTimelineBounds(t *testing.T) {
 		t.Errorf("%d are shown to be under way", n)
 	}
 	var _ livepage.Source = overview{}
+}
+
+// TestPageContexts: what is stored is shown as the store has it; where nothing is kept, nothing is.
+func TestPageContexts(t *testing.T) {
+	up := newFake(t, okAnswer)
+	if p := newRig(t, up.URL, &Handler{}).h.pageStored(); p != nil {
+		t.Errorf("without contexts: %+v", p)
+	}
+	files, err := contextstore.OpenFiles(t.TempDir(), contextstore.FileLimits{Bytes: 1 << 20}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer files.Close(t.Context())
+	for i := range pageContexts + 2 {
+		text := make([]byte, 4096)
+		for at, word := range []uint32{0x67677371, 3, uint32(100 + i)} { // as llama.cpp begins such a file
+			binary.LittleEndian.PutUint32(text[4*at:], word)
+		}
+		s := contextstore.State{Format: "f", Model: "m", Links: contextstore.Chain{uint64(i + 1)}, Tokens: 100 + i, Bytes: int64(len(text)), Cost: time.Second}
+		name, err := files.Room(s)
+		if err == nil {
+			err = os.WriteFile(filepath.Join(files.Dir(), name), text, 0o600)
+		}
+		if err == nil {
+			_, err = files.Commit(name, s)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	manager := contexts.New(contexts.Config{Running: func() []contexts.Running { return nil }, Files: files, Log: slog.New(slog.DiscardHandler)})
+	h := newRig(t, up.URL, &Handler{Contexts: manager}).h
+	p := h.pageStored()
+	st := files.Stats()
+	if p.States != st.States || p.States != pageContexts+2 || p.Bytes != st.Bytes || p.Limit != 1<<20 || len(p.Contexts) != pageContexts || p.NotListed != 2 {
+		t.Errorf("%+v, the store has %+v", p, st)
+	}
+	if c := p.Contexts[0]; c.Tokens != 100+pageContexts+1 || c.Model != "m" || c.Cost != 1 {
+		t.Errorf("the one that was used last: %+v", c)
+	}
 }

@@ -219,8 +219,8 @@ func (a *asking) whoIsThere(ctx context.Context) error {
 	return fmt.Errorf("what listens at %s is neither an ollama-cacheproxy nor an Ollama: say where the proxy is with --proxy ADDR", a.base)
 }
 
-// servers asks the proxy's servers what they have loaded: those in direct at that address, the others
-// through the proxy.
+// servers asks the proxy's servers what they have loaded: those in direct at that address, the
+// others through the proxy.
 func (a *asking) servers(ctx context.Context, list []doctor.Upstream, direct map[string]*url.URL) (map[string][]doctor.Resident, error) {
 	found := map[string][]doctor.Resident{}
 	var names []string

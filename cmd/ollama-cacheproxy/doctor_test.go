@@ -15,8 +15,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/doctor"
 )
 
-// partOnCPU is an answer of Ollama's /api/ps as version 0.34.1 gives it, with the sizes of a model that
-// has a part on the processor.
+// partOnCPU is an answer of Ollama's /api/ps as version 0.34.1 gives it, with the sizes of a model
+// that has a part on the processor.
 const partOnCPU = `{"models":[{"name":"a:latest","model":"a:latest","size":6119991978,"digest":"57a7a1","details":{"parent_model":"","format":"gguf",` +
 	`"family":"llama","families":["llama"],"parameter_size":"8.0B","quantization_level":"Q4_K_M"},"expires_at":"2026-11-30T21:12:23.4Z",` +
 	`"size_vram":4898834858,"context_length":16384}]}`

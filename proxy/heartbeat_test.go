@@ -258,7 +258,9 @@ func TestHeartbeatErrors(t *testing.T) {
 		},
 		"it sends nothing": {
 			happens: func(m *mortal, h *Handler) {
-				h.UpstreamSilence = 10 * time.Second
+				l := h.Live()
+				l.UpstreamSilence = 10 * time.Second
+				h.Change(l)
 				m.set(func() { m.silent = true })
 			},
 			message: "--upstream-silence", status: 504,

@@ -72,9 +72,11 @@ func TestStableHeads(t *testing.T) {
 		{"a prompt", prefix.Generate, `{"system":"` + billed + `","prompt":"hi"}`, "", 0},
 		{"a very long line", prefix.Messages, `{"system":"x-anthropic-billing-header: ` + strings.Repeat("a=b; ", 120) + `cch=36ee5;"}`, "", 0},
 
-		{"countdowns", prefix.Messages, `{"messages":[{"role":"user","content":"a"},` + left + `,{"role":"assistant","content":"b"}, ` + left + ` ]}`, `{"messages":[{"role":"user","content":"a"},` + none + ` {"role":"assistant","content":"b"}  ` + none + ` ]}`, 2},
+		{"countdowns", prefix.Messages, `{"messages":[{"role":"user","content":"a"},` + left + `,{"role":"user","content":"b"}, ` + left + ` ]}`, `{"messages":[{"role":"user","content":"a"},` + none + ` {"role":"user","content":"b"}  ` + none + ` ]}`, 2},
 		{"the last ones", prefix.Chat, `{"messages":[{"role":"user","content":"a"},` + left + `,` + left + `]}`, `{"messages":[{"role":"user","content":"a"} ` + none + ` ` + none + `]}`, 2},
 		{"the first one", prefix.ChatCompletions, `{"messages":[` + left + `,{"role":"user","content":"a"}]}`, `{"messages":[` + none + ` {"role":"user","content":"a"}]}`, 1},
+
+		{"behind an assistant's", prefix.Chat, `{"messages":[{"role":"user","content":"a"},` + left + `,{"role":"assistant","content":"b"},` + left + `,` + left + `]}`, `{"messages":[{"role":"user","content":"a"},` + none + ` {"role":"assistant","content":"b"},` + none + ` ` + left + `]}`, 2},
 
 		{"nothing else", prefix.Messages, `{"messages":[` + left + `]}`, "", 0},
 		{"said by a user", prefix.Messages, `{"messages":[{"role":"user","content":"<total_tokens>5 tokens left</total_tokens>"},{"role":"user","content":"a"}]}`, "", 0},
@@ -125,8 +127,8 @@ func TestStableHeads(t *testing.T) {
 	}
 }
 
-// TestStableHeadsSent: what is edited goes upstream with its length, is read as one prompt, is counted and is told; a
-// compressed body stays as it is.
+// TestStableHeadsSent: what is edited goes upstream with its length, is read as one prompt, is
+// counted and is told; a compressed body stays as it is.
 func TestStableHeadsSent(t *testing.T) {
 	f := newFake(t, okAnswer)
 	rg := newRig(t, f.URL, &Handler{StableHeads: heads(t, "claude-billing")})
@@ -158,7 +160,8 @@ func TestStableHeadsSent(t *testing.T) {
 	}
 }
 
-// FuzzStableHeads: what is edited has the length that it had, and is to Ollama the same but for what the rules are for.
+// FuzzStableHeads: what is edited has the length that it had, and is to Ollama the same but for
+// what the rules are for.
 func FuzzStableHeads(f *testing.F) {
 	for _, seed := range []string{
 		`{"system":"` + billed + `\nYou"}`, `{"messages":[{"role":"user","content":"a"},` + left + `]}`,

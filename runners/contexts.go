@@ -9,18 +9,20 @@ import (
 
 // Contexts are the context lengths of one model, in tokens; 0: not known, or none.
 type Contexts struct {
-	// Loaded is the one with which the model is loaded, or with which a request that is under way has it loaded: the
-	// largest of them.
+	// Loaded is the one with which the model is loaded, or with which a request that is under way
+	// has it loaded: the largest of them.
 	Loaded int
 	// ByDefault says that Loaded is what a request gets that states none.
 	ByDefault bool
-	// Default is what a request gets that states none: the Modelfile's, or what was seen after such a request.
+	// Default is what a request gets that states none: the Modelfile's, or what was seen after such
+	// a request.
 	Default int
 	// Largest is the largest that a request stated which the server accepted.
 	Largest int
 }
 
-// Contexts returns what is known of a model (upstream.ModelKey) whose manifest has this digest: see Wanted.
+// Contexts returns what is known of a model (upstream.ModelKey) whose manifest has this digest: see
+// Wanted.
 func (b *Book) Contexts(name, digest string) Contexts {
 	w := b.Wanted(name, digest, &prefix.Options{})
 	b.mu.Lock()
@@ -35,25 +37,29 @@ func (b *Book) Contexts(name, digest string) Contexts {
 	}
 	c.Largest = m.largest
 	if c.Loaded = m.context; m.known {
-		c.take(m.options, m.context)
+		c.take(m.options, m.context, m.byDefault)
 	}
 	for _, r := range m.running {
 		if r.Known {
-			c.take(r.Options, 0)
+			c.take(r.Options, 0, m.byDefault)
 		}
+	}
+	if w.Options.NumCtx() > 0 { // a copy of the model, whose Modelfile says what it gets
+		c.ByDefault = false
 	}
 	return c
 }
 
-// take takes in that the model has these options. told is what /api/ps tells of its context, which may be less than was
-// asked for, since no model gets more than it was made for.
-func (c *Contexts) take(o prefix.Options, told int) {
+// take takes in that the model has these options. told is what /api/ps tells of its context, which
+// may be less than was asked for, since no model gets more than it was made for; byDefault is what one
+// gets if neither request nor Modelfile states any.
+func (c *Contexts) take(o prefix.Options, told, byDefault int) {
 	n, stated := o.NumCtx(), o.NumCtx() > 0
 	switch {
 	case !stated && told > 0:
 		n = told
 	case !stated:
-		n = c.Default
+		n = byDefault
 	case told > 0:
 		n = min(n, told)
 	}
@@ -62,8 +68,8 @@ func (c *Contexts) take(o prefix.Options, told int) {
 	}
 }
 
-// learnDefault takes in what /api/ps told, asked at a time, of a model that was loaded for requests that state no context
-// length, if it was.
+// learnDefault takes in what /api/ps told, asked at a time, of a model that was loaded for requests
+// that state no context length, if it was.
 func (m *model) learnDefault(at time.Time) {
 	states := func(r *Request) bool { return !r.Known || r.Options.NumCtx() > 0 }
 	if m.known && m.answered && m.options.NumCtx() == 0 && m.ended.Before(at) && !slices.ContainsFunc(m.running, states) {

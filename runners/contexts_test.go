@@ -1,14 +1,18 @@
 package runners
 
 import (
+	"fmt"
 	"testing"
 	"time"
+
+	"github.com/ollama/ollama/api"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// TestContexts: what is loaded is known from requests and from /api/ps, and the default once it was seen.
+// TestContexts: what is loaded is known from requests and from /api/ps, and the default once it was
+// seen.
 func TestContexts(t *testing.T) {
 	d := newDesk(t)
 	none, small, large := &prefix.Options{}, stating(t, "num_ctx", "2048"), stating(t, "num_ctx", "8192")
@@ -53,4 +57,27 @@ func TestContexts(t *testing.T) {
 	want("loaded by somebody else", Contexts{Loaded: 1024, Default: 4096, Largest: 8192})
 	d.Restarted()
 	want("after a restart", Contexts{Largest: 8192})
+}
+
+// TestContextsOfCopies: what a copy of a model gets whose Modelfile states a context is not what the model gets by default.
+func TestContextsOfCopies(t *testing.T) {
+	d := newDesk(t)
+	d.Book = New(&shelf{models: map[string]*api.ShowResponse{
+		"a":    {Modelfile: fmt.Sprintf(modelfile, "1")},
+		"from": {Modelfile: fmt.Sprintf(modelfile, "1"), Parameters: "num_ctx 8192"},
+	}}, nil)
+	want := func(when string, name string, c Contexts) {
+		t.Helper()
+		if got := d.Contexts(name, name+"1"); got != c {
+			t.Errorf("%s, %s: %+v, want %+v", when, name, got, c)
+		}
+	}
+	r := d.Begin(d.now, d.Wanted("a", "a1", &prefix.Options{}))
+	want("being loaded", "a", Contexts{ByDefault: true})
+	want("being loaded", "from", Contexts{Default: 8192})
+	d.took(r, 2*time.Second, time.Second)
+	d.now = d.now.Add(time.Second)
+	d.Listed([]upstream.Loaded{{Name: "a", Digest: "a1", ContextLength: 4096}}, d.now)
+	want("by default", "a", Contexts{Loaded: 4096, ByDefault: true, Default: 4096})
+	want("by default", "from", Contexts{Loaded: 4096, Default: 8192})
 }

@@ -3,6 +3,7 @@ package integration
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/url"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/chromedp/chromedp"
 
@@ -358,10 +360,33 @@ func TestPage(t *testing.T) {
 	page.picture("dark")
 	page.do(prefers("prefers-color-scheme", "light"))
 
-	// Clients that disagree on num_ctx are told of.
+	// A page that is paused stays as it is, also when something is chosen on it.
+	page.press("Pause")
 	for i := range 4 {
 		ask(words(1, 50), "hello", 8, fmt.Sprintf(`,"num_ctx":%d`, 2048+512*(i%2)))
 	}
+	ended := time.Now().UnixMilli()
+	settles(t, func() error {
+		at, err := chromedp.Run(ctx, chromedp.Evaluate[int64](`Number(document.documentElement.dataset.at)`))
+		if err == nil && at < ended {
+			err = fmt.Errorf("the page was told nothing since %d: %d", ended, at)
+		}
+		return err
+	})
+	page.press("1 h")
+	settles(t, func() error {
+		drawn, err := chromedp.Run(ctx, chromedp.Evaluate[bool](`[...document.querySelectorAll("button")].some(b => b.textContent === "1 h" && b.ariaPressed === "true")`))
+		if err == nil && !drawn {
+			err = errors.New("an hour was chosen, and is not shown")
+		}
+		return err
+	})
+	if f = page.read(); f.Requests != 80 || f.Live != "paused" {
+		t.Errorf("paused: %+v", f)
+	}
+	page.press("Go on")
+
+	// Clients that disagree on num_ctx are told of.
 	page.until("that clients disagree on num_ctx", func(f pageFigures) bool { return strings.Join(f.Problems, " ") == "reloaded" })
 
 	// The buttons. What hurts is asked twice.

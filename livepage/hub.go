@@ -64,6 +64,7 @@ type Hub struct {
 	lines  [][]byte // the log's last entries, encoded
 	next   uint64   // the number of the entry that comes after lines
 	delta  []byte   // the event for a page that has seen all that there was a tick ago; nil: nothing is new
+	whole  []byte   // the event with all that there is; nil: no page has needed it since the source was asked
 }
 
 // encoded is a part as it is sent.
@@ -113,7 +114,7 @@ func (h *Hub) Leave() {
 	defer h.mu.Unlock()
 	if h.pages--; h.pages == 0 {
 		h.stop()
-		h.stop, h.parts, h.lines, h.next, h.delta = nil, nil, nil, 0, nil
+		h.stop, h.parts, h.lines, h.next, h.delta, h.whole = nil, nil, nil, 0, nil, nil
 	}
 }
 
@@ -189,7 +190,7 @@ func (h *Hub) ask() {
 		h.lines = append([][]byte(nil), h.lines[over:]...)
 	}
 	h.next = next
-	h.delta = nil
+	h.delta, h.whole = nil, nil
 	if len(fresh)+len(added) > 0 {
 		h.delta = event(fresh, added, false)
 	}
@@ -240,7 +241,10 @@ func (h *Hub) since(seen uint64) (text []byte, tick uint64, news chan struct{}) 
 			return h.delta, h.tick, h.news
 		}
 	}
-	return event(h.parts, h.lines, true), h.tick, h.news
+	if h.whole == nil { // all pages that are opened now, or are slow, are sent the same one
+		h.whole = event(h.parts, h.lines, true)
+	}
+	return h.whole, h.tick, h.news
 }
 
 // Serve sends a page what there is to show until the request ends, or the hub is closed. Open must have

@@ -246,6 +246,29 @@ func TestSlowPage(t *testing.T) {
 	})
 }
 
+// TestWholeIsShared: pages that need all that there is at one time are sent the same bytes, so that many
+// of them, or slow ones, take no more memory than one.
+func TestWholeIsShared(t *testing.T) {
+	h := NewHub(&script{parts: []Part{{"a", 1}}, log: []any{"x"}}, 5)
+	defer h.Close()
+	if err := h.Open(); err != nil {
+		t.Fatal(err)
+	}
+	defer h.Leave()
+	one, _, _ := h.since(0)
+	other, _, _ := h.since(0)
+	if len(one) == 0 || &one[0] != &other[0] {
+		t.Error("two pages are sent copies")
+	}
+	h.mu.Lock()
+	h.ask()
+	kept := h.whole
+	h.mu.Unlock()
+	if kept != nil {
+		t.Error("it is kept for nobody")
+	}
+}
+
 func TestLimitAndClose(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := NewHub(&script{parts: []Part{{"a", 1}}}, 3)

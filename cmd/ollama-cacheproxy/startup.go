@@ -12,6 +12,7 @@ import (
 	"net/url"
 	"os"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -56,10 +57,17 @@ func occupantOf(ctx context.Context, listen string) occupant {
 		err = json.NewDecoder(io.LimitReader(res.Body, 4<<10)).Decode(&answer)
 		return err == nil && res.StatusCode == http.StatusOK && answer[member] != nil
 	}
+	// All at once: who says nothing keeps each of them waiting.
+	var health, secure, version bool
+	var wg sync.WaitGroup
+	wg.Go(func() { health = ask("http", "/_cacheproxy/health", "status") })
+	wg.Go(func() { secure = ask("https", "/_cacheproxy/health", "status") })
+	wg.Go(func() { version = ask("http", "/api/version", "version") })
+	wg.Wait()
 	switch {
-	case ask("http", "/_cacheproxy/health", "status"), ask("https", "/_cacheproxy/health", "status"):
+	case health, secure:
 		return aProxy
-	case ask("http", "/api/version", "version"):
+	case version:
 		return anOllama
 	}
 	return nobodyKnown

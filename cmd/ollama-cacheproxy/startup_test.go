@@ -1,6 +1,7 @@
 package main
 
 import (
+	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -73,6 +74,34 @@ func TestAddressTaken(t *testing.T) {
 				t.Errorf("--check: status %d, want %d\n%s", code, tt.check, out)
 			}
 		})
+	}
+}
+
+// TestOccupantIsAskedAtOnce: whoever has the address is asked all questions at one time, so that one who does not
+// answer keeps the start waiting once.
+func TestOccupantIsAskedAtOnce(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	go func() { // ends with Close; it answers nobody until all are there
+		var asked []net.Conn
+		for range 3 {
+			c, err := ln.Accept()
+			if err != nil {
+				break
+			}
+			asked = append(asked, c)
+		}
+		for _, c := range asked {
+			io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n{\"status\":\"ok\"}")
+			defer c.Close()
+		}
+		ln.Accept()
+	}()
+	if who := occupantOf(t.Context(), ln.Addr().String()); who != aProxy {
+		t.Errorf("it is %q", who)
 	}
 }
 

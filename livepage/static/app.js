@@ -15,6 +15,8 @@ const state = {
   link: "connecting", message: "", parts: {}, log: [], offset: 0, at: 0,
   paused: false, minutes: 5, hour: false, only: "all", shown: 25, open: 0, chosen: 0, tip: null, sure: "", sureAt: 0, said: "",
 };
+// What the proxy tells. It is what is shown, but while the page is paused.
+const live = {parts: {}, log: []};
 let again = () => {};
 let boxes = [];
 
@@ -28,12 +30,13 @@ function told({state: link, message, data}) {
   if (data) {
     state.at = data.at;
     state.offset = data.at - Date.now();
-    if (data.whole) state.log = [];
-    for (const r of data.log) state.log.push(r);
-    const most = state.parts.proxy ? state.parts.proxy.remembered : 2000;
-    if (state.log.length > most) state.log.splice(0, state.log.length - most);
+    if (data.whole) live.log = [];
+    for (const r of data.log) live.log.push(r);
+    const most = live.parts.proxy ? live.parts.proxy.remembered : 2000;
+    if (live.log.length > most) live.log.splice(0, live.log.length - most);
     for (const r of data.log) if (r.group) hue(r.group); // colours go by the order in which prompts came
-    Object.assign(state.parts, data.parts);
+    Object.assign(live.parts, data.parts);
+    if (!state.paused) Object.assign(state, live);
     document.documentElement.dataset.at = data.at;
   }
   paint();
@@ -54,6 +57,11 @@ function paint(force) {
 function set(change) {
   Object.assign(state, change);
   paint(true);
+}
+
+// pause keeps what is shown, whatever comes and is chosen meanwhile, or goes on.
+function pause() {
+  set(state.paused ? {paused: false, ...live} : {paused: now(), parts: {...live.parts}, log: live.log.slice()});
 }
 
 function Page() {
@@ -111,7 +119,7 @@ function Bar() {
       ${running && html`<span>${value(running.length)} running · ${value(queue.waiting)} waiting</span>`}
       ${you && you.name && html`<span class="soft">${you.name}${you.admin ? ", admin" : ""}</span>`}
       <span role="status"><span class="dot ${state.paused ? "" : link[0]}"></span>${state.paused ? "paused" : link[1]}</span>
-      ${proxy && html`<button aria-pressed=${!!state.paused} onClick=${() => set({paused: state.paused ? false : now()})}>${state.paused ? "Go on" : "Pause"}</button>`}
+      ${proxy && html`<button aria-pressed=${!!state.paused} onClick=${pause}>${state.paused ? "Go on" : "Pause"}</button>`}
       ${key.get() && html`<button onClick=${() => { key.set(""); location.reload(); }}>Forget key</button>`}
     </div>
   </header>`;

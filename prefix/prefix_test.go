@@ -567,8 +567,7 @@ func TestManyMessages(t *testing.T) {
 	}
 }
 
-// TestContents: what a chain has besides its runner options does not depend on them or on the
-// model.
+// TestContents: the contents of a chain depend on the model, and not on the other runner options.
 func TestContents(t *testing.T) {
 	r := NewReader()
 	read := func(model, options string) Chain {

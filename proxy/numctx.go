@@ -161,7 +161,8 @@ func (h *Handler) fitContext(ex *exchange, data []byte) {
 func (h *Handler) contexts(ex *exchange) runners.Contexts {
 	var list []runners.Contexts
 	for _, b := range h.candidates(ex) {
-		list = append(list, b.runners.Contexts(ex.key, b.State().Digests[ex.key]))
+		st := b.State()
+		list = append(list, b.runners.Contexts(ex.key, st.Digests[ex.key], st.Loaded))
 	}
 	return onAll(list)
 }

@@ -16,8 +16,8 @@ import (
 const (
 	// remembered bounds the requests of which facts are made; one takes about 300 bytes.
 	remembered = 10_000
-	// maxFlows bounds the conversations that are watched for turns that are dropped, and maxTurns the
-	// messages of each; a message takes 16 bytes.
+	// maxFlows bounds the conversations that are watched for turns that are dropped, and maxTurns
+	// the messages of each; a message takes 16 bytes.
 	maxFlows = 256
 	maxTurns = 256
 	// maxOutside bounds the signs of use that did not come through the proxy.
@@ -51,8 +51,9 @@ type Request struct {
 	Batch   bool // it was of the least urgent priority
 	Lane    bool // it took a slot
 
-	// OwnKeepAlive says that the client's own keep_alive went to the server, which is KeepAlive then.
-	// Otherwise KeepAlive is what the proxy holds the model for, negative where it leaves that to Ollama.
+	// OwnKeepAlive says that the client's own keep_alive went to the server, which is KeepAlive
+	// then. Otherwise KeepAlive is what the proxy holds the model for, negative where it leaves
+	// that to Ollama.
 	OwnKeepAlive bool
 	KeepAlive    time.Duration
 	Foreign      bool // it was sent under /v1, and could not carry one
@@ -102,8 +103,8 @@ const (
 	OutsideLoaded  OutsideKind = "loaded"  // it was loaded, and nobody here had asked for it
 )
 
-// Recorder remembers the last requests. Make it with NewRecorder. Its methods may be called from any
-// goroutine.
+// Recorder remembers the last requests. Make it with NewRecorder. Its methods may be called from
+// any goroutine.
 type Recorder struct {
 	started time.Time
 
@@ -145,8 +146,9 @@ func (r *Recorder) AddOutside(o Outside) {
 	r.outside = append(r.outside, o)
 }
 
-// Turns takes in the prompt of a conversation, which flow stands for, and returns what of it has moved
-// since the one before had older turns, which are gone: as clients do that keep the last few.
+// Turns takes in the prompt of a conversation, which flow stands for, and returns what of it has
+// moved since the one before had older turns, which are gone: as clients do that keep the last
+// few.
 func (r *Recorder) Turns(flow uint64, chain *prefix.Chain) Moved {
 	now := turnsOf(chain)
 	r.mu.Lock()
@@ -156,8 +158,8 @@ func (r *Recorder) Turns(flow uint64, chain *prefix.Chain) Moved {
 	return moved(before, now)
 }
 
-// since returns the requests and signs since a time, oldest first, and from when on there is nothing
-// missing among them.
+// since returns the requests and signs since a time, oldest first, and from when on there is
+// nothing missing among them.
 func (r *Recorder) since(from time.Time) (rows []Request, outside []Outside, since time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -106,8 +106,8 @@ func TestExamine(t *testing.T) {
 		}
 		return factsOf(rows, func(f *Facts) { f.Models[0].Lanes.Slots = slots })
 	}
-	// A chat grows by 4,000 bytes with each turn, which are so many tokens, beside those of tools, until
-	// there are more than most.
+	// A chat grows by 4,000 bytes with each turn, which are so many tokens, beside those of tools,
+	// until there are more than most.
 	grows := func(each, tools, most int, change func(*Request)) Facts {
 		return factsOf(many(8, func(i int, q *Request) {
 			q.Bytes = 4000 * (i + 1)
@@ -217,6 +217,53 @@ func TestExamine(t *testing.T) {
 	}
 }
 
+// TestSeverity: a cost is compared with the time that all work took, and where answers tell no times, as
+// under /v1, with the tokens that were evaluated.
+func TestSeverity(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		timed  bool
+		tokens int // that a head that changes has cost, of 100,000
+		want   Severity
+	}{
+		{"timed, little", true, 600, Low},
+		{"timed, much", true, 50_000, High},
+		{"not timed, little", false, 600, Low},
+		{"not timed, more", false, 5_000, Medium},
+		{"not timed, much", false, 50_000, High},
+	} {
+		facts := factsOf(many(10, func(_ int, q *Request) {
+			q.Foreign, q.Tokens, q.Reused, q.Evaluated, q.Bytes, q.Context = true, 10_000, 0, 10_000, 40_000, 16384
+			if q.Prompt = time.Second; !c.timed {
+				q.Prompt, q.Eval = 0, 0
+			}
+		}), func(f *Facts) {
+			f.Changed = []Changed{{Model: "m:latest", Place: "system prompt", Kind: "clock", Cost: Cost{Count: 3, Tokens: c.tokens}, Since: start}}
+		})
+		if found := Examine(facts); len(found) != 1 || found[0].Severity != c.want {
+			t.Errorf("%s: want %s: %+v", c.name, c.want, found)
+		}
+	}
+	untold := factsOf(many(4, func(_ int, q *Request) {
+		q.Prompt, q.Eval, q.Loaded, q.ByOptions, q.ByNumCtx = 0, 0, true, true, true
+	}), nil)
+	if found := Examine(untold); len(found) != 1 || found[0].Severity != Medium {
+		t.Errorf("loads of which no time is told: %+v", found)
+	}
+}
+
+// TestUnloadAdvice: of a client that unloads its model each time nothing is advised but to leave that out.
+func TestUnloadAdvice(t *testing.T) {
+	found := Examine(factsOf(many(4, func(i int, q *Request) {
+		if q.OwnKeepAlive, q.KeepAlive = true, 0; i > 0 {
+			load(q)
+		}
+	}), nil))
+	if len(found) != 1 || len(found[0].Advice) != 1 || found[0].Advice[0].Set != "" {
+		t.Errorf("%+v", found)
+	}
+}
+
 // headings returns the places of docs/doctor.md, as links name them.
 func headings(t *testing.T) (places []string) {
 	t.Helper()
@@ -278,7 +325,7 @@ func TestCauses(t *testing.T) {
 }
 
 // chats returns the chain of a chat.
-func chats(t *testing.T, texts ...string) *prefix.Chain {
+func chats(t testing.TB, texts ...string) *prefix.Chain {
 	t.Helper()
 	var messages []map[string]string
 	for i, text := range texts {
@@ -444,5 +491,31 @@ func TestReport(t *testing.T) {
 		if n := len([]rune(line)); n > width+2 && !strings.Contains(line, "finding") {
 			t.Errorf("%d characters: %s", n, line)
 		}
+	}
+}
+
+// BenchmarkRecorder is what the recorder costs a request of a chat with 64 messages.
+func BenchmarkRecorder(b *testing.B) {
+	var texts []string
+	for i := range 64 {
+		texts = append(texts, strings.Repeat(fmt.Sprintf("This is message number %d. ", i), 20))
+	}
+	chain, r, q := chats(b, texts...), NewRecorder(start), asked(0, nil)
+	b.ReportAllocs()
+	for b.Loop() {
+		q.Moved = r.Turns(1, chain)
+		r.Add(q)
+	}
+}
+
+// BenchmarkFacts is what a look at the page costs, of all that is remembered.
+func BenchmarkFacts(b *testing.B) {
+	r := NewRecorder(start)
+	for i := range remembered {
+		r.Add(asked(float64(i), func(q *Request) { q.Conversation, q.Loaded = uint64(i%500), i%10 == 0 }))
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		Examine(r.Facts(at(20_000), time.Time{}))
 	}
 }

@@ -123,16 +123,21 @@ func Examine(f Facts) []Finding {
 	return list
 }
 
-// severity compares a cost with all the work that was done.
+// severity compares a cost with all the work that was done: in time, or in tokens where answers tell no
+// times, as under /v1.
 func (f *Facts) severity(w Waste) Severity {
-	work := 0.0
+	cost, work, evaluated := w.Seconds, 0.0, 0.0
 	for _, m := range f.Models {
 		work += m.LoadSeconds + m.PromptSeconds + m.EvalSeconds
+		evaluated += float64(m.Evaluated)
+	}
+	if cost == 0 {
+		cost, work = float64(w.Tokens), evaluated
 	}
 	switch {
-	case w.Seconds >= grave*work:
+	case cost > 0 && cost >= grave*work:
 		return High
-	case w.Seconds >= significant*work:
+	case cost > 0 && cost >= significant*work, w.Seconds == 0 && w.Loads > 0:
 		return Medium
 	}
 	return Low
@@ -318,6 +323,7 @@ func (f *Facts) keepAlive(m *Model) (Finding, bool) {
 		})
 	}
 	switch {
+	case unloads && l.KeepAlive == 0: // nothing else helps
 	case l.Own:
 		found.Advice = append(found.Advice, Advice{
 			Do: "Take keep_alive out of the clients, or have the proxy raise it.", Where: InProxy,

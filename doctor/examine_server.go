@@ -95,7 +95,8 @@ func (f *Facts) away(u *Upstream) (Finding, bool) {
 	}, true
 }
 
-// cpu finds a model that is only in part in a GPU's memory. One that is not there at all has no GPU.
+// cpu finds a model that is only in part in a GPU's memory. One that is not there at all has no
+// GPU.
 func cpu(l Resident) (Finding, bool) {
 	if l.SizeVRAM <= 0 || l.SizeVRAM >= l.Size {
 		return Finding{}, false

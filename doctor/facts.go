@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// Facts are what findings are made of. The proxy's page has all but Proxy, Loaded and Changed, which whoever
-// asks adds.
+// Facts are what findings are made of. The proxy's page has all but Proxy, Loaded and Changed,
+// which whoever asks adds.
 type Facts struct {
 	Now   time.Time `json:"now"`
 	Since time.Time `json:"since"` // from when on nothing is missing
@@ -75,8 +75,8 @@ type Model struct {
 	WorkingSet   int    `json:"working_set"`   // tokens: each conversation, or what prompts begin with, once
 	Working      int    `json:"conversations"` // that these are of
 	LargestAsked int    `json:"largest_num_ctx"`
-	// Context is the longest context that it was loaded with, DefaultContext the one that it is loaded
-	// with for requests that ask for none, in tokens; 0: not known.
+	// Context is the longest context that it was loaded with, DefaultContext the one that it is
+	// loaded with for requests that ask for none, in tokens; 0: not known.
 	Context        int `json:"context"`
 	DefaultContext int `json:"default_context"`
 }
@@ -94,7 +94,8 @@ type Asked struct {
 	Requests int     `json:"requests"`
 	Loads    int     `json:"loads"` // that its requests caused
 	Seconds  float64 `json:"load_seconds"`
-	// OwnKeepAlive is the shortest keep_alive that it stated itself, in seconds; nil: it stated none.
+	// OwnKeepAlive is the shortest keep_alive that it stated itself, in seconds; nil: it stated
+	// none.
 	OwnKeepAlive *float64 `json:"keep_alive_seconds,omitempty"`
 }
 
@@ -117,8 +118,9 @@ type Load struct {
 	// By is the model that was loaded before, where the cause is CauseEvicted.
 	By string `json:"by,omitempty"`
 	Cost
-	// Gap is the median of how long the model had not been used, KeepAlive the longest keep_alive that
-	// was in force, in seconds, where the cause is CauseExpired. Own says that it was a client's own.
+	// Gap is the median of how long the model had not been used, KeepAlive the longest keep_alive
+	// that was in force, in seconds, where the cause is CauseExpired. Own says that it was a
+	// client's own.
 	Gap       float64 `json:"gap_seconds,omitempty"`
 	KeepAlive float64 `json:"keep_alive_seconds,omitempty"`
 	Own       bool    `json:"own_keep_alive,omitempty"`
@@ -157,8 +159,8 @@ type Lanes struct {
 	Waited   int     `json:"waited"` // for a second or longer
 	Seconds  float64 `json:"wait_seconds"`
 	Service  float64 `json:"service_seconds"` // from when they were sent
-	// Busy is how many ran at most at a time, batch too; Wanted how many were here at most at a time,
-	// running or waiting, without batch.
+	// Busy is how many ran at most at a time, batch too; Wanted how many were here at most at a
+	// time, running or waiting, without batch.
 	Busy   int `json:"busy"`
 	Wanted int `json:"wanted"`
 	// Slots is how many the model has now; 0: not known, or not bounded. Learned says that this was
@@ -184,8 +186,8 @@ type Resident struct {
 	ContextLength int   // tokens
 }
 
-// Changed is a place in prompts that changes from one to the next, so that what follows is evaluated
-// again.
+// Changed is a place in prompts that changes from one to the next, so that what follows is
+// evaluated again.
 type Changed struct {
 	Model string `json:"model"`
 	Place string `json:"place"` // such as "system prompt"
@@ -359,7 +361,8 @@ func (m *modelRows) loads(loads map[*Request]loaded) {
 				last.Own = last.Own || l.own
 			}
 		}
-		// What was warm before a load is evaluated again after it, by the first prompts that begin so.
+		// What was warm before a load is evaluated again after it, by the first prompts that begin
+		// so.
 		if last != nil && q.Known && afterLoad[q.Reason] {
 			last.Tokens += q.Evaluated
 		}
@@ -408,9 +411,10 @@ const (
 	cutDensity = 10
 )
 
-// cut finds the prompts that were cut: those of which the ledger says so, by their token count, and
-// those of a conversation that has grown since, by more than the context holds, while the token count
-// has not. (Ollama leaves out whole messages, so what is left may be shorter than the context.)
+// cut finds the prompts that were cut: those of which the ledger says so, by their token count,
+// and those of a conversation that has grown since, by more than the context holds, while the
+// token count has not. (Ollama leaves out whole messages, so what is left may be shorter than the
+// context.)
 func (m *modelRows) cut() {
 	whole := map[uint64]*grown{}
 	tokens, bytes := 0, 0
@@ -445,7 +449,8 @@ func (m *modelRows) cut() {
 // grown is a conversation, as far as it was not cut: its first prompt and its longest one.
 type grown struct{ first, last *Request }
 
-// stalls reports whether a later prompt of the conversation has more text, and not the tokens for it.
+// stalls reports whether a later prompt of the conversation has more text, and not the tokens for
+// it.
 func (g *grown) stalls(q *Request) bool {
 	return (q.Tokens-g.last.Tokens)*cutDensity < q.Bytes-g.last.Bytes
 }

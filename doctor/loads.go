@@ -11,8 +11,8 @@ type loaded struct {
 	own       bool
 }
 
-// ollamaKeepAlive is how long Ollama keeps a model unless it is told otherwise, where the proxy leaves
-// that to it.
+// ollamaKeepAlive is how long Ollama keeps a model unless it is told otherwise, where the proxy
+// leaves that to it.
 const ollamaKeepAlive = 5 * time.Minute
 
 // resident is what is known of a model, as requests come by.

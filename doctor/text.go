@@ -98,7 +98,8 @@ func (w Waste) String() string {
 	return strings.Join(parts, ", ")
 }
 
-// wrap writes text in lines, the first of which begins with first, and the others as far to the right.
+// wrap writes text in lines, the first of which begins with first, and the others as far to the
+// right.
 func wrap(b *strings.Builder, first, text string) {
 	indent := strings.Repeat(" ", len([]rune(first)))
 	line, used := first, len([]rune(first))

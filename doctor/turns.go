@@ -14,10 +14,10 @@ type turn struct {
 	end  int    // how many bytes of text the prompt has up to its end
 }
 
-// turnsOf returns the messages of a prompt, as far as the links of its chain tell: texts that differ
-// in their last few bytes alone look alike.
+// turnsOf returns the messages of a prompt, as far as the links of its chain tell: texts that
+// differ in their last few bytes alone look alike.
 func turnsOf(c *prefix.Chain) []turn {
-	var turns []turn
+	turns := make([]turn, 0, min(c.Messages, maxTurns))
 	last := int32(-1)
 	for i := range c.Links {
 		l := &c.Links[i]

@@ -12,7 +12,8 @@ import (
 // agentTurns is how many requests an agent sends in one conversation.
 const agentTurns = 6
 
-// agent is a conversation as a coding agent sends it: its system prompt begins with a line of the client's own.
+// agent is a conversation as a coding agent sends it: its system prompt begins with a line of the
+// client's own.
 type agent struct {
 	path      string
 	billing   func(turn int) string // that line
@@ -51,7 +52,8 @@ func (a agent) turn(t *testing.T, turn int) string {
 	return string(text)
 }
 
-// evaluated has the conversation take place and returns how many tokens the server's log says that it evaluated.
+// evaluated has the conversation take place and returns how many tokens the server's log says that
+// it evaluated.
 func (a agent) evaluated(t *testing.T, server *realollama.Server, url string) int {
 	t.Helper()
 	mark := server.Mark()
@@ -62,14 +64,16 @@ func (a agent) evaluated(t *testing.T, server *realollama.Server, url string) in
 	return evaluated
 }
 
-// TestHeads: a line at the head of an agent's prompt that changes with each request has all of it evaluated again. The
-// ledger says what changes and what it costs, and with --stable-heads it costs nothing.
+// TestHeads: a line at the head of an agent's prompt that changes with each request has all of it
+// evaluated again. The ledger says what changes and what it costs, and with --stable-heads it costs
+// nothing.
 func TestHeads(t *testing.T) {
 	server := realollama.Start(t, realollama.Config{Version: realollama.EraC, Models: []string{"smollm2"}})
 	plain := startProxy(t, server.URL())
 	ruled := startProxy(t, server.URL(), "--stable-heads", "claude-billing,total-tokens")
 	run := 0
-	// Each conversation has another version in its line, so that it shares nothing with those before.
+	// Each conversation has another version in its line, so that it shares nothing with those
+	// before.
 	conversation := func(path string, changes bool) agent {
 		run++
 		version := 100 + run
@@ -138,8 +142,8 @@ func lastEntry(t *testing.T, p *proxyProcess) ledgerEntry {
 	return page.Requests[0]
 }
 
-// TestNumCtxPolicy: two clients in turn that ask for different contexts cost a load each time, and with pin, once the larger
-// one is loaded, none.
+// TestNumCtxPolicy: two clients in turn that ask for different contexts cost a load each time, and
+// with pin, once the larger one is loaded, none.
 func TestNumCtxPolicy(t *testing.T) {
 	server := realollama.Start(t, realollama.Config{Version: realollama.EraC, Models: []string{tiny}})
 	ask := func(url, options string) string {

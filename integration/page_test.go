@@ -393,6 +393,10 @@ func TestPage(t *testing.T) {
 	})
 	page.do(chromedp.SetValue("#key", key), chromedp.SendKeys("#key", "\r"))
 	page.until("that it is live", func(f pageFigures) bool { return f.Live == "live" })
+	buttons, err := chromedp.Run(ctx, chromedp.Evaluate[int](`document.querySelectorAll("#upstreams button, #models button").length`))
+	if err != nil || buttons != 0 {
+		t.Errorf("a key that may change nothing is offered %d buttons (%v)", buttons, err)
+	}
 	page.do(chromedp.Reload())
 	page.until("that it is live again", func(f pageFigures) bool { return f.Live == "live" })
 

@@ -74,15 +74,16 @@ func (s Shared) Next(a []Link) (Link, bool) {
 func BlockPart(l Link) int { return blockSize(l.Offset) / Fines }
 
 const (
-	// shiftMost is by how many bytes a message may be longer than another that is taken for the same, and shiftLeast how
-	// long they must be for that.
+	// shiftMost is by how many bytes a message may be longer than another that is taken for the
+	// same, and shiftLeast how long they must be for that.
 	shiftMost, shiftLeast = 16, 2 << 10
 )
 
-// Alike returns how many bytes of text two prompts have alike behind the place s where they part (Common): in the same
-// places of the same messages, by the blocks' sixteenths. Where the message in which they part is longer in one of them
-// by a few bytes, so that all that follows in it has moved, its rest is taken to be alike if they have the beginning in
-// common and it is long. It is for prompts that one should have continued, but for a few bytes at their head.
+// Alike returns how many bytes of text two prompts have alike behind the place s where they part
+// (Common): in the same places of the same messages, by the blocks' sixteenths. Where the message
+// in which they part is longer in one of them by a few bytes, so that all that follows in it has
+// moved, its rest is taken to be alike if they have the beginning in common and it is long. It is
+// for prompts that one should have continued, but for a few bytes at their head.
 func Alike(a, other []Link, s Shared) int {
 	bytes := moved(a, other, s)
 	for i, j := s.Links, s.Links; i < len(a) && j < len(other); {

@@ -9,8 +9,8 @@ type Excerpt struct {
 	Text   []byte // empty where the message has no text there
 }
 
-// Look reads a body once more, as ReadMembers does, for the text of one of its messages (Link.Message) from one offset
-// up to another.
+// Look reads a body once more, as ReadMembers does, for the text of one of its messages
+// (Link.Message) from one offset up to another.
 func (r *Reader) Look(
 	e Endpoint, body []byte, members []jsonscan.Member, long []byte, message, from, to int,
 ) Excerpt {

@@ -56,8 +56,9 @@ type Chain struct {
 	Runner Options
 	// Messages is how many messages the prompt has; Images is how many images.
 	Messages, Images int
-	// Leading is how many system messages the prompt begins with; Inserted is the index of the last one that comes after
-	// another message, 0 if there is none: most templates render such ones at the prompt's start.
+	// Leading is how many system messages the prompt begins with; Inserted is the index of the last
+	// one that comes after another message, 0 if there is none: most templates render such ones at
+	// the prompt's start.
 	Leading, Inserted int
 	// Conversation is a fingerprint of the model and of how the conversation begins (the heads of its first system and first
 	// other message), whatever the tools and the options: requests of one conversation have the same.

@@ -11,7 +11,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
 )
 
-// TestChanged: an agent's turns differ in one place at their head, and the ledger says where, what it is and what that costs.
+// TestChanged: an agent's turns differ in one place at their head, and the ledger says where, what
+// it is and what that costs.
 func TestChanged(t *testing.T) {
 	head := func(line string) string { return line + "\nYou are an agent. " + prose(6000) }
 	for _, c := range []struct {
@@ -117,8 +118,8 @@ func TestChangedUnread(t *testing.T) {
 	}
 }
 
-// TestHoisted: a system message that is added in each turn is evaluated at the prompt's head, with all that follows. The ledger
-// says so where the template does that, and not where it does not.
+// TestHoisted: a system message that is added in each turn is evaluated at the prompt's head, with
+// all that follows. The ledger says so where the template does that, and not where it does not.
 func TestHoisted(t *testing.T) {
 	for _, hoists := range []bool{true, false} {
 		var last string

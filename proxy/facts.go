@@ -17,8 +17,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// pathFacts is what the verb doctor reads: what the last requests add up to, without prompt text and
-// without addresses of clients.
+// pathFacts is what the verb doctor reads: what the last requests add up to, without prompt text
+// and without addresses of clients.
 const pathFacts = ownPrefix + "facts"
 
 // agentMost is how many bytes of a User-Agent header are kept.
@@ -30,13 +30,13 @@ type recorder struct {
 
 	mu   sync.Mutex
 	seen map[residentKey]seen // models, as they were listed last; guarded by mu
-	// looked has when each server last listed what is loaded: what the first list has may be from before
-	// the proxy was started; guarded by mu.
+	// looked has when each server last listed what is loaded: what the first list has may be from
+	// before the proxy was started; guarded by mu.
 	looked map[uint16]time.Time
 	// blind has the requests whose model is not known; guarded by mu.
 	blind map[uint16]blind
-	// contexts has how many tokens models are loaded with for requests that ask for no context length,
-	// as it was listed after such a request; guarded by mu.
+	// contexts has how many tokens models are loaded with for requests that ask for no context
+	// length, as it was listed after such a request; guarded by mu.
 	contexts map[residentKey]int
 }
 
@@ -120,8 +120,21 @@ func (h *Handler) record(r *http.Request, ex *exchange) {
 	h.recorder.Add(q)
 }
 
-// keeps returns for how long the request's model stays after it, negative where Ollama decides that,
-// and whether that is the client's own wish.
+// recordChange remembers that somebody has had a model held for so long, or unloaded (0), as a client does with an
+// empty request: or else its next load would look like the doing of others.
+func (h *Handler) recordChange(r *http.Request, ex *exchange, b *backend, key string, keepAlive time.Duration) {
+	h.recorder.Add(doctor.Request{
+		Asker: doctor.Asker{
+			Name: ex.Name, Client: hashed(h.Trusted.clientOf(r, ex.holder.client())),
+			Agent: agentOf(r), Endpoint: ex.Endpoint,
+		},
+		Upstream: b.Name, Model: upstream.DisplayName(key), Weights: b.runners.Weights(key),
+		Arrived: ex.start, Sent: ex.start, Ended: time.Now(), OwnKeepAlive: true, KeepAlive: keepAlive,
+	})
+}
+
+// keeps returns for how long the request's model stays after it, negative where Ollama decides
+// that, and whether that is the client's own wish.
 func (h *Handler) keeps(ex *exchange) (d time.Duration, own bool) {
 	hold := h.Live().KeepAlive.For(ex.key)
 	switch {
@@ -187,7 +200,8 @@ func (r *recorder) listed(b *backend, loaded map[string]upstream.Loaded, polled 
 	}
 }
 
-// compare notes what a loaded model tells of others; before is the zero value where it was not loaded.
+// compare notes what a loaded model tells of others; before is the zero value where it was not
+// loaded.
 func (r *recorder) compare(b *backend, weights string, l upstream.Loaded, before seen) {
 	used, last := b.residency.lastUse(weights)
 	name := upstream.DisplayName(upstream.ModelKey(l.Name))
@@ -200,8 +214,8 @@ func (r *recorder) compare(b *backend, weights string, l upstream.Loaded, before
 	}
 }
 
-// lastUse returns whether a model, by its weights, was used through the proxy, and until when that may
-// have moved its expiry.
+// lastUse returns whether a model, by its weights, was used through the proxy, and until when that
+// may have moved its expiry.
 func (r *residency) lastUse(weights string) (used bool, last time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -27,8 +27,8 @@ func factsOf(t *testing.T, rg *rig, query string, headers ...string) (f doctor.F
 	return f, text
 }
 
-// TestFacts: the page tells who asked for what and what that cost, and neither prompts, addresses nor
-// keys.
+// TestFacts: the page tells who asked for what and what that cost, and neither prompts, addresses
+// nor keys.
 func TestFacts(t *testing.T) {
 	f := warmFake(t)
 	rg := newRig(t, f.URL, &Handler{Guard: withKeys(t, "alice "+theKey)})
@@ -83,7 +83,8 @@ func TestFacts(t *testing.T) {
 	}
 }
 
-// TestOutside: what a list of loaded models tells of others who use the server, and what it does not.
+// TestOutside: what a list of loaded models tells of others who use the server, and what it does
+// not.
 func TestOutside(t *testing.T) {
 	started := time.Now()
 	after := func(s int) time.Time { return started.Add(time.Duration(s) * time.Second) }

@@ -137,8 +137,8 @@ type Exchange struct {
 	Unedited  string // why a body that is usually read was not: see the Unedited… constants
 	// Heads are the edits that Handler.StableHeads made to its prompt; nil: none.
 	Heads []HeadEdits
-	// NumCtx is what was done about the context length that it states, or does not: pinned, raised, kept or unknown; ""
-	// where nothing is to be done.
+	// NumCtx is what was done about the context length that it states, or does not: pinned, raised,
+	// kept or unknown; "" where nothing is to be done.
 	NumCtx string
 
 	Upstream  string   // the name of the one that it was sent to; "" for none, or for all

@@ -108,6 +108,7 @@ func (h *Handler) changeModel(w http.ResponseWriter, r *http.Request, ex *exchan
 		h.refuse(w, r, ex, &refusal{http.StatusBadGateway, fmt.Sprintf("%s: %v", verb, err)})
 		return
 	}
+	h.recordChange(r, ex, b, key, hold.Duration)
 	h.Log.Info("model "+verb, "upstream", b.Name, "model", model, "for", hold.JSON, "key_name", ex.Name)
 	b.Refresh(r.Context())
 	ex.page(w, pathUpstreams, http.StatusOK, h.upstream(b))
@@ -119,18 +120,24 @@ func (h *Handler) hold(ctx context.Context, b *backend, model, key string, hold 
 	if err != nil {
 		return err
 	}
-	if _, ok := b.loaded(list, key); !ok {
+	l, ok := b.loaded(list, key)
+	if !ok {
 		return errors.New("it is not loaded; a request to it loads it")
 	}
-	return b.residency.hold(ctx, b.runners.Weights(key), model, hold.Duration)
+	return b.residency.hold(ctx, b.runners.Weights(key), model, hold.Duration, l)
 }
 
-// hold keeps a model for so long from its next end on, as a client does that asks for that.
-func (r *residency) hold(ctx context.Context, weights, model string, d time.Duration) error {
+// hold keeps a model, which is listed as l, for so long from its next end on, as a client does that asks
+// for that.
+func (r *residency) hold(ctx context.Context, weights, model string, d time.Duration, l upstream.Loaded) error {
 	r.mu.Lock()
 	m := r.get(weights)
 	stated, embed := m.stated, m.embed
 	r.mu.Unlock()
+	if l.ContextLength > 0 {
+		// Others may have loaded it. Another context length, and none at all, would load it anew.
+		stated = stated.WithContext(l.ContextLength)
+	}
 	began := time.Now()
 	if err := r.touch(ctx, model, d, embed, stated); err != nil {
 		return err

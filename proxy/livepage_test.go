@@ -3,15 +3,22 @@ package proxy
 import (
 	"bufio"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"net/http"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/contexts"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/doctor"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/livepage"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
 )
@@ -344,7 +351,7 @@ func TestPageProblems(t *testing.T) {
 // TestPageChanges: a model can be held and unloaded, by nobody but who may, and not by pages of other origins.
 func TestPageChanges(t *testing.T) {
 	b := newBox(t, "a", "m:latest@1", "other:latest@2")
-	b.set(func() { b.loaded = []string{"m:latest"} })
+	b.set(func() { b.loaded, b.tokens = []string{"m:latest"}, 2048 }) // by somebody who asked for that
 	f := newFleet(t, 1, b)
 	f.ask("POST", "/api/chat", chat("m:latest", "x"))
 	b.took()
@@ -374,7 +381,8 @@ func TestPageChanges(t *testing.T) {
 	if res, text := f.do("POST", pathUpstreams+"a/hold?model=m:latest&for=36h", ""); res.StatusCode != 200 {
 		t.Errorf("hold: %s, %s", res.Status, text)
 	}
-	if got := b.took(); len(got) != 1 || !strings.Contains(got[0], `"keep_alive":"36h0m0s"`) || !strings.Contains(got[0], `"prompt":""`) {
+	if got := b.took(); len(got) != 1 || !strings.Contains(got[0], `"keep_alive":"36h0m0s"`) || !strings.Contains(got[0], `"prompt":""`) ||
+		!strings.Contains(got[0], `"num_ctx":2048`) {
 		t.Errorf("to hold it the server was asked %q", got)
 	}
 	loads := f.look().Upstreams[0].Loads
@@ -383,6 +391,12 @@ func TestPageChanges(t *testing.T) {
 	}
 	if res, text := f.do("POST", pathUpstreams+"a/unload?model=m:latest", ""); res.StatusCode != 200 {
 		t.Errorf("unload: %s, %s", res.Status, text)
+	}
+	rows := f.h.recorder.Facts(time.Now(), time.Time{}).Models
+	if n := len(rows); n != 1 || rows[0].Name != "m:latest" || !slices.ContainsFunc(rows[0].Askers, func(a doctor.Asked) bool {
+		return a.Endpoint == pathUpstreams && a.Requests == 2 && a.OwnKeepAlive != nil && *a.OwnKeepAlive == 0
+	}) {
+		t.Errorf("doctor is told %+v", rows)
 	}
 	if got := b.took(); len(got) != 1 || !strings.Contains(got[0], `"keep_alive":"0s"`) && !strings.Contains(got[0], `"keep_alive":0`) {
 		t.Errorf("to unload it the server was asked %q", got)
@@ -443,4 +457,44 @@ func TestTimelineBounds(t *testing.T) {
 		t.Errorf("%d are shown to be under way", n)
 	}
 	var _ livepage.Source = overview{}
+}
+
+// TestPageContexts: what is stored is shown as the store has it; where nothing is kept, nothing is.
+func TestPageContexts(t *testing.T) {
+	up := newFake(t, okAnswer)
+	if p := newRig(t, up.URL, &Handler{}).h.pageStored(); p != nil {
+		t.Errorf("without contexts: %+v", p)
+	}
+	files, err := contextstore.OpenFiles(t.TempDir(), contextstore.FileLimits{Bytes: 1 << 20}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer files.Close(t.Context())
+	for i := range pageContexts + 2 {
+		text := make([]byte, 4096)
+		for at, word := range []uint32{0x67677371, 3, uint32(100 + i)} { // as llama.cpp begins such a file
+			binary.LittleEndian.PutUint32(text[4*at:], word)
+		}
+		s := contextstore.State{Format: "f", Model: "m", Links: contextstore.Chain{uint64(i + 1)}, Tokens: 100 + i, Bytes: int64(len(text)), Cost: time.Second}
+		name, err := files.Room(s)
+		if err == nil {
+			err = os.WriteFile(filepath.Join(files.Dir(), name), text, 0o600)
+		}
+		if err == nil {
+			_, err = files.Commit(name, s)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	manager := contexts.New(contexts.Config{Running: func() []contexts.Running { return nil }, Files: files, Log: slog.New(slog.DiscardHandler)})
+	h := newRig(t, up.URL, &Handler{Contexts: manager}).h
+	p := h.pageStored()
+	st := files.Stats()
+	if p.States != st.States || p.States != pageContexts+2 || p.Bytes != st.Bytes || p.Limit != 1<<20 || len(p.Contexts) != pageContexts || p.NotListed != 2 {
+		t.Errorf("%+v, the store has %+v", p, st)
+	}
+	if c := p.Contexts[0]; c.Tokens != 100+pageContexts+1 || c.Model != "m" || c.Cost != 1 {
+		t.Errorf("the one that was used last: %+v", c)
+	}
 }

@@ -12,7 +12,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// NumCtxPolicy says what becomes of the num_ctx of native requests: Ollama loads a model anew for each other one.
+// NumCtxPolicy says what becomes of the num_ctx of native requests: Ollama loads a model anew for
+// each other one.
 type NumCtxPolicy string
 
 const (
@@ -81,8 +82,8 @@ const (
 	didUnknownCtx = "unknown" // the client states none, and what Ollama takes then is not known
 )
 
-// decide returns what is done for a request that asks for so many tokens, and how many it is to have. asked 0: it states
-// none.
+// decide returns what is done for a request that asks for so many tokens, and how many it is to
+// have. asked 0: it states none.
 func (p NumCtxPolicy) decide(asked int, c runners.Contexts) (did string, tokens int) {
 	did, tokens = didPin, c.Loaded
 	if p == RaiseNumCtx {
@@ -129,8 +130,8 @@ func (f fit) String() string {
 	return fmt.Sprintf("num_ctx from %s to %d by --num-ctx-policy %s", from, f.to, f.policy)
 }
 
-// fitContext changes the num_ctx of a native request, whose chain was read from data, as the operator wants it: before a
-// lane is chosen, since a lane is for one num_ctx.
+// fitContext changes the num_ctx of a native request, whose chain was read from data, as the
+// operator wants it: before a lane is chosen, since a lane is for one num_ctx.
 func (h *Handler) fitContext(ex *exchange, data []byte) {
 	policy := h.NumCtx.For(ex.key)
 	if policy == KeepNumCtx || ex.reads != readsNative || ex.unloads() {
@@ -142,7 +143,8 @@ func (h *Handler) fitContext(ex *exchange, data []byte) {
 	if ex.NumCtx = did; tokens == 0 {
 		return
 	}
-	// What is loaded for requests that state none is the same runner for others only if they state none, either.
+	// What is loaded for requests that state none is the same runner for others only if they state
+	// none, either.
 	leave := contexts.ByDefault && tokens == contexts.Loaded
 	e, ok := numCtxEdit(data, ex.fields, asked, tokens, leave)
 	if !ok {
@@ -157,7 +159,8 @@ func (h *Handler) fitContext(ex *exchange, data []byte) {
 	ex.chain.Restate(options)
 }
 
-// contexts returns what is known of the context lengths of the request's model, on all servers to which it may be sent.
+// contexts returns what is known of the context lengths of the request's model, on all servers to
+// which it may be sent.
 func (h *Handler) contexts(ex *exchange) runners.Contexts {
 	var list []runners.Contexts
 	for _, b := range h.candidates(ex) {
@@ -167,9 +170,9 @@ func (h *Handler) contexts(ex *exchange) runners.Contexts {
 	return onAll(list)
 }
 
-// onAll returns what is known of several servers' context lengths where nobody knows yet which of them gets the request: the
-// largest ones. A default is known if each one's is, and what is loaded is it only if it is on each of them: elsewhere a
-// request that states none would get less.
+// onAll returns what is known of several servers' context lengths where nobody knows yet which of
+// them gets the request: the largest ones. A default is known if each one's is, and what is loaded is
+// it only if it is on each of them: elsewhere a request that states none would get less.
 func onAll(list []runners.Contexts) (all runners.Contexts) {
 	known, by, everywhere := true, false, true
 	for _, c := range list {
@@ -194,8 +197,8 @@ var (
 	keyNumCtx  = []byte("num_ctx")
 )
 
-// numCtxEdit returns the edit by which a body that asks for so many tokens (0: it states none) asks for others, or, with
-// leave, states none. false: it is written in a way that is left alone.
+// numCtxEdit returns the edit by which a body that asks for so many tokens (0: it states none) asks
+// for others, or, with leave, states none. false: it is written in a way that is left alone.
 func numCtxEdit(data []byte, f fields, asked, tokens int, leave bool) (edit, bool) {
 	options, n := f.options(data)
 	if asked < 0 || n > 1 || f.empty || leave && asked == 0 {
@@ -243,8 +246,8 @@ type option struct {
 	others          bool // the object has other members
 }
 
-// findOption looks for a member of an options object, whose keys do not fold case. false: it is there more than once, or is
-// no number.
+// findOption looks for a member of an options object, whose keys do not fold case. false: it is
+// there more than once, or is no number.
 func findOption(data []byte, options jsonscan.Member, name []byte) (option, bool) {
 	var o option
 	c := jsonscan.NewCursor(data, options.Value)

@@ -135,8 +135,9 @@ func TestParseNumCtx(t *testing.T) {
 	}
 }
 
-// TestNumCtxSent: clients that disagree cost one load, the largest that is loaded goes upstream beside keep_alive, and the
-// ledger says so. What asks for more than is loaded, and requests without a policy, stay as they are.
+// TestNumCtxSent: clients that disagree cost one load, the largest that is loaded goes upstream
+// beside keep_alive, and the ledger says so. What asks for more than is loaded, and requests
+// without a policy, stay as they are.
 func TestNumCtxSent(t *testing.T) {
 	f := warmFake(t)
 	k := keep(t, IfAbsent, "1h")
@@ -175,7 +176,8 @@ func TestNumCtxSent(t *testing.T) {
 	}
 }
 
-// FuzzNumCtx: the edited body asks for the num_ctx that is wanted, or for none, and is otherwise what it was.
+// FuzzNumCtx: the edited body asks for the num_ctx that is wanted, or for none, and is otherwise
+// what it was.
 func FuzzNumCtx(f *testing.F) {
 	for _, seed := range []string{
 		`{"model":"m","options":{"num_ctx":2048}}`, `{"options":{"a":1,"num_ctx":2048},"b":2}`, `{"options":null}`, `{"a":1}`,

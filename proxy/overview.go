@@ -463,7 +463,7 @@ var symptoms = []struct {
 	{kind: string(savings.ReasonReloaded), least: 2, level: isWarning, onlyNumCtx: true,
 		what: "Clients disagree on num_ctx: model loads that this cost in the last 5 minutes: %d.",
 		todo: "Set one num_ctx in all clients, or leave it out of them and set OLLAMA_CONTEXT_LENGTH for " +
-			"Ollama."},
+			"Ollama; or start the proxy with --num-ctx-policy pin. 'ollama-cacheproxy doctor' says who asks for what."},
 	{kind: string(savings.ReasonReloaded), least: 2, level: isWarning, otherNumCtx: true,
 		what: "Clients ask for different options: model loads that this cost in the last 5 minutes: %d.",
 		todo: "Have all clients ask for the same options; a request's detail below says which one differs."},

@@ -10,11 +10,12 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
-// StableHeads are the rules by which text is taken out of prompts that differs from request to request and means nothing
-// to a model, so that Ollama can reuse what follows it. The zero value has none and edits nothing.
+// StableHeads are the rules by which text is taken out of prompts that differs from request to
+// request and means nothing to a model, so that Ollama can reuse what follows it. The zero value
+// has none and edits nothing.
 //
-// Each edit is made in place and keeps the body's length: digits become zeros, and what is removed becomes spaces between
-// JSON values. Whatever is not exactly as a rule expects it stays as it is.
+// Each edit is made in place and keeps the body's length: digits become zeros, and what is removed
+// becomes spaces between JSON values. Whatever is not exactly as a rule expects it stays as it is.
 type StableHeads struct{ rules []stableRule }
 
 type stableRule struct {
@@ -107,14 +108,16 @@ func (m *member) add(value []byte) {
 // isList reports whether there is one value, and that is an array.
 func (m member) isList() bool { return len(m.value) > 0 && m.value[0] == '[' }
 
-// promptBody is a body that has messages. Its values are parts of the body, which the rules write to.
+// promptBody is a body that has messages. Its values are parts of the body, which the rules write
+// to.
 type promptBody struct {
 	system, messages member // system: of /v1/messages
 	long             []byte // a string whose end is known: jsonscan.Object.Long
 }
 
-// object reads the members with these names; n is how many members the object has. Keys fold case, as they do for most of
-// what Ollama reads; where they do not, what is found here is not rendered. Of a value that is no object, there are none.
+// object reads the members with these names; n is how many members the object has. Keys fold case,
+// as they do for most of what Ollama reads; where they do not, what is found here is not rendered.
+// Of a value that is no object, there are none.
 func (b promptBody) object(raw []byte, names ...string) (found []member, n int) {
 	found = make([]member, len(names))
 	if len(raw) == 0 || raw[0] != '{' {
@@ -183,7 +186,8 @@ func (b promptBody) systemText() []byte {
 //
 //	x-anthropic-billing-header: cc_version=2.1.177.01c; cc_entrypoint=cli; cch=36ee5;
 //
-// The last part of the version and cch are checksums, of the first message and of the whole request.
+// The last part of the version and cch are checksums, of the first message and of the whole
+// request.
 var (
 	billing = regexp.MustCompile(`^x-anthropic-billing-header:(?: [a-z_]+=[A-Za-z0-9._-]+;)+ ?(?:\\n|")`)
 	checks  = regexp.MustCompile(` (?:cch=|cc_version=[0-9]+\.[0-9]+\.[0-9]+\.)([0-9a-f]{3,64});`)
@@ -211,8 +215,9 @@ var countdown = regexp.MustCompile(`^\s*(?:` +
 	`<total_tokens>[0-9]+ tokens left</total_tokens>|` +
 	`<system-reminder>\s*<total_tokens>[0-9]+ tokens left</total_tokens>\s*</system-reminder>)\s*$`)
 
-// removeCountdowns is the rule total-tokens: system messages that are nothing but a countdown are removed. Most templates
-// gather system messages at the prompt's start, so that each further one moves all that follows.
+// removeCountdowns is the rule total-tokens: system messages that are nothing but a countdown are
+// removed. Most templates gather system messages at the prompt's start, so that each further one
+// moves all that follows.
 func removeCountdowns(b promptBody) (edits int) {
 	if !b.messages.isList() {
 		return 0
@@ -271,7 +276,8 @@ func blank(text []byte) {
 	}
 }
 
-// isCountdown reports whether a message has a role and a content and nothing else, and is a countdown.
+// isCountdown reports whether a message has a role and a content and nothing else, and is a
+// countdown.
 func (b promptBody) isCountdown(raw []byte) bool {
 	if len(raw) == 0 || raw[0] != '{' || len(raw) > maxShort {
 		return false
@@ -306,14 +312,16 @@ func (h *Handler) steady(ex *exchange, data []byte) {
 	}
 }
 
-// steadyText says of a compressed body whether the rules would have edited it: text is what it says.
+// steadyText says of a compressed body whether the rules would have edited it: text is what it
+// says.
 func (h *Handler) steadyText(ex *exchange, text []byte) {
 	if ex.runsHere() && h.StableHeads.apply(ex.prompt, text, ex.fields.members, ex.fields.long) != nil {
 		ex.Unedited = UneditedEncoded
 	}
 }
 
-// edited says for the ledger's detail what was changed in the request beside keep_alive; "": nothing.
+// edited says for the ledger's detail what was changed in the request beside keep_alive; "":
+// nothing.
 func (ex *exchange) edited() string {
 	var list []string
 	if ex.fit.made {

@@ -132,8 +132,8 @@ func TestStableHeads(t *testing.T) {
 	}
 }
 
-// TestStableHeadsSent: what is edited goes upstream with its length, is read as one prompt, is counted and is told; a
-// compressed body stays as it is.
+// TestStableHeadsSent: what is edited goes upstream with its length, is read as one prompt, is
+// counted and is told; a compressed body stays as it is.
 func TestStableHeadsSent(t *testing.T) {
 	f := newFake(t, okAnswer)
 	rg := newRig(t, f.URL, &Handler{StableHeads: heads(t, "claude-billing")})
@@ -165,7 +165,8 @@ func TestStableHeadsSent(t *testing.T) {
 	}
 }
 
-// FuzzStableHeads: what is edited has the length that it had, and is to Ollama the same but for what the rules are for.
+// FuzzStableHeads: what is edited has the length that it had, and is to Ollama the same but for
+// what the rules are for.
 func FuzzStableHeads(f *testing.F) {
 	for _, seed := range []string{
 		`{"system":"` + billed + `\nYou"}`, `{"messages":[{"role":"user","content":"a"},` + left + `]}`,

@@ -32,6 +32,7 @@ type box struct {
 	mu     sync.Mutex
 	models map[string]string // digests by name; guarded by mu
 	loaded []string          // guarded by mu
+	tokens int               // what they are loaded with, as it lists them; guarded by mu
 	asked  []string          // the requests that are no polls: method, path and body; guarded by mu
 	refuse int               // answer inference with this status; guarded by mu
 	words  string            // … and this error; guarded by mu
@@ -123,7 +124,7 @@ func (b *box) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	body.Model = cmp.Or(body.Model, body.Name)
 	_, has := b.models[body.Model]
 	names := slices.Sorted(maps.Keys(b.models))
-	status, refuse, words, loaded := 200, b.refuse, b.words, b.loaded
+	status, refuse, words, loaded, tokens := 200, b.refuse, b.words, b.loaded, b.tokens
 	digests := maps.Clone(b.models)
 	b.mu.Unlock()
 
@@ -140,7 +141,7 @@ func (b *box) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	case path == "/api/ps":
 		for _, n := range loaded {
-			list = append(list, map[string]any{"name": n, "expires_at": "2030-01-01T00:00:00Z", "from": b.name})
+			list = append(list, map[string]any{"name": n, "expires_at": "2030-01-01T00:00:00Z", "from": b.name, "context_length": tokens})
 		}
 		json.NewEncoder(w).Encode(map[string]any{"models": list})
 		return

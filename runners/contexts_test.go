@@ -11,7 +11,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// TestContexts: what is loaded is known from requests and from /api/ps, and the default once it was seen.
+// TestContexts: what is loaded is known from requests and from /api/ps, and the default once it was
+// seen.
 func TestContexts(t *testing.T) {
 	d := newDesk(t)
 	none, small, large := &prefix.Options{}, stating(t, "num_ctx", "2048"), stating(t, "num_ctx", "8192")

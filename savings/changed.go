@@ -9,19 +9,20 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
-// Changed says where a prompt differs from an earlier one that it would have continued but for that, and what that costs:
-// a clock, an id or a checksum at the head of a prompt has all that follows evaluated again each time.
+// Changed says where a prompt differs from an earlier one that it would have continued but for
+// that, and what that costs: a clock, an id or a checksum at the head of a prompt has all that
+// follows evaluated again each time.
 type Changed struct {
 	Place string `json:"place"` // "system prompt", "tools" or "message 3", as prefix.Link counts messages
 	// Byte is where in the place's text the changing text begins, as prefix.Link counts bytes.
 	Byte int `json:"byte"`
-	// Within is 0 where Byte is exact, but for a character or two that may be the same by chance. Otherwise what changes
-	// begins in the so many bytes from Byte on.
+	// Within is 0 where Byte is exact, but for a character or two that may be the same by chance.
+	// Otherwise what changes begins in the so many bytes from Byte on.
 	Within int  `json:"within,omitempty"`
 	Kind   Kind `json:"kind"`
 	Tokens int  `json:"tokens"` // that would have been reused otherwise: about
-	// Hoisted says that the place is a system message within the conversation, which was not in the earlier prompt, and that
-	// the template seems to render it at the prompt's head.
+	// Hoisted says that the place is a system message within the conversation, which was not in the
+	// earlier prompt, and that the template seems to render it at the prompt's head.
 	Hoisted bool `json:"hoisted,omitempty"`
 }
 
@@ -76,8 +77,9 @@ const (
 	placeTools  = "tools"
 )
 
-// Parting is where a prompt that is sent differs from an earlier one although much of what follows is alike. Its text is to
-// be looked at while it is there, to say what it is that changes: see Request.Look.
+// Parting is where a prompt that is sent differs from an earlier one although much of what follows
+// is alike. Its text is to be looked at while it is there, to say what it is that changes: see
+// Request.Look.
 type Parting struct {
 	Message  int // as prefix.Link counts them
 	From, To int // bytes of the message's text; equal where it is not text that differs
@@ -128,8 +130,8 @@ func (e *engine) parting(r *Request) *Parting {
 	return best
 }
 
-// hoisted is the parting of a prompt that continues another one, if a system message was added after it: if the template
-// puts that at the head, then all between is evaluated again.
+// hoisted is the parting of a prompt that continues another one, if a system message was added
+// after it: if the template puts that at the head, then all between is evaluated again.
 func (r *Request) hoisted(earlier *prefix.Chain) *Parting {
 	if r.chain.Inserted < max(1, earlier.Messages) {
 		return nil
@@ -155,8 +157,8 @@ func (r *Request) headBytes() (bytes int) {
 	return bytes
 }
 
-// reusesHead reports whether the head of the prompt was reused and little else, to within a quarter of that and what a
-// template adds.
+// reusesHead reports whether the head of the prompt was reused and little else, to within a quarter
+// of that and what a template adds.
 func (r *Request) reusesHead(total, reused int) bool {
 	head := total * r.headBytes() / max(1, r.bytes)
 	return abs(reused-head) <= head/4+32
@@ -165,7 +167,8 @@ func (r *Request) reusesHead(total, reused int) bool {
 // lookAround is how many bytes of text on both sides tell what something is.
 const lookAround = 64
 
-// Look returns which text tells what it is that changes: a message's, from one byte up to another; false if none does.
+// Look returns which text tells what it is that changes: a message's, from one byte up to another;
+// false if none does.
 func (r *Request) Look() (message, from, to int, ok bool) {
 	if r == nil || r.parting == nil {
 		return 0, 0, 0, false
@@ -198,8 +201,8 @@ func (r *Request) Looked(x prefix.Excerpt) {
 	r.changed = &c
 }
 
-// exactPart is the length of a sixteenth of a block in the first 16 KiB of a message: what differs within so few bytes is
-// told apart from what stands beside it.
+// exactPart is the length of a sixteenth of a block in the first 16 KiB of a message: what differs
+// within so few bytes is told apart from what stands beside it.
 const exactPart = 16
 
 // changedBy returns what the place cost a prompt of total tokens; nil if it cost nothing.
@@ -219,7 +222,8 @@ func (r *Request) changedBy(total int, tokens Tokens) *Changed {
 	return &c
 }
 
-// tellChanged notes what changes, and has the detail name it, where nothing else is the reason. c may be nil.
+// tellChanged notes what changes, and has the detail name it, where nothing else is the reason. c
+// may be nil.
 func (e *Entry) tellChanged(c *Changed) {
 	switch {
 	case c == nil, c.Hoisted && e.Basis != Measured: // an estimate takes it for reused
@@ -240,8 +244,8 @@ type pattern struct {
 
 const month = `(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sep(?:t(?:ember)?)?|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?)`
 
-// patterns are tried in this order: where several things stand side by side, the one that is most likely to change each
-// time goes first.
+// patterns are tried in this order: where several things stand side by side, the one that is most
+// likely to change each time goes first.
 var patterns = []pattern{
 	{KindUUID, regexp.MustCompile(`(?i)\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b`)},
 	{KindChecksum, regexp.MustCompile(`(?i)\b(?:cch|sha-?\d*|hash|checksum|digest|etag|md5|crc(?:32)?|sig(?:nature)?|fingerprint)["']?\s?[=:]\s?["']?([0-9a-f]{3,128})\b`)},
@@ -260,8 +264,9 @@ var patterns = []pattern{
 	{KindNumber, regexp.MustCompile(`\d+(?:[.,]\d+)*`)},
 }
 
-// KindOf says what it is in a text that changes somewhere in the bytes from one offset up to another, and where it begins:
-// from itself for KindText. What stands beside it tells. The text is as JSON spells it.
+// KindOf says what it is in a text that changes somewhere in the bytes from one offset up to
+// another, and where it begins: from itself for KindText. What stands beside it tells. The text is
+// as JSON spells it.
 func KindOf(text []byte, from, to int) (Kind, int) {
 	from, to = min(max(from, 0), len(text)), min(max(to, 0), len(text))
 	text = unescaped(text)
@@ -276,7 +281,8 @@ func KindOf(text []byte, from, to int) (Kind, int) {
 	return KindText, from
 }
 
-// unescaped returns a JSON string's text with spaces in the place of its escapes, so that it is as long as before.
+// unescaped returns a JSON string's text with spaces in the place of its escapes, so that it is as
+// long as before.
 func unescaped(text []byte) []byte {
 	text = append([]byte(nil), text...)
 	for i := 0; i < len(text); i++ {

@@ -78,7 +78,8 @@ func TestChangedSentence(t *testing.T) {
 	}
 }
 
-// FuzzKindOf: what is found is in the text, and overlaps what was asked for or is where that begins.
+// FuzzKindOf: what is found is in the text, and overlaps what was asked for or is where that
+// begins.
 func FuzzKindOf(f *testing.F) {
 	f.Add([]byte(`cch=36ee5; at 10:42 on 2026-11-28 #7 123e4567-e89b-12d3-a456-426614174000`), 4, 20)
 	f.Add([]byte(`\u0031\n\`), 0, 100)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -9,7 +10,6 @@ import (
 	"log/slog"
 	"net/http"
 	"net/url"
-	"os"
 	"strconv"
 	"strings"
 	"sync"
@@ -163,7 +163,7 @@ func (a *asking) page(ctx context.Context, name string, query url.Values, into a
 	}
 	res, err := a.RoundTrip(req)
 	if err != nil {
-		return fmt.Errorf("no proxy answers at %s: %w%s", a.base, err, a.nextStep())
+		return fmt.Errorf("no proxy answers at %s: %w%s", a.base, err, a.nextStep(err))
 	}
 	defer res.Body.Close()
 	text, err := io.ReadAll(io.LimitReader(res.Body, doctorMost))
@@ -175,6 +175,8 @@ func (a *asking) page(ctx context.Context, name string, query url.Values, into a
 		return fmt.Errorf("the proxy at %s asks for an API key: give it with --api-key, or in OLLAMA_CACHEPROXY_API_KEY", a.base)
 	case res.StatusCode == http.StatusNotFound:
 		return a.whoIsThere(ctx)
+	case res.StatusCode == http.StatusBadRequest && strings.Contains(string(text), "HTTPS server"): // net/http says so
+		return fmt.Errorf("what listens at %s wants https: give --proxy https://%s", a.base, a.base.Host)
 	case res.StatusCode != http.StatusOK:
 		return fmt.Errorf("%s answers %s: %s", u, res.Status, strings.TrimSpace(string(text[:min(len(text), 500)])))
 	}
@@ -184,10 +186,13 @@ func (a *asking) page(ctx context.Context, name string, query url.Values, into a
 	return nil
 }
 
-// nextStep says what to do where nobody listens.
-func (a *asking) nextStep() string {
+// nextStep says what to do where nobody listens, or nobody who is believed.
+func (a *asking) nextStep(err error) string {
+	if _, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
+		return "\n  If its certificate is your own, say who has issued it with --ca FILE."
+	}
 	hint := "\n  Start it with: ollama-cacheproxy\n  or say where it is with --proxy ADDR."
-	if _, err := os.Stat("/.dockerenv"); err == nil && upstream.Here(a.base) {
+	if inContainer() && upstream.Here(a.base) {
 		hint += "\n  This is a container, and its 127.0.0.1 is not the host's: try --proxy host.docker.internal:" + a.base.Port()
 	}
 	return hint
@@ -214,8 +219,8 @@ func (a *asking) whoIsThere(ctx context.Context) error {
 	return fmt.Errorf("what listens at %s is neither an ollama-cacheproxy nor an Ollama: say where the proxy is with --proxy ADDR", a.base)
 }
 
-// servers asks the proxy's servers what they have loaded: those in direct at that address, the others
-// through the proxy.
+// servers asks the proxy's servers what they have loaded: those in direct at that address, the
+// others through the proxy.
 func (a *asking) servers(ctx context.Context, list []doctor.Upstream, direct map[string]*url.URL) (map[string][]doctor.Resident, error) {
 	found := map[string][]doctor.Resident{}
 	var names []string

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"io"
+	"log"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -14,8 +15,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/doctor"
 )
 
-// partOnCPU is an answer of Ollama's /api/ps as version 0.34.1 gives it, with the sizes of a model that
-// has a part on the processor.
+// partOnCPU is an answer of Ollama's /api/ps as version 0.34.1 gives it, with the sizes of a model
+// that has a part on the processor.
 const partOnCPU = `{"models":[{"name":"a:latest","model":"a:latest","size":6119991978,"digest":"57a7a1","details":{"parent_model":"","format":"gguf",` +
 	`"family":"llama","families":["llama"],"parameter_size":"8.0B","quantization_level":"Q4_K_M"},"expires_at":"2026-11-30T21:12:23.4Z",` +
 	`"size_vram":4898834858,"context_length":16384}]}`
@@ -65,6 +66,10 @@ func TestDoctor(t *testing.T) {
 	}
 	other := httptest.NewServer(http.NotFoundHandler())
 	defer other.Close()
+	secure := httptest.NewUnstartedServer(http.NotFoundHandler())
+	secure.Config.ErrorLog = log.New(io.Discard, "", 0)
+	secure.StartTLS()
+	defer secure.Close()
 
 	for _, c := range []struct {
 		name   string
@@ -81,6 +86,8 @@ func TestDoctor(t *testing.T) {
 		{"nobody there", []string{"--proxy", nobody}, 3, "", "Start it with: ollama-cacheproxy"},
 		{"Ollama there", []string{"--proxy", up.URL}, 3, "", "OLLAMA_HOST=127.0.0.1:11434 ollama serve"},
 		{"something else there", []string{"--proxy", other.URL}, 3, "", "neither an ollama-cacheproxy nor an Ollama"},
+		{"https there", []string{"--proxy", secure.Listener.Addr().String()}, 3, "", "give --proxy https://127.0.0.1:"},
+		{"… of an unknown issuer", []string{"--proxy", secure.URL}, 3, "", "--ca FILE"},
 		{"a wrong address", []string{"--proxy", "host:99999"}, 2, "", "--proxy"},
 		{"a wrong time", []string{"--proxy", p, "--last", "-1h"}, 2, "", "--last"},
 		{"an unknown server", []string{"--proxy", p, "--upstream", "small=" + up.URL}, 2, "", "it has big=http://"},

@@ -52,14 +52,15 @@ func TestRelease(t *testing.T) {
 	t.Setenv("GIT_CONFIG_COUNT", "1")
 	t.Setenv("GIT_CONFIG_KEY_0", "remote.origin.url")
 	t.Setenv("GIT_CONFIG_VALUE_0", "https://github.com/ollama-cacheproxy/ollama-cacheproxy.git")
+	commit := output(t, repository, "git", "rev-parse", "HEAD")[:12] // as far as --version tells it
 	output(t, repository, releaser, "check")
 	output(t, repository, releaser, "release", "--snapshot", "--clean", "--parallelism", fmt.Sprint(runtime.NumCPU()))
 	made := artifacts(t)
-	t.Run("programs", func(t *testing.T) { programs(t, made) })
+	t.Run("programs", func(t *testing.T) { programs(t, made, commit) })
 	t.Run("archives", func(t *testing.T) { archives(t, made) })
 	t.Run("bills of materials", func(t *testing.T) { billsOfMaterials(t, made) })
 	t.Run("checksums", func(t *testing.T) { checksums(t, made) })
-	t.Run("machine", func(t *testing.T) { machine(t, debian(t, cache), made) })
+	t.Run("machine", func(t *testing.T) { machine(t, debian(t, cache), made, commit) })
 }
 
 // TestCompose has the reference implementation load the compose file, and looks for what it mounts.
@@ -195,7 +196,7 @@ func one(t *testing.T, made []artifact, suffix string) artifact {
 }
 
 // programs looks at each program's format, and asks this machine's what it is.
-func programs(t *testing.T, made []artifact) {
+func programs(t *testing.T, made []artifact, commit string) {
 	for platform, a := range of(t, made, "Binary") {
 		machine, err := programOf(a.GOOS, a.open(t))
 		if err != nil {
@@ -210,8 +211,8 @@ func programs(t *testing.T, made []artifact) {
 		}
 	}
 	said := output(t, "", filepath.Join(must(filepath.Abs(repository)), one(t, made, "ollama-cacheproxy").Path), "--version")
-	if !strings.Contains(said, "commit "+head(t)) || !strings.Contains(said, runtime.Version()) {
-		t.Errorf("--version of %s and %s: %q", head(t), runtime.Version(), said)
+	if !strings.Contains(said, "commit "+commit) || !strings.Contains(said, runtime.Version()) {
+		t.Errorf("--version of %s and %s: %q", commit, runtime.Version(), said)
 	}
 }
 
@@ -331,7 +332,7 @@ StandardError=inherit
 
 // machine boots the Debian in root, runs machine.sh there, and builds what the formula wants built.
 // Nothing of it stays in root; the loopback addresses are this machine's, and a real Ollama is there.
-func machine(t *testing.T, root string, made []artifact) {
+func machine(t *testing.T, root string, made []artifact, commit string) {
 	server := realollama.Start(t, realollama.Config{Version: realollama.Newest(), Models: []string{"smollm2"}})
 	dir := t.TempDir()
 	copies := map[string]string{
@@ -363,7 +364,7 @@ func machine(t *testing.T, root string, made []artifact) {
 	command := exec.CommandContext(t.Context(), "systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--console=pipe",
 		"--directory="+root, "--volatile=overlay", "--bind="+dir, "--bind-ro="+dir+"/try.service:/etc/systemd/system/try.service",
 		"--bind-ro="+binary+":/usr/local/bin/ollama", "--bind-ro="+filepath.Join(filepath.Dir(binary), "../lib/ollama")+":/usr/local/lib/ollama",
-		"--bind-ro="+server.ModelsDir()+":/srv/models", "--boot", "systemd.unit=try.service", "systemd.setenv=COMMIT="+head(t),
+		"--bind-ro="+server.ModelsDir()+":/srv/models", "--boot", "systemd.unit=try.service", "systemd.setenv=COMMIT="+commit,
 		"systemd.setenv=OLLAMA_CACHEPROXY_LISTEN="+listen.Addr().String(), "systemd.setenv=OLLAMA_CACHEPROXY_UPSTREAM="+server.Addr(),
 		"systemd.setenv=OLLAMA_HOST="+ollama.Addr().String(), "systemd.setenv=OLLAMA_MODELS=/srv/models", "systemd.setenv=OLLAMA_NO_CLOUD=1",
 		// As in package realollama.
@@ -397,11 +398,6 @@ func formula(t *testing.T, log, prefix string) {
 	if said := output(t, "", program, "--version"); version == "" || !strings.HasPrefix(said, "ollama-cacheproxy "+version+" ") {
 		t.Errorf("--version of %s: %q", version, said)
 	}
-}
-
-// head is the commit, as far as --version tells it.
-func head(t *testing.T) string {
-	return output(t, repository, "git", "rev-parse", "HEAD")[:12]
 }
 
 // output runs a command in a folder and returns what it prints; it must succeed.

@@ -395,8 +395,7 @@ function Prefixes() {
 function Contexts() {
   const c = state.parts.contexts;
   return html`<section aria-labelledby="h-con">
-    <div class="head"><h2 id="h-con">Stored contexts</h2>${c && html`<span class="soft">${value(c.states)} take <data value=${c.bytes}>${bytes(c.bytes)}</data> of ${bytes(c.limit)}; ${value(c.saved)} saved, ${value(c.attached)} attached,
-      ${value(c.tokens)} tokens not evaluated again (about ${duration(1000 * c.seconds)})</span>`}</div>
+    <div class="head"><h2 id="h-con">Stored contexts</h2>${c && html`<span class="soft">${value(c.states)} take <data value=${c.bytes}>${bytes(c.bytes)}</data> of ${bytes(c.limit)}; ${value(c.saved)} saved, ${value(c.attached)} attached, ${value(c.tokens)} tokens not evaluated again (about ${duration(1000 * c.seconds)})</span>`}</div>
     ${!c ? html`<p class="soft">None are kept. With <code>--contexts</code> what was evaluated outlives a load or a restart (Ollama 0.30 or later, on this machine).</p>` :
       c.contexts.length === 0 ? html`<p class="soft">None yet.</p>` : html`<div class="scroll"><table id="contexts">
       <thead><tr><th scope="col">Model</th><th scope="col" class="num">Tokens</th><th scope="col" class="num">Size</th><th scope="col" class="num">Worth</th><th scope="col" class="num">Uses</th><th scope="col" class="num">Last used</th></tr></thead>

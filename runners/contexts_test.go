@@ -59,7 +59,8 @@ func TestContexts(t *testing.T) {
 	want("after a restart", Contexts{Largest: 8192})
 }
 
-// TestContextsNotSeenYet: what /api/ps told before a request is not what that request, which states none, was given.
+// TestContextsNotSeenYet: what /api/ps told before a request is not what that request, which states
+// none, was given.
 func TestContextsNotSeenYet(t *testing.T) {
 	d := newDesk(t)
 	var list []upstream.Loaded
@@ -89,7 +90,8 @@ func TestContextsNotSeenYet(t *testing.T) {
 	want("when it is seen to be the default", Contexts{Loaded: 4096, ByDefault: true, Default: 4096})
 }
 
-// TestContextsOfCopies: what a copy of a model gets whose Modelfile states a context is not what the model gets by default.
+// TestContextsOfCopies: what a copy of a model gets whose Modelfile states a context is not what the
+// model gets by default.
 func TestContextsOfCopies(t *testing.T) {
 	d := newDesk(t)
 	d.Book = New(&shelf{models: map[string]*api.ShowResponse{

@@ -28,8 +28,9 @@ const tiny = "gen-llama-tiny"
 // quick are options with which an answer is short and always the same.
 const quick = `"options":{"temperature":0,"seed":1,"num_predict":4}`
 
-// abCases are the field cases that say A/B (F01, F13, F14, F15, F16, F18) and their siblings, on every endpoint whose
-// body the proxy reads.
+// abCases are the requests whose answers must be the same directly and through the proxy, on every
+// endpoint whose body the proxy reads: keep_alive values, duplicate keys, text around the JSON,
+// null fields, model names, and encodings.
 func abCases() []abCase {
 	var cases []abCase
 	add := func(name, path, body string) {
@@ -46,15 +47,15 @@ func abCases() []abCase {
 		if strings.HasPrefix(path, "/api/embed") {
 			continue
 		}
-		// F01: spellings that Ollama refuses, and some that it takes.
+		// Spellings of keep_alive, some of which Ollama refuses.
 		for _, v := range []string{`"-1"`, `"5"`, `""`, `"5m"`, `300`, `-1`, `1.5`, `"-1s"`, `null`, `true`, `[]`, `{}`, `"1h30m"`, `1e2`} {
 			add("keep_alive "+v, path, `{"keep_alive":`+v+`,`+members+`}`)
 		}
-		// F13: duplicates; the last wins.
+		// Duplicate keys: the last one wins.
 		add("duplicate keys", path, `{"model":"nowhere","keep_alive":"x","keep_alive":"1m",`+members+`,"keep_alive":"2m"}`)
 		add("duplicate model", path, `{`+members+`,"model":"nowhere"}`)
 		add("other case", path, `{`+members+`,"Keep_Alive":"5m","STREAM":false}`)
-		// F14: what follows the first value, and what precedes it.
+		// Text before and after the first JSON value.
 		add("junk behind", path, `{`+members+`} junk`)
 		add("second value", path, `{`+members+`}{"model":"z"}`)
 		add("newlines before", path, "\n\r\n \t{"+members+"}")
@@ -65,7 +66,7 @@ func abCases() []abCase {
 		add("broken escape", path, `{`+members+`,"x":"\q"}`)
 		add("invalid UTF-8", path, `{`+members+`,"x":"`+"\xff\xfe"+`"}`)
 		add("cut off", path, `{`+members)
-		// F16: null for every field that an SDK leaves unset.
+		// Null for every field that an SDK leaves unset.
 		for _, f := range []string{"messages", "tools", "format", "stream", "keep_alive", "template", "think", "images", "context", "raw", "shift", "truncate"} {
 			add(f+" null behind", path, `{`+members+`,"`+f+`":null}`)
 		}
@@ -79,7 +80,7 @@ func abCases() []abCase {
 		for _, body := range []string{``, `null`, `[]`, `"x"`, `{}`, `{ }`, `0`, `tru`, "\xef\xbb\xbf{}", "{\x00\"\x00a\x00", `{"model":""}`, `{"model":null}`, `{"model":5}`, `{"keep_alive":"5m"}`} {
 			add(fmt.Sprintf("body %.12q", body), path, body)
 		}
-		// F18: names.
+		// Model names.
 		for _, name := range []string{"nowhere", "GEN-LLAMA-TINY", tiny + ":latest", "library/" + tiny, "registry.ollama.ai/library/" + tiny, tiny + ":1b", "x:", ":", "a b", "../x", "localhost:5000/a/b:c", " " + tiny + " "} {
 			add(fmt.Sprintf("name %q", name), path, strings.Replace(`{`+native[path]+`}`, tiny, name, 1))
 		}
@@ -100,7 +101,7 @@ func abCases() []abCase {
 	add("answer", "/v1/completions", `{"model":"`+tiny+`","prompt":"hi","max_tokens":4,"temperature":0,"seed":1}`)
 	add("answer", "/v1/responses", `{"model":"`+tiny+`","input":"hi","max_output_tokens":4,"temperature":0}`)
 
-	// F15, and other ways to send a body.
+	// Content-Encoding, Content-Type and long bodies.
 	cases = append(cases,
 		abCase{name: "gzip header", path: "/api/chat", body: "\x1f\x8b\x08\x00", header: http.Header{"Content-Encoding": {"gzip"}}},
 		abCase{name: "zstd header on plain text", path: "/v1/responses", body: "{}", header: http.Header{"Content-Encoding": {"zstd"}}},

@@ -53,8 +53,8 @@ func v1(model string) string {
 	return `{"model":"` + model + `","messages":[{"role":"user","content":"hi"}],"max_tokens":1}`
 }
 
-// F03: three clients in turn, in every order. The last one to state a value decides under if-absent, as in Ollama itself;
-// under the other policies the order does not matter.
+// TestKeepAlivePolicies: three clients in turn, in every order. Under if-absent the last one to
+// state a value decides, as in Ollama itself; under the other policies the order does not matter.
 func TestKeepAlivePolicies(t *testing.T) {
 	const day = 24 * time.Hour
 	clients := map[string]string{"5m": `,"keep_alive":"5m"`, "none": ``, "-1": `,"keep_alive":-1`}
@@ -96,8 +96,8 @@ func TestKeepAlivePolicies(t *testing.T) {
 	}
 }
 
-// F02, F04: models used through /v1 are kept as well, with one request of the proxy's own per load, and never a load of
-// its own making.
+// TestKeepAliveV1: models used through /v1 are kept loaded as well, with one request of the proxy's
+// own per load, which never loads a model itself.
 func TestKeepAliveV1(t *testing.T) {
 	const other = "gen-llama-tiny-b"
 	for _, version := range realollama.Distinct() {
@@ -207,7 +207,7 @@ func TestUpstreamComesLater(t *testing.T) {
 	eventually(t, "ready", func() bool { status, _, _ := get(t, p.URL+"/_cacheproxy/ready"); return status == http.StatusOK })
 }
 
-// F08 on a real server: a client that goes away frees the only slot, in every stage.
+// TestClientGone: on a real server, a client that disconnects frees the only slot at every stage.
 func TestClientGone(t *testing.T) {
 	for _, version := range realollama.Distinct() {
 		server := realollama.Start(t, realollama.Config{Version: version, Models: []string{tiny}, Parallel: 1})

@@ -86,7 +86,7 @@ func TestLanes(t *testing.T) {
 				t.Errorf("%d of %d answers differ", differ, len(want))
 			}
 
-			// F12: three num_ctx, ten of each, all at once.
+			// Three num_ctx, ten requests of each, all at once.
 			loads := server.Mark()
 			for n := range 30 {
 				wg.Go(func() { ask(p.URL, 50, n, []int{2048, 3072, 4096}[n%3]) })

@@ -9,8 +9,8 @@ import (
 	"github.com/ollama/ollama/api"
 )
 
-// BenchmarkRead reads the chain of a chat with a long user message, at 8 KB to 64 MiB, beside what decoding it into
-// Ollama's own type and hashing the texts costs.
+// BenchmarkRead reads the chain of a chat with a long user message, at 8 KB to 64 MiB, compared
+// with decoding it into Ollama's own type and hashing the texts.
 func BenchmarkRead(b *testing.B) {
 	for _, size := range []int{8 << 10, 1 << 20, 64 << 20} {
 		body := chatBody(size)
@@ -41,7 +41,8 @@ func BenchmarkRead(b *testing.B) {
 	}
 }
 
-// chatBody is a chat of a system prompt, a long user message with a line end every 75 bytes, and a short one.
+// chatBody is a chat with a system prompt, a long user message with a newline every 75 bytes, and a
+// short one.
 func chatBody(size int) []byte {
 	var text []byte
 	for i := 0; len(text) < size; i++ {

@@ -1,13 +1,14 @@
 package prefix
 
-// scanEscapes returns the offset of the first backslash before a u or a slash among the n bytes at p, or one from which on
-// the last few bytes are still to be looked at. It looks at 16 bytes at a time (SSE2, which every amd64 has).
+// scanEscapes returns the offset of the first backslash before a u or a slash among the n bytes at
+// p. It looks at 16 bytes at a time (SSE2, which every amd64 has), so it may instead return an
+// offset from which the caller has to check the last few bytes.
 //
 //go:noescape
 func scanEscapes(p *byte, n int) int
 
-// oddEscape returns the offset of the first backslash before a u or a slash, -1 if there is none: of what may be an escape
-// that is not spelled as texts are hashed.
+// oddEscape returns the offset of the first backslash before a u or a slash, which may be an escape
+// that is not spelled as texts are hashed; -1 if there is none.
 func oddEscape(s []byte) int {
 	if len(s) == 0 {
 		return -1

@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// F10: the time in the first lines of a system prompt makes every prompt a new one; late in it, it hardly matters. Either
-// way it is told where the prompts part.
+// TestFieldTimeInPrompt: the time in the first lines of a system prompt makes every prompt a new
+// one; late in it, it hardly matters. Either way the chain shows where the prompts diverge.
 func TestFieldTimeInPrompt(t *testing.T) {
 	text := strings.Repeat("You answer questions about the house, and switch what you are asked to. ", 113)[:8000]
 	with := func(at int, c byte) []byte {
@@ -29,8 +29,8 @@ func TestFieldTimeInPrompt(t *testing.T) {
 	}
 }
 
-// F11: the same tools in another order are another prompt of the same conversation; with the keys of one in another order
-// they are the same prompt.
+// TestFieldToolOrder: the same tools in another order are another prompt of the same conversation;
+// with the keys of one in another order they are the same prompt.
 func TestFieldToolOrder(t *testing.T) {
 	var tools []string
 	for i := range 8 {
@@ -58,14 +58,15 @@ func TestFieldToolOrder(t *testing.T) {
 		if a.Conversation != b.Conversation || a.Leaf() == b.Leaf() {
 			t.Errorf("endpoint %d, reversed: not another prompt of the same conversation", e)
 		}
-		// A tool that is added behind the others leaves what stands before it.
+		// A tool that is added at the end leaves the ones before it unchanged.
 		if s := Common(a.Links, with(e, added).Links); s.Part != Head || a.Links[s.Links-1].Part != Tools || s.Bytes < 8*200 {
 			t.Errorf("endpoint %d, added: told %+v", e, s)
 		}
 	}
 }
 
-// F12: requests that load a model with other options have no link in common, and it is told which option differs.
+// TestFieldNumCtx: requests that load a model with other options have no link in common, and the
+// chain shows which option differs.
 func TestFieldNumCtx(t *testing.T) {
 	with := func(options string) Chain {
 		return read(t, Chat, fmt.Appendf(nil, `{"messages":[{"role":"user","content":"Hi"}],"options":{%s"temperature":0}}`, options))
@@ -91,7 +92,8 @@ func TestFieldNumCtx(t *testing.T) {
 	}
 }
 
-// TestFine: within which sixteenth two blocks differ is told, up to one sixteenth late in 1 of 256 cases.
+// TestFine: the chain shows in which sixteenth two blocks diverge, and in 1 of 256 cases one
+// sixteenth late.
 func TestFine(t *testing.T) {
 	for size, step := range map[int]int{600: 1, 40 << 10: 211} {
 		text := make([]byte, size)

@@ -12,14 +12,15 @@ import (
 	"github.com/ollama/ollama/openai"
 )
 
-// understood is what Ollama's own code makes of a body: all that the prompt is rendered from.
+// understood is the result of Ollama's own parsing of a body: everything that the prompt is
+// rendered from.
 type understood struct {
 	messages []api.Message
 	tools    string
 	settings string
 }
 
-// understand decodes a body as Ollama does; false where Ollama refuses it.
+// understand decodes a body as Ollama does; false if Ollama refuses it.
 func understand(e Endpoint, body []byte) (understood, bool) {
 	var chat api.ChatRequest
 	var err error
@@ -87,7 +88,7 @@ func (u understood) String() string {
 	return fmt.Sprintf("%s\n%s\n%s", toJSON(append([]api.Message{}, u.messages...)), u.tools, u.settings)
 }
 
-// A body as a tree: objects whose keys may come in any order, or in one, and arrays.
+// A body as a tree: objects, whose keys may come in any order or in a fixed one, and arrays.
 type (
 	object  []any // key, value, …; a nil value is left out
 	ordered []any
@@ -127,7 +128,7 @@ func (s *spelling) write(v any) {
 	}
 }
 
-// author makes bodies of choices: a body that differs in one choice differs in one thing.
+// author generates bodies from choices: bodies that differ in one choice differ in one thing.
 type author struct {
 	choices []byte
 	n       int
@@ -165,7 +166,7 @@ func (a *author) list(most int, item func() any) array {
 	return list
 }
 
-// optional is a list that may be left out, or null.
+// optional is a list that may be absent, or null.
 func (a *author) optional(most int, item func() any) any {
 	if v := a.of(nil, rawJSON("null"), true, true); v != true {
 		return v
@@ -173,7 +174,7 @@ func (a *author) optional(most int, item func() any) any {
 	return a.list(most, item)
 }
 
-// parts is a list of one or two.
+// parts is a list of one or two elements.
 func (a *author) parts(part func() any) array { return append(array{part()}, a.list(1, part)...) }
 
 func (a *author) arguments() any {
@@ -191,7 +192,7 @@ func (a *author) tool() any {
 	return object{"type", a.of("function", "function", "web_search_1"), "function", object{"name", a.of("f", "g"), "description", a.of(nil, "d", "e"), "parameters", a.schema()}}
 }
 
-// body is a body for an endpoint.
+// body generates a body for an endpoint.
 func (a *author) body(e Endpoint) object {
 	b := object{"model", "m", "stream", rawJSON("false"), "options", object{"temperature", rawJSON("0"), "stop", array{"a"}}, "max_tokens", rawJSON("5")}
 	switch e {
@@ -292,7 +293,7 @@ func (a *author) responsesItem() any {
 		object{"type", "tool_search_output", "call_id", "1", "tools", array{object{"type", "function", "name", a.of("f", "g")}}})
 }
 
-// place is where two prompts part by what Ollama made of their bodies.
+// place is where two prompts diverge, according to Ollama's parsing of their bodies.
 func place(a, b []api.Message) (message, offset int) {
 	beside := func(m api.Message) string {
 		m.Content, m.ToolCalls = "", nil
@@ -322,14 +323,14 @@ func toJSON(v any) string {
 	return string(text)
 }
 
-// oracle compares chains with what Ollama's own code makes of the same bodies.
+// oracle compares chains with Ollama's own parsing of the same bodies.
 type oracle struct {
 	t      *testing.T
 	e      Endpoint
 	prompt map[uint64]string // by the chain's leaf
 	leaf   map[string]uint64 // by the prompt
 	body   map[uint64][]byte // by the chain's leaf
-	late   int               // how often the place was told one sixteenth late
+	late   int               // how often the place was reported one sixteenth late
 	places int
 }
 
@@ -337,8 +338,8 @@ func newOracle(t *testing.T, e Endpoint) *oracle {
 	return &oracle{t: t, e: e, prompt: map[uint64]string{}, leaf: map[string]uint64{}, body: map[uint64][]byte{}}
 }
 
-// add holds that the body's chain is another body's exactly where its prompt is. plain is the body in a spelling for
-// people.
+// add checks that the body's chain equals another body's exactly if their prompts are equal. plain
+// is the body in a readable spelling.
 func (o *oracle) add(body, plain []byte) (c Chain, u understood, ok bool) {
 	if u, ok = understand(o.e, body); !ok {
 		return c, u, false
@@ -358,7 +359,7 @@ func (o *oracle) add(body, plain []byte) (c Chain, u understood, ok bool) {
 	return c, u, true
 }
 
-// part holds that Common tells where two prompts part which differ in their messages only.
+// part checks that Common reports where two prompts diverge that differ only in their messages.
 func (o *oracle) part(a, b Chain, x, y understood) {
 	message, offset := place(x.messages, y.messages)
 	if x.settings != y.settings || x.tools != y.tools || message == min(len(x.messages), len(y.messages)) {
@@ -373,7 +374,8 @@ func (o *oracle) part(a, b Chain, x, y understood) {
 	o.places++
 }
 
-// TestOracle: chains are equal exactly where Ollama's own code makes equal prompts of the bodies, and part where those do.
+// TestOracle: chains are equal exactly if Ollama's own code makes equal prompts of the bodies, and
+// diverge where those diverge.
 func TestOracle(t *testing.T) {
 	for _, e := range endpoints {
 		o := newOracle(t, e)
@@ -412,7 +414,7 @@ func TestOracle(t *testing.T) {
 	}
 }
 
-// TestOdd does the same with bodies that no client writes on purpose.
+// TestOdd does the same with bodies that no client sends on purpose.
 func TestOdd(t *testing.T) {
 	for e, groups := range map[Endpoint][][]string{
 		Chat: {

@@ -23,7 +23,7 @@ type message struct {
 
 type call struct{ id, name, arguments string }
 
-// conversation is what a generated request asks for, whatever the dialect.
+// conversation is the content of a generated request, independent of the dialect.
 type conversation struct {
 	messages []message
 	tools    string // JSON
@@ -70,9 +70,9 @@ func newConversation(r *rand.Rand) conversation {
 	return c
 }
 
-// spelling writes JSON in one of the many ways to write the same.
+// spelling writes JSON in one of the many equivalent ways.
 type spelling struct {
-	r *rand.Rand // nil: plainly
+	r *rand.Rand // nil: plain
 	b bytes.Buffer
 }
 
@@ -110,7 +110,7 @@ func (s *spelling) string(v string) {
 	s.b.WriteByte('"')
 }
 
-// object writes members, each written by a function, in any order.
+// object writes members, each by its own function, in any order.
 func (s *spelling) object(members ...any) {
 	var order []int
 	for i := 0; i < len(members); i += 2 {
@@ -157,7 +157,7 @@ func (s *spelling) array(n int, item func(int)) {
 	s.b.WriteByte(']')
 }
 
-// raw writes JSON, perhaps indented.
+// raw writes JSON, possibly indented.
 func (s *spelling) raw(v json.RawMessage) {
 	if s.chance(2) {
 		if err := json.Indent(&s.b, v, " ", "\t"); err != nil {
@@ -279,7 +279,7 @@ func TestSpelling(t *testing.T) {
 	}
 }
 
-// TestAppend: a message more keeps all links that were there.
+// TestAppend: an additional message keeps all existing links.
 func TestAppend(t *testing.T) {
 	for seed := range uint64(60) {
 		r := rand.New(rand.NewPCG(seed, 2))
@@ -299,7 +299,7 @@ func TestAppend(t *testing.T) {
 	}
 }
 
-// spelled is a text as links count it.
+// spelled is a text as links count its bytes.
 func spelled(text string) []byte {
 	var b []byte
 	for _, r := range text {
@@ -308,7 +308,8 @@ func spelled(text string) []byte {
 	return b
 }
 
-// TestChange: another byte in a message changes every link from its block on and none before, and Common says where.
+// TestChange: a changed byte in a message changes every link from its block on and none before, and
+// Common reports where.
 func TestChange(t *testing.T) {
 	for seed := range uint64(300) {
 		r := rand.New(rand.NewPCG(seed, 3))
@@ -337,7 +338,7 @@ func TestChange(t *testing.T) {
 			continue
 		}
 		index := i
-		if e == Messages { // an empty message is none there
+		if e == Messages { // an empty message is left out there
 			for _, m := range c.messages[:i] {
 				if m.content == "" {
 					index--
@@ -345,7 +346,7 @@ func TestChange(t *testing.T) {
 			}
 		}
 		part := blockSize(offset) / Fines
-		// Of 256 sixteenths one is taken for another one.
+		// One of 256 sixteenths looks like another one by chance.
 		if told := s.Offset/part - offset/part; s.Message != index || told < 0 || told > 1 {
 			t.Fatalf("endpoint %d, seed %d: byte %d of message %d differs; told %+v", e, seed, offset, index, s)
 		}
@@ -360,7 +361,7 @@ func TestChange(t *testing.T) {
 	}
 }
 
-// TestDialects: a plain conversation has the same links whichever way it comes.
+// TestDialects: a plain conversation has the same links in every dialect.
 func TestDialects(t *testing.T) {
 	chat := `{"model":"m","messages":[{"role":"system","content":"Be brief."},{"role":"user","content":"Hi there"}]}`
 	for name, other := range map[string]struct {
@@ -384,7 +385,7 @@ func TestDialects(t *testing.T) {
 	}
 }
 
-// TestDiffers: what renders differently, or is loaded differently, parts where it does.
+// TestDiffers: requests that are rendered or loaded differently diverge where they differ.
 func TestDiffers(t *testing.T) {
 	const base = `"messages":[{"role":"system","content":"Be brief."},{"role":"user","content":"Hi there"}]`
 	const tools = `"tools":[{"type":"function","function":{"name":"a","description":"d","parameters":{"type":"object","properties":{"x":{"type":"string"},"y":{"type":"string"}}}}},{"type":"function","function":{"name":"b","parameters":{"type":"object","properties":{}}}}]`
@@ -394,7 +395,7 @@ func TestDiffers(t *testing.T) {
 		name string
 		e    Endpoint
 		a, b string
-		part Part // where they part; 255: nowhere
+		part Part // where they diverge; 255: nowhere
 	}{
 		{"num_ctx", Chat, base, base + `,"options":{"num_ctx":8192}`, Runner},
 		{"num_ctx again", Chat, base + `,"options":{"num_ctx":8192}`, base + `,"options":{"num_ctx":8.192e3,"seed":3}`, 255},
@@ -481,7 +482,7 @@ func TestCommonOfEqual(t *testing.T) {
 	}
 }
 
-// TestWithContext: a context that is added is the same as one that the request states.
+// TestWithContext: adding a context gives the same chain as a request that states it.
 func TestWithContext(t *testing.T) {
 	for _, body := range []string{`{}`, `{"options":{"num_ctx":8192}}`} {
 		got := read(t, Chat, []byte(body)).Runner.WithContext(4096)
@@ -502,7 +503,7 @@ func TestOptionsChanges(t *testing.T) {
 	}
 }
 
-// FuzzRead: any text ends without a panic; a valid one has the same links when it is written anew.
+// FuzzRead: no text causes a panic; a valid one has the same links when it is encoded again.
 func FuzzRead(f *testing.F) {
 	for seed := range uint64(4) {
 		r := rand.New(rand.NewPCG(seed, 4))
@@ -537,7 +538,7 @@ func FuzzRead(f *testing.F) {
 	})
 }
 
-// FuzzOddEscape: the fast search finds what the plain one finds.
+// FuzzOddEscape: the fast search finds the same as the plain one.
 func FuzzOddEscape(f *testing.F) {
 	for _, s := range []string{"", "\\", "\\u", "abc\\/", strings.Repeat("x", 15) + "\\u0041" + strings.Repeat("y", 40), strings.Repeat("\\n", 40) + "\\\\u", strings.Repeat("ab\\", 20) + "/"} {
 		f.Add([]byte(s))
@@ -551,7 +552,8 @@ func FuzzOddEscape(f *testing.F) {
 	})
 }
 
-// TestManyMessages: a chain is bounded, however many messages a body has, and still tells two prompts apart.
+// TestManyMessages: a chain is bounded however many messages a body has, and still distinguishes
+// prompts.
 func TestManyMessages(t *testing.T) {
 	body := func(last string) []byte {
 		return []byte(`{"messages":[` + strings.Repeat(`{},`, 100_000) + `{"role":"user","content":"` + last + `"}]}`)
@@ -565,8 +567,7 @@ func TestManyMessages(t *testing.T) {
 	}
 }
 
-// TestContents: what a chain has beside its runner options is the same whatever these are, and the
-// model is not one of them.
+// TestContents: the contents of a chain depend on the model, and not on the other runner options.
 func TestContents(t *testing.T) {
 	r := NewReader()
 	read := func(model, options string) Chain {

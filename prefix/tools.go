@@ -10,7 +10,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/jsonscan"
 )
 
-// canon returns what decode makes of raw, remembered by raw's fingerprint and tag.
+// canon returns decode(raw), cached by raw's fingerprint and tag.
 func (r *Reader) canon(tag uint64, raw []byte, decode func([]byte) []canonical) []canonical {
 	key := xxhash.Sum64(raw) + tag
 	if c, ok := r.canonical.Get(key); ok {
@@ -21,13 +21,13 @@ func (r *Reader) canon(tag uint64, raw []byte, decode func([]byte) []canonical) 
 	return c
 }
 
-// canonicalOf is the fingerprint of a canonical text.
+// canonicalOf returns the fingerprint of a canonical text.
 func canonicalOf(text []byte) canonical { return canonical{xxhash.Sum64(text), len(text)} }
 
-// refused is for what Ollama refuses.
+// refused returns the fingerprint of something that Ollama refuses.
 func refused(raw []byte) []canonical { return []canonical{canonicalOf(compact(raw))} }
 
-// writeTools writes the tools. They come after the leading system messages, as most templates have them.
+// writeTools writes the tools. They come after the leading system messages, as in most templates.
 func (p *parser) writeTools() {
 	raw := p.tools
 	if p.tools = nil; len(raw) == 0 || raw[0] != '[' {
@@ -49,7 +49,7 @@ func (p *parser) writeTools() {
 	}
 }
 
-// apiTools reads tools of Ollama's own kind: their JSON as templates are given it.
+// apiTools reads tools in Ollama's own format: the JSON that templates get.
 func apiTools(raw []byte) []canonical {
 	var tools api.Tools
 	if json.Unmarshal(raw, &tools) != nil {
@@ -66,8 +66,8 @@ func listed(tools api.Tools) []canonical {
 	return list
 }
 
-// anthropicTools reads those of /v1/messages. Anthropic's own web search has a description of Ollama's, and takes the
-// place of a tool with its name.
+// anthropicTools reads the tools of /v1/messages. Anthropic's own web search gets Ollama's
+// description, and replaces a tool with its name.
 func anthropicTools(raw []byte) []canonical {
 	var tools []struct {
 		Type        string          `json:"type"`
@@ -99,13 +99,14 @@ func anthropicTools(raw []byte) []canonical {
 	return listed(list)
 }
 
-// responsesTool is a tool of /v1/responses. Parameters are decoded into a map: the order of their keys does not count.
+// responsesTool is a tool of /v1/responses. Parameters are decoded into a map, so the order of
+// their keys does not matter.
 type responsesTool struct {
 	Type        string          `json:"type"`
 	Name        string          `json:"name"`
 	Description string          `json:"description"`
 	Parameters  map[string]any  `json:"parameters"`
-	Tools       []responsesTool `json:"tools"` // of a namespace
+	Tools       []responsesTool `json:"tools"` // if it is a namespace
 }
 
 func responsesTools(raw []byte) []canonical {
@@ -120,7 +121,7 @@ func responsesTools(raw []byte) []canonical {
 	return listed(list)
 }
 
-// appendTo adds the tool, or those of a namespace, to a list.
+// appendTo appends the tool, or those of a namespace, to a list.
 func (t responsesTool) appendTo(list api.Tools, namespace string) api.Tools {
 	if namespace != "" {
 		t.Name = namespaced(namespace, t.Name)
@@ -140,13 +141,13 @@ func (t responsesTool) appendTo(list api.Tools, namespace string) api.Tools {
 	return append(list, tool)
 }
 
-// namespaced is a tool's name in a namespace. Ollama joins the two in one of several ways.
+// namespaced returns a tool's name in a namespace. Ollama joins the two in one of several ways.
 func namespaced(namespace, name string) string { return namespace + "\x00" + name }
 
 // calls are the fingerprints of one message's tool calls.
 type calls []canonical
 
-// all is the fingerprint of all; the zero value if there are none.
+// all returns the fingerprint of all calls; the zero value if there are none.
 func (c calls) all() canonical {
 	if len(c) == 0 {
 		return canonical{}
@@ -159,7 +160,8 @@ func (c calls) all() canonical {
 	return all
 }
 
-// callText is one call as text. A template may have its id, and its index among the calls as the client numbers them.
+// callText returns the fingerprint of one call. A template may render its id, and its index among
+// the calls as the client numbers them.
 func callText(id, name string, index int, arguments api.ToolCallFunctionArguments) canonical {
 	text, _ := json.Marshal(api.ToolCall{ID: id, Function: api.ToolCallFunction{Name: name, Index: index, Arguments: arguments}})
 	return canonicalOf(text)
@@ -188,7 +190,8 @@ func apiCalls(raw []byte) []canonical {
 	return c
 }
 
-// openAICalls: their arguments are a string of JSON, and their index is not rendered.
+// openAICalls reads tool calls whose arguments are a string of JSON and whose index is not
+// rendered.
 func openAICalls(raw []byte) []canonical {
 	var list []struct {
 		ID       string `json:"id"`

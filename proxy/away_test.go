@@ -23,22 +23,23 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// mortal is an Ollama server in virtual time that dies and comes back. It takes a second for each request to a model.
+// mortal is an Ollama server in virtual time that dies and comes back. A request to a model takes a
+// second.
 type mortal struct {
 	mu     sync.Mutex
 	death  chan struct{} // closed when it dies; nil: it is dead. Guarded by mu
-	open   bool          // when it is dead something accepts connections in its place, and closes them; guarded by mu
-	behind bool          // … or a gateway answers 502 to all that comes; guarded by mu
-	silent bool          // it answers no request to a model; guarded by mu
-	closed bool          // no connection can be made for requests to models; guarded by mu
+	open   bool          // if dead, something else accepts connections and closes them; guarded by mu
+	behind bool          // … or a gateway answers everything with 502; guarded by mu
+	silent bool          // it does not answer requests to models; guarded by mu
+	closed bool          // requests to models get no connection; guarded by mu
 	busy   bool          // its queue is full; guarded by mu
-	dials  int           // requests to models that came, or would have; guarded by mu
-	serves int           // requests that are begun; guarded by mu
+	dials  int           // requests to models that arrived, or would have; guarded by mu
+	serves int           // requests that have begun; guarded by mu
 	order  []string      // their bodies, since it came to life; guarded by mu
 	body   func(ctx context.Context) io.ReadCloser
 }
 
-// set changes something of a server that runs.
+// set changes the state of a running server.
 func (m *mortal) set(change func()) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -58,7 +59,7 @@ func (m *mortal) live(on bool) (serves int) {
 	return serves
 }
 
-// asked returns how many requests to models came, or would have.
+// asked returns how many requests to models arrived, or would have.
 func (m *mortal) asked() int {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -130,14 +131,15 @@ func (m *mortal) RoundTrip(r *http.Request) (*http.Response, error) {
 	return &http.Response{StatusCode: 200, Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, Header: http.Header{"Content-Type": {"application/json"}}, Body: answer, ContentLength: -1, Request: r}, nil
 }
 
-// mortals sends each request to the server that its URL names.
+// mortals sends each request to the server in its URL.
 type mortals map[string]*mortal
 
 func (m mortals) RoundTrip(r *http.Request) (*http.Response, error) {
 	return m[r.URL.Hostname()].RoundTrip(r)
 }
 
-// inTime runs a test with a proxy in front of a mortal server, in virtual time. lanes as schedule.Config.Lanes; -2: no scheduler.
+// inTime runs a test with a proxy in front of a mortal server, in virtual time. lanes is
+// schedule.Config.Lanes; -2 means no scheduler.
 func inTime(t *testing.T, lanes int, try time.Duration, test func(t *testing.T, m *mortal, h *Handler, ask func(path, body string, headers ...string) *asked)) {
 	t.Helper()
 	inTimes(t, []string{"up"}, lanes, try, func(t *testing.T, m mortals, h *Handler, ask func(path, body string, headers ...string) *asked) {
@@ -145,7 +147,8 @@ func inTime(t *testing.T, lanes int, try time.Duration, test func(t *testing.T, 
 	})
 }
 
-// inTimes does so with several. One whose name ends with an exclamation mark is dead at first.
+// inTimes does so with several servers. One whose name ends with an exclamation mark is dead at
+// first.
 func inTimes(t *testing.T, names []string, lanes int, try time.Duration, test func(t *testing.T, m mortals, h *Handler, ask func(path, body string, headers ...string) *asked)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
@@ -183,7 +186,7 @@ func inTimes(t *testing.T, names []string, lanes int, try time.Duration, test fu
 				r.Header.Set(k, v)
 			}
 			r.Host = "localhost"
-			// As net/http's server does, so that an answer that breaks off panics.
+			// Like net/http's server, so that an answer that breaks off panics.
 			r = r.WithContext(context.WithValue(r.Context(), http.ServerContextKey, &http.Server{}))
 			wg.Go(func() {
 				defer func() {
@@ -202,7 +205,7 @@ func inTimes(t *testing.T, names []string, lanes int, try time.Duration, test fu
 	})
 }
 
-// asked is a request, and what became of it, which may be read once it has ended.
+// asked is a request and its result, which may be read once the request has ended.
 type asked struct {
 	*httptest.ResponseRecorder
 	began time.Time
@@ -210,7 +213,7 @@ type asked struct {
 	broke bool
 	ended chan struct{}
 
-	mu sync.Mutex // held while something is written, so that seen can be called before it has ended
+	mu sync.Mutex // held during writes, so that seen can be called before the end
 }
 
 func (a *asked) Write(p []byte) (int, error) {
@@ -233,7 +236,7 @@ func (a *asked) Flush() {
 	a.ResponseRecorder.Flush()
 }
 
-// seen waits until all is quiet and returns what the client has by then.
+// seen waits until all is quiet and returns what the client has received by then.
 func (a *asked) seen() string {
 	synctest.Wait()
 	a.mu.Lock()
@@ -263,8 +266,9 @@ func count(all []*asked) map[int]int {
 	return n
 }
 
-// TestRestart: a server that restarts costs the answers that it had begun with, and no other: what waits waits on, and so does what
-// comes meanwhile; also where something else accepts connections in its place. What is interactive goes first when it is back.
+// TestRestart: a server that restarts costs only the answers that it had begun. Waiting requests
+// keep waiting, and so do new ones; even if something else accepts connections in its place.
+// Interactive requests go first when it is back.
 func TestRestart(t *testing.T) {
 	for _, lanes := range []int{-2, schedule.Unlimited, 0, 1, 4} {
 		for _, open := range []bool{false, true} {
@@ -321,8 +325,9 @@ func TestRestart(t *testing.T) {
 	}
 }
 
-// TestAwayForLong: who waits for a server is told when it has been away for TryDuration, counted from when it was last seen; who
-// comes later at once. And nobody waits for one that was never there.
+// TestAwayForLong: requests that wait for a server get an error when it has been away for
+// TryDuration, counted from when it was last seen; later requests get it at once. Nobody waits for
+// a server that was never there.
 func TestAwayForLong(t *testing.T) {
 	for _, lanes := range []int{-2, schedule.Unlimited, 1} {
 		t.Run(fmt.Sprint(lanes), func(t *testing.T) {
@@ -399,7 +404,7 @@ func TestAwayForLong(t *testing.T) {
 	})
 }
 
-// TestNoTryDuration: with --try-duration 0 nobody waits for a server.
+// TestNoTryDuration: with --try-duration 0 no request waits for a server.
 func TestNoTryDuration(t *testing.T) {
 	inTime(t, 1, 0, func(t *testing.T, m *mortal, h *Handler, ask func(string, string, ...string) *asked) {
 		all := []*asked{ask("/api/chat", chatWith("s", "one", "")), ask("/api/chat", chatWith("s", "two", ""))}
@@ -411,7 +416,8 @@ func TestNoTryDuration(t *testing.T) {
 	})
 }
 
-// TestLeavesWhileAway: a client that leaves while it waits for a server is not kept, and a proxy that stops tells who waits.
+// TestLeavesWhileAway: a client that leaves while it waits for a server is forgotten, and a proxy
+// that stops answers those that wait.
 func TestLeavesWhileAway(t *testing.T) {
 	inTime(t, 1, time.Minute, func(t *testing.T, m *mortal, h *Handler, ask func(string, string, ...string) *asked) {
 		m.live(false)
@@ -442,8 +448,9 @@ func TestLeavesWhileAway(t *testing.T) {
 	})
 }
 
-// TestUpstreamSilence: a server that sends nothing for that long is not waited for: 504, or an answer that breaks off. Its lane is
-// free then. A client that reads slowly is not meant.
+// TestUpstreamSilence: the proxy stops waiting for a server that sends nothing for that long: with
+// 504, or an answer that breaks off. The lane is free then. A client that reads slowly is not
+// affected.
 func TestUpstreamSilence(t *testing.T) {
 	inTime(t, 1, time.Minute, func(t *testing.T, m *mortal, h *Handler, ask func(string, string, ...string) *asked) {
 		h.UpstreamSilence = 10 * time.Second
@@ -483,7 +490,7 @@ func TestUpstreamSilence(t *testing.T) {
 	})
 }
 
-// halting is a body that pauses for so many seconds before each byte.
+// halting is a body that pauses for that many seconds before each byte.
 type halting struct {
 	ctx    context.Context
 	pauses []time.Duration
@@ -512,7 +519,8 @@ func (w *slowWriter) Write(p []byte) (int, error) {
 	return w.ResponseRecorder.Write(p)
 }
 
-// TestGatewayBusy: behind a gateway a 503 does not say that the request was not begun: no other server is given it.
+// TestGatewayBusy: behind a gateway, a 503 does not mean that the request was not begun, so no
+// other server gets it.
 func TestGatewayBusy(t *testing.T) {
 	for _, slots := range []int{schedule.Unlimited, 1} {
 		a, b := newBox(t, "a", "m@1"), newBox(t, "b", "m@1")
@@ -531,13 +539,14 @@ func TestGatewayBusy(t *testing.T) {
 	}
 }
 
-// TestOthersComeBack: what waits for one server is served by another one that comes back, or comes up, meanwhile.
+// TestOthersComeBack: a request that waits for one server is served by another that comes back, or
+// appears, meanwhile.
 func TestOthersComeBack(t *testing.T) {
 	for _, lanes := range []int{-2, schedule.Unlimited, 1} {
 		for _, b := range []string{"b", "b!"} {
 			t.Run(fmt.Sprint(lanes, b), func(t *testing.T) {
 				if lanes == -2 {
-					lanes = schedule.Unlimited // with several servers there is a scheduler
+					lanes = schedule.Unlimited // several servers need a scheduler
 				}
 				inTimes(t, []string{"a", b}, lanes, time.Minute, func(t *testing.T, m mortals, h *Handler, ask func(string, string, ...string) *asked) {
 					if b == "b" {
@@ -560,7 +569,7 @@ func TestOthersComeBack(t *testing.T) {
 			})
 		}
 	}
-	// Also what waits for a lane, while the first one is up.
+	// Also a request that waits for a lane while the first one is up.
 	inTimes(t, []string{"a", "b"}, 1, time.Minute, func(t *testing.T, m mortals, h *Handler, ask func(string, string, ...string) *asked) {
 		m["b"].live(false)
 		time.Sleep(20 * time.Second)
@@ -582,8 +591,9 @@ func TestOthersComeBack(t *testing.T) {
 	})
 }
 
-// TestRefusedThoughPolled: a server that answers polls, but makes no connection for requests to models, is not asked without a
-// pause, costs no request for as long as that does not last, and is given up then.
+// TestRefusedThoughPolled: a server that answers polls but accepts no connection for requests to
+// models is retried with pauses. That costs no request if it does not last; otherwise the requests
+// fail.
 func TestRefusedThoughPolled(t *testing.T) {
 	for _, lasts := range []time.Duration{20 * time.Second, time.Hour} {
 		for _, lanes := range []int{-2, schedule.Unlimited, 2} {
@@ -610,7 +620,7 @@ func TestRefusedThoughPolled(t *testing.T) {
 	}
 }
 
-// TestAllDrain: servers that drain get nothing new, whether or not another one is away.
+// TestAllDrain: draining servers get nothing new, whether or not another server is away.
 func TestAllDrain(t *testing.T) {
 	for _, lanes := range []int{schedule.Unlimited, 1} {
 		inTimes(t, []string{"a", "b"}, lanes, time.Minute, func(t *testing.T, m mortals, h *Handler, ask func(string, string, ...string) *asked) {
@@ -637,7 +647,8 @@ func TestAllDrain(t *testing.T) {
 	}
 }
 
-// TestRestartBehindGateway: a gateway that answers in the place of a server that restarts costs what was under way, and no more.
+// TestRestartBehindGateway: a gateway that answers in place of a restarting server costs only the
+// requests under way.
 func TestRestartBehindGateway(t *testing.T) {
 	inTime(t, 2, time.Minute, func(t *testing.T, m *mortal, h *Handler, ask func(string, string, ...string) *asked) {
 		m.set(func() { m.behind = true })
@@ -659,7 +670,8 @@ func TestRestartBehindGateway(t *testing.T) {
 	})
 }
 
-// TestSilenceOfOthers: a client that sends slowly and the pauses before a busy server is asked again are not the upstream's silence.
+// TestSilenceOfOthers: the pauses of a slow client, and those before retries at a busy server, do
+// not count as the upstream's silence.
 func TestSilenceOfOthers(t *testing.T) {
 	inTime(t, 1, time.Minute, func(t *testing.T, m *mortal, h *Handler, ask func(string, string, ...string) *asked) {
 		h.UpstreamSilence = 3 * time.Second
@@ -682,7 +694,7 @@ func TestSilenceOfOthers(t *testing.T) {
 	})
 }
 
-// TestWaitingIsBounded: of what needs no lane no more waits for a server that is away than --queue says.
+// TestWaitingIsBounded: at most --queue requests that need no lane wait for a server that is away.
 func TestWaitingIsBounded(t *testing.T) {
 	inTime(t, -2, time.Minute, func(t *testing.T, m *mortal, h *Handler, ask func(string, string, ...string) *asked) {
 		h.Queue = 10
@@ -702,7 +714,8 @@ func TestWaitingIsBounded(t *testing.T) {
 	})
 }
 
-// TestLongBodyAtRestart: a body that passes unread waits for its server, too, also if that is found to be gone by it.
+// TestLongBodyAtRestart: a body that passes unread waits for its server, too, even if it was the
+// first to find it gone.
 func TestLongBodyAtRestart(t *testing.T) {
 	for _, lanes := range []int{-2, 1} {
 		inTime(t, lanes, time.Minute, func(t *testing.T, m *mortal, h *Handler, ask func(string, string, ...string) *asked) {
@@ -724,8 +737,8 @@ func TestLongBodyAtRestart(t *testing.T) {
 	}
 }
 
-// TestComesLate: when a server comes up at last, or again after long, then no request is told that it has been away for too long
-// that comes between the first answer and the next poll.
+// TestComesLate: when a server appears at last, or returns after long, no request between its first
+// answer and the next poll is refused because the server was away for too long.
 func TestComesLate(t *testing.T) {
 	for _, name := range []string{"up", "up!"} {
 		for _, lanes := range []int{-2, schedule.Unlimited, 1} {

@@ -13,7 +13,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// localPort returns on which port of this machine a server listens; 0 if it is on another one.
+// localPort returns the port on which a server listens on this machine; 0 if it is on another one.
 func localPort(s *upstream.Server) int {
 	if s.URL.Scheme != "http" || !upstream.Here(s.URL) {
 		return 0
@@ -25,8 +25,9 @@ func localPort(s *upstream.Server) int {
 	return port
 }
 
-// engineFound takes in what an engine tells of itself. Where each API key has contexts of its own, a slot
-// does not have what another one has evaluated: the request that waits for it may be of another key.
+// engineFound processes what an engine reports about itself. If each API key has its own contexts,
+// a slot cannot get what another slot evaluated: the request that waits for it may have another
+// key.
 func (h *Handler) engineFound(e contexts.Running, attaches bool) {
 	copied := attaches && (h.Guard.Keys == nil || h.Contexts.Shared())
 	for _, b := range h.backends {
@@ -37,8 +38,8 @@ func (h *Handler) engineFound(e contexts.Running, attaches bool) {
 	}
 }
 
-// prepare has stored context attached before the request is sent, and stored what the request is
-// about to have unloaded.
+// prepare attaches stored context before the request is sent, and stores what the request is about
+// to have unloaded.
 func (h *Handler) prepare(ctx context.Context, ex *exchange) {
 	b := ex.up
 	if h.Contexts == nil || b.port == 0 || !ex.runsHere() {
@@ -67,7 +68,7 @@ func (h *Handler) prepare(ctx context.Context, ex *exchange) {
 	})
 }
 
-// load has the request's model loaded as the request needs it, by one without a prompt.
+// load loads the model as the request needs it, by a request without a prompt.
 func (ex *exchange) load(ctx context.Context, wanted runners.Wanted) (time.Duration, error) {
 	options, shift := ex.chain.Runner.Request()
 	began := time.Now()
@@ -76,12 +77,12 @@ func (ex *exchange) load(ctx context.Context, wanted runners.Wanted) (time.Durat
 		run.End(time.Now(), runners.Outcome{Refused: upstream.StatusCode(err) != 0})
 		return 0, err
 	}
-	took := time.Since(began) // the server does not tell, since it evaluates nothing
+	took := time.Since(began) // the server does not report it, since it evaluates nothing
 	ex.loaded = run.End(time.Now(), runners.Outcome{Accepted: true, Load: took})
 	return took, nil
 }
 
-// loadedBefore adds to what an answer tells the load that loadFirst or prepare caused for it.
+// loadedBefore adds to an answer's times the load that loadFirst or prepare caused for it.
 func (ex *exchange) loadedBefore(o *savings.Outcome) {
 	took := ex.loadedFirst + ex.context.Loading()
 	if took == 0 || !ex.loaded.Loaded {
@@ -94,14 +95,14 @@ func (ex *exchange) loadedBefore(o *savings.Outcome) {
 	}
 }
 
-// count takes in what the engine tells of the request where its server does not.
+// count takes the reused tokens from the engine if its server does not report them.
 func (ex *exchange) count(a *savings.Answer) {
 	if a.Done && a.Total > 0 && !a.CachedKnown {
 		a.Cached, a.CachedKnown = ex.context.Cached(a.Total)
 	}
 }
 
-// release gives the lane back, as soon as no stored context is to be made of what its slot holds.
+// release gives the lane back as soon as no stored context is being made of what its slot holds.
 func (h *Handler) release(ex *exchange, res schedule.Result, a savings.Answer) {
 	answer := contexts.Answer{
 		Unsent: !ex.began, Total: a.Total, Cached: -1, CachedKnown: a.CachedKnown, Generated: a.Generated,
@@ -111,7 +112,7 @@ func (h *Handler) release(ex *exchange, res schedule.Result, a savings.Answer) {
 		answer.Cached = e.Tokens.Reused
 	}
 	if evaluated := a.Total - max(answer.Cached, 0); answer.Prompt == 0 && evaluated > 0 {
-		// /v1 does not tell. A token of an answer takes longer than one of a prompt, about four times.
+		// No time in /v1. A token of an answer takes about four times as long as one of a prompt.
 		answer.Prompt = (ex.Duration - ex.sent) * time.Duration(evaluated) / time.Duration(evaluated+4*a.Generated)
 		if ex.streams && ex.FirstByte > ex.sent {
 			answer.Prompt = ex.FirstByte - ex.sent

@@ -12,34 +12,36 @@ import (
 	"time"
 )
 
-// Descriptors bounds how many of the process's file descriptors clients' connections take. As many
-// clients are served as may each need a connection to an upstream too; a few more, over
-// connections that are closed at once, see the proxy's own pages. Before anybody is turned away
-// the connections are closed that have been idle for longest.
+// Descriptors bounds how many of the process's file descriptors client connections may use. The
+// proxy serves only as many clients as can each have an upstream connection, too. A few more can
+// reach the proxy's own pages, over connections that are closed at once. Before anybody is turned
+// away, the connections that have been idle longest are closed.
 type Descriptors struct {
-	served, most int // how many clients are served, and how many connections they may have in all; 0: no limit
+	// Limits of clients that are served, and of all their connections; 0: no limit.
+	served, most int
 
 	mu    sync.Mutex                 // guards the fields below
-	conns int                        // open ones of clients
-	idle  list.List                  // of idleConn; the longest so first
-	at    map[net.Conn]*list.Element // of idle
+	conns int                        // open client connections
+	idle  list.List                  // of idleConn, longest idle first
+	at    map[net.Conn]*list.Element // elements of idle
 }
 
-// idleConn is a client's connection on which no request is.
+// idleConn is a client connection without a request.
 type idleConn struct {
 	net.Conn
-	fresh time.Time // until when its first request is awaited; zero: it had one
+	fresh time.Time // deadline of its first request; zero: it had one
 }
 
 const (
-	// That are no connections: the listener, the standard streams, files, the runtime's own.
+	// Descriptors that are not connections: the listener, the standard streams, files, the
+	// runtime's own.
 	descriptorsOther = 16
-	descriptorsPause = 20 * time.Millisecond // before it is tried again to get one
-	// Which a new connection is given to send a request, though others could need its descriptor.
+	descriptorsPause = 20 * time.Millisecond // between two attempts to get one
+	// How long a new connection may take to send a request although others need its descriptor.
 	firstRequest = time.Second
 )
 
-// NewDescriptors returns one for the limit that the process has.
+// NewDescriptors returns Descriptors for the limit of the process.
 func NewDescriptors() *Descriptors {
 	d := &Descriptors{at: map[net.Conn]*list.Element{}}
 	if limit := descriptorLimit(); limit > 0 {
@@ -50,7 +52,7 @@ func NewDescriptors() *Descriptors {
 	return d
 }
 
-// ConnState is for http.Server.
+// ConnState is http.Server's ConnState.
 func (d *Descriptors) ConnState(c net.Conn, s http.ConnState) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -69,14 +71,14 @@ func (d *Descriptors) ConnState(c net.Conn, s http.ConnState) {
 	}
 }
 
-// reached reports whether there are so many connections; limit 0 is never reached.
+// reached reports whether the number of connections has reached the limit; 0 means no limit.
 func (d *Descriptors) reached(limit int) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return limit > 0 && d.conns >= limit
 }
 
-// closeIdle closes the connection that has been idle for longest; false where none is.
+// closeIdle closes the connection that has been idle longest; false if there is none.
 func (d *Descriptors) closeIdle() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -93,7 +95,7 @@ func (d *Descriptors) closeIdle() bool {
 
 type scarceKey struct{}
 
-// ConnContext is for http.Server.
+// ConnContext is http.Server's ConnContext.
 func (d *Descriptors) ConnContext(ctx context.Context, c net.Conn) context.Context {
 	if d.reached(d.served) && !d.closeIdle() {
 		return context.WithValue(ctx, scarceKey{}, true)
@@ -101,7 +103,7 @@ func (d *Descriptors) ConnContext(ctx context.Context, c net.Conn) context.Conte
 	return ctx
 }
 
-// Listener returns ln, which then accepts a connection only when there is a descriptor for it.
+// Listener wraps ln so that it accepts a connection only while there is a descriptor for it.
 func (d *Descriptors) Listener(ln net.Listener) net.Listener { return listener{ln, d} }
 
 type listener struct {
@@ -124,7 +126,7 @@ func (l listener) Accept() (net.Conn, error) {
 	}
 }
 
-// noDescriptor refuses a request for which there is no descriptor.
+// noDescriptor refuses a request because no descriptor is left for it.
 func (ex *exchange) noDescriptor() *refusal {
 	ex.header.Set("Retry-After", retryAfter)
 	return &refusal{http.StatusServiceUnavailable, fmt.Sprintf("ollama-cacheproxy may have %d files open and has no room for more connections; try again later, or raise that limit (ulimit -n)", descriptorLimit())}

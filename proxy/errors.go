@@ -7,13 +7,13 @@ import (
 	"strings"
 )
 
-// refusal is an answer that the proxy gives itself, in the dialect of the path that was asked.
+// refusal is an answer of the proxy itself, in the dialect of the requested path.
 type refusal struct {
 	status  int
 	message string // lower case: what happened, and what to do next
 }
 
-// Error makes it an error, for where only one of these can be returned.
+// Error makes refusal an error, for functions that return one.
 func (e *refusal) Error() string { return e.message }
 
 // write sends the refusal: {"error": "…"} as Ollama does, {"error": {"message": …}} under /v1, Anthropic's shape under
@@ -23,7 +23,7 @@ func (e *refusal) write(w http.ResponseWriter, path string) int {
 	w.Header().Set("Content-Type", "application/json; charset=utf-8")
 	w.Header().Set("Content-Length", strconv.Itoa(len(text)))
 	w.WriteHeader(e.status)
-	w.Write(text) // a client that is gone has nobody to tell
+	w.Write(text) // if the client is gone, there is nobody to report an error to
 	return len(text)
 }
 
@@ -40,8 +40,8 @@ func (e *refusal) body(path string) map[string]any {
 	return map[string]any{"error": e.message}
 }
 
-// event writes the refusal as the last event of a stream, in the form of the path's dialect. told is
-// the error as the upstream wrote it; where that is no object it is the refusal's own.
+// event writes the refusal as the last event of a stream, in the dialect of the path. told is the
+// error as the upstream wrote it; if that is not an object, the refusal's own message is used.
 func (e *refusal) event(path string, told json.RawMessage) string {
 	body := e.body(path)
 	if fields := map[string]any(nil); json.Unmarshal(told, &fields) == nil && fields != nil {
@@ -61,16 +61,16 @@ func (e *refusal) event(path string, told json.RawMessage) string {
 	return "event: error\ndata: " + string(marshal(body)) + "\n\n"
 }
 
-// marshal writes what can be written as JSON.
+// marshal writes a value that is known to be valid JSON.
 func marshal(v any) []byte {
 	text, err := json.Marshal(v)
 	if err != nil {
-		panic(err) // maps, strings and what was JSON always marshal
+		panic(err) // maps, strings and parsed JSON always marshal
 	}
 	return text
 }
 
-// isAnthropic reports whether a path speaks Anthropic's dialect.
+// isAnthropic reports whether a path uses Anthropic's dialect.
 func isAnthropic(path string) bool {
 	return path == "/v1/messages" || strings.HasPrefix(path, "/v1/messages/")
 }

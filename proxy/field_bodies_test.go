@@ -16,7 +16,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// TestUnreadableBodies: what is really compressed, led by a byte order mark or in UTF-16 goes on byte for byte, with its headers (F15).
+// TestUnreadableBodies: bodies that are really compressed, start with a byte order mark or are in
+// UTF-16 are forwarded byte for byte, with their headers.
 func TestUnreadableBodies(t *testing.T) {
 	const text = `{"model":"m","keep_alive":"5m"}`
 	utf16 := func(bom string, big bool) string {
@@ -78,7 +79,8 @@ func TestUnreadableBodies(t *testing.T) {
 	}
 }
 
-// TestPlainIsRead: a body that can be read is read, whatever its Content-Encoding says, as Ollama does (TestDoors).
+// TestPlainIsRead: a readable body is read whatever its Content-Encoding says, as by Ollama
+// (TestDoors).
 func TestPlainIsRead(t *testing.T) {
 	f := newFake(t, okAnswer)
 	rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, "", "24h"), NoTouch: true})
@@ -100,7 +102,8 @@ func TestPlainIsRead(t *testing.T) {
 	}
 }
 
-// TestZstdIsRead: where Ollama decodes zstd the proxy does so to read what is asked, and sends it as it came.
+// TestZstdIsRead: where Ollama decodes zstd, the proxy does, too, to read the request; it forwards
+// the body as it came.
 func TestZstdIsRead(t *testing.T) {
 	encoder, err := zstd.NewWriter(nil)
 	if err != nil {
@@ -118,7 +121,8 @@ func TestZstdIsRead(t *testing.T) {
 		{"/v1/embeddings", encoded(`{"model":"m","input":"x"}`), "zstd", "m", ""},
 		{"/v1/chat/completions", encoded(prompt)[:100], "zstd", "", UneditedEncoded},
 		{"/v1/chat/completions", encoded("no JSON"), "zstd", "", UneditedEncoded},
-		{"/v1/chat/completions", encoded(prompt), "ZSTD", "", UneditedEncoded}, // Ollama does not know it by this name
+		// Ollama does not know the encoding by this name.
+		{"/v1/chat/completions", encoded(prompt), "ZSTD", "", UneditedEncoded},
 		{"/v1/chat/completions", encoded(prompt), "", "", UneditedNotJSON},
 		{"/v1/chat/completions", bomb, "zstd", "", UneditedEncoded},
 		{"/api/chat", encoded(prompt), "zstd", "", UneditedEncoded},
@@ -139,7 +143,8 @@ func TestZstdIsRead(t *testing.T) {
 	}
 }
 
-// TestPaddedBehind: what follows the first value is not read by Ollama, and is none of the body's length.
+// TestPaddedBehind: Ollama does not read what follows the first value, so the proxy does not
+// forward it.
 func TestPaddedBehind(t *testing.T) {
 	f := newFake(t, okAnswer)
 	rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, Force, "24h"), MaxBody: 1000})
@@ -168,8 +173,9 @@ func TestPaddedBehind(t *testing.T) {
 	}
 }
 
-// TestNullsUnchanged: fields that are null, empty or of a surprising type are the upstream's business, and so is the
-// Content-Type (F16). Direct Ollama answers 400 to some of these and streams for "stream": null.
+// TestNullsUnchanged: fields that are null, empty or of an unexpected type are left to the
+// upstream, and so is the Content-Type. Ollama itself answers 400 to some of these and streams for
+// "stream": null.
 func TestNullsUnchanged(t *testing.T) {
 	f := newFake(t, okAnswer)
 	rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, "", "24h")})
@@ -201,7 +207,7 @@ func TestNullsUnchanged(t *testing.T) {
 	}
 }
 
-// TestExpectContinue: a client that waits for 100 gets it at once, sends 30 MB, and they arrive (F17).
+// TestExpectContinue: a client that waits for 100 gets it at once, sends 30 MB, and they arrive.
 func TestExpectContinue(t *testing.T) {
 	for _, path := range []string{"/api/chat", "/v1/chat/completions"} {
 		f := newFake(t, okAnswer)
@@ -212,7 +218,7 @@ func TestExpectContinue(t *testing.T) {
 		if got := client.mustHead(); got.line != "HTTP/1.1 100 Continue" {
 			t.Fatalf("got %+v", got)
 		}
-		f.none() // the upstream is not asked before the body is there
+		f.none() // the upstream gets no request before the body is complete
 		client.send(body)
 		if got := client.receive(); got.line != "HTTP/1.1 200 OK" {
 			t.Errorf("got %+v", got)
@@ -228,7 +234,7 @@ func TestExpectContinue(t *testing.T) {
 	}
 }
 
-// TestExpectPassesThrough: where the body passes, the upstream's own 100, or refusal, decides.
+// TestExpectPassesThrough: if the body passes through, the upstream's own 100, or refusal, decides.
 func TestExpectPassesThrough(t *testing.T) {
 	for _, refuse := range []bool{false, true} {
 		f := newFake(t, nil)
@@ -241,8 +247,9 @@ func TestExpectPassesThrough(t *testing.T) {
 			t.Errorf("went as %+v", head)
 		}
 		if refuse {
-			// As Ollama's server does when it refuses before it has read the body. (Without "Connection: close" the body has to
-			// be sent all the same, before the connection can be used again, and Go's transport sends it.)
+			// Ollama's server does this when it refuses before it has read the body. (Without
+			// "Connection: close", the rest of the body has to be sent before the connection can be
+			// reused, and Go's transport sends it.)
 			up.send("HTTP/1.1 401 Unauthorized\r\nConnection: close\r\nContent-Length: 2\r\n\r\nno")
 			if got := client.receive(); got.line != "HTTP/1.1 401 Unauthorized" || string(got.body) != "no" {
 				t.Errorf("got %+v", got)
@@ -271,7 +278,7 @@ func TestExpectPassesThrough(t *testing.T) {
 	}
 }
 
-// TestExpectRefused: what the proxy refuses it refuses before the 100, so that nothing is sent in vain.
+// TestExpectRefused: the proxy refuses a request before the 100, so that no body is sent in vain.
 func TestExpectRefused(t *testing.T) {
 	keys, err := ParseKeys("secret")
 	if err != nil {
@@ -294,8 +301,8 @@ func TestExpectRefused(t *testing.T) {
 	}
 }
 
-// TestEarlyRefusal: the upstream refuses an upload of which little has come. The client, which is still sending, gets the
-// refusal, and not a 502.
+// TestEarlyRefusal: the upstream refuses an upload after little of it. The client, which is still
+// sending, gets that refusal, and not a 502.
 func TestEarlyRefusal(t *testing.T) {
 	for _, path := range []string{"/api/blobs/sha256:00", "/api/create", "/v1/audio/transcriptions"} {
 		for _, status := range []int{400, 401, 404, 413, 429, 500, 503} {
@@ -325,8 +332,8 @@ func TestEarlyRefusal(t *testing.T) {
 	}
 }
 
-// TestOverMaxBody: a body that is too long to look at streams through as it is; its first bytes are with the upstream
-// before the client has sent the last (F17).
+// TestOverMaxBody: a body that is too long to be read streams through unchanged; its first bytes
+// reach the upstream before the client has sent the last.
 func TestOverMaxBody(t *testing.T) {
 	const max = 100 << 10
 	head := `{"model":"m","prompt":"`
@@ -376,7 +383,7 @@ type filler struct{}
 
 func (filler) Read(p []byte) (int, error) { return len(p), nil }
 
-// TestBlobMemory: 200 MB in chunks to /api/blobs pass with flat memory (F17).
+// TestBlobMemory: 200 MB in chunks to /api/blobs pass without the memory growing.
 func TestBlobMemory(t *testing.T) {
 	const size = 200 << 20
 	sink := &discardUpstream{}
@@ -411,7 +418,7 @@ func (d *discardUpstream) RoundTrip(r *http.Request) (*http.Response, error) {
 	return &http.Response{StatusCode: 201, Request: r, Header: http.Header{}, Body: http.NoBody}, nil
 }
 
-// TestMultipart: audio for transcription goes through untouched, boundary and all.
+// TestMultipart: audio for transcription passes unchanged, including the boundary.
 func TestMultipart(t *testing.T) {
 	f := newFake(t, okAnswer)
 	rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, "", "24h")})
@@ -430,7 +437,8 @@ func TestMultipart(t *testing.T) {
 	}
 }
 
-// TestModelNames: what a request's model is told as, and what it is the same as (F18). The name in the body is never rewritten.
+// TestModelNames: the name under which a request's model is reported, and which names mean the same
+// model. The name in the body is never rewritten.
 func TestModelNames(t *testing.T) {
 	f := newFake(t, okAnswer)
 	rg := newRig(t, f.URL, &Handler{})

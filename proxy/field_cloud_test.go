@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// TestCloud: a model that runs elsewhere has its answers passed on as they are, once; no keep_alive is written for it,
-// none is sent, and it holds no residence (F25).
+// TestCloud: the answers of a model that runs elsewhere are passed on unchanged, once. No
+// keep_alive is written or sent for it, and it has no residence.
 func TestCloud(t *testing.T) {
 	const ok = "{\"message\":{\"content\":\"hi\"},\"done\":false}\n{\"done\":true}\n"
 	answers := map[string]struct {
@@ -68,7 +68,7 @@ func TestCloud(t *testing.T) {
 	}
 }
 
-// TestCloudNames: what only looks like a cloud model is not one.
+// TestCloudNames: names that only resemble a cloud model's.
 func TestCloudNames(t *testing.T) {
 	f := newFake(t, okAnswer)
 	rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, "", "24h")})
@@ -83,8 +83,8 @@ func TestCloudNames(t *testing.T) {
 	}
 }
 
-// TestTouchEndToEnd: a /v1 request, then /api/ps, then the native empty request that sets keep_alive; nothing of the
-// sort for a cloud model, for NoTouch, or for a request that failed (F02).
+// TestTouchEndToEnd: a /v1 request is followed by /api/ps and the native empty request that sets
+// keep_alive; but not for a cloud model, for NoTouch, or for a request that failed.
 func TestTouchEndToEnd(t *testing.T) {
 	for name, tt := range map[string]struct {
 		noTouch bool

@@ -13,8 +13,8 @@ import (
 	"time"
 )
 
-// TestClientGone: the client hangs up at each stage; the upstream's connection ends at once, and it is told as the
-// client's doing (F08).
+// TestClientGone: the client disconnects at each stage. The upstream's connection ends at once, and
+// the outcome is reported as the client's doing.
 func TestClientGone(t *testing.T) {
 	stages := map[string]func(t *testing.T, client, up *fakeConn){
 		"before the headers": func(t *testing.T, client, up *fakeConn) {},
@@ -74,8 +74,9 @@ func TestClientGone(t *testing.T) {
 	}
 }
 
-// TestClientGoneWhileSending: the client leaves in the middle of its own request. Nothing of it may look like the
-// upstream's or the operator's fault; where the body is held until it is whole, the upstream never sees it.
+// TestClientGoneWhileSending: the client leaves in the middle of its own request. That must never
+// look like a fault of the upstream or the operator. A body that is held until it is complete never
+// reaches the upstream.
 func TestClientGoneWhileSending(t *testing.T) {
 	for name, tt := range map[string]struct {
 		head, part string
@@ -114,8 +115,8 @@ func TestClientGoneWhileSending(t *testing.T) {
 	}
 }
 
-// TestHalfClosed: a client that shuts its sending side after the request gets its answer, except where Ollama itself
-// takes it for one that has left.
+// TestHalfClosed: a client that shuts its sending side after the request gets its answer, except
+// where Ollama itself takes that for a disconnected client.
 func TestHalfClosed(t *testing.T) {
 	const name = `{"model":"m"}`
 	get := func(target string) string { return target + " HTTP/1.1\r\nHost: localhost\r\n\r\n" }
@@ -171,7 +172,7 @@ func TestHalfClosed(t *testing.T) {
 	}
 }
 
-// TestLingers: whoever has left for good is waited for no longer than a while.
+// TestLingers: the proxy waits only a limited time for a client that has left for good.
 func TestLingers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, leave := context.WithCancel(t.Context())
@@ -205,8 +206,8 @@ func TestLingers(t *testing.T) {
 	})
 }
 
-// TestCutOff: the server's own context ends, as at the end of a drain. A client that is still there must not take what
-// it gets for an answer: a 200 without a body says that all went well.
+// TestCutOff: the server's own context ends, as at the end of a drain. A client that is still
+// connected must not take the result for an answer: a 200 without a body would mean success.
 func TestCutOff(t *testing.T) {
 	for _, stage := range []string{"before the headers", "in the stream"} {
 		t.Run(stage, func(t *testing.T) {
@@ -240,7 +241,7 @@ func TestCutOff(t *testing.T) {
 	}
 }
 
-// TestManyClientsLeave: nothing is left behind when many leave at once.
+// TestManyClientsLeave: nothing is left behind when many clients leave at once.
 func TestManyClientsLeave(t *testing.T) {
 	f := newFake(t, nil)
 	rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, "", "24h")})
@@ -275,7 +276,7 @@ func TestManyClientsLeave(t *testing.T) {
 	}
 }
 
-// TestPipelinedClient: a client that has sent its next request already has not gone.
+// TestPipelinedClient: a client that has already sent its next request is not gone.
 func TestPipelinedClient(t *testing.T) {
 	f := newFake(t, okAnswer)
 	rg := newRig(t, f.URL, &Handler{})

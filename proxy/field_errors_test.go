@@ -11,8 +11,8 @@ import (
 	"testing"
 )
 
-// TestUpstreamDies: the upstream's answer breaks off. The client's must not look whole, and it is not told as the
-// client's doing.
+// TestUpstreamDies: the upstream's answer breaks off. The client's answer must not look complete,
+// and the outcome is not reported as the client's doing.
 func TestUpstreamDies(t *testing.T) {
 	for _, tt := range []struct {
 		name, head string
@@ -112,7 +112,8 @@ func strictly(text string, v any) error {
 	return dec.Decode(v)
 }
 
-// TestUpstreamSilent: no answer at all is 502, in the dialect of the path, saying where and why.
+// TestUpstreamSilent: without any answer the client gets 502, in the dialect of the path, which
+// says where and why.
 func TestUpstreamSilent(t *testing.T) {
 	refusing := func(t *testing.T) *url.URL {
 		ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -198,7 +199,7 @@ func TestUpstreamSilent(t *testing.T) {
 	}
 }
 
-// TestUpstreamErrorsUnchanged: the upstream's own errors come back as they are, once.
+// TestUpstreamErrorsUnchanged: the upstream's own errors are passed on unchanged, once.
 func TestUpstreamErrorsUnchanged(t *testing.T) {
 	for _, status := range []int{400, 401, 403, 404, 405, 408, 413, 429, 499, 500, 501, 502, 503, 504} {
 		for _, path := range []string{"/api/chat", "/v1/chat/completions", "/v1/messages", "/api/tags"} {
@@ -225,7 +226,7 @@ func TestUpstreamErrorsUnchanged(t *testing.T) {
 	}
 }
 
-// TestErrorInStream: an error line in a stream that began well is a line like any other (F07).
+// TestErrorInStream: an error line in a stream that began well is a line like any other.
 func TestErrorInStream(t *testing.T) {
 	f := newFake(t, nil)
 	rg := newRig(t, f.URL, &Handler{})
@@ -242,7 +243,7 @@ func TestErrorInStream(t *testing.T) {
 	}
 }
 
-// TestRedirect: a redirect is the client's to follow; gin answers one for a trailing slash.
+// TestRedirect: redirects are left to the client; gin answers with one for a trailing slash.
 func TestRedirect(t *testing.T) {
 	f := newFake(t, func(received) string {
 		return "HTTP/1.1 307 Temporary Redirect\r\nLocation: /api/chat\r\nContent-Length: 0\r\n\r\n"

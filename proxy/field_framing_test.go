@@ -33,7 +33,7 @@ func TestRequestTarget(t *testing.T) {
 			}
 		}
 	}
-	// What is no URL by the letter is escaped at worst, and means the same path.
+	// An invalid URL is at worst escaped, and then means the same path.
 	for _, target := range []string{"/a|b", "/a\"b", "/{x}", "/\xc3\xa9", "/a^b`", "/a<b>", "/a\\b"} {
 		client := rg.dial()
 		client.send("GET " + target + " HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -68,7 +68,8 @@ func TestUpstreamPrefix(t *testing.T) {
 	}
 }
 
-// TestRequestHeaders: a client's headers go upstream as they are; only those of the connection do not, and Host is the upstream's.
+// TestRequestHeaders: a client's headers are forwarded unchanged, except those of the connection
+// and Host, which becomes the upstream's.
 func TestRequestHeaders(t *testing.T) {
 	f := newFake(t, okAnswer)
 	rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, "", "24h")})
@@ -117,7 +118,8 @@ func TestRequestHeaders(t *testing.T) {
 	}
 }
 
-// TestResponseHeaders: the upstream's headers come back as they are, those of the connection excepted. None is made up but Date, the upstream's name, and for how long the request waited.
+// TestResponseHeaders: the upstream's headers are passed on unchanged, except those of the
+// connection. Only Date, the upstream's name and the time that the request waited are added.
 func TestResponseHeaders(t *testing.T) {
 	for name, body := range map[string]string{"text": "plain text", "html": "<html>", "json": `{"a":1}`, "none": "", "gzip": "\x1f\x8b\x08\x00"} {
 		f := newFake(t, func(received) string {
@@ -139,8 +141,8 @@ func TestResponseHeaders(t *testing.T) {
 	}
 }
 
-// TestRequestFraming: one framing goes upstream, whatever the client's was: a length where the body was looked at, the
-// client's own where it passes (F09).
+// TestRequestFraming: the upstream gets one framing whatever the client's was: a length if the body
+// was read, and the client's own if it passes through.
 func TestRequestFraming(t *testing.T) {
 	const body = `{"model":"m","prompt":"x"}`
 	chunked := "9\r\n" + body[:9] + "\r\n" + fmt.Sprintf("%x;ext=1\r\n", len(body)-9) + body[9:] + "\r\n0\r\n\r\n"
@@ -196,7 +198,7 @@ func TestRequestFraming(t *testing.T) {
 	}
 }
 
-// TestTrailers go both ways, announced or not.
+// TestTrailers: trailers pass in both directions, announced or not.
 func TestTrailers(t *testing.T) {
 	f := newFake(t, func(received) string {
 		return "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: X-Sum\r\n\r\n2\r\n{}\r\n0\r\nX-Sum: 7\r\nX-Late: 8\r\n\r\n"
@@ -226,7 +228,8 @@ func TestTrailers(t *testing.T) {
 	}
 }
 
-// TestInformational: 103 goes through when it comes, and takes no header with it.
+// TestInformational: a 103 is passed on when it arrives, and none of its headers end up in the
+// answer.
 func TestInformational(t *testing.T) {
 	f := newFake(t, nil)
 	rg := newRig(t, f.URL, &Handler{})
@@ -251,8 +254,8 @@ func TestInformational(t *testing.T) {
 	}
 }
 
-// TestUpgrade: no other protocol is let through, where nothing could be checked. The request goes without the wish, and is
-// answered in HTTP/1.1, as Ollama does it.
+// TestUpgrade: no other protocol is let through, since nothing in it could be checked. The request
+// is forwarded without the upgrade, and answered in HTTP/1.1, as by Ollama.
 func TestUpgrade(t *testing.T) {
 	for _, wish := range [][]string{
 		{"Connection: Upgrade", "Upgrade: websocket", "Sec-Websocket-Key: x"}, {"Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA"},
@@ -290,7 +293,7 @@ func TestUpgrade(t *testing.T) {
 	}
 }
 
-// TestHead: an answer to HEAD has the headers of a body and none.
+// TestHead: an answer to HEAD has the headers of a body, and no body.
 func TestHead(t *testing.T) {
 	for _, framing := range []string{"Content-Length: 17", "Transfer-Encoding: chunked"} {
 		f := newFake(t, func(received) string { return "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n" + framing + "\r\n\r\n" })

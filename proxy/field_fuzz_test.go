@@ -17,7 +17,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// ollamaBody is what Ollama reads of a body that keep_alive depends on.
+// ollamaBody has the fields that Ollama reads and keep_alive depends on.
 type ollamaBody struct {
 	Model     string        `json:"model"`
 	KeepAlive *api.Duration `json:"keep_alive"`
@@ -30,7 +30,7 @@ func readAsOllama(data []byte) (ollamaBody, error) {
 	return b, err
 }
 
-// demanded is the keep_alive that a policy asks for, said apart from the code under test.
+// demanded is the keep_alive that a policy requires, computed independently of the code under test.
 func demanded(policy KeepAlivePolicy, client *api.Duration, operator time.Duration) time.Duration {
 	switch {
 	case client == nil:
@@ -43,7 +43,8 @@ func demanded(policy KeepAlivePolicy, client *api.Duration, operator time.Durati
 	return operator
 }
 
-// FuzzKeepAlive compares the edited body with the client's, both as Ollama reads them, and byte by byte.
+// FuzzKeepAlive compares the edited body with the client's, both as Ollama reads them, and byte by
+// byte.
 func FuzzKeepAlive(f *testing.F) {
 	for _, seed := range []string{
 		`{"model":"m"}`, `{"model":"m","keep_alive":"5m"}`, `{}`, ``, `null`, `{"model":"m"} junk`, `{"model":"m","keep_alive":0}`,
@@ -59,7 +60,7 @@ func FuzzKeepAlive(f *testing.F) {
 	})
 }
 
-// editor runs bodies through a whole handler and keeps what the last one became.
+// editor sends bodies through a whole handler and keeps the last edited one.
 type editor struct {
 	h    *Handler
 	sent []byte

@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// TestBrokenAnswerHTTP10: an answer to an HTTP/1.0 client has no other end than the connection's. One that broke off ends
-// with a reset, a whole one with a plain close.
+// TestBrokenAnswerHTTP10: only the connection's end marks the end of an answer to an HTTP/1.0
+// client. A broken answer ends with a reset, a complete one with a plain close.
 func TestBrokenAnswerHTTP10(t *testing.T) {
 	for _, broken := range []bool{false, true} {
 		f := newFake(t, nil)
@@ -48,7 +48,7 @@ func TestBrokenAnswerHTTP10(t *testing.T) {
 	}
 }
 
-// TestBrokenUpload: what is wrong with the client's body is not blamed on the upstream.
+// TestBrokenUpload: an error in the client's body is not blamed on the upstream.
 func TestBrokenUpload(t *testing.T) {
 	for _, path := range []string{"/api/blobs/sha256:00", "/api/chat"} {
 		f := newFake(t, nil)

@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-// TestLogLine: one line a request, with what there is to say.
+// TestLogLine: one line per request, with the fields that apply.
 func TestLogLine(t *testing.T) {
 	f := newFake(t, func(r received) string {
 		if strings.Contains(r.line, "/api/show") {
@@ -58,7 +58,7 @@ func TestLogLine(t *testing.T) {
 	}
 }
 
-// TestLogsNoContent: nothing that people wrote, or were answered, is in the log at any level, whatever went wrong.
+// TestLogsNoContent: no text of prompts or answers is in the log at any level, whatever goes wrong.
 func TestLogsNoContent(t *testing.T) {
 	const marker = "XYZZY-secret"
 	bodies := []string{

@@ -11,7 +11,8 @@ import (
 	"testing"
 )
 
-// brittle dials connections of which the first breaks at its second request, before a byte of it is written.
+// brittle dials connections; the first breaks at its second request, before a byte of that is
+// written.
 type brittle struct {
 	net.Dialer
 	dialed atomic.Int32
@@ -46,8 +47,9 @@ func (c *breaking) Write(p []byte) (int, error) {
 	return c.Conn.Write(p)
 }
 
-// TestRetryNothingWritten: a kept connection turns out to be dead before a byte of a request was written on it. The
-// request goes out again on a new one, with the same bytes, the edit included, and the client notices nothing.
+// TestRetryNothingWritten: a kept connection turns out to be dead before a byte of a request was
+// written on it. The request is sent again on a new one, with the same bytes and the edit, and the
+// client notices nothing.
 func TestRetryNothingWritten(t *testing.T) {
 	for _, tt := range []struct{ path, in, want string }{
 		{"/api/chat", `{"model":"m","prompt":"x"}`, `{"keep_alive":` + day + `,"model":"m","prompt":"x"}`},
@@ -91,8 +93,9 @@ func TestRetryNothingWritten(t *testing.T) {
 	}
 }
 
-// TestNoResend: the upstream has, or may have, read a POST when its connection ends. It must not run twice (F20):
-// the client is told, and decides. That holds for kept connections too, and whatever headers a client sends.
+// TestNoResend: the upstream has read a POST, or may have, when its connection ends. The request
+// must not run twice: the client gets an error, and decides. That also holds for kept connections,
+// and whatever headers a client sends.
 func TestNoResend(t *testing.T) {
 	for _, path := range []string{"/api/chat", "/api/generate", "/v1/chat/completions", "/v1/messages", "/api/embed", "/api/pull", "/api/blobs/sha256:00"} {
 		for _, header := range []string{"X-None: 1", "Idempotency-Key: abc", "X-Idempotency-Key: abc", "X-Stainless-Retry-Count: 1"} {
@@ -117,7 +120,8 @@ func TestNoResend(t *testing.T) {
 						}
 						up.receive()
 						end(up)
-						// Either the client's answer comes, or a second connection with the request again.
+						// Either the client's answer comes, or a second connection with the same
+						// request.
 						again := make(chan string, 1)
 						go func() { // ends with the listener
 							conn, err := f.ln.Accept()
@@ -147,7 +151,8 @@ func TestNoResend(t *testing.T) {
 	}
 }
 
-// TestUpstreamReboots: the upstream goes and comes back between two requests, on the same address.
+// TestUpstreamReboots: the upstream goes away and comes back between two requests, at the same
+// address.
 func TestUpstreamReboots(t *testing.T) {
 	f := newFake(t, nil)
 	rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, "", "24h")})

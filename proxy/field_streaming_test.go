@@ -25,7 +25,8 @@ var streamed = []struct{ path, contentType string }{
 	{"/unknown", "application/octet-stream"},
 }
 
-// stream starts a request whose answer is chunked, and returns both ends, the headers read by the client.
+// stream starts a request with a chunked answer, and returns both ends, after the client read the
+// headers.
 func stream(t *testing.T, rg *rig, f *fake, path, contentType string, headers ...string) (client, up *fakeConn, head received) {
 	t.Helper()
 	client = rg.dial()
@@ -36,8 +37,8 @@ func stream(t *testing.T, rg *rig, f *fake, path, contentType string, headers ..
 	return client, up, client.mustHead() // before a byte of the body was written
 }
 
-// TestStreamEachWrite: each write of the upstream comes through as it is, at once, by itself; headers come before the
-// first of them (F05, F06). The test writes the next one only when it has read the one before.
+// TestStreamEachWrite: each write of the upstream is passed on unchanged, at once, by itself, and
+// the headers before the first. The test makes the next write only when it has read the one before.
 func TestStreamEachWrite(t *testing.T) {
 	line := func(n int) string { return strings.Repeat("a", n-1) + "\n" }
 	writes := []string{
@@ -78,7 +79,8 @@ func TestStreamEachWrite(t *testing.T) {
 	}
 }
 
-// TestStreamCloseDelimited: the same from an HTTP/1.0 upstream, whose answer ends with the connection (F09).
+// TestStreamCloseDelimited: the same from an HTTP/1.0 upstream, whose answer ends with the
+// connection.
 func TestStreamCloseDelimited(t *testing.T) {
 	for _, head := range []string{"HTTP/1.0 200 OK\r\n", "HTTP/1.1 200 OK\r\nConnection: close\r\n"} {
 		f := newFake(t, nil)
@@ -135,7 +137,8 @@ func TestStreamHTTP10Client(t *testing.T) {
 	}
 }
 
-// TestStreamContentLength: a Content-Length of the upstream's is kept, whatever the size; none is invented (F09).
+// TestStreamContentLength: the upstream's Content-Length is kept, whatever the size, and none is
+// added.
 func TestStreamContentLength(t *testing.T) {
 	for _, n := range []int{0, 1, 2047, 2048, 2049, 70 << 10, 1 << 20} {
 		for _, method := range []string{"GET", "POST", "HEAD"} {
@@ -172,7 +175,8 @@ func TestStreamContentLength(t *testing.T) {
 	}
 }
 
-// TestStreamSmallChunked: a short answer in chunks is chunked for the client too: no length is made up from it (F09).
+// TestStreamSmallChunked: a short chunked answer stays chunked for the client: no length is
+// computed.
 func TestStreamSmallChunked(t *testing.T) {
 	f := newFake(t, func(received) string {
 		return "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
@@ -185,7 +189,7 @@ func TestStreamSmallChunked(t *testing.T) {
 	}
 }
 
-// TestStreamCompressed: what the upstream compressed stays as it is, with its header, asked for or not.
+// TestStreamCompressed: compressed answers stay as they are, with their header, requested or not.
 func TestStreamCompressed(t *testing.T) {
 	const packed = "\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\xab\xae\x05\x00\x43\xbf\xa6\xa3\x02\x00\x00\x00"
 	for _, accept := range []string{"gzip", ""} {
@@ -207,7 +211,7 @@ func TestStreamCompressed(t *testing.T) {
 	}
 }
 
-// slowUpstream takes its time before the headers.
+// slowUpstream waits before it sends headers.
 type slowUpstream struct{ d time.Duration }
 
 func (s slowUpstream) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -222,7 +226,8 @@ func (s slowUpstream) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 }
 
-// TestNoTimeLimit: a model that loads for hours is waited for: the proxy has no limit of its own and makes no 504 (F07).
+// TestNoTimeLimit: the proxy waits for a model that loads for hours: it has no time limit and sends
+// no 504.
 func TestNoTimeLimit(t *testing.T) {
 	if tr := NewTransport(); tr.ResponseHeaderTimeout != 0 {
 		t.Errorf("the transport waits %v for headers", tr.ResponseHeaderTimeout)

@@ -16,8 +16,8 @@ import (
 	"github.com/ollama/ollama/envconfig"
 )
 
-// ginOllama is Ollama's router as far as Host and CORS go: the same library, configured as server.GenerateRoutes does,
-// with OLLAMA_ORIGINS as it is set in the environment, listening on loopback.
+// ginOllama is Ollama's router as far as Host and CORS are concerned: the same library, configured
+// as in server.GenerateRoutes, with OLLAMA_ORIGINS from the environment, listening on loopback.
 func ginOllama(t *testing.T) http.Handler {
 	gin.SetMode(gin.ReleaseMode)
 	config := cors.DefaultConfig()
@@ -121,7 +121,7 @@ func sameCORS(t *testing.T, name string, want, got *httptest.ResponseRecorder) {
 		return strings.Join(list, "; ")
 	}
 	if want.Header().Get("Access-Control-Allow-Origin") == "*" {
-		// We name the origin and say that it matters, where gin says "*" to all: the same to a browser.
+		// We send the origin and Vary, where gin sends "*" to all: the same to a browser.
 		g := got.Header()
 		if g.Get("Access-Control-Allow-Origin") == "" || !slices.Contains(g["Vary"], "Origin") || got.Code != want.Code ||
 			!strings.EqualFold(g.Get("Access-Control-Allow-Headers"), want.Header().Get("Access-Control-Allow-Headers")) ||
@@ -135,8 +135,9 @@ func sameCORS(t *testing.T, name string, want, got *httptest.ResponseRecorder) {
 	}
 }
 
-// ollamaHost is Ollama's allowedHostsMiddleware (server/routes.go) on a loopback listener: its words, so that the list
-// below is judged by them and not by ours. byName says that it is through as a name, not as an address.
+// ollamaHost is Ollama's allowedHostsMiddleware (server/routes.go) on a loopback listener, so that
+// the list below is judged by Ollama's rules and not by ours. byName means accepted by name, not by
+// address.
 func ollamaHost(t *testing.T, requestHost string) (through, byName bool) {
 	t.Helper()
 	host, _, err := net.SplitHostPort(requestHost)
@@ -165,7 +166,8 @@ func ollamaHost(t *testing.T, requestHost string) (through, byName bool) {
 	return byName, byName
 }
 
-// TestHostsAsOllama: on a loopback connection foreign Host names are refused, the same as Ollama refuses.
+// TestHostsAsOllama: on a loopback connection the proxy refuses the same foreign Host names as
+// Ollama.
 func TestHostsAsOllama(t *testing.T) {
 	hosts := []string{
 		"localhost", "localhost:11435", "LocalHost:1", "127.0.0.1", "127.0.0.1:11435", "127.8.9.1", "[::1]:11435", "0.0.0.0", "[::]:80", "10.1.2.3", "192.168.1.1:80", "172.16.0.1", "172.32.0.1", "8.8.8.8", "8.8.8.8:80", "169.254.1.1",
@@ -196,7 +198,8 @@ func TestHostsAsOllama(t *testing.T) {
 			}
 		}
 	}
-	// Brackets without a port: Ollama refuses "[::1]", which is a Host that a client of the default port sends. We are nicer.
+	// Brackets without a port: Ollama refuses "[::1]", which clients of the default port send. We
+	// accept it.
 	client := rg.dial()
 	client.send("GET / HTTP/1.1\r\nHost: [::1]\r\n\r\n")
 	if got := client.receive(); got.line != "HTTP/1.1 200 OK" {
@@ -204,7 +207,7 @@ func TestHostsAsOllama(t *testing.T) {
 	}
 }
 
-// TestAllowHost: what the operator allows is allowed, and no more.
+// TestAllowHost: what the operator allows is allowed, and nothing else.
 func TestAllowHost(t *testing.T) {
 	f := newFake(t, okAnswer)
 	for _, tt := range []struct {
@@ -224,7 +227,7 @@ func TestAllowHost(t *testing.T) {
 	}
 }
 
-// addrListener has a server believe that a client came in on another of this machine's addresses.
+// addrListener makes a server believe that a client connected to another address of this machine.
 type addrListener struct {
 	net.Listener
 	local net.Addr
@@ -242,8 +245,9 @@ func (l addrListener) Accept() (net.Conn, error) {
 
 func (c addrConn) LocalAddr() net.Addr { return c.local }
 
-// TestHostBeyondLoopback: on a connection to a real address every Host is let through, as by Ollama. We look at the
-// connection and not at the listener, so that 0.0.0.0 is still guarded for those who come in over loopback: stricter.
+// TestHostBeyondLoopback: on a connection to a real address every Host is accepted, as by Ollama.
+// The proxy checks the connection and not the listener, so 0.0.0.0 is still guarded for loopback
+// clients: stricter.
 func TestHostBeyondLoopback(t *testing.T) {
 	f := newFake(t, okAnswer)
 	for local, want := range map[string]string{"172.17.0.2:11435": "200", "[2001:db8::1]:11435": "200", "127.0.0.1:11435": "403", "[::1]:11435": "403", "[::ffff:127.0.0.1]:11435": "403"} {

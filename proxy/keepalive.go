@@ -15,13 +15,13 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// KeepAlivePolicy says when the operator's keep_alive goes before a client's. A client's 0 (unload) is never changed,
-// and neither is a value that Ollama would refuse.
+// KeepAlivePolicy decides when the operator's keep_alive replaces a client's. A client's 0 (unload)
+// is never changed, nor is a value that Ollama would refuse.
 type KeepAlivePolicy string
 
 const (
-	IfAbsent KeepAlivePolicy = "if-absent" // only where the client gave none
-	AtLeast  KeepAlivePolicy = "at-least"  // and where the client's is shorter
+	IfAbsent KeepAlivePolicy = "if-absent" // only if the client gave none
+	AtLeast  KeepAlivePolicy = "at-least"  // also if the client's is shorter
 	Force    KeepAlivePolicy = "force"     // always
 )
 
@@ -29,16 +29,16 @@ const (
 type KeepAlive struct {
 	Policy  KeepAlivePolicy // "" is IfAbsent
 	Default Hold
-	Models  map[string]Hold // by upstream.ModelKey; goes before Default
+	Models  map[string]Hold // by upstream.ModelKey; overrides Default
 }
 
-// Hold is one keep_alive: a duration and how it is written in JSON. The zero Hold means "leave it as it is".
+// Hold is one keep_alive: a duration and its JSON text. The zero Hold means "leave it as it is".
 type Hold struct {
 	Duration time.Duration
 	JSON     string
 }
 
-// For returns what holds for a model (upstream.ModelKey).
+// For returns the setting for a model (upstream.ModelKey).
 func (k KeepAlive) For(model string) Hold {
 	if h, ok := k.Models[model]; ok {
 		return h
@@ -46,7 +46,7 @@ func (k KeepAlive) For(model string) Hold {
 	return k.Default
 }
 
-// String lists the settings as ParseKeepAlive reads them.
+// String lists the settings in the form that ParseKeepAlive reads.
 func (k KeepAlive) String() string {
 	value := func(h Hold) string {
 		if h == (Hold{}) {
@@ -61,8 +61,8 @@ func (k KeepAlive) String() string {
 	return strings.Join(list, ", ")
 }
 
-// ParseKeepAlive reads settings of the form "24h" or "llama3=1h". A value is a Go duration, a number of seconds, a
-// negative number for ever, or "off".
+// ParseKeepAlive reads settings of the form "24h" or "llama3=1h". A value is a Go duration, a
+// number of seconds, a negative number (for ever), or "off".
 func ParseKeepAlive(policy KeepAlivePolicy, settings []string) (KeepAlive, error) {
 	k := KeepAlive{Policy: policy, Models: map[string]Hold{}}
 	if !slices.Contains([]KeepAlivePolicy{"", IfAbsent, AtLeast, Force}, policy) {
@@ -107,7 +107,7 @@ func parseHold(s string) (Hold, error) {
 	return holdOf(d), nil
 }
 
-// holdOf writes a duration as Ollama reads it.
+// holdOf writes a duration in a form that Ollama reads.
 func holdOf(d time.Duration) Hold {
 	if d < 0 || d == upstream.Forever {
 		return Hold{upstream.Forever, "-1"}
@@ -115,14 +115,14 @@ func holdOf(d time.Duration) Hold {
 	return Hold{d, `"` + d.String() + `"`}
 }
 
-// What was done about a request's keep_alive, as logs and metrics name it.
+// How a request's keep_alive was treated, in the words of logs and metrics.
 const (
 	didInject = "injected" // the client gave none
-	didHold   = "held"     // the client gave none, and the model is held already
-	didSpare  = "spared"   // the client gave none, and another request may wait for the model to make room
+	didHold   = "held"     // the client gave none, and the model is already held
+	didSpare  = "spared"   // the client gave none, and another request may wait for room
 	didKeep   = "kept"     // the client's own value went upstream
-	didRaise  = "raised"   // the client's was shorter: AtLeast
-	didForce  = "forced"   // the client's was another: Force
+	didRaise  = "raised"   // the client's was shorter: see AtLeast
+	didForce  = "forced"   // the client's was different: see Force
 )
 
 // clientKeepAlive is what the client wrote.
@@ -134,17 +134,17 @@ const (
 	keepAliveSet
 )
 
-// fields are the members of a body that the proxy looks at, found as Ollama will find them: keys fold case, the last
-// one wins, and null is absent.
+// fields are the members of a body that the proxy needs, found as Ollama finds them: keys fold
+// case, the last one wins, and null counts as absent.
 type fields struct {
 	open   int  // offset just past the opening brace
 	empty  bool // the object has no member
 	model  string
-	stream byte // how the last value of "stream" begins; 0: it is not stated
+	stream byte // the first byte of the last value of "stream"; 0 if it is absent
 
 	keepAlive      clientKeepAlive
-	duration       time.Duration // where keepAlive is keepAliveSet; upstream.Forever for negative values
-	keepAliveAt    int           // the last value's offset, where there is one, null included
+	duration       time.Duration // if keepAlive is keepAliveSet; Forever for negative values
+	keepAliveAt    int           // the last value's offset, if there is one, even null
 	keepAliveAtEnd int
 
 	names names
@@ -160,7 +160,8 @@ var (
 	keyKeepAlive = []byte("keep_alive")
 )
 
-// scan reads the body's fields; an error means that it is not a JSON object. members is memory for the list of them.
+// scan reads the body's fields; an error means that it is not a JSON object. members is scratch
+// memory for the list of them.
 func scan(data []byte, members []jsonscan.Member) (fields, error) {
 	f := fields{members: members[:0]}
 	o := jsonscan.NewObject(data)
@@ -171,7 +172,7 @@ func scan(data []byte, members []jsonscan.Member) (fields, error) {
 		case jsonscan.KeyIs(key, keyStream):
 			f.stream = value[0]
 		case jsonscan.KeyIs(key, keyModel):
-			if s, ok := jsonscan.Unquote(value); ok { // null leaves what was there
+			if s, ok := jsonscan.Unquote(value); ok { // null leaves the earlier value
 				f.model = s
 			}
 		case jsonscan.KeyIs(key, keyKeepAlive):
@@ -188,7 +189,7 @@ func scan(data []byte, members []jsonscan.Member) (fields, error) {
 	return f, o.Err()
 }
 
-// name returns what the body's older field for a model says.
+// name returns the model in the body's older field.
 func (f fields) name(data []byte) (name string) {
 	for _, m := range f.members {
 		if jsonscan.KeyIs(data[m.Key:m.KeyEnd], keyName) {
@@ -200,7 +201,7 @@ func (f fields) name(data []byte) (name string) {
 	return name
 }
 
-// readKeepAlive reads a value with Ollama's own type.
+// readKeepAlive parses a value with Ollama's own type.
 func readKeepAlive(value []byte) (clientKeepAlive, time.Duration) {
 	if string(value) == "null" {
 		return keepAliveAbsent, 0
@@ -212,10 +213,11 @@ func readKeepAlive(value []byte) (clientKeepAlive, time.Duration) {
 	return keepAliveSet, d.Duration
 }
 
-// floor returns what a model is held for where the client does not say: the operator's wish, or the longest that a
-// client has asked for since the model was loaded if that is longer. A request that states nothing must not shorten
-// what another stated (in Ollama it would not), and under AtLeast neither may one that states less, so that the
-// outcome does not depend on the order in which clients come. Under Force only the operator's wish counts.
+// floor returns how long to hold a model if the client does not say: the operator's setting, or the
+// longest keep_alive that a client has asked for since the load if that is longer. A request
+// without a keep_alive must not shorten what another one stated (in Ollama it would not). Under
+// AtLeast neither may a request with a shorter one, so that the outcome does not depend on the
+// order of requests. Under Force only the operator's setting counts.
 func (k KeepAlive) floor(model string, longest time.Duration) Hold {
 	want := k.For(model)
 	if want == (Hold{}) || k.Policy == Force || longest <= want.Duration {
@@ -224,7 +226,8 @@ func (k KeepAlive) floor(model string, longest time.Duration) Hold {
 	return holdOf(longest)
 }
 
-// decide returns what is done about keep_alive, and the hold that goes upstream where that is not the client's own.
+// decide returns how to treat keep_alive, and the hold to send upstream if that is not the client's
+// own.
 func (k KeepAlive) decide(floor Hold, f fields) (string, Hold) {
 	switch {
 	case f.keepAlive == keepAliveAbsent && floor == Hold{}:
@@ -241,7 +244,7 @@ func (k KeepAlive) decide(floor Hold, f fields) (string, Hold) {
 	return didKeep, Hold{}
 }
 
-// splice returns the edit that makes h the body's keep_alive.
+// splice returns the edit that sets the body's keep_alive to h.
 func (f fields) splice(h Hold) edit {
 	switch {
 	case f.keepAliveAtEnd > 0:

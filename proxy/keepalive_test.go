@@ -16,8 +16,8 @@ var nativePaths = []string{"/api/generate", "/api/chat", "/api/embed", "/api/emb
 
 const day = `"24h0m0s"`
 
-// TestKeepAliveSpellings compares the exact bytes that go upstream, for every way of writing keep_alive, on every
-// native endpoint, under every policy, with 24h asked for by the operator (F01, F03).
+// TestKeepAliveSpellings compares the exact bytes that go upstream, for every way to write
+// keep_alive, on every native endpoint, under every policy, with the operator's 24h.
 func TestKeepAliveSpellings(t *testing.T) {
 	type class int
 	const (
@@ -116,7 +116,7 @@ func TestKeepAliveSpellings(t *testing.T) {
 	}
 }
 
-// TestKeepAliveNotTheKey: what encoding/json does not take for keep_alive is none.
+// TestKeepAliveNotTheKey: members that encoding/json does not take for keep_alive.
 func TestKeepAliveNotTheKey(t *testing.T) {
 	f := newFake(t, okAnswer)
 	rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, IfAbsent, "24h")})
@@ -129,7 +129,7 @@ func TestKeepAliveNotTheKey(t *testing.T) {
 	}
 }
 
-// TestKeepAliveBodies: odd bodies, with the exact bytes that go upstream (F13, F14).
+// TestKeepAliveBodies: odd bodies, with the exact bytes that go upstream.
 func TestKeepAliveBodies(t *testing.T) {
 	const inject = `"keep_alive":` + day
 	deep := strings.Repeat(`{"a":[`, 32) + strings.Repeat(`]}`, 32)
@@ -218,8 +218,8 @@ func TestKeepAliveBodies(t *testing.T) {
 	}
 }
 
-// TestKeepAliveOrder: three clients in turn, in every order (F03). The last keep_alive that Ollama is told, after all
-// three have come, is the same.
+// TestKeepAliveOrder: three clients in turn, in every order. The last keep_alive that Ollama gets,
+// after all three, is the same.
 func TestKeepAliveOrder(t *testing.T) {
 	clients := map[string]string{"5m": `,"keep_alive":"5m"`, "none": ``, "forever": `,"keep_alive":-1`}
 	for _, tt := range []struct {
@@ -257,7 +257,7 @@ func TestKeepAliveOrder(t *testing.T) {
 				if got := string(f.next().body); got != `{"keep_alive":`+tt.want+`,"model":"m"}` {
 					t.Errorf("after %v: %s, want keep_alive %s", order, got, tt.want)
 				}
-				// 0 stays 0, and then nothing is left of what the clients asked for before.
+				// A 0 stays 0, and then nothing is left of what the clients asked for before.
 				rg.post("/api/generate", `{"model":"m","keep_alive":0}`)
 				if got := string(f.next().body); got != `{"model":"m","keep_alive":0}` {
 					t.Errorf("unload went as %s", got)
@@ -271,7 +271,8 @@ func TestKeepAliveOrder(t *testing.T) {
 	}
 }
 
-// TestKeepAlivePerModel: a model's own setting goes before the default, however the model is spelled; off leaves it alone.
+// TestKeepAlivePerModel: a model's own setting overrides the default, however the model is spelled;
+// off leaves it alone.
 func TestKeepAlivePerModel(t *testing.T) {
 	f := newFake(t, okAnswer)
 	rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, AtLeast, "24h", "short=90s", "Team/X:Q4=-1", "left=off", "hf.co/u/R:Q4_K_M = 1h"), NoTouch: true})
@@ -300,7 +301,8 @@ func TestKeepAlivePerModel(t *testing.T) {
 	}
 }
 
-// TestKeepAliveElsewhere: no body is touched where keep_alive means nothing (F02), or by another method than POST.
+// TestKeepAliveElsewhere: no body is edited where keep_alive has no meaning, or for a method other
+// than POST.
 func TestKeepAliveElsewhere(t *testing.T) {
 	f := newFake(t, okAnswer)
 	rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, Force, "24h")})
@@ -347,7 +349,8 @@ func TestParseKeepAlive(t *testing.T) {
 	}
 }
 
-// TestKeepAliveRefusalComesBack: Ollama's own words for a bad value reach the client byte for byte (F01).
+// TestKeepAliveRefusalComesBack: Ollama's own message for a bad value reaches the client byte for
+// byte.
 func TestKeepAliveRefusalComesBack(t *testing.T) {
 	const text = `{"error":"time: missing unit in duration \"-1\""}`
 	f := newFake(t, func(received) string { return answer(400, "application/json; charset=utf-8", text) })
@@ -361,8 +364,8 @@ func TestKeepAliveRefusalComesBack(t *testing.T) {
 	}
 }
 
-// TestHeldOnce: a model that is held is not held again, since that would end an unload that another request waits for. What may be
-// a new load, or is to be held for longer, is.
+// TestHeldOnce: a held model is not held again, since that would cancel an unload that another
+// request waits for; unless it may be a new load, or should be held for longer.
 func TestHeldOnce(t *testing.T) {
 	f := newFake(t, okAnswer)
 	rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, IfAbsent, "24h")})

@@ -14,20 +14,23 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 )
 
-// Headers between clients and the proxy alone.
+// Headers that only clients and the proxy use.
 const (
-	headerPriority = "X-Cacheproxy-Priority" // how urgent a request is: interactive, normal (as without it) or batch
-	headerWaited   = "X-Cacheproxy-Waited"   // in answers: for how many seconds the request waited in the proxy
-	headerUpstream = "X-Cacheproxy-Upstream" // the name of the upstream that is to answer it; in answers, of the one that did
+	// The priority of a request: interactive, normal (the default) or batch.
+	headerPriority = "X-Cacheproxy-Priority"
+	// In answers: how many seconds the request waited in the proxy.
+	headerWaited = "X-Cacheproxy-Waited"
+	// In requests: the upstream that should answer; in answers: the one that did.
+	headerUpstream = "X-Cacheproxy-Upstream"
 )
 
-// retryAfter is what a client that finds the queue full is told, in seconds.
+// retryAfter is the Retry-After, in seconds, that a client gets if the queue is full.
 const retryAfter = "5"
 
-// busyWords are Ollama's own for a full queue.
+// busyWords is Ollama's own message for a full queue.
 const busyWords = "server busy, please try again.  maximum pending requests exceeded"
 
-// only reads which upstream a request is meant for, if its client names one.
+// only reads which upstream a client names for its request, if any.
 func (h *Handler) only(r *http.Request, ex *exchange) *refusal {
 	name := r.Header.Get(headerUpstream)
 	if name == "" || ex.stranger {
@@ -43,8 +46,9 @@ func (h *Handler) only(r *http.Request, ex *exchange) *refusal {
 	return &refusal{http.StatusBadRequest, fmt.Sprintf("%s: there is no upstream %q: want one of %s", headerUpstream, name, strings.Join(names, ", "))}
 }
 
-// wait chooses the server for the request, and waits until it may be sent if it takes a slot of a model: until a lane is
-// granted. What only loads or unloads a model, embeddings, remote models and everything without a prompt never wait.
+// wait chooses the server for the request, and waits until it may be sent. A request that takes a
+// slot of a model waits for a lane. Requests that only load or unload a model, embeddings, remote
+// models and everything without a prompt never wait.
 func (h *Handler) wait(r *http.Request, ex *exchange) *refusal {
 	list := h.candidates(ex)
 	if len(list) == 1 && list[0].looped.Load() {
@@ -57,12 +61,13 @@ func (h *Handler) wait(r *http.Request, ex *exchange) *refusal {
 	return h.acquire(r, ex, list)
 }
 
-// drains reports whether all of the servers drain.
+// drains reports whether all of the servers are draining.
 func drains(list []*backend) bool {
 	return !slices.ContainsFunc(list, func(b *backend) bool { return !b.draining.Load() })
 }
 
-// promising returns the candidates if one of them may answer, now or later, and does not drain; else none.
+// promising returns the candidates if one of them may answer, now or later, and is not draining;
+// otherwise none.
 func (h *Handler) promising(ex *exchange) []*backend {
 	list := h.candidates(ex)
 	if !slices.ContainsFunc(list, (*backend).mayAnswer) || drains(list) && ex.only == nil {
@@ -71,14 +76,14 @@ func (h *Handler) promising(ex *exchange) []*backend {
 	return list
 }
 
-// acquire is wait, once it is known which servers can serve the request. If all of them are away and one may come back
-// (--try-duration), then the request waits for that.
+// acquire is the rest of wait, once it is known which servers can serve the request. If all of them
+// are away and one may come back (--try-duration), the request waits for it.
 func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refusal {
 	if ex.infers() && !ex.cloud {
 		h.prewarming.asked(ex, list)
 	}
 	if !ex.infers() || !slices.ContainsFunc(list, (*backend).mayAnswer) {
-		// To wait for what does not answer, one after the other, would only take longer.
+		// Waiting for servers that do not answer, one after the other, would only take longer.
 		ex.up = pick(list, ex.key)
 		return nil
 	}
@@ -103,11 +108,11 @@ func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refus
 	return givenUp(err)
 }
 
-// queued waits for one of the servers, or for a lane of one. It returns those that it waited for, and
-// has chosen ex.up if there is no error.
+// queued waits for one of the servers, or for a lane of one. It returns the servers that it waited
+// for. Without an error it has set ex.up.
 func (h *Handler) queued(r *http.Request, ex *exchange, list []*backend) ([]*backend, error) {
 	began := time.Now()
-	counted := false // among those of its client that wait
+	counted := false // as one of its client's waiting requests
 	mayWait := func() bool {
 		if ex.holder == nil {
 			return true
@@ -132,9 +137,9 @@ func (h *Handler) queued(r *http.Request, ex *exchange, list []*backend) ([]*bac
 	return list, err
 }
 
-// gone is called for a request whose servers have been away for too long.
+// gone answers a request whose servers have been away for too long.
 func (h *Handler) gone(r *http.Request, ex *exchange, list []*backend) *refusal {
-	// Another one may have come since that was not known to have the model.
+	// Another server may have appeared that was not known to have the model.
 	if ex.only == nil && len(h.backends) > 1 {
 		if again := h.promising(ex); len(again) > 0 {
 			return h.acquire(r, ex, again)
@@ -150,13 +155,13 @@ func (h *Handler) gone(r *http.Request, ex *exchange, list []*backend) *refusal 
 		strings.Join(urls, " and "), list[0].TryDuration)}
 }
 
-// stopping refuses what would have to wait when the proxy stops.
+// stopping refuses a request that would have to wait while the proxy stops.
 func (ex *exchange) stopping() *refusal {
 	ex.header.Set("Retry-After", retryAfter)
 	return &refusal{http.StatusServiceUnavailable, "ollama-cacheproxy is stopping; try again when it is back"}
 }
 
-// waited says that a request waits no more.
+// waited ends the request's wait.
 func (h *Handler) waited(ex *exchange) {
 	if ex.waiting {
 		ex.waiting = false
@@ -164,7 +169,7 @@ func (h *Handler) waited(ex *exchange) {
 	}
 }
 
-// lane waits for a lane of one of the servers, or of one that is away now and comes back meanwhile.
+// lane waits for a lane of one of the servers, or of one that is away now but comes back meanwhile.
 func (h *Handler) lane(r *http.Request, ex *exchange, list []*backend, mayWait func() bool) error {
 	priority := ex.holder.priority(r)
 	lanes := h.Lanes
@@ -186,8 +191,8 @@ func (h *Handler) lane(r *http.Request, ex *exchange, list []*backend, mayWait f
 		}
 	}
 	if ex.unread {
-		// What it says of its model at first need not be the last word, and its body may take long to come: it holds
-		// up nobody but its like.
+		// The model that its first bytes name need not be the final one, and its body may take long
+		// to arrive. So it waits only for other unread bodies, and holds up no others.
 		lanes = lanes.Aside()
 	} else {
 		request.Program, request.Flow = programOf(r, ex), flowOf(r, ex)
@@ -200,13 +205,14 @@ func (h *Handler) lane(r *http.Request, ex *exchange, list []*backend, mayWait f
 	return err
 }
 
-// mayAnswer reports whether the server is not away, or may still come back.
+// mayAnswer reports whether the server is reachable, or may still come back.
 func (b *backend) mayAnswer() bool {
 	st := b.State()
 	return !b.looped.Load() && (!st.Away || time.Now().Before(st.Until))
 }
 
-// await waits until one of the servers is not away any more, and returns those that are not. So many wait as --queue says.
+// await waits until one of the servers is no longer away, and returns those that are not. At most
+// Handler.Queue requests wait.
 func (h *Handler) await(
 	ctx context.Context, ex *exchange, list []*backend, mayWait func() bool,
 ) ([]*backend, error) {
@@ -239,7 +245,7 @@ func (h *Handler) await(
 	}
 }
 
-// back returns the servers that are not away, and else for how long to wait for one.
+// back returns the servers that are not away. If there is none, left is how long to wait for one.
 func (h *Handler) back(ex *exchange, list []*backend) (back []*backend, left time.Duration) {
 	for _, b := range list {
 		if st := b.State(); !st.Away {
@@ -254,7 +260,8 @@ func (h *Handler) back(ex *exchange, list []*backend) (back []*backend, left tim
 	return back, left
 }
 
-// Close refuses what waits, for a lane or for a server that is away, and what comes from now on and would have to wait.
+// Close refuses requests that wait for a lane or for a server that is away, and later ones that
+// would have to wait.
 func (h *Handler) Close() {
 	h.closeOnce.Do(func() { close(h.closing) })
 	if h.Lanes != nil {
@@ -262,16 +269,18 @@ func (h *Handler) Close() {
 	}
 }
 
-// Waiting returns how many requests wait, for a lane, for memory or for a server that is away, or have been refused that and were
-// not yet told.
+// Waiting returns how many requests wait for a lane, for memory or for a server that is away. It
+// includes refused ones until their answers are written.
 func (h *Handler) Waiting() int64 { return h.waiting.Load() }
 
-// givenUp refuses what was given up while it waited. Who sees it has stopped the proxy; mostly the client has left.
+// givenUp refuses a request that was cancelled while it waited. Only if the proxy stops does
+// somebody see this answer; usually the client has left.
 func givenUp(err error) *refusal {
 	return &refusal{http.StatusServiceUnavailable, "the request was given up while it waited: " + err.Error()}
 }
 
-// full refuses a request that would find no place in the queue, whose body is too long to be read for that.
+// full refuses a request for which the queue has no room, before its body, which is too long to be
+// read for this check, is received.
 func (h *Handler) full(r *http.Request, ex *exchange) error {
 	switch {
 	case h.Lanes == nil || ex.prompt == prefix.None || ex.embed:
@@ -289,8 +298,8 @@ func (ex *exchange) busy() *refusal {
 	return &refusal{http.StatusServiceUnavailable, busyWords}
 }
 
-// runner returns what the request needs loaded, as the scheduler is to tell runners apart. Servers that
-// have other weights under one name are told apart by that name, as if each model had but one.
+// runner returns what the request needs to have loaded, in the scheduler's terms. If servers have
+// different weights under one name, the name identifies the model, as if all had the same weights.
 func (h *Handler) runner(ex *exchange, list []*backend) prefix.Options {
 	o := list[0].wanted(ex.key, &ex.chain.Runner).Options
 	for _, b := range list[1:] {
@@ -301,8 +310,8 @@ func (h *Handler) runner(ex *exchange, list []*backend) prefix.Options {
 	return o
 }
 
-// asksForStream reports whether the answer is to come piece by piece: Ollama's own endpoints do
-// that unless told otherwise.
+// asksForStream reports whether the answer is streamed. Ollama's own endpoints stream unless the
+// request says otherwise.
 func (ex *exchange) asksForStream() bool {
 	if ex.fields.stream == 0 {
 		return ex.dialect == savings.Native
@@ -310,7 +319,8 @@ func (ex *exchange) asksForStream() bool {
 	return ex.fields.stream == 't'
 }
 
-// begins says that the answer has begun to come: of a stream that tells that it has a slot.
+// begins notes that the answer has begun. The beginning of a stream shows that the request has a
+// slot.
 func (ex *exchange) begins() {
 	if ex.Status < 300 && ex.asksForStream() {
 		ex.grant.Began()
@@ -328,7 +338,7 @@ func (h *Handler) free(ex *exchange, a savings.Answer) {
 		res.Prompt, res.Eval, res.Load = a.PromptEval, a.Eval, a.Load
 	}
 	if e := ex.Savings; e != nil {
-		res.Queue, res.Loaded, res.LoadKnown = e.Queue, e.Loaded, a.Load > 0 // /v1 does not tell
+		res.Queue, res.Loaded, res.LoadKnown = e.Queue, e.Loaded, a.Load > 0 // not in /v1
 		if e.Tokens != nil {
 			res.Reused, res.ReusedKnown = e.Tokens.Reused, true
 		}

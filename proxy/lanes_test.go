@@ -9,7 +9,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 )
 
-// laneRig is a proxy with so many lanes in front of an upstream whose connections the test accepts.
+// laneRig is a proxy with some lanes in front of an upstream whose connections the test accepts.
 func laneRig(t *testing.T, cfg schedule.Config) (*rig, *fake) {
 	f := newFake(t, nil)
 	return newRig(t, f.URL, &Handler{Lanes: schedule.NewScheduler(cfg)}), f
@@ -17,7 +17,7 @@ func laneRig(t *testing.T, cfg schedule.Config) (*rig, *fake) {
 
 const chatAnswer = `{"model":"m","message":{"role":"assistant","content":"x"},"done":true,"total_duration":1000000,"prompt_eval_count":10,"prompt_eval_duration":1000,"eval_count":1,"eval_duration":1000}`
 
-// waiting waits until so many requests wait for a lane.
+// waiting waits until that many requests wait for a lane.
 func waiting(t *testing.T, rg *rig, n int) {
 	t.Helper()
 	waitingIn(t, rg.h.Lanes, n)
@@ -39,7 +39,8 @@ func waitingIn(t *testing.T, lanes *schedule.Scheduler, n int) {
 	}
 }
 
-// TestOneAtATime: with one lane the next request is sent when the one before has ended; what takes no slot is sent at once.
+// TestOneAtATime: with one lane, the next request is sent when the one before has ended. Requests
+// that take no slot are sent at once.
 func TestOneAtATime(t *testing.T) {
 	rg, f := laneRig(t, schedule.Config{Lanes: 1})
 	first, second := rg.dial(), rg.dial()
@@ -83,7 +84,8 @@ func TestOneAtATime(t *testing.T) {
 	}
 }
 
-// F08 (1) and F20: a client that leaves while it waits is never sent upstream, and takes no lane with it.
+// TestLeavesWhileWaiting: a client that leaves while it waits is never sent upstream, and takes no
+// lane with it.
 func TestLeavesWhileWaiting(t *testing.T) {
 	rg, f := laneRig(t, schedule.Config{Lanes: 1})
 	first, gone, last := rg.dial(), rg.dial(), rg.dial()
@@ -110,7 +112,7 @@ func TestLeavesWhileWaiting(t *testing.T) {
 	last.receive()
 }
 
-// fullRig has its one lane busy, and its queue full.
+// fullRig has its only lane busy, and its queue full.
 func fullRig(t *testing.T) *rig {
 	t.Helper()
 	rg, f := laneRig(t, schedule.Config{Lanes: 1, Limit: 1})
@@ -122,7 +124,7 @@ func fullRig(t *testing.T) *rig {
 	return rg
 }
 
-// TestQueueFull: a request too many is refused in the words of the path that it asks.
+// TestQueueFull: a request beyond the queue's limit is refused in the dialect of its path.
 func TestQueueFull(t *testing.T) {
 	rg := fullRig(t)
 	const words = "server busy, please try again.  maximum pending requests exceeded"
@@ -141,7 +143,7 @@ func TestQueueFull(t *testing.T) {
 	}
 }
 
-// TestPriority: what is interactive goes before what is batch; the header stays here.
+// TestPriority: interactive requests go before batch requests; the header is not forwarded.
 func TestPriority(t *testing.T) {
 	rg, f := laneRig(t, schedule.Config{Lanes: 1})
 	busy, batch, urgent := rg.dial(), rg.dial(), rg.dial()
@@ -163,7 +165,8 @@ func TestPriority(t *testing.T) {
 	batch.receive()
 }
 
-// TestBrokenAnswersFreeLanes: however a request ends, its lane is free again. F19: the upstream never sees more than the limit.
+// TestBrokenAnswersFreeLanes: however a request ends, its lane becomes free. The upstream never
+// sees more requests than lanes.
 func TestBrokenAnswersFreeLanes(t *testing.T) {
 	var mu sync.Mutex
 	now, most, n := 0, 0, 0
@@ -192,8 +195,8 @@ func TestBrokenAnswersFreeLanes(t *testing.T) {
 	}
 }
 
-// TestUnreadWaits: what asks for a prompt to be evaluated and cannot be read is sent one at a time, fairly, beside what can be read,
-// and holds up nothing else. However little is known of it, its lane is free again when it has ended.
+// TestUnreadWaits: requests that need a prompt evaluated but cannot be read are sent one at a time,
+// fairly, beside readable ones, and do not hold those up. When one ends, its lane is free again.
 func TestUnreadWaits(t *testing.T) {
 	const max = 2000
 	padded := `{"model":"m",` + strings.Repeat(" ", 3*max) + `"messages":[{"role":"user","content":"x"}]}`
@@ -259,7 +262,7 @@ func TestUnreadWaits(t *testing.T) {
 	}
 }
 
-// TestUnreadIsSent: without a limit of lanes, and where no prompt is evaluated, what cannot be read does not wait.
+// TestUnreadIsSent: without a limit of lanes, or without a prompt, unreadable requests do not wait.
 func TestUnreadIsSent(t *testing.T) {
 	f := newFake(t, nil)
 	off := schedule.NewScheduler(schedule.Config{Lanes: 1})
@@ -273,7 +276,7 @@ func TestUnreadIsSent(t *testing.T) {
 	}
 }
 
-// TestStopping: what waits when the proxy stops is told so at once.
+// TestStopping: requests that wait when the proxy stops get an answer at once.
 func TestStopping(t *testing.T) {
 	rg, f := laneRig(t, schedule.Config{Lanes: 1})
 	busy, waits := rg.dial(), rg.dial()
@@ -292,7 +295,8 @@ func TestStopping(t *testing.T) {
 	}
 }
 
-// TestNoWaitWhileDown: requests do not wait one after the other for an upstream that does not answer.
+// TestNoWaitWhileDown: requests do not wait one after the other for an upstream that does not
+// answer.
 func TestNoWaitWhileDown(t *testing.T) {
 	f := newFake(t, nil)
 	f.ln.Close()
@@ -308,8 +312,8 @@ func TestNoWaitWhileDown(t *testing.T) {
 	}
 }
 
-// TestStreamsTellSlots: of streams in every dialect it is known how many run beside each other as soon
-// as they have begun; answers that come whole tell it when they end.
+// TestStreamsTellSlots: of streams in every dialect it is known how many run at the same time as
+// soon as they have begun; of answers that are not streamed, when they end.
 func TestStreamsTellSlots(t *testing.T) {
 	const head = "HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n" +
 		"Transfer-Encoding: chunked\r\n\r\n"

@@ -20,7 +20,7 @@ const (
 	listMost    = 64 << 20        // bytes of one upstream's list
 )
 
-// listed is what the proxy looks at of an entry of a list.
+// listed is an entry of a list, with the fields that the proxy needs.
 type listed struct {
 	raw json.RawMessage
 
@@ -31,7 +31,7 @@ type listed struct {
 	Created  instant `json:"created"`     // /v1/models
 }
 
-// instant is a time, as text or in seconds; what is neither is the zero time.
+// instant is a time, given as text or in seconds; anything else is the zero time.
 type instant struct{ time.Time }
 
 func (i *instant) UnmarshalJSON(text []byte) error {
@@ -42,13 +42,14 @@ func (i *instant) UnmarshalJSON(text []byte) error {
 	return nil
 }
 
-// newer orders entries as Ollama does: what was modified last, or expires last, first.
+// newer orders entries as Ollama does: last modified first, or last to expire first.
 func newer(a, b listed) int {
 	return cmp.Or(b.Modified.Compare(a.Modified.Time), b.Expires.Compare(a.Expires.Time), b.Created.Compare(a.Created.Time))
 }
 
-// merge answers what lists models, if there are several upstreams to list them of; false: the request is to be forwarded. It is
-// the union by name. Upstreams that do not answer within listTimeout are left out.
+// merge answers requests for lists of models if there are several upstreams: with the union of
+// their lists, by name. Upstreams that do not answer within listTimeout are left out. If it returns
+// false, the request has to be forwarded.
 func (h *Handler) merge(w http.ResponseWriter, r *http.Request, ex *exchange) bool {
 	if ex.merged == "" || len(h.backends) == 1 || ex.only != nil {
 		return false
@@ -79,7 +80,7 @@ func (h *Handler) merge(w http.ResponseWriter, r *http.Request, ex *exchange) bo
 		}
 	}
 	if names == nil {
-		return false // whoever it is forwarded to says what is wrong
+		return false // the upstream that gets the request reports what is wrong
 	}
 	content := map[string]any{ex.merged: union(lists)}
 	if ex.merged == "data" {
@@ -98,7 +99,8 @@ func (h *Handler) merge(w http.ResponseWriter, r *http.Request, ex *exchange) bo
 	return true
 }
 
-// union returns the entries of all lists in Ollama's order, of those with one name the newest.
+// union returns the entries of all lists in Ollama's order. Of entries with one name it keeps the
+// newest.
 func union(lists [][]listed) []json.RawMessage {
 	var all []listed
 	at := map[string]int{} // in all, by name
@@ -121,7 +123,7 @@ func union(lists [][]listed) []json.RawMessage {
 	return entries
 }
 
-// list asks one upstream; never nil without an error.
+// list gets one upstream's list. Without an error, the list is not nil.
 func (h *Handler) list(ctx context.Context, r *http.Request, ex *exchange, b *backend) ([]listed, error) {
 	out, err := http.NewRequestWithContext(ctx, http.MethodGet, b.URL.JoinPath(r.URL.Path).String(), nil)
 	if err != nil {
@@ -133,7 +135,7 @@ func (h *Handler) list(ctx context.Context, r *http.Request, ex *exchange, b *ba
 	for _, name := range []string{"Accept-Encoding", "Connection", "Keep-Alive", "Te", "Trailer", "Transfer-Encoding", "Upgrade"} {
 		out.Header.Del(name)
 	}
-	out.Header.Set(upstream.InstanceHeader, b.Instance) // if it comes back, this is a loop
+	out.Header.Set(upstream.InstanceHeader, b.Instance) // if the request comes back, this is a loop
 	res, err := h.Transport.RoundTrip(out)
 	if err != nil {
 		return nil, err
@@ -154,7 +156,7 @@ func (h *Handler) list(ctx context.Context, r *http.Request, ex *exchange, b *ba
 	for _, text := range raw {
 		e := listed{raw: text}
 		if json.Unmarshal(text, &e) != nil || e.Name == "" && e.ID == "" {
-			continue // no entry of a model
+			continue // not an entry of a model
 		}
 		list = append(list, e)
 	}

@@ -14,30 +14,32 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 )
 
-// memory is the budget for all bodies that are held. A body takes its share before it is read, and
-// gives it back when nothing can be sent again.
+// memory is the budget for the bodies of all requests. A body reserves its share before it is read,
+// and returns it when nothing needs to be sent again.
 //
-// A body of up to bodyFirst bytes, and the beginning of any other, takes its share of a quarter:
-// clients that announce much and send little take little, and stand in nobody's way. What is
-// longer then takes from the rest, at once, all that it may become; so nobody who holds some of
-// the rest waits for more of it, and those who hold some of the quarter wait for the rest alone.
-// Hence they cannot wait for each other.
+// A body of up to bodyFirst bytes, and the beginning of any longer one, reserves a share of the
+// first quarter. Clients that announce much and send little therefore reserve little, and block
+// nobody. A longer body then reserves all that it may need from the rest, at once. So a body that
+// holds a part of the rest never waits for more of it, and one that holds a part of the quarter
+// waits only for the rest. Hence there is no deadlock.
 type memory struct {
 	first, rest *budget
-	most        int64 // bytes of the longest body that fits
-	// waits is called when a body has to wait: the context with which it does, and what to call afterwards; nil: as it is.
+	most        int64 // of the longest body that fits, in bytes
+	// If waits is not nil, it is called when a body has to wait. It returns the context for the
+	// wait, and a function to call afterwards.
 	waits func(context.Context) (context.Context, func())
 	held  atomic.Int64 // bytes of all buffers
 
-	spare      atomic.Int64 // bytes of buffers that were let go since they were last collected
-	spareMost  int64        // beyond which they are
+	spare      atomic.Int64 // bytes of buffers that were dropped since the last collection
+	spareMost  int64        // the limit of spare, which triggers a collection
 	collecting atomic.Bool
 }
 
-// budget is a part of the memory.
+// budget is one part of the memory.
 type budget struct {
 	*semaphore.Weighted
-	turns [3]*semaphore.Weighted // of each priority one body at a time waits for it, so that no crowd is before others
+	// Of each priority, one body at a time waits for room, so that no crowd blocks the others.
+	turns [3]*semaphore.Weighted
 }
 
 func newBudget(n int64) *budget {
@@ -51,7 +53,7 @@ func newBudget(n int64) *budget {
 // MemoryLeast is the smallest budget, in bytes.
 const MemoryLeast = 16 << 20
 
-// newMemory returns a budget of so many bytes; 0: no limit.
+// newMemory returns a budget of limit bytes; 0 means no limit.
 func newMemory(limit int64) *memory {
 	if limit == 0 {
 		limit = math.MaxInt64
@@ -64,8 +66,8 @@ func newMemory(limit int64) *memory {
 	}
 }
 
-// drop tells that a buffer of n bytes was let go. The garbage collector by itself may let those
-// become as many bytes as are held, and so double what was budgeted.
+// drop records that a buffer of n bytes was dropped. Left alone, the garbage collector may let
+// dropped buffers grow to as many bytes as are held, which would double the budget.
 func (m *memory) drop(n int) {
 	if m.spare.Add(int64(n)) > m.spareMost && m.collecting.CompareAndSwap(false, true) {
 		go func() { // ends with the collection
@@ -76,15 +78,15 @@ func (m *memory) drop(n int) {
 	}
 }
 
-// share is what one body takes of the memory.
+// share is one body's share of the memory.
 type share struct {
 	of    *memory
-	from  *budget // nil: nothing
-	taken int64   // from that
+	from  *budget // the budget that taken comes from; nil: none
+	taken int64   // bytes
 	held  int64   // bytes of the buffer
 }
 
-// take waits until there are n bytes, and gives back what was taken before.
+// take waits until n bytes are free, reserves them, and returns what was reserved before.
 func (s *share) take(ctx context.Context, p schedule.Priority, from *budget, n int64) error {
 	if !from.TryAcquire(n) {
 		if err := s.of.acquire(ctx, p, from, n); err != nil {
@@ -117,7 +119,7 @@ func (s *share) giveBack(n int64) {
 	}
 }
 
-// hold says how many bytes the buffer has. It never has more than were taken.
+// hold records the size of the buffer. It never exceeds what was taken.
 func (s *share) hold(n int) {
 	s.of.held.Add(int64(n) - s.held)
 	s.held = int64(n)
@@ -129,22 +131,22 @@ func (s *share) release() {
 }
 
 const (
-	bodyFirst = 64 << 10 // bytes: how large a buffer is at first, whatever was announced
-	bodyGrows = 16       // and how many times as large the next one is at most
+	bodyFirst = 64 << 10 // bytes: the size of the first buffer, whatever was announced
+	bodyGrows = 16       // the largest factor by which the next buffer grows
 )
 
-// read reads a body of which length bytes were announced; -1: nobody knows. When it is longer than
-// most, which may be no more than m.most, over is true and the body holds what was read so far.
-// longer is called before anything beyond the first bodyFirst bytes is read, when there is memory
-// for it; an error of it ends the reading.
+// read reads a body with an announced length of length bytes; -1 if unknown. If the body is longer
+// than most, which must not exceed m.most, over is true and the body holds what was read so far.
+// longer is called once there is memory for more than the first bodyFirst bytes, before any more is
+// read; its error ends the reading.
 func (m *memory) read(ctx context.Context, p schedule.Priority, src io.Reader, length, most int64, longer func() error) (b *body, over bool, err error) {
 	s := &share{of: m}
 	need := most + 1
 	if length >= 0 {
 		src = io.LimitReader(src, length)
-		need = min(length, most) + 1 // one more than the body, so that its end is seen without growing
+		need = min(length, most) + 1 // one more than the body, to see its end without growing
 	}
-	all := min(bufferSize(need), m.most+1) // no more than there is
+	all := min(bufferSize(need), m.most+1) // no more than there can be
 	size := min(bodyFirst, all)
 	if err := s.take(ctx, p, m.first, size); err != nil {
 		return nil, false, err
@@ -175,7 +177,8 @@ func (m *memory) read(ctx context.Context, p schedule.Priority, src io.Reader, l
 	if err == io.EOF {
 		err = nil
 	}
-	if size = bufferSize(int64(len(data))); size < int64(cap(data))/8*7 { // a few bytes less are not worth a copy
+	// To save a few bytes is not worth a copy.
+	if size = bufferSize(int64(len(data))); size < int64(cap(data))/8*7 {
 		data = m.moved(data, size)
 	}
 	s.hold(cap(data))
@@ -187,7 +190,7 @@ func (m *memory) read(ctx context.Context, p schedule.Priority, src io.Reader, l
 	return newBody(data, s), int64(len(data)) > most, err
 }
 
-// Buffers of up to bufferPooled bytes are pooled, by their sizes: eight for each power of two.
+// Buffers of up to bufferPooled bytes are pooled by size: eight sizes per power of two.
 const (
 	bufferLeast  = 1 << 10 // bytes
 	bufferPooled = DefaultMaxBody
@@ -195,7 +198,7 @@ const (
 
 var buffers [1 + 8*16]sync.Pool // of *[]byte
 
-// bufferClass returns the place in buffers for n bytes, and their size.
+// bufferClass returns the index in buffers for n bytes, and the size of the buffers there.
 func bufferClass(n int64) (i int, size int64) {
 	if n <= bufferLeast {
 		return 0, bufferLeast
@@ -205,7 +208,7 @@ func bufferClass(n int64) (i int, size int64) {
 	return (shift-7)*8 + int(eighths) - 8, eighths << shift
 }
 
-// bufferSize returns how large a buffer for n bytes is.
+// bufferSize returns the size of a buffer for n bytes.
 func bufferSize(n int64) int64 {
 	if n > bufferPooled {
 		return n
@@ -214,13 +217,13 @@ func bufferSize(n int64) int64 {
 	return size
 }
 
-// newBuffer returns an empty buffer of a size that bufferSize returned.
+// newBuffer returns an empty buffer of a size returned by bufferSize.
 func (m *memory) newBuffer(size int64) []byte {
 	if size <= bufferPooled {
 		i, _ := bufferClass(size)
 		if b, ok := buffers[i].Get().(*[]byte); ok {
 			if m.spare.Add(-size) < 0 {
-				m.spare.Store(0) // it was let go before the last collection
+				m.spare.Store(0) // the buffer was dropped before the last collection
 			}
 			return (*b)[:0]
 		}
@@ -235,7 +238,7 @@ func (m *memory) freeBuffer(b []byte) {
 	}
 }
 
-// moved returns the same bytes in a buffer of another size.
+// moved copies the bytes to a buffer of another size.
 func (m *memory) moved(b []byte, size int64) []byte {
 	defer m.freeBuffer(b)
 	return append(m.newBuffer(size), b...)

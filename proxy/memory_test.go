@@ -23,7 +23,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// longBody returns a chat of about n bytes and how long it is; all share one text.
+// longBody returns a chat of about n bytes, and its exact length; all share one text.
 func longBody(n int) (open func(i int) io.Reader, length int64) {
 	text := bytes.Repeat([]byte("tell me more of that. "), n/22)
 	const begin, end = `{"model":"m","messages":[{"role":"user","content":"`, `"}]}`
@@ -33,7 +33,7 @@ func longBody(n int) (open func(i int) io.Reader, length int64) {
 	return open, int64(len(begin) + 8 + len(text) + len(end))
 }
 
-// heapPeak watches the heap until done is called, which returns the most bytes that it had.
+// heapPeak watches the heap until done is called, which returns the peak in bytes.
 func heapPeak() (done func() uint64) {
 	stop, peak := make(chan struct{}), make(chan uint64)
 	runtime.GC()
@@ -110,7 +110,7 @@ func TestWaitingBodies(t *testing.T) {
 }
 
 // TestAnnouncedBodies: 1,000 clients that announce 4 MiB and send 100 bytes take 64 KiB each, and
-// nothing once they have left.
+// nothing after they have left.
 func TestAnnouncedBodies(t *testing.T) {
 	const n = 1000
 	rg := newRig(t, newFake(t, okAnswer).URL, &Handler{Lanes: schedule.NewScheduler(schedule.Config{Lanes: 1}), Memory: 1 << 30})
@@ -134,7 +134,7 @@ func TestAnnouncedBodies(t *testing.T) {
 	poll(t, func() bool { return rg.h.Held() == 0 })
 }
 
-// poll waits until ok says yes.
+// poll waits until ok returns true.
 func poll(t *testing.T, ok func() bool) {
 	t.Helper()
 	for until := time.Now().Add(patience); !ok(); runtime.Gosched() {
@@ -144,8 +144,8 @@ func poll(t *testing.T, ok func() bool) {
 	}
 }
 
-// TestFullQueueUnread: a full queue is asked before a body is read: one that is announced gets its
-// answer without a byte of it being sent, a chunked one after 64 KiB at most.
+// TestFullQueueUnread: with a full queue, a request with an announced length gets its answer before
+// a byte of its body was sent, a chunked one after 64 KiB at most.
 func TestFullQueueUnread(t *testing.T) {
 	rg := fullRig(t)
 	for _, path := range []string{"/api/chat", "/api/generate", "/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"} {
@@ -178,7 +178,7 @@ func TestFullQueueUnread(t *testing.T) {
 	}
 }
 
-// TestLaneNeedsWholeBody: a request takes no lane before its body has come whole, however it is
+// TestLaneNeedsWholeBody: a request takes no lane before its body is complete, however it is
 // framed.
 func TestLaneNeedsWholeBody(t *testing.T) {
 	for _, path := range []string{"/api/chat", "/api/generate", "/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"} {
@@ -200,8 +200,8 @@ func TestLaneNeedsWholeBody(t *testing.T) {
 	}
 }
 
-// TestBodyLetGo: a body is let go with the answer's header, after which it cannot be sent again,
-// whatever the answer is. Until then it is held.
+// TestBodyLetGo: a body is held until the answer's header, since it may have to be sent again, and
+// dropped then, whatever the answer is.
 func TestBodyLetGo(t *testing.T) {
 	for _, status := range []int{200, 400, 404, 500, 503} {
 		rg, f := laneRig(t, schedule.Config{Lanes: 1})
@@ -220,7 +220,7 @@ func TestBodyLetGo(t *testing.T) {
 	}
 }
 
-// TestFullQueueOfAnother: somebody else's backlog that fills the queue is no reason to refuse a body
+// TestFullQueueOfAnother: if another client's backlog fills the queue, a body is not refused
 // unread: a place is made for it.
 func TestFullQueueOfAnother(t *testing.T) {
 	f := newFake(t, nil)
@@ -253,7 +253,7 @@ func TestFullQueueOfAnother(t *testing.T) {
 	}
 }
 
-// TestMemoryPriority: where the memory is full, a body waits behind one at most of each other
+// TestMemoryPriority: if the memory is full, a body waits behind at most one of each other
 // priority, however many there are.
 func TestMemoryPriority(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -292,8 +292,8 @@ func TestMemoryPriority(t *testing.T) {
 	})
 }
 
-// TestMemoryWaitEnds: a body that waits for memory waits no longer than until the proxy stops, which
-// its client is told, or until its client leaves.
+// TestMemoryWaitEnds: a wait for memory ends when the proxy stops, of which the client is informed,
+// or when the client leaves.
 func TestMemoryWaitEnds(t *testing.T) {
 	for _, stops := range []bool{true, false} {
 		synctest.Test(t, func(t *testing.T) {
@@ -337,9 +337,9 @@ func TestMemoryWaitEnds(t *testing.T) {
 	}
 }
 
-// TestPassingBodyStuck: a body that passes through and leaves off is given up with 408, too, in
-// the words of the path, whether or not the upstream has begun with it; its connection to the
-// upstream is broken off.
+// TestPassingBodyStuck: a body that passes through and makes no progress also ends with 408, in the
+// path's dialect, whether or not the upstream has begun to process it; its upstream connection is
+// broken off.
 func TestPassingBodyStuck(t *testing.T) {
 	for _, path := range []string{"/api/create", "/api/blobs/sha256:0", "/v1/audio/transcriptions"} {
 		f := newFake(t, nil)
@@ -360,8 +360,8 @@ func TestPassingBodyStuck(t *testing.T) {
 	}
 }
 
-// TestBufferClasses: a buffer is at most an eighth longer than what it is for, and each size has a
-// pool of its own.
+// TestBufferClasses: a buffer is at most an eighth larger than necessary, and each size has its own
+// pool.
 func TestBufferClasses(t *testing.T) {
 	last, lastSize := 0, int64(0)
 	for n := int64(1); n <= bufferPooled; n += 1 + n/100 {
@@ -379,7 +379,8 @@ func TestBufferClasses(t *testing.T) {
 	}
 }
 
-// TestMemoryBudgets: whatever the budget, and whatever is announced, a body takes no more than there is, and one that fits comes.
+// TestMemoryBudgets: whatever the budget, and whatever is announced, bodies take no more than there
+// is, and one that fits is read.
 func TestMemoryBudgets(t *testing.T) {
 	for limit := int64(MemoryLeast); limit < 400<<20; limit += 3_333_333 {
 		m := newMemory(limit)
@@ -400,7 +401,8 @@ func TestMemoryBudgets(t *testing.T) {
 	}
 }
 
-// limited has so many bytes, and then ends. Whoever asks for none at all again and again is told that his context has ended.
+// limited is a reader of left bytes. A caller that keeps asking for zero bytes gets an error, and
+// end is called.
 type limited struct {
 	left, empty int
 	end         func()
@@ -421,7 +423,7 @@ func (l *limited) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// TestMemoryCrowd: a crowd of short bodies that wait for memory is not before one that is more urgent.
+// TestMemoryCrowd: a crowd of short bodies that wait for memory does not block a more urgent one.
 func TestMemoryCrowd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newMemory(MemoryLeast)

@@ -159,18 +159,20 @@ func (h *Handler) fitContext(ex *exchange, data []byte) {
 	ex.chain.Restate(options)
 }
 
-// contexts returns what is known of the context lengths of the request's model, on all servers to which it may be sent.
+// contexts returns what is known of the context lengths of the request's model, on all servers to
+// which it may be sent.
 func (h *Handler) contexts(ex *exchange) runners.Contexts {
 	var list []runners.Contexts
 	for _, b := range h.candidates(ex) {
-		list = append(list, b.runners.Contexts(ex.key, b.State().Digests[ex.key]))
+		st := b.State()
+		list = append(list, b.runners.Contexts(ex.key, st.Digests[ex.key], st.Loaded))
 	}
 	return onAll(list)
 }
 
-// onAll returns what is known of several servers' context lengths where nobody knows yet which of them gets the request: the
-// largest ones. A default is known if each one's is, and what is loaded is it only if it is on each of them: elsewhere a
-// request that states none would get less.
+// onAll returns what is known of several servers' context lengths where nobody knows yet which of
+// them gets the request: the largest ones. A default is known if each one's is, and what is loaded is
+// it only if it is on each of them: elsewhere a request that states none would get less.
 func onAll(list []runners.Contexts) (all runners.Contexts) {
 	known, by, everywhere := true, false, true
 	for _, c := range list {

@@ -15,76 +15,78 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// What became of a request that was sent to make its prompt warm.
+// The result of a request that was sent to make its prompt warm.
 const (
-	PrewarmEvaluated = "evaluated" // the prompt, or a part of it
-	PrewarmAttached  = "attached"  // a stored context was, and little was evaluated
-	PrewarmWarm      = "warm"      // it was already: next to nothing was evaluated
-	PrewarmGivenUp   = "given_up"  // since somebody asked
-	PrewarmRefused   = "refused"   // it is wrong, or its model is not there
-	PrewarmFailed    = "failed"    // the upstream did not answer as it should
+	PrewarmEvaluated = "evaluated" // the prompt, or a part of it, was evaluated
+	PrewarmAttached  = "attached"  // a stored context was attached, and little was evaluated
+	PrewarmWarm      = "warm"      // the prompt was warm already: next to nothing was evaluated
+	PrewarmGivenUp   = "given_up"  // cancelled for a client's request
+	PrewarmRefused   = "refused"   // the request is wrong, or its model does not exist
+	PrewarmFailed    = "failed"    // the upstream answered with an error, or not at all
 )
 
 const (
-	// prewarmRest is for how long nobody must have asked before anything is made warm. It doubles
-	// each time that somebody came meanwhile, up to prewarmRestMost: the engine ends a batch before
-	// it notices, and who asks every other second is not to pay for that each time.
+	// prewarmRest is how long no client must have asked before a prompt is made warm. It doubles
+	// each time that a client interrupts, up to prewarmRestMost: the engine finishes a batch before
+	// it notices the cancellation, and a client that asks every other second should not pay for
+	// that each time.
 	prewarmRest     = time.Second
 	prewarmRestMost = time.Minute
-	// prewarmClient is whose these requests are to the scheduler.
+	// prewarmClient is the client of these requests for the scheduler.
 	prewarmClient = "(prewarm)"
 )
 
-// prewarmer makes prompts warm before anybody asks: one at a time, while nobody asks for anything
-// of the servers that it needs, at first and whenever their model has been loaded anew or its
-// server started anew. A model that was unloaded meanwhile is not loaded for it. The nil
-// *prewarmer does nothing.
+// prewarmer makes prompts warm before anyone asks. It sends one request at a time, while no client
+// uses the servers that it needs: at the start, and whenever the model was loaded again or its
+// server was restarted. It does not load a model that was unloaded meanwhile. The nil *prewarmer
+// does nothing.
 type prewarmer struct {
 	h    *Handler
-	wake chan struct{} // holds one
+	wake chan struct{} // has room for one
 
 	mu      sync.Mutex       // guards all below
 	items   []*warmItem      // in the order of the file
-	asking  map[*backend]int // requests of clients that may go to a server, or were sent to it
-	rests   time.Duration    // for how long nobody must have asked
-	ended   time.Time        // when the last of them ended, or something failed here; zero: none did
-	running *warming         // nil: none is
-	fills   []fill           // engines whose empty slots are to be given stored contexts
-	seen    []*backend       // servers of which it was seen what they had loaded at first
+	asking  map[*backend]int // clients' requests that may go to a server, or were sent to it
+	rests   time.Duration    // how long no client must have asked
+	ended   time.Time        // when the last of them ended, or a request here failed; or zero
+	running *warming         // nil: none
+	fills   []fill           // engines whose empty slots should get stored contexts
+	seen    []*backend       // servers whose models at the start of the proxy have been noted
 }
 
-// warmItem is a request whose prompt is to be warm. Guarded by prewarmer.mu.
+// warmItem is a request whose prompt should be warm. Guarded by prewarmer.mu.
 type warmItem struct {
 	prewarmRequest
-	due   bool     // it is to be sent
+	due   bool     // it should be sent
 	loads bool     // … even if its model is not loaded
 	on    *backend // where it was sent last, or its model was unloaded; nil: nowhere yet
-	lost  int      // how often what is warm there was lost
-	told  bool     // that its model is not there has been logged
+	lost  int      // how often the server has lost its warm prompt
+	told  bool     // the log says that its model does not exist
 }
 
-// fill is a model that was loaded.
+// fill is a loaded model whose empty slots should get stored contexts.
 type fill struct {
 	on      *backend
-	weights string // "": those of model
+	weights string // "": the weights of model
 	model   string // upstream.ModelKey
 }
 
-// warming is such a request under way.
+// warming is a warmItem under way.
 type warming struct {
 	item    *warmItem
 	to      []*backend
 	cancel  context.CancelFunc
-	loading context.Context // in which its model is loaded
+	loading context.Context // cancelled by giveUp: the load of its model
 	giveUp  context.CancelFunc
-	needs   *runners.Wanted // while its model is being loaded
-	lost    int             // warmItem.lost when it was sent, or its model had been loaded for it
-	result  string
+	needs   *runners.Wanted // non-nil while its model is being loaded
+	// warmItem.lost when the request was sent, or when its model had been loaded for it.
+	lost   int
+	result string
 }
 
 type warmingKey struct{}
 
-// newPrewarmer returns what makes the handler's prompts warm; nil if there is nothing to do.
+// newPrewarmer returns the handler's prewarmer; nil if there is nothing to do.
 func newPrewarmer(h *Handler) *prewarmer {
 	if h.Prewarm == nil && h.Contexts == nil {
 		return nil
@@ -99,7 +101,7 @@ func newPrewarmer(h *Handler) *prewarmer {
 	return p
 }
 
-// nudge has run look again.
+// nudge makes run check again.
 func (p *prewarmer) nudge() {
 	if p == nil {
 		return
@@ -133,8 +135,8 @@ func (p *prewarmer) run(ctx context.Context) {
 	}
 }
 
-// next returns what is to be done now; nil: nothing, before so much time has passed, or something
-// happens (0).
+// next returns the next thing to do. If that is nil, there is nothing to do until wait has passed,
+// or (if wait is 0) until something happens.
 func (p *prewarmer) next() (do func(context.Context), wait time.Duration) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -160,8 +162,8 @@ func (p *prewarmer) next() (do func(context.Context), wait time.Duration) {
 	return nil, 0
 }
 
-// take takes in what the file has now. Requests that it had before are as warm as they were. p.mu
-// must be held.
+// take adopts the current contents of the file. Requests that were in it before stay as warm as
+// they were. p.mu must be held.
 func (p *prewarmer) take(list []prewarmRequest) {
 	if len(list) == len(p.items) && (len(list) == 0 || list[0].chain == p.items[0].chain) {
 		return
@@ -178,7 +180,7 @@ func (p *prewarmer) take(list []prewarmRequest) {
 	}
 }
 
-// targets returns the servers to one of which a request is to be sent. p.mu must be held.
+// targets returns the servers that may get the request. p.mu must be held.
 func (p *prewarmer) targets(i *warmItem) (to []*backend) {
 	absent := 0
 	for _, b := range p.h.backends {
@@ -199,15 +201,14 @@ func (p *prewarmer) targets(i *warmItem) (to []*backend) {
 	return to
 }
 
-// idle reports whether nobody asks for anything of the servers, and nothing waits. p.mu must be
-// held.
+// idle reports whether no client uses the servers, and no request waits. p.mu must be held.
 func (p *prewarmer) idle(list []*backend) bool {
 	return p.h.waiting.Load() == 0 &&
 		!slices.ContainsFunc(list, func(b *backend) bool { return p.asking[b] > 0 })
 }
 
-// asked says that a client's request may go to these servers from now on, and to no others; none:
-// it has ended. What is made warm there meanwhile is given up.
+// asked records that a client's request may go to these servers from now on, and to no others; an
+// empty list means that it has ended. It cancels what is being made warm there.
 func (p *prewarmer) asked(ex *exchange, list []*backend) {
 	if p == nil || ex.warming != nil || slices.Equal(ex.asks, list) {
 		return
@@ -229,8 +230,8 @@ func (p *prewarmer) asked(ex *exchange, list []*backend) {
 	}
 }
 
-// abandon gives a request up since a client asks. Where its model is being loaded as the client
-// needs it, that goes on: it would have to be loaded anew. prewarmer.mu must be held.
+// abandon cancels a request because a client asks. If its model is being loaded as the client needs
+// it, the load continues, since it would only start again. prewarmer.mu must be held.
 func (w *warming) abandon(b *backend, ex *exchange) {
 	w.cancel()
 	if w.needs != nil && ex.key != "" && b.runners.Weights(ex.key) == w.needs.Options.Model {
@@ -241,7 +242,7 @@ func (w *warming) abandon(b *backend, ex *exchange) {
 	w.giveUp()
 }
 
-// warm sends a request, if its model is loaded or may be.
+// warm sends a request if its model is loaded, or may be loaded for it.
 func (p *prewarmer) warm(ctx context.Context, i *warmItem, to []*backend, loads bool) {
 	if !loads && !p.loaded(ctx, i) {
 		p.mu.Lock()
@@ -261,7 +262,7 @@ func (p *prewarmer) warm(ctx context.Context, i *warmItem, to []*backend, loads 
 	p.mu.Lock()
 	if !p.idle(to) {
 		p.mu.Unlock()
-		return // somebody came; when that has ended it is looked at again
+		return // a client came first; its end triggers the next check
 	}
 	p.running, w.lost = w, i.lost
 	p.mu.Unlock()
@@ -272,7 +273,7 @@ func (p *prewarmer) warm(ctx context.Context, i *warmItem, to []*backend, loads 
 	p.running = nil
 	switch w.result {
 	case PrewarmEvaluated, PrewarmAttached, PrewarmWarm:
-		if i.lost == w.lost { // else what was lost meanwhile says what is to be done
+		if i.lost == w.lost { // otherwise changed has decided what to do next
 			i.due, i.loads = false, false
 		}
 		p.rests = prewarmRest
@@ -284,8 +285,8 @@ func (p *prewarmer) warm(ctx context.Context, i *warmItem, to []*backend, loads 
 	}
 }
 
-// loaded reports whether the model is loaded as the request needs it, where it was sent last: the
-// server is asked, since others use it, too.
+// loaded reports whether the model is loaded as the request needs it, where the request was sent
+// last. It asks the server, since others use that, too.
 func (p *prewarmer) loaded(ctx context.Context, i *warmItem) bool {
 	if !i.on.runners.Loaded(i.on.wanted(i.key, &i.chain.Runner)) {
 		return false
@@ -300,7 +301,7 @@ func (p *prewarmer) loaded(ctx context.Context, i *warmItem) bool {
 	return ok
 }
 
-// send has the handler serve a request as if a client had sent it.
+// send makes the handler serve a request as if a client had sent it.
 func (p *prewarmer) send(ctx context.Context, w *warming) {
 	i := w.item
 	r := (&http.Request{
@@ -315,14 +316,14 @@ func (p *prewarmer) send(ctx context.Context, w *warming) {
 		r.Header.Set(headerUpstream, w.to[0].Name)
 	}
 	defer func() {
-		if v := recover(); v != nil && v != http.ErrAbortHandler { // which net/http would have caught
+		if v := recover(); v != nil && v != http.ErrAbortHandler { // net/http would have caught it
 			panic(v)
 		}
 	}()
 	p.h.ServeHTTP(discard{}, r)
 }
 
-// discard is a client that reads nothing.
+// discard is a client that ignores its answer.
 type discard http.Header
 
 func (d discard) Header() http.Header         { return http.Header(d) }
@@ -330,8 +331,8 @@ func (d discard) Write(b []byte) (int, error) { return len(b), nil }
 func (d discard) WriteHeader(int)             {}
 func (d discard) Flush()                      {}
 
-// loadFirst has the model loaded for a request that is to make its prompt warm, before that is
-// sent: if somebody asks meanwhile who needs the same, the load goes on.
+// loadFirst loads the model before a request is sent that makes its prompt warm. If a client asks
+// meanwhile that needs the same model, the load continues.
 func (h *Handler) loadFirst(r *http.Request, ex *exchange) *refusal {
 	w := ex.warming
 	if w == nil {
@@ -350,7 +351,7 @@ func (h *Handler) loadFirst(r *http.Request, ex *exchange) *refusal {
 		p.mu.Unlock()
 		ex.up.Used()
 		if ex.up.port != 0 {
-			h.Contexts.Leave(r.Context(), ex.up.port) // others may have to make room
+			h.Contexts.Leave(r.Context(), ex.up.port) // the load may evict other models
 		}
 		took, err := ex.load(w.loading, wanted)
 		ex.loadedFirst = took
@@ -370,13 +371,13 @@ func (h *Handler) loadFirst(r *http.Request, ex *exchange) *refusal {
 	return nil
 }
 
-// warmed says what became of a request that was to make its prompt warm.
+// warmed sets the result of a request that makes its prompt warm.
 func (h *Handler) warmed(r *http.Request, ex *exchange) {
 	w := ex.warming
 	if w == nil {
 		return
 	}
-	reused := false // nine tenths at least
+	reused := false // at least nine tenths
 	if e := ex.Savings; e != nil && e.Tokens != nil {
 		reused = 10*e.Tokens.Evaluated <= e.Total
 	}
@@ -397,7 +398,7 @@ func (h *Handler) warmed(r *http.Request, ex *exchange) {
 	ex.Prewarm = w.result
 }
 
-// fill gives the empty slots of a model that was loaded the stored contexts that are used most.
+// fill attaches the most used stored contexts to the empty slots of a model that was loaded.
 func (p *prewarmer) fill(ctx context.Context, f fill) {
 	on := []*backend{f.on}
 	if f.weights == "" {
@@ -410,7 +411,7 @@ func (p *prewarmer) fill(ctx context.Context, f fill) {
 	})
 }
 
-// changed takes in what has changed of what a server holds.
+// changed processes a change of what a server holds.
 func (p *prewarmer) changed(b *backend, e runners.Event) {
 	if p == nil || e.Kind == runners.Idle {
 		return
@@ -428,7 +429,7 @@ func (p *prewarmer) changed(b *backend, e runners.Event) {
 	p.nudge()
 }
 
-// polled takes in what a poll of a server found.
+// polled processes a poll of a server.
 func (p *prewarmer) polled(b *backend, st upstream.State) {
 	if p == nil {
 		return
@@ -444,17 +445,18 @@ func (p *prewarmer) polled(b *backend, st upstream.State) {
 	p.nudge()
 }
 
-// fillLater has the empty slots of a model filled when nobody asks. p.mu must be held.
+// fillLater schedules the filling of a model's empty slots. p.mu must be held.
 func (p *prewarmer) fillLater(f fill) {
 	if p.h.Contexts != nil && f.on.port != 0 && !slices.Contains(p.fills, f) {
 		p.fills = append(p.fills, f)
 	}
 }
 
-// changed takes in what has changed of the request's model on a server. prewarmer.mu must be held.
+// changed processes a change of the request's model on a server. prewarmer.mu must be held.
 func (i *warmItem) changed(b *backend, kind runners.Kind) {
 	if i.on == nil && kind == runners.Unloaded {
-		i.on = b // it was to be loaded here; others have had it loaded, and it was unloaded since
+		// It was to be loaded here; meanwhile others have loaded and unloaded it.
+		i.on = b
 	}
 	if i.on != b {
 		return

@@ -14,30 +14,30 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// defaultPrewarmPath is the endpoint of a line that names none.
+// defaultPrewarmPath is the endpoint of a line without a path.
 const defaultPrewarmPath = "/api/chat"
 
-// Prewarm is the requests whose prompts are to be warm before anybody asks. Make it with
-// ParsePrewarm. Its methods may be called from any goroutine; the nil *Prewarm has no requests.
+// Prewarm is the list of requests whose prompts should be warm before anyone asks. Create it with
+// ParsePrewarm. Its methods are safe for concurrent use; the nil *Prewarm has no requests.
 type Prewarm struct {
 	requests atomic.Pointer[[]prewarmRequest]
-	replaced atomic.Pointer[func()] // called after Replace; nil: nobody is told
+	replaced atomic.Pointer[func()] // if not nil, called after Replace
 }
 
-// prewarmRequest is one of them.
+// prewarmRequest is one line of the list.
 type prewarmRequest struct {
 	path  string
 	key   string // upstream.ModelKey of its model
-	body  string // as it is sent: an answer of one token is asked for
+	body  string // as it is sent, limited to an answer of one token
 	chain *prefix.Chain
 }
 
-// same reports whether two requests are sent alike.
+// same reports whether two requests send the same.
 func (r prewarmRequest) same(other prewarmRequest) bool {
 	return r.path == other.path && r.body == other.body
 }
 
-// ParsePrewarm reads requests as Replace does.
+// ParsePrewarm reads requests in the form that Replace reads.
 func ParsePrewarm(text string) (*Prewarm, error) {
 	p := &Prewarm{}
 	if err := p.Replace(text); err != nil {
@@ -46,9 +46,9 @@ func ParsePrewarm(text string) (*Prewarm, error) {
 	return p, nil
 }
 
-// Replace reads one request a line, in JSON as a client would send it, with the endpoint as its
-// member "path" if that is not /api/chat, or as {"path": …, "body": …}. Blank lines are skipped.
-// After an error, which names the line, the requests are those from before.
+// Replace reads one request per line, in JSON as a client would send it, with the endpoint as its
+// member "path" if that is not /api/chat, or as {"path": …, "body": …}. Blank lines are skipped. On
+// an error, which names the line, the previous requests stay.
 func (p *Prewarm) Replace(text string) error {
 	list := []prewarmRequest{}
 	reader := prefix.NewReader()
@@ -74,7 +74,7 @@ func (p *Prewarm) Replace(text string) error {
 	return nil
 }
 
-// Len returns how many requests there are.
+// Len returns the number of requests.
 func (p *Prewarm) Len() int { return len(p.list()) }
 
 func (p *Prewarm) list() []prewarmRequest {
@@ -84,7 +84,7 @@ func (p *Prewarm) list() []prewarmRequest {
 	return *p.requests.Load()
 }
 
-// parsePrewarm reads one line.
+// parsePrewarm parses one line.
 func parsePrewarm(reader *prefix.Reader, line []byte) (r prewarmRequest, err error) {
 	path, members, err := addressed(line)
 	if err != nil {
@@ -117,7 +117,7 @@ func parsePrewarm(reader *prefix.Reader, line []byte) (r prewarmRequest, err err
 	return r, nil
 }
 
-// addressed reads a line, but for what its endpoint makes of it.
+// addressed splits a line into its path and its body's members.
 func addressed(line []byte) (path string, members map[string]json.RawMessage, err error) {
 	if err := json.Unmarshal(line, &members); err != nil {
 		return "", nil, fmt.Errorf("want a request, as one JSON object: %w", err)
@@ -144,7 +144,7 @@ func addressed(line []byte) (path string, members map[string]json.RawMessage, er
 	return path, members, nil
 }
 
-// prewarmPaths lists the endpoints that a line may name.
+// prewarmPaths lists the endpoints that a line may use.
 func prewarmPaths() []string {
 	paths := slices.Collect(maps.Keys(routes))
 	paths = slices.DeleteFunc(paths, func(path string) bool {
@@ -154,8 +154,8 @@ func prewarmPaths() []string {
 	return paths
 }
 
-// answeredShortly returns the body with an answer of one token asked for, in one piece: less than
-// one is no limit to some servers.
+// answeredShortly returns the body, changed to ask for an answer of one token that is not streamed.
+// Zero tokens would mean no limit to some servers.
 func answeredShortly(path string, members map[string]json.RawMessage) ([]byte, error) {
 	one := json.RawMessage("1")
 	set(members, "stream", json.RawMessage("false"))
@@ -186,8 +186,7 @@ func answeredShortly(path string, members map[string]json.RawMessage) ([]byte, e
 	return unescaped(members)
 }
 
-// set gives a member a value, whatever case its name is written in, as Ollama reads it; nil
-// removes it.
+// set sets a member, whatever the case of its name, as Ollama reads it; nil removes it.
 func set(members map[string]json.RawMessage, name string, value json.RawMessage) {
 	maps.DeleteFunc(members, func(key string, _ json.RawMessage) bool {
 		return strings.EqualFold(key, name)
@@ -197,8 +196,7 @@ func set(members map[string]json.RawMessage, name string, value json.RawMessage)
 	}
 }
 
-// unescaped writes a JSON object without changing what is in its values: prompts are to stay as
-// they are.
+// unescaped writes a JSON object without changing its values, since prompts have to stay the same.
 func unescaped(members map[string]json.RawMessage) ([]byte, error) {
 	var b bytes.Buffer
 	e := json.NewEncoder(&b)

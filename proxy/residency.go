@@ -14,27 +14,27 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// keeper is what residency needs of a server: *upstream.Server.
+// keeper is the part of *upstream.Server that residency needs.
 type keeper interface {
 	Loaded(ctx context.Context) ([]upstream.Loaded, error)
 	Keep(ctx context.Context, model string, d time.Duration, embedding bool,
 		options map[string]any, shift *bool) error
 }
 
-// residency keeps loaded the models that are used through /v1 and /v1/messages, whose requests cannot
-// carry keep_alive. It sends one empty native request per model and load: a touch. Native requests
-// that need not carry keep_alive, since the model is held, are the same. It also remembers the longest
-// keep_alive that a client asked for.
+// residency keeps models loaded that are used through /v1 and /v1/messages, whose requests cannot
+// carry a keep_alive. It sends one empty native request per model and load: a touch. It treats
+// native requests that need no keep_alive, since the model is held already, in the same way. It
+// also remembers the longest keep_alive that a client has asked for.
 //
-// A touch never loads a model, as far as can be told: it is sent only while /api/ps lists the model,
-// with the context length that was seen after the proxy's own requests, and it states the options of
-// the last of those. And it follows a request of the proxy's clients: what others, who use Ollama
-// directly, do to the model later is not undone.
+// A touch should never load a model: it is sent only while /api/ps lists the model, with the
+// context length seen after the proxy's own requests, and it states the options of the last of
+// those. Touches only follow requests of the proxy's clients: what others, who use Ollama directly,
+// do to the model later is not undone.
 //
-// A model is touched as soon as a request of its is answered, or while one runs for long. From then on
-// its expiry is judged once the model has been idle for a moment after a request (while one runs, and
-// just after, /api/ps tells an old one): it is held if it expires no earlier than the last keep_alive
-// sent for it implies.
+// A model is touched as soon as one of its requests is answered, or while one runs for long. From
+// then on its expiry is checked once the model has been idle for a moment after a request (while
+// one runs, and just after, /api/ps reports an old one): the model counts as held if it expires no
+// earlier than the last keep_alive sent for it implies.
 type residency struct {
 	upstream keeper
 	runners  *runners.Book
@@ -42,45 +42,48 @@ type residency struct {
 	always   bool // put keep_alive into every request that has none: nothing else holds a model
 	touched  func(model string, err error)
 	log      *slog.Logger
-	wake     chan struct{} // holds one
+	wake     chan struct{} // has room for one
 
 	mu     sync.Mutex
-	models *simplelru.LRU[string, *residence] // by weights, as package runners has them; guarded by mu
+	models *simplelru.LRU[string, *residence] // by weights, as in package runners; guarded by mu
 }
 
-// residence is what is known of one model. Guarded by residency.mu.
+// residence is the state of one model. Guarded by residency.mu.
 type residence struct {
-	key, name string // as it was asked for last
-	embed     bool   // … and that it was for embeddings
+	key, name string // as the last request spelled it
+	embed     bool   // … and whether that was for embeddings
 	inFlight  int
 	began     time.Time // when the first of the requests in flight began
 	ended     time.Time // when a request last ended
 
-	stated      prefix.Options // that the last request stated that was answered …
+	stated      prefix.Options // stated by the last request that was answered …
 	statedKnown bool           // … if they are known
-	context     int            // tokens, as /api/ps told of a load with those; 0: not known
+	context     int            // tokens, reported by /api/ps for a load with those; 0: unknown
 
-	foreign  bool      // used without keep_alive since it was last unloaded
-	answered bool      // a request without keep_alive was answered: it is loaded, and nothing is known to hold it
-	pending  bool      // to be judged when it has been idle for idleDelay
+	foreign bool // used without keep_alive since it was last unloaded
+	// A request without keep_alive was answered: the model is loaded, and nothing is known to hold
+	// it.
+	answered bool
+	pending  bool      // to be checked once it has been idle for idleDelay
 	unloaded bool      // a client asked to unload it, and nobody has used it since
 	checked  time.Time // when /api/ps was last looked at for this model
-	quiet    time.Time // no touch before, since one was refused
+	quiet    time.Time // no touch before this time, since one was refused
 
 	longest time.Duration  // the longest keep_alive that a client asked for since the load
 	keptAt  time.Time      // when the keep_alive in force was sent; zero if none is known for this load
 	keptFor time.Duration  // that keep_alive
-	options prefix.Options // with which the model was held; the zero value if they are not known
+	options prefix.Options // the model was held with these; the zero value if they are unknown
 }
 
 const (
-	residencyModels = 1024             // models remembered
-	idleDelay       = 2 * time.Second  // Ollama notices the end of a request asynchronously
-	checkEvery      = time.Second      // /api/ps is asked no more often
-	touchPause      = 30 * time.Second // between two touches of one load: after a refused one, or where expiry stays short
-	touchTimeout    = 2 * time.Minute  // the touch waits its turn behind a load in Ollama's queue
-	loadedTimeout   = 5 * time.Second
-	expirySlack     = 5 * time.Second // Date headers count whole seconds
+	residencyModels = 1024            // models remembered
+	idleDelay       = 2 * time.Second // Ollama notices the end of a request asynchronously
+	checkEvery      = time.Second     // the shortest interval between two calls of /api/ps
+	// Between two touches of one load: after a refused one, or if the expiry stays short.
+	touchPause    = 30 * time.Second
+	touchTimeout  = 2 * time.Minute // the touch waits in Ollama's queue behind a load
+	loadedTimeout = 5 * time.Second
+	expirySlack   = 5 * time.Second // Date headers count whole seconds
 )
 
 func newResidency(up keeper, book *runners.Book, keep KeepAlive, touched func(string, error), log *slog.Logger) *residency {
@@ -91,7 +94,7 @@ func newResidency(up keeper, book *runners.Book, keep KeepAlive, touched func(st
 	return &residency{upstream: up, runners: book, keep: keep, touched: touched, log: log, wake: make(chan struct{}, 1), models: models}
 }
 
-// get returns the model's residence, made if need be. r.mu must be held.
+// get returns the model's residence, and creates it if necessary. r.mu must be held.
 func (r *residency) get(weights string) *residence {
 	m, ok := r.models.Get(weights)
 	if !ok {
@@ -101,22 +104,23 @@ func (r *residency) get(weights string) *residence {
 	return m
 }
 
-// use is one request's hold on a model's residence. The zero use does nothing.
+// use is one request's part in a model's residence. The zero use does nothing.
 type use struct {
 	r      *residency
 	m      *residence
 	run    *runners.Request
-	stated *prefix.Options // that the request states; nil: not known
+	stated *prefix.Options // options that the request states; nil: unknown
 
-	// Of a native request, what becomes true when the upstream accepts it.
+	// For a native request: what takes effect when the upstream accepts it.
 	native   bool
 	began    time.Time
-	set      bool          // it states a keep_alive of its own …
-	duration time.Duration // … which is this
-	sent     Hold          // what went upstream in place of that, or of none; zero if nothing did
+	set      bool          // it states a keep_alive …
+	duration time.Duration // … which is this one
+	sent     Hold          // what the proxy sent instead, or added; zero if nothing
 }
 
-// begin notes that a request is sent, which is run for package runners. r.mu must be held.
+// begin records a request that is about to be sent, with its run in package runners. r.mu must be
+// held.
 func (r *residency) begin(run *runners.Request, name string, embed bool, stated *prefix.Options) use {
 	m := r.get(run.Options.Model)
 	m.key, m.name, m.embed = run.Name, name, embed
@@ -125,7 +129,7 @@ func (r *residency) begin(run *runners.Request, name string, embed bool, stated 
 		m.gone() // that load has ended
 	}
 	if m.inFlight == 0 && !m.keptAt.IsZero() && now.Sub(later(m.ended, m.keptAt)) > m.keptFor {
-		m.gone() // its keep_alive has run out, whether or not anybody saw it end
+		m.gone() // its keep_alive has run out, even if nobody saw the model unloaded
 		run.Expired(now)
 	}
 	if m.inFlight++; m.inFlight == 1 {
@@ -134,7 +138,7 @@ func (r *residency) begin(run *runners.Request, name string, embed bool, stated 
 	return use{r: r, m: m, run: run, stated: stated, began: now}
 }
 
-// beginForeign notes a request that cannot carry keep_alive.
+// beginForeign records a request that cannot carry keep_alive.
 func (r *residency) beginForeign(run *runners.Request, name string, embed bool, stated *prefix.Options) use {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -145,12 +149,13 @@ func (r *residency) beginForeign(run *runners.Request, name string, embed bool, 
 	return u
 }
 
-// beginNative notes a native request and decides about its keep_alive: see KeepAlive.decide.
+// beginNative records a native request and decides about its keep_alive: see KeepAlive.decide.
 //
-// What is held already is not held again: a request that waits in Ollama for a loaded model to make room would wait until
-// every keep_alive that comes meanwhile has run out (Ollama, server/sched.go: it ends the unload that is pending). Whether the
-// model is still held is judged as for requests that cannot carry keep_alive. For the same reason it is not held while a request in
-// flight may wait like that; a later one holds it.
+// A model that is held already is not held again. A request that waits in Ollama for a loaded model
+// to make room would otherwise wait until every keep_alive that arrives meanwhile has run out
+// (Ollama, server/sched.go: each one cancels the pending unload). Whether the model is still held
+// is checked as for requests that cannot carry keep_alive. For the same reason the proxy does not
+// hold a model while a request in flight may be waiting like that; a later request holds it.
 func (r *residency) beginNative(run *runners.Request, name string, embed bool, stated *prefix.Options, f fields) (use, string, Hold) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -163,7 +168,8 @@ func (r *residency) beginNative(run *runners.Request, name string, embed bool, s
 			did, hold = didHold, Hold{}
 			m.foreign = true
 		case run.Mixed():
-			// Which of them is loaded in the end is not known. The next one that is alone holds it.
+			// Nobody knows which of them is loaded in the end. The next request that is alone holds
+			// it.
 			did, hold, m.keptAt, m.foreign = didSpare, Hold{}, time.Time{}, false
 		case run.Beside():
 			did, hold = didSpare, Hold{}
@@ -173,7 +179,8 @@ func (r *residency) beginNative(run *runners.Request, name string, embed bool, s
 	return u, did, hold
 }
 
-// answer says that the upstream has accepted the request: only now does what it asks for hold.
+// answer records that the upstream has accepted the request: only now does what it states take
+// effect.
 func (u use) answer() {
 	if u.r == nil {
 		return
@@ -213,7 +220,7 @@ func (u use) answer() {
 // unloads reports whether the request asks to unload its model.
 func (u use) unloads() bool { return u.set && u.duration == 0 && u.sent == (Hold{}) }
 
-// end says that the request is over.
+// end records the end of the request.
 func (u use) end() {
 	if u.r == nil {
 		return
@@ -235,18 +242,19 @@ func (r *residency) nudge() {
 	}
 }
 
-// gone forgets what held for the load that ended.
+// gone resets what was known of the load that has ended.
 func (m *residence) gone() {
 	m.keptAt, m.longest, m.answered, m.quiet = time.Time{}, 0, false, time.Time{}
 }
 
-// changed reports whether the model is loaded otherwise than the proxy's clients had it loaded: a touch,
-// which states what they stated, would load it anew.
+// changed reports whether the model is loaded with another context than the proxy's clients had it
+// loaded with. A touch states what they stated, so it would load the model again.
 func (m *residence) changed(l upstream.Loaded) bool {
 	was := m.context
 	m.context = l.ContextLength
 	if stated := m.stated.NumCtx(); was == 0 {
-		was = stated // the model may have been made for less: seen once more, that is its context
+		// The model may have been made for less: if this is seen once more, it is the context.
+		was = stated
 	}
 	return was != 0 && l.ContextLength != 0 && was != l.ContextLength
 }
@@ -281,7 +289,7 @@ func (r *residency) due(now time.Time) (wait time.Duration, ok bool) {
 	return at.Sub(now), ok
 }
 
-// due returns when the model is to be looked at; false if it need not be.
+// due returns when to check the model; false if there is no need.
 func (m *residence) due() (time.Time, bool) {
 	at := later(m.quiet, m.checked.Add(checkEvery))
 	switch {
@@ -302,7 +310,7 @@ func later(a, b time.Time) time.Time {
 	return b
 }
 
-// check asks what is loaded and touches what is not held.
+// check finds out what is loaded, and touches models that are not held.
 func (r *residency) check(ctx context.Context) {
 	now := time.Now()
 	looking, cancel := context.WithTimeout(ctx, loadedTimeout)
@@ -325,7 +333,7 @@ func (r *residency) check(ctx context.Context) {
 			continue
 		}
 		if m.checked = now; err != nil {
-			continue // asked again after checkEvery; an upstream that is down is reported by its polls
+			continue // tried again after checkEvery; polls report an upstream that is down
 		}
 		want := r.keep.floor(m.key, m.longest)
 		if l, isLoaded := loaded[weights]; m.needsTouch(want, l, isLoaded, now) {
@@ -361,13 +369,13 @@ func (r *residency) check(ctx context.Context) {
 	}
 }
 
-// needsTouch judges the model by how /api/ps lists it at the time now: whether it is loaded as the
-// proxy's clients had it, and not held for as long as is wanted. Where it is not to be touched it says
-// what is known now.
+// needsTouch compares the model with its entry in /api/ps at the time now, and reports whether it
+// is loaded as the proxy's clients had it loaded, but not held for as long as it should be. If it
+// need not be touched, needsTouch records what is now known.
 func (m *residence) needsTouch(want Hold, l upstream.Loaded, isLoaded bool, now time.Time) bool {
 	switch {
 	case want == Hold{}:
-		m.pending, m.answered, m.keptAt = false, false, now // nothing is promised for this model
+		m.pending, m.answered, m.keptAt = false, false, now // nothing was promised for this model
 	case !isLoaded && m.inFlight > 0: // still loading, or waiting to
 	case !isLoaded:
 		m.pending = false
@@ -384,14 +392,15 @@ func (m *residence) needsTouch(want Hold, l upstream.Loaded, isLoaded bool, now 
 	return false
 }
 
-// touch sets how long a model that is loaded stays loaded. stated are the options with which it is.
+// touch sets how long a loaded model stays loaded. stated are the options that it is loaded with.
 func (r *residency) touch(ctx context.Context, name string, d time.Duration, embed bool, stated prefix.Options) error {
 	ctx, cancel := context.WithTimeout(ctx, touchTimeout)
 	defer cancel()
 	options, shift := stated.Request()
 	err := r.upstream.Keep(ctx, name, d, embed, options, shift)
 	if !embed && upstream.StatusCode(err) == http.StatusBadRequest {
-		err = r.upstream.Keep(ctx, name, d, true, options, nil) // a model that can do nothing but embeddings
+		// The model can only do embeddings.
+		err = r.upstream.Keep(ctx, name, d, true, options, nil)
 	}
 	return err
 }

@@ -12,7 +12,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// Why a request was sent to another upstream, or again: the one that it was sent to cannot have begun with it.
+// Why a request was sent to another upstream, or again. In each case the first one cannot have
+// begun to process it.
 const (
 	RetryUnreachable = "unreachable" // no connection could be made
 	RetryBusy        = "busy"        // it answered 503 in Ollama's own words for a full queue
@@ -20,17 +21,18 @@ const (
 )
 
 const (
-	busyMost  = 10                     // times that one upstream is asked again when its queue is full
-	busyPause = 250 * time.Millisecond // before that, doubled each time …
+	busyMost  = 10                     // retries at one upstream whose queue is full
+	busyPause = 250 * time.Millisecond // before the first retry, doubled each time …
 	busyLast  = 5 * time.Second        // … up to this
 )
 
-// goneMost is how often a request is sent again to servers that answer polls, but make no connection for it: for about a minute.
+// goneMost limits how often a request is sent again to servers that answer polls but accept no
+// connection for it: for about a minute.
 const goneMost = 16
 
-// attempts is the forwarder's transport. It sends a request elsewhere, once to each upstream, if the one that it was sent to
-// cannot have begun with it, and if there is no other, or none answers, waits for one to come back; what may have been begun is
-// never sent twice.
+// attempts is the forwarder's transport. If a request cannot have begun at its server, attempts
+// sends it elsewhere, once to each upstream; if there is no other, or none answers, it waits for
+// one to come back. A request that may have begun is never sent twice.
 type attempts struct{ h *Handler }
 
 func (a attempts) RoundTrip(out *http.Request) (*http.Response, error) {
@@ -51,7 +53,7 @@ func (a attempts) RoundTrip(out *http.Request) (*http.Response, error) {
 		case (ex.gateway || upstream.Closed(err)) && out.Context().Err() == nil:
 			h.brokeOff(out.Context(), ex.up)
 		}
-		if why == "" || ex.passing.wasBegun() { // what was read of it has gone
+		if why == "" || ex.passing.wasBegun() { // the part of its body that was read is gone
 			return res, err
 		}
 		ex.silence.stop()
@@ -69,8 +71,7 @@ func (a attempts) RoundTrip(out *http.Request) (*http.Response, error) {
 	}
 }
 
-// again returns a request that was refused as it is to be sent to one of these servers, for which it
-// has paused and waited.
+// again prepares a refused request for one of these servers, after pausing and waiting.
 func (h *Handler) again(
 	out *http.Request, ex *exchange, why string, list []*backend, pause time.Duration,
 ) (*http.Request, error) {
@@ -94,11 +95,11 @@ func (h *Handler) again(
 	return again, nil
 }
 
-// repeats counts how often a request was sent to servers that had refused it once.
+// repeats counts how often a request was sent again to servers that had refused it once.
 type repeats struct{ busy, gone int }
 
-// next returns the servers to which a refused request may be sent now, and how long to pause before
-// that; none: its refusal is final.
+// next returns the servers to which a refused request may be sent now, and how long to pause first.
+// If there are none, the refusal is final.
 func (h *Handler) next(
 	ex *exchange, why string, past *repeats,
 ) (list []*backend, pause time.Duration) {
@@ -113,7 +114,7 @@ func (h *Handler) next(
 		}
 		past.gone++
 	case why == RetryBusy && past.busy < busyMost && ex.grant != nil:
-		list = []*backend{ex.up} // its queue will be shorter in a moment
+		list = []*backend{ex.up} // its queue will soon be shorter
 		pause = min(busyPause<<past.busy, busyLast)
 		past.busy++
 	}
@@ -142,30 +143,30 @@ func (h *Handler) pause(ctx context.Context, ex *exchange, d time.Duration) erro
 	return context.Cause(ctx)
 }
 
-// byGateway reports whether a status is what stands in front of a server answers while the server does not. Of 503 it may be, if that
-// is not in Ollama's own words.
+// byGateway reports whether a gateway may have answered in place of a server that is down. For 503
+// that is so unless the body has Ollama's own words.
 func byGateway(status int) bool {
 	return status == http.StatusBadGateway || status == http.StatusServiceUnavailable || status == http.StatusGatewayTimeout
 }
 
-// elsewhere returns the servers to which a request that was refused may be sent.
+// elsewhere returns the other servers to which a refused request may be sent.
 func (h *Handler) elsewhere(ex *exchange, why string) []*backend {
 	if ex.only != nil || len(h.backends) == 1 || why != RetryUnreachable && !ex.runsHere() {
 		return nil
 	}
 	if why == RetryAbsent {
 		if h.refresh(); ex.up.State().Has(ex.key) {
-			return nil // it is something else that was not found
+			return nil // something else was not found
 		}
 	}
 	if st := ex.up.State(); ex.runsHere() && (why == RetryAbsent || st.Lists(ex.key)) {
-		list, _ := h.having(ex) // one without the model would say that there is none
+		list, _ := h.having(ex) // one without the model would answer that it does not exist
 		return list
 	}
 	return h.candidates(ex)
 }
 
-// returning returns the servers for which a request waits that could not be sent to any.
+// returning returns the servers that a request waits for if it could not be sent to any.
 func (h *Handler) returning(ex *exchange) []*backend {
 	if !ex.infers() || ex.up.TryDuration == 0 {
 		return nil
@@ -174,18 +175,20 @@ func (h *Handler) returning(ex *exchange) []*backend {
 	return h.promising(ex)
 }
 
-// brokeOff is told of a request that was broken off by its server, or answered in its place by a gateway, before its lane goes to
-// another one: if any wait, then they are not to be sent one by one to a server that is gone.
+// brokeOff is called before the lane of a request is released whose server broke off, or was
+// replaced by a gateway's answer. If other requests wait, it polls the server at once, so that they
+// are not sent one by one to a server that is gone.
 func (h *Handler) brokeOff(ctx context.Context, b *backend) {
 	if b.BrokeOff(); h.waiting.Load() > 0 {
 		b.Check(ctx)
 	}
 }
 
-// errSilent is the cause with which a request is given up that was not answered for Handler.UpstreamSilence.
+// errSilent is the cause of cancelling a request that got no byte for Handler.UpstreamSilence.
 var errSilent = errors.New("the upstream sent nothing for too long")
 
-// silence gives a request up when its upstream has sent nothing for so long, while something of it is waited for. Nil never does.
+// silence cancels a request when its upstream has sent nothing for too long while the proxy waits
+// for it. A nil *silence never does.
 type silence struct {
 	timer *time.Timer
 	limit time.Duration
@@ -203,14 +206,14 @@ func (s *silence) stop() {
 	}
 }
 
-// silent tells of such a request.
+// silent returns the answer to such a request.
 func (ex *exchange) silent() *refusal {
 	return &refusal{http.StatusGatewayTimeout, fmt.Sprintf(
 		"ollama at %s sent nothing for %v, and was not waited for any longer (--upstream-silence)",
 		ex.up.URL, ex.silence.limit)}
 }
 
-// retryReason says why a request may be sent elsewhere; "" if it may not.
+// retryReason returns why a request may be sent elsewhere; "" if it may not.
 func retryReason(res *http.Response, err error) string {
 	switch {
 	case err != nil:
@@ -218,7 +221,8 @@ func retryReason(res *http.Response, err error) string {
 			return RetryUnreachable
 		}
 	case res.StatusCode == http.StatusServiceUnavailable:
-		if queueFull(res) { // of another one, such as a gateway's, nobody knows whether the request was begun
+		// For another 503, such as a gateway's, nobody knows whether the request was begun.
+		if queueFull(res) {
 			return RetryBusy
 		}
 	case res.StatusCode == http.StatusNotFound:
@@ -227,7 +231,8 @@ func retryReason(res *http.Response, err error) string {
 	return ""
 }
 
-// queueFull reports whether a 503 is Ollama's for a full queue. It leaves the answer as it was, and waits for no long one.
+// queueFull reports whether a 503 is Ollama's for a full queue. It leaves the answer unchanged, and
+// does not wait for a long body.
 func queueFull(res *http.Response) bool {
 	if res.ContentLength < 0 || res.ContentLength > 4096 {
 		return false

@@ -36,9 +36,12 @@ type HeadEdits struct {
 	Edits int // at least 1
 }
 
-// ParseStableHeads reads a list of rules' names.
+// ParseStableHeads reads a list of rules' names, or "off".
 func ParseStableHeads(names []string) (StableHeads, error) {
 	var s StableHeads
+	if len(names) == 1 && names[0] == s.String() {
+		return s, nil
+	}
 	var known []string
 	for _, rule := range stableRules {
 		known = append(known, rule.name)
@@ -48,7 +51,7 @@ func ParseStableHeads(names []string) (StableHeads, error) {
 	}
 	for _, name := range names {
 		if !slices.Contains(known, name) {
-			return StableHeads{}, fmt.Errorf("there is no rule %q: want one or several of %s", name, strings.Join(known, ", "))
+			return StableHeads{}, fmt.Errorf("there is no rule %q: want off, or one or several of %s", name, strings.Join(known, ", "))
 		}
 	}
 	return s, nil

@@ -122,6 +122,11 @@ func TestStableHeads(t *testing.T) {
 	if _, err := ParseStableHeads([]string{"claude-billing", "dates"}); err == nil || !strings.Contains(err.Error(), "claude-billing, total-tokens") {
 		t.Errorf("an unknown rule: %v", err)
 	}
+	for _, s := range []StableHeads{all, {}} {
+		if again, err := ParseStableHeads(strings.Split(s.String(), ", ")); err != nil || again.String() != s.String() {
+			t.Errorf("%s is read as %s: %v", s, again, err)
+		}
+	}
 	if s := all.String() + "/" + (StableHeads{}).String(); s != "claude-billing, total-tokens/off" {
 		t.Error(s)
 	}

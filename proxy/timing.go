@@ -5,10 +5,10 @@ import (
 	"strconv"
 )
 
-// timing tells a client how long its request waited in the proxy. What the model then took is known
-// at the end of an answer only, when the header has long been sent: to keep that back until a short
-// answer has come whole would keep back the beginning of one that comes slowly, and few clients read
-// trailers, which proxies on the way drop.
+// timing reports to the client how long its request waited in the proxy. The model's time is known
+// only at the end of an answer, long after the header was sent. Holding back the header until a
+// short answer is complete would also hold back the beginning of a slow one. Few clients read
+// trailers, and proxies on the way drop them.
 func (ex *exchange) timing(header http.Header) {
 	waited := ex.Waited + ex.paused
 	header.Set(headerWaited, strconv.FormatFloat(waited.Seconds(), 'f', 3, 64))

@@ -23,7 +23,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// box is an Ollama server of which a test says what it has. It can be killed and started again at the same address.
+// box is an Ollama server whose contents a test sets. It can be killed and started again at the
+// same address.
 type box struct {
 	t    *testing.T
 	name string
@@ -33,7 +34,7 @@ type box struct {
 	models map[string]string // digests by name; guarded by mu
 	loaded []string          // guarded by mu
 	tokens int               // what they are loaded with, as it lists them; guarded by mu
-	asked  []string          // the requests that are no polls: method, path and body; guarded by mu
+	asked  []string          // requests other than polls: method, path and body; guarded by mu
 	refuse int               // answer inference with this status; guarded by mu
 	words  string            // … and this error; guarded by mu
 	hold   chan struct{}     // inference waits until it is closed; guarded by mu
@@ -83,7 +84,7 @@ func (b *box) set(f func()) {
 	f()
 }
 
-// took returns what was asked since the last call.
+// took returns the requests since the last call.
 func (b *box) took() []string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -92,7 +93,7 @@ func (b *box) took() []string {
 	return slices.DeleteFunc(asked, func(s string) bool { return strings.HasPrefix(s, "POST /api/show") && strings.Contains(s, `"verbose"`) }) // the proxy's own
 }
 
-// wait waits until something was asked that begins so.
+// wait waits for a request that begins with this text.
 func (b *box) wait(prefix string) {
 	for {
 		b.mu.Lock()
@@ -120,7 +121,7 @@ func (b *box) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		b.news = make(chan struct{})
 	}
 	var body struct{ Model, Name string }
-	json.Unmarshal(text, &body) // none: ""
+	json.Unmarshal(text, &body) // if there is none: ""
 	body.Model = cmp.Or(body.Model, body.Name)
 	_, has := b.models[body.Model]
 	names := slices.Sorted(maps.Keys(b.models))
@@ -168,7 +169,7 @@ func (b *box) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		"prompt_eval_duration": len(text) / 4 * 1e6, "eval_duration": 1e6, "total_duration": len(text)/4*1e6 + 1e6, "done_reason": "stop"})
 }
 
-// fleet is a proxy in front of boxes. slots as schedule.Config.Lanes.
+// fleet is a proxy in front of boxes. slots is schedule.Config.Lanes.
 type fleet struct {
 	*rig
 	boxes map[string]*box
@@ -187,7 +188,7 @@ func newFleet(t *testing.T, slots int, boxes ...*box) *fleet {
 	return f
 }
 
-// poll has all upstreams polled.
+// poll polls all upstreams.
 func (f *fleet) poll() {
 	for _, up := range f.h.Upstreams {
 		up.Used()
@@ -195,14 +196,14 @@ func (f *fleet) poll() {
 	}
 }
 
-// kill kills a box, and closes the connections to it that the proxy keeps: a request that is written to one of those may have been
-// read, for all that anybody knows.
+// kill kills a box, and closes the connections to it that the proxy keeps: nobody could know
+// whether a request written to one of those was read.
 func (f *fleet) kill(b *box) {
 	b.kill()
 	f.h.Transport.(*http.Transport).CloseIdleConnections()
 }
 
-// ask sends a request and returns which box answered it, by its answer and by the header.
+// ask sends a request and returns which box answered it, according to its answer and to the header.
 func (f *fleet) ask(method, path, body string, headers ...string) (status int, from string) {
 	f.t.Helper()
 	res, text := f.do(method, path, body, headers...)
@@ -229,8 +230,8 @@ func passage(id, n int) string {
 	return b.String()
 }
 
-// TestUnion: of entries with one name the newest one is listed, wherever it comes from, and what is
-// equally new stays in the upstreams' order.
+// TestUnion: of entries with one name the newest is listed, wherever it comes from; equally new
+// ones stay in the upstreams' order.
 func TestUnion(t *testing.T) {
 	entry := func(name, from string, hour int) listed {
 		return listed{
@@ -248,7 +249,7 @@ func TestUnion(t *testing.T) {
 	}
 }
 
-// listing decodes a merged list: from which box each name comes, in order.
+// listing decodes a merged list: which box each name comes from, in order.
 func (f *fleet) listing(path, member string) (names []string, raw string) {
 	f.t.Helper()
 	res, text := f.do("GET", path, "")
@@ -267,7 +268,8 @@ func (f *fleet) listing(path, member string) (names []string, raw string) {
 	return names, text
 }
 
-// TestF21: each model goes where it is; lists are the union by name; one dead upstream neither fails nor delays them.
+// TestF21: each model's requests go where the model is; lists are the union by name; one dead
+// upstream neither makes them fail nor delays them.
 func TestF21(t *testing.T) {
 	for _, slots := range []int{schedule.Unlimited, 1} {
 		t.Run(fmt.Sprint(slots), func(t *testing.T) {
@@ -311,7 +313,7 @@ func TestF21(t *testing.T) {
 			goes("z", "b")
 			goes("nowhere", "")
 
-			// A list that is out of date is read again on a 404, once.
+			// An outdated list is read again on a 404, once.
 			a.set(func() { delete(a.models, "x") })
 			b.set(func() { b.models["x"] = "1" })
 			f.h.refreshEvery = 0
@@ -321,7 +323,7 @@ func TestF21(t *testing.T) {
 				t.Errorf("the server that has the model no more was asked %d times: %q", len(asked), asked)
 			}
 
-			// One that is down is missed by nobody who does not need it.
+			// A server that is down does not matter to requests that do not need it.
 			b.kill()
 			lists([]string{"shared/a"}, []string{"x/a"})
 			if status, from := f.ask("POST", "/api/chat", chat("shared", "s")); status != 200 || from != "a" {
@@ -339,8 +341,8 @@ func TestF21(t *testing.T) {
 	}
 }
 
-// TestF22: the turns of a conversation stay on one server, whatever others ask; when that is killed they move once; and one that
-// drains finishes what it has and gets nothing new.
+// TestF22: the turns of a conversation stay on one server, whatever others ask. When that is
+// killed, they move once; when it is drained, it finishes its requests and gets nothing new.
 func TestF22(t *testing.T) {
 	for _, slots := range []int{schedule.Unlimited, 1} {
 		t.Run(fmt.Sprint(slots), func(t *testing.T) {
@@ -388,7 +390,8 @@ func TestF22(t *testing.T) {
 	}
 }
 
-// TestRetryElsewhere: what a server cannot have begun with is sent to another, once; what it may have begun with is not.
+// TestRetryElsewhere: a request that cannot have begun is sent to another server, once; one that
+// may have begun is not.
 func TestRetryElsewhere(t *testing.T) {
 	for _, slots := range []int{schedule.Unlimited, 1} {
 		t.Run(fmt.Sprint(slots), func(t *testing.T) {
@@ -430,14 +433,14 @@ func TestRetryElsewhere(t *testing.T) {
 			near, far = home()
 			f.kill(near)
 			chatOnce(far.name, RetryUnreachable)
-			chatOnce(far.name) // it counts as down at once
+			chatOnce(far.name) // the server counts as down at once
 			near.start()
 			f.poll()
 			if st := f.h.named(near.name).State(); !st.Up || !st.Restarted {
 				t.Errorf("found again: %+v", st)
 			}
 
-			// One that breaks off may have begun.
+			// A request whose connection breaks off may have begun.
 			ln, err := net.Listen("tcp", "127.0.0.1:0")
 			if err != nil {
 				t.Fatal(err)
@@ -470,7 +473,8 @@ func TestRetryElsewhere(t *testing.T) {
 	}
 }
 
-// TestDrain: a server that drains finishes its streams and gets nothing new; what waits for it goes elsewhere.
+// TestDrain: a draining server finishes its streams and gets nothing new; its backlog moves
+// elsewhere.
 func TestDrain(t *testing.T) {
 	for _, slots := range []int{schedule.Unlimited, 1} {
 		t.Run(fmt.Sprint(slots), func(t *testing.T) {
@@ -522,7 +526,7 @@ func TestDrain(t *testing.T) {
 	}
 }
 
-// TestOneTarget: what changes models goes to the first upstream, or to the one that is named.
+// TestOneTarget: requests that change models go to the first upstream, or to the named one.
 func TestOneTarget(t *testing.T) {
 	a, b := newBox(t, "a", "m@1"), newBox(t, "b", "m@1")
 	f := newFleet(t, schedule.Unlimited, a, b)
@@ -552,7 +556,8 @@ func TestOneTarget(t *testing.T) {
 	}
 }
 
-// TestF04Everywhere: an unload is sent to every upstream that may hold the model, at once; one answer comes back.
+// TestF04Everywhere: an unload is sent to every upstream that may hold the model, at once; the
+// client gets one answer.
 func TestF04Everywhere(t *testing.T) {
 	for _, body := range []string{`{"model":"m","keep_alive":0}`, `{"model":"m","keep_alive":"0s"}`} {
 		a, b, c := newBox(t, "a", "m@1"), newBox(t, "b", "m@1"), newBox(t, "c", "other@1")
@@ -574,7 +579,8 @@ func TestF04Everywhere(t *testing.T) {
 	}
 }
 
-// TestNeverSeen: a server that has not answered since the start is not taken for one that may have what nobody else has.
+// TestNeverSeen: a server that has not answered since the start is not assumed to have models that
+// no other server has.
 func TestNeverSeen(t *testing.T) {
 	a, dead := newBox(t, "a", "m@1"), newBox(t, "b")
 	dead.kill()
@@ -589,7 +595,7 @@ func TestNeverSeen(t *testing.T) {
 	if status, from := f.ask("POST", "/api/chat", chat("new", "s")); status != 200 || from != "a" {
 		t.Errorf("a model that was pulled by hand: %d from %q", status, from)
 	}
-	// One that is down, and had the model, is asked only if no other has it by now.
+	// A server that is down and had the model is used only if no other has it by now.
 	b := newBox(t, "c", "only@1")
 	g := newFleet(t, schedule.Unlimited, a, b)
 	g.h.refreshEvery = 0
@@ -601,7 +607,8 @@ func TestNeverSeen(t *testing.T) {
 	}
 }
 
-// TestLoopAmongOthers: an upstream that leads back to the proxy gets nothing, and what only it could answer is refused.
+// TestLoopAmongOthers: an upstream that leads back to the proxy gets nothing, and requests that
+// only it could answer are refused.
 func TestLoopAmongOthers(t *testing.T) {
 	b := newBox(t, "b", "m@1")
 	var rg *rig
@@ -634,7 +641,8 @@ func TestLoopAmongOthers(t *testing.T) {
 	}
 }
 
-// TestCloudBesideLocal: a model of a remote service and one of this name here are two.
+// TestCloudBesideLocal: a remote service's model and a local model of the same name are different
+// models.
 func TestCloudBesideLocal(t *testing.T) {
 	a, b := newBox(t, "a", "m@1", "gpt:120b-cloud@2"), newBox(t, "b", "m@1", "gpt:120b@3")
 	b.loaded = []string{"gpt:120b"}
@@ -674,7 +682,8 @@ func TestUnloadWaitsForNone(t *testing.T) {
 	}
 }
 
-// TestBusyAlone: a queue-full 503 of the only upstream is asked again, after a pause in which the client may leave.
+// TestBusyAlone: after a queue-full 503 the only upstream is tried again, after a pause in which
+// the client may leave.
 func TestBusyAlone(t *testing.T) {
 	a := newBox(t, "a", "m@1")
 	f := newFleet(t, 1, a)
@@ -729,7 +738,7 @@ func TestRetryReason(t *testing.T) {
 	}
 }
 
-// TestOddLists: what cannot be understood of an entry does not cost the others.
+// TestOddLists: entries that cannot be parsed do not affect the others.
 func TestOddLists(t *testing.T) {
 	odd := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {

@@ -5,12 +5,14 @@ import (
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
 // Contexts are the context lengths of one model, in tokens; 0: not known, or none.
 type Contexts struct {
 	// Loaded is the one with which the model is loaded, or with which a request that is under way
-	// has it loaded: the largest of them.
+	// has it loaded: the largest of them. It is as large as was stated, even if the model was made
+	// for less.
 	Loaded int
 	// ByDefault says that Loaded is what a request gets that states none.
 	ByDefault bool
@@ -22,26 +24,33 @@ type Contexts struct {
 }
 
 // Contexts returns what is known of a model (upstream.ModelKey) whose manifest has this digest: see
-// Wanted.
-func (b *Book) Contexts(name, digest string) Contexts {
+// Wanted. listed is what /api/ps told last, which tells of a model that nobody has used through the
+// proxy yet.
+func (b *Book) Contexts(name, digest string, listed []upstream.Loaded) Contexts {
 	w := b.Wanted(name, digest, &prefix.Options{})
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	c := Contexts{Default: w.Options.NumCtx()}
 	m, ok := b.models.Peek(w.Options.Model)
 	if !ok {
+		c.Loaded = b.byWeights(listed)[w.Options.Model].ContextLength
 		return c
 	}
 	if c.Default == 0 {
 		c.Default = m.byDefault
 	}
 	c.Largest = m.largest
-	if c.Loaded = m.context; m.known {
-		c.take(m.options, m.context, m.byDefault)
+	switch {
+	case !m.known:
+		c.Loaded = m.context
+	case m.context == m.byDefault:
+		c.take(m.options, m.byDefault)
+	default: // what requests that state none were given is not seen yet
+		c.take(m.options, 0)
 	}
 	for _, r := range m.running {
 		if r.Known {
-			c.take(r.Options, 0, m.byDefault)
+			c.take(r.Options, m.byDefault)
 		}
 	}
 	if w.Options.NumCtx() > 0 { // a copy of the model, whose Modelfile says what it gets
@@ -50,18 +59,13 @@ func (b *Book) Contexts(name, digest string) Contexts {
 	return c
 }
 
-// take takes in that the model has these options. told is what /api/ps tells of its context, which
-// may be less than was asked for, since no model gets more than it was made for; byDefault is what one
-// gets if neither request nor Modelfile states any.
-func (c *Contexts) take(o prefix.Options, told, byDefault int) {
+// take takes in that the model has these options, and byDefault tokens if they state none. No model
+// gets more than it was made for, but what is stated counts: requests that state the same share a
+// lane, and do not load the model anew.
+func (c *Contexts) take(o prefix.Options, byDefault int) {
 	n, stated := o.NumCtx(), o.NumCtx() > 0
-	switch {
-	case !stated && told > 0:
-		n = told
-	case !stated:
+	if !stated {
 		n = byDefault
-	case told > 0:
-		n = min(n, told)
 	}
 	if n >= c.Loaded {
 		c.Loaded, c.ByDefault = n, !stated

@@ -18,7 +18,7 @@ func TestContexts(t *testing.T) {
 	none, small, large := &prefix.Options{}, stating(t, "num_ctx", "2048"), stating(t, "num_ctx", "8192")
 	want := func(when string, c Contexts) {
 		t.Helper()
-		if got := d.Contexts("registry.ollama.ai/library/a:latest", ""); got != c {
+		if got := d.Contexts(upstream.ModelKey("a"), "", nil); got != c {
 			t.Errorf("%s: %+v, want %+v", when, got, c)
 		}
 	}
@@ -47,9 +47,9 @@ func TestContexts(t *testing.T) {
 	load(large)
 	want("a larger one", Contexts{Loaded: 8192, Default: 4096, Largest: 8192})
 	listed(6000) // the model was made for no more
-	want("less than was asked for", Contexts{Loaded: 6000, Default: 4096, Largest: 8192})
+	want("less than was asked for", Contexts{Loaded: 8192, Default: 4096, Largest: 8192})
 	r = d.begin("a", none)
-	want("beside one that states none", Contexts{Loaded: 6000, Default: 4096, Largest: 8192})
+	want("beside one that states none", Contexts{Loaded: 8192, Default: 4096, Largest: 8192})
 	d.took(r, 2*time.Second, time.Second)
 	listed(0)
 	want("unloaded", Contexts{Default: 4096, Largest: 8192})
@@ -59,7 +59,39 @@ func TestContexts(t *testing.T) {
 	want("after a restart", Contexts{Largest: 8192})
 }
 
-// TestContextsOfCopies: what a copy of a model gets whose Modelfile states a context is not what the model gets by default.
+// TestContextsNotSeenYet: what /api/ps told before a request is not what that request, which states
+// none, was given.
+func TestContextsNotSeenYet(t *testing.T) {
+	d := newDesk(t)
+	var list []upstream.Loaded
+	want := func(when string, c Contexts) {
+		t.Helper()
+		if got := d.Contexts(upstream.ModelKey("a"), "", list); got != c {
+			t.Errorf("%s: %+v, want %+v", when, got, c)
+		}
+	}
+	listed := func(context int) {
+		d.now = d.now.Add(time.Second)
+		list = []upstream.Loaded{{Name: "b", ContextLength: 7}, {Name: "a", ContextLength: context}}
+		d.Listed(list, d.now)
+		d.now = d.now.Add(time.Second)
+	}
+	listed(8192)
+	want("before anybody used it through the proxy", Contexts{Loaded: 8192})
+	d.begin("a", &prefix.Options{}).End(d.now, Outcome{Refused: true})
+	listed(32768)
+	want("loaded by somebody else", Contexts{Loaded: 32768})
+	d.took(d.begin("a", &prefix.Options{}), 2*time.Second, 0) // /v1 does not say that this loaded it anew
+	want("before it is seen", Contexts{ByDefault: true})
+	listed(4096)
+	want("when it is seen", Contexts{Loaded: 4096})
+	d.took(d.begin("a", &prefix.Options{}), 2*time.Second, 0)
+	listed(4096)
+	want("when it is seen to be the default", Contexts{Loaded: 4096, ByDefault: true, Default: 4096})
+}
+
+// TestContextsOfCopies: what a copy of a model gets whose Modelfile states a context is not what the
+// model gets by default.
 func TestContextsOfCopies(t *testing.T) {
 	d := newDesk(t)
 	d.Book = New(&shelf{models: map[string]*api.ShowResponse{
@@ -68,7 +100,7 @@ func TestContextsOfCopies(t *testing.T) {
 	}}, nil)
 	want := func(when string, name string, c Contexts) {
 		t.Helper()
-		if got := d.Contexts(name, name+"1"); got != c {
+		if got := d.Contexts(name, name+"1", nil); got != c {
 			t.Errorf("%s, %s: %+v, want %+v", when, name, got, c)
 		}
 	}

@@ -10,7 +10,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/jsonscan"
 )
 
-// Dialect says how an answer is written.
+// Dialect is the format of an answer.
 type Dialect uint8
 
 const (
@@ -20,42 +20,46 @@ const (
 	Anthropic                // /v1/messages
 )
 
-// marks has what the data of the one event that tells the counts contains, spelled as every JSON encoder spells it. Within
-// a string its quotes would be escaped; an event that has it as another key or as a whole string is read, and tells nothing.
+// marks are found only in the data of the event with the counts, as every JSON encoder spells it.
+// Within a string the quotes would be escaped; an event that has the mark as another key, or as a
+// whole string, is parsed in vain.
 var marks = [...][]byte{
-	Native:    []byte(`"done"`), // never as events
+	Native:    []byte(`"done"`), // never in events
 	OpenAI:    []byte(`"usage"`),
 	Responses: []byte(`"response.completed"`),
-	Anthropic: []byte(`"message_delta"`), // not message_start, in which Ollama only guesses the prompt's tokens
+	// Not message_start, in which Ollama only guesses the prompt's tokens.
+	Anthropic: []byte(`"message_delta"`),
 }
 
-// Answer is what the end of an answer tells. The zero Answer tells nothing: the answer broke off or failed, or the
-// client did not ask for counts (OpenAI streams have them only with stream_options.include_usage).
+// Answer is what the end of an answer reports. It is zero if the answer broke off or failed, or if
+// the client did not ask for counts (OpenAI streams have them only with
+// stream_options.include_usage).
 type Answer struct {
-	Done bool // the end came, and it told Total or Generated
+	Done bool // the end came, and it reported Total or Generated
 
-	Total       int  // tokens of the prompt, reused ones included; 0 if unknown
-	Cached      int  // tokens of the prompt that were reused, as the server counts them
-	CachedKnown bool // false: the server does not tell (Ollama before 0.34), and Cached is 0
+	Total       int  // tokens of the prompt, including reused ones; 0 if unknown
+	Cached      int  // reused tokens of the prompt, as the server counts them
+	CachedKnown bool // if false, the server does not report it (before Ollama 0.34)
 	Generated   int  // tokens of the answer; 0 if unknown
 
-	// Of the native dialect only.
+	// The rest is set for the native dialect only.
 
-	// Zero if unknown. Load is the time until the model was ready, in Ollama's queue and loading; TotalTime holds the other
-	// three and the wait for a slot.
+	// Zero if unknown. Load is the time until the model was ready: Ollama's queue and loading.
+	// TotalTime includes the other three and the wait for a slot.
 	TotalTime, Load, PromptEval, Eval time.Duration
-	// DoneReason is "stop", "length", …, and "load" or "unload" for a request without a prompt, which has no counts: Done
-	// is false then.
+	// DoneReason is "stop", "length" and so on, or "load" or "unload" for a request without a
+	// prompt, which has no counts, so that Done is false.
 	DoneReason string
 }
 
 const (
-	// maxLine is how many bytes of one line, or of a JSON body, are kept to be read. It bounds a Reader's memory to
-	// about 10 MiB: two of them, and what append reserves. What is longer is given up and its counts are unknown. (128k
-	// tokens make about 0.5 MB of text and 0.8 MB of context; only the log probabilities of a long answer that is not
-	// streamed make more than this.)
+	// maxLine is the longest line, or JSON body, in bytes that is parsed; the counts of longer ones
+	// are unknown. It bounds a Reader's memory to about 10 MiB: two lines, and what append
+	// reserves. (A context of 128k tokens makes about 0.5 MB of text and 0.8 MB of token numbers;
+	// only the log probabilities of a long answer that is not streamed are larger.)
 	maxLine = 4 << 20
-	// maxPooled is the largest buffer, in bytes, that is kept for the next Reader: one that long answers still fit in.
+	// maxPooled is the largest buffer, in bytes, that is kept for the next Reader. Long answers fit
+	// in it.
 	maxPooled = 2 << 20
 )
 
@@ -63,31 +67,33 @@ type framing uint8
 
 const (
 	whole  framing = iota // one JSON object
-	lines                 // one JSON object a line; the last tells how the answer ended
+	lines                 // one JSON object per line; the last reports how the answer ended
 	events                // server-sent events, each with one line of data
 )
 
-// Reader finds the counts in an answer's body that passes by, without its Content-Encoding. It keeps one line at a time
-// and parses one, the last that can tell counts, in Answer. What is not the JSON that it looks for tells nothing.
+// Reader finds the counts in the body of an answer as it passes by, with any Content-Encoding
+// decoded. It keeps one line at a time and parses only one, in Answer: the last that can have
+// counts. It ignores anything else.
 //
 // A Reader is used by one goroutine at a time.
 type Reader struct {
 	dialect     Dialect
 	framing     framing
 	tellsCached bool
-	limit       int // maxLine; lower in tests
+	limit       int // maxLine, except in tests
 
-	line []byte // the line that has begun, or the whole body
-	over bool   // the line is longer than limit, and given up
-	last []byte // the last line that can tell counts
+	line []byte // the current line so far, or the whole body
+	over bool   // the line is longer than limit, and is skipped
+	last []byte // the last line that can have counts
 	done bool   // OpenAI's last event came
 }
 
 var readers = sync.Pool{New: func() any { return new(Reader) }}
 
-// NewReader returns a Reader of one answer with this Content-Type header. tellsCached says that the server is known to be
-// Ollama 0.34 or later: in the dialect Responses the number of reused tokens is always there, and 0 from servers that
-// cannot tell, so that without tellsCached 0 is taken for unknown. The other dialects leave the number out if it is unknown.
+// NewReader returns a Reader of one answer with this Content-Type header. tellsCached means that
+// the server is known to be Ollama 0.34 or later. The dialect Responses always has the number of
+// reused tokens, and it is 0 from servers that do not know it; so without tellsCached, 0 counts as
+// unknown. The other dialects omit an unknown number.
 func NewReader(d Dialect, contentType string, tellsCached bool) *Reader {
 	r := readers.Get().(*Reader)
 	*r = Reader{dialect: d, tellsCached: tellsCached, limit: maxLine, line: r.line[:0], last: r.last[:0]}
@@ -101,7 +107,8 @@ func NewReader(d Dialect, contentType string, tellsCached bool) *Reader {
 	return r
 }
 
-// Release makes the Reader's memory available to others. The Reader may not be used any more.
+// Release makes the Reader's memory available to other Readers. The Reader must not be used
+// afterwards.
 func (r *Reader) Release() {
 	if cap(r.line) > maxPooled {
 		r.line = nil
@@ -112,7 +119,7 @@ func (r *Reader) Release() {
 	readers.Put(r)
 }
 
-// Write takes in the next bytes of the body. It does not keep p.
+// Write processes the next bytes of the body. It does not keep p.
 func (r *Reader) Write(p []byte) {
 	for r.framing != whole {
 		n := bytes.IndexByte(p, '\n')
@@ -125,7 +132,7 @@ func (r *Reader) Write(p []byte) {
 	r.add(p)
 }
 
-// add adds to the line that has begun.
+// add appends to the current line.
 func (r *Reader) add(p []byte) {
 	if r.over || len(p) > r.limit-len(r.line) {
 		r.line, r.over = nil, true
@@ -134,7 +141,7 @@ func (r *Reader) add(p []byte) {
 	r.line = append(r.line, p...)
 }
 
-// endLine takes in the rest of a line. One that came in one piece is not copied, unless it can tell counts.
+// endLine completes a line. A line that came in one piece is copied only if it can have counts.
 func (r *Reader) endLine(rest []byte) {
 	if len(r.line) == 0 && !r.over && len(rest) <= r.limit {
 		if r.canTell(rest) {
@@ -144,15 +151,16 @@ func (r *Reader) endLine(rest []byte) {
 	}
 	r.add(rest)
 	if r.over {
-		r.last = r.last[:0] // what came before may not be the end
+		r.last = r.last[:0] // the last line before this one may not be the end
 	} else if r.canTell(r.line) {
 		r.line, r.last = r.last, r.line
 	}
 	r.line, r.over = r.line[:0], false
 }
 
-// canTell reports whether the line can be the one that tells the counts. The last one that can is the one: in lines of
-// JSON it is the last line, whatever it says, so that an error after an answer's end is not overlooked.
+// canTell reports whether the line can be the one with the counts; the last such line is. In lines
+// of JSON that is the last line, whatever it says, so that an error after an answer's end is not
+// missed.
 func (r *Reader) canTell(line []byte) bool {
 	if r.framing != events {
 		return len(bytes.TrimSpace(line)) > 0
@@ -165,14 +173,15 @@ func (r *Reader) canTell(line []byte) bool {
 		r.done = true
 		return false
 	}
-	return bytes.Contains(text, marks[r.dialect][1:]) // with the first quote, the search would stop at each of the others
+	// With the first quote, the search would stop at every other quote.
+	return bytes.Contains(text, marks[r.dialect][1:])
 }
 
 var dataField = []byte("data:")
 
-// Answer returns what the body told, after its last byte was written.
+// Answer returns what the body reported. Call it after the last Write.
 func (r *Reader) Answer() Answer {
-	r.endLine(nil) // the last line need not have an end
+	r.endLine(nil) // the last line need not end with a newline
 	var a Answer
 	switch text := r.last; {
 	case r.framing != events && r.dialect == Native:
@@ -192,17 +201,18 @@ func (r *Reader) Answer() Answer {
 		a.Cached, a.CachedKnown = 0, false // a contradiction
 	}
 	if a.Total == 0 && a.Generated == 0 {
-		return Answer{DoneReason: a.DoneReason} // /v1/completions tells zeros in every event but the last
+		// /v1/completions reports zeros in every event but the last.
+		return Answer{DoneReason: a.DoneReason}
 	}
 	a.Done = true
 	return a
 }
 
-// event reads an event's data.
+// event parses an event's data.
 func (r *Reader) event(text []byte) Answer {
 	switch r.dialect {
 	case OpenAI:
-		if r.done { // other servers tell the usage so far in every event
+		if r.done { // other servers report the usage so far in every event
 			return readUsage(member(text, "usage"))
 		}
 	case Responses:
@@ -217,7 +227,7 @@ func (r *Reader) event(text []byte) Answer {
 	return Answer{}
 }
 
-// native reads the last line of an answer.
+// native parses the last line of an answer.
 func native(text []byte) Answer {
 	var a Answer
 	done := false
@@ -249,7 +259,8 @@ func native(text []byte) Answer {
 	return a
 }
 
-// readUsage reads the usage of any dialect; Total is the one number that it has for the prompt.
+// readUsage parses the usage of any dialect; Total is the number that the dialect has for the
+// prompt.
 func readUsage(text []byte) Answer {
 	var a Answer
 	ok := members(text, func(name, value []byte) {
@@ -270,7 +281,8 @@ func readUsage(text []byte) Answer {
 	return a
 }
 
-// member returns the raw value of an object's member; nil if there is none, or if the text is not an object.
+// member returns the raw value of an object's member; nil if there is none, or if the text is not
+// an object.
 func member(text []byte, name string) []byte {
 	var found []byte
 	if !members(text, func(n, value []byte) {
@@ -283,8 +295,8 @@ func member(text []byte, name string) []byte {
 	return found
 }
 
-// members calls f with the name and the raw value of each of the object's members. Only if it returns true is the text an
-// object and nothing else, and do they mean anything.
+// members calls f with the name and the raw value of each member of the object. Only if it returns
+// true was the text an object and nothing else, so that the members are valid.
 func members(text []byte, f func(name, value []byte)) bool {
 	o := jsonscan.NewObject(text)
 	for m, ok := o.Next(); ok; m, ok = o.Next() {
@@ -293,7 +305,8 @@ func members(text []byte, f func(name, value []byte)) bool {
 	return o.Err() == nil && len(bytes.TrimSpace(text[o.End():])) == 0
 }
 
-// count reads a number of tokens; false if it is none. It is below 1<<30, so that the sum of two is an int.
+// count parses a number of tokens; false if it is not one. It is below 1<<30, so that the sum of
+// two fits an int.
 func count(value []byte) (int, bool) {
 	n, err := strconv.ParseInt(string(value), 10, 31)
 	if err != nil || n < 0 {
@@ -302,7 +315,7 @@ func count(value []byte) (int, bool) {
 	return int(n), true
 }
 
-// duration reads nanoseconds; 0 if they are none.
+// duration parses nanoseconds; 0 if it cannot.
 func duration(value []byte) time.Duration {
 	n, err := strconv.ParseInt(string(value), 10, 64)
 	if err != nil {

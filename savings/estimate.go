@@ -8,35 +8,34 @@ import (
 // guess is an estimate.
 type guess struct {
 	reused int
-	known  bool      // probable enough to be told
-	sure   bool      // … and to be learned from
-	best   candidate // the one that would have been the most; of no tokens if there is none
-	picked candidate // the one that was
+	known  bool      // probable enough to be reported
+	sure   bool      // … and to learn from
+	best   candidate // the largest possible one; without tokens if there is none
+	picked candidate // the most probable one
 }
 
 const (
-	// enough is how probable a verdict must be to be told. From 0.8 on it makes little difference:
-	// most are either clear or in great doubt.
+	// enough is how probable a verdict must be to be reported. From 0.8 on, the value makes little
+	// difference: most verdicts are either clear or very doubtful.
 	enough = 0.9
-	// certain is how probable a verdict must be to be learned from. Lower, the first mistakes on a
-	// busy machine make the next ones more probable.
+	// certain is how probable a verdict must be to learn from it. With a lower value, the first
+	// mistakes on a busy machine make further ones more probable.
 	certain = 0.97
-	// vague is how wrong a figure may be on the average, as a part of the prompt, to be told.
+	// vague is how wrong a reported figure may be on average, as a fraction of the prompt.
 	vague = 0.1
 )
 
-// estimate infers how many tokens were reused, or says that it cannot.
+// estimate infers how many tokens were reused, or reports that it cannot.
 //
-// Each prompt that the engine saw lately, and that the new one has a beginning in common with, is a
-// candidate for what was reused, beside nothing at all. The time that the evaluation took tells
-// which of them it was: a candidate predicts it from the tokens left to evaluate and the speed that
-// was learned. Slots and host caches need not be known: the prior is how often a prompt was still
-// warm after so many others, which is learned, too.
+// Each recent prompt of the engine that shares a beginning with the new one is a candidate for what
+// was reused; another candidate is that nothing was. The evaluation time decides between them: each
+// candidate predicts it from the number of tokens left to evaluate and the learned speed. Slots and
+// host caches need not be known: the prior is how often a prompt was still warm after so many
+// others, which is learned, too.
 //
 // A time is no proof. Nothing makes a machine faster than it can be, so a short time is strong
 // evidence for a hit; but other work can make any hit take as long as a cold prompt, so a long time
-// is weak evidence against one. The figure is told only if its verdict is probable enough after
-// all.
+// is weak evidence against one. The figure is reported only if its verdict is probable enough.
 func (e *engine) estimate(r *Request, o Outcome, loaded bool) guess {
 	if o.Total == 0 {
 		return guess{}
@@ -49,9 +48,9 @@ func (e *engine) estimate(r *Request, o Outcome, loaded bool) guess {
 	g, ev := guess{best: list[0]}, r.evidence(o)
 	if !e.guessed.known() {
 		if !e.fresh {
-			return g // it may be warm from before, for all we know
+			return g // the prompt may be warm from before the ledger began
 		}
-		ev.ms = 0 // it says nothing yet: what is expected must do
+		ev.ms = 0 // no speed is learned yet, so only the priors count
 	}
 	chances := e.weigh(ev, list, r.upstream.Old)
 	picked, agreed, wrong := likeliest(list, chances, o.Total)
@@ -69,15 +68,15 @@ func (e *engine) estimate(r *Request, o Outcome, loaded bool) guess {
 		e.observe(ev, list, chances, g.sure)
 		return g
 	}
-	// It took less than all that is known to be in common explains: the engine holds what was sent by
-	// others, or aborted.
+	// The time was shorter than any known common prefix explains: the engine holds prompts that
+	// others sent, or that were aborted.
 	n := max(int(ev.ms/(e.guessed.perToken(o.Total)*math.Exp(idle))), 1)
 	g.reused, g.sure = max(g.reused, o.Total-n), false
 	g.known = d.told || e.busy.jitter() < math.Ln2
 	return g
 }
 
-// possible returns what may have been reused, the most tokens first.
+// possible returns the candidates for what was reused, most tokens first.
 func (e *engine) possible(r *Request, total int, loaded bool) (list []candidate) {
 	if !loaded {
 		list = e.candidates(r, total)
@@ -89,8 +88,8 @@ func (e *engine) possible(r *Request, total int, loaded bool) (list []candidate)
 	return list
 }
 
-// likeliest returns the most probable candidate, how probable its verdict is, and how wrong its
-// tokens are on the average, as a part of the prompt's.
+// likeliest returns the most probable candidate, the probability of its verdict, and the mean error
+// of its tokens, as a fraction of the prompt's.
 func likeliest(list []candidate, chances []float64, total int) (
 	c candidate, agreed, wrong float64) {
 	best := 0
@@ -109,8 +108,8 @@ func likeliest(list []candidate, chances []float64, total int) (
 	return c, agreed, wrong
 }
 
-// distinct leaves out candidates that say about the same as an earlier one that was seen more
-// lately.
+// distinct drops candidates that predict about the same as an earlier one, which gets the better
+// rank.
 func distinct(list []candidate, total int) []candidate {
 	const most = 12
 	var kept []candidate
@@ -127,11 +126,11 @@ func distinct(list []candidate, total int) []candidate {
 	return kept
 }
 
-// evidence is what a request's times tell of how many of its tokens were evaluated.
+// evidence is what a request's times say about how many of its tokens were evaluated.
 type evidence struct {
 	total  int     // tokens of the prompt
-	ms     float64 // how long the evaluation took; 0: not known
-	decode float64 // ms for each token of the answer; 0: not known
+	ms     float64 // how long the evaluation took; 0: unknown
+	decode float64 // ms for each token of the answer; 0: unknown
 	beside float64 // tokens of the prompts that the model was given meanwhile
 }
 
@@ -139,13 +138,13 @@ func (r *Request) evidence(o Outcome) evidence {
 	return evidence{total: o.Total, ms: r.engine.observed(o), decode: r.decode(o), beside: r.beside}
 }
 
-// observed returns how long the prompt's evaluation took, in ms; 0 where that is not known.
+// observed returns how long the prompt's evaluation took, in ms; 0 if that is unknown.
 func (e *engine) observed(o Outcome) float64 {
 	switch {
 	case o.PromptEval > 0:
 		return toMs(o.PromptEval)
 	case o.TotalTime > 0:
-		return 0 // a native answer that tells times tells this one, too
+		return 0 // a native answer with times would have this one, too
 	case o.FirstByte > 0 && o.FirstByte < o.Duration:
 		return toMs(o.FirstByte)
 	case o.Duration > 0:
@@ -154,8 +153,8 @@ func (e *engine) observed(o Outcome) float64 {
 	return 0
 }
 
-// decode returns how many ms each token of the answer took. 0: not known, or other requests were
-// served in the same batches.
+// decode returns how many ms each token of the answer took. It is 0 if that is unknown, or if other
+// requests were served in the same batches.
 func (r *Request) decode(o Outcome) float64 {
 	if o.Eval <= 0 || o.Generated < 2 || r.beside > 0 {
 		return 0
@@ -163,12 +162,14 @@ func (r *Request) decode(o Outcome) float64 {
 	return toMs(o.Eval) / float64(o.Generated)
 }
 
-// weigh returns how probable each candidate is. The list is sorted, the most tokens first, and ends
-// with none.
+// weigh returns the probability of each candidate. The list is sorted, most tokens first, and ends
+// with the candidate of rank none.
 func (e *engine) weigh(ev evidence, list []candidate, old bool) []float64 {
-	const foreign = 0.01 // how often all of it is cold for a reason unknown to the ledger, at least
+	const foreign = 0.01 // at least how often everything is cold for a reason unknown to the ledger
 	chances := make([]float64, len(list))
-	colder, sum := 1.0, 0.0 // colder: that all before were cold; the most that is warm is reused
+	// colder is the probability that all candidates before were cold: the largest warm one is
+	// reused.
+	colder, sum := 1.0, 0.0
 	for i, c := range list {
 		p := max(colder, foreign)
 		if c.rank != none {
@@ -187,18 +188,20 @@ func (e *engine) weigh(ev evidence, list []candidate, old bool) []float64 {
 	return chances
 }
 
-// deviation is how a time differs from what is learned, if so many tokens were evaluated. Its
+// deviation compares a time with the learned one, given how many tokens were evaluated. Its
 // logarithms are natural.
 type deviation struct {
-	slower float64 // log of the time over the learned one
-	busier float64 // log of how much slower the machine is, by the answer's tokens or else lately
-	told   bool    // by the answer's tokens
-	spread float64 // log of the longest time that is explained over the shortest
+	slower float64 // log of the time divided by the learned one
+	// Log of how much slower the machine is: by the answer's tokens, or else as it was lately.
+	busier float64
+	told   bool    // whether busier is by the answer's tokens
+	spread float64 // log of the longest explained time divided by the shortest
 }
 
 func (e *engine) deviation(ev evidence, evaluated int) deviation {
 	least, decode := e.guessed.predict(evaluated, ev.total)
-	most := least + e.guessed.perToken(ev.total)*ev.beside // what was evaluated in the same batches
+	// most includes what was evaluated in the same batches.
+	most := least + e.guessed.perToken(ev.total)*ev.beside
 	d := deviation{busier: e.busy.lately, spread: math.Log(most / least)}
 	if ev.decode > 0 && decode > 0 {
 		d.busier, d.told = believed(math.Log(ev.decode/decode)), true
@@ -212,23 +215,23 @@ func (e *engine) deviation(ev evidence, evaluated int) deviation {
 	return d
 }
 
-// believed bounds the log of how many times slower a machine is: a single absurd time must not undo
-// what is known.
+// believed bounds the log of how many times slower a machine is, so that a single absurd time does
+// not spoil what was learned.
 func believed(slower float64) float64 { return min(max(slower, -2), 3) }
 
-// likelihood returns how probable the evidence is if so many tokens were evaluated, as a density of
-// the logarithm of the time. It is a mixture: the machine is as fast as ever, or as busy as it
-// seems to be now, or has a burst of other work, of any strength. The shares and widths fit what
-// real servers did on a quiet machine, beside stress-ng, and beside bursts of it; a third more or
-// less of them makes little difference (TestBusy).
+// likelihood returns the probability of the evidence, as a density of the logarithm of the time,
+// given how many tokens were evaluated. It is a mixture: the machine is as fast as ever, or as busy
+// as it seems to be now, or has a burst of other work of any strength. The shares and widths fit
+// real servers on a quiet machine, beside stress-ng, and beside bursts of it; a third more or less
+// of them makes little difference (TestBusy).
 func (e *engine) likelihood(ev evidence, evaluated int) float64 {
 	const (
 		faster = 0.02 // share of times too short: the speed was learned on a busier machine
-		long   = 1.5  // mean of the log of how many times a burst slows down
+		long   = 1.5  // mean of the log of the factor by which a burst slows down
 	)
 	d, scatter := e.deviation(ev, evaluated), e.busy.scatter()
-	// The answer's tokens tell what the machine is doing now; what it did lately tells less, the
-	// less the more that changes.
+	// The answer's tokens show how busy the machine is now. How busy it was lately says less, and
+	// the less the more that varies.
 	now, burst, width := 0.65, 0.1, 0.35+0.25*math.Abs(d.busier)
 	if !d.told {
 		now, burst, width = 0.3, min(0.1+0.4*e.busy.jitter(), 0.6), width+0.3
@@ -243,7 +246,7 @@ func (e *engine) likelihood(ev evidence, evaluated int) float64 {
 	return p / (1 + d.spread)
 }
 
-// lopsided is the density of a normal distribution whose deviation is another one on either side.
+// lopsided is the density of a normal distribution with different deviations on its two sides.
 func lopsided(x, below, above float64) float64 {
 	sigma := above
 	if x < 0 {
@@ -252,30 +255,30 @@ func lopsided(x, below, above float64) float64 {
 	return math.Exp(-square(x/sigma)/2) / ((below + above) * math.Sqrt(math.Pi/2))
 }
 
-// busyness is what is known of how much other work slows the machine down. The zero value knows
-// nothing.
+// busyness is how much other work slows the machine down. The zero value means that nothing is
+// known.
 type busyness struct {
-	above  mean    // squares of by how much times were longer than explained, in natural logarithms
+	above  mean    // squares of the log by which times were longer than explained
 	lately float64 // log of how many times slower than learned the last evaluations were
 	// Means of the same log over more evaluations, and of its square.
 	level, squares mean
 }
 
-// scatter returns how far above what is explained times are.
+// scatter returns by how much times exceed what is explained, as a deviation of the logarithm.
 func (b *busyness) scatter() float64 {
-	const usual, samples = 0.4, 8 // of a quiet machine, and how many samples that counts for
+	const usual, samples = 0.4, 8 // on a quiet machine, and how many samples it counts for
 	n := float64(b.above.n)
 	return math.Sqrt((samples*square(usual) + n*b.above.v) / (samples + n))
 }
 
-// jitter returns how much the machine's speed changes from one request to another, as the deviation
+// jitter returns how much the machine's speed varies from one request to another, as the deviation
 // of a natural logarithm.
 func (b *busyness) jitter() float64 {
 	return math.Sqrt(max(0, b.squares.v-square(b.level.v)))
 }
 
-// observe takes in how busy the machine was. Every request counts, each of its candidates as much
-// as it is probable: those that are in doubt are the ones that show that times scatter.
+// observe records how busy the machine was. Every request counts, and each of its candidates by its
+// probability: the doubtful ones are those that show how times scatter.
 func (e *engine) observe(ev evidence, list []candidate, chances []float64, sure bool) {
 	var above, busy float64
 	told := false

@@ -7,21 +7,22 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
-// Reason says why a request was not warm. Each such request has one.
+// Reason is why a request was not warm. Each such request has exactly one.
 type Reason string
 
 const (
-	ReasonFirst    Reason = "first_seen"     // nothing like it was seen before
-	ReasonDiverged Reason = "diverged"       // it differs early from the nearest prompt that was seen
-	ReasonTaken    Reason = "slot_taken"     // another prompt took the slot that held its prefix
-	ReasonReloaded Reason = "reloaded"       // the model was loaded anew, with other options
-	ReasonEvicted  Reason = "evicted"        // the model had been unloaded
-	ReasonRestart  Reason = "restarted"      // the upstream was restarted
-	ReasonBeside   Reason = "concurrent"     // another request with its prefix was still being evaluated
-	ReasonSliding  Reason = "sliding_window" // a model with a sliding window, on a server that reuses nothing for those
+	ReasonFirst    Reason = "first_seen" // nothing like it was seen before
+	ReasonDiverged Reason = "diverged"   // it differs early from the nearest prompt that was seen
+	ReasonTaken    Reason = "slot_taken" // another prompt took the slot that held its prefix
+	ReasonReloaded Reason = "reloaded"   // the model was loaded again, with other options
+	ReasonEvicted  Reason = "evicted"    // the model had been unloaded
+	ReasonRestart  Reason = "restarted"  // the upstream was restarted
+	ReasonBeside   Reason = "concurrent" // another request with its prefix was being evaluated
+	// A model with a sliding window, on a server that reuses nothing for those.
+	ReasonSliding Reason = "sliding_window"
 )
 
-// reason finds out why. entry has its verdict; changes are those for which the model was loaded.
+// reason determines the reason. entry has the verdict; changes are the reason for the load, if any.
 func (e *engine) reason(r *Request, entry *Entry, changes []prefix.Change) (Reason, string) {
 	n := e.nearest(r)
 	gone := r.shares(n.lost) && n.lost.Bytes > n.live.Bytes
@@ -45,20 +46,19 @@ func (e *engine) reason(r *Request, entry *Entry, changes []prefix.Change) (Reas
 	return ReasonDiverged, n.diverged(r)
 }
 
-// shares reports whether what is in common is much of the prompt.
+// shares reports whether the common part is a relevant part of the prompt.
 func (r *Request) shares(s prefix.Shared) bool { return s.Bytes >= 64 && 10*s.Bytes >= r.bytes }
 
-// nearest is what a prompt has in common with the nearest ones that were sent before it.
+// nearest is what a prompt has in common with the most similar prompts that were sent before it.
 type nearest struct {
-	live    prefix.Shared // with one that should be warm
-	pending bool          // … and whose evaluation was not over when the request was sent
+	live    prefix.Shared // with a prompt that should be warm
+	pending bool          // … whose evaluation had not ended when the request was sent
 
-	lost   prefix.Shared // with one that is lost, for why and detail
+	lost   prefix.Shared // with a prompt that is lost; why and detail give the reason
 	why    Reason
 	detail string
 
-	// with the last one that begins with the same text, though it was to be rendered or loaded
-	// otherwise
+	// The last prompt that begins with the same text, even if rendered or loaded differently.
 	sibling   prefix.Shared
 	siblingOf *prefix.Chain
 }
@@ -88,7 +88,7 @@ func (e *engine) nearest(r *Request) nearest {
 	return n
 }
 
-// diverged says how the prompt differs from the nearest one.
+// diverged describes how the prompt differs from the nearest one.
 func (n *nearest) diverged(r *Request) string {
 	switch {
 	case n.siblingOf != nil && n.siblingOf.Runner != r.chain.Runner:
@@ -101,7 +101,7 @@ func (n *nearest) diverged(r *Request) string {
 	return where(n.sibling)
 }
 
-// where says where a prompt differs from the nearest one, without a word of its text.
+// where describes the place where a prompt diverges from the nearest one, without any of its text.
 func where(s prefix.Shared) string {
 	switch s.Part {
 	case prefix.Runner, prefix.Settings, prefix.Tools:

@@ -7,38 +7,39 @@ import (
 	"slices"
 )
 
-// speed is how long the evaluation of a prompt takes, learned from some. The time per token depends on how many tokens are
-// evaluated (a few take longer each than many in one batch) and on how long the prompt is. It is smoothed over what was
-// seen: by a normal kernel, over the powers of two.
+// speed predicts how long evaluating a prompt takes, from past evaluations. The time per token
+// depends on how many tokens are evaluated (a few take longer each than many in one batch) and on
+// the length of the prompt. The prediction is smoothed by a normal kernel over powers of two.
 //
-// A busy machine is slower than it can be, and nothing makes it faster: so the fast ones of the last evaluations count.
+// A busy machine is slower than it can be, and nothing makes it faster, so only the fast ones of
+// the last evaluations count.
 type speed struct {
 	cells []cell
 }
 
-// cell has the evaluations of about as many tokens of prompts about as long.
+// cell has the evaluations of similar numbers of tokens, in prompts of similar lengths.
 type cell struct {
 	n, total int // powers of two
 	last     [8]pace
 	count    int
 }
 
-// pace is how fast one evaluation went. The answer's tokens, generated right after it, tell how busy
+// pace is the speed of one evaluation. The answer's tokens, generated right after it, show how busy
 // the machine was, whatever was reused.
 type pace struct {
 	perToken float64 // ms
-	decode   float64 // ms for each token of the answer; 0: not known
+	decode   float64 // ms for each token of the answer; 0: unknown
 }
 
 type sample struct{ total, ms, decode float64 }
 
-// few is by how many tokens' time every evaluation takes longer, before the shape of the curve is learned.
+// few is the fixed cost of an evaluation, in tokens, before the shape of the curve is learned.
 const few = 30
 
 func (s *speed) known() bool { return len(s.cells) > 0 }
 
-// add learns from an evaluation of n tokens of a prompt, whose answer's tokens took decode ms each
-// (0: not known).
+// add learns from an evaluation of n tokens of a prompt whose answer's tokens took decode ms each
+// (0: unknown).
 func (s *speed) add(n, total int, ms, decode float64) {
 	if n < 1 || ms <= 0 {
 		return
@@ -54,7 +55,7 @@ func (s *speed) add(n, total int, ms, decode float64) {
 	c.count++
 }
 
-// fast returns a low quartile of the cell's evaluations.
+// fast returns the lower quartile of the cell's evaluations.
 func (c *cell) fast() pace {
 	last := c.last
 	kept := last[:min(c.count, len(last))]
@@ -62,10 +63,11 @@ func (c *cell) fast() pace {
 	return kept[len(kept)/4]
 }
 
-// predict returns how many ms the evaluation of n tokens of a prompt takes, and how many each token of
-// the answer took when that was learned; 0 where nothing is learned.
+// predict returns how many ms evaluating n tokens of a prompt takes, and how many ms each token of
+// the answer took when that was learned; 0 if nothing is learned yet.
 func (s *speed) predict(n, total int) (ms, decode float64) {
-	const wide = 0.7 // of the kernel, in powers of two; the prompt's length matters half as much
+	// Width of the kernel, in powers of two; the prompt's length matters half as much.
+	const wide = 0.7
 	x, y := math.Log2(float64(n)+0.5), math.Log2(float64(total)+0.5)
 	var evals, decodes kernel
 	nearest := math.Inf(1)
@@ -83,7 +85,7 @@ func (s *speed) predict(n, total int) (ms, decode float64) {
 	return evals.mean() * float64(n+few), decodes.mean()
 }
 
-// kernel is a weighted geometric mean. What is 0 does not count.
+// kernel is a weighted geometric mean. It ignores zeros.
 type kernel struct{ sum, weights float64 }
 
 func (k *kernel) add(weight, v float64) {
@@ -100,7 +102,8 @@ func (k *kernel) mean() float64 {
 	return math.Exp(k.sum / k.weights)
 }
 
-// perToken returns the time of each of many tokens in a prompt of so many, in ms; 0 if nothing is learned.
+// perToken returns the time per token, in ms, when all tokens of a prompt of this length are
+// evaluated; 0 if nothing is learned yet.
 func (s *speed) perToken(total int) float64 {
 	n := max(total, 1)
 	ms, _ := s.predict(n, n)

@@ -139,16 +139,8 @@ func (b *batchCmd) config(c *console) (*batch.Source, *batch.Config, error) {
 		config.Concurrency = n
 	}
 	var err error
-	switch host := os.Getenv("OLLAMA_HOST"); {
-	case b.Server != "":
-		config.Server, err = upstream.ParseAddr(b.Server, defaultPort)
-	case host != "":
-		config.Server, err = upstream.ParseAddr(host, upstream.DefaultPort)
-	default:
-		config.Server = &url.URL{Scheme: "http", Host: net.JoinHostPort("127.0.0.1", defaultPort)}
-	}
-	if err != nil {
-		return nil, nil, fmt.Errorf("--server, OLLAMA_HOST: %w", err)
+	if config.Server, err = b.server(); err != nil {
+		return nil, nil, err
 	}
 	for _, n := range []batch.Named{
 		{For: "the input", Name: b.Input}, {For: "the data", Name: b.Data}, {For: "the template", Name: b.Template},
@@ -162,6 +154,22 @@ func (b *batchCmd) config(c *console) (*batch.Source, *batch.Config, error) {
 		return nil, nil, err
 	}
 	return config.Source, config, nil
+}
+
+// server returns where the requests are sent.
+func (b *batchCmd) server() (server *url.URL, err error) {
+	switch host := os.Getenv("OLLAMA_HOST"); {
+	case b.Server != "":
+		server, err = upstream.ParseAddr(b.Server, defaultPort)
+	case host != "":
+		server, err = upstream.ParseAddr(host, upstream.DefaultPort)
+	default:
+		server = &url.URL{Scheme: "http", Host: net.JoinHostPort("127.0.0.1", defaultPort)}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("--server, OLLAMA_HOST: %w", err)
+	}
+	return server, nil
 }
 
 func (b *batchCmd) source() (*batch.Source, error) {

@@ -14,12 +14,12 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 )
 
-// defaultMemory returns how many bytes held bodies may take unless the operator says otherwise: a
-// quarter of the least of these limits.
+// defaultMemory returns the default budget for held bodies, in bytes: a quarter of the smallest of
+// these limits.
 func defaultMemory(limits ...memlimit.Provider) int64 {
 	least := uint64(math.MaxInt64)
 	for _, limit := range limits {
-		if n, err := limit(); err == nil { // an error says that there is no such limit here
+		if n, err := limit(); err == nil { // an error means that there is no such limit here
 			least = min(least, n)
 		}
 	}
@@ -28,13 +28,13 @@ func defaultMemory(limits ...memlimit.Provider) int64 {
 
 const (
 	trimEvery = 15 * time.Second
-	trimQuiet = 8 << 20  // bytes allocated in that time, up to which there is no load
-	trimWorth = 32 << 20 // bytes allocated since the last time, below which there is little to give back
+	trimQuiet = 8 << 20  // bytes allocated per interval, up to which there is no load
+	trimWorth = 32 << 20 // bytes allocated since the last time: less is not worth a collection
 )
 
-// trim gives memory back to the system after a load, until ctx ends. By itself Go collects garbage
-// when as much was allocated as is held, which takes long once nobody asks for anything, and what
-// is pooled only at the second time after that.
+// trim returns memory to the system after a load, until ctx ends. Go by itself collects garbage
+// only after allocating as much as is held, which takes long without requests, and it frees pooled
+// memory only at the second collection after that.
 func trim(ctx context.Context, transport *http.Transport) {
 	tick := time.NewTicker(trimEvery)
 	defer tick.Stop()

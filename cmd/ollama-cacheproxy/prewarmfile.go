@@ -7,7 +7,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 )
 
-// prewarmFile is --prewarm.
+// prewarmFile is the file of --prewarm.
 type prewarmFile struct {
 	settingsFile
 	requests *proxy.Prewarm
@@ -26,7 +26,7 @@ func readPrewarm(path string) (*prewarmFile, error) {
 	return f, nil
 }
 
-// reload reads the file again. If that fails, the requests from before stay.
+// reload reads the file again. If that fails, the previous requests stay.
 func (f *prewarmFile) reload(logger *slog.Logger) {
 	if err := f.again(f.requests.Replace); err != nil {
 		logger.Error("the requests of --prewarm could not be read again: those from before stay",

@@ -12,13 +12,14 @@ import (
 	"golang.org/x/term"
 )
 
-const progressEvery = 10 * time.Second // where there is no terminal
+const progressEvery = 10 * time.Second // without a terminal
 
-// progress shows how far something is: a bar on a terminal, or else a line in the log every 10 seconds.
+// progress shows how far a run is: as a bar on a terminal, otherwise as a line in the log every ten
+// seconds.
 type progress struct {
 	log *slog.Logger
 
-	mu     sync.Mutex               // of what is below, and of writing to the terminal
+	mu     sync.Mutex               // guards the fields below, and writing to the terminal
 	bar    *progressbar.ProgressBar // nil: no terminal
 	logged time.Duration
 	stderr io.Writer
@@ -38,7 +39,7 @@ func newProgress(stderr io.Writer, format string, level slog.Level) *progress {
 	return p
 }
 
-// Write writes a line of the log where the bar was, which is drawn again below it.
+// Write writes a line of the log in place of the bar, and draws the bar again below it.
 func (p *progress) Write(line []byte) (int, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -46,7 +47,8 @@ func (p *progress) Write(line []byte) (int, error) {
 	return p.stderr.Write(line)
 }
 
-// show shows that so many requests are done; now says what else is worth knowing, in words and for the log.
+// show shows how many requests are done; now adds what else is worth knowing, as words and for the
+// log.
 func (p *progress) show(done, total int, elapsed time.Duration, now interface {
 	Words() string
 	Attrs() []any
@@ -58,7 +60,7 @@ func (p *progress) show(done, total int, elapsed time.Duration, now interface {
 			p.bar.ChangeMax(total)
 		}
 		p.bar.Describe(now.Words())
-		p.bar.Set(done) // what cannot be drawn is drawn the next time
+		p.bar.Set(done) // if drawing fails, the next call draws
 		return
 	}
 	if elapsed-p.logged >= progressEvery {

@@ -49,54 +49,54 @@ const (
 )
 
 type serveCmd struct {
-	Config string `group:"everyday" type:"path" default:"" placeholder:"FILE" help:"Read settings from this YAML file: the names of these flags, without dashes before them; lists for repeated ones; a map for NAME=VALUE (docs/settings.md). A flag goes before the environment, the environment before the file. It is read again when it changes, and at SIGHUP. Default: none."`
+	Config string `group:"everyday" type:"path" default:"" placeholder:"FILE" help:"Read settings from this YAML file: the flags' names without dashes, lists for flags that can be repeated, maps for NAME=VALUE (docs/settings.md). Flags override the environment, and the environment overrides the file. It is read again when it changes, and at SIGHUP. Default: none."`
 
 	Listen   string   `group:"everyday" default:"127.0.0.1:11435" placeholder:"ADDR" help:"Address to listen on: host:port, :port (all interfaces) or a host. Default: 127.0.0.1:11435."`
-	Upstream []string `group:"everyday" placeholder:"[NAME=]ADDR" help:"An Ollama server, in the forms that OLLAMA_HOST takes: host, host:port or a URL; NAME is what logs, metrics and answers call it; or sim: for a simulated one (docs/upstreams.md). Repeatable: requests go where their model is and their prefix is warm. Default: http://127.0.0.1:11434."`
+	Upstream []string `group:"everyday" placeholder:"[NAME=]ADDR" help:"An Ollama server, in any form that OLLAMA_HOST takes (host, host:port or a URL), or sim: for a simulated one (docs/upstreams.md). NAME identifies it in logs, metrics and answers. Repeatable: requests go to a server that has their model, preferably where their prefix is warm. Default: http://127.0.0.1:11434."`
 
-	KeepAlive       []string `group:"everyday" placeholder:"[MODEL=]TIME" help:"How long models stay loaded after a request that states no keep_alive: a duration (24h), seconds, -1 (for ever) or off; MODEL=TIME for one model. Repeatable. Default: 24h."`
-	KeepAlivePolicy string   `default:"if-absent" enum:"if-absent,at-least,force" help:"What becomes of a client's own keep_alive: if-absent keeps it, at-least raises a shorter one, force replaces it. 0 (unload) is always kept. Default: if-absent."`
-	Touch           bool     `default:"true" negatable:"" help:"For models used through /v1 and /v1/messages, which cannot carry keep_alive, set it with one empty request per load."`
-	NumCtxPolicy    []string `placeholder:"[MODEL=]POLICY" help:"What becomes of the num_ctx of requests to /api/…, for each other one of which Ollama loads a model anew: keep leaves it, pin makes it the one that is loaded, where that is no less, raise the largest one that was asked for so far (docs/heads.md). A larger one takes more memory. MODEL=POLICY for one model. Repeatable. Default: keep."`
-	StableHeads     []string `placeholder:"RULE" help:"Edit prompts, so that their heads are the same each time: claude-billing puts zeros in the place of the checksums in the line x-anthropic-billing-header of Claude Code, total-tokens removes its system messages that count the tokens left (docs/heads.md). Repeatable. Default: none."`
-	MaxBody         int64    `default:"${maxbody}" placeholder:"BYTES" help:"Longest request body to look at; a longer one is forwarded unread, one at a time. Default: 67108864 (64 MiB)."`
+	KeepAlive       []string `group:"everyday" placeholder:"[MODEL=]TIME" help:"How long models stay loaded after a request without a keep_alive: a duration (24h), seconds, -1 (for ever), or off to leave that to Ollama. MODEL=TIME sets it for one model. Repeatable. Default: 24h."`
+	KeepAlivePolicy string   `default:"if-absent" enum:"if-absent,at-least,force" help:"How to treat a keep_alive that a client sends: if-absent keeps it, at-least raises a shorter one, force replaces it. 0 (unload) is always kept. Default: if-absent."`
+	Touch           bool     `default:"true" negatable:"" help:"For models used through /v1 and /v1/messages, where requests cannot carry a keep_alive, set it with one empty request per load."`
+	NumCtxPolicy    []string `placeholder:"[MODEL=]POLICY" help:"How to treat the num_ctx of requests to /api/…, since Ollama loads a model again for each different one: keep leaves it alone, pin replaces it with the loaded one if that is at least as large, raise replaces it with the largest that was requested so far (docs/heads.md). A larger context takes more memory. MODEL=POLICY sets it for one model. Repeatable. Default: keep."`
+	StableHeads     []string `placeholder:"RULE" help:"Edit prompts so that their beginnings stay the same: claude-billing replaces the checksums in Claude Code's line x-anthropic-billing-header with zeros, total-tokens removes its system messages that count the tokens left (docs/heads.md). Repeatable. Default: off."`
+	MaxBody         int64    `default:"${maxbody}" placeholder:"BYTES" help:"Longest request body to read; longer ones are forwarded unread, one at a time. Default: 67108864 (64 MiB)."`
 
-	Memory      int64         `placeholder:"BYTES" help:"How much memory the bodies of all requests that wait may take together; those that do not fit wait unread. Default: a quarter of what the machine has, or the container (cgroup) may use."`
-	BodyTimeout time.Duration `default:"60s" placeholder:"TIME" help:"For how long a request's body may make no progress before it is given up with 408; 0 for ever. Default: 60s."`
+	Memory      int64         `placeholder:"BYTES" help:"Memory for the bodies of all waiting requests together; bodies that do not fit wait unread. Default: a quarter of the memory of the machine, or of the container (cgroup)."`
+	BodyTimeout time.Duration `default:"60s" placeholder:"TIME" help:"Answer 408 to a request whose body makes no progress for this long; 0 means never. Default: 60s."`
 
-	Slots   []string      `group:"everyday" placeholder:"[NAME=]N" help:"How many slots a loaded model has (the server's OLLAMA_NUM_PARALLEL), or auto to learn it, from OLLAMA_NUM_PARALLEL on where that is set here and the server is on this machine: requests wait, and each slot gets the one that fits what it holds; NAME=N for one upstream. off sends requests as they come. Repeatable. Default: auto."`
-	Queue   int           `default:"10000" placeholder:"N" help:"How many requests may wait for a slot, or for an upstream that is away; of more than that the least urgent are answered 503, and of these the newest of whoever has most waiting. Default: 10000."`
-	MaxWait time.Duration `placeholder:"TIME" help:"From when on a waiting request goes before others, whatever that costs. Default: never."`
+	Slots   []string      `group:"everyday" placeholder:"[NAME=]N" help:"Slots per loaded model (the server's OLLAMA_NUM_PARALLEL): a number, auto to learn it, or off to send requests as they come. Requests wait for a slot, and each slot gets the request that best fits what it holds. NAME=N sets it for one upstream. auto starts from OLLAMA_NUM_PARALLEL if that is set here and the server is on this machine. Repeatable. Default: auto."`
+	Queue   int           `default:"10000" placeholder:"N" help:"How many requests may wait for a slot, or for an upstream that is away. Beyond that the least urgent get 503, and among these the newest of the client with the most waiting requests. Default: 10000."`
+	MaxWait time.Duration `placeholder:"TIME" help:"How long a request may be passed over: after this time it goes before all others, whatever that costs. Default: never."`
 
-	Heartbeat time.Duration `placeholder:"TIME" help:"Begin the answer of a stream under /v1 that has waited for this long, and send a comment this often until it comes, so that clients with a first-byte timeout stay. Errors are events of the stream then, since status 200 has been sent (docs/waiting.md). At least 1s. Default: never."`
+	Heartbeat time.Duration `placeholder:"TIME" help:"Begin the answer of a stream under /v1 that has waited this long, and send a comment at this interval until the real answer comes, so that clients with a first-byte timeout stay. Errors then arrive as events of the stream, since status 200 has been sent (docs/waiting.md). At least 1s. Default: never."`
 
-	TryDuration     time.Duration `default:"60s" placeholder:"TIME" help:"For how long requests wait for an upstream that is away, counted from when it was last seen; then they get 503. 0: not at all. Default: 60s."`
-	UpstreamSilence time.Duration `placeholder:"TIME" help:"Give any request up, with 504, when its upstream has sent nothing for this long. A model that thinks, or loads, sends nothing either, nor does a pull that verifies. Default: never."`
+	TryDuration     time.Duration `default:"60s" placeholder:"TIME" help:"How long requests wait for an upstream that is away, counted from when it was last seen; then they get 503. 0 means not at all. Default: 60s."`
+	UpstreamSilence time.Duration `placeholder:"TIME" help:"Abort any request, with 504, when its upstream has sent nothing for this long. Beware: a model that loads or thinks sends nothing either, nor does a pull that verifies. Default: never."`
 
-	StoreEntries   int           `default:"1000000" placeholder:"N" help:"How many links of prefixes to remember; a prompt has about one for each 256 bytes. Default: 1000000."`
-	StoreBytes     int64         `default:"${storebytes}" placeholder:"BYTES" help:"How much memory to remember prefixes in. Default: 268435456 (256 MiB)."`
-	Contexts       string        `group:"everyday" placeholder:"HOME" type:"path" default:"" help:"Keep the state of evaluated prompts on disk, below this folder, and give it back to Ollama after a load, a restart or an eviction. It takes an Ollama 0.30 or later on this machine that was linked with 'ollama-cacheproxy engine link --to HOME' (docs/contexts.md). Default: not at all."`
-	ContextBytes   int64         `default:"${contextbytes}" placeholder:"BYTES" help:"How much disk the stored contexts may take; 2 GiB of the disk stay free. Default: 21474836480 (20 GiB)."`
-	ContextTTL     time.Duration `default:"720h" placeholder:"TIME" help:"How long a stored context is kept that nobody needs; 0 for ever. Default: 720h (30 days)."`
-	Prewarm        string        `placeholder:"FILE" type:"path" default:"" help:"Requests whose prompts are to be warm before anybody asks: one JSON object a line, as a client would send it, with \"path\" if that is not /api/chat (docs/contexts.md). They are sent while nobody asks, at first and after each load of their model, and given up when somebody does. At first they load their models. The file is read again when it changes, and at SIGHUP. Default: none."`
-	ContextsShared bool          `help:"Attach what one API key's prompts left to those of the others, too. A client could find out by the time that an answer takes whether another one has sent a prompt."`
-	ShowPrompts    bool          `help:"Show the beginning and the end of request bodies on /_cacheproxy/requests. Without this no prompt text is kept."`
+	StoreEntries   int           `default:"1000000" placeholder:"N" help:"How many links of prefixes to remember; a prompt has about one per 256 bytes. Default: 1000000."`
+	StoreBytes     int64         `default:"${storebytes}" placeholder:"BYTES" help:"Memory for remembered prefixes. Default: 268435456 (256 MiB)."`
+	Contexts       string        `group:"everyday" placeholder:"HOME" type:"path" default:"" help:"Keep the state of evaluated prompts on disk, below this folder, and give it back to Ollama after a load, a restart or an eviction. Needs Ollama 0.30 or later on this machine, linked with 'ollama-cacheproxy engine link --to HOME' (docs/contexts.md). Default: off."`
+	ContextBytes   int64         `default:"${contextbytes}" placeholder:"BYTES" help:"Disk space for stored contexts; 2 GiB of the disk always stay free. Default: 21474836480 (20 GiB)."`
+	ContextTTL     time.Duration `default:"720h" placeholder:"TIME" help:"How long to keep a stored context that is not used; 0 means for ever. Default: 720h (30 days)."`
+	Prewarm        string        `placeholder:"FILE" type:"path" default:"" help:"A file of requests whose prompts should be warm before anyone asks: one JSON object per line, as a client would send it, with \"path\" if that is not /api/chat (docs/contexts.md). They are sent at the start, which loads their models, and after each load of their model, while no client is waiting; a client's request interrupts them. The file is read again when it changes, and at SIGHUP. Default: none."`
+	ContextsShared bool          `help:"Also attach contexts stored for one API key to the prompts of others. A client could then find out from an answer's timing whether someone else has sent a prompt."`
+	ShowPrompts    bool          `help:"Show the beginning and the end of request bodies on /_cacheproxy/requests. Without this, no prompt text is kept."`
 
-	Price       float64  `placeholder:"NUMBER" help:"What a million evaluated prompt tokens would cost elsewhere, in any currency: the page at /_cacheproxy/ then shows what those that were reused are worth, and bench and batch do. Default: 0, which shows no prices."`
-	AllowHost   []string `placeholder:"NAME" help:"Accept this Host name on loopback connections too (* for any). Repeatable."`
-	AllowOrigin []string `placeholder:"ORIGIN" help:"Let web pages of this origin in, such as https://chat.example.com; one * stands for anything. Repeatable. Those in OLLAMA_ORIGINS are let in too."`
-	APIKeysFile string   `group:"everyday" name:"api-keys-file" type:"path" default:"" placeholder:"FILE" help:"Ask clients for one of the keys in this file. A line is KEY, or NAME KEY and then any of weight=2 (its share beside others that wait), class=batch (the most urgent priority that it may ask for, and the one it has if it asks for none: interactive, normal or batch), max-waiting=50 (more requests that would have to wait get 429), rate=10/s (or /m, /h; more requests get 429) and admin (it may pull, create, copy, push and delete models, and drain upstreams; no other key may). It is read again when it changes, and at SIGHUP."`
+	Price       float64  `placeholder:"NUMBER" help:"What a million evaluated prompt tokens would cost elsewhere, in any currency. The page at /_cacheproxy/, bench and batch then show what the reused tokens are worth. Default: 0, which shows no prices."`
+	AllowHost   []string `placeholder:"NAME" help:"Also accept this Host name on loopback connections (* for any). Repeatable."`
+	AllowOrigin []string `placeholder:"ORIGIN" help:"Accept requests from web pages of this origin, such as https://chat.example.com; one * matches anything. Repeatable. Origins in OLLAMA_ORIGINS are accepted, too."`
+	APIKeysFile string   `group:"everyday" name:"api-keys-file" type:"path" default:"" placeholder:"FILE" help:"Require one of the API keys in this file. A line is KEY, or NAME KEY followed by any of weight=2 (its share relative to other clients that wait), class=batch (the most urgent priority that it may ask for, and its priority if it asks for none: interactive, normal or batch), max-waiting=50 (further requests that would have to wait get 429), rate=10/s (or /m, /h; further requests get 429) and admin (it may pull, create, copy, push and delete models, and drain upstreams; other keys may not). It is read again when it changes, and at SIGHUP."`
 
-	TLSCert    string `name:"tls-cert" group:"everyday" type:"path" default:"" placeholder:"FILE" help:"Serve clients by https (HTTP/1.1 and HTTP/2) with this certificate: PEM, with those of its issuers after it. It and its key are read again when they change, and at SIGHUP. Default: plain http."`
-	TLSKey     string `name:"tls-key" group:"everyday" type:"path" default:"" placeholder:"FILE" help:"The key of --tls-cert: PEM."`
-	UpstreamCA string `name:"upstream-ca" type:"path" default:"" placeholder:"FILE" help:"Believe certificates of https upstreams that are issued by one of these authorities, too, beside those that the system believes: PEM. Nothing else believes them. Default: none."`
+	TLSCert    string `name:"tls-cert" group:"everyday" type:"path" default:"" placeholder:"FILE" help:"Serve https (HTTP/1.1 and HTTP/2) with this certificate: PEM, followed by those of its issuers. The certificate and its key are read again when they change, and at SIGHUP. Default: plain http."`
+	TLSKey     string `name:"tls-key" group:"everyday" type:"path" default:"" placeholder:"FILE" help:"The private key of --tls-cert, in PEM."`
+	UpstreamCA string `name:"upstream-ca" type:"path" default:"" placeholder:"FILE" help:"Certificate authorities to trust for https upstreams, in addition to the system's: PEM. They are trusted for nothing else. Default: none."`
 
-	TrustedProxy []string `placeholder:"CIDR" help:"Believe a front at this address or network (nginx, Open WebUI) when it says who asks: by X-Forwarded-For or Forwarded, else X-OpenWebUI-User-Id. Each is then a client of its own, which counts for fairness and for nothing else. Repeatable. Default: nobody."`
+	TrustedProxy []string `placeholder:"CIDR" help:"Trust a reverse proxy at this address or network (nginx, Open WebUI) to say which client is asking: by X-Forwarded-For or Forwarded, else X-OpenWebUI-User-Id. Each such client then counts separately for fairness, and for nothing else. Repeatable. Default: nobody."`
 
 	LogLevel  slog.Level    `group:"everyday" default:"info" help:"debug, info, warn or error. Default: info."`
 	LogFormat string        `default:"auto" enum:"auto,text,json" help:"text, json, or auto: text on a terminal. Default: auto."`
-	Drain     time.Duration `default:"30s" help:"How long requests that run or wait may take to finish after SIGTERM or Ctrl-C. Default: 30s."`
-	Check     bool          `group:"everyday" help:"Check the settings, say what they mean and whether the upstream answers, and stop. Exits with 0 if all is well, 1 if an upstream does not answer or the address is taken, 2 if a setting is wrong. Where each setting comes from is told, too."`
+	Drain     time.Duration `default:"30s" help:"How long running and waiting requests may take to finish after SIGTERM or Ctrl-C. Default: 30s."`
+	Check     bool          `group:"everyday" help:"Check the settings, print them with their meaning and where each comes from, test whether the upstreams answer, and exit: 0 if all is well, 1 if an upstream does not answer or the address is taken, 2 if a setting is wrong."`
 
 	file    *configFile               // what --config says; nil: there is none
 	inForce []setting                 // all flags, with where each comes from
@@ -107,7 +107,7 @@ type serveCmd struct {
 }
 
 func (s *serveCmd) Help() string {
-	return `Point OLLAMA_HOST, or a client's base URL, at the proxy instead of at Ollama. Every flag can be given as an environment variable, a repeated one as a list with commas.
+	return `Point OLLAMA_HOST, or a client's base URL, at the proxy instead of at Ollama. Every flag can also be set by an environment variable; separate the values of a repeated one with commas.
 
 Examples:
 
@@ -118,28 +118,28 @@ Examples:
   ollama-cacheproxy --keep-alive 24h --keep-alive llama3=1h --keep-alive-policy at-least
       hold every model for a day, llama3 for an hour, whatever shorter time clients ask for
   ollama-cacheproxy --listen 0.0.0.0:11435 --api-keys-file keys.txt
-      serve other machines, which must show a key
+      serve other machines, which must send a key
   ollama-cacheproxy --trusted-proxy 127.0.0.1 --trusted-proxy 172.18.0.0/16
-      tell apart the people behind an nginx here, and behind an Open WebUI in a container
+      distinguish the people behind an nginx on this machine, and behind an Open WebUI in a container
   printf 'alice %s class=interactive\nnightly %s weight=0.5 class=batch max-waiting=50 rate=600/m\n' "$ALICE_KEY" "$NIGHTLY_KEY" > keys.txt
       give each key a name for logs and metrics, a share, and limits
   ollama-cacheproxy --slots 1
-      say that a model has one slot, which need not be learned then
+      set one slot per model instead of learning the number
   ollama-cacheproxy --upstream big=10.0.0.7 --upstream small=10.0.0.8 --slots big=4
       spread requests over two servers; the first, where models are pulled, has four slots per model
   ollama-cacheproxy --upstream 'sim:?model=llama3&slots=2'
-      try it without a model: a simulated Ollama, whose answers and figures are made up, and say so
+      try it without a model: the answers and figures of a simulated Ollama are made up, and labelled so
   ollama-cacheproxy --heartbeat 15s
-      keep clients that give up when nothing comes for half a minute: streams under /v1 that wait are begun
+      keep clients that disconnect after half a minute without a byte: begin the answers of streams under /v1 that wait
   ollama-cacheproxy engine link --to ~/.ollama-cacheproxy && ollama-cacheproxy --contexts ~/.ollama-cacheproxy
-      keep what was evaluated on disk, for when the model is loaded again (start ~/.ollama-cacheproxy/bin/ollama serve)
+      keep evaluated prompts on disk until the model is loaded again (start ~/.ollama-cacheproxy/bin/ollama serve)
   ollama-cacheproxy --check --upstream gpu-box:11434
-      say whether these settings are right, and stop
+      check these settings, and exit
 
-Pages of its own: /_cacheproxy/ (for people, live), /metrics (Prometheus), /_cacheproxy/requests (what became of the last requests' prompts), /_cacheproxy/queue (what waits, and when it is expected to begin), /_cacheproxy/upstreams, /_cacheproxy/health, /_cacheproxy/ready.
-POST /_cacheproxy/upstreams/NAME/drain has an upstream finish what it has and get nothing new, …/resume ends that; …/hold?model=M&for=24h keeps a model in its memory, …/unload?model=M does not.
+The proxy's own pages: /_cacheproxy/ (for people, live), /metrics (Prometheus), /_cacheproxy/requests (the last requests, and why their prompts were warm or cold), /_cacheproxy/queue (waiting requests, and when each is expected to begin), /_cacheproxy/upstreams, /_cacheproxy/health, /_cacheproxy/ready.
+POST /_cacheproxy/upstreams/NAME/drain stops new requests to an upstream and lets running ones finish; …/resume ends that. …/hold?model=M&for=24h keeps a model in its memory; …/unload?model=M unloads it.
 
-With several upstreams what changes models (pull, create, copy, push, delete, blobs) goes to the first one. The request header X-Cacheproxy-Upstream: NAME sends any request to one of them; in answers it names the one that answered.
+With several upstreams, requests that change models (pull, create, copy, push, delete, blobs) go to the first one. The request header X-Cacheproxy-Upstream: NAME sends any request to that upstream; in answers it names the one that answered.
 
 Other verbs: batch (a file of requests), bench (what the proxy is worth), completion (for a shell), contexts and engine (stored contexts), doctor (what is wrong), health, version. Each has --help.`
 }

@@ -16,7 +16,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// simModel is the name of a simulated server's model, unless told otherwise: figures by model say what they are, then.
+// simModel is the default name of a simulated server's model. It labels figures by model as
+// simulated.
 const simModel = "simulated"
 
 // parseTarget reads [NAME=]ADDR or [NAME=]sim:[?OPTIONS]; sim is nil for an address.
@@ -33,7 +34,7 @@ func parseTarget(s string) (name string, u *url.URL, sim *ollamasim.Server, err 
 	return name, nil, sim, nil
 }
 
-// parseSim reads the options of sim:, as of a URL.
+// parseSim reads the options of sim:, in the form of a URL's query.
 func parseSim(options string) (*ollamasim.Server, error) {
 	values, err := url.ParseQuery(options)
 	if err != nil {
@@ -65,7 +66,7 @@ func parseSim(options string) (*ollamasim.Server, error) {
 	return ollamasim.New(config)
 }
 
-// simulate has the simulated servers among the targets listen on loopback, and sets where.
+// simulate starts the simulated servers among the targets, on loopback, and sets their URLs.
 func simulate(targets []target, logger *slog.Logger) (stop func(), err error) {
 	var servers []*http.Server
 	var wg sync.WaitGroup

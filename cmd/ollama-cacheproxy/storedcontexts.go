@@ -17,8 +17,8 @@ import (
 // contextsLeave is how many bytes of the disk stored contexts leave free.
 const contextsLeave = 2 << 30
 
-// storedContexts opens what --contexts names, and has set.contexts manage it. The files are to be
-// closed; those of a nil store are none.
+// storedContexts opens the store of --contexts, and sets set.contexts to its manager. The caller
+// closes the files, which is safe for nil.
 func (s *serveCmd) storedContexts(set *settings, log *slog.Logger) (*contextstore.Files, error) {
 	if s.ContextBytes < 1 || s.ContextTTL < 0 {
 		return nil, exitError{2, fmt.Errorf("--context-bytes %d, --context-ttl %v: want at least 1 byte, and a time that is not negative", s.ContextBytes, s.ContextTTL)}
@@ -51,8 +51,8 @@ func (s *serveCmd) storedContexts(set *settings, log *slog.Logger) (*contextstor
 	return files, nil
 }
 
-// linkState says what keeps the engines of a link from storing contexts, and what to do; "" if nothing
-// does.
+// linkState returns what keeps the engines of a link from storing contexts, and what to do about
+// it; "" if nothing does.
 func linkState(home string) string {
 	info, err := engine.Inspect(home)
 	switch {
@@ -64,7 +64,7 @@ func linkState(home string) string {
 	return ""
 }
 
-// aboutContexts says in a few words, for --check, what --contexts means.
+// aboutContexts explains --contexts in a few words, for --check.
 func (s *serveCmd) aboutContexts() string {
 	if s.Contexts == "" {
 		return "off"
@@ -75,8 +75,8 @@ func (s *serveCmd) aboutContexts() string {
 	return fmt.Sprintf("in %s, at most %d MiB", engine.ContextsFolder(s.Contexts), s.ContextBytes>>20)
 }
 
-// brokenDisk reports whether an error is the disk's, which a proxy that is started anew must do without,
-// rather than a wrong setting.
+// brokenDisk reports whether an error is the disk's fault, so that a restarted proxy has to do
+// without contexts, and not a wrong setting.
 func brokenDisk(err error) bool {
 	for _, of := range []error{syscall.EROFS, syscall.ENOSPC, syscall.EDQUOT, syscall.EIO} {
 		if errors.Is(err, of) {
@@ -86,8 +86,8 @@ func brokenDisk(err error) bool {
 	return false
 }
 
-// running returns the engines of a link that run now. That they cannot be told is logged once, until
-// they can: told says that it was.
+// running returns the running engines of a link. If they cannot be listed, it logs that once, until
+// they can be listed again; told remembers that.
 func running(home string, log *slog.Logger, told *atomic.Bool) []contexts.Running {
 	processes, err := engine.Processes(home)
 	if err == nil {

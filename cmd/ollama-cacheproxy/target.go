@@ -14,13 +14,13 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// target is an upstream, as the flags name it.
+// target is an upstream as given by the flags.
 type target struct {
 	name     string
 	url      *url.URL
-	sim      *ollamasim.Server // nil: a real one, at url
-	slots    int               // 0: to be learned; schedule.Unlimited: off
-	expected int               // so many, most likely, where they are to be learned; 0: not known
+	sim      *ollamasim.Server // nil: a real server, at url
+	slots    int               // 0: learned; schedule.Unlimited: off
+	expected int               // most likely number, while it is learned; 0: unknown
 }
 
 // targets reads --upstream and --slots.
@@ -65,7 +65,7 @@ func (s *serveCmd) targets(listen string) ([]target, error) {
 	return list, nil
 }
 
-// conflict says what keeps two upstreams from being given together; nil: nothing.
+// conflict returns why two upstreams cannot be used together; nil if they can.
 func (t target) conflict(other target) error {
 	switch {
 	case t.name == other.name:
@@ -76,10 +76,10 @@ func (t target) conflict(other target) error {
 	return nil
 }
 
-// setSlots gives upstreams the slots that --slots says.
+// setSlots sets the upstreams' slots from --slots.
 func setSlots(list []target, flags []string) error {
 	all := slices.Clone(flags)
-	// What is said of one upstream goes before what is said of all.
+	// A setting for one upstream overrides the setting for all.
 	slices.SortStableFunc(all, func(a, b string) int {
 		return strings.Count(a, "=") - strings.Count(b, "=")
 	})
@@ -105,8 +105,8 @@ func setSlots(list []target, flags []string) error {
 	return nil
 }
 
-// expect has an Ollama on this machine begin with the slots that the proxy's own environment says:
-// most likely it has the same one. What it could not read it ignores, too.
+// expect takes the number of slots of an Ollama on this machine from the proxy's own environment,
+// since Ollama most likely has the same. It ignores a value that it cannot read, as Ollama does.
 func (t *target) expect(parallel string) {
 	if t.sim != nil || t.slots != 0 {
 		return
@@ -117,7 +117,7 @@ func (t *target) expect(parallel string) {
 	}
 }
 
-// mostSlots bounds how many slots can be given.
+// mostSlots is the largest number of slots that can be set.
 const mostSlots = 1024
 
 func parseSlots(s string) (int, error) {

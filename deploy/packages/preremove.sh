@@ -4,6 +4,9 @@
 set -e
 
 case "$1" in
-remove) [ ! -d /run/systemd/system ] || systemctl stop ollama-cacheproxy.service ;;
-0) systemctl disable --now ollama-cacheproxy.service ;;
+remove) ;;
+0) systemctl disable ollama-cacheproxy.service ;;
+*) exit 0 ;;
 esac
+# No systemd runs in an image that is being built.
+[ ! -d /run/systemd/system ] || systemctl stop ollama-cacheproxy.service

@@ -166,6 +166,16 @@ not active
 test ! -e /usr/bin/ollama-cacheproxy
 test -z "$(find /etc/systemd -name 'ollama-cacheproxy*')"
 
+: '=== and where no systemd runs, as in an image'
+unshare --mount --pid --fork --mount-proc sh -euxc '
+	mount -t tmpfs none /run
+	rpm --install --nodeps package.rpm
+	rpm --erase ollama-cacheproxy
+	dpkg --install package.deb
+	dpkg --purge ollama-cacheproxy'
+not rpm --query ollama-cacheproxy
+test -z "$(find /etc/systemd -name 'ollama-cacheproxy*')"
+
 : '=== the program alone, as in the image that the Dockerfile makes: no other file, and nobody'
 mkdir -p image
 dpkg --fsys-tarfile package.deb | tar --extract --directory image --strip-components 3 ./usr/bin/ollama-cacheproxy

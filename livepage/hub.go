@@ -248,8 +248,10 @@ func (h *Hub) since(seen uint64) (text []byte, tick uint64, news chan struct{}) 
 }
 
 // Serve sends a page what there is to show until the request ends, or the hub is closed. Open must have
-// returned no error before. viewer is what this page alone is told first, as its part "you".
-func (h *Hub) Serve(w http.ResponseWriter, r *http.Request, viewer any) {
+// returned no error before. viewer is what this page alone is told first, as its part "you". The page
+// ends, too, when may, which is asked whenever the source is, says that this viewer may look no more; nil:
+// it may.
+func (h *Hub) Serve(w http.ResponseWriter, r *http.Request, viewer any, may func() bool) {
 	defer h.Leave()
 	rc := http.NewResponseController(w)
 	send := func(text []byte) bool {
@@ -274,7 +276,7 @@ func (h *Hub) Serve(w http.ResponseWriter, r *http.Request, viewer any) {
 	beat := time.NewTimer(quiet)
 	defer beat.Stop()
 	var seen uint64
-	for {
+	for may == nil || may() {
 		text, tick, news := h.since(seen)
 		seen = tick
 		if text != nil {

@@ -136,7 +136,7 @@ func look(t *testing.T, h *Hub, w http.ResponseWriter) (leave func()) {
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
 	go func() {
-		h.Serve(w, httptest.NewRequestWithContext(ctx, "GET", "/", nil), map[string]bool{"admin": true})
+		h.Serve(w, httptest.NewRequestWithContext(ctx, "GET", "/", nil), map[string]bool{"admin": true}, nil)
 		close(done)
 	}()
 	return func() { cancel(); <-done }
@@ -344,7 +344,7 @@ func hundred(tb testing.TB, h *Hub) (read func() int64, leave func()) {
 			http.Error(w, err.Error(), http.StatusServiceUnavailable)
 			return
 		}
-		h.Serve(w, r, nil)
+		h.Serve(w, r, nil, nil)
 	})}
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -70,7 +70,15 @@ func (h *Handler) events(w http.ResponseWriter, r *http.Request, ex *exchange) {
 	ex.Outcome, ex.Status = Own, http.StatusOK
 	h.inFlight.Add(-1) // nobody waits for its end
 	defer h.inFlight.Add(1)
-	h.live.Serve(w, r, viewer{Admin: ex.admin(), Name: ex.Name})
+	admin := ex.admin()
+	h.live.Serve(w, r, viewer{Admin: admin, Name: ex.Name}, func() bool {
+		if ex.holder == nil {
+			return true // none is asked for
+		}
+		// As the file of the keys says now. Whose right has changed comes again, and is told of it.
+		holder := h.Guard.Keys.holder(ex.holder.client())
+		return holder != nil && holder.admin == admin
+	})
 	ex.start = time.Now() // for how long somebody has looked is no measure of the proxy
 }
 

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/http"
 	"os"
@@ -163,6 +164,31 @@ func TestPageLeft(t *testing.T) {
 	rg.ended()
 	if n := rg.h.live.Pages(); n != 0 {
 		t.Errorf("%d pages are open in the end", n)
+	}
+}
+
+// TestPageRevoked: a page that is open ends when the key that it was opened with is gone, or has other rights.
+func TestPageRevoked(t *testing.T) {
+	for what, keys := range map[string]string{"gone": "bob other-key", "of an admin no more": "alice " + theKey} {
+		guard := withKeys(t, "alice "+theKey+" admin")
+		rg := newRig(t, newFake(t, okAnswer).URL, &Handler{Guard: guard})
+		req, err := http.NewRequestWithContext(t.Context(), "GET", rg.URL+pathEvents, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Authorization", "Bearer "+theKey)
+		res, err := rg.http.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := guard.Keys.Replace(keys); err != nil {
+			t.Fatal(err)
+		}
+		if text, err := io.ReadAll(res.Body); err != nil || !strings.Contains(string(text), `"admin":true`) {
+			t.Errorf("%s: %v, %s", what, err, text)
+		}
+		res.Body.Close()
+		rg.ended()
 	}
 }
 

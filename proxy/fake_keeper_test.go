@@ -21,7 +21,7 @@ type fakeKeeper struct {
 	mu      sync.Mutex
 	expires map[string]time.Time // of the loaded models, by name as /api/ps spells it; guarded by mu
 	context map[string]int       // … their contexts, if a test sets them; guarded by mu
-	busy    map[string]bool      // a keep_alive has no effect yet, as others use it, too; guarded by mu
+	busy    map[string]bool      // others use it, so a keep_alive has no effect yet; guarded by mu
 	keeps   []string             // "model duration [embed]"; guarded by mu
 	loads   []string             // models that a Keep has loaded; guarded by mu
 	asked   int                  // calls of Loaded; guarded by mu

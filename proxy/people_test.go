@@ -135,7 +135,7 @@ func newOffice(t *testing.T, house house, trusted ...string) *office {
 	somebody := who{peer: "10.9.0.99"}
 	o.ask(somebody, "/api/embed", `{"model":"e","input":"x"}`)
 	o.ask(somebody, "/api/chat", somebody.chatBody(1, turn("user", "x")))
-	synctest.Wait() // until both are told of
+	synctest.Wait() // until the proxy has recorded both
 	o.before, o.longest = sim.Stats().Evaluated, 0
 	return o
 }
@@ -358,7 +358,7 @@ func (b beside) run(t *testing.T, h house, alone int64) {
 		})
 	}
 	wg.Wait()
-	synctest.Wait() // until all are told of
+	synctest.Wait() // until the proxy has recorded all
 	slices.Sort(waits)
 	p99 := waits[(len(waits)*99+99)/100-1]
 	more := float64(o.sim.Stats().Evaluated-o.before-own) / float64(alone)

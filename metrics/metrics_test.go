@@ -89,7 +89,7 @@ func TestSeries(t *testing.T) {
 			t.Errorf("no %s", want)
 		}
 	}
-	// What is no more is not shown: the version before, a model that was unloaded.
+	// Series of what no longer exists are gone: the previous version, an unloaded model.
 	m.Polled("main", upstream.State{Up: true, Version: "0.35.0"})
 	text = scrape(t, m)
 	if strings.Contains(text, `version="0.34.1"`) || strings.Contains(text, "upstream_loaded_bytes{") || !strings.Contains(text, `version="0.35.0"`) {
@@ -105,7 +105,8 @@ func TestSeries(t *testing.T) {
 	}
 }
 
-// Names that the upstream does not have make no labels, however many clients try; known ones stop at a bound.
+// Names that no upstream has become no labels, however many clients try them; known names have a
+// limit.
 func TestModelLabelsAreBounded(t *testing.T) {
 	m := New("v", func() int64 { return 0 })
 	for i := range 5000 {
@@ -124,13 +125,14 @@ func TestModelLabelsAreBounded(t *testing.T) {
 	}
 }
 
-// TestKeyNames: what each API key's name asks for is counted; names that the file has no more have no series, whoever still uses them.
+// TestKeyNames: requests are counted by the name of their API key. Names that have left the file
+// have no series, even if still in use.
 func TestKeyNames(t *testing.T) {
 	m := New("v", func() int64 { return 0 })
 	done := func(name string, outcome proxy.Outcome, e *savings.Entry) {
 		m.Done(proxy.Exchange{Endpoint: "/api/chat", Name: name, Outcome: outcome, Savings: e})
 	}
-	done("alice", proxy.OK, nil) // nobody has said yet that there is such a name
+	done("alice", proxy.OK, nil) // before the name is known
 	m.KeyNames([]string{"alice", "bob"})
 	done("alice", proxy.OK, &savings.Entry{Total: 100, Generated: 7, Verdict: savings.Uncertain})
 	done("alice", proxy.OK, &savings.Entry{Total: 20, Verdict: savings.Uncertain})
@@ -155,7 +157,7 @@ func TestKeyNames(t *testing.T) {
 	check([]string{`key_requests_total{name="alice",outcome="ok"} 2`, `key_requests_total{name="bob",outcome="refused"} 1`,
 		`key_tokens_total{kind="prompt",name="alice"} 120`, `key_tokens_total{kind="generated",name="alice"} 7`}, 4)
 	m.KeyNames([]string{"alice", "carol"})
-	done("bob", proxy.OK, nil) // one that was under way
+	done("bob", proxy.OK, nil) // a request that was under way
 	done("carol", proxy.OK, nil)
 	check([]string{`key_requests_total{name="alice",outcome="ok"} 2`, `key_requests_total{name="carol",outcome="ok"} 1`}, 4)
 	problems, err := testutil.GatherAndLint(m.registry)
@@ -164,7 +166,7 @@ func TestKeyNames(t *testing.T) {
 	}
 }
 
-// TestEstimates: how wrong estimates were is shown once there were any.
+// TestEstimates: the error of the estimates is exported once there were any.
 func TestEstimates(t *testing.T) {
 	m := New("v", func() int64 { return 0 })
 	var st schedule.Stats

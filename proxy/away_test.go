@@ -28,7 +28,7 @@ import (
 type mortal struct {
 	mu     sync.Mutex
 	death  chan struct{} // closed when it dies; nil: it is dead. Guarded by mu
-	open   bool          // if dead, something else accepts connections and closes them; guarded by mu
+	open   bool          // if dead, its port accepts connections and closes them; guarded by mu
 	behind bool          // … or a gateway answers everything with 502; guarded by mu
 	silent bool          // it does not answer requests to models; guarded by mu
 	closed bool          // requests to models get no connection; guarded by mu

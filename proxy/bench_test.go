@@ -17,7 +17,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// stubUpstream reads the request's body and answers at once, in one piece or in 20.
+// stubUpstream reads the request's body and answers at once, in one piece or in twenty.
 type stubUpstream struct{}
 
 func (s stubUpstream) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -49,7 +49,8 @@ func (w *discardWriter) Write(p []byte) (int, error) { return len(p), nil }
 func (w *discardWriter) WriteHeader(int)             {}
 func (w *discardWriter) Flush()                      {}
 
-// BenchmarkHandler is the handler's own cost per request, without sockets, beside that of a bare ReverseProxy.
+// BenchmarkHandler measures the handler's own cost per request, without sockets, next to a bare
+// ReverseProxy.
 func BenchmarkHandler(b *testing.B) {
 	u, err := url.Parse("http://127.0.0.1:11434")
 	if err != nil {

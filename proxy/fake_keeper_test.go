@@ -20,8 +20,8 @@ import (
 type fakeKeeper struct {
 	mu      sync.Mutex
 	expires map[string]time.Time // of the loaded models, by name as /api/ps spells it; guarded by mu
-	context map[string]int       // … their contexts, where a test says; guarded by mu
-	busy    map[string]bool      // served for somebody else too: a keep_alive does not show yet; guarded by mu
+	context map[string]int       // … their contexts, if a test sets them; guarded by mu
+	busy    map[string]bool      // others use it, so a keep_alive has no effect yet; guarded by mu
 	keeps   []string             // "model duration [embed]"; guarded by mu
 	loads   []string             // models that a Keep has loaded; guarded by mu
 	asked   int                  // calls of Loaded; guarded by mu
@@ -110,7 +110,7 @@ func (k *fakeKeeper) refusing(refuse func(model string, embedding bool) error) {
 	k.refuse = refuse
 }
 
-// taken returns the Keeps so far and forgets them.
+// taken returns the Keeps so far and clears them.
 func (k *fakeKeeper) taken() []string {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -129,7 +129,7 @@ type bed struct {
 	book *runners.Book
 }
 
-// inBed runs a test in a bubble, whose clock is fake.
+// inBed runs a test in a bubble with a fake clock.
 func inBed(t *testing.T, p KeepAlive, test func(b *bed)) {
 	synctest.Test(t, func(t *testing.T) {
 		k := newFakeKeeper()
@@ -148,7 +148,7 @@ func inBed(t *testing.T, p KeepAlive, test func(b *bed)) {
 	})
 }
 
-// request is one that was sent to the server.
+// request is a request that was sent to the server.
 type sentRequest struct {
 	use
 	run *runners.Request
@@ -177,7 +177,7 @@ func beginForeign(r *residency, model string, embed bool) sentRequest {
 	return sentRequest{r.beginForeign(run, model, embed, stated), run}
 }
 
-// beginNative begins a native one, which states these options; nil: they are not known.
+// beginNative begins a native request that states these options; nil: unknown.
 func beginNative(r *residency, model string, stated *prefix.Options, f fields) (sentRequest, string, Hold) {
 	run := r.runners.Begin(time.Now(), r.runners.Wanted(upstream.ModelKey(model), "", stated))
 	u, did, hold := r.beginNative(run, model, false, stated, f)

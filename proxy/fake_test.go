@@ -32,8 +32,8 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// patience is the watchdog on every wait of these tests. Nothing is measured with it: a test that passes never
-// waits for it.
+// patience is the timeout of every wait in these tests. Nothing is measured with it: a passing test
+// never uses it up.
 const patience = 30 * time.Second
 
 var noDeadline time.Time
@@ -47,7 +47,7 @@ type received struct {
 	trailer []string
 }
 
-// values returns what every header line of this name says; the name is matched as it is spelled.
+// values returns the values of all header lines of this name; the spelling must match.
 func (r received) values(name string) []string {
 	var vs []string
 	for _, h := range r.headers {
@@ -60,7 +60,8 @@ func (r received) values(name string) []string {
 
 func (r received) value(name string) string { return strings.Join(r.values(name), "|") }
 
-// fakeConn is one connection, read and written by a test by hand: the upstream's end or a client's.
+// fakeConn is one connection that a test reads and writes by hand: the upstream's end or a
+// client's.
 type fakeConn struct {
 	net.Conn
 	t  *testing.T
@@ -173,7 +174,7 @@ func (c *fakeConn) receive() received {
 	return r
 }
 
-// mustHead is head, failing the test.
+// mustHead is head, but fails the test on an error.
 func (c *fakeConn) mustHead() received {
 	c.t.Helper()
 	r, err := c.head()
@@ -183,7 +184,7 @@ func (c *fakeConn) mustHead() received {
 	return r
 }
 
-// mustChunk is nextChunk, failing the test.
+// mustChunk is nextChunk, but fails the test on an error.
 func (c *fakeConn) mustChunk() string {
 	c.t.Helper()
 	s, err := c.nextChunk()
@@ -195,7 +196,7 @@ func (c *fakeConn) mustChunk() string {
 
 func newReader(c net.Conn) *bufio.Reader { return bufio.NewReaderSize(c, 256<<10) }
 
-// closed waits until the other side has ended the connection; what it sent meanwhile is returned.
+// closed waits until the other side has ended the connection, and returns what it sent meanwhile.
 func (c *fakeConn) closed() string {
 	c.t.Helper()
 	data, err := io.ReadAll(c.br)
@@ -216,7 +217,7 @@ type fake struct {
 	t    *testing.T
 	ln   *net.TCPListener
 	URL  *url.URL
-	reqs chan received // what the answer function was asked
+	reqs chan received // requests to the answer function
 }
 
 // newFake listens. answer gives the bytes of the answer to each request; nil leaves all to the test.

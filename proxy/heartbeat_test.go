@@ -20,8 +20,7 @@ import (
 // streamText is what the upstream streams in these tests.
 const streamText = "data: {\"choices\":[]}\n\ndata: [DONE]\n\n"
 
-// streaming answers requests under /v1 with a stream, as a server does that it stands in front of,
-// or with what answer says.
+// streaming answers requests under /v1 like an upstream that streams, or with the result of answer.
 type streaming struct {
 	http.RoundTripper
 	answer func(r *http.Request) *http.Response // nil, or returning nil: a stream
@@ -49,14 +48,14 @@ func (s *streaming) RoundTrip(r *http.Request) (*http.Response, error) {
 	return res, nil
 }
 
-// streamedChat is a request of /v1 for a stream.
+// streamedChat is a request to /v1 for a stream.
 func streamedChat(text string) string {
 	return strings.Replace(chatWith("s", text, ""), `"stream":false`, `"stream":true`, 1)
 }
 
-// TestHeartbeat: a stream that waits is begun with comments, and what the upstream streams follows;
-// what does not wait for that long, or is no stream of events, is answered byte for byte as
-// without.
+// TestHeartbeat: a stream that waits begins with comments, followed by what the upstream streams.
+// Requests that wait less, or are not for a stream of events, are answered exactly as without
+// heartbeats.
 func TestHeartbeat(t *testing.T) {
 	inTime(
 		t,
@@ -155,7 +154,8 @@ func TestHeartbeat(t *testing.T) {
 	)
 }
 
-// TestHeartbeatLong: once begun, heartbeats go on while the model thinks, and end with its answer.
+// TestHeartbeatLong: once begun, heartbeats continue while the model thinks, and end with its
+// answer.
 func TestHeartbeatLong(t *testing.T) {
 	inTime(
 		t,
@@ -178,7 +178,7 @@ func TestHeartbeatLong(t *testing.T) {
 	)
 }
 
-// sse reads a stream of events: its comments are counted, an event is its name and data.
+// sse reads a stream of events: it counts comments; an event is its name and data.
 func sse(t *testing.T, text string) (comments int, events [][2]string) {
 	t.Helper()
 	for block := range strings.SplitSeq(strings.TrimSuffix(text, "\n\n"), "\n\n") {
@@ -202,8 +202,8 @@ func sse(t *testing.T, text string) (comments int, events [][2]string) {
 	return comments, events
 }
 
-// TestHeartbeatErrors: whatever goes wrong after an answer was begun is told as an event in the
-// form of the dialect, once, and ends the stream.
+// TestHeartbeatErrors: any error after the answer was begun is sent once, as an event in the
+// dialect's form, and ends the stream.
 func TestHeartbeatErrors(t *testing.T) {
 	answer := func(status int, kind, text string) func(*http.Request) *http.Response {
 		return func(*http.Request) *http.Response {
@@ -226,7 +226,7 @@ func TestHeartbeatErrors(t *testing.T) {
 		answer  func(*http.Request) *http.Response
 		happens func(m *mortal, h *Handler)
 		message string
-		code    any // of the error, where the upstream told one
+		code    any // of the error, if the upstream sent one
 		status  int
 	}{
 		"its own error": {
@@ -343,8 +343,8 @@ func TestHeartbeatErrors(t *testing.T) {
 	}
 }
 
-// TestHeartbeatAway: who waits for a server that is away, or whose queue is full, gets heartbeats,
-// too, for all its waits together.
+// TestHeartbeatAway: a request that waits for a server that is away, or whose queue is full, also
+// gets heartbeats, for all its waits together.
 func TestHeartbeatAway(t *testing.T) {
 	for _, lanes := range []int{-2, 1} {
 		inTime(
@@ -378,7 +378,7 @@ func TestHeartbeatAway(t *testing.T) {
 			h.Transport, h.Heartbeat = &streaming{RoundTripper: h.Transport}, 15*time.Second
 			m.set(func() { m.busy = true })
 			a := ask("/v1/messages", streamedChat("one"))
-			time.Sleep(20 * time.Second) // asked again after 0.25, 0.5, 1, 2, 4, 5, 5 s
+			time.Sleep(20 * time.Second) // retries after 0.25, 0.5, 1, 2, 4, 5, 5 s
 			if text := a.seen(); text != beatText {
 				t.Errorf("busy for 20 s: %q", text)
 			}
@@ -391,8 +391,8 @@ func TestHeartbeatAway(t *testing.T) {
 	)
 }
 
-// TestHeartbeatLeaves: a client that leaves while it gets heartbeats waits no more, and nothing is
-// written to it then.
+// TestHeartbeatLeaves: when a client leaves while it gets heartbeats, its wait ends, and nothing is
+// written to it afterwards.
 func TestHeartbeatLeaves(t *testing.T) {
 	inTime(
 		t,
@@ -434,8 +434,8 @@ func TestHeartbeatLeaves(t *testing.T) {
 	)
 }
 
-// TestHeartbeatWire: the same on connections: an event is seen when it is sent, a client that hangs
-// up leaves the queue, and with no lanes busy nothing differs.
+// TestHeartbeatWire: the same on real connections: an event is visible as soon as it is sent, a
+// client that disconnects leaves the queue, and without busy lanes nothing differs.
 func TestHeartbeatWire(t *testing.T) {
 	f := newFake(t, nil)
 	rg := newRig(
@@ -502,8 +502,8 @@ func TestHeartbeatWire(t *testing.T) {
 	}
 }
 
-// FuzzEvent: whatever an upstream says of an error, it is told as one event, whose data is JSON with a
-// message, in one line.
+// FuzzEvent: whatever an upstream sends as an error, the client gets one event, whose data is JSON
+// with a message, in one line.
 func FuzzEvent(f *testing.F) {
 	f.Add(uint8(0), []byte(`{"message":"bad\nthing","code":null}`))
 	f.Add(uint8(1), []byte(`"text"`))

@@ -384,7 +384,7 @@ func TestHeldOnce(t *testing.T) {
 	sent(plain, inject+plain[1:], didInject)
 	sent(plain, plain, didHold)
 	sent(`{"model":"M:latest","options":{"seed":1}}`, `{"model":"M:latest","options":{"seed":1}}`, didHold)
-	sent(other, inject+other[1:], didInject) // a load of its own
+	sent(other, inject+other[1:], didInject) // another load
 	sent(other, other, didHold)
 	sent(plain, inject+plain[1:], didInject)
 	sent(`{"model":"m","keep_alive":"5m"}`, `{"model":"m","keep_alive":"5m"}`, didKeep)

@@ -26,7 +26,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// These tests have people ask through the whole proxy beside a script's backlog, in front of a
+// These tests let people ask through the whole proxy beside a script's backlog, in front of a
 // simulated Ollama and in virtual time.
 
 const (
@@ -42,28 +42,29 @@ type office struct {
 	sim    *ollamasim.Server
 	client *http.Client
 
-	before int64 // tokens that were evaluated to load the models
+	before int64 // tokens evaluated for loading the models
 
 	mu      sync.Mutex
-	longest time.Duration // that a request was with the server; guarded by mu
+	longest time.Duration // that a request spent at the server; guarded by mu
 }
 
-// who sends a request.
+// who is a sender of requests.
 type who struct {
 	peer    string   // the address of the connection
 	headers []string // name: value
-	user    string   // that bodies name; of a script one for each request begins with it
-	whole   bool     // answers are wanted whole, as by the script, and not as streams
-	every   int      // of a script: one of so many requests is of a program of its own; 0: none
+	user    string   // named in bodies; a script has one for each request, beginning with this
+	whole   bool     // without streaming, as the script asks
+	every   int      // of a script: one in every so many requests is of another program; 0: none
 }
 
-// headerPeer tells the proxy of the test where a request comes from: connections in memory have no
+// headerPeer tells the test's proxy where a request comes from, since connections in memory have no
 // address.
 const headerPeer = "X-Test-Peer"
 
 func newOffice(t *testing.T, house house, trusted ...string) *office {
-	// ReverseProxy sets a timer for each answer that fires at once. In a bubble two of these must not fire
-	// at the same time: Go 1.26's race detector crashes then (in runtime.(*timer).unlockAndRun).
+	// ReverseProxy sets a timer for each answer, which fires at once. In a bubble, two of these
+	// must not fire at the same time: Go 1.26's race detector then crashes (in
+	// runtime.(*timer).unlockAndRun).
 	procs := runtime.GOMAXPROCS(1)
 	t.Cleanup(func() { runtime.GOMAXPROCS(procs) })
 	cacheMiB, lanes := 8192, 0
@@ -134,12 +135,12 @@ func newOffice(t *testing.T, house house, trusted ...string) *office {
 	somebody := who{peer: "10.9.0.99"}
 	o.ask(somebody, "/api/embed", `{"model":"e","input":"x"}`)
 	o.ask(somebody, "/api/chat", somebody.chatBody(1, turn("user", "x")))
-	synctest.Wait() // until both are told of
+	synctest.Wait() // until the proxy has recorded both
 	o.before, o.longest = sim.Stats().Evaluated, 0
 	return o
 }
 
-// reply is what an answer's end tells, and for how long its request waited in the proxy.
+// reply is the end of an answer, and how long its request waited in the proxy.
 type reply struct {
 	Message struct{ Content string }
 	Prompt  int `json:"prompt_eval_count"`
@@ -183,7 +184,7 @@ func (o *office) ask(w who, path, body string) reply {
 	return r
 }
 
-// say is text of about n simulated tokens, which begins like no other id's.
+// say returns a text of about n simulated tokens, which begins differently for each id.
 func say(id uint64, n int) string {
 	rnd := rand.New(rand.NewPCG(1, id))
 	var b strings.Builder
@@ -211,11 +212,11 @@ func (w who) chatBody(answer int, turns ...string) string {
 const (
 	backlog      = 500 // requests
 	scriptPrompt = 500 // tokens that they have in common
-	scriptOwn    = 50  // … and of their own
-	scriptAnswer = 20  // tokens, for each slot: so all of them take about four minutes
+	scriptOwn    = 50  // … and that differ
+	scriptAnswer = 20  // tokens, for each slot: so the script takes about four minutes
 )
 
-// scriptTurn is what all of the script's prompts begin with.
+// scriptTurn is the beginning of all of the script's prompts.
 var scriptTurn = turn("system", say(1, scriptPrompt))
 
 // script sends all of its requests at once, and returns when all are answered.
@@ -238,14 +239,14 @@ func (o *office) script(w who) {
 	wg.Wait()
 }
 
-// pauses returns times about as long as what somebody thinks for, so that nobody keeps step with the
-// script.
+// pauses returns times about as long as somebody thinks, which vary so that nobody keeps step with
+// the script.
 func pauses(id uint64, think time.Duration) func() time.Duration {
 	rnd := rand.New(rand.NewPCG(2, id))
 	return func() time.Duration { return think*9/10 + time.Duration(rnd.Int64N(int64(think/5))) }
 }
 
-// chat is a conversation that goes on: turn by turn, each so long after the last answer.
+// chat is a conversation, turn by turn, with a pause after each answer.
 func (o *office) chat(w who, id uint64, turns int, think time.Duration, told func(reply)) {
 	said := []string{turn("system", say(id, 100))}
 	pause := pauses(id, think)
@@ -258,7 +259,7 @@ func (o *office) chat(w who, id uint64, turns int, think time.Duration, told fun
 	}
 }
 
-// openWebUI is a request as Open WebUI sends it, told to name its users
+// openWebUI is a request as sent by Open WebUI if it is configured to name its users
 // (ENABLE_FORWARD_USER_INFO_HEADERS).
 func openWebUI(peer, user string) who {
 	return who{peer: peer, headers: []string{
@@ -275,19 +276,19 @@ type beside struct {
 	script  who
 	people  []who
 	trusted []string
-	alike   bool // what they ask is like what the script asks: they are told apart by who they are
+	alike   bool // they ask like the script: they are told apart by who they are
 	embeds  bool // they want embeddings
-	// For how many requests' time somebody waits at most on four slots of which the proxy was told,
-	// where that falls short of what is wanted; else 0.
+	// The longest wait, in requests, on four slots that were set, if that misses the target;
+	// otherwise 0.
 	four int
 }
 
-// house is how the server is set up.
+// house is the setup of the server.
 type house struct {
 	slots  int
-	told   bool     // the proxy knows the number of slots
-	forget bool     // the server has no host cache: a prompt that loses its slot is evaluated anew
-	only   []string // who asks; nil: all
+	told   bool     // the proxy's number of slots is set
+	forget bool     // without a host cache, a prompt that loses its slot is evaluated again
+	only   []string // which people ask; nil: all
 }
 
 func (h house) String() string {
@@ -301,18 +302,18 @@ func (h house) String() string {
 	return text
 }
 
-// turns returns how often each of some people asks, and how long they think in between.
+// turns returns how often each of some people asks, and their pause in between.
 func (h house) turns(people int) (turns int, think time.Duration) {
 	switch {
 	case people > 1:
 		return 2, 65 * time.Second
 	case h.forget:
-		return 2, 80 * time.Second // each pushes out one prompt of the script, 2 % of its tokens
+		return 2, 80 * time.Second // each evicts one prompt of the script, 2 % of its tokens
 	}
 	return 20, 8 * time.Second
 }
 
-// ask has somebody ask now and then while the script has something left.
+// ask lets somebody ask now and then while the script has requests left.
 func (b beside) ask(o *office, i int, told func(reply)) {
 	turns, think := o.turns(len(b.people))
 	time.Sleep(time.Duration(i) * think / time.Duration(len(b.people)))
@@ -332,8 +333,8 @@ func (b beside) ask(o *office, i int, told func(reply)) {
 	}
 }
 
-// run has the people ask, and checks for how long they wait and what the script pays, which has so many
-// tokens evaluated when it is alone.
+// run lets the people ask, and checks how long they wait and what it costs the script, which
+// evaluates alone tokens when nobody else asks.
 func (b beside) run(t *testing.T, h house, alone int64) {
 	o := newOffice(t, h, b.trusted...)
 	var wg sync.WaitGroup
@@ -357,13 +358,13 @@ func (b beside) run(t *testing.T, h house, alone int64) {
 		})
 	}
 	wg.Wait()
-	synctest.Wait() // until all are told of
+	synctest.Wait() // until the proxy has recorded all
 	slices.Sort(waits)
 	p99 := waits[(len(waits)*99+99)/100-1]
 	more := float64(o.sim.Stats().Evaluated-o.before-own) / float64(alone)
 	t.Logf("%d asked, and waited for %v (median), %v (p99); a request takes up to %v; the script takes %v"+
 		" and evaluates %.3f times as much", len(waits), waits[len(waits)/2], p99, o.longest, took, more)
-	// One request runs and is waited for; where several people ask at once, one of theirs is, too.
+	// They wait for one running request; if several people ask at once, for one of theirs, too.
 	bound := min(2, len(b.people))
 	if h.told && h.slots == 4 {
 		bound = max(bound, b.four)
@@ -376,8 +377,9 @@ func (b beside) run(t *testing.T, h house, alone int64) {
 	}
 }
 
-// TestPeopleFirst: beside 500 requests of a script people wait for one running request of each lane at
-// most, however they can be told from the script, and the script has next to nothing evaluated again.
+// TestPeopleFirst: beside 500 requests of a script, people wait for at most one running request of
+// each lane, however they can be told from the script; and the script evaluates almost nothing
+// again.
 func TestPeopleFirst(t *testing.T) {
 	const (
 		userAgent, browser = "User-Agent: " + scriptAgent, "User-Agent: Mozilla/5.0"
@@ -398,8 +400,9 @@ func TestPeopleFirst(t *testing.T) {
 	cases := []beside{
 		{name: "another address", alike: true, script: here, people: one("10.9.0.8", userAgent)},
 		{name: "another User-Agent", alike: true, script: here, people: one(scriptAddress, browser)},
-		// The first two or three times it is taken to be lost what they push out, before it is known
-		// whether the host cache has it; and what goes first within a program has to be paid for before.
+		// The first two or three times, what they evict counts as lost, until it is known whether
+		// the host cache has it; and what goes first within a program has to be paid for in
+		// advance.
 		{name: prompt, script: here, people: one(scriptAddress, userAgent), four: 2},
 		{
 			name: "behind nginx", alike: true, trusted: trusted,
@@ -415,8 +418,8 @@ func TestPeopleFirst(t *testing.T) {
 			name:   "beside a user for each request",
 			script: who{peer: scriptAddress, user: "applicant"}, people: one(scriptAddress, browser),
 		},
-		// Who is many programs has no busy one beside which others could be seen to have had little, and some
-		// that go first.
+		// A client with many programs has no busy one, compared with which others have had little;
+		// and some of its own go first.
 		{
 			name: "another address, beside a program for each request", alike: true,
 			script: who{peer: scriptAddress, every: 1}, people: one("10.9.0.8", userAgent),
@@ -427,7 +430,7 @@ func TestPeopleFirst(t *testing.T) {
 		},
 		{name: "embeddings", script: here, people: one(scriptAddress, userAgent), embeds: true},
 		{name: "20 people, 20 addresses", alike: true, script: here, people: each},
-		// That is charged to them as if it were lost, and they go first less often than they could.
+		// That is charged to them as if it were lost, so they go first less often than they could.
 		{name: users, script: front, people: inOpenWebUI},
 		{name: "20 people in a trusted Open WebUI", trusted: trusted, script: front, people: inOpenWebUI},
 	}

@@ -25,7 +25,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// warmRig is a proxy that makes prompts warm, in front of simulated servers and in virtual time.
+// warmRig is a proxy with prewarming, in front of simulated servers and in virtual time.
 type warmRig struct {
 	t      *testing.T
 	h      *Handler
@@ -39,8 +39,8 @@ type warmRig struct {
 
 const warmLoad = 10 * time.Second // of each model of the simulated servers
 
-// newWarmRig starts all. Each server has the models a and b, of which it holds one at a time, in
-// one slot.
+// newWarmRig starts everything. Each server has the models a and b, and holds one at a time, in one
+// slot.
 func newWarmRig(t *testing.T, servers int, lines []string, set func(*Handler)) *warmRig {
 	procs := runtime.GOMAXPROCS(1) // see newOffice
 	t.Cleanup(func() { runtime.GOMAXPROCS(procs) })
@@ -110,7 +110,7 @@ func newWarmRig(t *testing.T, servers int, lines []string, set func(*Handler)) *
 	return rg
 }
 
-// ask sends a request and returns what the end of its answer tells, and how long it took.
+// ask sends a request and returns the end of its answer, and how long it took.
 func (rg *warmRig) ask(path, body string, headers ...string) (r reply, took time.Duration) {
 	rg.t.Helper()
 	began := time.Now()
@@ -142,7 +142,7 @@ func (rg *warmRig) ask(path, body string, headers ...string) (r reply, took time
 	return r, time.Since(began)
 }
 
-// results are what became of the requests that were to make prompts warm, with their models.
+// results are the results of the prewarming requests, with their models.
 func (rg *warmRig) results() (list []string) {
 	synctest.Wait()
 	rg.mu.Lock()
@@ -155,7 +155,7 @@ func (rg *warmRig) results() (list []string) {
 	return list
 }
 
-// want checks them.
+// want compares them.
 func (rg *warmRig) want(what string, want ...string) {
 	rg.t.Helper()
 	if got := rg.results(); !slices.Equal(got, want) {
@@ -174,7 +174,7 @@ func (rg *warmRig) loads(what string, want int) {
 	}
 }
 
-// warmBody is a request with a prefix of 500 tokens, 5 s, that this model and id have in common.
+// warmBody is a request with a prefix of 500 tokens (5 s) that depends on model and id only.
 func warmBody(model string, id uint64, question, fields string) string {
 	return fmt.Sprintf(`{"model":%q%s,"messages":[%s,%s]}`, model, fields,
 		turn("system", say(id, 500)), turn("user", question))
@@ -187,8 +187,8 @@ func short(model string, id uint64) string {
 // warmLine is a line of the file with that prefix.
 func warmLine(model string, id uint64) string { return warmBody(model, id, "?", "") }
 
-// TestPrewarmAtStart: the prompts are evaluated in the order of the file, and once; who comes then
-// finds them warm. Nobody else sees that.
+// TestPrewarmAtStart: the prompts are evaluated in the order of the file, and once. Later clients
+// find them warm, and no clients see the requests.
 func TestPrewarmAtStart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		keys, err := ParseKeys("ann the-key class=interactive\n")
@@ -218,8 +218,8 @@ func TestPrewarmAtStart(t *testing.T) {
 	})
 }
 
-// TestPrewarmGivesWay: whoever asks while a prompt is being made warm has it given up, and waits no
-// longer than without; when nobody asks any more it goes on.
+// TestPrewarmGivesWay: a client's request interrupts a prompt that is being made warm, and waits no
+// longer than without it. When no client asks any more, prewarming continues.
 func TestPrewarmGivesWay(t *testing.T) {
 	alone := func(model string) (took time.Duration) {
 		synctest.Test(t, func(t *testing.T) {
@@ -235,7 +235,7 @@ func TestPrewarmGivesWay(t *testing.T) {
 		loads int
 		then  string
 	}{
-		// Of the evaluation a batch of 512 tokens may have to end first.
+		// A batch of 512 tokens may have to end first.
 		{"in the evaluation", warmLoad + 2*time.Second, "a", alone - warmLoad + 6*time.Second, 1, "a warm"},
 		{"in the evaluation, another model", warmLoad + 2*time.Second, "b", alone + 6*time.Second, 2, ""},
 		{"in the load", warmLoad / 2, "a", alone - warmLoad/2 + 10*time.Millisecond, 1, "a evaluated"},
@@ -252,7 +252,7 @@ func TestPrewarmGivesWay(t *testing.T) {
 				rg.want("when a client asks", "a given_up")
 				rg.loads("when a client asks", tt.loads)
 				time.Sleep(time.Hour)
-				if tt.model == "a" { // what was evaluated before it was given up is kept
+				if tt.model == "a" { // what was evaluated before the interruption is kept
 					rg.want("in an hour", "a given_up", tt.then)
 					rg.loads("in an hour", 1)
 				}
@@ -261,8 +261,8 @@ func TestPrewarmGivesWay(t *testing.T) {
 	}
 }
 
-// TestPrewarmIsPatient: nothing is sent while anybody asks, for a second after, and longer if
-// somebody came each time.
+// TestPrewarmIsPatient: nothing is sent while a client asks, for a second afterwards, and for
+// longer if a client came each time.
 func TestPrewarmIsPatient(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		rg := newWarmRig(t, 1, nil, func(h *Handler) {
@@ -271,7 +271,8 @@ func TestPrewarmIsPatient(t *testing.T) {
 				t.Error(err)
 			}
 		})
-		// Each pause is a little longer than a second: in one, two, four … of them a prompt is begun.
+		// Each pause is a little longer than a second: in one of one, two, four, … pauses a prompt
+		// is begun.
 		for i := range 64 {
 			rg.ask("/api/chat", warmBody("a", 7, fmt.Sprint("turn ", i), `,"options":{"num_predict":50}`))
 			time.Sleep(prewarmRest + 100*time.Millisecond)
@@ -283,7 +284,7 @@ func TestPrewarmIsPatient(t *testing.T) {
 		rg.done = nil
 		rg.mu.Unlock()
 		time.Sleep(prewarmRestMost + time.Minute)
-		if got := rg.results(); !slices.Equal(got, []string{"a warm"}) { // by halves
+		if got := rg.results(); !slices.Equal(got, []string{"a warm"}) { // in two parts
 			t.Errorf("then nobody asks: %q", got)
 		}
 		long := make(chan struct{})
@@ -303,8 +304,8 @@ func TestPrewarmIsPatient(t *testing.T) {
 	})
 }
 
-// TestPrewarmAfterLoads: when its model was loaded anew a prompt is made warm again; what was
-// unloaded is not loaded for it, unless the server was started anew.
+// TestPrewarmAfterLoads: when its model was loaded again, a prompt is made warm again. An unloaded
+// model is not loaded for it, unless the server was restarted.
 func TestPrewarmAfterLoads(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		rg := newWarmRig(t, 1, []string{warmLine("a", 1)}, nil)
@@ -348,8 +349,8 @@ func TestPrewarmAfterLoads(t *testing.T) {
 	})
 }
 
-// TestPrewarmEvictedElsewhere: what others have had unloaded, past the proxy, is not loaded again,
-// though the proxy does not know it yet.
+// TestPrewarmEvictedElsewhere: a model that others have unloaded, bypassing the proxy, is not
+// loaded again, even if the proxy does not know yet.
 func TestPrewarmEvictedElsewhere(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		rg := newWarmRig(t, 1, []string{warmLine("a", 1)}, nil)
@@ -378,7 +379,7 @@ func TestPrewarmEvictedElsewhere(t *testing.T) {
 	})
 }
 
-// TestPrewarmFails: what goes wrong is tried again, less and less often; what is refused is not.
+// TestPrewarmFails: failed requests are retried, less and less often; refused ones are not.
 func TestPrewarmFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		rg := newWarmRig(t, 1, []string{warmLine("a", 1), warmLine("absent", 1)}, nil)
@@ -412,7 +413,7 @@ func TestPrewarmFails(t *testing.T) {
 	})
 }
 
-// TestPrewarmReplaced: of a new file what is new is sent, and of a wrong one nothing.
+// TestPrewarmReplaced: of a new file only the new requests are sent, and of a wrong file none.
 func TestPrewarmReplaced(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		rg := newWarmRig(t, 1, []string{warmLine("a", 1)}, nil)
@@ -428,8 +429,8 @@ func TestPrewarmReplaced(t *testing.T) {
 	})
 }
 
-// TestPrewarmSeveral: of several servers one gets the prompt, and the client finds it there; a
-// client of another server is in nobody's way.
+// TestPrewarmSeveral: with several servers, one gets the prompt, and the client finds it there; it
+// does not matter that another server has a client.
 func TestPrewarmSeveral(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		rg := newWarmRig(t, 2, []string{warmLine("a", 1)}, nil)

@@ -6,8 +6,8 @@ import (
 	"testing"
 )
 
-// TestParsePrewarm: what is sent is what the line has, but for how long the answer is and how it
-// comes.
+// TestParsePrewarm: the request is sent as in the line, except for the length of the answer and
+// streaming.
 func TestParsePrewarm(t *testing.T) {
 	const said = `"messages":[{"role":"user","content":"a<b \u003c \"é"}]`
 	for _, tt := range []struct{ name, line, path, body string }{
@@ -81,7 +81,7 @@ func FuzzPrewarm(f *testing.F) {
 			if r.key == "" || !r.chain.HasPrompt() || !json.Valid([]byte(r.body)) {
 				t.Fatalf("%+v", r)
 			}
-			// What is sent is read as it is meant, and again the same.
+			// The body that is sent parses as intended, and to the same again.
 			again, err := answeredShortly(r.path, decoded(t, r.body))
 			if err != nil || string(again) != r.body {
 				t.Fatalf("%s, again %s, %v", r.body, again, err)

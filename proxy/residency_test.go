@@ -35,17 +35,17 @@ func TestTouchOncePerLoad(t *testing.T) {
 			u.end()
 			b.want(10 * time.Second)
 		}
-		// Evicted, which a poll notices, and loaded anew.
+		// Evicted, which a poll notices, and loaded again.
 		b.k.evict("m")
 		b.book.Listed(nil, time.Now())
 		b.want(time.Hour)
 		b.foreign("m", time.Second)
 		b.want(time.Minute, "m 24h0m0s")
-		// Evicted and loaded anew between two polls.
+		// Evicted and loaded again between two polls.
 		b.k.evict("m")
 		b.foreign("m", time.Second)
 		b.want(time.Minute, "m 24h0m0s")
-		// The same while a native request brought it back.
+		// The same, while a native request loads it again.
 		b.k.evict("m")
 		b.native("m", "")
 		b.want(time.Minute)
@@ -66,7 +66,7 @@ func TestTouchAfterRestart(t *testing.T) {
 
 func TestTouchLongRequest(t *testing.T) {
 	inBed(t, keep(t, "", "24h"), func(b *bed) {
-		// Loading takes its time: nothing is sent before the model is there.
+		// Loading takes a while: nothing is sent before the model is loaded.
 		u := beginForeign(b.r, "m", false)
 		b.want(2 * time.Minute)
 		b.k.load("m")
@@ -84,8 +84,8 @@ func TestTouchLongRequest(t *testing.T) {
 	})
 }
 
-// TestTouchBusyElsewhere: somebody who uses Ollama directly keeps the model busy, so that /api/ps goes on telling an
-// expiry from before the touch. That is no reason to touch again and again.
+// TestTouchBusyElsewhere: somebody who uses Ollama directly keeps the model busy, so that /api/ps
+// keeps reporting an expiry from before the touch. That is no reason to touch again and again.
 func TestTouchBusyElsewhere(t *testing.T) {
 	inBed(t, keep(t, "", "24h"), func(b *bed) {
 		b.k.busy["m"] = true
@@ -98,14 +98,14 @@ func TestTouchBusyElsewhere(t *testing.T) {
 	})
 }
 
-// TestTouchLoadsNothing: a touch states what the proxy's clients stated, and is not sent while somebody
-// who uses Ollama directly has the model loaded otherwise.
+// TestTouchLoadsNothing: a touch states what the proxy's clients stated, and is not sent while
+// somebody who uses Ollama directly has loaded the model with other options.
 func TestTouchLoadsNothing(t *testing.T) {
 	options := func(numCtx int) *prefix.Options {
 		o := prefix.NewReader().Read(prefix.Generate, "m", fmt.Appendf(nil, `{"options":{"num_ctx":%d}}`, numCtx)).Runner
 		return &o
 	}
-	use := func(b *bed, stated *prefix.Options, context int) { // and the hold that it is given comes to nothing
+	use := func(b *bed, stated *prefix.Options, context int) { // and the hold has no effect
 		u, _, _ := beginNative(b.r, "m", stated, fields{})
 		b.k.load("m")
 		b.k.context["m"] = context
@@ -114,10 +114,10 @@ func TestTouchLoadsNothing(t *testing.T) {
 	}
 	inBed(t, keep(t, "", "24h"), func(b *bed) {
 		use(b, options(8192), 8192)
-		use(b, options(8192), 8192) // it is believed to be held, and is not
+		use(b, options(8192), 8192) // it is believed to be held, but is not
 		b.want(time.Minute, "m 24h0m0s num_ctx 8192")
 	})
-	inBed(t, keep(t, "", "24h"), func(b *bed) { // with 2048 tokens, by somebody else, before it is looked at
+	inBed(t, keep(t, "", "24h"), func(b *bed) { // somebody else loads it with 2048 tokens first
 		use(b, options(8192), 8192)
 		use(b, options(8192), 2048)
 		b.want(time.Hour)
@@ -131,19 +131,20 @@ func TestTouchLoadsNothing(t *testing.T) {
 			b.k.load("m")
 			b.want(12 * time.Second)
 		}
-		u := beginForeign(b.r, "m", false) // its runner is replaced in a moment
+		u := beginForeign(b.r, "m", false) // its runner is about to be replaced
 		u.answer()
 		u.end()
 		b.want(12 * time.Second)
 	})
-	inBed(t, keep(t, "", "24h"), func(b *bed) { // what a request stated is not known
+	inBed(t, keep(t, "", "24h"), func(b *bed) { // the options of the request are unknown
 		use(b, options(8192), 8192)
 		use(b, nil, 8192)
 		b.want(time.Minute)
 	})
 }
 
-// TestTouchNeverBringsBack: what is not loaded is not touched, whatever was unloaded, evicted or never there.
+// TestTouchNeverBringsBack: a model that is not loaded is not touched, whether unloaded, evicted or
+// never loaded.
 func TestTouchNeverBringsBack(t *testing.T) {
 	for name, leave := range map[string]func(b *bed){
 		"never there": func(b *bed) { b.k.evict("m") },
@@ -172,14 +173,14 @@ func TestTouchAfterUnload(t *testing.T) {
 		b.want(time.Minute, "m 24h0m0s")
 		b.native("m", "0")
 		b.want(time.Hour)
-		b.foreign("m", time.Second) // real traffic brings it back
+		b.foreign("m", time.Second) // real traffic loads it again
 		b.want(time.Minute, "m 24h0m0s")
 	})
 	inBed(t, keep(t, "", "24h"), func(b *bed) { // unloaded while a request of another client runs
 		u := beginForeign(b.r, "m", false)
 		b.k.load("m")
 		b.native("m", "0")
-		b.k.load("m") // Ollama unloads when the running request is over
+		b.k.load("m") // Ollama unloads it when the running request has ended
 		u.answer()
 		b.want(time.Minute)
 		b.k.evict("m")
@@ -196,7 +197,7 @@ func TestUnloadDuringTouch(t *testing.T) {
 			if once {
 				once = false
 				b.native("m", "0")
-				b.k.loadFor("m", 24*time.Hour) // which the touch has brought back
+				b.k.loadFor("m", 24*time.Hour) // which the touch has loaded again
 			}
 		}
 		b.foreign("m", time.Second)
@@ -222,7 +223,7 @@ func TestTouchRefused(t *testing.T) {
 		b.want(time.Minute, "m 24h0m0s")
 		b.want(time.Hour)
 	})
-	inBed(t, keep(t, "", "24h"), func(b *bed) { // one that is refused does not hold up another
+	inBed(t, keep(t, "", "24h"), func(b *bed) { // a refused touch does not delay another model's
 		b.k.refuse = func(model string, _ bool) error {
 			if model == "bad" {
 				return errors.New("no")
@@ -249,7 +250,7 @@ func TestTouchRefused(t *testing.T) {
 }
 
 func TestTouchEmbeddings(t *testing.T) {
-	inBed(t, keep(t, "", "24h"), func(b *bed) { // asked for embeddings
+	inBed(t, keep(t, "", "24h"), func(b *bed) { // used for embeddings
 		u := beginForeign(b.r, "e", true)
 		b.k.load("e")
 		u.answer()
@@ -257,7 +258,7 @@ func TestTouchEmbeddings(t *testing.T) {
 		b.want(time.Minute, "e 24h0m0s embed")
 		b.want(time.Hour)
 	})
-	inBed(t, keep(t, "", "24h"), func(b *bed) { // can do nothing else, which Ollama says with 400
+	inBed(t, keep(t, "", "24h"), func(b *bed) { // Ollama answers 400 to everything else
 		b.k.refuse = func(_ string, embedding bool) error {
 			if !embedding {
 				return api.StatusError{StatusCode: http.StatusBadRequest, ErrorMessage: `"e" does not support generate`}
@@ -270,7 +271,7 @@ func TestTouchEmbeddings(t *testing.T) {
 	})
 }
 
-// TestNativeNeedsNoTouch: the native path keeps a model by its own requests.
+// TestNativeNeedsNoTouch: native requests keep their model loaded by themselves.
 func TestNativeNeedsNoTouch(t *testing.T) {
 	inBed(t, keep(t, "", "24h", "off=off"), func(b *bed) {
 		b.native("m", "")
@@ -278,7 +279,7 @@ func TestNativeNeedsNoTouch(t *testing.T) {
 		b.native("n", "-1")
 		b.native("off", "")
 		b.want(time.Hour)
-		b.foreign("off", time.Second) // nothing is promised for it
+		b.foreign("off", time.Second) // nothing was promised for it
 		b.want(time.Hour)
 		asked := b.k.asked
 		b.want(time.Hour)
@@ -288,10 +289,10 @@ func TestNativeNeedsNoTouch(t *testing.T) {
 	})
 }
 
-// TestClientsOwnValueHolds: a client that states a native keep_alive is respected by the touches, until the model has
-// been loaded anew (F02, F03).
+// TestClientsOwnValueHolds: touches respect a keep_alive that a native client stated, until the
+// model has been loaded again.
 func TestClientsOwnValueHolds(t *testing.T) {
-	use := func(b *bed, d time.Duration) { // a request through /v1 of the present load
+	use := func(b *bed, d time.Duration) { // a request through /v1, for the current load
 		u := beginForeign(b.r, "m", false)
 		u.answer()
 		time.Sleep(time.Second)
@@ -310,7 +311,7 @@ func TestClientsOwnValueHolds(t *testing.T) {
 		b.native("m", `-1`)
 		use(b, upstream.Forever)
 		b.want(time.Minute)
-		use(b, 5*time.Minute) // somebody else has shortened it, past the proxy
+		use(b, 5*time.Minute) // somebody else has shortened it, bypassing the proxy
 		b.want(time.Minute, "m forever")
 	})
 	inBed(t, keep(t, AtLeast, "24h"), func(b *bed) {
@@ -322,11 +323,12 @@ func TestClientsOwnValueHolds(t *testing.T) {
 	})
 }
 
-// TestForceHoldsForTouches: under Force the operator's value wins over a client's longer one in the touches too.
+// TestForceHoldsForTouches: under Force, the operator's value overrides a client's longer one in
+// touches, too.
 func TestForceHoldsForTouches(t *testing.T) {
 	inBed(t, keep(t, Force, "24h"), func(b *bed) {
 		b.native("m", `-1`) // goes upstream as 24h
-		b.k.evict("m")      // and is loaded anew before a poll notices
+		b.k.evict("m")      // and is loaded again before a poll notices
 		b.foreign("m", time.Second)
 		b.want(time.Minute, "m 24h0m0s")
 	})
@@ -343,7 +345,7 @@ func TestTouchSettings(t *testing.T) {
 	})
 }
 
-// TestResidencyBound: any number of model names takes bounded room.
+// TestResidencyBound: any number of model names takes bounded memory.
 func TestResidencyBound(t *testing.T) {
 	inBed(t, keep(t, "", "24h"), func(b *bed) {
 		var open []sentRequest
@@ -361,7 +363,8 @@ func TestResidencyBound(t *testing.T) {
 	})
 }
 
-// TestResidencyConcurrent has everything happen at once, for the race detector, and checks that the counts come out even.
+// TestResidencyConcurrent makes everything happen at once, for the race detector, and checks the
+// final counts.
 func TestResidencyConcurrent(t *testing.T) {
 	p := keep(t, AtLeast, "24h")
 	k := newFakeKeeper()
@@ -404,8 +407,8 @@ func TestResidencyConcurrent(t *testing.T) {
 	}
 }
 
-// A load that a client kept for a few seconds only is over when those have passed, whether or not anybody saw it end: the
-// next one, with the server's own longer default, is touched.
+// A load that a client kept for a few seconds only ends when those have passed, whether or not
+// anybody saw it: the next load, with the server's longer default, is touched.
 func TestTouchAfterShortKeepAlive(t *testing.T) {
 	inBed(t, keep(t, "", "24h"), func(b *bed) {
 		b.native("m", `"3s"`)
@@ -416,8 +419,8 @@ func TestTouchAfterShortKeepAlive(t *testing.T) {
 	})
 }
 
-// What a request asks for that the upstream refuses does not hold: it changes neither what later requests are given, nor
-// what is known of a load, nor that a model was unloaded.
+// A request that the upstream refuses changes nothing: not what later requests get, not what is
+// known of a load, and not that a model was unloaded.
 func TestRefusedRequestsChangeNothing(t *testing.T) {
 	inBed(t, keep(t, "", "24h"), func(b *bed) {
 		refused := func(keepAlive string) {
@@ -448,7 +451,8 @@ func TestRefusedRequestsChangeNothing(t *testing.T) {
 	})
 }
 
-// TestSpared: a model is not held while a request may wait in Ollama for it to make room; the next request holds it.
+// TestSpared: a model is not held while a request may wait in Ollama for it to make room; the next
+// one holds it.
 func TestSpared(t *testing.T) {
 	options := func(numCtx int) *prefix.Options {
 		o := prefix.NewReader().Read(prefix.Generate, "m", fmt.Appendf(nil, `{"options":{"num_ctx":%d}}`, numCtx)).Runner
@@ -472,14 +476,14 @@ func TestSpared(t *testing.T) {
 		u.answer()
 		u.end()
 	}
-	begin("m", small, didInject).end() // nothing waits any more
+	begin("m", small, didInject).end() // nothing waits any longer
 	first.answer()
 	first.end()
-	last := begin("m", small, didInject) // which one is loaded is not known
+	last := begin("m", small, didInject) // nobody knows which one is loaded
 	last.answer()
 	last.end()
 	held := begin("m", small, didHold)
-	other = begin("m", large, didSpare) // this one ends what was held
+	other = begin("m", large, didSpare) // this one ends the hold
 	held.end()
 	other.answer()
 	other.end()
@@ -491,8 +495,8 @@ func TestSpared(t *testing.T) {
 	begin("m", small, didInject).end()
 
 	a := begin("a", small, didInject)
-	b := begin("b", small, didInject) // it has to be loaded, so that nothing is ended by it
-	begin("a", small, didSpare).end() // b may wait for this one to make room
+	b := begin("b", small, didInject) // it has to be loaded, so it ends no other hold
+	begin("a", small, didSpare).end() // b may wait for a to make room
 	b.answer()
 	begin("a", small, didInject).end() // b is loaded
 	a.end()

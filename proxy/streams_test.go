@@ -23,14 +23,14 @@ import (
 func memoryOf() int64 {
 	var m runtime.MemStats
 	runtime.GC()
-	runtime.GC() // what was pooled
+	runtime.GC() // once more for pooled memory
 	runtime.ReadMemStats(&m)
 	return int64(m.HeapInuse + m.StackInuse)
 }
 
 // streamsThrough opens n streams at addr, each of which has passed on what an upstream wrote, and
-// returns how many bytes of memory each takes here. Clients and upstreams are bare connections,
-// which take next to none.
+// returns the memory that each takes in this process, in bytes. Clients and upstreams are bare
+// connections, which take almost none.
 func streamsThrough(t *testing.T, addr string, upstream *net.TCPListener, n int) int64 {
 	t.Helper()
 	request := rawPost("/api/chat", chatWith("You are a judge of candidates.", strings.Repeat("Tell me more of that. ", 400), ""))
@@ -79,9 +79,9 @@ func streamsThrough(t *testing.T, addr string, upstream *net.TCPListener, n int)
 	return (memoryOf() - before) / int64(n)
 }
 
-// TestStreamMemory: a stream that has been used takes at most 100 KiB. It is measured in a process
-// of its own, in which OLLAMA_CACHEPROXY_STREAMS says how many there are; each takes four
-// descriptors here.
+// TestStreamMemory: a stream that has been used takes at most 100 KiB. It is measured in another
+// process, in which OLLAMA_CACHEPROXY_STREAMS is the number of streams; each takes four descriptors
+// there.
 func TestStreamMemory(t *testing.T) {
 	const streams = "OLLAMA_CACHEPROXY_STREAMS"
 	n, err := strconv.Atoi(os.Getenv(streams))

@@ -9,9 +9,10 @@ import (
 	"time"
 )
 
-// tasks are what a chat page asks by itself, as Open WebUI does: right after an answer, at once, and for
-// the same user and chat. After each answer these are follow-up questions, after the first one a title
-// and tags, too. Each has instructions of its own, and then some of the conversation.
+// tasks are the requests that a chat page sends by itself, such as Open WebUI: right after an
+// answer, all at once, and for the same user and chat. After each answer it asks for follow-up
+// questions, after the first also for a title and tags. Each begins with different instructions,
+// followed by a part of the conversation.
 func (o *office) tasks(w who, id uint64, first bool, told func(reply)) {
 	w.whole = true
 	kinds := []uint64{11, 12, 13}
@@ -27,14 +28,14 @@ func (o *office) tasks(w who, id uint64, first bool, told func(reply)) {
 	wg.Wait()
 }
 
-// pages is what chats and their pages' tasks had.
+// pages are the results of chats and their pages' tasks.
 type pages struct {
-	chats, tasks []time.Duration // that they waited
+	chats, tasks []time.Duration // their waits
 	evaluated    int             // tokens of the chats' prompts
 	longest      time.Duration
 }
 
-// chatPages has three people chat, beside a script or alone.
+// chatPages lets three people chat, beside a script or alone.
 func chatPages(t *testing.T, h house, script, tasks bool) (p pages) {
 	synctest.Test(t, func(t *testing.T) {
 		o := newOffice(t, h)
@@ -78,8 +79,8 @@ func chatPages(t *testing.T, h house, script, tasks bool) (p pages) {
 	return p
 }
 
-// TestChatPageTasks: a page's own requests push nobody's chat out for good where the server has its
-// usual host cache, and no chat waits for longer than for one request on their account.
+// TestChatPageTasks: a page's own requests do not evict a chat for good if the server has its usual
+// host cache, and no chat waits for more than one request because of them.
 func TestChatPageTasks(t *testing.T) {
 	for _, h := range []house{{slots: 1, told: true}, {slots: 4, told: true}} {
 		for _, script := range []bool{false, true} {

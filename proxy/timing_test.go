@@ -11,8 +11,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 )
 
-// TestTiming: every answer says for how long its request waited, once, whoever gives it; what
-// another proxy behind this one says of its own queue comes after that.
+// TestTiming: every answer reports how long its request waited, once, whoever writes it. What
+// another proxy behind this one reports about its own queue comes after that.
 func TestTiming(t *testing.T) {
 	f := newFake(t, func(r received) string {
 		head := "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nX-Cacheproxy-Waited: 9\r\n"
@@ -64,11 +64,11 @@ func TestTiming(t *testing.T) {
 	}
 }
 
-// TestTimingOfAllWaits: what a request waits for beside a lane counts, too: memory for its body, and the
-// pauses before it is sent again to a server whose queue was full.
+// TestTimingOfAllWaits: other waits than for a lane count, too: for memory for the body, and the
+// pauses before retries at a server whose queue was full.
 func TestTimingOfAllWaits(t *testing.T) {
 	inTime(t, 1, time.Minute, func(t *testing.T, m *mortal, h *Handler, ask func(string, string, ...string) *asked) {
-		quarter := h.memory.most / 3 // all that there is for the beginnings of bodies
+		quarter := h.memory.most / 3 // all of the part for the beginnings of bodies
 		if !h.memory.first.TryAcquire(quarter) {
 			t.Fatal("somebody has some of the memory")
 		}
@@ -91,7 +91,7 @@ func TestTimingOfAllWaits(t *testing.T) {
 	})
 }
 
-// breaksOff refuses uploads before they have come, with an answer that breaks off.
+// breaksOff refuses uploads before they are complete, with an answer that breaks off.
 type breaksOff struct{ http.RoundTripper }
 
 func (b breaksOff) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -104,7 +104,7 @@ func (b breaksOff) RoundTrip(r *http.Request) (*http.Response, error) {
 	}, nil
 }
 
-// TestTimingOnce: the proxy's own answer in place of one that broke off has it once, too.
+// TestTimingOnce: the proxy's own answer in place of a broken one also has it once.
 func TestTimingOnce(t *testing.T) {
 	inTime(t, 1, time.Minute, func(t *testing.T, _ *mortal, h *Handler, ask func(string, string, ...string) *asked) {
 		h.forward.Transport = breaksOff{h.forward.Transport}

@@ -20,7 +20,7 @@ func trusting(t testing.TB, list ...string) *TrustedProxies {
 	return trusted
 }
 
-// askedBy is a request over a connection from an address.
+// askedBy is a request from an address.
 func askedBy(peer string, headers ...string) *http.Request {
 	r := httptest.NewRequest(http.MethodPost, "/api/chat", nil)
 	r.RemoteAddr = peer
@@ -31,8 +31,8 @@ func askedBy(peer string, headers ...string) *http.Request {
 	return r
 }
 
-// TestForwardedClient: a front that is trusted says who asks; nobody else does, and what cannot be
-// read, or contradicts itself, leaves the address of the connection.
+// TestForwardedClient: a trusted front says which client is asking, and nobody else can. If what it
+// says cannot be read, or contradicts itself, the connection's address counts.
 func TestForwardedClient(t *testing.T) {
 	trusted := trusting(t, "10.0.0.0/8", " 127.0.0.1", "fd00::/8", "::1", "fe80::9%eth0")
 	for _, c := range []struct {
@@ -94,8 +94,8 @@ func TestForwardedClient(t *testing.T) {
 	}
 }
 
-// TestForwardedUser: a front that is trusted tells its users apart; one behind it, which may be
-// anybody, does not.
+// TestForwardedUser: a trusted front names its users; a front behind it, which may be anybody, does
+// not.
 func TestForwardedUser(t *testing.T) {
 	trusted := trusting(t, "10.0.0.1")
 	who := func(peer string, headers ...string) string {
@@ -118,7 +118,7 @@ func TestForwardedUser(t *testing.T) {
 	}
 }
 
-// TestForwardedIsNoKey: what a front says lets nobody in, and shuts nobody out.
+// TestForwardedIsNoKey: what a front says neither admits nor excludes anybody.
 func TestForwardedIsNoKey(t *testing.T) {
 	const forwarded = "X-Forwarded-For: 127.0.0.1"
 	trusted := trusting(t, "127.0.0.1", "10.0.0.1")
@@ -138,8 +138,8 @@ func TestForwardedIsNoKey(t *testing.T) {
 	}
 }
 
-// FuzzForwarded: whatever the headers say, who asks is the connection, or an address that is no
-// front's; and what a trusted front adds at the end is what counts.
+// FuzzForwarded: whatever the headers say, the client is the connection, or an address that is not
+// a front's; and only what a trusted front adds at the end counts.
 func FuzzForwarded(f *testing.F) {
 	f.Add("192.0.2.7", "")
 	f.Add("192.0.2.7, 10.0.0.2", `for="[2001:db8::1]:4711";proto=http`)
@@ -160,7 +160,7 @@ func FuzzForwarded(f *testing.F) {
 			if err != nil || addr.Zone() != "" || got != peer && trusted.trusts(got) {
 				t.Errorf("%q, %q: %q", xff, forwarded, got)
 			}
-			// The header as it was sent need not spell the address as it is told.
+			// The header may spell the address differently than it is reported.
 			if said := xff + forwarded; addr.Is4() && got != peer && !strings.Contains(said, got) &&
 				!strings.Contains(said, ":") {
 				t.Errorf("%q, %q: %q is in neither", xff, forwarded, got)
@@ -179,7 +179,7 @@ func FuzzForwarded(f *testing.F) {
 	})
 }
 
-// whoIn reads who asks from a body.
+// whoIn reads the client from a body.
 func whoIn(t testing.TB, body string, headers ...string) (program, flow uint64) {
 	t.Helper()
 	f, err := scan([]byte(body), nil)
@@ -191,7 +191,8 @@ func whoIn(t testing.TB, body string, headers ...string) (program, flow uint64) 
 	return programOf(r, ex), flowOf(r, ex)
 }
 
-// TestNamesInBodies: users and conversations that a body names are flows of their own, in one program.
+// TestNamesInBodies: users and conversations named in bodies are flows of their own within one
+// program.
 func TestNamesInBodies(t *testing.T) {
 	one, nobody := whoIn(t, `{}`)
 	flows := []uint64{nobody}
@@ -235,8 +236,8 @@ func TestNamesInBodies(t *testing.T) {
 	}
 }
 
-// FuzzNames: what a body says of who asks is read without fault, and does not depend on what else
-// is in it.
+// FuzzNames: reading the client from a body never fails, and does not depend on the rest of the
+// body.
 func FuzzNames(f *testing.F) {
 	for _, body := range []string{
 		`{"user":"ann"}`, `{"metadata":{"user_id":"ann","user_id":null}}`, `{"metadata":{"a":[{"b":"}"}]}}`,

@@ -20,9 +20,9 @@ const (
 	Anthropic                // /v1/messages
 )
 
-// marks are found only in the data of the event with the counts, as every JSON encoder spells it.
-// Within a string the quotes would be escaped; an event that has the mark as another key, or as a
-// whole string, is parsed in vain.
+// marks identify the event with the counts: its data contains them, spelled as every JSON encoder
+// does. Within a string the quotes would be escaped; an event that has the mark as another key, or
+// as a whole string, is parsed in vain.
 var marks = [...][]byte{
 	Native:    []byte(`"done"`), // never in events
 	OpenAI:    []byte(`"usage"`),

@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// benchmarkReader reads one answer per iteration: the pieces are what the transport's reads return.
+// benchmarkReader reads one answer per iteration, in pieces as the transport's reads return them.
 func benchmarkReader(b *testing.B, d Dialect, contentType string, pieces [][]byte, want Answer) {
 	size := 0
 	for _, p := range pieces {
@@ -27,7 +27,7 @@ func benchmarkReader(b *testing.B, d Dialect, contentType string, pieces [][]byt
 	}
 }
 
-// proxyReads cuts a body as the proxy reads it.
+// proxyReads splits a body into the proxy's reads.
 func proxyReads(body []byte) [][]byte {
 	var pieces [][]byte
 	for len(body) > 0 {
@@ -80,7 +80,7 @@ func BenchmarkReader(b *testing.B) {
 	b.Run("context-128k", func(b *testing.B) { benchmarkReader(b, Native, "application/x-ndjson", proxyReads([]byte(body)), want) })
 }
 
-// BenchmarkCopy is what the same bytes cost to copy.
+// BenchmarkCopy measures the cost of copying the same bytes.
 func BenchmarkCopy(b *testing.B) {
 	from, to := make([]byte, 32<<10), make([]byte, 32<<10)
 	b.SetBytes(int64(len(from)))

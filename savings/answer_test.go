@@ -11,14 +11,14 @@ import (
 	"time"
 )
 
-// contentTypes is how the samples' names end, and what their Content-Type was.
+// contentTypes maps the ends of the samples' names to their Content-Type.
 var contentTypes = map[string]string{
 	".json":   "application/json; charset=utf-8",
 	".ndjson": "application/x-ndjson",
 	".sse":    "text/event-stream",
 }
 
-// readAnswer returns what a Reader finds in a body that comes in these pieces.
+// readAnswer returns what a Reader finds in a body that arrives in these pieces.
 func readAnswer(d Dialect, contentType string, tellsCached bool, limit int, pieces ...[]byte) Answer {
 	r := NewReader(d, contentType, tellsCached)
 	defer r.Release()
@@ -43,8 +43,9 @@ func sameAnswer(a, b Answer) bool {
 	return fmt.Sprintf("%#v", a) == fmt.Sprintf("%#v", b)
 }
 
-// Prompts of the samples in testdata/answers, which real servers gave: of 46, 61 and 32 tokens. All but the cold one were
-// sent twice, and the second answer kept. Only 0.34.1 tells how many tokens were reused.
+// Prompts of the samples in testdata/answers, which are from real servers, have 46, 61 and 32
+// tokens. All but the cold one were sent twice, and the second answer kept. Only 0.34.1 reports how
+// many tokens were reused.
 const (
 	promptTokens    = 46
 	coldTokens      = 61
@@ -67,7 +68,8 @@ func counted(d Dialect) answerSample {
 	return answerSample{d, Answer{Done: true, Total: promptTokens, Generated: generatedTokens}}
 }
 
-// answerSamples is what the server told, by the sample's name; cached is added to those of 0.34.1.
+// answerSamples is what the server reported, by the sample's name; cached is added to those of
+// 0.34.1.
 func answerSamples(version string) map[string]answerSample {
 	all := map[string]answerSample{
 		"load.json":                  {Native, Answer{DoneReason: "load"}},
@@ -123,7 +125,7 @@ func answerSamples(version string) map[string]answerSample {
 	return all
 }
 
-// TestSamples reads what real servers answered, split everywhere and broken off everywhere.
+// TestSamples reads real servers' answers, split at every byte and broken off at every byte.
 func TestSamples(t *testing.T) {
 	for _, version := range []string{"0.24.0", "0.33.0", "0.34.1"} {
 		dir := filepath.Join("testdata", "answers", version)
@@ -175,7 +177,8 @@ func TestSamples(t *testing.T) {
 	}
 }
 
-// TestCachedTold: 0 reused tokens in /v1/responses mean none only where the server is known to tell.
+// TestCachedTold: 0 reused tokens in /v1/responses mean none only if the server is known to report
+// them.
 func TestCachedTold(t *testing.T) {
 	const body = `{"usage":{"input_tokens":9,"output_tokens":2,"input_tokens_details":{"cached_tokens":%d}}}`
 	for _, test := range []struct {
@@ -265,7 +268,8 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
-// TestLongLines: a line beyond the limit is given up, however it comes, and what came before it is not taken for the end.
+// TestLongLines: a line beyond the limit is skipped, however it arrives, and the line before it
+// does not count as the end.
 func TestLongLines(t *testing.T) {
 	end := `{"done":true,"prompt_eval_count":5,"pad":"%s"}`
 	fits := fmt.Sprintf(end, strings.Repeat("x", maxLine-len(end)+2))
@@ -302,7 +306,8 @@ func TestLongLines(t *testing.T) {
 	}
 }
 
-// TestMemory: what a Reader holds stays within its limit, and a large buffer is not kept for the next one.
+// TestMemory: a Reader's memory stays within its limit, and a large buffer is not kept for the next
+// one.
 func TestMemory(t *testing.T) {
 	for kind, contentType := range contentTypes {
 		r := NewReader(OpenAI, contentType, false)
@@ -325,7 +330,7 @@ func TestMemory(t *testing.T) {
 	}
 }
 
-// FuzzSplits: any bytes in any pieces give what they give at once, and never nonsense.
+// FuzzSplits: any bytes give the same result in any pieces, and never nonsense.
 func FuzzSplits(f *testing.F) {
 	files, err := filepath.Glob(filepath.Join("testdata", "answers", "0.34.1", "*"))
 	if err != nil || len(files) == 0 {
@@ -361,7 +366,7 @@ func FuzzSplits(f *testing.F) {
 	})
 }
 
-// FuzzText: no text of an answer, whatever it says, is taken for its counts.
+// FuzzText: no text of an answer, whatever it says, is mistaken for its counts.
 func FuzzText(f *testing.F) {
 	for _, text := range []string{
 		"", "usage", "message_delta", "response.completed", "[DONE]", "\ndata: [DONE]\n\n", `\`, `"`, `\"`, "é\u2028\r\n",
@@ -407,7 +412,7 @@ func FuzzText(f *testing.F) {
 			if got := readBody(test.dialect, contentTypes[test.kind], begin+end); !sameAnswer(got, want) {
 				t.Fatalf("%q tells %+v", begin+end, got)
 			}
-			// A plain text that is no JSON, such as a proxy's error page.
+			// A plain text that is not JSON, such as a proxy's error page.
 			if got := readBody(test.dialect, contentTypes[test.kind], "error: "+end); test.kind != ".sse" && !strings.Contains(end, "\n") && !sameAnswer(got, Answer{}) {
 				t.Fatalf("a text tells %+v", got)
 			}

@@ -6,17 +6,16 @@ import (
 	"testing"
 )
 
-// machine makes how much longer evaluations take than they would on a machine that does nothing
-// else.
+// machine determines how much longer evaluations take than on an otherwise idle machine.
 type machine func(r *rand.Rand) func() (prompt, answer float64)
 
-// scatter returns a factor of 1 or more, log-normal to the slow side.
+// scatter returns a log-normal factor of at least one.
 func scatter(r *rand.Rand, sigma float64) float64 {
 	return math.Exp(math.Abs(r.NormFloat64()) * sigma)
 }
 
-// scattered is slowed down anew for each request, its prompt and its answer alike but for what is
-// their own.
+// scattered slows down each request by another factor, its prompt and its answer alike except for a
+// small difference.
 func scattered(common, own float64) machine {
 	return func(r *rand.Rand) func() (prompt, answer float64) {
 		return func() (prompt, answer float64) {
@@ -26,7 +25,7 @@ func scattered(common, own float64) machine {
 	}
 }
 
-// bursts is quiet and busy in turn, each for up to so many requests; busy means 2 to 20 times
+// bursts is quiet and busy in turn, each for up to that many requests; busy means 2 to 20 times
 // slower.
 func bursts(most int) machine {
 	return func(r *rand.Rand) func() (prompt, answer float64) {
@@ -45,7 +44,7 @@ func bursts(most int) machine {
 	}
 }
 
-// from gets slower by a factor, for good, after so many requests.
+// from becomes slower by a factor, permanently, after that many requests.
 func from(after int, factor float64) machine {
 	return func(r *rand.Rand) func() (prompt, answer float64) {
 		n := 0
@@ -59,7 +58,7 @@ func from(after int, factor float64) machine {
 	}
 }
 
-// until is slower by a factor, until so many requests were served.
+// until is slower by a factor, until that many requests were served.
 func until(after int, factor float64) machine {
 	return func(r *rand.Rand) func() (prompt, answer float64) {
 		slower := from(after, 1/factor)(r)
@@ -70,7 +69,7 @@ func until(after int, factor float64) machine {
 	}
 }
 
-// misleading slows down prompts only: the answer's tokens tell of a quiet machine.
+// misleading slows down prompts only: the answer's tokens suggest a quiet machine.
 func (m machine) misleading() machine {
 	return func(r *rand.Rand) func() (prompt, answer float64) {
 		next := m(r)
@@ -81,15 +80,15 @@ func (m machine) misleading() machine {
 	}
 }
 
-// TestBusy: whatever other work does to the times, the estimator is right in what it tells, and
-// does not call everything unknown.
+// TestBusy: whatever other work does to the times, the estimator's figures are right, and it does
+// not report everything as unknown.
 func TestBusy(t *testing.T) {
 	for _, c := range []struct {
 		name    string
 		machine machine
-		answer  int     // tokens; one token has no time of its own that could tell of the machine
-		unknown float64 // of the requests, at most
-		wrong   float64 // of the others, at most
+		answer  int     // tokens; with one token, no time would show how busy the machine is
+		unknown float64 // fraction of the requests, at most
+		wrong   float64 // fraction of the others, at most
 	}{
 		{"quiet", scattered(0.05, 0.05), 8, 0.03, 0.02},
 		{"quiet, answers of one token", scattered(0.05, 0.05), 1, 0.03, 0.02},
@@ -105,7 +104,7 @@ func TestBusy(t *testing.T) {
 		{"slow after 15 requests", from(15, 10), 8, 0.2, 0.05},
 		{"slow after 15 requests, answers of one token", from(15, 10), 1, 0.5, 0.05},
 		{"slow for 6 requests", until(6, 8), 8, 0.3, 0.05},
-		// The worst case: what is taken for a sign of a busy machine says that it is quiet.
+		// The worst case: the sign of a busy machine suggests a quiet one.
 		{"misleading bursts", bursts(10).misleading(), 8, 0.5, 0.1},
 		{"misleadingly slow after 15 requests", from(15, 10).misleading(), 8, 0.5, 0.05},
 	} {
@@ -135,7 +134,7 @@ func TestBusy(t *testing.T) {
 	}
 }
 
-// workloads are what the estimator is held to beside other work.
+// workloads are the workloads that the estimator has to handle beside other work.
 var workloads = []struct {
 	name  string
 	slots int

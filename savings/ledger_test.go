@@ -15,19 +15,20 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// engineSim is an inference engine as far as the ledger can see it: slots that keep the tokens of their last prompt and
-// answer, a host cache for those that lost their slot, and evaluation times with noise. One word is one token.
+// engineSim is an inference engine as the ledger sees it: slots that keep the tokens of their last
+// prompt and answer, a host cache for prompts that lost their slot, and evaluation times with
+// noise. A word is a token.
 type engineSim struct {
 	r     *rand.Rand
 	slots [][]string // least recently used first
-	host  bool       // what loses its slot is kept
+	host  bool       // there is a host cache
 	saved [][]string
-	noise float64 // 0.3: up to 30 % slower than the machine can
-	rate  float64 // ms a token
+	noise float64 // 0.3 means up to 30 % slower than the machine can be
+	rate  float64 // ms per token
 	load  time.Duration
-	opts  string // of the present load; "" if nothing is loaded
-	// busy, if not nil, says how many times longer the next evaluation takes because of other work on
-	// the machine, and the tokens of its answer.
+	opts  string // of the current load; "" if nothing is loaded
+	// busy, if not nil, returns the factors by which other work on the machine slows down the next
+	// evaluation, and the tokens of its answer.
 	busy func() (prompt, answer float64)
 }
 
@@ -41,7 +42,7 @@ func common(a, b []string) int {
 	return n
 }
 
-// run evaluates a prompt and answers with so many tokens.
+// run evaluates a prompt and generates that many tokens.
 func (s *engineSim) run(opts string, messages []msg, generate int) (a Answer, reused int, answer string) {
 	a.Load = 2 * time.Millisecond
 	if s.opts != opts {
@@ -92,7 +93,7 @@ func (s *engineSim) run(opts string, messages []msg, generate int) (a Answer, re
 	return a, reused, strings.Join(words, " ")
 }
 
-// figures compare a ledger with the truth.
+// figures compare a ledger with the simulated engine.
 type figures struct {
 	requests, right   int
 	evaluated, ledger int // tokens of the requests that have a figure
@@ -102,7 +103,7 @@ type figures struct {
 
 func (f figures) off() float64 { return float64(f.ledger-f.evaluated) / float64(f.evaluated) }
 
-// told returns how many verdicts were given.
+// told returns the number of verdicts other than unknown.
 func (f figures) told() int { return f.requests - f.unknown }
 
 func (f *figures) add(g figures) {
@@ -116,10 +117,10 @@ func (f *figures) add(g figures) {
 	}
 }
 
-// modelKey is the model that everybody asks for.
+// modelKey is the model of all requests.
 var modelKey = upstream.ModelKey("m")
 
-// bench drives a ledger and an engine.
+// bench connects a ledger with an engine.
 type bench struct {
 	t      *testing.T
 	ledger *Ledger
@@ -186,8 +187,8 @@ func (b *bench) chat(opts string, messages ...msg) string {
 	return text
 }
 
-// check holds the estimates to what issue 10 asks for, on a quiet machine: at most 5 % wrong, at most
-// 5 % unknown.
+// check requires, on a quiet machine, that at most 5 % of the verdicts are wrong, and at most 5 %
+// unknown.
 func (b *bench) check(name string) {
 	b.t.Helper()
 	b.t.Logf("%s: %d requests, %d unknown; of the others %d evaluated, estimated %d (%+.1f %%), %d classified right, reasons %v",
@@ -198,7 +199,8 @@ func (b *bench) check(name string) {
 	}
 }
 
-// honest reports whether what is told is right: the sum of tokens and the verdicts within 5 %.
+// honest reports whether the reported figures are right: the sum of tokens and the verdicts within
+// 5 %.
 func (f figures) honest() bool {
 	return f.off() <= 0.05 && f.off() >= -0.05 && f.right*100 >= f.told()*95
 }
@@ -311,10 +313,10 @@ func TestLost(t *testing.T) {
 	}
 }
 
-// TestUnknown: before anything is learned the ledger says unknown, not 0.
+// TestUnknown: before anything is learned the ledger reports unknown, not 0.
 func TestUnknown(t *testing.T) {
 	b := newBench(t, 1, 1, true)
-	b.sim.opts = "default" // it was loaded, and used by others, before the proxy came
+	b.sim.opts = "default" // others loaded and used it before the proxy started
 	b.chat("default", msg{"user", prose(b.sim.r, 500)})
 	if b.last.Basis != Unknown || b.last.Tokens != nil || b.last.Verdict != Uncertain || b.last.ExpectedKnown || b.last.Total == 0 {
 		t.Errorf("%+v", b.last)
@@ -327,7 +329,7 @@ func TestUnknown(t *testing.T) {
 	}
 }
 
-// TestMeasured: what the server tells is the figure, and the estimate is beside it.
+// TestMeasured: what the server reports is the figure, and the estimate is kept beside it.
 func TestMeasured(t *testing.T) {
 	b := newBench(t, 1, 1, true)
 	r := b.begin(msg{"user", "hello there"})
@@ -374,7 +376,7 @@ func (b *bench) end(r *Request, o Outcome) (Entry, bool) {
 	return r.End(b.now, o)
 }
 
-// lose has the server lose what it holds, all of it where it was restarted.
+// lose makes the server lose what it holds; everything, if it was restarted.
 func (b *bench) lose(why Lost) {
 	if why == LostRestart {
 		b.book.Restarted()
@@ -403,7 +405,7 @@ func TestTruncated(t *testing.T) {
 	}
 }
 
-// TestAborted: of a request without an end nothing is known, and its prompt is not held to be warm.
+// TestAborted: nothing is known of a request without an end, and its prompt does not count as warm.
 func TestAborted(t *testing.T) {
 	b := newBench(t, 1, 1, true)
 	system := msg{"system", prose(b.sim.r, 500)}
@@ -413,7 +415,7 @@ func TestAborted(t *testing.T) {
 	if !ok || !entry.Broken || entry.Basis != Unknown || entry.Tokens != nil || entry.Verdict != Uncertain {
 		t.Errorf("an aborted request: %v, %+v", ok, entry)
 	}
-	// The client left, but not before the counts had come.
+	// The client left, but only after the counts had arrived.
 	o := told(500, 500)
 	o.OK = false
 	if entry, _ = b.end(b.begin(msg{"user", "left"}), o); entry.Broken || entry.Total != 500 {
@@ -448,8 +450,9 @@ func TestRecent(t *testing.T) {
 	}
 }
 
-// TestSliding: a sliding-window model on a server before 0.30 is expected to reuse nothing of a prompt that parts from the
-// last one, and the reason says so; what continues the last prompt is.
+// TestSliding: for a sliding-window model on a server before 0.30, a prompt that diverges from the
+// last one is expected to reuse nothing, and has that reason; a prompt that continues the last one
+// is warm.
 func TestSliding(t *testing.T) {
 	b := newBench(t, 1, 1, false)
 	system := msg{"system", prose(b.sim.r, 500)}
@@ -470,8 +473,8 @@ func TestSliding(t *testing.T) {
 	}
 }
 
-// TestAttached: of a server that does not tell what it reused, a prompt of which a stored state was
-// attached is judged by its time; without, after a load, it is cold for certain.
+// TestAttached: if the server does not report what it reused, a prompt with an attached state is
+// judged by its time; a prompt without one, after a load, is certainly cold.
 func TestAttached(t *testing.T) {
 	for _, w := range []struct {
 		attached, evaluated int
@@ -479,7 +482,7 @@ func TestAttached(t *testing.T) {
 	}{{0, 510, Cold}, {500, 10, Hit}, {500, 510, Uncertain}} { // a busy machine takes as long for what is warm
 		b := newBench(t, 1, 1, false)
 		system := msg{"system", prose(b.sim.r, 500)}
-		for range 5 { // tell how fast it is
+		for range 5 { // show how fast the machine is
 			b.end(b.begin(msg{"system", prose(b.sim.r, 500)}, msg{"user", "first"}), told(510, 510))
 		}
 		r := b.begin(system, msg{"user", "one"})
@@ -494,7 +497,8 @@ func TestAttached(t *testing.T) {
 	}
 }
 
-// TestStoreAfterLoad: what was warm before a load is not, in the store either.
+// TestStoreAfterLoad: prompts that were warm before a load are not warm after it, nor is the
+// store's record.
 func TestStoreAfterLoad(t *testing.T) {
 	b := newBench(t, 1, 1, true)
 	system := msg{"system", prose(b.sim.r, 500)}
@@ -510,12 +514,14 @@ func TestStoreAfterLoad(t *testing.T) {
 	}
 }
 
-// told is the answer of an upstream that does not tell what it reused: a token takes a millisecond.
+// told is the answer of an upstream that does not report what it reused: a token takes a
+// millisecond.
 func told(total, evaluated int) Outcome {
 	return Outcome{OK: true, Answer: Answer{Done: true, Total: total, Load: time.Millisecond, PromptEval: time.Duration(10+evaluated) * time.Millisecond, TotalTime: time.Minute}}
 }
 
-// TestShortPrompt: a short prompt, most of whose tokens are the template's, does not have longer ones pass for cut.
+// TestShortPrompt: a short prompt, most of whose tokens are the template's, does not make longer
+// ones look cut.
 func TestShortPrompt(t *testing.T) {
 	b := newBench(t, 1, 1, true)
 	for range 5 {
@@ -535,11 +541,12 @@ func TestShortPrompt(t *testing.T) {
 	}
 }
 
-// TestAbortedThenWarm: what an aborted request left warm is not reported as evaluated, and teaches nothing wrong.
+// TestAbortedThenWarm: what an aborted request left warm is not reported as evaluated, and the
+// ledger learns nothing wrong from it.
 func TestAbortedThenWarm(t *testing.T) {
 	b := newBench(t, 1, 1, true)
 	first := told(1500, 1500)
-	first.Load = time.Second // so that all that it holds is known
+	first.Load = time.Second // so that everything it holds is known
 	b.end(b.begin(msg{"user", prose(b.sim.r, 1400)}), first)
 	for range 4 {
 		b.now = b.now.Add(time.Minute)
@@ -556,7 +563,7 @@ func TestAbortedThenWarm(t *testing.T) {
 	}
 }
 
-// TestAbsurdTimes: an upstream's nonsense stays its own.
+// TestAbsurdTimes: an upstream's absurd times are bounded in the ledger's entries.
 func TestAbsurdTimes(t *testing.T) {
 	b := newBench(t, 1, 1, true)
 	for _, d := range []time.Duration{1 << 62, -1, 0, 1} {
@@ -571,7 +578,8 @@ func TestAbsurdTimes(t *testing.T) {
 	}
 }
 
-// TestBurst: of siblings that come at once, the first was seen first, and nothing took the others' slot.
+// TestBurst: of siblings that arrive at once, the first is the first seen, and no prompt took the
+// others' slot.
 func TestBurst(t *testing.T) {
 	b := newBench(t, 1, 4, true)
 	b.chat("default", msg{"user", prose(b.sim.r, 900)})
@@ -595,7 +603,7 @@ func TestBurst(t *testing.T) {
 	}
 }
 
-// TestSavedLoading: one load is saved once, by the first request after the pause.
+// TestSavedLoading: a load is counted as saved once, by the first request after the pause.
 func TestSavedLoading(t *testing.T) {
 	b := newBench(t, 1, 1, true)
 	b.chat("default", msg{"user", prose(b.sim.r, 900)}) // loads
@@ -615,7 +623,7 @@ func TestSavedLoading(t *testing.T) {
 	}
 }
 
-// TestLoadReasons: a load has the reason that it had, once.
+// TestLoadReasons: each load is reported once, with its reason.
 func TestLoadReasons(t *testing.T) {
 	b := newBench(t, 1, 1, true)
 	system := msg{"system", prose(b.sim.r, 500)}
@@ -629,7 +637,7 @@ func TestLoadReasons(t *testing.T) {
 		t.Errorf("the second load after a restart: %+v", b.last)
 	}
 
-	// What unloads the model states no options, and is no request for the default ones.
+	// A request that unloads the model states no options; that does not mean the default ones.
 	b.chat("8192", system, msg{"user", "four"})
 	body := []byte(`{"model":"m","keep_alive":0}`)
 	chain := b.reader.Read(prefix.Generate, modelKey, body)
@@ -641,7 +649,7 @@ func TestLoadReasons(t *testing.T) {
 		t.Errorf("after an unload: %+v", b.last)
 	}
 
-	// Two that are under way at once, with other options each, are two loads.
+	// Two requests under way at once, with different options, make two loads.
 	x, y := b.begin(system, msg{"user", "x"}), b.begin(system, msg{"user", "y"}) // default options
 	o := told(520, 520)
 	o.Load = time.Second
@@ -657,7 +665,8 @@ func TestLoadReasons(t *testing.T) {
 	}
 }
 
-// TestNothingCounted: an answer that should tell counts and does not has evaluated nobody knows what.
+// TestNothingCounted: if an answer lacks the counts that it should have, its evaluated tokens are
+// unknown.
 func TestNothingCounted(t *testing.T) {
 	b := newBench(t, 1, 1, true)
 	b.chat("default", msg{"user", prose(b.sim.r, 900)})

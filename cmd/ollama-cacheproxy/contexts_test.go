@@ -13,7 +13,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
 )
 
-// saveContexts stores a context of two megabytes for each model that it is given, in a home.
+// saveContexts stores a context of two megabytes for each of the models, in a home.
 func saveContexts(ts *testscript.TestScript, neg bool, args []string) {
 	dir := filepath.Join(ts.MkAbs(args[0]), "contexts")
 	files, err := contextstore.OpenFiles(dir, contextstore.FileLimits{Bytes: 1 << 30}, nil)
@@ -37,7 +37,7 @@ func saveContexts(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(files.Close(context.Background()))
 }
 
-// spoilContext changes, cuts or removes the one state's file that a home has, or its side file.
+// spoilContext changes, truncates or removes the only state's file in a home, or its side file.
 func spoilContext(ts *testscript.TestScript, neg bool, args []string) {
 	dir := filepath.Join(ts.MkAbs(args[0]), "contexts")
 	paths, err := filepath.Glob(filepath.Join(dir, "*.bin"))

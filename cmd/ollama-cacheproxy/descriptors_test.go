@@ -21,14 +21,15 @@ import (
 	"time"
 )
 
-// startLimited runs the program with a limit on descriptors, and returns where it listens.
+// startLimited runs the program with a limit on descriptors, and returns its address.
 func startLimited(t *testing.T, ulimit, upstream string, flags ...string) (addr string) {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	program := filepath.Join(t.TempDir(), "ollama-cacheproxy") // by this name TestMain runs the program
+	// TestMain runs the program if called by this name.
+	program := filepath.Join(t.TempDir(), "ollama-cacheproxy")
 	if err := os.Symlink(self, program); err != nil {
 		t.Fatal(err)
 	}
@@ -53,11 +54,11 @@ func startLimited(t *testing.T, ulimit, upstream string, flags ...string) (addr 
 	return addr
 }
 
-// fresh uses a connection for one request, and waits for no answer for ever.
+// fresh uses a connection for one request, and has a timeout.
 var fresh = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 10 * time.Second}
 
-// page gets one of the proxy's pages over a connection of its own, and returns its status; 0 where
-// there is no answer.
+// page gets one of the proxy's pages over a new connection, and returns its status; 0 without an
+// answer.
 func page(addr, path string) int {
 	res, err := fresh.Get("http://" + addr + path)
 	if err != nil {
@@ -84,8 +85,8 @@ func TestDescriptorLimit(t *testing.T) {
 	}
 }
 
-// TestIdleClientsMakeRoom: where clients keep as many connections as there are descriptors, those
-// that have been idle for longest are closed, the newest stay, and everybody is answered.
+// TestIdleClientsMakeRoom: if clients keep as many connections as there are descriptors, the
+// longest idle ones are closed, the newest stay, and everybody gets an answer.
 func TestIdleClientsMakeRoom(t *testing.T) {
 	up := httptest.NewServer(http.HandlerFunc(stubOllama))
 	defer up.Close()
@@ -119,7 +120,7 @@ func TestIdleClientsMakeRoom(t *testing.T) {
 	}
 }
 
-// TestSilentClients: connections on which nothing ever comes keep nobody out.
+// TestSilentClients: connections on which nothing ever arrives keep nobody out.
 func TestSilentClients(t *testing.T) {
 	up := httptest.NewServer(http.HandlerFunc(stubOllama))
 	defer up.Close()
@@ -135,9 +136,9 @@ func TestSilentClients(t *testing.T) {
 	waitFor(t, func() bool { return page(addr, "/api/version") == http.StatusOK })
 }
 
-// TestBusyClientsTakeAll: where requests under way take all descriptors, new ones get 503, the
-// health page answers, and what is under way is answered. So it is where each has a connection to
-// the upstream, and where all but one wait for a lane.
+// TestBusyClientsTakeAll: if requests under way take all descriptors, new ones get 503, the health
+// page answers, and the requests under way get their answers; both if each has an upstream
+// connection, and if all but one wait for a lane.
 func TestBusyClientsTakeAll(t *testing.T) {
 	for _, slots := range []string{"off", "1"} {
 		t.Run("slots "+slots, func(t *testing.T) {

@@ -6,7 +6,7 @@ import (
 	"path/filepath"
 )
 
-// fakeOllama is what scripts install as ollama: it tells its version.
+// fakeOllama is what scripts install as ollama: it prints its version.
 func fakeOllama() {
 	version := os.Getenv("TEST_VERSION")
 	if version == "" {
@@ -15,8 +15,8 @@ func fakeOllama() {
 	fmt.Println("Warning: client version is " + version)
 }
 
-// fakeEngine is what is called by the name of an engine: the program of a link, as in reality, or
-// the installed one, which tells its arguments.
+// fakeEngine runs under the name of an engine: as the program of a link, like the real one, or as
+// the installed one, which prints its arguments.
 func fakeEngine() {
 	self, err := os.Executable()
 	if err != nil {

@@ -20,15 +20,14 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// resident returns how many bytes of heap the system has given and not got back.
+// resident returns the bytes of heap that the process holds from the system.
 func resident() int64 {
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
 	return int64(m.HeapSys - m.HeapReleased)
 }
 
-// TestDefaultMemory: a quarter of what the machine has, or of what the cgroup may use if that is
-// less.
+// TestDefaultMemory: a quarter of the machine's memory, or of the cgroup's limit if that is less.
 func TestDefaultMemory(t *testing.T) {
 	gib := func(n uint64) memlimit.Provider { return memlimit.Limit(n << 30) }
 	none := func() (uint64, error) { return 0, memlimit.ErrNoLimit }
@@ -45,8 +44,8 @@ func TestDefaultMemory(t *testing.T) {
 	}
 }
 
-// TestMemoryGivenBack: within 60 s after a load its memory has been given back to the system,
-// though somebody still uses a little.
+// TestMemoryGivenBack: within 60 s after a load its memory is returned to the system, even if some
+// client keeps using a little.
 func TestMemoryGivenBack(t *testing.T) {
 	up := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		io.Copy(io.Discard, r.Body)
@@ -81,7 +80,7 @@ func TestMemoryGivenBack(t *testing.T) {
 		used := make([][]byte, 40)
 		for i := range 60 {
 			time.Sleep(time.Second)
-			used[i%len(used)] = fmt.Append(nil, i) // of somebody who is still there
+			used[i%len(used)] = fmt.Append(nil, i) // of the client that is still there
 		}
 		stop()
 		<-done

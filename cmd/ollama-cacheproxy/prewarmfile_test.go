@@ -12,8 +12,8 @@ import (
 	"time"
 )
 
-// TestPrewarmFile: the requests are read again when the file has changed, and at SIGHUP, beside
-// other files; what is wrong is told, and leaves those from before.
+// TestPrewarmFile: the requests are read again when the file has changed, and at SIGHUP, as other
+// files are; errors are logged, and the previous requests stay.
 func TestPrewarmFile(t *testing.T) {
 	dir := t.TempDir()
 	path, keys := filepath.Join(dir, "prewarm.jsonl"), filepath.Join(dir, "keys.txt")

@@ -17,7 +17,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// pipeListener hands out connections without sockets, on which time is virtual.
+// pipeListener provides connections without sockets, for which time is virtual.
 type pipeListener struct {
 	conns  chan net.Conn
 	closed chan struct{}
@@ -59,7 +59,7 @@ func inVirtualTime(t *testing.T, h http.Handler, test func(*testing.T, pipeListe
 }
 
 // TestIdleConnections: a connection is closed 120 s after its last answer, or 30 s after it began
-// and sent no header.
+// without sending a header.
 func TestIdleConnections(t *testing.T) {
 	hello := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "hello") })
 	inVirtualTime(t, hello, func(t *testing.T, ln pipeListener) {
@@ -74,7 +74,7 @@ func TestIdleConnections(t *testing.T) {
 				io.ReadFull(res.Body, make([]byte, 5))
 			}
 			began := time.Now()
-			io.Copy(io.Discard, c) // an answer 408 to a header that broke off
+			io.Copy(io.Discard, c) // a 408 answers an incomplete header
 			if d := time.Since(began); d != want {
 				t.Errorf("after %q the connection is closed in %v, want %v", send, d, want)
 			}
@@ -82,7 +82,7 @@ func TestIdleConnections(t *testing.T) {
 	})
 }
 
-// TestLongHeader: a header of up to 64 KiB is taken, a longer one is refused.
+// TestLongHeader: a header of up to 64 KiB is accepted, a longer one is refused.
 func TestLongHeader(t *testing.T) {
 	hello := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.Header().Set("Connection", "close") })
 	inVirtualTime(t, hello, func(t *testing.T, ln pipeListener) {
@@ -99,7 +99,7 @@ func TestLongHeader(t *testing.T) {
 	})
 }
 
-// stuckBodies are requests whose body leaves off.
+// stuckBodies are requests with bodies that stop half way.
 func stuckBodies() map[string]string {
 	const begin = `{"model":"m","messages":[{"role":"user","content":"`
 	bodies := map[string]string{}
@@ -112,8 +112,8 @@ func stuckBodies() map[string]string {
 	return bodies
 }
 
-// TestStuckBodies: a body that makes no progress for --body-timeout ends with 408 and the
-// connection, and one that makes some in each such time may take for ever.
+// TestStuckBodies: a body without progress for --body-timeout ends with 408 and the end of the
+// connection. One that makes progress within each such time may take for ever.
 func TestStuckBodies(t *testing.T) {
 	const limit = time.Minute
 	server := func() *proxy.Handler {

@@ -10,11 +10,11 @@ import (
 	"testing"
 )
 
-// TestEnginesThatCannotBeTold: why nothing is stored is told, once.
+// TestEnginesThatCannotBeTold: the log says once why nothing is stored.
 func TestEnginesThatCannotBeTold(t *testing.T) {
 	home := t.TempDir()
 	notes := filepath.Join(home, "engines")
-	if err := os.WriteFile(notes, nil, 0o600); err != nil { // no folder, so that it cannot be read
+	if err := os.WriteFile(notes, nil, 0o600); err != nil { // not a folder, so it cannot be listed
 		t.Fatal(err)
 	}
 	var lines bytes.Buffer

@@ -448,30 +448,30 @@ var symptoms = []struct {
 	otherNumCtx bool // … and where they do not
 }{
 	{kind: string(Unreachable), least: 1, level: isError,
-		what: "Requests of the last 5 minutes that reached no Ollama: %d.",
-		todo: "See the server below; start it, or correct --upstream."},
+		what: "Requests in the last 5 minutes that did not reach Ollama: %d.",
+		todo: "Start the server that is shown as away below, or correct --upstream."},
 	{kind: string(UpstreamError), least: 1, level: isError,
-		what: "Requests of the last 5 minutes that Ollama answered with an error: %d.",
-		todo: "Open one of them below, and look into Ollama's log at that time."},
+		what: "Requests in the last 5 minutes that Ollama answered with an error: %d.",
+		todo: "Open one of them below, and read Ollama's log of that time."},
 	{kind: string(Aborted), least: 1, level: isError,
-		what: "Answers of the last 5 minutes that broke off: %d.",
+		what: "Answers in the last 5 minutes that broke off: %d.",
 		todo: "Ollama, or something between, closed the connection: its log says why. A crash is most " +
-			"often want of memory."},
+			"often a lack of memory."},
 	{kind: string(Refused), least: 1, level: isWarning,
-		what: "Requests of the last 5 minutes that the proxy refused: %d.",
-		todo: "The reason says which setting decides."},
+		what: "Requests in the last 5 minutes that the proxy refused: %d.",
+		todo: "Open one of them below: the reason names the setting."},
 	{kind: string(savings.ReasonReloaded), least: 2, level: isWarning, onlyNumCtx: true,
-		what: "Clients disagree on num_ctx: model loads that this cost in the last 5 minutes: %d.",
+		what: "Clients disagree on num_ctx. Model loads that this cost in the last 5 minutes: %d.",
 		todo: "Set one num_ctx in all clients, or leave it out of them and set OLLAMA_CONTEXT_LENGTH for " +
 			"Ollama; or start the proxy with --num-ctx-policy pin. 'ollama-cacheproxy doctor' says who asks for what."},
 	{kind: string(savings.ReasonReloaded), least: 2, level: isWarning, otherNumCtx: true,
-		what: "Clients ask for different options: model loads that this cost in the last 5 minutes: %d.",
+		what: "Clients ask for different options. Model loads that this cost in the last 5 minutes: %d.",
 		todo: "Have all clients ask for the same options; a request's detail below says which one differs."},
 	{kind: string(savings.ReasonEvicted), least: 2, level: isWarning,
-		what: "Models push each other out of memory: loads that this cost in the last 5 minutes: %d.",
+		what: "Models push each other out of memory. Loads that this cost in the last 5 minutes: %d.",
 		todo: "Use smaller models or contexts, more memory (OLLAMA_MAX_LOADED_MODELS), or a server for each."},
 	{kind: "truncated", least: 1, level: isWarning,
-		what: "Prompts of the last 5 minutes that Ollama has probably cut, dropping their beginning: %d.",
+		what: "Prompts in the last 5 minutes whose beginning Ollama has probably cut off: %d.",
 		todo: "Ask for a larger num_ctx, or send less."},
 }
 
@@ -485,7 +485,7 @@ func (t *timeline) problems(now time.Time) (list []problem) {
 		}
 		what := fmt.Sprintf(s.what, n)
 		if text := e.said[s.kind]; text != "" {
-			what += " One was told: " + text + "."
+			what += " One of them was told: " + text + "."
 		}
 		list = append(list, problem{s.kind, s.level, what, s.todo})
 	}

@@ -157,7 +157,7 @@ function Figures() {
       ${figure("f-reused", "Tokens reused", value(reused, short(reused)), percent(reused, reused + evaluated) + guess)}
       ${figure("f-evaluated", "Evaluated", value(evaluated, short(evaluated)), t.unknown ? html`and ${value(t.unknown, short(t.unknown))} not known` : html`${value(t.verdicts.cold || 0)} cold ${t.verdicts.cold === 1 ? "prompt" : "prompts"}`)}
       ${figure("f-generated", "Generated", value(t.generated, short(t.generated)), "tokens")}
-      ${figure("f-loads", "Model loads", value(t.loads + t.estimated_loads), t.estimated_loads ? html`${value(t.estimated_loads)} of them inferred` : "as answers told")}
+      ${figure("f-loads", "Model loads", value(t.loads + t.estimated_loads), t.estimated_loads ? html`${value(t.estimated_loads)} of them inferred` : "as reported by Ollama")}
       ${figure("f-saved", "Time saved", html`<data value=${saved}>${duration(1000 * saved)}</data>`, "estimated")}
       ${proxy.price > 0 && figure("f-worth", "Worth of reused", html`<data value=${reused * proxy.price / 1e6}>${price(reused * proxy.price / 1e6)}</data>`,
         `at ${proxy.price} a million`)}
@@ -192,7 +192,7 @@ function Lanes() {
   return html`<section aria-labelledby="h-lanes">
     <div class="head">
       <h2 id="h-lanes">Lanes</h2>
-      <span class="soft">a lane stands for a slot of a model; colours for how prompts begin</span>
+      <span class="soft">each lane is a slot of a model; prompts that begin alike share a colour</span>
       <div class="tools"><${Choice} label="Minutes shown" options=${[["1 min", 1], ["5 min", 5], ["10 min", 10]]} chosen=${state.minutes} choose=${minutes => set({minutes})} /></div>
     </div>
     ${!any && html`<p class="empty">No lane has had a request in the last ${plural(state.minutes, "minute")}.</p>`}
@@ -270,7 +270,7 @@ function Waiting() {
   const many = upstreams.length > 1;
   return html`<section aria-labelledby="h-wait">
     <div class="head"><h2 id="h-wait">Waiting <span class="soft">${value(queue.waiting)}</span></h2></div>
-    ${queue.requests.length === 0 ? html`<p class="soft">${queue.waiting ? "They wait for memory or for a server that is away." : "Nobody waits."}</p>` : html`<div class="scroll"><table id="waiting">
+    ${queue.requests.length === 0 ? html`<p class="soft">${queue.waiting ? "They wait for memory, or for a server that is away." : "Nobody is waiting."}</p>` : html`<div class="scroll"><table id="waiting">
       <thead><tr><th scope="col" class="num wide">Place</th><th scope="col">Who</th><th scope="col">For</th><th scope="col">Priority</th><th scope="col" class="num wide">Prompt tokens</th><th scope="col" class="num">Since</th><th scope="col" class="num">Expected</th></tr></thead>
       <tbody>${queue.requests.slice(0, 12).map(w => html`<tr key=${w.since + w.client + w.place}>
         <td class="num wide">${value(w.place)}</td><td>${w.name || html`<code>${w.client.slice(0, 8)}</code>`}</td>
@@ -328,7 +328,7 @@ function Models() {
   const admin = state.parts.you && state.parts.you.admin;
   return html`<section aria-labelledby="h-models">
     <div class="head"><h2 id="h-models">Models in memory</h2><span role="status" class="soft">${state.said}</span></div>
-    ${rows.length === 0 ? html`<p class="soft">None is loaded, as far as the last look at Ollama tells.</p>` : html`<div class="scroll"><table id="models">
+    ${rows.length === 0 ? html`<p class="soft">None was loaded when Ollama was last asked.</p>` : html`<div class="scroll"><table id="models">
       <thead><tr><th scope="col">Model</th>${many && html`<th scope="col">Server</th>`}<th scope="col" class="num">Memory</th><th scope="col" class="num wide">of it GPU</th><th scope="col" class="num wide">Context</th>
         <th scope="col">Held by</th><th scope="col" class="num">Until</th>${admin && html`<th scope="col"><span class="hidden">What can be done</span></th>`}</tr></thead>
       <tbody>${rows.map(({u, m}) => html`<tr key=${u.name + m.model}>
@@ -349,7 +349,7 @@ function health(u) {
   return ["bad", u.seen ? "away since " + clock(u.seen) : "does not answer"];
 }
 
-const sources = {learned: "learned", given: "given", told: "told by the engine", none: "no limit"};
+const sources = {learned: "learned", given: "given", told: "reported by the engine", none: "no limit"};
 
 function Upstreams() {
   const admin = state.parts.you && state.parts.you.admin;
@@ -422,7 +422,7 @@ function Requests() {
   return html`<section aria-labelledby="h-req">
     <div class="head"><h2 id="h-req">Last requests</h2>
       <div class="tools"><${Choice} label="Which requests" options=${[["All", "all"], ["Not warm", "cold"], ["Failed", "failed"]]} chosen=${state.only} choose=${only => set({only})} /></div></div>
-    ${list.length === 0 ? html`<p class="soft">${state.only === "all" ? "There has been none since the proxy was started. Point OLLAMA_HOST, or a client's base URL, at this address." : "None."}</p>` : html`<div class="scroll"><table id="requests" class="log">
+    ${list.length === 0 ? html`<p class="soft">${state.only === "all" ? "None since the proxy was started. Point OLLAMA_HOST, or a client's base URL, at this address." : "None."}</p>` : html`<div class="scroll"><table id="requests" class="log">
       <thead><tr><th scope="col">At</th><th scope="col">Model</th><th scope="col" class="wide">What</th><th scope="col" class="num">Prompt</th><th scope="col" class="wide">Why not warm</th><th scope="col" class="num wide">Waited</th><th scope="col" class="num">Took</th><th scope="col" class="fall">Time line</th></tr></thead>
       <tbody>${list.map(r => html`
         <tr key=${r.number} class="row ${state.open === r.number ? "open" : ""}" data-number=${r.number} data-entry=${r.entry} onClick=${() => open(r.number)}>

@@ -27,7 +27,7 @@ import (
 )
 
 // repository is the root of the source, where goreleaser puts what it makes into dist.
-const repository = "../.."
+var repository = "../.."
 
 const (
 	goreleaser = "github.com/goreleaser/goreleaser/v2@v2.15.1"
@@ -52,6 +52,7 @@ func TestRelease(t *testing.T) {
 	t.Setenv("GIT_CONFIG_COUNT", "1")
 	t.Setenv("GIT_CONFIG_KEY_0", "remote.origin.url")
 	t.Setenv("GIT_CONFIG_VALUE_0", "https://github.com/ollama-cacheproxy/ollama-cacheproxy.git")
+	repository = tracked(t, repository)
 	commit := output(t, repository, "git", "rev-parse", "HEAD")[:12] // as far as --version tells it
 	output(t, repository, releaser, "check")
 	output(t, repository, releaser, "release", "--snapshot", "--clean", "--parallelism", fmt.Sprint(runtime.NumCPU()))
@@ -61,6 +62,25 @@ func TestRelease(t *testing.T) {
 	t.Run("bills of materials", func(t *testing.T) { billsOfMaterials(t, made) })
 	t.Run("checksums", func(t *testing.T) { checksums(t, made) })
 	t.Run("machine", func(t *testing.T) { machine(t, debian(t, cache), made, commit) })
+}
+
+// tracked returns a folder with the source in which git works: the source's own, or else a copy with
+// one commit, since a release is made of a commit and an archive of the source has none.
+func tracked(t *testing.T, source string) string {
+	if exec.Command("git", "-C", source, "rev-parse", "HEAD").Run() == nil {
+		return source
+	}
+	dir := t.TempDir()
+	if err := os.CopyFS(dir, os.DirFS(source)); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.RemoveAll(filepath.Join(dir, ".git")); err != nil { // one that git does not accept
+		t.Fatal(err)
+	}
+	output(t, dir, "git", "init", "--quiet")
+	output(t, dir, "git", "add", "--all")
+	output(t, dir, "git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "--message", "source")
+	return dir
 }
 
 // TestCompose has the reference implementation load the compose file, and looks for what it mounts.

@@ -805,8 +805,8 @@ func readEarly(res *http.Response) error {
 	return err
 }
 
-// peek reads the start of an answer's body, at most so many bytes, and leaves the answer unchanged.
-// (A read error comes back at the next read: the transport's bodies remember it.)
+// peek reads at most this many bytes from the start of an answer's body, and leaves the answer
+// unchanged. (A read error comes back at the next read: the transport's bodies remember it.)
 func peek(res *http.Response, most int64) ([]byte, error) {
 	text, err := io.ReadAll(io.LimitReader(res.Body, most))
 	res.Body = &rest{io.MultiReader(bytes.NewReader(text), res.Body), res.Body}

@@ -16,8 +16,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 )
 
-// TestKeyLines: what a line may say, and that an error names the line and what is allowed, and no
-// key.
+// TestKeyLines: the settings that a line may have. An error names the line and the valid forms, and
+// never contains a key.
 func TestKeyLines(t *testing.T) {
 	for text, want := range map[string][]string{
 		"one\ntwo":     {"::1:::", "::1:::"},

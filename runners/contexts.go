@@ -71,8 +71,8 @@ func (c *Contexts) take(o prefix.Options, byDefault int) {
 	}
 }
 
-// learnDefault takes the default length from /api/ps, asked at a time, if the model was loaded for
-// requests that state no length.
+// learnDefault records the default length that /api/ps showed when it was asked at this time, if
+// the model was loaded for requests that state no length.
 func (m *model) learnDefault(at time.Time) {
 	states := func(r *Request) bool { return !r.Known || r.Options.NumCtx() > 0 }
 	if m.known && m.answered && m.options.NumCtx() == 0 && m.ended.Before(at) && !slices.ContainsFunc(m.running, states) {

@@ -97,7 +97,7 @@ func (b *Book) resolve(name, digest string) Model {
 	return found.(Model)
 }
 
-// find returns what is known of a name, or of another name that is a copy of it.
+// find returns the record of a name, or of another name that is a copy of it.
 func (b *Book) find(name, digest string) (named, bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

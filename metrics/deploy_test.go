@@ -19,19 +19,19 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 )
 
-// dashboardFile is what an operator imports into Grafana.
+// dashboardFile is the dashboard that operators import into Grafana.
 const dashboardFile = "../deploy/grafana/dashboards/ollama-cacheproxy.json"
 
 var (
 	described = regexp.MustCompile(`^Desc\{fqName: "([^"]+)", .*variableLabels: \{([^}]*)\}\}$`)
 	docsRow   = regexp.MustCompile("(?m)^\\| (`[a-z_`, ]+`) \\| ([a-z_, ]*) ?\\|")
 	series    = regexp.MustCompile(namespace + `_[a-z_]+`)
-	part      = regexp.MustCompile(`_(bucket|sum|count)$`) // of a histogram
+	part      = regexp.MustCompile(`_(bucket|sum|count)$`) // suffixes of a histogram's series
 	runbook   = regexp.MustCompile(`(?m)^ *runbook_url: .*/docs/(\S+\.md)#(\S+)$`)
 	heading   = regexp.MustCompile(`(?m)^#+ (.*)$`)
 )
 
-// all are the proxy's series with every part of it in use, as their labels by name.
+// all returns the labels of every series of the proxy, by name, with every part of it in use.
 func all(t *testing.T) map[string]string {
 	t.Helper()
 	m := New("v", func() int64 { return 0 })
@@ -71,7 +71,7 @@ func read(t *testing.T, path string) string {
 	return string(text)
 }
 
-// TestDocs: the table of docs/metrics.md has every series, with its labels, and no others.
+// TestDocs: the table of docs/metrics.md has exactly the proxy's series, with their labels.
 func TestDocs(t *testing.T) {
 	want, got := all(t), map[string]string{}
 	for _, row := range docsRow.FindAllStringSubmatch(read(t, "../docs/metrics.md"), -1) {
@@ -93,7 +93,7 @@ func TestDocs(t *testing.T) {
 	}
 }
 
-// TestDeployNames: what dashboards, alerts and documentation call a series of the proxy's is one.
+// TestDeployNames: every series of the proxy that dashboards, alerts and documentation name exists.
 func TestDeployNames(t *testing.T) {
 	known := all(t)
 	files := []string{"../README.md", dashboardFile}
@@ -125,12 +125,12 @@ func TestDeployNames(t *testing.T) {
 //lint:ignore SA1019 the form that is preferred to it is not for them
 type classic = dashboard.Dashboard
 
-// TestDashboard: the dashboard is one by Grafana's own schema, and asks the five questions.
+// TestDashboard: the dashboard is valid by Grafana's own schema, and answers the five questions.
 func TestDashboard(t *testing.T) {
 	plugins.RegisterDefaultPlugins()
 	text := []byte(read(t, dashboardFile))
-	// It finds fields that are unknown or missing, keeps not all that it reads, and returns no error
-	// as an empty list of them.
+	// It finds unknown and missing fields but keeps only some of the data, and returns an empty
+	// list of errors instead of nil.
 	if err := new(classic).UnmarshalJSONStrict(text); err != nil && err.Error() != "" {
 		t.Fatal(err)
 	}
@@ -167,7 +167,7 @@ func TestDashboard(t *testing.T) {
 	}
 }
 
-// TestRunbooks: each alert's runbook is a section of a document that is there.
+// TestRunbooks: each alert's runbook is a section of an existing document.
 func TestRunbooks(t *testing.T) {
 	rules := read(t, "../deploy/prometheus/alerts.yml")
 	links := runbook.FindAllStringSubmatch(rules, -1)
@@ -177,7 +177,7 @@ func TestRunbooks(t *testing.T) {
 	for _, link := range links {
 		var anchors []string
 		for _, h := range heading.FindAllStringSubmatch(read(t, "../docs/"+link[1]), -1) {
-			// As GitHub does it.
+			// GitHub's rule for anchors.
 			anchor := strings.ReplaceAll(strings.ToLower(h[1]), " ", "-")
 			anchors = append(anchors, regexp.MustCompile(`[^a-z0-9_-]`).ReplaceAllString(anchor, ""))
 		}

@@ -1,5 +1,6 @@
-// Package metrics names every Prometheus series and counts what the other packages tell it. Labels take values from
-// bounded sets only: endpoints and outcomes are the proxy's own, a model is a name that the upstream is known to have.
+// Package metrics defines all Prometheus series, and counts the events that the other packages
+// report. Labels take values from bounded sets only: endpoints and outcomes are the proxy's own,
+// and a model is a name that the upstream is known to have.
 package metrics
 
 import (
@@ -23,13 +24,14 @@ import (
 const (
 	namespace = "ollama_cacheproxy"
 
-	// maxModels bounds the model label. A server with more models than this has the rest counted as modelOther.
+	// maxModels limits the values of the model label. Further models of a server count as
+	// modelOther.
 	maxModels  = 1000
-	modelOther = "other" // a name that the upstream is not known to have
+	modelOther = "other" // a name that no upstream is known to have
 	modelNone  = ""      // a request that names no model
 )
 
-// Metrics counts. Make it with New.
+// Metrics counts events. Create it with New.
 type Metrics struct {
 	registry *prometheus.Registry
 
@@ -69,10 +71,10 @@ type Metrics struct {
 
 	mu     sync.RWMutex
 	models map[string]string // label by upstream.ModelKey; guarded by mu
-	names  map[string]bool   // of API keys; guarded by mu
+	names  map[string]bool   // names of API keys; guarded by mu
 }
 
-// New registers every series on a registry of its own. inFlight is asked at each scrape.
+// New registers all series with a new registry. It calls inFlight at each scrape.
 func New(version string, inFlight func() int64) *Metrics {
 	m := &Metrics{registry: prometheus.NewRegistry(), models: map[string]string{}}
 	name := func(n string) string { return namespace + "_" + n }
@@ -86,7 +88,7 @@ func New(version string, inFlight func() int64) *Metrics {
 		m.registry.MustRegister(v)
 		return v
 	}
-	// From a cached answer to a model load and a long generation.
+	// From a cached answer to a model load with a long generation.
 	buckets := []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 25, 60, 150, 300, 900}
 	histogram := func(n, help string, labels ...string) *prometheus.HistogramVec {
 		v := prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: name(n), Help: help, Buckets: buckets}, labels)
@@ -142,8 +144,8 @@ func New(version string, inFlight func() int64) *Metrics {
 	return m
 }
 
-// begin has series at 0 whose values are known beforehand: Prometheus sees no increase in a counter
-// that appears with 1, so that no alert would notice the first event.
+// begin creates the series whose labels are known in advance, at 0. Prometheus sees no increase in
+// a counter that appears with the value 1, so an alert would miss the first event.
 func (m *Metrics) begin() {
 	for _, status := range []int{
 		http.StatusUnauthorized, http.StatusForbidden, http.StatusRequestTimeout,
@@ -170,9 +172,9 @@ func (m *Metrics) Handler() http.Handler {
 	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{Registry: m.registry})
 }
 
-// Done counts a request that ended.
+// Done counts a finished request.
 func (m *Metrics) Done(ex proxy.Exchange) {
-	if ex.Prewarm != "" { // no client has sent it
+	if ex.Prewarm != "" { // a request of the proxy's own
 		m.prewarm.WithLabelValues(ex.Prewarm).Inc()
 		return
 	}
@@ -214,11 +216,11 @@ func (m *Metrics) Done(ex proxy.Exchange) {
 	m.named(ex)
 }
 
-// named counts a request for the name of its API key. A name that is not in the file any more is not
-// counted, so that the label takes no more values than the file has names.
+// named counts a request by the name of its API key. A name that has left the file is not counted,
+// so the label has no more values than the file has names.
 func (m *Metrics) named(ex proxy.Exchange) {
 	m.mu.RLock()
-	defer m.mu.RUnlock() // held while counting: KeyNames must not delete the series in between
+	defer m.mu.RUnlock() // held while counting: KeyNames must not delete the series meanwhile
 	if !m.names[ex.Name] || ex.Outcome == proxy.Own {
 		return
 	}
@@ -229,7 +231,7 @@ func (m *Metrics) named(ex proxy.Exchange) {
 	}
 }
 
-// KeyNames says which names the API keys have now. The series of others end.
+// KeyNames sets the names of the current API keys, and removes the series of all others.
 func (m *Metrics) KeyNames(names []string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -278,7 +280,8 @@ func (m *Metrics) account(model string, e *savings.Entry) {
 	m.saved.WithLabelValues(model, "loading").Add(max(0, e.SavedLoading.Seconds()))
 }
 
-// Lanes adds the series of a scheduler, whose upstreams have these names; stats is asked at each scrape.
+// Lanes adds the series of a scheduler, whose upstreams have these names. It calls stats at each
+// scrape.
 func (m *Metrics) Lanes(upstreams []string, stats func() schedule.Stats) {
 	m.registry.MustRegister(&lanes{metrics: m, upstreams: upstreams, stats: stats})
 }
@@ -319,7 +322,7 @@ func (l *lanes) Collect(ch chan<- prometheus.Metric) {
 		gauge(queueLength, float64(w.Requests), p.String())
 		gauge(queueOldest, w.Oldest.Seconds(), p.String())
 	}
-	// Two runners may differ in options that are no label: their lanes are added up.
+	// Runners may differ in options that are not labels: their lanes are added up.
 	type key struct{ upstream, model, numCtx string }
 	states, learned := map[key][3]int{}, map[key]int{}
 	for _, r := range st.Runners {
@@ -357,14 +360,14 @@ func (l *lanes) Collect(ch chan<- prometheus.Metric) {
 	count(laneHolds, st.HoldsExpired, "expired")
 }
 
-// Store adds the series of a store; stats is asked at each scrape.
+// Store adds the series of a store. It calls stats at each scrape.
 func (m *Metrics) Store(stats func() contextstore.Stats) {
 	m.gauge("store_entries", "Links of prefixes that are remembered.", func() int64 { return int64(stats().Entries) })
 	m.gauge("store_bytes", "Memory that the remembered prefixes take.", func() int64 { return stats().Bytes })
 	m.counter("store_evictions_total", "Links that were forgotten to make room.", func() float64 { return float64(stats().Evictions) })
 }
 
-// Contexts adds the series of stored contexts; counts and files are asked at each scrape.
+// Contexts adds the series of stored contexts. It calls counts and files at each scrape.
 func (m *Metrics) Contexts(counts func() contexts.Counts, files func() contextstore.FileStats) {
 	m.gauge("contexts", "Stored contexts.", func() int64 { return int64(files().States) })
 	m.gauge("contexts_bytes", "Disk that the stored contexts take.", func() int64 { return files().Bytes })
@@ -382,7 +385,7 @@ func (m *Metrics) Contexts(counts func() contexts.Counts, files func() contextst
 	m.registry.MustRegister(failures{counts})
 }
 
-// failures are why contexts were not stored or attached, or in vain.
+// failures collects the failures to store or attach contexts, by reason.
 type failures struct{ counts func() contexts.Counts }
 
 var failed = prometheus.NewDesc(namespace+"_contexts_failed_total",
@@ -399,28 +402,28 @@ func (f failures) Collect(ch chan<- prometheus.Metric) {
 	}
 }
 
-// counter adds a series without labels that only grows, whose value is asked for at each scrape.
+// counter adds a counter without labels, and calls value at each scrape.
 func (m *Metrics) counter(name, help string, value func() float64) {
 	m.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: namespace + "_" + name, Help: help}, value))
 }
 
-// Held adds the series of the memory for bodies; held is asked at each scrape.
+// Held adds the series for the memory of bodies. It calls held at each scrape.
 func (m *Metrics) Held(held func() int64) {
 	m.gauge("held_bytes", "Memory that the bodies take of requests that wait, or may have to be sent again.", held)
 }
 
-// Waiting adds the series of all that waits; waiting is asked at each scrape.
+// Waiting adds the series of waiting requests. It calls waiting at each scrape.
 func (m *Metrics) Waiting(waiting func() int64) {
 	m.gauge("waiting_requests", "Requests that wait for a lane, for memory, or for an upstream that is away.", waiting)
 }
 
-// gauge adds a series without labels, whose value is asked for at each scrape.
+// gauge adds a gauge without labels, and calls value at each scrape.
 func (m *Metrics) gauge(name, help string, value func() int64) {
 	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: namespace + "_" + name, Help: help},
 		func() float64 { return float64(value()) }))
 }
 
-// Touched counts a keep_alive that the proxy set on its own.
+// Touched counts a keep_alive that the proxy set by a request of its own.
 func (m *Metrics) Touched(model string, err error) {
 	result := "ok"
 	if err != nil {
@@ -429,7 +432,7 @@ func (m *Metrics) Touched(model string, err error) {
 	m.touches.WithLabelValues(m.model(model, err == nil), result).Inc()
 }
 
-// Polled takes in what a poll of the upstream found.
+// Polled records the result of polling an upstream.
 func (m *Metrics) Polled(name string, st upstream.State) {
 	up := 0.0
 	if st.Up {
@@ -460,7 +463,8 @@ func (m *Metrics) Polled(name string, st upstream.State) {
 	}
 }
 
-// model returns the label for a model's name. exists says that the upstream has it: only then is the name remembered.
+// model returns the label for a model's name. Only if exists, which means that an upstream has the
+// model, is the name remembered.
 func (m *Metrics) model(name string, exists bool) string {
 	if name == "" {
 		return modelNone

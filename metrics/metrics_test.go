@@ -89,7 +89,7 @@ func TestSeries(t *testing.T) {
 			t.Errorf("no %s", want)
 		}
 	}
-	// Series of what no longer exists are gone: the previous version, an unloaded model.
+	// The series of the previous version and of the unloaded model are gone.
 	m.Polled("main", upstream.State{Up: true, Version: "0.35.0"})
 	text = scrape(t, m)
 	if strings.Contains(text, `version="0.34.1"`) || strings.Contains(text, "upstream_loaded_bytes{") || !strings.Contains(text, `version="0.35.0"`) {

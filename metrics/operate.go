@@ -2,12 +2,12 @@ package metrics
 
 import "github.com/prometheus/client_golang/prometheus"
 
-// Draining adds the series of upstreams that drain; draining is asked at each scrape.
+// Draining adds the series of draining upstreams. It calls draining at each scrape.
 func (m *Metrics) Draining(draining func() map[string]bool) {
 	m.registry.MustRegister(drains{draining})
 }
 
-// drains collects which upstreams drain.
+// drains collects which upstreams are draining.
 type drains struct{ draining func() map[string]bool }
 
 var upstreamDraining = prometheus.NewDesc(namespace+"_upstream_draining",
@@ -25,17 +25,17 @@ func (d drains) Collect(ch chan<- prometheus.Metric) {
 	}
 }
 
-// Limits are how much may be used of what can be full, as the settings say. Dashboards and alerts
-// divide by them.
+// Limits are the sizes of the bounded resources, from the settings. Dashboards and alerts divide by
+// them.
 type Limits struct {
-	Held         int64 // bytes of bodies that wait (--memory)
-	Queue        int   // requests that wait (--queue)
-	StoreEntries int   // links of prefixes that are remembered (--store-entries)
-	StoreBytes   int64 // and the bytes that they may take (--store-bytes)
-	ContextBytes int64 // bytes on the disk (--context-bytes); 0: no contexts are stored
+	Held         int64 // bytes of buffered bodies (--memory)
+	Queue        int   // waiting requests (--queue)
+	StoreEntries int   // remembered links of prefixes (--store-entries)
+	StoreBytes   int64 // and the bytes for them (--store-bytes)
+	ContextBytes int64 // bytes on the disk (--context-bytes); 0 if contexts are not stored
 }
 
-// Limits adds the series of the limits; limits is asked at each scrape.
+// Limits adds the series of the limits. It calls limits at each scrape.
 func (m *Metrics) Limits(limits func() Limits) {
 	m.gauge("held_limit_bytes", "How much memory the bodies of requests that wait may take (--memory).",
 		func() int64 { return limits().Held })

@@ -2,23 +2,24 @@ package prefix
 
 import "cmp"
 
-// Shared is what two prompts have in common from their start on.
+// Shared is the common beginning of two prompts.
 type Shared struct {
-	Links int // leading links that are equal
-	// Bytes is how many bytes of text are equal, by the blocks' sixteenths where the prompts differ within a block: it
-	// falls short of the truth by less than a sixteenth of that block. (In 1 of 256 cases two different sixteenths are taken
-	// for equal, and it may exceed it by one.)
+	Links int // equal leading links
+	// Bytes is the number of equal bytes of text. If the prompts differ within a block, it counts
+	// whole sixteenths of the block, so it is too small by less than one sixteenth. (In 1 of 256
+	// cases two different sixteenths look equal, and it may be too large by one.)
 	Bytes int
-	// Part, Message and Offset say where they part: what the first link is that differs, in which message, and at which byte
-	// of that message's text. Of a prompt that has all of its links in common, its end.
+	// Part, Message and Offset say where the prompts diverge: the kind of the first link that
+	// differs, its message, and the byte in that message's text. If all of a prompt's links are
+	// common, they point to its end.
 	Part    Part
 	Message int
 	Offset  int
 }
 
-// Common compares a prompt with another one.
+// Common compares two prompts.
 func Common(a, other []Link) Shared {
-	// Links are cumulative: where two are equal, all before them are.
+	// Links are cumulative: if two are equal, all before them are.
 	n, end := 0, min(len(a), len(other))
 	for n < end {
 		if middle := (n + end) / 2; a[middle].Hash == other[middle].Hash {
@@ -43,7 +44,7 @@ func Common(a, other []Link) Shared {
 	return s
 }
 
-// At returns what a prompt shares with one that has its first n links in common with it and no more is known of.
+// At returns what a prompt shares with one of which only the number of common links, n, is known.
 func At(a []Link, n int) Shared {
 	s := Shared{Links: n}
 	if n > 0 {
@@ -59,10 +60,10 @@ func At(a []Link, n int) Shared {
 	return s
 }
 
-// text reports whether the link has text of a message.
+// text reports whether the link contains text of a message.
 func (l *Link) text() bool { return l.Part == Block || l.Part == Tail }
 
-// Next returns the first link of a that is not in common, where that is one with text.
+// Next returns the first link of a that is not in common, if it contains text.
 func (s Shared) Next(a []Link) (Link, bool) {
 	if s.Links >= len(a) || !a[s.Links].text() {
 		return Link{}, false
@@ -70,20 +71,21 @@ func (s Shared) Next(a []Link) (Link, bool) {
 	return a[s.Links], true
 }
 
-// BlockPart returns how many bytes of text each part of l.Fine stands for: how exact Shared.Bytes is there.
+// BlockPart returns how many bytes of text each part of l.Fine covers, which is the resolution of
+// Shared.Bytes there.
 func BlockPart(l Link) int { return blockSize(l.Offset) / Fines }
 
 const (
-	// shiftMost is by how many bytes a message may be longer than another that is taken for the
-	// same, and shiftLeast how long they must be for that.
+	// shiftMost is the largest difference in length, in bytes, between messages that are taken for
+	// the same one, and shiftLeast is the length from which they may be.
 	shiftMost, shiftLeast = 16, 2 << 10
 )
 
-// Alike returns how many bytes of text two prompts have alike behind the place s where they part
-// (Common): in the same places of the same messages, by the blocks' sixteenths. Where the message
-// in which they part is longer in one of them by a few bytes, so that all that follows in it has
-// moved, its rest is taken to be alike if they have the beginning in common and it is long. It is
-// for prompts that one should have continued, but for a few bytes at their head.
+// Alike returns how many bytes of text two prompts have in common after the place s where they
+// diverge (Common), in the same places of the same messages, by the blocks' sixteenths. If the
+// message in which they diverge is a few bytes longer in one prompt, everything after that has
+// moved. Its rest then counts as alike if the two beginnings are equal and the message is long.
+// Alike detects prompts that would continue each other but for a few bytes at the head.
 func Alike(a, other []Link, s Shared) int {
 	bytes := moved(a, other, s)
 	for i, j := s.Links, s.Links; i < len(a) && j < len(other); {
@@ -104,7 +106,8 @@ func Alike(a, other []Link, s Shared) int {
 	return bytes
 }
 
-// moved returns how many bytes are alike of a message that has become longer or shorter by a few.
+// moved returns how many bytes are alike in a message that has become a few bytes longer or
+// shorter.
 func moved(a, other []Link, s Shared) int {
 	if s.Bytes == 0 || s.Links >= min(len(a), len(other)) || !a[s.Links].text() || !other[s.Links].text() {
 		return 0
@@ -116,7 +119,7 @@ func moved(a, other []Link, s Shared) int {
 	return max(0, min(x, y)-s.Offset)
 }
 
-// messageEnd returns how many bytes of text the message of the link at i has.
+// messageEnd returns the length of the text of the message with the link at i.
 func messageEnd(a []Link, i int) int {
 	last := a[i]
 	for _, l := range a[i+1:] {

@@ -8,7 +8,7 @@ package prefix
 func scanEscapes(p *byte, n int) int
 
 // oddEscape returns the offset of the first backslash before a u or a slash, which may be an escape
-// that is not spelled as texts are hashed; -1 if there is none.
+// in another spelling than the hashed text's; -1 if there is none.
 func oddEscape(s []byte) int {
 	if len(s) == 0 {
 		return -1

@@ -2,15 +2,15 @@ package prefix
 
 import "github.com/ollama-cacheproxy/ollama-cacheproxy/jsonscan"
 
-// Excerpt is a piece of a message's text, as JSON spells it with the fewest escapes.
+// Excerpt is a piece of a message's text in JSON with the fewest escapes.
 type Excerpt struct {
-	System bool   // of a system message
+	System bool   // from a system message
 	Offset int    // in bytes of the message's text; see Link.Offset
-	Text   []byte // empty where the message has no text there
+	Text   []byte // empty if the message has no text there
 }
 
-// Look reads a body once more, as ReadMembers does, for the text of one of its messages
-// (Link.Message) from one offset up to another.
+// Look parses a body again, as ReadMembers does, for the text of one message (Link.Message) between
+// two offsets.
 func (r *Reader) Look(
 	e Endpoint, body []byte, members []jsonscan.Member, long []byte, message, from, to int,
 ) Excerpt {
@@ -19,7 +19,7 @@ func (r *Reader) Look(
 	return Excerpt{System: l.system, Offset: l.from, Text: l.text}
 }
 
-// look sees the text of one message pass. The nil look sees nothing.
+// look collects text of one message. The nil look collects nothing.
 type look struct {
 	message  int32
 	from, to int // offsets in its text
@@ -33,7 +33,7 @@ func (l *look) role(message int32, system bool) {
 	}
 }
 
-// see takes in text of a message that begins at an offset.
+// see processes text of a message that begins at an offset.
 func (l *look) see(message int32, at int, text []byte) {
 	if l == nil || l.message != message {
 		return

@@ -68,7 +68,7 @@ func TestAlike(t *testing.T) {
 	}
 }
 
-// TestRestate: the chain of a body with other options is the one that reading that body gives.
+// TestRestate: restating options gives the chain of a body with those options.
 func TestRestate(t *testing.T) {
 	r := NewReader()
 	body := func(options string) []byte {

@@ -12,21 +12,21 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/jsonscan"
 )
 
-// parser writes a prompt's messages as Ollama makes them of each kind of body, so that a conversation has the same links
-// through /api/chat and through /v1.
+// parser writes a prompt's messages as Ollama builds them from each kind of body, so that a
+// conversation has the same links through /api/chat and through /v1.
 type parser struct {
 	writer
 	reader   *Reader
 	endpoint Endpoint
 	tools    []byte // not written yet; nil if there are none
-	long     []byte // a long string whose end is known
+	long     []byte // a long string whose end is already known
 	body     fields
 	item     fields // of the message that is being written
 
-	// Of /v1/responses, where one message may be several items:
-	open     bool   // an assistant's message is written but for its end
+	// For /v1/responses, where several items can form one message:
+	open     bool   // an assistant's message has been written except for its end
 	made     calls  // its tool calls
-	thinking []byte // of the assistant's next message
+	thinking []byte // for the assistant's next message
 }
 
 var (
@@ -41,7 +41,7 @@ func (p *parser) prompt() {
 	switch p.endpoint {
 	case Generate, Completions:
 		if empty(f.raw[fPrompt]) {
-			return // loads the model only
+			return // the request only loads the model
 		}
 		if !empty(f.raw[fSystem]) && p.endpoint == Generate {
 			p.simple(roleSystem, f.raw[fSystem])
@@ -74,7 +74,8 @@ func (p *parser) prompt() {
 	}
 }
 
-// unquoted returns a raw JSON string's text; nil where raw is no string. It is a part of raw where nothing is escaped.
+// unquoted returns the text of a raw JSON string, or nil if raw is no string. It is a slice of raw
+// if nothing is escaped.
 func unquoted(raw []byte) []byte {
 	if len(raw) < 2 || raw[0] != '"' {
 		return nil
@@ -86,13 +87,13 @@ func unquoted(raw []byte) []byte {
 	return []byte(s)
 }
 
-// quoted is a text as a raw JSON string.
+// quoted returns a text as a raw JSON string.
 func quoted(text string) []byte {
-	raw, _ := json.Marshal(text) // of a string it cannot fail
+	raw, _ := json.Marshal(text) // cannot fail for a string
 	return raw
 }
 
-// empty reports whether raw is no string, or an empty one.
+// empty reports whether raw is not a string, or an empty one.
 func empty(raw []byte) bool { return len(raw) < 3 || raw[0] != '"' }
 
 // each writes the messages of an array.
@@ -104,14 +105,14 @@ func (p *parser) each(raw []byte) {
 	c.Know(p.long)
 	for c.Enter(); c.More(); {
 		if len(p.links) == maxLinks {
-			p.put('Z', raw) // as it is spelled: nobody will know
+			p.put('Z', raw) // the chain is full, so the raw text suffices
 			return
 		}
 		p.item = fields{text: p.endpoint == Chat}
 		var raw []byte
 		if p.endpoint != Responses && c.Kind() == '{' {
 			p.item.readAt(&c)
-		} else if raw = c.Value(); len(raw) > 0 && raw[0] == '{' { // null is a message of nothing; Ollama refuses all else
+		} else if raw = c.Value(); len(raw) > 0 && raw[0] == '{' { // null is an empty message
 			p.item.read(raw)
 		}
 		switch p.endpoint {
@@ -127,8 +128,8 @@ func (p *parser) each(raw []byte) {
 	}
 }
 
-// head writes the Head link of a message and begins its text. extra are raw strings that are rendered beside it; nil ones
-// are left out.
+// head writes the Head link of a message and begins its text. extra are raw strings that are
+// rendered with the head; nil ones are skipped.
 func (p *parser) head(role []byte, images []byte, extra ...[]byte) {
 	name := unquoted(role)
 	if !lower(name) {
@@ -157,7 +158,7 @@ func (p *parser) head(role []byte, images []byte, extra ...[]byte) {
 	p.begin()
 }
 
-// simple writes a message that is nothing but text.
+// simple writes a message that has only text.
 func (p *parser) simple(role, text []byte) {
 	p.head(role, nil)
 	p.text(text)
@@ -175,8 +176,9 @@ func (p *parser) images(raw []byte) {
 	}
 }
 
-// image writes the fingerprint of an image: base64 in a raw JSON string, perhaps as a data URL. Line ends do not count.
-// What is no string is an image of nothing, which prompts have a place for all the same.
+// image writes the fingerprint of an image: base64 in a raw JSON string, perhaps as a data URL.
+// Line breaks do not count. Anything but a string is an empty image, which still has a place in the
+// prompt.
 func (p *parser) image(raw []byte) {
 	var data []byte
 	if !empty(raw) {
@@ -202,12 +204,13 @@ func (p *parser) chatMessage(f *fields) {
 	p.end(calls.hash, calls.bytes)
 }
 
-// openAIMessage: each part of a content array becomes a message of its own, and tool calls belong to the last of them.
+// openAIMessage writes a message in OpenAI's format. Each part of a content array becomes a
+// separate message, and tool calls belong to the last one.
 func (p *parser) openAIMessage(f *fields) {
 	reasoning, name, id := f.raw[fReasoning], f.raw[fName], f.raw[fToolCallID]
 	content, calls := f.raw[fContent], p.toolCalls(f.raw[fToolCalls])
 	if content == nil || !bytes.EqualFold(unquoted(f.raw[fRole]), []byte("tool")) {
-		name = nil // it is rendered for tools with content only
+		name = nil // rendered only for tools with content
 	}
 	if !isList(content) {
 		p.head(f.raw[fRole], nil, reasoning, name, id)
@@ -218,7 +221,7 @@ func (p *parser) openAIMessage(f *fields) {
 	c := jsonscan.NewCursor(content, 0)
 	c.Enter()
 	more := c.More()
-	if !more && calls.hash != 0 { // Ollama gives the calls to the message before
+	if !more && calls.hash != 0 { // Ollama adds the calls to the previous message
 		p.head(f.raw[fRole], nil, reasoning, name, id)
 		p.end(calls.hash, calls.bytes)
 	}
@@ -248,7 +251,7 @@ func (p *parser) openAIMessage(f *fields) {
 	}
 }
 
-// part is head for a message with one image, or none.
+// part is head for a message with at most one image.
 func (p *parser) part(role, image []byte, extra ...[]byte) {
 	var list []byte
 	if image != nil {
@@ -286,8 +289,8 @@ func (p *parser) texts(raw [][]byte) {
 	}
 }
 
-// anthropicMessage: the texts of a message are joined, and tool results become messages of their own: before the user's
-// text, after anybody else's.
+// anthropicMessage writes a message in Anthropic's format. Its texts are joined, and tool results
+// become separate messages: before the text of a user, after that of others.
 func (p *parser) anthropicMessage(f *fields) {
 	content := f.raw[fContent]
 	if !isList(content) {
@@ -329,7 +332,7 @@ func (p *parser) anthropicMessage(f *fields) {
 	}
 }
 
-// blocks writes a message of blocks, unless nothing of them is rendered.
+// blocks writes a message made of blocks, unless none of them is rendered.
 func (p *parser) blocks(role []byte, texts [][]byte, images, thinking []byte, made canonical) {
 	if texts != nil || images != nil || made.hash != 0 || !empty(thinking) {
 		p.head(role, images, thinking)
@@ -352,7 +355,7 @@ func appendImage(list, image []byte) []byte {
 	return append(append(list, sep), image...)
 }
 
-// closed closes it.
+// closed completes such an array.
 func closed(list []byte) []byte {
 	if list == nil {
 		return nil
@@ -391,7 +394,7 @@ func (p *parser) toolResults(blocks [][]byte) {
 	}
 }
 
-// searchResults writes what Anthropic's own web search found as the text that Ollama makes of it.
+// searchResults writes the results of Anthropic's web search as the text that Ollama makes of them.
 func (p *parser) searchResults(content []byte) {
 	if !isList(content) {
 		if !empty(content) {
@@ -428,8 +431,9 @@ func (p *parser) searchError(found []byte) {
 	}
 }
 
-// responsesItem is one item of /v1/responses' input. Function calls belong to the assistant's message before them, and
-// reasoning to the one after it. An item whose kind is not known here is written as it is.
+// responsesItem writes an item of the input of /v1/responses. Function calls belong to the
+// assistant's message before them, and reasoning to the one after it. An item of an unknown kind is
+// written unparsed.
 func (p *parser) responsesItem(f *fields, raw []byte) {
 	kind := string(unquoted(f.raw[fType]))
 	if kind == "" && f.raw[fRole] != nil {
@@ -478,20 +482,20 @@ func (p *parser) responsesItem(f *fields, raw []byte) {
 	p.end(0, 0)
 }
 
-// responsesCall adds a call to the assistant's message that is open, or opens one.
+// responsesCall adds a call to the open assistant's message, or opens one.
 func (p *parser) responsesCall(raw []byte) {
 	if !p.open {
 		p.head(roleAssistant, nil, p.thinking)
 		p.open, p.thinking = true, nil
 	}
-	if !empty(p.thinking) { // it takes the place of what the message had
+	if !empty(p.thinking) { // it replaces the thinking of the message
 		p.made = append(p.made, canonicalOf(unquoted(p.thinking)))
 		p.thinking = nil
 	}
 	p.made = append(p.made, p.reader.canon('f', raw, responsesCall)...)
 }
 
-// close ends the assistant's message that is open, if one is.
+// close ends the open assistant's message, if any.
 func (p *parser) close() {
 	if p.open {
 		calls := p.made.all()
@@ -500,8 +504,8 @@ func (p *parser) close() {
 	p.open, p.made = false, nil
 }
 
-// contents writes a message but for its end. Its content is a string, or an array of texts and images; lead, a raw string,
-// stands before it.
+// contents writes a message except for its end. Its content is a string, or an array of texts and
+// images; lead is a raw string that comes first.
 func (p *parser) contents(role, content, lead []byte, extra ...[]byte) {
 	var texts [][]byte
 	var images []byte

@@ -9,10 +9,10 @@ import (
 	"github.com/cespare/xxhash/v2"
 )
 
-// Options are the runner options that a request states: those with which a model is loaded, so that a request with other
-// ones makes Ollama load it again. The zero value states none. It is comparable.
+// Options are the runner options that a request states. Ollama loads a model with them, and loads
+// it again for a request with different ones. The zero value states none. Options are comparable.
 type Options struct {
-	Model  string // upstream.ModelKey; for package runners, what stands for its weights
+	Model  string // upstream.ModelKey; in package runners, the key of the weights
 	set    uint16
 	values [numOptions]int64
 }
@@ -31,28 +31,29 @@ const (
 
 var optionNames = [numOptions]string{"num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread", "draft_num_predict", "shift"}
 
-// NumCtx returns the stated context length in tokens, 0 where none is stated.
+// NumCtx returns the stated context length in tokens, or 0.
 func (o Options) NumCtx() int { return int(o.values[numCtx]) }
 
-// WithContext returns the same with a context length stated, in tokens.
+// WithContext returns the options with this context length, in tokens.
 func (o Options) WithContext(tokens int) Options {
 	o.set |= 1 << numCtx
 	o.values[numCtx] = int64(tokens)
 	return o
 }
 
-// WithoutContext returns the same with no context length stated.
+// WithoutContext returns the options without a context length.
 func (o Options) WithoutContext() Options {
 	o.drop(numCtx)
 	return o
 }
 
-// Change is one runner option that differs between two requests. "default" stands for an option that is not stated.
+// Change is one runner option that differs between two requests. An option that is not stated has
+// the value "default".
 type Change struct{ Option, From, To string }
 
 func (c Change) String() string { return fmt.Sprintf("%s from %s to %s", c.Option, c.From, c.To) }
 
-// Changes returns how the options differ from an earlier request's, the model aside.
+// Changes returns the differences from an earlier request's options, except for the model.
 func (o Options) Changes(from Options) []Change {
 	var changes []Change
 	for i, name := range optionNames {
@@ -63,7 +64,7 @@ func (o Options) Changes(from Options) []Change {
 	return changes
 }
 
-// hash returns a fingerprint of the options, the model aside; 0 if none is stated.
+// hash returns a fingerprint of the options without the model; 0 if none is stated.
 func (o Options) hash() uint64 {
 	if o.set == 0 {
 		return 0
@@ -90,17 +91,17 @@ func (o Options) value(i int) string {
 	return strconv.FormatInt(o.values[i], 10)
 }
 
-// Set states the option with this name, whose value is text as a Modelfile has it. false: it is no
-// runner option, or that is no value.
+// Set states an option, with its value in a Modelfile's form. It returns false if the name is no
+// runner option or the value is invalid.
 func (o *Options) Set(name, text string) bool {
 	i := option(name)
 	return i >= 0 && o.parse(i, text)
 }
 
-// option returns the index of the option with this name; -1: there is none in an options object.
+// option returns the index of an option in optionNames, or -1 if an options object cannot have it.
 func option(name string) int { return slices.Index(optionNames[:shift], name) }
 
-// parse takes in an option's value: a number, true or false. A negative num_gpu means any.
+// parse sets an option from a number, true or false. A negative num_gpu counts as not stated.
 func (o *Options) parse(i int, text string) bool {
 	switch text {
 	case "true":
@@ -119,7 +120,7 @@ func (o *Options) parse(i int, text string) bool {
 	return true
 }
 
-// Over returns the options with those that they do not state as in defaults. The model stays.
+// Over returns the options, with unstated ones taken from defaults. The model stays.
 func (o Options) Over(defaults Options) Options {
 	for i := range o.values {
 		if defaults.set&^o.set&(1<<i) != 0 {
@@ -129,7 +130,7 @@ func (o Options) Over(defaults Options) Options {
 	return o
 }
 
-// Request returns what a request has to have to state the same: its options, and its shift.
+// Request returns the options and the shift with which a request states the same.
 func (o Options) Request() (options map[string]any, shifts *bool) {
 	for i, name := range optionNames {
 		if o.set&(1<<i) == 0 {

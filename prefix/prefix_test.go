@@ -395,7 +395,7 @@ func TestDiffers(t *testing.T) {
 		name string
 		e    Endpoint
 		a, b string
-		part Part // where they diverge; 255: nowhere
+		part Part // where they diverge; 255 if they do not
 	}{
 		{"num_ctx", Chat, base, base + `,"options":{"num_ctx":8192}`, Runner},
 		{"num_ctx again", Chat, base + `,"options":{"num_ctx":8192}`, base + `,"options":{"num_ctx":8.192e3,"seed":3}`, 255},

@@ -15,11 +15,11 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/jsonscan"
 )
 
-// Endpoint says how a body is written.
+// Endpoint is the format of a body.
 type Endpoint uint8
 
 const (
-	None            Endpoint = iota // no prompt that is rendered
+	None            Endpoint = iota // without a rendered prompt
 	Chat                            // /api/chat
 	Generate                        // /api/generate
 	ChatCompletions                 // /v1/chat/completions
@@ -29,22 +29,23 @@ const (
 	Embed                           // /api/embed, /api/embeddings: the runner and its options only
 )
 
-// Reader reads chains. Its methods may be called from any goroutine.
+// Reader reads chains. Its methods are safe for concurrent use.
 type Reader struct {
-	// canonical remembers the fingerprints of lists of tools and of tool calls by that of their JSON text: an agent sends
-	// the same ones with each request, and to read them costs more than to read the rest.
+	// canonical caches the fingerprints of lists of tools and tool calls by the fingerprint of
+	// their JSON. An agent sends the same ones with every request, and parsing them costs more than
+	// the rest.
 	canonical *lru.Cache[uint64, []canonical]
 	parsers   sync.Pool
 }
 
-// canonical is what is known of a tool or of tool calls as a prompt has them, however they were written. The zero value is
-// none.
+// canonical is a tool, or a message's tool calls, in the form that a prompt has, however the
+// request spelled it. The zero value means none.
 type canonical struct {
 	hash  uint64
 	bytes int // of text
 }
 
-const canonicalKept = 4096 // 16 bytes for each tool or call of each, and what the LRU needs
+const canonicalKept = 4096 // at 16 bytes per tool or call, plus the LRU's own
 
 // NewReader returns a reader.
 func NewReader() *Reader {
@@ -55,15 +56,16 @@ func NewReader() *Reader {
 	return &Reader{canonical: c, parsers: sync.Pool{New: func() any { return &parser{writer: writer{buf: new([cell]byte)}} }}}
 }
 
-// Read returns the chain of a request for the model (upstream.ModelKey). The body must be an object that jsonscan has
-// found valid; what Ollama would refuse gets a chain all the same. A request without a prompt, which only loads or
-// unloads a model, has the two links of its runner and its settings.
+// Read returns the chain of a request for the model (upstream.ModelKey). The body must be an object
+// that jsonscan has validated; a body that Ollama would refuse gets a chain as well. A request
+// without a prompt, which only loads or unloads a model, has just the links of its runner and its
+// settings.
 func (r *Reader) Read(e Endpoint, model string, body []byte) Chain {
 	return r.ReadMembers(e, model, body, nil, nil)
 }
 
-// ReadMembers is Read for a body whose members are known: all that jsonscan.Object returned for it, in order, and its Long.
-// It is for long bodies, in which to look for these once more takes a while.
+// ReadMembers is Read for a body whose members are known: everything that jsonscan.Object returned
+// for it, in order, and its Long. It saves a second scan of a long body.
 func (r *Reader) ReadMembers(e Endpoint, model string, body []byte, members []jsonscan.Member, long []byte) Chain {
 	return r.read(e, model, body, members, long, nil)
 }
@@ -71,7 +73,7 @@ func (r *Reader) ReadMembers(e Endpoint, model string, body []byte, members []js
 func (r *Reader) read(e Endpoint, model string, body []byte, members []jsonscan.Member, long []byte, seen *look) Chain {
 	p := r.parsers.Get().(*parser)
 	defer func() {
-		*p = parser{writer: writer{buf: p.buf}} // else it would hold the body
+		*p = parser{writer: writer{buf: p.buf}} // otherwise it would retain the body
 		r.parsers.Put(p)
 	}()
 	p.reader, p.endpoint, p.long = r, e, long
@@ -102,7 +104,7 @@ func (r *Reader) read(e Endpoint, model string, body []byte, members []jsonscan.
 	return c
 }
 
-// capacity guesses how many links a body of n bytes has: if it is one long message.
+// capacity estimates the number of links of a body of n bytes, as if it were one long message.
 func capacity(n int) int {
 	const others = 8
 	if n <= blockFlat {
@@ -111,7 +113,7 @@ func capacity(n int) int {
 	return blockFlat/blockMin + bits.Len(uint(n/blockFlat))*(blockFlat/blockMin/2) + others
 }
 
-// The members of bodies and messages that are rendered.
+// The members of bodies and messages that reach the prompt.
 const (
 	fOther = iota
 	fOptions
@@ -165,7 +167,7 @@ var fieldsByName = func() map[string]uint8 {
 	return m
 }()
 
-// fieldOf returns which member a raw key names, as encoding/json would match it.
+// fieldOf returns the member that a raw key names, matched as encoding/json does.
 func fieldOf(key []byte) uint8 {
 	if name := jsonscan.Name(key); name != nil {
 		if f, ok := fieldsByName[string(name)]; ok {
@@ -183,7 +185,7 @@ func fieldOf(key []byte) uint8 {
 	return fOther
 }
 
-// lower reports whether folding cases leaves name as it is.
+// lower reports whether case folding leaves name unchanged.
 func lower(name []byte) bool {
 	for _, c := range name {
 		if c >= 0x80 || 'A' <= c && c <= 'Z' {
@@ -193,11 +195,11 @@ func lower(name []byte) bool {
 	return true
 }
 
-// fields are the raw values of an object's members; nil where there is none, or null.
+// fields are the raw values of an object's members; nil if absent or null.
 type fields struct {
 	raw    [numFields][]byte
 	runner Options
-	text   bool // the content can be a string only
+	text   bool // the content must be a string
 }
 
 func (f *fields) read(object []byte) {
@@ -219,13 +221,13 @@ func (f *fields) take(object []byte, members []jsonscan.Member) {
 	f.complete()
 }
 
-// set takes in a member.
+// set processes a member.
 func (f *fields) set(key, value []byte) {
 	if len(value) == 0 {
 		return
 	}
 	switch field := fieldOf(key); {
-	case field == fOptions: // of two objects, encoding/json makes one
+	case field == fOptions: // encoding/json merges two objects into one
 		f.runner.read(value)
 	case value[0] != 'n':
 		f.raw[field] = value
@@ -234,20 +236,22 @@ func (f *fields) set(key, value []byte) {
 	}
 }
 
-// complete is called after the last member.
+// complete runs after the last member.
 func (f *fields) complete() {
 	if s := f.raw[fShift]; len(s) > 0 && s[0] == 'f' {
 		f.runner.put(shift, 0)
 	}
 }
 
-// keptByNull are the members that Ollama decodes into Go strings and bools, which null leaves as they are.
+// keptByNull are the members that Ollama decodes into Go strings and bools, which null leaves
+// unchanged.
 var keptByNull = [numFields]bool{
 	fTemplate: true, fSystem: true, fPrompt: true, fSuffix: true, fRaw: true, fRole: true, fThinking: true, fToolName: true,
 	fToolCallID: true, fName: true, fInstructions: true, fType: true, fCallID: true,
 }
 
-// read takes in an options object. Their keys are matched exactly, as Ollama does; a negative num_gpu means any.
+// read parses an options object. Its keys are matched exactly, as in Ollama; a negative num_gpu
+// counts as not stated.
 func (o *Options) read(object []byte) {
 	if object[0] != '{' {
 		*o = Options{} // null
@@ -261,19 +265,19 @@ func (o *Options) read(object []byte) {
 		case string(value) == "null":
 			o.drop(i)
 		default:
-			o.parse(i, string(value)) // what is no value is as if it were not there
+			o.parse(i, string(value)) // an invalid value counts as absent
 		}
 	}
 }
 
-// loads writes which model is loaded, and with which options.
+// loads writes the model to load, and its options.
 func (w *writer) loads(o Options) {
 	w.put('R', []byte(o.Model))
 	w.runner = o.hash()
 	w.add(Link{Part: Runner, Message: -1})
 }
 
-// settings writes what changes how the whole prompt is rendered.
+// settings writes the settings that change how the whole prompt is rendered.
 func (w *writer) settings(e Endpoint, f *fields) {
 	switch e {
 	case Chat:
@@ -314,10 +318,10 @@ func (w *writer) settings(e Endpoint, f *fields) {
 	w.add(Link{Part: Settings, Message: -1})
 }
 
-// effort writes a reasoning effort as the think value that Ollama makes of it.
+// effort writes a reasoning effort as the think value that Ollama derives from it.
 func (w *writer) effort(e Endpoint, raw []byte) {
 	s, _ := jsonscan.Unquote(raw)
-	if e == Messages { // Anthropic's has other names
+	if e == Messages { // Anthropic's effort has other names
 		switch s = strings.ToLower(strings.TrimSpace(s)); s {
 		case "low", "medium", "high", "max":
 		case "xhigh":
@@ -340,21 +344,21 @@ func (w *writer) effort(e Endpoint, raw []byte) {
 	w.value('k', []byte(strconv.Quote(s)))
 }
 
-// string writes a string where it is not empty.
+// string writes a string unless it is empty.
 func (w *writer) string(tag byte, raw []byte) {
 	if s, _ := jsonscan.Unquote(raw); s != "" {
 		w.put(tag, []byte(s))
 	}
 }
 
-// value writes a JSON value, where there is one, in one way of all ways to write it.
+// value writes a JSON value, if present, in a canonical form.
 func (w *writer) value(tag byte, raw []byte) {
 	if raw != nil {
 		w.put(tag, compact(raw))
 	}
 }
 
-// compact returns the value without spaces and with its strings escaped in one way. The order of keys stays.
+// compact returns the value without spaces and with canonical escapes. The order of keys stays.
 func compact(raw []byte) []byte {
 	var b bytes.Buffer
 	c := jsonscan.NewCursor(raw, 0)
@@ -383,11 +387,11 @@ func compactTo(b *bytes.Buffer, c *jsonscan.Cursor, depth int) {
 		compactTo(b, c, depth+1)
 		b.WriteByte(',')
 	}
-	b.WriteByte(kind + 2) // } and ] come two after { and [
+	b.WriteByte(kind + 2) // } and ] are two code points after { and [
 }
 
-// member returns the raw value of a member of an object that Ollama decodes into a Go struct, nil where there is none:
-// keys fold case, and null changes nothing.
+// member returns the raw value of a member of an object that Ollama decodes into a Go struct; nil
+// if absent. Keys fold case, and null changes nothing.
 func member(object []byte, name string) []byte {
 	return last(object, func(key, value []byte) bool {
 		return jsonscan.KeyIs(key, []byte(name)) && !bytes.Equal(value, []byte("null"))
@@ -399,7 +403,7 @@ func entry(object []byte, name string) []byte {
 	return last(object, func(key, _ []byte) bool { return string(unquoted(key)) == name })
 }
 
-// last returns the raw value of the last member that counts; nil where there is none, or no object.
+// last returns the raw value of the last member that counts; nil if there is none, or no object.
 func last(object []byte, counts func(key, value []byte) bool) []byte {
 	if len(object) == 0 || object[0] != '{' {
 		return nil

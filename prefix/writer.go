@@ -15,24 +15,24 @@ import (
 )
 
 const (
-	// blockMin is the length of a block in bytes, up to blockFlat bytes into a message. From there on blocks grow with
-	// their distance from the message's start, to between a 64th and a 32nd of it, so that a prompt of 64 MiB has a few
-	// hundred links and not a quarter of a million.
+	// blockMin is the length of a block in bytes, up to blockFlat bytes into a message. After that,
+	// blocks grow with their distance from the message's start, to between a 64th and a 32nd of it,
+	// so that a prompt of 64 MiB has a few hundred links instead of a quarter of a million.
 	blockMin  = 256
 	blockFlat = 16 << 10
 	cell      = 4 << 10 // bytes that are decoded before they are hashed
 )
 
-// blockSize returns the length of the block that begins at offset pos of a message. Every block begins at a multiple of
-// its length.
+// blockSize returns the length of the block that begins at offset pos of a message. Every block
+// begins at a multiple of its length.
 func blockSize(pos int) int { return blockMin << bits.Len(uint(pos/blockFlat)) }
 
-// mark begins everything that is not a message's text. It never occurs in valid UTF-8, so that no text can pass for
-// anything else.
+// mark begins everything except a message's text. It never occurs in valid UTF-8, so no text can be
+// mistaken for something else.
 const mark = 0xFF
 
-// writer makes a chain. What it writes to the digest is a canonical form of the prompt: the same for every way to write
-// the same request.
+// writer builds a chain. It writes a canonical form of the prompt to the digest, which is the same
+// for every spelling of a request.
 type writer struct {
 	digest xxhash.Digest // of the model and the prompt
 	runner uint64        // of the options that the model is loaded with
@@ -42,18 +42,18 @@ type writer struct {
 	pictures int
 	bytes    int  // of all text so far
 	pos      int  // bytes of this message's text
-	size     int  // the present block's length
-	link     Link // the present block's, without its hash
+	size     int  // the current block's length
+	link     Link // the current block's, without its hash
 	fine     uint64
-	buf      *[cell]byte // text that is not hashed yet: of one block
+	buf      *[cell]byte // text of one block that is not hashed yet
 	n        int
 
 	leading, inserted int32 // for Chain
-	spoken            bool  // a message was written that is no system message
+	spoken            bool  // a message other than a system message was written
 
-	look *look // nil: nothing is to be seen
+	look *look // nil if no text is wanted
 
-	opening [2]uint64 // for Chain.Conversation: of the first system and the first other message
+	opening [2]uint64 // for Chain.Conversation: of the first system message and the first other one
 	system  bool      // the message is a system message
 }
 
@@ -77,8 +77,8 @@ func (w *writer) putNumber(tag byte, v uint64) {
 	w.digest.Write(b[:])
 }
 
-// maxLinks bounds a chain, 64 bytes each: no more are made of a body of a million messages. What comes after is in the last
-// one's fingerprint.
+// maxLinks limits a chain, at 64 bytes per link, for bodies with a million messages. The last
+// link's fingerprint covers the rest.
 const maxLinks = 1 << 15
 
 // add ends a link here.
@@ -91,13 +91,13 @@ func (w *writer) add(l Link) {
 	w.links = append(w.links, l)
 }
 
-// sum returns the fingerprint of all that was written, and of the runner options. These are not
-// part of the digest, so that a chain without them costs no second one: see Chain.Contents.
+// sum returns the fingerprint of everything written so far and of the runner options. The digest
+// excludes the options, so that a chain without them needs no second digest: see Chain.Contents.
 func (w *writer) sum() uint64 {
 	return max(w.digest.Sum64()^w.runner, 1)
 }
 
-// begin begins a message's text: its Head link has been written.
+// begin begins a message's text, after its Head link.
 func (w *writer) begin() {
 	w.pos = 0
 	w.block()
@@ -108,8 +108,9 @@ func (w *writer) block() {
 	w.link = Link{Part: Block, Message: w.message, Offset: w.pos}
 }
 
-// text adds a raw JSON string to the message's text. A long one is taken in pieces, which are searched and hashed while they
-// are in the processor's cache. A space is never within an escape or a character.
+// text adds a raw JSON string to the message's text. It handles a long one in pieces, so that each
+// is searched and hashed while it is in the processor's cache. A space is never inside an escape or
+// a character.
 func (w *writer) text(raw []byte) {
 	if len(raw) < 2 || raw[0] != '"' {
 		return
@@ -127,11 +128,11 @@ func (w *writer) text(raw []byte) {
 	w.piece(inner)
 }
 
-// piece adds a part of a raw JSON string, without quotes, to the message's text. Where it spells its escapes as most
-// encoders do, it is not copied.
+// piece adds a part of a raw JSON string, without quotes, to the message's text. It copies nothing
+// if the escapes are spelled as by most encoders.
 func (w *writer) piece(inner []byte) {
 	if !utf8.Valid(inner) {
-		// encoding/json puts U+FFFD in the place of what is no UTF-8.
+		// encoding/json replaces invalid UTF-8 with U+FFFD.
 		var s string
 		if json.Unmarshal(slices.Concat([]byte{'"'}, inner, []byte{'"'}), &s) == nil {
 			var spelled []byte
@@ -148,7 +149,7 @@ func (w *writer) piece(inner []byte) {
 			break
 		}
 		if i += start; escaped(inner, i) {
-			start = i + 1 // the backslash is itself what is escaped
+			start = i + 1 // the backslash itself is escaped
 			continue
 		}
 		w.plain(inner[:i])
@@ -172,7 +173,7 @@ func escaped(s []byte, i int) bool {
 	return n%2 == 1
 }
 
-// oddEscapeGeneric is oddEscape without the processor's vector instructions.
+// oddEscapeGeneric is oddEscape without vector instructions.
 func oddEscapeGeneric(s []byte) int {
 	for i := 0; ; i++ {
 		slash := bytes.IndexByte(s[i:], '\\')
@@ -185,8 +186,8 @@ func oddEscapeGeneric(s []byte) int {
 	}
 }
 
-// appendSpelled appends a character as the text of messages is hashed: as JSON, with the shortest escape, and with one
-// only where there must be one.
+// appendSpelled appends a character in the form in which text is hashed: as JSON, with the shortest
+// escape, and only where an escape is required.
 func appendSpelled(b []byte, r rune) []byte {
 	switch r {
 	case '"', '\\':
@@ -209,8 +210,8 @@ func appendSpelled(b []byte, r rune) []byte {
 	return utf8.AppendRune(b, r)
 }
 
-// plain adds text that is spelled as it is hashed. It is hashed in units: a whole block, or a cell of a longer one. Only
-// what does not fill one is copied.
+// plain adds text that is spelled as it is hashed. The unit of hashing is a block, or a cell of a
+// longer block. Only an incomplete unit is copied.
 func (w *writer) plain(p []byte) {
 	for len(p) > 0 {
 		unit := min(w.size, cell)
@@ -229,7 +230,7 @@ func (w *writer) plain(p []byte) {
 	}
 }
 
-// hash takes in a unit, or the rest of a message, and ends the block's link where that is full.
+// hash processes a unit, or the rest of a message, and ends the block's link if the block is full.
 func (w *writer) hash(text []byte) {
 	w.opened(text)
 	w.look.see(w.message, w.pos, text)
@@ -243,9 +244,10 @@ func (w *writer) hash(text []byte) {
 	}
 }
 
-// digestText writes text, which begins at w.pos, to the digest. A block of more than blockMin bytes is written as the
-// hashes of its parts, since these are needed for Link.Fine as well. What Fine has of a part depends on those before it,
-// so that two blocks that seem equal in one part, though they are not, differ in the next one.
+// digestText writes text that begins at w.pos to the digest. A block longer than blockMin bytes is
+// written as the hashes of its parts, which Link.Fine needs as well. Each part's bits in Fine
+// depend on the parts before it, so if two different blocks seem equal in one part, the next one
+// shows the difference.
 func (w *writer) digestText(text []byte) {
 	from, part := w.pos-w.link.Offset, w.size/Fines // from: within the block
 	if w.size == blockMin {
@@ -282,7 +284,8 @@ func (w *writer) part(hash uint64) {
 	w.digest.Write(b[:])
 }
 
-// opened notes how the conversation begins, where text is the beginning of its first system or first other message.
+// opened records the start of the conversation if text begins its first system message or its first
+// other message.
 func (w *writer) opened(text []byte) {
 	i := 1
 	if w.system {
@@ -293,7 +296,8 @@ func (w *writer) opened(text []byte) {
 	}
 }
 
-// end ends the message. calls is the fingerprint of its tool calls, 0 for none; callBytes is how long those are.
+// end ends the message. calls is the fingerprint of its tool calls, 0 for none; callBytes is their
+// length.
 func (w *writer) end(calls uint64, callBytes int) {
 	w.hash(w.buf[:w.n])
 	w.n = 0
@@ -304,8 +308,8 @@ func (w *writer) end(calls uint64, callBytes int) {
 	w.message++
 }
 
-// unicodeEscape decodes the \u escape, or two that make a surrogate pair, at the head of s, as encoding/json does, and
-// returns how many bytes of s it is. Where it is none, it stands for U+FFFD.
+// unicodeEscape decodes the \u escape at the head of s, or two that form a surrogate pair, as
+// encoding/json does. It returns the number of bytes used. An invalid escape counts as U+FFFD.
 func unicodeEscape(s []byte) (r rune, used int) {
 	r, ok := hex4(s)
 	if !ok {
@@ -322,7 +326,7 @@ func unicodeEscape(s []byte) (r rune, used int) {
 	return utf8.RuneError, 6
 }
 
-// hex4 reads \uXXXX.
+// hex4 parses \uXXXX.
 func hex4(s []byte) (rune, bool) {
 	if len(s) < 6 || s[0] != '\\' || s[1] != 'u' {
 		return 0, false

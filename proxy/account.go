@@ -12,47 +12,47 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// Response headers that tell of a request's prefix.
+// Response headers about the request's prefix.
 const (
 	headerPrefix   = "X-Cacheproxy-Prefix"         // the fingerprint of the whole prompt, 16 hexadecimal digits
-	headerExpected = "X-Cacheproxy-Expected-Reuse" // tokens that were expected to be reused, or "unknown"
+	headerExpected = "X-Cacheproxy-Expected-Reuse" // how many tokens should be reused, or "unknown"
 )
 
 const (
 	pathRequests  = ownPrefix + "requests"
-	shownRequests = 100 // entries that the page shows unless told otherwise
-	excerptHead   = 300 // bytes of a body that an excerpt begins with …
-	excerptTail   = 100 // … and ends with
+	shownRequests = 100 // entries on the page without ?n=
+	excerptHead   = 300 // length of an excerpt's first part, in bytes …
+	excerptTail   = 100 // … and of its last part
 )
 
-// account reads the chain of a request whose body has been read: data, which need not be what is sent.
+// account reads the chain of a request from its body. data may differ from the body that is sent.
 func (h *Handler) account(ex *exchange, data []byte) {
 	if h.Ledger == nil || ex.prompt == prefix.None || !ex.runsHere() {
 		return
 	}
 	if !h.exists(ex.key) {
-		if h.refresh(); !h.exists(ex.key) { // it may have been made just now, past the proxy
+		if h.refresh(); !h.exists(ex.key) { // created just now, and not through the proxy
 			return
 		}
 	}
 	chain := h.prefixes.ReadMembers(ex.prompt, ex.key, data, ex.fields.members, ex.fields.long)
-	ex.chain, ex.dialect = &chain, ex.route.answer // on its own: the ledger keeps it for longer than the exchange
+	ex.chain, ex.dialect = &chain, ex.route.answer // a copy, which the ledger keeps
 	h.fitContext(ex, data)
 	if h.Live().ShowPrompts {
 		ex.excerpt = excerpt(data)
 	}
 }
 
-// look tells the ledger what it is that changes in a prompt, while its text is there.
+// look reports to the ledger which part of a prompt changes, while the text is at hand.
 func (h *Handler) look(ex *exchange) {
 	message, from, to, ok := ex.spend.Look()
-	if ok && ex.body != nil && ex.fields.members != nil { // else it is compressed
+	if ok && ex.body != nil && ex.fields.members != nil { // otherwise the body is compressed
 		ex.spend.Looked(h.prefixes.Look(ex.prompt, ex.body.data, ex.fields.members, ex.fields.long, message, from, to))
 	}
 }
 
-// exists reports whether an upstream has the model, as far as is known: made-up names are not to push out what is known of
-// real ones.
+// exists reports whether an upstream is known to have the model. Made-up names must not displace
+// the records of real models.
 func (h *Handler) exists(model string) bool {
 	for _, b := range h.backends {
 		if b.State().Has(model) {
@@ -62,7 +62,7 @@ func (h *Handler) exists(model string) bool {
 	return false
 }
 
-// accounted ends it.
+// accounted closes the request's entry in the ledger.
 func (h *Handler) accounted(ex *exchange) {
 	end := runners.Outcome{
 		Refused:  ex.Status >= 300 && !ex.gaveUp || ex.Outcome == Unreachable,
@@ -73,7 +73,7 @@ func (h *Handler) accounted(ex *exchange) {
 		h.free(ex, savings.Answer{})
 		return
 	}
-	if !h.Live().ShowPrompts { // it may have been shown when the request came
+	if !h.Live().ShowPrompts { // the setting may have changed since the request arrived
 		ex.excerpt = ""
 	}
 	o := savings.Outcome{
@@ -101,11 +101,11 @@ func (h *Handler) accounted(ex *exchange) {
 	h.free(ex, o.Answer)
 }
 
-// changed takes in what has changed of what a server holds.
+// changed handles a change in what a server has loaded.
 func (h *Handler) changed(b *backend, e runners.Event) {
 	switch e.Kind {
 	case runners.Loaded:
-		b.Changed() // /api/ps tells what that was loaded beside, and what in place of
+		b.Changed() // ask /api/ps what else is loaded, and what was displaced
 	case runners.Replaced:
 		if b.Changed(); e.Listed {
 			h.recorder.outside(b, e.Weights)
@@ -119,18 +119,18 @@ func (h *Handler) changed(b *backend, e runners.Event) {
 	h.prewarming.changed(b, e)
 }
 
-// lose tells that what a model held on a server is gone.
+// lose records that a model's cache on a server is gone.
 func (h *Handler) lose(b *backend, e runners.Event, why savings.Lost) {
 	if h.Ledger != nil {
 		h.Ledger.Lose(b.index, e.Weights, why)
 	}
-	// What /api/ps does not list any more the scheduler sees by itself, and what took its place.
+	// The scheduler itself notices what is missing from /api/ps, and what replaced it.
 	if h.Lanes != nil && !(e.Listed && e.Kind == runners.Unloaded) {
 		h.Lanes.Cool(b.index, e.Weights)
 	}
 }
 
-// excerpt returns a body's beginning and end.
+// excerpt returns the start and the end of a body.
 func excerpt(body []byte) string {
 	if len(body) <= excerptHead+excerptTail {
 		return strings.ToValidUTF8(string(body), "\uFFFD")
@@ -138,7 +138,7 @@ func excerpt(body []byte) string {
 	return strings.ToValidUTF8(string(body[:excerptHead])+" … "+string(body[len(body)-excerptTail:]), "\uFFFD")
 }
 
-// tell puts what is known of the prefix into the answer's header.
+// tell adds the headers about the prefix to the answer.
 func (ex *exchange) tell(header http.Header) {
 	if !ex.chain.HasPrompt() {
 		return
@@ -151,10 +151,10 @@ func (ex *exchange) tell(header http.Header) {
 	header.Set(headerExpected, expected)
 }
 
-// polledBooks tells what a poll of a server found to all that keep books of it.
+// polledBooks passes the result of a poll to everything that keeps records of the server.
 func (h *Handler) polledBooks(b *backend, st upstream.State) {
 	if !st.Up {
-		return // what was known of it holds for the requests that are still under way
+		return // the records still hold for requests in progress
 	}
 	up := savings.Upstream{Name: b.Name, Index: b.index, TellsCached: st.AtLeast(0, 34), Old: st.AtLeast(0, 1) && !st.AtLeast(0, 30)}
 	b.books.Store(&up)
@@ -183,7 +183,7 @@ func (h *Handler) polledBooks(b *backend, st upstream.State) {
 	}
 }
 
-// requestsPage is what pathRequests shows.
+// requestsPage is the content of pathRequests.
 type requestsPage struct {
 	Requests []requestEntry `json:"requests"`
 }
@@ -195,13 +195,13 @@ type requestEntry struct {
 	Model    string    `json:"model"`
 	Upstream string    `json:"upstream"`
 
-	Simulated bool `json:"simulated,omitempty"` // the answer and these figures are made up
+	Simulated bool `json:"simulated,omitempty"` // answer and figures are made up
 
 	Name   string `json:"name,omitempty"`   // of the API key
-	Client string `json:"client,omitempty"` // hashed, as on the page of the queue; none: the proxy itself
+	Client string `json:"client,omitempty"` // hashed; absent for the proxy itself
 
 	Prefix   string          `json:"prefix"`
-	Shared   string          `json:"shared_prefix,omitempty"` // the longest part of the prompt that was known before
+	Shared   string          `json:"shared_prefix,omitempty"` // the longest known part
 	Messages int             `json:"messages"`
 	Basis    savings.Basis   `json:"basis"`
 	Tokens   promptTokens    `json:"tokens"`
@@ -214,11 +214,11 @@ type requestEntry struct {
 	Changed *savings.Changed `json:"changed,omitempty"`
 
 	Truncated bool    `json:"probably_truncated,omitempty"`
-	Broken    bool    `json:"broken_off,omitempty"` // the answer did not come to its end
+	Broken    bool    `json:"broken_off,omitempty"` // the answer was cut short
 	Loaded    bool    `json:"loaded_model,omitempty"`
 	Generated int     `json:"generated_tokens,omitempty"`
 	Waited    float64 `json:"waited_ms"`   // in the proxy, before it was sent
-	Duration  float64 `json:"duration_ms"` // of the whole request, that wait included
+	Duration  float64 `json:"duration_ms"` // of the whole request, including the wait
 	Load      float64 `json:"load_ms"`
 	Queue     float64 `json:"queue_ms"`
 	Prompt    float64 `json:"prompt_eval_ms"`
@@ -228,14 +228,14 @@ type requestEntry struct {
 	Excerpt          string  `json:"prompt,omitempty"`
 }
 
-// promptTokens has what is known: absent is unknown, 0 is none.
+// promptTokens are the known counts: absent means unknown, 0 means none.
 type promptTokens struct {
 	Total     int  `json:"total,omitempty"`
 	Reused    *int `json:"reused,omitempty"`
 	Evaluated *int `json:"evaluated,omitempty"`
 }
 
-// requests returns the last n requests, newest first.
+// requests returns the latest n requests, newest first.
 func (h *Handler) requests(n int) requestsPage {
 	page := requestsPage{Requests: []requestEntry{}}
 	for _, e := range h.Ledger.Recent(n) {

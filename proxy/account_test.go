@@ -12,8 +12,9 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// warmFake is an upstream that answers like Ollama 0.34 would for a model that evaluates a token a millisecond and has one
-// slot: it finds what a chat's texts have in common with those of the chat before, a byte a token.
+// warmFake is an upstream that answers as Ollama 0.34 would for a model that evaluates a token per
+// millisecond and has one slot. It reuses what a chat's texts have in common with those of the
+// previous chat, at one token per byte.
 func warmFake(t *testing.T) *fake {
 	var last, options string
 	return newFake(t, func(r received) string {
@@ -52,7 +53,7 @@ func warmFake(t *testing.T) *fake {
 	})
 }
 
-// chatWith writes a chat; extra is more members, with a comma before them.
+// chatWith builds a chat; extra are more members, starting with a comma.
 func chatWith(system, user, extra string) string {
 	body, err := json.Marshal(map[string]any{"model": "m", "stream": false, "messages": []map[string]string{{"role": "system", "content": system}, {"role": "user", "content": user}}})
 	if err != nil {
@@ -61,7 +62,8 @@ func chatWith(system, user, extra string) string {
 	return strings.TrimSuffix(string(body), "}") + extra + "}"
 }
 
-// ask sends a chat and returns its entry in the ledger. The upstream must have got the body as it was, but for keep_alive.
+// ask sends a chat and returns its entry in the ledger. The upstream must get the body unchanged
+// except for keep_alive.
 func ask(t *testing.T, rg *rig, f *fake, body string) savings.Entry {
 	t.Helper()
 	if res, text := rg.post("/api/chat", body); res.StatusCode != 200 {
@@ -77,7 +79,7 @@ func ask(t *testing.T, rg *rig, f *fake, body string) savings.Entry {
 	return *ex.Savings
 }
 
-// prose is text of n bytes that repeats nothing.
+// prose is text of n bytes without repetitions.
 func prose(n int) string {
 	var b strings.Builder
 	for i := 0; b.Len() < n; i++ {
@@ -86,7 +88,8 @@ func prose(n int) string {
 	return b.String()[:n]
 }
 
-// F10: the time in the first lines of a system prompt makes every prompt new, and the diagnostic says where it breaks.
+// The time in the first lines of a system prompt makes every prompt new, and the diagnostic shows
+// where they diverge.
 func TestF10TimeInTheSystemPrompt(t *testing.T) {
 	f := warmFake(t)
 	rg := newRig(t, f.URL, &Handler{})
@@ -125,8 +128,8 @@ func page(t *testing.T, rg *rig) string {
 	return text
 }
 
-// F11: the same tools in another order are no hit, and the diagnostic names them. Their bytes are not touched, and it is
-// still the same conversation.
+// The same tools in another order are not a hit, and the diagnostic names them. Their bytes are
+// forwarded unchanged, and the conversation is still the same one.
 func TestF11ToolsOrder(t *testing.T) {
 	f := warmFake(t)
 	rg := newRig(t, f.URL, &Handler{})
@@ -157,11 +160,12 @@ func TestF11ToolsOrder(t *testing.T) {
 	}
 	ask(t, rg, f, chatWith("Be brief.", "What is the weather?", inOrder))
 	if e := ask(t, rg, f, chatWith("Be brief.", "What is the weather?", otherKeys)); e.Prefix != a.Prefix || e.Expected*2 < e.Total {
-		t.Errorf("a tool's keys in another order: %+v", e) // Ollama renders the same
+		t.Errorf("a tool's keys in another order: %+v", e) // Ollama renders the same prompt
 	}
 }
 
-// F12: the options that load a model anew are part of a prefix, and the reloads are counted and explained.
+// The options that make Ollama load a model again are part of a prefix, and the loads are counted
+// and explained.
 func TestF12NumCtx(t *testing.T) {
 	f := warmFake(t)
 	rg := newRig(t, f.URL, &Handler{})
@@ -187,7 +191,7 @@ func TestF12NumCtx(t *testing.T) {
 	}
 }
 
-// TestHeaders: an answer says which prefix it was for, and what was expected.
+// TestHeaders: an answer reports its prefix and the expected reuse.
 func TestHeaders(t *testing.T) {
 	f := warmFake(t)
 	rg := newRig(t, f.URL, &Handler{})
@@ -210,7 +214,7 @@ func TestHeaders(t *testing.T) {
 	rg.ended()
 }
 
-// TestRequestsPage: the page is JSON with the newest first, and has prompt text only if it is asked for.
+// TestRequestsPage: the page is JSON, newest first, and has prompt text only if that is enabled.
 func TestRequestsPage(t *testing.T) {
 	f := warmFake(t)
 	rg := newRig(t, f.URL, &Handler{ShowPrompts: true})
@@ -239,8 +243,8 @@ func TestRequestsPage(t *testing.T) {
 	}
 }
 
-// TestUnloadForgetsWarmth: what a client unloads is not warm, and neither is what a poll does not find any more, or finds
-// to be another model, or what a restart took.
+// TestUnloadForgetsWarmth: a model's prompts are no longer warm after a client has unloaded it,
+// after a poll misses it or finds a different model under its name, and after a restart.
 func TestUnloadForgetsWarmth(t *testing.T) {
 	polled := time.Now
 	for name, c := range map[string]struct {
@@ -284,8 +288,8 @@ func TestUnloadForgetsWarmth(t *testing.T) {
 	}
 }
 
-// TestAnswersWithoutCounts: an OpenAI stream that tells no usage is in the ledger as unknown; an error and an answer that
-// breaks off are not in it.
+// TestAnswersWithoutCounts: an OpenAI stream without usage is unknown in the ledger; an error and a
+// truncated answer are not in it.
 func TestAnswersWithoutCounts(t *testing.T) {
 	f := newFake(t, func(r received) string {
 		if strings.Contains(r.line, "/v1/chat") {
@@ -320,7 +324,8 @@ func TestAnswersWithoutCounts(t *testing.T) {
 	}
 }
 
-// TestSlidingWindowIsAsked: of a server before 0.30 it is found out, once, whether a model has a sliding window.
+// TestSlidingWindowIsAsked: the proxy asks a server before 0.30, once, whether a model has a
+// sliding window.
 func TestSlidingWindowIsAsked(t *testing.T) {
 	f := newFake(t, func(r received) string {
 		switch {
@@ -338,7 +343,7 @@ func TestSlidingWindowIsAsked(t *testing.T) {
 	rg := newRig(t, f.URL, &Handler{})
 	rg.h.Polled(rg.h.Upstreams[0], rg.h.Upstreams[0].Poll(t.Context()))
 	var reason savings.Reason
-	for i := range 8 { // the first ones teach how long an evaluation takes
+	for i := range 8 { // the first ones show how long an evaluation takes
 		rg.post("/api/chat", chatWith(prose(4000), strings.Repeat("x", i+1), ""))
 		reason = rg.ended().Savings.Reason
 	}
@@ -356,7 +361,8 @@ func TestSlidingWindowIsAsked(t *testing.T) {
 	}
 }
 
-// TestAliveWhileItAnswers: a server that answers requests is no server that is away, however it answers polls.
+// TestAliveWhileItAnswers: a server that answers requests does not count as away, even if its polls
+// fail.
 func TestAliveWhileItAnswers(t *testing.T) {
 	f := newFake(t, nil)
 	rg := newRig(t, f.URL, &Handler{})

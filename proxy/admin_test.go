@@ -6,8 +6,9 @@ import (
 	"testing"
 )
 
-// TestAdmin: with keys, only those with the word admin change models or upstreams; everything else
-// is for all of them, unloading by keep_alive too. Without keys everybody may.
+// TestAdmin: if keys are required, only those with the word admin may change models or upstreams.
+// Any key may do everything else, including unloading by keep_alive. Without keys everyone may do
+// everything.
 func TestAdmin(t *testing.T) {
 	type request struct{ method, path, body string }
 	forAdmins := []request{
@@ -70,11 +71,11 @@ func TestAdmin(t *testing.T) {
 	}
 }
 
-// TestAdminWord: what may be said of it in the file.
+// TestAdminWord: the forms that the word may have in the file.
 func TestAdminWord(t *testing.T) {
 	for text, admins := range map[string]int{
 		"a k admin": 1, "a k rate=1/s admin=yes\nb l admin": 2, "a k admin=no": 0, "admin k": 0, "k": 0,
-		"admin": 0, // a line of one word is a key, whatever it looks like
+		"admin": 0, // a single word on a line is a key, whatever it looks like
 	} {
 		k, err := ParseKeys(text)
 		if err != nil || k.Admins() != admins {

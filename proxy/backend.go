@@ -15,18 +15,18 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// backend is an Ollama server, with what the proxy keeps for it.
+// backend is an Ollama server with the proxy's records of it.
 type backend struct {
 	*upstream.Server
 	index     uint16
-	port      int                              // of this machine, on which it listens; 0: it is elsewhere
-	books     atomic.Pointer[savings.Upstream] // what the ledger needs to know of it
+	port      int                              // on which it listens on this machine; 0: elsewhere
+	books     atomic.Pointer[savings.Upstream] // how the ledger identifies it
 	runners   *runners.Book
 	residency *residency
 	draining  atomic.Bool
-	looped    atomic.Bool  // one of the proxy's own requests to it came back to the proxy
+	looped    atomic.Bool  // a request of the proxy's own came back to the proxy through it
 	inFlight  atomic.Int64 // requests that were sent to it and have not ended
-	telling   sync.Mutex   // held while the scheduler is told whether it takes requests
+	telling   sync.Mutex   // held while the scheduler learns whether the server is available
 }
 
 func (h *Handler) newBackend(index int, s *upstream.Server) *backend {
@@ -38,13 +38,14 @@ func (h *Handler) newBackend(index int, s *upstream.Server) *backend {
 	return b
 }
 
-// answers reports whether the server is not known to be away. One that is in doubt, since a poll of it failed, is not.
+// answers reports whether the server is up, as far as is known. A single failed poll does not make
+// it absent.
 func (b *backend) answers() bool { return !b.State().Away && !b.looped.Load() }
 
-// takes reports whether the server gets new requests.
+// takes reports whether the server accepts new requests.
 func (b *backend) takes() bool { return b.answers() && !b.draining.Load() }
 
-// Polled takes in what a poll of an upstream found.
+// Polled handles the result of polling an upstream.
 func (h *Handler) Polled(s *upstream.Server, st upstream.State) {
 	for _, b := range h.backends {
 		if b.Server != s {
@@ -53,7 +54,7 @@ func (h *Handler) Polled(s *upstream.Server, st upstream.State) {
 		if st.Up {
 			b.looped.Store(false)
 		}
-		h.polledBooks(b, st) // before anything is sent: after a restart nothing is warm
+		h.polledBooks(b, st) // before any request is sent: after a restart nothing is cached
 		h.available(b)
 		h.prewarming.polled(b, st)
 	}
@@ -61,10 +62,10 @@ func (h *Handler) Polled(s *upstream.Server, st upstream.State) {
 	close(*h.news.Swap(&fresh))
 }
 
-// available tells the scheduler whether a server gets new requests.
+// available informs the scheduler whether a server accepts new requests.
 func (h *Handler) available(b *backend) {
 	if h.Lanes != nil {
-		b.telling.Lock() // so that the last word is the right one
+		b.telling.Lock() // serializes updates, so that the scheduler never keeps a stale state
 		defer b.telling.Unlock()
 		st := b.State()
 		h.Lanes.SetAvailable(b.index, !b.looped.Load() && !b.draining.Load())
@@ -72,7 +73,7 @@ func (h *Handler) available(b *backend) {
 	}
 }
 
-// drain has a server finish what it has and get nothing new, or get new requests again.
+// drain makes a server finish its requests and get no new ones, or undoes that.
 func (h *Handler) drain(b *backend, on bool) {
 	if b.draining.Swap(on) != on {
 		h.Log.Info("upstream draining", "upstream", b.Name, "draining", on, "in_flight", b.inFlight.Load())
@@ -80,7 +81,7 @@ func (h *Handler) drain(b *backend, on bool) {
 	h.available(b)
 }
 
-// named returns the upstream with this name; nil if there is none.
+// named returns the upstream with this name, or nil.
 func (h *Handler) named(name string) *backend {
 	for _, b := range h.backends {
 		if b.Name == name {
@@ -90,9 +91,10 @@ func (h *Handler) named(name string) *backend {
 	return nil
 }
 
-// candidates returns the servers to which a request may be sent, none of them twice. What names a model goes where that
-// is. What changes models or names none goes to the first one, if that only asks, to the first that answers. An empty list: none is
-// left but those in tried.
+// candidates returns the servers that may get a request, without duplicates. A request that names a
+// model goes where that model is. A request that changes models goes to the first server, and so
+// does one that names no model; if it only reads, it goes to the first server that answers. The
+// list is empty if none is left except those in tried.
 func (h *Handler) candidates(ex *exchange) []*backend {
 	if ex.only != nil {
 		return h.untried(ex, []*backend{ex.only})
@@ -103,7 +105,7 @@ func (h *Handler) candidates(ex *exchange) []*backend {
 	if ex.first {
 		return h.untried(ex, h.backends[:1])
 	}
-	if ex.cloud { // it need not be listed anywhere; the first one is where people sign in
+	if ex.cloud { // no server need list it; users are signed in at the first
 		list := h.listing(ex)
 		if len(list) == 0 {
 			list = h.backends[:1]
@@ -116,14 +118,14 @@ func (h *Handler) candidates(ex *exchange) []*backend {
 			h.refresh()
 			var away []*backend
 			if list, away = h.having(ex); len(list) == 0 && len(ex.tried) == 0 {
-				list = away // any of which may come back
+				list = away // any of them may come back
 			}
 		}
 		if len(list) > 0 {
 			return list
 		}
 	}
-	// None has it, or none is asked for: the answer is the same everywhere.
+	// No server has the model, or no model is named: the answer is the same everywhere.
 	for _, b := range h.backends {
 		if b.takes() && !slices.Contains(ex.tried, b) {
 			return []*backend{b}
@@ -135,7 +137,7 @@ func (h *Handler) candidates(ex *exchange) []*backend {
 	return h.backends[:1]
 }
 
-// untried returns those of a list to which the request was not sent.
+// untried returns the servers of a list that have not had the request.
 func (h *Handler) untried(ex *exchange, list []*backend) []*backend {
 	if len(ex.tried) == 0 {
 		return list
@@ -143,8 +145,9 @@ func (h *Handler) untried(ex *exchange, list []*backend) []*backend {
 	return slices.DeleteFunc(slices.Clone(list), func(b *backend) bool { return slices.Contains(ex.tried, b) })
 }
 
-// having returns the servers that have the request's model and get new requests; and those that are known to have it but get none,
-// to be waited for, or so that the client can be told what is wrong with the one that it needs.
+// having returns the available servers that have the request's model; and those that have it but
+// are not available, to wait for them, or to explain to the client what is wrong with the one that
+// it needs.
 func (h *Handler) having(ex *exchange) (list, away []*backend) {
 	var draining []*backend
 	for _, b := range h.backends {
@@ -166,7 +169,7 @@ func (h *Handler) having(ex *exchange) (list, away []*backend) {
 	return list, away
 }
 
-// listing returns the servers that get new requests and list the request's model by just this name.
+// listing returns the available servers that list the request's model by exactly this name.
 func (h *Handler) listing(ex *exchange) (list []*backend) {
 	for _, b := range h.backends {
 		if b.takes() && slices.ContainsFunc(b.State().Models, func(m string) bool { return strings.EqualFold(m, ex.Model) }) {
@@ -176,12 +179,14 @@ func (h *Handler) listing(ex *exchange) (list []*backend) {
 	return list
 }
 
-// refreshEvery is how often the models of all servers are listed anew for the sake of requests for one that none has.
+// refreshEvery is the shortest interval between two listings of all servers' models that requests
+// for an unknown model cause.
 const refreshEvery = time.Second
 
-// refresh has the models of all servers that answer listed anew. A client that leaves does not end it: others wait for it, too.
+// refresh lists the models of all reachable servers again. It goes on when its client leaves,
+// because other requests wait for it, too.
 func (h *Handler) refresh() {
-	h.refreshing.Lock() // those who come meanwhile wait for what is found
+	h.refreshing.Lock() // concurrent callers wait, and share the result
 	defer h.refreshing.Unlock()
 	if time.Since(h.refreshed) < h.refreshEvery {
 		return
@@ -189,14 +194,15 @@ func (h *Handler) refresh() {
 	var wg sync.WaitGroup
 	for _, b := range h.backends {
 		if !b.State().Away {
-			wg.Go(func() { b.Refresh(context.Background()) }) // which takes a few seconds at most
+			wg.Go(func() { b.Refresh(context.Background()) }) // takes a few seconds at most
 		}
 	}
 	wg.Wait()
 	h.refreshed = time.Now()
 }
 
-// pick chooses a server for a request that needs no lane: one that has its model loaded, then the one with the least to do.
+// pick chooses a server for a request that needs no lane: one with its model loaded, then the one
+// with the fewest requests.
 func pick(list []*backend, model string) *backend {
 	better := func(a, b *backend) int {
 		_, al := a.loaded(a.State().Loaded, model)
@@ -212,7 +218,8 @@ func pick(list []*backend, model string) *backend {
 	return slices.MinFunc(list, better)
 }
 
-// begin says that the request goes to ex.up now: what it means for keep_alive is decided, and the ledger is told.
+// begin prepares a request for ex.up just before it is sent: it decides on keep_alive and opens the
+// ledger's entry.
 func (h *Handler) begin(ex *exchange) {
 	b := ex.up
 	b.inFlight.Add(1)
@@ -241,7 +248,7 @@ func (h *Handler) begin(ex *exchange) {
 		b.Used()
 		stated := ex.options()
 		if stated == nil {
-			stated = &prefix.Options{} // no dialect but Ollama's own can state any
+			stated = &prefix.Options{} // only Ollama's own dialect can state options
 		}
 		ex.run = b.runners.Begin(time.Now(), b.wanted(ex.key, stated))
 		if !h.NoTouch {
@@ -256,22 +263,22 @@ func (h *Handler) begin(ex *exchange) {
 	h.look(ex)
 }
 
-// wanted returns what a request needs loaded that names a model, by its key, and states these options;
-// nil: they are not known. A server may be asked once what the name stands for.
+// wanted returns the runner that a request needs, for a model by its key and the stated options;
+// nil options are unknown. It may ask the server once what the name refers to.
 func (b *backend) wanted(key string, stated *prefix.Options) runners.Wanted {
 	return b.runners.Wanted(key, b.State().Digests[key], stated)
 }
 
-// loaded returns the model (its key) as it is in a list of what is loaded, under whatever name.
+// loaded finds a model, by its key, in a list of loaded models, under whatever name.
 func (b *backend) loaded(list []upstream.Loaded, model string) (upstream.Loaded, bool) {
 	l, ok := b.runners.ByWeights(list)[b.runners.Weights(model)]
 	return l, ok
 }
 
-// runsHere reports whether the request names a model that no remote service runs.
+// runsHere reports whether the request names a model that runs on an upstream, and not remotely.
 func (ex *exchange) runsHere() bool { return ex.key != "" && !ex.cloud }
 
-// options returns the options with which the request has its model loaded; nil: not known.
+// options returns the options that the request loads its model with; nil if they are unknown.
 func (ex *exchange) options() *prefix.Options {
 	if ex.chain == nil {
 		return nil
@@ -279,7 +286,7 @@ func (ex *exchange) options() *prefix.Options {
 	return &ex.chain.Runner
 }
 
-// retract undoes begin: the server cannot have begun with the request.
+// retract undoes begin if the server cannot have started on the request.
 func (h *Handler) retract(ex *exchange) {
 	ex.up.inFlight.Add(-1)
 	ex.began = false
@@ -291,18 +298,18 @@ func (h *Handler) retract(ex *exchange) {
 	ex.spend.End(time.Now(), savings.Outcome{Refused: true})
 	ex.spend = nil
 	ex.began = false
-	h.release(ex, schedule.Result{}, savings.Answer{}) // not sent
+	h.release(ex, schedule.Result{}, savings.Answer{}) // it was not sent
 	ex.grant, ex.context = nil, nil
 }
 
-// unloadElsewhere has the model unloaded by all other servers that may hold it, and returns a channel that is closed when that
-// is done; nil if there is nothing to do.
+// unloadElsewhere makes all other servers that may have the model loaded unload it. The channel
+// that it returns is closed when that is done; it is nil if there is nothing to do.
 func (h *Handler) unloadElsewhere(ctx context.Context, ex *exchange) chan struct{} {
 	if len(h.backends) == 1 || ex.only != nil || !ex.unloads() {
 		return nil
 	}
 	key, f := ex.key, ex.fields
-	f.members, f.long = nil, nil // of a body that is pooled
+	f.members, f.long = nil, nil // their memory belongs to a pooled body
 	ctx, cancel := context.WithTimeout(ctx, loadedTimeout)
 	var wg sync.WaitGroup
 	for _, b := range h.backends {
@@ -324,7 +331,7 @@ func (h *Handler) unloadElsewhere(ctx context.Context, ex *exchange) chan struct
 		})
 	}
 	done := make(chan struct{})
-	go func() { // ends with the requests, which have a time limit
+	go func() { // ends after the requests, which have a time limit
 		wg.Wait()
 		cancel()
 		close(done)
@@ -332,7 +339,7 @@ func (h *Handler) unloadElsewhere(ctx context.Context, ex *exchange) chan struct
 	return done
 }
 
-// unloads reports whether the request does nothing but ask to unload its model.
+// unloads reports whether the request only asks to unload its model.
 func (ex *exchange) unloads() bool {
 	return ex.reads == readsNative && !ex.embed && ex.fields.keepAlive == keepAliveSet && ex.fields.duration == 0 && (ex.chain == nil || !ex.chain.HasPrompt())
 }

@@ -10,15 +10,15 @@ import (
 	"time"
 )
 
-// body is a request body held in memory, to be sent once or, if the server had not begun to read it, again.
-// It is let go when release was called and every reader that open returned is closed.
+// body is a request body held in memory, to be sent once, or again if the server had not begun to
+// read it. It is freed when release was called and every reader from open is closed.
 type body struct {
 	data  []byte
 	refs  atomic.Int32
-	share *share // of the memory for bodies; nil: none
+	share *share // of the memory for bodies; may be nil
 }
 
-// errBodyClosed is what a reader returns once the transport has closed it, or the body was let go.
+// errBodyClosed is the error of a reader that the transport has closed, or whose body was freed.
 var errBodyClosed = errors.New("request body is closed")
 
 func newBody(data []byte, s *share) *body {
@@ -33,13 +33,14 @@ func (b *body) release() {
 			b.share.of.freeBuffer(b.data)
 			b.share.release()
 		}
-		b.data = nil // the transport's request leads here until the answer has ended
+		b.data = nil // the transport's request refers to the body until the answer ends
 	}
 }
 
-// open returns a reader of the body with the edits made, which are in order and do not overlap.
+// open returns a reader of the body with the edits applied. They must be in order and must not
+// overlap.
 func (b *body) open(list ...edit) io.ReadCloser {
-	b.refs.Add(1) // only while the exchange holds it, too
+	b.refs.Add(1) // safe only while the exchange holds the body, too
 	parts, from := make([][]byte, 0, 2*len(list)+1), 0
 	for _, e := range list {
 		parts = append(parts, b.data[from:e.at], e.text)
@@ -48,10 +49,11 @@ func (b *body) open(list ...edit) io.ReadCloser {
 	return &bodyReader{body: b, parts: append(parts, b.data[from:])}
 }
 
-// bodyReader reads the parts in turn. The transport may close it while another goroutine still reads.
+// bodyReader reads the parts in turn. The transport may close it while another goroutine is still
+// reading.
 type bodyReader struct {
 	mu    sync.Mutex
-	body  *body // nil once closed
+	body  *body // nil after Close
 	parts [][]byte
 	i     int
 }
@@ -76,7 +78,7 @@ func (r *bodyReader) Read(p []byte) (n int, err error) {
 	return n, nil
 }
 
-// writeTo writes what is left to the connection, without a copy of it.
+// writeTo writes the rest to the connection without copying it.
 func (r *bodyReader) writeTo(conn *net.TCPConn) (int64, error) {
 	r.mu.Lock()
 	b := r.body
@@ -84,7 +86,7 @@ func (r *bodyReader) writeTo(conn *net.TCPConn) (int64, error) {
 		r.mu.Unlock()
 		return 0, errBodyClosed
 	}
-	b.refs.Add(1) // closing must not wait for the write
+	b.refs.Add(1) // Close must not wait for the write
 	left := net.Buffers(r.parts[r.i:])
 	r.i = len(r.parts)
 	r.mu.Unlock()
@@ -102,8 +104,8 @@ func (r *bodyReader) Close() error {
 	return nil
 }
 
-// upstreamConn is a connection to which a bodyReader is written without a copy. The transport hands its ReadFrom the
-// request's body, limited to the Content-Length.
+// upstreamConn is a connection that can write a bodyReader without copying it. The transport passes
+// the request's body, limited to the Content-Length, to its ReadFrom.
 type upstreamConn struct{ *net.TCPConn }
 
 func (c upstreamConn) ReadFrom(r io.Reader) (int64, error) {
@@ -123,7 +125,7 @@ type edit struct {
 	text    []byte
 }
 
-// grow returns by how many bytes edits lengthen the body.
+// grow returns how many bytes the edits add to the body.
 func grow(list []edit) (n int) {
 	for _, e := range list {
 		n += len(e.text) - e.cut
@@ -131,13 +133,13 @@ func grow(list []edit) (n int) {
 	return n
 }
 
-// rest is a body too long to hold: what was read of it, then what still comes.
+// rest is a body too long to hold: the part that was read, then the part still to come.
 type rest struct {
 	io.Reader
 	io.Closer
 }
 
-// once is a reader that is closed at its end.
+// once is a reader that closes itself at the end.
 type once struct{ io.ReadCloser }
 
 func (o once) Read(p []byte) (int, error) {
@@ -148,22 +150,22 @@ func (o once) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// arriving is a request's body as it comes from the client, which may not leave off for longer than limit.
+// arriving is a request's body as the client sends it. The client may pause for at most limit.
 type arriving struct {
 	io.ReadCloser
 	conn  *http.ResponseController
 	limit time.Duration
 
 	mu    sync.Mutex // guards the fields below
-	over  bool       // no more of it is read: the connection may be another request's
-	until time.Time  // when the limit is reached; zero while nobody waits for the client
+	over  bool       // reading has ended: the connection may belong to the next request
+	until time.Time  // when the limit is reached; zero while no read is waiting
 }
 
 func (a *arriving) Read(p []byte) (int, error) {
 	a.mu.Lock()
 	if !a.over {
 		a.until = time.Now().Add(a.limit)
-		a.conn.SetReadDeadline(a.until) // what is no connection of net/http's server has none
+		a.conn.SetReadDeadline(a.until) // fails without a connection of net/http's server
 	}
 	a.mu.Unlock()
 	n, err := a.ReadCloser.Read(p)
@@ -177,8 +179,9 @@ func (a *arriving) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// end takes the limit off a body that has come whole: from then on net/http reads to see the client leave. On any other it stays
-// for what net/http reads of it before it sends the answer.
+// end removes the limit after a complete body: from then on net/http reads to notice that the
+// client leaves. After any other body the limit stays for the part that net/http reads before it
+// sends the answer.
 func (a *arriving) end(err error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -193,15 +196,15 @@ func (a *arriving) end(err error) {
 	a.over = true
 }
 
-// late reports whether it left off for longer than limit. net/http cancels the request's context before that is read as
-// an error.
+// late reports whether the client paused for longer than limit. net/http cancels the request's
+// context before a read returns that error.
 func (a *arriving) late() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return !a.until.IsZero() && !time.Now().Before(a.until)
 }
 
-// bufferPool serves httputil.ReverseProxy.
+// bufferPool is a httputil.BufferPool.
 type bufferPool struct{ sync.Pool }
 
 func newBufferPool() *bufferPool {

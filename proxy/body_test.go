@@ -23,7 +23,7 @@ func pattern(n int, salt byte) []byte {
 	return b
 }
 
-// readBody reads a body in a memory of its own, without a limit.
+// readBody reads a body with a separate, unlimited memory.
 func readBody(src io.Reader, length, most int64) (*body, bool, error) {
 	return newMemory(0).read(context.Background(), schedule.Normal, src, length, most, func() error { return nil })
 }
@@ -56,7 +56,8 @@ func TestReadBody(t *testing.T) {
 	b.release()
 }
 
-// TestReadBodyOver: whatever is longer than max is over, and what was read and what still comes are the whole.
+// TestReadBodyOver: a body longer than max is reported as over, and the part that was read and the
+// part still to come make up the whole.
 func TestReadBodyOver(t *testing.T) {
 	for _, max := range []int64{0, 1, 10, bodyFirst - 1, bodyFirst, 200 << 10} {
 		for _, more := range []int{1, 2, 70 << 10} {
@@ -84,7 +85,7 @@ func TestReadBodyError(t *testing.T) {
 	}
 }
 
-// TestBodyEdits reads every edit of a small body, through every size of buffer.
+// TestBodyEdits reads every possible edit of a small body, through every size of buffer.
 func TestBodyEdits(t *testing.T) {
 	const text = "0123456789"
 	for at := 0; at <= len(text); at++ {
@@ -120,14 +121,14 @@ func TestBodyEdits(t *testing.T) {
 	}
 }
 
-// TestBodyReaderClosed: the transport closes a body while it still reads; after that nothing of the buffer, which
-// may serve another request by then, is seen.
+// TestBodyReaderClosed: the transport closes a body while it is still reading. After that the
+// reader returns nothing from the buffer, which may belong to another request by then.
 func TestBodyReaderClosed(t *testing.T) {
 	b := newBody([]byte("secret"), nil)
 	r := b.open(edit{})
 	r.Read(make([]byte, 2))
 	r.Close()
-	r.Close() // twice is once
+	r.Close() // a second Close does nothing
 	if n, err := r.Read(make([]byte, 9)); n != 0 || !errors.Is(err, errBodyClosed) {
 		t.Errorf("read %d bytes after Close, %v", n, err)
 	}
@@ -139,8 +140,8 @@ func TestBodyReaderClosed(t *testing.T) {
 	}
 }
 
-// TestBodyPool has many requests borrow and return buffers at once, each with readers that outlive the request, as the
-// transport's do. None sees another's bytes.
+// TestBodyPool: many requests borrow and return buffers at once, with readers that outlive the
+// requests, as the transport's do. None sees another's bytes.
 func TestBodyPool(t *testing.T) {
 	var wg sync.WaitGroup
 	for g := range 8 {
@@ -153,7 +154,7 @@ func TestBodyPool(t *testing.T) {
 					return
 				}
 				r, again := b.open(edit{}), b.open(edit{at: len(data), text: []byte("!")})
-				b.release() // the request is over, the readers are not
+				b.release() // the request ends before its readers
 				var inner sync.WaitGroup
 				inner.Go(func() {
 					if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, data) {
@@ -172,8 +173,9 @@ func TestBodyPool(t *testing.T) {
 	wg.Wait()
 }
 
-// TestBodyEarlyAnswers: the upstream answers before it has read the bodies, so that the transport closes them while it
-// writes; the buffers go round. Whatever the upstream did read is what was sent.
+// TestBodyEarlyAnswers: the upstream answers before it has read the bodies, so the transport closes
+// them while it is writing, and the buffers are reused. The upstream still reads only bytes that
+// were sent.
 func TestBodyEarlyAnswers(t *testing.T) {
 	f := newFake(t, nil)
 	f.ln.SetDeadline(noDeadline)
@@ -185,7 +187,7 @@ func TestBodyEarlyAnswers(t *testing.T) {
 			if err != nil {
 				return
 			}
-			wg.Go(func() { <-over; conn.Close() }) // which may be a spare one, that no request was written to
+			wg.Go(func() { <-over; conn.Close() }) // it may be a spare one without a request
 			wg.Go(func() {                         // ends with the proxy's request, or with the test
 				defer conn.Close()
 				buf := make([]byte, 32<<10)

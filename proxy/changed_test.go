@@ -11,8 +11,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
 )
 
-// TestChanged: an agent's turns differ in one place at their head, and the ledger says where, what
-// it is and what that costs.
+// TestChanged: an agent's turns differ in one place at their head, and the ledger reports the
+// place, the kind and the cost of the change.
 func TestChanged(t *testing.T) {
 	head := func(line string) string { return line + "\nYou are an agent. " + prose(6000) }
 	for _, c := range []struct {
@@ -78,7 +78,7 @@ func TestChanged(t *testing.T) {
 	}
 }
 
-// TestNotChanged: nothing is said to change in a prompt that continues another one, or is another.
+// TestNotChanged: no change is reported for a prompt that continues another one, or is unrelated.
 func TestNotChanged(t *testing.T) {
 	for name, prompts := range map[string][2]string{
 		"continued":           {chatWith(prose(6000), "One.", ""), chatWith(prose(6000), "One. Two.", "")},
@@ -96,7 +96,7 @@ func TestNotChanged(t *testing.T) {
 	}
 }
 
-// TestChangedUnread: of a compressed prompt nobody says what it is that changes, but where.
+// TestChangedUnread: for a compressed prompt the place is known, but not the kind.
 func TestChangedUnread(t *testing.T) {
 	f := newFake(t, func(received) string {
 		return answer(200, "application/json", `{"usage":{"prompt_tokens":3000,"completion_tokens":1,"prompt_tokens_details":{"cached_tokens":10}}}`)
@@ -118,8 +118,8 @@ func TestChangedUnread(t *testing.T) {
 	}
 }
 
-// TestHoisted: a system message that is added in each turn is evaluated at the prompt's head, with
-// all that follows. The ledger says so where the template does that, and not where it does not.
+// TestHoisted: a system message that each turn adds is evaluated at the head of the prompt, along
+// with everything after it. The ledger reports that if the template does so, and only then.
 func TestHoisted(t *testing.T) {
 	for _, hoists := range []bool{true, false} {
 		var last string

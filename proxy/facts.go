@@ -17,26 +17,26 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// pathFacts is what the verb doctor reads: what the last requests add up to, without prompt text
-// and without addresses of clients.
+// pathFacts serves the verb doctor: a summary of recent requests, without prompt text and without
+// clients' addresses.
 const pathFacts = ownPrefix + "facts"
 
 // agentMost is how many bytes of a User-Agent header are kept.
 const agentMost = 48
 
-// recorder remembers what pathFacts shows.
+// recorder collects the data of pathFacts.
 type recorder struct {
 	*doctor.Recorder
 
 	mu   sync.Mutex
-	seen map[residentKey]seen // models, as they were listed last; guarded by mu
-	// looked has when each server last listed what is loaded: what the first list has may be from
-	// before the proxy was started; guarded by mu.
+	seen map[residentKey]seen // models, as listed by the latest poll; guarded by mu
+	// looked has the time when each server last listed its loaded models. Models in the first list
+	// may have been loaded before the proxy started. Guarded by mu.
 	looked map[uint16]time.Time
-	// blind has the requests whose model is not known; guarded by mu.
+	// blind counts the requests without a known model, by server; guarded by mu.
 	blind map[uint16]blind
-	// contexts has how many tokens models are loaded with for requests that ask for no context
-	// length, as it was listed after such a request; guarded by mu.
+	// contexts has the context lengths, in tokens, of models that the last request loaded without
+	// asking for a length: the server's defaults. Guarded by mu.
 	contexts map[residentKey]int
 }
 
@@ -45,16 +45,16 @@ type residentKey struct {
 	weights  string
 }
 
-// seen is a loaded model, as a poll found it.
+// seen is a loaded model, as a poll reported it.
 type seen struct {
 	polled, expires time.Time
 	context         int // tokens
 }
 
-// blind are requests to a server whose model is not known, such as uploads: they may use any.
+// blind counts requests to a server without a known model, such as uploads: they may use any model.
 type blind struct {
 	inFlight int
-	ended    time.Time // when the last one did
+	ended    time.Time // when the last one ended
 }
 
 func newRecorder() *recorder {
@@ -64,7 +64,7 @@ func newRecorder() *recorder {
 	}
 }
 
-// sent notes that a request is sent.
+// sent records that a request is sent.
 func (r *recorder) sent(b *backend, ex *exchange) {
 	if ex.blind == nil && ex.run == nil && ex.Method == http.MethodPost {
 		ex.blind = b
@@ -78,7 +78,7 @@ func (r *recorder) blindly(b *backend, n int) {
 	r.blind[b.index] = blind{r.blind[b.index].inFlight + n, time.Now()}
 }
 
-// record remembers a request that has ended, if it was answered by a model.
+// record remembers a finished request if a model answered it.
 func (h *Handler) record(r *http.Request, ex *exchange) {
 	if ex.blind != nil {
 		h.recorder.blindly(ex.blind, -1)
@@ -120,8 +120,9 @@ func (h *Handler) record(r *http.Request, ex *exchange) {
 	h.recorder.Add(q)
 }
 
-// recordChange remembers that somebody has had a model held for so long, or unloaded (0), as a client does with an
-// empty request: or else its next load would look like the doing of others.
+// recordChange remembers that a user of the proxy's own pages held a model for this long, or
+// unloaded it (0), like an empty request of a client. Otherwise the next load would look as if
+// another program had caused it.
 func (h *Handler) recordChange(r *http.Request, ex *exchange, b *backend, key string, keepAlive time.Duration) {
 	h.recorder.Add(doctor.Request{
 		Asker: doctor.Asker{
@@ -133,8 +134,8 @@ func (h *Handler) recordChange(r *http.Request, ex *exchange, b *backend, key st
 	})
 }
 
-// keeps returns for how long the request's model stays after it, negative where Ollama decides
-// that, and whether that is the client's own wish.
+// keeps returns how long the request's model stays loaded after it (negative if Ollama decides),
+// and whether the client asked for that.
 func (h *Handler) keeps(ex *exchange) (d time.Duration, own bool) {
 	hold := h.Live().KeepAlive.For(ex.key)
 	switch {
@@ -146,23 +147,23 @@ func (h *Handler) keeps(ex *exchange) (d time.Duration, own bool) {
 	return hold.Duration, false
 }
 
-// conversationOf stands for the chats of one program that begin with the same text.
+// conversationOf returns a key for the chats of one program that begin with the same text.
 func conversationOf(client string, program, opening uint64) uint64 {
 	return maphash.Comparable(seed, [3]any{client, program, opening})
 }
 
-// agentOf returns the first word of the User-Agent header, as far as it is plain text.
+// agentOf returns the first word of the User-Agent header, cut to agentMost bytes; "" if it is not
+// plain text.
 func agentOf(r *http.Request) string {
 	agent, _, _ := strings.Cut(r.UserAgent(), " ")
 	agent = agent[:min(len(agent), agentMost)]
 	if strings.ContainsFunc(agent, func(c rune) bool { return c <= ' ' || c >= 0x7f }) {
 		return ""
 	}
-	return unique.Make(agent).Value() // requests of one program share it
+	return unique.Make(agent).Value() // all requests of one program share the string
 }
 
-// outside notes that a model was loaded with other options by somebody who does not come through
-// the proxy.
+// outside records that a program outside the proxy loaded a model with different options.
 func (r *recorder) outside(b *backend, weights string) {
 	r.sign(b, b.residency.nameOf(weights), doctor.OutsideOptions)
 }
@@ -171,11 +172,12 @@ func (r *recorder) sign(b *backend, model string, kind doctor.OutsideKind) {
 	r.AddOutside(doctor.Outside{At: time.Now(), Upstream: b.Name, Model: model, Kind: kind})
 }
 
-// listed takes in what a poll found loaded, by weights, and notes what must be the doing of others:
-// a model that nobody here has used, and an expiry that has moved while nobody here used the model.
+// listed handles the loaded models that a poll found, by weights. It records signs of programs
+// outside the proxy: a model that no client here has used, or an expiry that moved while none used
+// the model.
 func (r *recorder) listed(b *backend, loaded map[string]upstream.Loaded, polled time.Time) {
 	if b.residency.always {
-		return // then it does not know of all requests
+		return // residency does not see all requests then
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -193,29 +195,29 @@ func (r *recorder) listed(b *backend, loaded map[string]upstream.Loaded, polled 
 			r.compare(b, weights, l, before)
 		}
 	}
-	for key, s := range r.seen { // what is not listed any more
+	for key, s := range r.seen { // models that are not listed any more
 		if key.upstream == b.index && s.polled != polled {
 			delete(r.seen, key)
 		}
 	}
 }
 
-// compare notes what a loaded model tells of others; before is the zero value where it was not
-// loaded.
+// compare looks for signs of other programs on a loaded model. before is zero if the model was not
+// loaded before.
 func (r *recorder) compare(b *backend, weights string, l upstream.Loaded, before seen) {
 	used, last := b.residency.lastUse(weights)
 	name := upstream.DisplayName(upstream.ModelKey(l.Name))
 	switch {
 	case !used && before == (seen{}):
 		r.sign(b, name, doctor.OutsideLoaded)
-	case before == (seen{}) || before.context != l.ContextLength: // of the latter the book of runners tells
+	case before == (seen{}) || before.context != l.ContextLength: // package runners reports it
 	case l.ExpiresAt.Sub(before.expires) > expirySlack && last.Before(before.polled):
 		r.sign(b, name, doctor.OutsideUsed)
 	}
 }
 
-// lastUse returns whether a model, by its weights, was used through the proxy, and until when that
-// may have moved its expiry.
+// lastUse reports whether the proxy's clients have used a model, by its weights, and until when
+// that use may have moved its expiry.
 func (r *residency) lastUse(weights string) (used bool, last time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -226,11 +228,11 @@ func (r *residency) lastUse(weights string) (used bool, last time.Time) {
 	case m.inFlight > 0:
 		return true, time.Now()
 	}
-	return true, later(m.checked, later(m.ended, m.keptAt)).Add(idleDelay) // a look may have become a touch
+	return true, later(m.checked, later(m.ended, m.keptAt)).Add(idleDelay) // a check may touch it
 }
 
-// asksNoContext reports whether the last request to a model that was answered asked for no context
-// length, so that it is loaded with what the server gives by default.
+// asksNoContext reports whether the last answered request to a model asked for no context length,
+// so that the model has the server's default.
 func (r *residency) asksNoContext(weights string) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -238,7 +240,7 @@ func (r *residency) asksNoContext(weights string) bool {
 	return ok && m.statedKnown && m.stated.NumCtx() == 0
 }
 
-// nameOf returns the name under which a model was used last, by its weights.
+// nameOf returns the name by which a model, by its weights, was last used.
 func (r *residency) nameOf(weights string) string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -282,14 +284,14 @@ func (h *Handler) facts(w http.ResponseWriter, r *http.Request, ex *exchange) {
 	ex.page(w, pathFacts, http.StatusOK, f)
 }
 
-// addLoaded says with what models are loaded: how many slots, where that is known, and for which
-// context by default. Of the runners of one model the one counts that has most slots.
+// addLoaded adds how models are loaded: the number of slots, if known, and the default context
+// length. If a model has several runners, it takes the one with the most slots.
 func (h *Handler) addLoaded(models []doctor.Model) {
 	find := func(b *backend, weights string) *doctor.Model {
 		name := b.residency.nameOf(weights)
 		i := slices.IndexFunc(models, func(m doctor.Model) bool { return m.Upstream == b.Name && m.Name == name })
 		if i < 0 {
-			return &doctor.Model{} // nobody has used it in this time
+			return &doctor.Model{} // no request has used it in this period
 		}
 		return &models[i]
 	}

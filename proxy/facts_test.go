@@ -27,8 +27,8 @@ func factsOf(t *testing.T, rg *rig, query string, headers ...string) (f doctor.F
 	return f, text
 }
 
-// TestFacts: the page tells who asked for what and what that cost, and neither prompts, addresses
-// nor keys.
+// TestFacts: the page shows who asked for what and the cost of that, but no prompts, addresses or
+// keys.
 func TestFacts(t *testing.T) {
 	f := warmFake(t)
 	rg := newRig(t, f.URL, &Handler{Guard: withKeys(t, "alice "+theKey)})
@@ -83,14 +83,14 @@ func TestFacts(t *testing.T) {
 	}
 }
 
-// TestOutside: what a list of loaded models tells of others who use the server, and what it does
-// not.
+// TestOutside: which signs of programs outside the proxy a list of loaded models gives, and which
+// it does not.
 func TestOutside(t *testing.T) {
 	started := time.Now()
 	after := func(s int) time.Time { return started.Add(time.Duration(s) * time.Second) }
 	type list struct {
 		polled  int
-		expires int // of model m; 0: it is not loaded
+		expires int // of model m; 0 if it is not loaded
 		context int
 	}
 	for _, c := range []struct {
@@ -98,7 +98,7 @@ func TestOutside(t *testing.T) {
 		lists []list
 		used  bool // m was used through the proxy, at the start
 		want  string
-		blind int // an upload was sent at the start, and has ended then; 0: there was none
+		blind int // when an upload, sent at the start, ended; 0 if there was none
 	}{
 		{"nothing changes", []list{{10, 300, 4096}, {25, 300, 4096}}, true, "", 0},
 		{"the clock is read in whole seconds", []list{{10, 300, 4096}, {25, 301, 4096}}, true, "", 0},

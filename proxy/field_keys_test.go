@@ -23,7 +23,7 @@ func withKeys(t *testing.T, text string) Guard {
 	return Guard{Keys: keys}
 }
 
-// TestKeysOff: without a key check, whatever clients send as credentials is for the upstream (F24).
+// TestKeysOff: if no keys are required, clients' credentials go to the upstream.
 func TestKeysOff(t *testing.T) {
 	f := newFake(t, okAnswer)
 	rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, "", "24h")})
@@ -41,7 +41,7 @@ func TestKeysOff(t *testing.T) {
 	}
 }
 
-// TestKeysOn: who gets in with what, and what of it the upstream sees.
+// TestKeysOn: which credentials are accepted, and which of them reach the upstream.
 func TestKeysOn(t *testing.T) {
 	f := newFake(t, okAnswer)
 	rg := newRig(t, f.URL, &Handler{KeepAlive: keep(t, "", "24h"), Guard: withKeys(t, "# people\n\n"+theKey+"\n  second-key  \r\nthird:key=\n")})
@@ -49,7 +49,7 @@ func TestKeysOn(t *testing.T) {
 		path    string
 		headers []string
 		in      bool
-		kept    []string // of the credentials, what the upstream sees
+		kept    []string // the credentials that reach the upstream
 	}{
 		{"/api/chat", []string{"Authorization: Bearer " + theKey}, true, nil},
 		{"/api/chat", []string{"Authorization: bearer " + theKey}, true, nil},
@@ -63,7 +63,7 @@ func TestKeysOn(t *testing.T) {
 		{"/v1/messages", []string{"Authorization: Bearer " + theKey, "X-Api-Key: for-upstream"}, true, []string{"X-Api-Key: for-upstream"}},
 		{"/v1/messages", []string{"Authorization: Bearer for-upstream", "X-Api-Key: " + theKey}, true, []string{"Authorization: Bearer for-upstream"}},
 		{"/v1/messages", []string{"Authorization: Bearer second-key", "X-Api-Key: " + theKey}, true, nil},
-		// A client may send its key in both headers on every path; none of them is for the upstream.
+		// A client may send its key in both headers on every path; neither reaches the upstream.
 		{"/api/chat", []string{"Authorization: Bearer " + theKey, "X-Api-Key: " + theKey}, true, nil},
 		{"/v1/chat/completions", []string{"Authorization: Bearer second-key", "X-Api-Key: " + theKey}, true, nil},
 		{"/api/chat", []string{"Authorization: Bearer " + theKey, "X-Api-Key: for-upstream"}, true, []string{"X-Api-Key: for-upstream"}},
@@ -81,7 +81,7 @@ func TestKeysOn(t *testing.T) {
 		{"/api/chat", []string{"Authorization: Token " + theKey}, false, nil},
 		{"/api/chat", []string{"Authorization: Bearer # people"}, false, nil},
 		{"/api/chat", []string{"Authorization: Bearer " + theKey + " second-key"}, false, nil},
-		{"/api/chat", []string{"X-Api-Key: " + theKey}, false, nil}, // Anthropic's header is for Anthropic's paths
+		{"/api/chat", []string{"X-Api-Key: " + theKey}, false, nil}, // only on Anthropic's paths
 		{"/api/chat?key=" + theKey, nil, false, nil},
 		{"/api/chat", []string{"Cookie: Authorization=" + theKey}, false, nil},
 		{"/v1/messages", []string{"X-Api-Key: dummy"}, false, nil},
@@ -128,13 +128,14 @@ func TestKeysOn(t *testing.T) {
 	}
 }
 
-// TestKeyRefusalShapes: 401 in the dialect of the path, with the CORS headers that let a web page read it.
+// TestKeyRefusalShapes: 401 in the dialect of the path, with the CORS headers that let a web page
+// read it.
 func TestKeyRefusalShapes(t *testing.T) {
 	f := newFake(t, okAnswer)
 	rg := newRig(t, f.URL, &Handler{Guard: withKeys(t, theKey)})
 	for path, read := range dialects {
 		if path == "/" {
-			continue // a GET of it needs no key
+			continue // a GET needs no key
 		}
 		for _, method := range []string{"GET", "POST", "DELETE"} {
 			res, text := rg.do(method, path, "", "Origin: https://localhost")
@@ -193,8 +194,8 @@ func TestKeyless(t *testing.T) {
 	}
 }
 
-// TestStrangers: whoever shows no key learns from the pages that need none whether all is well, and nothing else; an
-// upstream gets nothing of theirs but the question.
+// TestStrangers: pages that need no key show a client without one whether all is well, and nothing
+// else. An upstream gets nothing from such a client except the question.
 func TestStrangers(t *testing.T) {
 	f := newFake(t, func(r received) string {
 		if strings.Contains(r.line, "/api/") {
@@ -255,7 +256,7 @@ func TestStrangers(t *testing.T) {
 			b.draining.Store(false)
 			b.looped.Store(false)
 		}
-		// Whoever shows one is told as ever.
+		// A client with a key sees everything.
 		for _, path := range []string{"/", pathReady} {
 			res, text := rg.do("GET", path, "", "Authorization: Bearer "+theKey)
 			if upstream == f && !strings.Contains(res.Header.Get(headerUpstream)+text, "big") || upstream == away && path == "/" && !strings.Contains(text, away.URL.Host) {
@@ -268,8 +269,9 @@ func TestStrangers(t *testing.T) {
 	}
 }
 
-// TestChangesFromPages: a page of another origin, a local one and one that the operator lets in among them, changes nothing
-// of the proxy's own. A page of the proxy's own origin may, and so may what is no page.
+// TestChangesFromPages: a page of another origin, even a local or an allowed one, cannot change
+// anything of the proxy's own. A page of the proxy's own origin can, and so can a client that is
+// not a page.
 func TestChangesFromPages(t *testing.T) {
 	f := newFake(t, okAnswer)
 	rg := newRig(t, f.URL, &Handler{Guard: Guard{AllowOrigins: []string{"*"}}})
@@ -297,8 +299,8 @@ func TestChangesFromPages(t *testing.T) {
 	f.none()
 }
 
-// TestPreflightOfKeys: a page may send a key in both headers that are looked at; where none is asked for preflights are
-// Ollama's (TestOriginsAsOllama).
+// TestPreflightOfKeys: a page may send a key in both headers that the proxy checks. If no keys are
+// required, preflights are Ollama's (TestOriginsAsOllama).
 func TestPreflightOfKeys(t *testing.T) {
 	f := newFake(t, okAnswer)
 	var without string
@@ -318,8 +320,8 @@ func TestPreflightOfKeys(t *testing.T) {
 	f.none()
 }
 
-// TestCORSOnOwnAnswers: a web page can read what the proxy says itself; what the upstream says of CORS is replaced, not
-// doubled (F24).
+// TestCORSOnOwnAnswers: a web page can read the proxy's own answers. The upstream's CORS headers
+// are replaced, not repeated.
 func TestCORSOnOwnAnswers(t *testing.T) {
 	const origin = "http://localhost:5173"
 	f := newFake(t, func(received) string {
@@ -335,7 +337,7 @@ func TestCORSOnOwnAnswers(t *testing.T) {
 		if status == 200 && path != pathHealth && !slices.Contains(h["Vary"], "Accept-Encoding") {
 			t.Errorf("%s: the upstream's Vary is lost: %v", path, h)
 		}
-		// What is no page of another origin gets the upstream's own words.
+		// A client that is not a page of another origin gets the upstream's own headers.
 		res, _ = rg.do("GET", path, "")
 		if h := res.Header; path[1] != '_' && (h.Get("Access-Control-Allow-Origin") != "*" || slices.Contains(h["Vary"], "Origin")) {
 			t.Errorf("%s without an Origin: %v", path, h)
@@ -378,7 +380,7 @@ func TestParseKeys(t *testing.T) {
 	}
 }
 
-// TestReplaceKeys: new keys hold from the next request on; what cannot be read leaves the old ones.
+// TestReplaceKeys: new keys apply from the next request on; a file with errors leaves the old ones.
 func TestReplaceKeys(t *testing.T) {
 	f := newFake(t, okAnswer)
 	rg := newRig(t, f.URL, &Handler{Guard: withKeys(t, "one\ntwo")})
@@ -403,7 +405,8 @@ func TestReplaceKeys(t *testing.T) {
 	}
 }
 
-// TestWhoIsCharged: a client is known by the key that was checked, however it is written, and whatever else is in the header.
+// TestWhoIsCharged: a client is identified by the key that was checked, whatever its spelling, and
+// whatever else is in the header.
 func TestWhoIsCharged(t *testing.T) {
 	g := withKeys(t, "one\ntwo")
 	who := func(path, remote string, headers ...string) string {
@@ -434,13 +437,14 @@ func TestWhoIsCharged(t *testing.T) {
 			}
 		}
 	}
-	g.Keys = nil // whoever asks for none tells clients apart by their addresses
+	g.Keys = nil // without keys, clients are distinguished by address
 	if who("/api/chat", "10.0.0.1:1", "Authorization: Bearer one") != who("/api/chat", "10.0.0.1:2", "X-Api-Key: junk") || who("/api/chat", "10.0.0.1:1") == who("/api/chat", "10.0.0.2:1") {
 		t.Error("clients without keys are not told apart by their addresses")
 	}
 }
 
-// TestJunkIsNoClient: whoever writes the key differently each time gets no more than a fair share.
+// TestJunkIsNoClient: a client that writes its key differently each time gets no more than its fair
+// share.
 func TestJunkIsNoClient(t *testing.T) {
 	const each = 40
 	f := newFake(t, nil)

@@ -9,13 +9,14 @@ import (
 	"strings"
 )
 
-// Guard decides who may use the proxy. Ollama checks Host and Origin so that a web page cannot reach a server on the
-// visitor's own machine (by DNS rebinding, or by plain cross-origin requests); the proxy rewrites Host, so it
-// checks the inbound values itself, by Ollama's rules. The zero Guard has those rules and no API keys.
+// Guard decides who may use the proxy. Ollama checks Host and Origin so that a web page cannot
+// reach a server on its visitor's machine (by DNS rebinding, or by plain cross-origin requests).
+// The proxy rewrites Host, so it must check the inbound values itself, by Ollama's rules. The zero
+// Guard has those rules and requires no API keys.
 type Guard struct {
-	AllowHosts   []string // more Host names that are accepted on a loopback connection; "*" accepts all
-	AllowOrigins []string // more origins that web pages may come from; one * in each may stand for anything
-	Keys         *Keys    // nil asks for none
+	AllowHosts   []string // more Host names to accept on a loopback connection; "*" accepts all
+	AllowOrigins []string // more origins to accept; each may contain one *
+	Keys         *Keys    // if nil, no key is required
 }
 
 // defaultOrigins are the origins that Ollama allows (envconfig.AllowedOrigins).
@@ -27,8 +28,9 @@ var defaultOrigins = func() []string {
 	return append(list, "app://*", "file://*", "tauri://*", "vscode-webview://*", "vscode-file://*")
 }()
 
-// host refuses a foreign Host on a loopback connection, where only local names make sense. Ollama does the same when it
-// listens on loopback; a connection to another address of this machine is let through by both.
+// host refuses a foreign Host on a loopback connection, where only local names make sense. Ollama
+// does the same when it listens on loopback. Both accept connections to other addresses of this
+// machine.
 func (g *Guard) host(r *http.Request) *refusal {
 	if local, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr); ok {
 		if addr, err := netip.ParseAddrPort(local.String()); err == nil && !addr.Addr().Unmap().IsLoopback() {
@@ -60,7 +62,8 @@ func hostname(hostport string) string {
 	return strings.ToLower(strings.Trim(host, "[]"))
 }
 
-// localName reports whether a name is one that Ollama takes for this machine or its network (server.allowedHost there).
+// localName reports whether Ollama accepts a name for this machine or its network
+// (server.allowedHost there).
 func localName(host string) bool {
 	if host == "" || host == "localhost" {
 		return true
@@ -71,7 +74,7 @@ func localName(host string) bool {
 	return strings.HasSuffix(host, ".localhost") || strings.HasSuffix(host, ".local") || strings.HasSuffix(host, ".internal")
 }
 
-// isOwn reports whether addr belongs to one of this machine's interfaces.
+// isOwn reports whether addr belongs to an interface of this machine.
 func isOwn(addr netip.Addr) bool {
 	addrs, err := net.InterfaceAddrs()
 	if err != nil {
@@ -85,8 +88,8 @@ func isOwn(addr netip.Addr) bool {
 	return false
 }
 
-// origin returns the origin to name in CORS headers: "" where the request does not come from a web page of another
-// origin.
+// origin returns the origin for the CORS headers; "" if the request does not come from a web page
+// of another origin.
 func (g *Guard) origin(r *http.Request) (string, *refusal) {
 	origin := r.Header.Get("Origin")
 	if origin == "" || origin == "http://"+r.Host || origin == "https://"+r.Host {
@@ -98,7 +101,8 @@ func (g *Guard) origin(r *http.Request) (string, *refusal) {
 	return "", &refusal{http.StatusForbidden, fmt.Sprintf("origin %q is not allowed; start ollama-cacheproxy with --allow-origin %s to accept it", origin, origin)}
 }
 
-// matchOrigin folds the patterns' case, as gin-contrib/cors does in Ollama: browsers send origins in lower case.
+// matchOrigin ignores the patterns' case, as gin-contrib/cors does in Ollama: browsers send origins
+// in lower case.
 func matchOrigin(patterns []string, origin string) bool {
 	for _, p := range patterns {
 		p = strings.ToLower(strings.TrimSpace(p))
@@ -119,7 +123,8 @@ var allowHeaders = strings.Join([]string{
 	"X-Stainless-Retry-Count", "X-Stainless-Runtime", "X-Stainless-Runtime-Version", "X-Stainless-Timeout",
 }, ",")
 
-// setCORS replaces whatever CORS headers are in h by those for origin: the upstream never saw the Origin.
+// setCORS replaces all CORS headers in h by those for origin, because the upstream never saw the
+// Origin.
 func setCORS(h http.Header, origin string) {
 	if origin == "" {
 		return
@@ -133,8 +138,8 @@ func setCORS(h http.Header, origin string) {
 	h.Add("Vary", "Origin")
 }
 
-// preflight answers an OPTIONS request as Ollama does: one from a web page, or to a local name. Where keys are asked
-// for, a page may send one in any header that is looked at.
+// preflight answers an OPTIONS request as Ollama does if it comes from a web page, or names a local
+// host. If keys are required, a page may send one in any header that the proxy checks.
 func preflight(w http.ResponseWriter, origin string, keys bool) {
 	h := w.Header()
 	if origin != "" {
@@ -152,9 +157,9 @@ func preflight(w http.ResponseWriter, origin string, keys bool) {
 	w.WriteHeader(http.StatusNoContent)
 }
 
-// key returns who the client is by the API key that it shows; nil where it shows none, or none is asked for. How the
-// header is spelled, and what else is in it, does not matter. spent are the headers that carried one of the
-// proxy's keys: they are not for the upstream.
+// key returns the client whose API key the request shows; nil if it shows none, or none is
+// required. The spelling of the header's name does not matter, nor do other values in it. spent are
+// the headers with one of the proxy's keys: they must not reach the upstream.
 func (g *Guard) key(r *http.Request) (client *keyHolder, spent []string) {
 	if g.Keys == nil {
 		return nil, nil
@@ -176,13 +181,13 @@ func (g *Guard) key(r *http.Request) (client *keyHolder, spent []string) {
 	return client, spent
 }
 
-// keyless reports whether a request needs no key: the probes of monitors and containers. It carries nothing to an upstream,
-// and names none: see exchange.stranger.
+// keyless reports whether a request needs no key: the probes of monitors and containers. Its
+// answers contain nothing from an upstream, and name none: see exchange.stranger.
 func keyless(r *http.Request) bool {
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		return false
 	}
-	_, isFile := pageFile(r.URL.Path) // which have no data in them
+	_, isFile := pageFile(r.URL.Path) // files contain no data
 	return r.URL.Path == "/" || r.URL.Path == pathHealth || r.URL.Path == pathReady || isFile ||
 		r.URL.Path+"/" == pathPage
 }

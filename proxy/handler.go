@@ -1,7 +1,8 @@
-// Package proxy is the HTTP surface: it forwards every request to one of a few Ollama servers, as it came and as it is answered,
-// and adds the one thing that clients leave out, keep_alive. It owns the routes, the life of one request (handler.go, top
-// to bottom), the edits of a body, the checks of Host, Origin and API keys, and what is known of a model's residency.
-// It leaves it to package schedule which request goes when, and where, and keeps no prompt.
+// Package proxy is the HTTP surface. It forwards every request to one of a few Ollama servers,
+// leaves requests and answers as they are, and adds the one thing that clients leave out:
+// keep_alive. It owns the routes, the life of one request (handler.go, top to bottom), the edits of
+// a body, the checks of Host, Origin and API keys, and the record of how long models stay loaded.
+// Package schedule decides the order of requests and their servers. No prompt is kept.
 package proxy
 
 import (
@@ -43,70 +44,75 @@ const (
 	pathReady  = ownPrefix + "ready"
 
 	pathUpstreams = ownPrefix + "upstreams/"
-	// PathMetrics is where the operator's monitoring reads.
+	// PathMetrics serves the operator's monitoring.
 	PathMetrics = "/metrics"
 )
 
-// DefaultMaxBody is how many bytes of a body are read to be looked at, unless the operator says otherwise.
+// DefaultMaxBody is the default of Handler.MaxBody, in bytes.
 const DefaultMaxBody = 64 << 20
 
-// Handler forwards requests to Ollama servers. Fill in the fields, call Init, and have Run running while it serves.
+// Handler forwards requests to Ollama servers. Fill in the fields, call Init, and keep Run running
+// while it serves.
 type Handler struct {
-	// Upstreams are the servers, at least one. What is not for any one model goes to the first of them.
+	// Upstreams are the servers, at least one. Requests that name no model go to the first.
 	Upstreams []*upstream.Server
-	Transport http.RoundTripper // nil means NewTransport()
+	Transport http.RoundTripper // if nil, NewTransport()
 	KeepAlive KeepAlive
-	// StableHeads are edits of prompts that the operator has asked for.
+	// StableHeads are the edits of prompts that the operator enabled.
 	StableHeads StableHeads
-	NumCtx      NumCtx // what becomes of the context lengths that requests state
-	NoTouch     bool   // never send a request of our own to set keep_alive for models used through /v1
-	MaxBody     int64  // bytes; 0 means DefaultMaxBody
-	Memory      int64  // bytes for all bodies that are held; 0: no limit
-	// BodyTimeout is for how long a request's body may make no progress; 0: for ever.
+	NumCtx      NumCtx // how the num_ctx of requests is treated
+	// NoTouch disables the proxy's own requests that set keep_alive for models used through /v1.
+	NoTouch bool
+	MaxBody int64 // bytes of a body that are read to be parsed; if zero, DefaultMaxBody
+	Memory  int64 // bytes for all buffered bodies together; if zero, no limit
+	// BodyTimeout is how long a request's body may make no progress. If zero, there is no limit.
 	BodyTimeout time.Duration
-	// UpstreamSilence is for how long an upstream may send nothing of an answer before the request is given up; 0: for ever.
+	// UpstreamSilence is how long an upstream may send nothing before the proxy gives the request
+	// up. If zero, there is no limit.
 	UpstreamSilence time.Duration
-	// Heartbeat is after how long of waiting the answer of a streamed /v1 request is begun, with
-	// comments every so often, so that clients with a first-byte timeout stay; 0: never.
+	// Heartbeat is how long a streamed /v1 request waits before the proxy begins its answer, with
+	// regular comments, so that clients with a timeout for the first byte stay. If zero, it never
+	// does.
 	Heartbeat time.Duration
-	// Queue is how many requests that need no lane wait for servers that are away; 0: schedule.DefaultLimit.
+	// Queue limits the requests without a lane that wait for absent servers. If zero,
+	// schedule.DefaultLimit.
 	Queue int
 
 	Guard   Guard
-	Trusted *TrustedProxies // believed when they say who asks; nil: nobody is
-	Metrics http.Handler    // serves PathMetrics; nil forwards it like any other path
-	Log     *slog.Logger    // nil discards
+	Trusted *TrustedProxies // proxies whose word on the client's address is believed; if nil, none
+	Metrics http.Handler    // serves PathMetrics; if nil, that is forwarded like any other path
+	Log     *slog.Logger    // if nil, nothing is logged
 
-	Ledger      *savings.Ledger     // nil accounts for nothing and reads no prefixes
-	Lanes       *schedule.Scheduler // says when a request may be sent, and where; nil, with one upstream only, sends them as they come
-	Contexts    *contexts.Manager   // nil stores and attaches no context
-	Prewarm     *Prewarm            // requests whose prompts are to be warm before anybody asks; nil: none
+	Ledger      *savings.Ledger     // if nil, prompts are neither fingerprinted nor accounted for
+	Lanes       *schedule.Scheduler // decides when and where to send; may be nil with one upstream
+	Contexts    *contexts.Manager   // if nil, contexts are neither stored nor attached
+	Prewarm     *Prewarm            // requests whose prompts are kept warm; if nil, none
 	ShowPrompts bool                // the page of the last requests has excerpts of their bodies
 	Version     string              // of this program, for the page
-	Price       float64             // of a million evaluated prompt tokens, in any currency, for the page; 0: none is shown
+	Price       float64             // of a million evaluated prompt tokens; 0: none on the page
 
-	// Done is told of each request when it is over, Touched of each keep_alive that was set, or refused, in the
-	// background. Nil means nobody listens.
+	// Done, if non-nil, is called after each request. Touched, if non-nil, is called after each
+	// keep_alive that the proxy set, or failed to set, in the background.
 	Done    func(Exchange)
 	Touched func(model string, err error)
 
-	inForce  atomic.Pointer[Live] // what Change said last; nil: the fields above are in force
+	inForce  atomic.Pointer[Live] // the last argument of Change; nil: the fields above
 	memory   *memory
 	decoder  *zstd.Decoder
 	decoding sync.Mutex
 	inFlight atomic.Int64
-	waiting  atomic.Int64 // requests that wait, see Waiting
-	awaiting atomic.Int64 // … for a server that is away, and for no lane
+	waiting  atomic.Int64 // waiting requests, see Waiting
+	awaiting atomic.Int64 // … of these, the ones without a lane that wait for an absent server
 
 	closing   chan struct{} // closed by Close
 	closeOnce sync.Once
-	news      atomic.Pointer[chan struct{}] // closed when the next poll of an upstream has ended
+	news      atomic.Pointer[chan struct{}] // closed after the next poll of any upstream
 
 	backends   []*backend // Upstreams, in the same order
 	timeline   *timeline
 	live       *livepage.Hub
-	prewarming *prewarmer // nil: there is nothing to make warm
-	recorder   *recorder  // of what pathFacts shows
+	prewarming *prewarmer // if nil, no prompt is kept warm
+	recorder   *recorder  // the source of pathFacts
 	forward    *httputil.ReverseProxy
 	prefixes   *prefix.Reader
 
@@ -116,50 +122,50 @@ type Handler struct {
 	refreshed    time.Time // guarded by refreshing
 }
 
-// Exchange is one request and how it was answered.
+// Exchange is one request and the outcome of it.
 type Exchange struct {
 	Method   string
 	Path     string
 	Endpoint string // the path as a label: one of a bounded set
-	Name     string // of the API key that it came with; "" where that has none
-	Client   string // who asked, hashed, as on the page of the queue; "" for the proxy itself
-	Model    string // as the client wrote it; "" where none was read, "(invalid)" where it is no model's name
-	Status   int    // 0 where the client got none
-	Begun    bool   // a heartbeat began the answer: whatever Status is, the client saw 200
+	Name     string // of the API key that the client showed; "" if that has none
+	Client   string // the hashed client, as on the page of the queue; "" for the proxy itself
+	Model    string // as the client wrote it; "" if none was read, "(invalid)" if not a name
+	Status   int    // zero if the client got no answer
+	Begun    bool   // a heartbeat began the answer: the client saw a 200, whatever Status is
 	Outcome  Outcome
 
 	Duration  time.Duration
-	FirstByte time.Duration // from the start to the first byte of the answer's body; 0 if there was none
+	FirstByte time.Duration // from the start to the answer's first byte; 0 if none came
 	BytesIn   int64         // of the request's body, as the client sent it
 	BytesOut  int64         // of the answer's body
 
-	KeepAlive string // injected, kept, raised or forced; "" where the request has no keep_alive
+	KeepAlive string // injected, kept, raised or forced; "" if the request cannot have a keep_alive
 	Unedited  string // why a body that is usually read was not: see the Unedited… constants
-	// Heads are the edits that Handler.StableHeads made to its prompt; nil: none.
+	// Heads are the edits that Handler.StableHeads made to the prompt, if any.
 	Heads []HeadEdits
-	// NumCtx is what was done about the context length that it states, or does not: pinned, raised,
-	// kept or unknown; "" where nothing is to be done.
+	// NumCtx is how the request's context length was treated, stated or not: pinned, raised, kept
+	// or unknown; "" if there was nothing to decide.
 	NumCtx string
 
-	Upstream  string   // the name of the one that it was sent to; "" for none, or for all
-	Simulated bool     // that one is: its answer and figures are made up
-	Retries   []string // why it was sent to another one, or again: see the Retry… constants
+	Upstream  string   // the name of the server that got the request; "" for none, or for all
+	Simulated bool     // that server is simulated: its answers and figures are made up
+	Retries   []string // why it went to another server, or again: see the Retry… constants
 
-	Savings *savings.Entry // nil where there is nothing to account for
+	Savings *savings.Entry // nil if there is nothing to account for
 
-	// Prewarm says what became of a request of the proxy's own that was to make its prompt warm: see the
-	// Prewarm… constants; "" of all others.
+	// Prewarm is the outcome of a request of the proxy's own that was to warm a prompt: see the
+	// Prewarm… constants. It is "" for all other requests.
 	Prewarm string
 
-	Priority string        // interactive, normal or batch; "" where the request did not have to wait for a lane
-	Waited   time.Duration // for it
+	Priority string        // interactive, normal or batch; "" if the request needed no lane
+	Waited   time.Duration // for a lane
 }
 
-// Outcome says how an exchange ended.
+// Outcome is the way an exchange ended.
 type Outcome string
 
 const (
-	OK            Outcome = "ok"             // answered with a status below 400, to the end
+	OK            Outcome = "ok"             // answered in full with a status below 400
 	ClientError   Outcome = "client_error"   // answered 4xx by the upstream
 	UpstreamError Outcome = "upstream_error" // answered 5xx by the upstream
 	Unreachable   Outcome = "unreachable"    // the upstream did not answer: 502
@@ -170,93 +176,95 @@ const (
 	Own           Outcome = "own"            // one of the proxy's own pages
 )
 
-// ErrDrained is the cause with which the server's base context is cancelled when a graceful stop has lasted long enough.
+// ErrDrained is the cause for cancelling the server's base context once a graceful stop has lasted
+// long enough.
 var ErrDrained = errors.New("cut off while stopping")
 
 // Why a body was forwarded unread or unedited.
 const (
 	UneditedTooLarge = "too_large" // longer than MaxBody
-	UneditedEncoded  = "encoded"   // it has a Content-Encoding, and is no JSON as it stands
+	UneditedEncoded  = "encoded"   // it has a Content-Encoding and is not JSON as it stands
 	UneditedNotJSON  = "not_json"  // it is not a JSON object
 )
 
-// decodedMost is how many bytes of a compressed body Ollama reads.
+// decodedMost is Ollama's own limit for a compressed body, in bytes after decompression.
 const decodedMost = 20 << 20
 
-// invalidModel stands for what a client wrote in place of a model's name, which may be anything and of any length.
+// invalidModel replaces anything in logs and metrics that is no model name: it may be of any
+// length.
 const invalidModel = "(invalid)"
 
-// exchange is an Exchange under way.
+// exchange is an Exchange in progress.
 type exchange struct {
 	Exchange
 	start time.Time
 
-	header    http.Header         // the client's answer's
+	header    http.Header         // of the answer to the client
 	origin    string              // for CORS headers
-	route                         // what its path means
-	holder    *keyHolder          // who it is by the API key that was checked, and what that client may do; nil without one
-	stranger  bool                // it shows no API key although keys are asked for: see keyless
-	spent     []string            // request headers that are for the proxy alone
-	members   [12]jsonscan.Member // of the body; more are allocated
-	arriving  *arriving           // nil where there is no body, or no limit for it
-	body      *body               // nil where the body passes through, or there is none, or it was let go
-	beginning io.ReadCloser       // of a body that passes through although it was read that far
-	passing   *passing            // nil where the body was read, or there is none
+	route                         // the meaning of its path
+	holder    *keyHolder          // the owner of the client's API key; nil without a key
+	stranger  bool                // it shows no API key although one is required: see keyless
+	spent     []string            // request headers that only the proxy reads
+	members   [12]jsonscan.Member // of the body; longer lists are allocated
+	arriving  *arriving           // nil if there is no body, or no limit for it
+	body      *body               // nil if the body passes through, is absent, or was released
+	beginning io.ReadCloser       // what was read of a body before it was let through
+	passing   *passing            // nil if the body was read, or is absent
 	fields    fields              // of the body
-	key       string              // upstream.ModelKey of the model that it names; "" for none
-	cloud     bool                // a remote service runs that
-	unread    bool                // it asks for a prompt to be evaluated, and that is all that could be found out
+	key       string              // upstream.ModelKey of the model that the body names; "" for none
+	cloud     bool                // a remote service runs that model
+	unread    bool                // it asks for a prompt's evaluation; the rest could not be read
 	only      *backend
-	up        *backend         // to which it is sent; nil before that is chosen
-	unloading chan struct{}    // closed when other servers have unloaded the model, too; nil: they need not
+	up        *backend         // the chosen server; nil before the choice
+	unloading chan struct{}    // closed when other servers have unloaded the model; or nil
 	began     bool             // it was sent to up, and has not ended
 	waiting   bool             // it is counted in Handler.waiting
-	paused    time.Duration    // for how long it waited beside Waited: for memory, and to be sent again
-	gateway   bool             // the answer is not the server's, most likely: see byGateway
+	paused    time.Duration    // other waits than Waited: for memory, and between retries
+	gateway   bool             // the answer probably is a gateway's: see byGateway
 	gaveUp    bool             // after Handler.UpstreamSilence
-	silence   *silence         // gives the request up; nil: never
-	beat      *heartbeat       // nil: the request has none
-	tried     []*backend       // to which it was sent in vain
-	inbound   *http.Request    // as it was given to the forwarder
+	silence   *silence         // gives the request up when the server is silent; if nil, never
+	beat      *heartbeat       // nil if the request has none
+	tried     []*backend       // servers that did not answer it
+	inbound   *http.Request    // as the forwarder got it
 	edits     []edit           // of the body, in order
-	fit       fit              // of its num_ctx
-	run       *runners.Request // nil where it needs no model loaded here
+	fit       fit              // the change of its num_ctx
+	run       *runners.Request // nil if it needs no model loaded here
 	use       use
 
 	chain   *prefix.Chain
-	spend   *savings.Request // nil where the ledger does not account for it
-	grant   *schedule.Grant  // nil where it holds no lane
-	context *contexts.Use    // nil where nothing is to be stored or attached
-	loaded  runners.Ending   // of the load that was caused before it was sent, to attach something
-	ending  runners.Ending   // of its load, once it has ended
-	blind   *backend         // as to which the recorder knows that its model is not known; nil: it is
-	sent    time.Duration    // from start until it was sent
-	warming *warming         // it is the proxy's own, to make its prompt warm; nil: it is not
-	asks    []*backend       // what prewarmer.asked was told last
+	spend   *savings.Request // nil if the ledger does not account for it
+	grant   *schedule.Grant  // nil if it holds no lane
+	context *contexts.Use    // nil if no context is to be stored or attached
+	loaded  runners.Ending   // of the load that an attached context needed before it was sent
+	ending  runners.Ending   // the end of its load, once that has ended
+	blind   *backend         // the server that got it without a known model: see blind
+	sent    time.Duration    // from the start until it was sent
+	warming *warming         // set if the proxy itself sends it, to warm a prompt; else nil
+	asks    []*backend       // the servers that prewarmer.asked got last
 	streams bool             // the answer is a stream of events
 	dialect savings.Dialect
-	answer  *savings.Reader // nil where nobody reads the answer
+	answer  *savings.Reader // nil if the answer is not parsed
 	excerpt string
-	shown   *onWay // on the page; nil: it was not sent, or is not shown there
+	shown   *onWay // its entry on the page; nil if it was not sent or is not shown
 	said    string // why the proxy refused it
 
-	loadedFirst time.Duration // how long its model took to load, where loadFirst had it loaded
+	loadedFirst time.Duration // how long loadFirst took to load its model
 
 	in      atomic.Int64 // bytes of the request's body so far; becomes BytesIn
-	bodyErr error        // how reading the answer's body ended; nil if it was never read to an end
+	bodyErr error        // how reading the answer's body ended; nil if it was not read to the end
 }
 
 type exchangeKey struct{}
 
-// NewTransport returns a transport for an Ollama server: it waits for as long as a model needs to load, keeps many
-// connections, and never asks for compression that the client did not ask for.
+// NewTransport returns a transport for an Ollama server. It waits as long as a model needs to load,
+// keeps many connections, and never asks for compression unless the client did.
 func NewTransport() *http.Transport {
 	dialer := &net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}
 	var t *http.Transport
 	t = &http.Transport{
 		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 			conn, err := dialer.DialContext(ctx, network, addr)
-			if errors.Is(err, syscall.EMFILE) { // kept connections, to other servers perhaps, have the descriptors
+			if errors.Is(err, syscall.EMFILE) { // idle connections use up the descriptors
 				t.CloseIdleConnections()
 				conn, err = dialer.DialContext(ctx, network, addr)
 			}
@@ -274,10 +282,11 @@ func NewTransport() *http.Transport {
 	return t
 }
 
-// copyBuffer is how many bytes are moved at a time. A stream's writes up to this size are not split.
+// copyBuffer is the size of the buffer for copying bodies, in bytes. Writes of a stream up to this
+// size are not split.
 const copyBuffer = 32 << 10
 
-// Init makes the handler ready; it starts nothing.
+// Init prepares the handler. It starts nothing.
 func (h *Handler) Init() {
 	if h.Log == nil {
 		h.Log = slog.New(slog.DiscardHandler)
@@ -304,7 +313,7 @@ func (h *Handler) Init() {
 	h.news.Store(&news)
 	var err error
 	if h.decoder, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(decodedMost)); err != nil {
-		panic(err) // the options are right
+		panic(err) // impossible: the options are valid
 	}
 	h.lingers, h.refreshEvery = lingers, refreshEvery
 	h.prefixes = prefix.NewReader()
@@ -330,14 +339,13 @@ func (h *Handler) Init() {
 		ModifyResponse: h.modifyResponse,
 		ErrorHandler:   h.forwardFailed,
 		Transport:      attempts{h},
-		FlushInterval:  -1, // every write of the upstream goes on at once
+		FlushInterval:  -1, // pass on every write of the upstream at once
 		BufferPool:     newBufferPool(),
-		ErrorLog:       log.New(io.Discard, "", 0), // the line per request says it
+		ErrorLog:       log.New(io.Discard, "", 0), // errors are in the log line of the request
 	}
 }
 
-// Run does what the handler does in the background until ctx ends: it keeps models loaded, and prompts
-// warm.
+// Run does the background work until ctx ends: it keeps models loaded and prompts warm.
 func (h *Handler) Run(ctx context.Context) {
 	var wg sync.WaitGroup
 	for _, b := range h.backends {
@@ -348,10 +356,10 @@ func (h *Handler) Run(ctx context.Context) {
 	wg.Wait()
 }
 
-// Held returns how many bytes the bodies take that are held.
+// Held returns how many bytes the buffered bodies take.
 func (h *Handler) Held() int64 { return h.memory.held.Load() }
 
-// InFlight returns how many requests are being served.
+// InFlight returns how many requests are in progress.
 func (h *Handler) InFlight() int64 { return h.inFlight.Load() }
 
 // ServeHTTP is the life of one request.
@@ -368,9 +376,10 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		ctx, end = outlive(ctx, h.closing, h.lingers)
 	}
 	defer end()
-	// A copy: net/http looks at its own request's body when it decides whether to read on after an early answer.
+	// A copy: after an early answer, net/http looks at its own request's body to decide whether to
+	// read on.
 	r = r.WithContext(context.WithValue(ctx, exchangeKey{}, ex))
-	defer h.finish(ex, w, r) // a broken copy panics with http.ErrAbortHandler
+	defer h.finish(ex, w, r) // runs in a panic, too: http.ErrAbortHandler
 
 	scarce := r.Context().Value(scarceKey{}) != nil
 	if scarce {
@@ -413,7 +422,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.forward.ServeHTTP(w, r)
 }
 
-// takes gives the request the body that is read of it.
+// takes replaces the request's body by the one that the proxy has read.
 func (ex *exchange) takes(r *http.Request) {
 	if ex.arriving != nil {
 		r.Body = ex.arriving
@@ -423,8 +432,8 @@ func (ex *exchange) takes(r *http.Request) {
 	}
 }
 
-// givesUp has the request given up when its upstream is silent for too long. over is to be called when
-// it has ended.
+// givesUp makes the request end when its upstream is silent for too long. The caller calls over
+// when the request has ended.
 func (h *Handler) givesUp(r *http.Request, ex *exchange) (bounded *http.Request, over func()) {
 	limit := h.Live().UpstreamSilence
 	if limit == 0 {
@@ -436,10 +445,10 @@ func (h *Handler) givesUp(r *http.Request, ex *exchange) (bounded *http.Request,
 	return r.WithContext(ctx), func() { giveUp(nil) }
 }
 
-// lingers is for how long a request goes on without its client: see route.outlives.
+// lingers is how long a request goes on without its client: see route.outlives.
 const lingers = 30 * time.Second
 
-// outlive returns a context that ends by so much later than ctx, or at the end of a drain.
+// outlive returns a context that ends this much later than ctx, or at the end of a drain.
 func outlive(ctx context.Context, closing <-chan struct{}, by time.Duration) (context.Context, context.CancelFunc) {
 	longer, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	stop := context.AfterFunc(ctx, func() {
@@ -486,7 +495,7 @@ func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (d
 	return ref != nil
 }
 
-// keyed refuses a request that shows no API key that may send it.
+// keyed refuses a request without an API key that may send it.
 func (ex *exchange) keyed(r *http.Request) *refusal {
 	switch {
 	case ex.stranger && !keyless(r):
@@ -497,8 +506,8 @@ func (ex *exchange) keyed(r *http.Request) *refusal {
 	return nil
 }
 
-// loop refuses what comes back to this proxy from its upstreams, as its own requests show, and everything while all of them
-// lead back.
+// loop refuses requests that come back to this proxy from its upstreams, as its own requests
+// reveal. It refuses everything while all upstreams lead back.
 func (h *Handler) loop(r *http.Request) *refusal {
 	instance := r.Header.Get(upstream.InstanceHeader)
 	var back *backend
@@ -531,21 +540,21 @@ func (h *Handler) refuse(w http.ResponseWriter, r *http.Request, ex *exchange, r
 	ex.reply(w, r, ref)
 }
 
-// reply answers in the upstream's place.
+// reply answers instead of the upstream.
 func (ex *exchange) reply(w http.ResponseWriter, r *http.Request, ref *refusal) {
 	ex.beat.stop()
 	ex.Status, ex.said = ref.status, ref.message
 	setCORS(w.Header(), ex.origin)
 	ex.timing(w.Header())
 	if ex.stranger && ref.status >= 500 {
-		// It would name an upstream, or say where that is.
+		// The message may name an upstream, or its address.
 		ref = &refusal{ref.status, "no answer of Ollama; whoever shows an API key is told why"}
 	}
 	if ref.status == http.StatusUnauthorized {
 		w.Header().Set("WWW-Authenticate", "Bearer")
 	}
 	if ex.beat.begun() {
-		n, _ := io.WriteString(w, ref.event(r.URL.Path, nil)) // a client that is gone has nobody to tell
+		n, _ := io.WriteString(w, ref.event(r.URL.Path, nil)) // an error: the client is gone
 		ex.BytesOut = int64(n)
 	} else {
 		ex.BytesOut = int64(ref.write(w, r.URL.Path))
@@ -553,7 +562,7 @@ func (ex *exchange) reply(w http.ResponseWriter, r *http.Request, ref *refusal) 
 	http.NewResponseController(w).Flush() // the connection may be closed right after this, when the proxy stops
 }
 
-// unreadable refuses a request whose body the client did not send as it should.
+// unreadable refuses a request whose body came too slowly, or broke off.
 func (ex *exchange) unreadable(err error) *refusal {
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		ex.header.Set("Connection", "close")
@@ -562,7 +571,7 @@ func (ex *exchange) unreadable(err error) *refusal {
 	return &refusal{http.StatusBadRequest, fmt.Sprintf("reading the request's body: %v", err)}
 }
 
-// read reads the body, as far as the proxy may, and what it says of the model and the prompt.
+// read reads the body, as far as the proxy may, and parses its model and prompt.
 func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 	if ex.reads == readsNothing || ex.reads == readsName && len(h.backends) == 1 {
 		if name, ok := strings.CutPrefix(r.URL.Path, pathModel); ok {
@@ -575,8 +584,8 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 	if ref != nil {
 		return ref
 	}
-	// Ollama reads the first value, whatever follows it; and the body as it stands, whatever its
-	// Content-Encoding says, but for zstd under /v1.
+	// Ollama reads the first JSON value and ignores the rest. It also ignores Content-Encoding,
+	// except for zstd under /v1.
 	f, err := scan(data, ex.members[:])
 	if err == nil {
 		h.understand(ex, f, data)
@@ -604,12 +613,12 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 	return nil
 }
 
-// readBody makes ex.body of the request's body, and returns of it what is to be looked at. over: it is
-// longer than the proxy may read, and the rest is still to come.
+// readBody reads the request's body into ex.body and returns the part to parse. over reports that
+// the body is longer than the proxy may read, and that the rest is still to come.
 func (h *Handler) readBody(r *http.Request, ex *exchange) (data []byte, over bool, ref *refusal) {
 	most := min(h.MaxBody, h.memory.most)
 	if r.ContentLength > most {
-		most = min(most, bodyFirst-1) // what Ollama reads may end there
+		most = min(most, bodyFirst-1) // the part that Ollama reads may end there
 	}
 	longer := func() error { return h.full(r, ex) }
 	var err error
@@ -632,15 +641,15 @@ func (h *Handler) readBody(r *http.Request, ex *exchange) (data []byte, over boo
 	case r.Context().Err() != nil:
 		return nil, false, givenUp(err)
 	}
-	// Only the wait for memory was cancelled, as the end of the proxy does: see waitForMemory.
-	ex.waiting = true // until it is told
+	// Only the wait for memory was cancelled, because the proxy is stopping: see waitForMemory.
+	ex.waiting = true // stopping ends the wait
 	h.waiting.Add(1)
 	return nil, false, ex.stopping()
 }
 
-// readZstd looks at the text of a compressed body; false where that is no JSON object.
+// readZstd parses the text of a compressed body, and reports whether that is a JSON object.
 func (h *Handler) readZstd(ex *exchange, data []byte) bool {
-	h.decoding.Lock() // until the text is read, so that no more than one takes memory beside its body
+	h.decoding.Lock() // so that at most one text takes memory besides its body
 	defer h.decoding.Unlock()
 	text, err := h.decoder.DecodeAll(data, nil)
 	if err != nil {
@@ -653,14 +662,15 @@ func (h *Handler) readZstd(ex *exchange, data []byte) bool {
 	h.understand(ex, f, text)
 	h.account(ex, text)
 	h.steadyText(ex, text)
-	ex.fields.members, ex.fields.long = nil, nil // they are the text's, not the body's
+	ex.fields.members, ex.fields.long = nil, nil // they point into the text, not into the body
 	return true
 }
 
-// understand takes in what a body says of its model: f, which was found in data.
+// understand stores the fields f, which were found in data, and what follows from them for the
+// model.
 func (h *Handler) understand(ex *exchange, f fields, data []byte) {
 	if ex.reads == readsName && f.model == "" {
-		f.model = f.name(data) // as Ollama reads it
+		f.model = f.name(data) // the name that Ollama reads
 	}
 	ex.key = upstream.ModelKey(f.model)
 	switch {
@@ -671,17 +681,18 @@ func (h *Handler) understand(ex *exchange, f fields, data []byte) {
 		ex.Model = invalidModel
 	}
 	ex.cloud = ex.key != "" && upstream.IsCloud(f.model)
-	if ex.runsHere() { // else nothing here stays loaded
+	if ex.runsHere() { // otherwise nothing stays loaded here
 		ex.fields = f
 	}
 }
 
-// rewrite makes the outbound request: the same, to the upstream, with the body's edit.
+// rewrite builds the outbound request: the same one, addressed to the upstream, with the edited
+// body.
 func (h *Handler) rewrite(pr *httputil.ProxyRequest) {
 	ex := pr.In.Context().Value(exchangeKey{}).(*exchange)
 	ex.inbound = pr.In
 	pr.SetURL(ex.up.URL)
-	pr.Out.URL.RawQuery = pr.In.URL.RawQuery // not cleaned of what Go cannot parse
+	pr.Out.URL.RawQuery = pr.In.URL.RawQuery // ReverseProxy drops what Go cannot parse
 	for _, name := range []string{"Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"} {
 		if v, ok := pr.In.Header[name]; ok {
 			pr.Out.Header[name] = v
@@ -689,18 +700,19 @@ func (h *Handler) rewrite(pr *httputil.ProxyRequest) {
 	}
 	ex.strip(pr.Out.Header)
 	if ex.beat.begun() {
-		pr.Out.Header.Del("Accept-Encoding") // the answer has no Content-Encoding any more
+		pr.Out.Header.Del("Accept-Encoding") // the answer cannot have an encoding any more
 	}
 	pr.Out.Trailer = pr.In.Trailer // filled in when the body has been read
 	if b := ex.body; b != nil {
-		pr.Out.Header.Del("Expect") // the body has come already
+		pr.Out.Header.Del("Expect") // the body has already come
 		pr.Out.ContentLength = int64(len(b.data) + grow(ex.edits))
 		pr.Out.TransferEncoding = nil
 		if len(pr.In.Trailer) > 0 {
 			pr.Out.ContentLength = -1 // only a chunked body has trailers
 		}
-		// With GetBody the transport sends the body again if a kept connection turns out to be closed before anything was
-		// written. But with one of these headers it would do so even if the upstream may have read it.
+		// With GetBody the transport sends the body again if a reused connection turns out to be
+		// closed before anything was written. But with one of these headers it would do so even if
+		// the upstream may have read it.
 		if pr.In.Header["Idempotency-Key"] == nil && pr.In.Header["X-Idempotency-Key"] == nil {
 			pr.Out.GetBody = func() (io.ReadCloser, error) { return b.open(ex.edits...), nil }
 		}
@@ -710,20 +722,21 @@ func (h *Handler) rewrite(pr *httputil.ProxyRequest) {
 	}
 }
 
-// strip takes out of a request's header what is for the proxy alone.
+// strip removes the headers that only the proxy reads.
 func (ex *exchange) strip(header http.Header) {
 	for _, name := range ex.spent {
 		header.Del(name)
 	}
 	header.Del(headerPriority)
 	header.Del(headerUpstream)
-	// What another protocol carries could not be checked. Ollama speaks none but HTTP/1.1, and answers in that.
+	// The proxy could not check the traffic of another protocol. Ollama speaks only HTTP/1.1.
 	header.Del("Connection")
 	header.Del("Upgrade")
 	if ex.stranger {
 		header.Del("Expect") // there is no body
 	}
-	// The origin was judged here, by the inbound Host; the upstream sees another Host and would judge wrongly.
+	// The proxy has checked the origin against the inbound Host. The upstream sees another Host and
+	// would decide wrongly.
 	header.Del("Origin")
 }
 
@@ -731,7 +744,7 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 	ex := res.Request.Context().Value(exchangeKey{}).(*exchange)
 	if !ex.gateway {
 		if ex.up.Alive() {
-			h.available(ex.up) // for how long others wait for it has changed
+			h.available(ex.up) // how long other requests wait for it has changed
 		}
 	}
 	ex.unloaded()
@@ -746,7 +759,7 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 		ex.use.answer()
 	}
 	setCORS(res.Header, ex.origin)
-	res.Header.Del(headerUpstream) // of another proxy behind this one
+	res.Header.Del(headerUpstream) // set by another proxy behind this one
 	res.Header.Del(headerWaited)
 	ex.name()
 	ex.Simulated = res.Header[upstream.SimulatedHeader] != nil
@@ -762,15 +775,15 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 			return err
 		}
 	}
-	ex.timing(ex.header) // nothing fails after this, so that no other answer has it twice
+	ex.timing(ex.header) // nothing fails after this, so no second answer repeats it
 	if res.Header["Content-Type"] == nil {
-		ex.header["Content-Type"] = nil // or net/http would guess one
+		ex.header["Content-Type"] = nil // otherwise net/http would guess one
 	}
 	res.Body = &tap{res.Body, ex}
 	return nil
 }
 
-// name tells the client which upstream it is.
+// name puts the upstream's name into the answer's header.
 func (ex *exchange) name() {
 	if !ex.stranger {
 		ex.header.Set(headerUpstream, ex.up.Name)
@@ -784,22 +797,23 @@ func (ex *exchange) unloaded() {
 	}
 }
 
-// readEarly reads a refusal that came before the request's body had been sent. When the answer's header is written, the
-// server stops reading the body, at which the transport breaks off the connection that the answer comes from.
+// readEarly reads a refusal that came before the request's body was sent in full. Once the answer's
+// header is written, the server stops reading the body, and then the transport breaks the
+// connection from which the answer comes.
 func readEarly(res *http.Response) error {
 	_, err := peek(res, copyBuffer)
 	return err
 }
 
-// peek reads the beginning of an answer's body, as far as it is not longer than most, and leaves the answer as it was. (What
-// cannot be read fails once more when it is read again: the transport's bodies remember their errors.)
+// peek reads at most this many bytes from the start of an answer's body, and leaves the answer
+// unchanged. (A read error comes back at the next read: the transport's bodies remember it.)
 func peek(res *http.Response, most int64) ([]byte, error) {
 	text, err := io.ReadAll(io.LimitReader(res.Body, most))
 	res.Body = &rest{io.MultiReader(bytes.NewReader(text), res.Body), res.Body}
 	return text, err
 }
 
-// forwardFailed answers where the upstream did not.
+// forwardFailed answers a request whose upstream did not.
 func (h *Handler) forwardFailed(w http.ResponseWriter, r *http.Request, err error) {
 	ex := r.Context().Value(exchangeKey{}).(*exchange)
 	if ref, ok := errors.AsType[*refusal](err); ok && ref.status == http.StatusGatewayTimeout {
@@ -814,7 +828,7 @@ func (h *Handler) forwardFailed(w http.ResponseWriter, r *http.Request, err erro
 	}
 	if r.Context().Err() != nil {
 		ex.Outcome = ClientGone
-		panic(http.ErrAbortHandler) // nothing was written, and nothing must not become an empty 200
+		panic(http.ErrAbortHandler) // nothing was written, and must not become an empty 200
 	}
 	if ex.passing != nil {
 		if cause := ex.passing.failed.Load(); cause != nil {
@@ -837,7 +851,7 @@ func (h *Handler) forwardFailed(w http.ResponseWriter, r *http.Request, err erro
 	ex.reply(w, r, &refusal{http.StatusBadGateway, fmt.Sprintf("ollama at %s does not answer: %s; start it, or point ollama-cacheproxy's --upstream to where it runs", ex.up.URL, reason(err))})
 }
 
-// reason says why in a few words.
+// reason describes an error in a few words.
 func reason(err error) string {
 	if op, ok := errors.AsType[*net.OpError](err); ok {
 		err = op.Err
@@ -848,9 +862,9 @@ func reason(err error) string {
 	return err.Error()
 }
 
-// finish releases what the request held, and tells of it.
+// finish releases everything that the request held, then logs and counts it.
 func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
-	ex.beat.stop() // nothing may be written when ServeHTTP has returned
+	ex.beat.stop() // nothing may be written once ServeHTTP has returned
 	ex.unloaded()
 	ex.silence.stop()
 	h.waited(ex)
@@ -896,7 +910,7 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	if h.Log.Enabled(context.Background(), level) {
 		h.Log.LogAttrs(context.Background(), level, "request", ex.attrs()...)
 	}
-	h.inFlight.Add(-1) // its line is logged: who waits for the last one may go
+	h.inFlight.Add(-1) // after its log line, so that a drain does not end before the last line
 	h.Done(ex.Exchange)
 }
 
@@ -910,13 +924,13 @@ func (h *Handler) aborted(ex *exchange, w http.ResponseWriter, r *http.Request) 
 	}
 }
 
-// waitForMemory counts a request that waits for memory, and has it wait no longer than until the proxy stops.
+// waitForMemory counts a request as waiting for memory, and ends the wait when the proxy stops.
 func (h *Handler) waitForMemory(ctx context.Context) (context.Context, func()) {
 	h.waiting.Add(1)
 	began := time.Now()
 	ex := ctx.Value(exchangeKey{}).(*exchange)
 	ctx, cancel := context.WithCancel(ctx)
-	go func() { // ends with the waiting
+	go func() { // ends with the wait
 		select {
 		case <-h.closing:
 			cancel()
@@ -930,7 +944,7 @@ func (h *Handler) waitForMemory(ctx context.Context) (context.Context, func()) {
 	}
 }
 
-// letGo releases the body, once it cannot be sent again.
+// letGo releases the body once it can no longer be sent again.
 func (ex *exchange) letGo() {
 	if ex.body != nil {
 		ex.body.release()
@@ -938,7 +952,7 @@ func (ex *exchange) letGo() {
 	}
 }
 
-// pass has the body pass through, counted.
+// pass lets the body pass through, and counts its bytes.
 func (ex *exchange) pass(r *http.Request) {
 	if r.Body == nil || r.Body == http.NoBody {
 		return
@@ -947,15 +961,15 @@ func (ex *exchange) pass(r *http.Request) {
 	r.Body = ex.passing
 }
 
-// reset ends an HTTP/1.0 client's connection with an error. An answer to HTTP/1.0 has no other end than the connection's,
-// so that an answer which broke off would look whole.
+// reset ends an HTTP/1.0 client's connection with an error. Such an answer ends where the
+// connection does, so a truncated one would look complete.
 func reset(w http.ResponseWriter) {
 	conn, _, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		return // not a connection of net/http's server
 	}
 	if secure, ok := conn.(*tls.Conn); ok {
-		conn = secure.NetConn() // without TLS's own goodbye, which would make the answer look whole
+		conn = secure.NetConn() // without TLS's close alert: the answer would look complete
 	}
 	if tcp, ok := conn.(*net.TCPConn); ok {
 		tcp.SetLinger(0)
@@ -1017,7 +1031,7 @@ func (ex *exchange) attrs() []slog.Attr {
 	return attrs
 }
 
-// said adds those of more that have a text.
+// said adds the attributes of more that have a text.
 func said(attrs []slog.Attr, more ...slog.Attr) []slog.Attr {
 	for _, a := range more {
 		if a.Value.String() != "" {

@@ -11,16 +11,16 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
-// beatText is a comment in a stream of events, which its readers skip.
+// beatText is a comment in a stream of events, which clients skip.
 const beatText = ": waiting\n\n"
 
-// eventMost is how many bytes of an upstream's refusal are read to be told as an event.
+// eventMost is how many bytes of an upstream's refusal are read, to pass it on as an event.
 const eventMost = 64 << 10
 
-// heartbeat is the writer of an answer that is a stream of events. While the request waits, and has
-// waited for long enough, it begins the answer, with status 200, and writes a comment every so
-// often until the upstream's answer comes. That follows in the same body; see exchange.asEvent for
-// what is no such stream. A nil heartbeat does nothing.
+// heartbeat is the writer of an answer that is a stream of events. If the request has waited long
+// enough, it begins the answer with status 200 and then writes comments at intervals until the
+// upstream's answer arrives. That follows in the same body; see exchange.asEvent for an answer that
+// is not a stream of events. A nil heartbeat does nothing.
 type heartbeat struct {
 	http.ResponseWriter
 	every  time.Duration
@@ -28,15 +28,15 @@ type heartbeat struct {
 
 	mu    sync.Mutex // guards all below, and the writer until over is set
 	timer *time.Timer
-	waits bool          // only then is the answer begun: nothing else touches the header
+	waits bool          // the answer is begun only while this is set: nothing else uses the header
 	since time.Time     // when waits was set
-	left  time.Duration // to wait before the answer is begun
+	left  time.Duration // the rest of the wait before the answer is begun
 	began bool
-	over  bool // what is written now is the answer
+	over  bool // the answer itself is being written
 }
 
-// heartbeats returns the writer of the answer to a request whose body has been read: with a heartbeat,
-// where it has one.
+// heartbeats returns the writer for a request whose body has been read: with a heartbeat if it may
+// have one.
 func (h *Handler) heartbeats(w http.ResponseWriter, ex *exchange) http.ResponseWriter {
 	every := h.Live().Heartbeat
 	if every == 0 || ex.reads != readsForeign || ex.prompt == prefix.None ||
@@ -49,7 +49,7 @@ func (h *Handler) heartbeats(w http.ResponseWriter, ex *exchange) http.ResponseW
 	return ex.beat
 }
 
-// wait says that the request waits from now on, until waited is called.
+// wait records that the request waits until waited is called.
 func (b *heartbeat) wait() {
 	if b == nil {
 		return
@@ -58,7 +58,7 @@ func (b *heartbeat) wait() {
 	defer b.mu.Unlock()
 	b.waits, b.since = true, time.Now()
 	switch {
-	case b.began || b.over: // the timer runs, or never will
+	case b.began || b.over: // the timer is running, or never will again
 	case b.timer == nil:
 		b.timer = time.AfterFunc(b.left, b.beat)
 	default:
@@ -78,7 +78,7 @@ func (b *heartbeat) waited() {
 	}
 }
 
-// beat is called by the timer.
+// beat runs when the timer fires.
 func (b *heartbeat) beat() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -91,16 +91,16 @@ func (b *heartbeat) beat() {
 		setCORS(header, b.origin)
 		header.Set("Content-Type", "text/event-stream")
 		header.Set("Cache-Control", "no-cache")
-		header.Set("X-Accel-Buffering", "no") // or nginx would keep the comments
+		header.Set("X-Accel-Buffering", "no") // otherwise nginx would keep the comments back
 		b.ResponseWriter.WriteHeader(http.StatusOK)
 	}
-	// A client that is gone is noticed by net/http, which ends the request's context.
+	// If the client is gone, net/http notices and ends the request's context.
 	io.WriteString(b.ResponseWriter, beatText)
 	http.NewResponseController(b.ResponseWriter).Flush()
 	b.timer.Reset(b.every)
 }
 
-// begun reports whether the answer has been begun.
+// begun reports whether a heartbeat has begun the answer.
 func (b *heartbeat) begun() bool {
 	if b == nil {
 		return false
@@ -123,7 +123,7 @@ func (b *heartbeat) stop() {
 	}
 }
 
-// Unwrap is for http.ResponseController.
+// Unwrap serves http.ResponseController.
 func (b *heartbeat) Unwrap() http.ResponseWriter { return b.ResponseWriter }
 
 // WriteHeader writes the header of the answer, unless it has been written.
@@ -142,8 +142,8 @@ func (b *heartbeat) Write(p []byte) (int, error) {
 	return b.ResponseWriter.Write(p)
 }
 
-// asEvent makes an answer whose header could not be written, since a heartbeat has begun another
-// one, the end of that: a stream of events as it is, anything else an event that tells of an error.
+// asEvent fits the upstream's answer into an answer that a heartbeat has begun with another header.
+// A stream of events stays as it is; anything else becomes an event that reports an error.
 func (ex *exchange) asEvent(res *http.Response) {
 	stream := strings.HasPrefix(res.Header.Get("Content-Type"), "text/event-stream") &&
 		res.Header.Get("Content-Encoding") == ""
@@ -163,7 +163,7 @@ func (ex *exchange) asEvent(res *http.Response) {
 		ref.status = http.StatusBadGateway
 		ref.message = "ollama answered with something else than a stream of events"
 	default:
-		json.Unmarshal(text, &told)              // what is no such JSON is not passed on
+		json.Unmarshal(text, &told)              // other JSON is not passed on
 		json.Unmarshal(told.Error, &ref.message) // Ollama's own form
 	}
 	event := ref.event(ex.Path, told.Error)

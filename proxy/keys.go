@@ -22,8 +22,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 )
 
-// Keys are the API keys that clients must show, as digests, and what each of them may do. They can
-// be replaced while requests are served.
+// Keys are the API keys that clients must show, as digests, with each client's rights and limits.
+// They can be replaced while requests are served.
 //
 //	sk-proxy-3f9a
 //	alice sk-proxy-77d1 class=interactive
@@ -31,33 +31,33 @@ import (
 //	ops sk-proxy-91ce admin
 type Keys struct {
 	holders   atomic.Pointer[[]*keyHolder]
-	replacing sync.Mutex // held by Replace, so that no two of them read the same old holders
+	replacing sync.Mutex // held by Replace, so that two calls never inherit from the same holders
 }
 
-// keyHolder is who shows one of the keys.
+// keyHolder is the owner of a key.
 type keyHolder struct {
 	sum    [sha256.Size]byte // of the key
-	name   string            // "" where the file gives none
-	weight float64           // its share among those who wait, relative to the others'
-	share  float64           // the same relative to the greatest weight in the file
+	name   string            // "" if the file has none
+	weight float64           // its share when clients compete, relative to the others' weights
+	share  float64           // weight divided by the greatest weight in the file
 
-	// classed says that a class is set: the most urgent priority that this client may ask for, and
-	// the one that it has where it asks for none.
+	// classed reports whether a class is set: the most urgent priority that this client may ask
+	// for, and its default.
 	classed bool
 	class   schedule.Priority
 
-	admin bool // may change models and upstreams: see exchange.admin
+	admin bool // the right to change models and upstreams: see exchange.admin
 
-	maxWaiting int // requests that may wait; 0: no limit
+	maxWaiting int // limit of waiting requests; 0: no limit
 	limiter    *rate.Limiter
 
-	// waiting is shared with the holder of the same name in the file before, so that a reload
-	// neither forgets who waits nor counts them twice.
+	// waiting is shared with the holder of the same name in the previous file, so that a reload
+	// neither drops nor doubles the count of waiting requests.
 	waiting *atomic.Int64
 }
 
-// keySettings lists what may follow a name and a key, for error messages and for the check that no
-// setting stands where the key belongs.
+// keySettings lists the settings that may follow a name and a key, for error messages and for the
+// check that no setting stands in the key's place.
 var keySettings = []struct{ name, form string }{
 	{"weight", "weight=2 (a number from 0.1 to 10)"},
 	{"class", "class=interactive, class=normal or class=batch"},
@@ -69,14 +69,14 @@ var keySettings = []struct{ name, form string }{
 const (
 	keyLine = "want KEY, or NAME KEY and then any of weight=2 class=interactive|normal|batch " +
 		"max-waiting=50 rate=10/s admin"
-	settingAdmin   = "admin" // the one setting that needs no value
+	settingAdmin   = "admin" // the only setting without a value
 	longestKeyName = 64
-	// looksLikeKey begins keys of OpenAI's and Anthropic's form. A name is shown in logs and
-	// metrics, so a line with the two the wrong way round must not pass.
+	// looksLikeKey is how keys of OpenAI's and Anthropic's form begin. Names appear in logs and
+	// metrics, so a line with name and key swapped must be refused.
 	looksLikeKey = "sk-"
 )
 
-// ParseKeys reads keys as Replace does.
+// ParseKeys parses keys in the form that Replace describes.
 func ParseKeys(text string) (*Keys, error) {
 	k := &Keys{}
 	if err := k.Replace(text); err != nil {
@@ -85,12 +85,12 @@ func ParseKeys(text string) (*Keys, error) {
 	return k, nil
 }
 
-// Replace reads one key a line, with a name and settings where there are any; blank lines and lines
-// that begin with # are skipped, and so are the marks that editors leave: blanks around a line,
-// byte order marks, carriage returns. After an error the keys are those from before.
+// Replace reads one key per line, optionally with a name and settings. It skips blank lines, lines
+// that begin with #, and the traces of editors: blanks around a line, byte order marks, carriage
+// returns. After an error the old keys stay.
 //
-// Limits carry over to the key of the same name: who waits is still counted, and a rate goes on
-// from where it was.
+// The counters of a key's limits pass to the new key of the same name: its waiting requests still
+// count, and its rate goes on where it was.
 func (k *Keys) Replace(text string) error {
 	k.replacing.Lock()
 	defer k.replacing.Unlock()
@@ -112,7 +112,7 @@ func (k *Keys) Replace(text string) error {
 		before, twice := sums[p.sum]
 		switch {
 		case twice && p.name == "" && list[before].name == "":
-			continue // nothing is said of it that could contradict
+			continue // a key without a name or settings cannot contradict another line
 		case twice:
 			return fmt.Errorf(
 				"line %d: another line has this key, too; give each client a key of its own",
@@ -145,7 +145,7 @@ func (k *Keys) Replace(text string) error {
 	return nil
 }
 
-// inherit has the holders of a new file go on with what is counted of those of the same name.
+// inherit lets the holders of a new file take over the counters of the old ones by name.
 func (k *Keys) inherit(list []*keyHolder) {
 	var before []*keyHolder
 	if p := k.holders.Load(); p != nil {
@@ -168,7 +168,7 @@ func (k *Keys) inherit(list []*keyHolder) {
 	}
 }
 
-// parseKey reads one line.
+// parseKey parses one line.
 func parseKey(line string) (*keyHolder, error) {
 	if !utf8.ValidString(line) ||
 		strings.ContainsFunc(
@@ -198,7 +198,7 @@ func parseKey(line string) (*keyHolder, error) {
 	p.sum = sha256.Sum256([]byte(words[1]))
 	seen := map[string]bool{}
 	for _, word := range words[2:] {
-		if !isKeySetting(word) { // it is not repeated in the message: it may be a part of a key
+		if !isKeySetting(word) { // the message must not quote it: it may be part of a key
 			return nil, fmt.Errorf("a word after the key is no setting; %s", keyLine)
 		}
 		name, value, valued := strings.Cut(word, "=")
@@ -234,7 +234,7 @@ func validKeyName(name string) bool {
 		})
 }
 
-// set reads one setting.
+// set parses one setting.
 func (p *keyHolder) set(name, value string) (err error) {
 	ok := false
 	switch name {
@@ -263,8 +263,7 @@ func (p *keyHolder) set(name, value string) (err error) {
 	panic("a setting that is not in keySettings")
 }
 
-// parseRate reads a number of requests and the time in which so many may be sent. A client may send
-// them all at once.
+// parseRate parses a number of requests and a period. A client may use up the whole number at once.
 func parseRate(s string) (*rate.Limiter, bool) {
 	number, unit, _ := strings.Cut(s, "/")
 	per := map[string]time.Duration{"s": time.Second, "m": time.Minute, "h": time.Hour}[unit]
@@ -275,10 +274,10 @@ func parseRate(s string) (*rate.Limiter, bool) {
 	return rate.NewLimiter(rate.Limit(float64(n)/per.Seconds()), n), true
 }
 
-// Len returns how many keys there are.
+// Len returns the number of keys.
 func (k *Keys) Len() int { return len(*k.holders.Load()) }
 
-// Names returns the names of the keys that have one.
+// Names returns the names of the named keys.
 func (k *Keys) Names() []string {
 	var names []string
 	for _, p := range *k.holders.Load() {
@@ -289,7 +288,7 @@ func (k *Keys) Names() []string {
 	return names
 }
 
-// Admins returns how many of the keys have the right to change models and upstreams.
+// Admins returns how many of the keys may change models and upstreams.
 func (k *Keys) Admins() int {
 	n := 0
 	for _, p := range *k.holders.Load() {
@@ -300,8 +299,8 @@ func (k *Keys) Admins() int {
 	return n
 }
 
-// check compares with every key, in a time that does not tell which one or how much of it fits. It
-// returns who has the key; nil where nobody has.
+// check compares with every key, in a time that reveals neither which one matches nor how much of
+// it. It returns the key's holder, or nil if no key matches.
 func (k *Keys) check(key string) *keyHolder {
 	sum := sha256.Sum256([]byte(key))
 	var found *keyHolder
@@ -313,7 +312,8 @@ func (k *Keys) check(key string) *keyHolder {
 	return found
 }
 
-// secret returns what tells the client's stored contexts from those of others; nil without a key.
+// secret returns the bytes that separate this client's stored contexts from others'; nil without a
+// key.
 func (p *keyHolder) secret() []byte {
 	if p == nil {
 		return nil
@@ -321,7 +321,7 @@ func (p *keyHolder) secret() []byte {
 	return p.sum[:]
 }
 
-// client is the key's digest, by which the client is known; "" of nil.
+// client returns the key's digest, which identifies the client; "" for nil.
 func (p *keyHolder) client() string {
 	if p == nil {
 		return ""
@@ -329,7 +329,7 @@ func (p *keyHolder) client() string {
 	return string(p.sum[:])
 }
 
-// holder returns who is known by this digest now; nil where there is nobody.
+// holder returns the current holder of the key with this digest, or nil.
 func (k *Keys) holder(client string) *keyHolder {
 	if k == nil || client == "" {
 		return nil
@@ -343,7 +343,7 @@ func (k *Keys) holder(client string) *keyHolder {
 }
 
 // admin reports whether the request may change models and upstreams: its key has that right, or no
-// keys are asked for at all, so that whoever reaches the proxy may do everything.
+// keys are required, so that anyone who can reach the proxy may do everything.
 func (ex *exchange) admin() bool {
 	if ex.holder == nil {
 		return !ex.stranger
@@ -351,7 +351,7 @@ func (ex *exchange) admin() bool {
 	return ex.holder.admin
 }
 
-// notAdmin refuses a request that only an admin may send, if it is not from one.
+// notAdmin refuses a request that needs the admin right if its client does not have it.
 func (ex *exchange) notAdmin() *refusal {
 	if ex.admin() {
 		return nil
@@ -367,19 +367,20 @@ func (ex *exchange) notAdmin() *refusal {
 	}
 }
 
-// priority says how urgent a request is: as its client asks, but no more urgent than its class.
+// priority returns a request's priority: the one that its client asks for, within the client's
+// class.
 func (p *keyHolder) priority(r *http.Request) schedule.Priority {
 	asked, ok := schedule.ParsePriority(strings.ToLower(r.Header.Get(headerPriority)))
 	switch {
 	case p == nil || !p.classed:
-		return asked // Normal where it asks for none
+		return asked // Normal if it asks for none
 	case !ok:
 		return p.class
 	}
 	return max(asked, p.class)
 }
 
-// tooFast refuses a request that is one too many for the client's rate.
+// tooFast refuses a request that exceeds the client's rate.
 func (h *Handler) tooFast(ex *exchange) *refusal {
 	asks := ex.reads == readsNative || ex.reads == readsForeign || ex.Endpoint == pathAudio
 	if ex.holder == nil || ex.holder.limiter == nil || !asks {
@@ -404,19 +405,19 @@ func (h *Handler) tooFast(ex *exchange) *refusal {
 	}
 }
 
-// mayWait counts a request as one that waits, and reports whether its client may have so many. One
-// that was let in before, and waits once more since its server is gone, may in any case.
+// mayWait counts a request as waiting, and reports whether its client may have one more. A request
+// that was admitted before, and waits again because its server is gone, always may.
 func (p *keyHolder) mayWait(before bool) bool {
 	n := p.waiting.Add(1)
 	return before || p.maxWaiting == 0 || n <= int64(p.maxWaiting)
 }
 
-// waits reports whether the client has as many waiting requests as it may have.
+// waits reports whether the client has reached its limit of waiting requests.
 func (p *keyHolder) waits() bool {
 	return p != nil && p.maxWaiting > 0 && p.waiting.Load() >= int64(p.maxWaiting)
 }
 
-// tooMany refuses a request of a client that has as many waiting as it may.
+// tooMany refuses a request because its client has reached its limit of waiting requests.
 func (ex *exchange) tooMany() *refusal {
 	ex.header.Set("Retry-After", retryAfter)
 	return &refusal{

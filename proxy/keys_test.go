@@ -16,8 +16,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 )
 
-// TestKeyLines: what a line may say, and that an error names the line and what is allowed, and no
-// key.
+// TestKeyLines: the settings that a line may have. An error names the line and the valid forms, and
+// never contains a key.
 func TestKeyLines(t *testing.T) {
 	for text, want := range map[string][]string{
 		"one\ntwo":     {"::1:::", "::1:::"},
@@ -104,8 +104,8 @@ func TestKeyLines(t *testing.T) {
 	}
 }
 
-// FuzzKeys: any text ends without a panic. What is taken has no two keys or names alike; a file
-// that is refused changes nothing.
+// FuzzKeys: no text causes a panic. Accepted keys and names are unique; a file that is refused
+// changes nothing.
 func FuzzKeys(f *testing.F) {
 	for _, text := range []string{
 		"one\ntwo\n", "a b c", "a weight=1", "\xff\xfe", "a k weight=1e309",
@@ -141,7 +141,7 @@ func FuzzKeys(f *testing.F) {
 				t.Errorf("%+v", p)
 			}
 		}
-		for line := range strings.Lines(text) { // today's form: one key a line
+		for line := range strings.Lines(text) { // the plain form: one key per line
 			key := strings.TrimSuffix(line, "\n")
 			plain := key != "" && !strings.HasPrefix(key, "#") && !strings.ContainsAny(key, "\r\ufeff") &&
 				!strings.ContainsFunc(key, unicode.IsSpace)
@@ -152,7 +152,7 @@ func FuzzKeys(f *testing.F) {
 	})
 }
 
-// TestKeyClass: how urgent a request is, by the class of its key and what it asks for.
+// TestKeyClass: a request's priority depends on the class of its key and on what it asks for.
 func TestKeyClass(t *testing.T) {
 	k, err := ParseKeys(
 		"plain\nnone k0\nfirst k1 class=interactive\nmiddle k2 class=normal\nlast k3 class=batch",
@@ -160,7 +160,7 @@ func TestKeyClass(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for key, want := range map[string]string{ // asking for nothing, nonsense, interactive, normal, batch
+	for key, want := range map[string]string{ // asks: none, junk, interactive, normal, batch
 		"":      "normal normal interactive normal batch",
 		"plain": "normal normal interactive normal batch",
 		"k0":    "normal normal interactive normal batch",
@@ -183,9 +183,9 @@ func TestKeyClass(t *testing.T) {
 // bearer is the header with a key.
 func bearer(key string) string { return "Authorization: Bearer " + key }
 
-// TestKeyMaxWaiting: as many requests of a key wait as may, and one more is refused in its
-// dialect's words, also after the file was
-// read again; those of others wait. Those that are granted at once do not count.
+// TestKeyMaxWaiting: a key may have its limit of requests waiting. One more is refused in its
+// dialect's form, even after the file was read again, while other keys' requests wait. Requests
+// that get a lane at once do not count.
 func TestKeyMaxWaiting(t *testing.T) {
 	const file = "few k1 max-waiting=2\nmany k2\n"
 	f := newFake(t, nil)
@@ -226,13 +226,13 @@ func TestKeyMaxWaiting(t *testing.T) {
 		t.Fatal(err)
 	}
 	refused("/api/chat", `{"error":"`)
-	long := chatWith("s", strings.Repeat("long ", bodyFirst), "") // it is not read for that
+	long := chatWith("s", strings.Repeat("long ", bodyFirst), "") // it is refused unread
 	if res, text := rg.post("/api/chat", long, bearer("k1")); res.StatusCode != 429 {
 		t.Errorf("a long body: %d %s", res.StatusCode, text)
 	} else if ex := rg.ended(); ex.BytesIn != 0 {
 		t.Errorf("%d bytes were read", ex.BytesIn)
 	}
-	chats[1].Close() // who leaves makes room
+	chats[1].Close() // a client that leaves makes room
 	if ex := rg.ended(); ex.Outcome != ClientGone {
 		t.Errorf("%+v", ex)
 	}
@@ -254,8 +254,8 @@ func TestKeyMaxWaiting(t *testing.T) {
 	}
 }
 
-// TestKeyMaxWaitingAway: who waits for a server that is away is counted, too; who was let in before
-// the server died is not refused.
+// TestKeyMaxWaitingAway: requests that wait for an absent server count as well; a request that was
+// admitted before the server died is not refused.
 func TestKeyMaxWaitingAway(t *testing.T) {
 	for _, lanes := range []int{1, schedule.Unlimited} {
 		inTime(
@@ -289,8 +289,8 @@ func TestKeyMaxWaitingAway(t *testing.T) {
 	}
 }
 
-// TestKeyRate: one request too many is told when it may come; lists are free, and so are other
-// keys.
+// TestKeyRate: a request beyond the rate learns when it may be sent; lists do not count, and other
+// keys are not affected.
 func TestKeyRate(t *testing.T) {
 	const file = "slow k1 rate=2/h admin\nquick k2\n"
 	f := newFake(t, okAnswer)
@@ -338,7 +338,7 @@ func TestKeyRate(t *testing.T) {
 	}
 }
 
-// TestKeyNames: a request is told with the name of its key, and the key is nowhere.
+// TestKeyNames: a request is reported with the name of its key, and the key appears nowhere.
 func TestKeyNames(t *testing.T) {
 	f := newFake(t, okAnswer)
 	rg := newRig(t, f.URL, &Handler{Guard: withKeys(t, "alice "+theKey+"\nplain-key")})
@@ -355,8 +355,8 @@ func TestKeyNames(t *testing.T) {
 	}
 }
 
-// TestKeysWhileReplaced: whoever is let in while the file is read again has the limits that one of the
-// files sets for the key.
+// TestKeysWhileReplaced: a request that is admitted while the file is read again has the limits
+// that one of the two files sets for its key.
 func TestKeysWhileReplaced(t *testing.T) {
 	const limited, without = "alice k1 class=batch max-waiting=3\n", "bob k2\n"
 	g := withKeys(t, limited)

@@ -2,22 +2,21 @@ package proxy
 
 import "time"
 
-// Live are the settings that may change while requests are served. Each is as the Handler's field of
-// the same name says, and so is its zero value.
+// Live are the settings that can change while requests are served. The Handler's fields of the same
+// names define their meaning and zero values.
 type Live struct {
 	KeepAlive                               KeepAlive
-	AllowHosts, AllowOrigins                []string // Guard's
+	AllowHosts, AllowOrigins                []string // see Guard
 	BodyTimeout, UpstreamSilence, Heartbeat time.Duration
 	ShowPrompts                             bool
 }
 
-// Change puts other settings into force, in the place of those that the Handler's fields say. A
-// request that is under way may go on with the old ones. A model that is held stays held for as long
-// as it was to be; a new keep_alive counts from its next request or load on.
+// Change replaces the settings of the Handler's fields. A request in progress may go on with the
+// old ones. A held model keeps its hold; a new keep_alive applies from its next request or load.
 func (h *Handler) Change(l Live) {
 	h.inForce.Store(&l)
 	if !l.ShowPrompts && h.Ledger != nil {
-		h.Ledger.ForgetExcerpts() // without the setting no prompt text is kept
+		h.Ledger.ForgetExcerpts() // no prompt text is kept without the setting
 	}
 	for _, b := range h.backends {
 		b.residency.setKeep(l.KeepAlive)
@@ -35,7 +34,7 @@ func (h *Handler) Live() Live {
 	}
 }
 
-// guard returns who may use the proxy, by the settings in force.
+// guard returns the Guard with the settings in force.
 func (h *Handler) guard() *Guard {
 	l := h.Live()
 	return &Guard{l.AllowHosts, l.AllowOrigins, h.Guard.Keys}

@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// TestChange: each setting that may change while requests are served is the one in force for the next
-// request, and none of the others is lost.
+// TestChange: each setting that may change while requests are served applies to the next request,
+// and no other setting is lost.
 func TestChange(t *testing.T) {
 	inTime(t, 1, time.Minute, func(t *testing.T, m *mortal, h *Handler, ask func(string, string, ...string) *asked) {
 		h.Guard = withKeys(t, theKey)

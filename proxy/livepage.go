@@ -14,33 +14,34 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// The page for people. Its files have no data in them, so that they are served to anyone; what it shows
-// comes from pathEvents, which asks for an API key where keys are asked for.
+// The page for people. Its files contain no data, so they are served to anyone. The data comes from
+// pathEvents, which requires an API key if keys are required at all.
 const (
 	pathPage   = ownPrefix
 	pathEvents = ownPrefix + "events"
 )
 
-// pageFile returns which of the page's files a path means, if it is one.
+// pageFile returns the file of the page that a path names, if any.
 func pageFile(path string) (name string, ok bool) {
 	name, ok = strings.CutPrefix(path, pathPage)
 	return name, ok && livepage.Has(name)
 }
 
-// viewer is what a page is told of who looks.
+// viewer informs a page of its user's rights.
 type viewer struct {
 	Admin bool   `json:"admin"` // may drain, resume, hold and unload
 	Name  string `json:"name,omitempty"`
 }
 
-// pages serves the page, its files and what it shows; false where the request is for something else.
+// pages serves the page, its files and its data, and reports whether the request was for one of
+// them.
 func (h *Handler) pages(w http.ResponseWriter, r *http.Request, ex *exchange) bool {
 	name, isFile := pageFile(r.URL.Path)
 	reads := r.Method == http.MethodGet || r.Method == http.MethodHead
 	switch {
 	case r.URL.Path+"/" == pathPage && reads:
 		ex.Endpoint, ex.Outcome, ex.Status = pathPage, Own, http.StatusPermanentRedirect
-		w.Header().Set("Location", "."+pathPage) // relative: a front may serve the proxy below a path
+		w.Header().Set("Location", "."+pathPage) // relative: it may be served below a path
 		w.WriteHeader(ex.Status)
 	case isFile && reads:
 		ex.Endpoint, ex.Outcome, ex.Status = pathPage, Own, http.StatusOK
@@ -53,8 +54,8 @@ func (h *Handler) pages(w http.ResponseWriter, r *http.Request, ex *exchange) bo
 	return true
 }
 
-// events sends a page what it shows, for as long as it is open. Pages of other origins cannot read it:
-// it has no CORS headers.
+// events sends a page its data for as long as the page is open. Pages of other origins cannot read
+// it: the answer has no CORS headers.
 func (h *Handler) events(w http.ResponseWriter, r *http.Request, ex *exchange) {
 	ex.Endpoint = pathEvents
 	err := h.live.Open()
@@ -68,25 +69,26 @@ func (h *Handler) events(w http.ResponseWriter, r *http.Request, ex *exchange) {
 		return
 	}
 	ex.Outcome, ex.Status = Own, http.StatusOK
-	h.inFlight.Add(-1) // nobody waits for its end
+	h.inFlight.Add(-1) // a stop of the proxy need not wait for it
 	defer h.inFlight.Add(1)
 	admin := ex.admin()
 	h.live.Serve(w, r, viewer{Admin: admin, Name: ex.Name}, func() bool {
 		if ex.holder == nil {
-			return true // none is asked for
+			return true // no keys are required
 		}
-		// As the file of the keys says now. Whose right has changed comes again, and is told of it.
+		// The rights in the current key file. A page whose rights have changed reconnects, and
+		// learns its new ones.
 		holder := h.Guard.Keys.holder(ex.holder.client())
 		return holder != nil && holder.admin == admin
 	})
-	ex.start = time.Now() // for how long somebody has looked is no measure of the proxy
+	ex.start = time.Now() // how long somebody has watched says nothing about the proxy's speed
 }
 
-// ClosePages ends the pages that are open, and refuses others: when the proxy stops, they are not to be
-// waited for.
+// ClosePages ends all open pages and refuses new ones, so that a stopping proxy need not wait for
+// them.
 func (h *Handler) ClosePages() { h.live.Close() }
 
-// changeModel has a server hold a model in memory, or unload it.
+// changeModel makes a server hold a model in memory, or unload it.
 func (h *Handler) changeModel(w http.ResponseWriter, r *http.Request, ex *exchange, b *backend, verb string) {
 	model, key := r.URL.Query().Get("model"), upstream.ModelKey(r.URL.Query().Get("model"))
 	st := b.State()
@@ -122,7 +124,7 @@ func (h *Handler) changeModel(w http.ResponseWriter, r *http.Request, ex *exchan
 	ex.page(w, pathUpstreams, http.StatusOK, h.upstream(b))
 }
 
-// hold sets for how long a model stays in memory that is loaded, as it is loaded.
+// hold sets how long a loaded model stays in memory, without changing how it is loaded.
 func (h *Handler) hold(ctx context.Context, b *backend, model, key string, hold Hold) error {
 	list, err := b.Loaded(ctx)
 	if err != nil {
@@ -135,15 +137,16 @@ func (h *Handler) hold(ctx context.Context, b *backend, model, key string, hold 
 	return b.residency.hold(ctx, b.runners.Weights(key), model, hold.Duration, l)
 }
 
-// hold keeps a model, which is listed as l, for so long from its next end on, as a client does that asks
-// for that.
+// hold keeps a model, which is listed as l, in memory for d after its last use, as an empty request
+// of a client would.
 func (r *residency) hold(ctx context.Context, weights, model string, d time.Duration, l upstream.Loaded) error {
 	r.mu.Lock()
 	m := r.get(weights)
 	stated, embed := m.stated, m.embed
 	r.mu.Unlock()
 	if l.ContextLength > 0 {
-		// Others may have loaded it. Another context length, and none at all, would load it anew.
+		// Another program may have loaded it. A different context length, or none, would make
+		// Ollama load it again.
 		stated = stated.WithContext(l.ContextLength)
 	}
 	began := time.Now()
@@ -158,7 +161,7 @@ func (r *residency) hold(ctx context.Context, weights, model string, d time.Dura
 	return nil
 }
 
-// unload has a model leave memory as soon as nothing uses it.
+// unload makes a model leave memory as soon as no request uses it.
 func (h *Handler) unload(ctx context.Context, b *backend, model, key string) error {
 	if b.port != 0 {
 		h.Contexts.Leave(ctx, b.port)

@@ -24,7 +24,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
 )
 
-// shown is what the page shows, as a browser reads it.
+// shown is the page's data, as a browser gets it.
 type shown struct {
 	Proxy     pageProxy
 	Problems  []problem
@@ -36,7 +36,7 @@ type shown struct {
 	Log       []drawn `json:"-"`
 }
 
-// look returns what a page shows that is opened now.
+// look returns the data of a page that is opened now.
 func (rg *rig) look() (s shown) {
 	rg.t.Helper()
 	parts := map[string]any{}
@@ -55,7 +55,7 @@ func (rg *rig) look() (s shown) {
 	return s
 }
 
-// kinds are the problems that are shown.
+// kinds are the kinds of the problems on the page.
 func (s shown) kinds() (kinds []string) {
 	for _, p := range s.Problems {
 		kinds = append(kinds, p.Kind)
@@ -63,7 +63,7 @@ func (s shown) kinds() (kinds []string) {
 	return kinds
 }
 
-// TestPageShell: the page and its files are served to anyone, without any data; what it shows is not.
+// TestPageShell: the page and its files are served to anyone, without any data; the data is not.
 func TestPageShell(t *testing.T) {
 	up := newFake(t, okAnswer)
 	rg := newRig(t, up.URL, &Handler{Guard: withKeys(t, "alice "+theKey), Version: "v1.2.3"})
@@ -97,8 +97,8 @@ func TestPageShell(t *testing.T) {
 	up.none()
 }
 
-// TestPageEvents: a page is sent what there is to show for as long as it is open, is not counted among what is under
-// way, and is not waited for when the proxy stops.
+// TestPageEvents: an open page is sent its data, does not count as a request in progress, and does
+// not delay the proxy's stop.
 func TestPageEvents(t *testing.T) {
 	up := newFake(t, okAnswer)
 	rg := newRig(t, up.URL, &Handler{Guard: withKeys(t, "alice "+theKey), Version: "v1.2.3"})
@@ -142,7 +142,8 @@ func TestPageEvents(t *testing.T) {
 	}
 }
 
-// TestPageLeft: a page that is left does not stay counted, as a request does that goes on without its client.
+// TestPageLeft: a page that is closed stops counting at once, unlike a request that goes on without
+// its client.
 func TestPageLeft(t *testing.T) {
 	rg := newRig(t, newFake(t, okAnswer).URL, &Handler{})
 	rg.h.lingers = time.Hour
@@ -167,7 +168,7 @@ func TestPageLeft(t *testing.T) {
 	}
 }
 
-// TestPageRevoked: a page that is open ends when the key that it was opened with is gone, or has other rights.
+// TestPageRevoked: an open page ends when its key is removed, or gets other rights.
 func TestPageRevoked(t *testing.T) {
 	for what, keys := range map[string]string{"gone": "bob other-key", "of an admin no more": "alice " + theKey} {
 		guard := withKeys(t, "alice "+theKey+" admin")
@@ -192,8 +193,8 @@ func TestPageRevoked(t *testing.T) {
 	}
 }
 
-// TestPagesLive: what the pages tell is what is in force after a change, and prompts that are not to be shown any
-// more are forgotten.
+// TestPagesLive: after a change the pages show the settings in force, and prompts that may no
+// longer be shown are forgotten.
 func TestPagesLive(t *testing.T) {
 	rg := newRig(t, newFake(t, okAnswer).URL, &Handler{ShowPrompts: true, KeepAlive: keep(t, "", "24h")})
 	rg.post("/api/chat", `{"model":"m","messages":[{"role":"user","content":"secret text"}]}`)
@@ -224,7 +225,8 @@ func TestPagesLive(t *testing.T) {
 	}
 }
 
-// TestPageFigures: what runs, what waits, what has ended, and sums that are those of what was told for metrics.
+// TestPageFigures: the requests in progress, waiting and finished, and totals that match the
+// exchanges reported to metrics.
 func TestPageFigures(t *testing.T) {
 	b := newBox(t, "a", "m:latest@1")
 	f := newFleet(t, 1, b)
@@ -267,7 +269,7 @@ func TestPageFigures(t *testing.T) {
 	f.ask("POST", "/api/chat", chat("absent", "x"))
 	b.set(func() { b.refuse = 500 })
 	f.ask("POST", "/api/chat", chat("m:latest", "y"))
-	f.ask("GET", "/api/tags", "") // which is no request to a model
+	f.ask("GET", "/api/tags", "") // not a request to a model
 
 	want := totals{Outcomes: map[string]int{}, Verdicts: map[string]int{}, Cold: map[string]int{}}
 	tokens := 0
@@ -295,7 +297,7 @@ func TestPageFigures(t *testing.T) {
 	if bins[1] != 5 || bins[2]+bins[3]+bins[4] != int64(tokens) || bins[6] != int64(want.Loads+want.EstimatedLoads) {
 		t.Errorf("over time: %v; %d tokens", bins, tokens)
 	}
-	// Each entry is the ledger's.
+	// Each entry matches the ledger's.
 	entries := map[uint64]savings.Entry{}
 	for _, e := range f.h.Ledger.Recent(100) {
 		entries[e.ID] = e
@@ -322,14 +324,15 @@ func TestPageFigures(t *testing.T) {
 	}
 }
 
-// chatEnded waits for a request to a model that is over, past others.
+// chatEnded waits for the end of a request to a model, and skips others.
 func (f *fleet) chatEnded() {
 	f.t.Helper()
 	for f.ended().Endpoint != "/api/chat" {
 	}
 }
 
-// TestPageProblems: each that can be planted here is shown, and is gone when it is.
+// TestPageProblems: each problem that can be provoked here is shown, and disappears when it is
+// over.
 func TestPageProblems(t *testing.T) {
 	a, b := newBox(t, "a", "m:latest@1"), newBox(t, "b", "m:latest@1")
 	f := newFleet(t, 1, a, b)
@@ -374,10 +377,11 @@ func TestPageProblems(t *testing.T) {
 	}
 }
 
-// TestPageChanges: a model can be held and unloaded, by nobody but who may, and not by pages of other origins.
+// TestPageChanges: a model can be held and unloaded, but only with the right to, and not by pages
+// of other origins.
 func TestPageChanges(t *testing.T) {
 	b := newBox(t, "a", "m:latest@1", "other:latest@2")
-	b.set(func() { b.loaded, b.tokens = []string{"m:latest"}, 2048 }) // by somebody who asked for that
+	b.set(func() { b.loaded, b.tokens = []string{"m:latest"}, 2048 }) // as others loaded it
 	f := newFleet(t, 1, b)
 	f.ask("POST", "/api/chat", chat("m:latest", "x"))
 	b.took()
@@ -429,7 +433,7 @@ func TestPageChanges(t *testing.T) {
 	}
 }
 
-// TestTimelineBounds: the page remembers so many requests, and the hour, whatever comes.
+// TestTimelineBounds: the page remembers a fixed number of requests, and an hour, under any load.
 func TestTimelineBounds(t *testing.T) {
 	tl := newTimeline()
 	ask := func() {
@@ -441,13 +445,14 @@ func TestTimelineBounds(t *testing.T) {
 	for range timelineMost + 10 {
 		ask()
 	}
-	// A flood of requests that fail alike does not push out the others.
+	// A flood of requests with the same failure does not displace the others.
 	for range 10 * timelineMost {
 		ex := &exchange{start: time.Now(), route: routes["/api/chat"]}
 		ex.Outcome = Unreachable
 		tl.ended(ex)
 	}
-	if tl.next > timelineMost+10+3*alikeMost || tl.totals.Outcomes[string(Unreachable)] != 10*timelineMost { // a bin may have ended meanwhile
+	// A bin may have ended meanwhile.
+	if tl.next > timelineMost+10+3*alikeMost || tl.totals.Outcomes[string(Unreachable)] != 10*timelineMost {
 		t.Errorf("of a flood %d are shown, %d were counted", tl.next-timelineMost-10, tl.totals.Outcomes[string(Unreachable)])
 	}
 	tl = newTimeline()
@@ -485,7 +490,8 @@ func TestTimelineBounds(t *testing.T) {
 	var _ livepage.Source = overview{}
 }
 
-// TestPageContexts: what is stored is shown as the store has it; where nothing is kept, nothing is.
+// TestPageContexts: the stored contexts are shown as the store has them; without a store there are
+// none.
 func TestPageContexts(t *testing.T) {
 	up := newFake(t, okAnswer)
 	if p := newRig(t, up.URL, &Handler{}).h.pageStored(); p != nil {
@@ -498,7 +504,7 @@ func TestPageContexts(t *testing.T) {
 	defer files.Close(t.Context())
 	for i := range pageContexts + 2 {
 		text := make([]byte, 4096)
-		for at, word := range []uint32{0x67677371, 3, uint32(100 + i)} { // as llama.cpp begins such a file
+		for at, word := range []uint32{0x67677371, 3, uint32(100 + i)} { // llama.cpp's header
 			binary.LittleEndian.PutUint32(text[4*at:], word)
 		}
 		s := contextstore.State{Format: "f", Model: "m", Links: contextstore.Chain{uint64(i + 1)}, Tokens: 100 + i, Bytes: int64(len(text)), Cost: time.Second}

@@ -6,7 +6,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 )
 
-// Draining reports, by upstream, whether it drains: it is given nothing new.
+// Draining reports which upstreams, by name, are draining: they get no new requests.
 func (h *Handler) Draining() map[string]bool {
 	all := make(map[string]bool, len(h.backends))
 	for _, b := range h.backends {
@@ -15,8 +15,8 @@ func (h *Handler) Draining() map[string]bool {
 	return all
 }
 
-// LaneStats returns what Lanes tell, with models by name instead of by what stands for their weights:
-// the name under which /api/ps lists the model, else the one by which it was asked for.
+// LaneStats returns the scheduler's statistics with each model's weights replaced by a name: the
+// one in /api/ps, or else the one that requests used.
 func (h *Handler) LaneStats() schedule.Stats {
 	st := h.Lanes.Stats()
 	for i := range st.Runners {

@@ -9,8 +9,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// TestMeasured: what metrics say of lanes has models by name, though lanes are of weights; and which
-// upstreams drain is told.
+// TestMeasured: the metrics of lanes name models, although lanes belong to weights, and draining
+// upstreams are reported.
 func TestMeasured(t *testing.T) {
 	var listed atomic.Value
 	listed.Store("")
@@ -42,7 +42,8 @@ func TestMeasured(t *testing.T) {
 	if got := names(); len(got) != 1 || got[0] != upstream.ModelKey("m") {
 		t.Errorf("a model that was asked for as m has lanes of %q", got)
 	}
-	// Another name of the same weights shares them: the one that is listed is told, whoever asks.
+	// Another name of the same weights shares the lanes: the listed name is reported, whichever
+	// name requests use.
 	listed.Store(`{"name":"copy:latest","digest":"e","size":1}`)
 	rg.post("/api/chat", strings.Replace(chatWith(prose(500), "b", ""), `"m"`, `"copy"`, 1))
 	rg.ended()

@@ -12,23 +12,23 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// NumCtxPolicy says what becomes of the num_ctx of native requests: Ollama loads a model anew for
-// each other one.
+// NumCtxPolicy decides on the num_ctx of native requests, because Ollama loads a model again
+// whenever that changes.
 type NumCtxPolicy string
 
 const (
-	KeepNumCtx  NumCtxPolicy = "keep"  // it stays as the client states it, or does not
-	PinNumCtx   NumCtxPolicy = "pin"   // it becomes the one that is loaded, where that is no less than what is asked for
-	RaiseNumCtx NumCtxPolicy = "raise" // it becomes the largest that was asked for of the model so far
+	KeepNumCtx  NumCtxPolicy = "keep"  // leave it as the client states it, or omits it
+	PinNumCtx   NumCtxPolicy = "pin"   // use the loaded one, unless the client asks for more
+	RaiseNumCtx NumCtxPolicy = "raise" // use the largest that was asked for of the model so far
 )
 
-// NumCtx has a policy for each model. The zero value keeps what clients state.
+// NumCtx has a policy for each model. The zero value changes nothing.
 type NumCtx struct {
 	Default NumCtxPolicy            // "" is KeepNumCtx
-	Models  map[string]NumCtxPolicy // by upstream.ModelKey; goes before Default
+	Models  map[string]NumCtxPolicy // by upstream.ModelKey; overrides Default
 }
 
-// For returns what holds for a model (upstream.ModelKey).
+// For returns the policy for a model (upstream.ModelKey).
 func (n NumCtx) For(model string) NumCtxPolicy {
 	p, ok := n.Models[model]
 	if !ok {
@@ -40,7 +40,7 @@ func (n NumCtx) For(model string) NumCtxPolicy {
 	return p
 }
 
-// String lists the settings as ParseNumCtx reads them.
+// String lists the settings in the form that ParseNumCtx reads.
 func (n NumCtx) String() string {
 	list := []string{string(n.For(""))}
 	for _, model := range slices.Sorted(maps.Keys(n.Models)) {
@@ -49,7 +49,7 @@ func (n NumCtx) String() string {
 	return strings.Join(list, ", ")
 }
 
-// ParseNumCtx reads settings of the form "pin" or "llama3=pin".
+// ParseNumCtx parses settings of the form "pin" or "llama3=pin".
 func ParseNumCtx(settings []string) (NumCtx, error) {
 	n := NumCtx{Models: map[string]NumCtxPolicy{}}
 	for _, s := range settings {
@@ -74,16 +74,16 @@ func ParseNumCtx(settings []string) (NumCtx, error) {
 	return n, nil
 }
 
-// What was done about a request's num_ctx, as logs and metrics name it.
+// How a request's num_ctx was treated, in the words of logs and metrics.
 const (
-	didPin        = "pinned"  // it became the one that is loaded
-	didRaiseCtx   = "raised"  // it became the largest one
-	didKeepCtx    = "kept"    // it is as large, or is written in a way that is left alone
-	didUnknownCtx = "unknown" // the client states none, and what Ollama takes then is not known
+	didPin        = "pinned"  // set to the loaded one
+	didRaiseCtx   = "raised"  // set to the largest one
+	didKeepCtx    = "kept"    // as large already, or in a form that the proxy does not edit
+	didUnknownCtx = "unknown" // the client states none, and Ollama's default is not known
 )
 
-// decide returns what is done for a request that asks for so many tokens, and how many it is to
-// have. asked 0: it states none.
+// decide returns how to treat a request that asks for so many tokens (0 if it states none), and the
+// num_ctx to set, or 0.
 func (p NumCtxPolicy) decide(asked int, c runners.Contexts) (did string, tokens int) {
 	did, tokens = didPin, c.Loaded
 	if p == RaiseNumCtx {
@@ -94,7 +94,7 @@ func (p NumCtxPolicy) decide(asked int, c runners.Contexts) (did string, tokens 
 	}
 	switch {
 	case tokens == 0:
-		return "", 0 // nothing is loaded, or known of it
+		return "", 0 // nothing is loaded, or it is not known
 	case asked == 0 && c.ByDefault && tokens == c.Loaded:
 		return didKeepCtx, 0
 	case asked == 0:
@@ -105,15 +105,15 @@ func (p NumCtxPolicy) decide(asked int, c runners.Contexts) (did string, tokens 
 	return did, tokens
 }
 
-// fit is how a request's num_ctx was changed. The zero fit: not at all.
+// fit is the change of a request's num_ctx. The zero fit changes nothing.
 type fit struct {
 	made     bool
 	edit     edit
-	from, to int // tokens; from 0: none was stated
+	from, to int // tokens; from is 0 if none was stated
 	policy   NumCtxPolicy
 }
 
-// edits returns what the fit changes of the body, in a list of its own.
+// edits returns the fit's edit of the body as a new list.
 func (f fit) edits() []edit {
 	if !f.made {
 		return nil
@@ -121,7 +121,7 @@ func (f fit) edits() []edit {
 	return []edit{f.edit}
 }
 
-// String says it in words, for the ledger's detail.
+// String describes the fit for the ledger's detail.
 func (f fit) String() string {
 	from := "none"
 	if f.from > 0 {
@@ -130,8 +130,8 @@ func (f fit) String() string {
 	return fmt.Sprintf("num_ctx from %s to %d by --num-ctx-policy %s", from, f.to, f.policy)
 }
 
-// fitContext changes the num_ctx of a native request, whose chain was read from data, as the
-// operator wants it: before a lane is chosen, since a lane is for one num_ctx.
+// fitContext applies the operator's policy to the num_ctx of a native request, whose chain was read
+// from data. It does so before a lane is chosen, because each lane belongs to one num_ctx.
 func (h *Handler) fitContext(ex *exchange, data []byte) {
 	policy := h.NumCtx.For(ex.key)
 	if policy == KeepNumCtx || ex.reads != readsNative || ex.unloads() {
@@ -143,8 +143,8 @@ func (h *Handler) fitContext(ex *exchange, data []byte) {
 	if ex.NumCtx = did; tokens == 0 {
 		return
 	}
-	// What is loaded for requests that state none is the same runner for others only if they state
-	// none, either.
+	// A model that was loaded by requests without a num_ctx serves others from the same runner only
+	// if they state none, either.
 	leave := contexts.ByDefault && tokens == contexts.Loaded
 	e, ok := numCtxEdit(data, ex.fields, asked, tokens, leave)
 	if !ok {
@@ -159,8 +159,8 @@ func (h *Handler) fitContext(ex *exchange, data []byte) {
 	ex.chain.Restate(options)
 }
 
-// contexts returns what is known of the context lengths of the request's model, on all servers to
-// which it may be sent.
+// contexts returns the context lengths known for the request's model on all servers that may get
+// it.
 func (h *Handler) contexts(ex *exchange) runners.Contexts {
 	var list []runners.Contexts
 	for _, b := range h.candidates(ex) {
@@ -170,9 +170,10 @@ func (h *Handler) contexts(ex *exchange) runners.Contexts {
 	return onAll(list)
 }
 
-// onAll returns what is known of several servers' context lengths where nobody knows yet which of
-// them gets the request: the largest ones. A default is known if each one's is, and what is loaded is
-// it only if it is on each of them: elsewhere a request that states none would get less.
+// onAll combines the context lengths of several servers if any of them may get the request: it
+// takes the largest. The default is known only if every server's is. The loaded length counts as
+// the default only if it is so on every server; otherwise a request that states none might get less
+// elsewhere.
 func onAll(list []runners.Contexts) (all runners.Contexts) {
 	known, by, everywhere := true, false, true
 	for _, c := range list {
@@ -197,8 +198,8 @@ var (
 	keyNumCtx  = []byte("num_ctx")
 )
 
-// numCtxEdit returns the edit by which a body that asks for so many tokens (0: it states none) asks
-// for others, or, with leave, states none. false: it is written in a way that is left alone.
+// numCtxEdit returns the edit that changes a body's num_ctx from asked (0 if absent) to tokens, or,
+// with leave, removes it. It returns false for a body in a form that the proxy does not edit.
 func numCtxEdit(data []byte, f fields, asked, tokens int, leave bool) (edit, bool) {
 	options, n := f.options(data)
 	if asked < 0 || n > 1 || f.empty || leave && asked == 0 {
@@ -227,7 +228,7 @@ func numCtxEdit(data []byte, f fields, asked, tokens int, leave bool) (edit, boo
 	return edit{at: options.Value + 1, text: []byte(number)}, true
 }
 
-// options returns the last member of this name, and how many there are.
+// options returns the last member named "options", and the number of such members.
 func (f fields) options(data []byte) (last jsonscan.Member, n int) {
 	for _, m := range f.members {
 		if jsonscan.KeyIs(data[m.Key:m.KeyEnd], keyOptions) {
@@ -238,21 +239,21 @@ func (f fields) options(data []byte) (last jsonscan.Member, n int) {
 	return last, n
 }
 
-// option is where a number stands in an object, as offsets into the body.
+// option is a number in an object, as offsets into the body.
 type option struct {
-	n               int // how often; nothing else is set where it is 0
+	n               int // number of occurrences; if 0, only others is set
 	value, valueEnd int
-	from, to        int  // the member, with the comma that goes with it
+	from, to        int  // the whole member, with its comma
 	others          bool // the object has other members
 }
 
-// findOption looks for a member of an options object, whose keys do not fold case. false: it is
-// there more than once, or is no number.
+// findOption finds a member of an options object, whose keys do not fold case. It returns false if
+// the member occurs twice or is not a number.
 func findOption(data []byte, options jsonscan.Member, name []byte) (option, bool) {
 	var o option
 	c := jsonscan.NewCursor(data, options.Value)
 	c.Enter()
-	end := -1 // of the member before
+	end := -1 // end of the previous member
 	for more := c.More(); more; {
 		key := c.Pos()
 		raw := c.Key()

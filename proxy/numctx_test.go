@@ -44,7 +44,7 @@ func TestNumCtxDecide(t *testing.T) {
 	}
 }
 
-// TestNumCtxOnAll: of several servers, whatever their order, nothing is taken for granted that does not hold for each.
+// TestNumCtxOnAll: of several servers, in any order, only what holds for each is assumed.
 func TestNumCtxOnAll(t *testing.T) {
 	type contexts = runners.Contexts
 	for _, c := range []struct {
@@ -72,13 +72,13 @@ func TestNumCtxOnAll(t *testing.T) {
 	}
 }
 
-// TestNumCtxEdit: %d is the number that is asked for, 8192 the one that is to be.
+// TestNumCtxEdit: %d is the number that is asked for; 8192 is the one to set.
 func TestNumCtxEdit(t *testing.T) {
 	for _, c := range []struct {
 		body  string
 		asked int
-		want  string // "": left alone
-		leave string // the same with leave; "": left alone
+		want  string // "" if the body stays as it is
+		leave string // the same with leave; "" if the body stays as it is
 	}{
 		{`{"model":"m","options":{"num_ctx":2048}}`, 2048, `{"model":"m","options":{"num_ctx":8192}}`, `{"model":"m","options":{}}`},
 		{`{"options":{"a":1, "num_ctx":2048 },"model":"m"}`, 2048, `{"options":{"a":1, "num_ctx":8192 },"model":"m"}`, `{"options":{"a":1 },"model":"m"}`},
@@ -135,9 +135,9 @@ func TestParseNumCtx(t *testing.T) {
 	}
 }
 
-// TestNumCtxSent: clients that disagree cost one load, the largest that is loaded goes upstream
-// beside keep_alive, and the ledger says so. What asks for more than is loaded, and requests
-// without a policy, stay as they are.
+// TestNumCtxSent: clients that disagree cost one load: the largest loaded num_ctx goes upstream
+// together with keep_alive, and the ledger reports it. Requests for more than is loaded, and
+// requests without a policy, stay as they are.
 func TestNumCtxSent(t *testing.T) {
 	f := warmFake(t)
 	k := keep(t, IfAbsent, "1h")
@@ -176,8 +176,7 @@ func TestNumCtxSent(t *testing.T) {
 	}
 }
 
-// FuzzNumCtx: the edited body asks for the num_ctx that is wanted, or for none, and is otherwise
-// what it was.
+// FuzzNumCtx: the edited body asks for the wanted num_ctx, or for none, and is otherwise unchanged.
 func FuzzNumCtx(f *testing.F) {
 	for _, seed := range []string{
 		`{"model":"m","options":{"num_ctx":2048}}`, `{"options":{"a":1,"num_ctx":2048},"b":2}`, `{"options":null}`, `{"a":1}`,
@@ -203,7 +202,7 @@ func FuzzNumCtx(f *testing.F) {
 		if err != nil {
 			t.Fatalf("%q became %q: %v", data, edited, err)
 		}
-		// What the lane is for is what is sent.
+		// The lane's num_ctx is the one that is sent.
 		restated := chain.Runner.WithContext(12345)
 		if leave {
 			restated = restated.WithoutContext()

@@ -14,15 +14,15 @@ import (
 )
 
 const (
-	pageWaitingMost = 50 // requests that wait which the page shows
-	pageContexts    = 20 // stored contexts
+	pageWaitingMost = 50 // waiting requests on the page
+	pageContexts    = 20 // stored contexts on the page
 )
 
-// overview is what the page shows: a livepage.Source.
+// overview is the page's data: a livepage.Source.
 type overview struct{ *Handler }
 
-// Parts returns all but the requests that have ended. It tells moments (ms since 1970), not ages, so that what
-// does not change need not be sent again.
+// Parts returns everything except the finished requests. Times are absolute (ms since 1970), not
+// ages, so that unchanged data need not be sent again.
 func (o overview) Parts() []livepage.Part {
 	now := time.Now()
 	ups := o.pageUpstreams()
@@ -38,7 +38,7 @@ func (o overview) Parts() []livepage.Part {
 	}
 }
 
-// Since returns the requests that have ended.
+// Since returns the finished requests.
 func (o overview) Since(from uint64) ([]any, uint64) {
 	list, next := o.timeline.since(from)
 	entries := make([]any, len(list))
@@ -48,16 +48,16 @@ func (o overview) Since(from uint64) ([]any, uint64) {
 	return entries, next
 }
 
-// pageProxy is what the page shows of this process.
+// pageProxy is the page's data about this process.
 type pageProxy struct {
 	Version  string  `json:"version"`
 	Started  int64   `json:"started"`
 	Price    float64 `json:"price,omitempty"`
 	Bin      int     `json:"bin_s"`
-	Requests int     `json:"remembered"` // requests, at most
+	Requests int     `json:"remembered"` // how many requests are remembered at most
 	Lanes    bool    `json:"lanes"`      // requests wait for lanes
-	Keys     bool    `json:"keys"`       // are asked for
-	Held     string  `json:"keep_alive"` // as --keep-alive says
+	Keys     bool    `json:"keys"`       // API keys are required
+	Held     string  `json:"keep_alive"` // the text of --keep-alive
 }
 
 func (h *Handler) pageProxy() pageProxy {
@@ -68,7 +68,7 @@ func (h *Handler) pageProxy() pageProxy {
 	}
 }
 
-// pageQueue is what waits.
+// pageQueue is the page's data about waiting requests.
 type pageQueue struct {
 	Waiting  int           `json:"waiting"` // for a lane, for memory, or for a server
 	Queued   int           `json:"queued"`  // of these, for a lane
@@ -84,9 +84,9 @@ type pageWaiting struct {
 	NumCtx   int    `json:"num_ctx,omitempty"`
 	Upstream string `json:"upstream"`
 	Priority string `json:"priority"`
-	Tokens   int    `json:"tokens"` // of its prompt, estimated
+	Tokens   int    `json:"tokens"` // estimated length of its prompt
 	Since    int64  `json:"since"`
-	// Start is when it is expected to begin, in whole seconds; 0: nothing tells.
+	// Start is when it is expected to begin, in whole seconds; 0: unknown.
 	Start int64 `json:"start,omitempty"`
 }
 
@@ -112,14 +112,14 @@ func (h *Handler) pageQueue(now time.Time) pageQueue {
 	return q
 }
 
-// pageUpstream is what the page shows of a server.
+// pageUpstream is the page's data about a server.
 type pageUpstream struct {
 	upstreamEntry
 	Away  bool        `json:"away"`
-	Loops bool        `json:"loops,omitempty"` // it leads back to this proxy
+	Loops bool        `json:"loops,omitempty"` // its requests come back to this proxy
 	Seen  int64       `json:"seen,omitempty"`
-	Until int64       `json:"until,omitempty"` // for how long requests wait for it
-	Loads []pageModel `json:"loads"`           // what it has in memory
+	Until int64       `json:"until,omitempty"` // when requests stop waiting for it
+	Loads []pageModel `json:"loads"`           // the loaded models
 	Slots []pageSlots `json:"slots"`
 }
 
@@ -127,18 +127,18 @@ type pageUpstream struct {
 type pageModel struct {
 	Model   string `json:"model"`
 	Size    int64  `json:"size"`
-	GPU     int64  `json:"gpu"` // bytes of it
+	GPU     int64  `json:"gpu"` // the part of Size in GPU memory, in bytes
 	Context int    `json:"context"`
 	Expires int64  `json:"expires,omitempty"` // 0: never
-	Running int    `json:"running"`           // requests that came through here
-	// Holder says whose keep_alive is in force: proxy, client, or others.
+	Running int    `json:"running"`           // requests through this proxy in progress
+	// Holder is the source of the keep_alive in force: proxy, client, or others.
 	Holder string `json:"holder"`
-	For    string `json:"for,omitempty"` // that keep_alive
+	For    string `json:"for,omitempty"` // the keep_alive in force
 }
 
 // pageSlots are the lanes of a model with one set of options.
 type pageSlots struct {
-	Runner  string `json:"runner"` // what drawn.Runner is of the requests on these lanes
+	Runner  string `json:"runner"` // as in drawn.Runner
 	Model   string `json:"model"`
 	NumCtx  int    `json:"num_ctx,omitempty"`
 	Loaded  bool   `json:"loaded"`
@@ -146,7 +146,7 @@ type pageSlots struct {
 	Busy    int    `json:"busy"`
 	Held    int    `json:"held"`
 	Lanes   int    `json:"lanes"`  // 0: no limit
-	Source  string `json:"source"` // of that number: learned, given, told (by the engine) or none
+	Source  string `json:"source"` // learned, given, told (by the engine) or none
 }
 
 func (h *Handler) pageUpstreams() []pageUpstream {
@@ -193,13 +193,13 @@ func (h *Handler) pageUpstreams() []pageUpstream {
 	return list
 }
 
-// pageModel returns what the page shows of a model that is loaded.
+// pageModel returns the page's data about a loaded model.
 func (b *backend) pageModel(l upstream.Loaded) pageModel {
 	m := pageModel{
 		Model: upstream.DisplayName(l.Name), Size: l.Size, GPU: l.SizeVRAM, Context: l.ContextLength,
 		Holder: holderOthers,
 	}
-	// A model that is kept for ever expires in some hundred years.
+	// Ollama reports a model that is kept for ever as expiring in some hundred years.
 	if time.Until(l.ExpiresAt) < 10*365*24*time.Hour {
 		m.Expires = l.ExpiresAt.Round(time.Second).UnixMilli()
 	}
@@ -207,14 +207,15 @@ func (b *backend) pageModel(l upstream.Loaded) pageModel {
 	return m
 }
 
-// Who holds a model in memory.
+// The holders of a model in memory.
 const (
-	holderProxy  = "proxy"  // its own keep_alive
-	holderClient = "client" // one that a client has asked for
-	holderOthers = "others" // none that came through here is in force, as far as is known
+	holderProxy  = "proxy"  // the proxy's own keep_alive
+	holderClient = "client" // a keep_alive that a client has asked for
+	holderOthers = "others" // no keep_alive that passed through the proxy is known to be in force
 )
 
-// holder returns whose keep_alive holds a model, what that is, and how many requests to it are under way.
+// holder returns the source of the keep_alive in force for a model, its text, and how many requests
+// to the model are in progress.
 func (r *residency) holder(weights string) (who, long string, running int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -235,7 +236,7 @@ func (r *residency) holder(weights string) (who, long string, running int) {
 	return who, long, m.inFlight
 }
 
-// pageContextsPart are the stored contexts; nil: none are kept.
+// pageContextsPart are the stored contexts; nil if contexts are not stored.
 type pageContextsPart struct {
 	States    int               `json:"states"`
 	Bytes     int64             `json:"bytes"`
@@ -243,7 +244,7 @@ type pageContextsPart struct {
 	Saved     uint64            `json:"saved"`
 	Attached  uint64            `json:"attached"`
 	Filled    uint64            `json:"filled"`
-	Tokens    uint64            `json:"tokens"` // that were not evaluated again
+	Tokens    uint64            `json:"tokens"` // tokens that did not have to be evaluated again
 	Seconds   float64           `json:"seconds"`
 	Failed    map[string]uint64 `json:"failed"`
 	Refused   uint64            `json:"refused"`
@@ -251,12 +252,12 @@ type pageContextsPart struct {
 	NotListed int               `json:"not_listed"`
 }
 
-// pageContext is one of them.
+// pageContext is one stored context.
 type pageContext struct {
 	Model  string  `json:"model"`
 	Tokens int     `json:"tokens"`
 	Bytes  int64   `json:"bytes"`
-	Cost   float64 `json:"cost_s"` // to evaluate it again
+	Cost   float64 `json:"cost_s"` // estimated seconds to evaluate it again
 	Uses   int     `json:"uses"`
 	Made   int64   `json:"made"`
 	Used   int64   `json:"used"`
@@ -281,9 +282,9 @@ func (h *Handler) pageStored() *pageContextsPart {
 	return p
 }
 
-// problem is something that is wrong now, and what to do about it.
+// problem is a current problem and its remedy.
 type problem struct {
-	Kind  string `json:"kind"`  // one of a fixed set, for tests and styles
+	Kind  string `json:"kind"`  // from a fixed set, for tests and styles
 	Level string `json:"level"` // error, warning or note
 	What  string `json:"what"`
 	Do    string `json:"do"`
@@ -293,13 +294,13 @@ const (
 	isError   = "error"
 	isWarning = "warning"
 	isNote    = "note"
-	// lately is what the page takes for now, of what requests tell.
+	// lately is how old a finished request may be to count as a sign of a current problem.
 	lately = 5 * time.Minute
-	// longWait is from when on it is a problem that a request waits.
+	// longWait is the wait from which the page reports a request as a problem.
 	longWait = 30 * time.Second
 )
 
-// problems returns what is wrong now, the worst first.
+// problems returns the current problems, the worst first.
 func (h *Handler) problems(now time.Time) []problem {
 	list := []problem{}
 	up := 0
@@ -327,7 +328,7 @@ func (h *Handler) problems(now time.Time) []problem {
 	return list
 }
 
-// wrongWith returns what is wrong with a server.
+// wrongWith returns a server's problems.
 func (h *Handler) wrongWith(b *backend) (list []problem) {
 	st := b.State()
 	add := func(kind, level, what, do string) { list = append(list, problem{kind, level, what, do}) }
@@ -358,7 +359,7 @@ func (h *Handler) wrongWith(b *backend) (list []problem) {
 	return list
 }
 
-// waitingLong tells of requests that have waited for long.
+// waitingLong reports requests that have waited too long.
 func (h *Handler) waitingLong(now time.Time) []problem {
 	if h.Lanes == nil {
 		return nil
@@ -367,7 +368,7 @@ func (h *Handler) waitingLong(now time.Time) []problem {
 	n := 0
 	for p, w := range h.Lanes.Stats().Waiting {
 		n += w.Requests
-		if p != schedule.Batch { // those are there to wait
+		if p != schedule.Batch { // batch requests may wait
 			oldest = max(oldest, w.Oldest)
 		}
 	}
@@ -381,15 +382,15 @@ func (h *Handler) waitingLong(now time.Time) []problem {
 			"wait with X-Cacheproxy-Priority: batch."}}
 }
 
-// evidence is what the requests of the last minutes tell of what is wrong.
+// evidence is what recent requests reveal about problems.
 type evidence struct {
-	counts map[string]int    // of what, by its kind
-	said   map[string]string // what one was told that ended so, by outcome
-	// contexts are the num_ctx that requests for a model asked for.
+	counts map[string]int    // number of requests by kind of problem
+	said   map[string]string // the refusal or error of one such request, by outcome
+	// contexts has the num_ctx values that requests asked for, by model.
 	contexts map[string]map[int]bool
 }
 
-// evidence returns what requests tell that ended at a time or later.
+// evidence collects the evidence from requests that ended at this time (ms since 1970) or later.
 func (t *timeline) evidence(since int64) evidence {
 	e := evidence{map[string]int{}, map[string]string{}, map[string]map[int]bool{}}
 	t.mu.Lock()
@@ -438,14 +439,15 @@ func (e *evidence) disagree() bool {
 	return false
 }
 
-// symptoms are what evidence may show: from how many on, how bad that is, and what to do about it.
+// symptoms are the problems that evidence can show: the smallest count, the severity, and the
+// remedy.
 var symptoms = []struct {
 	kind        string
 	least       int
 	level       string
 	what, todo  string
-	onlyNumCtx  bool // where clients disagree on num_ctx …
-	otherNumCtx bool // … and where they do not
+	onlyNumCtx  bool // only if clients disagree on num_ctx …
+	otherNumCtx bool // … or only if they agree
 }{
 	{kind: string(Unreachable), least: 1, level: isError,
 		what: "Requests in the last 5 minutes that did not reach Ollama: %d.",
@@ -475,7 +477,7 @@ var symptoms = []struct {
 		todo: "Ask for a larger num_ctx, or send less."},
 }
 
-// problems tells what is wrong by the requests that ended lately.
+// problems derives problems from recently finished requests.
 func (t *timeline) problems(now time.Time) (list []problem) {
 	e := t.evidence(now.Add(-lately).UnixMilli())
 	for _, s := range symptoms {

@@ -11,7 +11,7 @@ import (
 	"strings"
 )
 
-// own serves the proxy's own pages; false where the request is for the upstream.
+// own serves the proxy's own pages, and reports whether the request was for one.
 func (h *Handler) own(w http.ResponseWriter, r *http.Request, ex *exchange) bool {
 	switch path := r.URL.Path; {
 	case h.pages(w, r, ex):
@@ -45,8 +45,8 @@ func (h *Handler) own(w http.ResponseWriter, r *http.Request, ex *exchange) bool
 	return true
 }
 
-// ready serves pathReady. Anyone may see this page. Names and versions are for those alone who show
-// a key, if keys are asked for.
+// ready serves pathReady. Anyone may see this page, but if API keys are required, names and
+// versions are only for clients that show one.
 func (h *Handler) ready(w http.ResponseWriter, ex *exchange) {
 	versions := map[string]string{}
 	status, page := http.StatusServiceUnavailable, map[string]any{"status": "no upstream answers"}
@@ -62,23 +62,23 @@ func (h *Handler) ready(w http.ResponseWriter, ex *exchange) {
 	ex.page(w, pathReady, status, page)
 }
 
-// What can be asked of an upstream.
+// The actions on an upstream.
 const (
 	verbHold   = "hold"   // keep a model in memory
-	verbUnload = "unload" // … or not
+	verbUnload = "unload" // remove it from memory
 )
 
 var verbs = []string{"drain", "resume", verbHold, verbUnload}
 
-// changeUpstream has an upstream drain, or resume, or hold or unload a model.
+// changeUpstream drains or resumes an upstream, or holds or unloads a model on it.
 func (h *Handler) changeUpstream(w http.ResponseWriter, r *http.Request, ex *exchange) {
 	ex.Endpoint = pathUpstreams
 	name, verb, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, pathUpstreams), "/")
 	b := h.named(name)
 	switch {
 	case r.Method != http.MethodGet && r.Method != http.MethodHead && ex.origin != "":
-		// It may read this page if it may read Ollama's answers. To change something here is not
-		// for pages.
+		// A page of another origin may read this path if it may read Ollama's answers, but it may
+		// not change anything here.
 		h.refuse(w, r, ex, &refusal{
 			http.StatusForbidden,
 			"this is not for web pages of another origin; send it without Origin",
@@ -107,7 +107,7 @@ func (h *Handler) changeUpstream(w http.ResponseWriter, r *http.Request, ex *exc
 	}
 }
 
-// shown reads how many entries a page is to show, and refuses what is no such number.
+// shown parses how many entries a page should have, and refuses anything but a valid number.
 func (h *Handler) shown(
 	w http.ResponseWriter, r *http.Request, ex *exchange, path, name string, unless, most int,
 ) (int, bool) {
@@ -140,10 +140,10 @@ func (ex *exchange) page(w http.ResponseWriter, endpoint string, status int, con
 	w.Header().Set("Content-Type", "application/json; charset=utf-8")
 	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(status)
-	json.NewEncoder(w).Encode(content) // a client that is gone has nobody to tell
+	json.NewEncoder(w).Encode(content) // an error means that the client is gone
 }
 
-// upstreamEntry is what pathUpstreams shows of one.
+// upstreamEntry is an upstream in the content of pathUpstreams.
 type upstreamEntry struct {
 	Name     string `json:"name"`
 	URL      string `json:"url"`
@@ -153,10 +153,10 @@ type upstreamEntry struct {
 	InFlight int64  `json:"in_flight"` // requests that were sent to it and have not ended
 	Version  string `json:"version,omitempty"`
 
-	Simulated bool `json:"simulated,omitempty"` // its answers and figures are made up
+	Simulated bool `json:"simulated,omitempty"` // answers and figures are made up
 
-	Models []string `json:"models"` // that it has
-	Loaded []string `json:"loaded"` // at the last poll that asked
+	Models []string `json:"models"` // all models that it has
+	Loaded []string `json:"loaded"` // at the last poll that listed them
 }
 
 func (h *Handler) upstreams() []upstreamEntry {

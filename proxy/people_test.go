@@ -26,8 +26,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// These tests let people ask through the whole proxy beside a script's backlog, in front of a
-// simulated Ollama and in virtual time.
+// In these tests people send requests through the whole proxy beside a script's backlog, to a
+// simulated Ollama in virtual time.
 
 const (
 	frontAddress  = "10.9.0.1"
@@ -54,11 +54,10 @@ type who struct {
 	headers []string // name: value
 	user    string   // named in bodies; a script has one for each request, beginning with this
 	whole   bool     // without streaming, as the script asks
-	every   int      // of a script: one in every so many requests is of another program; 0: none
+	every   int      // of a script: one in this many requests comes from another program; 0: none
 }
 
-// headerPeer tells the test's proxy where a request comes from, since connections in memory have no
-// address.
+// headerPeer is the client's address in these tests, since connections in memory have none.
 const headerPeer = "X-Test-Peer"
 
 func newOffice(t *testing.T, house house, trusted ...string) *office {
@@ -239,8 +238,8 @@ func (o *office) script(w who) {
 	wg.Wait()
 }
 
-// pauses returns times about as long as somebody thinks, which vary so that nobody keeps step with
-// the script.
+// pauses returns times about as long as a person thinks. They vary, so that no person keeps step
+// with the script.
 func pauses(id uint64, think time.Duration) func() time.Duration {
 	rnd := rand.New(rand.NewPCG(2, id))
 	return func() time.Duration { return think*9/10 + time.Duration(rnd.Int64N(int64(think/5))) }
@@ -270,13 +269,13 @@ func openWebUI(peer, user string) who {
 	}}
 }
 
-// beside is people who ask beside a script.
+// beside is a group of people who ask beside a script.
 type beside struct {
 	name    string
 	script  who
 	people  []who
 	trusted []string
-	alike   bool // they ask like the script: they are told apart by who they are
+	alike   bool // their requests look like the script's: only their identity differs
 	embeds  bool // they want embeddings
 	// The longest wait, in requests, on four slots that were set, if that misses the target;
 	// otherwise 0.
@@ -313,7 +312,7 @@ func (h house) turns(people int) (turns int, think time.Duration) {
 	return 20, 8 * time.Second
 }
 
-// ask lets somebody ask now and then while the script has requests left.
+// ask lets a person ask now and then while the script has requests left.
 func (b beside) ask(o *office, i int, told func(reply)) {
 	turns, think := o.turns(len(b.people))
 	time.Sleep(time.Duration(i) * think / time.Duration(len(b.people)))
@@ -334,7 +333,7 @@ func (b beside) ask(o *office, i int, told func(reply)) {
 }
 
 // run lets the people ask, and checks how long they wait and what it costs the script, which
-// evaluates alone tokens when nobody else asks.
+// evaluates alone tokens without them.
 func (b beside) run(t *testing.T, h house, alone int64) {
 	o := newOffice(t, h, b.trusted...)
 	var wg sync.WaitGroup
@@ -418,8 +417,8 @@ func TestPeopleFirst(t *testing.T) {
 			name:   "beside a user for each request",
 			script: who{peer: scriptAddress, user: "applicant"}, people: one(scriptAddress, browser),
 		},
-		// A client with many programs has no busy one, compared with which others have had little;
-		// and some of its own go first.
+		// A client with many programs has no busiest one to compare the others with, so some of its
+		// own requests go first.
 		{
 			name: "another address, beside a program for each request", alike: true,
 			script: who{peer: scriptAddress, every: 1}, people: one("10.9.0.8", userAgent),

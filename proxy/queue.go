@@ -9,15 +9,15 @@ import (
 
 const (
 	pathQueue  = ownPrefix + "queue"
-	shownQueue = 100 // entries that the page shows unless told otherwise
+	shownQueue = 100 // entries on the page without ?n=
 	queueMost  = 1000
 )
 
-// queuePage is what pathQueue shows: what waits for a lane, those first that are expected to go
-// first.
+// queuePage is the content of pathQueue: the requests that wait for a lane, in the expected order
+// of starting.
 type queuePage struct {
-	Waiting int `json:"waiting"` // for a lane, for memory, or for a server that is away
-	Queued  int `json:"queued"`  // of these, for a lane; Requests are the first of them
+	Waiting int `json:"waiting"` // for a lane, for memory, or for an absent server
+	Queued  int `json:"queued"`  // of these, for a lane; Requests lists the first of them
 
 	Priorities map[string]queuedEntry `json:"priorities"`
 	Requests   []waitingEntry         `json:"requests"`
@@ -25,7 +25,7 @@ type queuePage struct {
 	Servers    []lanesEntry           `json:"servers"`
 }
 
-// queuedEntry is what is queued with one priority.
+// queuedEntry counts the queued requests of one priority.
 type queuedEntry struct {
 	Requests int     `json:"requests"`
 	Oldest   float64 `json:"oldest_s"`
@@ -33,29 +33,29 @@ type queuedEntry struct {
 
 // waitingEntry is one request that waits for a lane.
 type waitingEntry struct {
-	Place    int     `json:"place"` // among those for the same model on the same server
+	Place    int     `json:"place"` // among the requests for the same model on the same server
 	Name     string  `json:"name,omitempty"`
-	Client   string  `json:"client"` // hashed, and so is Flow
+	Client   string  `json:"client"` // hashed, like Flow
 	Flow     string  `json:"flow"`
 	Model    string  `json:"model"`
 	Upstream string  `json:"upstream"`
 	Priority string  `json:"priority"`
-	Sparse   bool    `json:"sparse,omitempty"` // it goes before others of its priority
+	Sparse   bool    `json:"sparse,omitempty"` // goes before the other requests of its priority
 	Age      float64 `json:"age_s"`
 	Tokens   int     `json:"estimated_prompt_tokens"`
-	// Start is until when it is expected to begin, from now; nil where nothing tells.
+	// Start is how many seconds from now it is expected to begin; nil if unknown.
 	Start *float64 `json:"estimated_start_s"`
 }
 
-// estimatesEntry says how wrong the estimates were that were made when requests began to wait.
+// estimatesEntry compares estimated and real waits.
 type estimatesEntry struct {
-	Count  int64    `json:"count"`       // those that have begun
-	Waited *float64 `json:"mean_wait_s"` // nil, as the others, where there were none
+	Count  int64    `json:"count"`       // estimated requests that have begun since
+	Waited *float64 `json:"mean_wait_s"` // nil, like the next two, if Count is 0
 	Error  *float64 `json:"mean_absolute_error_s"`
-	Bias   *float64 `json:"bias_s"` // by how much longer they waited than estimated, on average
+	Bias   *float64 `json:"bias_s"` // mean of the real minus the estimated wait
 }
 
-// lanesEntry is a server, and what it has loaded or to load.
+// lanesEntry is a server and the models that it has loaded or is to load.
 type lanesEntry struct {
 	Name     string       `json:"name"`
 	Up       bool         `json:"up"`
@@ -71,10 +71,10 @@ type modelLanes struct {
 	Waiting int    `json:"waiting"`
 	Busy    int    `json:"lanes_busy"`
 	Lanes   int    `json:"lanes"`   // 0: no limit
-	Learned bool   `json:"learned"` // or else they are given
+	Learned bool   `json:"learned"` // otherwise the number was given
 }
 
-// queue returns what waits, with so many requests.
+// queue returns the waiting requests, up to a limit.
 func (h *Handler) queue(limit int) queuePage {
 	page := queuePage{
 		Waiting: int(h.Waiting()), Priorities: map[string]queuedEntry{}, Requests: []waitingEntry{},
@@ -131,7 +131,7 @@ func (h *Handler) waitingEntry(q schedule.Waiter) waitingEntry {
 	return e
 }
 
-// modelName returns the name by which people know a model that a runner serves.
+// modelName returns the readable name of a runner's model.
 func (h *Handler) modelName(r schedule.Runner) string {
 	return upstream.DisplayName(h.backends[r.Upstream].runners.Name(r.Options.Model))
 }
@@ -147,5 +147,5 @@ func estimatesOf(e schedule.Estimates) estimatesEntry {
 	return estimatesEntry{int64(e.Count), mean(e.Waited), mean(e.Absolute), mean(e.Late)}
 }
 
-// seconds are in milliseconds' steps.
+// seconds rounds to milliseconds.
 func seconds(d time.Duration) float64 { return d.Round(time.Millisecond).Seconds() }

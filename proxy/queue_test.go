@@ -13,10 +13,10 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 )
 
-// asking is how tests in virtual time ask; see inTime.
+// asking sends a request in virtual time; see inTime.
 type asking func(path, body string, headers ...string) *asked
 
-// get is the answer to a GET.
+// get returns the answer to a GET.
 func get(ask asking, path string, headers ...string) *asked {
 	a := ask(path, "", headers...)
 	<-a.ended
@@ -41,8 +41,8 @@ func queueOf(
 	return page, text
 }
 
-// TestQueuePage: who waits is told place, age and when it is expected to begin, once something is
-// known, and how wrong that was; clients and keys are not.
+// TestQueuePage: waiting requests are shown with their place, age and expected start, once
+// something is known, and with the error of earlier estimates; clients and keys are not shown.
 func TestQueuePage(t *testing.T) {
 	inTime(
 		t,
@@ -143,8 +143,8 @@ func TestQueuePage(t *testing.T) {
 	)
 }
 
-// TestQueuePageAway: what waits for a server that is away is told, without a time; and so is that
-// with --slots off nothing has a place.
+// TestQueuePageAway: requests that wait for an absent server are shown without a time. With --slots
+// off no request has a place.
 func TestQueuePageAway(t *testing.T) {
 	for _, lanes := range []int{1, schedule.Unlimited, -2} {
 		inTime(
@@ -179,8 +179,8 @@ func TestQueuePageAway(t *testing.T) {
 	}
 }
 
-// TestRequestsTellWaits: the page of the last requests and the log say who asked, as the page of the
-// queue does, how long the request waited in the proxy and how long it took in all.
+// TestRequestsTellWaits: the page of the last requests and the log show the client, as on the page
+// of the queue, the request's wait in the proxy, and its whole duration.
 func TestRequestsTellWaits(t *testing.T) {
 	inTime(t, 1, time.Minute, func(t *testing.T, m *mortal, h *Handler, ask func(string, string, ...string) *asked) {
 		log := &logBuffer{}
@@ -201,7 +201,7 @@ func TestRequestsTellWaits(t *testing.T) {
 			t.Fatal(err, page)
 		}
 		s, f := page.Requests[0], page.Requests[1]
-		// Each works for a second, and the second one waits for that of the first.
+		// Each works for a second, and the second one waits for the first.
 		if s.Waited != 1000 || s.Duration != 2000 || f.Waited != 0 || f.Duration != 1000 {
 			t.Errorf("waited %v and %v ms of %v and %v", f.Waited, s.Waited, f.Duration, s.Duration)
 		}

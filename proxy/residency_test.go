@@ -407,8 +407,8 @@ func TestResidencyConcurrent(t *testing.T) {
 	}
 }
 
-// A load that a client kept for a few seconds only ends when those have passed, whether or not
-// anybody saw it: the next load, with the server's longer default, is touched.
+// A load with a client's keep_alive of a few seconds ends when those have passed, even if no poll
+// noticed: the next load, with the server's longer default, is touched.
 func TestTouchAfterShortKeepAlive(t *testing.T) {
 	inBed(t, keep(t, "", "24h"), func(b *bed) {
 		b.native("m", `"3s"`)
@@ -419,8 +419,8 @@ func TestTouchAfterShortKeepAlive(t *testing.T) {
 	})
 }
 
-// A request that the upstream refuses changes nothing: not what later requests get, not what is
-// known of a load, and not that a model was unloaded.
+// A refused request changes nothing: neither what later requests get, nor what is known of a load,
+// nor that a model was unloaded.
 func TestRefusedRequestsChangeNothing(t *testing.T) {
 	inBed(t, keep(t, "", "24h"), func(b *bed) {
 		refused := func(keepAlive string) {

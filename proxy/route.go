@@ -9,31 +9,32 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
 )
 
-// reads says what the proxy reads of a request's body before it forwards it.
+// reads is how much of a request's body the proxy reads before it forwards the request.
 type reads int
 
 const (
-	readsNothing reads = iota // passed through as it comes
+	readsNothing reads = iota // the body passes through as it arrives
 	readsNative               // JSON with a model and perhaps keep_alive: Ollama's own inference endpoints
-	readsForeign              // JSON with a model, of a dialect that has no keep_alive
-	readsName                 // JSON with a model: only to know which upstream has it
+	readsForeign              // JSON with a model, in a dialect without keep_alive
+	readsName                 // JSON with a model, read only to find the upstream that has it
 )
 
-// route is what a path and method mean to the proxy. Everything that it does not know passes through.
+// route is the meaning of a path and method. Requests that the proxy does not know pass through.
 type route struct {
-	label  string // bounded: for metrics
+	label  string // from a bounded set, for metrics
 	reads  reads
 	embed  bool            // asks for embeddings
-	prompt prefix.Endpoint // how the body's prompt is written; None where there is none that a slot would keep
-	answer savings.Dialect // how the answer to that is written
+	prompt prefix.Endpoint // the form of the body's prompt; None if no slot would keep it
+	answer savings.Dialect // the form of the answer to the prompt
 	alters bool            // may change or remove a model
-	first  bool            // goes to the first upstream, since it changes something or must always go to the same one
-	admins bool            // only admins may send it: see exchange.admin
-	long   bool            // works for long, until it is done or its client leaves
-	merged string          // the member of the answer that lists what an upstream has, if it is merged over upstreams
+	first  bool            // goes to the first upstream, because it must always reach the same one
+	admins bool            // needs the admin right: see exchange.admin
+	long   bool            // may take long; Ollama stops it when the client leaves
+	merged string          // the answer's list of an upstream's models, if lists are merged
 }
 
-// routes lists Ollama's endpoints. The proxy reads a POST body where reads says so; every other method passes.
+// routes lists Ollama's endpoints. Only POST bodies are read, as reads says; all others pass
+// through.
 var routes = map[string]route{
 	"/":                        {label: "/"},
 	"/api/version":             {label: "/api/version"},
@@ -62,10 +63,10 @@ var routes = map[string]route{
 	"/v1/audio/transcriptions": {label: "/v1/audio/transcriptions", long: true},
 }
 
-// pathAudio asks a model, too, in a form that is not read.
+// pathAudio also asks a model, but the proxy does not parse its form.
 const pathAudio = "/v1/audio/transcriptions"
 
-// pathModel, and a model's name after it, asks for one model.
+// pathModel with a model's name after it asks about one model.
 const pathModel = "/v1/models/"
 
 func routeOf(r *http.Request) route {
@@ -91,13 +92,14 @@ func routeOf(r *http.Request) route {
 	return rt
 }
 
-// changes reports whether a request changes models, or who is signed in at an upstream.
+// changes reports whether a request changes models, or the account that an upstream is signed in
+// to.
 func changes(r *http.Request) bool {
 	switch r.Method {
 	case http.MethodGet, http.MethodHead, http.MethodOptions:
 		return false
 	}
-	// What stands in front of an upstream may clean a path before Ollama sees it.
+	// A gateway in front of an upstream may clean a path before Ollama sees it.
 	switch p := path.Clean(r.URL.Path); p {
 	case "/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/api/signout":
 		return true
@@ -106,14 +108,15 @@ func changes(r *http.Request) bool {
 	}
 }
 
-// infers reports whether the request asks a model for something, or has one loaded.
+// infers reports whether the request uses or loads a model.
 func (ex *exchange) infers() bool {
 	return (ex.reads == readsNative || ex.reads == readsForeign) && !ex.unloads()
 }
 
-// outlives reports whether the request goes on when its client leaves, since it does so in Ollama, too. A client that has shut
-// its sending side, as some do when they have sent their request, looks like one that has left, until something is
-// written to it. Of what evaluates, or works for long otherwise, Ollama itself gives up both.
+// outlives reports whether the request goes on after its client leaves, as it does in Ollama. A
+// client that shuts down its sending side after the request, as some do, looks like one that has
+// left until something is written to it. Ollama itself gives up evaluations and other long work in
+// both cases.
 func (rt route) outlives() bool {
 	return !rt.long && rt.reads != readsNative && rt.reads != readsForeign
 }

@@ -10,33 +10,33 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
-// StableHeads are the rules by which text is taken out of prompts that differs from request to
-// request and means nothing to a model, so that Ollama can reuse what follows it. The zero value
-// has none and edits nothing.
+// StableHeads are the rules that neutralize text in prompts which differs from request to request
+// and means nothing to a model, so that Ollama can reuse what follows it. The zero value has no
+// rules and edits nothing.
 //
-// Each edit is made in place and keeps the body's length: digits become zeros, and what is removed
-// becomes spaces between JSON values. Whatever is not exactly as a rule expects it stays as it is.
+// Each edit is made in place and keeps the body's length: digits become zeros, and removed text
+// becomes spaces between JSON values. Text that does not match a rule exactly is left as it is.
 type StableHeads struct{ rules []stableRule }
 
 type stableRule struct {
 	name string
-	// edit changes what the rule is for, and returns how many edits that were.
+	// edit applies the rule, and returns the number of edits.
 	edit func(b promptBody) int
 }
 
-// stableRules are all that there are, in the order in which they are applied.
+// stableRules are all rules, in the order of application.
 var stableRules = []stableRule{
 	{"claude-billing", steadyBilling},
 	{"total-tokens", removeCountdowns},
 }
 
-// HeadEdits says how often a rule of StableHeads has edited a request.
+// HeadEdits counts the edits of one rule of StableHeads in a request.
 type HeadEdits struct {
 	Rule  string
 	Edits int // at least 1
 }
 
-// ParseStableHeads reads a list of rules' names, or "off".
+// ParseStableHeads parses a list of rule names, or "off".
 func ParseStableHeads(names []string) (StableHeads, error) {
 	var s StableHeads
 	if len(names) == 1 && names[0] == s.String() {
@@ -57,7 +57,7 @@ func ParseStableHeads(names []string) (StableHeads, error) {
 	return s, nil
 }
 
-// String lists the rules as ParseStableHeads reads them; "off" if there are none.
+// String lists the rules in the form that ParseStableHeads reads; "off" if there are none.
 func (s StableHeads) String() string {
 	if len(s.rules) == 0 {
 		return "off"
@@ -69,7 +69,7 @@ func (s StableHeads) String() string {
 	return strings.Join(names, ", ")
 }
 
-// apply edits a body in place, whose members are known, and says what was done.
+// apply edits a body, whose members are known, in place, and returns the edits by rule.
 func (s StableHeads) apply(e prefix.Endpoint, body []byte, members []jsonscan.Member, long []byte) (done []HeadEdits) {
 	if len(s.rules) == 0 || e != prefix.Chat && e != prefix.ChatCompletions && e != prefix.Messages {
 		return nil
@@ -92,9 +92,9 @@ func (s StableHeads) apply(e prefix.Endpoint, body []byte, members []jsonscan.Me
 	return done
 }
 
-// member is the value of an object's member, as a part of the body.
+// member is the value of a member of an object, as a slice of the body.
 type member struct {
-	value []byte // nil where there is none, or more than one: which of them counts is Ollama's business
+	value []byte // nil if absent or repeated: only Ollama knows which one counts
 	n     int
 }
 
@@ -105,19 +105,19 @@ func (m *member) add(value []byte) {
 	m.value = value
 }
 
-// isList reports whether there is one value, and that is an array.
+// isList reports whether the value is present and an array.
 func (m member) isList() bool { return len(m.value) > 0 && m.value[0] == '[' }
 
-// promptBody is a body that has messages. Its values are parts of the body, which the rules write
-// to.
+// promptBody is a body with messages. Its values are slices of the body, so the rules write to the
+// body through them.
 type promptBody struct {
 	system, messages member // system: of /v1/messages
-	long             []byte // a string whose end is known: jsonscan.Object.Long
+	long             []byte // a string whose end is already known: jsonscan.Object.Long
 }
 
-// object reads the members with these names; n is how many members the object has. Keys fold case,
-// as they do for most of what Ollama reads; where they do not, what is found here is not rendered.
-// Of a value that is no object, there are none.
+// object finds the members with these names; n is the number of all members. Keys fold case, as for
+// most objects that Ollama reads; where they do not, a member that only folding finds is not
+// rendered into the prompt. A value that is not an object has no members.
 func (b promptBody) object(raw []byte, names ...string) (found []member, n int) {
 	found = make([]member, len(names))
 	if len(raw) == 0 || raw[0] != '{' {
@@ -137,16 +137,16 @@ func (b promptBody) object(raw []byte, names ...string) (found []member, n int) 
 	return found, n
 }
 
-// isText reports whether raw is the JSON string text.
+// isText reports whether raw is the JSON string for text.
 func isText(raw []byte, text string) bool {
 	s, ok := jsonscan.Unquote(raw)
 	return ok && s == text
 }
 
-// maxShort is how long a piece of text may be, in bytes of JSON, that a rule looks at as a whole.
+// maxShort is the longest text, in bytes of JSON, that a rule examines as a whole.
 const maxShort = 512
 
-// systemText returns the raw string that the system prompt begins with; nil where there is none.
+// systemText returns the first raw string of the system prompt, or nil.
 func (b promptBody) systemText() []byte {
 	content := b.system.value
 	if b.system.n == 0 {
@@ -182,7 +182,7 @@ func (b promptBody) systemText() []byte {
 	return content
 }
 
-// billing is the line with which Claude Code begins its system prompt, as JSON spells it:
+// billing matches the line that begins Claude Code's system prompt, in its JSON form:
 //
 //	x-anthropic-billing-header: cc_version=2.1.177.01c; cc_entrypoint=cli; cch=36ee5;
 //
@@ -193,31 +193,31 @@ var (
 	checks  = regexp.MustCompile(` (?:cch=|cc_version=[0-9]+\.[0-9]+\.[0-9]+\.)([0-9a-f]{3,64});`)
 )
 
-// steadyBilling is the rule claude-billing: zeros in the place of the checksums' digits.
+// steadyBilling is the rule claude-billing: it replaces the digits of the checksums by zeros.
 func steadyBilling(b promptBody) (edits int) {
 	text := b.systemText()
 	if text == nil {
 		return 0
 	}
-	text = text[1:min(len(text), maxShort)] // with the quote at the end, where it is that short
+	text = text[1:min(len(text), maxShort)] // including the closing quote if the text is that short
 	line := billing.Find(text)
 	for _, at := range checks.FindAllSubmatchIndex(line, -1) {
 		for i := at[2]; i < at[3]; i++ {
-			line[i] = '0' // also where it is one already: the next request's will be another
+			line[i] = '0' // even if it is zero already: the next request's digit differs
 		}
 		edits++
 	}
 	return edits
 }
 
-// countdown is what Claude Code says of how many tokens are left, in a system message of its own.
+// countdown matches Claude Code's system message about the remaining tokens.
 var countdown = regexp.MustCompile(`^\s*(?:` +
 	`<total_tokens>[0-9]+ tokens left</total_tokens>|` +
 	`<system-reminder>\s*<total_tokens>[0-9]+ tokens left</total_tokens>\s*</system-reminder>)\s*$`)
 
-// removeCountdowns is the rule total-tokens: system messages that are nothing but a countdown are
-// removed. Most templates gather system messages at the prompt's start, so that each further one
-// moves all that follows.
+// removeCountdowns is the rule total-tokens: it removes system messages that contain only a
+// countdown. Most templates move system messages to the start of the prompt, so each one more would
+// shift everything after it.
 func removeCountdowns(b promptBody) (edits int) {
 	if !b.messages.isList() {
 		return 0
@@ -238,20 +238,20 @@ func removeCountdowns(b promptBody) (edits int) {
 			edits++
 		}
 	}
-	said := len(list) - 1 // the last message that is said
+	said := len(list) - 1 // the last message that is not a countdown
 	for said >= 0 && list[said].countdown {
 		said--
 	}
 	if said < 0 {
-		return 0 // a request without messages would be another kind of request
+		return 0 // without messages the request would mean something else
 	}
 	if last := len(list) - 1; said < last {
 		if m, _ := b.object(text[list[said].start:list[said].end], "role"); isText(m[0].value, "assistant") {
-			list[last].countdown = false // an assistant's message that came last would be continued, not answered
+			list[last].countdown = false // keep it: a final assistant message would be continued
 			edits--
 		}
 	}
-	kept := -1 // where the last one that is kept ends
+	kept := -1 // the last message that is kept
 	for i, s := range list {
 		next := len(text)
 		if i+1 < len(list) {
@@ -262,22 +262,21 @@ func removeCountdowns(b promptBody) (edits int) {
 			kept = i
 		case i+1 < len(list):
 			blank(text[s.start:next])
-		default: // and the comma before it
+		default: // with the comma before it
 			blank(text[list[kept].end:s.end])
 		}
 	}
 	return edits
 }
 
-// blank makes spaces of JSON text.
+// blank overwrites JSON text with spaces.
 func blank(text []byte) {
 	for i := range text {
 		text[i] = ' '
 	}
 }
 
-// isCountdown reports whether a message has a role and a content and nothing else, and is a
-// countdown.
+// isCountdown reports whether a message has exactly a role and a content, and is a countdown.
 func (b promptBody) isCountdown(raw []byte) bool {
 	if len(raw) == 0 || raw[0] != '{' || len(raw) > maxShort {
 		return false
@@ -305,23 +304,23 @@ func isCountdownText(raw []byte) bool {
 	return ok && countdown.MatchString(s)
 }
 
-// steady applies the rules to a body that is to be sent, and to nothing else.
+// steady applies the rules to a body that is about to be sent.
 func (h *Handler) steady(ex *exchange, data []byte) {
 	if ex.runsHere() {
 		ex.Heads = h.StableHeads.apply(ex.prompt, data, ex.fields.members, ex.fields.long)
 	}
 }
 
-// steadyText says of a compressed body whether the rules would have edited it: text is what it
-// says.
+// steadyText reports whether the rules would have edited a compressed body, given its decompressed
+// text.
 func (h *Handler) steadyText(ex *exchange, text []byte) {
 	if ex.runsHere() && h.StableHeads.apply(ex.prompt, text, ex.fields.members, ex.fields.long) != nil {
 		ex.Unedited = UneditedEncoded
 	}
 }
 
-// edited says for the ledger's detail what was changed in the request beside keep_alive; "":
-// nothing.
+// edited describes the changes to the request other than keep_alive, for the ledger's detail; "" if
+// there are none.
 func (ex *exchange) edited() string {
 	var list []string
 	if ex.fit.made {
@@ -333,7 +332,7 @@ func (ex *exchange) edited() string {
 	return strings.Join(list, "; ")
 }
 
-// headsEdited lists the rules that have edited the request; "" where none has.
+// headsEdited lists the rules that edited the request; "" if none did.
 func (ex *exchange) headsEdited() string {
 	var names []string
 	for _, done := range ex.Heads {

@@ -23,7 +23,7 @@ func heads(t testing.TB, names ...string) StableHeads {
 	return s
 }
 
-// applied returns what the rules make of a body.
+// applied returns the body that the rules produce.
 func applied(t testing.TB, s StableHeads, e prefix.Endpoint, body string) (string, []HeadEdits) {
 	t.Helper()
 	data := []byte(body)
@@ -48,7 +48,7 @@ func TestStableHeads(t *testing.T) {
 		name     string
 		endpoint prefix.Endpoint
 		body     string
-		want     string // "": nothing is edited
+		want     string // "" if nothing is edited
 		edits    int
 	}{
 		{"a system string", prefix.Messages, `{"model":"m","system":"` + billed + `\nYou are"}`, `{"model":"m","system":"` + steady + `\nYou are"}`, 2},
@@ -132,8 +132,8 @@ func TestStableHeads(t *testing.T) {
 	}
 }
 
-// TestStableHeadsSent: what is edited goes upstream with its length, is read as one prompt, is
-// counted and is told; a compressed body stays as it is.
+// TestStableHeadsSent: an edited body goes upstream with its old length, parses as one prompt, is
+// counted, and is reported; a compressed body stays as it is.
 func TestStableHeadsSent(t *testing.T) {
 	f := newFake(t, okAnswer)
 	rg := newRig(t, f.URL, &Handler{StableHeads: heads(t, "claude-billing")})
@@ -165,8 +165,8 @@ func TestStableHeadsSent(t *testing.T) {
 	}
 }
 
-// FuzzStableHeads: what is edited has the length that it had, and is to Ollama the same but for
-// what the rules are for.
+// FuzzStableHeads: an edited body keeps its length, and means the same to Ollama except for the
+// text that the rules remove.
 func FuzzStableHeads(f *testing.F) {
 	for _, seed := range []string{
 		`{"system":"` + billed + `\nYou"}`, `{"messages":[{"role":"user","content":"a"},` + left + `]}`,
@@ -203,7 +203,7 @@ func FuzzStableHeads(f *testing.F) {
 			if err := json.NewDecoder(bytes.NewReader(body)).Decode(&after); err != nil {
 				t.Fatalf("%q became %q: %v", data, body, err)
 			}
-			plain := func(v any) string { // without what may change
+			plain := func(v any) string { // without the text that may change
 				text, _ := json.Marshal(v)
 				var any any
 				json.Unmarshal(text, &any)

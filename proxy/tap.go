@@ -6,8 +6,9 @@ import (
 	"time"
 )
 
-// tap is the response body on its way to the client. It notes when the first byte came, how many there were, and
-// how it ended. It wraps the body, not the ResponseWriter, so that flushing and 1xx answers work as they are.
+// tap is the response body on its way to the client. It records the time of the first byte, the
+// number of bytes, and how the body ended. It wraps the body, not the ResponseWriter, so that
+// flushing and 1xx answers work unchanged.
 type tap struct {
 	io.ReadCloser
 	ex *exchange
@@ -16,7 +17,7 @@ type tap struct {
 func (t *tap) Read(p []byte) (int, error) {
 	t.ex.silence.wait()
 	n, err := t.ReadCloser.Read(p)
-	t.ex.silence.stop() // a slow client is not the upstream's silence
+	t.ex.silence.stop() // while a slow client reads, the upstream is not silent
 	if n > 0 {
 		if t.ex.BytesOut == 0 {
 			t.ex.FirstByte = time.Since(t.ex.start)
@@ -24,7 +25,7 @@ func (t *tap) Read(p []byte) (int, error) {
 			t.ex.answers()
 		}
 		if !t.ex.gateway {
-			t.ex.up.Alive() // however slowly it answers polls meanwhile
+			t.ex.up.Alive() // even if it answers polls slowly meanwhile
 		}
 	}
 	t.ex.BytesOut += int64(n)
@@ -32,19 +33,20 @@ func (t *tap) Read(p []byte) (int, error) {
 		t.ex.answer.Write(p[:n])
 	}
 	if err != nil {
-		t.ex.bodyErr = err // io.EOF is how a body ends well
+		t.ex.bodyErr = err // io.EOF is a good end
 	}
 	return n, err
 }
 
-// passing is a request body that passes through unread. It counts the bytes, and once as many have come as
-// Content-Length announced it ends without asking the connection again: the transport looks for the end after the last
-// byte, when the answer may be on its way already and the server has closed the body, and would break off the answer.
+// passing is a request body that passes through unread. It counts the bytes and ends after
+// Content-Length bytes without reading the connection again. Otherwise the transport would look for
+// the end after the last byte, when the answer may have begun and the server has closed the body,
+// and would then cut off the answer.
 type passing struct {
 	io.ReadCloser
-	left  int64       // bytes still to come; negative if that is not known
-	ex    *exchange   // it is told of the bytes that come
-	begun atomic.Bool // reading was begun
+	left  int64       // bytes still to come; negative if unknown
+	ex    *exchange   // counts the bytes that arrive
+	begun atomic.Bool // reading has begun
 	ended atomic.Bool // the whole body was read
 
 	failed atomic.Pointer[error] // why the client's body could not be read
@@ -57,7 +59,7 @@ func (p *passing) Read(b []byte) (int, error) {
 	}
 	n, err := p.ReadCloser.Read(b)
 	if n > 0 {
-		p.ex.silence.wait() // the upstream has something to wait for still
+		p.ex.silence.wait() // the upstream is still waiting for the body
 	}
 	p.ex.in.Add(int64(n))
 	if p.left > 0 {
@@ -71,10 +73,11 @@ func (p *passing) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// wasBegun reports whether reading was begun. Nothing is read of a nil body.
+// wasBegun reports whether reading has begun. A nil body has nothing to read.
 func (p *passing) wasBegun() bool { return p != nil && p.begun.Load() }
 
-// Close closes the body, unless nothing was read of it: then it may be sent elsewhere, and net/http closes it in the end.
+// Close closes the body if any of it was read. Otherwise the request may be sent elsewhere, and
+// net/http closes its body in the end.
 func (p *passing) Close() error {
 	if !p.wasBegun() {
 		return nil

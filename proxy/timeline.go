@@ -13,54 +13,54 @@ import (
 )
 
 const (
-	timelineMost = 2000             // requests that ended, which the page can draw
-	runningMost  = 200              // requests under way that the page shows
+	timelineMost = 2000             // finished requests that the page can draw
+	runningMost  = 200              // requests in progress that the page shows
 	binWidth     = 10 * time.Second // of the page's charts over time …
-	binMost      = 360              // … which show the last hour
-	alikeMost    = 10               // requests that failed alike within a bin, of which each is shown
+	binMost      = 360              // … which cover the last hour
+	alikeMost    = 10               // similar failures in a bin that are shown singly
 )
 
-// timeline remembers the last requests to models for the page: on which lane each of them was, and
-// what it did there. It is fed when a request is sent and when it ends, whether or not somebody looks,
-// and holds no prompt text. Its methods may be called from any goroutine.
+// timeline remembers the latest requests to models for the page: the lane of each, and what it did
+// there. It records each request when it is sent and when it ends, even if nobody watches, and
+// holds no prompt text. Its methods may be called from any goroutine.
 type timeline struct {
 	mu      sync.Mutex
 	began   time.Time
-	ring    []drawn  // the last ones that ended; drawn.Number counts them from 1 on
-	next    uint64   // how many have ended
-	running []*onWay // in the order in which they were sent
+	ring    []drawn  // the latest finished requests; drawn.Number counts them from 1
+	next    uint64   // how many have ended so far
+	running []*onWay // in the order of sending
 	totals  totals
-	bins    [binMost]bin // by time, modulo
+	bins    [binMost]bin // a ring, indexed by time
 }
 
-// onWay is a request that was sent and has not ended. But for first it does not change.
+// onWay is a request that was sent and has not ended. Only first changes.
 type onWay struct {
 	drawn
-	first atomic.Int64 // ms from the arrival to the answer's first byte; 0: it has not come
+	first atomic.Int64 // ms from arrival to the first byte of the answer; 0 before that
 }
 
-// drawn is a request as the page draws it. Times are in milliseconds; what is not known is left out.
+// drawn is a request as the page draws it. Times are in milliseconds; unknown values are left out.
 type drawn struct {
-	Number   uint64  `json:"number,omitempty"` // among those that ended; 0 while it has not
-	Entry    uint64  `json:"entry,omitempty"`  // its number in the ledger, as pathRequests has it
-	At       int64   `json:"at"`               // when it arrived, since 1970
+	Number   uint64  `json:"number,omitempty"` // counts finished requests; 0 before the end
+	Entry    uint64  `json:"entry,omitempty"`  // its number in the ledger, as in pathRequests
+	At       int64   `json:"at"`               // time of arrival, since 1970
 	Waited   float64 `json:"waited,omitempty"` // in the proxy
-	Sent     float64 `json:"sent,omitempty"`   // from the arrival until it was sent
-	First    float64 `json:"first,omitempty"`  // … until the answer's first byte
+	Sent     float64 `json:"sent,omitempty"`   // from arrival until it was sent
+	First    float64 `json:"first,omitempty"`  // … until the first byte of the answer
 	Duration float64 `json:"duration,omitempty"`
 
 	Endpoint string `json:"endpoint"`
 	Model    string `json:"model,omitempty"`
-	NumCtx   int    `json:"num_ctx,omitempty"` // that it asks for
-	Runner   string `json:"runner,omitempty"`  // stands for the model as it is loaded there, see pageSlots
+	NumCtx   int    `json:"num_ctx,omitempty"` // the value that it asks for
+	Runner   string `json:"runner,omitempty"`  // the model as loaded there, see pageSlots
 	Upstream string `json:"upstream,omitempty"`
-	Lane     *int   `json:"lane,omitempty"` // of the model there; nil: it holds none
+	Lane     *int   `json:"lane,omitempty"` // its lane of the model there; nil if it holds none
 	Priority string `json:"priority,omitempty"`
 	Name     string `json:"name,omitempty"` // of its API key
 	Group    string `json:"group,omitempty"`
 	Talk     string `json:"conversation,omitempty"`
 
-	Outcome   Outcome `json:"outcome,omitempty"` // "" while it has not ended
+	Outcome   Outcome `json:"outcome,omitempty"` // "" while it is in progress
 	Status    int     `json:"status,omitempty"`
 	Said      string  `json:"said,omitempty"` // why the proxy refused it
 	Retries   int     `json:"retries,omitempty"`
@@ -69,7 +69,7 @@ type drawn struct {
 	*told
 }
 
-// told is what the ledger has of a request.
+// told is the part of a request that the ledger knows.
 type told struct {
 	Prefix    string          `json:"prefix,omitempty"`
 	Basis     savings.Basis   `json:"basis"`
@@ -83,47 +83,47 @@ type told struct {
 	Loaded    bool            `json:"loaded,omitempty"`
 	Truncated bool            `json:"truncated,omitempty"`
 	Broken    bool            `json:"broken,omitempty"`
-	Load      float64         `json:"load,omitempty"`  // the last four as Ollama told them
+	Load      float64         `json:"load,omitempty"`  // this and the next three are in ms
 	Queue     float64         `json:"queue,omitempty"` // inside Ollama
 	Prompt    float64         `json:"prompt,omitempty"`
 	Eval      float64         `json:"eval,omitempty"`
 }
 
-// totals count the requests to models since the proxy was started, as /metrics does.
+// totals count the requests to models since the proxy started, as /metrics does.
 type totals struct {
 	Requests  int            `json:"requests"`
 	Outcomes  map[string]int `json:"outcomes"`
-	Reused    int            `json:"reused"` // tokens, as servers told …
+	Reused    int            `json:"reused"` // tokens that servers reported as reused …
 	Evaluated int            `json:"evaluated"`
-	// … as estimated where they do not tell …
+	// … or the estimate if they do not report it …
 	EstimatedReused    int `json:"estimated_reused"`
 	EstimatedEvaluated int `json:"estimated_evaluated"`
-	// … and of prompts of which neither is known.
+	// … or, if neither is known, all tokens of the prompt.
 	Unknown        int            `json:"unknown"`
 	Generated      int            `json:"generated"`
 	Loads          int            `json:"loads"`
 	EstimatedLoads int            `json:"estimated_loads"`
 	Truncated      int            `json:"truncated"`
 	Verdicts       map[string]int `json:"verdicts"`
-	Cold           map[string]int `json:"cold"` // by reason
-	// Saved are estimated seconds.
+	Cold           map[string]int `json:"cold"` // requests by reason
+	// Estimated savings, in seconds.
 	SavedEvaluation float64 `json:"saved_evaluation_s"`
 	SavedLoading    float64 `json:"saved_loading_s"`
 }
 
-// bin is what ended within ten seconds.
+// bin counts the requests that ended within ten seconds.
 type bin struct {
-	at int64 // since 1970, in binWidth; 0: none yet
+	at int64 // since 1970, in units of binWidth; 0: unused
 
 	requests, reused, evaluated, unknown, generated, loads int
 
 	wrong [len(wrongs)]int // by outcome
 }
 
-// wrongs are the outcomes that are problems.
+// wrongs are the outcomes that count as problems.
 var wrongs = [...]Outcome{Unreachable, UpstreamError, Aborted, Refused}
 
-// binEntry is a bin as the page has it: when it began, in seconds, and what is in bin.
+// binEntry is a bin in the page's data: its start in seconds, then the counts in bin.
 type binEntry [7]int64
 
 func newTimeline() *timeline {
@@ -135,11 +135,11 @@ func newTimeline() *timeline {
 	}
 }
 
-// shows reports whether the page shows a request: one that asks a model for something. Whoever shows
-// no API key where one is needed must not push out others.
+// shows reports whether the page shows a request: only one that asks a model for something. A
+// client without a required API key must not displace other requests.
 func (ex *exchange) shows() bool { return ex.infers() && !ex.stranger }
 
-// draw returns what is known of a request before it has ended.
+// draw returns what is known of a request before its end.
 func (ex *exchange) draw() drawn {
 	d := drawn{
 		At: ex.start.UnixMilli(), Waited: ms(ex.Waited + ex.paused), Endpoint: ex.Endpoint,
@@ -166,7 +166,7 @@ func (ex *exchange) draw() drawn {
 	return d
 }
 
-// sent notes that a request is sent.
+// sent records that a request is sent.
 func (t *timeline) sent(ex *exchange) {
 	if !ex.shows() {
 		return
@@ -179,14 +179,14 @@ func (t *timeline) sent(ex *exchange) {
 	t.running = append(t.running, w)
 }
 
-// retracted notes that a request was not sent, after all.
+// retracted records that a request was not sent after all.
 func (t *timeline) retracted(ex *exchange) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.remove(ex)
 }
 
-// remove takes a request out of those under way. t.mu must be held.
+// remove removes a request from the ones in progress. t.mu must be held.
 func (t *timeline) remove(ex *exchange) {
 	for i, w := range t.running {
 		if w == ex.shown && w != nil {
@@ -197,14 +197,14 @@ func (t *timeline) remove(ex *exchange) {
 	ex.shown = nil
 }
 
-// answers notes that a request's answer has begun to come.
+// answers records that a request's answer has begun to arrive.
 func (ex *exchange) answers() {
 	if ex.shown != nil {
 		ex.shown.first.Store(ex.FirstByte.Milliseconds())
 	}
 }
 
-// ended notes that a request has ended.
+// ended records that a request has ended.
 func (t *timeline) ended(ex *exchange) {
 	if !ex.shows() {
 		return
@@ -223,7 +223,7 @@ func (t *timeline) ended(ex *exchange) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.remove(ex)
-	if ex.Prewarm == "" { // or else no client has sent it
+	if ex.Prewarm == "" { // otherwise it is the proxy's own request
 		t.totals.add(ex.Exchange)
 	}
 	if alike := t.bin(now).add(ex.Exchange); alike <= alikeMost || ex.Savings != nil {
@@ -231,8 +231,8 @@ func (t *timeline) ended(ex *exchange) {
 	}
 }
 
-// keep remembers a request that has ended. Of many that fail at once not all are, so that they do not push out
-// all others. t.mu must be held.
+// keep remembers a finished request. The caller drops most of many that fail alike, so that they do
+// not displace all others. t.mu must be held.
 func (t *timeline) keep(d drawn) {
 	t.next++
 	d.Number = t.next
@@ -293,7 +293,7 @@ func (t *totals) add(ex Exchange) {
 	t.SavedLoading += max(0, e.SavedLoading.Seconds())
 }
 
-// bin returns the bin for what ends now. t.mu must be held.
+// bin returns the bin for requests that end now. t.mu must be held.
 func (t *timeline) bin(now time.Time) *bin {
 	at := now.UnixNano() / int64(binWidth)
 	b := &t.bins[at%binMost]
@@ -303,7 +303,7 @@ func (t *timeline) bin(now time.Time) *bin {
 	return b
 }
 
-// add counts a request, and returns how many have failed like it.
+// add counts a request, and returns how many in the bin have failed alike.
 func (b *bin) add(ex Exchange) (alike int) {
 	b.requests++
 	if i := slices.Index(wrongs[:], ex.Outcome); i >= 0 {
@@ -343,7 +343,7 @@ func (t *timeline) counted() totals {
 	return c
 }
 
-// series returns the bins of the last hour in which something ended, the oldest one first.
+// series returns the nonempty bins of the last hour, the oldest first.
 func (t *timeline) series(now time.Time) []binEntry {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -360,7 +360,7 @@ func (t *timeline) series(now time.Time) []binEntry {
 	return list
 }
 
-// under returns the requests that are under way, those first that were sent first.
+// under returns the requests in progress, in the order of sending.
 func (t *timeline) under() []drawn {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -373,8 +373,8 @@ func (t *timeline) under() []drawn {
 	return list
 }
 
-// since returns the requests that ended, from a number on (0 is that of the first one), as far as they
-// are remembered, and the number of the next one.
+// since returns the remembered requests that ended, starting at an index (the first request has
+// index 0), and the index of the next one to end.
 func (t *timeline) since(from uint64) ([]drawn, uint64) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

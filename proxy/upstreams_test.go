@@ -268,8 +268,8 @@ func (f *fleet) listing(path, member string) (names []string, raw string) {
 	return names, text
 }
 
-// TestF21: each model's requests go where the model is; lists are the union by name; one dead
-// upstream neither makes them fail nor delays them.
+// Each model's requests go where the model is. Lists are the union by name, and a dead upstream
+// neither makes them fail nor delays them.
 func TestF21(t *testing.T) {
 	for _, slots := range []int{schedule.Unlimited, 1} {
 		t.Run(fmt.Sprint(slots), func(t *testing.T) {
@@ -341,8 +341,8 @@ func TestF21(t *testing.T) {
 	}
 }
 
-// TestF22: the turns of a conversation stay on one server, whatever others ask. When that is
-// killed, they move once; when it is drained, it finishes its requests and gets nothing new.
+// The turns of a conversation stay on one server, whatever others ask. When that is killed, they
+// move once; when it drains, it finishes its requests and gets no new ones.
 func TestF22(t *testing.T) {
 	for _, slots := range []int{schedule.Unlimited, 1} {
 		t.Run(fmt.Sprint(slots), func(t *testing.T) {
@@ -556,8 +556,8 @@ func TestOneTarget(t *testing.T) {
 	}
 }
 
-// TestF04Everywhere: an unload is sent to every upstream that may hold the model, at once; the
-// client gets one answer.
+// An unload is sent at once to every upstream that may hold the model, and the client gets one
+// answer.
 func TestF04Everywhere(t *testing.T) {
 	for _, body := range []string{`{"model":"m","keep_alive":0}`, `{"model":"m","keep_alive":"0s"}`} {
 		a, b, c := newBox(t, "a", "m@1"), newBox(t, "b", "m@1"), newBox(t, "c", "other@1")

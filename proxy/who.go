@@ -13,24 +13,24 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/jsonscan"
 )
 
-// Open WebUI names its users and their chats in these headers, if it is told to
+// Open WebUI sends the names of its users and their chats in these headers, if it is configured to
 // (ENABLE_FORWARD_USER_INFO_HEADERS).
 const (
 	headerUser = "X-OpenWebUI-User-Id"
 	headerChat = "X-OpenWebUI-Chat-Id"
 )
 
-// TrustedProxies are the fronts, such as nginx, that are believed when they say who asks. The nil
-// *TrustedProxies believes nobody. Only fairness depends on it: what a client may do is judged by its
-// connection and its key.
+// TrustedProxies are the reverse proxies, such as nginx, whose headers about the client are
+// believed. The nil *TrustedProxies trusts none. Only fairness depends on it: a client's rights
+// depend on its connection and its key.
 type TrustedProxies struct {
 	ranges []net.IPNet
-	// forwarded holds one strategy for each header in which a front names its client.
+	// forwarded has one strategy for each header in which a reverse proxy names its client.
 	forwarded map[string]realclientip.RightmostTrustedRangeStrategy
 }
 
-// ParseTrustedProxies reads networks such as 10.0.0.0/8 and fd00::/8, and single addresses. None
-// gives nil.
+// ParseTrustedProxies parses networks such as 10.0.0.0/8 and fd00::/8, and single addresses. It
+// returns nil for an empty list.
 func ParseTrustedProxies(list []string) (*TrustedProxies, error) {
 	if len(list) == 0 {
 		return nil, nil
@@ -74,12 +74,12 @@ func (t *TrustedProxies) String() string {
 	return strings.Join(all, ", ")
 }
 
-// trusts reports whether a peer's address is one of a front.
+// trusts reports whether a peer's address belongs to a trusted proxy.
 func (t *TrustedProxies) trusts(peer string) bool {
 	if t == nil {
 		return false
 	}
-	addr, _, _ := strings.Cut(peer, "%") // the zone of a link-local address, which no network has
+	addr, _, _ := strings.Cut(peer, "%") // a link-local address has a zone, a network none
 	ip := net.ParseIP(addr)
 	for i := range t.ranges {
 		if t.ranges[i].Contains(ip) {
@@ -89,8 +89,8 @@ func (t *TrustedProxies) trusts(peer string) bool {
 	return false
 }
 
-// clientOf says to whom the scheduler is to be fair: the key that was checked, else the user or the
-// address that a trusted front names, else the address of the connection.
+// clientOf returns the client for the scheduler's fairness: the key that was checked, or else the
+// user or address that a trusted proxy names, or else the address of the connection.
 func (t *TrustedProxies) clientOf(r *http.Request, key string) string {
 	if key != "" {
 		return key
@@ -102,15 +102,15 @@ func (t *TrustedProxies) clientOf(r *http.Request, key string) string {
 	if !t.trusts(peer) {
 		return peer
 	}
-	// A front may pass on, of the two headers, the one that it does not write itself as its client
-	// sent it. So if both are there they must agree.
+	// A reverse proxy may write only one of the two headers and pass the other on as its client
+	// sent it. So if both are present, they must agree.
 	found := ""
 	for header, strategy := range t.forwarded {
 		if len(r.Header[header]) == 0 {
 			continue
 		}
 		addr, err := netip.ParseAddr(strategy.ClientIP(r.Header, ""))
-		if err != nil { // malformed, or all of them are fronts
+		if err != nil { // malformed, or only trusted proxies
 			return peer
 		}
 		name := addr.Unmap().WithZone("").String()
@@ -122,14 +122,15 @@ func (t *TrustedProxies) clientOf(r *http.Request, key string) string {
 	if found != "" {
 		return found
 	}
-	// Nobody stands behind the front, so what is said of a user is the front's own word.
+	// A request from the proxy's own host has no client behind it, so the proxy itself vouches for
+	// the user.
 	if user := r.Header.Get(headerUser); user != "" {
 		return "user " + hashed(user)
 	}
 	return peer
 }
 
-// clientShown is the client as logs and pages show it; "" for the proxy itself.
+// clientShown returns the client as logs and pages show it; "" for the proxy itself.
 func (h *Handler) clientShown(r *http.Request, ex *exchange) string {
 	if ex.warming != nil {
 		return ""
@@ -137,22 +138,22 @@ func (h *Handler) clientShown(r *http.Request, ex *exchange) string {
 	return hashed(h.Trusted.clientOf(r, ex.holder.client()))
 }
 
-// seed is of the hashes by which users, programs and flows are told apart. No name is kept.
+// seed is for the hashes that distinguish users, programs and flows. Their names are not kept.
 var seed = maphash.MakeSeed()
 
-// hashed stands for who a client is, and what it works on: the same for as long as the proxy runs,
-// and not to be undone.
+// hashed returns a number in place of a client's or flow's name. It stays the same while the proxy
+// runs, and the name cannot be recovered from it.
 func hashed[T comparable](name T) string {
 	return fmt.Sprintf("%016x", maphash.Comparable(seed, name))
 }
 
-// names are what a body says of who asks, and in which conversation, as hashes; 0: nothing.
+// names are hashes of the user and the conversation that a body names; 0 if it names none.
 type names struct {
 	user         [3]uint64 // one for each member that may name a user
 	conversation uint64
 }
 
-// Members of a body that name a user (of OpenAI's and Anthropic's APIs), and a conversation.
+// Members of a body that name a user (in OpenAI's and Anthropic's APIs), and a conversation.
 var (
 	keyUser             = []byte("user")
 	keySafetyIdentifier = []byte("safety_identifier")
@@ -161,10 +162,10 @@ var (
 	keyPromptCacheKey   = []byte("prompt_cache_key")
 )
 
-// metadataMost is how many bytes of metadata are looked at for a user; longer ones name nobody.
+// metadataMost is the longest metadata, in bytes, that is searched for a user.
 const metadataMost = 4096
 
-// read takes in a member of the body.
+// read handles one member of the body.
 func (n *names) read(key, value []byte) {
 	switch {
 	case jsonscan.KeyIs(key, keyUser):
@@ -188,7 +189,7 @@ func (n *names) read(key, value []byte) {
 	}
 }
 
-// nameOf hashes a string as it is written; 0 for an empty one, and for what is no string.
+// nameOf hashes a raw JSON string; 0 if it is empty or not a string.
 func nameOf(value []byte) uint64 {
 	if len(value) <= len(`""`) || value[0] != '"' {
 		return 0
@@ -196,35 +197,37 @@ func nameOf(value []byte) uint64 {
 	return max(1, maphash.Bytes(seed, value))
 }
 
-// program is what tells the programs of one client apart without their help.
+// program distinguishes the programs of one client without their help.
 type program struct {
 	agent, user, endpoint string
 	stream                byte
 }
 
-// programOf says which of its client's programs a request comes from: a person's chat and a script
-// come from one address, but not from one program, or not in one form.
+// programOf identifies the program of a client that sent the request: a person's chat and a script
+// may share an address, but they differ in the program or in the form of their requests.
 func programOf(r *http.Request, ex *exchange) uint64 {
 	p := program{r.UserAgent(), r.Header.Get(headerUser), ex.Endpoint, ex.fields.stream}
 	return max(1, maphash.Comparable(seed, p))
 }
 
-// flow is what tells apart what a program works on.
+// flow distinguishes the tasks of a program.
 type flow struct {
 	names  names
 	begins uint64
 }
 
-// flowOf says what its program works on: conversations, or what has the same system prompt, for the
-// users that the body names. Names are believed from anyone, since they only divide what a client has;
-// and they make no programs, of which each may go first, since a script may have one for each request.
+// flowOf identifies the task that a request belongs to: a conversation, or requests with the same
+// system prompt, of the same user if the body names one. Those names need no trust, since they only
+// divide one client's share. They do not count as programs, because the first request of each
+// program may go ahead, and a script could use a new name for every request.
 func flowOf(r *http.Request, ex *exchange) uint64 {
 	if id := r.Header.Get(headerChat); id != "" {
 		return maphash.String(seed, id)
 	}
 	f := flow{ex.fields.names, ex.chain.Opening}
-	// Some programs have one key for all that they ask: it makes conversations, and does not join them.
-	if ex.chain.Messages > 2 && f.names.conversation == 0 { // it goes on
+	// Some programs use one key for everything. So a key can split conversations, but not join
+	// them.
+	if ex.chain.Messages > 2 && f.names.conversation == 0 { // a conversation that continues
 		f.begins = ex.chain.Conversation
 	}
 	return maphash.Comparable(seed, f)

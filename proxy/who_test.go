@@ -31,8 +31,8 @@ func askedBy(peer string, headers ...string) *http.Request {
 	return r
 }
 
-// TestForwardedClient: a trusted front says which client is asking, and nobody else can. If what it
-// says cannot be read, or contradicts itself, the connection's address counts.
+// TestForwardedClient: a trusted proxy names the client, and no one else can. If its headers cannot
+// be parsed, or contradict each other, the connection's address counts.
 func TestForwardedClient(t *testing.T) {
 	trusted := trusting(t, "10.0.0.0/8", " 127.0.0.1", "fd00::/8", "::1", "fe80::9%eth0")
 	for _, c := range []struct {
@@ -94,8 +94,7 @@ func TestForwardedClient(t *testing.T) {
 	}
 }
 
-// TestForwardedUser: a trusted front names its users; a front behind it, which may be anybody, does
-// not.
+// TestForwardedUser: a trusted proxy can name its users; an untrusted one behind it cannot.
 func TestForwardedUser(t *testing.T) {
 	trusted := trusting(t, "10.0.0.1")
 	who := func(peer string, headers ...string) string {
@@ -118,7 +117,7 @@ func TestForwardedUser(t *testing.T) {
 	}
 }
 
-// TestForwardedIsNoKey: what a front says neither admits nor excludes anybody.
+// TestForwardedIsNoKey: the headers of a trusted proxy neither admit nor exclude a client.
 func TestForwardedIsNoKey(t *testing.T) {
 	const forwarded = "X-Forwarded-For: 127.0.0.1"
 	trusted := trusting(t, "127.0.0.1", "10.0.0.1")
@@ -138,8 +137,8 @@ func TestForwardedIsNoKey(t *testing.T) {
 	}
 }
 
-// FuzzForwarded: whatever the headers say, the client is the connection, or an address that is not
-// a front's; and only what a trusted front adds at the end counts.
+// FuzzForwarded: whatever the headers contain, the client is the connection, or an address that is
+// not a trusted proxy's; and only the part that a trusted proxy adds at the end counts.
 func FuzzForwarded(f *testing.F) {
 	f.Add("192.0.2.7", "")
 	f.Add("192.0.2.7, 10.0.0.2", `for="[2001:db8::1]:4711";proto=http`)
@@ -191,7 +190,7 @@ func whoIn(t testing.TB, body string, headers ...string) (program, flow uint64) 
 	return programOf(r, ex), flowOf(r, ex)
 }
 
-// TestNamesInBodies: users and conversations named in bodies are flows of their own within one
+// TestNamesInBodies: users and conversations that bodies name are separate flows within one
 // program.
 func TestNamesInBodies(t *testing.T) {
 	one, nobody := whoIn(t, `{}`)

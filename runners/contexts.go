@@ -8,24 +8,23 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// Contexts are the context lengths of one model, in tokens; 0: not known, or none.
+// Contexts are the context lengths of one model, in tokens; 0 if unknown or absent.
 type Contexts struct {
-	// Loaded is the one with which the model is loaded, or with which a request that is under way
-	// has it loaded: the largest of them. It is as large as was stated, even if the model was made
-	// for less.
+	// Loaded is the largest context length with which the model is loaded, or is being loaded by a
+	// request in progress. It is the stated length, even if the model was made for less.
 	Loaded int
-	// ByDefault says that Loaded is what a request gets that states none.
+	// ByDefault means that a request that states no length gets Loaded.
 	ByDefault bool
-	// Default is what a request gets that states none: the Modelfile's, or what was seen after such
-	// a request.
+	// Default is the length for a request that states none: the Modelfile's, or the one that was
+	// seen after such a request.
 	Default int
-	// Largest is the largest that a request stated which the server accepted.
+	// Largest is the largest stated length that the server has accepted.
 	Largest int
 }
 
-// Contexts returns what is known of a model (upstream.ModelKey) whose manifest has this digest: see
-// Wanted. listed is what /api/ps told last, which tells of a model that nobody has used through the
-// proxy yet.
+// Contexts returns the context lengths of a model (upstream.ModelKey) whose manifest has this
+// digest: see Wanted. listed is the latest list of /api/ps, which also has models that no request
+// through the proxy has used yet.
 func (b *Book) Contexts(name, digest string, listed []upstream.Loaded) Contexts {
 	w := b.Wanted(name, digest, &prefix.Options{})
 	b.mu.Lock()
@@ -45,7 +44,7 @@ func (b *Book) Contexts(name, digest string, listed []upstream.Loaded) Contexts 
 		c.Loaded = m.context
 	case m.context == m.byDefault:
 		c.take(m.options, m.byDefault)
-	default: // what requests that state none were given is not seen yet
+	default: // the default has not been seen yet
 		c.take(m.options, 0)
 	}
 	for _, r := range m.running {
@@ -53,15 +52,15 @@ func (b *Book) Contexts(name, digest string, listed []upstream.Loaded) Contexts 
 			c.take(r.Options, m.byDefault)
 		}
 	}
-	if w.Options.NumCtx() > 0 { // a copy of the model, whose Modelfile says what it gets
+	if w.Options.NumCtx() > 0 { // a copy of the model, whose Modelfile sets the length
 		c.ByDefault = false
 	}
 	return c
 }
 
-// take takes in that the model has these options, and byDefault tokens if they state none. No model
-// gets more than it was made for, but what is stated counts: requests that state the same share a
-// lane, and do not load the model anew.
+// take adds a use of the model with these options, which has byDefault tokens if the options state
+// none. A model never gets more than it was made for, but the stated length counts: requests that
+// state the same length share a lane, and cause no load.
 func (c *Contexts) take(o prefix.Options, byDefault int) {
 	n, stated := o.NumCtx(), o.NumCtx() > 0
 	if !stated {
@@ -72,8 +71,8 @@ func (c *Contexts) take(o prefix.Options, byDefault int) {
 	}
 }
 
-// learnDefault takes in what /api/ps told, asked at a time, of a model that was loaded for requests
-// that state no context length, if it was.
+// learnDefault records the default length that /api/ps showed when it was asked at this time, if
+// the model was loaded for requests that state no length.
 func (m *model) learnDefault(at time.Time) {
 	states := func(r *Request) bool { return !r.Known || r.Options.NumCtx() > 0 }
 	if m.known && m.answered && m.options.NumCtx() == 0 && m.ended.Before(at) && !slices.ContainsFunc(m.running, states) {

@@ -11,8 +11,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// TestContexts: what is loaded is known from requests and from /api/ps, and the default once it was
-// seen.
+// TestContexts: the loaded length is known from requests and from /api/ps, and the default once it
+// has been seen.
 func TestContexts(t *testing.T) {
 	d := newDesk(t)
 	none, small, large := &prefix.Options{}, stating(t, "num_ctx", "2048"), stating(t, "num_ctx", "8192")
@@ -59,8 +59,8 @@ func TestContexts(t *testing.T) {
 	want("after a restart", Contexts{Largest: 8192})
 }
 
-// TestContextsNotSeenYet: what /api/ps told before a request is not what that request, which states
-// none, was given.
+// TestContextsNotSeenYet: a list of /api/ps from before a request does not show what that request,
+// which states no length, got.
 func TestContextsNotSeenYet(t *testing.T) {
 	d := newDesk(t)
 	var list []upstream.Loaded
@@ -81,7 +81,7 @@ func TestContextsNotSeenYet(t *testing.T) {
 	d.begin("a", &prefix.Options{}).End(d.now, Outcome{Refused: true})
 	listed(32768)
 	want("loaded by somebody else", Contexts{Loaded: 32768})
-	d.took(d.begin("a", &prefix.Options{}), 2*time.Second, 0) // /v1 does not say that this loaded it anew
+	d.took(d.begin("a", &prefix.Options{}), 2*time.Second, 0) // /v1 does not report the load
 	want("before it is seen", Contexts{ByDefault: true})
 	listed(4096)
 	want("when it is seen", Contexts{Loaded: 4096})
@@ -90,8 +90,8 @@ func TestContextsNotSeenYet(t *testing.T) {
 	want("when it is seen to be the default", Contexts{Loaded: 4096, ByDefault: true, Default: 4096})
 }
 
-// TestContextsOfCopies: what a copy of a model gets whose Modelfile states a context is not what the
-// model gets by default.
+// TestContextsOfCopies: if a copy of a model states a context in its Modelfile, that is not the
+// model's own default.
 func TestContextsOfCopies(t *testing.T) {
 	d := newDesk(t)
 	d.Book = New(&shelf{models: map[string]*api.ShowResponse{

@@ -23,21 +23,21 @@ const (
 	showAgain   = time.Minute     // after a failure
 )
 
-// Model is what a name stands for.
+// Model is what a name refers to.
 type Model struct {
-	// Weights stands for the files from which Ollama makes a runner: the model, its adapters and
-	// projectors. If they are not known, it is the name.
+	// Weights identifies the files from which Ollama makes a runner: the model, its adapters and
+	// projectors. If they are unknown, it is the name.
 	Weights string
 	// Defaults are the runner options that the Modelfile sets.
 	Defaults prefix.Options
 	// Sliding means that the model's attention has a sliding window.
 	Sliding bool
 	// Values is how many numbers the attention's keys and values take per token, in all layers; 0
-	// if not known.
+	// if unknown.
 	Values int
 }
 
-// named is what a name was found to stand for.
+// named is a name with the model that it refers to.
 type named struct {
 	digest string // of its manifest at that time
 	Model
@@ -47,9 +47,9 @@ type named struct {
 // Wanted is what a request needs loaded.
 type Wanted struct {
 	Name string // upstream.ModelKey
-	// Options are those that the request states and otherwise the Modelfile's. Their Model stands
-	// for the weights (Model.Weights). Requests with the same Options share a load; of those with
-	// the same Model, Ollama holds one at a time.
+	// Options are the request's own, completed by the Modelfile's. Their Model identifies the
+	// weights (Model.Weights). Requests with the same Options share a load; of those with the same
+	// Model, Ollama holds one at a time.
 	Options prefix.Options
 	Known   bool // Options has everything that the request states
 	Sliding bool // the model's attention has a sliding window
@@ -97,7 +97,7 @@ func (b *Book) resolve(name, digest string) Model {
 	return found.(Model)
 }
 
-// find returns what is known of a name, or of another name that is a copy of it.
+// find returns the record of a name, or of another name that is a copy of it.
 func (b *Book) find(name, digest string) (named, bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -114,7 +114,7 @@ func (b *Book) find(name, digest string) (named, bool) {
 	return named{}, false
 }
 
-// Weights returns what is known to stand for the weights of a model, by its name. It does not ask
+// Weights returns the weights of a model, by its name, as far as they are known. It does not ask
 // the server.
 func (b *Book) Weights(name string) string {
 	b.mu.Lock()
@@ -122,13 +122,13 @@ func (b *Book) Weights(name string) string {
 	return b.peek(name).Weights
 }
 
-// Name returns the name, as upstream.ModelKey writes it, by which a model was last asked for that has
-// these weights; where none is known that is what stands for the weights.
+// Name returns the name, in the form of upstream.ModelKey, under which these weights were last
+// used. If there is none, it returns the weights.
 func (b *Book) Name(weights string) string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	name := weights
-	for _, key := range b.names.Keys() { // the one that was used last is the last one
+	for _, key := range b.names.Keys() { // the most recently used one is last
 		if n, ok := b.names.Peek(key); ok && n.Weights == weights {
 			name = key
 		}
@@ -136,7 +136,7 @@ func (b *Book) Name(weights string) string {
 	return name
 }
 
-// ByWeights returns what /api/ps listed, by what stands for the models' weights.
+// ByWeights returns a list of /api/ps by the models' weights.
 func (b *Book) ByWeights(list []upstream.Loaded) map[string]upstream.Loaded {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -158,7 +158,7 @@ func (b *Book) peek(name string) Model {
 	return Model{Weights: name}
 }
 
-// weights returns what stands for the weights of a loaded model. b.mu must be held.
+// weights returns the weights of a loaded model. b.mu must be held.
 func (b *Book) weights(l upstream.Loaded) string {
 	if n, ok := b.names.Peek(upstream.ModelKey(l.Name)); ok && (l.Digest == "" || n.digest == l.Digest) {
 		return n.Weights

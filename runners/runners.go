@@ -31,7 +31,7 @@ const (
 	Replaced              // the model is loaded with other options than before
 	Unloaded              // it is no longer loaded
 	Restarted             // the server was restarted and holds nothing
-	Idle                  // the last request to the model that was under way has ended
+	Idle                  // the last request to the model in progress has ended
 )
 
 // Event is a change of what a server holds.
@@ -50,7 +50,8 @@ const (
 	maxLoads  = 8              // remembered loads of one model
 )
 
-// Book is what is known of one server. Make it with New. Its methods are safe for concurrent use.
+// Book records the state of one server. Create it with New. Its methods are safe for concurrent
+// use.
 type Book struct {
 	show   Shower
 	told   func(Event) // called without the lock
@@ -62,7 +63,7 @@ type Book struct {
 	latest time.Time                      // when the last load ended, of any model; guarded by mu
 }
 
-// model is what is known of the runner of some weights. Guarded by Book.mu.
+// model is the state of the runner of some weights. Guarded by Book.mu.
 type model struct {
 	weights string
 	running []*Request
@@ -90,8 +91,8 @@ type load struct {
 	options prefix.Options
 }
 
-// New returns an empty book. If show is nil, every name is a model of its own. told, if non-nil, is
-// called for each event, by the goroutine that causes it.
+// New returns an empty book. If show is nil, every name counts as a separate model. told, if
+// non-nil, is called for each event, by the goroutine that causes it.
 func New(show Shower, told func(Event)) *Book {
 	names, err := simplelru.NewLRU[string, named](maxNames, nil)
 	if err != nil {
@@ -139,7 +140,7 @@ type Request struct {
 	// WasLoaded means that the model was loaded with these options when the request was sent;
 	// LoadKnown means that this was known.
 	WasLoaded, LoadKnown bool
-	// Idle is how long the model had been idle; 0 if another request was under way.
+	// Idle is how long the model had been idle; 0 if another request was in progress.
 	Idle time.Duration
 	// Context is the size of the model's context in tokens, from /api/ps; 0 if not known.
 	Context int
@@ -147,7 +148,7 @@ type Request struct {
 	book   *Book
 	model  *model
 	at     time.Time
-	beside bool // another request was under way meanwhile
+	beside bool // another request was in progress meanwhile
 }
 
 // Begin records that a request is sent.
@@ -194,8 +195,8 @@ func (r *Request) Expired(now time.Time) {
 	r.WasLoaded = false
 }
 
-// Mixed reports whether requests to the same model with other options are under way. One of them
-// may wait in Ollama for what others use to make room.
+// Mixed reports whether requests to the same model with other options are in progress. One of them
+// may wait in Ollama until the others make room.
 func (r *Request) Mixed() bool {
 	r.book.mu.Lock()
 	defer r.book.mu.Unlock()
@@ -204,8 +205,8 @@ func (r *Request) Mixed() bool {
 	})
 }
 
-// Beside reports whether another request to the model is under way while a request to another model
-// may need a load, and wait in Ollama for this model to make room.
+// Beside reports whether another request to the model is in progress while a request to another
+// model may need a load, and wait in Ollama for this model to make room.
 func (r *Request) Beside() bool {
 	r.book.mu.Lock()
 	defer r.book.mu.Unlock()
@@ -378,7 +379,7 @@ func (b *Book) Restarted() {
 	b.told(Event{Kind: Restarted})
 }
 
-// Listed records what /api/ps listed, asked at a time, and returns it as ByWeights does.
+// Listed records a list of /api/ps, asked for at this time, and returns it as ByWeights does.
 func (b *Book) Listed(list []upstream.Loaded, at time.Time) map[string]upstream.Loaded {
 	b.mu.Lock()
 	loaded := b.byWeights(list)

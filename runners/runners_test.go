@@ -17,11 +17,11 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// shelf is a server's models, by name: what /api/show tells of them.
+// shelf is a server's models by name, as /api/show describes them.
 type shelf struct {
 	models map[string]*api.ShowResponse
 	asked  []string
-	down   int // for so many requests
+	down   int // the next so many requests fail
 }
 
 func (s *shelf) Show(_ context.Context, model string) (*api.ShowResponse, error) {
@@ -49,7 +49,7 @@ func stating(t *testing.T, values ...string) *prefix.Options {
 	return &o
 }
 
-// TestNames: what shares its weights shares a runner, whatever it is called.
+// TestNames: models with the same weights share a runner, whatever their names.
 func TestNames(t *testing.T) {
 	s := &shelf{models: map[string]*api.ShowResponse{
 		"a":     {Modelfile: fmt.Sprintf(modelfile, "1")},
@@ -72,7 +72,7 @@ func TestNames(t *testing.T) {
 		{"other", "do", "sha256-2", stating(t), stating(t), true},
 		{"cloud", "dc", "cloud", stating(t), stating(t), false},
 		{"gone", "dg", "gone", stating(t), stating(t), false},
-		{"gone", "dg", "gone", stating(t), stating(t), false}, // and is not asked for again at once
+		{"gone", "dg", "gone", stating(t), stating(t), false}, // not asked about at once
 		{"unlisted", "", "unlisted", stating(t), stating(t), false},
 	} {
 		got := b.Wanted(w.name, w.digest, w.options)
@@ -84,19 +84,19 @@ func TestNames(t *testing.T) {
 	if want := []string{"a", "from", "tuned", "other", "cloud", "gone"}; !slices.Equal(s.asked, want) {
 		t.Errorf("asked for %q, want %q", s.asked, want)
 	}
-	// /api/ps names a model as it was loaded.
+	// /api/ps lists a model under the name with which it was loaded.
 	list := []upstream.Loaded{{Name: "copy:latest", Digest: "da"}, {Name: "unseen"}}
 	if loaded := b.ByWeights(list); loaded["sha256-1"].Name != "copy:latest" || loaded[upstream.ModelKey("unseen")].Name != "unseen" {
 		t.Errorf("%+v", loaded)
 	}
-	// The name means another model now.
+	// The name refers to another model now.
 	s.models["a"] = &api.ShowResponse{Modelfile: fmt.Sprintf(modelfile, "3")}
 	if got := b.Wanted("a", "new", nil); got.Options.Model != "sha256-3" || got.Known {
 		t.Errorf("%+v", got)
 	}
 }
 
-// TestNamesWhileDown: a server that is being started anew is asked again by the next request.
+// TestNamesWhileDown: a restarting server is asked again by the next request.
 func TestNamesWhileDown(t *testing.T) {
 	b := New(&shelf{models: map[string]*api.ShowResponse{"a": {Modelfile: fmt.Sprintf(modelfile, "1")}}, down: 2}, nil)
 	for _, want := range []string{"a", "a", "sha256-1"} {
@@ -106,7 +106,7 @@ func TestNamesWhileDown(t *testing.T) {
 	}
 }
 
-// TestValues: how large the state of a token is follows from what the model's file says.
+// TestValues: the size of a token's state follows from the data in the model's file.
 func TestValues(t *testing.T) {
 	for _, w := range []struct {
 		name string
@@ -116,7 +116,7 @@ func TestValues(t *testing.T) {
 		{"SmolLM2 135M", map[string]any{
 			"llama.attention.head_count": 9., "llama.attention.head_count_kv": 3., "llama.block_count": 30.,
 			"llama.embedding_length": 576.,
-		}, 30 * 3 * (64 + 64)}, // of two bytes each 23,040, as was measured
+		}, 30 * 3 * (64 + 64)}, // at two bytes each 23,040, as was measured
 		{"keys and values of other lengths", map[string]any{
 			"gemma3.attention.head_count": 4., "gemma3.attention.head_count_kv": 1., "gemma3.block_count": 18.,
 			"gemma3.attention.key_length": 256., "gemma3.attention.value_length": 128., "gemma3.embedding_length": 640.,
@@ -135,7 +135,7 @@ func TestValues(t *testing.T) {
 	}
 }
 
-// desk is a book under test.
+// desk is a Book under test.
 type desk struct {
 	*testing.T
 	*Book
@@ -157,13 +157,13 @@ func (d *desk) begin(model string, o *prefix.Options) *Request {
 	return d.Begin(d.now, d.Wanted(upstream.ModelKey(model), "", o))
 }
 
-// took ends a request after a time, of which the model's load took so much.
+// took ends a request after a time, which includes the model's load.
 func (d *desk) took(r *Request, all, load time.Duration) Ending {
 	d.now = r.at.Add(all)
 	return r.End(d.now, Outcome{Accepted: true, Load: load})
 }
 
-// told checks which events came since the last call.
+// told checks the events since the last call.
 func (d *desk) told(kinds ...Kind) {
 	d.Helper()
 	var got []Kind
@@ -175,7 +175,8 @@ func (d *desk) told(kinds ...Kind) {
 	}
 }
 
-// TestLoadsAreCountedOnce: all that waited for one load tell it; of models that alternate each tells its own.
+// TestLoadsAreCountedOnce: all requests that waited for one load report it, and it counts once;
+// alternating models each have their loads.
 func TestLoadsAreCountedOnce(t *testing.T) {
 	d := newDesk(t)
 	small := stating(t, "num_ctx", "2048")
@@ -196,8 +197,8 @@ func TestLoadsAreCountedOnce(t *testing.T) {
 	}
 	d.told(Loaded)
 
-	// Two models that exclude each other, each with two clients: what was sent while its model was being
-	// loaded waits until the other one has been, and has its own loaded once more.
+	// Two models that exclude each other, each with two clients: a request that was sent during its
+	// model's load waits until the other model has been loaded, and then causes one more load.
 	loads = 0
 	start := d.now.Add(time.Minute)
 	for _, w := range []struct {
@@ -219,7 +220,8 @@ func TestLoadsAreCountedOnce(t *testing.T) {
 	}
 }
 
-// TestReplaced: other options load the model anew, for the requests of the proxy and for those of others.
+// TestReplaced: different options cause a load, whether requests through the proxy state them or
+// others.
 func TestReplaced(t *testing.T) {
 	d := newDesk(t)
 	small, large := stating(t, "num_ctx", "2048"), stating(t, "num_ctx", "8192")
@@ -250,7 +252,8 @@ func TestReplaced(t *testing.T) {
 	}
 }
 
-// TestGone: what ends a load is told once, and a keep_alive that was sent before does not hold the next.
+// TestGone: the end of a load is reported once, and a keep_alive sent before it does not hold the
+// next load.
 func TestGone(t *testing.T) {
 	for name, c := range map[string]struct {
 		end  func(*desk)
@@ -266,7 +269,7 @@ func TestGone(t *testing.T) {
 		}, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) { // its clock is d.now, too
+			synctest.Test(t, func(t *testing.T) { // its clock is d.now as well
 				d := newDesk(t)
 				d.took(d.begin("a", stating(t)), 2*time.Second, time.Second)
 				d.told(Loaded)
@@ -288,7 +291,7 @@ func TestGone(t *testing.T) {
 	}
 }
 
-// TestEqualOptions: an option that states the default loads nothing, which is learned.
+// TestEqualOptions: an option that states the default causes no load, which the Book learns.
 func TestEqualOptions(t *testing.T) {
 	d := newDesk(t)
 	d.took(d.begin("a", stating(t)), 2*time.Second, time.Second)
@@ -301,7 +304,7 @@ func TestEqualOptions(t *testing.T) {
 	}
 }
 
-// TestIdle: the last one to end says so, also one that was refused.
+// TestIdle: the last request to end reports it, even if it was refused.
 func TestIdle(t *testing.T) {
 	idle := 0
 	b := New(nil, func(e Event) {

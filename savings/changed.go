@@ -9,32 +9,32 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
-// Changed says where a prompt differs from an earlier one that it would have continued but for
-// that, and what that costs: a clock, an id or a checksum at the head of a prompt has all that
-// follows evaluated again each time.
+// Changed is the place where a prompt differs from an earlier one that it would otherwise continue,
+// and the cost of that. A clock, an id or a checksum at the head of a prompt makes the model
+// evaluate everything after it again each time.
 type Changed struct {
 	Place string `json:"place"` // "system prompt", "tools" or "message 3", as prefix.Link counts messages
-	// Byte is where in the place's text the changing text begins, as prefix.Link counts bytes.
+	// Byte is the offset of the changing text in the place's text, as prefix.Link counts bytes.
 	Byte int `json:"byte"`
-	// Within is 0 where Byte is exact, but for a character or two that may be the same by chance.
-	// Otherwise what changes begins in the so many bytes from Byte on.
+	// Within is 0 if Byte is exact (except for a character or two that may be equal by chance).
+	// Otherwise the change begins within this many bytes from Byte on.
 	Within int  `json:"within,omitempty"`
 	Kind   Kind `json:"kind"`
-	Tokens int  `json:"tokens"` // that would have been reused otherwise: about
-	// Hoisted says that the place is a system message within the conversation, which was not in the
-	// earlier prompt, and that the template seems to render it at the prompt's head.
+	Tokens int  `json:"tokens"` // estimated tokens that would otherwise have been reused
+	// Hoisted means that the place is a system message within the conversation which the earlier
+	// prompt did not have, and that the template seems to render it at the head of the prompt.
 	Hoisted bool `json:"hoisted,omitempty"`
 }
 
-// Kind says what text looks like that changes from prompt to prompt.
+// Kind is the apparent kind of text that changes from prompt to prompt.
 type Kind string
 
 const (
-	KindChecksum Kind = "checksum" // hexadecimal digits, or what is called a checksum, hash or signature
+	KindChecksum Kind = "checksum" // hexadecimal digits, or a number labelled as a checksum
 	KindUUID     Kind = "uuid"     // a UUID, or another long random name
 	KindClock    Kind = "clock"    // a time of day, or seconds since 1970
 	KindDate     Kind = "date"
-	KindCounter  Kind = "counter" // a number that is said to count something
+	KindCounter  Kind = "counter" // a number labelled as a count
 	KindNumber   Kind = "number"
 	KindText     Kind = "text" // something else
 )
@@ -45,7 +45,8 @@ var words = map[Kind]string{
 	KindCounter: "a counter", KindNumber: "a number", KindText: "text that differs",
 }
 
-// Sentence says it in words: "a checksum at byte 61 of the system prompt, 24,900 tokens a turn".
+// Sentence describes the change: "a checksum at byte 61 of the system prompt, 24,900 tokens a
+// turn".
 func (c Changed) Sentence() string {
 	place := "the " + c.Place
 	if c.Place != placeSystem && c.Place != placeTools {
@@ -63,7 +64,7 @@ func (c Changed) Sentence() string {
 	return fmt.Sprintf("%s at byte %d of %s, %s", words[c.Kind], c.Byte, place, tokens)
 }
 
-// thousands writes a count that is not negative with its thousands divided.
+// thousands formats a nonnegative count with commas between the thousands.
 func thousands(n int) string {
 	s := strconv.Itoa(n)
 	for i := len(s) - 3; i > 0; i -= 3 {
@@ -77,12 +78,12 @@ const (
 	placeTools  = "tools"
 )
 
-// Parting is where a prompt that is sent differs from an earlier one although much of what follows
-// is alike. Its text is to be looked at while it is there, to say what it is that changes: see
+// Parting is the place where a prompt differs from an earlier one although much of the rest is
+// alike. To find out what changes, the text has to be examined while the request is at hand: see
 // Request.Look.
 type Parting struct {
 	Message  int // as prefix.Link counts them
-	From, To int // bytes of the message's text; equal where it is not text that differs
+	From, To int // offsets in the message's text; equal if the difference is not in text
 
 	tools   bool
 	hoisted bool // see Changed
@@ -90,12 +91,12 @@ type Parting struct {
 }
 
 const (
-	partingsLast  = 16  // prompts that one is compared with
-	partingsLeast = 256 // bytes that must be alike behind the place …
-	partingsShare = 10  // … and which part of the prompt
+	partingsLast  = 16  // earlier prompts to compare with
+	partingsLeast = 256 // bytes that must be alike after the place …
+	partingsShare = 10  // … and at least this fraction of the prompt
 )
 
-// parting finds it; nil if there is none. The request is not held yet.
+// parting returns the request's parting, or nil. It must be called before hold.
 func (e *engine) parting(r *Request) *Parting {
 	if !r.chain.HasPrompt() || r.wholeOnly() {
 		return nil
@@ -113,12 +114,13 @@ func (e *engine) parting(r *Request) *Parting {
 		case s.Links == len(h.chain.Links):
 			return r.hoisted(h.chain)
 		case s.Links == len(r.chain.Links):
-			return nil // it is that one's beginning
-		case s.Links < 2: // it is loaded or rendered otherwise
+			return nil // the prompt is the start of an earlier one
+		case s.Links < 2: // a different runner or different settings
 			continue
 		}
 		alike := prefix.Alike(r.chain.Links, h.chain.Links, s)
-		if alike >= partingsLeast && alike*partingsShare >= r.bytes && (best == nil || 4*alike > 5*best.alike) { // mostly the last one
+		// An earlier prompt must be clearly more alike than a later one to replace it.
+		if alike >= partingsLeast && alike*partingsShare >= r.bytes && (best == nil || 4*alike > 5*best.alike) {
 			best, where = &Parting{Message: s.Message, From: s.Offset, To: s.Offset, tools: s.Part == prefix.Tools, alike: alike}, s
 		}
 	}
@@ -130,8 +132,9 @@ func (e *engine) parting(r *Request) *Parting {
 	return best
 }
 
-// hoisted is the parting of a prompt that continues another one, if a system message was added
-// after it: if the template puts that at the head, then all between is evaluated again.
+// hoisted returns the parting of a prompt that continues another one if a system message was added
+// after that. If the template moves that message to the head, everything in between is evaluated
+// again.
 func (r *Request) hoisted(earlier *prefix.Chain) *Parting {
 	if r.chain.Inserted < max(1, earlier.Messages) {
 		return nil
@@ -143,10 +146,10 @@ func (r *Request) hoisted(earlier *prefix.Chain) *Parting {
 	return p
 }
 
-// hoistedLook is how much of a system message is looked at, in bytes.
+// hoistedLook is how many bytes of a system message are examined.
 const hoistedLook = 256
 
-// headBytes returns how many bytes of text the leading system messages and the tools have.
+// headBytes returns the length of the text of the leading system messages and the tools.
 func (r *Request) headBytes() (bytes int) {
 	for _, l := range r.chain.Links {
 		if int(l.Message) >= r.chain.Leading && l.Part != prefix.Tools {
@@ -157,18 +160,18 @@ func (r *Request) headBytes() (bytes int) {
 	return bytes
 }
 
-// reusesHead reports whether the head of the prompt was reused and little else, to within a quarter
-// of that and what a template adds.
+// reusesHead reports whether only the head of the prompt was reused, to within a quarter of it plus
+// the template's text.
 func (r *Request) reusesHead(total, reused int) bool {
 	head := total * r.headBytes() / max(1, r.bytes)
 	return abs(reused-head) <= head/4+32
 }
 
-// lookAround is how many bytes of text on both sides tell what something is.
+// lookAround is how many bytes of text on both sides are needed to recognize a kind.
 const lookAround = 64
 
-// Look returns which text tells what it is that changes: a message's, from one byte up to another;
-// false if none does.
+// Look returns the message, and the range of bytes in it, that show what changes; false if there is
+// none.
 func (r *Request) Look() (message, from, to int, ok bool) {
 	if r == nil || r.parting == nil {
 		return 0, 0, 0, false
@@ -177,7 +180,7 @@ func (r *Request) Look() (message, from, to int, ok bool) {
 	return p.Message, max(0, p.From-lookAround), p.To + lookAround, true
 }
 
-// Looked takes in what the text was that Look asked for. Nothing of it is kept.
+// Looked processes the text that Look asked for, and keeps none of it.
 func (r *Request) Looked(x prefix.Excerpt) {
 	p := r.parting
 	c := Changed{Place: fmt.Sprintf("message %d", p.Message), Byte: p.From, Kind: KindText}
@@ -194,18 +197,19 @@ func (r *Request) Looked(x prefix.Excerpt) {
 		var n int
 		c.Kind, n = KindOf(x.Text, p.From-x.Offset, p.To-x.Offset)
 		c.Byte = x.Offset + n
-		if c.Kind == KindText || c.Kind == KindNumber || p.To-p.From > exactPart { // numbers stand everywhere
+		// Numbers are too common for an exact place.
+		if c.Kind == KindText || c.Kind == KindNumber || p.To-p.From > exactPart {
 			c.Byte, c.Within = p.From, p.To-p.From
 		}
 	}
 	r.changed = &c
 }
 
-// exactPart is the length of a sixteenth of a block in the first 16 KiB of a message: what differs
-// within so few bytes is told apart from what stands beside it.
+// exactPart is the length of a sixteenth of a block in the first 16 KiB of a message. Within so few
+// bytes, the change can be distinguished from the text beside it.
 const exactPart = 16
 
-// changedBy returns what the place cost a prompt of total tokens; nil if it cost nothing.
+// changedBy returns the cost of the change in a prompt of total tokens; nil if there is none.
 func (r *Request) changedBy(total int, tokens Tokens) *Changed {
 	if r.changed == nil || r.bytes == 0 {
 		return nil
@@ -213,7 +217,7 @@ func (r *Request) changedBy(total int, tokens Tokens) *Changed {
 	c := *r.changed
 	c.Tokens = int(float64(total)*float64(r.parting.alike)/float64(r.bytes) + 0.5)
 	if c.Tokens == 0 || 2*tokens.Evaluated < c.Tokens {
-		return nil // most of it was reused nevertheless
+		return nil // most of it was reused anyway
 	}
 	if c.Hoisted && !r.reusesHead(total, tokens.Reused) {
 		return nil // there is another reason
@@ -222,21 +226,21 @@ func (r *Request) changedBy(total int, tokens Tokens) *Changed {
 	return &c
 }
 
-// tellChanged notes what changes, and has the detail name it, where nothing else is the reason. c
+// tellChanged records the change, and describes it in the detail if nothing else is the reason. c
 // may be nil.
 func (e *Entry) tellChanged(c *Changed) {
 	switch {
-	case c == nil, c.Hoisted && e.Basis != Measured: // an estimate takes it for reused
+	case c == nil, c.Hoisted && e.Basis != Measured: // an estimate counts it as reused
 		return
 	case e.Reason == ReasonTaken && c.Hoisted, e.Reason == ReasonFirst:
 		e.Reason = ReasonDiverged
 	case e.Reason != ReasonDiverged && e.Reason != "":
-		return // the model was loaded anew, or the slot was taken
+		return // the model was loaded again, or the slot was taken
 	}
 	e.Changed, e.Detail = c, c.Sentence()
 }
 
-// pattern is how a kind is written. Where it has a group, that is what changes.
+// pattern recognizes a kind. If the expression has a group, the group is what changes.
 type pattern struct {
 	kind Kind
 	*regexp.Regexp
@@ -244,8 +248,8 @@ type pattern struct {
 
 const month = `(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sep(?:t(?:ember)?)?|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?)`
 
-// patterns are tried in this order: where several things stand side by side, the one that is most
-// likely to change each time goes first.
+// patterns are tried in this order, so that of several matches the one that is most likely to
+// change each time wins.
 var patterns = []pattern{
 	{KindUUID, regexp.MustCompile(`(?i)\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b`)},
 	{KindChecksum, regexp.MustCompile(`(?i)\b(?:cch|sha-?\d*|hash|checksum|digest|etag|md5|crc(?:32)?|sig(?:nature)?|fingerprint)["']?\s?[=:]\s?["']?([0-9a-f]{3,128})\b`)},
@@ -264,15 +268,14 @@ var patterns = []pattern{
 	{KindNumber, regexp.MustCompile(`\d+(?:[.,]\d+)*`)},
 }
 
-// KindOf says what it is in a text that changes somewhere in the bytes from one offset up to
-// another, and where it begins: from itself for KindText. What stands beside it tells. The text is
-// as JSON spells it.
+// KindOf returns the kind of the text that changes somewhere between two offsets, judged by its
+// surroundings, and the offset where it begins (from itself for KindText). The text is as in JSON.
 func KindOf(text []byte, from, to int) (Kind, int) {
 	from, to = min(max(from, 0), len(text)), min(max(to, 0), len(text))
 	text = unescaped(text)
 	for _, p := range patterns {
 		for _, at := range p.FindAllSubmatchIndex(text, -1) {
-			start, end := at[len(at)-2], at[len(at)-1] // of the group, where there is one
+			start, end := at[len(at)-2], at[len(at)-1] // of the group, if there is one
 			if start < to && end > from && p.is(text, start, end) {
 				return p.kind, start
 			}
@@ -281,8 +284,7 @@ func KindOf(text []byte, from, to int) (Kind, int) {
 	return KindText, from
 }
 
-// unescaped returns a JSON string's text with spaces in the place of its escapes, so that it is as
-// long as before.
+// unescaped returns a JSON string's text with spaces instead of its escapes, at the same length.
 func unescaped(text []byte) []byte {
 	text = append([]byte(nil), text...)
 	for i := 0; i < len(text); i++ {
@@ -301,10 +303,10 @@ func unescaped(text []byte) []byte {
 	return text
 }
 
-// is checks what a regular expression cannot.
+// is checks conditions that a regular expression cannot.
 func (p pattern) is(text []byte, start, end int) bool {
 	if p.NumSubexp() > 0 {
-		return true // what stands before it says what it is
+		return true // the text before it names its kind
 	}
 	switch found := text[start:end]; p.kind {
 	case KindChecksum:
@@ -319,7 +321,7 @@ func (p pattern) is(text []byte, start, end int) bool {
 	return true
 }
 
-// isClock reports whether what looks like a time of day stands where one would.
+// isClock reports whether the text around an apparent time of day allows one.
 func isClock(text []byte, start, end int) bool {
 	before, after := text[:start], text[end:]
 	if len(after) > 0 && (after[0] == ':' || strings.IndexByte(digits, after[0]) >= 0) {
@@ -338,7 +340,7 @@ const (
 	letters = lower + upper
 )
 
-// amount returns how many bytes of text are among these.
+// amount returns how many bytes of text are in among.
 func amount(text []byte, among string) (n int) {
 	for _, c := range text {
 		if strings.IndexByte(among, c) >= 0 {

@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// TestKindOf: what changes stands between ‹ and ›, and what is to be found begins at [.
+// TestKindOf: the changing range is between ‹ and ›, and the expected place is at [.
 func TestKindOf(t *testing.T) {
 	for _, c := range []struct {
 		text string
@@ -78,8 +78,7 @@ func TestChangedSentence(t *testing.T) {
 	}
 }
 
-// FuzzKindOf: what is found is in the text, and overlaps what was asked for or is where that
-// begins.
+// FuzzKindOf: the result is within the text, and either overlaps the range or is its start.
 func FuzzKindOf(f *testing.F) {
 	f.Add([]byte(`cch=36ee5; at 10:42 on 2026-11-28 #7 123e4567-e89b-12d3-a456-426614174000`), 4, 20)
 	f.Add([]byte(`\u0031\n\`), 0, 100)

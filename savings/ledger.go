@@ -1,11 +1,14 @@
-// Package savings is the ledger: for each request it says how many prompt tokens Ollama reused from a warm prefix and how
-// many it evaluated, what that saved, and why a cold request was cold.
+// Package savings is the ledger. For each request it records how many prompt tokens Ollama reused
+// from a warm prefix and how many it evaluated, how much time that saved, and why a cold request
+// was cold.
 //
-// Since 0.34 Ollama tells how many tokens it reused: the figure is measured. Before, it is estimated, from what the
-// request has in common with what the model last saw on that server, and from how long the evaluation took: see engine.
-// Both are kept beside each other. What neither tells is unknown, which is not 0.
+// Since version 0.34 Ollama reports how many tokens it reused, and the figure is measured. For
+// older servers it is estimated, from what the request has in common with the prompts that the
+// model has recently seen on that server, and from the duration of the evaluation: see engine. Both
+// figures are kept side by side. If neither is available the figure is unknown, which is not 0.
 //
-// Whether a model was loaded for a request, package runners tells. The ledger holds no prompt text and makes no requests.
+// Package runners reports whether a model was loaded for a request. The ledger holds no prompt text
+// and makes no requests.
 package savings
 
 import (
@@ -20,16 +23,16 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/runners"
 )
 
-// Basis says where an entry's token counts come from.
+// Basis is the source of an entry's token counts.
 type Basis string
 
 const (
-	Measured  Basis = "measured"  // the server told them
-	Estimated Basis = "estimated" // inferred
-	Unknown   Basis = "unknown"   // not known; the total may be
+	Measured  Basis = "measured"  // reported by the server
+	Estimated Basis = "estimated" // inferred from times and earlier prompts
+	Unknown   Basis = "unknown"   // not known; the total may still be
 )
 
-// Verdict says how warm a request was.
+// Verdict is how warm a request was.
 type Verdict string
 
 const (
@@ -39,7 +42,7 @@ const (
 	Uncertain Verdict = "unknown"
 )
 
-// VerdictOf returns how warm a prompt of total tokens is of which so many were reused.
+// VerdictOf returns the verdict on a prompt of total tokens, some of them reused.
 func VerdictOf(total, reused int) Verdict {
 	switch {
 	case total <= 0:
@@ -52,13 +55,13 @@ func VerdictOf(total, reused int) Verdict {
 	return Cold
 }
 
-// Tokens divides a prompt's tokens.
+// Tokens are the two parts of a prompt's tokens.
 type Tokens struct {
 	Reused    int `json:"reused"`
 	Evaluated int `json:"evaluated"`
 }
 
-// Entry is what the ledger has of one request.
+// Entry is the ledger's record of one request.
 type Entry struct {
 	ID       uint64
 	At       time.Time // when it was sent upstream
@@ -66,83 +69,86 @@ type Entry struct {
 	Upstream string
 	Model    string // its key
 	Prefix   uint64 // fingerprint of the whole prompt
-	Shared   uint64 // … and of the longest part of it that was known before; 0 if there is none beyond the runner
-	// Conversation is prefix.Chain's.
+	Shared   uint64 // … of its longest part that was known before; 0 if only the runner was
+	// Conversation is prefix.Chain.Conversation.
 	Conversation uint64
 	Messages     int // in the prompt
 
 	Basis    Basis
-	Total    int     // prompt tokens; 0 where not known
-	Tokens   *Tokens // nil where Basis is Unknown
-	Estimate *Tokens // the estimate, also beside a measured figure; nil where there is none
+	Total    int     // prompt tokens; 0 if unknown
+	Tokens   *Tokens // nil if Basis is Unknown
+	Estimate *Tokens // the estimate, even if there is a measured figure; may be nil
 	Verdict  Verdict
-	Reason   Reason // of a request that is no Hit
-	Detail   string // the same in words, and what was edited; no prompt text
-	// Changed is where it differs from a prompt that it should have continued; nil: nowhere, as far as is known.
+	Reason   Reason // unless the request is a Hit
+	Detail   string // the reason in words, and the proxy's edits; no prompt text
+	// Changed is where it differs from a prompt that it should have continued, if that is known.
 	Changed   *Changed
 	Truncated bool // Ollama probably cut the prompt
-	Broken    bool // the answer did not come to its end, for one because the client left: only what is known is told
+	Broken    bool // the answer was cut short, or the client left: other fields may be incomplete
 
-	Expected      int // tokens that were expected to be reused when the request was sent
+	Expected      int // tokens that should have been reused, as predicted when the request was sent
 	ExpectedKnown bool
 
 	Generated int           // tokens of the answer
 	Loaded    bool          // the model was loaded for this request
-	Load      time.Duration // waiting for the model; 0 where not told
-	Queue     time.Duration // waiting for a slot inside Ollama; 0 where not told
-	Prompt    time.Duration // evaluating the prompt; 0 where not told
-	Eval      time.Duration // generating the answer; 0 where not told
+	Load      time.Duration // waiting for the model; 0 if not reported
+	Queue     time.Duration // waiting for a slot inside Ollama; 0 if not reported
+	Prompt    time.Duration // evaluating the prompt; 0 if not reported
+	Eval      time.Duration // generating the answer; 0 if not reported
 
-	// SavedEvaluation and SavedLoading are estimates of the time that the request would have taken longer had nothing been
-	// reused, and had the model been dropped five minutes after its last request, as Ollama does by default.
+	// SavedEvaluation estimates how much longer the request would have taken if nothing had been
+	// reused. SavedLoading is the same if the model had been unloaded five minutes after its last
+	// request, as is Ollama's default.
 	SavedEvaluation, SavedLoading time.Duration
 
-	Excerpt string // of the request, where the operator wants to see it
+	Excerpt string // of the request, if the operator wants to see it
 
-	Client  string        // who asked, hashed; "" for the proxy itself
-	KeyName string        // of the API key that it came with; "" where that has none
-	Waited  time.Duration // in the proxy: for a lane, for memory, for a server that was away
-	Whole   time.Duration // from when the request came to the end of its answer
+	Client  string        // hashed; "" for the proxy itself
+	KeyName string        // of the client's API key; "" if that has none
+	Waited  time.Duration // in the proxy: for a lane, for memory, or for an absent server
+	Whole   time.Duration // from the request's arrival to the end of its answer
 }
 
-// Ledger accounts. Make it with New. Its methods may be called from any goroutine.
+// Ledger records requests. Create it with New. Its methods are safe for concurrent use.
 type Ledger struct {
 	store contextstore.Store
 
 	mu      sync.Mutex
 	engines map[engineKey]*engine
 	recent  []Entry // a ring
-	next    uint64  // how many there were; recent[next % cap] is the oldest
+	next    uint64  // how many there were so far; recent[next % cap] is the oldest
 }
 
 type engineKey struct {
 	upstream uint16
-	weights  string // as package runners has them
+	weights  string // in package runners' terms
 }
 
-// maxEngines bounds the models remembered, over all upstreams. Of more than that, the one that was used longest ago is forgotten.
+// maxEngines limits the models remembered on all upstreams together. Beyond it, the least recently
+// used one is forgotten.
 const maxEngines = 1024
 
-// maxNames bounds the names of one model.
+// maxNames limits the names of one model.
 const maxNames = 64
 
-// New returns a ledger that knows of prefixes what the store knows, and remembers the last so many entries.
+// New returns a ledger that takes known prefixes from the store and keeps the latest entries, up to
+// remember.
 func New(store contextstore.Store, remember int) *Ledger {
 	return &Ledger{store: store, engines: map[engineKey]*engine{}, recent: make([]Entry, 0, remember)}
 }
 
-// Upstream is a server, as the ledger is told of it.
+// Upstream identifies a server, with the properties that matter to the ledger.
 type Upstream struct {
 	Index uint16
 	Name  string
-	// TellsCached says that the server's answers tell the reused tokens: Ollama 0.34 and later.
+	// TellsCached means that answers report the reused tokens: Ollama 0.34 and later.
 	TellsCached bool
-	// Old says that the server is Ollama before 0.30: its only cache are the slots, and of a sliding-window model's
-	// prompt it reuses nothing unless the whole of the previous prompt is its beginning.
+	// Old means Ollama before 0.30. It has no cache but the slots, and for a sliding-window model
+	// it reuses nothing unless the whole previous prompt is the beginning of the new one.
 	Old bool
 }
 
-// Request is a request under way. The nil Request does nothing.
+// Request is a request in progress. The nil Request does nothing.
 type Request struct {
 	ledger   *Ledger
 	engine   *engine
@@ -151,22 +157,22 @@ type Request struct {
 	held     *held
 	at       time.Time
 	bytes    int
-	lost     int     // engine.lost when it began
-	beside   float64 // about how many tokens the prompts had that the model was given meanwhile
+	lost     int     // engine.lost at the start
+	beside   float64 // estimated tokens of the prompts that the model got meanwhile
 
-	parting *Parting // nil: there is none …
-	changed *Changed // … or nobody looked what changes there
+	parting *Parting // nil if there is none …
+	changed *Changed // … nil if its text was not examined
 
 	known         int // leading links that the store knew
 	record        contextstore.Record
 	run           *runners.Request
-	attached      int // tokens of its prompt of which a stored state was given to the engine for it
-	Expected      int // tokens expected to be reused
+	attached      int // tokens of its prompt in a stored state that the engine got for it
+	Expected      int // tokens that should be reused
 	ExpectedKnown bool
 }
 
-// Attached says, before the request is sent, that a stored state was given to the engine for it which
-// has so many tokens of its prompt.
+// Attached records, before the request is sent, that the engine got a stored state with this many
+// tokens of its prompt.
 func (r *Request) Attached(tokens int) {
 	if r != nil && tokens > 0 {
 		r.attached = tokens
@@ -174,7 +180,8 @@ func (r *Request) Attached(tokens int) {
 	}
 }
 
-// Begin notes that a request is sent. The chain must stay as it is. run is the same request.
+// Begin records that a request is sent. The chain must not change afterwards. run is the same
+// request in package runners.
 func (l *Ledger) Begin(now time.Time, up Upstream, chain *prefix.Chain, run *runners.Request) *Request {
 	model := l.store.Model(chain.Runner.Model)
 	known, record := l.store.Match(chain.Links)
@@ -199,7 +206,7 @@ func (l *Ledger) Begin(now time.Time, up Upstream, chain *prefix.Chain, run *run
 	return r
 }
 
-// engine returns the engine, made if need be. l.mu must be held.
+// engine returns the engine, creating it if necessary. l.mu must be held.
 func (l *Ledger) engine(upstream uint16, run *runners.Request) *engine {
 	key := engineKey{upstream, run.Options.Model}
 	e, ok := l.engines[key]
@@ -212,13 +219,14 @@ func (l *Ledger) engine(upstream uint16, run *runners.Request) *engine {
 	}
 	if !slices.Contains(e.names, run.Name) && len(e.names) < maxNames {
 		e.names = append(e.names, run.Name)
-		// Prompts of two names have nothing in common for the ledger, whatever the engine makes of them.
+		// To the ledger, prompts for two names have nothing in common, even if the engine can share
+		// them.
 		e.fresh = e.fresh && len(e.names) == 1
 	}
 	return e
 }
 
-// dropEngine forgets the model that was used longest ago.
+// dropEngine forgets the least recently used model.
 func (l *Ledger) dropEngine() {
 	var oldest engineKey
 	var since time.Time
@@ -234,12 +242,12 @@ func (l *Ledger) dropEngine() {
 type Outcome struct {
 	Answer
 	OK        bool          // the upstream accepted it and answered to the end
-	Refused   bool          // the upstream did not accept it: it has evaluated nothing
-	Counted   bool          // an answer of this kind that ends well always tells counts
-	FirstByte time.Duration // from Begin to the first byte of an answer that is streamed; 0 otherwise
+	Refused   bool          // the upstream refused it, and evaluated nothing
+	Counted   bool          // this kind of answer always has counts if it ends well
+	FirstByte time.Duration // from Begin to the first byte of a streamed answer; otherwise 0
 	Duration  time.Duration // from Begin to the end
 
-	// Edits is what the proxy changed in the request, in words, for the entry's detail; "": nothing worth telling.
+	// Edits describes the proxy's changes to the request, for the entry's detail; may be "".
 	Edits string
 
 	Ending            runners.Ending
@@ -248,8 +256,8 @@ type Outcome struct {
 	Waited, Whole     time.Duration
 }
 
-// End accounts for a request, and returns its entry. One that the upstream did not accept, or that has no prompt, has none:
-// false.
+// End closes a request's record and returns its entry; false if it has none, because the upstream
+// refused it or it has no prompt.
 func (r *Request) End(now time.Time, o Outcome) (Entry, bool) {
 	if r == nil {
 		return Entry{}, false
@@ -263,10 +271,10 @@ func (r *Request) End(now time.Time, o Outcome) (Entry, bool) {
 	return entry, ok
 }
 
-// maxTime is the longest time that is believed.
+// maxTime is the longest duration that is believed.
 const maxTime = 24 * time.Hour
 
-// sane takes out times that cannot be.
+// sane removes impossible durations.
 func (o *Outcome) sane() {
 	for _, d := range []*time.Duration{&o.TotalTime, &o.Load, &o.PromptEval, &o.Eval} {
 		if *d < 0 || *d > maxTime {
@@ -275,7 +283,8 @@ func (o *Outcome) sane() {
 	}
 }
 
-// end is End but for the store, which is not to be waited for with the lock held; put says that it is to be told.
+// end is End except for the store, which must not be called with the lock held; put reports whether
+// the store needs the chain.
 func (r *Request) end(now time.Time, o Outcome) (entry Entry, put, ok bool) {
 	l, e := r.ledger, r.engine
 	l.mu.Lock()
@@ -292,7 +301,7 @@ func (r *Request) end(now time.Time, o Outcome) (entry Entry, put, ok bool) {
 		r.load(o)
 		return Entry{}, false, false
 	}
-	whole := o.Done || o.OK && !o.Counted // the client may have left after the counts had come
+	whole := o.Done || o.OK && !o.Counted // the client may have left after the counts arrived
 	entry = Entry{
 		ID: l.next + 1, At: r.at, Endpoint: o.Endpoint, Upstream: r.upstream.Name, Model: r.chain.Runner.Model, Prefix: r.chain.Leaf(), Conversation: r.chain.Conversation, Messages: r.chain.Messages,
 		Expected: r.Expected, ExpectedKnown: r.ExpectedKnown,
@@ -308,7 +317,8 @@ func (r *Request) end(now time.Time, o Outcome) (entry Entry, put, ok bool) {
 	}
 	switch entry.Loaded = r.load(o); {
 	case !whole:
-		// The engine may have evaluated some of it: what it holds now is not known, and what is not known is not warm.
+		// The engine may have evaluated a part. What it holds now is unknown, and must not count as
+		// warm.
 		e.drop(r.held)
 		e.fresh, entry.Detail = false, "the answer did not come to its end"
 	case prompt:
@@ -326,7 +336,7 @@ func (r *Request) end(now time.Time, o Outcome) (entry Entry, put, ok bool) {
 	return entry, put, true
 }
 
-// also adds to the detail what was edited, if anything was.
+// also adds the proxy's edits to the detail, if any.
 func (e *Entry) also(edits string) {
 	if edits != "" && e.Detail != "" {
 		e.Detail += "; "
@@ -334,7 +344,8 @@ func (e *Entry) also(edits string) {
 	e.Detail += edits
 }
 
-// load reports whether the model was loaded for the request, and forgets what was warm before.
+// load reports whether the model was loaded for the request; if so, it forgets what was warm
+// before.
 func (r *Request) load(o Outcome) bool {
 	if o.Ending.Loaded {
 		r.engine.load(r, o.Ending)
@@ -343,18 +354,18 @@ func (r *Request) load(o Outcome) bool {
 	return o.Ending.Loaded
 }
 
-// cool tells the store that what the engine held is gone. l.mu must be held.
+// cool informs the store that what the engine held is gone. l.mu must be held.
 func (l *Ledger) cool(upstream uint16, e *engine) {
 	for _, name := range e.names {
 		l.store.Cool(upstream, l.store.Model(name))
 	}
 }
 
-// defaultKeepAlive is how long Ollama keeps a model after its last request, unless told otherwise.
+// defaultKeepAlive is how long Ollama keeps a model after its last request by default.
 const defaultKeepAlive = 5 * time.Minute
 
-// account fills in the tokens of a request that has a prompt, and notes what the engine holds from now on; false: not this
-// prompt.
+// account sets the tokens of a request with a prompt, and records what the engine holds now. It
+// returns false if that is not this prompt.
 func (r *Request) account(now time.Time, o Outcome, entry *Entry) bool {
 	e := r.engine
 	guess := e.estimate(r, o, entry.Loaded)
@@ -376,7 +387,7 @@ func (r *Request) account(now time.Time, o Outcome, entry *Entry) bool {
 	}
 	e.learn(r, o, guess, entry)
 	if entry.Truncated || r.lost != e.lost {
-		e.drop(r.held) // what is warm is not what was sent, or belongs to an earlier load
+		e.drop(r.held) // Ollama cut the prompt, or it belongs to an earlier load
 		e.fresh = e.fresh && !entry.Truncated
 		return false
 	}
@@ -384,17 +395,17 @@ func (r *Request) account(now time.Time, o Outcome, entry *Entry) bool {
 	return true
 }
 
-// Lost says why what a model held is not warm any more.
+// Lost is why a model's cache was lost.
 type Lost string
 
 const (
-	LostUnloaded Lost = "unloaded" // it is not loaded any more: its keep_alive ran out, or another model needed the memory
+	LostUnloaded Lost = "unloaded" // its keep_alive ran out, or another model needed the memory
 	LostRestart  Lost = "restart"  // the server was restarted
-	LostReplaced Lost = "replaced" // the model was deleted or created anew: its tokens may be others, too
-	LostReloaded Lost = "reloaded" // somebody else had it loaded with other options
+	LostReplaced Lost = "replaced" // the model was deleted or created again; its tokens may differ
+	LostReloaded Lost = "reloaded" // a program outside the proxy loaded it with other options
 )
 
-// Lose says that what some weights held on the upstream is gone. Empty ones mean all of the upstream.
+// Lose records that a model's cache on the upstream is gone, by weights; "" means all models.
 func (l *Ledger) Lose(upstream uint16, weights string, why Lost) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -406,7 +417,7 @@ func (l *Ledger) Lose(upstream uint16, weights string, why Lost) {
 	}
 }
 
-// Forget says that a name means another model than before.
+// Forget records that a name now refers to another model.
 func (l *Ledger) Forget(upstream uint16, name string) {
 	l.store.Forget(l.store.Model(name))
 	l.mu.Lock()
@@ -423,7 +434,7 @@ func (l *Ledger) Forget(upstream uint16, name string) {
 	}
 }
 
-// ForgetExcerpts removes the excerpts of requests from the entries that are remembered.
+// ForgetExcerpts removes the requests' excerpts from all remembered entries.
 func (l *Ledger) ForgetExcerpts() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -432,7 +443,7 @@ func (l *Ledger) ForgetExcerpts() {
 	}
 }
 
-// Recent returns the last entries, newest first, n at most.
+// Recent returns the latest entries, at most n, newest first.
 func (l *Ledger) Recent(n int) []Entry {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -444,7 +455,7 @@ func (l *Ledger) Recent(n int) []Entry {
 	return list
 }
 
-// PrefixString writes a fingerprint as headers and pages show it.
+// PrefixString formats a fingerprint for headers and pages.
 func PrefixString(hash uint64) string {
 	var b [8]byte
 	binary.BigEndian.PutUint64(b[:], hash)

@@ -6,14 +6,15 @@ import (
 	"time"
 )
 
-// BenchmarkGrant is a lane that falls free while 100,000 requests wait, and a request that comes in place of the one that is
-// granted: Add and Done together are what a request costs in all.
+// BenchmarkGrant measures a lane that becomes free while 100,000 requests wait, and a request that
+// arrives to replace the one that is granted: Add and Done together are the whole cost of a
+// request.
 func BenchmarkGrant(b *testing.B) {
 	for _, w := range []struct {
 		name              string
 		prefixes, clients int
 		lanes             int
-		servers           int // that may serve each request; 0: one, and nothing is chosen
+		servers           int // that may serve each request; 0: one, so there is no choice
 	}{
 		{"10000 prefixes, 1 client", 10_000, 1, 4, 0},
 		{"10000 prefixes, 1000 clients", 10_000, 1000, 4, 0},
@@ -72,7 +73,8 @@ func BenchmarkGrant(b *testing.B) {
 	}
 }
 
-// BenchmarkVacate is a server that goes down, and comes back, while 100,000 requests wait: for each that goes elsewhere.
+// BenchmarkVacate measures a server that goes down and comes back while 100,000 requests wait, per
+// request that moves.
 func BenchmarkVacate(b *testing.B) {
 	for _, servers := range []int{2, 8} {
 		b.Run(fmt.Sprint(servers, " servers"), func(b *testing.B) {
@@ -95,8 +97,8 @@ func BenchmarkVacate(b *testing.B) {
 	}
 }
 
-// BenchmarkFull is a request that comes to a full queue: more of a backlog, which is refused, and one of
-// somebody with nothing else, for which the backlog gives up a place.
+// BenchmarkFull measures a request that arrives at a full queue: one more of a backlog, which is
+// refused, and one of a client without others, for which the backlog gives up a place.
 func BenchmarkFull(b *testing.B) {
 	for _, limit := range []int{1000, 10_000, 100_000} {
 		for _, other := range []bool{false, true} {
@@ -124,7 +126,7 @@ func BenchmarkFull(b *testing.B) {
 	}
 }
 
-// BenchmarkLone is what a client waits that sends one request after the other.
+// BenchmarkLone measures the wait of a client that sends one request after the other.
 func BenchmarkLone(b *testing.B) {
 	s := NewScheduler(Config{})
 	r := request("m", seg{id: 1, tokens: 1000}, seg{id: 2, tokens: 100})

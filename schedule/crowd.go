@@ -146,8 +146,8 @@ func (p *places) last() *item {
 	return nil
 }
 
-// yields returns which request gives up its place for one that finds none: that one itself, or a
-// waiting one. An earlier request that was sent in vain counts as older than all.
+// yields returns the request that gives up its place for one that finds none, which may be that one
+// itself. An earlier request whose server did not answer counts as older than all others.
 func (p *places) yields(it *item) *item {
 	last := p.last()
 	at := &p[it.rank.asked()]

@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// crowdedQueue has one busy lane and a full queue of so many requests, each as who says.
+// crowdedQueue has one busy lane and a queue that is full with limit requests, each made by who.
 func crowdedQueue(limit int, who func(i int) Request) *Queue {
 	q := New(Config{Lanes: 1, Limit: limit})
 	for i := range limit + 1 { // the first one is granted
@@ -17,7 +17,7 @@ func crowdedQueue(limit int, who func(i int) Request) *Queue {
 	return q
 }
 
-// from makes a request that comes at a time.
+// from completes a request that arrives at a time.
 func from(r Request, id uint64, now time.Time) (Request, time.Time) {
 	r.ID, r.Runner = id, Runner{Options: options("m", 0)}
 	r.Links = (&job{model: "m", segs: []seg{{id: 1, tokens: 100}, {id: 10 + id, tokens: 50}}}).links()
@@ -26,10 +26,11 @@ func from(r Request, id uint64, now time.Time) (Request, time.Time) {
 
 func script(int) Request { return Request{Client: "script", Program: 1, Flow: 1} }
 
-// TestCrowded: of a full queue whoever has most gives a place up, whatever names others have.
+// TestCrowded: when the queue is full, whoever has the most places gives one up, however many names
+// others use.
 func TestCrowded(t *testing.T) {
 	const limit = 20
-	// Of those that wait, the first half is somebody's, the second somebody else's.
+	// The first half of the waiting requests is a's, the second half b's.
 	halves := func(a, b Request) func(int) Request {
 		return func(i int) Request {
 			if i <= limit/2 {
@@ -47,8 +48,8 @@ func TestCrowded(t *testing.T) {
 		name   string
 		queued func(i int) Request
 		comes  Request
-		gone   int  // which one is refused; limit+1: the one that comes
-		full   bool // and that can be told before more is known than its client
+		gone   int  // the request that is refused; limit+1 means the new one
+		full   bool // whether it is refused when only its client is known
 	}{
 		{"another client", script, Request{Client: "person", Program: 1, Flow: 1}, limit, false},
 		{"another program", script, Request{Client: "script", Program: 2, Flow: 1}, limit, false},
@@ -91,7 +92,8 @@ func TestCrowded(t *testing.T) {
 	}
 }
 
-// TestCrowdedSentInVain: what was sent in vain keeps its place by when it came.
+// TestCrowdedSentInVain: a request whose server did not answer keeps its place by its time of
+// arrival.
 func TestCrowdedSentInVain(t *testing.T) {
 	q := crowdedQueue(2, func(i int) Request {
 		return Request{Client: fmt.Sprint("c", i), Program: 1, Flow: 1}
@@ -105,8 +107,8 @@ func TestCrowdedSentInVain(t *testing.T) {
 	}
 }
 
-// TestCrowdedShares: under a load that fills the queue again and again everybody keeps an equal part of
-// its places, and who has them is forgotten when it is half empty.
+// TestCrowdedShares: under a load that fills the queue again and again, every client keeps an equal
+// share of its places; the record of the shares is dropped when the queue is half empty.
 func TestCrowdedShares(t *testing.T) {
 	const limit = 300
 	q := crowdedQueue(limit, script)

@@ -34,8 +34,8 @@ type account struct {
 	fifo    fifo
 }
 
-// fair returns how many tokens a client may take before others, if so many clients wait. It is
-// about one prompt where changes cost nothing.
+// fair returns how many tokens a client may take before others, with this many clients waiting. It
+// is about one prompt if changes cost nothing.
 func (c *class) fair(clients int) int {
 	return max(int(quantum*c.sizes*max(c.rates.lostPart(), 1.0/quantum))/clients, slack)
 }
@@ -65,7 +65,7 @@ func (c *class) add(it *item) {
 	c.tree.wait(it)
 }
 
-// join adds a client to those that wait.
+// join adds a client to the waiting ones.
 func (c *class) join(a *account) {
 	c.sizes += a.size.v
 	switch fair := c.fair(len(c.backlogged) + 1); {
@@ -89,7 +89,7 @@ func (c *class) join(a *account) {
 	}
 }
 
-// level takes back what a client was given in this round beyond what everybody gets.
+// level takes back the part of a client's grant in this round that exceeds everyone's.
 func (c *class) level(a *account) {
 	if over := a.given - c.quantum; a.round == c.round && over > 0 {
 		a.given = c.quantum

@@ -95,7 +95,7 @@ func (q *Queue) typical() float64 {
 	return q.took.v
 }
 
-// enter records which flow a request belongs to, and lets it go first if that is sparse.
+// enter records the flow of a request, and lets the request go first if that flow is sparse.
 func (q *Queue) enter(it *item, now time.Time) {
 	who := it.who
 	if who.program == 0 {
@@ -128,8 +128,8 @@ func (q *Queue) rank(it *item, now time.Time) {
 	}
 }
 
-// little reports whether a client, or a program, has nothing else under way, and has had little
-// compared with the busiest one.
+// little reports whether a client, or a program, has no other requests in progress, and has had
+// little compared with the busiest one.
 func (q *Queue) little(f, busiest *flow, now time.Time) bool {
 	return f.active == 0 && f.attained(now)+q.typical() < sparsePart*q.demand(busiest, now)
 }
@@ -193,8 +193,8 @@ func (q *Queue) reconsider(now time.Time) {
 	}
 }
 
-// exit records that a request of a flow neither waits nor is served any more. It has had a lane for
-// so long, and others have had to evaluate so many tokens again for it.
+// exit records that a request of a flow neither waits nor is served any more, how long it had a
+// lane, and how many tokens others had to evaluate again for it.
 func (q *Queue) exit(it *item, took time.Duration, now time.Time) {
 	if it.program == nil {
 		return

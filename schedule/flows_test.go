@@ -7,9 +7,10 @@ import (
 	"time"
 )
 
-// TestPeople: a person who asks now and then, beside a script that has hundreds of requests waiting, waits for one running request
-// for each lane at most, whoever the script is: another client, another program of the same one, or the same program with another
-// prompt. The script pays with few tokens.
+// TestPeople: a person asks now and then beside a script with hundreds of waiting requests, and
+// waits for at most one running request per lane. That holds whether the script is another client,
+// another program of the same client, or the same program with another prompt. It costs the script
+// few tokens.
 func TestPeople(t *testing.T) {
 	for _, slots := range []int{1, 4} {
 		for _, who := range []struct {
@@ -66,7 +67,7 @@ func TestPeople(t *testing.T) {
 	}
 }
 
-// off has a workload's flows make no difference.
+// off makes a workload's flows irrelevant.
 func off(jobs []*job) []*job {
 	for _, j := range jobs {
 		j.program = noFlows
@@ -74,7 +75,7 @@ func off(jobs []*job) []*job {
 	return jobs
 }
 
-// beside is a batch with a long prefix, and a small program with prompts of its own beside it.
+// beside is a batch with a long prefix, next to a small program with different prompts.
 func beside(t *testing.T, prefix int, think time.Duration, flows bool) (makespan, longest time.Duration, evaluated int) {
 	s := newSim(t, engineConfig{slots: 1, load: time.Second, perToken: time.Millisecond, decode: 10 * time.Millisecond}, New(Config{Lanes: 1}))
 	set := func(j *job) *job {
@@ -107,7 +108,8 @@ func beside(t *testing.T, prefix int, think time.Duration, flows bool) (makespan
 	return makespan, longest, s.evaluated
 }
 
-// TestAheadPays: what goes before a batch with a long prefix, and pushes that out of the only slot, does not do so at any cost.
+// TestAheadPays: requests that go ahead of a batch with a long prefix, and evict that from the only
+// slot, may not do so at any cost.
 func TestAheadPays(t *testing.T) {
 	for _, prefix := range []int{500, 2000, 8000} {
 		for _, think := range []time.Duration{500 * time.Millisecond, 2 * time.Second, 10 * time.Second, 30 * time.Second} {
@@ -121,7 +123,8 @@ func TestAheadPays(t *testing.T) {
 	}
 }
 
-// TestCrowd: a crowd of requests with ever new names takes no more than a part of what somebody gets who has one.
+// TestCrowd: a crowd of requests, each under a new name, gets no more than a part of what a client
+// with one name gets.
 func TestCrowd(t *testing.T) {
 	served := func(flows bool) (victim, crowd int) {
 		s := newSim(t, engineConfig{slots: 1, load: time.Second, perToken: time.Millisecond, decode: 10 * time.Millisecond}, New(Config{Lanes: 1}))
@@ -160,7 +163,8 @@ func TestCrowd(t *testing.T) {
 	}
 }
 
-// TestEarlyPerson: a person goes first also before anything of a batch was answered, and who has asked for a minute before it came.
+// TestEarlyPerson: a person goes first even if nothing of a batch has been answered yet, and even
+// after asking for a minute before the batch came.
 func TestEarlyPerson(t *testing.T) {
 	for _, history := range []int{0, 4} {
 		s := newSim(t, engineConfig{slots: 1, load: time.Second, perToken: time.Millisecond, decode: 10 * time.Millisecond}, New(Config{Lanes: 1}))
@@ -186,7 +190,8 @@ func TestEarlyPerson(t *testing.T) {
 	}
 }
 
-// TestOnePage: five people on one page, which names nobody, beside a script of another program: none waits for all of that.
+// TestOnePage: five people share a page that sends no names, beside another program's script: none
+// of them waits for the whole script.
 func TestOnePage(t *testing.T) {
 	for _, people := range []int{5, 20} {
 		s := newSim(t, engineConfig{slots: 1, load: time.Second, perToken: time.Millisecond, decode: 10 * time.Millisecond}, New(Config{Lanes: 1}))
@@ -213,9 +218,9 @@ func TestOnePage(t *testing.T) {
 	}
 }
 
-// TestAheadOnManyLanes: what goes first takes a third of the time of all lanes together, not of one. So
-// people who take a fifth of it wait for one running request at most, as the script's prefix is theirs,
-// too, and nothing is pushed out for them.
+// TestAheadOnManyLanes: requests that go ahead may take a third of the time of all lanes together,
+// not of one lane. So people who take a fifth of it wait for at most one running request, since
+// they share the script's prefix, and nothing is evicted for them.
 func TestAheadOnManyLanes(t *testing.T) {
 	for _, slots := range []int{1, 4} {
 		cfg := engineConfig{slots: slots, load: time.Second, perToken: time.Millisecond, decode: 10 * time.Millisecond}

@@ -62,7 +62,7 @@ func (r *rates) perToken() time.Duration {
 	return time.Duration(r.prompt.over / r.prompt.under)
 }
 
-// evaluate returns how long evaluating so many tokens of a prompt takes.
+// evaluate returns how long evaluating this many tokens of a prompt takes.
 func (r *rates) evaluate(tokens int) time.Duration { return time.Duration(tokens) * r.perToken() }
 
 // weight returns how many tokens of a prompt take as long to evaluate as one takes to generate.
@@ -81,8 +81,7 @@ func (r *rates) generated() float64 {
 	return r.answer.v
 }
 
-// work returns the work of so many requests, in tokens of a prompt, if so many tokens are to be
-// evaluated.
+// work returns the work of some requests, in tokens of a prompt, with this many tokens to evaluate.
 func (r *rates) work(fresh, requests int) float64 {
 	return float64(fresh) + float64(requests)*r.weight()*r.generated()
 }
@@ -267,7 +266,7 @@ func (q *Queue) returned(x *runner, it *item, now time.Time) {
 	q.habits.came(now.Sub(v.at))
 }
 
-// follows reports whether a request that shares so many tokens with a served prompt is the one
+// follows reports whether a request that shares this many tokens with a served prompt is the one
 // expected of its client, rather than another one with, say, the same system prompt.
 func (q *Queue) follows(client string, shared, served int) bool {
 	return shared > slack && float64(shared) >= 0.9*q.client(client).part(&q.habits)*float64(served)

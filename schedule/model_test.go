@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// model drives a queue with arbitrary events and knows what must hold after each.
+// model drives a queue with arbitrary events and checks what must hold after each.
 type model struct {
 	t       *testing.T
 	q       *Queue
@@ -26,7 +26,7 @@ type model struct {
 	added   int
 	left    int
 	events  int
-	every   int // after how many events the queue is held to its books, which takes most of the time
+	every   int // events between two checks of the queue's records, which take most of the time
 	data    []byte
 }
 
@@ -36,7 +36,7 @@ type modelRequest struct {
 	slot slotKey
 }
 
-// servers returns which servers may serve a request.
+// servers returns the servers that may serve a request.
 func (r *modelRequest) servers() []uint16 {
 	if len(r.Upstreams) == 0 {
 		return []uint16{r.Runner.Upstream}
@@ -106,7 +106,7 @@ func (m *model) drain() {
 			if waited := len(m.waiting) + m.granted - granted; waited < m.cfg.Limit {
 				m.t.Fatalf("request %d made room where %d of %d waited", no.ID, waited, m.cfg.Limit)
 			}
-			if m.granted == granted { // else others may have left since
+			if m.granted == granted { // otherwise others may have left since
 				m.gaveUp(r)
 			}
 		default:
@@ -118,10 +118,10 @@ func (m *model) drain() {
 	}
 }
 
-// open reports whether a server is to be sent what may go elsewhere.
+// open reports whether a server may get requests that could also go elsewhere.
 func (m *model) open(u uint16) bool { return !m.off[u] && !m.away[u] }
 
-// pick returns any of the requests, the same one for the same events.
+// pick returns any request, always the same one for the same events.
 func pick(from map[uint64]modelRequest, n int) (uint64, bool) {
 	if len(from) == 0 {
 		return 0, false
@@ -130,7 +130,7 @@ func pick(from map[uint64]modelRequest, n int) (uint64, bool) {
 	for id := range from {
 		ids = append(ids, id)
 	}
-	// The n-th smallest would do; the smallest above a point is as good.
+	// The n-th smallest would do; the smallest above a bound is just as good.
 	best, ok := uint64(0), false
 	least := ids[0]
 	for _, id := range ids {
@@ -202,7 +202,7 @@ func (m *model) event() {
 	m.drain()
 }
 
-// SetExclusive says whether two models cannot be loaded at the same time, which is otherwise learned.
+// SetExclusive sets whether two models exclude each other in memory, which is otherwise learned.
 func (q *Queue) SetExclusive(upstream uint16, a, b string, on bool, now time.Time) {
 	r := together
 	if on {
@@ -220,7 +220,7 @@ func (m *model) add() {
 		ID:       m.next,
 		Runner:   Runner{Upstream: uint16(b & 1), Options: options([]string{"a", "b"}[b>>1&1], 2048*(b>>2&1))},
 		Client:   fmt.Sprint(b >> 3 & 3),
-		Priority: Priority(b>>5&3) - 1, // one of four is none that is known
+		Priority: Priority(b>>5&3) - 1, // one in four is not a known priority
 		Streams:  c&2 == 0,
 	}
 	if c&1 == 1 {
@@ -230,7 +230,7 @@ func (m *model) add() {
 	if m.next%8 == 7 { // it was sent before, and not answered
 		r.Arrived = m.now.Add(-time.Duration(c) * time.Millisecond)
 	}
-	// One of a few families, of a few prefixes in each, and a tail that may be shared, too.
+	// One of a few families, with a few prefixes in each, and a tail that may be shared as well.
 	j := job{model: r.Runner.Options.Model, numCtx: r.Runner.Options.NumCtx()}
 	for i, width := range []int{1, 3, 7, 3} {
 		j.segs = append(j.segs, seg{id: uint64(i*100 + c%(width+1)), tokens: 40 + 200*(i&1)})
@@ -258,13 +258,13 @@ func (m *model) add() {
 		}
 	} else if len(m.waiting) < m.cfg.Limit {
 		m.t.Fatalf("refused with %d waiting", len(m.waiting))
-	} else if len(m.q.grants) == 0 { // else others may have left since
+	} else if len(m.q.grants) == 0 { // otherwise others may have left since
 		m.gaveUp(modelRequest{Request: r, came: came})
 	}
 }
 
-// gaveUp checks that a request was the one to be refused when the queue was full: nobody else's
-// share of the places was larger, and nothing of its flow's came later.
+// gaveUp checks that the queue, when full, refused the right request: no other client's share of
+// the places was larger, and nothing of the same flow came later.
 func (m *model) gaveUp(r modelRequest) {
 	who := flowKey{r.Client, r.Program, r.Flow}
 	counts := map[crowdKey]int{}
@@ -311,7 +311,7 @@ func (m *model) done() {
 	}, m.now)
 }
 
-// checkPlaces compares who is noted to have the places with who waits.
+// checkPlaces compares the recorded shares of the places with the waiting requests.
 func (m *model) checkPlaces() {
 	if m.q.places == nil {
 		return
@@ -343,7 +343,8 @@ func (m *model) checkPlaces() {
 	}
 }
 
-// check holds the queue to its own books. (It does not call Helper, which takes half of the time.)
+// check compares the queue with its own records. (It does not call Helper, which takes half of the
+// time.)
 func (m *model) check() {
 	q := m.q
 	if q.Len() != len(m.waiting) || q.Len() > m.cfg.Limit || len(q.items) != len(m.waiting)+len(m.running) {
@@ -385,7 +386,8 @@ func (m *model) check() {
 	}
 }
 
-// wanted reports whether requests wait that a server may serve on another one that does not look again either.
+// wanted reports whether a server could serve requests that wait on another one, which is not going
+// to look again either.
 func (m *model) wanted(s *server) bool {
 	for _, it := range m.q.items {
 		y := it.runner
@@ -494,7 +496,7 @@ func (m *model) checkRunner(x *runner) {
 	}
 }
 
-// checkNode checks a node and all below it.
+// checkNode checks a node and everything below it.
 func checkNode(t *testing.T, children map[*node][]*node, n *node, nodes *int) (waiting, tokens, busy int) {
 	waiting = n.ends.live
 	for _, it := range n.ends.items {
@@ -537,7 +539,7 @@ func checkNode(t *testing.T, children map[*node][]*node, n *node, nodes *int) (w
 	return n.waiting, n.tokens, n.busy
 }
 
-// finish ends what runs and lets everything that waits run: nothing may be left.
+// finish ends the running requests and lets all waiting ones run: nothing may be left.
 func (m *model) finish() {
 	m.t.Helper()
 	m.data = nil

@@ -42,7 +42,8 @@ func (d *desk) granted(want ...uint64) []Placement {
 	return places
 }
 
-// wake goes on to when the queue wants to look again, and returns how long that was.
+// wake advances the clock to the time when the queue wants to look again, and returns how long that
+// took.
 func (d *desk) wake() time.Duration {
 	d.t.Helper()
 	at, ok := d.q.Next()
@@ -55,7 +56,7 @@ func (d *desk) wake() time.Duration {
 	return wait
 }
 
-// evaluated is how a request ended of whose prompt so many tokens were evaluated, at 1 ms each.
+// evaluated is the result of a request with n evaluated tokens of its prompt, at 1 ms each.
 func evaluated(total, n int) Result {
 	return Result{
 		Sent: true, Answered: true, Total: total, Reused: total - n, ReusedKnown: true, Generated: 10,
@@ -78,14 +79,14 @@ var (
 	tails       = uint64(100)
 )
 
-// with is a request with a prefix and a tail of its own.
+// with is a request with this prefix and a new tail.
 func with(prefix seg) Request {
 	tails++
 	return request("m", prefix, seg{id: tails, tokens: 64})
 }
 
-// TestUnsent: a request that never reached the server leaves its lane as it was; one that reached it and was not answered
-// leaves nothing there that can be relied on.
+// TestUnsent: a request that never reached its server leaves its lane as it was. A request that
+// reached it but was not answered leaves nothing there that can be relied on.
 func TestUnsent(t *testing.T) {
 	for _, w := range []struct {
 		result   Result
@@ -104,7 +105,7 @@ func TestUnsent(t *testing.T) {
 	}
 }
 
-// TestLoadedAnew: what lanes held before a load is gone.
+// TestLoadedAnew: a load clears what the lanes held.
 func TestLoadedAnew(t *testing.T) {
 	d := newDesk(t, Config{Lanes: 2})
 	a, b := d.add(with(alpha)), d.add(with(beta))
@@ -125,10 +126,11 @@ func TestLoadedAnew(t *testing.T) {
 	}
 }
 
-// TestAgedDuringHold: a request that has waited for too long does not wait for a lane that is held.
+// TestAgedDuringHold: a request that has waited for too long does not wait for a held lane.
 func TestAgedDuringHold(t *testing.T) {
 	d := newDesk(t, Config{Lanes: 1, MaxWait: 200 * time.Millisecond})
-	for range 8 { // a script that comes back after 15 ms: enough work to be left for the sake of an aged one
+	// A script returns after 15 ms: enough work to leave for an aged request.
+	for range 8 {
 		id := d.add(by("script", Normal, with(alpha)))
 		d.granted(id)
 		r := evaluated(1064, 1064)
@@ -147,7 +149,8 @@ func TestAgedDuringHold(t *testing.T) {
 	d.granted(other)
 }
 
-// TestHoldEnds: a lane is not held for a client that has had its share, nor against a more urgent request.
+// TestHoldEnds: a lane is not held for a client that has used up its share, nor against a more
+// urgent request.
 func TestHoldEnds(t *testing.T) {
 	for _, w := range []struct {
 		name     string
@@ -178,10 +181,10 @@ func TestHoldEnds(t *testing.T) {
 	}
 }
 
-// TestJoin: a request with a prefix that is being evaluated waits for that, unless it is urgent, or enough others wait, too,
-// or until it has waited for as long as the evaluation takes.
+// TestJoin: a request whose prefix is being evaluated waits for that, unless it is urgent, enough
+// others wait as well, or it has waited for as long as the evaluation takes.
 func TestJoin(t *testing.T) {
-	warm := func(d *desk) uint64 { // what is learned: 1 ms for a token, answers of 10 tokens
+	warm := func(d *desk) uint64 { // teaches 1 ms per token, and answers of 10 tokens
 		id := d.add(with(beta))
 		d.granted(id)
 		d.done(id, evaluated(1064, 1064), time.Second)
@@ -228,7 +231,8 @@ func TestJoin(t *testing.T) {
 	}
 }
 
-// TestUrgentRunner: an interactive request for a runner that is not loaded does not wait for what waits for the loaded one.
+// TestUrgentRunner: an interactive request for a runner that is not loaded does not wait for the
+// backlog of the loaded one.
 func TestUrgentRunner(t *testing.T) {
 	d := newDesk(t, Config{Lanes: 1})
 	first := d.add(by("batch", Batch, with(alpha)))
@@ -242,14 +246,15 @@ func TestUrgentRunner(t *testing.T) {
 	loaded := evaluated(1064, 1064)
 	loaded.Loaded, loaded.Load = true, 2*time.Second
 	d.done(human, loaded, time.Second)
-	d.granted() // it may come back, and to load the model takes longer than to wait a little
+	d.granted() // the first client may return, and a load takes longer than a short wait
 	if wait := d.wake(); wait > 2*time.Second {
 		t.Errorf("the model was kept for %v", wait)
 	}
 	d.granted(second)
 }
 
-// TestRounds: a client that was not there gets one quantum, whatever it had left, and what it owed counts.
+// TestRounds: a client that returns gets one quantum, whatever credit it had left, but its debts
+// stay.
 func TestRounds(t *testing.T) {
 	c := &class{tree: newTree(), accounts: map[string]*account{}, rates: &rates{}}
 	it := func() *item { return &item{waits: true, tokens: 5} } // a quantum of 100
@@ -271,7 +276,7 @@ func TestRounds(t *testing.T) {
 		}
 		leave(again)
 	}
-	// Of two that are in debt, the one that owes less goes on first.
+	// Of two clients in debt, the one that owes less continues first.
 	a, b := it(), it()
 	a.who.client = "a"
 	c.add(a)
@@ -285,7 +290,7 @@ func TestRounds(t *testing.T) {
 	}
 	leave(a)
 	leave(b)
-	// One that came first with much at a time gives back what it was given beyond the quantum of all.
+	// A client that came first with large requests returns the excess over everyone's quantum.
 	large := &item{waits: true, tokens: 1000}
 	large.who.client = "large"
 	c.add(large)
@@ -302,7 +307,8 @@ func TestRounds(t *testing.T) {
 	}
 }
 
-// TestHoldTime: a lane is never held for longer than what that may save, and not where nobody comes back.
+// TestHoldTime: a lane is never held for longer than that may save, and not if clients do not
+// return.
 func TestHoldTime(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 5))
 	all := firstHabits()
@@ -333,7 +339,7 @@ func TestHoldTime(t *testing.T) {
 	}
 }
 
-// TestForgets: a client that never continues what it began is known for that.
+// TestForgets: a client that never continues its prompts becomes known for that.
 func TestForgets(t *testing.T) {
 	d := newDesk(t, Config{Lanes: 1})
 	for i := range maxVisits + 10 {
@@ -367,7 +373,7 @@ func TestRequeued(t *testing.T) {
 	}
 }
 
-// TestClientsGone: clients that are gone are forgotten, however many there were.
+// TestClientsGone: any number of clients are forgotten once they are gone.
 func TestClientsGone(t *testing.T) {
 	d := newDesk(t, Config{Lanes: 1})
 	for i := range 5 * leastSweep {
@@ -380,8 +386,8 @@ func TestClientsGone(t *testing.T) {
 	}
 }
 
-// TestTogether: two models that are in use at the same time can be loaded together, which is known as soon as one is answered
-// while an earlier request to the other one runs.
+// TestTogether: two models in use at the same time can be loaded together, which is known once a
+// request to one is answered while an earlier one to the other is running.
 func TestTogether(t *testing.T) {
 	d := newDesk(t, Config{Lanes: 2})
 	first := d.add(request("a", alpha))
@@ -390,7 +396,7 @@ func TestTogether(t *testing.T) {
 	d.granted() // it might overtake the first one
 	d.wake()
 	d.granted(second)
-	d.add(request("a", beta)) // while b is loaded, nothing else goes to a: it might have to be loaded again for that
+	d.add(request("a", beta)) // while b is loaded, a gets nothing else: that might need a load
 	d.granted()
 	d.done(second, evaluated(1000, 1000), time.Second)
 	d.granted(3)
@@ -410,7 +416,7 @@ func TestPriorityNames(t *testing.T) {
 	}
 }
 
-// sole has a model serve one request alone. loaded: it was loaded for that.
+// sole has a model serve one request by itself; loaded means that this caused a load.
 func (d *desk) sole(model string, loaded bool) {
 	d.t.Helper()
 	id := d.add(request(model, alpha))
@@ -423,8 +429,9 @@ func (d *desk) sole(model string, loaded bool) {
 	d.now = d.now.Add(time.Minute)
 }
 
-// TestExpiryIsNotExclusive: a model whose keep_alive ran out while another one was loaded looks as if the two excluded each
-// other. An answer that shows that both are loaded, and being told so, overrules that, also for what waits already.
+// TestExpiryIsNotExclusive: if a model's keep_alive ran out while another one was loaded, the two
+// seem to exclude each other. An answer, or a list, that shows both loaded overrules that, even for
+// requests that already wait.
 func TestExpiryIsNotExclusive(t *testing.T) {
 	for _, w := range []struct {
 		name string
@@ -469,7 +476,7 @@ func TestExpiryIsNotExclusive(t *testing.T) {
 	}
 }
 
-// TestEvidence: what is learned of two models from what is seen of them, whatever else is loaded.
+// TestEvidence: what observations of two models teach about them, whatever else is loaded.
 func TestEvidence(t *testing.T) {
 	loaded := evaluated(1000, 1000)
 	loaded.Loaded, loaded.Load = true, 2*time.Second
@@ -513,10 +520,11 @@ func TestEvidence(t *testing.T) {
 	}
 }
 
-// TestNothingLesserMeanwhile: while a request waits for others to reach their slots, a less urgent one does not take its lane.
+// TestNothingLesserMeanwhile: while a request waits for others to reach their slots, a less urgent
+// one does not take its lane.
 func TestNothingLesserMeanwhile(t *testing.T) {
 	d := newDesk(t, Config{Lanes: 2})
-	d.q.habits.missed = 1e6 // nobody comes back: nothing is held
+	d.q.habits.missed = 1e6 // no client returns, so nothing is held
 	a, b := d.add(with(alpha)), d.add(with(beta))
 	d.granted(a, b)
 	next := d.add(with(alpha))
@@ -532,8 +540,8 @@ func TestNothingLesserMeanwhile(t *testing.T) {
 	d.granted(batch)
 }
 
-// TestLesserRunner: requests of lower priority for a model that is not loaded get their turn although more urgent ones for the
-// loaded one never end.
+// TestLesserRunner: requests of lower priority for a model that is not loaded get their turn even
+// under an endless stream of more urgent ones for the loaded model.
 func TestLesserRunner(t *testing.T) {
 	for _, p := range []Priority{Normal, Batch} {
 		d := newDesk(t, Config{Lanes: 1})
@@ -583,8 +591,8 @@ func TestLesserRunner(t *testing.T) {
 	}
 }
 
-// TestSameRunner: a request that states an option and one that does not are of one runner if the server loads nothing for
-// the second, and of two as soon as it does.
+// TestSameRunner: a request that states an option and one that does not share a runner if the
+// server causes no load for the second, and become two runners once it does.
 func TestSameRunner(t *testing.T) {
 	asks := func(numCtx int) Request {
 		r := with(alpha)
@@ -602,7 +610,7 @@ func TestSameRunner(t *testing.T) {
 		d.wake()
 	}
 	d.granted(stated)
-	waits := d.add(asks(0)) // it waits for what seems to be another runner, and then does not
+	waits := d.add(asks(0)) // it waits for what seems to be another runner, and then no longer does
 	d.granted()
 	d.done(stated, found, time.Second)
 	d.granted(waits)
@@ -613,7 +621,7 @@ func TestSameRunner(t *testing.T) {
 	}
 	d.done(waits, found, time.Second)
 
-	// A load after the same options is an expiry; one after others tells that they differ.
+	// A load after the same options is an expiry; one after other options shows that they differ.
 	loaded := found
 	loaded.Loaded, loaded.Load = true, 2*time.Second
 	d.done(again, found, time.Second)
@@ -637,13 +645,14 @@ func TestSameRunner(t *testing.T) {
 	}
 }
 
-// TestEvicted: a model that is not listed any more just after it was used, while another one serves or is being loaded, has been unloaded
-// for that. On a real server that is all that tells where both are always asked for: /api/ps lists neither while one takes the other's place.
+// TestEvicted: a model that disappears from the list just after its last use, while another one
+// serves or is being loaded, was unloaded for that one. On a real server this is the only sign if
+// both are always in demand: /api/ps lists neither while one replaces the other.
 func TestEvicted(t *testing.T) {
 	for _, c := range []struct {
 		name   string
 		listed map[string]int
-		later  time.Duration // after a was used last
+		later  time.Duration // since the last use of a
 		want   relation
 	}{
 		{"b is being loaded", map[string]int{}, 5 * time.Millisecond, apart},

@@ -41,7 +41,7 @@ func (p Priority) String() string {
 	return [...]string{urgent: "interactive", normal: "normal", lesser: "batch"}[p.rank()]
 }
 
-// ParsePriority reads what String writes. For anything else it returns Normal and false.
+// ParsePriority parses the form that String returns. For anything else it returns Normal and false.
 func ParsePriority(s string) (Priority, bool) {
 	for p := Interactive; p <= Batch; p++ {
 		if s == p.String() {
@@ -125,7 +125,7 @@ type Placement struct {
 	ID       uint64
 	Upstream uint16         // the server to send it to
 	Options  prefix.Options // of the runner that serves it
-	Lane     int            // the runner's lane, which stands for the slot in which it will land. With Unlimited there are more lanes than slots
+	Lane     int            // the lane, that is, the slot; if Unlimited, lanes can outnumber slots
 	Expected int            // estimated tokens of its prompt that this slot holds
 	Waited   time.Duration
 }
@@ -177,9 +177,9 @@ const (
 	// their priorities, even without Config.MaxWait (the oldest of every k: arXiv 2502.04677). It
 	// is also how many go before a runner makes room for another with less urgent requests.
 	patience = 256
-	// longestWait is how much longer than without the proxy a request waits before quantum is
-	// agedQuantum for it, too. Whether the host cache keeps what is lost is tried after a third of
-	// it.
+	// longestWait is the wait, beyond that without the proxy, after which quantum becomes
+	// agedQuantum for a request, too. A trial whether the host cache keeps what is lost may begin
+	// after a third of it.
 	longestWait = 15 * time.Second
 	// mostTrials is how many such trials there are while a model is loaded. Each costs at most two
 	// prefixes.
@@ -203,7 +203,7 @@ const (
 	// for that, rather than by recency (llama.cpp --slot-prompt-similarity, which Ollama does not
 	// change).
 	similarity = 0.10
-	maxClients = 4096 // whose habits are remembered
+	maxClients = 4096 // clients whose habits are remembered
 	maxRunners = 256  // per server
 	maxVisits  = 64   // per runner
 	hostWorth  = 128  // tokens that prove that the host cache had them
@@ -212,7 +212,7 @@ const (
 	maxKeys    = 1024 // keys of runners, including equivalent ones
 )
 
-// Queue is the policy. Make it with New. It is not safe for concurrent use. Time must not go back
+// Queue is the policy. Create it with New. It is not safe for concurrent use. Time must not go back
 // between calls.
 type Queue struct {
 	cfg     Config
@@ -358,7 +358,7 @@ type item struct {
 	hosted    int           // tokens that the host cache may have restored; 0: nothing to learn
 }
 
-// lane stands for a slot.
+// lane represents a slot.
 type lane struct {
 	name   int
 	holds  []step // the prompt that it served last, or is serving
@@ -474,8 +474,8 @@ func (q *Queue) Add(r Request, now time.Time) bool {
 	return q.stays(it.id, r.MayWait, now)
 }
 
-// stays refuses one of the waiting requests if an added one is too many, and returns false if that
-// is the added one. Nobody gives up a place for a request that may not wait.
+// stays refuses a waiting request if the added one is one too many, and returns false if it is the
+// added one that is refused. No request gives up its place for one that may not wait.
 func (q *Queue) stays(id uint64, mayWait func() bool, now time.Time) bool {
 	it := q.items[id] // another one than was added, if it was moved
 	if mayWait != nil && it != nil && it.waits && !mayWait() {
@@ -568,7 +568,7 @@ func (q *Queue) counted(it *item, n int) {
 	}
 }
 
-// stepsOf returns what is kept of a prompt's links, and how many tokens it has.
+// stepsOf returns the steps of a prompt's links, and the prompt's number of tokens.
 func stepsOf(links []prefix.Link, tokens int) ([]step, int) {
 	if len(links) == 0 {
 		return nil, max(tokens, 1)
@@ -765,7 +765,7 @@ func (q *Queue) Grants() []Placement {
 	return g
 }
 
-// Refusals returns the waiting requests that were given up since its last call. The slice is valid
+// Refusals returns the waiting requests that were refused since its last call. The slice is valid
 // until the next call of any method.
 func (q *Queue) Refusals() []Refusal {
 	r := q.refused
@@ -790,7 +790,7 @@ func (q *Queue) SetLanes(upstream uint16, n int, now time.Time) {
 	q.pump(s, now)
 }
 
-// Slots is what an engine reports of itself.
+// Slots is an engine's report about its slots.
 type Slots struct {
 	Count int // at least 1
 	// Copied means that what one slot has evaluated is available to the others for next to nothing,
@@ -822,8 +822,8 @@ func (q *Queue) SetSlots(upstream uint16, model string, told Slots, now time.Tim
 	q.pump(s, now)
 }
 
-// SetExpected sets how many slots each model on the server probably has, where that is learned.
-// Models begin with so many lanes.
+// SetExpected sets the probable number of slots of each model on the server, for servers where it
+// is learned. Models begin with this many lanes.
 func (q *Queue) SetExpected(upstream uint16, n int, now time.Time) {
 	s := q.server(upstream)
 	if s.lanes != 0 {

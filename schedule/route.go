@@ -34,7 +34,7 @@ const (
 	leastOpening = 256
 )
 
-// offer is what serving a request on one server takes.
+// offer is the cost of serving a request on one server.
 type offer struct {
 	server    *server
 	x         *runner // nil: the server has had no request for it yet
@@ -46,7 +46,7 @@ type offer struct {
 	score     float64       // rendezvous
 }
 
-// load is what speaks against giving the server something new.
+// load is the part of the cost that speaks against giving the server new prefixes.
 func (o *offer) load() time.Duration { return o.wait + o.loading + o.displaced }
 
 // SetAvailable sets whether a server gets new requests. The backlog of one that drains goes to
@@ -89,8 +89,8 @@ func (q *Queue) opened(s *server, was bool, now time.Time) {
 	}
 }
 
-// hold replaces granting for a server that is away: it refuses what has waited long enough, unless
-// another server that can serve it is not away, or may still come back.
+// hold replaces granting for a server that is away: it refuses requests that have waited long
+// enough, unless another server for them is not away, or may still return.
 func (q *Queue) hold(s *server, now time.Time) {
 	if now.Before(s.until) {
 		s.later(s.until)
@@ -114,7 +114,7 @@ func (q *Queue) hold(s *server, now time.Time) {
 	}
 }
 
-// SetName sets the name by which several proxies know a server; at first it is its index.
+// SetName sets the name by which several proxies identify a server; the default is its index.
 func (q *Queue) SetName(upstream uint16, name string) { q.server(upstream).seed = seedOf(name) }
 
 // SetLoaded sets which models (as Runner.Options) a server listed as loaded when it was asked at a
@@ -143,8 +143,8 @@ func (q *Queue) SetLoaded(upstream uint16, models map[string]int, at, now time.T
 	q.pump(s, now)
 }
 
-// uniteSame unites runners that state the same options in different ways, after the server was
-// asked at a time what is loaded.
+// uniteSame unites runners that state the same options in different ways. at is when the server was
+// asked for its loaded models.
 func (q *Queue) uniteSame(s *server, at, now time.Time) {
 	for _, y := range slices.Clone(s.runners) {
 		x := s.same(y.key)
@@ -261,8 +261,8 @@ func (q *Queue) route(it *item, now time.Time) (to *server, learn *runner) {
 	best := &offers[0]
 	for i := range offers {
 		o := &offers[i]
-		// What is evaluated once more counts twice, since others wait for it, too. Otherwise
-		// conversations would go to and fro.
+		// Tokens to evaluate once more count twice, since others wait for that, too. Otherwise
+		// conversations would move back and forth.
 		o.cost += known.evaluate(warmest.warm - o.warm)
 		if o.cost < best.cost || o.cost == best.cost && o.score > best.score {
 			best = o
@@ -350,7 +350,7 @@ func (x *runner) width() float64 {
 	return float64(max(x.want, 1))
 }
 
-// serving returns how many tokens of what is being served are still to come: half, for want of
+// serving estimates how many tokens of the running requests are still to come: half, for lack of
 // better knowledge.
 func (x *runner) serving() float64 { return float64(x.running) / 2 }
 
@@ -363,7 +363,7 @@ func (x *runner) queued(p rank) float64 {
 	return float64(tokens)
 }
 
-// ahead returns how long a runner is busy with what is equally urgent.
+// ahead returns how long a runner is busy with equally urgent requests.
 func (x *runner) ahead(p rank) time.Duration {
 	if x.running == 0 && x.waiting == 0 {
 		return 0
@@ -429,7 +429,7 @@ func (x *runner) restorable(steps []step, least int) int {
 }
 
 // further returns common if that is more than n, otherwise at most n. Fingerprints are cumulative,
-// so one comparison tells.
+// so one comparison is enough.
 func further(a, b []step, n int) int {
 	if len(a) <= n || len(b) <= n || a[n].hash != b[n].hash {
 		return 0

@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// fleet is what a workload cost on several servers.
+// fleet is the cost of a workload on several servers.
 type fleet struct {
 	outcome
 	median, p99 time.Duration
@@ -58,7 +58,7 @@ func spaced(s *sim, jobs []*job, mean time.Duration, seed uint64) {
 	}
 }
 
-// loops has each prefix be one script.
+// loops makes each prefix a script.
 func loops(s *sim, jobs []*job) {
 	byPrefix := map[uint64][]*job{}
 	var order []uint64
@@ -77,7 +77,7 @@ func loops(s *sim, jobs []*job) {
 	}
 }
 
-// TestFifoOrder: however requests come into a list, they are found in order of arrival.
+// TestFifoOrder: whatever the order of insertion, a list returns requests in order of arrival.
 func TestFifoOrder(t *testing.T) {
 	rng := rand.New(rand.NewPCG(3, 3))
 	for range 200 {
@@ -114,14 +114,15 @@ func TestFifoOrder(t *testing.T) {
 	}
 }
 
-// anew has the texts of a test be the same whatever ran before it, and so the hashes.
+// anew makes a test's texts, and so their hashes, independent of earlier tests.
 func anew(t *testing.T) {
 	before := ids
 	ids = 1 << 30
 	t.Cleanup(func() { ids = before })
 }
 
-// TestServers: 30 prefixes with 10 requests each on three servers, one of which may fail midway and come back.
+// TestServers: 30 prefixes with 10 requests each on three servers, one of which may fail midway and
+// return.
 func TestServers(t *testing.T) {
 	anew(t)
 	for _, slots := range []int{1, 4} {
@@ -148,14 +149,16 @@ func TestServers(t *testing.T) {
 					if fails {
 						most = 1.2
 					}
-					// Requests that come one by one find a slot taken by another prefix, whatever the order: there is no such bound.
+					// Requests that arrive one by one find their slot taken by another prefix in
+					// any order: there is no such bound.
 					if arrival != "spaced" && lanes.ratio > most {
 						t.Errorf("%s: %.3f times the least possible, want %.2f", name, lanes.ratio, most)
 					}
 					if lanes.ratio >= least.ratio || lanes.wall >= least.wall || lanes.median > least.median {
 						t.Errorf("%s: worse than least-loaded routing", name)
 					}
-					// Scripts go one after the other, so that the first request of the last ones waits for the others.
+					// Scripts take turns, so the first requests of the last ones wait for the
+					// others.
 					if arrival != "loops" && lanes.p99 > least.p99 {
 						t.Errorf("%s: p99 is %v, least-loaded %v", name, lanes.p99, least.p99)
 					}
@@ -168,7 +171,8 @@ func TestServers(t *testing.T) {
 	}
 }
 
-// TestUnlimitedServers: where nothing waits, requests still go where their prefix is warm, and not all to one server.
+// TestUnlimitedServers: without waiting, requests still go where their prefix is warm, and not all
+// to one server.
 func TestUnlimitedServers(t *testing.T) {
 	anew(t)
 	for _, arrival := range []string{"spaced", "loops"} {
@@ -191,7 +195,8 @@ func TestUnlimitedServers(t *testing.T) {
 	}
 }
 
-// TestHotOverServers: one prefix on three servers gets near three times what one server gives.
+// TestHotOverServers: one prefix on three servers gets nearly three times the throughput of one
+// server.
 func TestHotOverServers(t *testing.T) {
 	anew(t)
 	for _, slots := range []int{1, 4} {
@@ -209,7 +214,8 @@ func TestHotOverServers(t *testing.T) {
 	}
 }
 
-// TestTurnsStay: the turns of a conversation stay on one server, beside five others; if that fails, they move once.
+// TestTurnsStay: the turns of a conversation stay on one server, beside five others; if that server
+// fails, they move once.
 func TestTurnsStay(t *testing.T) {
 	anew(t)
 	for _, slots := range []int{1, 4} {
@@ -253,14 +259,14 @@ func TestTurnsStay(t *testing.T) {
 	}
 }
 
-// TestNoHerd: new conversations with one system prompt do not all go to one server when there is load; when there is none, they
-// go where the system prompt is warm.
+// TestNoHerd: under load, new conversations with a common system prompt do not all go to one
+// server; without load, they go where the system prompt is warm.
 func TestNoHerd(t *testing.T) {
 	anew(t)
 	for _, w := range []struct {
 		name string
 		gap  time.Duration
-		most float64 // part of the requests on one server
+		most float64 // share of the requests on one server
 	}{
 		{"all at once", time.Millisecond, 0.40},
 		{"as fast as three servers can", 110 * time.Millisecond, 0.45},
@@ -287,7 +293,7 @@ func TestNoHerd(t *testing.T) {
 	}
 }
 
-// TestProxiesAgree: two proxies that do not know of each other send new prefixes to the same servers.
+// TestProxiesAgree: two independent proxies send new prefixes to the same servers.
 func TestProxiesAgree(t *testing.T) {
 	anew(t)
 	for _, gap := range []time.Duration{time.Second, 150 * time.Millisecond} {
@@ -302,7 +308,7 @@ func TestProxiesAgree(t *testing.T) {
 			sims = append(sims, s)
 			ids := ids
 			rng := rand.New(rand.NewPCG(uint64(len(sims)), 1))
-			for range 400 { // each sees another request of the same prefixes
+			for range 400 { // each sees other requests with the same prefixes
 				ids++
 				j := &job{segs: []seg{{id: ids, tokens: 700 + 3*int(ids%100)}, {id: ids<<20 + uint64(len(sims)), tokens: 30 + rng.IntN(60)}}, gen: 16, client: "c"}
 				s.after(time.Duration(rng.IntN(50))*time.Millisecond+time.Duration(ids)*gap, func() { s.submit(j) })
@@ -326,8 +332,8 @@ func TestProxiesAgree(t *testing.T) {
 	}
 }
 
-// TestEvenSplit: thousands of prefixes over eight servers take as long as an eighth of them on one, and no prefix is evaluated
-// on two but at the very end.
+// TestEvenSplit: thousands of prefixes on eight servers take as long as an eighth of them on one,
+// and no prefix is evaluated on two servers except at the very end.
 func TestEvenSplit(t *testing.T) {
 	anew(t)
 	for _, slots := range []int{1, 4} {
@@ -347,7 +353,7 @@ func TestEvenSplit(t *testing.T) {
 	}
 }
 
-// TestLearnsBesideServers: to see whether a server has more slots takes no requests from servers that have nothing to do.
+// TestLearnsBesideServers: trying for more slots on one server takes no requests from idle servers.
 func TestLearnsBesideServers(t *testing.T) {
 	for _, mute := range []bool{false, true} {
 		s := newSim(t, engineConfig{slots: 1, host: 1 << 20, servers: 8, load: 4 * time.Second, mute: mute}, New(Config{}))

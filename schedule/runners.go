@@ -70,7 +70,7 @@ func (s *server) same(key Runner) *runner {
 	return nil
 }
 
-// cool forgets what is warm. What is being served is served after the load, or by what replaces it.
+// cool forgets what is warm. Requests in progress are served after the load, or by the new runner.
 func (x *runner) cool() {
 	x.resident = x.busy > 0
 	x.probing, x.trials, x.spare = nil, 0, nil
@@ -270,7 +270,7 @@ func (s *server) relate(a, b string, r relation) {
 	}
 }
 
-// relation returns what is known of two runners.
+// relation returns the known relation of two runners.
 func (s *server) relation(x, y *runner) relation {
 	return s.between(x.key.Options.Model, y.key.Options.Model)
 }
@@ -286,7 +286,7 @@ func (x *runner) rivals() iter.Seq[*runner] {
 	}
 }
 
-// between returns what is known of two models. A model is loaded only once.
+// between returns the known relation of two models. A model is loaded only once.
 func (s *server) between(a, b string) relation {
 	if a == b {
 		return apart
@@ -312,13 +312,14 @@ func (x *runner) untangled(now time.Time) bool {
 	return true
 }
 
-// tangled returns until when a runner is not to be used because of another one, of which it is not
-// known yet whether it was unloaded for it; zero if it may be used.
+// tangled returns until when a runner must not be used because it is not known yet whether another
+// one was unloaded for it; zero if it may be used.
 func (x *runner) tangled(y *runner) time.Time {
 	load := max(x.rates.load(), y.rates.load())
 	switch {
 	case y.turn > x.turn && y.busy > 0 && !y.answered() && (x.busy > 0 || x.asked.After(y.since)):
-		return y.since.Add(2 * load) // the single request, and the other's first one, are under way
+		// The single request and the other's first one are in progress.
+		return y.since.Add(2 * load)
 	case y.turn < x.turn && x.answered() && !y.tried.After(x.since) && (y.waiting > 0 || y.busy > 0):
 		return x.used.Add(2 * load)
 	}

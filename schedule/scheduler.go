@@ -21,9 +21,9 @@ var ErrClosed = errors.New("the proxy is stopping")
 // long.
 var ErrAway = errors.New("the server has been away for too long")
 
-// Scheduler lets requests wait until Queue grants them. Make it with NewScheduler. Its methods are
-// safe for concurrent use. It starts no goroutine; between events a timer calls it when the queue
-// wants to look again.
+// Scheduler lets requests wait until Queue grants them. Create it with NewScheduler. Its methods
+// are safe for concurrent use. It starts no goroutine; between events a timer calls it when the
+// queue wants to look again.
 type Scheduler struct {
 	mu      sync.Mutex // guards everything below, and the waiters' fields
 	queue   *Queue
@@ -200,7 +200,7 @@ func (s *Scheduler) handOver() {
 
 func (s *Scheduler) tick() { s.do(func(*Queue, time.Time) {}) }
 
-// do lets f change something, and hands over what is granted by that, or by now.
+// do applies a change to the queue, and hands out the grants that follow from it or are due by now.
 func (s *Scheduler) do(f func(q *Queue, now time.Time)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -261,8 +261,8 @@ func (s *Scheduler) SetSlots(upstream uint16, model string, told Slots) {
 	s.do(func(q *Queue, now time.Time) { q.SetSlots(upstream, model, told, now) })
 }
 
-// SetExpected sets how many slots each model on the server probably has, where that is learned.
-// Models begin with so many lanes, or 1.
+// SetExpected sets the probable number of slots of each model on the server, for servers where it
+// is learned. Models begin with this many lanes, or 1.
 func (s *Scheduler) SetExpected(upstream uint16, n int) {
 	s.do(func(q *Queue, now time.Time) { q.SetExpected(upstream, n, now) })
 }
@@ -285,7 +285,7 @@ func (s *Scheduler) Cool(upstream uint16, model string) {
 }
 
 // Full reports whether a request of a client with this priority would have to wait and finds no
-// place. What its body may say counts in its favour, as it is not known yet.
+// place. It assumes the best of a body that is not read yet.
 func (s *Scheduler) Full(p Priority, client string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -66,13 +66,13 @@ func TestAcquire(t *testing.T) {
 		}
 		a.Release(served)
 		synctest.Wait()
-		g := <-third // before the one that came earlier
+		g := <-third // before the one that arrived earlier
 		select {
 		case <-second:
 			t.Error("two requests on one lane")
 		default:
 		}
-		a.Release(served) // counts for nothing
+		a.Release(served) // a second Release does nothing
 		synctest.Wait()
 		select {
 		case <-second:
@@ -88,7 +88,8 @@ func TestAcquire(t *testing.T) {
 	})
 }
 
-// TestMakesRoom: what is more urgent finds a place in a full queue; of what is least urgent the last to come makes room.
+// TestMakesRoom: a more urgent request gets a place in a full queue; the latest of the least urgent
+// ones makes room.
 func TestMakesRoom(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := NewScheduler(Config{Lanes: 1, Limit: 3})
@@ -158,8 +159,8 @@ func TestMakesRoom(t *testing.T) {
 	})
 }
 
-// TestAway: what waits for a server that is away waits until it is back, and then the most urgent goes first; or it is told when it
-// was away for too long.
+// TestAway: requests wait for an absent server until it returns, and then the most urgent go first;
+// or they end with an error when it was away for too long.
 func TestAway(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := NewScheduler(Config{Lanes: 1})
@@ -219,7 +220,8 @@ func TestAway(t *testing.T) {
 	})
 }
 
-// TestAwayElsewhere: what several servers may serve waits for that which comes back, and no longer than for the last of them.
+// TestAwayElsewhere: requests that several servers may serve wait for whichever returns first, and
+// no longer than for the last of them.
 func TestAwayElsewhere(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := NewScheduler(Config{Lanes: 1})
@@ -267,7 +269,7 @@ func TestAwayElsewhere(t *testing.T) {
 	})
 }
 
-// TestLeave: a client that leaves while it waits, or in the moment in which it is granted, holds nothing.
+// TestLeave: a client that leaves while it waits, or at the moment of its grant, holds nothing.
 func TestLeave(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := NewScheduler(Config{Lanes: 1})
@@ -288,7 +290,7 @@ func TestLeave(t *testing.T) {
 			t.Errorf("a client that had left before: %v", err)
 		}
 
-		// In the same moment: whoever is first.
+		// At the same moment: either may win.
 		for range 200 {
 			a := <-acquire(t.Context(), s, request("m", seg{id: 1, tokens: 500}))
 			ctx, cancel := context.WithCancel(t.Context())
@@ -306,7 +308,8 @@ func TestLeave(t *testing.T) {
 	})
 }
 
-// TestHold: a lane is held for a client that comes back, and the timer lets others go when it does not.
+// TestHold: a lane is held for a client that may return, and the timer admits others if it does
+// not.
 func TestHold(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := NewScheduler(Config{Lanes: 1})
@@ -361,8 +364,8 @@ func TestClose(t *testing.T) {
 	})
 }
 
-// TestStorm: 1,319 requests at once, of clients many of which give up, on four lanes (field case F19): never more than
-// four run, and nothing is lost or stranded.
+// TestStorm: 1,319 requests at once on four lanes, from clients many of which give up: no more than
+// four run at a time, and nothing is lost or stranded.
 func TestStorm(t *testing.T) {
 	s := NewScheduler(Config{Lanes: 4})
 	var running, most, done, gone atomic.Int64
@@ -406,8 +409,8 @@ func TestStorm(t *testing.T) {
 	s.Close() // stops the timer
 }
 
-// TestRetries: a client that gives up and sends the same again, three times (field case F20): one at a time, and what was given
-// up does not wait any more.
+// TestRetries: a client gives up and sends the same request again, three times: one runs at a time,
+// and abandoned requests no longer wait.
 func TestRetries(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := NewScheduler(Config{Lanes: 1})
@@ -426,8 +429,8 @@ func TestRetries(t *testing.T) {
 	})
 }
 
-// TestAside: requests of which nothing is known have one lane per server, or no limit, whatever the others hold; and are
-// refused when those are.
+// TestAside: unread requests have one lane per server, or no limit, whatever other requests hold,
+// and the queue's limit applies to them separately. They are refused when the Scheduler is closed.
 func TestAside(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := NewScheduler(Config{Lanes: 4, Limit: 1})
@@ -468,8 +471,8 @@ func TestAside(t *testing.T) {
 	})
 }
 
-// TestSetMaxWait: the bound that a running scheduler is given holds for its queue, and for that of the
-// requests of whose runner nothing is known, whether that is there before or after.
+// TestSetMaxWait: a new bound for a running scheduler applies to its queue, and to the queue of
+// unread requests, whether or not that exists yet.
 func TestSetMaxWait(t *testing.T) {
 	s := NewScheduler(Config{Lanes: 1, MaxWait: time.Second})
 	s.SetMaxWait(time.Minute)

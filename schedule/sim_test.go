@@ -11,8 +11,9 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
-// A simulated Ollama on virtual time: slots, the engine's rule for choosing one, the host cache, loads, and its queue, which
-// is first come, first served. Prompts are evaluated one after the other, answers are generated beside each other.
+// A simulated Ollama in virtual time: slots, the engine's rule for choosing one, the host cache,
+// loads, and its queue, which is first come, first served. Prompts are evaluated one after the
+// other; answers are generated concurrently.
 
 // seg is a run of a prompt's tokens.
 type seg struct {
@@ -21,7 +22,7 @@ type seg struct {
 	answer bool // generated earlier: evaluated only if no slot has it any more
 }
 
-// noFlows as a job's program has flows make no difference for it.
+// noFlows, as a job's program, makes flows irrelevant for it.
 const noFlows = 1 << 63
 
 // job is a request of a workload.
@@ -32,7 +33,7 @@ type job struct {
 	priority Priority
 	model    string
 	numCtx   int
-	stated   bool // the request states num_ctx although that is the default: for Ollama nothing else
+	stated   bool // the request states num_ctx as the default, which changes nothing in Ollama
 	program  uint64
 	flow     uint64
 	done     func()
@@ -63,7 +64,8 @@ func mix(h, v uint64) uint64 {
 	return h ^ h>>29 | 1
 }
 
-// links makes a chain: for each run a link for every 64 tokens, as prefix does for text of 4 bytes a token.
+// links builds a chain with a link for every 64 tokens of each run, as prefix does for text of 4
+// bytes per token.
 func (j *job) links() []prefix.Link {
 	h := mix(uint64(len(j.model)), uint64(j.numCtx))
 	for _, c := range j.model {
@@ -91,18 +93,18 @@ type slot struct {
 type engineConfig struct {
 	slots    int
 	host     int           // tokens that the host cache holds
-	untried  bool          // the queue does not know yet that there is none
+	untried  bool          // the queue does not know yet that there is no host cache
 	longest  bool          // Ollama before 0.30
 	perToken time.Duration // of a prompt
 	decode   time.Duration // per token of an answer
 	load     time.Duration
-	exclude  bool          // models cannot be loaded together
-	silent   bool          // it tells nothing of times, as on /v1
-	untold   bool          // it does not tell what was reused
-	mute     bool          // its answers come whole: nothing tells when they begin
-	servers  int           // 0: one
-	jitter   time.Duration // until a request that was sent arrives, at most: they overtake each other …
-	seed     uint64        // … by chance
+	exclude  bool          // models exclude each other in memory
+	silent   bool          // answers have no times, as on /v1
+	untold   bool          // answers do not report reused tokens
+	mute     bool          // answers arrive in one piece: nothing shows when they begin
+	servers  int           // 0 means one
+	jitter   time.Duration // longest delay of a request on its way: they overtake each other …
+	seed     uint64        // … at random
 }
 
 // box is one server.
@@ -112,7 +114,7 @@ type box struct {
 	waiting []*job // in Ollama's queue
 	down    bool
 	lives   int // how often it was killed
-	running int // requests that it was sent and has not answered
+	running int // requests that it got and has not answered
 
 	evaluated, served int
 }
@@ -123,7 +125,7 @@ type engine struct {
 	slots    []*slot
 	host     [][]seg
 	pending  []*job
-	computes time.Time // when the evaluations under way are done
+	computes time.Time // end of the current evaluations
 	busy     int
 	loading  time.Time
 }
@@ -132,7 +134,7 @@ type engine struct {
 type sim struct {
 	t    *testing.T
 	cfg  engineConfig
-	q    *Queue // nil: direct
+	q    *Queue // nil: jobs are sent directly
 	now  time.Time
 	jobs map[uint64]*job
 	next uint64
@@ -140,7 +142,7 @@ type sim struct {
 	events events
 	seq    int
 	boxes  []*box
-	choose func(*job) *box // where no queue chooses the server
+	choose func(*job) *box // chooses the server if there is no queue
 	tick   time.Time
 
 	tree      map[uint64]bool
@@ -197,7 +199,8 @@ func newSim(t *testing.T, cfg engineConfig, q *Queue) *sim {
 	return s
 }
 
-// leastLoaded is the baseline: the server that has the fewest requests, and of several the one that comes next in turn.
+// leastLoaded is the baseline: the server with the fewest requests, and among equals the next one
+// in turn.
 func (s *sim) leastLoaded(*job) *box {
 	s.seq++
 	best := s.boxes[s.seq%len(s.boxes)]
@@ -209,7 +212,7 @@ func (s *sim) leastLoaded(*job) *box {
 	return best
 }
 
-// upstreams returns which servers may serve a request.
+// upstreams returns the servers that may serve a request.
 func (s *sim) upstreams() (all []uint16) {
 	for _, b := range s.boxes {
 		if !b.down {
@@ -219,7 +222,7 @@ func (s *sim) upstreams() (all []uint16) {
 	return all
 }
 
-// kill has a server end all that it does; what it was sent is sent elsewhere, as far as it had not been answered.
+// kill makes a server drop all its work; unanswered requests are sent elsewhere.
 func (s *sim) kill(i int) {
 	b := s.boxes[i]
 	b.down, b.lives, b.running = true, b.lives+1, 0
@@ -301,7 +304,7 @@ func (s *sim) add(j *job) {
 	r.Streams = !s.cfg.mute
 	if r.Program == noFlows {
 		r.Program = 0
-	} else if r.Program == 0 { // as the proxy does: by how the prompt begins
+	} else if r.Program == 0 { // like the proxy: by the start of the prompt
 		r.Program, r.Flow = 1, j.segs[0].id
 	}
 	if len(s.boxes) > 1 {
@@ -321,7 +324,7 @@ func (s *sim) runner(j *job) Runner {
 
 var optionsRead = map[string]prefix.Options{}
 
-// options reads a request's runner options, which only prefix can make.
+// options parses runner options, which only package prefix can build.
 func options(model string, numCtx int) prefix.Options {
 	body := `{}`
 	if numCtx > 0 {
@@ -336,7 +339,7 @@ func options(model string, numCtx int) prefix.Options {
 	return o
 }
 
-// pumped sends what the queue granted.
+// pumped sends the requests that the queue has granted.
 func (s *sim) pumped() {
 	for _, g := range slices.Clone(s.q.Grants()) {
 		b := s.boxes[g.Upstream]
@@ -356,7 +359,7 @@ func (s *sim) pumped() {
 	}
 }
 
-// send is a request reaching Ollama.
+// send is the arrival of a request at Ollama.
 func (s *sim) send(j *job, b *box) {
 	j.sent, j.at = s.now, b.index
 	b.running++
@@ -371,7 +374,8 @@ func (s *sim) send(j *job, b *box) {
 	s.after(time.Duration(s.rng.Int64N(int64(s.cfg.jitter))), arrive)
 }
 
-// schedule is Ollama's own: the head of its queue waits until its model can be loaded, and all others behind it.
+// schedule is Ollama's own scheduling: the head of its queue waits until its model can be loaded,
+// and all others behind it.
 func (s *sim) schedule(b *box) {
 	for len(b.waiting) > 0 {
 		j := b.waiting[0]
@@ -410,7 +414,7 @@ func (s *sim) schedule(b *box) {
 
 func (e *engine) model() string { return e.key[:slices.Index([]byte(e.key), '/')] }
 
-// place gives pending requests slots, by the engine's rule.
+// place assigns slots to pending requests, by the engine's rule.
 func (s *sim) place(e *engine) {
 	for len(e.pending) > 0 && !s.now.Before(e.loading) {
 		j := e.pending[0]
@@ -543,7 +547,7 @@ func (s *sim) step() {
 	e.do()
 }
 
-// run runs until nothing happens any more, and returns how long that took.
+// run runs until nothing is left to happen, and returns how long that took.
 func (s *sim) run() time.Duration {
 	for s.events.Len() > 0 {
 		s.step()
@@ -563,7 +567,8 @@ func (s *sim) run() time.Duration {
 	return last.Sub(start)
 }
 
-// dealt has eight scripts, which begin a little after each other, send n requests, of which each has every eighth.
+// dealt has eight scripts, which begin shortly after each other, send n requests, each every eighth
+// one.
 func (s *sim) dealt(n int, request func(i int) *job) {
 	const scripts = 8
 	for c := range scripts {

@@ -28,7 +28,7 @@ import (
 // An attempt in vain has cost at most one prefix: the request is assumed to have landed where the
 // first one ended.
 
-// learner is what is known of the number of slots of a runner.
+// learner is the knowledge about a runner's number of slots.
 type learner struct {
 	idle    mean      // ns that Ollama takes beside waiting, from requests that were alone
 	fastest float64   // recent maximum of work per ns that a request was served
@@ -46,25 +46,25 @@ type learner struct {
 }
 
 const (
-	// leastLead is how long the present requests have run when one more is tried, so that they do
-	// not reach Ollama in the wrong order.
+	// leastLead is how long the current requests must have run before one more is tried, so that
+	// they do not reach Ollama in the wrong order.
 	leastLead = 5 * time.Millisecond
-	// leastGap is the least time until one of the others ends for a request's wait to be evidence:
-	// less cannot be told from noise.
+	// leastGap is the least time until another request ends for a wait to count as evidence: less
+	// is lost in the noise.
 	leastGap = 8 * time.Millisecond
-	// leastStuck is how long nothing was granted before one more is tried although another attempt
-	// is under way.
+	// leastStuck is how long nothing must have been granted before one more is tried despite an
+	// unfinished attempt.
 	leastStuck = time.Second
 	firstPause = 16 // requests
 	lastPause  = 4096
-	// longestPause bounds pauses in time: slots that seemed to be missing may have been used by
-	// somebody else, who has left.
+	// longestPause limits pauses in time: slots that seemed to be missing may have been in use by a
+	// client outside the proxy that has left.
 	longestPause = time.Minute
-	// patient is for how many pauses one more is tried only where it costs nothing if it waits, and
-	// patientTime for how many of the longest ones.
+	// patient is for how many pauses one more is tried only if it costs nothing should it wait, and
+	// patientTime the same in pauses of the longest length.
 	patient     = 16
 	patientTime = 5
-	// blind is how many requests are tried at once that reveal nothing before they end, as long as
+	// blind is how many requests that reveal nothing before they end are tried at once, as long as
 	// none has ended.
 	blind = 3
 	// late is after how many times its expected evaluation time an answer is late.
@@ -74,7 +74,7 @@ const (
 	toldWithin = 10 * time.Second
 	// leastAnswer is the least number of generated tokens whose pace is evidence.
 	leastAnswer = 8
-	// leastWeight is the least number of prompt tokens that generating one counts as.
+	// leastWeight is the least number of prompt tokens that generating one token counts as.
 	leastWeight = 5
 )
 
@@ -114,9 +114,9 @@ func (q *Queue) try(x *runner, now time.Time) {
 	}
 }
 
-// triedAt returns from when on one more may be tried.
+// triedAt returns the time from which one more may be tried.
 func (x *runner) triedAt() time.Time {
-	told := x.first // from when on it is known that no engine reports its slots
+	told := x.first // the time from which it is known that no engine reports its slots
 	if x.server.tells {
 		told = told.Add(toldWithin)
 	}
@@ -132,7 +132,7 @@ func (x *runner) triedSince() time.Time {
 		each := time.Duration(x.rates.service.v) / time.Duration(2*x.want)
 		return x.full.Add(max(leastLead, min(x.rates.transit(), each)))
 	}
-	// Otherwise a stream of minutes would hold up everybody.
+	// Otherwise one stream of minutes would block all other requests.
 	stuck := max(leastStuck, 2*time.Duration(x.rates.service.v))
 	if x.loading() {
 		stuck += agedQuantum * x.rates.load()
@@ -253,7 +253,7 @@ func (x *runner) seats(it *item, now time.Time) (n int) {
 	return n
 }
 
-// settle records that those attempts have a slot that a function picks.
+// settle records which attempts have a slot, as decided by seated.
 func (x *runner) settle(seated func(*item) bool) {
 	for _, l := range x.lanes {
 		if o := l.item; o != nil && o.tries && seated(o) {
@@ -430,15 +430,15 @@ func (a *learner) stop(now time.Time) {
 	a.pause = min(max(2*a.pause, firstPause), lastPause)
 }
 
-// pauses reports whether so many pauses are not over yet. They are over after so many of the
-// longest ones, too, unless too few requests were served meanwhile: where each takes a minute, one
-// more is not tried beside all of them.
+// pauses reports whether n pauses are not over yet. They also end after the given number of the
+// longest ones, unless too few requests were served meanwhile: if each takes a minute, one more is
+// not tried beside every one of them.
 func (a *learner) pauses(n, longest int, now time.Time) bool {
 	over := a.since.Add(time.Duration(longest) * longestPause)
 	return a.seen < n*firstPause || a.seen < n*a.pause && now.Before(over)
 }
 
-// anew forgets that one more lane would be one too many.
+// anew forgets that one more lane was one too many.
 func (a *learner) anew() {
 	a.doubt, a.tried, a.seen, a.ceiling, a.pause = 0, 0, 0, false, 0
 }

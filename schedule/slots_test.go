@@ -8,14 +8,14 @@ import (
 	"time"
 )
 
-// TestLearnsCheaply: not to know the number of slots costs little, in tokens and in time, whatever the server has and whatever its
-// answers tell.
+// TestLearnsCheaply: learning the number of slots costs few tokens and little time, for any number
+// and for all kinds of answers.
 func TestLearnsCheaply(t *testing.T) {
 	const (
 		native     = iota // a stream of /api
-		compatible        // … of /v1: it tells only when it began
-		whole             // an answer of /api that comes whole
-		untold            // … of /v1: it tells next to nothing
+		compatible        // … of /v1: it shows only when it began
+		whole             // an answer of /api in one piece
+		untold            // … of /v1: it shows next to nothing
 		kinds
 	)
 	type bounds [kinds]float64
@@ -32,8 +32,8 @@ func TestLearnsCheaply(t *testing.T) {
 		name string
 		load time.Duration
 		work func() func(*sim)
-		// By what the answers tell, at most: how much more is evaluated than if the number is given, as a part of the least
-		// possible; and the time, relative to direct.
+		// Limits by kind of answer: the extra evaluated tokens compared with a given number, as a
+		// fraction of the least possible; and the time relative to direct requests.
 		extra bounds
 		wall  bounds
 	}{
@@ -102,8 +102,8 @@ func TestLearnsCheaply(t *testing.T) {
 	}
 }
 
-// TestSlotsChange: a server that is started anew with other slots has the right lanes after as
-// many requests, however long it had run before.
+// TestSlotsChange: a server that is restarted with a different number of slots has the right lanes
+// after as many requests, however long it had run before.
 func TestSlotsChange(t *testing.T) {
 	for _, slots := range [][2]int{{4, 1}, {4, 2}, {1, 4}, {2, 4}} {
 		for _, before := range []int{300, 3000} {
@@ -112,7 +112,8 @@ func TestSlotsChange(t *testing.T) {
 	}
 }
 
-// TestOutsider: slots that somebody else held, who does not use the proxy, are found within minutes, however long that went on.
+// TestOutsider: slots that were held by a client outside the proxy are found within minutes,
+// however long that lasted.
 func TestOutsider(t *testing.T) {
 	for _, before := range []int{8000, 30_000} {
 		s := newSim(t, engineConfig{slots: 1, load: time.Second, perToken: time.Millisecond, decode: 10 * time.Millisecond}, New(Config{Limit: before}))
@@ -123,7 +124,7 @@ func TestOutsider(t *testing.T) {
 		if x.want != 1 {
 			t.Errorf("%d lanes while the others are taken", x.want)
 		}
-		s.cfg.slots, s.boxes[0].loaded = 4, nil // the queue is not told
+		s.cfg.slots, s.boxes[0].loaded = 4, nil // the queue is not informed
 		began, n := s.now, 0
 		var found time.Duration
 		s.onDone = func(*job) {
@@ -169,21 +170,21 @@ func slotsChange(t *testing.T, slots [2]int, before int) {
 	}
 }
 
-// waited is how a request ended that waited inside Ollama.
+// waited is the result of a request that waited inside Ollama.
 func waited(d time.Duration) Result {
 	r := evaluated(1064, 1064)
 	r.Queue = d
 	return r
 }
 
-// TestTry: one request is granted beside what the lanes do, and no other until it tells.
+// TestTry: one request is granted beyond the lanes, and no other until its outcome is known.
 func TestTry(t *testing.T) {
 	for _, w := range []struct {
 		name  string
 		first bool // the request that was tried ends first
 		other Result
 		lanes int
-		more  int // granted then
+		more  int // granted after that
 	}{
 		{"it waited", false, waited(time.Second), 1, 1},
 		{"it did not", false, waited(10 * time.Millisecond), 2, 2},
@@ -194,7 +195,7 @@ func TestTry(t *testing.T) {
 	} {
 		t.Run(w.name, func(t *testing.T) {
 			d := newDesk(t, Config{})
-			d.q.habits = returns{missed: 100} // nobody comes back
+			d.q.habits = returns{missed: 100} // no client returns
 			first := d.add(by("a", Normal, with(alpha)))
 			d.granted(first)
 			d.done(first, evaluated(1064, 1064), time.Second)
@@ -214,7 +215,7 @@ func TestTry(t *testing.T) {
 			id := tried[0].ID
 			if !w.first {
 				d.done(first, evaluated(1064, 64), time.Second-leastLead)
-				d.granted() // it may be all that there is
+				d.granted() // this may be the only slot
 			}
 			d.done(id, w.other, 900*time.Millisecond)
 			x := d.q.servers[0].runners[0]
@@ -225,8 +226,8 @@ func TestTry(t *testing.T) {
 	}
 }
 
-// TestTryKeepsWhatIsWarm: if there is a slot for what was tried, what the first one left is known to be there; if there is not, it is
-// known to be gone.
+// TestTryKeepsWhatIsWarm: if the tried request got another slot, the first one's prompt is known to
+// be warm still; if not, it is known to be gone.
 func TestTryKeepsWhatIsWarm(t *testing.T) {
 	for _, w := range []struct {
 		other    Result
@@ -250,8 +251,9 @@ func TestTryKeepsWhatIsWarm(t *testing.T) {
 	}
 }
 
-// TestTurnedAbout: while a model is loaded requests may reach a slot in another order than they were sent. That one ends first
-// which was sent last does not tell then that there are two slots; whether the other one waited does.
+// TestTurnedAbout: while a model is being loaded, requests may reach a slot in a different order
+// than they were sent. So if the later one ends first, that does not prove two slots; whether the
+// other one waited does.
 func TestTurnedAbout(t *testing.T) {
 	for _, w := range []struct {
 		queue time.Duration
@@ -277,14 +279,14 @@ func TestTurnedAbout(t *testing.T) {
 	}
 }
 
-// TestTryAgain: once it is known that there is no other slot, one more is tried after a pause, and for a long time only where it costs
-// nothing if it waits.
+// TestTryAgain: once no further slot was found, one more is tried after a pause, and for a long
+// time only if it costs nothing should it have to wait.
 func TestTryAgain(t *testing.T) {
 	for _, w := range []struct {
 		name    string
 		seen    int
 		since   time.Duration
-		sibling bool // one waits that would find its prefix in the slot
+		sibling bool // a waiting request would find its prefix in the slot
 		tried   bool
 	}{
 		{"in the pause", firstPause - 1, 0, false, false},
@@ -298,7 +300,7 @@ func TestTryAgain(t *testing.T) {
 		{"after five minutes with few requests", firstPause - 1, patientTime * longestPause, false, false},
 	} {
 		d := newDesk(t, Config{})
-		d.q.habits = returns{missed: 100} // nobody comes back
+		d.q.habits = returns{missed: 100} // no client returns
 		first := d.add(with(alpha))
 		d.granted(first)
 		a, pause := &d.q.servers[0].runners[0].learner, firstPause
@@ -318,7 +320,8 @@ func TestTryAgain(t *testing.T) {
 	}
 }
 
-// TestPause: the pause doubles each time that one more was one too many, up to a bound, and begins anew when it was not.
+// TestPause: the pause doubles each time a further slot is not found, up to a limit, and starts
+// over when one is.
 func TestPause(t *testing.T) {
 	x := &runner{want: 1}
 	tries := func(queue time.Duration) {
@@ -337,14 +340,14 @@ func TestPause(t *testing.T) {
 	}
 }
 
-// TestJudge: what an answer tells of whether its request waited inside Ollama.
+// TestJudge: what an answer reveals about a wait inside Ollama.
 func TestJudge(t *testing.T) {
 	const ms = time.Millisecond
 	a := learner{fastest: 10.0 / float64(time.Second)}
 	a.idle.add(float64(2 * ms))
 	for _, w := range []struct {
 		name string
-		gap  time.Duration // from the grant until another one ended; 0: none did
+		gap  time.Duration // from the grant to the end of another request; 0 if none ended
 		took time.Duration
 		r    Result
 		want verdict
@@ -375,7 +378,8 @@ func TestJudge(t *testing.T) {
 	}
 }
 
-// TestTooMany: what lanes should hold and slots do not tells that there are too many lanes, also where answers tell nothing of time.
+// TestTooMany: if lanes should hold something and slots do not, there are too many lanes, even if
+// answers have no times.
 func TestTooMany(t *testing.T) {
 	for _, timed := range []bool{true, false} {
 		x := &runner{want: 2}
@@ -406,15 +410,15 @@ func TestTooMany(t *testing.T) {
 	}
 }
 
-// TestStuck: with lanes that are learned, requests that take minutes do not hold up all others, however many there are; with
-// lanes that are given, and once it is known that there are no more, they do.
+// TestStuck: while lanes are being learned, requests that take minutes never block all others,
+// however many there are. They do if lanes are given, or once it is known that there are no more.
 func TestStuck(t *testing.T) {
 	for _, w := range []struct {
 		name    string
 		cfg     Config
 		ceiling bool
-		service time.Duration // of what was served before; 0: nothing was
-		next    time.Duration // when one more is tried; 0: never
+		service time.Duration // of an earlier request; 0 if there was none
+		next    time.Duration // when one more is tried; 0 means never
 	}{
 		{"the model is being loaded", Config{}, false, 0, leastStuck + agedQuantum*firstLoad},
 		{"short requests", Config{}, false, 100 * time.Millisecond, leastStuck},
@@ -477,13 +481,13 @@ func chats(s *sim) {
 	}
 }
 
-// TestBegan: a stream's first byte tells whether it has a slot of its own, and that none comes.
+// TestBegan: a stream's first byte shows whether it has its own slot, and so does the lack of one.
 func TestBegan(t *testing.T) {
 	const ms = time.Millisecond
-	// prepare has two streams granted, of which the first one has begun after a second, and two wait.
+	// prepare grants two streams, of which the first has begun after a second, while two more wait.
 	prepare := func(t *testing.T) (d *desk, x *runner, first, second uint64) {
 		d = newDesk(t, Config{})
-		d.q.habits = returns{missed: 100} // nobody comes back
+		d.q.habits = returns{missed: 100} // no client returns
 		first = d.add(with(alpha))
 		d.granted(first)
 		d.now = d.now.Add(time.Second)
@@ -498,7 +502,7 @@ func TestBegan(t *testing.T) {
 		d, x, _, second := prepare(t)
 		d.now = d.now.Add(time.Second)
 		d.q.Began(second, d.now)
-		d.q.Began(second, d.now) // it says nothing new
+		d.q.Began(second, d.now) // nothing new
 		if got := len(d.q.Grants()); x.want != 2 || x.tries != 1 || got != 1 {
 			t.Errorf("%d lanes, %d granted then, %d tried, want one", x.want, got, x.tries)
 		}
@@ -508,7 +512,7 @@ func TestBegan(t *testing.T) {
 		if wait := d.wake(); wait < 2*time.Second || wait > 3*time.Second || !x.learner.ceiling || x.want != 1 {
 			t.Errorf("after %v: ceiling %v", wait, x.learner.ceiling)
 		}
-		d.q.Began(second, d.now.Add(ms)) // it comes after all
+		d.q.Began(second, d.now.Add(ms)) // it arrives after all
 		if x.learner.ceiling || x.want != 2 {
 			t.Errorf("%d lanes, ceiling %v", x.want, x.learner.ceiling)
 		}
@@ -556,8 +560,8 @@ func TestBegan(t *testing.T) {
 	})
 }
 
-// TestBlind: of answers that come whole nothing is heard at first, so more are tried at once, but only
-// until something is known.
+// TestBlind: answers in one piece reveal nothing at first, so more requests are tried at once, but
+// only until something is known.
 func TestBlind(t *testing.T) {
 	for _, known := range []bool{false, true} {
 		d := newDesk(t, Config{})
@@ -583,7 +587,7 @@ func TestBlind(t *testing.T) {
 	}
 }
 
-// TestExpected: what is said of the number of slots is believed at first, and corrected if it is wrong.
+// TestExpected: a stated number of slots is believed at first, and corrected if it is wrong.
 func TestExpected(t *testing.T) {
 	d := newDesk(t, Config{})
 	d.q.SetExpected(0, 4, d.now)
@@ -617,8 +621,8 @@ func TestExpected(t *testing.T) {
 	}
 }
 
-// TestTurn: that a request waited while others were evaluated does not tell that there are too many
-// lanes.
+// TestTurn: a request that waited while others were evaluated does not prove that there are too
+// many lanes.
 func TestTurn(t *testing.T) {
 	for _, w := range []struct {
 		turn  time.Duration
@@ -652,8 +656,8 @@ func TestTurn(t *testing.T) {
 	}
 }
 
-// TestSlotsTold: where an engine tells how many slots it has nothing is learned, for its model alone, and
-// what the operator says goes before it.
+// TestSlotsTold: if an engine reports its number of slots, nothing is learned for its model, and
+// only the operator's number overrides it.
 func TestSlotsTold(t *testing.T) {
 	for _, lanes := range []int{0, 2} {
 		d := newDesk(t, Config{Lanes: lanes})
@@ -676,8 +680,8 @@ func TestSlotsTold(t *testing.T) {
 	}
 }
 
-// TestSlotsAwaited: where engines are expected to tell how many slots they have, that is not tried to find
-// out before the first of them could; and is, if none does.
+// TestSlotsAwaited: while engines are expected to report their slots, no trial begins until the
+// first of them could have, and trials begin if none does.
 func TestSlotsAwaited(t *testing.T) {
 	for _, tells := range []bool{false, true} {
 		d := newDesk(t, Config{})
@@ -697,8 +701,8 @@ func TestSlotsAwaited(t *testing.T) {
 	}
 }
 
-// TestSlotsNotTold: where no engine tells, short requests that come one after the other do not put off
-// for ever that it is tried.
+// TestSlotsNotTold: if no engine reports its slots, short requests one after the other do not delay
+// the trials for ever.
 func TestSlotsNotTold(t *testing.T) {
 	d := newDesk(t, Config{})
 	d.q.SetTells(0)
@@ -728,9 +732,9 @@ func TestSlotsNotTold(t *testing.T) {
 	t.Errorf("no second lane was tried within %v", d.now.Sub(start))
 }
 
-// TestSlotsCopied: where slots can have what others evaluated, one evaluates a prefix that many wait
-// with, and when its request has ended all go on. Where that would generate for longer than evaluating
-// it once more takes, the others do not wait.
+// TestSlotsCopied: if slots can copy each other's evaluations, one request evaluates a prefix for
+// many that wait, and all go on when it has ended. If its answer would take longer than evaluating
+// the prefix again, the others do not wait.
 func TestSlotsCopied(t *testing.T) {
 	for _, w := range []struct {
 		copied     bool
@@ -747,7 +751,7 @@ func TestSlotsCopied(t *testing.T) {
 		d.q.SetSlots(0, "m", Slots{Count: 4, Copied: w.copied}, d.now)
 		r := evaluated(1064, 1064)
 		r.Eval = w.generation
-		d.done(d.add(with(beta)), r, time.Second+w.generation) // tells how fast it is
+		d.done(d.add(with(beta)), r, time.Second+w.generation) // shows how fast it is
 		d.q.Grants()
 		for range 9 {
 			tails++
@@ -756,7 +760,7 @@ func TestSlotsCopied(t *testing.T) {
 		granted := d.now
 		places := slices.Clone(d.q.Grants())
 		if w.streams {
-			d.q.Began(places[0].ID, d.now) // what it generates takes as long as it takes
+			d.q.Began(places[0].ID, d.now) // the length of its answer no longer matters
 			d.wake()
 			if n := len(d.q.Grants()); n != 3 || d.now.Sub(granted) > 2*time.Second {
 				t.Errorf("%+v: %d more are granted %v after the first answer has begun", w, n, d.now.Sub(granted))
@@ -769,7 +773,7 @@ func TestSlotsCopied(t *testing.T) {
 		for _, p := range places {
 			d.done(p.ID, r, time.Second)
 		}
-		for range 3 { // some wait for those before them to arrive
+		for range 3 { // some wait for others to arrive first
 			if _, ok := d.q.Next(); ok && len(d.q.grants) < 4 {
 				d.wake()
 			}

@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// TestNeverSlower: with a model of ordinary cost no workload takes longer than directly by more than 3 %, or 5 % where
-// the number of slots is to be learned, and 1 ms for each request.
+// TestNeverSlower: with a model of ordinary cost, no workload takes more than 3 % longer than with
+// direct requests, or 5 % if the number of slots has to be learned, plus 1 ms per request.
 func TestNeverSlower(t *testing.T) {
 	type work struct {
 		name string
@@ -82,10 +82,10 @@ func TestNeverSlower(t *testing.T) {
 						more := wall - direct
 						name := fmt.Sprintf("%s, %d slots, given %v, host cache %v, exclude %v", w.name, slots, lanes, host > 0, exclude)
 						if strings.HasPrefix(w.name, "two models") {
-							more -= cfg.load // once, to find out whether both can be loaded
+							more -= cfg.load // once, to learn whether both fit
 						}
 						most := direct * 3 / 100
-						if !lanes { // one prompt is evaluated before more slots than one are known
+						if !lanes { // one prompt is evaluated before a second slot is known
 							most = direct * 5 / 100
 						}
 						if more > most && more > time.Duration(len(d.finished))*time.Millisecond {

@@ -17,7 +17,7 @@ type Waiting struct {
 	Oldest   time.Duration // how long the earliest one has waited
 }
 
-// RunnerStats is what is known of a runner.
+// RunnerStats is the state of a runner.
 type RunnerStats struct {
 	Runner  Runner
 	Loaded  bool

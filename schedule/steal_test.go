@@ -9,24 +9,24 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
-// on says which servers may serve a request.
+// on sets the servers that may serve a request.
 func on(r Request, upstreams ...uint16) Request {
 	r.Upstreams = upstreams
 	return r
 }
 
-// at returns where a request was granted, which has to be the only one.
+// at returns the server of the only grant.
 func (d *desk) at(id uint64) uint16 {
 	d.t.Helper()
 	return d.granted(id)[0].Upstream
 }
 
-// TestFollowsWarmth: a request goes where its prefix is warm, or about to be.
+// TestFollowsWarmth: a request goes where its prefix is warm, or is about to be.
 func TestFollowsWarmth(t *testing.T) {
 	d := newDesk(t, Config{Lanes: 2})
 	first := d.add(on(with(alpha), 0, 1, 2))
 	home := d.at(first)
-	second := d.add(on(with(alpha), 0, 1, 2)) // while the first is being evaluated: it waits for that
+	second := d.add(on(with(alpha), 0, 1, 2)) // the first is being evaluated, so it waits for that
 	d.granted()
 	d.done(first, evaluated(1064, 1064), time.Second)
 	if at := d.at(second); at != home {
@@ -44,7 +44,8 @@ func TestFollowsWarmth(t *testing.T) {
 	}
 }
 
-// TestBoundedLoad: new prefixes do not go to a server that has much more to do than the others, whatever their hash.
+// TestBoundedLoad: new prefixes avoid a server that has much more to do than the others, whatever
+// their hash.
 func TestBoundedLoad(t *testing.T) {
 	d := newDesk(t, Config{Lanes: 1})
 	for i := range uint16(3) {
@@ -66,8 +67,8 @@ func TestBoundedLoad(t *testing.T) {
 	}
 }
 
-// TestSparesWarmLanes: a new prefix does not go where it displaces what a client is likely to come back for, if there is a lane
-// elsewhere that nobody needs.
+// TestSparesWarmLanes: a new prefix does not displace a prompt to which a client is likely to
+// return, if a lane elsewhere is not needed.
 func TestSparesWarmLanes(t *testing.T) {
 	d := newDesk(t, Config{Lanes: 1})
 	long := seg{id: 9, tokens: 8000}
@@ -87,7 +88,8 @@ func TestSparesWarmLanes(t *testing.T) {
 	}
 }
 
-// TestUnavailable: what waits for a server that is down goes elsewhere and keeps its place; what may go nowhere else stays.
+// TestUnavailable: the backlog of a server that is down goes elsewhere and keeps its order;
+// requests that only it may serve stay.
 func TestUnavailable(t *testing.T) {
 	d := newDesk(t, Config{Lanes: 1})
 	a, b := d.add(on(with(alpha), 0)), d.add(on(with(beta), 1))
@@ -124,7 +126,7 @@ func TestUnavailable(t *testing.T) {
 		}
 		running = want
 	}
-	// A server that comes back takes its part.
+	// A server that returns takes its share.
 	more := d.add(on(with(seg{id: 30, tokens: 500}), 0, 1))
 	d.granted()
 	d.q.SetAvailable(0, true, d.now)
@@ -132,7 +134,7 @@ func TestUnavailable(t *testing.T) {
 	if at := d.at(more); at != 0 {
 		t.Errorf("it went to server %d", at)
 	}
-	// With all of them down nothing is lost, and what waits goes where it can again.
+	// With all servers down nothing is lost, and the backlog goes to whichever returns.
 	last := d.add(on(with(seg{id: 31, tokens: 500}), 0, 1))
 	d.q.SetAvailable(0, false, d.now)
 	d.q.SetAvailable(1, false, d.now)
@@ -146,7 +148,7 @@ func TestUnavailable(t *testing.T) {
 	}
 }
 
-// TestVacateKeepsOrder: requests of many clients keep the order of their arrivals where they come to.
+// TestVacateKeepsOrder: requests of many clients that move keep their order of arrival.
 func TestVacateKeepsOrder(t *testing.T) {
 	d := newDesk(t, Config{Lanes: 1})
 	a, b := d.add(on(with(alpha), 0)), d.add(on(with(beta), 1))
@@ -175,7 +177,8 @@ func TestVacateKeepsOrder(t *testing.T) {
 	}
 }
 
-// TestTakesOver: an idle server takes a whole prefix, from the far end, and nothing of one that is being served.
+// TestTakesOver: an idle server takes over a whole prefix, from the far end, and nothing of a
+// prefix that is being served.
 func TestTakesOver(t *testing.T) {
 	d := newDesk(t, Config{Lanes: 1})
 	d.q.SetLoaded(0, map[string]int{options("m", 0).Model: 0}, d.now, d.now)
@@ -214,7 +217,8 @@ func TestTakesOver(t *testing.T) {
 	}
 }
 
-// TestTakesOverUnloaded: a server on which the model is not loaded takes over only what repays that.
+// TestTakesOverUnloaded: a server without the model loaded takes over only as much as is worth the
+// load.
 func TestTakesOverUnloaded(t *testing.T) {
 	for _, w := range []struct {
 		waiting int
@@ -238,7 +242,8 @@ func TestTakesOverUnloaded(t *testing.T) {
 		if w.want {
 			continue
 		}
-		// Whatever is estimated, nobody waits for much longer than a load takes while a server is idle.
+		// Whatever the estimates, no request waits much longer than a load takes while a server is
+		// idle.
 		waited := time.Duration(0)
 		for d.q.count.Stolen == 0 && waited < time.Minute {
 			waited += d.wake()
@@ -249,7 +254,7 @@ func TestTakesOverUnloaded(t *testing.T) {
 	}
 }
 
-// TestDebtMoves: a client that owes something still does where its requests are taken.
+// TestDebtMoves: a client's debt moves with its requests.
 func TestDebtMoves(t *testing.T) {
 	d := newDesk(t, Config{Lanes: 1})
 	first := d.add(on(by("heavy", Normal, with(alpha)), 0))
@@ -271,7 +276,7 @@ func TestDebtMoves(t *testing.T) {
 	}
 }
 
-// TestUnlimited: nothing waits, and what is warm where is remembered.
+// TestUnlimited: nothing waits, but the queue remembers what is warm where.
 func TestUnlimited(t *testing.T) {
 	d := newDesk(t, Config{Lanes: Unlimited})
 	first := d.add(on(with(alpha), 0, 1))
@@ -303,7 +308,7 @@ func TestUnlimited(t *testing.T) {
 	if g := d.granted(warm)[0]; g.Upstream != home || g.Expected < 400 {
 		t.Errorf("%+v", g)
 	}
-	// Options that cannot be loaded together do not wait for each other either.
+	// Options that exclude each other in memory do not make requests wait either.
 	r := with(alpha)
 	r.Runner.Options = options("m", 4096)
 	other := d.add(on(r, home))
@@ -320,8 +325,8 @@ func TestUnlimited(t *testing.T) {
 	}
 }
 
-// TestNoPingPong: however servers come and go, a request is taken over a few times at most, and in all not more often than
-// there are requests.
+// TestNoPingPong: however servers come and go, a request moves only a few times, and there are
+// never more moves than requests.
 func TestNoPingPong(t *testing.T) {
 	anew(t)
 	for _, slots := range []int{1, 3} {
@@ -384,7 +389,7 @@ func TestOpening(t *testing.T) {
 	}
 }
 
-// TestNames: servers are told apart by their names, in whatever order they are given.
+// TestNames: servers are identified by their names, in any order.
 func TestNames(t *testing.T) {
 	place := func(names ...string) map[uint64]string {
 		d := newDesk(t, Config{Lanes: 1})
@@ -413,7 +418,7 @@ func TestNames(t *testing.T) {
 	}
 }
 
-// TestSchedulerServers: what waits in the shell is granted elsewhere when its server is down.
+// TestSchedulerServers: when a server goes down, its backlog in the Scheduler is granted elsewhere.
 func TestSchedulerServers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := NewScheduler(Config{Lanes: 1})

@@ -11,9 +11,9 @@ import (
 	"time"
 )
 
-// outcome is what a workload cost.
+// outcome is the cost of a workload.
 type outcome struct {
-	ratio float64 // evaluated / the least possible
+	ratio float64 // evaluated tokens / the least possible
 	wall  time.Duration
 	loads int
 	sim   *sim
@@ -43,7 +43,7 @@ func text(tokens int) seg {
 	return seg{id: ids, tokens: tokens}
 }
 
-// groups are prefixes with so many requests each, in random order.
+// groups builds prefixes with a number of requests each, in random order.
 func groups(prefixes, each, prefixTokens, tail, gen int, seed uint64) []*job {
 	rng := rand.New(rand.NewPCG(seed, 1))
 	var jobs []*job
@@ -88,7 +88,8 @@ func TestPrefixes(t *testing.T) {
 	}
 }
 
-// TestRaces: where requests overtake each other on their way, those that open a prefix take few slots from those that go on with one.
+// TestRaces: if requests overtake each other on the way, those with a new prefix rarely take slots
+// from those that continue one.
 func TestRaces(t *testing.T) {
 	for _, longest := range []bool{false, true} {
 		for jitter, most := range map[time.Duration]float64{8 * time.Millisecond: 1.01, 30 * time.Millisecond: 1.08} {
@@ -110,8 +111,9 @@ func TestRaces(t *testing.T) {
 	}
 }
 
-// TestRacesIdle: of two requests that come at about the same time while all slots are idle, the one that opens a prefix does not take
-// the slot of the other, which has been idle for longer.
+// TestRacesIdle: of two requests that arrive at about the same time while all slots are idle, the
+// one with a new prefix does not take the slot of the other, although that has been idle for
+// longer.
 func TestRacesIdle(t *testing.T) {
 	for _, gap := range []time.Duration{0, time.Millisecond} {
 		s := newSim(t, engineConfig{slots: 2, jitter: 8 * time.Millisecond, perToken: 100 * time.Microsecond}, New(Config{Lanes: 2}))
@@ -129,7 +131,8 @@ func TestRacesIdle(t *testing.T) {
 	}
 }
 
-// TestRacesLearned: requests that overtake each other on their way to the only slot do not look as if there were two.
+// TestRacesLearned: requests that overtake each other on the way to the only slot do not look like
+// two slots.
 func TestRacesLearned(t *testing.T) {
 	for _, load := range []time.Duration{0, 300 * time.Millisecond} {
 		ratio, lanes := 0.0, 0
@@ -203,8 +206,9 @@ func TestChats(t *testing.T) {
 	}
 }
 
-// TestPauses measures what cannot be steered: chats whose turns do not overlap. All slots are free at each turn, and the engine
-// pulls a new chat into a slot that holds another one, since they share the system prompt.
+// TestPauses measures a case that cannot be improved: chats whose turns do not overlap. All slots
+// are free at each turn, and the engine moves a new chat to a slot that holds another one, because
+// they share the system prompt.
 func TestPauses(t *testing.T) {
 	for _, longest := range []bool{false, true} {
 		direct, lanes := compare(t, fmt.Sprintf("4 clients with pauses, 4 slots, longest match %v", longest), engineConfig{slots: 4, longest: longest}, Config{Lanes: 4}, func(s *sim) {
@@ -230,7 +234,7 @@ func conversation(system seg, client int) (jobs []*job) {
 	return jobs
 }
 
-// chat is closed, with the answers in the next turn's prompt.
+// chat is closed with each answer in the next turn's prompt.
 func (s *sim) chat(jobs []*job, think time.Duration) {
 	if len(jobs) == 0 {
 		return
@@ -248,7 +252,8 @@ func (s *sim) chat(jobs []*job, think time.Duration) {
 	s.submit(j)
 }
 
-// hot has clients ask for one prefix, so many times each: all at once if open, else one after the other.
+// hot has clients ask for one prefix several times each: all at once if open, otherwise one after
+// the other.
 func hot(s *sim, clients, each int, open bool) {
 	jobs := groups(1, clients*each, 1000, 40, 50, 3)
 	for i, j := range jobs {
@@ -275,7 +280,7 @@ func TestHotPrefix(t *testing.T) {
 	}
 }
 
-// TestRunners: two models that cannot be loaded together, and two num_ctx, 100 interleaved requests.
+// TestRunners: two models that exclude each other, and two num_ctx, in 100 interleaved requests.
 func TestRunners(t *testing.T) {
 	for _, loop := range []string{"open", "closed"} {
 		for _, told := range []bool{true, false} {
@@ -312,8 +317,8 @@ func TestRunners(t *testing.T) {
 	}
 }
 
-// TestOvertaking: eight scripts with two models and two num_ctx find out whether the models can be loaded together although
-// requests overtake each other on their way to the server.
+// TestOvertaking: eight scripts with two models and two num_ctx learn whether the models can be
+// loaded together, although requests overtake each other on the way to the server.
 func TestOvertaking(t *testing.T) {
 	for _, exclude := range []bool{true, false} {
 		for _, slots := range []int{1, 4} {
@@ -340,8 +345,8 @@ func TestOvertaking(t *testing.T) {
 	}
 }
 
-// TestIdleBesideLoad: a model that is loaded and idle serves at once while another one, which can be loaded beside it, is loaded for
-// the first time.
+// TestIdleBesideLoad: a loaded, idle model serves at once while another one, which fits beside it,
+// is loaded for the first time.
 func TestIdleBesideLoad(t *testing.T) {
 	s := newSim(t, engineConfig{slots: 1, load: 30 * time.Second}, New(Config{Lanes: 1}))
 	one := func(model string, id uint64) *job {
@@ -369,8 +374,9 @@ func TestIdleBesideLoad(t *testing.T) {
 	}
 }
 
-// TestSecondModel: whoever asks for a model, once a minute, beside four loops on another one that has to be unloaded for it, waits for
-// a load and half a minute, or for two loads if those take longer.
+// TestSecondModel: a client asks for a model once a minute beside four loops on another one that
+// has to be unloaded for it. It waits for one load and half a minute, or for two loads if those
+// take longer.
 func TestSecondModel(t *testing.T) {
 	for _, load := range []time.Duration{2 * time.Second, 30 * time.Second, time.Minute} {
 		s := newSim(t, engineConfig{slots: 1, load: load, exclude: true}, New(Config{Lanes: 1}))
@@ -391,7 +397,7 @@ func TestSecondModel(t *testing.T) {
 			})
 		}
 		s.run()
-		most := max(longestTurn, load) + load + 2*time.Second // and what is being served
+		most := max(longestTurn, load) + load + 2*time.Second // and the requests being served
 		for i, j := range asked {
 			if took := j.end.Sub(j.came); took > most {
 				t.Errorf("a load takes %v: request %d took %v, want %v", load, i, took, most)
@@ -401,7 +407,7 @@ func TestSecondModel(t *testing.T) {
 	}
 }
 
-// TestLongLoads: where a load takes longer than a turn, the models do more than being loaded.
+// TestLongLoads: if a load takes longer than a turn, the models still do more than load.
 func TestLongLoads(t *testing.T) {
 	for _, loads := range []time.Duration{10 * time.Second, 35 * time.Second, time.Minute} {
 		s := newSim(t, engineConfig{slots: 2, load: loads, exclude: true, perToken: time.Millisecond, decode: 10 * time.Millisecond}, New(Config{Lanes: 2}))
@@ -430,8 +436,9 @@ func TestLongLoads(t *testing.T) {
 	}
 }
 
-// TestThreeModels: three models of which one at a time can be loaded are found out, too: whether each client keeps to one, or asks for
-// all in turn, learning it costs some loads beyond those that there are if it is known, and no more than that.
+// TestThreeModels: three models that exclude each other are recognized, too. Whether each client
+// uses one of them or all in turn, learning this costs a limited number of loads more than knowing
+// it.
 func TestThreeModels(t *testing.T) {
 	names := []string{"a", "b", "c"}
 	for _, slots := range []int{1, 4} {
@@ -463,8 +470,8 @@ func TestThreeModels(t *testing.T) {
 	}
 }
 
-// TestStatedDefault: clients that state an option's default value share the model with those that do not, as they do with Ollama: nobody
-// waits for a turn.
+// TestStatedDefault: clients that state an option's default value share the model with clients that
+// do not, as in Ollama: none waits for a turn.
 func TestStatedDefault(t *testing.T) {
 	for _, slots := range []int{1, 4} {
 		direct, lanes := compare(t, fmt.Sprintf("6 loops, of which 3 state the default num_ctx, %d slots", slots), engineConfig{slots: slots, load: 2 * time.Second}, Config{Lanes: slots}, func(s *sim) {
@@ -475,7 +482,7 @@ func TestStatedDefault(t *testing.T) {
 				}
 				s.after(time.Duration(c)*3*time.Millisecond, func() { s.closed(own, 5*time.Millisecond) })
 			}
-			if s.q != nil { // /api/ps is asked soon after a load
+			if s.q != nil { // /api/ps is polled soon after a load
 				s.after(2*time.Second+500*time.Millisecond, func() { s.q.SetLoaded(0, map[string]int{options("m", 0).Model: 4096}, s.now, s.now); s.pumped() })
 			}
 		})
@@ -487,8 +494,8 @@ func TestStatedDefault(t *testing.T) {
 	}
 }
 
-// TestListedLate: what a server lists may be older than what it was asked for last. While a model is
-// loaded with one num_ctx in place of another one, the two are not taken for the same.
+// TestListedLate: a server's list may be older than the latest requests. While a load replaces one
+// num_ctx with another, the two are not taken for the same.
 func TestListedLate(t *testing.T) {
 	cfg := engineConfig{slots: 1, load: 200 * time.Millisecond, exclude: true}
 	for _, late := range []time.Duration{5 * time.Millisecond, 200 * time.Millisecond} {
@@ -532,7 +539,7 @@ func TestListedLate(t *testing.T) {
 	}
 }
 
-// TestFieldF12: ten requests with three num_ctx in turn load the model three times, not nine.
+// Ten requests with three num_ctx in turn load the model three times, not nine.
 func TestFieldF12(t *testing.T) {
 	direct, lanes := compare(t, "10 requests, 3 num_ctx in turn", engineConfig{slots: 1, load: 2 * time.Second}, Config{Lanes: 1}, func(s *sim) {
 		var jobs []*job
@@ -551,8 +558,8 @@ func TestFieldF12(t *testing.T) {
 	}
 }
 
-// TestStarvation: a request beside a stream of others that fit better waits for a bounded time: with MaxWait for about that,
-// and without it until others have had their turn.
+// TestStarvation: a request beside a stream of others that fit better waits for a bounded time:
+// about MaxWait if that is set, otherwise until the others have had their turn.
 func TestStarvation(t *testing.T) {
 	for _, w := range []struct {
 		name    string
@@ -570,14 +577,15 @@ func TestStarvation(t *testing.T) {
 	} {
 		s := newSim(t, engineConfig{slots: 1, load: time.Second}, New(Config{Lanes: 1, MaxWait: w.maxWait}))
 		p := text(1000)
-		for i := range 2000 { // arrive a little faster than they can be served
+		for i := range 2000 { // they arrive slightly faster than they can be served
 			s.after(time.Duration(i)*75*time.Millisecond, func() { s.submit(&job{segs: []seg{p, text(60)}, gen: 20, client: "stream"}) })
 		}
 		other := w.other
 		if other == nil {
 			other = &job{}
 		}
-		other.segs, other.gen, other.client = []seg{text(1000)}, 20, "stream" // the same client: nobody owes it anything
+		// As the same client it has no claim to be served earlier.
+		other.segs, other.gen, other.client = []seg{text(1000)}, 20, "stream"
 		s.after(time.Second, func() { s.submit(other) })
 		s.run()
 		wait := other.sent.Sub(other.came)
@@ -588,15 +596,15 @@ func TestStarvation(t *testing.T) {
 	}
 }
 
-// TestMaxWait: from when a request has waited for longer, none that came after it goes before it; but what others share is not
-// left before it has been of some use.
+// TestMaxWait: once a request has waited for longer than MaxWait, no later request goes before it,
+// except to finish making use of a shared prefix.
 func TestMaxWait(t *testing.T) {
 	const maxWait = time.Second
 	for _, w := range []struct {
 		name   string
-		shares int // so many of the stream in a row have a prefix in common
+		shares int // consecutive requests of the stream with a common prefix
 		gen    int
-		most   int // so many that came later go before one that has waited for longer
+		most   int // limit of later requests that go before one that has waited too long
 	}{
 		{"nothing", 1, 20, 0},
 		{"in twos", 2, 60, 4},
@@ -607,7 +615,7 @@ func TestMaxWait(t *testing.T) {
 			t.Run(fmt.Sprint(w.name, " ", priority), func(t *testing.T) {
 				s := newSim(t, engineConfig{slots: 1}, New(Config{Lanes: 1, MaxWait: maxWait}))
 				var p seg
-				for i := range 200 { // twenty come at once, of whom most wait for longer than maxWait
+				for i := range 200 { // bursts of twenty; most exceed maxWait
 					if i%w.shares == 0 {
 						p = text(1000)
 					}
@@ -641,7 +649,8 @@ func TestMaxWait(t *testing.T) {
 	}
 }
 
-// TestOverload: where everything has waited for longer than MaxWait, prompts are still not evaluated anew for each request.
+// TestOverload: even if all requests have waited for longer than MaxWait, prompts are not evaluated
+// again for each of them.
 func TestOverload(t *testing.T) {
 	_, lanes := compare(t, "32 prefixes x 20, MaxWait long over", engineConfig{slots: 1}, Config{Lanes: 1, MaxWait: time.Second}, func(s *sim) {
 		burst(s, groups(32, 20, 1000, 40, 16, 7))
@@ -651,7 +660,8 @@ func TestOverload(t *testing.T) {
 	}
 }
 
-// TestInteractive: one interactive request among 500 batch ones waits for one running request, and costs one prefix.
+// TestInteractive: an interactive request among 500 batch requests waits for one running request,
+// and costs one prefix.
 func TestInteractive(t *testing.T) {
 	for _, slots := range []int{1, 4} {
 		work := func(with bool) func(*sim) {
@@ -683,12 +693,13 @@ func TestInteractive(t *testing.T) {
 	}
 }
 
-// TestFair: two clients that always have requests waiting, one of them with long prompts and one with short ones, get the same service:
-// never does one have a quantum and a request for each lane more than the other, and any ten quanta are evenly divided.
+// TestFair: two clients with a constant backlog, one with long prompts and one with short ones, get
+// the same service: neither is ever ahead by more than a quantum and a request per lane, and any
+// ten quanta are evenly divided.
 func TestFair(t *testing.T) {
 	const long, short, gen, depth = 2000, 100, 10, 16
-	const later = time.Millisecond // after the first client the second one begins
-	q := 20 * (long + short) / 2.0 // as class.fair, of what both clients ask for on average
+	const later = time.Millisecond // the second client's start after the first
+	q := 20 * (long + short) / 2.0 // as in class.fair, for the average request of both clients
 	for _, slots := range []int{1, 4} {
 		for _, first := range []string{"long", "short"} {
 			s := newSim(t, engineConfig{slots: slots}, New(Config{Lanes: slots}))
@@ -713,7 +724,7 @@ func TestFair(t *testing.T) {
 			most, jain, windows := 0.0, 1.0, 0
 			s.onDone = func(j *job) {
 				if sent > 8000 || j.sent.Sub(start) < later {
-					return // one of them had nothing that waited
+					return // one of them had no backlog
 				}
 				i := 0
 				if j.client == "short" {
@@ -730,7 +741,7 @@ func TestFair(t *testing.T) {
 				}
 			}
 			s.run()
-			bound := q + float64(slots+1)*(long+fairWeight*gen) // one more that goes ahead, as a flow of its own
+			bound := q + float64(slots+1)*(long+fairWeight*gen) // one more, ahead as another flow
 			t.Logf("%d slots, %s first: at most %.2f quanta ahead (bound %.2f), Jain index at least %.4f in %d times ten quanta", slots, first, most/q, bound/q, jain, windows)
 			if most > bound || jain < 0.99 || windows < 3 {
 				t.Errorf("%d slots, %s first: unfair", slots, first)
@@ -758,7 +769,7 @@ func TestLone(t *testing.T) {
 	}
 }
 
-// TestDecodeHeavy: where generating takes longest, no slot may stand idle.
+// TestDecodeHeavy: if generation takes most of the time, no slot may be idle.
 func TestDecodeHeavy(t *testing.T) {
 	for _, loop := range []string{"open", "closed"} {
 		direct, lanes := compare(t, "short prompts, long answers, 4 slots, "+loop, engineConfig{slots: 4}, Config{Lanes: 4}, func(s *sim) {
@@ -780,8 +791,8 @@ func TestDecodeHeavy(t *testing.T) {
 	}
 }
 
-// TestManyLanes: thousands of prefixes and hundreds of lanes, against the best order that is known beforehand: sorted
-// depth-first and cut into contiguous runs.
+// TestManyLanes: thousands of prefixes and hundreds of lanes, compared with the best order known in
+// advance: sorted depth-first and cut into contiguous runs.
 func TestManyLanes(t *testing.T) {
 	const slots = 200
 	var offline int
@@ -816,7 +827,7 @@ func TestManyLanes(t *testing.T) {
 	}
 }
 
-// TestLearnsHost: where the host cache keeps what the slots lose, lanes are not held for long.
+// TestLearnsHost: if the host cache keeps what the slots lose, lanes are not held for long.
 func TestLearnsHost(t *testing.T) {
 	direct, lanes := compare(t, "8 scripts of 200, ample host cache", engineConfig{slots: 1, host: 100_000}, Config{Lanes: 1}, func(s *sim) {
 		for c := range 8 {
@@ -833,8 +844,8 @@ func TestLearnsHost(t *testing.T) {
 	}
 }
 
-// TestLearnsLanes: the number of slots is found within a few dozen requests, whether or not answers tell how long they
-// waited, and another model begins with it.
+// TestLearnsLanes: the number of slots is found within a few dozen requests, whether or not answers
+// report how long they waited, and another model starts with it.
 func TestLearnsLanes(t *testing.T) {
 	for _, silent := range []bool{false, true} {
 		for _, slots := range []int{1, 2, 4} {

@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// step is what is kept of a link: its cumulative fingerprint, and roughly how many tokens the
-// prompt has up to and including it.
+// step is the part of a link that is kept: its cumulative fingerprint, and the approximate number
+// of the prompt's tokens up to and including it.
 type step struct {
 	hash   uint64
 	tokens int32

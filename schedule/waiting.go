@@ -10,30 +10,30 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
-// Clients are told when their requests are expected to begin. That is an estimate: the work that
-// goes before (tokens to evaluate and to generate), at the pace at which the runner's lanes have
-// done such work so far; after what its lanes are busy with; and after a load if one is needed.
-// Before a request go those that are more urgent, and of the same rank those that the deficits let
-// go earlier (see class.refill), in order of arrival within a round. What the lanes hold, and what
-// comes later, changes that order; Estimates records how wrong the estimates were so far.
+// Clients can see when their requests are expected to begin. That is an estimate: the work that
+// goes before (tokens to evaluate and to generate), at the pace of the runner's lanes so far, after
+// what its lanes are busy with, and after a load if one is needed. More urgent requests go before a
+// request, and so do those of the same rank that the deficits let go earlier (see class.refill), in
+// order of arrival within a round. The prompts in the lanes, and later requests, change that order;
+// Estimates records the errors of the estimates so far.
 
-// Waits is what waits at one moment.
+// Waits are the waiting requests at one moment.
 type Waits struct {
 	Total     int
 	By        map[Priority]Waiting
-	First     []Waiter // as many as were asked for, in their expected order
+	First     []Waiter // up to the requested number, in their expected order
 	Estimates Estimates
 }
 
 // Waiter is one waiting request.
 type Waiter struct {
-	Place         int // among those that wait for the same runner, from 1
+	Place         int // among the requests for the same runner, from 1
 	Client        string
 	Program, Flow uint64
 	Upstream      uint16 // whose runner it waits for now
 	Options       prefix.Options
 	Priority      Priority
-	Sparse        bool // it goes before others of its priority
+	Sparse        bool // goes before the others of its priority
 	Age           time.Duration
 	Tokens        int // of its prompt, estimated
 
@@ -41,13 +41,13 @@ type Waiter struct {
 	StartKnown bool
 }
 
-// Estimates records how wrong the estimates were that were made when requests began to wait, for
-// those that were granted.
+// Estimates records the errors of the estimates that were made when requests began to wait, for the
+// requests that were granted.
 type Estimates struct {
 	Count    uint64
 	Waited   time.Duration // the sum of their waits
 	Absolute time.Duration // the sum of the errors' sizes
-	Late     time.Duration // the sum of how much longer than estimated they waited, less how much shorter
+	Late     time.Duration // sum of the waits beyond the estimates, minus the waits short of them
 	// Within counts the errors that were at most as large as each of EstimateBounds, like
 	// Prometheus' buckets.
 	Within [len(EstimateBounds)]uint64
@@ -110,8 +110,8 @@ func (s *Scheduler) Waiting(most int) Waits {
 	}
 }
 
-// row is what decides when a request goes. Without the lock, only those fields of its item are read
-// that do not change while it waits.
+// row has the values that decide when a request goes. Without the lock, only fields of its item are
+// read that do not change while it waits.
 type row struct {
 	*item
 	pace  *pace
@@ -172,8 +172,8 @@ func (c *class) waiters(rows []row, p *pace) []row {
 	return rows
 }
 
-// roundOf returns in which round from now on a client's request is served that comes after so many
-// other requests of its own, with so many tokens to be evaluated.
+// roundOf returns the round, counted from now, in which a client's request is served if it comes
+// after this many other requests of the client, with fresh tokens to evaluate in all.
 func (c *class) roundOf(a *account, r *rates, fresh, requests int) int {
 	cost := float64(fresh) + float64(requests)*fairWeight*r.generated()
 	over := int(cost/a.weight) - a.deficit
@@ -264,8 +264,9 @@ func (l *lane) remaining(r *rates, now time.Time) time.Duration {
 	return max(0, time.Duration(r.work(l.item.fresh, 1)*r.perWork())-now.Sub(l.item.granted))
 }
 
-// vacates returns the maximum time, as far as known, until the runners that do not fit beside this
-// one have made room: they finish what is under way, and serve their backlogs for at most a turn.
+// vacates returns the longest time, as far as known, until the runners that do not fit beside this
+// one have made room: they finish their running requests, and serve their backlogs for at most a
+// turn.
 func (x *runner) vacates(now time.Time) (longest time.Duration) {
 	for y := range x.rivals() {
 		if !y.resident {
@@ -285,8 +286,8 @@ func (x *runner) vacates(now time.Time) (longest time.Duration) {
 	return longest
 }
 
-// start returns when a request begins that has so much work before it: when the lanes, as they
-// become free, have done that. false means that nothing is known.
+// start returns the time until a request begins that has this much work before it, as the lanes
+// become free and do it; false if nothing is known.
 func (p *pace) start(ahead float64) (time.Duration, bool) {
 	if !p.known {
 		return 0, false

@@ -10,15 +10,15 @@ import (
 	"time"
 )
 
-// lone is a request of a client with a prompt that has nothing in common with others.
+// lone is a request whose prompt has nothing in common with others.
 func lone(client string, p Priority, tokens int) Request {
 	tails++
 	return by(client, p, request("m", seg{id: 1 << 40 * tails, tokens: tokens}))
 }
 
-// TestWaitingOrder: without common prefixes requests go in the order that is told, but for what the
-// lane is held for: priorities, clients with much and little to do, weights, prompts of all
-// lengths.
+// TestWaitingOrder: without common prefixes, requests start in the reported order, except for those
+// for which the lane is held: with priorities, with clients with much and little to do, with
+// weights, and with prompts of all lengths.
 func TestWaitingOrder(t *testing.T) {
 	for seed := range uint64(20) {
 		r := rand.New(rand.NewPCG(seed, 1))
@@ -40,7 +40,7 @@ func TestWaitingOrder(t *testing.T) {
 			}
 		}
 		off := 0
-		g := d.granted(1) // the first came to a free lane
+		g := d.granted(1) // the first found a free lane
 		for i := range len(rows) {
 			d.done(g[0].ID, evaluated(1000, 1000), time.Second)
 			for g = d.q.Grants(); len(g) == 0; g = d.q.Grants() {
@@ -59,8 +59,8 @@ func TestWaitingOrder(t *testing.T) {
 	}
 }
 
-// TestWaitingStart: where all takes as long as ever, requests begin when it was told, on one lane
-// and on several; nothing is told before anything is known, or while the server is away.
+// TestWaitingStart: if everything takes as long as before, requests start when predicted, on one
+// lane and on several. Nothing is predicted before anything is known, or while the server is away.
 func TestWaitingStart(t *testing.T) {
 	for _, lanes := range []int{1, 3} {
 		synctest.Test(t, func(t *testing.T) {
@@ -121,8 +121,8 @@ func TestWaitingStart(t *testing.T) {
 	}
 }
 
-// TestWaitingLoad: who needs another model is told that it has to be loaded, when the one before
-// has had its turn.
+// TestWaitingLoad: a request for another model is predicted to need a load, after the current
+// model's turn.
 func TestWaitingLoad(t *testing.T) {
 	d := newDesk(t, Config{Lanes: 1})
 	of := func(model string) Request {
@@ -169,7 +169,8 @@ func TestWaitingLoad(t *testing.T) {
 	}
 }
 
-// TestWaitingBeside: what waits can be asked for while requests come, go, move and leave.
+// TestWaitingBeside: the list of waiting requests can be read while requests come, go, move and
+// leave.
 func TestWaitingBeside(t *testing.T) {
 	s := NewScheduler(Config{Limit: 50})
 	var wg sync.WaitGroup
@@ -204,7 +205,7 @@ func TestWaitingBeside(t *testing.T) {
 		}
 		select {
 		case <-done:
-			if w := s.Waiting(10); w.Total != 0 { // whether anybody had to wait is chance
+			if w := s.Waiting(10); w.Total != 0 { // whether any request had to wait is chance
 				t.Errorf("at the end: %+v", w)
 			}
 			return
@@ -213,8 +214,8 @@ func TestWaitingBeside(t *testing.T) {
 	}
 }
 
-// BenchmarkWaiting is how long the scheduler's lock is held for the page, with 10,000 requests of
-// 1,000 clients that wait.
+// BenchmarkWaiting measures how long the page holds the scheduler's lock, with 10,000 waiting
+// requests of 1,000 clients.
 func BenchmarkWaiting(b *testing.B) {
 	q := New(Config{Lanes: 1, Limit: 20_000})
 	now := start

@@ -7,24 +7,24 @@ import (
 	"time"
 )
 
-// askers are clients that ask one thing after the other for so long, of a few system prompts.
+// askers are clients that ask one thing after the other for a time, with a few system prompts.
 type askers struct {
 	clients, prompts  int
-	common            int  // tokens that all system prompts begin with
-	own               bool // client i keeps to prompt i, else each request takes the next one
+	common            int  // tokens at the start of all system prompts
+	own               bool // client i uses prompt i only; otherwise each request takes the next one
 	tokens, tail, gen int
-	urgent            int // of each so many clients, one is interactive; 0: none is
+	urgent            int // one in so many clients is interactive; 0 means none
 	think             time.Duration
 	lasts             time.Duration
 }
 
-// waits are how long requests took, from the client's sending them to their end.
+// waits are the durations of requests for their clients, from sending to the end.
 type waits struct {
 	served    int
 	mean      time.Duration
 	p50, p95  time.Duration
 	p99, most time.Duration
-	perServed float64 // tokens evaluated
+	perServed float64 // evaluated tokens
 }
 
 func (w askers) run(t *testing.T, cfg engineConfig, q *Queue) waits {
@@ -78,8 +78,9 @@ func waitsOf(s *sim) waits {
 	}
 }
 
-// TestWaits: where the host cache keeps what the slots lose, order saves nothing, and loops wait for no longer than directly once that
-// is known. Where it saves, nobody waits for it without bound.
+// TestWaits: if the host cache keeps what the slots lose, ordering saves nothing, and loops wait no
+// longer than with direct requests once that is known. If ordering saves time, it still delays
+// nobody without bound.
 func TestWaits(t *testing.T) {
 	const ample = 1 << 20
 	for _, w := range []struct {
@@ -119,7 +120,8 @@ func TestWaits(t *testing.T) {
 	}
 }
 
-// TestWaitCurve measures what it costs to leave a prefix earlier for those who wait: longestWait is where it begins to cost little.
+// TestWaitCurve measures the cost of leaving a prefix earlier for waiting requests: longestWait is
+// where that cost becomes small.
 func TestWaitCurve(t *testing.T) {
 	for _, w := range []struct {
 		name  string
@@ -155,7 +157,7 @@ func (w waits) String() string {
 	return fmt.Sprintf("%5d served, mean %6.2f s, p50 %6.2f p95 %6.2f p99 %6.2f longest %6.2f, %7.1f tokens each", w.served, sec(w.mean), sec(w.p50), sec(w.p95), sec(w.p99), sec(w.most), w.perServed)
 }
 
-// TestShortPrompts: what the host cache does is learned from short system prompts, too, which take
+// TestShortPrompts: the host cache's effect is learned from short system prompts, too, if they take
 // long to evaluate on a slow machine.
 func TestShortPrompts(t *testing.T) {
 	cfg := engineConfig{host: 1 << 20, untried: true, perToken: 10 * time.Millisecond, decode: 30 * time.Millisecond}
@@ -170,8 +172,8 @@ func TestShortPrompts(t *testing.T) {
 	}
 }
 
-// TestUntold: where answers do not tell what was reused, nothing is learned by leaving a lane, and
-// it is not left for that again and again.
+// TestUntold: if answers do not report reused tokens, leaving a lane teaches nothing, and lanes are
+// not left again and again to find out.
 func TestUntold(t *testing.T) {
 	w := askers{clients: 8, prompts: 8, own: true, tokens: 8000, tail: 50, gen: 100, lasts: 10 * time.Minute}
 	run := func(untold bool) waits {
@@ -185,8 +187,8 @@ func TestUntold(t *testing.T) {
 	}
 }
 
-// TestMaxWaitAmple: where the host cache keeps what the slots lose, whoever has waited for MaxWait
-// goes at once, even where urgent requests could fill the slot.
+// TestMaxWaitAmple: if the host cache keeps what the slots lose, a request that has waited for
+// MaxWait goes at once, even if urgent requests could fill the slot.
 func TestMaxWaitAmple(t *testing.T) {
 	w := askers{
 		clients: 16, prompts: 8, own: true, urgent: 4, tokens: 1000, tail: 50, gen: 20,

@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// TestWeight: of clients that all have a backlog each is served in proportion to its weight, none
-// and zero counting as one.
+// TestWeight: clients that all have a backlog are served in proportion to their weights; a missing
+// weight and zero count as one.
 func TestWeight(t *testing.T) {
 	for _, weights := range [][2]float64{{1, 1}, {0, 0.5}, {1, 0.25}, {0.5, 1}, {0.05, 1}} {
 		d := newDesk(t, Config{Lanes: 1})
@@ -46,8 +46,8 @@ func TestWeight(t *testing.T) {
 	}
 }
 
-// TestMayWait: it is asked only of a request that has to wait; where it says no, the request is not
-// in the queue.
+// TestMayWait: MayWait is called only for a request that has to wait; if it returns false, the
+// request is not queued.
 func TestMayWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := NewScheduler(Config{Lanes: 1})
@@ -75,8 +75,8 @@ func TestMayWait(t *testing.T) {
 	})
 }
 
-// TestMayNotWaitTakesNoPlace: in a full queue nobody gives up a place for a request that may not wait;
-// nor does that keep one which may.
+// TestMayNotWaitTakesNoPlace: in a full queue, a request that may not wait takes no other request's
+// place, and one that may wait does.
 func TestMayNotWaitTakesNoPlace(t *testing.T) {
 	const limit = 20
 	for _, may := range []bool{false, true} {

@@ -25,13 +25,13 @@ import (
 //
 // They pull their models if the server lacks them; here small ones have those names. These are left
 // out on purpose:
-//   - ChatWithHistory, Parallel…, and GenerateWithHistory in the first era: minutes, on a processor
+//   - ChatWithHistory, Parallel…, and GenerateWithHistory in era A: minutes, on a processor
 //   - TestTools, APIToolCalling…: no small model calls a tool, and they take minutes to find out
 //   - TestChat: looks for its model in /api/ps, where one file has the name that loaded it
 //   - TestCreate…, TestQuantization, TestVision…, TestAudio…, TestImageGeneration, Unicode…,
 //     MultiModelStress: need downloads, or models of special kinds
 //   - MaxQueue and UnicodeModelDir: skip themselves on a server that they did not start
-//   - AllMiniLMEmbed…, EmbedCosine… and ContextExhaustion in the first era: need a certain model's answers
+//   - AllMiniLMEmbed…, EmbedCosine… and ContextExhaustion in era A: need a certain model's answers
 //
 // Some of the others fail without the proxy, too: they need the embeddings of all-minilm, or a
 // story with emoji.

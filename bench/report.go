@@ -47,10 +47,11 @@ type Report struct {
 // ModeResult is the result of a mode. Figures of several rounds are medians, except for latencies
 // and verdicts, which are those of all requests together.
 type ModeResult struct {
-	Mode      Mode          `json:"mode"`
-	Predicted *Prediction   `json:"predicted,omitempty"` // nil unless Config.Predictions asks for it and the workload is "same"
-	Basis     savings.Basis `json:"basis"`               // of evaluated and reused tokens
-	Seconds   float64       `json:"seconds"`             // from the first request to the last answer
+	Mode Mode `json:"mode"`
+	// Predicted is nil unless Config.Predictions asks for it and the workload is "same".
+	Predicted *Prediction   `json:"predicted,omitempty"`
+	Basis     savings.Basis `json:"basis"`   // of evaluated and reused tokens
+	Seconds   float64       `json:"seconds"` // from the first request to the last answer
 	Prompt    float64       `json:"prompt_tokens"`
 	Evaluated float64       `json:"evaluated_tokens"`
 	Reused    float64       `json:"reused_tokens"`

@@ -106,8 +106,8 @@ func TestExamine(t *testing.T) {
 		}
 		return factsOf(rows, func(f *Facts) { f.Models[0].Lanes.Slots = slots })
 	}
-	// A chat grows by 4,000 bytes with each turn, which have each tokens, beside the tokens of the
-	// tools, up to most tokens.
+	// With each turn, a chat grows by 4,000 bytes, which are `each` tokens. The tokens of its tools are
+	// added, and the sum is limited to `most`.
 	grows := func(each, tools, most int, change func(*Request)) Facts {
 		return factsOf(many(8, func(i int, q *Request) {
 			q.Bytes = 4000 * (i + 1)

@@ -11,7 +11,7 @@ import (
 type Report struct {
 	Proxy    string    `json:"proxy"` // its URL
 	Now      time.Time `json:"now"`
-	Since    time.Time `json:"since"` // the first requests examined are from then
+	Since    time.Time `json:"since"` // requests since then were examined
 	Requests int       `json:"requests"`
 	Findings []Finding `json:"findings"`
 }

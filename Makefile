@@ -1,6 +1,6 @@
 # Two commands for a fresh machine with Go and a C compiler: make demo, make test.
-# What they need beyond that (Ollama servers, small models, Python and Node clients) is built or installed once, into
-# $OLLAMA_CACHEPROXY_CACHE or ollama-cacheproxy in the user's cache folder.
+# Everything else (Ollama servers, small models, Python and Node clients) is built or installed
+# once, into $OLLAMA_CACHEPROXY_CACHE, or else into ollama-cacheproxy in the user's cache folder.
 
 GO      ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
@@ -10,23 +10,23 @@ STATICCHECK      := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOCYCLO          := github.com/fzipp/gocyclo/cmd/gocyclo@v0.6.0
 DOCKERFILE_UTILS := dockerfile-utils@0.16.3
 GORELEASER       := github.com/goreleaser/goreleaser/v2@v2.15.1
-# These run go test, and tell each package or each test as it ends.
+# These run go test, and print each package or each test when it ends.
 GOTESTSUM        := $(GO) run gotest.tools/gotestsum@v1.13.0 --hide-summary skipped
 TEST_PACKAGES    := $(GOTESTSUM) --format pkgname -- -race -count=1
 TEST_EACH        := $(GOTESTSUM) --format testname -- -race -count=1 -timeout 40m
 
-# Without a bound on that, the minute would go into making new inputs shorter.
+# Minimizing new inputs has a limit, since it could otherwise take the whole minute.
 FUZZ             := $(GO) test -run '^$$' -fuzztime 60s -fuzzminimizetime 20x -fuzz
 
 .PHONY: help
-help: ## say what there is to make
+help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 .PHONY: build
 build: ## build bin/ollama-cacheproxy
 	$(GO) build -trimpath -ldflags '-s -w -X main.versionText=$(VERSION) -X main.commitText=$(COMMIT)' -o bin/ollama-cacheproxy ./cmd/ollama-cacheproxy
 
-# Goreleaser tells no commit where the repository has no origin.
+# Goreleaser reports no commit if the repository has no origin.
 .PHONY: release-snapshot
 release-snapshot: export GIT_CONFIG_COUNT = 1
 release-snapshot: export GIT_CONFIG_KEY_0 = remote.origin.url
@@ -45,7 +45,8 @@ test: servers ## all tests, on real Ollama servers and with real clients too
 	@echo "the tests on real Ollama servers (10 to 13 min on 2 cores) …"
 	$(TEST_EACH) -p 1 ./integration/...
 
-# What the engine's build can change, on the engine built from its source rather than on the ready one.
+# The tests that may depend on the engine's build, on an engine built from its source rather than
+# the prebuilt one.
 .PHONY: test-engine-source
 test-engine-source: export OLLAMA_CACHEPROXY_ENGINE = source
 test-engine-source: export OLLAMA_ERAS = b c
@@ -84,7 +85,7 @@ bench-contexts: ## what stored contexts save: tokens evaluated and time, directl
 	$(GO) run ./bench/contexts -era 0.33.0
 
 .PHONY: bench-coldstart
-bench-coldstart: ## what it costs to find out how many slots there are, on simulated servers, in virtual time (a minute)
+bench-coldstart: ## what learning the slots costs, on simulated servers, in virtual time (a minute)
 	$(GO) test -count 1 -run TestTable -v ./bench/coldstart -args -all | grep -E '^ *\||^(FAIL|ok)'
 
 .PHONY: bench-candidates

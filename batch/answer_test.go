@@ -15,7 +15,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
-// chatPieces are a stream of /api/chat with all that one can have.
+// chatPieces is a stream of /api/chat with every kind of content.
 func chatPieces() []api.ChatResponse {
 	logprobs := func(tokens ...string) (all []api.Logprob) {
 		for i, text := range tokens {
@@ -41,13 +41,14 @@ func chatPieces() []api.ChatResponse {
 		piece(api.Message{}, logprobs("held back")...),
 		piece(api.Message{Content: "is\n"}, logprobs("is")...),
 		piece(api.Message{ToolCalls: []api.ToolCall{call("call_1", 0, "Paris"), call("call_2", 1, "Oslo")}}),
-		piece(api.Message{ToolCalls: []api.ToolCall{call("call_3", 1, "Rome")}}), // some parsers count anew
+		// Some parsers restart their numbering.
+		piece(api.Message{ToolCalls: []api.ToolCall{call("call_3", 1, "Rome")}}),
 		piece(api.Message{Content: "<sunny> é"}, logprobs("sunny")...),
 		end,
 	}
 }
 
-// whole is what Ollama answers where no stream is asked for: writeChatResponse in its
+// whole returns Ollama's answer to a request without a stream, like writeChatResponse in its
 // server/routes.go.
 func whole(pieces []api.ChatResponse) api.ChatResponse {
 	all := pieces[len(pieces)-1]
@@ -63,8 +64,8 @@ func whole(pieces []api.ChatResponse) api.ChatResponse {
 	return all
 }
 
-// TestJoined: a stream that was joined is what Ollama answers where no stream is asked for, in
-// every dialect, as its own package makes both. TestBatchDialects in integration asks real servers.
+// TestJoined: joining a stream gives Ollama's answer to a request without a stream, in every
+// dialect, as Ollama's own package makes both. TestBatchDialects in integration asks real servers.
 func TestJoined(t *testing.T) {
 	const ndjson, sse = "application/x-ndjson", "text/event-stream"
 	pieces := chatPieces()
@@ -141,8 +142,8 @@ func parsed(t testing.TB, text []byte) (v map[string]any) {
 	return v
 }
 
-// TestJoinedByType: the rule is by type, and knows nothing of the names that a later version may
-// add.
+// TestJoinedByType: the rule depends on types only, and knows no names, so later versions may add
+// some.
 func TestJoinedByType(t *testing.T) {
 	for _, c := range []struct{ pieces, want string }{
 		{ // as OpenAI streams the arguments of calls
@@ -175,7 +176,7 @@ func TestJoinedByType(t *testing.T) {
 }
 
 // FuzzJoined: whatever a server streams is joined to one valid answer or refused, and an answer in
-// one piece stays what it is.
+// one piece is not changed.
 func FuzzJoined(f *testing.F) {
 	f.Add(`{"message":{"content":"a","logprobs":[{"index":0,"id":"x"},{"index":1},2,[3]]},"choices":[{"index":0,"text":"a"}],"response":"x","done":true}`)
 	f.Add(`{"message":{"content":"a","a":{"b":[]}},"response":"x"}` + "\n" + `{"message":{"content":"b","a":{"b":[{"index":0}]}},"done":true,"response":null}`)

@@ -17,7 +17,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/ollamasim"
 )
 
-// machine is one on which a server is started and killed.
+// machine is a machine on which a server is started and killed.
 type machine struct {
 	handler http.Handler
 
@@ -35,7 +35,7 @@ func (m *machine) start() {
 	go m.server.Serve(m.ln) // ends with kill
 }
 
-// kill breaks all connections off, and refuses new ones.
+// kill breaks all connections, and refuses new ones.
 func (m *machine) kill() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -55,7 +55,7 @@ func (m *machine) dial(ctx context.Context, network, addr string) (net.Conn, err
 	return ln.DialContext(ctx, network, addr)
 }
 
-// away runs a batch of n requests on virtual time, on a machine that is given to begin before that.
+// away runs a batch of n requests on virtual time, on a machine that begin gets before that.
 func away(t *testing.T, n int, f *fake, begin func(*machine, *Config)) (*Summary, string, error) {
 	t.Helper()
 	m := &machine{handler: f}
@@ -76,7 +76,8 @@ func away(t *testing.T, n int, f *fake, begin func(*machine, *Config)) (*Summary
 	return summary, log.String(), err
 }
 
-// A server that comes after the batch is waited for, and how long already is told now and then.
+// TestServerComesLater: the batch waits for a server that appears after its start, and logs the
+// waiting time now and then.
 func TestServerComesLater(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		summary, log, err := away(t, 5, &fake{}, func(m *machine, _ *Config) { m.killFor(3*time.Minute - time.Second/2) })
@@ -95,8 +96,8 @@ func TestServerComesLater(t *testing.T) {
 	})
 }
 
-// While the server is away no retry is counted, and what was counted before is forgotten. What it
-// was answering is sent again.
+// TestServerRestarts: while the server is away no retries are counted, and earlier ones are
+// forgotten. Requests under way are sent again.
 func TestServerRestarts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var mu sync.Mutex
@@ -109,7 +110,7 @@ func TestServerRestarts(t *testing.T) {
 			defer mu.Unlock()
 			tries[user]++
 			switch {
-			case user == "item 3" && tries[user]%3 != 0: // each time one retry fewer than there are
+			case user == "item 3" && tries[user]%3 != 0: // each time one retry below the limit
 				w.WriteHeader(500)
 				return true
 			case user == "item 3" && tries[user] < 9, user == "item 20" && tries[user] == 1:
@@ -138,7 +139,8 @@ func TestServerRestarts(t *testing.T) {
 	})
 }
 
-// A request that the server dies of each time is given up, and the batch is not.
+// TestServerDiesOfRequest: a request that kills the server each time is abandoned, but the batch
+// goes on.
 func TestServerDiesOfRequest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := &fake{}
@@ -166,8 +168,8 @@ func TestServerDiesOfRequest(t *testing.T) {
 	})
 }
 
-// A server that stays away ends the batch, which goes on when it is back; one that may never be
-// away ends it at once.
+// TestServerStaysAway: a server that stays away ends the batch, which continues when it is back. If
+// the server may never be away, the batch ends at once.
 func TestServerStaysAway(t *testing.T) {
 	for _, patience := range []time.Duration{0, 10 * time.Minute} {
 		synctest.Test(t, func(t *testing.T) {
@@ -202,7 +204,7 @@ func TestServerStaysAway(t *testing.T) {
 	}
 }
 
-// Ctrl-C ends the waiting.
+// TestStoppedWaiting: Ctrl-C ends the waiting.
 func TestStoppedWaiting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, _, err := away(t, 5, &fake{}, func(m *machine, c *Config) { m.kill() })
@@ -222,7 +224,8 @@ func TestStoppedWaiting(t *testing.T) {
 	})
 }
 
-// A proxy says 502 or 503 for a server that is away. That is no sign of too much to do.
+// TestAwayBehindProxy: a proxy sends 502 or 503 for a server that is away. That does not mean that
+// the server is overloaded.
 func TestAwayBehindProxy(t *testing.T) {
 	for _, status := range []int{http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout} {
 		synctest.Test(t, func(t *testing.T) {
@@ -254,7 +257,8 @@ func TestAwayBehindProxy(t *testing.T) {
 	}
 }
 
-// A server that goes, or hangs, when it is asked for its models is waited for as well; Ctrl-C says that the batch was stopped.
+// TestAwayAtModels: the batch also waits for a server that disappears, or hangs, when it is asked
+// for its models. After Ctrl-C it says that it was stopped.
 func TestAwayAtModels(t *testing.T) {
 	for _, hangs := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {

@@ -19,7 +19,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/ollamasim"
 )
 
-// Prefixes that take turns in the input are evaluated once each, as the server itself counts, and results come in the input's order.
+// TestOrder: prefixes that alternate in the input are evaluated once each, by the server's own
+// count, and results are in the input's order.
 func TestOrder(t *testing.T) {
 	const prefixes, each = 20, 6
 	none := 0
@@ -39,13 +40,14 @@ func TestOrder(t *testing.T) {
 	if got := int64(summary.EvaluatedTokens.Value); got != stats.Evaluated || summary.EvaluatedTokens.Basis != Measured {
 		t.Errorf("%+v tokens evaluated, and %d by the server", summary.EvaluatedTokens, stats.Evaluated)
 	}
-	// In the order of the input nothing would be reused; in that of the prefixes, all but one of each.
+	// In the input's order nothing would be reused; in the prefixes' order, all but one of each.
 	if all := stats.Evaluated + stats.Reused; stats.Evaluated*each > all*12/10 {
 		t.Errorf("%d of %d tokens evaluated", stats.Evaluated, all)
 	}
 }
 
-// A window that is smaller than the input costs about one prefix for each that it cuts.
+// TestWindows: a window smaller than the input costs about one prefix for each prefix that it
+// splits.
 func TestWindows(t *testing.T) {
 	const prefixes, each, window = 4, 40, 40
 	none := 0
@@ -60,12 +62,14 @@ func TestWindows(t *testing.T) {
 		}
 	}
 	windows := prefixes * each / window
-	if most := windows*(prefixes-1) + 1; cold > most { // each begins with the prefix that the last one ended with
+	// Each begins with the last prefix of the window before.
+	if most := windows*(prefixes-1) + 1; cold > most {
 		t.Errorf("%d prompts were cold, at most %d need be", cold, most)
 	}
 }
 
-// Results that share all but their ends come in the input's order, so that none of them waits to be written.
+// TestFlow: results that differ only in their ends are written in the input's order without
+// waiting.
 func TestFlow(t *testing.T) {
 	c := config(t, serve(t, &fake{}), numbered(300))
 	c.Concurrency = 1
@@ -77,14 +81,14 @@ func TestFlow(t *testing.T) {
 	}
 }
 
-// What waits and what is looked at is bounded by the window, however long the input is.
+// TestMemory: the window bounds what is waiting and what is read ahead, however long the input is.
 func TestMemory(t *testing.T) {
 	const n, window = 3000, 50
 	stuck := make(chan struct{})
 	var answered atomic.Int64
 	f := &fake{ask: func(w http.ResponseWriter, r *http.Request, user string) bool {
 		if user == "item 1" {
-			<-stuck // the first result comes last: all others would have to wait for it
+			<-stuck // the first result is last: all others would have to wait for it
 		} else {
 			answered.Add(1)
 		}
@@ -95,7 +99,8 @@ func TestMemory(t *testing.T) {
 	most, waited := 0, false
 	c.watch = func(b *batch) {
 		most = max(most, len(b.window.items)+len(b.journal.beyond)+b.inFlight)
-		// No more is taken up than two windows from the first one that is missing: then it may be answered.
+		// No item is taken that is two windows after the first missing one. Once that is so, answer
+		// it.
 		if b.inFlight == 1 && b.journal.head.Next == 0 && !waited {
 			waited = true
 			close(stuck)
@@ -110,8 +115,8 @@ func TestMemory(t *testing.T) {
 	}
 }
 
-// F23: one answer of twenty never ends. With a limit it is cancelled, and the others are answered, also those that wait for longer
-// than the limit; num_predict is never added.
+// TestRunaway: one answer of twenty never ends. With a limit it is cancelled, and the others are
+// answered, even those that wait for longer than the limit; num_predict is never added.
 func TestRunaway(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		slot := make(chan struct{}, 1)
@@ -123,7 +128,7 @@ func TestRunaway(t *testing.T) {
 			case <-r.Context().Done():
 				return true
 			}
-			time.Sleep(time.Second) // reading the prompt
+			time.Sleep(time.Second) // to read the prompt
 			for user == "item 7" && r.Context().Err() == nil {
 				io.WriteString(w, `{"message":{"content":"and "},"done":false}`+"\n")
 				w.(http.Flusher).Flush()
@@ -156,7 +161,7 @@ func TestRunaway(t *testing.T) {
 			}
 		}
 
-		// Without a limit nothing is cut off: the batch waits.
+		// Without a limit nothing is interrupted: the batch waits.
 		waiting, stop := context.WithTimeout(t.Context(), 10*time.Minute)
 		defer stop()
 		c = over(0)
@@ -170,7 +175,8 @@ func TestRunaway(t *testing.T) {
 	})
 }
 
-// What may pass is sent again; what does not pass is recorded, and kept to be sent again.
+// TestFailures: an error that may pass is retried; one that stays is recorded, and kept for another
+// run.
 func TestFailures(t *testing.T) {
 	var mu sync.Mutex
 	tries := map[string]int{}
@@ -185,13 +191,13 @@ func TestFailures(t *testing.T) {
 			return true
 		}
 		switch user {
-		case "item 2": // passes
+		case "item 2": // the error passes
 			return n < 3 && fail(503, "server busy, please try again.  maximum pending requests exceeded")
-		case "item 3": // never passes
+		case "item 3": // the error stays
 			return fail(500, "model runner has unexpectedly stopped")
-		case "item 4": // is not sent again
+		case "item 4": // the error is permanent
 			return fail(400, "invalid options")
-		case "item 5": // breaks off, once
+		case "item 5": // interrupted, once
 			if n == 1 {
 				io.WriteString(w, `{"message":{"content":"half"},"done":false}`+"\n")
 				panic(http.ErrAbortHandler)
@@ -229,7 +235,7 @@ func TestFailures(t *testing.T) {
 		t.Errorf("%q", lines)
 	}
 
-	// The failed ones alone, once more.
+	// Only the failed ones, once more.
 	again := config(t, serve(t, &fake{}), strings.Join(lines[:2], "\n"))
 	if s, out := run(t, again); s.Succeeded != 2 || !strings.HasPrefix(out, `{"line":1,"custom_id":"line 3","response"`) {
 		t.Errorf("%+v %s", s, out)
@@ -241,7 +247,7 @@ func TestFailures(t *testing.T) {
 	}
 }
 
-// A server that is gone ends the batch, which goes on when it is back.
+// TestServerGone: a server that is gone ends the batch, which continues when it is back.
 func TestServerGone(t *testing.T) {
 	var gone atomic.Bool
 	f := &fake{}
@@ -265,7 +271,7 @@ func TestServerGone(t *testing.T) {
 	}
 }
 
-// What cannot be gone on with is refused, with the reason.
+// TestRefused: a run that cannot be continued is refused, with the reason.
 func TestRefused(t *testing.T) {
 	url := serve(t, &fake{})
 	c := config(t, url, numbered(3))
@@ -303,7 +309,7 @@ func TestRefused(t *testing.T) {
 	}
 }
 
-// Two of a batch's files are never one, however they are spelled or linked.
+// TestOneFile: two of a batch's files are never the same one, however they are spelled or linked.
 func TestOneFile(t *testing.T) {
 	for _, link := range []func(old, new string) error{os.Symlink, os.Link} {
 		c := config(t, serve(t, &fake{}), numbered(2))
@@ -326,12 +332,12 @@ func TestOneFile(t *testing.T) {
 	if err := os.Symlink(c.Output+JournalSuffix, c.Output+".link"); err != nil {
 		t.Fatal(err)
 	}
-	c.Errors = c.Output + ".link" // of a journal that is not yet there
+	c.Errors = c.Output + ".link" // of a journal that does not exist yet
 	if _, err := Run(t.Context(), c); err == nil || !strings.Contains(err.Error(), "are one file") {
 		t.Errorf("%v", err)
 	}
 	c.Errors = ""
-	// Nor is one of them another file of the run, also where neither is there yet.
+	// Nor is one of them another file of the run, even if neither exists yet.
 	dir := filepath.Dir(c.Output)
 	if err := os.Symlink(dir, dir+"/dir"); err != nil {
 		t.Fatal(err)
@@ -364,7 +370,7 @@ func TestOneFile(t *testing.T) {
 	if _, err := Run(t.Context(), out); err == nil || !strings.Contains(err.Error(), "are one file") {
 		t.Errorf("%v", err)
 	}
-	// What is no file may be named as often as one likes.
+	// A path that is not a regular file may be used several times.
 	for _, name := range []string{os.DevNull, "-"} {
 		out.Output, out.Stdout, out.Errors = name, io.Discard, os.DevNull
 		if s, err := Run(t.Context(), out); err != nil || s.Succeeded != 2 {
@@ -376,7 +382,8 @@ func TestOneFile(t *testing.T) {
 	}
 }
 
-// OpenAI's batch form, and embeddings, against the simulated server, which answers in OpenAI's own types.
+// TestForms: OpenAI's batch format, and embeddings, with the simulated server, which answers in
+// OpenAI's own types.
 func TestForms(t *testing.T) {
 	_, url := simulated(t, ollamasim.Config{Models: []ollamasim.Model{{Name: "m"}, {Name: "e", Embedding: true}}})
 	input := `{"custom_id":"a","method":"POST","url":"/v1/chat/completions","body":{"model":"m","max_tokens":3,"stream":false,"messages":[{"role":"user","content":"hello"}]}}
@@ -411,7 +418,7 @@ func TestForms(t *testing.T) {
 	}
 }
 
-// A line that is refused keeps its custom_id and its form, as far as they can be told.
+// TestRefusedLines: a refused line keeps its custom_id and its form, as far as they can be read.
 func TestRefusedLines(t *testing.T) {
 	input := `{"custom_id":"no model","method":"POST","url":"/v1/chat/completions","body":{"messages":[{"role":"user","content":"x"}]}}
 {"custom_id":"no such url","url":"/v1/responses","body":{"model":"m"}}
@@ -476,8 +483,8 @@ nonsense
 	}
 }
 
-// Lines that repeat a custom_id are counted, and the first of them are named, before the run and by
-// --check.
+// TestRepeatedIDs: lines that repeat a custom_id are counted, and the first of them are named,
+// before the run and by --check.
 func TestRepeatedIDs(t *testing.T) {
 	var input strings.Builder
 	for n := range 40 {
@@ -504,7 +511,7 @@ func TestRepeatedIDs(t *testing.T) {
 	}
 }
 
-// In the order of completion, and to stdout, where nothing can be gone on with.
+// TestStdout: results in the order of completion, and to stdout, where a run cannot be continued.
 func TestStdout(t *testing.T) {
 	for _, order := range []Order{InputOrder, CompletionOrder} {
 		c := config(t, serve(t, &fake{}), numbered(50))

@@ -17,7 +17,7 @@ import (
 	"testing"
 )
 
-// TestMain is the program that the tests of crashes kill, when it is told so.
+// TestMain also runs the program that the crash tests kill, if an argument says so.
 func TestMain(m *testing.M) {
 	if os.Getenv("BATCH_CHILD") == "" {
 		os.Exit(m.Run())
@@ -45,7 +45,8 @@ func child(args []string) error {
 	return err
 }
 
-// A batch that is killed again and again, at any moment, ends with the same output as one that is not.
+// TestKill: a batch that is killed repeatedly, at any moment, ends with the same output as an
+// uninterrupted one.
 func TestKill(t *testing.T) {
 	exe, err := os.Executable()
 	if err != nil {
@@ -89,11 +90,12 @@ func TestKill(t *testing.T) {
 			left.Store(1 + rnd.Int64N(60))
 			k := func() {
 				if left.Add(-1) == 0 {
-					cmd.Process.Kill() // wherever it is; one that has ended is not there
+					cmd.Process.Kill() // at any point; it fails if the process has ended
 				}
 			}
 			kill.Store(&k)
-			if cmd.Wait(); cmd.ProcessState.ExitCode() == -1 { // by a signal; otherwise it was at its end
+			// Ended by the signal; otherwise it was complete.
+			if cmd.Wait(); cmd.ProcessState.ExitCode() == -1 {
 				killed++
 			}
 		}
@@ -125,7 +127,8 @@ func sorted(text string) string {
 	return strings.Join(lines, "")
 }
 
-// Whatever part of the journal's last lines reached the disk, and whatever part of the output did, the batch ends the same.
+// TestTorn: whichever part of the journal's last lines, and of the output, reached the disk, the
+// batch ends with the same result.
 func TestTorn(t *testing.T) {
 	for _, order := range []Order{InputOrder, CompletionOrder} {
 		f := &fake{ask: func(w http.ResponseWriter, r *http.Request, user string) bool {
@@ -154,7 +157,7 @@ func TestTorn(t *testing.T) {
 		_, want := run(t, whole)
 		wantErrs := read(t, whole.Errors)
 		head := strings.IndexByte(journal, '\n') + 1
-		step := max(1, (len(journal)-head)/60) // some sixty places, that they are not all alike
+		step := max(1, (len(journal)-head)/60) // about sixty places, which must not all be alike
 		for n := head; n <= len(journal); n += step {
 			write(t, c.Output+JournalSuffix, journal[:n])
 			write(t, c.Output, out[:len(out)*(n%7)/6%(len(out)+1)])

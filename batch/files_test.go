@@ -18,30 +18,30 @@ import (
 	"testing"
 )
 
-// faultyDisk is a disk on which one step fails, or at which the power does. It remembers what would be left then: of each file
-// what was synced, under the name that it had when its folder was synced.
+// faultyDisk is a disk on which one step fails, or the power does. It remembers what would be left:
+// the synced content of each file, under the name that it had when its folder was synced.
 type faultyDisk struct {
 	disk
 	fault  fault
 	at     int // the step that fails, from 0
 	steps  int // taken
 	failed string
-	path   string // of the file or folder at which it failed
+	path   string // of the file or folder of the failed step
 
-	names  map[string]*string // what was synced of each file, by its name
-	synced map[string]*string // the same, of the names that are on the disk
+	names  map[string]*string // the synced content of each file, by its name
+	synced map[string]*string // the same for the names that are on the disk
 }
 
 type fault string
 
 const (
-	short fault = "short write" // half of what is written, then no space
-	full  fault = "full disk"   // from then on nothing can be written or made
+	short fault = "short write" // half of a write, then no space
+	full  fault = "full disk"   // from then on nothing can be written or created
 	once  fault = "one failure"
 	power fault = "power loss" // nothing works any more
 )
 
-// step counts, and returns the error that this step has; write: it takes space.
+// step counts a step, and returns its error; write means that it needs space.
 func (d *faultyDisk) step(op, path string, write bool) error {
 	now := d.steps
 	d.steps++
@@ -50,7 +50,7 @@ func (d *faultyDisk) step(op, path string, write bool) error {
 		return nil
 	case d.fault == full && !write, d.fault == short && op != "write":
 		if now == d.at {
-			d.at++ // the next one, then
+			d.at++ // then the next step fails, too
 		}
 		return nil
 	}
@@ -108,7 +108,8 @@ func (d *faultyDisk) SyncFolder(path string) error {
 	return nil
 }
 
-// cutPower leaves of each name what was synced or what is there, and so of what is in each file, as chance says.
+// cutPower leaves for each name, by chance, the synced or the current state, and likewise for each
+// file's content.
 func (d *faultyDisk) cutPower(t *testing.T, chance *rand.Rand) {
 	t.Helper()
 	all := maps.Clone(d.synced)
@@ -203,7 +204,7 @@ func (f *faultyFile) Stat() (fs.FileInfo, error) {
 	return f.file.Stat()
 }
 
-// inProcess is a server without a network.
+// inProcess sends requests to a handler, without a network.
 type inProcess struct{ http.Handler }
 
 func (p inProcess) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -212,8 +213,9 @@ func (p inProcess) RoundTrip(r *http.Request) (*http.Response, error) {
 	return w.Result(), nil
 }
 
-// Whatever step of keeping the files fails, in a new batch and in one that goes on: it ends with an error that names the file, what
-// was told as done is not asked for again, nothing is left over, and the same command on a disk that works ends as if nothing had been.
+// TestFaultyDisk: any step of keeping the files may fail, in a new batch and in a continued one.
+// The batch ends with an error that names the file, no finished request is sent again, no file is
+// left over, and the same command on a working disk ends as if nothing had happened.
 func TestFaultyDisk(t *testing.T) {
 	for _, order := range []Order{InputOrder, CompletionOrder} {
 		for _, f := range []fault{short, full, once, power} {
@@ -293,10 +295,11 @@ func testFaultyDisk(t *testing.T, order Order, f fault, resumed bool) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			break // the last step was passed
+			break // the run has fewer steps
 		}
 		where := fmt.Sprintf("step %d, %s of %s", n, d.failed, filepath.Base(d.path))
-		// The file that is meant is the journal also where it is written, or was opened, under another name first.
+		// The file in question is the journal even if it is written, or was opened, under another
+		// name first.
 		if err == nil || !strings.Contains(err.Error(), strings.TrimSuffix(filepath.Base(d.path), ".new")) || strings.Contains(err.Error(), ".new") {
 			t.Errorf("%s: the error is %v", where, err)
 		}

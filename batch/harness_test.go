@@ -19,7 +19,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/ollamasim"
 )
 
-// simulated is a simulated Ollama that is as fast as it can be.
+// simulated is a simulated Ollama that is as fast as possible.
 func simulated(t testing.TB, c ollamasim.Config) (*ollamasim.Server, string) {
 	t.Helper()
 	if c.Models == nil {
@@ -42,7 +42,7 @@ func serve(t testing.TB, h http.Handler) string {
 	return srv.URL
 }
 
-// config is a batch over an input that is written to a file.
+// config returns a batch for an input, which it writes to a file.
 func config(t testing.TB, server, input string) Config {
 	t.Helper()
 	dir := t.TempDir()
@@ -96,7 +96,7 @@ func read(t testing.TB, path string) string {
 	return string(text)
 }
 
-// words is text of n tokens of the simulated server that no other id's has.
+// words returns text of n tokens of the simulated server, different for each id.
 func words(id, n int) string {
 	var b strings.Builder
 	for i := range n {
@@ -116,7 +116,7 @@ func chat(system, user string) string {
 	return string(text)
 }
 
-// interleaved is an input whose prefixes take turns.
+// interleaved returns an input whose prefixes alternate.
 func interleaved(prefixes, each, length int) string {
 	var b strings.Builder
 	for n := range each {
@@ -156,9 +156,10 @@ func results(t testing.TB, text string) []resultLine {
 	return all
 }
 
-// fake answers /api/chat with the last message's text, unless a test says otherwise.
+// fake answers /api/chat with the last message's text, unless ask answers.
 type fake struct {
-	ask func(w http.ResponseWriter, r *http.Request, user string) bool // true: it has answered
+	// Returns true if it has answered.
+	ask func(w http.ResponseWriter, r *http.Request, user string) bool
 	get func(w http.ResponseWriter, r *http.Request) bool
 }
 

@@ -12,7 +12,8 @@ import (
 	"github.com/ollama/ollama/api"
 )
 
-// Without a proxy's lanes, the number in flight is one more than the slots, as far as the times tell them.
+// TestLearnedSlots: without a proxy's lanes, one more request than there are slots is in flight, as
+// far as times reveal the slots.
 func TestLearnedSlots(t *testing.T) {
 	for _, slots := range []int{1, 2, 4, 16} {
 		var l limit
@@ -70,7 +71,8 @@ func TestOverloaded(t *testing.T) {
 	}
 }
 
-// A model that leaves GPU memory, in part, is told once; one that was never in it is not.
+// TestGPU: a model that leaves GPU memory, in part, is reported once; one that was never in it is
+// not.
 func TestGPU(t *testing.T) {
 	c := config(t, serve(t, &fake{}), numbered(1))
 	b := &batch{Config: &c, limit: limit{lanes: 8}, context: map[string]int{}, onGPU: map[string]float64{}}
@@ -94,7 +96,8 @@ func TestGPU(t *testing.T) {
 	}
 }
 
-// A proxy's lanes are followed, and a server that has too much to do gets less at once.
+// TestFollowsLanes: the number in flight follows a proxy's lanes, and drops at once for a server
+// that is overloaded.
 func TestFollowsLanes(t *testing.T) {
 	var most, now, refused atomic.Int64
 	f := &fake{}
@@ -117,7 +120,7 @@ func TestFollowsLanes(t *testing.T) {
 			w.WriteHeader(503)
 			return true
 		}
-		for refused.Load() == 0 { // so that there is a crowd
+		for refused.Load() == 0 { // until there are too many
 			select {
 			case <-r.Context().Done():
 				return true
@@ -183,11 +186,12 @@ func TestPlan(t *testing.T) {
 	if strings.Contains(text, "what would help") || good.Groups != 1 || good.Largest != 60 || good.Everywhere < len(rubric) {
 		t.Errorf("%+v\n%s", good, text)
 	}
-	// Each distinct part of the tree once: the rubric, the names. What the prefixes' blocks leave out is below a block a row.
+	// Each distinct part of the tree counts once: the rubric, the names. The prefixes' blocks leave
+	// out less than a block per row.
 	if least := int64(len(rubric)); good.Ordered < least || good.Ordered > least+60*(20*8+40) || bad.Ordered < 50*least {
 		t.Errorf("%d and %d bytes to evaluate", good.Ordered, bad.Ordered)
 	}
-	// The layout's own sum is that of a plan for it.
+	// The layout's own sum is that of a plan with that layout.
 	if d := bad.Layout.Then - good.Ordered; d < -60*40 || d > 60*40 {
 		t.Errorf("moved, %d bytes; and %d as it would be", bad.Layout.Then, good.Ordered)
 	}
@@ -213,7 +217,7 @@ func TestPlan(t *testing.T) {
 	}
 }
 
-// The expected time is told from what the batch itself has measured so far.
+// TestPlanRates: the expected time is based on what the batch itself has measured so far.
 func TestPlanRates(t *testing.T) {
 	c := config(t, serve(t, &fake{}), numbered(10))
 	run(t, c)
@@ -226,7 +230,7 @@ func TestPlanRates(t *testing.T) {
 	}
 }
 
-// Reads what is asked of a survey and named in it.
+// TestSurvey: the fields that a survey reads and names.
 func TestSurvey(t *testing.T) {
 	long := `{"model":"big","prompt":"` + words(1, 3000) + `","options":{"num_ctx":2048}}`
 	c := config(t, serve(t, &fake{}), "{\n"+long+"\n"+numbered(3)+`{"model":"m"}`)

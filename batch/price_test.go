@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// TestPrice: tokens are priced where a price is given, with the basis that their number has.
+// TestPrice: tokens are priced if a price is given, with the basis of their number.
 func TestPrice(t *testing.T) {
 	s := &Summary{ReusedTokens: Figure{3e6, Estimated}, EvaluatedTokens: measured(5e5)}
 	print := func(price float64) string {

@@ -30,7 +30,7 @@ func rowsOf(t testing.TB, name, data, template string) (*Source, error) {
 	return s, err
 }
 
-// bodies are the requests of a source, or what is wrong with them, each with its line.
+// bodies returns the requests of a source, or their errors, each with its line.
 func bodies(t testing.TB, s *Source) []string {
 	t.Helper()
 	var all []string
@@ -108,8 +108,8 @@ func TestRows(t *testing.T) {
 	}
 }
 
-// A row without an end in sight is told with the line where it begins. (The limit is that of a row:
-// no test has 64 MiB of text.)
+// TestEndlessRow: an endless row is reported with the line of its beginning. (The limit is that of
+// a row, since no test has 64 MiB of text.)
 func TestEndlessRow(t *testing.T) {
 	s, err := rowsOf(t, "rows.csv", "name,text\na,b\n\n\"c\nd\",e\nf,\"g\n", `{"model":"m","prompt":"{{name}}"}`)
 	if err != nil {
@@ -124,7 +124,7 @@ func TestEndlessRow(t *testing.T) {
 	}
 }
 
-// Text in another encoding is the same requests, from a file and from stdin.
+// TestEncodings: text in another encoding gives the same requests, from a file and from stdin.
 func TestEncodings(t *testing.T) {
 	const line = `{"model":"m","prompt":"Köln – 5 € 𝄞"}`
 	utf16Text := func(order binary.AppendByteOrder, mark bool) (b []byte) {
@@ -181,7 +181,7 @@ func TestEncodings(t *testing.T) {
 	}
 }
 
-// What cannot be copied from stdin leaves nothing over.
+// TestStdinBroken: a failed copy of stdin leaves no file over.
 func TestStdinBroken(t *testing.T) {
 	t.Setenv("TMPDIR", t.TempDir())
 	if _, err := OpenLines("-", iotest.ErrReader(syscall.ENOSPC), UTF8); !errors.Is(err, syscall.ENOSPC) {
@@ -255,7 +255,7 @@ func TestParseRequest(t *testing.T) {
 	}
 }
 
-// A body is sent as it is, but for stream.
+// TestSent: a body is sent unchanged, except for stream.
 func TestSent(t *testing.T) {
 	for body, want := range map[string]string{
 		`{"model":"m","prompt":"x","big":12345678901234567890}`:                                            `{"model":"m","prompt":"x","big":12345678901234567890}`,
@@ -271,7 +271,7 @@ func TestSent(t *testing.T) {
 	}
 }
 
-// FuzzTemplate: what a template makes of any row is JSON that says the same as the template, with the values in it.
+// FuzzTemplate: for any row, a template gives JSON that equals the template with the values in it.
 func FuzzTemplate(f *testing.F) {
 	f.Add(`{"a":"{{x}}","b":"1{{x}}2","{{x}}":[{"c":"{{y}}"}]}`, "text", `{"k":"v"}`)
 	f.Add(`{"a":"\"{{x}}\"","b":"\\{{ y }}"}`, "\"\\\x00\u2028<é", "1e5")
@@ -306,7 +306,7 @@ func FuzzTemplate(f *testing.F) {
 	})
 }
 
-// FuzzLines: items are the lines that are not blank, each where it is, whatever the input.
+// FuzzLines: items are the lines that are not blank, at their offsets, whatever the input.
 func FuzzLines(f *testing.F) {
 	f.Add("{\"model\":\"m\",\"prompt\":\"x\"}\n\n \r\nnonsense\r\n{}")
 	f.Add("\xef\xbb\xbf{}\n")
@@ -352,7 +352,7 @@ func FuzzLines(f *testing.F) {
 	})
 }
 
-// FuzzRows: each row of a CSV file is read a second time as it was the first time.
+// FuzzRows: each row of a CSV file is the same when it is read again.
 func FuzzRows(f *testing.F) {
 	f.Add("a,b\n1,2\n\"x\ny\",\"\"\"\"\n\n3\n")
 	f.Add("a\r\n1\r\n\r\n2")

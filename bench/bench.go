@@ -1,8 +1,8 @@
 // Package bench compares an Ollama server used directly with the same server behind the proxy: the
 // same requests in each mode, mode after mode in one run, each from a cold start.
 //
-// All modes are measured by the same instrument, the proxy's own ledger: in the mode Direct, a
-// proxy that changes nothing and lets nothing wait passes the requests on. The client measures its
+// All modes are measured by the same instrument, the proxy's own ledger: in the mode Direct the
+// requests pass through a proxy that changes nothing and lets nothing wait. The client measures its
 // own waits.
 package bench
 
@@ -35,8 +35,9 @@ type Mode string
 
 const (
 	Direct    Mode = "false"      // nothing is optimised
-	KeepAlive Mode = "keep-alive" // requests get keep_alive and are sent in order of arrival
-	Full      Mode = "true"       // requests get keep_alive and wait for the slot that is warm for them
+	KeepAlive Mode = "keep-alive" // requests get a keep_alive and are sent in order of arrival
+	// Full gives requests a keep_alive and lets them wait for the slot that is warm for them.
+	Full Mode = "true"
 )
 
 // Modes returns all modes, in the order of the report.
@@ -46,22 +47,30 @@ func Modes() []Mode { return []Mode{Direct, KeepAlive, Full} }
 // Progress must be set.
 type Config struct {
 	Upstream *url.URL // Ollama itself
-	Models   []string // two for the workload "models", otherwise one; none: the server's, if it has no more than needed
-	Modes    []Mode   // in the order of the first round
-	Workload string   // one of Workloads
+	// Models are two for the workload "models", otherwise one. If empty, they are the server's, if
+	// it has no more than needed.
+	Models   []string
+	Modes    []Mode // in the order of the first round
+	Workload string // one of Workloads
 
 	Requests, PrefixTokens, TailTokens, OutputTokens int
-	Clients                                          int // that send at once; 0: the workload's default
-	Rounds                                           int
-	Pause                                            time.Duration // of a client between an answer and its next request
-	GiveUp                                           time.Duration // a mode in which nothing was answered for this long is ended
-	Seed                                             uint64        // of the generated texts
-	Slots                                            string        // that Front gives the mode Full; only reported
-	Predictions                                      bool          // set the figures of Prediction beside those of the workload "same"
-	Price                                            float64       // of a million evaluated tokens, in any currency; 0: no prices are shown
+	// Clients is how many send at once; zero means the workload's default.
+	Clients int
+	Rounds  int
+	// Pause is the time between an answer and the client's next request.
+	Pause time.Duration
+	// GiveUp is the time without an answer after which a mode is ended.
+	GiveUp time.Duration
+	Seed   uint64 // of the generated texts
+	// Slots is what Front gives the mode Full; it is only reported.
+	Slots string
+	// Predictions shows the figures of Prediction beside those of the workload "same".
+	Predictions bool
+	// Price is that of a million evaluated tokens, in any currency; zero shows no prices.
+	Price float64
 
-	// Front starts the proxy for a mode. done is called for each request when it is over, and no
-	// longer once stop has returned.
+	// Front starts the proxy for a mode. done is called after each request, and never after stop
+	// has returned.
 	Front     func(ctx context.Context, mode Mode, done func(proxy.Exchange)) (base *url.URL, stop func() error, err error)
 	Transport http.RoundTripper // nil: http.DefaultTransport
 	Log       *slog.Logger
@@ -76,18 +85,18 @@ type Progress struct {
 	Elapsed     time.Duration
 }
 
-// Words returns what is worth knowing beside the progress bar.
+// Words returns the text beside the progress bar.
 func (p Progress) Words() string { return fmt.Sprintf("--optimize %s, %d errors", p.Mode, p.Failed) }
 
-// Attrs is the same for a line of the log.
+// Attrs returns the same for a line of the log.
 func (p Progress) Attrs() []any {
 	return []any{"optimize", string(p.Mode), "done", p.Done, "of", p.Total, "errors", p.Failed}
 }
 
-// ErrStopped means that a run was stopped before its end. The report has what was measured before.
+// ErrStopped means that a run was stopped before its end. The report has the results until then.
 var ErrStopped = errors.New("stopped before the end")
 
-// Defaults, which a report's title does not mention.
+// Defaults, which a report's title leaves out.
 const (
 	DefaultGiveUp = 5 * time.Minute
 	DefaultSeed   = 1
@@ -97,7 +106,7 @@ const (
 const (
 	coolLimit  = 2 * time.Minute // for a model to be unloaded
 	coolEvery  = 20 * time.Millisecond
-	hopeless   = 5 // failed requests in a row at the beginning after which the others would fail, too
+	hopeless   = 5 // failures in a row at the beginning, after which the run ends
 	askedReady = 10 * time.Millisecond
 )
 
@@ -113,8 +122,8 @@ type bench struct {
 	progress Progress
 }
 
-// Run measures. With an error there is a report, too, if anything was measured; it is marked
-// incomplete then.
+// Run measures. If it fails after anything was measured, it also returns a report, marked
+// incomplete.
 func Run(ctx context.Context, c Config) (*Report, error) {
 	c.Clients = cmp.Or(c.Clients, clients(c.Workload))
 	if c.Transport == nil {
@@ -142,7 +151,7 @@ func Run(ctx context.Context, c Config) (*Report, error) {
 	if ctx.Err() != nil {
 		err = ErrStopped
 	}
-	// The models were to be held for a day, which nobody asked for.
+	// Unload the models, which the proxy has told Ollama to keep for a day.
 	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), coolLimit)
 	defer cancel()
 	if coolErr := b.cool(end); err == nil {
@@ -159,7 +168,7 @@ func (b *bench) rounds(ctx context.Context, scales []scale) error {
 	for round := range b.Rounds {
 		for i := range b.Modes {
 			seed++
-			mode := b.Modes[(i+round)%len(b.Modes)] // each comes first in turn
+			mode := b.Modes[(i+round)%len(b.Modes)] // each mode comes first in some round
 			if err := b.run(ctx, mode, round, seed, scales); err != nil {
 				return err
 			}
@@ -209,8 +218,8 @@ func (b *bench) look(ctx context.Context) (upstream.State, error) {
 	return st, nil
 }
 
-// calibrate finds out how many tokens each model makes of words. It also has the model's file read
-// once, so that the first mode is not the only one to read it from the disk.
+// calibrate measures how many tokens each model makes of words. It also makes the server read each
+// model's file once, so that the first mode is not the only one to read it from the disk.
 func (b *bench) calibrate(ctx context.Context) (scales []scale, err error) {
 	const short, long = 100, 800 // words
 	for _, model := range b.Models {
@@ -246,7 +255,7 @@ func because(ctx context.Context, err error) error {
 	return err
 }
 
-// cool unloads the models, and with them everything that the server has cached of prompts.
+// cool unloads the models, which also drops everything that the server has cached of prompts.
 func (b *bench) cool(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, coolLimit, fmt.Errorf("a model is still loaded after %v: is somebody else using the server?", coolLimit))
 	defer cancel()
@@ -275,7 +284,7 @@ func (b *bench) cool(ctx context.Context) error {
 	}
 }
 
-// run measures a mode once. Whatever the error, what was measured is in the report.
+// run measures a mode once. Even after an error, the report has what was measured.
 func (b *bench) run(ctx context.Context, mode Mode, round int, seed uint64, scales []scale) error {
 	if err := b.cool(ctx); err != nil {
 		return err
@@ -296,7 +305,7 @@ func (b *bench) run(ctx context.Context, mode Mode, round int, seed uint64, scal
 	if err = b.ready(ctx, base); err == nil {
 		err = p.play(ctx, b.workload(seed, scales))
 	}
-	loaded, _ := b.server.Loaded(ctx) // nothing depends on it
+	loaded, _ := b.server.Loaded(ctx) // an error is ignored, since nothing depends on it
 	err = errors.Join(err, stop())
 	if len(p.done) > 0 {
 		unsent := 0
@@ -308,8 +317,8 @@ func (b *bench) run(ctx context.Context, mode Mode, round int, seed uint64, scal
 	return err
 }
 
-// ready waits until the proxy knows the server, since before that its ledger does not know the
-// models.
+// ready waits until the proxy has polled the server, since its ledger does not know the models
+// before that.
 func (b *bench) ready(ctx context.Context, base *url.URL) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, b.GiveUp, fmt.Errorf("the proxy was not ready within %v (--give-up): does Ollama still answer?", b.GiveUp))
 	defer cancel()
@@ -345,7 +354,7 @@ type play struct {
 	done     []played    // guarded by bench.mu
 }
 
-// played is a request that was answered, or failed.
+// played is a request that was answered or has failed.
 type played struct {
 	request
 	client int
@@ -374,7 +383,9 @@ func (p *play) play(ctx context.Context, w workload) error {
 				for q := range next {
 					messages := q.messages(history)
 					sent := time.Now()
-					p.watchdog.Reset(p.GiveUp) // a pause is no standstill, neither before a request nor (in note) after one
+					// A pause does not count as a standstill, neither before a request nor (in
+					// note) after one.
+					p.watchdog.Reset(p.GiveUp)
 					a := p.ask(ctx, p.base, q, messages, p.OutputTokens)
 					switch context.Cause(ctx) {
 					case nil:
@@ -412,7 +423,7 @@ func (p *play) play(ctx context.Context, w workload) error {
 	return whole.Err()
 }
 
-// note records a request that is over.
+// note records a finished request.
 func (p *play) note(d played, cancel context.CancelCauseFunc) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -432,7 +443,7 @@ func (p *play) note(d played, cancel context.CancelCauseFunc) {
 	}
 }
 
-// answer is what a client sees of an answer.
+// answer is a client's view of an answer.
 type answer struct {
 	text         string
 	prompt       int    // tokens
@@ -441,7 +452,7 @@ type answer struct {
 	err          error
 }
 
-// ask sends one request; if messages is nil, the request's own.
+// ask sends one request. If messages is nil, it sends the request's own.
 func (b *bench) ask(ctx context.Context, base *url.URL, q request, messages []api.Message, output int) (a answer) {
 	if messages == nil {
 		messages = q.messages(nil)
@@ -449,8 +460,8 @@ func (b *bench) ask(ctx context.Context, base *url.URL, q request, messages []ap
 	began := time.Now()
 	defer func() { a.whole = time.Since(began) }()
 	var body []byte
-	// num_predict and temperature 0: all answers have the same length, and are the same whenever
-	// they are requested.
+	// With num_predict, and temperature 0, all answers have the same length, and are the same
+	// whenever they are requested.
 	body, a.err = json.Marshal(map[string]any{"model": q.model, "messages": messages, "options": map[string]any{"num_ctx": q.numCtx, "num_predict": output, "temperature": 0, "seed": 1}})
 	if a.err != nil {
 		return a
@@ -489,7 +500,7 @@ func (b *bench) ask(ctx context.Context, base *url.URL, q request, messages []ap
 		all.WriteString(said.Message.Content)
 		if said.Done {
 			a.text, a.prompt = all.String(), said.PromptEvalCount
-			// The end as well: to the proxy, a client that leaves before it has no answer.
+			// Read the end as well: for the proxy, a client that leaves before it has no answer.
 			_, a.err = io.Copy(io.Discard, lines)
 			return a
 		}

@@ -38,7 +38,7 @@ func TestQuantile(t *testing.T) {
 	}
 }
 
-// TestPredictions: there are predictions only where they are asked for, for the usual sizes and for
+// TestPredictions: there are predictions only if they are asked for, for the usual sizes and for
 // others.
 func TestPredictions(t *testing.T) {
 	r := &Report{Workload: "same", Requests: 100, PrefixTokens: 2000, TailTokens: 50, OutputTokens: 50}
@@ -61,9 +61,9 @@ func TestPredictions(t *testing.T) {
 	}
 }
 
-// TestWorkloads: each has the requests that were asked for, no two prompts are equal, the same seed
-// makes the same texts, another seed other ones of the same shape, and contexts are as long as they
-// must be.
+// TestWorkloads: each workload has the configured requests, and no two equal prompts. The same seed
+// gives the same texts, another seed other texts of the same shape, and contexts are just long
+// enough.
 func TestWorkloads(t *testing.T) {
 	for _, name := range Workloads() {
 		c := &Config{Workload: name, Models: []string{"a", "b"}[:1], Requests: 90, PrefixTokens: 6000, TailTokens: 50, OutputTokens: 50, Clients: clients(name)}
@@ -102,7 +102,7 @@ func TestWorkloads(t *testing.T) {
 	}
 }
 
-// TestHTMLEscapes: no name ends the script that it stands in.
+// TestHTMLEscapes: no name ends the script that contains it.
 func TestHTMLEscapes(t *testing.T) {
 	const bad = `x</script><script>alert(1)</script><!--`
 	r := newReport(&Config{Upstream: &url.URL{Scheme: "http", Host: "h"}, Models: []string{bad}, Workload: "same", Modes: Modes(), Requests: 1, Rounds: 1}, bad, time.Time{})
@@ -132,7 +132,7 @@ func TestHTMLEscapes(t *testing.T) {
 	}
 }
 
-// TestChartsHaveNoNull: of nothing, and of requests that all failed, the page's script gets empty
+// TestChartsHaveNoNull: without results, and if all requests failed, the page's script gets empty
 // lists.
 func TestChartsHaveNoNull(t *testing.T) {
 	r := &Report{}
@@ -145,7 +145,7 @@ func TestChartsHaveNoNull(t *testing.T) {
 	}
 }
 
-// TestTitle: what is not as usual is told, and all of it in the JSON.
+// TestTitle: the title has the settings that are not defaults, and the JSON has all of them.
 func TestTitle(t *testing.T) {
 	c := &Config{Upstream: nowhere, Workload: "same", Requests: 10, Clients: 1, Rounds: 1, GiveUp: DefaultGiveUp, Seed: DefaultSeed, Slots: DefaultSlots}
 	if title := newReport(c, "", time.Time{}).title(); !strings.HasSuffix(title, "1 client, 1 round") {
@@ -162,9 +162,9 @@ func TestTitle(t *testing.T) {
 	}
 }
 
-// TestWords: texts say no more than what was found: of a model with a sliding window the size is a
-// limit; of loads that differ it is not said that they do not; predictions of other sizes are
-// reckoned.
+// TestWords: texts claim no more than was measured. For a model with a sliding window the size is
+// an upper limit; different numbers of loads are not called equal; predictions for other sizes are
+// calculated.
 func TestWords(t *testing.T) {
 	for _, c := range []struct {
 		window, requests int
@@ -195,8 +195,7 @@ func TestWords(t *testing.T) {
 	}
 }
 
-// TestTimeline: requests that are under way at once are on rows of their own, and phases follow
-// each other.
+// TestTimeline: concurrent requests are on separate rows, and phases follow each other.
 func TestTimeline(t *testing.T) {
 	run := &ModeRun{Requests: []Request{
 		{Sent: 0, Passed: 1, Whole: 11, Load: 2, Prompt: 3, Answer: 4},
@@ -213,7 +212,7 @@ func TestTimeline(t *testing.T) {
 	}
 }
 
-// transport answers in memory, so that time can be made up.
+// transport answers in memory, so that times can be simulated.
 type transport func(*http.Request) (*http.Response, error)
 
 func (t transport) RoundTrip(r *http.Request) (*http.Response, error) { return t(r) }
@@ -232,8 +231,8 @@ func inMemory(c Config, answer func(*http.Request) (status int, body string)) *b
 
 var nowhere = &url.URL{Scheme: "http", Host: "nowhere"}
 
-// TestPauseIsNoStandstill: clients may wait longer between requests than an answer may take; a
-// standstill is noticed all the same.
+// TestPauseIsNoStandstill: clients may wait longer between requests than an answer may take, and a
+// standstill is noticed nevertheless.
 func TestPauseIsNoStandstill(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		asked := 0
@@ -254,8 +253,7 @@ func TestPauseIsNoStandstill(t *testing.T) {
 	})
 }
 
-// TestBeginningsEnd: neither a server nor a proxy that does not come to answer is waited for
-// without end.
+// TestBeginningsEnd: the wait for a server or a proxy that never answers ends.
 func TestBeginningsEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := Config{Upstream: nowhere, Models: []string{"a"}, GiveUp: time.Hour}

@@ -27,7 +27,7 @@ const (
 	timelinePhases = 5
 )
 
-// charts is what the page's charts show.
+// charts has the data of the page's charts.
 type charts struct {
 	Modes     []string   `json:"modes"`
 	Evaluated []float64  `json:"evaluated"`
@@ -42,7 +42,7 @@ type charts struct {
 
 type point [2]float64
 
-// timeline is what a server did during the first round of a mode.
+// timeline shows the server's work during the first round of a mode.
 type timeline struct {
 	Shown int   `json:"shown"` // requests
 	Of    int   `json:"of"`
@@ -51,7 +51,7 @@ type timeline struct {
 }
 
 // bar is a request on a timeline: its row, when each phase ended (the first two: when the proxy
-// sent it, when the model was ready), and which request it was.
+// sent it, when the model was ready), and its number.
 type bar struct {
 	Row    int                     `json:"row"`
 	Ends   [timelinePhases]float64 `json:"ends"` // seconds: passed on; loaded; given a slot; prompt evaluated; answered
@@ -62,11 +62,13 @@ type bar struct {
 
 // HTML writes the report as one self-contained page.
 func (r *Report) HTML(w io.Writer) error {
-	data, err := json.Marshal(r.charts()) // escapes <, > and &, so that no name can end the script that contains it
+	// Escapes <, > and &, so that no name can end the script that contains it.
+	data, err := json.Marshal(r.charts())
 	if err != nil {
 		return fmt.Errorf("writing the report: %w", err)
 	}
-	script, _, _ := bytes.Cut(chartJS, []byte("//# sourceMappingURL=")) // a browser's tools would look for that file
+	// A browser's developer tools would request that file.
+	script, _, _ := bytes.Cut(chartJS, []byte("//# sourceMappingURL="))
 	return page.Execute(w, map[string]any{
 		"Report": r, "Title": r.title(), "Names": r.names(), "Modes": r.modes(), "Rows": r.rows(), "Texts": append(r.conditions(), r.Notes...),
 		"Warning": map[bool]string{true: incomplete}[r.Incomplete], "Basis": r.basis(), "PredictedAs": r.predictedAs(),
@@ -75,7 +77,7 @@ func (r *Report) HTML(w io.Writer) error {
 }
 
 func (r *Report) charts() charts {
-	none := []float64{} // the page's script wants arrays, not null
+	none := []float64{} // the page's script needs arrays, not null
 	c := charts{
 		Modes: append([]string{}, r.names()...), Evaluated: none, Reused: none, Unknown: none, Loads: none, Predicted: []*float64{},
 		Whole: [][]point{}, First: [][]point{}, Timelines: []timeline{},
@@ -95,7 +97,7 @@ func (r *Report) charts() charts {
 	return c
 }
 
-// curve is a distribution over the answered requests of all rounds.
+// curve returns a distribution over the answered requests of all rounds.
 func (m *ModeResult) curve(figure func(q Request) float64) []point {
 	points := []point{}
 	var all []float64
@@ -125,7 +127,7 @@ func (run *ModeRun) timeline() (t timeline) {
 	}
 	slices.SortStableFunc(list, func(a, b Request) int { return cmp.Compare(a.Passed, b.Passed) })
 	t.Shown, t.Of, t.Bars = min(len(list), shownRequests), len(list), []bar{}
-	var busy []float64 // until when each row is occupied
+	var busy []float64 // time until which each row is occupied
 	for _, q := range list[:t.Shown] {
 		end := q.Sent + q.Whole
 		row := slices.IndexFunc(busy, func(until float64) bool { return until <= q.Passed })

@@ -7,7 +7,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
 )
 
-// TestPrice: tokens are priced where a price is given, and only there.
+// TestPrice: tokens are priced if a price is given, and only then.
 func TestPrice(t *testing.T) {
 	r := &Report{Workload: "same", Modes: []*ModeResult{{Mode: Full, Basis: savings.Measured, Evaluated: 250_000, Reused: 1_500_000, HitRate: 1}}}
 	print := func() string {

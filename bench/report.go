@@ -14,10 +14,11 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// Report is the result of a run. Tokens are of prompts unless they are called generated; times are
-// in milliseconds.
+// Report is the result of a run. Tokens are those of prompts unless they are called generated;
+// times are in milliseconds.
 type Report struct {
-	Incomplete bool      `json:"incomplete"` // it was stopped, or ended by an error: the figures are of what was measured before
+	// Incomplete means that the run was stopped, or ended by an error: the figures are from before.
+	Incomplete bool      `json:"incomplete"`
 	At         time.Time `json:"at"`
 	Upstream   string    `json:"upstream"`
 	Ollama     string    `json:"ollama"` // version
@@ -34,40 +35,43 @@ type Report struct {
 	PauseMS      float64 `json:"pause_ms"`
 	GiveUpMS     float64 `json:"give_up_ms"`
 	Seed         uint64  `json:"seed"`
-	Slots        string  `json:"slots"` // of the mode Full, as serve's flag
+	Slots        string  `json:"slots"` // of the mode Full, in the syntax of serve's flag
 	Predictions  bool    `json:"predictions,omitempty"`
 	Price        float64 `json:"price,omitempty"` // of a million evaluated tokens
 
 	Modes  []*ModeResult `json:"modes"` // in the order of Modes, without those that were not run
 	Memory []Memory      `json:"memory"`
-	Notes  []string      `json:"notes"` // what to keep in mind when reading the figures
+	Notes  []string      `json:"notes"` // hints for reading the figures
 }
 
 // ModeResult is the result of a mode. Figures of several rounds are medians, except for latencies
-// and verdicts, which are of all requests together.
+// and verdicts, which are those of all requests together.
 type ModeResult struct {
-	Mode      Mode           `json:"mode"`
-	Predicted *Prediction    `json:"predicted,omitempty"` // nil unless Config.Predictions asks for it and the workload is "same"
-	Basis     savings.Basis  `json:"basis"`               // of evaluated and reused tokens
-	Seconds   float64        `json:"seconds"`             // from the first request to the last answer
-	Prompt    float64        `json:"prompt_tokens"`
-	Evaluated float64        `json:"evaluated_tokens"`
-	Reused    float64        `json:"reused_tokens"`
-	Unknown   float64        `json:"unknown_tokens"` // neither reported nor inferred
-	Loads     float64        `json:"loads"`
-	Answered  int            `json:"answered"` // of all rounds
-	Failed    int            `json:"failed"`   // of all rounds, including unsent ones
-	Truncated int            `json:"truncated"`
-	HitRate   float64        `json:"hit_rate"` // the share of prompts at least half of which was reused, among those for which it is known; -1: none
-	Cold      map[string]int `json:"cold"`     // why the others were not, as the ledger infers it
-	Whole     Quantiles      `json:"latency_ms"`
-	First     Quantiles      `json:"first_token_ms"`
-	Waited    Quantiles      `json:"waited_ms"` // in the proxy, for a slot
-	Shares    Shares         `json:"shares"`
-	Runs      []*ModeRun     `json:"runs"`
+	Mode Mode `json:"mode"`
+	// Predicted is nil unless Config.Predictions asks for it and the workload is "same".
+	Predicted *Prediction   `json:"predicted,omitempty"`
+	Basis     savings.Basis `json:"basis"`   // of evaluated and reused tokens
+	Seconds   float64       `json:"seconds"` // from the first request to the last answer
+	Prompt    float64       `json:"prompt_tokens"`
+	Evaluated float64       `json:"evaluated_tokens"`
+	Reused    float64       `json:"reused_tokens"`
+	Unknown   float64       `json:"unknown_tokens"` // neither reported nor inferred
+	Loads     float64       `json:"loads"`
+	Answered  int           `json:"answered"` // of all rounds
+	Failed    int           `json:"failed"`   // of all rounds, including unsent ones
+	Truncated int           `json:"truncated"`
+	// HitRate is the share of prompts of which at least half was reused, among those for which that
+	// is known; -1 if there are none.
+	HitRate float64        `json:"hit_rate"`
+	Cold    map[string]int `json:"cold"` // the ledger's reasons for the other prompts
+	Whole   Quantiles      `json:"latency_ms"`
+	First   Quantiles      `json:"first_token_ms"`
+	Waited  Quantiles      `json:"waited_ms"` // in the proxy, for a slot
+	Shares  Shares         `json:"shares"`
+	Runs    []*ModeRun     `json:"runs"`
 }
 
-// Shares divide the time that Ollama reports, of all requests, by its use. They add up to 1, or are
+// Shares divide the time that Ollama reports for all requests by its use. They add up to 1, or are
 // all 0.
 type Shares struct {
 	Load   float64 `json:"load"`
@@ -87,16 +91,17 @@ type Quantiles struct {
 
 // ModeRun is a mode in one round.
 type ModeRun struct {
-	Round     int       `json:"round"` // the first is 0
-	Seconds   float64   `json:"seconds"`
-	Prompt    int       `json:"prompt_tokens"`
-	Evaluated int       `json:"evaluated_tokens"`
-	Reused    int       `json:"reused_tokens"`
-	Unknown   int       `json:"unknown_tokens"`
-	Loads     int       `json:"loads"`
-	Unsent    int       `json:"unsent"` // requests that were given up since nothing was answered any more
-	Loaded    []Loaded  `json:"loaded"` // at its end
-	Requests  []Request `json:"requests"`
+	Round     int     `json:"round"` // the first is 0
+	Seconds   float64 `json:"seconds"`
+	Prompt    int     `json:"prompt_tokens"`
+	Evaluated int     `json:"evaluated_tokens"`
+	Reused    int     `json:"reused_tokens"`
+	Unknown   int     `json:"unknown_tokens"`
+	Loads     int     `json:"loads"`
+	// Unsent is the number of requests that were not sent, or abandoned, at a standstill.
+	Unsent   int       `json:"unsent"`
+	Loaded   []Loaded  `json:"loaded"` // at its end
+	Requests []Request `json:"requests"`
 }
 
 // Loaded is a model as /api/ps shows it.
@@ -106,7 +111,7 @@ type Loaded struct {
 	Bytes  int64  `json:"bytes"`
 }
 
-// Request is a request that was sent. What the ledger does not know is zero.
+// Request is a request that was sent. Figures unknown to the ledger are zero.
 type Request struct {
 	Client int    `json:"client"`
 	Prefix int    `json:"prefix"`
@@ -114,23 +119,24 @@ type Request struct {
 	NumCtx int    `json:"num_ctx"`
 	Error  string `json:"error,omitempty"`
 
-	Sent  float64 `json:"sent_ms"`        // by the client, from the run's beginning
-	First float64 `json:"first_token_ms"` // from Sent
-	Whole float64 `json:"latency_ms"`     // from Sent
+	Sent  float64 `json:"sent_ms"`        // by the client, since the run's beginning
+	First float64 `json:"first_token_ms"` // since Sent
+	Whole float64 `json:"latency_ms"`     // since Sent
 
-	Upstream string          `json:"upstream,omitempty"`
-	Passed   float64         `json:"passed_ms,omitempty"` // when the proxy sent it, from the run's beginning
-	Load     float64         `json:"load_ms"`
-	Queue    float64         `json:"queue_ms"`
-	Prompt   float64         `json:"prompt_evaluation_ms"`
-	Answer   float64         `json:"answer_ms"`
-	Loaded   bool            `json:"loaded"`
-	Basis    savings.Basis   `json:"basis"`
-	Total    int             `json:"prompt_tokens"`
-	Tokens   *savings.Tokens `json:"tokens,omitempty"`
-	Made     int             `json:"generated_tokens"`
-	Verdict  savings.Verdict `json:"verdict,omitempty"`
-	Reason   savings.Reason  `json:"reason,omitempty"`
+	Upstream string `json:"upstream,omitempty"`
+	// Passed is when the proxy sent it, since the run's beginning.
+	Passed  float64         `json:"passed_ms,omitempty"`
+	Load    float64         `json:"load_ms"`
+	Queue   float64         `json:"queue_ms"`
+	Prompt  float64         `json:"prompt_evaluation_ms"`
+	Answer  float64         `json:"answer_ms"`
+	Loaded  bool            `json:"loaded"`
+	Basis   savings.Basis   `json:"basis"`
+	Total   int             `json:"prompt_tokens"`
+	Tokens  *savings.Tokens `json:"tokens,omitempty"`
+	Made    int             `json:"generated_tokens"`
+	Verdict savings.Verdict `json:"verdict,omitempty"`
+	Reason  savings.Reason  `json:"reason,omitempty"`
 
 	truncated bool
 	waited    float64
@@ -148,7 +154,7 @@ func newReport(c *Config, version string, at time.Time) *Report {
 
 func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 
-// add adds a run, with what the proxy recorded of its requests. The two are joined by the prompts'
+// add adds a run, with the proxy's records of its requests. The two are joined by the prompts'
 // fingerprints, which no two requests share.
 func (r *Report) add(mode Mode, round int, p *play, exchanges []proxy.Exchange, loaded []upstream.Loaded, unsent int) {
 	known := make(map[string]*proxy.Exchange, len(exchanges))
@@ -244,7 +250,7 @@ func (m *ModeResult) sum() {
 			if q.truncated {
 				m.Truncated++
 			}
-			switch { // an estimate makes the sum an estimate
+			switch { // one estimate makes the sum an estimate
 			case q.Basis == savings.Estimated, q.Basis == savings.Measured && m.Basis == savings.Unknown:
 				m.Basis = q.Basis
 			}
@@ -285,8 +291,8 @@ func median(all []float64) float64 {
 	return quantile(all, 0.5)
 }
 
-// quantile returns the value that the given part of the sorted values does not exceed (nearest
-// rank), or 0 for none.
+// quantile returns the value that the given share of the sorted values does not exceed (nearest
+// rank), or 0 if there are none.
 func quantile(sorted []float64, part float64) float64 {
 	if len(sorted) == 0 {
 		return 0
@@ -299,8 +305,8 @@ func quantiles(all []float64) Quantiles {
 	return Quantiles{quantile(all, 0), quantile(all, 0.5), quantile(all, 0.9), quantile(all, 0.99), quantile(all, 1)}
 }
 
-// Prediction is a common expectation of what a caching proxy saves on 100 requests that share a
-// prefix of 2,000 tokens and have 50 of their own. It takes it that Ollama alone never reuses a
+// Prediction is a common expectation of what a caching proxy saves for 100 requests that share a
+// prefix of 2,000 tokens, each with 50 further ones. It assumes that Ollama alone never reuses a
 // prefix; docs/bench.md says what is wrong with that.
 type Prediction struct {
 	Seconds   float64 `json:"seconds,omitempty"` // 0: none for this size
@@ -308,14 +314,14 @@ type Prediction struct {
 	HitRate   float64 `json:"hit_rate"`
 }
 
-// predicted reports whether the sizes are those that the prediction was made for. Other sizes are
-// reckoned the same way.
+// predicted reports whether the sizes are those that the prediction was made for. Predictions for
+// other sizes are calculated in the same way.
 func (r *Report) predicted() bool {
 	return r.Requests == 100 && r.PrefixTokens == 2000 && r.TailTokens == 50
 }
 
-// predict reckons that without the proxy, and with keep_alive alone, all of each prompt is
-// evaluated, and with it the prefix once.
+// predict assumes that without the proxy, and with keep_alive alone, every prompt is evaluated as a
+// whole, and with the proxy the prefix only once.
 func (r *Report) predict(mode Mode) *Prediction {
 	if !r.Predictions || r.Workload != "same" {
 		return nil
@@ -331,7 +337,7 @@ func (r *Report) predict(mode Mode) *Prediction {
 	return p
 }
 
-// explain says what a workload cannot show, and why what was measured is not what was predicted.
+// explain says what a workload cannot show, and why the measurements differ from the prediction.
 func (r *Report) explain() []string {
 	notes := []string{}
 	if r.Workload == "same" || r.Workload == "user-message-prefix" {
@@ -362,15 +368,17 @@ func (r *Report) explain() []string {
 	return notes
 }
 
-// Memory is the size of a cached context. What the server does not report is 0.
+// Memory is the size of a cached context. Values that the server does not report are zero.
 type Memory struct {
-	Model         string `json:"model"`
-	Layers        int    `json:"layers"`
-	KVHeads       int    `json:"kv_heads"`
-	KeyLength     int    `json:"key_length"`   // of a head
-	ValueLength   int    `json:"value_length"` // of a head
-	Window        int    `json:"sliding_window"`
-	BytesPerToken int    `json:"bytes_per_token"` // keys and values of all layers, two bytes per number: an upper bound with a sliding window, since some layers keep fewer tokens then
+	Model       string `json:"model"`
+	Layers      int    `json:"layers"`
+	KVHeads     int    `json:"kv_heads"`
+	KeyLength   int    `json:"key_length"`   // per head
+	ValueLength int    `json:"value_length"` // per head
+	Window      int    `json:"sliding_window"`
+	// BytesPerToken is the size of the keys and values of all layers, at two bytes per number: an
+	// upper bound with a sliding window, since some layers keep fewer tokens then.
+	BytesPerToken int `json:"bytes_per_token"`
 }
 
 // memory computes, from the answer of /api/show, the size of a token of context.
@@ -378,7 +386,7 @@ func (b *bench) memory(ctx context.Context, model string) Memory {
 	m := Memory{Model: model}
 	show, err := b.server.Show(ctx, model)
 	if err != nil {
-		return m // nothing depends on it
+		return m // the error is ignored, since nothing depends on it
 	}
 	info := show.ModelInfo
 	arch, _ := info["general.architecture"].(string)
@@ -396,7 +404,7 @@ func (b *bench) memory(ctx context.Context, model string) Memory {
 	return m
 }
 
-// number writes a count, with a decimal if a median has one, and with separators between thousands.
+// number formats a count, with a decimal if a median has one, and with separators of thousands.
 func number(f float64) string {
 	text := fmt.Sprintf("%.1f", f)
 	whole, tenth, _ := strings.Cut(text, ".")

@@ -13,7 +13,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
 )
 
-// row is a figure of each mode.
+// row has a figure of each mode.
 type row struct {
 	Label     string
 	Cells     []string
@@ -42,7 +42,7 @@ func (r *Report) title() string {
 
 func duration(ms float64) time.Duration { return time.Duration(ms * float64(time.Millisecond)) }
 
-// names are the modes' names at the head of the table.
+// names returns the modes' names for the head of the table.
 func (r *Report) names() (names []string) {
 	for _, m := range r.Modes {
 		names = append(names, map[Mode]string{Direct: "directly", KeepAlive: "keep-alive only", Full: "everything"}[m.Mode])
@@ -157,7 +157,7 @@ func (r *Report) basis() savings.Basis {
 	return basis
 }
 
-// conditions say how it was measured.
+// conditions says how it was measured.
 func (r *Report) conditions() []string {
 	list := []string{
 		fmt.Sprintf("Ollama %s at %s, %s, %s.", r.Ollama, r.Upstream, strings.Join(r.Models, " and "), r.At.Format("2006-01-02 15:04 MST")),
@@ -209,7 +209,7 @@ func (r *Report) Print(w io.Writer) error {
 		}
 		fmt.Fprintf(t, "%s\t%s\n", label, strings.Join(row.Cells, "\t"))
 	}
-	t.Flush() // into memory
+	t.Flush() // cannot fail, since it writes to memory
 	b.WriteString("\n")
 	for _, text := range append(r.conditions(), r.Notes...) {
 		fmt.Fprintf(&b, "- %s\n", text)

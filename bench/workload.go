@@ -10,58 +10,56 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/bench/text"
 )
 
-// Workloads are the names that Config.Workload may have.
+// Workloads returns the names that Config.Workload may have.
 func Workloads() []string {
 	return []string{"same", "interleaved", "closed-loops", "models", "num-ctx", "user-message-prefix", "chat-turns"}
 }
 
 const (
-	manyPrefixes = 8  // of the workload interleaved
+	manyPrefixes = 8  // of the workload "interleaved"
 	turns        = 10 // of a chat
 	minNumCtx    = 4096
 )
 
-// request is one that a client sends. Its prompt is a prefix, which others share, and a tail of its
-// own.
+// request is a client's request. Its prompt is a prefix, which others share, and a unique tail.
 type request struct {
 	prefix int
 	model  string
 	numCtx int
-	system string // "": the prefix is in the user's message
+	system string // if "", the prefix is in the user's message
 	user   string
-	begins bool // a chat: earlier turns are forgotten
+	begins bool // in a chat: earlier turns are dropped
 }
 
-// workload is what clients ask.
+// workload has the requests of all clients.
 type workload struct {
-	// queues are the requests; depth clients take from each of them, each when it has its last
-	// answer.
+	// depth clients take requests from each queue, each when it has its last answer.
 	queues [][]request
 	depth  int
 	chat   bool // answers become messages of the next request
 }
 
-// clients is the default number of clients: as many as the workload's name implies.
+// clients returns the default number of clients, as the workload's name implies.
 func clients(name string) int {
 	switch name {
 	case "same", "user-message-prefix":
 		return 1
 	case "interleaved":
-		return 4 * manyPrefixes // lanes need something to choose from
+		return 4 * manyPrefixes // lanes need a choice of waiting requests
 	default:
 		return 4
 	}
 }
 
-// scale says how long texts must be for a model to make so many tokens of them.
+// scale says how long texts must be for a model to make a number of tokens of them.
 type scale struct {
 	tokensPerWord float64
-	overhead      float64 // tokens that the template adds to a prompt of a system and a user message
+	overhead      float64 // tokens that the template adds to a system and a user message
 }
 
 func (s scale) words(tokens float64) int { return max(1, int(tokens/s.tokensPerWord+0.5)) }
 
-// workload makes up a workload. Other seeds make others of the same shape.
+// workload generates a workload. Other seeds generate other texts of the same shape.
 func (c *Config) workload(seed uint64, scales []scale) workload {
 	n := c.Clients
 	w := workload{depth: n, chat: c.Workload == "chat-turns"}
@@ -77,7 +75,7 @@ func (c *Config) workload(seed uint64, scales []scale) workload {
 		if prefixes[prefix] == "" {
 			prefixes[prefix] = text.Words(seed<<32+uint64(prefix), s.words(float64(c.PrefixTokens)-s.overhead))
 		}
-		// The number comes first, where a script has a name: no two tails begin alike.
+		// The number comes first, where a script has a name, so that no two tails begin alike.
 		tail := fmt.Sprintf("%d %s", i, text.Words(seed<<32+1<<31+uint64(i), s.words(float64(c.TailTokens)-2)))
 		q := request{prefix: prefix, model: c.Models[model], numCtx: numCtx, system: prefixes[prefix], user: tail}
 		if c.Workload == "user-message-prefix" {
@@ -116,7 +114,7 @@ func (c *Config) workload(seed uint64, scales []scale) workload {
 	return w
 }
 
-// messages returns those of a request after those of earlier turns.
+// messages returns a request's messages after those of earlier turns.
 func (q request) messages(history []api.Message) []api.Message {
 	var list []api.Message
 	if len(history) > 0 && !q.begins {

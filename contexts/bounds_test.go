@@ -12,8 +12,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/engine"
 )
 
-// TestUnsavablePrompt: a prompt that an engine cannot save, such as one with an image, says nothing of
-// the disk, and is tried once.
+// TestUnsavablePrompt: a prompt that an engine cannot save, such as one with an image, is tried
+// once, and is not blamed on the disk.
 func TestUnsavablePrompt(t *testing.T) {
 	with(t, map[string]modelSpec{"image": {}, "m": {}}, ample, func(p *proxied) {
 		p.most = 2
@@ -35,8 +35,8 @@ func TestUnsavablePrompt(t *testing.T) {
 	})
 }
 
-// TestEngineReplaced: where a model is loaded otherwise for a request of which nothing is stored, its
-// state is that of the engine which served it.
+// TestEngineReplaced: if a model is reloaded with other options for a request without a stored
+// state, its state belongs to the engine that served it.
 func TestEngineReplaced(t *testing.T) {
 	with(t, one, ample, func(p *proxied) {
 		p.must(ask{model: "m", prompt: long("a", 1), answer: 2})
@@ -48,7 +48,7 @@ func TestEngineReplaced(t *testing.T) {
 	})
 }
 
-// TestWarnsOnce: what goes wrong again and again is told once.
+// TestWarnsOnce: a repeated failure is logged once.
 func TestWarnsOnce(t *testing.T) {
 	for name, fault := range map[string]faults{
 		"saving": {save: func(_ context.Context, e *llama) error { e.end(); return engine.ErrGone }},
@@ -77,8 +77,8 @@ func TestWarnsOnce(t *testing.T) {
 	}
 }
 
-// TestHangingEngine: engines that do not answer hold the end of the manager up for seconds, however many
-// they are.
+// TestHangingEngine: engines that do not answer delay the end of the manager by seconds, however
+// many there are.
 func TestHangingEngine(t *testing.T) {
 	with(t, map[string]modelSpec{"m": {}, "n": {}, "o": {}}, ample, func(p *proxied) {
 		p.most = 3
@@ -98,7 +98,7 @@ func TestHangingEngine(t *testing.T) {
 // TestHungSaveFreesLane: a lane is not held for longer than longestHold while an engine saves.
 func TestHungSaveFreesLane(t *testing.T) {
 	with(t, one, ample, func(p *proxied) {
-		p.must(ask{model: "m", prompt: long("a", 1), answer: 2}) // tells how fast it is
+		p.must(ask{model: "m", prompt: long("a", 1), answer: 2}) // shows how fast it is
 		p.rest(time.Minute)
 		p.setFaults(faults{save: hang})
 		p.must(ask{model: "m", prompt: long("b", 1), answer: 2})

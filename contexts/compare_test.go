@@ -13,7 +13,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
 )
 
-// load is a random schedule: what some clients ask for, one after another, and what else happens.
+// load is a random schedule: the requests of some clients, in order, and other events.
 type load struct {
 	models  map[string]modelSpec
 	most    int
@@ -22,17 +22,18 @@ type load struct {
 	clients [][]step
 }
 
-// step is what one client does next.
+// step is a client's next step.
 type step struct {
 	ask
-	pause time.Duration // before
-	// 'r': a request; 'd': one past the proxy; 'u': all is unloaded; 'p': the proxy restarts.
+	pause time.Duration // before the step
+	// 'r': a request; 'd': one past the proxy; 'u': everything is unloaded; 'p': the proxy
+	// restarts.
 	what byte
 }
 
 const mostTokens = 1610 // of a random prompt
 
-// randomLoad makes a schedule of a seed.
+// randomLoad makes a schedule from a seed.
 func randomLoad(seed uint64) load {
 	r := rand.New(rand.NewPCG(seed, 7))
 	l := load{
@@ -81,21 +82,21 @@ func randomLoad(seed uint64) load {
 	return l
 }
 
-// spent is what a schedule took.
+// spent is the cost of a schedule.
 type spent struct {
 	tokens, loads, saves, restores int
 	took                           time.Duration
 	failed                         map[string]uint64
 }
 
-// play plays a schedule, with a manager or without, in virtual time.
+// play plays a schedule, with a manager or without one, in virtual time.
 func (l load) play(t *testing.T, managed bool) (s spent) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newProxied(t, l.models, contextstore.FileLimits{Bytes: l.limit})
 		p.most, p.disk = l.most, l.disk
 		for _, x := range slices.Concat(l.clients...) {
 			if x.what == 'd' || len(l.clients) > 1 {
-				p.mistakes++ // it may be as long as another, in whose slot it is
+				p.mistakes++ // it may be as long as another one, whose slot it takes
 			}
 		}
 		if l.most == 1 && len(l.models) > 1 {
@@ -139,7 +140,7 @@ func (p *proxied) step(x step, managed bool) {
 			p.begin()
 		}
 	case 'd':
-		for again := true; again; { // until it is not ended by an unload
+		for again := true; again; { // until no unload interrupts it
 			_, err := p.direct(context.Background(), x.ask)
 			again = err != nil
 		}
@@ -154,16 +155,17 @@ func (p *proxied) step(x step, managed bool) {
 // compare checks that a manager does no harm: at most 1 % more tokens, and 5 % more time.
 func (l load) compare(t *testing.T) (with, without spent) {
 	without, with = l.play(t, false), l.play(t, true)
-	// What is tried in vain, until it is learned that a model makes no use of it.
+	// The cost of attempts until a manager learns that a model makes no use of them.
 	tokens, took := without.tokens*101/100, without.took*105/100+5*time.Second
 	for _, m := range l.models {
-		if m.window { // each manager learns it anew
+		if m.window { // each manager learns it again
 			vain := int(with.failed[FailedUnused]) * mostTokens
 			tokens, took = tokens+vain, took+time.Duration(vain)*perToken
 		}
 	}
 	if len(l.clients) > 1 {
-		// Who comes first is chance, and so is which slot a prompt is given, and what an unload comes upon.
+		// The order of concurrent requests, the slot of a prompt, and what an unload interrupts
+		// depend on chance.
 		tokens += without.tokens/20 + 2*mostTokens
 		took += time.Duration(max(with.loads-without.loads, 0))*loadTakes + without.took/20
 	}
@@ -176,8 +178,8 @@ func (l load) compare(t *testing.T) (with, without spent) {
 	return with, without
 }
 
-// TestNoHarm plays schedules that differ by a seed. That none takes much more than without a manager is
-// checked for each, and that all together take less.
+// TestNoHarm plays schedules from different seeds. Each must take not much more than without a
+// manager, and all together must take less.
 func TestNoHarm(t *testing.T) {
 	var all, plain spent
 	for seed := range uint64(24) {

@@ -23,8 +23,8 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// What the engines of these tests take, in virtual time. A state's token is smaller than a real
-// one's by a factor of about 20, and so is the speed of the disk.
+// The times of these tests' engines, in virtual time. A token of a state is about 20 times smaller
+// than a real one's, and the disk is slower by the same factor.
 const (
 	perToken   = 5 * time.Millisecond // evaluating a token of a prompt
 	perAnswer  = 8 * time.Millisecond // generating a token
@@ -56,7 +56,7 @@ func (x text) sequence() []uint32 {
 	return all
 }
 
-// chain returns the text's fingerprints, as package prefix makes them, and its bytes up to each.
+// chain returns the text's fingerprints, as package prefix makes them, and the bytes up to each.
 func (x text) chain(model string) (contents []uint64, bytes []int) {
 	h := fnv.New64a()
 	h.Write([]byte(model))
@@ -69,24 +69,24 @@ func (x text) chain(model string) (contents []uint64, bytes []int) {
 	return contents, bytes
 }
 
-// modelSpec is what a model is like.
+// modelSpec has the properties of a model.
 type modelSpec struct {
-	window bool // a state that was restored is of use only if the prompt goes on from all of it
+	window bool // a restored state is only useful if the prompt continues all of it
 	slots  int
 }
 
-// ollama stands for an Ollama server: it has one model loaded at a time, or as many as most says.
+// ollama simulates an Ollama server: it has one model loaded at a time, or as many as most says.
 type ollama struct {
 	t      testing.TB
 	files  func() *contextstore.Files
 	models map[string]modelSpec
-	most   int // models that are loaded together; 0: one
+	most   int // models that are loaded together; 0 means one
 
-	disk   diskSpeed // guarded by mu, and so are the faults
+	disk   diskSpeed // guarded by mu, as are the faults
 	faults faults
 
 	mu        sync.Mutex
-	engines   []*llama // the newest last
+	engines   []*llama // the newest is last
 	launched  int
 	evaluated map[string]int // tokens, by model
 	loads     int
@@ -95,22 +95,22 @@ type ollama struct {
 	written   int64 // bytes
 	saving    time.Duration
 	evalTime  time.Duration
-	loading   chan struct{}       // full while a model is loaded or unloaded
+	loading   chan struct{}       // full while a model is being loaded or unloaded
 	known     map[uint64][]uint32 // tokens of the prompts with these fingerprints
 	attached  []attachment
 }
 
-// attachment is a restore that went well.
+// attachment is a successful restore.
 type attachment struct {
 	id, model string
 }
 
-// faults are what goes wrong. They are called without a lock held, and may wait.
+// faults are failures to inject. They are called without a lock held, and may wait.
 type faults struct {
 	save, restore func(ctx context.Context, e *llama) error
 }
 
-// diskSpeed is how long a disk takes for each KiB of a state.
+// diskSpeed is the time that a disk takes for each KiB of a state.
 type diskSpeed struct{ writing, reading time.Duration }
 
 var ssd = diskSpeed{writing: 20 * time.Microsecond, reading: 10 * time.Microsecond}
@@ -147,14 +147,14 @@ func newOllama(t testing.TB, models map[string]modelSpec) *ollama {
 	}
 }
 
-// llama stands for a llama-server with the host cache off: see server-context.cpp.
+// llama simulates a llama-server with the host cache off: see server-context.cpp.
 type llama struct {
 	o       *ollama
 	id      string
 	model   string
 	context int
 	spec    modelSpec
-	compute chan struct{} // full while something is evaluated, saved or restored
+	compute chan struct{} // full while the engine evaluates, saves or restores
 	ready   bool          // guarded by o.mu
 	gone    chan struct{} // closed when the process ends
 
@@ -162,14 +162,14 @@ type llama struct {
 	slots   []llamaSlot
 	task    int // the number of the next request
 	clock   int
-	changed chan struct{} // closed, and made anew, when a slot becomes idle
+	changed chan struct{} // closed and replaced when a slot becomes idle
 	running int
 }
 
 type llamaSlot struct {
 	tokens            []uint32
 	busy              bool
-	restored          bool // its tokens are from a file, and no checkpoints are with them
+	restored          bool // its tokens are from a file, without checkpoints
 	task              int
 	used              int
 	processed, cached int
@@ -210,9 +210,10 @@ func (o *ollama) loaded(model string, context int) *llama {
 	return nil
 }
 
-// ensure has a model loaded, and counts a request there, so that it is not unloaded meanwhile.
+// ensure ensures that a model is loaded, and counts a request there, so that it is not unloaded
+// meanwhile.
 func (o *ollama) ensure(model string, context int) *llama {
-	o.loading <- struct{}{} // in turn: who comes later waits, also for a model that is loaded
+	o.loading <- struct{}{} // in turn: later requests wait, even for a loaded model
 	defer func() { <-o.loading }()
 	e := o.loaded(model, context)
 	if e == nil {
@@ -227,7 +228,7 @@ func (o *ollama) ensure(model string, context int) *llama {
 	return e
 }
 
-// makeRoom ends the engines that are in the way of another. It reports whether none is any more.
+// makeRoom ends the engines that prevent another one. It reports whether none is left.
 func (o *ollama) makeRoom(model string) bool {
 	o.mu.Lock()
 	engines := slices.Clone(o.engines)
@@ -287,7 +288,7 @@ func (o *ollama) running() (list []Running) {
 	return list
 }
 
-// lock has the engine's loop to itself: it does one thing at a time.
+// lock takes the engine's loop, which does one thing at a time.
 func (e *llama) lock(ctx context.Context) error {
 	select {
 	case <-e.gone:
@@ -306,7 +307,7 @@ func (e *llama) lock(ctx context.Context) error {
 
 func (e *llama) unlock() { <-e.compute }
 
-// work has the loop be busy for a while, also where who asked for it has given up.
+// work keeps the loop busy for a while, even if the requester has given up.
 func (e *llama) work(d time.Duration) error {
 	select {
 	case <-time.After(d):
@@ -324,9 +325,9 @@ func (e *llama) take(ctx context.Context, d time.Duration) error {
 	return e.work(d)
 }
 
-// choose returns the slot that a prompt is given, which is busy then: that with the most in common if
-// this is more than a tenth of the prompt, else the one used least recently, of several the last. -1:
-// all are busy.
+// choose returns the slot for a prompt, which is busy from then on: the one with the most tokens in
+// common if these are more than a tenth of the prompt, or else the least recently used one, and the
+// last of equal ones. -1: all are busy.
 func (e *llama) choose(prompt []uint32) int {
 	at, most := -1, 0
 	for i := range e.slots {
@@ -356,7 +357,7 @@ func lead(a, b []uint32) int {
 	return n
 }
 
-// when waits until the loop is free and something is the case, which is told under e.mu.
+// when waits until the loop is free and is, called with e.mu held, returns true.
 func (e *llama) when(ctx context.Context, is func() bool) error {
 	for {
 		if err := e.lock(ctx); err != nil {
@@ -379,7 +380,7 @@ func (e *llama) when(ctx context.Context, is func() bool) error {
 	}
 }
 
-// number gives a task its number.
+// number returns the next task's number.
 func (e *llama) number() int {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -402,7 +403,7 @@ func (e *llama) occupy(ctx context.Context, prompt []uint32) (at int, err error)
 	return at, err
 }
 
-// release makes a slot idle. What the engine tells of how the prompt was evaluated goes with that.
+// release makes a slot idle. The engine's record of how the prompt was evaluated goes with that.
 func (e *llama) release(i int) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -482,7 +483,8 @@ func (e *llama) Slots(ctx context.Context) ([]engine.Slot, error) {
 	return list, nil
 }
 
-// hold waits until a slot is idle, and has the loop then. When the slot was used does not change.
+// hold waits until a slot is idle, and takes the loop then. It does not change when the slot was
+// used.
 func (e *llama) hold(ctx context.Context, i int) error {
 	if i >= len(e.slots) {
 		return engine.ErrRefused
@@ -526,8 +528,8 @@ func (e *llama) Save(ctx context.Context, i int, name string) (engine.Saved, err
 	return engine.Saved{Tokens: len(tokens), Bytes: size, Took: took}, nil
 }
 
-// stateOf returns the beginning of a state's file, as llama.cpp writes it, and the model's name where
-// a real one has keys and values.
+// stateOf returns the beginning of a state's file, as llama.cpp writes it, with the model's name in
+// place of keys and values.
 func stateOf(tokens []uint32, model string) []byte {
 	var file []byte
 	for _, w := range []uint32{0x67677371, 3, uint32(len(tokens)) + 3, 0xffffffff, 1, uint32(len(tokens))} {
@@ -563,7 +565,7 @@ func (e *llama) Restore(ctx context.Context, i int, name string, _ int64) (engin
 	defer e.unlock()
 	e.mu.Lock()
 	s := &e.slots[i]
-	s.tokens, s.restored = nil, false // lost also where the file is refused
+	s.tokens, s.restored = nil, false // lost even if the file is refused
 	e.mu.Unlock()
 	if f := e.o.fault().restore; f != nil {
 		if err := f(ctx, e); err != nil {
@@ -609,28 +611,28 @@ func (o *ollama) total() (n int) {
 	return n
 }
 
-// proxied stands for a proxy in front of an ollama: a request waits for one of as many lanes as its
-// model has slots.
+// proxied simulates a proxy in front of an ollama: a request waits for a lane, of which its model
+// has as many as slots.
 type proxied struct {
 	*ollama
-	m        *Manager // nil: nothing is stored
+	m        *Manager // if nil, nothing is stored
 	store    *contextstore.Files
 	limit    contextstore.FileLimits
 	dir      string
 	stop     context.CancelFunc
 	ended    chan struct{}
 	failed   map[string]uint64 // Counts.Failed of managers that have ended
-	mistakes int               // states that may be stored for other prompts than theirs
-	turn     chan struct{}     // full while a request is under way; nil: several may be
-	blind    bool              // the engine does not tell what was reused
+	mistakes int               // states that may be stored for the wrong prompts
+	turn     chan struct{}     // full while a request is under way; nil: several may be under way
+	blind    bool              // the engine does not report what was reused
 
 	mu    sync.Mutex
 	lanes map[string]chan struct{}
 	gates map[string]*gate // by model
 }
 
-// gate lets requests of one context length at a time have lanes of a model, as the proxy's queue does:
-// they need the model loaded anew for another one.
+// gate gives a model's lanes to requests of one context length at a time, as the proxy's queue
+// does: for another length the model must be reloaded.
 type gate struct {
 	mu      sync.Mutex
 	context int
@@ -668,7 +670,7 @@ type ask struct {
 	answer  int    // tokens
 	owner   string // a secret
 	streams bool
-	awaited bool // others wait
+	awaited bool // others are waiting
 }
 
 func newProxied(t testing.TB, models map[string]modelSpec, limit contextstore.FileLimits) *proxied {
@@ -681,7 +683,7 @@ func newProxied(t testing.TB, models map[string]modelSpec, limit contextstore.Fi
 	return p
 }
 
-// begin begins the manager, with what an earlier one has stored.
+// begin starts the manager, with the states that an earlier one has stored.
 func (p *proxied) begin() {
 	p.t.Helper()
 	log := slog.New(slog.DiscardHandler)
@@ -699,7 +701,7 @@ func (p *proxied) begin() {
 	}()
 }
 
-// finish ends the manager, and checks what it has left.
+// finish ends the manager, and checks the remaining state.
 func (p *proxied) finish() {
 	p.t.Helper()
 	if p.m == nil {
@@ -717,7 +719,7 @@ func (p *proxied) finish() {
 	p.m = nil
 }
 
-// check checks what must hold whenever no request is under way.
+// check checks invariants that hold whenever no request is under way.
 func (p *proxied) check() {
 	p.t.Helper()
 	p.m.ending.Wait()
@@ -784,7 +786,7 @@ func (p *proxied) gate(model string) *gate {
 	return p.gates[model]
 }
 
-// request returns what the manager is told of a request.
+// request returns a request as the manager sees it.
 func (p *proxied) request(a ask) Request {
 	contents, bytes := a.prompt.chain(a.model)
 	p.ollama.mu.Lock()
@@ -867,7 +869,7 @@ func (p *proxied) ask(ctx context.Context, a ask) (Answer, error) {
 	return got, err
 }
 
-// must is ask, where nothing may go wrong.
+// must is ask for requests that must not fail.
 func (p *proxied) must(a ask) Answer {
 	p.t.Helper()
 	got, err := p.ask(context.Background(), a)
@@ -877,7 +879,7 @@ func (p *proxied) must(a ask) Answer {
 	return got
 }
 
-// rest waits until all lanes are free, and then so long.
+// rest waits until all lanes are free, and then for d.
 func (p *proxied) rest(d time.Duration) {
 	if p.m != nil {
 		p.m.ending.Wait()

@@ -16,8 +16,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/engine"
 )
 
-// TestUselessStates: a model that reuses nothing of what was restored, unless a prompt goes on from all
-// of it. That is learned, and tried again later, and less and less often.
+// TestUselessStates: a model reuses restored tokens only if a prompt continues all of them. The
+// manager learns that, and tries again later, less and less often.
 func TestUselessStates(t *testing.T) {
 	models := map[string]modelSpec{"m": {slots: 1, window: true}}
 	const rounds = 400
@@ -57,7 +57,8 @@ func TestUselessStates(t *testing.T) {
 	}
 }
 
-// TestOthersUseTheServer: prompts that are sent past the proxy take slots whose states are to be saved.
+// TestOthersUseTheServer: prompts that are sent past the proxy take slots whose states should be
+// saved.
 func TestOthersUseTheServer(t *testing.T) {
 	for _, slots := range []int{1, 3} {
 		t.Run(fmt.Sprint(slots), func(t *testing.T) {
@@ -108,7 +109,7 @@ func TestSlotThatHasChanged(t *testing.T) {
 	})
 }
 
-// TestOwners: nobody is served by what another's prompts have left, unless states are shared.
+// TestOwners: no owner's request is served from another owner's prompts, unless states are shared.
 func TestOwners(t *testing.T) {
 	for _, share := range []bool{false, true} {
 		t.Run(fmt.Sprint(share), func(t *testing.T) {
@@ -136,7 +137,7 @@ func TestOwners(t *testing.T) {
 	}
 }
 
-// hang waits until whoever asks gives up.
+// hang waits until the requester gives up.
 func hang(ctx context.Context, _ *llama) error {
 	<-ctx.Done()
 	return ctx.Err()
@@ -145,7 +146,7 @@ func hang(ctx context.Context, _ *llama) error {
 func TestFaultsOfSaving(t *testing.T) {
 	for name, c := range map[string]struct {
 		fault  func(ctx context.Context, e *llama) error
-		blamed bool // the disk is left alone for a while
+		blamed bool // the disk is not used for a while
 	}{
 		"an error": {func(context.Context, *llama) error { return errors.New("no space left") }, true},
 		"refused":  {func(context.Context, *llama) error { return engine.ErrRefused }, true},
@@ -173,7 +174,7 @@ func TestFaultsOfSaving(t *testing.T) {
 				if before == 0 || (calls == before) != c.blamed {
 					t.Errorf("saving was tried %d times, and then %d times more", before, calls-before)
 				}
-				// Nothing of it stays in the folder.
+				// The folder has no leftovers.
 				if parts, err := filepath.Glob(filepath.Join(p.dir, "*.part")); len(parts) > 0 || err != nil {
 					t.Errorf("%d files are left, %v", len(parts), err)
 				}
@@ -192,7 +193,7 @@ func TestFaultsOfSaving(t *testing.T) {
 func TestFaultsOfAttaching(t *testing.T) {
 	for name, c := range map[string]struct {
 		fault  func(ctx context.Context, e *llama) error
-		states int // that are left
+		states int // that remain
 		fails  bool
 	}{
 		"an error": {func(context.Context, *llama) error { return errors.New("it does not work") }, 1, false},
@@ -262,7 +263,8 @@ func TestFaultsOfTheStore(t *testing.T) {
 	}
 }
 
-// TestFullStore: there is room for nothing, and then for three states of which two are asked for most.
+// TestFullStore: there is room for nothing, and then for three states, two of which are asked for
+// most.
 func TestFullStore(t *testing.T) {
 	with(t, one, contextstore.FileLimits{Bytes: 100}, func(p *proxied) {
 		for i := range 20 {
@@ -286,7 +288,7 @@ func TestFullStore(t *testing.T) {
 	})
 }
 
-// TestClientLeaves: a client that leaves while its request is prepared is no fault of the disk.
+// TestClientLeaves: a client that leaves while its request is prepared is not blamed on the disk.
 func TestClientLeaves(t *testing.T) {
 	with(t, one, ample, func(p *proxied) {
 		p.setDisk(diskSpeed{writing: time.Millisecond}) // 1 s for a state
@@ -302,8 +304,8 @@ func TestClientLeaves(t *testing.T) {
 	})
 }
 
-// TestSlowDisk: where saving takes longer than it is worth, that is learned, and tried again after a
-// while.
+// TestSlowDisk: if saving takes longer than it is worth, the manager learns that, and tries again
+// after a while.
 func TestSlowDisk(t *testing.T) {
 	with(t, one, ample, func(p *proxied) {
 		// 20 s for a state of 1,000 tokens, which take 5 s to evaluate.
@@ -334,7 +336,7 @@ func TestSlowDisk(t *testing.T) {
 	})
 }
 
-// TestEndSaves: what is worth it is saved when the manager ends.
+// TestEndSaves: states that are worth it are saved when the manager ends.
 func TestEndSaves(t *testing.T) {
 	for _, slots := range []int{1, 4} {
 		t.Run(fmt.Sprint(slots), func(t *testing.T) {
@@ -354,8 +356,8 @@ func TestEndSaves(t *testing.T) {
 	}
 }
 
-// TestManyAtOnce: requests of several models and owners, with restarts, faults and clients that leave.
-// That lanes are released once, and that nothing stays claimed, is checked whenever all is quiet.
+// TestManyAtOnce: requests of several models and owners, with restarts, faults and clients that
+// leave. Whenever all is quiet, each lane has been released once, and nothing is claimed.
 func TestManyAtOnce(t *testing.T) {
 	models := map[string]modelSpec{"a": {slots: 1}, "b": {slots: 4}, "c": {slots: 2, window: true}}
 	limit := contextstore.FileLimits{Bytes: 20 << 20}
@@ -396,7 +398,7 @@ func TestManyAtOnce(t *testing.T) {
 	}
 }
 
-// some is a request of some kind, or something that happens to the server.
+// some is a random request, or an event on the server.
 func (p *proxied) some(r *rand.Rand, i int) {
 	ctx := context.Background()
 	if r.IntN(6) == 0 {
@@ -424,14 +426,15 @@ func (p *proxied) some(r *rand.Rand, i int) {
 	}
 }
 
-// TestWrongStateGoes: a prompt of others that is as long as the one before it is taken for that when
-// it is saved. It is dropped as soon as that shows, and the right one is stored.
+// TestWrongStateGoes: another client's prompt that is as long as the previous one is mistaken for
+// it when its state is saved. The state is dropped as soon as that shows, and the right one is
+// stored.
 func TestWrongStateGoes(t *testing.T) {
 	with(t, one, ample, func(p *proxied) {
 		short := func(name string, i int) ask {
 			return ask{model: "m", prompt: text{{name, 150}, {fmt.Sprint(i), 5}}, answer: 2}
 		}
-		// So slow that saving waits for an occasion.
+		// So slow that saving waits for an idle moment.
 		p.setDisk(diskSpeed{writing: 500 * time.Microsecond, reading: time.Microsecond})
 		p.must(short("first", 0))
 		p.must(short("a", 0))
@@ -453,8 +456,8 @@ func TestWrongStateGoes(t *testing.T) {
 	})
 }
 
-// TestRequestWaitsForOneSave: however many slots are to be saved before their engine may have to go; and
-// for one of the slot that it takes, if that is not warm.
+// TestRequestWaitsForOneSave: however many slots must be saved before their engine may end, a
+// request waits for one save; and for one of the slot that it takes, if that is not warm for it.
 func TestRequestWaitsForOneSave(t *testing.T) {
 	t.Run("warm", func(t *testing.T) { testWaits(t, true, 1) })
 	t.Run("cold", func(t *testing.T) { testWaits(t, false, 2) })
@@ -465,14 +468,15 @@ func testWaits(t *testing.T, warm bool, saves int) {
 		p.must(ask{model: "m", prompt: long("first", 0), answer: 2})
 		p.rest(0)
 		p.setDisk(diskSpeed{writing: 100 * time.Microsecond, reading: time.Microsecond})
-		p.must(ask{model: "m", prompt: long("b", 0), answer: 2}) // it tells how slow the disk is
+		p.must(ask{model: "m", prompt: long("b", 0), answer: 2}) // it shows how slow the disk is
 		p.must(ask{model: "m", prompt: long("c", 0), answer: 2})
 		p.must(ask{model: "m", prompt: long("d", 0), answer: 2})
 		p.rest(0)
 		before := p.saved()
 		r := p.request(ask{model: "m", context: 4096, prompt: long("d", 0)})
 		p.m.mu.Lock()
-		for _, l := range p.m.engines { // as if others had evaluated the same before, and nothing were stored
+		// As if others had evaluated the same before, and nothing had been stored.
+		for _, l := range p.m.engines {
 			for i := range l.slots {
 				l.slots[i].contents = slices.Clone(l.slots[i].contents)
 				for j := range l.slots[i].contents {
@@ -499,7 +503,7 @@ func testWaits(t *testing.T, warm bool, saves int) {
 		}
 		u.After(Answer{Unsent: true}, func() {})
 		<-left
-		for _, s := range p.store.List() { // what was made up
+		for _, s := range p.store.List() { // the invented states
 			if p.known[s.Links[0]] == nil {
 				p.store.Drop(s.ID, "it was made up")
 			}

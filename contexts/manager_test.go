@@ -12,7 +12,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
 )
 
-// ample is a limit that nothing comes near to.
+// ample is a limit that no test reaches.
 var ample = contextstore.FileLimits{Bytes: 1 << 40}
 
 var one = map[string]modelSpec{"m": {slots: 1}}
@@ -28,13 +28,13 @@ func with(t *testing.T, models map[string]modelSpec, limit contextstore.FileLimi
 	})
 }
 
-// without is with, without a manager.
+// without is like with, but without a manager.
 func without(t *testing.T, models map[string]modelSpec, f func(p *proxied)) {
 	t.Helper()
 	synctest.Test(t, func(*testing.T) { f(newProxied(t, models, ample)) })
 }
 
-// long is a prompt whose first 1,000 tokens are those of all with this name.
+// long is a prompt whose first 1,000 tokens are common to all with this name.
 func long(name string, question int) text {
 	return text{{name, 1000}, {fmt.Sprint("question ", question), 20}}
 }
@@ -82,7 +82,7 @@ func TestStateComesBackAfterALoad(t *testing.T) {
 	}
 }
 
-// TestStateComesBackWithoutRest: nobody pauses, as a benchmark does not.
+// TestStateComesBackWithoutRest: there are no pauses, as in a benchmark.
 func TestStateComesBackWithoutRest(t *testing.T) {
 	with(t, one, ample, func(p *proxied) {
 		p.evaluates(ask{model: "m", prompt: long("a", 1), answer: 10}, 1020, 1020)
@@ -92,8 +92,8 @@ func TestStateComesBackWithoutRest(t *testing.T) {
 	})
 }
 
-// TestModelsThatEvictEachOther: 40 requests each, in closed loops, with a queue that has learned to keep
-// turns, and with none.
+// TestModelsThatEvictEachOther: 40 requests each, in closed loops, with a queue that has learned to
+// keep turns, and with none.
 func TestModelsThatEvictEachOther(t *testing.T) {
 	models := map[string]modelSpec{"m": {slots: 1}, "n": {slots: 1}}
 	for _, turns := range []bool{true, false} {
@@ -159,7 +159,9 @@ func TestHundredPrefixes(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			with(t, map[string]modelSpec{"m": {slots: c.slots}}, ample, func(p *proxied) {
 				if c.clients > 1 && !c.varied {
-					p.mistakes = 6 // which of two that are sent, and end, at one time, and are as long?
+					// Of two equally long ones that are sent, and end, at the same time, the wrong
+					// one may be taken.
+					p.mistakes = 6
 				}
 				p.hundredPrefixes(c.clients, c.streams, c.varied)
 			})
@@ -176,7 +178,7 @@ func (p *proxied) hundredPrefixes(clients int, streams, varied bool) {
 		for range clients {
 			wg.Go(func() {
 				for i := range work {
-					if clients > 1 { // they are not in step to the microsecond
+					if clients > 1 { // keeps them from running in lockstep
 						time.Sleep(time.Duration(rand.IntN(20_000)) * time.Microsecond)
 					}
 					x := long(fmt.Sprint("prefix ", i), round)
@@ -233,7 +235,7 @@ func TestOneSystemPrompt(t *testing.T) {
 	})
 }
 
-// chat is the prompt of a conversation's turn, with a short answer in each.
+// chat is the prompt of a turn of a conversation, with a short answer to each.
 func chat(name string, turn int) text {
 	x := text{{name, 300}}
 	for i := range turn {
@@ -278,7 +280,7 @@ func TestLoneWarmChat(t *testing.T) {
 	}
 }
 
-// TestPromptsThatNeverComeBack: what is saved in vain is bounded, in time and in bytes.
+// TestPromptsThatNeverComeBack: the cost of useless saves is bounded, in time and in bytes.
 func TestPromptsThatNeverComeBack(t *testing.T) {
 	limit := contextstore.FileLimits{Bytes: 100 << 20}
 	for slots, prompts := range map[int]int{1: 10_000, 2: 2_000} {

@@ -12,14 +12,14 @@ import (
 
 var four = map[string]modelSpec{"m": {slots: 4}}
 
-// always says that nobody asks.
+// always reports that nobody asks.
 func always() bool { return true }
 
 func (p *proxied) fill(more func() bool) int {
 	return p.m.Fill(context.Background(), ollamaPort, "m", more)
 }
 
-// used has the states of prompts stored, and the first of these used most often.
+// used stores the states of prompts; the first ones are used most often.
 func (p *proxied) used(prompts ...string) {
 	for i, name := range prompts {
 		for n := range 1 + len(prompts) - i {
@@ -30,8 +30,8 @@ func (p *proxied) used(prompts ...string) {
 	}
 }
 
-// TestFill: after a load the slots that hold nothing get the states that are used most, so that
-// next to nothing of their prompts is evaluated, and nothing is attached for them.
+// TestFill: after a load the empty slots get the most used states, so that almost nothing of their
+// prompts is evaluated, and nothing is attached for them.
 func TestFill(t *testing.T) {
 	with(t, four, ample, func(p *proxied) {
 		p.used("a", "b", "c", "d", "e")
@@ -57,8 +57,7 @@ func TestFill(t *testing.T) {
 	})
 }
 
-// TestFillLeavesTheLeastUsed: a prompt that fits none takes the slot of the state that is used
-// least.
+// TestFillLeavesTheLeastUsed: a prompt that fits none takes the slot of the least used state.
 func TestFillLeavesTheLeastUsed(t *testing.T) {
 	with(t, four, ample, func(p *proxied) {
 		p.used("a", "b", "c", "d")
@@ -79,7 +78,7 @@ func TestFillLeavesTheLeastUsed(t *testing.T) {
 	})
 }
 
-// TestFillNothing: where it is not worth it, not allowed, or somebody asks.
+// TestFillNothing: if it is not worth it, not allowed, or a client asks.
 func TestFillNothing(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
@@ -147,8 +146,8 @@ func TestFillNothing(t *testing.T) {
 	}
 }
 
-// TestFillBesideRequests: whoever comes meanwhile has the right slot, and waits for one state at
-// most.
+// TestFillBesideRequests: a request that arrives meanwhile gets the right slot, and waits for at
+// most one state.
 func TestFillBesideRequests(t *testing.T) {
 	with(t, four, ample, func(p *proxied) {
 		p.used("a", "b", "c", "d")

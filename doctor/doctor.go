@@ -1,7 +1,7 @@
 // Package doctor says what is wrong with how an Ollama is used, and which setting changes that. A
-// Recorder, fed by the proxy, remembers the last requests; Facts are what they add up to, with what
-// the servers say of themselves; Examine turns facts into findings, worst first. It keeps no prompt
-// text, makes no requests, and decides nothing: docs/doctor.md.
+// Recorder, fed by the proxy, remembers the last requests. Facts are their sums, together with what
+// the servers report about themselves. Examine turns facts into findings, worst first. The package
+// keeps no prompt text, makes no requests, and decides nothing: docs/doctor.md.
 package doctor
 
 import (
@@ -14,19 +14,20 @@ import (
 )
 
 const (
-	// remembered bounds the requests of which facts are made; one takes about 300 bytes.
+	// remembered bounds the requests that facts are made from; one takes about 300 bytes.
 	remembered = 10_000
-	// maxFlows bounds the conversations that are watched for turns that are dropped, and maxTurns
-	// the messages of each; a message takes 16 bytes.
+	// maxFlows bounds the conversations that are watched for dropped turns, and maxTurns the
+	// messages of each; a message takes 16 bytes.
 	maxFlows = 256
 	maxTurns = 256
-	// maxOutside bounds the signs of use that did not come through the proxy.
+	// maxOutside bounds the signs of use that bypassed the proxy.
 	maxOutside = 256
 )
 
-// Asker is who sends requests of one kind, as far as that can be told without knowing anybody.
+// Asker is a client that sends requests of one kind, as far as clients can be distinguished without
+// knowing who they are.
 type Asker struct {
-	// Name is that of the API key; "" where there is none.
+	// Name is the name of the API key; "" without one.
 	Name string `json:"name,omitempty"`
 	// Client is a hash of the key or the address, the same for as long as the proxy runs.
 	Client string `json:"client"`
@@ -34,59 +35,59 @@ type Asker struct {
 	Agent string `json:"agent,omitempty"`
 	// Endpoint is the path.
 	Endpoint string `json:"endpoint"`
-	// NumCtx is the context length that is asked for, in tokens; 0: none is.
+	// NumCtx is the requested context length, in tokens; zero if the request has none.
 	NumCtx int `json:"num_ctx"`
 }
 
-// Request is one request to a model that has ended.
+// Request is a finished request to a model.
 type Request struct {
 	Asker
 	Upstream string
-	Model    string // as people write it
-	Weights  string // what stands for its weights: names of one model share a runner
+	Model    string // as the client wrote it
+	Weights  string // identifies its weights: all names of a model share a runner
 
 	Arrived time.Time
-	Sent    time.Time // to the server; Arrived, where it did not have to wait
+	Sent    time.Time // to the server; equal to Arrived if it did not have to wait
 	Ended   time.Time
-	Batch   bool // it was of the least urgent priority
+	Batch   bool // it had the lowest priority
 	Lane    bool // it took a slot
 
-	// OwnKeepAlive says that the client's own keep_alive went to the server, which is KeepAlive
-	// then. Otherwise KeepAlive is what the proxy holds the model for, negative where it leaves
-	// that to Ollama.
+	// OwnKeepAlive means that the client's own keep_alive, in KeepAlive, went to the server.
+	// Otherwise KeepAlive is how long the proxy holds the model, negative if it leaves that to
+	// Ollama.
 	OwnKeepAlive bool
 	KeepAlive    time.Duration
-	Foreign      bool // it was sent under /v1, and could not carry one
+	Foreign      bool // it was sent under /v1, which has no keep_alive
 
 	Loaded    bool          // the model was loaded for it
-	Load      time.Duration // for how long it waited for that; 0: not told
-	ByOptions bool          // … since it asks for other options than were loaded
-	ByNumCtx  bool          // … among them another num_ctx
-	Restarted bool          // … since the server was restarted
+	Load      time.Duration // how long it waited for that; 0: not reported
+	ByOptions bool          // … because it asks for other options than were loaded
+	ByNumCtx  bool          // … among them a different num_ctx
+	Restarted bool          // … because the server was restarted
 
 	Tokens    int // of the prompt; 0: not known
-	Reused    int // of these, where Known
+	Reused    int // of those tokens, if Known
 	Evaluated int
 	Known     bool
 	Estimated bool // the two above are estimates
 	Generated int
-	Prompt    time.Duration // that the evaluation took; 0: not told
-	Eval      time.Duration // that the answer took; 0: not told
-	Reason    string        // why it was not warm, as the ledger has it
+	Prompt    time.Duration // of the prompt's evaluation; 0: not reported
+	Eval      time.Duration // of the answer's generation; 0: not reported
+	Reason    string        // why it was not warm, according to the ledger
 	Truncated bool          // the server has probably cut the prompt
 	Bytes     int           // of the prompt's text
 	Images    int           // in the prompt
-	Moved     Moved         // since the oldest turns of its conversation are gone: see Recorder.Turns
-	Context   int           // tokens that the model is loaded with, as far as is known; 0: it is not
+	Moved     Moved         // text that moved as old turns were dropped: see Recorder.Turns
+	Context   int           // tokens that the model is loaded with; 0: not known
 
-	Conversation uint64 // the same for prompts of which one goes on where the other ends, or that begin alike
+	Conversation uint64 // equal for prompts that continue each other, or begin alike
 	Values       int    // numbers that each token takes in the engine's memory; 0: not known
 	Sliding      bool   // the model's attention has a sliding window
 
-	cut bool // as aggregate finds
+	cut bool // set by aggregate
 }
 
-// Outside is a sign that a server was used by somebody who does not come through the proxy.
+// Outside is a sign that somebody used a server past the proxy.
 type Outside struct {
 	At       time.Time
 	Upstream string
@@ -94,13 +95,13 @@ type Outside struct {
 	Kind     OutsideKind
 }
 
-// OutsideKind says what the sign is.
+// OutsideKind names the sign.
 type OutsideKind string
 
 const (
-	OutsideOptions OutsideKind = "options" // the model was loaded anew, with another context length
-	OutsideUsed    OutsideKind = "used"    // its expiry moved, and no request here moved it
-	OutsideLoaded  OutsideKind = "loaded"  // it was loaded, and nobody here had asked for it
+	OutsideOptions OutsideKind = "options" // the model was reloaded with another context length
+	OutsideUsed    OutsideKind = "used"    // its expiry moved without a request through this proxy
+	OutsideLoaded  OutsideKind = "loaded"  // it was loaded without a request through this proxy
 )
 
 // Recorder remembers the last requests. Make it with NewRecorder. Its methods may be called from
@@ -110,12 +111,12 @@ type Recorder struct {
 
 	mu      sync.Mutex
 	ring    []Request                      // guarded by mu
-	next    int                            // where the oldest one is, once the ring is full; guarded by mu
+	next    int                            // the oldest one, once the ring is full; guarded by mu
 	outside []Outside                      // oldest first; guarded by mu
 	turns   *simplelru.LRU[uint64, []turn] // guarded by mu
 }
 
-// NewRecorder returns a recorder that has seen nothing since it was started.
+// NewRecorder returns an empty recorder that was started at that time.
 func NewRecorder(started time.Time) *Recorder {
 	turns, err := simplelru.NewLRU[uint64, []turn](maxFlows, nil)
 	if err != nil {
@@ -124,7 +125,7 @@ func NewRecorder(started time.Time) *Recorder {
 	return &Recorder{started: started, turns: turns}
 }
 
-// Add takes in a request that has ended.
+// Add adds a finished request.
 func (r *Recorder) Add(q Request) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -136,7 +137,7 @@ func (r *Recorder) Add(q Request) {
 	r.next = (r.next + 1) % remembered
 }
 
-// AddOutside takes in a sign of use that did not come through the proxy.
+// AddOutside adds a sign of use past the proxy.
 func (r *Recorder) AddOutside(o Outside) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -146,9 +147,9 @@ func (r *Recorder) AddOutside(o Outside) {
 	r.outside = append(r.outside, o)
 }
 
-// Turns takes in the prompt of a conversation, which flow stands for, and returns what of it has
-// moved since the one before had older turns, which are gone: as clients do that keep the last
-// few.
+// Turns takes the prompt of the conversation that flow identifies, and returns how much of its text
+// has moved because older turns are gone since the previous prompt, as with clients that keep only
+// the last few.
 func (r *Recorder) Turns(flow uint64, chain *prefix.Chain) Moved {
 	now := turnsOf(chain)
 	r.mu.Lock()
@@ -158,8 +159,8 @@ func (r *Recorder) Turns(flow uint64, chain *prefix.Chain) Moved {
 	return moved(before, now)
 }
 
-// since returns the requests and signs since a time, oldest first, and from when on there is
-// nothing missing among them.
+// since returns the requests and signs since a time, oldest first, and the time from which on they
+// are complete.
 func (r *Recorder) since(from time.Time) (rows []Request, outside []Outside, since time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -17,10 +17,10 @@ import (
 
 var start = time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
 
-// at is so many seconds after the start.
+// at is that many seconds after the start.
 func at(s float64) time.Time { return start.Add(time.Duration(s * float64(time.Second))) }
 
-// asked is an ordinary request that is sent at a second and takes another one.
+// asked is an ordinary request that is sent at second s and takes one second.
 func asked(s float64, change func(*Request)) Request {
 	q := Request{
 		Asker:    Asker{Client: "0123456789abcdef", Agent: "python-httpx/0.28", Endpoint: "/api/chat"},
@@ -44,7 +44,7 @@ func many(n int, change func(i int, q *Request)) []Request {
 	return rows
 }
 
-// factsOf returns the facts of requests to an ordinary server, changed.
+// factsOf returns the facts of requests to an ordinary server, modified by change.
 func factsOf(rows []Request, change func(*Facts)) Facts {
 	f := aggregate(rows, nil)
 	f.Since, f.Now, f.Proxy = start, start.Add(time.Hour), "http://127.0.0.1:11435"
@@ -61,7 +61,7 @@ func load(q *Request) {
 	q.Reused, q.Evaluated = 0, 1000
 }
 
-// TestExamine plants what there is to be found, and just less than that.
+// TestExamine plants each problem, and a case that just falls short of it.
 func TestExamine(t *testing.T) {
 	turned := func(n int) []Request {
 		return many(n, func(i int, q *Request) {
@@ -106,8 +106,8 @@ func TestExamine(t *testing.T) {
 		}
 		return factsOf(rows, func(f *Facts) { f.Models[0].Lanes.Slots = slots })
 	}
-	// A chat grows by 4,000 bytes with each turn, which are so many tokens, beside those of tools,
-	// until there are more than most.
+	// With each turn, a chat grows by 4,000 bytes, which are `each` tokens. The tokens of its tools are
+	// added, and the sum is limited to `most`.
 	grows := func(each, tools, most int, change func(*Request)) Facts {
 		return factsOf(many(8, func(i int, q *Request) {
 			q.Bytes = 4000 * (i + 1)
@@ -125,7 +125,7 @@ func TestExamine(t *testing.T) {
 		name  string
 		facts Facts
 		want  string // the findings' IDs
-		set   string // a setting that the first one advises
+		set   string // a setting that the first finding advises
 	}{
 		{"no requests", factsOf(nil, nil), "", ""},
 		{"nothing wrong", factsOf(many(10, func(int, *Request) {}), nil), "", ""},
@@ -217,13 +217,13 @@ func TestExamine(t *testing.T) {
 	}
 }
 
-// TestSeverity: a cost is compared with the time that all work took, and where answers tell no times, as
+// TestSeverity: a cost is compared with the time of all work or, if answers report no times, as
 // under /v1, with the tokens that were evaluated.
 func TestSeverity(t *testing.T) {
 	for _, c := range []struct {
 		name   string
 		timed  bool
-		tokens int // that a head that changes has cost, of 100,000
+		tokens int // that a changing head has cost, of 100,000
 		want   Severity
 	}{
 		{"timed, little", true, 600, Low},
@@ -252,7 +252,7 @@ func TestSeverity(t *testing.T) {
 	}
 }
 
-// TestUnloadAdvice: of a client that unloads its model each time nothing is advised but to leave that out.
+// TestUnloadAdvice: a client that unloads its model each time is only advised to stop doing that.
 func TestUnloadAdvice(t *testing.T) {
 	found := Examine(factsOf(many(4, func(i int, q *Request) {
 		if q.OwnKeepAlive, q.KeepAlive = true, 0; i > 0 {
@@ -264,7 +264,7 @@ func TestUnloadAdvice(t *testing.T) {
 	}
 }
 
-// headings returns the places of docs/doctor.md, as links name them.
+// headings returns the anchors of docs/doctor.md, as links name them.
 func headings(t *testing.T) (places []string) {
 	t.Helper()
 	text, err := os.ReadFile("../docs/doctor.md")
@@ -294,7 +294,7 @@ func TestCauses(t *testing.T) {
 	for _, c := range []struct {
 		name string
 		rows []Request
-		want Cause // of the last one
+		want Cause // of the last load
 		by   string
 	}{
 		{"first", []Request{asked(0, load)}, CauseFirst, ""},
@@ -343,7 +343,7 @@ func chats(t testing.TB, texts ...string) *prefix.Chain {
 	return &chain
 }
 
-// TestTurns: what a prompt has in common with the one before it, further down.
+// TestTurns: the text that a prompt shares, further down, with the previous one.
 func TestTurns(t *testing.T) {
 	long := func(i int) string { return strings.Repeat(fmt.Sprintf("This is message number %d. ", i), 30) }
 	a, b, c, d, e, f, g := long(1), long(2), long(3), long(4), long(5), long(6), long(7)
@@ -367,7 +367,7 @@ func TestTurns(t *testing.T) {
 		if len(x.before) > 0 {
 			r.Turns(1, chats(t, x.before...))
 		}
-		r.Turns(2, chats(t, x.before...)) // of somebody else
+		r.Turns(2, chats(t, x.before...)) // of another conversation
 		now := chats(t, x.now...)
 		got := r.Turns(1, now)
 		if (got.Bytes > 0) != x.want {
@@ -379,7 +379,7 @@ func TestTurns(t *testing.T) {
 	}
 }
 
-// TestRecorderIsBounded: what it keeps, and from when on that is all.
+// TestRecorderIsBounded: what a recorder keeps, and the time from which on that is complete.
 func TestRecorderIsBounded(t *testing.T) {
 	r := NewRecorder(start)
 	for i := range remembered + 10 {
@@ -412,7 +412,7 @@ func TestRecorderIsBounded(t *testing.T) {
 	}
 }
 
-// TestLanes: how many ran and waited at a time.
+// TestLanes: how many requests ran and waited at a time.
 func TestLanes(t *testing.T) {
 	one := func(arrived, sent, ended float64, batch bool) *Request {
 		q := asked(0, func(q *Request) { q.Arrived, q.Sent, q.Ended, q.Batch = at(arrived), at(sent), at(ended), batch })
@@ -425,7 +425,7 @@ func TestLanes(t *testing.T) {
 	}
 }
 
-// TestChangedOf: the places of the last requests, added up.
+// TestChangedOf: the sums of the last requests by place.
 func TestChangedOf(t *testing.T) {
 	place := func(kind string, b int) *EntryPlace {
 		return &EntryPlace{Place: "system prompt", Byte: b, Kind: kind, Tokens: 100}
@@ -448,7 +448,7 @@ func TestChangedOf(t *testing.T) {
 	}
 }
 
-// TestReport: what is written, and what programs read. To write the files anew:
+// TestReport: the text that is printed, and the JSON for programs. To write the files anew:
 // DOCTOR_UPDATE=1 go test ./doctor
 func TestReport(t *testing.T) {
 	t.Setenv("TZ", "UTC")
@@ -494,7 +494,7 @@ func TestReport(t *testing.T) {
 	}
 }
 
-// BenchmarkRecorder is what the recorder costs a request of a chat with 64 messages.
+// BenchmarkRecorder is the cost of the recorder for one request of a chat with 64 messages.
 func BenchmarkRecorder(b *testing.B) {
 	var texts []string
 	for i := range 64 {
@@ -508,7 +508,7 @@ func BenchmarkRecorder(b *testing.B) {
 	}
 }
 
-// BenchmarkFacts is what a look at the page costs, of all that is remembered.
+// BenchmarkFacts is the cost of one look at the page, with a full recorder.
 func BenchmarkFacts(b *testing.B) {
 	r := NewRecorder(start)
 	for i := range remembered {

@@ -10,39 +10,39 @@ import (
 type Severity string
 
 const (
-	High   Severity = "high"   // answers suffer, or a tenth of all work is lost
-	Medium Severity = "medium" // a fiftieth of it
+	High   Severity = "high"   // answers suffer, or at least a tenth of all work is lost
+	Medium Severity = "medium" // at least a fiftieth of it is
 	Low    Severity = "low"    // less, or it costs memory alone
 )
 
 var severities = []Severity{High, Medium, Low}
 
-// Finding is something that is wrong.
+// Finding is a problem.
 type Finding struct {
 	// ID names the kind of finding, for programs.
 	ID       string   `json:"id"`
 	Severity Severity `json:"severity"`
 	Title    string   `json:"title"`
-	// Upstream and Model say where; "" where it is about more than one.
+	// Upstream and Model say where; "" if more than one is concerned.
 	Upstream string `json:"upstream,omitempty"`
 	Model    string `json:"model,omitempty"`
-	// Evidence is sentences with figures; estimates are called so.
+	// Evidence has sentences with figures; estimates are called that.
 	Evidence []string `json:"evidence"`
-	// Advice is what to do, the best first.
+	// Advice is what to do, the best advice first.
 	Advice []Advice `json:"advice"`
-	// Cost is what it has cost since Facts.Since.
+	// Cost is the cost since Facts.Since.
 	Cost Waste `json:"cost"`
-	// Doc is where more is said.
+	// Doc is where the finding is explained.
 	Doc string `json:"doc"`
 }
 
-// Advice is one thing that can be done.
+// Advice is one possible remedy.
 type Advice struct {
 	// Do is a sentence.
 	Do string `json:"do"`
-	// Where says whose setting it is; "" where there is none to copy.
+	// Where says whose setting it is; "" if there is none to copy.
 	Where Where `json:"where,omitempty"`
-	// Set is the setting, as it can be copied there.
+	// Set is the setting, ready to be copied there.
 	Set string `json:"set,omitempty"`
 }
 
@@ -56,8 +56,8 @@ const (
 	InShell  Where = "shell"  // a command
 )
 
-// Waste is what something has cost. Seconds are what loads took, as answers told, and what the
-// evaluation of the tokens took or the waiting; where Estimated is set that is from a mean.
+// Waste is a cost. Seconds are the times of loads, as answers report them, and the times of
+// evaluating the tokens or of waiting; if Estimated is set, they are computed from a mean.
 type Waste struct {
 	Loads     int     `json:"loads,omitempty"`
 	Tokens    int     `json:"tokens,omitempty"`
@@ -84,16 +84,16 @@ const (
 )
 
 const (
-	fewLoads       = 2    // that need not be chance
+	fewLoads       = 2    // fewer may be chance
 	fewPrompts     = 3    // likewise
-	fewTokens      = 500  // that nobody would miss
-	significant    = 0.02 // of all work: Medium
+	fewTokens      = 500  // fewer do not matter
+	significant    = 0.02 // share of all work: Medium
 	grave          = 0.1  // … High
-	defaultCache   = 8192 // MiB: LLAMA_ARG_CACHE_RAM, unless it is set
-	mostWorthSlots = 8    // that are recommended
+	defaultCache   = 8192 // MiB: the default of LLAMA_ARG_CACHE_RAM
+	mostWorthSlots = 8    // the most that are recommended
 )
 
-// Examine returns what is wrong, worst first: by severity, and then by what it cost.
+// Examine returns the problems, worst first: by severity, and then by cost.
 func Examine(f Facts) []Finding {
 	list := []Finding{}
 	for i := range f.Upstreams {
@@ -123,7 +123,7 @@ func Examine(f Facts) []Finding {
 	return list
 }
 
-// severity compares a cost with all the work that was done: in time, or in tokens where answers tell no
+// severity compares a cost with all work that was done: in time, or in tokens if answers report no
 // times, as under /v1.
 func (f *Facts) severity(w Waste) Severity {
 	cost, work, evaluated := w.Seconds, 0.0, 0.0
@@ -143,7 +143,7 @@ func (f *Facts) severity(w Waste) Severity {
 	return Low
 }
 
-// about returns the server that a model is on; a zero one if it is not known.
+// about returns the server that a model is on; the zero value if it is not known.
 func (f *Facts) about(m *Model) Upstream {
 	for _, u := range f.Upstreams {
 		if u.Name == m.Upstream {
@@ -153,7 +153,7 @@ func (f *Facts) about(m *Model) Upstream {
 	return Upstream{}
 }
 
-// waste is what loads, and the tokens that they had evaluated again, have cost.
+// waste is the cost of loads, and of the tokens that were evaluated again after them.
 func (m *Model) waste(loads ...Load) (w Waste) {
 	for _, l := range loads {
 		w.Loads += l.Count
@@ -170,7 +170,7 @@ func (w *Waste) add(more Waste) {
 	w.Estimated = w.Estimated || more.Estimated
 }
 
-// loaded returns the loads of one cause.
+// loaded returns the loads with a cause.
 func (m *Model) loaded(cause Cause) (list []Load) {
 	for _, l := range m.Loads {
 		if l.Cause == cause {
@@ -180,7 +180,7 @@ func (m *Model) loaded(cause Cause) (list []Load) {
 	return list
 }
 
-// cold returns what was cold for one reason.
+// cold returns the cost of the prompts that were cold for a reason.
 func (m *Model) cold(reason string) Cost {
 	for _, c := range m.Cold {
 		if c.Reason == reason {
@@ -190,7 +190,7 @@ func (m *Model) cold(reason string) Cost {
 	return Cost{}
 }
 
-// much reports whether so many tokens are worth a finding.
+// much reports whether that many tokens are worth a finding.
 func (m *Model) much(tokens int) bool {
 	return tokens >= fewTokens && float64(tokens) >= significant*float64(m.Evaluated)
 }
@@ -248,7 +248,7 @@ func (m *Model) sum(cause Cause) (seconds float64) {
 	return seconds
 }
 
-// again says what was evaluated again after loads; "" for nothing.
+// again says how much was evaluated again after loads; "" if nothing was.
 func again(w Waste, m *Model) string {
 	if w.Tokens == 0 {
 		return ""
@@ -267,7 +267,8 @@ func (f *Facts) cut(m *Model) (Finding, bool) {
 	if m.Cut.Count == 0 {
 		return Finding{}, false
 	}
-	needed := roundContext(max(m.Cut.Needed+m.Cut.Needed/8, m.Cut.Context+1)) // which is an estimate
+	// Needed is an estimate, so an eighth is added.
+	needed := roundContext(max(m.Cut.Needed+m.Cut.Needed/8, m.Cut.Context+1))
 	found := Finding{
 		ID: IDCut, Severity: High,
 		Title: fmt.Sprintf("Prompts are longer than the context of %s, and are cut", m.Name),
@@ -358,7 +359,7 @@ func (f *Facts) dropped(m *Model) (Finding, bool) {
 	}, true
 }
 
-// evaluation is what the evaluation of tokens costs.
+// evaluation is the cost of evaluating tokens.
 func (m *Model) evaluation(tokens int) Waste {
 	return Waste{Tokens: tokens, Seconds: float64(tokens) * m.SecondsPerToken, Estimated: true}
 }

@@ -8,7 +8,8 @@ import (
 
 func (f *Facts) fewSlots(m *Model) (Finding, bool) {
 	l := m.Lanes
-	// Enough of them have waited, for about as long as one takes, while all slots were in use.
+	// The finding needs enough requests that waited, for about as long as one takes, while all
+	// slots were in use.
 	if l.Slots == 0 || l.Waited < fewPrompts || 5*l.Waited < l.Requests || l.Busy < l.Slots ||
 		l.Wanted <= l.Slots || 2*l.Seconds < l.Service {
 		return Finding{}, false
@@ -42,7 +43,7 @@ func learned(l Lanes) string {
 	return ""
 }
 
-// slotMemory says how much memory a slot takes; "" where that is not known.
+// slotMemory says how much memory a slot takes; "" if that is not known.
 func (m *Model) slotMemory() string {
 	if m.TokenBytes == 0 || m.Context == 0 {
 		return ""
@@ -50,7 +51,7 @@ func (m *Model) slotMemory() string {
 	return fmt.Sprintf(": about %s MiB for %s tokens, an estimate", number(m.TokenBytes*m.Context>>20), number(m.Context))
 }
 
-// manySlots needs a day's worth of requests: that a slot is free for a while says nothing.
+// manySlots needs a day's worth of requests: a slot that is free for a while proves nothing.
 func (f *Facts) manySlots(m *Model) (Finding, bool) {
 	const enough = 50
 	l := m.Lanes
@@ -66,7 +67,7 @@ func (f *Facts) manySlots(m *Model) (Finding, bool) {
 	}, true
 }
 
-// upstream finds what is about a server, and not about one model of it.
+// upstream returns the findings about a server, rather than about one of its models.
 func (f *Facts) upstream(u *Upstream) (list []Finding) {
 	for _, check := range []func(*Upstream) (Finding, bool){f.away, f.evict, f.bypass, f.link} {
 		if found, ok := check(u); ok {
@@ -95,8 +96,8 @@ func (f *Facts) away(u *Upstream) (Finding, bool) {
 	}, true
 }
 
-// cpu finds a model that is only in part in a GPU's memory. One that is not there at all has no
-// GPU.
+// cpu finds a model that is only partly in a GPU's memory. A model of which nothing is there runs
+// on a machine without a GPU.
 func cpu(l Resident) (Finding, bool) {
 	if l.SizeVRAM <= 0 || l.SizeVRAM >= l.Size {
 		return Finding{}, false
@@ -167,7 +168,7 @@ func (f *Facts) evict(u *Upstream) (Finding, bool) {
 	return found, true
 }
 
-// bypass finds use of a server that does not come through the proxy.
+// bypass finds use of a server past the proxy.
 func (f *Facts) bypass(u *Upstream) (Finding, bool) {
 	var evidence []string
 	var w Waste
@@ -199,7 +200,7 @@ func (f *Facts) bypass(u *Upstream) (Finding, bool) {
 	}
 	severity := f.severity(w)
 	if severity == Low {
-		severity = Medium // what is done past the proxy is not known, nor what it costs
+		severity = Medium // neither the extent of the use nor its cost is known
 	}
 	return Finding{
 		ID: IDBypass, Severity: severity, Title: title,
@@ -216,7 +217,7 @@ func (f *Facts) bypass(u *Upstream) (Finding, bool) {
 	}, true
 }
 
-// link finds an Ollama whose engine could keep contexts, where that would have helped.
+// link finds an Ollama whose engine could keep contexts, if that would have helped.
 func (f *Facts) link(u *Upstream) (Finding, bool) {
 	if f.Settings.Contexts || !u.Here || u.Simulated || !atLeast(u.Version, 0, 30) {
 		return Finding{}, false
@@ -229,7 +230,7 @@ func (f *Facts) link(u *Upstream) (Finding, bool) {
 			continue
 		}
 		tokens := 0
-		for _, l := range m.Loads { // what can be avoided is not to be made cheaper
+		for _, l := range m.Loads { // a cost that can be avoided need not be reduced
 			if l.Cause == CauseEvicted || l.Cause == CauseRestarted {
 				tokens += l.Tokens
 			}
@@ -257,11 +258,11 @@ func (f *Facts) link(u *Upstream) (Finding, bool) {
 	}, true
 }
 
-// heads finds places at the beginning of prompts that change.
+// heads finds places at the beginning of prompts that keep changing.
 func (f *Facts) heads() (list []Finding) {
 	const day = 24 * 3600
 	for _, c := range f.Changed {
-		// People edit what they have said. What programs write they do not.
+		// People edit their own messages, but not what programs write.
 		edited := c.Kind == "text" && strings.HasPrefix(c.Place, "message")
 		if c.Count < fewPrompts || c.Tokens < fewTokens || edited {
 			continue

@@ -7,34 +7,34 @@ import (
 	"time"
 )
 
-// Facts are what findings are made of. The proxy's page has all but Proxy, Loaded and Changed,
-// which whoever asks adds.
+// Facts are the input of Examine. The proxy's page has all of them but Proxy, Loaded and Changed,
+// which the caller adds.
 type Facts struct {
 	Now   time.Time `json:"now"`
-	Since time.Time `json:"since"` // from when on nothing is missing
-	// Requests is how many requests to models there were since then.
+	Since time.Time `json:"since"` // the facts are complete from then on
+	// Requests is the number of requests to models since then.
 	Requests  int        `json:"requests"`
 	Settings  Settings   `json:"settings"`
 	Upstreams []Upstream `json:"upstreams"`
 	Models    []Model    `json:"models"`
 	Outside   []Outsider `json:"outside"`
 
-	// Proxy is its address, as clients name it.
+	// Proxy is the proxy's address, as clients name it.
 	Proxy string `json:"-"`
-	// Loaded is what the servers say that they have loaded now, by the servers' names.
+	// Loaded has the models that each server reports as loaded now, by the server's name.
 	Loaded map[string][]Resident `json:"-"`
-	// Changed are the heads of prompts that change, as the last requests tell.
+	// Changed has the changing heads of prompts among the last requests.
 	Changed []Changed `json:"-"`
 }
 
-// Settings are those of the proxy that findings depend on.
+// Settings are the proxy's settings that findings depend on.
 type Settings struct {
 	KeepAlive       string `json:"keep_alive"`
 	KeepAlivePolicy string `json:"keep_alive_policy"`
 	Contexts        bool   `json:"contexts"` // stored contexts are on
 }
 
-// Upstream is a server, as the proxy knows it.
+// Upstream is a server, as the proxy sees it.
 type Upstream struct {
 	Name    string `json:"name"`
 	URL     string `json:"url"`
@@ -46,23 +46,23 @@ type Upstream struct {
 	Simulated bool `json:"simulated,omitempty"`
 }
 
-// Model is what there is of one model on one server. Seconds are sums.
+// Model has the sums for one model on one server. Seconds are sums.
 type Model struct {
 	Name     string `json:"name"`
 	Upstream string `json:"upstream"`
 	Requests int    `json:"requests"`
 
 	Tokens    int  `json:"prompt_tokens"`
-	Evaluated int  `json:"evaluated_tokens"` // of the prompts of which it is known
-	Estimated bool `json:"estimated"`        // some of it is an estimate
+	Evaluated int  `json:"evaluated_tokens"` // of the prompts for which it is known
+	Estimated bool `json:"estimated"`        // part of it is an estimate
 
 	LoadSeconds   float64 `json:"load_seconds"`
 	PromptSeconds float64 `json:"prompt_seconds"`
 	EvalSeconds   float64 `json:"eval_seconds"`
-	// SecondsPerToken is how long the evaluation of a prompt's token takes; 0: not known.
+	// SecondsPerToken is the time to evaluate one token of a prompt; zero: not known.
 	SecondsPerToken float64 `json:"seconds_per_token"`
 
-	Askers []Asked `json:"askers"` // those who asked most come first
+	Askers []Asked `json:"askers"` // those with the most requests first
 	Loads  []Load  `json:"loads"`
 	Cold   []Cold  `json:"cold"`
 	Cut    Cut     `json:"cut"`
@@ -71,31 +71,30 @@ type Model struct {
 	Dropped      Cost   `json:"dropped_turns"`
 	DroppedBy    []Name `json:"dropped_turns_by"`
 	Sliding      bool   `json:"sliding_window"`
-	TokenBytes   int    `json:"token_bytes"`   // about, of the engine's memory; 0: not known
-	WorkingSet   int    `json:"working_set"`   // tokens: each conversation, or what prompts begin with, once
-	Working      int    `json:"conversations"` // that these are of
+	TokenBytes   int    `json:"token_bytes"`   // approximate, in the engine's memory; 0: not known
+	WorkingSet   int    `json:"working_set"`   // tokens, with shared beginnings counted once
+	Working      int    `json:"conversations"` // that WorkingSet counts
 	LargestAsked int    `json:"largest_num_ctx"`
-	// Context is the longest context that it was loaded with, DefaultContext the one that it is
-	// loaded with for requests that ask for none, in tokens; 0: not known.
+	// Context is the longest context that the model was loaded with; DefaultContext is the one for
+	// requests that ask for none. In tokens; zero: not known.
 	Context        int `json:"context"`
 	DefaultContext int `json:"default_context"`
 }
 
-// Name is how an asker is told from others without what it asks for.
+// Name identifies an asker, without what it asks for.
 type Name struct {
 	Name   string `json:"name,omitempty"`
 	Client string `json:"client"`
 	Agent  string `json:"agent,omitempty"`
 }
 
-// Asked is an asker, with what it asked of the model.
+// Asked is an asker, with its use of the model.
 type Asked struct {
 	Asker
 	Requests int     `json:"requests"`
 	Loads    int     `json:"loads"` // that its requests caused
 	Seconds  float64 `json:"load_seconds"`
-	// OwnKeepAlive is the shortest keep_alive that it stated itself, in seconds; nil: it stated
-	// none.
+	// OwnKeepAlive is the shortest keep_alive in its requests, in seconds; nil: they had none.
 	OwnKeepAlive *float64 `json:"keep_alive_seconds,omitempty"`
 }
 
@@ -103,24 +102,24 @@ type Asked struct {
 type Cause string
 
 const (
-	CauseFirst     Cause = "first"     // nobody here had used it before
+	CauseFirst     Cause = "first"     // its first use through the proxy
 	CauseNumCtx    Cause = "num_ctx"   // a request asked for another context length
 	CauseOptions   Cause = "options"   // … or for other options
 	CauseExpired   Cause = "expired"   // its keep_alive had run out, or a client had unloaded it
-	CauseEvicted   Cause = "evicted"   // another model was loaded since
-	CauseRestarted Cause = "restarted" // the server was started anew
+	CauseEvicted   Cause = "evicted"   // another model was loaded meanwhile
+	CauseRestarted Cause = "restarted" // the server was restarted
 	CauseUnknown   Cause = "unknown"   // nothing that came through the proxy explains it
 )
 
-// Load is the loads of one cause, and what they cost.
+// Load has the loads with one cause, and their cost.
 type Load struct {
 	Cause Cause `json:"cause"`
-	// By is the model that was loaded before, where the cause is CauseEvicted.
+	// By is the model that was loaded before, if the cause is CauseEvicted.
 	By string `json:"by,omitempty"`
 	Cost
-	// Gap is the median of how long the model had not been used, KeepAlive the longest keep_alive
-	// that was in force, in seconds, where the cause is CauseExpired. Own says that it was a
-	// client's own.
+	// If the cause is CauseExpired, Gap is the median time for which the model had not been used,
+	// and KeepAlive the longest keep_alive in force, in seconds. Own means that it was set by a
+	// client.
 	Gap       float64 `json:"gap_seconds,omitempty"`
 	KeepAlive float64 `json:"keep_alive_seconds,omitempty"`
 	Own       bool    `json:"own_keep_alive,omitempty"`
@@ -128,43 +127,43 @@ type Load struct {
 	gaps []float64
 }
 
-// Cost is what something cost.
+// Cost is the number of requests concerned, and what they cost.
 type Cost struct {
 	Count int `json:"count"`
-	// Tokens were evaluated again.
+	// Tokens is how many were evaluated again.
 	Tokens int `json:"tokens"`
-	// Seconds were told by answers: of loading, where it is about loads.
+	// Seconds are as answers reported them: for loads, the times of loading.
 	Seconds float64 `json:"seconds"`
 }
 
-// Cold is the prompts that were not warm for one reason of the ledger's.
+// Cold has the prompts that were not warm for one of the ledger's reasons.
 type Cold struct {
 	Reason string `json:"reason"`
 	Cost
 }
 
-// Cut is the prompts that the server has probably cut.
+// Cut has the prompts that the server has probably truncated.
 type Cut struct {
 	Count int `json:"count"`
-	// Needed is how many tokens the largest of them has, about; Context how many it was given.
+	// Needed is the approximate length of the largest, in tokens; Context is what it was given.
 	Needed  int `json:"needed_tokens"`
 	Context int `json:"context"`
-	// By are those who sent them.
+	// By has their senders.
 	By []Name `json:"by"`
 }
 
-// Lanes is how requests waited for slots. Those of the least urgent priority are not counted.
+// Lanes says how requests waited for slots, without those of the lowest priority.
 type Lanes struct {
 	Requests int     `json:"requests"`
 	Waited   int     `json:"waited"` // for a second or longer
 	Seconds  float64 `json:"wait_seconds"`
-	Service  float64 `json:"service_seconds"` // from when they were sent
-	// Busy is how many ran at most at a time, batch too; Wanted how many were here at most at a
-	// time, running or waiting, without batch.
+	Service  float64 `json:"service_seconds"` // from the time of sending
+	// Busy is how many ran at most at a time, batch included; Wanted is how many were running or
+	// waiting at most at a time, without batch.
 	Busy   int `json:"busy"`
 	Wanted int `json:"wanted"`
-	// Slots is how many the model has now; 0: not known, or not bounded. Learned says that this was
-	// learned, and may be fewer than there are.
+	// Slots is how many the model has now; zero: unknown or unlimited. Learned means that the
+	// number was learned, and may be too small.
 	Slots   int  `json:"slots"`
 	Learned bool `json:"learned"`
 }
@@ -186,24 +185,24 @@ type Resident struct {
 	ContextLength int   // tokens
 }
 
-// Changed is a place in prompts that changes from one to the next, so that what follows is
+// Changed is a place that differs from one prompt to the next, so that the rest of the prompt is
 // evaluated again.
 type Changed struct {
 	Model string `json:"model"`
 	Place string `json:"place"` // such as "system prompt"
 	Kind  string `json:"kind"`  // such as "checksum"
-	Byte  int    `json:"byte"`  // of that place
+	Byte  int    `json:"byte"`  // offset within that place
 	Cost
-	Since time.Time `json:"since"` // from when on these were counted
+	Since time.Time `json:"since"` // they are counted from then on
 }
 
 const (
-	mostAskers = 16 // of a model, that are told
-	mostBy     = 8  // of those who send something
+	mostAskers = 16 // of a model, that are reported
+	mostBy     = 8  // of the senders that are reported
 )
 
-// Facts returns what the requests since a time add up to; the zero time: all that are remembered.
-// What the proxy knows beside is left to be filled in.
+// Facts returns the sums of the requests since a time; the zero time means all that are remembered.
+// The caller fills in what else the proxy knows.
 func (r *Recorder) Facts(now, from time.Time) Facts {
 	rows, outside, since := r.since(from)
 	f := aggregate(rows, outside)
@@ -211,7 +210,7 @@ func (r *Recorder) Facts(now, from time.Time) Facts {
 	return f
 }
 
-// aggregate adds requests up.
+// aggregate sums up requests.
 func aggregate(rows []Request, outside []Outside) Facts {
 	f := Facts{Requests: len(rows), Models: []Model{}, Outside: []Outsider{}, Upstreams: []Upstream{}}
 	slices.SortStableFunc(rows, func(a, b Request) int { return a.Sent.Compare(b.Sent) })
@@ -247,7 +246,7 @@ func aggregate(rows []Request, outside []Outside) Facts {
 	return f
 }
 
-// modelRows is a model while its requests are added up.
+// modelRows is a model while its requests are summed up.
 type modelRows struct {
 	Model
 	rows []*Request
@@ -312,7 +311,8 @@ func (m *modelRows) tokens() {
 		}
 		m.Sliding = m.Sliding || q.Sliding
 		m.Context = max(m.Context, q.Context)
-		if q.Reason != "" && !q.cut { // what is cut parts from what was warm, whatever the ledger takes it for
+		// A truncated prompt differs from what was warm, whatever reason the ledger gives.
+		if q.Reason != "" && !q.cut {
 			c := cold[q.Reason]
 			if c == nil {
 				c = &Cold{Reason: q.Reason}
@@ -333,7 +333,7 @@ func (m *modelRows) tokens() {
 	m.Working = len(working)
 }
 
-// add counts a request, and what was evaluated of its prompt.
+// add counts a request, and the evaluated tokens of its prompt.
 func (c *Cost) add(q *Request) {
 	c.Count++
 	if q.Known {
@@ -361,8 +361,8 @@ func (m *modelRows) loads(loads map[*Request]loaded) {
 				last.Own = last.Own || l.own
 			}
 		}
-		// What was warm before a load is evaluated again after it, by the first prompts that begin
-		// so.
+		// Tokens that were warm before a load are evaluated again after it, by the first prompts
+		// that begin with them.
 		if last != nil && q.Known && afterLoad[q.Reason] {
 			last.Tokens += q.Evaluated
 		}
@@ -378,7 +378,7 @@ func (m *modelRows) loads(loads map[*Request]loaded) {
 	})
 }
 
-// afterLoad are the ledger's reasons that say that a load has cost what was warm.
+// afterLoad has the ledger's reasons which mean that a load has cost warm tokens.
 var afterLoad = map[string]bool{"reloaded": true, "evicted": true, "restarted": true}
 
 func (m *modelRows) dropped() {
@@ -387,7 +387,7 @@ func (m *modelRows) dropped() {
 			continue
 		}
 		lost := 0
-		if q.Known && q.Bytes > 0 { // of the rest it would have been evaluated in any case
+		if q.Known && q.Bytes > 0 { // the rest would have been evaluated in any case
 			lost = min(q.Evaluated-q.Tokens*q.Moved.After/q.Bytes, q.Tokens*q.Moved.Bytes/q.Bytes)
 		}
 		m.Dropped.Count++
@@ -405,16 +405,15 @@ func (a Asker) addTo(list []Name) []Name {
 }
 
 const (
-	// cutBytes is by how many bytes a conversation must have grown to tell that it was cut.
+	// cutBytes is how many bytes a conversation must have grown by to prove a truncation.
 	cutBytes = 1000
-	// cutDensity is how many bytes of text no token has.
+	// cutDensity is more bytes of text than any token has.
 	cutDensity = 10
 )
 
-// cut finds the prompts that were cut: those of which the ledger says so, by their token count,
-// and those of a conversation that has grown since, by more than the context holds, while the
-// token count has not. (Ollama leaves out whole messages, so what is left may be shorter than the
-// context.)
+// cut finds the truncated prompts: those that the ledger recognised by their token counts, and
+// those of a conversation that has since grown by more than the context holds while the token count
+// has not. (Ollama leaves out whole messages, so the rest may be shorter than the context.)
 func (m *modelRows) cut() {
 	whole := map[uint64]*grown{}
 	tokens, bytes := 0, 0
@@ -446,30 +445,32 @@ func (m *modelRows) cut() {
 	}
 }
 
-// grown is a conversation, as far as it was not cut: its first prompt and its longest one.
+// grown is the untruncated part of a conversation: its first prompt and its longest.
 type grown struct{ first, last *Request }
 
-// stalls reports whether a later prompt of the conversation has more text, and not the tokens for
+// stalls reports whether a later prompt of the conversation has more text, but not the tokens for
 // it.
 func (g *grown) stalls(q *Request) bool {
 	return (q.Tokens-g.last.Tokens)*cutDensity < q.Bytes-g.last.Bytes
 }
 
-// cut reports whether a later prompt of the conversation was cut, and about how many tokens it has.
+// cut reports whether a later prompt of the conversation was truncated, and its approximate length
+// in tokens.
 func (g *grown) cut(q *Request, context int) (needed int, cut bool) {
 	bytes := q.Bytes - g.last.Bytes
 	if context == 0 || q.Tokens > context || bytes < cutBytes || !g.stalls(q) {
 		return 0, false
 	}
 	each := float64(g.last.Tokens) / float64(g.last.Bytes)
-	if more := g.last.Bytes - g.first.Bytes; more >= cutBytes { // without tools, and what templates add
+	// The difference excludes tools, and what templates add.
+	if more := g.last.Bytes - g.first.Bytes; more >= cutBytes {
 		each = float64(g.last.Tokens-g.first.Tokens) / float64(more)
 	}
 	needed = g.last.Tokens + int(each*float64(bytes))
 	return needed, needed > context
 }
 
-// lanesOf says how requests to a model waited.
+// lanesOf returns how requests to a model waited.
 func lanesOf(rows []*Request) (l Lanes) {
 	type edge struct {
 		at           time.Time

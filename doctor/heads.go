@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// Entry is what of an entry of the page of the last requests is looked at.
+// Entry has the members of an entry of the requests page that matter here.
 type Entry struct {
 	At      time.Time   `json:"at"`
 	Model   string      `json:"model"`
@@ -18,10 +18,10 @@ type EntryPlace struct {
 	Place  string `json:"place"`
 	Byte   int    `json:"byte"`
 	Kind   string `json:"kind"`
-	Tokens int    `json:"tokens"` // that were evaluated for that
+	Tokens int    `json:"tokens"` // that were evaluated because of that
 }
 
-// ChangedOf adds up the places of the entries since a time.
+// ChangedOf sums up the entries since a time by place.
 func ChangedOf(entries []Entry, since time.Time) []Changed {
 	var list []Changed
 	if len(entries) == 0 {

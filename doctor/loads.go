@@ -5,32 +5,32 @@ import "time"
 // loaded is why a request found its model not loaded.
 type loaded struct {
 	cause     Cause
-	by        string // the model that was loaded before, where it is CauseEvicted
+	by        string // the model that was loaded before, if the cause is CauseEvicted
 	gap       time.Duration
 	keepAlive time.Duration
 	own       bool
 }
 
-// ollamaKeepAlive is how long Ollama keeps a model unless it is told otherwise, where the proxy
-// leaves that to it.
+// ollamaKeepAlive is Ollama's default keep_alive, which applies if the proxy leaves it to Ollama.
 const ollamaKeepAlive = 5 * time.Minute
 
-// resident is what is known of a model, as requests come by.
+// resident tracks a model through its requests.
 type resident struct {
 	used      bool
-	ended     time.Time // the last request to it
+	ended     time.Time // when the last request to it ended
 	keepAlive time.Duration
 	own       bool
 }
 
-// next takes in what a request says about for how long its model stays.
+// next updates how long the model stays by a request.
 func (r *resident) next(q *Request) {
 	r.used = true
 	if q.Ended.After(r.ended) {
 		r.ended = q.Ended
 	}
 	if q.Foreign && r.own && !q.Loaded {
-		return // a client's own stays in force until the model is loaded anew, or a native request comes
+		// A client's own stays in force until the model is reloaded, or a native request arrives.
+		return
 	}
 	r.keepAlive, r.own = q.KeepAlive, q.OwnKeepAlive
 	if r.keepAlive < 0 {
@@ -38,7 +38,7 @@ func (r *resident) next(q *Request) {
 	}
 }
 
-// loadsOf finds out why models were loaded, from requests in the order in which they were sent.
+// loadsOf returns why models were loaded, from requests in the order of sending.
 func loadsOf(rows []Request) map[*Request]loaded {
 	type other struct {
 		name string

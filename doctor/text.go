@@ -7,11 +7,11 @@ import (
 	"time"
 )
 
-// Report is what is found, as programs read it: docs/doctor.md says what stays as it is.
+// Report is the findings as programs read them. docs/doctor.md lists what will not change.
 type Report struct {
 	Proxy    string    `json:"proxy"` // its URL
 	Now      time.Time `json:"now"`
-	Since    time.Time `json:"since"` // from when on requests were looked at
+	Since    time.Time `json:"since"` // requests since then were examined
 	Requests int       `json:"requests"`
 	Findings []Finding `json:"findings"`
 }
@@ -21,7 +21,7 @@ func NewReport(f Facts) Report {
 	return Report{Proxy: f.Proxy, Now: f.Now, Since: f.Since, Requests: f.Requests, Findings: Examine(f)}
 }
 
-// width is how long the lines of the text are at most, but for what is to be copied.
+// width is the most columns of the text, except for settings to be copied.
 const width = 96
 
 // wheres say where a setting is to be made.
@@ -79,7 +79,7 @@ func (f Finding) write(b *strings.Builder, n int) {
 	fmt.Fprintf(b, "   More: docs/%s\n", f.Doc)
 }
 
-// String says what it has cost in words; "" for nothing.
+// String returns the cost in words; "" for none.
 func (w Waste) String() string {
 	var parts []string
 	if w.Seconds > 0 {
@@ -98,8 +98,7 @@ func (w Waste) String() string {
 	return strings.Join(parts, ", ")
 }
 
-// wrap writes text in lines, the first of which begins with first, and the others as far to the
-// right.
+// wrap writes text in lines: the first one after first, the others indented by its width.
 func wrap(b *strings.Builder, first, text string) {
 	indent := strings.Repeat(" ", len([]rune(first)))
 	line, used := first, len([]rune(first))

@@ -10,12 +10,12 @@ import (
 
 // turn is a message of a prompt.
 type turn struct {
-	hash uint64 // of its text by itself, whatever comes before it
-	end  int    // how many bytes of text the prompt has up to its end
+	hash uint64 // of its text alone, without what comes before it
+	end  int    // bytes of the prompt's text up to the message's end
 }
 
-// turnsOf returns the messages of a prompt, as far as the links of its chain tell: texts that
-// differ in their last few bytes alone look alike.
+// turnsOf returns the messages of a prompt, as seen by the links of its chain: texts that differ
+// only in their last few bytes look alike.
 func turnsOf(c *prefix.Chain) []turn {
 	turns := make([]turn, 0, min(c.Messages, maxTurns))
 	last := int32(-1)
@@ -39,18 +39,18 @@ func turnsOf(c *prefix.Chain) []turn {
 	return turns
 }
 
-// fewestTurns is how many messages two prompts must have in common, one after the other, for the
-// second to go on where the first was: short ones such as "yes" look alike.
+// fewestTurns is how many consecutive messages two prompts must share for the second to continue
+// the first, since short ones such as "yes" look alike.
 const fewestTurns = 2
 
-// Moved is the text of a prompt that an earlier one has too, but after more.
+// Moved is the text that a prompt shares with an earlier one, but at a later offset.
 type Moved struct {
 	Bytes int // of text that has moved; 0: none has
 	After int // of text after it, which is new
 }
 
-// moved returns what has moved where the messages now are those before without some of the oldest,
-// and with more at the end. The first message of both may be a system prompt, which stays.
+// moved returns what has moved if the current messages are the previous ones without some of the
+// oldest, and with more at the end. The first message of both may be a system prompt, which stays.
 func moved(before, now []turn) Moved {
 	same := func(a, b turn) bool { return a.hash == b.hash }
 	if len(before) == 0 || len(now) == 0 {

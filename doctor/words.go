@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// number writes an integer with thousands apart.
+// number formats an integer with separators of thousands.
 func number(n int) string {
 	s := strconv.Itoa(n)
 	for i := len(s) - 3; i > 0 && s[i-1] != '-'; i -= 3 {
@@ -17,7 +17,7 @@ func number(n int) string {
 	return s
 }
 
-// plural writes how many there are of something.
+// plural returns a count with its noun.
 func plural(n int, what string) string {
 	if n != 1 {
 		what += "s"
@@ -35,7 +35,7 @@ func times(n int) string {
 	return number(n) + " times"
 }
 
-// duration writes seconds as people say them, with two figures.
+// duration returns seconds as people write them, with two significant digits.
 func duration(seconds float64) string {
 	switch {
 	case seconds >= 10*365*24*3600:
@@ -54,7 +54,7 @@ func duration(seconds float64) string {
 	return fmt.Sprintf("%.0f ms", seconds*1000)
 }
 
-// hold returns a keep_alive that is longer than such a gap.
+// hold returns a keep_alive that is longer than a gap.
 func hold(gap float64) string {
 	for _, hours := range []int{1, 24} {
 		if 2*gap <= float64(hours)*3600 {
@@ -64,7 +64,7 @@ func hold(gap float64) string {
 	return "-1"
 }
 
-// roundContext returns a context length for so many tokens: the next power of two.
+// roundContext returns a context length for that many tokens: the next power of two.
 func roundContext(tokens int) int {
 	return 1 << int(math.Ceil(math.Log2(float64(max(tokens, 2048)))))
 }
@@ -99,7 +99,7 @@ func names(list []Name) string {
 	return join(all)
 }
 
-// article begins a sentence with a kind of thing.
+// article begins a sentence about a kind of thing.
 func article(kind string) string {
 	switch kind {
 	case "uuid":
@@ -110,7 +110,7 @@ func article(kind string) string {
 	return "A " + kind
 }
 
-// atLeast reports whether a version is this one or later. One that is not known is not.
+// atLeast reports whether a version is this one or later; an unknown version is not.
 func atLeast(version string, major, minor int) bool {
 	var a, b int
 	if n, _ := fmt.Sscanf(version, "%d.%d", &a, &b); n < 2 {

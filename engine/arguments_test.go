@@ -115,7 +115,7 @@ func TestParse(t *testing.T) {
 
 func with(args []string, more ...string) []string { return append(slices.Clone(args), more...) }
 
-// replaced is a command line with another value.
+// replaced returns a command line with another value for a flag.
 func replaced(args []string, flag, value string) []string {
 	args = slices.Clone(args)
 	args[slices.Index(args, flag)+1] = value
@@ -180,7 +180,7 @@ func FuzzParse(f *testing.F) {
 		if p.Port < 0 || p.Parallel < 0 || p.Context < 0 || p.ContextEach > p.Context {
 			t.Fatalf("numbers that make no sense: %+v", p)
 		}
-		// What does not matter does not, wherever it is.
+		// Irrelevant flags do not matter, wherever they are.
 		before := parse(
 			append([]string{"--port", "5", "--offline", "-t", "3"}, args...),
 			append([]string{"LLAMA_ARG_THREADS=3"}, environ...),
@@ -194,7 +194,7 @@ func FuzzParse(f *testing.F) {
 		if before.Format() != p.Format() {
 			t.Fatalf("other formats: %+v\n%+v", before, p)
 		}
-		// Arguments that nobody knows are kept.
+		// Unknown arguments are kept.
 		more := parse(append([]string{"--unheard-of"}, args...), environ)
 		if more.Format() == p.Format() {
 			t.Fatal("an unknown flag is lost")

@@ -17,8 +17,8 @@ import (
 	"time"
 )
 
-// answering is an engine that answers everything with a status and a text, and tells what it was
-// asked last.
+// answering is an engine that answers everything with a status and a text, and records the last
+// request.
 func answering(t *testing.T, status int, text string) (Process, *string) {
 	t.Helper()
 	asked := new(string)
@@ -147,8 +147,8 @@ func TestClientGone(t *testing.T) {
 	}
 }
 
-// TestRestoreGuards: the engine is not asked for a file that is not what was saved, or a slot that
-// it has not.
+// TestRestoreGuards: the engine is not asked for a file that is not the saved one, or for a slot
+// that it lacks.
 func TestRestoreGuards(t *testing.T) {
 	p, asked := answering(t, 200, `{}`)
 	write(t, filepath.Join(p.SaveFolder, "a"), "state")

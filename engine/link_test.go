@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// names are the files beneath a folder, of which those in omit are left out.
+// names returns the files beneath a folder, except those in omit.
 func names(t testing.TB, folder string, omit ...string) []string {
 	t.Helper()
 	var all []string
@@ -101,12 +101,12 @@ func TestLink(t *testing.T) {
 		again.Build != info.Build {
 		t.Errorf("linked with --swa-full: %+v", again)
 	}
-	// The same files elsewhere are the same build, and have the same name for states.
+	// The same files in another place are the same build, and have the same name for states.
 	other := link(LinkOptions{Ollama: install(t), Home: filepath.Join(t.TempDir(), "other")})
 	if other.Build != info.Build {
 		t.Errorf("the same engine is another build: %+v, %+v", other, info)
 	}
-	// A folder that lacks something is made whole.
+	// An incomplete folder is completed.
 	if err := os.Remove(info.Start()); err != nil {
 		t.Fatal(err)
 	}
@@ -122,7 +122,7 @@ func TestLink(t *testing.T) {
 	}
 }
 
-// upgrade puts another file in a file's place, as packages do.
+// upgrade replaces a file by another one, as packages do.
 func upgrade(t testing.TB, path string) {
 	t.Helper()
 	content := must(os.ReadFile(path))
@@ -165,7 +165,7 @@ func TestLinkUpgraded(t *testing.T) {
 			}
 		})
 	}
-	// Another folder of the same files, as a layer of an image is, is no upgrade.
+	// Another folder with the same files, such as a layer of an image, is no upgrade.
 	ollama := install(t)
 	info := linkTo(t, ollama)
 	for _, path := range []string{ollama, info.Engine} {
@@ -184,7 +184,7 @@ func TestLinkUpgraded(t *testing.T) {
 	if l := must(readLink(info.Home)); l.changed() != "" {
 		t.Errorf("the same files: %s", l.changed())
 	}
-	// The path that was given leads to another version, and the old one is still there.
+	// The given path leads to another version, and the old one still exists.
 	given := filepath.Join(t.TempDir(), "ollama")
 	if err := os.Symlink(ollama, given); err != nil {
 		t.Fatal(err)
@@ -207,7 +207,7 @@ func TestLinkUpgraded(t *testing.T) {
 		t.Errorf("linked anew by a symlink: %+v", again)
 	}
 	info = must(Link(LinkOptions{Ollama: ollama, Home: info.Home}))
-	// An installed Ollama that is gone.
+	// The installed Ollama is gone.
 	if err := os.RemoveAll(filepath.Dir(info.Engine)); err != nil {
 		t.Fatal(err)
 	}
@@ -266,7 +266,7 @@ func TestLinkRefuses(t *testing.T) {
 	}
 }
 
-// TestLinkFails: whatever fails in the middle leaves what was there.
+// TestLinkFails: a failure at any point leaves the previous state.
 func TestLinkFails(t *testing.T) {
 	ollama := install(t)
 	info := linkTo(t, ollama)
@@ -311,7 +311,7 @@ func TestLinkFails(t *testing.T) {
 	if entries := must(os.ReadDir(info.Home)); len(entries) != 5 {
 		t.Errorf("something is left: %v", entries)
 	}
-	// Two at once.
+	// Two at the same time.
 	unlock := must(lockFolder(info.Home))
 	defer unlock()
 	if _, err := Link(LinkOptions{Ollama: ollama, Home: info.Home}); err == nil ||
@@ -340,7 +340,7 @@ func TestUnlink(t *testing.T) {
 	if got := names(t, info.Home); !slices.Equal(got, []string{"contexts/state"}) {
 		t.Errorf("%q is left", got)
 	}
-	// The contexts are there for a new link.
+	// A new link finds the old contexts.
 	if _, err := Link(LinkOptions{Ollama: ollama, Home: info.Home}); err != nil {
 		t.Fatal(err)
 	}

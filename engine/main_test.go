@@ -16,10 +16,10 @@ import (
 	"go.uber.org/goleak"
 )
 
-// The test binary is also the Ollama that is linked, its engine, and, as the program that a link
-// has for an engine, itself.
+// TestMain also makes the test binary the Ollama that is linked, its engine, and the program that a
+// link has in place of the engine.
 func TestMain(m *testing.M) {
-	// The race detector has each process wait for a second at its end.
+	// With the race detector each process would wait for a second at its end.
 	os.Setenv("GORACE", "atexit_sleep_ms=0")
 	switch name := filepath.Base(os.Args[0]); {
 	case name == "ollama":
@@ -27,7 +27,7 @@ func TestMain(m *testing.M) {
 		fmt.Println("Warning: client version is " + os.Getenv("TEST_VERSION"))
 		os.Exit(0)
 	case Called(os.Args) && os.Getenv("TEST_AS_ENGINE") == "":
-		os.Setenv("TEST_AS_ENGINE", "1") // for who it becomes
+		os.Setenv("TEST_AS_ENGINE", "1") // for the program that it executes
 		os.Exit(Main(os.Args))
 	case Called(os.Args):
 		os.Exit(fakeEngine())
@@ -37,21 +37,21 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
-// report is what a fake engine tells of itself.
+// report is a fake engine's report about itself.
 type report struct {
 	Args []string
 	PID  int
 }
 
-// fakeEngine tells of itself where TEST_REPORT says, and ends with TEST_EXIT, or when its input
-// does.
+// fakeEngine writes its report to the path in TEST_REPORT. It exits with the status in TEST_EXIT,
+// or else at the end of its input.
 func fakeEngine() int {
 	text, err := json.Marshal(report{os.Args, os.Getpid()})
 	if err != nil {
 		return 99
 	}
 	path := os.Getenv("TEST_REPORT")
-	// The mode is for the umask to change.
+	// The umask must be able to change this mode.
 	if os.WriteFile(path+".new", text, 0o666) != nil || os.Rename(path+".new", path) != nil {
 		return 98
 	}
@@ -63,7 +63,7 @@ func fakeEngine() int {
 	return 0
 }
 
-// install makes an Ollama with an engine in a new folder, as its packages do, and returns its
+// install installs an Ollama with an engine in a new folder, as its packages do, and returns its
 // binary.
 func install(t testing.TB) string {
 	t.Helper()
@@ -101,7 +101,7 @@ func write(t testing.TB, path, content string) {
 	}
 }
 
-// linkTo links an Ollama to a new folder.
+// linkTo links an Ollama in a new folder.
 func linkTo(t testing.TB, ollama string) Info {
 	t.Helper()
 	info, err := Link(LinkOptions{Ollama: ollama, Home: filepath.Join(t.TempDir(), "home")})
@@ -120,7 +120,7 @@ type shim struct {
 	home   string
 }
 
-// start starts the program of a link as Ollama does and waits for the engine that it becomes.
+// start starts the program of a link as Ollama does, and waits for the engine that it executes.
 func start(t testing.TB, home string, env []string, args ...string) *shim {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "report")
@@ -155,7 +155,7 @@ func start(t testing.TB, home string, env []string, args ...string) *shim {
 	return s
 }
 
-// end lets the engine end by itself and returns what was said on stderr.
+// end lets the engine end by itself and returns its stderr.
 func (s *shim) end(t testing.TB) string {
 	t.Helper()
 	s.input.Close()

@@ -16,8 +16,8 @@ import (
 	"time"
 )
 
-// holdNote writes a note with the port that TEST_HOLD_NOTE has after a home, and keeps it until its
-// input ends.
+// holdNote writes a note for the home and port in TEST_HOLD_NOTE, and keeps it until its input
+// ends.
 func holdNote() int {
 	home, port, _ := strings.Cut(os.Getenv("TEST_HOLD_NOTE"), "|")
 	p := parse(nil, nil)
@@ -34,7 +34,7 @@ func holdNote() int {
 	return 0
 }
 
-// hold has a process of its own write a note and returns what ends it.
+// hold starts a process that writes a note, and returns a function that ends it.
 func hold(t testing.TB, home string, port int) (pid int, end func()) {
 	t.Helper()
 	self, err := os.Executable()
@@ -110,7 +110,7 @@ func TestProcesses(t *testing.T) {
 	}
 }
 
-// TestProcessesElse: other files between the notes, and notes that are no use.
+// TestProcessesElse: other files among the notes, and unusable notes.
 func TestProcessesElse(t *testing.T) {
 	home := t.TempDir()
 	if err := os.MkdirAll(notesFolder(home), 0o700); err != nil {
@@ -134,7 +134,7 @@ func TestProcessesElse(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	// The note of an engine that lives is damaged.
+	// The note of a living engine is damaged.
 	hold(t, home, 7)
 	for _, content := range []string{"{", strings.Repeat(" ", noteLimit+1)} {
 		for _, entry := range must(os.ReadDir(notesFolder(home))) {

@@ -13,7 +13,7 @@ import (
 	"testing"
 )
 
-// startArgs are what Ollama starts an engine with, for weights that are there.
+// startArgs are the arguments of an engine, as Ollama passes them, with weights that exist.
 func startArgs(t *testing.T) []string {
 	model := filepath.Join(must(filepath.EvalSymlinks(t.TempDir())), "sha256-1")
 	write(t, model, "GGUF")
@@ -54,7 +54,8 @@ func TestShim(t *testing.T) {
 	}
 }
 
-// TestShimUmask: what an engine writes is for nobody else, but only if it saves states.
+// TestShimUmask: only the owner can read the files that an engine writes, but only if it saves
+// states.
 func TestShimUmask(t *testing.T) {
 	info := linkTo(t, install(t))
 	old := syscall.Umask(0o022)
@@ -115,7 +116,7 @@ func TestShimArguments(t *testing.T) {
 	}
 }
 
-// TestShimWithout: whatever is wrong, Ollama gets its engine, and is told why there are no
+// TestShimWithout: whatever is wrong, Ollama gets its engine, and the log says why there are no
 // contexts.
 func TestShimWithout(t *testing.T) {
 	for name, test := range map[string]struct {
@@ -183,7 +184,7 @@ func TestShimNoEngine(t *testing.T) {
 	}
 }
 
-// TestShimEnds: the engine's end is what its starter sees.
+// TestShimEnds: whoever started the engine sees its exit status.
 func TestShimEnds(t *testing.T) {
 	info := linkTo(t, install(t))
 	s := start(t, info.Home, []string{"TEST_EXIT=7"}, startArgs(t)...)
@@ -207,7 +208,7 @@ func TestShimEnds(t *testing.T) {
 	}
 }
 
-// TestShimInPath: it finds its folder also where it is started by its name alone.
+// TestShimInPath: the shim finds its folder even if it is started by its name alone.
 func TestShimInPath(t *testing.T) {
 	home := must(homeOf("/a/b/home/lib/ollama/llama-server"))
 	if home != "/a/b/home" {

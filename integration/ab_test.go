@@ -13,11 +13,11 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// abCase is one request that is sent to a real Ollama twice, directly and through the proxy. Status, content type and body
-// must agree.
+// abCase is one request that is sent to a real Ollama twice, directly and through the proxy.
+// Status, content type and body must agree.
 type abCase struct {
 	name   string
-	method string // "" is POST
+	method string // "" means POST
 	path   string
 	body   string
 	header http.Header
@@ -25,12 +25,12 @@ type abCase struct {
 
 const tiny = "gen-llama-tiny"
 
-// quick are options with which an answer is short and always the same.
+// quick has options that make an answer short and always the same.
 const quick = `"options":{"temperature":0,"seed":1,"num_predict":4}`
 
-// abCases are the requests whose answers must be the same directly and through the proxy, on every
-// endpoint whose body the proxy reads: keep_alive values, duplicate keys, text around the JSON,
-// null fields, model names, and encodings.
+// abCases returns the requests whose answers must be the same directly and through the proxy, for
+// every endpoint whose body the proxy reads: keep_alive values, duplicate keys, text around the
+// JSON, null fields, model names, and encodings.
 func abCases() []abCase {
 	var cases []abCase
 	add := func(name, path, body string) {
@@ -39,7 +39,8 @@ func abCases() []abCase {
 	native := map[string]string{
 		"/api/generate": `"model":"` + tiny + `","prompt":"hi","stream":false,` + quick,
 		"/api/chat":     `"model":"` + tiny + `","messages":[{"role":"user","content":"hi"}],"stream":false,` + quick,
-		// Errors of these two are compared as well: a completion model does not embed on every version.
+		// Errors of these two are compared as well: not every version embeds with a completion
+		// model.
 		"/api/embed":      `"model":"` + tiny + `","input":"hi"`,
 		"/api/embeddings": `"model":"` + tiny + `","prompt":"hi"`,
 	}
@@ -124,7 +125,8 @@ func abCases() []abCase {
 	return cases
 }
 
-// guardCases differ in Host and Origin; Ollama answers a refusal without a body, the proxy with a reason.
+// guardCases differ in Host and Origin. Ollama sends a refusal without a body, the proxy one with a
+// reason.
 func guardCases() []abCase {
 	var cases []abCase
 	for _, host := range []string{"evil.example", "localhost", "LOCALHOST:1", "127.0.0.1:99", "10.1.2.3", "8.8.8.8", "a.local", "a.localhost", "a.internal", "local", "evil.example:11435", "[::1]:5"} {
@@ -163,11 +165,11 @@ func TestAB(t *testing.T) {
 	}
 }
 
-// abAnswer is what is compared.
+// abAnswer is the compared part of an answer.
 type abAnswer struct {
 	status      int
 	contentType string
-	length      string // Content-Length of HEAD answers
+	length      string // Content-Length of answers to HEAD
 	cors        http.Header
 	body        any
 }
@@ -187,7 +189,7 @@ func (c abCase) send(t *testing.T, base string) abAnswer {
 		t.Fatal(err)
 	}
 	path, query, _ := strings.Cut(c.path, "?")
-	req.URL.Opaque, req.URL.RawQuery = path, query // as they are written here
+	req.URL.Opaque, req.URL.RawQuery = path, query // exactly as written in the case
 	req.Header.Set("Content-Type", "application/json")
 	for k, v := range c.header {
 		req.Header[k] = v
@@ -219,15 +221,15 @@ func (c abCase) send(t *testing.T, base string) abAnswer {
 	return a
 }
 
-// volatile are the members of an answer that differ from one request to the next.
+// volatile has the members of an answer that differ from one request to the next.
 var volatile = map[string]bool{
 	"created_at": true, "total_duration": true, "load_duration": true, "prompt_eval_duration": true, "eval_duration": true, "id": true, "request_id": true, "created": true,
 	"item_id": true, "completed_at": true, "expires_at": true, "size_vram": true, "cached_tokens": true, "prompt_eval_cached_count": true, "cache_read_input_tokens": true,
-	"input_tokens": true, // Anthropic's excludes what was cached
+	"input_tokens": true, // Anthropic's excludes cached tokens
 }
 
-// stable returns an answer without what differs each time: a list of JSON values, or the text itself. A stream's pieces
-// may be cut differently each time, so their texts are joined.
+// stable returns an answer without its volatile members: a list of JSON values, or the text itself.
+// A stream may be split differently each time, so the texts of its pieces are joined.
 func stable(text string) any {
 	var values []any
 	text = strings.ReplaceAll(text, "data: [DONE]", "")

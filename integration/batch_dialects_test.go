@@ -14,7 +14,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// thinks is a template of a model that thinks, and does nothing else: its prompt has opened the
+// thinks is the template of a model that only thinks: the prompt ends with the opening tag of the
 // thoughts.
 const thinks = `{{- range .Messages }}<|im_start|>{{ .Role }}
 {{ if .Thinking }}<think>{{ .Thinking }}</think>{{ end }}{{ .Content }}<|im_end|>
@@ -22,23 +22,23 @@ const thinks = `{{- range .Messages }}<|im_start|>{{ .Role }}
 <think>
 `
 
-// calls is one of a model whose answers are calls of tools if they are a list of them.
+// calls is the template of a model whose answers are tool calls if they are a list of them.
 const calls = `{{ if .Tools }}{{ .Tools }}{{ end }}
 {{- range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}{{ if .ToolCalls }}[{{ range .ToolCalls }}{"name": "{{ .Function.Name }}", "arguments": {{ .Function.Arguments }}}{{ end }}]{{ end }}<|im_end|>
 {{ end }}<|im_start|>assistant
 `
 
-// TestBatchDialects: an answer that batch was streamed and has joined is, in every dialect that it
-// takes, what the server answers where no stream is asked for, to the last log probability and tool
-// call.
+// TestBatchDialects: batch streams each answer and joins the pieces. In every dialect that it
+// accepts, the result equals the server's answer to a request without a stream, down to the last
+// log probability and tool call.
 func TestBatchDialects(t *testing.T) {
 	const (
 		options  = `"options":{"temperature":0,"seed":1,"num_predict":12}`
 		sampling = `"temperature":0,"seed":1,"max_tokens":12`
 		ask      = `"messages":[{"role":"system","content":"You grade."},{"role":"user","content":"Why is the sky blue?"}]`
 		tools    = `"tools":[{"type":"function","function":{"name":"weather","description":"tells it","parameters":{"type":"object","properties":{"city":{"type":"string"}}}}}]`
-		// No small model calls a tool unless it may say nothing else.
+		// Small models call tools only if the format allows nothing else.
 		call = `{"const":[{"name":"weather","arguments":{"city":"Paris"}},{"name":"weather","arguments":{"city":"Oslo"}}]}`
 	)
 	form := func(path, body string) string {
@@ -46,7 +46,8 @@ func TestBatchDialects(t *testing.T) {
 	}
 	cases := []struct {
 		name, path, model, members string
-		has                        string // a list or text of the answer that must have more than one element or byte
+		// A list or text in the answer that must have more than one element or byte.
+		has string
 	}{
 		{"logprobs", "/api/chat", tiny, ask + `,"logprobs":true,"top_logprobs":2,` + options, "logprobs"},
 		{"logprobs", "/api/generate", tiny, `"prompt":"Why is the sky blue?","logprobs":true,"top_logprobs":2,` + options, "logprobs"},
@@ -99,9 +100,8 @@ func TestBatchDialects(t *testing.T) {
 						}
 						return plain(t, string(result.Response.Body))
 					}
-					whole() // from then on the same is reused each time
-					// The engine itself answers differently now and then: TestAnswers of
-					// realollama.
+					whole() // from then on the same tokens are reused each time
+					// The engine's own answers vary now and then: see TestAnswers in realollama.
 					for attempt := 0; ; attempt++ {
 						want, got := whole(), joined(attempt)
 						if reflect.DeepEqual(want, got) {
@@ -121,7 +121,7 @@ func TestBatchDialects(t *testing.T) {
 	}
 }
 
-// plain is an answer without what differs from run to run, wherever it stands.
+// plain returns an answer without the members that differ from run to run, at any depth.
 func plain(t testing.TB, text string) any {
 	t.Helper()
 	var v any
@@ -151,7 +151,7 @@ func plain(t testing.TB, text string) any {
 	return v
 }
 
-// size is how long the list or the text at a place is.
+// size returns the length of the list or text at a place.
 func size(v any, place string) int {
 	for step := range strings.SplitSeq(place, ".") {
 		switch at := v.(type) {
@@ -182,8 +182,8 @@ func pretty(t testing.TB, v any) []byte {
 	return text
 }
 
-// TestBatchRestart: a server that crashes in the middle of a batch, and comes back, costs the batch
-// nothing but time, directly and through a proxy.
+// TestBatchRestart: a server that crashes during a batch, and returns, costs the batch only time,
+// directly and through a proxy.
 func TestBatchRestart(t *testing.T) {
 	const n = 200
 	bin, err := proxyBinary()

@@ -17,9 +17,9 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// TestBatch: a CSV file of 2,000 rows, one rubric for all of them, on a real server. The batch is killed three times and ends as
-// one that is not killed, of which a part is run: each row is answered, in the input's order. What it says of tokens is what the
-// server's log says.
+// TestBatch: a CSV file of 2,000 rows with one rubric, on a real server. A batch that is killed
+// three times has the same result as an uninterrupted run, of which only a part is made: every row
+// has its answer, in the input's order. The batch's figures for tokens agree with the server's log.
 func TestBatch(t *testing.T) {
 	const model, rows, part = "gen-llama-tiny", 2000, 300
 	server := realollama.Start(t, realollama.Config{Version: realollama.EraC, Models: []string{model}})
@@ -117,7 +117,8 @@ func TestBatch(t *testing.T) {
 			differ++
 		}
 	}
-	if differ*20 > part { // the engine itself answers differently now and then: TestAnswers of realollama
+	// The engine's own answers vary now and then: see TestAnswers in realollama.
+	if differ*20 > part {
 		t.Errorf("%d of %d results differ from those of a run that was not killed", differ, part)
 	} else {
 		t.Logf("%d of %d results differ from those of a run that was not killed", differ, part)

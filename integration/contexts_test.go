@@ -15,20 +15,20 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// contextModel takes about a millisecond for each token, so that a state is worth to keep.
+// contextModel takes about a millisecond for each token, so that a state is worth keeping.
 const contextModel = "gen-llama-costly"
 
-// contextsMetric begins the names of what the proxy counts of stored contexts.
+// contextsMetric is the prefix of the proxy's metrics of stored contexts.
 const contextsMetric = "ollama_cacheproxy_contexts_"
 
-// engineEras are the versions that have an engine to link to.
+// engineEras returns the versions that have an engine to link.
 func engineEras() []string {
 	return slices.DeleteFunc(realollama.Versions(), func(v string) bool {
 		return v == realollama.EraA
 	})
 }
 
-// contextsPair is a linked Ollama with the proxy in front of it, with what tests ask of the two.
+// contextsPair is a linked Ollama with the proxy in front of it, with helpers for tests.
 type contextsPair struct {
 	*linked.Pair
 	client *http.Client
@@ -40,7 +40,7 @@ func startContexts(t *testing.T, config realollama.Config, flags ...string) *con
 	return startContextsIn(t, "", config, flags...)
 }
 
-// startContextsIn does so with a folder for the link and the states; "" for a new one.
+// startContextsIn does the same with a given folder for the link and the states; "" for a new one.
 func startContextsIn(t *testing.T, home string, config realollama.Config, flags ...string) *contextsPair {
 	t.Helper()
 	bin, err := proxyBinary()
@@ -73,7 +73,7 @@ func startContextsIn(t *testing.T, home string, config realollama.Config, flags 
 	return p
 }
 
-// contextChat is a chat with one of the prefixes and a tail of its own.
+// contextChat is a chat with one of the prefixes and a unique tail.
 func contextChat(prefix, n int) chat.Request {
 	return chat.Request{
 		Model: contextModel, Generate: 6,
@@ -83,7 +83,7 @@ func contextChat(prefix, n int) chat.Request {
 	}
 }
 
-// answer sends a chat through the proxy, or directly where it is stopped, and returns the text.
+// answer sends a chat through the proxy, or directly if that is stopped, and returns the text.
 func (p *contextsPair) answer(t testing.TB, q chat.Request) string {
 	t.Helper()
 	a, err := chat.Send(t.Context(), p.client, p.URL(), q)
@@ -93,7 +93,7 @@ func (p *contextsPair) answer(t testing.TB, q chat.Request) string {
 	return a.Text
 }
 
-// evaluated does something that has n prompts, and returns what the server's log says of them.
+// evaluated calls do, which sends n prompts, and returns the evaluations in the server's log.
 func (p *contextsPair) evaluated(t testing.TB, n int, do func()) []realollama.Evaluation {
 	t.Helper()
 	mark := p.Server.Mark()
@@ -109,7 +109,7 @@ func (p *contextsPair) evaluated(t testing.TB, n int, do func()) []realollama.Ev
 	return all
 }
 
-// cold is how many prompts have most of their tokens evaluated.
+// cold returns how many prompts had most of their tokens evaluated.
 func cold(all []realollama.Evaluation) int {
 	n := 0
 	for _, e := range all {
@@ -120,13 +120,13 @@ func cold(all []realollama.Evaluation) int {
 	return n
 }
 
-// saved waits until so many states are stored.
+// saved waits until n states are stored.
 func (p *contextsPair) saved(t testing.TB, n int) {
 	t.Helper()
 	eventually(t, fmt.Sprintf("%d states", n), func() bool { return len(p.states(t)) >= n })
 }
 
-// metric is one that the proxy counts of contexts.
+// metric returns one of the proxy's metrics of contexts.
 func (p *contextsPair) metric(t testing.TB, name string) float64 {
 	t.Helper()
 	return (&proxyProcess{p.Proxy}).Metric(t, contextsMetric+name)
@@ -139,10 +139,11 @@ func (p *contextsPair) unload(t testing.TB) {
 	}
 }
 
-// states are the files of the states that are stored.
+// states returns the files of the stored states.
 func (p *contextsPair) states(t testing.TB) []string {
 	t.Helper()
-	all, err := filepath.Glob(filepath.Join(p.StateDir(), "*.json")) // beside each, and made after it
+	// Beside each state, and written after it.
+	all, err := filepath.Glob(filepath.Join(p.StateDir(), "*.json"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -152,7 +153,7 @@ func (p *contextsPair) states(t testing.TB) []string {
 	return all
 }
 
-// TestContexts is the table of bench/contexts in small: which prompts are evaluated, and which models
+// TestContexts is bench/contexts on a small scale: which prompts are evaluated, and which models
 // are loaded.
 func TestContexts(t *testing.T) {
 	for _, version := range engineEras() {
@@ -160,7 +161,8 @@ func TestContexts(t *testing.T) {
 			t.Run("restarts", func(t *testing.T) { contextsRestarts(t, version) })
 			t.Run("two models", func(t *testing.T) { contextsTwoModels(t, version) })
 			if version != realollama.Newest() {
-				return // the engine is the same, and whether answers tell what was reused matters above alone
+				// It has the engine of the version above, and reported reuse matters only there.
+				return
 			}
 			for _, slots := range []int{1, 4} {
 				t.Run(fmt.Sprintf("rounds, slots %d", slots), func(t *testing.T) {
@@ -173,7 +175,7 @@ func TestContexts(t *testing.T) {
 	}
 }
 
-// contextsRestarts: whatever is loaded anew or restarted, the prefix is not evaluated again, and
+// contextsRestarts: whatever is reloaded or restarted, the prefix is not evaluated again, and the
 // answers are those of an Ollama without the proxy.
 func contextsRestarts(t *testing.T, version string) {
 	p := startContexts(t, realollama.Config{Version: version})
@@ -228,13 +230,13 @@ func contextsRestarts(t *testing.T, version string) {
 			t.Errorf("%s: %q, want %q", tt.name, got, want[n])
 		}
 	}
-	if p.metric(t, "attached_total") < 1 { // by the proxy that was started last
+	if p.metric(t, "attached_total") < 1 { // by the proxy started last
 		t.Error("no context was attached, by the metrics")
 	}
 }
 
-// contextsTwoModels: two models that evict each other, each with a client of its own, evaluate their
-// prefixes once.
+// contextsTwoModels: two models that evict each other, each with one client, evaluate their
+// prefixes only once.
 func contextsTwoModels(t *testing.T, version string) {
 	const each = 8
 	models := []string{contextModel, "gen-qwen3-costly"}
@@ -257,7 +259,7 @@ func contextsTwoModels(t *testing.T, version string) {
 	}
 }
 
-// contextsRounds: of more prefixes than there are slots, strictly in turn, each is evaluated once.
+// contextsRounds: with more prefixes than slots, strictly in turn, each is evaluated once.
 func contextsRounds(t *testing.T, version string, slots int) {
 	const prefixes, rounds = 10, 3
 	p := startContexts(t, realollama.Config{Version: version, Parallel: slots, CacheRAMMiB: new(int)})
@@ -277,8 +279,8 @@ func contextsRounds(t *testing.T, version string, slots int) {
 	}
 }
 
-// contextsSystemPrompt: clients that come at once with one system prompt have it evaluated once, and
-// copied to the other slots.
+// contextsSystemPrompt: for clients that arrive at the same time with one system prompt, it is
+// evaluated once, and copied to the other slots.
 func contextsSystemPrompt(t *testing.T, version string) {
 	const clients, each = 8, 3
 	p := startContexts(t, realollama.Config{Version: version, Parallel: 4})
@@ -298,8 +300,8 @@ func contextsSystemPrompt(t *testing.T, version string) {
 	}
 }
 
-// contextsKeys: a state is attached to requests of whoever sent that prefix, and to others' only if
-// that was asked for.
+// contextsKeys: a state is attached only to requests of the client that sent the prefix, unless the
+// proxy was told to share states.
 func contextsKeys(t *testing.T, version string) {
 	keys := filepath.Join(t.TempDir(), "keys")
 	if err := os.WriteFile(keys, []byte("alice key-of-alice\nbob key-of-bob\n"), 0o600); err != nil {

@@ -27,8 +27,8 @@ const (
 	dashboardFile = "../deploy/grafana/dashboards/ollama-cacheproxy.json"
 )
 
-// findPrometheus returns the paths of prometheus and promtool: those in PATH, or Debian's, which are
-// unpacked into the cache where there are none.
+// findPrometheus returns the paths of prometheus and promtool: those in PATH, or else Debian's,
+// unpacked into the cache.
 func findPrometheus(ctx context.Context) (server, tool string, err error) {
 	server, err = exec.LookPath("prometheus")
 	if err == nil {
@@ -44,8 +44,8 @@ func findPrometheus(ctx context.Context) (server, tool string, err error) {
 	return filepath.Join(dir, "usr", "bin", "prometheus"), filepath.Join(dir, "usr", "bin", "promtool"), nil
 }
 
-// TestAlerts: promtool finds nothing wrong with the configuration, and each alert fires when it is to,
-// and only then.
+// TestAlerts: promtool accepts the configuration, and each alert fires when it should, and only
+// then.
 func TestAlerts(t *testing.T) {
 	_, promtool, err := findPrometheus(t.Context())
 	if err != nil {
@@ -80,10 +80,10 @@ func readFile(t testing.TB, path string) string {
 	return string(text)
 }
 
-// prometheus is a running one that collects from a proxy every second.
+// prometheus is a running Prometheus that scrapes a proxy every second.
 type prometheus struct{ url string }
 
-// startPrometheus runs it, with the configuration of deploy/, until the test ends.
+// startPrometheus runs Prometheus, with the configuration in deploy/, until the test ends.
 func startPrometheus(t *testing.T, bin, proxyURL, key string) *prometheus {
 	t.Helper()
 	dir := t.TempDir()
@@ -153,7 +153,7 @@ func startPrometheus(t *testing.T, bin, proxyURL, key string) *prometheus {
 	return p
 }
 
-// api asks Prometheus and decodes what it answers.
+// api sends a request to Prometheus and decodes the answer.
 func (p *prometheus) api(t testing.TB, path string, into any) {
 	t.Helper()
 	status, _, text := get(t, p.url+"/api/v1/"+path)
@@ -163,7 +163,7 @@ func (p *prometheus) api(t testing.TB, path string, into any) {
 	}
 }
 
-// query returns the values of the series that a query finds, but for those that are no number.
+// query returns the values of the series that a query finds, except NaN.
 func (p *prometheus) query(t testing.TB, query string) (values []string) {
 	t.Helper()
 	var found struct{ Result []struct{ Value [2]any } }
@@ -176,7 +176,7 @@ func (p *prometheus) query(t testing.TB, query string) (values []string) {
 	return values
 }
 
-// scraped waits until Prometheus has collected once more.
+// scraped waits until Prometheus has scraped once more.
 func (p *prometheus) scraped(t testing.TB) {
 	t.Helper()
 	const last = `timestamp(up{job="ollama-cacheproxy"})`
@@ -187,7 +187,7 @@ func (p *prometheus) scraped(t testing.TB) {
 	})
 }
 
-// panelQueries are the dashboard's queries, with its variables set as to All.
+// panelQueries returns the dashboard's queries, with all of its variables set to All.
 func panelQueries(t *testing.T) map[string][]string {
 	t.Helper()
 	var d struct {
@@ -210,10 +210,10 @@ func panelQueries(t *testing.T) map[string][]string {
 	return queries
 }
 
-// dashboardKey is the API key of the test's client; Prometheus has one of its own.
+// dashboardKey is the API key of the test's client; Prometheus has another one.
 const dashboardKey = "key-of-alice"
 
-// askWithKey sends a request with that key, unless a header says otherwise, and returns its status.
+// askWithKey sends a request with that key, unless a header overrides it, and returns its status.
 func askWithKey(t testing.TB, url, body string, header ...string) int {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, url, strings.NewReader(body))
@@ -237,8 +237,8 @@ func askWithKey(t testing.TB, url, body string, header ...string) int {
 	return res.StatusCode
 }
 
-// happens is what the dashboard shows: on a real Ollama with stored contexts, on a simulated one that
-// does not tell what it reused, and on one that is away.
+// happens causes what the dashboard shows: on a real Ollama with stored contexts, on a simulated
+// one that does not report reuse, and on one that is away.
 func happens(t *testing.T, p *contextsPair, prom *prometheus, round int) {
 	ask := func(path, body string, header ...string) {
 		t.Helper()
@@ -260,7 +260,7 @@ func happens(t *testing.T, p *contextsPair, prom *prometheus, round int) {
 	p.unload(t)
 	ask("/v1/chat/completions", body(contextModel, 1, 2, `,"max_tokens":4`))
 
-	// Estimated; then a prompt is cut, and a load is inferred.
+	// Estimated; then a truncated prompt, and an inferred load.
 	ask("/api/chat", body("old", 1, 0, short))
 	ask("/api/chat", body("old", 1, 1, short))
 	if round > 0 {
@@ -269,7 +269,7 @@ func happens(t *testing.T, p *contextsPair, prom *prometheus, round int) {
 		ask("/v1/chat/completions", body("old", 1, 2, `,"max_tokens":4`))
 	}
 
-	// One without end has the only slot while two wait.
+	// A request without end has the only slot while two wait.
 	ctx, leave := context.WithCancel(t.Context())
 	defer leave()
 	var all sync.WaitGroup
@@ -282,7 +282,7 @@ func happens(t *testing.T, p *contextsPair, prom *prometheus, round int) {
 		}
 		req.Header.Set("Authorization", "Bearer "+dashboardKey)
 		if res, err := http.DefaultClient.Do(req); err == nil {
-			io.Copy(io.Discard, res.Body) // until it is broken off
+			io.Copy(io.Discard, res.Body) // until it is interrupted
 			res.Body.Close()
 		}
 	})
@@ -315,17 +315,17 @@ func happens(t *testing.T, p *contextsPair, prom *prometheus, round int) {
 	}
 }
 
-// onlyWhenItHappens are counters of the dashboard that may stay at 0 in this test: what they count takes
-// a full disk, a broken engine, or several servers that are busy. Other tests have that happen, and
-// promtool's have the alerts on them fire.
+// onlyWhenItHappens are the dashboard's counters that may stay at 0 in this test, since they need a
+// full disk, a broken engine, or several busy servers. Other tests cause that, and promtool's tests
+// make the alerts on them fire.
 var onlyWhenItHappens = []string{
 	"contexts_dropped_total", "contexts_failed_total", "contexts_filled_total",
 	"contexts_refused_total", "lane_holds_total", "retries_total",
 }
 
-// TestDashboards: of a real run through the proxy, on a real Ollama, which a real Prometheus collects
-// from, every query of the dashboard finds something, each counter that it shows has counted, and each
-// alert is judged by series that are there.
+// TestDashboards: a real Prometheus scrapes a proxy in use, in front of a real Ollama. Every query
+// of the dashboard finds something, each counter on it has counted, and each alert has the series
+// that it needs.
 func TestDashboards(t *testing.T) {
 	bin, promtool, err := findPrometheus(t.Context())
 	if err != nil {
@@ -340,13 +340,13 @@ func TestDashboards(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ln.Close() // so that nothing answers there
+	ln.Close() // so that nothing listens there
 	p := startContexts(t, realollama.Config{Version: realollama.Newest(), Parallel: 1},
 		"--api-keys-file", keys, "--try-duration", "0s", "--store-entries", "20",
 		"--upstream", "old=sim:?model=old&version=0.24.0", "--upstream", "away="+ln.Addr().String(),
 		"--prewarm", prewarmFile(t, `{"model":"old","messages":[{"role":"user","content":"Hello?"}]}`))
 	prom := startPrometheus(t, bin, p.Proxy.URL, key)
-	for round := range 2 { // a rate takes a series that was there before
+	for round := range 2 { // a rate needs a series that existed before
 		happens(t, p, prom, round)
 		prom.scraped(t)
 	}
@@ -376,8 +376,8 @@ func TestDashboards(t *testing.T) {
 	}
 }
 
-// alerts checks that each alert has been judged, that what it looks at is there, and that those fire
-// which are to.
+// alerts checks that each alert is evaluated, that its series exist, and that the expected ones
+// fire.
 func (p *prometheus) alerts(t *testing.T) {
 	t.Helper()
 	type alert struct{ Name, Query, Health, LastError, State string }
@@ -392,7 +392,7 @@ func (p *prometheus) alerts(t *testing.T) {
 		}
 		return all
 	}
-	settles(t, func() error { // they are judged once a second
+	settles(t, func() error { // alerts are evaluated once a second
 		all := judge()
 		for name, want := range map[string]string{
 			"CacheproxyUpstreamAway": "pending", "CacheproxySimulated": "pending",

@@ -8,9 +8,9 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// TestDoctorRules: what the proxy's own rules mend. A checksum at the head of a prompt is found,
-// with its place and cost, and gone with --stable-heads; and so is a num_ctx on which clients
-// disagree, with --num-ctx-policy.
+// TestDoctorRules: problems that the proxy's own rules solve. A checksum at the head of a prompt is
+// found, with its place and cost, and is gone with --stable-heads; and so is a num_ctx on which
+// clients disagree, with --num-ctx-policy.
 func TestDoctorRules(t *testing.T) {
 	server := realollama.Start(t, realollama.Config{Version: realollama.EraC, Models: []string{tiny}, Parallel: 1})
 	t.Run("heads", func(t *testing.T) {

@@ -18,7 +18,7 @@ import (
 
 const other = "gen-llama-tiny-b"
 
-// examine runs the verb doctor on a proxy, as text and as JSON, and returns what it has found.
+// examine runs the verb doctor on a proxy, as text and as JSON, and returns the report.
 func examine(t testing.TB, p *proxyProcess, flags ...string) doctor.Report {
 	t.Helper()
 	var report doctor.Report
@@ -38,7 +38,7 @@ func examine(t testing.TB, p *proxyProcess, flags ...string) doctor.Report {
 	return report
 }
 
-// doctor runs the verb and returns what it writes, and its exit status.
+// doctor runs the verb and returns its output and exit status.
 func (p *proxyProcess) doctor(t testing.TB, flags ...string) (string, int) {
 	t.Helper()
 	bin, err := proxyBinary()
@@ -58,7 +58,7 @@ func (p *proxyProcess) doctor(t testing.TB, flags ...string) (string, int) {
 	return out.String(), cmd.ProcessState.ExitCode()
 }
 
-// finds returns the finding of a kind, which must be there and advise a setting.
+// finds returns the finding of a kind, which must be in the report and advise a setting.
 func finds(t testing.TB, r doctor.Report, id, setting string) doctor.Finding {
 	t.Helper()
 	i := slices.IndexFunc(r.Findings, func(f doctor.Finding) bool { return f.ID == id })
@@ -72,7 +72,7 @@ func finds(t testing.TB, r doctor.Report, id, setting string) doctor.Finding {
 	return f
 }
 
-// gone fails the test where a finding of the kind is still there.
+// gone fails the test if a finding of the kind is still there.
 func gone(t testing.TB, r doctor.Report, id string) {
 	t.Helper()
 	for _, f := range r.Findings {
@@ -82,7 +82,7 @@ func gone(t testing.TB, r doctor.Report, id string) {
 	}
 }
 
-// chatTo is the body of a chat: a system prompt of so many words, and what the user says.
+// chatTo returns the body of a chat: a system prompt of length words, and the user's message.
 func chatTo(t testing.TB, model string, prefix uint64, length int, options map[string]any, turns ...string) string {
 	t.Helper()
 	return chatWithSystem(t, model, words(prefix, length), options, turns...)
@@ -105,21 +105,21 @@ func chatWithSystem(t testing.TB, model, system string, options map[string]any, 
 	return string(body)
 }
 
-// spent is what a server did for requests, by its log.
+// spent is a server's work for some requests, from its log.
 type spent struct{ loads, evaluated int }
 
 func (s spent) String() string {
 	return fmt.Sprintf("%d loads, %d tokens evaluated", s.loads, s.evaluated)
 }
 
-// spend returns what a server does for requests, of which n have prompts; what it evaluates, at
-// least.
+// spend returns a server's work for requests, n of which have prompts. Its evaluated tokens are a
+// lower bound.
 func spend(t testing.TB, server *realollama.Server, n int, do func()) (s spent) {
 	t.Helper()
 	mark := server.Mark()
 	do()
 	settles(t, func() error {
-		// An engine that is ended for another load may take the lines of its last prompt with it.
+		// An engine that is ended by another load may not have logged its last prompts.
 		begun := server.Begun(mark)
 		if least := n - server.Loads(mark); len(begun) < least {
 			return fmt.Errorf("the server's log has %d prompts, want at least %d", len(begun), least)
@@ -133,8 +133,8 @@ func spend(t testing.TB, server *realollama.Server, n int, do func()) (s spent) 
 	return s
 }
 
-// TestDoctor plants what doctor is to find, on real servers, and shows that to follow its advice
-// makes both go away: the finding, and what it cost.
+// TestDoctor plants problems for doctor to find, on real servers, and shows that following its
+// advice removes both the finding and its cost.
 func TestDoctor(t *testing.T) {
 	scarce := realollama.Start(t, realollama.Config{
 		Version: realollama.EraC, Models: []string{tiny, other}, MaxLoaded: 1, Parallel: 1, CacheRAMMiB: new(int),
@@ -327,14 +327,14 @@ func TestDoctor(t *testing.T) {
 			return examine(t, p)
 		}
 		finds(t, ask(func(*proxyProcess) string { return scarce.URL() }), doctor.IDBypass, "OLLAMA_HOST=http://127.0.0.1")
-		// Through the proxy, what they do is known for what it is.
+		// Through the proxy, the cause is known.
 		r := ask(func(p *proxyProcess) string { return p.URL })
 		gone(t, r, doctor.IDBypass)
 		finds(t, r, doctor.IDNumCtx, "OLLAMA_CONTEXT_LENGTH=4096") // Ollama's default
 	})
 }
 
-// TestDoctorLink: what evictions cost in prompts stored contexts save, once the engine is linked.
+// TestDoctorLink: stored contexts save the prompts that evictions cost, once the engine is linked.
 func TestDoctorLink(t *testing.T) {
 	ask := func(t *testing.T, way linked.Way) (doctor.Report, spent) {
 		bin, err := proxyBinary()
@@ -370,11 +370,11 @@ func TestDoctorLink(t *testing.T) {
 	}
 }
 
-// TestDoctorSlidingWindow: Ollama before 0.30 reuses of a sliding-window model's prompt nothing,
-// and later versions do.
+// TestDoctorSlidingWindow: Ollama before 0.30 reuses nothing of prompts to a model with a sliding
+// window; later versions do.
 func TestDoctorSlidingWindow(t *testing.T) {
 	if !slices.Contains(realollama.Versions(), realollama.EraA) {
-		return // not asked for
+		return // the version is not among those to test
 	}
 	const gemma = "gen-gemma3-tiny"
 	ask := func(version string) (doctor.Report, spent) {

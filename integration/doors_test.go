@@ -15,13 +15,13 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// rawPost is a request as bytes.
+// rawPost returns a request as bytes.
 func rawPost(path, body string, headers ...string) string {
 	return fmt.Sprintf("POST %s HTTP/1.1\r\nHost: localhost\r\n%sContent-Length: %d\r\n\r\n%s", path, strings.Join(append(headers, ""), "\r\n"), len(body), body)
 }
 
-// exchangeRaw sends a request on a connection of its own, of which it shuts the sending side if asked to, and returns the
-// answer's status; "" if none comes.
+// exchangeRaw sends a request on a new connection, shuts the sending side if asked to, and returns
+// the answer's status; "" without an answer.
 func exchangeRaw(t testing.TB, base, request string, shut bool) string {
 	t.Helper()
 	conn, err := net.Dial("tcp", strings.TrimPrefix(base, "http://"))
@@ -50,14 +50,15 @@ func exchangeRaw(t testing.TB, base, request string, shut bool) string {
 	return strings.TrimPrefix(line, "HTTP/1.1 ")
 }
 
-// zstdFrame is text as a zstd frame of one block, uncompressed.
+// zstdFrame returns text as a zstd frame with one uncompressed block.
 func zstdFrame(text string) string {
 	block := len(text)<<3 | 1 // raw, and the last one
 	return "\x28\xb5\x2f\xfd\x20" + string([]byte{byte(len(text)), byte(block), byte(block >> 8), byte(block >> 16)}) + text
 }
 
-// TestDoors holds what the proxy believes of Ollama at its doors to real servers: what of a body is read, which
-// protocols are spoken, what becomes of a client that shuts its sending side, and what preflights say.
+// TestDoors checks the proxy's assumptions about Ollama's HTTP server on real servers: how much of
+// a body is read, which protocols are spoken, what happens to a client that shuts its sending side,
+// and the answers to preflights.
 func TestDoors(t *testing.T) {
 	for _, version := range realollama.Distinct() {
 		t.Run(version, func(t *testing.T) {
@@ -72,7 +73,8 @@ func TestDoors(t *testing.T) {
 	}
 }
 
-// doorsBodies: Ollama reads the first value of a body, whatever its Content-Encoding says, but for zstd under /v1. So does the proxy.
+// doorsBodies: Ollama reads the first value of a body and ignores its Content-Encoding, except for
+// zstd under /v1. So does the proxy.
 func doorsBodies(t *testing.T, server *realollama.Server) {
 	p := startProxy(t, server.URL(), "--max-body", "1000", "--keep-alive-policy", "force", "--slots", "1")
 	native, foreign := generate(tiny, `,"keep_alive":"7m"`), v1(tiny)
@@ -130,7 +132,7 @@ func doorsBodies(t *testing.T, server *realollama.Server) {
 	}
 }
 
-// doorsUpgrade: Ollama speaks no other protocol, and answers as if none had been asked for.
+// doorsUpgrade: Ollama speaks no other protocol, and answers as if none had been requested.
 func doorsUpgrade(t *testing.T, direct, proxied string) {
 	for _, wish := range [][]string{{"Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA"}, {"Connection: Upgrade", "Upgrade: websocket"}} {
 		for _, request := range []string{
@@ -146,8 +148,8 @@ func doorsUpgrade(t *testing.T, direct, proxied string) {
 	}
 }
 
-// doorsHalfClose: what evaluates nothing is answered although the client has shut its sending side, at least as often as by
-// Ollama, which itself sometimes answers 500 to lists.
+// doorsHalfClose: a request that evaluates nothing gets its answer although the client has shut its
+// sending side, at least as often as from Ollama, which sometimes answers lists with 500.
 func doorsHalfClose(t *testing.T, direct, proxied string) {
 	const times = 20
 	count := func(base, request string) (ok int) {
@@ -168,14 +170,15 @@ func doorsHalfClose(t *testing.T, direct, proxied string) {
 			t.Errorf("%.20q: %d of %d are answered through the proxy, %d directly", request, p, times, d)
 		}
 	}
-	// Of what evaluates Ollama takes such a client for one that has left, and mostly leaves it without an answer.
+	// For requests that evaluate, Ollama takes such a client for one that has left, and mostly
+	// sends no answer.
 	if got := exchangeRaw(t, proxied, rawPost("/api/generate", generate(tiny, "")), true); got == "200 OK" {
 		t.Errorf("an evaluation, through the proxy: %s", got)
 	}
 }
 
-// doorsPreflight: the answers to preflights are Ollama's, but for Allow, which browsers do not look at there, and for the time that
-// refused ones waited.
+// doorsPreflight: the answers to preflights are Ollama's, except for Allow, which browsers ignore
+// there, and for the time that refused ones waited.
 func doorsPreflight(t *testing.T, direct, proxied string) {
 	keys := filepath.Join(t.TempDir(), "keys.txt")
 	if err := os.WriteFile(keys, []byte("\ufeffsk-one\r\n"), 0o600); err != nil {

@@ -18,7 +18,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// linkedServer links a real Ollama to a new folder and runs it from there. The installed one is not
+// linkedServer links a real Ollama in a new folder and runs it from there. The installed one is not
 // changed.
 func linkedServer(t *testing.T, config realollama.Config) (home string, server *realollama.Server) {
 	t.Helper()
@@ -53,8 +53,8 @@ func linkedServer(t *testing.T, config realollama.Config) (home string, server *
 	return home, realollama.Start(t, config)
 }
 
-// treeOf is a hash of names, sizes, modes and times of all files beneath a folder. The number of a
-// file's names is not in it: a hard link is one more.
+// treeOf returns a hash of the names, sizes, modes and times of all files beneath a folder. The
+// number of hard links to a file is left out, since linking adds one.
 func treeOf(t *testing.T, root string) string {
 	t.Helper()
 	h := sha256.New()
@@ -75,8 +75,8 @@ func treeOf(t *testing.T, root string) string {
 	return hex.EncodeToString(h.Sum(nil))
 }
 
-// prompted has a server answer a prompt with few tokens; with a keep_alive of 0 it unloads the
-// model.
+// prompted makes a server answer a prompt with few tokens; with a keep_alive of 0 it also unloads
+// the model.
 func prompted(t *testing.T, server *realollama.Server, model, prompt string, keepAlive any) {
 	t.Helper()
 	body, err := json.Marshal(map[string]any{
@@ -120,7 +120,8 @@ func reloaded(t *testing.T, home string, server *realollama.Server, model string
 	return onlyEngine(t, home)
 }
 
-// evaluatedBy has a server answer a prompt and returns how many tokens that has and cost.
+// evaluatedBy makes a server answer a prompt, and returns the prompt's tokens and how many of them
+// were evaluated.
 func evaluatedBy(
 	t *testing.T, server *realollama.Server, model, prompt string,
 ) (total, evaluated int) {
@@ -130,11 +131,11 @@ func evaluatedBy(
 	return evaluations(t, server, mark, 1)
 }
 
-// TestEngine: a linked Ollama tells of its engines, and their states survive that they end.
+// TestEngine: a linked Ollama makes its engines known, and their states outlive them.
 func TestEngine(t *testing.T) {
 	for _, version := range realollama.Versions() {
 		if realollama.Era(version) == realollama.EraA {
-			continue // it has no llama-server: TestEngineOld
+			continue // era A has no llama-server: see TestEngineOld
 		}
 		t.Run(version, func(t *testing.T) {
 			const model, few = "smollm2", 40
@@ -189,7 +190,8 @@ func TestEngine(t *testing.T) {
 				if p.Format() != format {
 					t.Errorf("the same model has another format: %+v", p)
 				}
-				// The empty prompt that loaded it has used a slot; the state goes to the other one.
+				// The empty prompt that loaded the model has used a slot; the state goes to the
+				// other one.
 				for slot := range 2 {
 					if _, err := p.Restore(t.Context(), slot, "document.bin", saved.Bytes); err != nil {
 						t.Fatal(err)
@@ -254,7 +256,7 @@ func shown(t *testing.T, p engine.Process) string {
 	return string(text)
 }
 
-// refusesFiles: no file that is not a state of this model does an engine harm.
+// refusesFiles: a file that is not a state of this model does no harm to an engine.
 func refusesFiles(t *testing.T, home string, server *realollama.Server, model string) {
 	p := onlyEngine(t, home)
 	folder := engine.ContextsFolder(home)
@@ -264,7 +266,7 @@ func refusesFiles(t *testing.T, home string, server *realollama.Server, model st
 	}
 	for name, c := range map[string]struct {
 		content []byte
-		size    int // what is said to be in it
+		size    int // the size given in the note
 	}{
 		"empty":        {nil, 0},
 		"foreign":      {[]byte(words(7, 5000)), len(words(7, 5000))},
@@ -311,8 +313,8 @@ func refusesFiles(t *testing.T, home string, server *realollama.Server, model st
 	}
 }
 
-// foreignState loads another model beside the one that is loaded, saves a state of it, unloads it
-// again, and returns the state's size.
+// foreignState loads another model beside the loaded one, saves a state of it, unloads it again,
+// and returns the state's size.
 func foreignState(
 	t *testing.T, home string, server *realollama.Server, model, name string,
 ) int64 {
@@ -336,10 +338,10 @@ func foreignState(
 	return saved.Bytes
 }
 
-// TestEngineOld: Ollama before 0.30 has nothing to link to, and is told so.
+// TestEngineOld: Ollama before 0.30 has no engine to link, and the error says so.
 func TestEngineOld(t *testing.T) {
 	if !slices.Contains(realollama.Versions(), realollama.EraA) {
-		return // not asked for
+		return // the version is not among those to test
 	}
 	cache, err := realollama.OpenCache(os.Stderr)
 	if err != nil {

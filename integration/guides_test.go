@@ -20,14 +20,14 @@ import (
 )
 
 const (
-	guidesModel   = "llama3.2"        // the model that the guides name
-	guidesAddress = "127.0.0.1:11435" // where they expect the proxy
+	guidesModel   = "llama3.2"        // the model named in the guides
+	guidesAddress = "127.0.0.1:11435" // the proxy's address in the guides
 )
 
 // block is a fenced block of a Markdown file.
 type block struct {
-	language string // sh, python and js are run; console and others are only to be read
-	file     string // the second word beside the fence, if there is one: the name of the file that the block is
+	language string // sh, python and js are run; console and others are only for reading
+	file     string // the second word after the fence: the name of the block's file
 	code     string
 }
 
@@ -53,14 +53,16 @@ func blocks(t *testing.T, path string) []block {
 	return found
 }
 
-// TestGuides runs the documentation's code as it is written, on a real Ollama through the proxy. Only the address is
-// another one, since the proxy's own port may be taken, and the model llama3.2 is a small one under that name.
+// TestGuides runs the documentation's code as written, on a real Ollama through the proxy. Only two
+// things are replaced: the address, since the proxy's default port may be taken, and llama3.2,
+// which here is a small model under that name.
 func TestGuides(t *testing.T) {
 	server := realollama.Start(t, realollama.Config{Version: realollama.Newest(), Models: []string{tiny}})
 	if status, _, answer := post(t, server.URL()+"/api/copy", fmt.Sprintf(`{"source":%q,"destination":%q}`, tiny, guidesModel)); status != 200 {
 		t.Fatalf("copying the model: %d %s", status, answer)
 	}
-	guides := map[string]struct{ runs, asks int }{ // how many blocks are run, and how many requests to models these send at least
+	// How many blocks are run, and the minimum of requests to models that they send.
+	guides := map[string]struct{ runs, asks int }{
 		"../docs/guides/python.md":         {5, 5},
 		"../docs/guides/javascript.md":     {2, 3},
 		"../docs/guides/langchain.md":      {1, 5},
@@ -73,7 +75,7 @@ func TestGuides(t *testing.T) {
 			p := startProxy(t, server.URL())
 			ran := 0
 			var env []string
-			if strings.HasSuffix(path, "batch.md") { // it takes the proxy's own port unless this says otherwise
+			if strings.HasSuffix(path, "batch.md") { // otherwise it takes the proxy's default port
 				env = append(env, "OLLAMA_HOST="+p.URL)
 			}
 			dir := guideFolder(t)
@@ -122,8 +124,8 @@ func write(t *testing.T, path, content string) {
 	}
 }
 
-// runBlock runs a block in front of the proxy at url, and returns what it prints. It says no for a block that is only to be
-// read.
+// runBlock runs a block in front of the proxy at url, and returns its output. Its last result is
+// false for a block that is only for reading.
 func runBlock(t *testing.T, dir string, b block, url, ollama string, env ...string) (string, bool) {
 	t.Helper()
 	cmd, ok := blockCommand(t, dir, b, url, ollama)
@@ -162,7 +164,8 @@ func blockCommand(t *testing.T, dir string, b block, url, ollama string) (*exec.
 	return cmd, true
 }
 
-// readme runs the README's first block from the top of the repository: it builds the proxy, starts it and asks through it.
+// readme runs the README's first block in the root of the repository: it builds the proxy, starts
+// it and asks through it.
 func readme(t *testing.T, server *realollama.Server) {
 	all := blocks(t, "../README.md")
 	if len(all) == 0 || all[0].language != "sh" {
@@ -180,7 +183,7 @@ func readme(t *testing.T, server *realollama.Server) {
 	if !ok {
 		t.Fatalf("README.md does not start the proxy with %q:\n%s", start, b.code)
 	}
-	// Whoever types this has waited for long enough; a script has to wait until the proxy listens.
+	// A person who types this has waited long enough; a script must wait until the proxy listens.
 	ready := fmt.Sprintf("trap 'kill $!' EXIT\nuntil curl --silent --fail --output /dev/null http://%s/_cacheproxy/health; do sleep 0.05; done\n", address)
 	_, after, _ = strings.Cut(after, "\n")
 	b.code = "cd \"$REPOSITORY\"\n" + before + start + "\n" + ready + after + "curl --silent --fail http://" + address + "/metrics\n"
@@ -201,8 +204,8 @@ func readme(t *testing.T, server *realollama.Server) {
 	}
 }
 
-// continueSchema checks the configuration of the guide for Continue with Continue's own package, and that this refuses one
-// without a provider.
+// continueSchema checks the configuration of the guide for Continue with Continue's own package,
+// and that the package refuses one without a provider.
 func continueSchema(t *testing.T) {
 	var config string
 	for _, b := range blocks(t, "../docs/guides/continue.md") {
@@ -236,7 +239,8 @@ console.log(config.models[0].apiBase)
 	}
 }
 
-// guidesKeys shows what the guides say of API keys: the Python package sends OLLAMA_API_KEY, the ollama command does not.
+// guidesKeys shows what the guides say about API keys: the Python package sends OLLAMA_API_KEY, the
+// ollama command does not.
 func guidesKeys(t *testing.T, server *realollama.Server) {
 	const key = "sk-guides"
 	dir := guideFolder(t)

@@ -1,5 +1,5 @@
-// Package integration proves the proxy on real Ollama servers and with real clients. A test that cannot have its
-// server or its client fails; none is skipped.
+// Package integration tests the proxy on real Ollama servers and with real clients. A test that
+// cannot get its server or its client fails; none is skipped.
 package integration
 
 import (
@@ -20,7 +20,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// binDir holds the programs that the tests build once.
+// binDir has the programs that the tests build once.
 var binDir string
 
 func TestMain(m *testing.M) {
@@ -41,10 +41,11 @@ var proxyBinary = sync.OnceValues(func() (string, error) {
 	return path, proxyprocess.Build(context.Background(), path, fmt.Sprintf("-race=%v", raceEnabled))
 })
 
-// proxyProcess is a running proxy, with what tests ask of it.
+// proxyProcess is a running proxy, with helpers for tests.
 type proxyProcess struct{ *proxyprocess.Process }
 
-// startProxy runs the proxy, built from this tree, in front of upstream (a URL), and stops it when the test ends.
+// startProxy runs the proxy, built from this tree, in front of upstream (a URL), and stops it when
+// the test ends.
 func startProxy(t testing.TB, upstream string, flags ...string) *proxyProcess {
 	t.Helper()
 	bin, err := proxyBinary()
@@ -141,7 +142,7 @@ func settles(t testing.TB, check func() error) {
 	}
 }
 
-// eventually polls until ok says yes.
+// eventually polls until ok returns true.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	settles(t, func() error {
@@ -157,8 +158,8 @@ func tail(text string, lines int) string {
 	return strings.Join(all[max(0, len(all)-lines):], "")
 }
 
-// evaluations waits until the server's log has n evaluations since the mark, and returns how many tokens
-// their prompts have, and how many of those were evaluated.
+// evaluations waits until the server's log has n evaluations since the mark, and returns how many
+// tokens their prompts have, and how many of those were evaluated.
 func evaluations(t testing.TB, server *realollama.Server, mark realollama.Mark, n int) (total, evaluated int) {
 	t.Helper()
 	log, err := server.WaitEvaluations(t.Context(), mark, n)

@@ -12,12 +12,12 @@ import (
 // agentTurns is how many requests an agent sends in one conversation.
 const agentTurns = 6
 
-// agent is a conversation as a coding agent sends it: its system prompt begins with a line of the
-// client's own.
+// agent is a conversation as a coding agent sends it: its system prompt begins with a line that the
+// client adds.
 type agent struct {
 	path      string
 	billing   func(turn int) string // that line
-	countdown bool                  // a system message that counts tokens follows each of the user's
+	countdown bool                  // system messages count the tokens
 }
 
 // turn returns the body of a request of the conversation.
@@ -52,8 +52,8 @@ func (a agent) turn(t *testing.T, turn int) string {
 	return string(text)
 }
 
-// evaluated has the conversation take place and returns how many tokens the server's log says that
-// it evaluated.
+// evaluated sends the conversation, and returns how many tokens were evaluated according to the
+// server's log.
 func (a agent) evaluated(t *testing.T, server *realollama.Server, url string) int {
 	t.Helper()
 	mark := server.Mark()
@@ -64,16 +64,16 @@ func (a agent) evaluated(t *testing.T, server *realollama.Server, url string) in
 	return evaluated
 }
 
-// TestHeads: a line at the head of an agent's prompt that changes with each request has all of it
-// evaluated again. The ledger says what changes and what it costs, and with --stable-heads it costs
-// nothing.
+// TestHeads: if a line at the head of an agent's prompt changes with each request, the whole prompt
+// is evaluated again. The ledger reports the change and its cost, and with --stable-heads there is
+// none.
 func TestHeads(t *testing.T) {
 	server := realollama.Start(t, realollama.Config{Version: realollama.EraC, Models: []string{"gen-llama-tiny"}})
 	plain := startProxy(t, server.URL())
 	ruled := startProxy(t, server.URL(), "--stable-heads", "claude-billing,total-tokens")
 	run := 0
-	// Each conversation has another version in its line, so that it shares nothing with those
-	// before.
+	// Each conversation has another version in its line, so that it shares nothing with the
+	// previous ones.
 	conversation := func(path string, changes bool) agent {
 		run++
 		version := 100 + run
@@ -106,7 +106,7 @@ func TestHeads(t *testing.T) {
 		t.Errorf("%v edits are counted, want %d", n, 3*agentTurns)
 	}
 
-	// Only Claude Code is known to send countdowns.
+	// Countdowns are only known from Claude Code.
 	none, counted, removed := conversation("/v1/messages", false), conversation("/v1/messages", false), conversation("/v1/messages", false)
 	counted.countdown, removed.countdown = true, true
 	without := none.evaluated(t, server, plain.URL)
@@ -122,7 +122,7 @@ func TestHeads(t *testing.T) {
 	}
 }
 
-// ledgerEntry is what /_cacheproxy/requests tells of a request, as far as these tests look at it.
+// ledgerEntry has the members of an entry of /_cacheproxy/requests that these tests read.
 type ledgerEntry struct {
 	Reason, Detail string
 	Tokens         struct{ Evaluated int }
@@ -142,8 +142,8 @@ func lastEntry(t *testing.T, p *proxyProcess) ledgerEntry {
 	return page.Requests[0]
 }
 
-// TestNumCtxPolicy: two clients in turn that ask for different contexts cost a load each time, and
-// with pin, once the larger one is loaded, none.
+// TestNumCtxPolicy: two clients that ask in turn for different contexts cost a load each time. With
+// pin, there are no more loads once the larger one is loaded.
 func TestNumCtxPolicy(t *testing.T) {
 	server := realollama.Start(t, realollama.Config{Version: realollama.EraC, Models: []string{tiny}})
 	ask := func(url, options string) string {
@@ -165,7 +165,8 @@ func TestNumCtxPolicy(t *testing.T) {
 		{"keep", []string{"", `,"num_ctx":2048`, `,"num_ctx":1024`, `,"num_ctx":2048`, `,"num_ctx":1024`}, 5, "", 0},
 		{"pin", []string{`,"num_ctx":2048`, `,"num_ctx":1024`, `,"num_ctx":2048`, `,"num_ctx":512`}, 1, "pinned", 2},
 		{"raise", []string{`,"num_ctx":1024`, `,"num_ctx":2048`, `,"num_ctx":1024`, `,"num_ctx":512`}, 2, "raised", 2},
-		{"raise", []string{"", `,"num_ctx":2048`, ""}, 1, "raised", 1}, // the default of 4096 is more, once it is known
+		// The default of 4096 is larger, once it is known.
+		{"raise", []string{"", `,"num_ctx":2048`, ""}, 1, "raised", 1},
 	} {
 		mustPost(t, server.URL()+"/api/generate", fmt.Sprintf(`{"model":%q,"keep_alive":0}`, tiny))
 		eventually(t, "unloaded", func() bool { return len(loaded(t, server.URL())) == 0 })

@@ -16,8 +16,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// gate stands between the proxy and Ollama: a request that says HOLD is answered when hold is
-// closed, one that says FAIL with an error.
+// gate is a server between the proxy and Ollama: a request that contains HOLD is answered when hold
+// is closed, one that contains FAIL with an error.
 func gate(t *testing.T, server *realollama.Server, hold <-chan struct{}) *httptest.Server {
 	target, err := url.Parse(server.URL())
 	if err != nil {
@@ -77,8 +77,8 @@ func queued(proxy string) (waiting, busy int, err error) {
 	return page.Queued, busy, nil
 }
 
-// TestHeartbeat: clients that wait three seconds for a byte wait for their turn through a proxy
-// with --heartbeat, and give up without; what goes wrong then they tell as an error.
+// TestHeartbeat: clients that wait at most three seconds for a byte get their turn through a proxy
+// with --heartbeat, and give up without it. They report a later failure as an error.
 func TestHeartbeat(t *testing.T) {
 	versions := realollama.Distinct()
 	server := realollama.Start(t, realollama.Config{
@@ -87,7 +87,7 @@ func TestHeartbeat(t *testing.T) {
 	for name, n := range map[string]int{"heartbeat.py": 8, "heartbeat.mjs": 4} {
 		for _, flags := range [][]string{{"--heartbeat", "1s"}, nil} {
 			t.Run(fmt.Sprint(name, flags), func(t *testing.T) {
-				t.Parallel() // most of the time the clients wait
+				t.Parallel() // the clients mostly wait
 				hold := make(chan struct{})
 				p := startProxy(t, gate(t, server, hold).URL, append(flags, "--slots", "1")...)
 				first := make(chan int, 1)
@@ -111,7 +111,7 @@ func TestHeartbeat(t *testing.T) {
 					}
 					return nil
 				})
-				go func() { // ends soon after the clients wait, or have had a minute for that
+				go func() { // ends soon after the clients wait, or after a minute
 					defer close(hold)
 					for until := time.Now().Add(time.Minute); time.Now().Before(until); {
 						if waiting, _, err := queued(p.URL); err != nil || waiting == n {
@@ -130,7 +130,7 @@ func TestHeartbeat(t *testing.T) {
 	}
 }
 
-// checkBeats looks at what the clients made of their answers.
+// checkBeats checks the clients' view of their answers.
 func checkBeats(t *testing.T, results map[string]any, n int, beats bool) {
 	t.Helper()
 	if len(results) != n {

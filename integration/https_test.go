@@ -35,8 +35,8 @@ func writePair(t *testing.T, pair tls.Certificate, dir string) (cert, key string
 	return cert, key
 }
 
-// TestHTTPS: curl by HTTP/2 and the Python client are served by https, as a file of settings says: they
-// stream, wait with heartbeats, and only a key with the right may delete a model.
+// TestHTTPS: curl over HTTP/2 and the Python client use https, configured by a file of settings:
+// they stream, wait with heartbeats, and only a key with the right may delete a model.
 func TestHTTPS(t *testing.T) {
 	versions := realollama.Distinct()
 	server := realollama.Start(t, realollama.Config{Version: versions[len(versions)-1], Models: []string{"gen-llama-tiny"}})

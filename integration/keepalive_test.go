@@ -16,7 +16,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// loaded returns how long each loaded model still stays, as /api/ps tells.
+// loaded returns how long each loaded model will stay, according to /api/ps.
 func loaded(t testing.TB, base string) map[string]time.Duration {
 	t.Helper()
 	status, _, text := get(t, base+"/api/ps")
@@ -40,10 +40,10 @@ func mustPost(t testing.TB, url, body string) string {
 	return text
 }
 
-// about reports whether a model stays for d, give or take what a request takes.
+// about reports whether a model stays for d, within the time that a request takes.
 func about(stays, d time.Duration) bool { return stays > d-30*time.Second && stays <= d+time.Second }
 
-const forever = 100 * 365 * 24 * time.Hour // /api/ps shows "for ever" as some date beyond this
+const forever = 100 * 365 * 24 * time.Hour // /api/ps shows "for ever" as a date beyond this
 
 func generate(model, members string) string {
 	return `{"model":"` + model + `","prompt":"hi","stream":false,"options":{"num_predict":1}` + members + `}`
@@ -53,8 +53,8 @@ func v1(model string) string {
 	return `{"model":"` + model + `","messages":[{"role":"user","content":"hi"}],"max_tokens":1}`
 }
 
-// TestKeepAlivePolicies: three clients in turn, in every order. Under if-absent the last one to
-// state a value decides, as in Ollama itself; under the other policies the order does not matter.
+// TestKeepAlivePolicies: three clients in turn, in every order. Under if-absent the last one that
+// sets a value decides, as with Ollama itself; under the other policies the order does not matter.
 func TestKeepAlivePolicies(t *testing.T) {
 	const day = 24 * time.Hour
 	clients := map[string]string{"5m": `,"keep_alive":"5m"`, "none": ``, "-1": `,"keep_alive":-1`}
@@ -64,7 +64,7 @@ func TestKeepAlivePolicies(t *testing.T) {
 			switch order[2] {
 			case "5m":
 				return about(stays, 5*time.Minute)
-			default: // -1 was asked for by then, and one that states nothing does not shorten it
+			default: // -1 was asked for before, and a request without a value does not shorten it
 				return stays > forever
 			}
 		},
@@ -80,7 +80,7 @@ func TestKeepAlivePolicies(t *testing.T) {
 					for _, client := range order {
 						mustPost(t, p.URL+"/api/generate", generate(tiny, clients[client]))
 					}
-					// Ollama notices the end of a request a moment after the client does.
+					// Ollama notices the end of a request shortly after the client.
 					eventually(t, fmt.Sprintf("the expiry that %s asks for after %v", policy, order), func() bool {
 						stays, isLoaded := loaded(t, p.URL)[tiny+":latest"]
 						return isLoaded && ok(order, stays)
@@ -96,17 +96,17 @@ func TestKeepAlivePolicies(t *testing.T) {
 	}
 }
 
-// TestKeepAliveV1: models used through /v1 are kept loaded as well, with one request of the proxy's
-// own per load, which never loads a model itself.
+// TestKeepAliveV1: models used through /v1 are kept loaded as well, by one request of the proxy per
+// load, which never loads a model itself.
 func TestKeepAliveV1(t *testing.T) {
 	const other = "gen-llama-tiny-b"
 	for _, version := range realollama.Distinct() {
 		t.Run(version, func(t *testing.T) {
-			t.Parallel() // most of the time it waits for what Ollama does after a while
+			t.Parallel() // it mostly waits for Ollama
 			server := realollama.Start(t, realollama.Config{Version: version, Models: []string{tiny, other}, KeepAlive: "10s"})
 			p := startProxy(t, server.URL())
 			touches := func() float64 { return p.Metric(t, "ollama_cacheproxy_keep_alive_touches_total{") }
-			// A touch is counted when it is answered, a moment after the model is held.
+			// A touch is counted when it is answered, shortly after the model is held.
 			touched := func(want float64, why string) {
 				t.Helper()
 				eventually(t, "counted: "+why, func() bool { return touches() >= want })
@@ -133,7 +133,8 @@ func TestKeepAliveV1(t *testing.T) {
 				t.Errorf("%d loads, want 1: setting keep_alive must not reload", n)
 			}
 
-			// A client's own unload stays one. Another model's touch shows that the proxy has looked since.
+			// A client's own unload remains one. Another model's touch shows that the proxy has
+			// polled since.
 			unload := mustPost(t, p.URL+"/api/chat", `{"model":"`+tiny+`","messages":[],"keep_alive":"0s"}`)
 			if !strings.Contains(unload, `"done_reason":"unload"`) || strings.Count(unload, "\n") > 1 {
 				t.Errorf("unloading answered %q", unload)
@@ -147,11 +148,11 @@ func TestKeepAliveV1(t *testing.T) {
 				t.Errorf("the model that the client unloaded is back: %v, %d loads", loaded(t, p.URL), server.Loads(mark))
 			}
 
-			// Used again, it is loaded again and held again.
+			// When it is used again, it is loaded again and held again.
 			mustPost(t, p.URL+"/v1/chat/completions", v1(tiny))
 			eventually(t, "held again", held(tiny))
 
-			// So it is after the server was killed and started again.
+			// The same after the server was killed and restarted.
 			server.Kill()
 			eventually(t, "the proxy sees that the upstream is gone", func() bool {
 				status, _, text := get(t, p.URL+"/api/version")
@@ -168,7 +169,8 @@ func TestKeepAliveV1(t *testing.T) {
 	}
 }
 
-// A client that pinned a model natively keeps its own value; the touch can be switched off.
+// TestKeepAliveV1LeavesClients: a client that pinned a model natively keeps its own value; the
+// touch can be switched off.
 func TestKeepAliveV1LeavesClients(t *testing.T) {
 	version := realollama.Versions()[0]
 	server := realollama.Start(t, realollama.Config{Version: version, Models: []string{tiny}})
@@ -183,7 +185,8 @@ func TestKeepAliveV1LeavesClients(t *testing.T) {
 	}
 }
 
-// The proxy starts without its upstream, says so, and works once it comes.
+// TestUpstreamComesLater: the proxy starts without its upstream, logs that, and works once it
+// appears.
 func TestUpstreamComesLater(t *testing.T) {
 	version := realollama.Versions()[0]
 	server := realollama.Start(t, realollama.Config{Version: version, Models: []string{tiny}})
@@ -220,7 +223,7 @@ func TestClientGone(t *testing.T) {
 				before := gone()
 				ctx, cancel := context.WithCancel(t.Context())
 				defer cancel()
-				// Endless: no end-of-text stops it, and the context shifts.
+				// Endless: no end of text stops it, and the context shifts.
 				body := fmt.Sprintf(`{"model":%q,"prompt":"hi","raw":true,"stream":%v,"options":{"num_predict":10000000,"num_ctx":256}}`, tiny, stream)
 				req, err := http.NewRequestWithContext(ctx, http.MethodPost, p.URL+"/api/generate", strings.NewReader(body))
 				if err != nil {
@@ -231,7 +234,7 @@ func TestClientGone(t *testing.T) {
 					res, err := http.DefaultClient.Do(req)
 					if err == nil {
 						if _, err = io.ReadFull(res.Body, make([]byte, 1)); err == nil {
-							cancel() // in mid-stream
+							cancel() // during the stream
 						}
 						res.Body.Close()
 					}
@@ -250,8 +253,9 @@ func TestClientGone(t *testing.T) {
 	}
 }
 
-// TestPendingUnload: a request that waits in Ollama for a model to make room is answered when what runs there has ended, although
-// more requests for the loaded one come meanwhile. A keep_alive in one of those would let it wait for as long as that says.
+// TestPendingUnload: a request that waits in Ollama for a model to make room is answered once that
+// model's running requests have ended, even if more requests for it arrive meanwhile. If one of
+// those carried a keep_alive, it would have to wait that long.
 func TestPendingUnload(t *testing.T) {
 	for _, version := range realollama.Distinct() {
 		t.Run(version, func(t *testing.T) {

@@ -9,15 +9,15 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// TestLanes: of requests that wait, those that share a prefix follow each other, and those with the same options do. What is
-// evaluated and loaded is told by the server's log.
+// TestLanes: waiting requests that share a prefix follow each other, and so do those with the same
+// options. The server's log shows the evaluations and loads.
 func TestLanes(t *testing.T) {
 	for _, version := range realollama.Distinct() {
 		t.Run(version, func(t *testing.T) {
 			const model = "gen-llama-tiny"
 			config := realollama.Config{Version: version, Models: []string{model}}
 			if version != realollama.EraA {
-				config.CacheRAMMiB = new(int) // nothing but the slot holds a prompt
+				config.CacheRAMMiB = new(int) // only the slot holds a prompt
 			}
 			server := realollama.Start(t, config)
 			p := startProxy(t, server.URL(), "--slots", "1")
@@ -44,7 +44,7 @@ func TestLanes(t *testing.T) {
 			}
 			const prefixes, each = 12, 4
 
-			// The least possible: one after the other, in the order of the prefixes.
+			// The minimum: one after the other, in the order of the prefixes.
 			ask(server.URL(), 99, 0, 4096)
 			mark := server.Mark()
 			want := map[string]string{}
@@ -55,7 +55,7 @@ func TestLanes(t *testing.T) {
 			}
 			least := evaluated(mark, prefixes*each)
 
-			// All at once, in turn.
+			// All at once, with the prefixes in turn.
 			mark = server.Mark()
 			var mu sync.Mutex
 			var wg sync.WaitGroup
@@ -82,7 +82,8 @@ func TestLanes(t *testing.T) {
 					differ++
 				}
 			}
-			if differ*20 > len(want) { // the engine itself answers differently now and then: TestAnswers of realollama
+			// The engine's own answers vary now and then: see TestAnswers in realollama.
+			if differ*20 > len(want) {
 				t.Errorf("%d of %d answers differ", differ, len(want))
 			}
 

@@ -20,7 +20,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// nginxConf runs in the foreground, as whoever starts it, and keeps everything in one folder.
+// nginxConf makes nginx run in the foreground, as the current user, with all its files in one
+// folder.
 const nginxConf = `
 daemon off;
 master_process off;
@@ -47,8 +48,8 @@ http {
 }
 `
 
-// findNginx returns the path of the nginx that the variable NGINX names, of the one in PATH, or of
-// Debian's, which is unpacked into the cache where there is none.
+// findNginx returns the path of nginx: the one that the variable NGINX names, the one in PATH, or
+// else Debian's, unpacked into the cache.
 func findNginx(ctx context.Context) (string, error) {
 	for _, name := range []string{os.Getenv("NGINX"), "nginx", "/usr/sbin/nginx"} {
 		if path, err := exec.LookPath(name); err == nil {
@@ -77,7 +78,7 @@ func debian(ctx context.Context, name, size, check string) (dir string, err erro
 		Name: name, Inputs: []string{"1"}, Announce: fmt.Sprintf("unpacking Debian's %s (%s)", name, size),
 		Make: func(_ context.Context, result string, run func(string, ...string) error) error {
 			if err := run(result, "apt-get", "download", name); err != nil {
-				// The lists of packages are old, or none. Who is not root cannot have new ones.
+				// The package lists are outdated or missing. Only root can update them.
 				err := errors.Join(run("", "apt-get", "update"), run(result, "apt-get", "download", name))
 				if err != nil {
 					return err
@@ -92,7 +93,7 @@ func debian(ctx context.Context, name, size, check string) (dir string, err erro
 // startNginx runs nginx in front of a server until the test ends, and returns its address.
 func startNginx(t *testing.T, bin, upstream string) (addr string) {
 	t.Helper()
-	for range 5 { // the port may be taken meanwhile
+	for range 5 { // another process may take the port meanwhile
 		if addr = tryNginx(t, bin, upstream); addr != "" {
 			return addr
 		}
@@ -157,7 +158,7 @@ func tryNginx(t *testing.T, bin, upstream string) string {
 type caller struct {
 	t     *testing.T
 	http  *http.Client
-	claim string // who it says that it is
+	claim string // the address in its X-Forwarded-For header
 }
 
 func callerAt(t *testing.T, address, claim string) caller {
@@ -183,7 +184,7 @@ func (c caller) post(ctx context.Context, addr, body string) *http.Response {
 	return res
 }
 
-// status is post for a short answer.
+// status returns the status of a short answer.
 func (c caller) status(addr string) int {
 	res := c.post(c.t.Context(), addr, generate(tiny, ""))
 	defer res.Body.Close()
@@ -193,8 +194,8 @@ func (c caller) status(addr string) int {
 	return res.StatusCode
 }
 
-// endless has a model answer without end, and returns what ends that. It reads the first pieces, which
-// must come while the rest is still being made.
+// endless makes a model answer without end, and returns a function that ends it. It reads the first
+// pieces, which must arrive while the rest is still being made.
 func (c caller) endless(p *proxyProcess, addr string) (leave func()) {
 	c.t.Helper()
 	ctx, cancel := context.WithCancel(c.t.Context())
@@ -206,7 +207,8 @@ func (c caller) endless(p *proxyProcess, addr string) (leave func()) {
 			c.t.Fatalf("a stream through nginx: %q %v", line, err)
 		}
 	}
-	if n := p.Metric(c.t, "ollama_cacheproxy_in_flight"); n < 2 { // with that which asks
+	// Including the request for this figure.
+	if n := p.Metric(c.t, "ollama_cacheproxy_in_flight"); n < 2 {
 		c.t.Error("the first pieces came when the answer had ended")
 	}
 	return func() {
@@ -215,10 +217,10 @@ func (c caller) endless(p *proxyProcess, addr string) (leave func()) {
 	}
 }
 
-// TestNginx: two people behind nginx, who send the same, are told apart if nginx is trusted, whoever
-// they say that they are, and are not if it is not. That is seen by who gives up a place in a full
-// queue: the one who has more of it. A stream comes through piece by piece, and ends when its client
-// leaves.
+// TestNginx: two people behind nginx who send the same are distinguished if nginx is trusted,
+// whatever their headers claim, and are not if it is untrusted. The test sees that by who loses a
+// place in a full queue: the one with more requests in it. A stream passes piece by piece, and ends
+// when its client leaves.
 func TestNginx(t *testing.T) {
 	nginx, err := findNginx(t.Context())
 	if err != nil {

@@ -20,18 +20,18 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// pageFigures is what the page shows, as its elements have it.
+// pageFigures are the figures that the page shows, as read from its elements.
 type pageFigures struct {
 	Live                                                 string
 	Requests, Reused, Evaluated, Generated, Loads, Saved float64
 	Worth, Cold, Waiting, Running                        float64
-	Memory, Context                                      float64 // of the one model that is loaded; -1: none is
-	Busy, Slots                                          float64 // of its lanes
+	Memory, Context                                      float64 // of the one model; -1: none
+	Busy, Slots                                          float64 // of that model's lanes
 	Problems                                             []string
 	Rows                                                 []pageRow
-	Prefixes                                             float64 // evaluated tokens of all prefixes that are listed
+	Prefixes                                             float64 // evaluated tokens
 	Bins                                                 []float64
-	Lanes                                                []float64 // requests, reused, evaluated, generated, loads, by the table of lanes
+	Lanes                                                []float64 // requests, reused, evaluated, …
 	Overflow                                             bool      // the page is wider than the window
 }
 
@@ -101,12 +101,12 @@ func (p livePage) until(what string, ok func(pageFigures) bool) (f pageFigures) 
 	return f
 }
 
-// pressTwice presses a button that asks whether one is sure.
+// pressTwice presses a button that asks for confirmation.
 func (p livePage) pressTwice(name string) {
 	p.t.Helper()
 	p.press(name)
 	asked := false
-	settles(p.t, func() error { // a second press that comes too soon is taken for a double click
+	settles(p.t, func() error { // a second press too soon counts as a double click
 		asks, err := chromedp.Run(p.ctx, chromedp.Evaluate[bool](fmt.Sprintf(`(() => {
 			const b = document.querySelector("[aria-label=" + JSON.stringify(%q) + "]");
 			if (b) b.click();
@@ -133,7 +133,7 @@ func (p livePage) press(name string) {
 	}
 }
 
-// picture leaves a picture of the page in the folder that PAGE_DIR names, if it names one.
+// picture saves a screenshot of the page in the folder of the variable PAGE_DIR, if that is set.
 func (p livePage) picture(name string) {
 	p.t.Helper()
 	text, err := chromedp.Run(p.ctx, chromedp.FullScreenshot(100))
@@ -147,7 +147,7 @@ func (p livePage) picture(name string) {
 	}
 }
 
-// told are /metrics' figures for what the page shows.
+// told returns the figures of /metrics for what the page shows.
 func told(t *testing.T, p *proxyProcess) (f pageFigures) {
 	t.Helper()
 	_, _, text := get(t, p.URL+"/metrics")
@@ -175,7 +175,7 @@ func told(t *testing.T, p *proxyProcess) (f pageFigures) {
 	return f
 }
 
-// grown are the figures that only grow.
+// grown returns the figures that only grow.
 func (f pageFigures) grown() []float64 {
 	return []float64{f.Requests, f.Reused, f.Evaluated, f.Loads, f.Saved, f.Cold, f.Generated}
 }
@@ -189,9 +189,9 @@ func atLeast(a, b []float64) bool {
 	return true
 }
 
-// TestPage: the live page in a real browser, while a real Ollama works: each figure is that of /metrics and of the ledger,
-// what is wrong is shown and goes away with its cause, and the buttons do what they say. With PAGE_DIR set, pictures are
-// left in that folder.
+// TestPage: the live page in a real browser, while a real Ollama works. Each figure is that of
+// /metrics and of the ledger, a problem is shown and disappears with its cause, and the buttons
+// work. With PAGE_DIR set, screenshots are saved in that folder.
 func TestPage(t *testing.T) {
 	server := realollama.Start(t, realollama.Config{Version: realollama.EraC, Models: []string{tiny}})
 	browser, err := findBrowser(t.Context())
@@ -238,7 +238,8 @@ func TestPage(t *testing.T) {
 	done := make(chan struct{})
 	go func() { work.Wait(); close(done) }()
 
-	// While that works: what the page shows is at least what /metrics told before, and at most what they tell after.
+	// While that works, the page shows at least what /metrics had before, and at most what it has
+	// after.
 	looks := 0
 	for busy := true; busy; looks++ {
 		select {
@@ -248,7 +249,7 @@ func TestPage(t *testing.T) {
 		}
 		before := told(t, p)
 		f := page.until("what /metrics told", func(f pageFigures) bool {
-			f.Generated = 0 // without keys /metrics does not tell it
+			f.Generated = 0 // without keys /metrics does not have it
 			return atLeast(f.grown(), before.grown())
 		})
 		f.Generated = 0
@@ -321,7 +322,7 @@ func TestPage(t *testing.T) {
 	}
 	same("generated", f.Generated, float64(generated))
 
-	// A request opens by keyboard, to its own time line.
+	// A request's time line can be opened with the keyboard.
 	opened, err := chromedp.Run(ctx, chromedp.Evaluate[bool](`document.querySelector("#requests button.open").focus() || true`))
 	if err != nil || !opened {
 		t.Fatal(err)
@@ -336,7 +337,7 @@ func TestPage(t *testing.T) {
 	})
 	page.picture("opened")
 
-	// Everything that can be pressed has a name, every picture a text and a table beside it.
+	// Every control has a name, and every chart has a text and a table beside it.
 	bare, err := chromedp.Run(ctx, chromedp.Evaluate[[]string](`[
 		...[...document.querySelectorAll("button, a, input")].filter(e => !(e.textContent.trim() || e.getAttribute("aria-label"))).map(e => e.outerHTML),
 		...[...document.querySelectorAll("canvas")].filter(e => !e.closest("[role=img][aria-label]")).map(e => "a picture without text in " + e.parentElement.className),
@@ -348,7 +349,7 @@ func TestPage(t *testing.T) {
 		t.Errorf("%v: %q", err, bare)
 	}
 
-	// Nothing is wider than a phone; and the dark is dark.
+	// Nothing is wider than a phone; and dark mode is dark.
 	page.do(prefers("prefers-color-scheme", "dark"), chromedp.EmulateViewport(390, 844))
 	f = page.read()
 	paper, err := chromedp.Run(ctx, chromedp.Evaluate[string](`getComputedStyle(document.body).backgroundColor`))
@@ -360,7 +361,7 @@ func TestPage(t *testing.T) {
 	page.picture("dark")
 	page.do(prefers("prefers-color-scheme", "light"))
 
-	// A page that is paused stays as it is, also when something is chosen on it.
+	// A paused page does not change, even if something is chosen on it.
 	page.press("Pause")
 	for i := range 4 {
 		ask(words(1, 50), "hello", 8, fmt.Sprintf(`,"num_ctx":%d`, 2048+512*(i%2)))
@@ -386,10 +387,10 @@ func TestPage(t *testing.T) {
 	}
 	page.press("Go on")
 
-	// Clients that disagree on num_ctx are told of.
+	// Clients that disagree on num_ctx are reported.
 	page.until("that clients disagree on num_ctx", func(f pageFigures) bool { return strings.Join(f.Problems, " ") == "reloaded" })
 
-	// The buttons. What hurts is asked twice.
+	// The buttons. Harmful ones ask for confirmation.
 	page.until("the model", func(f pageFigures) bool { return f.Memory > 0 })
 	page.press("Hold " + tiny + ":latest for 24 hours")
 	page.until("who holds the model", func(pageFigures) bool {
@@ -406,7 +407,7 @@ func TestPage(t *testing.T) {
 	page.press("Resume upstream")
 	page.until("that it does not", func(f pageFigures) bool { return !strings.Contains(strings.Join(f.Problems, " "), "draining") })
 
-	// An API key is asked for where one is needed, once.
+	// The page asks for an API key if it needs one, once.
 	page.do(chromedp.Navigate(gated.URL+"/_cacheproxy/"), chromedp.WaitVisible("#key"))
 	page.do(chromedp.SendKeys("#key", "wrong\r"))
 	settles(t, func() error {
@@ -428,11 +429,11 @@ func TestPage(t *testing.T) {
 	// An Ollama that is gone.
 	page.do(chromedp.Navigate(p.URL + "/_cacheproxy/"))
 	server.Kill()
-	get(t, p.URL+"/api/version") // which finds that out before the next poll
+	get(t, p.URL+"/api/version") // this request finds that out before the next poll
 	page.until("that Ollama is away", func(f pageFigures) bool { return len(f.Problems) > 0 && f.Problems[0] == "away" })
 	page.picture("failing")
 
-	// The proxy does not wait for a page that is open when it stops, and the page says that it is gone.
+	// The proxy stops without waiting for an open page, and the page says that the proxy is gone.
 	if err := p.Stop(); err != nil {
 		t.Error(err)
 	}
@@ -441,7 +442,7 @@ func TestPage(t *testing.T) {
 	}
 	page.until("that the proxy is gone", func(f pageFigures) bool { return f.Live == "not connected" && f.Problems[0] == "link" })
 	for _, c := range complaints() {
-		// The browser says of each request that was refused, or failed, that it was.
+		// The browser logs each request that was refused or failed.
 		if !strings.Contains(c, "401 (Unauthorized)") && !strings.Contains(c, "ERR_CONNECTION_REFUSED") && !strings.Contains(c, "ERR_INCOMPLETE_CHUNKED_ENCODING") {
 			t.Error(c)
 		}

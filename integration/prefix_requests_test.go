@@ -16,7 +16,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
-// prefixModel is a model by its template; all have the weights of one that is small.
+// prefixModel is a model, defined by its template; all have the weights of a small one.
 type prefixModel struct {
 	name, from, template    string // no template: the model as it is
 	tools, thinking, suffix bool
@@ -68,13 +68,13 @@ var prefixModels = []prefixModel{
 {{ end }}`},
 }
 
-// conversation is a request in no dialect.
+// conversation is a request, independent of a dialect.
 type conversation struct {
 	messages []api.Message
 	tools    []json.RawMessage
 	think    string // JSON
 	extra    map[string]any
-	parts    bool // contents are arrays, where a dialect has them
+	parts    bool // contents are arrays, if the dialect has them
 }
 
 func (c conversation) clone() conversation {
@@ -265,7 +265,8 @@ func toolFunction(raw json.RawMessage) rawFunction {
 	return tool.Function
 }
 
-// prefixText is text that occurs nowhere else, with characters of one to four bytes and some that JSON escapes.
+// prefixText is text that occurs nowhere else, with characters of one to four bytes, some of which
+// JSON escapes.
 func prefixText(r *rand.Rand, size int) string {
 	const letters = `abcdefghijklmnopqrstuvwxyz    eeaaiioonnttrrss` + "\n\"\\\té日🙂<&"
 	runes := []rune(letters)
@@ -276,7 +277,7 @@ func prefixText(r *rand.Rand, size int) string {
 	return b.String()
 }
 
-// prefixTool is a tool whose JSON has a word of its own near its end, which is unit.
+// prefixTool is a tool whose JSON has a unique word near its end: unit.
 func prefixTool(r *rand.Rand, name string) json.RawMessage {
 	return fmt.Appendf(nil, `{"type":"function","function":{"name":%q,"description":"looks up %x","parameters":{"type":"object","required":["city"],"properties":{"city":{"type":"string","description":"the city"},"unit":{"type":"string","enum":["%016x"]}}}}}`,
 		name, r.Uint64(), r.Uint64())
@@ -291,7 +292,7 @@ func prefixCall(r *rand.Rand, name string) api.ToolCall {
 	return api.ToolCall{ID: fmt.Sprintf("call_%08x", r.Uint32()), Function: api.ToolCallFunction{Name: name, Arguments: arguments}}
 }
 
-// newConversation makes a conversation that the model takes.
+// newConversation makes a conversation that the model accepts.
 func newConversation(r *rand.Rand, m prefixModel) conversation {
 	c := conversation{parts: r.IntN(2) == 0, extra: map[string]any{}}
 	size := func() int { return []int{20, 300, 900, 3000}[r.IntN(4)] + r.IntN(300) }
@@ -325,17 +326,17 @@ func newConversation(r *rand.Rand, m prefixModel) conversation {
 	return c
 }
 
-// anyLength is for changes that a chain has at its head and a template may have anywhere.
+// anyLength is for changes that are at the head of a chain, but anywhere in a template's prompt.
 const anyLength = 1 << 30
 
-// prefixChange makes another conversation of one. It tells how many bytes the prompts may share beyond what their chains
-// do, apart from the template's words; false where it does not apply.
+// prefixChange turns one conversation into another. It returns how many more bytes the prompts may
+// share than their chains do, apart from the template's words; false if it does not apply.
 type prefixChange struct {
 	name string
 	make func(r *rand.Rand, m prefixModel, c *conversation) (beyond int, ok bool)
 }
 
-// edited replaces the character at or after byte at by another one.
+// edited replaces the character at or after byte at.
 func edited(r *rand.Rand, text string, at int) string {
 	for at > 0 && text[at]&0xC0 == 0x80 {
 		at--
@@ -414,7 +415,7 @@ var prefixChanges = []prefixChange{
 		for i := range c.messages {
 			if calls := c.messages[i].ToolCalls; calls != nil {
 				calls[len(calls)-1].Function.Name = "stocks"
-				return 150, true // after the first call, of which the chain knows no place of its own
+				return 150, true // after the first call, whose place a chain does not have
 			}
 		}
 		return 0, false
@@ -434,7 +435,7 @@ var prefixChanges = []prefixChange{
 	}},
 	{"tools reversed", func(_ *rand.Rand, _ prefixModel, c *conversation) (int, bool) {
 		slices.Reverse(c.tools)
-		return 80, c.tools != nil // both begin with a tool's first words
+		return 80, c.tools != nil // both begin with the same words as any tool
 	}},
 	{"a tool's last property", func(r *rand.Rand, _ prefixModel, c *conversation) (int, bool) {
 		if c.tools == nil {
@@ -451,7 +452,7 @@ var prefixChanges = []prefixChange{
 	}},
 	{"an image", func(_ *rand.Rand, _ prefixModel, c *conversation) (int, bool) {
 		c.messages[len(c.messages)-1].Images = []api.ImageData{[]byte("an image")}
-		return 0, c.extra["suffix"] == nil // with which images are not rendered
+		return 0, c.extra["suffix"] == nil // otherwise images are not rendered
 	}},
 	{"think", func(r *rand.Rand, m prefixModel, c *conversation) (int, bool) {
 		c.think = []string{"true", "false", `"high"`}[r.IntN(3)]
@@ -475,7 +476,8 @@ var prefixChanges = []prefixChange{
 	}},
 }
 
-// respell writes JSON in another way: spaces, escapes, and the order of keys where it has no meaning.
+// respell writes the same JSON differently: spaces, escapes, and the order of keys where it has no
+// meaning.
 func respell(r *rand.Rand, body []byte) []byte {
 	var b bytes.Buffer
 	space := func() { b.WriteString([]string{"", "", " ", "\n\t"}[r.IntN(4)]) }

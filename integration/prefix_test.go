@@ -18,11 +18,12 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
-// templateWords is how many bytes a template may write between what a chain has links for.
+// templateWords is how many bytes a template may write between the parts that a chain has links
+// for.
 const templateWords = 100
 
-// prefixRow is what the table says of one kind of change: how many pairs of prompts it made, and the most bytes that a
-// chain said too many and too few.
+// prefixRow is the table's row for one kind of change: the number of pairs of prompts, and the most
+// bytes by which a chain was over and under.
 type prefixRow struct{ pairs, over, under int }
 
 const (
@@ -32,8 +33,9 @@ const (
 	prefixTableHead = "by what differs, the pairs of prompts, and the most bytes that a chain said too many and too few"
 )
 
-// TestPrefix holds chains to the prompts that real servers render: two prompts share what their chains say, to within a
-// sixteenth of a block and the template's words, and equal chains are equal prompts.
+// TestPrefix compares chains with the prompts that real servers render: two prompts share what
+// their chains share, to within a sixteenth of a block and the template's words, and equal chains
+// have equal prompts.
 func TestPrefix(t *testing.T) {
 	for _, version := range realollama.Distinct() {
 		t.Run(version, func(t *testing.T) {
@@ -46,7 +48,7 @@ func TestPrefix(t *testing.T) {
 				prompts := map[uint64]seenPrompt{}
 				for _, d := range dialects {
 					c := prefixCheck{T: t, base: server.URL(), model: m, endpoint: d.endpoint, write: d.body, rows: rows, prompts: prompts, reader: prefix.NewReader()}
-					// Every endpoint has the same conversations, and some of its own.
+					// Every endpoint gets the same conversations, and some additional ones.
 					c.run(rand.New(rand.NewPCG(uint64(i), 0)))
 					c.run(rand.New(rand.NewPCG(uint64(i), 1+uint64(d.endpoint))))
 					c.long(rand.New(rand.NewPCG(uint64(i), uint64(d.endpoint))))
@@ -95,7 +97,8 @@ type prefixPrompt struct {
 }
 
 func (c *prefixCheck) run(r *rand.Rand) {
-	spelling := rand.New(rand.NewPCG(r.Uint64(), 0)) // of its own: how bodies are written must not change what they say
+	// A separate source: how bodies are written must not change their content.
+	spelling := rand.New(rand.NewPCG(r.Uint64(), 0))
 	for _, change := range prefixChanges {
 		from := newConversation(r, c.model)
 		to := from.clone()
@@ -110,7 +113,7 @@ func (c *prefixCheck) run(r *rand.Rand) {
 	}
 }
 
-// long compares prompts that part past 16 KiB of a message, where blocks are longer.
+// long compares prompts that differ only after 16 KiB of a message, where blocks are longer.
 func (c *prefixCheck) long(r *rand.Rand) {
 	long := newConversation(r, c.model)
 	last := len(long.messages) - 1
@@ -130,7 +133,7 @@ func (c *prefixCheck) body(from conversation) []byte {
 	return text
 }
 
-// read returns a body's chain and prompt. A chain that was seen before must have had the same prompt.
+// read returns a body's chain and prompt. Equal chains must have equal prompts.
 func (c *prefixCheck) read(body []byte) prefixPrompt {
 	p := prefixPrompt{body: body, chain: c.reader.Read(c.endpoint, c.model.name, body)}
 	p.text, p.messages = rendered(c, c.base, c.endpoint, body)
@@ -145,7 +148,8 @@ func (c *prefixCheck) read(body []byte) prefixPrompt {
 	return p
 }
 
-// respelled holds that the same request in another spelling has the same chain, and is the same prompt.
+// respelled checks that the same request, written differently, has the same chain and the same
+// prompt.
 func (c *prefixCheck) respelled(r *rand.Rand, a prefixPrompt) {
 	b := c.read(respell(r, a.body))
 	if a.text != b.text {
@@ -164,8 +168,8 @@ func (c *prefixCheck) row(name string) *prefixRow {
 	return c.rows[name]
 }
 
-// compare holds that what the chain says is shared is shared, and that no more is than beyond and the template's words. In
-// the midst of a text both are to within a sixteenth of a block.
+// compare checks that the prompts share what the chain says, and no more than beyond and the
+// template's words in addition. Within a text, both hold to within a sixteenth of a block.
 func (c *prefixCheck) compare(name string, a, b prefixPrompt, beyond int) {
 	shared := prefix.Common(a.chain.Links, b.chain.Links)
 	told, truth := where(c, a, shared), commonBytes(a.text, b.text)
@@ -187,7 +191,8 @@ func (c *prefixCheck) compare(name string, a, b prefixPrompt, beyond int) {
 	}
 }
 
-// where returns where in the prompt its chain says that it parts from another one.
+// where returns the place in the prompt at which, by its chain, it begins to differ from another
+// one.
 func where(t testing.TB, p prefixPrompt, s prefix.Shared) int {
 	t.Helper()
 	prompt, messages := p.text, p.messages
@@ -198,7 +203,8 @@ func where(t testing.TB, p prefixPrompt, s prefix.Shared) int {
 		}
 		return i
 	}
-	end := func(message int) int { // of what the first messages render, to their last own byte
+	// Of the rendering of the first messages, up to the last byte of their own text.
+	end := func(message int) int {
 		last := 0
 		tools := toolWord.FindAllStringIndex(prompt, -1)
 		for _, l := range p.chain.Links[:s.Links] {
@@ -228,7 +234,7 @@ func where(t testing.TB, p prefixPrompt, s prefix.Shared) int {
 	return find(content) + unspelled(content, s.Offset)
 }
 
-// unspelled returns which byte of a text is the n-th of its spelling in JSON.
+// unspelled returns the byte of a text that is the n-th byte of its JSON spelling.
 func unspelled(text string, n int) int {
 	for i, c := range text {
 		switch {
@@ -253,7 +259,8 @@ func commonBytes(a, b string) int {
 	return n
 }
 
-// rendered asks a server for the prompt that it makes of a body, and tells the messages that the prompt is made of.
+// rendered asks a server for the prompt that it renders from a body, and returns also the messages
+// that the prompt is made of.
 func rendered(t testing.TB, base string, e prefix.Endpoint, body []byte) (string, []api.Message) {
 	t.Helper()
 	chat, generate := converted(t, e, body)
@@ -270,7 +277,7 @@ func rendered(t testing.TB, base string, e prefix.Endpoint, body []byte) (string
 		generate.DebugRenderOnly, generate.Truncate = true, new(bool)
 		path, request = "/api/generate", generate
 	}
-	// The other endpoints of /v1 do not tell their prompt.
+	// The other endpoints of /v1 do not return their prompt.
 	if e == prefix.Chat || e == prefix.Generate || e == prefix.ChatCompletions {
 		members := `{"_debug_render_only":true,`
 		if e == prefix.ChatCompletions {
@@ -294,7 +301,7 @@ func rendered(t testing.TB, base string, e prefix.Endpoint, body []byte) (string
 	return answer.Info.RenderedTemplate, messages
 }
 
-// converted is a body as Ollama's own code puts it into Ollama's own dialect.
+// converted returns a body as Ollama's own code converts it to Ollama's native API.
 func converted(t testing.TB, e prefix.Endpoint, body []byte) (chat *api.ChatRequest, generate *api.GenerateRequest) {
 	t.Helper()
 	decode := func(v any) {

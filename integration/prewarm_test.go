@@ -15,7 +15,7 @@ import (
 // warmModel takes about a millisecond for each token of a prompt.
 const warmModel = "gen-llama-costly"
 
-// warmPrompt is a chat with one of the prefixes, of so many words, and a question of its own.
+// warmPrompt is a chat with one of the prefixes, of length words, and a question.
 func warmPrompt(t testing.TB, prefix uint64, length int, question string) string {
 	t.Helper()
 	text, err := json.Marshal(map[string]any{
@@ -40,7 +40,7 @@ func prewarmFile(t testing.TB, lines ...string) string {
 	return path
 }
 
-// prewarmed is how many requests of the proxy's own had this result; "": any.
+// prewarmed returns how many of the proxy's own requests had this result; "": any.
 func (p *proxyProcess) prewarmed(t testing.TB, result string) int {
 	t.Helper()
 	series := "ollama_cacheproxy_prewarm_requests_total{"
@@ -50,24 +50,24 @@ func (p *proxyProcess) prewarmed(t testing.TB, result string) int {
 	return int(p.Metric(t, series))
 }
 
-// warm checks that next to nothing is evaluated of a prompt whose prefix is warm, which comes now.
+// warm checks that almost nothing is evaluated of a prompt, sent now, whose prefix is warm.
 func (p *proxyProcess) warm(t testing.TB, server *realollama.Server, what, body string) {
 	t.Helper()
 	mark := server.Mark()
 	mustPost(t, p.URL+"/api/chat", body)
 	total, evaluated := evaluations(t, server, mark, 1)
 	t.Logf("%s: %d of %d tokens were evaluated", what, evaluated, total)
-	if evaluated > 40 || total < 150 { // 20, and the question's own
+	if evaluated > 40 || total < 150 { // 20, and the question itself
 		t.Errorf("%s: %d of %d tokens were evaluated", what, evaluated, total)
 	}
 }
 
-// TestPrewarm: on real servers, the prompts of --prewarm are warm before anybody asks: at first,
-// after a load and after a restart.
+// TestPrewarm: on real servers, the prompts of --prewarm are warm before the first request: at the
+// start, after a load and after a restart.
 func TestPrewarm(t *testing.T) {
 	for _, version := range realollama.Distinct() {
 		t.Run(version, func(t *testing.T) {
-			t.Parallel() // most of the time the proxy waits until nobody asks
+			t.Parallel() // the proxy mostly waits until nobody asks
 			server := realollama.Start(t, realollama.Config{
 				Version: version, Models: []string{warmModel}, Parallel: 3,
 			})
@@ -76,7 +76,8 @@ func TestPrewarm(t *testing.T) {
 				warmPrompt(t, 1, length, "?"),
 				`{"path":"/v1/chat/completions","body":` + warmPrompt(t, 2, length, "?") + `}`,
 			}
-			if version == realollama.EraA { // which puts all prompts that begin alike into one slot
+			// Era A puts all prompts with the same beginning into one slot.
+			if version == realollama.EraA {
 				lines = lines[:1]
 			}
 			n := len(lines)
@@ -109,7 +110,7 @@ func TestPrewarm(t *testing.T) {
 			if got := p.prewarmed(t, "evaluated"); got != 3*n {
 				t.Errorf("%d requests had their prompts evaluated, want %d", got, 3*n)
 			}
-			// Nobody else is told of them: only what clients have asked is counted as that.
+			// Only clients' requests are counted as requests.
 			if got := p.Metric(t, `ollama_cacheproxy_requests_total{endpoint="/api/chat"`); int(got) != 3*n+1 {
 				t.Errorf("%v requests of clients are counted, want %d", got, 3*n+1)
 			}
@@ -117,8 +118,8 @@ func TestPrewarm(t *testing.T) {
 	}
 }
 
-// TestPrewarmGivesWay: a client that comes while a prompt is being made warm is not kept waiting
-// until that has been evaluated, and then it goes on.
+// TestPrewarmGivesWay: a client that arrives while a prompt is being prewarmed does not wait for
+// the end of that evaluation, and prewarming resumes afterwards.
 func TestPrewarmGivesWay(t *testing.T) {
 	server := realollama.Start(t, realollama.Config{
 		Version: realollama.Newest(), Models: []string{warmModel}, Parallel: 1,
@@ -139,7 +140,7 @@ func TestPrewarmGivesWay(t *testing.T) {
 	p.warm(t, server, "then", warmPrompt(t, 1, 900, "What?"))
 }
 
-// TestPrewarmFile: a file that is wrong is refused at the start, and read again when it is changed.
+// TestPrewarmFile: a wrong file is refused at the start, and read again when it is changed.
 func TestPrewarmFile(t *testing.T) {
 	server := realollama.Start(t, realollama.Config{Version: realollama.Newest(), Models: []string{warmModel}})
 	path := prewarmFile(t, warmPrompt(t, 1, 150, "?"))
@@ -159,8 +160,8 @@ func TestPrewarmFile(t *testing.T) {
 	}
 }
 
-// TestPrewarmContexts: where contexts are stored they are attached before anybody asks: those of
-// the file's prompts after a restart of both, and those used most after a load.
+// TestPrewarmContexts: stored contexts are attached before the first request: those of the file's
+// prompts after a restart of both, and the most used ones after a load.
 func TestPrewarmContexts(t *testing.T) {
 	prewarmContexts(t, realollama.Newest())
 }
@@ -191,7 +192,7 @@ func prewarmContexts(t *testing.T, version string) {
 	p := startProxy(t, server.URL(), "--contexts", home, "--prewarm", file)
 	eventually(t, "warm", func() bool { return p.prewarmed(t, "evaluated") == 1 })
 	eventually(t, "stored", func() bool { return p.Metric(t, contexts+"saved_total") == 1 })
-	for n := range 2 { // another one, used twice
+	for n := range 2 { // another prefix, used twice
 		mustPost(t, p.URL+"/api/chat", warmPrompt(t, 2, length, fmt.Sprintf("Which %d?", n)))
 		eventually(t, "stored, too", func() bool { return p.Metric(t, contexts+"saved_total") >= 2 })
 		unload()
@@ -217,7 +218,7 @@ func prewarmContexts(t *testing.T, version string) {
 		t.Errorf("%v contexts were attached when somebody asked", n-attached)
 	}
 
-	// A proxy that finds the model loaded knows nothing of its slots but which hold nothing.
+	// A proxy that finds the model loaded knows of its slots only which ones are empty.
 	if err := p.Stop(); err != nil {
 		t.Fatal(err)
 	}

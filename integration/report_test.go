@@ -25,8 +25,9 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// TestReport: the page that bench writes of a real server is drawn by a real browser, light and dark, with nothing to complain of and
-// without asking the network for anything. With REPORT_DIR set, the page and pictures of it are left in that folder.
+// TestReport: the page that bench writes for a real server is drawn by a real browser, in light and
+// dark mode, without errors and without network requests. With REPORT_DIR set, the page and
+// screenshots of it are saved in that folder.
 func TestReport(t *testing.T) {
 	server := realollama.Start(t, realollama.Config{Version: realollama.EraC, Models: []string{tiny}})
 	bin, err := proxyBinary()
@@ -58,7 +59,7 @@ func TestReport(t *testing.T) {
 		found, err := chromedp.Run(ctx, chromedp.Evaluate[struct {
 			Drawn   string
 			Rows    int
-			Colours map[string]int // how many different ones each canvas has
+			Colours map[string]int // the number of different colours on each canvas
 		}](`({
 			Drawn: document.body.dataset.drawn,
 			Rows: document.querySelectorAll("tbody tr").length,
@@ -76,11 +77,12 @@ func TestReport(t *testing.T) {
 			t.Errorf("%s: %q charts are drawn, the table has %d rows", scheme, found.Drawn, found.Rows)
 		}
 		for _, id := range canvases {
-			if found.Colours[id] < 10 { // bars, axes, and letters with their soft edges
+			if found.Colours[id] < 10 { // bars, axes, and letters with antialiased edges
 				t.Errorf("%s: the canvas %q has %d colours", scheme, id, found.Colours[id])
 			}
 		}
-		// Axes and letters are drawn without any data, too: what disappears with the data must have been drawn of it.
+		// Axes and letters are drawn without any data, too. Whatever disappears without data was
+		// drawn from it.
 		gone, err := chromedp.Run(ctx, chromedp.Evaluate[map[string]int](`Object.fromEntries([...document.querySelectorAll("canvas")].map(c => {
 			const pixels = () => {
 				const copy = Object.assign(document.createElement("canvas"), {width: c.width, height: c.height}).getContext("2d", {willReadFrequently: true});
@@ -119,11 +121,13 @@ func TestReport(t *testing.T) {
 	}
 }
 
-// newTab opens a tab of a browser, for as long as the test runs, and notes what there is to complain of: what a page
-// says in the console, exceptions, what the browser says of the page, and requests that it may not make.
+// newTab opens a tab of a browser for the duration of the test, and records problems: the page's
+// console output, exceptions, the browser's messages about the page, and requests that it may not
+// make.
 func newTab(t *testing.T, browser string, may func(*url.URL) bool) (ctx context.Context, complaints func() []string) {
 	t.Helper()
-	options := append(chromedp.DefaultExecAllocatorOptions[:], chromedp.ExecPath(browser), chromedp.NoSandbox) // tests may run as root, for whom it has no sandbox
+	// Tests may run as root, for whom the sandbox does not work.
+	options := append(chromedp.DefaultExecAllocatorOptions[:], chromedp.ExecPath(browser), chromedp.NoSandbox)
 	ctx, stop := chromedp.NewExecAllocator(t.Context(), options...)
 	t.Cleanup(stop)
 	ctx, stop = chromedp.NewContext(ctx)
@@ -181,8 +185,8 @@ func prefers(name, value string) chromedp.Action[chromedp.Void] {
 
 var browsers = []string{"chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"}
 
-// findBrowser returns the path of the Chromium that the variable CHROMIUM names, or of the first in PATH. As root on Debian it is
-// installed where there is none.
+// findBrowser returns the path of Chromium: the one that the variable CHROMIUM names, or the first
+// in PATH. As root on Debian, a missing one is installed.
 func findBrowser(ctx context.Context) (string, error) {
 	find := func() string {
 		for _, name := range append([]string{os.Getenv("CHROMIUM")}, browsers...) {

@@ -9,8 +9,9 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// TestRestart: fifty requests wait while the only server is ended, as a crash does and as an upgrade does, and started again. That
-// which was under way is lost, for it may have been begun; all others are answered.
+// TestRestart: fifty requests wait while the only server is ended, as in a crash and as in an
+// upgrade, and restarted. The request under way is lost, since it may have been begun; all others
+// are answered.
 func TestRestart(t *testing.T) {
 	const model, waiting = "gen-llama-tiny", 50
 	server := realollama.Start(t, realollama.Config{Version: realollama.Newest(), Models: []string{model}})
@@ -49,7 +50,8 @@ func TestRestart(t *testing.T) {
 			wg.Wait()
 			steps.Wait()
 			t.Logf("statuses: %v", statuses)
-			// The one lane had one; when that was lost the next may have been on its way before anybody knew.
+			// The only lane had one request; when that was lost, the next may have been sent before
+			// the proxy noticed.
 			if statuses[http.StatusOK] < waiting-2 || statuses[http.StatusOK]+statuses[http.StatusBadGateway] != waiting {
 				t.Errorf("of %d requests, one of which was under way: %v", waiting, statuses)
 			}

@@ -10,15 +10,15 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// TestTwoNames: two scripts that use one model under two names share its slot. One after the other they
-// evaluate their prefix once each; in turns, each request would evaluate all of it.
+// TestTwoNames: two scripts that use one model under two names share its slot. One after the other,
+// they evaluate their prefix once each; in turns, each request would evaluate all of it.
 func TestTwoNames(t *testing.T) {
 	const each = 20
 	for _, version := range realollama.Distinct() {
 		t.Run(version, func(t *testing.T) {
 			config := realollama.Config{Version: version, Models: []string{tiny}}
 			if version != realollama.EraA {
-				config.CacheRAMMiB = new(int) // nothing but the slot holds a prompt
+				config.CacheRAMMiB = new(int) // only the slot holds a prompt
 			}
 			server := realollama.Start(t, config)
 			p := startProxy(t, server.URL(), "--slots", "1")
@@ -57,8 +57,8 @@ func TestTwoNames(t *testing.T) {
 	}
 }
 
-// TestTouchLeavesOthers: an app that uses Ollama directly, with a num_ctx of its own, keeps the load that
-// it has made, whatever was asked for through the proxy before and beside.
+// TestTouchLeavesOthers: an app that uses Ollama directly, with another num_ctx, keeps the model as
+// it loaded it, whatever was asked for through the proxy before or meanwhile.
 func TestTouchLeavesOthers(t *testing.T) {
 	const other = "gen-llama-tiny-b"
 	for _, version := range realollama.Distinct() {
@@ -74,7 +74,8 @@ func TestTouchLeavesOthers(t *testing.T) {
 			app := strings.Replace(generate(tiny, ""), `"num_predict":1`, `"num_predict":1,"num_ctx":2048`, 1)
 			mustPost(t, server.URL()+"/api/generate", app)
 			mustPost(t, p.URL+"/v1/chat/completions", v1(other))
-			eventually(t, "the other model held", held(other)) // the proxy has looked at what is loaded
+			// The proxy has polled the loaded models.
+			eventually(t, "the other model held", held(other))
 			for range 3 {
 				mustPost(t, server.URL()+"/api/generate", app)
 			}

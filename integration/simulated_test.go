@@ -14,11 +14,13 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/ollamasim"
 )
 
-// simError is by how much of the evaluated tokens the simulated server may differ from the real one.
+// simError is by which fraction of the evaluated tokens the simulated server may differ from the
+// real one.
 const simError = 0.03
 
-// sameWords are words that both the generated models and the simulated ones have as one token each, with the blank before them: so prompts of them,
-// sent raw, have as many tokens here as there, and what differs is what was reused.
+// sameWords are words that are one token each, with the preceding blank, in both the generated and
+// the simulated models. So raw prompts of them have equally many tokens on both, and any difference
+// is one in reuse.
 var sameWords = strings.Fields("the and it of this is with so can in one to an what do be or that")
 
 func samePrompt(seed uint64, n int) string {
@@ -31,20 +33,21 @@ func samePrompt(seed uint64, n int) string {
 	return b.String()
 }
 
-// simPlace is a server, real and simulated, and what is sent to both, one workload after the other.
+// simPlace is a server, real and simulated, and the workloads that are sent to both in order.
 type simPlace struct {
 	name      string
 	config    realollama.Config
 	workloads []simWorkload
 }
 
-// simWorkload sends one request at a time, to each model in turn where there are two (a comma between them). ask returns the answer's text.
+// simWorkload sends one request at a time, to each model in turn if there are two (separated by a
+// comma). ask returns the answer's text.
 type simWorkload struct {
 	name, models string
 	run          func(ask func(prompt string, numCtx int) string)
 }
 
-// simModel is the simulated counterpart of a generated model, as fast as it can be.
+// simModel is the simulated counterpart of a generated model, as fast as possible.
 func simModel(name string) ollamasim.Model {
 	m := ollamasim.Model{Name: name, LoadTime: time.Millisecond, PromptRate: 1e7, AnswerRate: 1e6}
 	const keyAndValue, half = 2, 2
@@ -82,7 +85,8 @@ func simPlaces(version string) []simPlace {
 		var text [2]string
 		for turn := range 5 {
 			for c := range text {
-				text[c] += samePrompt(uint64(5000+10*c+turn), 100) + "\n" // else the answer would continue a word
+				// Otherwise the answer would continue a word.
+				text[c] += samePrompt(uint64(5000+10*c+turn), 100) + "\n"
 				text[c] += ask(text[c], 0)
 			}
 		}
@@ -99,7 +103,7 @@ func simPlaces(version string) []simPlace {
 			ask(samePrompt(7, 200)+samePrompt(uint64(7000+i), 20), []int{2048, 3072}[i%2])
 		}
 	}
-	// What is put aside for another prompt comes back with its window only.
+	// A prompt that was evicted by another one is restored with its window only.
 	window := func(length int) func(func(string, int) string) {
 		return func(ask func(string, int) string) {
 			for i := range 8 {
@@ -132,7 +136,7 @@ func simPlaces(version string) []simPlace {
 	places = append(places, simPlace{"one model at a time", realollama.Config{Models: []string{tiny, other}, MaxLoaded: 1}, []simWorkload{
 		{"two models in turn", tiny + "," + other, samePrefix(300, 20, 5)},
 	}})
-	if version != realollama.EraA { // which has no host cache
+	if version != realollama.EraA { // era A has no host cache
 		places = append(places,
 			simPlace{"no host cache", realollama.Config{Models: []string{tiny}, CacheRAMMiB: new(0)}, []simWorkload{
 				{"prefixes in turn", tiny, inTurn(4, 3, 300, 20)},
@@ -149,7 +153,8 @@ func simPlaces(version string) []simPlace {
 	return places
 }
 
-// TestSimulated holds the simulated server to the real one: what the same requests have it evaluate and load.
+// TestSimulated compares the simulated server with the real one: the tokens that they evaluate, and
+// the loads, for the same requests.
 func TestSimulated(t *testing.T) {
 	for _, version := range realollama.Distinct() {
 		t.Run(version, func(t *testing.T) {
@@ -202,7 +207,7 @@ func compareSimulated(t *testing.T, real *realollama.Server, sim *ollamasim.Serv
 	w.run(func(prompt string, numCtx int) string {
 		status, _, text := post(t, real.URL()+"/api/generate", string(body(requests, prompt, numCtx)))
 		requests++
-		// The next request may load the model anew, which ends an engine that may not have logged yet.
+		// The next request may reload the model, which ends an engine that may not have logged yet.
 		if _, err := real.WaitEvaluations(t.Context(), mark, requests); err != nil {
 			t.Fatal(err)
 		}

@@ -21,24 +21,26 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// suite is what is run of the integration tests that one version of Ollama has for itself.
+// suite says which of Ollama's integration tests run for one version of Ollama.
 //
-// They pull their models where the server lacks them; here small ones have those names. Left out are, on purpose:
-//   - ChatWithHistory, Parallel…, and GenerateWithHistory in the first era: minutes, on a processor
+// They pull their models if the server lacks them; here small ones have those names. These are left
+// out on purpose:
+//   - ChatWithHistory, Parallel…, and GenerateWithHistory in era A: minutes, on a processor
 //   - TestTools, APIToolCalling…: no small model calls a tool, and they take minutes to find out
 //   - TestChat: looks for its model in /api/ps, where one file has the name that loaded it
-//   - TestCreate…, TestQuantization, TestVision…, TestAudio…, TestImageGeneration, Unicode…, MultiModelStress: want
-//     downloads, or models of their own kinds
+//   - TestCreate…, TestQuantization, TestVision…, TestAudio…, TestImageGeneration, Unicode…,
+//     MultiModelStress: need downloads, or models of special kinds
 //   - MaxQueue and UnicodeModelDir: skip themselves on a server that they did not start
-//   - AllMiniLMEmbed…, EmbedCosine… and ContextExhaustion in the first era: want a certain model's answers
+//   - AllMiniLMEmbed…, EmbedCosine… and ContextExhaustion in era A: need a certain model's answers
 //
-// Some of the rest fail without the proxy, too: they want the embeddings of all-minilm, or a story with emoji.
+// Some of the others fail without the proxy, too: they need the embeddings of all-minilm, or a
+// story with emoji.
 type suite struct {
 	version string
 	run     string   // for -test.run
 	chats   []string // names for smollm2
 	embeds  []string // names for gen-llama-embed
-	atLeast int      // so many pass without the proxy
+	atLeast int      // at least so many pass without the proxy
 }
 
 var suites = []suite{
@@ -59,15 +61,15 @@ var suites = []suite{
 	},
 }
 
-// TestOllamaSuite runs Ollama's own integration tests against a real server and then through the proxy: what passes
-// there passes here.
+// TestOllamaSuite runs Ollama's own integration tests directly against a real server and then
+// through the proxy: every test that passes there passes here.
 func TestOllamaSuite(t *testing.T) {
 	for _, s := range suites {
 		if !slices.Contains(realollama.Versions(), s.version) {
-			continue // not asked for
+			continue // the version is not among those to test
 		}
 		t.Run(s.version, func(t *testing.T) {
-			t.Parallel() // most of the time somebody waits
+			t.Parallel() // the tests mostly wait
 			program, dir := s.build(t)
 
 			server := s.server(t)
@@ -102,7 +104,8 @@ func TestOllamaSuite(t *testing.T) {
 	}
 }
 
-// build returns Ollama's tests as a program, from the cache if they are there, and the folder that they run in.
+// build returns Ollama's tests as a program, from the cache if possible, and the folder to run them
+// in.
 func (s suite) build(t *testing.T) (program, dir string) {
 	t.Helper()
 	module := "github.com/ollama/ollama@v" + s.version
@@ -144,8 +147,8 @@ func goCommand(t *testing.T, dir string, args ...string) ([]byte, error) {
 	return stdout.Bytes(), nil
 }
 
-// server starts a fresh server with the models that the tests ask for. Answers are short and always the same, unless a
-// test asks for others.
+// server starts a new server with the models that the tests ask for. Answers are short and always
+// the same, unless a test asks for others.
 func (s suite) server(t *testing.T) *realollama.Server {
 	t.Helper()
 	server := realollama.Start(t, realollama.Config{Version: s.version, Models: []string{"smollm2", "gen-llama-embed"}})
@@ -171,7 +174,8 @@ func (s suite) outcomes(t *testing.T, program, dir, url string) (map[string]stri
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
-	// They skip what they believe to have no time for: two minutes before their own limit.
+	// They skip tests that they expect to exceed their time, from two minutes before their limit
+	// on.
 	args := []string{"-test.v", "-test.timeout=10m", "-test.run=" + s.run}
 	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.Dir = dir
@@ -187,7 +191,7 @@ func (s suite) outcomes(t *testing.T, program, dir, url string) (map[string]stri
 	return outcomes, string(out)
 }
 
-// count counts tests without subtests: a test passes too when all its subtests are skipped.
+// count counts tests, but not subtests: a test passes even if all its subtests are skipped.
 func count(outcomes map[string]string, outcome string) int {
 	parents := map[string]bool{}
 	for name := range outcomes {

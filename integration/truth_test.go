@@ -13,22 +13,22 @@ import (
 )
 
 const (
-	truthError = 0.05 // of the evaluated tokens of the requests that have a figure, at most
-	truthRight = 0.95 // of the verdicts that are given, at least
+	truthError = 0.05 // the most, as a share of the evaluated tokens of requests that have a figure
+	truthRight = 0.95 // the least, as a share of the verdicts given
 
-	// The estimator may say unknown where times do not tell. On a quiet machine they do: of the requests
-	// that were alone on their server, no more than this part may be unknown where evaluation times
-	// scatter by no more than truthQuiet: see scatter. (The time of one that was not alone holds the
-	// evaluations of others.) With nothing but this test on two cores of a shared machine 4 % were
-	// unknown where times scattered by 1.9, and they scattered by up to 2.4; beside stress-ng that is as
-	// busy all the time by 2.9, beside bursts of it by 5.9.
+	// The estimator may say unknown if times are inconclusive. On a quiet machine they are not: if
+	// evaluation times scatter by no more than truthQuiet (see scatter), at most this share of the
+	// requests that were alone on their server may be unknown. (The time of a request that was not
+	// alone includes evaluations of others.) With only this test on two cores of a shared machine 4
+	// % were unknown when times scattered by 1.9, and they scattered by up to 2.4; beside stress-ng
+	// with a constant load by 2.9, beside bursts of it by 5.9.
 	truthUnknown = 0.15
 	truthQuiet   = 2.0
 )
 
-// TestTruth holds the ledger's figures, and those of its estimator, to the server's own log, which
-// neither of them sees. A figure that is told must be right, however busy the machine is; what is
-// unknown is counted apart.
+// TestTruth compares the ledger's figures, and those of its estimator, with the server's own log,
+// which neither of them sees. A reported figure must be right, however busy the machine is; unknown
+// ones are counted separately.
 func TestTruth(t *testing.T) {
 	for _, version := range realollama.Versions() {
 		t.Run(version, func(t *testing.T) {
@@ -37,10 +37,12 @@ func TestTruth(t *testing.T) {
 			fmt.Fprintf(&table, "%-38s %8s %7s | %9s | %9s %7s %7s | %9s %7s %7s | %s\n", "ollama "+version, "requests", "tokens",
 				"evaluated", "ledger", "error", "right", "estimate", "error", "right", "unknown")
 			for _, at := range places(version) {
-				// A place has ended when its subtest has: two servers at once would disturb each other.
+				// A place's server ends with its subtest: two servers at once would disturb each
+				// other.
 				t.Run(at.name, func(t *testing.T) {
 					server := realollama.Start(t, at.config)
-					p := startProxy(t, server.URL(), "--slots", "off") // four requests at once are four at once
+					// So that four concurrent requests run concurrently.
+					p := startProxy(t, server.URL(), "--slots", "off")
 					for _, w := range at.workloads {
 						c := compareTruth(t, server, p, w)
 						if all.add(c); at.config.Parallel < 2 {
@@ -53,7 +55,7 @@ func TestTruth(t *testing.T) {
 			fmt.Fprintln(&table, all.row("all"))
 			t.Logf("the server's log and the ledger\n%s", table.String())
 			if all.requests == 0 {
-				return // every place has failed, and said why
+				return // every place has failed, and reported it
 			}
 			t.Logf("evaluation times scatter by %.1f (judged up to %.1f); the estimator calls %d of the %d "+
 				"requests unknown that were alone",
@@ -88,7 +90,7 @@ func compareTruth(t *testing.T, server *realollama.Server, p *proxyProcess, w wo
 	if err != nil {
 		t.Fatalf("%s in the server's log: %v", w.name, err)
 	}
-	// A request may be recorded a moment after its answer has ended.
+	// A request may be recorded shortly after the end of its answer.
 	var recorded []record
 	settles(t, func() error {
 		if recorded = ledgerSince(t, p, before); len(recorded) < len(u.asked) {
@@ -127,7 +129,7 @@ func compareTruth(t *testing.T, server *realollama.Server, p *proxyProcess, w wo
 	return c
 }
 
-// record is what the tests read of a request in the ledger.
+// record has the members of a request in the ledger that the tests read.
 type record struct {
 	ID       int64
 	Endpoint string
@@ -140,7 +142,7 @@ type record struct {
 	Expected *int `json:"expected_reuse"`
 	Verdict  string
 	Reason   string
-	Prompt   float64 `json:"prompt_eval_ms"` // as the server told; 0 if it did not
+	Prompt   float64 `json:"prompt_eval_ms"` // as the server reported it; 0 if it did not
 }
 
 func (r record) is(e realollama.Evaluation) bool {
@@ -170,8 +172,8 @@ func ledgerSince(t *testing.T, p *proxyProcess, id int64) []record {
 	return slices.DeleteFunc(page.Requests, func(r record) bool { return r.ID <= id })
 }
 
-// assign returns the entry of every request. They are told apart by the prompt's tokens, and those of one client, which
-// asks one thing at a time, by their order.
+// assign returns the entry of every request. Requests are identified by the number of the prompt's
+// tokens, and those of one client, which sends one at a time, by their order.
 func assign[E any](requests []asked, entries []E, total func(E) int) ([]E, error) {
 	byTotal := map[int][]E{}
 	for _, e := range entries {
@@ -197,7 +199,7 @@ func assign[E any](requests []asked, entries []E, total func(E) int) ([]E, error
 	return assigned, nil
 }
 
-// verdict is how a request counts of whose prompt's tokens so many were reused.
+// verdict returns how a request counts if that many of its prompt's tokens were reused.
 func verdict(reused, total int) string {
 	switch {
 	case 2*reused >= total:
@@ -208,32 +210,33 @@ func verdict(reused, total int) string {
 	return "partial"
 }
 
-// comparison is what the log says of some requests, and what the ledger and its estimator say.
+// comparison has the figures of the log, the ledger and its estimator for the same requests.
 type comparison struct {
 	requests, total, evaluated int
 	ledger, estimate           account
 
-	// paces has, for each request whose evaluation's time is told and long enough, the log of the ms
-	// for each token that the server's log says was evaluated.
+	// paces has the logarithm of the ms per evaluated token, by the server's log, for each request
+	// with a reported and long enough evaluation time.
 	paces []float64
-	// byModel has the paces of several workloads, by model and place, and lone counts their requests:
-	// those that were alone on their server, and those of them that have a figure.
+	// byModel has the paces of several workloads, by model and place. lone counts the requests that
+	// were alone on their server, and those of them that have a figure.
 	byModel map[string][]float64
 	lone    struct{ requests, ledger, estimate int }
 }
 
 const (
-	paceTokens = 16 // a time of fewer is mostly overhead
-	paceExtra  = 30 // tokens' time that each evaluation takes longer, about
+	paceTokens = 16 // the time of fewer is mostly overhead
+	paceExtra  = 30 // approximate overhead of each evaluation, in tokens
 )
 
 // account is one view of the same requests.
 type account struct {
-	known, evaluated, truth int // requests with a figure, what the figures sum up to, and what the log's figures do
+	// Requests with a figure, the sum of the figures, and the sum of the log's figures.
+	known, evaluated, truth int
 	right                   int // of those
 }
 
-// enter adds a request; evaluated is nil where the view has no figure.
+// enter adds a request; evaluated is nil if the view has no figure.
 func (a *account) enter(truth realollama.Evaluation, evaluated *int, is string) {
 	if evaluated == nil {
 		return
@@ -246,7 +249,8 @@ func (a *account) enter(truth realollama.Evaluation, evaluated *int, is string) 
 	}
 }
 
-// wrong is by how much the figures differ from the log's, as a part of those; not a number without figures.
+// wrong returns the difference between the figures and the log's, as a share of those; NaN without
+// figures.
 func (a account) wrong() float64 { return float64(a.evaluated-a.truth) / float64(a.truth) }
 
 func (a *account) add(b account) {
@@ -264,7 +268,7 @@ func (c *comparison) add(d comparison) {
 	c.estimate.add(d.estimate)
 }
 
-// pace adds how fast one model evaluated in one place, where its requests were alone.
+// pace adds the speed of one model in one place, for requests that were alone.
 func (c *comparison) pace(model string, d comparison) {
 	if c.byModel == nil {
 		c.byModel = map[string][]float64{}
@@ -275,10 +279,10 @@ func (c *comparison) pace(model string, d comparison) {
 	c.lone.estimate += d.estimate.known
 }
 
-// scatter is how many times longer a token took in the slowest twentieth of the evaluations than in
-// the fastest, each relative to its model's median. It tells whether other work came and went, by
-// nothing but this run: a slow machine is as good as a fast one. A smaller share of slow evaluations
-// cannot make many unknown.
+// scatter returns how many times longer a token took in the slowest twentieth of the evaluations
+// than in the fastest, each relative to its model's median. It shows whether other work came and
+// went, independent of the machine's own speed. A smaller share of slow evaluations cannot make
+// many unknown.
 func (c comparison) scatter() float64 {
 	var all []float64
 	for _, paces := range c.byModel {
@@ -294,7 +298,7 @@ func (c comparison) scatter() float64 {
 	return math.Exp(all[(len(all)-1)*19/20] - all[(len(all)-1)/20])
 }
 
-// judge returns what is wrong with the ledger's and the estimator's figures.
+// judge returns the complaints about the ledger's and the estimator's figures.
 func (c comparison) judge() (complaints []string) {
 	complain := func(format string, args ...any) {
 		complaints = append(complaints, fmt.Sprintf(format, args...))
@@ -329,7 +333,7 @@ func (c comparison) row(name string) string {
 		c.requests-c.estimate.known, c.evaluated-c.estimate.truth)
 }
 
-// TestTruthJudge: what is wrong is found to be, whatever the machine is busy with.
+// TestTruthJudge: errors are found, however busy the machine is.
 func TestTruthJudge(t *testing.T) {
 	quiet, busy := []float64{0, 0.1, 0.2, 0.3}, []float64{0, 1, 2, 3}
 	good := account{known: 95, evaluated: 1020, truth: 1000, right: 93}
@@ -337,7 +341,7 @@ func TestTruthJudge(t *testing.T) {
 		name     string
 		estimate account
 		paces    []float64
-		want     string // in the complaint; "": there is none
+		want     string // in the complaint; "" if there is none
 	}{
 		{"good", good, quiet, ""},
 		{"good, busy", good, busy, ""},

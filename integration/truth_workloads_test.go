@@ -15,15 +15,15 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// workload is what some people send to one model. The same workload always sends the same, but for what it repeats of
-// the model's answers.
+// workload is what some users send to one model. The same workload always sends the same, except
+// for parts that repeat the model's answers.
 type workload struct {
 	name  string
 	model string
 	run   func(u *user) error
 }
 
-// place is a server, and what is sent to it, one workload after the other.
+// place is a server, and the workloads that are sent to it in order.
 type place struct {
 	name      string
 	config    realollama.Config
@@ -36,7 +36,7 @@ const (
 	sliding = "gen-gemma3-costly"
 )
 
-// places returns what is sent to which server of a version.
+// places returns the places for a version.
 func places(version string) []place {
 	all := []place{
 		{name: "one-slot", config: realollama.Config{Models: []string{llama, qwen, sliding, "smollm2"}}, workloads: []workload{
@@ -55,8 +55,9 @@ func places(version string) []place {
 			{"concurrent", llama, concurrent},
 		}},
 	}
-	if version != realollama.EraA { // which has no host cache
-		// 12 MiB hold two of these prompts, and to save one the engine drops the oldest before it looks for the one it needs.
+	if version != realollama.EraA { // era A has no host cache
+		// 12 MiB hold two of these prompts, and to save one the engine drops the oldest before it
+		// looks for the one it needs.
 		all = append(all, place{name: "tiny-host-cache", config: realollama.Config{Models: []string{llama}, CacheRAMMiB: new(12)}, workloads: []workload{
 			{"interleaved", llama, interleaved(3, 4)},
 		}})
@@ -67,12 +68,12 @@ func places(version string) []place {
 	return all
 }
 
-// A judge: one rubric as the system message, one candidate a request.
+// samePrefixChat is a judge: one rubric as the system message, one candidate a request.
 func samePrefixChat(requests int) func(u *user) error {
 	return func(u *user) error {
 		rubric, candidate := u.rubric(1000), ""
 		for i := range requests {
-			if i == 0 || i%8 != 0 { // else a client that tries again
+			if i == 0 || i%8 != 0 { // otherwise it is a retry of a client
 				candidate = u.ticket()
 			}
 			if _, err := u.chat(i%2 == 0, message{"system", rubric}, message{"user", candidate}); err != nil {
@@ -83,7 +84,7 @@ func samePrefixChat(requests int) func(u *user) error {
 	}
 }
 
-// The rubric at the head of the only message, as scripts have it.
+// samePrefixGenerate has the rubric at the head of the only message, as scripts do.
 func samePrefixGenerate(u *user) error {
 	rubric := u.rubric(600) + "\n\nExamples:\n" + u.csv(350)
 	for i := range 20 {
@@ -104,7 +105,8 @@ func samePrefixV1(u *user) error {
 	return nil
 }
 
-// Several teams with prompts of their own: each once, then all in any order, round by round.
+// interleaved is several teams with different prompts: each once, then all in any order, round by
+// round.
 func interleaved(prefixes, rounds int) func(u *user) error {
 	return func(u *user) error {
 		var heads []string
@@ -136,7 +138,7 @@ func interleaved(prefixes, rounds int) func(u *user) error {
 	}
 }
 
-// Three people talk to the same assistant, in turn.
+// chats is three people talking to the same assistant, in turn.
 func chats(u *user) error {
 	u.options = map[string]any{"num_predict": 12}
 	system := u.prose(400)
@@ -161,7 +163,7 @@ func chats(u *user) error {
 	return nil
 }
 
-// Short instructions, then one document after the other and two questions on each.
+// documents has short instructions, then one document after the other and two questions on each.
 func documents(u *user) error {
 	system := u.prose(300)
 	for i := range 3 {
@@ -175,12 +177,12 @@ func documents(u *user) error {
 	return nil
 }
 
-// An editor asks how a file goes on while somebody types.
+// completionRaw is an editor that asks how a file continues while somebody types.
 func completionRaw(u *user) error {
 	file := u.code(600)
 	for i := range 6 {
 		if i == 3 {
-			// The line before is edited, and so what follows it.
+			// The previous line is edited, and so is the text after it.
 			file = file[:strings.LastIndexByte(file[:len(file)*2/3], '\n')+1]
 		}
 		file += u.code(60)
@@ -191,12 +193,12 @@ func completionRaw(u *user) error {
 	return nil
 }
 
-// Two programs that disagree on the size of the context.
+// numCtx is two programs that disagree on the size of the context.
 func numCtx(u *user) error {
 	system := u.rubric(700)
 	for _, n := range []int{2048, 4096, 4096, 2048, 2048, 4096} {
-		// Other options end the engine, and with it what it has not written to the log yet: on a busy
-		// machine it answers first and writes later.
+		// Other options end the engine, which loses what it has not yet written to the log: on a
+		// busy machine it answers first and writes later.
 		if err := u.logged(len(u.asked)); err != nil {
 			return err
 		}
@@ -208,7 +210,7 @@ func numCtx(u *user) error {
 	return nil
 }
 
-// Prompts that are longer than the window of 512 tokens, and some that are shorter.
+// slidingWindow has prompts longer than the window of 512 tokens, and some shorter ones.
 func slidingWindow(u *user) error {
 	long, short := u.rubric(1000), u.prose(400)
 	for i := range 8 {
@@ -223,8 +225,9 @@ func slidingWindow(u *user) error {
 	return nil
 }
 
-// Four clients at the same time, each with a prompt of its own; one of them changes it half-way. Their prompts are of
-// different lengths, since only that tells them apart in the server's log.
+// concurrent is four clients at the same time, each with its own prompt; one of them changes it
+// half-way. Their prompts have different lengths, since only these identify them in the server's
+// log.
 func concurrent(u *user) error {
 	return u.together(4, func(i int, u *user) error {
 		head := []string{u.rubric(650), u.csv(430), u.json(600), u.prose(1150)}[i]
@@ -240,23 +243,23 @@ func concurrent(u *user) error {
 	})
 }
 
-// user sends requests, one at a time, and keeps what became of them.
+// user sends requests, one at a time, and keeps the results.
 type user struct {
 	author
 	client  int
 	ctx     context.Context
 	base    string
 	model   string
-	options map[string]any // beside the usual ones, or instead of them; native endpoints only
+	options map[string]any // in addition to or instead of the usual ones; native only
 	asked   []asked
-	logged  func(n int) error // waits until the server's log tells of n prompts
+	logged  func(n int) error // waits until the server's log has n prompts
 }
 
 // asked is a request that was answered.
 type asked struct {
-	client   int // who asked; each asks one thing at a time
+	client   int // number of the user; each sends one request at a time
 	endpoint string
-	total    int // the prompt's tokens, as the answer tells
+	total    int // the prompt's tokens, as the answer reports them
 }
 
 func newUser(ctx context.Context, base string, w workload, logged func(n int) error) *user {
@@ -268,7 +271,7 @@ type message struct {
 	Content string `json:"content"`
 }
 
-// together runs users that do not wait for each other.
+// together runs users concurrently.
 func (u *user) together(n int, run func(i int, u *user) error) error {
 	users, errs := make([]*user, n), make([]error, n)
 	var group sync.WaitGroup
@@ -341,7 +344,7 @@ func (u *user) ask(endpoint string, stream bool, members map[string]any) (string
 	return text, nil
 }
 
-// readAnswer returns the text of an answer, streamed or not, and how many tokens its prompt had.
+// readAnswer returns the text of an answer, streamed or not, and the number of its prompt's tokens.
 func readAnswer(answer string) (text string, total int, err error) {
 	for line := range strings.Lines(answer) {
 		line = strings.TrimSpace(strings.TrimPrefix(line, "data: "))
@@ -373,7 +376,7 @@ func readAnswer(answer string) (text string, total int, err error) {
 	return text, total, nil
 }
 
-// author writes what prompts are made of. The same name and number write the same.
+// author writes the texts of prompts. The same name and number always give the same texts.
 type author struct {
 	*rand.Rand
 	name string
@@ -387,7 +390,7 @@ func newAuthor(name string, number uint64) author {
 	return author{rand.New(rand.NewPCG(1, seed)), name}
 }
 
-// pick returns one of the choices that text separates by |.
+// pick returns one of the choices in text, separated by |.
 func (a author) pick(text string) string {
 	choices := strings.Split(text, "|")
 	return choices[a.IntN(len(choices))]
@@ -474,7 +477,7 @@ func (a author) rubric(n int) string {
 		})
 }
 
-// ticket is what differs from one request to the next: 30 to 80 tokens.
+// ticket is the part that differs from one request to the next: 30 to 80 tokens.
 func (a author) ticket() string {
 	n := 40 + a.IntN(60)
 	switch a.IntN(5) {

@@ -15,8 +15,9 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// TestUpstreams: three servers share thirty prefixes, each prefix evaluated on one of them; then the same again while one is
-// killed and revived. No request is lost: each is answered, or ends in an error and is answered the second time.
+// TestUpstreams: three servers share thirty prefixes, and each prefix is evaluated on one of them;
+// then the same again while one is killed and revived. No request is lost: each is answered, or
+// ends with an error and is answered the second time.
 func TestUpstreams(t *testing.T) {
 	version := realollama.Newest()
 	const model = "gen-llama-tiny"
@@ -27,7 +28,7 @@ func TestUpstreams(t *testing.T) {
 	for _, name := range names {
 		config := realollama.Config{Version: version, Models: []string{model}}
 		if version != realollama.EraA {
-			config.CacheRAMMiB = new(int) // nothing but the slot holds a prompt
+			config.CacheRAMMiB = new(int) // only the slot holds a prompt
 		}
 		servers[name] = realollama.Start(t, config)
 		flags = append(flags, "--upstream", name+"="+servers[name].URL())
@@ -66,7 +67,7 @@ func TestUpstreams(t *testing.T) {
 	}
 	type id struct{ prefix, n int }
 
-	// The least possible: one after the other on one server, in the order of the prefixes.
+	// The minimum: one after the other on one server, in the order of the prefixes.
 	want := map[id]string{}
 	least := func(seed int) int {
 		ask(servers["a"].URL(), 1, 0, 0)
@@ -77,8 +78,9 @@ func TestUpstreams(t *testing.T) {
 			}
 		}
 		_, sum := evaluations(t, servers["a"], mark, prefixes*each)
-		// No server has the model loaded when the proxy begins, so that all requests wait by the time that the first one is
-		// served: a prefix whose requests come one by one is evaluated again between them, whatever the order.
+		// No server has the model loaded when the proxy begins, so all requests are waiting by the
+		// time that the first one is served. A prefix whose requests arrive one by one is evaluated
+		// again between them, whatever the order.
 		for _, name := range names {
 			if err := servers[name].Restart(t.Context()); err != nil {
 				t.Fatal(err)
@@ -87,8 +89,8 @@ func TestUpstreams(t *testing.T) {
 		return sum
 	}
 
-	// run sends everything through the proxy, by clients that each wait for their answer; at is called with how many have
-	// been answered.
+	// run sends everything through the proxy, by clients that each wait for their answer; at is
+	// called with the number of answered requests.
 	run := func(seed int, p *proxyProcess, at func(done int)) (from map[id]string, failed int) {
 		var order []id
 		for prefix := range prefixes {
@@ -114,7 +116,7 @@ func TestUpstreams(t *testing.T) {
 					next++
 					mu.Unlock()
 					status, text, name, _ := ask(p.URL, seed, q.prefix, q.n)
-					if status == http.StatusBadGateway { // it had been sent to the one that was killed
+					if status == http.StatusBadGateway { // it had been sent to the killed server
 						mu.Lock()
 						failed++
 						mu.Unlock()
@@ -137,7 +139,8 @@ func TestUpstreams(t *testing.T) {
 		if len(from) != len(order) {
 			t.Errorf("%d of %d requests were answered", len(from), len(order))
 		}
-		if differ*20 > len(order) { // the engine itself answers differently now and then: TestAnswers of realollama
+		// The engine's own answers vary now and then: see TestAnswers in realollama.
+		if differ*20 > len(order) {
 			t.Errorf("%d of %d answers differ", differ, len(order))
 		}
 		return from, failed
@@ -184,7 +187,7 @@ func TestUpstreams(t *testing.T) {
 		}
 	}
 
-	// The same with other prefixes, while one is killed and revived.
+	// The same with other prefixes, while one server is killed and revived.
 	possible = least(5000)
 	since = marks()
 	p := start()
@@ -206,11 +209,11 @@ func TestUpstreams(t *testing.T) {
 	if sum*100 > possible*120 {
 		t.Errorf("%d tokens evaluated, %d are the least possible", sum, possible)
 	}
-	if failed > 2 { // one lane, and what was on its way
+	if failed > 2 { // one lane, and a request on its way
 		t.Errorf("%d requests failed: one was under way when the server was killed", failed)
 	}
 
-	// Afterwards all three serve, and lists have everything once.
+	// Afterwards all three serve, and lists have each model once.
 	eventually(t, "all up", func() bool {
 		_, _, text := get(t, p.URL+"/_cacheproxy/upstreams")
 		return strings.Count(text, `"up":true`) == 3

@@ -5,7 +5,7 @@ import (
 	"strings"
 )
 
-// words are some text, another for each seed.
+// words returns n words, different for each seed.
 func words(seed uint64, n int) string {
 	rnd := rand.New(rand.NewPCG(seed, 1))
 	list := strings.Fields("the quick brown fox judges every candidate answer by a long rubric " +

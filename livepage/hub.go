@@ -1,6 +1,6 @@
-// Package livepage is the live page of the proxy: the files that a browser is given, and the hub that
-// sends what they show to every browser that looks. It knows nothing of requests or servers: a
-// Source tells what there is to show.
+// Package livepage is the live page of the proxy: the files for the browser, and the hub that sends
+// what they show to every open page. It knows nothing of requests or servers: a Source provides
+// what there is to show.
 package livepage
 
 import (
@@ -14,57 +14,57 @@ import (
 )
 
 const (
-	every = time.Second // how often a source is asked while somebody looks
-	// quiet is after how long without anything new a comment is sent, by which each side finds out
-	// that the other one is gone.
+	every = time.Second // how often a source is asked while any page is open
+	// quiet is the time without news after which a comment is sent, so that each side notices when
+	// the other one is gone.
 	quiet = 15 * time.Second
 	// patience is how long a browser may take to accept what is sent to it.
 	patience = 20 * time.Second
 
-	// DefaultLimit is how many pages may be open, unless a Hub says otherwise.
+	// DefaultLimit is how many pages may be open if Hub.Limit is zero.
 	DefaultLimit = 200
 )
 
-// Part is one piece of what the page shows. It is sent when it is not what it was a second ago, so it
-// tells times as moments, and not as ages that grow while nothing happens.
+// Part is one piece of what the page shows. It is sent when it differs from a second ago, so its
+// times are moments, not ages, which would change while nothing happens.
 type Part struct {
 	Name string // unique among the parts
-	Data any    // for encoding/json
+	Data any    // encoded by encoding/json
 }
 
-// Source tells what there is to show. Its methods are called by one goroutine at a time, once a
-// second while somebody looks, and never otherwise.
+// Source provides what there is to show. Its methods are called by one goroutine at a time, once a
+// second while any page is open, and never otherwise.
 type Source interface {
-	// Parts returns all pieces as they are now, always the same ones in the same order.
+	// Parts returns the current pieces: always the same ones, in the same order.
 	Parts() []Part
-	// Since returns the entries of a log that only grows, from a number on: the oldest one first, as
-	// many of the last ones as are remembered, and the number of the entry that comes next.
+	// Since returns the entries of an append-only log from the number from on, oldest first and
+	// only as many as are remembered, and the number of the next entry.
 	Since(from uint64) (entries []any, next uint64)
 }
 
-// Hub sends what a source tells to the pages that are open. All of them are sent the same bytes,
-// which are made once. A browser that is slow to read gets the newest state when it is ready for
-// more, and nothing is kept for it meanwhile. Make it with NewHub.
+// Hub sends what a source provides to the open pages. All of them get the same bytes, which are
+// encoded once. A browser that reads slowly gets the newest state when it is ready for more;
+// nothing is buffered for it meanwhile. Make it with NewHub.
 type Hub struct {
-	// Remember is how many entries of the log a page is given when it is opened.
+	// Remember is how many entries of the log a page gets when it is opened.
 	Remember int
-	// Limit is how many pages may be open; 0: DefaultLimit.
+	// Limit is how many pages may be open; zero means DefaultLimit.
 	Limit int
 
 	source Source
 
 	mu     sync.Mutex
 	closed bool
-	pages  int                // guarded by mu, as all that follows
-	stop   context.CancelFunc // ends the goroutine that asks the source; nil: nobody looks
+	pages  int                // guarded by mu, as are all fields below
+	stop   context.CancelFunc // ends the goroutine that asks the source; nil while no page is open
 	asks   sync.WaitGroup     // of that goroutine
 	tick   uint64             // how often the source was asked
-	news   chan struct{}      // closed when it is asked again, or the hub is closed
+	news   chan struct{}      // closed when the source is asked again, or the hub is closed
 	parts  []encoded
 	lines  [][]byte // the log's last entries, encoded
 	next   uint64   // the number of the entry that comes after lines
-	delta  []byte   // the event for a page that has seen all that there was a tick ago; nil: nothing is new
-	whole  []byte   // the event with all that there is; nil: no page has needed it since the source was asked
+	delta  []byte   // the event for a page that was up to date a tick ago; nil: nothing is new
+	whole  []byte   // the event with the whole state; nil until a page needs it after a tick
 }
 
 // encoded is a part as it is sent.
@@ -73,19 +73,19 @@ type encoded struct {
 	json []byte
 }
 
-// NewHub returns a hub that shows what a source tells, and of its log so many entries.
+// NewHub returns a hub that shows what a source provides, with that many entries of its log.
 func NewHub(source Source, remember int) *Hub {
 	return &Hub{source: source, Remember: remember, news: make(chan struct{})}
 }
 
-// ErrMany says that as many pages are open as may be.
+// ErrMany means that the limit of open pages is reached.
 var ErrMany = errors.New("as many pages are open as may be")
 
-// ErrClosed says that the hub is closed.
+// ErrClosed means that the hub is closed.
 var ErrClosed = errors.New("the page is closed")
 
-// Open counts a page that is to be served; the error is ErrMany or ErrClosed. Whoever gets none must call
-// Serve, or else Leave, once.
+// Open counts a page that is about to be served; the error is ErrMany or ErrClosed. After a nil
+// error the caller must call either Serve or Leave, once.
 func (h *Hub) Open() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -108,7 +108,7 @@ func (h *Hub) Open() error {
 	return nil
 }
 
-// Leave is for whoever has opened a page and does not call Serve.
+// Leave gives back a page that was opened, for callers that do not call Serve.
 func (h *Hub) Leave() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -125,8 +125,7 @@ func (h *Hub) Pages() int {
 	return h.pages
 }
 
-// Close ends the pages that are open, and refuses others. It returns when the source is not asked any
-// more.
+// Close ends the open pages, and refuses new ones. When it returns, the source is no longer asked.
 func (h *Hub) Close() {
 	h.mu.Lock()
 	if !h.closed {
@@ -160,7 +159,7 @@ func (h *Hub) run(ctx context.Context) {
 	}
 }
 
-// ask asks the source, and encodes what is new. h.mu must be held.
+// ask asks the source, and encodes the news. h.mu must be held.
 func (h *Hub) ask() {
 	h.tick++
 	parts := h.source.Parts()
@@ -171,7 +170,8 @@ func (h *Hub) ask() {
 	for i, p := range parts {
 		text, err := json.Marshal(p.Data)
 		if err != nil {
-			text = []byte("null") // a number that JSON cannot write: the rest is shown nevertheless
+			// JSON cannot represent some numbers; the other parts are shown nevertheless.
+			text = []byte("null")
 		}
 		if !bytes.Equal(text, h.parts[i].json) {
 			h.parts[i] = encoded{p.Name, text}
@@ -196,8 +196,8 @@ func (h *Hub) ask() {
 	}
 }
 
-// event returns what is sent of some parts and log entries, as a server-sent event. whole: they are
-// all that there is, and take the place of what the page has.
+// event returns some parts and log entries as a server-sent event. If whole, they are the whole
+// state, and replace what the page has.
 func event(parts []encoded, lines [][]byte, whole bool) []byte {
 	size := 128
 	for _, p := range parts {
@@ -229,7 +229,7 @@ func event(parts []encoded, lines [][]byte, whole bool) []byte {
 	return b.Bytes()
 }
 
-// since returns what a page is sent that has seen everything up to a tick; 0: nothing.
+// since returns the event for a page that is up to date to a tick; 0: it has nothing.
 func (h *Hub) since(seen uint64) (text []byte, tick uint64, news chan struct{}) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -241,21 +241,20 @@ func (h *Hub) since(seen uint64) (text []byte, tick uint64, news chan struct{}) 
 			return h.delta, h.tick, h.news
 		}
 	}
-	if h.whole == nil { // all pages that are opened now, or are slow, are sent the same one
+	if h.whole == nil { // shared by all pages that are opened now, or are slow
 		h.whole = event(h.parts, h.lines, true)
 	}
 	return h.whole, h.tick, h.news
 }
 
-// Serve sends a page what there is to show until the request ends, or the hub is closed. Open must have
-// returned no error before. viewer is what this page alone is told first, as its part "you". The page
-// ends, too, when may, which is asked whenever the source is, says that this viewer may look no more; nil:
-// it may.
+// Serve sends a page what there is to show until the request ends, or the hub is closed. Open must
+// have returned nil before. viewer is sent to this page alone, first, as its part "you". may, if
+// non-nil, is called whenever the source is asked; the page ends once it returns false.
 func (h *Hub) Serve(w http.ResponseWriter, r *http.Request, viewer any, may func() bool) {
 	defer h.Leave()
 	rc := http.NewResponseController(w)
 	send := func(text []byte) bool {
-		// Not every ResponseWriter has deadlines; net/http's have.
+		// Not every ResponseWriter supports deadlines; those of net/http do.
 		_ = rc.SetWriteDeadline(time.Now().Add(patience))
 		_, err := w.Write(text)
 		return err == nil && rc.Flush() == nil
@@ -263,9 +262,9 @@ func (h *Hub) Serve(w http.ResponseWriter, r *http.Request, viewer any, may func
 	header := w.Header()
 	header.Set("Content-Type", "text/event-stream; charset=utf-8")
 	header.Set("Cache-Control", "no-store")
-	header.Set("X-Accel-Buffering", "no") // nginx would keep events back
+	header.Set("X-Accel-Buffering", "no") // otherwise nginx would buffer events
 	if r.ProtoMajor == 1 {
-		header.Set("Connection", "close") // the deadline for writing is this page's
+		header.Set("Connection", "close") // the write deadline is for this page alone
 	}
 	header.Set("X-Content-Type-Options", "nosniff")
 	w.WriteHeader(http.StatusOK)

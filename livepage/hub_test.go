@@ -21,7 +21,7 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// script is a source that is changed by hand.
+// script is a source that tests change.
 type script struct {
 	mu    sync.Mutex
 	asked int
@@ -64,12 +64,12 @@ func (s *script) times() int {
 	return s.asked
 }
 
-// screen is a ResponseWriter that keeps what it is sent, in writes that a test may hold up.
+// screen is a ResponseWriter that keeps what is written, in writes that a test may block.
 type screen struct {
 	http.ResponseWriter
 	mu     sync.Mutex
 	writes [][]byte
-	stuck  chan struct{} // nil: nothing holds it up
+	stuck  chan struct{} // nil: nothing blocks it
 	broken bool
 }
 
@@ -106,7 +106,7 @@ type message struct {
 	Log   []any                      `json:"log"`
 }
 
-// take returns the events that came since the last call, comments as messages without parts.
+// take returns the events since the last call, with comments as messages without parts.
 func (s *screen) take(t *testing.T) (list []message) {
 	t.Helper()
 	s.mu.Lock()
@@ -127,7 +127,7 @@ func (s *screen) take(t *testing.T) (list []message) {
 	return list
 }
 
-// look opens a page, and returns what closes it.
+// look opens a page, and returns a function that closes it.
 func look(t *testing.T, h *Hub, w http.ResponseWriter) (leave func()) {
 	t.Helper()
 	if err := h.Open(); err != nil {
@@ -208,7 +208,8 @@ func TestNobodyAsksWhileNobodyLooks(t *testing.T) {
 	})
 }
 
-// TestSlowPage: a page that cannot take more is sent the newest state when it can, in one event, and holds up no other.
+// TestSlowPage: a page that cannot keep up gets the newest state when it can, in one event, and
+// delays no other page.
 func TestSlowPage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &script{parts: []Part{{"a", 0}, {"b", 0}}}
@@ -221,7 +222,7 @@ func TestSlowPage(t *testing.T) {
 		quick.take(t)
 		stuck := make(chan struct{})
 		slow.hold(stuck)
-		time.Sleep(every / 2) // between two moments at which the source is asked
+		time.Sleep(every / 2) // half way between two ticks
 		for i := 1; i <= 20; i++ {
 			s.set("a", i)
 			s.add(i)
@@ -235,7 +236,7 @@ func TestSlowPage(t *testing.T) {
 		close(stuck)
 		synctest.Wait()
 		got := slow.take(t)
-		if len(got) != 2 { // the one in which it was stuck, and the newest
+		if len(got) != 2 { // the one at which it was blocked, and the newest
 			t.Fatalf("the slow page got %d events", len(got))
 		}
 		if last := got[1]; !last.Whole || string(last.Parts["a"]) != "20" || fmt.Sprint(last.Log) != "[16 17 18 19 20]" {
@@ -246,7 +247,7 @@ func TestSlowPage(t *testing.T) {
 	})
 }
 
-// TestWholeIsShared: pages that need all that there is at one time are sent the same bytes, so that many
+// TestWholeIsShared: pages that need the whole state at one time get the same bytes, so that many
 // of them, or slow ones, take no more memory than one.
 func TestWholeIsShared(t *testing.T) {
 	h := NewHub(&script{parts: []Part{{"a", 1}}, log: []any{"x"}}, 5)
@@ -280,7 +281,7 @@ func TestLimitAndClose(t *testing.T) {
 		}
 		leave()
 		gone.mu.Lock()
-		gone.broken = true // its connection is: a comment finds that out
+		gone.broken = true // its connection is gone, which a comment finds out
 		gone.mu.Unlock()
 		time.Sleep(quiet + every)
 		if n := h.Pages(); n != 0 {
@@ -323,7 +324,7 @@ func TestFiles(t *testing.T) {
 	if res := get("../static.go", ""); res.StatusCode != 404 {
 		t.Errorf("another file: %s", res.Status)
 	}
-	// What the policy forbids would not work, and is not to be there.
+	// The page has nothing that the policy forbids, which would not work.
 	for name, f := range static {
 		if strings.HasPrefix(name, "vendor/") {
 			continue
@@ -337,7 +338,7 @@ func TestFiles(t *testing.T) {
 	}
 }
 
-// hundred opens a hundred pages on a server, each of which reads all that it is sent.
+// hundred opens a hundred pages on a server, each of which reads everything it gets.
 func hundred(tb testing.TB, h *Hub) (read func() int64, leave func()) {
 	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if err := h.Open(); err != nil {
@@ -388,7 +389,7 @@ func hundred(tb testing.TB, h *Hub) (read func() int64, leave func()) {
 	}
 }
 
-// TestHundredPages: what is new is encoded once for all of them, and nothing of it stays.
+// TestHundredPages: news are encoded once for all pages, and none of them stay in memory.
 func TestHundredPages(t *testing.T) {
 	s := &script{parts: []Part{{"a", 0}}}
 	h := NewHub(s, 10)
@@ -410,7 +411,8 @@ func TestHundredPages(t *testing.T) {
 	}
 }
 
-// BenchmarkHundredPages is one second of a hundred open pages: 20 KB of parts that changed and ten requests.
+// BenchmarkHundredPages is one second of a hundred open pages: 20 KB of changed parts and ten
+// requests.
 func BenchmarkHundredPages(b *testing.B) {
 	s := &script{parts: []Part{{"a", strings.Repeat("x", 20<<10)}}}
 	h := NewHub(s, 2000)

@@ -13,8 +13,8 @@ import (
 )
 
 // The page's own files, and three small libraries as their packages have them, with their licences
-// beside them: uPlot 1.6.32 (charts), Preact 10.29.8 (what changes of the document) and htm 3.1.1
-// (markup within JavaScript, without a build).
+// beside them: uPlot 1.6.32 (charts), Preact 10.29.8 (updates the document) and htm 3.1.1 (markup
+// within JavaScript, without a build).
 //
 //go:embed static
 var files embed.FS
@@ -25,7 +25,7 @@ type file struct {
 	etag, kind string
 }
 
-// static are the files by their names below the page's path; "" is the page itself.
+// static has the files by their names below the page's path; "" is the page itself.
 var static = func() map[string]file {
 	all := map[string]file{}
 	err := fs.WalkDir(files, "static", func(name string, d fs.DirEntry, err error) error {
@@ -39,7 +39,7 @@ var static = func() map[string]file {
 		sum := sha256.Sum256(text)
 		f := file{text: text, etag: `"` + hex.EncodeToString(sum[:8]) + `"`}
 		switch ext := path.Ext(name); ext {
-		case ".js": // whatever the machine's own list says
+		case ".js": // independent of the machine's own list of types
 			f.kind = "text/javascript; charset=utf-8"
 		case ".LICENSE":
 			f.kind = "text/plain; charset=utf-8"
@@ -59,8 +59,8 @@ var static = func() map[string]file {
 	return all
 }()
 
-// policy lets the page run its own scripts, talk to this proxy, and do nothing else. There is no inline
-// script or style in it.
+// policy lets the page run its own scripts and talk to this proxy, and nothing else. The page has
+// no inline script or style.
 const policy = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; " +
 	"img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
 
@@ -70,8 +70,7 @@ func Has(name string) bool {
 	return ok
 }
 
-// ServeFile serves the file with this name. It has nothing in it that is not in the program, too, so it
-// may be shown to anyone.
+// ServeFile serves the file with this name. Its content is public, since it is in the program, too.
 func ServeFile(w http.ResponseWriter, r *http.Request, name string) {
 	f, ok := static[name]
 	if !ok {
@@ -81,7 +80,7 @@ func ServeFile(w http.ResponseWriter, r *http.Request, name string) {
 	h := w.Header()
 	h.Set("Content-Type", f.kind)
 	h.Set("ETag", f.etag)
-	h.Set("Cache-Control", "no-cache") // asked again each time, and answered 304: it is of this version
+	h.Set("Cache-Control", "no-cache") // always revalidated, and answered with 304 for this version
 	h.Set("Content-Security-Policy", policy)
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("X-Frame-Options", "DENY")

@@ -78,7 +78,7 @@ func TestVirtualStandsStill(t *testing.T) {
 
 func TestVirtualSleepEnds(t *testing.T) {
 	v := NewVirtual(epoch)
-	v.Join(2) // of which one works for ever
+	v.Join(2) // one of which works for ever
 	run(t, v)
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
@@ -90,7 +90,7 @@ func TestVirtualSleepEnds(t *testing.T) {
 	}
 }
 
-// TestVirtualParked: requests that wait elsewhere wait for the clock as well.
+// TestVirtualParked: requests that wait in another place wait for the clock as well.
 func TestVirtualParked(t *testing.T) {
 	v := NewVirtual(epoch)
 	var parked atomic.Int64
@@ -170,13 +170,13 @@ func TestVirtualServers(t *testing.T) {
 		}
 	}
 	// Each round loads for 5 s, evaluates 2,000 tokens for two slots and then 20 at a time, and
-	// makes 16 tokens ten times at 20 ms.
+	// generates 16 tokens ten times at 20 ms.
 	if got := v.Now().Sub(epoch); got < rounds*(6*time.Minute+10*time.Second) || got > rounds*(6*time.Minute+14*time.Second) || v.Forced() > 0 {
 		t.Errorf("%v passed, forced %d times", got, v.Forced())
 	}
 }
 
-// TestRealSpeed: a clock that is faster than time.
+// TestRealSpeed: a clock that is faster than real time.
 func TestRealSpeed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := NewReal(60)

@@ -23,7 +23,7 @@ func start(t testing.TB, c Config) *Server {
 	return s
 }
 
-// post sends a request without a network. An answer that broke off is status 0.
+// post sends a request without a network. An interrupted answer has status 0.
 func post(ctx context.Context, s *Server, path, body string) (status int, answer string) {
 	w := httptest.NewRecorder()
 	broken := func() (broken bool) {
@@ -51,7 +51,7 @@ func ask(t testing.TB, s *Server, path, body string) api.GenerateResponse {
 	return r
 }
 
-// words is text of n tokens that no other id's has.
+// words returns text of n tokens, different for each id.
 func words(id, n int) string {
 	var b bytes.Buffer
 	for i := range n {
@@ -63,7 +63,7 @@ func words(id, n int) string {
 	return b.String()
 }
 
-// raw is a request for gen tokens with a prompt as it is.
+// raw returns a request for gen tokens with a raw prompt.
 func raw(prompt string, gen int, more string) string {
 	text, _ := json.Marshal(prompt)
 	options, _ := json.Marshal(map[string]any{"num_predict": gen})
@@ -73,18 +73,18 @@ func raw(prompt string, gen int, more string) string {
 	return `{"model":"m","raw":true,"stream":false,"prompt":` + string(text) + `,"options":` + string(options) + more + `}`
 }
 
-// closed sends the requests with so many clients, each of which sends the next one when its last is
-// answered.
+// closed sends the requests from a number of clients, each of which sends the next one when its
+// last is answered.
 func closed(t *testing.T, s *Server, clients int, bodies []string) {
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	next := 0
 	for c := range clients {
-		time.Sleep(time.Millisecond) // which comes first is the order of the bodies
+		time.Sleep(time.Millisecond) // the first ones arrive in the order of the bodies
 		wg.Go(func() {
 			for {
-				// Answers that end at once are followed by the clients in their order, not by
-				// chance.
+				// After answers that end at the same time, the clients continue in their order, not
+				// by chance.
 				time.Sleep(time.Duration(c) * time.Microsecond)
 				mu.Lock()
 				i := next

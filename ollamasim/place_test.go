@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// shared is a request for a prompt of two parts, in tokens: the prefix with this number, and a tail
-// that no other has.
+// shared returns a request for a prompt of two parts, in tokens: the prefix with this number, and a
+// unique tail.
 func shared(prefix, tokens, tail, number int) string {
 	return raw(words(prefix, tokens)+words(1000+number, tail), 16, "")
 }
@@ -28,7 +28,7 @@ func TestMeasured(t *testing.T) {
 		warm       bool
 	}{
 		{slots: 1, ram: 8, order: "arrival", want: 134046},
-		{slots: 1, ram: 8, order: "sorted", want: 41597}, // some came out of order there
+		{slots: 1, ram: 8, order: "sorted", want: 41597}, // some arrived out of order there
 		{slots: 1, ram: ample, order: "arrival", want: 39636},
 		{slots: 4, ram: 8, order: "arrival", want: 134053},
 		{slots: 4, ram: 8, order: "sorted", want: 132085},
@@ -74,15 +74,15 @@ func TestMeasured(t *testing.T) {
 	}
 }
 
-// TestPlacement has requests one after the other, each with what it must reuse: the rules of an
-// era, and what was measured.
+// TestPlacement has requests one after the other, each with the tokens that it must reuse: the
+// rules of an era, and measurements.
 func TestPlacement(t *testing.T) {
 	none, some := 0, 3
 	type step struct {
 		prompt string
 		gen    int
 		reused int
-		hold   bool // it is sent, and is answered last
+		hold   bool // it is sent now, and answered last
 	}
 	p, q := words(1, 400), words(2, 400)
 	tail := func(i int) string { return words(100+i, 40) }
@@ -133,7 +133,7 @@ func TestPlacement(t *testing.T) {
 		{name: "era A: a second slot is used at the same time", version: "0.24.0", slots: 2, asks: []step{
 			{p + tail(1), 500, 0, true}, {q + tail(2), 1, 0, false}, {q + tail(3), 1, 400, false},
 		}},
-		// Both windows as docs/real-ollama.md has them measured.
+		// Both windows as measured in docs/real-ollama.md.
 		{name: "window: a prompt shorter than it that parts before its end", model: window, asks: []step{
 			{words(5, 456) + words(6, 12), 8, 0, false}, {words(5, 456) + words(7, 12), 8, 0, false},
 		}},

@@ -74,7 +74,7 @@ func TestKeepAlive(t *testing.T) {
 	}
 }
 
-// TestReload: which options load a model anew.
+// TestReload: which options reload a model.
 func TestReload(t *testing.T) {
 	for _, c := range []struct {
 		options string
@@ -82,7 +82,7 @@ func TestReload(t *testing.T) {
 		loads   int
 	}{
 		{options: `"options":{}`, loads: 1},
-		{options: `"options":{"num_ctx":4096}`, loads: 1}, // as by default
+		{options: `"options":{"num_ctx":4096}`, loads: 1}, // the default
 		{options: `"options":{"num_ctx":2048}`, loads: 2},
 		{options: `"options":{"num_batch":256}`, loads: 2},
 		{options: `"options":{"num_gpu":-1}`, loads: 1},
@@ -150,8 +150,8 @@ func TestEviction(t *testing.T) {
 	}
 }
 
-// TestHeadBlocks: all that is not loaded waits behind the first that has to wait, and what is
-// loaded does not.
+// TestHeadBlocks: requests for models that are not loaded wait behind the first that has to wait;
+// requests for a loaded model do not.
 func TestHeadBlocks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := start(t, Config{MaxLoaded: 2, Models: []Model{{Name: "a"}, {Name: "b"}, {Name: "c"}}})
@@ -171,11 +171,12 @@ func TestHeadBlocks(t *testing.T) {
 			})
 			time.Sleep(10 * time.Millisecond)
 		}
-		send("first", "a", "", 1000)                      // loads for 5 s and answers for 20
-		send("other options", "a", `,"num_ctx":2048`, 50) // has to wait for it: 5 s of load, 1 of answer
-		send("could be loaded", "b", "", 50)              // but waits behind
-		time.Sleep(6 * time.Second)                       // the first is being answered
-		send("as loaded", "a", "", 50)                    // needs no queue, but a slot
+		send("first", "a", "", 1000) // loads for 5 s and answers for 20
+		// Has to wait for it: 5 s of loading, 1 of the answer.
+		send("other options", "a", `,"num_ctx":2048`, 50)
+		send("could be loaded", "b", "", 50) // but waits behind the other
+		time.Sleep(6 * time.Second)          // the first is being answered
+		send("as loaded", "a", "", 50)       // needs only a slot
 		if st := s.Stats().Now; st.Pending != 2 || st.Queued != 1 || st.Slots != 1 {
 			t.Errorf("%+v", st)
 		}
@@ -190,9 +191,9 @@ func TestHeadBlocks(t *testing.T) {
 	})
 }
 
-// TestKeptAlive: a request with keep_alive that comes to a model which is to go keeps it, and what
-// waits for its unload waits on. Measured with 0.34.1: with "1h" the other request had no answer
-// after 45 s, and without keep_alive it had one after 0.9 s.
+// TestKeptAlive: a request with keep_alive to a model that is about to be unloaded keeps it, and
+// the request that waits for the unload continues to wait. Measured with 0.34.1: with "1h" the
+// other request had no answer after 45 s, and without keep_alive it had one after 0.9 s.
 func TestKeptAlive(t *testing.T) {
 	for keepAlive, want := range map[string]time.Duration{"": 32 * time.Second, `"keep_alive":"1h"`: 26*time.Second + time.Hour + 6*time.Second} {
 		synctest.Test(t, func(t *testing.T) {
@@ -246,15 +247,16 @@ func TestQueueIsFull(t *testing.T) {
 	})
 }
 
-// TestCancel: who leaves frees the slot, wherever it was; the slot keeps what was computed.
+// TestCancel: a client that leaves frees the slot at any stage; the slot keeps the computed tokens.
 func TestCancel(t *testing.T) {
 	for _, c := range []struct {
 		name      string
 		after     time.Duration // the model is loaded after 5 s, the prompt evaluated after 6, the answer ended after 26
-		second    time.Duration // when the one behind it is answered
+		second    time.Duration // when the next one is answered
 		evaluated int64
 	}{
-		{"while it loads", time.Second, 6500 * time.Millisecond, 500},                      // it is loaded anew
+		// It is reloaded.
+		{"while it loads", time.Second, 6500 * time.Millisecond, 500},
 		{"in its evaluation", 5300 * time.Millisecond, 6012 * time.Millisecond, 512 + 500}, // after its first batch
 		{"in its answer", 10 * time.Second, 10520 * time.Millisecond, 1000 + 500},
 	} {
@@ -286,7 +288,7 @@ func TestCancel(t *testing.T) {
 	}
 }
 
-// network serves s in memory. The client's streams are read as they come.
+// network serves s in memory. Streams reach the client as they are written.
 func network(t *testing.T, s *Server) *http.Client {
 	l := Listen()
 	server := &http.Server{Handler: s}
@@ -465,7 +467,7 @@ func TestFaults(t *testing.T) {
 	})
 }
 
-// TestAnswers has the requests that are not for an answer, and those that fail.
+// TestAnswers has the requests that do not generate an answer, and those that fail.
 func TestAnswers(t *testing.T) {
 	s := start(t, Config{Models: []Model{{Name: "m", LoadTime: 1}, {Name: "e", Embedding: true, LoadTime: 1, PromptRate: 1e9}}})
 	client := network(t, s)
@@ -538,7 +540,7 @@ func TestNew(t *testing.T) {
 	}
 }
 
-// TestContext: the tokens of an answer, sent back, stand before the next prompt.
+// TestContext: the tokens of an answer, sent back, precede the next prompt.
 func TestContext(t *testing.T) {
 	s := start(t, Config{Models: []Model{{Name: "m", LoadTime: 1, PromptRate: 1e9, AnswerRate: 1e9}}})
 	one := ask(t, s, "/api/generate", `{"model":"m","prompt":"héllo","stream":false,"options":{"num_predict":3}}`)
@@ -549,13 +551,13 @@ func TestContext(t *testing.T) {
 		t.Errorf("rendered %q, want %q", got, want)
 	}
 	three := ask(t, s, "/api/generate", `{"model":"m","prompt":"again","stream":false,"context":`+string(context)+`}`)
-	// All but the answer's last token is in the slot.
+	// The slot has all but the answer's last token.
 	if got, want := *three.PromptEvalCachedCount, one.PromptEvalCount+one.EvalCount-1; got != want {
 		t.Errorf("%d tokens reused, want %d", got, want)
 	}
 }
 
-// TestProperties sends random requests and checks what must always hold.
+// TestProperties sends random requests and checks invariants.
 func TestProperties(t *testing.T) {
 	for seed := range uint64(20) {
 		synctest.Test(t, func(t *testing.T) {
@@ -593,7 +595,7 @@ func TestProperties(t *testing.T) {
 								}
 								whole += last.Response
 							}
-							if last.Done { // else the client had left within the answer
+							if last.Done { // otherwise the client had left during the answer
 								key := fmt.Sprint(last.Model, text, last.EvalCount)
 								mu.Lock()
 								if before, ok := answers[key]; ok && before != whole {
@@ -617,7 +619,8 @@ func TestProperties(t *testing.T) {
 				})
 			}
 			wg.Wait()
-			time.Sleep(10 * time.Second) // of the bubble's clock: a slot whose client left is free after its batch
+			// Of the bubble's clock: the slot of a client that left is free after its batch.
+			time.Sleep(10 * time.Second)
 			st := s.Stats()
 			evaluated, reused := 0, 0
 			for _, e := range s.Evaluations(Mark{}) {
@@ -646,7 +649,7 @@ func TestProperties(t *testing.T) {
 	}
 }
 
-// check checks what must hold at any time.
+// check checks invariants that hold at any time.
 func check(t *testing.T, s *Server, slots int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -5,7 +5,8 @@ import (
 	"testing"
 )
 
-// FuzzTokens: tokens are the text, and texts that begin alike have tokens that begin alike.
+// FuzzTokens: tokens join to the text, and texts with a common beginning have tokens with a common
+// beginning.
 func FuzzTokens(f *testing.F) {
 	f.Fuzz(func(t *testing.T, text, more string) {
 		tokens := tokenize(nil, text)
@@ -17,7 +18,7 @@ func FuzzTokens(f *testing.F) {
 				t.Fatalf("the token %x of %q is not exact in JSON", x, text)
 			}
 		}
-		// Only the last word of the text may go on in the rest.
+		// Only the last word of the text may continue in the rest.
 		whole := tokenize(nil, text+"\n"+more)
 		if n := common(tokens, whole); n < len(tokens) {
 			t.Fatalf("%q has %d tokens, and %d of them with %q after it", text, len(tokens), n, more)
@@ -25,7 +26,7 @@ func FuzzTokens(f *testing.F) {
 	})
 }
 
-// TestAnswerTokens: an answer that comes back as text is the same tokens.
+// TestAnswerTokens: an answer that is sent back as text has the same tokens.
 func TestAnswerTokens(t *testing.T) {
 	for seed := range uint64(200) {
 		want := answerTokens(nil, seed, 0, 50)

@@ -33,26 +33,26 @@ var (
 )
 
 const (
-	shared       = 2000 // tokens that all candidates' prompts begin with
-	own          = 50   // tokens that follow
+	shared       = 2000 // tokens of the prefix of all candidates' prompts
+	own          = 50   // tokens after it
 	answer       = 10   // tokens
-	chatShared   = 500  // tokens that all chats beside them begin with
+	chatShared   = 500  // tokens of the prefix of all chats among them
 	chatTurns    = 10   // of a chat
-	chatEvery    = 100  // candidates there is one of those
+	chatEvery    = 100  // candidates per chat request
 	pause        = 6 * time.Minute
-	pauseEvery   = 5000 // candidates
-	fewestRounds = 3    // between pauses
+	pauseEvery   = 5000 // candidates between pauses
+	fewestRounds = 3    // at least, between pauses
 )
 
-// mode is a way to run it.
+// mode is one way to run the workload.
 type mode struct {
 	name        string
 	proxied     bool
 	upstreams   int
-	clients     int // each sends its next request when the last one is answered
+	clients     int // in closed loops: each sends its next request when the last one is answered
 	interactive bool
-	full        bool   // a model without a sliding window, else as the one that has one
-	version     string // of Ollama; "": 0.34.1
+	full        bool   // a model without a sliding window; otherwise one like gemma3
+	version     string // of Ollama; "" means 0.34.1
 }
 
 var modes = []mode{
@@ -84,7 +84,7 @@ func TestCandidates(t *testing.T) {
 	}
 }
 
-// model is like gemma3:12b.
+// model returns a model like gemma3:12b.
 func (m mode) model() ollamasim.Model {
 	model := ollamasim.Gemma3()
 	if m.full {
@@ -160,7 +160,7 @@ func (m mode) run(t *testing.T, before syscall.Rusage) {
 	}
 
 	began := time.Now()
-	var waits []time.Duration // for the answers to interactive requests
+	var waits []time.Duration // of interactive requests, for their answers
 	rounds := max(fewestRounds, *total/pauseEvery)
 	for round := range rounds {
 		if round > 0 {
@@ -230,17 +230,22 @@ func (m mode) report(t *testing.T, sims []*ollamasim.Server, makespan time.Durat
 	}
 	t.Log(row)
 	if !m.proxied || m.clients <= m.upstreams && m.upstreams > 1 {
-		return // with no more requests at once than upstreams, one upstream that would have to load waits for ever
+		// With no more concurrent requests than upstreams, one that would have to load may never
+		// get any.
+		return
 	}
-	// Each upstream that is used has to read the prefix once, and that of a chat which comes to it.
+	// Each upstream in use has to read the prefix once, and that of a chat which arrives there.
 	each := shared
 	if m.interactive {
 		each += chatShared + chatTurns*(own+2*answer)
 	}
 	if m.version != "" && !m.full {
-		least = (shared + own) * *total // this engine reuses nothing of a prompt that is longer than the window
+		// This engine reuses nothing of a prompt that is longer than the window.
+		least = (shared + own) * *total
 	} else if m.interactive && !m.full {
-		least += *total // and this one, once a prompt was put aside, evaluates the prefix's last token with each that follows
+		// This engine, once a prompt was evicted, evaluates the prefix's last token with each that
+		// follows.
+		least += *total
 	}
 	if limit := allowed * float64(least+(m.upstreams-1)*each); float64(sum.Evaluated) > limit {
 		t.Errorf("%d tokens were evaluated, want at most %.0f", sum.Evaluated, limit)
@@ -248,14 +253,14 @@ func (m mode) report(t *testing.T, sims []*ollamasim.Server, makespan time.Durat
 	if sum.Loads != m.upstreams {
 		t.Errorf("%d loads, want %d", sum.Loads, m.upstreams)
 	}
-	// The upstreams are not all needed from the first request on.
+	// Not all upstreams are needed from the first request on.
 	if late := makespan - ollamasim.Gemma3().LoadTime; late.Seconds() > 1.05*even.Seconds() {
 		t.Errorf("it took %v, an even split %v", makespan, even)
 	}
 }
 
-// sizes returns how many words of a system's and of a user's message make prompts that have the given number of tokens in common, and own ones of
-// their own: the template has some, too.
+// sizes returns how many words a system message and a user message need for prompts with the given
+// number of common tokens, and with own further ones; the template adds some tokens, too.
 func sizes(t *testing.T, common int) (system, user int) {
 	s := alone(t)
 	for i := range 2 {
@@ -265,7 +270,8 @@ func sizes(t *testing.T, common int) (system, user int) {
 	return 2*common - e.Reused, 2*own - e.Evaluated
 }
 
-// server is a simulated server that nobody else uses, without a window, so that it evaluates nothing that it has.
+// server is a simulated server without other users and without a window, so that it evaluates no
+// token that it has cached.
 type server struct{ *ollamasim.Server }
 
 func alone(t *testing.T) server {
@@ -288,21 +294,21 @@ func (s server) ask(t *testing.T, body string) []byte {
 }
 
 func message(role, text string) string {
-	return fmt.Sprintf(`{"role":%q,"content":%q}`, role, text) // words need no escapes
+	return fmt.Sprintf(`{"role":%q,"content":%q}`, role, text) // the words need no escapes
 }
 
 func body(messages string) string {
 	return fmt.Sprintf(`{"model":"gemma3:12b","stream":false,"options":{"num_predict":%d,"temperature":0},"messages":[%s]}`, answer, messages)
 }
 
-// candidates returns the requests by number.
+// candidates returns the candidates' requests by number.
 func candidates(t *testing.T) func(int) string {
 	system, user := sizes(t, shared)
 	rubric := message("system", virtual.Words(1, 0, system))
 	return func(i int) string { return body(rubric + "," + message("user", virtual.Words(1, uint64(i)+1, user))) }
 }
 
-// chats is somebody who chats: some turns, then anew.
+// chats is a person who chats: some turns, then a new conversation.
 type chats struct {
 	system, user int
 	messages     string

@@ -1,5 +1,5 @@
-// Package chat sends chats to a server as its clients do, for benchmarks and tests on real servers,
-// and takes the times.
+// Package chat sends chats to a server as its clients do, and measures the times, for benchmarks
+// and tests on real servers.
 package chat
 
 import (
@@ -17,55 +17,56 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// HeaderServer names, on an answer, which of several servers it comes from.
+// HeaderServer is the header of an answer that names the server it comes from, if there are
+// several.
 const HeaderServer = "X-Cacheproxy-Upstream"
 
-// Message is one of a chat.
+// Message is a message of a chat.
 type Message struct {
 	Role    string `json:"role"`
 	Content string `json:"content"`
 }
 
-// System is a message of the role system.
+// System returns a message of the role system.
 func System(text string) Message { return Message{"system", text} }
 
-// User is a message of the role user.
+// User returns a message of the role user.
 func User(text string) Message { return Message{"user", text} }
 
-// Assistant is a message of the role assistant.
+// Assistant returns a message of the role assistant.
 func Assistant(text string) Message { return Message{"assistant", text} }
 
 // Request is a chat to be answered at temperature 0.
 type Request struct {
 	Model    string
 	Messages []Message
-	// Generate is the most tokens to generate; 0 is none at all in Ollama's terms, so set it.
+	// Generate is the most tokens to generate. It must be set, since Ollama takes zero literally.
 	Generate int
-	// NumCtx is the context length in tokens; 0 leaves the server's default.
+	// NumCtx is the context length in tokens; zero means the server's default.
 	NumCtx int
-	// Priority is what X-Cacheproxy-Priority says; "" leaves the header out.
+	// Priority is the value of X-Cacheproxy-Priority; "" leaves the header out.
 	Priority string
 	// Key is an API key; "" sends none.
 	Key string
-	// Stream asks for the answer in pieces, without which nobody knows when its first token came.
+	// Stream asks for the answer in pieces, without which the time of its first token is unknown.
 	Stream bool
 }
 
-// Answer is what a server says to a request.
+// Answer is a server's answer to a request.
 type Answer struct {
 	Text string
-	// Prompt and Generated are numbers of tokens, as the answer's end tells them.
+	// Prompt and Generated are numbers of tokens, as the end of the answer reports them.
 	Prompt, Generated int
-	// Server is the name of the server that answered, of several; "" where there is one.
+	// Server is the name of the server that answered, if there are several; otherwise "".
 	Server string
-	// Load is how long the server says that it loaded the model.
+	// Load is the time to load the model, as the server reports it.
 	Load time.Duration
-	// First is the time until the first piece of text, Took until the end, both from when the
-	// request was sent. Without Request.Stream they are nearly the same.
+	// First is the time until the first piece of text, Took the time until the end, both since the
+	// request was sent. Without Request.Stream they are nearly equal.
 	First, Took time.Duration
 }
 
-// Send sends a request and reads the answer to its end. Whatever is not a whole answer with status
+// Send sends a request and reads the answer to its end. Anything but a complete answer with status
 // 200 is an error.
 func Send(ctx context.Context, client *http.Client, url string, q Request) (Answer, error) {
 	var a Answer
@@ -98,7 +99,7 @@ func Send(ctx context.Context, client *http.Client, url string, q Request) (Answ
 		if said.Done {
 			a.Prompt, a.Generated, a.Load = said.Prompt, said.Generated, said.Load
 			a.Took = time.Since(sent)
-			// To the very end: else the connection is closed, as by a client that leaves.
+			// Read to the very end: otherwise the connection is closed, as by a client that leaves.
 			_, err := io.Copy(io.Discard, res.Body)
 			return a, err
 		}
@@ -158,7 +159,7 @@ func ClientFrom(address string) *http.Client {
 	}}
 }
 
-// Embed has a server embed a text; the Answer's Text is the vector as the server spells it.
+// Embed makes a server embed a text; the Answer's Text is the vector as the server spells it.
 func Embed(ctx context.Context, client *http.Client, url, model, text string) (Answer, error) {
 	var a Answer
 	req, err := post(ctx, url+"/api/embed", map[string]any{"model": model, "input": text})
@@ -180,8 +181,8 @@ func Embed(ctx context.Context, client *http.Client, url, model, text string) (A
 	return a, nil
 }
 
-// Unload has a server unload a model at once, as it does by itself when keep_alive has run out, and
-// returns when it is gone.
+// Unload makes a server unload a model at once, as it does by itself when keep_alive has run out,
+// and returns when it is gone.
 func Unload(ctx context.Context, client *http.Client, url, model string) error {
 	req, err := post(ctx, url+"/api/generate", map[string]any{"model": model, "keep_alive": 0})
 	if err != nil {
@@ -230,8 +231,8 @@ func decode(client *http.Client, req *http.Request, into any) error {
 
 const pollInterval = 20 * time.Millisecond
 
-// Evaluations waits until the servers' logs tell of n prompts since their marks, for two seconds at
-// most, and returns what they tell.
+// Evaluations waits until the servers' logs have n prompts since their marks, for at most two
+// seconds, and returns the evaluations in them.
 func Evaluations(
 	ctx context.Context, servers []*realollama.Server, marks []realollama.Mark, n int,
 ) ([]realollama.Evaluation, error) {
@@ -254,8 +255,8 @@ func Evaluations(
 	}
 }
 
-// Quantile is the time that the given part (0 to 1) of all of them do not exceed; 0 of none. It
-// sorts them.
+// Quantile returns the time that the given share (0 to 1) of all do not exceed; 0 if there are
+// none. It sorts them.
 func Quantile(all []time.Duration, part float64) time.Duration {
 	if len(all) == 0 {
 		return 0

@@ -28,24 +28,24 @@ var (
 )
 
 const (
-	system    = 200 // tokens of each client's own system prompt
-	question  = 100 // tokens that follow, different each time
+	system    = 200 // tokens of each client's system prompt
+	question  = 100 // tokens after it, different each time
 	stagger   = 3 * time.Millisecond
-	think     = 5 * time.Millisecond // from an answer to its client's next request
+	think     = 5 * time.Millisecond // from an answer to the client's next request
 	loadTime  = 2 * time.Second
-	prefill   = time.Millisecond      // a token of a prompt
-	decode    = 20 * time.Millisecond // a token of an answer
+	prefill   = time.Millisecond      // per token of a prompt
+	decode    = 20 * time.Millisecond // per token of an answer
 	fewest    = 4                     // clients
-	usedSlots = 0.7                   // how busy arrivals that wait for no answer keep the server
+	usedSlots = 0.7                   // share of the server's time that an open load uses
 )
 
-// load is how requests come.
+// load is the arrival pattern of requests.
 type load string
 
 const (
-	closed  load = "closed"  // each client sends its next one when the last one is answered
+	closed  load = "closed"  // each client sends its next request when the last one is answered
 	crowded load = "crowded" // … and there are twice as many clients as slots
-	open    load = "open"    // whether or not others were answered
+	open    load = "open"    // independent of answers
 )
 
 // scenario is a case of the table.
@@ -66,7 +66,7 @@ func (c scenario) String() string {
 		pick(c.compatible, "v1", "native"), pick(c.streams, "stream", "whole"))
 }
 
-// clients is how many there are.
+// clients returns the number of clients.
 func (c scenario) clients() int {
 	if c.load == crowded {
 		return max(fewest, 2*c.slots)
@@ -74,7 +74,7 @@ func (c scenario) clients() int {
 	return max(fewest, c.slots)
 }
 
-// body is a client's request.
+// body returns a client's request.
 func (c scenario) body(client, number int) string {
 	limit := fmt.Sprintf(`"options":{"num_predict":%d}`, c.length)
 	if c.compatible {
@@ -85,13 +85,13 @@ func (c scenario) body(client, number int) string {
 		virtual.Words(2, uint64(client*1000+number)+1, question))
 }
 
-// outcome is what a run took.
+// outcome has the times of a run.
 type outcome struct {
-	makespan, first time.Duration // first: until the first byte of an answer, at the median
+	makespan, first time.Duration // first: median time until the first byte of an answer
 	evaluated       int64
 }
 
-// run has the clients ask and returns what that took; lanes is as in schedule.Config, direct:
+// run lets the clients ask and returns the times. lanes is as in schedule.Config; direct means
 // without a proxy.
 func (c scenario) run(t *testing.T, direct bool, lanes int) (o outcome) {
 	synctest.Test(t, func(t *testing.T) {
@@ -128,7 +128,7 @@ func (c scenario) run(t *testing.T, direct bool, lanes int) (o outcome) {
 	return o
 }
 
-// ask has all clients ask, and returns how long each request waited for the first byte of its
+// ask lets all clients ask, and returns how long each request waited for the first byte of its
 // answer.
 func (c scenario) ask(t *testing.T, n virtual.Network, host string) []time.Duration {
 	client := &http.Client{Transport: &http.Transport{
@@ -170,8 +170,7 @@ func (c scenario) ask(t *testing.T, n virtual.Network, host string) []time.Durat
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	if c.load == open {
-		// So many requests a second can be served: evaluations take turns, and answers are made
-		// beside each other.
+		// The server's capacity: evaluations take turns, and answers are generated concurrently.
 		each := (system + question) * prefill
 		service := each + time.Duration(c.length)*decode
 		gap := float64(max(each, service/time.Duration(c.slots))) / usedSlots
@@ -198,9 +197,9 @@ func (c scenario) ask(t *testing.T, n virtual.Network, host string) []time.Durat
 	return firsts
 }
 
-// cost is what a case costs with the number of slots learned: the time until all are answered, and
-// that until the first byte of an answer, at the median, relative to direct; and the tokens
-// evaluated, relative to those with the number given.
+// cost is the cost of learning the number of slots: the time until all are answered, and the median
+// time until the first byte of an answer, relative to direct; and the evaluated tokens, relative to
+// those with the number given.
 type cost struct{ makespan, first, evaluated float64 }
 
 // most is the bound.
@@ -219,7 +218,7 @@ func (c scenario) measure(t *testing.T) cost {
 	return m
 }
 
-// String is a cell of the table: what misses its bound is bold.
+// String returns a cell of the table, bold if it exceeds its bound.
 func (m cost) String() string {
 	cell := func(v, bound float64) string {
 		text := fmt.Sprintf("%.2f", v)
@@ -232,8 +231,7 @@ func (m cost) String() string {
 		cell(m.evaluated, most.evaluated)
 }
 
-// TestColdStart holds the cases that meet the bounds to them; those that do not are in
-// docs/lanes.md.
+// TestColdStart checks the cases that meet the bounds; docs/lanes.md has those that do not.
 func TestColdStart(t *testing.T) {
 	for _, c := range []scenario{
 		{1, 20, false, true, closed},

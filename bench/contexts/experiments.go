@@ -12,13 +12,14 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// costly takes about a millisecond for each token, as a model of some billions does on a GPU.
+// costly takes about a millisecond for each token, like a model of some billion parameters on a
+// GPU.
 const costly = "gen-llama-costly"
 
-// embedder is a model for embeddings.
+// embedder is an embedding model.
 const embedder = "gen-llama-embed"
 
-// experiments are the table's, in its order.
+// experiments returns the experiments in the order of the table.
 func (b *bench) experiments() []experiment {
 	var all []experiment
 	add := func(w workload, rows func(c compared) []row) {
@@ -48,7 +49,7 @@ func (b *bench) experiments() []experiment {
 	return all
 }
 
-// n is a number of requests, or a quarter of it.
+// n returns a number of requests, or a quarter of it for a quick run.
 func (b *bench) n(all int) int {
 	if b.quick {
 		return max(all/4, 1)
@@ -56,7 +57,7 @@ func (b *bench) n(all int) int {
 	return all
 }
 
-// ask returns a request with a prefix of so many words and a tail of its own.
+// ask returns a request with a prefix of length words and a unique tail.
 func ask(id, prefix, length int, model string) request {
 	return request{id: id, Request: chat.Request{
 		Model: model, Generate: 4,
@@ -67,7 +68,7 @@ func ask(id, prefix, length int, model string) request {
 	}}
 }
 
-// pause lets the proxy save what it wants to save in idle time.
+// pause gives the proxy the idle time in which it saves.
 func pause(ctx context.Context, _ *linked.Pair) error {
 	select {
 	case <-ctx.Done():
@@ -77,8 +78,8 @@ func pause(ctx context.Context, _ *linked.Pair) error {
 	}
 }
 
-// rubric is a long system prompt, which is asked for again after what makes all caches cold. Nobody
-// asks for two seconds before each of that.
+// rubric is a long system prompt that is asked for again after each event that makes all caches
+// cold. There are two seconds without requests before each of them.
 func (b *bench) rubric() workload {
 	const model = "smollm2"
 	length := 1960 // about 2,000 tokens
@@ -122,8 +123,9 @@ func (b *bench) rubric() workload {
 	}
 }
 
-// afterwards judges the steps after something that makes the rubric cold by the warm ones. The proxy
-// may have the model loaded before it sends a request, so what a load takes is the direct side's.
+// afterwards compares the steps after an event that makes the rubric cold with the warm ones. The
+// proxy may have the model loaded before it sends a request, so the time of a load is the direct
+// side's.
 func afterwards(c compared) []row {
 	rows := c.rows(0)
 	warmTokens, warmFirst := [2]int{}, [2]time.Duration{}
@@ -148,7 +150,7 @@ func afterwards(c compared) []row {
 	return rows
 }
 
-// twoModels evict each other; each has a client of its own, in a closed loop.
+// twoModels has two models that evict each other, each with one client in a closed loop.
 func (b *bench) twoModels() workload {
 	models := []string{costly, "gen-qwen3-costly"}
 	w := workload{
@@ -179,7 +181,8 @@ func (b *bench) numCtx() workload {
 		list = append(list, q)
 	}
 	w.steps = []step{{name: "all", clients: [][]request{list}}}
-	// With room for a copy, the state would do for both: the least possible evaluates the prefix once.
+	// With room for a copy, one state would do for both: the minimum is to evaluate the prefix
+	// once.
 	for _, q := range list {
 		q.NumCtx = 4096
 		w.least = append(w.least, q)
@@ -187,8 +190,8 @@ func (b *bench) numCtx() workload {
 	return w
 }
 
-// rounds are many prefixes in turn, one client, several times: what the slots hold is never what
-// comes next.
+// rounds has many prefixes in turn, from one client, several times: the slots never hold the next
+// one.
 func (b *bench) rounds(slots int) workload {
 	w := workload{
 		config: realollama.Config{
@@ -214,11 +217,11 @@ func (b *bench) rounds(slots int) workload {
 	return w
 }
 
-// laterRounds looks at what the second and the third round evaluated of prefixes.
+// laterRounds reports what the second and the third round evaluated of prefixes.
 func laterRounds(c compared) []row {
 	rows := c.rows(1.05)
 	first := c.proxied.stages[0].evaluated
-	// What is not the first round's is the tails', in the best order.
+	// In the best order, the rounds after the first evaluate only tails.
 	tails := c.least.evaluated - c.direct.stages[0].evaluated
 	again := func(r result) int {
 		return max(r.stages[1].evaluated+r.stages[2].evaluated-tails, 0)
@@ -228,7 +231,7 @@ func laterRounds(c compared) []row {
 		fmt.Sprintf("≤ 1 %% of the first round's, %d", first), again(c.proxied)*100 <= first))
 }
 
-// systemPrompt is one prefix for clients that all come at once, on several slots.
+// systemPrompt is one prefix, for clients that arrive at the same time, on several slots.
 func (b *bench) systemPrompt() workload {
 	w := workload{
 		name:   "one system prompt, 8 clients, 4 slots",
@@ -245,15 +248,14 @@ func (b *bench) systemPrompt() workload {
 	return w
 }
 
-// inTurn are clients in closed loops whose prefixes come in turn: of those that wait no two have the
-// same.
+// inTurn has clients in closed loops whose prefixes alternate: no two waiting ones have the same.
 func (b *bench) inTurn() workload {
 	w := workload{
 		name:   "8 closed-loop clients over 16 prefixes in turn, 1 slot, no host cache",
 		config: realollama.Config{Models: []string{costly}, KeepAlive: "10m", CacheRAMMiB: new(int)},
 	}
 	clients := make([][]request, 8)
-	for n := range max(b.n(8), 6) { // each prefix three times, or there is nothing to save
+	for n := range max(b.n(8), 6) { // each prefix three times, otherwise nothing is worth saving
 		for i := range clients {
 			clients[i] = append(clients[i], ask(100*i+n, 40+i+8*(n%2), 250, costly))
 		}
@@ -265,7 +267,7 @@ func (b *bench) inTurn() workload {
 	return w
 }
 
-// half looks at the time, too.
+// half also checks the time.
 func half(c compared) []row {
 	rows := c.rows(1.05)
 	d, p := c.direct.total().wall, c.proxied.total().wall
@@ -275,7 +277,7 @@ func half(c compared) []row {
 
 // document is a long text, and a restart of Ollama.
 func (b *bench) document() workload {
-	const model = "gen-llama-q8_0" // two layers, so that a test has the time
+	const model = "gen-llama-q8_0" // only two layers, so that a test takes little time
 	length := 13_000
 	if b.quick {
 		length = 3000
@@ -301,7 +303,7 @@ func (b *bench) document() workload {
 	}
 }
 
-// back looks at how soon the document is there again.
+// back reports how soon the document is available again.
 func back(c compared) []row {
 	d, p := c.direct.stages[2], c.proxied.stages[2]
 	return append(c.rows(0),
@@ -312,8 +314,8 @@ func back(c compared) []row {
 			p.done[0].First <= 2*time.Second+d.loading()))
 }
 
-// window is a model with a sliding window, over prefixes that are longer than that, and embeddings
-// beside. Both sides are proxies: what is compared is contexts alone.
+// window is a model with a sliding window, with prefixes longer than the window, and embeddings in
+// between. Both sides are proxies, so that only contexts are compared.
 func (b *bench) window(full bool) workload {
 	const model = "gen-gemma3-costly"
 	w := workload{
@@ -343,7 +345,7 @@ func (b *bench) window(full bool) workload {
 	return w
 }
 
-// notSlower allows for what two runs of the same differ by.
+// notSlower tolerates the variation between two runs of the same.
 func notSlower(c compared) []row {
 	rows := c.rows(0)
 	d, p := c.direct.total().wall, c.proxied.total().wall

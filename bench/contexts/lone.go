@@ -12,10 +12,10 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// lone measures what contexts add for a client that sends one request at a time, everything warm:
-// directly, through a proxy without and one with contexts, in turn, all on one server.
+// lone measures what contexts add for a client that sends one request at a time, with everything
+// warm: directly, through a proxy without and one with contexts, in turn, all on one server.
 func (b *bench) lone(ctx context.Context) (rows []row, err error) {
-	const first = 5 // rounds in which the model is loaded and connections are opened
+	const first = 5 // rounds that load the model and open connections
 	rounds := b.n(200)
 	w := workload{config: realollama.Config{Models: []string{"gen-llama-tiny"}, KeepAlive: "10m"}}
 	p, err := linked.Start(ctx, b.options(w, b.way))

@@ -1,14 +1,14 @@
-// Command contexts measures, on real Ollama servers, what stored contexts save: the same requests
-// directly and through the proxy, with the tokens that the server evaluated and the models that it
-// loaded by its own log, and the times beside. It prints the table of docs/contexts.md, row by row,
-// each with what it must reach and whether it did; the exit status is 1 if one did not.
+// Command contexts measures, on real Ollama servers, what stored contexts save. It sends the same
+// requests directly and through the proxy, and compares the evaluated tokens and loaded models in
+// the server's own log, and the times. It prints the table of docs/contexts.md, row by row, each
+// with its target and whether it was reached; the exit status is 1 if one was missed.
 //
 //	go run ./bench/contexts
 //	go run ./bench/contexts -era 0.33.0 -only rubric
 //	go run ./bench/contexts -quick
 //
-// The least possible is measured, too, where a target refers to it: the same requests on a server
-// of their own, one after the other, in the order of their models and prefixes.
+// If a target refers to the least possible, that is measured, too: the same requests on a separate
+// server, one after the other, in the order of their models and prefixes.
 package main
 
 import (
@@ -54,14 +54,14 @@ func main() {
 	}
 }
 
-// bench is what all measurements have in common.
+// bench has what all measurements share.
 type bench struct {
 	era     string
 	quick   bool
-	way     linked.Way // of the proxied side
-	flags   string     // more of the proxy's
+	way     linked.Way // of the side with a proxy
+	flags   string     // additional ones, for the proxy
 	binary  string     // the proxy's
-	verbose io.Writer  // nil: nothing is printed about single requests
+	verbose io.Writer  // nil: single requests are not printed
 }
 
 var errMissed = errors.New("not all rows reach what they must")
@@ -91,7 +91,7 @@ func (b *bench) run(ctx context.Context, only string, out io.Writer) error {
 		rows, err := e.run(ctx)
 		if ctx.Err() != nil {
 			return ctx.Err()
-		} else if err != nil { // the other rows are of use without it
+		} else if err != nil { // the other rows are useful without it
 			failed = append(failed, fmt.Errorf("%s: %w", e.name, err))
 		}
 		for _, r := range rows {
@@ -114,12 +114,12 @@ type experiment struct {
 
 const columns = 6
 
-// row is one of the table, cell by cell.
+// row is a row of the table, cell by cell.
 type row [columns]string
 
 func (r row) String() string { return "| " + strings.Join(r[:], " | ") + " |" }
 
-// note is a row with a figure for each side and no target.
+// note returns a row with a figure for each side and no target.
 func note(label, direct, proxied string) row {
 	return row{"… " + label, "", direct, proxied, "", ""}
 }
@@ -129,7 +129,7 @@ const (
 	no  = "**no**"
 )
 
-// target is a row with what must be reached.
+// target returns a row with a target.
 func target(label, direct, proxied, must string, reached bool) row {
 	r := note(label, direct, proxied)
 	r[4], r[5] = must, no

@@ -19,7 +19,7 @@ import (
 type request struct {
 	id int // the same on both sides
 	chat.Request
-	// embed is a text to embed by the model instead of a chat; "" for a chat.
+	// embed is a text for the model to embed, instead of a chat; "" for a chat.
 	embed string
 }
 
@@ -31,46 +31,46 @@ func (q request) send(ctx context.Context, client *http.Client, url string) (cha
 	return chat.Send(ctx, client, url, q.Request)
 }
 
-// step is a part of a workload: something that is done to the server or the proxy, or requests, or
-// first the one and then the other.
+// step is a part of a workload: an action on the server or the proxy, or requests, or first the
+// action and then the requests.
 type step struct {
 	name string
 	do   func(ctx context.Context, p *linked.Pair) error
-	// clients send their requests one after the other, each when its last one is answered, all
-	// clients beside each other.
+	// clients send their requests concurrently; each sends its own one after the other, when the
+	// last one is answered.
 	clients [][]request
 }
 
-// workload is what is done and asked on each side.
+// workload has the actions and requests for each side.
 type workload struct {
 	name    string
 	config  realollama.Config
 	swaFull bool
 	steps   []step
-	// base is what the contexts are compared with.
+	// base is the side that contexts are compared with.
 	base linked.Way
-	// least are the requests of all steps in the best order, for one client on one slot; nil: the
+	// least has the requests of all steps in the best order, for one client on one slot; nil: the
 	// least possible is not measured.
 	least []request
 }
 
-// stage is what a step came to.
+// stage is the result of a step.
 type stage struct {
 	name string
 	done []completion
-	// evaluated is the number of tokens in all; each prompt has one at least.
+	// evaluated is the number of tokens in all; each prompt has at least one.
 	evaluated, loads int
 	wall             time.Duration
 }
 
-// completion is a request that was answered.
+// completion is an answered request.
 type completion struct {
 	id    int
 	embed bool
 	chat.Answer
 }
 
-// chats is how many of the requests the server's log tells of: embeddings it leaves out.
+// chats returns how many of the requests are in the server's log, which leaves out embeddings.
 func (s stage) chats() int {
 	n := 0
 	for _, c := range s.done {
@@ -81,8 +81,8 @@ func (s stage) chats() int {
 	return n
 }
 
-// first returns the median time to the first token, without what the server says that it spent on
-// loading.
+// first returns the median time to the first token, without the time for loading that the server
+// reports.
 func (s stage) first() time.Duration {
 	var all []time.Duration
 	for _, c := range s.done {
@@ -93,7 +93,7 @@ func (s stage) first() time.Duration {
 	return chat.Quantile(all, 0.5)
 }
 
-// loading is how long the server says that it loaded models, for all requests together.
+// loading returns how long the server loaded models, by its own reports, for all requests together.
 func (s stage) loading() time.Duration {
 	var all time.Duration
 	for _, c := range s.done {
@@ -102,14 +102,14 @@ func (s stage) loading() time.Duration {
 	return all
 }
 
-// result is what one side came to.
+// result is the result of one side.
 type result struct {
 	stages []stage
-	// metrics are the proxy's about contexts, as it spells them.
+	// metrics are the proxy's metrics of contexts, as it spells them.
 	metrics []string
 }
 
-// total is all stages in one.
+// total returns all stages as one.
 func (r result) total() stage {
 	var all stage
 	for _, s := range r.stages {
@@ -121,18 +121,18 @@ func (r result) total() stage {
 	return all
 }
 
-// compared is both sides, beside the least possible.
+// compared has both sides, and the least possible.
 type compared struct {
 	w               workload
 	least           stage
 	direct, proxied result
 }
 
-// limit is how long one side of a workload may take: longer than any does, unless something has
-// come to a standstill.
+// limit is how long one side of a workload may take: longer than any does, unless it has come to a
+// standstill.
 const limit = 5 * time.Minute
 
-// compare runs a workload directly and through the proxy, on a fresh server each.
+// compare runs a workload directly and through the proxy, each on a new server.
 func (b *bench) compare(ctx context.Context, w workload) (c compared, err error) {
 	c.w = w
 	if w.least != nil {
@@ -154,7 +154,7 @@ func (b *bench) compare(ctx context.Context, w workload) (c compared, err error)
 	return c, nil
 }
 
-// options are those of a side of a workload.
+// options returns the options for a side of a workload.
 func (b *bench) options(w workload, way linked.Way) linked.Options {
 	config := w.config
 	config.Version = b.era
@@ -163,7 +163,7 @@ func (b *bench) options(w workload, way linked.Way) linked.Options {
 	}
 }
 
-// measure runs a workload on a fresh server.
+// measure runs a workload on a new server.
 func (b *bench) measure(ctx context.Context, w workload, way linked.Way) (r result, err error) {
 	p, err := linked.Start(ctx, b.options(w, way))
 	if err != nil {
@@ -199,7 +199,7 @@ func (b *bench) measure(ctx context.Context, w workload, way linked.Way) (r resu
 	return r, err
 }
 
-// tell prints what a stage came to, if that was asked for.
+// tell prints the result of a stage, if that was asked for.
 func (b *bench) tell(way linked.Way, s stage) {
 	if b.verbose == nil {
 		return
@@ -212,7 +212,7 @@ func (b *bench) tell(way linked.Way, s stage) {
 	}
 }
 
-// contextMetrics are the lines of /metrics about contexts.
+// contextMetrics returns the lines of /metrics about contexts.
 func contextMetrics(ctx context.Context, client *http.Client, url string) ([]string, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url+"/metrics", nil)
 	if err != nil {
@@ -268,10 +268,10 @@ func play(ctx context.Context, client *http.Client, p *linked.Pair, s step) (sta
 	return st, err
 }
 
-// evaluations waits until the server's log tells of all chats of a stage since a mark, and returns
-// what it then tells. What it tells at their ends may never come: a load ends the engine of the model
-// before, sometimes before that has written its last line. But only there it tells chats from
-// embeddings, which no workload here has beside loads.
+// evaluations waits until the server's log has all chats of a stage since a mark, and returns the
+// evaluations in it. The lines at the ends of prompts may never appear: a load ends the previous
+// model's engine, sometimes before that has written its last line. But only those lines distinguish
+// chats from embeddings, and no workload here has embeddings beside loads.
 func evaluations(
 	ctx context.Context, server *realollama.Server, mark realollama.Mark, st stage,
 ) ([]realollama.Evaluation, error) {

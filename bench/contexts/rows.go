@@ -5,7 +5,7 @@ import (
 	"time"
 )
 
-// over says how many tokens were evaluated, and how many times the least possible that is.
+// over returns how many tokens were evaluated, in all and as a multiple of the least possible.
 func (c compared) over(n int) (text string, times float64) {
 	if len(c.least.done) == 0 {
 		return fmt.Sprint(n), 0
@@ -14,8 +14,8 @@ func (c compared) over(n int) (text string, times float64) {
 	return fmt.Sprintf("%d (%.2f)", n, times), times
 }
 
-// rows are those that each comparison begins with: the tokens, with most times the least possible
-// as the target (0: there is none), and what goes beside.
+// rows returns the rows that each comparison begins with: the tokens, with most times the least
+// possible as the target (0: there is none), and further figures.
 func (c compared) rows(most float64) []row {
 	direct, proxied := c.direct.total(), c.proxied.total()
 	d, _ := c.over(direct.evaluated)
@@ -36,7 +36,7 @@ func (c compared) rows(most float64) []row {
 	return all
 }
 
-// differ is how many answers through the proxy are not the direct ones.
+// differ returns how many answers through the proxy differ from the direct ones.
 func (c compared) differ() int {
 	texts := map[int]string{}
 	for _, d := range c.direct.total().done {

@@ -11,7 +11,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// experiments are the table's, in its order.
+// experiments returns the experiments in the order of the table.
 func (b *bench) experiments() []experiment {
 	var all []experiment
 	add := func(w workload, notes ...func(c compared) []row) {
@@ -55,15 +55,15 @@ func (b *bench) experiments() []experiment {
 	all = append(all, experiment{"a lone client", b.lone})
 	whole := func(c compared) []row { return latencies(c, "") }
 	add(b.upstreams(6, false), whole)
-	each := 18 // so many that the proxy has time to find a server revived
+	each := 18 // enough for the proxy to notice that a server is back
 	if b.era == realollama.EraA {
-		each = 6 // it evaluates most of it each time, which takes as long
+		each = 6 // it evaluates most of the prompt each time, which takes as long
 	}
 	add(b.upstreams(each, true), whole, losses)
 	return all
 }
 
-// latencies are how long requests of a priority took.
+// latencies returns the rows for the latencies of a priority's requests.
 func latencies(c compared, priority string) []row {
 	var rows []row
 	for _, part := range []struct {
@@ -83,8 +83,8 @@ func latencies(c compared, priority string) []row {
 
 func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 
-// sharedPrompt compares with what several slots must evaluate at least, since none can copy the system prompt from another.
-// (The least possible, on one slot, evaluates it once.)
+// sharedPrompt compares with the minimum for several slots, since none can copy the system prompt
+// from another. (The least possible, on one slot, evaluates it once.)
 func sharedPrompt(c compared) []row {
 	slots := min(c.w.config.Parallel, len(c.w.clients))
 	if slots == 1 || len(c.least.evaluations) <= chatTurns {
@@ -95,7 +95,8 @@ func sharedPrompt(c compared) []row {
 	return []row{note(fmt.Sprintf("relative to the system prompt once on each slot, %d", least), c.over(least))}
 }
 
-// interactive measures what an interactive request waits for, and what it costs the batch that it is among.
+// interactive measures how long an interactive request waits, and what it costs the batch around
+// it.
 func (b *bench) interactive(ctx context.Context) ([]row, error) {
 	c, err := b.compare(ctx, b.batch(true))
 	if err != nil {
@@ -107,7 +108,7 @@ func (b *bench) interactive(ctx context.Context) ([]row, error) {
 		for place, d := range r.done {
 			if d.q.priority == "interactive" {
 				overtaken[i] = fmt.Sprint(place - d.before)
-				own = d.Prompt // with a prefix of its own all of it is evaluated
+				own = d.Prompt // this prefix is new, so all of it is evaluated
 			}
 		}
 		if way(i) == direct {
@@ -126,11 +127,12 @@ func (b *bench) interactive(ctx context.Context) ([]row, error) {
 	}, nil
 }
 
-// generatedWeight is how many evaluated tokens a generated one counts as, when clients are compared.
+// generatedWeight is how many evaluated tokens a generated one counts as when clients are compared.
 const generatedWeight = 10
 
-// fairness follows the service of two clients, in tokens evaluated and generated, for as long as both have requests waiting.
-// A quantum is twenty prompts' worth, as in the proxy: of what clients ask for on average, each counting once.
+// fairness compares the service of two clients, in tokens evaluated and generated, for as long as
+// both have requests waiting. A quantum is twenty average prompts, as in the proxy, with each
+// client's average counting once.
 func fairness(c compared) []row {
 	var prompts, n [2]float64
 	var largest float64
@@ -156,9 +158,10 @@ func fairness(c compared) []row {
 	}
 }
 
-// service returns how many quanta one client was ahead of the other at most, and for each ten quanta how fairly they were
-// divided: 1 is evenly, 0.5 all to one (Jain, Chiu and Hawe, DEC-TR-301, 1984). It needs a server with one slot, whose log has prompts
-// in the order in which they are answered.
+// service returns by how many quanta one client was ahead of the other at most, and for each ten
+// quanta how fairly they were divided: 1 is evenly, 0.5 is all to one (Jain, Chiu and Hawe,
+// DEC-TR-301, 1984). It needs a server with one slot, whose log has prompts in the order of their
+// answers.
 func service(r result, quantum float64) (difference float64, jain []string) {
 	left := []int{longs, shorts}
 	var total, window [2]float64
@@ -180,13 +183,13 @@ func service(r result, quantum float64) (difference float64, jain []string) {
 	return difference, jain
 }
 
-// index returns the Jain index of what two clients got.
+// index returns the Jain index of two clients' service.
 func index(w [2]float64) string {
 	return fmt.Sprintf("%.3f", (w[0]+w[1])*(w[0]+w[1])/2/(w[0]*w[0]+w[1]*w[1]))
 }
 
-// losses tells what became of requests while a server was gone, and how much was evaluated beside what must be: a prefix that
-// only that server held, once more if it is asked for again.
+// losses reports the requests while a server was gone, and how much was evaluated beyond the
+// minimum: a prefix that only that server held is evaluated once more if it is asked for again.
 func losses(c compared) []row {
 	failed := c.each(func(r result) string { return fmt.Sprintf("%d, %d", r.retried, len(r.failed)) })
 	over := c.each(func(r result) string {
@@ -210,13 +213,13 @@ func losses(c compared) []row {
 	return []row{note("errors that clients met, requests lost", failed), note("relative to the least possible and what was lost", over)}
 }
 
-// lone measures what the proxy adds for a client that sends one request at a time: directly and through it in turn, on one
-// server. A bare reverse proxy takes its turn, too.
+// lone measures what the proxy adds for a client that sends one request at a time: directly,
+// through the proxy and through a bare reverse proxy in turn, on one server.
 func (b *bench) lone(ctx context.Context) (rows []row, err error) {
 	const (
 		bare   = int(ways)
 		rounds = 300
-		first  = 5 // rounds in which the model is loaded and connections are opened
+		first  = 5 // rounds that load the model and open connections
 	)
 	config := b.config(1, true)
 	config.Version = b.era

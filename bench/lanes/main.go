@@ -1,14 +1,14 @@
-// Command lanes measures, on real Ollama servers, what scheduling saves: the same requests directly and through the proxy, with
-// the tokens that the server evaluated and the models that it loaded by its own log, and the time that it all took. It prints
-// the table of docs/lanes.md, row by row.
+// Command lanes measures, on real Ollama servers, what scheduling saves. It sends the same requests
+// directly and through the proxy, and compares the evaluated tokens and loaded models in the
+// server's own log, and the total time. It prints the table of docs/lanes.md, row by row.
 //
 //	go run ./bench/lanes
 //	go run ./bench/lanes -era 0.24.0 -only scripts
 //
-// The proxy is measured twice: told how many slots the server has, and learning it while it works.
+// The proxy is measured twice: with the number of slots given, and while it learns it.
 //
-// The least possible is measured, too: the same requests one after the other, in the order of their prefixes, on a server of
-// their own.
+// The least possible is measured, too: the same requests one after the other, in the order of their
+// prefixes, on a separate server.
 package main
 
 import (
@@ -71,7 +71,7 @@ func run(ctx context.Context, era, only, model string, out io.Writer) error {
 		rows, err := e.run(ctx)
 		if ctx.Err() != nil {
 			return ctx.Err()
-		} else if err != nil { // the other rows are of use without it
+		} else if err != nil { // the other rows are useful without it
 			failed = append(failed, fmt.Errorf("%s: %w", e.name, err))
 		}
 		for _, r := range rows {
@@ -89,17 +89,17 @@ type experiment struct {
 
 const columns = 9
 
-// row is one of the table, cell by cell.
+// row is a row of the table, cell by cell.
 type row [columns]string
 
 func (r row) String() string { return "| " + strings.Join(r[:], " | ") + " |" }
 
-// note is a row with one figure for each way.
+// note returns a row with one figure for each way.
 func note(label string, figures [ways]string) row {
 	return row{"… " + label, "", "", figures[direct], figures[given], figures[auto], "", "", ""}
 }
 
-// compared is what the ways came to, beside the least possible.
+// compared has the results of all ways, and the least possible.
 type compared struct {
 	w     workload
 	least result
@@ -114,7 +114,7 @@ func (c compared) each(figure func(r result) string) (all [ways]string) {
 	return all
 }
 
-// over returns how many times as much as the least possible each way had evaluated.
+// over returns the tokens that each way evaluated, as a multiple of the least possible.
 func (c compared) over(least int) [ways]string {
 	return c.each(func(r result) string { return ratio(r.evaluated, least) })
 }

@@ -16,34 +16,34 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// bench is what all measurements have in common.
+// bench has what all measurements share.
 type bench struct {
 	era, model, binary string
 }
 
-// way is how requests come to the server.
+// way is how requests reach the server.
 type way int
 
 const (
-	direct way = iota // with several servers: by leastLoaded
-	given             // through the proxy, which is told how many slots there are
-	auto              // through the proxy, which learns that
+	direct way = iota // with several servers: through leastLoaded
+	given             // through the proxy, with the number of slots given
+	auto              // through the proxy, which learns the number
 	ways
 
 	least // directly, one at a time, in the best order
 )
 
-// result is what one way came to.
+// result is the result of one way.
 type result struct {
 	evaluated, loads int
 	wall             time.Duration
 	done             []completion
 	evaluations      []realollama.Evaluation // in the order of the log
-	retried          int                     // requests that failed and were sent once more
+	retried          int                     // requests that failed and were sent again
 	failed           []error                 // … and failed again
 }
 
-// latency returns how long the requests of a priority took, so that the given part of them took no longer.
+// latency returns the time that the given share of a priority's requests did not exceed.
 func (r result) latency(priority string, part float64) time.Duration {
 	var all []time.Duration
 	for _, c := range r.done {
@@ -54,8 +54,8 @@ func (r result) latency(priority string, part float64) time.Duration {
 	return chat.Quantile(all, part)
 }
 
-// compare measures all ways in turn; several times if the workload says so, and of each way the run that took the median time
-// counts.
+// compare measures all ways in turn. If the workload says so, it does that several times, and uses
+// the run with the median time for each way.
 func (b *bench) compare(ctx context.Context, w workload) (c compared, err error) {
 	c.w = w
 	if c.least, err = b.measure(ctx, w, least); err != nil {
@@ -78,10 +78,10 @@ func (b *bench) compare(ctx context.Context, w workload) (c compared, err error)
 	return c, nil
 }
 
-// limit is how long a workload may take: longer than any does, unless something has come to a standstill.
+// limit is how long a workload may take: longer than any does, unless it has come to a standstill.
 const limit = 3 * time.Minute
 
-// measure runs a workload on fresh servers.
+// measure runs a workload on new servers.
 func (b *bench) measure(ctx context.Context, w workload, how way) (r result, err error) {
 	config := w.config
 	config.Version = b.era
@@ -126,7 +126,8 @@ func (b *bench) measure(ctx context.Context, w workload, how way) (r result, err
 	r.evaluations, err = chat.Evaluations(ctx, servers, marks, len(p.done))
 	if missing := len(p.done) - len(r.evaluations); err != nil && (ctx.Err() != nil || missing > r.loads) {
 		return r, err
-	} else if missing > 0 { // a load, or a kill, ends the engine of the model before, sometimes before it has written its last line
+	} else if missing > 0 {
+		// A load, or a kill, ends the previous engine, sometimes before it has written its last line.
 		fmt.Fprintf(os.Stderr, "%s: the server's log lacks %d of %d evaluations\n", w.name, missing, len(p.done))
 	}
 	for _, e := range r.evaluations {
@@ -135,7 +136,7 @@ func (b *bench) measure(ctx context.Context, w workload, how way) (r result, err
 	return r, nil
 }
 
-// front starts what requests are sent to, and returns its URL.
+// front starts the receiver of the requests, and returns its URL.
 func (b *bench) front(ctx context.Context, how way, servers []*realollama.Server, slots int) (url string, stop func() error, err error) {
 	switch {
 	case how == direct && len(servers) > 1:
@@ -165,12 +166,12 @@ func (b *bench) front(ctx context.Context, how way, servers []*realollama.Server
 	return p.URL, p.Stop, nil
 }
 
-// player sends a workload's requests and notes what becomes of them.
+// player sends a workload's requests and records their results.
 type player struct {
 	ctx     context.Context
-	cancel  context.CancelCauseFunc // when a request fails, or something that was to happen does not
+	cancel  context.CancelCauseFunc // called if a request or an event fails
 	url     string
-	retries bool // a request that fails is sent once more
+	retries bool // failed requests are sent again
 	events  map[int]func() error
 	wg      sync.WaitGroup
 
@@ -180,13 +181,13 @@ type player struct {
 	failed  []error
 }
 
-// completion is a request that was answered.
+// completion is an answered request.
 type completion struct {
 	q    request
-	from int // of the clients
+	from int // number of the client
 	chat.Answer
 	took   time.Duration
-	before int // how many requests had been answered when it was sent
+	before int // how many requests had been answered before it was sent
 }
 
 // play sends all requests, or those of the best order one at a time.
@@ -209,7 +210,7 @@ func (p *player) play(w workload, best bool) {
 		case w.open:
 			for k, q := range list {
 				p.wg.Go(func() {
-					// In the order of the list, client by client: what comes first is to be there first.
+					// In the order of the list, client by client: the first one must arrive first.
 					time.Sleep(time.Duration(k*len(clients)+i) * time.Millisecond)
 					p.send(client, i, q)
 				})
@@ -234,7 +235,8 @@ func (p *player) play(w workload, best bool) {
 	p.wg.Wait()
 }
 
-// sequence sends requests one after the other, each when the last one is answered. Of a chat, answers become messages.
+// sequence sends requests one after the other, each when the last one is answered. In a chat,
+// answers become messages of the next request.
 func (p *player) sequence(client *http.Client, from int, list []request, isChat bool) {
 	var history []chat.Message
 	for i, q := range list {
@@ -248,7 +250,7 @@ func (p *player) sequence(client *http.Client, from int, list []request, isChat 
 	}
 }
 
-// send returns what was answered, "" for an error.
+// send returns the answer, or "" after an error.
 func (p *player) send(client *http.Client, from int, q request) string {
 	if p.ctx.Err() != nil {
 		return ""

@@ -19,13 +19,13 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/bench/chat"
 )
 
-// serverName is the name by which the proxy is told of one of several servers.
+// serverName is the name of one of several servers for the proxy.
 func serverName(i int) string { return string(rune('a' + i)) }
 
-// leastLoaded is the router to beat: each request goes to the server with the fewest under way, to each in turn of several. One that
-// does not answer is left alone for a second.
+// leastLoaded is the router to compare with: each request goes to the server with the fewest under
+// way, and to equal ones in turn. A server that does not answer is left out for a second.
 type leastLoaded struct {
-	mu       sync.Mutex // guards what is in the backends, too
+	mu       sync.Mutex // also guards the backends' fields
 	backends []*backend
 	turn     int
 }
@@ -75,7 +75,8 @@ func serveLeastLoaded(urls []string) (string, func() error, error) {
 	}, nil
 }
 
-// startBare runs a bare reverse proxy for a server as a process of its own, as ours is: half of what a proxy adds is to wake another process.
+// startBare runs a bare reverse proxy for a server as a separate process, as ours is: half of a
+// proxy's cost is waking another process.
 func startBare(ctx context.Context, server string) (url string, stop func() error, err error) {
 	self, err := os.Executable()
 	if err != nil {
@@ -101,7 +102,7 @@ func startBare(ctx context.Context, server string) (url string, stop func() erro
 	return strings.TrimSpace(url), stop, nil
 }
 
-// beBare is that process. It ends with its input.
+// beBare is the main function of that process. It ends with its input.
 func beBare(server string) error {
 	url, stop, err := serveLeastLoaded([]string{server})
 	if err != nil {

@@ -13,7 +13,7 @@ import (
 // request is one chat.
 type request struct {
 	id       int
-	prefix   int // which of the workload's prefixes it has, where that is looked at
+	prefix   int // index of its prefix in the workload, if that matters
 	model    string
 	numCtx   int
 	messages []chat.Message
@@ -21,25 +21,28 @@ type request struct {
 	priority string
 }
 
-// workload is what clients ask. Each client is a list of requests.
+// workload has the requests of some clients. Each client is a list of requests.
 type workload struct {
-	name      string
-	config    realollama.Config
-	servers   int // 0: one
-	clients   [][]request
-	least     []request   // the same in the best order, for one client
-	best      [][]request // … or for several, one after the other
-	open      bool        // clients send all that they have at once; otherwise one after the other, each when the last one is answered
-	depth     int         // … or so many at a time
-	chats     bool        // answers become messages: the next request is made of the last answer
-	addresses []string    // that clients come from; nil: one for all
-	retries   bool        // clients send what fails once more
-	runs      int         // of which the median counts; 0: one
-	// events returns what happens when so many requests have been answered.
+	name    string
+	config  realollama.Config
+	servers int // 0 means one
+	clients [][]request
+	least   []request   // the same requests in the best order, for one client
+	best    [][]request // … or for several clients, one after the other
+	// Clients send all requests at once; otherwise one after the other, when the last one is
+	// answered.
+	open      bool
+	depth     int      // … or this many at a time
+	chats     bool     // answers become messages: the next request includes the last answer
+	addresses []string // the clients' addresses; nil: one for all
+	retries   bool     // clients send failed requests again
+	runs      int      // of which the median is used; 0 means one
+	// events returns the actions to take after a number of answered requests.
 	events func(p *player, servers []*realollama.Server) map[int]func() error
 }
 
-// config returns a server's, with a host cache of the default size or none. Era A knows none.
+// config returns a server's configuration, with a host cache of the default size or none; era A has
+// none.
 func (b *bench) config(slots int, hostCache bool) realollama.Config {
 	c := realollama.Config{Models: []string{b.model}, Parallel: slots, KeepAlive: "10m"}
 	if !hostCache && b.era != realollama.EraA {
@@ -77,7 +80,7 @@ func (b *bench) shuffled(slots int, hostCache bool) workload {
 	return w
 }
 
-// scripts are closed loops, each with a prefix of its own.
+// scripts has closed loops, each with one prefix.
 func (b *bench) scripts(each int) workload {
 	w := workload{name: fmt.Sprintf("4 closed-loop scripts × %d, 1 slot, small host cache", each), config: b.config(1, false), clients: make([][]request, 4)}
 	for s := range 4 {
@@ -112,7 +115,8 @@ func (b *bench) numCtx() workload {
 	return w
 }
 
-// runners have two models that cannot be loaded together, each with two num_ctx. In closed loops each client has its own.
+// runners has two models that cannot be loaded together, each with two num_ctx. In closed loops
+// each client has one pair.
 func (b *bench) runners(open bool) workload {
 	const second = "gen-llama-tiny-b"
 	n := 100
@@ -185,7 +189,8 @@ func (b *bench) mixed() workload {
 	return w
 }
 
-// batch is 500 requests at once; with also, one that is interactive comes when 100 of them have been answered.
+// batch is 500 requests at once; with also, an interactive one arrives when 100 of them have been
+// answered.
 func (b *bench) batch(also bool) workload {
 	w := workload{name: "500 batch, 1 slot, small host cache", config: b.config(1, false), open: true, clients: make([][]request, 1)}
 	for n := range 500 {
@@ -209,11 +214,11 @@ func (b *bench) batch(also bool) workload {
 
 const (
 	longs, shorts = 70, 740
-	backlog       = 16 // requests that each of the two has under way
+	backlog       = 16 // requests that each of the two clients has under way
 )
 
-// unequal are two clients that always have something waiting, one of which asks for much at a time. No two prompts have
-// anything in common.
+// unequal has two clients that always have requests waiting; one of them sends larger ones. No two
+// prompts have anything in common.
 func (b *bench) unequal() workload {
 	w := workload{
 		name: "two backlogged clients, prompts of 1,200 and of 60 tokens, 1 slot", config: b.config(1, false),
@@ -244,8 +249,8 @@ const (
 	upstreamClients  = 12
 )
 
-// upstreams have each client ask for any prefix. If killed, one of the servers is killed when a third of the requests have been
-// answered, and started again after two thirds.
+// upstreams has clients that ask for any prefix. If killed, one of the servers is killed after a
+// third of the requests, and restarted after two thirds.
 func (b *bench) upstreams(each int, killed bool) workload {
 	w := workload{
 		name:   fmt.Sprintf("3 upstreams, %d prefixes × %d, %d closed-loop clients", upstreamPrefixes, each, upstreamClients),

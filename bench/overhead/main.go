@@ -1,7 +1,9 @@
-// Command overhead measures what the proxy costs: requests per second and latency of the same load sent to an upstream
-// directly, through a bare httputil.ReverseProxy, and through ollama-cacheproxy. The three run as processes of their own
-// and take turns, round by round, so that a machine whose speed drifts does not favour one. The ratio to the bare proxy is
-// that of the same round. Its median need not be the ratio of the median rates, since each has a round of its own.
+// Command overhead measures what the proxy costs: requests per second and latency of the same load
+// sent to an upstream directly, through a bare httputil.ReverseProxy, and through
+// ollama-cacheproxy. The three run as separate processes and take turns, round by round, so that a
+// machine whose speed drifts does not favour one. The ratio to the bare proxy is that of the same
+// round. Its median need not be the ratio of the median rates, since these may be from different
+// rounds.
 //
 //	go run ./bench/overhead
 //	go run ./bench/overhead -rounds 9 -time 3s -clients 16
@@ -228,7 +230,7 @@ func answer(stream bool) []byte {
 	return []byte(chunk)
 }
 
-// serve is a process of its own: the upstream, or the bare proxy.
+// serve is the main function of a child process: the upstream, or the bare proxy.
 func serve(ctx context.Context, role string) error {
 	var h http.Handler = http.HandlerFunc(upstream)
 	if target, ok := strings.CutPrefix(role, "bare="); ok {
@@ -237,13 +239,15 @@ func serve(ctx context.Context, role string) error {
 			return err
 		}
 		bare := &httputil.ReverseProxy{
-			Rewrite:       func(pr *httputil.ProxyRequest) { pr.SetURL(u) },
-			Transport:     proxy.NewTransport(), // the same, so that only the proxy's own work differs
+			Rewrite: func(pr *httputil.ProxyRequest) { pr.SetURL(u) },
+			// The same as the proxy's, so that only the proxy's own work differs.
+			Transport:     proxy.NewTransport(),
 			FlushInterval: -1,
 		}
 		h = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			// Without this the server closes the request's body at the first byte of an answer, at which the transport,
-			// which looks once more for the body's end, breaks off answers that come fast.
+			// Without this the server closes the request's body at the first byte of an answer. The
+			// transport looks once more for the body's end, and then breaks off answers that arrive
+			// quickly.
 			if err := http.NewResponseController(w).EnableFullDuplex(); err != nil {
 				panic(err)
 			}
@@ -323,5 +327,5 @@ func start(ctx context.Context, name string, args ...string) (*process, error) {
 
 func (p *process) stop() {
 	p.cmd.Process.Signal(syscall.SIGTERM)
-	p.cmd.Wait() // how it ended does not matter: it was told to
+	p.cmd.Wait() // its status does not matter, since it was told to end
 }

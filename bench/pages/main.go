@@ -1,5 +1,5 @@
-// Command pages measures what open pages cost a proxy that runs: its processor time and memory without
-// any, and with a hundred, by its own /metrics.
+// Command pages measures what open pages cost a running proxy: its processor time and memory
+// without any, and with a hundred, by its own /metrics.
 //
 //	go run ./bench/pages --url http://127.0.0.1:11435 --pages 100 --for 30s
 package main
@@ -29,12 +29,12 @@ func main() {
 	}
 }
 
-// state is what a process has used.
+// state is what a process has used so far.
 type state struct {
 	at       time.Time
 	cpu      float64 // seconds
 	resident float64 // bytes
-	requests float64 // to models that have ended
+	requests float64 // finished requests to models
 }
 
 func run(url string, pages int, lasts time.Duration) error {
@@ -71,7 +71,7 @@ func run(url string, pages int, lasts time.Duration) error {
 			}
 		})
 	}
-	time.Sleep(2 * time.Second) // until each has what there is
+	time.Sleep(2 * time.Second) // until each has its first event
 	opened := sent.Swap(0)
 	looked, err := measure(url, lasts)
 	stop()
@@ -107,7 +107,7 @@ func measure(url string, lasts time.Duration) (s span, err error) {
 	return s, err
 }
 
-// look reads what the process tells of itself.
+// look reads the process's own metrics.
 func look(url string) (state, error) {
 	res, err := http.Get(url + "/metrics")
 	if err != nil {
@@ -123,7 +123,7 @@ func look(url string) (state, error) {
 		name, value, _ := strings.Cut(lines.Text(), " ")
 		var n float64
 		if _, err := fmt.Sscan(value, &n); err != nil {
-			continue // a comment, or a label with a blank in it
+			continue // a comment, or a label that contains a blank
 		}
 		switch {
 		case name == "process_cpu_seconds_total":

@@ -1,5 +1,5 @@
-// Package virtual is what the benchmarks in virtual time have in common: servers in memory, and a
-// proxy with serve's defaults before them, all in one testing/synctest bubble.
+// Package virtual has what the benchmarks in virtual time share: servers in memory, and a proxy
+// with serve's defaults in front of them, all in one testing/synctest bubble.
 package virtual
 
 import (
@@ -23,16 +23,17 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// HeaderFrom is where a request comes from: connections in memory have no address.
+// HeaderFrom is the origin of a request, since connections in memory have no address.
 const HeaderFrom = "X-From"
 
-// Proxy runs a proxy with serve's defaults, but for the lanes, until the test ends.
+// Proxy runs a proxy with serve's defaults, except for the lanes, until the test ends.
 func Proxy(
 	t *testing.T, ups []*upstream.Server, transport http.RoundTripper, lanes schedule.Config,
 ) http.Handler {
 	if raced {
-		// ReverseProxy sets a timer for each answer that fires at once. In a bubble two of these must not
-		// fire at the same time: Go 1.26's race detector crashes then (runtime.(*timer).unlockAndRun).
+		// For each answer ReverseProxy sets a timer that fires at once. In a bubble two of these
+		// must not fire at the same time, since Go 1.26's race detector crashes then
+		// (runtime.(*timer).unlockAndRun).
 		procs := runtime.GOMAXPROCS(1)
 		t.Cleanup(func() { runtime.GOMAXPROCS(procs) })
 	}
@@ -73,10 +74,10 @@ func Proxy(
 	})
 }
 
-// Network is servers in memory, by name.
+// Network has servers in memory, by name.
 type Network map[string]*ollamasim.Listener
 
-// Dial is an http.Transport's DialContext.
+// Dial is for http.Transport's DialContext.
 func (n Network) Dial(ctx context.Context, network, addr string) (net.Conn, error) {
 	host, _, err := net.SplitHostPort(addr)
 	if err != nil {
@@ -85,7 +86,7 @@ func (n Network) Dial(ctx context.Context, network, addr string) (net.Conn, erro
 	return n[host].DialContext(ctx, network, addr)
 }
 
-// Serve starts a server. Its address is in no use after stop.
+// Serve starts a server. After stop its address is free again.
 func (n Network) Serve(t *testing.T, name string, h http.Handler) (stop func()) {
 	ln := ollamasim.Listen()
 	n[name] = ln
@@ -100,7 +101,7 @@ func (n Network) Serve(t *testing.T, name string, h http.Handler) (stop func()) 
 	}
 }
 
-// Words is text of n of the simulated tokens. The first one is no other id's.
+// Words returns text of n simulated tokens. The first one is unique to the id.
 func Words(seed, id uint64, n int) string {
 	r := rand.New(rand.NewPCG(seed, id))
 	var b strings.Builder

@@ -18,7 +18,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-const exitFailed = 3 // some requests failed, and the batch is at its end
+const exitFailed = 3 // the batch is complete, but some requests failed
 
 type batchCmd struct {
 	Input    string `short:"i" env:"-" default:"-" placeholder:"FILE" help:"Requests, one per line: bodies of /api/chat, /api/generate or /api/embed, or OpenAI's batch form. Default: stdin."`
@@ -100,7 +100,8 @@ func (b *batchCmd) Run(ctx context.Context, c *console) error {
 			return err
 		}
 		defer stop()
-		// Before that: the proxy's end would wait for a connection that was never used.
+		// Deferred first, so that it runs last: closing the proxy would otherwise wait for a
+		// connection that was never used.
 		defer transport.CloseIdleConnections()
 	}
 	if b.Plan {
@@ -118,7 +119,7 @@ func (b *batchCmd) Run(ctx context.Context, c *console) error {
 	return b.report(c, summary)
 }
 
-// config understands the flags, and opens the input.
+// config evaluates the flags, and opens the input.
 func (b *batchCmd) config(c *console) (*batch.Source, *batch.Config, error) {
 	config := &batch.Config{
 		Output: b.Output, Stdout: c.stdout, Errors: b.Errors, Order: batch.Order(b.Order), Window: b.Window,
@@ -156,7 +157,7 @@ func (b *batchCmd) config(c *console) (*batch.Source, *batch.Config, error) {
 	return config.Source, config, nil
 }
 
-// server returns where the requests are sent.
+// server returns the URL that requests are sent to.
 func (b *batchCmd) server() (server *url.URL, err error) {
 	switch host := os.Getenv("OLLAMA_HOST"); {
 	case b.Server != "":
@@ -212,7 +213,7 @@ func (b *batchCmd) check(ctx context.Context, c *console, config *batch.Config) 
 	return nil
 }
 
-// inner runs a proxy within the program and points the batch at it.
+// inner runs a proxy within the program, and sends the batch through it.
 func (b *batchCmd) inner(ctx context.Context, c *console, config *batch.Config) (stop func(), err error) {
 	args := []string{"--log-format", b.LogFormat}
 	if b.CA != "" {
@@ -229,10 +230,10 @@ func (b *batchCmd) inner(ctx context.Context, c *console, config *batch.Config) 
 		return nil, err
 	}
 	config.Server = server
-	return func() { end() }, nil // the batch is over, whatever became of the proxy
+	return func() { end() }, nil // how the proxy ends does not matter once the batch is over
 }
 
-// report tells what became of the batch.
+// report prints the outcome of the batch.
 func (b *batchCmd) report(c *console, s *batch.Summary) error {
 	s.SetPrice(b.Price)
 	if err := s.Print(c.stderr); err != nil {

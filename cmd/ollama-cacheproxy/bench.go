@@ -96,7 +96,8 @@ func (b *benchCmd) Run(ctx context.Context, c *console) error {
 		default:
 			flags = append(flags, "--slots", b.Slots)
 		}
-		return runInner(ctx, c, flags, done) // without settings from the environment: they would not be in the report
+		// Settings from the environment are left out: the report would not show them.
+		return runInner(ctx, c, flags, done)
 	}
 	transport, err := newTransport(b.CA)
 	if err != nil {
@@ -112,7 +113,7 @@ func (b *benchCmd) Run(ctx context.Context, c *console) error {
 	return errors.Join(b.print(c, report), b.writePage(report), cmp.Or(err, failures(report)))
 }
 
-// config understands the flags.
+// config evaluates the flags.
 func (b *benchCmd) config() (*bench.Config, error) {
 	if !isPrice(b.Price) {
 		return nil, errors.New("--price: want 0 (no prices) or more")
@@ -153,7 +154,8 @@ func (b *benchCmd) config() (*bench.Config, error) {
 	return config, nil
 }
 
-// tryPage finds out before a run, which may take hours, whether the page can be written after it. What is there stays until then.
+// tryPage checks before a run, which may take hours, that the page can be written at its end. An
+// existing file stays until then.
 func (b *benchCmd) tryPage() error {
 	if b.HTML == "" {
 		return nil

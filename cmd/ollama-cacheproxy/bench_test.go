@@ -24,10 +24,10 @@ import (
 
 const (
 	quickLoad = 5 * time.Millisecond
-	knownLoad = 150 * time.Millisecond // so long that the ledger takes it for one
+	knownLoad = 150 * time.Millisecond // long enough for the ledger to recognise it as a load
 )
 
-// simulated is a simulated Ollama without host cache that evaluates so many tokens a second.
+// simulated is a simulated Ollama without a host cache that evaluates rate tokens a second.
 func simulated(t *testing.T, version string, load time.Duration, rate float64, models ...string) (*ollamasim.Server, string) {
 	t.Helper()
 	none := 0
@@ -52,8 +52,8 @@ func benchmark(ctx context.Context, url string, args ...string) (status int, std
 	return status, out.String(), err.String()
 }
 
-// TestBench: in each workload all requests are answered in all modes, each mode begins cold, nothing stays loaded, and what is said
-// of tokens and loads is what the server did.
+// TestBench: in each workload, every mode gets answers to all requests and begins cold; nothing
+// stays loaded; and the report agrees with the server about tokens and loads.
 func TestBench(t *testing.T) {
 	for _, name := range bench.Workloads() {
 		t.Run(name, func(t *testing.T) {
@@ -64,8 +64,9 @@ func TestBench(t *testing.T) {
 				models = append(models, "b:latest")
 				fallthrough
 			case "num-ctx":
-				// There are many loads. One client: of several, one that waits in Ollama for what is loaded to make room can wait for the
-				// keep_alive of those that come meanwhile, which the proxy does not always prevent.
+				// There are many loads, so there is one client. With several, one that waits in
+				// Ollama for a loaded model to make room may wait for the keep_alive of requests
+				// that arrive meanwhile, which the proxy does not always prevent.
 				load, clients = quickLoad, "1"
 			}
 			server, url := simulated(t, "", load, 1e6, models...)
@@ -98,7 +99,8 @@ func TestBench(t *testing.T) {
 				}
 			}
 			var did int
-			for _, e := range server.Evaluations(ollamasim.Mark{})[2*len(models):] { // the first ones were to learn how many tokens words have
+			// The first ones measured how many tokens words have.
+			for _, e := range server.Evaluations(ollamasim.Mark{})[2*len(models):] {
 				did += e.Evaluated
 			}
 			if evaluated != did {
@@ -114,10 +116,11 @@ func TestBench(t *testing.T) {
 	}
 }
 
-// TestBenchTable: closed loops with a prefix each are what lanes are for, and the table tells so. In a second round another mode
-// comes first.
+// TestBenchTable: lanes help closed loops that have a prefix each, and the table shows it. A second
+// round begins with another mode.
 func TestBenchTable(t *testing.T) {
-	// As a lane waits for the next request only as long as that saves time, evaluating must take a while.
+	// A lane waits for the next request only as long as that saves time, so evaluation must take a
+	// while.
 	_, url := simulated(t, "", quickLoad, 3e4, "a:latest")
 	html := filepath.Join(t.TempDir(), "report.html")
 	status, stdout, stderr := benchmark(t.Context(), url, "--workload", "closed-loops", "--requests", "40", "--html", html, "--slots", "1")
@@ -132,7 +135,8 @@ func TestBenchTable(t *testing.T) {
 		}
 		evaluated = append(evaluated, n)
 	}
-	if !strings.Contains(stdout, "1 round, --slots 1\n") { // and nothing else, as the other flags are at their defaults
+	// The line ends there, since the other flags have their defaults.
+	if !strings.Contains(stdout, "1 round, --slots 1\n") {
 		t.Errorf("the title is another:\n%s", stdout)
 	}
 	if len(evaluated) != 3 || evaluated[2]*2 > evaluated[0] {
@@ -144,7 +148,8 @@ func TestBenchTable(t *testing.T) {
 	}
 }
 
-// TestBenchEstimates: a server that does not tell what it reused has that estimated, and that is said.
+// TestBenchEstimates: if a server does not report reused tokens, they are estimated, and the table
+// says so.
 func TestBenchEstimates(t *testing.T) {
 	_, url := simulated(t, "0.24.0", quickLoad, 1e6, "a:latest")
 	status, stdout, stderr := benchmark(t.Context(), url, "--requests", "20", "--optimize", "true", "--optimize", "false", "--predictions")
@@ -156,7 +161,8 @@ func TestBenchEstimates(t *testing.T) {
 	}
 }
 
-// TestBenchStopped: what there is when it is stopped is reported, marked, and nothing stays loaded.
+// TestBenchStopped: a stopped run reports what it has measured, marked as incomplete, and leaves
+// nothing loaded.
 func TestBenchStopped(t *testing.T) {
 	server, url := simulated(t, "", quickLoad, 1e6, "a:latest")
 	ctx, cancel := context.WithCancel(t.Context())
@@ -179,7 +185,7 @@ func TestBenchStopped(t *testing.T) {
 	}
 }
 
-// TestBenchGivesUp: a mode that stands still is ended, and the others are measured.
+// TestBenchGivesUp: a mode without progress is ended, and the others are measured.
 func TestBenchGivesUp(t *testing.T) {
 	server, _ := simulated(t, "", quickLoad, 1e6, "a:latest")
 	var asked atomic.Int64
@@ -201,8 +207,8 @@ func TestBenchGivesUp(t *testing.T) {
 	}
 }
 
-// TestBenchPage: what cannot be written is told before anything is asked; what cannot any more costs only the page, and what is nothing
-// leaves the page that there was.
+// TestBenchPage: a page that cannot be written is reported before the first request. If writing it
+// fails later, only the page is lost; a run without results leaves the previous page.
 func TestBenchPage(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "pages")
 	server, url := simulated(t, "", quickLoad, 1e6, "a:latest")
@@ -246,7 +252,7 @@ func TestBenchPage(t *testing.T) {
 	}
 }
 
-// line returns what follows a label in a table.
+// line returns the text after a label in a table.
 func line(table, label string) string {
 	_, rest, _ := strings.Cut(table, "\n"+label)
 	rest, _, _ = strings.Cut(rest, "\n")

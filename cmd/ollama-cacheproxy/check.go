@@ -11,8 +11,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// report is --check: what the settings mean, each of them with where it comes from, and the verdict,
-// which is an error if the proxy could not start, or if an upstream does not answer.
+// report is --check: it writes each setting with its source, and the verdict, which is an error if
+// the proxy could not start or an upstream does not answer.
 func (s *serveCmd) report(ctx context.Context, c *console, set settings, ups []*upstream.Server) error {
 	pollAll(ctx, ups)
 	listen, cannot := set.checkListen(ctx)
@@ -45,8 +45,8 @@ func (s *serveCmd) report(ctx context.Context, c *console, set settings, ups []*
 	return failed
 }
 
-// checkListen finds out whether the proxy could listen. Where a running one has the address that is
-// told, and no failure: whoever checks settings for it will start it anew.
+// checkListen reports whether the proxy could listen. An address that a running proxy has is noted,
+// but is no failure: whoever checks settings for that proxy will restart it.
 func (set settings) checkListen(ctx context.Context) (note string, err error) {
 	ln, by, err := set.tryListen(ctx)
 	switch {
@@ -59,7 +59,7 @@ func (set settings) checkListen(ctx context.Context) (note string, err error) {
 	return " (taken)", fmt.Errorf("the proxy could not start: %w", err)
 }
 
-// shownName is an upstream's name, where there are several.
+// shownName is an upstream's name, if there are several.
 func (set settings) shownName(i int) string {
 	if len(set.upstreams) == 1 {
 		return ""
@@ -67,7 +67,7 @@ func (set settings) shownName(i int) string {
 	return set.upstreams[i].name
 }
 
-// aboutUpstream tells of an upstream in a line, and of what may be wrong with it in another.
+// aboutUpstream describes an upstream in one line, and what may be wrong with it in a second one.
 func (set settings) aboutUpstream(i int, up *upstream.Server) (text string, answers bool) {
 	st, name := up.State(), set.shownName(i)
 	if name != "" {
@@ -93,10 +93,10 @@ func (set settings) aboutUpstream(i int, up *upstream.Server) (text string, answ
 	return text, st.Up
 }
 
-// listSettings lists the flags by name. None of them is a secret: of keys the file, or the names, are
-// shown.
+// listSettings lists the flags by name. No value is a secret: for keys it has the file or their
+// names.
 func (s *serveCmd) listSettings(set settings) string {
-	// What it means that nothing is said.
+	// unsaid explains what an empty setting means.
 	unsaid := map[string]string{
 		"upstream": defaultUpstream, "keep-alive": defaultKeepAlive, "slots": "auto",
 		"num-ctx-policy": "keep", "stable-heads": "off",

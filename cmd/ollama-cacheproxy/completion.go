@@ -11,7 +11,7 @@ import (
 	"github.com/alecthomas/kong"
 )
 
-// The scripts ask the program itself what may come next, so that they hold for every version of it.
+// The scripts ask the program itself for candidates, so they fit every version of it.
 var (
 	//go:embed completion/bash.sh
 	bashCompletion string
@@ -21,7 +21,7 @@ var (
 	fishCompletion string
 )
 
-// completeFiles is the line that asks a shell for the names of files.
+// completeFiles is the line that makes a shell complete file names.
 const completeFiles = ":files"
 
 type completionCmd struct {
@@ -60,8 +60,8 @@ func (c *completionCmd) Run(k *kong.Kong, out *console) error {
 	return err
 }
 
-// completions returns what the last of words may become, given those before it: a line for each,
-// with what it means behind a tab, or completeFiles.
+// completions returns the candidates for the last of words, given those before it: one a line, each
+// with its meaning after a tab, or completeFiles.
 func completions(root *kong.Node, words []string) []string {
 	at := position{node: root}
 	last := len(words) - 1
@@ -77,12 +77,12 @@ func completions(root *kong.Node, words []string) []string {
 // position is a place in a command line.
 type position struct {
 	node       *kong.Node // the verb so far
-	value      *kong.Flag // the flag whose value is next; nil: none
-	positional int        // how many arguments there were that are neither flags nor verbs
-	flagsEnded bool       // by --
+	value      *kong.Flag // the flag that the next word is the value of; nil if it is none
+	positional int        // the arguments so far that are neither flags nor verbs
+	flagsEnded bool       // after "--"
 }
 
-// pass moves behind a word.
+// pass moves past a word.
 func (p *position) pass(word string) {
 	switch {
 	case p.value != nil:
@@ -90,7 +90,7 @@ func (p *position) pass(word string) {
 	case word == "--":
 		p.flagsEnded = true
 	case strings.HasPrefix(word, "-") && !p.flagsEnded:
-		// What has its value behind "=" has no other name.
+		// The name of a flag with "=" is complete already.
 		if flag := p.flag(word); flag != nil && !flag.IsBool() && !flag.IsCounter() {
 			p.value = flag
 		}
@@ -105,7 +105,8 @@ func (p *position) pass(word string) {
 	}
 }
 
-// flags are the flags that may come here: the verb's and, before a verb, those of the default one.
+// flags returns the flags that are possible here: the verb's and, before a verb, those of the
+// default verb.
 func (p *position) flags() []*kong.Flag {
 	flags := slices.Concat(p.node.AllFlags(true)...)
 	if p.node.DefaultCmd != nil {
@@ -114,7 +115,7 @@ func (p *position) flags() []*kong.Flag {
 	return flags
 }
 
-// flag returns the flag of that name, and nil if there is none.
+// flag returns the flag with that name; nil if there is none.
 func (p *position) flag(name string) *kong.Flag {
 	for _, flag := range p.flags() {
 		if name == "--"+flag.Name || flag.Short != 0 && name == "-"+string(flag.Short) {
@@ -124,7 +125,7 @@ func (p *position) flag(name string) *kong.Flag {
 	return nil
 }
 
-// next returns all that may come here; word is what is there already of it.
+// next returns all candidates here; word is what has been typed of one.
 func (p *position) next(word string) []string {
 	if p.value != nil {
 		return values(p.value.Value, "")
@@ -160,7 +161,7 @@ func (p *position) next(word string) []string {
 	return lines
 }
 
-// values are the values of a flag or an argument, behind prefix, where they can be known.
+// values returns the values of a flag or an argument, after prefix, if they can be known.
 func values(v *kong.Value, prefix string) []string {
 	if v.Tag.Enum != "" {
 		var lines []string
@@ -175,7 +176,7 @@ func values(v *kong.Value, prefix string) []string {
 	return nil
 }
 
-// candidate is one line of completions: a word and the first sentence of what it means.
+// candidate is one line of completions: a word, and the first sentence of its help.
 func candidate(word, help string) string {
 	help, _, _ = strings.Cut(help, ". ")
 	help, _, _ = strings.Cut(help, "\n")

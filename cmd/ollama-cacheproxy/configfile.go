@@ -14,18 +14,18 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// configFile is what --config says, by the names of serve's flags. It is kong's source for what
-// neither the command line nor the environment says.
+// configFile is the file of --config: its settings by the names of serve's flags. For kong it is a
+// resolver, asked for what neither the command line nor the environment sets.
 type configFile struct {
 	settingsFile
 	settings map[string]configured
 	keys     inlineKeys
 }
 
-// configured is one setting of the file.
+// configured is one setting in the file.
 type configured struct {
 	values []configuredValue
-	list   bool // the flag is one that may be repeated
+	list   bool // the flag may be repeated
 	line   int
 }
 
@@ -34,10 +34,10 @@ type configuredValue struct {
 	line int
 }
 
-// ofCommandLine are flags that make no sense in the file.
+// ofCommandLine lists flags that make no sense in the file.
 var ofCommandLine = []string{"config", "check"}
 
-// configError is what is wrong in the file, and in which line.
+// configError is a mistake in the file, with its line.
 type configError struct {
 	path string
 	line int
@@ -47,8 +47,8 @@ type configError struct {
 func (e configError) Error() string { return fmt.Sprintf("%s:%d: %v", e.path, e.line, e.err) }
 func (e configError) Unwrap() error { return e.err }
 
-// readConfig reads the file, and checks that each of its settings is one of the flags and can be read as
-// one. What the values mean is checked with those of the flags.
+// readConfig reads the file, and checks that each setting is a flag and has a value of the flag's
+// type. What the values mean is checked with those of the flags.
 func readConfig(path string, flags []*kong.Flag) (*configFile, error) {
 	c := &configFile{settingsFile: settingsFile{path: path}, settings: map[string]configured{}}
 	text, err := c.settingsFile.read()
@@ -58,9 +58,9 @@ func readConfig(path string, flags []*kong.Flag) (*configFile, error) {
 	d := yaml.NewDecoder(strings.NewReader(text))
 	var doc yaml.Node
 	switch err := d.Decode(&doc); {
-	case errors.Is(err, io.EOF): // nothing but comments
+	case errors.Is(err, io.EOF): // only comments
 		return c, nil
-	case err != nil: // it tells the line
+	case err != nil: // the error names the line
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	if err := d.Decode(new(yaml.Node)); !errors.Is(err, io.EOF) {
@@ -84,7 +84,7 @@ func readConfig(path string, flags []*kong.Flag) (*configFile, error) {
 	return c, nil
 }
 
-// setting takes in one of them.
+// setting reads one setting.
 func (c *configFile) setting(name string, line int, value *yaml.Node, flags []*kong.Flag) error {
 	if name == settingAPIKeys {
 		if c.keys.line > 0 {
@@ -108,7 +108,8 @@ func (c *configFile) setting(name string, line int, value *yaml.Node, flags []*k
 	}
 	for j, v := range s.values {
 		if flags[i].Tag.Type == "path" && !filepath.IsAbs(v.text) && !strings.HasPrefix(v.text, "~") {
-			v.text = filepath.Join(filepath.Dir(c.path), v.text) // wherever the proxy is started
+			// It is relative to the file, wherever the proxy is started.
+			v.text = filepath.Join(filepath.Dir(c.path), v.text)
 			s.values[j] = v
 		}
 		if err := canBe(flags[i], v.text); err != nil {
@@ -119,7 +120,7 @@ func (c *configFile) setting(name string, line int, value *yaml.Node, flags []*k
 	return nil
 }
 
-// unknownSetting says what may be meant.
+// unknownSetting reports a name that is no flag, with the one that was probably meant.
 func unknownSetting(name string, flags []*kong.Flag) error {
 	plain := strings.NewReplacer("_", "-", " ", "-").Replace(strings.ToLower(strings.TrimLeft(name, "-")))
 	for _, f := range flags {
@@ -133,7 +134,7 @@ func unknownSetting(name string, flags []*kong.Flag) error {
 	return fmt.Errorf("there is no setting %q: settings have the names of the flags", name)
 }
 
-// wrong is what is wrong with a setting at a node.
+// wrong returns the error for a setting at a node.
 func wrong(n *yaml.Node, name, want string) error {
 	return configError{line: n.Line, err: fmt.Errorf("%s: %s", name, want)}
 }
@@ -141,10 +142,10 @@ func wrong(n *yaml.Node, name, want string) error {
 // empty reports whether a node has no value.
 func empty(n *yaml.Node) bool { return n.Kind == yaml.ScalarNode && n.Tag == "!!null" }
 
-// take reads a value: one, a list, or, where the flag takes NAME=VALUE, a map.
+// take reads a value: a scalar, a list, or, for flags of the form NAME=VALUE, a map.
 func (s *configured) take(name string, n *yaml.Node, named bool) error {
 	if n.Kind == yaml.AliasNode {
-		n = n.Alias // which is no alias
+		n = n.Alias // it is not an alias itself
 	}
 	switch {
 	case empty(n):
@@ -155,7 +156,7 @@ func (s *configured) take(name string, n *yaml.Node, named bool) error {
 		return wrong(n, name, "want one value")
 	case n.Kind == yaml.SequenceNode:
 		for _, item := range n.Content {
-			// An alias may stand for a list, even for the one that it is in.
+			// An alias may refer to a list, even to the one that contains it.
 			if item.Kind == yaml.SequenceNode || item.Kind == yaml.AliasNode && item.Alias.Kind == yaml.SequenceNode {
 				return wrong(item, name, "a list within the list")
 			}
@@ -171,7 +172,7 @@ func (s *configured) take(name string, n *yaml.Node, named bool) error {
 	return nil
 }
 
-// takeMap reads NAME: VALUE for NAME=VALUE. A value without a name is called default.
+// takeMap reads NAME: VALUE as NAME=VALUE. A value without a name is called default.
 func (s *configured) takeMap(name string, n *yaml.Node) error {
 	for i := 0; i < len(n.Content); i += 2 {
 		key, value := n.Content[i], n.Content[i+1]
@@ -195,22 +196,22 @@ func (s *configured) takeMap(name string, n *yaml.Node) error {
 	return nil
 }
 
-// canBe reports why a text cannot be a value of the flag.
+// canBe returns why a text cannot be a value of the flag; nil if it can.
 func canBe(f *kong.Flag, text string) error {
 	if f.Enum != "" && !f.EnumMap()[text] {
 		return fmt.Errorf("%s: %q is none of %s", f.Name, text, strings.Join(f.EnumSlice(), ", "))
 	}
 	if f.IsSlice() {
-		return nil // of texts, each of which is looked at later
+		return nil // a list of texts, each of which is checked later
 	}
 	target := reflect.New(f.Target.Type()).Elem()
 	return f.Parse(kong.Scan().PushTyped(text, kong.FlagValueToken), target)
 }
 
-// Validate is for kong; readConfig has done it.
+// Validate is called by kong; readConfig has validated already.
 func (c *configFile) Validate(*kong.Application) error { return nil }
 
-// Resolve is for kong, which asks for what the command line does not say.
+// Resolve is called by kong for flags that the command line does not set.
 func (c *configFile) Resolve(_ *kong.Context, _ *kong.Path, f *kong.Flag) (any, error) {
 	s, ok := c.settings[f.Name]
 	if !ok || fromEnvironment(f) != "" {
@@ -226,7 +227,7 @@ func (c *configFile) Resolve(_ *kong.Context, _ *kong.Path, f *kong.Flag) (any, 
 	return list, nil
 }
 
-// fromEnvironment returns the variable that sets a flag; "" where none does.
+// fromEnvironment returns the variable that sets a flag; "" if none is set.
 func fromEnvironment(f *kong.Flag) string {
 	for _, name := range f.Envs {
 		if os.Getenv(name) != "" {

@@ -35,20 +35,20 @@ Examples:
       exits with 1 if something is torn, and says what to do`
 }
 
-// contextsHome is the folder that all of these verbs are about.
+// contextsHome is the folder that all of these verbs work on.
 type contextsHome struct {
 	Home string `arg:"" type:"path" help:"The folder given to serve --contexts."`
 }
 
 func (h contextsHome) dir() string { return engine.ContextsFolder(h.Home) }
 
-// read returns what is stored, and what is not as it should be.
+// read returns the stored states, and the problems found among them.
 func (h contextsHome) read() ([]contextstore.State, []contextstore.Problem, error) {
 	states, problems, err := contextstore.ReadFiles(h.dir())
 	return states, problems, h.explain(err)
 }
 
-// explain says what a missing folder means.
+// explain adds what a missing folder means.
 func (h contextsHome) explain(err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("%s: there is no such folder: nothing has been stored, "+
@@ -73,7 +73,7 @@ Examples:
       how many bytes are stored`
 }
 
-// listed is one state as --json shows it: nothing of the prompt but how long it is.
+// listed is one state as --json shows it: of the prompt, only its length.
 type listed struct {
 	ID      string    `json:"id"`
 	Model   string    `json:"model"`
@@ -87,7 +87,7 @@ type listed struct {
 	Uses    int       `json:"uses"`
 }
 
-// shownID is how many letters of an ID the list shows: enough to tell any two apart, in practice.
+// shownID is how many letters of an ID the list shows: in practice, enough to distinguish any two.
 const shownID = 12
 
 func (c *contextsLs) Run(out *console) error {
@@ -119,13 +119,13 @@ func (c *contextsLs) Run(out *console) error {
 	return table.Flush()
 }
 
-// stem returns a file's name without what kind of file it is.
+// stem returns a file's name without the extension.
 func stem(id string) string {
 	name, _, _ := strings.Cut(id, ".")
 	return name
 }
 
-// counted returns a number with what it counts.
+// counted returns a number and its noun.
 func counted(n int, one, many string) string {
 	if n == 1 {
 		return "1 " + one
@@ -133,7 +133,7 @@ func counted(n int, one, many string) string {
 	return strconv.Itoa(n) + " " + many
 }
 
-// ago returns how long ago a time was, in its largest unit.
+// ago returns how long ago a time was, in the largest unit.
 func ago(t time.Time) string {
 	d := max(time.Since(t), 0)
 	switch {
@@ -209,7 +209,7 @@ func (c *contextsRm) Run(out *console) error {
 	return err
 }
 
-// chooses reports whether the flags choose a state.
+// chooses reports whether the flags select a state.
 func (c *contextsRm) chooses(s contextstore.State) bool {
 	if c.Model != "" && upstream.ModelKey(s.Model) != upstream.ModelKey(c.Model) {
 		return false
@@ -217,7 +217,7 @@ func (c *contextsRm) chooses(s contextstore.State) bool {
 	return c.All || time.Since(s.Used) >= time.Duration(c.Older)
 }
 
-// find returns the file whose name begins as asked.
+// find returns the file whose name begins with asked.
 func find(asked string, states []contextstore.State, problems []contextstore.Problem) (string, error) {
 	var ids []string
 	for _, s := range states {
@@ -280,7 +280,7 @@ func (c *contextsVerify) Run(ctx context.Context, out *console) error {
 		about, counted(len(problems), "is", "are"), quoted(c.Home), strings.Join(ids, " "))}
 }
 
-// quoted returns a path as a shell takes it.
+// quoted returns a path quoted for a shell.
 func quoted(path string) string {
 	if strings.ContainsAny(path, " \t\n'\"\\$`&;|<>()*?[]#~!{}") {
 		return "'" + strings.ReplaceAll(path, "'", `'\''`) + "'"
@@ -288,7 +288,7 @@ func quoted(path string) string {
 	return path
 }
 
-// age is a duration that may be in days.
+// age is a duration that may be given in days.
 type age time.Duration
 
 // UnmarshalText implements encoding.TextUnmarshaler.

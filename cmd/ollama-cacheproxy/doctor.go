@@ -29,8 +29,8 @@ type doctorCmd struct {
 }
 
 const (
-	doctorTimeout = 15 * time.Second // for all that is asked
-	doctorMost    = 64 << 20         // bytes of an answer
+	doctorTimeout = 15 * time.Second // for the whole examination
+	doctorMost    = 64 << 20         // bytes of one answer
 	statusFound   = 1
 	statusUsage   = 2
 	statusUnasked = 3
@@ -101,19 +101,19 @@ func (d *doctorCmd) Run(ctx context.Context, c *console) error {
 	return err
 }
 
-// silentError ends the program with a status, and says nothing: all has been said.
+// silentError ends the program with a status but without a message: everything has been printed.
 type silentError struct{ code int }
 
 func (e silentError) Error() string { return "exit status " + strconv.Itoa(e.code) }
 
-// asking asks a proxy and, through it, its servers.
+// asking sends requests to a proxy and, through it, to its servers.
 type asking struct {
 	base      *url.URL
 	key       string
 	transport http.RoundTripper
 }
 
-// RoundTrip sends a request with the key.
+// RoundTrip adds the key to a request and sends it.
 func (a *asking) RoundTrip(r *http.Request) (*http.Response, error) {
 	if a.key != "" {
 		r = r.Clone(r.Context())
@@ -134,7 +134,7 @@ func (t through) RoundTrip(r *http.Request) (*http.Response, error) {
 	return t.asking.RoundTrip(r)
 }
 
-// facts gathers what the proxy's pages tell.
+// facts gathers the facts from the proxy's pages.
 func (a *asking) facts(ctx context.Context, last time.Duration) (f doctor.Facts, err error) {
 	query := url.Values{}
 	if last > 0 {
@@ -175,7 +175,8 @@ func (a *asking) page(ctx context.Context, name string, query url.Values, into a
 		return fmt.Errorf("the proxy at %s asks for an API key: give it with --api-key, or in OLLAMA_CACHEPROXY_API_KEY", a.base)
 	case res.StatusCode == http.StatusNotFound:
 		return a.whoIsThere(ctx)
-	case res.StatusCode == http.StatusBadRequest && strings.Contains(string(text), "HTTPS server"): // net/http says so
+	// These are net/http's own words.
+	case res.StatusCode == http.StatusBadRequest && strings.Contains(string(text), "HTTPS server"):
 		return fmt.Errorf("what listens at %s wants https: give --proxy https://%s", a.base, a.base.Host)
 	case res.StatusCode != http.StatusOK:
 		return fmt.Errorf("%s answers %s: %s", u, res.Status, strings.TrimSpace(string(text[:min(len(text), 500)])))
@@ -186,7 +187,7 @@ func (a *asking) page(ctx context.Context, name string, query url.Values, into a
 	return nil
 }
 
-// nextStep says what to do where nobody listens, or nobody who is believed.
+// nextStep says what to do if nothing listens, or if its certificate is not trusted.
 func (a *asking) nextStep(err error) string {
 	if _, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
 		return "\n  If its certificate is your own, say who has issued it with --ca FILE."
@@ -198,7 +199,7 @@ func (a *asking) nextStep(err error) string {
 	return hint
 }
 
-// whoIsThere says who it is that has no such page.
+// whoIsThere says who answers at the address, if it is not a proxy with this page.
 func (a *asking) whoIsThere(ctx context.Context) error {
 	probe := upstream.NewServer("", a.base, a, slog.New(slog.DiscardHandler))
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, a.base.JoinPath("/_cacheproxy/health").String(), nil)
@@ -219,7 +220,7 @@ func (a *asking) whoIsThere(ctx context.Context) error {
 	return fmt.Errorf("what listens at %s is neither an ollama-cacheproxy nor an Ollama: say where the proxy is with --proxy ADDR", a.base)
 }
 
-// servers asks the proxy's servers what they have loaded: those in direct at that address, the
+// servers asks the proxy's servers which models are loaded: those in direct at that address, the
 // others through the proxy.
 func (a *asking) servers(ctx context.Context, list []doctor.Upstream, direct map[string]*url.URL) (map[string][]doctor.Resident, error) {
 	found := map[string][]doctor.Resident{}

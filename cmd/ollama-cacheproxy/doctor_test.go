@@ -15,8 +15,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/doctor"
 )
 
-// partOnCPU is an answer of Ollama's /api/ps as version 0.34.1 gives it, with the sizes of a model
-// that has a part on the processor.
+// partOnCPU is an answer of Ollama 0.34.1 to /api/ps, for a model that is partly in the memory of
+// the processor.
 const partOnCPU = `{"models":[{"name":"a:latest","model":"a:latest","size":6119991978,"digest":"57a7a1","details":{"parent_model":"","format":"gguf",` +
 	`"family":"llama","families":["llama"],"parameter_size":"8.0B","quantization_level":"Q4_K_M"},"expires_at":"2026-11-30T21:12:23.4Z",` +
 	`"size_vram":4898834858,"context_length":16384}]}`
@@ -29,7 +29,7 @@ func runDoctor(t *testing.T, args ...string) (status int, stdout, stderr string)
 	return status, out.String(), errs.String()
 }
 
-// TestDoctor: what the verb asks, what it says, and how it ends.
+// TestDoctor: which requests the verb makes, what it prints, and its exit status.
 func TestDoctor(t *testing.T) {
 	ps := `{"models":[]}`
 	up := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -75,7 +75,7 @@ func TestDoctor(t *testing.T) {
 		name   string
 		args   []string
 		status int
-		stdout string // is in it
+		stdout string // contains this
 		stderr string
 	}{
 		{"nothing", []string{"--proxy", p}, 0, "Nothing is wrong that shows in 0 requests", ""},

@@ -13,7 +13,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/engine"
 )
 
-// engineCmd links the proxy to the engines of an Ollama on the same machine; docs/engine.md.
+// engineCmd links the proxy to the engines of an Ollama on the same machine; see docs/engine.md.
 type engineCmd struct {
 	Link   engineLinkCmd   `cmd:"" help:"Link to an installed Ollama, or renew the link after an upgrade."`
 	Unlink engineUnlinkCmd `cmd:"" help:"Remove a link."`
@@ -70,7 +70,7 @@ func ofVersion(info engine.Info) string {
 	return " (" + info.Version + ")"
 }
 
-// nextStep says how the linked Ollama is started.
+// nextStep says how to start the linked Ollama.
 func nextStep(w io.Writer, info engine.Info) {
 	fmt.Fprintf(w, "\nNext, stop Ollama and start it as\n\n  %s serve\n", info.Start())
 	if runtime.GOOS == "linux" {
@@ -92,8 +92,8 @@ or, where systemd starts it, with "systemctl edit ollama" and
 	fmt.Fprintf(w, "  ollama-cacheproxy serve --contexts %s\n", info.Home)
 }
 
-// findOllama is the ollama in PATH, or where installers and package managers put it; "" if there is
-// none.
+// findOllama returns the ollama in PATH, or the one where installers and package managers put it;
+// "" if there is none.
 func findOllama() string {
 	if path, err := exec.LookPath("ollama"); err == nil {
 		return path

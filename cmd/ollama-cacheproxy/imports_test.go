@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// TestImports keeps the packages' imports of each other pointing down, as docs/architecture.md says.
+// TestImports: packages import each other only downwards, as docs/architecture.md says.
 func TestImports(t *testing.T) {
 	const module = "github.com/ollama-cacheproxy/ollama-cacheproxy/"
 	allowed := map[string][]string{

@@ -10,15 +10,16 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 )
 
-// runInner runs a proxy within the program, with serve's flags, for another verb. It listens on a free port of loopback and ends with stop,
-// not with ctx. done is called for each request when it is over, and not any more when stop has returned; it may be nil.
+// runInner runs a proxy within the program for another verb, with serve's flags. It listens on a
+// free port of loopback and ends with stop, not with ctx. done, which may be nil, is called after
+// each request, and never after stop has returned.
 func runInner(ctx context.Context, c *console, flags []string, done func(proxy.Exchange), options ...kong.Option) (server *url.URL, stop func() error, err error) {
 	var inner cli
 	parser, err := kong.New(&inner, append(options, vars)...)
 	if err != nil {
-		panic(err) // the same tags as run's
+		panic(err) // the same struct tags as run's
 	}
-	// What the environment says of a file and of clients is not for this one.
+	// Settings for files and clients from the environment do not apply to this proxy.
 	flags = append([]string{"serve", "--config=", "--tls-cert=", "--tls-key=", "--listen", "127.0.0.1:0", "--log-level", "warn"}, flags...)
 	if _, err := parser.Parse(flags); err != nil {
 		return nil, nil, exitError{2, err}

@@ -11,13 +11,13 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 )
 
-// keysFile is --api-keys-file.
+// keysFile is the file of --api-keys-file.
 type keysFile struct {
 	settingsFile
 	keys   *proxy.Keys
-	inline bool // they are in the file of --config itself, which is read again by configReload
+	inline bool // they are in the file of --config, which configReload reads again
 
-	replaced func(names []string) // called with the keys' names after each reload; nil: nobody is told
+	replaced func(names []string) // called with the keys' names after each reload; may be nil
 }
 
 // readKeys reads the file for the first time.
@@ -33,18 +33,18 @@ func readKeys(path string) (*keysFile, error) {
 	return k, nil
 }
 
-// inlineKeys are those of the member api-keys in the file of --config, in the form that
-// --api-keys-file has.
+// inlineKeys are the keys from the member api-keys of the file of --config, in the form of
+// --api-keys-file.
 type inlineKeys struct {
 	text string
-	line int // 0: there are none
+	line int // 0 if there are none
 }
 
-// settingAPIKeys is the one member of the file of --config that is no flag: keys on a command line could
-// be read by everybody on the machine.
+// settingAPIKeys is the one member of the file of --config that is not a flag: everybody on the
+// machine could read keys on a command line.
 const settingAPIKeys = "api-keys"
 
-// read takes in a map: each name with its key, or with a map of key and settings.
+// read reads a map of names, each with its key, or with a map of key and settings.
 func (k *inlineKeys) read(n *yaml.Node, line int) error {
 	if n.Kind != yaml.MappingNode || len(n.Content) == 0 {
 		return wrong(n, settingAPIKeys, "want a map, such as 'alice: {key: KEY, class: interactive}'")
@@ -66,7 +66,8 @@ func (k *inlineKeys) read(n *yaml.Node, line int) error {
 		}
 		k.text += strings.Join(words, " ") + "\n"
 	}
-	if _, err := proxy.ParseKeys(k.text); err != nil { // two of them are alike: it counts them
+	// For equal keys the error has their numbers.
+	if _, err := proxy.ParseKeys(k.text); err != nil {
 		return wrong(n, settingAPIKeys, strings.ReplaceAll(err.Error(), "line ", "entry "))
 	}
 	return nil
@@ -97,7 +98,7 @@ func inlineKeysFile(c *configFile) (*keysFile, error) {
 	return &keysFile{settingsFile: c.settingsFile, keys: keys, inline: true}, err
 }
 
-// reload reads the file again. If that fails, the keys from before stay.
+// reload reads the file again. If that fails, the previous keys stay.
 func (k *keysFile) reload(logger *slog.Logger) {
 	if err := k.again(k.keys.Replace); err != nil {
 		logger.Error("the API keys could not be read again: those from before stay", "file", k.path, "keys", k.keys.Len(), "err", err)
@@ -109,15 +110,15 @@ func (k *keysFile) reload(logger *slog.Logger) {
 	logger.Info("API keys read again", "file", k.path, "keys", k.keys.Len(), "admins", k.keys.Admins())
 }
 
-// replace puts other keys into force, which have been read as keys before.
+// replace puts other keys, already checked, into force.
 func (k *keysFile) replace(text string) {
 	if err := k.keys.Replace(text); err == nil && k.replaced != nil {
 		k.replaced(k.keys.Names())
 	}
 }
 
-// warn says that no key may change models, where that is so: a file from before there was that right
-// has none that may.
+// warn logs that no key may change models, if that is so: in a file older than that right, none has
+// it.
 func (k *keysFile) warn(logger *slog.Logger) {
 	if k.keys.Admins() == 0 {
 		logger.Warn("no API key may pull, create, copy, push or delete models, or drain upstreams: add the word admin to the line of one that may, such as 'NAME KEY admin'", "file", k.path)

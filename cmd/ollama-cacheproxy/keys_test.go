@@ -17,8 +17,8 @@ import (
 	"time"
 )
 
-// TestKeysFile: the keys are read again when the file has changed in whatever way, and at SIGHUP; what cannot be
-// read is told once, and leaves the keys from before.
+// TestKeysFile: the keys are read again when the file has changed in any way, and at SIGHUP; an
+// error is logged once, and leaves the previous keys.
 func TestKeysFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "keys.txt")
 	must := func(err error) {
@@ -53,7 +53,7 @@ func TestKeysFile(t *testing.T) {
 			what   string
 			change func()
 			keys   int
-			level  string // of the one line that is logged; "" for none
+			level  string // of the only line that is logged; "" if none is
 		}{
 			{"nothing", func() {}, 1, ""},
 			{"another length", func() { write(path, "one\ntwo\n") }, 2, "INFO"},
@@ -98,14 +98,15 @@ func TestKeysFile(t *testing.T) {
 		if k.readable() {
 			t.Error("what was read would be read over and over")
 		}
-		k.err = fs.ErrPermission // as if: the superuser may read everything
+		k.err = fs.ErrPermission // simulated, since the superuser may read everything
 		if !k.readable() {
 			t.Error("nobody looks whether the file may be read now")
 		}
 	})
 }
 
-// TestHangup: SIGHUP has the keys read again, and never ends the proxy; without keys it does nothing.
+// TestHangup: at SIGHUP the keys are read again. The signal never ends the proxy, and does nothing
+// without keys.
 func TestHangup(t *testing.T) {
 	up := httptest.NewServer(http.HandlerFunc(stubOllama))
 	defer up.Close()

@@ -18,7 +18,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 )
 
-// cli is the command line. Each verb has a file of its own.
+// cli is the command line. Each verb has its own file.
 type cli struct {
 	Serve    serveCmd    `cmd:"" default:"withargs" help:"Forward requests to Ollama (the default verb)."`
 	Batch    batchCmd    `cmd:"" help:"Send a file of requests, and go on where it was after a crash."`
@@ -33,7 +33,7 @@ type cli struct {
 	Man        manCmd        `cmd:"" hidden:"" help:"Print the man page."`
 }
 
-// exitError ends the program with a status of its own.
+// exitError ends the program with this status.
 type exitError struct {
 	code int
 	error
@@ -50,12 +50,12 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	// The first signal asks for a graceful stop; from then on a signal kills, as it does by default.
+	// The first signal asks for a graceful stop. After it a signal kills, as it does by default.
 	context.AfterFunc(ctx, stop)
 	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
 }
 
-// joinNegative writes "--keep-alive -1" as "--keep-alive=-1": kong takes -1 for a flag.
+// joinNegative writes "--keep-alive -1" as "--keep-alive=-1", since kong takes -1 for a flag.
 func joinNegative(args []string) []string {
 	var joined []string
 	for _, arg := range args {
@@ -68,13 +68,13 @@ func joinNegative(args []string) []string {
 	return joined
 }
 
-// vars are figures that help texts and defaults refer to.
+// vars are values that help texts and defaults refer to.
 var vars = kong.Vars{"maxbody": strconv.Itoa(proxy.DefaultMaxBody), "storebytes": strconv.Itoa(defaultStoreBytes), "contextbytes": strconv.Itoa(defaultContextBytes)}
 
-// groups are serve's flags in two parts: those without a group tag are special.
+// groups are the two parts of serve's flags. Those without a group tag are special.
 var groups = []kong.Group{{Key: "everyday", Title: "Everyday flags:"}, {Key: "special", Title: "Special flags:"}}
 
-// newParser returns what reads a command line into c.
+// newParser returns the parser that reads a command line into c.
 func newParser(ctx context.Context, c *cli, stdout, stderr io.Writer, exit func(int)) *kong.Kong {
 	parser, err := kong.New(c,
 		kong.Name("ollama-cacheproxy"),
@@ -102,13 +102,13 @@ func newParser(ctx context.Context, c *cli, stdout, stderr io.Writer, exit func(
 	return parser
 }
 
-// run is the program; it returns the exit status: 0, 1 for a failure, 2 for arguments that make no sense.
+// run is the program. It returns the exit status: 0, 1 for a failure, 2 for wrong arguments.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	var c cli
 	exit := -1
 	parser := newParser(ctx, &c, stdout, stderr, func(code int) { exit = code })
 	if len(args) > 0 && (args[0] == "-h" || args[0] == "--help") {
-		args = append([]string{"serve"}, args...) // the help that people look for is the default verb's
+		args = append([]string{"serve"}, args...) // users look for the help of the default verb
 	}
 	if len(args) > 0 && args[0] == "--version" {
 		args[0] = "version"

@@ -23,7 +23,7 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){"ollama-cacheproxy": main, "ollama": fakeOllama, "llama-server": fakeEngine})
 }
 
-// TestScripts runs the command line as its user types it; testdata has a feature per file.
+// TestScripts runs the command line as users type it; testdata has a feature per file.
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata",
@@ -36,7 +36,7 @@ func TestScripts(t *testing.T) {
 				return err
 			}
 			env.Setenv("TESTPROGRAM", self)
-			// The race detector has each process wait for a second at its end.
+			// With the race detector each process would wait for a second at its end.
 			env.Setenv("GORACE", "atexit_sleep_ms=0")
 			free, err := freeAddr()
 			if err != nil {
@@ -60,7 +60,7 @@ func TestScripts(t *testing.T) {
 	})
 }
 
-// notUTF8 writes the files that no txtar can have.
+// notUTF8 writes files that a txtar cannot contain.
 func notUTF8(dir string) error {
 	text := []byte("\xff\xfe")
 	for _, unit := range utf16.Encode([]rune("name,text,,\r\nMüller,5 €,,\r\n")) {
@@ -74,7 +74,7 @@ func notUTF8(dir string) error {
 	return nil
 }
 
-// stubOllama answers what the proxy asks at its start.
+// stubOllama answers the requests that the proxy makes when it starts.
 func stubOllama(w http.ResponseWriter, r *http.Request) {
 	switch r.URL.Path {
 	case "/api/version":
@@ -104,7 +104,7 @@ func waitReady(ts *testscript.TestScript, neg bool, args []string) {
 	waitStatus(ts, "http://"+args[0]+"/_cacheproxy/"+args[1], http.StatusOK)
 }
 
-// waitLooped polls until the proxy at ADDR has seen that its upstream leads back to it.
+// waitLooped polls until the proxy at ADDR has noticed that its upstream leads back to it.
 func waitLooped(ts *testscript.TestScript, neg bool, args []string) {
 	waitStatus(ts, "http://"+args[0]+"/", http.StatusLoopDetected)
 }
@@ -128,7 +128,7 @@ func curl(ts *testscript.TestScript, neg bool, args []string) {
 	fmt.Fprintf(ts.Stdout(), "%d %s\n", status, body)
 }
 
-// headers is curl, but prints the answer's headers.
+// headers is like curl, but prints the answer's headers.
 func headers(ts *testscript.TestScript, neg bool, args []string) {
 	_, header, _ := exchange(ts, args)
 	ts.Check(header.Write(ts.Stdout()))
@@ -149,7 +149,8 @@ func exchange(ts *testscript.TestScript, args []string) (int, http.Header, []byt
 	return res.StatusCode, res.Header, body
 }
 
-// Running streams finish within --drain after SIGTERM, new requests do not, and what is left then is cut off.
+// TestDrain: after SIGTERM running streams finish within --drain, new requests are not accepted,
+// and the streams left after that are cut off.
 func TestDrain(t *testing.T) {
 	up := httptest.NewServer(http.HandlerFunc(stubOllama))
 	defer up.Close()
@@ -222,7 +223,8 @@ func TestDrain(t *testing.T) {
 	}
 }
 
-// What waits for a slot when the proxy is told to stop may have its turn within --drain, and is told with 503 when that is over.
+// TestDrainWaiting: requests that wait for a slot when the proxy is told to stop may get one within
+// --drain, and get 503 after it.
 func TestDrainWaiting(t *testing.T) {
 	for _, tc := range []struct {
 		drain  string
@@ -239,7 +241,7 @@ func TestDrainWaiting(t *testing.T) {
 					stubOllama(w, r)
 					return
 				}
-				io.Copy(io.Discard, r.Body) // net/http looks for a client that leaves from then on
+				io.Copy(io.Discard, r.Body) // only then does net/http notice when a client leaves
 				select {
 				case <-release:
 					io.WriteString(w, `{"done":true}`)
@@ -295,7 +297,8 @@ func TestDrainWaiting(t *testing.T) {
 			}
 			a, b := <-answers, <-answers
 			if a.status != tc.status {
-				a, b = b, a // a is the one that waited: the other may be cut off before this one is told
+				// a is the one that waited: the other may be cut off before this one gets its answer.
+				a, b = b, a
 			}
 			if a.status != tc.status || a.err != nil || a.status == 503 && a.retry == "" {
 				t.Errorf("what waited: %+v, want %d", a, tc.status)
@@ -328,7 +331,7 @@ func (s *syncBuffer) String() string {
 	return s.b.String()
 }
 
-// waitFor polls until ok says yes.
+// waitFor polls until ok returns true.
 func waitFor(t *testing.T, ok func() bool) {
 	t.Helper()
 	if !within30s(t.Context(), ok) {
@@ -336,7 +339,7 @@ func waitFor(t *testing.T, ok func() bool) {
 	}
 }
 
-// within30s polls until ok says yes; false if it does not in time.
+// within30s polls until ok returns true; false if it does not in time.
 func within30s(ctx context.Context, ok func() bool) bool {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
@@ -366,7 +369,7 @@ func TestListenAddr(t *testing.T) {
 	}
 }
 
-// TestCheckExits has scripts tell a wrong setting from an Ollama that is not there.
+// TestCheckExits: scripts can distinguish a wrong setting from an absent Ollama.
 func TestCheckExits(t *testing.T) {
 	ollama := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, `{"version":"0.34.1"}`) }))
 	defer ollama.Close()

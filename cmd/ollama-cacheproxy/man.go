@@ -17,7 +17,8 @@ func (manCmd) Run(k *kong.Kong, out *console) error {
 	return err
 }
 
-// buildTime is the time of the commit, so that one source has one page; now where none is known.
+// buildTime is the time of the commit, so that one source always gives the same page; the current
+// time if the commit is not known.
 func buildTime() time.Time {
 	if build, ok := debug.ReadBuildInfo(); ok {
 		for _, s := range build.Settings {
@@ -29,8 +30,8 @@ func buildTime() time.Time {
 	return time.Now()
 }
 
-// manPage is the manual, for man(1): what --help says of every verb, on one page. The flags of the
-// default verb are the program's own.
+// manPage is the manual, for man(1): the --help of every verb, on one page. The flags of the
+// default verb are listed as the program's.
 func manPage(app *kong.Application, date time.Time) string {
 	doc := roff.NewDocument()
 	short := strings.TrimSuffix(app.Help, ".")
@@ -73,7 +74,7 @@ func manPage(app *kong.Application, date time.Time) string {
 	return doc.String()
 }
 
-// manText writes a help text, whose examples are indented.
+// manText writes a help text, in which examples are indented.
 func manText(doc *roff.Document, text string) {
 	indented := false
 	for line := range strings.SplitSeq(text, "\n") {
@@ -95,12 +96,12 @@ func manText(doc *roff.Document, text string) {
 	}
 }
 
-// literal writes text as it is: the library takes it for a format.
+// literal writes text unchanged, which the library would take for a format.
 func literal(doc *roff.Document, text string) {
 	doc.Text(strings.ReplaceAll(text, "%", "%%"))
 }
 
-// placeholder is what stands for a flag's value: the values, if they are few.
+// placeholder is the name of a flag's value, or the possible values if they are few.
 func placeholder(flag *kong.Flag) string {
 	if flag.Tag.Enum != "" {
 		return strings.ReplaceAll(flag.Tag.Enum, ",", "|")

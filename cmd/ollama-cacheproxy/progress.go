@@ -47,8 +47,7 @@ func (p *progress) Write(line []byte) (int, error) {
 	return p.stderr.Write(line)
 }
 
-// show shows how many requests are done; now adds what else is worth knowing, as words and for the
-// log.
+// show shows how many requests are done. now adds further facts, as words and for the log.
 func (p *progress) show(done, total int, elapsed time.Duration, now interface {
 	Words() string
 	Attrs() []any

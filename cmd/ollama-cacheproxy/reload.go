@@ -7,27 +7,27 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 )
 
-// liveSettings are those that take effect while the proxy runs. A change of any other one takes effect
-// after a restart.
+// liveSettings take effect while the proxy runs. A change of any other setting takes effect after a
+// restart.
 var liveSettings = []string{
 	"keep-alive", "keep-alive-policy", "body-timeout", "upstream-silence", "heartbeat", "max-wait",
 	"allow-host", "allow-origin", "show-prompts", "log-level",
 }
 
-// configReload reads --config again: all of the settings, as if the proxy were started anew. If any of
-// them is wrong, those from before stay, all of them.
+// configReload reads --config again: all settings, as if the proxy were restarted. If any of them
+// is wrong, all previous ones stay.
 type configReload struct {
 	settingsFile
 	serve *serveCmd
 	now   map[string]string // each setting in force
-	keys  string            // the keys in it that are in force; "": there are none
+	keys  string            // the file's keys that are in force; "" if there are none
 
 	set   settings
 	h     *proxy.Handler
 	level *slog.LevelVar
 }
 
-// newConfigReload returns one, or none where there is no file, or nobody to read it again.
+// newConfigReload returns a configReload; nil without a file, or without a way to parse it again.
 func newConfigReload(s *serveCmd, set settings, h *proxy.Handler, level *slog.LevelVar) []reloader {
 	if s.file == nil || s.again == nil {
 		return nil
@@ -81,7 +81,7 @@ func (c *configReload) reload(logger *slog.Logger) {
 	}
 }
 
-// fileKeys are those in the file of --config.
+// fileKeys returns the keys in the file of --config.
 func fileKeys(s *serveCmd) string {
 	if s.file == nil {
 		return ""
@@ -89,7 +89,7 @@ func fileKeys(s *serveCmd) string {
 	return s.file.keys.text
 }
 
-// compare returns what is other than it was: what is changed now, and what only a restart changes.
+// compare returns the settings that differ: those that change now, and those that need a restart.
 func (c *configReload) compare(s *serveCmd) (changed, later []string) {
 	changed = []string{}
 	for _, x := range s.inForce {

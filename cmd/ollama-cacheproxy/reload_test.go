@@ -27,8 +27,8 @@ func parsed(t *testing.T, args ...string) (*serveCmd, error) {
 	return &c.Serve, plain(err)
 }
 
-// TestConfigReload: when the file changes, what may change does, what may not is named, and of a file
-// with a mistake nothing is taken.
+// TestConfigReload: when the file changes, live settings change, the others are named in the log,
+// and a file with a mistake changes nothing.
 func TestConfigReload(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "proxy.yaml")
 	write := func(text string) {
@@ -61,7 +61,7 @@ func TestConfigReload(t *testing.T) {
 		}()
 		for _, step := range []struct {
 			what, text string
-			want       []string // that the log has then
+			want       []string // in the log after that
 			not        string
 			keep       string
 			level      slog.Level
@@ -99,7 +99,7 @@ func TestConfigReload(t *testing.T) {
 	})
 }
 
-// TestConfigLive: a request after the file has changed is served as it says now.
+// TestConfigLive: a request that arrives after the file has changed is served by the new settings.
 func TestConfigLive(t *testing.T) {
 	up := httptest.NewServer(http.HandlerFunc(stubOllama))
 	defer up.Close()
@@ -118,7 +118,8 @@ func TestConfigLive(t *testing.T) {
 	defer stop()
 	log, code := &syncBuffer{}, make(chan int, 1)
 	go func() { code <- run(ctx, []string{"--listen", listen, "--config", path}, io.Discard, log) }() // ends with stop
-	sent := func() string {                                                                           // what the upstream gets
+	// sent returns what the upstream gets.
+	sent := func() string {
 		res, err := http.Post("http://"+listen+"/api/chat", "application/json", strings.NewReader(`{"model":"a"}`))
 		if err != nil {
 			return ""
@@ -152,14 +153,14 @@ func TestConfigLive(t *testing.T) {
 	}
 }
 
-// TestInlineKeysReload: keys in the file change with it; that there are any needs a restart, and so does
-// that there are none any more.
+// TestInlineKeysReload: keys in the file change with it. Adding the first keys, or removing the
+// last ones, needs a restart.
 func TestInlineKeysReload(t *testing.T) {
 	const keys = "api-keys: {alice: one, bob: two}\n"
 	for _, tt := range []struct {
 		what, before, after string
 		names               string // in force after that
-		want                string // that the log has
+		want                string // in the log
 	}{
 		{"others", keys, "api-keys: {alice: one, carol: three}\n", "[alice carol]", "changed=[api-keys]"},
 		{"the same", keys, "# again\n" + keys, "[alice bob]", "changed=[]"},

@@ -37,12 +37,12 @@ const (
 	defaultUpstream  = "http://127.0.0.1:11434"
 	maxUpstreams     = 256
 
-	headerTimeout = 30 * time.Second  // for a request's header to come
+	headerTimeout = 30 * time.Second  // for the arrival of a request's header
 	idleTimeout   = 120 * time.Second // after which a client's idle connection is closed
 	maxHeader     = 64 << 10          // bytes of a request's header
-	headerSlack   = 4096              // that net/http reads beyond what it is told
+	headerSlack   = 4096              // net/http reads this many bytes more than its limit
 
-	cutOff              = 2 * time.Second // for requests that were cut off to end
+	cutOff              = 2 * time.Second // for interrupted requests to end
 	defaultStoreBytes   = 256 << 20
 	defaultContextBytes = 20 << 30
 	rememberRequests    = 1000 // on /_cacheproxy/requests
@@ -98,12 +98,12 @@ type serveCmd struct {
 	Drain     time.Duration `default:"30s" help:"How long running and waiting requests may take to finish after SIGTERM or Ctrl-C. Default: 30s."`
 	Check     bool          `group:"everyday" help:"Check the settings, print them with their meaning and where each comes from, test whether the upstreams answer, and exit: 0 if all is well, 1 if an upstream does not answer or the address is taken, 2 if a setting is wrong."`
 
-	file    *configFile               // what --config says; nil: there is none
-	inForce []setting                 // all flags, with where each comes from
-	again   func() (*serveCmd, error) // reads the command line, the environment and the file anew; nil: they stay
+	file    *configFile               // nil without --config
+	inForce []setting                 // all flags, with the source of each
+	again   func() (*serveCmd, error) // parses all settings again; nil: they never change
 
-	listening func(net.Addr)       // called when the listener is there; nil: nobody is told
-	done      func(proxy.Exchange) // called for each request when it is over; nil: nobody is told
+	listening func(net.Addr)       // if non-nil, called once the proxy listens
+	done      func(proxy.Exchange) // if non-nil, called after each request
 }
 
 func (s *serveCmd) Help() string {
@@ -144,22 +144,22 @@ With several upstreams, requests that change models (pull, create, copy, push, d
 Other verbs: batch (a file of requests), bench (what the proxy is worth), completion (for a shell), contexts and engine (stored contexts), doctor (what is wrong), health, version. Each has --help.`
 }
 
-// settings are the flags, understood.
+// settings are the evaluated flags.
 type settings struct {
-	contexts  *contexts.Manager // nil stores and attaches no context
+	contexts  *contexts.Manager // if nil, no contexts are stored or attached
 	listen    string            // for net.Listen
 	upstreams []target
 	keepAlive proxy.KeepAlive
 	numCtx    proxy.NumCtx
 	heads     proxy.StableHeads
 	guard     proxy.Guard
-	keys      *keysFile    // guard.Keys is what was read of it; nil: none are asked for
-	prewarm   *prewarmFile // nil: nothing is made warm before anybody asks
+	keys      *keysFile    // guard.Keys has the keys read from it; nil: clients need no key
+	prewarm   *prewarmFile // nil without --prewarm
 	cert      *certFile    // nil: clients are served without TLS
 
-	upstreamTLS *tls.Config // nil: net/http's own
+	upstreamTLS *tls.Config // nil: the defaults of net/http
 	trusted     *proxy.TrustedProxies
-	lanes       bool  // requests wait for slots, or are to be spread over upstreams
+	lanes       bool  // requests wait for slots, or are distributed over upstreams
 	memory      int64 // bytes
 }
 
@@ -194,7 +194,7 @@ func (s *serveCmd) settings() (settings, error) {
 	return set, s.readFiles(&set)
 }
 
-// apiKeys reads those that clients must show; nil where none are asked for.
+// apiKeys reads the keys that clients must send; nil if they need none.
 func (s *serveCmd) apiKeys() (*keysFile, error) {
 	inline := s.file != nil && s.file.keys.line > 0
 	switch {
@@ -228,7 +228,7 @@ func (s *serveCmd) readFiles(set *settings) (err error) {
 	return err
 }
 
-// edits reads what is to be edited of requests.
+// edits evaluates the flags that change requests.
 func (set *settings) edits(s *serveCmd) (err error) {
 	if set.keepAlive, err = proxy.ParseKeepAlive(proxy.KeepAlivePolicy(s.KeepAlivePolicy), append([]string{defaultKeepAlive}, s.KeepAlive...)); err != nil {
 		return fmt.Errorf("--keep-alive: %w", err)
@@ -242,7 +242,7 @@ func (set *settings) edits(s *serveCmd) (err error) {
 	return nil
 }
 
-// limits checks the flags that are numbers and times, and returns how much memory bodies may take.
+// limits checks the flags that are numbers and durations, and returns the memory budget for bodies.
 func (s *serveCmd) limits() (int64, error) {
 	if s.MaxBody < 1 {
 		return 0, fmt.Errorf("--max-body %d: want a positive number of bytes", s.MaxBody)
@@ -278,8 +278,8 @@ func (s *serveCmd) limits() (int64, error) {
 	return memory, nil
 }
 
-// isPrice reports whether a number can be the price of tokens: NaN and infinity, which flags accept as
-// numbers, cannot be written as JSON.
+// isPrice reports whether a number can be the price of tokens: flags accept NaN and infinity as
+// numbers, but JSON cannot represent them.
 func isPrice(price float64) bool { return price >= 0 && !math.IsInf(price, 1) }
 
 // listenAddr reads an address for net.Listen; a missing port is defaultPort.
@@ -302,7 +302,7 @@ func listenAddr(s string) (string, error) {
 
 func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	hangup := make(chan os.Signal, 1)
-	if s.listening == nil { // within another verb SIGHUP ends the program, as it does by default
+	if s.listening == nil { // within another verb, SIGHUP ends the program as it does by default
 		signal.Notify(hangup, syscall.SIGHUP)
 		defer signal.Stop(hangup)
 	}
@@ -313,7 +313,8 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	level := new(slog.LevelVar)
 	level.Set(s.LogLevel)
 	logger := newLogger(c.stderr, s.LogFormat, level)
-	memlimit.Set() // near a container's limit garbage is collected sooner; an error says that there is no such limit
+	// Near a container's limit garbage is collected sooner. An error means that there is no limit.
+	memlimit.Set()
 	transport := proxy.NewTransport()
 	transport.TLSClientConfig = set.upstreamTLS
 	defer transport.CloseIdleConnections()
@@ -339,7 +340,7 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 		defer func() {
 			closing, cancel := context.WithTimeout(context.Background(), cutOff)
 			defer cancel()
-			files.Close(closing) // what it could not put on the disk it has told
+			files.Close(closing) // it has logged what it could not write
 		}()
 	}
 	h := s.handler(set, ups, transport, logger)
@@ -358,7 +359,8 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	srv.RegisterOnShutdown(h.ClosePages)
 	descriptors := proxy.NewDescriptors()
 	srv.ConnState, srv.ConnContext = descriptors.ConnState, descriptors.ConnContext
-	background, stopBackground := context.WithCancel(base) // what waits for an upstream may do so until the end
+	// Requests that wait for an upstream may do so until the end.
+	background, stopBackground := context.WithCancel(base)
 	var wg sync.WaitGroup
 	served := make(chan error, 1)
 	wg.Go(func() { served <- set.serve(srv, descriptors.Listener(ln)) }) // ends with srv.Shutdown or srv.Close
@@ -403,7 +405,7 @@ func (set settings) files() (list []reloader) {
 	return list
 }
 
-// handler builds what serves the requests: all but the upstreams and how they are reached.
+// handler builds the handler of requests: everything but the upstreams and the transport to them.
 func (s *serveCmd) handler(
 	set settings, ups []*upstream.Server, transport *http.Transport, logger *slog.Logger,
 ) *proxy.Handler {
@@ -469,7 +471,7 @@ func (s *serveCmd) handler(
 	return h
 }
 
-// listener listens where the settings say.
+// listener listens at the configured address.
 func (set settings) listener(ctx context.Context, logger *slog.Logger) (net.Listener, error) {
 	ln, _, err := set.tryListen(ctx)
 	if err != nil {
@@ -484,7 +486,8 @@ func (set settings) listener(ctx context.Context, logger *slog.Logger) (net.List
 	return ln, nil
 }
 
-// newServer returns the server for clients. What it limits in time is what clients do: sending headers, and nothing.
+// newServer returns the server for clients. Its timeouts bound sending headers, and idle
+// connections.
 func newServer(base context.Context, h http.Handler, logger *slog.Logger) *http.Server {
 	return &http.Server{
 		Handler:           h,
@@ -496,7 +499,8 @@ func newServer(base context.Context, h http.Handler, logger *slog.Logger) *http.
 	}
 }
 
-// drain lets requests that run or wait finish, for as long as limit, refuses those that still wait, and cuts off the rest.
+// drain lets running and waiting requests finish for as long as limit, then refuses those that
+// still wait and cuts off the others.
 func drain(srv *http.Server, h *proxy.Handler, limit time.Duration, cut context.CancelCauseFunc, logger *slog.Logger) error {
 	logger.Info("stopping: no new requests; those that are here may finish", "in_flight", h.InFlight(), "waiting", h.Waiting(), "limit", limit)
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
@@ -505,24 +509,25 @@ func drain(srv *http.Server, h *proxy.Handler, limit time.Duration, cut context.
 	if errors.Is(err, context.DeadlineExceeded) {
 		waiting := h.Waiting()
 		h.Close()
-		none(h.Waiting) // each has still to be told
+		none(h.Waiting) // each still gets its answer
 		logger.Warn("requests refused or cut off after the drain limit", "refused", waiting, "cut_off", h.InFlight(), "limit", limit)
 		cut(proxy.ErrDrained)
 		err = srv.Close()
-		none(h.InFlight) // nobody waits for handlers whose connections were closed, and each still has a line to log
+		// Shutdown does not wait for handlers whose connections were closed; each has a line to log.
+		none(h.InFlight)
 	}
 	logger.Info("stopped")
 	return err
 }
 
-// none waits until nothing is left of something, for a short while.
+// none waits for a short while until nothing is left.
 func none(left func() int64) {
 	for until := time.Now().Add(cutOff); left() > 0 && time.Now().Before(until); {
 		time.Sleep(time.Millisecond)
 	}
 }
 
-// pollAll asks all upstreams at once how they are.
+// pollAll polls all upstreams at once.
 func pollAll(ctx context.Context, ups []*upstream.Server) {
 	var wg sync.WaitGroup
 	for _, up := range ups {
@@ -531,7 +536,7 @@ func pollAll(ctx context.Context, ups []*upstream.Server) {
 	wg.Wait()
 }
 
-// announce says where the proxy listens and what it forwards to: in one line, if that is one upstream.
+// announce logs where the proxy listens and where it forwards to: in one line for one upstream.
 func (set settings) announce(logger *slog.Logger, addr net.Addr, ups []*upstream.Server) {
 	listen := set.scheme() + "://" + addr.String()
 	up := 0
@@ -571,7 +576,7 @@ func names(models []string) string {
 	return strings.Join(models, ", ")
 }
 
-// newLogger logs for people on a terminal, for machines elsewhere.
+// newLogger logs for people on a terminal, and for machines elsewhere.
 func newLogger(w io.Writer, format string, level slog.Leveler) *slog.Logger {
 	f, isFile := w.(*os.File)
 	terminal := isFile && term.IsTerminal(int(f.Fd()))

@@ -135,7 +135,7 @@ func TestStuckBodies(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				own := strings.Contains(name, "_cacheproxy") // answered before its body is looked at
+				own := strings.Contains(name, "_cacheproxy") // answered before its body is read
 				if d := time.Since(began); !own && (res.StatusCode != http.StatusRequestTimeout || d != limit || !res.Close) {
 					t.Errorf("%v after %v, connection closed %v", res.Status, d, res.Close)
 				}

@@ -11,19 +11,19 @@ import (
 	"github.com/alecthomas/kong"
 )
 
-// setting is one of serve's flags with its value in force, and where that comes from.
+// setting is one of serve's flags with its effective value and the source of that.
 type setting struct {
 	name   string
 	group  string // a kong.Group's key
 	value  any
-	source string   // flag, the name of a variable, FILE:LINE, or default
-	items  []string // of a list from the file: FILE:LINE of each
+	source string   // the flag, the variable's name, FILE:LINE, or "default"
+	items  []string // for a list from the file: FILE:LINE of each item
 }
 
-// noValue stands for an empty text or list.
+// noValue is how an empty text or list is shown.
 const noValue = "-"
 
-// String writes the value as the flag has it.
+// String returns the value in the flag's syntax.
 func (s setting) String() string {
 	text := fmt.Sprint(s.value)
 	if list, ok := s.value.([]string); ok {
@@ -35,8 +35,8 @@ func (s setting) String() string {
 	return text
 }
 
-// BeforeResolve reads --config, before kong asks for what the command line and the environment do not
-// say.
+// BeforeResolve reads --config, before kong asks for the flags that neither the command line nor
+// the environment sets.
 func (s *serveCmd) BeforeResolve(ctx *kong.Context) error {
 	flags := serveFlags(ctx.Model)
 	i := slices.IndexFunc(flags, func(f *kong.Flag) bool { return f.Name == "config" })
@@ -52,7 +52,7 @@ func (s *serveCmd) BeforeResolve(ctx *kong.Context) error {
 	return err
 }
 
-// AfterApply notes where each setting comes from.
+// AfterApply notes the source of each setting.
 func (s *serveCmd) AfterApply(ctx *kong.Context) error {
 	given := map[string]bool{}
 	for _, p := range ctx.Path {
@@ -84,7 +84,7 @@ func (s *serveCmd) AfterApply(ctx *kong.Context) error {
 	return nil
 }
 
-// serveFlags are the flags of the verb serve.
+// serveFlags returns the flags of the verb serve.
 func serveFlags(app *kong.Application) []*kong.Flag {
 	for _, node := range app.Children {
 		if node.Name == "serve" {
@@ -94,12 +94,12 @@ func serveFlags(app *kong.Application) []*kong.Flag {
 	panic("there is no verb serve")
 }
 
-// at returns where in the file the setting is that an error quotes.
+// at returns the place in the file of the setting that an error quotes.
 func (s setting) at(err error) string {
 	at, longest := s.source, ""
 	list, _ := s.value.([]string)
 	for i, item := range list {
-		// The longest one: the error may have a shorter one as an example.
+		// The longest match: the error may quote a shorter item as an example.
 		if i < len(s.items) && len(item) > len(longest) && strings.Contains(err.Error(), item) {
 			at, longest = s.items[i], item
 		}
@@ -109,7 +109,7 @@ func (s setting) at(err error) string {
 
 var flagNamed = regexp.MustCompile(`--([a-z][a-z-]*)`)
 
-// locate adds to what is wrong with a setting of the file where that is.
+// locate adds the place in the file to an error about a setting.
 func (s *serveCmd) locate(err error) error {
 	for _, found := range flagNamed.FindAllStringSubmatch(err.Error(), -1) {
 		for _, x := range s.inForce {
@@ -122,7 +122,7 @@ func (s *serveCmd) locate(err error) error {
 	return err
 }
 
-// plain takes off what kong puts before an error of the file.
+// plain removes what kong puts before an error about the file.
 func plain(err error) error {
 	if wrong, ok := errors.AsType[configError](err); ok {
 		return wrong

@@ -42,7 +42,7 @@ func settingRow(f *kong.Flag) string {
 	return fmt.Sprintf("| `%s` | %s | %s | %s |\n", name, unless, live, strings.ReplaceAll(help, "|", `\|`))
 }
 
-// TestSettingsDocs: docs/settings.md has every flag, with what --help says of it.
+// TestSettingsDocs: docs/settings.md has every flag, with its text from --help.
 func TestSettingsDocs(t *testing.T) {
 	const path = "../../docs/settings.md"
 	before, err := os.ReadFile(path)
@@ -77,8 +77,8 @@ func TestSettingsDocs(t *testing.T) {
 	}
 }
 
-// TestSettingsKnown: the flags that are named elsewhere are there, every flag has a group, and each of
-// them but those for the command line can be set by the file.
+// TestSettingsKnown: flags that other code names exist, every flag has a group, and the file can
+// set every flag but those for the command line.
 func TestSettingsKnown(t *testing.T) {
 	names := map[string]bool{}
 	for _, f := range flagsOf(t) {

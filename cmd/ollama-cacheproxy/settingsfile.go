@@ -9,28 +9,28 @@ import (
 	"time"
 )
 
-// filesEvery is how often files of settings are looked at.
+// filesEvery is how often settings files are checked for changes.
 const filesEvery = 2 * time.Second
 
 // settingsFile is a file that is read again when it changes.
 type settingsFile struct {
 	path string
-	seen fs.FileInfo // of what was read last; nil: it could not be found
-	err  error       // why it could not be read last
+	seen fs.FileInfo // of the file when last read; nil: it could not be found
+	err  error       // of the last attempt to read it
 }
 
-// read notes how the file looks before it reads it: what is written meanwhile is read once more.
+// read notes the file's state before it reads it, so that a change during reading causes another.
 func (f *settingsFile) read() (string, error) {
 	f.seen, _ = os.Stat(f.path)
 	text, err := os.ReadFile(f.path)
 	return string(text), err
 }
 
-// again reads the file once more and hands what it says to take.
+// again reads the file once more and passes its text to take.
 func (f *settingsFile) again(take func(text string) error) error {
 	var text string
 	if now, err := os.Stat(f.path); err == nil && !now.Mode().IsRegular() {
-		f.seen, f.err = now, errors.New("it is no file any more") // to read a pipe may never end
+		f.seen, f.err = now, errors.New("it is no file any more") // reading a pipe may never end
 	} else if text, f.err = f.read(); f.err == nil {
 		f.err = take(text)
 	}
@@ -50,8 +50,8 @@ func (f *settingsFile) changed() bool {
 		!now.ModTime().Equal(f.seen.ModTime())
 }
 
-// readable reports whether the file, which could not be opened, can be now: that somebody was let
-// at it changes neither its length nor its time.
+// readable reports whether the file, which could not be opened, can be opened now: new permissions
+// change neither its length nor its time.
 func (f *settingsFile) readable() bool {
 	if !errors.Is(f.err, fs.ErrPermission) {
 		return false
@@ -64,7 +64,7 @@ func (f *settingsFile) readable() bool {
 	return true
 }
 
-// reloader is a file of settings.
+// reloader is a settings file.
 type reloader interface {
 	due() bool
 	reload(*slog.Logger)

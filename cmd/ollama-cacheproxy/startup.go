@@ -19,9 +19,9 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-// What goes wrong when the proxy is started, and what to do then.
+// This file explains errors at the start of the proxy, and what to do about them.
 
-// occupant is who listens at the proxy's address.
+// occupant is whoever listens at the proxy's address.
 type occupant string
 
 const (
@@ -30,8 +30,8 @@ const (
 	aProxy      occupant = "another ollama-cacheproxy"
 )
 
-// anybody asks whoever listens at an address how it is, and nothing else. It shows no key, and believes
-// any certificate: a health check knows an address, and seldom a name or an authority.
+// anybody asks whoever listens at an address how it is, and nothing else. It sends no key, and
+// accepts any certificate: a health check knows an address, and seldom a name or an authority.
 var anybody = &http.Client{
 	Timeout:   5 * time.Second,
 	Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, DisableKeepAlives: true},
@@ -57,7 +57,7 @@ func occupantOf(ctx context.Context, listen string) occupant {
 		err = json.NewDecoder(io.LimitReader(res.Body, 4<<10)).Decode(&answer)
 		return err == nil && res.StatusCode == http.StatusOK && answer[member] != nil
 	}
-	// All at once: who says nothing keeps each of them waiting.
+	// All at once: a silent listener would keep each of them waiting.
 	var health, secure, version bool
 	var wg sync.WaitGroup
 	wg.Go(func() { health = ask("http", "/_cacheproxy/health", "status") })
@@ -73,7 +73,7 @@ func occupantOf(ctx context.Context, listen string) occupant {
 	return nobodyKnown
 }
 
-// tryListen listens where the settings say. Its error tells what to do. by is who listens there already.
+// tryListen listens where the settings say. Its error says what to do; by is who has the address.
 func (set settings) tryListen(ctx context.Context) (ln net.Listener, by occupant, err error) {
 	ln, err = net.Listen("tcp", set.listen)
 	if err == nil {
@@ -93,7 +93,7 @@ func (set settings) tryListen(ctx context.Context) (ln net.Listener, by occupant
 	return nil, by, fmt.Errorf("listening on %s: %w (%s)", set.listen, err, hint)
 }
 
-// ollamaAt is where an Ollama on this machine is to listen, so that the proxy finds it.
+// ollamaAt is the address at which an Ollama on this machine must listen for the proxy to find it.
 func (set settings) ollamaAt() string {
 	for _, t := range set.upstreams {
 		if t.sim == nil && upstream.Here(t.url) {
@@ -103,7 +103,7 @@ func (set settings) ollamaAt() string {
 	return "127.0.0.1:" + upstream.DefaultPort
 }
 
-// absent says what may be wrong with an upstream that does not answer; "" where nothing tells.
+// absent returns why an upstream may not answer; "" without any sign.
 func (set settings) absent(u *url.URL) string {
 	if !upstream.Here(u) {
 		return ""
@@ -118,14 +118,14 @@ func (set settings) absent(u *url.URL) string {
 	return ""
 }
 
-// containerMarks are files that only containers have, and what /proc/1/cgroup has only in one. A
-// variable for tests.
+// containerMarks lists files that only containers have, and text that /proc/1/cgroup has only in
+// one. It is a variable for tests.
 var containerMarks = struct {
 	files  []string
 	cgroup string
 }{[]string{"/.dockerenv", "/run/.containerenv"}, "/proc/1/cgroup"}
 
-// inContainer reports whether this process runs in a container, as far as can be told.
+// inContainer reports whether this process seems to run in a container.
 func inContainer() bool {
 	for _, name := range containerMarks.files {
 		if _, err := os.Stat(name); err == nil {

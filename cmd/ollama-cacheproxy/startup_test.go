@@ -11,7 +11,7 @@ import (
 	"testing"
 )
 
-// asInContainer has the process look as if it were in a container, or not.
+// asInContainer makes the process look as if it ran in a container, or not.
 func asInContainer(t *testing.T, in bool) {
 	before := containerMarks
 	t.Cleanup(func() { containerMarks = before })
@@ -24,8 +24,7 @@ func asInContainer(t *testing.T, in bool) {
 	}
 }
 
-// TestAddressTaken: who has the proxy's address is found out and told, with what to do, at the start
-// and by --check.
+// TestAddressTaken: the start and --check report who has the proxy's address, and what to do.
 func TestAddressTaken(t *testing.T) {
 	asInContainer(t, false)
 	up := httptest.NewServer(http.HandlerFunc(stubOllama))
@@ -68,7 +67,7 @@ func TestAddressTaken(t *testing.T) {
 			out = &syncBuffer{}
 			upstream := up.URL
 			if upstream == "http://"+tt.listen {
-				upstream = other.URL // the proxy's own address is refused
+				upstream = other.URL // the proxy's own address would be refused
 			}
 			if code := run(t.Context(), []string{"--check", "--listen", tt.listen, "--upstream", upstream}, out, out); code != tt.check || !strings.Contains(out.String(), "listen      http://"+tt.listen+" (") {
 				t.Errorf("--check: status %d, want %d\n%s", code, tt.check, out)
@@ -77,8 +76,8 @@ func TestAddressTaken(t *testing.T) {
 	}
 }
 
-// TestOccupantIsAskedAtOnce: whoever has the address is asked all questions at one time, so that one who does not
-// answer keeps the start waiting once.
+// TestOccupantIsAskedAtOnce: all questions are sent at the same time, so that an occupant that does
+// not answer delays the start only once.
 func TestOccupantIsAskedAtOnce(t *testing.T) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -109,14 +108,14 @@ func TestOccupantIsAskedAtOnce(t *testing.T) {
 	}
 }
 
-// TestAbsentHints: of an upstream on this machine that does not answer it is told what may be wrong.
+// TestAbsentHints: hints about an upstream on this machine that does not answer.
 func TestAbsentHints(t *testing.T) {
 	for _, tt := range []struct {
 		what      string
 		container bool
 		host      string // OLLAMA_HOST
 		upstream  string
-		want      string // "" for no hint
+		want      string // "" if there is no hint
 	}{
 		{"plain", false, "", "127.0.0.1:1", ""},
 		{"in a container", true, "", "127.0.0.1:1", "--upstream host.docker.internal:1 "},

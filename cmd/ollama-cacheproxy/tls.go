@@ -16,13 +16,13 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 )
 
-// certFile is --tls-cert with --tls-key: what clients are served with.
+// certFile is --tls-cert with --tls-key: the certificate that clients see.
 type certFile struct {
 	cert, key settingsFile
 	pair      atomic.Pointer[tls.Certificate]
 }
 
-// readCert reads both files for the first time; nil without any.
+// readCert reads both files for the first time; nil without them.
 func readCert(cert, key string) (*certFile, error) {
 	if cert == "" && key == "" {
 		return nil, nil
@@ -37,7 +37,7 @@ func readCert(cert, key string) (*certFile, error) {
 	return f, nil
 }
 
-// read reads the files, and takes what they have if the two belong together.
+// read reads the files, and uses them if they belong together.
 func (f *certFile) read() error {
 	var text, key string
 	take := func(into *string) func(string) error {
@@ -59,8 +59,8 @@ func (f *certFile) due() bool {
 	return cert || key
 }
 
-// reload reads both files again. If they do not fit, as while only one of them has been replaced, the
-// certificate from before stays. Connections that are open keep the one that they began with.
+// reload reads both files again. If they do not match, for instance because only one has been
+// replaced yet, the previous certificate stays. Open connections keep the one that they began with.
 func (f *certFile) reload(logger *slog.Logger) {
 	if err := f.read(); err != nil {
 		logger.Error("the certificate could not be read again: that from before stays",
@@ -71,7 +71,7 @@ func (f *certFile) reload(logger *slog.Logger) {
 	logger.Info("certificate read again", "file", f.cert.path, "names", leaf.DNSNames, "until", leaf.NotAfter)
 }
 
-// warn says that the certificate is not valid now.
+// warn logs if the certificate is not valid now.
 func (f *certFile) warn(logger *slog.Logger) {
 	leaf, now := f.pair.Load().Leaf, time.Now()
 	if now.Before(leaf.NotBefore) || now.After(leaf.NotAfter) {
@@ -80,7 +80,7 @@ func (f *certFile) warn(logger *slog.Logger) {
 	}
 }
 
-// serve serves clients, with TLS where there is a certificate.
+// serve serves clients, with TLS if there is a certificate.
 func (set settings) serve(srv *http.Server, ln net.Listener) error {
 	if set.cert == nil {
 		return srv.Serve(ln)
@@ -99,21 +99,21 @@ const (
 	restWait = time.Second
 )
 
-// takesRest takes what is left of a request's body when its answer has been given, as net/http does over
-// HTTP/1.1 alone. Over HTTP/2 it resets the stream otherwise, and curl 7 then loses the answer: a
-// refusal, which comes before the body has been read.
+// takesRest reads the rest of a request's body after its answer, which net/http does only over
+// HTTP/1.1. Over HTTP/2 it resets the stream instead, and curl 7 then loses the answer: a refusal,
+// which is sent before the body has been read.
 func takesRest(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h.ServeHTTP(w, r)
 		if r.ProtoMajor == 2 && r.Body != nil {
-			// What does not come in time is reset after all.
+			// Too slow a rest is reset after all.
 			http.NewResponseController(w).SetReadDeadline(time.Now().Add(restWait))
 			io.CopyN(io.Discard, r.Body, restMost)
 		}
 	})
 }
 
-// scheme is that of the URL by which clients reach the proxy.
+// scheme is the scheme of the proxy's URL for clients.
 func (set settings) scheme() string {
 	if set.cert == nil {
 		return "http"
@@ -121,7 +121,7 @@ func (set settings) scheme() string {
 	return "https"
 }
 
-// newTransport returns what reaches servers, of which https ones are believed as certificates says.
+// newTransport returns the transport to servers; for ca, see certificates.
 func newTransport(ca string) (*http.Transport, error) {
 	t := proxy.NewTransport()
 	var err error
@@ -131,8 +131,8 @@ func newTransport(ca string) (*http.Transport, error) {
 	return t, nil
 }
 
-// certificates is how https upstreams are reached: their certificates are believed if the system
-// believes them, or one of the authorities in the file has issued them. nil without a file.
+// certificates configures the trust in https upstreams: their certificates must be valid for the
+// system, or issued by one of the authorities in the file. nil without a file.
 func certificates(flag, path string) (*tls.Config, error) {
 	if path == "" {
 		return nil, nil

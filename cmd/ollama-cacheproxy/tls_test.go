@@ -61,7 +61,8 @@ func (a *authority) sign(cert, parent *x509.Certificate, key *ecdsa.PrivateKey) 
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), cert
 }
 
-// issue returns a certificate for this machine's own names, with a number by which it is told apart.
+// issue returns a certificate for this machine's own names, with a serial number to recognise it
+// by.
 func (a *authority) issue(number int64) (cert, key []byte) {
 	a.t.Helper()
 	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -89,7 +90,7 @@ func (a *authority) write(dir string, number int64) (cert, key string) {
 	return cert, key
 }
 
-// client believes the authority alone, and speaks HTTP/2 if h2.
+// client trusts only this authority, and speaks HTTP/2 if h2.
 func (a *authority) client(h2 bool) *http.Client {
 	pool := x509.NewCertPool()
 	pool.AddCert(a.cert)
@@ -101,7 +102,7 @@ func (a *authority) client(h2 bool) *http.Client {
 	return &http.Client{Transport: tr}
 }
 
-// startTLS runs the proxy with these flags and a free address, which it returns with its log.
+// startTLS runs the proxy with these flags at a free address, and returns that and its log.
 func startTLS(t *testing.T, flags ...string) (listen string, log *syncBuffer) {
 	t.Helper()
 	listen, err := freeAddr()
@@ -122,7 +123,7 @@ func startTLS(t *testing.T, flags ...string) (listen string, log *syncBuffer) {
 	return listen, log
 }
 
-// TestTLSFlags: what does not go together is refused, with the reason.
+// TestTLSFlags: flags that contradict each other are refused, with the reason.
 func TestTLSFlags(t *testing.T) {
 	a, dir := newAuthority(t), t.TempDir()
 	cert, key := a.write(dir, 2)
@@ -150,7 +151,7 @@ func TestTLSFlags(t *testing.T) {
 	}
 }
 
-// slowStream is an upstream whose answers come piece by piece, as the test says.
+// slowStream is an upstream that sends its answers in pieces, when the test provides them.
 func slowStream(t *testing.T, pieces <-chan string) *httptest.Server {
 	up := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method != http.MethodPost {
@@ -177,8 +178,8 @@ func slowStream(t *testing.T, pieces <-chan string) *httptest.Server {
 	return up
 }
 
-// TestTLSRotates: a stream over HTTP/2 comes piece by piece, and goes on while the certificate is
-// replaced; new connections get the new one, and a pair that does not fit changes nothing.
+// TestTLSRotates: a stream over HTTP/2 arrives in pieces, and continues while the certificate is
+// replaced. New connections get the new one, and a mismatched pair changes nothing.
 func TestTLSRotates(t *testing.T) {
 	a, dir := newAuthority(t), t.TempDir()
 	cert, key := a.write(dir, 100)
@@ -225,7 +226,7 @@ func TestTLSRotates(t *testing.T) {
 	if got := serial(); got != "100" {
 		t.Fatal(got)
 	}
-	// Only the certificate is replaced: that does not fit, and the one from before stays.
+	// Only the certificate is replaced. It does not match the key, so the previous one stays.
 	newCert, newKey := a.issue(200)
 	if err := os.WriteFile(cert, newCert, 0o600); err != nil {
 		t.Fatal(err)
@@ -238,7 +239,7 @@ func TestTLSRotates(t *testing.T) {
 		t.Fatal(err)
 	}
 	waitFor(t, func() bool { return serial() == "200" })
-	pieces <- "data: two\n\n" // on the connection from before
+	pieces <- "data: two\n\n" // on the old connection
 	next("two")
 	close(pieces)
 	if rest, err := io.ReadAll(read); err != nil || len(rest) > 0 {
@@ -246,8 +247,9 @@ func TestTLSRotates(t *testing.T) {
 	}
 }
 
-// TestHeartbeatHTTP2: a stream that waits is begun with comments over HTTP/2, too, and one whose
-// upstream breaks off ends with an error, not as if it were whole; over HTTP/1.0 with TLS as well.
+// TestHeartbeatHTTP2: over HTTP/2, too, a waiting stream begins with comments, and one whose
+// upstream breaks off ends with an error instead of looking complete; the same over HTTP/1.0 with
+// TLS.
 func TestHeartbeatHTTP2(t *testing.T) {
 	a, dir := newAuthority(t), t.TempDir()
 	cert, key := a.write(dir, 2)
@@ -263,7 +265,8 @@ func TestHeartbeatHTTP2(t *testing.T) {
 		return res
 	}
 	first := post()
-	second := post() // its header comes with the first heartbeat: it waits for the first one's lane
+	// Its header comes with the first heartbeat, since it waits for the first request's lane.
+	second := post()
 	if second.ProtoMajor != 2 || second.StatusCode != 200 {
 		t.Fatal(second)
 	}
@@ -272,7 +275,8 @@ func TestHeartbeatHTTP2(t *testing.T) {
 		t.Fatalf("%q, %v", line, err)
 	}
 	first.Body.Close() // frees the lane
-	go func() {        // ends with the test; the first one's upstream may take a piece before it notices
+	// It ends with the test; the first request's upstream may take a piece before it notices.
+	go func() {
 		for {
 			select {
 			case pieces <- "data: two\n\n":
@@ -289,7 +293,7 @@ func TestHeartbeatHTTP2(t *testing.T) {
 	}
 }
 
-// TestBrokenOverTLS: an answer that breaks off does not look whole.
+// TestBrokenOverTLS: an answer that breaks off does not look complete.
 func TestBrokenOverTLS(t *testing.T) {
 	up := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path != "/broken" {
@@ -327,8 +331,8 @@ func TestBrokenOverTLS(t *testing.T) {
 	}
 }
 
-// TestUpstreamCA: an https upstream is polled and asked if --upstream-ca has its issuer, and not
-// without it.
+// TestUpstreamCA: an https upstream is polled and used if --upstream-ca has its issuer, and not
+// without that.
 func TestUpstreamCA(t *testing.T) {
 	a, dir := newAuthority(t), t.TempDir()
 	certFile, keyFile := a.write(dir, 2)
@@ -358,7 +362,7 @@ func TestUpstreamCA(t *testing.T) {
 			t.Errorf("%v: status %d, want %d and %q\n%s", tt.flags, code, tt.code, tt.want, out)
 		}
 	}
-	// The other verbs that ask servers believe it by --ca.
+	// The other verbs that ask servers trust it by --ca.
 	secure, _ := startTLS(t, "--upstream", up.URL, "--upstream-ca", ca, "--tls-cert", certFile, "--tls-key", keyFile)
 	for _, tt := range []struct {
 		flags []string
@@ -380,7 +384,7 @@ func TestUpstreamCA(t *testing.T) {
 	}
 }
 
-// TestCertFile: a pair of files is taken once both of them fit, whichever changes first.
+// TestCertFile: a pair of files is used once both match, whichever changes first.
 func TestCertFile(t *testing.T) {
 	a, dir := newAuthority(t), t.TempDir()
 	cert, key := a.write(dir, 1000)
@@ -421,8 +425,8 @@ func TestCertFile(t *testing.T) {
 	})
 }
 
-// TestRefusedOverHTTP2: a refusal does not wait for a body that never comes. (That it does not break
-// one off that does is seen with curl: TestHTTPS in package integration.)
+// TestRefusedOverHTTP2: a refusal does not wait for a body that never arrives. (TestHTTPS in
+// package integration checks with curl that it does not interrupt a body that does arrive.)
 func TestRefusedOverHTTP2(t *testing.T) {
 	a, dir := newAuthority(t), t.TempDir()
 	cert, key := a.write(dir, 2)

@@ -6,7 +6,7 @@ import (
 	"runtime/debug"
 )
 
-// These are set by the linker (-X main.versionText=…); otherwise the build information tells.
+// These are set by the linker (-X main.versionText=…); otherwise the build information is used.
 var versionText, commitText string
 
 type versionCmd struct{}
@@ -32,8 +32,8 @@ func version() string {
 }
 
 // commitOf returns the first twelve hexadecimal digits of the commit that the program was built
-// from, with "+dirty" if the tree had changes; "" where neither the linker nor build (nil: none)
-// tells one, as after go install of a version, which names the source by itself.
+// from, with "+dirty" if the tree had changes. It returns "" if neither the linker nor build (nil:
+// none) has one, as after go install of a version, which identifies the source by itself.
 func commitOf(build *debug.BuildInfo) string {
 	commit, dirty := commitText, ""
 	if commit == "" && build != nil {

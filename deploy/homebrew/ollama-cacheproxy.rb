@@ -1,4 +1,4 @@
-# A formula for a tap. There is no release yet, so it builds what is in main:
+# A formula for a tap. There is no release yet, so it builds the branch main:
 #   brew install --HEAD TAP/ollama-cacheproxy
 class OllamaCacheproxy < Formula
   desc "Transparent HTTP proxy in front of Ollama that keeps models loaded"

@@ -1,6 +1,6 @@
 #!/bin/sh
-# After the files are there. dpkg says "configure" and the version that was there before (none at
-# first); rpm says 1 at first, 2 for an upgrade.
+# Runs after the files are installed. dpkg passes "configure" and the previous version (empty for a
+# first install); rpm passes 1 for a first install, 2 for an upgrade.
 set -e
 
 case "$1" in
@@ -11,7 +11,7 @@ configure) [ -z "$2" ] && first=yes || first= ;;
 esac
 
 systemd-sysusers ollama-cacheproxy.conf
-# Whether services start by themselves is for the distribution to say: Debian's do, Fedora's do not.
+# The distribution decides whether services start by themselves: Debian's do, Fedora's do not.
 [ -z "$first" ] || systemctl preset ollama-cacheproxy.service
 
 if [ -d /run/systemd/system ]; then

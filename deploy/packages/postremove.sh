@@ -1,5 +1,6 @@
 #!/bin/sh
-# After the files are gone. The user stays: what it owns elsewhere must not become somebody else's.
+# Runs after the files are removed. The user stays, since a later user must not inherit its other
+# files.
 set -e
 
 [ "$1" != purge ] || rm -f /etc/systemd/system/multi-user.target.wants/ollama-cacheproxy.service

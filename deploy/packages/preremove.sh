@@ -1,6 +1,7 @@
 #!/bin/sh
-# Before the files are gone. dpkg says "remove", or "upgrade"; rpm says 0 when it is the last version
-# that goes. Whether it starts by itself is a setting, which Debian's packages keep until they are purged.
+# Runs before the files are removed. dpkg passes "remove" or "upgrade"; rpm passes 0 when it removes
+# the last version. Debian's packages keep the setting whether a service is enabled until they are
+# purged.
 set -e
 
 case "$1" in
@@ -8,5 +9,5 @@ remove) ;;
 0) systemctl disable ollama-cacheproxy.service ;;
 *) exit 0 ;;
 esac
-# No systemd runs in an image that is being built.
+# There is no running systemd while an image is built.
 [ ! -d /run/systemd/system ] || systemctl stop ollama-cacheproxy.service

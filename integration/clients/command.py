@@ -25,7 +25,7 @@ def ollama(*args, stdin=""):
     run = subprocess.run(
         [os.environ["CLIENT_OLLAMA"], *args], input=stdin, capture_output=True, text=True, env=env, timeout=120
     )
-    # Terminal codes, and progress that is drawn over, differ from run to run.
+    # Terminal codes, and progress that is overwritten, differ from run to run.
     message = re.sub(r"\x1b\[[0-9?;]*[A-Za-z]", "", run.stderr).strip().splitlines()
     if run.returncode != 0:
         raise OSError(f"status {run.returncode}: {message[-1:]}")
@@ -33,7 +33,7 @@ def ollama(*args, stdin=""):
 
 
 def table(*args):
-    """A table without its last column, which is a time; and whether that says a day where it is UNTIL."""
+    """A table without its last column, a time, and whether that is a day if the column is UNTIL."""
     lines = ollama(*args).splitlines()
     end = max(lines[0].find("MODIFIED"), lines[0].find("UNTIL"))
     return sorted(line[:end].rstrip() for line in lines)

@@ -13,7 +13,7 @@ POST_JSON = ("-H", "Content-Type: application/json")
 
 
 def curl(path, *args, data=None):
-    """One request: the statuses that came, the last one's headers without Date and the proxy's own, and the body."""
+    """One request: the statuses, the last headers without Date and the proxy's own, and the body."""
     if data is not None:
         with open("data", "wb") as f:
             f.write(data if isinstance(data, bytes) else json.dumps(data).encode())
@@ -36,15 +36,15 @@ def curl(path, *args, data=None):
         body = [plain(json.loads(line)) for line in body.splitlines()]
     except ValueError:
         body = plain(body.decode(errors="replace"))
-    # Models that are equally old come in any order.
+    # Equally old models are in no particular order.
     for value in body:
         if isinstance(value, dict) and "models" in value:
             value["models"].sort(key=lambda m: m["name"])
-    # Answers with times in them differ in length.
+    # Answers that contain times differ in length.
     headers = sorted(h for h in heads[-1][1:] if not h.lower().startswith(("date:", "content-length:", "x-cacheproxy-", "server-timing:")))
     return {
-        # How many interim answers come before the last one is left open (RFC 9110, 15.2): a proxy on a
-        # busy machine sends its own 100 and passes on the server's.
+        # The number of interim answers before the last one is undefined (RFC 9110, 15.2): a proxy
+        # on a busy machine sends its own 100 and passes on the server's.
         "statuses": [h[0] for h, before in zip(heads, [[None], *heads]) if h[0] != before[0]],
         "headers": [plain(h) for h in headers],
         "has length": any(h.lower().startswith("content-length:") for h in heads[-1]),
@@ -53,7 +53,7 @@ def curl(path, *args, data=None):
 
 
 def status(answer):
-    """What is left to compare where the proxy answers itself, in its own words."""
+    """What can be compared if the proxy answers itself, in its own words."""
     return answer["statuses"]
 
 

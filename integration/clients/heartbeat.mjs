@@ -1,4 +1,5 @@
-// Streams of the npm client openai that wait for longer than the client does for an answer's header. See heartbeat.py.
+// Streams of the npm client openai that wait longer than the client's timeout for an answer's
+// header. See heartbeat.py.
 
 import OpenAI from "openai";
 import { baseURL, prompt, tiny } from "./record.mjs";

@@ -1,7 +1,7 @@
-"""Streams of the Python clients openai and anthropic that wait for longer than the clients do for a byte.
+"""Streams of the Python clients openai and anthropic that wait for a byte beyond the clients' timeout.
 
-All are sent at once. For each the result is "streamed", or what the client raised. What it is asked says "FAIL"
-where the server is to answer with an error.
+All are sent at once. The result of each is "streamed", or the error that the client raised. A
+question contains "FAIL" if the server should answer it with an error.
 """
 
 import json
@@ -37,7 +37,7 @@ def message(prompt):
 def result(ask, prompt):
     try:
         return "streamed" if list(ask(prompt)) else "nothing"
-    except Exception as e:  # that of the HTTP library, if it times out within a stream
+    except Exception as e:  # the HTTP library's, if it times out within a stream
         return "timeout" if "Timeout" in type(e).__name__ else "error: " + str(e)
 
 

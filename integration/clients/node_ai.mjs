@@ -5,12 +5,12 @@ import { createOllama } from "ollama-ai-provider-v2";
 import { baseURL, collect, done, embedder, model, ok, prompt, refused, tiny, unknown, weather } from "./record.mjs";
 
 const ollama = createOllama({ baseURL: baseURL + "/api" });
-// The provider puts the SDK's own settings where Ollama does not read them.
+// The provider sends the SDK's own settings where Ollama does not read them.
 const providerOptions = { ollama: { options: { temperature: 0, seed: 1, num_predict: 8 } } };
 const fixed = { prompt, instructions: "Be brief.", providerOptions, maxRetries: 0 };
 const tools = { weather: tool({ description: "The weather in a city.", inputSchema: jsonSchema(weather) }) };
 
-// What the SDK makes of an answer, without the request and its times.
+// The SDK's result for an answer, without the request and its times.
 const parts = ({ text, finishReason, usage, toolCalls }) => ({ text, finishReason, usage, toolCalls });
 
 await ok("text", async () => parts(await generateText({ model: ollama(model), ...fixed })));

@@ -8,7 +8,7 @@ const byName = (models) => models.sort((a, b) => (a.name < b.name ? -1 : 1));
 const options = { temperature: 0, seed: 1, num_predict: 8 };
 
 await ok("version", () => client.version());
-// Models that are equally old come in any order.
+// Equally old models are in no particular order.
 await ok("list", async () => byName((await client.list()).models));
 await ok("show", () => client.show({ model: tiny }));
 await ok("generate", () => client.generate({ model, prompt, options }));
@@ -26,7 +26,7 @@ await ok("copy", () => client.copy({ source: "node-made", destination: "node-cop
 await ok("delete copy", () => client.delete({ model: "node-copied" }));
 await ok("delete", () => client.delete({ model: "node-made" }));
 await ok("generate last", () => client.generate({ model: tiny, prompt, options }));
-// Ollama sorts by expiry, which the proxy is there to change.
+// Ollama sorts by expiry, which the proxy changes on purpose.
 await ok("ps", async () => byName((await client.ps()).models));
 await refused("generate unknown", () => client.generate({ model: unknown, prompt }));
 await refused("chat stream unknown", () => client.chat({ model: unknown, messages, stream: true }));

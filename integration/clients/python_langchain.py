@@ -25,7 +25,7 @@ def validate_unknown():
     try:
         ChatOllama(model=UNKNOWN, validate_model_on_init=True, base_url=BASE_URL)
     except ValueError as e:
-        # It goes on with the models that there are, in any order.
+        # The message continues with the available models, in any order.
         return str(e).partition("Available local models")[0]
     raise RuntimeError("it should have been refused")
 

@@ -1,4 +1,4 @@
-"""litellm, by Ollama's own API and by the one that OpenAI's clients use."""
+"""litellm, with Ollama's own API and with the one for OpenAI's clients."""
 
 import asyncio
 
@@ -6,7 +6,7 @@ import litellm
 
 from record import BASE_URL, EMBED, MODEL, PROMPT, TINY, UNKNOWN, WEATHER_TOOL, done, ok, refused
 
-litellm.suppress_debug_info = True  # it would go to standard output
+litellm.suppress_debug_info = True  # which would go to standard output
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT}]
 FIXED = {"messages": MESSAGES, "temperature": 0, "seed": 1, "max_tokens": 8, "num_retries": 0}
 PROVIDERS = {

@@ -17,7 +17,7 @@ PIXEL = base64.b64decode(
 
 client = ollama.Client(host=BASE_URL)
 
-# Models that are equally old come in any order.
+# Equally old models are in no particular order.
 ok("list", lambda: sorted(client.list().models, key=lambda m: m.model))
 ok("show", lambda: client.show(TINY))
 for model in (MODEL, TINY):
@@ -74,10 +74,10 @@ async def asynchronous():
         "chat": await client.chat(TINY, MESSAGES, options=OPTIONS),
         "chat stream": await collect(client.chat(TINY, MESSAGES, stream=True, options=OPTIONS)),
         "embed": await client.embed(EMBED, PROMPT),
-        # Ollama sorts by expiry, which the proxy is there to change.
+        # Ollama sorts by expiry, which the proxy changes on purpose.
         "ps": sorted((await client.ps()).models, key=lambda m: m.model),
     }
-    # Answers of several requests at once come in any order; which request gets which does not change.
+    # Concurrent requests are answered in any order, but each gets its own answer.
     results["at once"] = await asyncio.gather(
         *(client.generate(TINY, f"Count from {n}.", raw=True, options=OPTIONS) for n in range(4))
     )

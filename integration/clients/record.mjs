@@ -74,7 +74,7 @@ export async function refused(name, call) {
   throw new Error(`${name} should have been refused, and returned ${JSON.stringify(result)}`);
 }
 
-/** Records whatever comes: an answer or a refusal. */
+/** Records the outcome: an answer or a refusal. */
 export async function either(name, call) {
   try {
     record(name, plain(JSON.parse(JSON.stringify((await call()) ?? null))));

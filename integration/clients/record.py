@@ -84,7 +84,7 @@ def refused(name, call):
 
 
 def either(name, call):
-    """Records whatever comes: an answer or a refusal."""
+    """Records the outcome: an answer or a refusal."""
     try:
         result = plain(call())
     except Exception as e:

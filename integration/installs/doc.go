@@ -1,3 +1,3 @@
-// Package installs tries what a release consists of: the archives, the packages on a Debian with a
-// systemd of its own, the shells' completions, the formula and the compose file. It needs Linux.
+// Package installs tests the parts of a release: the archives, the packages on a Debian that runs
+// its own systemd, the completions for shells, the formula and the compose file. It needs Linux.
 package installs

@@ -26,7 +26,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// repository is the root of the source, where goreleaser puts what it makes into dist.
+// repository is the root of the source, where goreleaser writes its results into dist.
 var repository = "../.."
 
 const (
@@ -34,26 +34,28 @@ const (
 	composeGo  = "github.com/compose-spec/compose-go/v2/cmd@v2.16.2"
 )
 
-// platforms are those that a release is for.
+// platforms are the platforms of a release.
 var platforms = []string{"darwin/amd64", "darwin/arm64", "linux/amd64", "linux/arm64", "windows/amd64", "windows/arm64"}
 
-// packages are what the Debian has on which packages are tried, beside the smallest one that there is. The
-// engine of the Ollama that is made from ready parts needs Python.
+// packages are installed in the Debian on which the release's packages are tested, beside the
+// minimal system. The engine of an Ollama that is assembled from prebuilt parts needs Python.
 const packages = "systemd,python3,systemd-sysv,dbus,procps,curl,rpm,ruby,bash-completion,zsh,fish,man-db"
 
-// TestRelease makes a release that is not published, and installs what it made.
+// TestRelease makes a release without publishing it, and installs the results.
 func TestRelease(t *testing.T) {
 	cache, err := realollama.OpenCache(os.Stderr)
 	if err != nil {
 		t.Fatal(err)
 	}
 	releaser := releaser(t, cache)
-	// Goreleaser tells no commit where the repository has no origin, as a clone's clone may not.
+	// Goreleaser reports no commit if the repository has no origin, as may be with a clone of a
+	// clone.
 	t.Setenv("GIT_CONFIG_COUNT", "1")
 	t.Setenv("GIT_CONFIG_KEY_0", "remote.origin.url")
 	t.Setenv("GIT_CONFIG_VALUE_0", "https://github.com/ollama-cacheproxy/ollama-cacheproxy.git")
 	repository = tracked(t, repository)
-	commit := output(t, repository, "git", "rev-parse", "HEAD")[:12] // as far as --version tells it
+	// As much of it as --version prints.
+	commit := output(t, repository, "git", "rev-parse", "HEAD")[:12]
 	output(t, repository, releaser, "check")
 	output(t, repository, releaser, "release", "--snapshot", "--clean", "--parallelism", fmt.Sprint(runtime.NumCPU()))
 	made := artifacts(t)
@@ -77,13 +79,15 @@ func tracked(t *testing.T, source string) string {
 	if err := os.RemoveAll(filepath.Join(dir, ".git")); err != nil { // one that git does not accept
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { repository = source }) // the folder is gone then
 	output(t, dir, "git", "init", "--quiet")
 	output(t, dir, "git", "add", "--all")
 	output(t, dir, "git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "--message", "source")
 	return dir
 }
 
-// TestCompose has the reference implementation load the compose file, and looks for what it mounts.
+// TestCompose loads the compose file with the reference implementation, and checks that the files
+// it mounts exist.
 func TestCompose(t *testing.T) {
 	text := output(t, filepath.Join(repository, "deploy/docker"), "go", "run", composeGo, "-format", "json", "compose.yaml")
 	var project struct {
@@ -128,7 +132,8 @@ func releaser(t *testing.T, cache *realollama.Cache) string {
 	return filepath.Join(dir, "goreleaser")
 }
 
-// debian returns the folder of a small Debian (or what else this machine's apt brings), which is made once.
+// debian returns the folder of a small Debian (or of this machine's own distribution, as its apt
+// provides it), which is made once.
 func debian(t *testing.T, cache *realollama.Cache) string {
 	if os.Getuid() != 0 {
 		t.Fatal("packages are tried in a container of systemd-nspawn, which only root may start: run this test as root")
@@ -159,7 +164,7 @@ func debian(t *testing.T, cache *realollama.Cache) string {
 	return filepath.Join(dir, "root")
 }
 
-// artifact is a file that goreleaser made.
+// artifact is one of goreleaser's results.
 type artifact struct {
 	Name, Path, Type, GOOS, GOARCH string
 }
@@ -186,7 +191,7 @@ func artifacts(t *testing.T) []artifact {
 	return made
 }
 
-// of returns the artifacts of a type, by platform, of which there must be one for each.
+// of returns the artifacts of a type, by platform. There must be one for each.
 func of(t *testing.T, made []artifact, kind string) map[string]artifact {
 	t.Helper()
 	found := map[string]artifact{}
@@ -203,7 +208,7 @@ func of(t *testing.T, made []artifact, kind string) map[string]artifact {
 	return found
 }
 
-// one returns the artifact for this machine whose name ends so.
+// one returns the artifact for this machine whose name has a suffix.
 func one(t *testing.T, made []artifact, suffix string) artifact {
 	t.Helper()
 	for _, a := range made {
@@ -215,7 +220,7 @@ func one(t *testing.T, made []artifact, suffix string) artifact {
 	return artifact{}
 }
 
-// programs looks at each program's format, and asks this machine's what it is.
+// programs checks each program's format, and runs this machine's with --version.
 func programs(t *testing.T, made []artifact, commit string) {
 	for platform, a := range of(t, made, "Binary") {
 		machine, err := programOf(a.GOOS, a.open(t))
@@ -236,7 +241,7 @@ func programs(t *testing.T, made []artifact, commit string) {
 	}
 }
 
-// programOf returns for which processor a program is.
+// programOf returns the processor that a program is for.
 func programOf(goos string, f io.ReaderAt) (string, error) {
 	switch goos {
 	case "linux":
@@ -263,7 +268,7 @@ func programOf(goos string, f io.ReaderAt) (string, error) {
 	}
 }
 
-// archives looks into the one for this machine.
+// archives checks the archive for this machine.
 func archives(t *testing.T, made []artifact) {
 	of(t, made, "Archive")
 	zipped, err := gzip.NewReader(one(t, made, ".tar.gz").open(t))
@@ -288,7 +293,8 @@ func archives(t *testing.T, made []artifact) {
 	}
 }
 
-// billsOfMaterials looks for a library in each. Their names alone say what they are of.
+// billsOfMaterials looks for a library in each of them. They name what they describe only in their
+// file names.
 func billsOfMaterials(t *testing.T, made []artifact) {
 	for _, platform := range platforms {
 		i := slices.IndexFunc(made, func(a artifact) bool {
@@ -313,7 +319,7 @@ func billsOfMaterials(t *testing.T, made []artifact) {
 	}
 }
 
-// checksums compares each with the file that it is of.
+// checksums compares each checksum with its file.
 func checksums(t *testing.T, made []artifact) {
 	sums := map[string]string{}
 	i := slices.IndexFunc(made, func(a artifact) bool { return a.Type == "Checksum" })
@@ -338,7 +344,7 @@ func checksums(t *testing.T, made []artifact) {
 	}
 }
 
-// tryUnit has systemd run machine.sh, and end with its status.
+// tryUnit makes systemd run machine.sh, and end with its status.
 const tryUnit = `[Unit]
 SuccessAction=exit
 FailureAction=exit
@@ -350,8 +356,8 @@ StandardOutput=file:%[1]s/log
 StandardError=inherit
 `
 
-// machine boots the Debian in root, runs machine.sh there, and builds what the formula wants built.
-// Nothing of it stays in root; the loopback addresses are this machine's, and a real Ollama is there.
+// machine boots the Debian in root, runs machine.sh there, and builds what the formula needs. It
+// leaves nothing in root. The loopback addresses are this machine's, and a real Ollama runs there.
 func machine(t *testing.T, root string, made []artifact, commit string) {
 	server := realollama.Start(t, realollama.Config{Version: realollama.Newest(), Models: []string{"smollm2"}})
 	dir := t.TempDir()
@@ -397,7 +403,7 @@ func machine(t *testing.T, root string, made []artifact, commit string) {
 	formula(t, string(log), filepath.Join(dir, "brewed"))
 }
 
-// formula runs the command by which the formula builds the program, as the log of machine.sh names it.
+// formula runs the formula's build command, as the log of machine.sh has it.
 func formula(t *testing.T, log, prefix string) {
 	_, line, ok := strings.Cut(log, "\nRUN ")
 	if !ok {
@@ -420,7 +426,7 @@ func formula(t *testing.T, log, prefix string) {
 	}
 }
 
-// output runs a command in a folder and returns what it prints; it must succeed.
+// output runs a command in a folder and returns its output; it must succeed.
 func output(t *testing.T, dir, name string, args ...string) string {
 	t.Helper()
 	command := exec.CommandContext(t.Context(), name, args...)

@@ -1,6 +1,6 @@
-// Package linked runs a real Ollama with the proxy in front of it, in the ways that are compared:
-// Ollama alone, the proxy without stored contexts, and the proxy with them, for which the Ollama is
-// one whose engine is linked to the proxy. It is for tests and benchmarks.
+// Package linked runs a real Ollama with the proxy in front of it, for tests and benchmarks that
+// compare three ways: Ollama alone, the proxy without stored contexts, and the proxy with them, in
+// front of an Ollama whose engine is linked to the proxy.
 package linked
 
 import (
@@ -16,37 +16,37 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// Way is what requests pass.
+// Way is the path that requests take.
 type Way int
 
 const (
 	// Direct is Ollama alone.
 	Direct Way = iota
-	// Without is the proxy without stored contexts, before the same Ollama.
+	// Without is the proxy without stored contexts, in front of the same Ollama.
 	Without
-	// Contexts is the proxy with stored contexts, before an Ollama that is linked.
+	// Contexts is the proxy with stored contexts, in front of a linked Ollama.
 	Contexts
 )
 
-// String is the way's name in tables.
+// String returns the way's name in tables.
 func (w Way) String() string { return [...]string{"direct", "without contexts", "contexts"}[w] }
 
-// Options say what to run.
+// Options describe what to run.
 type Options struct {
 	Way Way
-	// Server is the Ollama's configuration. For Contexts its Bin is the one to link.
+	// Server is the Ollama's configuration. For Contexts, its Bin is the one to link.
 	Server realollama.Config
-	// Program is the path of the proxy's binary, which is also what the engine is linked to.
+	// Program is the path of the proxy's binary, which the engine is also linked to.
 	Program string
-	// Home is the folder of the link and of the states; "" is a new one, which Stop removes.
+	// Home is the folder of the link and of the states; "" means a new one, which Stop removes.
 	Home string
 	// SWAFull links the engine so that sliding windows keep the whole context.
 	SWAFull bool
-	// Flags are more flags of the proxy.
+	// Flags are additional flags of the proxy.
 	Flags []string
 }
 
-// Pair is a running Ollama and, but for Direct, the proxy in front of it.
+// Pair is a running Ollama and, except for Direct, the proxy in front of it.
 type Pair struct {
 	Server *realollama.Server
 	// Proxy is nil for Direct, and after StopProxy.
@@ -55,7 +55,7 @@ type Pair struct {
 	Home string
 
 	options Options
-	ended   string // what proxies that have ended had logged
+	ended   string // logs of the proxies that have ended
 	ownHome bool
 	client  *http.Client
 }
@@ -100,7 +100,7 @@ func (p *Pair) link(ctx context.Context) (string, error) {
 	})
 }
 
-// StartProxy starts the proxy with the flags of the options and more.
+// StartProxy starts the proxy with the flags of the options and additional ones.
 func (p *Pair) StartProxy(ctx context.Context, more ...string) error {
 	flags := append([]string{}, p.options.Flags...)
 	if p.options.Way == Contexts {
@@ -111,7 +111,7 @@ func (p *Pair) StartProxy(ctx context.Context, more ...string) error {
 	return err
 }
 
-// URL is where requests are sent.
+// URL is the address for requests.
 func (p *Pair) URL() string {
 	if p.Proxy == nil {
 		return p.Server.URL()
@@ -119,19 +119,19 @@ func (p *Pair) URL() string {
 	return p.Proxy.URL
 }
 
-// StateDir is the folder of the state files; it may not be there yet.
+// StateDir is the folder of the state files; it may not exist yet.
 func (p *Pair) StateDir() string { return filepath.Join(p.Home, "contexts") }
 
-// Unload unloads a model behind the proxy's back, as it goes when its keep_alive has run out.
+// Unload unloads a model without the proxy, as when its keep_alive has run out.
 func (p *Pair) Unload(ctx context.Context, model string) error {
 	return chat.Unload(ctx, p.client, p.Server.URL(), model)
 }
 
-// RestartServer ends Ollama and its engines and starts it anew on the same port.
+// RestartServer ends Ollama and its engines, and starts it again on the same port.
 func (p *Pair) RestartServer(ctx context.Context) error { return p.Server.Restart(ctx) }
 
-// RestartProxy ends the proxy as an upgrade does and starts it anew, on another port. For Direct it
-// does nothing.
+// RestartProxy ends the proxy as an upgrade does, and starts it again on another port. For Direct
+// it does nothing.
 func (p *Pair) RestartProxy(ctx context.Context) error {
 	if p.Proxy == nil {
 		return nil
@@ -149,7 +149,7 @@ func (p *Pair) KillProxy() {
 	p.Proxy = nil
 }
 
-// StopProxy ends the proxy, so that URL is the server's.
+// StopProxy ends the proxy. URL is the server's from then on.
 func (p *Pair) StopProxy() error {
 	proxy := p.Proxy
 	p.Proxy = nil
@@ -158,7 +158,7 @@ func (p *Pair) StopProxy() error {
 	return err
 }
 
-// Log is what all proxies have logged.
+// Log returns the logs of all proxies so far.
 func (p *Pair) Log() string {
 	if p.Proxy == nil {
 		return p.ended

@@ -1,5 +1,5 @@
-// Package proxyprocess builds ollama-cacheproxy from this tree and runs it as a process of its own, for tests and
-// demonstrations.
+// Package proxyprocess builds ollama-cacheproxy from this tree and runs it as a separate process,
+// for tests and demonstrations.
 package proxyprocess
 
 import (
@@ -21,11 +21,12 @@ import (
 
 const (
 	startTimeout = 30 * time.Second
-	// stopTimeout is longer than the proxy's own limit on what still runs when it is told to stop.
+	// stopTimeout is longer than the proxy's own limit for requests that run when it is told to
+	// stop.
 	stopTimeout = 45 * time.Second
 )
 
-// Build makes the program at path; flags are for "go build".
+// Build builds the program at path; flags are passed to "go build".
 func Build(ctx context.Context, path string, flags ...string) error {
 	args := append([]string{"build", "-o", path}, flags...)
 	out, err := exec.CommandContext(ctx, "go", append(args, "github.com/ollama-cacheproxy/ollama-cacheproxy/cmd/ollama-cacheproxy")...).CombinedOutput()
@@ -37,7 +38,7 @@ func Build(ctx context.Context, path string, flags ...string) error {
 
 // Process is a running proxy.
 type Process struct {
-	URL string // where it listens
+	URL string // of its listener
 
 	cmd    *exec.Cmd
 	exited chan struct{} // closed when the process has ended and err is set
@@ -46,8 +47,8 @@ type Process struct {
 	log    bytes.Buffer // guarded by mu
 }
 
-// Start runs the program at path in front of upstream (a URL) on a free port, with more flags, and waits until it
-// listens. The context covers the start only.
+// Start runs the program at path in front of upstream (a URL) on a free port, with additional
+// flags, and waits until it listens. The context covers only the start.
 func Start(ctx context.Context, path, upstream string, flags ...string) (*Process, error) {
 	args := append([]string{"--listen", "127.0.0.1:0", "--upstream", upstream, "--log-format", "json"}, flags...)
 	p := &Process{cmd: exec.Command(path, args...), exited: make(chan struct{})}
@@ -71,7 +72,7 @@ func Start(ctx context.Context, path, upstream string, flags ...string) (*Proces
 			if json.Unmarshal(lines.Bytes(), &line) == nil && strings.HasPrefix(line.Msg, "ready") && line.Listen != "" {
 				select {
 				case ready <- line.Listen:
-				default: // it has been said
+				default: // it was reported before
 				}
 			}
 		}
@@ -90,7 +91,7 @@ func Start(ctx context.Context, path, upstream string, flags ...string) (*Proces
 	}
 }
 
-// Stop asks the proxy to stop and waits. Its error says if the proxy did not end well.
+// Stop asks the proxy to stop, and waits. It returns an error if the proxy's exit status is not 0.
 func (p *Process) Stop() error {
 	// A process that has ended already needs no signal.
 	_ = p.cmd.Process.Signal(syscall.SIGTERM)
@@ -113,7 +114,7 @@ func (p *Process) Kill() {
 	<-p.exited
 }
 
-// Log returns what the proxy has logged.
+// Log returns the proxy's log.
 func (p *Process) Log() string {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -7,9 +7,9 @@ import (
 	"time"
 )
 
-// BenchmarkEvaluate measures what a prompt costs that no cache holds, in
-// milliseconds per 1,000 tokens as Ollama reports them, and what a generated
-// token costs. docs/real-ollama.md has its figures.
+// BenchmarkEvaluate measures the cost of a prompt that no cache holds, in milliseconds per 1,000
+// tokens as Ollama reports them, and the cost of a generated token. docs/real-ollama.md has its
+// figures.
 func BenchmarkEvaluate(b *testing.B) {
 	for _, version := range Versions() {
 		for _, model := range ModelNames() {
@@ -22,7 +22,7 @@ func BenchmarkEvaluate(b *testing.B) {
 				var evaluating, generating time.Duration
 				var evaluated, generated int
 				for n := 0; b.Loop(); n++ {
-					// About 1,000 tokens of each vocabulary, new at the start.
+					// About 1,000 tokens of each vocabulary, with a new beginning each time.
 					const sentence = "the document is about the town and the world and the people in it "
 					sentences := 70
 					if strings.HasPrefix(model, "gen-") {

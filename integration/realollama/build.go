@@ -27,20 +27,20 @@ type build struct {
 	// Work is scratch space, removed at the end.
 	Work string
 	log  *os.File
-	// tracker knows how far the present step is.
+	// tracker has the progress of the current step.
 	tracker
 }
 
-// command is a program to run as a part of a build.
+// command is a program to run as part of a build.
 type command struct {
 	dir  string   // "" is the work folder
 	env  []string // added to the environment
 	args []string
-	// watch, if not nil, gets the output as well.
+	// watch, if not nil, also gets the output.
 	watch io.Writer
 }
 
-// run runs a command with its output in the build's log. Its error quotes what matters of that
+// run runs a command with its output in the build's log. Its error quotes the relevant part of that
 // output.
 func (b *build) run(ctx context.Context, c command) error {
 	var output bytes.Buffer
@@ -56,8 +56,8 @@ func (b *build) run(ctx context.Context, c command) error {
 	}
 	cmd.Stdout = io.MultiWriter(writers...)
 	cmd.Stderr = cmd.Stdout
-	// Compilers must not outlive a test that is killed or gives up: another
-	// process may then build in the same folder.
+	// Compilers must not outlive a test that is killed or times out: another process may then build
+	// in the same folder.
 	ownGroup(cmd)
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -71,7 +71,7 @@ func (b *build) run(ctx context.Context, c command) error {
 }
 
 // venv makes a virtual environment in dir and returns its interpreter. As root it installs Debian's
-// Python where that is missing.
+// Python if that is missing.
 func (b *build) venv(ctx context.Context, dir string) (string, error) {
 	create := func() error {
 		if err := b.run(ctx, command{args: []string{"python3", "-m", "venv", dir}}); err != nil {
@@ -104,14 +104,14 @@ func pipRecipe() recipe {
 	}
 }
 
-// pythonVersion tells interpreters apart, since an environment belongs to the one that made it; ""
-// where there is none.
+// pythonVersion identifies the interpreter, since an environment belongs to the one that made it;
+// "" if there is none.
 var pythonVersion = sync.OnceValue(func() string {
 	version, _ := exec.Command("python3", "-c", "import sys; print(sys.version, sys.base_prefix)").Output()
 	return string(version)
 })
 
-// compilers fails with what to install where there is no C and C++ compiler.
+// compilers fails, and says what to install, if there is no C and C++ compiler.
 func (b *build) compilers(ctx context.Context) error {
 	missing := func() bool {
 		cc, cxx := os.Getenv("CC"), os.Getenv("CXX")
@@ -128,8 +128,8 @@ func (b *build) compilers(ctx context.Context) error {
 	return errors.New("a C and a C++ compiler are needed; install them (Debian: apt-get install build-essential)")
 }
 
-// tool finds a program in PATH, else installs the package of that name into a virtual environment
-// of the build's own.
+// tool finds a program in PATH, or else installs the package of that name into a virtual
+// environment for the build.
 func (b *build) tool(ctx context.Context, name string) (string, error) {
 	if path := firstInPath(name); path != "" {
 		return path, nil
@@ -147,8 +147,8 @@ func (b *build) tool(ctx context.Context, name string) (string, error) {
 	return filepath.Join(filepath.Dir(python), name), nil
 }
 
-// download fetches the files of a package, about so many MB, with pip, which neither unpacks nor
-// builds them. More than one file comes where its dependencies come, too.
+// download fetches the files of a package, of about that many MB, with pip, which neither unpacks
+// nor builds them. There is more than one file if its dependencies are included.
 func (b *build) download(ctx context.Context, requirement string, megabytes int64, options ...string) ([]string, error) {
 	pip, err := b.ensure(ctx, pipRecipe())
 	if err != nil {
@@ -197,7 +197,7 @@ func (b *build) aptInstall(ctx context.Context, packages ...string) error {
 	return b.run(ctx, command{env: env, args: append([]string{"apt-get", "install", "-y", "--no-install-recommends"}, packages...)})
 }
 
-// firstInPath is the path of the first of the names that PATH has.
+// firstInPath returns the path of the first of the names that is in PATH.
 func firstInPath(names ...string) string {
 	for _, name := range names {
 		if name == "" {
@@ -210,8 +210,8 @@ func firstInPath(names ...string) string {
 	return ""
 }
 
-// unpackTar unpacks a .tar.gz into dir without its outermost folder. Only plain
-// files under one of the given folders come out.
+// unpackTar unpacks a .tar.gz into dir without its outermost folder, and only its plain files under
+// one of the given folders.
 func unpackTar(path, dir string, under ...string) error {
 	f, err := os.Open(path)
 	if err != nil {
@@ -242,8 +242,7 @@ func unpackTar(path, dir string, under ...string) error {
 	}
 }
 
-// openZipped opens a file in a zip archive (as a Python wheel is) by the end of
-// its name.
+// openZipped opens a file in a zip archive (such as a Python wheel) by the end of its name.
 func openZipped(path, suffix string) (io.ReadCloser, error) {
 	archive, err := zip.OpenReader(path)
 	if err != nil {
@@ -286,7 +285,7 @@ func unpackZip(path, dir string, under ...string) error {
 	return nil
 }
 
-// isUnder says whether a name in an archive lies in one of the folders, and not outside the
+// isUnder reports whether a name in an archive lies in one of the folders, and not outside the
 // archive.
 func isUnder(name string, folders []string) bool {
 	return filepath.IsLocal(name) && slices.ContainsFunc(folders, func(folder string) bool { return strings.HasPrefix(name, folder+"/") })

@@ -16,15 +16,14 @@ import (
 // cacheEnv names the folder to use in place of the user's cache folder.
 const cacheEnv = "OLLAMA_CACHEPROXY_CACHE"
 
-// Cache holds built servers and models. Each entry is a folder named by what it
-// is and by a hash of how it was made; it appears complete or not at all, so
-// any number of processes may use one cache.
+// Cache has built servers and models. Each entry is a folder named by its content and by a hash of
+// how it was made. It appears complete or not at all, so any number of processes may share a cache.
 type Cache struct {
 	dir      string
 	progress io.Writer
 }
 
-// OpenCache returns the cache in the folder that OLLAMA_CACHEPROXY_CACHE names, otherwise in
+// OpenCache returns the cache in the folder that OLLAMA_CACHEPROXY_CACHE names, or else in
 // ollama-cacheproxy under the user's cache folder. Long steps report to progress.
 func OpenCache(progress io.Writer) (*Cache, error) {
 	dir := os.Getenv(cacheEnv)
@@ -53,11 +52,11 @@ func (c *Cache) say(format string, args ...any) {
 type recipe struct {
 	// name begins the entry's folder name: no slashes.
 	name string
-	// inputs are hashed into the folder's name: all that the result depends on.
+	// inputs is everything that the result depends on; it is hashed into the folder's name.
 	inputs []string
-	// announce says what is being done and how long it takes.
+	// announce says what is done and how long it takes.
 	announce string
-	// needs are made first: make may ask the cache for them.
+	// needs are made first, so that make may ask the cache for them.
 	needs []recipe
 	make  func(ctx context.Context, b *build) error
 }
@@ -73,8 +72,8 @@ func (r recipe) key() string {
 // path is where the recipe's entry is, or will be.
 func (c *Cache) path(r recipe) string { return filepath.Join(c.dir, r.key()) }
 
-// ensure returns the recipe's folder in the cache and makes it where it is
-// missing. One process makes it, others wait.
+// ensure returns the recipe's folder in the cache, and makes it if it is missing. One process makes
+// it, others wait.
 func (c *Cache) ensure(ctx context.Context, r recipe) (string, error) {
 	key := r.key()
 	dir := c.path(r)
@@ -131,7 +130,7 @@ func (c *Cache) makeEntry(ctx context.Context, r recipe, key, dir string) (err e
 	if err == nil {
 		err = os.Rename(b.Result, dir)
 	}
-	// The work folder is large and the log tells what failed.
+	// The work folder is large, and the log shows what failed.
 	err = errors.Join(err, os.RemoveAll(temp))
 	if err != nil {
 		return fmt.Errorf("making %s: %w\nThe whole log: %s", r.name, err, logPath)
@@ -140,8 +139,8 @@ func (c *Cache) makeEntry(ctx context.Context, r recipe, key, dir string) (err e
 	return nil
 }
 
-// clearUnfinished removes what killed builds left: of the entry key, whose lock
-// the caller holds, and of every entry that no process is making now.
+// clearUnfinished removes the leftovers of killed builds: of the entry key, whose lock the caller
+// holds, and of every entry that no process is making now.
 func (c *Cache) clearUnfinished(key string) error {
 	temp := filepath.Join(c.dir, "tmp")
 	left, err := os.ReadDir(temp)

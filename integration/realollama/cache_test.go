@@ -54,7 +54,7 @@ func TestEnsureMakesAnEntryOnce(t *testing.T) {
 		made.Add(1)
 		return writeResult("made")(ctx, b)
 	}}
-	// Each has a lock file of its own, as in another process.
+	// Each has its own lock file, as in another process.
 	var all sync.WaitGroup
 	for range 8 {
 		all.Go(func() {

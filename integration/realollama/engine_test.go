@@ -10,7 +10,7 @@ import (
 	"testing"
 )
 
-// wheelEngine returns the folder of the ready llama-server.
+// wheelEngine returns the folder of the prebuilt llama-server.
 func wheelEngine(t *testing.T) string {
 	t.Helper()
 	c, err := OpenCache(t.Output())
@@ -24,8 +24,8 @@ func wheelEngine(t *testing.T) string {
 	return dir
 }
 
-// TestWheelRefusesWhatItDoesNotKnow has the command line that is put on the package say so, rather
-// than run a server that is not what was asked for.
+// TestWheelRefusesWhatItDoesNotKnow: the command line written for the package refuses unknown
+// flags, rather than running a server with other settings than those asked for.
 func TestWheelRefusesWhatItDoesNotKnow(t *testing.T) {
 	launcher := filepath.Join(wheelEngine(t), "llama-server")
 	for _, at := range []struct {
@@ -52,7 +52,7 @@ func TestWheelRefusesWhatItDoesNotKnow(t *testing.T) {
 }
 
 // TestWheelMapsEachFlag sets every flag that Ollama 0.33 and 0.34 pass (llm/llama_server.go), and
-// the environment that tests and people use, and looks at the package's parameters.
+// the environment that tests and people use, and checks the package's parameters.
 func TestWheelMapsEachFlag(t *testing.T) {
 	const show = `
 import json, sys
@@ -139,8 +139,8 @@ print(json.dumps({path: value(path) for path in sys.argv[4:]}))
 	}
 }
 
-// TestWheelKnowsEachFlag reads the flags from the sources of the versions that use it, so that one
-// which a new version adds is noticed.
+// TestWheelKnowsEachFlag reads the flags from the sources of the versions that use it, so that a
+// flag of a new version is noticed.
 func TestWheelKnowsEachFlag(t *testing.T) {
 	literal := regexp.MustCompile(`"(--?[a-z][a-z-]*)"`)
 	for _, version := range []string{EraB, EraC} {
@@ -190,7 +190,7 @@ func TestEngineIsChosen(t *testing.T) {
 		t.Errorf("when the source is asked for, it is %s", r.name)
 	}
 
-	// A source that was built once does not stand in for the wheel.
+	// A source that was built before does not replace the wheel.
 	t.Setenv(engineEnv, "")
 	if err := os.MkdirAll(c.path(sourceEngineRecipe()), 0o755); err != nil {
 		t.Fatal(err)
@@ -199,7 +199,7 @@ func TestEngineIsChosen(t *testing.T) {
 		t.Errorf("where there is a wheel, the engine is %s", r.name)
 	}
 
-	// Where PyPI has no wheel for the machine, the source is built, and that is told.
+	// If PyPI has no wheel for the machine, the source is built, and the progress says so.
 	if err := os.RemoveAll(c.path(wheelRecipe())); err != nil {
 		t.Fatal(err)
 	}
@@ -211,7 +211,7 @@ func TestEngineIsChosen(t *testing.T) {
 		t.Errorf("that the source is built is not told:\n%s", told.String())
 	}
 
-	// An index that cannot be reached says nothing of wheels.
+	// An index that cannot be reached does not mean that there is no wheel.
 	if err := os.RemoveAll(c.path(wheelRecipe())); err != nil {
 		t.Fatal(err)
 	}

@@ -15,9 +15,9 @@ import (
 // Mark is a place in a server's log.
 type Mark int64
 
-// Evaluation is what the server's log says of one prompt: the only ground truth of reuse. Eras B
-// and C log it at the end of an answer, and not for aborted requests and embeddings; era A logs it
-// before it evaluates.
+// Evaluation is the server's log of one prompt: the only ground truth of reuse. Eras B and C log it
+// at the end of an answer, and not for aborted requests and embeddings; era A logs it before the
+// evaluation.
 type Evaluation struct {
 	// Total is the number of the prompt's tokens, 0 if the log does not say.
 	Total int
@@ -27,7 +27,7 @@ type Evaluation struct {
 	Evaluated int
 }
 
-// Mark is the present end of the log.
+// Mark returns the current end of the log.
 func (s *Server) Mark() Mark {
 	info, err := os.Stat(s.path("server.log"))
 	if err != nil {
@@ -36,10 +36,10 @@ func (s *Server) Mark() Mark {
 	return Mark(info.Size())
 }
 
-// Log is the whole log so far, "" once the server is stopped.
+// Log returns the whole log so far; "" once the server is stopped.
 func (s *Server) Log() string { return s.logSince(0) }
 
-// logSince is the log from a mark on, without an incomplete last line.
+// logSince returns the log from a mark on, without an incomplete last line.
 func (s *Server) logSince(since Mark) string {
 	f, err := os.Open(s.path("server.log"))
 	if err != nil {
@@ -53,14 +53,14 @@ func (s *Server) logSince(since Mark) string {
 	return string(content[:bytes.LastIndexByte(content, '\n')+1])
 }
 
-// Evaluations are the prompts in the log from a mark on, in the log's order. The log may lag behind
-// an answer: see WaitEvaluations.
+// Evaluations returns the prompts in the log from a mark on, in the log's order. The log may lag
+// behind an answer: see WaitEvaluations.
 func (s *Server) Evaluations(since Mark) []Evaluation {
 	return parseEvaluations(s.logSince(since))
 }
 
-// WaitEvaluations waits until the log has n prompts from a mark on, and returns all that it then
-// has. It fails when ctx ends or after 10 s.
+// WaitEvaluations waits until the log has n prompts from a mark on, and returns all that it has by
+// then. It fails when ctx ends or after 10 s.
 func (s *Server) WaitEvaluations(ctx context.Context, since Mark, n int) ([]Evaluation, error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
@@ -77,13 +77,13 @@ func (s *Server) WaitEvaluations(ctx context.Context, since Mark, n int) ([]Eval
 	}
 }
 
-// Begun are the prompts that an engine of eras B and C began with, from a mark on, in the log's
-// order, including aborted ones, embeddings, and those whose engine ended before it had written its
-// last line.
+// Begun returns the prompts whose evaluation an engine of eras B and C has begun, from a mark on,
+// in the log's order. It includes aborted ones, embeddings, and those whose engine ended before it
+// had written its last line.
 func (s *Server) Begun(since Mark) []Evaluation { return parseBegun(s.logSince(since)) }
 
-// Loads is the number of model loads in the log from a mark on, including failed ones. Loads of the
-// same model with other options count.
+// Loads returns the number of model loads in the log from a mark on, including failed ones. Loads
+// of the same model with other options count.
 func (s *Server) Loads(since Mark) int { return countLoads(s.logSince(since)) }
 
 var (
@@ -99,8 +99,8 @@ var (
 
 func parseEvaluations(log string) []Evaluation {
 	var all []Evaluation
-	// Tasks are numbered by each llama-server for itself, so two models may
-	// have a task of the same number at once.
+	// Each llama-server numbers its own tasks, so tasks of two models may have the same number at
+	// the same time.
 	totals := map[string][]int{}
 	task := ""
 	for line := range strings.Lines(log) {
@@ -136,7 +136,7 @@ func parseBegun(log string) []Evaluation {
 		if m := newPromptLine.FindStringSubmatch(line); m != nil {
 			totals[m[1]+"/"+m[2]] = number(m[3])
 		} else if m := cachedLine.FindStringSubmatch(line); m != nil {
-			// A long prompt has one such line for each of its parts.
+			// A long prompt has one such line for each part.
 			if total, ok := totals[m[1]+"/"+m[2]]; ok {
 				delete(totals, m[1]+"/"+m[2])
 				all = append(all, Evaluation{Total: total, Reused: number(m[3]), Evaluated: total - number(m[3])})

@@ -59,8 +59,8 @@ func TestParseLog(t *testing.T) {
 	}
 }
 
-// sameAsEvaluated reports whether prompts were begun with as they were evaluated, which is told in
-// another order where two slots work. Era A does not tell.
+// sameAsEvaluated reports whether the same prompts were begun and evaluated. The log has them in
+// another order if two slots work. Era A does not log it.
 func sameAsEvaluated(file string, begun, evaluated []Evaluation) bool {
 	if strings.HasPrefix(file, EraA) {
 		return len(begun) == 0
@@ -74,10 +74,10 @@ func sameAsEvaluated(file string, begun, evaluated []Evaluation) bool {
 
 func TestParseEvaluationsOfOtherBuilds(t *testing.T) {
 	for log, want := range map[string]Evaluation{
-		// Slot and task in a line of their own.
+		// Slot and task are on a separate line.
 		"slot update_slots: id  0 | task 4 | new prompt, n_ctx_slot = 4096, n_keep = 4, task.n_tokens = 70\n" +
 			"slot print_timing: id  0 | task 4 |\nprompt eval time =     160.00 ms /    64 tokens (    2.50 ms per token,   400.00 tokens per second)\n": {70, 6, 64},
-		// No word on the whole prompt.
+		// The length of the whole prompt is missing.
 		"prompt eval time =     160.00 ms /    64 tokens (    2.50 ms per token,   400.00 tokens per second)\n": {0, 0, 64},
 	} {
 		if got := parseEvaluations(log); len(got) != 1 || got[0] != want {

@@ -11,12 +11,12 @@ import (
 	"strings"
 )
 
-// generated describes a model with random weights. The same description gives
-// the same file, byte for byte, everywhere.
+// generated describes a model with random weights. The same description gives the same file, byte
+// for byte, everywhere.
 //
-// Weights are in single precision unless a mix is set: with quantized weights llama.cpp rounds what
-// it multiplies them with, so that a prompt gives other answers when a cache has
-// a part of it than when it is evaluated in one batch.
+// Weights are in single precision unless a mix is set. With quantized weights llama.cpp rounds the
+// values that it multiplies them with, so the answer to a prompt depends on whether a cache has a
+// part of it or all is evaluated in one batch.
 type generated struct {
 	arch    string // llama, qwen3 or gemma3
 	hidden  int
@@ -26,27 +26,26 @@ type generated struct {
 	kvHeads int
 	headDim int
 	seed    uint64
-	// embeds marks a model for embeddings, by mean pooling.
+	// embeds marks an embedding model, with mean pooling.
 	embeds bool
 	// mix is how the layers' matrices are stored; the zero value is single precision.
 	mix mix
 }
 
 const (
-	// generatedFormat is raised with every change to what is written, which
-	// makes cached files of older formats unused.
+	// generatedFormat is increased with every change to the written files, so that cached files of
+	// older formats are no longer used.
 	generatedFormat = 3
 
 	generatedContext = 131072
-	// generatedWindow is the sliding window of gemma3, as in its small
-	// real models.
+	// generatedWindow is the sliding window of gemma3, as in its small real models.
 	generatedWindow = 512
 	generatedMerges = 128
 )
 
-// Gains of the random matrices, relative to the one that keeps the scale of
-// what passes through. Attention is made sharp, so that an answer depends on
-// single tokens far back and does not fall into a short loop.
+// Gains of the random matrices, relative to the one that preserves the scale of values that pass
+// through. Attention is made sharp, so that an answer depends on single tokens far back and does
+// not fall into a short loop.
 const (
 	gainAttention = 1.6
 	gainOther     = 1.0
@@ -175,7 +174,7 @@ func (m generated) random(name string) *rand.PCG {
 	return rand.NewPCG(m.seed, h.Sum64())
 }
 
-// constant is a vector of one value but for its first channel.
+// constant is a vector of one value, except for its first channel.
 func (m generated) constant(name string, n int, value, first float32) tensor {
 	return tensor{name: name, shape: []uint64{uint64(n)}, write: func(w io.Writer) error {
 		values := make([]float32, n)
@@ -219,7 +218,7 @@ func (m generated) matrix(name string, stored weights, columns, rows int, gain f
 	})
 }
 
-// quantized is what Ollama calls the way in which the weights are stored.
+// quantized is Ollama's name for how the weights are stored.
 func (m generated) quantized() string { return string(cmp.Or(m.mix, "F32")) }
 
 // sizeName is a number of weights as Ollama shows it.

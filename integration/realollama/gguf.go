@@ -8,8 +8,8 @@ import (
 	"math"
 )
 
-// ggufAlignment is the alignment of tensor data in a GGUF file where the
-// metadata does not set another.
+// ggufAlignment is the alignment of tensor data in a GGUF file if the metadata does not set another
+// one.
 const ggufAlignment = 32
 
 // GGUF's numbers for the value types that this package writes.
@@ -50,8 +50,8 @@ func (t tensor) size() uint64 {
 	return n / uint64(values) * uint64(bytes)
 }
 
-// writeGGUF writes a version 3 GGUF file, little-endian, with the metadata and
-// tensors in the order given.
+// writeGGUF writes a version 3 GGUF file, little-endian, with the metadata and tensors in the order
+// given.
 func writeGGUF(w io.Writer, metadata []keyValue, tensors []tensor) error {
 	buffered := bufio.NewWriterSize(w, 1<<20)
 	g := &ggufWriter{w: buffered}

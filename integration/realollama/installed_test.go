@@ -9,8 +9,8 @@ import (
 	"testing"
 )
 
-// TestInstalledOllamaIsUsed has the newest Ollama that the tests know give itself a version that
-// they do not know, beside some that cannot be used.
+// TestInstalledOllamaIsUsed: an installed Ollama that reports a version unknown to the tests is
+// found beside some that cannot be used.
 func TestInstalledOllamaIsUsed(t *testing.T) {
 	good := goodOllama(t)
 	c, told := openTestCache(t)
@@ -52,7 +52,7 @@ func TestInstalledOllamaIsUsed(t *testing.T) {
 		t.Errorf("after Ctrl-C found was %+v, %v", none, err)
 	}
 
-	// It runs beside the person's own server and models, and its log is read as the newest era's.
+	// It runs beside the user's own server and models, and its log is read as the newest era's.
 	s := Start(t, Config{Version: found.Version, Bin: found.Bin, Models: []string{"gen-llama-tiny"}})
 	if s.Bin() != newer || s.Version() != found.Version || Era(s.Version()) != EraC {
 		t.Errorf("the server is %s of version %s", s.Bin(), s.Version())

@@ -10,7 +10,7 @@ import (
 
 // LinkConfig says which Ollama to link to the proxy, and where.
 type LinkConfig struct {
-	// Version is EraB or EraC, or the version of Ollama; EraA has no engine of its own to link to.
+	// Version is EraB or EraC, or the version of Ollama; EraA has no separate engine to link.
 	Version string
 	// Ollama is an installed binary to link, as FindInstalled returns it; "" finds or builds one.
 	Ollama string
@@ -18,12 +18,12 @@ type LinkConfig struct {
 	Home string
 	// Program is the path of the proxy's binary.
 	Program string
-	// SWAFull has the engine keep the whole context of sliding windows.
+	// SWAFull makes the engine keep the whole context of sliding windows.
 	SWAFull bool
 }
 
 // Link makes a linked Ollama in a folder, and returns the path of its binary, for Config.Bin. The
-// original, which is the given one or one that the cache has or builds, stays as it is.
+// original, which is given, cached or built, is not changed.
 func Link(ctx context.Context, config LinkConfig) (string, error) {
 	original := config.Ollama
 	if original == "" {

@@ -7,20 +7,20 @@ import (
 	"path/filepath"
 )
 
-// Made describes an entry of the cache that is made by something else than this package.
+// Made describes an entry of the cache that another package makes.
 type Made struct {
 	Name     string   // begins the entry's folder name: no slashes
-	Inputs   []string // all that the result depends on
-	Announce string   // what is being done and how long it takes
-	// Megabytes is about how large the result becomes, for the progress; 0: it is not told.
+	Inputs   []string // everything that the result depends on
+	Announce string   // what is done and how long it takes
+	// Megabytes is the approximate size of the result, for the progress; zero: none is shown.
 	Megabytes int64
 	// Make fills the folder result. run runs a command in a folder ("" is scratch space), with its
 	// output in a log that an error names and quotes.
 	Make func(ctx context.Context, result string, run func(dir string, args ...string) error) error
 }
 
-// Ensure returns the entry's folder, which is made once, complete or not at all, by one of all
-// processes that ask.
+// Ensure returns the entry's folder. It is made once, complete or not at all, by one of the
+// processes that ask for it.
 func (c *Cache) Ensure(ctx context.Context, m Made) (string, error) {
 	return c.ensure(ctx, recipe{
 		name: m.Name, inputs: m.Inputs, announce: m.Announce,
@@ -34,7 +34,7 @@ func (c *Cache) Ensure(ctx context.Context, m Made) (string, error) {
 }
 
 // PythonEnv returns the interpreter of a virtual environment that has the packages of requirements,
-// in pip's format. They take about so many MB on disk.
+// in pip's format. They take about that many MB on disk.
 func (c *Cache) PythonEnv(ctx context.Context, name, requirements string, megabytes int64) (string, error) {
 	dir, err := c.ensure(ctx, recipe{
 		name:     "python-" + name,

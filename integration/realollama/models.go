@@ -21,7 +21,7 @@ type model struct {
 	template   string
 	// options are the model's own defaults, as PARAMETER lines in a Modelfile.
 	options map[string]any
-	// about is a line for people.
+	// a line for people
 	about  string
 	recipe recipe
 }
@@ -61,7 +61,7 @@ const gemmaTemplate = `{{- range $i, $_ := .Messages }}
 {{- end }}
 {{- end }}`
 
-// allModels is every model by name, real ones first.
+// allModels returns all models, real ones first.
 func allModels() []model {
 	tiny := func(arch string, layers int, seed uint64) generated {
 		return generated{arch: arch, hidden: 96, layers: layers, ff: 192, heads: 2, kvHeads: 1, headDim: 32, seed: seed}
@@ -71,7 +71,7 @@ func allModels() []model {
 	}
 	embed := tiny("llama", 2, 3)
 	embed.embeds = true
-	// The probe's: rows of 256 values, as some types of weights need.
+	// The models for the probe, with rows of 256 values, as some types of weights need.
 	stored := func(m mix) generated {
 		return generated{arch: "llama", hidden: 256, layers: 2, ff: 512, heads: 4, kvHeads: 2, headDim: 64, seed: 1, mix: m}
 	}
@@ -92,7 +92,7 @@ func allModels() []model {
 	}
 }
 
-// ModelNames are the names of all models, for Config.Models.
+// ModelNames returns the names of all models, for Config.Models.
 func ModelNames() []string {
 	var names []string
 	for _, m := range allModels() {
@@ -101,7 +101,7 @@ func ModelNames() []string {
 	return names
 }
 
-// AboutModel is a line on a model for people, "" for an unknown name.
+// AboutModel returns a line about a model for people; "" for an unknown name.
 func AboutModel(name string) string {
 	m, err := findModel(name)
 	if err != nil {
@@ -165,8 +165,8 @@ func gemma3() model {
 	}
 }
 
-// joinGemma joins the parts of the file, which are in wheels of their own, and
-// checks the whole against the sum that the main wheel has.
+// joinGemma joins the parts of the file, which are in separate wheels, and checks the whole against
+// the sum in the main wheel.
 func (b *build) joinGemma(wheels []string) error {
 	var sums string
 	parts := make([]io.Reader, 4)
@@ -211,8 +211,7 @@ func generatedModel(name string, g generated) model {
 	}
 	return model{
 		name: name, family: g.arch, parameters: sizeName(g.parameters()), quantized: g.quantized(), template: chatML,
-		// It never ends an answer by itself: a request that sets no
-		// num_predict still ends soon.
+		// It never ends an answer by itself, so requests that set no num_predict need a limit.
 		options: map[string]any{"num_predict": 64, "stop": []string{tokenStart, tokenEnd}},
 		about:   about,
 		recipe: recipe{
@@ -221,8 +220,8 @@ func generatedModel(name string, g generated) model {
 			announce: "generating the model " + name,
 			make: func(_ context.Context, b *build) error {
 				r, w := io.Pipe()
-				// It ends with the pipe: saveModel reads to the end,
-				// or closing r fails its next write.
+				// It ends with the pipe: saveModel reads to the end, or closing r makes its next
+				// write fail.
 				go func() { w.CloseWithError(g.writeTo(w)) }()
 				defer r.Close()
 				return b.saveModel(r)
@@ -241,8 +240,7 @@ func (b *build) saveModel(gguf io.Reader) error {
 	return writeFile(filepath.Join(b.Result, "sha256"), strings.NewReader(sum), 0o444)
 }
 
-// Model makes sure that the cache has a model and returns the path of its GGUF
-// file.
+// Model ensures that the cache has a model, and returns the path of its GGUF file.
 func (c *Cache) Model(ctx context.Context, name string) (string, error) {
 	m, err := findModel(name)
 	if err != nil {
@@ -262,8 +260,7 @@ type layer struct {
 	Size      int64  `json:"size"`
 }
 
-// install adds a model to a server's models folder, in the form that `ollama
-// create` gives it.
+// install adds a model to a server's models folder, in the form that `ollama create` uses.
 func (c *Cache) install(ctx context.Context, name, models string) error {
 	m, err := findModel(name)
 	if err != nil {

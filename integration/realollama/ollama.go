@@ -19,10 +19,9 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/engine"
 )
 
-// Ollama returns the path of the ollama binary of a version: the one that the
-// environment names (OLLAMA_BIN_0_34_1), else the one in PATH if it is of that
-// version, else one built into the cache. It has answered on this machine, from weights of each
-// type that the tests use.
+// Ollama returns the path of the ollama binary of a version: the one that the environment names
+// (OLLAMA_BIN_0_34_1), else the one in PATH if it has that version, else one built into the cache.
+// A probe has shown that it answers on this machine, with weights of each type that the tests use.
 func (c *Cache) Ollama(ctx context.Context, version string) (string, error) {
 	if !known(version) {
 		return "", fmt.Errorf("no Ollama %q; there are %s, %s and %s", version, EraA, EraB, EraC)
@@ -50,7 +49,7 @@ func (c *Cache) Ollama(ctx context.Context, version string) (string, error) {
 	return bin, nil
 }
 
-// otherEngine is what else to try where a built server does not work.
+// otherEngine says what else to try if a built server does not work.
 func otherEngine(version string) string {
 	if version == EraA || os.Getenv(engineEnv) == "source" {
 		return "."
@@ -58,15 +57,15 @@ func otherEngine(version string) string {
 	return ", or have the engine built from its source with " + engineEnv + "=source (about 10 min)."
 }
 
-// binEnv names the variable by which a person chooses the binary of a version.
+// binEnv returns the variable with which a person chooses the binary of a version.
 func binEnv(version string) string { return "OLLAMA_BIN_" + strings.ReplaceAll(version, ".", "_") }
 
-// Installed is an Ollama that the machine has: its binary and the version that it gives itself.
+// Installed is an installed Ollama: its binary and the version that it reports.
 type Installed struct{ Bin, Version string }
 
-// FindInstalled returns the Ollama that this machine has, in PATH or where its installers put it,
-// if it is of version 0.24 or newer and works; a zero value if there is none. What is found and
-// cannot be used is told. The error is the context's.
+// FindInstalled returns the installed Ollama, in PATH or where installers put it, if its version is
+// 0.24 or newer and it works; the zero value if there is none. It reports an Ollama that cannot be
+// used to the cache's progress. The error is the context's.
 func (c *Cache) FindInstalled(ctx context.Context) (Installed, error) {
 	return c.firstWorking(ctx, append([]string{firstInPath("ollama")}, usualPlaces()...))
 }
@@ -111,7 +110,8 @@ func usualPlaces() []string {
 	return places
 }
 
-// built returns the path of a version's binary in the cache, with its engine where it looks for it.
+// built returns the path of a version's binary in the cache, with its engine in the place where it
+// looks for it.
 func (c *Cache) built(ctx context.Context, version string) (string, error) {
 	program, err := programRecipe(version)
 	if err != nil {
@@ -131,7 +131,7 @@ func (c *Cache) built(ctx context.Context, version string) (string, error) {
 	return filepath.Join(dir, "bin", "ollama"), nil
 }
 
-// withEngine puts a program beside an engine: it looks for it in ../lib/ollama.
+// withEngine puts a program beside an engine: the program looks for it in ../lib/ollama.
 func withEngine(version string, program, engine recipe) recipe {
 	return recipe{
 		name:     "ollama-" + version,
@@ -176,13 +176,13 @@ func programRecipe(version string) (recipe, error) {
 	return r, nil
 }
 
-// programEnv is the environment in which the ollama program of a version is built.
+// programEnv is the environment for building the ollama program of a version.
 func programEnv(version, goarch, headers string) []string {
 	env := append(portableEnv(), "CGO_ENABLED=1")
 	if version != EraA {
 		return env
 	}
-	// Its runners are compiled with it. Without -O3 and a baseline they are 20 times slower. With
+	// It compiles the runners, too. Without -O3 and a baseline they are 20 times slower. With
 	// OpenMP their threads can sleep while they wait for each other, as those of eras B and C do
 	// (see Server.environment).
 	flags := strings.Join(append(baselineCompilerFlags(goarch), "-O3", "-fopenmp", "-DGGML_USE_OPENMP", "'-I"+headers+"'"), " ")
@@ -211,13 +211,13 @@ func (b *build) buildProgram(ctx context.Context, version string, env []string) 
 			done.Add(1)
 		}
 	}}
-	// -x prints each command that is run.
+	// -x prints each command.
 	args := slices.Concat([]string{"go", "build", "-x", "-o", filepath.Join(b.Result, "bin", "ollama")}, flags, []string{"."})
 	return b.run(ctx, command{dir: module, env: env, watch: watch, args: args})
 }
 
-// countSteps is how many packages, and files of C and C++, a list of lines "stale C-FILES
-// C++-FILES" has, between others.
+// countSteps counts the packages, and the files of C and C++, in a list of lines "stale C-FILES
+// C++-FILES" between others.
 func countSteps(list string) int64 {
 	total := int64(0)
 	for line := range strings.Lines(list) {
@@ -235,8 +235,8 @@ func countSteps(list string) int64 {
 	return total
 }
 
-// compileLine matches the commands of go build -x that compile a package of Go or a file of C that
-// is not cgo's own.
+// compileLine matches the commands in the output of go build -x that compile a package of Go, or a
+// C file that is not generated by cgo.
 var compileLine = regexp.MustCompile(`/compile"? -o |\s-c (?:\./)?[^\s_$][^\s]*\.(?:c|cc|cpp|cxx)$`)
 
 // goModule downloads a Go module and returns its folder.

@@ -26,7 +26,7 @@ func baselineCompilerFlags(goarch string) []string {
 	return nil
 }
 
-// baselineCMakeFlags are for the build of llama.cpp, whose own default is the processor at hand.
+// baselineCMakeFlags are for the build of llama.cpp, whose default is the processor at hand.
 func baselineCMakeFlags(goarch string) []string {
 	flags := []string{"-DGGML_NATIVE=OFF"}
 	switch goarch {
@@ -40,9 +40,8 @@ func baselineCMakeFlags(goarch string) []string {
 	return flags
 }
 
-// portableEnv overrides what the caller's environment, and the settings that `go env -w` keeps, say
-// of compiler flags and the processor. Go takes an empty value for none, so each of its own has
-// one.
+// portableEnv overrides compiler flags and processor settings from the caller's environment and
+// from `go env -w`. Go treats an empty variable as unset, so each has a value.
 func portableEnv() []string {
 	return []string{
 		"CFLAGS=", "CXXFLAGS=", "CPPFLAGS=", "LDFLAGS=",
@@ -51,27 +50,26 @@ func portableEnv() []string {
 	}
 }
 
-// host is what a probe depends on beside the programs: the processor, and the kernel, which permits
-// the use of its instructions.
+// host identifies what a probe depends on beside the programs: the processor, and the kernel, which
+// permits the use of its instructions.
 func host() string {
 	return runtime.GOARCH + " " + processor() + " " + kernel()
 }
 
-// processor tells processors apart that differ in their instructions, "" where the system does not
-// tell.
+// processor identifies the processor's instructions; "" if the system does not report them.
 func processor() string {
 	// x86 has flags, Arm has Features.
 	return strings.TrimSpace(procField("/proc/cpuinfo", "model name") + " " + procField("/proc/cpuinfo", "flags") + procField("/proc/cpuinfo", "Features"))
 }
 
-// kernel is the release of a Linux kernel, "" elsewhere.
+// kernel returns the release of a Linux kernel; "" elsewhere.
 func kernel() string {
 	release, _ := os.ReadFile("/proc/sys/kernel/osrelease")
 	return strings.TrimSpace(string(release))
 }
 
-// procField is the first value of a field in a file of "name: value" lines,
-// without a unit of kB.
+// procField returns the first value of a field in a file of "name: value" lines, without a unit of
+// kB.
 func procField(path, name string) string {
 	content, err := os.ReadFile(path)
 	if err != nil {

@@ -12,13 +12,13 @@ import (
 	"testing"
 )
 
-// What a processor has that the baseline has not: with any of these a build may use instructions
+// Macros of instructions that the baseline lacks: a build that has any of them may use instructions
 // that another machine lacks, or that a kernel does not permit.
 var beyondBaseline = []string{"__AMX_TILE__", "__AMX_INT8__", "__AMX_BF16__", "__AVX512F__", "__AVXVNNI__"}
 
-// TestBuildsAreForABaseline looks at the environment and the flags of each build, as the commands
-// get them. Seen without: -march=native on a Xeon with AMX, whose kernel permits no tiles, gave an
-// engine that died of SIGILL and an Ollama 0.24.0 that did not link.
+// TestBuildsAreForABaseline checks the environment and the flags of each build, as the commands get
+// them. Without the baseline, -march=native on a Xeon with AMX, whose kernel permits no tiles, gave
+// an engine that died of SIGILL and an Ollama 0.24.0 that did not link.
 func TestBuildsAreForABaseline(t *testing.T) {
 	for _, goarch := range []string{"amd64", "arm64"} {
 		for _, version := range []string{EraA, EraB, EraC} {
@@ -38,7 +38,7 @@ func TestBuildsAreForABaseline(t *testing.T) {
 }
 
 // TestBuildCommandsGetTheBaseline runs the recipes with programs in place of cmake, ninja and go
-// that note what they are called with.
+// that record their arguments and environment.
 func TestBuildCommandsGetTheBaseline(t *testing.T) {
 	c, _ := openTestCache(t)
 	for _, name := range []string{"CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CGO_CFLAGS", "CGO_CXXFLAGS", "CGO_CPPFLAGS", "CGO_LDFLAGS"} {
@@ -57,7 +57,7 @@ func TestBuildCommandsGetTheBaseline(t *testing.T) {
 	}
 	t.Setenv("PATH", tools+":"+os.Getenv("PATH"))
 	_, err := c.ensure(t.Context(), recipe{name: "builds", make: func(ctx context.Context, b *build) error {
-		// It fails for want of a result, after it was built.
+		// It fails since there is no result after the build.
 		_ = b.cmake(ctx, b.Work, sourceFlags(runtime.GOARCH))
 		for _, version := range []string{EraB, EraC, EraA} {
 			if err := b.buildProgram(ctx, version, programEnv(version, runtime.GOARCH, "/headers")); err != nil {
@@ -88,8 +88,8 @@ func TestBuildCommandsGetTheBaseline(t *testing.T) {
 	}
 }
 
-// TestGoSettingsDoNotReachBuilds is about what `go env -w` keeps, which an empty variable does not
-// override.
+// TestGoSettingsDoNotReachBuilds: settings of `go env -w` do not reach builds. An empty variable
+// would not override them.
 func TestGoSettingsDoNotReachBuilds(t *testing.T) {
 	settings := filepath.Join(t.TempDir(), "env")
 	var hostile strings.Builder
@@ -115,7 +115,7 @@ func TestGoSettingsDoNotReachBuilds(t *testing.T) {
 	}
 }
 
-// TestCompilerKeepsToTheBaseline asks the compiler itself, on whatever processor this is.
+// TestCompilerKeepsToTheBaseline asks the compiler itself, whatever processor this is.
 func TestCompilerKeepsToTheBaseline(t *testing.T) {
 	compiler := firstInPath(os.Getenv("CC"), "cc", "gcc", "clang")
 	if compiler == "" {
@@ -132,7 +132,8 @@ func TestCompilerKeepsToTheBaseline(t *testing.T) {
 	}
 	macros := ask(baselineCompilerFlags(runtime.GOARCH))
 	if runtime.GOARCH == "amd64" {
-		// What -march=native comes to on the processor of the trap (GCC 11, Clang 12, and later).
+		// The same check finds what -march=native would mean on a Xeon with AMX (GCC 11, Clang 12,
+		// and later).
 		if trap := ask([]string{"-march=sapphirerapids"}); !bytes.Contains(trap, []byte("#define __AMX_TILE__ ")) {
 			t.Error("the compiler does not tell when it uses AMX: this test shows nothing")
 		}

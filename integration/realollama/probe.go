@@ -16,8 +16,8 @@ import (
 	"time"
 )
 
-// probeModels have the types of weights that the tests' models have. Each type has routines of its
-// own in the engine, for one token and for a batch, and each of them can use instructions that this
+// probeModels have the types of weights that the tests' models have. For each type the engine has
+// separate routines, for one token and for a batch, and each of them may use instructions that this
 // machine does not permit.
 var probeModels = []string{"gen-llama-tiny", "gen-llama-q4_1", "gen-llama-q4_k_m", "gen-llama-q8_0"}
 
@@ -26,7 +26,7 @@ const probeBatch = 64
 
 var probePrompt = strings.Repeat("the document is about the town and the world ", 8)
 
-// probed probes a binary once, for as long as it, its engine and the machine stay as they are.
+// probed probes a binary once, for as long as it, its engine and the machine do not change.
 func (c *Cache) probed(ctx context.Context, version, bin string) error {
 	inputs, err := probeInputs(version, bin, host())
 	if err != nil {
@@ -43,11 +43,11 @@ func (c *Cache) probed(ctx context.Context, version, bin string) error {
 	return err
 }
 
-// probeInputs are what a probe's outcome depends on: the program, its engine, and the machine.
+// probeInputs returns what a probe's outcome depends on: the program, its engine, and the machine.
 func probeInputs(version, bin, host string) ([]string, error) {
 	inputs := []string{"probe 2", bin, host, strings.Join(probeModels, " ")}
 	if Era(version) != EraA {
-		inputs = append(inputs, pythonVersion()) // which the ready engine runs on
+		inputs = append(inputs, pythonVersion()) // which runs the prebuilt engine
 	}
 	for _, path := range []string{bin, filepath.Join(filepath.Dir(bin), "..", "lib", "ollama", "llama-server")} {
 		info, err := os.Stat(path)
@@ -55,14 +55,14 @@ func probeInputs(version, bin, host string) ([]string, error) {
 			if path == bin {
 				return nil, fmt.Errorf("looking at %s: %w", bin, err)
 			}
-			continue // era A has no such file, and installed ones may have it elsewhere
+			continue // era A has no such file, and installed ones may have it in another place
 		}
 		inputs = append(inputs, info.ModTime().String(), strconv.FormatInt(info.Size(), 10))
 	}
 	return inputs, nil
 }
 
-// probe has a binary load a model of each type of weights, evaluate a batch, and generate. The
+// probe makes a binary load a model of each type of weights, evaluate a batch, and generate. The
 // server's log is copied to log.
 func (c *Cache) probe(ctx context.Context, version, bin string, log io.Writer) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
@@ -81,7 +81,7 @@ func (c *Cache) probe(ctx context.Context, version, bin string, log io.Writer) e
 	return nil
 }
 
-// probeError says which weights a server failed with, and how.
+// probeError says with which weights a server failed, and how.
 func probeError(bin, model string, err error, log string) error {
 	m, findErr := findModel(model)
 	if findErr != nil {
@@ -90,7 +90,7 @@ func probeError(bin, model string, err error, log string) error {
 	return fmt.Errorf("probing %s:\nat the model %s (%s weights) its engine %s:\n%w\n%s", bin, model, m.quantized, ended(log+err.Error()), err, Quote(log))
 }
 
-// ended says how a program ended whose log this is.
+// ended says how the program that wrote a log ended.
 func ended(log string) string {
 	switch signal := signalIn(log); signal {
 	case "":
@@ -110,7 +110,7 @@ var signalNames = map[string]string{
 	"floating point exception": "SIGFPE", "aborted": "SIGABRT", "killed": "SIGKILL",
 }
 
-// signalIn is the name of the last signal in a log, or "".
+// signalIn returns the name of the last signal in a log, or "".
 func signalIn(log string) string {
 	all := signalText.FindAllStringSubmatch(log, -1)
 	if len(all) == 0 {

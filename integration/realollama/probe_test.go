@@ -25,8 +25,8 @@ func goodOllama(t *testing.T) string {
 	return bin
 }
 
-// brokenOllama is the newest Ollama with an engine that runs a shell script before it starts, which
-// sees the engine's command line.
+// brokenOllama is the newest Ollama with an engine that first runs a shell script, which gets the
+// engine's command line.
 func brokenOllama(t *testing.T, script string) (bin string) {
 	t.Helper()
 	good := goodOllama(t)
@@ -44,8 +44,8 @@ func brokenOllama(t *testing.T, script string) (bin string) {
 	return bin
 }
 
-// TestProbeOfAnEngineThatDiesOfQuantizedWeights is the case of a Xeon with AMX that the kernel does
-// not permit: the engine answers from single precision, and dies of Q4_1.
+// TestProbeOfAnEngineThatDiesOfQuantizedWeights simulates a Xeon with AMX that the kernel does not
+// permit: the engine answers with single precision, and dies with Q4_1.
 func TestProbeOfAnEngineThatDiesOfQuantizedWeights(t *testing.T) {
 	var log lines
 	bin := brokenOllama(t, `for model; do [ "$before" = --model ] && head -c 1000 "$model" | grep -q Q4_1 && kill -ILL $$; before=$model; done`)
@@ -65,8 +65,7 @@ func TestProbeOfAnEngineThatDiesOfQuantizedWeights(t *testing.T) {
 	}
 }
 
-// TestProbeIsRepeatedForAnotherEngine has a binary that was probed be probed anew when its engine
-// is another file.
+// TestProbeIsRepeatedForAnotherEngine: a binary is probed again when its engine has changed.
 func TestProbeIsRepeatedForAnotherEngine(t *testing.T) {
 	bin := brokenOllama(t, "")
 	c, _ := openTestCache(t)
@@ -82,7 +81,7 @@ func TestProbeIsRepeatedForAnotherEngine(t *testing.T) {
 	}
 }
 
-// TestProbeLooksAtTheAnswer has a server that answers everything with 200, and nothing in it.
+// TestProbeLooksAtTheAnswer: a server that answers everything with an empty 200 fails.
 func TestProbeLooksAtTheAnswer(t *testing.T) {
 	answers := map[string]string{
 		"nothing":          `{}`,
@@ -102,7 +101,7 @@ func TestProbeLooksAtTheAnswer(t *testing.T) {
 	}
 }
 
-// TestProbeOfWhatEndsAtOnce has a program that dies before it listens.
+// TestProbeOfWhatEndsAtOnce: a program that exits before it listens.
 func TestProbeOfWhatEndsAtOnce(t *testing.T) {
 	c, _ := openTestCache(t)
 	bin := filepath.Join(t.TempDir(), "ollama")
@@ -114,7 +113,7 @@ func TestProbeOfWhatEndsAtOnce(t *testing.T) {
 	}
 }
 
-// TestProbeIsRepeatedOnAnotherMachine is about a cache that was moved.
+// TestProbeIsRepeatedOnAnotherMachine: the cache was moved.
 func TestProbeIsRepeatedOnAnotherMachine(t *testing.T) {
 	bin := filepath.Join(t.TempDir(), "ollama")
 	if err := os.WriteFile(bin, nil, 0o755); err != nil {
@@ -149,7 +148,7 @@ func TestSignalIn(t *testing.T) {
 		"fatal error: unexpected signal\n[signal SIGSEGV: segmentation violation code=0x1]": "SIGSEGV",
 		"Illegal instruction":     "SIGILL",
 		"signal: killed":          "SIGKILL",
-		"signal: killed\nSIGILL":  "SIGILL", // the runner before it was ended
+		"signal: killed\nSIGILL":  "SIGILL", // the previous runner was killed
 		"model requires a signal": "",
 	} {
 		if got := signalIn(log); got != want {
@@ -158,7 +157,7 @@ func TestSignalIn(t *testing.T) {
 	}
 }
 
-// checkQuotation holds an error to what it may quote of a program's output.
+// checkQuotation checks the limits of what an error quotes of a program's output.
 func checkQuotation(t *testing.T, text string) {
 	t.Helper()
 	lines := strings.Split(text, "\n")

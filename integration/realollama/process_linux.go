@@ -9,12 +9,12 @@ import (
 	"syscall"
 )
 
-// dieWithParent has the kernel terminate the process when the thread that
-// started it ends, so that a killed test leaves no server behind.
+// dieWithParent makes the kernel terminate the process when the thread that started it ends, so
+// that a killed test leaves no server behind.
 func dieWithParent(attr *syscall.SysProcAttr) { attr.Pdeathsig = syscall.SIGTERM }
 
-// killHome ends the processes that have home as their home: era A leaves a
-// runner behind when it is terminated.
+// killHome ends the processes that have home as their home: era A leaves a runner behind when it is
+// terminated.
 func killHome(home string) {
 	// A process that is gone, or another user's, cannot be read.
 	environs, _ := filepath.Glob("/proc/[0-9]*/environ")

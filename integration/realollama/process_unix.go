@@ -9,8 +9,7 @@ import (
 	"syscall"
 )
 
-// tryLock takes an exclusive lock on f, and says false where another process
-// holds it.
+// tryLock takes an exclusive lock on f; it returns false if another process holds it.
 func tryLock(f *os.File) (bool, error) {
 	err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
 	if errors.Is(err, syscall.EWOULDBLOCK) {
@@ -31,12 +30,12 @@ func terminate(pid int) { _ = syscall.Kill(pid, syscall.SIGTERM) }
 // killGroup ends all processes of a group at once.
 func killGroup(pid int) { _ = syscall.Kill(-pid, syscall.SIGKILL) }
 
-// groupGone says whether no process of a group is left.
+// groupGone reports whether no process of a group is left.
 func groupGone(pid int) bool {
 	return errors.Is(syscall.Kill(-pid, 0), syscall.ESRCH)
 }
 
-// alive says whether a process exists.
+// alive reports whether a process exists.
 func alive(pid int) bool {
 	err := syscall.Kill(pid, 0)
 	return err == nil || errors.Is(err, syscall.EPERM)

@@ -7,5 +7,5 @@ import "syscall"
 // dieWithParent does nothing: only Linux offers it.
 func dieWithParent(*syscall.SysProcAttr) {}
 
-// killHome does nothing: only Linux tells the environment of other processes.
+// killHome does nothing: only Linux shows the environment of other processes.
 func killHome(string) {}

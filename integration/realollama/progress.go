@@ -11,16 +11,16 @@ import (
 	"time"
 )
 
-// heartbeat is how often a long step tells how far it is.
+// heartbeat is how often a long step reports its progress.
 const heartbeat = 10 * time.Second
 
-// progress is how far a step is, in units of its own.
+// progress is how far a step is, in its own units.
 type progress struct {
 	done, total int64
 	unit        string
 }
 
-// after is the progress in words, with the time that is left at the pace so far, an estimate, for a
+// after returns the progress in words, with an estimate of the time left at the pace so far, for a
 // step that has run for elapsed.
 func (p progress) after(elapsed time.Duration) string {
 	s := fmt.Sprintf("%d %s", p.done, p.unit)
@@ -28,7 +28,7 @@ func (p progress) after(elapsed time.Duration) string {
 		return s
 	}
 	s = fmt.Sprintf("%d of %d %s", min(p.done, p.total), p.total, p.unit)
-	// At the very beginning the pace says nothing yet.
+	// At the very beginning the pace is not known.
 	if p.done*20 > p.total && p.done < p.total {
 		left := time.Duration(float64(elapsed) * float64(p.total-p.done) / float64(p.done))
 		s += ", about " + left.Round(5*time.Second).String() + " left"
@@ -36,23 +36,23 @@ func (p progress) after(elapsed time.Duration) string {
 	return s
 }
 
-// tracker holds the present progress of a build, for the goroutine that tells it.
+// tracker has the current progress of a build, for the goroutine that reports it.
 type tracker struct {
 	step  atomic.Pointer[step]
 	lines atomic.Int64           // of all programs' output so far
 	last  atomic.Pointer[string] // the last of them
 }
 
-// step is a part of a build whose progress can be told.
+// step is a part of a build with a known progress.
 type step struct {
 	look  func() progress
 	begin time.Time
 }
 
-// follow has look asked for the progress until it is replaced.
+// follow uses look as the source of the progress until it is replaced.
 func (t *tracker) follow(look func() progress) { t.step.Store(&step{look, time.Now()}) }
 
-// forget ends the present step: nothing is known of the next one.
+// forget ends the current step: nothing is known of the next one.
 func (t *tracker) forget() { t.step.Store(nil) }
 
 // line notes a line of a program's output.
@@ -62,13 +62,14 @@ func (t *tracker) line(text []byte) {
 	t.last.Store(&last)
 }
 
-// String says how far the build is: by the present step's figures, else by the output.
+// String returns the progress of the build: from the current step's figures, or else from the
+// output.
 func (t *tracker) String() string {
 	if s := t.step.Load(); s != nil {
 		if p := s.look(); p.total <= 0 || p.done < p.total {
 			return p.after(time.Since(s.begin))
 		}
-		// All is counted, and something comes after it, such as the linker.
+		// Everything is counted, but something follows, such as the linker.
 	}
 	if last := t.last.Load(); last != nil {
 		return fmt.Sprintf("%d lines of output, the last is %q", t.lines.Load(), *last)
@@ -76,8 +77,8 @@ func (t *tracker) String() string {
 	return "at work"
 }
 
-// bytesUnder counts the bytes in folders as they grow to about total MB, which is how far a
-// download or an installation is.
+// bytesUnder counts the bytes in folders that will grow to about that many MB, as the progress of a
+// download or an installation.
 func bytesUnder(megabytes int64, dirs ...string) func() progress {
 	return func() progress {
 		var n int64
@@ -97,7 +98,7 @@ func bytesUnder(megabytes int64, dirs ...string) func() progress {
 	}
 }
 
-// lineWatcher takes a program's output and has each line looked at when it is complete.
+// lineWatcher gets a program's output, and passes on each complete line.
 type lineWatcher struct {
 	look func(line []byte)
 	rest []byte // the beginning of the next line
@@ -115,7 +116,7 @@ func (w *lineWatcher) Write(p []byte) (int, error) {
 	}
 }
 
-// heartbeat tells every few seconds how far the making of name is, until stop is called.
+// heartbeat reports every few seconds how far the making of name is, until stop is called.
 func (c *Cache) heartbeat(name string, start time.Time, t *tracker) (stop func()) {
 	done, ended := make(chan struct{}), make(chan struct{})
 	// It ends when stop closes done.
@@ -147,8 +148,8 @@ var faultLine = regexp.MustCompile(`(?i)\b(errors?|fatal|undefined|panic|failed|
 // internal/errors.
 var commandLine = regexp.MustCompile(`^(?:packagefile |modinfo |cd |mkdir |cat |cp |mv |rm |echo |touch |true |printf |WORK=|TERM=|CGO_|GOROOT=|EOF$|# internal$|\S*/pkg/tool/\S+/\w+ |\S*/(?:gcc|g\+\+|cc|c\+\+|clang|clang\+\+) -)`)
 
-// Quote is the part of a program's output that an error quotes: the last lines that name a fault
-// and the last lines of all, at most 20, each cut to 200 bytes.
+// Quote returns the part of a program's output that an error quotes: the last lines that name a
+// fault and the last lines of all, at most 20, each cut to 200 bytes.
 func Quote(text string) string {
 	var lines []string
 	for line := range strings.Lines(text) {
@@ -157,7 +158,7 @@ func Quote(text string) string {
 			lines = append(lines, line)
 		}
 	}
-	const ends = 5 // of the last lines, whatever they say
+	const ends = 5 // of the last lines, whatever they contain
 	keep := map[int]bool{}
 	for i := len(lines) - 1; i >= 0 && len(keep) < quotedLines; i-- {
 		if i >= len(lines)-ends || faultLine.MatchString(lines[i]) {
@@ -173,7 +174,7 @@ func Quote(text string) string {
 	return strings.Join(quoted, "\n")
 }
 
-// shorten cuts a line to so many bytes.
+// shorten cuts a line to that many bytes.
 func shorten(line string, width int) string {
 	if len(line) <= width {
 		return line
@@ -181,7 +182,7 @@ func shorten(line string, width int) string {
 	return strings.ToValidUTF8(line[:width-len("…")], "") + "…"
 }
 
-// lastLines is the end of a text.
+// lastLines returns the last n lines of a text.
 func lastLines(text string, n int) string {
 	lines := strings.Split(strings.TrimRight(text, "\n"), "\n")
 	return strings.Join(lines[max(0, len(lines)-n):], "\n")

@@ -18,30 +18,28 @@ import (
 	"time"
 )
 
-// Config says which server to run. Only Version must be set.
+// Config describes the server to run. Only Version must be set.
 type Config struct {
 	// Version is one of EraA, EraB and EraC, or the version of Bin.
 	Version string
 	// Bin is an ollama binary to run, as FindInstalled returns it; "" finds or builds one.
 	Bin string
-	// Models are names from ModelNames that the server has; none if empty.
+	// Models are names from ModelNames; none if empty.
 	Models []string
-	// Port is the loopback port to listen on; 0 takes a free one.
+	// Port is the loopback port to listen on; zero means a free one.
 	Port int
-	// Parallel is OLLAMA_NUM_PARALLEL, the number of slots of each loaded
-	// model; 0 leaves Ollama's default, 1.
+	// Parallel is OLLAMA_NUM_PARALLEL, the number of slots of each loaded model; zero means
+	// Ollama's default, 1.
 	Parallel int
-	// MaxLoaded is OLLAMA_MAX_LOADED_MODELS; 0 leaves Ollama's default, 3 on
-	// a machine without GPU.
+	// MaxLoaded is OLLAMA_MAX_LOADED_MODELS; zero means Ollama's default, 3 on a machine without a
+	// GPU.
 	MaxLoaded int
-	// KeepAlive is OLLAMA_KEEP_ALIVE; "" leaves Ollama's default, 5m.
+	// KeepAlive is OLLAMA_KEEP_ALIVE; "" means Ollama's default, 5m.
 	KeepAlive string
-	// CacheRAMMiB is LLAMA_ARG_CACHE_RAM, the host memory for evicted
-	// prompts in MiB (0 turns it off, -1 sets no limit); nil leaves
-	// llama-server's default, 8192. Era A has no such memory.
+	// CacheRAMMiB is LLAMA_ARG_CACHE_RAM, the host memory for evicted prompts in MiB (0 turns it
+	// off, -1 means no limit); nil means llama-server's default, 8192. Era A has no such memory.
 	CacheRAMMiB *int
-	// Env are more environment variables, NAME=value; they win over the
-	// fields above.
+	// Env has additional environment variables, NAME=value; they override the fields above.
 	Env []string
 }
 
@@ -51,8 +49,8 @@ const (
 	pollInterval = 10 * time.Millisecond
 )
 
-// Server is a running Ollama server. Its methods may be used concurrently, but
-// for Stop, Kill and Restart.
+// Server is a running Ollama server. Its methods may be used concurrently, except for Stop, Kill
+// and Restart.
 type Server struct {
 	config Config
 	bin    string
@@ -63,14 +61,14 @@ type Server struct {
 	stopped bool
 
 	cmd *exec.Cmd
-	// exited is closed when cmd has ended, and exit then says how.
+	// exited is closed when cmd has ended; exit has its result from then on.
 	exited chan struct{}
 	exit   error
 }
 
-// Start runs a server for a test. It is stopped when the test ends; if the test
-// failed, the end of the server's log is printed. The test fails at once where
-// no such server can be had: nothing is skipped.
+// Start runs a server for a test. It is stopped when the test ends; if the test failed, the end of
+// the server's log is printed. The test fails at once if no such server is available: nothing is
+// skipped.
 func Start(tb testing.TB, config Config) *Server {
 	tb.Helper()
 	s, err := Run(tb.Context(), config, nil)
@@ -89,9 +87,8 @@ func Start(tb testing.TB, config Config) *Server {
 	return s
 }
 
-// Run makes sure that the cache has the server and its models, and runs it until
-// Stop. A copy of its log goes to log where that is not nil. The context covers
-// the start only.
+// Run ensures that the cache has the server and its models, and runs it until Stop. A copy of its
+// log goes to log if that is not nil. The context covers only the start.
 func Run(ctx context.Context, config Config, log io.Writer) (*Server, error) {
 	c, err := OpenCache(os.Stderr)
 	if err != nil {
@@ -115,7 +112,7 @@ func (c *Cache) run(ctx context.Context, bin string, config Config, log io.Write
 	if err := s.prepare(ctx, c); err != nil {
 		return nil, errors.Join(err, os.RemoveAll(dir))
 	}
-	// A free port may be taken by another process before the server binds it.
+	// Another process may take a free port before the server binds it.
 	for range 5 {
 		port := config.Port
 		if port == 0 {
@@ -134,8 +131,8 @@ func (c *Cache) run(ctx context.Context, bin string, config Config, log io.Write
 	return nil, errors.Join(err, os.RemoveAll(dir))
 }
 
-// runFolder makes a folder for one server in the cache, on whose file system
-// models can be linked, and clears up after processes that were killed.
+// runFolder makes a folder for one server in the cache, on whose file system models can be linked,
+// and removes the folders of killed processes.
 func (c *Cache) runFolder() (string, error) {
 	runs := filepath.Join(c.dir, "run")
 	if err := os.MkdirAll(runs, 0o755); err != nil {
@@ -175,13 +172,13 @@ func (s *Server) prepare(ctx context.Context, c *Cache) error {
 	return writeFile(s.path("server.log"), strings.NewReader(""), 0o644)
 }
 
-// ModelsDir is the folder that the server has its models in, OLLAMA_MODELS.
+// ModelsDir is the server's folder of models, OLLAMA_MODELS.
 func (s *Server) ModelsDir() string { return s.path("models") }
 
 func (s *Server) path(name string) string { return filepath.Join(s.dir, name) }
 
-// environment is all that the server sees: nothing of this process's Ollama
-// settings, and no way out to the internet.
+// environment is everything that the server sees: nothing of this process's Ollama settings, and no
+// way to the internet.
 func (s *Server) environment() []string {
 	env := []string{
 		"PATH=" + os.Getenv("PATH"),
@@ -192,11 +189,11 @@ func (s *Server) environment() []string {
 		"OLLAMA_MODELS=" + s.path("models"),
 		"OLLAMA_DEBUG=1",
 		"OLLAMA_NO_CLOUD=1",
-		// Threads that wait for each other then sleep. Else they spin, which
-		// beside a busy test makes the engine up to twenty times slower.
+		// Threads that wait for each other then sleep. Otherwise they spin, which beside a busy
+		// test makes the engine up to twenty times slower.
 		"OMP_WAIT_POLICY=passive",
-		// Requests to other machines end at a port where nothing listens;
-		// Go's clients use no proxy for loopback.
+		// Requests to other machines end at a port where nothing listens; Go's clients use no proxy
+		// for loopback.
 		"HTTP_PROXY=http://127.0.0.1:1",
 		"HTTPS_PROXY=http://127.0.0.1:1",
 	}
@@ -266,8 +263,8 @@ func (s *Server) startProcess() error {
 
 	started := make(chan error)
 	exited := make(chan struct{})
-	// It ends with the process. The thread must live as long: the process is
-	// terminated when the thread that started it ends.
+	// It ends with the process. The thread must live as long, since the process is terminated when
+	// the thread that started it ends.
 	go func() {
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
@@ -303,8 +300,8 @@ func (s *Server) answers(ctx context.Context) bool {
 	return resp.StatusCode == http.StatusOK
 }
 
-// Stop ends the server and its runners, waits until they have ended, and removes
-// the server's folder. A second call does nothing.
+// Stop ends the server and its runners, waits until they have ended, and removes the server's
+// folder. A second call does nothing.
 func (s *Server) Stop() error {
 	if s.stopped {
 		return nil
@@ -317,7 +314,7 @@ func (s *Server) Stop() error {
 	return nil
 }
 
-// end lets the server end its runners, and kills what is left after a while.
+// end lets the server end its runners, and kills the remaining ones after a while.
 func (s *Server) end() {
 	terminate(s.cmd.Process.Pid)
 	select {
@@ -327,8 +324,7 @@ func (s *Server) end() {
 	s.Kill()
 }
 
-// Kill ends the server and its runners as a crash does, and waits until they
-// have ended.
+// Kill ends the server and its runners as a crash does, and waits until they have ended.
 func (s *Server) Kill() {
 	pid := s.cmd.Process.Pid
 	killGroup(pid)
@@ -339,8 +335,8 @@ func (s *Server) Kill() {
 	}
 }
 
-// Restart ends the server as Stop does, if it still runs, and starts it again
-// with the same port, models and log.
+// Restart ends the server as Stop does, if it still runs, and starts it again with the same port,
+// models and log.
 func (s *Server) Restart(ctx context.Context) error {
 	s.end()
 	var err error
@@ -361,8 +357,7 @@ func (s *Server) Addr() string { return s.addr }
 // Version is the server's version of Ollama.
 func (s *Server) Version() string { return s.config.Version }
 
-// Bin is the path of the server's ollama binary, which is also its command line
-// client.
+// Bin is the path of the server's ollama binary, which is also its command line client.
 func (s *Server) Bin() string { return s.bin }
 
 // Models are the names of the server's models.

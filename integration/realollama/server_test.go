@@ -14,7 +14,7 @@ import (
 	"unicode/utf8"
 )
 
-// answer is the part of a reply that the tests look at.
+// answer is the part of a reply that the tests read.
 type answer struct {
 	Response   string      `json:"response"`
 	Count      int         `json:"prompt_eval_count"`
@@ -58,7 +58,7 @@ func generate(t testing.TB, s *Server, model, prompt string, tokens int) answer 
 	})
 }
 
-// perEra runs a test on every era that is to be tested.
+// perEra runs a test on every era to test.
 func perEra(t *testing.T, test func(t *testing.T, version string)) {
 	for _, version := range Versions() {
 		t.Run(version, func(t *testing.T) { test(t, version) })
@@ -137,8 +137,8 @@ func distinct(text string) int {
 	return len(seen)
 }
 
-// Two prefixes in turn on one slot are only reused where the engine keeps evicted
-// prompts in host memory.
+// Two prefixes in turn on one slot are only reused if the engine keeps evicted prompts in host
+// memory.
 func TestServerCacheRAM(t *testing.T) {
 	off := 0
 	perEra(t, func(t *testing.T, version string) {
@@ -211,9 +211,8 @@ func TestRunSaysWhatIsMissing(t *testing.T) {
 	}
 }
 
-// TestServerLogLinesAreWhole has the lines of Ollama and of its engine, which are written to one
-// log at once, be told apart. An engine that writes a line piece by piece has others come in
-// between.
+// TestServerLogLinesAreWhole: the lines of Ollama and of its engine, which write to one log at the
+// same time, stay separate, even if an engine writes a line in pieces.
 func TestServerLogLinesAreWhole(t *testing.T) {
 	perEra(t, func(t *testing.T, version string) {
 		s := Start(t, Config{Version: version, Models: []string{"gen-llama-tiny"}})

@@ -7,7 +7,7 @@ import (
 	"strings"
 )
 
-// The versions of Ollama that stand for the three eras.
+// One version of Ollama for each of the three eras.
 const (
 	// EraA has its runners inside the ollama binary.
 	EraA = "0.24.0"
@@ -20,8 +20,8 @@ const (
 // erasEnv names the eras to test, separated by spaces or commas.
 const erasEnv = "OLLAMA_ERAS"
 
-// Versions are the versions to test: those that OLLAMA_ERAS names, else all
-// three. An era may be named by its version or its letter.
+// Versions returns the versions to test: those that OLLAMA_ERAS names, or else all three. An era
+// may be named by its version or its letter.
 func Versions() []string {
 	named := strings.FieldsFunc(os.Getenv(erasEnv), func(r rune) bool { return r == ',' || r == ' ' })
 	if len(named) == 0 {
@@ -33,8 +33,9 @@ func Versions() []string {
 	return named
 }
 
-// Distinct are Versions without EraB, unless that was asked for: it has the engine of EraC, and
-// what its API lacks EraA's lacks, too. For tests that depend on one of the two.
+// Distinct returns Versions without EraB, unless that was asked for: it has the engine of EraC, and
+// its API lacks only what EraA's lacks, too. It is for tests that depend on either the engine or
+// the API.
 func Distinct() []string {
 	versions := Versions()
 	if os.Getenv(erasEnv) != "" {
@@ -43,7 +44,7 @@ func Distinct() []string {
 	return slices.DeleteFunc(versions, func(v string) bool { return v == EraB })
 }
 
-// Newest is the newest of Versions, for tests in which eras do not differ.
+// Newest returns the newest of Versions, for tests in which eras do not differ.
 func Newest() string {
 	versions := Versions()
 	for _, v := range []string{EraC, EraB} {
@@ -54,8 +55,8 @@ func Newest() string {
 	return versions[0]
 }
 
-// Version is the version that an era's name means: a letter from A to C in
-// either case, or a version itself.
+// Version returns the version that an era's name means: a letter from A to C in either case, or a
+// version itself.
 func Version(era string) string {
 	letters := map[string]string{"a": EraA, "b": EraB, "c": EraC}
 	if v, ok := letters[strings.ToLower(era)]; ok {
@@ -64,9 +65,9 @@ func Version(era string) string {
 	return strings.TrimPrefix(era, "v")
 }
 
-// Era is the era of any version of Ollama, as one of EraA, EraB and EraC: one that is newer than
-// all of them is taken to be as the newest. It is "" for versions before EraA, which this package
-// does not know, and for what is no version.
+// Era returns the era of any version of Ollama, as one of EraA, EraB and EraC; versions newer than
+// all of them belong to the newest. It is "" for versions before EraA, which this package does not
+// support, and for a text that is no version.
 func Era(version string) string {
 	number, _, _ := strings.Cut(version, "-") // "0.35.0-rc1"
 	parts := strings.Split(number, ".")

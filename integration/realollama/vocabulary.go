@@ -5,7 +5,7 @@ import (
 	"strings"
 )
 
-// Special tokens of the generated models; they are the last of the vocabulary.
+// Special tokens of the generated models; they are the last ones of the vocabulary.
 const (
 	tokenEndOfText = "<|endoftext|>"
 	tokenStart     = "<|im_start|>"
@@ -18,8 +18,8 @@ const (
 	tokenControl int32 = 3
 )
 
-// vocabularyText is what the merges are learned from: plain English of the kind
-// that prompts are made of, so that a prompt has about three letters a token.
+// vocabularyText is the text that merges are learned from: plain English like that of prompts, so
+// that a prompt has about three letters a token.
 const vocabularyText = `you are a helpful assistant that reads the document below and answers the question about it
 the context of this request is shared with many other requests so the server can keep the prefix in its cache
 summarize the following text in one short sentence and then list the most important facts in the order they appear
@@ -31,14 +31,14 @@ if nothing else is known about the world the first answer might be right but whi
 please translate each line into another language keep the meaning and do not add or remove information
 where should we go next what will happen after this how long does it take and why is the result different`
 
-// vocabulary is a byte-level byte-pair encoding as GPT-2's: 256 byte tokens, one
-// token per merge, then the special tokens.
+// vocabulary is a byte-level byte-pair encoding like GPT-2's: 256 byte tokens, one token per merge,
+// then the special tokens.
 type vocabulary struct {
 	tokens []string
 	types  []int32
 	merges []string
-	// speakable says of each token whether a model may answer with it: tokens
-	// of printable ASCII, so that answers are valid UTF-8 and never end early.
+	// speakable says of each token whether a model may answer with it: tokens of printable ASCII,
+	// so that answers are valid UTF-8 and never end early.
 	speakable []bool
 }
 
@@ -46,8 +46,8 @@ func (v *vocabulary) id(token string) uint32 {
 	return uint32(slices.Index(v.tokens, token))
 }
 
-// newVocabulary learns the given number of merges from vocabularyText, with the
-// most frequent pair first and ties in the order of the text.
+// newVocabulary learns the given number of merges from vocabularyText, the most frequent pair
+// first, and ties in the order of the text.
 func newVocabulary(merges int) *vocabulary {
 	v := &vocabulary{}
 	for b := range 256 {
@@ -101,7 +101,7 @@ func mostFrequentPair(words [][]string) (left, right string, ok bool) {
 			counts[[2]string{w[i], w[i+1]}]++
 		}
 	}
-	most := 1 // a pair seen once teaches nothing
+	most := 1 // nothing is learned from a pair that occurs once
 	for _, w := range words {
 		for i := range len(w) - 1 {
 			pair := [2]string{w[i], w[i+1]}
@@ -126,8 +126,8 @@ func mergePair(word []string, left, right string) []string {
 	return merged
 }
 
-// byteSymbol is the printable character by which byte-level encodings name a
-// byte: itself where it is printable, else one from U+0100 on.
+// byteSymbol returns the printable character by which byte-level encodings name a byte: itself if
+// it is printable, else one from U+0100 on.
 func byteSymbol(b byte) string {
 	printable := func(c int) bool {
 		return c >= '!' && c <= '~' || c >= 0xa1 && c <= 0xac || c >= 0xae

@@ -20,7 +20,7 @@ const (
 	q6_K weights = 14
 )
 
-// block is how many values of a row are stored together, and in how many bytes.
+// block returns how many values of a row are stored together, and in how many bytes.
 func (w weights) block() (values, bytes int) {
 	switch w {
 	case q4_1:
@@ -37,9 +37,9 @@ func (w weights) block() (values, bytes int) {
 	return 1, 4
 }
 
-// appendRow stores a row of values, whose number is a multiple of a block's, by the formats of
-// ggml-common.h (llama.cpp b10865). The values are rounded to the nearest that a block's scale has,
-// which is simpler than what llama-quantize does, and not as close.
+// appendRow stores a row of values, whose number is a multiple of a block's, in the formats of
+// ggml-common.h (llama.cpp b10865). Values are rounded to the nearest one in a block's scale, which
+// is simpler and less exact than llama-quantize.
 func (w weights) appendRow(to []byte, row []float32) []byte {
 	values, _ := w.block()
 	for ; len(row) > 0; row = row[values:] {
@@ -68,7 +68,7 @@ func appendHalf(to []byte, v float32) ([]byte, float32) {
 	return binary.LittleEndian.AppendUint16(to, half.Bits()), half.Float32()
 }
 
-// quantum is v in units of scale, as a whole number of the given range.
+// quantum returns v in units of scale, as a whole number within the given range.
 func quantum(v, scale float32, lowest, highest int) int {
 	if scale == 0 {
 		return max(lowest, min(0, highest))
@@ -187,15 +187,15 @@ func appendQ6K(to []byte, values []float32) []byte {
 	return append(to, scaleBits...)
 }
 
-// mix is how the matrices of a model's layers are stored, by the name that Ollama shows; the zero
-// value is single precision.
+// mix is how the matrices of a model's layers are stored, by Ollama's name; the zero value is
+// single precision.
 type mix string
 
 const (
 	mixQ4_1 mix = "Q4_1"
 	mixQ8_0 mix = "Q8_0"
-	// mixQ4KM has the types that files of that name have, in other shares. Q5_0 is where the rows
-	// of a real model are no multiple of 256 values.
+	// mixQ4KM has the same types as files of that name, in other proportions. Q5_0 is used where a
+	// real model has rows that are not a multiple of 256 values.
 	mixQ4KM mix = "Q4_K_M"
 )
 
@@ -204,7 +204,7 @@ func (m mix) fileType() uint32 {
 	return map[mix]uint32{mixQ4_1: 3, mixQ8_0: 7, mixQ4KM: 15}[m]
 }
 
-// weights is how a matrix of a layer is stored, such as "attn_q".
+// weights returns how a layer's matrix, such as "attn_q", is stored.
 func (m mix) weights(matrix string) weights {
 	switch m {
 	case mixQ4_1:

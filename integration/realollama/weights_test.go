@@ -83,8 +83,8 @@ func TestWeightsAreReadAsTheyWereStored(t *testing.T) {
 	}
 }
 
-// TestProbeCoversWeights has the probe's models hold each type of weights that any model of the
-// tests holds: a server that cannot compute with one of them must fail its probe, not a test.
+// TestProbeCoversWeights: the probe's models have each type of weights that any model of the tests
+// has. A server that cannot compute with one of them must fail its probe, not a test.
 func TestProbeCoversWeights(t *testing.T) {
 	c, err := OpenCache(t.Output())
 	if err != nil {

@@ -1,6 +1,6 @@
-// Package soak runs the proxy for long between mixed clients and real servers that are killed and revived, and checks what must
-// hold all the while: no answer that ends as whole when it was not, none that is lost without an error, and memory that stays as
-// it is.
+// Package soak runs the proxy for a long time between mixed clients and real servers that are
+// killed and revived, and checks its invariants: no incomplete answer looks complete, no request is
+// lost without an error, and memory does not grow.
 package soak
 
 import (
@@ -27,25 +27,28 @@ import (
 
 const (
 	model = "gen-llama-tiny"
-	// lost is after how long without an end a request counts as lost: longer than --try-duration, and than any queue here.
+	// lost is the time without an end after which a request counts as lost: longer than
+	// --try-duration, and than any queue here.
 	lost = 3 * time.Minute
-	// judged is how long a run must be for its memory to be judged: before that it is still growing into its caches.
+	// judged is the minimum duration of a run for judging its memory: before that, caches still
+	// fill.
 	judged = 4 * time.Minute
-	// faultsPerRestart is how many requests may be lost, or broken off, when a server dies.
+	// faultsPerRestart is how many requests may be lost, or interrupted, when a server dies.
 	faultsPerRestart = 4
-	// flat is how many times as much memory the last quarter of a run may take as the second one.
+	// flat is the limit of the memory in the last quarter of a run, as a multiple of the second
+	// quarter's.
 	flat = 1.2
 )
 
 // Config says what to run.
 type Config struct {
 	Proxy  string        // the program
-	For    time.Duration // the clients run; ending takes a little longer
-	Every  time.Duration // a server is killed, or stopped
+	For    time.Duration // how long clients run; ending takes a little longer
+	Every  time.Duration // how often a server is killed, or stopped
 	Report func(format string, args ...any)
 }
 
-// Run runs the soak and returns what did not hold.
+// Run runs the soak, and returns the invariants that did not hold.
 func Run(ctx context.Context, c Config) (err error) {
 	s := &soak{Config: c, outcomes: map[string]int{}, bad: map[string]int{}}
 	config := realollama.Config{Version: realollama.Newest(), Models: []string{model}}
@@ -107,7 +110,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	return errors.Join(s.verdict(resident), s.wellAgain(ctx), s.idleAgain(ctx, idle))
 }
 
-// keepAsking is a client, at the pace of somebody who has something else to do, until running ends.
+// keepAsking is a client that pauses between requests like a busy person, until running ends.
 func (s *soak) keepAsking(running, ctx context.Context, k kind, r *rand.Rand) {
 	for running.Err() == nil {
 		outcome, bad := k.ask(s, ctx, r)
@@ -119,7 +122,7 @@ func (s *soak) keepAsking(running, ctx context.Context, k kind, r *rand.Rand) {
 	}
 }
 
-// wellAgain has each kind of client ask once more, now that all servers are alive.
+// wellAgain lets each kind of client ask once more, now that all servers are alive.
 func (s *soak) wellAgain(ctx context.Context) error {
 	r := rand.New(rand.NewPCG(3, 4))
 	for _, k := range kinds {
@@ -167,7 +170,7 @@ func (s *soak) told() string {
 	return strings.Join(all, ", ")
 }
 
-// verdict says what did not hold while the clients ran.
+// verdict returns what did not hold while the clients ran.
 func (s *soak) verdict(resident []float64) error {
 	s.Report("in the end: %s", s.told())
 	var errs []error
@@ -179,7 +182,8 @@ func (s *soak) verdict(resident []float64) error {
 			errs = append(errs, fmt.Errorf("%s: no request ended with %q", k.name, k.well))
 		}
 	}
-	// What a server was at when it died is lost, and nothing else: one lane, what passed unread, and what was on its way.
+	// Only what a server was doing when it died may be lost: one lane, requests that passed unread,
+	// and requests on their way.
 	faults := 0
 	for name, n := range s.outcomes {
 		kind, how, _ := strings.Cut(name, ": ")
@@ -207,7 +211,8 @@ func median(v []float64) float64 {
 	return v[len(v)/2]
 }
 
-// idleAgain waits until the proxy has as many goroutines as before the first request, but for those of kept connections to servers.
+// idleAgain waits until the proxy has as many goroutines as before the first request, except for
+// those of kept connections to servers.
 func (s *soak) idleAgain(ctx context.Context, idle figures) error {
 	s.client.CloseIdleConnections()
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
@@ -228,7 +233,8 @@ func (s *soak) idleAgain(ctx context.Context, idle figures) error {
 	}
 }
 
-// kill kills, or stops, a server now and then, and now and then both, and revives them after a while.
+// kill kills or stops a server now and then, sometimes both servers, and revives them after a
+// while.
 func (s *soak) kill(running, ctx context.Context) {
 	r := rand.New(rand.NewPCG(1, 2))
 	for n := 0; ; n++ {
@@ -258,7 +264,7 @@ func (s *soak) kill(running, ctx context.Context) {
 	}
 }
 
-// figures are what the proxy tells of itself.
+// figures are the proxy's own metrics.
 type figures struct{ resident, goroutines, inFlight float64 }
 
 func (s *soak) figures(ctx context.Context) (f figures, err error) {
@@ -282,7 +288,7 @@ func (s *soak) figures(ctx context.Context) (f figures, err error) {
 			return f, fmt.Errorf("/metrics: %s: %w", lines.Text(), err)
 		}
 	}
-	if f.resident == 0 || f.goroutines == 0 || f.inFlight == 0 { // this request is one
+	if f.resident == 0 || f.goroutines == 0 || f.inFlight == 0 { // this request counts as in flight
 		return f, errors.New("/metrics does not tell memory, goroutines and requests in flight")
 	}
 	return f, lines.Err()
@@ -298,7 +304,7 @@ type kind struct {
 	ask     func(s *soak, ctx context.Context, r *rand.Rand) (outcome string, bad error)
 }
 
-// The kinds of clients. All send short prompts, some of which share their beginning.
+// kinds are the kinds of clients. All send short prompts, some of which share their beginning.
 var kinds = []kind{
 	{"script", 6, "whole", func(s *soak, ctx context.Context, r *rand.Rand) (string, error) {
 		return s.ask(ctx, "/api/chat", map[string]any{"stream": false, "messages": messages(r, 3)}, "batch")
@@ -340,7 +346,8 @@ func messages(r *rand.Rand, last int) []map[string]string {
 	}
 }
 
-// ask sends a request and says how it ended: whole, broken off, or with a status. bad is what must not be.
+// ask sends a request and returns how it ended: whole, broken off, or with a status. bad is an
+// outcome that must not happen.
 func (s *soak) ask(ctx context.Context, path string, body map[string]any, priority string) (outcome string, bad error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, lost, errLost)
 	defer cancel()
@@ -383,7 +390,8 @@ func (s *soak) ask(ctx context.Context, path string, body map[string]any, priori
 	return "whole", isWhole(path, res.Header.Get("Content-Type"), answer)
 }
 
-// brokeOff is the outcome of a request that ended with an error, which is all right unless there was none for too long.
+// brokeOff returns the outcome of a request that ended with an error, which is acceptable unless it
+// took too long.
 func brokeOff(ctx context.Context) (string, error) {
 	if cause := context.Cause(ctx); cause == errLost {
 		return "lost", cause
@@ -391,7 +399,7 @@ func brokeOff(ctx context.Context) (string, error) {
 	return "broken off", nil
 }
 
-// isWhole returns an error if an answer that ended like a whole one is none.
+// isWhole returns an error if an answer that ended normally is incomplete.
 func isWhole(path, contentType string, answer []byte) error {
 	end := answer[bytes.LastIndexByte(bytes.TrimRight(answer, "\n"), '\n')+1:]
 	var last struct {

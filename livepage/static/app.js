@@ -1,4 +1,4 @@
-// The page: what the proxy tells (feed.js), written down by Preact. All text goes into text nodes.
+// The page: the proxy's events (feed.js), rendered by Preact. All text goes into text nodes.
 
 import {h, render} from "./vendor/preact.js";
 import htm from "./vendor/htm.js";
@@ -10,12 +10,12 @@ import {colour, describe, draw, find, hue, rowsOf, stepNames, steps, summary} fr
 const html = htm.bind(h);
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 
-// What is known, and what the person at the page has chosen.
+// The data that is shown, and the choices of the person at the page.
 const state = {
   link: "connecting", message: "", parts: {}, log: [], offset: 0, at: 0,
   paused: false, minutes: 5, hour: false, only: "all", shown: 25, open: 0, chosen: 0, tip: null, sure: "", sureAt: 0, said: "",
 };
-// What the proxy tells. It is what is shown, but while the page is paused.
+// The proxy's latest data. It is shown except while the page is paused.
 const live = {parts: {}, log: []};
 let again = () => {};
 let boxes = [];
@@ -34,7 +34,7 @@ function told({state: link, message, data}) {
     for (const r of data.log) live.log.push(r);
     const most = live.parts.proxy ? live.parts.proxy.remembered : 2000;
     if (live.log.length > most) live.log.splice(0, live.log.length - most);
-    for (const r of data.log) if (r.group) hue(r.group); // colours go by the order in which prompts came
+    for (const r of data.log) if (r.group) hue(r.group); // colours follow the order of arrival
     Object.assign(live.parts, data.parts);
     if (!state.paused) Object.assign(state, live);
     document.documentElement.dataset.at = data.at;
@@ -53,13 +53,13 @@ function paint(force) {
   });
 }
 
-// set changes what was chosen, and shows it, even while nothing else moves.
+// set changes choices, and shows them at once.
 function set(change) {
   Object.assign(state, change);
   paint(true);
 }
 
-// pause keeps what is shown, whatever comes and is chosen meanwhile, or goes on.
+// pause freezes the data that is shown, whatever arrives or is chosen meanwhile, or resumes.
 function pause() {
   set(state.paused ? {paused: false, ...live} : {paused: now(), parts: {...live.parts}, log: live.log.slice()});
 }
@@ -301,7 +301,7 @@ function Tokens() {
   </section>`;
 }
 
-// Act is a button that changes something: where it would hurt, only at the second press.
+// Act is a button that changes something. If that may do harm, it needs a second press.
 function Act({id, name, path, hurts, label}) {
   if (!state.parts.you || !state.parts.you.admin) return "";
   const asked = state.sure === id;
@@ -441,7 +441,7 @@ function Requests() {
   </section>`;
 }
 
-// redraw draws what moves while nothing happens.
+// redraw draws the parts that depend on the time.
 function redraw() {
   if (!state.parts.upstreams || document.hidden || state.link === "denied") return;
   if (canvas && canvas.isConnected && !canvas.parentElement.hidden) {

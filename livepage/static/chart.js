@@ -1,11 +1,12 @@
-// Tokens reused and evaluated over time, and model loads: a chart by uPlot.
+// The chart of reused and evaluated tokens and of model loads over time, drawn by uPlot.
 
 import {clock, short} from "./format.js";
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
 let plot, shownIn, wasDark;
 
-// stacked returns the series for uPlot of bins [seconds, requests, reused, evaluated, unknown, generated, loads].
+// stacked returns uPlot's series for bins [seconds, requests, reused, evaluated, unknown,
+// generated, loads].
 function stacked(bins, width, from, to) {
   const by = new Map(bins.map(b => [b[0], b]));
   const data = [[], [], [], [], []];
@@ -48,7 +49,7 @@ export function chart(element, bins, width, from, to) {
     ],
     series: [{}, bars("unknown", tone("none")), bars("evaluated", tone("cold")), bars("reused", tone("warm")), {show: false, scale: "loads"}],
     hooks: {
-      draw: [u => { // loads: a mark above their moment
+      draw: [u => { // a mark above the time of each load
         const c = u.ctx, scale = devicePixelRatio || 1;
         c.save();
         c.fillStyle = c.strokeStyle = tone("ink");

@@ -1,6 +1,6 @@
-// What the proxy tells, as it comes: server-sent events, read with fetch, so that an API key can be sent.
+// The proxy's server-sent events, read with fetch, so that an API key can be sent.
 
-const keyName = "ollama-cacheproxy key"; // in the session's storage
+const keyName = "ollama-cacheproxy key"; // in sessionStorage
 
 export const key = {
   get: () => sessionStorage.getItem(keyName) || "",
@@ -9,10 +9,11 @@ export const key = {
 
 const headers = () => key.get() ? {Authorization: "Bearer " + key.get()} : {};
 
-const silence = 40_000; // ms without anything, a comment included, after which the connection is given up
+// ms without any data, not even a comment, after which the connection is closed
+const silence = 40_000;
 
-// follow reads events for as long as the page is there. told gets {state, message, data}: state is
-// connecting, live, lost, denied or many.
+// follow reads events for as long as the page is open, and passes {state, message, data} to told:
+// state is connecting, live, lost, denied or many.
 export async function follow(told) {
   let pause = 500, stop;
   let wake = () => {};
@@ -74,7 +75,7 @@ export async function follow(told) {
   return again;
 }
 
-// change asks the proxy to change something, and returns what it says if it refuses.
+// change asks the proxy to change something, and returns the reason if it refuses.
 export async function change(path) {
   try {
     const res = await fetch(path, {method: "POST", headers: headers()});

@@ -18,7 +18,7 @@ export function bytes(n) {
   return n.toFixed(1) + " GiB";
 }
 
-// duration writes milliseconds.
+// duration formats milliseconds.
 export function duration(ms) {
   if (ms < 1) return ms > 0 ? "<1 ms" : "0";
   if (ms < 1000) return Math.round(ms) + " ms";
@@ -32,7 +32,7 @@ export function duration(ms) {
 
 export const percent = (part, all) => all > 0 ? (100 * part / all).toFixed(part / all > .9995 || part === 0 ? 0 : 1) + " %" : "–";
 
-// price writes an amount of some currency.
+// price formats an amount in whichever currency.
 export const price = n => n.toFixed(n >= 10 || n === 0 ? 2 : n >= .1 ? 3 : 5);
 
 const pad = n => String(n).padStart(2, "0");

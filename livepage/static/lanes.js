@@ -1,20 +1,20 @@
-// The drawing of lanes: which request each lane had, when, and what it did there.
+// The drawing of lanes: which requests each lane had, and the phases of each.
 
 import {clock, duration, failed, number} from "./format.js";
 
 const rowHeight = 20, rowGap = 3, headHeight = 20, waitTop = 16, waitHeight = 40, axisHeight = 20, gutter = 26;
-const hues = [235, 55, 150, 320, 85, 275, 195, 20, 115, 350]; // far apart, one after the other
+const hues = [235, 55, 150, 320, 85, 275, 195, 20, 115, 350]; // consecutive ones are far apart
 
-const places = new Map(); // of groups among the hues, in the order in which they were first seen
+const places = new Map(); // of groups among the hues, in the order of their first requests
 
-// hue returns the hue of all prompts that begin alike.
+// hue returns the hue of a group: prompts that begin alike.
 export function hue(group) {
   if (!places.has(group)) places.set(group, places.size);
   const place = places.get(group);
   return hues[place % hues.length] + 12 * Math.floor(place / hues.length);
 }
 
-// shade tells conversations apart that begin alike.
+// shade distinguishes conversations that begin alike.
 const shade = talk => talk ? (parseInt(talk.slice(-4), 16) % 3 - 1) * .055 : 0;
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -24,8 +24,8 @@ export function colour(r, alpha = 1) {
   return r.group ? `oklch(${light} .115 ${hue(r.group)} / ${alpha})` : `oklch(${light} .01 240 / ${alpha})`;
 }
 
-// steps returns what a request did, one after the other: [kind, ms] of waited, load, slot, prompt, answer and
-// rest. Where Ollama tells no times the first byte of the answer parts what came before it.
+// steps returns the phases of a request, in order: [kind, ms] of waited, load, slot, prompt, answer
+// and rest. If Ollama reports no times, the first byte of the answer ends the phases before it.
 export function steps(r, now) {
   const whole = r.duration || now - r.at;
   const list = [["waited", Math.min(r.sent || (r.outcome ? whole : r.waited || 0), whole)]];
@@ -37,7 +37,8 @@ export function steps(r, now) {
   };
   if (r.prompt || r.eval || r.load) {
     if (r.loaded) add("load", r.load || 0);
-    add("slot", (r.queue || 0) + (r.loaded ? 0 : r.load || 0)); // finding the model loaded takes a moment, too
+    // Even a loaded model takes Ollama a moment to find.
+    add("slot", (r.queue || 0) + (r.loaded ? 0 : r.load || 0));
     add("prompt", r.prompt || 0);
     add("answer", r.eval || 0);
     add("rest", left);
@@ -54,7 +55,8 @@ export const stepNames = {
   waited: "waited in the proxy", load: "model load", slot: "inside Ollama before that", prompt: "prompt", answer: "answer", rest: "the rest",
 };
 
-// rowsOf sorts requests to rows: one for each lane that had any, and as many as needed for those that hold none.
+// rowsOf assigns requests to rows: one for each lane that had any, and as many as needed for
+// requests without a lane.
 export function rowsOf(requests, upstreams, from, now) {
   const groups = new Map();
   const group = (upstream, model, ctx, runner) => {
@@ -113,7 +115,7 @@ function hatching(c, ink) {
   return hatch.pattern;
 }
 
-// draw draws the last minutes and returns where each request is, for find.
+// draw draws the last minutes and returns the place of each request, for find.
 export function draw(canvas, state) {
   const {groups, requests, waiting, from, now, chosen} = state;
   const style = getComputedStyle(document.documentElement);
@@ -137,7 +139,7 @@ export function draw(canvas, state) {
   const x = t => gutter + (t - from) / (now - from) * (width - gutter - 1);
   const bottom = tall - axisHeight;
 
-  // Time, from clock to clock.
+  // The axis of time, with labels at full steps.
   const span = now - from, step = [5, 10, 15, 30, 60, 120].map(s => s * 1000).find(s => span / s <= width / 84) || 300_000;
   c.textAlign = "center";
   for (let t = Math.ceil(from / step) * step; t <= now; t += step) {
@@ -149,7 +151,7 @@ export function draw(canvas, state) {
     }
   }
 
-  // How many wait: of those that have ended, those that run, and those that still do.
+  // How many were waiting: finished, running and still waiting requests.
   const edges = [];
   const waits = (a, b) => {
     if (b > from && b - a >= 1) edges.push([Math.max(a, from), 1], [b, -1]);
@@ -187,7 +189,7 @@ export function draw(canvas, state) {
   c.fillStyle = line;
   c.fillRect(gutter, waitHeight, width - gutter, 1);
   c.textAlign = "left";
-  c.fillStyle = paper; // over the lines of time
+  c.fillStyle = paper; // over the lines of the axis
   const waitText = most > 0 ? `waiting, ${number(most)} at most` : "waiting";
   c.fillRect(0, 0, c.measureText(waitText).width + 4, waitTop);
   c.fillStyle = soft;
@@ -228,7 +230,7 @@ export function draw(canvas, state) {
       c.fillStyle = kind === "load" ? hatching(c, soft) : colour(r, kind === "prompt" ? 1 : kind === "answer" ? .42 : .16);
       c.fillRect(left, y, Math.max(right - left, .75), height);
     }
-    // What was warm of the prompt, along the foot of the bar.
+    // The reused part of the prompt, along the foot of the bar.
     if (height >= 13 && w > 2) {
       const foot = 3;
       c.fillStyle = paper;
@@ -244,7 +246,7 @@ export function draw(canvas, state) {
         c.fillRect(a, y + height - foot, w, foot);
       }
     }
-    if (w > 3) { // a joint between two requests
+    if (w > 3) { // a gap between two requests
       c.fillStyle = paper;
       c.fillRect(a, y, .75, height);
     }
@@ -272,7 +274,7 @@ export function draw(canvas, state) {
   return boxes;
 }
 
-// find returns the request that is drawn at a point.
+// find returns the request at a point of the drawing.
 export function find(boxes, px, py) {
   let best, far = 5;
   for (const box of boxes) {
@@ -283,7 +285,7 @@ export function find(boxes, px, py) {
   return best;
 }
 
-// summary is what the drawing shows, for a table: a line for each lane.
+// summary returns the content of the drawing for a table: a row for each lane.
 export function summary(groups, from, now) {
   const list = [];
   for (const g of groups) {

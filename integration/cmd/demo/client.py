@@ -1,11 +1,11 @@
-"""What a user's script does: a few questions to a model, through the ollama package as it is."""
+"""A user's script: a few questions to a model, through the unmodified ollama package."""
 
 import json
 import sys
 
 import ollama
 
-client = ollama.Client()  # the server is the one that OLLAMA_HOST names
+client = ollama.Client()  # for the server in OLLAMA_HOST
 for question in sys.argv[2:]:
     answer = client.chat(
         model=sys.argv[1],

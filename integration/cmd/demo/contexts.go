@@ -18,7 +18,7 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// The fourth part: a long system prompt, and a server that is restarted.
+// This file is the fourth part: a long system prompt, and a server that is restarted.
 
 const libraryPrompt = `You are the assistant of the public library in Brook Lane. You answer
 visitors' questions in one short and friendly sentence, by the rules below and by nothing else.
@@ -50,33 +50,33 @@ var libraryQuestions = []string{
 }
 
 const (
-	cold = iota // the first of the questions, by what the server has of its prompt
+	cold = iota // the first of the questions, by how much of its prompt the server has cached
 	warm
 	restarted
 )
 
-// fastEvaluation is how long the system prompt takes to be evaluated where that may be too fast for
-// its state to be worth storing, as with a large accelerator.
+// fastEvaluation is the time to evaluate the system prompt below which its state may not be worth
+// storing, for instance with a large accelerator.
 const fastEvaluation = 250 * time.Millisecond
 
-// visit is what one question came to.
+// visit is the result of one question.
 type visit struct {
 	chat.Answer
 	evaluated int
 }
 
-// library is what the questions came to in one way.
+// library has the results of the questions in one way.
 type library struct {
 	visits []visit
-	// bytes is how much was stored before the restart; 0 directly.
+	// bytes is how much was stored before the restart; zero without the proxy.
 	bytes int64
-	// unbroken is the answer to the last question by a server that was not restarted, and is asked
-	// for directly only.
+	// unbroken is the answer to the last question by a server that was not restarted; only asked
+	// for without the proxy.
 	unbroken string
 }
 
 // contexts asks with one long system prompt, restarts Ollama and asks again: directly, and through
-// the proxy with stored contexts. It is left out where the Ollama has no engine that can be linked.
+// the proxy with stored contexts. It is left out if the Ollama has no engine to link.
 func contexts(
 	ctx context.Context, ollama realollama.Installed, binary string, out io.Writer,
 ) error {
@@ -111,7 +111,7 @@ func contexts(
 	return conclude(out, direct, proxied)
 }
 
-// visitLibrary asks the questions in one way, of a server of its own.
+// visitLibrary asks the questions in one way, on a new server.
 func visitLibrary(ctx context.Context, o linked.Options) (l library, err error) {
 	p, err := linked.Start(ctx, o)
 	if err != nil {
@@ -138,7 +138,7 @@ func visitLibrary(ctx context.Context, o linked.Options) (l library, err error) 
 	return l, nil
 }
 
-// prepare does what is to be done before Ollama is restarted.
+// prepare does everything up to the restart of Ollama.
 func (l *library) prepare(
 	ctx context.Context, client *http.Client, p *linked.Pair, question string,
 ) (err error) {
@@ -170,7 +170,7 @@ func visitOnce(
 }
 
 // waitStored returns how many bytes of contexts are in a folder, as soon as there are any; 0 if
-// there are none after a while. The proxy stores them when nobody has asked for a second.
+// there are none after a while. The proxy stores them after a second without requests.
 func waitStored(ctx context.Context, dir string) (bytes int64, err error) {
 	for deadline := time.Now().Add(10 * time.Second); bytes == 0 && time.Now().Before(deadline); {
 		select {
@@ -178,13 +178,13 @@ func waitStored(ctx context.Context, dir string) (bytes int64, err error) {
 			return 0, ctx.Err()
 		case <-time.After(50 * time.Millisecond):
 		}
-		// Such a file is made when the state beside it is whole.
+		// This file is made once the state beside it is complete.
 		complete, err := filepath.Glob(filepath.Join(dir, "*.json"))
 		if err != nil {
 			return 0, err
 		}
 		for _, name := range complete {
-			// One that has just given way to a longer one is not there any more.
+			// A state that was just replaced by a longer one is gone.
 			if info, err := os.Stat(strings.TrimSuffix(name, ".json") + ".bin"); err == nil {
 				bytes += info.Size()
 			}
@@ -193,7 +193,7 @@ func waitStored(ctx context.Context, dir string) (bytes int64, err error) {
 	return bytes, nil
 }
 
-// conclude prints both ways side by side. It fails where the restart was felt through the proxy.
+// conclude prints both ways side by side. It fails if the restart was noticeable through the proxy.
 func conclude(out io.Writer, direct, proxied library) error {
 	answers := []string{direct.visits[cold].Text, direct.visits[warm].Text, direct.unbroken}
 	equal := func(l library) (n int) {

@@ -65,7 +65,7 @@ func TestConclude(t *testing.T) {
 	for _, tt := range []struct {
 		name            string
 		direct, proxied library
-		want            string // "" for an error
+		want            string // "" if there must be an error
 	}{
 		{
 			"rounded otherwise", of(0, whole("d", 3*time.Second)), of(12e6, spared),

@@ -17,13 +17,13 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// The third part: many long prefixes in turn, and two num_ctx in turn. The model has random weights and takes a millisecond
-// or less for a token; its answers are compared, not shown.
+// This file is the third part: many long prefixes in turn, and two num_ctx in turn. The model has
+// random weights and takes a millisecond or less for a token; its answers are compared, not shown.
 const (
 	lanesModel   = "gen-llama-costly"
 	lanePrefixes = 6
 	laneEach     = 4 // requests of each prefix
-	laneContexts = 8 // requests with one num_ctx and the other in turn
+	laneContexts = 8 // requests, with the two num_ctx in turn
 )
 
 // question is a request of the third part.
@@ -31,7 +31,8 @@ type question struct {
 	prefix, n, numCtx int
 }
 
-// interleaved are its two loads, one after the other, by clients: each asks one question after the other.
+// interleaved returns the two loads, run one after the other, by client: each client asks one
+// question after the other.
 func interleaved() (loads [2][][]question) {
 	for n := range laneEach {
 		for p := range lanePrefixes {
@@ -45,15 +46,15 @@ func interleaved() (loads [2][][]question) {
 	return loads
 }
 
-// effort is what one way came to.
+// effort is the result of one way.
 type effort struct {
 	requests, evaluated, loads int
 	wall                       time.Duration
 	answers                    map[question]string
 }
 
-// lanes asks the same directly and through the proxy, each time of a server of its own that has one slot, and no memory for
-// prompts beside it (as when what is asked for in turn outgrows it).
+// lanes asks the same questions directly and through the proxy, each time on a new server with one
+// slot and no host memory for prompts (as if they exceeded it).
 func lanes(ctx context.Context, ollama realollama.Installed, binary string, out io.Writer) error {
 	fmt.Fprintf(out, "\n%d prefixes × %d requests at once, then two scripts with a num_ctx each, %d requests in turn: directly and through the proxy (--slots auto) …\n\n",
 		lanePrefixes, laneEach, laneContexts)
@@ -84,10 +85,10 @@ func lanes(ctx context.Context, ollama realollama.Installed, binary string, out 
 	return nil
 }
 
-// tryLanes asks through the proxy if binary is given.
+// tryLanes asks through the proxy if binary is not empty.
 func tryLanes(ctx context.Context, ollama realollama.Installed, binary string) (e effort, err error) {
 	config := realollama.Config{Version: ollama.Version, Bin: ollama.Bin, Models: []string{lanesModel}, KeepAlive: "10m"}
-	if realollama.Era(ollama.Version) != realollama.EraA { // which has no such memory
+	if realollama.Era(ollama.Version) != realollama.EraA { // era A has no such memory
 		config.CacheRAMMiB = new(int)
 	}
 	server, err := realollama.Run(ctx, config, nil)
@@ -112,7 +113,7 @@ func tryLanes(ctx context.Context, ollama realollama.Installed, binary string) (
 		}
 	}
 	e.wall = time.Since(begin)
-	// A load ends the engine of the load before, sometimes before that has written its last line.
+	// A load ends the previous engine, sometimes before that has written its last line.
 	log, err := server.WaitEvaluations(ctx, mark, e.requests-server.Loads(mark))
 	if err != nil {
 		return e, err
@@ -124,7 +125,7 @@ func tryLanes(ctx context.Context, ollama realollama.Installed, binary string) (
 	return e, nil
 }
 
-// play has clients ask all their questions.
+// play lets all clients ask their questions.
 func (e *effort) play(ctx context.Context, url string, clients [][]question) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -132,7 +133,7 @@ func (e *effort) play(ctx context.Context, url string, clients [][]question) err
 	var wg sync.WaitGroup
 	for i, list := range clients {
 		wg.Go(func() {
-			time.Sleep(time.Duration(i) * time.Millisecond) // so that they come in this order
+			time.Sleep(time.Duration(i) * time.Millisecond) // keeps them in this order
 			for _, q := range list {
 				text, err := q.ask(ctx, url)
 				if err != nil {

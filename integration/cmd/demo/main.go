@@ -1,10 +1,12 @@
-// Command demo shows what the proxy is for, on a real Ollama with a small real model and unmodified clients: the same
-// questions directly and through the proxy, and what becomes of the model when nobody asks for a while; then, for two
-// scripts with a long prefix each, what the proxy's ledger says of reused tokens, beside the server's own log; then what
-// comes of many prefixes at once, and of two num_ctx in turn, directly and through the proxy; last, a restart of Ollama,
-// after which a long system prompt is evaluated anew directly, and attached from the disk through the proxy.
+// Command demo shows what the proxy is for, on a real Ollama with a small real model and unmodified
+// clients, in four parts. First it asks the same questions directly and through the proxy, and
+// shows whether the model stays loaded without requests. Second, for two scripts with a long prefix
+// each, it shows the ledger's reused tokens beside the server's own log. Third, it sends many
+// prefixes at once, and two num_ctx in turn, directly and through the proxy. Last, it restarts
+// Ollama, after which a long system prompt is evaluated again directly, and attached from the disk
+// through the proxy.
 //
-// It runs the Ollama that the machine has, on a port and with models of the demo's own, or builds one.
+// It runs the installed Ollama, with its own port and models, or builds one.
 //
 //	go run ./integration/cmd/demo
 //	go run ./integration/cmd/demo -era 0.24.0
@@ -44,7 +46,8 @@ var requirements string
 
 const (
 	model = "smollm2"
-	// serverKeepAlive stands for Ollama's default of five minutes, so that nobody has to wait for those.
+	// serverKeepAlive replaces Ollama's default of five minutes, so that nobody has to wait that
+	// long.
 	serverKeepAlive = 5 * time.Second
 )
 
@@ -66,11 +69,11 @@ func main() {
 	}
 }
 
-// outcome is what one way of asking came to.
+// outcome is the result of one way of asking.
 type outcome struct {
 	answers  []string
-	stays    bool          // the model is still loaded when the server's own keep_alive is over
-	expires  time.Duration // until it would be dropped, if it stays
+	stays    bool          // the model is still loaded after the server's own keep_alive
+	expires  time.Duration // if it stays, the time until it would be unloaded
 	nextLoad time.Duration // how long the next question waited for the model
 	loads    int           // by the server's log
 }
@@ -139,8 +142,8 @@ func run(ctx context.Context, era string, out io.Writer) (err error) {
 	return contexts(ctx, ollama, binary, out)
 }
 
-// findOllama returns the Ollama of the given era, or where none is given the one that the machine has,
-// else the newest that can be built.
+// findOllama returns the Ollama of the given era. If none is given, it returns the installed one,
+// or else the newest that can be built.
 func findOllama(ctx context.Context, cache *realollama.Cache, era string, out io.Writer) (realollama.Installed, error) {
 	if era == "" {
 		found, err := cache.FindInstalled(ctx)
@@ -170,7 +173,8 @@ type demo struct {
 	out            io.Writer
 }
 
-// ask puts the questions from a cold start, waits for longer than the server keeps a model, and asks once more.
+// ask puts the questions from a cold start, waits for longer than the server keeps a model, and
+// asks once more.
 func (d demo) ask(way, host string) (o outcome, err error) {
 	if err := d.unload(); err != nil {
 		return o, err
@@ -245,7 +249,7 @@ func (d demo) loaded() ([]api.ProcessModelResponse, error) {
 	return ps.Models, err
 }
 
-// unload has both ways begin with nothing loaded.
+// unload unloads everything, so that both ways begin alike.
 func (d demo) unload() error {
 	res, err := http.Post(d.server.URL()+"/api/generate", "application/json", strings.NewReader(`{"model":"`+model+`","keep_alive":0}`))
 	if err != nil {

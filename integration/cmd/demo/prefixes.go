@@ -18,7 +18,8 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
-// job is one of the two scripts whose requests take turns: many short texts, each judged by the same long instructions.
+// job is one of the two scripts whose requests alternate: many short texts, each judged by the same
+// long instructions.
 type job struct {
 	name         string
 	instructions string
@@ -50,7 +51,7 @@ If two kinds fit, take the first in the order in which they are listed here. If 
 		}},
 }
 
-// asked is one request of the workload, in the order in which they are sent.
+// asked is one request of the workload, in the order of sending.
 type asked struct {
 	job    int
 	text   string
@@ -68,10 +69,11 @@ func (d demo) workload() []asked {
 		list = append(list, asked{i, j.texts[len(j.texts)-1], 0})
 	}
 	last := jobs[0]
-	return append(list, asked{0, last.texts[0], 2048}, asked{0, last.texts[1], 2048}) // and one who sets num_ctx
+	// And one client that sets num_ctx.
+	return append(list, asked{0, last.texts[0], 2048}, asked{0, last.texts[1], 2048})
 }
 
-// entry is what the demo reads of /_cacheproxy/requests.
+// entry has the members of /_cacheproxy/requests that the demo reads.
 type entry struct {
 	Basis  string
 	Tokens struct {
@@ -86,14 +88,15 @@ type entry struct {
 type sums struct {
 	requests, tokens, reused, evaluated, unknown int
 	logReused, logEvaluated                      int
-	logKnown                                     int // of logEvaluated, where the ledger has a figure
+	logKnown                                     int // of logEvaluated, where the ledger is known
 	reasons                                      map[string]int
 	details                                      []string
 	saved                                        float64
 	basis                                        map[string]bool
 }
 
-// prefixes sends two scripts' requests through the proxy, and shows the ledger's figures beside the server's log.
+// prefixes sends the requests of two scripts through the proxy, and shows the ledger's figures
+// beside the server's log.
 func (d demo) prefixes(proxyURL string) error {
 	if err := d.unload(); err != nil {
 		return err
@@ -114,7 +117,8 @@ func (d demo) prefixes(proxyURL string) error {
 		options := map[string]any{"temperature": 0, "num_predict": 12}
 		if a.numCtx > 0 {
 			options["num_ctx"] = a.numCtx
-			// The model is loaded anew for it, which can end the engine before it has written of the last request.
+			// This request reloads the model, which can end the engine before it has logged the
+			// last request.
 			if _, err := d.server.WaitEvaluations(d.ctx, mark, i); err != nil {
 				return err
 			}
@@ -143,7 +147,7 @@ func (d demo) prefixes(proxyURL string) error {
 	return d.table(list, log, all[len(before):])
 }
 
-// entries returns what the ledger has, oldest first.
+// entries returns the ledger's entries, oldest first.
 func entries(ctx context.Context, proxyURL string) ([]entry, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, proxyURL+"/_cacheproxy/requests?n=1000", nil)
 	if err != nil {
@@ -162,10 +166,10 @@ func entries(ctx context.Context, proxyURL string) ([]entry, error) {
 	return page.Requests, nil
 }
 
-// table prints the ledger's sums per prefix beside those of the server's log. It fails where they differ by more than
-// the ledger promises.
+// table prints the ledger's sums per prefix beside those of the server's log. It fails if they
+// differ by more than the ledger promises.
 func (d demo) table(list []asked, log []realollama.Evaluation, ledger []entry) error {
-	rows := make([]sums, len(jobs)+1) // the last one is the sum
+	rows := make([]sums, len(jobs)+1) // the last row is the sum
 	for i, a := range list {
 		for _, row := range []*sums{&rows[a.job], &rows[len(jobs)]} {
 			row.add(ledger[i], log[i])
@@ -230,7 +234,7 @@ func (s *sums) add(e entry, log realollama.Evaluation) {
 	}
 }
 
-// why lists the reasons, most frequent first.
+// why lists the reasons, the most frequent first.
 func (s *sums) why() string {
 	names := slices.SortedFunc(maps.Keys(s.reasons), func(a, b string) int {
 		return cmp.Or(s.reasons[b]-s.reasons[a], strings.Compare(a, b))

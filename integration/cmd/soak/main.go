@@ -1,4 +1,5 @@
-// Command soak runs the proxy for long between mixed clients and two real servers that are killed and revived.
+// Command soak runs the proxy for a long time between mixed clients and two real servers that are
+// killed and revived.
 package main
 
 import (

@@ -1,5 +1,6 @@
-# As much of Homebrew as the formula needs: it does what install, the service and test say, in a
-# folder. The program is not built here, where there is no Go, but the command for it is printed.
+# The part of Homebrew that the formula needs: it runs install, the service and the test, in a
+# folder. There is no Go here, so the program is not built, but the command that builds it is
+# printed.
 #   ruby homebrew.rb FORMULA FOLDER, with PROGRAM, a program that was built
 require "fileutils"
 require "json"
@@ -16,7 +17,7 @@ end
 
 class Pathname
   remove_method :write
-  def write(text) # as Homebrew's, which makes the folder
+  def write(text) # like Homebrew's, which makes the folder
     dirname.mkpath
     File.write(to_s, text)
   end

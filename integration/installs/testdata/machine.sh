@@ -1,32 +1,32 @@
-# Runs as root on a Debian of its own, with a systemd of its own; installs_linux_test.go starts it.
-# OLLAMA_CACHEPROXY_LISTEN and OLLAMA_CACHEPROXY_UPSTREAM, a real Ollama, are in the environment of all
-# services; OLLAMA_HOST, a free address, and OLLAMA_MODELS are for an Ollama that is started here.
-# The last line of a log shows what failed.
+# Runs as root on a separate Debian that has booted its own systemd; installs_linux_test.go starts
+# it. OLLAMA_CACHEPROXY_LISTEN and OLLAMA_CACHEPROXY_UPSTREAM, a real Ollama, are in the environment
+# of all services; OLLAMA_HOST, a free address, and OLLAMA_MODELS are for an Ollama that is started
+# here. The last line of the log shows what failed.
 set -euxo pipefail
 proxy=http://$OLLAMA_CACHEPROXY_LISTEN
 settings=/etc/default/ollama-cacheproxy
 
-# answers PATH [curl's flags…] asks the proxy, which may have just been started.
+# answers PATH [curl's flags…] sends a request to the proxy, which may still be starting.
 answers() {
 	local path=$1
 	shift
 	curl --silent --show-error --fail --retry 120 --retry-delay 1 --retry-max-time 120 --retry-connrefused "$@" "$proxy$path"
 }
 pid() { systemctl show --property MainPID --value ollama-cacheproxy; }
-# not COMMAND fails if that succeeds: the shell goes on after "! COMMAND" in any case.
+# not COMMAND fails if COMMAND succeeds: "! COMMAND" alone never ends the shell.
 not() { if "$@"; then return 1; fi; }
 active() { test "$(systemctl is-active ollama-cacheproxy)" = active; }
-# is STATUS [curl's flags…] says whether the models are listed with that status.
+# is STATUS [curl's flags…] succeeds if the list of models has that status.
 is() {
 	local want=$1
 	shift
 	answers /_cacheproxy/health >/dev/null
 	test "$(curl --silent --output /dev/null --write-out '%{http_code}' "$@" "$proxy/api/tags")" = "$want"
 }
-# set_to NAME VALUE is what an editor does with a line of the settings that begins with "#".
+# set_to NAME VALUE edits a line of the settings, which may begin with "#".
 set_to() { sed --in-place "s|^#\?OLLAMA_CACHEPROXY_$1=.*|OLLAMA_CACHEPROXY_$1=$2|" $settings && grep --quiet "^OLLAMA_CACHEPROXY_$1=$2" $settings; }
 
-# written SECTION runs the commands of a section of install.md, at the address that is free here.
+# written SECTION runs the commands of a section of install.md, with a free address.
 written() {
 	awk -v section="## $1" '$0 == section {on = 1} /^## / && $0 != section {on = 0}
 		/^```/ {code = on && /^```console/; next} code' install.md |
@@ -47,7 +47,7 @@ active
 systemctl --quiet is-enabled ollama-cacheproxy
 answers /_cacheproxy/ready
 test "$(ps -o user:32= -p "$(pid)")" = ollama-cacheproxy
-# The restrictions are not only written down.
+# The restrictions are in force, not only in the file.
 grep --quiet --perl-regexp '^Seccomp:\t2' "/proc/$(pid)/status"
 grep --quiet --perl-regexp '^NoNewPrivs:\t1' "/proc/$(pid)/status"
 grep --quiet --perl-regexp '^CapBnd:\t0+$' "/proc/$(pid)/status"
@@ -100,7 +100,7 @@ fish --command "complete --do-complete 'ollama-cacheproxy --log-f'" | grep --per
 timeout 60 zsh zsh-completes.zsh | grep 'log-format=json'
 MANPATH=/usr/share/man man --where ollama-cacheproxy
 man --local-file --warnings=mac,escape,syntax,missing,font /usr/share/man/man1/ollama-cacheproxy.1.gz 2>warned | grep 'OLLAMA_CACHEPROXY_UPSTREAM'
-# A long name in a narrow line is no mistake.
+# Ignore a long name that does not fit into a narrow line.
 not grep --invert-match 'cannot adjust line' warned
 
 : '=== the deb is removed: nothing runs, the settings stay; installed again, it goes on; purged, all is gone'
@@ -132,7 +132,7 @@ Restart=always
 RestartSec=3
 UNIT
 dpkg --install package.deb
-# At an address of its own, which Ollama takes from its environment, too.
+# At another address, which Ollama also takes from its environment.
 echo "OLLAMA_CACHEPROXY_UPSTREAM=$OLLAMA_HOST" >>$settings
 cp --recursive /usr/share/doc/ollama-cacheproxy/*.service.d /etc/systemd/system/
 systemctl daemon-reload

@@ -40,9 +40,9 @@ demo: ## real Ollama, a small model, a Python client: with and without the proxy
 
 .PHONY: test
 test: servers ## all tests, on real Ollama servers and with real clients too
-	@echo "the packages' own tests (2 to 3 min on 2 cores) …"
+	@echo "the packages' own tests (3 to 9 min on 2 cores) …"
 	$(TEST_PACKAGES) $$($(GO) list ./... | grep -v /integration)
-	@echo "the tests on real Ollama servers (10 to 13 min on 2 cores) …"
+	@echo "the tests on real Ollama servers (15 to 30 min on 2 cores) …"
 	$(TEST_EACH) -p 1 ./integration/...
 
 # The tests that may depend on the engine's build, on an engine built from its source rather than

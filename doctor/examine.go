@@ -4,6 +4,8 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
 // Severity says how bad a finding is.
@@ -391,7 +393,7 @@ func (f *Facts) hostCache(m *Model) (Finding, bool) {
 	}
 	working := fmt.Sprintf("%s with about %s tokens were in use", plural(m.Working, "conversation"), number(m.WorkingSet))
 	u := f.about(m)
-	if !atLeast(u.Version, 0, 30) {
+	if !upstream.AtLeast(u.Version, 0, 30) {
 		found.Title = fmt.Sprintf("%s has fewer slots than there are prefixes, and this Ollama keeps nothing beside them", m.Name)
 		found.Evidence = append(found.Evidence, working+".")
 		found.Advice = []Advice{

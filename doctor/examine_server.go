@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
 func (f *Facts) fewSlots(m *Model) (Finding, bool) {
@@ -219,7 +221,7 @@ func (f *Facts) bypass(u *Upstream) (Finding, bool) {
 
 // link finds an Ollama whose engine could keep contexts, if that would have helped.
 func (f *Facts) link(u *Upstream) (Finding, bool) {
-	if f.Settings.Contexts || !u.Here || u.Simulated || !atLeast(u.Version, 0, 30) {
+	if f.Settings.Contexts || !u.Here || u.Simulated || !upstream.AtLeast(u.Version, 0, 30) {
 		return Finding{}, false
 	}
 	var w Waste

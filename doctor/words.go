@@ -109,12 +109,3 @@ func article(kind string) string {
 	}
 	return "A " + kind
 }
-
-// atLeast reports whether a version is this one or later; an unknown version is not.
-func atLeast(version string, major, minor int) bool {
-	var a, b int
-	if n, _ := fmt.Sscanf(version, "%d.%d", &a, &b); n < 2 {
-		return false
-	}
-	return a > major || a == major && b >= minor
-}

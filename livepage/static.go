@@ -9,6 +9,7 @@ import (
 	"mime"
 	"net/http"
 	"path"
+	"sync"
 	"time"
 )
 
@@ -25,8 +26,9 @@ type file struct {
 	etag, kind string
 }
 
-// static has the files by their names below the page's path; "" is the page itself.
-var static = func() map[string]file {
+// static returns the files by their names below the page's path; "" is the page itself. It hashes
+// them on first use: most runs of the program serve no page.
+var static = sync.OnceValue(func() map[string]file {
 	all := map[string]file{}
 	err := fs.WalkDir(files, "static", func(name string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
@@ -57,7 +59,7 @@ var static = func() map[string]file {
 		panic(err) // the files are part of the program
 	}
 	return all
-}()
+})
 
 // policy lets the page run its own scripts and talk to this proxy, and nothing else. The page has
 // no inline script or style.
@@ -66,13 +68,13 @@ const policy = "default-src 'none'; script-src 'self'; style-src 'self'; connect
 
 // Has reports whether there is a file with this name below the page's path; "" is the page itself.
 func Has(name string) bool {
-	_, ok := static[name]
+	_, ok := static()[name]
 	return ok
 }
 
 // ServeFile serves the file with this name. Its content is public, since it is in the program, too.
 func ServeFile(w http.ResponseWriter, r *http.Request, name string) {
-	f, ok := static[name]
+	f, ok := static()[name]
 	if !ok {
 		http.NotFound(w, r)
 		return

@@ -42,7 +42,7 @@ func all(t *testing.T) map[string]string {
 	m.Held(func() int64 { return 0 })
 	m.Waiting(func() int64 { return 0 })
 	m.Draining(func() map[string]bool { return nil })
-	m.Limits(func() Limits { return Limits{ContextBytes: 1} })
+	m.Limits(Limits{ContextBytes: 1})
 	descriptions := make(chan *prometheus.Desc)
 	go func() { // ends when all are read
 		m.registry.Describe(descriptions)

@@ -35,18 +35,14 @@ type Limits struct {
 	ContextBytes int64 // bytes on the disk (--context-bytes); 0 if contexts are not stored
 }
 
-// Limits adds the series of the limits. It calls limits at each scrape.
-func (m *Metrics) Limits(limits func() Limits) {
-	m.gauge("held_limit_bytes", "How much memory the bodies of requests that wait may take (--memory).",
-		func() int64 { return limits().Held })
-	m.gauge("queue_limit_requests", "How many requests may wait (--queue).",
-		func() int64 { return int64(limits().Queue) })
-	m.gauge("store_limit_entries", "How many links of prefixes may be remembered (--store-entries).",
-		func() int64 { return int64(limits().StoreEntries) })
-	m.gauge("store_limit_bytes", "How much memory the remembered prefixes may take (--store-bytes).",
-		func() int64 { return limits().StoreBytes })
-	if limits().ContextBytes > 0 {
-		m.gauge("contexts_limit_bytes", "How much disk the stored contexts may take (--context-bytes).",
-			func() int64 { return limits().ContextBytes })
+// Limits adds the series of the limits.
+func (m *Metrics) Limits(l Limits) {
+	limit := func(name, help string, n int64) { m.gauge(name, help, func() int64 { return n }) }
+	limit("held_limit_bytes", "How much memory the bodies of requests that wait may take (--memory).", l.Held)
+	limit("queue_limit_requests", "How many requests may wait (--queue).", int64(l.Queue))
+	limit("store_limit_entries", "How many links of prefixes may be remembered (--store-entries).", int64(l.StoreEntries))
+	limit("store_limit_bytes", "How much memory the remembered prefixes may take (--store-bytes).", l.StoreBytes)
+	if l.ContextBytes > 0 {
+		limit("contexts_limit_bytes", "How much disk the stored contexts may take (--context-bytes).", l.ContextBytes)
 	}
 }

@@ -88,7 +88,7 @@ func (h *Handler) record(r *http.Request, ex *exchange) {
 	}
 	q := doctor.Request{
 		Asker: doctor.Asker{
-			Name: ex.Name, Client: hashed(h.Trusted.clientOf(r, ex.holder.client())),
+			Name: ex.Name, Client: ex.Client,
 			Agent: agentOf(r), Endpoint: ex.Endpoint, NumCtx: ex.run.Options.NumCtx(),
 		},
 		Upstream: ex.up.Name, Model: upstream.DisplayName(ex.key), Weights: ex.run.Options.Model,
@@ -126,7 +126,7 @@ func (h *Handler) record(r *http.Request, ex *exchange) {
 func (h *Handler) recordChange(r *http.Request, ex *exchange, b *backend, key string, keepAlive time.Duration) {
 	h.recorder.Add(doctor.Request{
 		Asker: doctor.Asker{
-			Name: ex.Name, Client: hashed(h.Trusted.clientOf(r, ex.holder.client())),
+			Name: ex.Name, Client: h.clientShown(r, ex),
 			Agent: agentOf(r), Endpoint: ex.Endpoint,
 		},
 		Upstream: b.Name, Model: upstream.DisplayName(key), Weights: b.runners.Weights(key),
@@ -165,7 +165,7 @@ func agentOf(r *http.Request) string {
 
 // outside records that a program outside the proxy loaded a model with different options.
 func (r *recorder) outside(b *backend, weights string) {
-	r.sign(b, b.residency.nameOf(weights), doctor.OutsideOptions)
+	r.sign(b, b.modelName(weights), doctor.OutsideOptions)
 }
 
 func (r *recorder) sign(b *backend, model string, kind doctor.OutsideKind) {
@@ -240,16 +240,6 @@ func (r *residency) asksNoContext(weights string) bool {
 	return ok && m.statedKnown && m.stated.NumCtx() == 0
 }
 
-// nameOf returns the name by which a model, by its weights, was last used.
-func (r *residency) nameOf(weights string) string {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if m, ok := r.models.Peek(weights); ok && m.key != "" {
-		return upstream.DisplayName(m.key)
-	}
-	return upstream.DisplayName(weights)
-}
-
 // facts serves pathFacts.
 func (h *Handler) facts(w http.ResponseWriter, r *http.Request, ex *exchange) {
 	now := time.Now()
@@ -288,7 +278,7 @@ func (h *Handler) facts(w http.ResponseWriter, r *http.Request, ex *exchange) {
 // length. If a model has several runners, it takes the one with the most slots.
 func (h *Handler) addLoaded(models []doctor.Model) {
 	find := func(b *backend, weights string) *doctor.Model {
-		name := b.residency.nameOf(weights)
+		name := b.modelName(weights)
 		i := slices.IndexFunc(models, func(m doctor.Model) bool { return m.Upstream == b.Name && m.Name == name })
 		if i < 0 {
 			return &doctor.Model{} // no request has used it in this period

@@ -474,12 +474,12 @@ func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (d
 	if ex.holder != nil {
 		ex.Name = ex.holder.name
 	}
-	ref := h.loop(r)
+	ref, guard := h.loop(r), h.guard()
 	if ref == nil {
-		ref = h.guard().host(r)
+		ref = guard.host(r)
 	}
 	if ref == nil {
-		ex.origin, ref = h.guard().origin(r)
+		ex.origin, ref = guard.origin(r)
 	}
 	if ref == nil && r.Method == http.MethodOptions && (ex.origin != "" || localName(hostname(r.Host))) {
 		ex.Status, ex.Outcome = http.StatusNoContent, Own

@@ -69,25 +69,33 @@ func ParseKeepAlive(policy KeepAlivePolicy, settings []string) (KeepAlive, error
 		return k, fmt.Errorf("keep-alive policy %q: want if-absent, at-least or force", policy)
 	}
 	for _, s := range settings {
-		model, value, perModel := strings.Cut(s, "=")
-		if !perModel {
-			model, value = "", s
-		}
-		hold, err := parseHold(strings.TrimSpace(value))
-		if err != nil {
+		if err := forModel(s, parseHold, &k.Default, k.Models); err != nil {
 			return k, fmt.Errorf("keep-alive %q: %w", s, err)
 		}
-		if !perModel {
-			k.Default = hold
-			continue
-		}
-		key := upstream.ModelKey(model)
-		if key == "" {
-			return k, fmt.Errorf("keep-alive %q: %q is not a model name", s, model)
-		}
-		k.Models[key] = hold
 	}
 	return k, nil
+}
+
+// forModel parses a setting of the form VALUE, for all models, or MODEL=VALUE, for one.
+func forModel[V any](setting string, parse func(string) (V, error), all *V, models map[string]V) error {
+	model, text, one := strings.Cut(setting, "=")
+	if !one {
+		text = setting
+	}
+	value, err := parse(strings.TrimSpace(text))
+	if err != nil {
+		return err
+	}
+	if !one {
+		*all = value
+		return nil
+	}
+	key := upstream.ModelKey(model)
+	if key == "" {
+		return fmt.Errorf("%q is not a model name", model)
+	}
+	models[key] = value
+	return nil
 }
 
 func parseHold(s string) (Hold, error) {

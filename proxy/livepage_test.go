@@ -97,11 +97,9 @@ func TestPageShell(t *testing.T) {
 	up.none()
 }
 
-// TestPageEvents: an open page is sent its data, does not count as a request in progress, and does
-// not delay the proxy's stop.
-func TestPageEvents(t *testing.T) {
-	up := newFake(t, okAnswer)
-	rg := newRig(t, up.URL, &Handler{Guard: withKeys(t, "alice "+theKey), Version: "v1.2.3"})
+// openPage opens a page with theKey. Its answer ends when the page is closed.
+func (rg *rig) openPage(t *testing.T) *http.Response {
+	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), "GET", rg.URL+pathEvents, nil)
 	if err != nil {
 		t.Fatal(err)
@@ -111,6 +109,15 @@ func TestPageEvents(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return res
+}
+
+// TestPageEvents: an open page is sent its data, does not count as a request in progress, and does
+// not delay the proxy's stop.
+func TestPageEvents(t *testing.T) {
+	up := newFake(t, okAnswer)
+	rg := newRig(t, up.URL, &Handler{Guard: withKeys(t, "alice "+theKey), Version: "v1.2.3"})
+	res := rg.openPage(t)
 	defer res.Body.Close()
 	lines := bufio.NewScanner(res.Body)
 	lines.Buffer(nil, 1<<20)
@@ -173,15 +180,7 @@ func TestPageRevoked(t *testing.T) {
 	for what, keys := range map[string]string{"gone": "bob other-key", "of an admin no more": "alice " + theKey} {
 		guard := withKeys(t, "alice "+theKey+" admin")
 		rg := newRig(t, newFake(t, okAnswer).URL, &Handler{Guard: guard})
-		req, err := http.NewRequestWithContext(t.Context(), "GET", rg.URL+pathEvents, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		req.Header.Set("Authorization", "Bearer "+theKey)
-		res, err := rg.http.Do(req)
-		if err != nil {
-			t.Fatal(err)
-		}
+		res := rg.openPage(t)
 		if err := guard.Keys.Replace(keys); err != nil {
 			t.Fatal(err)
 		}

@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -53,25 +54,18 @@ func (n NumCtx) String() string {
 func ParseNumCtx(settings []string) (NumCtx, error) {
 	n := NumCtx{Models: map[string]NumCtxPolicy{}}
 	for _, s := range settings {
-		model, value, perModel := strings.Cut(s, "=")
-		if !perModel {
-			model, value = "", s
-		}
-		policy := NumCtxPolicy(strings.TrimSpace(value))
-		if !slices.Contains([]NumCtxPolicy{KeepNumCtx, PinNumCtx, RaiseNumCtx}, policy) {
-			return n, fmt.Errorf("num-ctx policy %q: want keep, pin or raise", s)
-		}
-		key := upstream.ModelKey(model)
-		switch {
-		case !perModel:
-			n.Default = policy
-		case key == "":
-			return n, fmt.Errorf("num-ctx policy %q: %q is not a model name", s, model)
-		default:
-			n.Models[key] = policy
+		if err := forModel(s, parsePolicy, &n.Default, n.Models); err != nil {
+			return n, fmt.Errorf("num-ctx policy %q: %w", s, err)
 		}
 	}
 	return n, nil
+}
+
+func parsePolicy(s string) (NumCtxPolicy, error) {
+	if p := NumCtxPolicy(s); slices.Contains([]NumCtxPolicy{KeepNumCtx, PinNumCtx, RaiseNumCtx}, p) {
+		return p, nil
+	}
+	return "", errors.New("want keep, pin or raise")
 }
 
 // How a request's num_ctx was treated, in the words of logs and metrics.

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/contexts"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/livepage"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
@@ -25,15 +26,18 @@ type overview struct{ *Handler }
 // ages, so that unchanged data need not be sent again.
 func (o overview) Parts() []livepage.Part {
 	now := time.Now()
-	ups := o.pageUpstreams()
+	var lanes schedule.Stats // asked once: the scheduler waits meanwhile
+	if o.Lanes != nil {
+		lanes = o.Lanes.Stats()
+	}
 	return []livepage.Part{
 		{Name: "proxy", Data: o.pageProxy()},
-		{Name: "problems", Data: o.problems(now)},
+		{Name: "problems", Data: o.problems(now, lanes)},
 		{Name: "totals", Data: o.timeline.counted()},
 		{Name: "queue", Data: o.pageQueue(now)},
 		{Name: "running", Data: o.timeline.under()},
 		{Name: "series", Data: o.timeline.series(now)},
-		{Name: "upstreams", Data: ups},
+		{Name: "upstreams", Data: o.pageUpstreams(lanes)},
 		{Name: "contexts", Data: o.pageStored()},
 	}
 }
@@ -149,7 +153,7 @@ type pageSlots struct {
 	Source  string `json:"source"` // learned, given, told (by the engine) or none
 }
 
-func (h *Handler) pageUpstreams() []pageUpstream {
+func (h *Handler) pageUpstreams(lanes schedule.Stats) []pageUpstream {
 	var list []pageUpstream
 	for _, b := range h.backends {
 		st := b.State()
@@ -170,10 +174,7 @@ func (h *Handler) pageUpstreams() []pageUpstream {
 		}
 		list = append(list, u)
 	}
-	if h.Lanes == nil {
-		return list
-	}
-	for _, x := range h.Lanes.Stats().Runners {
+	for _, x := range lanes.Runners {
 		u := &list[x.Runner.Upstream]
 		s := pageSlots{
 			Runner: hashed(x.Runner), Model: h.modelName(x.Runner), NumCtx: x.Runner.Options.NumCtx(),
@@ -197,7 +198,6 @@ func (h *Handler) pageUpstreams() []pageUpstream {
 func (b *backend) pageModel(l upstream.Loaded) pageModel {
 	m := pageModel{
 		Model: upstream.DisplayName(l.Name), Size: l.Size, GPU: l.SizeVRAM, Context: l.ContextLength,
-		Holder: holderOthers,
 	}
 	// Ollama reports a model that is kept for ever as expiring in some hundred years.
 	if time.Until(l.ExpiresAt) < 10*365*24*time.Hour {
@@ -301,7 +301,7 @@ const (
 )
 
 // problems returns the current problems, the worst first.
-func (h *Handler) problems(now time.Time) []problem {
+func (h *Handler) problems(now time.Time, lanes schedule.Stats) []problem {
 	list := []problem{}
 	up := 0
 	for _, b := range h.backends {
@@ -311,10 +311,11 @@ func (h *Handler) problems(now time.Time) []problem {
 		list = append(list, h.wrongWith(b)...)
 	}
 	list = append(list, h.timeline.problems(now)...)
-	list = append(list, h.waitingLong(now)...)
+	list = append(list, waitingLong(now, lanes)...)
 	if h.Contexts != nil {
-		for _, reason := range []string{"save", "attach"} {
-			if n := h.Contexts.Counts().Failed[reason]; n > 0 {
+		failed := h.Contexts.Counts().Failed
+		for _, reason := range []string{contexts.FailedSave, contexts.FailedAttach} {
+			if n := failed[reason]; n > 0 {
 				list = append(list, problem{"contexts", isWarning,
 					fmt.Sprintf("Stored contexts that could not be %sed since the start: %d.", strings.TrimSuffix(reason, "e"), n),
 					"The log says why; most often the disk is full, slow or read-only (docs/contexts.md)."})
@@ -360,13 +361,10 @@ func (h *Handler) wrongWith(b *backend) (list []problem) {
 }
 
 // waitingLong reports requests that have waited too long.
-func (h *Handler) waitingLong(now time.Time) []problem {
-	if h.Lanes == nil {
-		return nil
-	}
+func waitingLong(now time.Time, lanes schedule.Stats) []problem {
 	var oldest time.Duration
 	n := 0
-	for p, w := range h.Lanes.Stats().Waiting {
+	for p, w := range lanes.Waiting {
 		n += w.Requests
 		if p != schedule.Batch { // batch requests may wait
 			oldest = max(oldest, w.Oldest)

@@ -133,7 +133,12 @@ func (h *Handler) waitingEntry(q schedule.Waiter) waitingEntry {
 
 // modelName returns the readable name of a runner's model.
 func (h *Handler) modelName(r schedule.Runner) string {
-	return upstream.DisplayName(h.backends[r.Upstream].runners.Name(r.Options.Model))
+	return h.backends[r.Upstream].modelName(r.Options.Model)
+}
+
+// modelName returns the readable name by which a model, by its weights, was last used.
+func (b *backend) modelName(weights string) string {
+	return upstream.DisplayName(b.runners.Name(weights))
 }
 
 func estimatesOf(e schedule.Estimates) estimatesEntry {

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"cmp"
+	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -188,11 +189,8 @@ func (t *timeline) retracted(ex *exchange) {
 
 // remove removes a request from the ones in progress. t.mu must be held.
 func (t *timeline) remove(ex *exchange) {
-	for i, w := range t.running {
-		if w == ex.shown && w != nil {
-			t.running = append(t.running[:i], t.running[i+1:]...)
-			break
-		}
+	if i := slices.Index(t.running, ex.shown); i >= 0 {
+		t.running = slices.Delete(t.running, i, i+1)
 	}
 	ex.shown = nil
 }
@@ -332,14 +330,7 @@ func (t *timeline) counted() totals {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	c := t.totals
-	copied := func(m map[string]int) map[string]int {
-		n := make(map[string]int, len(m))
-		for k, v := range m {
-			n[k] = v
-		}
-		return n
-	}
-	c.Outcomes, c.Verdicts, c.Cold = copied(c.Outcomes), copied(c.Verdicts), copied(c.Cold)
+	c.Outcomes, c.Verdicts, c.Cold = maps.Clone(c.Outcomes), maps.Clone(c.Verdicts), maps.Clone(c.Cold)
 	return c
 }
 

@@ -502,9 +502,12 @@ func (s *Server) Show(ctx context.Context, model string) (show *api.ShowResponse
 }
 
 // AtLeast reports whether the server's version is known and is this one or later.
-func (st State) AtLeast(major, minor int) bool {
+func (st State) AtLeast(major, minor int) bool { return AtLeast(st.Version, major, minor) }
+
+// AtLeast reports whether a version is this one or later; an unknown version is not.
+func AtLeast(version string, major, minor int) bool {
 	var a, b int
-	if n, _ := fmt.Sscanf(st.Version, "%d.%d", &a, &b); n < 2 {
+	if n, _ := fmt.Sscanf(version, "%d.%d", &a, &b); n < 2 {
 		return false
 	}
 	return a > major || a == major && b >= minor

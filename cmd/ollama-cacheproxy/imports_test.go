@@ -22,7 +22,7 @@ func TestImports(t *testing.T) {
 		"runners":               {"prefix", "upstream"},
 		"savings":               {"contextstore", "jsonscan", "prefix", "runners"},
 		"schedule":              {"prefix"},
-		"doctor":                {"prefix"},
+		"doctor":                {"prefix", "upstream"},
 		"livepage":              {},
 		"proxy":                 {"contexts", "doctor", "jsonscan", "livepage", "prefix", "runners", "savings", "schedule", "upstream"},
 		"metrics":               {"contexts", "contextstore", "proxy", "savings", "schedule", "upstream"},

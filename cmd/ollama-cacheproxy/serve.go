@@ -450,7 +450,7 @@ func (s *serveCmd) handler(
 	if set.contexts != nil {
 		limits.ContextBytes = s.ContextBytes
 	}
-	counts.Limits(func() metrics.Limits { return limits })
+	counts.Limits(limits)
 	counts.Draining(h.Draining)
 	counts.Held(h.Held)
 	counts.Waiting(h.Waiting)

@@ -8,6 +8,7 @@ package answers
 
 import (
 	"context"
+	"crypto/rand"
 	"time"
 )
 
@@ -38,10 +39,13 @@ type Entry struct {
 // a miss: a store that fails never fails a request.
 type Store interface {
 	// Get returns the entries of the keys, in the same order; where there is none, or one older than
-	// Limits.Age or of another length than was written, the zero Entry.
+	// Limits.Age or not as it was written, the zero Entry (whose Kind is 0, which no entry has). With
+	// an error, too, it returns one Entry for each key; all of them may be zero. The Data that it
+	// returns stays as it is whatever becomes of the store.
 	Get(ctx context.Context, keys []Key) ([]Entry, error)
-	// Put keeps the entries, and evicts others if there is no room. Entries longer than
-	// Limits.Entry are not kept, which is no error.
+	// Put keeps the entries, and evicts others if there is no room: first those that were not used
+	// for the longest time, where a store can know. It copies Data. Entries longer than
+	// Limits.Entry, or already older than Limits.Age, are not kept, which is no error.
 	Put(ctx context.Context, entries []Entry) error
 	// Delete removes entries; absent ones are no error.
 	Delete(ctx context.Context, keys []Key) error
@@ -69,4 +73,26 @@ type Stats struct {
 	Expired uint64 // for age
 	Errors  uint64 // failed calls
 	Down    bool   // the store cannot be used at the moment; it is tried again by itself
+}
+
+// longest returns the longest Data that is kept, in bytes.
+func (l Limits) longest() int64 {
+	if l.Entry > 0 {
+		return min(l.Entry, l.Bytes)
+	}
+	return l.Bytes / 8
+}
+
+// old reports whether an entry that was made then is no longer returned now.
+func (l Limits) old(made, now time.Time) bool { return l.Age > 0 && now.Sub(made) > l.Age }
+
+// kept reports whether Put keeps the entry.
+func (l Limits) kept(e Entry, now time.Time) bool {
+	return l.Bytes > 0 && int64(len(e.Data)) <= l.longest() && !l.old(e.Made, now)
+}
+
+// newSecret returns a random secret.
+func newSecret() (secret [32]byte) {
+	rand.Read(secret[:]) // never fails
+	return secret
 }

@@ -1,0 +1,75 @@
+package answers
+
+import "github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+
+// rule is what is known about a member of a request.
+type rule struct {
+	ignored bool // it changes no word of the answer
+	options bool // it is decoded into a map
+	float   bool // it is decoded into floating point
+
+	// same are the values that Ollama decodes into what it has if the member is absent, or that it
+	// treats alike everywhere.
+	same []string
+}
+
+// absent reports whether the value states what Ollama takes anyway.
+func (r rule) absent(value []byte) bool {
+	for _, s := range r.same {
+		if string(value) == s || s == "[]" && value[0] == '[' && empty(value) {
+			return true
+		}
+	}
+	return false
+}
+
+var (
+	ignored = rule{ignored: true}
+	null    = rule{same: []string{"null"}}
+	off     = rule{same: []string{"null", "false"}}
+	zero    = rule{same: []string{"null", "0"}}
+	blank   = rule{same: []string{"null", `""`}}
+	none    = rule{same: []string{"null", "[]"}}
+	float   = rule{same: []string{"null"}, float: true}
+)
+
+// rules are what is known about each endpoint's members. They were read from the types and handlers
+// of Ollama 0.24 to 0.34. A member that is not listed has no default that is known: null, for one, is
+// not nothing for format and input, which are kept as they are written.
+var rules = map[prefix.Endpoint]map[string]rule{
+	prefix.Chat: {
+		"stream": ignored, "keep_alive": ignored, "tools": none, "think": null, "truncate": null, "shift": null,
+		"options":            {same: []string{"null", "{}"}, options: true},
+		"_debug_render_only": off, "logprobs": off, "top_logprobs": zero,
+	},
+	prefix.Generate: {
+		"stream": ignored, "keep_alive": ignored, "think": null, "truncate": null, "shift": null,
+		"options":            {same: []string{"null", "{}"}, options: true},
+		"_debug_render_only": off, "logprobs": off, "top_logprobs": zero,
+		"suffix": blank, "system": blank, "template": blank, "context": null, "raw": off, "images": none,
+	},
+	prefix.ChatCompletions: {
+		"stream": ignored, "stream_options": ignored, "keep_alive": ignored, "max_tokens": null, "seed": null,
+		"stop": null, "temperature": float, "frequency_penalty": float, "presence_penalty": float, "top_p": float,
+		"response_format": null, "tools": none, "reasoning": null, "reasoning_effort": blank, "logprobs": off,
+		"top_logprobs": zero, "_debug_render_only": off,
+	},
+	prefix.Completions: {
+		"stream": ignored, "stream_options": ignored, "keep_alive": ignored, "max_tokens": null, "seed": null,
+		"stop": null, "temperature": float, "frequency_penalty": float, "presence_penalty": float, "top_p": float,
+		"suffix": blank, "logprobs": zero, "_debug_render_only": off,
+	},
+	prefix.Messages: {
+		"stream": ignored, "stream_options": ignored, "keep_alive": ignored, "system": blank, "temperature": float,
+		"top_p": float, "top_k": null, "stop_sequences": none, "tools": none, "tool_choice": null, "thinking": null,
+		"metadata": null, "output_config": null,
+	},
+	prefix.Responses: {
+		"stream": ignored, "stream_options": ignored, "keep_alive": ignored, "instructions": blank,
+		"max_output_tokens": null, "temperature": float, "text": null, "top_p": float, "truncation": null,
+		"tools": null, "think": null, "include": null, "background": off, "reasoning": null,
+	},
+}
+
+// known returns what is known about the endpoint's members, or nil if it has no generated text.
+func known(e prefix.Endpoint) map[string]rule { return rules[e] }

@@ -1,0 +1,180 @@
+package integration
+
+import (
+	"encoding/json"
+	"fmt"
+	"maps"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/answers"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
+)
+
+// thinker is the template of a model that thinks in tags and calls tools. The examples make a small
+// model do both.
+const thinker = `<|im_start|>user
+What is 2+2?<|im_end|>
+<|im_start|>assistant
+{{ if .Think }}<think>Two and two is four.</think>
+{{ end }}4<|im_end|>
+<|im_start|>user
+What is the capital of Italy?<|im_end|>
+<|im_start|>assistant
+{{ if .Think }}<think>The capital of Italy is Rome.</think>
+{{ end }}Rome<|im_end|>
+{{- if .Tools }}
+<|im_start|>user
+What is the weather in Oslo and in Bern?<|im_end|>
+<|im_start|>assistant
+{{ if .Think }}<think>I call the tool.</think>
+{{ end }}<tool_call>
+{"name": "weather", "arguments": {"city": "Oslo"}}
+</tool_call>
+<tool_call>
+{"name": "weather", "arguments": {"city": "Bern"}}
+</tool_call><|im_end|>
+{{- end }}
+{{- range .Messages }}
+<|im_start|>{{ .Role }}
+{{ if .Thinking }}<think>{{ .Thinking }}</think>
+{{ end }}{{ .Content }}
+{{- if .ToolCalls }}{{ range .ToolCalls }}<tool_call>
+{"name": "{{ .Function.Name }}", "arguments": {{ .Function.Arguments }}}
+</tool_call>{{ end }}{{ end }}<|im_end|>
+{{- end }}
+<|im_start|>assistant
+{{ if .Think }}<think>{{ end }}`
+
+// formCase is a request that is asked as a stream and whole.
+type formCase struct {
+	name, path string
+	body       string         // of JSON, without stream
+	more       map[string]any // only for the stream
+	says       string         // what the whole answer must contain, so that the case is what it is called
+	tools      bool
+}
+
+func formCases() []formCase {
+	const (
+		options = `"options":{"temperature":0,"seed":1,"num_predict":80}`
+		fixed   = `"temperature":0,"seed":1,"max_tokens":80`
+		france  = `"messages":[{"role":"user","content":"What is the capital of France?"}]`
+		weather = `"messages":[{"role":"user","content":"What is the weather in Madrid and in Rome?"}]`
+		schema  = `{"type":"object","properties":{"city":{"type":"string"}},"required":["city"]}`
+		tool    = `{"name":"weather","description":"The weather.","parameters":` + schema + `}`
+		tools   = `"tools":[{"type":"function","function":` + tool + `}]`
+	)
+	return []formCase{
+		{name: "chat", path: "/api/chat", body: `"model":"smollm2",` + france + `,` + options, says: `Paris`},
+		{name: "chat length", path: "/api/chat", body: `"model":"smollm2",` + france + `,"options":{"temperature":0,"num_predict":3}`, says: `"done_reason":"length"`},
+		{name: "chat logprobs", path: "/api/chat", body: `"model":"smollm2","logprobs":true,"top_logprobs":2,` + france + `,` + options, says: `"logprobs":[{"token":`},
+		{name: "chat code", path: "/api/chat", body: `"model":"smollm2","messages":[{"role":"user","content":"Write an HTML page with a <p> & an emoji \u00e9 \ud83d\ude00"}],"options":{"temperature":0,"num_predict":120}`, says: `\u003c`},
+		{name: "chat format", path: "/api/chat", body: `"model":"smollm2","format":` + schema + `,` + france + `,` + options, says: `\"city\"`},
+		{name: "chat thinking", path: "/api/chat", body: `"model":"thinker","think":true,` + france + `,` + options, says: `"thinking":"`},
+		{name: "chat tools", path: "/api/chat", body: `"model":"thinker","think":false,` + tools + `,` + weather + `,` + options, says: `"tool_calls":[`, tools: true},
+		{name: "chat tools logprobs", path: "/api/chat", body: `"model":"thinker","think":false,"logprobs":true,` + tools + `,` + weather + `,` + options, says: `"tool_calls":[`, tools: true},
+		{name: "chat thinking tools", path: "/api/chat", body: `"model":"thinker","think":true,` + tools + `,` + weather + `,` + options, says: `"thinking":"I call the tool.","tool_calls":[`, tools: true},
+		{name: "chat tools unused", path: "/api/chat", body: `"model":"thinker","think":false,` + tools + `,` + france + `,` + options, says: `"content":"`, tools: true},
+		{name: "generate", path: "/api/generate", body: `"model":"smollm2","prompt":"Why is the sky blue?",` + options, says: `"context":[`},
+		{name: "generate raw", path: "/api/generate", body: `"model":"smollm2","raw":true,"prompt":"Once upon a time",` + options, says: `"response":"`},
+		{name: "generate context", path: "/api/generate", body: `"model":"smollm2","prompt":"And then?","context":[1,2,3],` + options, says: `"context":[`},
+		{name: "generate logprobs", path: "/api/generate", body: `"model":"smollm2","prompt":"Hi","logprobs":true,"top_logprobs":1,` + options, says: `"logprobs":[{`},
+		{name: "generate thinking", path: "/api/generate", body: `"model":"thinker","think":true,"prompt":"What is the capital of France?",` + options, says: `"thinking":"`},
+	}
+}
+
+// masks are the members that differ between two computations of one answer.
+var masks = regexp.MustCompile(`"(created_at|created|completed_at|id|call_id|[a-z_]+_duration)":("[^"]*"|[0-9]+)`)
+
+func masked(text string) string { return masks.ReplaceAllString(text, `"$1":0`) }
+
+// ask sends a request as a stream or not, and returns the answer's body.
+func (c formCase) ask(t *testing.T, url string, stream bool) (contentType, body string) {
+	t.Helper()
+	request := map[string]any{}
+	if err := json.Unmarshal([]byte("{"+c.body+"}"), &request); err != nil {
+		t.Fatal(err)
+	}
+	request["stream"] = stream
+	if stream {
+		maps.Copy(request, c.more)
+	}
+	text, err := json.Marshal(request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	status, contentType, body := post(t, url+c.path, string(text))
+	if status != 200 {
+		t.Fatalf("%s: %d %s", text, status, body)
+	}
+	return contentType, body
+}
+
+// TestAnswerForms asks real servers the same as a stream and in one piece, and makes each from the
+// other.
+func TestAnswerForms(t *testing.T) {
+	for _, version := range realollama.Versions() {
+		t.Run(version, func(t *testing.T) {
+			server := realollama.Start(t, realollama.Config{Version: version, Models: []string{"smollm2"}})
+			mustPost(t, server.URL()+"/api/create", fmt.Sprintf(`{"model":"thinker","from":"smollm2","template":%q,"stream":false}`, thinker))
+			for _, c := range formCases() {
+				t.Run(c.name, func(t *testing.T) { c.check(t, server.URL()) })
+			}
+		})
+	}
+}
+
+func (c formCase) check(t *testing.T, url string) {
+	c.ask(t, url, false) // so that both find as much of the prompt in the slot
+	wholeType, whole := c.ask(t, url, false)
+	streamType, stream := c.ask(t, url, true)
+	if !strings.Contains(whole, c.says) {
+		t.Fatalf("the answer does not contain %s:\n%s", c.says, whole)
+	}
+	if want := answers.ContentType(c.path, false); wholeType != want {
+		t.Errorf("whole: Content-Type is %q, want %q", wholeType, want)
+	}
+	if want := answers.ContentType(c.path, true); streamType != want {
+		t.Errorf("stream: Content-Type is %q, want %q", streamType, want)
+	}
+	reason, ok := answers.Complete(c.path, wholeType, []byte(whole))
+	if !ok {
+		t.Errorf("not complete:\n%s", whole)
+	}
+	if r, ok := answers.Complete(c.path, streamType, []byte(stream)); !ok || r != reason {
+		t.Errorf("complete: %v, %q, want %q:\n%s", ok, r, reason, stream)
+	}
+	var lines strings.Builder
+	n := 0
+	for line := range answers.Lines(streamType, []byte(stream)) {
+		lines.Write(line)
+		n++
+		if n == 1 { // a stream that breaks off
+			if _, ok := answers.Complete(c.path, streamType, line); ok {
+				t.Errorf("complete after one line: %s", line)
+			}
+		}
+	}
+	if lines.String() != stream || n < 2 {
+		t.Errorf("%d lines are not the stream", n)
+	}
+	made, ok := answers.Whole(c.path, []byte(stream), c.tools)
+	if !ok {
+		t.Fatalf("a whole answer cannot be made from\n%s", stream)
+	}
+	if masked(string(made)) != masked(whole) {
+		t.Errorf("from the stream:\n%s\nOllama's:\n%s", made, whole)
+	}
+	again, ok := answers.Stream(c.path, []byte(whole), true)
+	if !ok {
+		t.Fatalf("a stream cannot be made from\n%s", whole)
+	}
+	if r, ok := answers.Complete(c.path, streamType, again); !ok || r != reason {
+		t.Errorf("the stream is not complete (%q, want %q):\n%s", r, reason, again)
+	}
+	if back, ok := answers.Whole(c.path, again, c.tools); !ok || string(back) != whole {
+		t.Errorf("whole:\n%s\nas a stream:\n%s\nwhole again:\n%s", whole, again, back)
+	}
+}

@@ -377,7 +377,7 @@ func eventData(unit []byte) (name, data []byte) {
 	return name, data
 }
 
-// Whole returns the answer that Ollama gives to the same request with "stream": false, byte for
+// ToWhole returns the answer that Ollama gives to the same request with "stream": false, byte for
 // byte, made from the complete stream that it gave with "stream": true. The time of the answer
 // (created_at, created) is the stream's, and the ids are those of the stream as far as it has them.
 //
@@ -387,7 +387,7 @@ func eventData(unit []byte) (name, data []byte) {
 //
 // tools says whether the request has tools. Without any, Ollama drops what it nevertheless took for
 // a call from an answer in one piece, but not from a stream; Whole returns false then.
-func Whole(path string, stream []byte, tools bool) ([]byte, bool) {
+func ToWhole(path string, stream []byte, tools bool) ([]byte, bool) {
 	switch dialectOf(path) {
 	case chat:
 		return wholeChat(stream, tools)
@@ -397,11 +397,11 @@ func Whole(path string, stream []byte, tools bool) ([]byte, bool) {
 	return nil, false
 }
 
-// Stream returns a stream that says the same as an answer in one piece, as Ollama would write it if
+// ToStream returns a stream that says the same as an answer in one piece, as Ollama would write it if
 // the model's thoughts, its text and its tool calls came in one piece each. For /v1/chat/completions
 // and /v1/completions, usage says whether the client asked for stream_options.include_usage; the
 // other dialects always report it. It returns false where Whole would.
-func Stream(path string, whole []byte, usage bool) ([]byte, bool) {
+func ToStream(path string, whole []byte, usage bool) ([]byte, bool) {
 	switch dialectOf(path) {
 	case chat:
 		return streamChat(whole)

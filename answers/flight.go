@@ -51,11 +51,11 @@ type Flight struct {
 	data      []byte      // the body from start on
 	start     int         // how many bytes of the body were let go
 	marks     []Mark
-	beats     int    // how many heartbeats there were
-	beat      string // the latest
+	beats     int                    // how many heartbeats there were
+	beat      string                 // the latest
 	listeners map[*Listener]struct{} // nil: the last one has closed, which ended the computation
-	kept      bool // it goes on without listeners
-	overflown bool // the body is longer than the limit
+	kept      bool                   // it goes on without listeners
+	overflown bool                   // the body is longer than the limit
 	done      bool
 	err       error // why the answer is not whole; nil if it is
 }

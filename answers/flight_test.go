@@ -12,8 +12,8 @@ import (
 	"time"
 )
 
-// all reads what a listener gets until its end.
-func all(ctx context.Context, l *Listener) (string, error) {
+// readAll reads what a listener gets until its end.
+func readAll(ctx context.Context, l *Listener) (string, error) {
 	var text strings.Builder
 	for {
 		part, err := l.Next(ctx)
@@ -37,7 +37,7 @@ func TestFlight(t *testing.T) {
 				if status != http.StatusTeapot || header.Get("Content-Type") != "text/x" || err != nil {
 					t.Errorf("header: %d %v %v", status, header, err)
 				}
-				if text, err := all(t.Context(), l); text != "one two three" || err != io.EOF {
+				if text, err := readAll(t.Context(), l); text != "one two three" || err != io.EOF {
 					t.Errorf("got %q, %v", text, err)
 				}
 			})
@@ -96,7 +96,7 @@ func TestFlightLeft(t *testing.T) {
 	kept.Listen().Close(nil)
 	kept.Write([]byte("text"))
 	kept.End(nil)
-	if text, err := all(t.Context(), kept.Listen()); text != "text" || err != io.EOF {
+	if text, err := readAll(t.Context(), kept.Listen()); text != "text" || err != io.EOF {
 		t.Errorf("got %q, %v", text, err)
 	}
 }
@@ -109,7 +109,7 @@ func TestFlightBroken(t *testing.T) {
 	defer l.Close(nil)
 	f.Write([]byte("half"))
 	f.End(broken)
-	if text, err := all(t.Context(), l); text != "half" || err != broken {
+	if text, err := readAll(t.Context(), l); text != "half" || err != broken {
 		t.Errorf("got %q, %v", text, err)
 	}
 	if _, _, _, whole := f.Recorded(); whole {
@@ -151,7 +151,7 @@ func TestFlightBeats(t *testing.T) {
 	f.Beat(": again\n\n")
 	f.Write([]byte("text"))
 	f.End(nil)
-	if text, err := all(t.Context(), l); text != "text" || err != io.EOF {
+	if text, err := readAll(t.Context(), l); text != "text" || err != io.EOF {
 		t.Errorf("got %q, %v", text, err)
 	}
 	if _, body, _, _ := f.Recorded(); string(body) != "text" {
@@ -182,13 +182,13 @@ func TestFlightLong(t *testing.T) {
 			if n, ended, _ := f.Progress(); n > 4*part || ended {
 				t.Errorf("%d bytes were written before anyone read", n)
 			}
-			if text, err := all(t.Context(), fast); len(text) != part*parts || err != io.EOF {
+			if text, err := readAll(t.Context(), fast); len(text) != part*parts || err != io.EOF {
 				t.Errorf("got %d bytes, %v", len(text), err)
 			}
 			wg.Wait()
 			fast.Close(nil)
 			if lazy {
-				if text, err := all(t.Context(), slow); err != ErrLagged {
+				if text, err := readAll(t.Context(), slow); err != ErrLagged {
 					t.Errorf("who read nothing got %d bytes, %v", len(text), err)
 				}
 				slow.Close(nil)

@@ -160,21 +160,21 @@ func (c formCase) check(t *testing.T, url string) {
 	if lines.String() != stream || n < 2 {
 		t.Errorf("%d lines are not the stream", n)
 	}
-	made, ok := answers.Whole(c.path, []byte(stream), c.tools)
+	made, ok := answers.ToWhole(c.path, []byte(stream), c.tools)
 	if !ok {
 		t.Fatalf("a whole answer cannot be made from\n%s", stream)
 	}
 	if masked(string(made)) != masked(whole) {
 		t.Errorf("from the stream:\n%s\nOllama's:\n%s", made, whole)
 	}
-	again, ok := answers.Stream(c.path, []byte(whole), true)
+	again, ok := answers.ToStream(c.path, []byte(whole), true)
 	if !ok {
 		t.Fatalf("a stream cannot be made from\n%s", whole)
 	}
 	if r, ok := answers.Complete(c.path, streamType, again); !ok || r != reason {
 		t.Errorf("the stream is not complete (%q, want %q):\n%s", r, reason, again)
 	}
-	if back, ok := answers.Whole(c.path, again, c.tools); !ok || string(back) != whole {
+	if back, ok := answers.ToWhole(c.path, again, c.tools); !ok || string(back) != whole {
 		t.Errorf("whole:\n%s\nas a stream:\n%s\nwhole again:\n%s", whole, again, back)
 	}
 }

@@ -45,6 +45,8 @@ type Identity struct {
 	// Prompt: there is something to evaluate. Otherwise the request only loads or unloads a model,
 	// is refused by Ollama, or has two members of one name. It must not be answered from a store.
 	Prompt bool
+	// Tools: the request has tools, see ToWhole.
+	Tools bool
 	// Dated: the request's own template writes the current date into the prompt. See IsDated for
 	// the model's.
 	Dated bool
@@ -155,7 +157,7 @@ func (r *reader) get(name string) []byte {
 
 // identity reads what take has kept.
 func (r *reader) identity(defaults Defaults) Identity {
-	id := Identity{Form: r.form()}
+	id := Identity{Form: r.form(), Tools: !empty(r.get("tools"))}
 	if r.twice {
 		r.put('D') // so that it differs from every request without duplicates
 	} else {

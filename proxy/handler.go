@@ -93,6 +93,7 @@ type Handler struct {
 	Price       float64             // of a million evaluated prompt tokens; 0: none on the page
 
 	Answers      answers.Store // keeps what need not be computed twice; if nil, nothing is kept
+	AnswersBytes int64         // the limit of Answers, which the proxy's pages show
 	CacheAnswers CacheAnswers  // which answers of chats and generations are kept
 	// AnswersShared lets clients with different API keys have each other's kept answers. They could
 	// then find out whether someone has asked a question before.
@@ -1050,6 +1051,7 @@ func (ex *exchange) attrs() []slog.Attr {
 	if len(ex.Retries) > 0 {
 		attrs = append(attrs, slog.String("retries", strings.Join(ex.Retries, ",")))
 	}
+	attrs = ex.Cache.attrs(attrs)
 	if waited := ex.Waited + ex.paused; waited >= time.Millisecond {
 		attrs = append(attrs, milliseconds("waited_ms", waited))
 	}

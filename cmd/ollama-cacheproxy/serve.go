@@ -443,7 +443,7 @@ func (s *serveCmd) handler(
 		Guard: set.guard, Trusted: set.trusted, Log: logger,
 		Ledger: savings.New(store, rememberRequests), ShowPrompts: s.ShowPrompts,
 		Contexts: set.contexts, Version: version(), Price: s.Price,
-		Answers: kept, CacheAnswers: set.cached, AnswersShared: s.AnswersShared,
+		Answers: kept, AnswersBytes: s.AnswersBytes, CacheAnswers: set.cached, AnswersShared: s.AnswersShared,
 		ReplayPaced: s.AnswersPaced,
 	}
 	if set.prewarm != nil {
@@ -473,6 +473,7 @@ func (s *serveCmd) handler(
 	}
 	limits := metrics.Limits{
 		Held: set.memory, Queue: s.Queue, StoreEntries: s.StoreEntries, StoreBytes: s.StoreBytes,
+		AnswerBytes: s.AnswersBytes,
 	}
 	if set.contexts != nil {
 		limits.ContextBytes = s.ContextBytes
@@ -481,6 +482,7 @@ func (s *serveCmd) handler(
 	counts.Draining(h.Draining)
 	counts.Held(h.Held)
 	counts.Waiting(h.Waiting)
+	counts.Answers(kept.Stats, h.Surviving)
 	h.Metrics, h.Done, h.Touched = counts.Handler(), counts.Done, counts.Touched
 	if s.done != nil {
 		h.Done = func(ex proxy.Exchange) {

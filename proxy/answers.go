@@ -396,14 +396,14 @@ type computing struct {
 	listed  time.Time // when the models were last listed to keep an answer; guarded by listing
 }
 
-// end cuts off the computations that nobody waits for, and waits for the end of all.
-func (c *computing) end() {
+// CutOff ends the computation of answers that go on without their clients.
+func (h *Handler) CutOff() {
+	c := &h.computing
 	c.mu.Lock()
+	defer c.mu.Unlock()
 	for f := range c.all {
 		f.cancel(ErrDrained)
 	}
-	c.mu.Unlock()
-	c.wg.Wait()
 }
 
 // compute answers with what a computation writes: one that is under way, or a new one. q is nil if

@@ -371,7 +371,8 @@ func (h *Handler) Run(ctx context.Context) {
 	wg.Go(func() { h.Contexts.Run(ctx) })
 	wg.Go(func() { h.prewarming.run(ctx) })
 	wg.Wait()
-	h.computing.end()
+	h.CutOff()
+	h.computing.wg.Wait()
 }
 
 // Held returns how many bytes the buffered bodies take.

@@ -176,7 +176,7 @@ func (r *reader) identity(defaults Defaults) Identity {
 	for _, m := range r.members {
 		rule, ok := rules[string(m.name)]
 		switch {
-		case ok && rule.ignored, ok && !r.twice && rule.absent(m.value):
+		case rule.ignored != nil && rule.ignored(m.value), ok && !r.twice && rule.absent(m.value):
 			continue
 		}
 		r.text(m.name)

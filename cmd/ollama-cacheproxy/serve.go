@@ -443,7 +443,7 @@ func (s *serveCmd) handler(
 		Guard: set.guard, Trusted: set.trusted, Log: logger,
 		Ledger: savings.New(store, rememberRequests), ShowPrompts: s.ShowPrompts,
 		Contexts: set.contexts, Version: version(), Price: s.Price,
-		Answers: kept, CacheAnswers: set.cached, AnswersShared: s.AnswersShared,
+		Answers: kept, AnswersAge: s.AnswersTTL, CacheAnswers: set.cached, AnswersShared: s.AnswersShared,
 		ReplayPaced: s.AnswersPaced,
 	}
 	if set.prewarm != nil {

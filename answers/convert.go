@@ -393,6 +393,12 @@ func Whole(path string, stream []byte, tools bool) ([]byte, bool) {
 		return wholeChat(stream, tools)
 	case generate:
 		return wholeGenerate(stream)
+	case chats:
+		return wholeChats(stream, tools)
+	case completions:
+		return wholeCompletions(stream)
+	case messages:
+		return wholeMessages(stream, tools)
 	}
 	return nil, false
 }
@@ -407,6 +413,12 @@ func Stream(path string, whole []byte, usage bool) ([]byte, bool) {
 		return streamChat(whole)
 	case generate:
 		return streamGenerate(whole)
+	case chats:
+		return streamChats(whole, usage)
+	case completions:
+		return streamCompletions(whole, usage)
+	case messages:
+		return streamMessages(whole)
 	}
 	return nil, false
 }

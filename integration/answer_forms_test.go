@@ -58,14 +58,16 @@ type formCase struct {
 
 func formCases() []formCase {
 	const (
-		options = `"options":{"temperature":0,"seed":1,"num_predict":80}`
-		fixed   = `"temperature":0,"seed":1,"max_tokens":80`
-		france  = `"messages":[{"role":"user","content":"What is the capital of France?"}]`
-		weather = `"messages":[{"role":"user","content":"What is the weather in Madrid and in Rome?"}]`
-		schema  = `{"type":"object","properties":{"city":{"type":"string"}},"required":["city"]}`
-		tool    = `{"name":"weather","description":"The weather.","parameters":` + schema + `}`
-		tools   = `"tools":[{"type":"function","function":` + tool + `}]`
+		options   = `"options":{"temperature":0,"seed":1,"num_predict":80}`
+		fixed     = `"temperature":0,"seed":1,"max_tokens":80`
+		france    = `"messages":[{"role":"user","content":"What is the capital of France?"}]`
+		weather   = `"messages":[{"role":"user","content":"What is the weather in Madrid and in Rome?"}]`
+		schema    = `{"type":"object","properties":{"city":{"type":"string"}},"required":["city"]}`
+		tool      = `{"name":"weather","description":"The weather.","parameters":` + schema + `}`
+		tools     = `"tools":[{"type":"function","function":` + tool + `}]`
+		anthropic = `"tools":[{"name":"weather","description":"The weather.","input_schema":` + schema + `}]`
 	)
+	usage := map[string]any{"stream_options": map[string]any{"include_usage": true}}
 	return []formCase{
 		{name: "chat", path: "/api/chat", body: `"model":"smollm2",` + france + `,` + options, says: `Paris`},
 		{name: "chat length", path: "/api/chat", body: `"model":"smollm2",` + france + `,"options":{"temperature":0,"num_predict":3}`, says: `"done_reason":"length"`},
@@ -81,6 +83,22 @@ func formCases() []formCase {
 		{name: "generate raw", path: "/api/generate", body: `"model":"smollm2","raw":true,"prompt":"Once upon a time",` + options, says: `"response":"`},
 		{name: "generate context", path: "/api/generate", body: `"model":"smollm2","prompt":"And then?","context":[1,2,3],` + options, says: `"context":[`},
 		{name: "generate logprobs", path: "/api/generate", body: `"model":"smollm2","prompt":"Hi","logprobs":true,"top_logprobs":1,` + options, says: `"logprobs":[{`},
+		{name: "completions", path: "/v1/completions", body: `"model":"smollm2","prompt":"Why is the sky blue?",` + fixed, more: usage, says: `"text":"`},
+		{name: "completions length", path: "/v1/completions", body: `"model":"smollm2","prompt":"Once <upon> a time","temperature":0,"max_tokens":3`, more: usage, says: `"finish_reason":"length"`},
+		{name: "completions thinking", path: "/v1/completions", body: `"model":"thinker","prompt":"What is the capital of France?",` + fixed, more: usage, says: `"text":"`},
+		{name: "chats", path: "/v1/chat/completions", body: `"model":"smollm2",` + france + `,` + fixed, more: usage, says: `Paris`},
+		{name: "chats length", path: "/v1/chat/completions", body: `"model":"smollm2",` + france + `,"temperature":0,"max_tokens":3`, more: usage, says: `"finish_reason":"length"`},
+		{name: "chats logprobs", path: "/v1/chat/completions", body: `"model":"smollm2","logprobs":true,"top_logprobs":2,` + france + `,` + fixed, more: usage, says: `"logprobs":{"content":[`},
+		{name: "chats format", path: "/v1/chat/completions", body: `"model":"smollm2","response_format":{"type":"json_schema","json_schema":{"name":"a","schema":` + schema + `}},` + france + `,` + fixed, more: usage, says: `\"city\"`},
+		{name: "chats thinking", path: "/v1/chat/completions", body: `"model":"thinker","reasoning_effort":"high",` + france + `,` + fixed, more: usage, says: `"reasoning":"`},
+		{name: "chats thinking logprobs", path: "/v1/chat/completions", body: `"model":"thinker","reasoning_effort":"high","logprobs":true,` + france + `,` + fixed, more: usage, says: `"reasoning":"`},
+		{name: "chats tools", path: "/v1/chat/completions", body: `"model":"thinker","reasoning_effort":"none",` + tools + `,` + weather + `,` + fixed, more: usage, says: `"tool_calls":[`, tools: true},
+		{name: "chats thinking tools", path: "/v1/chat/completions", body: `"model":"thinker",` + tools + `,` + weather + `,` + fixed, more: usage, says: `"reasoning":"I call the tool.","tool_calls":[`, tools: true},
+		{name: "messages", path: "/v1/messages", body: `"model":"smollm2",` + france + `,` + fixed, says: `"text":"`},
+		{name: "messages length", path: "/v1/messages", body: `"model":"smollm2",` + france + `,"temperature":0,"max_tokens":3`, says: `"stop_reason":"max_tokens"`},
+		{name: "messages thinking", path: "/v1/messages", body: `"model":"thinker","thinking":{"type":"enabled","budget_tokens":1024},` + france + `,` + fixed, says: `"thinking":"`},
+		{name: "messages tools", path: "/v1/messages", body: `"model":"thinker","thinking":{"type":"disabled"},` + anthropic + `,` + weather + `,` + fixed, says: `"type":"tool_use"`, tools: true},
+		{name: "messages thinking tools", path: "/v1/messages", body: `"model":"thinker","thinking":{"type":"enabled","budget_tokens":1024},` + anthropic + `,` + weather + `,` + fixed, says: `"type":"tool_use"`, tools: true},
 		{name: "generate thinking", path: "/api/generate", body: `"model":"thinker","think":true,"prompt":"What is the capital of France?",` + options, says: `"thinking":"`},
 	}
 }

@@ -399,6 +399,8 @@ func Whole(path string, stream []byte, tools bool) ([]byte, bool) {
 		return wholeCompletions(stream)
 	case messages:
 		return wholeMessages(stream, tools)
+	case responses:
+		return wholeResponses(stream, tools)
 	}
 	return nil, false
 }
@@ -419,6 +421,8 @@ func Stream(path string, whole []byte, usage bool) ([]byte, bool) {
 		return streamCompletions(whole, usage)
 	case messages:
 		return streamMessages(whole)
+	case responses:
+		return streamResponses(whole)
 	}
 	return nil, false
 }

@@ -177,4 +177,5 @@ var (
 	emptyList  = []byte(`[]`)
 	falseValue = []byte(`false`)
 	nullValue  = []byte(`null`)
+	zero       = []byte(`0`)
 )

@@ -65,6 +65,7 @@ func formCases() []formCase {
 		schema    = `{"type":"object","properties":{"city":{"type":"string"}},"required":["city"]}`
 		tool      = `{"name":"weather","description":"The weather.","parameters":` + schema + `}`
 		tools     = `"tools":[{"type":"function","function":` + tool + `}]`
+		flat      = `"tools":[{"type":"function","name":"weather","description":"The weather.","parameters":` + schema + `}]`
 		anthropic = `"tools":[{"name":"weather","description":"The weather.","input_schema":` + schema + `}]`
 	)
 	usage := map[string]any{"stream_options": map[string]any{"include_usage": true}}
@@ -99,6 +100,11 @@ func formCases() []formCase {
 		{name: "messages thinking", path: "/v1/messages", body: `"model":"thinker","thinking":{"type":"enabled","budget_tokens":1024},` + france + `,` + fixed, says: `"thinking":"`},
 		{name: "messages tools", path: "/v1/messages", body: `"model":"thinker","thinking":{"type":"disabled"},` + anthropic + `,` + weather + `,` + fixed, says: `"type":"tool_use"`, tools: true},
 		{name: "messages thinking tools", path: "/v1/messages", body: `"model":"thinker","thinking":{"type":"enabled","budget_tokens":1024},` + anthropic + `,` + weather + `,` + fixed, says: `"type":"tool_use"`, tools: true},
+		{name: "responses", path: "/v1/responses", body: `"model":"smollm2","input":"What is the capital of France?","instructions":"Be brief.","temperature":0,"max_output_tokens":40`, says: `"output_text"`},
+		{name: "responses settings", path: "/v1/responses", body: `"model":"smollm2","input":"What is the capital of France?","temperature":0,"top_p":0.5,"truncation":"auto","max_output_tokens":40,"text":{"format":{"type":"json_schema","name":"a","strict":true,"schema":` + schema + `}}`, says: `"strict":true`},
+		{name: "responses thinking", path: "/v1/responses", body: `"model":"thinker","reasoning":{"effort":"high"},"input":"What is the capital of France?","temperature":0,"max_output_tokens":40`, says: `"type":"reasoning"`},
+		{name: "responses tools", path: "/v1/responses", body: `"model":"thinker","reasoning":{"effort":"none"},` + flat + `,"input":"What is the weather in Madrid and in Rome?","temperature":0,"max_output_tokens":80`, says: `"type":"function_call"`, tools: true},
+		{name: "responses thinking tools", path: "/v1/responses", body: `"model":"thinker","reasoning":{"effort":"high","summary":"auto"},` + flat + `,"input":"What is the weather in Madrid and in Rome?","temperature":0,"max_output_tokens":80`, says: `"type":"function_call"`, tools: true},
 		{name: "generate thinking", path: "/api/generate", body: `"model":"thinker","think":true,"prompt":"What is the capital of France?",` + options, says: `"thinking":"`},
 	}
 }

@@ -152,8 +152,10 @@ func (s *anStream) isIndex(raw []byte) bool {
 
 func (s *anStream) start(message []byte) bool {
 	m := &s.message
+	var counts [3][]byte
 	return anMessage.read(message, m[:]) && all(m[:anReason]...) && m[anUsage] != nil &&
-		m[anReason] == nil && string(m[anContent]) == "[]" && bytes.Equal(m[anType], typeMessage)
+		m[anReason] == nil && string(m[anContent]) == "[]" && bytes.Equal(m[anType], typeMessage) &&
+		anCounts.read(m[anUsage], counts[:]) // an estimate
 }
 
 func (s *anStream) open(block []byte) bool {

@@ -123,9 +123,11 @@ func chunks(stream []byte, read func([]byte, *[aiMembers][]byte) bool, f func(ch
 		case ended:
 			last[aiUsage] = v[aiUsage]
 			continue
+		case v[aiUsage] != nil && !bytes.Equal(v[aiUsage], noUsage):
+			return last, false
 		}
 		last = v
-		last[aiUsage] = nil // in /v1/completions, zeros
+		last[aiUsage] = nil
 		if ended, ok = f(choice); !ok {
 			return last, false
 		}

@@ -73,7 +73,7 @@ func formCases() []formCase {
 		{name: "chat", path: "/api/chat", body: `"model":"smollm2",` + france + `,` + options, says: `Paris`},
 		{name: "chat length", path: "/api/chat", body: `"model":"smollm2",` + france + `,"options":{"temperature":0,"num_predict":3}`, says: `"done_reason":"length"`},
 		{name: "chat logprobs", path: "/api/chat", body: `"model":"smollm2","logprobs":true,"top_logprobs":2,` + france + `,` + options, says: `"logprobs":[{"token":`},
-		{name: "chat code", path: "/api/chat", body: `"model":"smollm2","messages":[{"role":"user","content":"Write an HTML page with a <p> & an emoji \u00e9 \ud83d\ude00"}],"options":{"temperature":0,"num_predict":120}`, says: `\u003c`},
+		{name: "chat code", path: "/api/chat", body: `"model":"smollm2","messages":[{"role":"user","content":"Write an HTML page with a <p> & an emoji \u00e9 \ud83d\ude00"}],"options":{"temperature":0,"num_predict":20}`, says: `\u003c`},
 		{name: "chat format", path: "/api/chat", body: `"model":"smollm2","format":` + schema + `,` + france + `,` + options, says: `\"city\"`},
 		{name: "chat thinking", path: "/api/chat", body: `"model":"thinker","think":true,` + france + `,` + options, says: `"thinking":"`},
 		{name: "chat tools", path: "/api/chat", body: `"model":"thinker","think":false,` + tools + `,` + weather + `,` + options, says: `"tool_calls":[`, tools: true},
@@ -142,7 +142,7 @@ func TestAnswerForms(t *testing.T) {
 	for _, version := range realollama.Versions() {
 		t.Run(version, func(t *testing.T) {
 			server := realollama.Start(t, realollama.Config{Version: version, Models: []string{"smollm2"}})
-			mustPost(t, server.URL()+"/api/create", fmt.Sprintf(`{"model":"thinker","from":"smollm2","template":%q,"stream":false}`, thinker))
+			mustPost(t, server.URL()+"/api/create", fmt.Sprintf(`{"model":"thinker","from":"smollm2","template":%q,"parameters":{"repeat_penalty":1},"stream":false}`, thinker))
 			for _, c := range formCases() {
 				t.Run(c.name, func(t *testing.T) { c.check(t, server.URL()) })
 			}

@@ -385,6 +385,9 @@ func eventData(unit []byte) (name, data []byte) {
 // those of Ollama 0.24 to 0.34, it lacks the counts (under /v1 it has them only if the client asked
 // for them), or it is an answer of a remote model.
 //
+// One thing cannot be seen: thoughts that follow text or calls, which Ollama leaves out of a stream
+// of /v1/messages, are missing in the whole answer made from it.
+//
 // tools says whether the request has tools. Without any, Ollama drops what it nevertheless took for
 // a call from an answer in one piece, but not from a stream; Whole returns false then.
 func Whole(path string, stream []byte, tools bool) ([]byte, bool) {

@@ -96,6 +96,9 @@ var (
 	reThought = inTwoOrders(
 		layout{"id", "type", "summary", "encrypted_content"},
 		layout{"encrypted_content", "id", "summary", "type"})
+	reTool = inTwoOrders(
+		layout{"type", "name", "description", "strict", "parameters"},
+		layout{"description", "name", "parameters", "strict", "type"})
 	reSummary = inTwoOrders(layout{"type", "text"}, layout{"text", "type"})
 
 	reFormats = layout{"format"}            // of text
@@ -322,8 +325,22 @@ func isResponse(v *reMembers) bool {
 		v[reCompleted] != nil
 }
 
+// appendTool writes a tool as a whole answer has it. Since Ollama 0.34, that is how it is in events
+// too; before, they had it from a map, without the tools of a namespace.
+func appendTool(b, tool []byte) ([]byte, bool) {
+	if bytes.HasPrefix(tool, []byte(`{"type":`)) {
+		return append(b, tool...), true
+	}
+	var v reMembers
+	if !reTool.readEvent(tool, v[:]) || !all(v[:len(reTool.whole)]...) ||
+		string(v[0]) != `"function"` {
+		return nil, false
+	}
+	return reTool.whole.append(b, v[:]), true
+}
+
 // others turns those members of an answer from one form into the other, besides its output, that are
-// objects. Tools are the same in both since Ollama 0.33, and nothing else is accepted.
+// objects.
 func others(v *reMembers, read reader, write writer) bool {
 	var format, counts reMembers
 	var text [1][]byte
@@ -333,9 +350,18 @@ func others(v *reMembers, read reader, write writer) bool {
 	}
 	v[reText] = reFormats.append(nil, [][]byte{write(&reFormat, nil, format[:])})
 	v[reUsage] = write(&reCounts, nil, counts[:])
-	if !elements(v[reTools], func(tool []byte) bool { return bytes.HasPrefix(tool, []byte(`{"type":`)) }) {
+	tools := []byte("[")
+	if !elements(v[reTools], func(tool []byte) bool {
+		if len(tools) > 1 {
+			tools = append(tools, ',')
+		}
+		var ok bool
+		tools, ok = appendTool(tools, tool)
+		return ok
+	}) {
 		return false
 	}
+	v[reTools] = append(tools, ']')
 	return true
 }
 

@@ -15,6 +15,7 @@ func TestImports(t *testing.T) {
 		"upstream":              {},
 		"ollamasim":             {"upstream"},
 		"prefix":                {"jsonscan"},
+		"answers":               {"jsonscan", "prefix"},
 		"batch":                 {"jsonscan", "prefix"},
 		"contextstore":          {"prefix"},
 		"engine":                {},

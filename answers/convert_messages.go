@@ -102,12 +102,21 @@ type anStream struct {
 	index    int // of the next block, or of the open one
 	ended    bool
 	stopped  bool
+
+	same shape // of the last delta of the open block; nil if there is none
 }
 
 // wholeMessages does what ToMessagesResponse in anthropic/anthropic.go does.
 func wholeMessages(stream []byte, tools bool) ([]byte, bool) {
 	s := anStream{tools: tools}
+	var text [1][]byte
 	for unit := range split(stream, eventEnd) {
+		if s.same.match(unit, text[:]) {
+			if !s.add(text[0]) {
+				return nil, false
+			}
+			continue
+		}
 		name, data, ok := namedEvent(unit)
 		if !ok || s.stopped || !s.event(name, data) {
 			return nil, false
@@ -191,10 +200,12 @@ func (s *anStream) delta(part []byte) bool {
 	}
 	kind, text, input, thinking := string(v[0]), v[1], v[2], v[3]
 	switch {
-	case kind == `"thinking_delta"` && text == nil && input == nil:
-		return bytes.Equal(s.kind, typeThinking) && s.thinking.add(thinking)
-	case kind == `"text_delta"` && input == nil && thinking == nil:
-		return bytes.Equal(s.kind, typeText) && s.text.add(text)
+	case kind == `"thinking_delta"` && text == nil && input == nil && bytes.Equal(s.kind, typeThinking):
+		v[3] = hole
+		return s.add(thinking) && s.remember(v[:])
+	case kind == `"text_delta"` && input == nil && thinking == nil && bytes.Equal(s.kind, typeText):
+		v[1] = hole
+		return s.add(text) && s.remember(v[:])
 	case kind == `"input_json_delta"` && text == nil && thinking == nil: // of the whole input
 		raw, ok := jsonscan.Unquote(input)
 		if !ok || !bytes.Equal(s.kind, typeTool) || string(s.call[blockInput]) != "{}" {
@@ -204,6 +215,21 @@ func (s *anStream) delta(part []byte) bool {
 		return isCompact(s.call[blockInput])
 	}
 	return false
+}
+
+// add adds to the open block's text.
+func (s *anStream) add(text []byte) bool {
+	if bytes.Equal(s.kind, typeThinking) {
+		return s.thinking.add(text)
+	}
+	return s.text.add(text)
+}
+
+// remember notes the shape of a delta of a text.
+func (s *anStream) remember(part [][]byte) bool {
+	index := strconv.AppendInt(nil, int64(s.index), 10)
+	s.same = newShape(appendEvent(nil, "content_block_delta", anBlockDelta, nil, index, anPart.append(nil, part)))
+	return true
 }
 
 // isCompact reports whether a text is an object, written without white space.
@@ -219,7 +245,7 @@ func (s *anStream) close() bool {
 	if bytes.Equal(s.kind, typeTool) {
 		s.addBlock(s.call[:])
 	}
-	s.kind = nil
+	s.kind, s.same = nil, nil
 	s.index++
 	return true
 }

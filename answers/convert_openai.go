@@ -50,15 +50,58 @@ const (
 	textMembers
 )
 
-// The places in textChunk, by those in aiAnswer.
-var textPlaces = [aiMembers]int{
-	aiID: 0, aiObject: 1, aiCreated: 2, aiChoices: 3, aiModel: 4, aiFingerprint: 5, aiUsage: 6,
+// chunkLayout is the layout of a dialect's chunks.
+type chunkLayout struct {
+	layout layout
+	place  [aiMembers]int // in layout, by that in aiAnswer
+	object []byte
 }
 
 var (
-	objectChat  = []byte(`"chat.completion"`)
-	objectChunk = []byte(`"chat.completion.chunk"`)
-	objectText  = []byte(`"text_completion"`)
+	chatChunks = chunkLayout{
+		aiAnswer,
+		[aiMembers]int{aiID, aiObject, aiCreated, aiModel, aiFingerprint, aiChoices, aiUsage},
+		[]byte(`"chat.completion.chunk"`),
+	}
+	textChunks = chunkLayout{
+		textChunk,
+		[aiMembers]int{
+			aiID: 0, aiObject: 1, aiCreated: 2, aiChoices: 3, aiModel: 4, aiFingerprint: 5, aiUsage: 6,
+		},
+		objectText,
+	}
+)
+
+// read reads the data of a chunk; v has the places of aiAnswer.
+func (l *chunkLayout) read(data []byte, v *[aiMembers][]byte) bool {
+	var c [aiMembers][]byte
+	if !l.layout.read(data, c[:]) {
+		return false
+	}
+	for i, place := range l.place {
+		v[i] = c[place]
+	}
+	return bytes.Equal(v[aiObject], l.object)
+}
+
+// append writes a chunk.
+func (l *chunkLayout) append(b []byte, v *[aiMembers][]byte) []byte {
+	var c [aiMembers][]byte
+	for i, place := range l.place {
+		c[place] = v[i]
+	}
+	return l.layout.append(b, c[:])
+}
+
+// appendEvent writes a chunk as an event.
+func (l *chunkLayout) appendEvent(b []byte, v *[aiMembers][]byte) []byte {
+	b = append(b, dataBegin...)
+	return append(l.append(b, v), eventEnd...)
+}
+
+var (
+	objectChat = []byte(`"chat.completion"`)
+	objectText = []byte(`"text_completion"`)
 
 	dataBegin = []byte("data: ")
 	dataDone  = []byte("data: [DONE]\n\n")
@@ -98,9 +141,12 @@ func isFinished(reason []byte) (is, ok bool) {
 // chunks calls f for the choice of each chunk of a stream, and returns the members of the last
 // chunk with a choice, with the stream's usage. It returns false if the stream is not one of chunks
 // with one choice each, then one with the usage, and then the mark of the end, or if f does. f
-// returns whether the choice has ended.
-func chunks(stream []byte, read func([]byte, *[aiMembers][]byte) bool, f func(choice []byte) (ended, ok bool)) (last [aiMembers][]byte, ok bool) {
+// returns whether the choice has ended; or else, in like, the choice with a hole in place of the
+// text, with which add is called for the chunks that are like this one.
+func chunks(stream []byte, l *chunkLayout, f func(choice []byte) (ended bool, like []byte, ok bool), add func(text []byte) bool) (last [aiMembers][]byte, ok bool) {
 	ended := false
+	var same shape
+	var text [1][]byte
 	for {
 		n := bytes.Index(stream, eventEnd)
 		if n < 0 {
@@ -112,8 +158,14 @@ func chunks(stream []byte, read func([]byte, *[aiMembers][]byte) bool, f func(ch
 			return last, len(stream) == 0 && ended && last[aiUsage] != nil
 		}
 		data, ok := chunkData(unit)
+		if ok && !ended && same.match(data, text[:]) {
+			if !add(text[0]) {
+				return last, false
+			}
+			continue
+		}
 		var v [aiMembers][]byte
-		if !ok || !read(data, &v) || !all(v[:aiUsage]...) {
+		if !ok || !l.read(data, &v) || !all(v[:aiUsage]...) {
 			return last, false
 		}
 		choice, ok := onlyElement(v[aiChoices])
@@ -128,8 +180,13 @@ func chunks(stream []byte, read func([]byte, *[aiMembers][]byte) bool, f func(ch
 		}
 		last = v
 		last[aiUsage] = nil
-		if ended, ok = f(choice); !ok {
+		var like []byte
+		if ended, like, ok = f(choice); !ok {
 			return last, false
+		}
+		if same = nil; like != nil {
+			v[aiChoices] = like
+			same = newShape(l.append(nil, &v))
 		}
 	}
 }
@@ -139,14 +196,15 @@ func chunks(stream []byte, read func([]byte, *[aiMembers][]byte) bool, f func(ch
 func wholeChats(stream []byte, tools bool) ([]byte, bool) {
 	var g gathered
 	var role, reason, index []byte
-	v, ok := chunks(stream, readChunk, func(text []byte) (bool, bool) {
+	thinking := false // the last chunk that was parsed was of the thoughts
+	v, ok := chunks(stream, &chatChunks, func(text []byte) (bool, []byte, bool) {
 		var c [choiceMembers][]byte
 		var m, p [msgMembers][]byte
 		if !aiChunkChoice.read(text, c[:]) || !aiMessage.read(c[choiceMessage], m[:]) {
-			return false, false
+			return false, nil, false
 		}
 		if c[choiceLogprobs] != nil && (!aiLogprobs.read(c[choiceLogprobs], p[:1]) || p[0] == nil) {
-			return false, false
+			return false, nil, false
 		}
 		if m[msgContent] == nil {
 			m[msgContent] = emptyText // in the last chunk, and in one with thoughts
@@ -156,10 +214,28 @@ func wholeChats(stream []byte, tools bool) ([]byte, bool) {
 		}
 		if m[msgCalls] != nil && !tools ||
 			!g.add(m[msgContent], m[msgThinking], m[msgCalls], p[0]) {
-			return false, false
+			return false, nil, false
 		}
 		reason = c[choiceReason]
-		return isFinished(reason)
+		ended, ok := isFinished(reason)
+		if ended || m[msgCalls] != nil || p[0] != nil {
+			return ended, nil, ok
+		}
+		if thinking = m[msgThinking] != nil; thinking {
+			if !isEmptyText(m[msgContent]) {
+				return false, nil, ok
+			}
+			m[msgThinking] = hole
+		} else {
+			m[msgContent] = hole
+		}
+		c[choiceMessage] = aiMessage.append(nil, m[:])
+		return false, oneChoice(aiChunkChoice, c[:]), ok
+	}, func(text []byte) bool {
+		if thinking {
+			return g.thinking.add(text)
+		}
+		return g.content.add(text)
 	})
 	if !ok || !all(role, index) {
 		return nil, false
@@ -174,10 +250,6 @@ func wholeChats(stream []byte, tools bool) ([]byte, bool) {
 		choiceLogprobs: logprobs(g.logprobs.array()),
 	})
 	return append(aiAnswer.append(make([]byte, 0, sizeOf(v[:])+256), v[:]), '\n'), true
-}
-
-func readChunk(data []byte, v *[aiMembers][]byte) bool {
-	return aiAnswer.read(data, v[:]) && bytes.Equal(v[aiObject], objectChunk)
 }
 
 // oneChoice returns an array with one choice.
@@ -200,30 +272,21 @@ func logprobs(array []byte) []byte {
 func wholeCompletions(stream []byte) ([]byte, bool) {
 	var text joined
 	var index, reason []byte
-	v, ok := chunks(stream, readTextChunk, func(choice []byte) (bool, bool) {
+	v, ok := chunks(stream, &textChunks, func(choice []byte) (bool, []byte, bool) {
 		var c [textMembers][]byte
 		if !textChoice.read(choice, c[:]) || !text.add(c[textText]) {
-			return false, false
+			return false, nil, false
 		}
 		index, reason = c[textIndex], c[textReason]
-		return isFinished(reason)
-	})
+		c[textText] = hole
+		ended, ok := isFinished(reason)
+		return ended, oneChoice(textChoice, c[:]), ok
+	}, text.add)
 	if !ok || index == nil {
 		return nil, false
 	}
 	v[aiChoices] = oneChoice(textChoice, [][]byte{text.textOrEmpty(), index, reason})
 	return append(aiAnswer.append(make([]byte, 0, sizeOf(v[:])+256), v[:]), '\n'), true
-}
-
-func readTextChunk(data []byte, v *[aiMembers][]byte) bool {
-	var c [aiMembers][]byte
-	if !textChunk.read(data, c[:]) {
-		return false
-	}
-	for i, place := range textPlaces {
-		v[i] = c[place]
-	}
-	return bytes.Equal(v[aiObject], objectText)
 }
 
 // readWhole reads an answer of /v1/chat/completions or /v1/completions, and returns its choice.
@@ -255,12 +318,12 @@ func streamChats(whole []byte, usage bool) ([]byte, bool) {
 	}
 	b := make([]byte, 0, len(whole)+2048)
 	counts := v[aiUsage]
-	v[aiObject], v[aiUsage] = objectChunk, nil
+	v[aiObject], v[aiUsage] = chatChunks.object, nil
 	part := [choiceMembers][]byte{choiceIndex: c[choiceIndex], choiceReason: nullValue}
 	write := func(delta []byte) {
 		part[choiceMessage] = delta
 		v[aiChoices] = oneChoice(aiChunkChoice, part[:])
-		b = appendChunk(b, aiAnswer, v[:])
+		b = chatChunks.appendEvent(b, &v)
 	}
 	part[choiceLogprobs] = c[choiceLogprobs]
 	begun := false
@@ -278,15 +341,9 @@ func streamChats(whole []byte, usage bool) ([]byte, bool) {
 	write([]byte("{}"))
 	if usage {
 		v[aiChoices], v[aiUsage] = emptyList, counts
-		b = appendChunk(b, aiAnswer, v[:])
+		b = chatChunks.appendEvent(b, &v)
 	}
 	return append(b, dataDone...), true
-}
-
-// appendChunk writes an event with nothing but data.
-func appendChunk(b []byte, l layout, v [][]byte) []byte {
-	b = append(b, dataBegin...)
-	return append(l.append(b, v), eventEnd...)
 }
 
 // streamCompletions writes a chunk with the text, and then an empty one with the reason.
@@ -309,11 +366,7 @@ func streamCompletions(whole []byte, usage bool) ([]byte, bool) {
 	b := make([]byte, 0, len(whole)+1024)
 	write := func(choices []byte) {
 		v[aiChoices] = choices
-		var chunk [aiMembers][]byte
-		for i, place := range textPlaces {
-			chunk[place] = v[i]
-		}
-		b = appendChunk(b, textChunk, chunk[:])
+		b = textChunks.appendEvent(b, &v)
 	}
 	if !isEmptyText(c[textText]) {
 		write(oneChoice(textChoice, [][]byte{c[textText], c[textIndex], nullValue}))

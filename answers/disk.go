@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"net/url"
 	"os"
 	"path/filepath"
 	"sync"
@@ -36,8 +37,9 @@ const (
 	diskEvery = 5 * time.Second
 	// diskSlice is how many pages are given back to the file system at a time.
 	diskSlice = 1024
-	// diskPage is the size of a page, in bytes: the largest in which short entries waste little.
-	diskPage = 8192
+	// diskPage is the size of a page, in bytes. Of 16 KiB, vectors of 384 or 768 numbers waste 6 %,
+	// and those of 1024 a quarter; of 4 KiB, it would be a quarter, and a tenth.
+	diskPage = 16384
 	// readAtOnce is how many keys one statement asks for.
 	readAtOnce = 50
 )
@@ -236,9 +238,10 @@ func (d *Disk) open() (_ *databases, err error) {
 			dbs.close()
 		}
 	}()
-	dbs.write, err = sql.Open("sqlite", dsn(path, "busy_timeout(2000)", "page_size(8192)",
-		"auto_vacuum(incremental)", "secure_delete(fast)", "journal_mode(wal)",
-		"synchronous(normal)", "wal_autocheckpoint(0)", "cache_size(-4000)"))
+	// The driver sorts pragmas, but these three must come in this order.
+	layout := fmt.Sprintf("page_size(%d);pragma auto_vacuum(incremental);pragma journal_mode(wal)", diskPage)
+	dbs.write, err = sql.Open("sqlite", dsn(path, "busy_timeout(2000)", layout,
+		"secure_delete(fast)", "synchronous(normal)", "wal_autocheckpoint(0)", "cache_size(-4000)"))
 	if err != nil {
 		return nil, err
 	}
@@ -264,7 +267,7 @@ func (d *Disk) open() (_ *databases, err error) {
 func dsn(path string, pragmas ...string) string {
 	uri := (&fileURI{path: path}).String() + "?_txlock=immediate"
 	for _, p := range pragmas {
-		uri += "&_pragma=" + p
+		uri += "&_pragma=" + url.QueryEscape(p)
 	}
 	return uri
 }
@@ -289,16 +292,17 @@ func (d *Disk) load(db *sql.DB) error {
 		return err
 	}
 	defer tx.Rollback()
-	var mark, version, tables int64
+	var mark, version, tables, page int64
 	err = cmp.Or(
 		tx.QueryRow(`PRAGMA application_id`).Scan(&mark),
 		tx.QueryRow(`PRAGMA user_version`).Scan(&version),
 		tx.QueryRow(`SELECT count(*) FROM sqlite_schema`).Scan(&tables),
+		tx.QueryRow(`PRAGMA page_size`).Scan(&page),
 	)
 	switch {
 	case err != nil:
 		return err
-	case tables > 0 && (mark != diskMark || version != diskVersion):
+	case tables > 0 && (mark != diskMark || version != diskVersion) || page != diskPage:
 		return errForeign
 	case tables == 0:
 		secret := newSecret()

@@ -361,16 +361,16 @@ func TestDiskKilled(t *testing.T) {
 }
 
 func BenchmarkDisk(b *testing.B) {
-	for _, length := range []int{1536, 4096} {
+	for _, length := range []int{1536, 3072, 4096, 25_000} {
 		s := openDisk(b, b.TempDir(), answers.Limits{Bytes: 4 << 30}, nil)
-		const held = 50_000
+		held := min(50_000, 200_000_000/length)
 		start := time.Now()
-		for n := 0; n < held; n += 500 {
-			putNumbers(b, s, n, n+500, length)
+		for n := 0; n < held; n += 100 {
+			putNumbers(b, s, n, n+100, length)
 			flush(b, s)
 		}
 		b.Logf("%d bytes: %.0f µs per entry written, %.2f bytes on disk per byte", length,
-			time.Since(start).Seconds()*1e6/held, float64(s.Stats().Bytes)/held/float64(length))
+			time.Since(start).Seconds()*1e6/float64(held), float64(s.Stats().Bytes)/float64(held)/float64(length))
 		for _, n := range []int{1, 1000} {
 			b.Run(fmt.Sprintf("get/keys=%d/bytes=%d", n, length), func(b *testing.B) {
 				keys := make([]answers.Key, n)

@@ -16,7 +16,7 @@ func init() {
 			return nil, err
 		}
 		db, err := sql.Open("sqlite", "file:"+filepath.Join(dir, "db")+
-			"?_pragma=page_size(8192)&_pragma=auto_vacuum(incremental)&_pragma=journal_mode(wal)"+
+			"?_pragma=page_size(8192)%3Bpragma%20auto_vacuum(incremental)%3Bpragma%20journal_mode(wal)"+
 			"&_pragma=synchronous(normal)&_pragma=busy_timeout(5000)")
 		if err != nil {
 			return nil, err

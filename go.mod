@@ -19,6 +19,7 @@ require (
 	github.com/realclientip/realclientip-go v1.0.0
 	github.com/rogpeppe/go-internal v1.16.0
 	github.com/schollz/progressbar/v3 v3.19.1
+	github.com/valkey-io/valkey-go v1.0.79
 	github.com/x448/float16 v0.8.4
 	github.com/yuin/goldmark v1.8.7
 	github.com/zeebo/xxh3 v1.1.0

@@ -71,7 +71,6 @@ type Valkey struct {
 
 	mu     sync.Mutex // guards everything below
 	shared [32]byte   // the secret in the server
-	known  bool       // whether it was read
 }
 
 type client struct{ valkey.Client }
@@ -201,7 +200,7 @@ func (v *Valkey) readSecret(ctx context.Context, c valkey.Client) error {
 			" another ?prefix=", name, len(data))
 	}
 	v.mu.Lock()
-	v.shared, v.known = [32]byte(data), true
+	v.shared = [32]byte(data)
 	v.mu.Unlock()
 	return nil
 }

@@ -79,7 +79,7 @@ func testBytes(t *testing.T, b Backend) {
 		length := random.IntN(int(limit) / 30)
 		total += int64(length)
 		put(t, s, EntryOf(n, n, length))
-		if n%50 == 0 {
+		if n%10 == 0 {
 			b.settle(t, s)
 			within(t, s, limit)
 		}

@@ -153,7 +153,7 @@ POST /_cacheproxy/upstreams/NAME/drain stops new requests to an upstream and let
 
 With several upstreams, requests that change models (pull, create, copy, push, delete, blobs) go to the first one. The request header X-Cacheproxy-Upstream: NAME sends any request to that upstream; in answers it names the one that answered.
 
-Other verbs: batch (a file of requests), bench (what the proxy is worth), completion (for a shell), contexts and engine (stored contexts), doctor (what is wrong), health, version. Each has --help.`
+Other verbs: answers (what serve --cache-answers has kept), batch (a file of requests), bench (what the proxy is worth), completion (for a shell), contexts and engine (stored contexts), doctor (what is wrong), health, version. Each has --help.`
 }
 
 // settings are the evaluated flags.

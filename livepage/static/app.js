@@ -416,7 +416,7 @@ function Answers() {
   return html`<section aria-labelledby="h-ans">
     <div class="head"><h2 id="h-ans">Answers not computed</h2>${s && html`<span class="soft" id="answers-store">${s.down ? html`<span class="dot bad"></span>the store cannot be used; ` : ""}${room}${s.evicted > 0 && html`; ${value(s.evicted)} dropped for room`}${a.surviving > 0 && html`; ${value(a.surviving)} without their clients, ${bytes(a.surviving_bytes)}`}</span>`}</div>
     ${rows.length === 0 ? html`<p class="soft">None yet. ${a.answers === "off" ? html`With <code>--cache-answers deterministic</code> a question at temperature 0 is computed once.` : ""}</p>` : html`<div class="scroll"><table id="answers">
-      <thead><tr><th scope="col">What</th><th scope="col" class="num">Kept</th><th scope="col" class="num">Hit rate</th><th scope="col" class="num">Joined</th><th scope="col" class="num">Computed</th><th scope="col" class="num wide">Bypassed</th>
+      <thead><tr><th scope="col">What</th><th scope="col" class="num">From the store</th><th scope="col" class="num">Hit rate</th><th scope="col" class="num">Joined</th><th scope="col" class="num">Computed</th><th scope="col" class="num wide">Bypassed</th>
         <th scope="col" class="num wide">Bytes given</th><th scope="col" class="num">Prompt tokens spared</th><th scope="col" class="num">Generated tokens spared</th><th scope="col" class="num">Time spared</th></tr></thead>
       <tbody>${rows.map(k => html`<tr key=${k.kind} data-kind=${k.kind}>
         <th scope="row">${k.name}</th><td class="num">${value(k.hits)}</td><td class="num">${percent(k.hits, k.hits + k.misses + k.joined)}</td><td class="num">${value(k.joined)}</td><td class="num">${value(k.misses)}</td>

@@ -134,13 +134,14 @@ func entryOf(s answers.Stats, limit int64) *storeEntry {
 // pageAnswers is the page's data about what is kept; nil if nothing is.
 type pageAnswers struct {
 	Store     *storeEntry `json:"store"`
-	Answers   string      `json:"answers"` // the text of --cache-answers
+	Answers   string      `json:"answers"`    // the text of --cache-answers
+	Vectors   string      `json:"embeddings"` // … and of --cache-embeddings
 	Surviving int         `json:"surviving"`
 	Survived  int64       `json:"surviving_bytes"`
 }
 
 func (h *Handler) pageAnswers() *pageAnswers {
-	p := &pageAnswers{Store: h.storeEntry(), Answers: h.CacheAnswers.String()}
+	p := &pageAnswers{Store: h.storeEntry(), Answers: h.CacheAnswers.String(), Vectors: h.CacheEmbeddings.String()}
 	p.Surviving, p.Survived = h.Surviving()
 	return p
 }

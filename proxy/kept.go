@@ -158,8 +158,9 @@ func (a keptAnswer) entry() keptEntry {
 
 // answersPage is the content of pathAnswers.
 type answersPage struct {
-	Store *storeEntry `json:"store,omitempty"`
-	Modes string      `json:"cache_answers"` // the text of --cache-answers
+	Store   *storeEntry `json:"store,omitempty"`
+	Modes   string      `json:"cache_answers"`    // the text of --cache-answers
+	Vectors string      `json:"cache_embeddings"` // … and of --cache-embeddings
 	// Kinds tell, by kind, what was looked for since Since, and what that saved. It is of all
 	// clients together.
 	Since time.Time   `json:"since"`
@@ -167,6 +168,8 @@ type answersPage struct {
 	Kept  []keptEntry `json:"surviving"` // this client's alone
 	// Wiped is what was in the store before a DELETE.
 	Wiped *storeEntry `json:"wiped,omitempty"`
+	// Embeddings tell which models were seen to give the same vectors again.
+	Embeddings []verdictEntry `json:"embeddings"`
 }
 
 // answersPages serves pathAnswers and what is below it.
@@ -196,7 +199,8 @@ func (h *Handler) answersPages(w http.ResponseWriter, r *http.Request, ex *excha
 // answersPage tells what is kept, or forgets all of it.
 func (h *Handler) answersPage(w http.ResponseWriter, r *http.Request, ex *exchange, list []keptAnswer) {
 	page := answersPage{
-		Modes: h.CacheAnswers.String(), Since: h.timeline.began,
+		Modes: h.CacheAnswers.String(), Vectors: h.CacheEmbeddings.String(), Embeddings: h.vectors.verdicts(),
+		Since: h.timeline.began,
 		Kinds: h.timeline.counted().Cached, Kept: []keptEntry{},
 	}
 	if r.Method == http.MethodDelete {

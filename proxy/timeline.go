@@ -226,6 +226,9 @@ func (t *timeline) ended(ex *exchange) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.remove(ex)
+	if ex.part { // the client's request, which it is a part of, is counted and shown
+		return
+	}
 	if ex.Prewarm == "" { // otherwise it is the proxy's own request
 		t.totals.add(ex.Exchange)
 	}

@@ -48,6 +48,6 @@ func (s *serveCmd) aboutAnswers(set settings) string {
 	if s.AnswersShared {
 		shared = "shared by all API keys"
 	}
-	return fmt.Sprintf("%v; kept in %s, at most %d MiB, %s, %s",
-		set.cached, redacted(s.AnswersStore), s.AnswersBytes>>20, long, shared)
+	return fmt.Sprintf("%v; vectors %v; kept in %s, at most %d MiB, %s, %s",
+		set.cached, set.vectors, redacted(s.AnswersStore), s.AnswersBytes>>20, long, shared)
 }

@@ -65,9 +65,10 @@ type keptStats struct {
 
 // runningStats is what only a running proxy knows: see the content of /_cacheproxy/answers.
 type runningStats struct {
-	Modes string               `json:"cache_answers"`
-	Since time.Time            `json:"since"` // … which the figures below count
-	Kinds map[string]keptKinds `json:"kinds"`
+	Modes   string               `json:"cache_answers"`
+	Vectors string               `json:"cache_embeddings"`
+	Since   time.Time            `json:"since"` // … which the figures below count
+	Kinds   map[string]keptKinds `json:"kinds"`
 }
 
 // keptKinds is what was looked for among answers, or among vectors.
@@ -281,7 +282,7 @@ func (s keptStats) write(c *console) error {
 	table := tabwriter.NewWriter(c.stdout, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(table, "kept\t%s\nroom\t%s\n", number(s.Store.Entries, plain), number(s.Store.Bytes, mega))
 	if r := s.runningStats; r != nil {
-		fmt.Fprintf(table, "mode\t%s\nsince\t%s\n\n", r.Modes, r.Since.Local().Format(time.DateTime))
+		fmt.Fprintf(table, "answers\t%s\nembeddings\t%s\nsince\t%s\n\n", r.Modes, r.Vectors, r.Since.Local().Format(time.DateTime))
 		fmt.Fprintln(table, "KIND\tHITS\tMISSES\tJOINED\tMB\tPROMPT TOKENS\tGENERATED\tSECONDS")
 		for _, kind := range []string{"answer", "embedding"} {
 			k := r.Kinds[kind]

@@ -30,6 +30,10 @@ export function colour(r, alpha = 1) {
 export function steps(r, now) {
   const whole = r.duration || now - r.at;
   if (r.cache === "hit" || r.cache === "joined") return [[r.cache === "hit" ? "stored" : "together", whole]];
+  if (r.cache && !r.sent && r.outcome === "ok") { // its inputs were sent one by one
+    const waited = Math.min(r.waited || 0, whole);
+    return [["waited", waited], ["prompt", whole - waited]];
+  }
   const list = [["waited", Math.min(r.sent || (r.outcome ? whole : r.waited || 0), whole)]];
   let left = whole - list[0][1];
   const add = (kind, ms) => {

@@ -308,36 +308,3 @@ func (l *Listener) Next(ctx context.Context) ([]byte, error) {
 		}
 	}
 }
-
-// Flights are the computations under way, by what they compute. The zero Flights has none.
-type Flights struct {
-	mu    sync.Mutex
-	under map[Key]*Flight
-}
-
-// Join returns a listener of the computation of key. If there is none, it begins one with begin,
-// and reports that; the caller then runs the computation, and calls Leave after its end.
-func (fs *Flights) Join(key Key, begin func() *Flight) (l *Listener, f *Flight, leads bool) {
-	fs.mu.Lock()
-	defer fs.mu.Unlock()
-	if f = fs.under[key]; f != nil {
-		if l = f.Listen(); l != nil {
-			return l, f, false
-		}
-	}
-	f = begin()
-	if fs.under == nil {
-		fs.under = map[Key]*Flight{}
-	}
-	fs.under[key] = f
-	return f.Listen(), f, true
-}
-
-// Leave forgets a computation: later requests for the same answer begin another.
-func (fs *Flights) Leave(key Key, f *Flight) {
-	fs.mu.Lock()
-	defer fs.mu.Unlock()
-	if fs.under[key] == f {
-		delete(fs.under, key)
-	}
-}

@@ -206,35 +206,3 @@ func TestFlightLong(t *testing.T) {
 		t.Errorf("an answer that nobody reads went on beyond the limit: %v", cause)
 	}
 }
-
-// TestFlights has many requests for two answers: two computations.
-func TestFlights(t *testing.T) {
-	var fs Flights
-	var led, joined int
-	flights := map[Key]*Flight{}
-	for i := range 100 {
-		key := Key{byte(i % 2)}
-		l, f, leads := fs.Join(key, func() *Flight { return NewFlight(0, func(error) {}) })
-		if l == nil {
-			t.Fatal("no listener")
-		}
-		if leads {
-			led++
-			flights[key] = f
-		} else if joined++; flights[key] != f {
-			t.Error("it joined another computation")
-		}
-	}
-	if led != 2 || joined != 98 {
-		t.Errorf("%d computations, %d joined", led, joined)
-	}
-	key := Key{0}
-	fs.Leave(key, flights[Key{1}]) // another's: no effect
-	if _, _, leads := fs.Join(key, nil); leads {
-		t.Error("a computation was forgotten that is under way")
-	}
-	fs.Leave(key, flights[key])
-	if _, _, leads := fs.Join(key, func() *Flight { return NewFlight(0, func(error) {}) }); !leads {
-		t.Error("a computation was joined after its end")
-	}
-}

@@ -27,6 +27,7 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/answers"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contexts"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/jsonscan"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/livepage"
@@ -91,6 +92,15 @@ type Handler struct {
 	Version     string              // of this program, for the page
 	Price       float64             // of a million evaluated prompt tokens; 0: none on the page
 
+	Answers      answers.Store // keeps what need not be computed twice; if nil, nothing is kept
+	AnswersAge   time.Duration // how long they are good; 0: for ever
+	CacheAnswers CacheAnswers  // which answers of chats and generations are kept
+	// AnswersShared lets clients with different API keys have each other's kept answers. They could
+	// then find out whether someone has asked a question before.
+	AnswersShared bool
+	// ReplayPaced replays a kept stream at the pace at which it was recorded, rather than at once.
+	ReplayPaced bool
+
 	// Done, if non-nil, is called after each request. Touched, if non-nil, is called after each
 	// keep_alive that the proxy set, or failed to set, in the background.
 	Done    func(Exchange)
@@ -113,6 +123,8 @@ type Handler struct {
 	live       *livepage.Hub
 	prewarming *prewarmer // if nil, no prompt is kept warm
 	recorder   *recorder  // the source of pathFacts
+	computing  computing  // answers that several clients may read
+	kept       keptAnswers
 	forward    *httputil.ReverseProxy
 	prefixes   *prefix.Reader
 
@@ -156,6 +168,10 @@ type Exchange struct {
 	// Prewarm is the outcome of a request of the proxy's own that was to warm a prompt: see the
 	// Prewarm… constants. It is "" for all other requests.
 	Prewarm string
+
+	// Cache tells what was not computed, or was not looked for; nil if the request is none whose
+	// answer may be kept.
+	Cache *CacheUse
 
 	Priority string        // interactive, normal or batch; "" if the request needed no lane
 	Waited   time.Duration // for a lane
@@ -247,6 +263,8 @@ type exchange struct {
 	excerpt string
 	shown   *onWay // its entry on the page; nil if it was not sent or is not shown
 	said    string // why the proxy refused it
+
+	flight *flight // the computation whose answer it writes; nil: it answers its client itself
 
 	loadedFirst time.Duration // how long loadFirst took to load its model
 
@@ -354,6 +372,8 @@ func (h *Handler) Run(ctx context.Context) {
 	wg.Go(func() { h.Contexts.Run(ctx) })
 	wg.Go(func() { h.prewarming.run(ctx) })
 	wg.Wait()
+	h.CutOff()
+	h.computing.wg.Wait()
 }
 
 // Held returns how many bytes the buffered bodies take.
@@ -379,7 +399,11 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	// A copy: after an early answer, net/http looks at its own request's body to decide whether to
 	// read on.
 	r = r.WithContext(context.WithValue(ctx, exchangeKey{}, ex))
-	defer h.finish(ex, w, r) // runs in a panic, too: http.ErrAbortHandler
+	defer func() { // runs in a panic, too: http.ErrAbortHandler
+		if ex.flight == nil { // otherwise its computation finishes it
+			h.finish(ex, w, r)
+		}
+	}()
 
 	scarce := r.Context().Value(scarceKey{}) != nil
 	if scarce {
@@ -403,10 +427,19 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if ref == nil {
 		ref = h.read(r, ex)
 	}
-	if ref == nil {
-		w = h.heartbeats(w, ex)
-		ref = h.wait(r, ex)
+	if ref != nil {
+		h.refuse(w, r, ex, ref)
+		return
 	}
+	if !h.recall(w, r, ex) {
+		h.serve(w, r, ex)
+	}
+}
+
+// serve waits until a request whose body has been read may be sent, and forwards it.
+func (h *Handler) serve(w http.ResponseWriter, r *http.Request, ex *exchange) {
+	w = h.heartbeats(w, ex)
+	ref := h.wait(r, ex)
 	if ref == nil {
 		ref = h.loadFirst(r, ex)
 	}
@@ -758,6 +791,7 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 		ex.run.Answered()
 		ex.use.answer()
 	}
+	ex.flight.answered(res)
 	setCORS(res.Header, ex.origin)
 	res.Header.Del(headerUpstream) // set by another proxy behind this one
 	res.Header.Del(headerWaited)

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/answers"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
@@ -95,8 +96,12 @@ func (b *heartbeat) beat() {
 		b.ResponseWriter.WriteHeader(http.StatusOK)
 	}
 	// If the client is gone, net/http notices and ends the request's context.
-	io.WriteString(b.ResponseWriter, beatText)
-	http.NewResponseController(b.ResponseWriter).Flush()
+	if f, ok := b.ResponseWriter.(*answers.Flight); ok {
+		f.Beat(beatText) // it is no part of the answer
+	} else {
+		io.WriteString(b.ResponseWriter, beatText)
+		http.NewResponseController(b.ResponseWriter).Flush()
+	}
 	b.timer.Reset(b.every)
 }
 

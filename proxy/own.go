@@ -32,6 +32,8 @@ func (h *Handler) own(w http.ResponseWriter, r *http.Request, ex *exchange) bool
 		if limit, ok := h.shown(w, r, ex, pathQueue, "limit", shownQueue, queueMost); ok {
 			ex.page(w, pathQueue, http.StatusOK, h.queue(limit))
 		}
+	case path == pathAnswers || strings.HasPrefix(path, pathAnswers+"/"):
+		h.answersPages(w, r, ex)
 	case path == pathFacts:
 		h.facts(w, r, ex)
 	case path == pathRequests && h.Ledger != nil:

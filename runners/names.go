@@ -4,11 +4,13 @@ import (
 	"cmp"
 	"context"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/ollama/ollama/api"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/answers"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
@@ -32,6 +34,10 @@ type Model struct {
 	Defaults prefix.Options
 	// Sliding means that the model's attention has a sliding window.
 	Sliding bool
+	// Sampling has the parameters that the Modelfile sets and a request may leave out.
+	Sampling answers.Defaults
+	// Clock is what its prompts say about the time.
+	Clock answers.Clock
 	// Values is how many numbers the attention's keys and values take per token, in all layers; 0
 	// if unknown.
 	Values int
@@ -70,6 +76,9 @@ func (b *Book) Wanted(name, digest string, o *prefix.Options) Wanted {
 	w.Options.Model = m.Weights
 	return w
 }
+
+// Model returns what a name refers to. Its digest is as for Wanted.
+func (b *Book) Model(name, digest string) Model { return b.resolve(name, digest) }
 
 func (b *Book) resolve(name, digest string) Model {
 	if digest == "" || b.show == nil {
@@ -180,11 +189,37 @@ func describe(name string, show *api.ShowResponse) Model {
 	for line := range strings.Lines(show.Parameters) {
 		if f := strings.Fields(line); len(f) == 2 {
 			m.Defaults.Set(f[0], f[1]) // most parameters are not runner options
+			setSampling(&m.Sampling, f[0], f[1])
 		}
 	}
 	info := modelInfo(show.ModelInfo)
+	m.Clock = answers.ClockOf(rendererOf(show.Modelfile), show.Template)
 	m.Sliding, m.Values = info.number("attention.sliding_window") > 0, info.values()
 	return m
+}
+
+// setSampling sets one of a Modelfile's parameters.
+func setSampling(d *answers.Defaults, name, value string) {
+	switch name {
+	case "temperature":
+		if t, err := strconv.ParseFloat(value, 64); err == nil {
+			d.Temperature = &t
+		}
+	case "seed":
+		if n, err := strconv.ParseInt(value, 10, 64); err == nil {
+			d.Seed = &n
+		}
+	}
+}
+
+// rendererOf returns the name of the renderer that a Modelfile sets, or "".
+func rendererOf(modelfile string) string {
+	for line := range strings.Lines(modelfile) {
+		if command, name, _ := strings.Cut(strings.TrimSpace(line), " "); command == "RENDERER" {
+			return strings.TrimSpace(name)
+		}
+	}
+	return ""
 }
 
 // modelInfo is what a model's file says about it, under keys that begin with its architecture.

@@ -70,6 +70,7 @@ type State struct {
 	Version string            // the last one known; "0.34.1 (simulated)" where the server says that it is
 	Models  []string          // the names of all models, as /api/tags spells them
 	Digests map[string]string // the digest of each model, by ModelKey
+	Listed  time.Time         // when the poll began that read Models and Digests; zero: none has
 	Loaded  []Loaded          // nil if it was not read: see LoadedKnown
 
 	// Simulated means that the server's answers and figures are made up, as its SimulatedHeader
@@ -427,6 +428,7 @@ func (s *Server) ask(ctx context.Context, prev State, used, list bool) (next Sta
 	if next.Version, next.Err = s.client.Version(ctx); next.Err != nil {
 		next.Version, next.Simulated = prev.Version, prev.Simulated
 		next.Models, next.Digests, next.Loaded = prev.Models, prev.Digests, prev.Loaded
+		next.Listed = prev.Listed
 		return next, false
 	}
 	if next.Simulated = s.simulated.Load(); next.Simulated {
@@ -434,7 +436,7 @@ func (s *Server) ask(ctx context.Context, prev State, used, list bool) (next Sta
 	}
 	next.Up = true
 	next.Restarted = !prev.Polled.IsZero() && (prev.gone || prev.Version != "" && prev.Version != next.Version)
-	next.Models, next.Digests = prev.Models, prev.Digests
+	next.Models, next.Digests, next.Listed = prev.Models, prev.Digests, prev.Listed
 	if list || next.Restarted {
 		listed = s.list(ctx, &next)
 	}
@@ -455,6 +457,7 @@ func (s *Server) list(ctx context.Context, next *State) bool {
 	}
 	before := next.Digests
 	next.Models, next.Digests = nil, make(map[string]string, len(list.Models))
+	next.Listed = next.Polled
 	for _, m := range list.Models {
 		next.Models = append(next.Models, m.Name)
 		if !IsCloud(m.Name) { // a local model may have the same name except for the suffix

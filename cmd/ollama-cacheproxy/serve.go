@@ -22,6 +22,7 @@ import (
 	"github.com/lmittmann/tint"
 	"golang.org/x/term"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/answers"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contexts"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/metrics"
@@ -45,6 +46,7 @@ const (
 	cutOff              = 2 * time.Second // for interrupted requests to end
 	defaultStoreBytes   = 256 << 20
 	defaultContextBytes = 20 << 30
+	defaultAnswersBytes = 256 << 20
 	rememberRequests    = 1000 // on /_cacheproxy/requests
 )
 
@@ -81,6 +83,14 @@ type serveCmd struct {
 	Prewarm        string        `placeholder:"FILE" type:"path" default:"" help:"A file of requests whose prompts should be warm before anyone asks: one JSON object per line, as a client would send it, with \"path\" if that is not /api/chat (docs/contexts.md). They are sent at the start, which loads their models, and after each load of their model, while no client asks for anything; a client's request interrupts them. The file is read again when it changes, and at SIGHUP. Default: none."`
 	ContextsShared bool          `help:"Also attach contexts stored for one API key to the prompts of others. A client could then find out from an answer's timing whether someone else has sent a prompt."`
 	ShowPrompts    bool          `help:"Show the beginning and the end of request bodies on /_cacheproxy/requests. Without this, no prompt text is kept."`
+
+	CacheAnswers    []string      `group:"everyday" placeholder:"[MODEL=]MODE" help:"Which answers of chats and generations to keep, so that a request that was answered before is answered at once: deterministic (those with temperature 0 or a seed, and without tools that reach outside), all, or off. Equal requests that come at the same time are computed once. A request's Cache-Control header (no-store, no-cache, max-age, only-if-cached) is honoured (docs/answers.md). Kept answers are text. MODEL=MODE sets it for one model. Repeatable. Default: off."`
+	CacheEmbeddings []string      `placeholder:"[MODEL=]MODE" help:"Whether to keep the vectors of embedded inputs, so that an input is embedded once, whatever array it comes in: auto (once the model was seen to give the same vectors again) or off (docs/answers.md). Vectors are kept without their text. MODEL=MODE sets it for one model. Repeatable. Default: auto."`
+	AnswersStore    string        `placeholder:"STORE" default:"memory" help:"Where answers and vectors are kept: memory, a folder, or valkey://HOST:PORT/DB (or redis://…), which several proxies can share (docs/answers.md). 'ollama-cacheproxy answers wipe STORE' empties it. Default: memory."`
+	AnswersBytes    int64         `default:"${answersbytes}" placeholder:"BYTES" help:"Room for kept answers and vectors. Default: 268435456 (256 MiB)."`
+	AnswersTTL      time.Duration `name:"answers-ttl" default:"720h" placeholder:"TIME" help:"How long to keep an answer or a vector; 0 means for ever. Default: 720h (30 days)."`
+	AnswersShared   bool          `help:"Give clients with different API keys each other's kept answers and vectors. A client could then find out from the time of an answer whether someone has asked the same."`
+	AnswersPaced    bool          `help:"Replay a kept stream at the pace at which it came from Ollama. Default: at once."`
 
 	Price       float64  `placeholder:"NUMBER" help:"What a million evaluated prompt tokens would cost elsewhere, in any currency. The page at /_cacheproxy/, bench and batch then show what the reused tokens are worth. Default: 0, which shows no prices."`
 	AllowHost   []string `placeholder:"NAME" help:"Also accept this Host name on loopback connections (* for any). Repeatable."`
@@ -133,6 +143,8 @@ Examples:
       keep clients that disconnect after half a minute without a byte: begin the answers of streams under /v1 that wait
   ollama-cacheproxy engine link --to ~/.ollama-cacheproxy && ollama-cacheproxy --contexts ~/.ollama-cacheproxy
       keep evaluated prompts on disk until the model is loaded again (start ~/.ollama-cacheproxy/bin/ollama serve)
+  ollama-cacheproxy --cache-answers deterministic --answers-store ~/.cache/answers
+      keep the answers of requests with temperature 0 or a seed on disk, as well as vectors
   ollama-cacheproxy --check --upstream gpu-box:11434
       check these settings, and exit
 
@@ -152,6 +164,7 @@ type settings struct {
 	keepAlive proxy.KeepAlive
 	numCtx    proxy.NumCtx
 	heads     proxy.StableHeads
+	cached    proxy.CacheAnswers
 	guard     proxy.Guard
 	keys      *keysFile    // guard.Keys has the keys read from it; nil: clients need no key
 	prewarm   *prewarmFile // nil without --prewarm
@@ -239,6 +252,9 @@ func (set *settings) edits(s *serveCmd) (err error) {
 	if set.heads, err = proxy.ParseStableHeads(s.StableHeads); err != nil {
 		return fmt.Errorf("--stable-heads: %w", err)
 	}
+	if set.cached, err = proxy.ParseCacheAnswers(s.CacheAnswers); err != nil {
+		return fmt.Errorf("--cache-answers: %w", err)
+	}
 	return nil
 }
 
@@ -262,6 +278,9 @@ func (s *serveCmd) limits() (int64, error) {
 	}
 	if s.StoreEntries < 0 || s.StoreBytes < 0 {
 		return 0, fmt.Errorf("--store-entries %d, --store-bytes %d: want 0 (remember no prefixes but the last prompts') or more", s.StoreEntries, s.StoreBytes)
+	}
+	if s.AnswersBytes < 0 || s.AnswersTTL < 0 {
+		return 0, fmt.Errorf("--answers-bytes %d, --answers-ttl %v: want 0 (keep no answers; for ever) or more", s.AnswersBytes, s.AnswersTTL)
 	}
 	if !isPrice(s.Price) {
 		return 0, fmt.Errorf("--price %v: want 0 (no prices) or more", s.Price)
@@ -343,7 +362,12 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 			files.Close(closing) // it has logged what it could not write
 		}()
 	}
-	h := s.handler(set, ups, transport, logger)
+	kept, err := s.openAnswers(logger)
+	if err != nil {
+		return err
+	}
+	defer kept.Close() // it has logged what it could not write
+	h := s.handler(set, ups, transport, kept, logger)
 	ln, err := set.listener(ctx, logger)
 	if err != nil {
 		return err
@@ -407,7 +431,8 @@ func (set settings) files() (list []reloader) {
 
 // handler builds the handler of requests: everything but the upstreams and the transport to them.
 func (s *serveCmd) handler(
-	set settings, ups []*upstream.Server, transport *http.Transport, logger *slog.Logger,
+	set settings, ups []*upstream.Server, transport *http.Transport, kept answers.Store,
+	logger *slog.Logger,
 ) *proxy.Handler {
 	store := contextstore.NewMemory(contextstore.Limits{Entries: s.StoreEntries, Bytes: s.StoreBytes})
 	h := &proxy.Handler{
@@ -418,6 +443,8 @@ func (s *serveCmd) handler(
 		Guard: set.guard, Trusted: set.trusted, Log: logger,
 		Ledger: savings.New(store, rememberRequests), ShowPrompts: s.ShowPrompts,
 		Contexts: set.contexts, Version: version(), Price: s.Price,
+		Answers: kept, AnswersAge: s.AnswersTTL, CacheAnswers: set.cached, AnswersShared: s.AnswersShared,
+		ReplayPaced: s.AnswersPaced,
 	}
 	if set.prewarm != nil {
 		h.Prewarm = set.prewarm.requests
@@ -506,12 +533,16 @@ func drain(srv *http.Server, h *proxy.Handler, limit time.Duration, cut context.
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	err := srv.Shutdown(ctx)
+	if err == nil && !ended(ctx, h.InFlight) { // answers that go on without their clients
+		err = ctx.Err()
+	}
 	if errors.Is(err, context.DeadlineExceeded) {
 		waiting := h.Waiting()
 		h.Close()
 		none(h.Waiting) // each still gets its answer
 		logger.Warn("requests refused or cut off after the drain limit", "refused", waiting, "cut_off", h.InFlight(), "limit", limit)
 		cut(proxy.ErrDrained)
+		h.CutOff()
 		err = srv.Close()
 		// Shutdown does not wait for handlers whose connections were closed; each has a line to log.
 		none(h.InFlight)
@@ -522,9 +553,21 @@ func drain(srv *http.Server, h *proxy.Handler, limit time.Duration, cut context.
 
 // none waits for a short while until nothing is left.
 func none(left func() int64) {
-	for until := time.Now().Add(cutOff); left() > 0 && time.Now().Before(until); {
-		time.Sleep(time.Millisecond)
+	ctx, cancel := context.WithTimeout(context.Background(), cutOff)
+	defer cancel()
+	ended(ctx, left)
+}
+
+// ended waits until nothing is left, and returns false if ctx ends first.
+func ended(ctx context.Context, left func() int64) bool {
+	for left() > 0 {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-time.After(time.Millisecond):
+		}
 	}
+	return true
 }
 
 // pollAll polls all upstreams at once.

@@ -17,6 +17,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net/http"
 	"net/url"
@@ -32,7 +33,10 @@ type Config struct {
 	Output string    // the path of the results, or "-"
 	Stdout io.Writer // where "-" writes to
 	Errors string    // the path for requests that failed, to be sent again; "": they are not kept
-	Beside []Named   // other files of the run, which must be different from these
+	// Perm are the permissions of the output, the journal and the file for errors where they are
+	// made; 0: 0o666, less the umask.
+	Perm   fs.FileMode
+	Beside []Named // other files of the run, which must be different from these
 	Order  Order
 	Window int // how many requests are read ahead and ordered, at least 1
 

@@ -65,6 +65,8 @@ type Service struct {
 	arriving int64 // bytes of files that are being uploaded or written
 	working  map[string]int64
 	running  map[string]int // of each owner
+	turn     int            // how many places were given so far
+	served   map[string]int // the turn at which each owner got one last
 	places   int            // free ones of Running
 	waiting  []*job         // for a place
 	start    func(*job)     // starts the work on a batch; nil: Run has not been called, or has ended
@@ -78,7 +80,7 @@ func Open(c Config) (*Service, error) {
 	c.pause = cmp.Or(c.pause, pause)
 	s := &Service{
 		Config: c, files: map[string]*file{}, batches: map[string]*job{}, working: map[string]int64{},
-		running: map[string]int{}, places: c.Running,
+		running: map[string]int{}, served: map[string]int{}, places: c.Running,
 	}
 	for _, dir := range []string{c.Dir, s.path(filesFolder), s.path(batchesFolder)} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {

@@ -245,6 +245,7 @@ func (s *Service) run(ctx context.Context, j *job, sender *sender) error {
 func (s *Service) config(j *job, sender *sender) batch.Config {
 	return batch.Config{
 		Output: s.path(batchesFolder, j.ID, resultsFile), Order: batch.CompletionOrder, Window: window,
+		Perm:    0o600,
 		Retries: retries, WaitForServer: longestWindow, // the completion window ends the wait
 		Server: &url.URL{Scheme: "http", Host: loopback}, Transport: sender,
 		Log: s.Log.With("batch", j.ID),
@@ -278,7 +279,8 @@ func (s *Service) progress(j *job, sender *sender, folder string, p batch.Progre
 }
 
 // take waits for a place among the batches that run. The next place is for the owner who has the
-// fewest, and of his batches for the oldest.
+// fewest, of these for the one whose last turn is longest ago, and of that owner's batches for the
+// oldest.
 func (s *Service) take(ctx context.Context, j *job) error {
 	s.mu.Lock()
 	placed := make(chan struct{})
@@ -309,14 +311,17 @@ func (s *Service) take(ctx context.Context, j *job) error {
 func (s *Service) place() {
 	for s.places > 0 && len(s.waiting) > 0 {
 		next := slices.MinFunc(s.waiting, func(a, b *job) int {
-			if c := s.running[a.Owner] - s.running[b.Owner]; c != 0 {
-				return c
-			}
-			return int(a.Seq - b.Seq)
+			return cmp.Or(
+				cmp.Compare(s.running[a.Owner], s.running[b.Owner]),
+				cmp.Compare(s.served[a.Owner], s.served[b.Owner]),
+				cmp.Compare(a.Seq, b.Seq),
+			)
 		})
 		s.waiting = slices.DeleteFunc(s.waiting, func(j *job) bool { return j == next })
 		s.places--
 		s.running[next.Owner]++
+		s.turn++
+		s.served[next.Owner] = s.turn
 		close(next.placed)
 	}
 }

@@ -55,6 +55,9 @@ type Config struct {
 	// Progress, if non-nil, is called by one goroutine when a request is done and about once a
 	// second.
 	Progress func(Progress)
+	// InFlight, if non-nil, is called by the same goroutine with how many requests are in flight:
+	// before one begins, and after the result of one was recorded.
+	InFlight func(n int)
 
 	firstWait time.Duration // before a retry; 0: half a second
 	compactAt int64         // 0: compactAt
@@ -245,7 +248,7 @@ func (b *batch) loop(ctx context.Context) error {
 				return err
 			}
 			if more = ok; ok {
-				b.inFlight++
+				b.flies(1)
 				wg.Go(func() { b.send(running, it, in) }) // ends with running at the latest
 			}
 		}
@@ -299,6 +302,14 @@ func (b *batch) send(ctx context.Context, it item, in inbox) {
 	in.put(ctx, func() error { return b.finish(ctx, f) })
 }
 
+// flies changes how many requests are in flight.
+func (b *batch) flies(by int) {
+	b.inFlight += by
+	if b.InFlight != nil {
+		b.InFlight(b.inFlight)
+	}
+}
+
 func (b *batch) tell() {
 	if b.Progress == nil {
 		return
@@ -331,7 +342,7 @@ func (b *batch) finish(ctx context.Context, f finished) error {
 	if err := b.journal.add(f.item, f.failure != nil, counts, result); err != nil {
 		return err
 	}
-	b.inFlight--
+	b.flies(-1)
 	b.tell()
 	return nil
 }

@@ -237,6 +237,7 @@ func (s *Service) run(ctx context.Context, j *job, sender *sender) error {
 	config := s.config(j, sender)
 	config.Source = source
 	config.Progress = func(p batch.Progress) { s.progress(j, sender, folder, p) }
+	config.InFlight = j.gate.inFlight
 	_, err = batch.Run(ctx, config)
 	return err
 }
@@ -255,7 +256,6 @@ func (s *Service) config(j *job, sender *sender) batch.Config {
 // progress notes how far a batch has come. Package batch calls it after each result, and about once
 // a second.
 func (s *Service) progress(j *job, sender *sender, folder string, p batch.Progress) {
-	j.gate.inFlight(p.InFlight)
 	size := int64(-1)
 	if now := time.Now(); now.Sub(sender.measured) >= time.Second {
 		size, sender.measured = folderSize(folder), now

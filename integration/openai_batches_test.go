@@ -146,10 +146,11 @@ func TestOpenAIBatches(t *testing.T) {
 	}
 }
 
-// TestOpenAIBatchKilled: the proxy is killed several times while a batch runs. The client, which
-// only asks on, gets what an uninterrupted batch gives, and hardly a request is sent twice.
-func TestOpenAIBatchKilled(t *testing.T) {
-	const requests, kills = 300, 3
+// TestOpenAIBatchRestarts: the proxy is killed, or stopped, several times while a batch runs. The
+// client, which only asks on, gets what an uninterrupted batch gives. After a stop no request is
+// sent twice, after a kill only those that were under way.
+func TestOpenAIBatchRestarts(t *testing.T) {
+	const requests, ends = 300, 3
 	server := realollama.Start(t, realollama.Config{Version: realollama.Newest(), Models: []string{"gen-llama-tiny"}})
 	bin, err := proxyBinary()
 	if err != nil {
@@ -199,41 +200,55 @@ func TestOpenAIBatchKilled(t *testing.T) {
 	if sent != requests || whole.Counts.Completed != requests {
 		t.Fatalf("without a crash: %d requests were sent: %+v", sent, whole.Counts)
 	}
-	seen, sent := run(func(id string) {
-		for kill := range kills {
-			settles(t, func() error {
-				_, _, text := do(t, http.MethodGet, p.URL+"/v1/batches/"+id, "", "Authorization", "Bearer "+aliceKey)
-				var b struct {
-					Counts struct{ Completed int } `json:"request_counts"`
+	for name, c := range map[string]struct {
+		end   func(*proxyprocess.Process) error
+		twice int // requests that may be sent twice at each end
+	}{
+		"kill": {func(p *proxyprocess.Process) error { p.Kill(); return nil }, 4},
+		"stop": {(*proxyprocess.Process).Stop, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			seen, sent := run(func(id string) {
+				for n := range ends {
+					settles(t, func() error { return cameTo(t, p.URL, id, (n+1)*requests/(ends+2)) })
+					if err := c.end(p); err != nil {
+						t.Error(err)
+					}
+					p = start(listen...)
 				}
-				if err := json.Unmarshal([]byte(text), &b); err != nil || b.Counts.Completed < (kill+1)*requests/(kills+2) {
-					return fmt.Errorf("the batch has not come far enough: %s (%v)", text, err)
-				}
-				return nil
 			})
-			p.Kill()
-			p = start(listen...)
-		}
-	})
-	if seen.Status != "completed" || seen.Counts.Completed != requests || len(seen.Output) != requests {
-		t.Fatalf("%s %+v, %d lines", seen.Status, seen.Counts, len(seen.Output))
+			if seen.Status != "completed" || seen.Counts.Completed != requests || len(seen.Output) != requests {
+				t.Fatalf("%s %+v, %d lines", seen.Status, seen.Counts, len(seen.Output))
+			}
+			same := 0
+			for i := range requests {
+				if seen.Output[i].CustomID != whole.Output[i].CustomID {
+					t.Fatalf("line %d is %s, want %s", i+1, seen.Output[i].CustomID, whole.Output[i].CustomID)
+				}
+				if reflect.DeepEqual(seen.Output[i], whole.Output[i]) {
+					same++
+				}
+			}
+			t.Logf("%d of %d answers are those of the uninterrupted batch; %d requests were sent, with %d ends", same, requests, sent, ends)
+			// The engine itself answers differently now and then: see TestBatch.
+			if same < requests*95/100 {
+				t.Errorf("only %d of %d answers are those of the uninterrupted batch", same, requests)
+			}
+			if sent < requests || sent > requests+ends*c.twice {
+				t.Errorf("%d requests were sent for %d, with %d ends", sent, requests, ends)
+			}
+		})
 	}
-	same := 0
-	for i := range requests {
-		if seen.Output[i].CustomID != whole.Output[i].CustomID {
-			t.Fatalf("line %d is %s, want %s", i+1, seen.Output[i].CustomID, whole.Output[i].CustomID)
-		}
-		if reflect.DeepEqual(seen.Output[i], whole.Output[i]) {
-			same++
-		}
+}
+
+// cameTo returns an error until so many of a batch's requests are answered.
+func cameTo(t *testing.T, url, id string, completed int) error {
+	_, _, text := do(t, http.MethodGet, url+"/v1/batches/"+id, "", "Authorization", "Bearer "+aliceKey)
+	var b struct {
+		Counts struct{ Completed int } `json:"request_counts"`
 	}
-	t.Logf("%d of %d answers are those of the uninterrupted batch; %d requests were sent, with %d kills", same, requests, sent, kills)
-	// The engine itself answers differently now and then: see TestBatch.
-	if same < requests*95/100 {
-		t.Errorf("only %d of %d answers are those of the uninterrupted batch", same, requests)
+	if err := json.Unmarshal([]byte(text), &b); err != nil || b.Counts.Completed < completed {
+		return fmt.Errorf("the batch has not come far enough: %s (%v)", text, err)
 	}
-	// At each kill a few requests were under way; everything answered before was in the journal.
-	if sent < requests || sent > requests+kills*4 {
-		t.Errorf("%d requests were sent for %d, with %d kills", sent, requests, kills)
-	}
+	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"slices"
 	"strconv"
+	"unicode/utf8"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/jsonscan"
 )
@@ -254,10 +255,14 @@ func (s *anStream) add(text []byte) bool {
 	return s.text.add(text)
 }
 
-// isCompact reports whether a text is an object, written without white space.
+// isCompact reports whether a text is an object, written without white space, that a string can
+// have.
 func isCompact(text []byte) bool {
+	if len(text) == 0 || text[0] != '{' || !utf8.Valid(text) {
+		return false
+	}
 	var b bytes.Buffer
-	return len(text) > 1 && text[0] == '{' && json.Compact(&b, text) == nil && b.Len() == len(text)
+	return json.Compact(&b, text) == nil && b.Len() == len(text)
 }
 
 func (s *anStream) close() bool {
@@ -376,8 +381,8 @@ func appendBlocks(b, content []byte) ([]byte, bool) {
 	return b, stage > 0 && end+1 == len(content)
 }
 
-// blockParts returns which kind of block it is (1 thoughts, 2 text, 3 a call, 0 something else), how
-// it begins in a stream, and what is added.
+// blockParts returns which kind of block it is (1 thoughts, 2 text, 3 a call, 0 something else),
+// how it begins in a stream, and what is added.
 func blockParts(v [blockMembers][]byte) (kind int, block, part []byte) {
 	begin, other := v, v
 	var delta [4][]byte

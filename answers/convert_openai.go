@@ -128,8 +128,8 @@ func onlyElement(raw []byte) ([]byte, bool) {
 	return raw[1 : len(raw)-1], true // what it is, the next layout says
 }
 
-// isFinished reports whether a finish_reason says that the choice ended. ok is false if it says that
-// something else than a generation did.
+// isFinished reports whether a finish_reason says that the choice ended. ok is false if it says
+// that something else than a generation did.
 func isFinished(reason []byte) (is, ok bool) {
 	if string(reason) == "null" {
 		return false, true

@@ -128,6 +128,8 @@ const (
 var (
 	typeReasoning = []byte(`"reasoning"`)
 	typeCall      = []byte(`"function_call"`)
+	typeOutput    = []byte(`"output_text"`)
+	typeSummary   = []byte(`"summary_text"`)
 	inProgress    = []byte(`"in_progress"`)
 )
 
@@ -191,7 +193,7 @@ func (t *item) readText(o *twoOrders, array []byte, read reader) bool {
 		return false
 	}
 	t.text = v[contentText]
-	want := []byte(`"summary_text"`)
+	want := typeSummary
 	if o == &reContent {
 		want = typeOutput
 		if string(v[2]) != "[]" || string(v[3]) != "[]" {
@@ -201,16 +203,15 @@ func (t *item) readText(o *twoOrders, array []byte, read reader) bool {
 	return bytes.Equal(v[0], want) && isText(t.text)
 }
 
-var typeOutput = []byte(`"output_text"`)
-
 // appendTo writes the item.
 func (t *item) appendTo(b []byte, write writer) []byte {
 	v := t.v
 	switch o := t.orders(); o {
 	case &reThought:
-		v[thoughtList] = listOf(write(&reSummary, nil, [][]byte{[]byte(`"summary_text"`), t.text}))
+		v[thoughtList] = listOf(write(&reSummary, nil, [][]byte{typeSummary, t.text}))
 	case &reMessage:
-		v[messageList] = listOf(write(&reContent, nil, [][]byte{typeOutput, t.text, emptyList, emptyList}))
+		content := [][]byte{typeOutput, t.text, emptyList, emptyList}
+		v[messageList] = listOf(write(&reContent, nil, content))
 	}
 	return write(t.orders(), b, v[:])
 }
@@ -273,8 +274,8 @@ func (o *output) add(text []byte, read reader) bool {
 	return o.message == 0 || t.orders() == &reMessage
 }
 
-// itemName returns the id that an item has in a whole answer: that of the answer, and for a call its
-// number. A message's id is its own.
+// itemName returns the id that an item has in a whole answer: that of the answer, and for a call
+// its number. A message's id is its own.
 func (o *output) itemName(t *item, call int) []byte {
 	id := o.id[1 : len(o.id)-1]
 	switch t.orders() {
@@ -320,7 +321,7 @@ func lastResponse(stream []byte) ([]byte, bool) {
 			return nil, false // something follows the end
 		}
 		var ok bool
-		if name, data, ok = namedEvent(unit); !ok || string(name) == "response.failed" {
+		if name, data, ok = namedEvent(unit); !ok || isFailure(name) || !isObject(data) {
 			return nil, false
 		}
 	}
@@ -352,8 +353,8 @@ func appendTool(b, tool []byte) ([]byte, bool) {
 	return reTool.whole.append(b, v[:]), true
 }
 
-// others turns those members of an answer from one form into the other, besides its output, that are
-// objects.
+// others turns those members of an answer from one form into the other, besides its output, that
+// are objects.
 func others(v *reMembers, read reader, write writer) bool {
 	var format, counts reMembers
 	var text [1][]byte
@@ -507,8 +508,8 @@ func streamResponses(whole []byte) ([]byte, bool) {
 	return s.b, true
 }
 
-// isWhole reports whether this is the output of a whole answer: calls or a message, and ids of their
-// own. One with an empty message has no such stream: there the message is missing.
+// isWhole reports whether this is the output of a whole answer: calls or a message, and ids of
+// their own. One with an empty message has no such stream: there the message is missing.
 func (o *output) isWhole() bool {
 	if (o.calls == 0) != (o.message == 1) {
 		return false

@@ -159,6 +159,11 @@ func TestAnswerForms(t *testing.T) {
 			t.Run("clients", func(t *testing.T) {
 				want, got := asked.collect(t, server), made.collect(t, server)
 				for _, name := range slices.Sorted(maps.Keys(want)) {
+					if w, ok := want[name].(map[string]any); ok && strings.HasPrefix(name, "responses") &&
+						w["helper"] == nil && version == realollama.EraA {
+						delete(w, "helper") // it cannot read Ollama's stream, but may read ours
+						delete(got[name].(map[string]any), "helper")
+					}
 					if !reflect.DeepEqual(got[name], want[name]) {
 						t.Errorf("%s: a client collects\n%v\nfrom Ollama's stream\n%v", name, got[name], want[name])
 					}

@@ -42,7 +42,10 @@ def generate(name):
 def chats(name):
     with ai.chat.completions.stream(model=name, messages=MESSAGES, stream_options={"include_usage": True}) as stream:
         stream.until_done()
-        return stream.current_completion_snapshot  # get_final_completion refuses those cut off
+        final = plain(stream.current_completion_snapshot)  # get_final_completion refuses those cut off
+    for choice in final["choices"]:  # Ollama before 0.33 has the role in each chunk; the client joins them
+        choice["message"]["role"] = choice["message"]["role"][:len("assistant")]
+    return final
 
 
 def completions(name):
@@ -53,9 +56,14 @@ def completions(name):
 
 
 def responses(name):
-    with ai.responses.stream(model=name, input=PROMPT) as stream:
-        deltas = "".join(e.delta for e in stream if e.type == "response.output_text.delta")
-        return {"final": plain(stream.get_final_response()), "deltas": deltas}
+    events = list(ai.responses.create(model=name, input=PROMPT, stream=True))
+    deltas = "".join(e.delta for e in events if e.type == "response.output_text.delta")
+    try:
+        with ai.responses.stream(model=name, input=PROMPT) as stream:
+            helper = plain(stream.get_final_response())
+    except RuntimeError:  # of two calls at one index, in Ollama's own streams before 0.33
+        helper = None
+    return {"final": plain(events[-1].response), "deltas": deltas, "helper": helper}
 
 
 def message(name):

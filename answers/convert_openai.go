@@ -108,13 +108,14 @@ var (
 	noUsage   = []byte(`{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0}`)
 )
 
-// chunkData returns the data of an event that has nothing else.
+// chunkData returns the data of an event that has nothing else, and it on one line.
 func chunkData(unit []byte) ([]byte, bool) {
 	data, ok := bytes.CutPrefix(unit, dataBegin)
 	if !ok {
 		return nil, false
 	}
-	return bytes.CutSuffix(data, eventEnd)
+	data, ok = bytes.CutSuffix(data, eventEnd)
+	return data, ok && bytes.IndexByte(data, '\n') < 0
 }
 
 // onlyElement returns the element of an array that has one; nil, true if the array is empty.

@@ -171,14 +171,18 @@ func credentials(r *http.Request, ex *exchange) []byte {
 }
 
 // agreed returns the digest of the request's model, and Ollama's version, if they are known and the
-// same at all servers that may answer. It reads the list of models again if that is old.
+// same at all servers that may answer. It reads the list of models again if that is old. What is
+// known of a server that is away counts.
 func (h *Handler) agreed(ctx context.Context, ex *exchange) (digest, version string, ok bool) {
-	h.fresh(ctx, ex.key, time.Now().Add(-listedMost))
+	since := time.Now().Add(-listedMost)
+	h.fresh(ctx, ex.key, since)
 	for _, b := range h.backends {
 		st := b.State()
 		d, has := st.Digests[ex.key]
 		switch {
 		case !has:
+		case !st.Away && st.Listed.Before(since): // it has not said it in time
+			return "", "", false
 		case d == "" || st.Version == "" || b.looped.Load(), ok && (d != digest || st.Version != version):
 			return "", "", false
 		default:
@@ -388,12 +392,10 @@ var unkept = map[string]bool{
 
 // computing are the answers that are being computed where several clients may read them.
 type computing struct {
-	wg      sync.WaitGroup
-	mu      sync.Mutex
-	under   map[answers.Key]*flight // those that others may join; guarded by mu
-	all     map[*flight]bool        // guarded by mu
-	listing sync.Mutex
-	listed  time.Time // when the models were last listed to keep an answer; guarded by listing
+	wg    sync.WaitGroup
+	mu    sync.Mutex
+	under map[answers.Key]*flight // those that others may join; guarded by mu
+	all   map[*flight]bool        // guarded by mu
 }
 
 // end cuts off the computations that nobody waits for, and waits for the end of all.
@@ -426,6 +428,9 @@ func (h *Handler) compute(
 	if leads {
 		reader = &exchange{start: ex.start, header: ex.header, Exchange: ex.Exchange, origin: ex.origin}
 		ex.flight, ex.header, ex.origin = f, f.Header(), ""
+		if ex.arriving != nil {
+			ex.arriving.end(io.EOF) // the connection is this client's alone, who may leave
+		}
 		c.wg.Go(func() { h.run(f, r.WithContext(ctx), ex, q) }) // ends with ctx
 	} else {
 		cancel(nil)
@@ -514,11 +519,8 @@ func (h *Handler) keep(r *http.Request, ex *exchange, f *flight, q *question) {
 	if !complete || q.today(ended) != q.day {
 		return
 	}
-	if !h.relisted(r.Context(), ex.key, ended) {
-		return
-	}
-	digest, version, ok := h.agreed(r.Context(), ex)
-	if !ok || digest != q.digest || version != q.version {
+	if st := ex.up.relisted(r.Context(), ended); st.Listed.Before(ended) ||
+		st.Digests[ex.key] != q.digest || st.Version != q.version {
 		return
 	}
 	record := f.record
@@ -537,23 +539,21 @@ func (h *Handler) keep(r *http.Request, ex *exchange, f *flight, q *question) {
 	h.Answers.Put(r.Context(), []answers.Entry{entry}) // a store that fails has said so
 }
 
-// relisted makes sure that the models were listed after a time, at most once in listedPause.
-func (h *Handler) relisted(ctx context.Context, model string, after time.Time) bool {
-	c := &h.computing
-	c.listing.Lock()
-	defer c.listing.Unlock()
-	if c.listed.After(after) {
-		return true
+// relisted returns the server's state after its models were listed again, unless they were after that
+// time. It lists them at most once in listedPause. The server may not answer.
+func (b *backend) relisted(ctx context.Context, after time.Time) upstream.State {
+	b.listing.Lock()
+	defer b.listing.Unlock()
+	st := b.State()
+	if !st.Listed.Before(after) {
+		return st
 	}
 	select {
-	case <-time.After(time.Until(c.listed.Add(listedPause))):
+	case <-time.After(time.Until(st.Listed.Add(listedPause))):
 	case <-ctx.Done():
-		return false
+		return st
 	}
-	began := time.Now()
-	h.fresh(ctx, model, began)
-	c.listed = began
-	return ctx.Err() == nil
+	return b.Refresh(ctx)
 }
 
 // listen answers a client with what a computation writes.

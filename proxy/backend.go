@@ -26,6 +26,7 @@ type backend struct {
 	draining  atomic.Bool
 	looped    atomic.Bool  // a request of the proxy's own came back to the proxy through it
 	inFlight  atomic.Int64 // requests that were sent to it and have not ended
+	listing   sync.Mutex   // held while the models are listed to keep an answer
 	telling   sync.Mutex   // held while the scheduler learns whether the server is available
 }
 

@@ -1,47 +1,88 @@
 package answers
 
 import (
-	"bytes"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
-
-	"github.com/ollama-cacheproxy/ollama-cacheproxy/jsonscan"
 )
 
-// dateWords are what writes the current date into a prompt: two functions of Ollama's templates, and
-// one of the templates in GGUF files.
-var dateWords = [][]byte{[]byte("currentDate"), []byte("yesterdayDate"), []byte("strftime_now")}
+// Clock is what a prompt says about the time at which it was made.
+type Clock uint8
+
+// What a prompt can say.
+const (
+	NoClock   Clock = iota // nothing
+	DateClock              // the date: its answer is another one tomorrow
+	TimeClock              // the time of day: its answer is not to be kept
+)
+
+// ClockOf returns what a model's prompts say about the time, from the renderer and the template that
+// /api/show returns; the template is the one in use, Ollama's own or that of the GGUF file.
+//
+// Of what Ollama 0.24 to 0.34 comes with, these write the date: templates that call currentDate or
+// yesterdayDate (gpt-oss, and Llama 3.1 to 3.3 and Granite in some versions); the renderer glimmer
+// (from 0.33); and in the native mode of 0.33 and later, GGUF templates with strftime_now, date_string or datetime
+// (Llama 3.1 to 3.3, gpt-oss, Granite 3.3, Mistral Small 3.2, Apertus, Solar Open, Firefunction).
+func ClockOf(renderer, template string) Clock {
+	switch {
+	case tellsTime(template):
+		return TimeClock
+	case slices.Contains(datedRenderers, renderer),
+		slices.ContainsFunc(dateWords, func(w string) bool { return strings.Contains(template, w) }):
+		return DateClock
+	}
+	return NoClock
+}
+
+// dateWords are what writes the current date into a prompt: functions of Ollama's templates, and a
+// function and variables of those in GGUF files.
+var dateWords = []string{"currentDate", "yesterdayDate", "strftime_now", "date_string", "datetime"}
 
 // datedRenderers are Ollama's built-in renderers that write it.
 var datedRenderers = []string{"glimmer"}
 
-// IsDated reports whether a model's prompts contain the current date, so that its answers to one
-// request differ from day to day: the template is Ollama's own or the one of the GGUF file
-// (tokenizer.chat_template), and the renderer is the name after RENDERER in the Modelfile, or empty.
-func IsDated(renderer string, templates ...string) bool {
-	if slices.Contains(datedRenderers, renderer) {
-		return true
+// tellsTime reports whether a call of strftime_now may write more than a date.
+func tellsTime(template string) bool {
+	for {
+		_, after, found := strings.Cut(template, "strftime_now")
+		if !found {
+			return false
+		}
+		template = after
+		if !strings.HasPrefix(after, "(") {
+			continue // such as: if strftime_now is defined
+		}
+		format := strings.TrimLeft(after[1:], " ")
+		if format == "" || format[0] != '"' && format[0] != '\'' {
+			return true // computed
+		}
+		end := strings.IndexByte(format[1:], format[0])
+		if end < 0 || !onlyDate(format[1:1+end]) {
+			return true
+		}
 	}
-	return slices.ContainsFunc(templates, func(t string) bool { return datedText([]byte(t)) })
 }
 
-func datedText(template []byte) bool {
-	return slices.ContainsFunc(dateWords, func(w []byte) bool { return bytes.Contains(template, w) })
-}
-
-// mentionsDate is datedText for a raw string.
-func mentionsDate(raw []byte) bool {
-	if raw == nil {
-		return false
+// onlyDate reports whether a format of strftime tells nothing that changes within a day.
+func onlyDate(format string) bool {
+	for {
+		_, after, found := strings.Cut(format, "%")
+		if !found {
+			return true
+		}
+		after = strings.TrimLeft(after, "-_0^#EO")
+		if after == "" || !strings.Contains("aAbBCdDeFgGhjmnuUtVwWxyY%", after[:1]) {
+			return false
+		}
+		format = after[1:]
 	}
-	s, _ := jsonscan.Unquote(raw)
-	return datedText([]byte(s))
 }
 
-// Day returns the part of a Key by which answers of dated prompts are told apart: the date where the
-// server is. If that is not known (where is nil) it is a quarter of an hour, within which the date
-// changes nowhere. An answer must be kept only if Day is the same before and after its computation.
+// Day returns the part of a Key by which the answers of prompts with a DateClock are told apart: the
+// date where the server is. If that is not known (where is nil) it is a quarter of an hour, within
+// which the date changes nowhere. An answer must be kept only if Day is the same before and after its
+// computation.
 func Day(now time.Time, where *time.Location) string {
 	if where == nil {
 		return strconv.FormatInt(now.Unix()/(15*60), 10)

@@ -12,7 +12,7 @@ import (
 //
 // For the answer of a request these are, in this order: Identity.Sum, the path, the model's name as it
 // is written, its digest, Ollama's version, the scope of the API key, the form, and the Day if the
-// prompt is dated.
+// prompt has a DateClock.
 func MakeKey[Part ~string | ~[]byte](secret [32]byte, kind Kind, parts ...Part) Key {
 	h := hmac.New(sha256.New, secret[:])
 	var n [8]byte

@@ -33,7 +33,7 @@ const (
 // unusual way may have a Sum of its own, which costs a computation and never a wrong answer.
 //
 // A request does not determine its answer alone. These belong into a Key as well: the path, the
-// model's digest, Ollama's version, and, where Dated or IsDated says so, the day. What no key has is
+// model's digest, Ollama's version, and, where Clock or ClockOf says so, the Day. What no key has is
 // the server's own settings (OLLAMA_CONTEXT_LENGTH, OLLAMA_KV_CACHE_TYPE and the like).
 type Identity struct {
 	// Sum is the SHA-256 of the parsed request and its endpoint.
@@ -43,13 +43,13 @@ type Identity struct {
 	// nothing outside of the model has a say, such as a web search.
 	Deterministic bool
 	// Prompt: there is something to evaluate. Otherwise the request only loads or unloads a model,
-	// is refused by Ollama, or has two members of one name. It must not be answered from a store.
+	// is refused by Ollama, or is one of which Ollama does not read every member in the same way, such
+	// as with two members of one name. It must not be answered from a store.
 	Prompt bool
 	// Tools: the request has tools, see ToWhole.
 	Tools bool
-	// Dated: the request's own template writes the current date into the prompt. See IsDated for
-	// the model's.
-	Dated bool
+	// Clock: what the request's own template writes into the prompt. See ClockOf for the model's.
+	Clock Clock
 }
 
 // Defaults are the parameters of a Modelfile that a request may leave out, from /api/show. The zero
@@ -95,7 +95,7 @@ type reader struct {
 	data     []byte
 	members  []named // sorted by name
 	options  []named // scratch memory
-	twice    bool    // two members have one name
+	twice    bool    // two members have one name, or may have
 }
 
 // named is a member with its name, as Ollama compares names.
@@ -118,11 +118,17 @@ func (r *reader) release() {
 
 // take keeps the members, sorted.
 func (r *reader) take(members []jsonscan.Member) {
+	unusual := false
 	for _, m := range members {
-		value := r.data[m.Value:m.ValueEnd]
-		r.members = append(r.members, named{fold(r.data[m.Key:m.KeyEnd]), value})
+		key, value := r.data[m.Key:m.KeyEnd], r.data[m.Value:m.ValueEnd]
+		name := fold(key)
+		unusual = unusual || !bytes.Equal(name, jsonscan.Name(key))
+		r.members = append(r.members, named{name, value})
 	}
 	r.twice = order(r.members)
+	if unusual && r.endpoint == prefix.Responses {
+		r.twice = true // part of Ollama reads these bodies with, and part without regard to case
+	}
 }
 
 // order sorts the members by name unless two of them have one name, and reports whether they do: then
@@ -164,25 +170,31 @@ func (r *reader) identity(defaults Defaults) Identity {
 		id.Prompt = r.prompt()
 		id.Deterministic = r.fixed(defaults) && !r.outside()
 	}
-	id.Dated = r.endpoint == prefix.Generate && mentionsDate(r.get("template"))
+	if t, ok := jsonscan.Unquote(r.get("template")); ok && r.endpoint == prefix.Generate {
+		id.Clock = ClockOf("", t)
+	}
 	r.put(byte(r.endpoint))
 	rules := known(r.endpoint)
 	for _, m := range r.members {
 		rule, ok := rules[string(m.name)]
 		switch {
-		case ok && rule.ignored, ok && !r.twice && rule.absent(m.value):
+		case rule.ignored != nil && rule.ignored(m.value), ok && !r.twice && rule.absent(m.value):
 			continue
 		}
 		r.text(m.name)
 		switch {
 		case rule.options && m.value[0] == '{':
 			r.optionsObject(m.value)
+		case rule.copied:
+			r.sized('c', m.value)
 		case rule.float && (m.value[0] == '-' || '0' <= m.value[0] && m.value[0] <= '9'):
 			r.float(m.value)
 		default:
 			c := jsonscan.NewCursor(m.value, 0)
 			c.Know(r.long)
+			r.raw = rule.raw
 			r.value(&c)
+			r.raw = false
 		}
 	}
 	r.put('.')
@@ -432,6 +444,7 @@ type canon struct {
 	hash hash.Hash
 	buf  []byte
 	long []byte // jsonscan.Object.Long
+	raw  bool   // strings are to be kept as they are written
 }
 
 const flushAt = 16 << 10
@@ -527,7 +540,7 @@ func (w *canon) float(value []byte) {
 // string writes a raw string, quotes included.
 func (w *canon) string(raw []byte) {
 	s := raw[1 : len(raw)-1]
-	if !utf8.Valid(s) || len(s) > unchecked && hasControl(s) {
+	if w.raw || !utf8.Valid(s) || len(s) > unchecked && hasControl(s) {
 		w.sized('r', s) // what it is decoded to is not told apart from others
 		return
 	}

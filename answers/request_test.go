@@ -18,11 +18,12 @@ func TestSame(t *testing.T) {
 			{
 				`{"model":"m","messages":[{"role":"user","content":"a\nb"}]}`,
 				`{"messages":[{"role":"user","content":"a\u000ab"}],"model":"m","stream":false,"keep_alive":-1}`,
-				` { "Model" : "m" , "MESSAGES" : [ { "role" : "user" , "content" : "\u0061\nb" } ] , "tools" : [ ] } `,
+				` { "Model" : "m" , "MESSAGES" : [ { "role" : "user" , "content" : "\u0061\nb" } ] , "tools" : null } `,
 				`{"model":"m","messages":[{"role":"user","content":"a\nb"}],"think":null,"options":{},"logprobs":false}`,
 				"{\"\u017ftream\":true,\"model\":\"m\",\"me\u017f\u017fages\":[{\"role\":\"user\",\"content\":\"a\\nb\"}]}",
 				`{"mode\u006c":"m","messages":[{"role":"user","content":"a\nb"}],"top_logprobs":0,"truncate":null} trailing`,
 			},
+			{`{"model":"m","messages":[{"role":"user","content":"a\nb"}],"tools":[]}`},
 			{`{"model":"M","messages":[{"role":"user","content":"a\nb"}]}`},
 			{`{"model":"m:latest","messages":[{"role":"user","content":"a\nb"}]}`},
 			{`{"model":"m","messages":[{"role":"user","content":"a\nb"}],"think":false}`},

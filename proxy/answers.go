@@ -76,21 +76,21 @@ const (
 type question struct {
 	answers.Identity
 	control answers.Control
-	digest  string   // of the model
-	version string   // of Ollama
-	dated   bool     // the prompt contains the current date …
-	day     string   // … and then, what tells the days apart
-	parts   [][]byte // of the key, but for the form
+	digest  string         // of the model
+	version string         // of Ollama
+	clock   answers.Clock  // what the prompt says about the time
+	where   *time.Location // of the servers; nil: not known
+	day     string         // what tells the days apart if the prompt says the date
+	parts   [][]byte       // of the key, but for the form
 	flight  answers.Key
 }
 
-// today tells the days apart if the answer depends on the date. Where a server is, and what its
-// clock says, is not known.
+// today tells the days apart if the answer depends on the date.
 func (q *question) today(now time.Time) string {
-	if !q.dated {
+	if q.clock == answers.NoClock {
 		return ""
 	}
-	return answers.Day(now, nil)
+	return answers.Day(now, q.where)
 }
 
 // key returns the key of the answer in one form.
@@ -121,7 +121,10 @@ func (h *Handler) asks(r *http.Request, ex *exchange) (q *question, detail strin
 	if q.digest, q.version, ok = h.agreed(r.Context(), ex); !ok {
 		return nil, "model-unknown"
 	}
-	model := h.model(ex, q.digest)
+	model, local := h.model(ex, q.digest)
+	if local {
+		q.where = time.Local
+	}
 	q.Identity = answers.Identify(ex.prompt, ex.body.data, ex.fields.members, ex.fields.long, model.Sampling)
 	if !q.Prompt {
 		return nil, ""
@@ -129,7 +132,9 @@ func (h *Handler) asks(r *http.Request, ex *exchange) (q *question, detail strin
 	if mode == CacheDeterministic && !q.Deterministic {
 		return nil, "not-deterministic"
 	}
-	q.dated = q.Dated || model.Dated
+	if q.clock = max(q.Clock, model.Clock); q.clock == answers.TimeClock {
+		return nil, "prompt-tells-time"
+	}
 	q.day = q.today(time.Now())
 	sum := q.Sum
 	q.parts = [][]byte{
@@ -192,14 +197,17 @@ func (h *Handler) agreed(ctx context.Context, ex *exchange) (digest, version str
 	return digest, version, ok
 }
 
-// model returns what is known of the request's model.
-func (h *Handler) model(ex *exchange, digest string) (m runners.Model) {
+// model returns what is known of the request's model, and whether all servers that have it are on
+// this machine.
+func (h *Handler) model(ex *exchange, digest string) (m runners.Model, local bool) {
+	local = true
 	for _, b := range h.backends {
 		if b.State().Digests[ex.key] == digest {
-			return b.runners.Model(ex.key, digest)
+			m = b.runners.Model(ex.key, digest)
+			local = local && b.port != 0
 		}
 	}
-	return m
+	return m, local
 }
 
 // fresh lists the models of the servers that have a model, if they were last listed before a time.
@@ -224,7 +232,7 @@ func (h *Handler) recall(w http.ResponseWriter, r *http.Request, ex *exchange) b
 	if q == nil {
 		if detail != "" {
 			ex.Cache = &CacheUse{Kind: CacheText, Result: CacheBypass}
-			answers.Status{Forward: answers.Bypass, Detail: detail}.Add(ex.header)
+			answers.Status{Fwd: answers.Bypass, Detail: detail}.Set(ex.header)
 		}
 		on, _ := survives(r, ex)
 		if on {
@@ -233,15 +241,15 @@ func (h *Handler) recall(w http.ResponseWriter, r *http.Request, ex *exchange) b
 		return on
 	}
 	ex.Cache = &CacheUse{Kind: CacheText, Result: CacheMiss, Misses: 1}
-	status := &answers.Status{Forward: answers.Miss}
+	status := &answers.Status{Fwd: answers.URIMiss}
 	if q.control.NoCache {
-		status.Forward = answers.Request
+		status.Fwd = answers.Request
 	} else if age, record, ok := h.find(r.Context(), r.URL.Path, q); ok {
 		h.replay(w, r, ex, record, age)
 		return true
 	}
 	if q.control.OnlyIfCached {
-		status.Add(ex.header)
+		status.Set(ex.header)
 		h.refuse(w, r, ex, &refusal{http.StatusGatewayTimeout, "this answer is not kept, and the request says " +
 			"Cache-Control: only-if-cached; leave that out to have it computed"})
 		return true
@@ -269,7 +277,7 @@ func (h *Handler) find(ctx context.Context, path string, q *question) (age time.
 			continue
 		}
 		age = time.Since(e.Made)
-		if !q.control.Allows(age) {
+		if !q.control.Takes(age, h.AnswersAge) {
 			continue
 		}
 		if r, err = answers.DecodeRecord(e.Data); err != nil {
@@ -310,7 +318,7 @@ func (h *Handler) replay(
 	maps.Copy(header, a.Header)
 	setCORS(header, ex.origin)
 	ex.timing(header)
-	answers.Status{Hit: true}.Add(header)
+	answers.Status{Hit: true, TTL: h.left(age)}.Set(header)
 	answers.SetAge(header, age)
 	if a.Sized {
 		header.Set("Content-Length", fmt.Sprint(len(a.Body)))
@@ -323,6 +331,14 @@ func (h *Handler) replay(
 		return
 	}
 	panic(http.ErrAbortHandler)
+}
+
+// left returns for how long an answer of that age is still good; 0: for ever.
+func (h *Handler) left(age time.Duration) time.Duration {
+	if h.AnswersAge == 0 {
+		return 0
+	}
+	return max(h.AnswersAge-age, time.Second)
 }
 
 // play writes the body of a kept answer, and returns io.EOF at its end.
@@ -368,10 +384,10 @@ func (f *flight) answered(res *http.Response) {
 	if f == nil || res.StatusCode != http.StatusOK {
 		return
 	}
-	control := answers.ParseControl(res.Header)
+	control := strings.ToLower(strings.Join(res.Header["Cache-Control"], ","))
 	if res.Header["Set-Cookie"] != nil || res.Header["Content-Encoding"] != nil ||
-		control.NoStore || control.Private {
-		return
+		strings.Contains(control, "no-store") || strings.Contains(control, "private") {
+		return // a gateway in front of Ollama says that this answer is for one client
 	}
 	f.record = &answers.Record{Head: answers.Head{
 		Status: res.StatusCode, Header: http.Header{}, Sized: res.ContentLength >= 0, Ended: true,
@@ -398,14 +414,14 @@ type computing struct {
 	all   map[*flight]bool        // guarded by mu
 }
 
-// end cuts off the computations that nobody waits for, and waits for the end of all.
-func (c *computing) end() {
+// CutOff ends the computation of answers that go on without their clients.
+func (h *Handler) CutOff() {
+	c := &h.computing
 	c.mu.Lock()
+	defer c.mu.Unlock()
 	for f := range c.all {
 		f.cancel(ErrDrained)
 	}
-	c.mu.Unlock()
-	c.wg.Wait()
 }
 
 // compute answers with what a computation writes: one that is under way, or a new one. q is nil if
@@ -587,7 +603,7 @@ func (ex *exchange) follow(
 	}
 	setCORS(header, ex.origin)
 	if cached != nil {
-		cached.Add(header)
+		cached.Set(header)
 	}
 	ex.Status = status
 	w.WriteHeader(status)

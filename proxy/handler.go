@@ -93,6 +93,7 @@ type Handler struct {
 	Price       float64             // of a million evaluated prompt tokens; 0: none on the page
 
 	Answers      answers.Store // keeps what need not be computed twice; if nil, nothing is kept
+	AnswersAge   time.Duration // how long they are good; 0: for ever
 	CacheAnswers CacheAnswers  // which answers of chats and generations are kept
 	// AnswersShared lets clients with different API keys have each other's kept answers. They could
 	// then find out whether someone has asked a question before.
@@ -371,7 +372,8 @@ func (h *Handler) Run(ctx context.Context) {
 	wg.Go(func() { h.Contexts.Run(ctx) })
 	wg.Go(func() { h.prewarming.run(ctx) })
 	wg.Wait()
-	h.computing.end()
+	h.CutOff()
+	h.computing.wg.Wait()
 }
 
 // Held returns how many bytes the buffered bodies take.

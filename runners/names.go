@@ -36,8 +36,8 @@ type Model struct {
 	Sliding bool
 	// Sampling has the parameters that the Modelfile sets and a request may leave out.
 	Sampling answers.Defaults
-	// Dated means that the prompts contain the current date.
-	Dated bool
+	// Clock is what its prompts say about the time.
+	Clock answers.Clock
 	// Values is how many numbers the attention's keys and values take per token, in all layers; 0
 	// if unknown.
 	Values int
@@ -193,7 +193,7 @@ func describe(name string, show *api.ShowResponse) Model {
 		}
 	}
 	info := modelInfo(show.ModelInfo)
-	m.Dated = answers.IsDated(rendererOf(show.Modelfile), show.Template)
+	m.Clock = answers.ClockOf(rendererOf(show.Modelfile), show.Template)
 	m.Sliding, m.Values = info.number("attention.sliding_window") > 0, info.values()
 	return m
 }

@@ -443,7 +443,7 @@ func (s *serveCmd) handler(
 		Guard: set.guard, Trusted: set.trusted, Log: logger,
 		Ledger: savings.New(store, rememberRequests), ShowPrompts: s.ShowPrompts,
 		Contexts: set.contexts, Version: version(), Price: s.Price,
-		Answers: kept, CacheAnswers: set.cached, AnswersShared: s.AnswersShared,
+		Answers: kept, AnswersAge: s.AnswersTTL, CacheAnswers: set.cached, AnswersShared: s.AnswersShared,
 		ReplayPaced: s.AnswersPaced,
 	}
 	if set.prewarm != nil {
@@ -533,12 +533,16 @@ func drain(srv *http.Server, h *proxy.Handler, limit time.Duration, cut context.
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	err := srv.Shutdown(ctx)
+	if err == nil && !ended(ctx, h.InFlight) { // answers that go on without their clients
+		err = ctx.Err()
+	}
 	if errors.Is(err, context.DeadlineExceeded) {
 		waiting := h.Waiting()
 		h.Close()
 		none(h.Waiting) // each still gets its answer
 		logger.Warn("requests refused or cut off after the drain limit", "refused", waiting, "cut_off", h.InFlight(), "limit", limit)
 		cut(proxy.ErrDrained)
+		h.CutOff()
 		err = srv.Close()
 		// Shutdown does not wait for handlers whose connections were closed; each has a line to log.
 		none(h.InFlight)
@@ -549,9 +553,21 @@ func drain(srv *http.Server, h *proxy.Handler, limit time.Duration, cut context.
 
 // none waits for a short while until nothing is left.
 func none(left func() int64) {
-	for until := time.Now().Add(cutOff); left() > 0 && time.Now().Before(until); {
-		time.Sleep(time.Millisecond)
+	ctx, cancel := context.WithTimeout(context.Background(), cutOff)
+	defer cancel()
+	ended(ctx, left)
+}
+
+// ended waits until nothing is left, and returns false if ctx ends first.
+func ended(ctx context.Context, left func() int64) bool {
+	for left() > 0 {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-time.After(time.Millisecond):
+		}
 	}
+	return true
 }
 
 // pollAll polls all upstreams at once.

@@ -46,7 +46,7 @@ type Identity struct {
 	// is refused by Ollama, or is one of which Ollama does not read every member in the same way, such
 	// as with two members of one name. It must not be answered from a store.
 	Prompt bool
-	// Tools: the request has tools, see ToWhole.
+	// Tools: the request has tools, see forms.Whole.
 	Tools bool
 	// Clock: what the request's own template writes into the prompt. See ClockOf for the model's.
 	Clock Clock

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/answers"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/answers/forms"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/runners"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
@@ -295,13 +296,13 @@ func (h *Handler) find(ctx context.Context, path string, q *question) (age time.
 func (q *question) convert(path string, r *answers.Record) (ok bool) {
 	r.Marks, r.Sized = nil, false
 	if q.Form == answers.Whole {
-		r.Body, ok = answers.ToWhole(path, r.Body, q.Tools)
+		r.Body, ok = forms.Whole(path, r.Body, q.Tools)
 	} else {
-		r.Body, ok = answers.ToStream(path, r.Body, q.Form == answers.StreamUsage)
+		r.Body, ok = forms.Stream(path, r.Body, q.Form == answers.StreamUsage)
 	}
 	if ok {
 		r.Header = maps.Clone(r.Header)
-		r.Header["Content-Type"] = []string{answers.ContentType(path, q.Form != answers.Whole)}
+		r.Header["Content-Type"] = []string{forms.ContentType(path, q.Form != answers.Whole)}
 	}
 	return ok
 }
@@ -531,7 +532,7 @@ func (h *Handler) keep(r *http.Request, ex *exchange, f *flight, q *question) {
 		return
 	}
 	ended := time.Now()
-	_, complete := answers.Complete(r.URL.Path, f.record.Header.Get("Content-Type"), body)
+	_, complete := forms.Complete(r.URL.Path, f.record.Header.Get("Content-Type"), body)
 	if !complete || q.today(ended) != q.day {
 		return
 	}

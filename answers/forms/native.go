@@ -1,4 +1,4 @@
-package answers
+package forms
 
 import "bytes"
 
@@ -74,16 +74,41 @@ func (g *gathered) add(content, thinking, calls, logprobs []byte) bool {
 		g.calls.add(calls) && g.logprobs.add(logprobs)
 }
 
+// likeness is how the last line that was parsed looks, apart from its time and its text.
+type likeness struct {
+	shape    shape
+	thinking bool // the text is of the thoughts
+}
+
+// add adds the text of a line that looks like the last one.
+func (l *likeness) add(line []byte, g *gathered) (matched, ok bool) {
+	var v [2][]byte
+	if !l.shape.match(line, v[:]) {
+		return false, false
+	}
+	if l.thinking {
+		return true, g.thinking.add(v[1])
+	}
+	return true, g.content.add(v[1])
+}
+
 // wholeChat does what writeChatResponse in server/routes.go does: the text, the thoughts, the calls
 // and the log probabilities of all parts, and everything else of the last.
 func wholeChat(stream []byte, tools bool) ([]byte, bool) {
 	var g gathered
 	var v [chatMembers][]byte
 	var m [msgMembers][]byte
+	var like likeness
 	done := false
 	for line := range split(stream, lineEnd) {
-		v, m = [chatMembers][]byte{}, [msgMembers][]byte{}
 		line = bytes.TrimSuffix(line, lineEnd)
+		if matched, ok := like.add(line, &g); matched && !done {
+			if !ok {
+				return nil, false
+			}
+			continue
+		}
+		v, m = [chatMembers][]byte{}, [msgMembers][]byte{}
 		if done || !chatLine.read(line, v[:]) || !chatMsg.read(v[chatMessage], m[:]) {
 			return nil, false
 		}
@@ -96,6 +121,16 @@ func wholeChat(stream []byte, tools bool) ([]byte, bool) {
 		}
 		if !g.add(m[msgContent], m[msgThinking], m[msgCalls], v[chatLogprobs]) {
 			return nil, false
+		}
+		if !done && m[msgCalls] == nil && v[chatLogprobs] == nil {
+			like.thinking = m[msgThinking] != nil && isEmptyText(m[msgContent])
+			if like.thinking {
+				m[msgThinking] = hole
+			} else {
+				m[msgContent] = hole
+			}
+			v[chatCreated], v[chatMessage] = hole, chatMsg.append(nil, m[:])
+			like.shape = newShape(chatLine.append(nil, v[:]))
 		}
 	}
 	if !done || !all(v[chatModel], v[chatCreated], m[msgRole]) {
@@ -112,10 +147,17 @@ func wholeChat(stream []byte, tools bool) ([]byte, bool) {
 func wholeGenerate(stream []byte) ([]byte, bool) {
 	var g gathered
 	var v [genMembers][]byte
+	var like likeness
 	done := false
 	for line := range split(stream, lineEnd) {
-		v = [genMembers][]byte{}
 		line = bytes.TrimSuffix(line, lineEnd)
+		if matched, ok := like.add(line, &g); matched && !done {
+			if !ok {
+				return nil, false
+			}
+			continue
+		}
+		v = [genMembers][]byte{}
 		if done || !genLine.read(line, v[:]) {
 			return nil, false
 		}
@@ -125,6 +167,16 @@ func wholeGenerate(stream []byte) ([]byte, bool) {
 		}
 		if !g.add(v[genResponse], v[genThinking], nil, v[genLogprobs]) {
 			return nil, false
+		}
+		if !done && v[genLogprobs] == nil {
+			like.thinking = v[genThinking] != nil && isEmptyText(v[genResponse])
+			if like.thinking {
+				v[genThinking] = hole
+			} else {
+				v[genResponse] = hole
+			}
+			v[genCreated] = hole
+			like.shape = newShape(genLine.append(nil, v[:]))
 		}
 	}
 	if !done || !all(v[genModel], v[genCreated]) {

@@ -1,4 +1,8 @@
-package answers
+// Package forms knows the forms in which Ollama writes an answer: as a stream or whole, in each
+// dialect. It tells whether a recorded answer is complete (Complete), turns a stream into the whole
+// answer that Ollama would have given (Whole) and back (Stream), and divides a stream into its lines
+// or events (Lines). Whatever it cannot tell exactly, it does not tell.
+package forms
 
 import (
 	"bytes"
@@ -377,7 +381,7 @@ func eventData(unit []byte) (name, data []byte) {
 	return name, data
 }
 
-// ToWhole returns the answer that Ollama gives to the same request with "stream": false, byte for
+// Whole returns the answer that Ollama gives to the same request with "stream": false, byte for
 // byte, made from the complete stream that it gave with "stream": true. The time of the answer
 // (created_at, created) is the stream's, and the ids are those of the stream as far as it has them.
 //
@@ -385,28 +389,47 @@ func eventData(unit []byte) (name, data []byte) {
 // those of Ollama 0.24 to 0.34, it lacks the counts (under /v1 it has them only if the client asked
 // for them), or it is an answer of a remote model.
 //
+// One thing cannot be seen: thoughts that follow text or calls, which Ollama leaves out of a stream
+// of /v1/messages, are missing in the whole answer made from it.
+//
 // tools says whether the request has tools. Without any, Ollama drops what it nevertheless took for
 // a call from an answer in one piece, but not from a stream; Whole returns false then.
-func ToWhole(path string, stream []byte, tools bool) ([]byte, bool) {
+func Whole(path string, stream []byte, tools bool) ([]byte, bool) {
 	switch dialectOf(path) {
 	case chat:
 		return wholeChat(stream, tools)
 	case generate:
 		return wholeGenerate(stream)
+	case chats:
+		return wholeChats(stream, tools)
+	case completions:
+		return wholeCompletions(stream)
+	case messages:
+		return wholeMessages(stream, tools)
+	case responses:
+		return wholeResponses(stream, tools)
 	}
 	return nil, false
 }
 
-// ToStream returns a stream that says the same as an answer in one piece, as Ollama would write it if
+// Stream returns a stream that says the same as an answer in one piece, as Ollama would write it if
 // the model's thoughts, its text and its tool calls came in one piece each. For /v1/chat/completions
 // and /v1/completions, usage says whether the client asked for stream_options.include_usage; the
 // other dialects always report it. It returns false where Whole would.
-func ToStream(path string, whole []byte, usage bool) ([]byte, bool) {
+func Stream(path string, whole []byte, usage bool) ([]byte, bool) {
 	switch dialectOf(path) {
 	case chat:
 		return streamChat(whole)
 	case generate:
 		return streamGenerate(whole)
+	case chats:
+		return streamChats(whole, usage)
+	case completions:
+		return streamCompletions(whole, usage)
+	case messages:
+		return streamMessages(whole)
+	case responses:
+		return streamResponses(whole)
 	}
 	return nil, false
 }

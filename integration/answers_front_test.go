@@ -27,14 +27,13 @@ var textPaths = []string{
 // to be held.
 type front struct {
 	*httptest.Server
-	t testing.TB
 
-	mu       sync.Mutex
-	asked    []string            // the computations that were asked for: path and body; guarded by mu
-	whole    int                 // how many of them were answered to their end; guarded by mu
-	lists    int                 // how many lists of models it has answered; guarded by mu
-	upstream string              // Ollama's URL
-	holds    map[string]*holding // by the word in the request; guarded by mu
+	mu     sync.Mutex
+	asked  []string            // the computations that were asked for: path and body; guarded by mu
+	whole  int                 // how many of them were answered to their end; guarded by mu
+	lists  int                 // how many lists of models it has answered; guarded by mu
+	answer reply               // the last one that ended; guarded by mu
+	holds  map[string]*holding // by the word in the request; guarded by mu
 }
 
 // holding holds requests with a word in them: before they are forwarded, and after the first part
@@ -42,7 +41,7 @@ type front struct {
 type holding struct{ before, after chan struct{} }
 
 func newFront(t testing.TB, server *realollama.Server) *front {
-	f := &front{t: t, upstream: server.URL(), holds: map[string]*holding{}}
+	f := &front{holds: map[string]*holding{}}
 	target, err := url.Parse(server.URL())
 	if err != nil {
 		t.Fatal(err)
@@ -53,6 +52,9 @@ func newFront(t testing.TB, server *realollama.Server) *front {
 		ModifyResponse: func(res *http.Response) error {
 			if hold := f.held(res.Request.Context()); hold != nil {
 				res.Body = &pausing{res.Body, res.Request.Context(), hold.after, false}
+			}
+			if slices.Contains(textPaths, res.Request.URL.Path) {
+				res.Body = &recording{ReadCloser: res.Body, f: f, header: res.Header.Clone()}
 			}
 			return nil
 		},
@@ -157,6 +159,32 @@ func (p *pausing) Read(b []byte) (int, error) {
 	}
 	p.begun = true
 	return p.ReadCloser.Read(b)
+}
+
+// last returns the answer of Ollama that was the last one to end.
+func (f *front) last() reply {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.answer
+}
+
+// recording notes an answer of Ollama when it has ended.
+type recording struct {
+	io.ReadCloser
+	f      *front
+	header http.Header
+	text   []byte
+}
+
+func (r *recording) Read(b []byte) (int, error) {
+	n, err := r.ReadCloser.Read(b)
+	r.text = append(r.text, b[:n]...)
+	if err != nil {
+		r.f.mu.Lock()
+		defer r.f.mu.Unlock()
+		r.f.answer = reply{header: r.header, body: string(r.text), err: err}
+	}
+	return n, err
 }
 
 // reply is an answer as it came over the wire.

@@ -187,7 +187,7 @@ func (h *Handler) agreed(ctx context.Context, ex *exchange) (digest, version str
 		d, has := st.Digests[ex.key]
 		switch {
 		case !has:
-		case !st.Away && st.Listed.Before(since): // it has not said it in time
+		case !st.Away && b.outdated(st, since): // it has not said it in time
 			return "", "", false
 		case d == "" || st.Version == "" || b.looped.Load(), ok && (d != digest || st.Version != version):
 			return "", "", false
@@ -196,6 +196,12 @@ func (h *Handler) agreed(ctx context.Context, ex *exchange) (digest, version str
 		}
 	}
 	return digest, version, ok
+}
+
+// outdated reports whether a server's models were last listed before a time, or before a request
+// changed one.
+func (b *backend) outdated(st upstream.State, since time.Time) bool {
+	return st.Listed.Before(since) || st.Listed.UnixNano() <= b.altered.Load()
 }
 
 // model returns what is known of the request's model, and whether all servers that have it are on
@@ -218,7 +224,7 @@ func (h *Handler) fresh(ctx context.Context, model string, since time.Time) {
 	defer cancel()
 	var wg sync.WaitGroup
 	for _, b := range h.backends {
-		if st := b.State(); st.Has(model) && !st.Away && st.Listed.Before(since) {
+		if st := b.State(); st.Has(model) && !st.Away && b.outdated(st, since) {
 			wg.Go(func() { b.Refresh(ctx) })
 		}
 	}
@@ -292,19 +298,29 @@ func (h *Handler) find(ctx context.Context, path string, q *question) (age time.
 	return 0, r, false
 }
 
+// sizedMost is how long an answer is at most that has a Content-Length, in bytes: net/http adds it to
+// what it could hold back until the end.
+const sizedMost = 2048
+
 // convert turns a record into the form that is asked for.
 func (q *question) convert(path string, r *answers.Record) (ok bool) {
-	r.Marks, r.Sized = nil, false
+	r.Marks = nil
 	if q.Form == answers.Whole {
 		r.Body, ok = forms.Whole(path, r.Body, q.Tools)
 	} else {
 		r.Body, ok = forms.Stream(path, r.Body, q.Form == answers.StreamUsage)
 	}
-	if ok {
-		r.Header = maps.Clone(r.Header)
-		r.Header["Content-Type"] = []string{forms.ContentType(path, q.Form != answers.Whole)}
+	if !ok {
+		return false
 	}
-	return ok
+	r.Sized = q.Form == answers.Whole && len(r.Body) <= sizedMost
+	r.Header = maps.Clone(r.Header)
+	r.Header["Content-Type"] = []string{forms.ContentType(path, q.Form != answers.Whole)}
+	delete(r.Header, "Cache-Control")
+	if q.Form != answers.Whole && (path == "/v1/messages" || path == "/v1/responses") {
+		r.Header["Cache-Control"] = []string{"no-cache"} // as Ollama does
+	}
+	return true
 }
 
 // replay answers with a kept answer.

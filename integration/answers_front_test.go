@@ -55,6 +55,11 @@ func newFront(t testing.TB, server *realollama.Server) *front {
 			}
 			if slices.Contains(textPaths, res.Request.URL.Path) {
 				res.Body = &recording{ReadCloser: res.Body, f: f, header: res.Header.Clone()}
+				if res.StatusCode == http.StatusOK {
+					f.mu.Lock()
+					f.answered = append(f.answered, res.Request.Context().Value(askedKey{}).(string))
+					f.mu.Unlock()
+				}
 			}
 			return nil
 		},
@@ -66,7 +71,10 @@ func newFront(t testing.TB, server *realollama.Server) *front {
 	return f
 }
 
-type holdKey struct{}
+type (
+	holdKey  struct{}
+	askedKey struct{}
+)
 
 func (f *front) held(ctx context.Context) *holding {
 	hold, _ := ctx.Value(holdKey{}).(*holding)
@@ -90,8 +98,10 @@ func (f *front) serve(w http.ResponseWriter, r *http.Request, forward http.Handl
 		return
 	}
 	r.Body = io.NopCloser(bytes.NewReader(body))
+	asked := fmt.Sprintf("%s %s", r.URL.Path, body)
+	r = r.WithContext(context.WithValue(r.Context(), askedKey{}, asked))
 	f.mu.Lock()
-	f.asked = append(f.asked, fmt.Sprintf("%s %s", r.URL.Path, body))
+	f.asked = append(f.asked, asked)
 	var hold *holding
 	for word, h := range f.holds {
 		if bytes.Contains(body, []byte(word)) {
@@ -129,8 +139,15 @@ func (f *front) computed() []string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	asked := f.asked
-	f.asked = nil
+	f.asked, f.answered = nil, nil
 	return asked
+}
+
+// answers returns what was answered with status 200 since the last call of computed.
+func (f *front) answers() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.answered
 }
 
 func (f *front) count() (whole, lists int) {

@@ -452,7 +452,7 @@ func (h *Handler) compute(
 	f, l, leads := c.join(q, begin)
 	on, async := survives(r, ex)
 	kept := keptAnswer{
-		owner: string(credentials(r, ex)), path: ex.Path, model: ex.Model, flight: f.Flight, cancel: f.cancel,
+		owner: string(credentials(r, ex)), path: ex.Path, model: ex.Model, flight: f,
 	}
 	if on && !h.kept.add(&kept) {
 		on, async = false, false // as if the client had not asked, which it sees by the header
@@ -478,7 +478,7 @@ func (h *Handler) compute(
 		reader.accept(w, kept)
 		return
 	}
-	h.listen(w, r, reader, l, status)
+	h.listen(w, r, reader, f, l, status)
 }
 
 // join returns the computation that the request asks for, with a listener. If there is none, it
@@ -591,10 +591,14 @@ func (b *backend) relisted(ctx context.Context, after time.Time) upstream.State 
 
 // listen answers a client with what a computation writes.
 func (h *Handler) listen(
-	w http.ResponseWriter, r *http.Request, ex *exchange, l *answers.Listener, cached *answers.Status,
+	w http.ResponseWriter, r *http.Request, ex *exchange, f *flight, l *answers.Listener,
+	cached *answers.Status,
 ) {
 	ctx := r.Context()
 	err := ex.follow(ctx, w, l, cached)
+	if err != io.EOF {
+		f.outlive(r.URL.Path)
+	}
 	l.Close(context.Cause(ctx))
 	if ex.bodyErr = err; err == io.EOF {
 		ex.Outcome = ""
@@ -604,6 +608,19 @@ func (h *Handler) listen(
 		reset(w)
 	}
 	panic(http.ErrAbortHandler) // what was written, if anything, must not look whole
+}
+
+// endsWithin is how long an upstream may take to end an answer of which all has come.
+const endsWithin = time.Second
+
+// outlive lets the computation end by itself if all of the answer has come: the clients of OpenAI
+// leave when they have read the last event, before the end of the body.
+func (f *flight) outlive(path string) {
+	header, body, ok := f.Sent()
+	if _, complete := forms.Complete(path, header.Get("Content-Type"), body); ok && complete {
+		f.Keep()
+		time.AfterFunc(endsWithin, func() { f.cancel(answers.ErrNobody) })
+	}
 }
 
 // follow writes what a computation writes. It returns io.EOF at the end of a whole answer.

@@ -787,6 +787,7 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 	if ex.beat.begun() {
 		ex.asEvent(res)
 	}
+	ex.changes() // it may be flushed before any of the body is read
 	if ex.Status = res.StatusCode; ex.Status < 300 {
 		ex.run.Answered()
 		ex.use.answer()
@@ -821,6 +822,14 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 func (ex *exchange) name() {
 	if !ex.stranger {
 		ex.header.Set(headerUpstream, ex.up.Name)
+	}
+}
+
+// changes notes that the request may have changed a model by now. A client that has read that must
+// not get an answer of the model as it was.
+func (ex *exchange) changes() {
+	if ex.alters && ex.up != nil {
+		ex.up.altered.Store(time.Now().UnixNano())
 	}
 }
 
@@ -934,6 +943,7 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	if ex.began {
 		ex.up.inFlight.Add(-1)
 	}
+	ex.changes()
 	if ex.Outcome == OK && ex.alters && ex.up != nil {
 		ex.up.Changed()
 	}

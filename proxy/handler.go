@@ -95,6 +95,8 @@ type Handler struct {
 	Answers      answers.Store // keeps what need not be computed twice; if nil, nothing is kept
 	AnswersAge   time.Duration // how long they are good; 0: for ever
 	CacheAnswers CacheAnswers  // which answers of chats and generations are kept
+	// CacheEmbeddings says of which models the vectors are kept.
+	CacheEmbeddings CacheEmbeddings
 	// AnswersShared lets clients with different API keys have each other's kept answers. They could
 	// then find out whether someone has asked a question before.
 	AnswersShared bool
@@ -124,6 +126,7 @@ type Handler struct {
 	prewarming *prewarmer // if nil, no prompt is kept warm
 	recorder   *recorder  // the source of pathFacts
 	computing  computing  // answers that several clients may read
+	vectors    vectors    // … and what they have embedded
 	kept       keptAnswers
 	forward    *httputil.ReverseProxy
 	prefixes   *prefix.Reader
@@ -264,6 +267,7 @@ type exchange struct {
 	shown   *onWay // its entry on the page; nil if it was not sent or is not shown
 	said    string // why the proxy refused it
 
+	part   bool    // it is one of those that a client's request for vectors is made of
 	flight *flight // the computation whose answer it writes; nil: it answers its client itself
 
 	loadedFirst time.Duration // how long loadFirst took to load its model
@@ -371,6 +375,9 @@ func (h *Handler) Run(ctx context.Context) {
 	}
 	wg.Go(func() { h.Contexts.Run(ctx) })
 	wg.Go(func() { h.prewarming.run(ctx) })
+	if h.Answers != nil {
+		wg.Go(func() { h.tries(ctx) })
+	}
 	wg.Wait()
 	h.CutOff()
 	h.computing.wg.Wait()
@@ -429,6 +436,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if ref != nil {
 		h.refuse(w, r, ex, ref)
+		return
+	}
+	if h.embedded(w, r, ex) {
 		return
 	}
 	if !h.recall(w, r, ex) {
@@ -948,14 +958,16 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 		ex.up.Changed()
 	}
 	level := slog.LevelInfo
-	if ex.Outcome == Own || ex.Endpoint == "/" {
+	if ex.Outcome == Own || ex.Endpoint == "/" || ex.part {
 		level = slog.LevelDebug // probes and scrapes
 	}
 	if h.Log.Enabled(context.Background(), level) {
 		h.Log.LogAttrs(context.Background(), level, "request", ex.attrs()...)
 	}
 	h.inFlight.Add(-1) // after its log line, so that a drain does not end before the last line
-	h.Done(ex.Exchange)
+	if !ex.part {      // otherwise the client's request is counted
+		h.Done(ex.Exchange)
+	}
 }
 
 // aborted is called when the upstream's answer broke off.
@@ -1051,7 +1063,7 @@ func (ex *exchange) attrs() []slog.Attr {
 	}
 	attrs = said(attrs, slog.String("keep_alive", ex.KeepAlive), slog.String("unedited", ex.Unedited),
 		slog.String("prewarm", ex.Prewarm), slog.String("stable_heads", ex.headsEdited()),
-		slog.String("num_ctx", ex.NumCtx))
+		slog.String("num_ctx", ex.NumCtx), slog.String("cache", ex.Cache.String()))
 	if ex.Begun {
 		attrs = append(attrs, slog.Bool("heartbeat", true))
 	}

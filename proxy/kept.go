@@ -158,6 +158,8 @@ func (a keptAnswer) entry() keptEntry {
 type answersPage struct {
 	Store *answers.Stats `json:"store,omitempty"`
 	Kept  []keptEntry    `json:"surviving"`
+	// Embeddings tell which models were seen to give the same vectors again.
+	Embeddings []verdictEntry `json:"embeddings"`
 }
 
 // answersPages serves pathAnswers and what is below it.
@@ -199,7 +201,7 @@ func (h *Handler) answersPage(w http.ResponseWriter, r *http.Request, ex *exchan
 		h.refuse(w, r, ex, &refusal{http.StatusMethodNotAllowed, "want GET, or DELETE to forget all kept answers: " + pathAnswers})
 		return
 	}
-	page := answersPage{Kept: []keptEntry{}}
+	page := answersPage{Kept: []keptEntry{}, Embeddings: h.vectors.verdicts()}
 	if h.Answers != nil {
 		stats := h.Answers.Stats()
 		page.Store = &stats

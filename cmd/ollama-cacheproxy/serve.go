@@ -165,6 +165,7 @@ type settings struct {
 	numCtx    proxy.NumCtx
 	heads     proxy.StableHeads
 	cached    proxy.CacheAnswers
+	vectors   proxy.CacheEmbeddings
 	guard     proxy.Guard
 	keys      *keysFile    // guard.Keys has the keys read from it; nil: clients need no key
 	prewarm   *prewarmFile // nil without --prewarm
@@ -251,6 +252,9 @@ func (set *settings) edits(s *serveCmd) (err error) {
 	}
 	if set.heads, err = proxy.ParseStableHeads(s.StableHeads); err != nil {
 		return fmt.Errorf("--stable-heads: %w", err)
+	}
+	if set.vectors, err = proxy.ParseCacheEmbeddings(s.CacheEmbeddings); err != nil {
+		return fmt.Errorf("--cache-embeddings: %w", err)
 	}
 	if set.cached, err = proxy.ParseCacheAnswers(s.CacheAnswers); err != nil {
 		return fmt.Errorf("--cache-answers: %w", err)
@@ -443,7 +447,7 @@ func (s *serveCmd) handler(
 		Guard: set.guard, Trusted: set.trusted, Log: logger,
 		Ledger: savings.New(store, rememberRequests), ShowPrompts: s.ShowPrompts,
 		Contexts: set.contexts, Version: version(), Price: s.Price,
-		Answers: kept, AnswersAge: s.AnswersTTL, CacheAnswers: set.cached, AnswersShared: s.AnswersShared,
+		Answers: kept, AnswersAge: s.AnswersTTL, CacheAnswers: set.cached, CacheEmbeddings: set.vectors, AnswersShared: s.AnswersShared,
 		ReplayPaced: s.AnswersPaced,
 	}
 	if set.prewarm != nil {

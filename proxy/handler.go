@@ -84,6 +84,10 @@ type Handler struct {
 	Metrics http.Handler    // serves PathMetrics; if nil, that is forwarded like any other path
 	Log     *slog.Logger    // if nil, nothing is logged
 
+	// Batches serves /v1/files and /v1/batches; if nil, these are forwarded like any other path.
+	// Owner tells it who asks.
+	Batches http.Handler
+
 	Ledger      *savings.Ledger     // if nil, prompts are neither fingerprinted nor accounted for
 	Lanes       *schedule.Scheduler // decides when and where to send; may be nil with one upstream
 	Contexts    *contexts.Manager   // if nil, contexts are neither stored nor attached
@@ -512,7 +516,7 @@ func outlive(ctx context.Context, closing <-chan struct{}, by time.Duration) (co
 
 // admit checks Host, Origin and API key, and answers preflights.
 func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (done bool) {
-	ex.holder, ex.spent = h.Guard.key(r)
+	h.identify(r, ex)
 	ex.stranger = h.Guard.Keys != nil && ex.holder == nil && ex.warming == nil
 	if ex.holder != nil {
 		ex.Name = ex.holder.name

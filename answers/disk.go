@@ -152,8 +152,8 @@ func lockFolder(dir string) (*sql.DB, error) {
 	}
 	db.Close()
 	if code(err) == sqliteBusy {
-		return nil, fmt.Errorf("the answers stored in %s are in use by another process: stop it,"+
-			" or give each process a folder of its own (--answers-store)", dir)
+		return nil, fmt.Errorf("the answers stored in %s are %w: stop it,"+
+			" or give each process a folder of its own (--answers-store)", dir, ErrInUse)
 	}
 	return nil, fmt.Errorf("locking the folder of stored answers (%s): %w", path, err)
 }

@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -42,6 +43,15 @@ func (c CacheAnswers) For(model string) CacheMode {
 		return mode
 	}
 	return c.Default
+}
+
+// String lists the modes.
+func (c CacheAnswers) String() string {
+	list := []string{string(cmp.Or(c.Default, CacheOff))}
+	for _, model := range slices.Sorted(maps.Keys(c.Models)) {
+		list = append(list, upstream.DisplayName(model)+"="+string(c.Models[model]))
+	}
+	return strings.Join(list, ", ")
 }
 
 // ParseCacheAnswers parses settings of the form "deterministic" or "llama3=all".

@@ -1,9 +1,6 @@
 package proxy
 
-import (
-	"fmt"
-	"time"
-)
+import "time"
 
 // CacheUse tells what of an answer was not computed, and what that saved.
 type CacheUse struct {
@@ -35,14 +32,3 @@ const (
 	CacheJoined  = "joined" // another request was computing it
 	CacheBypass  = "bypass" // the request, or the answer's nature, forbade it
 )
-
-// String is for logs: the result, or for an embedding how many of its inputs were kept.
-func (c *CacheUse) String() string {
-	switch {
-	case c == nil:
-		return ""
-	case c.Kind == CacheVectors && c.Hits+c.Misses+c.Joined > 0:
-		return fmt.Sprintf("%d/%d", c.Hits, c.Hits+c.Misses+c.Joined)
-	}
-	return c.Result
-}

@@ -8,8 +8,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"runtime/debug"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -39,6 +42,15 @@ func (c CacheEmbeddings) For(model string) EmbeddingsMode {
 		mode = c.Default
 	}
 	return cmp.Or(mode, EmbeddingsAuto)
+}
+
+// String lists the modes.
+func (c CacheEmbeddings) String() string {
+	list := []string{string(cmp.Or(c.Default, EmbeddingsAuto))}
+	for _, model := range slices.Sorted(maps.Keys(c.Models)) {
+		list = append(list, upstream.DisplayName(model)+"="+string(c.Models[model]))
+	}
+	return strings.Join(list, ", ")
 }
 
 // ParseCacheEmbeddings parses settings of the form "off" or "all-minilm=off".

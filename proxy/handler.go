@@ -97,6 +97,7 @@ type Handler struct {
 	Price       float64             // of a million evaluated prompt tokens; 0: none on the page
 
 	Answers      answers.Store // keeps what need not be computed twice; if nil, nothing is kept
+	AnswersBytes int64         // the limit of Answers, which the proxy's pages show
 	AnswersAge   time.Duration // how long they are good; 0: for ever
 	CacheAnswers CacheAnswers  // which answers of chats and generations are kept
 	// CacheEmbeddings says of which models the vectors are kept.
@@ -1067,7 +1068,7 @@ func (ex *exchange) attrs() []slog.Attr {
 	}
 	attrs = said(attrs, slog.String("keep_alive", ex.KeepAlive), slog.String("unedited", ex.Unedited),
 		slog.String("prewarm", ex.Prewarm), slog.String("stable_heads", ex.headsEdited()),
-		slog.String("num_ctx", ex.NumCtx), slog.String("cache", ex.Cache.String()))
+		slog.String("num_ctx", ex.NumCtx))
 	if ex.Begun {
 		attrs = append(attrs, slog.Bool("heartbeat", true))
 	}
@@ -1078,6 +1079,7 @@ func (ex *exchange) attrs() []slog.Attr {
 	if len(ex.Retries) > 0 {
 		attrs = append(attrs, slog.String("retries", strings.Join(ex.Retries, ",")))
 	}
+	attrs = ex.Cache.attrs(attrs)
 	if waited := ex.Waited + ex.paused; waited >= time.Millisecond {
 		attrs = append(attrs, milliseconds("waited_ms", waited))
 	}

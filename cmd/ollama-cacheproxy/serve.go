@@ -159,7 +159,7 @@ POST /_cacheproxy/upstreams/NAME/drain stops new requests to an upstream and let
 
 With several upstreams, requests that change models (pull, create, copy, push, delete, blobs) go to the first one. The request header X-Cacheproxy-Upstream: NAME sends any request to that upstream; in answers it names the one that answered.
 
-Other verbs: batch (a file of requests), bench (what the proxy is worth), completion (for a shell), contexts and engine (stored contexts), doctor (what is wrong), health, version. Each has --help.`
+Other verbs: answers (what serve --cache-answers has kept), batch (a file of requests), bench (what the proxy is worth), completion (for a shell), contexts and engine (stored contexts), doctor (what is wrong), health, version. Each has --help.`
 }
 
 // settings are the evaluated flags.
@@ -462,7 +462,8 @@ func (s *serveCmd) handler(
 		Guard: set.guard, Trusted: set.trusted, Log: logger,
 		Ledger: savings.New(store, rememberRequests), ShowPrompts: s.ShowPrompts,
 		Contexts: set.contexts, Version: version(), Price: s.Price,
-		Answers: kept, AnswersAge: s.AnswersTTL, CacheAnswers: set.cached, CacheEmbeddings: set.vectors, AnswersShared: s.AnswersShared,
+		Answers: kept, AnswersAge: s.AnswersTTL, AnswersBytes: s.AnswersBytes,
+		CacheAnswers: set.cached, CacheEmbeddings: set.vectors, AnswersShared: s.AnswersShared,
 		ReplayPaced: s.AnswersPaced,
 	}
 	if set.prewarm != nil {
@@ -492,6 +493,7 @@ func (s *serveCmd) handler(
 	}
 	limits := metrics.Limits{
 		Held: set.memory, Queue: s.Queue, StoreEntries: s.StoreEntries, StoreBytes: s.StoreBytes,
+		AnswerBytes: s.AnswersBytes,
 	}
 	if set.contexts != nil {
 		limits.ContextBytes = s.ContextBytes
@@ -500,6 +502,7 @@ func (s *serveCmd) handler(
 	counts.Draining(h.Draining)
 	counts.Held(h.Held)
 	counts.Waiting(h.Waiting)
+	counts.Answers(kept.Stats, h.Surviving)
 	h.Metrics, h.Done, h.Touched = counts.Handler(), counts.Done, counts.Touched
 	if s.done != nil {
 		h.Done = func(ex proxy.Exchange) {

@@ -20,10 +20,11 @@ const (
 // ClockOf returns what a model's prompts say about the time, from the renderer and the template that
 // /api/show returns; the template is the one in use, Ollama's own or that of the GGUF file.
 //
-// Of what Ollama 0.24 to 0.34 comes with, these write the date: templates that call currentDate or
-// yesterdayDate (gpt-oss, and Llama 3.1 to 3.3 and Granite in some versions); the renderer glimmer
-// (from 0.33); and in the native mode of 0.33 and later, GGUF templates with strftime_now, date_string or datetime
-// (Llama 3.1 to 3.3, gpt-oss, Granite 3.3, Mistral Small 3.2, Apertus, Solar Open, Firefunction).
+// With Ollama 0.24 to 0.34 these write the date: templates of Ollama that call currentDate or
+// yesterdayDate; the renderer glimmer (from 0.33 on); and, where 0.33 and later leave the rendering to
+// the engine, GGUF templates with strftime_now, date_string or datetime. Of those that llama.cpp
+// comes with they are Llama 3.1, 3.2 and 3.3, gpt-oss, Granite 3.3, Mistral Small 3.2, Apertus, Solar
+// Open, Firefunction 2 and Glimmer. A template that only tests for one of the words counts as well.
 func ClockOf(renderer, template string) Clock {
 	switch {
 	case tellsTime(template):

@@ -14,14 +14,17 @@ import (
 // is written, its digest, Ollama's version, the scope of the API key, the form, and the Day if the
 // prompt has a DateClock.
 func MakeKey[Part ~string | ~[]byte](secret [32]byte, kind Kind, parts ...Part) Key {
-	h := hmac.New(sha256.New, secret[:])
-	var n [8]byte
-	h.Write([]byte{byte(kind)})
+	n := 1
 	for _, p := range parts {
-		binary.BigEndian.PutUint64(n[:], uint64(len(p)))
-		h.Write(n[:])
-		h.Write([]byte(p))
+		n += 8 + len(p)
 	}
+	b := append(make([]byte, 0, n), byte(kind))
+	for _, p := range parts {
+		b = binary.BigEndian.AppendUint64(b, uint64(len(p)))
+		b = append(b, p...)
+	}
+	h := hmac.New(sha256.New, secret[:])
+	h.Write(b)
 	var k Key
 	h.Sum(k[:0])
 	return k

@@ -1,7 +1,7 @@
 // Package answers keeps what need not be computed twice: the vectors of embedded inputs, and the
 // answers of chats and generations. It decides what two requests must have in common to have one
-// answer (Identify), keeps answers in a Store, lets several clients read one computation (Flight),
-// and turns a stream into a whole answer and back (Whole, Stream).
+// answer (Identify), keeps answers in a Store, and lets several clients read one computation
+// (Flight). Package forms turns a stream into a whole answer and back.
 //
 // It forwards no request, and it never changes an answer: what it cannot tell exactly is computed.
 package answers

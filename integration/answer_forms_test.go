@@ -3,12 +3,17 @@ package integration
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"maps"
+	"net/http"
+	"net/http/httptest"
+	"reflect"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
-	"github.com/ollama-cacheproxy/ollama-cacheproxy/answers"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/answers/forms"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
@@ -58,19 +63,22 @@ type formCase struct {
 
 func formCases() []formCase {
 	const (
-		options = `"options":{"temperature":0,"seed":1,"num_predict":80}`
-		fixed   = `"temperature":0,"seed":1,"max_tokens":80`
-		france  = `"messages":[{"role":"user","content":"What is the capital of France?"}]`
-		weather = `"messages":[{"role":"user","content":"What is the weather in Madrid and in Rome?"}]`
-		schema  = `{"type":"object","properties":{"city":{"type":"string"}},"required":["city"]}`
-		tool    = `{"name":"weather","description":"The weather.","parameters":` + schema + `}`
-		tools   = `"tools":[{"type":"function","function":` + tool + `}]`
+		options   = `"options":{"temperature":0,"seed":1,"num_predict":80}`
+		fixed     = `"temperature":0,"seed":1,"max_tokens":80`
+		france    = `"messages":[{"role":"user","content":"What is the capital of France?"}]`
+		weather   = `"messages":[{"role":"user","content":"What is the weather in Madrid and in Rome?"}]`
+		schema    = `{"type":"object","properties":{"city":{"type":"string"}},"required":["city"]}`
+		tool      = `{"name":"weather","description":"The weather.","parameters":` + schema + `}`
+		tools     = `"tools":[{"type":"function","function":` + tool + `}]`
+		flat      = `"tools":[{"type":"function","name":"weather","description":"The weather.","parameters":` + schema + `}]`
+		anthropic = `"tools":[{"name":"weather","description":"The weather.","input_schema":` + schema + `}]`
 	)
+	usage := map[string]any{"stream_options": map[string]any{"include_usage": true}}
 	return []formCase{
 		{name: "chat", path: "/api/chat", body: `"model":"smollm2",` + france + `,` + options, says: `Paris`},
 		{name: "chat length", path: "/api/chat", body: `"model":"smollm2",` + france + `,"options":{"temperature":0,"num_predict":3}`, says: `"done_reason":"length"`},
 		{name: "chat logprobs", path: "/api/chat", body: `"model":"smollm2","logprobs":true,"top_logprobs":2,` + france + `,` + options, says: `"logprobs":[{"token":`},
-		{name: "chat code", path: "/api/chat", body: `"model":"smollm2","messages":[{"role":"user","content":"Write an HTML page with a <p> & an emoji \u00e9 \ud83d\ude00"}],"options":{"temperature":0,"num_predict":120}`, says: `\u003c`},
+		{name: "chat code", path: "/api/chat", body: `"model":"smollm2","messages":[{"role":"user","content":"Write an HTML page with a <p> & an emoji \u00e9 \ud83d\ude00"}],"options":{"temperature":0,"num_predict":20}`, says: `\u003c`},
 		{name: "chat format", path: "/api/chat", body: `"model":"smollm2","format":` + schema + `,` + france + `,` + options, says: `\"city\"`},
 		{name: "chat thinking", path: "/api/chat", body: `"model":"thinker","think":true,` + france + `,` + options, says: `"thinking":"`},
 		{name: "chat tools", path: "/api/chat", body: `"model":"thinker","think":false,` + tools + `,` + weather + `,` + options, says: `"tool_calls":[`, tools: true},
@@ -81,6 +89,27 @@ func formCases() []formCase {
 		{name: "generate raw", path: "/api/generate", body: `"model":"smollm2","raw":true,"prompt":"Once upon a time",` + options, says: `"response":"`},
 		{name: "generate context", path: "/api/generate", body: `"model":"smollm2","prompt":"And then?","context":[1,2,3],` + options, says: `"context":[`},
 		{name: "generate logprobs", path: "/api/generate", body: `"model":"smollm2","prompt":"Hi","logprobs":true,"top_logprobs":1,` + options, says: `"logprobs":[{`},
+		{name: "completions", path: "/v1/completions", body: `"model":"smollm2","prompt":"Why is the sky blue?",` + fixed, more: usage, says: `"text":"`},
+		{name: "completions length", path: "/v1/completions", body: `"model":"smollm2","prompt":"Once <upon> a time","temperature":0,"max_tokens":3`, more: usage, says: `"finish_reason":"length"`},
+		{name: "completions thinking", path: "/v1/completions", body: `"model":"thinker","prompt":"What is the capital of France?",` + fixed, more: usage, says: `"text":"`},
+		{name: "chats", path: "/v1/chat/completions", body: `"model":"smollm2",` + france + `,` + fixed, more: usage, says: `Paris`},
+		{name: "chats length", path: "/v1/chat/completions", body: `"model":"smollm2",` + france + `,"temperature":0,"max_tokens":3`, more: usage, says: `"finish_reason":"length"`},
+		{name: "chats logprobs", path: "/v1/chat/completions", body: `"model":"smollm2","logprobs":true,"top_logprobs":2,` + france + `,` + fixed, more: usage, says: `"logprobs":{"content":[`},
+		{name: "chats format", path: "/v1/chat/completions", body: `"model":"smollm2","response_format":{"type":"json_schema","json_schema":{"name":"a","schema":` + schema + `}},` + france + `,` + fixed, more: usage, says: `\"city\"`},
+		{name: "chats thinking", path: "/v1/chat/completions", body: `"model":"thinker","reasoning_effort":"high",` + france + `,` + fixed, more: usage, says: `"reasoning":"`},
+		{name: "chats thinking logprobs", path: "/v1/chat/completions", body: `"model":"thinker","reasoning_effort":"high","logprobs":true,` + france + `,` + fixed, more: usage, says: `"reasoning":"`},
+		{name: "chats tools", path: "/v1/chat/completions", body: `"model":"thinker","reasoning_effort":"none",` + tools + `,` + weather + `,` + fixed, more: usage, says: `"tool_calls":[`, tools: true},
+		{name: "chats thinking tools", path: "/v1/chat/completions", body: `"model":"thinker",` + tools + `,` + weather + `,` + fixed, more: usage, says: `"reasoning":"I call the tool.","tool_calls":[`, tools: true},
+		{name: "messages", path: "/v1/messages", body: `"model":"smollm2",` + france + `,` + fixed, says: `"text":"`},
+		{name: "messages length", path: "/v1/messages", body: `"model":"smollm2",` + france + `,"temperature":0,"max_tokens":3`, says: `"stop_reason":"max_tokens"`},
+		{name: "messages thinking", path: "/v1/messages", body: `"model":"thinker","thinking":{"type":"enabled","budget_tokens":1024},` + france + `,` + fixed, says: `"thinking":"`},
+		{name: "messages tools", path: "/v1/messages", body: `"model":"thinker","thinking":{"type":"disabled"},` + anthropic + `,` + weather + `,` + fixed, says: `"type":"tool_use"`, tools: true},
+		{name: "messages thinking tools", path: "/v1/messages", body: `"model":"thinker","thinking":{"type":"enabled","budget_tokens":1024},` + anthropic + `,` + weather + `,` + fixed, says: `"type":"tool_use"`, tools: true},
+		{name: "responses", path: "/v1/responses", body: `"model":"smollm2","input":"What is the capital of France?","instructions":"Be brief.","temperature":0,"max_output_tokens":40`, says: `"output_text"`},
+		{name: "responses settings", path: "/v1/responses", body: `"model":"smollm2","input":"What is the capital of France?","temperature":0,"top_p":0.5,"truncation":"auto","max_output_tokens":40,"text":{"format":{"type":"json_schema","name":"a","strict":true,"schema":` + schema + `}}`, says: `"strict":true`},
+		{name: "responses thinking", path: "/v1/responses", body: `"model":"thinker","reasoning":{"effort":"high"},"input":"What is the capital of France?","temperature":0,"max_output_tokens":40`, says: `"type":"reasoning"`},
+		{name: "responses tools", path: "/v1/responses", body: `"model":"thinker","reasoning":{"effort":"none"},` + flat + `,"input":"What is the weather in Madrid and in Rome?","temperature":0,"max_output_tokens":80`, says: `"type":"function_call"`, tools: true},
+		{name: "responses thinking tools", path: "/v1/responses", body: `"model":"thinker","reasoning":{"effort":"high","summary":"auto"},` + flat + `,"input":"What is the weather in Madrid and in Rome?","temperature":0,"max_output_tokens":80`, says: `"type":"function_call"`, tools: true},
 		{name: "generate thinking", path: "/api/generate", body: `"model":"thinker","think":true,"prompt":"What is the capital of France?",` + options, says: `"thinking":"`},
 	}
 }
@@ -118,41 +147,88 @@ func TestAnswerForms(t *testing.T) {
 	for _, version := range realollama.Versions() {
 		t.Run(version, func(t *testing.T) {
 			server := realollama.Start(t, realollama.Config{Version: version, Models: []string{"smollm2"}})
-			mustPost(t, server.URL()+"/api/create", fmt.Sprintf(`{"model":"thinker","from":"smollm2","template":%q,"stream":false}`, thinker))
+			mustPost(t, server.URL()+"/api/create", fmt.Sprintf(`{"model":"thinker","from":"smollm2","template":%q,"parameters":{"repeat_penalty":1},"stream":false}`, thinker))
+			asked, made := replayer{}, replayer{}
 			for _, c := range formCases() {
-				t.Run(c.name, func(t *testing.T) { c.check(t, server.URL()) })
+				t.Run(c.name, func(t *testing.T) {
+					stream, again := c.check(t, server.URL())
+					key := [2]string{c.path, strings.ReplaceAll(c.name, " ", "-")}
+					asked[key], made[key] = stream, again
+				})
 			}
+			t.Run("clients", func(t *testing.T) {
+				want, got := asked.collect(t, server), made.collect(t, server)
+				for _, name := range slices.Sorted(maps.Keys(want)) {
+					if w, ok := want[name].(map[string]any); ok && strings.HasPrefix(name, "responses") &&
+						w["helper"] == nil && version == realollama.EraA {
+						delete(w, "helper") // it cannot read Ollama's stream, but may read ours
+						delete(got[name].(map[string]any), "helper")
+					}
+					if !reflect.DeepEqual(got[name], want[name]) {
+						t.Errorf("%s: a client collects\n%v\nfrom Ollama's stream\n%v", name, got[name], want[name])
+					}
+				}
+				if len(want) != len(formCases()) {
+					t.Errorf("%d results", len(want))
+				}
+			})
 		})
 	}
 }
 
-func (c formCase) check(t *testing.T, url string) {
+// replayer serves streams by path and model.
+type replayer map[[2]string]string
+
+func (r replayer) ServeHTTP(w http.ResponseWriter, req *http.Request) {
+	if req.URL.Path == "/forms" {
+		json.NewEncoder(w).Encode(slices.Collect(maps.Keys(r)))
+		return
+	}
+	var body struct{ Model string }
+	if err := json.NewDecoder(req.Body).Decode(&body); err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	w.Header().Set("Content-Type", forms.ContentType(req.URL.Path, true))
+	io.WriteString(w, r[[2]string{req.URL.Path, body.Model}])
+}
+
+// collect returns what clients make of the streams.
+func (r replayer) collect(t *testing.T, server *realollama.Server) map[string]any {
+	t.Helper()
+	recorded := httptest.NewServer(r)
+	defer recorded.Close()
+	return script("answer_forms.py")(t, target{recorded.URL, server})
+}
+
+// check returns Ollama's stream, and the one that is made from its whole answer.
+func (c formCase) check(t *testing.T, url string) (stream, made string) {
 	c.ask(t, url, false) // so that both find as much of the prompt in the slot
 	wholeType, whole := c.ask(t, url, false)
 	streamType, stream := c.ask(t, url, true)
 	if !strings.Contains(whole, c.says) {
 		t.Fatalf("the answer does not contain %s:\n%s", c.says, whole)
 	}
-	if want := answers.ContentType(c.path, false); wholeType != want {
+	if want := forms.ContentType(c.path, false); wholeType != want {
 		t.Errorf("whole: Content-Type is %q, want %q", wholeType, want)
 	}
-	if want := answers.ContentType(c.path, true); streamType != want {
+	if want := forms.ContentType(c.path, true); streamType != want {
 		t.Errorf("stream: Content-Type is %q, want %q", streamType, want)
 	}
-	reason, ok := answers.Complete(c.path, wholeType, []byte(whole))
+	reason, ok := forms.Complete(c.path, wholeType, []byte(whole))
 	if !ok {
 		t.Errorf("not complete:\n%s", whole)
 	}
-	if r, ok := answers.Complete(c.path, streamType, []byte(stream)); !ok || r != reason {
+	if r, ok := forms.Complete(c.path, streamType, []byte(stream)); !ok || r != reason {
 		t.Errorf("complete: %v, %q, want %q:\n%s", ok, r, reason, stream)
 	}
 	var lines strings.Builder
 	n := 0
-	for line := range answers.Lines(streamType, []byte(stream)) {
+	for line := range forms.Lines(streamType, []byte(stream)) {
 		lines.Write(line)
 		n++
 		if n == 1 { // a stream that breaks off
-			if _, ok := answers.Complete(c.path, streamType, line); ok {
+			if _, ok := forms.Complete(c.path, streamType, line); ok {
 				t.Errorf("complete after one line: %s", line)
 			}
 		}
@@ -160,21 +236,22 @@ func (c formCase) check(t *testing.T, url string) {
 	if lines.String() != stream || n < 2 {
 		t.Errorf("%d lines are not the stream", n)
 	}
-	made, ok := answers.ToWhole(c.path, []byte(stream), c.tools)
+	joined, ok := forms.Whole(c.path, []byte(stream), c.tools)
 	if !ok {
 		t.Fatalf("a whole answer cannot be made from\n%s", stream)
 	}
-	if masked(string(made)) != masked(whole) {
-		t.Errorf("from the stream:\n%s\nOllama's:\n%s", made, whole)
+	if masked(string(joined)) != masked(whole) {
+		t.Errorf("from the stream:\n%s\nOllama's:\n%s", joined, whole)
 	}
-	again, ok := answers.ToStream(c.path, []byte(whole), true)
+	again, ok := forms.Stream(c.path, []byte(whole), true)
 	if !ok {
 		t.Fatalf("a stream cannot be made from\n%s", whole)
 	}
-	if r, ok := answers.Complete(c.path, streamType, again); !ok || r != reason {
+	if r, ok := forms.Complete(c.path, streamType, again); !ok || r != reason {
 		t.Errorf("the stream is not complete (%q, want %q):\n%s", r, reason, again)
 	}
-	if back, ok := answers.ToWhole(c.path, again, c.tools); !ok || string(back) != whole {
+	if back, ok := forms.Whole(c.path, again, c.tools); !ok || string(back) != whole {
 		t.Errorf("whole:\n%s\nas a stream:\n%s\nwhole again:\n%s", whole, again, back)
 	}
+	return stream, string(again)
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/grafana/grafana-foundation-sdk/go/dashboard"
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/answers"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contexts"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
@@ -39,6 +40,7 @@ func all(t *testing.T) map[string]string {
 	m.Store(func() contextstore.Stats { return contextstore.Stats{} })
 	m.Contexts(func() contexts.Counts { return contexts.Counts{} },
 		func() contextstore.FileStats { return contextstore.FileStats{} })
+	m.Answers(func() answers.Stats { return answers.Stats{} }, func() (int, int64) { return 0, 0 })
 	m.Held(func() int64 { return 0 })
 	m.Waiting(func() int64 { return 0 })
 	m.Draining(func() map[string]bool { return nil })

@@ -68,6 +68,7 @@ type Metrics struct {
 	keyRequests     *prometheus.CounterVec
 	keyTokens       *prometheus.CounterVec
 	generated       *prometheus.CounterVec
+	answers         cacheUse
 
 	mu     sync.RWMutex
 	models map[string]string // label by upstream.ModelKey; guarded by mu
@@ -133,6 +134,7 @@ func New(version string, inFlight func() int64) *Metrics {
 	m.keyTokens = counter("key_tokens_total",
 		"Tokens of requests by the name of their API key: prompt (reused ones too) and generated, as answers told.",
 		"name", "kind")
+	m.answers = newCacheUse(counter)
 	build := gauge("build_info", "1, with the proxy's version.", "version", "goversion")
 	build.WithLabelValues(version, runtime.Version()).Set(1)
 	m.gauge("in_flight", "Requests being served.", inFlight)
@@ -213,6 +215,7 @@ func (m *Metrics) Done(ex proxy.Exchange) {
 	if ex.Savings != nil {
 		m.account(model, ex.Savings)
 	}
+	m.answers.done(ex.Cache)
 	m.named(ex)
 }
 

@@ -33,6 +33,7 @@ type Limits struct {
 	StoreEntries int   // remembered links of prefixes (--store-entries)
 	StoreBytes   int64 // and the bytes for them (--store-bytes)
 	ContextBytes int64 // bytes on the disk (--context-bytes); 0 if contexts are not stored
+	AnswerBytes  int64 // bytes of kept answers and vectors (--answers-bytes)
 }
 
 // Limits adds the series of the limits.
@@ -42,6 +43,7 @@ func (m *Metrics) Limits(l Limits) {
 	limit("queue_limit_requests", "How many requests may wait (--queue).", int64(l.Queue))
 	limit("store_limit_entries", "How many links of prefixes may be remembered (--store-entries).", int64(l.StoreEntries))
 	limit("store_limit_bytes", "How much memory the remembered prefixes may take (--store-bytes).", l.StoreBytes)
+	limit("answers_limit_bytes", "How much room kept answers and vectors may take (--answers-bytes).", l.AnswerBytes)
 	if l.ContextBytes > 0 {
 		limit("contexts_limit_bytes", "How much disk the stored contexts may take (--context-bytes).", l.ContextBytes)
 	}

@@ -97,8 +97,11 @@ type Handler struct {
 	Price       float64             // of a million evaluated prompt tokens; 0: none on the page
 
 	Answers      answers.Store // keeps what need not be computed twice; if nil, nothing is kept
+	AnswersBytes int64         // the limit of Answers, which the proxy's pages show
 	AnswersAge   time.Duration // how long they are good; 0: for ever
 	CacheAnswers CacheAnswers  // which answers of chats and generations are kept
+	// CacheEmbeddings says of which models the vectors are kept.
+	CacheEmbeddings CacheEmbeddings
 	// AnswersShared lets clients with different API keys have each other's kept answers. They could
 	// then find out whether someone has asked a question before.
 	AnswersShared bool
@@ -128,6 +131,7 @@ type Handler struct {
 	prewarming *prewarmer // if nil, no prompt is kept warm
 	recorder   *recorder  // the source of pathFacts
 	computing  computing  // answers that several clients may read
+	vectors    vectors    // … and what they have embedded
 	kept       keptAnswers
 	forward    *httputil.ReverseProxy
 	prefixes   *prefix.Reader
@@ -268,6 +272,7 @@ type exchange struct {
 	shown   *onWay // its entry on the page; nil if it was not sent or is not shown
 	said    string // why the proxy refused it
 
+	part   bool    // it is one of those that a client's request for vectors is made of
 	flight *flight // the computation whose answer it writes; nil: it answers its client itself
 
 	loadedFirst time.Duration // how long loadFirst took to load its model
@@ -375,6 +380,9 @@ func (h *Handler) Run(ctx context.Context) {
 	}
 	wg.Go(func() { h.Contexts.Run(ctx) })
 	wg.Go(func() { h.prewarming.run(ctx) })
+	if h.Answers != nil {
+		wg.Go(func() { h.tries(ctx) })
+	}
 	wg.Wait()
 	h.CutOff()
 	h.computing.wg.Wait()
@@ -433,6 +441,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if ref != nil {
 		h.refuse(w, r, ex, ref)
+		return
+	}
+	if h.embedded(w, r, ex) {
 		return
 	}
 	if !h.recall(w, r, ex) {
@@ -791,6 +802,7 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 	if ex.beat.begun() {
 		ex.asEvent(res)
 	}
+	ex.changes() // it may be flushed before any of the body is read
 	if ex.Status = res.StatusCode; ex.Status < 300 {
 		ex.run.Answered()
 		ex.use.answer()
@@ -825,6 +837,14 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 func (ex *exchange) name() {
 	if !ex.stranger {
 		ex.header.Set(headerUpstream, ex.up.Name)
+	}
+}
+
+// changes notes that the request may have changed a model by now. A client that has read that must
+// not get an answer of the model as it was.
+func (ex *exchange) changes() {
+	if ex.alters && ex.up != nil {
+		ex.up.altered.Store(time.Now().UnixNano())
 	}
 }
 
@@ -938,18 +958,21 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	if ex.began {
 		ex.up.inFlight.Add(-1)
 	}
+	ex.changes()
 	if ex.Outcome == OK && ex.alters && ex.up != nil {
 		ex.up.Changed()
 	}
 	level := slog.LevelInfo
-	if ex.Outcome == Own || ex.Endpoint == "/" {
+	if ex.Outcome == Own || ex.Endpoint == "/" || ex.part {
 		level = slog.LevelDebug // probes and scrapes
 	}
 	if h.Log.Enabled(context.Background(), level) {
 		h.Log.LogAttrs(context.Background(), level, "request", ex.attrs()...)
 	}
 	h.inFlight.Add(-1) // after its log line, so that a drain does not end before the last line
-	h.Done(ex.Exchange)
+	if !ex.part {      // otherwise the client's request is counted
+		h.Done(ex.Exchange)
+	}
 }
 
 // aborted is called when the upstream's answer broke off.
@@ -1056,6 +1079,7 @@ func (ex *exchange) attrs() []slog.Attr {
 	if len(ex.Retries) > 0 {
 		attrs = append(attrs, slog.String("retries", strings.Join(ex.Retries, ",")))
 	}
+	attrs = ex.Cache.attrs(attrs)
 	if waited := ex.Waited + ex.paused; waited >= time.Millisecond {
 		attrs = append(attrs, milliseconds("waited_ms", waited))
 	}

@@ -2,7 +2,6 @@ package proxy
 
 import (
 	"bytes"
-	"context"
 	"crypto/rand"
 	"fmt"
 	"io"
@@ -48,8 +47,7 @@ type keptAnswer struct {
 	path   string
 	model  string
 	began  time.Time
-	flight *answers.Flight
-	cancel context.CancelCauseFunc
+	flight *flight
 	ended  time.Time // zero: it is under way
 }
 
@@ -135,7 +133,7 @@ func (k *keptAnswers) of(owner string) (list []keptAnswer) {
 
 // remove forgets an answer, and ends it if it is under way.
 func (k *keptAnswers) remove(a keptAnswer) {
-	a.cancel(answers.ErrNobody)
+	a.flight.cancel(answers.ErrNobody)
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.list = slices.DeleteFunc(k.list, func(b *keptAnswer) bool { return b.id == a.id })
@@ -158,8 +156,18 @@ func (a keptAnswer) entry() keptEntry {
 
 // answersPage is the content of pathAnswers.
 type answersPage struct {
-	Store *answers.Stats `json:"store,omitempty"`
-	Kept  []keptEntry    `json:"surviving"`
+	Store   *storeEntry `json:"store,omitempty"`
+	Modes   string      `json:"cache_answers"`    // the text of --cache-answers
+	Vectors string      `json:"cache_embeddings"` // … and of --cache-embeddings
+	// Kinds tell, by kind, what was looked for since Since, and what that saved. It is of all
+	// clients together.
+	Since time.Time   `json:"since"`
+	Kinds cached      `json:"kinds"`
+	Kept  []keptEntry `json:"surviving"` // this client's alone
+	// Wiped is what was in the store before a DELETE.
+	Wiped *storeEntry `json:"wiped,omitempty"`
+	// Embeddings tell which models were seen to give the same vectors again.
+	Embeddings []verdictEntry `json:"embeddings"`
 }
 
 // answersPages serves pathAnswers and what is below it.
@@ -188,28 +196,52 @@ func (h *Handler) answersPages(w http.ResponseWriter, r *http.Request, ex *excha
 
 // answersPage tells what is kept, or forgets all of it.
 func (h *Handler) answersPage(w http.ResponseWriter, r *http.Request, ex *exchange, list []keptAnswer) {
-	switch {
-	case r.Method == http.MethodDelete && ex.origin == "" && !ex.admin():
-		h.refuse(w, r, ex, ex.notAdmin())
-		return
-	case r.Method == http.MethodDelete && ex.origin == "" && h.Answers != nil:
-		if err := h.Answers.Wipe(r.Context()); err != nil {
-			h.refuse(w, r, ex, &refusal{http.StatusInternalServerError, "the store could not be emptied: " + err.Error()})
+	page := answersPage{
+		Modes: h.CacheAnswers.String(), Vectors: h.CacheEmbeddings.String(), Embeddings: h.vectors.verdicts(),
+		Since: h.timeline.began,
+		Kinds: h.timeline.counted().Cached, Kept: []keptEntry{},
+	}
+	if r.Method == http.MethodDelete {
+		var ref *refusal
+		if page.Wiped, ref = h.wipe(r, ex); ref != nil {
+			h.refuse(w, r, ex, ref)
 			return
 		}
-	case r.Method != http.MethodGet:
-		h.refuse(w, r, ex, &refusal{http.StatusMethodNotAllowed, "want GET, or DELETE to forget all kept answers: " + pathAnswers})
+	} else if r.Method != http.MethodGet {
+		h.refuse(w, r, ex, &refusal{
+			http.StatusMethodNotAllowed, "want GET, or DELETE to forget all kept answers: " + pathAnswers,
+		})
 		return
 	}
-	page := answersPage{Kept: []keptEntry{}}
-	if h.Answers != nil {
-		stats := h.Answers.Stats()
-		page.Store = &stats
-	}
+	page.Store = h.storeEntry()
 	for _, a := range list {
 		page.Kept = append(page.Kept, a.entry())
 	}
 	ex.page(w, pathAnswers, http.StatusOK, page)
+}
+
+// wipe forgets all kept answers and vectors, and returns what the store had. It leaves the answers
+// that go on without their clients, which belong to these.
+func (h *Handler) wipe(r *http.Request, ex *exchange) (was *storeEntry, ref *refusal) {
+	switch {
+	case ex.origin != "":
+		return nil, &refusal{
+			http.StatusForbidden, "this is not for web pages of another origin; send it without Origin",
+		}
+	case !ex.admin():
+		return nil, ex.notAdmin()
+	case h.Answers == nil:
+		return nil, &refusal{http.StatusNotFound, "this proxy keeps no answers"}
+	}
+	was = h.storeEntry()
+	if err := h.Answers.Wipe(r.Context()); err != nil {
+		return nil, &refusal{
+			http.StatusInternalServerError,
+			fmt.Sprintf("the store could not be emptied: %v; try again when it can be used", err),
+		}
+	}
+	h.Log.Info("kept answers wiped", "key_name", ex.Name)
+	return was, nil
 }
 
 // accept answers 202 to a client that will fetch its answer.
@@ -236,7 +268,7 @@ func (h *Handler) fetch(w http.ResponseWriter, r *http.Request, ex *exchange, a 
 		return
 	}
 	w.Header().Set(headerAnswer, a.id)
-	h.listen(skip(w, from), r, ex, l, nil)
+	h.listen(skip(w, from), r, ex, a.flight, l, nil)
 }
 
 // skipping is a writer that leaves out the first lines of a stream.

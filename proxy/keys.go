@@ -362,8 +362,8 @@ func (ex *exchange) notAdmin() *refusal {
 	}
 	return &refusal{
 		http.StatusForbidden,
-		who + " may not change models or upstreams: that takes a key with the word admin after it " +
-			"in the file of the API keys, such as 'NAME KEY admin'",
+		who + " may not change models or upstreams, nor wipe kept answers: that takes a key with the " +
+			"word admin after it in the file of the API keys, such as 'NAME KEY admin'",
 	}
 }
 

@@ -270,7 +270,7 @@ func TestPageFigures(t *testing.T) {
 	f.ask("POST", "/api/chat", chat("m:latest", "y"))
 	f.ask("GET", "/api/tags", "") // not a request to a model
 
-	want := totals{Outcomes: map[string]int{}, Verdicts: map[string]int{}, Cold: map[string]int{}}
+	want := newTimeline().totals
 	tokens := 0
 	for range 6 {
 		if ex := f.ended(); ex.Endpoint == "/api/chat" {

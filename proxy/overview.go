@@ -38,6 +38,7 @@ func (o overview) Parts() []livepage.Part {
 		{Name: "running", Data: o.timeline.under()},
 		{Name: "series", Data: o.timeline.series(now)},
 		{Name: "upstreams", Data: o.pageUpstreams(lanes)},
+		{Name: "answers", Data: o.pageAnswers()},
 		{Name: "contexts", Data: o.pageStored()},
 	}
 }
@@ -312,6 +313,11 @@ func (h *Handler) problems(now time.Time, lanes schedule.Stats) []problem {
 	}
 	list = append(list, h.timeline.problems(now)...)
 	list = append(list, waitingLong(now, lanes)...)
+	if h.Answers != nil && h.Answers.Stats().Down {
+		list = append(list, problem{"answers", isWarning,
+			"The store of kept answers cannot be used: everything is computed.",
+			"The log says why, and when it is back; it is tried again by itself (--answers-store, docs/answers.md)."})
+	}
 	if h.Contexts != nil {
 		failed := h.Contexts.Counts().Failed
 		for _, reason := range []string{contexts.FailedSave, contexts.FailedAttach} {

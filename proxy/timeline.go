@@ -68,6 +68,7 @@ type drawn struct {
 	Prewarm   string  `json:"prewarm,omitempty"`
 	Simulated bool    `json:"simulated,omitempty"`
 	*told
+	*spared // nil if nothing was looked for among the kept answers
 }
 
 // told is the part of a request that the ledger knows.
@@ -110,6 +111,9 @@ type totals struct {
 	// Estimated savings, in seconds.
 	SavedEvaluation float64 `json:"saved_evaluation_s"`
 	SavedLoading    float64 `json:"saved_loading_s"`
+	// Cached is what was not computed, by kind: in none of the figures above but Requests and
+	// Outcomes.
+	Cached cached `json:"cached"`
 }
 
 // bin counts the requests that ended within ten seconds.
@@ -132,6 +136,7 @@ func newTimeline() *timeline {
 		began: time.Now(),
 		totals: totals{
 			Outcomes: map[string]int{}, Verdicts: map[string]int{}, Cold: map[string]int{},
+			Cached: cached{}.clone(),
 		},
 	}
 }
@@ -213,7 +218,7 @@ func (t *timeline) ended(ex *exchange) {
 	}
 	d.First, d.Duration = ms(ex.FirstByte), ms(ex.Duration)
 	d.Outcome, d.Status, d.Said = ex.Outcome, ex.Status, ex.said
-	d.Prewarm, d.Simulated = ex.Prewarm, ex.Simulated
+	d.Prewarm, d.Simulated, d.spared = ex.Prewarm, ex.Simulated, sparedOf(ex.Cache)
 	if e := ex.Savings; e != nil {
 		d.Entry, d.told = e.ID, toldOf(e)
 	}
@@ -221,6 +226,9 @@ func (t *timeline) ended(ex *exchange) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.remove(ex)
+	if ex.part { // the client's request, which it is a part of, is counted and shown
+		return
+	}
 	if ex.Prewarm == "" { // otherwise it is the proxy's own request
 		t.totals.add(ex.Exchange)
 	}
@@ -259,6 +267,7 @@ func toldOf(e *savings.Entry) *told {
 func (t *totals) add(ex Exchange) {
 	t.Requests++
 	t.Outcomes[string(ex.Outcome)]++
+	t.Cached.add(ex.Cache)
 	e := ex.Savings
 	if e == nil {
 		return
@@ -331,6 +340,7 @@ func (t *timeline) counted() totals {
 	defer t.mu.Unlock()
 	c := t.totals
 	c.Outcomes, c.Verdicts, c.Cold = maps.Clone(c.Outcomes), maps.Clone(c.Verdicts), maps.Clone(c.Cold)
+	c.Cached = c.Cached.clone()
 	return c
 }
 

@@ -75,11 +75,11 @@ func testBytes(t *testing.T, b Backend) {
 	b.settle(t, s)
 	within(t, s, limit)
 	random := rand.New(rand.NewPCG(1, 2))
-	for n, total := 2, int64(0); total < 10*limit; n++ {
+	for n, total := 2, int64(0); total < 5*limit; n++ {
 		length := random.IntN(int(limit) / 30)
 		total += int64(length)
 		put(t, s, EntryOf(n, n, length))
-		if n%50 == 0 {
+		if n%10 == 0 {
 			b.settle(t, s)
 			within(t, s, limit)
 		}
@@ -108,7 +108,7 @@ func testUsedStays(t *testing.T, b Backend) {
 		keys = append(keys, KeyOf(n))
 		put(t, s, EntryOf(n, 1, each))
 	}
-	others := int(limit / each * 5)
+	others := int(limit / each * 3)
 	for n := used; n < used+others; n++ {
 		put(t, s, EntryOf(n, 1, each))
 		if n%20 == 0 { // a tenth of the limit, or less

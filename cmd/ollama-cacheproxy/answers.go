@@ -1,17 +1,53 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
+	"net/url"
+	"strings"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/answers"
 )
 
-// openAnswers opens the store of --answers-store.
+// openAnswers opens the store of --answers-store. A folder that cannot be used for now, since
+// another process has it or the disk is broken, is replaced by memory: requests go on.
 func (s *serveCmd) openAnswers(log *slog.Logger) (answers.Store, error) {
 	limits := answers.Limits{Bytes: s.AnswersBytes, Age: s.AnswersTTL}
-	if s.AnswersStore != "memory" {
-		return nil, fmt.Errorf("--answers-store %s: want memory", s.AnswersStore)
+	store, err := answers.Open(s.AnswersStore, limits, log)
+	switch {
+	case errors.Is(err, answers.ErrInUse) || brokenDisk(err):
+		log.Warn("answers are kept in memory alone until a restart", "err", err)
+		return answers.NewMemory(limits), nil
+	case err != nil:
+		return nil, fmt.Errorf("--answers-store %s: %w", redacted(s.AnswersStore), err)
 	}
-	return answers.NewMemory(limits), nil
+	return store, nil
+}
+
+// redacted returns a store as it may be shown: without a password.
+func redacted(store string) string {
+	if !strings.Contains(store, "://") {
+		return store
+	}
+	u, err := url.Parse(store)
+	if err != nil {
+		scheme, _, _ := strings.Cut(store, "://")
+		return scheme + "://…"
+	}
+	return u.Redacted()
+}
+
+// aboutAnswers explains in a few words what is kept, for --check.
+func (s *serveCmd) aboutAnswers(set settings) string {
+	long := "for ever"
+	if s.AnswersTTL > 0 {
+		long = "for " + s.AnswersTTL.String()
+	}
+	shared := "each API key has its own"
+	if s.AnswersShared {
+		shared = "shared by all API keys"
+	}
+	return fmt.Sprintf("%v; vectors %v; kept in %s, at most %d MiB, %s, %s",
+		set.cached, set.vectors, redacted(s.AnswersStore), s.AnswersBytes>>20, long, shared)
 }

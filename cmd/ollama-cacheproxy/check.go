@@ -28,8 +28,8 @@ func (s *serveCmd) report(ctx context.Context, c *console, set settings, ups []*
 	if set.guard.Keys != nil {
 		keys = fmt.Sprintf("%d, %d of them may change models and upstreams", set.guard.Keys.Len(), set.guard.Keys.Admins())
 	}
-	text += fmt.Sprintf("keep-alive  %v, %s\nnum_ctx     %v\nheads       %v\nmemory      %d MiB for the bodies of requests that wait\nAPI keys    %s\ntrusted     %v\ncontexts    %s\n",
-		set.keepAlive, s.KeepAlivePolicy, set.numCtx, set.heads, set.memory>>20, keys, set.trusted, s.aboutContexts())
+	text += fmt.Sprintf("keep-alive  %v, %s\nnum_ctx     %v\nheads       %v\nmemory      %d MiB for the bodies of requests that wait\nAPI keys    %s\ntrusted     %v\ncontexts    %s\nanswers     %s\n",
+		set.keepAlive, s.KeepAlivePolicy, set.numCtx, set.heads, set.memory>>20, keys, set.trusted, s.aboutContexts(), s.aboutAnswers(set))
 	text += "\nall settings, and where each comes from:\n" + s.listSettings(set)
 	var down error
 	if len(silent) > 0 {
@@ -99,7 +99,7 @@ func (s *serveCmd) listSettings(set settings) string {
 	// unsaid explains what an empty setting means.
 	unsaid := map[string]string{
 		"upstream": defaultUpstream, "keep-alive": defaultKeepAlive, "slots": "auto",
-		"num-ctx-policy": "keep", "stable-heads": "off",
+		"num-ctx-policy": "keep", "stable-heads": "off", "cache-answers": "off", "cache-embeddings": "auto",
 	}
 	var b strings.Builder
 	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
@@ -108,6 +108,8 @@ func (s *serveCmd) listSettings(set settings) string {
 		switch {
 		case x.name == "check":
 			continue
+		case x.name == "answers-store":
+			value = redacted(s.AnswersStore)
 		case x.name == "memory":
 			value = strconv.FormatInt(set.memory, 10)
 		case value == noValue && unsaid[x.name] != "":

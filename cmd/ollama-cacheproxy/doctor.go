@@ -77,7 +77,7 @@ func (d *doctorCmd) Run(ctx context.Context, c *console) error {
 		return exitError{statusUsage, err}
 	}
 	defer transport.CloseIdleConnections()
-	ask := &asking{base: u, key: d.APIKey, transport: transport}
+	ask := &asking{base: u, key: d.APIKey, flag: "--proxy ", transport: transport}
 	facts, err := ask.facts(ctx, d.Last)
 	if err != nil {
 		return exitError{statusUnasked, err}
@@ -110,6 +110,7 @@ func (e silentError) Error() string { return "exit status " + strconv.Itoa(e.cod
 type asking struct {
 	base      *url.URL
 	key       string
+	flag      string // what comes before the address on the command line: "--proxy "
 	transport http.RoundTripper
 }
 
@@ -140,24 +141,24 @@ func (a *asking) facts(ctx context.Context, last time.Duration) (f doctor.Facts,
 	if last > 0 {
 		query.Set("last", last.String())
 	}
-	if err := a.page(ctx, "facts", query, &f); err != nil {
+	if err := a.page(ctx, http.MethodGet, "facts", query, &f); err != nil {
 		return f, err
 	}
 	var recent struct {
 		Requests []doctor.Entry `json:"requests"`
 	}
-	if err := a.page(ctx, "requests", url.Values{"n": {strconv.Itoa(rememberRequests)}}, &recent); err != nil {
+	if err := a.page(ctx, http.MethodGet, "requests", url.Values{"n": {strconv.Itoa(rememberRequests)}}, &recent); err != nil {
 		return f, err
 	}
 	f.Changed = doctor.ChangedOf(recent.Requests, f.Since)
 	return f, nil
 }
 
-// page reads one of the proxy's own pages.
-func (a *asking) page(ctx context.Context, name string, query url.Values, into any) error {
+// page reads one of the proxy's own pages, or with another method changes what it is about.
+func (a *asking) page(ctx context.Context, method, name string, query url.Values, into any) error {
 	u := a.base.JoinPath("/_cacheproxy/", name)
 	u.RawQuery = query.Encode()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	req, err := http.NewRequestWithContext(ctx, method, u.String(), nil)
 	if err != nil {
 		return err
 	}
@@ -177,7 +178,7 @@ func (a *asking) page(ctx context.Context, name string, query url.Values, into a
 		return a.whoIsThere(ctx)
 	// These are net/http's own words.
 	case res.StatusCode == http.StatusBadRequest && strings.Contains(string(text), "HTTPS server"):
-		return fmt.Errorf("what listens at %s wants https: give --proxy https://%s", a.base, a.base.Host)
+		return fmt.Errorf("what listens at %s wants https: give %shttps://%s", a.base, a.flag, a.base.Host)
 	case res.StatusCode != http.StatusOK:
 		return fmt.Errorf("%s answers %s: %s", u, res.Status, strings.TrimSpace(string(text[:min(len(text), 500)])))
 	}
@@ -192,9 +193,9 @@ func (a *asking) nextStep(err error) string {
 	if _, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
 		return "\n  If its certificate is your own, say who has issued it with --ca FILE."
 	}
-	hint := "\n  Start it with: ollama-cacheproxy\n  or say where it is with --proxy ADDR."
+	hint := "\n  Start it with: ollama-cacheproxy\n  or say where it is: " + a.flag + "ADDR."
 	if inContainer() && upstream.Here(a.base) {
-		hint += "\n  This is a container, and its 127.0.0.1 is not the host's: try --proxy host.docker.internal:" + a.base.Port()
+		hint += "\n  This is a container, and its 127.0.0.1 is not the host's: try " + a.flag + "http://host.docker.internal:" + a.base.Port()
 	}
 	return hint
 }
@@ -215,9 +216,9 @@ func (a *asking) whoIsThere(ctx context.Context) error {
 	if st := probe.Poll(ctx); st.Up {
 		return fmt.Errorf("at %s listens Ollama %s itself, and no proxy.\n"+
 			"  If OLLAMA_HOST is exported for the whole machine, 'ollama serve' takes the proxy's port. Start it with a port of its own,\n"+
-			"  OLLAMA_HOST=127.0.0.1:11434 ollama serve\n  and then the proxy, or say where that is with --proxy ADDR", a.base, st.Version)
+			"  OLLAMA_HOST=127.0.0.1:11434 ollama serve\n  and then the proxy, or say where that is: %sADDR", a.base, st.Version, a.flag)
 	}
-	return fmt.Errorf("what listens at %s is neither an ollama-cacheproxy nor an Ollama: say where the proxy is with --proxy ADDR", a.base)
+	return fmt.Errorf("what listens at %s is neither an ollama-cacheproxy nor an Ollama: say where the proxy is: %sADDR", a.base, a.flag)
 }
 
 // servers asks the proxy's servers which models are loaded: those in direct at that address, the

@@ -21,6 +21,7 @@ import (
 // cli is the command line. Each verb has its own file.
 type cli struct {
 	Serve    serveCmd    `cmd:"" default:"withargs" help:"Forward requests to Ollama (the default verb)."`
+	Answers  answersCmd  `cmd:"" help:"Wipe kept answers and vectors, or say how many there are: of a store, or of a running proxy."`
 	Batch    batchCmd    `cmd:"" help:"Send a file of requests, and go on where it was after a crash."`
 	Bench    benchCmd    `cmd:"" help:"Measure what the proxy is worth on an Ollama server: directly and through it, in one run."`
 	Contexts contextsCmd `cmd:"" help:"List, remove and verify the contexts that serve --contexts keeps."`

@@ -56,7 +56,7 @@ func TestScripts(t *testing.T) {
 			return notUTF8(env.WorkDir)
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){"waitready": waitReady, "waitlooped": waitLooped, "curl": curl, "headers": headers,
-			"savecontexts": saveContexts, "spoilcontext": spoilContext},
+			"keepanswers": keepAnswers, "savecontexts": saveContexts, "spoilcontext": spoilContext},
 	})
 }
 

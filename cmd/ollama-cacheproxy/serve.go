@@ -159,7 +159,7 @@ POST /_cacheproxy/upstreams/NAME/drain stops new requests to an upstream and let
 
 With several upstreams, requests that change models (pull, create, copy, push, delete, blobs) go to the first one. The request header X-Cacheproxy-Upstream: NAME sends any request to that upstream; in answers it names the one that answered.
 
-Other verbs: batch (a file of requests), bench (what the proxy is worth), completion (for a shell), contexts and engine (stored contexts), doctor (what is wrong), health, version. Each has --help.`
+Other verbs: answers (what serve --cache-answers has kept), batch (a file of requests), bench (what the proxy is worth), completion (for a shell), contexts and engine (stored contexts), doctor (what is wrong), health, version. Each has --help.`
 }
 
 // settings are the evaluated flags.
@@ -171,6 +171,7 @@ type settings struct {
 	numCtx    proxy.NumCtx
 	heads     proxy.StableHeads
 	cached    proxy.CacheAnswers
+	vectors   proxy.CacheEmbeddings
 	guard     proxy.Guard
 	keys      *keysFile    // guard.Keys has the keys read from it; nil: clients need no key
 	prewarm   *prewarmFile // nil without --prewarm
@@ -257,6 +258,9 @@ func (set *settings) edits(s *serveCmd) (err error) {
 	}
 	if set.heads, err = proxy.ParseStableHeads(s.StableHeads); err != nil {
 		return fmt.Errorf("--stable-heads: %w", err)
+	}
+	if set.vectors, err = proxy.ParseCacheEmbeddings(s.CacheEmbeddings); err != nil {
+		return fmt.Errorf("--cache-embeddings: %w", err)
 	}
 	if set.cached, err = proxy.ParseCacheAnswers(s.CacheAnswers); err != nil {
 		return fmt.Errorf("--cache-answers: %w", err)
@@ -458,7 +462,8 @@ func (s *serveCmd) handler(
 		Guard: set.guard, Trusted: set.trusted, Log: logger,
 		Ledger: savings.New(store, rememberRequests), ShowPrompts: s.ShowPrompts,
 		Contexts: set.contexts, Version: version(), Price: s.Price,
-		Answers: kept, AnswersAge: s.AnswersTTL, CacheAnswers: set.cached, AnswersShared: s.AnswersShared,
+		Answers: kept, AnswersAge: s.AnswersTTL, AnswersBytes: s.AnswersBytes,
+		CacheAnswers: set.cached, CacheEmbeddings: set.vectors, AnswersShared: s.AnswersShared,
 		ReplayPaced: s.AnswersPaced,
 	}
 	if set.prewarm != nil {
@@ -488,6 +493,7 @@ func (s *serveCmd) handler(
 	}
 	limits := metrics.Limits{
 		Held: set.memory, Queue: s.Queue, StoreEntries: s.StoreEntries, StoreBytes: s.StoreBytes,
+		AnswerBytes: s.AnswersBytes,
 	}
 	if set.contexts != nil {
 		limits.ContextBytes = s.ContextBytes
@@ -496,6 +502,7 @@ func (s *serveCmd) handler(
 	counts.Draining(h.Draining)
 	counts.Held(h.Held)
 	counts.Waiting(h.Waiting)
+	counts.Answers(kept.Stats, h.Surviving)
 	h.Metrics, h.Done, h.Touched = counts.Handler(), counts.Done, counts.Touched
 	if s.done != nil {
 		h.Done = func(ex proxy.Exchange) {

@@ -4,7 +4,7 @@ import {h, render} from "./vendor/preact.js";
 import htm from "./vendor/htm.js";
 import {chart} from "./chart.js";
 import {change, follow, key} from "./feed.js";
-import {ago, bytes, clock, duration, failed, number, outcomes, percent, plural, price, reasons, short} from "./format.js";
+import {ago, bytes, caches, clock, duration, failed, number, outcomes, percent, plural, price, reasons, short} from "./format.js";
 import {colour, describe, draw, find, hue, rowsOf, stepNames, steps, summary} from "./lanes.js";
 
 const html = htm.bind(h);
@@ -79,6 +79,7 @@ function Page() {
       <${Models} />
       <${Upstreams} />
       <${Prefixes} />
+      <${Answers} />
       <${Contexts} />
       <${Requests} />
     </main>
@@ -230,6 +231,7 @@ function Brief({r}) {
     <p><b>${r.model || r.endpoint}</b> <span class="soft">${clock(r.at)}${r.priority ? ", " + r.priority : ""}</span></p>
     <p>${r.outcome ? `${outcomes[r.outcome]} after ${duration(r.duration)}` : "under way for " + duration(now() - r.at)}${r.sent > 5 ? `, of that ${duration(r.sent)} waited` : ""}</p>
     <p>${warmth(r)}</p>
+    ${r.cache && html`<p class="soft">${caches[r.cache]}</p>`}
     ${r.reason && html`<p class="soft">${reasons[r.reason] || r.reason}</p>`}`;
 }
 
@@ -250,6 +252,7 @@ function Detail({r}) {
     <ul class="steps">${list.map(([kind, ms]) => html`<li><i class="${kind} ${r.verdict || ""}"></i>${stepNames[kind]} ${duration(ms)}</li>`)}</ul>
     <dl class="facts">
       ${fact("Why", (r.said || r.detail || reasons[r.reason]) && html`${r.said || r.detail || reasons[r.reason]}${r.reason && html` <span class="soft">(${r.reason})</span>`}`)}
+      ${fact("Cache", r.cache && `${caches[r.cache]}${r.parts > 1 ? `: ${number(r.kept)} of ${number(r.parts)} inputs` : ""}${r.saved ? `, which took ${duration(r.saved)} when it was computed` : ""}${r.kept_prompt ? `, a prompt of ${plural(r.kept_prompt, "token")}` : ""}${r.kept_generated ? ` and ${number(r.kept_generated)} generated` : ""}`)}
       ${fact("Prompt", warmth(r))}
       ${fact("Answer", r.generated ? plural(r.generated, "token") + (r.eval > 0 ? `, ${(1000 * r.generated / r.eval).toFixed(1)} a second` : "") : "")}
       ${fact("Outcome", r.outcome ? `${outcomes[r.outcome]}${r.status ? ", status " + r.status : ""}${r.truncated ? "; Ollama has probably cut the prompt" : ""}${r.broken ? "; the answer did not come to its end" : ""}` : "under way")}
@@ -400,6 +403,30 @@ function Prefixes() {
   </section>`;
 }
 
+const kindNames = {answer: "Chats and generations", embedding: "Inputs of embeddings"};
+
+// Answers tells what was not computed since its answer was kept: in no other figure of the page.
+function Answers() {
+  const {answers: a, totals} = state.parts;
+  if (!a) return "";
+  const s = a.store;
+  const rows = Object.entries(kindNames).map(([kind, name]) => ({kind, name, ...totals.cached[kind]}))
+    .filter(k => Object.values(k.requests).some(n => n > 0));
+  const room = s && html`${s.entries === null ? "an unknown number" : value(s.entries)} kept${s.bytes === null ? "" : html`, which take <data value=${s.bytes}>${bytes(s.bytes)}</data>`} of ${bytes(s.limit_bytes)}`;
+  return html`<section aria-labelledby="h-ans">
+    <div class="head"><h2 id="h-ans">Answers not computed</h2>${s && html`<span class="soft" id="answers-store">${s.down ? html`<span class="dot bad"></span>the store cannot be used; ` : ""}${room}${s.evicted > 0 && html`; ${value(s.evicted)} dropped for room`}${a.surviving > 0 && html`; ${value(a.surviving)} without their clients, ${bytes(a.surviving_bytes)}`}</span>`}</div>
+    ${rows.length === 0 ? html`<p class="soft">None yet. ${a.answers === "off" ? html`With <code>--cache-answers deterministic</code> a question at temperature 0 is computed once.` : ""}</p>` : html`<div class="scroll"><table id="answers">
+      <thead><tr><th scope="col">What</th><th scope="col" class="num">From the store</th><th scope="col" class="num">Hit rate</th><th scope="col" class="num">Joined</th><th scope="col" class="num">Computed</th><th scope="col" class="num wide">Bypassed</th>
+        <th scope="col" class="num wide">Bytes given</th><th scope="col" class="num">Prompt tokens spared</th><th scope="col" class="num">Generated tokens spared</th><th scope="col" class="num">Time spared</th></tr></thead>
+      <tbody>${rows.map(k => html`<tr key=${k.kind} data-kind=${k.kind}>
+        <th scope="row">${k.name}</th><td class="num">${value(k.hits)}</td><td class="num">${percent(k.hits, k.hits + k.misses + k.joined)}</td><td class="num">${value(k.joined)}</td><td class="num">${value(k.misses)}</td>
+        <td class="num wide">${value(k.requests.bypass)}</td><td class="num wide">${value(k.bytes, bytes(k.bytes))}</td><td class="num">${value(k.prompt_tokens, short(k.prompt_tokens))}</td>
+        <td class="num">${k.kind === "embedding" ? "–" : value(k.generated_tokens, short(k.generated_tokens))}</td><td class="num"><data value=${k.seconds}>${duration(1000 * k.seconds)}</data></td></tr>`)}
+      </tbody></table></div>
+      <p class="soft">Tokens and time are what the kept ones took when they were computed. They are not among the reused ones above.</p>`}
+  </section>`;
+}
+
 function Contexts() {
   const c = state.parts.contexts;
   return html`<section aria-labelledby="h-con">
@@ -412,7 +439,8 @@ function Contexts() {
   </section>`;
 }
 
-const kinds = {all: () => true, cold: r => r.reason, failed: r => failed(r) || r.broken};
+const kept = r => r.cache === "hit" || r.cache === "joined" || r.cache === "partial";
+const kinds = {all: () => true, cold: r => r.reason, kept, failed: r => failed(r) || r.broken};
 
 function Requests() {
   const all = state.log.filter(kinds[state.only]);
@@ -421,14 +449,14 @@ function Requests() {
   const open = number => set({open: state.open === number ? 0 : number});
   return html`<section aria-labelledby="h-req">
     <div class="head"><h2 id="h-req">Last requests</h2>
-      <div class="tools"><${Choice} label="Which requests" options=${[["All", "all"], ["Not warm", "cold"], ["Failed", "failed"]]} chosen=${state.only} choose=${only => set({only})} /></div></div>
+      <div class="tools"><${Choice} label="Which requests" options=${[["All", "all"], ["Not warm", "cold"], ["Kept", "kept"], ["Failed", "failed"]]} chosen=${state.only} choose=${only => set({only})} /></div></div>
     ${list.length === 0 ? html`<p class="soft">${state.only === "all" ? "None since the proxy was started. Point OLLAMA_HOST, or a client's base URL, at this address." : "None."}</p>` : html`<div class="scroll"><table id="requests" class="log">
       <thead><tr><th scope="col">At</th><th scope="col">Model</th><th scope="col" class="wide">What</th><th scope="col" class="num">Prompt</th><th scope="col" class="wide">Why not warm</th><th scope="col" class="num wide">Waited</th><th scope="col" class="num">Took</th><th scope="col" class="fall">Time line</th></tr></thead>
       <tbody>${list.map(r => html`
         <tr key=${r.number} class="row ${state.open === r.number ? "open" : ""}" data-number=${r.number} data-entry=${r.entry} onClick=${() => open(r.number)}>
           <td><button class="open" aria-expanded=${state.open === r.number} onClick=${e => { e.stopPropagation(); open(r.number); }}>${clock(r.at)}</button></td>
           <td class="model"><span class="swatch" style=${{background: colour(r)}}></span>${r.model || "–"}${r.name && html` <span class="soft">${r.name}</span>`}</td>
-          <td class="wide nowrap">${r.prewarm ? "prewarm" : r.endpoint}</td>
+          <td class="wide nowrap">${r.prewarm ? "prewarm" : r.endpoint}${kept(r) && html` <span class="mark" title=${caches[r.cache]}>${r.cache === "partial" ? `${number(r.kept)} of ${number(r.parts)} kept` : r.cache === "hit" ? "kept" : "joined"}</span>`}</td>
           <td class="num">${r.total ? value(r.total, short(r.total)) : ""}<span class="share ${r.reused === undefined ? "" : "known"}" hidden=${!r.total} title=${warmth(r)}>${r.reused !== undefined && html`<i style=${{width: 100 * r.reused / r.total + "%"}}></i>`}</span></td>
           <td class="wide">${failed(r) || r.broken ? html`<span class="fail">${outcomes[r.outcome]}${r.status >= 400 ? " " + r.status : ""}</span>` : r.reason ? reasons[r.reason] || r.reason : r.outcome === "ok" ? "" : outcomes[r.outcome]}</td>
           <td class="num wide">${r.sent >= 1 || r.waited >= 1 ? duration(Math.max(r.waited || 0, r.sent || 0)) : ""}</td>

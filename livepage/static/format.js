@@ -59,4 +59,8 @@ export const outcomes = {
   client_gone: "client left", drained: "cut off while stopping", refused: "refused by the proxy",
 };
 
+export const caches = {
+  hit: "kept answer", partial: "partly kept", miss: "computed, not kept before", joined: "computed once, with another request", bypass: "not looked for",
+};
+
 export const failed = r => ["upstream_error", "unreachable", "aborted", "refused", "client_error"].includes(r.outcome);

@@ -26,8 +26,14 @@ export function colour(r, alpha = 1) {
 
 // steps returns the phases of a request, in order: [kind, ms] of waited, load, slot, prompt, answer
 // and rest. If Ollama reports no times, the first byte of the answer ends the phases before it.
+// What was not sent to Ollama, since its answer was kept, has one phase: stored, or together.
 export function steps(r, now) {
   const whole = r.duration || now - r.at;
+  if (r.cache === "hit" || r.cache === "joined") return [[r.cache === "hit" ? "stored" : "together", whole]];
+  if (r.cache && !r.sent && r.outcome === "ok") { // its inputs were sent one by one
+    const waited = Math.min(r.waited || 0, whole);
+    return [["waited", waited], ["prompt", whole - waited]];
+  }
   const list = [["waited", Math.min(r.sent || (r.outcome ? whole : r.waited || 0), whole)]];
   let left = whole - list[0][1];
   const add = (kind, ms) => {
@@ -53,6 +59,7 @@ export function steps(r, now) {
 
 export const stepNames = {
   waited: "waited in the proxy", load: "model load", slot: "inside Ollama before that", prompt: "prompt", answer: "answer", rest: "the rest",
+  stored: "from the store", together: "with the answer that another request got",
 };
 
 // rowsOf assigns requests to rows: one for each lane that had any, and as many as needed for

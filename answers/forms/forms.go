@@ -1,4 +1,8 @@
-package answers
+// Package forms knows the forms in which Ollama writes an answer: as a stream or whole, in each
+// dialect. It tells whether a recorded answer is complete (Complete), turns a stream into the whole
+// answer that Ollama would have given (Whole) and back (Stream), and divides a stream into its lines
+// or events (Lines). Whatever it cannot tell exactly, it does not tell.
+package forms
 
 import (
 	"bytes"
@@ -168,20 +172,25 @@ func responseEventsEnd(body []byte) (reason string, ok bool) {
 		if ok {
 			return "", false
 		}
-		switch string(name) {
-		case "error", "response.failed", "response.incomplete":
+		if isFailure(name) || !isObject(data) {
 			return "", false
-		case "response.completed":
+		}
+		if string(name) == "response.completed" {
 			if reason, ok = responseEnd(member(data, "response")); !ok {
-				return "", false
-			}
-		default:
-			if !isObject(data) {
 				return "", false
 			}
 		}
 	}
 	return reason, ok
+}
+
+// isFailure reports whether an event of /v1/responses tells that there is no complete answer.
+func isFailure(name []byte) bool {
+	switch string(name) {
+	case "error", "response.failed", "response.incomplete":
+		return true
+	}
+	return false
 }
 
 // responseEnd returns the status of a /v1/responses object. It is always "completed", also for a
@@ -215,8 +224,8 @@ func messageEventsEnd(body []byte) (reason string, ok bool) {
 	return reason, ok && stopped
 }
 
-// stopReason reads the stop_reason of /v1/messages. Ollama has "stop_sequence" for every reason that
-// it does not know, such as that the model was only loaded.
+// stopReason reads the stop_reason of /v1/messages. Ollama has "stop_sequence" for every reason
+// that it does not know, such as that the model was only loaded.
 func stopReason(raw, usage []byte) (string, bool) {
 	switch string(raw) {
 	case `"end_turn"`, `"max_tokens"`, `"tool_use"`:
@@ -347,8 +356,9 @@ func split(text, end []byte) iter.Seq[[]byte] {
 	}
 }
 
-// Lines yields the units in which an answer can be replayed, in order: the lines of a native stream,
-// the events of server-sent events, and of any other body the whole. Put together they are the body.
+// Lines yields the units in which an answer can be replayed, in order: the lines of a native
+// stream, the events of server-sent events, and of any other body the whole. Put together they are
+// the body.
 func Lines(contentType string, body []byte) iter.Seq[[]byte] {
 	switch {
 	case isType(contentType, typeLines):
@@ -377,7 +387,7 @@ func eventData(unit []byte) (name, data []byte) {
 	return name, data
 }
 
-// ToWhole returns the answer that Ollama gives to the same request with "stream": false, byte for
+// Whole returns the answer that Ollama gives to the same request with "stream": false, byte for
 // byte, made from the complete stream that it gave with "stream": true. The time of the answer
 // (created_at, created) is the stream's, and the ids are those of the stream as far as it has them.
 //
@@ -385,28 +395,48 @@ func eventData(unit []byte) (name, data []byte) {
 // those of Ollama 0.24 to 0.34, it lacks the counts (under /v1 it has them only if the client asked
 // for them), or it is an answer of a remote model.
 //
+// One thing cannot be seen: thoughts that follow text or calls, which Ollama leaves out of a stream
+// of /v1/messages, are missing in the whole answer made from it.
+//
 // tools says whether the request has tools. Without any, Ollama drops what it nevertheless took for
 // a call from an answer in one piece, but not from a stream; Whole returns false then.
-func ToWhole(path string, stream []byte, tools bool) ([]byte, bool) {
+func Whole(path string, stream []byte, tools bool) ([]byte, bool) {
 	switch dialectOf(path) {
 	case chat:
 		return wholeChat(stream, tools)
 	case generate:
 		return wholeGenerate(stream)
+	case chats:
+		return wholeChats(stream, tools)
+	case completions:
+		return wholeCompletions(stream)
+	case messages:
+		return wholeMessages(stream, tools)
+	case responses:
+		return wholeResponses(stream, tools)
 	}
 	return nil, false
 }
 
-// ToStream returns a stream that says the same as an answer in one piece, as Ollama would write it if
-// the model's thoughts, its text and its tool calls came in one piece each. For /v1/chat/completions
-// and /v1/completions, usage says whether the client asked for stream_options.include_usage; the
-// other dialects always report it. It returns false where Whole would.
-func ToStream(path string, whole []byte, usage bool) ([]byte, bool) {
+// Stream returns a stream that says the same as an answer in one piece, as Ollama 0.34 would write
+// it if the model's thoughts, its text and its tool calls came in one piece each. For
+// /v1/chat/completions and /v1/completions, usage says whether the client asked for
+// stream_options.include_usage; the other dialects always report it. It returns false where Whole
+// would. Whole returns exactly the answer when given the stream (with usage).
+func Stream(path string, whole []byte, usage bool) ([]byte, bool) {
 	switch dialectOf(path) {
 	case chat:
 		return streamChat(whole)
 	case generate:
 		return streamGenerate(whole)
+	case chats:
+		return streamChats(whole, usage)
+	case completions:
+		return streamCompletions(whole, usage)
+	case messages:
+		return streamMessages(whole)
+	case responses:
+		return streamResponses(whole)
 	}
 	return nil, false
 }

@@ -1,4 +1,4 @@
-package answers
+package forms
 
 import (
 	"bytes"
@@ -19,7 +19,7 @@ const checkedLen = 64 << 10
 // if the text is anything else than such an object as json.Marshal writes it: if there is another
 // member, another order, or white space.
 func (l layout) read(text []byte, v [][]byte) bool {
-	if len(text) == 0 || text[0] != '{' {
+	if len(text) == 0 || text[0] != '{' || bytes.IndexByte(text, '\n') >= 0 {
 		return false
 	}
 	next, end := 0, 0 // end: of what was read
@@ -68,6 +68,79 @@ func (l layout) append(b []byte, v [][]byte) []byte {
 		b = append(b, value...)
 	}
 	return append(b, '}')
+}
+
+// shape is a part of a stream in which only some strings are new; it is the text around them. Most
+// parts have the shape of the one before, and need not be parsed.
+type shape [][]byte
+
+// hole takes the place of a string that varies. No JSON text contains it.
+var hole = []byte{0}
+
+func newShape(text []byte) shape { return bytes.Split(text, hole) }
+
+// match finds the raw strings of a text of this shape.
+func (s shape) match(text []byte, v [][]byte) bool {
+	if len(s) != len(v)+1 {
+		return false // there is none yet
+	}
+	for i := range v {
+		if !bytes.HasPrefix(text, s[i]) {
+			return false
+		}
+		text = text[len(s[i]):]
+		n := stringEnd(text)
+		if n < 0 {
+			return false
+		}
+		v[i], text = text[:n:n], text[n:]
+	}
+	return bytes.Equal(text, s[len(v)])
+}
+
+// stringEnd returns the length of the valid raw string at the head of a text, or -1.
+func stringEnd(text []byte) int {
+	if len(text) == 0 || text[0] != '"' {
+		return -1
+	}
+	for i := 1; i < len(text); i++ {
+		switch c := text[i]; {
+		case c == '"':
+			return i + 1
+		case c < ' ':
+			return -1
+		case c == '\\':
+			n := escape(text[i+1:])
+			if n == 0 {
+				return -1
+			}
+			i += n
+		}
+	}
+	return -1
+}
+
+// escape returns the length of the escape whose backslash is before the text, without that; 0 if it
+// is none.
+func escape(text []byte) int {
+	if len(text) == 0 {
+		return 0
+	}
+	switch text[0] {
+	case '"', '\\', '/', 'b', 'f', 'n', 'r', 't':
+		return 1
+	case 'u':
+		if len(text) < 5 {
+			return 0
+		}
+		for _, c := range text[1:5] {
+			if c |= 0x20; (c < '0' || c > '9') && (c < 'a' || c > 'f') {
+				return 0
+			}
+		}
+		return 5
+	}
+	return 0
 }
 
 // all reports whether none of the values is nil.
@@ -177,4 +250,5 @@ var (
 	emptyList  = []byte(`[]`)
 	falseValue = []byte(`false`)
 	nullValue  = []byte(`null`)
+	zero       = []byte(`0`)
 )

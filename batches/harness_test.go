@@ -112,7 +112,6 @@ func ownerOf(r *http.Request) string {
 // rig is a service, and how tests use it.
 type rig struct {
 	t      *testing.T
-	dir    string
 	config Config
 	fake   *fake
 	*Service

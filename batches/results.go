@@ -86,14 +86,17 @@ func (s *Service) finalize(j *job) error {
 		"completed", counts.Completed, "failed", counts.Failed)
 	delete(s.working, j.ID)
 	if err := os.RemoveAll(folder); err != nil {
-		s.Log.Warn("a batch's working folder cannot be removed; the next start does", "batch", j.ID, "err", err)
+		s.Log.Warn("a batch's working folder cannot be removed; the next start does",
+			"batch", j.ID, "err", err)
 	}
 	return nil
 }
 
 // divide writes the results of a batch to its output file, and what failed to its error file.
 // Either is nil if it would be empty.
-func (s *Service) divide(j *job, outcome status, total int) (output, errs *file, counts requestCounts, err error) {
+func (s *Service) divide(
+	j *job, outcome status, total int,
+) (output, errs *file, counts requestCounts, err error) {
 	d := &divider{s: s, job: j, outcome: outcome}
 	defer d.close()
 	d.counts.Total = total

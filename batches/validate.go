@@ -65,12 +65,14 @@ func lineError(number int, code, param, message string) batchError {
 }
 
 func missing(number int, param string) batchError {
-	return lineError(number, codeMissing, param, fmt.Sprintf("Missing required parameter: '%s'.", param))
+	return lineError(number, codeMissing, param,
+		fmt.Sprintf("Missing required parameter: '%s'.", param))
 }
 
 func noModel(model string, number *int) batchError {
 	param := "body.model"
-	return batchError{codeModel, fmt.Sprintf("model '%s' is not on the server: pull it (ollama pull %[1]s)", model), &param, number}
+	said := fmt.Sprintf("model '%s' is not on the server: pull it (ollama pull %[1]s)", model)
+	return batchError{codeModel, said, &param, number}
 }
 
 // validate reads a batch's file, asks for its models, and notes that it may begin.
@@ -134,7 +136,8 @@ func readInput(r io.Reader, endpoint string) (*input, error) {
 	})
 	switch {
 	case errors.Is(err, bufio.ErrTooLong):
-		in.add(lineError(number+1, codeLine, "", fmt.Sprintf("This line is longer than %d MiB.", maxLine>>20)))
+		in.add(lineError(number+1, codeLine, "",
+			fmt.Sprintf("This line is longer than %d MiB.", maxLine>>20)))
 	case err != nil:
 		return nil, err
 	case in.requests == 0:
@@ -180,28 +183,15 @@ func (in *input) read(number int, text []byte) {
 		in.add(lineError(number, codeLine, "", "This line is not parseable as valid JSON."))
 		return
 	}
-	var id string
-	switch {
-	case json.Unmarshal(l.CustomID, &id) != nil || id == "":
-		in.add(missing(number, "custom_id"))
-		return
-	case l.Method == "":
-		in.add(missing(number, "method"))
-		return
-	case !strings.EqualFold(l.Method, "POST"):
-		in.add(lineError(number, codeMethod, "method", "The method must be POST."))
-		return
-	case l.URL == "":
-		in.add(missing(number, "url"))
-		return
-	case l.URL != in.endpoint:
-		in.add(lineError(number, codeURL, "url", fmt.Sprintf(
-			"The URL provided for this request does not match the batch endpoint, %s.", in.endpoint)))
+	if e, wrong := l.wrong(number, in.endpoint); wrong {
+		in.add(e)
 		return
 	}
+	id, _ := textOf(l.CustomID)
 	if _, twice := in.ids[id]; twice {
-		in.add(lineError(number, codeTwice, "custom_id", "The custom_id for this request is a duplicate "+
-			"of another request. The custom_id parameter must be unique for each request in a batch."))
+		in.add(lineError(number, codeTwice, "custom_id",
+			"The custom_id for this request is a duplicate of another request. "+
+				"The custom_id parameter must be unique for each request in a batch."))
 		return
 	}
 	in.ids[id] = struct{}{}
@@ -214,4 +204,29 @@ func (in *input) read(number int, text []byte) {
 	case in.models[body.Model] == 0:
 		in.models[body.Model] = number
 	}
+}
+
+// textOf returns the text that a JSON text is.
+func textOf(raw json.RawMessage) (text string, ok bool) {
+	ok = json.Unmarshal(raw, &text) == nil && text != ""
+	return text, ok
+}
+
+// wrong returns what is wrong with the members around a line's body.
+func (l *line) wrong(number int, endpoint string) (batchError, bool) {
+	_, named := textOf(l.CustomID)
+	switch {
+	case !named:
+		return missing(number, "custom_id"), true
+	case l.Method == "":
+		return missing(number, "method"), true
+	case !strings.EqualFold(l.Method, "POST"):
+		return lineError(number, codeMethod, "method", "The method must be POST."), true
+	case l.URL == "":
+		return missing(number, "url"), true
+	case l.URL != endpoint:
+		return lineError(number, codeURL, "url", fmt.Sprintf(
+			"The URL provided for this request does not match the batch endpoint, %s.", endpoint)), true
+	}
+	return batchError{}, false
 }

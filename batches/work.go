@@ -30,8 +30,8 @@ var (
 	errOver    = errors.New("the batch is over") // cancelled: its outcome is decided
 	errExpired = errors.New("the completion window is over")
 	errUnknown = errors.New("its API key is not accepted any more")
-	errFull    = errors.New("all files together have as many bytes as they may have (--batches-bytes): " +
-		"delete some")
+	errFull    = errors.New("all files together have as many bytes as they may have " +
+		"(--batches-bytes): delete some")
 )
 
 // job is a batch.
@@ -156,7 +156,9 @@ func (s *Service) note(j *job, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if j.Outcome == "" {
-		j.Errors = listErrors(batchError{Code: code, Message: "the batch waits, and goes on by itself: " + err.Error()})
+		j.Errors = listErrors(batchError{
+			Code: code, Message: "the batch waits, and goes on by itself: " + err.Error(),
+		})
 	}
 }
 
@@ -268,7 +270,8 @@ func (s *Service) progress(j *job, sender *sender, folder string, p batch.Progre
 	}
 	j.RequestCounts = requestCounts{p.Total, p.Counts.Answers, p.Counts.Failed}
 	j.Errors = nil
-	u := &usage{Input: p.Counts.Prompt, Output: p.Counts.Generated, Total: p.Counts.Prompt + p.Counts.Generated}
+	c := p.Counts
+	u := &usage{Input: c.Prompt, Output: c.Generated, Total: c.Prompt + c.Generated}
 	u.InputDetails.Cached = p.Counts.Reused
 	j.Usage = u
 	if size >= 0 {

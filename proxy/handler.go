@@ -424,7 +424,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if done := h.admit(w, r, ex); done {
 		return
 	}
-	if h.own(w, r, ex) {
+	if h.ours(w, r, ex) {
 		return
 	}
 	if scarce {

@@ -15,7 +15,6 @@ import (
 func (h *Handler) own(w http.ResponseWriter, r *http.Request, ex *exchange) bool {
 	switch path := r.URL.Path; {
 	case h.pages(w, r, ex):
-	case h.batches(w, r, ex):
 	case path == PathMetrics && h.Metrics != nil:
 		ex.Endpoint, ex.Outcome, ex.Status = PathMetrics, Own, http.StatusOK
 		h.Metrics.ServeHTTP(w, r)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -211,7 +212,8 @@ func (s *serveCmd) settings() (settings, error) {
 	if set.trusted, err = proxy.ParseTrustedProxies(s.TrustedProxy); err != nil {
 		return set, fmt.Errorf("--trusted-proxy: %w", err)
 	}
-	return set, s.readFiles(&set)
+	err = cmp.Or(s.checkBatches(), s.readFiles(&set))
+	return set, err
 }
 
 // apiKeys reads the keys that clients must send; nil if they need none.
@@ -288,9 +290,6 @@ func (s *serveCmd) limits() (int64, error) {
 	}
 	if s.StoreEntries < 0 || s.StoreBytes < 0 {
 		return 0, fmt.Errorf("--store-entries %d, --store-bytes %d: want 0 (remember no prefixes but the last prompts') or more", s.StoreEntries, s.StoreBytes)
-	}
-	if err := s.checkBatches(); err != nil {
-		return 0, err
 	}
 	if s.AnswersBytes < 0 || s.AnswersTTL < 0 {
 		return 0, fmt.Errorf("--answers-bytes %d, --answers-ttl %v: want 0 (keep no answers; for ever) or more", s.AnswersBytes, s.AnswersTTL)
@@ -381,13 +380,8 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	}
 	defer kept.Close() // it has logged what it could not write
 	h := s.handler(set, ups, transport, kept, logger)
-	ln, err := set.listener(ctx, logger)
+	ln, stopBatches, err := s.begin(ctx, set, h, logger)
 	if err != nil {
-		return err
-	}
-	stopBatches, err := s.serveBatches(ctx, set, h, logger)
-	if err != nil {
-		ln.Close()
 		return err
 	}
 	if s.listening != nil {

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"strings"
@@ -35,6 +36,7 @@ const (
 	codeMany    = "too_many_requests"
 	codeModels  = "too_many_models"
 	codeKey     = "invalid_api_key"
+	codeLost    = "input_file_missing"
 )
 
 var utf8Mark = []byte("\xef\xbb\xbf")
@@ -69,17 +71,16 @@ func missing(number int, param string) batchError {
 		fmt.Sprintf("Missing required parameter: '%s'.", param))
 }
 
-func noModel(model string, number *int) batchError {
-	param := "body.model"
+func noModel(model string, number int) batchError {
 	said := fmt.Sprintf("model '%s' is not on the server: pull it (ollama pull %[1]s)", model)
-	return batchError{codeModel, said, &param, number}
+	return lineError(number, codeModel, "body.model", said)
 }
 
 // validate reads a batch's file, asks for its models, and notes that it may begin.
 func (s *Service) validate(ctx context.Context, j *job, sender *sender) error {
 	f, err := os.Open(s.path(filesFolder, j.InputFileID+dataSuffix))
 	if err != nil {
-		return err
+		return lost(err)
 	}
 	defer f.Close()
 	in, err := readInput(f, j.Endpoint)
@@ -110,6 +111,16 @@ func (s *Service) validate(ctx context.Context, j *job, sender *sender) error {
 	})
 }
 
+// lost tells an input that is gone, which no pause brings back, from another error.
+func lost(err error) error {
+	if !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return &badInput{[]batchError{{
+		Code: codeLost, Message: "The input file is gone from the folder of the proxy.",
+	}}}
+}
+
 // lookFor finds the models that the server lacks.
 func (s *Service) lookFor(ctx context.Context, j *job, sender *sender, in *input) error {
 	survey := &batch.Survey{Models: in.models} // only the names count
@@ -120,8 +131,7 @@ func (s *Service) lookFor(ctx context.Context, j *job, sender *sender, in *input
 		return err
 	}
 	for _, model := range absent {
-		number := in.models[model]
-		in.add(noModel(model, &number))
+		in.add(noModel(model, in.models[model]))
 	}
 	return nil
 }

@@ -201,9 +201,6 @@ func verdict(ctx context.Context, err error) (status, []batchError) {
 	if bad, ok := errors.AsType[*badInput](err); ok {
 		return failed, bad.errors
 	}
-	if absent, ok := errors.AsType[*batch.AbsentError](err); ok {
-		return failed, []batchError{noModel(absent.Model, nil)}
-	}
 	switch context.Cause(ctx) {
 	case errExpired:
 		return expired, nil
@@ -233,7 +230,7 @@ func (s *Service) run(ctx context.Context, j *job, sender *sender) error {
 	}()
 	source, err := batch.OpenLines(s.path(filesFolder, j.InputFileID+dataSuffix), nil, batch.UTF8)
 	if err != nil {
-		return err
+		return lost(err)
 	}
 	defer source.Close()
 	config := s.config(j, sender)

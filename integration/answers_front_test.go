@@ -28,12 +28,13 @@ var textPaths = []string{
 type front struct {
 	*httptest.Server
 
-	mu     sync.Mutex
-	asked  []string            // the computations that were asked for: path and body; guarded by mu
-	whole  int                 // how many of them were answered to their end; guarded by mu
-	lists  int                 // how many lists of models it has answered; guarded by mu
-	answer reply               // the last one that ended; guarded by mu
-	holds  map[string]*holding // by the word in the request; guarded by mu
+	mu       sync.Mutex
+	asked    []string            // the computations that were asked for: path and body; guarded by mu
+	answered []string            // those that were answered with status 200; guarded by mu
+	whole    int                 // how many of them were answered to their end; guarded by mu
+	lists    int                 // how many lists of models it has answered; guarded by mu
+	answer   reply               // the last one that ended; guarded by mu
+	holds    map[string]*holding // by the word in the request; guarded by mu
 }
 
 // holding holds requests with a word in them: before they are forwarded, and after the first part

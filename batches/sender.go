@@ -16,6 +16,8 @@ const (
 
 	leastRetry = time.Second // after an answer 429
 	mostRetry  = 2 * time.Minute
+
+	forever = 1<<63 - 1
 )
 
 // sender sends a batch's requests to a handler within this process, in the name of the batch's
@@ -51,10 +53,9 @@ func (t *sender) RoundTrip(r *http.Request) (*http.Response, error) {
 		}
 		after, _ := strconv.Atoi(res.Header.Get("Retry-After")) // 0 is too little
 		res.Body.Close()
-		select {
-		case <-time.After(min(max(time.Duration(after)*time.Second, leastRetry), mostRetry)):
-		case <-r.Context().Done():
-			return nil, context.Cause(r.Context())
+		wait := min(max(time.Duration(after)*time.Second, leastRetry), mostRetry)
+		if err := t.job.gate.rest(r.Context(), wait); err != nil {
+			return nil, err
 		}
 		if r.Body, err = r.GetBody(); err != nil {
 			return nil, err
@@ -186,14 +187,27 @@ func (g *gate) pass(ctx context.Context) error {
 		g.mu.Unlock()
 		return nil
 	}
+	g.mu.Unlock()
+	return g.rest(ctx, forever)
+}
+
+// rest lets a request wait that is not under way.
+func (g *gate) rest(ctx context.Context, wait time.Duration) error {
+	g.mu.Lock()
 	g.held++
 	g.look()
 	g.mu.Unlock()
-	<-ctx.Done()
-	g.mu.Lock()
-	g.held--
-	g.mu.Unlock()
-	return context.Cause(ctx)
+	defer func() {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		g.held--
+	}()
+	select {
+	case <-time.After(wait):
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // inFlight tells how many requests have begun and are not recorded.

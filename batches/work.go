@@ -238,6 +238,7 @@ func (s *Service) run(ctx context.Context, j *job, sender *sender) error {
 	config.Source = source
 	config.Progress = func(p batch.Progress) { s.progress(j, sender, folder, p) }
 	config.InFlight = j.gate.inFlight
+	defer j.gate.inFlight(0)
 	_, err = batch.Run(ctx, config)
 	return err
 }

@@ -96,6 +96,10 @@ bench-candidates: ## 170,000 candidates and one rubric on simulated servers, in 
 		echo "$$out" | grep evaluated || exit 1; \
 	done
 
+.PHONY: bench-answerstores
+bench-answerstores: ## four embedded databases under the load of stored answers (3 min; docs/answer-stores.md)
+	cd bench/answerstores && $(GO) run . -vectors 100000 -answers 5000
+
 .PHONY: fuzz
 fuzz: ## a minute of each fuzz test
 	$(FUZZ) '^FuzzParse$$' ./engine
@@ -119,6 +123,7 @@ fuzz: ## a minute of each fuzz test
 	$(FUZZ) '^FuzzLines$$' ./batch
 	$(FUZZ) '^FuzzRows$$' ./batch
 	$(FUZZ) '^FuzzJoined$$' ./batch
+	$(FUZZ) '^FuzzEntry$$' ./answers
 
 .PHONY: soak
 soak: ## ten minutes of mixed clients and two real servers that are killed and revived: nothing lost, memory flat

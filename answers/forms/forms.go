@@ -376,6 +376,12 @@ func Lines(contentType string, body []byte) iter.Seq[[]byte] {
 // eventData returns the name of an event, if it has one, and its data, which Ollama writes on one
 // line.
 func eventData(unit []byte) (name, data []byte) {
+	if data, ok := chunkData(unit); ok {
+		return nil, data
+	}
+	if name, data, ok := namedEvent(unit); ok {
+		return name, data
+	}
 	for line := range split(unit, lineEnd) {
 		line = bytes.TrimRight(line, "\r\n")
 		if rest, ok := bytes.CutPrefix(line, []byte("event: ")); ok {

@@ -79,8 +79,8 @@ func (c Control) Looks() bool { return !c.NoCache && !c.NoStore }
 // Keeps reports whether the answer may be kept.
 func (c Control) Keeps() bool { return !c.NoStore }
 
-// Takes reports whether a kept answer of that age will do, of which life is the age until which it is
-// good; 0 means for ever.
+// Takes reports whether a kept answer of that age will do, of which life is the age until which it
+// is good; 0 means for ever.
 func (c Control) Takes(age, life time.Duration) bool {
 	switch {
 	case !c.Looks(), c.HasMaxAge && age > c.MaxAge:
@@ -106,8 +106,8 @@ func seconds(s string) (time.Duration, bool) {
 	return time.Duration(n) * time.Second, s != ""
 }
 
-// directives calls f for each directive of a line. Of what is no directive it skips everything up to
-// the next comma, and of a string without end the rest.
+// directives calls f for each directive of a line. Of what is no directive it skips everything up
+// to the next comma, and of a string without end the rest.
 func directives(line string, f func(directive, value string, hasValue bool)) {
 	for line != "" {
 		line = strings.TrimLeft(line, " \t,")

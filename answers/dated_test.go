@@ -9,12 +9,12 @@ import (
 
 func TestClockOf(t *testing.T) {
 	for _, c := range []struct {
-		renderer, template string
-		want               Clock
+		modelfile, template string
+		want                Clock
 	}{
 		{"", "{{ .Prompt }}", NoClock},
-		{"qwen3-coder", "", NoClock},
-		{"glimmer", "", DateClock},
+		{"FROM x\nRENDERER qwen3-coder\nLICENSE glimmer\n", "", NoClock},
+		{"FROM x\nRENDERER glimmer\n", "", DateClock},
 		{"", "Current date: {{ currentDate }}", DateClock},
 		{"", "{{- yesterdayDate }}", DateClock},
 		{"", "{{- 'Today Date: ' + date_string }}", DateClock},
@@ -25,8 +25,8 @@ func TestClockOf(t *testing.T) {
 		{"", `{{ strftime_now("%`, TimeClock},
 		{"", `{{ strftime_now('%') }}`, TimeClock},
 	} {
-		if got := ClockOf(c.renderer, c.template); got != c.want {
-			t.Errorf("%q %q: %d, want %d", c.renderer, c.template, got, c.want)
+		if got := ClockOf(c.modelfile, c.template); got != c.want {
+			t.Errorf("%q %q: %d, want %d", c.modelfile, c.template, got, c.want)
 		}
 	}
 	if id := identify(prefix.Generate, `{"prompt":"a","template":"{{ current\u0044ate }}"}`); id.Clock != DateClock {

@@ -192,6 +192,14 @@ func (f *Flight) Recorded() (status int, body []byte, marks []Mark, whole bool) 
 	return f.status, f.data, f.marks, f.done && f.err == nil && !f.overflown
 }
 
+// Sent returns the header and the body as far as there are any; ok is false if the body's beginning is
+// no longer held. None of them may be changed.
+func (f *Flight) Sent() (header http.Header, body []byte, ok bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.sent, f.data[:len(f.data):len(f.data)], !f.overflown
+}
+
 // Progress returns how many bytes of the body there are, and whether the answer has ended.
 func (f *Flight) Progress() (bytes int, ended bool, err error) {
 	f.mu.Lock()

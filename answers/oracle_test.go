@@ -349,7 +349,7 @@ func (n *node) write(b *bytes.Buffer, c *chance, depth int, shuffle bool) {
 			if n.kind == '{' {
 				key := n.keys[i]
 				if depth == 0 && c.odd(8) {
-					key = []string{strings.ToUpper(key), strings.Title(key), strings.ReplaceAll(key, "s", "\u017f")}[c.n(3)]
+					key = []string{strings.ToUpper(key), capital(key), strings.ReplaceAll(key, "s", "\u017f")}[c.n(3)]
 				}
 				writeString(b, c, key)
 				b.WriteByte(':')
@@ -369,6 +369,11 @@ func (n *node) write(b *bytes.Buffer, c *chance, depth int, shuffle bool) {
 		}
 		b.WriteString(text)
 	}
+}
+
+func capital(s string) string {
+	_, n := utf8.DecodeRuneInString(s)
+	return strings.ToUpper(s[:n]) + s[n:]
 }
 
 // writeString writes a string, some of it with escapes.

@@ -33,8 +33,8 @@ const (
 // unusual way may have a Sum of its own, which costs a computation and never a wrong answer.
 //
 // A request does not determine its answer alone. These belong into a Key as well: the path, the
-// model's digest, Ollama's version, and, where Clock or ClockOf says so, the Day. What no key has is
-// the server's own settings (OLLAMA_CONTEXT_LENGTH, OLLAMA_KV_CACHE_TYPE and the like).
+// model's digest, Ollama's version, and, where Clock or ClockOf says so, the Day. What no key has
+// is the server's own settings (OLLAMA_CONTEXT_LENGTH, OLLAMA_KV_CACHE_TYPE and the like).
 type Identity struct {
 	// Sum is the SHA-256 of the parsed request and its endpoint.
 	Sum  [sha256.Size]byte
@@ -43,8 +43,8 @@ type Identity struct {
 	// nothing outside of the model has a say, such as a web search.
 	Deterministic bool
 	// Prompt: there is something to evaluate. Otherwise the request only loads or unloads a model,
-	// is refused by Ollama, or is one of which Ollama does not read every member in the same way, such
-	// as with two members of one name. It must not be answered from a store.
+	// is refused by Ollama, or is one of which Ollama does not read every member in the same way,
+	// such as with two members of one name. It must not be answered from a store.
 	Prompt bool
 	// Tools: the request has tools, see forms.Whole.
 	Tools bool
@@ -60,13 +60,13 @@ type Defaults struct {
 }
 
 // Identify reads a request's body, an object that jsonscan has validated. The members are all of
-// those that jsonscan.Object returned for it, in order, and long is its Long; if members is nil, the
-// body is scanned again. Of endpoints without generated text (None, Embed) the zero Identity is
+// those that jsonscan.Object returned for it, in order, and long is its Long; if members is nil,
+// the body is scanned again. Of endpoints without generated text (None, Embed) the zero Identity is
 // returned.
 //
 // What makes no difference: the order of members at the top level and in options, the case of keys
-// at the top level, space between values, escapes in strings, how a floating-point number is written,
-// and a member that states what Ollama takes if it is absent (see absent).
+// at the top level, space between values, escapes in strings, how a floating-point number is
+// written, and a member that states what Ollama takes if it is absent (see absent).
 func Identify(
 	e prefix.Endpoint, data []byte, members []jsonscan.Member, long []byte, defaults Defaults,
 ) Identity {
@@ -131,8 +131,8 @@ func (r *reader) take(members []jsonscan.Member) {
 	}
 }
 
-// order sorts the members by name unless two of them have one name, and reports whether they do: then
-// their order matters, and they stay as they are.
+// order sorts the members by name unless two of them have one name, and reports whether they do:
+// then their order matters, and they stay as they are.
 func order(members []named) bool {
 	for i := range members {
 		for j := range i {
@@ -176,34 +176,44 @@ func (r *reader) identity(defaults Defaults) Identity {
 	r.put(byte(r.endpoint))
 	rules := known(r.endpoint)
 	for _, m := range r.members {
-		rule, ok := rules[string(m.name)]
-		switch {
-		case rule.ignored != nil && rule.ignored(m.value), ok && !r.twice && rule.absent(m.value):
+		rule := rules[string(m.name)]
+		if rule.ignored != nil && rule.ignored(m.value) || !r.twice && rule.absent(m.value) {
 			continue
 		}
 		r.text(m.name)
-		switch {
-		case rule.options && m.value[0] == '{':
-			r.optionsObject(m.value)
-		case rule.copied:
-			r.sized('c', m.value)
-		case rule.float && (m.value[0] == '-' || '0' <= m.value[0] && m.value[0] <= '9'):
-			r.float(m.value)
-		default:
-			c := jsonscan.NewCursor(m.value, 0)
-			c.Know(r.long)
-			r.raw = rule.raw
-			r.value(&c)
-			r.raw = false
-		}
+		r.member(rule, m.value)
 	}
 	r.put('.')
 	r.sum(&id.Sum)
 	return id
 }
 
+// member writes the value of a member.
+func (r *reader) member(rule rule, value []byte) {
+	switch {
+	case rule.options && value[0] == '{':
+		r.optionsObject(value)
+	case rule.copied:
+		r.sized('c', value)
+	case rule.float && numeric(value):
+		r.float(value)
+	default:
+		r.raw = rule.raw
+		r.valueOf(value)
+		r.raw = false
+	}
+}
+
+// valueOf writes a value.
+func (r *reader) valueOf(value []byte) {
+	c := jsonscan.NewCursor(value, 0)
+	c.Know(r.long)
+	r.value(&c)
+}
+
 // optionsObject writes native options. Ollama decodes them into a map, so their order and the
-// spelling of their numbers is lost. A null is not nothing: some settings look at whether it is there.
+// spelling of their numbers is lost. A null is not nothing: some settings look at whether it is
+// there.
 func (r *reader) optionsObject(object []byte) {
 	r.readOptions(object)
 	if order(r.options) {
@@ -212,13 +222,11 @@ func (r *reader) optionsObject(object []byte) {
 	r.put('o')
 	for _, m := range r.options {
 		r.text(m.name)
-		if b := m.value[0]; b == '-' || '0' <= b && b <= '9' {
+		if numeric(m.value) {
 			r.float(m.value)
-			continue
+		} else {
+			r.valueOf(m.value)
 		}
-		c := jsonscan.NewCursor(m.value, 0)
-		c.Know(r.long)
-		r.value(&c)
 	}
 	r.put('}')
 }
@@ -236,19 +244,24 @@ func (r *reader) readOptions(object []byte) {
 
 // form returns the form that is asked for.
 func (r *reader) form() Form {
-	stream := r.endpoint == prefix.Chat || r.endpoint == prefix.Generate
-	pointer := stream || r.endpoint == prefix.Responses
-	usage := false
+	native := r.endpoint == prefix.Chat || r.endpoint == prefix.Generate
+	stream, usage := native, false
 	for _, m := range r.members {
-		switch {
-		case string(m.name) == "stream" && (m.value[0] != 'n' || pointer):
-			stream = m.value[0] == 't' || m.value[0] == 'n' && r.endpoint != prefix.Responses
-		case string(m.name) == "stream_options" && m.value[0] == '{':
-			if v := lastMember(m.value, "include_usage"); v != nil {
+		null := m.value[0] == 'n'
+		switch string(m.name) {
+		case "stream":
+			switch {
+			case !null:
+				stream = m.value[0] == 't'
+			case native, r.endpoint == prefix.Responses: // it is decoded into a pointer
+				stream = native
+			}
+		case "stream_options":
+			if null {
+				usage = false
+			} else if v := lastMember(m.value, "include_usage"); v != nil {
 				usage = v[0] == 't'
 			}
-		case string(m.name) == "stream_options" && m.value[0] == 'n':
-			usage = false
 		}
 	}
 	switch {
@@ -290,29 +303,10 @@ func empty(value []byte) bool {
 // What a request does not state is, in Ollama's code: of the native endpoints and of /v1/messages,
 // the Modelfile's; of the other endpoints under /v1, a temperature of 1 and the Modelfile's seed.
 func (r *reader) fixed(defaults Defaults) bool {
-	temperature, seed := r.get("temperature"), r.get("seed")
-	switch r.endpoint {
-	case prefix.Chat, prefix.Generate:
-		temperature, seed = nil, nil
-		if o := r.get("options"); o != nil && o[0] == '{' {
-			r.readOptions(o)
-			for _, m := range r.options {
-				switch {
-				case m.value[0] == 'n':
-				case string(m.name) == "temperature":
-					temperature = m.value
-				case string(m.name) == "seed":
-					seed = m.value
-				}
-			}
-			if order(r.options) {
-				return false
-			}
-		}
-	case prefix.Messages, prefix.Responses:
-		seed = nil // it has none
-	}
+	temperature, seed, ok := r.sampling()
 	switch {
+	case !ok:
+		return false
 	case temperature != nil:
 		if v, ok := number(temperature); ok && greedy(v) {
 			return true
@@ -327,6 +321,32 @@ func (r *reader) fixed(defaults Defaults) bool {
 	return defaults.Seed != nil && reproducible(*defaults.Seed)
 }
 
+// sampling returns the temperature and the seed that the request states, or false if it states
+// something twice.
+func (r *reader) sampling() (temperature, seed []byte, ok bool) {
+	switch r.endpoint {
+	case prefix.Messages, prefix.Responses:
+		return r.get("temperature"), nil, true // there is no seed
+	case prefix.ChatCompletions, prefix.Completions:
+		return r.get("temperature"), r.get("seed"), true
+	}
+	o := r.get("options")
+	if o == nil || o[0] != '{' {
+		return nil, nil, true
+	}
+	r.readOptions(o)
+	for _, m := range r.options {
+		switch {
+		case m.value[0] == 'n':
+		case string(m.name) == "temperature":
+			temperature = m.value
+		case string(m.name) == "seed":
+			seed = m.value
+		}
+	}
+	return temperature, seed, !order(r.options)
+}
+
 // inherits reports whether the Modelfile's temperature is used if the request states none.
 func (r *reader) inherits() bool {
 	return r.endpoint == prefix.Chat || r.endpoint == prefix.Generate || r.endpoint == prefix.Messages
@@ -335,21 +355,24 @@ func (r *reader) inherits() bool {
 // greedy reports whether a temperature is 0 in the engine, which has floats of 32 bits.
 func greedy(temperature float64) bool { return float32(temperature) == 0 }
 
-// reproducible reports whether a seed is one: -1 asks for a new one each time, and the engine has 32
-// bits of it.
+// reproducible reports whether a seed is one: -1 asks for a new one each time, and the engine has
+// 32 bits of it.
 func reproducible(seed int64) bool { return uint32(seed) != math.MaxUint32 }
+
+// numeric reports whether a value is a number.
+func numeric(value []byte) bool { return value[0] == '-' || '0' <= value[0] && value[0] <= '9' }
 
 // number parses a JSON number.
 func number(value []byte) (float64, bool) {
-	if b := value[0]; b != '-' && (b < '0' || b > '9') {
+	if !numeric(value) {
 		return 0, false
 	}
 	v, err := strconv.ParseFloat(string(value), 64)
 	return v, err == nil
 }
 
-// outside reports whether the answer may depend on something outside of the model and the request: a
-// tool that the server runs, or a conversation that it remembers.
+// outside reports whether the answer may depend on something outside of the model and the request:
+// a tool that the server runs, or a conversation that it remembers.
 func (r *reader) outside() bool {
 	if r.get("previous_response_id") != nil || r.get("conversation") != nil {
 		return true
@@ -384,8 +407,11 @@ func harmless(kind []byte) bool {
 	return kind[0] == 'n' || string(kind) == `""`
 }
 
-// lastMember returns the last member of that name that is not null.
+// lastMember returns the last member of that name that is not null, or nil if it is no object.
 func lastMember(object []byte, name string) (value []byte) {
+	if object[0] != '{' {
+		return nil
+	}
 	c := jsonscan.NewCursor(object, 0)
 	for c.Enter(); c.More(); {
 		key, v := c.Key(), c.Value()
@@ -523,8 +549,8 @@ func (w *canon) value(c *jsonscan.Cursor) {
 	}
 }
 
-// float writes a number that Ollama decodes into floating point. Of long ones it keeps the spelling:
-// where 32 bits are meant, two of them may be one in 64 bits and two in 32.
+// float writes a number that Ollama decodes into floating point. Of long ones it keeps the
+// spelling: where 32 bits are meant, two of them may be one in 64 bits and two in 32.
 func (w *canon) float(value []byte) {
 	const digits = 15
 	if v, ok := number(value); ok && len(value) <= digits {
@@ -575,8 +601,8 @@ var simple = [256]byte{
 }
 
 // escape writes the rune that s begins with the escape of, and returns the length of that. What is
-// decoded to something else than it says, such as half of a surrogate pair, is written as it is, after
-// 0xfe, which is in no valid text.
+// decoded to something else than it says, such as half of a surrogate pair, is written as it is,
+// after 0xfe, which is in no valid text.
 func (w *canon) escape(s []byte) int {
 	if b := simple[s[1]]; b != 0 {
 		w.put(b)

@@ -9,8 +9,8 @@ import (
 
 // rule is what is known about a member of a request.
 type rule struct {
-	// ignored reports whether a value changes no word of the answer. With one that Ollama refuses the
-	// answer is the refusal.
+	// ignored reports whether a value changes no word of the answer. With one that Ollama refuses
+	// the answer is the refusal.
 	ignored func(value []byte) bool
 	options bool // it is decoded into a map
 	float   bool // it is decoded into floating point
@@ -69,39 +69,46 @@ func duration(value []byte) bool {
 }
 
 // rules are what is known about each endpoint's members. They were read from the types and handlers
-// of Ollama 0.24 to 0.34. A member that is not listed has no default that is known: null, for one, is
-// not nothing for format and input. An empty list of tools is not one for templates, which can write it.
+// of Ollama 0.24 to 0.34. A member that is not listed has no default that is known: null, for one,
+// is not nothing for format and input. An empty list of tools is not one for templates, which can
+// write it.
 var rules = map[prefix.Endpoint]map[string]rule{
 	prefix.Chat: {
-		"stream": {ignored: boolean}, "keep_alive": {ignored: duration}, "tools": null, "format": raw, "think": null, "truncate": null, "shift": null,
+		"stream": {ignored: boolean}, "keep_alive": {ignored: duration},
+		"tools": null, "format": raw, "think": null, "truncate": null, "shift": null,
 		"options":            {same: []string{"null", "{}"}, options: true},
 		"_debug_render_only": off, "logprobs": off, "top_logprobs": zero,
 	},
 	prefix.Generate: {
-		"stream": {ignored: boolean}, "keep_alive": {ignored: duration}, "format": raw, "think": null, "truncate": null, "shift": null,
+		"stream": {ignored: boolean}, "keep_alive": {ignored: duration},
+		"format": raw, "think": null, "truncate": null, "shift": null,
 		"options":            {same: []string{"null", "{}"}, options: true},
 		"_debug_render_only": off, "logprobs": off, "top_logprobs": zero,
 		"suffix": blank, "system": blank, "template": blank, "context": null, "raw": off, "images": none,
 	},
 	prefix.ChatCompletions: {
-		"stream": {ignored: boolean}, "stream_options": {ignored: streamOptions}, "keep_alive": {ignored: duration}, "max_tokens": null, "seed": null,
+		"stream": {ignored: boolean}, "stream_options": {ignored: streamOptions}, "keep_alive": {ignored: duration},
+		"max_tokens": null, "seed": null,
 		"stop": null, "temperature": float, "frequency_penalty": float, "presence_penalty": float, "top_p": float,
 		"response_format": {same: null.same, raw: true}, "tools": none, "reasoning": null, "reasoning_effort": blank, "logprobs": off,
 		"top_logprobs": zero, "_debug_render_only": off,
 	},
 	prefix.Completions: {
-		"stream": {ignored: boolean}, "stream_options": {ignored: streamOptions}, "keep_alive": {ignored: duration}, "max_tokens": null, "seed": null,
+		"stream": {ignored: boolean}, "stream_options": {ignored: streamOptions}, "keep_alive": {ignored: duration},
+		"max_tokens": null, "seed": null,
 		"stop": null, "temperature": float, "frequency_penalty": float, "presence_penalty": float, "top_p": float,
 		"suffix": blank, "logprobs": zero, "_debug_render_only": off,
 	},
 	prefix.Messages: {
-		"stream": {ignored: boolean}, "stream_options": {ignored: streamOptions}, "keep_alive": {ignored: duration}, "system": blank, "temperature": float,
+		"stream": {ignored: boolean}, "stream_options": {ignored: streamOptions}, "keep_alive": {ignored: duration},
+		"system": null, "temperature": float,
 		"top_p": float, "top_k": null, "stop_sequences": none,
 		"tools": {same: none.same, copied: true}, "tool_choice": null, "thinking": null,
 		"metadata": null, "output_config": null,
 	},
 	prefix.Responses: {
-		"stream": {ignored: boolean}, "stream_options": {ignored: streamOptions}, "keep_alive": {ignored: duration}, "instructions": blank,
+		"stream": {ignored: boolean}, "stream_options": {ignored: streamOptions}, "keep_alive": {ignored: duration},
+		"instructions":      blank,
 		"max_output_tokens": null, "temperature": float, "text": {same: null.same, raw: true}, "input": raw, "top_p": float, "truncation": null,
 		"tools": null, "think": null, "include": null, "background": off, "reasoning": null,
 	},

@@ -17,6 +17,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net/http"
 	"net/url"
@@ -32,7 +33,10 @@ type Config struct {
 	Output string    // the path of the results, or "-"
 	Stdout io.Writer // where "-" writes to
 	Errors string    // the path for requests that failed, to be sent again; "": they are not kept
-	Beside []Named   // other files of the run, which must be different from these
+	// Perm are the permissions of the output, the journal and the file for errors where they are
+	// made; 0: 0o666, less the umask.
+	Perm   fs.FileMode
+	Beside []Named // other files of the run, which must be different from these
 	Order  Order
 	Window int // how many requests are read ahead and ordered, at least 1
 
@@ -51,6 +55,9 @@ type Config struct {
 	// Progress, if non-nil, is called by one goroutine when a request is done and about once a
 	// second.
 	Progress func(Progress)
+	// InFlight, if non-nil, is called by the same goroutine with how many requests are in flight:
+	// before one begins, and after the result of one was recorded.
+	InFlight func(n int)
 
 	firstWait time.Duration // before a retry; 0: half a second
 	compactAt int64         // 0: compactAt
@@ -228,7 +235,7 @@ func (b *batch) loop(ctx context.Context) error {
 				return err
 			}
 			if more = ok; ok {
-				b.inFlight++
+				b.flies(1)
 				wg.Go(func() { b.send(running, it, in) }) // ends with running at the latest
 			}
 		}
@@ -282,6 +289,14 @@ func (b *batch) send(ctx context.Context, it item, in inbox) {
 	in.put(ctx, func() error { return b.finish(ctx, f) })
 }
 
+// flies changes how many requests are in flight.
+func (b *batch) flies(by int) {
+	b.inFlight += by
+	if b.InFlight != nil {
+		b.InFlight(b.inFlight)
+	}
+}
+
 func (b *batch) tell() {
 	if b.Progress == nil {
 		return
@@ -314,7 +329,7 @@ func (b *batch) finish(ctx context.Context, f finished) error {
 	if err := b.journal.add(f.item, f.failure != nil, counts, result); err != nil {
 		return err
 	}
-	b.inFlight--
+	b.flies(-1)
 	b.tell()
 	return nil
 }

@@ -3,6 +3,7 @@ package batch
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -35,6 +36,7 @@ const compactAt = 16 << 20
 // The first line is a journalHead; each other line is a journalEntry. The last one may be torn.
 type journal struct {
 	files  files
+	perm   fs.FileMode // of new files
 	path   string
 	file   file
 	size   int64
@@ -91,7 +93,9 @@ var errChanged = errors.New("the batch cannot go on")
 // openJournal opens the output and its journal, and brings the output to the state that the journal
 // knows. An output that is not a regular file is written once, from its start.
 func openJournal(c *Config, limit int64) (*journal, error) {
-	j := &journal{files: c.files, source: c.Source, limit: limit, beyond: map[int]place{}}
+	j := &journal{
+		files: c.files, perm: cmp.Or(c.Perm, 0o666), source: c.Source, limit: limit, beyond: map[int]place{},
+	}
 	if j.files == nil {
 		j.files = disk{}
 	}
@@ -154,7 +158,7 @@ func (j *journal) open(c *Config) error {
 // openFile opens a file for writing. kept is the same file, or nil if it cannot be continued, such
 // as a terminal or a pipe.
 func (j *journal) openFile(what, name string) (f io.Writer, kept file, err error) {
-	if kept, err = j.files.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o666); err != nil {
+	if kept, err = j.files.OpenFile(name, os.O_RDWR|os.O_CREATE, j.perm); err != nil {
 		return nil, nil, fileError("opening "+what, name, err)
 	}
 	j.opened = append(j.opened, kept)
@@ -210,7 +214,7 @@ func (j *journal) failed(doing, path string, err error) error {
 func (j *journal) begin() error {
 	const doing = "writing the journal"
 	path := j.path + ".new"
-	next, err := j.files.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o666)
+	next, err := j.files.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_TRUNC, j.perm)
 	if err != nil {
 		return j.failed(doing, j.path, err)
 	}

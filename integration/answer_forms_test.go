@@ -3,8 +3,13 @@ package integration
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"maps"
+	"net/http"
+	"net/http/httptest"
+	"reflect"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -143,14 +148,61 @@ func TestAnswerForms(t *testing.T) {
 		t.Run(version, func(t *testing.T) {
 			server := realollama.Start(t, realollama.Config{Version: version, Models: []string{"smollm2"}})
 			mustPost(t, server.URL()+"/api/create", fmt.Sprintf(`{"model":"thinker","from":"smollm2","template":%q,"parameters":{"repeat_penalty":1},"stream":false}`, thinker))
+			asked, made := replayer{}, replayer{}
 			for _, c := range formCases() {
-				t.Run(c.name, func(t *testing.T) { c.check(t, server.URL()) })
+				t.Run(c.name, func(t *testing.T) {
+					stream, again := c.check(t, server.URL())
+					key := [2]string{c.path, strings.ReplaceAll(c.name, " ", "-")}
+					asked[key], made[key] = stream, again
+				})
 			}
+			t.Run("clients", func(t *testing.T) {
+				want, got := asked.collect(t, server), made.collect(t, server)
+				for _, name := range slices.Sorted(maps.Keys(want)) {
+					if w, ok := want[name].(map[string]any); ok && strings.HasPrefix(name, "responses") &&
+						w["helper"] == nil && version == realollama.EraA {
+						delete(w, "helper") // it cannot read Ollama's stream, but may read ours
+						delete(got[name].(map[string]any), "helper")
+					}
+					if !reflect.DeepEqual(got[name], want[name]) {
+						t.Errorf("%s: a client collects\n%v\nfrom Ollama's stream\n%v", name, got[name], want[name])
+					}
+				}
+				if len(want) != len(formCases()) {
+					t.Errorf("%d results", len(want))
+				}
+			})
 		})
 	}
 }
 
-func (c formCase) check(t *testing.T, url string) {
+// replayer serves streams by path and model.
+type replayer map[[2]string]string
+
+func (r replayer) ServeHTTP(w http.ResponseWriter, req *http.Request) {
+	if req.URL.Path == "/forms" {
+		json.NewEncoder(w).Encode(slices.Collect(maps.Keys(r)))
+		return
+	}
+	var body struct{ Model string }
+	if err := json.NewDecoder(req.Body).Decode(&body); err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	w.Header().Set("Content-Type", forms.ContentType(req.URL.Path, true))
+	io.WriteString(w, r[[2]string{req.URL.Path, body.Model}])
+}
+
+// collect returns what clients make of the streams.
+func (r replayer) collect(t *testing.T, server *realollama.Server) map[string]any {
+	t.Helper()
+	recorded := httptest.NewServer(r)
+	defer recorded.Close()
+	return script("answer_forms.py")(t, target{recorded.URL, server})
+}
+
+// check returns Ollama's stream, and the one that is made from its whole answer.
+func (c formCase) check(t *testing.T, url string) (stream, made string) {
 	c.ask(t, url, false) // so that both find as much of the prompt in the slot
 	wholeType, whole := c.ask(t, url, false)
 	streamType, stream := c.ask(t, url, true)
@@ -184,12 +236,12 @@ func (c formCase) check(t *testing.T, url string) {
 	if lines.String() != stream || n < 2 {
 		t.Errorf("%d lines are not the stream", n)
 	}
-	made, ok := forms.Whole(c.path, []byte(stream), c.tools)
+	joined, ok := forms.Whole(c.path, []byte(stream), c.tools)
 	if !ok {
 		t.Fatalf("a whole answer cannot be made from\n%s", stream)
 	}
-	if masked(string(made)) != masked(whole) {
-		t.Errorf("from the stream:\n%s\nOllama's:\n%s", made, whole)
+	if masked(string(joined)) != masked(whole) {
+		t.Errorf("from the stream:\n%s\nOllama's:\n%s", joined, whole)
 	}
 	again, ok := forms.Stream(c.path, []byte(whole), true)
 	if !ok {
@@ -201,4 +253,5 @@ func (c formCase) check(t *testing.T, url string) {
 	if back, ok := forms.Whole(c.path, again, c.tools); !ok || string(back) != whole {
 		t.Errorf("whole:\n%s\nas a stream:\n%s\nwhole again:\n%s", whole, again, back)
 	}
+	return stream, string(again)
 }

@@ -187,14 +187,18 @@ func credentials(r *http.Request, ex *exchange) []byte {
 }
 
 // agreed returns the digest of the request's model, and Ollama's version, if they are known and the
-// same at all servers that may answer. It reads the list of models again if that is old.
+// same at all servers that may answer. It reads the list of models again if that is old. What is
+// known of a server that is away counts.
 func (h *Handler) agreed(ctx context.Context, ex *exchange) (digest, version string, ok bool) {
-	h.fresh(ctx, ex.key, time.Now().Add(-listedMost))
+	since := time.Now().Add(-listedMost)
+	h.fresh(ctx, ex.key, since)
 	for _, b := range h.backends {
 		st := b.State()
 		d, has := st.Digests[ex.key]
 		switch {
 		case !has:
+		case !st.Away && b.outdated(st, since): // it has not said it in time
+			return "", "", false
 		case d == "" || st.Version == "" || b.looped.Load(), ok && (d != digest || st.Version != version):
 			return "", "", false
 		default:
@@ -202,6 +206,12 @@ func (h *Handler) agreed(ctx context.Context, ex *exchange) (digest, version str
 		}
 	}
 	return digest, version, ok
+}
+
+// outdated reports whether a server's models were last listed before a time, or before a request
+// changed one.
+func (b *backend) outdated(st upstream.State, since time.Time) bool {
+	return st.Listed.Before(since) || st.Listed.UnixNano() <= b.altered.Load()
 }
 
 // model returns what is known of the request's model, and whether all servers that have it are on
@@ -224,7 +234,7 @@ func (h *Handler) fresh(ctx context.Context, model string, since time.Time) {
 	defer cancel()
 	var wg sync.WaitGroup
 	for _, b := range h.backends {
-		if st := b.State(); st.Has(model) && !st.Away && st.Listed.Before(since) {
+		if st := b.State(); st.Has(model) && !st.Away && b.outdated(st, since) {
 			wg.Go(func() { b.Refresh(ctx) })
 		}
 	}
@@ -298,19 +308,29 @@ func (h *Handler) find(ctx context.Context, path string, q *question) (age time.
 	return 0, r, false
 }
 
+// sizedMost is how long an answer is at most that has a Content-Length, in bytes: net/http adds it to
+// what it could hold back until the end.
+const sizedMost = 2048
+
 // convert turns a record into the form that is asked for.
 func (q *question) convert(path string, r *answers.Record) (ok bool) {
-	r.Marks, r.Sized = nil, false
+	r.Marks = nil
 	if q.Form == answers.Whole {
 		r.Body, ok = forms.Whole(path, r.Body, q.Tools)
 	} else {
 		r.Body, ok = forms.Stream(path, r.Body, q.Form == answers.StreamUsage)
 	}
-	if ok {
-		r.Header = maps.Clone(r.Header)
-		r.Header["Content-Type"] = []string{forms.ContentType(path, q.Form != answers.Whole)}
+	if !ok {
+		return false
 	}
-	return ok
+	r.Sized = q.Form == answers.Whole && len(r.Body) <= sizedMost
+	r.Header = maps.Clone(r.Header)
+	r.Header["Content-Type"] = []string{forms.ContentType(path, q.Form != answers.Whole)}
+	delete(r.Header, "Cache-Control")
+	if q.Form != answers.Whole && (path == "/v1/messages" || path == "/v1/responses") {
+		r.Header["Cache-Control"] = []string{"no-cache"} // as Ollama does
+	}
+	return true
 }
 
 // replay answers with a kept answer.
@@ -415,12 +435,10 @@ var unkept = map[string]bool{
 
 // computing are the answers that are being computed where several clients may read them.
 type computing struct {
-	wg      sync.WaitGroup
-	mu      sync.Mutex
-	under   map[answers.Key]*flight // those that others may join; guarded by mu
-	all     map[*flight]bool        // guarded by mu
-	listing sync.Mutex
-	listed  time.Time // when the models were last listed to keep an answer; guarded by listing
+	wg    sync.WaitGroup
+	mu    sync.Mutex
+	under map[answers.Key]*flight // those that others may join; guarded by mu
+	all   map[*flight]bool        // guarded by mu
 }
 
 // CutOff ends the computation of answers that go on without their clients.
@@ -444,7 +462,7 @@ func (h *Handler) compute(
 	f, l, leads := c.join(q, begin)
 	on, async := survives(r, ex)
 	kept := keptAnswer{
-		owner: string(credentials(r, ex)), path: ex.Path, model: ex.Model, flight: f.Flight, cancel: f.cancel,
+		owner: string(credentials(r, ex)), path: ex.Path, model: ex.Model, flight: f,
 	}
 	if on && !h.kept.add(&kept) {
 		on, async = false, false // as if the client had not asked, which it sees by the header
@@ -453,6 +471,9 @@ func (h *Handler) compute(
 	if leads {
 		reader = &exchange{start: ex.start, header: ex.header, Exchange: ex.Exchange, origin: ex.origin}
 		ex.flight, ex.header, ex.origin = f, f.Header(), ""
+		if ex.arriving != nil {
+			ex.arriving.end(io.EOF) // the connection is this client's alone, who may leave
+		}
 		c.wg.Go(func() { h.run(f, r.WithContext(ctx), ex, q) }) // ends with ctx
 	} else {
 		cancel(nil)
@@ -467,7 +488,7 @@ func (h *Handler) compute(
 		reader.accept(w, kept)
 		return
 	}
-	h.listen(w, r, reader, l, status)
+	h.listen(w, r, reader, f, l, status)
 }
 
 // join returns the computation that the request asks for, with a listener. If there is none, it
@@ -541,11 +562,8 @@ func (h *Handler) keep(r *http.Request, ex *exchange, f *flight, q *question) {
 	if !complete || q.today(ended) != q.day {
 		return
 	}
-	if !h.relisted(r.Context(), ex.key, ended) {
-		return
-	}
-	digest, version, ok := h.agreed(r.Context(), ex)
-	if !ok || digest != q.digest || version != q.version {
+	if st := ex.up.relisted(r.Context(), ended); st.Listed.Before(ended) ||
+		st.Digests[ex.key] != q.digest || st.Version != q.version {
 		return
 	}
 	record := f.record
@@ -564,31 +582,33 @@ func (h *Handler) keep(r *http.Request, ex *exchange, f *flight, q *question) {
 	h.Answers.Put(r.Context(), []answers.Entry{entry}) // a store that fails has said so
 }
 
-// relisted makes sure that the models were listed after a time, at most once in listedPause.
-func (h *Handler) relisted(ctx context.Context, model string, after time.Time) bool {
-	c := &h.computing
-	c.listing.Lock()
-	defer c.listing.Unlock()
-	if c.listed.After(after) {
-		return true
+// relisted returns the server's state after its models were listed again, unless they were after that
+// time. It lists them at most once in listedPause. The server may not answer.
+func (b *backend) relisted(ctx context.Context, after time.Time) upstream.State {
+	b.listing.Lock()
+	defer b.listing.Unlock()
+	st := b.State()
+	if !st.Listed.Before(after) {
+		return st
 	}
 	select {
-	case <-time.After(time.Until(c.listed.Add(listedPause))):
+	case <-time.After(time.Until(st.Listed.Add(listedPause))):
 	case <-ctx.Done():
-		return false
+		return st
 	}
-	began := time.Now()
-	h.fresh(ctx, model, began)
-	c.listed = began
-	return ctx.Err() == nil
+	return b.Refresh(ctx)
 }
 
 // listen answers a client with what a computation writes.
 func (h *Handler) listen(
-	w http.ResponseWriter, r *http.Request, ex *exchange, l *answers.Listener, cached *answers.Status,
+	w http.ResponseWriter, r *http.Request, ex *exchange, f *flight, l *answers.Listener,
+	cached *answers.Status,
 ) {
 	ctx := r.Context()
 	err := ex.follow(ctx, w, l, cached)
+	if err != io.EOF {
+		f.outlive(r.URL.Path)
+	}
 	l.Close(context.Cause(ctx))
 	if ex.bodyErr = err; err == io.EOF {
 		ex.Outcome = ""
@@ -598,6 +618,19 @@ func (h *Handler) listen(
 		reset(w)
 	}
 	panic(http.ErrAbortHandler) // what was written, if anything, must not look whole
+}
+
+// endsWithin is how long an upstream may take to end an answer of which all has come.
+const endsWithin = time.Second
+
+// outlive lets the computation end by itself if all of the answer has come: the clients of OpenAI
+// leave when they have read the last event, before the end of the body.
+func (f *flight) outlive(path string) {
+	header, body, ok := f.Sent()
+	if _, complete := forms.Complete(path, header.Get("Content-Type"), body); ok && complete {
+		f.Keep()
+		time.AfterFunc(endsWithin, func() { f.cancel(answers.ErrNobody) })
+	}
 }
 
 // follow writes what a computation writes. It returns io.EOF at the end of a whole answer.

@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"bufio"
 	"context"
 	"fmt"
 	"io"
@@ -32,8 +33,9 @@ type library struct {
 	client *http.Client
 
 	mu    sync.Mutex
-	ended []Exchange // of requests to models; guarded by mu
-	asked int        // requests for text that reached the server; guarded by mu
+	ended []Exchange      // of requests to models; guarded by mu
+	asked int             // requests for text that reached the server; guarded by mu
+	held  <-chan struct{} // until when the end of an answer is held back; guarded by mu
 }
 
 // newLibrary must be called in a bubble. change, if not nil, changes the handler before it starts.
@@ -87,6 +89,13 @@ func newLibrary(t *testing.T, change func(*Handler)) *library {
 			lib.mu.Unlock()
 		}
 		sim.ServeHTTP(w, r)
+		lib.mu.Lock()
+		held := lib.held
+		lib.mu.Unlock()
+		if held != nil && r.URL.Path == "/v1/chat/completions" {
+			http.NewResponseController(w).Flush()
+			<-held
+		}
 	}))
 	serve("proxy:80", lib.h)
 	lib.up.Poll(ctx)
@@ -246,6 +255,55 @@ func TestAnswersTogether(t *testing.T) {
 		}
 		if again := lib.ask("/api/chat", coldChat("long", "")); again.hit() {
 			t.Error("the answer of another request was given")
+		}
+	})
+}
+
+// TestAnswersLeft: a client leaves when it has read the last event, before the body ends, as those of
+// OpenAI do. The answer is kept; and a server that never ends it holds nothing for long.
+func TestAnswersLeft(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		lib := newLibrary(t, nil)
+		const body = `{"model":"m","temperature":0,"max_tokens":8,"stream":true,"messages":[{"role":"user","content":"%s"}]}`
+		leave := func(text string) {
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			r, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://proxy/v1/chat/completions",
+				strings.NewReader(fmt.Sprintf(body, text)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			res, err := lib.client.Do(r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer res.Body.Close()
+			for lines := bufio.NewScanner(res.Body); lines.Scan() && lines.Text() != "data: [DONE]"; {
+			}
+		}
+		for text, ends := range map[string]bool{"soon": true, "never": false} {
+			held := make(chan struct{})
+			lib.mu.Lock()
+			lib.held = held
+			lib.mu.Unlock()
+			leave(text)
+			synctest.Wait()
+			if ends {
+				close(held)
+			}
+			if lib.computed() != 1 {
+				t.Errorf("%s: not computed once", text)
+			}
+			if n := lib.h.InFlight(); n != 0 {
+				t.Errorf("%s: %d requests in flight", text, n)
+			}
+			again := lib.ask("/v1/chat/completions", fmt.Sprintf(body, text), "Cache-Control: only-if-cached")
+			if again.hit() != ends {
+				t.Errorf("%s: %d %v", text, again.status, again.header)
+			}
+			if !ends {
+				close(held)
+			}
 		}
 	})
 }

@@ -527,12 +527,10 @@ func (e *embedding) keep() {
 		return
 	}
 	h, ctx, ended := e.h, context.WithoutCancel(e.r.Context()), time.Now()
-	model := &exchange{key: e.ex.key}
-	h.computing.wg.Go(func() { // ends after two short requests at most
-		if len(e.fresh) > 0 && h.relisted(ctx, e.ex.key, ended) {
-			if digest, version, ok := h.agreed(ctx, model); ok && digest == e.digest && version == e.version {
-				h.Answers.Put(ctx, e.fresh) // a store that fails has said so
-			}
+	key := e.ex.key
+	h.computing.wg.Go(func() { // ends after a short request to each server at most
+		if len(e.fresh) > 0 && h.stillAgreed(ctx, key, e.digest, e.version, ended) {
+			h.Answers.Put(ctx, e.fresh) // a store that fails has said so
 		}
 		v := &h.vectors
 		v.mu.Lock()
@@ -542,6 +540,21 @@ func (e *embedding) keep() {
 		}
 		v.ended++
 	})
+}
+
+// stillAgreed reports whether all servers that have a model still have it with this digest, and this
+// version, by lists that were read after a time.
+func (h *Handler) stillAgreed(ctx context.Context, key, digest, version string, after time.Time) bool {
+	for _, b := range h.backends {
+		if st := b.State(); !st.Has(key) {
+			continue
+		}
+		st := b.relisted(ctx, after)
+		if st.Listed.Before(after) || st.Digests[key] != digest || st.Version != version {
+			return false
+		}
+	}
+	return true
 }
 
 // fails ends a request one of whose inputs could not be embedded. Ollama's own refusal is what the

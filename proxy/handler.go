@@ -84,6 +84,10 @@ type Handler struct {
 	Metrics http.Handler    // serves PathMetrics; if nil, that is forwarded like any other path
 	Log     *slog.Logger    // if nil, nothing is logged
 
+	// Batches serves /v1/files and /v1/batches; if nil, these are forwarded like any other path.
+	// Owner tells it who asks.
+	Batches http.Handler
+
 	Ledger      *savings.Ledger     // if nil, prompts are neither fingerprinted nor accounted for
 	Lanes       *schedule.Scheduler // decides when and where to send; may be nil with one upstream
 	Contexts    *contexts.Manager   // if nil, contexts are neither stored nor attached
@@ -420,7 +424,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if done := h.admit(w, r, ex); done {
 		return
 	}
-	if h.own(w, r, ex) {
+	if h.ours(w, r, ex) {
 		return
 	}
 	if scarce {
@@ -513,7 +517,7 @@ func outlive(ctx context.Context, closing <-chan struct{}, by time.Duration) (co
 
 // admit checks Host, Origin and API key, and answers preflights.
 func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (done bool) {
-	ex.holder, ex.spent = h.Guard.key(r)
+	h.identify(r, ex)
 	ex.stranger = h.Guard.Keys != nil && ex.holder == nil && ex.warming == nil
 	if ex.holder != nil {
 		ex.Name = ex.holder.name
@@ -798,6 +802,7 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 	if ex.beat.begun() {
 		ex.asEvent(res)
 	}
+	ex.changes() // it may be flushed before any of the body is read
 	if ex.Status = res.StatusCode; ex.Status < 300 {
 		ex.run.Answered()
 		ex.use.answer()
@@ -832,6 +837,14 @@ func (h *Handler) modifyResponse(res *http.Response) error {
 func (ex *exchange) name() {
 	if !ex.stranger {
 		ex.header.Set(headerUpstream, ex.up.Name)
+	}
+}
+
+// changes notes that the request may have changed a model by now. A client that has read that must
+// not get an answer of the model as it was.
+func (ex *exchange) changes() {
+	if ex.alters && ex.up != nil {
+		ex.up.altered.Store(time.Now().UnixNano())
 	}
 }
 
@@ -945,6 +958,7 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	if ex.began {
 		ex.up.inFlight.Add(-1)
 	}
+	ex.changes()
 	if ex.Outcome == OK && ex.alters && ex.up != nil {
 		ex.up.Changed()
 	}

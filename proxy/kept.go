@@ -2,7 +2,6 @@ package proxy
 
 import (
 	"bytes"
-	"context"
 	"crypto/rand"
 	"fmt"
 	"io"
@@ -48,8 +47,7 @@ type keptAnswer struct {
 	path   string
 	model  string
 	began  time.Time
-	flight *answers.Flight
-	cancel context.CancelCauseFunc
+	flight *flight
 	ended  time.Time // zero: it is under way
 }
 
@@ -135,7 +133,7 @@ func (k *keptAnswers) of(owner string) (list []keptAnswer) {
 
 // remove forgets an answer, and ends it if it is under way.
 func (k *keptAnswers) remove(a keptAnswer) {
-	a.cancel(answers.ErrNobody)
+	a.flight.cancel(answers.ErrNobody)
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.list = slices.DeleteFunc(k.list, func(b *keptAnswer) bool { return b.id == a.id })
@@ -270,7 +268,7 @@ func (h *Handler) fetch(w http.ResponseWriter, r *http.Request, ex *exchange, a 
 		return
 	}
 	w.Header().Set(headerAnswer, a.id)
-	h.listen(skip(w, from), r, ex, l, nil)
+	h.listen(skip(w, from), r, ex, a.flight, l, nil)
 }
 
 // skipping is a writer that leaves out the first lines of a stream.

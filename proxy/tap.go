@@ -28,6 +28,7 @@ func (t *tap) Read(p []byte) (int, error) {
 			t.ex.up.Alive() // even if it answers polls slowly meanwhile
 		}
 	}
+	t.ex.changes()
 	t.ex.BytesOut += int64(n)
 	if t.ex.answer != nil {
 		t.ex.answer.Write(p[:n])

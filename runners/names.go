@@ -193,7 +193,7 @@ func describe(name string, show *api.ShowResponse) Model {
 		}
 	}
 	info := modelInfo(show.ModelInfo)
-	m.Clock = answers.ClockOf(rendererOf(show.Modelfile), show.Template)
+	m.Clock = answers.ClockOf(show.Modelfile, show.Template)
 	m.Sliding, m.Values = info.number("attention.sliding_window") > 0, info.values()
 	return m
 }
@@ -210,16 +210,6 @@ func setSampling(d *answers.Defaults, name, value string) {
 			d.Seed = &n
 		}
 	}
-}
-
-// rendererOf returns the name of the renderer that a Modelfile sets, or "".
-func rendererOf(modelfile string) string {
-	for line := range strings.Lines(modelfile) {
-		if command, name, _ := strings.Cut(strings.TrimSpace(line), " "); command == "RENDERER" {
-			return strings.TrimSpace(name)
-		}
-	}
-	return ""
 }
 
 // modelInfo is what a model's file says about it, under keys that begin with its architecture.

@@ -172,20 +172,25 @@ func responseEventsEnd(body []byte) (reason string, ok bool) {
 		if ok {
 			return "", false
 		}
-		switch string(name) {
-		case "error", "response.failed", "response.incomplete":
+		if isFailure(name) || !isObject(data) {
 			return "", false
-		case "response.completed":
+		}
+		if string(name) == "response.completed" {
 			if reason, ok = responseEnd(member(data, "response")); !ok {
-				return "", false
-			}
-		default:
-			if !isObject(data) {
 				return "", false
 			}
 		}
 	}
 	return reason, ok
+}
+
+// isFailure reports whether an event of /v1/responses tells that there is no complete answer.
+func isFailure(name []byte) bool {
+	switch string(name) {
+	case "error", "response.failed", "response.incomplete":
+		return true
+	}
+	return false
 }
 
 // responseEnd returns the status of a /v1/responses object. It is always "completed", also for a
@@ -219,8 +224,8 @@ func messageEventsEnd(body []byte) (reason string, ok bool) {
 	return reason, ok && stopped
 }
 
-// stopReason reads the stop_reason of /v1/messages. Ollama has "stop_sequence" for every reason that
-// it does not know, such as that the model was only loaded.
+// stopReason reads the stop_reason of /v1/messages. Ollama has "stop_sequence" for every reason
+// that it does not know, such as that the model was only loaded.
 func stopReason(raw, usage []byte) (string, bool) {
 	switch string(raw) {
 	case `"end_turn"`, `"max_tokens"`, `"tool_use"`:
@@ -351,8 +356,9 @@ func split(text, end []byte) iter.Seq[[]byte] {
 	}
 }
 
-// Lines yields the units in which an answer can be replayed, in order: the lines of a native stream,
-// the events of server-sent events, and of any other body the whole. Put together they are the body.
+// Lines yields the units in which an answer can be replayed, in order: the lines of a native
+// stream, the events of server-sent events, and of any other body the whole. Put together they are
+// the body.
 func Lines(contentType string, body []byte) iter.Seq[[]byte] {
 	switch {
 	case isType(contentType, typeLines):
@@ -370,6 +376,12 @@ func Lines(contentType string, body []byte) iter.Seq[[]byte] {
 // eventData returns the name of an event, if it has one, and its data, which Ollama writes on one
 // line.
 func eventData(unit []byte) (name, data []byte) {
+	if data, ok := chunkData(unit); ok {
+		return nil, data
+	}
+	if name, data, ok := namedEvent(unit); ok {
+		return name, data
+	}
 	for line := range split(unit, lineEnd) {
 		line = bytes.TrimRight(line, "\r\n")
 		if rest, ok := bytes.CutPrefix(line, []byte("event: ")); ok {
@@ -412,10 +424,11 @@ func Whole(path string, stream []byte, tools bool) ([]byte, bool) {
 	return nil, false
 }
 
-// Stream returns a stream that says the same as an answer in one piece, as Ollama would write it if
-// the model's thoughts, its text and its tool calls came in one piece each. For /v1/chat/completions
-// and /v1/completions, usage says whether the client asked for stream_options.include_usage; the
-// other dialects always report it. It returns false where Whole would.
+// Stream returns a stream that says the same as an answer in one piece, as Ollama 0.34 would write
+// it if the model's thoughts, its text and its tool calls came in one piece each. For
+// /v1/chat/completions and /v1/completions, usage says whether the client asked for
+// stream_options.include_usage; the other dialects always report it. It returns false where Whole
+// would. Whole returns exactly the answer when given the stream (with usage).
 func Stream(path string, whole []byte, usage bool) ([]byte, bool) {
 	switch dialectOf(path) {
 	case chat:

@@ -19,7 +19,7 @@ const checkedLen = 64 << 10
 // if the text is anything else than such an object as json.Marshal writes it: if there is another
 // member, another order, or white space.
 func (l layout) read(text []byte, v [][]byte) bool {
-	if len(text) == 0 || text[0] != '{' {
+	if len(text) == 0 || text[0] != '{' || bytes.IndexByte(text, '\n') >= 0 {
 		return false
 	}
 	next, end := 0, 0 // end: of what was read

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"slices"
 	"strconv"
+	"unicode/utf8"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/jsonscan"
 )
@@ -130,28 +131,42 @@ func wholeMessages(stream []byte, tools bool) ([]byte, bool) {
 	return append(anMessage.append(b, s.message[:]), '\n'), true
 }
 
+// anEvents are the layouts of the events.
+var anEvents = map[string]layout{
+	"message_start": anStart, "content_block_start": anBlockStart,
+	"content_block_delta": anBlockDelta, "content_block_stop": anBlockStop,
+	"message_delta": anDelta, "message_stop": anStop,
+}
+
 // event reads one event.
 func (s *anStream) event(name, data []byte) bool {
 	var v [3][]byte
-	if s.message[anID] == nil {
-		return string(name) == "message_start" && anStart.read(data, v[:]) &&
-			isQuoted(v[0], name) && s.start(v[1])
+	l := anEvents[string(name)]
+	if l == nil || !l.read(data, v[:]) || !isQuoted(v[0], name) {
+		return false
 	}
-	ok := false
+	begun := s.message[anID] != nil
 	switch string(name) {
-	case "content_block_start":
-		ok = anBlockStart.read(data, v[:]) && s.kind == nil && s.isIndex(v[1]) && s.open(v[2])
-	case "content_block_delta":
-		ok = anBlockDelta.read(data, v[:]) && s.isIndex(v[1]) && s.delta(v[2])
-	case "content_block_stop":
-		ok = anBlockStop.read(data, v[:]) && s.isIndex(v[1]) && s.close()
+	case "message_start":
+		return !begun && s.start(v[1])
 	case "message_delta":
-		ok = anDelta.read(data, v[:]) && s.kind == nil && !s.ended && s.end(v[1], v[2])
+		return begun && s.kind == nil && !s.ended && s.end(v[1], v[2])
 	case "message_stop":
-		ok = anStop.read(data, v[:]) && s.ended
-		s.stopped = ok
+		s.stopped = s.ended
+		return s.ended
 	}
-	return ok && isQuoted(v[0], name)
+	return begun && s.isIndex(v[1]) && s.block(string(name), v[2])
+}
+
+// block reads an event of a block.
+func (s *anStream) block(name string, value []byte) bool {
+	switch name {
+	case "content_block_start":
+		return s.kind == nil && s.open(value)
+	case "content_block_delta":
+		return s.delta(value)
+	}
+	return s.close()
 }
 
 func (s *anStream) isIndex(raw []byte) bool {
@@ -198,23 +213,38 @@ func (s *anStream) delta(part []byte) bool {
 	if !anPart.read(part, v[:]) {
 		return false
 	}
-	kind, text, input, thinking := string(v[0]), v[1], v[2], v[3]
-	switch {
-	case kind == `"thinking_delta"` && text == nil && input == nil && bytes.Equal(s.kind, typeThinking):
-		v[3] = hole
-		return s.add(thinking) && s.remember(v[:])
-	case kind == `"text_delta"` && input == nil && thinking == nil && bytes.Equal(s.kind, typeText):
-		v[1] = hole
-		return s.add(text) && s.remember(v[:])
-	case kind == `"input_json_delta"` && text == nil && thinking == nil: // of the whole input
-		raw, ok := jsonscan.Unquote(input)
-		if !ok || !bytes.Equal(s.kind, typeTool) || string(s.call[blockInput]) != "{}" {
-			return false
-		}
-		s.call[blockInput] = []byte(raw)
-		return isCompact(s.call[blockInput])
+	switch string(v[0]) {
+	case `"thinking_delta"`:
+		return bytes.Equal(s.kind, typeThinking) && s.textDelta(v, 3)
+	case `"text_delta"`:
+		return bytes.Equal(s.kind, typeText) && s.textDelta(v, 1)
+	case `"input_json_delta"`: // the whole input
+		return bytes.Equal(s.kind, typeTool) && s.inputDelta(v)
 	}
 	return false
+}
+
+// textDelta reads a part of a text, which is at a place in anPart.
+func (s *anStream) textDelta(v [4][]byte, place int) bool {
+	text := v[place]
+	v[place] = nil
+	if text == nil || !s.add(text) || sizeOf(v[1:]) > 0 {
+		return false
+	}
+	v[place] = hole
+	index := strconv.AppendInt(nil, int64(s.index), 10)
+	part := anPart.append(nil, v[:])
+	s.same = newShape(appendEvent(nil, "content_block_delta", anBlockDelta, nil, index, part))
+	return true
+}
+
+func (s *anStream) inputDelta(v [4][]byte) bool {
+	raw, ok := jsonscan.Unquote(v[2])
+	if !ok || v[1] != nil || v[3] != nil || string(s.call[blockInput]) != "{}" {
+		return false
+	}
+	s.call[blockInput] = []byte(raw)
+	return isCompact(s.call[blockInput])
 }
 
 // add adds to the open block's text.
@@ -225,17 +255,14 @@ func (s *anStream) add(text []byte) bool {
 	return s.text.add(text)
 }
 
-// remember notes the shape of a delta of a text.
-func (s *anStream) remember(part [][]byte) bool {
-	index := strconv.AppendInt(nil, int64(s.index), 10)
-	s.same = newShape(appendEvent(nil, "content_block_delta", anBlockDelta, nil, index, anPart.append(nil, part)))
-	return true
-}
-
-// isCompact reports whether a text is an object, written without white space.
+// isCompact reports whether a text is an object, written without white space, that a string can
+// have.
 func isCompact(text []byte) bool {
+	if len(text) == 0 || text[0] != '{' || !utf8.Valid(text) {
+		return false
+	}
 	var b bytes.Buffer
-	return len(text) > 1 && text[0] == '{' && json.Compact(&b, text) == nil && b.Len() == len(text)
+	return json.Compact(&b, text) == nil && b.Len() == len(text)
 }
 
 func (s *anStream) close() bool {
@@ -314,7 +341,8 @@ func streamMessages(whole []byte) ([]byte, bool) {
 	if b, ok = appendBlocks(b, m[anContent]); !ok {
 		return nil, false
 	}
-	b = appendEvent(b, "message_delta", anDelta, nil, anEnd.append(nil, m[anReason:anReason+1]), m[anUsage])
+	end := anEnd.append(nil, m[anReason:anReason+1])
+	b = appendEvent(b, "message_delta", anDelta, nil, end, m[anUsage])
 	return appendEvent(b, "message_stop", anStop, nil), true
 }
 
@@ -353,8 +381,8 @@ func appendBlocks(b, content []byte) ([]byte, bool) {
 	return b, stage > 0 && end+1 == len(content)
 }
 
-// blockParts returns which kind of block it is (1 thoughts, 2 text, 3 a call, 0 something else), how
-// it begins in a stream, and what is added.
+// blockParts returns which kind of block it is (1 thoughts, 2 text, 3 a call, 0 something else),
+// how it begins in a stream, and what is added.
 func blockParts(v [blockMembers][]byte) (kind int, block, part []byte) {
 	begin, other := v, v
 	var delta [4][]byte

@@ -74,66 +74,91 @@ func (g *gathered) add(content, thinking, calls, logprobs []byte) bool {
 		g.calls.add(calls) && g.logprobs.add(logprobs)
 }
 
-// likeness is how the last line that was parsed looks, apart from its time and its text.
-type likeness struct {
-	shape    shape
-	thinking bool // the text is of the thoughts
+// nativeLine reads one line of a native stream.
+type nativeLine interface {
+	read(line []byte) (nativePart, bool)
+	// holed returns the line that was read, with holes in place of its time and its thoughts or
+	// content.
+	holed(thinking bool) []byte
 }
 
-// add adds the text of a line that looks like the last one.
-func (l *likeness) add(line []byte, g *gathered) (matched, ok bool) {
-	var v [2][]byte
-	if !l.shape.match(line, v[:]) {
-		return false, false
+// nativePart is what a line says.
+type nativePart struct {
+	content, thinking, calls, logprobs []byte
+	done                               bool
+}
+
+// gather puts the parts of a stream together. The last line is the one that l has read then.
+func (g *gathered) gather(stream []byte, l nativeLine) bool {
+	var same shape // of the last line that was read
+	thinking := false
+	var text [2][]byte
+	done := false
+	for line := range split(stream, lineEnd) {
+		line = bytes.TrimSuffix(line, lineEnd)
+		if done {
+			return false
+		}
+		if same.match(line, text[:]) {
+			if !g.text(thinking).add(text[1]) {
+				return false
+			}
+			continue
+		}
+		p, ok := l.read(line)
+		if !ok || !g.add(p.content, p.thinking, p.calls, p.logprobs) {
+			return false
+		}
+		if done = p.done; !done && p.calls == nil && p.logprobs == nil {
+			thinking = p.thinking != nil && isEmptyText(p.content)
+			same = newShape(l.holed(thinking))
+		}
 	}
-	if l.thinking {
-		return true, g.thinking.add(v[1])
+	return done
+}
+
+// text returns the thoughts or the content.
+func (g *gathered) text(thinking bool) *joined {
+	if thinking {
+		return &g.thinking
 	}
-	return true, g.content.add(v[1])
+	return &g.content
+}
+
+// chatPart is a line of /api/chat.
+type chatPart struct {
+	v     [chatMembers][]byte
+	m     [msgMembers][]byte
+	tools bool // the request has some
+}
+
+func (c *chatPart) read(line []byte) (p nativePart, ok bool) {
+	c.v, c.m = [chatMembers][]byte{}, [msgMembers][]byte{}
+	if !chatLine.read(line, c.v[:]) || !chatMsg.read(c.v[chatMessage], c.m[:]) {
+		return p, false
+	}
+	p = nativePart{c.m[msgContent], c.m[msgThinking], c.m[msgCalls], c.v[chatLogprobs], false}
+	p.done, ok = isDone(c.v[chatDone], c.v[chatReason])
+	return p, ok && (p.calls == nil || c.tools || p.done)
+}
+
+func (c *chatPart) holed(thinking bool) []byte {
+	if thinking {
+		c.m[msgThinking] = hole
+	} else {
+		c.m[msgContent] = hole
+	}
+	c.v[chatCreated], c.v[chatMessage] = hole, chatMsg.append(nil, c.m[:])
+	return chatLine.append(nil, c.v[:])
 }
 
 // wholeChat does what writeChatResponse in server/routes.go does: the text, the thoughts, the calls
 // and the log probabilities of all parts, and everything else of the last.
 func wholeChat(stream []byte, tools bool) ([]byte, bool) {
 	var g gathered
-	var v [chatMembers][]byte
-	var m [msgMembers][]byte
-	var like likeness
-	done := false
-	for line := range split(stream, lineEnd) {
-		line = bytes.TrimSuffix(line, lineEnd)
-		if matched, ok := like.add(line, &g); matched && !done {
-			if !ok {
-				return nil, false
-			}
-			continue
-		}
-		v, m = [chatMembers][]byte{}, [msgMembers][]byte{}
-		if done || !chatLine.read(line, v[:]) || !chatMsg.read(v[chatMessage], m[:]) {
-			return nil, false
-		}
-		var ok bool
-		if done, ok = isDone(v[chatDone], v[chatReason]); !ok {
-			return nil, false
-		}
-		if m[msgCalls] != nil && !tools && !done {
-			return nil, false
-		}
-		if !g.add(m[msgContent], m[msgThinking], m[msgCalls], v[chatLogprobs]) {
-			return nil, false
-		}
-		if !done && m[msgCalls] == nil && v[chatLogprobs] == nil {
-			like.thinking = m[msgThinking] != nil && isEmptyText(m[msgContent])
-			if like.thinking {
-				m[msgThinking] = hole
-			} else {
-				m[msgContent] = hole
-			}
-			v[chatCreated], v[chatMessage] = hole, chatMsg.append(nil, m[:])
-			like.shape = newShape(chatLine.append(nil, v[:]))
-		}
-	}
-	if !done || !all(v[chatModel], v[chatCreated], m[msgRole]) {
+	last := chatPart{tools: tools}
+	v, m := &last.v, &last.m
+	if !g.gather(stream, &last) || !all(v[chatModel], v[chatCreated], m[msgRole]) {
 		return nil, false
 	}
 	m[msgContent], m[msgThinking] = g.content.textOrEmpty(), g.thinking.text()
@@ -143,43 +168,34 @@ func wholeChat(stream []byte, tools bool) ([]byte, bool) {
 	return chatLine.append(make([]byte, 0, sizeOf(v[:])+256), v[:]), true
 }
 
+// generatePart is a line of /api/generate.
+type generatePart [genMembers][]byte
+
+func (v *generatePart) read(line []byte) (p nativePart, ok bool) {
+	*v = generatePart{}
+	if !genLine.read(line, v[:]) {
+		return p, false
+	}
+	p = nativePart{v[genResponse], v[genThinking], nil, v[genLogprobs], false}
+	p.done, ok = isDone(v[genDone], v[genReason])
+	return p, ok && (v[genCalls] == nil || p.done)
+}
+
+func (v *generatePart) holed(thinking bool) []byte {
+	if thinking {
+		v[genThinking] = hole
+	} else {
+		v[genResponse] = hole
+	}
+	v[genCreated] = hole
+	return genLine.append(nil, v[:])
+}
+
 // wholeGenerate does what GenerateHandler does, which knows no calls but those of the last part.
 func wholeGenerate(stream []byte) ([]byte, bool) {
 	var g gathered
-	var v [genMembers][]byte
-	var like likeness
-	done := false
-	for line := range split(stream, lineEnd) {
-		line = bytes.TrimSuffix(line, lineEnd)
-		if matched, ok := like.add(line, &g); matched && !done {
-			if !ok {
-				return nil, false
-			}
-			continue
-		}
-		v = [genMembers][]byte{}
-		if done || !genLine.read(line, v[:]) {
-			return nil, false
-		}
-		var ok bool
-		if done, ok = isDone(v[genDone], v[genReason]); !ok || v[genCalls] != nil && !done {
-			return nil, false
-		}
-		if !g.add(v[genResponse], v[genThinking], nil, v[genLogprobs]) {
-			return nil, false
-		}
-		if !done && v[genLogprobs] == nil {
-			like.thinking = v[genThinking] != nil && isEmptyText(v[genResponse])
-			if like.thinking {
-				v[genThinking] = hole
-			} else {
-				v[genResponse] = hole
-			}
-			v[genCreated] = hole
-			like.shape = newShape(genLine.append(nil, v[:]))
-		}
-	}
-	if !done || !all(v[genModel], v[genCreated]) {
+	var v generatePart
+	if !g.gather(stream, &v) || !all(v[genModel], v[genCreated]) {
 		return nil, false
 	}
 	v[genResponse], v[genThinking] = g.content.textOrEmpty(), g.thinking.text()
@@ -204,7 +220,8 @@ func streamChat(whole []byte) ([]byte, bool) {
 		return nil, false
 	}
 	done, ok := isDone(v[chatDone], v[chatReason])
-	if !ok || !done || !all(v[chatModel], v[chatCreated], m[msgRole]) || !areParts(m[:], v[chatLogprobs]) {
+	if !ok || !done || !all(v[chatModel], v[chatCreated], m[msgRole]) ||
+		!areParts(m[:], v[chatLogprobs]) {
 		return nil, false
 	}
 	b := make([]byte, 0, len(whole)+1024)

@@ -108,13 +108,14 @@ var (
 	noUsage   = []byte(`{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0}`)
 )
 
-// chunkData returns the data of an event that has nothing else.
+// chunkData returns the data of an event that has nothing else, and it on one line.
 func chunkData(unit []byte) ([]byte, bool) {
 	data, ok := bytes.CutPrefix(unit, dataBegin)
 	if !ok {
 		return nil, false
 	}
-	return bytes.CutSuffix(data, eventEnd)
+	data, ok = bytes.CutSuffix(data, eventEnd)
+	return data, ok && bytes.IndexByte(data, '\n') < 0
 }
 
 // onlyElement returns the element of an array that has one; nil, true if the array is empty.
@@ -128,8 +129,8 @@ func onlyElement(raw []byte) ([]byte, bool) {
 	return raw[1 : len(raw)-1], true // what it is, the next layout says
 }
 
-// isFinished reports whether a finish_reason says that the choice ended. ok is false if it says that
-// something else than a generation did.
+// isFinished reports whether a finish_reason says that the choice ended. ok is false if it says
+// that something else than a generation did.
 func isFinished(reason []byte) (is, ok bool) {
 	if string(reason) == "null" {
 		return false, true
@@ -138,116 +139,147 @@ func isFinished(reason []byte) (is, ok bool) {
 	return true, ok && r != "load" && r != "unload"
 }
 
-// chunks calls f for the choice of each chunk of a stream, and returns the members of the last
-// chunk with a choice, with the stream's usage. It returns false if the stream is not one of chunks
-// with one choice each, then one with the usage, and then the mark of the end, or if f does. f
-// returns whether the choice has ended; or else, in like, the choice with a hole in place of the
-// text, with which add is called for the chunks that are like this one.
-func chunks(stream []byte, l *chunkLayout, f func(choice []byte) (ended bool, like []byte, ok bool), add func(text []byte) bool) (last [aiMembers][]byte, ok bool) {
-	ended := false
-	var same shape
-	var text [1][]byte
-	for {
-		n := bytes.Index(stream, eventEnd)
-		if n < 0 {
-			return last, false
+// chunkReader reads a stream of chunks: some with one choice each, one with the usage, and the mark
+// of the end.
+type chunkReader struct {
+	*chunkLayout
+	choices choiceReader
+	last    [aiMembers][]byte // the last chunk with a choice, and the stream's usage
+	ended   bool              // the choice has
+	same    shape             // of the last chunk that was parsed
+}
+
+// choiceReader reads the choices of chunks.
+type choiceReader interface {
+	// read reads a choice. It returns whether that has ended; or else, in like, the choice with a
+	// hole in place of its text, if the next can be like this.
+	read(choice []byte) (ended bool, like []byte, ok bool)
+	// add adds the text of a choice that is like the last one that was read.
+	add(text []byte) bool
+}
+
+// read reads a whole stream.
+func (r *chunkReader) read(stream []byte) bool {
+	done := false
+	for unit := range split(stream, eventEnd) {
+		if done {
+			return false
 		}
-		unit := stream[:n+len(eventEnd)]
-		stream = stream[len(unit):]
-		if bytes.Equal(unit, dataDone) {
-			return last, len(stream) == 0 && ended && last[aiUsage] != nil
+		if done = bytes.Equal(unit, dataDone); done {
+			continue
 		}
 		data, ok := chunkData(unit)
-		if ok && !ended && same.match(data, text[:]) {
-			if !add(text[0]) {
-				return last, false
-			}
-			continue
-		}
-		var v [aiMembers][]byte
-		if !ok || !l.read(data, &v) || !all(v[:aiUsage]...) {
-			return last, false
-		}
-		choice, ok := onlyElement(v[aiChoices])
-		switch {
-		case !ok || ended != (choice == nil) || ended && last[aiUsage] != nil:
-			return last, false
-		case ended:
-			last[aiUsage] = v[aiUsage]
-			continue
-		case v[aiUsage] != nil && !bytes.Equal(v[aiUsage], noUsage):
-			return last, false
-		}
-		last = v
-		last[aiUsage] = nil
-		var like []byte
-		if ended, like, ok = f(choice); !ok {
-			return last, false
-		}
-		if same = nil; like != nil {
-			v[aiChoices] = like
-			same = newShape(l.append(nil, &v))
+		if !ok || !r.chunk(data) {
+			return false
 		}
 	}
+	return done && r.ended && r.last[aiUsage] != nil
+}
+
+// chunk reads the data of one chunk.
+func (r *chunkReader) chunk(data []byte) bool {
+	var text [1][]byte
+	if r.same.match(data, text[:]) {
+		return r.choices.add(text[0])
+	}
+	var v [aiMembers][]byte
+	if !r.chunkLayout.read(data, &v) || !all(v[:aiUsage]...) {
+		return false
+	}
+	choice, ok := onlyElement(v[aiChoices])
+	if !ok || r.ended != (choice == nil) {
+		return false
+	}
+	if r.ended {
+		ok = r.last[aiUsage] == nil
+		r.last[aiUsage] = v[aiUsage]
+		return ok
+	}
+	if v[aiUsage] != nil && !bytes.Equal(v[aiUsage], noUsage) {
+		return false
+	}
+	r.last = v
+	r.last[aiUsage] = nil
+	var like []byte
+	if r.ended, like, ok = r.choices.read(choice); !ok {
+		return false
+	}
+	if r.same = nil; like != nil && !r.ended {
+		v[aiChoices] = like
+		r.same = newShape(r.append(nil, &v))
+	}
+	return true
+}
+
+// chatChoices are those of /v1/chat/completions.
+type chatChoices struct {
+	gathered
+	tools               bool
+	role, index, reason []byte
+	thinking            bool // the last one that was read is of thoughts
+}
+
+func (c *chatChoices) read(text []byte) (ended bool, like []byte, ok bool) {
+	var v [choiceMembers][]byte
+	var m [msgMembers][]byte
+	if !aiChunkChoice.read(text, v[:]) || !aiMessage.read(v[choiceMessage], m[:]) {
+		return false, nil, false
+	}
+	probs, ok := readLogprobs(v[choiceLogprobs])
+	if m[msgContent] == nil {
+		m[msgContent] = emptyText // in the last chunk, and in one with thoughts
+	}
+	if !ok || m[msgCalls] != nil && !c.tools ||
+		!c.gathered.add(m[msgContent], m[msgThinking], m[msgCalls], probs) {
+		return false, nil, false
+	}
+	if c.role == nil {
+		c.role, c.index = m[msgRole], v[choiceIndex]
+	}
+	c.reason = v[choiceReason]
+	c.thinking = m[msgThinking] != nil
+	ended, ok = isFinished(c.reason)
+	if !ok || m[msgCalls] != nil || probs != nil || c.thinking && !isEmptyText(m[msgContent]) {
+		return ended, nil, ok
+	}
+	place := msgContent
+	if c.thinking {
+		place = msgThinking
+	}
+	m[place] = hole
+	v[choiceMessage] = aiMessage.append(nil, m[:])
+	return ended, oneChoice(aiChunkChoice, v[:]), true
+}
+
+func (c *chatChoices) add(text []byte) bool { return c.text(c.thinking).add(text) }
+
+// readLogprobs returns the array in the object with the log probabilities; nil has none.
+func readLogprobs(raw []byte) (array []byte, ok bool) {
+	var v [1][]byte
+	if raw == nil {
+		return nil, true
+	}
+	ok = aiLogprobs.read(raw, v[:])
+	return v[0], ok && v[0] != nil
 }
 
 // wholeChats does what ToChatCompletion in openai/openai.go does with the answer that wholeChat
 // describes.
 func wholeChats(stream []byte, tools bool) ([]byte, bool) {
-	var g gathered
-	var role, reason, index []byte
-	thinking := false // the last chunk that was parsed was of the thoughts
-	v, ok := chunks(stream, &chatChunks, func(text []byte) (bool, []byte, bool) {
-		var c [choiceMembers][]byte
-		var m, p [msgMembers][]byte
-		if !aiChunkChoice.read(text, c[:]) || !aiMessage.read(c[choiceMessage], m[:]) {
-			return false, nil, false
-		}
-		if c[choiceLogprobs] != nil && (!aiLogprobs.read(c[choiceLogprobs], p[:1]) || p[0] == nil) {
-			return false, nil, false
-		}
-		if m[msgContent] == nil {
-			m[msgContent] = emptyText // in the last chunk, and in one with thoughts
-		}
-		if role == nil {
-			role, index = m[msgRole], c[choiceIndex]
-		}
-		if m[msgCalls] != nil && !tools ||
-			!g.add(m[msgContent], m[msgThinking], m[msgCalls], p[0]) {
-			return false, nil, false
-		}
-		reason = c[choiceReason]
-		ended, ok := isFinished(reason)
-		if ended || m[msgCalls] != nil || p[0] != nil {
-			return ended, nil, ok
-		}
-		if thinking = m[msgThinking] != nil; thinking {
-			if !isEmptyText(m[msgContent]) {
-				return false, nil, ok
-			}
-			m[msgThinking] = hole
-		} else {
-			m[msgContent] = hole
-		}
-		c[choiceMessage] = aiMessage.append(nil, m[:])
-		return false, oneChoice(aiChunkChoice, c[:]), ok
-	}, func(text []byte) bool {
-		if thinking {
-			return g.thinking.add(text)
-		}
-		return g.content.add(text)
-	})
-	if !ok || !all(role, index) {
+	c := chatChoices{tools: tools}
+	r := chunkReader{chunkLayout: &chatChunks, choices: &c}
+	if !r.read(stream) || !all(c.role, c.index) {
 		return nil, false
 	}
 	message := aiMessage.append(nil, [][]byte{
-		msgRole: role, msgContent: g.content.textOrEmpty(), msgThinking: g.thinking.text(),
-		msgCalls: g.calls.array(),
+		msgRole: c.role, msgContent: c.content.textOrEmpty(), msgThinking: c.gathered.thinking.text(),
+		msgCalls: c.calls.array(),
 	})
+	v := &r.last
 	v[aiObject] = objectChat
 	v[aiChoices] = oneChoice(aiChoice, [][]byte{
-		choiceIndex: index, choiceMessage: message, choiceReason: reason,
-		choiceLogprobs: logprobs(g.logprobs.array()),
+		choiceIndex: c.index, choiceMessage: message, choiceReason: c.reason,
+		choiceLogprobs: logprobs(c.logprobs.array()),
 	})
 	return append(aiAnswer.append(make([]byte, 0, sizeOf(v[:])+256), v[:]), '\n'), true
 }
@@ -267,25 +299,35 @@ func logprobs(array []byte) []byte {
 	return aiLogprobs.append(nil, [][]byte{array})
 }
 
+// textChoices are those of /v1/completions.
+type textChoices struct {
+	text          joined
+	index, reason []byte
+}
+
+func (c *textChoices) read(choice []byte) (ended bool, like []byte, ok bool) {
+	var v [textMembers][]byte
+	if !textChoice.read(choice, v[:]) || !c.text.add(v[textText]) {
+		return false, nil, false
+	}
+	c.index, c.reason = v[textIndex], v[textReason]
+	v[textText] = hole
+	ended, ok = isFinished(c.reason)
+	return ended, oneChoice(textChoice, v[:]), ok
+}
+
+func (c *textChoices) add(text []byte) bool { return c.text.add(text) }
+
 // wholeCompletions does what ToCompletion does. Log probabilities and thoughts are not in its
 // answers.
 func wholeCompletions(stream []byte) ([]byte, bool) {
-	var text joined
-	var index, reason []byte
-	v, ok := chunks(stream, &textChunks, func(choice []byte) (bool, []byte, bool) {
-		var c [textMembers][]byte
-		if !textChoice.read(choice, c[:]) || !text.add(c[textText]) {
-			return false, nil, false
-		}
-		index, reason = c[textIndex], c[textReason]
-		c[textText] = hole
-		ended, ok := isFinished(reason)
-		return ended, oneChoice(textChoice, c[:]), ok
-	}, text.add)
-	if !ok || index == nil {
+	var c textChoices
+	r := chunkReader{chunkLayout: &textChunks, choices: &c}
+	if !r.read(stream) || c.index == nil {
 		return nil, false
 	}
-	v[aiChoices] = oneChoice(textChoice, [][]byte{text.textOrEmpty(), index, reason})
+	v := &r.last
+	v[aiChoices] = oneChoice(textChoice, [][]byte{c.text.textOrEmpty(), c.index, c.reason})
 	return append(aiAnswer.append(make([]byte, 0, sizeOf(v[:])+256), v[:]), '\n'), true
 }
 
@@ -304,16 +346,14 @@ func readWhole(whole, object []byte, v *[aiMembers][]byte) (choice []byte, ok bo
 func streamChats(whole []byte, usage bool) ([]byte, bool) {
 	var v [aiMembers][]byte
 	var c [choiceMembers][]byte
-	var m, p [msgMembers][]byte
+	var m [msgMembers][]byte
 	choice, ok := readWhole(whole, objectChat, &v)
 	if !ok || !aiChoice.read(choice, c[:]) || !aiMessage.read(c[choiceMessage], m[:]) ||
 		!all(c[choiceIndex], m[msgRole]) {
 		return nil, false
 	}
-	if c[choiceLogprobs] != nil && (!aiLogprobs.read(c[choiceLogprobs], p[:1]) || p[0] == nil) {
-		return nil, false
-	}
-	if is, ok := isFinished(c[choiceReason]); !is || !ok || !areParts(m[:], p[0]) {
+	probs, ok := readLogprobs(c[choiceLogprobs])
+	if is, finished := isFinished(c[choiceReason]); !ok || !is || !finished || !areParts(m[:], probs) {
 		return nil, false
 	}
 	b := make([]byte, 0, len(whole)+2048)

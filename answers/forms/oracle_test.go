@@ -189,7 +189,7 @@ func oracleBody(path string, stream bool) string {
 
 // TestOracle compares with Ollama's own code, for generations of all kinds.
 func TestOracle(t *testing.T) {
-	converted, streamed, total := map[string]int{}, map[string]int{}, 600
+	converted, streamed, total := map[string]int{}, map[string]int{}, 300
 	for seed := range total {
 		r := rand.New(rand.NewPCG(uint64(seed), 22))
 		chats, generated := randomParts(r)

@@ -80,10 +80,16 @@ var reAnswer = inTwoOrders(layout{
 })
 
 var (
-	reFormat = inTwoOrders(layout{"type", "name", "schema", "strict"}, layout{"name", "schema", "strict", "type"})
-	reCounts = inTwoOrders(
-		layout{"input_tokens", "output_tokens", "total_tokens", "input_tokens_details", "output_tokens_details"},
-		layout{"input_tokens", "input_tokens_details", "output_tokens", "output_tokens_details", "total_tokens"})
+	reFormat = inTwoOrders(
+		layout{"type", "name", "schema", "strict"},
+		layout{"name", "schema", "strict", "type"})
+	reCounts = inTwoOrders(layout{
+		"input_tokens", "output_tokens", "total_tokens", "input_tokens_details",
+		"output_tokens_details",
+	}, layout{
+		"input_tokens", "input_tokens_details", "output_tokens", "output_tokens_details",
+		"total_tokens",
+	})
 	reMessage = inTwoOrders(
 		layout{"id", "type", "status", "role", "content"},
 		layout{"content", "id", "role", "status", "type"})
@@ -122,6 +128,8 @@ const (
 var (
 	typeReasoning = []byte(`"reasoning"`)
 	typeCall      = []byte(`"function_call"`)
+	typeOutput    = []byte(`"output_text"`)
+	typeSummary   = []byte(`"summary_text"`)
 	inProgress    = []byte(`"in_progress"`)
 )
 
@@ -185,7 +193,7 @@ func (t *item) readText(o *twoOrders, array []byte, read reader) bool {
 		return false
 	}
 	t.text = v[contentText]
-	want := []byte(`"summary_text"`)
+	want := typeSummary
 	if o == &reContent {
 		want = typeOutput
 		if string(v[2]) != "[]" || string(v[3]) != "[]" {
@@ -195,16 +203,15 @@ func (t *item) readText(o *twoOrders, array []byte, read reader) bool {
 	return bytes.Equal(v[0], want) && isText(t.text)
 }
 
-var typeOutput = []byte(`"output_text"`)
-
 // appendTo writes the item.
 func (t *item) appendTo(b []byte, write writer) []byte {
 	v := t.v
 	switch o := t.orders(); o {
 	case &reThought:
-		v[thoughtList] = listOf(write(&reSummary, nil, [][]byte{[]byte(`"summary_text"`), t.text}))
+		v[thoughtList] = listOf(write(&reSummary, nil, [][]byte{typeSummary, t.text}))
 	case &reMessage:
-		v[messageList] = listOf(write(&reContent, nil, [][]byte{typeOutput, t.text, emptyList, emptyList}))
+		content := [][]byte{typeOutput, t.text, emptyList, emptyList}
+		v[messageList] = listOf(write(&reContent, nil, content))
 	}
 	return write(t.orders(), b, v[:])
 }
@@ -267,8 +274,8 @@ func (o *output) add(text []byte, read reader) bool {
 	return o.message == 0 || t.orders() == &reMessage
 }
 
-// itemName returns the id that an item has in a whole answer: that of the answer, and for a call its
-// number. A message's id is its own.
+// itemName returns the id that an item has in a whole answer: that of the answer, and for a call
+// its number. A message's id is its own.
 func (o *output) itemName(t *item, call int) []byte {
 	id := o.id[1 : len(o.id)-1]
 	switch t.orders() {
@@ -284,22 +291,12 @@ func (o *output) itemName(t *item, call int) []byte {
 // wholeResponses makes the answer that ToResponse in openai/responses.go makes from the last event
 // of a stream, in which everything is that the others told.
 func wholeResponses(stream []byte, tools bool) ([]byte, bool) {
-	var last, name []byte
-	for unit := range split(stream, eventEnd) {
-		if string(name) == "response.completed" {
-			return nil, false // something follows the end
-		}
-		var ok bool
-		if name, last, ok = namedEvent(unit); !ok || string(name) == "response.failed" {
-			return nil, false
-		}
-	}
-	var e [3][]byte
-	if string(name) != "response.completed" || !reEnd.read(last, e[:]) || !isQuoted(e[2], name) {
+	text, ok := lastResponse(stream)
+	if !ok {
 		return nil, false
 	}
 	var v reMembers
-	if !reAnswer.readEvent(e[0], v[:]) || !all(v[:]...) || !isResponse(&v) {
+	if !reAnswer.readEvent(text, v[:]) || !all(v[:]...) || !isResponse(&v) {
 		return nil, false
 	}
 	out := output{id: v[reID]}
@@ -307,13 +304,30 @@ func wholeResponses(stream []byte, tools bool) ([]byte, bool) {
 		out.calls > 0 && !tools || out.calls+out.message == 0 {
 		return nil, false // an empty message, whose id only the whole answer has
 	}
-	var ok bool
-	if v[reReasoning], ok = effort(v[reReasoning], true); !ok || !others(&v, readEventForm, writeWhole) {
+	v[reReasoning], ok = effort(v[reReasoning], true)
+	if !ok || !others(&v, readEventForm, writeWhole) {
 		return nil, false
 	}
 	v[reOutput] = out.whole()
 	b := make([]byte, 0, sizeOf(v[:])+1024)
 	return append(reAnswer.whole.append(b, v[:]), '\n'), true
+}
+
+// lastResponse returns the answer that the last event has.
+func lastResponse(stream []byte) ([]byte, bool) {
+	var data, name []byte
+	for unit := range split(stream, eventEnd) {
+		if string(name) == "response.completed" {
+			return nil, false // something follows the end
+		}
+		var ok bool
+		if name, data, ok = namedEvent(unit); !ok || isFailure(name) || !isObject(data) {
+			return nil, false
+		}
+	}
+	var v [3][]byte
+	ok := string(name) == "response.completed" && reEnd.read(data, v[:]) && isQuoted(v[2], name)
+	return v[0], ok
 }
 
 // reEnd is the last event.
@@ -339,8 +353,8 @@ func appendTool(b, tool []byte) ([]byte, bool) {
 	return reTool.whole.append(b, v[:]), true
 }
 
-// others turns those members of an answer from one form into the other, besides its output, that are
-// objects.
+// others turns those members of an answer from one form into the other, besides its output, that
+// are objects.
 func others(v *reMembers, read reader, write writer) bool {
 	var format, counts reMembers
 	var text [1][]byte
@@ -471,12 +485,14 @@ func streamResponses(whole []byte) ([]byte, bool) {
 		!out.isWhole() {
 		return nil, false
 	}
-	if v[reReasoning], ok = effort(v[reReasoning], false); !ok || !others(&v, readWholeForm, writeEvent) {
+	v[reReasoning], ok = effort(v[reReasoning], false)
+	if !ok || !others(&v, readWholeForm, writeEvent) {
 		return nil, false
 	}
 	s := reStream{b: make([]byte, 0, 6*len(whole)+2048)}
 	begin := v
-	begin[reStatus], begin[reOutput], begin[reUsage], begin[reCompleted] = inProgress, emptyList, nullValue, nullValue
+	begin[reStatus], begin[reOutput] = inProgress, emptyList
+	begin[reUsage], begin[reCompleted] = nullValue, nullValue
 	object := reAnswer.appendEvent(nil, begin[:])
 	s.write("response.created", event{evResponse: object})
 	s.write("response.in_progress", event{evResponse: object})
@@ -492,8 +508,8 @@ func streamResponses(whole []byte) ([]byte, bool) {
 	return s.b, true
 }
 
-// isWhole reports whether this is the output of a whole answer: calls or a message, and ids of their
-// own. One with an empty message has no such stream: there the message is missing.
+// isWhole reports whether this is the output of a whole answer: calls or a message, and ids of
+// their own. One with an empty message has no such stream: there the message is missing.
 func (o *output) isWhole() bool {
 	if (o.calls == 0) != (o.message == 1) {
 		return false
@@ -521,31 +537,47 @@ func (s *reStream) item(t *item) []byte {
 	index := strconv.AppendInt(nil, int64(s.items), 10)
 	s.items++
 	done := t.appendTo(nil, writeEvent)
-	id := t.v[itemID]
+	at := event{evItemID: t.v[itemID], evOutputIndex: index}
 	switch t.orders() {
 	case &reThought:
-		begin := reThought.appendEvent(nil, [][]byte{id, typeReasoning, emptyList, nil})
-		s.write("response.output_item.added", event{evItem: begin, evOutputIndex: index})
-		s.write("response.reasoning_summary_text.delta", event{evItemID: id, evOutputIndex: index, evSummaryIndex: zero, evDelta: t.text})
-		s.write("response.reasoning_summary_text.done", event{evItemID: id, evOutputIndex: index, evSummaryIndex: zero, evText: t.text})
+		begin := [][]byte{t.v[itemID], typeReasoning, emptyList, nil}
+		s.begin(index, reThought.appendEvent(nil, begin))
+		at[evSummaryIndex] = zero
+		s.write("response.reasoning_summary_text.delta", at.with(evDelta, t.text))
+		s.write("response.reasoning_summary_text.done", at.with(evText, t.text))
 	case &reCall:
 		begin := t.v
 		begin[itemStatus], begin[callArgs] = inProgress, emptyText
-		s.write("response.output_item.added", event{evItem: reCall.appendEvent(nil, begin[:]), evOutputIndex: index})
-		s.write("response.function_call_arguments.delta", event{evItemID: id, evOutputIndex: index, evDelta: t.v[callArgs]})
-		s.write("response.function_call_arguments.done", event{evItemID: id, evOutputIndex: index, evArguments: t.v[callArgs]})
+		s.begin(index, reCall.appendEvent(nil, begin[:]))
+		s.write("response.function_call_arguments.delta", at.with(evDelta, t.v[callArgs]))
+		s.write("response.function_call_arguments.done", at.with(evArguments, t.v[callArgs]))
 	default:
 		begin := t.v
 		begin[itemStatus], begin[messageList] = inProgress, emptyList
-		part := func(text []byte) []byte {
-			return reContent.appendEvent(nil, [][]byte{typeOutput, text, emptyList, emptyList})
-		}
-		s.write("response.output_item.added", event{evItem: reMessage.appendEvent(nil, begin[:]), evOutputIndex: index})
-		s.write("response.content_part.added", event{evItemID: id, evOutputIndex: index, evContentIndex: zero, evPart: part(emptyText)})
-		s.write("response.output_text.delta", event{evItemID: id, evOutputIndex: index, evContentIndex: zero, evDelta: t.text, evLogprobs: emptyList})
-		s.write("response.output_text.done", event{evItemID: id, evOutputIndex: index, evContentIndex: zero, evText: t.text, evLogprobs: emptyList})
-		s.write("response.content_part.done", event{evItemID: id, evOutputIndex: index, evContentIndex: zero, evPart: part(t.text)})
+		s.begin(index, reMessage.appendEvent(nil, begin[:]))
+		at[evContentIndex] = zero
+		s.write("response.content_part.added", at.with(evPart, contentPart(emptyText)))
+		text := at.with(evLogprobs, emptyList)
+		s.write("response.output_text.delta", text.with(evDelta, t.text))
+		s.write("response.output_text.done", text.with(evText, t.text))
+		s.write("response.content_part.done", at.with(evPart, contentPart(t.text)))
 	}
 	s.write("response.output_item.done", event{evItem: done, evOutputIndex: index})
 	return done
+}
+
+// begin writes the event that an item begins with.
+func (s *reStream) begin(index, item []byte) {
+	s.write("response.output_item.added", event{evItem: item, evOutputIndex: index})
+}
+
+// with returns the event with one more member.
+func (e event) with(place int, value []byte) event {
+	e[place] = value
+	return e
+}
+
+// contentPart returns the part of a message that has its text.
+func contentPart(text []byte) []byte {
+	return reContent.appendEvent(nil, [][]byte{typeOutput, text, emptyList, emptyList})
 }

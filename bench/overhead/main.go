@@ -5,6 +5,9 @@
 // round. Its median need not be the ratio of the median rates, since these may be from different
 // rounds.
 //
+// The cases called "hit" are answers that ollama-cacheproxy has kept; the bare proxy gets them from the
+// upstream.
+//
 //	go run ./bench/overhead
 //	go run ./bench/overhead -rounds 9 -time 3s -clients 16
 package main
@@ -44,6 +47,7 @@ func main() {
 	flag.IntVar(&cfg.rounds, "rounds", 5, "rounds per case")
 	flag.DurationVar(&cfg.time, "time", 2*time.Second, "how long a round loads each of the three")
 	flag.IntVar(&cfg.clients, "clients", 8, "clients, each with one request at a time")
+	flag.StringVar(&cfg.store, "store", "memory", "where the answers of hits are kept: see --answers-store")
 	flag.StringVar(&cfg.only, "only", "", "only cases whose name contains this")
 	flag.Parse()
 
@@ -63,6 +67,7 @@ func main() {
 
 type config struct {
 	proxy   string
+	store   string
 	only    string
 	rounds  int
 	time    time.Duration
@@ -74,6 +79,7 @@ type load struct {
 	name   string
 	body   []byte
 	stream bool
+	hit    bool // a kept answer of 8 KB
 }
 
 func loads() []load {
@@ -81,11 +87,17 @@ func loads() []load {
 		line := `Score the candidate from 1 to 10 and explain in one sentence why.\n`
 		return fmt.Appendf(nil, `{"model":"bench","stream":%v,"messages":[{"role":"user","content":"%s"}]}`, stream, strings.Repeat(line, size/len(line)))
 	}
+	hit := func(stream bool) []byte {
+		text := bytes.Replace(body(2<<10, stream), []byte("bench"), []byte(hitModel), 1)
+		return append(text[:len(text)-1], `,"options":{"temperature":0}}`...)
+	}
 	return []load{
-		{"8 KB, one answer", body(8<<10, false), false},
-		{"8 KB, 20 chunks", body(8<<10, true), true},
-		{"1 MB, one answer", body(1<<20, false), false},
-		{"1 MB, 20 chunks", body(1<<20, true), true},
+		{name: "8 KB, one answer", body: body(8<<10, false)},
+		{name: "8 KB, 20 chunks", body: body(8<<10, true), stream: true},
+		{name: "1 MB, one answer", body: body(1<<20, false)},
+		{name: "1 MB, 20 chunks", body: body(1<<20, true), stream: true},
+		{name: "hit, one answer of 8 KB", body: hit(false), hit: true},
+		{name: "hit, 8 KB in 64 chunks", body: hit(true), stream: true, hit: true},
 	}
 }
 
@@ -121,7 +133,13 @@ func run(ctx context.Context, cfg config, out io.Writer) error {
 		return err
 	}
 	defer ours.stop()
-	targets := []struct{ name, url string }{{"direct", up.url}, {"bare ReverseProxy", bare.url}, {"ollama-cacheproxy", ours.url}}
+	keeps, err := start(ctx, cfg.proxy, "--listen", "127.0.0.1:0", "--upstream", up.url, "--log-format", "json",
+		"--cache-answers", "deterministic", "--answers-store", cfg.store)
+	if err != nil {
+		return err
+	}
+	defer keeps.stop()
+	type target struct{ name, url string }
 
 	fmt.Fprintf(out, "%d clients, %d rounds of %v each; medians over rounds; rate ÷ bare: in the same round, median (least to most)\n", cfg.clients, cfg.rounds, cfg.time)
 	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
@@ -129,6 +147,13 @@ func run(ctx context.Context, cfg config, out io.Writer) error {
 	for _, l := range loads() {
 		if !strings.Contains(l.name, cfg.only) {
 			continue
+		}
+		targets := []target{{"direct", up.url}, {"bare ReverseProxy", bare.url}, {"ollama-cacheproxy", ours.url}}
+		if l.hit {
+			targets[2].url = keeps.url
+			if err := keep(ctx, keeps.url, l); err != nil {
+				return err
+			}
 		}
 		results := make([][]result, len(targets))
 		for range cfg.rounds {
@@ -187,7 +212,7 @@ func measure(ctx context.Context, target string, l load, clients int, d time.Dur
 		wg.Go(func() {
 			for errs[i] == nil && time.Since(begin) < d {
 				start := time.Now()
-				errs[i] = one(ctx, client, target, l)
+				_, errs[i] = one(ctx, client, target, l)
 				times[i] = append(times[i], time.Since(start).Seconds()*1e3)
 			}
 		})
@@ -200,34 +225,73 @@ func measure(ctx context.Context, target string, l load, clients int, d time.Dur
 	return result{float64(len(all)) / elapsed, at(.5), at(.99)}, errors.Join(errs...)
 }
 
-func one(ctx context.Context, client *http.Client, target string, l load) error {
+// keep asks until the answer is kept.
+func keep(ctx context.Context, target string, l load) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	for {
+		header, err := one(ctx, http.DefaultClient, target, l)
+		if err != nil {
+			return fmt.Errorf("%s: it is not kept: %w", l.name, err)
+		}
+		if strings.Contains(header.Get("Cache-Status"), "hit") {
+			return nil
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+}
+
+// one sends the load's request and reads the answer.
+func one(ctx context.Context, client *http.Client, target string, l load) (http.Header, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, target+"/api/chat", bytes.NewReader(l.body))
 	if err != nil {
-		return err
+		return nil, err
 	}
 	req.Header.Set("Content-Type", "application/json")
 	res, err := client.Do(req)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer res.Body.Close()
 	n, err := io.Copy(io.Discard, res.Body)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if want := len(answer(l.stream)); res.StatusCode != http.StatusOK || n != int64(want) {
-		return fmt.Errorf("status %d, %d bytes; want 200 and %d", res.StatusCode, n, want)
+	want := 0
+	for _, part := range l.chunks() {
+		want += len(part)
 	}
-	return nil
+	if res.StatusCode != http.StatusOK || n != int64(want) {
+		return nil, fmt.Errorf("status %d, %d bytes; want 200 and %d", res.StatusCode, n, want)
+	}
+	return res.Header, nil
 }
 
-const chunk = `{"model":"bench","created_at":"2026-01-01T00:00:00Z","message":{"role":"assistant","content":"token"},"done":false}` + "\n"
+const (
+	hitModel = "hits"
+	chunk    = `{"model":"bench","created_at":"2026-01-01T00:00:00Z","message":{"role":"assistant","content":"token"},"done":false}` + "\n"
+	// lastChunk ends an answer that may be kept.
+	lastChunk = `{"model":"bench","created_at":"2026-01-01T00:00:00Z","message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}` + "\n"
+	hitChunks = 64
+)
 
-func answer(stream bool) []byte {
-	if stream {
-		return []byte(strings.Repeat(chunk, 20))
+var (
+	hitStream = append(slices.Repeat([]string{chunk + strings.Repeat(" ", 8)}, hitChunks-1), lastChunk)
+	hitWhole  = []string{strings.Replace(lastChunk, `""`, `"`+strings.Repeat("token ", 8<<10/6)+`"`, 1)}
+	stream20  = slices.Repeat([]string{chunk}, 20)
+)
+
+// chunks are the parts of the answer.
+func (l load) chunks() []string {
+	switch {
+	case l.hit && l.stream:
+		return hitStream
+	case l.hit:
+		return hitWhole
+	case l.stream:
+		return stream20
 	}
-	return []byte(chunk)
+	return stream20[:1]
 }
 
 // serve is the main function of a child process: the upstream, or the bare proxy.
@@ -269,7 +333,7 @@ func serve(ctx context.Context, role string) error {
 
 func upstream(w http.ResponseWriter, r *http.Request) {
 	if r.URL.Path != "/api/chat" {
-		io.WriteString(w, `{"version":"0.0.0","models":[]}`)
+		io.WriteString(w, `{"version":"0.0.0","models":[{"name":"`+hitModel+`:latest","digest":"0123"}]}`)
 		return
 	}
 	head, err := bufio.NewReader(r.Body).Peek(60)
@@ -281,14 +345,13 @@ func upstream(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}
+	l := load{stream: bytes.Contains(head, []byte(`"stream":true`)), hit: bytes.Contains(head, []byte(hitModel))}
 	w.Header().Set("Content-Type", "application/x-ndjson")
-	if !bytes.Contains(head, []byte(`"stream":true`)) {
-		w.Write(answer(false))
-		return
-	}
-	for range 20 {
-		io.WriteString(w, chunk)
-		w.(http.Flusher).Flush()
+	for _, part := range l.chunks() {
+		io.WriteString(w, part)
+		if l.stream {
+			w.(http.Flusher).Flush()
+		}
 	}
 }
 

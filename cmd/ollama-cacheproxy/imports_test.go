@@ -18,6 +18,7 @@ func TestImports(t *testing.T) {
 		"answers":               {"jsonscan", "prefix"},
 		"answers/forms":         {"jsonscan"},
 		"batch":                 {"jsonscan", "prefix"},
+		"batches":               {"batch"},
 		"contextstore":          {"prefix"},
 		"engine":                {},
 		"contexts":              {"contextstore", "engine"},
@@ -29,7 +30,7 @@ func TestImports(t *testing.T) {
 		"proxy":                 {"answers", "answers/forms", "contexts", "doctor", "jsonscan", "livepage", "prefix", "runners", "savings", "schedule", "upstream"},
 		"metrics":               {"answers", "contexts", "contextstore", "proxy", "savings", "schedule", "upstream"},
 		"bench":                 {"bench/text", "proxy", "savings", "upstream"},
-		"cmd/ollama-cacheproxy": {"answers", "batch", "bench", "contexts", "contextstore", "doctor", "engine", "metrics", "ollamasim", "proxy", "savings", "schedule", "upstream"},
+		"cmd/ollama-cacheproxy": {"answers", "batch", "batches", "bench", "contexts", "contextstore", "doctor", "engine", "metrics", "ollamasim", "proxy", "savings", "schedule", "upstream"},
 	}
 	for pkg, want := range allowed {
 		out, err := exec.Command("go", "list", "-f", `{{join .Imports "\n"}}`, module+pkg).Output()

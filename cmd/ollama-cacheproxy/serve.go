@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -82,6 +83,10 @@ type serveCmd struct {
 	ContextTTL     time.Duration `default:"720h" placeholder:"TIME" help:"How long to keep a stored context that is not used; 0 means for ever. Default: 720h (30 days)."`
 	Prewarm        string        `placeholder:"FILE" type:"path" default:"" help:"A file of requests whose prompts should be warm before anyone asks: one JSON object per line, as a client would send it, with \"path\" if that is not /api/chat (docs/contexts.md). They are sent at the start, which loads their models, and after each load of their model, while no client asks for anything; a client's request interrupts them. The file is read again when it changes, and at SIGHUP. Default: none."`
 	ContextsShared bool          `help:"Also attach contexts stored for one API key to the prompts of others. A client could then find out from an answer's timing whether someone else has sent a prompt."`
+	Batches        string        `group:"everyday" placeholder:"DIR" type:"path" default:"" help:"Serve OpenAI's Files and Batch API (/v1/files and /v1/batches), with files and batches in this folder; a batch survives restarts, and its requests have the priority batch (docs/batches.md). Default: off, which forwards these paths."`
+	BatchesBytes   int64         `default:"${batchesbytes}" placeholder:"BYTES" help:"Disk space for the files of --batches, with the results that are being written. Default: 10737418240 (10 GiB)."`
+	BatchesRunning int           `default:"2" placeholder:"N" help:"How many batches run at once; further ones wait for their turn. Default: 2."`
+	BatchesTTL     time.Duration `name:"batches-ttl" default:"720h" placeholder:"TIME" help:"How long to keep a file of --batches, and a batch after its end; 0 means for ever. Default: 720h (30 days)."`
 	ShowPrompts    bool          `help:"Show the beginning and the end of request bodies on /_cacheproxy/requests. Without this, no prompt text is kept."`
 
 	CacheAnswers    []string      `group:"everyday" placeholder:"[MODEL=]MODE" help:"Which answers of chats and generations to keep, so that a request that was answered before is answered at once: deterministic (those with temperature 0 or a seed, and without tools that reach outside), all, or off. Equal requests that come at the same time are computed once. A request's Cache-Control header (no-store, no-cache, max-age, only-if-cached) is honoured (docs/answers.md). Kept answers are text. MODEL=MODE sets it for one model. Repeatable. Default: off."`
@@ -145,6 +150,8 @@ Examples:
       keep evaluated prompts on disk until the model is loaded again (start ~/.ollama-cacheproxy/bin/ollama serve)
   ollama-cacheproxy --cache-answers deterministic --answers-store ~/.cache/answers
       keep the answers of requests with temperature 0 or a seed on disk, as well as vectors
+  ollama-cacheproxy --batches ~/.ollama-cacheproxy/batches
+      serve OpenAI's Files and Batch API, too
   ollama-cacheproxy --check --upstream gpu-box:11434
       check these settings, and exit
 
@@ -205,7 +212,8 @@ func (s *serveCmd) settings() (settings, error) {
 	if set.trusted, err = proxy.ParseTrustedProxies(s.TrustedProxy); err != nil {
 		return set, fmt.Errorf("--trusted-proxy: %w", err)
 	}
-	return set, s.readFiles(&set)
+	err = cmp.Or(s.checkBatches(), s.readFiles(&set))
+	return set, err
 }
 
 // apiKeys reads the keys that clients must send; nil if they need none.
@@ -372,7 +380,7 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	}
 	defer kept.Close() // it has logged what it could not write
 	h := s.handler(set, ups, transport, kept, logger)
-	ln, err := set.listener(ctx, logger)
+	ln, stopBatches, err := s.begin(ctx, set, h, logger)
 	if err != nil {
 		return err
 	}
@@ -410,6 +418,7 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	case <-ctx.Done():
 		err = drain(srv, h, s.Drain, cut, logger)
 	}
+	stopBatches()
 	stopBackground()
 	cut(nil)
 	wg.Wait()

@@ -496,7 +496,9 @@ func (s *serveCmd) handler(
 	counts.Draining(h.Draining)
 	counts.Held(h.Held)
 	counts.Waiting(h.Waiting)
-	counts.Answers(kept.Stats, h.Surviving)
+	if kept != nil {
+		counts.Answers(kept.Stats, h.Surviving)
+	}
 	h.Metrics, h.Done, h.Touched = counts.Handler(), counts.Done, counts.Touched
 	if s.done != nil {
 		h.Done = func(ex proxy.Exchange) {

@@ -197,12 +197,8 @@ func (h *Handler) embedded(w http.ResponseWriter, r *http.Request, ex *exchange)
 // embeds reads what a request asks for. It returns nil if its vectors are neither kept nor looked
 // for; detail is why not, if the client is told.
 func (h *Handler) embeds(r *http.Request, ex *exchange) (e *embedding, detail string) {
-	switch {
-	case h.Answers == nil || !ex.embed || !ex.runsHere() || ex.stranger || ex.unloads():
-		return nil, ""
-	case ex.warming != nil || ex.only != nil || ex.body == nil || ex.fields.members == nil:
-		return nil, ""
-	case r.URL.RawQuery != "" || len(r.Trailer) > 0 || h.CacheEmbeddings.For(ex.key) == EmbeddingsOff:
+	if !ex.embed || !h.mayKeep(ex) || ex.unloads() || r.URL.RawQuery != "" || len(r.Trailer) > 0 ||
+		h.CacheEmbeddings.For(ex.key) == EmbeddingsOff {
 		return nil, ""
 	}
 	e = &embedding{h: h, r: r, ex: ex, data: ex.body.data, control: answers.ParseControl(r.Header)}

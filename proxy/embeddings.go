@@ -556,21 +556,6 @@ func (e *embedding) keep() {
 	})
 }
 
-// stillAgreed reports whether all servers that have a model still have it with this digest, and this
-// version, by lists that were read after a time.
-func (h *Handler) stillAgreed(ctx context.Context, key, digest, version string, after time.Time) bool {
-	for _, b := range h.backends {
-		if st := b.State(); !st.Has(key) {
-			continue
-		}
-		st := b.relisted(ctx, after)
-		if st.Listed.Before(after) || st.Digests[key] != digest || st.Version != version {
-			return false
-		}
-	}
-	return true
-}
-
 // fails ends a request one of whose inputs could not be embedded. Ollama's own refusal is what the
 // client gets for the request as it is; what the proxy itself says, it says once.
 func (e *embedding) fails(w http.ResponseWriter, r *http.Request) bool {

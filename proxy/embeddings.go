@@ -197,12 +197,7 @@ func (h *Handler) embedded(w http.ResponseWriter, r *http.Request, ex *exchange)
 // embeds reads what a request asks for. It returns nil if its vectors are neither kept nor looked
 // for; detail is why not, if the client is told.
 func (h *Handler) embeds(r *http.Request, ex *exchange) (e *embedding, detail string) {
-	switch {
-	case h.Answers == nil || !ex.embed || !ex.runsHere() || ex.stranger || ex.unloads():
-		return nil, ""
-	case ex.warming != nil || ex.only != nil || ex.body == nil || ex.fields.members == nil:
-		return nil, ""
-	case r.URL.RawQuery != "" || len(r.Trailer) > 0 || h.CacheEmbeddings.For(ex.key) == EmbeddingsOff:
+	if !h.mayKeep(r, ex) {
 		return nil, ""
 	}
 	e = &embedding{h: h, r: r, ex: ex, data: ex.body.data, control: answers.ParseControl(r.Header)}
@@ -220,6 +215,18 @@ func (h *Handler) embeds(r *http.Request, ex *exchange) (e *embedding, detail st
 	e.context = h.contextOf(ex.key)
 	e.name()
 	return e, ""
+}
+
+// mayKeep reports whether vectors may be kept and looked for, by what is known of a request before its
+// body is understood.
+func (h *Handler) mayKeep(r *http.Request, ex *exchange) bool {
+	switch {
+	case h.Answers == nil || !ex.embed || !ex.runsHere() || ex.stranger || ex.unloads():
+		return false
+	case ex.warming != nil || ex.only != nil || ex.body == nil || ex.fields.members == nil:
+		return false
+	}
+	return r.URL.RawQuery == "" && len(r.Trailer) == 0 && h.CacheEmbeddings.For(ex.key) != EmbeddingsOff
 }
 
 // contextOf returns the context length of a loaded model, in tokens; 0 if it is not known, or not
@@ -558,21 +565,6 @@ func (e *embedding) keep() {
 		}
 		v.ended++
 	})
-}
-
-// stillAgreed reports whether all servers that have a model still have it with this digest, and this
-// version, by lists that were read after a time.
-func (h *Handler) stillAgreed(ctx context.Context, key, digest, version string, after time.Time) bool {
-	for _, b := range h.backends {
-		if st := b.State(); !st.Has(key) {
-			continue
-		}
-		st := b.relisted(ctx, after)
-		if st.Listed.Before(after) || st.Digests[key] != digest || st.Version != version {
-			return false
-		}
-	}
-	return true
 }
 
 // fails ends a request one of whose inputs could not be embedded. Ollama's own refusal is what the

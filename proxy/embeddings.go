@@ -197,7 +197,8 @@ func (h *Handler) embedded(w http.ResponseWriter, r *http.Request, ex *exchange)
 // embeds reads what a request asks for. It returns nil if its vectors are neither kept nor looked
 // for; detail is why not, if the client is told.
 func (h *Handler) embeds(r *http.Request, ex *exchange) (e *embedding, detail string) {
-	if !h.mayKeep(r, ex) {
+	if !ex.embed || !h.mayKeep(ex) || ex.unloads() || r.URL.RawQuery != "" || len(r.Trailer) > 0 ||
+		h.CacheEmbeddings.For(ex.key) == EmbeddingsOff {
 		return nil, ""
 	}
 	e = &embedding{h: h, r: r, ex: ex, data: ex.body.data, control: answers.ParseControl(r.Header)}
@@ -215,18 +216,6 @@ func (h *Handler) embeds(r *http.Request, ex *exchange) (e *embedding, detail st
 	e.context = h.contextOf(ex.key)
 	e.name()
 	return e, ""
-}
-
-// mayKeep reports whether vectors may be kept and looked for, by what is known of a request before its
-// body is understood.
-func (h *Handler) mayKeep(r *http.Request, ex *exchange) bool {
-	switch {
-	case h.Answers == nil || !ex.embed || !ex.runsHere() || ex.stranger || ex.unloads():
-		return false
-	case ex.warming != nil || ex.only != nil || ex.body == nil || ex.fields.members == nil:
-		return false
-	}
-	return r.URL.RawQuery == "" && len(r.Trailer) == 0 && h.CacheEmbeddings.For(ex.key) != EmbeddingsOff
 }
 
 // contextOf returns the context length of a loaded model, in tokens; 0 if it is not known, or not

@@ -974,10 +974,10 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// level is that of the request's line in the log.
+// level returns the level of the request's log line.
 func (ex *exchange) level() slog.Level {
-	if ex.Outcome == Own || ex.Endpoint == "/" || ex.part { // probes, scrapes, and parts of a request
-		return slog.LevelDebug
+	if ex.Outcome == Own || ex.Endpoint == "/" || ex.part {
+		return slog.LevelDebug // probes and scrapes, and parts of a client's request
 	}
 	return slog.LevelInfo
 }

@@ -430,6 +430,9 @@ func (s *serveCmd) openStores(set *settings, logger *slog.Logger) (answers.Store
 		return nil, nil, err
 	}
 	closeFiles := func() {
+		if files == nil {
+			return
+		}
 		closing, cancel := context.WithTimeout(context.Background(), cutOff)
 		defer cancel()
 		files.Close(closing)

@@ -585,8 +585,12 @@ func (h *Handler) keep(r *http.Request, ex *exchange, f *flight, q *question) {
 // relisted returns the server's state after its models were listed again, unless they were after that
 // time. It lists them at most once in listedPause. The server may not answer.
 func (b *backend) relisted(ctx context.Context, after time.Time) upstream.State {
-	b.listing.Lock()
-	defer b.listing.Unlock()
+	select {
+	case b.listing <- struct{}{}:
+		defer func() { <-b.listing }()
+	case <-ctx.Done():
+		return b.State()
+	}
 	st := b.State()
 	if !st.Listed.Before(after) {
 		return st

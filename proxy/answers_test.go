@@ -27,7 +27,6 @@ import (
 // library is a proxy that keeps answers, before a simulated server, in virtual time.
 type library struct {
 	t      *testing.T
-	sim    *ollamasim.Server
 	h      *Handler
 	up     *upstream.Server
 	client *http.Client
@@ -40,15 +39,20 @@ type library struct {
 
 // newLibrary must be called in a bubble. change, if not nil, changes the handler before it starts.
 func newLibrary(t *testing.T, change func(*Handler)) *library {
-	procs := runtime.GOMAXPROCS(1) // see newOffice
-	t.Cleanup(func() { runtime.GOMAXPROCS(procs) })
 	sim, err := ollamasim.New(ollamasim.Config{Parallel: 4, Models: []ollamasim.Model{
 		{Name: "m", LoadTime: time.Second, NumCtx: 16384}, {Name: "n", LoadTime: time.Second},
 	}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	lib := &library{t: t, sim: sim}
+	return newLibraryOf(t, sim, change)
+}
+
+// newLibraryOf is newLibrary before another server.
+func newLibraryOf(t *testing.T, server http.Handler, change func(*Handler)) *library {
+	procs := runtime.GOMAXPROCS(1) // see newOffice
+	t.Cleanup(func() { runtime.GOMAXPROCS(procs) })
+	lib := &library{t: t}
 	listeners := map[string]*ollamasim.Listener{"sim:80": ollamasim.Listen(), "proxy:80": ollamasim.Listen()}
 	dial := func(ctx context.Context, network, addr string) (net.Conn, error) {
 		return listeners[addr].DialContext(ctx, network, addr)
@@ -88,7 +92,7 @@ func newLibrary(t *testing.T, change func(*Handler)) *library {
 			lib.asked++
 			lib.mu.Unlock()
 		}
-		sim.ServeHTTP(w, r)
+		server.ServeHTTP(w, r)
 		lib.mu.Lock()
 		held := lib.held
 		lib.mu.Unlock()

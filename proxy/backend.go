@@ -24,15 +24,15 @@ type backend struct {
 	runners   *runners.Book
 	residency *residency
 	draining  atomic.Bool
-	looped    atomic.Bool  // a request of the proxy's own came back to the proxy through it
-	inFlight  atomic.Int64 // requests that were sent to it and have not ended
-	listing   sync.Mutex   // held while the models are listed to keep an answer
-	altered   atomic.Int64 // when a request last changed a model, in ns since 1970; 0: none has
-	telling   sync.Mutex   // held while the scheduler learns whether the server is available
+	looped    atomic.Bool   // a request of the proxy's own came back to the proxy through it
+	inFlight  atomic.Int64  // requests that were sent to it and have not ended
+	listing   chan struct{} // has room while the models are not being listed to keep an answer
+	altered   atomic.Int64  // when a request last changed a model, in ns since 1970; 0: none has
+	telling   sync.Mutex    // held while the scheduler learns whether the server is available
 }
 
 func (h *Handler) newBackend(index int, s *upstream.Server) *backend {
-	b := &backend{Server: s, index: uint16(index), port: localPort(s)}
+	b := &backend{Server: s, index: uint16(index), port: localPort(s), listing: make(chan struct{}, 1)}
 	b.books.Store(&savings.Upstream{Name: s.Name, Index: b.index})
 	b.runners = runners.New(s, func(e runners.Event) { h.changed(b, e) })
 	b.residency = newResidency(s, b.runners, h.KeepAlive, h.Touched, h.Log)

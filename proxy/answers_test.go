@@ -426,3 +426,47 @@ func TestSurvives(t *testing.T) {
 		}
 	})
 }
+
+// TestAnswersPaced replays a stream at the pace at which it was computed, or at once.
+func TestAnswersPaced(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, paced := range []bool{false, true} {
+			lib := newLibrary(t, func(h *Handler) { h.ReplayPaced = paced })
+			read := func() (times []time.Duration, text string) {
+				began := time.Now()
+				r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "http://proxy/api/chat", strings.NewReader(coldChat("x", "")))
+				if err != nil {
+					t.Fatal(err)
+				}
+				res, err := lib.client.Do(r)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer res.Body.Close()
+				for lines := bufio.NewScanner(res.Body); lines.Scan(); text += lines.Text() + "\n" {
+					times = append(times, time.Since(began))
+				}
+				return times, text
+			}
+			lib.ask("/api/chat", coldChat("load", ""))
+			first, text := read()
+			lib.computed()
+			again, same := read()
+			if lib.computed() != 0 || same != text || len(first) < 8 {
+				t.Fatalf("paced %v: %q, then %q", paced, text, same)
+			}
+			for i := range again {
+				want := time.Duration(0)
+				if paced {
+					want = first[i] - first[0] + again[0] // times are kept to the microsecond
+				}
+				if off := (again[i] - want).Abs(); off > time.Duration(i+1)*time.Microsecond {
+					t.Errorf("paced %v: line %d came after %v, want %v; computed after %v", paced, i, again[i], want, first[i])
+				}
+			}
+			if paced && again[len(again)-1] < first[len(first)-1]/2 {
+				t.Errorf("paced: %v, computed: %v", again, first)
+			}
+		}
+	})
+}

@@ -66,6 +66,10 @@ func newFront(t testing.TB, server *realollama.Server) *front {
 		},
 	}
 	f.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		// Without this, answers that come quickly are broken off: see docs/overhead.md.
+		if err := http.NewResponseController(w).EnableFullDuplex(); err != nil {
+			t.Error(err)
+		}
 		f.serve(w, r, forward)
 	}))
 	t.Cleanup(f.Close)

@@ -27,7 +27,6 @@ import (
 // library is a proxy that keeps answers, before a simulated server, in virtual time.
 type library struct {
 	t      *testing.T
-	sim    *ollamasim.Server
 	h      *Handler
 	up     *upstream.Server
 	client *http.Client
@@ -40,15 +39,20 @@ type library struct {
 
 // newLibrary must be called in a bubble. change, if not nil, changes the handler before it starts.
 func newLibrary(t *testing.T, change func(*Handler)) *library {
-	procs := runtime.GOMAXPROCS(1) // see newOffice
-	t.Cleanup(func() { runtime.GOMAXPROCS(procs) })
 	sim, err := ollamasim.New(ollamasim.Config{Parallel: 4, Models: []ollamasim.Model{
 		{Name: "m", LoadTime: time.Second, NumCtx: 16384}, {Name: "n", LoadTime: time.Second},
 	}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	lib := &library{t: t, sim: sim}
+	return newLibraryOf(t, sim, change)
+}
+
+// newLibraryOf is newLibrary before another server.
+func newLibraryOf(t *testing.T, server http.Handler, change func(*Handler)) *library {
+	procs := runtime.GOMAXPROCS(1) // see newOffice
+	t.Cleanup(func() { runtime.GOMAXPROCS(procs) })
+	lib := &library{t: t}
 	listeners := map[string]*ollamasim.Listener{"sim:80": ollamasim.Listen(), "proxy:80": ollamasim.Listen()}
 	dial := func(ctx context.Context, network, addr string) (net.Conn, error) {
 		return listeners[addr].DialContext(ctx, network, addr)
@@ -88,7 +92,7 @@ func newLibrary(t *testing.T, change func(*Handler)) *library {
 			lib.asked++
 			lib.mu.Unlock()
 		}
-		sim.ServeHTTP(w, r)
+		server.ServeHTTP(w, r)
 		lib.mu.Lock()
 		held := lib.held
 		lib.mu.Unlock()
@@ -422,6 +426,50 @@ func TestSurvives(t *testing.T) {
 			}
 			if none := lib.send(t.Context(), http.MethodGet, pathAnswers+"/"+id, ""); none.status != http.StatusNotFound {
 				t.Errorf("%s: after its removal: %d", mode, none.status)
+			}
+		}
+	})
+}
+
+// TestAnswersPaced replays a stream at the pace at which it was computed, or at once.
+func TestAnswersPaced(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, paced := range []bool{false, true} {
+			lib := newLibrary(t, func(h *Handler) { h.ReplayPaced = paced })
+			read := func() (times []time.Duration, text string) {
+				began := time.Now()
+				r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "http://proxy/api/chat", strings.NewReader(coldChat("x", "")))
+				if err != nil {
+					t.Fatal(err)
+				}
+				res, err := lib.client.Do(r)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer res.Body.Close()
+				for lines := bufio.NewScanner(res.Body); lines.Scan(); text += lines.Text() + "\n" {
+					times = append(times, time.Since(began))
+				}
+				return times, text
+			}
+			lib.ask("/api/chat", coldChat("load", ""))
+			first, text := read()
+			lib.computed()
+			again, same := read()
+			if lib.computed() != 0 || same != text || len(first) < 8 {
+				t.Fatalf("paced %v: %q, then %q", paced, text, same)
+			}
+			for i := range again {
+				want := time.Duration(0)
+				if paced {
+					want = first[i] - first[0] + again[0] // times are kept to the microsecond
+				}
+				if off := (again[i] - want).Abs(); off > time.Duration(i+1)*time.Microsecond {
+					t.Errorf("paced %v: line %d came after %v, want %v; computed after %v", paced, i, again[i], want, first[i])
+				}
+			}
+			if paced && again[len(again)-1] < first[len(first)-1]/2 {
+				t.Errorf("paced: %v, computed: %v", again, first)
 			}
 		}
 	})

@@ -46,6 +46,7 @@ func main() {
 	flag.StringVar(&cfg.proxy, "proxy", "", "the ollama-cacheproxy program; built from this tree if empty")
 	flag.IntVar(&cfg.rounds, "rounds", 5, "rounds per case")
 	flag.DurationVar(&cfg.time, "time", 2*time.Second, "how long a round loads each of the three")
+	flag.IntVar(&cfg.together, "together", 50, "clients that ask the same at once, in the last case")
 	flag.IntVar(&cfg.clients, "clients", 8, "clients, each with one request at a time")
 	flag.StringVar(&cfg.store, "store", "memory", "where the answers of hits are kept: see --answers-store")
 	flag.StringVar(&cfg.only, "only", "", "only cases whose name contains this")
@@ -66,12 +67,13 @@ func main() {
 }
 
 type config struct {
-	proxy   string
-	store   string
-	only    string
-	rounds  int
-	time    time.Duration
-	clients int
+	proxy    string
+	store    string
+	only     string
+	together int
+	rounds   int
+	time     time.Duration
+	clients  int
 }
 
 // load is one case: the same request again and again.
@@ -177,7 +179,61 @@ func run(ctx context.Context, cfg config, out io.Writer) error {
 		}
 		table.Flush()
 	}
+	if strings.Contains("together", cfg.only) {
+		return together(ctx, out, keeps.url, cfg)
+	}
 	return nil
+}
+
+// together has many clients ask the same at once, of what is not kept, and prints within what time
+// their first bytes come.
+func together(ctx context.Context, out io.Writer, target string, cfg config) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	transport := &http.Transport{MaxIdleConnsPerHost: cfg.together, DisableCompression: true}
+	defer transport.CloseIdleConnections()
+	client := &http.Client{Transport: transport}
+	var spreads []float64
+	for round := range 4 * cfg.rounds {
+		body := fmt.Sprintf(`{"model":%q,"stream":true,"together":%d,"options":{"temperature":0},"messages":[{"role":"user","content":"x"}]}`, hitModel, round)
+		firsts, errs := make([]time.Time, cfg.together), make([]error, cfg.together)
+		var wg sync.WaitGroup
+		for i := range cfg.together {
+			wg.Go(func() {
+				firsts[i], errs[i] = first(ctx, client, target, body)
+			})
+		}
+		wg.Wait()
+		if err := errors.Join(errs...); err != nil {
+			return err
+		}
+		spreads = append(spreads, slices.MaxFunc(firsts, time.Time.Compare).Sub(slices.MinFunc(firsts, time.Time.Compare)).Seconds()*1e3)
+	}
+	fmt.Fprintf(out, "%d clients at once, computed once: the first bytes come within %.1f ms (median of %d rounds; %.1f to %.1f)\n",
+		cfg.together, middle(spreads), len(spreads), slices.Min(spreads), slices.Max(spreads))
+	return nil
+}
+
+// first returns when the first byte of the answer's body came. It reads the rest, too.
+func first(ctx context.Context, client *http.Client, target, body string) (at time.Time, err error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, target+"/api/chat", strings.NewReader(body))
+	if err != nil {
+		return at, err
+	}
+	res, err := client.Do(req)
+	if err != nil {
+		return at, err
+	}
+	defer res.Body.Close()
+	if _, err := io.ReadFull(res.Body, make([]byte, 1)); err != nil {
+		return at, err
+	}
+	at = time.Now()
+	n, err := io.Copy(io.Discard, res.Body)
+	if err == nil && n < 8<<10-1 {
+		err = fmt.Errorf("status %d, %d bytes", res.StatusCode, n)
+	}
+	return at, err
 }
 
 // result is one round of one target: requests per second, and latencies in ms.
@@ -276,7 +332,7 @@ const (
 )
 
 var (
-	hitStream = append(slices.Repeat([]string{chunk + strings.Repeat(" ", 8)}, hitChunks-1), lastChunk)
+	hitStream = append(slices.Repeat([]string{chunk + strings.Repeat(" ", 12)}, hitChunks-1), lastChunk)
 	hitWhole  = []string{strings.Replace(lastChunk, `""`, `"`+strings.Repeat("token ", 8<<10/6)+`"`, 1)}
 	stream20  = slices.Repeat([]string{chunk}, 20)
 )
@@ -347,6 +403,9 @@ func upstream(w http.ResponseWriter, r *http.Request) {
 	}
 	l := load{stream: bytes.Contains(head, []byte(`"stream":true`)), hit: bytes.Contains(head, []byte(hitModel))}
 	w.Header().Set("Content-Type", "application/x-ndjson")
+	if bytes.Contains(head, []byte(`"together"`)) {
+		time.Sleep(300 * time.Millisecond) // until all have asked
+	}
 	for _, part := range l.chunks() {
 		io.WriteString(w, part)
 		if l.stream {

@@ -41,7 +41,8 @@ def curl(path, *args, data=None):
         if isinstance(value, dict) and "models" in value:
             value["models"].sort(key=lambda m: m["name"])
     # Answers that contain times differ in length.
-    headers = sorted(h for h in heads[-1][1:] if not h.lower().startswith(("date:", "content-length:", "x-cacheproxy-", "server-timing:")))
+    headers = sorted(h for h in heads[-1][1:] if not h.lower().startswith((
+        "date:", "content-length:", "x-cacheproxy-", "server-timing:", "cache-status:", "age:")))
     return {
         # The number of interim answers before the last one is undefined (RFC 9110, 15.2): a proxy
         # on a busy machine sends its own 100 and passes on the server's.

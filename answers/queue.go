@@ -195,10 +195,3 @@ func (q *queue) flush(ctx context.Context) error {
 	}
 	return q.err
 }
-
-// empty reports whether nothing waits.
-func (q *queue) empty() bool {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	return len(q.pending.order) == 0
-}

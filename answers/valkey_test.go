@@ -51,6 +51,7 @@ func openValkey(t testing.TB, target string, limits answers.Limits, log *slog.Lo
 var prefixes atomic.Int64
 
 func TestValkey(t *testing.T) {
+	defer answers.SetGetWait(time.Minute)()
 	server := valkeyserver.Start(t)
 	t.Run("suite", func(t *testing.T) {
 		storetest.Run(t, storetest.Backend{

@@ -78,19 +78,6 @@ type Progress struct {
 // ErrStopped means that a batch was stopped before its end and can continue.
 var ErrStopped = errors.New("stopped before the end; run the same command to go on")
 
-// AbsentError means that the server lacks a model that requests want.
-type AbsentError struct {
-	Model    string
-	Requests int // that want it
-	Server   *url.URL
-}
-
-// Error names the model, and what to do.
-func (e *AbsentError) Error() string {
-	return fmt.Sprintf("model %q, which %d requests want, is not on the server at %s: "+
-		"pull it (ollama pull %[1]s) or take them out", e.Model, e.Requests, e.Server)
-}
-
 const pollEvery = 2 * time.Second
 
 // batch is a run.
@@ -184,7 +171,7 @@ func (b *batch) prepare(ctx context.Context) error {
 	}
 	if len(absent) > 0 {
 		model := absent[0]
-		return &AbsentError{model, b.survey.Models[model], b.Server}
+		return fmt.Errorf("model %q, which %d requests want, is not on the server at %s: pull it (ollama pull %[1]s) or take them out", model, b.survey.Models[model], b.Server)
 	}
 	if text, err := b.client.get(ctx, "/metrics"); err == nil && bytes.Contains(text, []byte("\nollama_cacheproxy_")) {
 		b.metrics, b.isProxy = text, true

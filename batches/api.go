@@ -116,7 +116,9 @@ func (s *Service) upload(w http.ResponseWriter, r *http.Request, owner string) (
 	if err != nil {
 		return invalid("", "want a form (multipart/form-data) with purpose and file: %v", err)
 	}
-	f := &file{fileObject: fileObject{ID: newID("file-"), Object: "file", Status: "processed"}, Owner: owner}
+	f := &file{
+		fileObject: fileObject{ID: newID("file-"), Object: "file", Status: "processed"}, Owner: owner,
+	}
 	var told form
 	data := s.path(filesFolder, f.ID+dataSuffix)
 	defer func() {
@@ -136,7 +138,8 @@ func (s *Service) upload(w http.ResponseWriter, r *http.Request, owner string) (
 			return readError(err)
 		}
 	}
-	f.Filename, f.Bytes, f.Purpose, f.CreatedAt = told.filename, told.bytes, told.purpose, time.Now().Unix()
+	f.Filename, f.Bytes, f.Purpose = told.filename, told.bytes, told.purpose
+	f.CreatedAt = time.Now().Unix()
 	if f.ExpiresAt, err = s.expiry(told, f.CreatedAt); err != nil {
 		return err
 	}
@@ -146,7 +149,8 @@ func (s *Service) upload(w http.ResponseWriter, r *http.Request, owner string) (
 	case told.purpose == "":
 		return invalid("purpose", "Missing required parameter: 'purpose'.")
 	case told.purpose != purposeBatch:
-		return invalid("purpose", "purpose %q: this proxy keeps files for batches only: want batch", told.purpose)
+		return invalid("purpose",
+			"purpose %q: this proxy keeps files for batches only: want batch", told.purpose)
 	case f.Bytes == 0:
 		return invalid("file", "the file is empty")
 	}
@@ -162,7 +166,9 @@ func (s *Service) keep(f *file) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if len(s.files) >= maxObjects {
-		return &apiError{http.StatusForbidden, "too_many_files", "", "there are too many files; delete some"}
+		return &apiError{
+			http.StatusForbidden, "too_many_files", "", "there are too many files; delete some",
+		}
 	}
 	return s.addFile(f)
 }
@@ -307,11 +313,14 @@ func expires(kept, asked, created int64) int64 {
 }
 
 // query reads the parameters of a list.
-func query(r *http.Request, unless, most int) (after string, limit int, descending bool, err error) {
+func query(
+	r *http.Request, unless, most int,
+) (after string, limit int, descending bool, err error) {
 	q := r.URL.Query()
 	limit, err = strconv.Atoi(cmp.Or(q.Get("limit"), strconv.Itoa(unless)))
 	if err != nil || limit < 1 || limit > most {
-		return "", 0, false, invalid("limit", "limit %q: want a number from 1 to %d", q.Get("limit"), most)
+		return "", 0, false,
+			invalid("limit", "limit %q: want a number from 1 to %d", q.Get("limit"), most)
 	}
 	switch order := cmp.Or(q.Get("order"), "desc"); order {
 	case "asc", "desc":
@@ -340,7 +349,8 @@ func (s *Service) listFiles(w http.ResponseWriter, r *http.Request, owner string
 	if descending {
 		slices.Reverse(list)
 	}
-	p, ok := pageOf(list, func(f *file) string { return f.ID }, after, limit, func(f *file) any { return f.fileObject })
+	show := func(f *file) any { return f.fileObject }
+	p, ok := pageOf(list, func(f *file) string { return f.ID }, after, limit, show)
 	if !ok {
 		return invalid("after", "after: there is no file %q in this list", after)
 	}
@@ -448,10 +458,12 @@ func (c *createRequest) check() (time.Duration, error) {
 	}
 	window, err := time.ParseDuration(c.CompletionWindow)
 	if err != nil || window < shortestWindow || window > longestWindow {
-		return 0, invalid("completion_window", "completion_window %q: want 24h, or another time from %v to %v",
+		return 0, invalid("completion_window",
+			"completion_window %q: want 24h, or another time from %v to %v",
 			c.CompletionWindow, shortestWindow, longestWindow)
 	}
-	if o := c.Output; o != nil && (o.Anchor != "created_at" || o.Seconds < leastKept || o.Seconds > mostKept) {
+	o := c.Output
+	if o != nil && (o.Anchor != "created_at" || o.Seconds < leastKept || o.Seconds > mostKept) {
 		return 0, invalid("output_expires_after",
 			"output_expires_after: want anchor created_at, and seconds from %d to %d", leastKept, mostKept)
 	}
@@ -464,7 +476,8 @@ func checkMetadata(m map[string]string) error {
 	}
 	for key, value := range m {
 		if utf8.RuneCountInString(key) > maxKey || utf8.RuneCountInString(value) > maxValue {
-			return invalid("metadata", "metadata: want keys of at most %d characters, and values of at most %d", maxKey, maxValue)
+			return invalid("metadata",
+				"metadata: want keys of at most %d characters, and values of at most %d", maxKey, maxValue)
 		}
 	}
 	return nil
@@ -510,9 +523,12 @@ func (s *Service) add(j *job) (batchObject, error) {
 	case f == nil || f.Owner != j.Owner:
 		return batchObject{}, invalid("input_file_id", "there is no file %q", j.InputFileID)
 	case f.Purpose != purposeBatch:
-		return batchObject{}, invalid("input_file_id", "file %q has the purpose %s: want batch", f.ID, f.Purpose)
+		return batchObject{},
+			invalid("input_file_id", "file %q has the purpose %s: want batch", f.ID, f.Purpose)
 	case len(s.batches) >= maxObjects:
-		return batchObject{}, &apiError{http.StatusForbidden, "too_many_batches", "", "there are too many batches"}
+		return batchObject{}, &apiError{
+			http.StatusForbidden, "too_many_batches", "", "there are too many batches",
+		}
 	}
 	s.seq++
 	j.Seq = s.seq
@@ -537,7 +553,8 @@ func (s *Service) listBatches(w http.ResponseWriter, r *http.Request, owner stri
 	if descending {
 		slices.Reverse(list)
 	}
-	p, ok := pageOf(list, func(j *job) string { return j.ID }, after, limit, func(j *job) any { return j.shown() })
+	show := func(j *job) any { return j.shown() }
+	p, ok := pageOf(list, func(j *job) string { return j.ID }, after, limit, show)
 	s.mu.Unlock()
 	if !ok {
 		return invalid("after", "after: there is no batch %q in this list", after)

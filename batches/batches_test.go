@@ -596,3 +596,73 @@ func TestFolder(t *testing.T) {
 		}
 	})
 }
+
+// TestInputGone: a batch whose input somebody has removed from the folder fails, with what was
+// answered before.
+func TestInputGone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, nil)
+		r.fake.hook = hang("prompt 5")
+		ids := []string{r.create("", r.upload("", chats(6)), "/v1/chat/completions", "24h")}
+		synctest.Wait()
+		r.close()
+		for name := range r.files {
+			if err := os.Remove(r.path(filesFolder, name+dataSuffix)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		r.open()
+		defer r.close()
+		b := r.settled("", ids[0], "failed")
+		if len(r.lines("", b, "output_file_id")) != 5 || !strings.Contains(fmt.Sprint(b["errors"]), codeLost) {
+			t.Error(b)
+		}
+	})
+}
+
+// TestDrainAtRest: batches that wait for their turn, for their owner's limits or for room do not
+// hold up the end of the process.
+func TestDrainAtRest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, func(c *Config) { c.Running = 1 })
+		r.fake.hook = func(w http.ResponseWriter, _ *http.Request, _ string) bool {
+			w.Header().Set("Retry-After", "100")
+			w.WriteHeader(http.StatusTooManyRequests)
+			return true
+		}
+		for range 2 {
+			r.create("", r.upload("", chats(3)), "/v1/chat/completions", "24h")
+		}
+		synctest.Wait()
+		began := time.Now()
+		r.Drain(t.Context())
+		if waited := time.Since(began); waited > 0 { // of the bubble
+			t.Error("the drain has waited", waited)
+		}
+		r.close()
+	})
+}
+
+// TestModelGone: a batch whose model is removed after the validation says so, and waits.
+func TestModelGone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, nil)
+		r.fake.hook = hang("prompt 5")
+		id := r.create("", r.upload("", chats(6)), "/v1/chat/completions", "24h")
+		synctest.Wait()
+		r.close()
+		r.fake.hook = nil
+		r.fake.absent.Store("m")
+		r.open()
+		defer r.close()
+		time.Sleep(time.Hour)
+		b := r.batch("", id)
+		if b["status"] != "in_progress" || !strings.Contains(fmt.Sprint(b["errors"]), "ollama pull m") {
+			t.Error(b)
+		}
+		r.fake.absent.Store("")
+		if b := r.settled("", id, "completed"); counts(b) != "completed 6 6 0" || b["errors"] != nil {
+			t.Error(b)
+		}
+	})
+}

@@ -13,6 +13,7 @@ import (
 	"net/http/httptest"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -25,6 +26,8 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // fake is an Ollama that counts what it is asked. hook, if non-nil, may answer a request itself.
 type fake struct {
 	hook func(w http.ResponseWriter, r *http.Request, text string) (answered bool)
+
+	absent atomic.Value // a model that is not there, beside the one called absent
 
 	mu     sync.Mutex
 	asked  map[string]int // by the text of the prompt
@@ -46,7 +49,7 @@ func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		io.WriteString(w, `{"models":[]}`)
 	case "/api/show":
 		json.NewDecoder(r.Body).Decode(&body)
-		if body.Model == "absent" {
+		if body.Model == "absent" || body.Model == f.absent.Load() {
 			w.WriteHeader(http.StatusNotFound)
 		}
 		io.WriteString(w, `{}`)
@@ -112,7 +115,6 @@ func ownerOf(r *http.Request) string {
 // rig is a service, and how tests use it.
 type rig struct {
 	t      *testing.T
-	dir    string
 	config Config
 	fake   *fake
 	*Service

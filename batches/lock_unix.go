@@ -9,7 +9,9 @@ import (
 )
 
 // lockFile keeps two processes from one folder. The lock ends with the process.
-func lockFile(f *os.File) error { return syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) }
+func lockFile(f *os.File) error {
+	return syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+}
 
 // syncFolder makes the names in a folder durable.
 func syncFolder(path string) error {

@@ -146,7 +146,9 @@ type page struct {
 }
 
 // pageOf returns the entries that follow the one with the id after; "" is before the first.
-func pageOf[T any](list []T, id func(T) string, after string, limit int, show func(T) any) (page, bool) {
+func pageOf[T any](
+	list []T, id func(T) string, after string, limit int, show func(T) any,
+) (page, bool) {
 	p := page{Object: "list", Data: []any{}}
 	from := 0
 	if after != "" {

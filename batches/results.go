@@ -9,8 +9,10 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"net/http"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -86,32 +88,24 @@ func (s *Service) finalize(j *job) error {
 		"completed", counts.Completed, "failed", counts.Failed)
 	delete(s.working, j.ID)
 	if err := os.RemoveAll(folder); err != nil {
-		s.Log.Warn("a batch's working folder cannot be removed; the next start does", "batch", j.ID, "err", err)
+		s.Log.Warn("a batch's working folder cannot be removed; the next start does",
+			"batch", j.ID, "err", err)
 	}
 	return nil
 }
 
 // divide writes the results of a batch to its output file, and what failed to its error file.
 // Either is nil if it would be empty.
-func (s *Service) divide(j *job, outcome status, total int) (output, errs *file, counts requestCounts, err error) {
+func (s *Service) divide(
+	j *job, outcome status, total int,
+) (output, errs *file, counts requestCounts, err error) {
 	d := &divider{s: s, job: j, outcome: outcome}
 	defer d.close()
 	d.counts.Total = total
 	if err := d.index(); err != nil {
 		return nil, nil, counts, err
 	}
-	input, err := os.Open(s.path(filesFolder, j.InputFileID+dataSuffix))
-	if err != nil {
-		return nil, nil, counts, err
-	}
-	defer input.Close()
-	var failure error
-	err = eachLine(input, func(number int, text []byte) {
-		if failure == nil {
-			failure = d.line(number, text)
-		}
-	})
-	if err = cmp.Or(failure, err); err != nil {
+	if err := d.lines(); err != nil {
 		return nil, nil, counts, err
 	}
 	if output, err = d.output.file(d, "output"); err != nil {
@@ -163,6 +157,30 @@ func (d *divider) index() error {
 		d.spots[n] = spot{n, off, len(text)}
 		off += int64(len(text))
 	}
+}
+
+// lines writes the results of all lines of the input, or, if that is gone, those that there are.
+func (d *divider) lines() error {
+	input, err := os.Open(d.s.path(filesFolder, d.job.InputFileID+dataSuffix))
+	if errors.Is(err, fs.ErrNotExist) {
+		for _, number := range slices.Sorted(maps.Keys(d.spots)) {
+			if err := d.line(number, nil); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer input.Close()
+	var failure error
+	err = eachLine(input, func(number int, text []byte) {
+		if failure == nil {
+			failure = d.line(number, text)
+		}
+	})
+	return cmp.Or(failure, err)
 }
 
 // line writes the result of a line of the input.

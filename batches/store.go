@@ -55,7 +55,8 @@ func (s *Service) writeMeta(folder, id string, content any) error {
 // load reads all descriptions, and removes what is left over from a crash.
 func (s *Service) load() error {
 	err := loadMeta(s, filesFolder, func(id string, f *file) {
-		if info, err := os.Stat(s.path(filesFolder, id+dataSuffix)); err != nil || info.Size() != f.Bytes {
+		info, err := os.Stat(s.path(filesFolder, id+dataSuffix))
+		if err != nil || info.Size() != f.Bytes {
 			s.Log.Warn("a file's data is missing or is not what was written", "file", id, "err", err)
 			return
 		}
@@ -106,7 +107,8 @@ func loadMeta[T any](s *Service, folder string, found func(id string, content *T
 			err = json.Unmarshal(text, content)
 		}
 		if err != nil {
-			s.Log.Warn("a description cannot be read, and is left alone", "path", s.path(folder, e.Name()), "err", err)
+			s.Log.Warn("a description cannot be read, and is left alone",
+				"path", s.path(folder, e.Name()), "err", err)
 			continue
 		}
 		found(id, content)

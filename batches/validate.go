@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"strings"
@@ -35,6 +36,7 @@ const (
 	codeMany    = "too_many_requests"
 	codeModels  = "too_many_models"
 	codeKey     = "invalid_api_key"
+	codeLost    = "input_file_missing"
 )
 
 var utf8Mark = []byte("\xef\xbb\xbf")
@@ -65,19 +67,20 @@ func lineError(number int, code, param, message string) batchError {
 }
 
 func missing(number int, param string) batchError {
-	return lineError(number, codeMissing, param, fmt.Sprintf("Missing required parameter: '%s'.", param))
+	return lineError(number, codeMissing, param,
+		fmt.Sprintf("Missing required parameter: '%s'.", param))
 }
 
-func noModel(model string, number *int) batchError {
-	param := "body.model"
-	return batchError{codeModel, fmt.Sprintf("model '%s' is not on the server: pull it (ollama pull %[1]s)", model), &param, number}
+func noModel(model string, number int) batchError {
+	said := fmt.Sprintf("model '%s' is not on the server: pull it (ollama pull %[1]s)", model)
+	return lineError(number, codeModel, "body.model", said)
 }
 
 // validate reads a batch's file, asks for its models, and notes that it may begin.
 func (s *Service) validate(ctx context.Context, j *job, sender *sender) error {
 	f, err := os.Open(s.path(filesFolder, j.InputFileID+dataSuffix))
 	if err != nil {
-		return err
+		return lost(err)
 	}
 	defer f.Close()
 	in, err := readInput(f, j.Endpoint)
@@ -108,6 +111,16 @@ func (s *Service) validate(ctx context.Context, j *job, sender *sender) error {
 	})
 }
 
+// lost tells an input that is gone, which no pause brings back, from another error.
+func lost(err error) error {
+	if !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return &badInput{[]batchError{{
+		Code: codeLost, Message: "The input file is gone from the folder of the proxy.",
+	}}}
+}
+
 // lookFor finds the models that the server lacks.
 func (s *Service) lookFor(ctx context.Context, j *job, sender *sender, in *input) error {
 	survey := &batch.Survey{Models: in.models} // only the names count
@@ -118,8 +131,7 @@ func (s *Service) lookFor(ctx context.Context, j *job, sender *sender, in *input
 		return err
 	}
 	for _, model := range absent {
-		number := in.models[model]
-		in.add(noModel(model, &number))
+		in.add(noModel(model, in.models[model]))
 	}
 	return nil
 }
@@ -134,7 +146,8 @@ func readInput(r io.Reader, endpoint string) (*input, error) {
 	})
 	switch {
 	case errors.Is(err, bufio.ErrTooLong):
-		in.add(lineError(number+1, codeLine, "", fmt.Sprintf("This line is longer than %d MiB.", maxLine>>20)))
+		in.add(lineError(number+1, codeLine, "",
+			fmt.Sprintf("This line is longer than %d MiB.", maxLine>>20)))
 	case err != nil:
 		return nil, err
 	case in.requests == 0:
@@ -180,28 +193,15 @@ func (in *input) read(number int, text []byte) {
 		in.add(lineError(number, codeLine, "", "This line is not parseable as valid JSON."))
 		return
 	}
-	var id string
-	switch {
-	case json.Unmarshal(l.CustomID, &id) != nil || id == "":
-		in.add(missing(number, "custom_id"))
-		return
-	case l.Method == "":
-		in.add(missing(number, "method"))
-		return
-	case !strings.EqualFold(l.Method, "POST"):
-		in.add(lineError(number, codeMethod, "method", "The method must be POST."))
-		return
-	case l.URL == "":
-		in.add(missing(number, "url"))
-		return
-	case l.URL != in.endpoint:
-		in.add(lineError(number, codeURL, "url", fmt.Sprintf(
-			"The URL provided for this request does not match the batch endpoint, %s.", in.endpoint)))
+	if e, wrong := l.wrong(number, in.endpoint); wrong {
+		in.add(e)
 		return
 	}
+	id, _ := textOf(l.CustomID)
 	if _, twice := in.ids[id]; twice {
-		in.add(lineError(number, codeTwice, "custom_id", "The custom_id for this request is a duplicate "+
-			"of another request. The custom_id parameter must be unique for each request in a batch."))
+		in.add(lineError(number, codeTwice, "custom_id",
+			"The custom_id for this request is a duplicate of another request. "+
+				"The custom_id parameter must be unique for each request in a batch."))
 		return
 	}
 	in.ids[id] = struct{}{}
@@ -214,4 +214,29 @@ func (in *input) read(number int, text []byte) {
 	case in.models[body.Model] == 0:
 		in.models[body.Model] = number
 	}
+}
+
+// textOf returns the text that a JSON text is.
+func textOf(raw json.RawMessage) (text string, ok bool) {
+	ok = json.Unmarshal(raw, &text) == nil && text != ""
+	return text, ok
+}
+
+// wrong returns what is wrong with the members around a line's body.
+func (l *line) wrong(number int, endpoint string) (batchError, bool) {
+	_, named := textOf(l.CustomID)
+	switch {
+	case !named:
+		return missing(number, "custom_id"), true
+	case l.Method == "":
+		return missing(number, "method"), true
+	case !strings.EqualFold(l.Method, "POST"):
+		return lineError(number, codeMethod, "method", "The method must be POST."), true
+	case l.URL == "":
+		return missing(number, "url"), true
+	case l.URL != endpoint:
+		return lineError(number, codeURL, "url", fmt.Sprintf(
+			"The URL provided for this request does not match the batch endpoint, %s.", endpoint)), true
+	}
+	return batchError{}, false
 }

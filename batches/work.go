@@ -30,8 +30,8 @@ var (
 	errOver    = errors.New("the batch is over") // cancelled: its outcome is decided
 	errExpired = errors.New("the completion window is over")
 	errUnknown = errors.New("its API key is not accepted any more")
-	errFull    = errors.New("all files together have as many bytes as they may have (--batches-bytes): " +
-		"delete some")
+	errFull    = errors.New("all files together have as many bytes as they may have " +
+		"(--batches-bytes): delete some")
 )
 
 // job is a batch.
@@ -156,7 +156,9 @@ func (s *Service) note(j *job, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if j.Outcome == "" {
-		j.Errors = listErrors(batchError{Code: code, Message: "the batch waits, and goes on by itself: " + err.Error()})
+		j.Errors = listErrors(batchError{
+			Code: code, Message: "the batch waits, and goes on by itself: " + err.Error(),
+		})
 	}
 }
 
@@ -199,9 +201,6 @@ func verdict(ctx context.Context, err error) (status, []batchError) {
 	if bad, ok := errors.AsType[*badInput](err); ok {
 		return failed, bad.errors
 	}
-	if absent, ok := errors.AsType[*batch.AbsentError](err); ok {
-		return failed, []batchError{noModel(absent.Model, nil)}
-	}
 	switch context.Cause(ctx) {
 	case errExpired:
 		return expired, nil
@@ -231,7 +230,7 @@ func (s *Service) run(ctx context.Context, j *job, sender *sender) error {
 	}()
 	source, err := batch.OpenLines(s.path(filesFolder, j.InputFileID+dataSuffix), nil, batch.UTF8)
 	if err != nil {
-		return err
+		return lost(err)
 	}
 	defer source.Close()
 	config := s.config(j, sender)
@@ -268,7 +267,8 @@ func (s *Service) progress(j *job, sender *sender, folder string, p batch.Progre
 	}
 	j.RequestCounts = requestCounts{p.Total, p.Counts.Answers, p.Counts.Failed}
 	j.Errors = nil
-	u := &usage{Input: p.Counts.Prompt, Output: p.Counts.Generated, Total: p.Counts.Prompt + p.Counts.Generated}
+	c := p.Counts
+	u := &usage{Input: c.Prompt, Output: c.Generated, Total: c.Prompt + c.Generated}
 	u.InputDetails.Cached = p.Counts.Reused
 	j.Usage = u
 	if size >= 0 {

@@ -186,6 +186,10 @@ func TestExamine(t *testing.T) {
 			f.Loaded = map[string][]Resident{"upstream": {{"m:latest", 6 << 30, 6 << 30, 16384}}}
 		}), "", ""},
 		{"a server away", factsOf(nil, func(f *Facts) { f.Upstreams[0].Up = false }), IDUnreachable, "--upstream"},
+		{"a store of answers away", factsOf(nil, func(f *Facts) {
+			f.Answers = Answers{Down: true, Errors: 7}
+		}), IDAnswers, "--answers-store memory"},
+		{"… and back", factsOf(nil, func(f *Facts) { f.Answers = Answers{Errors: 7} }), "", ""},
 		{"a checksum that changes", factsOf(nil, func(f *Facts) {
 			f.Changed = []Changed{{Model: "m:latest", Place: "system prompt", Kind: "checksum", Byte: 61, Cost: Cost{Count: 6, Tokens: 24900}, Since: start}}
 		}), IDHead, "--stable-heads claude-billing"},

@@ -83,6 +83,7 @@ const (
 	IDBypass      = "bypass"
 	IDLink        = "linkable_engine"
 	IDUnreachable = "upstream_away"
+	IDAnswers     = "answers_store_away"
 )
 
 const (
@@ -113,6 +114,9 @@ func Examine(f Facts) []Finding {
 		}
 	}
 	list = append(list, f.heads()...)
+	if found, ok := f.answers(); ok {
+		list = append(list, found)
+	}
 	for i := range list {
 		if list[i].Severity == "" {
 			list[i].Severity = f.severity(list[i].Cost)

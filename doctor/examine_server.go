@@ -98,6 +98,25 @@ func (f *Facts) away(u *Upstream) (Finding, bool) {
 	}, true
 }
 
+// answers finds a store of kept answers that cannot be used.
+func (f *Facts) answers() (Finding, bool) {
+	if !f.Answers.Down {
+		return Finding{}, false
+	}
+	return Finding{
+		ID: IDAnswers, Severity: Medium,
+		Title: "The store of kept answers cannot be used, and everything is computed",
+		Evidence: []string{fmt.Sprintf("%s of it failed since the proxy was started.",
+			plural(int(f.Answers.Errors), "call"))},
+		Advice: []Advice{
+			{Do: "Read the proxy's log, which says why: make room on the disk, or start the Valkey or Redis server. " +
+				"It is tried again by itself."},
+			{Do: "Or keep answers elsewhere.", Where: InProxy, Set: "--answers-store memory"},
+		},
+		Doc: "doctor.md#a-store-of-answers-that-is-away",
+	}, true
+}
+
 // cpu finds a model that is only partly in a GPU's memory. A model of which nothing is there runs
 // on a machine without a GPU.
 func cpu(l Resident) (Finding, bool) {

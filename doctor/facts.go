@@ -18,6 +18,7 @@ type Facts struct {
 	Upstreams []Upstream `json:"upstreams"`
 	Models    []Model    `json:"models"`
 	Outside   []Outsider `json:"outside"`
+	Answers   Answers    `json:"answers"`
 
 	// Proxy is the proxy's address, as clients name it.
 	Proxy string `json:"-"`
@@ -25,6 +26,12 @@ type Facts struct {
 	Loaded map[string][]Resident `json:"-"`
 	// Changed has the changing heads of prompts among the last requests.
 	Changed []Changed `json:"-"`
+}
+
+// Answers is the store of kept answers and vectors. The zero value means that nothing is wrong.
+type Answers struct {
+	Down   bool   `json:"down"`   // it cannot be used at the moment
+	Errors uint64 `json:"errors"` // its failed calls since the proxy was started
 }
 
 // Settings are the proxy's settings that findings depend on.

@@ -269,6 +269,16 @@ func happens(t *testing.T, p *contextsPair, prom *prometheus, round int) {
 		ask("/v1/chat/completions", body("old", 1, 2, `,"max_tokens":4`))
 	}
 
+	// Kept, given again, and dropped for room.
+	const cold = `,"options":{"temperature":0,"num_predict":4}`
+	for n := range 20 {
+		ask("/api/chat", body("old", 2, 50+n, cold))
+	}
+	eventually(t, "a kept answer", func() bool {
+		ask("/api/chat", body("old", 2, 50, cold))
+		return len(prom.query(t, "ollama_cacheproxy_answers_spared_seconds_total > 0")) > 0
+	})
+
 	// A request without end has the only slot while two wait.
 	ctx, leave := context.WithCancel(t.Context())
 	defer leave()
@@ -343,6 +353,7 @@ func TestDashboards(t *testing.T) {
 	ln.Close() // so that nothing listens there
 	p := startContexts(t, realollama.Config{Version: realollama.Newest(), Parallel: 1},
 		"--api-keys-file", keys, "--try-duration", "0s", "--store-entries", "20",
+		"--cache-answers", "old=deterministic", "--answers-bytes", "16384",
 		"--upstream", "old=sim:?model=old&version=0.24.0", "--upstream", "away="+ln.Addr().String(),
 		"--prewarm", prewarmFile(t, `{"model":"old","messages":[{"role":"user","content":"Hello?"}]}`))
 	prom := startPrometheus(t, bin, p.Proxy.URL, key)

@@ -112,16 +112,8 @@ func (q *question) key(h *Handler, form answers.Form) answers.Key {
 // asks returns what a request asks, or nil if its answer is neither kept nor looked for. detail is
 // why not, if the client is told.
 func (h *Handler) asks(r *http.Request, ex *exchange) (q *question, detail string) {
-	switch {
-	case h.Answers == nil || ex.prompt == prefix.None || ex.embed || !ex.runsHere():
-		return nil, ""
-	case ex.warming != nil || ex.only != nil || ex.unread || ex.stranger:
-		return nil, ""
-	case ex.body == nil || ex.fields.members == nil: // compressed
-		return nil, ""
-	}
 	mode := h.CacheAnswers.For(ex.key)
-	if mode == CacheOff || mode == "" {
+	if mode == CacheOff || mode == "" || ex.prompt == prefix.None || ex.embed || !h.mayKeep(ex) {
 		return nil, ""
 	}
 	q = &question{control: answers.ParseControl(r.Header)}
@@ -157,6 +149,13 @@ func (h *Handler) asks(r *http.Request, ex *exchange) (q *question, detail strin
 	q.flight = answers.MakeKey(h.Answers.Secret(), answers.Text, append(q.parts, []byte{byte(q.Form)},
 		credentials(r, ex), []byte(r.Header.Get("Accept-Encoding")), []byte(ex.holder.priority(r).String()))...)
 	return q, ""
+}
+
+// mayKeep reports whether the answer to a request may be kept as far as the proxy's own reasons go: it
+// has read the body, and nobody has asked for a certain server.
+func (h *Handler) mayKeep(ex *exchange) bool {
+	return h.Answers != nil && ex.runsHere() && !ex.stranger && ex.warming == nil && ex.only == nil &&
+		!ex.unread && ex.body != nil && ex.fields.members != nil // else the body is compressed
 }
 
 // scope separates the kept answers of clients that may not have each other's.

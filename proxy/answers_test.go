@@ -133,6 +133,10 @@ func (lib *library) send(ctx context.Context, method, path, body string, headers
 		name, value, _ := strings.Cut(header, ": ")
 		r.Header.Add(name, value)
 	}
+	return lib.sent(r)
+}
+
+func (lib *library) sent(r *http.Request) got {
 	res, err := lib.client.Do(r)
 	if err != nil {
 		return got{err: err}

@@ -26,7 +26,7 @@ type backend struct {
 	draining  atomic.Bool
 	looped    atomic.Bool   // a request of the proxy's own came back to the proxy through it
 	inFlight  atomic.Int64  // requests that were sent to it and have not ended
-	listing   chan struct{} // has room while the models are not being listed to keep an answer
+	listing   chan struct{} // holds one while the models are listed to keep an answer
 	altered   atomic.Int64  // when a request last changed a model, in ns since 1970; 0: none has
 	telling   sync.Mutex    // held while the scheduler learns whether the server is available
 }

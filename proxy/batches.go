@@ -79,6 +79,11 @@ func batchPath(path string) (label string, ok bool) {
 	return "", false
 }
 
+// ours serves what is not Ollama's, and reports whether the request was for that.
+func (h *Handler) ours(w http.ResponseWriter, r *http.Request, ex *exchange) bool {
+	return h.batches(w, r, ex) || h.own(w, r, ex)
+}
+
 // batches serves a request for files and batches, and reports whether it was for one.
 func (h *Handler) batches(w http.ResponseWriter, r *http.Request, ex *exchange) bool {
 	label, ok := batchPath(r.URL.Path)

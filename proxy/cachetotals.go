@@ -92,10 +92,11 @@ func (c *CacheUse) attrs(attrs []slog.Attr) []slog.Attr {
 	}
 	attrs = append(attrs, slog.String("cache", c.Result))
 	if all := c.Hits + c.Misses + c.Joined; c.Kind == CacheVectors && all > 0 {
-		attrs = append(attrs, slog.String("cache_parts", strconv.Itoa(c.Hits+c.Joined)+"/"+strconv.Itoa(all)))
+		text := strconv.Itoa(c.Hits+c.Joined) + "/" + strconv.Itoa(all)
+		attrs = append(attrs, slog.String("cache_parts", text))
 	}
 	if c.Saved > 0 {
-		attrs = append(attrs, slog.Float64("saved_s", float64(c.Saved.Round(time.Millisecond).Milliseconds())/1000))
+		attrs = append(attrs, slog.Float64("saved_s", c.Saved.Round(time.Millisecond).Seconds()))
 	}
 	return attrs
 }
@@ -141,7 +142,9 @@ type pageAnswers struct {
 }
 
 func (h *Handler) pageAnswers() *pageAnswers {
-	p := &pageAnswers{Store: h.storeEntry(), Answers: h.CacheAnswers.String(), Vectors: h.CacheEmbeddings.String()}
+	p := &pageAnswers{
+		Store: h.storeEntry(), Answers: h.CacheAnswers.String(), Vectors: h.CacheEmbeddings.String(),
+	}
 	p.Surviving, p.Survived = h.Surviving()
 	return p
 }

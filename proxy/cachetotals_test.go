@@ -185,6 +185,9 @@ func TestAnswersStoreDown(t *testing.T) {
 		if !found {
 			t.Error("the page shows no problem")
 		}
+		if a := lib.send(t.Context(), http.MethodGet, pathFacts, ""); !strings.Contains(a.body, `"answers":{"down":true,"errors":7}`) {
+			t.Errorf("the facts for doctor: %s", a.body)
+		}
 	})
 }
 

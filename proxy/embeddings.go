@@ -121,6 +121,12 @@ type claim struct {
 	*part
 }
 
+// computed is a vector that is to be kept, and the server that computed it.
+type computed struct {
+	answers.Entry
+	by *backend
+}
+
 // embedding is a request for vectors whose parts are looked for.
 type embedding struct {
 	answers.EmbedRequest
@@ -144,9 +150,9 @@ type embedding struct {
 	claimed []claim   // guarded by vectors.mu until compute has ended
 	oldest  time.Time // of the kept vectors; zero if there is none
 	mu      sync.Mutex
-	fresh   []answers.Entry // to be kept; guarded by mu
-	failed  *exchange       // of an input, whose failure is not Ollama's; guarded by mu
-	sub     *exchange       // the last of an input; guarded by mu
+	fresh   []computed // guarded by mu
+	failed  *exchange  // of an input, whose failure is not Ollama's; guarded by mu
+	sub     *exchange  // the last of an input; guarded by mu
 }
 
 // embedded answers a request for vectors from those that are kept, and computes the others one by
@@ -191,12 +197,8 @@ func (h *Handler) embedded(w http.ResponseWriter, r *http.Request, ex *exchange)
 // embeds reads what a request asks for. It returns nil if its vectors are neither kept nor looked
 // for; detail is why not, if the client is told.
 func (h *Handler) embeds(r *http.Request, ex *exchange) (e *embedding, detail string) {
-	switch {
-	case h.Answers == nil || !ex.embed || !ex.runsHere() || ex.stranger || ex.unloads():
-		return nil, ""
-	case ex.warming != nil || ex.only != nil || ex.body == nil || ex.fields.members == nil:
-		return nil, ""
-	case r.URL.RawQuery != "" || len(r.Trailer) > 0 || h.CacheEmbeddings.For(ex.key) == EmbeddingsOff:
+	if !ex.embed || !h.mayKeep(ex) || ex.unloads() || r.URL.RawQuery != "" || len(r.Trailer) > 0 ||
+		h.CacheEmbeddings.For(ex.key) == EmbeddingsOff {
 		return nil, ""
 	}
 	e = &embedding{h: h, r: r, ex: ex, data: ex.body.data, control: answers.ParseControl(r.Header)}
@@ -515,22 +517,34 @@ func (e *embedding) ask(ctx context.Context, i, workers int, p *part) bool {
 	control := answers.ParseControl(rec.header)
 	if sub.fit.made == e.ex.fit.made && sub.fit.to == e.ex.fit.to && !control.NoStore &&
 		rec.header["Set-Cookie"] == nil {
-		e.fresh = append(e.fresh, p.entry)
+		e.fresh = append(e.fresh, computed{p.entry, sub.up})
 	}
 	return true
 }
 
-// keep keeps the computed vectors, if a list of models that was read after them still has the model
-// that the keys name. Until then they are found where they were computed.
+// keep keeps the computed vectors, if their server's list of models, read after that, still has the
+// model that the keys name. Until then they are found where they were computed.
 func (e *embedding) keep() {
 	if len(e.claimed) == 0 {
 		return
 	}
 	h, ctx, ended := e.h, context.WithoutCancel(e.r.Context()), time.Now()
-	key := e.ex.key
-	h.computing.wg.Go(func() { // ends after a short request to each server at most
-		if len(e.fresh) > 0 && h.stillAgreed(ctx, key, e.digest, e.version, ended) {
-			h.Answers.Put(ctx, e.fresh) // a store that fails has said so
+	h.computing.wg.Go(func() { // ends after a few short requests at most
+		var list []answers.Entry
+		right := map[*backend]bool{}
+		for _, c := range e.fresh {
+			ok, asked := right[c.by]
+			if !asked {
+				st := c.by.relisted(ctx, ended)
+				ok = !st.Listed.Before(ended) && st.Digests[e.ex.key] == e.digest && st.Version == e.version
+				right[c.by] = ok
+			}
+			if ok {
+				list = append(list, c.Entry)
+			}
+		}
+		if len(list) > 0 {
+			h.Answers.Put(ctx, list) // a store that fails has said so
 		}
 		v := &h.vectors
 		v.mu.Lock()
@@ -540,21 +554,6 @@ func (e *embedding) keep() {
 		}
 		v.ended++
 	})
-}
-
-// stillAgreed reports whether all servers that have a model still have it with this digest, and this
-// version, by lists that were read after a time.
-func (h *Handler) stillAgreed(ctx context.Context, key, digest, version string, after time.Time) bool {
-	for _, b := range h.backends {
-		if st := b.State(); !st.Has(key) {
-			continue
-		}
-		st := b.relisted(ctx, after)
-		if st.Listed.Before(after) || st.Digests[key] != digest || st.Version != version {
-			return false
-		}
-	}
-	return true
 }
 
 // fails ends a request one of whose inputs could not be embedded. Ollama's own refusal is what the

@@ -259,6 +259,10 @@ func (h *Handler) facts(w http.ResponseWriter, r *http.Request, ex *exchange) {
 		KeepAlive: keep.String(), KeepAlivePolicy: string(cmp.Or(keep.Policy, IfAbsent)),
 		Contexts: h.Contexts != nil,
 	}
+	if h.Answers != nil {
+		st := h.Answers.Stats()
+		f.Answers = doctor.Answers{Down: st.Down, Errors: st.Errors}
+	}
 	for _, b := range h.backends {
 		st := b.State()
 		u := doctor.Upstream{

@@ -424,7 +424,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if done := h.admit(w, r, ex); done {
 		return
 	}
-	if h.own(w, r, ex) {
+	if h.ours(w, r, ex) {
 		return
 	}
 	if scarce {
@@ -443,10 +443,12 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		h.refuse(w, r, ex, ref)
 		return
 	}
-	if h.embedded(w, r, ex) {
-		return
-	}
-	if !h.recall(w, r, ex) {
+	h.answer(w, r, ex)
+}
+
+// answer answers a request whose body has been read: with what is kept, or by forwarding it.
+func (h *Handler) answer(w http.ResponseWriter, r *http.Request, ex *exchange) {
+	if !h.embedded(w, r, ex) && !h.recall(w, r, ex) {
 		h.serve(w, r, ex)
 	}
 }
@@ -962,10 +964,7 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	if ex.Outcome == OK && ex.alters && ex.up != nil {
 		ex.up.Changed()
 	}
-	level := slog.LevelInfo
-	if ex.Outcome == Own || ex.Endpoint == "/" || ex.part {
-		level = slog.LevelDebug // probes and scrapes
-	}
+	level := ex.level()
 	if h.Log.Enabled(context.Background(), level) {
 		h.Log.LogAttrs(context.Background(), level, "request", ex.attrs()...)
 	}
@@ -973,6 +972,14 @@ func (h *Handler) finish(ex *exchange, w http.ResponseWriter, r *http.Request) {
 	if !ex.part {      // otherwise the client's request is counted
 		h.Done(ex.Exchange)
 	}
+}
+
+// level returns the level of the request's log line.
+func (ex *exchange) level() slog.Level {
+	if ex.Outcome == Own || ex.Endpoint == "/" || ex.part {
+		return slog.LevelDebug // probes and scrapes, and parts of a client's request
+	}
+	return slog.LevelInfo
 }
 
 // aborted is called when the upstream's answer broke off.

@@ -15,7 +15,6 @@ import (
 func (h *Handler) own(w http.ResponseWriter, r *http.Request, ex *exchange) bool {
 	switch path := r.URL.Path; {
 	case h.pages(w, r, ex):
-	case h.batches(w, r, ex):
 	case path == PathMetrics && h.Metrics != nil:
 		ex.Endpoint, ex.Outcome, ex.Status = PathMetrics, Own, http.StatusOK
 		h.Metrics.ServeHTTP(w, r)
@@ -29,14 +28,23 @@ func (h *Handler) own(w http.ResponseWriter, r *http.Request, ex *exchange) bool
 		ex.page(w, pathUpstreams, http.StatusOK, map[string]any{"upstreams": h.upstreams()})
 	case strings.HasPrefix(path, pathUpstreams):
 		h.changeUpstream(w, r, ex)
+	case strings.HasPrefix(path+"/", pathAnswers+"/"):
+		h.answersPages(w, r, ex)
+	case path == pathFacts:
+		h.facts(w, r, ex)
+	default:
+		h.ownList(w, r, ex)
+	}
+	return true
+}
+
+// ownList serves the pages that list requests.
+func (h *Handler) ownList(w http.ResponseWriter, r *http.Request, ex *exchange) {
+	switch path := r.URL.Path; {
 	case path == pathQueue:
 		if limit, ok := h.shown(w, r, ex, pathQueue, "limit", shownQueue, queueMost); ok {
 			ex.page(w, pathQueue, http.StatusOK, h.queue(limit))
 		}
-	case path == pathAnswers || strings.HasPrefix(path, pathAnswers+"/"):
-		h.answersPages(w, r, ex)
-	case path == pathFacts:
-		h.facts(w, r, ex)
 	case path == pathRequests && h.Ledger != nil:
 		if n, ok := h.shown(w, r, ex, pathRequests, "n", shownRequests, math.MaxInt); ok {
 			ex.page(w, pathRequests, http.StatusOK, h.requests(n))
@@ -45,7 +53,6 @@ func (h *Handler) own(w http.ResponseWriter, r *http.Request, ex *exchange) bool
 		ex.Endpoint = ownPrefix
 		h.refuse(w, r, ex, &refusal{http.StatusNotFound, "ollama-cacheproxy has no page " + path})
 	}
-	return true
 }
 
 // ready serves pathReady. Anyone may see this page, but if API keys are required, names and

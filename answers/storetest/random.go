@@ -202,7 +202,7 @@ func step(s answers.Store, random *rand.Rand, keys int) error {
 		}
 		found, err := s.Get(ctx, asked)
 		if err != nil {
-			return fmt.Errorf("Get: %w", err)
+			return fmt.Errorf("getting entries: %w", err)
 		}
 		for i, e := range found {
 			if e.Kind == 0 {

@@ -99,8 +99,8 @@ func (p *answersPlace) isProxy() bool {
 func (p *answersPlace) ask(ctx context.Context, method string) (page proxyAnswers, err error) {
 	u, err := url.Parse(p.Where)
 	if err != nil || u.Host == "" || u.User != nil {
-		return page, exitError{statusUsage, fmt.Errorf("%s: want the URL of a proxy, such as http://127.0.0.1:%s",
-			redacted(p.Where), defaultPort)}
+		return page, exitError{statusUsage, fmt.Errorf(
+			"%s: want the URL of a proxy, such as http://127.0.0.1:%s", redacted(p.Where), defaultPort)}
 	}
 	if u.Port() == "" && u.Scheme == "http" {
 		u.Host += ":" + defaultPort
@@ -139,8 +139,9 @@ func (p *answersPlace) open(c *console, verb string) (answers.Store, error) {
 		return nil, fmt.Errorf("%s: %w", redacted(p.Where), err)
 	}
 	if store.Stats().Down {
-		return nil, errors.Join(fmt.Errorf("%s cannot be used now: start the server there, or correct the URL",
-			redacted(p.Where)), store.Close())
+		return nil, errors.Join(fmt.Errorf(
+			"%s cannot be used now: start the server there, or correct the URL", redacted(p.Where),
+		), store.Close())
 	}
 	return store, nil
 }
@@ -174,14 +175,14 @@ func figuresOf(s answers.Stats) (f storeFigures) {
 
 // amount returns what there was, for people.
 func (f storeFigures) amount() string {
-	switch {
-	case f.Entries == nil:
+	if f.Entries == nil {
 		return "everything that was kept there (the server does not say how much)"
-	case f.Bytes == nil:
-		return counted(int(*f.Entries), "answer or vector", "answers and vectors")
 	}
-	return fmt.Sprintf("%s, %.1f MB", counted(int(*f.Entries), "answer or vector", "answers and vectors"),
-		float64(*f.Bytes)/1e6)
+	entries := counted(int(*f.Entries), "answer or vector", "answers and vectors")
+	if f.Bytes == nil {
+		return entries
+	}
+	return fmt.Sprintf("%s, %.1f MB", entries, float64(*f.Bytes)/1e6)
 }
 
 type answersWipe struct{ answersPlace }
@@ -280,9 +281,11 @@ func (s keptStats) write(c *console) error {
 	plain := func(n int64) string { return strconv.FormatInt(n, 10) }
 	mega := func(n int64) string { return fmt.Sprintf("%.1f MB", float64(n)/1e6) }
 	table := tabwriter.NewWriter(c.stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintf(table, "kept\t%s\nroom\t%s\n", number(s.Store.Entries, plain), number(s.Store.Bytes, mega))
+	fmt.Fprintf(table, "kept\t%s\nroom\t%s\n",
+		number(s.Store.Entries, plain), number(s.Store.Bytes, mega))
 	if r := s.runningStats; r != nil {
-		fmt.Fprintf(table, "answers\t%s\nembeddings\t%s\nsince\t%s\n\n", r.Modes, r.Vectors, r.Since.Local().Format(time.DateTime))
+		fmt.Fprintf(table, "answers\t%s\nembeddings\t%s\nsince\t%s\n\n",
+			r.Modes, r.Vectors, r.Since.Local().Format(time.DateTime))
 		fmt.Fprintln(table, "KIND\tHITS\tMISSES\tJOINED\tMB\tPROMPT TOKENS\tGENERATED\tSECONDS")
 		for _, kind := range []string{"answer", "embedding"} {
 			k := r.Kinds[kind]

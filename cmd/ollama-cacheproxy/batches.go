@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net"
 	"sync"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/batches"
@@ -21,10 +22,26 @@ func (s *serveCmd) checkBatches() error {
 	return nil
 }
 
+// begin listens at the configured address, and begins with the batches: see serveBatches.
+func (s *serveCmd) begin(
+	ctx context.Context, set settings, h *proxy.Handler, log *slog.Logger,
+) (ln net.Listener, stopBatches func(), err error) {
+	if ln, err = set.listener(ctx, log); err != nil {
+		return nil, nil, err
+	}
+	if stopBatches, err = s.serveBatches(ctx, set, h, log); err != nil {
+		ln.Close()
+		return nil, nil, err
+	}
+	return ln, stopBatches, nil
+}
+
 // serveBatches opens the folder of --batches, makes h serve it, and runs the batches in it. Once
 // ctx has ended no request of a batch begins any more, and those that are under way have until
 // --drain. The caller must call stop, which waits for that, or, before the end of ctx, does not.
-func (s *serveCmd) serveBatches(ctx context.Context, set settings, h *proxy.Handler, log *slog.Logger) (stop func(), err error) {
+func (s *serveCmd) serveBatches(
+	ctx context.Context, set settings, h *proxy.Handler, log *slog.Logger,
+) (stop func(), err error) {
 	if s.Batches == "" {
 		return func() {}, nil
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -211,7 +212,8 @@ func (s *serveCmd) settings() (settings, error) {
 	if set.trusted, err = proxy.ParseTrustedProxies(s.TrustedProxy); err != nil {
 		return set, fmt.Errorf("--trusted-proxy: %w", err)
 	}
-	return set, s.readFiles(&set)
+	err = cmp.Or(s.checkBatches(), s.readFiles(&set))
+	return set, err
 }
 
 // apiKeys reads the keys that clients must send; nil if they need none.
@@ -286,15 +288,6 @@ func (s *serveCmd) limits() (int64, error) {
 	if s.Queue < 1 || s.MaxWait < 0 {
 		return 0, fmt.Errorf("--queue %d, --max-wait %v: want at least 1, and a time that is not negative", s.Queue, s.MaxWait)
 	}
-	if s.StoreEntries < 0 || s.StoreBytes < 0 {
-		return 0, fmt.Errorf("--store-entries %d, --store-bytes %d: want 0 (remember no prefixes but the last prompts') or more", s.StoreEntries, s.StoreBytes)
-	}
-	if err := s.checkBatches(); err != nil {
-		return 0, err
-	}
-	if s.AnswersBytes < 0 || s.AnswersTTL < 0 {
-		return 0, fmt.Errorf("--answers-bytes %d, --answers-ttl %v: want 0 (keep no answers; for ever) or more", s.AnswersBytes, s.AnswersTTL)
-	}
 	if !isPrice(s.Price) {
 		return 0, fmt.Errorf("--price %v: want 0 (no prices) or more", s.Price)
 	}
@@ -307,7 +300,18 @@ func (s *serveCmd) limits() (int64, error) {
 	if s.Heartbeat != 0 && s.Heartbeat < time.Second {
 		return 0, fmt.Errorf("--heartbeat %v: want at least 1s, such as 15s, or 0 for none", s.Heartbeat)
 	}
-	return memory, nil
+	return memory, s.storeLimits()
+}
+
+// storeLimits checks the flags that bound what is remembered.
+func (s *serveCmd) storeLimits() error {
+	if s.StoreEntries < 0 || s.StoreBytes < 0 {
+		return fmt.Errorf("--store-entries %d, --store-bytes %d: want 0 (remember no prefixes but the last prompts') or more", s.StoreEntries, s.StoreBytes)
+	}
+	if s.AnswersBytes < 0 || s.AnswersTTL < 0 {
+		return fmt.Errorf("--answers-bytes %d, --answers-ttl %v: want 0 (keep no answers; for ever) or more", s.AnswersBytes, s.AnswersTTL)
+	}
+	return nil
 }
 
 // isPrice reports whether a number can be the price of tokens: flags accept NaN and infinity as
@@ -364,30 +368,14 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	if s.Check {
 		return s.report(ctx, c, set, ups)
 	}
-	files, err := s.storedContexts(&set, logger)
+	kept, closeStores, err := s.openStores(&set, logger)
 	if err != nil {
 		return err
 	}
-	if files != nil {
-		defer func() {
-			closing, cancel := context.WithTimeout(context.Background(), cutOff)
-			defer cancel()
-			files.Close(closing) // it has logged what it could not write
-		}()
-	}
-	kept, err := s.openAnswers(logger)
-	if err != nil {
-		return err
-	}
-	defer kept.Close() // it has logged what it could not write
+	defer closeStores()
 	h := s.handler(set, ups, transport, kept, logger)
-	ln, err := set.listener(ctx, logger)
+	ln, stopBatches, err := s.begin(ctx, set, h, logger)
 	if err != nil {
-		return err
-	}
-	stopBatches, err := s.serveBatches(ctx, set, h, logger)
-	if err != nil {
-		ln.Close()
 		return err
 	}
 	if s.listening != nil {
@@ -432,6 +420,32 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 		return fmt.Errorf("serving: %w", err)
 	}
 	return nil
+}
+
+// openStores opens what is kept of contexts and answers. Closing writes what is not written yet; what
+// could not be written has been logged.
+func (s *serveCmd) openStores(set *settings, logger *slog.Logger) (answers.Store, func(), error) {
+	files, err := s.storedContexts(set, logger)
+	if err != nil {
+		return nil, nil, err
+	}
+	closeFiles := func() {
+		if files == nil {
+			return
+		}
+		closing, cancel := context.WithTimeout(context.Background(), cutOff)
+		defer cancel()
+		files.Close(closing)
+	}
+	kept, err := s.openAnswers(logger)
+	if err != nil {
+		closeFiles()
+		return nil, nil, err
+	}
+	return kept, func() {
+		kept.Close()
+		closeFiles()
+	}, nil
 }
 
 // files returns the files that are read again when they change.

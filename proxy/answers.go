@@ -89,6 +89,7 @@ type question struct {
 	control answers.Control
 	digest  string         // of the model
 	version string         // of Ollama
+	written []time.Time    // when the model was written, by backend.index, before the computation
 	clock   answers.Clock  // what the prompt says about the time
 	where   *time.Location // of the servers; nil: not known
 	day     string         // what tells the days apart if the prompt says the date
@@ -123,6 +124,9 @@ func (h *Handler) asks(r *http.Request, ex *exchange) (q *question, detail strin
 	var ok bool
 	if q.digest, q.version, ok = h.agreed(r.Context(), ex); !ok {
 		return nil, "model-unknown"
+	}
+	for _, b := range h.backends {
+		q.written = append(q.written, b.State().Written[ex.key])
 	}
 	model, local := h.model(ex, q.digest)
 	if local {
@@ -562,7 +566,8 @@ func (h *Handler) keep(r *http.Request, ex *exchange, f *flight, q *question) {
 		return
 	}
 	if st := ex.up.relisted(r.Context(), ended); st.Listed.Before(ended) ||
-		st.Digests[ex.key] != q.digest || st.Version != q.version {
+		st.Digests[ex.key] != q.digest || st.Version != q.version ||
+		!st.Written[ex.key].Equal(q.written[ex.up.index]) { // it was another model meanwhile
 		return
 	}
 	record := f.record

@@ -122,7 +122,10 @@ func (o *oracle) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		defer o.mu.Unlock()
 		var list api.ListResponse
 		for name, digests := range o.models {
-			list.Models = append(list.Models, api.ListModelResponse{Name: name + ":latest", Digest: digests[len(digests)-1].digest})
+			now := digests[len(digests)-1]
+			list.Models = append(list.Models, api.ListModelResponse{
+				Name: name + ":latest", Digest: now.digest, ModifiedAt: now.from,
+			})
 		}
 		json.NewEncoder(w).Encode(list)
 	case "/api/ps":

@@ -71,6 +71,9 @@ type State struct {
 	Models  []string          // the names of all models, as /api/tags spells them
 	Digests map[string]string // the digest of each model, by ModelKey
 	Listed  time.Time         // when the poll began that read Models and Digests; zero: none has
+	// Written is when each of Digests was written, by ModelKey, as the server says: of a model that was
+	// another one for a while it differs.
+	Written map[string]time.Time
 	Loaded  []Loaded          // nil if it was not read: see LoadedKnown
 
 	// Simulated means that the server's answers and figures are made up, as its SimulatedHeader
@@ -428,7 +431,7 @@ func (s *Server) ask(ctx context.Context, prev State, used, list bool) (next Sta
 	if next.Version, next.Err = s.client.Version(ctx); next.Err != nil {
 		next.Version, next.Simulated = prev.Version, prev.Simulated
 		next.Models, next.Digests, next.Loaded = prev.Models, prev.Digests, prev.Loaded
-		next.Listed = prev.Listed
+		next.Listed, next.Written = prev.Listed, prev.Written
 		return next, false
 	}
 	if next.Simulated = s.simulated.Load(); next.Simulated {
@@ -437,6 +440,7 @@ func (s *Server) ask(ctx context.Context, prev State, used, list bool) (next Sta
 	next.Up = true
 	next.Restarted = !prev.Polled.IsZero() && (prev.gone || prev.Version != "" && prev.Version != next.Version)
 	next.Models, next.Digests, next.Listed = prev.Models, prev.Digests, prev.Listed
+	next.Written = prev.Written
 	if list || next.Restarted {
 		listed = s.list(ctx, &next)
 	}
@@ -457,11 +461,13 @@ func (s *Server) list(ctx context.Context, next *State) bool {
 	}
 	before := next.Digests
 	next.Models, next.Digests = nil, make(map[string]string, len(list.Models))
+	next.Written = make(map[string]time.Time, len(list.Models))
 	next.Listed = next.Polled
 	for _, m := range list.Models {
 		next.Models = append(next.Models, m.Name)
 		if !IsCloud(m.Name) { // a local model may have the same name except for the suffix
 			next.Digests[ModelKey(m.Name)] = m.Digest
+			next.Written[ModelKey(m.Name)] = m.ModifiedAt
 		}
 	}
 	for model, digest := range before {

@@ -13,7 +13,9 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/zeebo/xxh3"
@@ -59,6 +61,9 @@ const (
 // Which entries are evicted first is approximate: an entry's use is only noted if at least a
 // sixteenth of the entries were put or used since it was noted last, so most hits write nothing.
 //
+// Get waits for the disk for a second at most, and once readers of that many requests wait as long,
+// not at all. If the folder is removed, it is made again, empty.
+//
 // Limits.Bytes bounds the files, including the room that SQLite has not given back yet, except for
 // what one transaction adds for a moment, and a file that was set aside. An entry older than
 // Limits.Age is removed within a minute. Text that was removed is overwritten with zeros.
@@ -68,13 +73,18 @@ type Disk struct {
 	log    *slog.Logger
 	queue  *queue
 	outage *outage
-	lock   *sql.DB
+
+	overdue atomic.Int32 // reads that nobody waits for any more
 
 	// dbMu is held for reading by those who use the databases, and for writing by those who
 	// replace them.
 	dbMu   sync.RWMutex
-	dbs    *databases // nil: could not be opened
-	opened int        // counts how often they were replaced
+	dbs    *databases     // nil: could not be opened
+	opened int            // counts how often they were replaced
+	lock   *sql.DB        // nil: the folder could not be locked again
+	kept   [2]fs.FileInfo // the files as they were opened: diskFile, diskLock
+
+	unclean bool // only of the writer: the log may have text that was removed since
 
 	mu      sync.Mutex // guards everything below
 	secret  [32]byte
@@ -98,18 +108,10 @@ func OpenDisk(dir string, limits Limits, log *slog.Logger) (*Disk, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, fmt.Errorf("making the folder of stored answers: %w", err)
-	}
-	lock, err := lockFolder(dir)
-	if err != nil {
-		return nil, err
-	}
 	d := &Disk{
 		dir:    dir,
 		limits: limits,
 		log:    log,
-		lock:   lock,
 		used:   map[Key]struct{}{},
 		outage: &outage{
 			log:   log,
@@ -120,8 +122,9 @@ func OpenDisk(dir string, limits Limits, log *slog.Logger) (*Disk, error) {
 			most:  time.Minute,
 		},
 	}
+	var err error
 	if d.dbs, err = d.openOrReplace(); err != nil {
-		return nil, errors.Join(err, lock.Close())
+		return nil, errors.Join(err, d.unlock())
 	}
 	if d.limits.longest() > d.target() {
 		d.limits.Entry = max(d.target(), 1)
@@ -133,6 +136,32 @@ func OpenDisk(dir string, limits Limits, log *slog.Logger) (*Disk, error) {
 
 // diskFirstWait is how long after a failed write the next one is tried, at first.
 var diskFirstWait = time.Second
+
+// own makes the folder, if there is none, and locks it, if it is not locked.
+func (d *Disk) own() (err error) {
+	if d.lock != nil {
+		if !d.isGone(1) {
+			return nil
+		}
+		d.unlock() // a file that has no name any more
+	}
+	if err := os.MkdirAll(d.dir, 0o700); err != nil {
+		return fmt.Errorf("making the folder of stored answers: %w", err)
+	}
+	if d.lock, err = lockFolder(d.dir); err != nil {
+		return err
+	}
+	d.kept[1], err = os.Stat(d.file(1))
+	return err
+}
+
+func (d *Disk) unlock() error {
+	lock := d.lock
+	if d.lock = nil; lock == nil {
+		return nil
+	}
+	return lock.Close()
+}
 
 // lockFolder keeps other processes out until the result is closed or the process ends.
 func lockFolder(dir string) (*sql.DB, error) {
@@ -193,6 +222,9 @@ func broken(err error) bool {
 
 // openOrReplace opens the file, and if it is broken, sets it aside and begins a new one.
 func (d *Disk) openOrReplace() (*databases, error) {
+	if err := d.own(); err != nil {
+		return nil, err
+	}
 	dbs, err := d.open()
 	if err == nil || !broken(err) {
 		return dbs, err
@@ -241,7 +273,7 @@ func (d *Disk) open() (_ *databases, err error) {
 	// The driver sorts pragmas, but these three must come in this order.
 	layout := fmt.Sprintf("page_size(%d);pragma auto_vacuum(incremental);pragma journal_mode(wal)", diskPage)
 	dbs.write, err = sql.Open("sqlite", dsn(path, "busy_timeout(2000)", layout,
-		"secure_delete(fast)", "synchronous(normal)", "wal_autocheckpoint(0)", "cache_size(-4000)"))
+		"secure_delete(on)", "synchronous(normal)", "wal_autocheckpoint(0)", "cache_size(-4000)"))
 	if err != nil {
 		return nil, err
 	}
@@ -260,8 +292,26 @@ func (d *Disk) open() (_ *databases, err error) {
 	if dbs.readOne, err = dbs.read.Prepare(query + "(?)"); err != nil {
 		return nil, err
 	}
-	dbs.readMany, err = dbs.read.Prepare(query + places(readAtOnce))
+	if dbs.readMany, err = dbs.read.Prepare(query + places(readAtOnce)); err != nil {
+		return nil, err
+	}
+	d.kept[0], err = os.Stat(d.file(0))
 	return dbs, err
+}
+
+// file is the path of one of the two files in d.kept.
+func (d *Disk) file(i int) string {
+	return filepath.Join(d.dir, [...]string{diskFile, diskLock}[i])
+}
+
+// errRemoved: SQLite would go on with files that have no name any more, and no bound.
+var errRemoved = errors.New("the files of stored answers were removed")
+
+// isGone reports whether one of these is not in the folder any more. Another error is SQLite's to
+// find.
+func (d *Disk) isGone(i int) bool {
+	now, err := os.Stat(d.file(i))
+	return errors.Is(err, fs.ErrNotExist) || err == nil && !os.SameFile(d.kept[i], now)
 }
 
 func dsn(path string, pragmas ...string) string {
@@ -365,8 +415,61 @@ func (d *Disk) Get(ctx context.Context, keys []Key) ([]Entry, error) {
 	return found, err
 }
 
-// read fills the places of found with what the file has.
+// DiskWait is how long Disk.Get waits for the disk.
+const DiskWait = time.Second
+
+// mostOverdue is how many reads may be late before no other one is begun: as many as there are
+// connections.
+const mostOverdue = 4
+
+var errSlow = errors.New("the disk with the stored answers does not answer in time")
+
+// read fills the places of found with what the file has. It waits for DiskWait at most: a disk, one
+// in a network above all, may hang.
 func (d *Disk) read(ctx context.Context, keys []Key, found []Entry, places []int) error {
+	if d.overdue.Load() >= mostOverdue {
+		d.outage.note()
+		return errSlow
+	}
+	keys = slices.Clone(keys)
+	got := make([]Entry, len(keys))
+	done := make(chan error, 1)
+	var settled atomic.Bool // the read is over, or nobody waits for it
+	go func() {             // ends with the read
+		done <- d.readNow(ctx, keys, got, places)
+		if settled.Swap(true) {
+			d.overdue.Add(-1)
+		}
+	}()
+	timer := time.NewTimer(DiskWait)
+	defer timer.Stop()
+	var err error
+	select {
+	case err = <-done:
+	case <-ctx.Done():
+		err = ctx.Err()
+		d.leave(&settled)
+		return err
+	case <-timer.C:
+		d.leave(&settled)
+		d.outage.note()
+		return errSlow
+	}
+	for _, i := range places {
+		found[i] = got[i]
+	}
+	return err
+}
+
+// leave notes that nobody waits for a read any more.
+func (d *Disk) leave(settled *atomic.Bool) {
+	d.overdue.Add(1)
+	if settled.Swap(true) {
+		d.overdue.Add(-1)
+	}
+}
+
+func (d *Disk) readNow(ctx context.Context, keys []Key, found []Entry, places []int) error {
 	d.dbMu.RLock()
 	opened, dbs := d.opened, d.dbs
 	if dbs == nil {
@@ -459,7 +562,8 @@ func checksum(e Entry) int64 {
 // replace begins a new file if the error says that the present one is broken, unless that was done
 // since.
 func (d *Disk) replace(opened int, why error) {
-	if !broken(why) {
+	removed := errors.Is(why, errRemoved)
+	if !removed && !broken(why) {
 		return
 	}
 	d.dbMu.Lock()
@@ -472,9 +576,14 @@ func (d *Disk) replace(opened int, why error) {
 		d.dbs.close()
 		d.dbs = nil
 	}
-	err := d.setAside(why)
+	var err error
+	if removed {
+		d.log.Warn("the folder of stored answers was removed; a new one is begun", "folder", d.dir)
+	} else {
+		err = d.setAside(why)
+	}
 	if err == nil {
-		d.dbs, err = d.open()
+		d.dbs, err = d.openOrReplace()
 	}
 	if err != nil {
 		d.outage.failure(err)
@@ -524,7 +633,7 @@ func (d *Disk) Wipe(context.Context) error {
 	path := filepath.Join(d.dir, diskFile)
 	err := removeFiles(path, path+"-wal", path+"-shm", filepath.Join(d.dir, diskBroken))
 	if err == nil {
-		d.dbs, err = d.open()
+		d.dbs, err = d.openOrReplace()
 	}
 	if err != nil {
 		d.outage.failure(err)
@@ -575,7 +684,7 @@ func (d *Disk) Close() error {
 		err = errors.Join(err, d.dbs.close()) // which moves SQLite's log into the file
 		d.dbs = nil
 	}
-	return errors.Join(err, d.lock.Close())
+	return errors.Join(err, d.unlock())
 }
 
 // ping writes a page, to see whether there is room again.

@@ -10,3 +10,19 @@ func SetGetWait(wait time.Duration) (restore func()) {
 	getWait = wait
 	return func() { getWait = GetWait }
 }
+
+// Hang makes all reads of a Disk wait until its result is called, as those of a hung disk do.
+func (d *Disk) Hang() (end func()) {
+	d.dbMu.Lock()
+	return d.dbMu.Unlock
+}
+
+// Overdue returns how many reads nobody waits for any more.
+func (d *Disk) Overdue() int { return int(d.overdue.Load()) }
+
+// FoundBroken notes that a write failed because the file was broken, which was replaced since. end
+// ends the wait before the next one.
+func (d *Disk) FoundBroken() (end func()) {
+	d.outage.failure(errForeign)
+	return d.outage.success
+}

@@ -18,37 +18,51 @@ func (d *Disk) target() int64 { return d.limits.Bytes/8*7 - 32<<10 }
 
 // pass writes what waits.
 func (d *Disk) pass() {
+	d.reopen()
 	d.dbMu.RLock()
 	batch := d.queue.take()
 	opened := d.opened
 	err := d.outage.refused()
-	if err == nil {
-		if err = d.write(batch); err != nil {
+	tried := err == nil
+	if tried {
+		if err = d.write(batch); err != nil && !errors.Is(err, errRemoved) {
 			d.outage.failure(err)
-		} else {
+		} else if err == nil {
 			d.outage.success()
 		}
 	}
 	d.dbMu.RUnlock()
-	if err != nil {
+	if tried && err != nil {
 		d.replace(opened, err)
-		d.reopen()
 	}
 	d.queue.finish(err)
 }
 
-// reopen opens the file if that failed before.
+// reopen opens the file if that failed before, once it is time to try again.
 func (d *Disk) reopen() {
+	d.dbMu.RLock()
+	missing := d.dbs == nil
+	d.dbMu.RUnlock()
+	if !missing || d.outage.refused() != nil {
+		return
+	}
 	d.dbMu.Lock()
 	defer d.dbMu.Unlock()
-	if d.dbs == nil && d.outage.refused() == nil {
-		d.dbs, _ = d.openOrReplace() // the next pass reports it
+	if d.dbs != nil {
+		return
+	}
+	var err error
+	if d.dbs, err = d.openOrReplace(); err != nil {
+		d.outage.failure(err)
 	}
 }
 
 func (d *Disk) write(b batch) error {
 	if d.dbs == nil {
 		return errors.New("the file of stored answers cannot be opened")
+	}
+	if d.isGone(0) || d.isGone(1) {
+		return errRemoved
 	}
 	now := time.Now()
 	d.mu.Lock()
@@ -70,7 +84,9 @@ func (d *Disk) write(b batch) error {
 		d.pruned = now
 	}
 	d.mu.Unlock()
-	if err := d.tidy(); err != nil {
+	// The log keeps a removed text until it is moved, which waits for a pass with nothing to write.
+	d.unclean = d.unclean || t.removed
+	if err := d.tidy(d.unclean && len(b.order) == 0); err != nil {
 		return fmt.Errorf("tidying the file of answers: %w", err)
 	}
 	return nil
@@ -87,6 +103,7 @@ type transaction struct {
 	entries int64
 	evicted uint64
 	expired uint64
+	removed bool // anything
 }
 
 func (t *transaction) run(db *sql.DB, b batch, used map[Key]struct{}, down bool) (err error) {
@@ -145,6 +162,7 @@ func (t *transaction) removeOld() error {
 	n, err := affected(t.Exec(`DELETE FROM entries WHERE made < ?`, before))
 	t.expired += uint64(n)
 	t.entries -= n
+	t.removed = t.removed || n > 0
 	return err
 }
 
@@ -178,6 +196,7 @@ func (t *transaction) remove(keys []Key) error {
 			return err
 		}
 		t.entries--
+		t.removed = true
 	}
 	return nil
 }
@@ -243,6 +262,7 @@ func (t *transaction) evict(more int64) error {
 		if n == 0 {
 			return errForeign // the count is wrong
 		}
+		t.removed = true
 		t.evicted += uint64(n)
 		t.entries -= n
 	}
@@ -262,8 +282,8 @@ func pageCounts(db querier) (pages, free int64, err error) {
 }
 
 // tidy gives room back to the file system: what is beyond the limit, and what is free if that is
-// much. It moves SQLite's log into the file once it is long.
-func (d *Disk) tidy() error {
+// much. It moves SQLite's log into the file once it is long, or if it is to be moved.
+func (d *Disk) tidy(move bool) error {
 	db := d.dbs.write
 	for {
 		pages, free, err := pageCounts(db)
@@ -280,12 +300,13 @@ func (d *Disk) tidy() error {
 				return err
 			}
 		}
-		if fileSize(filepath.Join(d.dir, diskFile+"-wal")) > min(d.limits.Bytes/16, 8<<20) || beyond > 0 {
+		if fileSize(filepath.Join(d.dir, diskFile+"-wal")) > min(d.limits.Bytes/16, 8<<20) || beyond > 0 || move {
 			var busy, log, moved int64
 			err := db.QueryRow(`PRAGMA wal_checkpoint(TRUNCATE)`).Scan(&busy, &log, &moved)
 			if err != nil {
 				return err
 			}
+			d.unclean = d.unclean && busy != 0
 		}
 		if beyond < diskSlice {
 			return nil

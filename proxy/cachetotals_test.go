@@ -236,3 +236,31 @@ func TestParseCacheAnswers(t *testing.T) {
 		}
 	}
 }
+
+// TestEmbeddingsCounted: on the page, a request for vectors is one, however many of its inputs were
+// sent to Ollama as requests of their own.
+func TestEmbeddingsCounted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newIdeal(t, nil, nil)
+		d.ask("/api/embed", embedBody([]string{"a", "b", "c"}, ""))
+		time.Sleep(time.Minute) // the model is tried meanwhile, and the vectors are kept
+		before := d.h.timeline.counted()
+		d.ask("/api/embed", embedBody([]string{"a", "b", "c", "d"}, ""))
+		totals := d.h.timeline.counted()
+		if n := totals.Requests - before.Requests; n != 1 || before.Requests != 1 {
+			t.Errorf("%d requests were counted for one: %+v", n, totals)
+		}
+		c := totals.Cached[CacheVectors]
+		if c.Hits != 3 || c.Misses != 4 || c.Requests[CachePartial] != 1 || c.Requests[CacheMiss] != 1 || c.Saved <= 0 {
+			t.Errorf("counted %+v", c)
+		}
+		list, _ := d.h.timeline.since(0)
+		last := list[len(list)-1]
+		if last.spared == nil || last.Cache != CachePartial || last.Parts != 4 || last.Kept != 3 || len(list) != totals.Requests {
+			t.Errorf("the page's requests: %+v", list)
+		}
+		if n := len(d.h.timeline.under()); n != 0 {
+			t.Errorf("%d requests are under way still", n)
+		}
+	})
+}

@@ -223,6 +223,82 @@ func TestDrain(t *testing.T) {
 	}
 }
 
+// TestDrainSurviving: an answer that goes on without its client has as long as --drain when the proxy
+// is told to stop, and is cut off after that.
+func TestDrainSurviving(t *testing.T) {
+	for _, cut := range []bool{false, true} {
+		t.Run(fmt.Sprintf("cut=%v", cut), func(t *testing.T) {
+			listen, err := freeAddr()
+			if err != nil {
+				t.Fatal(err)
+			}
+			came, release := make(chan struct{}), make(chan struct{})
+			up := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if r.URL.Path != "/api/chat" {
+					stubOllama(w, r)
+					return
+				}
+				io.Copy(io.Discard, r.Body)
+				close(came)
+				select {
+				case <-release:
+					io.WriteString(w, `{"done":true}`+"\n")
+				case <-r.Context().Done():
+				}
+			}))
+			defer up.Close()
+			drain := "30s"
+			if cut {
+				drain = "10ms"
+			}
+			ctx, stop := context.WithCancel(t.Context())
+			defer stop()
+			code := make(chan int, 1)
+			log := &syncBuffer{}
+			go func() { // ends with stop
+				code <- run(ctx, []string{"--listen", listen, "--upstream", up.URL, "--drain", drain}, io.Discard, log)
+			}()
+			waitFor(t, func() bool {
+				res, err := http.Get("http://" + listen + "/_cacheproxy/ready")
+				if err == nil {
+					res.Body.Close()
+				}
+				return err == nil && res.StatusCode == http.StatusOK
+			})
+			req, err := http.NewRequest(http.MethodPost, "http://"+listen+"/api/chat",
+				strings.NewReader(`{"model":"a","messages":[{"role":"user","content":"x"}]}`))
+			if err != nil {
+				t.Fatal(err)
+			}
+			req.Header.Set("Prefer", "respond-async")
+			res, err := http.DefaultClient.Do(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			res.Body.Close()
+			if res.StatusCode != http.StatusAccepted {
+				t.Fatalf("%s", res.Status)
+			}
+			<-came
+			stop()
+			if !cut {
+				waitFor(t, func() bool { _, err := net.Dial("tcp", listen); return err != nil }) // no new requests
+				close(release)
+			}
+			if c := <-code; c != 0 {
+				t.Errorf("exit status %d, want 0\n%s", c, log)
+			}
+			want := `"outcome":"ok","client"`
+			if cut {
+				want = `"outcome":"drained"`
+			}
+			if !strings.Contains(log.String(), want) {
+				t.Errorf("the log has no %s:\n%s", want, log)
+			}
+		})
+	}
+}
+
 // TestDrainWaiting: requests that wait for a slot when the proxy is told to stop may get one within
 // --drain, and get 503 after it.
 func TestDrainWaiting(t *testing.T) {

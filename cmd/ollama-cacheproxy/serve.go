@@ -430,7 +430,7 @@ func (s *serveCmd) openStores(set *settings, logger *slog.Logger) (answers.Store
 		return nil, nil, err
 	}
 	closeFiles := func() {
-		if files == nil {
+		if files == nil { // contexts are off
 			return
 		}
 		closing, cancel := context.WithTimeout(context.Background(), cutOff)
@@ -516,7 +516,9 @@ func (s *serveCmd) handler(
 	counts.Draining(h.Draining)
 	counts.Held(h.Held)
 	counts.Waiting(h.Waiting)
-	counts.Answers(kept.Stats, h.Surviving)
+	if kept != nil {
+		counts.Answers(kept.Stats, h.Surviving)
+	}
 	h.Metrics, h.Done, h.Touched = counts.Handler(), counts.Done, counts.Touched
 	if s.done != nil {
 		h.Done = func(ex proxy.Exchange) {

@@ -74,7 +74,7 @@ type State struct {
 	// Written is when each of Digests was written, by ModelKey, as the server says: of a model that was
 	// another one for a while it differs.
 	Written map[string]time.Time
-	Loaded  []Loaded          // nil if it was not read: see LoadedKnown
+	Loaded  []Loaded // nil if it was not read: see LoadedKnown
 
 	// Simulated means that the server's answers and figures are made up, as its SimulatedHeader
 	// says.

@@ -141,7 +141,6 @@ func run(ctx context.Context, cfg config, out io.Writer) error {
 		return err
 	}
 	defer keeps.stop()
-	type target struct{ name, url string }
 
 	fmt.Fprintf(out, "%d clients, %d rounds of %v each; medians over rounds; rate ÷ bare: in the same round, median (least to most)\n", cfg.clients, cfg.rounds, cfg.time)
 	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
@@ -157,30 +156,41 @@ func run(ctx context.Context, cfg config, out io.Writer) error {
 				return err
 			}
 		}
-		results := make([][]result, len(targets))
-		for range cfg.rounds {
-			for i, t := range targets {
-				r, err := measure(ctx, t.url, l, cfg.clients, cfg.time)
-				if err != nil {
-					return fmt.Errorf("%s, %s: %w", l.name, t.name, err)
-				}
-				results[i] = append(results[i], r)
-			}
-		}
-		for i, t := range targets {
-			rate := median(results[i], func(r result) float64 { return r.rate })
-			var ratios []float64
-			for round, r := range results[i] {
-				ratios = append(ratios, r.rate/results[1][round].rate)
-			}
-			fmt.Fprintf(table, "%s\t%s\t%.0f\t%.2f\t%.2f\t%.2f (%.2f to %.2f)\t\n", l.name, t.name, rate,
-				median(results[i], func(r result) float64 { return r.p50 }), median(results[i], func(r result) float64 { return r.p99 }),
-				middle(ratios), slices.Min(ratios), slices.Max(ratios))
+		if err := compare(ctx, table, l, targets, cfg); err != nil {
+			return err
 		}
 		table.Flush()
 	}
 	if strings.Contains("together", cfg.only) {
 		return together(ctx, out, keeps.url, cfg)
+	}
+	return nil
+}
+
+// target is what a load is sent to.
+type target struct{ name, url string }
+
+// compare sends a load to the targets in turns, and prints what came out.
+func compare(ctx context.Context, table io.Writer, l load, targets []target, cfg config) error {
+	results := make([][]result, len(targets))
+	for range cfg.rounds {
+		for i, t := range targets {
+			r, err := measure(ctx, t.url, l, cfg.clients, cfg.time)
+			if err != nil {
+				return fmt.Errorf("%s, %s: %w", l.name, t.name, err)
+			}
+			results[i] = append(results[i], r)
+		}
+	}
+	for i, t := range targets {
+		rate := median(results[i], func(r result) float64 { return r.rate })
+		var ratios []float64
+		for round, r := range results[i] {
+			ratios = append(ratios, r.rate/results[1][round].rate)
+		}
+		fmt.Fprintf(table, "%s\t%s\t%.0f\t%.2f\t%.2f\t%.2f (%.2f to %.2f)\t\n", l.name, t.name, rate,
+			median(results[i], func(r result) float64 { return r.p50 }), median(results[i], func(r result) float64 { return r.p99 }),
+			middle(ratios), slices.Min(ratios), slices.Max(ratios))
 	}
 	return nil
 }

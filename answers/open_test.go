@@ -32,9 +32,15 @@ func TestOpen(t *testing.T) {
 		"http://host":   "valkey://",
 		"/dev/null/dir": "folder",
 		"valkey://h/x":  "database",
+
+		"unix://u:hunter2@/s":    "valkey://",
+		"valkey:/u:hunter2@h":    "valkey://host",
+		"Redis:u:hunter2@h":      "redis://host",
+		"rediss://u:hunter2@h/x": "database",
 	} {
 		s, err := answers.Open(target, limits, nil)
-		if err == nil || s != nil || !strings.Contains(err.Error(), want) {
+		if err == nil || s != nil || !strings.Contains(err.Error(), want) ||
+			strings.Contains(err.Error(), "hunter2") {
 			t.Errorf("%q: %v, %v", target, s, err)
 		}
 	}

@@ -59,7 +59,7 @@ type Valkey struct {
 	own    []byte // from the secret file
 	queue  *queue
 	outage *outage // the server is gone
-	full   *outage // the server keeps nothing new
+	full   *outage // the server refuses to write
 
 	client atomic.Pointer[client] // nil: gone
 	slow   atomic.Int32           // calls in a row without an answer
@@ -98,17 +98,15 @@ func OpenValkey(target string, limits Limits, log *slog.Logger) (*Valkey, error)
 		most:  10 * time.Second,
 	}
 	v.full = &outage{
-		log: log,
-		gone: "the Valkey server is full and keeps no new answers: give it more maxmemory, or let it evict" +
-			" what is old (valkey-cli config set maxmemory-policy allkeys-lru)",
+		log:   log,
+		gone:  "the Valkey server keeps no new answers; those that it has are still found",
 		back:  "the Valkey server keeps new answers again",
 		args:  []any{"server", address},
 		first: time.Second,
 		most:  10 * time.Second,
 	}
 	if err := v.connect(context.Background()); err != nil {
-		var refused *valkey.ValkeyError
-		if errors.As(err, &refused) {
+		if isWrong(err) {
 			return nil, fmt.Errorf("the Valkey server at %s refuses to keep answers"+
 				" (check the user, the password and the database in --answers-store): %w", address, err)
 		}
@@ -177,6 +175,33 @@ func (v *Valkey) connect(ctx context.Context) error {
 	return nil
 }
 
+// isAnswer reports whether an error is what the server said.
+func isAnswer(err error) bool {
+	_, ok := valkey.IsValkeyErr(err)
+	return ok
+}
+
+// isWrong reports whether a server's error is one of the settings, which no time mends. Others are
+// those of a server that is being loaded, has lost its replicas or cannot write its own disk.
+func isWrong(err error) bool {
+	refused, ok := valkey.IsValkeyErr(err)
+	if !ok {
+		return false
+	}
+	kind, rest, _ := strings.Cut(refused.Error(), " ")
+	switch kind {
+	case "NOAUTH", "WRONGPASS", "NOPERM", "WRONGTYPE":
+		return true
+	case "ERR":
+		return !strings.HasPrefix(rest, "max number of clients")
+	}
+	return false
+}
+
+// errFull is what is done about a server that is full.
+var errFull = errors.New("it is full: give it more maxmemory, or let it evict what is old" +
+	" (valkey-cli config set maxmemory-policy allkeys-lru)")
+
 // readSecret reads the secret that all proxies share, and puts it there if the server has none or
 // has evicted it.
 func (v *Valkey) readSecret(ctx context.Context, c valkey.Client) error {
@@ -184,11 +209,14 @@ func (v *Valkey) readSecret(ctx context.Context, c valkey.Client) error {
 	mine := v.shared
 	v.mu.Unlock()
 	name := v.prefix + "secret"
-	err := c.Do(ctx, c.B().Set().Key(name).Value(valkey.BinaryString(mine[:])).Nx().Build()).Error()
-	if err != nil && !valkey.IsValkeyNil(err) && !isFull(err) {
-		return err
-	}
 	data, err := c.Do(ctx, c.B().Get().Key(name).Build()).AsBytes()
+	if valkey.IsValkeyNil(err) {
+		err = c.Do(ctx, c.B().Set().Key(name).Value(valkey.BinaryString(mine[:])).Nx().Build()).Error()
+		if err != nil && !valkey.IsValkeyNil(err) && !isFull(err) {
+			return err
+		}
+		data, err = c.Do(ctx, c.B().Get().Key(name).Build()).AsBytes() // another proxy may be first
+	}
 	if valkey.IsValkeyNil(err) {
 		return nil // full; then this process's own will do
 	}
@@ -268,9 +296,8 @@ func (v *Valkey) failed(ctx context.Context, c *client, err error) {
 	if errors.Is(ctx.Err(), context.Canceled) {
 		return
 	}
-	_, answered := valkey.IsValkeyErr(err)
 	late := errors.Is(err, context.DeadlineExceeded)
-	if answered || late && v.slow.Add(1) < valkeySlow {
+	if isAnswer(err) || late && v.slow.Add(1) < valkeySlow {
 		v.outage.note()
 		return
 	}
@@ -439,7 +466,10 @@ func (v *Valkey) write(b batch) error {
 		switch {
 		case err == nil:
 		case isFull(err):
-			v.full.failure(errors.New("OOM"))
+			v.full.failure(errFull)
+			return fmt.Errorf("writing answers to Valkey: %w", err)
+		case isAnswer(err):
+			v.full.failure(err)
 			return fmt.Errorf("writing answers to Valkey: %w", err)
 		default:
 			v.failed(context.Background(), c, err)

@@ -348,6 +348,49 @@ func TestValkeyFull(t *testing.T) {
 	}
 }
 
+// TestValkeyRefusesToWrite has a server that keeps nothing new for a reason that passes: it lacks a
+// replica here, and cannot write its own disk elsewhere. The proxy starts, and says so once.
+func TestValkeyRefusesToWrite(t *testing.T) {
+	server := valkeyserver.Start(t)
+	ctx, c := context.Background(), direct(t, server)
+	replicas := func(n string) {
+		t.Helper()
+		if err := c.Do(ctx, c.B().ConfigSet().ParameterValue().
+			ParameterValue("min-replicas-to-write", n).Build()).Error(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	replicas("1")
+	var early lines
+	s := openValkey(t, server.URL(), answers.Limits{Bytes: 1 << 24}, early.logger())
+	wantLines(t, &early, "is gone")
+	replicas("0")
+	until(t, "it is back", func() bool { return !s.Stats().Down })
+	wantLines(t, &early, "is gone", "is back")
+
+	putNumbers(t, s, 0, 3, 10)
+	if err := settle(s); err != nil {
+		t.Fatal(err)
+	}
+	replicas("1")
+	var late lines
+	other := openValkey(t, server.URL(), answers.Limits{Bytes: 1 << 24}, late.logger())
+	wantLines(t, &late) // the secret is there, and can be read
+	for n := range 20 {
+		other.Put(ctx, []answers.Entry{storetest.EntryOf(10+n, 1, 10)})
+		settle(other)
+	}
+	wantLines(t, &late, "keeps no new answers")
+	if n := present(t, other, 0, 3); n != 3 {
+		t.Errorf("%d of 3 entries are found", n)
+	}
+	replicas("0")
+	until(t, "it keeps answers again", func() bool {
+		return other.Put(ctx, []answers.Entry{storetest.EntryOf(50, 1, 10)}) == nil && settle(other) == nil
+	})
+	wantLines(t, &late, "keeps no new answers", "keeps new answers again")
+}
+
 // TestValkeyForeign: values that are not as we wrote them are misses.
 func TestValkeyForeign(t *testing.T) {
 	server := valkeyserver.Start(t)

@@ -19,7 +19,8 @@ const (
 	maxField    = 1 << 10 // bytes of a form's field other than the file
 	maxFilename = 512     // bytes
 	maxCreate   = 64 << 10
-	maxMetadata = 16 // OpenAI's limits, for entries, and characters of keys and values
+	maxForm     = 1 << 20 // bytes of a form around the file
+	maxMetadata = 16      // OpenAI's limits, for entries, and characters of keys and values
 	maxKey      = 64
 	maxValue    = 512
 
@@ -112,6 +113,7 @@ type form struct {
 
 // upload is POST /v1/files.
 func (s *Service) upload(w http.ResponseWriter, r *http.Request, owner string) (err error) {
+	r.Body = http.MaxBytesReader(w, r.Body, MaxFile+maxForm)
 	parts, err := r.MultipartReader()
 	if err != nil {
 		return invalid("", "want a form (multipart/form-data) with purpose and file: %v", err)
@@ -180,7 +182,11 @@ func (s *Service) addFile(f *file) error {
 	if err := s.writeMeta(filesFolder, f.ID, f); err != nil {
 		return err
 	}
+	if old := s.files[f.ID]; old != nil { // an output that was written again
+		s.stored -= old.Bytes
+	}
 	s.files[f.ID] = f
+	s.stored += f.Bytes
 	return nil
 }
 
@@ -190,6 +196,9 @@ func readError(err error) error {
 	_, path := errors.AsType[*os.PathError](err)
 	if refused || path {
 		return err
+	}
+	if _, long := errors.AsType[*http.MaxBytesError](err); long {
+		return tooLarge()
 	}
 	return &apiError{
 		status: http.StatusBadRequest, code: "invalid_form",
@@ -240,10 +249,7 @@ func (s *Service) save(path string, from io.Reader) (n int64, err error) {
 	defer c.end()
 	n, err = io.Copy(c, io.LimitReader(from, MaxFile+1))
 	if err == nil && n > MaxFile {
-		err = &apiError{
-			http.StatusRequestEntityTooLarge, "file_too_large", "file",
-			fmt.Sprintf("the file is larger than %d bytes (%d MiB); divide it", MaxFile, MaxFile>>20),
-		}
+		err = tooLarge()
 	}
 	if err == nil {
 		err = to.Sync()
@@ -252,6 +258,13 @@ func (s *Service) save(path string, from io.Reader) (n int64, err error) {
 		err = closed
 	}
 	return n, err
+}
+
+func tooLarge() error {
+	return &apiError{
+		http.StatusRequestEntityTooLarge, "file_too_large", "file",
+		fmt.Sprintf("the file is larger than %d bytes (%d MiB); divide it", MaxFile, MaxFile>>20),
+	}
 }
 
 // counted counts what is written to a file while it is not yet known.

@@ -17,7 +17,7 @@ func FuzzInput(f *testing.F) {
 	f.Add([]byte(`{"custom_id":"1","custom_id":null,"METHOD":"post","url":"/v1/chat/completions","body":{"model":"m","Model":"n"}}`))
 	f.Add([]byte("{\"custom_id\":\"\\ud800\"}\r\n[]\n\"\\u0000\""))
 	f.Fuzz(func(t *testing.T, text []byte) {
-		in, err := readInput(bytes.NewReader(text), "/v1/chat/completions")
+		in, err := readInput(t.Context(), bytes.NewReader(text), "/v1/chat/completions")
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"cmp"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -57,7 +58,7 @@ var unsent = map[status]resultError{
 
 // finalize makes the output files of a batch whose outcome is decided, in the order of its input,
 // and ends it. After a crash it is called again, and makes the same files.
-func (s *Service) finalize(j *job) error {
+func (s *Service) finalize(ctx context.Context, j *job) error {
 	s.mu.Lock()
 	counts, outcome, began := j.RequestCounts, j.Outcome, j.InProgressAt != nil
 	s.mu.Unlock()
@@ -65,7 +66,7 @@ func (s *Service) finalize(j *job) error {
 	var output, errs *file
 	if began {
 		var err error
-		if output, errs, counts, err = s.divide(j, outcome, counts.Total); err != nil {
+		if output, errs, counts, err = s.divide(ctx, j, outcome, counts.Total); err != nil {
 			return fmt.Errorf("writing the output files: %w", err)
 		}
 	}
@@ -97,15 +98,15 @@ func (s *Service) finalize(j *job) error {
 // divide writes the results of a batch to its output file, and what failed to its error file.
 // Either is nil if it would be empty.
 func (s *Service) divide(
-	j *job, outcome status, total int,
+	ctx context.Context, j *job, outcome status, total int,
 ) (output, errs *file, counts requestCounts, err error) {
 	d := &divider{s: s, job: j, outcome: outcome}
 	defer d.close()
 	d.counts.Total = total
-	if err := d.index(); err != nil {
+	if err := d.index(ctx); err != nil {
 		return nil, nil, counts, err
 	}
-	if err := d.lines(); err != nil {
+	if err := d.lines(ctx); err != nil {
 		return nil, nil, counts, err
 	}
 	if output, err = d.output.file(d, "output"); err != nil {
@@ -128,7 +129,7 @@ type divider struct {
 }
 
 // index finds the results of all lines. The last one may be torn.
-func (d *divider) index() error {
+func (d *divider) index(ctx context.Context) error {
 	d.spots = map[int]spot{}
 	f, err := os.Open(d.s.path(batchesFolder, d.job.ID, resultsFile))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -140,6 +141,9 @@ func (d *divider) index() error {
 	d.results = f
 	in := bufio.NewReaderSize(f, 256<<10)
 	for off := int64(0); ; {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
 		text, err := in.ReadBytes('\n')
 		if err == io.EOF {
 			return nil
@@ -160,7 +164,7 @@ func (d *divider) index() error {
 }
 
 // lines writes the results of all lines of the input, or, if that is gone, those that there are.
-func (d *divider) lines() error {
+func (d *divider) lines(ctx context.Context) error {
 	input, err := os.Open(d.s.path(filesFolder, d.job.InputFileID+dataSuffix))
 	if errors.Is(err, fs.ErrNotExist) {
 		for _, number := range slices.Sorted(maps.Keys(d.spots)) {
@@ -175,7 +179,7 @@ func (d *divider) lines() error {
 	}
 	defer input.Close()
 	var failure error
-	err = eachLine(input, func(number int, text []byte) {
+	err = eachLine(ctx, input, func(number int, text []byte) {
 		if failure == nil {
 			failure = d.line(number, text)
 		}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"runtime/debug"
 	"strconv"
 	"sync"
 	"time"
@@ -87,8 +88,9 @@ func (t *sender) send(r *http.Request) (*http.Response, error) {
 		defer in.Body.Close()
 		defer func() {
 			if broken := recover(); broken != nil {
-				if broken != http.ErrAbortHandler {
-					panic(broken)
+				if broken != http.ErrAbortHandler { // as net/http does for a client on the network
+					t.service.Log.Error("a request of a batch has ended in a panic", "batch", t.job.ID,
+						"panic", broken, "stack", string(debug.Stack()))
 				}
 				w.end(io.ErrUnexpectedEOF)
 				return

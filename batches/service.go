@@ -62,6 +62,7 @@ type Service struct {
 	files    map[string]*file
 	batches  map[string]*job
 	seq      int64
+	stored   int64 // bytes of files
 	arriving int64 // bytes of files that are being uploaded or written
 	working  map[string]int64
 	running  map[string]int // of each owner
@@ -184,10 +185,7 @@ func (s *Service) sorted(f func(*job) bool) (list []*job) {
 
 // used returns how many bytes there are. s.mu is held.
 func (s *Service) used() int64 {
-	sum := s.arriving
-	for _, f := range s.files {
-		sum += f.Bytes
-	}
+	sum := s.arriving + s.stored
 	for _, n := range s.working {
 		sum += n
 	}
@@ -239,6 +237,7 @@ func (s *Service) removeFile(f *file) error {
 		return err
 	}
 	delete(s.files, f.ID)
+	s.stored -= f.Bytes
 	if err := os.Remove(s.path(filesFolder, f.ID+dataSuffix)); err != nil {
 		s.Log.Warn("a file's data cannot be removed", "file", f.ID, "err", err)
 	}

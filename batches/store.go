@@ -61,6 +61,7 @@ func (s *Service) load() error {
 			return
 		}
 		s.files[id], s.seq = f, max(s.seq, f.Seq)
+		s.stored += f.Bytes
 	})
 	if err != nil {
 		return err

@@ -83,7 +83,7 @@ func (s *Service) validate(ctx context.Context, j *job, sender *sender) error {
 		return lost(err)
 	}
 	defer f.Close()
-	in, err := readInput(f, j.Endpoint)
+	in, err := readInput(ctx, f, j.Endpoint)
 	if err != nil {
 		return fmt.Errorf("reading the input: %w", err)
 	}
@@ -137,10 +137,10 @@ func (s *Service) lookFor(ctx context.Context, j *job, sender *sender, in *input
 }
 
 // readInput checks each line of a batch's file. An error is one of reading.
-func readInput(r io.Reader, endpoint string) (*input, error) {
+func readInput(ctx context.Context, r io.Reader, endpoint string) (*input, error) {
 	in := &input{endpoint: endpoint, ids: map[string]struct{}{}, models: map[string]int{}}
 	number := 0
-	err := eachLine(r, func(n int, text []byte) {
+	err := eachLine(ctx, r, func(n int, text []byte) {
 		number = n
 		in.read(n, text)
 	})
@@ -163,11 +163,14 @@ func readInput(r io.Reader, endpoint string) (*input, error) {
 	return in, nil
 }
 
-// eachLine calls f for each line that is not blank, with its number.
-func eachLine(r io.Reader, f func(number int, text []byte)) error {
+// eachLine calls f for each line that is not blank, with its number, until ctx ends.
+func eachLine(ctx context.Context, r io.Reader, f func(number int, text []byte)) error {
 	scanner := bufio.NewScanner(r)
 	scanner.Buffer(make([]byte, 64<<10), maxLine)
 	for number := 1; scanner.Scan(); number++ {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
 		text := scanner.Bytes()
 		if number == 1 {
 			text = bytes.TrimPrefix(text, utf8Mark)
@@ -187,7 +190,9 @@ func (in *input) add(e batchError) {
 
 // read checks one line.
 func (in *input) read(number int, text []byte) {
-	in.requests++
+	if in.requests++; in.requests > MaxRequests {
+		return // they are only counted
+	}
 	var l line
 	if text[0] != '{' || !utf8.Valid(text) || json.Unmarshal(text, &l) != nil {
 		in.add(lineError(number, codeLine, "", "This line is not parseable as valid JSON."))

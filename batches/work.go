@@ -18,6 +18,10 @@ import (
 const (
 	// pause is how long a batch rests that could not go on: a disk is full, or a server is away.
 	pause = 10 * time.Second
+	// sayAgain is how long nothing is logged about a batch that rests for the same reason.
+	sayAgain = time.Hour
+	// grace is how long output files are written after the end of Run's context.
+	grace = time.Second
 	// window is how many requests are read ahead and ordered by what their prompts share.
 	window  = 10_000
 	retries = 4 // of a request, after an error that may pass
@@ -111,13 +115,16 @@ func (s *Service) end(j *job, counts requestCounts, output, errs *string) error 
 // tried again after a pause.
 func (s *Service) work(ctx, running context.Context, j *job, to http.Handler) {
 	defer j.gate.quieten()
+	ending, stop := lasting(ctx)
+	defer stop()
+	said, when := "", time.Time{}
 	for {
 		var err error
 		if !s.decided(j) {
 			err = s.step(running, j, to)
 		}
 		if err == nil {
-			if err = s.finalize(j); err == nil {
+			if err = s.finalize(ending, j); err == nil {
 				return
 			}
 		}
@@ -131,13 +138,32 @@ func (s *Service) work(ctx, running context.Context, j *job, to http.Handler) {
 		if errors.Is(err, errOver) {
 			continue
 		}
-		s.Log.Warn("a batch rests, and goes on in a moment", "batch", j.ID, "err", err)
+		if now := time.Now(); err.Error() != said || now.Sub(when) >= sayAgain {
+			said, when = err.Error(), now
+			s.Log.Warn("a batch rests, and goes on by itself", "batch", j.ID, "err", err)
+		}
 		s.note(j, err)
 		select {
 		case <-time.After(s.pause):
 		case <-wake:
 		}
 	}
+}
+
+// lasting returns a context that ends a little later than ctx, so that a batch whose last request
+// was answered usually gets its files before the process ends.
+func lasting(ctx context.Context) (context.Context, context.CancelFunc) {
+	longer, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() {
+		timer := time.NewTimer(grace)
+		defer timer.Stop()
+		select {
+		case <-timer.C:
+			cancel()
+		case <-longer.Done():
+		}
+	})
+	return longer, func() { stop(); cancel() }
 }
 
 // decided reports whether it is decided as what a batch ends.

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net/url"
-	"strings"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/answers"
 )
@@ -27,15 +26,23 @@ func (s *serveCmd) openAnswers(log *slog.Logger) (answers.Store, error) {
 
 // redacted returns a store as it may be shown: without a password.
 func redacted(store string) string {
-	if !strings.Contains(store, "://") {
+	scheme := answers.Scheme(store)
+	if scheme == "" {
 		return store
 	}
 	u, err := url.Parse(store)
-	if err != nil {
-		scheme, _, _ := strings.Cut(store, "://")
+	if err != nil || u.Host == "" {
 		return scheme + "://…"
 	}
 	return u.Redacted()
+}
+
+// checkAnswers checks the store.
+func (s *serveCmd) checkAnswers() error {
+	if err := answers.Check(s.AnswersStore); err != nil {
+		return fmt.Errorf("--answers-store %s: %w", redacted(s.AnswersStore), err)
+	}
+	return nil
 }
 
 // aboutAnswers explains in a few words what is kept, for --check.

@@ -37,6 +37,9 @@ func TestRedacted(t *testing.T) {
 		"redis://u:secret@h:6379":        "redis://u:xxxxx@h:6379",
 		"valkey://u:sec ret@h:port/%zz":  "valkey://…",
 		"valkey://:secret@h?prefix=mine": "valkey://:xxxxx@h?prefix=mine",
+		"valkey:/u:secret@h":             "valkey://…",
+		"redis:u:secret@h":               "redis://…",
+		`C:\answers`:                     `C:\answers`,
 	} {
 		if got := redacted(store); got != want {
 			t.Errorf("%s is shown as %s, want %s", store, got, want)

@@ -212,7 +212,7 @@ func (s *serveCmd) settings() (settings, error) {
 	if set.trusted, err = proxy.ParseTrustedProxies(s.TrustedProxy); err != nil {
 		return set, fmt.Errorf("--trusted-proxy: %w", err)
 	}
-	err = cmp.Or(s.checkBatches(), s.readFiles(&set))
+	err = cmp.Or(s.checkBatches(), s.checkAnswers(), s.readFiles(&set))
 	return set, err
 }
 

@@ -184,6 +184,18 @@ func (f *Flight) Keep() {
 	f.kept = true
 }
 
+// Release undoes Keep: the computation ends with its last listener, or now if there is none.
+func (f *Flight) Release() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.kept = false
+	if len(f.listeners) > 0 || f.done {
+		return
+	}
+	f.listeners = nil
+	f.cancel(ErrNobody)
+}
+
 // Recorded returns the answer's status, body and marks when it has ended, and whether it is whole:
 // it has ended well and is no longer than the limit. None of them may be changed.
 func (f *Flight) Recorded() (status int, body []byte, marks []Mark, whole bool) {

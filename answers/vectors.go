@@ -2,6 +2,7 @@ package answers
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/json"
@@ -224,12 +225,21 @@ func DecodeEmbedding(data []byte) (e Embedding, err error) {
 	return e, nil
 }
 
+// leastContext is the shortest default of Ollama's for the context of a model, in tokens. (A model that
+// can do with less has the same in all settings.)
+const leastContext = 2048
+
 // Holds reports whether the vector is still right if the model is loaded with a context of so many
-// tokens: if its text fits into both contexts, or they are the same. 0 is an unknown length.
-func (e *Embedding) Holds(context int) bool {
+// tokens: if its text fits into both contexts, or they are the same. 0 is an unknown length, of which
+// no less than Ollama's shortest default is expected. The text has most tokens at most; that counts
+// where Ollama does not say how many it has.
+func (e *Embedding) Holds(context, most int) bool {
 	const markers = 2 // tokens that Ollama keeps free at most
-	return context == 0 || e.Context == 0 || context == e.Context ||
-		e.Tokens > 0 && e.Tokens+markers < min(context, e.Context)
+	if context != 0 && context == e.Context {
+		return true
+	}
+	tokens := cmp.Or(e.Tokens, most)
+	return tokens+markers < min(cmp.Or(context, leastContext), cmp.Or(e.Context, leastContext))
 }
 
 // nativeEmbed, oldEmbed and openAIEmbed are Ollama's answers.

@@ -307,15 +307,20 @@ func TestRepeats(t *testing.T) {
 
 func TestHolds(t *testing.T) {
 	for _, tc := range []struct {
-		tokens, made, now int
-		want              bool
+		tokens, most, made, now int
+		want                    bool
 	}{
-		{10, 64, 64, true}, {64, 64, 64, true}, {10, 64, 4096, true}, {63, 64, 4096, false}, {100, 4096, 64, false},
-		{10, 0, 64, true}, {10, 64, 0, true}, {0, 64, 128, false},
+		{10, 50, 64, 64, true}, {64, 300, 64, 64, true}, {10, 50, 64, 4096, true},
+		{63, 300, 64, 4096, false}, {100, 500, 4096, 64, false},
+		{10, 50, 0, 64, true}, {10, 50, 64, 0, true}, {62, 300, 64, 0, false},
+		{0, 300, 64, 128, false}, {0, 50, 64, 128, true}, {0, 300, 0, 0, true}, {0, 300, 64, 64, true},
+		{2000, 9000, 0, 0, true}, {2046, 9000, 0, 0, false}, {2046, 9000, 8192, 0, false},
+		{4094, 9000, 0, 8192, false}, {0, 9000, 0, 0, false},
 	} {
 		e := Embedding{Tokens: tc.tokens, Context: tc.made}
-		if got := e.Holds(tc.now); got != tc.want {
-			t.Errorf("%d tokens, made with a context of %d, in one of %d: %v", tc.tokens, tc.made, tc.now, got)
+		if got := e.Holds(tc.now, tc.most); got != tc.want {
+			t.Errorf("%d tokens of at most %d, made with a context of %d, in one of %d: %v",
+				tc.tokens, tc.most, tc.made, tc.now, got)
 		}
 	}
 }

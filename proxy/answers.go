@@ -79,8 +79,10 @@ const (
 	listedMost = 5 * time.Second
 	// listedPause is the shortest time between two lists that are read to keep answers.
 	listedPause = time.Second
-	// listedWait is how long a request waits for a server's list of models.
+	// listedWait is how long a request waits for a server's list of models. After such a wait that was
+	// in vain, no request waits for listedRest.
 	listedWait = time.Second
+	listedRest = 30 * time.Second
 )
 
 // question is a request whose answer may be kept or known.
@@ -146,7 +148,7 @@ func (h *Handler) asks(r *http.Request, ex *exchange) (q *question, detail strin
 	sum := q.Sum
 	q.parts = [][]byte{
 		sum[:], []byte(r.URL.Path), []byte(r.URL.RawQuery), []byte(ex.fields.model), []byte(q.digest),
-		[]byte(q.version), h.scope(r, ex), []byte(q.day),
+		[]byte(q.version), h.scope(r, ex), []byte(q.day), []byte(ex.fit.key()),
 	}
 	// A more urgent request does not wait in the place of another, and nobody joins what another
 	// client may have to wait for.
@@ -235,13 +237,28 @@ func (h *Handler) model(ex *exchange, digest string) (m runners.Model, local boo
 func (h *Handler) fresh(ctx context.Context, model string, since time.Time) {
 	ctx, cancel := context.WithTimeout(ctx, listedWait)
 	defer cancel()
-	var wg sync.WaitGroup
+	now := time.Now()
+	var waits []<-chan struct{}
 	for _, b := range h.backends {
-		if st := b.State(); st.Has(model) && !st.Away && b.outdated(st, since) {
-			wg.Go(func() { b.Refresh(ctx) })
+		st := b.State()
+		if !st.Has(model) || st.Away || !b.outdated(st, since) || now.UnixNano() < b.slow.Load() {
+			continue
+		}
+		listed := make(chan struct{})
+		waits = append(waits, listed)
+		h.computing.wg.Go(func() { // ends soon after ctx: it may wait for another poll
+			defer close(listed)
+			if st := b.Refresh(ctx); b.outdated(st, since) && context.Cause(ctx) == context.DeadlineExceeded {
+				b.slow.Store(now.Add(listedRest).UnixNano())
+			}
+		})
+	}
+	for _, listed := range waits {
+		select {
+		case <-listed:
+		case <-ctx.Done():
 		}
 	}
-	wg.Wait()
 }
 
 // recall answers a request with a kept answer, or with the one that another request is getting. If

@@ -27,6 +27,7 @@ type backend struct {
 	looped    atomic.Bool   // a request of the proxy's own came back to the proxy through it
 	inFlight  atomic.Int64  // requests that were sent to it and have not ended
 	listing   chan struct{} // holds one while the models are listed to keep an answer
+	slow      atomic.Int64  // until when no request waits for the list of models, in ns since 1970
 	altered   atomic.Int64  // when a request last changed a model, in ns since 1970; 0: none has
 	telling   sync.Mutex    // held while the scheduler learns whether the server is available
 }

@@ -75,9 +75,10 @@ const (
 	// partsAtOnce is how many inputs of one request are sent to Ollama at a time, each as a request
 	// of its own: Ollama makes such requests itself of an array's inputs, one for each.
 	partsAtOnce = 16
-	// partsOfAll is how many inputs of all requests are sent at a time, far below the 512 requests
-	// that Ollama lets wait (OLLAMA_MAX_QUEUE).
-	partsOfAll = 64
+	// partsOfModel is how many inputs of one model are sent at a time for requests with several, far
+	// below the 512 requests that Ollama lets wait (OLLAMA_MAX_QUEUE). Another model, whose server may
+	// be faster, does not wait for them, nor does a request that needs one input alone.
+	partsOfModel = 64
 	// partMost is more bytes than the answer for one input has.
 	partMost = 16 << 20
 )
@@ -86,13 +87,13 @@ const (
 // ready for use.
 type vectors struct {
 	mu    sync.Mutex
-	parts map[answers.Key]*part  // guarded by mu
-	known map[answers.Key]*known // by the key of the verdict; guarded by mu
-	ended int                    // requests that have removed their parts; guarded by mu
-	slots chan struct{}          // one for each input on its way; made by ready
-	wake  chan struct{}          // has room for one; made by ready
-	runs  bool                   // run is running; guarded by mu
-	wants []*probe               // models to be tried; guarded by mu
+	parts map[answers.Key]*part    // guarded by mu
+	known map[answers.Key]*known   // by the key of the verdict; guarded by mu
+	ended int                      // requests that have removed their parts; guarded by mu
+	slots map[string]chan struct{} // by model, one for each input on its way; guarded by mu
+	wake  chan struct{}            // has room for one; made by ready
+	runs  bool                     // run is running; guarded by mu
+	wants []*probe                 // models to be tried; guarded by mu
 }
 
 // part is one input that is being embedded, or was a moment ago. It stays until its vector is kept,
@@ -111,8 +112,20 @@ func (v *vectors) ready() {
 	defer v.mu.Unlock()
 	if v.parts == nil {
 		v.parts, v.known = map[answers.Key]*part{}, map[answers.Key]*known{}
-		v.slots, v.wake = make(chan struct{}, partsOfAll), make(chan struct{}, 1)
+		v.slots, v.wake = map[string]chan struct{}{}, make(chan struct{}, 1)
 	}
+}
+
+// room returns the slots of a model (upstream.ModelKey).
+func (v *vectors) room(model string) chan struct{} {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	slots := v.slots[model]
+	if slots == nil {
+		slots = make(chan struct{}, partsOfModel)
+		v.slots[model] = slots
+	}
+	return slots
 }
 
 // claim is a part that a request has taken on itself.
@@ -137,9 +150,10 @@ type embedding struct {
 	digest  string
 	version string
 	data    []byte
-	context int  // of the loaded model, in tokens; 0 if unknown or not loaded
-	usable  bool // the model was tried, and gives the same vectors again
-	seen    int  // vectors.ended when the store was asked
+	context int           // of the loaded model, in tokens; 0 if unknown or not loaded
+	usable  bool          // the model was tried, and gives the same vectors again
+	seen    int           // vectors.ended when the store was asked
+	slots   chan struct{} // of the model; nil: the request needs none
 
 	keys  []answers.Key // one for each input
 	first []int         // the index of the first input with the same key
@@ -178,6 +192,9 @@ func (h *Handler) embedded(w http.ResponseWriter, r *http.Request, ex *exchange)
 	defer e.tryLater(tried)
 	status := e.status()
 	if missing := e.missing(); len(missing) > 0 {
+		if !e.control.OnlyIfCached && h.absent(ex) {
+			return e.bypass("away") // the request waits for its server as one
+		}
 		if e.control.OnlyIfCached {
 			status.Set(ex.header)
 			h.refuse(w, r, ex, &refusal{http.StatusGatewayTimeout, "not all of these vectors are kept, and the request " +
@@ -236,10 +253,7 @@ func (h *Handler) contextOf(key string) (tokens int) {
 
 // name finds the keys of the inputs.
 func (e *embedding) name() {
-	secret, fit := e.h.Answers.Secret(), ""
-	if e.ex.fit.made {
-		fit = fmt.Sprint(e.ex.fit.to, len(e.ex.fit.edit.text))
-	}
+	secret, fit := e.h.Answers.Secret(), e.ex.fit.key()
 	scope := e.h.scope(e.r, e.ex)
 	parts := []string{"vector", e.Sum(), fit, e.digest, e.version, string(scope), ""}
 	n := len(e.Inputs)
@@ -302,7 +316,7 @@ func (e *embedding) take(i int, entry answers.Entry) bool {
 		return false
 	}
 	vector, err := answers.DecodeEmbedding(entry.Data)
-	if err != nil || !vector.Holds(e.context) {
+	if err != nil || !vector.Holds(e.context, len(e.Inputs[i])) {
 		return false
 	}
 	e.mu.Lock()
@@ -350,6 +364,9 @@ func (e *embedding) compute(missing []int) bool {
 	ctx, cancel := context.WithCancel(e.r.Context())
 	defer cancel()
 	workers := min(partsAtOnce, len(missing))
+	if workers > 1 {
+		e.slots = e.h.vectors.room(e.ex.key)
+	}
 	var next atomic.Int64
 	var failed atomic.Bool
 	var wg sync.WaitGroup
@@ -422,9 +439,7 @@ func (e *embedding) claim(ctx context.Context, i int) (p *part, mine, kept bool)
 			return p, false, false
 		}
 	}
-	select {
-	case v.slots <- struct{}{}:
-	case <-ctx.Done():
+	if !e.enter(ctx) {
 		return nil, false, false
 	}
 	own := &part{done: make(chan struct{})}
@@ -434,7 +449,7 @@ func (e *embedding) claim(ctx context.Context, i int) (p *part, mine, kept bool)
 	v.mu.Lock()
 	if p = v.parts[key]; e.joins(p) {
 		v.mu.Unlock()
-		<-v.slots
+		e.leave()
 		return p, false, false
 	}
 	v.parts[key] = own
@@ -442,10 +457,30 @@ func (e *embedding) claim(ctx context.Context, i int) (p *part, mine, kept bool)
 	again := v.ended != e.seen
 	v.mu.Unlock()
 	if again && e.again(ctx, i, own) {
-		<-v.slots
+		e.leave()
 		return own, false, true
 	}
 	return own, true, false
+}
+
+// enter takes a slot, unless the request needs none. It returns false if ctx ended.
+func (e *embedding) enter(ctx context.Context) bool {
+	if e.slots == nil {
+		return ctx.Err() == nil
+	}
+	select {
+	case e.slots <- struct{}{}:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// leave gives back what enter took.
+func (e *embedding) leave() {
+	if e.slots != nil {
+		<-e.slots
+	}
 }
 
 // joins reports whether the request may have the vector of a part. Before the model was tried that
@@ -485,7 +520,7 @@ func (e *embedding) ask(ctx context.Context, i, workers int, p *part) bool {
 			v.mu.Unlock()
 		}
 		close(p.done)
-		<-v.slots
+		e.leave()
 	}()
 	input, err := json.Marshal(e.Inputs[i])
 	if err != nil {
@@ -525,7 +560,7 @@ func (e *embedding) ask(ctx context.Context, i, workers int, p *part) bool {
 // keep keeps the computed vectors, if their server's list of models, read after that, still has the
 // model that the keys name. Until then they are found where they were computed.
 func (e *embedding) keep() {
-	if len(e.claimed) == 0 {
+	if len(e.claimed) == 0 && len(e.fresh) == 0 {
 		return
 	}
 	h, ctx, ended := e.h, context.WithoutCancel(e.r.Context()), time.Now()
@@ -562,6 +597,9 @@ func (e *embedding) fails(w http.ResponseWriter, r *http.Request) bool {
 	ex := e.ex
 	if sub := e.failed; sub != nil && r.Context().Err() == nil && sub.Status > 0 && sub.said != "" {
 		ex.up, ex.Retries = sub.up, sub.Retries
+		if after := sub.header["Retry-After"]; after != nil {
+			ex.header["Retry-After"] = after
+		}
 		e.h.refuse(w, r, ex, &refusal{sub.Status, sub.said})
 		ex.Outcome = sub.Outcome
 		return true
@@ -570,9 +608,19 @@ func (e *embedding) fails(w http.ResponseWriter, r *http.Request) bool {
 		ex.Outcome = ClientGone
 		panic(http.ErrAbortHandler)
 	}
+	return e.bypass("failed")
+}
+
+// bypass has the request forwarded as it is, and tells the client why. It returns false.
+func (e *embedding) bypass(why string) bool {
 	e.use = CacheUse{Kind: CacheVectors, Result: CacheBypass}
-	answers.Status{Fwd: answers.Bypass, Detail: "failed"}.Set(ex.header)
+	answers.Status{Fwd: answers.Bypass, Detail: why}.Set(e.ex.header)
 	return false
+}
+
+// absent reports whether all servers that may answer a request are away.
+func (h *Handler) absent(ex *exchange) bool {
+	return !slices.ContainsFunc(h.candidates(ex), func(b *backend) bool { return !b.State().Away })
 }
 
 // answer writes the answer.

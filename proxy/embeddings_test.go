@@ -43,6 +43,8 @@ type ideal struct {
 	texts  []string // that reached the model; guarded by mu
 	asked  int      // requests for vectors; guarded by mu
 	loaded bool
+	gone   bool                                                      // it refuses connections, as it were; guarded by mu
+	lists  time.Duration                                             // how long the list of models takes; guarded by mu
 	change func(r *http.Request, texts []string, i int, v []float32) // of the vectors; may be nil
 
 	h      *Handler
@@ -111,8 +113,11 @@ func newIdeal(t *testing.T, store answers.Store, change func(*Handler)) *ideal {
 
 func (d *ideal) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	d.mu.Lock()
-	digest, loaded := d.digest, d.loaded
+	digest, loaded, gone, lists := d.digest, d.loaded, d.gone, d.lists
 	d.mu.Unlock()
+	if gone {
+		panic(http.ErrAbortHandler)
+	}
 	write := func(v any) {
 		w.Header().Set("Content-Type", "application/json; charset=utf-8")
 		text, _ := json.Marshal(v)
@@ -123,6 +128,10 @@ func (d *ideal) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case "/api/version":
 		write(map[string]any{"version": "0.34.1"})
 	case "/api/tags":
+		select {
+		case <-time.After(lists):
+		case <-r.Context().Done():
+		}
 		write(map[string]any{"models": []any{model}})
 	case "/api/ps":
 		list := []any{}
@@ -455,8 +464,13 @@ func TestEmbeddingsTogether(t *testing.T) {
 		}
 		d.h.vectors.mu.Lock()
 		defer d.h.vectors.mu.Unlock()
-		if len(d.h.vectors.parts) != 0 || len(d.h.vectors.slots) != 0 {
-			t.Errorf("%d parts and %d slots are left", len(d.h.vectors.parts), len(d.h.vectors.slots))
+		for model, slots := range d.h.vectors.slots {
+			if len(slots) != 0 {
+				t.Errorf("%s: %d slots are left", model, len(slots))
+			}
+		}
+		if len(d.h.vectors.parts) != 0 {
+			t.Errorf("%d parts are left", len(d.h.vectors.parts))
 		}
 	})
 }

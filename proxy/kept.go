@@ -12,7 +12,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/ollama-cacheproxy/ollama-cacheproxy/answers"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
@@ -131,12 +130,15 @@ func (k *keptAnswers) of(owner string) (list []keptAnswer) {
 	return list
 }
 
-// remove forgets an answer, and ends it if it is under way.
+// remove forgets an answer, and ends it if it is under way and nobody else waits for it: another
+// client may have joined it.
 func (k *keptAnswers) remove(a keptAnswer) {
-	a.flight.cancel(answers.ErrNobody)
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.list = slices.DeleteFunc(k.list, func(b *keptAnswer) bool { return b.id == a.id })
+	if !slices.ContainsFunc(k.list, func(b *keptAnswer) bool { return b.flight == a.flight }) {
+		a.flight.Release()
+	}
 }
 
 func (a keptAnswer) entry() keptEntry {

@@ -114,7 +114,7 @@ func (h *Handler) queued(r *http.Request, ex *exchange, list []*backend) ([]*bac
 	began := time.Now()
 	counted := false // as one of its client's waiting requests
 	mayWait := func() bool {
-		if ex.holder == nil {
+		if ex.holder == nil || ex.part { // what it is a part of is one request
 			return true
 		}
 		counted = true

@@ -115,6 +115,14 @@ func (f fit) edits() []edit {
 	return []edit{f.edit}
 }
 
+// key tells requests apart whose context lengths were changed in different ways; "" if nothing was.
+func (f fit) key() string {
+	if !f.made {
+		return ""
+	}
+	return fmt.Sprint(f.to, len(f.edit.text))
+}
+
 // String describes the fit for the ledger's detail.
 func (f fit) String() string {
 	from := "none"

@@ -466,7 +466,11 @@ func (s *Server) list(ctx context.Context, next *State) bool {
 	for _, m := range list.Models {
 		next.Models = append(next.Models, m.Name)
 		if !IsCloud(m.Name) { // a local model may have the same name except for the suffix
-			next.Digests[ModelKey(m.Name)] = m.Digest
+			digest := m.Digest
+			if m.RemoteHost != "" { // it runs elsewhere, and may change there
+				digest = ""
+			}
+			next.Digests[ModelKey(m.Name)] = digest
 			next.Written[ModelKey(m.Name)] = m.ModifiedAt
 		}
 	}

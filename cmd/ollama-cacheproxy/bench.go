@@ -87,7 +87,7 @@ func (b *benchCmd) Run(ctx context.Context, c *console) error {
 	config.Log = bar.log
 	config.Progress = func(now bench.Progress) { bar.show(now.Done, now.Total, now.Elapsed, now) }
 	config.Front = func(ctx context.Context, mode bench.Mode, done func(proxy.Exchange)) (*url.URL, func() error, error) {
-		flags := []string{"--upstream", config.Upstream.String(), "--log-format", b.LogFormat, "--upstream-ca=" + b.CA}
+		flags := []string{"--upstream", config.Upstream.String(), "--log-format", b.LogFormat, "--upstream-ca=" + b.CA, "--cache-embeddings=off"}
 		switch mode {
 		case bench.Direct:
 			flags = append(flags, "--slots", "off", "--keep-alive", "off", "--no-touch")

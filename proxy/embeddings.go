@@ -79,6 +79,10 @@ const (
 	// below the 512 requests that Ollama lets wait (OLLAMA_MAX_QUEUE). Another model, whose server may
 	// be faster, does not wait for them, nor does a request that needs one input alone.
 	partsOfModel = 64
+	// inputsMost is how many inputs a request may have whose vectors are kept. The vectors of all are in
+	// memory until the answer is written, several times: of so many inputs with 1,024 dimensions, about
+	// 200 MB. Longer arrays are forwarded as they are.
+	inputsMost = 8192
 	// partMost is more bytes than the answer for one input has.
 	partMost = 16 << 20
 )
@@ -225,6 +229,9 @@ func (h *Handler) embeds(r *http.Request, ex *exchange) (e *embedding, detail st
 	var ok bool
 	if e.EmbedRequest, ok = answers.ParseEmbed(r.URL.Path, e.data, ex.fields.members); !ok {
 		return nil, ""
+	}
+	if len(e.Inputs) > inputsMost {
+		return nil, "too-many-inputs"
 	}
 	if e.digest, e.version, ok = h.agreed(r.Context(), ex); !ok {
 		return nil, "model-unknown"

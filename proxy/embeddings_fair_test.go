@@ -182,3 +182,21 @@ func TestAnswersNumCtx(t *testing.T) {
 		}
 	})
 }
+
+// TestEmbeddingsMany: an array of more inputs than are kept in memory at a time is forwarded as it is.
+func TestEmbeddingsMany(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newIdeal(t, nil, nil)
+		texts := make([]string, inputsMost+1)
+		for i := range texts {
+			texts[i] = fmt.Sprint(i)
+		}
+		a := d.ask("/v1/embeddings", embedBody(texts, ""))
+		d.mu.Lock()
+		asked := d.asked
+		d.mu.Unlock()
+		if a.status != http.StatusOK || asked != 1 || !strings.Contains(a.header.Get("Cache-Status"), "too-many-inputs") {
+			t.Errorf("%d %v; %d requests reached the server", a.status, a.header, asked)
+		}
+	})
+}

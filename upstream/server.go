@@ -69,7 +69,7 @@ type State struct {
 	Err     error             // why it is not up
 	Version string            // the last one known; "0.34.1 (simulated)" where the server says that it is
 	Models  []string          // the names of all models, as /api/tags spells them
-	Digests map[string]string // the digest of each model, by ModelKey
+	Digests map[string]string // the digest of each model, by ModelKey; "" of those that run elsewhere
 	Listed  time.Time         // when the poll began that read Models and Digests; zero: none has
 	// Written is when each of Digests was written, by ModelKey, as the server says: of a model that was
 	// another one for a while it differs.

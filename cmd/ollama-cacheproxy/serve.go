@@ -94,7 +94,7 @@ type serveCmd struct {
 	AnswersStore    string        `placeholder:"STORE" default:"memory" help:"Where answers and vectors are kept: memory, a folder, or valkey://HOST:PORT/DB (or redis://…), which several proxies can share (docs/answers.md). 'ollama-cacheproxy answers wipe STORE' empties it. Default: memory."`
 	AnswersBytes    int64         `default:"${answersbytes}" placeholder:"BYTES" help:"Room for kept answers and vectors. Default: 268435456 (256 MiB)."`
 	AnswersTTL      time.Duration `name:"answers-ttl" default:"720h" placeholder:"TIME" help:"How long to keep an answer or a vector; 0 means for ever. Default: 720h (30 days)."`
-	AnswersShared   bool          `help:"Give clients with different API keys each other's kept answers and vectors. A client could then find out from the time of an answer whether someone has asked the same."`
+	AnswersShared   bool          `help:"Give clients with different API keys each other's kept answers and vectors. A client could then find out from the time of an answer whether someone has asked the same. Where it is not this proxy but a gateway behind it that asks for keys, whoever reaches the proxy gets them, without a key, too."`
 	AnswersPaced    bool          `help:"Replay a kept stream at the pace at which it came from Ollama. Default: at once."`
 
 	Price       float64  `placeholder:"NUMBER" help:"What a million evaluated prompt tokens would cost elsewhere, in any currency. The page at /_cacheproxy/, bench and batch then show what the reused tokens are worth. Default: 0, which shows no prices."`

@@ -700,6 +700,7 @@ func (h *Handler) subrequest(
 	rec := &recorded{header: http.Header{}}
 	ex := &exchange{
 		start: time.Now(), header: rec.header, route: of.route, holder: of.holder, spent: of.spent, part: true,
+		stands:   of.stood.CompareAndSwap(false, true),
 		Exchange: Exchange{Method: of.Method, Path: of.Path, Endpoint: of.Endpoint, Name: of.Name},
 	}
 	h.inFlight.Add(1)

@@ -323,6 +323,9 @@ func TestEmbeddings(t *testing.T) {
 				t.Errorf("%s %s: Age %q", step.path, step.body, a.header.Get("Age"))
 			}
 		}
+		if n := d.h.recorder.Facts(time.Now(), time.Time{}).Requests; n != 7 {
+			t.Errorf("doctor sees %d requests, want the 7 that reached Ollama, whatever their inputs", n)
+		}
 	})
 }
 

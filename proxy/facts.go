@@ -86,6 +86,9 @@ func (h *Handler) record(r *http.Request, ex *exchange) {
 	if ex.run == nil || ex.up == nil || ex.warming != nil || ex.Status == 0 || ex.Status >= 300 {
 		return
 	}
+	if ex.part && !ex.stands && !ex.ending.Loaded { // a client's request is one, unless it loads twice
+		return
+	}
 	q := doctor.Request{
 		Asker: doctor.Asker{
 			Name: ex.Name, Client: ex.Client,

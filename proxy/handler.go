@@ -272,8 +272,10 @@ type exchange struct {
 	shown   *onWay // its entry on the page; nil if it was not sent or is not shown
 	said    string // why the proxy refused it
 
-	part   bool    // it is one of those that a client's request for vectors is made of
-	flight *flight // the computation whose answer it writes; nil: it answers its client itself
+	part   bool        // it is one of those that a client's request for vectors is made of
+	stands bool        // of a part: the recorder counts it as its client's request
+	stood  atomic.Bool // of a client's request: one of its parts stands for it
+	flight *flight     // the computation whose answer it writes; nil: it answers its client itself
 
 	loadedFirst time.Duration // how long loadFirst took to load its model
 

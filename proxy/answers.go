@@ -1,10 +1,8 @@
 package proxy
 
 import (
-	"cmp"
 	"context"
 	"crypto/sha256"
-	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -31,46 +29,16 @@ const (
 	CacheAll           CacheMode = "all"           // all
 )
 
-// CacheAnswers are the modes for all models, and for single ones. The zero value keeps none.
-type CacheAnswers struct {
-	Default CacheMode            // "" is CacheOff
-	Models  map[string]CacheMode // by upstream.ModelKey; overrides Default
+func (CacheMode) choices() []CacheMode {
+	return []CacheMode{CacheOff, CacheDeterministic, CacheAll}
 }
 
-// For returns the mode for a model (upstream.ModelKey).
-func (c CacheAnswers) For(model string) CacheMode {
-	if mode, ok := c.Models[model]; ok {
-		return mode
-	}
-	return c.Default
-}
-
-// String lists the modes.
-func (c CacheAnswers) String() string {
-	list := []string{string(cmp.Or(c.Default, CacheOff))}
-	for _, model := range slices.Sorted(maps.Keys(c.Models)) {
-		list = append(list, upstream.DisplayName(model)+"="+string(c.Models[model]))
-	}
-	return strings.Join(list, ", ")
-}
+// CacheAnswers has a mode for each model. The zero value keeps no answers.
+type CacheAnswers = PerModel[CacheMode]
 
 // ParseCacheAnswers parses settings of the form "deterministic" or "llama3=all".
 func ParseCacheAnswers(settings []string) (CacheAnswers, error) {
-	c := CacheAnswers{Default: CacheOff, Models: map[string]CacheMode{}}
-	for _, s := range settings {
-		if err := forModel(s, parseCacheMode, &c.Default, c.Models); err != nil {
-			return c, fmt.Errorf("%q: %w", s, err)
-		}
-	}
-	return c, nil
-}
-
-func parseCacheMode(s string) (CacheMode, error) {
-	mode := CacheMode(s)
-	if mode != CacheOff && mode != CacheDeterministic && mode != CacheAll {
-		return "", errors.New("want deterministic, all or off")
-	}
-	return mode, nil
+	return parsePerModel[CacheMode](settings)
 }
 
 const (
@@ -116,7 +84,7 @@ func (q *question) key(h *Handler, form answers.Form) answers.Key {
 // why not, if the client is told.
 func (h *Handler) asks(r *http.Request, ex *exchange) (q *question, detail string) {
 	mode := h.CacheAnswers.For(ex.key)
-	if mode == CacheOff || mode == "" || ex.prompt == prefix.None || ex.embed || !h.mayKeep(ex) {
+	if mode == CacheOff || ex.prompt == prefix.None || ex.embed || !h.mayKeep(ex) {
 		return nil, ""
 	}
 	q = &question{control: answers.ParseControl(r.Header)}

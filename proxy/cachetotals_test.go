@@ -227,8 +227,8 @@ func TestParseCacheAnswers(t *testing.T) {
 		}
 	}
 	for setting, want := range map[string]string{
-		"on":           "want deterministic, all or off",
-		"llama3=maybe": "want deterministic, all or off",
+		"on":           "want off, deterministic or all",
+		"llama3=maybe": "want off, deterministic or all",
 		"a b=all":      "is not a model name",
 	} {
 		if _, err := ParseCacheAnswers([]string{setting}); err == nil || !strings.Contains(err.Error(), want) {

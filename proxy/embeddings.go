@@ -2,17 +2,14 @@ package proxy
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"net/http"
 	"runtime/debug"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -29,46 +26,16 @@ const (
 	EmbeddingsOff  EmbeddingsMode = "off"
 )
 
-// CacheEmbeddings are the modes for all models, and for single ones.
-type CacheEmbeddings struct {
-	Default EmbeddingsMode            // "" is EmbeddingsAuto
-	Models  map[string]EmbeddingsMode // by upstream.ModelKey; overrides Default
+func (EmbeddingsMode) choices() []EmbeddingsMode {
+	return []EmbeddingsMode{EmbeddingsAuto, EmbeddingsOff}
 }
 
-// For returns the mode for a model (upstream.ModelKey).
-func (c CacheEmbeddings) For(model string) EmbeddingsMode {
-	mode, ok := c.Models[model]
-	if !ok {
-		mode = c.Default
-	}
-	return cmp.Or(mode, EmbeddingsAuto)
-}
-
-// String lists the modes.
-func (c CacheEmbeddings) String() string {
-	list := []string{string(cmp.Or(c.Default, EmbeddingsAuto))}
-	for _, model := range slices.Sorted(maps.Keys(c.Models)) {
-		list = append(list, upstream.DisplayName(model)+"="+string(c.Models[model]))
-	}
-	return strings.Join(list, ", ")
-}
+// CacheEmbeddings has a mode for each model. The zero value is EmbeddingsAuto for all.
+type CacheEmbeddings = PerModel[EmbeddingsMode]
 
 // ParseCacheEmbeddings parses settings of the form "off" or "all-minilm=off".
 func ParseCacheEmbeddings(settings []string) (CacheEmbeddings, error) {
-	c := CacheEmbeddings{Default: EmbeddingsAuto, Models: map[string]EmbeddingsMode{}}
-	for _, s := range settings {
-		if err := forModel(s, parseEmbeddingsMode, &c.Default, c.Models); err != nil {
-			return c, fmt.Errorf("%q: %w", s, err)
-		}
-	}
-	return c, nil
-}
-
-func parseEmbeddingsMode(s string) (EmbeddingsMode, error) {
-	if mode := EmbeddingsMode(s); mode == EmbeddingsAuto || mode == EmbeddingsOff {
-		return mode, nil
-	}
-	return "", errors.New("want auto or off")
+	return parsePerModel[EmbeddingsMode](settings)
 }
 
 const (

@@ -1,16 +1,11 @@
 package proxy
 
 import (
-	"errors"
 	"fmt"
-	"maps"
-	"slices"
 	"strconv"
-	"strings"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/jsonscan"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/runners"
-	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
 // NumCtxPolicy decides on the num_ctx of native requests, because Ollama loads a model again
@@ -23,49 +18,16 @@ const (
 	RaiseNumCtx NumCtxPolicy = "raise" // use the largest that was asked for of the model so far
 )
 
+func (NumCtxPolicy) choices() []NumCtxPolicy {
+	return []NumCtxPolicy{KeepNumCtx, PinNumCtx, RaiseNumCtx}
+}
+
 // NumCtx has a policy for each model. The zero value changes nothing.
-type NumCtx struct {
-	Default NumCtxPolicy            // "" is KeepNumCtx
-	Models  map[string]NumCtxPolicy // by upstream.ModelKey; overrides Default
-}
-
-// For returns the policy for a model (upstream.ModelKey).
-func (n NumCtx) For(model string) NumCtxPolicy {
-	p, ok := n.Models[model]
-	if !ok {
-		p = n.Default
-	}
-	if p == "" {
-		return KeepNumCtx
-	}
-	return p
-}
-
-// String lists the settings in the form that ParseNumCtx reads.
-func (n NumCtx) String() string {
-	list := []string{string(n.For(""))}
-	for _, model := range slices.Sorted(maps.Keys(n.Models)) {
-		list = append(list, upstream.DisplayName(model)+"="+string(n.Models[model]))
-	}
-	return strings.Join(list, ", ")
-}
+type NumCtx = PerModel[NumCtxPolicy]
 
 // ParseNumCtx parses settings of the form "pin" or "llama3=pin".
 func ParseNumCtx(settings []string) (NumCtx, error) {
-	n := NumCtx{Models: map[string]NumCtxPolicy{}}
-	for _, s := range settings {
-		if err := forModel(s, parsePolicy, &n.Default, n.Models); err != nil {
-			return n, fmt.Errorf("num-ctx policy %q: %w", s, err)
-		}
-	}
-	return n, nil
-}
-
-func parsePolicy(s string) (NumCtxPolicy, error) {
-	if p := NumCtxPolicy(s); slices.Contains([]NumCtxPolicy{KeepNumCtx, PinNumCtx, RaiseNumCtx}, p) {
-		return p, nil
-	}
-	return "", errors.New("want keep, pin or raise")
+	return parsePerModel[NumCtxPolicy](settings)
 }
 
 // How a request's num_ctx was treated, in the words of logs and metrics.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"mime/multipart"
 	"net/http"
 	"os"
@@ -83,6 +84,13 @@ func (s *Service) broken(err error) *apiError {
 			status: http.StatusInsufficientStorage, code: "disk_full",
 			message: "the disk of the proxy is full: nothing of this was kept; " +
 				"send it again when there is room",
+		}
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		return &apiError{
+			status: http.StatusInternalServerError, code: "storage_removed",
+			message: "the proxy's folder of files and batches was removed while it ran: start the proxy " +
+				"again, and send this again",
 		}
 	}
 	return &apiError{

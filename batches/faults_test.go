@@ -180,3 +180,31 @@ func (c *countingReader) Read(p []byte) (int, error) {
 	c.n += n
 	return n, err
 }
+
+// TestFolderRemoved: what comes after the folder was removed is refused, with what to do.
+func TestFolderRemoved(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, nil)
+		defer r.close()
+		input := r.upload("", chats(1))
+		if err := os.RemoveAll(r.Dir); err != nil {
+			t.Fatal(err)
+		}
+		body, kind := uploadForm(map[string]string{"purpose": "batch"}, "x")
+		create := strings.NewReader(`{"input_file_id":"` + input +
+			`","endpoint":"/v1/chat/completions","completion_window":"24h"}`)
+		for path, send := range map[string]struct {
+			body io.Reader
+			kind string
+		}{"/v1/files": {body, kind}, "/v1/batches": {create, ""}} {
+			status, answer, raw := r.ask("", "POST", path, send.body, send.kind)
+			e, ok := answer["error"].(map[string]any)
+			if status != 500 || !ok || e["code"] != "storage_removed" {
+				t.Error(path, status, raw)
+			}
+		}
+		if status, _, raw := r.ask("", "GET", "/v1/files/"+input+"/content", nil, ""); status != 404 {
+			t.Error(status, raw)
+		}
+	})
+}

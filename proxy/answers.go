@@ -556,7 +556,7 @@ func (h *Handler) keep(r *http.Request, ex *exchange, f *flight, q *question) {
 		return
 	}
 	record := f.record
-	record.Body = slices.Clone(body)
+	record.Body = body
 	if q.Form != answers.Whole {
 		record.Marks = marks
 	}

@@ -324,6 +324,12 @@ func TestDoctor(t *testing.T) {
 				mustPost(t, p.URL+"/api/chat", chatTo(t, tiny, 7, 100, nil, words(uint64(n), 10)))
 				mustPost(t, others(p)+"/api/chat", chatTo(t, tiny, 7, 100, map[string]any{"num_ctx": 2048}, words(uint64(n), 10)))
 			}
+			mustPost(t, p.URL+"/api/chat", chatTo(t, tiny, 7, 100, nil, words(4, 10)))
+			eventually(t, "the proxy knows the default context", func() bool {
+				var facts doctor.Facts
+				_, _, text := get(t, p.URL+"/_cacheproxy/facts")
+				return json.Unmarshal([]byte(text), &facts) == nil && len(facts.Models) == 1 && facts.Models[0].DefaultContext > 0
+			})
 			return examine(t, p)
 		}
 		finds(t, ask(func(*proxyProcess) string { return scarce.URL() }), doctor.IDBypass, "OLLAMA_HOST=http://127.0.0.1")

@@ -126,8 +126,12 @@ func (h *Handler) asks(r *http.Request, ex *exchange) (q *question, detail strin
 }
 
 // mayKeep reports whether the answer to a request may be kept as far as the proxy's own reasons go: it
-// has read the body, and nobody has asked for a certain server.
+// has read the body, nobody has asked for a certain server, and Ollama need not see the request in
+// order to refuse its keep_alive or to unload the model after it.
 func (h *Handler) mayKeep(ex *exchange) bool {
+	if f := ex.fields; f.keepAlive == keepAliveInvalid || f.keepAlive == keepAliveSet && f.duration == 0 {
+		return false
+	}
 	return h.Answers != nil && ex.runsHere() && !ex.stranger && ex.warming == nil && ex.only == nil &&
 		!ex.unread && ex.body != nil && ex.fields.members != nil // else the body is compressed
 }

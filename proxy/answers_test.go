@@ -337,6 +337,7 @@ func TestAnswersApart(t *testing.T) {
 			{"/api/chat", strings.Replace(coldChat("x", ""), `"temperature":0,`, "", 1), a},
 			{"/api/chat", coldChat("y", ""), a},
 			{"/api/chat?x", coldChat("x", ""), a},
+			{"/api/chat", coldChat("x", `,"keep_alive":0`), a}, // Ollama unloads the model after it
 		} {
 			if got := lib.ask(c.path, c.body, c.key); got.hit() || got.status != 200 {
 				t.Errorf("%s %s: %d %v", c.path, c.body, got.status, got.header)

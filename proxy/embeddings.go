@@ -229,7 +229,8 @@ func (h *Handler) contextOf(key string) (tokens int) {
 func (e *embedding) name() {
 	secret, fit := e.h.Answers.Secret(), e.ex.fit.key()
 	scope := e.h.scope(e.r, e.ex)
-	parts := []string{"vector", e.Sum(), fit, e.digest, e.version, string(scope), ""}
+	// The name as it is written: Ollama before 0.30 does not find each spelling at each endpoint.
+	parts := []string{"vector", e.Sum(), e.Model, fit, e.digest, e.version, string(scope), ""}
 	n := len(e.Inputs)
 	e.keys, e.first = make([]answers.Key, n), make([]int, n)
 	e.list, e.have = make([]answers.Embedding, n), make([]bool, n)

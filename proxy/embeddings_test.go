@@ -305,6 +305,8 @@ func TestEmbeddings(t *testing.T) {
 			{"/api/embed", embedBody("e", `,"options":{"num_ctx":100}`), []string{"e"}, "ollama-cacheproxy; fwd=uri-miss"},
 			{"/api/embed", embedBody("e", `,"options":{"num_ctx":1e2}`), nil, "ollama-cacheproxy; hit"},
 			{"/api/embed", embedBody("e", `,"truncate":false`), []string{"e"}, "ollama-cacheproxy; fwd=uri-miss"},
+			{"/api/embed", embedBody("e", `,"keep_alive":0`), []string{"e"}, ""},
+			{"/api/embed", `{"model":"M:latest","input":"e"}`, []string{"e"}, "ollama-cacheproxy; fwd=uri-miss"},
 			{"/api/embeddings", `{"model":"m","prompt":"e"}`, []string{"e"}, "ollama-cacheproxy; fwd=uri-miss"},
 			{"/api/embeddings", `{"model":"m","prompt":"e","keep_alive":60}`, nil, "ollama-cacheproxy; hit"},
 		} {
@@ -323,8 +325,8 @@ func TestEmbeddings(t *testing.T) {
 				t.Errorf("%s %s: Age %q", step.path, step.body, a.header.Get("Age"))
 			}
 		}
-		if n := d.h.recorder.Facts(time.Now(), time.Time{}).Requests; n != 7 {
-			t.Errorf("doctor sees %d requests, want the 7 that reached Ollama, whatever their inputs", n)
+		if n := d.h.recorder.Facts(time.Now(), time.Time{}).Requests; n != 9 {
+			t.Errorf("doctor sees %d requests, want the 9 that reached Ollama, whatever their inputs", n)
 		}
 	})
 }

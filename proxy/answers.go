@@ -293,7 +293,11 @@ func (h *Handler) find(ctx context.Context, path string, q *question) (age time.
 			h.Log.Warn("a kept answer is torn; it is computed again", "err", err)
 			continue
 		}
-		if forms[i] == q.Form || q.convert(path, &r) {
+		if forms[i] == q.Form {
+			return age, r, true
+		}
+		// What is being computed, or was a moment ago, is the better answer.
+		if (q.control.OnlyIfCached || !h.computing.has(q.flight)) && q.convert(path, &r) {
 			return age, r, true
 		}
 	}
@@ -503,6 +507,13 @@ func (c *computing) join(q *question, begin func() *flight) (f *flight, l *answe
 		c.under[q.flight] = f
 	}
 	return f, f.Listen(), true
+}
+
+// has reports whether a computation is under way, or was a moment ago.
+func (c *computing) has(key answers.Key) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.under[key] != nil
 }
 
 // leave forgets a computation: later requests for the same answer begin another.

@@ -213,6 +213,34 @@ func TestAnswers(t *testing.T) {
 	})
 }
 
+// TestAnswersForms asks for both forms of an answer, and again at once: whoever asks again gets what
+// was computed in that form a moment ago, and nothing that is made of the other form.
+func TestAnswersForms(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		lib := newLibrary(t, nil)
+		whole, stream := coldChat("a", `,"stream":false`), coldChat("a", "")
+		lib.ask("/api/chat", whole, "Cache-Control: no-cache")
+		first := lib.ask("/api/chat", stream, "Cache-Control: no-cache")
+		if n := lib.computed(); n != 2 {
+			t.Fatalf("%d computations", n)
+		}
+		if again := lib.ask("/api/chat", stream); again.body != first.body || !again.hit() {
+			t.Errorf("the stream was %q, and is %q", first.body, again.body)
+		}
+
+		whole, stream = coldChat("b", `,"stream":false`), coldChat("b", "")
+		lib.ask("/api/chat", whole)
+		lib.computed() // it is kept
+		first = lib.ask("/api/chat", stream, "Cache-Control: max-age=0")
+		if again := lib.ask("/api/chat", stream); again.body != first.body {
+			t.Errorf("the stream was %q, and is %q", first.body, again.body)
+		}
+		if n := lib.computed(); n != 1 {
+			t.Errorf("%d computations", n)
+		}
+	})
+}
+
 // TestAnswersTogether has fifty clients ask at once: one computation, and the same answer for all.
 // Then they leave one after the other: the computation ends with the last one.
 func TestAnswersTogether(t *testing.T) {

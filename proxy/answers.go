@@ -239,10 +239,7 @@ func (h *Handler) fresh(ctx context.Context, model string, since time.Time) {
 func (h *Handler) recall(w http.ResponseWriter, r *http.Request, ex *exchange) bool {
 	q, detail := h.asks(r, ex)
 	if q == nil {
-		if detail != "" {
-			ex.Cache = &CacheUse{Kind: CacheText, Result: CacheBypass}
-			answers.Status{Fwd: answers.Bypass, Detail: detail}.Set(ex.header)
-		}
+		ex.bypass(CacheText, detail)
 		on, _ := survives(r, ex)
 		if on {
 			h.compute(w, r, ex, nil, nil)
@@ -265,6 +262,14 @@ func (h *Handler) recall(w http.ResponseWriter, r *http.Request, ex *exchange) b
 	}
 	h.compute(w, r, ex, q, status)
 	return true
+}
+
+// bypass tells the client, if there is a detail to tell, why nothing was looked for.
+func (ex *exchange) bypass(kind, detail string) {
+	if detail != "" {
+		ex.Cache = &CacheUse{Kind: kind, Result: CacheBypass}
+		answers.Status{Fwd: answers.Bypass, Detail: detail}.Set(ex.header)
+	}
 }
 
 // find looks for a kept answer, in the form that is asked for, or in one that it can be made from.
@@ -536,15 +541,19 @@ func (h *Handler) run(f *flight, r *http.Request, ex *exchange, q *question) {
 	}
 }
 
+// caught logs what a request of the proxy's own ended with if that is a fault, as net/http does for a
+// client's.
+func (h *Handler) caught(ex *exchange, v any) {
+	if v != http.ErrAbortHandler {
+		h.Log.Error("a request ended with a fault in this program", "path", ex.Path, "err", v, "stack", string(debug.Stack()))
+	}
+}
+
 // served serves the request of a computation. It returns why the answer is not whole.
 func (h *Handler) served(f *flight, r *http.Request, ex *exchange) (err error) {
 	defer func() {
-		switch v := recover(); {
-		case v == nil:
-		case v == http.ErrAbortHandler:
-			err = http.ErrAbortHandler
-		default: // as net/http does
-			h.Log.Error("a request ended with a fault in this program", "path", ex.Path, "err", v, "stack", string(debug.Stack()))
+		if v := recover(); v != nil {
+			h.caught(ex, v)
 			err = http.ErrAbortHandler
 		}
 	}()

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"runtime/debug"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -145,10 +144,7 @@ type embedding struct {
 func (h *Handler) embedded(w http.ResponseWriter, r *http.Request, ex *exchange) bool {
 	e, detail := h.embeds(r, ex)
 	if e == nil {
-		if detail != "" {
-			ex.Cache = &CacheUse{Kind: CacheVectors, Result: CacheBypass}
-			answers.Status{Fwd: answers.Bypass, Detail: detail}.Set(ex.header)
-		}
+		ex.bypass(CacheVectors, detail)
 		return false
 	}
 	ex.Cache = &e.use
@@ -684,8 +680,8 @@ func (h *Handler) subrequest(
 // servePart serves a request for one input.
 func (h *Handler) servePart(rec *recorded, r *http.Request, ex *exchange, data []byte) {
 	defer func() {
-		if v := recover(); v != nil && v != http.ErrAbortHandler { // as net/http does
-			h.Log.Error("a request ended with a fault in this program", "path", ex.Path, "err", v, "stack", string(debug.Stack()))
+		if v := recover(); v != nil {
+			h.caught(ex, v)
 		}
 	}()
 	defer h.finish(ex, rec, r)

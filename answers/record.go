@@ -26,7 +26,6 @@ type Head struct {
 	Prompt    int           `json:"p,omitempty"` // tokens of the prompt; 0: unknown
 	Evaluated int           `json:"e,omitempty"` // … of these, evaluated rather than reused
 	Generated int           `json:"g,omitempty"` // tokens
-	Ended     bool          `json:"d,omitempty"` // false for a kept answer that broke off
 }
 
 // recordVersion begins the encoding of a Record. Another first byte is another encoding.

@@ -12,7 +12,7 @@ func TestRecord(t *testing.T) {
 	for _, r := range []Record{
 		{},
 		{Head: Head{Status: 200, Header: http.Header{"Content-Type": {"a", "b"}}, Sized: true, Cost: time.Second,
-			Prompt: 1, Evaluated: 2, Generated: 3, Ended: true}, Body: []byte("text")},
+			Prompt: 1, Evaluated: 2, Generated: 3}, Body: []byte("text")},
 		{Marks: []Mark{{1, time.Millisecond}, {1, time.Second}, {4, time.Second}}, Body: []byte("text")},
 	} {
 		got, err := DecodeRecord(r.Encode())

@@ -23,7 +23,6 @@ type Kind byte
 const (
 	Vector  Kind = 1 + iota // the vector of one embedded input
 	Text                    // the answer of a chat or a generation
-	Kept                    // an answer that outlived its client
 	Verdict                 // what was found out about a model, such as whether its vectors repeat
 )
 

@@ -418,7 +418,7 @@ func (f *flight) answered(res *http.Response) {
 		return // a gateway in front of Ollama says that this answer is for one client
 	}
 	f.record = &answers.Record{Head: answers.Head{
-		Status: res.StatusCode, Header: http.Header{}, Sized: res.ContentLength >= 0, Ended: true,
+		Status: res.StatusCode, Header: http.Header{}, Sized: res.ContentLength >= 0,
 	}}
 	for name, values := range res.Header {
 		if !unkept[name] && !strings.HasPrefix(name, "Access-Control-") &&

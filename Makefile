@@ -124,6 +124,7 @@ fuzz: ## a minute of each fuzz test
 	$(FUZZ) '^FuzzRows$$' ./batch
 	$(FUZZ) '^FuzzJoined$$' ./batch
 	$(FUZZ) '^FuzzEntry$$' ./answers
+	$(FUZZ) '^FuzzParse$$' ./discover
 
 .PHONY: soak
 soak: ## ten minutes of mixed clients and two real servers that are killed and revived: nothing lost, memory flat

@@ -12,6 +12,7 @@ func TestImports(t *testing.T) {
 	const module = "github.com/ollama-cacheproxy/ollama-cacheproxy/"
 	allowed := map[string][]string{
 		"jsonscan":              {},
+		"discover":              {},
 		"upstream":              {},
 		"ollamasim":             {"upstream"},
 		"prefix":                {"jsonscan"},
@@ -30,7 +31,7 @@ func TestImports(t *testing.T) {
 		"proxy":                 {"answers", "answers/forms", "contexts", "doctor", "jsonscan", "livepage", "prefix", "runners", "savings", "schedule", "upstream"},
 		"metrics":               {"answers", "contexts", "contextstore", "proxy", "savings", "schedule", "upstream"},
 		"bench":                 {"bench/text", "proxy", "savings", "upstream"},
-		"cmd/ollama-cacheproxy": {"answers", "batch", "batches", "bench", "contexts", "contextstore", "doctor", "engine", "metrics", "ollamasim", "proxy", "savings", "schedule", "upstream"},
+		"cmd/ollama-cacheproxy": {"answers", "batch", "batches", "bench", "contexts", "contextstore", "discover", "doctor", "engine", "metrics", "ollamasim", "proxy", "savings", "schedule", "upstream"},
 	}
 	for pkg, want := range allowed {
 		out, err := exec.Command("go", "list", "-f", `{{join .Imports "\n"}}`, module+pkg).Output()

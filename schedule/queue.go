@@ -109,6 +109,8 @@ type Request struct {
 	Priority  Priority
 	Streams   bool      // the answer is streamed, so that Began is called
 	Arrived   time.Time // zero: now. A request whose server did not answer keeps its place by it
+	Movable   bool      // another proxy's server may take it over while it waits: see Elsewhere
+	Moves     int       // how often it was taken over before it came here (Elsewhere.Moves)
 	// MayWait, if non-nil, is called once by Queue.Add if the request has to wait. If it returns
 	// false, the request is not added, and Scheduler.Acquire returns ErrMayNotWait.
 	MayWait func() bool
@@ -117,7 +119,7 @@ type Request struct {
 // Refusal means that a waiting request will not be sent.
 type Refusal struct {
 	ID  uint64
-	Err error // ErrFull if it made room for a more urgent one, or ErrAway
+	Err error // ErrFull if it made room for a more urgent one, ErrAway, or Elsewhere
 }
 
 // Placement means that a request may be sent now.
@@ -243,6 +245,7 @@ type server struct {
 	index     uint16
 	seed      uint64           // of its rendezvous hash
 	off       bool             // it gets nothing new
+	foreign   bool             // another proxy owns it: see SetOwned
 	away      bool             // it does not answer: its backlog is held …
 	until     time.Time        // … and is refused from this time on
 	lanes     int              // per runner; 0: learned
@@ -257,10 +260,11 @@ type server struct {
 	waiting   int
 	roaming   int // how many of these other servers can serve, too
 	turns     uint64
-	loaded    map[string]int         // the loaded models that it lists, if known, with their context in tokens, if reported
-	parted    map[string]bool        // models whose runners were wrongly united
-	wake      time.Time              // when to look again; zero: after the next event
-	relations map[[2]string]relation // of models
+	loaded    map[string]int          // the loaded models that it lists, if known, with their context in tokens, if reported
+	parted    map[string]bool         // models whose runners were wrongly united
+	wake      time.Time               // when to look again; zero: after the next event
+	relations map[[2]string]relation  // of models
+	believed  map[string]LearnedModel // what another proxy has learned, by model
 }
 
 // runner tracks one loaded model: its lanes, backlog and learned speeds.
@@ -270,6 +274,7 @@ type runner struct {
 	classes [ranks]class
 	waiting int
 	roaming int
+	movable int
 	prompts int           // tokens of its backlog
 	work    [ranks]int    // of its backlog, in tokens: those to be evaluated, as estimated on arrival, and those generated
 	running int           // of what is being served
@@ -290,6 +295,7 @@ type runner struct {
 	turn      uint64    // … as a number in the order of the server's loads
 	used      time.Time // when a request last ended
 	served    Runner    // what the last answered request asked for
+	taught    bool      // a request has been answered since this proxy schedules the server
 	tried     time.Time // when the last answered request was granted
 	asked     time.Time // when a request was last granted
 	replaced  []*runner // runners that are believed to have been unloaded for it, until its next grant
@@ -299,7 +305,7 @@ type runner struct {
 	missed    bool      // it was held for requests that did not come
 	rank      rank      // of the last request
 	idle      time.Time // since when a lane is free and a request waits
-	coveted   time.Time // since when requests wait that others can serve, too
+	coveted   time.Time // since when requests wait that other servers can serve, too
 	visits    []*visit  // oldest first
 	rates     rates
 	learner   learner
@@ -337,6 +343,7 @@ type item struct {
 	upstreams []uint16 // that can serve it, if there are several
 	opening   uint64   // see openingOf
 	moves     int      // how often it was taken over
+	movable   bool     // another proxy may take it over
 
 	lane     *lane // while it is served
 	granted  time.Time
@@ -408,6 +415,8 @@ type Counts struct {
 	Spread       uint64 // requests sent elsewhere than where most of the prompt was warm, because of the load there
 	Stolen       uint64 // requests that an idle server took over from a busy one
 	Moved        uint64 // … and from one that was no longer available
+	Given        uint64 // requests that another proxy's server took over
+	Disowned     uint64 // … and that went back since no server for them belongs to this proxy any more
 }
 
 // New returns an empty queue.
@@ -446,6 +455,7 @@ func (q *Queue) Add(r Request, now time.Time) bool {
 	}
 	it := &item{id: r.ID, key: r.Runner, rank: r.Priority.rank(), arrived: r.Arrived, weight: r.Weight}
 	it.who, it.streams = flowKey{r.Client, r.Program, r.Flow}, r.Streams
+	it.movable, it.moves = r.Movable, r.Moves
 	it.steps, it.tokens = stepsOf(r.Links, r.Tokens)
 	q.enter(it, now)
 	switch len(r.Upstreams) {
@@ -532,7 +542,7 @@ func (q *Queue) enqueue(it *item, x *runner, now time.Time) {
 		x.sought, x.skipped = now, 0
 		x.came(now)
 	}
-	if it.roams() && x.roaming == 0 {
+	if (it.roams() || it.movable) && x.roaming+x.movable == 0 {
 		x.coveted = now
 	}
 	warm, _ := x.warmth(it, true)
@@ -561,6 +571,9 @@ func (q *Queue) counted(it *item, n int) {
 	x.waiting += n
 	x.prompts += n * it.tokens
 	x.work[it.rank] += n * it.work
+	if it.movable {
+		x.movable += n
+	}
 	if it.roams() {
 		q.roaming += n
 		x.server.roaming += n
@@ -697,7 +710,7 @@ func (q *Queue) answered(it *item, r Result, now time.Time) int {
 	if r.LoadKnown {
 		q.loaded(x, it, r, now)
 	}
-	x.served = it.key
+	x.served, x.taught = it.key, true
 	x.rates.learn(it, r, evaluated)
 	if kept, told := it.restored(r); told {
 		x.rates.kept.add(kept)

@@ -54,7 +54,7 @@ func (o *offer) load() time.Duration { return o.wait + o.loading + o.displaced }
 // granted as usual. Servers are available at first.
 func (q *Queue) SetAvailable(upstream uint16, on bool, now time.Time) {
 	s := q.server(upstream)
-	was := s.shut()
+	was := s.tier()
 	s.off = !on
 	q.opened(s, was, now)
 }
@@ -64,7 +64,7 @@ func (q *Queue) SetAvailable(upstream uint16, on bool, now time.Time) {
 // at a time, or when none of several is expected back any more.
 func (q *Queue) SetAway(upstream uint16, away bool, until, now time.Time) {
 	s := q.server(upstream)
-	was := s.shut()
+	was := s.tier()
 	s.away, s.until = away, until
 	q.opened(s, was, now)
 	q.pump(s, now)
@@ -73,14 +73,34 @@ func (q *Queue) SetAway(upstream uint16, away bool, until, now time.Time) {
 // shut reports whether a server gets nothing that may go elsewhere.
 func (s *server) shut() bool { return s.off || s.away }
 
-// opened moves backlogs after a server may have been shut or opened.
-func (q *Queue) opened(s *server, was bool, now time.Time) {
-	shut := s.shut()
-	if was == shut {
+// tier is how well a server is suited for requests: they go to one of the lowest tier that any of
+// their servers is in.
+type tier uint8
+
+const (
+	open    tier = iota
+	foreign      // another proxy schedules it
+	shut
+)
+
+func (s *server) tier() tier {
+	switch {
+	case s.shut():
+		return shut
+	case s.foreign:
+		return foreign
+	}
+	return open
+}
+
+// opened moves backlogs after a server's tier may have changed.
+func (q *Queue) opened(s *server, was tier, now time.Time) {
+	is := s.tier()
+	if was == is {
 		return
 	}
 	for _, t := range slices.Clone(q.servers) {
-		if t.shut() && (shut || t != s) {
+		if t.tier() > open && (is > was || t != s) {
 			q.vacate(t, now)
 		}
 	}
@@ -189,14 +209,14 @@ func seedOf(name string) uint64 {
 	return h.Sum64()
 }
 
-// vacate moves the backlog of an unavailable server to others, as far as there are any.
+// vacate moves the backlog of a server that is not open to better ones, as far as there are any.
 func (q *Queue) vacate(s *server, now time.Time) {
 	for _, x := range slices.Clone(s.runners) {
 		if x.roaming == 0 {
 			continue
 		}
 		for _, it := range x.waiters() {
-			if to, _ := q.route(it, now); to != s {
+			if to, _ := q.route(it, now); to != s && (s.shut() || to.tier() < s.tier()) {
 				q.shift(it, q.runner(to, Runner{to.index, it.key.Options}, now), now)
 				q.count.Moved++
 			}
@@ -228,22 +248,18 @@ func (it *item) may(s *server) bool {
 // roams reports whether the queue has a choice of servers for it.
 func (it *item) roams() bool { return len(it.upstreams) > 1 }
 
-// route returns the server to which a request goes, of those that can serve it and are available,
-// or of all that can serve it if none is. learn is the runner where it is warmest, or nil for that
-// of this server.
+// route returns the server to which a request goes, of the best tier of those that can serve it.
+// learn is the runner where it is warmest, or nil for that of this server.
 func (q *Queue) route(it *item, now time.Time) (to *server, learn *runner) {
 	if !it.roams() {
 		return q.server(it.key.Upstream), nil
 	}
 	offers := q.offers[:0]
-	for _, all := range []bool{false, true} {
+	for at := open; len(offers) == 0; at++ {
 		for _, u := range it.upstreams {
-			if s := q.server(u); all || !s.shut() {
+			if s := q.server(u); s.tier() == at {
 				offers = append(offers, offer{server: s, x: s.byKey[Runner{u, it.key.Options}]})
 			}
-		}
-		if len(offers) > 0 {
-			break
 		}
 	}
 	q.offers = offers

@@ -32,6 +32,7 @@ func (q *Queue) runner(s *server, key Runner, now time.Time) *runner {
 	}
 	x := &runner{key: key, server: s, want: max(s.given(key.Options.Model), s.found, 1), used: now, sought: now}
 	x.rates.host = s.host.hint()
+	x.believes(now)
 	x.resize()
 	s.byKey[key] = x
 	s.runners = append(s.runners, x)

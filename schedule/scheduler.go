@@ -61,7 +61,7 @@ type Grant struct {
 }
 
 // Acquire waits until the request may be sent. A returned grant must be released. The error is
-// ErrFull, ErrMayNotWait, ErrAway, ErrClosed, or the cause of ctx's end.
+// ErrFull, ErrMayNotWait, ErrAway, ErrClosed, an Elsewhere, or the cause of ctx's end.
 func (s *Scheduler) Acquire(ctx context.Context, r Request) (*Grant, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -315,7 +315,7 @@ func (s *Scheduler) Aside() *Scheduler {
 		s.aside.closed, s.aside.accuracy = s.closed, s.accuracy
 		for _, t := range s.queue.servers {
 			u := s.aside.queue.server(t.index)
-			u.lanes, u.off, u.away, u.until = cmp.Or(min(t.lanes, 0), 1), t.off, t.away, t.until
+			u.lanes, u.off, u.foreign, u.away, u.until = cmp.Or(min(t.lanes, 0), 1), t.off, t.foreign, t.away, t.until
 		}
 	}
 	return s.aside

@@ -35,7 +35,7 @@ func (q *Queue) share(s *server, now time.Time) {
 
 // takeOver lets a server take over the backlog of another one, as long as it has lanes for that.
 func (q *Queue) takeOver(t, from *server, now time.Time) {
-	if t.shut() || from.roaming == 0 || !t.room() {
+	if t.tier() > open || from.roaming == 0 || !t.room() {
 		return
 	}
 	for i := 0; i < len(from.runners); i++ { // no runner is removed while it has a backlog
@@ -111,15 +111,39 @@ type loot struct {
 
 // steal takes over the best loot from another runner, and reports whether there was any.
 func (q *Queue) steal(x, y *runner, now time.Time) bool {
-	t := theft{choice: choice{q: q, x: x, now: now}, from: y}
+	t := q.theft(x, y, now)
+	t.loading = int(x.server.loading(x, y.key.Options, &y.rates, now) / t.per)
+	all := t.pick()
+	for _, it := range all {
+		it.moves++
+		q.shift(it, x, now)
+		q.count.Stolen++
+	}
+	return len(all) > 0
+}
+
+// theft is one decision about what to take over.
+type theft struct {
+	choice
+	from    *runner
+	per     time.Duration // per token
+	loading int           // loading the model, as tokens
+	away    bool          // for another proxy's server: see Give
+}
+
+func (q *Queue) theft(x, y *runner, now time.Time) *theft {
 	r := &x.rates
 	if r.prompt.under == 0 {
 		r = &y.rates
 	}
-	t.per = max(r.perToken(), 1)
-	t.loading = int(x.server.loading(x, y.key.Options, &y.rates, now) / t.per)
+	return &theft{choice: choice{q: q, x: x, now: now}, from: y, per: max(r.perToken(), 1)}
+}
+
+// pick returns what is best taken over, of the most urgent that may be; nil if nothing is to be
+// taken over now.
+func (t *theft) pick() []*item {
 	for p := range ranks {
-		k := &y.classes[p]
+		k := &t.from.classes[p]
 		if k.fifo.live == 0 {
 			continue
 		}
@@ -129,24 +153,11 @@ func (q *Queue) steal(x, y *runner, now time.Time) bool {
 			continue
 		}
 		if !t.repays(best) {
-			return false
+			return nil
 		}
-		for _, it := range t.group(best.it) {
-			it.moves++
-			q.shift(it, x, now)
-			q.count.Stolen++
-		}
-		return true
+		return t.group(best.it)
 	}
-	return false
-}
-
-// theft is one decision about what to take over.
-type theft struct {
-	choice
-	from    *runner
-	per     time.Duration // per token
-	loading int           // loading the model, as tokens
+	return nil
 }
 
 // best returns the best loot of one priority.
@@ -216,6 +227,9 @@ func (t *theft) landing(it *item) (*lane, int) {
 // takes reports whether a request may be taken over by the runner. (If different options turned out
 // to mean one runner on one server but not on the other, requests with other options stay.)
 func (t *theft) takes(it *item) bool {
+	if t.away {
+		return it.moves < maxMoves && it.movable && it.key.Options == t.x.key.Options
+	}
 	s := t.x.server
 	return it.moves < maxMoves && it.may(s) && s.byKey[Runner{s.index, it.key.Options}] == t.x
 }
@@ -233,6 +247,9 @@ func (t *theft) queued(p rank) int {
 // repays reports whether taking something over is better than leaving it: because of its backlog,
 // or once the lane has been idle for as long as it costs.
 func (t *theft) repays(l loot) bool {
+	if t.away && l.it.rank <= sparse { // it must not wait for longer there
+		return l.again <= max(slack, t.queued(l.it.rank)-l.it.work)
+	}
 	if l.again <= slack || l.share >= l.again || l.it.rank <= sparse && t.loading == 0 {
 		return true
 	}
@@ -248,7 +265,7 @@ func (t *theft) repays(l loot) bool {
 // its prompt that no lane is working on, within bounds.
 func (t *theft) group(it *item) []*item {
 	n := it.node
-	if n.busy > 0 {
+	if n.busy > 0 || t.away && it.rank <= sparse { // of urgent ones, one for each lane
 		return []*item{it}
 	}
 	for p := n.parent; p.parent != nil && p.busy == 0 && p.waiting <= maxTaken; p = n.parent {

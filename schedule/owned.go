@@ -80,8 +80,47 @@ type Taker struct {
 	Options prefix.Options // with which it could serve requests now
 	Loaded  bool           // with these options
 	Free    int            // lanes
-	Load    time.Duration  // of loading the model there
-	Idle    time.Duration  // how long one of the lanes has been free
+	Load    time.Duration  // until it is loaded, with what has to be loaded again for that
+	Idle    time.Duration  // how long one of the lanes has been free, at most longestIdle
+}
+
+// longestIdle bounds Taker.Idle. Nothing is evaluated for longer.
+const longestIdle = time.Hour
+
+// Taker returns what a server of this proxy could take over with some options from another proxy,
+// apart from its name; false if nothing now. It must have the model. Lanes whose clients are
+// expected to come back soon are not free.
+func (q *Queue) Taker(upstream uint16, o prefix.Options, now time.Time) (Taker, bool) {
+	s := q.server(upstream)
+	if s.tier() > open {
+		return Taker{}, false
+	}
+	x := q.idler(s, o, now)
+	if x == nil || x.waiting > 0 {
+		return Taker{}, false
+	}
+	t := Taker{Options: o, Load: s.loading(x, o, &x.rates, now)}
+	t.Loaded = t.Load == 0
+	for _, l := range x.lanes {
+		if l.item == nil && !q.expects(x, l, now) {
+			t.Free++
+			t.Idle = max(t.Idle, min(now.Sub(l.used), longestIdle))
+		}
+	}
+	if t.Free = min(t.Free, x.want-x.busy); s.lanes == Unlimited {
+		t.Free, t.Idle = 1, min(now.Sub(x.used), longestIdle)
+	}
+	return t, t.Free > 0
+}
+
+// expects reports whether a free lane's client is likely to come back so soon that the lane would
+// be held for it if others waited here.
+func (q *Queue) expects(x *runner, l *lane, now time.Time) bool {
+	v := l.visit
+	if v == nil || v.state != visitOpen {
+		return false
+	}
+	return now.Before(v.at.Add(q.client(v.client).hold(&q.habits, x.rates.evaluate(q.loss(x, l, 0)))))
 }
 
 // Give gives a part of the backlog to another proxy's server, and returns how many requests that
@@ -122,10 +161,7 @@ func (q *Queue) give(to Taker, y *runner, most int, now time.Time) (given int) {
 	l := &lane{used: now.Add(-to.Idle)}
 	x := &runner{key: Runner{Options: to.Options}, server: &server{}, lanes: []*lane{l}, want: 1, rates: y.rates}
 	t := q.theft(x, y, now)
-	t.away = true
-	if !to.Loaded {
-		t.loading = int(to.Load / t.per)
-	}
+	t.away, t.loading = true, int(to.Load/t.per)
 	work := 0
 	for all := t.pick(); len(all) > 0 && given < most; all = t.more(l, work) {
 		for _, it := range all[:min(len(all), most-given)] {
@@ -215,6 +251,13 @@ func (s *Scheduler) SetOwned(upstream uint16, on bool) {
 func (s *Scheduler) Give(t Taker) (given int) {
 	s.do(func(q *Queue, now time.Time) { given = q.Give(t, now) })
 	return given
+}
+
+// Taker returns what a server of this proxy could take over: see Queue.Taker. Taker.Server is to be
+// set by the caller.
+func (s *Scheduler) Taker(upstream uint16, o prefix.Options) (t Taker, ok bool) {
+	s.do(func(q *Queue, now time.Time) { t, ok = q.Taker(upstream, o, now) })
+	return t, ok
 }
 
 // Loads returns the loads of all servers, in the order in which they became known.

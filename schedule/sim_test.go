@@ -39,6 +39,9 @@ type job struct {
 	done     func()
 
 	id        uint64
+	q         *Queue // that has it; nil: sent directly
+	entry     *proxy // where it came in, if there are several
+	moves     int
 	at        uint16 // the server that served it
 	came, end time.Time
 	sent      time.Time
@@ -132,18 +135,19 @@ type engine struct {
 
 // sim runs jobs, through a queue or directly.
 type sim struct {
-	t    *testing.T
-	cfg  engineConfig
-	q    *Queue // nil: jobs are sent directly
-	now  time.Time
-	jobs map[uint64]*job
-	next uint64
+	t     *testing.T
+	cfg   engineConfig
+	q     *Queue // nil: jobs are sent directly, or by peers
+	peers *peers // nil: there is only one queue
+	now   time.Time
+	jobs  map[uint64]*job
+	next  uint64
 
 	events events
 	seq    int
 	boxes  []*box
 	choose func(*job) *box // chooses the server if there is no queue
-	tick   time.Time
+	ticks  map[*Queue]time.Time
 
 	tree      map[uint64]bool
 	least     int
@@ -186,7 +190,7 @@ func newSim(t *testing.T, cfg engineConfig, q *Queue) *sim {
 	if q != nil && cfg.longest {
 		q.SetLongestMatch(0, true)
 	}
-	s := &sim{t: t, cfg: cfg, q: q, now: start, jobs: map[uint64]*job{}, tree: map[uint64]bool{}, rng: rand.New(rand.NewPCG(cfg.seed, 2))}
+	s := &sim{t: t, cfg: cfg, q: q, now: start, jobs: map[uint64]*job{}, ticks: map[*Queue]time.Time{}, tree: map[uint64]bool{}, rng: rand.New(rand.NewPCG(cfg.seed, 2))}
 	for i := range max(cfg.servers, 1) {
 		s.boxes = append(s.boxes, &box{index: uint16(i)})
 	}
@@ -291,15 +295,29 @@ func (s *sim) submit(j *job) {
 		}
 	}
 	s.least += max(fresh, 1)
-	if s.q == nil {
+	switch {
+	case s.peers != nil:
+		s.peers.enter(j)
+	case s.q == nil:
 		s.send(j, s.choose(j))
-		return
+	default:
+		s.add(j)
+		s.pumped()
 	}
-	s.add(j)
-	s.pumped()
 }
 
 func (s *sim) add(j *job) {
+	r := s.request(j)
+	if len(s.boxes) > 1 {
+		r.Upstreams = s.upstreams()
+	}
+	j.q = s.q
+	if !s.q.Add(r, s.now) {
+		s.t.Fatalf("the queue is full")
+	}
+}
+
+func (s *sim) request(j *job) Request {
 	r := Request{ID: j.id, Runner: s.runner(j), Links: j.links(), Tokens: total(j.segs), Client: j.client, Program: j.program, Flow: j.flow, Priority: j.priority, Arrived: j.came}
 	r.Streams = !s.cfg.mute
 	if r.Program == noFlows {
@@ -307,12 +325,7 @@ func (s *sim) add(j *job) {
 	} else if r.Program == 0 { // like the proxy: by the start of the prompt
 		r.Program, r.Flow = 1, j.segs[0].id
 	}
-	if len(s.boxes) > 1 {
-		r.Upstreams = s.upstreams()
-	}
-	if !s.q.Add(r, s.now) {
-		s.t.Fatalf("the queue is full")
-	}
+	return r
 }
 
 func (s *sim) runner(j *job) Runner {
@@ -340,21 +353,29 @@ func options(model string, numCtx int) prefix.Options {
 }
 
 // pumped sends the requests that the queue has granted.
-func (s *sim) pumped() {
-	for _, g := range slices.Clone(s.q.Grants()) {
+func (s *sim) pumped() { s.pump(s.q) }
+
+func (s *sim) pump(q *Queue) {
+	for _, g := range slices.Clone(q.Grants()) {
 		b := s.boxes[g.Upstream]
 		if b.down {
 			s.t.Fatalf("request %d was sent to a server that is down", g.ID)
 		}
 		s.jobs[g.ID].expected = g.Expected
 		s.send(s.jobs[g.ID], b)
+		if s.peers != nil {
+			s.peers.sent(s.jobs[g.ID], q)
+		}
 	}
-	if at, ok := s.q.Next(); ok && !at.Equal(s.tick) {
-		s.tick = at
+	if s.peers != nil {
+		s.peers.refused(q)
+	}
+	if at, ok := q.Next(); ok && !at.Equal(s.ticks[q]) {
+		s.ticks[q] = at
 		s.after(max(0, at.Sub(s.now)), func() {
-			s.tick = time.Time{}
-			s.q.Tick(s.now)
-			s.pumped()
+			s.ticks[q] = time.Time{}
+			q.Tick(s.now)
+			s.pump(q)
 		})
 	}
 }
@@ -449,7 +470,7 @@ func (s *sim) place(e *engine) {
 		s.evaluated += evaluated
 		e.box.evaluated += evaluated
 		e.box.served++
-		if s.q != nil && kept < j.expected-slack {
+		if j.q != nil && kept < j.expected-slack {
 			s.missed++
 		}
 		begin := s.now
@@ -474,11 +495,11 @@ func (s *sim) place(e *engine) {
 			r.Reused, r.ReusedKnown = 0, false
 		}
 		lives := e.box.lives
-		if s.q != nil && !s.cfg.mute {
+		if j.q != nil && !s.cfg.mute {
 			s.after(e.computes.Sub(s.now), func() {
 				if e.box.lives == lives {
-					s.q.Began(j.id, s.now)
-					s.pumped()
+					j.q.Began(j.id, s.now)
+					s.pump(j.q)
 				}
 			})
 		}
@@ -494,9 +515,9 @@ func (s *sim) place(e *engine) {
 			delete(s.jobs, j.id)
 			s.place(e)
 			s.schedule(e.box)
-			if s.q != nil {
-				s.q.Done(j.id, r, s.now)
-				s.pumped()
+			if j.q != nil {
+				j.q.Done(j.id, r, s.now)
+				s.pump(j.q)
 			}
 			if s.onDone != nil {
 				s.onDone(j)

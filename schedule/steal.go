@@ -3,6 +3,8 @@ package schedule
 import (
 	"slices"
 	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
 // An idle runner with a free lane takes over requests that wait for the same model on another
@@ -41,7 +43,7 @@ func (q *Queue) takeOver(t, from *server, now time.Time) {
 	for i := 0; i < len(from.runners); i++ { // no runner is removed while it has a backlog
 		y := from.runners[i]
 		for y.roaming > 0 {
-			x := q.idler(t, y, now)
+			x := q.idler(t, y.key.Options, now)
 			if x == nil {
 				break
 			}
@@ -70,11 +72,11 @@ func (s *server) room() bool {
 	})
 }
 
-// idler returns the server's counterpart of another runner, if it could serve a request now,
-// otherwise nil. If it is not loaded, nothing else may be going on in its place. With unlimited
-// lanes, a runner that serves nothing is idle.
-func (q *Queue) idler(t *server, y *runner, now time.Time) *runner {
-	key := Runner{t.index, y.key.Options}
+// idler returns the server's runner with some options, if it could serve a request now, otherwise
+// nil. If it is not loaded, nothing else may be going on in its place. With unlimited lanes, a
+// runner that serves nothing is idle.
+func (q *Queue) idler(t *server, o prefix.Options, now time.Time) *runner {
+	key := Runner{t.index, o}
 	x := t.byKey[key]
 	if x == nil || !x.resident {
 		return q.loadable(t, key, now)

@@ -2,6 +2,7 @@ package prefix
 
 import (
 	"encoding/binary"
+	"encoding/json"
 	"fmt"
 	"slices"
 	"strconv"
@@ -45,6 +46,41 @@ func (o Options) WithContext(tokens int) Options {
 func (o Options) WithoutContext() Options {
 	o.drop(numCtx)
 	return o
+}
+
+// MarshalJSON writes the options as an object, for other proxies: the model, and what is stated.
+func (o Options) MarshalJSON() ([]byte, error) {
+	stated := map[string]int64{}
+	for i, name := range optionNames {
+		if o.set&(1<<i) != 0 {
+			stated[name] = o.values[i]
+		}
+	}
+	return json.Marshal(optionsJSON{o.Model, stated})
+}
+
+// UnmarshalJSON reads what MarshalJSON writes. With an option that it does not know, since another
+// version wrote it, they become the zero value, which is of no model: the rest would be others.
+func (o *Options) UnmarshalJSON(text []byte) error {
+	var from optionsJSON
+	if err := json.Unmarshal(text, &from); err != nil {
+		return err
+	}
+	*o = Options{Model: from.Model}
+	for name, v := range from.Stated {
+		i := slices.Index(optionNames[:], name)
+		if i < 0 {
+			*o = Options{}
+			break
+		}
+		o.put(i, v)
+	}
+	return nil
+}
+
+type optionsJSON struct {
+	Model  string           `json:"model"`
+	Stated map[string]int64 `json:"stated,omitempty"`
 }
 
 // Change is one runner option that differs between two requests. An option that is not stated has

@@ -30,8 +30,8 @@ func (h *Handler) account(ex *exchange, data []byte) {
 	if h.Ledger == nil || ex.prompt == prefix.None || !ex.runsHere() {
 		return
 	}
-	if !h.exists(ex.key) {
-		if h.refresh(); !h.exists(ex.key) { // created just now, and not through the proxy
+	if !h.known(ex.key) {
+		if h.refresh(); !h.known(ex.key) { // created just now, and not through the proxy
 			return
 		}
 	}
@@ -60,6 +60,11 @@ func (h *Handler) exists(model string) bool {
 		}
 	}
 	return false
+}
+
+// known reports whether an upstream of this proxy, or of one of its peers, has the model.
+func (h *Handler) known(model string) bool {
+	return h.exists(model) || h.Fleet != nil && h.Fleet.Has(model)
 }
 
 // accounted closes the request's entry in the ledger.

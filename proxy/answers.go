@@ -470,7 +470,7 @@ func (h *Handler) compute(
 	}
 	reader := ex
 	if leads {
-		reader = &exchange{start: ex.start, header: ex.header, Exchange: ex.Exchange, origin: ex.origin}
+		reader = &exchange{start: ex.start, header: ex.header, Exchange: ex.Exchange, origin: ex.origin, passed: ex.passed}
 		ex.flight, ex.header, ex.origin = f, f.Header(), ""
 		if ex.arriving != nil {
 			ex.arriving.end(io.EOF) // the connection is this client's alone, who may leave

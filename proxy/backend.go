@@ -23,6 +23,8 @@ type backend struct {
 	books     atomic.Pointer[savings.Upstream] // how the ledger identifies it
 	runners   *runners.Book
 	residency *residency
+	models    atomic.Pointer[modelKeys]
+	foreign   atomic.Bool // another proxy schedules it
 	draining  atomic.Bool
 	looped    atomic.Bool   // a request of the proxy's own came back to the proxy through it
 	inFlight  atomic.Int64  // requests that were sent to it and have not ended
@@ -98,7 +100,10 @@ func (h *Handler) named(name string) *backend {
 // model goes where that model is. A request that changes models goes to the first server, and so
 // does one that names no model; if it only reads, it goes to the first server that answers. The
 // list is empty if none is left except those in tried.
-func (h *Handler) candidates(ex *exchange) []*backend {
+func (h *Handler) candidates(ex *exchange) []*backend { return h.owning(ex, h.able(ex)) }
+
+// able is candidates without regard to which proxy schedules the servers.
+func (h *Handler) able(ex *exchange) []*backend {
 	if ex.only != nil {
 		return h.untried(ex, []*backend{ex.only})
 	}
@@ -226,8 +231,9 @@ func pick(list []*backend, model string) *backend {
 func (h *Handler) begin(ex *exchange) {
 	b := ex.up
 	b.inFlight.Add(1)
-	ex.began = true
+	ex.began, ex.fixed = true, true
 	defer h.recorder.sent(b, ex)
+	h.tellSent(ex)
 	h.timeline.sent(ex)
 	if h.prewarming != nil && ex.infers() && !ex.cloud {
 		h.prewarming.asked(ex, []*backend{b})

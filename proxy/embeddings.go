@@ -663,7 +663,7 @@ func (h *Handler) subrequest(
 ) (*exchange, *recorded) {
 	rec := &recorded{header: http.Header{}}
 	ex := &exchange{
-		start: time.Now(), header: rec.header, route: of.route, holder: of.holder, spent: of.spent, part: true,
+		start: time.Now(), header: rec.header, route: of.route, holder: of.holder, spent: of.spent, part: true, passed: of.passed,
 		stands:   of.stood.CompareAndSwap(false, true),
 		Exchange: Exchange{Method: of.Method, Path: of.Path, Endpoint: of.Endpoint, Name: of.Name},
 	}

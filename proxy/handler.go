@@ -29,6 +29,7 @@ import (
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/answers"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contexts"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/fleet"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/jsonscan"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/livepage"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
@@ -108,6 +109,9 @@ type Handler struct {
 	// ReplayPaced replays a kept stream at the pace at which it was recorded, rather than at once.
 	ReplayPaced bool
 
+	// Fleet are the other proxies that this one works with; nil: none. See Join.
+	Fleet *fleet.Fleet
+
 	// Done, if non-nil, is called after each request. Touched, if non-nil, is called after each
 	// keep_alive that the proxy set, or failed to set, in the background.
 	Done    func(Exchange)
@@ -134,6 +138,7 @@ type Handler struct {
 	vectors    vectors    // … and what they have embedded
 	kept       keptAnswers
 	forward    *httputil.ReverseProxy
+	hops       *httputil.ReverseProxy // to other proxies
 	prefixes   *prefix.Reader
 
 	lingers      time.Duration
@@ -169,6 +174,8 @@ type Exchange struct {
 
 	Upstream  string   // the name of the server that got the request; "" for none, or for all
 	Simulated bool     // that server is simulated: its answers and figures are made up
+	Peer      string   // the ID of the proxy that it was passed on to; "" for none
+	Passed    bool     // another proxy passed it on to this one, and counts it as a request
 	Retries   []string // why it went to another server, or again: see the Retry… constants
 
 	Savings *savings.Entry // nil if there is nothing to account for
@@ -198,6 +205,7 @@ const (
 	Drained       Outcome = "drained"        // cut off at the end of a graceful stop
 	Refused       Outcome = "refused"        // by the proxy
 	Own           Outcome = "own"            // one of the proxy's own pages
+	Moved         Outcome = "moved"          // passed on by a peer, and given to another proxy's server
 )
 
 // ErrDrained is the cause for cancelling the server's base context once a graceful stop has lasted
@@ -239,20 +247,26 @@ type exchange struct {
 	cloud     bool                // a remote service runs that model
 	unread    bool                // it asks for a prompt's evaluation; the rest could not be read
 	only      *backend
-	up        *backend         // the chosen server; nil before the choice
-	unloading chan struct{}    // closed when other servers have unloaded the model; or nil
-	began     bool             // it was sent to up, and has not ended
-	waiting   bool             // it is counted in Handler.waiting
-	paused    time.Duration    // other waits than Waited: for memory, and between retries
-	gateway   bool             // the answer probably is a gateway's: see byGateway
-	gaveUp    bool             // after Handler.UpstreamSilence
-	silence   *silence         // gives the request up when the server is silent; if nil, never
-	beat      *heartbeat       // nil if the request has none
-	tried     []*backend       // servers that did not answer it
-	inbound   *http.Request    // as the forwarder got it
-	edits     []edit           // of the body, in order
-	fit       fit              // the change of its num_ctx
-	run       *runners.Request // nil if it needs no model loaded here
+	away      string              // the only server that may answer it, which is another proxy's; or ""
+	passed    *fleet.Passed       // how another proxy passed it on; nil if it did not
+	hop       *relay              // its way to another proxy; nil if it is not passed on
+	leaves    *schedule.Elsewhere // set when another proxy is to serve it, after it has waited here
+	moves     int                 // how often that was so
+	fixed     bool                // it may have been sent to a server, and leaves for no other proxy
+	up        *backend            // the chosen server; nil before the choice
+	unloading chan struct{}       // closed when other servers have unloaded the model; or nil
+	began     bool                // it was sent to up, and has not ended
+	waiting   bool                // it is counted in Handler.waiting
+	paused    time.Duration       // other waits than Waited: for memory, and between retries
+	gateway   bool                // the answer probably is a gateway's: see byGateway
+	gaveUp    bool                // after Handler.UpstreamSilence
+	silence   *silence            // gives the request up when the server is silent; if nil, never
+	beat      *heartbeat          // nil if the request has none
+	tried     []*backend          // servers that did not answer it
+	inbound   *http.Request       // as the forwarder got it
+	edits     []edit              // of the body, in order
+	fit       fit                 // the change of its num_ctx
+	run       *runners.Request    // nil if it needs no model loaded here
 	use       use
 
 	chain   *prefix.Chain
@@ -372,6 +386,7 @@ func (h *Handler) Init() {
 		BufferPool:     newBufferPool(),
 		ErrorLog:       log.New(io.Discard, "", 0), // errors are in the log line of the request
 	}
+	h.hops = h.newHops()
 }
 
 // Run does the background work until ctx ends: it keeps models loaded and prompts warm.
@@ -382,6 +397,9 @@ func (h *Handler) Run(ctx context.Context) {
 	}
 	wg.Go(func() { h.Contexts.Run(ctx) })
 	wg.Go(func() { h.prewarming.run(ctx) })
+	if h.Fleet != nil {
+		wg.Go(func() { h.Fleet.Run(ctx) })
+	}
 	if h.Answers != nil {
 		wg.Go(func() { h.tries(ctx) })
 	}
@@ -401,7 +419,10 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.inFlight.Add(1)
 	rt := routeOf(r)
 	ex := &exchange{start: time.Now(), header: w.Header(), route: rt, Exchange: Exchange{Method: r.Method, Path: r.URL.Path, Endpoint: rt.label}}
-	if limit := h.Live().BodyTimeout; limit > 0 && r.Body != nil && r.Body != http.NoBody {
+	if ex.passed = fleet.PassedOf(r.Context()); ex.passed != nil {
+		ex.start, ex.moves, ex.Passed = ex.start.Add(-ex.passed.Age), ex.passed.Moves, true
+	}
+	if limit := h.Live().BodyTimeout; limit > 0 && ex.passed == nil && r.Body != nil && r.Body != http.NoBody {
 		ex.arriving = &arriving{ReadCloser: r.Body, conn: http.NewResponseController(w), limit: limit}
 	}
 	ex.warming, _ = r.Context().Value(warmingKey{}).(*warming)
@@ -445,7 +466,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		h.refuse(w, r, ex, ref)
 		return
 	}
-	h.answer(w, r, ex)
+	if !h.passedOn(w, r, ex) {
+		h.answer(w, r, ex)
+	}
 }
 
 // answer answers a request whose body has been read: with what is kept, or by forwarding it.
@@ -459,6 +482,12 @@ func (h *Handler) answer(w http.ResponseWriter, r *http.Request, ex *exchange) {
 func (h *Handler) serve(w http.ResponseWriter, r *http.Request, ex *exchange) {
 	w = h.heartbeats(w, ex)
 	ref := h.wait(r, ex)
+	for ex.leaves != nil {
+		if h.moved(w, r, ex) {
+			return
+		}
+		ref = h.wait(r, ex)
+	}
 	if ref == nil {
 		ref = h.loadFirst(r, ex)
 	}
@@ -521,12 +550,21 @@ func outlive(ctx context.Context, closing <-chan struct{}, by time.Duration) (co
 
 // admit checks Host, Origin and API key, and answers preflights.
 func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (done bool) {
+	if ex.passed != nil { // the proxy that passed it on has checked it
+		if ex.holder = h.Guard.Keys.holder(ex.passed.Key); ex.holder != nil {
+			ex.Name = ex.holder.name
+		}
+		return false
+	}
 	h.identify(r, ex)
 	ex.stranger = h.Guard.Keys != nil && ex.holder == nil && ex.warming == nil
 	if ex.holder != nil {
 		ex.Name = ex.holder.name
 	}
 	ref, guard := h.loop(r), h.guard()
+	if ref == nil && h.Fleet != nil && fleet.Claims(r.Header) {
+		ref = &refusal{http.StatusForbidden, "headers that begin with X-Cacheproxy-Peer are only for the proxies of a fleet, at their own address (--peer-listen)"}
+	}
 	if ref == nil {
 		ref = guard.host(r)
 	}
@@ -625,7 +663,7 @@ func (ex *exchange) unreadable(err error) *refusal {
 
 // read reads the body, as far as the proxy may, and parses its model and prompt.
 func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
-	if ex.reads == readsNothing || ex.reads == readsName && len(h.backends) == 1 {
+	if ex.away == "" && (ex.reads == readsNothing || ex.reads == readsName && len(h.backends) == 1 && h.Fleet == nil) {
 		if name, ok := strings.CutPrefix(r.URL.Path, pathModel); ok {
 			ex.key = upstream.ModelKey(name)
 		}
@@ -899,6 +937,9 @@ func (h *Handler) forwardFailed(w http.ResponseWriter, r *http.Request, err erro
 		}
 	}
 	ref, ok := errors.AsType[*refusal](err)
+	if errors.Is(err, fleet.ErrForgotten) {
+		ref, ok = givenUp(err), true
+	}
 	if errors.Is(err, syscall.EMFILE) {
 		ref, ok = ex.noDescriptor(), true
 	}
@@ -1081,7 +1122,7 @@ func (ex *exchange) attrs() []slog.Attr {
 	if ex.Begun {
 		attrs = append(attrs, slog.Bool("heartbeat", true))
 	}
-	attrs = said(attrs, slog.String("upstream", ex.Upstream))
+	attrs = said(attrs, slog.String("upstream", ex.Upstream), slog.String("peer", ex.Peer))
 	if ex.Simulated {
 		attrs = append(attrs, slog.Bool("simulated", true))
 	}

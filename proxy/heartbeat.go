@@ -40,7 +40,10 @@ type heartbeat struct {
 // have one.
 func (h *Handler) heartbeats(w http.ResponseWriter, ex *exchange) http.ResponseWriter {
 	every := h.Live().Heartbeat
-	if every == 0 || ex.reads != readsForeign || ex.prompt == prefix.None ||
+	if ex.beat != nil { // it has begun to wait before
+		return ex.beat
+	}
+	if every == 0 || ex.passed != nil || ex.reads != readsForeign || ex.prompt == prefix.None ||
 		ex.fields.stream != 't' {
 		return w
 	}

@@ -383,7 +383,7 @@ func (p *keyHolder) priority(r *http.Request) schedule.Priority {
 // tooFast refuses a request that exceeds the client's rate.
 func (h *Handler) tooFast(ex *exchange) *refusal {
 	asks := ex.reads == readsNative || ex.reads == readsForeign || ex.Endpoint == pathAudio
-	if ex.holder == nil || ex.holder.limiter == nil || !asks {
+	if ex.holder == nil || ex.holder.limiter == nil || !asks || ex.passed != nil {
 		return nil
 	}
 	now := time.Now()

@@ -39,6 +39,9 @@ func (h *Handler) only(r *http.Request, ex *exchange) *refusal {
 	if ex.only = h.named(name); ex.only != nil {
 		return nil
 	}
+	if ex.away = h.awayServer(name); ex.away != "" {
+		return nil
+	}
 	var names []string
 	for _, b := range h.backends {
 		names = append(names, b.Name)
@@ -96,6 +99,8 @@ func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refus
 	case err == nil:
 		h.waited(ex)
 		return nil
+	case ex.leaves != nil:
+		return ex.stopping() // the caller looks at ex.leaves
 	case errors.Is(err, schedule.ErrFull):
 		return ex.busy()
 	case errors.Is(err, schedule.ErrMayNotWait):
@@ -174,8 +179,8 @@ func (h *Handler) lane(r *http.Request, ex *exchange, list []*backend, mayWait f
 	priority := ex.holder.priority(r)
 	lanes := h.Lanes
 	request := schedule.Request{
-		Client: h.Trusted.clientOf(r, ex.holder.client()), Priority: priority, Arrived: ex.start, MayWait: mayWait,
-		Streams: ex.asksForStream(),
+		Client: h.client(r, ex), Priority: priority, Arrived: ex.start, MayWait: mayWait,
+		Streams: ex.asksForStream(), Movable: h.mayLeave(ex), Moves: ex.moves,
 	}
 	if ex.holder != nil {
 		request.Weight = ex.holder.share
@@ -185,7 +190,7 @@ func (h *Handler) lane(r *http.Request, ex *exchange, list []*backend, mayWait f
 	}
 	if ex.only == nil && ex.runsHere() {
 		for _, b := range h.backends {
-			if st := b.State(); st.Away && st.Lists(ex.key) && !b.draining.Load() && !slices.Contains(list, b) {
+			if st := b.State(); st.Away && st.Lists(ex.key) && !b.draining.Load() && !b.foreign.Load() && !slices.Contains(list, b) {
 				request.Upstreams = append(request.Upstreams, b.index)
 			}
 		}
@@ -199,6 +204,9 @@ func (h *Handler) lane(r *http.Request, ex *exchange, list []*backend, mayWait f
 		request.Runner, request.Links = schedule.Runner{Upstream: list[0].index, Options: h.runner(ex, list)}, ex.chain.Links
 	}
 	grant, err := lanes.Acquire(r.Context(), request)
+	if e, ok := errors.AsType[schedule.Elsewhere](err); ok {
+		ex.leaves = &e
+	}
 	if ex.Priority = priority.String(); err == nil {
 		ex.grant, ex.up = grant, h.backends[grant.Upstream]
 	}
@@ -287,7 +295,9 @@ func (h *Handler) full(r *http.Request, ex *exchange) error {
 		return nil
 	case ex.holder.waits():
 		return ex.tooMany()
-	case h.Lanes.Full(ex.holder.priority(r), h.Trusted.clientOf(r, ex.holder.client())):
+	case h.Fleet != nil && ex.passed == nil: // the owner's queue counts, which may be another proxy's
+		return nil
+	case h.Lanes.Full(ex.holder.priority(r), h.client(r, ex)):
 		return ex.busy()
 	}
 	return nil

@@ -30,6 +30,8 @@ func (h *Handler) own(w http.ResponseWriter, r *http.Request, ex *exchange) bool
 		h.changeUpstream(w, r, ex)
 	case strings.HasPrefix(path+"/", pathAnswers+"/"):
 		h.answersPages(w, r, ex)
+	case path == pathFleet && h.Fleet != nil:
+		ex.page(w, pathFleet, http.StatusOK, h.fleetPage())
 	case path == pathFacts:
 		h.facts(w, r, ex)
 	default:

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/fleet"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
@@ -38,6 +39,9 @@ type attempts struct{ h *Handler }
 func (a attempts) RoundTrip(out *http.Request) (*http.Response, error) {
 	h, ex := a.h, out.Context().Value(exchangeKey{}).(*exchange)
 	defer ex.letGo() // nothing is sent again after this
+	if err := fleet.PassedOf(out.Context()).Begin(out.Context()); err != nil {
+		return nil, err
+	}
 	var past repeats
 	for {
 		res, err := h.Transport.RoundTrip(out)

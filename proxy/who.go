@@ -135,7 +135,7 @@ func (h *Handler) clientShown(r *http.Request, ex *exchange) string {
 	if ex.warming != nil {
 		return ""
 	}
-	return hashed(h.Trusted.clientOf(r, ex.holder.client()))
+	return hashed(h.client(r, ex))
 }
 
 // seed is for the hashes that distinguish users, programs and flows. Their names are not kept.

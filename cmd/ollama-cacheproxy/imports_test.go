@@ -28,10 +28,11 @@ func TestImports(t *testing.T) {
 		"schedule":              {"prefix"},
 		"doctor":                {"prefix", "upstream"},
 		"livepage":              {},
-		"proxy":                 {"answers", "answers/forms", "contexts", "doctor", "jsonscan", "livepage", "prefix", "runners", "savings", "schedule", "upstream"},
+		"fleet":                 {"prefix", "schedule"},
+		"proxy":                 {"answers", "answers/forms", "contexts", "doctor", "fleet", "jsonscan", "livepage", "prefix", "runners", "savings", "schedule", "upstream"},
 		"metrics":               {"answers", "contexts", "contextstore", "proxy", "savings", "schedule", "upstream"},
 		"bench":                 {"bench/text", "proxy", "savings", "upstream"},
-		"cmd/ollama-cacheproxy": {"answers", "batch", "batches", "bench", "contexts", "contextstore", "discover", "doctor", "engine", "metrics", "ollamasim", "proxy", "savings", "schedule", "upstream"},
+		"cmd/ollama-cacheproxy": {"answers", "batch", "batches", "bench", "contexts", "contextstore", "discover", "discover", "doctor", "engine", "fleet", "metrics", "ollamasim", "proxy", "savings", "schedule", "upstream"},
 	}
 	for pkg, want := range allowed {
 		out, err := exec.Command("go", "list", "-f", `{{join .Imports "\n"}}`, module+pkg).Output()

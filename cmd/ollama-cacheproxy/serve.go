@@ -102,6 +102,8 @@ type serveCmd struct {
 	AllowOrigin []string `placeholder:"ORIGIN" help:"Accept requests from web pages of this origin, such as https://chat.example.com; one * matches anything. Repeatable. Origins in OLLAMA_ORIGINS are accepted, too."`
 	APIKeysFile string   `group:"everyday" name:"api-keys-file" type:"path" default:"" placeholder:"FILE" help:"Require one of the API keys in this file. A line is KEY, or NAME KEY followed by any of weight=2 (its share relative to other clients that wait), class=batch (the most urgent priority that it may ask for, and its priority if it asks for none: interactive, normal or batch), max-waiting=50 (further requests that would have to wait get 429), rate=10/s (or /m, /h; further requests get 429) and admin (it may pull, create, copy, push and delete models, and drain upstreams; other keys may not). It is read again when it changes, and at SIGHUP."`
 
+	fleetFlags
+
 	TLSCert    string `name:"tls-cert" group:"everyday" type:"path" default:"" placeholder:"FILE" help:"Serve https (HTTP/1.1 and HTTP/2) with this certificate: PEM, followed by those of its issuers. The certificate and its key are read again when they change, and at SIGHUP. Default: plain http."`
 	TLSKey     string `name:"tls-key" group:"everyday" type:"path" default:"" placeholder:"FILE" help:"The private key of --tls-cert, in PEM."`
 	UpstreamCA string `name:"upstream-ca" type:"path" default:"" placeholder:"FILE" help:"Certificate authorities to trust for https upstreams, in addition to the system's: PEM. They are trusted for nothing else. Default: none."`
@@ -178,6 +180,8 @@ type settings struct {
 	prewarm   *prewarmFile // nil without --prewarm
 	cert      *certFile    // nil: clients are served without TLS
 
+	fleet fleetSettings
+
 	upstreamTLS *tls.Config // nil: the defaults of net/http
 	trusted     *proxy.TrustedProxies
 	lanes       bool  // requests wait for slots, or are distributed over upstreams
@@ -197,7 +201,7 @@ func (s *serveCmd) settings() (settings, error) {
 		if s.Contexts != "" && t.slots == schedule.Unlimited {
 			return set, errors.New("--contexts needs lanes, to know which slots are free: leave out --slots off")
 		}
-		set.lanes = set.lanes || t.slots != schedule.Unlimited || len(set.upstreams) > 1
+		set.lanes = set.lanes || len(s.Peers) > 0 || t.slots != schedule.Unlimited || len(set.upstreams) > 1
 	}
 	if err = set.edits(s); err != nil {
 		return set, err
@@ -211,6 +215,9 @@ func (s *serveCmd) settings() (settings, error) {
 	}
 	if set.trusted, err = proxy.ParseTrustedProxies(s.TrustedProxy); err != nil {
 		return set, fmt.Errorf("--trusted-proxy: %w", err)
+	}
+	if set.fleet, err = s.fleetFlags.settings(set.upstreams, nil); err != nil {
+		return set, err
 	}
 	err = cmp.Or(s.checkBatches(), s.checkAnswers(), s.readFiles(&set))
 	return set, err
@@ -386,6 +393,12 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	base, cut := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer cut(nil)
 	srv := newServer(base, h, logger)
+	peers, err := set.listenPeers(ctx, base, h, logger)
+	if err != nil {
+		ln.Close()
+		stopBatches()
+		return err
+	}
 	srv.RegisterOnShutdown(h.ClosePages)
 	descriptors := proxy.NewDescriptors()
 	srv.ConnState, srv.ConnContext = descriptors.ConnState, descriptors.ConnContext
@@ -394,6 +407,7 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	var wg sync.WaitGroup
 	served := make(chan error, 1)
 	wg.Go(func() { served <- set.serve(srv, descriptors.Listener(ln)) }) // ends with srv.Shutdown or srv.Close
+	wg.Go(func() { peers.serve(set) })                                   // ends with peers.close
 	wg.Go(func() {                                                       // ends with background
 		pollAll(background, ups)
 		set.announce(logger, ln.Addr(), ups)
@@ -412,6 +426,7 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	case <-ctx.Done():
 		err = drain(srv, h, s.Drain, cut, logger)
 	}
+	peers.close()
 	stopBatches()
 	stopBackground()
 	cut(nil)
@@ -458,6 +473,9 @@ func (set settings) files() (list []reloader) {
 	}
 	if set.cert != nil {
 		list = append(list, set.cert)
+	}
+	if set.fleet.cert != nil {
+		list = append(list, set.fleet.cert)
 	}
 	return list
 }
@@ -532,6 +550,7 @@ func (s *serveCmd) handler(
 			counts.Polled(up.Name, st)
 		}
 	}
+	s.join(set, h, logger)
 	h.Init()
 	return h
 }
@@ -570,6 +589,9 @@ func drain(srv *http.Server, h *proxy.Handler, limit time.Duration, cut context.
 	logger.Info("stopping: no new requests; those that are here may finish", "in_flight", h.InFlight(), "waiting", h.Waiting(), "limit", limit)
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
+	if h.Fleet != nil {
+		h.Fleet.Drain() // what waits goes to other proxies
+	}
 	err := srv.Shutdown(ctx)
 	if err == nil && !ended(ctx, h.InFlight) { // answers that go on without their clients
 		err = ctx.Err()

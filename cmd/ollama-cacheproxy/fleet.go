@@ -1,0 +1,223 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/discover"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/fleet"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
+)
+
+// gossipScheme begins a value of --peers that is a member of a gossip.
+const gossipScheme = "gossip:"
+
+// fleetFlags are the flags about other proxies.
+type fleetFlags struct {
+	Peers          []string `group:"everyday" placeholder:"PEER" help:"Where the other proxies of a fleet are found: HOST:PORT (their --peer-listen), dns:HOST:PORT (all addresses of a name, such as a headless Service), srv:_NAME._tcp.HOST, or gossip:HOST:PORT for one that is known to gossip (--gossip-listen). One of them may be this proxy itself. Each Ollama server is then scheduled by one proxy, its owner, and any proxy takes any request (docs/fleet.md). Repeatable. Default: none, which makes this proxy work alone."`
+	PeerListen     string   `placeholder:"ADDR" help:"Address to listen on for the other proxies, which only they may reach: host:port or :port, by convention 11436. Needed with --peers."`
+	PeerName       string   `placeholder:"NAME" help:"This proxy's name for the others, which decides with the upstreams' names who owns which. It should stay the same when the proxy is restarted. Default: the host's name and the port of --peer-listen."`
+	PeerSecretFile string   `type:"path" default:"" placeholder:"FILE" help:"A file with a secret that all proxies of the fleet have. Without TLS (--peer-cert) it is sent in the clear, so only within a trusted network. Default: none."`
+	PeerCert       string   `type:"path" default:"" placeholder:"FILE" help:"The certificate that this proxy shows to the others, as a server and as a client: PEM. It needs --peer-key and --peer-ca. Default: none."`
+	PeerKey        string   `type:"path" default:"" placeholder:"FILE" help:"The private key of --peer-cert, in PEM."`
+	PeerCA         string   `name:"peer-ca" type:"path" default:"" placeholder:"FILE" help:"The certificate authorities that sign the proxies' certificates: PEM. Who has no certificate of theirs is no peer."`
+	GossipListen   string   `placeholder:"ADDR" help:"Address for the gossip by which proxies find each other where there is no DNS (TCP and UDP), with --peers gossip:HOST:PORT. --peer-listen must then name this host's own address. Default: none."`
+	Own            []string `placeholder:"NAME" help:"This proxy is beside the upstream of this name, on its machine or in its pod, and schedules it. Repeatable. Default: an upstream is scheduled by one of the proxies that have it, chosen by a hash of their names."`
+}
+
+// fleetSettings are the evaluated fleetFlags.
+type fleetSettings struct {
+	listen  string // for net.Listen; "" if the proxy works alone
+	sources []discover.Source
+	secret  []byte
+	cert    *certFile // nil: without TLS
+	tls     *fleet.TLS
+	name    string
+}
+
+func (f *fleetFlags) settings(upstreams []target, log *slog.Logger) (set fleetSettings, err error) {
+	if len(f.Peers) == 0 {
+		if f.PeerListen != "" || len(f.Own) > 0 || f.PeerSecretFile != "" || f.PeerCert != "" || f.GossipListen != "" {
+			return set, errors.New("--peer-listen, --peer-secret-file, --peer-cert, --gossip-listen and --own are for a fleet: give --peers, too")
+		}
+		return set, nil
+	}
+	if f.PeerListen == "" {
+		return set, errors.New("--peers needs --peer-listen, where the others reach this proxy, such as --peer-listen :11436")
+	}
+	host, port, err := net.SplitHostPort(f.PeerListen)
+	if err != nil {
+		return set, fmt.Errorf("--peer-listen %s: want host:port or :port", f.PeerListen)
+	}
+	set.listen, set.name = f.PeerListen, f.PeerName
+	if set.name == "" {
+		set.name = defaultPeerName(host, port)
+	}
+	for _, name := range f.Own {
+		if !slices.ContainsFunc(upstreams, func(t target) bool { return t.name == name }) {
+			return set, fmt.Errorf("--own %s: there is no upstream of this name; name it with --upstream %s=ADDR", name, name)
+		}
+	}
+	if err = cmp.Or(f.secrets(&set), f.find(&set, host, log)); err != nil {
+		return set, err
+	}
+	return set, nil
+}
+
+// defaultPeerName names a proxy by its host and port.
+func defaultPeerName(host, port string) string {
+	if ip := net.ParseIP(host); host == "" || ip != nil && (ip.IsUnspecified() || ip.IsLoopback()) {
+		if own, err := os.Hostname(); err == nil {
+			host = own
+		}
+	}
+	return net.JoinHostPort(host, port)
+}
+
+// secrets reads what peers show each other.
+func (f *fleetFlags) secrets(set *fleetSettings) (err error) {
+	if f.PeerSecretFile != "" {
+		text, err := os.ReadFile(f.PeerSecretFile)
+		if err != nil {
+			return fmt.Errorf("--peer-secret-file: %w", err)
+		}
+		if set.secret = bytes.TrimSpace(text); len(set.secret) < secretLeast || bytes.ContainsFunc(set.secret, func(r rune) bool { return r <= ' ' || r > '~' }) {
+			return fmt.Errorf("--peer-secret-file %s: want at least %d printable ASCII characters, such as those that 'openssl rand -hex 32' writes", f.PeerSecretFile, secretLeast)
+		}
+	}
+	given := 0
+	for _, path := range []string{f.PeerCert, f.PeerKey, f.PeerCA} {
+		if path != "" {
+			given++
+		}
+	}
+	switch {
+	case given == 0 && len(set.secret) == 0:
+		return errors.New("the proxies of a fleet need something to know each other by: give --peer-secret-file, or --peer-cert, --peer-key and --peer-ca")
+	case given == 0:
+		return nil
+	case given < 3:
+		return errors.New("--peer-cert, --peer-key and --peer-ca go together: give all three")
+	}
+	if set.cert, err = readCert(f.PeerCert, f.PeerKey); err != nil {
+		return fmt.Errorf("--peer-cert, --peer-key: %w", err)
+	}
+	text, err := os.ReadFile(f.PeerCA)
+	if err != nil {
+		return fmt.Errorf("--peer-ca: %w", err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(text) {
+		return fmt.Errorf("--peer-ca %s: there is no certificate in it: want PEM, which begins with -----BEGIN CERTIFICATE-----", f.PeerCA)
+	}
+	set.tls = fleet.NewTLS(func() *tls.Certificate { return set.cert.pair.Load() }, pool)
+	return nil
+}
+
+// secretLeast is the least length of a secret, in bytes.
+const secretLeast = 16
+
+// find evaluates where peers are found.
+func (f *fleetFlags) find(set *fleetSettings, host string, log *slog.Logger) error {
+	var seeds []string
+	for _, spec := range f.Peers {
+		if seed, ok := strings.CutPrefix(spec, gossipScheme); ok {
+			seeds = append(seeds, seed)
+			continue
+		}
+		s, err := discover.Parse(spec, log)
+		if err != nil {
+			return fmt.Errorf("--peers %s: %w", spec, err)
+		}
+		set.sources = append(set.sources, s)
+	}
+	switch {
+	case len(seeds) == 0 && f.GossipListen != "":
+		return errors.New("--gossip-listen needs --peers gossip:HOST:PORT, the address of one that is known to gossip, which may be this one")
+	case len(seeds) == 0:
+		return nil
+	case f.GossipListen == "":
+		return errors.New("--peers gossip:… needs --gossip-listen, such as --gossip-listen :7946")
+	}
+	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
+		return fmt.Errorf("--peer-listen %s: with --peers gossip:… it must name this host's own address, which the others are told", f.PeerListen)
+	}
+	s, err := discover.NewGossip(f.GossipListen, f.PeerListen, seeds, set.secret, log)
+	if err != nil {
+		return fmt.Errorf("--gossip-listen %s: %w", f.GossipListen, err)
+	}
+	set.sources = append(set.sources, s)
+	return nil
+}
+
+// join makes the handler one of a fleet. Call it before the handler's Init.
+func (s *serveCmd) join(set settings, h *proxy.Handler, log *slog.Logger) {
+	if set.fleet.listen == "" {
+		return
+	}
+	c := fleet.Config{
+		Name: set.fleet.name, Own: s.Own, Secret: set.fleet.secret, Log: log,
+		Transport: fleet.NewTransport(nil, set.fleet.tls),
+	}
+	for _, source := range set.fleet.sources {
+		c.Sources = append(c.Sources, source)
+	}
+	if set.fleet.tls != nil {
+		c.Scheme = "https"
+	}
+	h.Join(&c)
+	h.Fleet = fleet.New(c)
+}
+
+// peerServer is the listener for the other proxies, with its server; both nil if there are none.
+type peerServer struct {
+	ln  net.Listener
+	srv *http.Server
+}
+
+// listenPeers begins to listen for the other proxies.
+func (set settings) listenPeers(
+	ctx, base context.Context, h *proxy.Handler, log *slog.Logger,
+) (*peerServer, error) {
+	if h.Fleet == nil {
+		return &peerServer{}, nil
+	}
+	ln, err := (&net.ListenConfig{}).Listen(ctx, "tcp", set.fleet.listen)
+	if err != nil {
+		return nil, fmt.Errorf("--peer-listen %s: %w", set.fleet.listen, err)
+	}
+	log.Info("peers reach this proxy", "peer_listen", ln.Addr().String(), "name", set.fleet.name,
+		"tls", set.fleet.tls != nil)
+	return &peerServer{ln, newServer(base, h.Fleet.Handler(h), log)}, nil
+}
+
+// serve serves the other proxies until close.
+func (p *peerServer) serve(set settings) error {
+	if p.srv == nil {
+		return http.ErrServerClosed
+	}
+	if set.fleet.tls == nil {
+		return p.srv.Serve(p.ln)
+	}
+	p.srv.TLSConfig = set.fleet.tls.Server()
+	// Requests are passed on over HTTP/1.1: only there a handler can answer before the body's end.
+	p.srv.TLSNextProto = map[string]func(*http.Server, *tls.Conn, http.Handler){}
+	return p.srv.ServeTLS(p.ln, "", "")
+}
+
+func (p *peerServer) close() {
+	if p.srv != nil {
+		p.srv.Close()
+	}
+}

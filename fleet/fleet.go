@@ -1,0 +1,325 @@
+// Package fleet makes several proxies one. Each Ollama server has an owner, which is the one proxy
+// that schedules it; a request that another proxy receives is passed on to the owner over one hop.
+// The package knows the other proxies (peers), who owns which server, where prompts were sent, and
+// how to pass a request on so that it is sent to a server at most once. It schedules nothing and
+// does not read bodies.
+//
+// There are no locks, leases or elections. Proxies that know different peers for a moment may both
+// own a server, which costs order, and never an answer: Ollama queues what exceeds its slots.
+package fleet
+
+import (
+	"context"
+	"crypto/rand"
+	"log/slog"
+	"maps"
+	"net"
+	"net/http"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+)
+
+// Source finds the addresses (host:port) of peers; one of them may be this proxy's own.
+type Source interface {
+	// Watch calls found with all addresses, at first and whenever they change, until ctx ends.
+	Watch(ctx context.Context, found func(addrs []string))
+	String() string
+}
+
+// Config is what a Fleet needs to know. Sources and Local are required.
+type Config struct {
+	// Name identifies this proxy to people, and in the hash that decides who owns a server. It
+	// should stay the same when the proxy is restarted, and differ from the peers' names.
+	Name    string
+	Sources []Source
+	// Own are the names of the servers that this proxy is beside of, and owns.
+	Own []string
+	// Secret is what peers show each other; if empty, Client's TLS configuration protects them.
+	Secret []byte
+	// Scheme is https if peers are reached over TLS; the zero value means http.
+	Scheme string
+	// Transport sends requests to peers; if nil, NewTransport(nil, nil).
+	Transport *http.Transport
+
+	// Local returns what this proxy knows of its own servers. It is called ten times a second.
+	Local func() []Server
+	// Give lets a peer's idle server take over waiting requests, and returns how many it gave; if
+	// nil, it gives none.
+	Give func(Take) int
+	// Taker returns what a server of this proxy could take over of requests with these options, if
+	// it is idle; if nil, nothing.
+	Taker func(server string, options prefix.Options) (Take, bool)
+	// Owned is called when this proxy begins or ceases to own a server, by its name; may be nil.
+	// At first it owns none, and Owned is called for each that it then owns.
+	Owned func(server string, on bool)
+	// Learned is called with what the former owner has learned of a server, before Owned; may be
+	// nil.
+	Learned func(server string, learned []byte)
+	// Trace, if non-nil, is called for each message between proxies, for tests and figures.
+	Trace func(kind string, bytes int)
+
+	Log *slog.Logger
+}
+
+// Times. They are variables of a Fleet so that tests of long outages need not wait.
+const (
+	// reportEvery is how often a changed report is sent.
+	reportEvery = 100 * time.Millisecond
+	// reportLeast is how often an unchanged one is sent, so that peers see that this proxy lives.
+	reportLeast = time.Second
+	// silentFor is how long a peer may send nothing before it counts as away.
+	silentFor = 3 * time.Second
+	// dialAfter is the pause before an absent peer is tried again: at first, and at most.
+	dialAfter = 100 * time.Millisecond
+	dialMost  = 2 * time.Second
+	// askEvery is how often a proxy with idle servers asks a peer for waiting requests.
+	askEvery = 200 * time.Millisecond
+)
+
+// Fleet is one proxy's view of all proxies. Create it with New, and keep Run running. Its methods
+// are safe for concurrent use.
+type Fleet struct {
+	Config
+	ID string // differs for each process
+
+	view     atomic.Pointer[view]
+	draining atomic.Bool
+	outbox   *outbox
+	seen     *sightings
+	sent     *sentSince
+	arrivals sync.Map // *Passed that wait in this proxy
+
+	mu    sync.Mutex // guards everything below
+	peers map[string]*peer
+	local []Server
+	owned map[string]bool
+	// learned is what owners have reported of their servers, by the servers' names.
+	learned map[string][]byte
+	counts  Counts
+}
+
+// Counts are for metrics and pages.
+type Counts struct {
+	Away      uint64 // how often a peer went away
+	Owners    uint64 // how often this proxy began or ceased to own a server
+	Hops      uint64 // requests that were passed on …
+	Again     uint64 // … and of these, sent to another owner, since the first had not begun
+	Lost      uint64 // requests whose owner went away after it had begun
+	Elsewhere uint64 // requests that another proxy's server took over
+	Given     uint64 // requests that this proxy gave to another one's server
+	Received  uint64 // requests that peers passed on to this proxy
+	Forgotten uint64 // received requests that were not sent to a server, since their entry went away
+}
+
+// New returns a fleet of one, until Run finds others.
+func New(c Config) *Fleet {
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.Transport == nil {
+		c.Transport = NewTransport(nil, nil)
+	}
+	if c.Scheme == "" {
+		c.Scheme = "http"
+	}
+	f := &Fleet{
+		Config: c, ID: rand.Text()[:12], outbox: newOutbox(), seen: newSightings(),
+		sent: newSentSince(), peers: map[string]*peer{}, owned: map[string]bool{},
+		learned: map[string][]byte{},
+	}
+	f.view.Store(&view{})
+	return f
+}
+
+// NewTransport returns a transport for requests to peers; dial may be nil.
+func NewTransport(
+	dial func(ctx context.Context, network, addr string) (net.Conn, error), tls *TLS,
+) *http.Transport {
+	if dial == nil {
+		dial = (&net.Dialer{Timeout: 2 * time.Second, KeepAlive: 10 * time.Second}).DialContext
+	}
+	t := &http.Transport{
+		DialContext: dial, DisableCompression: true, MaxIdleConnsPerHost: 1024,
+		IdleConnTimeout: 90 * time.Second, TLSHandshakeTimeout: 2 * time.Second,
+		MaxResponseHeaderBytes: 1 << 20,
+	}
+	if tls != nil {
+		t.TLSClientConfig = tls.client
+	}
+	return t
+}
+
+// Run finds the peers and talks to them until ctx ends.
+func (f *Fleet) Run(ctx context.Context) {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer f.Transport.CloseIdleConnections()
+	found := make([][]string, len(f.Sources))
+	for i, s := range f.Sources {
+		wg.Go(func() {
+			s.Watch(ctx, func(addrs []string) {
+				f.mu.Lock()
+				defer f.mu.Unlock()
+				found[i] = addrs
+				f.meet(ctx, &wg, slices.Concat(found...))
+			})
+		})
+	}
+	wg.Go(func() { f.publish(ctx) })
+	wg.Go(func() { f.ask(ctx) })
+	<-ctx.Done()
+}
+
+// meet starts and ends the connections to peers. f.mu must be held.
+func (f *Fleet) meet(ctx context.Context, wg *sync.WaitGroup, addrs []string) {
+	for addr, p := range f.peers {
+		if !slices.Contains(addrs, addr) {
+			p.forget()
+			delete(f.peers, addr)
+		}
+	}
+	for _, addr := range addrs {
+		if f.peers[addr] == nil && ctx.Err() == nil {
+			p := newPeer(f, addr)
+			f.peers[addr] = p
+			var own context.Context
+			own, p.forget = context.WithCancel(ctx)
+			wg.Go(func() { p.run(own) })
+		}
+	}
+	f.look()
+}
+
+// publish tells the peers what this proxy's servers do, and finds out what changed here.
+func (f *Fleet) publish(ctx context.Context) {
+	tick := time.NewTicker(reportEvery)
+	defer tick.Stop()
+	for {
+		f.refresh()
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+// refresh reads the state of this proxy's servers, and sends it to the peers if it has changed.
+func (f *Fleet) refresh() {
+	local := f.Local()
+	for i := range local {
+		local[i].Beside = slices.Contains(f.Own, local[i].Name)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.local = local
+	f.sent.reset(f.ID)
+	f.look()
+	f.outbox.put(f.report())
+}
+
+// report returns what peers are told. f.mu must be held.
+func (f *Fleet) report() Report {
+	r := Report{ID: f.ID, Name: f.Name, Draining: f.draining.Load(), Servers: slices.Clone(f.local)}
+	for i := range r.Servers {
+		s := &r.Servers[i]
+		s.Owned = f.owned[s.Name]
+		if !s.Owned {
+			s.Learned = nil // only an owner learns
+		}
+	}
+	return r
+}
+
+// Drain tells the peers that this proxy is about to stop: it owns nothing more, as soon as there is
+// another owner.
+func (f *Fleet) Drain() {
+	f.draining.Store(true)
+	f.refresh()
+}
+
+// Draining reports whether Drain was called.
+func (f *Fleet) Draining() bool { return f.draining.Load() }
+
+// look draws the conclusions from what is known of all proxies. f.mu must be held.
+func (f *Fleet) look() {
+	members := []*member{{
+		id: f.ID, name: f.Name, draining: f.draining.Load(), servers: f.local,
+	}}
+	ids := map[string]bool{f.ID: true}
+	for _, addr := range slices.Sorted(maps.Keys(f.peers)) {
+		p := f.peers[addr]
+		if r := p.report; r != nil && !ids[r.ID] { // a peer may have several addresses
+			ids[r.ID] = true
+			members = append(members, &member{
+				peer: p, id: r.ID, name: r.Name, draining: r.Draining, servers: r.Servers,
+			})
+			for _, s := range r.Servers {
+				if s.Owned && len(s.Learned) > 0 {
+					f.learned[s.Name] = s.Learned
+				}
+			}
+		}
+	}
+	v := conclude(members)
+	f.view.Store(v)
+	owned := map[string]bool{}
+	for name, p := range v.places {
+		if p.owner.peer == nil {
+			owned[name] = true
+		}
+	}
+	f.change(owned)
+}
+
+// change tells which servers this proxy owns now, where that differs from before. f.mu must be
+// held.
+func (f *Fleet) change(owned map[string]bool) {
+	for name := range owned {
+		if f.owned[name] {
+			continue
+		}
+		f.counts.Owners++
+		f.Log.Debug("this proxy owns an upstream", "upstream", name)
+		if l := f.learned[name]; l != nil && f.Learned != nil {
+			f.Learned(name, l)
+		}
+		if f.Owned != nil {
+			f.Owned(name, true)
+		}
+	}
+	for name := range f.owned {
+		if owned[name] {
+			continue
+		}
+		f.counts.Owners++
+		f.Log.Debug("another proxy owns an upstream", "upstream", name)
+		if f.Owned != nil {
+			f.Owned(name, false)
+		}
+	}
+	f.owned = owned
+}
+
+// Counts returns what has happened so far.
+func (f *Fleet) Counts() Counts {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.counts
+}
+
+func (f *Fleet) count(add func(c *Counts)) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	add(&f.counts)
+}
+
+func (f *Fleet) trace(kind string, n int) {
+	if f.Trace != nil {
+		f.Trace(kind, n)
+	}
+}

@@ -1,0 +1,266 @@
+package fleet
+
+import (
+	"context"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptrace"
+	"net/textproto"
+	"strconv"
+	"sync/atomic"
+	"time"
+)
+
+// Headers that only peers may set. They are refused from clients.
+const (
+	HeaderPeer   = "X-Cacheproxy-Peer"        // the ID of the proxy that sends the request
+	headerSecret = "X-Cacheproxy-Peer-Secret" // Config.Secret
+	headerClient = "X-Cacheproxy-Peer-Client" // About.Client, as base64
+	headerKey    = "X-Cacheproxy-Peer-Key"    // About.Key, as base64
+	headerAge    = "X-Cacheproxy-Peer-Age"    // About.Age, in milliseconds
+	headerLength = "X-Cacheproxy-Peer-Length" // of the body, in bytes, whose end is held back
+	headerServer = "X-Cacheproxy-Peer-Server" // About.Server
+	headerMoves  = "X-Cacheproxy-Peer-Moves"  // About.Moves
+	// headerElsewhere, in an answer 421, names the server that takes the request over; it is empty
+	// if the entry is to choose again.
+	headerElsewhere = "X-Cacheproxy-Peer-Elsewhere"
+)
+
+// headers are all of them.
+var headers = []string{
+	HeaderPeer, headerSecret, headerClient, headerKey, headerAge, headerLength, headerServer,
+	headerMoves, headerElsewhere,
+}
+
+// About is what the owner is told of a request.
+type About struct {
+	Client string        // who is asking, for fairness
+	Key    string        // the digest of its API key; "" if it showed none
+	Age    time.Duration // since it arrived at the entry
+	Server string        // the server that the entry chose; "" for any
+	Moves  int           // how often another proxy's server took it over
+}
+
+// Errors of a request that is passed on.
+var (
+	// ErrGone means that the peer went away before it began with the request.
+	ErrGone = errors.New("the peer went away before it began with the request")
+	// ErrLost means that the peer went away after it may have begun with the request.
+	ErrLost = errors.New("the peer went away after it had begun with the request")
+	// ErrForgotten is why a passed request ends whose entry may have sent it to another proxy.
+	ErrForgotten = errors.New("the proxy that passed the request on is away")
+)
+
+// Elsewhere is the answer of an owner that does not serve a request.
+type Elsewhere struct {
+	Server string // the one that takes it over; "": the entry chooses again
+	Moves  int
+}
+
+func (e *Elsewhere) Error() string { return "the request is to be sent elsewhere" }
+
+// lostFor is how long an answer is waited for when its owner is away: it may be back.
+const lostFor = 15 * time.Second
+
+// Pass sends a request to the owner at a place. body has all of it that the owner needs, and length
+// bytes. The answer is the owner's. Errors that Again accepts mean that no server can have begun
+// with the request, or ever will; after any other one it must not be sent again.
+//
+// The end of the body is held back until the owner is about to send the request to its server,
+// which it says with 102 Processing. What it was not given in full it does not send.
+func (f *Fleet) Pass(
+	out *http.Request, to Place, p About, body io.Reader, length int64,
+) (*http.Response, error) {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	stop := context.AfterFunc(out.Context(), func() { cancel(context.Cause(out.Context())) })
+	hop := &hop{data: body, end: make(chan struct{}), cancel: cancel}
+	// The context is a new one, so that what traces out does not see the 102.
+	traced := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		Got1xxResponse: func(code int, _ textproto.MIMEHeader) error {
+			if code == http.StatusProcessing && !hop.settle(begun) {
+				return ErrGone
+			}
+			return nil
+		},
+	})
+	req := out.Clone(traced)
+	req.URL.Scheme, req.URL.Host, req.Host = f.Scheme, to.addr, ""
+	req.Body, req.GetBody, req.ContentLength = hop, nil, -1
+	req.TransferEncoding, req.Trailer = nil, nil
+	f.sign(req.Header)
+	req.Header.Set(headerClient, base64.StdEncoding.EncodeToString([]byte(p.Client)))
+	if p.Key != "" {
+		req.Header.Set(headerKey, base64.StdEncoding.EncodeToString([]byte(p.Key)))
+	}
+	req.Header.Set(headerAge, strconv.FormatInt(p.Age.Milliseconds(), 10))
+	req.Header.Set(headerLength, strconv.FormatInt(length, 10))
+	req.Header.Set(headerServer, p.Server)
+	if p.Moves > 0 {
+		req.Header.Set(headerMoves, strconv.Itoa(p.Moves))
+	}
+	watched := make(chan struct{})
+	go func() { // ends with ctx
+		defer close(watched)
+		f.watch(ctx, hop, to)
+	}()
+	res, err := f.Transport.RoundTrip(req)
+	if err != nil {
+		hop.settle(over)
+		cancel(err)
+		stop()
+		<-watched
+		return nil, hop.failure(ctx, err)
+	}
+	hop.settle(answered)
+	res.Request = out
+	res.Body = &hopBody{ReadCloser: res.Body, ctx: ctx, done: func() {
+		stop()
+		cancel(nil)
+	}}
+	if res.StatusCode == http.StatusMisdirectedRequest && res.Header[headerElsewhere] != nil {
+		res.Body.Close()
+		e := &Elsewhere{Server: res.Header.Get(headerElsewhere)}
+		e.Moves, _ = strconv.Atoi(res.Header.Get(headerMoves))
+		return nil, e
+	}
+	for _, name := range headers {
+		res.Header.Del(name)
+	}
+	return res, nil
+}
+
+// Again reports whether a request that Pass failed to pass on may be sent to another proxy.
+func Again(err error) bool {
+	if _, ok := errors.AsType[*Elsewhere](err); ok {
+		return true
+	}
+	return errors.Is(err, ErrGone)
+}
+
+// watch ends a hop whose owner goes away: at once if it has not begun, otherwise after a while.
+func (f *Fleet) watch(ctx context.Context, h *hop, to Place) {
+	select {
+	case <-ctx.Done():
+		return
+	case <-to.gone:
+	}
+	if h.settle(over) {
+		h.cancel(ErrGone)
+		return
+	}
+	if h.state.Load() == over {
+		return
+	}
+	for lost := time.Duration(0); lost < lostFor; lost += time.Second {
+		if pause(ctx, time.Second) != nil {
+			return
+		}
+		if gone := f.present(to); gone != nil {
+			select { // it is back; what it sent meanwhile is on its way
+			case <-ctx.Done():
+				return
+			case <-gone:
+				lost = 0
+			}
+		}
+	}
+	f.count(func(c *Counts) { c.Lost++ })
+	h.cancel(ErrLost)
+}
+
+// present returns what is closed when the peer at a place goes away, or nil if it is away.
+func (f *Fleet) present(to Place) <-chan struct{} {
+	for _, m := range f.view.Load().members {
+		if m.peer != nil && m.id == to.Peer {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			return m.peer.gone
+		}
+	}
+	return nil
+}
+
+// The states of a hop. It goes from pending to one of the others, and from begun to answered.
+const (
+	pending  int32 = iota
+	begun          // its owner has been told to go ahead
+	answered       // the answer's header came
+	over           // it was given up: its owner will never be told to go ahead
+)
+
+// hop is the body of a request that is passed on. It ends when its owner is told to go ahead.
+type hop struct {
+	data   io.Reader
+	state  atomic.Int32
+	end    chan struct{} // closed when the state is no longer pending
+	cancel context.CancelCauseFunc
+}
+
+// settle changes the state, and reports whether the owner may go ahead, or has answered, or (for
+// over) will not.
+func (h *hop) settle(to int32) bool {
+	if h.state.CompareAndSwap(pending, to) {
+		close(h.end)
+		return true
+	}
+	return h.state.Load() == to || to == answered
+}
+
+func (h *hop) Read(p []byte) (int, error) {
+	n, err := h.data.Read(p)
+	if n > 0 || err != io.EOF {
+		if err == io.EOF {
+			err = nil
+		}
+		return n, err
+	}
+	<-h.end
+	if h.state.Load() == over {
+		return 0, ErrGone
+	}
+	return 0, io.EOF
+}
+
+// Close is called by the transport when it needs the body no more.
+func (h *hop) Close() error {
+	h.settle(over)
+	return nil
+}
+
+// failure returns the error of a hop that came to nothing.
+func (h *hop) failure(ctx context.Context, err error) error {
+	c := context.Cause(ctx)
+	switch {
+	case errors.Is(c, ErrLost):
+		return ErrLost
+	case h.state.Load() == begun:
+		return fmt.Errorf("%w: %w", ErrLost, err)
+	case c != nil && !errors.Is(c, err) && !errors.Is(c, ErrGone):
+		return c // its client left
+	}
+	return fmt.Errorf("%w: %w", ErrGone, err)
+}
+
+// hopBody is the body of an answer.
+type hopBody struct {
+	io.ReadCloser
+	ctx  context.Context
+	done func()
+}
+
+func (b *hopBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if err != nil && err != io.EOF && errors.Is(context.Cause(b.ctx), ErrLost) {
+		err = ErrLost
+	}
+	return n, err
+}
+
+func (b *hopBody) Close() error {
+	err := b.ReadCloser.Close()
+	b.done()
+	return err
+}

@@ -1,0 +1,104 @@
+package fleet
+
+import (
+	"hash/fnv"
+	"slices"
+)
+
+// member is a proxy, as it was last heard of.
+type member struct {
+	peer     *peer // nil: this proxy
+	id, name string
+	draining bool
+	servers  []Server
+}
+
+// view is what follows from what is known of all proxies. It is not changed once it is made.
+type view struct {
+	members []*member
+	places  map[string]*place // by the server's name
+	names   []string          // of the servers, sorted
+}
+
+// place is a server and its owner.
+type place struct {
+	Server // as its owner says
+	owner  *member
+	gone   <-chan struct{} // closed when the owner goes away; nil for this proxy
+}
+
+// conclude decides who owns which server.
+func conclude(members []*member) *view {
+	v := &view{members: members, places: map[string]*place{}}
+	alike := map[string]int{}
+	for _, m := range members {
+		alike[m.name]++
+		for _, s := range m.servers {
+			if !slices.Contains(v.names, s.Name) {
+				v.names = append(v.names, s.Name)
+			}
+		}
+	}
+	slices.Sort(v.names)
+	for _, name := range v.names {
+		var best candidate
+		for _, m := range members {
+			for i := range m.servers {
+				if m.servers[i].Name != name {
+					continue
+				}
+				c := candidate{m: m, s: &m.servers[i], score: score(m, name, alike[m.name] > 1)}
+				if best.m == nil || c.before(best) {
+					best = c
+				}
+			}
+		}
+		p := &place{Server: *best.s, owner: best.m}
+		if best.m.peer != nil {
+			p.gone = best.m.peer.gone
+		}
+		v.places[name] = p
+	}
+	return v
+}
+
+// candidate is a proxy that may own a server.
+type candidate struct {
+	m     *member
+	s     *Server
+	score uint64
+}
+
+// before reports whether c rather than d owns the server: a proxy that is not about to stop, that
+// is beside the server, that reaches it, or else the first in the order of the rendezvous hash
+// (Thaler and Ravishankar, "A Name-Based Mapping Scheme for Rendezvous", 1996).
+func (c candidate) before(d candidate) bool {
+	switch {
+	case c.m.draining != d.m.draining:
+		return d.m.draining
+	case c.s.Beside != d.s.Beside:
+		return c.s.Beside
+	case c.s.Takes != d.s.Takes:
+		return c.s.Takes
+	case c.score != d.score:
+		return c.score > d.score
+	}
+	return c.m.id < d.m.id
+}
+
+// score is the rendezvous hash of a proxy for a server. Proxies of one name (which should not be)
+// are told apart by what differs for each process.
+func score(m *member, server string, alike bool) uint64 {
+	h := fnv.New64a()
+	h.Write([]byte(m.name))
+	if alike {
+		h.Write([]byte{0})
+		h.Write([]byte(m.id))
+	}
+	h.Write([]byte{0})
+	h.Write([]byte(server))
+	x := h.Sum64() // FNV does not mix its last bytes well; finish as SplitMix64 does
+	x = (x ^ x>>30) * 0xbf58476d1ce4e5b9
+	x = (x ^ x>>27) * 0x94d049bb133111eb
+	return x ^ x>>31
+}

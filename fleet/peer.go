@@ -1,0 +1,193 @@
+package fleet
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"time"
+)
+
+// peer is an address at which another proxy listens for its peers.
+type peer struct {
+	fleet  *Fleet
+	addr   string
+	forget func() // ends run
+
+	// Guarded by Fleet.mu.
+	report *Report       // the last one; nil: away
+	gone   chan struct{} // closed when it goes away; nil: away
+	err    error         // why it is away; nil before the first try
+	told   bool          // the log says that it is away
+	since  time.Time     // of the present state
+	asked  time.Time     // when it was last asked for waiting requests
+}
+
+func newPeer(f *Fleet, addr string) *peer {
+	return &peer{fleet: f, addr: addr, since: time.Now()}
+}
+
+// errSelf means that an address is this proxy's own.
+var errSelf = errors.New("this is the proxy itself")
+
+// run follows the peer's reports until ctx ends, and connects again when they break off.
+func (p *peer) run(ctx context.Context) {
+	after := dialAfter
+	for ctx.Err() == nil {
+		began := time.Now()
+		err := p.follow(ctx)
+		if ctx.Err() != nil {
+			break
+		}
+		if p.lost(err) || time.Since(began) > silentFor {
+			after = dialAfter
+		}
+		d := after
+		if errors.Is(err, errSelf) { // until the address is somebody else's
+			d = 10 * dialMost
+		}
+		if pause(ctx, d) != nil {
+			break
+		}
+		after = min(2*after, dialMost)
+	}
+	p.lost(nil)
+}
+
+// follow reads the peer's reports until they break off.
+func (p *peer) follow(ctx context.Context) error {
+	f := p.fleet
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	silent := time.AfterFunc(silentFor, func() {
+		cancel(fmt.Errorf("nothing came for %v", silentFor))
+	})
+	defer silent.Stop()
+	res, err := f.do(ctx, p.addr, http.MethodGet, pathReport, nil)
+	if err != nil {
+		return cause(ctx, err)
+	}
+	defer res.Body.Close()
+	lines := bufio.NewReader(res.Body)
+	for {
+		text, err := lines.ReadBytes('\n')
+		if err != nil {
+			return cause(ctx, err)
+		}
+		silent.Reset(silentFor)
+		f.trace("report", len(text))
+		r := &Report{}
+		if err := json.Unmarshal(text, r); err != nil {
+			return fmt.Errorf("it sends no report: %w", err)
+		}
+		if r.ID == f.ID {
+			return errSelf
+		}
+		p.heard(r)
+	}
+}
+
+// cause returns why ctx was cancelled, or else err.
+func cause(ctx context.Context, err error) error {
+	if c := context.Cause(ctx); c != nil {
+		return c
+	}
+	return err
+}
+
+// heard takes over a report.
+func (p *peer) heard(r *Report) {
+	f := p.fleet
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	before := p.report
+	if before != nil && before.ID != r.ID { // cannot happen on one connection
+		before = nil
+	}
+	r.fill(before)
+	if p.report = r; p.gone == nil {
+		p.gone, p.since = make(chan struct{}), time.Now()
+		if p.told {
+			f.Log.Info("peer is back", "peer", r.Name, "address", p.addr)
+		} else {
+			f.Log.Info("peer found", "peer", r.Name, "address", p.addr, "upstreams", len(r.Servers))
+		}
+		p.told, p.err = false, nil
+	}
+	for _, s := range r.Seen {
+		f.seen.put(s)
+	}
+	f.sent.reset(r.ID)
+	r.Seen = nil
+	f.look()
+}
+
+// lost notes that the peer is away, and reports whether it was there before.
+func (p *peer) lost(err error) (was bool) {
+	f := p.fleet
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err != nil {
+		p.err = err
+	}
+	if p.gone == nil {
+		if err != nil && !p.told && !errors.Is(err, errSelf) {
+			p.told = true
+			f.Log.Warn("peer does not answer; this proxy goes on without it", "address", p.addr,
+				"err", err)
+		}
+		return false
+	}
+	name, left := p.report.Name, p.report.Draining
+	close(p.gone)
+	f.forgets(p.report.ID)
+	p.report, p.gone, p.since = nil, nil, time.Now()
+	f.counts.Away++
+	switch {
+	case err == nil:
+		f.Log.Info("peer is no longer listed", "peer", name, "address", p.addr)
+	case left:
+		f.Log.Info("peer has stopped", "peer", name, "address", p.addr)
+	default:
+		f.Log.Warn("peer is away; this proxy goes on without it", "peer", name, "address", p.addr,
+			"err", err)
+	}
+	p.told = true
+	f.look()
+	return true
+}
+
+// maxAnswer is how many bytes of a peer's refusal are read.
+const maxAnswer = 4096
+
+// do sends a request of the fleet's own. Without an error the answer's status is 200.
+func (f *Fleet) do(
+	ctx context.Context, addr, method, path string, body io.Reader,
+) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, method, f.Scheme+"://"+addr+path, body)
+	if err != nil {
+		return nil, err
+	}
+	f.sign(req.Header)
+	res, err := f.Transport.RoundTrip(req)
+	if err != nil {
+		return nil, err
+	}
+	if res.StatusCode != http.StatusOK {
+		text, _ := io.ReadAll(io.LimitReader(res.Body, maxAnswer))
+		res.Body.Close()
+		return nil, fmt.Errorf("it answers %s: %s", res.Status, text)
+	}
+	return res, nil
+}
+
+// sign shows the peer that a request is from one of its peers.
+func (f *Fleet) sign(h http.Header) {
+	h.Set(HeaderPeer, f.ID)
+	if len(f.Secret) > 0 {
+		h.Set(headerSecret, string(f.Secret))
+	}
+}

@@ -1,0 +1,198 @@
+package fleet
+
+import (
+	"context"
+	"encoding/json"
+	"hash/maphash"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+)
+
+// Report is a line of the stream that a proxy sends to each peer.
+type Report struct {
+	ID       string   `json:"id"`   // differs for each process
+	Name     string   `json:"name"` // Config.Name
+	Draining bool     `json:"draining,omitempty"`
+	Servers  []Server `json:"servers"`
+	// Seen is where prompts were sent since the last line.
+	Seen []Sight `json:"seen,omitempty"`
+}
+
+// Server is what a proxy knows of one of its Ollama servers.
+type Server struct {
+	Name   string `json:"name"`
+	Beside bool   `json:"beside,omitempty"` // the proxy is beside it, and owns it
+	Owned  bool   `json:"owned,omitempty"`  // by the proxy that says so
+	Takes  bool   `json:"takes"`            // it answers, and gets new requests
+	// Models are the keys of its models (upstream.ModelKey). In a line of the stream null means the
+	// same ones as in the line before.
+	Models []string `json:"models"`
+	// Wait is how long a new request with a new prefix waits there, in seconds, as estimated.
+	Wait    float64 `json:"wait,omitempty"`
+	Running int     `json:"running,omitempty"`
+	Waiting int     `json:"waiting,omitempty"`
+	Slots   int     `json:"slots,omitempty"` // for each model; 0: not known
+	// PerToken is how long evaluating a token takes, in seconds; 0: not known.
+	PerToken float64 `json:"per_token,omitempty"`
+	// Backlogs are the waiting requests that another proxy's server may take over.
+	Backlogs []Backlog `json:"backlogs,omitempty"`
+	// Learned is what the scheduler has learned of it, for the next owner.
+	Learned json.RawMessage `json:"learned,omitempty"`
+}
+
+// Backlog are requests that wait for a model, loaded with some options.
+type Backlog struct {
+	Options prefix.Options `json:"options"`
+	Movable int            `json:"movable"` // those that another server may take over
+	Lanes   int            `json:"lanes"`   // slots that serve them
+}
+
+// Take asks a peer to give requests that wait for its servers to an idle one.
+type Take struct {
+	Server  string         `json:"server"`  // the idle one
+	Options prefix.Options `json:"options"` // of the requests
+	Loaded  bool           `json:"loaded"`  // the model is loaded there with these options
+	Free    int            `json:"free"`    // slots
+	Load    time.Duration  `json:"load"`    // of loading the model, in nanoseconds
+	Idle    time.Duration  `json:"idle"`    // since when a slot is free, in nanoseconds
+}
+
+// Sight tells that a prompt with these fingerprints was sent to a server.
+type Sight struct {
+	Server string   `json:"server"`
+	Hashes []uint64 `json:"hashes"`
+}
+
+// outbox has the last report, and the sights that some streams have not sent yet.
+type outbox struct {
+	mu      sync.Mutex
+	last    Report
+	text    []byte        // of last
+	version uint64        // of last; it grows
+	sights  []Sight       // the most recent ones
+	first   uint64        // the number of sights[0]
+	news    chan struct{} // closed when something has changed
+}
+
+// sightsMost bounds how many sights are kept for slow streams. What is lost costs a prompt that is
+// sent where its prefix is not warm.
+const sightsMost = 4096
+
+func newOutbox() *outbox { return &outbox{news: make(chan struct{})} }
+
+func (o *outbox) put(r Report) {
+	text, err := json.Marshal(r)
+	if err != nil {
+		panic(err) // of strings and numbers
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if string(text) != string(o.text) {
+		o.last, o.text = r, text
+		o.version++
+		o.wake()
+	}
+}
+
+func (o *outbox) sight(s Sight) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.sights = append(o.sights, s)
+	if n := len(o.sights) - sightsMost; n > 0 {
+		o.sights = slices.Clone(o.sights[n:])
+		o.first += uint64(n)
+	}
+	o.wake()
+}
+
+func (o *outbox) wake() {
+	close(o.news)
+	o.news = make(chan struct{})
+}
+
+// stream is the position of a peer in the outbox.
+type stream struct {
+	version uint64
+	sights  uint64            // the number of the first that was not sent
+	models  map[string]uint64 // hashes of the lists that were sent, by server
+}
+
+var seed = maphash.MakeSeed()
+
+// next returns the next line for a peer. It waits for news for up to reportLeast, and for
+// reportEvery after the last line.
+func (o *outbox) next(ctx context.Context, s *stream) ([]byte, error) {
+	if s.models == nil {
+		s.models = map[string]uint64{}
+	} else if err := pause(ctx, reportEvery); err != nil {
+		return nil, err
+	}
+	o.mu.Lock()
+	news, same := o.news, s.version == o.version && s.sights == o.first+uint64(len(o.sights))
+	o.mu.Unlock()
+	if same {
+		timer := time.NewTimer(reportLeast - reportEvery)
+		defer timer.Stop()
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-news:
+		case <-timer.C:
+		}
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	r := o.last
+	r.Servers = slices.Clone(r.Servers)
+	for i := range r.Servers {
+		v := &r.Servers[i]
+		sum := maphash.String(seed, strings.Join(v.Models, "\n"))
+		if before, ok := s.models[v.Name]; ok && before == sum {
+			v.Models = nil
+		} else {
+			s.models[v.Name] = sum
+			v.Models = append([]string{}, v.Models...)
+		}
+	}
+	if s.sights < o.first {
+		s.sights = o.first
+	}
+	r.Seen = slices.Clone(o.sights[s.sights-o.first:])
+	s.sights, s.version = o.first+uint64(len(o.sights)), o.version
+	text, err := json.Marshal(r)
+	return append(text, '\n'), err
+}
+
+// pause waits, unless ctx ends before.
+func pause(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-timer.C:
+		return nil
+	}
+}
+
+// fill completes a line whose lists of models are left out from the line before it.
+func (r *Report) fill(before *Report) {
+	if before == nil {
+		return
+	}
+	for i := range r.Servers {
+		s := &r.Servers[i]
+		if s.Models != nil {
+			continue
+		}
+		for _, b := range before.Servers {
+			if b.Name == s.Name {
+				s.Models = b.Models
+			}
+		}
+	}
+}

@@ -1,0 +1,452 @@
+package fleet
+
+import (
+	"cmp"
+	"context"
+	"crypto/subtle"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	pathReport = "/peer/report"
+	pathTake   = "/peer/take"
+
+	takeMost = 64 << 10 // bytes of a Take
+	// goAhead is how long the owner waits until the entry tells it to go ahead: a round trip.
+	goAhead = 5 * time.Second
+)
+
+// Passed is a request that one proxy, its entry, has passed on to this one.
+type Passed struct {
+	About
+
+	fleet  *Fleet
+	entry  string // its ID
+	ended  chan struct{}
+	cancel context.CancelCauseFunc
+	once   sync.Once
+
+	mu sync.Mutex
+	w  http.ResponseWriter // guarded by mu; nil when the request is over
+}
+
+type passedKey struct{}
+
+// PassedOf returns the request that a peer has passed on, or nil if ctx is of another request.
+func PassedOf(ctx context.Context) *Passed {
+	p, _ := ctx.Value(passedKey{}).(*Passed)
+	return p
+}
+
+// Claims reports whether a request has a header that only peers may set.
+func Claims(h http.Header) bool {
+	for _, name := range headers {
+		if h[name] != nil {
+			return true
+		}
+	}
+	return false
+}
+
+// Handler serves the peers. Requests that they pass on go to next, which finds them with PassedOf.
+func (f *Fleet) Handler(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case !f.admits(r):
+			http.Error(w, "this is for the proxies of a fleet; they show their secret"+
+				" (--peer-secret-file) or a certificate (--peer-cert)", http.StatusForbidden)
+		case r.URL.Path == pathReport:
+			f.serveReports(w, r)
+		case r.URL.Path == pathTake && r.Method == http.MethodPost:
+			f.serveTake(w, r)
+		default:
+			f.servePassed(w, r, next)
+		}
+	})
+}
+
+// admits reports whether a request is from a peer. Where there is no secret, the listener asks for a
+// certificate.
+func (f *Fleet) admits(r *http.Request) bool {
+	if r.Header.Get(HeaderPeer) == "" {
+		return false
+	}
+	if len(f.Secret) == 0 {
+		return r.TLS != nil && len(r.TLS.VerifiedChains) > 0
+	}
+	return subtle.ConstantTimeCompare([]byte(r.Header.Get(headerSecret)), f.Secret) == 1
+}
+
+// serveReports sends reports until the peer leaves.
+func (f *Fleet) serveReports(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	out := http.NewResponseController(w)
+	var at stream
+	for {
+		line, err := f.outbox.next(r.Context(), &at)
+		if err != nil {
+			return
+		}
+		// A peer that reads nothing holds up only this goroutine, but not for ever.
+		out.SetWriteDeadline(time.Now().Add(silentFor))
+		if _, err := w.Write(line); err != nil {
+			return
+		}
+		if err := out.Flush(); err != nil {
+			return
+		}
+	}
+}
+
+func (f *Fleet) serveTake(w http.ResponseWriter, r *http.Request) {
+	var t Take
+	if err := json.NewDecoder(io.LimitReader(r.Body, takeMost)).Decode(&t); err != nil {
+		http.Error(w, "this is no request for work: "+err.Error(), http.StatusBadRequest)
+		return
+	}
+	n := 0
+	if f.Give != nil {
+		n = f.Give(t)
+	}
+	f.count(func(c *Counts) { c.Given += uint64(n) })
+	w.Header().Set("Content-Type", "application/json")
+	json.NewEncoder(w).Encode(given{n}) // an error means that the peer is gone
+}
+
+// servePassed serves a request that a peer has passed on.
+func (f *Fleet) servePassed(w http.ResponseWriter, r *http.Request, next http.Handler) {
+	p, length, err := parsePassed(r.Header)
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	f.count(func(c *Counts) { c.Received++ })
+	out := http.NewResponseController(w)
+	// Otherwise net/http would read the whole body before it writes the answer's header.
+	if err := out.EnableFullDuplex(); err != nil {
+		http.Error(w, err.Error(), http.StatusHTTPVersionNotSupported)
+		return
+	}
+	ctx, cancel := context.WithCancelCause(context.WithValue(r.Context(), passedKey{}, p))
+	defer cancel(nil)
+	p.fleet, p.cancel, p.ended, p.w = f, cancel, make(chan struct{}), w
+	body := &passedBody{rest: r.Body, left: length, passed: p, watched: make(chan struct{})}
+	inner := r.WithContext(ctx)
+	inner.Header = r.Header.Clone()
+	for _, name := range headers {
+		inner.Header.Del(name)
+	}
+	inner.Body, inner.ContentLength, inner.TransferEncoding = body, length, nil
+	if length == 0 {
+		inner.Body = http.NoBody
+		body.watch()
+	}
+	f.arrivals.Store(p, p.entry)
+	// What reads the body ends when its connection is not read any more.
+	stop := context.AfterFunc(ctx, func() { out.SetReadDeadline(time.Now()) })
+	defer stop()
+	defer func() {
+		f.arrivals.Delete(p)
+		p.mu.Lock()
+		p.w = nil
+		p.mu.Unlock()
+		out.Flush() // the entry ends the body when it has the answer's header
+		if !body.watches.Load() {
+			return
+		}
+		select {
+		case <-body.watched:
+		case <-time.After(goAhead):
+			out.SetReadDeadline(time.Now())
+			<-body.watched
+		}
+	}()
+	next.ServeHTTP(w, inner)
+}
+
+// parsePassed reads the headers of a request that a peer has passed on.
+func parsePassed(h http.Header) (*Passed, int64, error) {
+	p := &Passed{About: About{Server: h.Get(headerServer)}, entry: h.Get(HeaderPeer)}
+	client, err1 := base64.StdEncoding.DecodeString(h.Get(headerClient))
+	key, err2 := base64.StdEncoding.DecodeString(h.Get(headerKey))
+	age, err3 := strconv.ParseUint(h.Get(headerAge), 10, 32)
+	length, err4 := strconv.ParseUint(h.Get(headerLength), 10, 62)
+	var err5 error
+	if moves := h.Get(headerMoves); moves != "" {
+		var n uint64
+		n, err5 = strconv.ParseUint(moves, 10, 16)
+		p.Moves = int(n)
+	}
+	if err := errors.Join(err1, err2, err3, err4, err5); err != nil {
+		return nil, 0, fmt.Errorf("the headers of a peer are not valid: %s",
+			strings.ReplaceAll(err.Error(), "\n", "; "))
+	}
+	p.Client, p.Key, p.Age = string(client), string(key), time.Duration(age)*time.Millisecond
+	return p, int64(length), nil
+}
+
+// passedBody is the body of a passed request without its end.
+type passedBody struct {
+	rest    io.ReadCloser
+	left    int64
+	passed  *Passed
+	watches atomic.Bool
+	watched chan struct{} // closed when the end was read
+}
+
+func (b *passedBody) Read(p []byte) (int, error) {
+	if b.left == 0 {
+		return 0, io.EOF
+	}
+	n, err := b.rest.Read(p[:min(int64(len(p)), b.left)])
+	if b.left -= int64(n); b.left == 0 {
+		b.watch()
+		return n, nil
+	}
+	if err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
+	return n, err
+}
+
+// watch reads the body's end, or finds that the entry has given the request up.
+func (b *passedBody) watch() {
+	b.watches.Store(true)
+	go func() { // ends with the connection, or the body
+		defer close(b.watched)
+		n, err := b.rest.Read(make([]byte, 1))
+		if n == 0 && err == io.EOF {
+			close(b.passed.ended)
+			return
+		}
+		b.passed.cancel(ErrForgotten)
+	}()
+}
+
+func (b *passedBody) Close() error { return nil } // net/http closes the rest
+
+// Begin asks the entry whether the request may be sent to a server. The first call waits for that;
+// later ones repeat its result. A nil Passed may always be sent.
+func (p *Passed) Begin(ctx context.Context) error {
+	if p == nil {
+		return nil
+	}
+	p.once.Do(func() {
+		p.announce()
+		select {
+		case <-p.ended:
+		case <-ctx.Done():
+		case <-time.After(goAhead):
+			p.cancel(ErrForgotten)
+		}
+	})
+	select {
+	case <-p.ended:
+		p.fleet.arrivals.Delete(p) // its entry no longer decides over it
+		return nil
+	default:
+	}
+	p.fleet.count(func(c *Counts) { c.Forgotten++ })
+	return ErrForgotten
+}
+
+// announce tells the entry that the request is about to be sent. What computes an answer may outlive
+// the request that began it, whose writer is then no longer its own.
+func (p *Passed) announce() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.w != nil {
+		p.w.WriteHeader(http.StatusProcessing)
+	}
+}
+
+// forgets ends the requests of an entry that has gone away, as far as they have not begun: it may
+// send them to others.
+func (f *Fleet) forgets(entry string) {
+	f.arrivals.Range(func(key, value any) bool {
+		if p := key.(*Passed); value == entry {
+			p.cancel(ErrForgotten)
+		}
+		return true
+	})
+}
+
+// Decline answers a request that this proxy does not serve: another server takes it over, or the
+// entry chooses again.
+func Decline(w http.ResponseWriter, server string, moves int) {
+	w.Header().Set(headerElsewhere, server)
+	w.Header().Set(headerMoves, strconv.Itoa(moves))
+	w.WriteHeader(http.StatusMisdirectedRequest)
+	http.NewResponseController(w).Flush()
+}
+
+// ask asks peers for waiting requests while a server of this proxy is idle.
+func (f *Fleet) ask(ctx context.Context) {
+	if f.Taker == nil {
+		return
+	}
+	tick := time.NewTicker(askEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		f.askOnce(ctx)
+	}
+}
+
+// askOnce asks the peers with the longest backlogs for what this proxy's servers could begin with.
+func (f *Fleet) askOnce(ctx context.Context) {
+	asked := map[string]bool{} // servers that were promised something
+	for _, b := range f.backlogs() {
+		v := f.view.Load()
+		for _, name := range v.names {
+			if v.places[name].owner.peer != nil || asked[name] || !v.places[name].Takes {
+				continue
+			}
+			if t, ok := f.Taker(name, b.Options); ok && f.take(ctx, b.addr, t) {
+				asked[name] = true
+			}
+		}
+	}
+}
+
+// offered is a backlog of a peer.
+type offered struct {
+	Backlog
+	addr string
+}
+
+// backlogs returns what peers' servers have more of than they can begin with, the longest first.
+func (f *Fleet) backlogs() (all []offered) {
+	for _, m := range f.view.Load().members {
+		if m.peer == nil {
+			continue
+		}
+		for _, s := range m.servers {
+			for _, b := range s.Backlogs {
+				if b.Movable > 0 {
+					all = append(all, offered{b, m.peer.addr})
+				}
+			}
+		}
+	}
+	each := func(b offered) float64 { return float64(b.Movable) / float64(max(b.Lanes, 1)) }
+	slices.SortStableFunc(all, func(a, b offered) int { return cmp.Compare(each(b), each(a)) })
+	return all
+}
+
+// take asks a peer for waiting requests, and reports whether it gave any. They come as any other
+// request that is passed on.
+func (f *Fleet) take(ctx context.Context, addr string, t Take) bool {
+	ctx, cancel := context.WithTimeout(ctx, silentFor)
+	defer cancel()
+	text, err := json.Marshal(t)
+	if err != nil {
+		panic(err) // of strings and numbers
+	}
+	f.trace("take", len(text))
+	res, err := f.do(ctx, addr, http.MethodPost, pathTake, strings.NewReader(string(text)))
+	if err != nil {
+		f.Log.Debug("a peer gives no work", "address", addr, "err", err)
+		return false
+	}
+	defer res.Body.Close()
+	var answer given
+	err = json.NewDecoder(io.LimitReader(res.Body, maxAnswer)).Decode(&answer)
+	return err == nil && answer.Given > 0
+}
+
+// given is the answer to a Take.
+type given struct {
+	Given int `json:"given"`
+}
+
+// Peer is another proxy, for pages and metrics.
+type Peer struct {
+	Name     string    `json:"name"` // "" if it has never been heard of
+	ID       string    `json:"id,omitempty"`
+	Address  string    `json:"address"`
+	Up       bool      `json:"up"`
+	Since    time.Time `json:"since"` // of being up, or away
+	Draining bool      `json:"draining,omitempty"`
+	Error    string    `json:"error,omitempty"`
+}
+
+// Peers returns the other proxies, by address.
+func (f *Fleet) Peers() []Peer {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	all := []Peer{}
+	for _, p := range f.peers {
+		if errors.Is(p.err, errSelf) {
+			continue
+		}
+		e := Peer{Address: p.addr, Up: p.gone != nil, Since: p.since}
+		if r := p.report; r != nil {
+			e.Name, e.ID, e.Draining = r.Name, r.ID, r.Draining
+		}
+		if p.err != nil {
+			e.Error = p.err.Error()
+		}
+		all = append(all, e)
+	}
+	slices.SortFunc(all, func(a, b Peer) int { return strings.Compare(a.Address, b.Address) })
+	return all
+}
+
+// Owner is a server and its owner, for pages.
+type Owner struct {
+	Server  string  `json:"server"`
+	Owner   string  `json:"owner"` // its name
+	Here    bool    `json:"here"`  // this proxy
+	Takes   bool    `json:"takes"`
+	Wait    float64 `json:"wait_s"` // of a new request
+	Running int     `json:"running"`
+	Waiting int     `json:"waiting"`
+	Models  int     `json:"models"`
+}
+
+// Owners returns all servers with their owners, by name.
+func (f *Fleet) Owners() []Owner {
+	v := f.view.Load()
+	all := []Owner{}
+	for _, name := range v.names {
+		p := v.places[name]
+		all = append(all, Owner{
+			Server: name, Owner: p.owner.name, Here: p.owner.peer == nil, Takes: p.Takes,
+			Wait: p.Wait, Running: p.Running, Waiting: p.Waiting, Models: len(p.Models),
+		})
+	}
+	return all
+}
+
+// Has reports whether any proxy is known to have a server with the model.
+func (f *Fleet) Has(model string) bool {
+	v := f.view.Load()
+	for _, p := range v.places {
+		if _, has := slices.BinarySearch(p.Models, model); has {
+			return true
+		}
+	}
+	return false
+}
+
+// Owns reports whether this proxy owns a server.
+func (f *Fleet) Owns(server string) bool {
+	p := f.view.Load().places[server]
+	return p != nil && p.owner.peer == nil
+}

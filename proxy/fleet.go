@@ -1,0 +1,421 @@
+package proxy
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"log"
+	"maps"
+	"net/http"
+	"net/http/httputil"
+	"slices"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/fleet"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
+)
+
+// Join fills in what a fleet asks of this handler. Call it before Init, with the configuration from
+// which Handler.Fleet is made.
+func (h *Handler) Join(c *fleet.Config) {
+	c.Local, c.Give, c.Taker = h.reported, h.give, h.taker
+	c.Owned, c.Learned = h.owned, h.learned
+}
+
+// reported returns what peers are told of this proxy's servers.
+func (h *Handler) reported() []fleet.Server {
+	loads := map[uint16]schedule.Load{}
+	if h.Lanes != nil {
+		for _, l := range h.Lanes.Loads() {
+			loads[l.Upstream] = l
+		}
+	}
+	var all []fleet.Server
+	for _, b := range h.backends {
+		s := fleet.Server{Name: b.Name, Takes: b.takes(), Models: b.listed()}
+		if h.Lanes != nil {
+			l := loads[b.index]
+			s.Wait, s.Running, s.Waiting = l.Wait.Seconds(), l.Running, l.Waiting
+			s.PerToken = l.PerToken.Seconds()
+			for _, x := range l.Runners {
+				s.Slots = max(s.Slots, x.Lanes)
+				if x.Movable > 0 {
+					s.Backlogs = append(s.Backlogs, fleet.Backlog{
+						Options: x.Options, Movable: x.Movable, Lanes: x.Lanes,
+					})
+				}
+			}
+			s.Learned = marshal(h.Lanes.Learned(b.index))
+		} else {
+			s.Running = int(b.inFlight.Load())
+		}
+		all = append(all, s)
+	}
+	return all
+}
+
+// listed returns the keys of a server's models, sorted.
+func (b *backend) listed() []string {
+	st := b.State()
+	if last := b.models.Load(); last != nil && last.at.Equal(st.Listed) {
+		return last.keys
+	}
+	now := &modelKeys{st.Listed, slices.Sorted(maps.Keys(st.Digests))}
+	b.models.Store(now)
+	return now.keys
+}
+
+// modelKeys are the keys of a server's models when they were listed.
+type modelKeys struct {
+	at   time.Time
+	keys []string
+}
+
+// give gives waiting requests to a peer's idle server.
+func (h *Handler) give(t fleet.Take) int {
+	if h.Lanes == nil {
+		return 0
+	}
+	return h.Lanes.Give(schedule.Taker{
+		Server: t.Server, Options: t.Options, Loaded: t.Loaded, Free: t.Free, Load: t.Load, Idle: t.Idle,
+	})
+}
+
+// taker returns what one of this proxy's servers could take over.
+func (h *Handler) taker(server string, options prefix.Options) (fleet.Take, bool) {
+	b := h.named(server)
+	if b == nil || h.Lanes == nil || !b.takes() || !b.serves(options.Model) {
+		return fleet.Take{}, false
+	}
+	t, ok := h.Lanes.Taker(b.index, options)
+	return fleet.Take{
+		Server: server, Options: options, Loaded: t.Loaded, Free: t.Free, Load: t.Load, Idle: t.Idle,
+	}, ok
+}
+
+// serves reports whether the server has a model with these weights.
+func (b *backend) serves(weights string) bool {
+	for key := range b.State().Digests {
+		if b.runners.Weights(key) == weights {
+			return true
+		}
+	}
+	return false
+}
+
+// owned is called when this proxy begins or ceases to own a server.
+func (h *Handler) owned(server string, on bool) {
+	b := h.named(server)
+	if b == nil {
+		return
+	}
+	b.foreign.Store(!on)
+	if h.Lanes != nil {
+		h.Lanes.SetOwned(b.index, on)
+	}
+}
+
+// learned is called with what the last owner of a server has learned of it.
+func (h *Handler) learned(server string, text []byte) {
+	var l schedule.Learned
+	if b := h.named(server); b != nil && h.Lanes != nil && json.Unmarshal(text, &l) == nil {
+		h.Lanes.SetLearned(b.index, l)
+	}
+}
+
+// owning returns the servers of a list that this proxy owns; all of them if it owns none, since then a
+// peer has taken it for their owner, or there is no other.
+func (h *Handler) owning(ex *exchange, list []*backend) []*backend {
+	if h.Fleet == nil || !ex.infers() {
+		return list
+	}
+	own := slices.DeleteFunc(slices.Clone(list), func(b *backend) bool { return b.foreign.Load() })
+	if len(own) == 0 {
+		return list
+	}
+	return own
+}
+
+// client returns who is asking, for fairness.
+func (h *Handler) client(r *http.Request, ex *exchange) string {
+	if ex.passed != nil {
+		return ex.passed.Client
+	}
+	return h.Trusted.clientOf(r, ex.holder.client())
+}
+
+// passedOn sends a request to the proxy that owns the server which it should go to. It returns false
+// if this proxy serves the request itself.
+func (h *Handler) passedOn(w http.ResponseWriter, r *http.Request, ex *exchange) bool {
+	if h.Fleet == nil || ex.passed != nil || ex.warming != nil || ex.stranger || ex.passing != nil {
+		return false
+	}
+	if ex.cloud || ex.key == "" && ex.away == "" || ex.unloads() && h.exists(ex.key) {
+		return false
+	}
+	// What evaluates nothing needs no owner, only a server that has the model.
+	if !ex.infers() && ex.away == "" && h.exists(ex.key) {
+		return false
+	}
+	return h.pass(w, r, ex, ex.away)
+}
+
+// pass sends a request to a server's owner, or, without the server's name, to the owner of the one
+// that it should go to. It returns false if that is this proxy.
+func (h *Handler) pass(w http.ResponseWriter, r *http.Request, ex *exchange, server string) bool {
+	ask := fleet.Ask{Model: ex.key, Server: server}
+	if ex.only != nil {
+		ask.Server = ex.only.Name
+	}
+	if ex.chain != nil && ex.chain.HasPrompt() {
+		ask.Links = ex.chain.Links
+		ask.Tokens = ask.Links[len(ask.Links)-1].Bytes / bytesPerToken
+	}
+	place, ok := h.Fleet.Choose(ask)
+	if !ok || place.Here() {
+		return false
+	}
+	ex.hop = &relay{ask: ask, place: place}
+	w = h.heartbeats(w, ex)
+	if !ex.waiting {
+		ex.waiting = true
+		h.waiting.Add(1)
+	}
+	began := time.Now()
+	ex.beat.wait()
+	h.hops.ServeHTTP(w, r)
+	if !ex.hop.here {
+		return true
+	}
+	ex.hop = nil
+	ex.Waited += time.Since(began)
+	return false
+}
+
+// bytesPerToken is a rough estimate, for the choice between servers.
+const bytesPerToken = 4
+
+// relay is the way of a request to another proxy.
+type relay struct {
+	ask   fleet.Ask
+	place fleet.Place
+	tries int
+	here  bool // it turned out that this proxy serves the request
+}
+
+// hopsMost is how many proxies are tried at most.
+const hopsMost = 8
+
+// errHere means that this proxy serves the request itself.
+var errHere = errors.New("this proxy serves the request itself")
+
+// hops is the transport of requests that are passed on. If an owner goes away before it has begun,
+// or another proxy's server takes the request over, it is sent there.
+type hops struct{ h *Handler }
+
+func (t hops) RoundTrip(out *http.Request) (*http.Response, error) {
+	h, ex := t.h, out.Context().Value(exchangeKey{}).(*exchange)
+	p := ex.hop
+	failed := map[string]int{}
+	moves := ex.moves
+	for {
+		body, n := ex.whole()
+		res, err := h.Fleet.Pass(out, p.place, fleet.About{
+			Client: h.client(ex.inbound, ex), Key: ex.holder.client(), Age: time.Since(ex.start),
+			Server: p.place.Server, Moves: moves,
+		}, body, n)
+		body.Close()
+		if err == nil {
+			return res, nil
+		}
+		if cause := context.Cause(out.Context()); cause != nil {
+			return nil, cause
+		}
+		if p.tries++; !fleet.Again(err) || p.tries > hopsMost {
+			return nil, err
+		}
+		ex.Retries = append(ex.Retries, RetryPeer)
+		ask := p.ask
+		if e, ok := errors.AsType[*fleet.Elsewhere](err); ok {
+			ex.Retries[len(ex.Retries)-1] = RetryElsewhere
+			ask.Server, moves = e.Server, max(moves+1, e.Moves)
+		} else if failed[p.place.Peer]++; failed[p.place.Peer] > 1 {
+			p.ask.Not = append(p.ask.Not, p.place.Peer) // the first time its connection may have been stale
+			ask.Not = p.ask.Not
+		}
+		place, ok := h.Fleet.Choose(ask)
+		if !ok && ask.Server != p.ask.Server { // that server is gone
+			place, ok = h.Fleet.Choose(p.ask)
+		}
+		if ex.moves = moves; !ok || place.Here() {
+			return nil, errHere
+		}
+		p.place = place
+	}
+}
+
+// Why a request that was passed on was sent to another proxy.
+const (
+	RetryPeer      = "peer"      // its owner went away before it began
+	RetryElsewhere = "elsewhere" // another proxy's server took it over
+)
+
+// whole returns the request's body, and its length.
+func (ex *exchange) whole() (io.ReadCloser, int64) {
+	if ex.body == nil {
+		return http.NoBody, 0
+	}
+	return ex.body.open(), int64(len(ex.body.data))
+}
+
+// newHops returns the forwarder to other proxies.
+func (h *Handler) newHops() *httputil.ReverseProxy {
+	return &httputil.ReverseProxy{
+		Rewrite:        h.rewriteHop,
+		ModifyResponse: h.modifyHop,
+		ErrorHandler:   h.hopFailed,
+		Transport:      hops{h},
+		FlushInterval:  -1, // pass on every write of the peer at once
+		BufferPool:     newBufferPool(),
+		ErrorLog:       log.New(io.Discard, "", 0), // errors are in the log line of the request
+	}
+}
+
+// rewriteHop builds the request to a peer: the same one, without what only this proxy has to know.
+func (h *Handler) rewriteHop(pr *httputil.ProxyRequest) {
+	ex := pr.In.Context().Value(exchangeKey{}).(*exchange)
+	ex.inbound = pr.In
+	u := *pr.In.URL
+	pr.Out.URL = &u
+	for _, name := range []string{"Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"} {
+		if v, ok := pr.In.Header[name]; ok {
+			pr.Out.Header[name] = v
+		}
+	}
+	for _, name := range ex.spent {
+		pr.Out.Header.Del(name)
+	}
+	for _, name := range []string{"Connection", "Upgrade", "Expect", "Origin"} {
+		pr.Out.Header.Del(name)
+	}
+	if ex.beat.begun() {
+		pr.Out.Header.Del("Accept-Encoding") // the answer cannot have an encoding any more
+	}
+}
+
+func (h *Handler) modifyHop(res *http.Response) error {
+	ex := res.Request.Context().Value(exchangeKey{}).(*exchange)
+	ex.beat.waited()
+	h.waited(ex)
+	if ex.beat.begun() {
+		ex.asEvent(res)
+	}
+	ex.Status, ex.Peer = res.StatusCode, ex.hop.place.Peer
+	ex.Simulated = res.Header[upstream.SimulatedHeader] != nil
+	setCORS(res.Header, ex.origin)
+	if res.Header["Content-Type"] == nil {
+		ex.header["Content-Type"] = nil // otherwise net/http would guess one
+	}
+	res.Body = &hopTap{res.Body, ex}
+	return nil
+}
+
+// hopTap is the body of a peer's answer on its way to the client. It counts.
+type hopTap struct {
+	io.ReadCloser
+	ex *exchange
+}
+
+func (t *hopTap) Read(p []byte) (int, error) {
+	n, err := t.ReadCloser.Read(p)
+	if n > 0 && t.ex.BytesOut == 0 {
+		t.ex.FirstByte = time.Since(t.ex.start)
+	}
+	t.ex.BytesOut += int64(n)
+	if err != nil {
+		t.ex.bodyErr = err // io.EOF is a good end
+	}
+	return n, err
+}
+
+// hopFailed answers a request that could not be passed on.
+func (h *Handler) hopFailed(w http.ResponseWriter, r *http.Request, err error) {
+	ex := r.Context().Value(exchangeKey{}).(*exchange)
+	ex.beat.waited()
+	switch {
+	case errors.Is(err, errHere):
+		ex.hop.here = true
+	case r.Context().Err() != nil:
+		ex.Outcome = ClientGone
+		panic(http.ErrAbortHandler) // nothing was written, and must not become an empty 200
+	case errors.Is(err, fleet.ErrLost):
+		h.Log.Warn("a request was lost with the proxy that served it", "upstream", ex.hop.place.Server,
+			"err", err)
+		ex.Outcome = Unreachable
+		ex.reply(w, r, &refusal{http.StatusBadGateway, "the proxy that served this request went away; " +
+			"ollama may have begun with it, so it was not sent again: send it again if that does no harm"})
+	default:
+		h.Log.Debug("passing a request on failed", "upstream", ex.hop.place.Server, "err", err)
+		ex.header.Set("Retry-After", retryAfter)
+		h.refuse(w, r, ex, &refusal{http.StatusServiceUnavailable,
+			"none of the proxies of this fleet takes the request at the moment; try again"})
+	}
+}
+
+// moved handles a request that another proxy is to serve, while it waited here. It returns false
+// if this proxy serves it after all.
+func (h *Handler) moved(w http.ResponseWriter, r *http.Request, ex *exchange) bool {
+	e := ex.leaves
+	ex.leaves, ex.moves = nil, e.Moves
+	if ex.passed != nil {
+		ex.Status, ex.Outcome = http.StatusMisdirectedRequest, Moved
+		fleet.Decline(w, e.Server, e.Moves)
+		return true
+	}
+	return h.pass(w, r, ex, e.Server)
+}
+
+// mayLeave reports whether another proxy may serve the request while it waits here: it can be sent
+// there as it came, and nobody else waits for its answer.
+func (h *Handler) mayLeave(ex *exchange) bool {
+	return h.Fleet != nil && ex.body != nil && !ex.fixed && !ex.unread && !ex.part && ex.flight == nil &&
+		ex.only == nil && ex.warming == nil
+}
+
+// awayServer returns the name of a peer's server that a client wants; "" if it is none.
+func (h *Handler) awayServer(name string) string {
+	if h.Fleet == nil || !slices.ContainsFunc(h.Fleet.Owners(), func(o fleet.Owner) bool {
+		return o.Server == name && !o.Here
+	}) {
+		return ""
+	}
+	return name
+}
+
+// tellSent tells the peers where a prompt is sent.
+func (h *Handler) tellSent(ex *exchange) {
+	if h.Fleet != nil && ex.chain != nil && ex.chain.HasPrompt() && ex.grant != nil {
+		h.Fleet.Sent(ex.up.Name, ex.chain.Links)
+	}
+}
+
+const pathFleet = ownPrefix + "fleet"
+
+// fleetPage is the content of pathFleet.
+type fleetPage struct {
+	Name     string        `json:"name"`
+	Draining bool          `json:"draining,omitempty"`
+	Peers    []fleet.Peer  `json:"peers"`
+	Servers  []fleet.Owner `json:"upstreams"`
+	Counts   fleet.Counts  `json:"counts"`
+}
+
+func (h *Handler) fleetPage() fleetPage {
+	return fleetPage{
+		Name: h.Fleet.Name, Draining: h.Fleet.Draining(), Peers: h.Fleet.Peers(),
+		Servers: h.Fleet.Owners(), Counts: h.Fleet.Counts(),
+	}
+}

@@ -125,6 +125,7 @@ type Handler struct {
 	waiting  atomic.Int64 // waiting requests, see Waiting
 	awaiting atomic.Int64 // … of these, the ones without a lane that wait for an absent server
 
+	leaving   atomic.Bool   // set by Leave
 	closing   chan struct{} // closed by Close
 	closeOnce sync.Once
 	news      atomic.Pointer[chan struct{}] // closed after the next poll of any upstream
@@ -441,7 +442,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}()
 
 	scarce := r.Context().Value(scarceKey{}) != nil
-	if scarce {
+	if scarce || h.leaving.Load() {
 		w.Header().Set("Connection", "close")
 	}
 	if done := h.admit(w, r, ex); done {

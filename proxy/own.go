@@ -71,8 +71,19 @@ func (h *Handler) ready(w http.ResponseWriter, ex *exchange) {
 			status, page["status"] = http.StatusOK, "ready"
 		}
 	}
+	if h.leaving.Load() {
+		status, page["status"] = http.StatusServiceUnavailable, "stopping"
+	}
 	ex.page(w, pathReady, status, page)
 }
+
+// Leave says that the proxy is about to stop: it is not ready any more, and each connection is
+// closed after its next answer, so that clients make new ones, elsewhere. Requests are served as
+// before.
+func (h *Handler) Leave() { h.leaving.Store(true) }
+
+// Leaving reports whether Leave was called.
+func (h *Handler) Leaving() bool { return h.leaving.Load() }
 
 // The actions on an upstream.
 const (

@@ -110,10 +110,11 @@ type serveCmd struct {
 
 	TrustedProxy []string `placeholder:"CIDR" help:"Trust a reverse proxy at this address or network (nginx, Open WebUI) to say which client is asking: by X-Forwarded-For or Forwarded, else X-OpenWebUI-User-Id. Each such client then counts separately for fairness, and for nothing else. Repeatable. Default: nobody."`
 
-	LogLevel  slog.Level    `group:"everyday" default:"info" help:"debug, info, warn or error. Default: info."`
-	LogFormat string        `default:"auto" enum:"auto,text,json" help:"text, json, or auto: text on a terminal. Default: auto."`
-	Drain     time.Duration `default:"30s" help:"How long running and waiting requests may take to finish after SIGTERM or Ctrl-C. Default: 30s."`
-	Check     bool          `group:"everyday" help:"Check the settings, print them with their meaning and where each comes from, test whether the upstreams answer, and exit: 0 if all is well, 1 if an upstream does not answer or the address is taken, 2 if a setting is wrong."`
+	LogLevel   slog.Level    `group:"everyday" default:"info" help:"debug, info, warn or error. Default: info."`
+	LogFormat  string        `default:"auto" enum:"auto,text,json" help:"text, json, or auto: text on a terminal. Default: auto."`
+	Drain      time.Duration `default:"30s" help:"How long running and waiting requests may take to finish after SIGTERM or Ctrl-C. Default: 30s."`
+	DrainDelay time.Duration `placeholder:"TIME" help:"How long requests are still taken after SIGTERM or Ctrl-C, before --drain begins. /_cacheproxy/ready says 503 from the start of it, so that load balancers send requests elsewhere before connections are refused; give them time for a few checks (docs/failure.md). Default: not at all."`
+	Check      bool          `group:"everyday" help:"Check the settings, print them with their meaning and where each comes from, test whether the upstreams answer, and exit: 0 if all is well, 1 if an upstream does not answer or the address is taken, 2 if a setting is wrong."`
 
 	file    *configFile               // nil without --config
 	inForce []setting                 // all flags, with the source of each
@@ -301,6 +302,9 @@ func (s *serveCmd) limits() (int64, error) {
 	if s.Drain < 0 {
 		return 0, fmt.Errorf("--drain %v: want 0 or more", s.Drain)
 	}
+	if s.DrainDelay < 0 {
+		return 0, fmt.Errorf("--drain-delay %v: want 0 (stop taking requests at once) or more", s.DrainDelay)
+	}
 	if s.TryDuration < 0 || s.UpstreamSilence < 0 {
 		return 0, fmt.Errorf("--try-duration %v, --upstream-silence %v: want times that are not negative", s.TryDuration, s.UpstreamSilence)
 	}
@@ -424,7 +428,9 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	select {
 	case err = <-served:
 	case <-ctx.Done():
-		err = drain(srv, h, s.Drain, cut, logger)
+		if err = s.leave(h, served, logger); err == nil {
+			err = drain(srv, h, s.Drain, cut, logger)
+		}
 	}
 	peers.close()
 	stopBatches()
@@ -580,6 +586,22 @@ func newServer(base context.Context, h http.Handler, logger *slog.Logger) *http.
 		MaxHeaderBytes:    maxHeader - headerSlack,
 		BaseContext:       func(net.Listener) context.Context { return base },
 		ErrorLog:          slog.NewLogLogger(logger.Handler(), slog.LevelError),
+	}
+}
+
+// leave tells those who ask that the proxy is about to stop, and goes on for --drain-delay. It
+// returns early, with an error, if the listener fails.
+func (s *serveCmd) leave(h *proxy.Handler, served <-chan error, logger *slog.Logger) error {
+	h.Leave()
+	if s.DrainDelay == 0 {
+		return nil
+	}
+	logger.Info("stopping soon: not ready any more, but requests are still taken", "for", s.DrainDelay)
+	select {
+	case err := <-served:
+		return err
+	case <-time.After(s.DrainDelay):
+		return nil
 	}
 }
 

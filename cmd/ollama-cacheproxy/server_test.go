@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -174,4 +175,69 @@ func (readsAll) RoundTrip(r *http.Request) (*http.Response, error) {
 		return nil, err
 	}
 	return &http.Response{StatusCode: 200, Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, Request: r, Header: http.Header{}, Body: io.NopCloser(strings.NewReader("{}")), ContentLength: 2}, nil
+}
+
+// recorded answers requests without a connection, as stubOllama does.
+type recorded struct{}
+
+func (recorded) RoundTrip(r *http.Request) (*http.Response, error) {
+	w := httptest.NewRecorder()
+	if r.Body == nil {
+		r.Body = http.NoBody
+	}
+	stubOllama(w, r)
+	res := w.Result()
+	res.Request = r
+	return res, nil
+}
+
+// TestDrainDelay: for --drain-delay after it was told to stop, the proxy serves requests but is not
+// ready, and each connection ends with its next answer. If the listener fails meanwhile, that is the
+// end.
+func TestDrainDelay(t *testing.T) {
+	const delay = 7 * time.Second
+	log := slog.New(slog.DiscardHandler)
+	u, err := upstream.ParseAddr("127.0.0.1", upstream.DefaultPort)
+	if err != nil {
+		t.Fatal(err)
+	}
+	up := upstream.NewServer("u", u, recorded{}, log)
+	h := &proxy.Handler{Upstreams: []*upstream.Server{up}, Transport: recorded{}}
+	h.Init()
+	inVirtualTime(t, h, func(t *testing.T, ln pipeListener) {
+		up.Poll(t.Context())
+		ask := func(c net.Conn, page string, status int, closes bool) {
+			t.Helper()
+			fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", page)
+			res, err := http.ReadResponse(bufio.NewReader(c), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			text, err := io.ReadAll(res.Body)
+			if err != nil || res.StatusCode != status || res.Close != closes {
+				t.Errorf("%s: %d %s, closes: %v, %v; want %d, closes: %v", page, res.StatusCode, text, res.Close, err, status, closes)
+			}
+		}
+		kept := ln.dial()
+		ask(kept, "/_cacheproxy/ready", 200, false)
+		left, served := make(chan error, 1), make(chan error, 1)
+		began := time.Now()
+		go func() { // ends with the delay
+			left <- (&serveCmd{DrainDelay: delay}).leave(h, served, log)
+		}()
+		synctest.Wait()
+		ask(ln.dial(), "/_cacheproxy/ready", 503, true)
+		ask(ln.dial(), "/_cacheproxy/health", 200, true)
+		ask(kept, "/api/version", 200, true)
+		if n, err := kept.Read(make([]byte, 1)); err != io.EOF {
+			t.Errorf("the connection goes on: %d, %v", n, err)
+		}
+		if err := <-left; err != nil || time.Since(began) != delay {
+			t.Errorf("after %v: %v", time.Since(began), err)
+		}
+		served <- io.ErrUnexpectedEOF
+		if err := (&serveCmd{DrainDelay: delay}).leave(h, served, log); err != io.ErrUnexpectedEOF {
+			t.Errorf("the listener failed: %v", err)
+		}
+	})
 }

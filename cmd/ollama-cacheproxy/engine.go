@@ -15,9 +15,57 @@ import (
 
 // engineCmd links the proxy to the engines of an Ollama on the same machine; see docs/engine.md.
 type engineCmd struct {
+	Copy   engineCopyCmd   `cmd:"" help:"Copy this program into a volume, for a container of Ollama."`
 	Link   engineLinkCmd   `cmd:"" help:"Link to an installed Ollama, or renew the link after an upgrade."`
 	Unlink engineUnlinkCmd `cmd:"" help:"Remove a link."`
 	Status engineStatusCmd `cmd:"" help:"Show what is linked and which engines run."`
+}
+
+type engineCopyCmd struct {
+	File string `arg:"" placeholder:"FILE" help:"Where to put the program; an older one is replaced."`
+}
+
+func (e *engineCopyCmd) Help() string {
+	return `Copies this program, so that "engine link" can run where Ollama is, in another container: this program's
+image has nothing else that could copy.
+
+Example:
+
+  ollama-cacheproxy engine copy /linked/ollama-cacheproxy`
+}
+
+func (e *engineCopyCmd) Run(c *console) error {
+	program, err := os.Executable()
+	if err != nil {
+		return fmt.Errorf("finding this program: %w", err)
+	}
+	if err := copyProgram(program, e.File); err != nil {
+		return fmt.Errorf("copying %s to %s: %w", program, e.File, err)
+	}
+	fmt.Fprintf(c.stdout, "copied %s to %s\n", program, e.File)
+	return nil
+}
+
+// copyProgram copies a program to a file. An older one is replaced as a whole: it may be running, or
+// linked.
+func copyProgram(from, to string) (err error) {
+	source, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer source.Close()
+	target, err := os.CreateTemp(filepath.Dir(to), filepath.Base(to)+".")
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(target, source)
+	if err = errors.Join(err, target.Chmod(0o755), target.Close()); err == nil {
+		err = os.Rename(target.Name(), to)
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(target.Name()))
+	}
+	return nil
 }
 
 type engineLinkCmd struct {

@@ -26,12 +26,16 @@ type policy struct {
 	cost   bool          // what is warm is weighed against the load, as Queue.route does
 	blind  bool          // what an entry has sent since the last report does not count
 	give   bool          // servers take over work
+	sticky bool          // a client always enters at the same proxy
+	trace  bool
+	gt     time.Duration
+	part   float64 // of a prompt that must have been seen for that to count
 }
 
 // usual is as the design says.
 var usual = policy{
 	hop: 500 * time.Microsecond, report: 100 * time.Millisecond, delay: 100 * time.Millisecond,
-	ask: 100 * time.Millisecond, bound: overload, own: 1, give: true,
+	ask: 100 * time.Millisecond, bound: overload, own: 1e6, give: true, eager: true,
 }
 
 // peers are several proxies before the same servers, each with a queue for those that it owns.
@@ -97,6 +101,13 @@ func (ps *peers) enter(j *job) {
 		ps.tick(0)
 	}
 	j.entry = ps.proxies[ps.rng.IntN(len(ps.proxies))]
+	if ps.sticky {
+		h := uint64(0)
+		for _, c := range j.client {
+			h = mix(h, uint64(c))
+		}
+		j.entry = ps.proxies[h%uint64(len(ps.proxies))]
+	}
 	b := ps.chooses(j.entry, j)
 	ps.pass(j, b)
 }
@@ -192,7 +203,7 @@ func (ps *peers) chooses(x *proxy, j *job) int {
 	}
 	best := -1
 	switch {
-	case most <= slack:
+	case most <= slack || float64(most) < ps.part*float64(tokens):
 		bound := time.Duration((1+ps.bound)*float64(sum)/float64(len(all)) + ps.own*float64(tokens)*float64(per))
 		for b, c := range all {
 			if c.load <= bound && (best < 0 || c.score > all[best].score) {
@@ -251,6 +262,9 @@ func (ps *peers) refused(q *Queue) {
 		}
 		j := ps.s.jobs[no.ID]
 		j.moves = to.Moves
+		if b, err := strconv.Atoi(to.Server); err == nil {
+			j.entry.sees(b, j.links())
+		}
 		b, err := strconv.Atoi(to.Server)
 		if err != nil {
 			b = ps.chooses(j.entry, j)
@@ -288,6 +302,9 @@ func (ps *peers) reports(x *proxy) {
 			for _, y := range ps.proxies {
 				known := &y.loads[l.Upstream]
 				known.Load, known.at = l, at
+				if ps.eager && ps.give && y != x {
+					defer ps.asks(y)
+				}
 				known.sent = slices.DeleteFunc(known.sent, func(c sentLoad) bool { return c.at.Add(ps.hop).Before(at) })
 			}
 		}
@@ -327,11 +344,14 @@ func (ps *peers) asks(x *proxy) {
 			ps.s.after(ps.hop, func() {
 				n := o.from.q.Give(t, ps.s.now)
 				ps.given += n
+				if ps.trace {
+					fmt.Printf("%8.3f box %d (%d+%d free, idle %v, load %v) asks %d: %d given, %d wait there\n", ps.s.now.Sub(start).Seconds(), b, t.Free, t.Held, t.Idle, t.Load, o.from.id, n, o.from.q.Len())
+				}
 				if n == 0 {
 					ps.vain++
 				}
 				ps.s.pump(o.from.q)
-				ps.s.after(2*ps.hop, func() { // the answer, and the requests by way of their entries
+				ps.s.after(3*ps.hop, func() { // the answer, and the requests by way of their entries
 					x.asking[b] = false
 					if n == 0 {
 						x.silent[o.from.id] = ps.s.now.Add(ps.report)

@@ -80,6 +80,7 @@ type Taker struct {
 	Options prefix.Options // with which it could serve requests now
 	Loaded  bool           // with these options
 	Free    int            // lanes
+	Held    int            // lanes that are free, but held for clients that are expected to come back
 	Load    time.Duration  // until it is loaded, with what has to be loaded again for that
 	Idle    time.Duration  // how long one of the lanes has been free, at most longestIdle
 }
@@ -88,8 +89,7 @@ type Taker struct {
 const longestIdle = time.Hour
 
 // Taker returns what a server of this proxy could take over with some options from another proxy,
-// apart from its name; false if nothing now. It must have the model. Lanes whose clients are
-// expected to come back soon are not free.
+// apart from its name; false if nothing now. It must have the model.
 func (q *Queue) Taker(upstream uint16, o prefix.Options, now time.Time) (Taker, bool) {
 	s := q.server(upstream)
 	if s.tier() > open {
@@ -102,15 +102,19 @@ func (q *Queue) Taker(upstream uint16, o prefix.Options, now time.Time) (Taker, 
 	t := Taker{Options: o, Load: s.loading(x, o, &x.rates, now)}
 	t.Loaded = t.Load == 0
 	for _, l := range x.lanes {
-		if l.item == nil && !q.expects(x, l, now) {
+		switch {
+		case l.item != nil:
+		case q.expects(x, l, now):
+			t.Held++
+		default:
 			t.Free++
 			t.Idle = max(t.Idle, min(now.Sub(l.used), longestIdle))
 		}
 	}
-	if t.Free = min(t.Free, x.want-x.busy); s.lanes == Unlimited {
-		t.Free, t.Idle = 1, min(now.Sub(x.used), longestIdle)
+	if s.lanes == Unlimited {
+		t.Free, t.Held, t.Idle = 1, 0, min(now.Sub(x.used), longestIdle)
 	}
-	return t, t.Free > 0
+	return t, t.Free+t.Held > 0
 }
 
 // expects reports whether a free lane's client is likely to come back so soon that the lane would
@@ -126,29 +130,64 @@ func (q *Queue) expects(x *runner, l *lane, now time.Time) bool {
 // Give gives a part of the backlog to another proxy's server, and returns how many requests that
 // is: for each of the server's free lanes a subtree of the prefix tree in which no lane is busy,
 // from the far end, or a part of a prefix that lanes are busy with if evaluating it once more
-// repays that. What the clients of these requests owe stays.
+// repays that. What a lane was given before counts as warm there. What the clients of these
+// requests owe stays.
 func (q *Queue) Give(t Taker, now time.Time) (given int) {
-	for lanes := t.Free; lanes > 0 && given < maxTaken; lanes-- {
-		n := q.giveLane(t, maxTaken-given, now)
-		if n == 0 {
+	t.Free = min(t.Free, maxTaken)
+	t.Held = min(t.Held, maxTaken-t.Free)
+	x := q.outpost(t, now)
+	for i := 0; i < t.Free+t.Held && given < maxTaken; i++ {
+		n := q.giveLane(x, t, maxTaken-given, i >= t.Free, now)
+		if n == 0 && i >= t.Free {
 			break
 		}
+		if n == 0 { // perhaps what the held ones hold
+			i = t.Free - 1
+		}
 		given += n
+	}
+	for _, l := range x.lanes {
+		l.item = nil
 	}
 	return given
 }
 
-// giveLane gives what one lane is to serve, from the longest backlog from which that repays.
-func (q *Queue) giveLane(t Taker, most int, now time.Time) int {
+type outpostKey struct {
+	server  string
+	options prefix.Options
+}
+
+// outpost returns a runner that stands for another proxy's one. Its lanes hold what that was given.
+func (q *Queue) outpost(t Taker, now time.Time) *runner {
+	key := outpostKey{t.Server, t.Options}
+	x, ok := q.outposts.Get(key)
+	if !ok {
+		x = &runner{key: Runner{Options: t.Options}, server: &server{}}
+		q.outposts.Add(key, x)
+	}
+	for x.want = max(x.want, t.Free+t.Held); len(x.lanes) < x.want; {
+		x.lanes = append(x.lanes, &lane{})
+	}
+	for _, l := range x.lanes {
+		l.used = now.Add(-t.Idle)
+	}
+	return x
+}
+
+// giveLane gives what one lane is to serve, from the longest backlog from which that repays. To a
+// lane that is held for a client it gives only what continues what such a lane was given before.
+func (q *Queue) giveLane(x *runner, to Taker, most int, held bool, now time.Time) int {
 	var from []*runner
 	for _, s := range q.servers {
-		if y := s.byKey[Runner{s.index, t.Options}]; y != nil && y.movable > 0 {
+		if y := s.byKey[Runner{s.index, to.Options}]; y != nil && y.movable > 0 {
 			from = append(from, y)
 		}
 	}
 	slices.SortStableFunc(from, func(a, b *runner) int { return cmp.Compare(b.ahead(lesser), a.ahead(lesser)) })
 	for _, y := range from {
-		if n := q.give(t, y, most, now); n > 0 {
+		t := q.theft(x, y, now)
+		t.away, t.held, t.loading = true, held, int(to.Load/t.per)
+		if n := t.give(to.Server, most); n > 0 {
 			q.pump(y.server, now)
 			return n
 		}
@@ -157,29 +196,33 @@ func (q *Queue) giveLane(t Taker, most int, now time.Time) int {
 }
 
 // give gives what one lane is to serve from one backlog.
-func (q *Queue) give(to Taker, y *runner, most int, now time.Time) (given int) {
-	l := &lane{used: now.Add(-to.Idle)}
-	x := &runner{key: Runner{Options: to.Options}, server: &server{}, lanes: []*lane{l}, want: 1, rates: y.rates}
-	t := q.theft(x, y, now)
-	t.away, t.loading = true, int(to.Load/t.per)
+func (t *theft) give(to string, most int) (given int) {
+	all, l := t.pick()
+	if len(all) == 0 {
+		return 0
+	}
 	work := 0
-	for all := t.pick(); len(all) > 0 && given < most; all = t.more(l, work) {
+	for ; len(all) > 0 && given < most; all = t.more(l, work) {
 		for _, it := range all[:min(len(all), most-given)] {
-			q.refuse(it, Elsewhere{to.Server, it.moves + 1}, now)
-			q.count.Given++
+			t.q.refuse(it, Elsewhere{to, it.moves + 1}, t.now)
+			t.q.count.Given++
 			work += it.work
 			given++
 		}
-		l.holds, l.tokens, l.class = all[0].steps, all[0].tokens, all[0].rank
+		l.holds, l.tokens, l.class, l.item = all[0].steps, all[0].tokens, all[0].rank, all[0]
 	}
 	return given
 }
+
+// giveTime is how much work of a prefix that lanes are busy with a lane is given at once, so that
+// others get their part, too. It asks again when that is done.
+var giveTime = 500 * time.Millisecond
 
 // more returns a request that continues what a lane has been given, as long as the lanes that are
 // working on its prefix have more to do.
 func (t *theft) more(l *lane, work int) []*item {
 	k := &t.from.classes[l.class]
-	if l.class <= sparse || k.fifo.live == 0 {
+	if l.class <= sparse || k.fifo.live == 0 || time.Duration(work)*t.per >= giveTime {
 		return nil
 	}
 	it, tokens := k.best(l.holds)

@@ -217,27 +217,28 @@ const (
 // Queue is the policy. Create it with New. It is not safe for concurrent use. Time must not go back
 // between calls.
 type Queue struct {
-	cfg     Config
-	longest time.Duration    // longestWait, unless a test measures others
-	items   map[uint64]*item // waiting or being served
-	waiting [ranks]int
-	roaming int       // how many waiting requests several servers can serve
-	servers []*server // in the order in which they became known
-	offers  []offer   // for route
-	clients *simplelru.LRU[string, *returns]
-	habits  returns // of all clients: the assumption for an unknown one
-	flows   *simplelru.LRU[flowKey, *flow]
-	busiest *flow    // the client that has had and waits for the most; nil: none yet
-	served  *flow    // the flow that has had the most; nil: none yet
-	ahead   flow     // what going first has cost, and what other requests have had
-	denied  []uint64 // requests that go first as soon as that is paid for
-	took    mean     // seconds that requests took
-	again   mean     // seconds of re-evaluating what a detour evicted, if it is lost …
-	lost    float64  // … and the part of such that was lost recently
-	grants  []Placement
-	refused []Refusal
-	count   Counts
-	places  *places // who has them; nil: not recorded
+	cfg      Config
+	longest  time.Duration    // longestWait, unless a test measures others
+	items    map[uint64]*item // waiting or being served
+	waiting  [ranks]int
+	roaming  int       // how many waiting requests several servers can serve
+	servers  []*server // in the order in which they became known
+	offers   []offer   // for route
+	clients  *simplelru.LRU[string, *returns]
+	habits   returns // of all clients: the assumption for an unknown one
+	flows    *simplelru.LRU[flowKey, *flow]
+	outposts *simplelru.LRU[outpostKey, *runner] // other proxies' runners that took requests over
+	busiest  *flow                               // the client that has had and waits for the most; nil: none yet
+	served   *flow                               // the flow that has had the most; nil: none yet
+	ahead    flow                                // what going first has cost, and what other requests have had
+	denied   []uint64                            // requests that go first as soon as that is paid for
+	took     mean                                // seconds that requests took
+	again    mean                                // seconds of re-evaluating what a detour evicted, if it is lost …
+	lost     float64                             // … and the part of such that was lost recently
+	grants   []Placement
+	refused  []Refusal
+	count    Counts
+	places   *places // who has them; nil: not recorded
 }
 
 // server is one Ollama server.
@@ -432,7 +433,14 @@ func New(cfg Config) *Queue {
 	if err != nil {
 		panic(err) // the size is positive
 	}
-	return &Queue{cfg: cfg, longest: longestWait, items: map[uint64]*item{}, clients: clients, habits: firstHabits(), flows: flows}
+	outposts, err := simplelru.NewLRU[outpostKey, *runner](maxRunners, nil)
+	if err != nil {
+		panic(err) // the size is positive
+	}
+	return &Queue{
+		cfg: cfg, longest: longestWait, items: map[uint64]*item{}, habits: firstHabits(),
+		clients: clients, flows: flows, outposts: outposts,
+	}
 }
 
 // epoch is what arrivals are counted from, so that they can be summed.

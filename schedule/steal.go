@@ -115,7 +115,7 @@ type loot struct {
 func (q *Queue) steal(x, y *runner, now time.Time) bool {
 	t := q.theft(x, y, now)
 	t.loading = int(x.server.loading(x, y.key.Options, &y.rates, now) / t.per)
-	all := t.pick()
+	all, _ := t.pick()
 	for _, it := range all {
 		it.moves++
 		q.shift(it, x, now)
@@ -131,6 +131,7 @@ type theft struct {
 	per     time.Duration // per token
 	loading int           // loading the model, as tokens
 	away    bool          // for another proxy's server: see Give
+	held    bool          // … and only what one of its lanes holds
 }
 
 func (q *Queue) theft(x, y *runner, now time.Time) *theft {
@@ -141,9 +142,9 @@ func (q *Queue) theft(x, y *runner, now time.Time) *theft {
 	return &theft{choice: choice{q: q, x: x, now: now}, from: y, per: max(r.perToken(), 1)}
 }
 
-// pick returns what is best taken over, of the most urgent that may be; nil if nothing is to be
-// taken over now.
-func (t *theft) pick() []*item {
+// pick returns what is best taken over, of the most urgent that may be, and the lane for the first
+// of it; nil if nothing is to be taken over now.
+func (t *theft) pick() ([]*item, *lane) {
 	for p := range ranks {
 		k := &t.from.classes[p]
 		if k.fifo.live == 0 {
@@ -155,11 +156,11 @@ func (t *theft) pick() []*item {
 			continue
 		}
 		if !t.repays(best) {
-			return nil
+			return nil, nil
 		}
-		return t.group(best.it)
+		return t.group(best.it), best.lane
 	}
-	return nil
+	return nil, nil
 }
 
 // best returns the best loot of one priority.
@@ -183,7 +184,7 @@ func (t *theft) best(p rank, k *class) (best loot) {
 			}
 		}
 	}
-	if best.it != nil && best.again <= slack {
+	if best.it != nil && best.again <= slack || t.held {
 		return best
 	}
 	for n := &k.tree.root; n != nil; n = n.nextTaken() {

@@ -15,7 +15,9 @@ func TestImports(t *testing.T) {
 		"upstream":              {},
 		"ollamasim":             {"upstream"},
 		"prefix":                {"jsonscan"},
-		"answers":               {"jsonscan", "prefix"},
+		"outage":                {},
+		"valkeyconn":            {"outage"},
+		"answers":               {"jsonscan", "outage", "prefix", "valkeyconn"},
 		"answers/forms":         {"jsonscan"},
 		"batch":                 {"jsonscan", "prefix"},
 		"batches":               {"batch"},
@@ -30,7 +32,7 @@ func TestImports(t *testing.T) {
 		"proxy":                 {"answers", "answers/forms", "contexts", "doctor", "jsonscan", "livepage", "prefix", "runners", "savings", "schedule", "upstream"},
 		"metrics":               {"answers", "contexts", "contextstore", "proxy", "savings", "schedule", "upstream"},
 		"bench":                 {"bench/text", "proxy", "savings", "upstream"},
-		"cmd/ollama-cacheproxy": {"answers", "batch", "batches", "bench", "contexts", "contextstore", "doctor", "engine", "metrics", "ollamasim", "proxy", "savings", "schedule", "upstream"},
+		"cmd/ollama-cacheproxy": {"answers", "batch", "batches", "bench", "contexts", "contextstore", "doctor", "engine", "metrics", "ollamasim", "proxy", "savings", "schedule", "upstream", "valkeyconn"},
 	}
 	for pkg, want := range allowed {
 		out, err := exec.Command("go", "list", "-f", `{{join .Imports "\n"}}`, module+pkg).Output()

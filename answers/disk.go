@@ -20,6 +20,8 @@ import (
 
 	"github.com/zeebo/xxh3"
 	"modernc.org/sqlite"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/outage"
 )
 
 // The names in the folder of a Disk. Nothing else there is touched.
@@ -72,7 +74,7 @@ type Disk struct {
 	limits Limits
 	log    *slog.Logger
 	queue  *queue
-	outage *outage
+	outage *outage.Outage
 
 	overdue atomic.Int32 // reads that nobody waits for any more
 
@@ -113,13 +115,13 @@ func OpenDisk(dir string, limits Limits, log *slog.Logger) (*Disk, error) {
 		limits: limits,
 		log:    log,
 		used:   map[Key]struct{}{},
-		outage: &outage{
-			log:   log,
-			gone:  "answers can no longer be written to disk; requests go on without",
-			back:  "answers are written to disk again",
-			args:  []any{"folder", dir},
-			first: diskFirstWait,
-			most:  time.Minute,
+		outage: &outage.Outage{
+			Log:   log,
+			Gone:  "answers can no longer be written to disk; requests go on without",
+			Back:  "answers are written to disk again",
+			Args:  []any{"folder", dir},
+			First: diskFirstWait,
+			Most:  time.Minute,
 		},
 	}
 	var err error
@@ -428,7 +430,7 @@ var errSlow = errors.New("the disk with the stored answers does not answer in ti
 // in a network above all, may hang.
 func (d *Disk) read(ctx context.Context, keys []Key, found []Entry, places []int) error {
 	if d.overdue.Load() >= mostOverdue {
-		d.outage.note()
+		d.outage.Note()
 		return errSlow
 	}
 	keys = slices.Clone(keys)
@@ -452,7 +454,7 @@ func (d *Disk) read(ctx context.Context, keys []Key, found []Entry, places []int
 		return err
 	case <-timer.C:
 		d.leave(&settled)
-		d.outage.note()
+		d.outage.Note()
 		return errSlow
 	}
 	for _, i := range places {
@@ -479,7 +481,7 @@ func (d *Disk) readNow(ctx context.Context, keys []Key, found []Entry, places []
 	err := d.readFrom(ctx, dbs, keys, found, places)
 	d.dbMu.RUnlock()
 	if err != nil && ctx.Err() == nil {
-		d.outage.note()
+		d.outage.Note()
 		d.replace(opened, err)
 	}
 	return err
@@ -531,7 +533,7 @@ func (d *Disk) readSome(stmt *sql.Stmt, asked []any, found []Entry, at map[Key]i
 		}
 		e := Entry{Key: Key(key), Kind: Kind(kind), Made: time.UnixMilli(made), Data: data}
 		if sum != checksum(e) {
-			d.outage.note()
+			d.outage.Note()
 			d.queue.delete([]Key{e.Key})
 			continue
 		}
@@ -586,14 +588,14 @@ func (d *Disk) replace(opened int, why error) {
 		d.dbs, err = d.openOrReplace()
 	}
 	if err != nil {
-		d.outage.failure(err)
+		d.outage.Failure(err)
 	}
 }
 
 // Put implements Store. It does not wait for the disk. Its error is ErrBusy, or why nothing can be
 // written at the moment.
 func (d *Disk) Put(_ context.Context, entries []Entry) error {
-	if err := d.outage.refused(); err != nil {
+	if err := d.outage.Refused(); err != nil {
 		return err
 	}
 	now := time.Now()
@@ -605,7 +607,7 @@ func (d *Disk) Put(_ context.Context, entries []Entry) error {
 	}
 	err := d.queue.put(kept)
 	if err != nil {
-		d.outage.note()
+		d.outage.Note()
 	}
 	return err
 }
@@ -636,7 +638,7 @@ func (d *Disk) Wipe(context.Context) error {
 		d.dbs, err = d.openOrReplace()
 	}
 	if err != nil {
-		d.outage.failure(err)
+		d.outage.Failure(err)
 		return fmt.Errorf("removing the stored answers: %w", err)
 	}
 	return nil
@@ -651,7 +653,7 @@ func (d *Disk) Secret() [32]byte {
 
 // Stats implements Store. Bytes are those of the files.
 func (d *Disk) Stats() Stats {
-	down, failed := d.outage.state()
+	down, failed := d.outage.State()
 	path := filepath.Join(d.dir, diskFile)
 	bytes := fileSize(path) + fileSize(path+"-wal") + fileSize(path+"-shm")
 	d.mu.Lock()

@@ -23,6 +23,6 @@ func (d *Disk) Overdue() int { return int(d.overdue.Load()) }
 // FoundBroken notes that a write failed because the file was broken, which was replaced since. end
 // ends the wait before the next one.
 func (d *Disk) FoundBroken() (end func()) {
-	d.outage.failure(errForeign)
-	return d.outage.success
+	d.outage.Failure(errForeign)
+	return d.outage.Success
 }

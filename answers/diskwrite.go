@@ -22,13 +22,13 @@ func (d *Disk) pass() {
 	d.dbMu.RLock()
 	batch := d.queue.take()
 	opened := d.opened
-	err := d.outage.refused()
+	err := d.outage.Refused()
 	tried := err == nil
 	if tried {
 		if err = d.write(batch); err != nil && !errors.Is(err, errRemoved) {
-			d.outage.failure(err)
+			d.outage.Failure(err)
 		} else if err == nil {
-			d.outage.success()
+			d.outage.Success()
 		}
 	}
 	d.dbMu.RUnlock()
@@ -43,7 +43,7 @@ func (d *Disk) reopen() {
 	d.dbMu.RLock()
 	missing := d.dbs == nil
 	d.dbMu.RUnlock()
-	if !missing || d.outage.refused() != nil {
+	if !missing || d.outage.Refused() != nil {
 		return
 	}
 	d.dbMu.Lock()
@@ -53,7 +53,7 @@ func (d *Disk) reopen() {
 	}
 	var err error
 	if d.dbs, err = d.openOrReplace(); err != nil {
-		d.outage.failure(err)
+		d.outage.Failure(err)
 	}
 }
 
@@ -72,7 +72,7 @@ func (d *Disk) write(b batch) error {
 	d.used = map[Key]struct{}{}
 	d.mu.Unlock()
 
-	down, _ := d.outage.state()
+	down, _ := d.outage.State()
 	if err := t.run(d.dbs.write, b, used, down); err != nil {
 		return fmt.Errorf("writing answers: %w", err)
 	}

@@ -3,8 +3,8 @@ package answers
 import (
 	"fmt"
 	"log/slog"
-	"slices"
-	"strings"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/valkeyconn"
 )
 
 // Open opens the store that a setting names: "memory" (or nothing), a URL of a Valkey or Redis server
@@ -17,40 +17,23 @@ func Open(target string, limits Limits, log *slog.Logger) (Store, error) {
 	switch {
 	case target == "" || target == "memory":
 		return NewMemory(limits), nil
-	case Scheme(target) != "":
+	case valkeyconn.Scheme(target) != "":
 		return opened(OpenValkey(target, limits, log))
 	default:
 		return opened(OpenDisk(target, limits, log))
 	}
 }
 
-// schemes are those of the URLs that Open takes.
-var schemes = []string{"valkey", "valkeys", "redis", "rediss"}
-
-// Scheme returns the scheme of a store that is meant to be a URL, also where its slashes are missing,
-// or "" for a folder or memory.
-func Scheme(target string) string {
-	scheme, rest, found := strings.Cut(target, ":")
-	scheme = strings.ToLower(scheme)
-	if found && (strings.HasPrefix(rest, "//") || slices.Contains(schemes, scheme)) {
-		return scheme
-	}
-	return "" // C:\answers, too
-}
-
 // Check returns what is wrong with a setting that is to be opened, as far as it can be told without
 // opening it. The error does not quote a password.
 func Check(target string) error {
-	switch scheme := Scheme(target); {
-	case scheme == "":
+	if valkeyconn.Scheme(target) == "" {
 		return nil
-	case !slices.Contains(schemes, scheme):
-		return fmt.Errorf("answers cannot be stored at %s://…: it must be memory, a folder, or the"+
-			" URL of a server: valkey://, valkeys://, redis:// or rediss://", scheme)
-	case !strings.HasPrefix(target[len(scheme):], "://"):
-		return fmt.Errorf("the address of the %s server is not a URL like %[1]s://host:6379", scheme)
 	}
-	return new(Valkey).parse(target)
+	if _, err := valkeyconn.Parse(target, valkeyPrefix); err != nil {
+		return fmt.Errorf("answers are stored in memory, in a folder or on a server: %w", err)
+	}
+	return nil
 }
 
 // opened is a Store or nil, where the concrete nil pointer would not be nil.

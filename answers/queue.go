@@ -179,10 +179,13 @@ func (q *queue) finish(err error) {
 
 // flush returns when everything that was put before is written, and the error of writing it.
 func (q *queue) flush(ctx context.Context) error {
-	q.signal()
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	for pass := q.taken + 1; q.finished < pass; {
+	pass := q.taken + 1
+	// Not before: the signal could be for the pass before this one, and then nothing would begin this
+	// one until it is time.
+	q.signal()
+	for q.finished < pass {
 		progress := q.progress
 		q.mu.Unlock()
 		select {

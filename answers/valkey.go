@@ -1,20 +1,22 @@
 package answers
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
-	"net/url"
-	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/valkey-io/valkey-go"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/outage"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/valkeyconn"
 )
 
 // What a call costs at most.
@@ -22,19 +24,9 @@ const (
 	// GetWait, and GetWaitEach for each key, is how long Valkey.Get waits for a slow server.
 	GetWait     = 50 * time.Millisecond
 	GetWaitEach = 100 * time.Microsecond
-	// valkeyWait is how long the goroutines in the background wait.
-	valkeyWait = 2 * time.Second
-	// valkeySlow is how many calls in a row may end without an answer before the server counts as
-	// gone.
-	valkeySlow = 3
-	// valkeyEvery is how often the secret is read again, since another proxy may have wiped.
-	valkeyEvery = 5 * time.Second
 	// valkeyPrefix begins all keys, unless the URL says otherwise.
 	valkeyPrefix = "ollama-cacheproxy:answers:"
 )
-
-// errGone is the error of calls while the server is gone.
-var errGone = errors.New("the Valkey server cannot be used at the moment; it is tried again by itself")
 
 // Valkey is a Store in a Valkey or Redis server (6 or newer), which several proxies may share. Open it
 // with OpenValkey; it must be closed.
@@ -54,153 +46,58 @@ var errGone = errors.New("the Valkey server cannot be used at the moment; it is 
 type Valkey struct {
 	limits Limits
 	log    *slog.Logger
-	option valkey.ClientOption
-	prefix string
-	own    []byte // from the secret file
+	target valkeyconn.Target
+	conn   *valkeyconn.Conn
 	queue  *queue
-	outage *outage // the server is gone
-	full   *outage // the server refuses to write
-
-	client atomic.Pointer[client] // nil: gone
-	slow   atomic.Int32           // calls in a row without an answer
+	full   *outage.Outage // the server refuses to write
 	warned atomic.Bool
-
-	wake chan struct{} // has one place
-	stop context.CancelFunc
-	done chan struct{}
 
 	mu     sync.Mutex // guards everything below
 	shared [32]byte   // the secret in the server
 }
 
-type client struct{ valkey.Client }
-
-// OpenValkey opens the store at a URL: valkey://[user:password@]host[:port][/database], valkeys:// with
-// TLS, redis:// and rediss:// for the same. Two parameters are ours: secret-file=PATH, a file that all
-// proxies have and the server has not, and prefix=TEXT, which begins all keys. It fails if the URL is
-// wrong or the server refuses it; a server that is not there is tried again. log may be nil.
+// OpenValkey opens the store at a URL, as valkeyconn.Parse reads it. It fails if the URL is wrong or
+// the server refuses it; a server that is not there is tried again. log may be nil.
 func OpenValkey(target string, limits Limits, log *slog.Logger) (*Valkey, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	v := &Valkey{limits: limits, log: log, wake: make(chan struct{}, 1), done: make(chan struct{})}
-	if err := v.parse(target); err != nil {
+	v := &Valkey{limits: limits, log: log, shared: newSecret()} // until the server's is known
+	var err error
+	if v.target, err = valkeyconn.Parse(target, valkeyPrefix); err != nil {
 		return nil, err
 	}
-	v.shared = newSecret() // until the server's is known
-	address := v.option.InitAddress[0]
-	v.outage = &outage{
-		log:   log,
-		gone:  "the Valkey server that keeps answers is gone; requests go on without",
-		back:  "the Valkey server that keeps answers is back",
-		args:  []any{"server", address},
-		first: 100 * time.Millisecond,
-		most:  10 * time.Second,
+	v.full = &outage.Outage{
+		Log:   log,
+		Gone:  "the Valkey server keeps no new answers; those that it has are still found",
+		Back:  "the Valkey server keeps new answers again",
+		Args:  []any{"server", v.target.Address},
+		First: time.Second,
+		Most:  10 * time.Second,
 	}
-	v.full = &outage{
-		log:   log,
-		gone:  "the Valkey server keeps no new answers; those that it has are still found",
-		back:  "the Valkey server keeps new answers again",
-		args:  []any{"server", address},
-		first: time.Second,
-		most:  10 * time.Second,
-	}
-	if err := v.connect(context.Background()); err != nil {
-		if isWrong(err) {
-			return nil, fmt.Errorf("the Valkey server at %s refuses to keep answers"+
-				" (check the user, the password and the database in --answers-store): %w", address, err)
-		}
-		v.outage.failure(err)
-	}
-	ctx, stop := context.WithCancel(context.Background())
-	v.stop = stop
 	v.queue = newQueue(min(max(limits.Bytes/16, 1<<20), 8<<20), time.Minute, v.pass)
-	go v.tend(ctx)
+	conn, err := valkeyconn.Open(v.target, valkeyconn.Options{
+		Setting: "--answers-store",
+		Gone:    "the Valkey server that keeps answers is gone; requests go on without",
+		Back:    "the Valkey server that keeps answers is back",
+		Log:     log,
+		Ready: func(ctx context.Context, c valkey.Client) error {
+			if err := v.readSecret(ctx, c); err != nil {
+				return err
+			}
+			v.warn(ctx, c)
+			return nil
+		},
+		Returned: v.queue.signal, // keys may wait to be deleted
+		Tend:     v.readSecret,   // another proxy may have wiped
+	})
+	if err != nil {
+		v.queue.close()
+		return nil, err
+	}
+	v.conn = conn
 	return v, nil
 }
-
-func (v *Valkey) parse(target string) error {
-	u, err := url.Parse(target)
-	if err != nil {
-		// The error would quote the password.
-		return errors.New("the address of the Valkey server is not a URL like valkey://host:6379")
-	}
-	q := u.Query()
-	v.prefix = valkeyPrefix
-	if q.Has("prefix") {
-		v.prefix = q.Get("prefix")
-	}
-	if file := q.Get("secret-file"); file != "" {
-		if v.own, err = os.ReadFile(file); err != nil {
-			return fmt.Errorf("reading the secret of the stored answers: %w", err)
-		}
-		if len(strings.TrimSpace(string(v.own))) < 16 {
-			return fmt.Errorf("the secret in %s is shorter than 16 characters; make one with"+
-				" openssl rand -hex 32", file)
-		}
-	}
-	q.Del("prefix")
-	q.Del("secret-file")
-	u.RawQuery = q.Encode()
-	if v.option, err = valkey.ParseURL(u.String()); err != nil {
-		return fmt.Errorf("the address of the Valkey server: %w", err)
-	}
-	o := &v.option
-	o.ClientName = "ollama-cacheproxy"
-	o.ForceSingleClient = true
-	o.DisableCache = true     // a cache in this process is what Memory is for
-	o.DisableRetry = true     // a call fails instead
-	o.AlwaysPipelining = true // a call that ends early does not end the connection
-	o.PipelineMultiplex = 1
-	o.Dialer.Timeout = valkeyWait
-	o.ConnWriteTimeout = valkeyWait
-	return nil
-}
-
-// connect makes the server usable, if it is there.
-func (v *Valkey) connect(ctx context.Context) error {
-	c, err := valkey.NewClient(v.option)
-	if err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(ctx, valkeyWait)
-	defer cancel()
-	if err := v.readSecret(ctx, c); err != nil {
-		c.Close()
-		return err
-	}
-	v.warn(ctx, c)
-	v.slow.Store(0)
-	v.client.Store(&client{c})
-	return nil
-}
-
-// isAnswer reports whether an error is what the server said.
-func isAnswer(err error) bool {
-	_, ok := valkey.IsValkeyErr(err)
-	return ok
-}
-
-// isWrong reports whether a server's error is one of the settings, which no time mends. Others are
-// those of a server that is being loaded, has lost its replicas or cannot write its own disk.
-func isWrong(err error) bool {
-	refused, ok := valkey.IsValkeyErr(err)
-	if !ok {
-		return false
-	}
-	kind, rest, _ := strings.Cut(refused.Error(), " ")
-	switch kind {
-	case "NOAUTH", "WRONGPASS", "NOPERM", "WRONGTYPE":
-		return true
-	case "ERR":
-		return !strings.HasPrefix(rest, "max number of clients")
-	}
-	return false
-}
-
-// errFull is what is done about a server that is full.
-var errFull = errors.New("it is full: give it more maxmemory, or let it evict what is old" +
-	" (valkey-cli config set maxmemory-policy allkeys-lru)")
 
 // readSecret reads the secret that all proxies share, and puts it there if the server has none or
 // has evicted it.
@@ -208,11 +105,11 @@ func (v *Valkey) readSecret(ctx context.Context, c valkey.Client) error {
 	v.mu.Lock()
 	mine := v.shared
 	v.mu.Unlock()
-	name := v.prefix + "secret"
+	name := v.target.Prefix + "secret"
 	data, err := c.Do(ctx, c.B().Get().Key(name).Build()).AsBytes()
 	if valkey.IsValkeyNil(err) {
 		err = c.Do(ctx, c.B().Set().Key(name).Value(valkey.BinaryString(mine[:])).Nx().Build()).Error()
-		if err != nil && !valkey.IsValkeyNil(err) && !isFull(err) {
+		if err != nil && !valkey.IsValkeyNil(err) && !valkeyconn.IsFull(err) {
 			return err
 		}
 		data, err = c.Do(ctx, c.B().Get().Key(name).Build()).AsBytes() // another proxy may be first
@@ -241,77 +138,12 @@ func (v *Valkey) warn(ctx context.Context, c valkey.Client) {
 	}
 	v.log.Warn("the Valkey server evicts nothing, so answers fill its memory: set maxmemory, and let it evict"+
 		" what is old (valkey-cli config set maxmemory 1gb; valkey-cli config set maxmemory-policy allkeys-lru)",
-		"server", v.option.InitAddress[0])
+		"server", v.target.Address)
 }
 
-// isFull reports whether the server refuses to write for lack of memory.
-func isFull(err error) bool {
-	refused, ok := valkey.IsValkeyErr(err)
-	return ok && strings.HasPrefix(refused.Error(), "OOM")
-}
-
-// tend connects again, and reads the secret, until ctx ends.
-func (v *Valkey) tend(ctx context.Context) {
-	defer close(v.done)
-	for {
-		wait := valkeyEvery
-		if v.client.Load() == nil {
-			v.outage.mu.Lock()
-			wait = max(time.Until(v.outage.next), time.Millisecond)
-			v.outage.mu.Unlock()
-		}
-		timer := time.NewTimer(wait)
-		select {
-		case <-ctx.Done():
-			timer.Stop()
-			return
-		case <-v.wake:
-			timer.Stop()
-			continue // wait as long as the outage says
-		case <-timer.C:
-		}
-		v.try(ctx)
-	}
-}
-
-func (v *Valkey) try(ctx context.Context) {
-	if c := v.client.Load(); c != nil {
-		ctx, cancel := context.WithTimeout(ctx, valkeyWait)
-		defer cancel()
-		if err := v.readSecret(ctx, c); err != nil {
-			v.failed(ctx, c, err)
-		}
-		return
-	}
-	if err := v.connect(ctx); err != nil {
-		v.outage.failure(err)
-		return
-	}
-	v.outage.success()
-	v.queue.signal() // keys may wait to be deleted
-}
-
-// failed notes that a call failed, and whether the server is gone. ctx is the caller's.
-func (v *Valkey) failed(ctx context.Context, c *client, err error) {
-	if errors.Is(ctx.Err(), context.Canceled) {
-		return
-	}
-	late := errors.Is(err, context.DeadlineExceeded)
-	if isAnswer(err) || late && v.slow.Add(1) < valkeySlow {
-		v.outage.note()
-		return
-	}
-	if !v.client.CompareAndSwap(c, nil) {
-		v.outage.note()
-		return
-	}
-	v.outage.failure(err)
-	go c.Close() // it waits for calls under way
-	select {
-	case v.wake <- struct{}{}:
-	default:
-	}
-}
+// errFull is what is done about a server that is full.
+var errFull = errors.New("it is full: give it more maxmemory, or let it evict what is old" +
+	" (valkey-cli config set maxmemory-policy allkeys-lru)")
 
 // Get implements Store.
 func (v *Valkey) Get(ctx context.Context, keys []Key) ([]Entry, error) {
@@ -331,25 +163,22 @@ func (v *Valkey) Get(ctx context.Context, keys []Key) ([]Entry, error) {
 }
 
 func (v *Valkey) read(ctx context.Context, keys []Key, found []Entry, places []int) error {
-	c := v.client.Load()
-	if c == nil {
-		return errGone
-	}
 	names := make([]string, len(places))
 	for i, place := range places {
 		names[i] = v.name(keys[place])
 	}
-	limited, cancel := context.WithTimeout(ctx, getWait+time.Duration(len(names))*GetWaitEach)
-	defer cancel()
-	values, err := c.Do(limited, c.B().Mget().Key(names...).Build()).ToArray()
-	if err == nil && len(values) != len(names) {
-		err = fmt.Errorf("%d values for %d keys", len(values), len(names))
-	}
+	var values []valkey.ValkeyMessage
+	limit := getWait + time.Duration(len(names))*GetWaitEach
+	err := v.conn.Call(ctx, limit, func(ctx context.Context, c valkey.Client) (err error) {
+		values, err = c.Do(ctx, c.B().Mget().Key(names...).Build()).ToArray()
+		if err == nil && len(values) != len(names) {
+			err = fmt.Errorf("%d values for %d keys", len(values), len(names))
+		}
+		return err
+	})
 	if err != nil {
-		v.failed(ctx, c, err)
 		return fmt.Errorf("reading answers from Valkey: %w", err)
 	}
-	v.slow.Store(0)
 	for i, value := range values {
 		data, err := value.AsBytes()
 		if err != nil {
@@ -358,13 +187,13 @@ func (v *Valkey) read(ctx context.Context, keys []Key, found []Entry, places []i
 		if e, ok := decodeEntry(keys[places[i]], data); ok {
 			found[places[i]] = e
 		} else {
-			v.outage.note()
+			v.conn.Note()
 		}
 	}
 	return nil
 }
 
-func (v *Valkey) name(key Key) string { return v.prefix + string(key[:]) }
+func (v *Valkey) name(key Key) string { return v.target.Prefix + string(key[:]) }
 
 // entryHead is how many bytes precede Data in an entry's value: a version, the kind, when it was
 // made, and the checksum.
@@ -400,10 +229,10 @@ func decodeEntry(key Key, b []byte) (Entry, bool) {
 // Put implements Store. It does not wait for the server. Its error is ErrBusy, or that the server is
 // gone or full.
 func (v *Valkey) Put(_ context.Context, entries []Entry) error {
-	if v.client.Load() == nil {
-		return errGone
+	if v.conn.Gone() {
+		return valkeyconn.ErrGone
 	}
-	if err := v.full.refused(); err != nil {
+	if err := v.full.Refused(); err != nil {
 		return err
 	}
 	now := time.Now()
@@ -415,7 +244,7 @@ func (v *Valkey) Put(_ context.Context, entries []Entry) error {
 	}
 	err := v.queue.put(kept)
 	if err != nil {
-		v.outage.note()
+		v.conn.Note()
 	}
 	return err
 }
@@ -440,73 +269,74 @@ func (v *Valkey) write(b batch) error {
 	if len(b.order) == 0 {
 		return nil
 	}
-	c := v.client.Load()
-	if c == nil {
-		return errGone
+	var refused error
+	err := v.conn.Call(context.Background(), valkeyconn.Wait, func(ctx context.Context, c valkey.Client) error {
+		for _, result := range c.DoMulti(ctx, v.commands(c.B(), b)...) {
+			if err := result.Error(); valkeyconn.IsAnswer(err) {
+				refused = err
+				return nil
+			} else if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	switch {
+	case valkeyconn.IsFull(refused):
+		v.full.Failure(errFull)
+	case refused != nil:
+		v.full.Failure(refused)
+	case err == nil:
+		v.full.Success()
 	}
+	if err = cmp.Or(err, refused); err != nil {
+		return fmt.Errorf("writing answers to Valkey: %w", err)
+	}
+	return nil
+}
+
+// commands returns the commands that write a batch.
+func (v *Valkey) commands(build valkey.Builder, b batch) (list valkey.Commands) {
 	now := time.Now()
-	var commands valkey.Commands
 	for _, key := range b.order {
 		e := b.entries[key]
 		if e.Kind == 0 {
-			commands = append(commands, c.B().Unlink().Key(v.name(key)).Build())
+			list = append(list, build.Unlink().Key(v.name(key)).Build())
 			continue
 		}
-		set := c.B().Set().Key(v.name(key)).Value(valkey.BinaryString(encodeEntry(e)))
+		set := build.Set().Key(v.name(key)).Value(valkey.BinaryString(encodeEntry(e)))
 		if v.limits.Age == 0 {
-			commands = append(commands, set.Build())
+			list = append(list, set.Build())
 		} else if left := e.Made.Add(v.limits.Age).Sub(now).Milliseconds(); left > 0 {
-			commands = append(commands, set.PxMilliseconds(left).Build())
+			list = append(list, set.PxMilliseconds(left).Build())
 		}
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), valkeyWait)
-	defer cancel()
-	for _, result := range c.DoMulti(ctx, commands...) {
-		err := result.Error()
-		switch {
-		case err == nil:
-		case isFull(err):
-			v.full.failure(errFull)
-			return fmt.Errorf("writing answers to Valkey: %w", err)
-		case isAnswer(err):
-			v.full.failure(err)
-			return fmt.Errorf("writing answers to Valkey: %w", err)
-		default:
-			v.failed(context.Background(), c, err)
-			return fmt.Errorf("writing answers to Valkey: %w", err)
-		}
-	}
-	v.slow.Store(0)
-	v.full.success()
-	return nil
+	return list
 }
 
 // Wipe implements Store: it replaces the secret, and removes all keys that begin with the prefix,
 // also those of other proxies. These have the new secret within a few seconds. It takes as long as
 // the server needs to look at all of its keys.
 func (v *Valkey) Wipe(ctx context.Context) error {
-	c := v.client.Load()
-	if c == nil {
-		return errGone
+	if v.conn.Gone() {
+		return valkeyconn.ErrGone
 	}
 	v.queue.clear()
 	// What is being written must not come after.
 	if err := v.queue.flush(ctx); err != nil {
 		v.log.Debug("writing answers before they are wiped", "err", err)
 	}
-	err := v.wipe(ctx, c)
-	if err != nil {
-		v.failed(ctx, c, err)
+	if err := v.conn.Call(ctx, 0, v.wipe); err != nil {
 		return fmt.Errorf("wiping the answers in Valkey: %w", err)
 	}
 	return nil
 }
 
-func (v *Valkey) wipe(ctx context.Context, c *client) error {
+func (v *Valkey) wipe(ctx context.Context, c valkey.Client) error {
 	secret := newSecret()
-	name := v.prefix + "secret"
+	name := v.target.Prefix + "secret"
 	if err := c.Do(ctx, c.B().Set().Key(name).Value(valkey.BinaryString(secret[:])).Build()).Error(); err != nil {
-		if !isFull(err) {
+		if !valkeyconn.IsFull(err) {
 			return err
 		}
 		// Once it is deleted, there is room.
@@ -517,7 +347,7 @@ func (v *Valkey) wipe(ctx context.Context, c *client) error {
 	v.mu.Lock()
 	v.shared = secret
 	v.mu.Unlock()
-	pattern := globEscaper.Replace(v.prefix) + "*"
+	pattern := globEscaper.Replace(v.target.Prefix) + "*"
 	for cursor := uint64(0); ; {
 		page, err := c.Do(ctx, c.B().Scan().Cursor(cursor).Match(pattern).Count(1000).Build()).AsScanEntry()
 		if err != nil {
@@ -546,30 +376,26 @@ var globEscaper = strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`
 func (v *Valkey) Secret() [32]byte {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if v.own == nil {
+	if v.target.Secret == nil {
 		return v.shared
 	}
-	return sha256.Sum256(append(v.shared[:len(v.shared):len(v.shared)], v.own...))
+	return sha256.Sum256(append(v.shared[:len(v.shared):len(v.shared)], v.target.Secret...))
 }
 
 // Stats implements Store. How many entries the server has, and how long they are, is unknown.
 func (v *Valkey) Stats() Stats {
-	down, failed := v.outage.state()
-	_, refused := v.full.state()
+	down, failed := v.conn.State()
+	_, refused := v.full.State()
 	return Stats{Entries: -1, Bytes: -1, Errors: failed + refused, Down: down}
 }
 
 // Close implements Store: it writes what waits, if the server is there.
 func (v *Valkey) Close() error {
 	v.queue.close()
-	v.stop()
-	<-v.done
-	if c := v.client.Swap(nil); c != nil {
-		c.Close()
-	}
+	v.conn.Close()
 	v.queue.mu.Lock()
 	defer v.queue.mu.Unlock()
-	if v.queue.err != nil && !errors.Is(v.queue.err, errGone) {
+	if v.queue.err != nil && !errors.Is(v.queue.err, valkeyconn.ErrGone) {
 		return v.queue.err
 	}
 	return nil

@@ -4,9 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net/url"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/answers"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/valkeyconn"
 )
 
 // openAnswers opens the store of --answers-store. A folder that cannot be used for now, since
@@ -19,28 +19,15 @@ func (s *serveCmd) openAnswers(log *slog.Logger) (answers.Store, error) {
 		log.Warn("answers are kept in memory alone until a restart", "err", err)
 		return answers.NewMemory(limits), nil
 	case err != nil:
-		return nil, fmt.Errorf("--answers-store %s: %w", redacted(s.AnswersStore), err)
+		return nil, fmt.Errorf("--answers-store %s: %w", valkeyconn.Redacted(s.AnswersStore), err)
 	}
 	return store, nil
-}
-
-// redacted returns a store as it may be shown: without a password.
-func redacted(store string) string {
-	scheme := answers.Scheme(store)
-	if scheme == "" {
-		return store
-	}
-	u, err := url.Parse(store)
-	if err != nil || u.Host == "" {
-		return scheme + "://…"
-	}
-	return u.Redacted()
 }
 
 // checkAnswers checks the store.
 func (s *serveCmd) checkAnswers() error {
 	if err := answers.Check(s.AnswersStore); err != nil {
-		return fmt.Errorf("--answers-store %s: %w", redacted(s.AnswersStore), err)
+		return fmt.Errorf("--answers-store %s: %w", valkeyconn.Redacted(s.AnswersStore), err)
 	}
 	return nil
 }
@@ -56,5 +43,5 @@ func (s *serveCmd) aboutAnswers(set settings) string {
 		shared = "shared by all API keys"
 	}
 	return fmt.Sprintf("%v; vectors %v; kept in %s, at most %d MiB, %s, %s",
-		set.cached, set.vectors, redacted(s.AnswersStore), s.AnswersBytes>>20, long, shared)
+		set.cached, set.vectors, valkeyconn.Redacted(s.AnswersStore), s.AnswersBytes>>20, long, shared)
 }

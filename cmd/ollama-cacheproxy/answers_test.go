@@ -9,6 +9,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/answers"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/valkeyconn"
 )
 
 // keepAnswers keeps some answers in a folder.
@@ -41,7 +42,7 @@ func TestRedacted(t *testing.T) {
 		"redis:u:secret@h":               "redis://…",
 		`C:\answers`:                     `C:\answers`,
 	} {
-		if got := redacted(store); got != want {
+		if got := valkeyconn.Redacted(store); got != want {
 			t.Errorf("%s is shown as %s, want %s", store, got, want)
 		}
 	}

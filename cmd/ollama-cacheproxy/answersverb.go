@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/answers"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/valkeyconn"
 )
 
 type answersCmd struct {
@@ -100,7 +101,7 @@ func (p *answersPlace) ask(ctx context.Context, method string) (page proxyAnswer
 	u, err := url.Parse(p.Where)
 	if err != nil || u.Host == "" || u.User != nil {
 		return page, exitError{statusUsage, fmt.Errorf(
-			"%s: want the URL of a proxy, such as http://127.0.0.1:%s", redacted(p.Where), defaultPort)}
+			"%s: want the URL of a proxy, such as http://127.0.0.1:%s", valkeyconn.Redacted(p.Where), defaultPort)}
 	}
 	if u.Port() == "" && u.Scheme == "http" {
 		u.Host += ":" + defaultPort
@@ -136,11 +137,11 @@ func (p *answersPlace) open(c *console, verb string) (answers.Store, error) {
 		return nil, fmt.Errorf("%s: a running proxy has it open; ask that: ollama-cacheproxy answers %s "+
 			"http://127.0.0.1:%s (or where it listens), or stop it first", p.Where, verb, defaultPort)
 	case err != nil:
-		return nil, fmt.Errorf("%s: %w", redacted(p.Where), err)
+		return nil, fmt.Errorf("%s: %w", valkeyconn.Redacted(p.Where), err)
 	}
 	if store.Stats().Down {
 		return nil, errors.Join(fmt.Errorf(
-			"%s cannot be used now: start the server there, or correct the URL", redacted(p.Where),
+			"%s cannot be used now: start the server there, or correct the URL", valkeyconn.Redacted(p.Where),
 		), store.Close())
 	}
 	return store, nil
@@ -217,7 +218,7 @@ func (a *answersWipe) Run(ctx context.Context, c *console) error {
 		ctx, cancel := context.WithTimeout(ctx, answersTimeout)
 		defer cancel()
 		if err := errors.Join(store.Wipe(ctx), store.Close()); err != nil {
-			return fmt.Errorf("%s: %w", redacted(a.Where), err)
+			return fmt.Errorf("%s: %w", valkeyconn.Redacted(a.Where), err)
 		}
 	}
 	_, err := fmt.Fprintf(c.stdout, "removed %s\n", was.amount())
@@ -242,7 +243,7 @@ Examples:
 }
 
 func (a *answersStats) Run(ctx context.Context, c *console) error {
-	stats := keptStats{Where: redacted(a.Where)}
+	stats := keptStats{Where: valkeyconn.Redacted(a.Where)}
 	if a.isProxy() {
 		page, err := a.ask(ctx, http.MethodGet)
 		if err != nil {

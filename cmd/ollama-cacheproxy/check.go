@@ -9,6 +9,7 @@ import (
 	"text/tabwriter"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/valkeyconn"
 )
 
 // report is --check: it writes each setting with its source, and the verdict, which is an error if
@@ -109,7 +110,7 @@ func (s *serveCmd) listSettings(set settings) string {
 		case x.name == "check":
 			continue
 		case x.name == "answers-store":
-			value = redacted(s.AnswersStore)
+			value = valkeyconn.Redacted(s.AnswersStore)
 		case x.name == "memory":
 			value = strconv.FormatInt(set.memory, 10)
 		case value == noValue && unsaid[x.name] != "":

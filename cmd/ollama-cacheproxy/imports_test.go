@@ -16,7 +16,9 @@ func TestImports(t *testing.T) {
 		"upstream":              {},
 		"ollamasim":             {"upstream"},
 		"prefix":                {"jsonscan"},
-		"answers":               {"jsonscan", "prefix"},
+		"outage":                {},
+		"valkeyconn":            {"outage"},
+		"answers":               {"jsonscan", "outage", "prefix", "valkeyconn"},
 		"answers/forms":         {"jsonscan"},
 		"batch":                 {"jsonscan", "prefix"},
 		"batches":               {"batch"},
@@ -32,7 +34,7 @@ func TestImports(t *testing.T) {
 		"proxy":                 {"answers", "answers/forms", "contexts", "doctor", "fleet", "jsonscan", "livepage", "prefix", "runners", "savings", "schedule", "upstream"},
 		"metrics":               {"answers", "contexts", "contextstore", "proxy", "savings", "schedule", "upstream"},
 		"bench":                 {"bench/text", "proxy", "savings", "upstream"},
-		"cmd/ollama-cacheproxy": {"answers", "batch", "batches", "bench", "contexts", "contextstore", "discover", "discover", "doctor", "engine", "fleet", "metrics", "ollamasim", "proxy", "savings", "schedule", "upstream"},
+		"cmd/ollama-cacheproxy": {"answers", "batch", "batches", "bench", "contexts", "contextstore", "discover", "doctor", "engine", "fleet", "metrics", "ollamasim", "proxy", "savings", "schedule", "upstream", "valkeyconn"},
 	}
 	for pkg, want := range allowed {
 		out, err := exec.Command("go", "list", "-f", `{{join .Imports "\n"}}`, module+pkg).Output()

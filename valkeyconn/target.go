@@ -1,0 +1,97 @@
+package valkeyconn
+
+import (
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/valkey-io/valkey-go"
+)
+
+// schemes are those of the URLs that Parse takes.
+var schemes = []string{"valkey", "valkeys", "redis", "rediss"}
+
+// Scheme returns the scheme of what is meant to be a URL, also where its slashes are missing, or ""
+// for anything else, such as a folder.
+func Scheme(target string) string {
+	scheme, rest, found := strings.Cut(target, ":")
+	scheme = strings.ToLower(scheme)
+	if found && (strings.HasPrefix(rest, "//") || slices.Contains(schemes, scheme)) {
+		return scheme
+	}
+	return "" // C:\answers, too
+}
+
+// Redacted returns a target as it may be shown: without a password.
+func Redacted(target string) string {
+	scheme := Scheme(target)
+	if scheme == "" {
+		return target
+	}
+	u, err := url.Parse(target)
+	if err != nil || u.Host == "" {
+		return scheme + "://…"
+	}
+	return u.Redacted()
+}
+
+// Target is what a URL names. Make it with Parse.
+type Target struct {
+	Address string // host:port
+	Prefix  string // begins all keys
+	Secret  []byte // the content of the secret file; nil if the URL names none
+
+	option valkey.ClientOption
+}
+
+// Parse parses a URL: valkey://[user:password@]host[:port][/database], valkeys:// with TLS, redis://
+// and rediss:// for the same. Two parameters are ours: secret-file=PATH, a file that all proxies have
+// and the server has not, and prefix=TEXT, which begins all keys; without it, they begin with the
+// argument. No error quotes a password.
+func Parse(target, prefix string) (Target, error) {
+	switch scheme := Scheme(target); {
+	case !slices.Contains(schemes, scheme):
+		return Target{}, errors.New("want the URL of a server: valkey://, valkeys://, redis:// or" +
+			" rediss://, such as valkey://host:6379")
+	case !strings.HasPrefix(target[len(scheme):], "://"):
+		return Target{}, fmt.Errorf("the address of the %s server is not a URL like %[1]s://host:6379", scheme)
+	}
+	u, err := url.Parse(target)
+	if err != nil {
+		// The error would quote the password.
+		return Target{}, errors.New("the address of the Valkey server is not a URL like valkey://host:6379")
+	}
+	q := u.Query()
+	t := Target{Prefix: prefix}
+	if q.Has("prefix") {
+		t.Prefix = q.Get("prefix")
+	}
+	if file := q.Get("secret-file"); file != "" {
+		if t.Secret, err = readSecret(file); err != nil {
+			return Target{}, err
+		}
+	}
+	q.Del("prefix")
+	q.Del("secret-file")
+	u.RawQuery = q.Encode()
+	if t.option, err = valkey.ParseURL(u.String()); err != nil {
+		return Target{}, fmt.Errorf("the address of the Valkey server: %w", err)
+	}
+	t.Address = t.option.InitAddress[0]
+	return t, nil
+}
+
+func readSecret(file string) ([]byte, error) {
+	secret, err := os.ReadFile(file)
+	if err != nil {
+		return nil, fmt.Errorf("reading the secret that proxies share: %w", err)
+	}
+	if len(strings.TrimSpace(string(secret))) < 16 {
+		return nil, fmt.Errorf("the secret in %s is shorter than 16 characters; make one with"+
+			" openssl rand -hex 32", file)
+	}
+	return secret, nil
+}

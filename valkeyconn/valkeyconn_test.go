@@ -1,0 +1,226 @@
+//go:build unix
+
+package valkeyconn_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/valkey-io/valkey-go"
+	"go.uber.org/goleak"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/valkeyserver"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/valkeyconn"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+func TestParse(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "secret")
+	if err := os.WriteFile(file, []byte("a secret that is long enough"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct{ target, address, prefix, secret string }{
+		{"valkey://host", "host:6379", "default:", ""},
+		{"redis://u:p@10.0.0.1:7000/3", "10.0.0.1:7000", "default:", ""},
+		{"valkeys://[::1]:7000?prefix=", "[::1]:7000", "", ""},
+		{"rediss://host?prefix=a[*]b:&secret-file=" + file, "host:6379", "a[*]b:", "a secret that is long enough"},
+	} {
+		got, err := valkeyconn.Parse(test.target, "default:")
+		if err != nil || got.Address != test.address || got.Prefix != test.prefix ||
+			string(got.Secret) != test.secret || (got.Secret == nil) != (test.secret == "") {
+			t.Errorf("%s: %+v, %v", test.target, got, err)
+		}
+	}
+	if err := os.WriteFile(file, []byte("short"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for target, want := range map[string]string{
+		"host:6379":                       "valkey://host:6379",
+		"":                                "valkey://host:6379",
+		"http://u:hunter2@host":           "valkey://",
+		"valkey:u:hunter2@host":           "valkey://host",
+		"valkey://u:hunter2@%zz":          "valkey://host",
+		"valkey://u:hunter2@host/x":       "database",
+		"valkey://h?secret-file=" + file:  "16 characters",
+		"valkey://h?secret-file=/no/file": "no such file",
+	} {
+		_, err := valkeyconn.Parse(target, "")
+		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "hunter2") {
+			t.Errorf("%q: %v, want one with %q", target, err, want)
+		}
+	}
+	if got := valkeyconn.Redacted("valkey://u:hunter2@host/1"); got != "valkey://u:xxxxx@host/1" {
+		t.Error(got)
+	}
+}
+
+// lines is a log.
+type lines struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (l *lines) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(b)
+}
+
+// count returns how many lines contain a text.
+func (l *lines) count(what string) int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return strings.Count(l.text.String(), what)
+}
+
+func ping(ctx context.Context, c valkey.Client) error { return c.Do(ctx, c.B().Ping().Build()).Error() }
+
+// until calls f again until it is true.
+func until(t testing.TB, what string, f func() bool) {
+	t.Helper()
+	for end := time.Now().Add(time.Minute); !f(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("after a minute still not: %s", what)
+		}
+	}
+}
+
+// TestGone has a server that is killed and one that hangs, with calls from several goroutines. Each
+// outage is one line, during which no call reaches anything, and so is each return.
+func TestGone(t *testing.T) {
+	server := valkeyserver.Start(t)
+	var log lines
+	var readied, returned atomic.Int32
+	target, err := valkeyconn.Parse(server.URL(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := valkeyconn.Open(target, valkeyconn.Options{
+		Setting: "--test", Gone: "it is gone", Back: "it is back", Log: slog.New(slog.NewTextHandler(&log, nil)),
+		Ready:    func(ctx context.Context, c valkey.Client) error { readied.Add(1); return ping(ctx, c) },
+		Returned: func() { returned.Add(1) },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	ctx := context.Background()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	stop := make(chan struct{})
+	defer close(stop)
+	for range 4 {
+		wg.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				case <-time.After(time.Millisecond):
+					c.Call(ctx, 50*time.Millisecond, ping)
+				}
+			}
+		})
+	}
+	for round, outage := range []struct{ begin, end func() }{
+		{server.Kill, server.Restart}, {server.Pause, server.Continue}, {server.Kill, server.Restart},
+	} {
+		until(t, "calls succeed", func() bool { return c.Call(ctx, valkeyconn.Wait, ping) == nil })
+		outage.begin()
+		until(t, "it is gone", func() bool {
+			return errors.Is(c.Call(ctx, 50*time.Millisecond, ping), valkeyconn.ErrGone)
+		})
+		called := false
+		err := c.Call(ctx, 0, func(context.Context, valkey.Client) error { called = true; return nil })
+		if !errors.Is(err, valkeyconn.ErrGone) || called {
+			t.Errorf("while it is gone: %v, called: %v", err, called)
+		}
+		outage.end()
+		until(t, "it is back", func() bool { return !c.Gone() && int(returned.Load()) == round+1 })
+		if gone, back := log.count("it is gone"), log.count("it is back"); gone != round+1 || back != round+1 {
+			t.Errorf("%d and %d lines after %d outages", gone, back, round+1)
+		}
+		if int(readied.Load()) != round+2 {
+			t.Errorf("Ready was called %d times", readied.Load())
+		}
+	}
+	if gone, failed := c.State(); gone || failed == 0 {
+		t.Errorf("State is %v, %d", gone, failed)
+	}
+}
+
+// TestAnswers: what the server answers is no outage, nor is a caller who leaves.
+func TestAnswers(t *testing.T) {
+	server := valkeyserver.Start(t)
+	target, err := valkeyconn.Parse(server.URL(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := valkeyconn.Open(target, valkeyconn.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	for range 10 {
+		err := c.Call(context.Background(), 0, func(ctx context.Context, c valkey.Client) error {
+			return c.Do(ctx, c.B().Arbitrary("NONSENSE").Build()).Error()
+		})
+		if !valkeyconn.IsAnswer(err) {
+			t.Fatal(err)
+		}
+		left, leave := context.WithCancel(context.Background())
+		leave()
+		if err := c.Call(left, 0, ping); !errors.Is(err, context.Canceled) {
+			t.Fatal(err)
+		}
+	}
+	if gone, failed := c.State(); gone || failed != 10 {
+		t.Errorf("State is %v, %d", gone, failed)
+	}
+}
+
+// TestCloseUnanswered: nobody waits for a server that is not there, at an address where nothing answers.
+func TestCloseUnanswered(t *testing.T) {
+	server := valkeyserver.Start(t)
+	target, err := valkeyconn.Parse(server.URL(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server.Pause() // the kernel accepts connections, and nobody answers
+	c, err := valkeyconn.Open(target, valkeyconn.Options{Gone: "gone"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !c.Gone() {
+		t.Error("a server that answers nothing is usable")
+	}
+	c.Close()
+	server.Continue()
+}
+
+func FuzzParse(f *testing.F) {
+	for _, seed := range []string{
+		"valkey://u:hunter2@host:1/2?prefix=a", "rediss://h?db=x", "valkey:", "valkey://%", "redis://[::1]:7/0?addr=b",
+	} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, target string) {
+		if strings.Contains(target, "secret-file") {
+			return // it would read a file
+		}
+		got, err := valkeyconn.Parse(target, "p:")
+		if err == nil && got.Address == "" {
+			t.Errorf("%q has no address", target)
+		}
+		valkeyconn.Redacted(target)
+	})
+}

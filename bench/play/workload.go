@@ -107,3 +107,11 @@ func (b Bench) Upstreams(servers, each int, killed bool) Workload {
 	}
 	return w
 }
+
+// Queued has the same requests all at once, on servers without a host cache.
+func (b Bench) Queued(servers, each int) Workload {
+	w := b.Upstreams(servers, each, false)
+	w.Name = fmt.Sprintf("%d upstreams, %d prefixes × %d, all queued, small host cache", servers, upstreamPrefixes, each)
+	w.Config, w.Open = b.Config(1, false), true
+	return w
+}

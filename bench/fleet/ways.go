@@ -117,6 +117,14 @@ func (f *fronts) proxies(n int, shared bool) play.Front {
 			s.add(p.Stop)
 			urls = append(urls, p.URL)
 		}
+		for _, url := range urls {
+			if n == 1 {
+				break
+			}
+			if err := proxyprocess.Joined(ctx, url, n-1, false); err != nil {
+				return nil, nil, err
+			}
+		}
 		return urls, s.stop, nil
 	}
 }

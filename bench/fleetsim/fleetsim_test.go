@@ -185,7 +185,9 @@ func crowd(t *testing.T, z size) (o outcome) {
 		o.trace = w.trace
 	})
 	slices.Sort(o.latencies)
-	at := func(q float64) time.Duration { return o.latencies[int(q*float64(len(o.latencies)-1))].Round(time.Millisecond) }
+	at := func(q float64) time.Duration {
+		return o.latencies[int(q*float64(len(o.latencies)-1))].Round(time.Millisecond)
+	}
 	t.Logf("%d proxies: evaluated %d, loads %d, makespan %v, median %v, p99 %v; real time %v", z.proxies, o.evaluated, o.loads, o.makespan.Round(time.Millisecond), at(0.5), at(0.99), time.Since(began).Round(time.Millisecond))
 	return o
 }

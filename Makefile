@@ -79,6 +79,11 @@ bench-lanes: ## what scheduling saves: tokens evaluated, loads and time, directl
 	$(GO) run ./bench/lanes
 	$(GO) run ./bench/lanes -era 0.24.0
 
+.PHONY: bench-fleet
+bench-fleet: ## several proxies beside one, nginx and ollama-herd, on four real servers (Linux; 10 min)
+	$(GO) run ./bench/fleet
+	$(GO) run ./bench/fleet -model gen-llama-costly -runs 1
+
 .PHONY: bench-contexts
 bench-contexts: ## what stored contexts save: tokens evaluated and time, directly and through the proxy, on real servers (10 min each)
 	$(GO) run ./bench/contexts

@@ -19,6 +19,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/debian"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
@@ -36,7 +37,7 @@ func findPrometheus(ctx context.Context) (server, tool string, err error) {
 			return server, tool, nil
 		}
 	}
-	dir, err := debian(ctx, "prometheus", "95 MB on disk", "usr/bin/promtool --version")
+	dir, err := debian.Unpack(ctx, "prometheus", "95 MB on disk", "usr/bin/promtool --version")
 	if err != nil {
 		return "", "", fmt.Errorf("prometheus and promtool are needed, in PATH; install them"+
 			" (Debian: apt-get install prometheus): %w", err)

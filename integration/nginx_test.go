@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -17,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/debian"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
@@ -47,48 +47,6 @@ http {
 	}
 }
 `
-
-// findNginx returns the path of nginx: the one that the variable NGINX names, the one in PATH, or
-// else Debian's, unpacked into the cache.
-func findNginx(ctx context.Context) (string, error) {
-	for _, name := range []string{os.Getenv("NGINX"), "nginx", "/usr/sbin/nginx"} {
-		if path, err := exec.LookPath(name); err == nil {
-			return path, nil
-		}
-	}
-	dir, err := debian(ctx, "nginx", "2 MB on disk", "usr/sbin/nginx -v")
-	if err != nil {
-		return "", fmt.Errorf("nginx is needed, in PATH or as the variable NGINX names it; install it"+
-			" (Debian: apt-get install nginx): %w", err)
-	}
-	return filepath.Join(dir, "usr", "sbin", "nginx"), nil
-}
-
-// debian unpacks one of Debian's packages into the cache, where check must succeed, and returns the
-// folder.
-func debian(ctx context.Context, name, size, check string) (dir string, err error) {
-	if _, err := exec.LookPath("apt-get"); err != nil {
-		return "", err
-	}
-	cache, err := realollama.OpenCache(os.Stderr)
-	if err != nil {
-		return "", err
-	}
-	return cache.Ensure(ctx, realollama.Made{
-		Name: name, Inputs: []string{"1"}, Announce: fmt.Sprintf("unpacking Debian's %s (%s)", name, size),
-		Make: func(_ context.Context, result string, run func(string, ...string) error) error {
-			if err := run(result, "apt-get", "download", name); err != nil {
-				// The package lists are outdated or missing. Only root can update them.
-				err := errors.Join(run("", "apt-get", "update"), run(result, "apt-get", "download", name))
-				if err != nil {
-					return err
-				}
-			}
-			return run(result, "sh", "-c",
-				fmt.Sprintf("dpkg-deb --extract %[1]s_*.deb . && rm %[1]s_*.deb && %s", name, check))
-		},
-	})
-}
 
 // startNginx runs nginx in front of a server until the test ends, and returns its address.
 func startNginx(t *testing.T, bin, upstream string) (addr string) {
@@ -222,7 +180,7 @@ func (c caller) endless(p *proxyProcess, addr string) (leave func()) {
 // place in a full queue: the one with more requests in it. A stream passes piece by piece, and ends
 // when its client leaves.
 func TestNginx(t *testing.T) {
-	nginx, err := findNginx(t.Context())
+	nginx, err := debian.Nginx(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}

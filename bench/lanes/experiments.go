@@ -8,14 +8,15 @@ import (
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/bench/chat"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/bench/play"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
 // experiments returns the experiments in the order of the table.
 func (b *bench) experiments() []experiment {
 	var all []experiment
-	add := func(w workload, notes ...func(c compared) []row) {
-		all = append(all, experiment{w.name, func(ctx context.Context) ([]row, error) {
+	add := func(w play.Workload, notes ...func(c compared) []row) {
+		all = append(all, experiment{w.Name, func(ctx context.Context) ([]row, error) {
 			c, err := b.compare(ctx, w)
 			if err != nil {
 				return nil, err
@@ -29,15 +30,15 @@ func (b *bench) experiments() []experiment {
 	}
 	for _, slots := range []int{1, 4} {
 		add(b.shuffled(slots, false))
-		if b.era != realollama.EraA {
+		if b.Era != realollama.EraA {
 			add(b.shuffled(slots, true))
 		}
 	}
 	add(b.scripts(10))
 	add(b.scripts(40))
-	if costly := (&bench{b.era, "gen-llama-costly", b.binary}); b.model != costly.model {
+	if costly := (&bench{play.Bench{Era: b.Era, Model: "gen-llama-costly"}, b.binary}); b.Model != costly.Model {
 		w := costly.scripts(10)
-		w.name += ", " + costly.model
+		w.Name += ", " + costly.Model
 		add(w)
 	}
 	add(b.hot(1))
@@ -49,17 +50,17 @@ func (b *bench) experiments() []experiment {
 		add(b.chats(slots), sharedPrompt)
 	}
 	add(b.mixed(), func(c compared) []row { return append(latencies(c, "interactive"), latencies(c, "batch")...) })
-	all = append(all, experiment{b.batch(true).name, b.interactive})
+	all = append(all, experiment{b.batch(true).Name, b.interactive})
 	add(b.unequal(), fairness)
 	add(b.decode())
 	all = append(all, experiment{"a lone client", b.lone})
 	whole := func(c compared) []row { return latencies(c, "") }
-	add(b.upstreams(6, false), whole)
+	add(b.Upstreams(3, 6, false), whole)
 	each := 18 // enough for the proxy to notice that a server is back
-	if b.era == realollama.EraA {
+	if b.Era == realollama.EraA {
 		each = 6 // it evaluates most of the prompt each time, which takes as long
 	}
-	add(b.upstreams(each, true), whole, losses)
+	add(b.Upstreams(3, each, true), whole, losses)
 	return all
 }
 
@@ -74,8 +75,8 @@ func latencies(c compared, priority string) []row {
 		if priority != "" {
 			label = priority + ": " + label
 		}
-		rows = append(rows, note(label, c.each(func(r result) string {
-			return fmt.Sprintf("%.1f", ms(r.latency(priority, part.part)))
+		rows = append(rows, note(label, c.each(func(r play.Result) string {
+			return fmt.Sprintf("%.1f", ms(r.Latency(priority, part.part)))
 		})))
 	}
 	return rows
@@ -86,12 +87,12 @@ func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond)
 // sharedPrompt compares with the minimum for several slots, since none can copy the system prompt
 // from another. (The least possible, on one slot, evaluates it once.)
 func sharedPrompt(c compared) []row {
-	slots := min(c.w.config.Parallel, len(c.w.clients))
-	if slots == 1 || len(c.least.evaluations) <= chatTurns {
+	slots := min(c.w.Config.Parallel, len(c.w.Clients))
+	if slots == 1 || len(c.least.Evaluations) <= chatTurns {
 		return nil
 	}
-	once := c.least.evaluations[chatTurns].Reused // the second chat's first turn
-	least := c.least.evaluated + (slots-1)*once
+	once := c.least.Evaluations[chatTurns].Reused // the second chat's first turn
+	least := c.least.Evaluated + (slots-1)*once
 	return []row{note(fmt.Sprintf("relative to the system prompt once on each slot, %d", least), c.over(least))}
 }
 
@@ -105,9 +106,9 @@ func (b *bench) interactive(ctx context.Context) ([]row, error) {
 	var overtaken, cost [ways]string
 	for i, r := range c.by {
 		var own int
-		for place, d := range r.done {
-			if d.q.priority == "interactive" {
-				overtaken[i] = fmt.Sprint(place - d.before)
+		for place, d := range r.Done {
+			if d.Q.Priority == "interactive" {
+				overtaken[i] = fmt.Sprint(place - d.Before)
 				own = d.Prompt // this prefix is new, so all of it is evaluated
 			}
 		}
@@ -118,7 +119,7 @@ func (b *bench) interactive(ctx context.Context) ([]row, error) {
 		if err != nil {
 			return nil, fmt.Errorf("without: %w", err)
 		}
-		cost[i] = fmt.Sprint(r.evaluated - own - without.evaluated)
+		cost[i] = fmt.Sprint(r.Evaluated - own - without.Evaluated)
 	}
 	return []row{
 		c.row(), latencies(c, "interactive")[0],
@@ -136,9 +137,9 @@ const generatedWeight = 10
 func fairness(c compared) []row {
 	var prompts, n [2]float64
 	var largest float64
-	for _, d := range c.least.done {
+	for _, d := range c.least.Done {
 		from := 0
-		if d.q.id >= 10_000 {
+		if d.Q.ID >= 10_000 {
 			from = 1
 		}
 		prompts[from] += float64(d.Prompt)
@@ -147,11 +148,11 @@ func fairness(c compared) []row {
 	}
 	quantum := 20 * (prompts[0]/n[0] + prompts[1]/n[1]) / 2
 	return []row{
-		note(fmt.Sprintf("largest difference in service, in quanta (a quantum and a largest request: %.2f)", 1+largest/quantum), c.each(func(r result) string {
+		note(fmt.Sprintf("largest difference in service, in quanta (a quantum and a largest request: %.2f)", 1+largest/quantum), c.each(func(r play.Result) string {
 			difference, _ := service(r, quantum)
 			return fmt.Sprintf("%.2f", difference)
 		})),
-		note("Jain index over ten quanta, or all there are", c.each(func(r result) string {
+		note("Jain index over ten quanta, or all there are", c.each(func(r play.Result) string {
 			_, jain := service(r, quantum)
 			return strings.Join(jain, ", ")
 		})),
@@ -162,13 +163,13 @@ func fairness(c compared) []row {
 // quanta how fairly they were divided: 1 is evenly, 0.5 is all to one (Jain, Chiu and Hawe,
 // DEC-TR-301, 1984). It needs a server with one slot, whose log has prompts in the order of their
 // answers.
-func service(r result, quantum float64) (difference float64, jain []string) {
+func service(r play.Result, quantum float64) (difference float64, jain []string) {
 	left := []int{longs, shorts}
 	var total, window [2]float64
-	for i := 0; i < min(len(r.done), len(r.evaluations)) && left[0] > backlog && left[1] > backlog; i++ {
-		from := r.done[i].from
+	for i := 0; i < min(len(r.Done), len(r.Evaluations)) && left[0] > backlog && left[1] > backlog; i++ {
+		from := r.Done[i].From
 		left[from]--
-		cost := float64(r.evaluations[i].Evaluated + generatedWeight*r.done[i].Generated)
+		cost := float64(r.Evaluations[i].Evaluated + generatedWeight*r.Done[i].Generated)
 		total[from] += cost
 		window[from] += cost
 		difference = max(difference, (total[0]-total[1])/quantum, (total[1]-total[0])/quantum)
@@ -191,24 +192,24 @@ func index(w [2]float64) string {
 // losses reports the requests while a server was gone, and how much was evaluated beyond the
 // minimum: a prefix that only that server held is evaluated once more if it is asked for again.
 func losses(c compared) []row {
-	failed := c.each(func(r result) string { return fmt.Sprintf("%d, %d", r.retried, len(r.failed)) })
-	over := c.each(func(r result) string {
-		once := c.least.evaluations[1].Reused
+	failed := c.each(func(r play.Result) string { return fmt.Sprintf("%d, %d", r.Retried, len(r.Failed)) })
+	over := c.each(func(r play.Result) string {
+		once := c.least.Evaluations[1].Reused
 		lost := map[int]bool{}
 		again := 0
-		for i, d := range r.done {
-			switch killed := len(c.least.done) / 3; {
-			case i < killed && d.Server == serverName(0):
-				lost[d.q.prefix] = true
+		for i, d := range r.Done {
+			switch killed := len(c.least.Done) / 3; {
+			case i < killed && d.Server == play.ServerName(0):
+				lost[d.Q.Prefix] = true
 			case i < killed: // on another server, too
-				delete(lost, d.q.prefix)
-			case lost[d.q.prefix]:
+				delete(lost, d.Q.Prefix)
+			case lost[d.Q.Prefix]:
 				again++
-				delete(lost, d.q.prefix)
+				delete(lost, d.Q.Prefix)
 			}
 		}
-		least := c.least.evaluated + again*once
-		return fmt.Sprintf("%.2f of %d", float64(r.evaluated)/float64(least), least)
+		least := c.least.Evaluated + again*once
+		return fmt.Sprintf("%.2f of %d", float64(r.Evaluated)/float64(least), least)
 	})
 	return []row{note("errors that clients met, requests lost", failed), note("relative to the least possible and what was lost", over)}
 }
@@ -221,8 +222,8 @@ func (b *bench) lone(ctx context.Context) (rows []row, err error) {
 		rounds = 300
 		first  = 5 // rounds that load the model and open connections
 	)
-	config := b.config(1, true)
-	config.Version = b.era
+	config := b.Config(1, true)
+	config.Version = b.Era
 	server, err := realollama.Run(ctx, config, nil)
 	if err != nil {
 		return nil, err
@@ -254,7 +255,7 @@ func (b *bench) lone(ctx context.Context) (rows []row, err error) {
 		for i := range urls {
 			i = (i + n) % len(urls) // each comes first in turn
 			sent := time.Now()
-			a, err := ask(ctx, client, urls[i], b.chat(0, 600, n))
+			a, err := play.Ask(ctx, client, urls[i], b.Chat(0, 600, n))
 			if err != nil {
 				return nil, err
 			}

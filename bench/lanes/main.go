@@ -24,6 +24,7 @@ import (
 	"strings"
 	"syscall"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/bench/play"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/proxyprocess"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
@@ -55,7 +56,7 @@ func run(ctx context.Context, era, only, model string, out io.Writer) error {
 		return err
 	}
 	defer os.RemoveAll(dir)
-	b := &bench{era: era, model: model, binary: filepath.Join(dir, "ollama-cacheproxy")}
+	b := &bench{Bench: play.Bench{Era: era, Model: model}, binary: filepath.Join(dir, "ollama-cacheproxy")}
 	if err := proxyprocess.Build(ctx, b.binary); err != nil {
 		return err
 	}
@@ -101,13 +102,13 @@ func note(label string, figures [ways]string) row {
 
 // compared has the results of all ways, and the least possible.
 type compared struct {
-	w     workload
-	least result
-	by    [ways]result
+	w     play.Workload
+	least play.Result
+	by    [ways]play.Result
 }
 
 // each returns a figure of each way.
-func (c compared) each(figure func(r result) string) (all [ways]string) {
+func (c compared) each(figure func(r play.Result) string) (all [ways]string) {
 	for i, r := range c.by {
 		all[i] = figure(r)
 	}
@@ -116,27 +117,27 @@ func (c compared) each(figure func(r result) string) (all [ways]string) {
 
 // over returns the tokens that each way evaluated, as a multiple of the least possible.
 func (c compared) over(least int) [ways]string {
-	return c.each(func(r result) string { return ratio(r.evaluated, least) })
+	return c.each(func(r play.Result) string { return ratio(r.Evaluated, least) })
 }
 
 func ratio(n, least int) string { return fmt.Sprintf("%d (%.2f)", n, float64(n)/float64(least)) }
 
 func (c compared) row() row {
 	var equal int
-	for _, d := range c.by[direct].done {
-		same := func(e completion) bool { return e.q.id == d.q.id && e.Text == d.Text }
-		if slices.ContainsFunc(c.by[given].done, same) && slices.ContainsFunc(c.by[auto].done, same) {
+	for _, d := range c.by[direct].Done {
+		same := func(e play.Completion) bool { return e.Q.ID == d.Q.ID && e.Text == d.Text }
+		if slices.ContainsFunc(c.by[given].Done, same) && slices.ContainsFunc(c.by[auto].Done, same) {
 			equal++
 		}
 	}
-	over := c.over(c.least.evaluated)
-	loads := c.each(func(r result) string { return fmt.Sprint(r.loads) })
-	seconds := c.each(func(r result) string {
-		if base := c.by[direct].wall; r.wall != base {
-			return fmt.Sprintf("%.1f (%.2f)", r.wall.Seconds(), r.wall.Seconds()/base.Seconds())
+	over := c.over(c.least.Evaluated)
+	loads := c.each(func(r play.Result) string { return fmt.Sprint(r.Loads) })
+	seconds := c.each(func(r play.Result) string {
+		if base := c.by[direct].Wall; r.Wall != base {
+			return fmt.Sprintf("%.1f (%.2f)", r.Wall.Seconds(), r.Wall.Seconds()/base.Seconds())
 		}
-		return fmt.Sprintf("%.1f", r.wall.Seconds())
+		return fmt.Sprintf("%.1f", r.Wall.Seconds())
 	})
-	return row{c.w.name, fmt.Sprint(len(c.least.done)), fmt.Sprint(c.least.evaluated), over[direct], over[given], over[auto],
-		strings.Join(loads[:], ", "), strings.Join(seconds[:], ", "), fmt.Sprintf("%d of %d", equal, len(c.least.done))}
+	return row{c.w.Name, fmt.Sprint(len(c.least.Done)), fmt.Sprint(c.least.Evaluated), over[direct], over[given], over[auto],
+		strings.Join(loads[:], ", "), strings.Join(seconds[:], ", "), fmt.Sprintf("%d of %d", equal, len(c.least.Done))}
 }

@@ -17,10 +17,8 @@ import (
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/bench/chat"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/bench/play"
 )
-
-// serverName is the name of one of several servers for the proxy.
-func serverName(i int) string { return string(rune('a' + i)) }
 
 // leastLoaded is the router to compare with: each request goes to the server with the fewest under
 // way, and to equal ones in turn. A server that does not answer is left out for a second.
@@ -45,7 +43,7 @@ func serveLeastLoaded(urls []string) (string, func() error, error) {
 		if err != nil {
 			return "", nil, err
 		}
-		b := &backend{name: serverName(i)}
+		b := &backend{name: play.ServerName(i)}
 		b.proxy = &httputil.ReverseProxy{
 			Rewrite:   func(r *httputil.ProxyRequest) { r.SetURL(u) },
 			Transport: &http.Transport{MaxIdleConnsPerHost: 1000},

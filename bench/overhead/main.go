@@ -16,6 +16,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/rand"
 	"errors"
 	"flag"
 	"fmt"
@@ -37,6 +38,7 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/proxyprocess"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 )
 
@@ -162,9 +164,106 @@ func run(ctx context.Context, cfg config, out io.Writer) error {
 		table.Flush()
 	}
 	if strings.Contains("together", cfg.only) {
-		return together(ctx, out, keeps.url, cfg)
+		if err := together(ctx, out, keeps.url, cfg); err != nil {
+			return err
+		}
+	}
+	if strings.Contains("hop", cfg.only) {
+		return hop(ctx, out, up.url, cfg)
 	}
 	return nil
+}
+
+// hop measures what it costs that a request is received by another proxy than the one that schedules
+// its server. A request through each is sent in turn, by one client, so that the difference is that
+// of neighbours in time.
+func hop(ctx context.Context, out io.Writer, up string, cfg config) error {
+	dir, err := os.MkdirTemp("", "overhead-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	secret := filepath.Join(dir, "secret")
+	if err := os.WriteFile(secret, []byte(rand.Text()), 0o600); err != nil {
+		return err
+	}
+	addrs, err := freeAddrs(2)
+	if err != nil {
+		return err
+	}
+	var both [2]*process
+	for i := range both {
+		args := []string{
+			"--listen", "127.0.0.1:0", "--upstream", "up=" + up, "--log-format", "json",
+			"--peer-listen", addrs[i], "--peers", addrs[1-i], "--peer-secret-file", secret,
+		}
+		if i == 0 {
+			args = append(args, "--own", "up")
+		}
+		if both[i], err = start(ctx, cfg.proxy, args...); err != nil {
+			return err
+		}
+		defer both[i].stop()
+	}
+	owner, entry := both[0], both[1]
+	if err := proxyprocess.Joined(ctx, entry.url, 1, true); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, cfg.time*time.Duration(cfg.rounds)+time.Minute)
+	defer cancel()
+	transport := &http.Transport{MaxIdleConnsPerHost: 2, DisableCompression: true}
+	defer transport.CloseIdleConnections()
+	client := &http.Client{Transport: transport}
+	for _, l := range []load{small(), loads()[0]} {
+		took := map[*process][]float64{}
+		var added []float64
+		begin := time.Now()
+		for n := 0; time.Since(begin) < cfg.time*time.Duration(cfg.rounds)/2; n++ {
+			var now [2]float64
+			for i := range both {
+				i = (i + n) % 2 // each comes first in turn
+				sent := time.Now()
+				if _, err := one(ctx, client, both[i].url, l); err != nil {
+					return err
+				}
+				now[i] = time.Since(sent).Seconds() * 1e3
+			}
+			if n < warmUp {
+				continue
+			}
+			added = append(added, now[1]-now[0])
+			for i, p := range both {
+				took[p] = append(took[p], now[i])
+			}
+		}
+		slices.Sort(added)
+		fmt.Fprintf(out, "%s, one client × %d: median %.2f ms through the owner, %.2f ms through another proxy; added, median of the differences: %.2f ms (p95 %.2f ms)\n",
+			l.name, len(added), middle(took[owner]), middle(took[entry]), middle(added), added[len(added)*95/100])
+	}
+	return nil
+}
+
+// warmUp is how many requests open the connections, and are not counted.
+const warmUp = 20
+
+// small is a request of about 200 bytes.
+func small() load {
+	l := loads()[0]
+	l.name, l.body = "200 bytes, one answer", []byte(`{"model":"bench","stream":false,"messages":[{"role":"user","content":"Score the candidate from 1 to 10 and explain in one sentence why."}]}`)
+	return l
+}
+
+// freeAddrs returns addresses on loopback where nothing listens.
+func freeAddrs(n int) (addrs []string, err error) {
+	for range n {
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return nil, err
+		}
+		defer ln.Close() // when all are found, so that they differ
+		addrs = append(addrs, ln.Addr().String())
+	}
+	return addrs, nil
 }
 
 // target is what a load is sent to.

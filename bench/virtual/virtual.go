@@ -30,6 +30,22 @@ const HeaderFrom = "X-From"
 func Proxy(
 	t *testing.T, ups []*upstream.Server, transport http.RoundTripper, lanes schedule.Config,
 ) http.Handler {
+	return From(Start(t, ups, transport, lanes, func(*proxy.Handler) {}))
+}
+
+// From serves requests as if they came from where their HeaderFrom says.
+func From(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		r.RemoteAddr = r.Header.Get(HeaderFrom)
+		h.ServeHTTP(w, r)
+	})
+}
+
+// Start runs a proxy as Proxy does; change may set more of its fields before it starts.
+func Start(
+	t *testing.T, ups []*upstream.Server, transport http.RoundTripper, lanes schedule.Config,
+	change func(h *proxy.Handler),
+) *proxy.Handler {
 	if raced {
 		// For each answer ReverseProxy sets a timer that fires at once. In a bubble two of these
 		// must not fire at the same time, since Go 1.26's race detector crashes then
@@ -58,6 +74,7 @@ func Proxy(
 			counts.Polled(up.Name, st)
 		}
 	}
+	change(h)
 	h.Init()
 	for _, up := range ups {
 		up.Poll(ctx)
@@ -68,10 +85,7 @@ func Proxy(
 		cancel()
 		wg.Wait()
 	})
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		r.RemoteAddr = r.Header.Get(HeaderFrom)
-		h.ServeHTTP(w, r)
-	})
+	return h
 }
 
 // Network has servers in memory, by name.

@@ -67,8 +67,8 @@ func (s *place) may(a Ask) bool {
 	if slices.Contains(a.Not, s.owner.id) && s.owner.peer != nil {
 		return false
 	}
-	if a.Server != "" {
-		return s.Name == a.Server
+	if s.owner.away || a.Server != "" {
+		return s.Name == a.Server && !s.owner.away
 	}
 	if !s.Takes {
 		return false

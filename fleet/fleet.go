@@ -78,6 +78,8 @@ const (
 	dialMost  = 2 * time.Second
 	// askEvery is how often a proxy with idle servers asks a peer for waiting requests.
 	askEvery = 200 * time.Millisecond
+	// awayFor is how long it is remembered which servers an absent peer has.
+	awayFor = 10 * time.Minute
 )
 
 // Fleet is one proxy's view of all proxies. Create it with New, and keep Run running. Its methods
@@ -87,6 +89,7 @@ type Fleet struct {
 	ID string // differs for each process
 
 	view     atomic.Pointer[view]
+	news     atomic.Pointer[chan struct{}] // closed when the view has changed
 	draining atomic.Bool
 	outbox   *outbox
 	seen     *sightings
@@ -132,6 +135,7 @@ func New(c Config) *Fleet {
 		learned: map[string][]byte{},
 	}
 	f.view.Store(&view{})
+	f.news.Store(new(make(chan struct{})))
 	return f
 }
 
@@ -265,8 +269,17 @@ func (f *Fleet) look() {
 			}
 		}
 	}
+	for _, p := range f.peers {
+		if r := p.last; p.report == nil && r != nil && !ids[r.ID] && time.Since(p.since) < awayFor {
+			ids[r.ID] = true
+			members = append(members, &member{
+				peer: p, id: r.ID, name: r.Name, away: true, servers: r.Servers,
+			})
+		}
+	}
 	v := conclude(members)
 	f.view.Store(v)
+	close(*f.news.Swap(new(make(chan struct{}))))
 	owned := map[string]bool{}
 	for name, p := range v.places {
 		if p.owner.peer == nil {
@@ -304,6 +317,9 @@ func (f *Fleet) change(owned map[string]bool) {
 	}
 	f.owned = owned
 }
+
+// News returns a channel that is closed when something about the proxies or their servers is new.
+func (f *Fleet) News() <-chan struct{} { return *f.news.Load() }
 
 // Counts returns what has happened so far.
 func (f *Fleet) Counts() Counts {

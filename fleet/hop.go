@@ -74,6 +74,7 @@ const lostFor = 15 * time.Second
 func (f *Fleet) Pass(
 	out *http.Request, to Place, p About, body io.Reader, length int64,
 ) (*http.Response, error) {
+	f.count(func(c *Counts) { c.Hops++ })
 	ctx, cancel := context.WithCancelCause(context.Background())
 	stop := context.AfterFunc(out.Context(), func() { cancel(context.Cause(out.Context())) })
 	hop := &hop{data: body, end: make(chan struct{}), cancel: cancel}
@@ -112,7 +113,16 @@ func (f *Fleet) Pass(
 		cancel(err)
 		stop()
 		<-watched
-		return nil, hop.failure(ctx, err)
+		err = hop.failure(ctx, err)
+		f.count(func(c *Counts) {
+			switch {
+			case errors.Is(err, ErrLost):
+				c.Lost++
+			case errors.Is(err, ErrGone):
+				c.Again++
+			}
+		})
+		return nil, err
 	}
 	hop.settle(answered)
 	res.Request = out
@@ -124,6 +134,7 @@ func (f *Fleet) Pass(
 		res.Body.Close()
 		e := &Elsewhere{Server: res.Header.Get(headerElsewhere)}
 		e.Moves, _ = strconv.Atoi(res.Header.Get(headerMoves))
+		f.count(func(c *Counts) { c.Elsewhere++ })
 		return nil, e
 	}
 	for _, name := range headers {
@@ -167,7 +178,6 @@ func (f *Fleet) watch(ctx context.Context, h *hop, to Place) {
 			}
 		}
 	}
-	f.count(func(c *Counts) { c.Lost++ })
 	h.cancel(ErrLost)
 }
 

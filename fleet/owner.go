@@ -10,6 +10,7 @@ type member struct {
 	peer     *peer // nil: this proxy
 	id, name string
 	draining bool
+	away     bool // it is not there, but may come back
 	servers  []Server
 }
 
@@ -54,6 +55,7 @@ func conclude(members []*member) *view {
 			}
 		}
 		p := &place{Server: *best.s, owner: best.m}
+		p.Takes = p.Takes && !best.m.away
 		if best.m.peer != nil {
 			p.gone = best.m.peer.gone
 		}
@@ -69,11 +71,13 @@ type candidate struct {
 	score uint64
 }
 
-// before reports whether c rather than d owns the server: a proxy that is not about to stop, that
-// is beside the server, that reaches it, or else the first in the order of the rendezvous hash
+// before reports whether c rather than d owns the server: a proxy that is there and not about to
+// stop, that is beside the server, that reaches it, or else the first in the order of the rendezvous hash
 // (Thaler and Ravishankar, "A Name-Based Mapping Scheme for Rendezvous", 1996).
 func (c candidate) before(d candidate) bool {
 	switch {
+	case c.m.away != d.m.away:
+		return d.m.away
 	case c.m.draining != d.m.draining:
 		return d.m.draining
 	case c.s.Beside != d.s.Beside:

@@ -19,6 +19,7 @@ type peer struct {
 
 	// Guarded by Fleet.mu.
 	report *Report       // the last one; nil: away
+	last   *Report       // … also when it is away; nil: it was never there, or has stopped
 	gone   chan struct{} // closed when it goes away; nil: away
 	err    error         // why it is away; nil before the first try
 	told   bool          // the log says that it is away
@@ -108,7 +109,7 @@ func (p *peer) heard(r *Report) {
 		before = nil
 	}
 	r.fill(before)
-	if p.report = r; p.gone == nil {
+	if p.report, p.last = r, r; p.gone == nil {
 		p.gone, p.since = make(chan struct{}), time.Now()
 		if p.told {
 			f.Log.Info("peer is back", "peer", r.Name, "address", p.addr)
@@ -150,6 +151,7 @@ func (p *peer) lost(err error) (was bool) {
 	case err == nil:
 		f.Log.Info("peer is no longer listed", "peer", name, "address", p.addr)
 	case left:
+		p.last = nil
 		f.Log.Info("peer has stopped", "peer", name, "address", p.addr)
 	default:
 		f.Log.Warn("peer is away; this proxy goes on without it", "peer", name, "address", p.addr,

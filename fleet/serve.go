@@ -411,8 +411,9 @@ func (f *Fleet) Peers() []Peer {
 // Owner is a server and its owner, for pages.
 type Owner struct {
 	Server  string  `json:"server"`
-	Owner   string  `json:"owner"` // its name
-	Here    bool    `json:"here"`  // this proxy
+	Owner   string  `json:"owner"`          // its name
+	Here    bool    `json:"here"`           // this proxy
+	Away    bool    `json:"away,omitempty"` // the owner is
 	Takes   bool    `json:"takes"`
 	Wait    float64 `json:"wait_s"` // of a new request
 	Running int     `json:"running"`
@@ -427,9 +428,32 @@ func (f *Fleet) Owners() []Owner {
 	for _, name := range v.names {
 		p := v.places[name]
 		all = append(all, Owner{
-			Server: name, Owner: p.owner.name, Here: p.owner.peer == nil, Takes: p.Takes,
+			Server: name, Owner: p.owner.name, Here: p.owner.peer == nil, Away: p.owner.away, Takes: p.Takes,
 			Wait: p.Wait, Running: p.Running, Waiting: p.Waiting, Models: len(p.Models),
 		})
+	}
+	return all
+}
+
+// Takes reports whether a server of another proxy takes requests.
+func (f *Fleet) Takes() bool {
+	for _, p := range f.view.Load().places {
+		if p.Takes && p.owner.peer != nil {
+			return true
+		}
+	}
+	return false
+}
+
+// Others returns the peers that own a server which known does not know, each once.
+func (f *Fleet) Others(known func(server string) bool) (all []Place) {
+	v := f.view.Load()
+	seen := map[string]bool{}
+	for _, name := range v.names {
+		if p := v.places[name]; p.owner.peer != nil && !p.owner.away && !seen[p.owner.id] && !known(name) {
+			seen[p.owner.id] = true
+			all = append(all, p.place())
+		}
 	}
 	return all
 }

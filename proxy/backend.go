@@ -2,6 +2,8 @@ package proxy
 
 import (
 	"context"
+	"io"
+	"net/http"
 	"slices"
 	"strings"
 	"sync"
@@ -313,13 +315,17 @@ func (h *Handler) retract(ex *exchange) {
 
 // unloadElsewhere makes all other servers that may have the model loaded unload it. The channel
 // that it returns is closed when that is done; it is nil if there is nothing to do.
-func (h *Handler) unloadElsewhere(ctx context.Context, ex *exchange) chan struct{} {
-	if len(h.backends) == 1 || ex.only != nil || !ex.unloads() {
+func (h *Handler) unloadElsewhere(r *http.Request, ex *exchange) chan struct{} {
+	if ex.only != nil || !ex.unloads() {
+		return nil
+	}
+	peers := h.others(ex)
+	if len(h.backends) == 1 && len(peers) == 0 {
 		return nil
 	}
 	key, f := ex.key, ex.fields
 	f.members, f.long = nil, nil // their memory belongs to a pooled body
-	ctx, cancel := context.WithTimeout(ctx, loadedTimeout)
+	ctx, cancel := context.WithTimeout(r.Context(), loadedTimeout)
 	var wg sync.WaitGroup
 	for _, b := range h.backends {
 		if st := b.State(); b == ex.up || st.Away || !st.Has(key) {
@@ -338,6 +344,14 @@ func (h *Handler) unloadElsewhere(ctx context.Context, ex *exchange) chan struct
 			u.answer()
 			run.End(time.Now(), runners.Outcome{Accepted: true, Unload: true})
 		})
+	}
+	if len(peers) > 0 {
+		body, n := ex.whole() // until all have read it
+		text, _ := io.ReadAll(body)
+		body.Close()
+		for _, to := range peers {
+			wg.Go(func() { h.unloadAt(ctx, r, ex, to, text[:n]) })
+		}
 	}
 	done := make(chan struct{})
 	go func() { // ends after the requests, which have a time limit

@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -175,7 +176,13 @@ func (h *Handler) pass(w http.ResponseWriter, r *http.Request, ex *exchange, ser
 		ask.Tokens = ask.Links[len(ask.Links)-1].Bytes / bytesPerToken
 	}
 	place, ok := h.Fleet.Choose(ask)
-	if !ok || place.Here() {
+	if !ok {
+		if ref := h.returns(r, ex, ask, &place); ref != nil {
+			h.refuse(w, r, ex, ref)
+			return true
+		}
+	}
+	if place.Here() {
 		return false
 	}
 	ex.hop = &relay{ask: ask, place: place}
@@ -193,6 +200,34 @@ func (h *Handler) pass(w http.ResponseWriter, r *http.Request, ex *exchange, ser
 	ex.hop = nil
 	ex.Waited += time.Since(began)
 	return false
+}
+
+// returns waits for a server with the request's model, if only proxies that are away had it. Without
+// a refusal it has set the place, which is this proxy if no other ever had it.
+func (h *Handler) returns(r *http.Request, ex *exchange, ask fleet.Ask, place *fleet.Place) *refusal {
+	limit := time.After(h.Upstreams[0].TryDuration)
+	for {
+		news := h.Fleet.News()
+		if to, ok := h.Fleet.Choose(ask); ok {
+			*place = to
+			return nil
+		}
+		if ask.Server == "" && (h.exists(ex.key) || !h.Fleet.Has(ex.key)) {
+			return nil
+		}
+		select {
+		case <-news:
+		case <-h.closing:
+			return ex.stopping()
+		case <-r.Context().Done():
+			return givenUp(r.Context().Err())
+		case <-limit:
+			ex.header.Set("Retry-After", retryAfter)
+			return &refusal{http.StatusServiceUnavailable,
+				"the proxies whose ollama has this model have been away for too long (--try-duration); " +
+					"GET " + pathFleet + " shows which"}
+		}
+	}
 }
 
 // bytesPerToken is a rough estimate, for the choice between servers.
@@ -223,10 +258,9 @@ func (t hops) RoundTrip(out *http.Request) (*http.Response, error) {
 	moves := ex.moves
 	for {
 		body, n := ex.whole()
-		res, err := h.Fleet.Pass(out, p.place, fleet.About{
-			Client: h.client(ex.inbound, ex), Key: ex.holder.client(), Age: time.Since(ex.start),
-			Server: p.place.Server, Moves: moves,
-		}, body, n)
+		about := h.about(ex.inbound, ex)
+		about.Server, about.Moves = p.place.Server, moves
+		res, err := h.Fleet.Pass(out, p.place, about, body, n)
 		body.Close()
 		if err == nil {
 			return res, nil
@@ -255,6 +289,39 @@ func (t hops) RoundTrip(out *http.Request) (*http.Response, error) {
 		}
 		p.place = place
 	}
+}
+
+// about returns what a peer is told of a request.
+func (h *Handler) about(r *http.Request, ex *exchange) fleet.About {
+	return fleet.About{
+		Client: h.client(r, ex), Key: ex.holder.client(), Age: time.Since(ex.start),
+	}
+}
+
+// others returns the peers that have servers which this proxy does not have; none for a request that
+// a peer has passed on.
+func (h *Handler) others(ex *exchange) []fleet.Place {
+	if h.Fleet == nil || ex.passed != nil {
+		return nil
+	}
+	return h.Fleet.Others(func(server string) bool { return h.named(server) != nil })
+}
+
+// unloadAt passes a request that unloads a model on to a peer whose servers this proxy does not
+// reach.
+func (h *Handler) unloadAt(
+	ctx context.Context, r *http.Request, ex *exchange, to fleet.Place, text []byte,
+) {
+	out := r.Clone(ctx)
+	for _, name := range append([]string{"Origin", "Connection", "Accept-Encoding"}, ex.spent...) {
+		out.Header.Del(name)
+	}
+	res, err := h.Fleet.Pass(out, to, h.about(r, ex), bytes.NewReader(text), int64(len(text)))
+	if err != nil {
+		h.Log.Warn("a model could not be unloaded", "peer", to.Peer, "model", ex.key, "err", err)
+		return
+	}
+	res.Body.Close()
 }
 
 // Why a request that was passed on was sent to another proxy.

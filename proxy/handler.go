@@ -498,7 +498,7 @@ func (h *Handler) serve(w http.ResponseWriter, r *http.Request, ex *exchange) {
 	}
 	r, over := h.givesUp(r, ex)
 	defer over()
-	ex.unloading = h.unloadElsewhere(r.Context(), ex)
+	ex.unloading = h.unloadElsewhere(r, ex)
 	h.prepare(r.Context(), ex)
 	h.begin(ex)
 	h.forward.ServeHTTP(w, r)

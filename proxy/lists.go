@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/fleet"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
@@ -51,12 +52,13 @@ func newer(a, b listed) int {
 // their lists, by name. Upstreams that do not answer within listTimeout are left out. If it returns
 // false, the request has to be forwarded.
 func (h *Handler) merge(w http.ResponseWriter, r *http.Request, ex *exchange) bool {
-	if ex.merged == "" || len(h.backends) == 1 || ex.only != nil {
+	peers := h.others(ex)
+	if ex.merged == "" || len(h.backends) == 1 && len(peers) == 0 || ex.only != nil || ex.away != "" {
 		return false
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), listTimeout)
 	defer cancel()
-	lists := make([][]listed, len(h.backends))
+	lists := make([][]listed, len(h.backends)+len(peers))
 	var wg sync.WaitGroup
 	for i, b := range h.backends {
 		if b.answers() {
@@ -68,6 +70,14 @@ func (h *Handler) merge(w http.ResponseWriter, r *http.Request, ex *exchange) bo
 			})
 		}
 	}
+	for i, to := range peers {
+		wg.Go(func() {
+			var err error
+			if lists[len(h.backends)+i], err = h.peerList(ctx, r, ex, to); err != nil {
+				h.Log.Debug("a peer is left out of a list", "path", r.URL.Path, "peer", to.Peer, "err", err)
+			}
+		})
+	}
 	wg.Wait()
 	if r.Context().Err() != nil {
 		ex.Outcome = ClientGone
@@ -75,8 +85,12 @@ func (h *Handler) merge(w http.ResponseWriter, r *http.Request, ex *exchange) bo
 	}
 	var names []string
 	for i, list := range lists {
-		if list != nil {
+		switch {
+		case list == nil:
+		case i < len(h.backends):
 			names = append(names, h.backends[i].Name)
+		default:
+			names = append(names, peers[i-len(h.backends)].Server)
 		}
 	}
 	if names == nil {
@@ -125,7 +139,36 @@ func union(lists [][]listed) []json.RawMessage {
 
 // list gets one upstream's list. Without an error, the list is not nil.
 func (h *Handler) list(ctx context.Context, r *http.Request, ex *exchange, b *backend) ([]listed, error) {
-	out, err := http.NewRequestWithContext(ctx, http.MethodGet, b.URL.JoinPath(r.URL.Path).String(), nil)
+	out, err := ex.listRequest(ctx, r, b.URL.JoinPath(r.URL.Path).String())
+	if err != nil {
+		return nil, err
+	}
+	out.Header.Set(upstream.InstanceHeader, b.Instance) // if the request comes back, this is a loop
+	res, err := h.Transport.RoundTrip(out)
+	if err != nil {
+		return nil, err
+	}
+	return ex.readList(res)
+}
+
+// peerList gets the list of a peer's own upstreams.
+func (h *Handler) peerList(
+	ctx context.Context, r *http.Request, ex *exchange, to fleet.Place,
+) ([]listed, error) {
+	out, err := ex.listRequest(ctx, r, r.URL.Path)
+	if err != nil {
+		return nil, err
+	}
+	res, err := h.Fleet.Pass(out, to, h.about(r, ex), http.NoBody, 0)
+	if err != nil {
+		return nil, err
+	}
+	return ex.readList(res)
+}
+
+// listRequest is a client's request for a list, for one of those that are merged.
+func (ex *exchange) listRequest(ctx context.Context, r *http.Request, url string) (*http.Request, error) {
+	out, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -135,11 +178,11 @@ func (h *Handler) list(ctx context.Context, r *http.Request, ex *exchange, b *ba
 	for _, name := range []string{"Accept-Encoding", "Connection", "Keep-Alive", "Te", "Trailer", "Transfer-Encoding", "Upgrade"} {
 		out.Header.Del(name)
 	}
-	out.Header.Set(upstream.InstanceHeader, b.Instance) // if the request comes back, this is a loop
-	res, err := h.Transport.RoundTrip(out)
-	if err != nil {
-		return nil, err
-	}
+	return out, nil
+}
+
+// readList reads the answer to a listRequest.
+func (ex *exchange) readList(res *http.Response) ([]listed, error) {
 	defer res.Body.Close()
 	if res.StatusCode != http.StatusOK {
 		return nil, fmt.Errorf("status %s", res.Status)

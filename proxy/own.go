@@ -71,6 +71,9 @@ func (h *Handler) ready(w http.ResponseWriter, ex *exchange) {
 			status, page["status"] = http.StatusOK, "ready"
 		}
 	}
+	if h.Fleet != nil && h.Fleet.Takes() { // another proxy has one that answers
+		status, page["status"] = http.StatusOK, "ready"
+	}
 	if h.leaving.Load() {
 		status, page["status"] = http.StatusServiceUnavailable, "stopping"
 	}
@@ -79,8 +82,13 @@ func (h *Handler) ready(w http.ResponseWriter, ex *exchange) {
 
 // Leave says that the proxy is about to stop: it is not ready any more, and each connection is
 // closed after its next answer, so that clients make new ones, elsewhere. Requests are served as
-// before.
-func (h *Handler) Leave() { h.leaving.Store(true) }
+// before, by this proxy, or by others of its fleet.
+func (h *Handler) Leave() {
+	h.leaving.Store(true)
+	if h.Fleet != nil {
+		h.Fleet.Drain()
+	}
+}
 
 // Leaving reports whether Leave was called.
 func (h *Handler) Leaving() bool { return h.leaving.Load() }

@@ -118,6 +118,7 @@ fuzz: ## a minute of each fuzz test
 	$(FUZZ) '^FuzzNumCtx$$' ./proxy
 	$(FUZZ) '^FuzzStableHeads$$' ./proxy
 	$(FUZZ) '^FuzzQueue$$' ./schedule
+	$(FUZZ) '^FuzzPassed$$' ./fleet
 	$(FUZZ) '^FuzzKeepAlive$$' ./proxy
 	$(FUZZ) '^FuzzForwarded$$' ./proxy
 	$(FUZZ) '^FuzzNames$$' ./proxy

@@ -154,7 +154,8 @@ func Again(err error) bool {
 // watch ends a hop whose owner goes away: at once if it has not begun, otherwise after a while.
 func (f *Fleet) watch(ctx context.Context, h *hop, to Place) {
 	select {
-	case <-ctx.Done():
+	case <-ctx.Done(): // net/http waits until the body has been read
+		h.settle(over)
 		return
 	case <-to.gone:
 	}

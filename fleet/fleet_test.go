@@ -1,0 +1,509 @@
+package fleet
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+)
+
+// lab has some proxies in a network in memory, in virtual time.
+type lab struct {
+	t       *testing.T
+	net     *network
+	mu      sync.Mutex
+	proxies map[string]*proxy
+	began   map[string]int // how often each request was sent to a server
+}
+
+// proxy is a proxy of the lab. Its requests take some time to wait, and some to be answered.
+type proxy struct {
+	*Fleet
+	lab           *lab
+	host          string
+	servers       []Server
+	own           []string
+	waits, serves time.Duration
+	stop          func()
+}
+
+// list is a Source of fixed addresses.
+type list []string
+
+func (l list) Watch(ctx context.Context, found func([]string)) {
+	found(l)
+	<-ctx.Done()
+}
+func (l list) String() string { return strings.Join(l, " ") }
+
+func newLab(t *testing.T, servers []string, hosts ...string) *lab {
+	l := &lab{t: t, net: newNetwork(), proxies: map[string]*proxy{}, began: map[string]int{}}
+	for _, host := range hosts {
+		m := &proxy{lab: l, host: host, waits: time.Second, serves: time.Second}
+		for _, name := range servers {
+			m.servers = append(m.servers, Server{Name: name, Takes: true, Models: []string{"m"}})
+		}
+		l.proxies[host] = m
+		m.start(hosts)
+	}
+	t.Cleanup(func() {
+		for _, m := range l.proxies {
+			m.kill()
+		}
+		time.Sleep(5 * time.Second) // until net/http gives up dialling
+	})
+	return l
+}
+
+// newPair returns a lab whose proxy b has the only server.
+func newPair(t *testing.T) *lab {
+	l := newLab(t, []string{"s"}, "a", "b")
+	l.mu.Lock()
+	l.proxies["a"].servers = nil
+	l.mu.Unlock()
+	time.Sleep(time.Second)
+	return l
+}
+
+func (m *proxy) start(hosts []string) {
+	c := Config{
+		Name: m.host, Sources: []Source{list(hosts)}, Own: m.own, Secret: []byte("secret"),
+		Transport: NewTransport(m.lab.net.dialer(m.host), nil),
+		Local: func() []Server {
+			m.lab.mu.Lock()
+			defer m.lab.mu.Unlock()
+			return slices.Clone(m.servers)
+		},
+		Log: slog.New(slog.DiscardHandler),
+	}
+	m.Fleet = New(c)
+	ctx, cancel := context.WithCancel(context.Background())
+	srv := &http.Server{Handler: m.Handler(m), ErrorLog: slog.NewLogLogger(slog.DiscardHandler, 0)}
+	ln := m.lab.net.listen(m.host)
+	var wg sync.WaitGroup
+	wg.Go(func() { m.Run(ctx) })
+	wg.Go(func() { srv.Serve(ln) })
+	m.lab.mu.Lock()
+	defer m.lab.mu.Unlock()
+	m.stop = func() {
+		m.lab.net.kill(m.host)
+		srv.Close()
+		cancel()
+		wg.Wait()
+	}
+}
+
+func (m *proxy) kill() {
+	m.lab.mu.Lock()
+	stop := m.stop
+	m.stop = nil
+	m.lab.mu.Unlock()
+	if stop != nil {
+		stop()
+	}
+}
+
+// ServeHTTP serves a request that another proxy has passed on: it waits, is sent to a server, and is
+// answered with its own text.
+func (m *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	p := PassedOf(r.Context())
+	text, err := io.ReadAll(r.Body)
+	if err != nil {
+		panic(http.ErrAbortHandler)
+	}
+	if m.serve(r.Context(), p, string(text)) != nil {
+		panic(http.ErrAbortHandler)
+	}
+	fmt.Fprintf(w, "%s from %s for %s", text, p.Server, p.Client)
+}
+
+func (m *proxy) serve(ctx context.Context, p *Passed, text string) error {
+	if err := pause(ctx, m.waits); err != nil {
+		return err
+	}
+	if err := p.Begin(ctx); err != nil {
+		return err
+	}
+	m.lab.mu.Lock()
+	m.lab.began[text]++
+	m.lab.mu.Unlock()
+	return pause(ctx, m.serves)
+}
+
+// pass passes a request on from a proxy.
+func (l *lab) pass(from string, to Place, text string) (string, error) {
+	m := l.proxies[from]
+	out, err := http.NewRequest(http.MethodPost, "/api/chat", nil)
+	if err != nil {
+		l.t.Error(err)
+	}
+	res, err := m.Pass(out, to, About{Client: "somebody\n", Server: to.Server},
+		bytes.NewReader([]byte(text)), int64(len(text)))
+	if err != nil {
+		return "", err
+	}
+	defer res.Body.Close()
+	for _, name := range headers {
+		if res.Header[name] != nil {
+			l.t.Errorf("the answer has the header %s", name)
+		}
+	}
+	answer, err := io.ReadAll(res.Body)
+	return string(answer), err
+}
+
+// place returns where a proxy would send a request.
+func (l *lab) place(from string) Place {
+	l.t.Helper()
+	p, ok := l.proxies[from].Choose(Ask{Model: "m"})
+	if !ok {
+		l.t.Fatalf("%s knows no server", from)
+	}
+	return p
+}
+
+// owners returns each server's owner, which all live proxies must agree on.
+func (l *lab) owners(hosts ...string) map[string]string {
+	l.t.Helper()
+	var all map[string]string
+	for _, h := range hosts {
+		owners := map[string]string{}
+		for _, o := range l.proxies[h].Owners() {
+			owners[o.Server] = o.Owner
+			if o.Here != (o.Owner == h) || o.Here != l.proxies[h].Owns(o.Server) {
+				l.t.Errorf("%s says of %s: %+v", h, o.Server, o)
+			}
+		}
+		if all != nil && fmt.Sprint(all) != fmt.Sprint(owners) {
+			l.t.Errorf("%s: the owners are %v, another proxy has %v", h, owners, all)
+		}
+		all = owners
+	}
+	return all
+}
+
+func names(n int) (all []string) {
+	for i := range n {
+		all = append(all, fmt.Sprint("server", i))
+	}
+	return all
+}
+
+// TestOwners: each server has one owner, also after a proxy has gone, is cut off or stops, and those
+// of the others stay where they are.
+func TestOwners(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLab(t, names(60), "a", "b", "c")
+		time.Sleep(time.Second)
+		first := l.owners("a", "b", "c")
+		count := map[string]int{}
+		for _, o := range first {
+			count[o]++
+		}
+		for _, h := range []string{"a", "b", "c"} {
+			if count[h] < 8 {
+				t.Errorf("%s owns %d of 60 servers", h, count[h])
+			}
+		}
+		moved := func(what string, gone string, now map[string]string) {
+			for s, o := range first {
+				if o != gone && now[s] != o || now[s] == gone {
+					t.Errorf("%s: %s was owned by %s and is by %s", what, s, o, now[s])
+				}
+			}
+		}
+		l.proxies["c"].kill()
+		time.Sleep(time.Second)
+		moved("killed", "c", l.owners("a", "b"))
+		l.proxies["c"].start([]string{"a", "b", "c"})
+		time.Sleep(5 * time.Second)
+		if again := l.owners("a", "b", "c"); fmt.Sprint(again) != fmt.Sprint(first) {
+			t.Errorf("after c is back, the owners are %v; before %v", again, first)
+		}
+		l.net.setCut("a", "c", true)
+		l.net.setCut("b", "c", true)
+		time.Sleep(silentFor + time.Second)
+		moved("cut off", "c", l.owners("a", "b"))
+		for s, o := range l.owners("c") {
+			if o != "c" {
+				t.Errorf("c, which is alone, says that %s owns %s", o, s)
+			}
+		}
+		l.net.setCut("a", "c", false)
+		l.net.setCut("b", "c", false)
+		time.Sleep(10 * time.Second)
+		l.proxies["b"].Drain()
+		time.Sleep(time.Second)
+		moved("draining", "b", l.owners("a", "b", "c"))
+		l.mu.Lock()
+		l.proxies["a"].servers[0].Takes = false // a does not reach it
+		l.mu.Unlock()
+		l.proxies["c"].kill()
+		l.proxies["c"].own = []string{"server1"}
+		l.proxies["c"].start([]string{"a", "b", "c"})
+		time.Sleep(5 * time.Second)
+		time.Sleep(time.Second)
+		if o := l.owners("a", "b", "c"); o["server0"] != "c" || o["server1"] != "c" {
+			t.Errorf("a server that only c reaches is owned by %s, one that c is beside of by %s",
+				o["server0"], o["server1"])
+		}
+	})
+}
+
+// TestPass: a request arrives at its owner as it was sent, and its answer comes back.
+func TestPass(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newPair(t)
+		for _, text := range []string{"hello", strings.Repeat("x", 1<<20), ""} {
+			answer, err := l.pass("a", l.place("a"), text)
+			if want := text + " from s for somebody\n"; err != nil || answer != want {
+				t.Errorf("%d bytes: %d bytes come back, %v", len(text), len(answer), err)
+			}
+			if l.began[text] != 1 {
+				t.Errorf("%d bytes were sent to a server %d times", len(text), l.began[text])
+			}
+		}
+		if c := l.proxies["b"].Counts(); c.Received != 3 || c.Forgotten != 0 {
+			t.Errorf("b counts %+v", c)
+		}
+	})
+}
+
+// TestPassFaults: a request whose owner goes away before it was sent to a server may go elsewhere,
+// and is then never sent; one that was sent is lost.
+func TestPassFaults(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		after time.Duration
+		fault func(l *lab)
+		again bool // it may be sent to another proxy
+		began int
+		least time.Duration // until the entry knows
+	}{
+		{"killed while it waits", 500 * time.Millisecond, func(l *lab) { l.proxies["b"].kill() }, true, 0, 0},
+		{"killed while it is served", 1500 * time.Millisecond, func(l *lab) { l.proxies["b"].kill() }, false, 1, 0},
+		{"cut off while it waits", 500 * time.Millisecond, func(l *lab) { l.net.setCut("a", "b", true) }, true, 0, silentFor - reportLeast},
+		{"cut off while it is served", 1500 * time.Millisecond, func(l *lab) { l.net.setCut("a", "b", true) }, false, 1, lostFor},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				l := newPair(t)
+				time.AfterFunc(c.after, func() { c.fault(l) })
+				began := time.Now()
+				_, err := l.pass("a", l.place("a"), "hello")
+				if err == nil || Again(err) != c.again || c.again == errors.Is(err, ErrLost) {
+					t.Errorf("the entry is told: %v", err)
+				}
+				if took := time.Since(began); took < c.after+c.least {
+					t.Errorf("the entry knows it after %v", took)
+				}
+				l.net.setCut("a", "b", false)
+				time.Sleep(time.Minute)
+				if l.began["hello"] != c.began {
+					t.Errorf("it was sent to a server %d times", l.began["hello"])
+				}
+			})
+		})
+	}
+}
+
+// TestPassHealed: an answer whose connection was cut off for a moment arrives.
+func TestPassHealed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newPair(t)
+		time.AfterFunc(1500*time.Millisecond, func() { l.net.setCut("a", "b", true) })
+		time.AfterFunc(9*time.Second, func() { l.net.setCut("a", "b", false) })
+		if answer, err := l.pass("a", l.place("a"), "hello"); err != nil {
+			t.Errorf("%q, %v", answer, err)
+		}
+	})
+}
+
+// TestPassLeft: a request whose client leaves ends at its owner, before and after it was sent.
+func TestPassLeft(t *testing.T) {
+	for _, after := range []time.Duration{500 * time.Millisecond, 1500 * time.Millisecond} {
+		synctest.Test(t, func(t *testing.T) {
+			l := newPair(t)
+			ctx, cancel := context.WithCancel(t.Context())
+			time.AfterFunc(after, cancel)
+			out, err := http.NewRequestWithContext(ctx, http.MethodPost, "/", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			l.proxies["b"].serves = time.Hour
+			if _, err := l.proxies["a"].Pass(out, l.place("a"), About{}, strings.NewReader("x"), 1); err == nil {
+				t.Error("it was answered")
+			}
+			synctest.Wait()
+			if n := l.began["x"]; n != map[bool]int{true: 1}[after > l.proxies["b"].waits] {
+				t.Errorf("after %v: sent %d times", after, n)
+			}
+		})
+	}
+}
+
+// TestAtMostOnce: whatever is cut off, killed and healed when, no request is sent to a server twice,
+// and each is answered or fails.
+func TestAtMostOnce(t *testing.T) {
+	const hosts, requests = 4, 150
+	for seed := range uint64(8) {
+		synctest.Test(t, func(t *testing.T) {
+			random, clients := rand.New(rand.NewPCG(seed, 1)), rand.New(rand.NewPCG(seed, 2))
+			all := []string{"p0", "p1", "p2", "p3"}
+			l := newLab(t, names(4), all...)
+			time.Sleep(time.Second)
+			done := make(chan struct{})
+			var faults sync.WaitGroup
+			faults.Go(func() {
+				for {
+					a, b := all[random.IntN(hosts)], all[random.IntN(hosts)]
+					kill := a == b && a != "p0"
+					if kill {
+						l.proxies[a].kill()
+					} else {
+						l.net.setCut(a, b, true)
+					}
+					time.Sleep(time.Duration(random.IntN(9000)) * time.Millisecond)
+					if kill {
+						l.proxies[a].start(all)
+					}
+					l.net.setCut(a, b, false)
+					select {
+					case <-done:
+						return
+					case <-time.After(time.Duration(random.IntN(3000)) * time.Millisecond):
+					}
+				}
+			})
+			var wg sync.WaitGroup
+			var mu sync.Mutex
+			answered, failed := 0, 0
+			for i := range requests {
+				pauses := time.Duration(clients.IntN(60_000)) * time.Millisecond
+				wg.Go(func() {
+					time.Sleep(pauses)
+					text := fmt.Sprint("request", i)
+					err := l.send("p0", text, i)
+					mu.Lock()
+					defer mu.Unlock()
+					if err == nil {
+						answered++
+					} else {
+						failed++
+					}
+				})
+			}
+			wg.Wait()
+			close(done)
+			faults.Wait()
+			time.Sleep(time.Minute)
+			for text, n := range l.began {
+				if n > 1 {
+					t.Errorf("seed %d: %s was sent to a server %d times", seed, text, n)
+				}
+			}
+			if c := l.proxies["p0"].Counts(); c.Hops == 0 || c.Again == 0 {
+				t.Errorf("seed %d: nothing was sent again: %+v", seed, c)
+			}
+			if answered < requests/2 || answered+failed != requests {
+				t.Errorf("seed %d: %d answered, %d failed", seed, answered, failed)
+			}
+		})
+	}
+}
+
+// send sends a request as an entry does: to its server's owner, and to the next one as long as that
+// cannot send it twice.
+func (l *lab) send(entry, text string, i int) error {
+	links := make([]prefix.Link, 4)
+	for j := range links {
+		links[j] = prefix.Link{Hash: uint64(i*1000 + j + 1), Bytes: 1000 * (j + 1)}
+	}
+	ask := Ask{Model: "m", Links: links}
+	for range 8 {
+		l.mu.Lock()
+		m := l.proxies[entry]
+		l.mu.Unlock()
+		to, ok := m.Choose(ask)
+		if !ok {
+			return errors.New("no server")
+		}
+		if to.Here() {
+			return m.serve(context.Background(), nil, text)
+		}
+		_, err := l.pass(entry, to, text)
+		if err == nil || !Again(err) {
+			return err
+		}
+		ask.Not = append(ask.Not, to.Peer)
+	}
+	return errors.New("tried too often")
+}
+
+// TestStrangers: only peers are served at their address.
+func TestStrangers(t *testing.T) {
+	f := New(Config{Name: "a", Secret: []byte("secret"), Local: func() []Server { return nil }})
+	h := f.Handler(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+		t.Error("it was served")
+	}))
+	for _, headers := range []map[string]string{
+		{}, {HeaderPeer: "b"}, {HeaderPeer: "b", headerSecret: "secre"}, {headerSecret: "secret"},
+		{HeaderPeer: "b", headerSecret: "secret2"},
+	} {
+		for _, path := range []string{pathReport, pathTake, "/api/chat"} {
+			r, err := http.NewRequest(http.MethodPost, path, strings.NewReader("{}"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for name, value := range headers {
+				r.Header.Set(name, value)
+			}
+			rec := &recorder{header: http.Header{}}
+			if h.ServeHTTP(rec, r); rec.status != http.StatusForbidden {
+				t.Errorf("%s with %v: status %d", path, headers, rec.status)
+			}
+		}
+	}
+	if !Claims(http.Header{"X-Cacheproxy-Peer-Client": {""}}) || Claims(http.Header{"X-Cacheproxy-Upstream": {"a"}}) {
+		t.Error("headers of peers are told from others by Claims")
+	}
+}
+
+// recorder is an http.ResponseWriter for a status.
+type recorder struct {
+	header http.Header
+	status int
+}
+
+func (r *recorder) Header() http.Header         { return r.header }
+func (r *recorder) WriteHeader(status int)      { r.status = status }
+func (r *recorder) Write(p []byte) (int, error) { return len(p), nil }
+
+// FuzzPassed: no headers of a peer make the parser panic, or claim an absurd length or age.
+func FuzzPassed(f *testing.F) {
+	f.Add("c29tZWJvZHk=", "", "12", "100", "s", "1")
+	f.Add("!", "", "-1", "1e9", "", "")
+	f.Add("", "", "4294967295", "4611686018427387904", "", "65536")
+	f.Fuzz(func(t *testing.T, client, key, age, length, server, moves string) {
+		h := http.Header{
+			headerClient: {client}, headerKey: {key}, headerAge: {age}, headerLength: {length},
+			headerServer: {server}, headerMoves: {moves},
+		}
+		p, n, err := parsePassed(h)
+		if err == nil && (n < 0 || p.Age < 0 || p.Moves < 0 || p.Server != server) {
+			t.Errorf("%+v, %d bytes", p.About, n)
+		}
+	})
+}

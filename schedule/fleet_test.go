@@ -25,6 +25,7 @@ type policy struct {
 	own    float64       // … and in evaluations of the prompt
 	cost   bool          // what is warm is weighed against the load, as Queue.route does
 	blind  bool          // what an entry has sent since the last report does not count
+	loaded bool          // new prefixes go to servers that have the model loaded, if there are any
 	give   bool          // servers take over work
 	sticky bool          // a client always enters at the same proxy
 	trace  bool
@@ -157,8 +158,9 @@ func (x *proxy) sees(b int, links []prefix.Link) {
 	}
 }
 
-// loadOf returns what a proxy believes to be the load of a server for new prefixes.
-func (ps *peers) loadOf(x *proxy, b int, o prefix.Options) time.Duration {
+// loadOf returns what a proxy believes to be the load of a server for new prefixes, and how much of
+// that is loading the model.
+func (ps *peers) loadOf(x *proxy, b int, o prefix.Options) (_, load time.Duration) {
 	l := x.loads[b]
 	if ps.owner[b] == x {
 		for _, own := range x.q.Loads(ps.s.now) {
@@ -167,9 +169,9 @@ func (ps *peers) loadOf(x *proxy, b int, o prefix.Options) time.Duration {
 			}
 		}
 	}
-	wait, load := l.Wait, time.Duration(0)
-	if ps.s.cfg.load > 0 {
-		load = firstLoad
+	wait, load := l.Wait, firstLoad
+	if ps.s.cfg.load == 0 {
+		load = 0
 	}
 	for _, r := range l.Runners {
 		if r.Options == o {
@@ -181,7 +183,7 @@ func (ps *peers) loadOf(x *proxy, b int, o prefix.Options) time.Duration {
 			wait += c.cost
 		}
 	}
-	return wait + load
+	return wait + load, load
 }
 
 // chooses returns the server for a request that has entered at a proxy.
@@ -189,15 +191,18 @@ func (ps *peers) chooses(x *proxy, j *job) int {
 	links, tokens, o := j.links(), total(j.segs), ps.s.runner(j).Options
 	per := ps.s.cfg.perToken // as all have learned soon
 	type choice struct {
-		warm  int
-		load  time.Duration
-		score float64
+		warm    int
+		load    time.Duration
+		loading time.Duration
+		score   float64
 	}
 	all := make([]choice, len(ps.s.boxes))
-	most, sum := 0, time.Duration(0)
+	most, sum, loading := 0, time.Duration(0), time.Duration(math.MaxInt64)
 	opening := openingOf(links)
 	for b := range all {
-		all[b] = choice{x.warm(b, links), ps.loadOf(x, b, o), x.q.server(uint16(b)).score(opening)}
+		all[b] = choice{warm: x.warm(b, links), score: x.q.server(uint16(b)).score(opening)}
+		all[b].load, all[b].loading = ps.loadOf(x, b, o)
+		loading = min(loading, all[b].loading)
 		most = max(most, all[b].warm)
 		sum += all[b].load
 	}
@@ -206,7 +211,7 @@ func (ps *peers) chooses(x *proxy, j *job) int {
 	case most <= slack || float64(most) < ps.part*float64(tokens):
 		bound := time.Duration((1+ps.bound)*float64(sum)/float64(len(all)) + ps.own*float64(tokens)*float64(per))
 		for b, c := range all {
-			if c.load <= bound && (best < 0 || c.score > all[best].score) {
+			if c.load <= bound && (!ps.loaded || c.loading == loading) && (best < 0 || c.score > all[best].score) {
 				best = b
 			}
 		}
@@ -378,6 +383,15 @@ type fleetWorkload struct {
 	work func(*sim)
 }
 
+// listed makes a queue know that the model is loaded on all servers, unless that takes time.
+func (w *fleetWorkload) listed(s *sim, q *Queue) {
+	for b := range s.boxes {
+		if w.cfg.load == 0 {
+			q.SetLoaded(uint16(b), map[string]int{options("m", 0).Model: 0}, s.now, s.now)
+		}
+	}
+}
+
 func fleetWorkloads(seed uint64) []fleetWorkload {
 	twoModels := func(s *sim) {
 		var jobs []*job
@@ -423,11 +437,15 @@ func fleetRow(t *testing.T, w fleetWorkload, slots int, p policy) (tokens, wall 
 	q := Config{Lanes: slots}
 	base := ids
 	one := newSim(t, cfg, New(q))
+	w.listed(one, one.q)
 	w.work(one)
 	oneWall := one.run()
 	ids = base
 	s := newSim(t, cfg, nil)
 	ps := newPeers(s, 3, q, p)
+	for _, x := range ps.proxies {
+		w.listed(s, x.q)
+	}
 	w.work(s)
 	threeWall := s.run()
 	for _, x := range ps.proxies {

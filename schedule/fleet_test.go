@@ -25,8 +25,10 @@ type policy struct {
 	own    float64       // … and in evaluations of the prompt
 	cost   bool          // what is warm is weighed against the load, as Queue.route does
 	blind  bool          // what an entry has sent since the last report does not count
-	give   bool          // servers take over work
-	sticky bool          // a client always enters at the same proxy
+	loaded bool          // new prefixes go to servers that have the model loaded, if there are any
+	recent bool
+	give   bool // servers take over work
+	sticky bool // a client always enters at the same proxy
 	trace  bool
 	gt     time.Duration
 	part   float64 // of a prompt that must have been seen for that to count
@@ -34,8 +36,8 @@ type policy struct {
 
 // usual is as the design says.
 var usual = policy{
-	hop: 500 * time.Microsecond, report: 100 * time.Millisecond, delay: 100 * time.Millisecond,
-	ask: 100 * time.Millisecond, bound: overload, own: 1e6, give: true, eager: true,
+	hop: 500 * time.Microsecond, report: 20 * time.Millisecond, delay: 100 * time.Millisecond,
+	ask: 100 * time.Millisecond, bound: overload, own: 1e6, give: true, eager: true, recent: true, loaded: true,
 }
 
 // peers are several proxies before the same servers, each with a queue for those that it owns.
@@ -53,10 +55,10 @@ type peers struct {
 type proxy struct {
 	id     int
 	q      *Queue
-	seen   []map[uint64]int // by server: tokens up to a link's fingerprint
-	loads  []seenLoad       // by server
-	asking []bool           // by server
-	silent []time.Time      // by peer: until when it is not asked, since it had nothing to give
+	seen   []map[uint64]sight // by server, by a link's fingerprint
+	loads  []seenLoad         // by server
+	asking []bool             // by server
+	silent []time.Time        // by peer: until when it is not asked, since it had nothing to give
 }
 
 // seenLoad is what a proxy knows of a server's load.
@@ -64,6 +66,12 @@ type seenLoad struct {
 	Load
 	at   time.Time  // of the report
 	sent []sentLoad // what it has sent there itself since about then
+}
+
+// sight is what a proxy knows of a fingerprint.
+type sight struct {
+	tokens int       // of a prompt up to it
+	at     time.Time // when one was last sent
 }
 
 type sentLoad struct {
@@ -78,7 +86,7 @@ func newPeers(s *sim, n int, cfg Config, p policy) *peers {
 	for i := range n {
 		x := &proxy{id: i, q: New(cfg), asking: make([]bool, len(s.boxes)), silent: make([]time.Time, n)}
 		for b := range s.boxes {
-			x.seen = append(x.seen, map[uint64]int{})
+			x.seen = append(x.seen, map[uint64]sight{})
 			x.loads = append(x.loads, seenLoad{})
 			x.q.SetName(uint16(b), strconv.Itoa(b))
 			x.q.SetOwned(uint16(b), b%n == i, s.now)
@@ -142,23 +150,24 @@ func (ps *peers) pass(j *job, b int) {
 }
 
 // warm returns how many tokens of a prompt a proxy has seen go to a server.
-func (x *proxy) warm(b int, links []prefix.Link) int {
+func (x *proxy) warm(b int, links []prefix.Link) sight {
 	for i := len(links) - 1; i >= 0; i-- {
 		if n, ok := x.seen[b][links[i].Hash]; ok {
 			return n
 		}
 	}
-	return 0
+	return sight{}
 }
 
-func (x *proxy) sees(b int, links []prefix.Link) {
+func (x *proxy) sees(b int, links []prefix.Link, at time.Time) {
 	for _, l := range links {
-		x.seen[b][l.Hash] = l.Bytes / 4
+		x.seen[b][l.Hash] = sight{l.Bytes / 4, latest(at, x.seen[b][l.Hash].at)}
 	}
 }
 
-// loadOf returns what a proxy believes to be the load of a server for new prefixes.
-func (ps *peers) loadOf(x *proxy, b int, o prefix.Options) time.Duration {
+// loadOf returns what a proxy believes to be the load of a server for new prefixes, and whether
+// it has the model loaded.
+func (ps *peers) loadOf(x *proxy, b int, o prefix.Options) (_ time.Duration, resident bool) {
 	l := x.loads[b]
 	if ps.owner[b] == x {
 		for _, own := range x.q.Loads(ps.s.now) {
@@ -168,12 +177,11 @@ func (ps *peers) loadOf(x *proxy, b int, o prefix.Options) time.Duration {
 		}
 	}
 	wait, load := l.Wait, time.Duration(0)
-	if ps.s.cfg.load > 0 {
-		load = firstLoad
-	}
+	resident = ps.s.cfg.load == 0 // then all are listed as loaded
 	for _, r := range l.Runners {
 		if r.Options == o {
 			load = r.Load
+			resident = resident || r.Resident
 		}
 	}
 	if !ps.blind && ps.owner[b] != x {
@@ -181,7 +189,7 @@ func (ps *peers) loadOf(x *proxy, b int, o prefix.Options) time.Duration {
 			wait += c.cost
 		}
 	}
-	return wait + load
+	return wait + load, resident
 }
 
 // chooses returns the server for a request that has entered at a proxy.
@@ -189,15 +197,20 @@ func (ps *peers) chooses(x *proxy, j *job) int {
 	links, tokens, o := j.links(), total(j.segs), ps.s.runner(j).Options
 	per := ps.s.cfg.perToken // as all have learned soon
 	type choice struct {
-		warm  int
-		load  time.Duration
-		score float64
+		warm     int
+		load     time.Duration
+		resident bool
+		at       time.Time
+		score    float64
 	}
 	all := make([]choice, len(ps.s.boxes))
-	most, sum := 0, time.Duration(0)
+	most, sum, resident := 0, time.Duration(0), false
 	opening := openingOf(links)
 	for b := range all {
-		all[b] = choice{x.warm(b, links), ps.loadOf(x, b, o), x.q.server(uint16(b)).score(opening)}
+		seen := x.warm(b, links)
+		all[b] = choice{warm: seen.tokens, at: seen.at, score: x.q.server(uint16(b)).score(opening)}
+		all[b].load, all[b].resident = ps.loadOf(x, b, o)
+		resident = resident || all[b].resident
 		most = max(most, all[b].warm)
 		sum += all[b].load
 	}
@@ -206,7 +219,13 @@ func (ps *peers) chooses(x *proxy, j *job) int {
 	case most <= slack || float64(most) < ps.part*float64(tokens):
 		bound := time.Duration((1+ps.bound)*float64(sum)/float64(len(all)) + ps.own*float64(tokens)*float64(per))
 		for b, c := range all {
-			if c.load <= bound && (best < 0 || c.score > all[best].score) {
+			if c.load <= bound && (!ps.loaded || c.resident == resident) && (best < 0 || c.score > all[best].score) {
+				best = b
+			}
+		}
+	case ps.recent:
+		for b, c := range all {
+			if c.warm+slack >= most && (best < 0 || c.at.After(all[best].at) || c.at.Equal(all[best].at) && c.score > all[best].score) {
 				best = b
 			}
 		}
@@ -230,18 +249,18 @@ func (ps *peers) chooses(x *proxy, j *job) int {
 	}
 	work := time.Duration(tokens-all[best].warm+16*10) * per / time.Duration(lanes)
 	x.loads[best].sent = append(x.loads[best].sent, sentLoad{ps.s.now, work})
-	x.sees(best, links)
+	x.sees(best, links, ps.s.now)
 	return best
 }
 
 // sent is called when a queue has sent a request to a server.
 func (ps *peers) sent(j *job, q *Queue) {
-	links, b := j.links(), int(j.at)
+	links, b, at := j.links(), int(j.at), ps.s.now
 	for _, x := range ps.proxies {
 		if x.q == q {
-			x.sees(b, links)
+			x.sees(b, links, at)
 		} else {
-			ps.s.after(ps.delay, func() { x.sees(b, links) })
+			ps.s.after(ps.delay, func() { x.sees(b, links, at) })
 		}
 	}
 }
@@ -263,7 +282,7 @@ func (ps *peers) refused(q *Queue) {
 		j := ps.s.jobs[no.ID]
 		j.moves = to.Moves
 		if b, err := strconv.Atoi(to.Server); err == nil {
-			j.entry.sees(b, j.links())
+			j.entry.sees(b, j.links(), ps.s.now)
 		}
 		b, err := strconv.Atoi(to.Server)
 		if err != nil {
@@ -276,7 +295,7 @@ func (ps *peers) refused(q *Queue) {
 // tick sends reports and asks for work now and then.
 func (ps *peers) tick(n int) {
 	const step = 5 * time.Millisecond
-	if len(ps.s.jobs) == 0 && ps.s.events.Len() == 0 {
+	if len(ps.s.jobs) == 0 { // until something enters
 		ps.ticking = false
 		return
 	}
@@ -378,6 +397,15 @@ type fleetWorkload struct {
 	work func(*sim)
 }
 
+// listed makes a queue know that the model is loaded on all servers, unless that takes time.
+func (w *fleetWorkload) listed(s *sim, q *Queue) {
+	for b := range s.boxes {
+		if w.cfg.load == 0 {
+			q.SetLoaded(uint16(b), map[string]int{options("m", 0).Model: 0}, s.now, s.now)
+		}
+	}
+}
+
 func fleetWorkloads(seed uint64) []fleetWorkload {
 	twoModels := func(s *sim) {
 		var jobs []*job
@@ -423,11 +451,15 @@ func fleetRow(t *testing.T, w fleetWorkload, slots int, p policy) (tokens, wall 
 	q := Config{Lanes: slots}
 	base := ids
 	one := newSim(t, cfg, New(q))
+	w.listed(one, one.q)
 	w.work(one)
 	oneWall := one.run()
 	ids = base
 	s := newSim(t, cfg, nil)
 	ps := newPeers(s, 3, q, p)
+	for _, x := range ps.proxies {
+		w.listed(s, x.q)
+	}
 	w.work(s)
 	threeWall := s.run()
 	for _, x := range ps.proxies {

@@ -306,6 +306,7 @@ type runner struct {
 	missed    bool      // it was held for requests that did not come
 	rank      rank      // of the last request
 	idle      time.Time // since when a lane is free and a request waits
+	last      time.Time // when the latest of the requests that waited here arrived
 	coveted   time.Time // since when requests wait that other servers can serve, too
 	visits    []*visit  // oldest first
 	rates     rates
@@ -545,7 +546,7 @@ func (q *Queue) enqueue(it *item, x *runner, now time.Time) {
 			}
 		}
 	}
-	it.runner, it.class, it.waits = x, c, true
+	it.runner, it.class, it.waits, x.last = x, c, true, latest(x.last, it.arrived)
 	if x.waiting == 0 {
 		x.sought, x.skipped = now, 0
 		x.came(now)

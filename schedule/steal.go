@@ -317,7 +317,7 @@ func (n *node) last(t *theft, tries *int) *item {
 // are joined if they seem stuck.
 func (x *runner) joinable(it *item, n *node, idle time.Time, again time.Duration) time.Time {
 	at := idle.Add(again)
-	if n == nil || it.arrived.After(idle) {
+	if n == nil || it.arrived.After(idle) || x.last.After(idle) {
 		return at
 	}
 	for _, l := range x.lanes {

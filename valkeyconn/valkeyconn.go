@@ -46,8 +46,6 @@ type Options struct {
 	// Ready is called with each new connection, before anybody else can use it. With an error it is
 	// not used. It has Wait for that.
 	Ready func(context.Context, valkey.Client) error
-	// Returned is called once the server is back.
-	Returned func()
 	// Tend is called every few seconds while the server is there.
 	Tend func(context.Context, valkey.Client) error
 }
@@ -58,7 +56,7 @@ type Options struct {
 // tried again after 0.1 s at first and at most every 10 s.
 type Conn struct {
 	options Options
-	option  valkey.ClientOption
+	target  Target
 	outage  *outage.Outage
 
 	client atomic.Pointer[client] // nil: gone
@@ -68,6 +66,9 @@ type Conn struct {
 	ctx     context.Context
 	stop    context.CancelFunc
 	running sync.WaitGroup
+
+	mu       sync.Mutex
+	returned []func() // guarded by mu
 }
 
 type client struct{ valkey.Client }
@@ -78,13 +79,13 @@ func Open(target Target, options Options) (*Conn, error) {
 	if options.Log == nil {
 		options.Log = slog.New(slog.DiscardHandler)
 	}
-	c := &Conn{options: options, option: target.option, wake: make(chan struct{}, 1)}
+	c := &Conn{options: options, target: target, wake: make(chan struct{}, 1)}
 	c.ctx, c.stop = context.WithCancel(context.Background())
 	c.outage = &outage.Outage{
 		Log: options.Log, Gone: options.Gone, Back: options.Back, Args: []any{"server", target.Address},
 		First: firstTry, Most: lastTry,
 	}
-	o := &c.option
+	o := &c.target.option
 	o.ClientName = "ollama-cacheproxy"
 	o.ForceSingleClient = true
 	o.DisableCache = true     // what is kept in this process is kept elsewhere
@@ -121,7 +122,7 @@ func (c *Conn) dial(
 
 // connect makes the server usable, if it is there.
 func (c *Conn) connect() error {
-	fresh, err := valkey.NewClient(c.option)
+	fresh, err := valkey.NewClient(c.target.option)
 	if err != nil {
 		return err
 	}
@@ -173,10 +174,25 @@ func (c *Conn) try() {
 		return
 	}
 	c.outage.Success()
-	if c.options.Returned != nil {
-		c.options.Returned()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, f := range c.returned {
+		f()
 	}
 }
+
+// OnReturn has f called whenever the server is back. f must not wait.
+func (c *Conn) OnReturn(f func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.returned = append(c.returned, f)
+}
+
+// Log is where lines about the server go.
+func (c *Conn) Log() *slog.Logger { return c.options.Log }
+
+// Target returns what was given to Open.
+func (c *Conn) Target() Target { return c.target }
 
 // Call calls f with the connected client, or returns ErrGone. limit is how long f may take; 0 means
 // that only ctx limits it. f must return the errors of its calls, except those that the server

@@ -21,7 +21,7 @@ func TestImports(t *testing.T) {
 		"answers/forms":         {"jsonscan"},
 		"batch":                 {"jsonscan", "prefix"},
 		"batches":               {"batch"},
-		"contextstore":          {"prefix"},
+		"contextstore":          {"outage", "prefix", "valkeyconn"},
 		"engine":                {},
 		"contexts":              {"contextstore", "engine"},
 		"runners":               {"answers", "prefix", "upstream"},

@@ -101,8 +101,8 @@ func NewValkey(
 		length:   int64(min(max(limits.Entries/64, 100), 16_384)),
 		outbox:   outbox{wake: make(chan struct{}, 1)},
 		back:     make(chan struct{}, 1),
-		unsent:   refusal(conn, "refuses to be told which prefixes are warm", "is told again which prefixes are warm"),
-		unlooked: refusal(conn, "does not tell which prefixes are warm", "tells again which prefixes are warm"),
+		unsent:   conn.Refusal("refuses to be told which prefixes are warm", "is told again which prefixes are warm"),
+		unlooked: conn.Refusal("does not tell which prefixes are warm", "tells again which prefixes are warm"),
 		stop:     stop,
 	}
 	conn.OnReturn(func() {
@@ -112,15 +112,6 @@ func NewValkey(
 	v.running.Go(func() { v.read(ctx) })
 	v.running.Go(func() { v.write(ctx) })
 	return v
-}
-
-// refusal is that a server is there, and answers with errors.
-func refusal(conn *valkeyconn.Conn, gone, back string) *outage.Outage {
-	return &outage.Outage{
-		Log: conn.Log(), Args: []any{"server", conn.Target().Address},
-		Gone: "the Valkey server " + gone + "; check its maxmemory-policy, and what this user may do there (docs/shared.md)",
-		Back: "the Valkey server " + back,
-	}
 }
 
 // signal leaves a token in a channel that has one place.

@@ -60,7 +60,6 @@ type Conn struct {
 	outage  *outage.Outage
 
 	client atomic.Pointer[client] // nil: gone
-	late   atomic.Int32           // calls in a row without an answer
 
 	wake    chan struct{} // has one place
 	ctx     context.Context
@@ -71,7 +70,10 @@ type Conn struct {
 	returned []func() // guarded by mu
 }
 
-type client struct{ valkey.Client }
+type client struct {
+	valkey.Client
+	late atomic.Int32 // calls in a row without an answer
+}
 
 // Open connects to the server. It fails if the server refuses us for a reason that time does not
 // mend; a server that is not there is tried again.
@@ -134,8 +136,7 @@ func (c *Conn) connect() error {
 			return err
 		}
 	}
-	c.late.Store(0)
-	c.client.Store(&client{fresh})
+	c.client.Store(&client{Client: fresh})
 	return nil
 }
 
@@ -188,8 +189,16 @@ func (c *Conn) OnReturn(f func()) {
 	c.returned = append(c.returned, f)
 }
 
-// Log is where lines about the server go.
-func (c *Conn) Log() *slog.Logger { return c.options.Log }
+// Refusal returns an Outage for a server that is there, and answers certain calls with errors. gone
+// and back are what it does then.
+func (c *Conn) Refusal(gone, back string) *outage.Outage {
+	return &outage.Outage{
+		Log: c.options.Log, Args: []any{"server", c.target.Address},
+		Gone: "the Valkey server " + gone + "; check its maxmemory-policy, and what this user may do there" +
+			" (docs/shared.md)",
+		Back: "the Valkey server " + back,
+	}
+}
 
 // Target returns what was given to Open.
 func (c *Conn) Target() Target { return c.target }
@@ -211,7 +220,7 @@ func (c *Conn) Call(
 	}
 	err := f(ctx, now)
 	if err == nil {
-		c.late.Store(0)
+		now.late.Store(0)
 	} else {
 		c.failed(ctx, now, err)
 	}
@@ -224,7 +233,7 @@ func (c *Conn) failed(ctx context.Context, with *client, err error) {
 		return
 	}
 	unanswered := errors.Is(err, context.DeadlineExceeded)
-	if IsAnswer(err) || unanswered && c.late.Add(1) < slow {
+	if IsAnswer(err) || unanswered && with.late.Add(1) < slow {
 		c.outage.Note()
 		return
 	}

@@ -30,9 +30,10 @@ func TestImports(t *testing.T) {
 		"doctor":                {"prefix", "upstream"},
 		"livepage":              {},
 		"proxy":                 {"answers", "answers/forms", "contexts", "doctor", "jsonscan", "livepage", "prefix", "runners", "savings", "schedule", "upstream"},
-		"metrics":               {"answers", "contexts", "contextstore", "proxy", "savings", "schedule", "upstream"},
+		"shared":                {"outage", "proxy", "valkeyconn"},
+		"metrics":               {"answers", "contexts", "contextstore", "proxy", "savings", "schedule", "shared", "upstream"},
 		"bench":                 {"bench/text", "proxy", "savings", "upstream"},
-		"cmd/ollama-cacheproxy": {"answers", "batch", "batches", "bench", "contexts", "contextstore", "doctor", "engine", "metrics", "ollamasim", "proxy", "savings", "schedule", "upstream", "valkeyconn"},
+		"cmd/ollama-cacheproxy": {"answers", "batch", "batches", "bench", "contexts", "contextstore", "doctor", "engine", "metrics", "ollamasim", "proxy", "savings", "schedule", "shared", "upstream", "valkeyconn"},
 	}
 	for pkg, want := range allowed {
 		out, err := exec.Command("go", "list", "-f", `{{join .Imports "\n"}}`, module+pkg).Output()

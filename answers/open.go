@@ -1,6 +1,7 @@
 package answers
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 
@@ -27,13 +28,16 @@ func Open(target string, limits Limits, log *slog.Logger) (Store, error) {
 // Check returns what is wrong with a setting that is to be opened, as far as it can be told without
 // opening it. The error does not quote a password.
 func Check(target string) error {
-	if valkeyconn.Scheme(target) == "" {
+	scheme := valkeyconn.Scheme(target)
+	if scheme == "" {
 		return nil
 	}
-	if _, err := valkeyconn.Parse(target, valkeyPrefix); err != nil {
-		return fmt.Errorf("answers are stored in memory, in a folder or on a server: %w", err)
+	_, err := valkeyconn.Parse(target, valkeyPrefix)
+	if errors.Is(err, valkeyconn.ErrScheme) {
+		return fmt.Errorf("answers cannot be stored at %s://…: it must be memory, a folder, or the URL of"+
+			" a server: %w", scheme, err)
 	}
-	return nil
+	return err
 }
 
 // opened is a Store or nil, where the concrete nil pointer would not be nil.

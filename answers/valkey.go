@@ -88,14 +88,14 @@ func OpenValkey(target string, limits Limits, log *slog.Logger) (*Valkey, error)
 			v.warn(ctx, c)
 			return nil
 		},
-		Returned: v.queue.signal, // keys may wait to be deleted
-		Tend:     v.readSecret,   // another proxy may have wiped
+		Tend: v.readSecret, // another proxy may have wiped
 	})
 	if err != nil {
 		v.queue.close()
 		return nil, err
 	}
 	v.conn = conn
+	conn.OnReturn(v.queue.signal) // keys may wait to be deleted
 	return v, nil
 }
 

@@ -85,6 +85,9 @@ type Handler struct {
 	Metrics http.Handler    // serves PathMetrics; if nil, that is forwarded like any other path
 	Log     *slog.Logger    // if nil, nothing is logged
 
+	// Limiter counts requests of API keys over several proxies; if nil, this proxy counts its own.
+	Limiter Limiter
+
 	// Batches serves /v1/files and /v1/batches; if nil, these are forwarded like any other path.
 	// Owner tells it who asks.
 	Batches http.Handler
@@ -456,7 +459,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	ex.takes(r)
-	ref := cmp.Or(h.tooFast(ex), h.only(r, ex))
+	ref := cmp.Or(h.tooFast(r.Context(), ex), h.only(r, ex))
 	if ref == nil && h.merge(w, r, ex) {
 		return
 	}

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"cmp"
+	"context"
 	"crypto/sha256"
 	"crypto/subtle"
 	"errors"
@@ -50,6 +51,9 @@ type keyHolder struct {
 
 	maxWaiting int // limit of waiting requests; 0: no limit
 	limiter    *rate.Limiter
+
+	// elsewhere is how many of its requests wait at other proxies, as of its last request here.
+	elsewhere atomic.Int64
 
 	// waiting is shared with the holder of the same name in the previous file, so that a reload
 	// neither drops nor doubles the count of waiting requests.
@@ -381,18 +385,15 @@ func (p *keyHolder) priority(r *http.Request) schedule.Priority {
 }
 
 // tooFast refuses a request that exceeds the client's rate.
-func (h *Handler) tooFast(ex *exchange) *refusal {
+func (h *Handler) tooFast(ctx context.Context, ex *exchange) *refusal {
 	asks := ex.reads == readsNative || ex.reads == readsForeign || ex.Endpoint == pathAudio
-	if ex.holder == nil || ex.holder.limiter == nil || !asks || ex.passed != nil {
+	if ex.holder == nil || !asks || ex.passed != nil {
 		return nil
 	}
-	now := time.Now()
-	res := ex.holder.limiter.ReserveN(now, 1)
-	wait := res.DelayFrom(now)
+	wait := ex.holder.take(ctx, h.Limiter)
 	if wait <= 0 {
 		return nil
 	}
-	res.CancelAt(now)
 	ex.header.Set("Retry-After", strconv.FormatFloat(math.Ceil(wait.Seconds()), 'f', -1, 64))
 	return &refusal{
 		http.StatusTooManyRequests,
@@ -407,14 +408,25 @@ func (h *Handler) tooFast(ex *exchange) *refusal {
 
 // mayWait counts a request as waiting, and reports whether its client may have one more. A request
 // that was admitted before, and waits again because its server is gone, always may.
-func (p *keyHolder) mayWait(before bool) bool {
+func (p *keyHolder) mayWait(before bool, shared Limiter) bool {
 	n := p.waiting.Add(1)
-	return before || p.maxWaiting == 0 || n <= int64(p.maxWaiting)
+	if shared != nil && p.maxWaiting > 0 {
+		shared.Waiting(p.client(), 1)
+	}
+	return before || p.maxWaiting == 0 || n+p.elsewhere.Load() <= int64(p.maxWaiting)
+}
+
+// waited ends what mayWait has counted.
+func (p *keyHolder) waited(shared Limiter) {
+	p.waiting.Add(-1)
+	if shared != nil && p.maxWaiting > 0 {
+		shared.Waiting(p.client(), -1)
+	}
 }
 
 // waits reports whether the client has reached its limit of waiting requests.
 func (p *keyHolder) waits() bool {
-	return p != nil && p.maxWaiting > 0 && p.waiting.Load() >= int64(p.maxWaiting)
+	return p != nil && p.maxWaiting > 0 && p.waiting.Load()+p.elsewhere.Load() >= int64(p.maxWaiting)
 }
 
 // tooMany refuses a request because its client has reached its limit of waiting requests.

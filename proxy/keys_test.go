@@ -284,7 +284,7 @@ func TestKeyMaxWaitingAway(t *testing.T) {
 		)
 	}
 	p := &keyHolder{maxWaiting: 1, waiting: &atomic.Int64{}}
-	if !p.mayWait(false) || p.mayWait(false) || !p.mayWait(true) {
+	if !p.mayWait(false, nil) || p.mayWait(false, nil) || !p.mayWait(true, nil) {
 		t.Error("of two that come one may wait, and one that was let in before may wait again")
 	}
 }

@@ -123,7 +123,7 @@ func (h *Handler) queued(r *http.Request, ex *exchange, list []*backend) ([]*bac
 			return true
 		}
 		counted = true
-		return ex.holder.mayWait(ex.Waited > 0 || len(ex.tried) > 0)
+		return ex.holder.mayWait(ex.Waited > 0 || len(ex.tried) > 0, h.Limiter)
 	}
 	ex.beat.wait()
 	var err error
@@ -136,7 +136,7 @@ func (h *Handler) queued(r *http.Request, ex *exchange, list []*backend) ([]*bac
 	}
 	ex.beat.waited()
 	if counted {
-		ex.holder.waiting.Add(-1)
+		ex.holder.waited(h.Limiter)
 	}
 	ex.Waited += time.Since(began)
 	return list, err

@@ -14,6 +14,9 @@ import (
 // schemes are those of the URLs that Parse takes.
 var schemes = []string{"valkey", "valkeys", "redis", "rediss"}
 
+// ErrScheme is Parse's error for something that is not meant to be the URL of a Valkey or Redis server.
+var ErrScheme = errors.New("want valkey://, valkeys://, redis:// or rediss://, such as valkey://host:6379")
+
 // Scheme returns the scheme of what is meant to be a URL, also where its slashes are missing, or ""
 // for anything else, such as a folder.
 func Scheme(target string) string {
@@ -54,8 +57,7 @@ type Target struct {
 func Parse(target, prefix string) (Target, error) {
 	switch scheme := Scheme(target); {
 	case !slices.Contains(schemes, scheme):
-		return Target{}, errors.New("want the URL of a server: valkey://, valkeys://, redis:// or" +
-			" rediss://, such as valkey://host:6379")
+		return Target{}, ErrScheme
 	case !strings.HasPrefix(target[len(scheme):], "://"):
 		return Target{}, fmt.Errorf("the address of the %s server is not a URL like %[1]s://host:6379", scheme)
 	}

@@ -46,8 +46,6 @@ type Options struct {
 	// Ready is called with each new connection, before anybody else can use it. With an error it is
 	// not used. It has Wait for that.
 	Ready func(context.Context, valkey.Client) error
-	// Returned is called once the server is back.
-	Returned func()
 	// Tend is called every few seconds while the server is there.
 	Tend func(context.Context, valkey.Client) error
 }
@@ -58,19 +56,24 @@ type Options struct {
 // tried again after 0.1 s at first and at most every 10 s.
 type Conn struct {
 	options Options
-	option  valkey.ClientOption
+	target  Target
 	outage  *outage.Outage
 
 	client atomic.Pointer[client] // nil: gone
-	late   atomic.Int32           // calls in a row without an answer
 
 	wake    chan struct{} // has one place
 	ctx     context.Context
 	stop    context.CancelFunc
 	running sync.WaitGroup
+
+	mu       sync.Mutex
+	returned []func() // guarded by mu
 }
 
-type client struct{ valkey.Client }
+type client struct {
+	valkey.Client
+	late atomic.Int32 // calls in a row without an answer
+}
 
 // Open connects to the server. It fails if the server refuses us for a reason that time does not
 // mend; a server that is not there is tried again.
@@ -78,13 +81,13 @@ func Open(target Target, options Options) (*Conn, error) {
 	if options.Log == nil {
 		options.Log = slog.New(slog.DiscardHandler)
 	}
-	c := &Conn{options: options, option: target.option, wake: make(chan struct{}, 1)}
+	c := &Conn{options: options, target: target, wake: make(chan struct{}, 1)}
 	c.ctx, c.stop = context.WithCancel(context.Background())
 	c.outage = &outage.Outage{
 		Log: options.Log, Gone: options.Gone, Back: options.Back, Args: []any{"server", target.Address},
 		First: firstTry, Most: lastTry,
 	}
-	o := &c.option
+	o := &c.target.option
 	o.ClientName = "ollama-cacheproxy"
 	o.ForceSingleClient = true
 	o.DisableCache = true     // what is kept in this process is kept elsewhere
@@ -121,7 +124,7 @@ func (c *Conn) dial(
 
 // connect makes the server usable, if it is there.
 func (c *Conn) connect() error {
-	fresh, err := valkey.NewClient(c.option)
+	fresh, err := valkey.NewClient(c.target.option)
 	if err != nil {
 		return err
 	}
@@ -133,8 +136,7 @@ func (c *Conn) connect() error {
 			return err
 		}
 	}
-	c.late.Store(0)
-	c.client.Store(&client{fresh})
+	c.client.Store(&client{Client: fresh})
 	return nil
 }
 
@@ -173,10 +175,33 @@ func (c *Conn) try() {
 		return
 	}
 	c.outage.Success()
-	if c.options.Returned != nil {
-		c.options.Returned()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, f := range c.returned {
+		f()
 	}
 }
+
+// OnReturn has f called whenever the server is back. f must not wait.
+func (c *Conn) OnReturn(f func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.returned = append(c.returned, f)
+}
+
+// Refusal returns an Outage for a server that is there, and answers certain calls with errors. gone
+// and back are what it does then.
+func (c *Conn) Refusal(gone, back string) *outage.Outage {
+	return &outage.Outage{
+		Log: c.options.Log, Args: []any{"server", c.target.Address},
+		Gone: "the Valkey server " + gone + "; check its maxmemory-policy, and what this user may do there" +
+			" (docs/shared.md)",
+		Back: "the Valkey server " + back,
+	}
+}
+
+// Target returns what was given to Open.
+func (c *Conn) Target() Target { return c.target }
 
 // Call calls f with the connected client, or returns ErrGone. limit is how long f may take; 0 means
 // that only ctx limits it. f must return the errors of its calls, except those that the server
@@ -195,7 +220,7 @@ func (c *Conn) Call(
 	}
 	err := f(ctx, now)
 	if err == nil {
-		c.late.Store(0)
+		now.late.Store(0)
 	} else {
 		c.failed(ctx, now, err)
 	}
@@ -208,7 +233,7 @@ func (c *Conn) failed(ctx context.Context, with *client, err error) {
 		return
 	}
 	unanswered := errors.Is(err, context.DeadlineExceeded)
-	if IsAnswer(err) || unanswered && c.late.Add(1) < slow {
+	if IsAnswer(err) || unanswered && with.late.Add(1) < slow {
 		c.outage.Note()
 		return
 	}

@@ -107,13 +107,13 @@ func TestGone(t *testing.T) {
 	}
 	c, err := valkeyconn.Open(target, valkeyconn.Options{
 		Setting: "--test", Gone: "it is gone", Back: "it is back", Log: slog.New(slog.NewTextHandler(&log, nil)),
-		Ready:    func(ctx context.Context, c valkey.Client) error { readied.Add(1); return ping(ctx, c) },
-		Returned: func() { returned.Add(1) },
+		Ready: func(ctx context.Context, c valkey.Client) error { readied.Add(1); return ping(ctx, c) },
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer c.Close()
+	c.OnReturn(func() { returned.Add(1) })
 	ctx := context.Background()
 	var wg sync.WaitGroup
 	defer wg.Wait()

@@ -109,8 +109,8 @@ func (s *serveCmd) listSettings(set settings) string {
 		switch {
 		case x.name == "check":
 			continue
-		case x.name == "answers-store":
-			value = valkeyconn.Redacted(s.AnswersStore)
+		case x.name == "answers-store" || x.name == "shared":
+			value = valkeyconn.Redacted(value)
 		case x.name == "memory":
 			value = strconv.FormatInt(set.memory, 10)
 		case value == noValue && unsaid[x.name] != "":

@@ -22,7 +22,7 @@ func TestImports(t *testing.T) {
 		"answers/forms":         {"jsonscan"},
 		"batch":                 {"jsonscan", "prefix"},
 		"batches":               {"batch"},
-		"contextstore":          {"prefix"},
+		"contextstore":          {"outage", "prefix", "valkeyconn"},
 		"engine":                {},
 		"contexts":              {"contextstore", "engine"},
 		"runners":               {"answers", "prefix", "upstream"},
@@ -32,9 +32,10 @@ func TestImports(t *testing.T) {
 		"livepage":              {},
 		"fleet":                 {"prefix", "schedule"},
 		"proxy":                 {"answers", "answers/forms", "contexts", "doctor", "fleet", "jsonscan", "livepage", "prefix", "runners", "savings", "schedule", "upstream"},
-		"metrics":               {"answers", "contexts", "contextstore", "proxy", "savings", "schedule", "upstream"},
+		"shared":                {"outage", "proxy", "valkeyconn"},
+		"metrics":               {"answers", "contexts", "contextstore", "proxy", "savings", "schedule", "shared", "upstream"},
 		"bench":                 {"bench/text", "proxy", "savings", "upstream"},
-		"cmd/ollama-cacheproxy": {"answers", "batch", "batches", "bench", "contexts", "contextstore", "discover", "doctor", "engine", "fleet", "metrics", "ollamasim", "proxy", "savings", "schedule", "upstream", "valkeyconn"},
+		"cmd/ollama-cacheproxy": {"answers", "batch", "batches", "bench", "contexts", "contextstore", "discover", "doctor", "engine", "fleet", "metrics", "ollamasim", "proxy", "savings", "schedule", "shared", "upstream", "valkeyconn"},
 	}
 	for pkg, want := range allowed {
 		out, err := exec.Command("go", "list", "-f", `{{join .Imports "\n"}}`, module+pkg).Output()

@@ -21,7 +21,7 @@ func runInner(ctx context.Context, c *console, flags []string, done func(proxy.E
 	}
 	// Settings for files and clients from the environment do not apply to this proxy.
 	// What is kept by a proxy that runs all the time belongs to that one.
-	flags = append([]string{"serve", "--config=", "--tls-cert=", "--tls-key=", "--batches=", "--answers-store=memory", "--listen", "127.0.0.1:0", "--log-level", "warn"}, flags...)
+	flags = append([]string{"serve", "--config=", "--tls-cert=", "--tls-key=", "--batches=", "--answers-store=memory", "--shared=", "--listen", "127.0.0.1:0", "--log-level", "warn"}, flags...)
 	if _, err := parser.Parse(flags); err != nil {
 		return nil, nil, exitError{2, err}
 	}

@@ -25,7 +25,6 @@ import (
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/answers"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contexts"
-	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/metrics"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
@@ -96,6 +95,8 @@ type serveCmd struct {
 	AnswersTTL      time.Duration `name:"answers-ttl" default:"720h" placeholder:"TIME" help:"How long to keep an answer or a vector; 0 means for ever. Default: 720h (30 days)."`
 	AnswersShared   bool          `help:"Give clients with different API keys each other's kept answers and vectors. A client could then find out from the time of an answer whether someone has asked the same. Where it is not this proxy but a gateway behind it that asks for keys, whoever reaches the proxy gets them, without a key, too."`
 	AnswersPaced    bool          `help:"Replay a kept stream at the pace at which it came from Ollama. Default: at once."`
+
+	Shared string `placeholder:"URL" default:"" help:"Share with other proxies which prefixes are warm where, and the limits of API keys (rate and max-waiting), through a Valkey or Redis server: valkey://HOST:PORT/DB (or redis://…, or with TLS valkeys:// and rediss://). Without it, or while it is gone, each proxy goes on with what it knows itself (docs/shared.md). No text is shared. Default: nothing is shared."`
 
 	Price       float64  `placeholder:"NUMBER" help:"What a million evaluated prompt tokens would cost elsewhere, in any currency. The page at /_cacheproxy/, bench and batch then show what the reused tokens are worth. Default: 0, which shows no prices."`
 	AllowHost   []string `placeholder:"NAME" help:"Also accept this Host name on loopback connections (* for any). Repeatable."`
@@ -220,7 +221,7 @@ func (s *serveCmd) settings() (settings, error) {
 	if set.fleet, err = s.fleetFlags.settings(set.upstreams, nil); err != nil {
 		return set, err
 	}
-	err = cmp.Or(s.checkBatches(), s.checkAnswers(), s.readFiles(&set))
+	err = cmp.Or(s.checkBatches(), s.checkAnswers(), s.checkShared(), s.readFiles(&set))
 	return set, err
 }
 
@@ -384,7 +385,12 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 		return err
 	}
 	defer closeStores()
-	h := s.handler(set, ups, transport, kept, logger)
+	with, err := s.openShared(set, logger)
+	if err != nil {
+		return err
+	}
+	defer with.close()
+	h := s.handler(set, ups, transport, kept, with, logger)
 	ln, stopBatches, err := s.begin(ctx, set, h, logger)
 	if err != nil {
 		return err
@@ -489,16 +495,15 @@ func (set settings) files() (list []reloader) {
 // handler builds the handler of requests: everything but the upstreams and the transport to them.
 func (s *serveCmd) handler(
 	set settings, ups []*upstream.Server, transport *http.Transport, kept answers.Store,
-	logger *slog.Logger,
+	with *together, logger *slog.Logger,
 ) *proxy.Handler {
-	store := contextstore.NewMemory(contextstore.Limits{Entries: s.StoreEntries, Bytes: s.StoreBytes})
 	h := &proxy.Handler{
 		Upstreams: ups, Transport: transport, KeepAlive: set.keepAlive, NoTouch: !s.Touch,
 		NumCtx: set.numCtx, StableHeads: set.heads,
 		MaxBody: s.MaxBody, Memory: set.memory, BodyTimeout: s.BodyTimeout,
 		UpstreamSilence: s.UpstreamSilence, Heartbeat: s.Heartbeat, Queue: s.Queue,
 		Guard: set.guard, Trusted: set.trusted, Log: logger,
-		Ledger: savings.New(store, rememberRequests), ShowPrompts: s.ShowPrompts,
+		Ledger: savings.New(with.seen, rememberRequests), ShowPrompts: s.ShowPrompts,
 		Contexts: set.contexts, Version: version(), Price: s.Price,
 		Answers: kept, AnswersAge: s.AnswersTTL, AnswersBytes: s.AnswersBytes,
 		CacheAnswers: set.cached, CacheEmbeddings: set.vectors, AnswersShared: s.AnswersShared,
@@ -525,7 +530,11 @@ func (s *serveCmd) handler(
 		counts.KeyNames(set.keys.keys.Names())
 		set.keys.replaced = counts.KeyNames
 	}
-	counts.Store(store.Stats)
+	counts.Store(with.seen.Stats)
+	if with.conn != nil {
+		h.Limiter = with.limits
+		counts.Shared(with.stats)
+	}
 	if set.contexts != nil {
 		counts.Contexts(set.contexts.Counts, set.contexts.Files.Stats)
 	}

@@ -1,0 +1,94 @@
+package main
+
+import (
+	"fmt"
+	"log/slog"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/metrics"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/shared"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/valkeyconn"
+)
+
+// sharedPrefix begins all keys of --shared, unless its URL says otherwise.
+const sharedPrefix = "ollama-cacheproxy:shared:"
+
+// together is what this proxy knows, and what it shares with others through --shared.
+type together struct {
+	seen contextstore.Store
+
+	// Without --shared these are nil.
+	conn     *valkeyconn.Conn
+	prefixes *contextstore.Valkey // the same as seen
+	limits   *shared.Limits
+}
+
+// openShared opens what is shared. Its prefixes are those of the upstreams in set.
+func (s *serveCmd) openShared(set settings, log *slog.Logger) (*together, error) {
+	limits := contextstore.Limits{Entries: s.StoreEntries, Bytes: s.StoreBytes}
+	if s.Shared == "" {
+		return &together{seen: contextstore.NewMemory(limits)}, nil
+	}
+	target, err := valkeyconn.Parse(s.Shared, sharedPrefix)
+	if err != nil {
+		return nil, fmt.Errorf("--shared %s: %w", valkeyconn.Redacted(s.Shared), err)
+	}
+	conn, err := valkeyconn.Open(target, valkeyconn.Options{
+		Setting: "--shared",
+		Gone:    "the Valkey server of --shared is gone; this proxy goes on with what it knows itself",
+		Back:    "the Valkey server of --shared is back",
+		Log:     log,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("--shared %s: %w", valkeyconn.Redacted(s.Shared), err)
+	}
+	prefixes := contextstore.NewValkey(conn, limits, set.upstreamName, set.upstreamIndex)
+	return &together{seen: prefixes, conn: conn, prefixes: prefixes, limits: shared.NewLimits(conn)}, nil
+}
+
+// upstreamName returns the name of an upstream, by which other proxies know it, or "" if there is
+// none with this index.
+func (set settings) upstreamName(index uint16) string {
+	if int(index) < len(set.upstreams) {
+		return set.upstreams[index].name
+	}
+	return ""
+}
+
+// upstreamIndex is the inverse of upstreamName.
+func (set settings) upstreamIndex(name string) (uint16, bool) {
+	for i, t := range set.upstreams {
+		if t.name == name {
+			return uint16(i), true
+		}
+	}
+	return 0, false
+}
+
+// close tells the others what they do not know yet, if the server is there.
+func (t *together) close() {
+	if t.conn != nil {
+		t.limits.Close()
+		t.prefixes.Close()
+		t.conn.Close()
+	}
+}
+
+// stats is for metrics.
+func (t *together) stats() metrics.SharedStats {
+	down, failed := t.conn.State()
+	return metrics.SharedStats{
+		Down: down, Errors: failed, Seen: t.prefixes.Shared(), Limits: t.limits.Stats(),
+	}
+}
+
+// checkShared checks the URL.
+func (s *serveCmd) checkShared() error {
+	if s.Shared == "" {
+		return nil
+	}
+	if _, err := valkeyconn.Parse(s.Shared, sharedPrefix); err != nil {
+		return fmt.Errorf("--shared %s: %w", valkeyconn.Redacted(s.Shared), err)
+	}
+	return nil
+}

@@ -385,6 +385,11 @@ func (o *objects) accepted(t *testing.T, binary string, w workload, c core.Conta
 	if !strings.Contains(string(out), "all settings, and where each comes from") {
 		t.Errorf("%s was not checked:\n%s", w.name, out)
 	}
+	for name := range env {
+		if strings.HasPrefix(name, "OLLAMA_CACHEPROXY_") && !strings.Contains(string(out), name) {
+			t.Errorf("%s: there is no setting %s", w.name, name)
+		}
+	}
 	// What a probe asks for exists: it is among the pages of the proxy.
 	for _, p := range []*core.Probe{c.ReadinessProbe, c.LivenessProbe} {
 		if p == nil || p.HTTPGet == nil {
@@ -635,6 +640,11 @@ func TestFleetOfCompose(t *testing.T) {
 		out, err := cmd.CombinedOutput()
 		if status := cmd.ProcessState.ExitCode(); err != nil && status != 1 || !strings.Contains(string(out), "all settings, and where each comes from") {
 			t.Errorf("%s: status %d:\n%s", name, status, out)
+		}
+		for variable := range s.Environment {
+			if !strings.Contains(string(out), variable) && variable != "OLLAMA_CACHEPROXY_LISTEN" { // overridden above
+				t.Errorf("%s: there is no setting %s", name, variable)
+			}
 		}
 		host := name
 		if beside, ok := strings.CutPrefix(s.NetworkMode, "service:"); ok {

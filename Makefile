@@ -69,6 +69,14 @@ lint: ## gofmt, vet, staticcheck, no complex functions; the Dockerfile (needs np
 	$(GO) run $(GOCYCLO) -over 15 -ignore '_test\.go$$' .
 	npx --yes $(DOCKERFILE_UTILS) lint Dockerfile
 
+.PHONY: check-deploy
+check-deploy: ## the Helm chart and the manifests, without a cluster (a minute at first: it compiles Helm)
+	cd deploy/check && $(GO) mod tidy -diff && $(GO) vet ./... && $(GO) test -count=1 ./...
+
+.PHONY: manifests
+manifests: ## write deploy/kubernetes from the Helm chart
+	cd deploy/check && $(GO) test -count=1 -run '^TestManifests$$' . -update
+
 .PHONY: bench
 bench: ## what the proxy costs: tables of requests per second, latencies and allocations
 	$(GO) test -run '^$$' -bench . ./jsonscan ./prefix ./contextstore ./savings ./schedule ./proxy

@@ -86,10 +86,18 @@ func tracked(t *testing.T, source string) string {
 	return dir
 }
 
-// TestCompose loads the compose file with the reference implementation, and checks that the files
-// it mounts exist.
+// TestCompose loads the compose files with the reference implementation, and checks that the files
+// they mount exist.
 func TestCompose(t *testing.T) {
-	text := output(t, filepath.Join(repository, "deploy/docker"), "go", "run", composeGo, "-format", "json", "compose.yaml")
+	t.Setenv("CACHEPROXY_PEER_SECRET", "of the fleet")
+	compose(t, "deploy/docker/compose.yaml", "ollama", "cacheproxy", "prometheus", "grafana")
+	compose(t, "deploy/compose/fleet.yaml", "ollama-a", "ollama-b", "proxy-a", "proxy-b", "proxy-c", "valkey")
+}
+
+// compose checks one file, which must have these services.
+func compose(t *testing.T, file string, services ...string) {
+	t.Helper()
+	text := output(t, filepath.Join(repository, filepath.Dir(file)), "go", "run", composeGo, "-format", "json", filepath.Base(file))
 	var project struct {
 		Services map[string]struct {
 			Ports   []struct{ Host_IP string }
@@ -99,9 +107,9 @@ func TestCompose(t *testing.T) {
 	if err := json.Unmarshal([]byte(text), &project); err != nil {
 		t.Fatalf("%v in %s", err, text)
 	}
-	for _, name := range []string{"ollama", "cacheproxy", "prometheus", "grafana"} {
+	for _, name := range services {
 		if _, ok := project.Services[name]; !ok {
-			t.Errorf("there is no service %s", name)
+			t.Errorf("%s has no service %s", file, name)
 		}
 	}
 	for name, service := range project.Services {

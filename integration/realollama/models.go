@@ -260,8 +260,8 @@ type layer struct {
 	Size      int64  `json:"size"`
 }
 
-// install adds a model to a server's models folder, in the form that `ollama create` uses.
-func (c *Cache) install(ctx context.Context, name, models string) error {
+// Install adds a model to a server's models folder, in the form that `ollama create` uses.
+func (c *Cache) Install(ctx context.Context, name, models string) error {
 	m, err := findModel(name)
 	if err != nil {
 		return err

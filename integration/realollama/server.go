@@ -165,7 +165,7 @@ func (s *Server) prepare(ctx context.Context, c *Cache) error {
 		}
 	}
 	for _, name := range s.config.Models {
-		if err := c.install(ctx, name, s.path("models")); err != nil {
+		if err := c.Install(ctx, name, s.path("models")); err != nil {
 			return err
 		}
 	}

@@ -47,6 +47,10 @@ type Config struct {
 	// WaitForServer is how long a server may be away before the batch ends; 0: it ends at once.
 	WaitForServer time.Duration
 
+	// Workers, if non-nil, is what this run shares the batch with. With Output "-" it writes no
+	// results.
+	Workers *Workers
+
 	Server    *url.URL // a proxy, or Ollama itself
 	Transport http.RoundTripper
 	APIKey    string // "": none
@@ -73,6 +77,8 @@ type Progress struct {
 	Concurrency int // the present limit of requests in flight
 	Elapsed     time.Duration
 	Counts      Counts // of everything that is done
+	Workers     int    // that share the batch, as far as is known; 0: it is not shared
+	Waiting     bool   // for the Valkey server
 }
 
 // ErrStopped means that a batch was stopped before its end and can continue.
@@ -85,7 +91,9 @@ type batch struct {
 	*Config
 	client  *client
 	journal *journal
-	window  *window
+	feed    feed
+	window  *window // nil: the batch is shared
+	worker  *worker // nil: it is not
 	limit   limit
 	survey  *Survey
 
@@ -127,15 +135,27 @@ func Run(ctx context.Context, c Config) (*Summary, error) {
 	if size == 0 {
 		size = compactAt
 	}
-	j, err := openJournal(&c, size)
+	b := &batch{
+		Config: &c, client: c.client(), limit: limit{fixed: c.Concurrency}, began: time.Now(),
+		ready: map[string]time.Time{}, context: map[string]int{}, onGPU: map[string]float64{},
+	}
+	var joined string
+	if c.Workers != nil {
+		if err := b.join(ctx); err != nil {
+			return nil, err
+		}
+		defer b.worker.leave()
+		joined = b.worker.job.id
+		if c.Output == "-" {
+			c.Stdout = io.Discard
+		}
+	}
+	j, err := openJournal(&c, joined, size)
 	if err != nil {
 		return nil, err
 	}
 	defer j.close()
-	b := &batch{
-		Config: &c, client: c.client(), journal: j, limit: limit{fixed: c.Concurrency}, began: time.Now(),
-		ready: map[string]time.Time{}, context: map[string]int{}, onGPU: map[string]float64{},
-	}
+	b.journal = j
 	b.resumed = j.head.Next + len(j.beyond)
 	if b.survey, err = TakeSurvey(ctx, c.Source, nil); ctx.Err() != nil {
 		return nil, ErrStopped
@@ -146,10 +166,7 @@ func Run(ctx context.Context, c Config) (*Summary, error) {
 		c.Log.Info("going on with an earlier run", "output", c.Output, "done", b.resumed, "of", b.survey.Requests)
 	}
 	if b.resumed < b.survey.Requests {
-		if err := b.prepare(ctx); err != nil {
-			return nil, err
-		}
-		if err := b.loop(ctx); err != nil {
+		if err := b.work(ctx); err != nil {
 			return nil, err
 		}
 	}
@@ -157,6 +174,26 @@ func Run(ctx context.Context, c Config) (*Summary, error) {
 		return nil, err
 	}
 	return b.summary(ctx), nil
+}
+
+// work does what is not done yet.
+func (b *batch) work(ctx context.Context) error {
+	if b.worker == nil {
+		b.window = newWindow(b.Source, b.Window, b.journal.done)
+		defer b.window.stop()
+		b.feed = &alone{b: b}
+	} else {
+		b.feed = b.worker
+		if err := b.worker.look(); err != nil {
+			return err
+		}
+	}
+	if b.worker == nil || b.worker.job.joined.count < b.survey.Requests {
+		if err := b.prepare(ctx); err != nil {
+			return err
+		}
+	}
+	return b.loop(ctx)
 }
 
 // prepare logs what is known to go wrong, and examines the server.
@@ -216,34 +253,73 @@ func (b *batch) warn() {
 	}
 }
 
+// feed is where items come from and where their answers go. The goroutine of loop calls it.
+type feed interface {
+	// begin starts what the feed does in the background; it ends with ctx.
+	begin(ctx context.Context, wg *sync.WaitGroup, in inbox)
+	// next returns an item to send; false: there is none now.
+	next() (item, bool, error)
+	// over reports whether the batch is done.
+	over() (bool, error)
+	// record keeps an item's result.
+	record(it item, failed bool, counts Counts, result []byte) error
+	// done returns how many items are done.
+	done() int
+}
+
+// alone is the feed of a batch that is not shared.
+type alone struct {
+	b     *batch
+	ended bool
+}
+
+func (a *alone) begin(context.Context, *sync.WaitGroup, inbox) {}
+
+func (a *alone) next() (it item, ok bool, err error) {
+	if a.ended || a.b.inFlight > 0 && a.b.window.behind() > a.b.journal.head.Next {
+		return item{}, false, nil
+	}
+	it, ok, err = a.b.window.take()
+	a.ended = !ok
+	return it, ok, err
+}
+
+func (a *alone) over() (bool, error) { return a.ended && a.b.inFlight == 0, nil }
+
+func (a *alone) record(it item, failed bool, counts Counts, result []byte) error {
+	return a.b.journal.add(it, failed, counts, result)
+}
+
+func (a *alone) done() int { return a.b.journal.head.Next + len(a.b.journal.beyond) }
+
 // loop sends everything that is not done yet.
 func (b *batch) loop(ctx context.Context) error {
-	b.window = newWindow(b.Source, b.Window, b.journal.done)
-	defer b.window.stop()
 	running, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer cancel()
 	in := make(inbox)
 	wg.Go(func() { b.poll(running, in) }) // ends with running
+	b.feed.begin(running, &wg, in)
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
-	for more := true; ; {
-		for more && b.inFlight < b.limit.target() && (b.inFlight == 0 || b.window.behind() <= b.journal.head.Next) {
-			it, ok, err := b.window.take()
+	for {
+		for b.inFlight < b.limit.target() {
+			it, ok, err := b.feed.next()
 			if err != nil {
 				return err
 			}
-			if more = ok; ok {
-				b.flies(1)
-				wg.Go(func() { b.send(running, it, in) }) // ends with running at the latest
+			if !ok {
+				break
 			}
+			b.flies(1)
+			wg.Go(func() { b.send(running, it, in) }) // ends with running at the latest
 		}
 		if b.watch != nil {
 			b.watch(b)
 		}
-		if b.inFlight == 0 && !more {
-			return nil
+		if over, err := b.feed.over(); over || err != nil {
+			return err
 		}
 		select {
 		case do := <-in:
@@ -271,6 +347,10 @@ func (in inbox) put(ctx context.Context, do func() error) {
 // send sends an item. It ends with ctx at the latest.
 func (b *batch) send(ctx context.Context, it item, in inbox) {
 	f := finished{item: it}
+	running := ctx
+	if it.span != nil {
+		ctx = it.span.ctx // it ends with running, or earlier
+	}
 	if f.request, f.err = b.Source.request(it); f.err != nil {
 		if f.bad, f.err = badLine(f.err); f.err == nil {
 			f.failure = &failure{Code: codeInvalid, Message: f.bad.Error()}
@@ -286,7 +366,7 @@ func (b *batch) send(ctx context.Context, it item, in inbox) {
 			})
 		})
 	}
-	in.put(ctx, func() error { return b.finish(ctx, f) })
+	in.put(running, func() error { return b.finish(running, f) })
 }
 
 // flies changes how many requests are in flight.
@@ -301,10 +381,14 @@ func (b *batch) tell() {
 	if b.Progress == nil {
 		return
 	}
-	b.Progress(Progress{
-		Done: b.journal.head.Next + len(b.journal.beyond), Total: b.survey.Requests, Resumed: b.resumed,
+	p := Progress{
+		Done: b.feed.done(), Total: b.survey.Requests, Resumed: b.resumed,
 		InFlight: b.inFlight, Concurrency: b.limit.target(), Elapsed: time.Since(b.began), Counts: b.journal.head.Counts,
-	})
+	}
+	if b.worker != nil {
+		p.Workers, p.Waiting = b.worker.workers, b.worker.job.waiting()
+	}
+	b.Progress(p)
 }
 
 // finish records an item's result.
@@ -312,6 +396,9 @@ func (b *batch) finish(ctx context.Context, f finished) error {
 	switch {
 	case f.err != nil && ctx.Err() != nil:
 		return ErrStopped
+	case f.err != nil && f.span != nil && f.span.ctx.Err() != nil:
+		b.flies(-1) // another worker has taken it over
+		return nil
 	case f.err != nil:
 		return f.err
 	}
@@ -326,7 +413,7 @@ func (b *batch) finish(ctx context.Context, f finished) error {
 	b.limit.answered(b.inFlight, counts)
 	b.ran.add(counts)
 	result := f.request.result(f.line, f.answer, f.failure)
-	if err := b.journal.add(f.item, f.failure != nil, counts, result); err != nil {
+	if err := b.feed.record(f.item, f.failure != nil, counts, result); err != nil {
 		return err
 	}
 	b.flies(-1)

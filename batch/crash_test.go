@@ -15,7 +15,11 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 )
+
+// shortLease is the lease of workers in tests that wait for its end.
+const shortLease = 300 * time.Millisecond
 
 // TestMain also runs the program that the crash tests kill, if an argument says so.
 func TestMain(m *testing.M) {
@@ -28,7 +32,8 @@ func TestMain(m *testing.M) {
 	}
 }
 
-// child runs a batch: server, input, output, order.
+// child runs a batch: server, input, output, order, and optionally the Valkey server through which
+// it is shared.
 func child(args []string) error {
 	u, err := url.Parse(args[0])
 	if err != nil {
@@ -38,7 +43,12 @@ func child(args []string) error {
 	if err != nil {
 		return err
 	}
+	var workers *Workers
+	if len(args) > 4 {
+		workers = &Workers{URL: args[4], Bytes: 1 << 20, lease: shortLease}
+	}
 	_, err = Run(context.Background(), Config{
+		Workers: workers, WaitForServer: time.Minute,
 		Source: s, Output: args[2], Errors: args[2] + ".errors", Order: Order(args[3]), Window: 40, Concurrency: 6, Server: u,
 		Transport: &http.Transport{MaxIdleConnsPerHost: 8}, Log: slog.New(slog.NewTextHandler(io.Discard, nil)), compactAt: 2000,
 	})

@@ -59,7 +59,8 @@ type journal struct {
 // journalHead is the state of the output when the journal was begun or compacted.
 type journalHead struct {
 	Version int    `json:"batch_journal"`
-	Input   string `json:"input"` // the source's hash
+	Input   string `json:"input"`         // the source's hash
+	Job     string `json:"job,omitempty"` // the id of what the batch is shared through; "": it is not
 	Order   Order  `json:"order"`
 	Next    int    `json:"next"` // all items before it are in the output
 	Output  int64  `json:"output_bytes"`
@@ -91,15 +92,16 @@ type place struct {
 var errChanged = errors.New("the batch cannot go on")
 
 // openJournal opens the output and its journal, and brings the output to the state that the journal
-// knows. An output that is not a regular file is written once, from its start.
-func openJournal(c *Config, limit int64) (*journal, error) {
+// knows. An output that is not a regular file is written once, from its start. job is the id of the
+// job through which the batch is shared; "": none.
+func openJournal(c *Config, job string, limit int64) (*journal, error) {
 	j := &journal{
 		files: c.files, perm: cmp.Or(c.Perm, 0o666), source: c.Source, limit: limit, beyond: map[int]place{},
 	}
 	if j.files == nil {
 		j.files = disk{}
 	}
-	j.head = journalHead{Version: 1, Input: c.Source.Hash, Order: c.Order, Collect: c.Errors}
+	j.head = journalHead{Version: 1, Input: c.Source.Hash, Job: job, Order: c.Order, Collect: c.Errors}
 	if err := j.open(c); err != nil {
 		j.close()
 		return nil, err
@@ -327,6 +329,10 @@ func (h *journalHead) goesOn(want journalHead, output, journal string) error {
 		return fmt.Errorf("%w: the input or its template is not what it was when %s was begun "+
 			"(sha256 %.12s… then, %.12s… now); choose another output, or remove %s and %s to start over",
 			errChanged, output, h.Input, want.Input, output, journal)
+	case h.Job != want.Job && want.Job != "": // without, an output that was shared is finished alone
+		return fmt.Errorf("%w: %s was begun without --workers, or with a job that the Valkey server no longer has. "+
+			"Without --workers, the same command finishes it alone; to start over with all workers, remove %s and %s",
+			errChanged, output, output, journal)
 	case h.Order != want.Order:
 		return fmt.Errorf("%w: %s was begun with --order %s", errChanged, output, h.Order)
 	case h.Collect != want.Collect:
@@ -389,9 +395,18 @@ func (j *journal) cut(f file, size int64) error {
 	return nil
 }
 
+// entry returns an item that is done as an entry, without its counts and result.
+func (it item) entry(failed bool) journalEntry {
+	return journalEntry{Index: it.index, Line: it.line, Off: it.off, Size: it.size, Failed: failed, Bad: it.bad != nil}
+}
+
 // add records that an item is done.
 func (j *journal) add(it item, failed bool, counts Counts, result []byte) error {
-	e := journalEntry{Index: it.index, Line: it.line, Off: it.off, Size: it.size, Failed: failed, Bad: it.bad != nil}
+	return j.record(it.entry(failed), counts, result)
+}
+
+// record adds an entry, which has neither counts nor a result.
+func (j *journal) record(e journalEntry, counts Counts, result []byte) error {
 	line, at := appendEntry(nil, e, &counts, result)
 	if _, err := j.file.Write(line); err != nil {
 		return j.failed("writing the journal", j.path, err)

@@ -97,8 +97,12 @@ func (w *window) fill() error {
 		return cmp.Or(c, a.index-b.index)
 	})
 	w.items = w.items[:0]
+	var before []uint64
 	for _, k := range all {
-		w.items = append(w.items, k.item)
+		for k.shared < min(len(before), len(k.path)) && before[k.shared] == k.path[k.shared] {
+			k.shared++
+		}
+		w.items, before = append(w.items, k.item), k.path
 	}
 	if len(all) > 0 {
 		w.last = all[len(all)-1].path

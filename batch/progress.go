@@ -28,13 +28,23 @@ func (p Progress) Words() string {
 	if saved := p.Counts.saved(); saved.Basis != Unknown {
 		text += fmt.Sprintf("~%v saved, ", time.Duration(saved.Value*float64(time.Second)).Round(time.Second))
 	}
-	return text + fmt.Sprintf("%d errors", p.Counts.Failed)
+	text += fmt.Sprintf("%d errors", p.Counts.Failed)
+	if p.Workers > 0 {
+		text += fmt.Sprintf(", %d workers", p.Workers)
+	}
+	if p.Waiting {
+		text += ", waiting for Valkey"
+	}
+	return text
 }
 
 // Attrs is the same for a line of the log.
 func (p Progress) Attrs() []any {
 	rate, left := p.Rate()
 	attrs := []any{"done", p.Done, "of", p.Total, "per_second", fmt.Sprintf("%.2f", rate), "left", left.String(), "in_flight", p.InFlight, "errors", p.Counts.Failed}
+	if p.Workers > 0 {
+		attrs = append(attrs, "workers", p.Workers, "waiting_for_valkey", p.Waiting)
+	}
 	if reused := p.Counts.reuse(); reused.Basis != Unknown {
 		attrs = append(attrs, "reused_tokens", int(reused.Value), "evaluated_tokens", p.Counts.Prompt-int(reused.Value), "reuse", string(reused.Basis))
 	}

@@ -14,6 +14,7 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/ollama/ollama/api"
@@ -31,6 +32,7 @@ type client struct {
 	patience  time.Duration // how long to wait for a server that does not answer
 	log       *slog.Logger
 	lookout   singleflight.Group // all requests share one wait for the server
+	away      atomic.Bool        // it is being waited for
 }
 
 const (
@@ -206,13 +208,19 @@ func (c *client) ask(ctx context.Context, r *request, line int, overload func(se
 // await waits until the server answers, and reports whether it was away. The error is
 // ErrUnreachable if it has been away for too long.
 func (c *client) await(ctx context.Context) (away bool, err error) {
-	v, err, _ := c.lookout.Do("", func() (any, error) { return c.look(ctx) })
-	return v.(bool), err
+	for {
+		v, err, _ := c.lookout.Do("", func() (any, error) { return c.look(ctx) })
+		if !errors.Is(err, errTakenOver) || ctx.Err() != nil {
+			return v.(bool), err
+		}
+		// That was the cause for which another request no longer waits.
+	}
 }
 
 func (c *client) look(ctx context.Context) (away bool, err error) {
 	since := time.Now()
 	told := since
+	defer c.away.Store(false)
 	for {
 		_, err := c.get(ctx, "/api/version")
 		var status api.StatusError
@@ -238,6 +246,7 @@ func (c *client) look(ctx context.Context) (away bool, err error) {
 			c.log.Warn("the server does not answer; waiting for it",
 				"server", c.url.String(), "up_to", c.patience.String(), "err", err)
 			away = true
+			c.away.Store(true)
 		case now.Sub(told) >= tellEvery:
 			c.log.Warn("still waiting for the server", "server", c.url.String(),
 				"waited", waited.String(), "up_to", c.patience.String(), "err", err)

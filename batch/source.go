@@ -46,6 +46,9 @@ type item struct {
 	size  int
 	text  int   // bytes of the prompt's text, once it has been read
 	bad   error // why it cannot be read; nil: it may be readable
+
+	shared int   // links of its path that it shares with the item before it in a window
+	span   *span // of a batch that is shared; nil: it is not, or not yet
 }
 
 // OpenLines opens requests, one per line. "-" is stdin, which, like a file that is not UTF-8, is

@@ -73,7 +73,7 @@ func (b *batch) summary(ctx context.Context) *Summary {
 		Seconds: measured(elapsed), RequestsPerSecond: measured(float64(b.ran.Answers+b.ran.Failed) / elapsed),
 	}
 	s.ReusedTokens, s.SecondsSaved = c.reuse(), c.saved()
-	if s.ReusedTokens.Basis == Unknown && b.isProxy && c.Prompt > 0 {
+	if s.ReusedTokens.Basis == Unknown && b.isProxy && b.worker == nil && c.Prompt > 0 {
 		s.ReusedTokens, s.SecondsSaved = b.told(ctx)
 	}
 	if s.ReusedTokens.Basis != Unknown && c.Prompt > 0 {

@@ -18,7 +18,10 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-const exitFailed = 3 // the batch is complete, but some requests failed
+const (
+	exitFailed      = 3 // the batch is complete, but some requests failed
+	defaultJobBytes = 1 << 30
+)
 
 type batchCmd struct {
 	Input    string `short:"i" env:"-" default:"-" placeholder:"FILE" help:"Requests, one per line: bodies of /api/chat, /api/generate or /api/embed, or OpenAI's batch form. Default: stdin."`
@@ -41,6 +44,12 @@ type batchCmd struct {
 	Upstream []string      `env:"-" placeholder:"[NAME=]ADDR" help:"Run a separate proxy in front of these Ollama servers for this batch. Repeatable."`
 	Slots    []string      `placeholder:"[NAME=]N" help:"With --upstream: slots per model, as for serve. Default: auto."`
 
+	Workers   string `placeholder:"URL" help:"Share the batch with all others that are given the same input and the same Valkey or Redis server (6.2 or newer): valkey://[USER:PASSWORD@]HOST[:PORT][/DATABASE]. Each has the whole output if it has -o; without -o it only helps."`
+	Job       string `env:"-" placeholder:"NAME" help:"With --workers: the name of what is shared. Default: made of the input."`
+	JobBytes  int64  `default:"${jobbytes}" placeholder:"BYTES" help:"With --workers: memory of the Valkey server for the answers. When they are more, those that every worker has are dropped there. Default: 1073741824 (1 GiB)."`
+	JobStatus bool   `env:"-" help:"With --workers, send nothing: show how far the job is."`
+	JobDrop   bool   `env:"-" help:"With --workers, send nothing: remove the job from the Valkey server. Its workers end; the next one begins anew."`
+
 	Plan        bool   `env:"-" help:"Send nothing: show how the prompts share prefixes, what the batch will cost, and what would help."`
 	Check       bool   `env:"-" help:"Send nothing: report wrong lines."`
 	SummaryJSON string `name:"summary-json" env:"-" type:"path" placeholder:"FILE" help:"Write the summary to this file too."`
@@ -62,6 +71,8 @@ Examples:
       one request for each row
   ollama-cacheproxy batch --upstream 127.0.0.1:11434 -i requests.jsonl -o results.jsonl
       without a running proxy
+  ollama-cacheproxy batch -i requests.jsonl -o results.jsonl --workers valkey://10.0.0.5/0
+      on several machines: they share the requests, and each has all results
   ollama-cacheproxy batch --template request.json --data candidates.csv --plan
       what would it cost, and would another order of the fields help?
 
@@ -93,6 +104,9 @@ func (b *batchCmd) Run(ctx context.Context, c *console) error {
 	config.Transport = transport
 	if b.Check {
 		return b.check(ctx, c, config)
+	}
+	if b.JobStatus || b.JobDrop {
+		return b.job(ctx, c, config)
 	}
 	if len(b.Upstream) > 0 {
 		stop, err := b.inner(ctx, c, config)
@@ -140,6 +154,9 @@ func (b *batchCmd) config(c *console) (*batch.Source, *batch.Config, error) {
 		config.Concurrency = n
 	}
 	var err error
+	if config.Workers, err = b.workers(); err != nil {
+		return nil, nil, err
+	}
 	if config.Server, err = b.server(); err != nil {
 		return nil, nil, err
 	}
@@ -155,6 +172,33 @@ func (b *batchCmd) config(c *console) (*batch.Source, *batch.Config, error) {
 		return nil, nil, err
 	}
 	return config.Source, config, nil
+}
+
+// workers returns what the batch is shared through, or nil.
+func (b *batchCmd) workers() (*batch.Workers, error) {
+	if b.Workers == "" {
+		if b.Job != "" || b.JobStatus || b.JobDrop {
+			return nil, errors.New("--job, --job-status and --job-drop need --workers, which says where the job is")
+		}
+		return nil, nil
+	}
+	if b.JobStatus && b.JobDrop {
+		return nil, errors.New("--job-status and --job-drop: give one of them")
+	}
+	w := &batch.Workers{URL: b.Workers, Job: b.Job, Bytes: b.JobBytes}
+	return w, w.Check()
+}
+
+// job is --job-status and --job-drop.
+func (b *batchCmd) job(ctx context.Context, c *console, config *batch.Config) error {
+	if b.JobDrop {
+		return batch.DropJob(ctx, config)
+	}
+	status, err := batch.LookAtJob(ctx, config)
+	if err != nil {
+		return err
+	}
+	return status.Print(c.stdout)
 }
 
 // server returns the URL that requests are sent to.

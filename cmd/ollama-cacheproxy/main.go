@@ -70,7 +70,7 @@ func joinNegative(args []string) []string {
 }
 
 // vars are values that help texts and defaults refer to.
-var vars = kong.Vars{"maxbody": strconv.Itoa(proxy.DefaultMaxBody), "storebytes": strconv.Itoa(defaultStoreBytes), "contextbytes": strconv.Itoa(defaultContextBytes), "answersbytes": strconv.Itoa(defaultAnswersBytes), "batchesbytes": strconv.Itoa(defaultBatchesBytes)}
+var vars = kong.Vars{"maxbody": strconv.Itoa(proxy.DefaultMaxBody), "storebytes": strconv.Itoa(defaultStoreBytes), "contextbytes": strconv.Itoa(defaultContextBytes), "answersbytes": strconv.Itoa(defaultAnswersBytes), "batchesbytes": strconv.Itoa(defaultBatchesBytes), "jobbytes": strconv.Itoa(defaultJobBytes)}
 
 // groups are the two parts of serve's flags. Those without a group tag are special.
 var groups = []kong.Group{{Key: "everyday", Title: "Everyday flags:"}, {Key: "special", Title: "Special flags:"}}

@@ -121,7 +121,7 @@ func (f *fronts) proxies(n int, shared bool) play.Front {
 			if n == 1 {
 				break
 			}
-			if err := proxyprocess.Joined(ctx, url, n-1, false); err != nil {
+			if _, err := proxyprocess.Joined(ctx, url, n-1); err != nil {
 				return nil, nil, err
 			}
 		}

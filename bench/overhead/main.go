@@ -206,15 +206,19 @@ func hop(ctx context.Context, out io.Writer, up string, cfg config) error {
 		defer both[i].stop()
 	}
 	owner, entry := both[0], both[1]
-	if err := proxyprocess.Joined(ctx, entry.url, 1, true); err != nil {
-		return err
+	for _, p := range both {
+		if _, err := proxyprocess.Joined(ctx, p.url, 1); err != nil {
+			return err
+		}
 	}
 	ctx, cancel := context.WithTimeout(ctx, cfg.time*time.Duration(cfg.rounds)+time.Minute)
 	defer cancel()
 	transport := &http.Transport{MaxIdleConnsPerHost: 2, DisableCompression: true}
 	defer transport.CloseIdleConnections()
 	client := &http.Client{Transport: transport}
+	passed := warmUp
 	for _, l := range []load{small(), loads()[0]} {
+		l.body = bytes.Replace(l.body, []byte("bench"), []byte(listedModel), 1)
 		took := map[*process][]float64{}
 		var added []float64
 		begin := time.Now()
@@ -236,9 +240,13 @@ func hop(ctx context.Context, out io.Writer, up string, cfg config) error {
 				took[p] = append(took[p], now[i])
 			}
 		}
+		passed += len(added)
 		slices.Sort(added)
 		fmt.Fprintf(out, "%s, one client × %d: median %.2f ms through the owner, %.2f ms through another proxy; added, median of the differences: %.2f ms (p95 %.2f ms)\n",
 			l.name, len(added), middle(took[owner]), middle(took[entry]), middle(added), added[len(added)*95/100])
+	}
+	if f, err := proxyprocess.AskFleet(ctx, owner.url); err != nil || f.Counts.Received < passed {
+		return errors.Join(err, fmt.Errorf("of %d requests only %d were passed on to the owner", passed, f.Counts.Received))
 	}
 	return nil
 }
@@ -433,8 +441,9 @@ func one(ctx context.Context, client *http.Client, target string, l load) (http.
 }
 
 const (
-	hitModel = "hits"
-	chunk    = `{"model":"bench","created_at":"2026-01-01T00:00:00Z","message":{"role":"assistant","content":"token"},"done":false}` + "\n"
+	hitModel    = "hits"
+	listedModel = "listed" // only a model that the upstream has is passed on
+	chunk       = `{"model":"bench","created_at":"2026-01-01T00:00:00Z","message":{"role":"assistant","content":"token"},"done":false}` + "\n"
 	// lastChunk ends an answer that may be kept.
 	lastChunk = `{"model":"bench","created_at":"2026-01-01T00:00:00Z","message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}` + "\n"
 	hitChunks = 64
@@ -498,7 +507,7 @@ func serve(ctx context.Context, role string) error {
 
 func upstream(w http.ResponseWriter, r *http.Request) {
 	if r.URL.Path != "/api/chat" {
-		io.WriteString(w, `{"version":"0.0.0","models":[{"name":"`+hitModel+`:latest","digest":"0123"}]}`)
+		io.WriteString(w, `{"version":"0.0.0","models":[{"name":"`+hitModel+`:latest","digest":"0123"},{"name":"`+listedModel+`:latest","digest":"4567"}]}`)
 		return
 	}
 	head, err := bufio.NewReader(r.Body).Peek(60)

@@ -104,6 +104,11 @@ func (n Network) Dial(ctx context.Context, network, addr string) (net.Conn, erro
 func (n Network) Serve(t *testing.T, name string, h http.Handler) (stop func()) {
 	ln := ollamasim.Listen()
 	n[name] = ln
+	return Serve(t, ln, h)
+}
+
+// Serve starts a server on a listener.
+func Serve(t *testing.T, ln net.Listener, h http.Handler) (stop func()) {
 	srv := &http.Server{Handler: h}
 	served := make(chan error, 1)
 	go func() { served <- srv.Serve(ln) }() // ends with stop

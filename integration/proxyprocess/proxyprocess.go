@@ -122,49 +122,52 @@ func (p *Process) Log() string {
 	return p.log.String()
 }
 
-// Joined waits until the proxy at a URL has that many peers that are up, and does not own the last
-// of its upstreams if away is set.
-func Joined(ctx context.Context, url string, peers int, away bool) error {
-	ctx, cancel := context.WithTimeout(ctx, startTimeout)
-	defer cancel()
-	for {
-		up, owns, err := members(ctx, url)
-		if err == nil && up == peers && !(away && owns) {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("the proxy at %s sees %d of %d peers: %w", url, up, peers, errors.Join(ctx.Err(), err))
-		case <-time.After(50 * time.Millisecond):
-		}
+// Fleet is what a proxy says of its fleet.
+type Fleet struct {
+	Peers     []struct{ Up bool }
+	Upstreams []struct {
+		Server string // its name
+		Here   bool   // this proxy schedules it
 	}
+	Counts struct{ Received int } // requests that peers passed on
 }
 
-// members returns how many peers of a proxy are up, and whether it owns its last upstream.
-func members(ctx context.Context, url string) (up int, owns bool, err error) {
+// AskFleet asks the proxy at a URL about its fleet.
+func AskFleet(ctx context.Context, url string) (f Fleet, err error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url+"/_cacheproxy/fleet", nil)
 	if err != nil {
-		return 0, false, err
+		return f, err
 	}
 	res, err := http.DefaultClient.Do(req)
 	if err != nil {
-		return 0, false, err
+		return f, err
 	}
 	defer res.Body.Close()
-	var fleet struct {
-		Peers     []struct{ Up bool }
-		Upstreams []struct{ Here bool }
+	if err := json.NewDecoder(res.Body).Decode(&f); err != nil {
+		return f, fmt.Errorf("reading what the proxy says of its fleet: %s: %w", res.Status, err)
 	}
-	if err := json.NewDecoder(res.Body).Decode(&fleet); err != nil {
-		return 0, false, fmt.Errorf("reading what the proxy says of its fleet: %s: %w", res.Status, err)
-	}
-	for _, p := range fleet.Peers {
-		if p.Up {
-			up++
+	return f, nil
+}
+
+// Joined waits until the proxy at a URL has found that many peers.
+func Joined(ctx context.Context, url string, peers int) (Fleet, error) {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	for {
+		f, err := AskFleet(ctx, url)
+		up := 0
+		for _, p := range f.Peers {
+			if p.Up {
+				up++
+			}
+		}
+		if err == nil && up == peers {
+			return f, nil
+		}
+		select {
+		case <-ctx.Done():
+			return f, fmt.Errorf("the proxy at %s sees %d of %d peers: %w", url, up, peers, errors.Join(ctx.Err(), err))
+		case <-time.After(50 * time.Millisecond):
 		}
 	}
-	for _, u := range fleet.Upstreams {
-		owns = u.Here
-	}
-	return up, owns, nil
 }

@@ -1,9 +1,9 @@
 package fleet
 
 import (
+	"cmp"
 	"slices"
 	"sync"
-	"time"
 
 	"github.com/hashicorp/golang-lru/v2/simplelru"
 
@@ -16,7 +16,6 @@ type Ask struct {
 	Model  string        // its key; "" if it names none
 	Server string        // the only server that may answer it; "": any
 	Links  []prefix.Link // of its prompt; may be empty
-	Tokens int           // of the prompt, estimated
 	// Not are the IDs of peers that did not serve it, and are not asked again.
 	Not []string
 }
@@ -50,7 +49,10 @@ func (f *Fleet) Choose(a Ask) (p Place, ok bool) {
 	if len(all) > 1 {
 		s = f.prefer(all, a)
 	}
-	f.sent.add(s.owner.id, s.Name, time.Duration(float64(a.Tokens)*s.PerToken*float64(time.Second)))
+	f.sent.add(s.owner.id, s.Name)
+	// The owner tells it to everybody once it sends the request. Until then this proxy's next
+	// requests follow this one.
+	f.seen.put(Sight{Server: s.Name, Hashes: sample(a.Links)})
 	return s.place(), true
 }
 
@@ -77,32 +79,42 @@ func (s *place) may(a Ask) bool {
 	return has || a.Model == ""
 }
 
-// slack is how many bytes of a prompt are not worth a detour.
+// slack is how many bytes of a prompt are not worth a detour: about 64 tokens.
 const slack = 256
 
-// prefer chooses one of several servers.
+// prefer chooses one of several servers. A prompt's load does not count, unless nothing else does:
+// each entry sees only a part of what is sent, so that several would choose different servers for
+// what belongs together. Owners, who see all of it, spread the work (schedule.Scheduler.Give).
 func (f *Fleet) prefer(all []*place, a Ask) *place {
-	load := func(s *place) time.Duration {
-		return time.Duration(s.Wait*float64(time.Second)) + f.sent.get(s.owner.id, s.Name)
-	}
 	if len(a.Links) == 0 {
-		// Nothing to be warm: this proxy's own servers save a hop.
-		if own := slices.DeleteFunc(slices.Clone(all), func(s *place) bool {
-			return s.owner.peer != nil
-		}); len(own) > 0 {
-			all = own
-		}
-		return slices.MinFunc(all, func(s, t *place) int { return int(load(s) - load(t)) })
+		return f.idlest(all)
 	}
-	if warm := f.seen.deepest(a.Links, all); len(warm) > 0 {
-		return slices.MinFunc(warm, func(s, t *place) int { return int(load(s) - load(t)) })
+	if warm := f.seen.deepest(a.Links, all); warm != nil {
+		return warm
+	}
+	// Without the model it would be loaded there, perhaps in the place of another one.
+	if loaded := slices.DeleteFunc(slices.Clone(all), func(s *place) bool {
+		return !slices.Contains(s.Loaded, a.Model)
+	}); len(loaded) > 0 {
+		all = loaded
 	}
 	offers := make([]schedule.Offer, len(all))
 	for i, s := range all {
-		offers[i] = schedule.Offer{Name: s.Name, Slots: s.Slots, Load: load(s)}
-		offers[i].Own = time.Duration(float64(a.Tokens) * s.PerToken * float64(time.Second))
+		offers[i] = schedule.Offer{Name: s.Name, Slots: s.Slots}
 	}
 	return all[schedule.Settle(offers, schedule.Opening(a.Links))]
+}
+
+// idlest chooses a server for a request that nothing is warm for: one of this proxy's own, which
+// saves a hop, where the least waits.
+func (f *Fleet) idlest(all []*place) *place {
+	if own := slices.DeleteFunc(slices.Clone(all), func(s *place) bool {
+		return s.owner.peer != nil
+	}); len(own) > 0 {
+		all = own
+	}
+	load := func(s *place) float64 { return s.Wait + float64(s.Running+f.sent.get(s.owner.id, s.Name)) }
+	return slices.MinFunc(all, func(s, t *place) int { return cmp.Compare(load(s), load(t)) })
 }
 
 // Sent notes that a prompt was sent to a server, or is about to be, and tells the peers.
@@ -165,8 +177,9 @@ func (s *sightings) put(at Sight) {
 	}
 }
 
-// deepest returns those of some servers where the most of a prompt was seen.
-func (s *sightings) deepest(links []prefix.Link, all []*place) (warm []*place) {
+// deepest returns the one of some servers where the most of a prompt was seen; nil: none. Of those
+// that have seen about as much it is the one that saw it last.
+func (s *sightings) deepest(links []prefix.Link, all []*place) *place {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, l := range slices.Backward(links) {
@@ -174,45 +187,40 @@ func (s *sightings) deepest(links []prefix.Link, all []*place) (warm []*place) {
 		if !ok || l.Bytes <= slack {
 			continue
 		}
-		for _, p := range all {
-			if slices.Contains(names, p.Name) {
-				warm = append(warm, p)
+		for _, name := range slices.Backward(names) {
+			if i := slices.IndexFunc(all, func(p *place) bool { return p.Name == name }); i >= 0 {
+				return all[i]
 			}
-		}
-		if len(warm) > 0 {
-			return warm
 		}
 	}
 	return nil
 }
 
-// sentSince is the work that this proxy has sent to servers since their owners last reported.
+// sentSince is how many requests this proxy has sent to servers since their owners last reported.
 type sentSince struct {
-	mu   sync.Mutex
-	work map[string]map[string]time.Duration // by the owner's ID and the server's name
+	mu sync.Mutex
+	n  map[string]map[string]int // by the owner's ID and the server's name
 }
 
-func newSentSince() *sentSince {
-	return &sentSince{work: map[string]map[string]time.Duration{}}
-}
+func newSentSince() *sentSince { return &sentSince{n: map[string]map[string]int{}} }
 
-func (s *sentSince) add(owner, server string, d time.Duration) {
+func (s *sentSince) add(owner, server string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.work[owner] == nil {
-		s.work[owner] = map[string]time.Duration{}
+	if s.n[owner] == nil {
+		s.n[owner] = map[string]int{}
 	}
-	s.work[owner][server] += d
+	s.n[owner][server]++
 }
 
-func (s *sentSince) get(owner, server string) time.Duration {
+func (s *sentSince) get(owner, server string) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.work[owner][server]
+	return s.n[owner][server]
 }
 
 func (s *sentSince) reset(owner string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	delete(s.work, owner)
+	delete(s.n, owner)
 }

@@ -69,6 +69,10 @@ type Config struct {
 const (
 	// reportEvery is how often a changed report is sent.
 	reportEvery = 100 * time.Millisecond
+	// sightEvery is how often peers are told where prompts were sent. At 100 ms, conversations whose
+	// requests come to different proxies cost 7 % more tokens than through one (schedule's
+	// TestFleetTable), at 20 ms 3 %.
+	sightEvery = 20 * time.Millisecond
 	// reportLeast is how often an unchanged one is sent, so that peers see that this proxy lives.
 	reportLeast = time.Second
 	// silentFor is how long a peer may send nothing before it counts as away.
@@ -76,8 +80,9 @@ const (
 	// dialAfter is the pause before an absent peer is tried again: at first, and at most.
 	dialAfter = 100 * time.Millisecond
 	dialMost  = 2 * time.Second
-	// askEvery is how often a proxy with idle servers asks a peer for waiting requests.
-	askEvery = 200 * time.Millisecond
+	// askedFor is how long a server that was given requests takes no more, unless one of them comes
+	// before: its slot is not free, although nothing runs in it yet.
+	askedFor = time.Second
 	// awayFor is how long it is remembered which servers an absent peer has.
 	awayFor = 10 * time.Minute
 )
@@ -94,7 +99,8 @@ type Fleet struct {
 	outbox   *outbox
 	seen     *sightings
 	sent     *sentSince
-	arrivals sync.Map // *Passed that wait in this proxy
+	idle     chan struct{} // holds one if a server may have become idle, or a backlog is known
+	arrivals sync.Map      // *Passed that wait in this proxy
 
 	mu    sync.Mutex // guards everything below
 	peers map[string]*peer
@@ -102,6 +108,7 @@ type Fleet struct {
 	owned map[string]bool
 	// learned is what owners have reported of their servers, by the servers' names.
 	learned map[string][]byte
+	given   map[string]time.Time // when a server of this proxy was last given requests
 	counts  Counts
 }
 
@@ -131,8 +138,8 @@ func New(c Config) *Fleet {
 	}
 	f := &Fleet{
 		Config: c, ID: rand.Text()[:12], outbox: newOutbox(), seen: newSightings(),
-		sent: newSentSince(), peers: map[string]*peer{}, owned: map[string]bool{},
-		learned: map[string][]byte{},
+		sent: newSentSince(), idle: make(chan struct{}, 1), peers: map[string]*peer{}, owned: map[string]bool{},
+		learned: map[string][]byte{}, given: map[string]time.Time{},
 	}
 	f.view.Store(&view{})
 	f.news.Store(new(make(chan struct{})))

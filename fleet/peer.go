@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"time"
 )
 
@@ -124,6 +125,9 @@ func (p *peer) heard(r *Report) {
 	f.sent.reset(r.ID)
 	r.Seen = nil
 	f.look()
+	if slices.ContainsFunc(r.Servers, func(s Server) bool { return len(s.Backlogs) > 0 }) {
+		f.Idle()
+	}
 }
 
 // lost notes that the peer is away, and reports whether it was there before.

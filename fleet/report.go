@@ -36,8 +36,8 @@ type Server struct {
 	Running int     `json:"running,omitempty"`
 	Waiting int     `json:"waiting,omitempty"`
 	Slots   int     `json:"slots,omitempty"` // for each model; 0: not known
-	// PerToken is how long evaluating a token takes, in seconds; 0: not known.
-	PerToken float64 `json:"per_token,omitempty"`
+	// Loaded are the keys of the models that it has loaded.
+	Loaded []string `json:"loaded,omitempty"`
 	// Backlogs are the waiting requests that another proxy's server may take over.
 	Backlogs []Backlog `json:"backlogs,omitempty"`
 	// Learned is what the scheduler has learned of it, for the next owner.
@@ -57,6 +57,7 @@ type Take struct {
 	Options prefix.Options `json:"options"` // of the requests
 	Loaded  bool           `json:"loaded"`  // the model is loaded there with these options
 	Free    int            `json:"free"`    // slots
+	Held    int            `json:"held"`    // free slots that are held for clients that come back
 	Load    time.Duration  `json:"load"`    // of loading the model, in nanoseconds
 	Idle    time.Duration  `json:"idle"`    // since when a slot is free, in nanoseconds
 }
@@ -123,19 +124,19 @@ type stream struct {
 
 var seed = maphash.MakeSeed()
 
-// next returns the next line for a peer. It waits for news for up to reportLeast, and for
-// reportEvery after the last line.
+// next returns the next line for a peer. It waits for news for up to reportLeast, and for sightEvery
+// after the last line.
 func (o *outbox) next(ctx context.Context, s *stream) ([]byte, error) {
 	if s.models == nil {
 		s.models = map[string]uint64{}
-	} else if err := pause(ctx, reportEvery); err != nil {
+	} else if err := pause(ctx, sightEvery); err != nil {
 		return nil, err
 	}
 	o.mu.Lock()
 	news, same := o.news, s.version == o.version && s.sights == o.first+uint64(len(o.sights))
 	o.mu.Unlock()
 	if same {
-		timer := time.NewTimer(reportLeast - reportEvery)
+		timer := time.NewTimer(reportLeast - sightEvery)
 		defer timer.Stop()
 		select {
 		case <-ctx.Done():

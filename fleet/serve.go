@@ -1,6 +1,7 @@
 package fleet
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/subtle"
@@ -132,6 +133,9 @@ func (f *Fleet) servePassed(w http.ResponseWriter, r *http.Request, next http.Ha
 		return
 	}
 	f.count(func(c *Counts) { c.Received++ })
+	if p.Moves > 0 {
+		f.expect(p.Server, false)
+	}
 	out := http.NewResponseController(w)
 	// Otherwise net/http would read the whole body before it writes the answer's header.
 	if err := out.EnableFullDuplex(); err != nil {
@@ -291,56 +295,87 @@ func Decline(w http.ResponseWriter, server string, moves int) {
 	http.NewResponseController(w).Flush()
 }
 
+// Idle is called when a server of this proxy may be able to begin with something: it is asked for at
+// once, since a pause after each request would be a part of each request.
+func (f *Fleet) Idle() {
+	select {
+	case f.idle <- struct{}{}:
+	default:
+	}
+}
+
 // ask asks peers for waiting requests while a server of this proxy is idle.
 func (f *Fleet) ask(ctx context.Context) {
 	if f.Taker == nil {
 		return
 	}
-	tick := time.NewTicker(askEvery)
-	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-tick.C:
+		case <-f.idle:
+			f.askOnce(ctx)
 		}
-		f.askOnce(ctx)
 	}
 }
 
 // askOnce asks the peers with the longest backlogs for what this proxy's servers could begin with.
 func (f *Fleet) askOnce(ctx context.Context) {
-	asked := map[string]bool{} // servers that were promised something
 	for _, b := range f.backlogs() {
 		v := f.view.Load()
 		for _, name := range v.names {
-			if v.places[name].owner.peer != nil || asked[name] || !v.places[name].Takes {
+			if v.places[name].owner.peer != nil || !v.places[name].Takes || f.expects(name) {
 				continue
 			}
-			if t, ok := f.Taker(name, b.Options); ok && f.take(ctx, b.addr, t) {
-				asked[name] = true
+			t, ok := f.Taker(name, b.Options)
+			if !ok {
+				continue
+			}
+			switch n := f.take(ctx, b.addr, t); {
+			case n > 0:
+				f.expect(name, true)
+			case n == 0: // until its next report
+				f.forgetBacklog(b)
 			}
 		}
+	}
+}
+
+// expects reports whether a server was given requests that have not come yet.
+func (f *Fleet) expects(server string) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	at, ok := f.given[server]
+	return ok && time.Since(at) < askedFor
+}
+
+// expect notes that a server was given requests, or that one of them has come.
+func (f *Fleet) expect(server string, on bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if delete(f.given, server); on {
+		f.given[server] = time.Now()
 	}
 }
 
 // offered is a backlog of a peer.
 type offered struct {
 	Backlog
+	peer *peer
 	addr string
 }
 
 // backlogs returns what peers' servers have more of than they can begin with, the longest first.
 func (f *Fleet) backlogs() (all []offered) {
-	for _, m := range f.view.Load().members {
-		if m.peer == nil {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, p := range f.peers {
+		if p.report == nil {
 			continue
 		}
-		for _, s := range m.servers {
+		for _, s := range p.report.Servers {
 			for _, b := range s.Backlogs {
-				if b.Movable > 0 {
-					all = append(all, offered{b, m.peer.addr})
-				}
+				all = append(all, offered{b, p, p.addr})
 			}
 		}
 	}
@@ -349,9 +384,24 @@ func (f *Fleet) backlogs() (all []offered) {
 	return all
 }
 
-// take asks a peer for waiting requests, and reports whether it gave any. They come as any other
-// request that is passed on.
-func (f *Fleet) take(ctx context.Context, addr string, t Take) bool {
+// forgetBacklog removes a backlog of which nothing was given, until the peer's next report.
+func (f *Fleet) forgetBacklog(b offered) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if b.peer.report == nil {
+		return
+	}
+	for i := range b.peer.report.Servers {
+		s := &b.peer.report.Servers[i]
+		s.Backlogs = slices.DeleteFunc(slices.Clone(s.Backlogs), func(o Backlog) bool {
+			return o.Options == b.Options
+		})
+	}
+}
+
+// take asks a peer for waiting requests, and returns how many it gave; -1: it did not answer. They
+// come as any other request that is passed on.
+func (f *Fleet) take(ctx context.Context, addr string, t Take) int {
 	ctx, cancel := context.WithTimeout(ctx, silentFor)
 	defer cancel()
 	text, err := json.Marshal(t)
@@ -359,15 +409,17 @@ func (f *Fleet) take(ctx context.Context, addr string, t Take) bool {
 		panic(err) // of strings and numbers
 	}
 	f.trace("take", len(text))
-	res, err := f.do(ctx, addr, http.MethodPost, pathTake, strings.NewReader(string(text)))
+	res, err := f.do(ctx, addr, http.MethodPost, pathTake, bytes.NewReader(text))
 	if err != nil {
 		f.Log.Debug("a peer gives no work", "address", addr, "err", err)
-		return false
+		return -1
 	}
 	defer res.Body.Close()
 	var answer given
-	err = json.NewDecoder(io.LimitReader(res.Body, maxAnswer)).Decode(&answer)
-	return err == nil && answer.Given > 0
+	if json.NewDecoder(io.LimitReader(res.Body, maxAnswer)).Decode(&answer) != nil {
+		return -1
+	}
+	return answer.Given
 }
 
 // given is the answer to a Take.

@@ -119,5 +119,10 @@ func (h *Handler) release(ex *exchange, res schedule.Result, a savings.Answer) {
 		}
 	}
 	grant := ex.grant
-	ex.context.After(answer, func() { grant.Release(res) })
+	ex.context.After(answer, func() {
+		grant.Release(res)
+		if h.Fleet != nil {
+			h.Fleet.Idle()
+		}
+	})
 }

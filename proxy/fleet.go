@@ -36,11 +36,10 @@ func (h *Handler) reported() []fleet.Server {
 	}
 	var all []fleet.Server
 	for _, b := range h.backends {
-		s := fleet.Server{Name: b.Name, Takes: b.takes(), Models: b.listed()}
+		s := fleet.Server{Name: b.Name, Takes: b.takes(), Models: b.listed(), Loaded: b.inMemory()}
 		if h.Lanes != nil {
 			l := loads[b.index]
 			s.Wait, s.Running, s.Waiting = l.Wait.Seconds(), l.Running, l.Waiting
-			s.PerToken = l.PerToken.Seconds()
 			for _, x := range l.Runners {
 				s.Slots = max(s.Slots, x.Lanes)
 				if x.Movable > 0 {
@@ -69,6 +68,15 @@ func (b *backend) listed() []string {
 	return now.keys
 }
 
+// inMemory returns the keys of the models that a server has loaded.
+func (b *backend) inMemory() (keys []string) {
+	for _, l := range b.State().Loaded {
+		keys = append(keys, upstream.ModelKey(l.Name))
+	}
+	slices.Sort(keys)
+	return keys
+}
+
 // modelKeys are the keys of a server's models when they were listed.
 type modelKeys struct {
 	at   time.Time
@@ -81,7 +89,8 @@ func (h *Handler) give(t fleet.Take) int {
 		return 0
 	}
 	return h.Lanes.Give(schedule.Taker{
-		Server: t.Server, Options: t.Options, Loaded: t.Loaded, Free: t.Free, Load: t.Load, Idle: t.Idle,
+		Server: t.Server, Options: t.Options, Loaded: t.Loaded, Free: t.Free,
+		Held: t.Held, Load: t.Load, Idle: t.Idle,
 	})
 }
 
@@ -93,7 +102,8 @@ func (h *Handler) taker(server string, options prefix.Options) (fleet.Take, bool
 	}
 	t, ok := h.Lanes.Taker(b.index, options)
 	return fleet.Take{
-		Server: server, Options: options, Loaded: t.Loaded, Free: t.Free, Load: t.Load, Idle: t.Idle,
+		Server: server, Options: options, Loaded: t.Loaded, Free: t.Free, Held: t.Held,
+		Load: t.Load, Idle: t.Idle,
 	}, ok
 }
 
@@ -173,7 +183,6 @@ func (h *Handler) pass(w http.ResponseWriter, r *http.Request, ex *exchange, ser
 	}
 	if ex.chain != nil && ex.chain.HasPrompt() {
 		ask.Links = ex.chain.Links
-		ask.Tokens = ask.Links[len(ask.Links)-1].Bytes / bytesPerToken
 	}
 	place, ok := h.Fleet.Choose(ask)
 	if !ok {
@@ -229,9 +238,6 @@ func (h *Handler) returns(r *http.Request, ex *exchange, ask fleet.Ask, place *f
 		}
 	}
 }
-
-// bytesPerToken is a rough estimate, for the choice between servers.
-const bytesPerToken = 4
 
 // relay is the way of a request to another proxy.
 type relay struct {

@@ -239,7 +239,6 @@ func (t *theft) more(l *lane, work int) []*item {
 type Load struct {
 	Upstream uint16
 	Wait     time.Duration // of a new normal request with a new prefix, without loading its model
-	PerToken time.Duration // to evaluate a token of a prompt; 0: not known
 	Running  int
 	Waiting  int
 	Runners  []RunnerLoad // loaded, or with a backlog
@@ -270,9 +269,6 @@ func (q *Queue) Loads(now time.Time) []Load {
 		for _, x := range s.runners {
 			l.Wait += x.ahead(normal)
 			l.Running += x.busy
-			if x.rates.prompt.under > 0 {
-				l.PerToken = max(l.PerToken, x.rates.perToken())
-			}
 			if !x.resident && x.waiting == 0 {
 				continue
 			}

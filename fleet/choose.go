@@ -35,13 +35,7 @@ func (p Place) Here() bool { return p.addr == "" }
 // most of the prompt was seen, or else one by the prompt's opening, so that all proxies choose the
 // same one. ok is false if no proxy is known to have a server with the model that takes requests.
 func (f *Fleet) Choose(a Ask) (p Place, ok bool) {
-	v := f.view.Load()
-	var all []*place
-	for _, name := range v.names {
-		if s := v.places[name]; s.may(a) {
-			all = append(all, s)
-		}
-	}
+	all := f.able(a)
 	if len(all) == 0 {
 		return Place{}, false
 	}
@@ -52,8 +46,28 @@ func (f *Fleet) Choose(a Ask) (p Place, ok bool) {
 	f.sent.add(s.owner.id, s.Name)
 	// The owner tells it to everybody once it sends the request. Until then this proxy's next
 	// requests follow this one.
-	f.seen.put(Sight{Server: s.Name, Hashes: sample(a.Links)})
+	f.seen.put(Sight{Server: s.Name, Hashes: sample(a.Links)}, true)
 	return s.place(), true
+}
+
+// able returns the servers that a request may go to.
+func (f *Fleet) able(a Ask) (all []*place) {
+	v := f.view.Load()
+	for _, name := range v.names {
+		if s := v.places[name]; s.may(a) {
+			all = append(all, s)
+		}
+	}
+	return all
+}
+
+// Astray returns the server that a passed request should go to instead, if this proxy knows better
+// than the entry did: it has just given what the prompt begins with to another proxy's server.
+func (f *Fleet) Astray(a Ask) (server string, ok bool) {
+	if s := f.seen.elsewhere(a.Links, f.able(a)); s != nil {
+		return s.Name, true
+	}
+	return "", false
 }
 
 func (s *place) place() Place {
@@ -120,7 +134,7 @@ func (f *Fleet) idlest(all []*place) *place {
 // Sent notes that a prompt was sent to a server, or is about to be, and tells the peers.
 func (f *Fleet) Sent(server string, links []prefix.Link) {
 	s := Sight{Server: server, Hashes: sample(links)}
-	f.seen.put(s)
+	f.seen.put(s, false)
 	f.outbox.sight(s)
 }
 
@@ -145,7 +159,14 @@ func sample(links []prefix.Link) []uint64 {
 // sightings are the servers to which prompts with some fingerprint were sent.
 type sightings struct {
 	mu     sync.Mutex
-	byHash *simplelru.LRU[uint64, []string] // the latest server last
+	byHash *simplelru.LRU[uint64, []sighting] // the latest last
+}
+
+type sighting struct {
+	server string
+	// assumed means that a request was sent on its way there by this proxy, and that the server's
+	// owner has not said that it began with it.
+	assumed bool
 }
 
 const (
@@ -154,43 +175,80 @@ const (
 )
 
 func newSightings() *sightings {
-	lru, err := simplelru.NewLRU[uint64, []string](hashesMost, nil)
+	lru, err := simplelru.NewLRU[uint64, []sighting](hashesMost, nil)
 	if err != nil {
 		panic(err) // impossible: the size is positive
 	}
 	return &sightings{byHash: lru}
 }
 
-func (s *sightings) put(at Sight) {
+// put adds a sight. One that is not assumed replaces those that are.
+func (s *sightings) put(at Sight, assumed bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, h := range at.Hashes {
-		names, _ := s.byHash.Get(h)
-		if n := len(names); n > 0 && names[n-1] == at.Server {
+		before, _ := s.byHash.Get(h)
+		if n := len(before); n > 0 && before[n-1].server == at.Server && (assumed || !before[n-1].assumed) {
 			continue
 		}
-		names = slices.DeleteFunc(slices.Clone(names), func(n string) bool { return n == at.Server })
-		if len(names) >= placesMost {
-			names = names[1:]
+		now, latest := make([]sighting, 0, placesMost), sighting{at.Server, assumed}
+		for _, b := range before {
+			switch {
+			case b.server == at.Server:
+				latest.assumed = latest.assumed && b.assumed
+			case assumed || !b.assumed:
+				now = append(now, b)
+			}
 		}
-		s.byHash.Add(h, append(names, at.Server))
+		if len(now) >= placesMost {
+			now = now[1:]
+		}
+		s.byHash.Add(h, append(now, latest))
 	}
 }
 
 // deepest returns the one of some servers where the most of a prompt was seen; nil: none. Of those
-// that have seen about as much it is the one that saw it last.
+// that have seen as much it is the one that saw it last.
 func (s *sightings) deepest(links []prefix.Link, all []*place) *place {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, l := range slices.Backward(links) {
-		names, ok := s.byHash.Peek(l.Hash)
+		seen, ok := s.byHash.Peek(l.Hash)
 		if !ok || l.Bytes <= slack {
 			continue
 		}
-		for _, name := range slices.Backward(names) {
-			if i := slices.IndexFunc(all, func(p *place) bool { return p.Name == name }); i >= 0 {
+		for _, at := range slices.Backward(seen) {
+			if i := slices.IndexFunc(all, func(p *place) bool { return p.Name == at.server }); i >= 0 {
 				return all[i]
 			}
+		}
+	}
+	return nil
+}
+
+// elsewhere returns the server, of those that are not this proxy's, to which a prompt belongs that a
+// peer has passed on; nil if it is as warm here, or warm nowhere.
+func (s *sightings) elsewhere(links []prefix.Link, all []*place) *place {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, l := range slices.Backward(links) {
+		seen, ok := s.byHash.Peek(l.Hash)
+		if !ok || l.Bytes <= slack {
+			continue
+		}
+		var there *place
+		for _, at := range slices.Backward(seen) {
+			i := slices.IndexFunc(all, func(p *place) bool { return p.Name == at.server })
+			switch {
+			case i < 0 || at.assumed:
+			case all[i].owner.peer == nil:
+				return nil
+			case there == nil:
+				there = all[i]
+			}
+		}
+		if there != nil {
+			return there
 		}
 	}
 	return nil

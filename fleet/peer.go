@@ -120,7 +120,7 @@ func (p *peer) heard(r *Report) {
 		p.told, p.err = false, nil
 	}
 	for _, s := range r.Seen {
-		f.seen.put(s)
+		f.seen.put(s, false)
 	}
 	f.sent.reset(r.ID)
 	r.Seen = nil

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -161,6 +162,11 @@ func (h *Handler) client(r *http.Request, ex *exchange) string {
 // passedOn sends a request to the proxy that owns the server which it should go to. It returns false
 // if this proxy serves the request itself.
 func (h *Handler) passedOn(w http.ResponseWriter, r *http.Request, ex *exchange) bool {
+	if h.Fleet != nil && ex.passed != nil && ex.moves == 0 && h.mayLeave(ex) && ex.infers() {
+		if server, ok := h.Fleet.Astray(h.fleetAsk(ex)); ok {
+			return h.moved(w, r, ex, schedule.Elsewhere{Server: server, Moves: 1})
+		}
+	}
 	if h.Fleet == nil || ex.passed != nil || ex.warming != nil || ex.stranger || ex.passing != nil {
 		return false
 	}
@@ -177,13 +183,8 @@ func (h *Handler) passedOn(w http.ResponseWriter, r *http.Request, ex *exchange)
 // pass sends a request to a server's owner, or, without the server's name, to the owner of the one
 // that it should go to. It returns false if that is this proxy.
 func (h *Handler) pass(w http.ResponseWriter, r *http.Request, ex *exchange, server string) bool {
-	ask := fleet.Ask{Model: ex.key, Server: server}
-	if ex.only != nil {
-		ask.Server = ex.only.Name
-	}
-	if ex.chain != nil && ex.chain.HasPrompt() {
-		ask.Links = ex.chain.Links
-	}
+	ask := h.fleetAsk(ex)
+	ask.Server = cmp.Or(server, ask.Server)
 	place, ok := h.Fleet.Choose(ask)
 	if !ok {
 		if ref := h.returns(r, ex, ask, &place); ref != nil {
@@ -237,6 +238,18 @@ func (h *Handler) returns(r *http.Request, ex *exchange, ask fleet.Ask, place *f
 					"GET " + pathFleet + " shows which"}
 		}
 	}
+}
+
+// fleetAsk is what decides where a request goes.
+func (h *Handler) fleetAsk(ex *exchange) fleet.Ask {
+	ask := fleet.Ask{Model: ex.key}
+	if ex.only != nil {
+		ask.Server = ex.only.Name
+	}
+	if ex.chain != nil && ex.chain.HasPrompt() {
+		ask.Links = ex.chain.Links
+	}
+	return ask
 }
 
 // relay is the way of a request to another proxy.
@@ -440,9 +453,13 @@ func (h *Handler) hopFailed(w http.ResponseWriter, r *http.Request, err error) {
 
 // moved handles a request that another proxy is to serve, while it waited here. It returns false
 // if this proxy serves it after all.
-func (h *Handler) moved(w http.ResponseWriter, r *http.Request, ex *exchange) bool {
-	e := ex.leaves
+func (h *Handler) moved(
+	w http.ResponseWriter, r *http.Request, ex *exchange, e schedule.Elsewhere,
+) bool {
 	ex.leaves, ex.moves = nil, e.Moves
+	if e.Server != "" { // what begins alike is to follow
+		h.Fleet.Sent(e.Server, ex.chain.Links)
+	}
 	if ex.passed != nil {
 		ex.Status, ex.Outcome = http.StatusMisdirectedRequest, Moved
 		fleet.Decline(w, e.Server, e.Moves)

@@ -487,7 +487,7 @@ func (h *Handler) serve(w http.ResponseWriter, r *http.Request, ex *exchange) {
 	w = h.heartbeats(w, ex)
 	ref := h.wait(r, ex)
 	for ex.leaves != nil {
-		if h.moved(w, r, ex) {
+		if h.moved(w, r, ex, *ex.leaves) {
 			return
 		}
 		ref = h.wait(r, ex)

@@ -22,6 +22,10 @@ type model struct {
 	away    [3]bool
 	until   [3]time.Time // … that is over
 	free    [3]bool      // … whose lanes are, or were, unlimited
+	foreign [3]bool      // … that other proxies schedule
+	losing  int          // the one that was just given up; -1: none
+	taker   *Taker       // that was just given requests; nil: none
+	taken   int          // … and how many
 	granted int
 	added   int
 	left    int
@@ -73,8 +77,8 @@ func (m *model) drain() {
 		if m.away[g.Upstream] {
 			m.t.Fatalf("request %d was granted to server %d, which is away", g.ID, g.Upstream)
 		}
-		if m.off[g.Upstream] && slices.ContainsFunc(r.servers(), m.open) {
-			m.t.Fatalf("request %d was granted to server %d, which is not available, of %v; %v are not, %v are away", g.ID, g.Upstream, r.servers(), m.off, m.away)
+		if m.tier(g.Upstream) > m.best(r.servers()) {
+			m.t.Fatalf("request %d was granted to server %d of %v; %v are not available, %v are away, %v are others'", g.ID, g.Upstream, r.servers(), m.off, m.away, m.foreign)
 		}
 		key := slotKey{m.q.items[g.ID].runner, g.Lane}
 		if other, taken := m.slots[key]; taken {
@@ -95,6 +99,10 @@ func (m *model) drain() {
 		}
 		delete(m.waiting, no.ID)
 		m.left++
+		if to, ok := no.Err.(Elsewhere); ok {
+			m.elsewhere(&r, to)
+			continue
+		}
 		switch no.Err {
 		case ErrAway:
 			for _, u := range r.servers() {
@@ -118,8 +126,92 @@ func (m *model) drain() {
 	}
 }
 
-// open reports whether a server may get requests that could also go elsewhere.
-func (m *model) open(u uint16) bool { return !m.off[u] && !m.away[u] }
+// tier is how well a server is suited for requests.
+func (m *model) tier(u uint16) tier {
+	switch {
+	case m.off[u] || m.away[u]:
+		return shut
+	case m.foreign[u]:
+		return foreign
+	}
+	return open
+}
+
+func (m *model) best(of []uint16) tier {
+	best := shut
+	for _, u := range of {
+		best = min(best, m.tier(u))
+	}
+	return best
+}
+
+// elsewhere checks that a request was rightly left to another proxy.
+func (m *model) elsewhere(r *modelRequest, to Elsewhere) {
+	switch {
+	case !r.Movable:
+		m.t.Fatalf("request %d may not be moved to another proxy", r.ID)
+	case to.Moves > max(maxMoves, r.Moves) || to.Moves < r.Moves:
+		m.t.Fatalf("request %d was moved %d times, of these %d before it came", r.ID, to.Moves, r.Moves)
+	case to.Server == "":
+		if m.losing < 0 || !slices.Contains(r.servers(), uint16(m.losing)) || m.best(r.servers()) == open {
+			m.t.Fatalf("request %d for %v was given up, though %v are others', and just now %d", r.ID, r.servers(), m.foreign, m.losing)
+		}
+	case m.taker == nil || to.Server != m.taker.Server || r.Runner.Options != m.taker.Options || to.Moves == r.Moves:
+		m.t.Fatalf("request %d with options %v was given to %+v; %+v took", r.ID, r.Runner.Options, to, m.taker)
+	default:
+		m.taken--
+	}
+}
+
+// peers makes the proxy win or lose a server, or another proxy's server take over its backlog.
+func (m *model) peers() {
+	b := m.byte()
+	u := uint16(b % 3)
+	was := m.foreign[u]
+	switch b / 3 % 4 {
+	case 0:
+		if m.foreign[u] = b/12%3 == 0; m.foreign[u] {
+			m.losing = int(u)
+		}
+		m.q.SetOwned(u, !m.foreign[u], m.now)
+		for _, x := range m.q.server(u).runners {
+			if m.losing == int(u) && was != m.foreign[u] && x.movable > 0 {
+				m.t.Fatalf("%d that could move wait for server %d, which is another proxy's", x.movable, u)
+			}
+		}
+	case 1, 2:
+		t := Taker{Server: []string{"x", "y"}[b&1], Options: options([]string{"a", "b"}[b>>1&1], 2048*(b>>2&1)), Free: b >> 3 % 5, Held: b >> 5, Idle: time.Duration(b) * time.Millisecond}
+		if b>>6&1 == 1 {
+			t.Load = time.Duration(b) * 10 * time.Millisecond
+		}
+		m.taker = &t
+		if m.taken = m.q.Give(t, m.now); m.taken > maxTaken {
+			m.t.Fatalf("%d were taken over at once", m.taken)
+		}
+	case 3:
+		o := options([]string{"a", "b"}[b>>4&1], 2048*(b>>5&1))
+		if t, ok := m.q.Taker(u, o, m.now); ok && (m.tier(u) > open || t.Free < 0 || t.Free+t.Held <= 0 || t.Idle < 0 || t.Load < 0) {
+			m.t.Fatalf("server %d would take over %+v", u, t)
+		}
+		l := m.q.Learned(u)
+		m.q.SetLearned(uint16(b>>6)%3, l, m.now)
+		running, waiting := 0, 0
+		for _, load := range m.q.Loads(m.now) {
+			running, waiting = running+load.Running, waiting+load.Waiting
+			if load.Wait < 0 {
+				m.t.Fatalf("server %d is free in %v", load.Upstream, load.Wait)
+			}
+		}
+		if waiting != m.q.Len() || running+waiting != len(m.q.items) {
+			m.t.Fatalf("%d wait and %d run by the loads, %d of %d wait", waiting, running, m.q.Len(), len(m.q.items))
+		}
+	}
+	m.drain()
+	if m.taken != 0 {
+		m.t.Fatalf("%d more were given than left", m.taken)
+	}
+	m.losing, m.taker = -1, nil
+}
 
 // pick returns any request, always the same one for the same events.
 func pick(from map[uint64]modelRequest, n int) (uint64, bool) {
@@ -149,7 +241,12 @@ func pick(from map[uint64]modelRequest, n int) (uint64, bool) {
 }
 
 func (m *model) event() {
-	switch op := m.byte(); op % 16 {
+	op := m.byte()
+	if op >= 0xF0 {
+		m.peers()
+		return
+	}
+	switch op % 16 {
 	case 0, 1, 2, 3, 4, 5, 6:
 		m.add()
 	case 7:
@@ -226,7 +323,9 @@ func (m *model) add() {
 	if c&1 == 1 {
 		r.Program, r.Flow = uint64(c>>1&3), uint64(c>>3&3)
 	}
-	r.Upstreams = [][]uint16{nil, {1}, {0, 1}, {1, 2}, {0, 1, 2}, {2, 0, 1}, {0, 2}, {0, 1, 2}}[m.byte()%8]
+	where := m.byte()
+	r.Upstreams = [][]uint16{nil, {1}, {0, 1}, {1, 2}, {0, 1, 2}, {2, 0, 1}, {0, 2}, {0, 1, 2}}[where%8]
+	r.Movable, r.Moves = where>>3&3 == 3, where>>5&7
 	if m.next%8 == 7 { // it was sent before, and not answered
 		r.Arrived = m.now.Add(-time.Duration(c) * time.Millisecond)
 	}
@@ -374,7 +473,7 @@ func (m *model) check() {
 		if roams += roaming; s.lanes == Unlimited && waiting > 0 && !s.away {
 			m.t.Fatalf("%d wait although nothing should", waiting)
 		}
-		if busy == 0 && waiting == 0 && s.wake.IsZero() && !s.shut() && m.wanted(s) {
+		if busy == 0 && waiting == 0 && s.wake.IsZero() && s.tier() == open && m.wanted(s) {
 			m.t.Fatalf("server %d has nothing to do, others have, and it does not look again", s.index)
 		}
 		if waiting > 0 && busy == 0 && s.wake.IsZero() {
@@ -419,7 +518,7 @@ func (m *model) checkRunner(x *runner) {
 			m.t.Fatalf("a lane is idle, %d wait, and nobody looks again", x.waiting)
 		}
 	}
-	waiting, roaming, running, tries, prompts := 0, 0, 0, 0, 0
+	waiting, roaming, movable, running, tries, prompts := 0, 0, 0, 0, 0, 0
 	for _, l := range x.lanes {
 		if l.item != nil {
 			running += l.item.work
@@ -433,19 +532,22 @@ func (m *model) checkRunner(x *runner) {
 	}
 	for _, it := range x.waiters() {
 		prompts += it.tokens
+		if it.movable {
+			movable++
+		}
 		if !it.roams() {
 			continue
 		}
 		roaming++
-		if it.moves > maxMoves {
+		if it.moves > max(maxMoves, m.waiting[it.id].Moves) {
 			m.t.Fatalf("request %d was taken over %d times", it.id, it.moves)
 		}
-		if x.server.shut() && slices.ContainsFunc(it.upstreams, m.open) {
+		if x.server.tier() > m.best(it.upstreams) {
 			m.t.Fatalf("request %d waits for a server that is not available", it.id)
 		}
 	}
-	if roaming != x.roaming || running != x.running {
-		m.t.Fatalf("%d may go elsewhere, counted %d; %d tokens run, counted %d", roaming, x.roaming, running, x.running)
+	if roaming != x.roaming || movable != x.movable || running != x.running {
+		m.t.Fatalf("%d may go to another server, counted %d; %d to another proxy, counted %d; %d tokens run, counted %d", roaming, x.roaming, movable, x.movable, running, x.running)
 	}
 	if prompts != x.prompts {
 		m.t.Fatalf("%d tokens of prompts wait, counted %d", prompts, x.prompts)
@@ -570,7 +672,7 @@ func (m *model) finish() {
 }
 
 func runModel(t *testing.T, data []byte, every int) Counts {
-	m := &model{t: t, every: every, now: start, waiting: map[uint64]modelRequest{}, running: map[uint64]modelRequest{}, slots: map[slotKey]uint64{}, data: data}
+	m := &model{t: t, every: every, losing: -1, now: start, waiting: map[uint64]modelRequest{}, running: map[uint64]modelRequest{}, slots: map[slotKey]uint64{}, data: data}
 	b := m.byte()
 	m.cfg = Config{Lanes: b % 4, Limit: 40}
 	if b&0x38 == 0x38 {
@@ -608,9 +710,11 @@ func TestModel(t *testing.T) {
 		all.Spread += c.Spread
 		all.Stolen += c.Stolen
 		all.Moved += c.Moved
+		all.Given += c.Given
+		all.Disowned += c.Disowned
 	}
-	if all.Spread == 0 || all.Stolen < 300 || all.Moved < 500 {
-		t.Errorf("too little happened between servers: %+v", all)
+	if all.Spread == 0 || all.Stolen < 200 || all.Moved < 500 || all.Given == 0 || all.Disowned == 0 {
+		t.Errorf("too little happened between servers, or proxies: %+v", all)
 	}
 }
 

@@ -464,7 +464,7 @@ func (q *Queue) Add(r Request, now time.Time) bool {
 	}
 	it := &item{id: r.ID, key: r.Runner, rank: r.Priority.rank(), arrived: r.Arrived, weight: r.Weight}
 	it.who, it.streams = flowKey{r.Client, r.Program, r.Flow}, r.Streams
-	it.movable, it.moves = r.Movable, r.Moves
+	it.movable, it.moves = r.Movable, max(0, r.Moves)
 	it.steps, it.tokens = stepsOf(r.Links, r.Tokens)
 	q.enter(it, now)
 	switch len(r.Upstreams) {

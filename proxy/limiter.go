@@ -36,6 +36,10 @@ type Taken struct {
 	Waiting int     // requests of the key that wait at other proxies
 }
 
+// inStep is by how much of a request a proxy's own limiter may be stricter than the shared one: they are
+// not asked at the same moment, and requests are taken as whole ones.
+const inStep = 0.01
+
 // take takes one of the client's requests, over all proxies if shared is not nil. It returns how long
 // the client has to wait for it: 0 or less if it may be sent.
 func (p *keyHolder) take(ctx context.Context, shared Limiter) time.Duration {
@@ -43,7 +47,7 @@ func (p *keyHolder) take(ctx context.Context, shared Limiter) time.Duration {
 		t := Taking{Key: p.client(), Waits: p.maxWaiting > 0}
 		if p.limiter != nil {
 			t.Rate, t.Burst = float64(p.limiter.Limit()), p.limiter.Burst()
-			t.Used = max(float64(t.Burst)-p.limiter.Tokens(), 0)
+			t.Used = max(float64(t.Burst)-p.limiter.Tokens()-inStep, 0)
 		}
 		taken, err := shared.Take(ctx, t)
 		p.elsewhere.Store(int64(taken.Waiting))
@@ -66,7 +70,8 @@ func (p *keyHolder) take(ctx context.Context, shared Limiter) time.Duration {
 // follow keeps the client's own limiter in step with what was taken over all proxies, so that nothing
 // jumps when that one decides again. It returns how long the client has to wait.
 //
-// The limiter is never ahead: what it has used up is passed to the next Take, which believes it.
+// What this limiter has used up is passed to the next Take, which believes it, so it must not be more
+// than all have.
 func (p *keyHolder) follow(taken Taken) time.Duration {
 	if p.limiter == nil {
 		return 0
@@ -76,7 +81,7 @@ func (p *keyHolder) follow(taken Taken) time.Duration {
 		p.limiter.ReserveN(now, 1)
 	}
 	left := burst - min(max(taken.Used, 0), burst)
-	if ahead := int(min(p.limiter.TokensAt(now)-left, burst)); ahead > 0 {
+	if ahead := int(min(p.limiter.TokensAt(now)-left+inStep, burst)); ahead > 0 {
 		p.limiter.ReserveN(now, ahead)
 	}
 	if taken.OK {

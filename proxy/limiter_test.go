@@ -85,16 +85,16 @@ func TestSharedRate(t *testing.T) {
 			t.Errorf("after 20 s, %d requests were let through", n)
 		}
 		for i, p := range proxies { // all know what all have used up, to within one
-			if left := p.limiter.Tokens(); left >= 1.01 || left < -0.01 {
+			if left := p.limiter.Tokens(); left > 0.99 || left < -0.02 {
 				t.Errorf("proxy %d believes that %.2f requests are left", i, left)
 			}
 		}
 		shared.away = true
-		if n := round(90); n > 3 {
+		if n := round(90); n > 0 {
 			t.Errorf("alone, %d requests were let through at once", n)
 		}
 		time.Sleep(10 * time.Second) // each proxy counts its own: five requests
-		if n := round(90); n < 15 || n > 18 {
+		if n := round(90); n < 14 || n > 17 {
 			t.Errorf("alone for 10 s, %d requests were let through", n)
 		}
 		shared.away = false

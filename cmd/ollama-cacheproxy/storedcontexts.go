@@ -3,8 +3,10 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
+	"os"
 	"strconv"
 	"sync/atomic"
 	"syscall"
@@ -58,10 +60,19 @@ func linkState(home string) string {
 	switch {
 	case err != nil:
 		return fmt.Sprintf("no Ollama is linked there: run 'ollama-cacheproxy engine link --to %s', and start the linked one", home)
+	case info.Stale != "" && gone(info.Ollama) && gone(info.Engine):
+		// It was linked in another container, which has Ollama, and from where the engines say what
+		// is wrong.
+		return ""
 	case info.Stale != "":
 		return info.Stale + fmt.Sprintf(": run 'ollama-cacheproxy engine link --to %s' again, and start the linked one", home)
 	}
 	return ""
+}
+
+func gone(path string) bool {
+	_, err := os.Stat(path)
+	return errors.Is(err, fs.ErrNotExist)
 }
 
 // aboutContexts explains --contexts in a few words, for --check.

@@ -185,11 +185,16 @@ func (b *logBuffer) Write(p []byte) (int, error) {
 	return b.text.Write(p)
 }
 
-// end returns the last lines.
-func (b *logBuffer) end() string {
+// String returns everything.
+func (b *logBuffer) String() string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	lines := strings.Split(b.text.String(), "\n")
+	return b.text.String()
+}
+
+// end returns the last lines.
+func (b *logBuffer) end() string {
+	lines := strings.Split(b.String(), "\n")
 	return strings.Join(lines[max(0, len(lines)-40):], "\n")
 }
 

@@ -206,10 +206,16 @@ func (c *cluster) oneFleet(ctx context.Context) {
 	}
 }
 
-// linked: each Ollama's engines are linked to the proxy.
+// linked: each Ollama's engines are linked to the proxy, which does not complain that it cannot see
+// what is in Ollama's image.
 func (c *cluster) linked(ctx context.Context) {
 	c.t.Helper()
 	for _, p := range c.readyPods() {
+		for _, r := range p.started {
+			if log := r.log.String(); strings.Contains(log, "no context is stored") || strings.Contains(log, "stored contexts are off") {
+				c.t.Errorf("%s: %s says that contexts are off:\n%s", p.name, r.name, log)
+			}
+		}
 		for _, ct := range c.set.Spec.Template.Spec.InitContainers {
 			if ct.Name != "ollama" {
 				continue
@@ -242,12 +248,25 @@ func (c *cluster) storesContext(ctx context.Context) (server string) {
 	return a.Server
 }
 
+// to asks for an answer of one server.
+type to struct {
+	http.RoundTripper
+	server string
+}
+
+func (t to) RoundTrip(r *http.Request) (*http.Response, error) {
+	r = r.Clone(r.Context())
+	r.Header.Set(chat.HeaderServer, t.server)
+	return t.RoundTripper.RoundTrip(r)
+}
+
 // attaches: the server was replaced, but its context was not lost.
 func (c *cluster) attaches(ctx context.Context, server string) {
 	c.t.Helper()
-	client := &http.Client{Transport: c.transport()}
+	client := &http.Client{Transport: to{c.transport(), server}}
 	defer client.CloseIdleConnections()
-	if a, err := chat.Send(ctx, client, serviceURL, long); err != nil || a.Server != server {
+	a, err := chat.Send(ctx, client, serviceURL, long)
+	if err != nil || a.Server != server {
 		c.t.Fatalf("%s answers, err %v; want %s", a.Server, err, server)
 	}
 	for _, p := range c.readyPods() {

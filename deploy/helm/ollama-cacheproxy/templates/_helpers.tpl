@@ -178,6 +178,7 @@ and to stop Ollama. */ -}}
     {{- end }}
     - --peers=dns:{{ include "ocp.fullname" . }}-peers:11436
     - --peer-listen=:11436
+    - --peer-name=$(POD_NAME)
     - --peer-secret-file=/etc/ollama-cacheproxy/peers/secret
     {{- if .Values.peers.tlsSecret }}
     - --peer-cert=/etc/ollama-cacheproxy/peer-tls/tls.crt

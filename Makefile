@@ -137,6 +137,9 @@ fuzz: ## a minute of each fuzz test
 	$(FUZZ) '^FuzzLines$$' ./batch
 	$(FUZZ) '^FuzzRows$$' ./batch
 	$(FUZZ) '^FuzzJoined$$' ./batch
+	$(FUZZ) '^FuzzSpan$$' ./batch
+	$(FUZZ) '^FuzzAnswer$$' ./batch
+	$(FUZZ) '^FuzzJob$$' ./batch
 	$(FUZZ) '^FuzzEntry$$' ./answers
 	$(FUZZ) '^FuzzParse$$' ./discover
 

@@ -12,6 +12,7 @@ import (
 	"math/rand/v2"
 	"net/url"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -288,19 +289,24 @@ func (j *job) judge(err error) error {
 	if !isAnswer {
 		return j.away.failed(err)
 	}
-	text := refused.Error()
-	kind, rest, _ := strings.Cut(text, " ")
+	text := refused.Error() // without "ERR "
+	kind, _, _ := strings.Cut(text, " ")
 	switch {
 	case kind == "JOBLOST" || kind == "NOGROUP":
 		return errJobLost
 	case kind == "JOBFULL" || strings.Contains(text, "OOM command not allowed"): // Redis 6 puts words before that
 		return j.full.failed(err)
-	case kind == "NOAUTH" || kind == "WRONGPASS" || kind == "NOPERM" || kind == "WRONGTYPE",
-		kind == "ERR" && !strings.HasPrefix(rest, "max number of clients"):
-		return fmt.Errorf("the Valkey server refuses (check the user, the password, the database and the version in"+
-			" --workers; it must be Valkey, or Redis 6.2 or newer): %w", err)
+	case slices.Contains(passing, kind) || strings.HasPrefix(text, "max number of clients"):
+		return j.away.failed(err)
 	}
-	return j.away.failed(err) // it is being loaded, or cannot write its disk
+	return fmt.Errorf("the Valkey server refuses (check the user, the password, the database and the version in"+
+		" --workers; it must be Valkey, or Redis 6.2 or newer): %w", err)
+}
+
+// passing are the errors of a server that is being loaded, is busy, has lost its replicas or its
+// master, or cannot write its disk.
+var passing = []string{
+	"LOADING", "BUSY", "MISCONF", "NOREPLICAS", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "UNBLOCKED",
 }
 
 // call runs a script of this job, and returns its reply.
@@ -377,7 +383,8 @@ func parseJob(fields []string) (h jobHash, err error) {
 			return h, err
 		}
 	}
-	if h.id == "" || h.window < 1 || h.planned < 0 || h.count < 0 || h.dropped < 0 || h.dropped > h.count {
+	const most = 1 << 30
+	if h.id == "" || h.window < 1 || h.window > most || h.planned < 0 || h.planned > most || h.count < 0 || h.dropped < 0 || h.dropped > h.count {
 		return h, fmt.Errorf("no numbers of a job: %q", fields)
 	}
 	return h, nil

@@ -95,7 +95,9 @@ func (s *JobStatus) read(job, workers map[string]string, now time.Time) error {
 	if s.Begun, err = seconds(job["begun"]); err != nil {
 		return foreign(err)
 	}
-	s.Held = bytes - dropped
+	if s.Held = bytes - dropped; s.Held < 0 || dropped < 0 || s.Dropped < 0 || s.Dropped > s.Answered {
+		return foreign(fmt.Errorf("no numbers of a job: %q", job))
+	}
 	for name, state := range workers {
 		at, _, _ := strings.Cut(state, " ")
 		n, err := strconv.ParseInt(at, 10, 64)

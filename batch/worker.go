@@ -54,9 +54,9 @@ type worker struct {
 	workers  int
 
 	// Of fetch's goroutine.
-	window  *window
-	pending []string  // spans of the window that is to be planned next
-	filled  int       // its number, plus one
+	window  *window   // where the input is being read
+	pending []string  // spans of the last window that was read
+	filled  int       // windows up to and with that one
 	claimed time.Time // when spans of silent workers were last looked for
 }
 
@@ -282,8 +282,8 @@ func (w *worker) keep(lines []journalEntry, n int, round int64) error {
 
 // fetch finds a span whenever one is wanted, until ctx ends.
 func (w *worker) fetch(ctx context.Context) {
-	w.window = newWindow(w.b.Source, w.job.window, func(index int) bool { return index < w.job.planned*w.job.window })
-	defer w.window.stop()
+	w.rewind()
+	defer func() { w.window.stop() }()
 	for {
 		select {
 		case <-w.want:
@@ -371,6 +371,9 @@ func (w *worker) plan(ctx context.Context) (grown bool, err error) {
 	if now*w.job.window >= w.b.survey.Requests {
 		return false, nil
 	}
+	if w.filled > now+1 { // the server has forgotten some
+		w.rewind()
+	}
 	if w.filled != now+1 {
 		if err := w.window.fill(); err != nil {
 			return false, fmt.Errorf("reading the input: %w", err)
@@ -380,6 +383,15 @@ func (w *worker) plan(ctx context.Context) (grown bool, err error) {
 	}
 	w.job.planned, err = w.job.plan(ctx, now, max(0, now-2)*w.job.window, w.pending)
 	return w.job.planned > now, err
+}
+
+// rewind begins to read the input for the plan; windows that are planned are skipped.
+func (w *worker) rewind() {
+	if w.window != nil {
+		w.window.stop()
+	}
+	w.window = newWindow(w.b.Source, w.job.window, func(index int) bool { return index < w.job.planned*w.job.window })
+	w.filled = 0
 }
 
 // spans cuts the items of a window, each time where the least is shared across the cut.

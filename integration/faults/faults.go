@@ -12,9 +12,11 @@ import (
 	"fmt"
 	"maps"
 	"math/rand/v2"
+	"os"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/netns"
@@ -108,6 +110,9 @@ func RunRolling(ctx context.Context, c Config, rounds int) (err error) {
 
 // end closes the fleet, and reports its logs if something did not hold.
 func (f *fleet) end(err error) error {
+	if err != nil {
+		f.dump()
+	}
 	if err = errors.Join(err, f.close()); err != nil {
 		f.Report("%s", f.logs())
 	}

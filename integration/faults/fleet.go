@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/valkeyserver"
@@ -115,7 +116,7 @@ func (f *fleet) startValkey(ctx context.Context) error {
 func (f *fleet) comesUp(ctx context.Context, p *process) error {
 	return eventually(ctx, startLimit, p.name+" accepts no connection", func(ctx context.Context) error {
 		if !p.running() {
-			return errors.New("it has ended")
+			return fmt.Errorf("%w: %w", errEnded, p.err)
 		}
 		conn, err := f.clients.dial(ctx, "tcp", netip.AddrPortFrom(p.at.addr, valkeyPort).String())
 		if err != nil {
@@ -154,7 +155,7 @@ func (f *fleet) startServers(ctx context.Context, hosts []place) error {
 
 func (f *fleet) startProxies(ctx context.Context, hosts []place) error {
 	secret := filepath.Join(f.Dir, "secret")
-	if err := os.WriteFile(secret, []byte("a secret of the fleet in this test\n"), 0o600); err != nil {
+	if err := os.WriteFile(secret, []byte("a-secret-of-the-fleet-in-this-test\n"), 0o600); err != nil {
 		return err
 	}
 	var peers []string
@@ -183,7 +184,7 @@ func (f *fleet) startProxies(ctx context.Context, hosts []place) error {
 		if len(hosts) > 1 {
 			args = append(args, peers...)
 			args = append(args, "--peer-listen", netip.AddrPortFrom(h.addr, peerPort).String(), "--peer-secret-file", secret,
-				"--shared", "valkey://"+netip.AddrPortFrom(f.valkey.at.addr, valkeyPort).String())
+				"--peer-name", h.name)
 		}
 		if f.Sidecar {
 			args = append(args, "--own", f.servers[i].name)
@@ -210,7 +211,7 @@ func (f *fleet) url(p *process) string {
 func (f *fleet) isReady(ctx context.Context, p *process) error {
 	return eventually(ctx, startLimit, p.name+" does not become ready", func(ctx context.Context) error {
 		if !p.running() {
-			return fmt.Errorf("it has ended: %w", p.err)
+			return fmt.Errorf("%w: %w", errEnded, p.err)
 		}
 		_, err := f.get(ctx, p, "/_cacheproxy/ready")
 		return err
@@ -310,6 +311,9 @@ func (f *fleet) close() error {
 		if p.exited != nil {
 			errs = append(errs, p.stop(drainDelay+drainLimit+20*time.Second))
 		}
+		if p.log.panicked != "" {
+			errs = append(errs, fmt.Errorf("%s: %s", p.name, p.log.panicked))
+		}
 	}
 	if f.valkey != nil && f.valkey.exited != nil {
 		errs = append(errs, f.valkey.kill())
@@ -323,6 +327,24 @@ func (f *fleet) close() error {
 	return errors.Join(errs...)
 }
 
+// dump ends the proxies in a way that makes them write what their goroutines do. None learns before
+// from another's end.
+func (f *fleet) dump() {
+	for _, s := range []syscall.Signal{syscall.SIGSTOP, syscall.SIGQUIT, syscall.SIGCONT} {
+		for _, p := range f.proxies {
+			if p.running() {
+				p.cmd.Process.Signal(s) // if it has ended meanwhile, there is nothing to write
+			}
+		}
+	}
+	for _, p := range f.proxies {
+		if p.exited != nil {
+			<-p.exited
+			p.exited = nil
+		}
+	}
+}
+
 // logs returns the last lines of all proxies' logs.
 func (f *fleet) logs() string {
 	var all strings.Builder
@@ -334,16 +356,26 @@ func (f *fleet) logs() string {
 	return all.String()
 }
 
-// eventually polls until check returns nil.
+// errEnded says that waiting has no purpose.
+var errEnded = errors.New("it has ended")
+
+// eventually polls until check returns nil, or errEnded.
 func eventually(ctx context.Context, limit time.Duration, what string, check func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	for {
+	for last := error(nil); ; {
 		once, end := context.WithTimeout(ctx, 5*time.Second)
 		err := check(once)
 		end()
+		if err != nil && ctx.Err() != nil && last != nil { // it was only interrupted
+			err = last
+		}
+		last = err
 		if err == nil {
 			return nil
+		}
+		if errors.Is(err, errEnded) {
+			return fmt.Errorf("%s: %w", what, err)
 		}
 		select {
 		case <-ctx.Done():

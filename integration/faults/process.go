@@ -153,17 +153,21 @@ func (p *process) stop(limit time.Duration) error {
 	return nil
 }
 
-// tail keeps the last lines of a log.
+// tail keeps the last lines of a log, and a line that says that something panicked.
 type tail struct {
-	mu    sync.Mutex
-	lines []string // guarded by mu
+	mu       sync.Mutex
+	lines    []string // guarded by mu, until the process has ended
+	panicked string
 }
 
-const tailLines = 400
+const tailLines = 2000
 
 func (t *tail) add(line string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if strings.Contains(line, "panic serving") {
+		t.panicked = line
+	}
 	if t.lines = append(t.lines, line); len(t.lines) > 2*tailLines {
 		t.lines = append(t.lines[:0:0], t.lines[tailLines:]...)
 	}

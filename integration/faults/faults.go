@@ -12,11 +12,9 @@ import (
 	"fmt"
 	"maps"
 	"math/rand/v2"
-	"os"
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/netns"

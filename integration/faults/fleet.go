@@ -184,7 +184,7 @@ func (f *fleet) startProxies(ctx context.Context, hosts []place) error {
 		if len(hosts) > 1 {
 			args = append(args, peers...)
 			args = append(args, "--peer-listen", netip.AddrPortFrom(h.addr, peerPort).String(), "--peer-secret-file", secret,
-				"--peer-name", h.name)
+				"--peer-name", h.name, "--shared", "valkey://"+netip.AddrPortFrom(f.valkey.at.addr, valkeyPort).String())
 		}
 		if f.Sidecar {
 			args = append(args, "--own", f.servers[i].name)

@@ -1034,7 +1034,7 @@ func (h *Handler) aborted(ex *exchange, w http.ResponseWriter, r *http.Request) 
 	if !r.ProtoAtLeast(1, 1) {
 		reset(w)
 	}
-	if upstream.Closed(ex.bodyErr) {
+	if upstream.Closed(ex.bodyErr) && ex.up != nil { // otherwise it was a peer's answer
 		h.brokeOff(r.Context(), ex.up)
 	}
 }

@@ -40,6 +40,7 @@ func all(t *testing.T) map[string]string {
 	m.Store(func() contextstore.Stats { return contextstore.Stats{} })
 	m.Contexts(func() contexts.Counts { return contexts.Counts{} },
 		func() contextstore.FileStats { return contextstore.FileStats{} })
+	m.Fleet(nil)
 	m.Shared(func() SharedStats { return SharedStats{} })
 	m.Answers(func() answers.Stats { return answers.Stats{} }, func() (int, int64) { return 0, 0 })
 	m.Held(func() int64 { return 0 })

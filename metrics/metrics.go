@@ -68,6 +68,7 @@ type Metrics struct {
 	keyRequests     *prometheus.CounterVec
 	keyTokens       *prometheus.CounterVec
 	generated       *prometheus.CounterVec
+	passed          *prometheus.CounterVec
 	answers         cacheUse
 
 	mu     sync.RWMutex
@@ -99,7 +100,7 @@ func New(version string, inFlight func() int64) *Metrics {
 
 	m.requests = counter("requests_total", "Requests that ended, by endpoint, model and outcome.", "endpoint", "model", "outcome")
 	m.sent = counter("upstream_requests_total", "Requests by the upstream that they were sent to last, and outcome.", "upstream", "outcome")
-	m.retries = counter("retries_total", "Requests that were sent elsewhere, or again, since the upstream cannot have begun with them: unreachable, busy (503) or absent (it does not have the model any more).", "reason")
+	m.retries = counter("retries_total", "Requests that were sent elsewhere, or again, since the upstream cannot have begun with them: unreachable, busy (503) or absent (it does not have the model any more); peer (another proxy went away before it began) or elsewhere (an idle upstream of another proxy took them over).", "reason")
 	m.duration = histogram("request_duration_seconds", "Time from a request's arrival to the end of its answer.", "endpoint")
 	m.firstByte = histogram("first_byte_seconds", "Time from a request's arrival to the first byte of the answer's body.", "endpoint")
 	m.waited = histogram("queue_wait_seconds", "Time that requests waited for a lane, by priority.", "priority")
@@ -134,6 +135,9 @@ func New(version string, inFlight func() int64) *Metrics {
 	m.keyTokens = counter("key_tokens_total",
 		"Tokens of requests by the name of their API key: prompt (reused ones too) and generated, as answers told.",
 		"name", "kind")
+	m.passed = counter("passed_requests_total",
+		"Requests that other proxies of a fleet passed on to this one, by outcome. The proxies that passed them on count them in requests_total, and this one their tokens.",
+		"outcome")
 	m.answers = newCacheUse(counter)
 	build := gauge("build_info", "1, with the proxy's version.", "version", "goversion")
 	build.WithLabelValues(version, runtime.Version()).Set(1)
@@ -155,7 +159,10 @@ func (m *Metrics) begin() {
 	} {
 		m.refused.WithLabelValues(strconv.Itoa(status))
 	}
-	for _, reason := range []string{proxy.RetryUnreachable, proxy.RetryBusy, proxy.RetryAbsent} {
+	for _, reason := range []string{
+		proxy.RetryUnreachable, proxy.RetryBusy, proxy.RetryAbsent,
+		proxy.RetryPeer, proxy.RetryElsewhere,
+	} {
 		m.retries.WithLabelValues(reason)
 	}
 	for _, reason := range []string{proxy.UneditedTooLarge, proxy.UneditedEncoded, proxy.UneditedNotJSON} {
@@ -181,27 +188,19 @@ func (m *Metrics) Done(ex proxy.Exchange) {
 		return
 	}
 	model := m.model(ex.Model, ex.Outcome == proxy.OK)
-	m.requests.WithLabelValues(ex.Endpoint, model, string(ex.Outcome)).Inc()
-	m.duration.WithLabelValues(ex.Endpoint).Observe(ex.Duration.Seconds())
+	if ex.Passed {
+		m.passed.WithLabelValues(string(ex.Outcome)).Inc()
+	} else {
+		m.asked(ex, model)
+	}
 	if ex.Upstream != "" {
 		m.sent.WithLabelValues(ex.Upstream, string(ex.Outcome)).Inc()
-	}
-	if ex.Outcome == proxy.Refused {
-		m.refused.WithLabelValues(strconv.Itoa(ex.Status)).Inc()
 	}
 	for _, reason := range ex.Retries {
 		m.retries.WithLabelValues(reason).Inc()
 	}
-	if ex.FirstByte > 0 {
-		m.firstByte.WithLabelValues(ex.Endpoint).Observe(ex.FirstByte.Seconds())
-	}
-	m.bytesIn.WithLabelValues(ex.Endpoint).Add(float64(ex.BytesIn))
-	m.bytesOut.WithLabelValues(ex.Endpoint).Add(float64(ex.BytesOut))
 	if ex.KeepAlive != "" {
 		m.keepAlive.WithLabelValues(ex.KeepAlive).Inc()
-	}
-	if ex.Unedited != "" {
-		m.unedited.WithLabelValues(ex.Unedited).Inc()
 	}
 	if ex.NumCtx != "" {
 		m.numCtx.WithLabelValues(ex.NumCtx).Inc()
@@ -219,6 +218,23 @@ func (m *Metrics) Done(ex proxy.Exchange) {
 	m.named(ex)
 }
 
+// asked counts a client's request. Of a fleet, the proxy does that to which the client sent it.
+func (m *Metrics) asked(ex proxy.Exchange, model string) {
+	m.requests.WithLabelValues(ex.Endpoint, model, string(ex.Outcome)).Inc()
+	m.duration.WithLabelValues(ex.Endpoint).Observe(ex.Duration.Seconds())
+	if ex.Outcome == proxy.Refused {
+		m.refused.WithLabelValues(strconv.Itoa(ex.Status)).Inc()
+	}
+	if ex.FirstByte > 0 {
+		m.firstByte.WithLabelValues(ex.Endpoint).Observe(ex.FirstByte.Seconds())
+	}
+	m.bytesIn.WithLabelValues(ex.Endpoint).Add(float64(ex.BytesIn))
+	m.bytesOut.WithLabelValues(ex.Endpoint).Add(float64(ex.BytesOut))
+	if ex.Unedited != "" {
+		m.unedited.WithLabelValues(ex.Unedited).Inc()
+	}
+}
+
 // named counts a request by the name of its API key. A name that has left the file is not counted,
 // so the label has no more values than the file has names.
 func (m *Metrics) named(ex proxy.Exchange) {
@@ -227,7 +243,9 @@ func (m *Metrics) named(ex proxy.Exchange) {
 	if !m.names[ex.Name] || ex.Outcome == proxy.Own {
 		return
 	}
-	m.keyRequests.WithLabelValues(ex.Name, string(ex.Outcome)).Inc()
+	if !ex.Passed {
+		m.keyRequests.WithLabelValues(ex.Name, string(ex.Outcome)).Inc()
+	}
 	if e := ex.Savings; e != nil {
 		m.keyTokens.WithLabelValues(ex.Name, "prompt").Add(float64(e.Total))
 		m.keyTokens.WithLabelValues(ex.Name, "generated").Add(float64(e.Generated))

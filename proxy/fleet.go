@@ -130,6 +130,27 @@ func (h *Handler) owned(server string, on bool) {
 	}
 }
 
+// Learned returns what was learned of the servers that this proxy schedules, as JSON, by their names.
+func (h *Handler) Learned() map[string][]byte {
+	all := map[string][]byte{}
+	if h.Lanes == nil {
+		return all
+	}
+	for _, b := range h.backends {
+		if l := h.Lanes.Learned(b.index); !b.foreign.Load() && len(l.Models) > 0 {
+			all[b.Name] = marshal(l)
+		}
+	}
+	return all
+}
+
+// Learn takes over what Learned has returned, here or in another proxy.
+func (h *Handler) Learn(all map[string][]byte) {
+	for name, text := range all {
+		h.learned(name, text)
+	}
+}
+
 // learned is called with what the last owner of a server has learned of it.
 func (h *Handler) learned(server string, text []byte) {
 	var l schedule.Learned

@@ -17,6 +17,7 @@ import (
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/discover"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/fleet"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/metrics"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 )
 
@@ -162,7 +163,9 @@ func (f *fleetFlags) find(set *fleetSettings, host string, log *slog.Logger) err
 }
 
 // join makes the handler one of a fleet. Call it before the handler's Init.
-func (s *serveCmd) join(set settings, h *proxy.Handler, log *slog.Logger) {
+func (s *serveCmd) join(
+	set settings, h *proxy.Handler, counts *metrics.Metrics, log *slog.Logger,
+) {
 	if set.fleet.listen == "" {
 		return
 	}
@@ -178,6 +181,7 @@ func (s *serveCmd) join(set settings, h *proxy.Handler, log *slog.Logger) {
 	}
 	h.Join(&c)
 	h.Fleet = fleet.New(c)
+	counts.Fleet(h.Fleet)
 }
 
 // peerServer is the listener for the other proxies, with its server; both nil if there are none.

@@ -33,7 +33,7 @@ func TestImports(t *testing.T) {
 		"fleet":                 {"prefix", "schedule"},
 		"proxy":                 {"answers", "answers/forms", "contexts", "doctor", "fleet", "jsonscan", "livepage", "prefix", "runners", "savings", "schedule", "upstream"},
 		"shared":                {"outage", "proxy", "valkeyconn"},
-		"metrics":               {"answers", "contexts", "contextstore", "proxy", "savings", "schedule", "shared", "upstream"},
+		"metrics":               {"answers", "contexts", "contextstore", "fleet", "proxy", "savings", "schedule", "shared", "upstream"},
 		"bench":                 {"bench/text", "proxy", "savings", "upstream"},
 		"cmd/ollama-cacheproxy": {"answers", "batch", "batches", "bench", "contexts", "contextstore", "discover", "doctor", "engine", "fleet", "metrics", "ollamasim", "proxy", "savings", "schedule", "shared", "upstream", "valkeyconn"},
 	}

@@ -425,9 +425,10 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 			wg.Go(func() { up.Run(background) })
 		}
 	})
-	wg.Go(func() { h.Run(background) })           // ends with background
-	wg.Go(func() { trim(background, transport) }) // ends with background
-	wg.Go(func() {                                // ends with background
+	wg.Go(func() { h.Run(background) })               // ends with background
+	wg.Go(func() { with.keepLearned(background, h) }) // ends with background
+	wg.Go(func() { trim(background, transport) })     // ends with background
+	wg.Go(func() {                                    // ends with background
 		watchFiles(background, hangup, logger, append(set.files(), newConfigReload(s, set, h, level)...)...)
 	})
 
@@ -565,7 +566,7 @@ func (s *serveCmd) handler(
 			counts.Polled(up.Name, st)
 		}
 	}
-	s.join(set, h, logger)
+	s.join(set, h, counts, logger)
 	h.Init()
 	return h
 }

@@ -1,11 +1,14 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"log/slog"
+	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/metrics"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/shared"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/valkeyconn"
 )
@@ -21,6 +24,7 @@ type together struct {
 	conn     *valkeyconn.Conn
 	prefixes *contextstore.Valkey // the same as seen
 	limits   *shared.Limits
+	learned  *shared.Learned
 }
 
 // openShared opens what is shared. Its prefixes are those of the upstreams in set.
@@ -43,7 +47,8 @@ func (s *serveCmd) openShared(set settings, log *slog.Logger) (*together, error)
 		return nil, fmt.Errorf("--shared %s: %w", valkeyconn.Redacted(s.Shared), err)
 	}
 	prefixes := contextstore.NewValkey(conn, limits, set.upstreamName, set.upstreamIndex)
-	return &together{seen: prefixes, conn: conn, prefixes: prefixes, limits: shared.NewLimits(conn)}, nil
+	return &together{seen: prefixes, conn: conn, prefixes: prefixes, limits: shared.NewLimits(conn),
+		learned: shared.NewLearned(conn)}, nil
 }
 
 // upstreamName returns the name of an upstream, by which other proxies know it, or "" if there is
@@ -69,8 +74,37 @@ func (set settings) upstreamIndex(name string) (uint16, bool) {
 func (t *together) close() {
 	if t.conn != nil {
 		t.limits.Close()
+		t.learned.Close()
 		t.prefixes.Close()
 		t.conn.Close()
+	}
+}
+
+// learnedEvery is how often what was learned of servers is written.
+const learnedEvery = 30 * time.Second
+
+// keepLearned begins with what was learned of the servers before, and keeps what is learned, until
+// ctx ends.
+func (t *together) keepLearned(ctx context.Context, h *proxy.Handler) {
+	if t.learned == nil {
+		return
+	}
+	if all, err := t.learned.LoadLearned(ctx); err == nil { // otherwise it is learned anew
+		h.Learn(all)
+	}
+	written := map[string]string{}
+	for ended := false; !ended; {
+		select {
+		case <-ctx.Done():
+			ended = true
+		case <-time.After(learnedEvery):
+		}
+		for name, text := range h.Learned() {
+			if written[name] != string(text) {
+				written[name] = string(text)
+				t.learned.SaveLearned(name, text)
+			}
+		}
 	}
 }
 

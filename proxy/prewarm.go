@@ -186,7 +186,7 @@ func (p *prewarmer) targets(i *warmItem) (to []*backend) {
 	for _, b := range p.h.backends {
 		st := b.State()
 		switch {
-		case st.Polled.IsZero() || !b.takes():
+		case st.Polled.IsZero() || !b.takes() || b.foreign.Load():
 		case !st.Has(i.key):
 			absent++
 		case i.loads || b == i.on:

@@ -2,6 +2,7 @@ package fleet
 
 import (
 	"hash/fnv"
+	"maps"
 	"slices"
 )
 
@@ -30,34 +31,29 @@ type place struct {
 
 // conclude decides who owns which server.
 func conclude(members []*member) *view {
-	v := &view{members: members, places: map[string]*place{}}
 	alike := map[string]int{}
 	for _, m := range members {
 		alike[m.name]++
-		for _, s := range m.servers {
-			if !slices.Contains(v.names, s.Name) {
-				v.names = append(v.names, s.Name)
+	}
+	best := map[string]candidate{} // by the server's name
+	for _, m := range members {
+		for i := range m.servers {
+			s := &m.servers[i]
+			c := candidate{m: m, s: s, score: score(m, s.Name, alike[m.name] > 1)}
+			if b, ok := best[s.Name]; !ok || c.before(b) {
+				best[s.Name] = c
 			}
 		}
 	}
-	slices.Sort(v.names)
-	for _, name := range v.names {
-		var best candidate
-		for _, m := range members {
-			for i := range m.servers {
-				if m.servers[i].Name != name {
-					continue
-				}
-				c := candidate{m: m, s: &m.servers[i], score: score(m, name, alike[m.name] > 1)}
-				if best.m == nil || c.before(best) {
-					best = c
-				}
-			}
-		}
-		p := &place{Server: *best.s, owner: best.m}
-		p.Takes = p.Takes && !best.m.away
-		if best.m.peer != nil {
-			p.gone = best.m.peer.gone
+	v := &view{
+		members: members, names: slices.Sorted(maps.Keys(best)),
+		places: make(map[string]*place, len(best)),
+	}
+	for name, c := range best {
+		p := &place{Server: *c.s, owner: c.m}
+		p.Takes = p.Takes && !c.m.away
+		if c.m.peer != nil {
+			p.gone = c.m.peer.gone
 		}
 		v.places[name] = p
 	}

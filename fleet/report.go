@@ -185,15 +185,13 @@ func (r *Report) fill(before *Report) {
 	if before == nil {
 		return
 	}
+	models := make(map[string][]string, len(before.Servers))
+	for _, b := range before.Servers {
+		models[b.Name] = b.Models
+	}
 	for i := range r.Servers {
-		s := &r.Servers[i]
-		if s.Models != nil {
-			continue
-		}
-		for _, b := range before.Servers {
-			if b.Name == s.Name {
-				s.Models = b.Models
-			}
+		if s := &r.Servers[i]; s.Models == nil {
+			s.Models = models[s.Name]
 		}
 	}
 }

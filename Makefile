@@ -147,6 +147,11 @@ fuzz: ## a minute of each fuzz test
 soak: ## ten minutes of mixed clients and two real servers that are killed and revived: nothing lost, memory flat
 	$(GO) run ./integration/cmd/soak -for 10m
 
+# Linux, as root: partitions need network namespaces. More with ARGS, such as -sidecar or -real.
+.PHONY: soak-fleet
+soak-fleet: ## ten minutes of a fleet of which 20 things are killed, stopped and cut off: nothing lost, nothing sent twice
+	$(GO) run ./integration/cmd/soakfleet -for 10m -faults 20 $(ARGS)
+
 .PHONY: clean
 clean: ## remove what was built here; the cache stays
 	rm -rf bin

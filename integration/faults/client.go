@@ -55,17 +55,14 @@ func newRequest(k kind, r *rand.Rand) *request {
 	messages := []map[string]string{{"role": "system", "content": system}, {"role": "user", "content": user}}
 	options := map[string]any{"num_predict": answerTokens, "temperature": 0, "seed": 1}
 	body := map[string]any{"model": model, "stream": q.stream}
-	reference := map[string]any{"model": model, "stream": false, "options": options}
+	reference := map[string]any{"model": model, "stream": false, "options": options, "messages": messages}
 	switch k.path {
 	case "/api/generate":
 		body["system"], body["prompt"], body["options"] = system, user, options
-		reference["messages"] = messages
 	case "/v1/chat/completions":
 		body["messages"], body["max_tokens"], body["temperature"], body["seed"] = messages, answerTokens, 0, 1
-		reference["messages"] = messages
 	default:
 		body["messages"], body["options"] = messages, options
-		reference["messages"] = messages
 	}
 	if k.padding > 0 {
 		body["padding"] = strings.Repeat("x", k.padding)
@@ -97,7 +94,8 @@ type result struct {
 	outcome string // one of the outcomes, or a status
 	entry   string
 	took    time.Duration
-	wrong   error // what must not happen
+	wrong   error  // what must not happen
+	text    string // of the answer
 }
 
 // errHangs is the cause of giving up a request that has taken longer than any may.
@@ -179,7 +177,7 @@ func (f *fleet) judge(q *request, contentType string, text []byte) result {
 	if want := f.expected(q); want != "" && got != want {
 		return result{outcome: "different", wrong: fmt.Errorf("another answer: %.200q, want %.200q", got, want)}
 	}
-	return result{outcome: answered}
+	return result{outcome: answered, text: got}
 }
 
 type errorInAnswer string
@@ -236,6 +234,24 @@ func readAnswer(contentType string, body []byte) (string, error) {
 		return "", errors.New("it has no end")
 	}
 	return text.String(), nil
+}
+
+// direct returns the answer that a real server gives to the request.
+func (f *fleet) direct(ctx context.Context, q *request) (string, error) {
+	r, err := http.NewRequestWithContext(ctx, http.MethodPost, f.servers[0].real.URL()+"/api/chat", bytes.NewReader(q.reference))
+	if err != nil {
+		return "", err
+	}
+	res, err := http.DefaultClient.Do(r)
+	if err != nil {
+		return "", err
+	}
+	defer res.Body.Close()
+	text, err := io.ReadAll(res.Body)
+	if err != nil {
+		return "", err
+	}
+	return readAnswer(res.Header.Get("Content-Type"), text)
 }
 
 // expected returns the text of the answer to a request of a simulated server; "" for real ones,

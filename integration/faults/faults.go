@@ -170,6 +170,9 @@ func (l *load) add(q *request, res result) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.outcome[q.kind.name+": "+res.outcome]++
+	if q.body = nil; !l.f.Real { // a soak has many
+		q.reference = nil
+	}
 	l.results[q] = res
 	l.longest = max(l.longest, res.took)
 	if res.wrong != nil {
@@ -251,6 +254,31 @@ func (f *fleet) servesAgain(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// sameAnswers asks a server, directly and once more, what some clients have asked: the answers are
-// the same. Those of simulated servers have been compared already.
-func (f *fleet) sameAnswers(context.Context, *load) error { return nil }
+// compared is how many answers of real servers are compared.
+const compared = 40
+
+// sameAnswers asks a real server, directly and one after the other, what clients have asked: the
+// answers are the same. Those of simulated servers have been compared already.
+func (f *fleet) sameAnswers(ctx context.Context, l *load) error {
+	if !f.Real {
+		return nil
+	}
+	var errs []error
+	n := 0
+	for _, q := range slices.SortedFunc(maps.Keys(l.results), func(a, b *request) int { return strings.Compare(a.id, b.id) }) {
+		res := l.results[q]
+		if res.outcome != answered || n == compared {
+			continue
+		}
+		n++
+		want, err := f.direct(ctx, q)
+		if err == nil && res.text != want {
+			err = fmt.Errorf("another answer than directly: %.200q, want %.200q", res.text, want)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", q.kind.name, err))
+		}
+	}
+	f.Report("%d answers were compared with direct ones", n)
+	return errors.Join(errs...)
+}

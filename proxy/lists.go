@@ -51,14 +51,15 @@ func newer(a, b listed) int {
 // their lists, by name. Upstreams that do not answer within listTimeout are left out. If it returns
 // false, the request has to be forwarded.
 func (h *Handler) merge(w http.ResponseWriter, r *http.Request, ex *exchange) bool {
-	if ex.merged == "" || len(h.backends) == 1 || ex.only != nil {
+	all := h.backends()
+	if ex.merged == "" || len(all) <= 1 || ex.only != nil {
 		return false
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), listTimeout)
 	defer cancel()
-	lists := make([][]listed, len(h.backends))
+	lists := make([][]listed, len(all))
 	var wg sync.WaitGroup
-	for i, b := range h.backends {
+	for i, b := range all {
 		if b.answers() {
 			wg.Go(func() {
 				var err error
@@ -76,7 +77,7 @@ func (h *Handler) merge(w http.ResponseWriter, r *http.Request, ex *exchange) bo
 	var names []string
 	for i, list := range lists {
 		if list != nil {
-			names = append(names, h.backends[i].Name)
+			names = append(names, all[i].Name)
 		}
 	}
 	if names == nil {

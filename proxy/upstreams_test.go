@@ -675,8 +675,8 @@ func TestUnloadWaitsForNone(t *testing.T) {
 	if text := <-done; !strings.Contains(text, `"from":"b"`) {
 		t.Error(text)
 	}
-	f.h.drain(f.h.backends[1], true)
-	f.h.drain(f.h.backends[0], true)
+	f.h.drain(f.h.backends()[1], true)
+	f.h.drain(f.h.backends()[0], true)
 	if res, text := f.post("/api/generate", `{"model":"m","keep_alive":0}`); res.StatusCode != 200 {
 		t.Errorf("an unload while the servers drain: %d %s", res.StatusCode, text)
 	}

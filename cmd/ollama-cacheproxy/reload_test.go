@@ -51,7 +51,7 @@ func TestConfigReload(t *testing.T) {
 		var log syncBuffer
 		level := new(slog.LevelVar)
 		logger := slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: level}))
-		h := s.handler(set, nil, proxy.NewTransport(), nil, logger)
+		h, _ := s.handler(set, nil, proxy.NewTransport(), nil, logger)
 		c := newConfigReload(s, set, h, level)
 		ctx, stop := context.WithCancel(t.Context())
 		done := make(chan struct{})
@@ -186,7 +186,7 @@ func TestInlineKeysReload(t *testing.T) {
 			}
 			var log syncBuffer
 			logger := slog.New(slog.NewTextHandler(&log, nil))
-			h := s.handler(set, nil, proxy.NewTransport(), nil, logger)
+			h, _ := s.handler(set, nil, proxy.NewTransport(), nil, logger)
 			if len(set.files()) > 0 {
 				t.Error("the file would be read as one of keys, too")
 			}

@@ -133,3 +133,14 @@ func sorted(addrs []string) (list []string, tooMany bool) {
 	list = slices.Compact(slices.Sorted(slices.Values(addrs)))
 	return list[:min(len(list), Most)], len(list) > Most
 }
+
+// Once returns the addresses that a source of Parse finds now.
+func Once(ctx context.Context, s Source) ([]string, error) {
+	l, ok := s.(*lookup)
+	if !ok {
+		return []string{s.String()}, nil
+	}
+	addrs, err := l.once(ctx)
+	list, _ := sorted(addrs)
+	return list, err
+}

@@ -10,12 +10,11 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
-	"github.com/miekg/dns"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/discover/dnstest"
 )
 
 // answer is what a scripted resolver returns.
@@ -131,65 +130,15 @@ func TestServices(t *testing.T) {
 	})
 }
 
-// zone is a DNS server on loopback.
-type zone struct {
-	addr string
-	mu   sync.Mutex
-	rrs  []string // guarded by mu; its records
-}
-
-func newZone(t *testing.T, rrs ...string) *zone {
-	z := &zone{rrs: rrs}
-	conn, err := net.ListenPacket("udp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	srv := &dns.Server{PacketConn: conn, Handler: z}
-	done := make(chan error, 1)
-	go func() { done <- srv.ActivateAndServe() }()
-	t.Cleanup(func() {
-		conn.Close()
-		<-done
-	})
-	z.addr = conn.LocalAddr().String()
-	return z
-}
-
-func (z *zone) set(rrs ...string) {
-	z.mu.Lock()
-	defer z.mu.Unlock()
-	z.rrs = rrs
-}
-
-func (z *zone) ServeDNS(w dns.ResponseWriter, r *dns.Msg) {
-	z.mu.Lock()
-	defer z.mu.Unlock()
-	m := new(dns.Msg)
-	m.SetRcode(r, dns.RcodeNameError)
-	for _, text := range z.rrs {
-		rr, err := dns.NewRR(text)
-		if err != nil {
-			panic(err)
-		}
-		if strings.EqualFold(rr.Header().Name, r.Question[0].Name) {
-			m.Rcode = dns.RcodeSuccess
-			if rr.Header().Rrtype == r.Question[0].Qtype {
-				m.Answer = append(m.Answer, rr)
-			}
-		}
-	}
-	w.WriteMsg(m)
-}
-
 // TestServer asks a DNS server, by ?resolver=, for addresses and for services with their addresses.
 func TestServer(t *testing.T) {
-	z := newZone(t,
+	z := dnstest.Start(t,
 		"ollama.test. 1 IN A 127.0.0.2", "ollama.test. 1 IN A 127.0.0.1", "ollama.test. 1 IN AAAA ::1",
 		"_ollama._tcp.test. 1 IN SRV 0 0 11501 one.test.", "_ollama._tcp.test. 1 IN SRV 9 9 11502 two.test.",
 		"one.test. 1 IN A 127.0.0.1", "two.test. 1 IN A 127.0.0.2",
 	)
 	parse := func(spec string) *lookup {
-		s, err := Parse(spec+"?resolver="+z.addr, slog.New(slog.DiscardHandler))
+		s, err := Parse(spec+"?resolver="+z.Addr, slog.New(slog.DiscardHandler))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -201,19 +150,19 @@ func TestServer(t *testing.T) {
 	found, _ = watch(t, services)
 	until(t, found, "127.0.0.1:11501", "127.0.0.2:11502")
 
-	z.set("ollama.test. 1 IN A 127.0.0.3", "_ollama._tcp.test. 1 IN SRV 0 0 11501 one.test.", "_ollama._tcp.test. 1 IN SRV 0 0 11502 two.test.", "two.test. 1 IN A 127.0.0.9")
+	z.Set(t, "ollama.test. 1 IN A 127.0.0.3", "_ollama._tcp.test. 1 IN SRV 0 0 11501 one.test.", "_ollama._tcp.test. 1 IN SRV 0 0 11502 two.test.", "two.test. 1 IN A 127.0.0.9")
 	for l, want := range map[*lookup][]string{hosts: {"127.0.0.3:11434"}, services: {"127.0.0.9:11502"}} {
 		if got, err := l.once(t.Context()); err != nil || !slices.Equal(got, want) {
 			t.Errorf("%s: %v, %v; want %v", l, got, err, want)
 		}
 	}
-	z.set()
+	z.Set(t)
 	for _, l := range []*lookup{hosts, services} {
 		if got, err := l.once(t.Context()); err == nil {
 			t.Errorf("%s: %v, though there are no records", l, got)
 		}
 	}
-	z.set("_ollama._tcp.test. 1 IN SRV 0 0 0 .", "ollama.test. 1 IN TXT empty")
+	z.Set(t, "_ollama._tcp.test. 1 IN SRV 0 0 0 .", "ollama.test. 1 IN TXT empty")
 	for _, l := range []*lookup{hosts, services} {
 		if got, err := l.once(t.Context()); err == nil {
 			t.Errorf("%s: %v, though there are no records of this kind", l, got)

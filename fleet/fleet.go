@@ -53,8 +53,8 @@ type Config struct {
 	// Taker returns what a server of this proxy could take over of requests with these options, if
 	// it is idle; if nil, nothing.
 	Taker func(server string, options prefix.Options) (Take, bool)
-	// Owned is called when this proxy begins or ceases to own a server, by its name; may be nil.
-	// At first it owns none, and Owned is called for each that it then owns.
+	// Owned is called for each server of this proxy when it is known whether the proxy owns it, and
+	// when that changes; may be nil.
 	Owned func(server string, on bool)
 	// Learned is called with what the former owner has learned of a server, before Owned; may be
 	// nil.
@@ -105,7 +105,7 @@ type Fleet struct {
 	mu    sync.Mutex // guards everything below
 	peers map[string]*peer
 	local []Server
-	owned map[string]bool
+	owned map[string]bool // by the names of this proxy's servers
 	// learned is what owners have reported of their servers, by the servers' names.
 	learned map[string][]byte
 	given   map[string]time.Time // when a server of this proxy was last given requests
@@ -287,39 +287,28 @@ func (f *Fleet) look() {
 	v := conclude(members)
 	f.view.Store(v)
 	close(*f.news.Swap(new(make(chan struct{}))))
-	owned := map[string]bool{}
-	for name, p := range v.places {
-		if p.owner.peer == nil {
-			owned[name] = true
-		}
-	}
-	f.change(owned)
+	f.change(v)
 }
 
-// change tells which servers this proxy owns now, where that differs from before. f.mu must be
-// held.
-func (f *Fleet) change(owned map[string]bool) {
-	for name := range owned {
-		if f.owned[name] {
+// change tells which of its servers this proxy owns, where that is new. f.mu must be held.
+func (f *Fleet) change(v *view) {
+	owned := make(map[string]bool, len(f.local))
+	for _, s := range f.local {
+		on := v.places[s.Name].owner.peer == nil
+		owned[s.Name] = on
+		before, known := f.owned[s.Name]
+		if known && before == on {
 			continue
 		}
-		f.counts.Owners++
-		f.Log.Debug("this proxy owns an upstream", "upstream", name)
-		if l := f.learned[name]; l != nil && f.Learned != nil {
-			f.Learned(name, l)
+		if known || on {
+			f.counts.Owners++
+		}
+		f.Log.Debug("an upstream has an owner", "upstream", s.Name, "this_proxy", on)
+		if l := f.learned[s.Name]; on && l != nil && f.Learned != nil {
+			f.Learned(s.Name, l)
 		}
 		if f.Owned != nil {
-			f.Owned(name, true)
-		}
-	}
-	for name := range f.owned {
-		if owned[name] {
-			continue
-		}
-		f.counts.Owners++
-		f.Log.Debug("another proxy owns an upstream", "upstream", name)
-		if f.Owned != nil {
-			f.Owned(name, false)
+			f.Owned(s.Name, on)
 		}
 	}
 	f.owned = owned

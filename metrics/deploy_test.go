@@ -36,7 +36,7 @@ var (
 func all(t *testing.T) map[string]string {
 	t.Helper()
 	m := New("v", func() int64 { return 0 })
-	m.Lanes([]string{"up"}, func() schedule.Stats { return schedule.Stats{} })
+	m.Lanes(func(uint16) string { return "up" }, func() schedule.Stats { return schedule.Stats{} })
 	m.Store(func() contextstore.Stats { return contextstore.Stats{} })
 	m.Contexts(func() contexts.Counts { return contexts.Counts{} },
 		func() contextstore.FileStats { return contextstore.FileStats{} })

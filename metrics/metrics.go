@@ -301,17 +301,17 @@ func (m *Metrics) account(model string, e *savings.Entry) {
 	m.saved.WithLabelValues(model, "loading").Add(max(0, e.SavedLoading.Seconds()))
 }
 
-// Lanes adds the series of a scheduler, whose upstreams have these names. It calls stats at each
-// scrape.
-func (m *Metrics) Lanes(upstreams []string, stats func() schedule.Stats) {
-	m.registry.MustRegister(&lanes{metrics: m, upstreams: upstreams, stats: stats})
+// Lanes adds the series of a scheduler. It calls stats at each scrape, and name for the names of its
+// upstreams.
+func (m *Metrics) Lanes(name func(uint16) string, stats func() schedule.Stats) {
+	m.registry.MustRegister(&lanes{metrics: m, name: name, stats: stats})
 }
 
 // lanes collects a scheduler's statistics.
 type lanes struct {
-	metrics   *Metrics
-	upstreams []string
-	stats     func() schedule.Stats
+	metrics *Metrics
+	name    func(uint16) string
+	stats   func() schedule.Stats
 }
 
 var (
@@ -347,7 +347,7 @@ func (l *lanes) Collect(ch chan<- prometheus.Metric) {
 	type key struct{ upstream, model, numCtx string }
 	states, learned := map[key][3]int{}, map[key]int{}
 	for _, r := range st.Runners {
-		k := key{l.upstreams[r.Runner.Upstream], l.metrics.model(r.Runner.Options.Model, true), "default"}
+		k := key{l.name(r.Runner.Upstream), l.metrics.model(r.Runner.Options.Model, true), "default"}
 		if n := r.Runner.Options.NumCtx(); n > 0 {
 			k.numCtx = strconv.Itoa(n)
 		}
@@ -481,6 +481,15 @@ func (m *Metrics) Polled(name string, st upstream.State) {
 	for _, l := range st.Loaded {
 		m.loadedGPU.WithLabelValues(name, m.model(l.Name, true)).Set(float64(l.SizeVRAM))
 		m.loaded.WithLabelValues(name, m.model(l.Name, true)).Set(float64(l.Size))
+	}
+}
+
+// Forget removes the series of an upstream that is none any more.
+func (m *Metrics) Forget(name string) {
+	for _, series := range []interface {
+		DeletePartialMatch(prometheus.Labels) int
+	}{m.sent, m.up, m.info, m.simulated, m.loaded, m.loadedGPU} {
+		series.DeletePartialMatch(prometheus.Labels{"upstream": name})
 	}
 }
 

@@ -170,7 +170,7 @@ func TestKeyNames(t *testing.T) {
 func TestEstimates(t *testing.T) {
 	m := New("v", func() int64 { return 0 })
 	var st schedule.Stats
-	m.Lanes([]string{"up"}, func() schedule.Stats { return st })
+	m.Lanes(func(uint16) string { return "up" }, func() schedule.Stats { return st })
 	if text := scrape(t, m); strings.Contains(text, "estimated_wait") {
 		t.Error("estimates that were never made are shown")
 	}

@@ -54,7 +54,7 @@ func (h *Handler) look(ex *exchange) {
 // exists reports whether an upstream is known to have the model. Made-up names must not displace
 // the records of real models.
 func (h *Handler) exists(model string) bool {
-	for _, b := range h.backends {
+	for _, b := range h.backends() {
 		if b.State().Has(model) {
 			return true
 		}

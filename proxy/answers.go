@@ -95,7 +95,7 @@ func (h *Handler) asks(r *http.Request, ex *exchange) (q *question, detail strin
 	if q.digest, q.version, ok = h.agreed(r.Context(), ex); !ok {
 		return nil, "model-unknown"
 	}
-	for _, b := range h.backends {
+	for _, b := range h.backends() {
 		q.written = append(q.written, b.State().Written[ex.key])
 	}
 	model, local := h.model(ex, q.digest)
@@ -169,7 +169,7 @@ func credentials(r *http.Request, ex *exchange) []byte {
 func (h *Handler) agreed(ctx context.Context, ex *exchange) (digest, version string, ok bool) {
 	since := time.Now().Add(-listedMost)
 	h.fresh(ctx, ex.key, since)
-	for _, b := range h.backends {
+	for _, b := range h.backends() {
 		st := b.State()
 		d, has := st.Digests[ex.key]
 		switch {
@@ -195,7 +195,7 @@ func (b *backend) outdated(st upstream.State, since time.Time) bool {
 // this machine.
 func (h *Handler) model(ex *exchange, digest string) (m runners.Model, local bool) {
 	local = true
-	for _, b := range h.backends {
+	for _, b := range h.backends() {
 		if b.State().Digests[ex.key] == digest {
 			m = b.runners.Model(ex.key, digest)
 			local = local && b.port != 0
@@ -211,7 +211,7 @@ func (h *Handler) fresh(ctx context.Context, model string, since time.Time) {
 	defer cancel()
 	now := time.Now()
 	var waits []<-chan struct{}
-	for _, b := range h.backends {
+	for _, b := range h.backends() {
 		st := b.State()
 		if !st.Has(model) || st.Away || !b.outdated(st, since) || now.UnixNano() < b.slow.Load() {
 			continue

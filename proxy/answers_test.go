@@ -276,14 +276,14 @@ func TestAnswersTogether(t *testing.T) {
 			if n := lib.up.State(); !n.Up {
 				t.Error("the server is away")
 			}
-			if n := lib.h.backends[0].inFlight.Load(); n != 1 {
+			if n := lib.h.backends()[0].inFlight.Load(); n != 1 {
 				t.Errorf("%d computations while %d clients listen", n, clients-i)
 			}
 			cancel()
 			synctest.Wait()
 		}
 		wg.Wait()
-		if n := lib.h.backends[0].inFlight.Load(); n != 0 {
+		if n := lib.h.backends()[0].inFlight.Load(); n != 0 {
 			t.Errorf("%d computations go on after all clients have left", n)
 		}
 		if n := lib.computed(); n != 1 {

@@ -625,13 +625,13 @@ func TestAllDrain(t *testing.T) {
 	for _, lanes := range []int{schedule.Unlimited, 1} {
 		inTimes(t, []string{"a", "b"}, lanes, time.Minute, func(t *testing.T, m mortals, h *Handler, ask func(string, string, ...string) *asked) {
 			time.Sleep(time.Minute)
-			h.drain(h.backends[0], true)
-			h.drain(h.backends[1], true)
+			h.drain(h.backends()[0], true)
+			h.drain(h.backends()[1], true)
 			all := []*asked{ask("/api/chat", chatWith("s", "x", "")), ask("/api/embed", `{"model":"m","input":"x"}`)}
 			if got := count(all); got[503] != 2 || m["a"].asked()+m["b"].asked() > 0 {
 				t.Errorf("both drain: %v", got)
 			}
-			h.drain(h.backends[1], false)
+			h.drain(h.backends()[1], false)
 			m["b"].live(false)
 			time.Sleep(15 * time.Second)
 			all = []*asked{ask("/api/chat", chatWith("s", "x", "")), ask("/api/embed", `{"model":"m","input":"x"}`)}

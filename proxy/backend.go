@@ -34,13 +34,23 @@ type backend struct {
 	slow      atomic.Int64  // until when no request waits for the list of models, in ns since 1970
 	altered   atomic.Int64  // when a request last changed a model, in ns since 1970; 0: none has
 	telling   sync.Mutex    // held while the scheduler learns whether the server is available
+	gone      bool          // the scheduler has forgotten it; guarded by telling
+
+	stage   stage         // guarded by changing.mu, like added and goneAt
+	added   bool          // by AddUpstream
+	goneAt  time.Time     // when it was forgotten
+	leaving atomic.Bool   // it is removed, and finishes its requests
+	removed chan struct{} // holds one after it was removed
 }
 
-func (h *Handler) newBackend(index int, s *upstream.Server) *backend {
-	b := &backend{Server: s, index: uint16(index), port: localPort(s), listing: make(chan struct{}, 1)}
+func (h *Handler) newBackend(index uint16, s *upstream.Server) *backend {
+	b := &backend{
+		Server: s, index: index, port: localPort(s), listing: make(chan struct{}, 1),
+		removed: make(chan struct{}, 1),
+	}
 	b.books.Store(&savings.Upstream{Name: s.Name, Index: b.index})
 	b.runners = runners.New(s, func(e runners.Event) { h.changed(b, e) })
-	b.residency = newResidency(s, b.runners, h.KeepAlive, h.Touched, h.Log)
+	b.residency = newResidency(s, b.runners, h.Live().KeepAlive, h.Touched, h.Log)
 	b.residency.always = h.NoTouch
 	return b
 }
@@ -50,11 +60,11 @@ func (h *Handler) newBackend(index int, s *upstream.Server) *backend {
 func (b *backend) answers() bool { return !b.State().Away && !b.looped.Load() }
 
 // takes reports whether the server accepts new requests.
-func (b *backend) takes() bool { return b.answers() && !b.draining.Load() }
+func (b *backend) takes() bool { return b.answers() && !b.draining.Load() && !b.leaving.Load() }
 
 // Polled handles the result of polling an upstream.
 func (h *Handler) Polled(s *upstream.Server, st upstream.State) {
-	for _, b := range h.backends {
+	for _, b := range h.present() {
 		if b.Server != s {
 			continue
 		}
@@ -74,8 +84,11 @@ func (h *Handler) available(b *backend) {
 	if h.Lanes != nil {
 		b.telling.Lock() // serializes updates, so that the scheduler never keeps a stale state
 		defer b.telling.Unlock()
+		if b.gone {
+			return // its index may be another server's
+		}
 		st := b.State()
-		h.Lanes.SetAvailable(b.index, !b.looped.Load() && !b.draining.Load())
+		h.Lanes.SetAvailable(b.index, !b.looped.Load() && !b.draining.Load() && !b.leaving.Load())
 		h.Lanes.SetAway(b.index, st.Away, st.Until)
 	}
 }
@@ -90,7 +103,7 @@ func (h *Handler) drain(b *backend, on bool) {
 
 // named returns the upstream with this name, or nil.
 func (h *Handler) named(name string) *backend {
-	for _, b := range h.backends {
+	for _, b := range h.backends() {
 		if b.Name == name {
 			return b
 		}
@@ -101,7 +114,7 @@ func (h *Handler) named(name string) *backend {
 // candidates returns the servers that may get a request, without duplicates. A request that names a
 // model goes where that model is. A request that changes models goes to the first server, and so
 // does one that names no model; if it only reads, it goes to the first server that answers. The
-// list is empty if none is left except those in tried.
+// list is empty if none is left except those in tried, or no server is known yet.
 func (h *Handler) candidates(ex *exchange) []*backend { return h.owning(ex, h.able(ex)) }
 
 // able is candidates without regard to which proxy schedules the servers.
@@ -109,16 +122,17 @@ func (h *Handler) able(ex *exchange) []*backend {
 	if ex.only != nil {
 		return h.untried(ex, []*backend{ex.only})
 	}
-	if len(h.backends) == 1 {
-		return h.untried(ex, h.backends)
+	all := h.backends()
+	if len(all) <= 1 {
+		return h.untried(ex, all)
 	}
 	if ex.first {
-		return h.untried(ex, h.backends[:1])
+		return h.untried(ex, all[:1])
 	}
 	if ex.cloud { // no server need list it; users are signed in at the first
 		list := h.listing(ex)
 		if len(list) == 0 {
-			list = h.backends[:1]
+			list = all[:1]
 		}
 		return h.untried(ex, list)
 	}
@@ -136,7 +150,7 @@ func (h *Handler) able(ex *exchange) []*backend {
 		}
 	}
 	// No server has the model, or no model is named: the answer is the same everywhere.
-	for _, b := range h.backends {
+	for _, b := range all {
 		if b.takes() && !slices.Contains(ex.tried, b) {
 			return []*backend{b}
 		}
@@ -144,7 +158,7 @@ func (h *Handler) able(ex *exchange) []*backend {
 	if len(ex.tried) > 0 {
 		return nil
 	}
-	return h.backends[:1]
+	return all[:1]
 }
 
 // untried returns the servers of a list that have not had the request.
@@ -160,7 +174,7 @@ func (h *Handler) untried(ex *exchange, list []*backend) []*backend {
 // it needs.
 func (h *Handler) having(ex *exchange) (list, away []*backend) {
 	var draining []*backend
-	for _, b := range h.backends {
+	for _, b := range h.backends() {
 		st := b.State()
 		switch {
 		case slices.Contains(ex.tried, b) || !st.Has(ex.key):
@@ -181,7 +195,7 @@ func (h *Handler) having(ex *exchange) (list, away []*backend) {
 
 // listing returns the available servers that list the request's model by exactly this name.
 func (h *Handler) listing(ex *exchange) (list []*backend) {
-	for _, b := range h.backends {
+	for _, b := range h.backends() {
 		if b.takes() && slices.ContainsFunc(b.State().Models, func(m string) bool { return strings.EqualFold(m, ex.Model) }) {
 			list = append(list, b)
 		}
@@ -202,7 +216,7 @@ func (h *Handler) refresh() {
 		return
 	}
 	var wg sync.WaitGroup
-	for _, b := range h.backends {
+	for _, b := range h.backends() {
 		if !b.State().Away {
 			wg.Go(func() { b.Refresh(context.Background()) }) // takes a few seconds at most
 		}
@@ -319,15 +333,15 @@ func (h *Handler) unloadElsewhere(r *http.Request, ex *exchange) chan struct{} {
 	if ex.only != nil || !ex.unloads() {
 		return nil
 	}
-	peers := h.others(ex)
-	if len(h.backends) == 1 && len(peers) == 0 {
-		return nil
-	}
 	key, f := ex.key, ex.fields
 	f.members, f.long = nil, nil // their memory belongs to a pooled body
+	all, peers := h.backends(), h.others(ex)
+	if len(all) == 1 && all[0] == ex.up && len(peers) == 0 {
+		return nil
+	}
 	ctx, cancel := context.WithTimeout(r.Context(), loadedTimeout)
 	var wg sync.WaitGroup
-	for _, b := range h.backends {
+	for _, b := range all {
 		if st := b.State(); b == ex.up || st.Away || !st.Has(key) {
 			continue
 		}

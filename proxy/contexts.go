@@ -30,7 +30,7 @@ func localPort(s *upstream.Server) int {
 // key.
 func (h *Handler) engineFound(e contexts.Running, attaches bool) {
 	copied := attaches && (h.Guard.Keys == nil || h.Contexts.Shared())
-	for _, b := range h.backends {
+	for _, b := range h.backends() {
 		if b.port == e.Port && h.Lanes != nil {
 			h.Log.Debug("engine found", "upstream", b.Name, "files", e.Files, "slots", e.Slots, "context", e.Context, "attaches", attaches)
 			h.Lanes.SetSlots(b.index, strings.Join(e.Files, "+"), schedule.Slots{Count: e.Slots, Copied: copied})

@@ -208,7 +208,7 @@ func (h *Handler) embeds(r *http.Request, ex *exchange) (e *embedding, detail st
 // contextOf returns the context length of a loaded model, in tokens; 0 if it is not known, or not
 // the same on all servers.
 func (h *Handler) contextOf(key string) (tokens int) {
-	for _, b := range h.backends {
+	for _, b := range h.backends() {
 		l, ok := b.loaded(b.State().Loaded, key)
 		switch {
 		case !ok:

@@ -3,6 +3,7 @@ package proxy
 import (
 	"cmp"
 	"hash/maphash"
+	"maps"
 	"net/http"
 	"slices"
 	"strings"
@@ -62,6 +63,17 @@ func newRecorder() *recorder {
 		Recorder: doctor.NewRecorder(time.Now()), seen: map[residentKey]seen{}, looked: map[uint16]time.Time{},
 		blind: map[uint16]blind{}, contexts: map[residentKey]int{},
 	}
+}
+
+// gone forgets what it knows of a server; another one may get its index.
+func (r *recorder) gone(index uint16) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	of := func(key residentKey) bool { return key.upstream == index }
+	maps.DeleteFunc(r.seen, func(key residentKey, _ seen) bool { return of(key) })
+	maps.DeleteFunc(r.contexts, func(key residentKey, _ int) bool { return of(key) })
+	delete(r.looked, index)
+	delete(r.blind, index)
 }
 
 // sent records that a request is sent.
@@ -266,7 +278,7 @@ func (h *Handler) facts(w http.ResponseWriter, r *http.Request, ex *exchange) {
 		st := h.Answers.Stats()
 		f.Answers = doctor.Answers{Down: st.Down, Errors: st.Errors}
 	}
-	for _, b := range h.backends {
+	for _, b := range h.backends() {
 		st := b.State()
 		u := doctor.Upstream{
 			Name: b.Name, URL: b.URL.String(), Up: st.Up, Version: st.Version, Here: b.port != 0,
@@ -294,14 +306,14 @@ func (h *Handler) addLoaded(models []doctor.Model) {
 	}
 	h.recorder.mu.Lock()
 	for key, context := range h.recorder.contexts {
-		find(h.backends[key.upstream], key.weights).DefaultContext = context
+		find(h.at(key.upstream), key.weights).DefaultContext = context
 	}
 	h.recorder.mu.Unlock()
 	if h.Lanes == nil {
 		return
 	}
 	for _, x := range h.Lanes.Stats().Runners {
-		m := find(h.backends[x.Runner.Upstream], x.Runner.Options.Model)
+		m := find(h.at(x.Runner.Upstream), x.Runner.Options.Model)
 		if x.Lanes > m.Lanes.Slots {
 			m.Lanes.Slots, m.Lanes.Learned = x.Lanes, x.Learned
 		}

@@ -116,7 +116,7 @@ func TestOutside(t *testing.T) {
 		server := upstream.NewServer("up", &url.URL{Scheme: "http", Host: "127.0.0.1:1"}, nil, nil)
 		h := &Handler{Upstreams: []*upstream.Server{server}}
 		h.Init()
-		b := h.backends[0]
+		b := h.backends()[0]
 		if c.used {
 			run := b.runners.Begin(started, b.runners.Wanted("m:latest", "", &prefix.Options{}))
 			use := b.residency.beginForeign(run, "m", false, &prefix.Options{})

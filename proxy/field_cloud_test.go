@@ -58,10 +58,10 @@ func TestCloud(t *testing.T) {
 				}
 			}
 			f.none()
-			if n := rg.h.backends[0].residency.models.Len(); n != 0 {
+			if n := rg.h.backends()[0].residency.models.Len(); n != 0 {
 				t.Errorf("%d residences", n)
 			}
-			if _, ok := rg.h.backends[0].residency.due(time.Now()); ok {
+			if _, ok := rg.h.backends()[0].residency.due(time.Now()); ok {
 				t.Error("a touch is due")
 			}
 		})
@@ -123,7 +123,7 @@ func TestTouchEndToEnd(t *testing.T) {
 			f.next()
 			rg.ended()
 			if tt.touch == "" {
-				if wait, ok := rg.h.backends[0].residency.due(time.Now()); ok && wait >= 0 {
+				if wait, ok := rg.h.backends()[0].residency.due(time.Now()); ok && wait >= 0 {
 					t.Errorf("a touch is due in %v", wait)
 				}
 				return

@@ -223,7 +223,7 @@ func TestStrangers(t *testing.T) {
 			}
 		}
 		for _, state := range []string{"", "draining", "looped"} {
-			for _, b := range rg.h.backends {
+			for _, b := range rg.h.backends() {
 				b.draining.Store(state == "draining")
 				b.looped.Store(state == "looped")
 			}
@@ -252,7 +252,7 @@ func TestStrangers(t *testing.T) {
 			}
 		}
 		f.none()
-		for _, b := range rg.h.backends {
+		for _, b := range rg.h.backends() {
 			b.draining.Store(false)
 			b.looped.Store(false)
 		}
@@ -282,13 +282,13 @@ func TestChangesFromPages(t *testing.T) {
 			"http://localhost:3000": 403, "http://localhost": 403, "http://127.0.0.1": 403, "http://" + host + "0": 403, "app://x": 403, "file://": 403, "null": 403, "https://chat.example.com": 403,
 			"vscode-webview://x": 403,
 		} {
-			rg.h.backends[0].draining.Store(verb == "resume")
+			rg.h.backends()[0].draining.Store(verb == "resume")
 			var headers []string
 			if origin != "" {
 				headers = append(headers, "Origin: "+origin)
 			}
 			res, text := rg.do("POST", pathUpstreams+"up/"+verb, "", headers...)
-			if changed := rg.h.backends[0].draining.Load() == (verb == "drain"); res.StatusCode != want || changed != (want == 200) {
+			if changed := rg.h.backends()[0].draining.Load() == (verb == "drain"); res.StatusCode != want || changed != (want == 200) {
 				t.Errorf("%s from %q: %d %s, and it was done: %v", verb, origin, res.StatusCode, text, changed)
 			}
 			if res, _ := rg.do("GET", strings.TrimSuffix(pathUpstreams, "/"), "", headers...); res.StatusCode != 200 {

@@ -36,7 +36,7 @@ func (h *Handler) reported() []fleet.Server {
 		}
 	}
 	var all []fleet.Server
-	for _, b := range h.backends {
+	for _, b := range h.backends() {
 		s := fleet.Server{Name: b.Name, Takes: b.takes(), Models: b.listed(), Loaded: b.inMemory()}
 		if h.Lanes != nil {
 			l := loads[b.index]
@@ -136,7 +136,7 @@ func (h *Handler) Learned() map[string][]byte {
 	if h.Lanes == nil {
 		return all
 	}
-	for _, b := range h.backends {
+	for _, b := range h.backends() {
 		if l := h.Lanes.Learned(b.index); !b.foreign.Load() && len(l.Models) > 0 {
 			all[b.Name] = marshal(l)
 		}

@@ -56,7 +56,8 @@ const DefaultMaxBody = 64 << 20
 // Handler forwards requests to Ollama servers. Fill in the fields, call Init, and keep Run running
 // while it serves.
 type Handler struct {
-	// Upstreams are the servers, at least one. Requests that name no model go to the first.
+	// Upstreams are the servers at the start; AddUpstream and RemoveUpstream change them later.
+	// Requests that name no model go to the first.
 	Upstreams []*upstream.Server
 	Transport http.RoundTripper // if nil, NewTransport()
 	KeepAlive KeepAlive
@@ -119,6 +120,8 @@ type Handler struct {
 	// keep_alive that the proxy set, or failed to set, in the background.
 	Done    func(Exchange)
 	Touched func(model string, err error)
+	// Forgotten, if non-nil, is called when a removed server has finished its requests.
+	Forgotten func(name string)
 
 	inForce  atomic.Pointer[Live] // the last argument of Change; nil: the fields above
 	memory   *memory
@@ -133,7 +136,8 @@ type Handler struct {
 	closeOnce sync.Once
 	news      atomic.Pointer[chan struct{}] // closed after the next poll of any upstream
 
-	backends   []*backend // Upstreams, in the same order
+	servers    atomic.Pointer[servers]
+	changing   changing
 	timeline   *timeline
 	live       *livepage.Hub
 	prewarming *prewarmer // if nil, no prompt is kept warm
@@ -350,6 +354,9 @@ func (h *Handler) Init() {
 	if h.Touched == nil {
 		h.Touched = func(string, error) {}
 	}
+	if h.Forgotten == nil {
+		h.Forgotten = func(string) {}
+	}
 	if h.Queue == 0 {
 		h.Queue = schedule.DefaultLimit
 	}
@@ -368,15 +375,9 @@ func (h *Handler) Init() {
 	h.live = livepage.NewHub(overview{h}, timelineMost)
 	h.prewarming = newPrewarmer(h)
 	h.recorder = newRecorder()
+	h.servers.Store(&servers{})
 	for i, s := range h.Upstreams {
-		b := h.newBackend(i, s)
-		h.backends = append(h.backends, b)
-		if h.Lanes != nil {
-			h.Lanes.SetName(b.index, s.Name)
-			if h.Contexts != nil && b.port != 0 {
-				h.Lanes.SetTells(b.index)
-			}
-		}
+		h.admitBackend(uint16(i), s)
 	}
 	if h.Contexts != nil {
 		h.Contexts.Told = h.engineFound
@@ -396,9 +397,7 @@ func (h *Handler) Init() {
 // Run does the background work until ctx ends: it keeps models loaded and prompts warm.
 func (h *Handler) Run(ctx context.Context) {
 	var wg sync.WaitGroup
-	for _, b := range h.backends {
-		wg.Go(func() { b.residency.run(ctx) })
-	}
+	wg.Go(h.tendAll(ctx))
 	wg.Go(func() { h.Contexts.Run(ctx) })
 	wg.Go(func() { h.prewarming.run(ctx) })
 	if h.Fleet != nil {
@@ -605,8 +604,9 @@ func (ex *exchange) keyed(r *http.Request) *refusal {
 func (h *Handler) loop(r *http.Request) *refusal {
 	instance := r.Header.Get(upstream.InstanceHeader)
 	var back *backend
-	all := true
-	for _, b := range h.backends {
+	list := h.backends()
+	all := len(list) > 0
+	for _, b := range list {
 		if instance != "" && b.Instance == instance {
 			back = b
 			b.looped.Store(true)
@@ -617,7 +617,7 @@ func (h *Handler) loop(r *http.Request) *refusal {
 		return nil
 	}
 	if back == nil {
-		back = h.backends[0]
+		back = list[0]
 	}
 	return loops(back)
 }
@@ -667,7 +667,7 @@ func (ex *exchange) unreadable(err error) *refusal {
 
 // read reads the body, as far as the proxy may, and parses its model and prompt.
 func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
-	if ex.away == "" && (ex.reads == readsNothing || ex.reads == readsName && len(h.backends) == 1 && h.Fleet == nil) {
+	if ex.away == "" && (ex.reads == readsNothing || ex.reads == readsName && len(h.backends()) == 1 && h.Fleet == nil) {
 		if name, ok := strings.CutPrefix(r.URL.Path, pathModel); ok {
 			ex.key = upstream.ModelKey(name)
 		}

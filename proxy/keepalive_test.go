@@ -394,7 +394,7 @@ func TestHeldOnce(t *testing.T) {
 	rg.h.Polled(rg.h.Upstreams[0], upstream.State{Up: true, Version: "0.34.1", Polled: time.Now(), LoadedKnown: true}) // it is gone
 	sent(plain, inject+plain[1:], didInject)
 	sent(plain, plain, didHold)
-	if _, ok := rg.h.backends[0].residency.due(time.Now()); !ok {
+	if _, ok := rg.h.backends()[0].residency.due(time.Now()); !ok {
 		t.Error("what was not injected is never looked at: an unseen load would end after five minutes")
 	}
 }

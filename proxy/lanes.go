@@ -43,7 +43,7 @@ func (h *Handler) only(r *http.Request, ex *exchange) *refusal {
 		return nil
 	}
 	var names []string
-	for _, b := range h.backends {
+	for _, b := range h.backends() {
 		names = append(names, b.Name)
 	}
 	return &refusal{http.StatusBadRequest, fmt.Sprintf("%s: there is no upstream %q: want one of %s", headerUpstream, name, strings.Join(names, ", "))}
@@ -54,6 +54,10 @@ func (h *Handler) only(r *http.Request, ex *exchange) *refusal {
 // models and everything without a prompt never wait.
 func (h *Handler) wait(r *http.Request, ex *exchange) *refusal {
 	list := h.candidates(ex)
+	if len(list) == 0 {
+		ex.header.Set("Retry-After", retryAfter)
+		return &refusal{http.StatusServiceUnavailable, "no Ollama server has been found yet; try again soon, and look into ollama-cacheproxy's log whether what --upstream names can be looked up"}
+	}
 	if len(list) == 1 && list[0].looped.Load() {
 		return loops(list[0])
 	}
@@ -70,9 +74,16 @@ func drains(list []*backend) bool {
 }
 
 // promising returns the candidates if one of them may answer, now or later, and is not draining;
-// otherwise none.
-func (h *Handler) promising(ex *exchange) []*backend {
+// otherwise none. Other servers than had, to which the request could not be sent, have to have its
+// model, too.
+func (h *Handler) promising(ex *exchange, had *backend) []*backend {
 	list := h.candidates(ex)
+	if ex.runsHere() && had.State().Lists(ex.key) {
+		list = slices.DeleteFunc(slices.Clone(list), func(b *backend) bool { return !b.State().Has(ex.key) })
+		if len(list) == 0 && had.leaving.Load() {
+			list = []*backend{had}
+		}
+	}
 	if !slices.ContainsFunc(list, (*backend).mayAnswer) || drains(list) && ex.only == nil {
 		return nil
 	}
@@ -145,8 +156,8 @@ func (h *Handler) queued(r *http.Request, ex *exchange, list []*backend) ([]*bac
 // gone answers a request whose servers have been away for too long.
 func (h *Handler) gone(r *http.Request, ex *exchange, list []*backend) *refusal {
 	// Another server may have appeared that was not known to have the model.
-	if ex.only == nil && len(h.backends) > 1 {
-		if again := h.promising(ex); len(again) > 0 {
+	if all := h.backends(); ex.only == nil && (len(all) > 1 || !slices.Equal(all, list)) {
+		if again := h.promising(ex, list[0]); len(again) > 0 {
 			return h.acquire(r, ex, again)
 		}
 	}
@@ -189,7 +200,7 @@ func (h *Handler) lane(r *http.Request, ex *exchange, list []*backend, mayWait f
 		request.Upstreams = append(request.Upstreams, b.index)
 	}
 	if ex.only == nil && ex.runsHere() {
-		for _, b := range h.backends {
+		for _, b := range h.backends() {
 			if st := b.State(); st.Away && st.Lists(ex.key) && !b.draining.Load() && !b.foreign.Load() && !slices.Contains(list, b) {
 				request.Upstreams = append(request.Upstreams, b.index)
 			}
@@ -208,7 +219,7 @@ func (h *Handler) lane(r *http.Request, ex *exchange, list []*backend, mayWait f
 		ex.leaves = &e
 	}
 	if ex.Priority = priority.String(); err == nil {
-		ex.grant, ex.up = grant, h.backends[grant.Upstream]
+		ex.grant, ex.up = grant, h.at(grant.Upstream)
 	}
 	return err
 }

@@ -52,15 +52,15 @@ func newer(a, b listed) int {
 // their lists, by name. Upstreams that do not answer within listTimeout are left out. If it returns
 // false, the request has to be forwarded.
 func (h *Handler) merge(w http.ResponseWriter, r *http.Request, ex *exchange) bool {
-	peers := h.others(ex)
-	if ex.merged == "" || len(h.backends) == 1 && len(peers) == 0 || ex.only != nil || ex.away != "" {
+	all, peers := h.backends(), h.others(ex)
+	if ex.merged == "" || len(all)+len(peers) <= 1 || ex.only != nil || ex.away != "" {
 		return false
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), listTimeout)
 	defer cancel()
-	lists := make([][]listed, len(h.backends)+len(peers))
+	lists := make([][]listed, len(all)+len(peers))
 	var wg sync.WaitGroup
-	for i, b := range h.backends {
+	for i, b := range all {
 		if b.answers() {
 			wg.Go(func() {
 				var err error
@@ -73,7 +73,7 @@ func (h *Handler) merge(w http.ResponseWriter, r *http.Request, ex *exchange) bo
 	for i, to := range peers {
 		wg.Go(func() {
 			var err error
-			if lists[len(h.backends)+i], err = h.peerList(ctx, r, ex, to); err != nil {
+			if lists[len(all)+i], err = h.peerList(ctx, r, ex, to); err != nil {
 				h.Log.Debug("a peer is left out of a list", "path", r.URL.Path, "peer", to.Peer, "err", err)
 			}
 		})
@@ -87,10 +87,10 @@ func (h *Handler) merge(w http.ResponseWriter, r *http.Request, ex *exchange) bo
 	for i, list := range lists {
 		switch {
 		case list == nil:
-		case i < len(h.backends):
-			names = append(names, h.backends[i].Name)
+		case i < len(all):
+			names = append(names, all[i].Name)
 		default:
-			names = append(names, peers[i-len(h.backends)].Server)
+			names = append(names, peers[i-len(all)].Server)
 		}
 	}
 	if names == nil {

@@ -14,11 +14,13 @@ type Live struct {
 // Change replaces the settings of the Handler's fields. A request in progress may go on with the
 // old ones. A held model keeps its hold; a new keep_alive applies from its next request or load.
 func (h *Handler) Change(l Live) {
+	h.changing.mu.Lock() // a server that is added meanwhile gets them, too
+	defer h.changing.mu.Unlock()
 	h.inForce.Store(&l)
 	if !l.ShowPrompts && h.Ledger != nil {
 		h.Ledger.ForgetExcerpts() // no prompt text is kept without the setting
 	}
-	for _, b := range h.backends {
+	for _, b := range h.present() {
 		b.residency.setKeep(l.KeepAlive)
 	}
 }

@@ -38,7 +38,7 @@ func TestChange(t *testing.T) {
 		if got := get("Origin: https://chat.example"); got != http.StatusOK {
 			t.Errorf("an origin that is let in now: %d", got)
 		}
-		if got := h.backends[0].residency.keep.String(); got != "9h0m0s" {
+		if got := h.backends()[0].residency.keep.String(); got != "9h0m0s" {
 			t.Errorf("models are held for %s", got)
 		}
 		keyless := ask("/api/tags", "")

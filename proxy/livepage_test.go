@@ -324,7 +324,7 @@ func TestPageFigures(t *testing.T) {
 }
 
 // chatEnded waits for the end of a request to a model, and skips others.
-func (f *servers) chatEnded() {
+func (f *severalServers) chatEnded() {
 	f.t.Helper()
 	for f.ended().Endpoint != "/api/chat" {
 	}

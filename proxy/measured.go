@@ -8,9 +8,10 @@ import (
 
 // Draining reports which upstreams, by name, are draining: they get no new requests.
 func (h *Handler) Draining() map[string]bool {
-	all := make(map[string]bool, len(h.backends))
-	for _, b := range h.backends {
-		all[b.Name] = b.draining.Load()
+	list := h.present()
+	all := make(map[string]bool, len(list))
+	for _, b := range list {
+		all[b.Name] = b.draining.Load() || b.leaving.Load()
 	}
 	return all
 }
@@ -21,7 +22,7 @@ func (h *Handler) LaneStats() schedule.Stats {
 	st := h.Lanes.Stats()
 	for i := range st.Runners {
 		r := &st.Runners[i].Runner
-		b, weights := h.backends[r.Upstream], r.Options.Model
+		b, weights := h.at(r.Upstream), r.Options.Model
 		listed := b.runners.ByWeights(b.State().Loaded)[weights]
 		r.Options.Model = cmp.Or(listed.Name, b.runners.Name(weights))
 	}

@@ -57,7 +57,7 @@ func TestMeasured(t *testing.T) {
 	if got := rg.h.Draining(); len(got) != 1 || got[up.Name] {
 		t.Errorf("draining: %v", got)
 	}
-	rg.h.drain(rg.h.backends[0], true)
+	rg.h.drain(rg.h.backends()[0], true)
 	if got := rg.h.Draining(); !got[up.Name] {
 		t.Errorf("draining: %v", got)
 	}

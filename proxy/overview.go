@@ -156,7 +156,8 @@ type pageSlots struct {
 
 func (h *Handler) pageUpstreams(lanes schedule.Stats) []pageUpstream {
 	var list []pageUpstream
-	for _, b := range h.backends {
+	present := h.present()
+	for _, b := range present {
 		st := b.State()
 		u := pageUpstream{
 			upstreamEntry: h.upstream(b), Away: st.Away, Loops: b.looped.Load(),
@@ -176,7 +177,11 @@ func (h *Handler) pageUpstreams(lanes schedule.Stats) []pageUpstream {
 		list = append(list, u)
 	}
 	for _, x := range lanes.Runners {
-		u := &list[x.Runner.Upstream]
+		i := indexOf(present, x.Runner.Upstream)
+		if i < 0 {
+			continue // it is gone
+		}
+		u := &list[i]
 		s := pageSlots{
 			Runner: hashed(x.Runner), Model: h.modelName(x.Runner), NumCtx: x.Runner.Options.NumCtx(),
 			Loaded: x.Loaded, Waiting: x.Waiting, Busy: x.Busy, Held: x.Held, Lanes: x.Lanes,
@@ -305,7 +310,7 @@ const (
 func (h *Handler) problems(now time.Time, lanes schedule.Stats) []problem {
 	list := []problem{}
 	up := 0
-	for _, b := range h.backends {
+	for _, b := range h.backends() {
 		if b.answers() && b.State().Up {
 			up++
 		}

@@ -65,7 +65,7 @@ func (h *Handler) ready(w http.ResponseWriter, ex *exchange) {
 	if !ex.stranger {
 		page["upstreams"] = versions
 	}
-	for _, b := range h.backends {
+	for _, b := range h.backends() {
 		if st := b.State(); st.Up {
 			versions[b.Name] = st.Version
 			status, page["status"] = http.StatusOK, "ready"
@@ -191,8 +191,9 @@ type upstreamEntry struct {
 }
 
 func (h *Handler) upstreams() []upstreamEntry {
-	list := make([]upstreamEntry, 0, len(h.backends))
-	for _, b := range h.backends {
+	all := h.present()
+	list := make([]upstreamEntry, 0, len(all))
+	for _, b := range all {
 		list = append(list, h.upstream(b))
 	}
 	return list
@@ -204,7 +205,7 @@ func (h *Handler) upstream(b *backend) upstreamEntry {
 		Name:      b.Name,
 		URL:       b.URL.String(),
 		Up:        st.Up,
-		Draining:  b.draining.Load(),
+		Draining:  b.draining.Load() || b.leaving.Load(),
 		InFlight:  b.inFlight.Load(),
 		Version:   st.Version,
 		Simulated: st.Simulated,

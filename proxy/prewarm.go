@@ -180,10 +180,31 @@ func (p *prewarmer) take(list []prewarmRequest) {
 	}
 }
 
+// gone records that a server is gone: what was warm there should be warm elsewhere.
+func (p *prewarmer) gone(b *backend) {
+	if p == nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, i := range p.items {
+		if i.on == b {
+			i.on, i.due, i.loads = nil, true, true
+		}
+	}
+	at := func(other *backend) bool { return other == b }
+	p.fills = slices.DeleteFunc(p.fills, func(f fill) bool { return at(f.on) })
+	p.seen = slices.DeleteFunc(p.seen, at)
+	if p.asking[b] == 0 {
+		delete(p.asking, b)
+	}
+	p.nudge()
+}
+
 // targets returns the servers that may get the request. p.mu must be held.
 func (p *prewarmer) targets(i *warmItem) (to []*backend) {
-	absent := 0
-	for _, b := range p.h.backends {
+	absent, all := 0, p.h.backends()
+	for _, b := range all {
 		st := b.State()
 		switch {
 		case st.Polled.IsZero() || !b.takes() || b.foreign.Load():
@@ -193,7 +214,7 @@ func (p *prewarmer) targets(i *warmItem) (to []*backend) {
 			to = append(to, b)
 		}
 	}
-	if absent == len(p.h.backends) && !i.told {
+	if absent == len(all) && absent > 0 && !i.told {
 		i.told = true
 		p.h.Log.Warn("a prompt cannot be made warm before its model is there",
 			"model", upstream.DisplayName(i.key))
@@ -312,7 +333,7 @@ func (p *prewarmer) send(ctx context.Context, w *warming) {
 		},
 		Body: io.NopCloser(strings.NewReader(i.body)), ContentLength: int64(len(i.body)),
 	}).WithContext(ctx)
-	if len(w.to) == 1 && len(p.h.backends) > 1 {
+	if len(w.to) == 1 && len(p.h.backends()) > 1 {
 		r.Header.Set(headerUpstream, w.to[0].Name)
 	}
 	defer func() {

@@ -82,14 +82,15 @@ func (h *Handler) queue(limit int) queuePage {
 	for p := schedule.Interactive; p <= schedule.Batch; p++ {
 		page.Priorities[p.String()] = queuedEntry{}
 	}
-	for _, b := range h.backends {
+	list := h.present()
+	for _, b := range list {
 		st := b.State()
 		page.Servers = append(
 			page.Servers,
 			lanesEntry{
 				Name:     b.Name,
 				Up:       st.Up,
-				Draining: b.draining.Load(),
+				Draining: b.draining.Load() || b.leaving.Load(),
 				Models:   []modelLanes{},
 			},
 		)
@@ -103,7 +104,11 @@ func (h *Handler) queue(limit int) queuePage {
 		page.Priorities[p.String()] = queuedEntry{q.Requests, seconds(q.Oldest)}
 	}
 	for _, x := range st.Runners {
-		s := &page.Servers[x.Runner.Upstream]
+		i := indexOf(list, x.Runner.Upstream)
+		if i < 0 {
+			continue // it is gone
+		}
+		s := &page.Servers[i]
 		s.Models = append(s.Models, modelLanes{
 			Model: h.modelName(x.Runner), NumCtx: x.Runner.Options.NumCtx(),
 			Loaded: x.Loaded, Waiting: x.Waiting, Busy: x.Busy, Lanes: x.Lanes, Learned: x.Learned,
@@ -118,7 +123,7 @@ func (h *Handler) queue(limit int) queuePage {
 func (h *Handler) waitingEntry(q schedule.Waiter) waitingEntry {
 	e := waitingEntry{
 		Place: q.Place, Client: hashed(q.Client), Flow: hashed([3]any{q.Client, q.Program, q.Flow}),
-		Model: h.modelName(schedule.Runner{Upstream: q.Upstream, Options: q.Options}), Upstream: h.backends[q.Upstream].Name,
+		Model: h.modelName(schedule.Runner{Upstream: q.Upstream, Options: q.Options}), Upstream: h.UpstreamName(q.Upstream),
 		Priority: q.Priority.String(), Sparse: q.Sparse, Age: seconds(q.Age), Tokens: q.Tokens,
 	}
 	if p := h.Guard.Keys.holder(q.Client); p != nil {
@@ -133,7 +138,7 @@ func (h *Handler) waitingEntry(q schedule.Waiter) waitingEntry {
 
 // modelName returns the readable name of a runner's model.
 func (h *Handler) modelName(r schedule.Runner) string {
-	return h.backends[r.Upstream].modelName(r.Options.Model)
+	return h.at(r.Upstream).modelName(r.Options.Model)
 }
 
 // modelName returns the readable name by which a model, by its weights, was last used.

@@ -155,7 +155,10 @@ func byGateway(status int) bool {
 
 // elsewhere returns the other servers to which a refused request may be sent.
 func (h *Handler) elsewhere(ex *exchange, why string) []*backend {
-	if ex.only != nil || len(h.backends) == 1 || why != RetryUnreachable && !ex.runsHere() {
+	if all := h.backends(); len(all) == 1 && all[0] == ex.up {
+		return nil
+	}
+	if ex.only != nil || why != RetryUnreachable && !ex.runsHere() {
 		return nil
 	}
 	if why == RetryAbsent {
@@ -176,7 +179,7 @@ func (h *Handler) returning(ex *exchange) []*backend {
 		return nil
 	}
 	ex.tried = nil
-	return h.promising(ex)
+	return h.promising(ex, ex.up)
 }
 
 // brokeOff is called before the lane of a request is released whose server broke off, or was

@@ -170,14 +170,14 @@ func (b *box) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 // servers is a proxy in front of boxes. slots is schedule.Config.Lanes.
-type servers struct {
+type severalServers struct {
 	*rig
 	boxes map[string]*box
 }
 
-func newFleet(t *testing.T, slots int, boxes ...*box) *servers {
+func newFleet(t *testing.T, slots int, boxes ...*box) *severalServers {
 	t.Helper()
-	f := &servers{boxes: map[string]*box{}}
+	f := &severalServers{boxes: map[string]*box{}}
 	urls := map[string]*url.URL{}
 	for _, b := range boxes {
 		f.boxes[b.name], urls[b.name] = b, b.URL
@@ -189,7 +189,7 @@ func newFleet(t *testing.T, slots int, boxes ...*box) *servers {
 }
 
 // poll polls all upstreams.
-func (f *servers) poll() {
+func (f *severalServers) poll() {
 	for _, up := range f.h.Upstreams {
 		up.Used()
 		up.Poll(f.t.Context())
@@ -198,13 +198,13 @@ func (f *servers) poll() {
 
 // kill kills a box, and closes the connections to it that the proxy keeps: nobody could know
 // whether a request written to one of those was read.
-func (f *servers) kill(b *box) {
+func (f *severalServers) kill(b *box) {
 	b.kill()
 	f.h.Transport.(*http.Transport).CloseIdleConnections()
 }
 
 // ask sends a request and returns which box answered it, according to its answer and to the header.
-func (f *servers) ask(method, path, body string, headers ...string) (status int, from string) {
+func (f *severalServers) ask(method, path, body string, headers ...string) (status int, from string) {
 	f.t.Helper()
 	res, text := f.do(method, path, body, headers...)
 	var answer struct{ From string }
@@ -250,7 +250,7 @@ func TestUnion(t *testing.T) {
 }
 
 // listing decodes a merged list: which box each name comes from, in order.
-func (f *servers) listing(path, member string) (names []string, raw string) {
+func (f *severalServers) listing(path, member string) (names []string, raw string) {
 	f.t.Helper()
 	res, text := f.do("GET", path, "")
 	var content map[string]json.RawMessage
@@ -626,7 +626,7 @@ func TestLoopAmongOthers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f := &servers{boxes: map[string]*box{"b": b}}
+	f := &severalServers{boxes: map[string]*box{"b": b}}
 	f.rig = newRigOf(t, &Handler{Lanes: schedule.NewScheduler(schedule.Config{Lanes: schedule.Unlimited})}, map[string]*url.URL{"a": u, "b": b.URL})
 	rg = f.rig
 	if names, _ := f.listing("/api/tags", "models"); !slices.Equal(names, []string{"m/b"}) { // before the first poll
@@ -675,8 +675,8 @@ func TestUnloadWaitsForNone(t *testing.T) {
 	if text := <-done; !strings.Contains(text, `"from":"b"`) {
 		t.Error(text)
 	}
-	f.h.drain(f.h.backends[1], true)
-	f.h.drain(f.h.backends[0], true)
+	f.h.drain(f.h.backends()[1], true)
+	f.h.drain(f.h.backends()[0], true)
 	if res, text := f.post("/api/generate", `{"model":"m","keep_alive":0}`); res.StatusCode != 200 {
 		t.Errorf("an unload while the servers drain: %d %s", res.StatusCode, text)
 	}
@@ -756,7 +756,7 @@ func TestOddLists(t *testing.T) {
 		t.Fatal(err)
 	}
 	b := newBox(t, "b", "m@1")
-	f := &servers{rig: newRigOf(t, &Handler{Lanes: schedule.NewScheduler(schedule.Config{Lanes: schedule.Unlimited})}, map[string]*url.URL{"a": u, "b": b.URL})}
+	f := &severalServers{rig: newRigOf(t, &Handler{Lanes: schedule.NewScheduler(schedule.Config{Lanes: schedule.Unlimited})}, map[string]*url.URL{"a": u, "b": b.URL})}
 	for path, want := range map[string][]string{"/api/tags": {"m/b", "x/", "y/", "z/"}, "/v1/models": {"m/b", "x/", "y/"}} {
 		member := map[string]string{"/api/tags": "models", "/v1/models": "data"}[path]
 		if got, _ := f.listing(path, member); !slices.Equal(got, want) {

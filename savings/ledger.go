@@ -434,6 +434,18 @@ func (l *Ledger) Forget(upstream uint16, name string) {
 	}
 }
 
+// Gone forgets what a server holds, since it is no upstream any more. Another one may get its index.
+func (l *Ledger) Gone(upstream uint16) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for key, e := range l.engines {
+		if key.upstream == upstream && len(e.running) == 0 {
+			l.cool(upstream, e)
+			delete(l.engines, key)
+		}
+	}
+}
+
 // ForgetExcerpts removes the requests' excerpts from all remembered entries.
 func (l *Ledger) ForgetExcerpts() {
 	l.mu.Lock()

@@ -4,6 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -14,11 +17,18 @@ import (
 
 // report is --check: it writes each setting with its source, and the verdict, which is an error if
 // the proxy could not start or an upstream does not answer.
-func (s *serveCmd) report(ctx context.Context, c *console, set settings, ups []*upstream.Server) error {
+func (s *serveCmd) report(
+	ctx context.Context, c *console, set settings, ups []*upstream.Server, transport *http.Transport,
+	logger *slog.Logger,
+) error {
+	resolved, found, silent := set.resolve(ctx)
+	set.upstreams = slices.Concat(set.upstreams, found)
+	for _, t := range found {
+		ups = append(ups, s.server(t, transport, logger))
+	}
 	pollAll(ctx, ups)
 	listen, cannot := set.checkListen(ctx)
-	text := fmt.Sprintf("listen      %s://%s%s\n", set.scheme(), set.listen, listen)
-	var silent []string
+	text := fmt.Sprintf("listen      %s://%s%s\n%s", set.scheme(), set.listen, listen, resolved)
 	for i, up := range ups {
 		line, answers := set.aboutUpstream(i, up)
 		if text += line; !answers {
@@ -62,7 +72,7 @@ func (set settings) checkListen(ctx context.Context) (note string, err error) {
 
 // shownName is an upstream's name, if there are several.
 func (set settings) shownName(i int) string {
-	if len(set.upstreams) == 1 {
+	if !set.several() {
 		return ""
 	}
 	return set.upstreams[i].name

@@ -13,6 +13,7 @@ func TestImports(t *testing.T) {
 	allowed := map[string][]string{
 		"jsonscan":              {},
 		"discover":              {},
+		"discover/dnstest":      {},
 		"upstream":              {},
 		"ollamasim":             {"upstream"},
 		"prefix":                {"jsonscan"},

@@ -51,11 +51,11 @@ func TestConfigReload(t *testing.T) {
 		var log syncBuffer
 		level := new(slog.LevelVar)
 		logger := slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: level}))
-		with, err := s.openShared(set, logger)
+		with, err := s.openShared(logger)
 		if err != nil {
 			t.Fatal(err)
 		}
-		h := s.handler(set, nil, proxy.NewTransport(), nil, with, logger)
+		h, _ := s.handler(set, nil, proxy.NewTransport(), nil, with, logger)
 		c := newConfigReload(s, set, h, level)
 		ctx, stop := context.WithCancel(t.Context())
 		done := make(chan struct{})
@@ -190,11 +190,11 @@ func TestInlineKeysReload(t *testing.T) {
 			}
 			var log syncBuffer
 			logger := slog.New(slog.NewTextHandler(&log, nil))
-			with, err := s.openShared(set, logger)
+			with, err := s.openShared(logger)
 			if err != nil {
 				t.Fatal(err)
 			}
-			h := s.handler(set, nil, proxy.NewTransport(), nil, with, logger)
+			h, _ := s.handler(set, nil, proxy.NewTransport(), nil, with, logger)
 			if len(set.files()) > 0 {
 				t.Error("the file would be read as one of keys, too")
 			}

@@ -54,7 +54,7 @@ type serveCmd struct {
 	Config string `group:"everyday" type:"path" default:"" placeholder:"FILE" help:"Read settings from this YAML file: the flags' names without dashes, lists for flags that can be repeated, maps for NAME=VALUE (docs/settings.md). Flags override the environment, and the environment overrides the file. It is read again when it changes, and at SIGHUP. Default: none."`
 
 	Listen   string   `group:"everyday" default:"127.0.0.1:11435" placeholder:"ADDR" help:"Address to listen on: host:port, :port (all interfaces) or a host. Default: 127.0.0.1:11435."`
-	Upstream []string `group:"everyday" placeholder:"[NAME=]ADDR" help:"An Ollama server, in any form that OLLAMA_HOST takes (host, host:port or a URL), or sim: for a simulated one (docs/upstreams.md). NAME identifies it in logs, metrics and answers. Repeatable: requests go to a server that has their model, preferably where their prefix is warm. Default: http://127.0.0.1:11434."`
+	Upstream []string `group:"everyday" placeholder:"[NAME=]ADDR" help:"An Ollama server, in any form that OLLAMA_HOST takes (host, host:port or a URL), or sim: for a simulated one, or dns:HOST:PORT or srv:_name._proto.HOST for all that DNS lists, looked up every few seconds (docs/upstreams.md). NAME identifies it in logs, metrics and answers. Repeatable: requests go to a server that has their model, preferably where their prefix is warm. Default: http://127.0.0.1:11434."`
 
 	KeepAlive       []string `group:"everyday" placeholder:"[MODEL=]TIME" help:"How long models stay loaded after a request without a keep_alive: a duration (24h), seconds, -1 (for ever), or off to leave that to Ollama. MODEL=TIME sets it for one model. Repeatable. Default: 24h."`
 	KeepAlivePolicy string   `default:"if-absent" enum:"if-absent,at-least,force" help:"How to treat a keep_alive that a client sends: if-absent keeps it, at-least raises a shorter one, force replaces it. 0 (unload) is always kept. Default: if-absent."`
@@ -146,6 +146,8 @@ Examples:
       set one slot per model instead of learning the number
   ollama-cacheproxy --upstream big=10.0.0.7 --upstream small=10.0.0.8 --slots big=4
       spread requests over two servers; the first, where models are pulled, has four slots per model
+  ollama-cacheproxy --upstream dns:ollama.default.svc:11434
+      spread requests over all servers of a name in DNS, such as a headless service's, as they come and go
   ollama-cacheproxy --upstream 'sim:?model=llama3&slots=2'
       try it without a model: the answers and figures of a simulated Ollama are made up, and labelled so
   ollama-cacheproxy --heartbeat 15s
@@ -172,6 +174,7 @@ type settings struct {
 	contexts  *contexts.Manager // if nil, no contexts are stored or attached
 	listen    string            // for net.Listen
 	upstreams []target
+	sources   []target // of more upstreams
 	keepAlive proxy.KeepAlive
 	numCtx    proxy.NumCtx
 	heads     proxy.StableHeads
@@ -196,15 +199,13 @@ func (s *serveCmd) settings() (settings, error) {
 	if set.listen, err = listenAddr(s.Listen); err != nil {
 		return set, fmt.Errorf("--listen: %w", err)
 	}
-	if set.upstreams, err = s.targets(set.listen); err != nil {
+	if set.upstreams, set.sources, err = s.targets(set.listen); err != nil {
 		return set, err
 	}
-	for _, t := range set.upstreams {
-		if s.Contexts != "" && t.slots == schedule.Unlimited {
-			return set, errors.New("--contexts needs lanes, to know which slots are free: leave out --slots off")
-		}
-		set.lanes = set.lanes || len(s.Peers) > 0 || t.slots != schedule.Unlimited || len(set.upstreams) > 1
+	if s.Contexts != "" && unlimited(set.upstreams, set.sources) {
+		return set, errors.New("--contexts needs lanes, to know which slots are free: leave out --slots off")
 	}
+	set.lanes = set.several() || !unlimited(set.upstreams)
 	if err = set.edits(s); err != nil {
 		return set, err
 	}
@@ -224,6 +225,9 @@ func (s *serveCmd) settings() (settings, error) {
 	err = cmp.Or(s.checkBatches(), s.checkAnswers(), s.checkShared(), s.readFiles(&set))
 	return set, err
 }
+
+// several reports whether there is more than one upstream, or may be later.
+func (set settings) several() bool { return len(set.upstreams) > 1 || len(set.sources) > 0 }
 
 // apiKeys reads the keys that clients must send; nil if they need none.
 func (s *serveCmd) apiKeys() (*keysFile, error) {
@@ -373,24 +377,22 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	}
 	defer stop()
 	for _, t := range set.upstreams {
-		up := upstream.NewServer(t.name, t.url, transport, logger)
-		up.TryDuration = s.TryDuration
-		ups = append(ups, up)
+		ups = append(ups, s.server(t, transport, logger))
 	}
 	if s.Check {
-		return s.report(ctx, c, set, ups)
+		return s.report(ctx, c, set, ups, transport, logger)
 	}
 	kept, closeStores, err := s.openStores(&set, logger)
 	if err != nil {
 		return err
 	}
 	defer closeStores()
-	with, err := s.openShared(set, logger)
+	with, err := s.openShared(logger)
 	if err != nil {
 		return err
 	}
 	defer with.close()
-	h := s.handler(set, ups, transport, kept, with, logger)
+	h, counts := s.handler(set, ups, transport, kept, with, logger)
 	ln, stopBatches, err := s.begin(ctx, set, h, logger)
 	if err != nil {
 		return err
@@ -427,8 +429,10 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	})
 	wg.Go(func() { h.Run(background) })               // ends with background
 	wg.Go(func() { with.keepLearned(background, h) }) // ends with background
-	wg.Go(func() { trim(background, transport) })     // ends with background
-	wg.Go(func() {                                    // ends with background
+	found := s.foundServers(set, h, counts, transport, logger)
+	wg.Go(func() { found.watch(background) })     // ends with background
+	wg.Go(func() { trim(background, transport) }) // ends with background
+	wg.Go(func() {                                // ends with background
 		watchFiles(background, hangup, logger, append(set.files(), newConfigReload(s, set, h, level)...)...)
 	})
 
@@ -497,7 +501,7 @@ func (set settings) files() (list []reloader) {
 func (s *serveCmd) handler(
 	set settings, ups []*upstream.Server, transport *http.Transport, kept answers.Store,
 	with *together, logger *slog.Logger,
-) *proxy.Handler {
+) (*proxy.Handler, *metrics.Metrics) {
 	h := &proxy.Handler{
 		Upstreams: ups, Transport: transport, KeepAlive: set.keepAlive, NoTouch: !s.Touch,
 		NumCtx: set.numCtx, StableHeads: set.heads,
@@ -516,15 +520,13 @@ func (s *serveCmd) handler(
 	counts := metrics.New(version(), h.InFlight)
 	if set.lanes {
 		h.Lanes = schedule.NewScheduler(schedule.Config{Limit: s.Queue, MaxWait: s.MaxWait})
-		var names []string
 		for i, t := range set.upstreams {
 			h.Lanes.SetLanes(uint16(i), t.slots)
 			if t.expected > 0 {
 				h.Lanes.SetExpected(uint16(i), t.expected)
 			}
-			names = append(names, t.name)
 		}
-		counts.Lanes(names, h.LaneStats)
+		counts.Lanes(h.UpstreamName, h.LaneStats)
 	}
 	if set.keys != nil {
 		set.keys.warn(logger)
@@ -553,7 +555,7 @@ func (s *serveCmd) handler(
 	if kept != nil {
 		counts.Answers(kept.Stats, h.Surviving)
 	}
-	h.Metrics, h.Done, h.Touched = counts.Handler(), counts.Done, counts.Touched
+	h.Metrics, h.Done, h.Touched, h.Forgotten = counts.Handler(), counts.Done, counts.Touched, counts.Forget
 	if s.done != nil {
 		h.Done = func(ex proxy.Exchange) {
 			counts.Done(ex)
@@ -561,14 +563,43 @@ func (s *serveCmd) handler(
 		}
 	}
 	for _, up := range ups {
-		up.Polled = func(st upstream.State) {
-			h.Polled(up, st)
-			counts.Polled(up.Name, st)
-		}
+		reports(up, h, counts)
 	}
 	s.join(set, h, counts, logger)
 	h.Init()
-	return h
+	with.handler.Store(h)
+	return h, counts
+}
+
+// reports makes a server pass on the results of its polls.
+func reports(up *upstream.Server, h *proxy.Handler, counts *metrics.Metrics) {
+	up.Polled = func(st upstream.State) {
+		h.Polled(up, st)
+		counts.Polled(up.Name, st)
+	}
+}
+
+// foundServers adds the servers that the sources list to the handler, and removes them.
+func (s *serveCmd) foundServers(
+	set settings, h *proxy.Handler, counts *metrics.Metrics, transport *http.Transport,
+	logger *slog.Logger,
+) *foundServers {
+	return &foundServers{
+		sources: set.sources, given: set.upstreams, listen: set.listen, log: logger,
+		add: func(t target) {
+			up := s.server(t, transport, logger)
+			reports(up, h, counts)
+			h.AddUpstream(up, t.slots, t.expected)
+		},
+		remove: h.RemoveUpstream,
+	}
+}
+
+// server returns the upstream of a target.
+func (s *serveCmd) server(t target, transport *http.Transport, logger *slog.Logger) *upstream.Server {
+	up := upstream.NewServer(t.name, t.url, transport, logger)
+	up.TryDuration = s.TryDuration
+	return up
 }
 
 // listener listens at the configured address.
@@ -686,9 +717,9 @@ func (set settings) announce(logger *slog.Logger, addr net.Addr, ups []*upstream
 			logger.Warn(hint, "upstream", u.Name, "url", u.URL.String())
 		}
 		switch {
-		case len(ups) > 1 && st.Up:
+		case set.several() && st.Up:
 			logger.Info("upstream answers", "upstream", u.Name, "url", u.URL.String(), "version", st.Version, "models", len(st.Models), "names", names(st.Models))
-		case len(ups) > 1:
+		case set.several():
 			logger.Warn("upstream does not answer yet: start Ollama there or correct --upstream", "upstream", u.Name, "url", u.URL.String(), "err", st.Err)
 		case st.Up:
 			logger.Info("ready", "listen", listen, "upstream", u.Name, "url", u.URL.String(), "version", st.Version, "models", len(st.Models), "names", names(st.Models))
@@ -697,8 +728,12 @@ func (set settings) announce(logger *slog.Logger, addr net.Addr, ups []*upstream
 				"listen", listen, "upstream", u.Name, "url", u.URL.String(), "err", st.Err)
 		}
 	}
-	if len(ups) > 1 {
-		logger.Info("ready", "listen", listen, "upstreams", len(ups), "up", up)
+	if set.several() {
+		args := []any{"listen", listen, "upstreams", len(ups), "up", up}
+		for _, t := range set.sources {
+			args = append(args, "more_by", t.discovered)
+		}
+		logger.Info("ready", args...)
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"sync/atomic"
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
@@ -25,10 +26,12 @@ type together struct {
 	prefixes *contextstore.Valkey // the same as seen
 	limits   *shared.Limits
 	learned  *shared.Learned
+
+	handler atomic.Pointer[proxy.Handler] // knows the upstreams; nil until it is made
 }
 
-// openShared opens what is shared. Its prefixes are those of the upstreams in set.
-func (s *serveCmd) openShared(set settings, log *slog.Logger) (*together, error) {
+// openShared opens what is shared.
+func (s *serveCmd) openShared(log *slog.Logger) (*together, error) {
 	limits := contextstore.Limits{Entries: s.StoreEntries, Bytes: s.StoreBytes}
 	if s.Shared == "" {
 		return &together{seen: contextstore.NewMemory(limits)}, nil
@@ -46,26 +49,25 @@ func (s *serveCmd) openShared(set settings, log *slog.Logger) (*together, error)
 	if err != nil {
 		return nil, fmt.Errorf("--shared %s: %w", valkeyconn.Redacted(s.Shared), err)
 	}
-	prefixes := contextstore.NewValkey(conn, limits, set.upstreamName, set.upstreamIndex)
-	return &together{seen: prefixes, conn: conn, prefixes: prefixes, limits: shared.NewLimits(conn),
-		learned: shared.NewLearned(conn)}, nil
+	t := &together{conn: conn, limits: shared.NewLimits(conn), learned: shared.NewLearned(conn)}
+	t.prefixes = contextstore.NewValkey(conn, limits, t.upstreamName, t.upstreamIndex)
+	t.seen = t.prefixes
+	return t, nil
 }
 
 // upstreamName returns the name of an upstream, by which other proxies know it, or "" if there is
 // none with this index.
-func (set settings) upstreamName(index uint16) string {
-	if int(index) < len(set.upstreams) {
-		return set.upstreams[index].name
+func (t *together) upstreamName(index uint16) string {
+	if h := t.handler.Load(); h != nil {
+		return h.UpstreamName(index)
 	}
 	return ""
 }
 
 // upstreamIndex is the inverse of upstreamName.
-func (set settings) upstreamIndex(name string) (uint16, bool) {
-	for i, t := range set.upstreams {
-		if t.name == name {
-			return uint16(i), true
-		}
+func (t *together) upstreamIndex(name string) (uint16, bool) {
+	if h := t.handler.Load(); h != nil {
+		return h.UpstreamIndex(name)
 	}
 	return 0, false
 }

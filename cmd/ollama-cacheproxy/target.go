@@ -21,31 +21,48 @@ type target struct {
 	sim      *ollamasim.Server // nil: a real server, at url
 	slots    int               // 0: learned; schedule.Unlimited: off
 	expected int               // most likely number, while it is learned; 0: unknown
+
+	discovered string // dns:… or srv:…: not one server but all that are listed there; else ""
 }
 
-// targets reads --upstream and --slots.
-func (s *serveCmd) targets(listen string) ([]target, error) {
+// targets reads --upstream and --slots. It returns those that DNS lists apart.
+func (s *serveCmd) targets(listen string) (given, sources []target, err error) {
+	list, err := s.readTargets(listen)
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, t := range list {
+		if t.discovered != "" {
+			sources = append(sources, t)
+		} else {
+			t.expect(os.Getenv("OLLAMA_NUM_PARALLEL"))
+			given = append(given, t)
+		}
+	}
+	return given, sources, nil
+}
+
+func (s *serveCmd) readTargets(listen string) ([]target, error) {
 	addrs := s.Upstream
 	if len(addrs) == 0 {
 		addrs = []string{defaultUpstream}
 	}
 	var list []target
 	for i, addr := range addrs {
-		name, u, sim, err := parseTarget(addr)
+		t, err := readTarget(addr)
 		if err != nil {
 			return nil, fmt.Errorf("--upstream: %w", err)
 		}
-		if name == "" {
-			name = "upstream"
+		if t.name == "" {
+			t.name = "upstream"
 			if len(addrs) > 1 {
-				name += strconv.Itoa(i + 1)
+				t.name += strconv.Itoa(i + 1)
 			}
 		}
-		if sim == nil && selfTarget(listen, u) {
+		if t.url != nil && selfTarget(listen, t.url) {
 			return nil, fmt.Errorf(
-				"--upstream %s is the proxy's own address: give the address of Ollama itself", u)
+				"--upstream %s is the proxy's own address: give the address of Ollama itself", t.url)
 		}
-		t := target{name: name, url: u, sim: sim}
 		for _, other := range list {
 			if err := t.conflict(other); err != nil {
 				return nil, fmt.Errorf("--upstream: %w", err)
@@ -59,10 +76,17 @@ func (s *serveCmd) targets(listen string) ([]target, error) {
 	if err := setSlots(list, s.Slots); err != nil {
 		return nil, err
 	}
-	for i := range list {
-		list[i].expect(os.Getenv("OLLAMA_NUM_PARALLEL"))
-	}
 	return list, nil
+}
+
+// readTarget reads one --upstream.
+func readTarget(s string) (t target, err error) {
+	var ok bool
+	if t.name, t.discovered, ok, err = cutDiscovered(s); ok || err != nil {
+		return t, err
+	}
+	t.name, t.url, t.sim, err = parseTarget(s)
+	return t, err
 }
 
 // conflict returns why two upstreams cannot be used together; nil if they can.
@@ -70,7 +94,9 @@ func (t target) conflict(other target) error {
 	switch {
 	case t.name == other.name:
 		return fmt.Errorf("two are called %q", t.name)
-	case t.sim == nil && other.sim == nil && t.url.String() == other.url.String():
+	case t.discovered != "" && t.discovered == other.discovered:
+		return fmt.Errorf("%s and %s are one, %s", other.name, t.name, t.discovered)
+	case t.url != nil && other.url != nil && t.url.String() == other.url.String():
 		return fmt.Errorf("%s and %s are one address, %s", other.name, t.name, t.url)
 	}
 	return nil

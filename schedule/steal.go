@@ -179,7 +179,7 @@ func (t *theft) best(p rank, k *class) (best loot) {
 	}
 	for _, l := range t.x.lanes {
 		if l.item == nil && l.tokens > slack {
-			if it, tokens := k.best(l.holds); it != nil && tokens > slack && t.takes(it) {
+			if it, tokens := k.best(l.holds); it != nil && tokens > slack && t.takes(it) && (!t.held || t.q.follows(it.who.client, tokens, l.tokens)) {
 				try(it)
 			}
 		}

@@ -116,8 +116,9 @@ func (q *Queue) steal(x, y *runner, now time.Time) bool {
 	t := q.theft(x, y, now)
 	t.loading = int(x.server.loading(x, y.key.Options, &y.rates, now) / t.per)
 	all, _ := t.pick()
-	for _, it := range all {
+	for i, it := range all {
 		it.moves++
+		it.joins = i == 0
 		q.shift(it, x, now)
 		q.count.Stolen++
 	}

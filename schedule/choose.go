@@ -522,7 +522,7 @@ func (x *runner) below(n *node) float64 {
 func (c *choice) worth(it *item, n *node, again, backlog int) bool {
 	// Where the result of another lane's evaluation is available once its request has ended, the
 	// backlog is no reason: all of it may be served then.
-	if again <= slack || backlog >= again && !c.x.copied() {
+	if again <= slack || it.joins || backlog >= again && !c.x.copied() {
 		return true
 	}
 	takes, owned := c.x.rates.evaluate(again), n

@@ -416,9 +416,10 @@ func fleetWorkloads(seed uint64) []fleetWorkload {
 	}
 	chats := func(s *sim) {
 		system := text(500)
+		rng := rand.New(rand.NewPCG(seed, 4))
 		for c := range 16 {
 			jobs := conversation(system, c)
-			s.after(time.Duration(c)*10*time.Millisecond, func() { s.chat(jobs, 20*time.Millisecond) })
+			s.after(time.Duration(rng.IntN(200))*time.Millisecond, func() { s.chat(jobs, 20*time.Millisecond) })
 		}
 	}
 	return []fleetWorkload{

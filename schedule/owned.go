@@ -226,7 +226,7 @@ func (t *theft) more(l *lane, work int) []*item {
 		return nil
 	}
 	it, tokens := k.best(l.holds)
-	if it == nil || !t.takes(it) || 2*tokens < it.tokens {
+	if it == nil || !t.takes(it) || !t.q.follows(it.who.client, tokens, l.tokens) {
 		return nil
 	}
 	if n := it.owned(); n.parent == nil || t.from.backlog(n) < work {

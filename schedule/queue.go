@@ -346,6 +346,7 @@ type item struct {
 	opening   uint64   // see openingOf
 	moves     int      // how often it was taken over
 	movable   bool     // another proxy may take it over
+	joins     bool     // it was taken over although its prefix is evaluated once more for it
 
 	lane     *lane // while it is served
 	granted  time.Time

@@ -116,8 +116,9 @@ func (q *Queue) steal(x, y *runner, now time.Time) bool {
 	t := q.theft(x, y, now)
 	t.loading = int(x.server.loading(x, y.key.Options, &y.rates, now) / t.per)
 	all, _ := t.pick()
-	for _, it := range all {
+	for i, it := range all {
 		it.moves++
+		it.joins = i == 0
 		q.shift(it, x, now)
 		q.count.Stolen++
 	}
@@ -179,7 +180,7 @@ func (t *theft) best(p rank, k *class) (best loot) {
 	}
 	for _, l := range t.x.lanes {
 		if l.item == nil && l.tokens > slack {
-			if it, tokens := k.best(l.holds); it != nil && tokens > slack && t.takes(it) {
+			if it, tokens := k.best(l.holds); it != nil && tokens > slack && t.takes(it) && (!t.held || t.q.follows(it.who.client, tokens, l.tokens)) {
 				try(it)
 			}
 		}

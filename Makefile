@@ -120,6 +120,10 @@ fuzz: ## a minute of each fuzz test
 	$(FUZZ) '^FuzzCursor$$' ./jsonscan
 	$(FUZZ) '^FuzzRead$$' ./prefix
 	$(FUZZ) '^FuzzMemory$$' ./contextstore
+	$(FUZZ) '^FuzzEvent$$' ./contextstore
+	$(FUZZ) '^FuzzTaken$$' ./shared
+	$(FUZZ) '^FuzzLearned$$' ./shared
+	$(FUZZ) '^FuzzParse$$' ./valkeyconn
 	$(FUZZ) '^FuzzSplits$$' ./savings
 	$(FUZZ) '^FuzzText$$' ./savings
 	$(FUZZ) '^FuzzKindOf$$' ./savings

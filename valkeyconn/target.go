@@ -1,6 +1,7 @@
 package valkeyconn
 
 import (
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net/url"
@@ -51,9 +52,10 @@ type Target struct {
 }
 
 // Parse parses a URL: valkey://[user:password@]host[:port][/database], valkeys:// with TLS, redis://
-// and rediss:// for the same. Two parameters are ours: secret-file=PATH, a file that all proxies have
-// and the server has not, and prefix=TEXT, which begins all keys; without it, they begin with the
-// argument. No error quotes a password.
+// and rediss:// for the same. Three parameters are ours: secret-file=PATH, a file that all proxies have
+// and the server has not; ca-file=PATH, certificate authorities to believe instead of the system's; and
+// prefix=TEXT, which begins all keys. Without it, they begin with the argument. No error quotes a
+// password.
 func Parse(target, prefix string) (Target, error) {
 	switch scheme := Scheme(target); {
 	case !slices.Contains(schemes, scheme):
@@ -76,14 +78,35 @@ func Parse(target, prefix string) (Target, error) {
 			return Target{}, err
 		}
 	}
-	q.Del("prefix")
-	q.Del("secret-file")
+	authorities := q.Get("ca-file")
+	for _, ours := range []string{"prefix", "secret-file", "ca-file"} {
+		q.Del(ours)
+	}
 	u.RawQuery = q.Encode()
 	if t.option, err = valkey.ParseURL(u.String()); err != nil {
 		return Target{}, fmt.Errorf("the address of the Valkey server: %w", err)
 	}
 	t.Address = t.option.InitAddress[0]
-	return t, nil
+	if authorities != "" {
+		err = t.believe(authorities)
+	}
+	return t, err
+}
+
+// believe has the server's certificate checked against the authorities in a file.
+func (t *Target) believe(file string) error {
+	if t.option.TLSConfig == nil {
+		return errors.New("ca-file is for a server with TLS: begin the URL with valkeys:// or rediss://")
+	}
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return fmt.Errorf("reading the certificate authorities of the Valkey server: %w", err)
+	}
+	t.option.TLSConfig.RootCAs = x509.NewCertPool()
+	if !t.option.TLSConfig.RootCAs.AppendCertsFromPEM(text) {
+		return fmt.Errorf("there is no certificate in PEM in %s", file)
+	}
+	return nil
 }
 
 func readSecret(file string) ([]byte, error) {

@@ -5,8 +5,13 @@ package valkeyconn_test
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
+	"encoding/pem"
 	"errors"
+	"io"
 	"log/slog"
+	"net"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -53,6 +58,9 @@ func TestParse(t *testing.T) {
 		"valkey://u:hunter2@host/x":       "database",
 		"valkey://h?secret-file=" + file:  "16 characters",
 		"valkey://h?secret-file=/no/file": "no such file",
+		"valkey://h?ca-file=" + file:      "valkeys://",
+		"valkeys://h?ca-file=" + file:     "no certificate",
+		"valkeys://h?ca-file=/no/file":    "no such file",
 	} {
 		_, err := valkeyconn.Parse(target, "")
 		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "hunter2") {
@@ -214,7 +222,7 @@ func FuzzParse(f *testing.F) {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, target string) {
-		if strings.Contains(target, "secret-file") {
+		if strings.Contains(target, "-file") {
 			return // it would read a file
 		}
 		got, err := valkeyconn.Parse(target, "p:")
@@ -223,4 +231,77 @@ func FuzzParse(f *testing.F) {
 		}
 		valkeyconn.Redacted(target)
 	})
+}
+
+// secured is the address of a TLS server before another one, and a file with the authority of its
+// certificate, which is its own.
+func secured(t *testing.T, server string) (address, authority string) {
+	t.Helper()
+	front := httptest.NewUnstartedServer(nil) // for its certificate
+	front.StartTLS()
+	front.Close()
+	ln, err := tls.Listen("tcp", "127.0.0.1:0", front.TLS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var conns sync.WaitGroup
+	conns.Go(func() {
+		for {
+			in, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			out, err := net.Dial("tcp", server)
+			if err != nil {
+				t.Error(err)
+				in.Close()
+				return
+			}
+			for _, to := range []struct{ to, from net.Conn }{{in, out}, {out, in}} {
+				conns.Go(func() {
+					io.Copy(to.to, to.from)
+					to.to.Close()
+				})
+			}
+		}
+	})
+	t.Cleanup(func() {
+		ln.Close()
+		conns.Wait()
+	})
+	authority = filepath.Join(t.TempDir(), "ca.pem")
+	text := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: front.Certificate().Raw})
+	if err := os.WriteFile(authority, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return ln.Addr().String(), authority
+}
+
+// TestTLS: a certificate is believed if its authority is in the file, and otherwise nothing is said to
+// that server.
+func TestTLS(t *testing.T) {
+	server := valkeyserver.Start(t, "--requirepass", "hunter2")
+	address, authority := secured(t, server.Addr())
+	for target, ok := range map[string]bool{
+		"valkeys://:hunter2@" + address + "?ca-file=" + authority: true,
+		"rediss://:hunter2@" + address + "?ca-file=" + authority:  true,
+		"valkeys://:hunter2@" + address:                           false,
+	} {
+		parsed, err := valkeyconn.Parse(target, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var log lines
+		c, err := valkeyconn.Open(parsed, valkeyconn.Options{Gone: "gone", Log: slog.New(slog.NewTextHandler(&log, nil))})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Call(context.Background(), 0, ping); (err == nil) != ok {
+			t.Errorf("%s: %v", target, err)
+		}
+		if n := log.count("x509"); (n == 0) != ok || log.count("hunter2") != 0 {
+			t.Errorf("%s: logged %d lines of certificates", target, n)
+		}
+		c.Close()
+	}
 }

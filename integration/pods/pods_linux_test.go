@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"go.uber.org/goleak"
+
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/bench/chat"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/netns"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/proxyprocess"
@@ -32,6 +34,8 @@ const (
 // a request, and passes it on to where its prefix is; while one pod after another is replaced, no
 // request of several clients fails; and a pod has its models and contexts again afterwards.
 func TestPods(t *testing.T) {
+	leaks := goleak.IgnoreCurrent()
+	t.Cleanup(func() { goleak.VerifyNone(t, leaks) }) // after the lab's end
 	netns.Test(t, testPods, func(t *testing.T) {
 		t.Fatal("there is no other way to give each pod an address: run this test as root")
 	})
@@ -250,14 +254,14 @@ func (c *cluster) storesContext(ctx context.Context) (server string) {
 
 // to asks for an answer of one server.
 type to struct {
-	http.RoundTripper
+	*http.Transport
 	server string
 }
 
 func (t to) RoundTrip(r *http.Request) (*http.Response, error) {
 	r = r.Clone(r.Context())
 	r.Header.Set(chat.HeaderServer, t.server)
-	return t.RoundTripper.RoundTrip(r)
+	return t.Transport.RoundTrip(r)
 }
 
 // attaches: the server was replaced, but its context was not lost.

@@ -1,6 +1,7 @@
 package fleet
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -450,6 +451,61 @@ func (l *lab) send(entry, text string, i int) error {
 		ask.Not = append(ask.Not, to.Peer)
 	}
 	return errors.New("tried too often")
+}
+
+// TestBodyWithoutEnd: what comes after an answer, of the body that it is an answer to, is not taken
+// for the next request.
+func TestBodyWithoutEnd(t *testing.T) {
+	for name, wait := range map[string]time.Duration{"in time": goAhead / 2, "late": 2 * goAhead, "forgotten": goAhead / 2} {
+		synctest.Test(t, func(t *testing.T) {
+			n := newNetwork()
+			f := New(Config{Name: "b", Secret: []byte("secret"), Local: func() []Server { return nil }})
+			srv := &http.Server{Handler: f.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				text, err := io.ReadAll(r.Body)
+				if err != nil {
+					t.Error(err)
+				}
+				if name == "forgotten" {
+					<-r.Context().Done()
+				}
+				w.Write(text)
+			}))}
+			served := make(chan error, 1)
+			ln := n.listen("b")
+			go func() { served <- srv.Serve(ln) }() // ends with Close
+			defer func() {
+				srv.Close()
+				<-served
+			}()
+			conn, err := n.dialer("a")(t.Context(), "tcp", "b")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			const request = "POST / HTTP/1.1\r\nHost: b\r\nX-Cacheproxy-Peer: a\r\nX-Cacheproxy-Peer-Secret: secret\r\n" +
+				"X-Cacheproxy-Peer-Age: 0\r\nX-Cacheproxy-Peer-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"
+			io.WriteString(conn, request)
+			time.Sleep(wait)
+			if name == "forgotten" {
+				f.forgets("a")
+				synctest.Wait()
+			}
+			io.WriteString(conn, "0\r\n\r\n"+request+"0\r\n\r\n")
+			answers := 0
+			for in := bufio.NewReader(conn); answers < 2; answers++ {
+				res, err := http.ReadResponse(in, nil)
+				if err != nil {
+					break
+				}
+				if text, err := io.ReadAll(res.Body); res.StatusCode != http.StatusOK || err == nil && string(text) != "hello" {
+					t.Errorf("%s: answer %d: %s %q, %v", name, answers, res.Status, text, err)
+				}
+			}
+			if want := map[bool]int{true: 2, false: 1}[name == "in time"]; answers != want {
+				t.Errorf("%s: %d answers, want %d", name, answers, want)
+			}
+		})
+	}
 }
 
 // TestStrangers: only peers are served at their address.

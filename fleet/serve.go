@@ -158,22 +158,26 @@ func (f *Fleet) servePassed(w http.ResponseWriter, r *http.Request, next http.Ha
 	}
 	f.arrivals.Store(p, p.entry)
 	// What reads the body ends when its connection is not read any more.
-	stop := context.AfterFunc(ctx, func() { out.SetReadDeadline(time.Now()) })
-	defer stop()
+	giveUp := func() { out.SetReadDeadline(time.Now()) }
+	stop := context.AfterFunc(ctx, giveUp)
 	defer func() {
 		f.arrivals.Delete(p)
 		p.mu.Lock()
 		p.w = nil
 		p.mu.Unlock()
 		out.Flush() // the entry ends the body when it has the answer's header
-		if !body.watches.Load() {
-			return
+		late := false
+		if body.watches.Load() {
+			select {
+			case <-body.watched:
+			case <-time.After(goAhead):
+				late = true
+				giveUp()
+				<-body.watched
+			}
 		}
-		select {
-		case <-body.watched:
-		case <-time.After(goAhead):
-			out.SetReadDeadline(time.Now())
-			<-body.watched
+		if !stop() || late {
+			panic(http.ErrAbortHandler) // what is left of the body would be read as the next request
 		}
 	}()
 	next.ServeHTTP(w, inner)

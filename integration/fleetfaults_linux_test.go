@@ -11,6 +11,7 @@ import (
 // inFleet runs a test of a fleet with partitions, or without them where this process may make none.
 func inFleet(t *testing.T, run func(t *testing.T, c faults.Config)) {
 	t.Helper()
+	t.Parallel() // they mostly wait
 	config := func(t *testing.T) faults.Config {
 		bin, err := proxyBinary()
 		if err != nil {

@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -28,10 +29,10 @@ type place struct {
 }
 
 // places makes places: in a lab if there is one.
-type places struct {
-	lab  *netns.Lab
-	made int
-}
+type places struct{ lab *netns.Lab }
+
+// made counts the places on loopback, which have addresses of their own.
+var made atomic.Uint32
 
 func (p *places) place(name string) (place, error) {
 	if p.lab != nil {
@@ -41,10 +42,8 @@ func (p *places) place(name string) (place, error) {
 		}
 		return place{name, h.Addr, h}, nil
 	}
-	// Each process that runs this has addresses of its own.
-	p.made++
 	pid := os.Getpid()
-	return place{name: name, addr: netip.AddrFrom4([4]byte{127, byte(1 + pid>>8%250), byte(pid), byte(p.made)})}, nil
+	return place{name: name, addr: netip.AddrFrom4([4]byte{127, byte(1 + pid>>8%250), byte(pid), byte(made.Add(1))})}, nil
 }
 
 func (p place) listen(addr string) (net.Listener, error) {

@@ -236,7 +236,7 @@ func (h *Handler) pass(w http.ResponseWriter, r *http.Request, ex *exchange, ser
 // returns waits for a server with the request's model, if only proxies that are away had it. Without
 // a refusal it has set the place, which is this proxy if no other ever had it.
 func (h *Handler) returns(r *http.Request, ex *exchange, ask fleet.Ask, place *fleet.Place) *refusal {
-	limit := time.After(h.Upstreams[0].TryDuration)
+	limit := time.After(h.TryDuration)
 	for {
 		news := h.Fleet.News()
 		if to, ok := h.Fleet.Choose(ask); ok {

@@ -113,6 +113,9 @@ type Handler struct {
 	// ReplayPaced replays a kept stream at the pace at which it was recorded, rather than at once.
 	ReplayPaced bool
 
+	// TryDuration is how long requests wait for a peer of the fleet that is away and that alone has
+	// their model. (How long they wait for a server is that server's.) Zero means not at all.
+	TryDuration time.Duration
 	// Fleet are the other proxies that this one works with; nil: none. See Join.
 	Fleet *fleet.Fleet
 

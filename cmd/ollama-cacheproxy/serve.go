@@ -512,7 +512,7 @@ func (s *serveCmd) handler(
 		Contexts: set.contexts, Version: version(), Price: s.Price,
 		Answers: kept, AnswersAge: s.AnswersTTL, AnswersBytes: s.AnswersBytes,
 		CacheAnswers: set.cached, CacheEmbeddings: set.vectors, AnswersShared: s.AnswersShared,
-		ReplayPaced: s.AnswersPaced,
+		ReplayPaced: s.AnswersPaced, TryDuration: s.TryDuration,
 	}
 	if set.prewarm != nil {
 		h.Prewarm = set.prewarm.requests

@@ -216,7 +216,7 @@ func (t *theft) give(to string, most int) (given int) {
 
 // giveTime is how much work of a prefix that lanes are busy with a lane is given at once, so that
 // others get their part, too. It asks again when that is done.
-var giveTime = 500 * time.Millisecond
+const giveTime = 500 * time.Millisecond
 
 // more returns a request that continues what a lane has been given, as long as the lanes that are
 // working on its prefix have more to do.

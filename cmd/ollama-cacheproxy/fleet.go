@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -39,15 +38,14 @@ type fleetFlags struct {
 
 // fleetSettings are the evaluated fleetFlags.
 type fleetSettings struct {
-	listen  string // for net.Listen; "" if the proxy works alone
-	sources []discover.Source
-	secret  []byte
-	cert    *certFile // nil: without TLS
-	tls     *fleet.TLS
-	name    string
+	listen string // for net.Listen; "" if the proxy works alone
+	secret []byte
+	cert   *certFile // nil: without TLS
+	tls    *fleet.TLS
+	name   string
 }
 
-func (f *fleetFlags) settings(upstreams []target, log *slog.Logger) (set fleetSettings, err error) {
+func (f *fleetFlags) settings(upstreams []target) (set fleetSettings, err error) {
 	if len(f.Peers) == 0 {
 		if f.PeerListen != "" || len(f.Own) > 0 || f.PeerSecretFile != "" || f.PeerCert != "" || f.GossipListen != "" {
 			return set, errors.New("--peer-listen, --peer-secret-file, --peer-cert, --gossip-listen and --own are for a fleet: give --peers, too")
@@ -70,10 +68,11 @@ func (f *fleetFlags) settings(upstreams []target, log *slog.Logger) (set fleetSe
 			return set, fmt.Errorf("--own %s: there is no upstream of this name; name it with --upstream %s=ADDR", name, name)
 		}
 	}
-	if err = cmp.Or(f.secrets(&set), f.find(&set, host, log)); err != nil {
+	if err = f.secrets(&set); err != nil {
 		return set, err
 	}
-	return set, nil
+	_, err = f.sources(set.secret, slog.New(slog.DiscardHandler))
+	return set, err
 }
 
 // defaultPeerName names a proxy by its host and port.
@@ -129,8 +128,8 @@ func (f *fleetFlags) secrets(set *fleetSettings) (err error) {
 // secretLeast is the least length of a secret, in bytes.
 const secretLeast = 16
 
-// find evaluates where peers are found.
-func (f *fleetFlags) find(set *fleetSettings, host string, log *slog.Logger) error {
+// sources evaluates where peers are found. It neither looks anything up nor listens.
+func (f *fleetFlags) sources(secret []byte, log *slog.Logger) (all []discover.Source, err error) {
 	var seeds []string
 	for _, spec := range f.Peers {
 		if seed, ok := strings.CutPrefix(spec, gossipScheme); ok {
@@ -139,27 +138,27 @@ func (f *fleetFlags) find(set *fleetSettings, host string, log *slog.Logger) err
 		}
 		s, err := discover.Parse(spec, log)
 		if err != nil {
-			return fmt.Errorf("--peers %s: %w", spec, err)
+			return nil, fmt.Errorf("--peers %s: %w", spec, err)
 		}
-		set.sources = append(set.sources, s)
+		all = append(all, s)
 	}
 	switch {
 	case len(seeds) == 0 && f.GossipListen != "":
-		return errors.New("--gossip-listen needs --peers gossip:HOST:PORT, the address of one that is known to gossip, which may be this one")
+		return nil, errors.New("--gossip-listen needs --peers gossip:HOST:PORT, the address of one that is known to gossip, which may be this one")
 	case len(seeds) == 0:
-		return nil
+		return all, nil
 	case f.GossipListen == "":
-		return errors.New("--peers gossip:… needs --gossip-listen, such as --gossip-listen :7946")
+		return nil, errors.New("--peers gossip:… needs --gossip-listen, such as --gossip-listen :7946")
 	}
-	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
-		return fmt.Errorf("--peer-listen %s: with --peers gossip:… it must name this host's own address, which the others are told", f.PeerListen)
+	host, _, err := net.SplitHostPort(f.PeerListen)
+	if ip := net.ParseIP(host); err != nil || host == "" || ip != nil && ip.IsUnspecified() {
+		return nil, fmt.Errorf("--peer-listen %s: with --peers gossip:… it must name this host's own address, which the others are told", f.PeerListen)
 	}
-	s, err := discover.NewGossip(f.GossipListen, f.PeerListen, seeds, set.secret, log)
+	s, err := discover.NewGossip(f.GossipListen, f.PeerListen, seeds, secret, log)
 	if err != nil {
-		return fmt.Errorf("--gossip-listen %s: %w", f.GossipListen, err)
+		return nil, fmt.Errorf("--gossip-listen %s: %w", f.GossipListen, err)
 	}
-	set.sources = append(set.sources, s)
-	return nil
+	return append(all, s), nil
 }
 
 // join makes the handler one of a fleet. Call it before the handler's Init.
@@ -173,7 +172,11 @@ func (s *serveCmd) join(
 		Name: set.fleet.name, Own: s.Own, Secret: set.fleet.secret, Log: log,
 		Transport: fleet.NewTransport(nil, set.fleet.tls),
 	}
-	for _, source := range set.fleet.sources {
+	sources, err := s.sources(set.fleet.secret, log)
+	if err != nil {
+		log.Error("this proxy looks for no others until it is started again", "err", err)
+	}
+	for _, source := range sources {
 		c.Sources = append(c.Sources, source)
 	}
 	if set.fleet.tls != nil {

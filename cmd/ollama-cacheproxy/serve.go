@@ -219,7 +219,7 @@ func (s *serveCmd) settings() (settings, error) {
 	if set.trusted, err = proxy.ParseTrustedProxies(s.TrustedProxy); err != nil {
 		return set, fmt.Errorf("--trusted-proxy: %w", err)
 	}
-	if set.fleet, err = s.fleetFlags.settings(set.upstreams, nil); err != nil {
+	if set.fleet, err = s.fleetFlags.settings(set.upstreams); err != nil {
 		return set, err
 	}
 	err = cmp.Or(s.checkBatches(), s.checkAnswers(), s.checkShared(), s.readFiles(&set))

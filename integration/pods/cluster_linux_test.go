@@ -81,11 +81,11 @@ func (c *cluster) create(number, incarnation int) (*pod, error) {
 	if err != nil {
 		return nil, err
 	}
-	// Peers find a pod before it is ready.
-	c.change(func() { c.pods[name] = p })
 	if err := p.run(volumes); err != nil {
 		return nil, errors.Join(err, p.kill())
 	}
+	// Peers find a pod before it is ready, but the first one looks for a name that does not exist yet.
+	c.change(func() { c.pods[name] = p })
 	return p, nil
 }
 

@@ -2,6 +2,7 @@ package pods
 
 import (
 	"context"
+	"encoding/json"
 	"flag"
 	"fmt"
 	"net/http"
@@ -61,6 +62,7 @@ func testPods(t *testing.T, lab *netns.Lab) {
 		t.Fatal(err)
 	}
 
+	c.joined(ctx)
 	c.oneFleet(ctx)
 	c.linked(ctx)
 	server := c.storesContext(ctx)
@@ -76,6 +78,7 @@ func testPods(t *testing.T, lab *netns.Lab) {
 		}
 	}
 	c.restarts(ctx, restarts)
+	c.joined(ctx)
 	c.attaches(ctx, server)
 }
 
@@ -183,6 +186,44 @@ func ollamaImage(t *testing.T) image {
 	}
 }
 
+// joined waits until every proxy knows all others, which may have looked for a name of the first
+// pods only, and what their servers have.
+func (c *cluster) joined(ctx context.Context) {
+	c.t.Helper()
+	client := &http.Client{Transport: c.node.Transport()}
+	defer client.CloseIdleConnections()
+	for _, p := range c.readyPods() {
+		for {
+			_, text, err := get(ctx, client, "http://"+p.address("http")+"/_cacheproxy/fleet")
+			var page struct {
+				Peers     []struct{ Up bool }
+				Upstreams []struct{ Models int }
+			}
+			if err == nil {
+				err = json.Unmarshal([]byte(text), &page)
+			}
+			if err != nil {
+				c.t.Fatalf("%s: %v in %s\n%s", p.name, err, text, p.logs())
+			}
+			up, full := 0, 0
+			for _, other := range page.Peers {
+				if other.Up {
+					up++
+				}
+			}
+			for _, server := range page.Upstreams {
+				if server.Models > 0 {
+					full++
+				}
+			}
+			if up == c.set.Spec.Replicas-1 && full == c.set.Spec.Replicas {
+				break
+			}
+			time.Sleep(50 * time.Millisecond) // until the next look; ctx bounds them
+		}
+	}
+}
+
 // oneFleet: a prompt goes to one server, at whichever pod it enters, and different ones to all.
 func (c *cluster) oneFleet(ctx context.Context) {
 	c.t.Helper()
@@ -190,7 +231,7 @@ func (c *cluster) oneFleet(ctx context.Context) {
 	defer client.CloseIdleConnections()
 	served := map[string]int{}
 	for n := 0; len(served) < c.set.Spec.Replicas && n < 40; n++ {
-		text := fmt.Sprintf("subject %d: %s", n, strings.Repeat("and more of it ", 30))
+		text := strings.Repeat(fmt.Sprintf("%d and ", 7919*n), 60)
 		by := map[string]bool{}
 		for _, p := range c.readyPods() {
 			a, err := chat.Send(ctx, client, "http://"+p.address("http"), chat.Request{Model: tiny, Messages: []chat.Message{chat.User(text)}, Generate: 3})

@@ -31,6 +31,8 @@ type begin struct {
 	at     time.Time
 }
 
+func (b begin) String() string { return b.server + " at " + b.at.Format("15:04:05.000") }
+
 // ledger notes which requests servers began with. It outlives them.
 type ledger struct {
 	mu    sync.Mutex

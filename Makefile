@@ -92,6 +92,10 @@ bench-fleet: ## several proxies beside one, nginx and ollama-herd, on four real 
 	$(GO) run ./bench/fleet
 	$(GO) run ./bench/fleet -model gen-llama-costly -runs 1
 
+.PHONY: bench-fleet-sim
+bench-fleet-sim: ## 64 servers, 8 proxies and 1,000 clients, simulated, in virtual time (10 min)
+	$(GO) test -count 1 -timeout 1h -v ./bench/fleetsim -args -full
+
 .PHONY: bench-contexts
 bench-contexts: ## what stored contexts save: tokens evaluated and time, directly and through the proxy, on real servers (10 min each)
 	$(GO) run ./bench/contexts

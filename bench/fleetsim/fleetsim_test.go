@@ -1,202 +1,243 @@
 package fleetsim
 
 import (
-	"context"
 	"flag"
 	"fmt"
-	"io"
-	"log/slog"
 	"math/rand/v2"
-	"net/http"
-	"net/url"
 	"slices"
-	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
-	"github.com/ollama-cacheproxy/ollama-cacheproxy/bench/virtual"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/ollamasim"
-	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
-	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
-	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
-var full = flag.Bool("full", false, "64 servers, 8 proxies, 1,000 clients; otherwise an eighth of the servers and clients, and 3 proxies")
-
-// size is how large a fleet and its load are.
-type size struct {
-	servers, proxies, clients int
-	each                      int // requests of a client
-}
+var full = flag.Bool("full", false, "64 servers, 8 proxies, 1,000 clients; otherwise an eighth of that, and 3 proxies")
 
 func sizes() size {
 	if *full {
 		return size{servers: 64, proxies: 8, clients: 1000, each: 10}
 	}
-	return size{servers: 8, proxies: 3, clients: 125, each: 4}
+	return size{servers: 8, proxies: 3, clients: 125, each: 8}
 }
 
+// through returns the same with that many proxies.
+func (z size) through(proxies int) size {
+	z.proxies = proxies
+	return z
+}
+
+// prefixesPerServer is how many prefixes there are for each server.
+const prefixesPerServer = 4
+
+// The most that a fleet may evaluate, and the least fairness that it may have, relative to one proxy
+// in front of the same servers.
 const (
-	prefixesPerServer = 4
-	shared            = 1000 // tokens of a prefix
-	own               = 50   // tokens after it
-	answer            = 10   // tokens
+	mostTokens      = 1.05
+	leastFair       = 0.95
+	mostInteractive = 0.25 // of the others' time, that of an interactive request
 )
-
-// world is a fleet in memory, and what it serves.
-type world struct {
-	t      *testing.T
-	n      virtual.Network
-	sims   []*ollamasim.Server
-	client *http.Client
-	hosts  []string // of the proxies
-	prefix func(i int) string
-	system int
-
-	mu    sync.Mutex
-	trace map[string]messages
-}
-
-// messages counts what proxies sent each other.
-type messages struct{ n, bytes int }
-
-// newWorld starts servers and proxies in a bubble, until the test ends.
-func newWorld(t *testing.T, z size) *world {
-	w := &world{t: t, n: virtual.Network{}, trace: map[string]messages{}}
-	for i := range z.servers {
-		s, err := ollamasim.New(ollamasim.Config{Models: []ollamasim.Model{{
-			Name: "m", LoadTime: 10 * time.Second, PromptRate: 1000, AnswerRate: 40,
-		}}})
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(w.n.Serve(t, serverName(i), s))
-		w.sims = append(w.sims, s)
-	}
-	for i := range z.proxies {
-		w.start(i, z)
-	}
-	w.client = &http.Client{Transport: &http.Transport{
-		DialContext: w.n.Dial, MaxIdleConnsPerHost: z.clients, DisableCompression: true,
-	}}
-	t.Cleanup(w.client.CloseIdleConnections)
-	return w
-}
-
-func serverName(i int) string { return fmt.Sprintf("server%d", i) }
-
-// start starts a proxy.
-func (w *world) start(i int, z size) {
-	transport := proxy.NewTransport()
-	transport.DialContext = w.n.Dial
-	w.t.Cleanup(transport.CloseIdleConnections)
-	var ups []*upstream.Server
-	for k := range z.servers {
-		where := &url.URL{Scheme: "http", Host: serverName(k)}
-		ups = append(ups, upstream.NewServer(where.Host, where, transport, slog.New(slog.DiscardHandler)))
-	}
-	h := virtual.Start(w.t, ups, transport, schedule.Config{}, func(h *proxy.Handler) {})
-	host := fmt.Sprintf("proxy%d", i)
-	w.t.Cleanup(w.n.Serve(w.t, host, virtual.From(h)))
-	w.hosts = append(w.hosts, host)
-}
-
-// request is one chat.
-type request struct {
-	entry, prefix int
-	id            uint64
-	from          string
-	priority      string
-}
-
-// ask sends a request, and returns how long the answer took.
-func (w *world) ask(q request) time.Duration {
-	body := fmt.Sprintf(`{"model":"m","stream":false,"options":{"num_predict":%d,"temperature":0},"messages":[`+
-		`{"role":"system","content":%q},{"role":"user","content":%q}]}`,
-		answer, virtual.Words(1, uint64(q.prefix), shared), virtual.Words(2, q.id+1, own))
-	host := w.hosts[q.entry%len(w.hosts)]
-	req, err := http.NewRequestWithContext(w.t.Context(), http.MethodPost, "http://"+host+"/api/chat", strings.NewReader(body))
-	if err != nil {
-		w.t.Error(err)
-		return 0
-	}
-	req.Header.Set("Content-Type", "application/json")
-	req.Header.Set(virtual.HeaderFrom, q.from+":1")
-	if q.priority != "" {
-		req.Header.Set("X-Cacheproxy-Priority", q.priority)
-	}
-	sent := time.Now()
-	res, err := w.client.Do(req)
-	if err != nil {
-		w.t.Error(err)
-		return 0
-	}
-	defer res.Body.Close()
-	text, err := io.ReadAll(res.Body)
-	if err != nil || res.StatusCode != http.StatusOK {
-		w.t.Errorf("%d %s %v", res.StatusCode, text, err)
-	}
-	return time.Since(sent)
-}
 
 // outcome is what a run came to.
 type outcome struct {
+	proxies   int
 	evaluated int64
 	loads     int
 	makespan  time.Duration
-	latencies []time.Duration // sorted
-	trace     map[string]messages
+	took      []time.Duration // by each request, sorted
 }
 
-// crowd runs clients in closed loops, each of which asks for any prefix, some of which are asked for
-// more often, at any entry.
-func crowd(t *testing.T, z size) (o outcome) {
+func quantile(took []time.Duration, part float64) time.Duration {
+	slices.Sort(took)
+	return took[int(part*float64(len(took)-1))].Round(time.Millisecond)
+}
+
+// run lets clients ask in a world, and says what came of it. ask notes how long a request took.
+func run(t *testing.T, z size, clients func(w *world, ask func(q request) time.Duration)) (o outcome) {
 	began := time.Now()
+	o.proxies = z.proxies
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, z)
 		var mu sync.Mutex
-		var wg sync.WaitGroup
 		start := time.Now()
-		for c := range z.clients {
-			wg.Go(func() {
-				r := rand.New(rand.NewPCG(1, uint64(c)))
-				time.Sleep(time.Duration(r.Int64N(int64(time.Second))))
-				for n := range z.each {
-					u := r.Float64()
-					took := w.ask(request{
-						entry: r.IntN(z.proxies), prefix: int(u * u * float64(z.servers*prefixesPerServer)),
-						id: uint64(c*z.each + n), from: fmt.Sprintf("10.0.%d.%d", c/250, c%250),
-					})
-					mu.Lock()
-					o.latencies = append(o.latencies, took)
-					mu.Unlock()
-				}
-			})
-		}
-		wg.Wait()
+		clients(w, func(q request) time.Duration {
+			took := w.ask(q)
+			mu.Lock()
+			defer mu.Unlock()
+			o.took = append(o.took, took)
+			return took
+		})
 		o.makespan = time.Since(start)
+		prefixes := 0
 		for _, s := range w.sims {
 			st := s.Stats()
 			o.evaluated += st.Evaluated
 			o.loads += st.Loads
+			for _, e := range s.Evaluations(ollamasim.Mark{}) {
+				if e.Reused < shared/2 {
+					prefixes++
+				}
+			}
 		}
-		o.trace = w.trace
+		w.report(start)
+		t.Logf("prefixes evaluated: %d", prefixes)
 	})
-	slices.Sort(o.latencies)
-	at := func(q float64) time.Duration {
-		return o.latencies[int(q*float64(len(o.latencies)-1))].Round(time.Millisecond)
-	}
-	t.Logf("%d proxies: evaluated %d, loads %d, makespan %v, median %v, p99 %v; real time %v", z.proxies, o.evaluated, o.loads, o.makespan.Round(time.Millisecond), at(0.5), at(0.99), time.Since(began).Round(time.Millisecond))
+	t.Logf("%d proxies: %d tokens evaluated, %d loads, makespan %v, median %v, p99 %v (real time %v)", z.proxies, o.evaluated, o.loads,
+		o.makespan.Round(time.Millisecond), quantile(o.took, 0.5), quantile(o.took, 0.99), time.Since(began).Round(time.Millisecond))
 	return o
 }
 
+// report logs what proxies sent each other since a time.
+func (w *world) report(since time.Time) {
+	if len(w.fleets) == 0 {
+		return
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var hops, taken uint64
+	for _, f := range w.fleets {
+		c := f.Counts()
+		hops, taken = hops+c.Received, taken+c.Given
+	}
+	seconds := time.Since(since).Seconds()
+	w.t.Logf("between proxies: %d requests passed on, %d taken over by other proxies' servers", hops, taken)
+	for kind, m := range w.sent {
+		w.t.Logf("between proxies: %s: %d messages of %d bytes, %.1f messages and %.0f KB a second in all", kind, m.n, m.bytes/m.n,
+			float64(m.n)/seconds, float64(m.bytes)/1e3/seconds)
+	}
+}
+
+// compare logs what a fleet needed relative to one proxy, and checks the tokens.
+func compare(t *testing.T, one, many outcome, most float64) {
+	t.Helper()
+	tokens := float64(many.evaluated) / float64(one.evaluated)
+	t.Logf("%d proxies ÷ one: tokens %.3f, makespan %.3f, p99 %.3f", many.proxies, tokens,
+		many.makespan.Seconds()/one.makespan.Seconds(), quantile(many.took, 0.99).Seconds()/quantile(one.took, 0.99).Seconds())
+	if tokens > most {
+		t.Errorf("%d proxies evaluated %.3f times as many tokens as one, want at most %.2f", many.proxies, tokens, most)
+	}
+}
+
+// TestCrowd has clients in closed loops that ask for any prefix, each time at any proxy.
 func TestCrowd(t *testing.T) {
+	crowd := func(z size) outcome {
+		return run(t, z, func(w *world, ask func(request) time.Duration) {
+			var wg sync.WaitGroup
+			for c := range z.clients {
+				wg.Go(func() {
+					r := rand.New(rand.NewPCG(1, uint64(c)))
+					time.Sleep(time.Duration(r.Int64N(int64(time.Second))))
+					for n := range z.each {
+						ask(request{
+							entry: r.IntN(z.proxies), prefix: r.IntN(z.servers * prefixesPerServer),
+							id: c*z.each + n, from: fmt.Sprintf("10.0.%d.%d", c/250, c%250),
+						})
+					}
+				})
+			}
+			wg.Wait()
+		})
+	}
 	z := sizes()
-	one := z
-	one.proxies = 1
-	alone := crowd(t, one)
-	_ = alone
-	_ = context.Canceled
+	most := mostTokens
+	if !*full { // runs of so few requests differ by up to a tenth, for one proxy, too
+		most += 0.05
+	}
+	compare(t, crowd(z.through(1)), crowd(z), most)
+}
+
+// TestQueued has all requests sent at once, to any proxy, on servers without a host cache, so that
+// the order of a queue decides what is evaluated again.
+func TestQueued(t *testing.T) {
+	queued := func(z size) outcome {
+		return run(t, z, func(w *world, ask func(request) time.Duration) {
+			const each = 6
+			var wg sync.WaitGroup
+			r := rand.New(rand.NewPCG(11, 7))
+			for i, id := range r.Perm(z.servers * prefixesPerServer * each) {
+				entry := r.IntN(z.proxies)
+				wg.Go(func() {
+					time.Sleep(time.Duration(i) * time.Millisecond)
+					ask(request{entry: entry, prefix: id / each, id: id, from: "10.0.0.1"})
+				})
+			}
+			wg.Wait()
+		})
+	}
+	z := sizes()
+	z.lanes, z.noCache = 1, true
+	compare(t, queued(z.through(1)), queued(z), mostTokens)
+}
+
+// TestFair has one client with many more requests under way than two others, each at proxies of its
+// own, and one that is interactive. Servers are to serve the clients equally, wherever they ask, and
+// the interactive one first.
+func TestFair(t *testing.T) {
+	type figures struct {
+		fair                float64 // Jain's index of the tokens that clients were served
+		interactive, others time.Duration
+	}
+	measure := func(z size) (f figures) {
+		var mu sync.Mutex
+		served := make([]float64, 3)
+		var interactive, others []time.Duration
+		run(t, z, func(w *world, ask func(request) time.Duration) {
+			const (
+				lasts = 3 * time.Minute // several quanta of each server (docs/lanes.md)
+				depth = 4               // so that each client has requests waiting at every server
+			)
+			// It counts when all servers have loaded the model and served all clients.
+			begin := time.Now().Add(time.Minute)
+			end := begin.Add(lasts)
+			var wg sync.WaitGroup
+			loops := func(client, n int, priority string, think time.Duration, note func(took time.Duration)) {
+				for k := range n {
+					wg.Go(func() {
+						r := rand.New(rand.NewPCG(uint64(client), uint64(k)))
+						for n := 0; time.Now().Before(end); n++ {
+							took := ask(request{
+								// Each client has entries of its own, if there are so many.
+								entry: client*z.proxies/4 + r.IntN(max(1, z.proxies/4)), prefix: r.IntN(z.servers * prefixesPerServer),
+								id: client<<24 + k<<12 + n, from: fmt.Sprintf("10.0.0.%d", client+1), priority: priority,
+							})
+							if now := time.Now(); now.After(begin) && now.Before(end) {
+								mu.Lock()
+								note(took)
+								mu.Unlock()
+							}
+							time.Sleep(think)
+						}
+					})
+				}
+			}
+			for client, share := range []int{70, 15, 15} { // per cent of the loops
+				loops(client, depth*z.clients*share/100, "", 0, func(took time.Duration) {
+					served[client]++
+					others = append(others, took)
+				})
+			}
+			loops(3, 1, "interactive", 500*time.Millisecond, func(took time.Duration) { interactive = append(interactive, took) })
+			wg.Wait()
+		})
+		var sum, squares float64
+		for _, s := range served {
+			sum, squares = sum+s, squares+s*s
+		}
+		f = figures{sum * sum / float64(len(served)) / squares, quantile(interactive, 0.5), quantile(others, 0.5)}
+		t.Logf("%d proxies: answers of the three clients %v, Jain's index %.3f; interactive: %d answers, median %v, the others' %v",
+			z.proxies, served, f.fair, len(interactive), f.interactive, f.others)
+		return f
+	}
+	z := sizes()
+	if !*full {
+		z.servers, z.clients = z.servers/2, z.clients/2
+	}
+	one, many := measure(z.through(1)), measure(z)
+	if many.fair < leastFair*one.fair || one.fair < leastFair {
+		t.Errorf("Jain's index is %.3f, and %.3f through one proxy: want at least %.2f of that, and for that", many.fair, one.fair, leastFair)
+	}
+	if ratio := many.interactive.Seconds() / many.others.Seconds(); ratio > mostInteractive {
+		t.Errorf("an interactive request takes %.2f times as long as others, want at most %.2f", ratio, mostInteractive)
+	}
 }

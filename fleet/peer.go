@@ -109,6 +109,7 @@ func (p *peer) heard(r *Report) {
 	if before != nil && before.ID != r.ID { // cannot happen on one connection
 		before = nil
 	}
+	same := before != nil && r.Servers == nil && r.Draining == before.Draining
 	r.fill(before)
 	if p.report, p.last = r, r; p.gone == nil {
 		p.gone, p.since = make(chan struct{}), time.Now()
@@ -122,8 +123,11 @@ func (p *peer) heard(r *Report) {
 	for _, s := range r.Seen {
 		f.seen.put(s, false)
 	}
-	f.sent.reset(r.ID)
 	r.Seen = nil
+	if same {
+		return
+	}
+	f.sent.reset(r.ID)
 	f.look()
 	if slices.ContainsFunc(r.Servers, func(s Server) bool { return len(s.Backlogs) > 0 }) {
 		f.Idle()

@@ -17,7 +17,9 @@ type Report struct {
 	ID       string   `json:"id"`   // differs for each process
 	Name     string   `json:"name"` // Config.Name
 	Draining bool     `json:"draining,omitempty"`
-	Servers  []Server `json:"servers"`
+	// Servers are the proxy's servers. In a line of the stream null means that nothing about them has
+	// changed since the line before.
+	Servers []Server `json:"servers"`
 	// Seen is where prompts were sent since the last line.
 	Seen []Sight `json:"seen,omitempty"`
 }
@@ -148,7 +150,11 @@ func (o *outbox) next(ctx context.Context, s *stream) ([]byte, error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	r := o.last
-	r.Servers = slices.Clone(r.Servers)
+	if s.version == o.version {
+		r.Servers = nil
+	} else {
+		r.Servers = append([]Server{}, r.Servers...)
+	}
 	for i := range r.Servers {
 		v := &r.Servers[i]
 		sum := maphash.String(seed, strings.Join(v.Models, "\n"))
@@ -180,9 +186,13 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// fill completes a line whose lists of models are left out from the line before it.
+// fill completes a line from the one before it, where that says that something is the same.
 func (r *Report) fill(before *Report) {
 	if before == nil {
+		return
+	}
+	if r.Servers == nil {
+		r.Servers = before.Servers
 		return
 	}
 	models := make(map[string][]string, len(before.Servers))

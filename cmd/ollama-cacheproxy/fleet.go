@@ -63,6 +63,11 @@ func (f *fleetFlags) settings(upstreams []target) (set fleetSettings, err error)
 	if set.name == "" {
 		set.name = defaultPeerName(host, port)
 	}
+	for _, t := range upstreams {
+		if t.unnamed { // otherwise the Ollamas beside two proxies would be taken for one
+			return set, fmt.Errorf("--peers: name each upstream, such as --upstream gpu-1=%s: the proxies of a fleet take those of one name for one server", t.url.Host)
+		}
+	}
 	for _, name := range f.Own {
 		if !slices.ContainsFunc(upstreams, func(t target) bool { return t.name == name }) {
 			return set, fmt.Errorf("--own %s: there is no upstream of this name; name it with --upstream %s=ADDR", name, name)

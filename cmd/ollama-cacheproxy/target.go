@@ -17,6 +17,7 @@ import (
 // target is an upstream as given by the flags.
 type target struct {
 	name     string
+	unnamed  bool // name was made up
 	url      *url.URL
 	sim      *ollamasim.Server // nil: a real server, at url
 	slots    int               // 0: learned; schedule.Unlimited: off
@@ -54,7 +55,7 @@ func (s *serveCmd) readTargets(listen string) ([]target, error) {
 			return nil, fmt.Errorf("--upstream: %w", err)
 		}
 		if t.name == "" {
-			t.name = "upstream"
+			t.name, t.unnamed = "upstream", true
 			if len(addrs) > 1 {
 				t.name += strconv.Itoa(i + 1)
 			}

@@ -14,9 +14,9 @@ import (
 
 // Report is a line of the stream that a proxy sends to each peer.
 type Report struct {
-	ID       string   `json:"id"`   // differs for each process
-	Name     string   `json:"name"` // Config.Name
-	Draining bool     `json:"draining,omitempty"`
+	ID       string `json:"id"`   // differs for each process
+	Name     string `json:"name"` // Config.Name
+	Draining bool   `json:"draining,omitempty"`
 	// Servers are the proxy's servers. In a line of the stream null means that nothing about them has
 	// changed since the line before.
 	Servers []Server `json:"servers"`

@@ -380,7 +380,7 @@ func (h *Handler) Init() {
 	h.recorder = newRecorder()
 	h.servers.Store(&servers{})
 	for i, s := range h.Upstreams {
-		h.admitBackend(uint16(i), s)
+		h.admitBackend(uint16(i), s, false)
 	}
 	if h.Contexts != nil {
 		h.Contexts.Told = h.engineFound

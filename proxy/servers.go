@@ -114,7 +114,14 @@ func (h *Handler) AddUpstream(s *upstream.Server, lanes, expected int) {
 			h.Lanes.SetExpected(index, expected)
 		}
 	}
-	b := h.admitBackend(index, s)
+	// A server that comes again is owned by the same proxy until the fleet says otherwise: to the
+	// fleet it may not have been away.
+	again := int(index) < len(known) && known[index].Name == s.Name
+	foreign := again && known[index].foreign.Load()
+	if foreign && h.Lanes != nil {
+		h.Lanes.SetOwned(index, false)
+	}
+	b := h.admitBackend(index, s, foreign)
 	b.added = true
 	h.Log.Info("upstream added", "upstream", b.Name, "url", b.URL.String())
 	h.tend(b)
@@ -141,8 +148,9 @@ func (h *Handler) RemoveUpstream(name string) {
 }
 
 // admitBackend makes a server one of the live ones. h.changing.mu must be held.
-func (h *Handler) admitBackend(index uint16, s *upstream.Server) *backend {
+func (h *Handler) admitBackend(index uint16, s *upstream.Server, foreign bool) *backend {
 	b := h.newBackend(index, s)
+	b.foreign.Store(foreign)
 	if h.Lanes != nil {
 		h.Lanes.SetName(index, s.Name)
 		if h.Contexts != nil && b.port != 0 {

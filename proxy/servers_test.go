@@ -132,7 +132,11 @@ func TestServerComesAndGoes(t *testing.T) {
 	}
 	m.listed("a")
 	b.set(func() { b.hold = nil })
+	m.h.at(index).foreign.Store(true) // as the fleet has said
 	m.add(b, 1)
+	if !m.h.named("b").foreign.Load() {
+		t.Error("after it came again it is this proxy's own, and the fleet has not said so")
+	}
 	if status, from := m.ask("POST", "/api/chat", chat("n", "x")); status != 200 || from != "b" {
 		t.Errorf("after it came again: %d from %q", status, from)
 	}

@@ -150,6 +150,7 @@ fuzz: ## a minute of each fuzz test
 	$(FUZZ) '^FuzzJob$$' ./batch
 	$(FUZZ) '^FuzzEntry$$' ./answers
 	$(FUZZ) '^FuzzParse$$' ./discover
+	$(FUZZ) '^FuzzLegalName$$' ./cmd/ollama-cacheproxy
 
 .PHONY: soak
 soak: ## ten minutes of mixed clients and two real servers that are killed and revived: nothing lost, memory flat

@@ -56,9 +56,35 @@ func (h *Handler) merge(w http.ResponseWriter, r *http.Request, ex *exchange) bo
 	if ex.merged == "" || len(all)+len(peers) <= 1 || ex.only != nil || ex.away != "" {
 		return false
 	}
+	lists, names := h.gather(r, ex, all, peers)
+	if names == nil {
+		return false // the upstream that gets the request reports what is wrong
+	}
+	content := map[string]any{ex.merged: union(lists)}
+	if ex.merged == "data" {
+		content["object"] = "list"
+	}
+	text := marshal(content)
+	ex.Status, ex.Outcome, ex.BytesOut = http.StatusOK, OK, int64(len(text))
+	setCORS(w.Header(), ex.origin)
+	w.Header().Set(headerUpstream, strings.Join(names, ", "))
+	ex.timing(w.Header())
+	w.Header().Set("Content-Type", "application/json; charset=utf-8")
+	w.WriteHeader(http.StatusOK)
+	if _, err := w.Write(text); err != nil {
+		ex.Outcome = ClientGone
+	}
+	return true
+}
+
+// gather gets the lists of these servers and of the peers' servers, all at once. It returns the
+// names of those that have answered, too.
+func (h *Handler) gather(
+	r *http.Request, ex *exchange, all []*backend, peers []fleet.Place,
+) (lists [][]listed, names []string) {
 	ctx, cancel := context.WithTimeout(r.Context(), listTimeout)
 	defer cancel()
-	lists := make([][]listed, len(all)+len(peers))
+	lists = make([][]listed, len(all)+len(peers))
 	var wg sync.WaitGroup
 	for i, b := range all {
 		if b.answers() {
@@ -83,7 +109,6 @@ func (h *Handler) merge(w http.ResponseWriter, r *http.Request, ex *exchange) bo
 		ex.Outcome = ClientGone
 		panic(http.ErrAbortHandler)
 	}
-	var names []string
 	for i, list := range lists {
 		switch {
 		case list == nil:
@@ -93,24 +118,7 @@ func (h *Handler) merge(w http.ResponseWriter, r *http.Request, ex *exchange) bo
 			names = append(names, peers[i-len(all)].Server)
 		}
 	}
-	if names == nil {
-		return false // the upstream that gets the request reports what is wrong
-	}
-	content := map[string]any{ex.merged: union(lists)}
-	if ex.merged == "data" {
-		content["object"] = "list"
-	}
-	text := marshal(content)
-	ex.Status, ex.Outcome, ex.BytesOut = http.StatusOK, OK, int64(len(text))
-	setCORS(w.Header(), ex.origin)
-	w.Header().Set(headerUpstream, strings.Join(names, ", "))
-	ex.timing(w.Header())
-	w.Header().Set("Content-Type", "application/json; charset=utf-8")
-	w.WriteHeader(http.StatusOK)
-	if _, err := w.Write(text); err != nil {
-		ex.Outcome = ClientGone
-	}
-	return true
+	return lists, names
 }
 
 // union returns the entries of all lists in Ollama's order. Of entries with one name it keeps the

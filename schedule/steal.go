@@ -179,11 +179,7 @@ func (t *theft) best(p rank, k *class) (best loot) {
 		}
 	}
 	for _, l := range t.x.lanes {
-		if l.item == nil && l.tokens > slack {
-			if it, tokens := k.best(l.holds); it != nil && tokens > slack && t.takes(it) && (!t.held || t.q.follows(it.who.client, tokens, l.tokens)) {
-				try(it)
-			}
-		}
+		try(t.fits(k, l))
 	}
 	if best.it != nil && best.again <= slack || t.held {
 		return best
@@ -195,6 +191,18 @@ func (t *theft) best(p rank, k *class) (best loot) {
 		try(n.ends.find(t.takes, &tries))
 	}
 	return best
+}
+
+// fits returns the request that shares the most with what a free lane holds, or nil.
+func (t *theft) fits(k *class, l *lane) *item {
+	if l.item != nil || l.tokens <= slack {
+		return nil
+	}
+	it, tokens := k.best(l.holds)
+	if it == nil || tokens <= slack || !t.takes(it) || t.held && !t.q.follows(it.who.client, tokens, l.tokens) {
+		return nil
+	}
+	return it
 }
 
 // better reports whether it needs less re-evaluation than another loot, or relieves the other

@@ -191,7 +191,7 @@ func TestForeign(t *testing.T) {
 	c, ctx := direct(t, server), context.Background()
 	l, conn := limits(t, server.URL())
 	what := proxy.Taking{Key: "a", Rate: 1000, Burst: 5, Waits: true}
-	surely(t, l, what)
+	surely(t, l, proxy.Taking{Key: "a", Rate: 1.0 / 3600, Burst: 5}) // whose key stays for a while
 	l.Waiting("a", 1)
 	var names []string
 	until(t, "both keys are there", func() bool {

@@ -356,6 +356,7 @@ func TestDashboards(t *testing.T) {
 		"--api-keys-file", keys, "--try-duration", "0s", "--store-entries", "20",
 		"--cache-answers", "old=deterministic", "--answers-bytes", "16384",
 		"--upstream", "old=sim:?model=old&version=0.24.0", "--upstream", "away="+ln.Addr().String(),
+		"--shared", "valkey://"+ln.Addr().String(),
 		"--prewarm", prewarmFile(t, `{"model":"old","messages":[{"role":"user","content":"Hello?"}]}`))
 	prom := startPrometheus(t, bin, p.Proxy.URL, key)
 	for round := range 2 { // a rate needs a series that existed before

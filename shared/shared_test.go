@@ -23,7 +23,9 @@ import (
 	"github.com/valkey-io/valkey-go"
 	"go.uber.org/goleak"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/valkeyserver"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/shared"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
@@ -189,7 +191,7 @@ func TestForeign(t *testing.T) {
 	c, ctx := direct(t, server), context.Background()
 	l, conn := limits(t, server.URL())
 	what := proxy.Taking{Key: "a", Rate: 1000, Burst: 5, Waits: true}
-	surely(t, l, what)
+	surely(t, l, proxy.Taking{Key: "a", Rate: 1.0 / 3600, Burst: 5}) // whose key stays for a while
 	l.Waiting("a", 1)
 	var names []string
 	until(t, "both keys are there", func() bool {
@@ -460,6 +462,64 @@ func TestLearned(t *testing.T) {
 	conn.Close()
 	if text := log.String(); strings.Count(text, "it is gone") != 1 || strings.Count(text, "it is back") != 1 {
 		t.Error(text)
+	}
+}
+
+// TestRights: the user of docs/shared.md may do all that a proxy does, and reach nothing else.
+func TestRights(t *testing.T) {
+	patient(t)
+	docs, err := os.ReadFile("../docs/shared.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rule, found := strings.Cut(string(docs), "ACL SETUSER ")
+	rule, _, _ = strings.Cut(rule, "\n")
+	if !found {
+		t.Fatal("docs/shared.md has no ACL SETUSER")
+	}
+	server := valkeyserver.Start(t)
+	c, ctx := direct(t, server), context.Background()
+	words := strings.Fields(strings.NewReplacer("'", "", "SECRET", "hunter2", "ollama-cacheproxy:shared:", "test:").Replace(rule))
+	if err := c.Do(ctx, c.B().Arbitrary("ACL", "SETUSER").Args(words...).Build()).Error(); err != nil {
+		t.Fatal(err)
+	}
+	var log bytes.Buffer // read only when the connection is closed
+	conn := connect(t, "valkey://"+words[0]+":hunter2@"+server.Addr(), &log)
+	l, learned := shared.NewLimits(conn), shared.NewLearned(conn)
+	one := func(uint16) string { return "one" }
+	seen := contextstore.NewValkey(conn, contextstore.Limits{Entries: 1000, Bytes: 1 << 20}, one,
+		func(string) (uint16, bool) { return 0, true })
+	another := contextstore.NewValkey(conn, contextstore.Limits{Entries: 1000, Bytes: 1 << 20}, one,
+		func(string) (uint16, bool) { return 0, true })
+	links := []prefix.Link{{Hash: 1}, {Hash: 2}}
+	seen.Put(links, contextstore.Sight{Model: seen.Model("m")}, 10)
+	until(t, "what was seen arrives", func() bool {
+		depth, _ := another.Match(links)
+		return depth == 2
+	})
+	l.Waiting("a", 3)
+	if got := surely(t, l, proxy.Taking{Key: "a", Rate: 1, Burst: 5, Waits: true}); !got.OK {
+		t.Errorf("%+v", got)
+	}
+	learned.SaveLearned("one", []byte(`{}`))
+	until(t, "what was learned is found", func() bool {
+		got, err := learned.LoadLearned(ctx)
+		return err == nil && len(got) == 1
+	})
+	for _, command := range [][]string{{"GET", "theirs"}, {"FLUSHALL"}, {"KEYS", "*"}, {"CONFIG", "GET", "*"}} {
+		err := conn.Call(ctx, 0, func(ctx context.Context, c valkey.Client) error {
+			return c.Do(ctx, c.B().Arbitrary(command...).Build()).Error()
+		})
+		if err == nil || !strings.Contains(err.Error(), "NOPERM") {
+			t.Errorf("%v: %v", command, err)
+		}
+	}
+	for _, store := range []io.Closer{l, learned, seen, another} {
+		store.Close()
+	}
+	conn.Close()
+	if log.Len() > 0 {
+		t.Error(log.String())
 	}
 }
 

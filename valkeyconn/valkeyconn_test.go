@@ -277,8 +277,8 @@ func secured(t *testing.T, server string) (address, authority string) {
 	return ln.Addr().String(), authority
 }
 
-// TestTLS: a certificate is believed if its authority is in the file, and otherwise nothing is said to
-// that server.
+// TestTLS: a certificate is believed if its authority is in the file, and otherwise the server is not
+// used.
 func TestTLS(t *testing.T) {
 	server := valkeyserver.Start(t, "--requirepass", "hunter2")
 	address, authority := secured(t, server.Addr())
@@ -296,11 +296,13 @@ func TestTLS(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := c.Call(context.Background(), 0, ping); (err == nil) != ok {
+		if ok { // at once, or later on a machine that has no time for it
+			until(t, "it answers", func() bool { return c.Call(context.Background(), 0, ping) == nil })
+		} else if err := c.Call(context.Background(), 0, ping); !errors.Is(err, valkeyconn.ErrGone) {
 			t.Errorf("%s: %v", target, err)
 		}
-		if n := log.count("x509"); (n == 0) != ok || log.count("hunter2") != 0 {
-			t.Errorf("%s: logged %d lines of certificates", target, n)
+		if log.count("hunter2") != 0 {
+			t.Error("the password is logged")
 		}
 		c.Close()
 	}

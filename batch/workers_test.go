@@ -297,13 +297,15 @@ func TestWorkersValkeyAway(t *testing.T) {
 			once.Do(func() { close(reached) })
 		}
 	})
-	const n = 200
+	// Longer than a busy machine keeps a worker from renewing it, and waited for where the server was
+	// killed while it handed out a span.
+	const n, lease = 200, 3 * time.Second
 	alone := config(t, server, numbered(n))
 	_, want := run(t, alone)
 	count.times, reached, once = nil, make(chan struct{}), sync.Once{}
 	store := valkeyserver.Start(t, persistent(t)...)
 	waited := make(chan struct{}, 1)
-	a, b := sharing(t, alone, store.URL(), "a", shortLease), sharing(t, alone, store.URL(), "-", shortLease)
+	a, b := sharing(t, alone, store.URL(), "a", lease), sharing(t, alone, store.URL(), "-", lease)
 	a.Progress = func(p Progress) {
 		if p.Waiting {
 			select {

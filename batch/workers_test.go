@@ -569,7 +569,7 @@ func TestWorkersRefused(t *testing.T) {
 // TestSpans: the items of a window are all in its spans, in their order, and a prefix that fits into
 // half of a span is not cut.
 func TestSpans(t *testing.T) {
-	const prefixes, each = 200, 11
+	const prefixes, each = 60, 11
 	c := config(t, "http://127.0.0.1:1", interleaved(prefixes, each, 300))
 	w := newWindow(c.Source, prefixes*each, func(int) bool { return false })
 	defer w.stop()
@@ -579,7 +579,7 @@ func TestSpans(t *testing.T) {
 	want := slices.Clone(w.items)
 	var got []item
 	groups := map[int]int{} // in how many spans the items of a prefix are
-	for _, value := range spans(w.items, len(want)) {
+	for _, value := range spans(w.items, mostInSpan*spansAtBest) {
 		items, err := decodeSpan(value, prefixes*each, c.Source.size)
 		if err != nil {
 			t.Fatal(err)

@@ -6,7 +6,10 @@
 // and to the output when it is its turn. One goroutine does all of this except the sending. Memory
 // is bounded by the window, whatever the input's length.
 //
-// The package knows only HTTP and Ollama's API: its figures on reuse and time come from the answers
+// Several runs can share a batch (worker): then spans of the window come from a job in a Valkey server
+// and results go there, and each run's journal is fed with the results of all.
+//
+// Apart from that the package knows only HTTP and Ollama's API: its figures on reuse and time come from the answers
 // and from a proxy's /metrics. It never changes a prompt.
 package batch
 

@@ -39,7 +39,7 @@ demo: ## real Ollama, a small model, a Python client: with and without the proxy
 	$(GO) run ./integration/cmd/demo
 
 .PHONY: test
-test: servers ## all tests, on real Ollama servers and with real clients too
+test: servers check-deploy ## all tests, on real Ollama servers and with real clients too
 	@echo "the packages' own tests (3 to 9 min on 2 cores) …"
 	$(TEST_PACKAGES) $$($(GO) list ./... | grep -v /integration)
 	@echo "the tests on real Ollama servers (15 to 30 min on 2 cores) …"

@@ -224,31 +224,36 @@ func (c *cluster) joined(ctx context.Context) {
 	}
 }
 
-// oneFleet: a prompt goes to one server, at whichever pod it enters, and different ones to all.
+// oneFleet: any pod takes requests for all servers, and a prompt goes to one server, at whichever pod
+// it enters.
 func (c *cluster) oneFleet(ctx context.Context) {
 	c.t.Helper()
-	client := &http.Client{Transport: c.client.Transport()}
-	defer client.CloseIdleConnections()
-	served := map[string]int{}
-	for n := 0; len(served) < c.set.Spec.Replicas && n < 40; n++ {
-		text := strings.Repeat(fmt.Sprintf("%d and ", 7919*n), 60)
-		by := map[string]bool{}
-		for _, p := range c.readyPods() {
-			a, err := chat.Send(ctx, client, "http://"+p.address("http"), chat.Request{Model: tiny, Messages: []chat.Message{chat.User(text)}, Generate: 3})
-			if err != nil {
-				c.t.Fatalf("%s: %v\n%s", p.name, err, p.logs())
+	transport := c.client.Transport()
+	defer transport.CloseIdleConnections()
+	anywhere := map[string]bool{}
+	for _, p := range c.readyPods() {
+		url := "http://" + p.address("http")
+		for _, other := range c.readyPods() {
+			client := &http.Client{Transport: to{transport, other.name}}
+			a, err := chat.Send(ctx, client, url, short("of the server "+other.name))
+			if err != nil || a.Server != other.name {
+				c.t.Fatalf("%s was asked for an answer of %s: it is of %s, err %v\n%s", p.name, other.name, a.Server, err, p.logs())
 			}
-			by[a.Server] = true
-			served[a.Server]++
 		}
-		if len(by) != 1 {
-			c.t.Errorf("one prompt was evaluated by %v, depending on where it entered", by)
+		a, err := chat.Send(ctx, &http.Client{Transport: transport}, url, short("of any server"))
+		if err != nil {
+			c.t.Fatalf("%s: %v\n%s", p.name, err, p.logs())
 		}
+		anywhere[a.Server] = true
 	}
-	c.t.Logf("requests by server: %v", served)
-	if len(served) != c.set.Spec.Replicas {
-		c.t.Errorf("requests were served by %v, and there are %d servers", served, c.set.Spec.Replicas)
+	if len(anywhere) != 1 {
+		c.t.Errorf("one prompt was evaluated by %v, depending on where it entered", anywhere)
 	}
+}
+
+// short is a request with a prompt of a few hundred tokens, which begins with a text.
+func short(text string) chat.Request {
+	return chat.Request{Model: tiny, Generate: 3, Messages: []chat.Message{chat.User(text + strings.Repeat(", and so on", 60))}}
 }
 
 // linked: each Ollama's engines are linked to the proxy, which does not complain that it cannot see

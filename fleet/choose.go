@@ -50,15 +50,23 @@ func (f *Fleet) Choose(a Ask) (p Place, ok bool) {
 	return s.place(), true
 }
 
-// able returns the servers that a request may go to.
+// able returns the servers that a request may go to: of a proxy that is about to stop only if there
+// is no other, since it would wait for each.
 func (f *Fleet) able(a Ask) (all []*place) {
 	v := f.view.Load()
+	stay := 0
 	for _, name := range v.names {
 		if s := v.places[name]; s.may(a) {
 			all = append(all, s)
+			if !s.owner.draining {
+				stay++
+			}
 		}
 	}
-	return all
+	if stay == 0 || stay == len(all) {
+		return all
+	}
+	return slices.DeleteFunc(all, func(s *place) bool { return s.owner.draining })
 }
 
 // Astray returns the server that a passed request should go to instead, if this proxy knows better

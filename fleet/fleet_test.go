@@ -453,6 +453,34 @@ func (l *lab) send(entry, text string, i int) error {
 	return errors.New("tried too often")
 }
 
+// TestDraining: requests go to servers of proxies that are about to stop only if there is no other.
+func TestDraining(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLab(t, nil, "a", "b", "c")
+		l.mu.Lock()
+		for _, host := range []string{"a", "b", "c"} { // each has a server of its own
+			l.proxies[host].servers = []Server{{Name: "s" + host, Takes: true, Models: []string{"m"}}}
+		}
+		l.mu.Unlock()
+		time.Sleep(2 * time.Second)
+		for _, stops := range []string{"a", "b", "c"} {
+			l.proxies[stops].Drain()
+			time.Sleep(time.Second)
+			for _, entry := range []string{"a", "b", "c"} {
+				for i := range 20 {
+					p, ok := l.proxies[entry].Choose(Ask{Model: "m", Links: []prefix.Link{{Hash: uint64(i), Bytes: 1000}}})
+					if !ok || stops != "c" && p.Server <= "s"+stops {
+						t.Errorf("%s stops, and %s chooses %s (%v)", stops, entry, p.Server, ok)
+					}
+				}
+				if p, ok := l.proxies[entry].Choose(Ask{Model: "m", Server: "sa"}); !ok || p.Server != "sa" {
+					t.Errorf("%s stops, and %s does not find the server that a client wants: %v", stops, entry, p)
+				}
+			}
+		}
+	})
+}
+
 // TestBodyWithoutEnd: what comes after an answer, of the body that it is an answer to, is not taken
 // for the next request.
 func TestBodyWithoutEnd(t *testing.T) {

@@ -325,6 +325,9 @@ func (f *Fleet) ask(ctx context.Context) {
 
 // askOnce asks the peers with the longest backlogs for what this proxy's servers could begin with.
 func (f *Fleet) askOnce(ctx context.Context) {
+	if f.draining.Load() {
+		return // it would never end
+	}
 	for _, b := range f.backlogs() {
 		v := f.view.Load()
 		for _, name := range v.names {

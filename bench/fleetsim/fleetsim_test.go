@@ -178,18 +178,15 @@ func TestFair(t *testing.T) {
 		fair                float64 // Jain's index of the tokens that clients were served
 		interactive, others time.Duration
 	}
-	measure := func(z size) (f figures) {
+	measure := func(z size, lasts time.Duration) (f figures) {
 		var mu sync.Mutex
 		served := make([]float64, 3)
 		var interactive, others []time.Duration
 		run(t, z, func(w *world, ask func(request) time.Duration) {
-			const (
-				lasts = 3 * time.Minute // several quanta of each server (docs/lanes.md)
-				depth = 4               // so that each client has requests waiting at every server
-			)
+			const depth = 4 // so that each client has requests waiting at every server
 			// It counts when all servers have loaded the model and served all clients.
-			begin := time.Now().Add(time.Minute)
-			end := begin.Add(lasts)
+			begin := time.Now().Add(lasts / 3)
+			end := begin.Add(lasts) // several quanta of each server (docs/lanes.md)
 			var wg sync.WaitGroup
 			loops := func(client, n int, priority string, think time.Duration, note func(took time.Duration)) {
 				for k := range n {
@@ -229,11 +226,11 @@ func TestFair(t *testing.T) {
 			z.proxies, served, f.fair, len(interactive), f.interactive, f.others)
 		return f
 	}
-	z := sizes()
+	z, lasts := sizes(), 3*time.Minute
 	if !*full {
-		z.servers, z.clients = z.servers/2, z.clients/2
+		z.servers, z.clients, lasts = z.servers/2, z.clients/2, 150*time.Second
 	}
-	one, many := measure(z.through(1)), measure(z)
+	one, many := measure(z.through(1), lasts), measure(z, lasts)
 	if many.fair < leastFair*one.fair || one.fair < leastFair {
 		t.Errorf("Jain's index is %.3f, and %.3f through one proxy: want at least %.2f of that, and for that", many.fair, one.fair, leastFair)
 	}

@@ -114,15 +114,15 @@ type Fleet struct {
 
 // Counts are for metrics and pages.
 type Counts struct {
-	Away      uint64 // how often a peer went away
-	Owners    uint64 // how often this proxy began or ceased to own a server
-	Hops      uint64 // requests that were passed on …
-	Again     uint64 // … and of these, sent to another owner, since the first had not begun
-	Lost      uint64 // requests whose owner went away after it had begun
-	Elsewhere uint64 // requests that another proxy's server took over
-	Given     uint64 // requests that this proxy gave to another one's server
-	Received  uint64 // requests that peers passed on to this proxy
-	Forgotten uint64 // received requests that were not sent to a server, since their entry went away
+	Away      uint64 `json:"away"`      // how often a peer went away
+	Owners    uint64 `json:"owners"`    // how often this proxy began or ceased to own a server
+	Hops      uint64 `json:"hops"`      // requests that were passed on …
+	Again     uint64 `json:"again"`     // … and of these, sent to another owner, since the first had not begun
+	Lost      uint64 `json:"lost"`      // requests whose owner went away after it had begun
+	Elsewhere uint64 `json:"elsewhere"` // requests that another proxy's server took over
+	Given     uint64 `json:"given"`     // requests that this proxy gave to another one's server
+	Received  uint64 `json:"received"`  // requests that peers passed on to this proxy
+	Forgotten uint64 `json:"forgotten"` // received requests that were not sent to a server, since their entry went away
 }
 
 // New returns a fleet of one, until Run finds others.

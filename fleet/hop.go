@@ -24,6 +24,8 @@ const (
 	headerLength = "X-Cacheproxy-Peer-Length" // of the body, in bytes, whose end is held back
 	headerServer = "X-Cacheproxy-Peer-Server" // About.Server
 	headerMoves  = "X-Cacheproxy-Peer-Moves"  // About.Moves
+	// HeaderOutcome, in an answer, tells how a request ended that its owner has answered itself.
+	HeaderOutcome = "X-Cacheproxy-Peer-Outcome"
 	// headerElsewhere, in an answer 421, names the server that takes the request over; it is empty
 	// if the entry is to choose again.
 	headerElsewhere = "X-Cacheproxy-Peer-Elsewhere"
@@ -32,7 +34,7 @@ const (
 // headers are all of them.
 var headers = []string{
 	HeaderPeer, headerSecret, headerClient, headerKey, headerAge, headerLength, headerServer,
-	headerMoves, headerElsewhere,
+	headerMoves, headerElsewhere, HeaderOutcome,
 }
 
 // About is what the owner is told of a request.
@@ -138,7 +140,9 @@ func (f *Fleet) Pass(
 		return nil, e
 	}
 	for _, name := range headers {
-		res.Header.Del(name)
+		if name != HeaderOutcome {
+			res.Header.Del(name)
+		}
 	}
 	return res, nil
 }

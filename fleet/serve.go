@@ -36,6 +36,8 @@ type Passed struct {
 	entry  string // its ID
 	ended  chan struct{}
 	cancel context.CancelCauseFunc
+	done   <-chan struct{} // closed when it was given up, or answered
+	body   *passedBody
 	once   sync.Once
 
 	mu sync.Mutex
@@ -67,12 +69,15 @@ func (f *Fleet) Handler(next http.Handler) http.Handler {
 		case !f.admits(r):
 			http.Error(w, "this is for the proxies of a fleet; they show their secret"+
 				" (--peer-secret-file) or a certificate (--peer-cert)", http.StatusForbidden)
+		case r.Header[headerLength] != nil: // a client's, whatever its path
+			f.servePassed(w, r, next)
 		case r.URL.Path == pathReport:
 			f.serveReports(w, r)
 		case r.URL.Path == pathTake && r.Method == http.MethodPost:
 			f.serveTake(w, r)
 		default:
-			f.servePassed(w, r, next)
+			http.Error(w, "this is no request that a proxy of a fleet sends to another",
+				http.StatusNotFound)
 		}
 	})
 }
@@ -144,8 +149,9 @@ func (f *Fleet) servePassed(w http.ResponseWriter, r *http.Request, next http.Ha
 	}
 	ctx, cancel := context.WithCancelCause(context.WithValue(r.Context(), passedKey{}, p))
 	defer cancel(nil)
-	p.fleet, p.cancel, p.ended, p.w = f, cancel, make(chan struct{}), w
+	p.fleet, p.cancel, p.done, p.ended, p.w = f, cancel, ctx.Done(), make(chan struct{}), w
 	body := &passedBody{rest: r.Body, left: length, passed: p, watched: make(chan struct{})}
+	p.body = body
 	inner := r.WithContext(ctx)
 	inner.Header = r.Header.Clone()
 	for _, name := range headers {
@@ -209,7 +215,8 @@ type passedBody struct {
 	rest    io.ReadCloser
 	left    int64
 	passed  *Passed
-	watches atomic.Bool
+	streams atomic.Bool   // Begin was called before all of it was read
+	watches atomic.Bool   // all of it was read
 	watched chan struct{} // closed when the end was read
 }
 
@@ -219,8 +226,15 @@ func (b *passedBody) Read(p []byte) (int, error) {
 	}
 	n, err := b.rest.Read(p[:min(int64(len(p)), b.left)])
 	if b.left -= int64(n); b.left == 0 {
-		b.watch()
-		return n, nil
+		if !b.streams.Load() {
+			b.watch()
+			return n, nil
+		}
+		b.watches.Store(true)
+		if b.readEnd(); b.passed.begun() {
+			return n, nil
+		}
+		return 0, ErrForgotten
 	}
 	if err == io.EOF {
 		err = io.ErrUnexpectedEOF
@@ -231,39 +245,59 @@ func (b *passedBody) Read(p []byte) (int, error) {
 // watch reads the body's end, or finds that the entry has given the request up.
 func (b *passedBody) watch() {
 	b.watches.Store(true)
-	go func() { // ends with the connection, or the body
-		defer close(b.watched)
-		n, err := b.rest.Read(make([]byte, 1))
-		if n == 0 && err == io.EOF {
-			close(b.passed.ended)
-			return
-		}
-		b.passed.cancel(ErrForgotten)
-	}()
+	go b.readEnd() // ends with the connection, or the body
+}
+
+func (b *passedBody) readEnd() {
+	defer close(b.watched)
+	n, err := b.rest.Read(make([]byte, 1))
+	if n == 0 && err == io.EOF {
+		close(b.passed.ended)
+		return
+	}
+	b.passed.cancel(ErrForgotten)
+}
+
+// begun reports whether the entry has said that the request may be sent.
+func (p *Passed) begun() bool {
+	select {
+	case <-p.ended:
+		return true
+	default:
+		return false
+	}
 }
 
 func (b *passedBody) Close() error { return nil } // net/http closes the rest
 
 // Begin asks the entry whether the request may be sent to a server. The first call waits for that;
-// later ones repeat its result. A nil Passed may always be sent.
+// later ones repeat its result. A nil Passed may always be sent. If the body is still arriving, its
+// last bytes are held back until the entry has answered.
 func (p *Passed) Begin(ctx context.Context) error {
 	if p == nil {
 		return nil
 	}
 	p.once.Do(func() {
-		p.announce()
+		if !p.body.watches.Load() {
+			p.body.streams.Store(true)
+		}
+		if p.announce(); p.body.streams.Load() {
+			return
+		}
 		select {
 		case <-p.ended:
 		case <-ctx.Done():
+		case <-p.done: // ctx may be of a computation that goes on for others
 		case <-time.After(goAhead):
 			p.cancel(ErrForgotten)
 		}
 	})
-	select {
-	case <-p.ended:
+	if p.begun() {
 		p.fleet.arrivals.Delete(p) // its entry no longer decides over it
 		return nil
-	default:
+	}
+	if p.body.streams.Load() && ctx.Err() == nil {
+		return nil // reading the last bytes tells
 	}
 	p.fleet.count(func(c *Counts) { c.Forgotten++ })
 	return ErrForgotten
@@ -504,12 +538,12 @@ func (f *Fleet) Takes() bool {
 	return false
 }
 
-// Others returns the peers that own a server which known does not know, each once.
-func (f *Fleet) Others(known func(server string) bool) (all []Place) {
+// Others returns the peers that own a server which is wanted, each once.
+func (f *Fleet) Others(wanted func(Server) bool) (all []Place) {
 	v := f.view.Load()
 	seen := map[string]bool{}
 	for _, name := range v.names {
-		if p := v.places[name]; p.owner.peer != nil && !p.owner.away && !seen[p.owner.id] && !known(name) {
+		if p := v.places[name]; p.owner.peer != nil && !p.owner.away && !seen[p.owner.id] && wanted(p.Server) {
 			seen[p.owner.id] = true
 			all = append(all, p.place())
 		}

@@ -202,11 +202,8 @@ func (m *Metrics) Done(ex proxy.Exchange) {
 	if ex.KeepAlive != "" {
 		m.keepAlive.WithLabelValues(ex.KeepAlive).Inc()
 	}
-	if ex.NumCtx != "" {
-		m.numCtx.WithLabelValues(ex.NumCtx).Inc()
-	}
-	for _, done := range ex.Heads {
-		m.heads.WithLabelValues(done.Rule).Add(float64(done.Edits))
+	if ex.Peer == "" { // otherwise that proxy counts what becomes of the body
+		m.edited(ex)
 	}
 	if ex.Priority != "" {
 		m.waited.WithLabelValues(ex.Priority).Observe(ex.Waited.Seconds())
@@ -216,6 +213,16 @@ func (m *Metrics) Done(ex proxy.Exchange) {
 	}
 	m.answers.done(ex.Cache)
 	m.named(ex)
+}
+
+// edited counts the edits of a request's body.
+func (m *Metrics) edited(ex proxy.Exchange) {
+	if ex.NumCtx != "" {
+		m.numCtx.WithLabelValues(ex.NumCtx).Inc()
+	}
+	for _, done := range ex.Heads {
+		m.heads.WithLabelValues(done.Rule).Add(float64(done.Edits))
+	}
 }
 
 // asked counts a client's request. Of a fleet, the proxy does that to which the client sent it.

@@ -15,6 +15,7 @@ import (
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/answers"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/answers/forms"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/fleet"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/runners"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
@@ -405,6 +406,33 @@ type flight struct {
 	*answers.Flight
 	cancel context.CancelCauseFunc
 	record *answers.Record // filled in when the upstream answers; nil: the answer is not kept
+
+	mu     sync.Mutex
+	joined []joined // those who have joined it; guarded by mu
+}
+
+// joined is a request that reads along with a computation.
+type joined struct {
+	ctx    context.Context // ends when it no longer does
+	passed *fleet.Passed   // nil if its client is this proxy's own
+}
+
+func (f *flight) join(j joined) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.joined = append(f.joined, j)
+}
+
+// other returns how a request was passed on that still reads along, each once.
+func (f *flight) other() (p *fleet.Passed, ok bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for len(f.joined) > 0 && !ok {
+		j := f.joined[0]
+		f.joined = f.joined[1:]
+		p, ok = j.passed, j.ctx.Err() == nil
+	}
+	return p, ok
 }
 
 // answered notes what the upstream says of an answer that may be kept.
@@ -478,6 +506,11 @@ func (h *Handler) compute(
 		c.wg.Go(func() { h.run(f, r.WithContext(ctx), ex, q) }) // ends with ctx
 	} else {
 		cancel(nil)
+		j := joined{r.Context(), ex.passed}
+		if async {
+			j.ctx = context.Background() // it comes for the answer later
+		}
+		f.join(j)
 		ex.Cache.Result, ex.Cache.Misses, ex.Cache.Joined = CacheJoined, 0, 1
 		status.Collapsed = true
 	}
@@ -661,6 +694,9 @@ func (ex *exchange) follow(
 	header := w.Header()
 	for name, values := range from {
 		header[name] = slices.Clone(values)
+	}
+	if ex.passed == nil {
+		header.Del(fleet.HeaderOutcome)
 	}
 	setCORS(header, ex.origin)
 	if cached != nil {

@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/fleet"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/runners"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
@@ -327,15 +328,17 @@ func (h *Handler) retract(ex *exchange) {
 	ex.grant, ex.context = nil, nil
 }
 
-// unloadElsewhere makes all other servers that may have the model loaded unload it. The channel
-// that it returns is closed when that is done; it is nil if there is nothing to do.
-func (h *Handler) unloadElsewhere(r *http.Request, ex *exchange) chan struct{} {
+// unloadElsewhere makes all other servers that may have the model loaded unload it, but for those of
+// one peer. The channel that it returns is closed when that is done; it is nil if there is nothing to
+// do.
+func (h *Handler) unloadElsewhere(r *http.Request, ex *exchange, but string) chan struct{} {
 	if ex.only != nil || !ex.unloads() {
 		return nil
 	}
 	key, f := ex.key, ex.fields
 	f.members, f.long = nil, nil // their memory belongs to a pooled body
-	all, peers := h.backends(), h.others(ex)
+	peers := slices.DeleteFunc(h.others(ex, ex.key), func(p fleet.Place) bool { return p.Peer == but })
+	all := h.backends()
 	if len(all) == 1 && all[0] == ex.up && len(peers) == 0 {
 		return nil
 	}

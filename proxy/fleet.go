@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"log"
 	"maps"
@@ -188,17 +189,26 @@ func (h *Handler) passedOn(w http.ResponseWriter, r *http.Request, ex *exchange)
 			return h.moved(w, r, ex, schedule.Elsewhere{Server: server, Moves: 1})
 		}
 	}
-	if h.Fleet == nil || ex.passed != nil || ex.warming != nil || ex.stranger || ex.passing != nil {
+	switch {
+	case h.Fleet == nil || ex.warming != nil || ex.stranger:
 		return false
-	}
-	if ex.cloud || ex.key == "" && ex.away == "" || ex.unloads() && h.exists(ex.key) {
+	case ex.away != "" && ex.passed != nil: // the entry thinks that this proxy has that server
+		ex.Status, ex.Outcome = http.StatusMisdirectedRequest, Moved
+		fleet.Decline(w, "", ex.moves)
+		return true
+	case ex.away != "" && ex.passing != nil:
+		h.refuse(w, r, ex, &refusal{http.StatusRequestEntityTooLarge, fmt.Sprintf("%s: upstream %s is "+
+			"another proxy's, and a body that is longer than --max-body is not passed on; send it to that proxy",
+			headerUpstream, ex.away)})
+		return true
+	case ex.away != "":
+		return h.pass(w, r, ex, ex.away)
+	case ex.passed != nil || ex.passing != nil || ex.cloud || ex.key == "":
 		return false
+	case !ex.infers() && h.exists(ex.key):
+		return false // what evaluates nothing needs no owner, only a server that has the model
 	}
-	// What evaluates nothing needs no owner, only a server that has the model.
-	if !ex.infers() && ex.away == "" && h.exists(ex.key) {
-		return false
-	}
-	return h.pass(w, r, ex, ex.away)
+	return h.pass(w, r, ex, "")
 }
 
 // pass sends a request to a server's owner, or, without the server's name, to the owner of the one
@@ -207,16 +217,9 @@ func (h *Handler) pass(w http.ResponseWriter, r *http.Request, ex *exchange, ser
 	ask := h.fleetAsk(ex)
 	ask.Server = cmp.Or(server, ask.Server)
 	place, ok := h.Fleet.Choose(ask)
-	if !ok {
-		if ref := h.returns(r, ex, ask, &place); ref != nil {
-			h.refuse(w, r, ex, ref)
-			return true
-		}
-	}
-	if place.Here() {
+	if ok && place.Here() {
 		return false
 	}
-	ex.hop = &relay{ask: ask, place: place}
 	w = h.heartbeats(w, ex)
 	if !ex.waiting {
 		ex.waiting = true
@@ -224,6 +227,21 @@ func (h *Handler) pass(w http.ResponseWriter, r *http.Request, ex *exchange, ser
 	}
 	began := time.Now()
 	ex.beat.wait()
+	if !ok {
+		ref := h.returns(r, ex, ask, &place)
+		if ex.beat.waited(); ref != nil {
+			h.refuse(w, r, ex, ref)
+			return true
+		}
+		if place.Here() {
+			return false
+		}
+		ex.beat.wait()
+	}
+	ex.hop = &relay{ask: ask, place: place}
+	if server == "" {
+		ex.unloading = h.unloadElsewhere(r, ex, place.Peer)
+	}
 	h.hops.ServeHTTP(w, r)
 	if !ex.hop.here {
 		return true
@@ -237,7 +255,8 @@ func (h *Handler) pass(w http.ResponseWriter, r *http.Request, ex *exchange, ser
 // a refusal it has set the place, which is this proxy if no other ever had it.
 func (h *Handler) returns(r *http.Request, ex *exchange, ask fleet.Ask, place *fleet.Place) *refusal {
 	limit := time.After(h.TryDuration)
-	for {
+	defer h.awaiting.Add(-1)
+	for waiting := h.awaiting.Add(1); ; {
 		news := h.Fleet.News()
 		if to, ok := h.Fleet.Choose(ask); ok {
 			*place = to
@@ -245,6 +264,9 @@ func (h *Handler) returns(r *http.Request, ex *exchange, ask fleet.Ask, place *f
 		}
 		if ask.Server == "" && (h.exists(ex.key) || !h.Fleet.Has(ex.key)) {
 			return nil
+		}
+		if waiting > int64(h.Queue) {
+			return ex.busy()
 		}
 		select {
 		case <-news:
@@ -338,13 +360,15 @@ func (h *Handler) about(r *http.Request, ex *exchange) fleet.About {
 	}
 }
 
-// others returns the peers that have servers which this proxy does not have; none for a request that
-// a peer has passed on.
-func (h *Handler) others(ex *exchange) []fleet.Place {
+// others returns the peers that have servers which this proxy does not have, and with a model if one is
+// given; none for a request that a peer has passed on.
+func (h *Handler) others(ex *exchange, model string) []fleet.Place {
 	if h.Fleet == nil || ex.passed != nil {
 		return nil
 	}
-	return h.Fleet.Others(func(server string) bool { return h.named(server) != nil })
+	return h.Fleet.Others(func(s fleet.Server) bool {
+		return h.named(s.Name) == nil && (model == "" || slices.Contains(s.Models, model))
+	})
 }
 
 // unloadAt passes a request that unloads a model on to a peer whose servers this proxy does not
@@ -417,6 +441,12 @@ func (h *Handler) modifyHop(res *http.Response) error {
 	ex := res.Request.Context().Value(exchangeKey{}).(*exchange)
 	ex.beat.waited()
 	h.waited(ex)
+	ex.unloaded()
+	switch o := Outcome(res.Header.Get(fleet.HeaderOutcome)); o {
+	case Refused, Unreachable, UpstreamError: // the owner itself has answered
+		ex.Outcome = o
+	}
+	res.Header.Del(fleet.HeaderOutcome)
 	if ex.beat.begun() {
 		ex.asEvent(res)
 	}

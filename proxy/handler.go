@@ -472,7 +472,11 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		h.refuse(w, r, ex, ref)
 		return
 	}
-	if !h.passedOn(w, r, ex) {
+	switch {
+	case h.passedOn(w, r, ex):
+	case ex.beat.begun(): // nothing else can be written any more than what a server answers
+		h.serve(w, r, ex)
+	default:
 		h.answer(w, r, ex)
 	}
 }
@@ -503,7 +507,7 @@ func (h *Handler) serve(w http.ResponseWriter, r *http.Request, ex *exchange) {
 	}
 	r, over := h.givesUp(r, ex)
 	defer over()
-	ex.unloading = h.unloadElsewhere(r, ex)
+	ex.unloading = h.unloadElsewhere(r, ex, "")
 	h.prepare(r.Context(), ex)
 	h.begin(ex)
 	h.forward.ServeHTTP(w, r)
@@ -643,6 +647,9 @@ func (ex *exchange) reply(w http.ResponseWriter, r *http.Request, ref *refusal) 
 	ex.Status, ex.said = ref.status, ref.message
 	setCORS(w.Header(), ex.origin)
 	ex.timing(w.Header())
+	if ex.passed != nil {
+		w.Header().Set(fleet.HeaderOutcome, string(ex.Outcome))
+	}
 	if ex.stranger && ref.status >= 500 {
 		// The message may name an upstream, or its address.
 		ref = &refusal{ref.status, "no answer of Ollama; whoever shows an API key is told why"}
@@ -691,6 +698,8 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 		return nil
 	}
 	switch enc := r.Header.Get("Content-Encoding"); {
+	case ex.reads == readsNothing && !over:
+		return nil // it was read to be passed on
 	case over:
 		ex.Unedited = UneditedTooLarge
 		ex.in.Store(0)

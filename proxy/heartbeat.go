@@ -41,6 +41,7 @@ type heartbeat struct {
 func (h *Handler) heartbeats(w http.ResponseWriter, ex *exchange) http.ResponseWriter {
 	every := h.Live().Heartbeat
 	if ex.beat != nil { // it has begun to wait before
+		ex.beat.redirect(w, ex.origin)
 		return ex.beat
 	}
 	if every == 0 || ex.passed != nil || ex.reads != readsForeign || ex.prompt == prefix.None ||
@@ -51,6 +52,15 @@ func (h *Handler) heartbeats(w http.ResponseWriter, ex *exchange) http.ResponseW
 		ResponseWriter: w, every: every, left: every, origin: ex.origin,
 	}
 	return ex.beat
+}
+
+// redirect makes an answer that has not begun be written to w, which may be b itself.
+func (b *heartbeat) redirect(w http.ResponseWriter, origin string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if w != http.ResponseWriter(b) && !b.began && !b.over {
+		b.ResponseWriter, b.origin = w, origin
+	}
 }
 
 // wait records that the request waits until waited is called.

@@ -42,9 +42,20 @@ func (h *Handler) only(r *http.Request, ex *exchange) *refusal {
 	if ex.away = h.awayServer(name); ex.away != "" {
 		return nil
 	}
+	if ex.passed != nil { // the peer knows something else: it is to choose again
+		ex.away = name
+		return nil
+	}
 	var names []string
 	for _, b := range h.backends() {
 		names = append(names, b.Name)
+	}
+	if h.Fleet != nil {
+		for _, o := range h.Fleet.Owners() {
+			if !slices.Contains(names, o.Server) {
+				names = append(names, o.Server)
+			}
+		}
 	}
 	return &refusal{http.StatusBadRequest, fmt.Sprintf("%s: there is no upstream %q: want one of %s", headerUpstream, name, strings.Join(names, ", "))}
 }

@@ -52,7 +52,7 @@ func newer(a, b listed) int {
 // their lists, by name. Upstreams that do not answer within listTimeout are left out. If it returns
 // false, the request has to be forwarded.
 func (h *Handler) merge(w http.ResponseWriter, r *http.Request, ex *exchange) bool {
-	all, peers := h.backends(), h.others(ex)
+	all, peers := h.backends(), h.others(ex, "")
 	if ex.merged == "" || len(all)+len(peers) <= 1 || ex.only != nil || ex.away != "" {
 		return false
 	}

@@ -39,7 +39,7 @@ type attempts struct{ h *Handler }
 func (a attempts) RoundTrip(out *http.Request) (*http.Response, error) {
 	h, ex := a.h, out.Context().Value(exchangeKey{}).(*exchange)
 	defer ex.letGo() // nothing is sent again after this
-	if err := fleet.PassedOf(out.Context()).Begin(out.Context()); err != nil {
+	if err := ex.mayBegin(out.Context()); err != nil {
 		return nil, err
 	}
 	var past repeats
@@ -73,6 +73,20 @@ func (a attempts) RoundTrip(out *http.Request) (*http.Response, error) {
 			return nil, err
 		}
 	}
+}
+
+// mayBegin asks the proxy that passed the request on, if one has, whether it may be sent to a server.
+// If that proxy has given it up, but others wait for the same answer, they are asked.
+func (ex *exchange) mayBegin(ctx context.Context) error {
+	err := fleet.PassedOf(ctx).Begin(ctx)
+	for err != nil && ex.flight != nil && ctx.Err() == nil {
+		p, ok := ex.flight.other()
+		if !ok {
+			return err
+		}
+		err = p.Begin(ctx)
+	}
+	return err
 }
 
 // again prepares a refused request for one of these servers, after pausing and waiting.

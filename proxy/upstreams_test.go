@@ -38,10 +38,12 @@ type box struct {
 	refuse int               // answer inference with this status; guarded by mu
 	words  string            // … and this error; guarded by mu
 	hold   chan struct{}     // inference waits until it is closed; guarded by mu
-	srv    *http.Server      // nil: down
-	ended  chan struct{}
-	came   chan struct{} // gets one for each request that is held
-	news   chan struct{} // closed with the next request; guarded by mu
+	// play, if not nil, answers what is posted about its models; guarded by mu.
+	play  func(w http.ResponseWriter, r *http.Request, text []byte)
+	srv   *http.Server // nil: down
+	ended chan struct{}
+	came  chan struct{} // gets one for each request that is held
+	news  chan struct{} // closed with the next request; guarded by mu
 }
 
 func newBox(t *testing.T, name string, models ...string) *box {
@@ -126,7 +128,7 @@ func (b *box) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	_, has := b.models[body.Model]
 	names := slices.Sorted(maps.Keys(b.models))
 	status, refuse, words, loaded, tokens := 200, b.refuse, b.words, b.loaded, b.tokens
-	digests := maps.Clone(b.models)
+	digests, play := maps.Clone(b.models), b.play
 	b.mu.Unlock()
 
 	var list []map[string]any
@@ -151,6 +153,9 @@ func (b *box) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			list = append(list, map[string]any{"id": n, "object": "model", "created": 1, "from": b.name})
 		}
 		json.NewEncoder(w).Encode(map[string]any{"object": "list", "data": list})
+		return
+	case r.Method == "POST" && play != nil && !own && !strings.Contains(string(text), `"verbose"`):
+		play(w, r, text)
 		return
 	case r.Method == "POST" && !has && path != "/api/pull" || strings.HasPrefix(path, "/v1/models/") && digests[path[len("/v1/models/"):]] == "":
 		status, words = 404, "model not found"

@@ -1,0 +1,808 @@
+package proxy
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/klauspost/compress/zstd"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/answers"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/fleet"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
+)
+
+// alliance is a fleet of proxies.
+type alliance struct {
+	t     *testing.T
+	proxy []*ally
+}
+
+// ally is one of the proxies.
+type ally struct {
+	*severalServers
+	stop func() // as a crash does
+}
+
+// addresses is a fleet.Source.
+type addresses []string
+
+func (a addresses) Watch(ctx context.Context, found func([]string)) {
+	found(a)
+	<-ctx.Done()
+}
+
+func (a addresses) String() string { return strings.Join(a, " ") }
+
+const peerSecret = "of the fleet, 16+"
+
+// newAlliance starts a proxy before each list of boxes. Proxies with the same list are the shape
+// "edge"; otherwise each is beside its own boxes, the shape "sidecar".
+func newAlliance(t *testing.T, lists [][]*box, change func(i int, h *Handler)) *alliance {
+	t.Helper()
+	a := &alliance{t: t}
+	edge := len(lists) == 1 || slices.Equal(lists[0], lists[1])
+	var listeners []net.Listener
+	var found addresses
+	for range lists {
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		listeners, found = append(listeners, ln), append(found, ln.Addr().String())
+	}
+	for i, list := range lists {
+		h := &Handler{
+			NoTouch: true, KeepAlive: keep(t, IfAbsent, "24h"),
+			Lanes: schedule.NewScheduler(schedule.Config{Lanes: 1}),
+		}
+		if change != nil {
+			change(i, h)
+		}
+		c := fleet.Config{Name: fmt.Sprint("proxy", i), Sources: []fleet.Source{found}, Secret: []byte(peerSecret)}
+		f := &severalServers{boxes: map[string]*box{}}
+		urls := map[string]*url.URL{}
+		for _, b := range list {
+			if f.boxes[b.name], urls[b.name] = b, b.URL; !edge {
+				c.Own = append(c.Own, b.name)
+			}
+		}
+		h.Join(&c)
+		h.Fleet = fleet.New(c)
+		f.rig = newRigOf(t, h, urls)
+		f.poll()
+		ctx, cancel := context.WithCancel(context.Background())
+		peers := &httptest.Server{
+			Listener: listeners[i], Config: &http.Server{Handler: h.Fleet.Handler(h)},
+		}
+		peers.Start()
+		var wg sync.WaitGroup
+		wg.Go(func() { h.Run(ctx) })
+		stop := sync.OnceFunc(func() {
+			peers.Listener.Close()
+			peers.CloseClientConnections()
+			f.srv.CloseClientConnections()
+			cancel()
+			h.Lanes.Close()
+			peers.Close()
+			wg.Wait()
+		})
+		t.Cleanup(stop)
+		a.proxy = append(a.proxy, &ally{f, stop})
+	}
+	a.agree()
+	return a
+}
+
+// agree waits until all proxies know each other, and who owns which server.
+func (a *alliance) agree() {
+	a.t.Helper()
+	poll(a.t, func() bool {
+		names := map[string]bool{}
+		owned := 0
+		for _, p := range a.proxy {
+			maps.Copy(names, p.names())
+		}
+		for _, p := range a.proxy {
+			for _, x := range p.h.Fleet.Peers() {
+				if !x.Up {
+					return false
+				}
+			}
+			owners := p.h.Fleet.Owners()
+			if len(owners) != len(names) || len(p.h.Fleet.Peers()) != len(a.proxy)-1 {
+				return false
+			}
+			for _, o := range owners {
+				if o.Here {
+					owned++
+				}
+				if !o.Takes || o.Models == 0 {
+					return false
+				}
+			}
+		}
+		return owned == len(names)
+	})
+}
+
+func (p *ally) names() map[string]bool {
+	names := map[string]bool{}
+	for name := range p.boxes {
+		names[name] = true
+	}
+	return names
+}
+
+// of returns the proxy that owns a server, and one that does not.
+func (a *alliance) of(server string) (owner, entry *ally) {
+	a.t.Helper()
+	for _, p := range a.proxy {
+		if p.h.Fleet.Owns(server) {
+			owner = p
+		} else {
+			entry = p
+		}
+	}
+	if owner == nil || entry == nil {
+		a.t.Fatalf("%s: the owner is %v, another is %v", server, owner, entry)
+	}
+	return owner, entry
+}
+
+// edgeOf returns n proxies before the same boxes.
+func edgeOf(t *testing.T, n int, change func(i int, h *Handler), boxes ...*box) *alliance {
+	t.Helper()
+	lists := make([][]*box, n)
+	for i := range lists {
+		lists[i] = boxes
+	}
+	return newAlliance(t, lists, change)
+}
+
+// sidecars returns a proxy beside each box.
+func sidecars(t *testing.T, change func(i int, h *Handler), boxes ...*box) *alliance {
+	t.Helper()
+	var lists [][]*box
+	for _, b := range boxes {
+		lists = append(lists, []*box{b})
+	}
+	return newAlliance(t, lists, change)
+}
+
+// last waits for the next request that a proxy has ended, apart from its own pages.
+func (p *ally) last() Exchange {
+	p.t.Helper()
+	for {
+		if ex := p.ended(); ex.Outcome != Own {
+			return ex
+		}
+	}
+}
+
+// TestHopTransparent: through a proxy that does not own the server, Ollama gets and gives the same
+// bytes as through the one that does, once, and no header of the fleet's is seen on either side.
+func TestHopTransparent(t *testing.T) {
+	b := newBox(t, "s", "m@1")
+	var mu sync.Mutex
+	var seen []string // what reaches Ollama
+	b.set(func() {
+		b.play = func(w http.ResponseWriter, r *http.Request, text []byte) {
+			mu.Lock()
+			defer mu.Unlock()
+			delete(r.Header, "Date")
+			head, _ := json.Marshal(r.Header)
+			seen = append(seen, fmt.Sprintf("%s %s %s %s %d %v %s", r.Method, r.RequestURI, r.Host, head,
+				r.ContentLength, r.TransferEncoding, text))
+			w.Header()["X-Twice"] = []string{"a", "b"}
+			w.Header().Set("Date", "today")
+			status := http.StatusOK
+			if strings.Contains(string(text), "refuse") {
+				status = http.StatusTeapot
+			}
+			w.WriteHeader(status)
+			fmt.Fprintf(w, `{"done":true,"n":%d}`, len(text))
+		}
+	})
+	a := edgeOf(t, 2, nil, b)
+	owner, entry := a.of("s")
+	encoder, err := zstd.NewWriter(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	long := strings.Repeat("word ", 1<<18)
+	for _, c := range []struct{ name, path, body, header string }{
+		{"small", "/api/chat", chat("m", "s"), ""},
+		{"query", "/api/chat?a=%zz&b=;c", chat("m", "s"), ""},
+		{"headers", "/v1/chat/completions", chat("m", "s"), "X-Strange: ä"},
+		{"refused", "/api/chat", chat("m", "refuse"), ""},
+		{"1 MiB", "/api/chat", chat("m", long), ""},
+		{"zstd", "/v1/chat/completions", string(encoder.EncodeAll([]byte(chat("m", "s")), nil)), "Content-Encoding: zstd"},
+		{"after the value", "/api/generate", `{"model":"m","prompt":"p"} {"model":"n"}`, ""},
+		{"no JSON", "/api/chat", `{"model":"m"`, ""},
+		{"empty", "/api/chat", "", ""},
+		{"load", "/api/generate", `{"model":"m"}`, ""},
+		{"embed", "/api/embed", `{"model":"m","input":"i"}`, ""},
+		{"show", "/api/show", `{"model":"m"}`, ""},
+		{"responses", "/v1/responses", `{"model":"m","input":"i"}`, ""},
+	} {
+		headers := []string{"Content-Type: application/json", "User-Agent: u", "Idempotency-Key: k", "Accept-Encoding: x"}
+		if c.header != "" {
+			headers = append(headers, c.header)
+		}
+		var got [2]string
+		for i, p := range []*ally{owner, entry} {
+			mu.Lock()
+			seen = nil
+			mu.Unlock()
+			res, text := p.do("POST", c.path, c.body, headers...)
+			for _, name := range []string{"Server-Timing", headerWaited} {
+				res.Header.Del(name)
+			}
+			head, _ := json.Marshal(res.Header)
+			mu.Lock()
+			got[i] = fmt.Sprintf("%s %s %d %s\n%s", res.Status, head, res.ContentLength, text, strings.Join(seen, "\n"))
+			if len(seen) != 1 {
+				t.Errorf("%s: sent %d times", c.name, len(seen))
+			}
+			mu.Unlock()
+			p.last()
+		}
+		if got[0] != got[1] {
+			t.Errorf("%s:\nthrough the owner: %.2000s\nthrough another:   %.2000s", c.name, got[0], got[1])
+		}
+		if strings.Contains(got[1], "X-Cacheproxy-Peer") {
+			t.Errorf("%s: a header of the fleet is seen: %.1000s", c.name, got[1])
+		}
+	}
+	if n := entry.h.Fleet.Counts().Hops; n < 9 {
+		t.Errorf("%d of the requests were passed on", n)
+	}
+}
+
+// TestHopOversize: a body that is longer than the proxy reads is served by the entry itself.
+func TestHopOversize(t *testing.T) {
+	b := newBox(t, "s", "m@1")
+	a := edgeOf(t, 2, func(_ int, h *Handler) { h.MaxBody = 4 << 10 }, b)
+	_, entry := a.of("s")
+	body := chat("m", passage(1, 2000))
+	if status, from := entry.ask("POST", "/api/chat", body); status != 200 || from != "s" {
+		t.Errorf("%d from %q", status, from)
+	}
+	if got := b.took(); len(got) != 1 || got[0] != "POST /api/chat "+body {
+		t.Errorf("Ollama got %.300q", got)
+	}
+	if c := entry.h.Fleet.Counts(); c.Hops != 0 {
+		t.Errorf("%+v", c)
+	}
+}
+
+// TestHopStreams: each part of an answer arrives before the next one is written, 1xx answers end at
+// the entry, and a client of HTTP/1.0 sees a broken answer as such.
+func TestHopStreams(t *testing.T) {
+	b := newBox(t, "s", "m@1")
+	steps := make(chan string)
+	b.set(func() {
+		b.play = func(w http.ResponseWriter, r *http.Request, _ []byte) {
+			w.Header().Set("Content-Type", "application/x-ndjson")
+			w.WriteHeader(http.StatusEarlyHints)
+			for part := range steps {
+				if part == "break" {
+					panic(http.ErrAbortHandler)
+				}
+				if part == "end" {
+					return
+				}
+				io.WriteString(w, part)
+				http.NewResponseController(w).Flush()
+			}
+		}
+	})
+	a := edgeOf(t, 2, nil, b)
+	_, entry := a.of("s")
+	for _, version := range []string{"1.1", "1.0"} {
+		for _, end := range []string{"end", "break"} {
+			c := entry.dial()
+			c.send(strings.Replace(rawPost("/api/chat", chat("m", "s")), "HTTP/1.1", "HTTP/"+version, 1))
+			steps <- "one\n"
+			head := c.mustHead()
+			if !strings.HasPrefix(head.line, "HTTP/1.") || !strings.Contains(head.line, " 200 ") {
+				t.Fatalf("HTTP/%s: %q", version, head.line)
+			}
+			line := func() string {
+				if version == "1.1" {
+					return c.mustChunk()
+				}
+				text, err := c.br.ReadString('\n')
+				if err != nil {
+					t.Fatal(err)
+				}
+				return text
+			}
+			if got := line(); got != "one\n" {
+				t.Errorf("HTTP/%s: %q", version, got)
+			}
+			steps <- "two\n"
+			if got := line(); got != "two\n" {
+				t.Errorf("HTTP/%s: %q", version, got)
+			}
+			steps <- end
+			var rest []byte
+			var err error
+			if version == "1.0" {
+				rest, err = io.ReadAll(c.br)
+			} else {
+				var last string
+				last, err = c.nextChunk()
+				rest = []byte(last)
+			}
+			if len(rest) != 0 || (err != nil) != (end == "break") {
+				t.Errorf("HTTP/%s, %s: %q, %v", version, end, rest, err)
+			}
+			want := map[string]Outcome{"end": OK, "break": Aborted}[end]
+			if ex := entry.last(); ex.Outcome != want {
+				t.Errorf("HTTP/%s: %s", version, ex.Outcome)
+			}
+			c.Close()
+		}
+	}
+}
+
+// TestHopHeadersRefused: only peers may set the headers of peers, and the paths of the fleet cannot
+// be reached through it.
+func TestHopHeadersRefused(t *testing.T) {
+	boxes := []*box{newBox(t, "s", "m@1"), newBox(t, "r", "n@1")}
+	a := sidecars(t, nil, boxes...)
+	entry := a.proxy[0]
+	for _, name := range []string{"", "-Secret", "-Client", "-Key", "-Age", "-Length", "-Server", "-Moves", "-Elsewhere"} {
+		for _, path := range []string{"/api/chat", "/api/tags", "/peer/report", "/_cacheproxy/fleet"} {
+			res, text := entry.post(path, chat("m", "s"), "x-cacheproxy-PEER"+name+": "+peerSecret)
+			if res.StatusCode != http.StatusForbidden || !strings.Contains(text, "--peer-listen") {
+				t.Errorf("X-Cacheproxy-Peer%s at %s: %s %s", name, path, res.Status, text)
+			}
+		}
+	}
+	for _, b := range boxes {
+		if got := b.took(); len(got) != 0 {
+			t.Errorf("Ollama got %q", got)
+		}
+	}
+	// Whatever a client asks of a peer's server, it is that server that answers.
+	for _, path := range []string{"/peer/report", "/peer/take"} {
+		for _, method := range []string{"GET", "POST"} {
+			body := ""
+			if method == "POST" {
+				body = `{"server":"s","model":"n"}`
+			}
+			status, from := entry.ask(method, path, body, headerUpstream+": r", "Content-Type: application/json")
+			if got := boxes[1].took(); len(got) != 1 || !strings.HasPrefix(got[0], method+" "+path) {
+				t.Errorf("%s %s at a peer's server: %d from %q; it got %q", method, path, status, from, got)
+			}
+		}
+	}
+	// Without a fleet the headers mean nothing.
+	alone := newFleet(t, 1, newBox(t, "s", "m@1"))
+	if res, text := alone.post("/api/chat", chat("m", "s"), fleet.HeaderPeer+": x"); res.StatusCode != 200 {
+		t.Errorf("without a fleet: %s %s", res.Status, text)
+	}
+}
+
+// holding makes the inference of a box wait, until the returned function is called.
+func (b *box) holding() (release func()) {
+	gate := make(chan struct{})
+	b.set(func() { b.hold = gate })
+	return sync.OnceFunc(func() {
+		b.set(func() {
+			if b.hold == gate {
+				b.hold = nil
+			}
+		})
+		close(gate)
+	})
+}
+
+// holds waits until an inference is held.
+func (b *box) holds(answer <-chan string) {
+	b.t.Helper()
+	select {
+	case <-b.came:
+	case got := <-answer:
+		b.t.Fatalf("it is not held: %s", got)
+	}
+}
+
+// sends sends a request in the background.
+func (p *ally) sends(ctx context.Context, path, body string, headers ...string) <-chan string {
+	answer := make(chan string, 1)
+	req, err := http.NewRequestWithContext(ctx, "POST", p.URL+path, strings.NewReader(body))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	for _, h := range headers {
+		k, v, _ := strings.Cut(h, ": ")
+		req.Header.Set(k, v)
+	}
+	go func() { // ends with the answer, which the test waits for
+		res, err := p.http.Do(req)
+		if err != nil {
+			answer <- err.Error()
+			return
+		}
+		defer res.Body.Close()
+		text, err := io.ReadAll(res.Body)
+		if err != nil {
+			text = fmt.Append(text, err)
+		}
+		answer <- fmt.Sprint(res.StatusCode, " ", string(text))
+	}()
+	return answer
+}
+
+// TestHopOrder: requests are sent in the same order as by one proxy, at whichever they enter: an
+// interactive one before batches, and a client has one share.
+func TestHopOrder(t *testing.T) {
+	one, three := sentInOrder(t, 1), sentInOrder(t, 3)
+	if !slices.Equal(one, three) || len(one) != 9 || one[1] != "ainteractive" {
+		t.Errorf("through one %q, through three %q", one, three)
+	}
+}
+
+// sentInOrder sends requests of two clients through n proxies, which enter while all slots are busy,
+// and returns in which order Ollama got them.
+func sentInOrder(t *testing.T, n int) (order []string) {
+	b := newBox(t, "s", "m@1")
+	a := edgeOf(t, n, func(_ int, h *Handler) {
+		h.Guard = withKeys(t, "alice "+theKey+"a\nbob "+theKey+"b\nops "+theKey+"c")
+	}, b)
+	owner, entry := a.proxy[0], a.proxy[0]
+	if n > 1 {
+		owner, entry = a.of("s")
+	}
+	release := b.holding()
+	defer release()
+	ctx := t.Context()
+	key := func(k string) string { return "Authorization: Bearer " + theKey + k }
+	answers := []<-chan string{owner.sends(ctx, "/api/chat", chat("m", passage(1, 100)), key("c"))}
+	b.holds(answers[0])
+	waits := 0
+	send := func(p *ally, who string, priority string) {
+		waits++
+		answers = append(answers, p.sends(ctx, "/api/chat", chat("m", passage(waits+1, 200)+" by "+who+priority),
+			key(who), headerPriority+": "+priority))
+		waitingIn(t, owner.h.Lanes, waits)
+	}
+	// alice comes in everywhere with batch work before bob, who has one request.
+	for i := range 6 {
+		send(a.proxy[i%n], "a", "batch")
+	}
+	send(entry, "b", "batch")
+	send(owner, "a", "interactive")
+	release()
+	for i, answer := range answers {
+		if got := <-answer; !strings.HasPrefix(got, "200 ") {
+			t.Errorf("%d: %s", i, got)
+		}
+	}
+	for _, text := range b.took() {
+		_, by, _ := strings.Cut(text, " by ")
+		by, _, _ = strings.Cut(by, `"`)
+		order = append(order, by)
+	}
+	return order
+}
+
+// TestHopKeys: the owner knows the key that a client showed to the entry: its name, its class, and
+// how many of its requests may wait; a rate is counted once.
+func TestHopKeys(t *testing.T) {
+	b := newBox(t, "s", "m@1")
+	a := edgeOf(t, 2, func(_ int, h *Handler) {
+		h.Guard = withKeys(t, "alice "+theKey+" class=batch max-waiting=2 rate=5/h\nbob "+theKey+"b")
+	}, b)
+	owner, entry := a.of("s")
+	release := b.holding()
+	defer release()
+	first := owner.sends(t.Context(), "/api/chat", chat("m", passage(1, 100)), bearer(theKey+"b"))
+	b.holds(first)
+	var waits []<-chan string
+	for i := range 2 {
+		waits = append(waits, entry.sends(t.Context(), "/api/chat", chat("m", passage(i, 100)), bearer(theKey)))
+		waitingIn(t, owner.h.Lanes, i+1)
+	}
+	if got := owner.h.Lanes.Waiting(10).First; len(got) != 2 || got[0].Priority != schedule.Batch {
+		t.Errorf("%+v", got)
+	}
+	if res, text := entry.post("/api/chat", chat("m", passage(4, 100)), bearer(theKey)); res.StatusCode != 429 {
+		t.Errorf("one too many: %s %s", res.Status, text)
+	}
+	release()
+	<-first
+	for _, w := range waits {
+		if got := <-w; !strings.HasPrefix(got, "200 ") {
+			t.Error(got)
+		}
+	}
+	for i := range 4 { // three were sent
+		res, text := entry.post("/api/chat", chat("m", passage(i, 100)), bearer(theKey))
+		if want := 200; i < 2 && res.StatusCode != want || i >= 2 && res.StatusCode != 429 {
+			t.Errorf("number %d: %s %s", 4+i, res.Status, text)
+		}
+	}
+	if res, _ := entry.post("/api/chat", chat("m", "s")); res.StatusCode != 401 {
+		t.Errorf("without a key: %s", res.Status)
+	}
+	names := map[string]int{}
+	for range 6 {
+		ex := owner.last()
+		names[ex.Name]++
+		if ex.Name == "alice" && (!ex.Passed || ex.Priority != "batch") {
+			t.Errorf("%+v", ex)
+		}
+	}
+	if names["alice"] != 5 || names["bob"] != 1 {
+		t.Errorf("%v", names)
+	}
+	for _, text := range b.took() {
+		if strings.Contains(text, theKey) {
+			t.Error("the key reached Ollama")
+		}
+	}
+}
+
+// TestHopLeft: when a client leaves, its request ends at the owner, and at Ollama.
+func TestHopLeft(t *testing.T) {
+	b := newBox(t, "s", "m@1")
+	began, ended := make(chan struct{}), make(chan struct{})
+	b.set(func() {
+		b.play = func(w http.ResponseWriter, r *http.Request, text []byte) {
+			io.WriteString(w, "{}\n")
+			http.NewResponseController(w).Flush()
+			began <- struct{}{}
+			<-r.Context().Done()
+			ended <- struct{}{}
+		}
+	})
+	a := edgeOf(t, 2, nil, b)
+	owner, entry := a.of("s")
+	first, leave := context.WithCancel(t.Context())
+	second, leaveSecond := context.WithCancel(t.Context())
+	defer leaveSecond()
+	one := entry.sends(first, "/api/chat", chat("m", passage(1, 100)))
+	<-began
+	two := entry.sends(second, "/api/chat", chat("m", passage(2, 100)))
+	waitingIn(t, owner.h.Lanes, 1)
+	leaveSecond()
+	<-two
+	waitingIn(t, owner.h.Lanes, 0)
+	for _, p := range []*ally{entry, owner} {
+		if ex := p.last(); ex.Outcome != ClientGone {
+			t.Errorf("left while it waited: %+v", ex)
+		}
+	}
+	leave()
+	<-one
+	<-ended
+	for _, p := range []*ally{entry, owner} {
+		if ex := p.last(); ex.Outcome != ClientGone {
+			t.Errorf("left while it was answered: %+v", ex)
+		}
+	}
+	if got := b.took(); len(got) != 1 {
+		t.Errorf("Ollama got %d requests", len(got))
+	}
+	if c := owner.h.Fleet.Counts(); c.Received != 2 {
+		t.Errorf("%+v", c)
+	}
+}
+
+// TestHopCORS: pages of other origins may read what they may read of one proxy.
+func TestHopCORS(t *testing.T) {
+	b := newBox(t, "s", "m@1")
+	a := edgeOf(t, 2, nil, b)
+	owner, entry := a.of("s")
+	for _, origin := range []string{"http://localhost:3000", "https://elsewhere.example", ""} {
+		var got [2]string
+		for i, p := range []*ally{owner, entry} {
+			var headers []string
+			if origin != "" {
+				headers = []string{"Origin: " + origin}
+			}
+			res, _ := p.post("/api/chat", chat("m", "s"), headers...)
+			got[i] = fmt.Sprint(res.StatusCode, res.Header["Access-Control-Allow-Origin"], res.Header["Vary"])
+		}
+		if got[0] != got[1] {
+			t.Errorf("%q: %s, through another %s", origin, got[0], got[1])
+		}
+	}
+}
+
+// TestHopNamed: a client may name a server of another proxy, for anything.
+func TestHopNamed(t *testing.T) {
+	x, y := newBox(t, "x", "m@1", "both@1"), newBox(t, "y", "n@1", "both@1")
+	a := sidecars(t, func(_ int, h *Handler) { h.MaxBody = 64 << 10 }, x, y)
+	entry := a.proxy[0]
+	y.set(func() { y.models["far:cloud"] = "2" })
+	for _, c := range []struct{ method, path, body string }{
+		{"POST", "/api/chat", chat("n", "s")},
+		{"POST", "/api/chat", chat("both", "s")},
+		{"POST", "/api/chat", chat("far:cloud", "s")},
+		{"POST", "/api/generate", `{"model":"both","keep_alive":0}`},
+		{"POST", "/api/embed", `{"model":"both","input":"i"}`},
+		{"GET", "/api/tags", ""},
+		{"GET", "/api/ps", ""},
+		{"GET", "/v1/models", ""},
+		{"GET", "/api/version", ""},
+		{"HEAD", "/api/tags", ""},
+		{"POST", "/api/show", `{"model":"both"}`},
+		{"POST", "/api/pull", `{"model":"both"}`},
+		{"POST", "/api/pull", `{"model":"far:cloud"}`},
+		{"DELETE", "/api/delete", `{"model":"both"}`},
+		{"GET", "/v1/models/n", ""},
+	} {
+		name := c.method + " " + c.path + " " + c.body
+		res, text := entry.do(c.method, c.path, c.body, headerUpstream+": y")
+		if got := res.Header.Get(headerUpstream); got != "y" || res.StatusCode != 200 {
+			t.Errorf("%s: %s from %q: %s", name, res.Status, got, text)
+		}
+		if strings.Contains(text, `"from":"x"`) {
+			t.Errorf("%s: %s", name, text)
+		}
+	}
+	for _, text := range x.took() {
+		t.Errorf("the other server got %q", text)
+	}
+	// What is too long to be held cannot be passed on, and does not go to another server.
+	res, text := entry.post("/api/chat", chat("both", passage(1, 20_000)), headerUpstream+": y")
+	if res.StatusCode != http.StatusRequestEntityTooLarge || !strings.Contains(text, "--max-body") {
+		t.Errorf("too long: %s %s", res.Status, text)
+	}
+	if got := x.took(); len(got) != 0 {
+		t.Errorf("the other server got %.200q", got)
+	}
+	res, text = entry.post("/api/chat", chat("both", "s"), headerUpstream+": nowhere")
+	if res.StatusCode != 400 || !strings.Contains(text, "y") {
+		t.Errorf("an unknown server: %s %s", res.Status, text)
+	}
+}
+
+// TestSidecars: proxies that are beside a server each are to a client like one with all of them.
+func TestSidecars(t *testing.T) {
+	x, y, z := newBox(t, "x", "m@1", "both@1"), newBox(t, "y", "n@1", "both@1"), newBox(t, "z", "n@1")
+	x.loaded, y.loaded, z.loaded = []string{"m"}, []string{"n"}, []string{"n"}
+	a := sidecars(t, nil, x, y, z)
+	for i, p := range a.proxy {
+		for path, want := range map[string][]string{
+			"/api/tags": {"both", "m", "n"}, "/v1/models": {"both", "m", "n"}, "/api/ps": {"m", "n"},
+		} {
+			member := "models"
+			if path == "/v1/models" {
+				member = "data"
+			}
+			list, _ := p.listing(path, member)
+			for i := range list {
+				list[i], _, _ = strings.Cut(list[i], "/")
+			}
+			if !slices.Equal(list, want) {
+				t.Errorf("%d: GET %s: %v, want %v", i, path, list, want)
+			}
+		}
+		for model, want := range map[string]string{"m": "x", "n": "yz"} {
+			for _, c := range [][3]string{
+				{"POST", "/api/show", `{"model":"` + model + `"}`}, {"GET", "/v1/models/" + model, ""},
+				{"POST", "/api/chat", chat(model, "s")}, {"POST", "/v1/chat/completions", chat(model, "s")},
+				{"POST", "/api/embed", `{"model":"` + model + `","input":"i"}`},
+				{"POST", "/v1/embeddings", `{"model":"` + model + `","input":"i"}`},
+				{"POST", "/api/generate", `{"model":"` + model + `"}`},
+			} {
+				if status, from := p.ask(c[0], c[1], c[2]); status != 200 || from == "" || !strings.Contains(want, from) {
+					t.Errorf("%d: %s %s of %s: %d from %q", i, c[0], c[1], model, status, from)
+				}
+			}
+		}
+		if res, text := p.post("/api/chat", chat("nobody", "s")); res.StatusCode != 404 || !strings.Contains(text, "model not found") {
+			t.Errorf("%d: a model that nobody has: %s %s", i, res.Status, text)
+		}
+		// An unload reaches every server that has the model, once, whoever gets it.
+		for model, want := range map[string][]*box{"n": {y, z}, "both": {x, y}, "m": {x}} {
+			for _, b := range []*box{x, y, z} {
+				b.took()
+			}
+			body := `{"model":"` + model + `","keep_alive":0}`
+			if status, _ := p.ask("POST", "/api/generate", body); status != 200 {
+				t.Errorf("%d: unloading %s: %d", i, model, status)
+			}
+			for _, b := range []*box{x, y, z} {
+				n := 0
+				for _, text := range b.took() {
+					if strings.HasPrefix(text, "POST /api/generate") && strings.Contains(text, `"keep_alive":0`) &&
+						strings.Contains(text, `"`+model+`"`) {
+						n++
+					}
+				}
+				if wants := slices.Contains(want, b); n > 1 || wants != (n == 1) {
+					t.Errorf("%d: unloading %s: %s got it %d times", i, model, b.name, n)
+				}
+			}
+		}
+	}
+}
+
+// TestHopAnswers: a kept answer is found through any proxy, and what many ask at once is computed
+// once.
+func TestHopAnswers(t *testing.T) {
+	b := newBox(t, "s", "m@1")
+	a := edgeOf(t, 2, func(_ int, h *Handler) {
+		h.Answers = answers.NewMemory(answers.Limits{Bytes: 1 << 20})
+		h.CacheAnswers = CacheAnswers{Default: CacheAll}
+		h.CacheEmbeddings = CacheEmbeddings{}
+	}, b)
+	owner, entry := a.of("s")
+	release := b.holding()
+	defer release()
+	body := chat("m", passage(1, 100))
+	var all []<-chan string
+	for i := range 50 {
+		all = append(all, a.proxy[i%2].sends(t.Context(), "/api/chat", body))
+	}
+	<-b.came
+	poll(t, func() bool { return owner.h.InFlight() == 50 })
+	release()
+	first := ""
+	for _, answer := range all {
+		got := <-answer
+		if first == "" {
+			first = got
+		}
+		if got != first || !strings.HasPrefix(got, "200 ") {
+			t.Errorf("%s, and %s", got, first)
+		}
+	}
+	poll(t, func() bool { return owner.h.Answers.Stats().Entries == 1 })
+	for _, p := range []*ally{entry, owner} {
+		res, _ := p.post("/api/chat", body)
+		if got := res.Header.Get("Cache-Status"); !strings.Contains(got, "hit") {
+			t.Errorf("Cache-Status: %q", got)
+		}
+	}
+	if got := b.took(); len(got) != 1 {
+		t.Errorf("Ollama got it %d times: %.300q", len(got), got)
+	}
+}
+
+// TestHopAnswersLeft: those who wait for what another client has asked for get it when that client
+// leaves.
+func TestHopAnswersLeft(t *testing.T) {
+	b := newBox(t, "s", "m@1")
+	a := edgeOf(t, 2, func(_ int, h *Handler) {
+		h.Answers = answers.NewMemory(answers.Limits{Bytes: 1 << 20})
+		h.CacheAnswers = CacheAnswers{Default: CacheAll}
+	}, b)
+	owner, entry := a.of("s")
+	release := b.holding()
+	defer release()
+	first := owner.sends(t.Context(), "/api/chat", chat("m", passage(1, 100)))
+	<-b.came
+	ctx, leave := context.WithCancel(t.Context())
+	leads := entry.sends(ctx, "/api/chat", chat("m", passage(2, 100)))
+	waitingIn(t, owner.h.Lanes, 1)
+	joins := owner.sends(t.Context(), "/api/chat", chat("m", passage(2, 100)))
+	poll(t, func() bool { return owner.h.InFlight() == 3 })
+	leave()
+	<-leads
+	poll(t, func() bool { return owner.h.InFlight() <= 3 && entry.h.InFlight() == 0 })
+	release()
+	for _, answer := range []<-chan string{first, joins} {
+		if got := <-answer; !strings.HasPrefix(got, "200 ") {
+			t.Error(got)
+		}
+	}
+}

@@ -677,7 +677,7 @@ func (ex *exchange) unreadable(err error) *refusal {
 
 // read reads the body, as far as the proxy may, and parses its model and prompt.
 func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
-	if ex.away == "" && (ex.reads == readsNothing || ex.reads == readsName && len(h.backends()) == 1 && h.Fleet == nil) {
+	if h.passes(ex) {
 		if name, ok := strings.CutPrefix(r.URL.Path, pathModel); ok {
 			ex.key = upstream.ModelKey(name)
 		}
@@ -717,6 +717,14 @@ func (h *Handler) read(r *http.Request, ex *exchange) *refusal {
 	}
 	ex.unread = ex.prompt != prefix.None && !ex.embed
 	return nil
+}
+
+// passes reports whether the body need not be read: nothing depends on it.
+func (h *Handler) passes(ex *exchange) bool {
+	if ex.away != "" {
+		return false
+	}
+	return ex.reads == readsNothing || ex.reads == readsName && len(h.backends()) == 1 && h.Fleet == nil
 }
 
 // readBody reads the request's body into ex.body and returns the part to parse. over reports that

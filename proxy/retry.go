@@ -50,13 +50,7 @@ func (a attempts) RoundTrip(out *http.Request) (*http.Response, error) {
 		}
 		why := retryReason(res, err)
 		ex.gateway = why == "" && err == nil && byGateway(res.StatusCode)
-		switch {
-		case why == RetryUnreachable:
-			ex.up.Unreachable(err)
-			h.available(ex.up)
-		case (ex.gateway || upstream.Closed(err)) && out.Context().Err() == nil:
-			h.brokeOff(out.Context(), ex.up)
-		}
+		h.noticed(out.Context(), ex, why, err)
 		if why == "" || ex.passing.wasBegun() { // the part of its body that was read is gone
 			return res, err
 		}
@@ -87,6 +81,17 @@ func (ex *exchange) mayBegin(ctx context.Context) error {
 		err = p.Begin(ctx)
 	}
 	return err
+}
+
+// noticed passes on what an attempt has shown about its server.
+func (h *Handler) noticed(ctx context.Context, ex *exchange, why string, err error) {
+	switch {
+	case why == RetryUnreachable:
+		ex.up.Unreachable(err)
+		h.available(ex.up)
+	case (ex.gateway || upstream.Closed(err)) && ctx.Err() == nil:
+		h.brokeOff(ctx, ex.up)
+	}
 }
 
 // again prepares a refused request for one of these servers, after pausing and waiting.

@@ -384,7 +384,8 @@ func parseJob(fields []string) (h jobHash, err error) {
 		}
 	}
 	const most = 1 << 30
-	if h.id == "" || h.window < 1 || h.window > most || h.planned < 0 || h.planned > most || h.count < 0 || h.dropped < 0 || h.dropped > h.count {
+	if h.id == "" || h.window < 1 || h.window > most || h.planned < 0 || h.planned > most ||
+		h.count < 0 || h.dropped < 0 || h.dropped > h.count {
 		return h, fmt.Errorf("no numbers of a job: %q", fields)
 	}
 	return h, nil
@@ -394,7 +395,8 @@ func parseJob(fields []string) (h jobHash, err error) {
 func (j *job) warn(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, jobWait)
 	defer cancel()
-	got, err := j.client.Do(ctx, j.client.B().ConfigGet().Parameter("maxmemory-policy", "maxmemory").Build()).AsStrMap()
+	// Redis 6 takes one pattern.
+	got, err := j.client.Do(ctx, j.client.B().ConfigGet().Parameter("maxmemory*").Build()).AsStrMap()
 	if err != nil || got["maxmemory"] == "0" || got["maxmemory-policy"] == "noeviction" {
 		return // it may be forbidden to ask
 	}
@@ -465,8 +467,8 @@ type pulse struct {
 func (j *job) leave(total int, held []string) {
 	ctx, cancel := context.WithTimeout(context.Background(), jobWait)
 	defer cancel()
-	err := leaveScript.Exec(ctx, j.client, j.keys, append([]string{j.id, j.me, strconv.Itoa(total), millis(jobEnded)}, held...)).Error()
-	if err != nil {
+	args := append([]string{j.id, j.me, strconv.Itoa(total), millis(jobEnded)}, held...)
+	if err := leaveScript.Exec(ctx, j.client, j.keys, args).Error(); err != nil {
 		j.log.Debug("leaving the job; others take over what was begun after a while", "err", err)
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"math/rand/v2"
 	"net/http"
@@ -563,6 +564,18 @@ func TestWorkersRefused(t *testing.T) {
 	}
 	if _, after := count.sum(); after != before {
 		t.Errorf("%d requests were sent", after-before)
+	}
+}
+
+// TestWorkersEvicted: a server that may evict the job is warned of.
+func TestWorkersEvicted(t *testing.T) {
+	store := valkeyserver.Start(t, "--maxmemory", "50mb", "--maxmemory-policy", "volatile-lru")
+	var log strings.Builder
+	c := sharing(t, config(t, counting(t, new(asked), nil), numbered(1)), store.URL(), "a", jobLease)
+	c.Log = slog.New(slog.NewTextHandler(&log, nil))
+	run(t, c)
+	if !strings.Contains(log.String(), "evicts keys when it is full") {
+		t.Error(log.String())
 	}
 }
 

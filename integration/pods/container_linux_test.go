@@ -42,7 +42,11 @@ func (p *pod) root(c container, im image, volumes map[string]string) (string, er
 		os.WriteFile(filepath.Join(dir, "etc/hosts"), []byte("127.0.0.1 localhost\n"+p.host.Addr.String()+" "+p.name+"\n"), 0o644),
 	)
 	for to, from := range im.files {
-		err = errors.Join(err, copyFile(from, filepath.Join(dir, to)))
+		// A program that is written here could not be started while a process is started for another
+		// pod, which has the file open for a moment.
+		if os.Link(from, filepath.Join(dir, to)) != nil {
+			err = errors.Join(err, copyFile(from, filepath.Join(dir, to)))
+		}
 	}
 	for _, m := range c.VolumeMounts {
 		err = errors.Join(err, os.MkdirAll(filepath.Join(dir, m.MountPath), 0o755))

@@ -60,3 +60,13 @@ func TestFleetRolling(t *testing.T) {
 		}
 	})
 }
+
+// TestFleetRollingSidecar is the same with a server beside each proxy, which no other proxy reaches.
+func TestFleetRollingSidecar(t *testing.T) {
+	inFleet(t, func(t *testing.T, c faults.Config) {
+		c.Sidecar = true
+		if err := faults.RunRolling(t.Context(), c, 1); err != nil {
+			t.Error(err)
+		}
+	})
+}

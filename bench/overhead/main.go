@@ -163,13 +163,18 @@ func run(ctx context.Context, cfg config, out io.Writer) error {
 		}
 		table.Flush()
 	}
+	return alone(ctx, out, up.url, keeps.url, cfg)
+}
+
+// alone measures what only ollama-cacheproxy does.
+func alone(ctx context.Context, out io.Writer, up, keeps string, cfg config) error {
 	if strings.Contains("together", cfg.only) {
-		if err := together(ctx, out, keeps.url, cfg); err != nil {
+		if err := together(ctx, out, keeps, cfg); err != nil {
 			return err
 		}
 	}
 	if strings.Contains("hop", cfg.only) {
-		return hop(ctx, out, up.url, cfg)
+		return hop(ctx, out, up, cfg)
 	}
 	return nil
 }
@@ -178,20 +183,82 @@ func run(ctx context.Context, cfg config, out io.Writer) error {
 // its server. A request through each is sent in turn, by one client, so that the difference is that
 // of neighbours in time.
 func hop(ctx context.Context, out io.Writer, up string, cfg config) error {
+	both, stop, err := peers(ctx, up, cfg.proxy)
+	if err != nil {
+		return err
+	}
+	defer stop()
+	ctx, cancel := context.WithTimeout(ctx, cfg.time*time.Duration(cfg.rounds)+time.Minute)
+	defer cancel()
+	transport := &http.Transport{MaxIdleConnsPerHost: 2, DisableCompression: true}
+	defer transport.CloseIdleConnections()
+	client := &http.Client{Transport: transport}
+	passed := 0
+	for _, l := range []load{small(), loads()[0]} {
+		l.body = bytes.Replace(l.body, []byte("bench"), []byte(listedModel), 1)
+		took, err := inTurn(ctx, client, both, l, cfg.time*time.Duration(cfg.rounds)/2)
+		if err != nil {
+			return err
+		}
+		var added []float64
+		for n := range took[0] {
+			added = append(added, took[1][n]-took[0][n])
+		}
+		passed += len(added)
+		slices.Sort(added)
+		fmt.Fprintf(out, "%s, one client × %d: median %.2f ms through the owner, %.2f ms through another proxy; added, median of the differences: %.2f ms (p95 %.2f ms)\n",
+			l.name, len(added), middle(took[0]), middle(took[1]), middle(added), added[len(added)*95/100])
+	}
+	if f, err := proxyprocess.AskFleet(ctx, both[0].url); err != nil || f.Counts.Received < passed {
+		return errors.Join(err, fmt.Errorf("of %d requests only %d were passed on to the owner", passed, f.Counts.Received))
+	}
+	return nil
+}
+
+// inTurn sends a load to two targets in turn for some time, and returns how long each took, in ms.
+func inTurn(ctx context.Context, client *http.Client, both [2]*process, l load, d time.Duration) (took [2][]float64, err error) {
+	begin := time.Now()
+	for n := -warmUp; n <= 0 || time.Since(begin) < d; n++ {
+		for i := range both {
+			i = (i + n&1) % 2 // each comes first in turn
+			sent := time.Now()
+			if _, err := one(ctx, client, both[i].url, l); err != nil {
+				return took, err
+			}
+			if n >= 0 {
+				took[i] = append(took[i], time.Since(sent).Seconds()*1e3)
+			}
+		}
+	}
+	return took, nil
+}
+
+// peers starts two proxies that work as one before an upstream, of which the first owns it.
+func peers(ctx context.Context, up, program string) (both [2]*process, stop func(), err error) {
+	var stops []func()
+	stop = func() {
+		for _, s := range stops {
+			s()
+		}
+	}
+	defer func() {
+		if err != nil {
+			stop()
+		}
+	}()
 	dir, err := os.MkdirTemp("", "overhead-")
 	if err != nil {
-		return err
+		return both, stop, err
 	}
-	defer os.RemoveAll(dir)
+	stops = append(stops, func() { os.RemoveAll(dir) })
 	secret := filepath.Join(dir, "secret")
 	if err := os.WriteFile(secret, []byte(rand.Text()), 0o600); err != nil {
-		return err
+		return both, stop, err
 	}
-	addrs, err := freeAddrs(2)
+	addrs, err := freeAddrs(len(both))
 	if err != nil {
-		return err
+		return both, stop, err
 	}
-	var both [2]*process
 	for i := range both {
 		args := []string{
 			"--listen", "127.0.0.1:0", "--upstream", "up=" + up, "--log-format", "json",
@@ -200,55 +267,17 @@ func hop(ctx context.Context, out io.Writer, up string, cfg config) error {
 		if i == 0 {
 			args = append(args, "--own", "up")
 		}
-		if both[i], err = start(ctx, cfg.proxy, args...); err != nil {
-			return err
+		if both[i], err = start(ctx, program, args...); err != nil {
+			return both, stop, err
 		}
-		defer both[i].stop()
+		stops = append(stops, both[i].stop)
 	}
-	owner, entry := both[0], both[1]
 	for _, p := range both {
 		if _, err := proxyprocess.Joined(ctx, p.url, 1); err != nil {
-			return err
+			return both, stop, err
 		}
 	}
-	ctx, cancel := context.WithTimeout(ctx, cfg.time*time.Duration(cfg.rounds)+time.Minute)
-	defer cancel()
-	transport := &http.Transport{MaxIdleConnsPerHost: 2, DisableCompression: true}
-	defer transport.CloseIdleConnections()
-	client := &http.Client{Transport: transport}
-	passed := warmUp
-	for _, l := range []load{small(), loads()[0]} {
-		l.body = bytes.Replace(l.body, []byte("bench"), []byte(listedModel), 1)
-		took := map[*process][]float64{}
-		var added []float64
-		begin := time.Now()
-		for n := 0; time.Since(begin) < cfg.time*time.Duration(cfg.rounds)/2; n++ {
-			var now [2]float64
-			for i := range both {
-				i = (i + n) % 2 // each comes first in turn
-				sent := time.Now()
-				if _, err := one(ctx, client, both[i].url, l); err != nil {
-					return err
-				}
-				now[i] = time.Since(sent).Seconds() * 1e3
-			}
-			if n < warmUp {
-				continue
-			}
-			added = append(added, now[1]-now[0])
-			for i, p := range both {
-				took[p] = append(took[p], now[i])
-			}
-		}
-		passed += len(added)
-		slices.Sort(added)
-		fmt.Fprintf(out, "%s, one client × %d: median %.2f ms through the owner, %.2f ms through another proxy; added, median of the differences: %.2f ms (p95 %.2f ms)\n",
-			l.name, len(added), middle(took[owner]), middle(took[entry]), middle(added), added[len(added)*95/100])
-	}
-	if f, err := proxyprocess.AskFleet(ctx, owner.url); err != nil || f.Counts.Received < passed {
-		return errors.Join(err, fmt.Errorf("of %d requests only %d were passed on to the owner", passed, f.Counts.Received))
-	}
-	return nil
+	return both, stop, nil
 }
 
 // warmUp is how many requests open the connections, and are not counted.

@@ -8,12 +8,12 @@ import (
 	"maps"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"net/url"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/klauspost/compress/zstd"
 
@@ -31,7 +31,30 @@ type alliance struct {
 // ally is one of the proxies.
 type ally struct {
 	*severalServers
-	stop func() // as a crash does
+	addr  string // at which peers reach it
+	peers *http.Server
+	gone  chan struct{} // closed when peers has ended
+	stop  func()
+}
+
+// show makes a proxy listen for its peers; hide makes it vanish for them, as a crash does.
+func (p *ally) show(ln net.Listener) {
+	p.t.Helper()
+	if ln == nil {
+		var err error
+		if ln, err = net.Listen("tcp", p.addr); err != nil {
+			p.t.Fatal(err)
+		}
+	}
+	p.peers = &http.Server{Handler: p.h.Fleet.Handler(p.h)}
+	srv, ended := p.peers, make(chan struct{})
+	p.gone = ended
+	go func() { srv.Serve(ln); close(ended) }() // ends with hide
+}
+
+func (p *ally) hide() {
+	p.peers.Close()
+	<-p.gone
 }
 
 // addresses is a fleet.Source.
@@ -48,7 +71,7 @@ const peerSecret = "of the fleet, 16+"
 
 // newAlliance starts a proxy before each list of boxes. Proxies with the same list are the shape
 // "edge"; otherwise each is beside its own boxes, the shape "sidecar".
-func newAlliance(t *testing.T, lists [][]*box, change func(i int, h *Handler)) *alliance {
+func newAlliance(t *testing.T, lists [][]*box, change func(i int, h *Handler, c *fleet.Config)) *alliance {
 	t.Helper()
 	a := &alliance{t: t}
 	edge := len(lists) == 1 || slices.Equal(lists[0], lists[1])
@@ -66,10 +89,10 @@ func newAlliance(t *testing.T, lists [][]*box, change func(i int, h *Handler)) *
 			NoTouch: true, KeepAlive: keep(t, IfAbsent, "24h"),
 			Lanes: schedule.NewScheduler(schedule.Config{Lanes: 1}),
 		}
-		if change != nil {
-			change(i, h)
-		}
 		c := fleet.Config{Name: fmt.Sprint("proxy", i), Sources: []fleet.Source{found}, Secret: []byte(peerSecret)}
+		if change != nil {
+			change(i, h, &c)
+		}
 		f := &severalServers{boxes: map[string]*box{}}
 		urls := map[string]*url.URL{}
 		for _, b := range list {
@@ -82,23 +105,19 @@ func newAlliance(t *testing.T, lists [][]*box, change func(i int, h *Handler)) *
 		f.rig = newRigOf(t, h, urls)
 		f.poll()
 		ctx, cancel := context.WithCancel(context.Background())
-		peers := &httptest.Server{
-			Listener: listeners[i], Config: &http.Server{Handler: h.Fleet.Handler(h)},
-		}
-		peers.Start()
+		p := &ally{severalServers: f, addr: found[i]}
+		p.show(listeners[i])
 		var wg sync.WaitGroup
 		wg.Go(func() { h.Run(ctx) })
-		stop := sync.OnceFunc(func() {
-			peers.Listener.Close()
-			peers.CloseClientConnections()
+		p.stop = sync.OnceFunc(func() {
+			p.hide()
 			f.srv.CloseClientConnections()
 			cancel()
 			h.Lanes.Close()
-			peers.Close()
 			wg.Wait()
 		})
-		t.Cleanup(stop)
-		a.proxy = append(a.proxy, &ally{f, stop})
+		t.Cleanup(p.stop)
+		a.proxy = append(a.proxy, p)
 	}
 	a.agree()
 	return a
@@ -161,7 +180,7 @@ func (a *alliance) of(server string) (owner, entry *ally) {
 }
 
 // edgeOf returns n proxies before the same boxes.
-func edgeOf(t *testing.T, n int, change func(i int, h *Handler), boxes ...*box) *alliance {
+func edgeOf(t *testing.T, n int, change func(i int, h *Handler, c *fleet.Config), boxes ...*box) *alliance {
 	t.Helper()
 	lists := make([][]*box, n)
 	for i := range lists {
@@ -171,7 +190,7 @@ func edgeOf(t *testing.T, n int, change func(i int, h *Handler), boxes ...*box) 
 }
 
 // sidecars returns a proxy beside each box.
-func sidecars(t *testing.T, change func(i int, h *Handler), boxes ...*box) *alliance {
+func sidecars(t *testing.T, change func(i int, h *Handler, c *fleet.Config), boxes ...*box) *alliance {
 	t.Helper()
 	var lists [][]*box
 	for _, b := range boxes {
@@ -273,7 +292,7 @@ func TestHopTransparent(t *testing.T) {
 // TestHopOversize: a body that is longer than the proxy reads is served by the entry itself.
 func TestHopOversize(t *testing.T) {
 	b := newBox(t, "s", "m@1")
-	a := edgeOf(t, 2, func(_ int, h *Handler) { h.MaxBody = 4 << 10 }, b)
+	a := edgeOf(t, 2, func(_ int, h *Handler, _ *fleet.Config) { h.MaxBody = 4 << 10 }, b)
 	_, entry := a.of("s")
 	body := chat("m", passage(1, 2000))
 	if status, from := entry.ask("POST", "/api/chat", body); status != 200 || from != "s" {
@@ -461,7 +480,7 @@ func TestHopOrder(t *testing.T) {
 // and returns in which order Ollama got them.
 func sentInOrder(t *testing.T, n int) (order []string) {
 	b := newBox(t, "s", "m@1")
-	a := edgeOf(t, n, func(_ int, h *Handler) {
+	a := edgeOf(t, n, func(_ int, h *Handler, _ *fleet.Config) {
 		h.Guard = withKeys(t, "alice "+theKey+"a\nbob "+theKey+"b\nops "+theKey+"c")
 	}, b)
 	owner, entry := a.proxy[0], a.proxy[0]
@@ -505,7 +524,7 @@ func sentInOrder(t *testing.T, n int) (order []string) {
 // how many of its requests may wait; a rate is counted once.
 func TestHopKeys(t *testing.T) {
 	b := newBox(t, "s", "m@1")
-	a := edgeOf(t, 2, func(_ int, h *Handler) {
+	a := edgeOf(t, 2, func(_ int, h *Handler, _ *fleet.Config) {
 		h.Guard = withKeys(t, "alice "+theKey+" class=batch max-waiting=2 rate=5/h\nbob "+theKey+"b")
 	}, b)
 	owner, entry := a.of("s")
@@ -628,7 +647,7 @@ func TestHopCORS(t *testing.T) {
 // TestHopNamed: a client may name a server of another proxy, for anything.
 func TestHopNamed(t *testing.T) {
 	x, y := newBox(t, "x", "m@1", "both@1"), newBox(t, "y", "n@1", "both@1")
-	a := sidecars(t, func(_ int, h *Handler) { h.MaxBody = 64 << 10 }, x, y)
+	a := sidecars(t, func(_ int, h *Handler, _ *fleet.Config) { h.MaxBody = 64 << 10 }, x, y)
 	entry := a.proxy[0]
 	y.set(func() { y.models["far:cloud"] = "2" })
 	for _, c := range []struct{ method, path, body string }{
@@ -740,7 +759,7 @@ func TestSidecars(t *testing.T) {
 // once.
 func TestHopAnswers(t *testing.T) {
 	b := newBox(t, "s", "m@1")
-	a := edgeOf(t, 2, func(_ int, h *Handler) {
+	a := edgeOf(t, 2, func(_ int, h *Handler, _ *fleet.Config) {
 		h.Answers = answers.NewMemory(answers.Limits{Bytes: 1 << 20})
 		h.CacheAnswers = CacheAnswers{Default: CacheAll}
 		h.CacheEmbeddings = CacheEmbeddings{}
@@ -782,7 +801,7 @@ func TestHopAnswers(t *testing.T) {
 // leaves.
 func TestHopAnswersLeft(t *testing.T) {
 	b := newBox(t, "s", "m@1")
-	a := edgeOf(t, 2, func(_ int, h *Handler) {
+	a := edgeOf(t, 2, func(_ int, h *Handler, _ *fleet.Config) {
 		h.Answers = answers.NewMemory(answers.Limits{Bytes: 1 << 20})
 		h.CacheAnswers = CacheAnswers{Default: CacheAll}
 	}, b)
@@ -804,5 +823,284 @@ func TestHopAnswersLeft(t *testing.T) {
 		if got := <-answer; !strings.HasPrefix(got, "200 ") {
 			t.Error(got)
 		}
+	}
+}
+
+// streamOf answers as Ollama does a streamed chat of /v1, when it may.
+func streamOf(gate <-chan struct{}, status int) func(http.ResponseWriter, *http.Request, []byte) {
+	return func(w http.ResponseWriter, r *http.Request, _ []byte) {
+		select {
+		case <-gate:
+		case <-r.Context().Done():
+			return
+		}
+		if status != http.StatusOK {
+			w.Header().Set("Content-Type", "application/json")
+			w.WriteHeader(status)
+			io.WriteString(w, `{"error":{"message":"no luck"}}`)
+			return
+		}
+		w.Header().Set("Content-Type", "text/event-stream")
+		io.WriteString(w, streamText)
+	}
+}
+
+// TestHopHeartbeat: while a request waits at its owner, the entry sends heartbeats; what follows is
+// the answer, or an event with the error. It is so, too, if the owner goes away and the entry takes
+// its place.
+func TestHopHeartbeat(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		status int
+		dies   bool
+	}{{"answered", 200, false}, {"refused", 500, false}, {"owner dies", 200, true}} {
+		t.Run(c.name, func(t *testing.T) {
+			b := newBox(t, "s", "m@1")
+			gate := make(chan struct{})
+			open := sync.OnceFunc(func() { close(gate) })
+			defer open()
+			b.set(func() { b.play = streamOf(gate, c.status) })
+			a := edgeOf(t, 2, func(_ int, h *Handler, _ *fleet.Config) {
+				h.Heartbeat = 10 * time.Millisecond
+				h.Answers = answers.NewMemory(answers.Limits{Bytes: 1 << 20})
+				h.CacheAnswers = CacheAnswers{Default: CacheAll}
+			}, b)
+			owner, entry := a.of("s")
+			ctx, leave := context.WithCancel(t.Context())
+			first := owner.sends(ctx, "/v1/chat/completions", streamedChat(passage(1, 100)))
+			b.wait("POST /v1/chat")
+			client := entry.dial()
+			client.send(rawPost("/v1/chat/completions", streamedChat(passage(2, 100))))
+			if head := client.mustHead(); !strings.Contains(head.line, "200") {
+				t.Fatalf("%q", head.line)
+			}
+			text := client.mustChunk()
+			if c.dies {
+				waitingIn(t, owner.h.Lanes, 1)
+				owner.hide()
+				poll(t, func() bool { return entry.h.Fleet.Owns("s") })
+			}
+			open()
+			for {
+				part, err := client.nextChunk()
+				if err != nil {
+					t.Fatalf("after %q: %v", text, err)
+				}
+				if part == "" {
+					break
+				}
+				text += part
+			}
+			leave()
+			<-first
+			rest := strings.ReplaceAll(text, beatText, "")
+			switch {
+			case !strings.HasPrefix(text, beatText):
+				t.Errorf("no heartbeat: %q", text)
+			case c.status == 200 && rest != streamText:
+				t.Errorf("%q", text)
+			case c.status != 200 && !strings.Contains(rest, "no luck"):
+				t.Errorf("%q", text)
+			}
+			if got := b.took(); len(got) != 2 {
+				t.Errorf("Ollama got %d requests", len(got))
+			}
+		})
+	}
+}
+
+// TestHopAway: when an owner goes away, its servers' requests are served by another proxy that
+// reaches them, those that waited, too, and each is sent once.
+func TestHopAway(t *testing.T) {
+	b := newBox(t, "s", "m@1")
+	release := b.holding()
+	defer release()
+	a := edgeOf(t, 3, nil, b)
+	owner, entry := a.of("s")
+	first := owner.sends(t.Context(), "/api/chat", chat("m", passage(0, 100)))
+	b.holds(first)
+	var waits []<-chan string
+	for i := range 4 {
+		waits = append(waits, entry.sends(t.Context(), "/api/chat", chat("m", passage(i+1, 100))))
+		waitingIn(t, owner.h.Lanes, i+1)
+	}
+	owner.hide()
+	poll(t, func() bool { return len(b.came) > 0 }) // its successor sends the next one
+	release()
+	for i, answer := range append(waits, first) {
+		if got := <-answer; !strings.HasPrefix(got, "200 ") {
+			t.Errorf("%d: %s", i, got)
+		}
+	}
+	if status, _ := entry.ask("POST", "/api/chat", chat("m", "later")); status != 200 {
+		t.Errorf("later: %d", status)
+	}
+	sent := map[string]int{}
+	for _, text := range b.took() {
+		sent[text]++
+	}
+	for text, n := range sent {
+		if n != 1 {
+			t.Errorf("sent %d times: %.200q", n, text)
+		}
+	}
+	if len(sent) != 6 {
+		t.Errorf("%d were sent", len(sent))
+	}
+}
+
+// TestSidecarAway: a model that only an absent proxy has is waited for, for a while.
+func TestSidecarAway(t *testing.T) {
+	x, y := newBox(t, "x", "m@1"), newBox(t, "y", "n@1")
+	a := sidecars(t, func(i int, h *Handler, _ *fleet.Config) {
+		h.Queue = 2
+		if h.TryDuration = patience; i == 2 {
+			h.TryDuration = time.Millisecond
+		}
+	}, x, y, newBox(t, "z", "o@1"))
+	entry, other, hasty := a.proxy[0], a.proxy[1], a.proxy[2]
+	away := func(p *ally) bool {
+		return slices.ContainsFunc(p.h.Fleet.Owners(), func(o fleet.Owner) bool { return o.Server == "y" && o.Away })
+	}
+	other.hide()
+	poll(t, func() bool { return away(entry) && away(hasty) })
+	res, text := hasty.post("/api/chat", chat("n", "s"))
+	if res.StatusCode != 503 || res.Header.Get("Retry-After") == "" || !strings.Contains(text, pathFleet) {
+		t.Errorf("%s %s", res.Status, text)
+	}
+	if ex := hasty.last(); ex.Outcome != Refused {
+		t.Errorf("%+v", ex)
+	}
+	var waits []<-chan string
+	for i := range 2 {
+		waits = append(waits, entry.sends(t.Context(), "/v1/chat/completions", chat("n", fmt.Sprint(i))))
+	}
+	poll(t, func() bool { return entry.h.Waiting() == 2 })
+	if res, text := entry.post("/api/chat", chat("n", "s")); res.StatusCode != 503 || !strings.Contains(text, "busy") {
+		t.Errorf("one more than may wait: %s %s", res.Status, text)
+	}
+	if status, from := entry.ask("POST", "/api/chat", chat("m", "s")); status != 200 || from != "x" {
+		t.Errorf("meanwhile: %d from %q", status, from)
+	}
+	other.show(nil)
+	for _, answer := range waits {
+		if got := <-answer; !strings.HasPrefix(got, "200 ") || !strings.Contains(got, `"from":"y"`) {
+			t.Error(got)
+		}
+	}
+	if n := entry.h.Waiting(); n != 0 {
+		t.Errorf("%d wait", n)
+	}
+}
+
+// TestHopElsewhere: requests that wait for one proxy's server are taken over by another's that is
+// idle, and sent once.
+func TestHopElsewhere(t *testing.T) {
+	s, r := newBox(t, "s", "m@1"), newBox(t, "r", "m@1")
+	s.loaded = []string{"m"}
+	release := s.holding()
+	defer release()
+	a := edgeOf(t, 2, func(i int, _ *Handler, c *fleet.Config) { c.Own = []string{[]string{"s", "r"}[i]} }, s, r)
+	owner, idle := a.proxy[0], a.proxy[1]
+	first := owner.sends(t.Context(), "/api/chat", chat("m", passage(0, 100)))
+	s.holds(first)
+	var waits []<-chan string
+	for i := range 8 {
+		waits = append(waits, a.proxy[i%2].sends(t.Context(), "/api/chat", chat("m", passage(i+1, 100))))
+		waitingIn(t, owner.h.Lanes, i+1)
+	}
+	r.set(func() { r.loaded = []string{"m"} })
+	idle.poll()
+	poll(t, func() bool { return len(r.took()) > 0 })
+	release()
+	moved := 0
+	for i, answer := range waits {
+		got := <-answer
+		if !strings.HasPrefix(got, "200 ") {
+			t.Errorf("%d: %s", i, got)
+		}
+		if strings.Contains(got, `"from":"r"`) {
+			moved++
+		}
+	}
+	<-first
+	if c := owner.h.Fleet.Counts(); moved == 0 || int(c.Given) != moved {
+		t.Errorf("%d were moved, %+v", moved, c)
+	}
+	if n := len(s.took()); n+moved != 9 {
+		t.Errorf("%d were sent to the one, %d to the other", n, moved)
+	}
+	counted := map[Outcome]int{}
+	for _, p := range a.proxy {
+		for len(p.done) > 0 {
+			if ex := p.last(); !ex.Passed {
+				counted[ex.Outcome]++
+			}
+		}
+	}
+	if counted[OK] != 9 || len(counted) != 1 {
+		t.Errorf("clients' requests: %v", counted)
+	}
+}
+
+// TestHopDrain: when an owner is about to stop, what waits there goes to the next owner, and nothing
+// fails.
+func TestHopDrain(t *testing.T) {
+	b := newBox(t, "s", "m@1")
+	release := b.holding()
+	defer release()
+	a := edgeOf(t, 3, nil, b)
+	owner, entry := a.of("s")
+	first := owner.sends(t.Context(), "/api/chat", chat("m", passage(0, 100)))
+	b.holds(first)
+	var waits []<-chan string
+	for i := range 6 {
+		waits = append(waits, []*ally{owner, entry}[i%2].sends(t.Context(), "/api/chat", chat("m", passage(i+1, 100))))
+		waitingIn(t, owner.h.Lanes, i+1)
+	}
+	owner.h.Leave()
+	waitingIn(t, owner.h.Lanes, 0)
+	if res, text := owner.do("GET", pathReady, ""); res.StatusCode != 503 {
+		t.Errorf("%s: %s", res.Status, text)
+	}
+	release()
+	for i, answer := range append(waits, first) {
+		if got := <-answer; !strings.HasPrefix(got, "200 ") {
+			t.Errorf("%d: %s", i, got)
+		}
+	}
+	if status, _ := owner.ask("POST", "/api/chat", chat("m", "late")); status != 200 {
+		t.Errorf("late: %d", status)
+	}
+	if got := b.took(); len(got) != 8 {
+		t.Errorf("Ollama got %d requests", len(got))
+	}
+}
+
+// TestHopOwnerReadsLess: an owner that reads no more than the beginning of a body lets it through,
+// and what it refuses counts as refused at the entry.
+func TestHopOwnerReadsLess(t *testing.T) {
+	b := newBox(t, "s", "m@1")
+	a := edgeOf(t, 2, func(i int, h *Handler, c *fleet.Config) {
+		if i == 0 {
+			c.Own, h.MaxBody = []string{"s"}, 4<<10
+		}
+	}, b)
+	owner, entry := a.proxy[0], a.proxy[1]
+	body := chat("m", passage(1, 20_000))
+	if status, from := entry.ask("POST", "/api/chat", body); status != 200 || from != "s" {
+		t.Errorf("%d from %q", status, from)
+	}
+	if got := b.took(); len(got) != 1 || got[0] != "POST /api/chat "+body {
+		t.Errorf("Ollama got %d requests", len(got))
+	}
+	entry.last()
+	owner.h.Lanes.Close() // it refuses what would have to wait
+	release := b.holding()
+	res, text := entry.post("/api/chat", chat("m", "s"))
+	release()
+	if ex := entry.last(); res.StatusCode != 503 || ex.Outcome != Refused || res.Header.Get("Retry-After") == "" ||
+		res.Header.Get(fleet.HeaderOutcome) != "" {
+		t.Errorf("%s %s: %+v", res.Status, text, ex)
 	}
 }

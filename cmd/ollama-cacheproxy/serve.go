@@ -567,7 +567,7 @@ func (s *serveCmd) handler(
 	}
 	s.join(set, h, counts, logger)
 	h.Init()
-	with.handler.Store(h)
+	with.knows(h)
 	return h, counts
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -28,6 +29,22 @@ type together struct {
 	learned  *shared.Learned
 
 	handler atomic.Pointer[proxy.Handler] // knows the upstreams; nil until it is made
+	known   chan struct{}                 // closed once it is made, or never will be
+	settle  sync.Once                     // closes known
+}
+
+// knows notes which handler knows the upstreams.
+func (t *together) knows(h *proxy.Handler) {
+	t.handler.Store(h)
+	t.settled()
+}
+
+func (t *together) settled() {
+	t.settle.Do(func() {
+		if t.known != nil {
+			close(t.known)
+		}
+	})
 }
 
 // openShared opens what is shared.
@@ -49,7 +66,9 @@ func (s *serveCmd) openShared(log *slog.Logger) (*together, error) {
 	if err != nil {
 		return nil, fmt.Errorf("--shared %s: %w", valkeyconn.Redacted(s.Shared), err)
 	}
-	t := &together{conn: conn, limits: shared.NewLimits(conn), learned: shared.NewLearned(conn)}
+	t := &together{
+		conn: conn, limits: shared.NewLimits(conn), learned: shared.NewLearned(conn), known: make(chan struct{}),
+	}
 	t.prefixes = contextstore.NewValkey(conn, limits, t.upstreamName, t.upstreamIndex)
 	t.seen = t.prefixes
 	return t, nil
@@ -64,8 +83,10 @@ func (t *together) upstreamName(index uint16) string {
 	return ""
 }
 
-// upstreamIndex is the inverse of upstreamName.
+// upstreamIndex is the inverse of upstreamName. It waits until the upstreams are known: what the stream
+// has when this proxy starts would be passed over otherwise.
 func (t *together) upstreamIndex(name string) (uint16, bool) {
+	<-t.known
 	if h := t.handler.Load(); h != nil {
 		return h.UpstreamIndex(name)
 	}
@@ -75,6 +96,7 @@ func (t *together) upstreamIndex(name string) (uint16, bool) {
 // close tells the others what they do not know yet, if the server is there.
 func (t *together) close() {
 	if t.conn != nil {
+		t.settled()
 		t.limits.Close()
 		t.learned.Close()
 		t.prefixes.Close()

@@ -153,8 +153,15 @@ func NewTransport(
 	if dial == nil {
 		dial = (&net.Dialer{Timeout: 2 * time.Second, KeepAlive: 10 * time.Second}).DialContext
 	}
+	watched := func(ctx context.Context, network, addr string) (net.Conn, error) {
+		conn, err := dial(ctx, network, addr)
+		if err != nil {
+			return nil, err
+		}
+		return &watchedConn{Conn: conn, closed: make(chan struct{})}, nil
+	}
 	t := &http.Transport{
-		DialContext: dial, DisableCompression: true, MaxIdleConnsPerHost: 1024,
+		DialContext: watched, DisableCompression: true, MaxIdleConnsPerHost: 1024,
 		IdleConnTimeout: 90 * time.Second, TLSHandshakeTimeout: 2 * time.Second,
 		MaxResponseHeaderBytes: 1 << 20,
 	}

@@ -37,6 +37,7 @@ type proxy struct {
 	servers       []Server
 	own           []string
 	waits, serves time.Duration
+	drops         bool // it closes the connection instead of serving the request
 	stop          func()
 }
 
@@ -133,6 +134,9 @@ func (m *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func (m *proxy) serve(ctx context.Context, p *Passed, text string) error {
 	if err := pause(ctx, m.waits); err != nil {
 		return err
+	}
+	if m.drops {
+		return errReset
 	}
 	if err := p.Begin(ctx); err != nil {
 		return err
@@ -318,6 +322,19 @@ func TestPassFaults(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestPassDropped: when only the request's connection breaks, the entry knows at once.
+func TestPassDropped(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newPair(t)
+		l.proxies["b"].drops = true
+		began := time.Now()
+		_, err := l.pass("a", l.place("a"), "hello")
+		if !Again(err) || time.Since(began) > l.proxies["b"].waits {
+			t.Errorf("after %v: %v", time.Since(began), err)
+		}
+	})
 }
 
 // TestPassHealed: an answer whose connection was cut off for a moment arrives.

@@ -2,14 +2,17 @@ package fleet
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptrace"
 	"net/textproto"
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -79,9 +82,14 @@ func (f *Fleet) Pass(
 	f.count(func(c *Counts) { c.Hops++ })
 	ctx, cancel := context.WithCancelCause(context.Background())
 	stop := context.AfterFunc(out.Context(), func() { cancel(context.Cause(out.Context())) })
-	hop := &hop{data: body, end: make(chan struct{}), cancel: cancel}
+	hop := &hop{data: body, end: make(chan struct{}), conn: make(chan chan struct{}, 8), cancel: cancel}
 	// The context is a new one, so that what traces out does not see the 102.
 	traced := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GotConn: func(info httptrace.GotConnInfo) {
+			if c := watchedOf(info.Conn); c != nil {
+				hop.conn <- c.closed
+			}
+		},
 		Got1xxResponse: func(code int, _ textproto.MIMEHeader) error {
 			if code == http.StatusProcessing && !hop.settle(begun) {
 				return ErrGone
@@ -157,11 +165,19 @@ func Again(err error) bool {
 
 // watch ends a hop whose owner goes away: at once if it has not begun, otherwise after a while.
 func (f *Fleet) watch(ctx context.Context, h *hop, to Place) {
-	select {
-	case <-ctx.Done(): // net/http waits until the body has been read
-		h.settle(over)
-		return
-	case <-to.gone:
+	var closed chan struct{} // by net/http: the peer has closed it, or reset it
+	for waits := true; waits; {
+		select {
+		case <-ctx.Done(): // net/http waits until the body has been read
+			h.settle(over)
+			return
+		case closed = <-h.conn:
+		case <-closed: // as well
+			h.settle(over)
+			closed = nil
+		case <-to.gone:
+			waits = false
+		}
 	}
 	if h.settle(over) {
 		h.cancel(ErrGone)
@@ -210,8 +226,30 @@ const (
 type hop struct {
 	data   io.Reader
 	state  atomic.Int32
-	end    chan struct{} // closed when the state is no longer pending
+	end    chan struct{}      // closed when the state is no longer pending
+	conn   chan chan struct{} // the connection that it got: watchedConn.closed
 	cancel context.CancelCauseFunc
+}
+
+// watchedConn is a connection that tells when it is closed.
+type watchedConn struct {
+	net.Conn
+	once   sync.Once
+	closed chan struct{}
+}
+
+func (c *watchedConn) Close() error {
+	c.once.Do(func() { close(c.closed) })
+	return c.Conn.Close()
+}
+
+// watchedOf returns the connection below a connection that net/http uses, which may be TLS's.
+func watchedOf(c net.Conn) *watchedConn {
+	if secure, ok := c.(*tls.Conn); ok {
+		c = secure.NetConn()
+	}
+	w, _ := c.(*watchedConn)
+	return w
 }
 
 // settle changes the state, and reports whether the owner may go ahead, or has answered, or (for

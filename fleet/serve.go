@@ -166,11 +166,19 @@ func (f *Fleet) servePassed(w http.ResponseWriter, r *http.Request, next http.Ha
 	// What reads the body ends when its connection is not read any more.
 	giveUp := func() { out.SetReadDeadline(time.Now()) }
 	stop := context.AfterFunc(ctx, giveUp)
+	broken := true // by a panic: nothing, or not all, was answered
 	defer func() {
 		f.arrivals.Delete(p)
 		p.mu.Lock()
 		p.w = nil
 		p.mu.Unlock()
+		if broken { // flushed, nothing would look like an answer
+			giveUp()
+			if body.watches.Load() {
+				<-body.watched
+			}
+			return
+		}
 		out.Flush() // the entry ends the body when it has the answer's header
 		late := false
 		if body.watches.Load() {
@@ -187,6 +195,7 @@ func (f *Fleet) servePassed(w http.ResponseWriter, r *http.Request, next http.Ha
 		}
 	}()
 	next.ServeHTTP(w, inner)
+	broken = false
 }
 
 // parsePassed reads the headers of a request that a peer has passed on.

@@ -84,7 +84,7 @@ func enter(ctx context.Context, s settings, out io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
-	args := append([]string{"--user", "--map-root-user", "--net", "--kill-child", "sh", "-c",
+	args := append([]string{"--user", "--map-root-user", "--net", "sh", "-c",
 		`ip link set lo up && exec "$@"`, "sh", self, "-inside", dir}, os.Args[1:]...)
 	cmd := exec.CommandContext(ctx, "unshare", args...)
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }

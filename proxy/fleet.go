@@ -184,18 +184,11 @@ func (h *Handler) client(r *http.Request, ex *exchange) string {
 // passedOn sends a request to the proxy that owns the server which it should go to. It returns false
 // if this proxy serves the request itself.
 func (h *Handler) passedOn(w http.ResponseWriter, r *http.Request, ex *exchange) bool {
-	if h.Fleet != nil && ex.passed != nil && ex.moves == 0 && h.mayLeave(ex) && ex.infers() {
-		if server, ok := h.Fleet.Astray(h.fleetAsk(ex)); ok {
-			return h.moved(w, r, ex, schedule.Elsewhere{Server: server, Moves: 1})
-		}
-	}
 	switch {
 	case h.Fleet == nil || ex.warming != nil || ex.stranger:
 		return false
-	case ex.away != "" && ex.passed != nil: // the entry thinks that this proxy has that server
-		ex.Status, ex.Outcome = http.StatusMisdirectedRequest, Moved
-		fleet.Decline(w, "", ex.moves)
-		return true
+	case ex.passed != nil:
+		return h.declined(w, r, ex)
 	case ex.away != "" && ex.passing != nil:
 		h.refuse(w, r, ex, &refusal{http.StatusRequestEntityTooLarge, fmt.Sprintf("%s: upstream %s is "+
 			"another proxy's, and a body that is longer than --max-body is not passed on; send it to that proxy",
@@ -203,12 +196,28 @@ func (h *Handler) passedOn(w http.ResponseWriter, r *http.Request, ex *exchange)
 		return true
 	case ex.away != "":
 		return h.pass(w, r, ex, ex.away)
-	case ex.passed != nil || ex.passing != nil || ex.cloud || ex.key == "":
+	case ex.passing != nil || ex.cloud || ex.key == "":
 		return false
 	case !ex.infers() && h.exists(ex.key):
 		return false // what evaluates nothing needs no owner, only a server that has the model
 	}
 	return h.pass(w, r, ex, "")
+}
+
+// declined sends a request back that another proxy has passed on, if it should go elsewhere.
+func (h *Handler) declined(w http.ResponseWriter, r *http.Request, ex *exchange) bool {
+	if ex.moves == 0 && h.mayLeave(ex) && ex.infers() {
+		if server, ok := h.Fleet.Astray(h.fleetAsk(ex)); ok {
+			return h.moved(w, r, ex, schedule.Elsewhere{Server: server, Moves: 1})
+		}
+	}
+	if ex.away == "" {
+		return false
+	}
+	// The entry thinks that this proxy has that server.
+	ex.Status, ex.Outcome = http.StatusMisdirectedRequest, Moved
+	fleet.Decline(w, "", ex.moves)
+	return true
 }
 
 // pass sends a request to a server's owner, or, without the server's name, to the owner of the one

@@ -423,17 +423,9 @@ func (h *Handler) InFlight() int64 { return h.inFlight.Load() }
 // ServeHTTP is the life of one request.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.inFlight.Add(1)
-	rt := routeOf(r)
-	ex := &exchange{start: time.Now(), header: w.Header(), route: rt, Exchange: Exchange{Method: r.Method, Path: r.URL.Path, Endpoint: rt.label}}
-	if ex.passed = fleet.PassedOf(r.Context()); ex.passed != nil {
-		ex.start, ex.moves, ex.Passed = ex.start.Add(-ex.passed.Age), ex.passed.Moves, true
-	}
-	if limit := h.Live().BodyTimeout; limit > 0 && ex.passed == nil && r.Body != nil && r.Body != http.NoBody {
-		ex.arriving = &arriving{ReadCloser: r.Body, conn: http.NewResponseController(w), limit: limit}
-	}
-	ex.warming, _ = r.Context().Value(warmingKey{}).(*warming)
+	ex := h.arrives(w, r)
 	ctx, end := r.Context(), func() {}
-	if rt.outlives() {
+	if ex.route.outlives() {
 		ctx, end = outlive(ctx, h.closing, h.lingers)
 	}
 	defer end()
@@ -479,6 +471,20 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	default:
 		h.answer(w, r, ex)
 	}
+}
+
+// arrives returns the exchange of a request that has just come.
+func (h *Handler) arrives(w http.ResponseWriter, r *http.Request) *exchange {
+	rt := routeOf(r)
+	ex := &exchange{start: time.Now(), header: w.Header(), route: rt, Exchange: Exchange{Method: r.Method, Path: r.URL.Path, Endpoint: rt.label}}
+	if ex.passed = fleet.PassedOf(r.Context()); ex.passed != nil {
+		ex.start, ex.moves, ex.Passed = ex.start.Add(-ex.passed.Age), ex.passed.Moves, true
+	}
+	if limit := h.Live().BodyTimeout; limit > 0 && ex.passed == nil && r.Body != nil && r.Body != http.NoBody {
+		ex.arriving = &arriving{ReadCloser: r.Body, conn: http.NewResponseController(w), limit: limit}
+	}
+	ex.warming, _ = r.Context().Value(warmingKey{}).(*warming)
+	return ex
 }
 
 // answer answers a request whose body has been read: with what is kept, or by forwarding it.
@@ -571,13 +577,8 @@ func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (d
 	if ex.holder != nil {
 		ex.Name = ex.holder.name
 	}
-	ref, guard := h.loop(r), h.guard()
-	if ref == nil && h.Fleet != nil && fleet.Claims(r.Header) {
-		ref = &refusal{http.StatusForbidden, "headers that begin with X-Cacheproxy-Peer are only for the proxies of a fleet, at their own address (--peer-listen)"}
-	}
-	if ref == nil {
-		ref = guard.host(r)
-	}
+	guard := h.guard()
+	ref := cmp.Or(h.loop(r), h.claims(r), guard.host(r))
 	if ref == nil {
 		ex.origin, ref = guard.origin(r)
 	}
@@ -593,6 +594,14 @@ func (h *Handler) admit(w http.ResponseWriter, r *http.Request, ex *exchange) (d
 		h.refuse(w, r, ex, ref)
 	}
 	return ref != nil
+}
+
+// claims refuses a client that poses as another proxy.
+func (h *Handler) claims(r *http.Request) *refusal {
+	if h.Fleet == nil || !fleet.Claims(r.Header) {
+		return nil
+	}
+	return &refusal{http.StatusForbidden, "headers that begin with X-Cacheproxy-Peer are only for the proxies of a fleet, at their own address (--peer-listen)"}
 }
 
 // keyed refuses a request without an API key that may send it.

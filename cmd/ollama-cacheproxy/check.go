@@ -23,9 +23,7 @@ func (s *serveCmd) report(
 ) error {
 	resolved, found, silent := set.resolve(ctx)
 	set.upstreams = slices.Concat(set.upstreams, found)
-	for _, t := range found {
-		ups = append(ups, s.server(t, transport, logger))
-	}
+	ups = append(ups, s.servers(found, transport, logger)...)
 	pollAll(ctx, ups)
 	listen, cannot := set.checkListen(ctx)
 	text := fmt.Sprintf("listen      %s://%s%s\n%s", set.scheme(), set.listen, listen, resolved)

@@ -370,28 +370,20 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	transport := proxy.NewTransport()
 	transport.TLSClientConfig = set.upstreamTLS
 	defer transport.CloseIdleConnections()
-	var ups []*upstream.Server
 	stop, err := simulate(set.upstreams, logger)
 	if err != nil {
 		return err
 	}
 	defer stop()
-	for _, t := range set.upstreams {
-		ups = append(ups, s.server(t, transport, logger))
-	}
+	ups := s.servers(set.upstreams, transport, logger)
 	if s.Check {
 		return s.report(ctx, c, set, ups, transport, logger)
 	}
-	kept, closeStores, err := s.openStores(&set, logger)
+	kept, with, closeStores, err := s.openStores(&set, logger)
 	if err != nil {
 		return err
 	}
 	defer closeStores()
-	with, err := s.openShared(logger)
-	if err != nil {
-		return err
-	}
-	defer with.close()
 	h, counts := s.handler(set, ups, transport, kept, with, logger)
 	ln, stopBatches, err := s.begin(ctx, set, h, logger)
 	if err != nil {
@@ -454,12 +446,14 @@ func (s *serveCmd) Run(ctx context.Context, c *console) error {
 	return nil
 }
 
-// openStores opens what is kept of contexts and answers. Closing writes what is not written yet; what
+// openStores opens what is kept of contexts and answers, and what proxies share. Closing writes what is not written yet; what
 // could not be written has been logged.
-func (s *serveCmd) openStores(set *settings, logger *slog.Logger) (answers.Store, func(), error) {
+func (s *serveCmd) openStores(
+	set *settings, logger *slog.Logger,
+) (kept answers.Store, with *together, closeAll func(), err error) {
 	files, err := s.storedContexts(set, logger)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
 	closeFiles := func() {
 		if files == nil { // contexts are off
@@ -469,14 +463,21 @@ func (s *serveCmd) openStores(set *settings, logger *slog.Logger) (answers.Store
 		defer cancel()
 		files.Close(closing)
 	}
-	kept, err := s.openAnswers(logger)
-	if err != nil {
+	if kept, err = s.openAnswers(logger); err != nil {
 		closeFiles()
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
-	return kept, func() {
+	closeKept := func() {
 		kept.Close()
 		closeFiles()
+	}
+	if with, err = s.openShared(logger); err != nil {
+		closeKept()
+		return nil, nil, nil, err
+	}
+	return kept, with, func() {
+		with.close()
+		closeKept()
 	}, nil
 }
 
@@ -600,6 +601,16 @@ func (s *serveCmd) server(t target, transport *http.Transport, logger *slog.Logg
 	up := upstream.NewServer(t.name, t.url, transport, logger)
 	up.TryDuration = s.TryDuration
 	return up
+}
+
+// servers returns the upstreams of targets.
+func (s *serveCmd) servers(
+	list []target, transport *http.Transport, logger *slog.Logger,
+) (ups []*upstream.Server) {
+	for _, t := range list {
+		ups = append(ups, s.server(t, transport, logger))
+	}
+	return ups
 }
 
 // listener listens at the configured address.

@@ -192,12 +192,13 @@ func (f *Fleet) Run(ctx context.Context) {
 	<-ctx.Done()
 }
 
-// meet starts and ends the connections to peers. f.mu must be held.
+// meet starts the connections to peers, and ends those to peers that are listed no longer, once they
+// are away: what lists them may be wrong for a moment, or leaves out those that are about to stop, and
+// both still answer requests. f.mu must be held.
 func (f *Fleet) meet(ctx context.Context, wg *sync.WaitGroup, addrs []string) {
 	for addr, p := range f.peers {
-		if !slices.Contains(addrs, addr) {
-			p.forget()
-			delete(f.peers, addr)
+		if p.listed = slices.Contains(addrs, addr); !p.listed && p.gone == nil {
+			f.drop(p)
 		}
 	}
 	for _, addr := range addrs {
@@ -210,6 +211,12 @@ func (f *Fleet) meet(ctx context.Context, wg *sync.WaitGroup, addrs []string) {
 		}
 	}
 	f.look()
+}
+
+// drop ends the connections to a peer. f.mu must be held.
+func (f *Fleet) drop(p *peer) {
+	p.forget()
+	delete(f.peers, p.addr)
 }
 
 // publish tells the peers what this proxy's servers do, and finds out what changed here.

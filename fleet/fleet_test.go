@@ -36,6 +36,7 @@ type proxy struct {
 	host          string
 	servers       []Server
 	own           []string
+	source        Source // if nil, of all hosts
 	waits, serves time.Duration
 	drops         bool // it closes the connection instead of serving the request
 	stop          func()
@@ -80,8 +81,11 @@ func newPair(t *testing.T) *lab {
 }
 
 func (m *proxy) start(hosts []string) {
+	if m.source == nil {
+		m.source = list(hosts)
+	}
 	c := Config{
-		Name: m.host, Sources: []Source{list(hosts)}, Own: m.own, Secret: []byte("secret"),
+		Name: m.host, Sources: []Source{m.source}, Own: m.own, Secret: []byte("secret"),
 		Transport: NewTransport(m.lab.net.dialer(m.host), nil),
 		Local: func() []Server {
 			m.lab.mu.Lock()
@@ -160,10 +164,8 @@ func (l *lab) pass(from string, to Place, text string) (string, error) {
 		return "", err
 	}
 	defer res.Body.Close()
-	for _, name := range headers {
-		if res.Header[name] != nil {
-			l.t.Errorf("the answer has the header %s", name)
-		}
+	if Claims(res.Header) {
+		l.t.Errorf("the answer has the headers %v", res.Header)
 	}
 	answer, err := io.ReadAll(res.Body)
 	return string(answer), err
@@ -577,7 +579,7 @@ func TestStrangers(t *testing.T) {
 			}
 		}
 	}
-	if !Claims(http.Header{"X-Cacheproxy-Peer-Client": {""}}) || Claims(http.Header{"X-Cacheproxy-Upstream": {"a"}}) {
+	if !Claims(http.Header{"X-Cacheproxy-Peer-Client": {""}}) || !Claims(http.Header{"X-Cacheproxy-Peer-Later": {""}}) || Claims(http.Header{"X-Cacheproxy-Upstream": {"a"}}) {
 		t.Error("headers of peers are told from others by Claims")
 	}
 }
@@ -605,6 +607,75 @@ func FuzzPassed(f *testing.F) {
 		p, n, err := parsePassed(h)
 		if err == nil && (n < 0 || p.Age < 0 || p.Moves < 0 || p.Server != server) {
 			t.Errorf("%+v, %d bytes", p.About, n)
+		}
+	})
+}
+
+// TestPassGet: a request without a body reaches its owner at once, too.
+func TestPassGet(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newPair(t)
+		l.proxies["b"].waits, l.proxies["b"].serves = 0, 0
+		for _, method := range []string{http.MethodGet, http.MethodHead, http.MethodDelete, http.MethodPost} {
+			out, err := http.NewRequest(method, "/api/tags", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			began := time.Now()
+			res, err := l.proxies["a"].Pass(out, l.place("a"), About{}, http.NoBody, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			res.Body.Close()
+			if took := time.Since(began); took > 0 {
+				t.Errorf("%s took %v", method, took)
+			}
+		}
+	})
+}
+
+// changing is a Source of addresses that change.
+type changing chan []string
+
+func (c changing) Watch(ctx context.Context, found func([]string)) {
+	for {
+		select {
+		case list := <-c:
+			found(list)
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+func (c changing) String() string { return "changing" }
+
+// TestUnlisted: a peer that is no longer listed answers what it has, and is forgotten once it is away.
+func TestUnlisted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newPair(t)
+		a, b := l.proxies["a"], l.proxies["b"]
+		a.kill()
+		found := make(changing)
+		l.mu.Lock()
+		a.source, b.serves = found, 2*lostFor
+		l.mu.Unlock()
+		a.start(nil)
+		found <- []string{"a", "b"}
+		time.Sleep(time.Second)
+		time.AfterFunc(2*time.Second, func() { found <- []string{"a"} })
+		if answer, err := l.pass("a", l.place("a"), "hello"); err != nil {
+			t.Errorf("%q, %v", answer, err)
+		}
+		b.kill()
+		time.Sleep(time.Second)
+		if p := a.Peers(); len(p) != 0 {
+			t.Errorf("there still is %+v", p)
+		}
+		b.start([]string{"a", "b"})
+		found <- []string{"b"}
+		time.Sleep(time.Second)
+		if p := a.Peers(); len(p) != 1 || !p[0].Up {
+			t.Errorf("it does not come back: %+v", p)
 		}
 	})
 }

@@ -19,7 +19,7 @@ import (
 
 // Headers that only peers may set. They are refused from clients.
 const (
-	HeaderPeer   = "X-Cacheproxy-Peer"        // the ID of the proxy that sends the request
+	HeaderPeer   = "X-Cacheproxy-Peer"        // the ID of the proxy that sends the request; others begin so
 	headerSecret = "X-Cacheproxy-Peer-Secret" // Config.Secret
 	headerClient = "X-Cacheproxy-Peer-Client" // About.Client, as base64
 	headerKey    = "X-Cacheproxy-Peer-Key"    // About.Key, as base64
@@ -33,12 +33,6 @@ const (
 	// if the entry is to choose again.
 	headerElsewhere = "X-Cacheproxy-Peer-Elsewhere"
 )
-
-// headers are all of them.
-var headers = []string{
-	HeaderPeer, headerSecret, headerClient, headerKey, headerAge, headerLength, headerServer,
-	headerMoves, headerElsewhere, HeaderOutcome,
-}
 
 // About is what the owner is told of a request.
 type About struct {
@@ -100,7 +94,8 @@ func (f *Fleet) Pass(
 	req := out.Clone(traced)
 	req.URL.Scheme, req.URL.Host, req.Host = f.Scheme, to.addr, ""
 	req.Body, req.GetBody, req.ContentLength = hop, nil, -1
-	req.TransferEncoding, req.Trailer = nil, nil
+	// It is said, since for some methods net/http would otherwise wait for the first byte of a body.
+	req.TransferEncoding, req.Trailer = []string{"chunked"}, nil
 	f.sign(req.Header)
 	req.Header.Set(headerClient, base64.StdEncoding.EncodeToString([]byte(p.Client)))
 	if p.Key != "" {
@@ -146,11 +141,6 @@ func (f *Fleet) Pass(
 		e.Moves, _ = strconv.Atoi(res.Header.Get(headerMoves))
 		f.count(func(c *Counts) { c.Elsewhere++ })
 		return nil, e
-	}
-	for _, name := range headers {
-		if name != HeaderOutcome {
-			res.Header.Del(name)
-		}
 	}
 	return res, nil
 }
@@ -214,11 +204,11 @@ func (f *Fleet) present(to Place) <-chan struct{} {
 	return nil
 }
 
-// The states of a hop. It goes from pending to one of the others, and from begun to answered.
+// The states of a hop. It goes from pending to one of the others, and stays there.
 const (
 	pending  int32 = iota
 	begun          // its owner has been told to go ahead
-	answered       // the answer's header came
+	answered       // the answer's header came before that
 	over           // it was given up: its owner will never be told to go ahead
 )
 

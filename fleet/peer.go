@@ -19,6 +19,7 @@ type peer struct {
 	forget func() // ends run
 
 	// Guarded by Fleet.mu.
+	listed bool          // a Source says that a peer is at the address
 	report *Report       // the last one; nil: away
 	last   *Report       // … also when it is away; nil: it was never there, or has stopped
 	gone   chan struct{} // closed when it goes away; nil: away
@@ -28,7 +29,7 @@ type peer struct {
 }
 
 func newPeer(f *Fleet, addr string) *peer {
-	return &peer{fleet: f, addr: addr, since: time.Now()}
+	return &peer{fleet: f, addr: addr, listed: true, since: time.Now()}
 }
 
 // errSelf means that an address is this proxy's own.
@@ -154,9 +155,13 @@ func (p *peer) lost(err error) (was bool) {
 	f.forgets(p.report.ID)
 	p.report, p.gone, p.since = nil, nil, time.Now()
 	f.counts.Away++
+	if !p.listed {
+		f.drop(p)
+	}
 	switch {
 	case err == nil:
-		f.Log.Info("peer is no longer listed", "peer", name, "address", p.addr)
+	case !p.listed:
+		f.Log.Info("peer has gone, and is no longer listed", "peer", name, "address", p.addr)
 	case left:
 		p.last = nil
 		f.Log.Info("peer has stopped", "peer", name, "address", p.addr)

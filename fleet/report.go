@@ -81,7 +81,7 @@ type outbox struct {
 	news    chan struct{} // closed when something has changed
 }
 
-// sightsMost bounds how many sights are kept for slow streams. What is lost costs a prompt that is
+// sightsMost is how many sights are kept for slow streams, and half of the most. What is lost costs a prompt that is
 // sent where its prefix is not warm.
 const sightsMost = 4096
 
@@ -105,9 +105,9 @@ func (o *outbox) sight(s Sight) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.sights = append(o.sights, s)
-	if n := len(o.sights) - sightsMost; n > 0 {
-		o.sights = slices.Clone(o.sights[n:])
-		o.first += uint64(n)
+	if len(o.sights) >= 2*sightsMost {
+		o.sights = slices.Clone(o.sights[sightsMost:])
+		o.first += sightsMost
 	}
 	o.wake()
 }

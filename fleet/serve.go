@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"slices"
 	"strconv"
@@ -54,13 +55,17 @@ func PassedOf(ctx context.Context) *Passed {
 
 // Claims reports whether a request has a header that only peers may set.
 func Claims(h http.Header) bool {
-	for _, name := range headers {
-		if h[name] != nil {
+	for name := range h {
+		if ofPeers(name) {
 			return true
 		}
 	}
 	return false
 }
+
+// ofPeers reports whether only peers may set a header. The names are canonical, and may be those that
+// only later versions know.
+func ofPeers(name string) bool { return strings.HasPrefix(name, HeaderPeer) }
 
 // Handler serves the peers. Requests that they pass on go to next, which finds them with PassedOf.
 func (f *Fleet) Handler(next http.Handler) http.Handler {
@@ -154,9 +159,7 @@ func (f *Fleet) servePassed(w http.ResponseWriter, r *http.Request, next http.Ha
 	p.body = body
 	inner := r.WithContext(ctx)
 	inner.Header = r.Header.Clone()
-	for _, name := range headers {
-		inner.Header.Del(name)
-	}
+	maps.DeleteFunc(inner.Header, func(name string, _ []string) bool { return ofPeers(name) })
 	inner.Body, inner.ContentLength, inner.TransferEncoding = body, length, nil
 	if length == 0 {
 		inner.Body = http.NoBody

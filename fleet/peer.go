@@ -2,11 +2,14 @@ package fleet
 
 import (
 	"bufio"
+	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"slices"
 	"time"
@@ -19,13 +22,14 @@ type peer struct {
 	forget func() // ends run
 
 	// Guarded by Fleet.mu.
-	listed bool          // a Source says that a peer is at the address
-	report *Report       // the last one; nil: away
-	last   *Report       // … also when it is away; nil: it was never there, or has stopped
-	gone   chan struct{} // closed when it goes away; nil: away
-	err    error         // why it is away; nil before the first try
-	told   bool          // the log says that it is away
-	since  time.Time     // of the present state
+	listed  bool          // a Source says that a peer is at the address
+	report  *Report       // the last one; nil: away
+	last    *Report       // … also when it is away; nil: it was never there, or has stopped
+	gone    chan struct{} // closed when it goes away; nil: away
+	err     error         // why it is away; nil before the first try
+	told    bool          // the log says that it is away
+	since   time.Time     // of the present state
+	foreign bool          // … and that it does not take this proxy for a peer, or the reverse
 }
 
 func newPeer(f *Fleet, addr string) *peer {
@@ -118,7 +122,7 @@ func (p *peer) heard(r *Report) {
 		} else {
 			f.Log.Info("peer found", "peer", r.Name, "address", p.addr, "upstreams", len(r.Servers))
 		}
-		p.told, p.err = false, nil
+		p.told, p.foreign, p.err = false, false, nil
 	}
 	for _, s := range r.Seen {
 		f.seen.put(s, false)
@@ -143,8 +147,9 @@ func (p *peer) lost(err error) (was bool) {
 		p.err = err
 	}
 	if p.gone == nil {
-		if err != nil && !p.told && !errors.Is(err, errSelf) {
-			p.told = true
+		// At the start it often is not there yet; what stands in the way afterwards is another matter.
+		if foreign := isForeign(err); err != nil && (!p.told || foreign && !p.foreign) && !errors.Is(err, errSelf) {
+			p.told, p.foreign = true, foreign
 			f.Log.Warn("peer does not answer; this proxy goes on without it", "address", p.addr,
 				"err", err)
 		}
@@ -174,6 +179,29 @@ func (p *peer) lost(err error) (was bool) {
 	return true
 }
 
+// errForeign means that a peer does not take this proxy for one, or the reverse.
+var errForeign = errors.New("is it of this fleet? All need the same --peer-secret-file, or " +
+	"--peer-cert and --peer-key of an authority in --peer-ca, for the address in --peers")
+
+func isForeign(err error) bool { return errors.Is(err, errForeign) }
+
+// explained adds the next step to an error of the connection to a peer, if it is about who that is.
+func explained(err error) error {
+	if err == nil {
+		return nil
+	}
+	_, verify := errors.AsType[*tls.CertificateVerificationError](err)
+	_, alert := errors.AsType[tls.AlertError](err)
+	_, record := errors.AsType[tls.RecordHeaderError](err)
+	if op, ok := errors.AsType[*net.OpError](err); ok && op.Op == "remote error" {
+		alert = true
+	}
+	if verify || alert || record {
+		return fmt.Errorf("%w; %w", err, errForeign)
+	}
+	return err
+}
+
 // maxAnswer is how many bytes of a peer's refusal are read.
 const maxAnswer = 4096
 
@@ -188,12 +216,16 @@ func (f *Fleet) do(
 	f.sign(req.Header)
 	res, err := f.Transport.RoundTrip(req)
 	if err != nil {
-		return nil, err
+		return nil, explained(err)
 	}
 	if res.StatusCode != http.StatusOK {
 		text, _ := io.ReadAll(io.LimitReader(res.Body, maxAnswer))
 		res.Body.Close()
-		return nil, fmt.Errorf("it answers %s: %s", res.Status, text)
+		err = fmt.Errorf("it answers %s: %s", res.Status, bytes.TrimSpace(text))
+		if res.StatusCode == http.StatusForbidden || res.StatusCode == http.StatusBadRequest {
+			err = fmt.Errorf("%w; %w", err, errForeign)
+		}
+		return nil, err
 	}
 	return res, nil
 }

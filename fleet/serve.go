@@ -72,8 +72,8 @@ func (f *Fleet) Handler(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch {
 		case !f.admits(r):
-			http.Error(w, "this is for the proxies of a fleet; they show their secret"+
-				" (--peer-secret-file) or a certificate (--peer-cert)", http.StatusForbidden)
+			http.Error(w, "this is for the proxies of a fleet, which show their secret or a certificate",
+				http.StatusForbidden)
 		case r.Header[headerLength] != nil: // a client's, whatever its path
 			f.servePassed(w, r, next)
 		case r.URL.Path == pathReport:

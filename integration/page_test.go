@@ -5,10 +5,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http/httptest"
 	"net/url"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -18,6 +20,7 @@ import (
 	"github.com/chromedp/chromedp"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/ollamasim"
 )
 
 // pageFigures are the figures that the page shows, as read from its elements.
@@ -144,6 +147,72 @@ func (p livePage) picture(name string) {
 		if err := os.WriteFile(filepath.Join(dir, name+".png"), text, 0o666); err != nil {
 			p.t.Fatal(err)
 		}
+	}
+}
+
+// pageFleet is what the page shows of a fleet.
+type pageFleet struct {
+	Section  bool
+	Peers    [][]string // the cells' texts, by row
+	Owners   [][]string
+	Problems []string
+	Overflow bool
+}
+
+const readFleet = `(() => {
+	const rows = table => [...document.querySelectorAll(table + " tbody tr")].map(r => [...r.children].map(c => c.textContent));
+	return {
+		Section: !!document.querySelector("#h-fleet"), Peers: rows("#peers"), Owners: rows("#owners"),
+		Problems: [...document.querySelectorAll(".problems li")].map(e => e.dataset.kind),
+		Overflow: document.documentElement.scrollWidth > innerWidth,
+	};
+})()`
+
+// TestPageFleet: the page shows the other proxies and who schedules which server, and which proxy is
+// away, in a real browser.
+func TestPageFleet(t *testing.T) {
+	sim, err := ollamasim.New(ollamasim.Config{Parallel: 2, Models: []ollamasim.Model{{Name: "m", LoadTime: time.Millisecond}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	front := httptest.NewServer(sim)
+	t.Cleanup(front.Close)
+	browser, err := findBrowser(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	proxies := startFleet(t, [][]string{
+		{"--upstream", "one=" + front.URL, "--own", "one", "--peer-name", "first"},
+		{"--upstream", "two=" + front.URL, "--own", "two", "--peer-name", "second"},
+	})
+	ctx, complaints := newTab(t, browser, func(u *url.URL) bool { return "http://"+u.Host == proxies[0].URL })
+	page := livePage{t, ctx}
+	page.do(chromedp.Navigate(proxies[0].URL + "/_cacheproxy/"))
+	until := func(what string, ok func(f pageFleet) bool) {
+		t.Helper()
+		settles(t, func() error {
+			f, err := chromedp.Run(ctx, chromedp.Evaluate[pageFleet](readFleet))
+			if err == nil && !ok(f) {
+				err = fmt.Errorf("the page does not show %s: %+v", what, f)
+			}
+			return err
+		})
+	}
+	until("both proxies", func(f pageFleet) bool {
+		return f.Section && len(f.Peers) == 1 && strings.HasPrefix(f.Peers[0][0], "second") && f.Peers[0][1] == "up" &&
+			len(f.Owners) == 2 && f.Owners[0][0] == "one" && f.Owners[0][1] == "first this one" &&
+			f.Owners[1][0] == "two" && f.Owners[1][1] == "second" && f.Owners[1][5] == "1" && !f.Overflow &&
+			!slices.Contains(f.Problems, "peer")
+	})
+	page.picture("fleet")
+	proxies[1].Kill()
+	until("that one is away", func(f pageFleet) bool {
+		return len(f.Peers) == 1 && strings.HasPrefix(f.Peers[0][1], "away") && len(f.Owners) == 2 &&
+			strings.Contains(f.Owners[1][0], "its proxy is away") && slices.Contains(f.Problems, "peer") && !f.Overflow
+	})
+	page.picture("fleet-away")
+	for _, c := range complaints() {
+		t.Error(c)
 	}
 }
 

@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/fleet"
@@ -215,8 +216,7 @@ func (h *Handler) declined(w http.ResponseWriter, r *http.Request, ex *exchange)
 		return false
 	}
 	// The entry thinks that this proxy has that server.
-	ex.Status, ex.Outcome = http.StatusMisdirectedRequest, Moved
-	fleet.Decline(w, "", ex.moves)
+	ex.decline(w, "")
 	return true
 }
 
@@ -521,11 +521,17 @@ func (h *Handler) moved(
 		h.Fleet.Sent(e.Server, ex.chain.Links)
 	}
 	if ex.passed != nil {
-		ex.Status, ex.Outcome = http.StatusMisdirectedRequest, Moved
-		fleet.Decline(w, e.Server, e.Moves)
+		ex.decline(w, e.Server)
 		return true
 	}
 	return h.pass(w, r, ex, e.Server)
+}
+
+// decline tells the proxy that passed the request on that this one does not serve it: a server of
+// another one takes it over, or, without a name, that proxy chooses again.
+func (ex *exchange) decline(w http.ResponseWriter, server string) {
+	ex.Status, ex.Outcome = http.StatusMisdirectedRequest, Moved
+	fleet.Decline(w, server, ex.moves)
 }
 
 // mayLeave reports whether another proxy may serve the request while it waits here: it can be sent
@@ -568,4 +574,53 @@ func (h *Handler) fleetPage() fleetPage {
 		Name: h.Fleet.Name, Draining: h.Fleet.Draining(), Peers: h.Fleet.Peers(),
 		Servers: h.Fleet.Owners(), Counts: h.Fleet.Counts(),
 	}
+}
+
+// pageFleetPart is the page's data about other proxies; nil if there are none.
+type pageFleetPart struct {
+	Name     string        `json:"name"` // of this proxy
+	Draining bool          `json:"draining,omitempty"`
+	Peers    []pagePeer    `json:"peers"`
+	Servers  []fleet.Owner `json:"servers"`
+}
+
+// pagePeer is another proxy.
+type pagePeer struct {
+	Name     string `json:"name,omitempty"` // "" if it was never heard of
+	Address  string `json:"address"`
+	Up       bool   `json:"up"`
+	Draining bool   `json:"draining,omitempty"`
+	Since    int64  `json:"since"` // of being up, or away
+	Error    string `json:"error,omitempty"`
+}
+
+func (h *Handler) pageFleet() *pageFleetPart {
+	if h.Fleet == nil {
+		return nil
+	}
+	p := &pageFleetPart{
+		Name: h.Fleet.Name, Draining: h.Fleet.Draining(), Peers: []pagePeer{}, Servers: h.Fleet.Owners(),
+	}
+	for _, x := range h.Fleet.Peers() {
+		p.Peers = append(p.Peers, pagePeer{
+			Name: x.Name, Address: x.Address, Up: x.Up, Draining: x.Draining,
+			Since: x.Since.UnixMilli(), Error: x.Error,
+		})
+	}
+	return p
+}
+
+// peersAway returns the problems with other proxies.
+func (h *Handler) peersAway() (list []problem) {
+	if h.Fleet == nil {
+		return nil
+	}
+	for _, p := range h.Fleet.Peers() {
+		if !p.Up && p.Error != "" {
+			list = append(list, problem{"peer", isWarning,
+				fmt.Sprintf("The proxy %s does not answer: %s.", strings.TrimSpace(p.Name+" at "+p.Address), strings.TrimSpace(p.Error)),
+				"Start it, or correct --peers. Meanwhile this fleet works without it; models that only its servers have are waited for (--try-duration)."})
+		}
+	}
+	return list
 }

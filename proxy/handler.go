@@ -263,6 +263,7 @@ type exchange struct {
 	hop       *relay              // its way to another proxy; nil if it is not passed on
 	leaves    *schedule.Elsewhere // set when another proxy is to serve it, after it has waited here
 	moves     int                 // how often that was so
+	stops     bool                // it would have to wait while the proxy stops
 	fixed     bool                // it may have been sent to a server, and leaves for no other proxy
 	up        *backend            // the chosen server; nil before the choice
 	unloading chan struct{}       // closed when other servers have unloaded the model; or nil
@@ -643,6 +644,13 @@ func loops(b *backend) *refusal {
 }
 
 func (h *Handler) refuse(w http.ResponseWriter, r *http.Request, ex *exchange, ref *refusal) {
+	// A peer that passed the request on can send it to another proxy, since this one never will to a
+	// server. (What a computation writes is not for that peer alone.)
+	if ex.passed != nil && ex.flight == nil &&
+		(ex.stops || errors.Is(context.Cause(r.Context()), fleet.ErrForgotten)) {
+		ex.decline(w, "")
+		return
+	}
 	ex.Outcome = Refused
 	if r.Context().Err() != nil && ref.status != http.StatusRequestTimeout {
 		ex.Outcome = ClientGone

@@ -184,6 +184,7 @@ func (h *Handler) gone(r *http.Request, ex *exchange, list []*backend) *refusal 
 
 // stopping refuses a request that would have to wait while the proxy stops.
 func (ex *exchange) stopping() *refusal {
+	ex.stops = true
 	ex.header.Set("Retry-After", retryAfter)
 	return &refusal{http.StatusServiceUnavailable, "ollama-cacheproxy is stopping; try again when it is back"}
 }

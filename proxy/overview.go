@@ -40,6 +40,7 @@ func (o overview) Parts() []livepage.Part {
 		{Name: "upstreams", Data: o.pageUpstreams(lanes)},
 		{Name: "answers", Data: o.pageAnswers()},
 		{Name: "contexts", Data: o.pageStored()},
+		{Name: "fleet", Data: o.pageFleet()},
 	}
 }
 
@@ -317,6 +318,7 @@ func (h *Handler) problems(now time.Time, lanes schedule.Stats) []problem {
 		list = append(list, h.wrongWith(b)...)
 	}
 	list = append(list, h.timeline.problems(now)...)
+	list = append(list, h.peersAway()...)
 	list = append(list, waitingLong(now, lanes)...)
 	if h.Answers != nil && h.Answers.Stats().Down {
 		list = append(list, problem{"answers", isWarning,

@@ -211,7 +211,10 @@ func (set settings) listenPeers(
 	}
 	log.Info("peers reach this proxy", "peer_listen", ln.Addr().String(), "name", set.fleet.name,
 		"tls", set.fleet.tls != nil)
-	return &peerServer{ln, newServer(base, h.Fleet.Handler(h), log)}, nil
+	srv := newServer(base, h.Fleet.Handler(h), log)
+	// A stranger that tries again and again would fill the log. What is wrong says the proxy that dials.
+	srv.ErrorLog = slog.NewLogLogger(log.Handler(), slog.LevelDebug)
+	return &peerServer{ln, srv}, nil
 }
 
 // serve serves the other proxies until close.

@@ -78,6 +78,7 @@ function Page() {
       <${Tokens} />
       <${Models} />
       <${Upstreams} />
+      <${Fleet} />
       <${Prefixes} />
       <${Answers} />
       <${Contexts} />
@@ -85,7 +86,7 @@ function Page() {
     </main>
     <footer>
       <span>Since ${time(state.parts.proxy.started, new Date(state.parts.proxy.started).toLocaleString())}</span>
-      ${!state.parts.proxy.keys && html`<a href="../metrics">metrics</a> <a href="requests">requests</a> <a href="queue">queue</a> <a href="upstreams">upstreams</a>`}
+      ${!state.parts.proxy.keys && html`<a href="../metrics">metrics</a> <a href="requests">requests</a> <a href="queue">queue</a> <a href="upstreams">upstreams</a>${state.parts.fleet && html` <a href="fleet">fleet</a>`}`}
       <span>No prompt text is shown here. Colours stand for how prompts begin.</span>
     </footer>`;
 }
@@ -373,6 +374,32 @@ function Upstreams() {
           ${admin && html`<td class="right"><${Act} id=${"drain" + u.name} name=${u.draining ? "Resume" : "Drain"} hurts=${!u.draining} label=${(u.draining ? "Resume " : "Drain ") + u.name} path=${verbs(u.name, u.draining ? "resume" : "drain")} /></td>`}
         </tr>`;
       })}</tbody></table></div>
+  </section>`;
+}
+
+// Fleet are the other proxies, and which of them schedules which server; nothing where there are none.
+function Fleet() {
+  const f = state.parts.fleet;
+  if (!f) return "";
+  const peer = p => p.up ? p.draining ? ["warn", "is stopping"] : ["good", "up"] : ["bad", "away"];
+  return html`<section aria-labelledby="h-fleet">
+    <div class="head"><h2 id="h-fleet">Fleet</h2><span class="soft">${plural(f.peers.length + 1, "proxy", "proxies")}; this one is ${f.name}${f.draining ? ", which is stopping" : ""}</span></div>
+    <div class="scroll"><table id="peers">
+      <thead><tr><th scope="col">Other proxies</th><th scope="col">Health</th><th scope="col" class="num">Since</th></tr></thead>
+      <tbody>${f.peers.length === 0 ? html`<tr><td colspan="3" class="soft">None is found yet.</td></tr>` : f.peers.map(p => {
+        const [dot, text] = peer(p);
+        return html`<tr key=${p.address}>
+          <th scope="row">${p.name || html`<span class="soft">not known yet</span>`}<div class="soft break"><code>${p.address}</code></div></th>
+          <td><span class="dot ${dot}"></span>${text}${!p.up && p.error && html`<div class="soft break">${p.error}</div>`}</td>
+          <td class="num">${time(p.since)}</td></tr>`;
+      })}</tbody></table></div>
+    <div class="scroll"><table id="owners">
+      <thead><tr><th scope="col">Server</th><th scope="col">Scheduled by</th><th scope="col" class="num">Running</th><th scope="col" class="num">Waiting</th><th scope="col" class="num">Expected wait</th><th scope="col" class="num wide">Models</th></tr></thead>
+      <tbody>${f.servers.map(s => html`<tr key=${s.server}>
+        <th scope="row"><span class="dot ${s.takes ? "good" : "bad"}"></span>${s.server}${!s.takes && html` <span class="soft">${s.away ? "its proxy is away" : "takes no requests"}</span>`}</th>
+        <td>${s.owner}${s.here && html` <span class="mark">this one</span>`}</td>
+        <td class="num">${value(s.running)}</td><td class="num">${value(s.waiting)}</td><td class="num">${s.takes ? duration(1000 * s.wait_s) : "–"}</td><td class="num wide">${value(s.models)}</td></tr>`)}
+      </tbody></table></div>
   </section>`;
 }
 

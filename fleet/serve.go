@@ -501,7 +501,7 @@ func (f *Fleet) Peers() []Peer {
 			continue
 		}
 		e := Peer{Address: p.addr, Up: p.gone != nil, Since: p.since}
-		if r := p.report; r != nil {
+		if r := cmp.Or(p.report, p.last); r != nil {
 			e.Name, e.ID, e.Draining = r.Name, r.ID, r.Draining
 		}
 		if p.err != nil {

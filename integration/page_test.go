@@ -207,7 +207,7 @@ func TestPageFleet(t *testing.T) {
 	page.picture("fleet")
 	proxies[1].Kill()
 	until("that one is away", func(f pageFleet) bool {
-		return len(f.Peers) == 1 && strings.HasPrefix(f.Peers[0][1], "away") && len(f.Owners) == 2 &&
+		return len(f.Peers) == 1 && strings.HasPrefix(f.Peers[0][0], "second") && strings.HasPrefix(f.Peers[0][1], "away") && len(f.Owners) == 2 &&
 			strings.Contains(f.Owners[1][0], "its proxy is away") && slices.Contains(f.Problems, "peer") && !f.Overflow
 	})
 	page.picture("fleet-away")

@@ -37,8 +37,8 @@ func (s *serveCmd) report(
 	if set.guard.Keys != nil {
 		keys = fmt.Sprintf("%d, %d of them may change models and upstreams", set.guard.Keys.Len(), set.guard.Keys.Admins())
 	}
-	text += fmt.Sprintf("keep-alive  %v, %s\nnum_ctx     %v\nheads       %v\nmemory      %d MiB for the bodies of requests that wait\nAPI keys    %s\ntrusted     %v\ncontexts    %s\nanswers     %s\n",
-		set.keepAlive, s.KeepAlivePolicy, set.numCtx, set.heads, set.memory>>20, keys, set.trusted, s.aboutContexts(), s.aboutAnswers(set))
+	text += fmt.Sprintf("keep-alive  %v, %s\nnum_ctx     %v\nheads       %v\nmemory      %d MiB for the bodies of requests that wait\nAPI keys    %s\ntrusted     %v\ncontexts    %s\nanswers     %s\nfleet       %s\n",
+		set.keepAlive, s.KeepAlivePolicy, set.numCtx, set.heads, set.memory>>20, keys, set.trusted, s.aboutContexts(), s.aboutAnswers(set), s.aboutFleet(ctx, set))
 	text += "\nall settings, and where each comes from:\n" + s.listSettings(set)
 	var down error
 	if len(silent) > 0 {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -13,6 +14,8 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
+	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/discover"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/fleet"
@@ -234,5 +237,83 @@ func (p *peerServer) serve(set settings) error {
 func (p *peerServer) close() {
 	if p.srv != nil {
 		p.srv.Close()
+	}
+}
+
+// peersWait is how long --check waits for the answers of peers.
+const peersWait = 3 * time.Second
+
+// aboutFleet describes what the settings about other proxies mean, and which of these answer.
+func (s *serveCmd) aboutFleet(ctx context.Context, set settings) string {
+	if set.fleet.listen == "" {
+		return "none: this proxy works alone (--peers)"
+	}
+	shown := "a secret, in the clear"
+	switch {
+	case set.fleet.tls != nil && len(set.fleet.secret) > 0:
+		shown = "certificates and a secret"
+	case set.fleet.tls != nil:
+		shown = "certificates"
+	}
+	text := fmt.Sprintf("this proxy is %s, others reach it at %s; they show each other %s", set.fleet.name, set.fleet.listen, shown)
+	if len(s.Own) > 0 {
+		text += "; it schedules " + strings.Join(s.Own, ", ")
+	}
+	c := fleet.Config{
+		Name: set.fleet.name, Secret: set.fleet.secret, Transport: fleet.NewTransport(nil, set.fleet.tls),
+		Local: func() []fleet.Server { return nil },
+	}
+	if set.fleet.tls != nil {
+		c.Scheme = "https"
+	}
+	for _, spec := range s.Peers {
+		if strings.HasPrefix(spec, gossipScheme) { // a running proxy has the address for gossip
+			text += "\n            " + spec + ": not asked; the running proxy's page " + pathFleet + " says who is there"
+			continue
+		}
+		source, err := discover.Parse(spec, slog.New(slog.DiscardHandler))
+		if err != nil {
+			return text + "\n            " + err.Error() // impossible: the settings were read
+		}
+		c.Sources = append(c.Sources, source)
+	}
+	for _, p := range askPeers(ctx, c) {
+		switch {
+		case p.Up && p.Name == set.fleet.name:
+			text += fmt.Sprintf("\n            %s: %s answers, which has this proxy's name: it is running, or another one needs another --peer-name", p.Address, p.Name)
+		case p.Up:
+			text += fmt.Sprintf("\n            %s: %s answers", p.Address, p.Name)
+		default:
+			text += fmt.Sprintf("\n            %s: does not answer: %s (a fleet works without it)", p.Address, cmp.Or(p.Error, "nothing came"))
+		}
+	}
+	return text
+}
+
+// pathFleet is the page about the fleet.
+const pathFleet = "/_cacheproxy/fleet"
+
+// askPeers returns the peers, once each has answered or failed to, or after peersWait.
+func askPeers(ctx context.Context, c fleet.Config) []fleet.Peer {
+	if len(c.Sources) == 0 {
+		return nil
+	}
+	f := fleet.New(c)
+	ctx, cancel := context.WithTimeout(ctx, peersWait)
+	var wg sync.WaitGroup
+	wg.Go(func() { f.Run(ctx) })
+	defer wg.Wait()
+	defer cancel()
+	for {
+		news, peers := f.News(), f.Peers()
+		open := func(p fleet.Peer) bool { return !p.Up && p.Error == "" }
+		if len(peers) > 0 && !slices.ContainsFunc(peers, open) {
+			return peers
+		}
+		select {
+		case <-news:
+		case <-ctx.Done():
+			return peers
+		}
 	}
 }

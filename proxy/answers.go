@@ -58,13 +58,13 @@ const (
 type question struct {
 	answers.Identity
 	control answers.Control
-	digest  string         // of the model
-	version string         // of Ollama
-	written []time.Time    // when the model was written, by backend.index, before the computation
-	clock   answers.Clock  // what the prompt says about the time
-	where   *time.Location // of the servers; nil: not known
-	day     string         // what tells the days apart if the prompt says the date
-	parts   [][]byte       // of the key, but for the form
+	digest  string               // of the model
+	version string               // of Ollama
+	written map[uint16]time.Time // when the model was written, by backend.index, before the computation
+	clock   answers.Clock        // what the prompt says about the time
+	where   *time.Location       // of the servers; nil: not known
+	day     string               // what tells the days apart if the prompt says the date
+	parts   [][]byte             // of the key, but for the form
 	flight  answers.Key
 }
 
@@ -96,8 +96,9 @@ func (h *Handler) asks(r *http.Request, ex *exchange) (q *question, detail strin
 	if q.digest, q.version, ok = h.agreed(r.Context(), ex); !ok {
 		return nil, "model-unknown"
 	}
+	q.written = map[uint16]time.Time{}
 	for _, b := range h.backends() {
-		q.written = append(q.written, b.State().Written[ex.key])
+		q.written[b.index] = b.State().Written[ex.key]
 	}
 	model, local := h.model(ex, q.digest)
 	if local {
@@ -607,9 +608,10 @@ func (h *Handler) keep(r *http.Request, ex *exchange, f *flight, q *question) {
 	if !complete || q.today(ended) != q.day {
 		return
 	}
-	if st := ex.up.relisted(r.Context(), ended); st.Listed.Before(ended) ||
+	written, known := q.written[ex.up.index]
+	if st := ex.up.relisted(r.Context(), ended); !known || st.Listed.Before(ended) ||
 		st.Digests[ex.key] != q.digest || st.Version != q.version ||
-		!st.Written[ex.key].Equal(q.written[ex.up.index]) { // it was another model meanwhile
+		!st.Written[ex.key].Equal(written) { // it was another model meanwhile
 		return
 	}
 	record := f.record

@@ -577,6 +577,43 @@ func TestHopKeys(t *testing.T) {
 	}
 }
 
+// TestHopKeysShared: what waits elsewhere is asked for where a request waits, each time; its rate
+// counts where it enters.
+func TestHopKeysShared(t *testing.T) {
+	b := newBox(t, "s", "m@1")
+	shared := newCounting()
+	a := edgeOf(t, 2, func(_ int, h *Handler, _ *fleet.Config) {
+		h.Guard, h.Limiter = withKeys(t, "alice "+theKey+" max-waiting=1 rate=4/h\nbob "+theKey+"b"), shared
+	}, b)
+	owner, entry := a.of("s")
+	waiting := func(n int) {
+		shared.mu.Lock()
+		defer shared.mu.Unlock()
+		shared.others = n
+	}
+	waiting(1)
+	if res, text := owner.post("/api/chat", chat("m", passage(0, 100)), bearer(theKey)); res.StatusCode != 200 {
+		t.Errorf("%s %s", res.Status, text)
+	}
+	waiting(0)
+	release := b.holding()
+	defer release()
+	first := owner.sends(t.Context(), "/api/chat", chat("m", passage(1, 100)), bearer(theKey+"b"))
+	b.holds(first)
+	second := entry.sends(t.Context(), "/api/chat", chat("m", passage(2, 100)), bearer(theKey))
+	waitingIn(t, owner.h.Lanes, 1)
+	release()
+	<-first
+	if got := <-second; !strings.HasPrefix(got, "200 ") {
+		t.Errorf("nothing waits elsewhere any more: %s", got)
+	}
+	for i, want := range []int{200, 200, 429} { // the third, the fourth and one too many
+		if res, text := entry.post("/api/chat", chat("m", passage(3+i, 100)), bearer(theKey)); res.StatusCode != want {
+			t.Errorf("%d: %s %s", i, res.Status, text)
+		}
+	}
+}
+
 // TestHopLeft: when a client leaves, its request ends at the owner, and at Ollama.
 func TestHopLeft(t *testing.T) {
 	b := newBox(t, "s", "m@1")

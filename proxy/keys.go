@@ -384,13 +384,14 @@ func (p *keyHolder) priority(r *http.Request) schedule.Priority {
 	return max(asked, p.class)
 }
 
-// tooFast refuses a request that exceeds the client's rate.
+// tooFast refuses a request that exceeds the client's rate. One that a peer has passed on was counted
+// there, but waits here.
 func (h *Handler) tooFast(ctx context.Context, ex *exchange) *refusal {
 	asks := ex.reads == readsNative || ex.reads == readsForeign || ex.Endpoint == pathAudio
-	if ex.holder == nil || !asks || ex.passed != nil {
+	if ex.holder == nil || !asks {
 		return nil
 	}
-	wait := ex.holder.take(ctx, h.Limiter)
+	wait := ex.holder.take(ctx, h.Limiter, ex.passed == nil)
 	if wait <= 0 {
 		return nil
 	}

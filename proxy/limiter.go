@@ -12,8 +12,8 @@ import (
 // client is refused because it does, and none gets more than its limits at each proxy.
 type Limiter interface {
 	// Take takes one request of a key, if its rate allows that, and tells how many requests of the key
-	// wait at other proxies. It is called once for each request of a key with limits, and must return
-	// soon.
+	// wait at other proxies. It is called once for each request of a key with limits at each proxy
+	// that it comes to, and must return soon.
 	Take(context.Context, Taking) (Taken, error)
 	// Waiting notes that n more requests of the key wait at this proxy; n may be negative. It must not
 	// wait.
@@ -41,21 +41,23 @@ type Taken struct {
 const inStep = 0.01
 
 // take takes one of the client's requests, over all proxies if shared is not nil. It returns how long
-// the client has to wait for it: 0 or less if it may be sent.
-func (p *keyHolder) take(ctx context.Context, shared Limiter) time.Duration {
-	if shared != nil && (p.limiter != nil || p.maxWaiting > 0) {
+// the client has to wait for it: 0 or less if it may be sent. One that has been taken before is not
+// counted, but it is asked how many others wait.
+func (p *keyHolder) take(ctx context.Context, shared Limiter, first bool) time.Duration {
+	first = first && p.limiter != nil
+	if shared != nil && (first || p.maxWaiting > 0) {
 		t := Taking{Key: p.client(), Waits: p.maxWaiting > 0}
-		if p.limiter != nil {
+		if first {
 			t.Rate, t.Burst = float64(p.limiter.Limit()), p.limiter.Burst()
 			t.Used = max(float64(t.Burst)-p.limiter.Tokens()-inStep, 0)
 		}
 		taken, err := shared.Take(ctx, t)
 		p.elsewhere.Store(int64(taken.Waiting))
-		if err == nil {
+		if err == nil && first {
 			return p.follow(taken)
 		}
 	}
-	if p.limiter == nil {
+	if !first {
 		return 0
 	}
 	now := time.Now()
@@ -73,9 +75,6 @@ func (p *keyHolder) take(ctx context.Context, shared Limiter) time.Duration {
 // What this limiter has used up is passed to the next Take, which believes it, so it must not be more
 // than all have.
 func (p *keyHolder) follow(taken Taken) time.Duration {
-	if p.limiter == nil {
-		return 0
-	}
 	now, burst := time.Now(), float64(p.limiter.Burst())
 	if taken.OK {
 		p.limiter.ReserveN(now, 1)

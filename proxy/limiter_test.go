@@ -68,7 +68,7 @@ func TestSharedRate(t *testing.T) {
 		// round asks at all proxies in turn, and returns how many requests were let through.
 		round := func(n int) (through int) {
 			for i := range n {
-				if proxies[i%3].take(ctx, shared) <= 0 {
+				if proxies[i%3].take(ctx, shared, true) <= 0 {
 					through++
 				}
 			}
@@ -77,7 +77,7 @@ func TestSharedRate(t *testing.T) {
 		if n := round(90); n != 30 {
 			t.Errorf("%d requests of 90 at once were let through", n)
 		}
-		if wait := proxies[0].take(ctx, shared); wait <= time.Second || wait > 2*time.Second {
+		if wait := proxies[0].take(ctx, shared, true); wait <= time.Second || wait > 2*time.Second {
 			t.Errorf("the next one has to wait for %v", wait)
 		}
 		time.Sleep(20 * time.Second)
@@ -129,7 +129,7 @@ func TestSharedRateFollows(t *testing.T) {
 				t.Errorf("%+v: %v are left", taken, left)
 			}
 			time.Sleep(2 * time.Second)
-			if p.take(context.Background(), nil) > 0 {
+			if p.take(context.Background(), nil, true) > 0 {
 				t.Errorf("%+v: the client is locked out", taken)
 			}
 		}

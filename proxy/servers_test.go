@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/answers"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
@@ -421,4 +422,18 @@ func TestIndices(t *testing.T) {
 	if len(seen) != mostServers || len(h.servers.Load().known) != mostIndices {
 		t.Errorf("%d servers with %d indices", len(seen), len(h.servers.Load().known))
 	}
+}
+
+// TestServerKeepsAnswers: answers of a server are kept although others have come and gone before it.
+func TestServerKeepsAnswers(t *testing.T) {
+	a, b := newBox(t, "a", "m@1"), newBox(t, "b", "m@1")
+	m := newMovable(t, 1, a)
+	m.h.Answers, m.h.CacheAnswers = answers.NewMemory(answers.Limits{Bytes: 1 << 20}), CacheAnswers{Default: CacheAll}
+	m.add(b, 1)
+	m.h.RemoveUpstream("a")
+	<-m.gone
+	if status, from := m.ask("POST", "/api/chat", chat("m", "s")); status != 200 || from != "b" {
+		t.Errorf("%d from %q", status, from)
+	}
+	poll(t, func() bool { return m.h.Answers.Stats().Entries == 1 })
 }

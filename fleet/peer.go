@@ -25,7 +25,6 @@ type peer struct {
 	err    error         // why it is away; nil before the first try
 	told   bool          // the log says that it is away
 	since  time.Time     // of the present state
-	asked  time.Time     // when it was last asked for waiting requests
 }
 
 func newPeer(f *Fleet, addr string) *peer {

@@ -387,7 +387,11 @@ func (p *keyHolder) priority(r *http.Request) schedule.Priority {
 // tooFast refuses a request that exceeds the client's rate.
 func (h *Handler) tooFast(ctx context.Context, ex *exchange) *refusal {
 	asks := ex.reads == readsNative || ex.reads == readsForeign || ex.Endpoint == pathAudio
-	if ex.holder == nil || !asks || ex.passed != nil {
+	if ex.holder == nil || !asks {
+		return nil
+	}
+	if ex.passed != nil { // the proxy that passed it on has taken it
+		ex.holder.count(ctx, h.Limiter)
 		return nil
 	}
 	wait := ex.holder.take(ctx, h.Limiter)
@@ -407,7 +411,8 @@ func (h *Handler) tooFast(ctx context.Context, ex *exchange) *refusal {
 }
 
 // mayWait counts a request as waiting, and reports whether its client may have one more. A request
-// that was admitted before, and waits again because its server is gone, always may.
+// that was admitted before, and waits again because its server is gone or another one is idle, always
+// may.
 func (p *keyHolder) mayWait(before bool, shared Limiter) bool {
 	n := p.waiting.Add(1)
 	if shared != nil && p.maxWaiting > 0 {

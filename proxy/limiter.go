@@ -67,6 +67,15 @@ func (p *keyHolder) take(ctx context.Context, shared Limiter) time.Duration {
 	return wait
 }
 
+// count asks how many of the client's requests wait at other proxies, without taking one.
+func (p *keyHolder) count(ctx context.Context, shared Limiter) {
+	if shared == nil || p.maxWaiting == 0 {
+		return
+	}
+	taken, _ := shared.Take(ctx, Taking{Key: p.client(), Waits: true})
+	p.elsewhere.Store(int64(taken.Waiting)) // if it fails, 0
+}
+
 // follow keeps the client's own limiter in step with what was taken over all proxies, so that nothing
 // jumps when that one decides again. It returns how long the client has to wait.
 //

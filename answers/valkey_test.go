@@ -174,6 +174,10 @@ func TestValkeyRefused(t *testing.T) {
 			t.Errorf("as %q: %v", user, err)
 		}
 	}
+	_, err := answers.OpenValkey("valkey://:pass%2Fword@"+server.Addr()+"/4711", answers.Limits{Bytes: 1}, nil)
+	if err == nil || !strings.Contains(err.Error(), "the database in --answers-store") {
+		t.Errorf("a database that the server has not: %v", err)
+	}
 	s := openValkey(t, "redis://:pass%2Fword@"+server.Addr(), answers.Limits{Bytes: 1 << 20}, nil)
 	putNumbers(t, s, 0, 3, 10)
 	if err := settle(s); err != nil {

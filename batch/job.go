@@ -12,13 +12,14 @@ import (
 	"math/rand/v2"
 	"net/url"
 	"os"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/valkey-io/valkey-go"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/valkeyconn"
 )
 
 // Workers is how several runs of one batch, on any machines, share it through a Valkey or Redis
@@ -296,17 +297,11 @@ func (j *job) judge(err error) error {
 		return errJobLost
 	case kind == "JOBFULL" || strings.Contains(text, "OOM command not allowed"): // Redis 6 puts words before that
 		return j.full.failed(err)
-	case slices.Contains(passing, kind) || strings.HasPrefix(text, "max number of clients"):
+	case !valkeyconn.IsWrong(err):
 		return j.away.failed(err)
 	}
 	return fmt.Errorf("the Valkey server refuses (check the user, the password, the database and the version in"+
 		" --workers; it must be Valkey, or Redis 6.2 or newer): %w", err)
-}
-
-// passing are the errors of a server that is being loaded, is busy, has lost its replicas or its
-// master, or cannot write its disk.
-var passing = []string{
-	"LOADING", "BUSY", "MISCONF", "NOREPLICAS", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "UNBLOCKED",
 }
 
 // call runs a script of this job, and returns its reply.

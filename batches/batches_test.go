@@ -226,11 +226,17 @@ func TestRevoked(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t, nil)
 		defer r.close()
-		r.fake.hook = func(_ http.ResponseWriter, _ *http.Request, text string) bool {
-			if text == "prompt 4" {
+		// The key is revoked when four requests have been answered and all others that were sent wait.
+		r.fake.hook = func(_ http.ResponseWriter, q *http.Request, text string) bool {
+			switch text {
+			case "prompt 0", "prompt 1", "prompt 2", "prompt 3":
+			case "prompt 4":
+				time.Sleep(time.Second)
 				r.mu.Lock()
 				r.unknown["a"] = true
 				r.mu.Unlock()
+			default:
+				<-q.Context().Done()
 			}
 			return false
 		}
@@ -238,7 +244,7 @@ func TestRevoked(t *testing.T) {
 		b := r.settled("a", id, "failed")
 		e := b["errors"].(map[string]any)["data"].([]any)[0].(map[string]any)
 		done := len(r.lines("a", b, "output_file_id"))
-		if e["code"] != "invalid_api_key" || done < 4 || done > 10 || len(r.lines("a", b, "error_file_id")) != 100-done {
+		if e["code"] != "invalid_api_key" || done != 5 || len(r.lines("a", b, "error_file_id")) != 100-done {
 			t.Error(done, b)
 		}
 	})

@@ -408,7 +408,8 @@ func (h *Handler) tooFast(ctx context.Context, ex *exchange) *refusal {
 }
 
 // mayWait counts a request as waiting, and reports whether its client may have one more. A request
-// that was admitted before, and waits again because its server is gone, always may.
+// that was admitted before, and waits again because its server is gone or another one is idle, always
+// may.
 func (p *keyHolder) mayWait(before bool, shared Limiter) bool {
 	n := p.waiting.Add(1)
 	if shared != nil && p.maxWaiting > 0 {

@@ -145,7 +145,7 @@ func (h *Handler) queued(r *http.Request, ex *exchange, list []*backend) ([]*bac
 			return true
 		}
 		counted = true
-		return ex.holder.mayWait(ex.Waited > 0 || len(ex.tried) > 0, h.Limiter)
+		return ex.holder.mayWait(ex.Waited > 0 || ex.moves > 0 || len(ex.tried) > 0, h.Limiter)
 	}
 	ex.beat.wait()
 	var err error

@@ -4,10 +4,13 @@ import (
 	"context"
 	"errors"
 	"math"
+	"net/http"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/fleet"
 )
 
 // counting is a Limiter for several handlers in one process. Its buckets fill continuously, as a
@@ -107,6 +110,33 @@ func TestSharedRate(t *testing.T) {
 			t.Errorf("unused for two minutes, %d requests were let through", n)
 		}
 	})
+}
+
+// TestSharedPassedOn: of a request that another proxy passed on, nothing is taken here, but what waits
+// elsewhere is found out anew. Otherwise what once waited there would count for ever.
+func TestSharedPassedOn(t *testing.T) {
+	shared := newCounting()
+	keys, err := ParseKeys("a k rate=1/h max-waiting=2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	h, p := &Handler{Limiter: shared}, keys.check("k")
+	ask := func(passed *fleet.Passed) *refusal {
+		ex := &exchange{header: http.Header{}, holder: p, passed: passed, route: route{reads: readsNative}}
+		return h.tooFast(t.Context(), ex)
+	}
+	shared.others = 2
+	if ref := ask(nil); ref != nil || !p.waits() {
+		t.Fatalf("the first request: %v; that two wait elsewhere is known: %v", ref, p.waits())
+	}
+	shared.others = 0
+	if ref := ask(&fleet.Passed{}); ref != nil || p.waits() {
+		t.Errorf("a request that was passed on: %v; none waits elsewhere any more: %v", ref, !p.waits())
+	}
+	shared.others, shared.away = 2, true
+	if ref := ask(&fleet.Passed{}); ref != nil || p.waits() {
+		t.Errorf("away: %v, %v", ref, !p.waits())
+	}
 }
 
 // TestSharedRateFollows: whatever a Limiter answers, a proxy's own limiter stays within its bounds.

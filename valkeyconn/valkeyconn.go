@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -98,7 +99,7 @@ func Open(target Target, options Options) (*Conn, error) {
 	o.ConnWriteTimeout = Wait
 	o.DialCtxFn = c.dial
 	if err := c.connect(); err != nil {
-		if isWrong(err) {
+		if IsWrong(err) {
 			c.stop()
 			return nil, fmt.Errorf("the Valkey server at %s refuses this proxy (check the user, the password"+
 				" and the database in %s): %w", target.Address, options.Setting, err)
@@ -280,19 +281,20 @@ func IsFull(err error) bool {
 	return ok && strings.HasPrefix(refused.Error(), "OOM")
 }
 
-// isWrong reports whether a server's error is one of the settings, which no time mends. Others are
-// those of a server that is being loaded, has lost its replicas or cannot write its own disk.
-func isWrong(err error) bool {
+// passing are the errors of a server that is being loaded, is busy or full, has lost its replicas or
+// its master, or cannot write its disk.
+var passing = []string{
+	"LOADING", "BUSY", "MISCONF", "NOREPLICAS", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN",
+	"UNBLOCKED", "UNKILLABLE", "OOM",
+}
+
+// IsWrong reports whether an error is the server's, and one of the settings, which no time mends.
+func IsWrong(err error) bool {
 	refused, ok := valkey.IsValkeyErr(err)
-	if !ok {
+	if !ok || refused.IsNil() {
 		return false
 	}
-	kind, rest, _ := strings.Cut(refused.Error(), " ")
-	switch kind {
-	case "NOAUTH", "WRONGPASS", "NOPERM", "WRONGTYPE":
-		return true
-	case "ERR":
-		return !strings.HasPrefix(rest, "max number of clients")
-	}
-	return false
+	text := refused.Error() // without "ERR ", which valkey-go takes away
+	kind, _, _ := strings.Cut(text, " ")
+	return !slices.Contains(passing, kind) && !strings.HasPrefix(text, "max number of clients")
 }

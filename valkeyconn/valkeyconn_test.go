@@ -103,6 +103,39 @@ func until(t testing.TB, what string, f func() bool) {
 	}
 }
 
+// TestRefused: what no time mends is said at the start; a server that is full or busy is waited for.
+func TestRefused(t *testing.T) {
+	server := valkeyserver.Start(t, "--maxclients", "1")
+	open := func(target string) (*valkeyconn.Conn, error) {
+		parsed, err := valkeyconn.Parse(target, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return valkeyconn.Open(parsed, valkeyconn.Options{Setting: "--here"})
+	}
+	for _, target := range []string{server.URL() + "/4711", "valkey://nobody:secret@" + server.Addr()} {
+		if c, err := open(target); err == nil {
+			c.Close()
+			t.Errorf("%s is taken for a server that is away", target)
+		} else if !strings.Contains(err.Error(), "the database in --here") || strings.Contains(err.Error(), "secret") {
+			t.Error(err)
+		}
+	}
+	first, err := open(server.URL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer first.Close()
+	second, err := open(server.URL()) // the server has no room for it
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer second.Close()
+	if first.Gone() || !second.Gone() {
+		t.Errorf("the first is gone: %v, the second: %v", first.Gone(), second.Gone())
+	}
+}
+
 // TestGone has a server that is killed and one that hangs, with calls from several goroutines. Each
 // outage is one line, during which no call reaches anything, and so is each return.
 func TestGone(t *testing.T) {

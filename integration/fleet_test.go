@@ -86,7 +86,8 @@ func TestFleet(t *testing.T) {
 	servers := map[string]*realollama.Server{}
 	for _, name := range []string{"a", "b"} {
 		servers[name] = realollama.Start(t, realollama.Config{
-			Version: realollama.EraC, Models: []string{tiny}, CacheRAMMiB: new(int), // only the slot holds a prompt
+			Version: realollama.EraC, Models: []string{tiny}, Parallel: 4,
+			CacheRAMMiB: new(int), // only the slot holds a prompt
 		})
 	}
 	at := func(name string) string { return name + "=" + servers[name].URL() }
@@ -209,7 +210,8 @@ func TestFleet(t *testing.T) {
 	}
 }
 
-// timeless removes from an answer what differs each time: times, and identifiers.
+// timeless removes from an answer what differs each time: times, identifiers, what was reused, and
+// where a server has its files.
 func timeless(text string) string {
 	var lines []string
 	for line := range strings.Lines(text) {
@@ -220,9 +222,13 @@ func timeless(text string) string {
 			continue
 		}
 		for name := range members {
-			if strings.HasSuffix(name, "_duration") || strings.HasPrefix(name, "created") || name == "id" || name == "modified_at" {
+			if strings.HasSuffix(name, "_duration") || strings.HasPrefix(name, "created") ||
+				slices.Contains([]string{"id", "modified_at", "modelfile", "prompt_eval_cached_count"}, name) {
 				delete(members, name)
 			}
+		}
+		if usage, ok := members["usage"].(map[string]any); ok {
+			delete(usage, "prompt_tokens_details")
 		}
 		again, err := json.Marshal(members)
 		if err != nil {

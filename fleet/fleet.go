@@ -83,6 +83,9 @@ const (
 	// askedFor is how long a server that was given requests takes no more, unless one of them comes
 	// before: its slot is not free, although nothing runs in it yet.
 	askedFor = time.Second
+	// askAgain is how often an idle server's owner asks for waiting requests although nothing has
+	// changed.
+	askAgain = 500 * time.Millisecond
 	// awayFor is how long it is remembered which servers an absent peer has.
 	awayFor = 10 * time.Minute
 )

@@ -13,6 +13,8 @@ import (
 	"net/http"
 	"slices"
 	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
 // peer is an address at which another proxy listens for its peers.
@@ -22,14 +24,15 @@ type peer struct {
 	forget func() // ends run
 
 	// Guarded by Fleet.mu.
-	listed  bool          // a Source says that a peer is at the address
-	report  *Report       // the last one; nil: away
-	last    *Report       // … also when it is away; nil: it was never there, or has stopped
-	gone    chan struct{} // closed when it goes away; nil: away
-	err     error         // why it is away; nil before the first try
-	told    bool          // the log says that it is away
-	since   time.Time     // of the present state
-	foreign bool          // … and that it does not take this proxy for a peer, or the reverse
+	listed  bool                         // a Source says that a peer is at the address
+	report  *Report                      // the last one; nil: away
+	last    *Report                      // … also when it is away; nil: it was never there, or has stopped
+	gone    chan struct{}                // closed when it goes away; nil: away
+	err     error                        // why it is away; nil before the first try
+	told    bool                         // the log says that it is away
+	since   time.Time                    // of the present state
+	vain    map[prefix.Options]time.Time // when it was last asked for requests with these, and gave none
+	foreign bool                         // … and that it does not take this proxy for a peer, or the reverse
 }
 
 func newPeer(f *Fleet, addr string) *peer {

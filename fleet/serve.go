@@ -18,6 +18,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
 const (
@@ -359,13 +361,16 @@ func (f *Fleet) ask(ctx context.Context) {
 	if f.Taker == nil {
 		return
 	}
+	tick := time.NewTicker(askAgain)
+	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-f.idle:
-			f.askOnce(ctx)
+		case <-tick.C:
 		}
+		f.askOnce(ctx)
 	}
 }
 
@@ -387,8 +392,8 @@ func (f *Fleet) askOnce(ctx context.Context) {
 			switch n := f.take(ctx, b.addr, t); {
 			case n > 0:
 				f.expect(name, true)
-			case n == 0: // until its next report
-				f.forgetBacklog(b)
+			case n == 0:
+				f.inVain(b)
 			}
 		}
 	}
@@ -428,6 +433,10 @@ func (f *Fleet) backlogs() (all []offered) {
 		}
 		for _, s := range p.report.Servers {
 			for _, b := range s.Backlogs {
+				if at, ok := p.vain[b.Options]; ok && time.Since(at) < reportEvery {
+					continue
+				}
+				delete(p.vain, b.Options)
 				all = append(all, offered{b, p, p.addr})
 			}
 		}
@@ -437,19 +446,15 @@ func (f *Fleet) backlogs() (all []offered) {
 	return all
 }
 
-// forgetBacklog removes a backlog of which nothing was given, until the peer's next report.
-func (f *Fleet) forgetBacklog(b offered) {
+// inVain notes that nothing of a backlog was given. It is asked for again a while later, since what
+// does not repay evaluating a prefix once more at first does when a server has been idle for longer.
+func (f *Fleet) inVain(b offered) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if b.peer.report == nil {
-		return
+	if b.peer.vain == nil {
+		b.peer.vain = map[prefix.Options]time.Time{}
 	}
-	for i := range b.peer.report.Servers {
-		s := &b.peer.report.Servers[i]
-		s.Backlogs = slices.DeleteFunc(slices.Clone(s.Backlogs), func(o Backlog) bool {
-			return o.Options == b.Options
-		})
-	}
+	b.peer.vain[b.Options] = time.Now()
 }
 
 // take asks a peer for waiting requests, and returns how many it gave; -1: it did not answer. They

@@ -223,10 +223,9 @@ func (h *Handler) declined(w http.ResponseWriter, r *http.Request, ex *exchange)
 // pass sends a request to a server's owner, or, without the server's name, to the owner of the one
 // that it should go to. It returns false if that is this proxy.
 func (h *Handler) pass(w http.ResponseWriter, r *http.Request, ex *exchange, server string) bool {
-	ask := h.fleetAsk(ex)
-	ask.Server = cmp.Or(server, ask.Server)
-	place, ok := h.Fleet.Choose(ask)
-	if ok && place.Here() {
+	hop := &relay{ask: h.fleetAsk(ex)}
+	hop.choose(h.Fleet, server)
+	if hop.known && hop.place.Here() {
 		return false
 	}
 	w = h.heartbeats(w, ex)
@@ -235,67 +234,75 @@ func (h *Handler) pass(w http.ResponseWriter, r *http.Request, ex *exchange, ser
 		h.waiting.Add(1)
 	}
 	began := time.Now()
-	ex.beat.wait()
-	if !ok {
-		ref := h.returns(r, ex, ask, &place)
-		if ex.beat.waited(); ref != nil {
-			h.refuse(w, r, ex, ref)
-			return true
+	for {
+		if !hop.known {
+			if ref := h.returns(r, ex, hop); ref != nil {
+				h.refuse(w, r, ex, ref)
+				return true
+			}
 		}
-		if place.Here() {
+		if hop.place.Here() {
+			ex.Waited += time.Since(began)
 			return false
 		}
+		if server == "" && ex.unloading == nil {
+			ex.unloading = h.unloadElsewhere(r, ex, hop.place.Peer)
+		}
+		ex.hop, hop.back = hop, false
 		ex.beat.wait()
+		h.hops.ServeHTTP(w, r)
+		if !hop.back {
+			return true
+		}
+		ex.hop = nil
 	}
-	ex.hop = &relay{ask: ask, place: place}
-	if server == "" {
-		ex.unloading = h.unloadElsewhere(r, ex, place.Peer)
-	}
-	h.hops.ServeHTTP(w, r)
-	if !ex.hop.here {
-		return true
-	}
-	ex.hop = nil
-	ex.Waited += time.Since(began)
-	return false
 }
 
 // returns waits for a server with the request's model, if only proxies that are away had it. Without
-// a refusal it has set the place, which is this proxy if no other ever had it.
-func (h *Handler) returns(r *http.Request, ex *exchange, ask fleet.Ask, place *fleet.Place) *refusal {
+// a refusal it has set the hop's place, which is this proxy if no other ever had it.
+func (h *Handler) returns(r *http.Request, ex *exchange, hop *relay) *refusal {
+	hop.ask.Not = nil // these may be back
 	limit := time.After(h.TryDuration)
 	defer h.awaiting.Add(-1)
 	for waiting := h.awaiting.Add(1); ; {
 		news := h.Fleet.News()
-		if to, ok := h.Fleet.Choose(ask); ok {
-			*place = to
+		if hop.choose(h.Fleet, ""); hop.known {
 			return nil
 		}
-		if ask.Server == "" && (h.exists(ex.key) || !h.Fleet.Has(ex.key)) {
+		if hop.ask.Server == "" && (h.exists(ex.key) || !h.Fleet.Has(ex.key)) {
 			return nil
 		}
 		if waiting > int64(h.Queue) {
 			return ex.busy()
 		}
+		ex.beat.wait()
+		var ref func() *refusal
 		select {
 		case <-news:
 		case <-h.closing:
-			return ex.stopping()
+			ref = ex.stopping
 		case <-r.Context().Done():
-			return givenUp(r.Context().Err())
+			ref = func() *refusal { return givenUp(r.Context().Err()) }
 		case <-limit:
-			ex.header.Set("Retry-After", retryAfter)
-			return &refusal{http.StatusServiceUnavailable,
-				"the proxies whose ollama has this model have been away for too long (--try-duration); " +
-					"GET " + pathFleet + " shows which"}
+			ref = ex.allAway
+		}
+		if ex.beat.waited(); ref != nil {
+			return ref()
 		}
 	}
+}
+
+func (ex *exchange) allAway() *refusal {
+	ex.header.Set("Retry-After", retryAfter)
+	return &refusal{http.StatusServiceUnavailable,
+		"the proxies whose ollama has this model have been away for too long (--try-duration); " +
+			"GET " + pathFleet + " shows which"}
 }
 
 // fleetAsk is what decides where a request goes.
 func (h *Handler) fleetAsk(ex *exchange) fleet.Ask {
 	ask := fleet.Ask{Model: ex.key}
-	if ex.only != nil {
+	if ask.Server = ex.away; ex.only != nil {
 		ask.Server = ex.only.Name
 	}
 	if ex.chain != nil && ex.chain.HasPrompt() {
@@ -307,16 +314,26 @@ func (h *Handler) fleetAsk(ex *exchange) fleet.Ask {
 // relay is the way of a request to another proxy.
 type relay struct {
 	ask   fleet.Ask
-	place fleet.Place
+	place fleet.Place // this proxy if it is not known
+	known bool        // a proxy has a server for it
 	tries int
-	here  bool // it turned out that this proxy serves the request
+	back  bool // no other proxy has begun with it, and it is to go to the place
+}
+
+// choose sets the place: at a certain server if one is named and there, else at any.
+func (p *relay) choose(f *fleet.Fleet, server string) {
+	ask := p.ask
+	ask.Server = cmp.Or(server, ask.Server)
+	if p.place, p.known = f.Choose(ask); !p.known && ask.Server != p.ask.Server {
+		p.place, p.known = f.Choose(p.ask)
+	}
 }
 
 // hopsMost is how many proxies are tried at most.
 const hopsMost = 8
 
-// errHere means that this proxy serves the request itself.
-var errHere = errors.New("this proxy serves the request itself")
+// errBack means that no other proxy can serve the request at the moment.
+var errBack = errors.New("no other proxy can serve the request at the moment")
 
 // hops is the transport of requests that are passed on. If an owner goes away before it has begun,
 // or another proxy's server takes the request over, it is sent there.
@@ -343,22 +360,17 @@ func (t hops) RoundTrip(out *http.Request) (*http.Response, error) {
 			return nil, err
 		}
 		ex.Retries = append(ex.Retries, RetryPeer)
-		ask := p.ask
+		server := ""
 		if e, ok := errors.AsType[*fleet.Elsewhere](err); ok {
 			ex.Retries[len(ex.Retries)-1] = RetryElsewhere
-			ask.Server, moves = e.Server, max(moves+1, e.Moves)
+			server, moves = e.Server, max(moves+1, e.Moves)
 		} else if failed[p.place.Peer]++; failed[p.place.Peer] > 1 {
 			p.ask.Not = append(p.ask.Not, p.place.Peer) // the first time its connection may have been stale
-			ask.Not = p.ask.Not
 		}
-		place, ok := h.Fleet.Choose(ask)
-		if !ok && ask.Server != p.ask.Server { // that server is gone
-			place, ok = h.Fleet.Choose(p.ask)
+		p.choose(h.Fleet, server)
+		if ex.moves = moves; p.place.Here() {
+			return nil, errBack
 		}
-		if ex.moves = moves; !ok || place.Here() {
-			return nil, errHere
-		}
-		p.place = place
 	}
 }
 
@@ -492,8 +504,8 @@ func (h *Handler) hopFailed(w http.ResponseWriter, r *http.Request, err error) {
 	ex := r.Context().Value(exchangeKey{}).(*exchange)
 	ex.beat.waited()
 	switch {
-	case errors.Is(err, errHere):
-		ex.hop.here = true
+	case errors.Is(err, errBack):
+		ex.hop.back = true
 	case r.Context().Err() != nil:
 		ex.Outcome = ClientGone
 		panic(http.ErrAbortHandler) // nothing was written, and must not become an empty 200

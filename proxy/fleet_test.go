@@ -1030,6 +1030,36 @@ func TestSidecarAway(t *testing.T) {
 	}
 }
 
+// TestSidecarAwayMeanwhile: a request that waits at the only proxy with its model, or with the server
+// that its client wants, when that goes away, waits for it, and goes to no other server.
+func TestSidecarAwayMeanwhile(t *testing.T) {
+	x, y := newBox(t, "x", "m@1"), newBox(t, "y", "m@1", "n@1")
+	a := sidecars(t, func(_ int, h *Handler, _ *fleet.Config) { h.TryDuration = patience }, x, y)
+	entry, other := a.proxy[0], a.proxy[1]
+	release := y.holding()
+	defer release()
+	first := other.sends(t.Context(), "/api/chat", chat("n", passage(0, 100)))
+	y.holds(first)
+	waits := []<-chan string{
+		entry.sends(t.Context(), "/api/chat", chat("n", passage(1, 100))),
+		entry.sends(t.Context(), "/api/chat", chat("m", passage(2, 100)), headerUpstream+": y"),
+	}
+	waitingIn(t, other.h.Lanes, 2)
+	other.hide()
+	waitingIn(t, other.h.Lanes, 0)
+	poll(t, func() bool { return entry.h.Waiting() == 2 && entry.h.Fleet.Counts().Again >= 2 })
+	release()
+	other.show(nil)
+	for _, answer := range append(waits, first) {
+		if got := <-answer; !strings.HasPrefix(got, "200 ") || !strings.Contains(got, `"from":"y"`) {
+			t.Error(got)
+		}
+	}
+	if n := len(y.took()); n != 3 || len(x.took()) != 0 {
+		t.Errorf("the server got %d requests, the other one %q", n, x.took())
+	}
+}
+
 // TestHopElsewhere: requests that wait for one proxy's server are taken over by another's that is
 // idle, and sent once.
 func TestHopElsewhere(t *testing.T) {

@@ -351,6 +351,7 @@ func (t hops) RoundTrip(out *http.Request) (*http.Response, error) {
 		res, err := h.Fleet.Pass(out, p.place, about, body, n)
 		body.Close()
 		if err == nil {
+			ex.letGo() // nothing is sent again after this
 			return res, nil
 		}
 		if cause := context.Cause(out.Context()); cause != nil {
@@ -453,8 +454,8 @@ func (h *Handler) rewriteHop(pr *httputil.ProxyRequest) {
 	for _, name := range []string{"Connection", "Upgrade", "Expect", "Origin"} {
 		pr.Out.Header.Del(name)
 	}
-	if ex.beat.begun() {
-		pr.Out.Header.Del("Accept-Encoding") // the answer cannot have an encoding any more
+	if ex.beat != nil {
+		pr.Out.Header.Del("Accept-Encoding") // a heartbeat may begin the answer, without an encoding
 	}
 }
 

@@ -152,6 +152,9 @@ func credentials(r *http.Request, ex *exchange) []byte {
 	if ex.holder != nil {
 		return ex.holder.secret()
 	}
+	if ex.passed != nil && ex.passed.Key != "" { // a key that this proxy has not been told of yet
+		return []byte(ex.passed.Key)
+	}
 	sum, any := sha256.New(), false
 	for _, name := range []string{"Authorization", "X-Api-Key", "Api-Key", "Cookie", "Proxy-Authorization"} {
 		for _, value := range r.Header[name] {
@@ -242,7 +245,7 @@ func (h *Handler) recall(w http.ResponseWriter, r *http.Request, ex *exchange) b
 	q, detail := h.asks(r, ex)
 	if q == nil {
 		ex.bypass(CacheText, detail)
-		on, _ := survives(r, ex)
+		on := surviving(r, ex)
 		if on {
 			h.compute(w, r, ex, nil, nil)
 		}

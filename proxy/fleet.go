@@ -195,6 +195,9 @@ func (h *Handler) passedOn(w http.ResponseWriter, r *http.Request, ex *exchange)
 			"another proxy's, and a body that is longer than --max-body is not passed on; send it to that proxy",
 			headerUpstream, ex.away)})
 		return true
+	case ex.passed == nil && ex.flight == nil && surviving(r, ex):
+		ex.survives = true // its client will ask this proxy for the answer
+		return false
 	case ex.away != "":
 		return h.pass(w, r, ex, ex.away)
 	case ex.passing != nil || ex.cloud || ex.key == "":
@@ -453,6 +456,10 @@ func (h *Handler) rewriteHop(pr *httputil.ProxyRequest) {
 	}
 	for _, name := range []string{"Connection", "Upgrade", "Expect", "Origin"} {
 		pr.Out.Header.Del(name)
+	}
+	if ex.survives {
+		pr.Out.Header.Del(headerSurvive)
+		pr.Out.Header.Del("Prefer")
 	}
 	if ex.beat != nil {
 		pr.Out.Header.Del("Accept-Encoding") // a heartbeat may begin the answer, without an encoding

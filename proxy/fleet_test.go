@@ -834,6 +834,45 @@ func TestHopAnswers(t *testing.T) {
 	}
 }
 
+// TestHopSurvives: an answer that goes on without its client is kept where the client asked for it.
+func TestHopSurvives(t *testing.T) {
+	x, y := newBox(t, "x", "m@1"), newBox(t, "y", "m@1", "n@1")
+	a := sidecars(t, nil, x, y)
+	entry := a.proxy[0]
+	for name, headers := range map[string][]string{
+		"by the model": nil, "by the server's name": {headerUpstream + ": y"},
+	} {
+		release := y.holding()
+		res, text := entry.post("/api/chat", chat("n", name), append(headers, "Prefer: "+respondAsync)...)
+		if res.StatusCode != http.StatusAccepted {
+			t.Fatalf("%s: %s %s", name, res.Status, text)
+		}
+		<-y.came
+		release()
+		if status, from := entry.ask("GET", res.Header.Get("Location"), ""); status != 200 || from != "y" {
+			t.Errorf("%s: %d from %q", name, status, from)
+		}
+	}
+	release := y.holding()
+	ctx, leave := context.WithCancel(t.Context())
+	left := entry.sends(ctx, "/api/chat", chat("n", "left"), headerSurvive+": true")
+	<-y.came
+	leave()
+	<-left
+	release()
+	var page answersPage
+	poll(t, func() bool {
+		_, text := entry.do("GET", pathAnswers, "")
+		if err := json.Unmarshal([]byte(text), &page); err != nil {
+			t.Fatal(err)
+		}
+		return !slices.ContainsFunc(page.Kept, func(e keptEntry) bool { return e.Ended == nil })
+	})
+	if len(page.Kept) != 3 || slices.ContainsFunc(page.Kept, func(e keptEntry) bool { return e.Error != "" }) {
+		t.Errorf("%+v", page)
+	}
+}
+
 // TestHopAnswersLeft: those who wait for what another client has asked for get it when that client
 // leaves.
 func TestHopAnswersLeft(t *testing.T) {

@@ -260,6 +260,7 @@ type exchange struct {
 	only      *backend
 	away      string              // the only server that may answer it, which is another proxy's; or ""
 	passed    *fleet.Passed       // how another proxy passed it on; nil if it did not
+	survives  bool                // its answer is to go on without its client, from wherever it comes
 	hop       *relay              // its way to another proxy; nil if it is not passed on
 	leaves    *schedule.Elsewhere // set when another proxy is to serve it, after it has waited here
 	moves     int                 // how often that was so
@@ -497,6 +498,9 @@ func (h *Handler) answer(w http.ResponseWriter, r *http.Request, ex *exchange) {
 
 // serve waits until a request whose body has been read may be sent, and forwards it.
 func (h *Handler) serve(w http.ResponseWriter, r *http.Request, ex *exchange) {
+	if ex.survives && h.passedOn(w, r, ex) {
+		return
+	}
 	w = h.heartbeats(w, ex)
 	ref := h.wait(r, ex)
 	for ex.leaves != nil {

@@ -78,6 +78,12 @@ func survives(r *http.Request, ex *exchange) (survives, async bool) {
 	return async || on && err == nil, async
 }
 
+// surviving reports whether the client wants the answer to go on without it.
+func surviving(r *http.Request, ex *exchange) bool {
+	on, _ := survives(r, ex)
+	return on
+}
+
 // add makes an answer go on without its client, and returns its ID. It returns false if there are
 // too many of them.
 func (k *keptAnswers) add(a *keptAnswer) bool {

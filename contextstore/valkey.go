@@ -237,6 +237,9 @@ func (v *Valkey) write(ctx context.Context) {
 // append appends a batch to the stream. It returns false if there is none, or no sense in trying the
 // next one now.
 func (v *Valkey) append() bool {
+	if v.conn.Gone() {
+		return false // putting a batch back costs as much as all that waits
+	}
 	batch := v.outbox.take()
 	if len(batch) == 0 {
 		return false

@@ -271,11 +271,14 @@ func TestValkeyGone(t *testing.T) {
 						t.Errorf("of chain %d, %d links are known", i, n)
 					}
 				}
+				// A server that hung may have done what it was sent before.
+				until(t, "it is back", func() bool { return !one.conn.Gone() && one.Shared().Waiting == 0 })
+				until(t, "the lines are there", func() bool { return log.count("it is back") > round })
 				if gone, back := log.count("it is gone"), log.count("it is back"); gone != round+1 || back != round+1 {
 					t.Errorf("%d and %d lines", gone, back)
 				}
 			}
-			if s := one.Shared(); s.Dropped != 0 || s.Waiting != 0 {
+			if s := one.Shared(); s.Dropped != 0 {
 				t.Errorf("Shared is %+v", s)
 			}
 		})

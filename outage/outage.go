@@ -14,11 +14,12 @@ type Outage struct {
 	Log        *slog.Logger
 	Gone, Back string        // the two lines
 	Args       []any         // of both
-	First      time.Duration // how long to wait after the first failure; it doubles with each …
+	First      time.Duration // how long to wait after the first failure; it doubles with each, …
 	Most       time.Duration // … up to this
 
 	mu     sync.Mutex // guards everything below
 	since  time.Time  // zero: it can be used
+	ended  time.Time  // the last time that it could not
 	wait   time.Duration
 	next   time.Time // no try before
 	err    error     // of the last try
@@ -33,7 +34,12 @@ func (o *Outage) Failure(err error) {
 	o.failed++
 	o.err = err
 	if o.since.IsZero() {
-		o.since, o.wait = now, o.First
+		// What goes again when it has just come back is tried less and less often, too: there are two
+		// lines each time.
+		if o.wait = max(2*o.wait, o.First); now.Sub(o.ended) > o.Most {
+			o.wait = o.First
+		}
+		o.since, o.wait = now, min(o.wait, o.Most)
 		o.Log.Warn(o.Gone, append(o.Args[:len(o.Args):len(o.Args)], "err", err)...)
 	} else {
 		o.wait = min(2*o.wait, o.Most)
@@ -49,7 +55,7 @@ func (o *Outage) Success() {
 		return
 	}
 	o.Log.Info(o.Back, append(o.Args[:len(o.Args):len(o.Args)], "after", time.Since(o.since).Round(time.Millisecond))...)
-	o.since, o.err, o.next = time.Time{}, nil, time.Time{}
+	o.since, o.err, o.next, o.ended = time.Time{}, nil, time.Time{}, time.Now()
 }
 
 // Note counts an error that leaves it usable.

@@ -97,10 +97,12 @@ func (l *Limits) key(kind, key string) string {
 //
 // KEYS are the key's rate and its waiting requests. ARGV are the microseconds after which one more may
 // be sent (0: no limit), how many may be sent at once, how many microseconds' worth the proxy knows to
-// be used up, the proxy, and 1 if the waiting requests are asked for. It returns whether the request
-// may be sent, for how many microseconds what is used up lasts, and the number that wait.
+// be used up, the proxy, 1 if the waiting requests are asked for, and for how many microseconds these
+// count. It returns whether the request may be sent, for how many microseconds what is used up lasts,
+// and the number that wait.
 //
-// Whatever the keys contain, nobody is locked out for longer than it takes to use up everything.
+// Whatever the keys contain, also after the server's clock was set back, nobody is locked out for longer
+// than it takes to use up everything, or than waiting requests count.
 var takeScript = valkey.NewLuaScript(`
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
@@ -122,7 +124,8 @@ if ARGV[5] == '1' then
   local all = redis.call('HGETALL', KEYS[2])
   for i = 1, #all, 2 do
     local count, till = string.match(all[i + 1], '^(%d+) (%d+)$')
-    if not till or tonumber(till) < now then
+    till = tonumber(till)
+    if not till or till < now or till > now + ARGV[6] then
       redis.call('HDEL', KEYS[2], all[i])
     elseif all[i] ~= ARGV[4] then
       others = others + math.min(tonumber(count), 1000000)
@@ -146,7 +149,7 @@ func (l *Limits) Take(ctx context.Context, t proxy.Taking) (proxy.Taken, error) 
 	err := l.conn.Call(ctx, takeWait, func(ctx context.Context, c valkey.Client) error {
 		values, err := takeScript.Exec(ctx, c, []string{l.key("rate:", t.Key), l.key("waiting:", t.Key)}, []string{
 			strconv.FormatFloat(each, 'f', 6, 64), strconv.Itoa(t.Burst), strconv.FormatFloat(used, 'f', 6, 64),
-			l.self, waits,
+			l.self, waits, strconv.FormatInt(lease.Microseconds(), 10),
 		}).AsIntSlice()
 		if err == nil {
 			taken, err = parseTaken(values, t)

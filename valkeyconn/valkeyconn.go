@@ -195,8 +195,8 @@ func (c *Conn) OnReturn(f func()) {
 func (c *Conn) Refusal(gone, back string) *outage.Outage {
 	return &outage.Outage{
 		Log: c.options.Log, Args: []any{"server", c.target.Address},
-		Gone: "the Valkey server " + gone + "; check its maxmemory-policy, and what this user may do there" +
-			" (docs/shared.md)",
+		Gone: "the Valkey server " + gone + "; check that it is a primary and no cluster, its" +
+			" maxmemory-policy, and what this user may do there (docs/shared.md)",
 		Back: "the Valkey server " + back,
 	}
 }

@@ -22,6 +22,7 @@ import (
 // TestLab: hosts reach each other by address and by name, not while they are cut off, and again
 // afterwards; connections survive that.
 func TestLab(t *testing.T) {
+	t.Setenv("TMPDIR", t.TempDir()) // which nobody else uses
 	leaks := goleak.IgnoreCurrent()
 	t.Cleanup(func() { goleak.VerifyNone(t, leaks) }) // after the lab's end
 	Test(t, testLab, func(*testing.T) {})

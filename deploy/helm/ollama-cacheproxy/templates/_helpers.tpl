@@ -87,6 +87,18 @@ app.kubernetes.io/component: valkey
 {{- fail (printf "config.%s: the chart sets this itself; see the other values" $name) -}}
 {{- end -}}
 {{- end -}}
+{{- /* A ConfigMap is no place for secrets. */ -}}
+{{- if hasKey .Values.config "api-keys" -}}
+{{- fail "config.api-keys: use apiKeys.keys, or apiKeys.existingSecret, so that the keys are in a Secret" -}}
+{{- end -}}
+{{- if contains "@" (toString (get .Values.config "answers-store")) -}}
+{{- fail "config.answers-store: its password would be in a ConfigMap; use shared.answers, or OLLAMA_CACHEPROXY_ANSWERS_STORE in proxy.env, from a Secret" -}}
+{{- end -}}
+{{- range list "OLLAMA_HOST" "OLLAMA_MODELS" "HOME" -}}
+{{- if hasKey $.Values.ollama.env . -}}
+{{- fail (printf "ollama.env.%s: the chart sets this itself" .) -}}
+{{- end -}}
+{{- end -}}
 {{- if and (eq .Values.mode "sidecar") (not .Values.ollama.enabled) -}}
 {{- fail "mode sidecar is a proxy beside each Ollama: set mode to edge, or ollama.enabled to true" -}}
 {{- end -}}
@@ -173,7 +185,7 @@ and to stop Ollama. */ -}}
     - --upstream=dns:{{ include "ocp.fullname" . }}-ollama:11434
     {{- end }}
     {{- range .Values.edge.upstreams }}
-    - --upstream={{ . }}
+    - {{ printf "--upstream=%s" . | quote }}
     {{- end }}
     {{- end }}
     - --peers=dns:{{ include "ocp.fullname" . }}-peers:11436

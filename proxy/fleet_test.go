@@ -1213,3 +1213,27 @@ func TestHopOwnerReadsLess(t *testing.T) {
 		t.Errorf("%s %s: %+v", res.Status, text, ex)
 	}
 }
+
+// TestHopMemory: two proxies whose memory is full of what they pass on to each other do not wait for
+// each other for ever.
+func TestHopMemory(t *testing.T) {
+	s, r := newBox(t, "s", "m@1"), newBox(t, "r", "n@1")
+	a := sidecars(t, func(_ int, h *Handler, _ *fleet.Config) { h.Memory = MemoryLeast }, s, r)
+	var clients []*fakeConn
+	for i, p := range a.proxy {
+		body := chat([]string{"n", "m"}[i], strings.Repeat("x", MemoryLeast/2))
+		c := p.dial()
+		text := rawPost("/api/chat", body)
+		c.send(text[:len(text)-1])
+		clients = append(clients, c)
+		poll(t, func() bool { return p.h.Held() > MemoryLeast/2-bodyFirst })
+	}
+	for _, c := range clients { // both bodies end when each fills its entry's memory
+		c.send("}")
+	}
+	for i, c := range clients {
+		if got := c.receive(); !strings.Contains(got.line, " 200 ") {
+			t.Errorf("%d: %s %.300s", i, got.line, got.body)
+		}
+	}
+}

@@ -126,13 +126,16 @@ type Handler struct {
 	// Forgotten, if non-nil, is called when a removed server has finished its requests.
 	Forgotten func(name string)
 
-	inForce  atomic.Pointer[Live] // the last argument of Change; nil: the fields above
-	memory   *memory
-	decoder  *zstd.Decoder
-	decoding sync.Mutex
-	inFlight atomic.Int64
-	waiting  atomic.Int64 // waiting requests, see Waiting
-	awaiting atomic.Int64 // … of these, the ones without a lane that wait for an absent server
+	inForce atomic.Pointer[Live] // the last argument of Change; nil: the fields above
+	memory  *memory
+	// passedMemory is for what peers pass on: if two proxies waited for one memory each, which is full
+	// of what they pass on to each other, they would wait for ever.
+	passedMemory *memory
+	decoder      *zstd.Decoder
+	decoding     sync.Mutex
+	inFlight     atomic.Int64
+	waiting      atomic.Int64 // waiting requests, see Waiting
+	awaiting     atomic.Int64 // … of these, the ones without a lane that wait for an absent server
 
 	leaving   atomic.Bool   // set by Leave
 	closing   chan struct{} // closed by Close
@@ -365,8 +368,8 @@ func (h *Handler) Init() {
 	if h.Queue == 0 {
 		h.Queue = schedule.DefaultLimit
 	}
-	h.memory = newMemory(h.Memory)
-	h.memory.waits = h.waitForMemory
+	h.memory, h.passedMemory = newMemory(h.Memory), newMemory(h.Memory)
+	h.memory.waits, h.passedMemory.waits = h.waitForMemory, h.waitForMemory
 	h.closing = make(chan struct{})
 	news := make(chan struct{})
 	h.news.Store(&news)
@@ -417,7 +420,7 @@ func (h *Handler) Run(ctx context.Context) {
 }
 
 // Held returns how many bytes the buffered bodies take.
-func (h *Handler) Held() int64 { return h.memory.held.Load() }
+func (h *Handler) Held() int64 { return h.memory.held.Load() + h.passedMemory.held.Load() }
 
 // InFlight returns how many requests are in progress.
 func (h *Handler) InFlight() int64 { return h.inFlight.Load() }
@@ -751,7 +754,11 @@ func (h *Handler) passes(ex *exchange) bool {
 // readBody reads the request's body into ex.body and returns the part to parse. over reports that
 // the body is longer than the proxy may read, and that the rest is still to come.
 func (h *Handler) readBody(r *http.Request, ex *exchange) (data []byte, over bool, ref *refusal) {
-	most := min(h.MaxBody, h.memory.most)
+	m := h.memory
+	if ex.passed != nil {
+		m = h.passedMemory
+	}
+	most := min(h.MaxBody, m.most)
 	if r.ContentLength > most {
 		most = min(most, bodyFirst-1) // the part that Ollama reads may end there
 	}
@@ -761,7 +768,7 @@ func (h *Handler) readBody(r *http.Request, ex *exchange) (data []byte, over boo
 		err = longer()
 	}
 	if err == nil {
-		ex.body, over, err = h.memory.read(r.Context(), ex.holder.priority(r), r.Body, r.ContentLength, most, longer)
+		ex.body, over, err = m.read(r.Context(), ex.holder.priority(r), r.Body, r.ContentLength, most, longer)
 	}
 	if ex.body != nil {
 		data = ex.body.data[:min(int64(len(ex.body.data)), most)]

@@ -63,7 +63,7 @@ type serveCmd struct {
 	StableHeads     []string `placeholder:"RULE" help:"Edit prompts so that their beginnings stay the same: claude-billing replaces the checksums in Claude Code's line x-anthropic-billing-header with zeros, total-tokens removes its system messages that count the tokens left (docs/heads.md). Repeatable. Default: off."`
 	MaxBody         int64    `default:"${maxbody}" placeholder:"BYTES" help:"Longest request body to read; longer ones are forwarded unread, one at a time. Default: 67108864 (64 MiB)."`
 
-	Memory      int64         `placeholder:"BYTES" help:"Memory for the bodies of all waiting requests together; bodies that do not fit wait unread. Default: a quarter of the memory of the machine, or of the container (cgroup)."`
+	Memory      int64         `placeholder:"BYTES" help:"Memory for the bodies of all waiting requests together; bodies that do not fit wait unread. In a fleet (--peers), as much again for those that other proxies have passed on. Default: a quarter of the memory of the machine, or of the container (cgroup)."`
 	BodyTimeout time.Duration `default:"60s" placeholder:"TIME" help:"Answer 408 to a request whose body makes no progress for this long; 0 means never. Default: 60s."`
 
 	Slots   []string      `group:"everyday" placeholder:"[NAME=]N" help:"Slots per loaded model (the server's OLLAMA_NUM_PARALLEL): a number, auto to learn it, or off to send requests as they come. Requests wait for a slot, and each slot gets the request that best fits what it holds. NAME=N sets it for one upstream. auto starts from OLLAMA_NUM_PARALLEL if that is set here and the server is on this machine. Repeatable. Default: auto."`

@@ -1237,3 +1237,38 @@ func TestHopMemory(t *testing.T) {
 		}
 	}
 }
+
+// TestSidecarDies: what waits at a proxy that goes away, and which only its server can answer, waits
+// for it. It goes to no other server, and is sent once.
+func TestSidecarDies(t *testing.T) {
+	x, y := newBox(t, "x", "m@1", "both@1"), newBox(t, "y", "n@1", "both@1")
+	a := sidecars(t, func(_ int, h *Handler, _ *fleet.Config) { h.TryDuration = patience }, x, y)
+	entry, other := a.proxy[0], a.proxy[1]
+	release := y.holding()
+	defer release()
+	first := other.sends(t.Context(), "/api/chat", chat("n", passage(0, 100)))
+	y.holds(first)
+	waits := []<-chan string{
+		entry.sends(t.Context(), "/api/chat", chat("n", passage(1, 100))),
+		entry.sends(t.Context(), "/api/chat", chat("both", passage(2, 100)), headerUpstream+": y"),
+	}
+	waitingIn(t, other.h.Lanes, 2)
+	other.hide()
+	waitingIn(t, other.h.Lanes, 0)
+	poll(t, func() bool {
+		return slices.ContainsFunc(entry.h.Fleet.Owners(), func(o fleet.Owner) bool { return o.Server == "y" && o.Away })
+	})
+	other.show(nil)
+	release()
+	for i, answer := range append(waits, first) {
+		if got := <-answer; !strings.HasPrefix(got, "200 ") || !strings.Contains(got, `"from":"y"`) {
+			t.Errorf("%d: %s", i, got)
+		}
+	}
+	if got := y.took(); len(got) != 3 {
+		t.Errorf("Ollama got %d requests", len(got))
+	}
+	if got := x.took(); len(got) != 0 {
+		t.Errorf("the other server got %q", got)
+	}
+}

@@ -666,16 +666,26 @@ func TestUnlisted(t *testing.T) {
 		if answer, err := l.pass("a", l.place("a"), "hello"); err != nil {
 			t.Errorf("%q, %v", answer, err)
 		}
+		b.Drain()
 		b.kill()
 		time.Sleep(time.Second)
-		if p := a.Peers(); len(p) != 0 {
-			t.Errorf("there still is %+v", p)
+		if p := a.Peers(); len(p) != 0 || a.Counts().Away != 0 {
+			t.Errorf("there still is %+v, %+v", p, a.Counts())
+		}
+		if _, ok := a.Choose(Ask{Model: "m"}); ok || !a.Has("m") {
+			t.Error("the models are forgotten of a peer that is started again, or it is chosen")
 		}
 		b.start([]string{"a", "b"})
 		found <- []string{"b"}
 		time.Sleep(time.Second)
 		if p := a.Peers(); len(p) != 1 || !p[0].Up {
 			t.Errorf("it does not come back: %+v", p)
+		}
+		l.place("a")
+		b.kill()
+		time.Sleep(awayFor + time.Second)
+		if a.Has("m") {
+			t.Error("it is remembered for longer than it should be")
 		}
 	})
 }

@@ -99,6 +99,8 @@ type Fleet struct {
 	view     atomic.Pointer[view]
 	news     atomic.Pointer[chan struct{}] // closed when the view has changed
 	draining atomic.Bool
+	hungUp   context.Context // ends with hangUp
+	hangUp   func()
 	outbox   *outbox
 	seen     *sightings
 	sent     *sentSince
@@ -146,6 +148,7 @@ func New(c Config) *Fleet {
 		sent: newSentSince(), idle: make(chan struct{}, 1), peers: map[string]*peer{}, absent: map[string]*peer{}, owned: map[string]bool{},
 		learned: map[string][]byte{}, given: map[string]time.Time{},
 	}
+	f.hungUp, f.hangUp = context.WithCancel(context.Background())
 	f.view.Store(&view{})
 	f.news.Store(new(make(chan struct{})))
 	return f

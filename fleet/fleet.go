@@ -99,6 +99,8 @@ type Fleet struct {
 	view     atomic.Pointer[view]
 	news     atomic.Pointer[chan struct{}] // closed when the view has changed
 	draining atomic.Bool
+	hungUp   context.Context // ends with hangUp
+	hangUp   func()
 	outbox   *outbox
 	seen     *sightings
 	sent     *sentSince
@@ -107,8 +109,10 @@ type Fleet struct {
 
 	mu    sync.Mutex // guards everything below
 	peers map[string]*peer
-	local []Server
-	owned map[string]bool // by the names of this proxy's servers
+	// absent are those that went away, by their names: they may come back at another address.
+	absent map[string]*peer
+	local  []Server
+	owned  map[string]bool // by the names of this proxy's servers
 	// learned is what owners have reported of their servers, by the servers' names.
 	learned map[string][]byte
 	given   map[string]time.Time // when a server of this proxy was last given requests
@@ -117,7 +121,7 @@ type Fleet struct {
 
 // Counts are for metrics and pages.
 type Counts struct {
-	Away      uint64 `json:"away"`      // how often a peer went away
+	Away      uint64 `json:"away"`      // how often a peer went away without having said that it stops
 	Owners    uint64 `json:"owners"`    // how often this proxy began or ceased to own a server
 	Hops      uint64 `json:"hops"`      // requests that were passed on …
 	Again     uint64 `json:"again"`     // … and of these, sent to another owner, since the first had not begun
@@ -141,9 +145,10 @@ func New(c Config) *Fleet {
 	}
 	f := &Fleet{
 		Config: c, ID: rand.Text()[:12], outbox: newOutbox(), seen: newSightings(),
-		sent: newSentSince(), idle: make(chan struct{}, 1), peers: map[string]*peer{}, owned: map[string]bool{},
+		sent: newSentSince(), idle: make(chan struct{}, 1), peers: map[string]*peer{}, absent: map[string]*peer{}, owned: map[string]bool{},
 		learned: map[string][]byte{}, given: map[string]time.Time{},
 	}
+	f.hungUp, f.hangUp = context.WithCancel(context.Background())
 	f.view.Store(&view{})
 	f.news.Store(new(make(chan struct{})))
 	return f
@@ -293,13 +298,14 @@ func (f *Fleet) look() {
 			}
 		}
 	}
-	for _, p := range f.peers {
-		if r := p.last; p.report == nil && r != nil && !ids[r.ID] && time.Since(p.since) < awayFor {
-			ids[r.ID] = true
-			members = append(members, &member{
-				peer: p, id: r.ID, name: r.Name, away: true, servers: r.Servers,
-			})
-		}
+	maps.DeleteFunc(f.absent, func(name string, p *peer) bool {
+		back := slices.ContainsFunc(members, func(m *member) bool { return m.name == name })
+		return back || p.gone != nil || time.Since(p.since) >= awayFor
+	})
+	for _, p := range f.absent {
+		members = append(members, &member{
+			peer: p, id: p.last.ID, name: p.last.Name, away: true, servers: p.last.Servers,
+		})
 	}
 	v := conclude(members)
 	f.view.Store(v)

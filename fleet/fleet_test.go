@@ -39,6 +39,7 @@ type proxy struct {
 	source        Source // if nil, of all hosts
 	waits, serves time.Duration
 	drops         bool // it closes the connection instead of serving the request
+	srv           *http.Server
 	stop          func()
 }
 
@@ -97,6 +98,8 @@ func (m *proxy) start(hosts []string) {
 	m.Fleet = New(c)
 	ctx, cancel := context.WithCancel(context.Background())
 	srv := &http.Server{Handler: m.Handler(m), ErrorLog: slog.NewLogLogger(slog.DiscardHandler, 0)}
+	srv.RegisterOnShutdown(m.HangUp)
+	m.srv = srv
 	ln := m.lab.net.listen(m.host)
 	var wg sync.WaitGroup
 	wg.Go(func() { m.Run(ctx) })
@@ -666,16 +669,42 @@ func TestUnlisted(t *testing.T) {
 		if answer, err := l.pass("a", l.place("a"), "hello"); err != nil {
 			t.Errorf("%q, %v", answer, err)
 		}
+		b.Drain()
 		b.kill()
 		time.Sleep(time.Second)
-		if p := a.Peers(); len(p) != 0 {
-			t.Errorf("there still is %+v", p)
+		if p := a.Peers(); len(p) != 0 || a.Counts().Away != 0 {
+			t.Errorf("there still is %+v, %+v", p, a.Counts())
+		}
+		if _, ok := a.Choose(Ask{Model: "m"}); ok || !a.Has("m") {
+			t.Error("the models are forgotten of a peer that is started again, or it is chosen")
 		}
 		b.start([]string{"a", "b"})
 		found <- []string{"b"}
 		time.Sleep(time.Second)
 		if p := a.Peers(); len(p) != 1 || !p[0].Up {
 			t.Errorf("it does not come back: %+v", p)
+		}
+		l.place("a")
+		b.kill()
+		time.Sleep(awayFor + time.Second)
+		if a.Has("m") {
+			t.Error("it is remembered for longer than it should be")
+		}
+	})
+}
+
+// TestHangUp: a server of peers that is shut down ends what it answers, and waits for no reports.
+func TestHangUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newPair(t)
+		ended := make(chan error)
+		time.AfterFunc(1500*time.Millisecond, func() { ended <- l.proxies["b"].srv.Shutdown(t.Context()) })
+		began := time.Now()
+		if answer, err := l.pass("a", l.place("a"), "hello"); err != nil {
+			t.Errorf("%q, %v", answer, err)
+		}
+		if err := <-ended; err != nil || time.Since(began) > 5*time.Second {
+			t.Errorf("it ended after %v: %v", time.Since(began), err)
 		}
 	})
 }

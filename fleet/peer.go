@@ -26,7 +26,7 @@ type peer struct {
 	// Guarded by Fleet.mu.
 	listed  bool                         // a Source says that a peer is at the address
 	report  *Report                      // the last one; nil: away
-	last    *Report                      // … also when it is away; nil: it was never there, or has stopped
+	last    *Report                      // … also when it is away; nil: it was never there
 	gone    chan struct{}                // closed when it goes away; nil: away
 	err     error                        // why it is away; nil before the first try
 	told    bool                         // the log says that it is away
@@ -161,8 +161,9 @@ func (p *peer) lost(err error) (was bool) {
 	name, left := p.report.Name, p.report.Draining
 	close(p.gone)
 	f.forgets(p.report.ID)
+	f.sent.reset(p.report.ID)
 	p.report, p.gone, p.since = nil, nil, time.Now()
-	f.counts.Away++
+	f.absent[name] = p
 	if !p.listed {
 		f.drop(p)
 	}
@@ -171,9 +172,9 @@ func (p *peer) lost(err error) (was bool) {
 	case !p.listed:
 		f.Log.Info("peer has gone, and is no longer listed", "peer", name, "address", p.addr)
 	case left:
-		p.last = nil
 		f.Log.Info("peer has stopped", "peer", name, "address", p.addr)
 	default:
+		f.counts.Away++
 		f.Log.Warn("peer is away; this proxy goes on without it", "peer", name, "address", p.addr,
 			"err", err)
 	}

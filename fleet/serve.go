@@ -106,8 +106,11 @@ func (f *Fleet) serveReports(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "application/x-ndjson")
 	out := http.NewResponseController(w)
 	var at stream
+	ctx, cancel := context.WithCancel(r.Context())
+	defer cancel()
+	defer context.AfterFunc(f.hungUp, cancel)()
 	for {
-		line, err := f.outbox.next(r.Context(), &at)
+		line, err := f.outbox.next(ctx, &at)
 		if err != nil {
 			return
 		}
@@ -121,6 +124,9 @@ func (f *Fleet) serveReports(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 }
+
+// HangUp ends the reports to peers, which take this proxy for away.
+func (f *Fleet) HangUp() { f.hangUp() }
 
 func (f *Fleet) serveTake(w http.ResponseWriter, r *http.Request) {
 	var t Take

@@ -264,7 +264,6 @@ func (h *Handler) pass(w http.ResponseWriter, r *http.Request, ex *exchange, ser
 // returns waits for a server with the request's model, if only proxies that are away had it. Without
 // a refusal it has set the hop's place, which is this proxy if no other ever had it.
 func (h *Handler) returns(r *http.Request, ex *exchange, hop *relay) *refusal {
-	hop.ask.Not = nil // these may be back
 	limit := time.After(h.TryDuration)
 	defer h.awaiting.Add(-1)
 	for waiting := h.awaiting.Add(1); ; {
@@ -282,6 +281,7 @@ func (h *Handler) returns(r *http.Request, ex *exchange, hop *relay) *refusal {
 		var ref func() *refusal
 		select {
 		case <-news:
+			hop.ask.Not = nil // these may be back
 		case <-h.closing:
 			ref = ex.stopping
 		case <-r.Context().Done():

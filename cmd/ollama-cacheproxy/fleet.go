@@ -217,6 +217,7 @@ func (set settings) listenPeers(
 	srv := newServer(base, h.Fleet.Handler(h), log)
 	// A stranger that tries again and again would fill the log. What is wrong says the proxy that dials.
 	srv.ErrorLog = slog.NewLogLogger(log.Handler(), slog.LevelDebug)
+	srv.RegisterOnShutdown(h.Fleet.HangUp)
 	return &peerServer{ln, srv}, nil
 }
 
@@ -234,8 +235,14 @@ func (p *peerServer) serve(set settings) error {
 	return p.srv.ServeTLS(p.ln, "", "")
 }
 
+// close ends the last answers, of which all but the end may have been written.
 func (p *peerServer) close() {
-	if p.srv != nil {
+	if p.srv == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), cutOff)
+	defer cancel()
+	if p.srv.Shutdown(ctx) != nil {
 		p.srv.Close()
 	}
 }

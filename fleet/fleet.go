@@ -124,6 +124,7 @@ type Counts struct {
 	Away      uint64 `json:"away"`      // how often a peer went away without having said that it stops
 	Owners    uint64 `json:"owners"`    // how often this proxy began or ceased to own a server
 	Hops      uint64 `json:"hops"`      // requests that were passed on …
+	Begun     uint64 `json:"begun"`     // … and of these, answered by the owner that they were passed on to
 	Again     uint64 `json:"again"`     // … and of these, sent to another owner, since the first had not begun
 	Lost      uint64 `json:"lost"`      // requests whose owner went away after it had begun
 	Elsewhere uint64 `json:"elsewhere"` // requests that another proxy's server took over

@@ -437,8 +437,12 @@ func TestAtMostOnce(t *testing.T) {
 					t.Errorf("seed %d: %s was sent to a server %d times", seed, text, n)
 				}
 			}
-			if c := l.proxies["p0"].Counts(); c.Hops == 0 || c.Again == 0 {
+			c := l.proxies["p0"].Counts()
+			if c.Hops == 0 || c.Again == 0 {
 				t.Errorf("seed %d: nothing was sent again: %+v", seed, c)
+			}
+			if c.Begun == 0 || c.Begun+c.Again+c.Lost+c.Elsewhere != c.Hops {
+				t.Errorf("seed %d: what became of a hop is not counted once: %+v", seed, c)
 			}
 			if answered < requests/2 || answered+failed != requests {
 				t.Errorf("seed %d: %d answered, %d failed", seed, answered, failed)

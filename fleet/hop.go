@@ -142,6 +142,7 @@ func (f *Fleet) Pass(
 		f.count(func(c *Counts) { c.Elsewhere++ })
 		return nil, e
 	}
+	f.count(func(c *Counts) { c.Begun++ })
 	return res, nil
 }
 

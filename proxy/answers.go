@@ -611,10 +611,7 @@ func (h *Handler) keep(r *http.Request, ex *exchange, f *flight, q *question) {
 	if !complete || q.today(ended) != q.day {
 		return
 	}
-	written, known := q.written[ex.up.index]
-	if st := ex.up.relisted(r.Context(), ended); !known || st.Listed.Before(ended) ||
-		st.Digests[ex.key] != q.digest || st.Version != q.version ||
-		!st.Written[ex.key].Equal(written) { // it was another model meanwhile
+	if !q.same(ex, ex.up.relisted(r.Context(), ended), ended) { // it was another model meanwhile
 		return
 	}
 	record := f.record
@@ -631,6 +628,13 @@ func (h *Handler) keep(r *http.Request, ex *exchange, f *flight, q *question) {
 	}
 	entry := answers.Entry{Key: q.key(h, q.Form), Kind: answers.Text, Made: ended, Data: record.Encode()}
 	h.Answers.Put(r.Context(), []answers.Entry{entry}) // a store that fails has said so
+}
+
+// same reports whether a server's state is from after that time, and has the model that the key names.
+func (q *question) same(ex *exchange, st upstream.State, after time.Time) bool {
+	written, known := q.written[ex.up.index]
+	return known && !st.Listed.Before(after) && st.Digests[ex.key] == q.digest &&
+		st.Version == q.version && st.Written[ex.key].Equal(written)
 }
 
 // relisted returns the server's state after its models were listed again, unless they were after that

@@ -191,7 +191,8 @@ func parseTaken(values []int64, t proxy.Taking) (proxy.Taken, error) {
 
 // Stats returns how many questions there were.
 func (l *Limits) Stats() LimitStats {
-	return LimitStats{Asked: l.asked.Load(), Unanswered: l.unanswered.Load()}
+	unanswered := l.unanswered.Load() // first, so that it is at most as many
+	return LimitStats{Asked: l.asked.Load(), Unanswered: unanswered}
 }
 
 // Waiting implements proxy.Limiter.

@@ -453,20 +453,21 @@ func foreign(t *testing.T) map[string][]byte {
 // TestRefused: values that cannot work are refused, and what is said names the right one.
 func TestRefused(t *testing.T) {
 	for values, want := range map[string]string{
-		"mode: sidecars":                                      "mode",
-		"replicas: 3":                                         "replicas",
-		"config: {listen: 0.0.0.0:1}":                         "config.listen: the chart sets this itself",
+		"mode: sidecars":              "mode",
+		"replicas: 3":                 "replicas",
+		"config: {listen: 0.0.0.0:1}": "config.listen: the chart sets this itself",
+		"{mode: edge, edge: {upstreams: [\"10.0.0.7\"]}}":     "upstreams",
 		"config: {api-keys: [{name: a, key: b}]}":             "use apiKeys.keys",
 		"config: {answers-store: \"redis://:a@h\"}":           "in a ConfigMap",
 		"ollama: {env: {OLLAMA_HOST: \"0.0.0.0\"}}":           "ollama.env.OLLAMA_HOST",
 		"ollama: {enabled: false}":                            "mode sidecar is a proxy beside each Ollama",
 		"{mode: edge, ollama: {enabled: false}}":              "there is no Ollama",
-		"edge: {upstreams: [a]}":                              "edge.upstreams is for mode edge",
+		"edge: {upstreams: [a=b]}":                            "edge.upstreams is for mode edge",
 		"{valkey: {enabled: true}, shared: {url: redis://h}}": "choose one of them",
 		"shared: {url: h}":                                    "url",
 		"contexts: {bytes: 20GiB}":                            "bytes",
 		"ollama: {pull: [\"a'; rm -rf /\"]}":                  "pull",
-		"{mode: edge, ollama: {enabled: false}, edge: {upstreams: [a]}, autoscaling: {enabled: true}}": "autoscaling is of the Ollama servers",
+		"{mode: edge, ollama: {enabled: false}, edge: {upstreams: [a=b]}, autoscaling: {enabled: true}}": "autoscaling is of the Ollama servers",
 	} {
 		if _, err := render(values); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v; want something about %q", values, err, want)

@@ -41,6 +41,13 @@ func (a *asked) add(user string) {
 	a.times[user]++
 }
 
+// forget begins to count anew.
+func (a *asked) forget() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.times = nil
+}
+
 // sum returns how often the request was sent that was sent most often, and how many were sent in all.
 func (a *asked) sum() (most, all int) {
 	a.mu.Lock()
@@ -214,7 +221,7 @@ func TestWorkersKill(t *testing.T) {
 	if text, err := command("whole").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, text)
 	}
-	count.times = nil
+	count.forget()
 	var killed atomic.Int64
 	var wg sync.WaitGroup
 	left := new(atomic.Int64) // requests until the next kill

@@ -314,7 +314,10 @@ func answer(status int, contentType, body string) string {
 }
 
 // okAnswer answers everything like a finished generation.
-func okAnswer(received) string {
+func okAnswer(r received) string {
+	if strings.HasPrefix(r.line, http.MethodHead) { // a body would be read as the next answer
+		return answer(200, "application/json; charset=utf-8", "")
+	}
 	return answer(200, "application/json; charset=utf-8", `{"done":true}`)
 }
 

@@ -195,7 +195,7 @@ func (h *Handler) passedOn(w http.ResponseWriter, r *http.Request, ex *exchange)
 			"another proxy's, and a body that is longer than --max-body is not passed on; send it to that proxy",
 			headerUpstream, ex.away)})
 		return true
-	case ex.passed == nil && ex.flight == nil && surviving(r, ex):
+	case ex.flight == nil && surviving(r, ex):
 		ex.survives = true // its client will ask this proxy for the answer
 		return false
 	case ex.away != "":
@@ -364,17 +364,34 @@ func (t hops) RoundTrip(out *http.Request) (*http.Response, error) {
 			return nil, err
 		}
 		ex.Retries = append(ex.Retries, RetryPeer)
-		server := ""
+		server, from, disowned := "", p.place.Peer, false
 		if e, ok := errors.AsType[*fleet.Elsewhere](err); ok {
 			ex.Retries[len(ex.Retries)-1] = RetryElsewhere
-			server, moves = e.Server, max(moves+1, e.Moves)
+			server, moves, disowned = e.Server, max(moves+1, e.Moves), e.Server == ""
 		} else if failed[p.place.Peer]++; failed[p.place.Peer] > 1 {
 			p.ask.Not = append(p.ask.Not, p.place.Peer) // the first time its connection may have been stale
 		}
 		p.choose(h.Fleet, server)
+		// A proxy that no longer owns the server says so in its next report, too.
+		for n := 0; disowned && p.place.Peer == from && n < newsMost; n++ {
+			h.heard(out.Context())
+			p.choose(h.Fleet, server)
+		}
 		if ex.moves = moves; p.place.Here() {
 			return nil, errBack
 		}
+	}
+}
+
+// newsMost is how many reports are waited for until one tells of another owner.
+const newsMost = 20
+
+// heard waits until something about the fleet is new, but not for long.
+func (h *Handler) heard(ctx context.Context) {
+	select {
+	case <-h.Fleet.News():
+	case <-ctx.Done():
+	case <-time.After(busyPause):
 	}
 }
 

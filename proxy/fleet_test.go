@@ -1186,6 +1186,32 @@ func TestHopDrain(t *testing.T) {
 	}
 }
 
+// TestSidecarFinishes: a proxy that finishes what it has gets nothing more, though nobody else has the
+// model; that waits until it is back.
+func TestSidecarFinishes(t *testing.T) {
+	x, y := newBox(t, "x", "m@1"), newBox(t, "y", "n@1")
+	a := sidecars(t, func(_ int, h *Handler, _ *fleet.Config) { h.TryDuration = patience }, x, y)
+	entry, other := a.proxy[0], a.proxy[1]
+	other.h.Leave()
+	if status, from := entry.ask("POST", "/api/chat", chat("n", "s")); status != 200 || from != "y" {
+		t.Errorf("about to stop: %d from %q", status, from)
+	}
+	other.h.Finish()
+	poll(t, func() bool { return !entry.h.Fleet.Takes() })
+	waits := entry.sends(t.Context(), "/api/chat", chat("n", "t"))
+	poll(t, func() bool { return entry.h.awaiting.Load() == 1 })
+	if got := y.took(); len(got) != 1 {
+		t.Errorf("the server got %q", got)
+	}
+	if status, from := other.ask("POST", "/api/chat", chat("n", "u")); status != 200 || from != "y" {
+		t.Errorf("its own client's: %d from %q", status, from)
+	}
+	other.h.finishing.Store(false)
+	if got := <-waits; !strings.HasPrefix(got, "200 ") {
+		t.Errorf("when it is back: %s", got)
+	}
+}
+
 // TestHopOwnerReadsLess: an owner that reads no more than the beginning of a body lets it through,
 // and what it refuses counts as refused at the entry.
 func TestHopOwnerReadsLess(t *testing.T) {

@@ -138,6 +138,7 @@ type Handler struct {
 	awaiting     atomic.Int64 // … of these, the ones without a lane that wait for an absent server
 
 	leaving   atomic.Bool   // set by Leave
+	finishing atomic.Bool   // set by Finish
 	closing   chan struct{} // closed by Close
 	closeOnce sync.Once
 	news      atomic.Pointer[chan struct{}] // closed after the next poll of any upstream

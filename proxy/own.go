@@ -90,6 +90,10 @@ func (h *Handler) Leave() {
 	}
 }
 
+// Finish says that the proxy only finishes what it has: others of its fleet send nothing more, even
+// if nobody else has the model; such requests wait there for the proxy to be back.
+func (h *Handler) Finish() { h.finishing.Store(true) }
+
 // Leaving reports whether Leave was called.
 func (h *Handler) Leaving() bool { return h.leaving.Load() }
 

@@ -663,6 +663,7 @@ func drain(srv *http.Server, h *proxy.Handler, limit time.Duration, cut context.
 	logger.Info("stopping: no new requests; those that are here may finish", "in_flight", h.InFlight(), "waiting", h.Waiting(), "limit", limit)
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
+	h.Finish()
 	err := srv.Shutdown(ctx)
 	if err == nil && !ended(ctx, h.InFlight) { // answers that go on without their clients
 		err = ctx.Err()

@@ -195,7 +195,7 @@ func (h *Handler) passedOn(w http.ResponseWriter, r *http.Request, ex *exchange)
 			"another proxy's, and a body that is longer than --max-body is not passed on; send it to that proxy",
 			headerUpstream, ex.away)})
 		return true
-	case ex.passed == nil && ex.flight == nil && surviving(r, ex):
+	case ex.flight == nil && surviving(r, ex):
 		ex.survives = true // its client will ask this proxy for the answer
 		return false
 	case ex.away != "":

@@ -41,8 +41,8 @@ func (a *asked) add(user string) {
 	a.times[user]++
 }
 
-// forget begins to count anew.
-func (a *asked) forget() {
+// reset forgets them.
+func (a *asked) reset() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.times = nil
@@ -105,7 +105,7 @@ func TestWorkers(t *testing.T) {
 	alone := config(t, server, numbered(n)+"nonsense\n")
 	alone.Window = 100 // of which there are four
 	_, want := run(t, alone)
-	count.times = nil
+	count.reset()
 	store := valkeyserver.Start(t)
 	ignored := goleak.IgnoreCurrent()
 	outputs := []Config{}
@@ -221,7 +221,7 @@ func TestWorkersKill(t *testing.T) {
 	if text, err := command("whole").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, text)
 	}
-	count.forget()
+	count.reset()
 	var killed atomic.Int64
 	var wg sync.WaitGroup
 	left := new(atomic.Int64) // requests until the next kill
@@ -310,7 +310,8 @@ func TestWorkersValkeyAway(t *testing.T) {
 	const n, lease = 200, 3 * time.Second
 	alone := config(t, server, numbered(n))
 	_, want := run(t, alone)
-	count.times, reached, once = nil, make(chan struct{}), sync.Once{}
+	count.reset()
+	reached, once = make(chan struct{}), sync.Once{}
 	store := valkeyserver.Start(t, persistent(t)...)
 	waited := make(chan struct{}, 1)
 	a, b := sharing(t, alone, store.URL(), "a", lease), sharing(t, alone, store.URL(), "-", lease)
@@ -405,7 +406,7 @@ func TestWorkersValkeyOld(t *testing.T) {
 	alone := config(t, server, numbered(n))
 	alone.Concurrency, alone.Window = 1, 20
 	_, want := run(t, alone)
-	count.times = nil
+	count.reset()
 	hold.Store(true)
 	a, b := sharing(t, alone, store.URL(), "a", shortLease), sharing(t, alone, store.URL(), "b", shortLease)
 	errs := make(chan []error, 1)

@@ -33,12 +33,17 @@ const (
 
 // TestPods runs the manifests with a real Ollama in each of the three pods. Any pod's address takes
 // a request, and passes it on to where its prefix is; while one pod after another is replaced, no
-// request of several clients fails; and a pod has its models and contexts again afterwards.
+// request of several clients fails; and a pod has its models and contexts again afterwards. It needs
+// root, and is skipped without, unless netns.Required is set.
 func TestPods(t *testing.T) {
+	const advice = "pods have users, roots and addresses of their own: run this test as root"
+	if os.Getuid() != 0 && os.Getenv(netns.Required) == "" {
+		t.Skip(advice)
+	}
 	leaks := goleak.IgnoreCurrent()
 	t.Cleanup(func() { goleak.VerifyNone(t, leaks) }) // after the lab's end
 	netns.Test(t, testPods, func(t *testing.T) {
-		t.Fatal("there is no other way to give each pod an address: run this test as root")
+		t.Skip(advice)
 	})
 }
 

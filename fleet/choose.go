@@ -104,9 +104,9 @@ func (s *place) may(a Ask) bool {
 // slack is how many bytes of a prompt are not worth a detour: about 64 tokens.
 const slack = 256
 
-// prefer chooses one of several servers. A prompt's load does not count, unless nothing else does:
-// each entry sees only a part of what is sent, so that several would choose different servers for
-// what belongs together. Owners, who see all of it, spread the work (schedule.Scheduler.Give).
+// prefer chooses one of several servers. Load does not count, unless nothing else does: each entry
+// sees only a part of what is sent, so that several would choose different servers for what belongs
+// together. Owners, who see all of it, spread the work (schedule.Scheduler.Give).
 func (f *Fleet) prefer(all []*place, a Ask) *place {
 	if len(a.Links) == 0 {
 		return f.idlest(all)

@@ -38,7 +38,8 @@ type Config struct {
 	Sources []Source
 	// Own are the names of the servers that this proxy is beside of, and owns.
 	Own []string
-	// Secret is what peers show each other; if empty, Client's TLS configuration protects them.
+	// Secret is what peers show each other; if empty, they know each other by certificates alone,
+	// for which the listener has to ask (TLS).
 	Secret []byte
 	// Scheme is https if peers are reached over TLS; the zero value means http.
 	Scheme string
@@ -65,7 +66,6 @@ type Config struct {
 	Log *slog.Logger
 }
 
-// Times. They are variables of a Fleet so that tests of long outages need not wait.
 const (
 	// reportEvery is how often a changed report is sent.
 	reportEvery = 100 * time.Millisecond
@@ -123,14 +123,15 @@ type Fleet struct {
 type Counts struct {
 	Away      uint64 `json:"away"`      // how often a peer went away without having said that it stops
 	Owners    uint64 `json:"owners"`    // how often this proxy began or ceased to own a server
-	Hops      uint64 `json:"hops"`      // requests that were passed on …
-	Begun     uint64 `json:"begun"`     // … and of these, answered by the owner that they were passed on to
-	Again     uint64 `json:"again"`     // … and of these, sent to another owner, since the first had not begun
-	Lost      uint64 `json:"lost"`      // requests whose owner went away after it had begun
-	Elsewhere uint64 `json:"elsewhere"` // requests that another proxy's server took over
+	Hops      uint64 `json:"hops"`      // how often a request was passed on; of these times …
+	Begun     uint64 `json:"begun"`     // … its owner answered it
+	Again     uint64 `json:"again"`     // … its owner went away before it began
+	Lost      uint64 `json:"lost"`      // … its owner went away after that
+	Elsewhere uint64 `json:"elsewhere"` // … another proxy's server took it over
 	Given     uint64 `json:"given"`     // requests that this proxy gave to another one's server
 	Received  uint64 `json:"received"`  // requests that peers passed on to this proxy
-	Forgotten uint64 `json:"forgotten"` // received requests that were not sent to a server, since their entry went away
+	// Forgotten are received requests that were not sent to a server, since their entry went away.
+	Forgotten uint64 `json:"forgotten"`
 }
 
 // New returns a fleet of one, until Run finds others.
@@ -146,8 +147,9 @@ func New(c Config) *Fleet {
 	}
 	f := &Fleet{
 		Config: c, ID: rand.Text()[:12], outbox: newOutbox(), seen: newSightings(),
-		sent: newSentSince(), idle: make(chan struct{}, 1), peers: map[string]*peer{}, absent: map[string]*peer{}, owned: map[string]bool{},
-		learned: map[string][]byte{}, given: map[string]time.Time{},
+		sent: newSentSince(), idle: make(chan struct{}, 1), peers: map[string]*peer{},
+		absent: map[string]*peer{}, owned: map[string]bool{}, learned: map[string][]byte{},
+		given: map[string]time.Time{},
 	}
 	f.hungUp, f.hangUp = context.WithCancel(context.Background())
 	f.view.Store(&view{})

@@ -203,16 +203,27 @@ func TestServeDiscovered(t *testing.T) {
 	if status != 200 || from != "gpu-127.0.0.1" {
 		t.Errorf("%d from %q", status, from)
 	}
-	res, err := http.Get(proxy.String() + "/metrics")
-	if err != nil {
-		t.Fatal(err)
+	metrics := func() string {
+		res, err := http.Get(proxy.String() + "/metrics")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer res.Body.Close()
+		text, err := io.ReadAll(res.Body)
+		if err != nil {
+			t.Error(err)
+		}
+		return string(text)
 	}
-	defer res.Body.Close()
-	if text, err := io.ReadAll(res.Body); err != nil || !strings.Contains(string(text), `upstream_up{upstream="gpu-127.0.0.1"} 1`) {
-		t.Errorf("the metrics lack the server: %v", err)
+	const series = `upstream_up{upstream="gpu-127.0.0.1"} 1`
+	for limit := time.Now().Add(time.Minute); !strings.Contains(metrics(), series); {
+		if time.Now().After(limit) {
+			t.Fatal("the metrics lack the server")
+		}
+		time.Sleep(20 * time.Millisecond) // until its first poll has ended
 	}
 	var page struct{ Upstreams []struct{ Name string } }
-	res, err = http.Get(proxy.String() + "/_cacheproxy/upstreams")
+	res, err := http.Get(proxy.String() + "/_cacheproxy/upstreams")
 	if err != nil {
 		t.Fatal(err)
 	}

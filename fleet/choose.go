@@ -218,46 +218,57 @@ func (s *sightings) put(at Sight, assumed bool) {
 // deepest returns the one of some servers where the most of a prompt was seen; nil: none. Of those
 // that have seen as much it is the one that saw it last.
 func (s *sightings) deepest(links []prefix.Link, all []*place) *place {
+	return s.search(links, func(seen []sighting) (*place, bool) {
+		for _, at := range slices.Backward(seen) {
+			if p := placeOf(all, at.server); p != nil {
+				return p, true
+			}
+		}
+		return nil, false
+	})
+}
+
+// elsewhere returns the server, of those that are not this proxy's, to which a prompt belongs that a
+// peer has passed on; nil if it is as warm here, or warm nowhere.
+func (s *sightings) elsewhere(links []prefix.Link, all []*place) *place {
+	return s.search(links, func(seen []sighting) (there *place, ok bool) {
+		for _, at := range slices.Backward(seen) {
+			switch p := placeOf(all, at.server); {
+			case p == nil || at.assumed:
+			case p.owner.peer == nil:
+				return nil, true
+			case there == nil:
+				there = p
+			}
+		}
+		return there, there != nil
+	})
+}
+
+// search looks for a prompt's fingerprints, from the last one on, and returns what judge says of the
+// first of which it says something. What begins too many prompts says nothing.
+func (s *sightings) search(
+	links []prefix.Link, judge func(seen []sighting) (p *place, ok bool),
+) *place {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, l := range slices.Backward(links) {
-		seen, ok := s.byHash.Peek(l.Hash)
-		if !ok || l.Bytes <= slack {
-			continue
+		if l.Bytes <= slack {
+			break
 		}
-		for _, at := range slices.Backward(seen) {
-			if i := slices.IndexFunc(all, func(p *place) bool { return p.Name == at.server }); i >= 0 {
-				return all[i]
+		if seen, ok := s.byHash.Peek(l.Hash); ok {
+			if p, ok := judge(seen); ok {
+				return p
 			}
 		}
 	}
 	return nil
 }
 
-// elsewhere returns the server, of those that are not this proxy's, to which a prompt belongs that a
-// peer has passed on; nil if it is as warm here, or warm nowhere.
-func (s *sightings) elsewhere(links []prefix.Link, all []*place) *place {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, l := range slices.Backward(links) {
-		seen, ok := s.byHash.Peek(l.Hash)
-		if !ok || l.Bytes <= slack {
-			continue
-		}
-		var there *place
-		for _, at := range slices.Backward(seen) {
-			i := slices.IndexFunc(all, func(p *place) bool { return p.Name == at.server })
-			switch {
-			case i < 0 || at.assumed:
-			case all[i].owner.peer == nil:
-				return nil
-			case there == nil:
-				there = all[i]
-			}
-		}
-		if there != nil {
-			return there
-		}
+// placeOf returns the place of a server; nil if it is not there.
+func placeOf(all []*place, server string) *place {
+	if i := slices.IndexFunc(all, func(p *place) bool { return p.Name == server }); i >= 0 {
+		return all[i]
 	}
 	return nil
 }

@@ -40,9 +40,9 @@ demo: ## real Ollama, a small model, a Python client: with and without the proxy
 
 .PHONY: test
 test: servers check-deploy ## all tests, on real Ollama servers and with real clients too
-	@echo "the packages' own tests (3 to 9 min on 2 cores) …"
+	@echo "the packages' own tests (5 to 12 min on 2 cores) …"
 	$(TEST_PACKAGES) $$($(GO) list ./... | grep -v /integration)
-	@echo "the tests on real Ollama servers (15 to 30 min on 2 cores) …"
+	@echo "the tests on real Ollama servers (25 to 40 min on 2 cores) …"
 	$(TEST_EACH) -p 1 ./integration/...
 
 # The tests that may depend on the engine's build, on an engine built from its source rather than

@@ -232,10 +232,7 @@ func (h *Handler) pass(w http.ResponseWriter, r *http.Request, ex *exchange, ser
 		return false
 	}
 	w = h.heartbeats(w, ex)
-	if !ex.waiting {
-		ex.waiting = true
-		h.waiting.Add(1)
-	}
+	h.waits(ex)
 	began := time.Now()
 	for {
 		if !hop.known {

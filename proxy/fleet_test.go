@@ -462,6 +462,10 @@ func (p *ally) sends(ctx context.Context, path, body string, headers ...string) 
 		if err != nil {
 			text = fmt.Append(text, err)
 		}
+		if res.StatusCode == http.StatusOK && res.Header.Get("Retry-After") != "" {
+			text = append(text, " and is to be sent again"...)
+			res.StatusCode = 0
+		}
 		answer <- fmt.Sprint(res.StatusCode, " ", string(text))
 	}()
 	return answer

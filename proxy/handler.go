@@ -785,8 +785,7 @@ func (h *Handler) readBody(r *http.Request, ex *exchange) (data []byte, over boo
 		return nil, false, givenUp(err)
 	}
 	// Only the wait for memory was cancelled, because the proxy is stopping: see waitForMemory.
-	ex.waiting = true // stopping ends the wait
-	h.waiting.Add(1)
+	h.waits(ex) // stopping ends the wait
 	return nil, false, ex.stopping()
 }
 

@@ -112,17 +112,14 @@ func (h *Handler) acquire(r *http.Request, ex *exchange, list []*backend) *refus
 		ex.up = pick(list, ex.key)
 		return nil
 	}
-	if !ex.waiting {
-		ex.waiting = true
-		h.waiting.Add(1)
-	}
+	h.waits(ex)
 	list, err := h.queued(r, ex, list)
 	switch {
 	case err == nil:
 		h.waited(ex)
 		return nil
-	case ex.leaves != nil:
-		return ex.stopping() // the caller looks at ex.leaves
+	case ex.leaves != nil: // which the caller looks at
+		return &refusal{http.StatusMisdirectedRequest, err.Error()}
 	case errors.Is(err, schedule.ErrFull):
 		return ex.busy()
 	case errors.Is(err, schedule.ErrMayNotWait):
@@ -187,6 +184,14 @@ func (ex *exchange) stopping() *refusal {
 	ex.stops = true
 	ex.header.Set("Retry-After", retryAfter)
 	return &refusal{http.StatusServiceUnavailable, "ollama-cacheproxy is stopping; try again when it is back"}
+}
+
+// waits begins the request's wait, unless it waits already.
+func (h *Handler) waits(ex *exchange) {
+	if !ex.waiting {
+		ex.waiting = true
+		h.waiting.Add(1)
+	}
 }
 
 // waited ends the request's wait.

@@ -52,8 +52,11 @@ func newer(a, b listed) int {
 // their lists, by name. Upstreams that do not answer within listTimeout are left out. If it returns
 // false, the request has to be forwarded.
 func (h *Handler) merge(w http.ResponseWriter, r *http.Request, ex *exchange) bool {
+	if ex.merged == "" || ex.only != nil || ex.away != "" {
+		return false
+	}
 	all, peers := h.backends(), h.others(ex, "")
-	if ex.merged == "" || len(all)+len(peers) <= 1 || ex.only != nil || ex.away != "" {
+	if len(all)+len(peers) <= 1 {
 		return false
 	}
 	lists, names := h.gather(r, ex, all, peers)

@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 )
 
 // Source finds the addresses (host:port) of peers; one of them may be this proxy's own.
@@ -50,10 +51,10 @@ type Config struct {
 	Local func() []Server
 	// Give lets a peer's idle server take over waiting requests, and returns how many it gave; if
 	// nil, it gives none.
-	Give func(Take) int
+	Give func(schedule.Taker) int
 	// Taker returns what a server of this proxy could take over of requests with these options, if
 	// it is idle; if nil, nothing.
-	Taker func(server string, options prefix.Options) (Take, bool)
+	Taker func(server string, options prefix.Options) (schedule.Taker, bool)
 	// Owned is called for each server of this proxy when it is known whether the proxy owns it, and
 	// when that changes; may be nil.
 	Owned func(server string, on bool)

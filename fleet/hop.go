@@ -15,6 +15,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 )
 
 // Headers that only peers may set. They are refused from clients.
@@ -53,19 +55,12 @@ var (
 	ErrForgotten = errors.New("the proxy that passed the request on is away")
 )
 
-// Elsewhere is the answer of an owner that does not serve a request.
-type Elsewhere struct {
-	Server string // the one that takes it over; "": the entry chooses again
-	Moves  int
-}
-
-func (e *Elsewhere) Error() string { return "the request is to be sent elsewhere" }
-
 // lostFor is how long an answer is waited for when its owner is away: it may be back.
 const lostFor = 15 * time.Second
 
 // Pass sends a request to the owner at a place. body has all of it that the owner needs, and length
-// bytes. The answer is the owner's. Errors that Again accepts mean that no server can have begun
+// bytes. The answer is the owner's, or schedule.Elsewhere if it does not serve the request; without a
+// server, the caller chooses again. Errors that Again accepts mean that no server can have begun
 // with the request, or ever will; after any other one it must not be sent again.
 //
 // The end of the body is held back until the owner is about to send the request to its server,
@@ -137,7 +132,7 @@ func (f *Fleet) Pass(
 	}}
 	if res.StatusCode == http.StatusMisdirectedRequest && res.Header[headerElsewhere] != nil {
 		res.Body.Close()
-		e := &Elsewhere{Server: res.Header.Get(headerElsewhere)}
+		e := schedule.Elsewhere{Server: res.Header.Get(headerElsewhere)}
 		e.Moves, _ = strconv.Atoi(res.Header.Get(headerMoves))
 		f.count(func(c *Counts) { c.Elsewhere++ })
 		return nil, e
@@ -148,7 +143,7 @@ func (f *Fleet) Pass(
 
 // Again reports whether a request that Pass failed to pass on may be sent to another proxy.
 func Again(err error) bool {
-	if _, ok := errors.AsType[*Elsewhere](err); ok {
+	if _, ok := errors.AsType[schedule.Elsewhere](err); ok {
 		return true
 	}
 	return errors.Is(err, ErrGone)

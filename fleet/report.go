@@ -53,17 +53,6 @@ type Backlog struct {
 	Lanes   int            `json:"lanes"`   // slots that serve them
 }
 
-// Take asks a peer to give requests that wait for its servers to an idle one.
-type Take struct {
-	Server  string         `json:"server"`  // the idle one
-	Options prefix.Options `json:"options"` // of the requests
-	Loaded  bool           `json:"loaded"`  // the model is loaded there with these options
-	Free    int            `json:"free"`    // slots
-	Held    int            `json:"held"`    // free slots that are held for clients that come back
-	Load    time.Duration  `json:"load"`    // of loading the model, in nanoseconds
-	Idle    time.Duration  `json:"idle"`    // since when a slot is free, in nanoseconds
-}
-
 // Sight tells that a prompt with these fingerprints was sent to a server.
 type Sight struct {
 	Server string   `json:"server"`

@@ -20,13 +20,14 @@ import (
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 )
 
 const (
 	pathReport = "/peer/report"
 	pathTake   = "/peer/take"
 
-	takeMost = 64 << 10 // bytes of a Take
+	takeMost = 64 << 10 // bytes of a schedule.Taker
 	// goAhead is how long the owner waits until the entry tells it to go ahead: a round trip.
 	goAhead = 5 * time.Second
 )
@@ -129,7 +130,7 @@ func (f *Fleet) serveReports(w http.ResponseWriter, r *http.Request) {
 func (f *Fleet) HangUp() { f.hangUp() }
 
 func (f *Fleet) serveTake(w http.ResponseWriter, r *http.Request) {
-	var t Take
+	var t schedule.Taker
 	if err := json.NewDecoder(io.LimitReader(r.Body, takeMost)).Decode(&t); err != nil {
 		http.Error(w, "this is no request for work: "+err.Error(), http.StatusBadRequest)
 		return
@@ -346,9 +347,9 @@ func (f *Fleet) forgets(entry string) {
 
 // Decline answers a request that this proxy does not serve: another server takes it over, or the
 // entry chooses again.
-func Decline(w http.ResponseWriter, server string, moves int) {
-	w.Header().Set(headerElsewhere, server)
-	w.Header().Set(headerMoves, strconv.Itoa(moves))
+func Decline(w http.ResponseWriter, e schedule.Elsewhere) {
+	w.Header().Set(headerElsewhere, e.Server)
+	w.Header().Set(headerMoves, strconv.Itoa(e.Moves))
 	w.WriteHeader(http.StatusMisdirectedRequest)
 	http.NewResponseController(w).Flush()
 }
@@ -465,7 +466,7 @@ func (f *Fleet) inVain(b offered) {
 
 // take asks a peer for waiting requests, and returns how many it gave; -1: it did not answer. They
 // come as any other request that is passed on.
-func (f *Fleet) take(ctx context.Context, addr string, t Take) int {
+func (f *Fleet) take(ctx context.Context, addr string, t schedule.Taker) int {
 	ctx, cancel := context.WithTimeout(ctx, silentFor)
 	defer cancel()
 	text, err := json.Marshal(t)
@@ -486,7 +487,7 @@ func (f *Fleet) take(ctx context.Context, addr string, t Take) int {
 	return answer.Given
 }
 
-// given is the answer to a Take.
+// given is the answer to a request for work.
 type given struct {
 	Given int `json:"given"`
 }

@@ -87,27 +87,22 @@ type modelKeys struct {
 }
 
 // give gives waiting requests to a peer's idle server.
-func (h *Handler) give(t fleet.Take) int {
+func (h *Handler) give(t schedule.Taker) int {
 	if h.Lanes == nil {
 		return 0
 	}
-	return h.Lanes.Give(schedule.Taker{
-		Server: t.Server, Options: t.Options, Loaded: t.Loaded, Free: t.Free,
-		Held: t.Held, Load: t.Load, Idle: t.Idle,
-	})
+	return h.Lanes.Give(t)
 }
 
 // taker returns what one of this proxy's servers could take over.
-func (h *Handler) taker(server string, options prefix.Options) (fleet.Take, bool) {
+func (h *Handler) taker(server string, options prefix.Options) (t schedule.Taker, ok bool) {
 	b := h.named(server)
 	if b == nil || h.Lanes == nil || !b.takes() || !b.serves(options.Model) {
-		return fleet.Take{}, false
+		return t, false
 	}
-	t, ok := h.Lanes.Taker(b.index, options)
-	return fleet.Take{
-		Server: server, Options: options, Loaded: t.Loaded, Free: t.Free, Held: t.Held,
-		Load: t.Load, Idle: t.Idle,
-	}, ok
+	t, ok = h.Lanes.Taker(b.index, options)
+	t.Server = server
+	return t, ok
 }
 
 // serves reports whether the server has a model with these weights.
@@ -343,11 +338,10 @@ func (t hops) RoundTrip(out *http.Request) (*http.Response, error) {
 	h, ex := t.h, out.Context().Value(exchangeKey{}).(*exchange)
 	p := ex.hop
 	failed := map[string]int{}
-	moves := ex.moves
 	for {
 		body, n := ex.whole()
 		about := h.about(ex.inbound, ex)
-		about.Server, about.Moves = p.place.Server, moves
+		about.Server, about.Moves = p.place.Server, ex.moves
 		res, err := h.Fleet.Pass(out, p.place, about, body, n)
 		body.Close()
 		if err == nil {
@@ -360,21 +354,21 @@ func (t hops) RoundTrip(out *http.Request) (*http.Response, error) {
 		if p.tries++; !fleet.Again(err) || p.tries > hopsMost {
 			return nil, err
 		}
-		ex.Retries = append(ex.Retries, RetryPeer)
-		server, from, disowned := "", p.place.Peer, false
-		if e, ok := errors.AsType[*fleet.Elsewhere](err); ok {
-			ex.Retries[len(ex.Retries)-1] = RetryElsewhere
-			server, moves, disowned = e.Server, max(moves+1, e.Moves), e.Server == ""
-		} else if failed[p.place.Peer]++; failed[p.place.Peer] > 1 {
-			p.ask.Not = append(p.ask.Not, p.place.Peer) // the first time its connection may have been stale
+		why, server, from, disowned := RetryPeer, "", p.place.Peer, false
+		if e, ok := errors.AsType[schedule.Elsewhere](err); ok {
+			why, server, disowned = RetryElsewhere, e.Server, e.Server == ""
+			ex.moves = max(ex.moves+1, e.Moves)
+		} else if failed[from]++; failed[from] > 1 {
+			p.ask.Not = append(p.ask.Not, from) // the first time its connection may have been stale
 		}
+		ex.Retries = append(ex.Retries, why)
 		p.choose(h.Fleet, server)
 		// A proxy that no longer owns the server says so in its next report, too.
 		for n := 0; disowned && p.place.Peer == from && n < newsMost; n++ {
 			h.heard(out.Context())
 			p.choose(h.Fleet, server)
 		}
-		if ex.moves = moves; p.place.Here() {
+		if p.place.Here() {
 			return nil, errBack
 		}
 	}
@@ -565,7 +559,7 @@ func (h *Handler) moved(
 // another one takes it over, or, without a name, that proxy chooses again.
 func (ex *exchange) decline(w http.ResponseWriter, server string) {
 	ex.Status, ex.Outcome = http.StatusMisdirectedRequest, Moved
-	fleet.Decline(w, server, ex.moves)
+	fleet.Decline(w, schedule.Elsewhere{Server: server, Moves: ex.moves})
 }
 
 // mayLeave reports whether another proxy may serve the request while it waits here: it can be sent

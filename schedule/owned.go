@@ -15,7 +15,7 @@ import (
 // the proxy that the client asked.
 
 // Elsewhere is the error of a Movable request that waits no longer, since another proxy is to send
-// it.
+// it. Proxies tell it to each other.
 type Elsewhere struct {
 	// Server is the name of another proxy's server that takes the request over. "" means that no
 	// server for it belongs to this proxy any more.
@@ -74,15 +74,19 @@ func (s *server) forget() {
 	}
 }
 
-// Taker is a server of another proxy that could serve more than it is asked to.
+// Taker is a server of another proxy that could serve more than it is asked to, as JSON between
+// proxies.
 type Taker struct {
-	Server  string
-	Options prefix.Options // with which it could serve requests now
-	Loaded  bool           // with these options
-	Free    int            // lanes
-	Held    int            // lanes that are free, but held for clients that are expected to come back
-	Load    time.Duration  // until it is loaded, with what has to be loaded again for that
-	Idle    time.Duration  // how long one of the lanes has been free, at most longestIdle
+	Server  string         `json:"server"`
+	Options prefix.Options `json:"options"` // with which it could serve requests now
+	Loaded  bool           `json:"loaded"`  // with these options
+	Free    int            `json:"free"`    // lanes
+	// Held are lanes that are free, but held for clients that are expected to come back.
+	Held int `json:"held"`
+	// Load is how long it takes until it is loaded, with what has to be loaded again for that.
+	Load time.Duration `json:"load"` // in nanoseconds
+	// Idle is how long one of the lanes has been free, at most longestIdle.
+	Idle time.Duration `json:"idle"` // in nanoseconds
 }
 
 // longestIdle bounds Taker.Idle. Nothing is evaluated for longer.

@@ -47,7 +47,8 @@ type Config struct {
 	// Transport sends requests to peers; if nil, NewTransport(nil, nil).
 	Transport *http.Transport
 
-	// Local returns what this proxy knows of its own servers. It is called ten times a second.
+	// Local returns what this proxy knows of its own servers. It is called ten times a second, and
+	// what it has returned must not change.
 	Local func() []Server
 	// Give lets a peer's idle server take over waiting requests, and returns how many it gave; if
 	// nil, it gives none.
@@ -265,9 +266,6 @@ func (f *Fleet) report() Report {
 	for i := range r.Servers {
 		s := &r.Servers[i]
 		s.Owned = f.owned[s.Name]
-		if !s.Owned {
-			s.Learned = nil // only an owner learns
-		}
 	}
 	return r
 }

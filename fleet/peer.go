@@ -112,10 +112,7 @@ func (p *peer) heard(r *Report) {
 	f := p.fleet
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	before := p.report
-	if before != nil && before.ID != r.ID { // cannot happen on one connection
-		before = nil
-	}
+	before := p.report // of the same process: a connection ends with it
 	same := before != nil && r.Servers == nil && r.Draining == before.Draining
 	r.fill(before)
 	if p.report, p.last = r, r; p.gone == nil {

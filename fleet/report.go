@@ -3,9 +3,8 @@ package fleet
 import (
 	"context"
 	"encoding/json"
-	"hash/maphash"
+	"reflect"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -63,28 +62,23 @@ type Sight struct {
 type outbox struct {
 	mu      sync.Mutex
 	last    Report
-	text    []byte        // of last
 	version uint64        // of last; it grows
 	sights  []Sight       // the most recent ones
 	first   uint64        // the number of sights[0]
 	news    chan struct{} // closed when something has changed
 }
 
-// sightsMost is how many sights are kept for slow streams, and half of the most. What is lost costs a prompt that is
-// sent where its prefix is not warm.
+// sightsMost is how many sights are kept for slow streams; there are at most twice as many. What is
+// lost costs a prompt that is sent where its prefix is not warm.
 const sightsMost = 4096
 
 func newOutbox() *outbox { return &outbox{news: make(chan struct{})} }
 
 func (o *outbox) put(r Report) {
-	text, err := json.Marshal(r)
-	if err != nil {
-		panic(err) // of strings and numbers
-	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if string(text) != string(o.text) {
-		o.last, o.text = r, text
+	if !reflect.DeepEqual(r, o.last) {
+		o.last = r
 		o.version++
 		o.wake()
 	}
@@ -109,17 +103,15 @@ func (o *outbox) wake() {
 // stream is the position of a peer in the outbox.
 type stream struct {
 	version uint64
-	sights  uint64            // the number of the first that was not sent
-	models  map[string]uint64 // hashes of the lists that were sent, by server
+	sights  uint64              // the number of the first that was not sent
+	models  map[string][]string // that were sent, by server
 }
-
-var seed = maphash.MakeSeed()
 
 // next returns the next line for a peer. It waits for news for up to reportLeast, and for sightEvery
 // after the last line.
 func (o *outbox) next(ctx context.Context, s *stream) ([]byte, error) {
 	if s.models == nil {
-		s.models = map[string]uint64{}
+		s.models = map[string][]string{}
 	} else if err := pause(ctx, sightEvery); err != nil {
 		return nil, err
 	}
@@ -146,11 +138,10 @@ func (o *outbox) next(ctx context.Context, s *stream) ([]byte, error) {
 	}
 	for i := range r.Servers {
 		v := &r.Servers[i]
-		sum := maphash.String(seed, strings.Join(v.Models, "\n"))
-		if before, ok := s.models[v.Name]; ok && before == sum {
+		if before, ok := s.models[v.Name]; ok && slices.Equal(before, v.Models) {
 			v.Models = nil
 		} else {
-			s.models[v.Name] = sum
+			s.models[v.Name] = v.Models
 			v.Models = append([]string{}, v.Models...)
 		}
 	}

@@ -51,7 +51,9 @@ func (h *Handler) reported() []fleet.Server {
 					})
 				}
 			}
-			s.Learned = marshal(h.Lanes.Learned(b.index))
+			if !b.foreign.Load() { // only an owner learns
+				s.Learned = marshal(h.Lanes.Learned(b.index))
+			}
 		} else {
 			s.Running = int(b.inFlight.Load())
 		}

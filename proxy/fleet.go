@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log"
 	"maps"
 	"net/http"
 	"net/http/httputil"
@@ -412,9 +411,8 @@ func (h *Handler) unloadAt(
 	ctx context.Context, r *http.Request, ex *exchange, to fleet.Place, text []byte,
 ) {
 	out := r.Clone(ctx)
-	for _, name := range append([]string{"Origin", "Connection", "Accept-Encoding"}, ex.spent...) {
-		out.Header.Del(name)
-	}
+	ex.stripHop(out.Header)
+	out.Header.Del("Accept-Encoding")
 	res, err := h.Fleet.Pass(out, to, h.about(r, ex), bytes.NewReader(text), int64(len(text)))
 	if err != nil {
 		h.Log.Warn("a model could not be unloaded", "peer", to.Peer, "model", ex.key, "err", err)
@@ -437,36 +435,15 @@ func (ex *exchange) whole() (io.ReadCloser, int64) {
 	return ex.body.open(), int64(len(ex.body.data))
 }
 
-// newHops returns the forwarder to other proxies.
-func (h *Handler) newHops() *httputil.ReverseProxy {
-	return &httputil.ReverseProxy{
-		Rewrite:        h.rewriteHop,
-		ModifyResponse: h.modifyHop,
-		ErrorHandler:   h.hopFailed,
-		Transport:      hops{h},
-		FlushInterval:  -1, // pass on every write of the peer at once
-		BufferPool:     newBufferPool(),
-		ErrorLog:       log.New(io.Discard, "", 0), // errors are in the log line of the request
-	}
-}
-
 // rewriteHop builds the request to a peer: the same one, without what only this proxy has to know.
 func (h *Handler) rewriteHop(pr *httputil.ProxyRequest) {
 	ex := pr.In.Context().Value(exchangeKey{}).(*exchange)
 	ex.inbound = pr.In
 	u := *pr.In.URL
 	pr.Out.URL = &u
-	for _, name := range []string{"Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"} {
-		if v, ok := pr.In.Header[name]; ok {
-			pr.Out.Header[name] = v
-		}
-	}
-	for _, name := range ex.spent {
-		pr.Out.Header.Del(name)
-	}
-	for _, name := range []string{"Connection", "Upgrade", "Expect", "Origin"} {
-		pr.Out.Header.Del(name)
-	}
+	keepForwarded(pr)
+	ex.stripHop(pr.Out.Header)
+	pr.Out.Header.Del("Expect") // the body has already come
 	if ex.survives {
 		pr.Out.Header.Del(headerSurvive)
 		pr.Out.Header.Del("Prefer")

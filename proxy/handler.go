@@ -392,15 +392,18 @@ func (h *Handler) Init() {
 		h.Contexts.Told = h.engineFound
 	}
 	h.forward = &httputil.ReverseProxy{
-		Rewrite:        h.rewrite,
-		ModifyResponse: h.modifyResponse,
-		ErrorHandler:   h.forwardFailed,
-		Transport:      attempts{h},
-		FlushInterval:  -1, // pass on every write of the upstream at once
-		BufferPool:     newBufferPool(),
-		ErrorLog:       log.New(io.Discard, "", 0), // errors are in the log line of the request
+		Rewrite: h.rewrite, ModifyResponse: h.modifyResponse, ErrorHandler: h.forwardFailed,
+		Transport: attempts{h},
 	}
-	h.hops = h.newHops()
+	h.hops = &httputil.ReverseProxy{
+		Rewrite: h.rewriteHop, ModifyResponse: h.modifyHop, ErrorHandler: h.hopFailed,
+		Transport: hops{h},
+	}
+	for _, p := range []*httputil.ReverseProxy{h.forward, h.hops} {
+		p.FlushInterval = -1 // pass on every write of the other side at once
+		p.BufferPool = newBufferPool()
+		p.ErrorLog = log.New(io.Discard, "", 0) // errors are in the log line of the request
+	}
 }
 
 // Run does the background work until ctx ends: it keeps models loaded and prompts warm.
@@ -835,11 +838,7 @@ func (h *Handler) rewrite(pr *httputil.ProxyRequest) {
 	ex.inbound = pr.In
 	pr.SetURL(ex.up.URL)
 	pr.Out.URL.RawQuery = pr.In.URL.RawQuery // ReverseProxy drops what Go cannot parse
-	for _, name := range []string{"Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"} {
-		if v, ok := pr.In.Header[name]; ok {
-			pr.Out.Header[name] = v
-		}
-	}
+	keepForwarded(pr)
 	ex.strip(pr.Out.Header)
 	if ex.beat.begun() {
 		pr.Out.Header.Del("Accept-Encoding") // the answer cannot have an encoding any more
@@ -864,19 +863,33 @@ func (h *Handler) rewrite(pr *httputil.ProxyRequest) {
 	}
 }
 
-// strip removes the headers that only the proxy reads.
-func (ex *exchange) strip(header http.Header) {
-	for _, name := range ex.spent {
-		header.Del(name)
+// keepForwarded keeps what ReverseProxy takes out of a request.
+func keepForwarded(pr *httputil.ProxyRequest) {
+	for _, name := range []string{"Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"} {
+		if v, ok := pr.In.Header[name]; ok {
+			pr.Out.Header[name] = v
+		}
 	}
+}
+
+// strip removes the headers that an upstream must not see.
+func (ex *exchange) strip(header http.Header) {
+	ex.stripHop(header)
 	header.Del(headerPriority)
 	header.Del(headerUpstream)
-	// The proxy could not check the traffic of another protocol. Ollama speaks only HTTP/1.1.
-	header.Del("Connection")
-	header.Del("Upgrade")
 	if ex.stranger {
 		header.Del("Expect") // there is no body
 	}
+}
+
+// stripHop removes the headers that neither an upstream nor another proxy must see.
+func (ex *exchange) stripHop(header http.Header) {
+	for _, name := range ex.spent {
+		header.Del(name)
+	}
+	// The proxy could not check the traffic of another protocol. Ollama speaks only HTTP/1.1.
+	header.Del("Connection")
+	header.Del("Upgrade")
 	// The proxy has checked the origin against the inbound Host. The upstream sees another Host and
 	// would decide wrongly.
 	header.Del("Origin")

@@ -16,8 +16,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/valkey-io/valkey-go"
-
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/answers"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/answers/storetest"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/valkeyserver"
@@ -75,31 +73,8 @@ func TestValkey(t *testing.T) {
 	})
 }
 
-// direct returns a client of the server.
-func direct(t testing.TB, server *valkeyserver.Server) valkey.Client {
-	t.Helper()
-	c, err := valkey.NewClient(valkey.ClientOption{
-		InitAddress: []string{server.Addr()}, DisableCache: true, ForceSingleClient: true,
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(c.Close)
-	return c
-}
-
 // settle waits until what was put is written, whether or not that failed.
 func settle(s shared) error { return s.Flush(context.Background()) }
-
-// until calls f again until it is true.
-func until(t testing.TB, what string, f func() bool) {
-	t.Helper()
-	for end := time.Now().Add(time.Minute); !f(); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("after a minute still not: %s", what)
-		}
-	}
-}
 
 // TestValkeyShared: two proxies have one secret and one store; Wipe leaves what is not ours.
 func TestValkeyShared(t *testing.T) {
@@ -116,7 +91,7 @@ func TestValkeyShared(t *testing.T) {
 	if n := present(t, two, 0, 2500); n != 2500 {
 		t.Errorf("the other proxy finds %d entries", n)
 	}
-	ctx, c := context.Background(), direct(t, server)
+	ctx, c := context.Background(), server.Client(t)
 	key := storetest.KeyOf(1)
 	name := "ollama-cacheproxy:answers:" + string(key[:])
 	left, err := c.Do(ctx, c.B().Pttl().Key(name).Build()).AsInt64()
@@ -137,7 +112,7 @@ func TestValkeyShared(t *testing.T) {
 	if err != nil || !slices.Equal(keys, []string{"ollama-cacheproxy:answers:secret", "theirs"}) {
 		t.Errorf("left are %q, %v", keys, err)
 	}
-	until(t, "the other proxy has the new secret", func() bool { return one.Secret() == two.Secret() })
+	valkeyserver.Until(t, "the other proxy has the new secret", func() bool { return one.Secret() == two.Secret() })
 }
 
 func TestValkeySecretFile(t *testing.T) {
@@ -224,7 +199,7 @@ func TestValkeyGone(t *testing.T) {
 		}
 		secret := s.Secret()
 		server.Kill()
-		until(t, "it is down", func() bool {
+		valkeyserver.Until(t, "it is down", func() bool {
 			s.Get(ctx, []answers.Key{storetest.KeyOf(1)})
 			return s.Stats().Down
 		})
@@ -249,7 +224,7 @@ func TestValkeyGone(t *testing.T) {
 			t.Error(err)
 		}
 		server.Restart()
-		until(t, "it is back", func() bool { return !s.Stats().Down })
+		valkeyserver.Until(t, "it is back", func() bool { return !s.Stats().Down })
 		want = append(want, "is gone", "is back")
 		wantLines(t, &log, want...)
 		if s.Secret() != secret {
@@ -274,7 +249,7 @@ func TestValkeyAbsent(t *testing.T) {
 		t.Error("it is not down")
 	}
 	server.Restart()
-	until(t, "it is there", func() bool { return !s.Stats().Down })
+	valkeyserver.Until(t, "it is there", func() bool { return !s.Stats().Down })
 	wantLines(t, &log, "is gone", "is back")
 	putNumbers(t, s, 0, 10, 10)
 	if err := settle(s); err != nil {
@@ -306,7 +281,7 @@ func TestValkeySlow(t *testing.T) {
 		t.Error("Put reports nothing")
 	}
 	server.Continue()
-	until(t, "it is back", func() bool { return !s.Stats().Down })
+	valkeyserver.Until(t, "it is back", func() bool { return !s.Stats().Down })
 	wantLines(t, &log, "is gone", "is back")
 	if n := present(t, s, 0, 100); n != 100 {
 		t.Errorf("%d entries are there", n)
@@ -337,13 +312,13 @@ func TestValkeyFull(t *testing.T) {
 	if s.Stats().Down {
 		t.Error("it is down")
 	}
-	ctx, c := context.Background(), direct(t, server)
+	ctx, c := context.Background(), server.Client(t)
 	if err := c.Do(ctx, c.B().ConfigSet().ParameterValue().
 		ParameterValue("maxmemory-policy", "allkeys-lru").Build()).Error(); err != nil {
 		t.Fatal(err)
 	}
 	last := storetest.EntryOf(20_000, 1, 4000)
-	until(t, "it keeps answers again", func() bool {
+	valkeyserver.Until(t, "it keeps answers again", func() bool {
 		return s.Put(ctx, []answers.Entry{last}) == nil && settle(s) == nil
 	})
 	wantLines(t, &log, "is full", "keeps new answers again")
@@ -356,7 +331,7 @@ func TestValkeyFull(t *testing.T) {
 // replica here, and cannot write its own disk elsewhere. The proxy starts, and says so once.
 func TestValkeyRefusesToWrite(t *testing.T) {
 	server := valkeyserver.Start(t)
-	ctx, c := context.Background(), direct(t, server)
+	ctx, c := context.Background(), server.Client(t)
 	replicas := func(n string) {
 		t.Helper()
 		if err := c.Do(ctx, c.B().ConfigSet().ParameterValue().
@@ -369,7 +344,7 @@ func TestValkeyRefusesToWrite(t *testing.T) {
 	s := openValkey(t, server.URL(), answers.Limits{Bytes: 1 << 24}, early.logger())
 	wantLines(t, &early, "is gone")
 	replicas("0")
-	until(t, "it is back", func() bool { return !s.Stats().Down })
+	valkeyserver.Until(t, "it is back", func() bool { return !s.Stats().Down })
 	wantLines(t, &early, "is gone", "is back")
 
 	putNumbers(t, s, 0, 3, 10)
@@ -389,7 +364,7 @@ func TestValkeyRefusesToWrite(t *testing.T) {
 		t.Errorf("%d of 3 entries are found", n)
 	}
 	replicas("0")
-	until(t, "it keeps answers again", func() bool {
+	valkeyserver.Until(t, "it keeps answers again", func() bool {
 		return other.Put(ctx, []answers.Entry{storetest.EntryOf(50, 1, 10)}) == nil && settle(other) == nil
 	})
 	wantLines(t, &late, "keeps no new answers", "keeps new answers again")
@@ -403,7 +378,7 @@ func TestValkeyForeign(t *testing.T) {
 	if err := settle(s); err != nil {
 		t.Fatal(err)
 	}
-	ctx, c := context.Background(), direct(t, server)
+	ctx, c := context.Background(), server.Client(t)
 	name := func(n int) string {
 		key := storetest.KeyOf(n)
 		return "ollama-cacheproxy:answers:" + string(key[:])

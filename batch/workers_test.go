@@ -20,7 +20,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/valkey-io/valkey-go"
 	"go.uber.org/goleak"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/valkeyserver"
@@ -390,7 +389,7 @@ func TestWorkersValkeyOld(t *testing.T) {
 	var hold atomic.Bool
 	reached, goOn := make(chan struct{}), make(chan struct{})
 	store := valkeyserver.Start(t, "--dir", t.TempDir())
-	c := storeClient(t, store)
+	c := store.Client(t)
 	server := counting(t, &count, func(_ *http.Request, user string) {
 		switch {
 		case hold.Load() && user == "item 40":
@@ -426,16 +425,6 @@ func TestWorkersValkeyOld(t *testing.T) {
 	if most, sent := count.sum(); most != 2 || sent <= n || sent > n+100 {
 		t.Errorf("%d requests sent, one of them %d times", sent, most)
 	}
-}
-
-func storeClient(t testing.TB, store *valkeyserver.Server) valkey.Client {
-	t.Helper()
-	c, err := valkey.NewClient(valkey.ClientOption{InitAddress: []string{store.Addr()}, DisableCache: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(c.Close)
-	return c
 }
 
 // TestWorkersFull: the server keeps a few answers only. What an output has taken is dropped, so the

@@ -106,20 +106,12 @@ func NewValkey(
 		stop:     stop,
 	}
 	conn.OnReturn(func() {
-		signal(v.back)
-		signal(v.outbox.wake)
+		valkeyconn.Signal(v.back)
+		valkeyconn.Signal(v.outbox.wake)
 	})
 	v.running.Go(func() { v.read(ctx) })
 	v.running.Go(func() { v.write(ctx) })
 	return v
-}
-
-// signal leaves a token in a channel that has one place.
-func signal(c chan struct{}) {
-	select {
-	case c <- struct{}{}:
-	default:
-	}
 }
 
 // Close writes what waits, if the server is there. The store must not be used any more.
@@ -381,7 +373,7 @@ func (o *outbox) put(b []byte) {
 	o.bytes += len(b)
 	o.trim()
 	o.mu.Unlock()
-	signal(o.wake)
+	valkeyconn.Signal(o.wake)
 }
 
 // trim drops the oldest events until the others have room. o.mu must be held.

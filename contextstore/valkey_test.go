@@ -13,7 +13,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/valkey-io/valkey-go"
 	"go.uber.org/goleak"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
@@ -103,16 +102,6 @@ func TestValkey(t *testing.T) {
 	})
 }
 
-// until calls f again until it is true.
-func until(t testing.TB, what string, f func() bool) {
-	t.Helper()
-	for end := time.Now().Add(time.Minute); !f(); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("after a minute still not: %s", what)
-		}
-	}
-}
-
 func numbered(number, n int) []prefix.Link {
 	links := make([]prefix.Link, n)
 	fill(links, number)
@@ -136,7 +125,7 @@ func TestValkeyShared(t *testing.T) {
 	one.Put(numbered(3, 5), contextstore.Sight{Upstream: 2, Model: one.Model("m"), At: at}, 0)
 	want := func(s sharing, upstream uint16) {
 		t.Helper()
-		until(t, "the other proxy knows it", func() bool {
+		valkeyserver.Until(t, "the other proxy knows it", func() bool {
 			n, _ := s.Match(b)
 			return n == 30
 		})
@@ -155,7 +144,7 @@ func TestValkeyShared(t *testing.T) {
 	want(two, 2)
 	want(share(t, server.URL(), plenty, named{"big", "small"}, nil), 0) // began later
 	two.Cool(2, two.Model("m"))
-	until(t, "it is cool", func() bool {
+	valkeyserver.Until(t, "it is cool", func() bool {
 		_, rec := one.Match(a)
 		return !rec.Warm
 	})
@@ -163,12 +152,12 @@ func TestValkeyShared(t *testing.T) {
 		t.Errorf("on another server, Match is %d, %+v", n, rec)
 	}
 	two.Forget(two.Model("m"))
-	until(t, "it is forgotten", func() bool {
+	valkeyserver.Until(t, "it is forgotten", func() bool {
 		n, _ := one.Match(a)
 		return n == 0
 	})
 	late := share(t, server.URL(), plenty, named{"big", "small"}, nil)
-	until(t, "the last event has arrived", func() bool { return late.Shared().Received == 5 })
+	valkeyserver.Until(t, "the last event has arrived", func() bool { return late.Shared().Received == 5 })
 	if n, _ := late.Match(b); n != 0 {
 		t.Error("what was forgotten is known to a proxy that began later")
 	}
@@ -183,8 +172,8 @@ func TestValkeyNoText(t *testing.T) {
 	server := valkeyserver.Start(t)
 	s := share(t, server.URL(), plenty, named{"big"}, nil)
 	s.Put(numbered(1, 20), contextstore.Sight{Model: s.Model("secret-model")}, 500)
-	until(t, "it is sent", func() bool { return s.Shared().Sent == 1 })
-	ctx, c := context.Background(), direct(t, server)
+	valkeyserver.Until(t, "it is sent", func() bool { return s.Shared().Sent == 1 })
+	ctx, c := context.Background(), server.Client(t)
 	all, err := c.Do(ctx, c.B().Xrange().Key("test:seen").Start("-").End("+").Build()).AsXRange()
 	if err != nil {
 		t.Fatal(err)
@@ -196,19 +185,6 @@ func TestValkeyNoText(t *testing.T) {
 	if left, err := c.Do(ctx, c.B().Ttl().Key("test:seen").Build()).AsInt64(); err != nil || left < 80_000 || left > 86_400 {
 		t.Errorf("the stream expires after %d s, %v", left, err)
 	}
-}
-
-// direct returns a client of the server.
-func direct(t testing.TB, server *valkeyserver.Server) valkey.Client {
-	t.Helper()
-	c, err := valkey.NewClient(valkey.ClientOption{
-		InitAddress: []string{server.Addr()}, DisableCache: true, ForceSingleClient: true,
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(c.Close)
-	return c
 }
 
 // lines is a log.
@@ -257,12 +233,12 @@ func TestValkeyGone(t *testing.T) {
 						t.Fatal("a proxy does not know what it has seen itself")
 					}
 				}
-				until(t, "both notice", func() bool { return one.conn.Gone() && two.conn.Gone() })
+				valkeyserver.Until(t, "both notice", func() bool { return one.conn.Gone() && two.conn.Gone() })
 				if n, _ := two.Match(numbered(1000*round, 10)); n != 0 {
 					t.Error("it is known without the server")
 				}
 				outage.end(server)
-				until(t, "what was seen meanwhile has arrived", func() bool {
+				valkeyserver.Until(t, "what was seen meanwhile has arrived", func() bool {
 					n, _ := two.Match(numbered(1000*round+99, 10))
 					return n == 10
 				})
@@ -272,8 +248,8 @@ func TestValkeyGone(t *testing.T) {
 					}
 				}
 				// A server that hung may have done what it was sent before.
-				until(t, "it is back", func() bool { return !one.conn.Gone() && one.Shared().Waiting == 0 })
-				until(t, "the lines are there", func() bool { return log.count("it is back") > round })
+				valkeyserver.Until(t, "it is back", func() bool { return !one.conn.Gone() && one.Shared().Waiting == 0 })
+				valkeyserver.Until(t, "the lines are there", func() bool { return log.count("it is back") > round })
 				if gone, back := log.count("it is gone"), log.count("it is back"); gone != round+1 || back != round+1 {
 					t.Errorf("%d and %d lines", gone, back)
 				}
@@ -291,7 +267,7 @@ func TestValkeyLongOutage(t *testing.T) {
 	server := valkeyserver.Start(t)
 	one, two := share(t, server.URL(), plenty, named{"big"}, nil), share(t, server.URL(), plenty, named{"big"}, nil)
 	server.Kill()
-	until(t, "both notice", func() bool { return one.conn.Gone() && two.conn.Gone() })
+	valkeyserver.Until(t, "both notice", func() bool { return one.conn.Gone() && two.conn.Gone() })
 	const many = 400 // of 16 KB
 	for i := range many {
 		one.Put(numbered(i, 2000), contextstore.Sight{Model: one.Model("m")}, 100)
@@ -301,7 +277,7 @@ func TestValkeyLongOutage(t *testing.T) {
 		t.Fatalf("Shared is %+v", waiting)
 	}
 	server.Restart()
-	until(t, "the last has arrived", func() bool {
+	valkeyserver.Until(t, "the last has arrived", func() bool {
 		n, _ := two.Match(numbered(many-1, 2000))
 		return n == 2000
 	})
@@ -325,13 +301,13 @@ func TestValkeyBounded(t *testing.T) {
 	}
 	long := numbered(many, 3000)
 	one.Put(long, contextstore.Sight{Model: one.Model("m")}, 100)
-	until(t, "all are sent", func() bool { return one.Shared().Sent == many+1 })
-	ctx, c := context.Background(), direct(t, server)
+	valkeyserver.Until(t, "all are sent", func() bool { return one.Shared().Sent == many+1 })
+	ctx, c := context.Background(), server.Client(t)
 	if n, err := c.Do(ctx, c.B().Xlen().Key("test:seen").Build()).AsInt64(); err != nil || n < 100 || n > 300 {
 		t.Errorf("the stream has %d events, %v", n, err)
 	}
 	two := share(t, server.URL(), limits, named{"big"}, nil)
-	until(t, "the other knows the last", func() bool {
+	valkeyserver.Until(t, "the other knows the last", func() bool {
 		n, _ := two.Match(long)
 		return n > 0
 	})
@@ -345,7 +321,7 @@ func TestValkeyBounded(t *testing.T) {
 func TestValkeyForeign(t *testing.T) {
 	leaks(t)
 	server := valkeyserver.Start(t)
-	ctx, c := context.Background(), direct(t, server)
+	ctx, c := context.Background(), server.Client(t)
 	for _, field := range []string{"e", "x"} {
 		if err := c.Do(ctx, c.B().Xadd().Key("test:seen").Id("*").FieldValue().
 			FieldValue(field, "nonsense").Build()).Error(); err != nil {
@@ -356,7 +332,7 @@ func TestValkeyForeign(t *testing.T) {
 	one := share(t, server.URL(), plenty, named{"big"}, log.logger())
 	two := share(t, server.URL(), plenty, named{"big"}, nil)
 	one.Put(numbered(1, 3), contextstore.Sight{Model: one.Model("m")}, 100)
-	until(t, "what is an event has arrived", func() bool {
+	valkeyserver.Until(t, "what is an event has arrived", func() bool {
 		n, _ := two.Match(numbered(1, 3))
 		return n == 3
 	})
@@ -370,14 +346,14 @@ func TestValkeyForeign(t *testing.T) {
 		}
 	}
 	set()
-	until(t, "it says so", func() bool {
+	valkeyserver.Until(t, "it says so", func() bool {
 		one.Put(numbered(2, 3), contextstore.Sight{Model: one.Model("m")}, 100)
 		return log.count("refuses to be told") == 1 && log.count("does not tell") == 1
 	})
 	if err := c.Do(ctx, c.B().Del().Key("test:seen").Build()).Error(); err != nil {
 		t.Fatal(err)
 	}
-	until(t, "it works again", func() bool {
+	valkeyserver.Until(t, "it works again", func() bool {
 		one.Put(numbered(3, 3), contextstore.Sight{Model: one.Model("m")}, 100)
 		n, _ := two.Match(numbered(3, 3))
 		return n == 3 && log.count("is told again") == 1

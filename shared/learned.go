@@ -49,7 +49,7 @@ func NewLearned(conn *valkeyconn.Conn) *Learned {
 		conn: conn, stop: stop, wake: make(chan struct{}, 1), pending: map[string][]byte{},
 		refused: conn.Refusal("refuses to keep what was learned of servers", "keeps what is learned of servers again"),
 	}
-	conn.OnReturn(func() { signal(l.wake) })
+	conn.OnReturn(func() { valkeyconn.Signal(l.wake) })
 	l.running.Go(func() { l.run(ctx) })
 	return l
 }
@@ -73,7 +73,7 @@ func (l *Learned) SaveLearned(name string, blob []byte) {
 	l.mu.Lock()
 	l.pending[name] = bytes.Clone(blob)
 	l.mu.Unlock()
-	signal(l.wake)
+	valkeyconn.Signal(l.wake)
 }
 
 // LoadLearned returns what is kept, by the names of servers. ctx limits how long it waits for the
@@ -147,13 +147,9 @@ func (l *Learned) save() {
 		}
 		return nil
 	})
-	if valkeyconn.IsAnswer(err) {
-		l.refused.Failure(err)
-	}
-	if err != nil {
+	if note(l.refused, err); err != nil {
 		return // it is saved later
 	}
-	l.refused.Success()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for name, blob := range blobs {

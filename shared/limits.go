@@ -161,17 +161,17 @@ func (l *Limits) Take(ctx context.Context, t proxy.Taking) (proxy.Taken, error) 
 		if err != nil {
 			l.unanswered.Add(1)
 		}
-		l.note(err)
+		note(l.refused, err)
 	}
 	return taken, err
 }
 
-// note says once that the server answers with errors.
-func (l *Limits) note(err error) {
+// note says once that the server answers with errors, and once that it does no longer.
+func note(refused *outage.Outage, err error) {
 	if valkeyconn.IsAnswer(err) {
-		l.refused.Failure(err)
+		refused.Failure(err)
 	} else if err == nil {
-		l.refused.Success()
+		refused.Success()
 	}
 }
 
@@ -203,7 +203,7 @@ func (l *Limits) Waiting(key string, n int) {
 	}
 	l.changed[key] = struct{}{}
 	l.mu.Unlock()
-	signal(l.wake)
+	valkeyconn.Signal(l.wake)
 }
 
 // again has all numbers sent again.
@@ -213,15 +213,7 @@ func (l *Limits) again() {
 		l.changed[key] = struct{}{}
 	}
 	l.mu.Unlock()
-	signal(l.wake)
-}
-
-// signal leaves a token in a channel that has one place.
-func signal(c chan struct{}) {
-	select {
-	case c <- struct{}{}:
-	default:
-	}
+	valkeyconn.Signal(l.wake)
 }
 
 // run keeps the numbers of waiting requests in the server until ctx ends.
@@ -286,7 +278,7 @@ func (l *Limits) tell() {
 		}
 		return nil
 	})
-	l.note(err)
+	note(l.refused, err)
 }
 
 // takeWait is TakeWait, except in tests of what is counted, on machines that have no time for it.

@@ -77,36 +77,13 @@ func limits(t testing.TB, target string) (*shared.Limits, *valkeyconn.Conn) {
 	return l, conn
 }
 
-// until calls f again until it is true.
-func until(t testing.TB, what string, f func() bool) {
-	t.Helper()
-	for end := time.Now().Add(time.Minute); !f(); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("after a minute still not: %s", what)
-		}
-	}
-}
-
-// direct returns a client of the server.
-func direct(t testing.TB, server *valkeyserver.Server) valkey.Client {
-	t.Helper()
-	c, err := valkey.NewClient(valkey.ClientOption{
-		InitAddress: []string{server.Addr()}, DisableCache: true, ForceSingleClient: true,
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(c.Close)
-	return c
-}
-
 // patient has questions wait for their answers, for tests of what is counted.
 func patient(t *testing.T) { t.Cleanup(shared.SetTakeWait(time.Minute)) }
 
 // surely is Take where the server is there.
 func surely(t testing.TB, l *shared.Limits, what proxy.Taking) (taken proxy.Taken) {
 	t.Helper()
-	until(t, "the server answers", func() bool {
+	valkeyserver.Until(t, "the server answers", func() bool {
 		var err error
 		taken, err = l.Take(context.Background(), what)
 		return err == nil
@@ -141,7 +118,7 @@ func TestRate(t *testing.T) {
 			t.Errorf("key %d: %d of 120 requests were let through", key, n)
 		}
 	}
-	c, ctx := direct(t, server), context.Background()
+	c, ctx := server.Client(t), context.Background()
 	names, err := c.Do(ctx, c.B().Keys().Pattern("*").Build()).AsStrSlice()
 	if err != nil || len(names) != len(through) {
 		t.Fatal(names, err)
@@ -177,8 +154,8 @@ func TestRateFills(t *testing.T) {
 		t.Errorf("%+v", got)
 	}
 	quick := proxy.Taking{Key: "quick", Rate: 1000, Burst: 1}
-	until(t, "a thousandth of a second is over", func() bool { return surely(t, one, quick).OK })
-	until(t, "another one is over", func() bool { return surely(t, two, quick).OK })
+	valkeyserver.Until(t, "a thousandth of a second is over", func() bool { return surely(t, one, quick).OK })
+	valkeyserver.Until(t, "another one is over", func() bool { return surely(t, two, quick).OK })
 	if got := surely(t, one, proxy.Taking{Key: "free"}); !got.OK || got.Used != 0 || got.Waiting != 0 {
 		t.Errorf("without limits: %+v", got)
 	}
@@ -188,13 +165,13 @@ func TestRateFills(t *testing.T) {
 func TestForeign(t *testing.T) {
 	patient(t)
 	server := valkeyserver.Start(t)
-	c, ctx := direct(t, server), context.Background()
+	c, ctx := server.Client(t), context.Background()
 	l, conn := limits(t, server.URL())
 	what := proxy.Taking{Key: "a", Rate: 1000, Burst: 5, Waits: true}
 	surely(t, l, proxy.Taking{Key: "a", Rate: 1.0 / 3600, Burst: 5}) // whose key stays for a while
 	l.Waiting("a", 1)
 	var names []string
-	until(t, "both keys are there", func() bool {
+	valkeyserver.Until(t, "both keys are there", func() bool {
 		names, _ = c.Do(ctx, c.B().Keys().Pattern("*").Build()).AsStrSlice()
 		return len(names) == 2
 	})
@@ -212,7 +189,7 @@ func TestForeign(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		until(t, "a request is let through with "+value, func() bool {
+		valkeyserver.Until(t, "a request is let through with "+value, func() bool {
 			got := surely(t, l, what)
 			if got.Waiting != 0 {
 				t.Errorf("%q: %d wait", value, got.Waiting)
@@ -224,7 +201,7 @@ func TestForeign(t *testing.T) {
 		t.Errorf("Stats are %+v", got)
 	}
 	for till, want := range map[time.Duration]int{4 * time.Second: 1_000_000, time.Hour: 0} {
-		until(t, fmt.Sprintf("%d wait", want), func() bool { // again, if it takes longer than it counts
+		valkeyserver.Until(t, fmt.Sprintf("%d wait", want), func() bool { // again, if it takes longer than it counts
 			value := fmt.Sprintf("99999999999999999999 %d", time.Now().Add(till).UnixMicro())
 			if err := c.Do(ctx, c.B().Hset().Key(waiting).FieldValue().
 				FieldValue("other", value).Build()).Error(); err != nil {
@@ -259,7 +236,7 @@ func TestWaiting(t *testing.T) {
 	what := proxy.Taking{Key: "a", Waits: true}
 	wants := func(l *shared.Limits, want int) {
 		t.Helper()
-		until(t, fmt.Sprint(want, " wait elsewhere"), func() bool { return surely(t, l, what).Waiting == want })
+		valkeyserver.Until(t, fmt.Sprint(want, " wait elsewhere"), func() bool { return surely(t, l, what).Waiting == want })
 	}
 	for range 3 {
 		one.Waiting("a", 1)
@@ -276,8 +253,8 @@ func TestWaiting(t *testing.T) {
 	wants(two, 2)
 	one.Waiting("a", -2)
 	wants(two, 0)
-	c, ctx := direct(t, server), context.Background()
-	until(t, "nothing is left", func() bool {
+	c, ctx := server.Client(t), context.Background()
+	valkeyserver.Until(t, "nothing is left", func() bool {
 		n, err := c.Do(ctx, c.B().Dbsize().Build()).AsInt64()
 		return err == nil && n == 0
 	})
@@ -297,13 +274,13 @@ func TestWaitingKilled(t *testing.T) {
 	if err := child.Start(); err != nil {
 		t.Fatal(err)
 	}
-	until(t, "all wait", func() bool { return surely(t, one, what).Waiting == 5 })
+	valkeyserver.Until(t, "all wait", func() bool { return surely(t, one, what).Waiting == 5 })
 	child.Process.Kill()
 	child.Wait()
 	if got := surely(t, one, what).Waiting; got != 5 {
 		t.Errorf("right after the end, %d wait", got)
 	}
-	until(t, "only those of the proxy that lives are left", func() bool { return surely(t, one, what).Waiting == 2 })
+	valkeyserver.Until(t, "only those of the proxy that lives are left", func() bool { return surely(t, one, what).Waiting == 2 })
 }
 
 // TestOutage: while the server is gone, no call waits, and what waits is told once it is back.
@@ -333,14 +310,14 @@ func TestOutage(t *testing.T) {
 	}
 	one.Waiting("a", 4)
 	server.Continue()
-	until(t, "what waits is told", func() bool { return !other.Gone() && surely(t, two, what).Waiting == 4 })
+	valkeyserver.Until(t, "what waits is told", func() bool { return !other.Gone() && surely(t, two, what).Waiting == 4 })
 	server.Kill()
-	until(t, "both notice", func() bool {
+	valkeyserver.Until(t, "both notice", func() bool {
 		two.Take(ctx, what)
 		return conn.Gone() && other.Gone()
 	})
 	server.Restart() // empty
-	until(t, "what waits is told again", func() bool {
+	valkeyserver.Until(t, "what waits is told again", func() bool {
 		return !other.Gone() && surely(t, two, what).Waiting == 4
 	})
 }
@@ -410,9 +387,9 @@ func TestTwoProxies(t *testing.T) {
 	if got := ask(t, 10, one, two); got[200] > 2 || got[200]+got[429] != 10 {
 		t.Errorf("without the server: %v", got)
 	}
-	until(t, "both notice", func() bool { return onesConn.Gone() && twosConn.Gone() })
+	valkeyserver.Until(t, "both notice", func() bool { return onesConn.Gone() && twosConn.Gone() })
 	server.Restart()
-	until(t, "it is back", func() bool { return !onesConn.Gone() && !twosConn.Gone() })
+	valkeyserver.Until(t, "it is back", func() bool { return !onesConn.Gone() && !twosConn.Gone() })
 	if got := ask(t, 10, one, two); got[200] > 1 || got[200]+got[429] != 10 {
 		t.Errorf("with an empty server: %v", got)
 	}
@@ -428,7 +405,7 @@ func TestLearned(t *testing.T) {
 	ctx := context.Background()
 	found := func(name, want string) {
 		t.Helper()
-		until(t, name+" is found", func() bool {
+		valkeyserver.Until(t, name+" is found", func() bool {
 			got, err := two.LoadLearned(ctx)
 			return err == nil && string(got[name]) == want
 		})
@@ -444,12 +421,12 @@ func TestLearned(t *testing.T) {
 	if got, err := two.LoadLearned(ctx); err != nil || len(got) != 2 {
 		t.Errorf("%q, %v", got, err)
 	}
-	c := direct(t, server)
+	c := server.Client(t)
 	if left, err := c.Do(ctx, c.B().Ttl().Key("test:learned").Build()).AsInt64(); err != nil || left < 600_000 || left > 604_800 {
 		t.Errorf("it expires after %d s, %v", left, err)
 	}
 	server.Kill()
-	until(t, "it is gone", func() bool {
+	valkeyserver.Until(t, "it is gone", func() bool {
 		_, err := one.LoadLearned(ctx)
 		return errors.Is(err, valkeyconn.ErrGone)
 	})
@@ -481,7 +458,7 @@ func TestRights(t *testing.T) {
 		t.Fatal("docs/shared.md has no ACL SETUSER")
 	}
 	server := valkeyserver.Start(t)
-	c, ctx := direct(t, server), context.Background()
+	c, ctx := server.Client(t), context.Background()
 	words := strings.Fields(strings.NewReplacer("'", "", "SECRET", "hunter2", "ollama-cacheproxy:shared:", "test:").Replace(rule))
 	if err := c.Do(ctx, c.B().Arbitrary("ACL", "SETUSER").Args(words...).Build()).Error(); err != nil {
 		t.Fatal(err)
@@ -496,7 +473,7 @@ func TestRights(t *testing.T) {
 		func(string) (uint16, bool) { return 0, true })
 	links := []prefix.Link{{Hash: 1}, {Hash: 2}}
 	seen.Put(links, contextstore.Sight{Model: seen.Model("m")}, 10)
-	until(t, "what was seen arrives", func() bool {
+	valkeyserver.Until(t, "what was seen arrives", func() bool {
 		depth, _ := another.Match(links)
 		return depth == 2
 	})
@@ -505,7 +482,7 @@ func TestRights(t *testing.T) {
 		t.Errorf("%+v", got)
 	}
 	learned.SaveLearned("one", []byte(`{}`))
-	until(t, "what was learned is found", func() bool {
+	valkeyserver.Until(t, "what was learned is found", func() bool {
 		got, err := learned.LoadLearned(ctx)
 		return err == nil && len(got) == 1
 	})

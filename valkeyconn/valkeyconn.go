@@ -244,8 +244,13 @@ func (c *Conn) failed(ctx context.Context, with *client, err error) {
 	}
 	c.outage.Failure(err)
 	c.running.Go(with.Close) // it waits for calls under way
+	Signal(c.wake)
+}
+
+// Signal leaves a token in a channel that has one place.
+func Signal(c chan struct{}) {
 	select {
-	case c.wake <- struct{}{}:
+	case c <- struct{}{}:
 	default:
 	}
 }

@@ -93,16 +93,6 @@ func (l *lines) count(what string) int {
 
 func ping(ctx context.Context, c valkey.Client) error { return c.Do(ctx, c.B().Ping().Build()).Error() }
 
-// until calls f again until it is true.
-func until(t testing.TB, what string, f func() bool) {
-	t.Helper()
-	for end := time.Now().Add(time.Minute); !f(); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("after a minute still not: %s", what)
-		}
-	}
-}
-
 // TestRefused: what no time mends is said at the start; a server that is full or busy is waited for.
 func TestRefused(t *testing.T) {
 	server := valkeyserver.Start(t, "--maxclients", "1")
@@ -175,9 +165,9 @@ func TestGone(t *testing.T) {
 	for round, outage := range []struct{ begin, end func() }{
 		{server.Kill, server.Restart}, {server.Pause, server.Continue}, {server.Kill, server.Restart},
 	} {
-		until(t, "calls succeed", func() bool { return c.Call(ctx, valkeyconn.Wait, ping) == nil })
+		valkeyserver.Until(t, "calls succeed", func() bool { return c.Call(ctx, valkeyconn.Wait, ping) == nil })
 		outage.begin()
-		until(t, "it is gone", func() bool {
+		valkeyserver.Until(t, "it is gone", func() bool {
 			return errors.Is(c.Call(ctx, 50*time.Millisecond, ping), valkeyconn.ErrGone)
 		})
 		called := false
@@ -186,7 +176,7 @@ func TestGone(t *testing.T) {
 			t.Errorf("while it is gone: %v, called: %v", err, called)
 		}
 		outage.end()
-		until(t, "it is back", func() bool { return !c.Gone() && int(returned.Load()) == round+1 })
+		valkeyserver.Until(t, "it is back", func() bool { return !c.Gone() && int(returned.Load()) == round+1 })
 		if gone, back := log.count("it is gone"), log.count("it is back"); gone != round+1 || back != round+1 {
 			t.Errorf("%d and %d lines after %d outages", gone, back, round+1)
 		}
@@ -330,7 +320,7 @@ func TestTLS(t *testing.T) {
 			t.Fatal(err)
 		}
 		if ok { // at once, or later on a machine that has no time for it
-			until(t, "it answers", func() bool { return c.Call(context.Background(), 0, ping) == nil })
+			valkeyserver.Until(t, "it answers", func() bool { return c.Call(context.Background(), 0, ping) == nil })
 		} else if err := c.Call(context.Background(), 0, ping); !errors.Is(err, valkeyconn.ErrGone) {
 			t.Errorf("%s: %v", target, err)
 		}

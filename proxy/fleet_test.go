@@ -1074,32 +1074,46 @@ func TestSidecarAway(t *testing.T) {
 }
 
 // TestSidecarAwayMeanwhile: a request that waits at the only proxy with its model, or with the server
-// that its client wants, when that goes away, waits for it, and goes to no other server.
+// that its client wants, when that goes away, waits for it, and goes to no other server. It is sent
+// once, whether the proxy is back before its server is idle, or after.
 func TestSidecarAwayMeanwhile(t *testing.T) {
-	x, y := newBox(t, "x", "m@1"), newBox(t, "y", "m@1", "n@1")
-	a := sidecars(t, func(_ int, h *Handler, _ *fleet.Config) { h.TryDuration = patience }, x, y)
-	entry, other := a.proxy[0], a.proxy[1]
-	release := y.holding()
-	defer release()
-	first := other.sends(t.Context(), "/api/chat", chat("n", passage(0, 100)))
-	y.holds(first)
-	waits := []<-chan string{
-		entry.sends(t.Context(), "/api/chat", chat("n", passage(1, 100))),
-		entry.sends(t.Context(), "/api/chat", chat("m", passage(2, 100)), headerUpstream+": y"),
-	}
-	waitingIn(t, other.h.Lanes, 2)
-	other.hide()
-	waitingIn(t, other.h.Lanes, 0)
-	poll(t, func() bool { return entry.h.Waiting() == 2 && entry.h.Fleet.Counts().Again >= 2 })
-	release()
-	other.show(nil)
-	for _, answer := range append(waits, first) {
-		if got := <-answer; !strings.HasPrefix(got, "200 ") || !strings.Contains(got, `"from":"y"`) {
-			t.Error(got)
-		}
-	}
-	if n := len(y.took()); n != 3 || len(x.took()) != 0 {
-		t.Errorf("the server got %d requests, the other one %q", n, x.took())
+	for _, back := range []string{"before", "after"} {
+		t.Run(back, func(t *testing.T) {
+			x, y := newBox(t, "x", "m@1"), newBox(t, "y", "m@1", "n@1")
+			a := sidecars(t, func(_ int, h *Handler, _ *fleet.Config) { h.TryDuration = patience }, x, y)
+			entry, other := a.proxy[0], a.proxy[1]
+			release := y.holding()
+			defer release()
+			first := other.sends(t.Context(), "/api/chat", chat("n", passage(0, 100)))
+			y.holds(first)
+			waits := []<-chan string{
+				entry.sends(t.Context(), "/api/chat", chat("n", passage(1, 100))),
+				entry.sends(t.Context(), "/api/chat", chat("m", passage(2, 100)), headerUpstream+": y"),
+			}
+			waitingIn(t, other.h.Lanes, 2)
+			other.hide()
+			waitingIn(t, other.h.Lanes, 0)
+			poll(t, func() bool {
+				away := slices.ContainsFunc(entry.h.Fleet.Owners(), func(o fleet.Owner) bool { return o.Server == "y" && o.Away })
+				return away && entry.h.Waiting() == 2 && entry.h.Fleet.Counts().Again >= 2
+			})
+			if back == "after" {
+				release()
+			}
+			other.show(nil)
+			release()
+			for i, answer := range append(waits, first) {
+				if got := <-answer; !strings.HasPrefix(got, "200 ") || !strings.Contains(got, `"from":"y"`) {
+					t.Errorf("%d: %s", i, got)
+				}
+			}
+			if n := len(y.took()); n != 3 {
+				t.Errorf("the server got %d requests", n)
+			}
+			if got := x.took(); len(got) != 0 {
+				t.Errorf("the other server got %q", got)
+			}
+		})
 	}
 }
 
@@ -1265,40 +1279,5 @@ func TestHopMemory(t *testing.T) {
 		if got := c.receive(); !strings.Contains(got.line, " 200 ") {
 			t.Errorf("%d: %s %.300s", i, got.line, got.body)
 		}
-	}
-}
-
-// TestSidecarDies: what waits at a proxy that goes away, and which only its server can answer, waits
-// for it. It goes to no other server, and is sent once.
-func TestSidecarDies(t *testing.T) {
-	x, y := newBox(t, "x", "m@1", "both@1"), newBox(t, "y", "n@1", "both@1")
-	a := sidecars(t, func(_ int, h *Handler, _ *fleet.Config) { h.TryDuration = patience }, x, y)
-	entry, other := a.proxy[0], a.proxy[1]
-	release := y.holding()
-	defer release()
-	first := other.sends(t.Context(), "/api/chat", chat("n", passage(0, 100)))
-	y.holds(first)
-	waits := []<-chan string{
-		entry.sends(t.Context(), "/api/chat", chat("n", passage(1, 100))),
-		entry.sends(t.Context(), "/api/chat", chat("both", passage(2, 100)), headerUpstream+": y"),
-	}
-	waitingIn(t, other.h.Lanes, 2)
-	other.hide()
-	waitingIn(t, other.h.Lanes, 0)
-	poll(t, func() bool {
-		return slices.ContainsFunc(entry.h.Fleet.Owners(), func(o fleet.Owner) bool { return o.Server == "y" && o.Away })
-	})
-	other.show(nil)
-	release()
-	for i, answer := range append(waits, first) {
-		if got := <-answer; !strings.HasPrefix(got, "200 ") || !strings.Contains(got, `"from":"y"`) {
-			t.Errorf("%d: %s", i, got)
-		}
-	}
-	if got := y.took(); len(got) != 3 {
-		t.Errorf("Ollama got %d requests", len(got))
-	}
-	if got := x.took(); len(got) != 0 {
-		t.Errorf("the other server got %q", got)
 	}
 }

@@ -169,6 +169,17 @@ func (f *fleetFlags) sources(secret []byte, log *slog.Logger) (all []discover.So
 	return append(all, s), nil
 }
 
+// config is how this proxy talks to others.
+func (set fleetSettings) config() fleet.Config {
+	c := fleet.Config{
+		Name: set.name, Secret: set.secret, Transport: fleet.NewTransport(nil, set.tls),
+	}
+	if set.tls != nil {
+		c.Scheme = "https"
+	}
+	return c
+}
+
 // join makes the handler one of a fleet. Call it before the handler's Init.
 func (s *serveCmd) join(
 	set settings, h *proxy.Handler, counts *metrics.Metrics, log *slog.Logger,
@@ -176,19 +187,14 @@ func (s *serveCmd) join(
 	if set.fleet.listen == "" {
 		return
 	}
-	c := fleet.Config{
-		Name: set.fleet.name, Own: s.Own, Secret: set.fleet.secret, Log: log,
-		Transport: fleet.NewTransport(nil, set.fleet.tls),
-	}
+	c := set.fleet.config()
+	c.Own, c.Log = s.Own, log
 	sources, err := s.sources(set.fleet.secret, log)
 	if err != nil {
 		log.Error("this proxy looks for no others until it is started again", "err", err)
 	}
 	for _, source := range sources {
 		c.Sources = append(c.Sources, source)
-	}
-	if set.fleet.tls != nil {
-		c.Scheme = "https"
 	}
 	h.Join(&c)
 	h.Fleet = fleet.New(c)
@@ -266,13 +272,8 @@ func (s *serveCmd) aboutFleet(ctx context.Context, set settings) string {
 	if len(s.Own) > 0 {
 		text += "; it schedules " + strings.Join(s.Own, ", ")
 	}
-	c := fleet.Config{
-		Name: set.fleet.name, Secret: set.fleet.secret, Transport: fleet.NewTransport(nil, set.fleet.tls),
-		Local: func() []fleet.Server { return nil },
-	}
-	if set.fleet.tls != nil {
-		c.Scheme = "https"
-	}
+	c := set.fleet.config()
+	c.Local = func() []fleet.Server { return nil }
 	for _, spec := range s.Peers {
 		if strings.HasPrefix(spec, gossipScheme) { // a running proxy has the address for gossip
 			text += "\n            " + spec + ": not asked; the running proxy's page " + pathFleet + " says who is there"

@@ -45,9 +45,6 @@ func Run(ctx context.Context, c Config) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := f.rememberIdle(ctx); err != nil {
-		return err
-	}
 	load := f.load(ctx, f.anywhere)
 	r := rand.New(rand.NewPCG(c.Seed, 0))
 	broke := f.breakThings(ctx, r, func(fault *fault, took time.Duration) {
@@ -69,9 +66,6 @@ func RunRolling(ctx context.Context, c Config, rounds int) (err error) {
 	f, err := c.start(ctx)
 	defer func() { err = f.end(err) }()
 	if err != nil {
-		return err
-	}
-	if err := f.rememberIdle(ctx); err != nil {
 		return err
 	}
 	balancer := f.balance(ctx)

@@ -90,7 +90,10 @@ func (c Config) start(ctx context.Context) (*fleet, error) {
 	if err := f.startServers(ctx, hosts); err != nil {
 		return f, err
 	}
-	return f, f.startProxies(ctx, hosts)
+	if err := f.startProxies(ctx, hosts); err != nil {
+		return f, err
+	}
+	return f, f.rememberIdle(ctx)
 }
 
 func (f *fleet) startValkey(ctx context.Context) error {

@@ -191,12 +191,15 @@ func TestFleet(t *testing.T) {
 				}
 				return n
 			}
-			if n := sum(`requests_total{endpoint="/api/chat"`); n != 24 {
-				t.Errorf("%v requests are counted, 24 were sent", n)
-			}
-			if n := sum(`prompt_tokens_total{kind="evaluated"`); int(n) != evaluated {
-				t.Errorf("%v evaluated tokens are counted, want %d", n, evaluated)
-			}
+			settles(t, func() error { // an owner may count a request after its client has the answer
+				if n := sum(`requests_total{endpoint="/api/chat"`); n != 24 {
+					return fmt.Errorf("%v requests are counted, 24 were sent", n)
+				}
+				if n := sum(`prompt_tokens_total{kind="evaluated"`); int(n) != evaluated {
+					return fmt.Errorf("%v evaluated tokens are counted, want %d", n, evaluated)
+				}
+				return nil
+			})
 			if n := sum(`upstream_requests_total{`); n < 24 {
 				t.Errorf("%v requests were sent to Ollama", n)
 			}

@@ -342,7 +342,7 @@ func (w *worker) find(ctx context.Context) (id string, items []item, err error) 
 // return none.
 func (w *worker) entry(ctx context.Context) (found []entry, again bool, err error) {
 	// After an outage, the leases of all workers have ended, and each needs a moment to renew its own.
-	if _, ago := w.job.away.now(); ago > w.job.lease && time.Since(w.claimed) >= jobTryEvery {
+	if time.Since(w.job.away.Ended()) > w.job.lease && time.Since(w.claimed) >= jobTryEvery {
 		w.claimed = time.Now()
 		for cursor := "0-0"; ; {
 			if cursor, found, err = w.job.claim(ctx, cursor); err != nil || len(found) > 0 {

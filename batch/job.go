@@ -62,6 +62,7 @@ const (
 type job struct {
 	client   valkey.Client
 	target   valkeyconn.Target
+	name     string
 	keys     []string // job, work, answers, done, workers
 	lease    time.Duration
 	bytes    int64
@@ -74,6 +75,7 @@ type job struct {
 	window  int // items that are planned at a time
 	planned int // windows, as far as is known; of fetch's goroutine
 	joined  jobState
+	begun   bool // by this worker
 
 	away outage.Outage // the server does not answer
 	full outage.Outage // it takes no more answers
@@ -172,21 +174,23 @@ func (w *Workers) open(ctx context.Context, input string, patience time.Duration
 		host = "unknown"
 	}
 	j := &job{
-		target: target, lease: w.lease, bytes: w.Bytes, patience: patience, log: log, input: input,
+		target: target, lease: w.lease, bytes: w.Bytes, patience: patience, log: log, name: w.name(input), input: input,
 		me: fmt.Sprintf("%s-%d-%08x", host, os.Getpid(), rand.Uint32()),
 	}
 	if j.lease == 0 {
 		j.lease = jobLease
 	}
 	for _, key := range []string{"job", "work", "answers", "done", "workers"} {
-		j.keys = append(j.keys, target.Prefix+"{"+w.name(input)+"}:"+key) // braces: a cluster has them in one place
+		j.keys = append(j.keys, target.Prefix+"{"+j.name+"}:"+key) // braces: a cluster has them in one place
 	}
-	server := []any{"server", target.Address, "up_to", patience.String()}
+	server := []any{"server", target.Address}
 	j.away = outage.Outage{Log: log, Args: server, First: jobTryEvery, Most: jobTryEvery,
-		Gone: "the Valkey server does not answer; requests that were begun are finished, and then it is waited for",
+		Gone: fmt.Sprintf("the Valkey server does not answer; requests that were begun are finished, and then it"+
+			" is waited for, up to %v (--wait-for-server)", patience),
 		Back: "the Valkey server answers again"}
 	j.full = outage.Outage{Log: log, Args: server, First: jobTryEvery, Most: jobTryEvery,
-		Gone: "the Valkey server keeps no more answers (--job-bytes, or its maxmemory); waiting until a worker with -o has taken some",
+		Gone: fmt.Sprintf("the Valkey server keeps no more answers (--job-bytes, or its maxmemory); waiting, up to"+
+			" %v (--wait-for-server), until a worker with -o has taken some", patience),
 		Back: "the Valkey server keeps answers again"}
 	o := target.Option() // persist repeats what fails
 	o.Dialer.Timeout = jobWait
@@ -313,9 +317,10 @@ func (j *job) join(ctx context.Context, window int) error {
 		return foreign(err)
 	}
 	if h.input != j.input {
-		return fmt.Errorf("the job belongs to another input, template or --encoding (sha256 %.12s…, here %.12s…): all workers"+
-			" need the same; choose another --job", h.input, j.input)
+		return fmt.Errorf("the job %s belongs to another input, template or --encoding (sha256 %.12s…, here %.12s…):"+
+			" all workers need the same; choose another --job", j.name, h.input, j.input)
 	}
+	j.begun = h.id == id
 	j.id, j.window, j.planned, j.joined = h.id, h.window, h.planned, jobState{h.count, h.dropped}
 	if h.window != window {
 		j.log.Info("the job was begun with another --window, which is used here, too", "window", h.window)

@@ -82,8 +82,11 @@ func (w *worker) output() bool { return w.b.Output != "-" }
 func (w *worker) look() error {
 	was := w.job.joined
 	w.b.resumed = was.count
-	w.b.Log.Info("sharing the batch with other workers", "job", w.b.Workers.name(w.job.input), "worker", w.job.me,
-		"answered", was.count, "of", w.b.survey.Requests)
+	how := "joined a batch that another worker has begun"
+	if w.job.begun { // perhaps by mistake, with an input that is not quite that of the others
+		how = "began a batch that others share if they have the same input (or --job) and --workers"
+	}
+	w.b.Log.Info(how, "job", w.job.name, "worker", w.job.me, "answered", was.count, "of", w.b.survey.Requests)
 	if was.dropped > 0 && w.output() && w.done() == 0 && w.b.journal.head.Next == 0 && len(w.b.journal.beyond) == 0 {
 		return errDropped(was.dropped)
 	}

@@ -147,8 +147,10 @@ func TestWorkers(t *testing.T) {
 		len(status.Workers) != 0 || status.Kept > jobEnded || status.Kept <= 0 {
 		t.Errorf("%+v, %v", status, err)
 	}
-	if err := DropJob(t.Context(), &late); err != nil {
-		t.Error(err)
+	for _, want := range []error{nil, ErrNoJob} {
+		if name, err := DropJob(t.Context(), &late); !errors.Is(err, want) || name != status.Name {
+			t.Errorf("%s, %v; want %s, %v", name, err, status.Name, want)
+		}
 	}
 	if status, err := LookAtJob(t.Context(), &late); !errors.Is(err, ErrNoJob) {
 		t.Errorf("%+v, %v", status, err)

@@ -86,7 +86,12 @@ func (w *worker) look() error {
 	if w.job.begun { // perhaps by mistake, with an input that is not quite that of the others
 		how = "began a batch that others share if they have the same input (or --job) and --workers"
 	}
-	w.b.Log.Info(how, "job", w.job.name, "worker", w.job.me, "answered", was.count, "of", w.b.survey.Requests)
+	output := w.b.Output
+	if !w.output() {
+		output = "none: without -o this worker only helps"
+	}
+	w.b.Log.Info(how, "job", w.job.name, "worker", w.job.me, "output", output, "answered", was.count,
+		"of", w.b.survey.Requests)
 	if was.dropped > 0 && w.output() && w.done() == 0 && w.b.journal.head.Next == 0 && len(w.b.journal.beyond) == 0 {
 		return errDropped(was.dropped)
 	}

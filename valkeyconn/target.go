@@ -1,6 +1,7 @@
 package valkeyconn
 
 import (
+	"context"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -130,8 +131,11 @@ func (t Target) Option() valkey.ClientOption {
 // Connect connects with an Option.
 func Connect(o valkey.ClientOption) (valkey.Client, error) {
 	c, err := valkey.NewClient(o)
-	if o.TLSConfig == nil && (errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)) {
+	switch {
+	case o.TLSConfig == nil && (errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)):
 		err = fmt.Errorf("%w (if the server wants TLS, begin its URL with valkeys:// or rediss://)", err)
+	case o.TLSConfig != nil && errors.Is(err, context.DeadlineExceeded): // one without TLS waits for more
+		err = fmt.Errorf("%w (if the server has no TLS, begin its URL with valkey:// or redis://)", err)
 	}
 	return c, err
 }

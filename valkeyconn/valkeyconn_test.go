@@ -253,8 +253,9 @@ func FuzzParse(f *testing.F) {
 }
 
 // TestTLS: a certificate is believed if its authority is in the file, and otherwise the server is not
-// used. Whoever forgets TLS is told.
+// used. Whoever forgets TLS, or asks for it in vain, is told.
 func TestTLS(t *testing.T) {
+	plain := valkeyserver.Start(t).Addr()
 	server := valkeyserver.StartTLS(t, "--requirepass", "hunter2")
 	address, authority := server.Addr(), server.Authority()
 	for target, want := range map[string]string{
@@ -262,6 +263,7 @@ func TestTLS(t *testing.T) {
 		"rediss://:hunter2@" + address + "?ca-file=" + authority:    "",
 		"valkeys://:hunter2@" + address:                             "unknown authority",
 		"valkey://:hunter2@" + address:                              "begin its URL with valkeys://",
+		"valkeys://:hunter2@" + plain:                               "begin its URL with valkey://",
 	} {
 		parsed, err := valkeyconn.Parse(target, "")
 		if err != nil {

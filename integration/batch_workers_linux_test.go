@@ -294,11 +294,14 @@ func TestBatchWorkersReal(t *testing.T) {
 	t.Logf("%d of %d results differ", differ, n)
 }
 
-// TestBatchWorkersEvaluated: what share a batch have as little evaluated as one worker alone, on
+// TestBatchWorkersEvaluated: workers that share a batch have as little evaluated as one alone, on
 // servers without a host cache, where each change of the prompt's beginning costs: three workers and
 // one, over a proxy before one server and before two.
 func TestBatchWorkersEvaluated(t *testing.T) {
 	const model = "gen-llama-tiny"
+	if _, err := proxyBinary(); err != nil { // before the time is taken
+		t.Fatal(err)
+	}
 	var servers []*realollama.Server
 	for range 2 {
 		servers = append(servers, realollama.Start(t, realollama.Config{

@@ -3,6 +3,7 @@ package batch
 import (
 	"context"
 	"crypto/sha256"
+	"crypto/tls"
 	_ "embed"
 	"encoding/hex"
 	"encoding/json"
@@ -10,15 +11,14 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
-	"net/url"
 	"os"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/valkey-io/valkey-go"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/outage"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/valkeyconn"
 )
 
@@ -60,21 +60,25 @@ const (
 //
 // Every change is one script, which first makes sure that the job is still the one that was joined.
 type job struct {
-	client valkey.Client
-	keys   []string // job, work, answers, done, workers
-	lease  time.Duration
-	bytes  int64
-	me     string // the name of this worker
-	log    *slog.Logger
+	client   valkey.Client
+	target   valkeyconn.Target
+	name     string
+	keys     []string // job, work, answers, done, workers
+	lease    time.Duration
+	bytes    int64
+	patience time.Duration // how long an outage may last
+	me       string        // the name of this worker
+	log      *slog.Logger
 
 	id      string // "": not joined yet
 	input   string
 	window  int // items that are planned at a time
 	planned int // windows, as far as is known; of fetch's goroutine
 	joined  jobState
+	begun   bool // by this worker
 
-	away outage // the server does not answer
-	full outage // it takes no more answers
+	away outage.Outage // the server does not answer
+	full outage.Outage // it takes no more answers
 }
 
 // jobState is what a job's hash says.
@@ -136,29 +140,21 @@ func (s *Source) fingerprint() string {
 	return hex.EncodeToString(sum[:])
 }
 
-// option reads the server's URL.
-func (w *Workers) option() (valkey.ClientOption, error) {
-	var o valkey.ClientOption
-	if _, err := url.Parse(w.URL); err != nil {
-		// The error would quote the password.
-		return o, errors.New("--workers is not a URL like valkey://host:6379/0")
+// target reads the server's URL.
+func (w *Workers) target() (valkeyconn.Target, error) {
+	t, err := valkeyconn.Parse(w.URL, jobPrefix)
+	if err == nil && t.Secret != nil {
+		err = errors.New("secret-file would hide nothing: the answers of a batch are in the server as they are")
 	}
-	o, err := valkey.ParseURL(w.URL)
 	if err != nil {
-		return o, fmt.Errorf("--workers: %w; want valkey://[user:password@]host[:port][/database]", err)
+		return t, valkeyconn.Wrong("--workers", w.URL, err)
 	}
-	o.ClientName = "ollama-cacheproxy"
-	o.ForceSingleClient = true
-	o.DisableCache = true
-	o.DisableRetry = true // persist decides that
-	o.Dialer.Timeout = jobWait
-	o.ConnWriteTimeout = jobWait
-	return o, nil
+	return t, nil
 }
 
 // Check reports whether the settings can be used, without asking the server.
 func (w *Workers) Check() error {
-	if _, err := w.option(); err != nil {
+	if _, err := w.target(); err != nil {
 		return err
 	}
 	if w.Bytes <= 0 {
@@ -169,7 +165,7 @@ func (w *Workers) Check() error {
 
 // open connects to the server, which is waited for.
 func (w *Workers) open(ctx context.Context, input string, patience time.Duration, log *slog.Logger) (*job, error) {
-	o, err := w.option()
+	target, err := w.target()
 	if err != nil {
 		return nil, err
 	}
@@ -178,81 +174,49 @@ func (w *Workers) open(ctx context.Context, input string, patience time.Duration
 		host = "unknown"
 	}
 	j := &job{
-		lease: w.lease, bytes: w.Bytes, log: log, input: input,
+		target: target, lease: w.lease, bytes: w.Bytes, patience: patience, log: log, name: w.name(input), input: input,
 		me: fmt.Sprintf("%s-%d-%08x", host, os.Getpid(), rand.Uint32()),
 	}
 	if j.lease == 0 {
 		j.lease = jobLease
 	}
 	for _, key := range []string{"job", "work", "answers", "done", "workers"} {
-		j.keys = append(j.keys, jobPrefix+"{"+w.name(input)+"}:"+key) // braces: a cluster has them in one place
+		j.keys = append(j.keys, target.Prefix+"{"+j.name+"}:"+key) // braces: a cluster has them in one place
 	}
-	server := []any{"server", strings.Join(o.InitAddress, ",")}
-	j.away = outage{log: log, args: server, most: patience, gives: errValkeyAway,
-		gone: "the Valkey server does not answer; requests that were begun are finished, and then it is waited for",
-		back: "the Valkey server answers again"}
-	j.full = outage{log: log, args: server, most: patience, gives: errJobFull,
-		gone: "the Valkey server keeps no more answers (--job-bytes, or its maxmemory); waiting until a worker with -o has taken some",
-		back: "the Valkey server keeps answers again"}
+	server := []any{"server", target.Address}
+	j.away = outage.Outage{Log: log, Args: server, First: jobTryEvery, Most: jobTryEvery,
+		Gone: fmt.Sprintf("the Valkey server does not answer; requests that were begun are finished, and then it"+
+			" is waited for, up to %v (--wait-for-server)", patience),
+		Back: "the Valkey server answers again"}
+	j.full = outage.Outage{Log: log, Args: server, First: jobTryEvery, Most: jobTryEvery,
+		Gone: fmt.Sprintf("the Valkey server keeps no more answers (--job-bytes, or its maxmemory); waiting, up to"+
+			" %v (--wait-for-server), until a worker with -o has taken some", patience),
+		Back: "the Valkey server keeps answers again"}
+	o := target.Option() // persist repeats what fails
+	o.Dialer.Timeout = jobWait
+	o.ConnWriteTimeout = jobWait
 	err = j.persist(ctx, func(context.Context) (err error) {
-		j.client, err = valkey.NewClient(o)
+		j.client, err = valkeyconn.Connect(o)
 		return err
 	})
 	return j, err
 }
 
-// outage is the time in which a server does not do what it should.
-type outage struct {
-	log        *slog.Logger
-	gone, back string // the lines that say so
-	args       []any
-	most       time.Duration // after that it is given up
-	gives      error         // with this error
-
-	mu    sync.Mutex
-	since time.Time // zero: none
-	ended time.Time // the last one; zero: there was none
-}
-
-// failed notes a failure, and returns an error if it has lasted for too long.
-func (o *outage) failed(err error) error {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.since.IsZero() {
-		o.since = time.Now()
-		if o.most > 0 {
-			o.log.Warn(o.gone, append([]any{"up_to", o.most.String(), "err", err}, o.args...)...)
-		}
+// endure notes that the server does not do what it should, and returns an error, which is that of
+// such an outage, if it has lasted for too long.
+func (j *job) endure(o *outage.Outage, gives, err error) error {
+	if j.patience > 0 {
+		o.Failure(err)
 	}
-	if waited := time.Since(o.since); waited >= o.most {
-		return fmt.Errorf("%w: %w (waited %v: --wait-for-server)", o.gives, err, waited.Round(time.Second))
+	if waited := o.Lasted(); waited >= j.patience {
+		return fmt.Errorf("%w: %w (waited %v: --wait-for-server)", gives, err, waited.Round(time.Second))
 	}
 	return nil
 }
 
-// worked notes that all is well.
-func (o *outage) worked() {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.since.IsZero() {
-		return
-	}
-	o.log.Info(o.back, append([]any{"waited", time.Since(o.since).Round(time.Second).String()}, o.args...)...)
-	o.since, o.ended = time.Time{}, time.Now()
-}
-
-// now returns whether there is an outage, and how long ago the last one ended.
-func (o *outage) now() (on bool, ago time.Duration) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return !o.since.IsZero(), time.Since(o.ended)
-}
-
 // waiting reports whether the server is away, or full.
 func (j *job) waiting() bool {
-	away, _ := j.away.now()
-	full, _ := j.full.now()
-	return away || full
+	return j.away.Lasted() > 0 || j.full.Lasted() > 0
 }
 
 // persist does something until the server has answered, however often it must be repeated: all that
@@ -280,15 +244,19 @@ func (j *job) persist(ctx context.Context, do func(context.Context) error) error
 // judge returns the error that ends the batch; nil: there was none, or it may pass.
 func (j *job) judge(err error) error {
 	if err == nil {
-		j.away.worked()
+		j.away.Success()
 		return nil
 	}
 	if errors.Is(err, errForeign) {
 		return err
 	}
+	if _, is := errors.AsType[*tls.CertificateVerificationError](err); is {
+		return fmt.Errorf("the certificate of the Valkey server at %s is not believed (check the host and"+
+			" ca-file in --workers): %w", j.target.Address, err)
+	}
 	refused, isAnswer := valkey.IsValkeyErr(err)
 	if !isAnswer {
-		return j.away.failed(err)
+		return j.endure(&j.away, errValkeyAway, err)
 	}
 	text := refused.Error() // without "ERR "
 	kind, _, _ := strings.Cut(text, " ")
@@ -296,12 +264,11 @@ func (j *job) judge(err error) error {
 	case kind == "JOBLOST" || kind == "NOGROUP":
 		return errJobLost
 	case kind == "JOBFULL" || strings.Contains(text, "OOM command not allowed"): // Redis 6 puts words before that
-		return j.full.failed(err)
+		return j.endure(&j.full, errJobFull, err)
 	case !valkeyconn.IsWrong(err):
-		return j.away.failed(err)
+		return j.endure(&j.away, errValkeyAway, err)
 	}
-	return fmt.Errorf("the Valkey server refuses (check the user, the password, the database and the version in"+
-		" --workers; it must be Valkey, or Redis 6.2 or newer): %w", err)
+	return j.target.Refused("--workers", fmt.Errorf("%w (it must be Valkey, or Redis 6.2 or newer)", err))
 }
 
 // call runs a script of this job, and returns its reply.
@@ -350,9 +317,10 @@ func (j *job) join(ctx context.Context, window int) error {
 		return foreign(err)
 	}
 	if h.input != j.input {
-		return fmt.Errorf("the job belongs to another input, template or --encoding (sha256 %.12s…, here %.12s…): all workers"+
-			" need the same; choose another --job", h.input, j.input)
+		return fmt.Errorf("the job %s belongs to another input, template or --encoding (sha256 %.12s…, here %.12s…):"+
+			" all workers need the same; choose another --job", j.name, h.input, j.input)
 	}
+	j.begun = h.id == id
 	j.id, j.window, j.planned, j.joined = h.id, h.window, h.planned, jobState{h.count, h.dropped}
 	if h.window != window {
 		j.log.Info("the job was begun with another --window, which is used here, too", "window", h.window)
@@ -415,7 +383,7 @@ func (j *job) put(ctx context.Context, index int, line []byte) error {
 	_, err := j.call(ctx, putScript, strconv.Itoa(index), string(line),
 		strconv.FormatInt(j.bytes, 10), millis(jobSilent))
 	if err == nil {
-		j.full.worked()
+		j.full.Success()
 	}
 	return err
 }

@@ -38,7 +38,7 @@ func LookAtJob(ctx context.Context, c *Config) (*JobStatus, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &JobStatus{Name: c.Workers.name(j.input), Requests: v.Requests, Workers: map[string]time.Duration{}}
+	s := &JobStatus{Name: j.name, Requests: v.Requests, Workers: map[string]time.Duration{}}
 	var job, workers map[string]string
 	var left int64
 	var now time.Time
@@ -122,14 +122,22 @@ func (s *JobStatus) Print(w io.Writer) error {
 	return err
 }
 
-// DropJob removes the batch from the server. Its workers end with an error.
-func DropJob(ctx context.Context, c *Config) error {
+// DropJob removes the batch from the server, and returns its name. Its workers end with an error.
+// errors.Is ErrNoJob: there is none.
+func DropJob(ctx context.Context, c *Config) (name string, err error) {
 	j, err := c.Workers.open(ctx, c.Source.fingerprint(), c.WaitForServer, c.Log)
 	if err != nil {
-		return err
+		return "", err
 	}
 	defer j.client.Close()
-	return j.persist(ctx, func(ctx context.Context) error {
-		return j.client.Do(ctx, j.client.B().Unlink().Key(j.keys...).Build()).Error()
+	var removed int64 // by all tries
+	err = j.persist(ctx, func(ctx context.Context) error {
+		n, err := j.client.Do(ctx, j.client.B().Unlink().Key(j.keys...).Build()).AsInt64()
+		removed += n
+		return err
 	})
+	if err == nil && removed == 0 {
+		err = fmt.Errorf("%w: %s", ErrNoJob, j.name)
+	}
+	return j.name, err
 }

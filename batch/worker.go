@@ -82,8 +82,16 @@ func (w *worker) output() bool { return w.b.Output != "-" }
 func (w *worker) look() error {
 	was := w.job.joined
 	w.b.resumed = was.count
-	w.b.Log.Info("sharing the batch with other workers", "job", w.b.Workers.name(w.job.input), "worker", w.job.me,
-		"answered", was.count, "of", w.b.survey.Requests)
+	how := "joined a batch that another worker has begun"
+	if w.job.begun { // perhaps by mistake, with an input that is not quite that of the others
+		how = "began a batch that others share if they have the same input (or --job) and --workers"
+	}
+	output := w.b.Output
+	if !w.output() {
+		output = "none: without -o this worker only helps"
+	}
+	w.b.Log.Info(how, "job", w.job.name, "worker", w.job.me, "output", output, "answered", was.count,
+		"of", w.b.survey.Requests)
 	if was.dropped > 0 && w.output() && w.done() == 0 && w.b.journal.head.Next == 0 && len(w.b.journal.beyond) == 0 {
 		return errDropped(was.dropped)
 	}
@@ -342,7 +350,7 @@ func (w *worker) find(ctx context.Context) (id string, items []item, err error) 
 // return none.
 func (w *worker) entry(ctx context.Context) (found []entry, again bool, err error) {
 	// After an outage, the leases of all workers have ended, and each needs a moment to renew its own.
-	if _, ago := w.job.away.now(); ago > w.job.lease && time.Since(w.claimed) >= jobTryEvery {
+	if time.Since(w.job.away.Ended()) > w.job.lease && time.Since(w.claimed) >= jobTryEvery {
 		w.claimed = time.Now()
 		for cursor := "0-0"; ; {
 			if cursor, found, err = w.job.claim(ctx, cursor); err != nil || len(found) > 0 {

@@ -147,8 +147,10 @@ func TestWorkers(t *testing.T) {
 		len(status.Workers) != 0 || status.Kept > jobEnded || status.Kept <= 0 {
 		t.Errorf("%+v, %v", status, err)
 	}
-	if err := DropJob(t.Context(), &late); err != nil {
-		t.Error(err)
+	for _, want := range []error{nil, ErrNoJob} {
+		if name, err := DropJob(t.Context(), &late); !errors.Is(err, want) || name != status.Name {
+			t.Errorf("%s, %v; want %s, %v", name, err, status.Name, want)
+		}
 	}
 	if status, err := LookAtJob(t.Context(), &late); !errors.Is(err, ErrNoJob) {
 		t.Errorf("%+v, %v", status, err)
@@ -528,13 +530,16 @@ func TestWorkersRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, before := count.sum()
+	key := filepath.Join(t.TempDir(), "key")
+	write(t, key, "a key of 16 bytes or more")
 	for want, change := range map[string]func(c *Config){
 		"another input":     func(c *Config) { c.Source = other.Source },
 		"does not answer":   func(c *Config) { c.Workers.URL, c.WaitForServer = "valkey://127.0.0.1:1", 0 },
 		"DB index":          func(c *Config) { c.Workers.URL += "/4711" },
 		"WRONGPASS":         func(c *Config) { c.Workers.URL = strings.Replace(c.Workers.URL, "//", "//someone:secret@", 1) },
 		"not a URL":         func(c *Config) { c.Workers.URL = "valkey://a:secret@host:b ad" },
-		"--workers: ":       func(c *Config) { c.Workers.URL = "http://host" },
+		"want valkey://":    func(c *Config) { c.Workers.URL = "http://host" },
+		"hide nothing":      func(c *Config) { c.Workers.URL += "?secret-file=" + key },
 		"without --workers": func(c *Config) { c.Output, c.Workers.Job = begun.Output, "two" },
 		"--job-bytes 0":     func(c *Config) { c.Workers.Bytes = 0 },
 		"is being written":  func(c *Config) {},
@@ -555,12 +560,40 @@ func TestWorkersRefused(t *testing.T) {
 		if err == nil {
 			_, err = Run(t.Context(), c)
 		}
-		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "secret") {
+		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "secret@") {
 			t.Errorf("want %s: %v", want, err)
 		}
 	}
 	if _, after := count.sum(); after != before {
 		t.Errorf("%d requests were sent", after-before)
+	}
+}
+
+// TestWorkersTLS: workers share a batch over TLS, with keys that begin as the URL says. A certificate
+// that is not believed ends the batch, which would wait for a server that is away.
+func TestWorkersTLS(t *testing.T) {
+	var count asked
+	const n = 40
+	alone := config(t, counting(t, &count, nil), numbered(n))
+	store := valkeyserver.StartTLS(t)
+	a := sharing(t, alone, store.URL()+"/1?prefix=ours:&ca-file="+store.Authority(), "a", jobLease)
+	b := sharing(t, alone, a.Workers.URL, "b", jobLease)
+	if errs := together(t.Context(), a, b); errs[0] != nil || errs[1] != nil {
+		t.Fatal(errs)
+	}
+	if most, sent := count.sum(); most != 1 || sent != n || read(t, a.Output) != read(t, b.Output) {
+		t.Errorf("%d requests sent, one of them %d times; or the outputs differ", sent, most)
+	}
+	c := store.Client(t)
+	for key, want := range map[string]int64{"ours:{" + a.Workers.name(alone.Source.fingerprint()) + "}:job": 1, "x": 0} {
+		all := c.DoMulti(t.Context(), c.B().Select().Index(1).Build(), c.B().Exists().Key(key).Build())
+		if got, err := all[1].AsInt64(); err != nil || got != want {
+			t.Errorf("%d keys %s, %v; want %d", got, key, err, want)
+		}
+	}
+	a.Workers.URL = store.URL()
+	if _, err := Run(t.Context(), a); err == nil || !strings.Contains(err.Error(), "is not believed (check the host and ca-file in --workers)") {
+		t.Error(err)
 	}
 }
 

@@ -293,3 +293,89 @@ func TestBatchWorkersReal(t *testing.T) {
 	}
 	t.Logf("%d of %d results differ", differ, n)
 }
+
+// TestBatchWorkersEvaluated: workers that share a batch have as little evaluated as one alone, on
+// servers without a host cache, where each change of the prompt's beginning costs: three workers and
+// one, over a proxy before one server and before two.
+func TestBatchWorkersEvaluated(t *testing.T) {
+	const model = "gen-llama-tiny"
+	if _, err := proxyBinary(); err != nil { // before the time is taken
+		t.Fatal(err)
+	}
+	var servers []*realollama.Server
+	for range 2 {
+		servers = append(servers, realollama.Start(t, realollama.Config{
+			Version: realollama.EraC, Models: []string{model}, CacheRAMMiB: new(int),
+		}))
+	}
+	for _, load := range []struct{ prefixes, each int }{{1, 50}, {10, 20}} {
+		f := newWorkersFolder(t, model, load.prefixes, load.each)
+		for before := 1; before <= len(servers); before++ {
+			t.Run(fmt.Sprintf("%d prefixes, %d servers", load.prefixes, before), func(t *testing.T) {
+				began := time.Now()
+				alone, answers := f.evaluated(t, servers[:before], 1)
+				first := time.Since(began)
+				shared, same := f.evaluated(t, servers[:before], 3)
+				t.Logf("%.0f tokens evaluated for one worker in %v, %.0f for three in %v; answers equal: %v", alone,
+					first.Round(time.Second/10), shared, (time.Since(began) - first).Round(time.Second/10), answers == same)
+				// Where requests wait for long, the proxy tries up to three times whether the server keeps
+				// what it puts aside, which costs two prefixes each (docs/lanes.md), and a prefix may be evaluated
+				// on both servers. Workers out of step would change the prefix with every few requests: ten
+				// times as much.
+				if shared > 2*alone {
+					t.Errorf("three workers evaluate %.0f tokens, one evaluates %.0f", shared, alone)
+				}
+				// The engine's own answers vary now and then: see TestAnswers in realollama.
+				one, three := strings.SplitAfter(answers, "\n"), strings.SplitAfter(same, "\n")
+				differ := 0
+				for i := range min(len(one), len(three)) {
+					if one[i] != three[i] {
+						differ++
+					}
+				}
+				if len(one) != len(three) || differ*20 > len(one) {
+					t.Errorf("%d and %d results, of which %d differ", len(one)-1, len(three)-1, differ)
+				}
+			})
+		}
+	}
+}
+
+// evaluated runs so many workers at once through a proxy of their own before servers that have nothing
+// loaded. It returns how many tokens were evaluated, and the output, which is that of each worker.
+func (f *workersFolder) evaluated(t *testing.T, servers []*realollama.Server, workers int) (tokens float64, output string) {
+	t.Helper()
+	t.Run(fmt.Sprintf("%d workers", workers), func(t *testing.T) { // which ends the proxy
+		var flags []string
+		for _, s := range servers {
+			unloadAll(t, s)
+			if s != servers[0] {
+				flags = append(flags, "--upstream", s.URL())
+			}
+		}
+		p := startProxy(t, servers[0].URL(), flags...)
+		job := fmt.Sprintf("%d-%d", len(servers), workers)
+		var log lockedBuffer
+		var cmds []*exec.Cmd
+		for i := range workers {
+			cmd := f.command(&log, p.URL, fmt.Sprintf("%s-%d.jsonl", job, i), "--concurrency", "auto",
+				"--workers", f.store.URL(), "--job", job)
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			cmds = append(cmds, cmd)
+		}
+		for i, cmd := range cmds {
+			if err := cmd.Wait(); err != nil {
+				t.Fatalf("%v\n%s", err, log.String())
+			}
+			text := f.read(fmt.Sprintf("%s-%d.jsonl", job, i))
+			if i > 0 && text != output {
+				t.Errorf("the outputs of workers 0 and %d differ", i)
+			}
+			output = text
+		}
+		tokens = p.Metric(t, `ollama_cacheproxy_prompt_tokens_total{kind="evaluated"`)
+	})
+	return tokens, output
+}

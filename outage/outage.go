@@ -19,7 +19,7 @@ type Outage struct {
 
 	mu     sync.Mutex // guards everything below
 	since  time.Time  // zero: it can be used
-	ended  time.Time  // the last time that it could not
+	ended  time.Time  // when the last outage ended
 	wait   time.Duration
 	next   time.Time // no try before
 	err    error     // of the last try
@@ -80,6 +80,23 @@ func (o *Outage) State() (down bool, failed uint64) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return !o.since.IsZero(), o.failed
+}
+
+// Lasted returns for how long it has been unusable; 0: it can be used.
+func (o *Outage) Lasted() time.Duration {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.since.IsZero() {
+		return 0
+	}
+	return time.Since(o.since)
+}
+
+// Ended returns when the last outage that is over ended; zero: there was none.
+func (o *Outage) Ended() time.Time {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.ended
 }
 
 // Next returns when it may be tried again, after a failure.

@@ -37,3 +37,24 @@ func TestAgain(t *testing.T) {
 		}
 	})
 }
+
+// TestLasted: how long an outage has lasted, and when the last one ended.
+func TestLasted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o := Outage{Log: slog.New(slog.DiscardHandler)}
+		if o.Lasted() != 0 || !o.Ended().IsZero() {
+			t.Errorf("before the first, one lasts %v, or ended at %v", o.Lasted(), o.Ended())
+		}
+		o.Failure(errors.New("why"))
+		time.Sleep(time.Second)
+		o.Failure(errors.New("why"))
+		if o.Lasted() != time.Second || !o.Ended().IsZero() {
+			t.Errorf("it lasts %v, want a second, and ended at %v", o.Lasted(), o.Ended())
+		}
+		o.Success()
+		time.Sleep(time.Second)
+		if o.Lasted() != 0 || time.Since(o.Ended()) != time.Second {
+			t.Errorf("it lasts %v, and ended %v ago", o.Lasted(), time.Since(o.Ended()))
+		}
+	})
+}

@@ -1,19 +1,31 @@
 package valkeyconn
 
 import (
+	"context"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"net/url"
 	"os"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/valkey-io/valkey-go"
 )
 
 // schemes are those of the URLs that Parse takes.
 var schemes = []string{"valkey", "valkeys", "redis", "rediss"}
+
+// The parameters of URLs that are ours, and those that valkey-go reads.
+var (
+	ours   = []string{"ca-file", "prefix", "secret-file"}
+	theirs = []string{
+		"addr", "client_cache", "client_name", "db", "dial_timeout", "master_set", "max_retries", "protocol",
+		"skip_verify", "write_timeout",
+	}
+)
 
 // ErrScheme is Parse's error for something that is not meant to be the URL of a Valkey or Redis server.
 var ErrScheme = errors.New("want valkey://, valkeys://, redis:// or rediss://, such as valkey://host:6379")
@@ -42,6 +54,12 @@ func Redacted(target string) string {
 	return u.Redacted()
 }
 
+// Wrong is the error of a setting, such as --shared, whose target Parse or Open refuses. It quotes no
+// password.
+func Wrong(setting, target string, err error) error {
+	return fmt.Errorf("%s %s: %w", setting, Redacted(target), err)
+}
+
 // Target is what a URL names. Make it with Parse.
 type Target struct {
 	Address string // host:port
@@ -52,7 +70,7 @@ type Target struct {
 }
 
 // Parse parses a URL: valkey://[user:password@]host[:port][/database], valkeys:// with TLS, redis://
-// and rediss:// for the same. Three parameters are ours: secret-file=PATH, a file that all proxies have
+// and rediss:// for the same. Three parameters are ours (and valkey-go's are taken, too): secret-file=PATH, a file that all proxies have
 // and the server has not; ca-file=PATH, certificate authorities to believe instead of the system's; and
 // prefix=TEXT, which begins all keys. Without it, they begin with the argument. No error quotes a
 // password.
@@ -69,6 +87,13 @@ func Parse(target, prefix string) (Target, error) {
 		return Target{}, errors.New("the address of the Valkey server is not a URL like valkey://host:6379")
 	}
 	q := u.Query()
+	for name := range q {
+		// A misspelled ca-file would otherwise be found out only by a certificate that is not believed.
+		if !slices.Contains(ours, name) && !slices.Contains(theirs, name) {
+			return Target{}, fmt.Errorf("the address of the Valkey server has a parameter %q; there are %s",
+				name, strings.Join(ours, ", "))
+		}
+	}
 	t := Target{Prefix: prefix}
 	if q.Has("prefix") {
 		t.Prefix = q.Get("prefix")
@@ -79,8 +104,8 @@ func Parse(target, prefix string) (Target, error) {
 		}
 	}
 	authorities := q.Get("ca-file")
-	for _, ours := range []string{"prefix", "secret-file", "ca-file"} {
-		q.Del(ours)
+	for _, name := range ours {
+		q.Del(name)
 	}
 	u.RawQuery = q.Encode()
 	if t.option, err = valkey.ParseURL(u.String()); err != nil {
@@ -91,6 +116,35 @@ func Parse(target, prefix string) (Target, error) {
 		err = t.believe(authorities)
 	}
 	return t, err
+}
+
+// Option returns what every connection to the target has in common. The caller may change the copy.
+func (t Target) Option() valkey.ClientOption {
+	o := t.option
+	o.ClientName = "ollama-cacheproxy"
+	o.ForceSingleClient = true
+	o.DisableCache = true // what is kept in this process is kept elsewhere
+	o.DisableRetry = true // a call fails instead
+	return o
+}
+
+// Connect connects with an Option.
+func Connect(o valkey.ClientOption) (valkey.Client, error) {
+	c, err := valkey.NewClient(o)
+	switch {
+	case o.TLSConfig == nil && (errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)):
+		err = fmt.Errorf("%w (if the server wants TLS, begin its URL with valkeys:// or rediss://)", err)
+	case o.TLSConfig != nil && errors.Is(err, context.DeadlineExceeded): // one without TLS waits for more
+		err = fmt.Errorf("%w (if the server has no TLS, begin its URL with valkey:// or redis://)", err)
+	}
+	return c, err
+}
+
+// Refused is the error of a server that refuses what a setting, such as --shared, has it asked for,
+// where IsWrong says that time does not mend it.
+func (t Target) Refused(setting string, err error) error {
+	return fmt.Errorf("the Valkey server at %s refuses (check the user, the password and the database in"+
+		" %s): %w", t.Address, setting, err)
 }
 
 // believe has the server's certificate checked against the authorities in a file.

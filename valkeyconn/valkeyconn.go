@@ -8,7 +8,6 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net"
 	"slices"
@@ -58,6 +57,7 @@ type Options struct {
 type Conn struct {
 	options Options
 	target  Target
+	dialing valkey.ClientOption
 	outage  *outage.Outage
 
 	client atomic.Pointer[client] // nil: gone
@@ -88,21 +88,16 @@ func Open(target Target, options Options) (*Conn, error) {
 		Log: options.Log, Gone: options.Gone, Back: options.Back, Args: []any{"server", target.Address},
 		First: firstTry, Most: lastTry,
 	}
-	o := &c.target.option
-	o.ClientName = "ollama-cacheproxy"
-	o.ForceSingleClient = true
-	o.DisableCache = true     // what is kept in this process is kept elsewhere
-	o.DisableRetry = true     // a call fails instead
-	o.AlwaysPipelining = true // a call that ends early does not end the connection
-	o.PipelineMultiplex = 1
-	o.Dialer.Timeout = Wait
-	o.ConnWriteTimeout = Wait
-	o.DialCtxFn = c.dial
+	c.dialing = target.Option()
+	c.dialing.AlwaysPipelining = true // a call that ends early does not end the connection
+	c.dialing.PipelineMultiplex = 1
+	c.dialing.Dialer.Timeout = Wait
+	c.dialing.ConnWriteTimeout = Wait
+	c.dialing.DialCtxFn = c.dial
 	if err := c.connect(); err != nil {
 		if IsWrong(err) {
 			c.stop()
-			return nil, fmt.Errorf("the Valkey server at %s refuses this proxy (check the user, the password"+
-				" and the database in %s): %w", target.Address, options.Setting, err)
+			return nil, target.Refused(options.Setting, err)
 		}
 		c.outage.Failure(err)
 	}
@@ -125,7 +120,7 @@ func (c *Conn) dial(
 
 // connect makes the server usable, if it is there.
 func (c *Conn) connect() error {
-	fresh, err := valkey.NewClient(c.target.option)
+	fresh, err := Connect(c.dialing)
 	if err != nil {
 		return err
 	}

@@ -5,13 +5,8 @@ package valkeyconn_test
 import (
 	"bytes"
 	"context"
-	"crypto/tls"
-	"encoding/pem"
 	"errors"
-	"io"
 	"log/slog"
-	"net"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -61,6 +56,7 @@ func TestParse(t *testing.T) {
 		"valkey://h?ca-file=" + file:      "valkeys://",
 		"valkeys://h?ca-file=" + file:     "no certificate",
 		"valkeys://h?ca-file=/no/file":    "no such file",
+		"valkeys://h?ca_file=" + file:     "ca-file, prefix, secret-file",
 	} {
 		_, err := valkeyconn.Parse(target, "")
 		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "hunter2") {
@@ -256,59 +252,18 @@ func FuzzParse(f *testing.F) {
 	})
 }
 
-// secured is the address of a TLS server before another one, and a file with the authority of its
-// certificate, which is its own.
-func secured(t *testing.T, server string) (address, authority string) {
-	t.Helper()
-	front := httptest.NewUnstartedServer(nil) // for its certificate
-	front.StartTLS()
-	front.Close()
-	ln, err := tls.Listen("tcp", "127.0.0.1:0", front.TLS)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var conns sync.WaitGroup
-	conns.Go(func() {
-		for {
-			in, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			out, err := net.Dial("tcp", server)
-			if err != nil {
-				t.Error(err)
-				in.Close()
-				return
-			}
-			for _, to := range []struct{ to, from net.Conn }{{in, out}, {out, in}} {
-				conns.Go(func() {
-					io.Copy(to.to, to.from)
-					to.to.Close()
-				})
-			}
-		}
-	})
-	t.Cleanup(func() {
-		ln.Close()
-		conns.Wait()
-	})
-	authority = filepath.Join(t.TempDir(), "ca.pem")
-	text := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: front.Certificate().Raw})
-	if err := os.WriteFile(authority, text, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return ln.Addr().String(), authority
-}
-
 // TestTLS: a certificate is believed if its authority is in the file, and otherwise the server is not
-// used.
+// used. Whoever forgets TLS, or asks for it in vain, is told.
 func TestTLS(t *testing.T) {
-	server := valkeyserver.Start(t, "--requirepass", "hunter2")
-	address, authority := secured(t, server.Addr())
-	for target, ok := range map[string]bool{
-		"valkeys://:hunter2@" + address + "?ca-file=" + authority: true,
-		"rediss://:hunter2@" + address + "?ca-file=" + authority:  true,
-		"valkeys://:hunter2@" + address:                           false,
+	plain := valkeyserver.Start(t).Addr()
+	server := valkeyserver.StartTLS(t, "--requirepass", "hunter2")
+	address, authority := server.Addr(), server.Authority()
+	for target, want := range map[string]string{
+		"valkeys://:hunter2@" + address + "/3?ca-file=" + authority: "",
+		"rediss://:hunter2@" + address + "?ca-file=" + authority:    "",
+		"valkeys://:hunter2@" + address:                             "unknown authority",
+		"valkey://:hunter2@" + address:                              "begin its URL with valkeys://",
+		"valkeys://:hunter2@" + plain:                               "begin its URL with valkey://",
 	} {
 		parsed, err := valkeyconn.Parse(target, "")
 		if err != nil {
@@ -319,10 +274,10 @@ func TestTLS(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if ok { // at once, or later on a machine that has no time for it
+		if want == "" { // at once, or later on a machine that has no time for it
 			valkeyserver.Until(t, "it answers", func() bool { return c.Call(context.Background(), 0, ping) == nil })
-		} else if err := c.Call(context.Background(), 0, ping); !errors.Is(err, valkeyconn.ErrGone) {
-			t.Errorf("%s: %v", target, err)
+		} else if err := c.Call(context.Background(), 0, ping); !errors.Is(err, valkeyconn.ErrGone) || log.count(want) != 1 {
+			t.Errorf("%s: %v; %d times %s", target, err, log.count(want), want)
 		}
 		if log.count("hunter2") != 0 {
 			t.Error("the password is logged")

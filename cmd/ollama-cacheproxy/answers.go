@@ -19,7 +19,7 @@ func (s *serveCmd) openAnswers(log *slog.Logger) (answers.Store, error) {
 		log.Warn("answers are kept in memory alone until a restart", "err", err)
 		return answers.NewMemory(limits), nil
 	case err != nil:
-		return nil, fmt.Errorf("--answers-store %s: %w", valkeyconn.Redacted(s.AnswersStore), err)
+		return nil, valkeyconn.Wrong("--answers-store", s.AnswersStore, err)
 	}
 	return store, nil
 }
@@ -27,7 +27,7 @@ func (s *serveCmd) openAnswers(log *slog.Logger) (answers.Store, error) {
 // checkAnswers checks the store.
 func (s *serveCmd) checkAnswers() error {
 	if err := answers.Check(s.AnswersStore); err != nil {
-		return fmt.Errorf("--answers-store %s: %w", valkeyconn.Redacted(s.AnswersStore), err)
+		return valkeyconn.Wrong("--answers-store", s.AnswersStore, err)
 	}
 	return nil
 }

@@ -44,7 +44,7 @@ type batchCmd struct {
 	Upstream []string      `env:"-" placeholder:"[NAME=]ADDR" help:"Run a separate proxy in front of these Ollama servers for this batch. Repeatable."`
 	Slots    []string      `placeholder:"[NAME=]N" help:"With --upstream: slots per model, as for serve. Default: auto."`
 
-	Workers   string `placeholder:"URL" help:"Share the batch with all others that are given the same input and the same Valkey or Redis server (6.2 or newer): valkey://[USER:PASSWORD@]HOST[:PORT][/DATABASE]. Each has the whole output if it has -o; without -o it only helps."`
+	Workers   string `placeholder:"URL" help:"Share the batch with all others that are given the same input and the same Valkey or Redis server (6.2 or newer): valkey://[USER:PASSWORD@]HOST[:PORT][/DATABASE], or valkeys://…[?ca-file=FILE] with TLS. Each has the whole output if it has -o; without -o it only helps."`
 	Job       string `env:"-" placeholder:"NAME" help:"With --workers: the name of what is shared. Default: made of the input."`
 	JobBytes  int64  `default:"${jobbytes}" placeholder:"BYTES" help:"With --workers: memory of the Valkey server for the answers. When they are more, those that every worker has are dropped there. Default: 1073741824 (1 GiB)."`
 	JobStatus bool   `env:"-" help:"With --workers, send nothing: show how far the job is."`
@@ -192,7 +192,12 @@ func (b *batchCmd) workers() (*batch.Workers, error) {
 // job is --job-status and --job-drop.
 func (b *batchCmd) job(ctx context.Context, c *console, config *batch.Config) error {
 	if b.JobDrop {
-		return batch.DropJob(ctx, config)
+		name, err := batch.DropJob(ctx, config)
+		if err != nil {
+			return err
+		}
+		_, err = fmt.Fprintf(c.stdout, "job %s is removed; outputs that it has begun can be finished without --workers\n", name)
+		return err
 	}
 	status, err := batch.LookAtJob(ctx, config)
 	if err != nil {

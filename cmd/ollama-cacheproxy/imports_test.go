@@ -21,7 +21,7 @@ func TestImports(t *testing.T) {
 		"valkeyconn":            {"outage"},
 		"answers":               {"jsonscan", "outage", "prefix", "valkeyconn"},
 		"answers/forms":         {"jsonscan"},
-		"batch":                 {"jsonscan", "prefix", "valkeyconn"},
+		"batch":                 {"jsonscan", "outage", "prefix", "valkeyconn"},
 		"batches":               {"batch"},
 		"contextstore":          {"outage", "prefix", "valkeyconn"},
 		"engine":                {},

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"log/slog"
 	"sync"
 	"sync/atomic"
@@ -55,7 +54,7 @@ func (s *serveCmd) openShared(log *slog.Logger) (*together, error) {
 	}
 	target, err := valkeyconn.Parse(s.Shared, sharedPrefix)
 	if err != nil {
-		return nil, fmt.Errorf("--shared %s: %w", valkeyconn.Redacted(s.Shared), err)
+		return nil, valkeyconn.Wrong("--shared", s.Shared, err)
 	}
 	conn, err := valkeyconn.Open(target, valkeyconn.Options{
 		Setting: "--shared",
@@ -64,7 +63,7 @@ func (s *serveCmd) openShared(log *slog.Logger) (*together, error) {
 		Log:     log,
 	})
 	if err != nil {
-		return nil, fmt.Errorf("--shared %s: %w", valkeyconn.Redacted(s.Shared), err)
+		return nil, valkeyconn.Wrong("--shared", s.Shared, err)
 	}
 	t := &together{
 		conn: conn, limits: shared.NewLimits(conn), learned: shared.NewLearned(conn), known: make(chan struct{}),
@@ -146,7 +145,7 @@ func (s *serveCmd) checkShared() error {
 		return nil
 	}
 	if _, err := valkeyconn.Parse(s.Shared, sharedPrefix); err != nil {
-		return fmt.Errorf("--shared %s: %w", valkeyconn.Redacted(s.Shared), err)
+		return valkeyconn.Wrong("--shared", s.Shared, err)
 	}
 	return nil
 }

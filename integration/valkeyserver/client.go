@@ -12,9 +12,11 @@ import (
 // Client returns a client of the server, which is closed when the test ends.
 func (s *Server) Client(t testing.TB) valkey.Client {
 	t.Helper()
-	c, err := valkey.NewClient(valkey.ClientOption{
-		InitAddress: []string{s.Addr()}, DisableCache: true, ForceSingleClient: true,
-	})
+	option := valkey.ClientOption{InitAddress: []string{s.Addr()}, DisableCache: true, ForceSingleClient: true}
+	if s.tls != nil {
+		option.TLSConfig = s.tls.config
+	}
+	c, err := valkey.NewClient(option)
 	if err != nil {
 		t.Fatal(err)
 	}

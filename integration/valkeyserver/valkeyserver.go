@@ -81,6 +81,7 @@ func Program(ctx context.Context) (path string, env []string, err error) {
 type Server struct {
 	t    testing.TB
 	port int
+	tls  *identity // nil: no TLS
 	args []string
 	cmd  *exec.Cmd
 	done chan struct{} // closed when the process has ended
@@ -90,7 +91,19 @@ type Server struct {
 // "--maxmemory", "10mb".
 func Start(t testing.TB, args ...string) *Server {
 	t.Helper()
-	s := &Server{t: t, args: args}
+	return start(t, nil, args)
+}
+
+// StartTLS starts a server that speaks TLS alone, with a certificate for 127.0.0.1 whose authority is
+// in the file Authority.
+func StartTLS(t testing.TB, args ...string) *Server {
+	t.Helper()
+	return start(t, newIdentity(t), args)
+}
+
+func start(t testing.TB, secure *identity, args []string) *Server {
+	t.Helper()
+	s := &Server{t: t, tls: secure, args: args}
 	t.Cleanup(s.Kill)
 	for range 5 { // another process may take the port meanwhile
 		ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -110,8 +123,21 @@ func Start(t testing.TB, args ...string) *Server {
 // Addr is the server's address.
 func (s *Server) Addr() string { return fmt.Sprintf("127.0.0.1:%d", s.port) }
 
-// URL is the server's address as a URL.
-func (s *Server) URL() string { return "valkey://" + s.Addr() }
+// URL is the server's address as a URL, without the parameter ca-file that TLS needs.
+func (s *Server) URL() string {
+	if s.tls != nil {
+		return "valkeys://" + s.Addr()
+	}
+	return "valkey://" + s.Addr()
+}
+
+// Authority is a file with the authority of the server's certificate; "": it has none.
+func (s *Server) Authority() string {
+	if s.tls != nil {
+		return s.tls.cert
+	}
+	return ""
+}
 
 // Restart starts the server again after Kill, empty and at the same address.
 func (s *Server) Restart() {
@@ -128,8 +154,14 @@ func (s *Server) start() bool {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	s.cmd = exec.Command(path, append([]string{"--port", fmt.Sprint(s.port), "--bind", "127.0.0.1",
-		"--save", "", "--appendonly", "no", "--daemonize", "no", "--dir", s.t.TempDir()}, s.args...)...)
+	args := []string{"--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--daemonize", "no", "--dir", s.t.TempDir()}
+	if s.tls == nil {
+		args = append(args, "--port", fmt.Sprint(s.port))
+	} else {
+		args = append(args, "--port", "0", "--tls-port", fmt.Sprint(s.port), "--tls-cert-file", s.tls.cert,
+			"--tls-key-file", s.tls.key, "--tls-ca-cert-file", s.tls.cert, "--tls-auth-clients", "no")
+	}
+	s.cmd = exec.Command(path, append(args, s.args...)...)
 	s.cmd.Env = append(os.Environ(), env...)
 	out, err := s.cmd.StdoutPipe()
 	if err != nil {

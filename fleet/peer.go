@@ -27,6 +27,7 @@ type peer struct {
 	listed  bool                         // a Source says that a peer is at the address
 	report  *Report                      // the last one; nil: away
 	last    *Report                      // … also when it is away; nil: it was never there
+	changed bool                         // the report differs from what was last concluded from
 	gone    chan struct{}                // closed when it goes away; nil: away
 	err     error                        // why it is away; nil before the first try
 	told    bool                         // the log says that it is away
@@ -113,8 +114,7 @@ func (p *peer) heard(r *Report) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	before := p.report // of the same process: a connection ends with it
-	same := before != nil && r.Servers == nil && r.Draining == before.Draining
-	r.fill(before)
+	changed := r.since(before)
 	if p.report, p.last = r, r; p.gone == nil {
 		p.gone, p.since = make(chan struct{}), time.Now()
 		if p.told {
@@ -128,11 +128,19 @@ func (p *peer) heard(r *Report) {
 		f.seen.put(s, false)
 	}
 	r.Seen = nil
-	if same {
+	if changed == nothing {
 		return
 	}
-	f.sent.reset(r.ID)
-	f.look()
+	for _, s := range r.Servers {
+		if s.Owned && len(s.Learned) > 0 {
+			f.learned[s.Name] = s.Learned
+		}
+	}
+	if p.changed = true; changed == figures {
+		f.lookSoon()
+	} else {
+		f.look()
+	}
 	if slices.ContainsFunc(r.Servers, func(s Server) bool { return len(s.Backlogs) > 0 }) {
 		f.Idle()
 	}
@@ -153,13 +161,14 @@ func (p *peer) lost(err error) (was bool) {
 			f.Log.Warn("peer does not answer; this proxy goes on without it", "address", p.addr,
 				"err", err)
 		}
+		f.wake()
 		return false
 	}
 	name, left := p.report.Name, p.report.Draining
 	close(p.gone)
 	f.forgets(p.report.ID)
 	f.sent.reset(p.report.ID)
-	p.report, p.gone, p.since = nil, nil, time.Now()
+	p.report, p.gone, p.since, p.changed = nil, nil, time.Now(), false
 	f.absent[name] = p
 	if !p.listed {
 		f.drop(p)

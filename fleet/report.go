@@ -1,6 +1,7 @@
 package fleet
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"reflect"
@@ -166,15 +167,25 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// fill completes a line from the one before it, where that says that something is the same.
-func (r *Report) fill(before *Report) {
-	if before == nil {
-		return
-	}
-	if r.Servers == nil {
+// since completes a line from the one before it, where that says that something is the same, and
+// returns how much is new.
+func (r *Report) since(before *Report) difference {
+	switch {
+	case before == nil:
+		return standing
+	case r.Servers == nil:
 		r.Servers = before.Servers
-		return
+	default:
+		r.fill(before)
 	}
+	if r.Draining != before.Draining {
+		return standing
+	}
+	return differ(before.Servers, r.Servers)
+}
+
+// fill adds the models that a line leaves out.
+func (r *Report) fill(before *Report) {
 	models := make(map[string][]string, len(before.Servers))
 	for _, b := range before.Servers {
 		models[b.Name] = b.Models
@@ -184,4 +195,33 @@ func (r *Report) fill(before *Report) {
 			s.Models = models[s.Name]
 		}
 	}
+}
+
+// difference is how much is new about a proxy's servers.
+type difference int
+
+const (
+	nothing  difference = iota
+	figures             // of load, and what was learned: what decides over nothing but the order
+	standing            // which servers there are, who may own them, and what they can serve
+)
+
+// differ compares what a proxy has said of its servers with what it says now.
+func differ(before, now []Server) difference {
+	if len(before) != len(now) {
+		return standing
+	}
+	all := nothing
+	for i := range now {
+		s, t := &before[i], &now[i]
+		if s.Name != t.Name || s.Beside != t.Beside || s.Takes != t.Takes || s.Slots != t.Slots ||
+			!slices.Equal(s.Models, t.Models) || !slices.Equal(s.Loaded, t.Loaded) {
+			return standing
+		}
+		if s.Owned != t.Owned || s.Wait != t.Wait || s.Running != t.Running || s.Waiting != t.Waiting ||
+			!slices.Equal(s.Backlogs, t.Backlogs) || !bytes.Equal(s.Learned, t.Learned) {
+			all = figures
+		}
+	}
+	return all
 }

@@ -8,6 +8,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 )
 
 // fed returns a fleet whose peers are fed by hand, and which runs until the test ends.
@@ -138,6 +140,58 @@ func TestConclusionsHere(t *testing.T) {
 		}
 		if f.Drain(); !f.view.Load().members[0].draining {
 			t.Error("this proxy's own draining is not known at once")
+		}
+	})
+}
+
+// TestForgotten: of servers, owners and models that come and go nothing is kept for ever. What was
+// learned of a server is kept as long as a proxy has it, or had it before it went away a while ago.
+func TestForgotten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := fed(t, func() []Server { return []Server{{Name: "mine", Takes: true}} })
+		p := f.feed("there:1")
+		learned := func(server, id string) *Report {
+			return reportOf(id, func(s *Server) { s.Name, s.Owned, s.Learned = server, true, []byte("{}") })
+		}
+		kept := func() int {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			return len(f.learned)
+		}
+		p.heard(learned("mine", "there"))
+		for i := range 100 {
+			server := fmt.Sprint("server", i)
+			p.heard(learned(server, "there"))
+			f.expect(server, true)
+			f.inVain(offered{Backlog{Options: prefix.Options{Model: server}}, p, p.addr})
+			time.Sleep(reportEvery)
+		}
+		if n := kept(); n != 2 {
+			t.Errorf("of %d servers it is known what was learned, not of 2", n)
+		}
+		f.mu.Lock()
+		if len(f.given) > 2 || len(p.vain) > 2 {
+			t.Errorf("%d servers were given something, and %d backlogs gave nothing", len(f.given), len(p.vain))
+		}
+		f.mu.Unlock()
+		p.lost(errReset)
+		if time.Sleep(awayFor / 2); kept() != 2 {
+			t.Errorf("a while later of %d, not of 2", kept())
+		}
+		if time.Sleep(awayFor); kept() != 1 {
+			t.Errorf("long after of %d, not of this proxy's own alone", kept())
+		}
+		for i := range 100 { // each process has an ID of its own
+			id := fmt.Sprint("id", i)
+			p.heard(learned("s", id))
+			p.lost(errReset)
+			f.sent.add(id, "s") // by a request that chose it just before
+		}
+		time.Sleep(2 * reportLeast)
+		f.sent.mu.Lock()
+		defer f.sent.mu.Unlock()
+		if n := len(f.sent.n); n > 1 {
+			t.Errorf("it is counted what was sent to %d processes that are gone", n)
 		}
 	})
 }

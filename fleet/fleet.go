@@ -115,7 +115,7 @@ type Fleet struct {
 	absent map[string]*peer
 	local  []Server
 	owned  map[string]bool // by the names of this proxy's servers
-	// learned is what owners have reported of their servers, by the servers' names.
+	// learned is what owners have reported of their servers, by the names of those that some proxy has.
 	learned map[string][]byte
 	given   map[string]time.Time // when a server of this proxy was last given requests
 	counts  Counts
@@ -336,6 +336,9 @@ func (f *Fleet) look() {
 		})
 	}
 	v := conclude(members)
+	maps.DeleteFunc(f.learned, func(server string, _ []byte) bool { return v.places[server] == nil })
+	maps.DeleteFunc(f.given, func(server string, _ time.Time) bool { return v.places[server] == nil })
+	f.sent.keep(ids)
 	f.view.Store(v)
 	f.wake()
 	f.change(v)

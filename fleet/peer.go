@@ -167,7 +167,6 @@ func (p *peer) lost(err error) (was bool) {
 	name, left := p.report.Name, p.report.Draining
 	close(p.gone)
 	f.forgets(p.report.ID)
-	f.sent.reset(p.report.ID)
 	p.report, p.gone, p.since, p.changed = nil, nil, time.Now(), false
 	f.absent[name] = p
 	if !p.listed {

@@ -443,7 +443,6 @@ func (f *Fleet) backlogs() (all []offered) {
 				if at, ok := p.vain[b.Options]; ok && time.Since(at) < reportEvery {
 					continue
 				}
-				delete(p.vain, b.Options)
 				all = append(all, offered{b, p, p.addr})
 			}
 		}
@@ -461,6 +460,7 @@ func (f *Fleet) inVain(b offered) {
 	if b.peer.vain == nil {
 		b.peer.vain = map[prefix.Options]time.Time{}
 	}
+	maps.DeleteFunc(b.peer.vain, func(_ prefix.Options, at time.Time) bool { return time.Since(at) >= reportEvery })
 	b.peer.vain[b.Options] = time.Now()
 }
 

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 )
 
 // lab has some proxies in a network in memory, in virtual time.
@@ -39,6 +40,8 @@ type proxy struct {
 	source        Source // if nil, of all hosts
 	waits, serves time.Duration
 	drops         bool // it closes the connection instead of serving the request
+	give          func(schedule.Taker) int
+	taker         func(server string, o prefix.Options) (schedule.Taker, bool)
 	srv           *http.Server
 	stop          func()
 }
@@ -93,7 +96,7 @@ func (m *proxy) start(hosts []string) {
 			defer m.lab.mu.Unlock()
 			return slices.Clone(m.servers)
 		},
-		Log: slog.New(slog.DiscardHandler),
+		Give: m.give, Taker: m.taker, Log: slog.New(slog.DiscardHandler),
 	}
 	m.Fleet = New(c)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -156,12 +159,17 @@ func (m *proxy) serve(ctx context.Context, p *Passed, text string) error {
 
 // pass passes a request on from a proxy.
 func (l *lab) pass(from string, to Place, text string) (string, error) {
+	return l.move(from, to, text, 0)
+}
+
+// move passes a request on that another proxy's servers took over some times.
+func (l *lab) move(from string, to Place, text string, moves int) (string, error) {
 	m := l.proxies[from]
 	out, err := http.NewRequest(http.MethodPost, "/api/chat", nil)
 	if err != nil {
 		l.t.Error(err)
 	}
-	res, err := m.Pass(out, to, About{Client: "somebody\n", Server: to.Server},
+	res, err := m.Pass(out, to, About{Client: "somebody\n", Server: to.Server, Moves: moves},
 		bytes.NewReader([]byte(text)), int64(len(text)))
 	if err != nil {
 		return "", err

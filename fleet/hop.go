@@ -73,17 +73,11 @@ func (f *Fleet) Pass(
 	stop := context.AfterFunc(out.Context(), func() { cancel(context.Cause(out.Context())) })
 	hop := &hop{data: body, end: make(chan struct{}), conn: make(chan chan struct{}, 8), cancel: cancel}
 	// The context is a new one, so that what traces out does not see the 102.
-	traced := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+	traced := httptrace.WithClientTrace(hop.trace(ctx), &httptrace.ClientTrace{
 		GotConn: func(info httptrace.GotConnInfo) {
 			if c := watchedOf(info.Conn); c != nil {
 				hop.conn <- c.closed
 			}
-		},
-		Got1xxResponse: func(code int, _ textproto.MIMEHeader) error {
-			if code == http.StatusProcessing && !hop.settle(begun) {
-				return ErrGone
-			}
-			return nil
 		},
 	})
 	req := out.Clone(traced)
@@ -213,7 +207,7 @@ type hop struct {
 	data   io.Reader
 	state  atomic.Int32
 	end    chan struct{}      // closed when the state is no longer pending
-	conn   chan chan struct{} // the connection that it got: watchedConn.closed
+	conn   chan chan struct{} // the connections that it got: watchedConn.closed
 	cancel context.CancelCauseFunc
 }
 
@@ -246,6 +240,18 @@ func (h *hop) settle(to int32) bool {
 		return true
 	}
 	return h.state.Load() == to || to == answered
+}
+
+// trace returns a context for a request with this body, which ends it when its owner asks for that.
+func (h *hop) trace(ctx context.Context) context.Context {
+	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		Got1xxResponse: func(code int, _ textproto.MIMEHeader) error {
+			if code == http.StatusProcessing && !h.settle(begun) {
+				return ErrGone
+			}
+			return nil
+		},
+	})
 }
 
 func (h *hop) Read(p []byte) (int, error) {

@@ -30,10 +30,11 @@ type peer struct {
 	changed bool                         // the report differs from what was last concluded from
 	gone    chan struct{}                // closed when it goes away; nil: away
 	err     error                        // why it is away; nil before the first try
-	told    bool                         // the log says that it is away
+	told    bool                         // the log says that it is away …
+	foreign bool                         // … and that it does not take this proxy for a peer, or the reverse
 	since   time.Time                    // of the present state
 	vain    map[prefix.Options]time.Time // when it was last asked for requests with these, and gave none
-	foreign bool                         // … and that it does not take this proxy for a peer, or the reverse
+	mute    bool                         // it did not answer when it was asked for requests
 }
 
 func newPeer(f *Fleet, addr string) *peer {
@@ -115,6 +116,7 @@ func (p *peer) heard(r *Report) {
 	defer f.mu.Unlock()
 	before := p.report // of the same process: a connection ends with it
 	changed := r.since(before)
+	p.mute = false
 	if p.report, p.last = r, r; p.gone == nil {
 		p.gone, p.since = make(chan struct{}), time.Now()
 		if p.told {

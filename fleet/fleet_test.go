@@ -40,6 +40,7 @@ type proxy struct {
 	source        Source // if nil, of all hosts
 	waits, serves time.Duration
 	drops         bool // it closes the connection instead of serving the request
+	declines      func(w http.ResponseWriter, p *Passed) bool
 	give          func(schedule.Taker) int
 	taker         func(server string, o prefix.Options) (schedule.Taker, bool)
 	srv           *http.Server
@@ -134,6 +135,9 @@ func (m *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	text, err := io.ReadAll(r.Body)
 	if err != nil {
 		panic(http.ErrAbortHandler)
+	}
+	if m.declines != nil && m.declines(w, p) {
+		return
 	}
 	if m.serve(r.Context(), p, string(text)) != nil {
 		panic(http.ErrAbortHandler)
@@ -383,6 +387,65 @@ func TestPassLeft(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestDeclined: a request that its owner declines costs no connection, and is never sent by it, although
+// its body ends.
+func TestDeclined(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newPair(t)
+		later := make(chan error, 100)
+		l.proxies["b"].declines = func(w http.ResponseWriter, p *Passed) bool {
+			p.Decline(w, schedule.Elsewhere{Server: "other", Moves: 3})
+			go func() { // as what computes the answer for others would
+				time.Sleep(time.Second)
+				later <- p.Begin(context.Background())
+			}()
+			return true
+		}
+		for _, text := range []string{"hello", strings.Repeat("x", 1<<20), "", "hello"} {
+			_, err := l.pass("a", l.place("a"), text)
+			if e, ok := errors.AsType[schedule.Elsewhere](err); !ok || e.Server != "other" || e.Moves != 3 || !Again(err) {
+				t.Errorf("the entry is told: %v", err)
+			}
+			time.Sleep(2 * time.Second)
+			if err := <-later; !errors.Is(err, ErrForgotten) {
+				t.Errorf("the owner may send what it has declined: %v", err)
+			}
+		}
+		l.net.mu.Lock()
+		defer l.net.mu.Unlock()
+		if n := l.net.dialled[[2]string{"a", "b"}]; n > 2 {
+			t.Errorf("a has made %d connections to b, not one for reports and one for requests", n)
+		}
+	})
+}
+
+// TestDeclinedLate: what an owner was told to begin with it cannot decline. (It never does.) And one
+// that hangs while it declines holds up nothing.
+func TestDeclinedLate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newPair(t)
+		l.proxies["b"].declines = func(w http.ResponseWriter, p *Passed) bool {
+			if err := p.Begin(t.Context()); err != nil {
+				t.Error(err)
+			}
+			p.Decline(w, schedule.Elsewhere{})
+			return true
+		}
+		if _, err := l.pass("a", l.place("a"), "hello"); Again(err) || !errors.Is(err, ErrLost) {
+			t.Errorf("the entry is told: %v", err)
+		}
+		l.proxies["b"].declines = func(w http.ResponseWriter, p *Passed) bool {
+			p.Decline(w, schedule.Elsewhere{})
+			time.Sleep(time.Second)
+			return true
+		}
+		began := time.Now()
+		if _, err := l.pass("a", l.place("a"), "hello"); !Again(err) || time.Since(began) > 2*drainFor {
+			t.Errorf("after %v the entry is told: %v", time.Since(began), err)
+		}
+	})
 }
 
 // TestAtMostOnce: whatever is cut off, killed and healed when, no request is sent to a server twice,

@@ -125,14 +125,30 @@ func (f *Fleet) Pass(
 		cancel(nil)
 	}}
 	if res.StatusCode == http.StatusMisdirectedRequest && res.Header[headerElsewhere] != nil {
-		res.Body.Close()
-		e := schedule.Elsewhere{Server: res.Header.Get(headerElsewhere)}
-		e.Moves, _ = strconv.Atoi(res.Header.Get(headerMoves))
-		f.count(func(c *Counts) { c.Elsewhere++ })
-		return nil, e
+		return nil, f.declined(res, hop)
 	}
 	f.count(func(c *Counts) { c.Begun++ })
 	return res, nil
+}
+
+// drainFor is how long the end of an answer is waited for that declines a request: about a round trip.
+const drainFor = 100 * time.Millisecond
+
+// declined returns the error of a request that its owner does not serve.
+func (f *Fleet) declined(res *http.Response, h *hop) error {
+	// The owner reads the body's end before it ends the answer. Then the connection is as good as new.
+	late := time.AfterFunc(drainFor, func() { h.cancel(nil) })
+	io.Copy(io.Discard, io.LimitReader(res.Body, maxAnswer))
+	late.Stop()
+	res.Body.Close()
+	if h.state.Load() == begun {
+		f.count(func(c *Counts) { c.Lost++ })
+		return fmt.Errorf("%w: it has declined it after that", ErrLost)
+	}
+	f.count(func(c *Counts) { c.Elsewhere++ })
+	e := schedule.Elsewhere{Server: res.Header.Get(headerElsewhere)}
+	e.Moves, _ = strconv.Atoi(res.Header.Get(headerMoves)) // 0 if there is none
+	return e
 }
 
 // Again reports whether a request that Pass failed to pass on may be sent to another proxy.

@@ -48,6 +48,8 @@ type Passed struct {
 
 	mu sync.Mutex
 	w  http.ResponseWriter // guarded by mu; nil when the request is over
+	// declined is guarded by mu.
+	declined bool
 }
 
 type passedKey struct{}
@@ -298,7 +300,9 @@ func (b *passedBody) readEnd() {
 func (p *Passed) begun() bool {
 	select {
 	case <-p.ended:
-		return true
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return !p.declined
 	default:
 		return false
 	}
@@ -344,7 +348,7 @@ func (p *Passed) Begin(ctx context.Context) error {
 func (p *Passed) announce() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.w != nil {
+	if p.w != nil && !p.declined {
 		p.w.WriteHeader(http.StatusProcessing)
 	}
 }
@@ -361,8 +365,12 @@ func (f *Fleet) forgets(entry string) {
 }
 
 // Decline answers a request that this proxy does not serve: another server takes it over, or the
-// entry chooses again.
-func Decline(w http.ResponseWriter, e schedule.Elsewhere) {
+// entry chooses again. The entry ends the body then, as after any answer; so what is still computing
+// for others is told that it may not send the request. After Begin it is too late to decline.
+func (p *Passed) Decline(w http.ResponseWriter, e schedule.Elsewhere) {
+	p.mu.Lock()
+	p.declined = true
+	p.mu.Unlock()
 	w.Header().Set(headerElsewhere, e.Server)
 	w.Header().Set(headerMoves, strconv.Itoa(e.Moves))
 	w.WriteHeader(http.StatusMisdirectedRequest)

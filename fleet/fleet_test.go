@@ -783,3 +783,43 @@ func TestHangUp(t *testing.T) {
 		}
 	})
 }
+
+// TestReturns: a server that is listed again, after it was not, is told of with its models.
+func TestReturns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newPair(t)
+		b := l.proxies["b"]
+		servers := b.servers
+		for _, listed := range []bool{false, true, false, true} {
+			l.mu.Lock()
+			if b.servers = nil; listed {
+				b.servers = servers
+			}
+			l.mu.Unlock()
+			if time.Sleep(time.Second); l.proxies["a"].Has("m") != listed {
+				t.Errorf("listed: %v, and a thinks otherwise of its model", listed)
+			}
+		}
+	})
+}
+
+// TestFirstLine: a peer is told nothing before there is a report.
+func TestFirstLine(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o, at := newOutbox(), stream{}
+		o.sight(Sight{Server: "s", Hashes: []uint64{1}})
+		time.AfterFunc(5*time.Second, func() { o.put(Report{ID: "b"}) })
+		if line, err := o.next(t.Context(), &at); err != nil || !strings.Contains(string(line), `"id":"b","name":"","servers":[]`) {
+			t.Errorf("%s, %v", line, err)
+		}
+		for n := range 100 { // servers that come and go
+			o.put(Report{ID: "b", Servers: []Server{{Name: fmt.Sprint(n)}}})
+			if _, err := o.next(t.Context(), &at); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if len(at.models) != 1 {
+			t.Errorf("the models of %d servers are kept, not of one", len(at.models))
+		}
+	})
+}

@@ -105,54 +105,79 @@ func (o *outbox) wake() {
 type stream struct {
 	version uint64
 	sights  uint64              // the number of the first that was not sent
-	models  map[string][]string // that were sent, by server
+	models  map[string][]string // of the last line, by server; nil: nothing was sent
 }
 
-// next returns the next line for a peer. It waits for news for up to reportLeast, and for sightEvery
-// after the last line.
+// next returns the next line for a peer. The first one waits until there is a report; others wait for
+// news for up to reportLeast, and for sightEvery after the last line.
 func (o *outbox) next(ctx context.Context, s *stream) ([]byte, error) {
-	if s.models == nil {
-		s.models = map[string][]string{}
-	} else if err := pause(ctx, sightEvery); err != nil {
-		return nil, err
-	}
-	o.mu.Lock()
-	news, same := o.news, s.version == o.version && s.sights == o.first+uint64(len(o.sights))
-	o.mu.Unlock()
-	if same {
+	var least <-chan time.Time
+	if s.models != nil {
+		if err := pause(ctx, sightEvery); err != nil {
+			return nil, err
+		}
 		timer := time.NewTimer(reportLeast - sightEvery)
 		defer timer.Stop()
+		least = timer.C
+	}
+	for waits := true; waits; {
+		changed, some := o.changed(s)
+		if some {
+			break
+		}
 		select {
 		case <-ctx.Done():
 			return nil, ctx.Err()
-		case <-news:
-		case <-timer.C:
+		case <-changed:
+		case <-least:
+			waits = false
 		}
 	}
+	text, err := json.Marshal(o.line(s))
+	return append(text, '\n'), err
+}
+
+// changed reports whether there is something for a peer, and returns what is closed when there is more.
+func (o *outbox) changed(s *stream) (more <-chan struct{}, some bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	same := s.version == o.version && s.sights == o.first+uint64(len(o.sights))
+	return o.news, o.version > 0 && !same
+}
+
+// line returns what is new for a peer.
+func (o *outbox) line(s *stream) Report {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	r := o.last
 	if s.version == o.version {
 		r.Servers = nil
 	} else {
-		r.Servers = append([]Server{}, r.Servers...)
-	}
-	for i := range r.Servers {
-		v := &r.Servers[i]
-		if before, ok := s.models[v.Name]; ok && slices.Equal(before, v.Models) {
-			v.Models = nil
-		} else {
-			s.models[v.Name] = v.Models
-			v.Models = append([]string{}, v.Models...)
-		}
+		r.Servers = s.shorten(r.Servers)
 	}
 	if s.sights < o.first {
 		s.sights = o.first
 	}
 	r.Seen = slices.Clone(o.sights[s.sights-o.first:])
 	s.sights, s.version = o.first+uint64(len(o.sights)), o.version
-	text, err := json.Marshal(r)
-	return append(text, '\n'), err
+	return r
+}
+
+// shorten leaves out the models that the line before had. A server that was not in that one has its
+// models again, even if they were sent earlier.
+func (s *stream) shorten(servers []Server) []Server {
+	short, models := append([]Server{}, servers...), make(map[string][]string, len(servers))
+	for i := range short {
+		v := &short[i]
+		models[v.Name] = v.Models
+		if before, ok := s.models[v.Name]; ok && slices.Equal(before, v.Models) {
+			v.Models = nil
+		} else {
+			v.Models = append([]string{}, v.Models...)
+		}
+	}
+	s.models = models
+	return short
 }
 
 // pause waits, unless ctx ends before.

@@ -385,6 +385,9 @@ func TestPassLeft(t *testing.T) {
 			if n := l.began["x"]; n != map[bool]int{true: 1}[after > l.proxies["b"].waits] {
 				t.Errorf("after %v: sent %d times", after, n)
 			}
+			if c := l.proxies["a"].Counts(); c.Hops != 1 || c.Again+c.Lost+c.Elsewhere+c.Begun != 0 {
+				t.Errorf("after %v: the client left, and it is counted as %+v", after, c)
+			}
 		})
 	}
 }

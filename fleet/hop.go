@@ -107,6 +107,9 @@ func (f *Fleet) Pass(
 		cancel(err)
 		stop()
 		<-watched
+		if left := context.Cause(out.Context()); left != nil {
+			return nil, left // nobody waits for the answer, and no peer is to blame
+		}
 		err = hop.failure(ctx, err)
 		f.count(func(c *Counts) {
 			switch {
@@ -293,14 +296,11 @@ func (h *hop) Close() error {
 
 // failure returns the error of a hop that came to nothing.
 func (h *hop) failure(ctx context.Context, err error) error {
-	c := context.Cause(ctx)
 	switch {
-	case errors.Is(c, ErrLost):
+	case errors.Is(context.Cause(ctx), ErrLost):
 		return ErrLost
 	case h.state.Load() == begun:
 		return fmt.Errorf("%w: %w", ErrLost, err)
-	case c != nil && !errors.Is(c, err) && !errors.Is(c, ErrGone):
-		return c // its client left
 	}
 	return fmt.Errorf("%w: %w", ErrGone, err)
 }

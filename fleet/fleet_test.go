@@ -826,3 +826,95 @@ func TestFirstLine(t *testing.T) {
 		}
 	})
 }
+
+// TestDropped: the last line of a peer that is listed no longer, which comes when it has been given up,
+// does not count, and its end not against the peer that is listed at this address meanwhile.
+func TestDropped(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := fed(t, func() []Server { return nil })
+		old := f.feed("there:1")
+		old.listed = false
+		f.mu.Lock()
+		f.drop(old)
+		f.mu.Unlock()
+		now := f.feed("there:1")
+		old.heard(reportOf("there"))
+		old.lost(nil)
+		if f.Has("m") || len(f.Peers()) != 1 {
+			t.Errorf("a peer that was given up counts, or there are %d peers", len(f.Peers()))
+		}
+		news := f.News()
+		now.lost(errReset)
+		select {
+		case <-news:
+		default:
+			t.Error("that it does not answer is no news")
+		}
+		if now.heard(reportOf("there")); !f.Has("m") {
+			t.Error("the peer at this address does not count")
+		}
+	})
+}
+
+// TestRunEnds: a proxy that stops does not begin to own what its peers own when it hears no more of
+// them: what it knows of their servers is old.
+func TestRunEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newPair(t)
+		owned := make(chan string, 10)
+		f := New(Config{
+			Name: "c", Sources: []Source{list{"b"}}, Secret: []byte("secret"),
+			Transport: NewTransport(l.net.dialer("c"), nil),
+			Local:     func() []Server { return []Server{{Name: "s"}} },
+			Owned: func(_ string, on bool) {
+				if on {
+					owned <- "s"
+				}
+			},
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan struct{})
+		go func() { // ends with ctx
+			defer close(ended)
+			f.Run(ctx)
+		}()
+		time.Sleep(time.Second)
+		f.Drain()
+		for len(owned) > 0 { // before b was found
+			<-owned
+		}
+		cancel()
+		if <-ended; len(owned) > 0 {
+			t.Error("it owns a server when it has stopped")
+		}
+	})
+}
+
+// TestEndlessLine: what answers at a peer's address, but sends no lines, does not fill the memory.
+func TestEndlessLine(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLab(t, nil, "a", "b")
+		b := l.proxies["b"]
+		b.kill()
+		time.Sleep(time.Second)
+		text := bytes.Repeat([]byte("x"), reportMost/8)
+		srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			for range 9 {
+				if w.Write(text); pause(r.Context(), time.Millisecond) != nil {
+					return
+				}
+			}
+			<-r.Context().Done()
+		})}
+		served := make(chan error, 1)
+		ln := l.net.listen("b")
+		go func() { served <- srv.Serve(ln) }() // ends with Close
+		time.Sleep(2 * time.Second)
+		p := l.proxies["a"].Peers()
+		srv.Close()
+		<-served
+		if i := slices.IndexFunc(p, func(p Peer) bool { return p.Address == "b" }); i < 0 || !strings.Contains(p[i].Error, "longer than") {
+			t.Errorf("%+v", p)
+		}
+	})
+}

@@ -82,9 +82,14 @@ func (p *peer) follow(ctx context.Context) error {
 		return cause(ctx, err)
 	}
 	defer res.Body.Close()
-	lines := bufio.NewReader(res.Body)
+	most := &io.LimitedReader{R: res.Body}
+	lines := bufio.NewReader(most)
 	for {
+		most.N = reportMost
 		text, err := lines.ReadBytes('\n')
+		if err != nil && most.N <= 0 {
+			return fmt.Errorf("it sends no report: its line is longer than %d MiB", reportMost>>20)
+		}
 		if err != nil {
 			return cause(ctx, err)
 		}
@@ -101,6 +106,9 @@ func (p *peer) follow(ctx context.Context) error {
 	}
 }
 
+// reportMost is how many bytes a line may have. 10,000 servers need some 2 MB.
+const reportMost = 64 << 20
+
 // cause returns why ctx was cancelled, or else err.
 func cause(ctx context.Context, err error) error {
 	if c := context.Cause(ctx); c != nil {
@@ -114,6 +122,9 @@ func (p *peer) heard(r *Report) {
 	f := p.fleet
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.peers[p.addr] != p {
+		return // it was dropped meanwhile
+	}
 	before := p.report // of the same process: a connection ends with it
 	changed := r.since(before)
 	p.mute = false
@@ -148,7 +159,8 @@ func (p *peer) heard(r *Report) {
 	}
 }
 
-// lost notes that the peer is away, and reports whether it was there before.
+// lost notes that the peer is away, and reports whether it was there before. Without an error it is
+// this proxy that does not follow it any more.
 func (p *peer) lost(err error) (was bool) {
 	f := p.fleet
 	f.mu.Lock()
@@ -186,7 +198,9 @@ func (p *peer) lost(err error) (was bool) {
 			"err", err)
 	}
 	p.told = true
-	f.look()
+	if err != nil { // otherwise Run ends, and this proxy owns nothing more because of that
+		f.look()
+	}
 	return true
 }
 

@@ -2,6 +2,7 @@ package fleet
 
 import (
 	"cmp"
+	"maps"
 	"slices"
 	"sync"
 
@@ -318,4 +319,11 @@ func (s *sentSince) reset(owner string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.n, owner)
+}
+
+// keep forgets all owners but some.
+func (s *sentSince) keep(owners map[string]bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	maps.DeleteFunc(s.n, func(owner string, _ map[string]int) bool { return !owners[owner] })
 }

@@ -538,7 +538,7 @@ func (h *Handler) moved(
 // another one takes it over, or, without a name, that proxy chooses again.
 func (ex *exchange) decline(w http.ResponseWriter, server string) {
 	ex.Status, ex.Outcome = http.StatusMisdirectedRequest, Moved
-	fleet.Decline(w, schedule.Elsewhere{Server: server, Moves: ex.moves})
+	ex.passed.Decline(w, schedule.Elsewhere{Server: server, Moves: ex.moves})
 }
 
 // mayLeave reports whether another proxy may serve the request while it waits here: it can be sent

@@ -154,7 +154,7 @@ func (x *proxy) sees(b int, links []prefix.Link, at time.Time) {
 func (ps *peers) loadOf(x *proxy, b int, o prefix.Options) (l Load, resident bool) {
 	l = x.loads[b]
 	if ps.owner[b] == x {
-		for _, own := range x.q.Loads(ps.s.now) {
+		for _, own := range x.q.Loads() {
 			if int(own.Upstream) == b {
 				l = own
 			}
@@ -263,7 +263,7 @@ func (ps *peers) reports() {
 		return
 	}
 	for _, x := range ps.proxies {
-		loads := x.q.Loads(ps.s.now)
+		loads := x.q.Loads()
 		ps.s.after(ps.delay, func() {
 			for _, y := range ps.proxies {
 				for _, l := range loads {

@@ -255,12 +255,11 @@ type RunnerLoad struct {
 	Lanes    int // 0: Unlimited
 	Busy     int
 	Waiting  int
-	Movable  int           // of those that wait
-	Load     time.Duration // until it is loaded, with what has to be loaded again for that
+	Movable  int // of those that wait
 }
 
 // Loads returns the loads of all servers.
-func (q *Queue) Loads(now time.Time) []Load {
+func (q *Queue) Loads() []Load {
 	loads := make([]Load, 0, len(q.servers))
 	runners := 0
 	for _, s := range q.servers {
@@ -280,7 +279,6 @@ func (q *Queue) Loads(now time.Time) []Load {
 			if s.lanes == Unlimited {
 				r.Lanes = 0
 			}
-			r.Load = s.loading(x, x.key.Options, &x.rates, now)
 			all = append(all, r)
 		}
 		l.Runners = all[first:len(all):len(all)]
@@ -311,5 +309,5 @@ func (s *Scheduler) Taker(upstream uint16, o prefix.Options) (t Taker, ok bool) 
 func (s *Scheduler) Loads() []Load {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.queue.Loads(time.Now())
+	return s.queue.Loads()
 }

@@ -188,8 +188,9 @@ type sighting struct {
 }
 
 const (
-	hashesMost = 200_000 // a hash takes about 100 bytes
-	placesMost = 4       // servers that are remembered for one hash
+	hostPrompts = 32      // that a host cache is assumed to have, for each slot
+	hashesMost  = 200_000 // a hash takes about 100 bytes
+	placesMost  = 4       // servers that are remembered for one hash
 )
 
 func newSightings() *sightings {
@@ -231,20 +232,28 @@ func (s *sightings) put(at Sight, assumed bool) {
 }
 
 // deepest returns those of some servers that hold the most of a prompt, the one that saw it last
-// first; none if it was seen nowhere. One that saw it before holds it if it has got no more other
-// prompts since than it has slots. Not all that are older are lost (a host cache may have them, too),
-// but evaluating one again costs more than waiting for the last one.
+// first; none if it was seen nowhere. One that saw it before may have lost it, and then evaluating it
+// again costs more than waiting for the last one.
 func (s *sightings) deepest(links []prefix.Link, all []*place) (warm []*place) {
 	s.search(links, func(seen []sighting) (*place, bool) {
 		for _, at := range slices.Backward(seen) {
 			p := placeOf(all, at.server)
-			if p != nil && (len(warm) == 0 || s.got[at.server]-at.n <= uint64(max(p.Slots, 1))) {
+			if p != nil && (len(warm) == 0 || s.got[at.server]-at.n <= p.holds()) {
 				warm = append(warm, p)
 			}
 		}
 		return nil, len(warm) > 0
 	})
 	return warm
+}
+
+// holds returns how many prompts a server can be expected to have, of those that it got last.
+func (p *place) holds() uint64 {
+	n := uint64(max(p.Slots, 1))
+	if p.Restores > 0.5 {
+		n *= hostPrompts
+	}
+	return n
 }
 
 // elsewhere returns the server, of those that are not this proxy's, to which a prompt belongs that a

@@ -38,6 +38,9 @@ type Server struct {
 	Running int     `json:"running,omitempty"`
 	Waiting int     `json:"waiting,omitempty"`
 	Slots   int     `json:"slots,omitempty"` // for each model; 0: not known
+	// Restores is how much of what no slot holds any more its host cache has, from 0 to 1; 0: none,
+	// or not known.
+	Restores float64 `json:"restores,omitempty"`
 	// Loaded are the keys of the models that it has loaded.
 	Loaded []string `json:"loaded,omitempty"`
 	// Backlogs are the waiting requests that another proxy's server may take over.

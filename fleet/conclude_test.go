@@ -1,9 +1,12 @@
 package fleet
 
 import (
+	"bytes"
 	"context"
 	"fmt"
+	"log/slog"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -193,6 +196,32 @@ func TestForgotten(t *testing.T) {
 		if n := len(f.sent.n); n > 1 {
 			t.Errorf("it is counted what was sent to %d processes that are gone", n)
 		}
+	})
+}
+
+// TestBack: the log says that a peer is back if it was there before, and of no other.
+func TestBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		f := New(Config{Name: "here", Log: slog.New(slog.NewTextHandler(&log, nil))})
+		said := func(want string) {
+			t.Helper()
+			if !strings.Contains(log.String(), want) {
+				t.Errorf("the log says %q, not that %s", log.String(), want)
+			}
+			log.Reset()
+		}
+		p, q := f.feed("there:1"), f.feed("there:2")
+		p.lost(errReset)
+		said("does not answer")
+		p.heard(reportOf("there"))
+		said("peer found")
+		p.lost(errReset)
+		said("peer is away")
+		q.heard(reportOf("there"))
+		said("peer is back")
+		p.heard(reportOf("other"))
+		said("peer found")
 	})
 }
 

@@ -115,7 +115,8 @@ type Fleet struct {
 	absent map[string]*peer
 	local  []Server
 	owned  map[string]bool // by the names of this proxy's servers
-	// learned is what owners have reported of their servers, by the names of those that some proxy has.
+	// learned is what owners have reported of their servers, by the servers' names, as long as some
+	// proxy has them.
 	learned map[string][]byte
 	given   map[string]time.Time // when a server of this proxy was last given requests
 	counts  Counts
@@ -253,8 +254,8 @@ func (f *Fleet) publish(ctx context.Context) {
 	}
 }
 
-// refresh reads the state of this proxy's servers, concludes what follows from what has changed, and
-// sends it to the peers.
+// refresh reads the state of this proxy's servers, concludes what follows from what has changed,
+// and sends it to the peers.
 func (f *Fleet) refresh() {
 	local := f.Local()
 	for i := range local {
@@ -370,8 +371,8 @@ func (f *Fleet) change(v *view) {
 	f.owned = owned
 }
 
-// News returns a channel that is closed when something about the proxies or their servers is new, and
-// once a second at least.
+// News returns a channel that is closed when something about the proxies or their servers is new,
+// and once a second at least.
 func (f *Fleet) News() <-chan struct{} { return *f.news.Load() }
 
 // Counts returns what has happened so far.

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -460,6 +461,19 @@ func TestAtMostOnce(t *testing.T) {
 			random, clients := rand.New(rand.NewPCG(seed, 1)), rand.New(rand.NewPCG(seed, 2))
 			all := []string{"p0", "p1", "p2", "p3"}
 			l := newLab(t, names(4), all...)
+			var arrived atomic.Int32
+			l.proxies["p3"].declines = func(w http.ResponseWriter, p *Passed) bool {
+				if arrived.Add(1)%3 > 0 {
+					return false
+				}
+				p.Decline(w, schedule.Elsewhere{})
+				go func() { // ends when the end of the body is read, or does not come
+					if p.Begin(context.Background()) == nil {
+						t.Errorf("seed %d: p3 may send what it has declined", seed)
+					}
+				}()
+				return true
+			}
 			time.Sleep(time.Second)
 			done := make(chan struct{})
 			var faults sync.WaitGroup
@@ -512,8 +526,8 @@ func TestAtMostOnce(t *testing.T) {
 				}
 			}
 			c := l.proxies["p0"].Counts()
-			if c.Hops == 0 || c.Again == 0 {
-				t.Errorf("seed %d: nothing was sent again: %+v", seed, c)
+			if c.Hops == 0 || c.Again == 0 || c.Elsewhere == 0 {
+				t.Errorf("seed %d: nothing was sent again, or declined: %+v", seed, c)
 			}
 			if c.Begun == 0 || c.Begun+c.Again+c.Lost+c.Elsewhere != c.Hops {
 				t.Errorf("seed %d: what became of a hop is not counted once: %+v", seed, c)

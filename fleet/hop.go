@@ -134,7 +134,8 @@ func (f *Fleet) Pass(
 	return res, nil
 }
 
-// drainFor is how long the end of an answer is waited for that declines a request: about a round trip.
+// drainFor is how long the end of an answer that declines a request is waited for: it comes after
+// about a round trip.
 const drainFor = 100 * time.Millisecond
 
 // declined returns the error of a request that its owner does not serve.

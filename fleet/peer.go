@@ -130,7 +130,7 @@ func (p *peer) heard(r *Report) {
 	p.mute = false
 	if p.report, p.last = r, r; p.gone == nil {
 		p.gone, p.since = make(chan struct{}), time.Now()
-		if p.told {
+		if f.absent[r.Name] != nil { // at this address or another one
 			f.Log.Info("peer is back", "peer", r.Name, "address", p.addr)
 		} else {
 			f.Log.Info("peer found", "peer", r.Name, "address", p.addr, "upstreams", len(r.Servers))

@@ -2,6 +2,7 @@ package fleet
 
 import (
 	"cmp"
+	"maps"
 	"slices"
 	"sync"
 
@@ -104,15 +105,16 @@ func (s *place) may(a Ask) bool {
 // slack is how many bytes of a prompt are not worth a detour: about 64 tokens.
 const slack = 256
 
-// prefer chooses one of several servers. Load does not count, unless nothing else does: each entry
-// sees only a part of what is sent, so that several would choose different servers for what belongs
-// together. Owners, who see all of it, spread the work (schedule.Scheduler.Give).
+// prefer chooses one of several servers. Load decides only between servers that are equally warm, or
+// equally cold: each entry sees only a part of what is sent, so that several would choose different
+// servers for what belongs together. Owners, who see all of it, spread the work
+// (schedule.Scheduler.Give).
 func (f *Fleet) prefer(all []*place, a Ask) *place {
 	if len(a.Links) == 0 {
 		return f.idlest(all)
 	}
-	if warm := f.seen.deepest(a.Links, all); warm != nil {
-		return warm
+	if warm := f.seen.deepest(a.Links, all); len(warm) > 0 {
+		return slices.MinFunc(warm, f.byLoad)
 	}
 	// Without the model it would be loaded there, perhaps in the place of another one.
 	if loaded := slices.DeleteFunc(slices.Clone(all), func(s *place) bool {
@@ -135,8 +137,14 @@ func (f *Fleet) idlest(all []*place) *place {
 	}); len(own) > 0 {
 		all = own
 	}
+	return slices.MinFunc(all, f.byLoad)
+}
+
+// byLoad compares servers by what was reported of them, and what this proxy has sent there since. Seconds
+// and requests are added, so that the ones decide where requests are long, the others where they are short.
+func (f *Fleet) byLoad(s, t *place) int {
 	load := func(s *place) float64 { return s.Wait + float64(s.Running+f.sent.get(s.owner.id, s.Name)) }
-	return slices.MinFunc(all, func(s, t *place) int { return cmp.Compare(load(s), load(t)) })
+	return cmp.Compare(load(s), load(t))
 }
 
 // Sent notes that a prompt was sent to a server, or is about to be, and tells the peers.
@@ -168,18 +176,21 @@ func sample(links []prefix.Link) []uint64 {
 type sightings struct {
 	mu     sync.Mutex
 	byHash *simplelru.LRU[uint64, []sighting] // the latest last
+	got    map[string]uint64                  // how many prompts were sent to a server, by its name
 }
 
 type sighting struct {
 	server string
+	n      uint64 // what got was for that server
 	// assumed means that a request was sent on its way there by this proxy, and that the server's
 	// owner has not said that it began with it.
 	assumed bool
 }
 
 const (
-	hashesMost = 200_000 // a hash takes about 100 bytes
-	placesMost = 4       // servers that are remembered for one hash
+	hostPrompts = 32      // that a host cache is assumed to have, for each slot
+	hashesMost  = 200_000 // a hash takes about 100 bytes
+	placesMost  = 4       // servers that are remembered for one hash
 )
 
 func newSightings() *sightings {
@@ -187,19 +198,24 @@ func newSightings() *sightings {
 	if err != nil {
 		panic(err) // impossible: the size is positive
 	}
-	return &sightings{byHash: lru}
+	return &sightings{byHash: lru, got: map[string]uint64{}}
 }
 
 // put adds a sight. One that is not assumed replaces those that are.
 func (s *sightings) put(at Sight, assumed bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if !assumed {
+		s.got[at.Server]++
+	}
+	got := s.got[at.Server]
 	for _, h := range at.Hashes {
 		before, _ := s.byHash.Get(h)
 		if n := len(before); n > 0 && before[n-1].server == at.Server && (assumed || !before[n-1].assumed) {
+			before[n-1].n = got
 			continue
 		}
-		now, latest := make([]sighting, 0, placesMost), sighting{at.Server, assumed}
+		now, latest := make([]sighting, 0, placesMost), sighting{at.Server, got, assumed}
 		for _, b := range before {
 			switch {
 			case b.server == at.Server:
@@ -215,17 +231,29 @@ func (s *sightings) put(at Sight, assumed bool) {
 	}
 }
 
-// deepest returns the one of some servers where the most of a prompt was seen; nil: none. Of those
-// that have seen as much it is the one that saw it last.
-func (s *sightings) deepest(links []prefix.Link, all []*place) *place {
-	return s.search(links, func(seen []sighting) (*place, bool) {
+// deepest returns those of some servers that hold the most of a prompt, the one that saw it last
+// first; none if it was seen nowhere. One that saw it before may have lost it, and then evaluating it
+// again costs more than waiting for the last one.
+func (s *sightings) deepest(links []prefix.Link, all []*place) (warm []*place) {
+	s.search(links, func(seen []sighting) (*place, bool) {
 		for _, at := range slices.Backward(seen) {
-			if p := placeOf(all, at.server); p != nil {
-				return p, true
+			p := placeOf(all, at.server)
+			if p != nil && (len(warm) == 0 || s.got[at.server]-at.n <= p.holds()) {
+				warm = append(warm, p)
 			}
 		}
-		return nil, false
+		return nil, len(warm) > 0
 	})
+	return warm
+}
+
+// holds returns how many prompts a server can be expected to have, of those that it got last.
+func (p *place) holds() uint64 {
+	n := uint64(max(p.Slots, 1))
+	if p.Restores > 0.5 {
+		n *= hostPrompts
+	}
+	return n
 }
 
 // elsewhere returns the server, of those that are not this proxy's, to which a prompt belongs that a
@@ -300,4 +328,11 @@ func (s *sentSince) reset(owner string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.n, owner)
+}
+
+// keep forgets all owners but some.
+func (s *sentSince) keep(owners map[string]bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	maps.DeleteFunc(s.n, func(owner string, _ map[string]int) bool { return !owners[owner] })
 }

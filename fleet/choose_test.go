@@ -91,6 +91,42 @@ func TestChoose(t *testing.T) {
 	}
 }
 
+// TestHot: what several servers hold goes to the least loaded one of them; what one of them may have
+// lost since goes to the last one that saw it.
+func TestHot(t *testing.T) {
+	f := chooser()
+	places := f.view.Load().places
+	for _, name := range []string{"b", "c"} {
+		places[name].Slots = 2
+	}
+	hot := chain(1, 2, 3)
+	choose := func(want, when string) {
+		t.Helper()
+		if p, _ := f.Choose(Ask{Model: "m", Links: hot}); p.Server != want {
+			t.Errorf("%s, a hot prompt goes to %s, want %s", when, p.Server, want)
+		}
+		f.sent.reset("there")
+	}
+	f.Sent("b", hot)
+	f.Sent("c", hot)
+	choose("c", "with equal loads")
+	places["c"].Running = 2
+	choose("b", "when the last server has more to do")
+	choose("b", "when that is only assumed to have got it")
+	places["b"].Wait = 5
+	choose("c", "when the other one's queue is longer")
+	places["b"].Wait = 0
+	f.Sent("c", hot)
+	for i := range 3 { // more than the slots of b
+		f.Sent("b", chain(100+i, 1, 2))
+	}
+	choose("c", "when the other one may have lost it")
+	places["b"].Restores = 1
+	choose("b", "when the other one's host cache has it")
+	places["b"].Restores = 1
+	choose("b", "when the other one's host cache has it")
+}
+
 // TestAstray: a passed prompt is sent on only if its beginning was given to another proxy's server,
 // and is not warm here.
 func TestAstray(t *testing.T) {

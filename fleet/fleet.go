@@ -99,7 +99,7 @@ type Fleet struct {
 	ID string // differs for each process
 
 	view     atomic.Pointer[view]
-	news     atomic.Pointer[chan struct{}] // closed when the view has changed
+	news     atomic.Pointer[chan struct{}] // closed when the view, or a peer's error, is another one
 	draining atomic.Bool
 	hungUp   context.Context // ends with hangUp
 	hangUp   func()
@@ -115,10 +115,15 @@ type Fleet struct {
 	absent map[string]*peer
 	local  []Server
 	owned  map[string]bool // by the names of this proxy's servers
-	// learned is what owners have reported of their servers, by the servers' names.
+	// learned is what owners have reported of their servers, by the servers' names, as long as some
+	// proxy has them.
 	learned map[string][]byte
 	given   map[string]time.Time // when a server of this proxy was last given requests
 	counts  Counts
+	looked  time.Time // when something was last concluded
+	// tired means that something was concluded since publish last looked, so that what may wait waits
+	// for the next time; stale, that something waits.
+	tired, stale bool
 }
 
 // Counts are for metrics and pages.
@@ -237,6 +242,9 @@ func (f *Fleet) publish(ctx context.Context) {
 	tick := time.NewTicker(reportEvery)
 	defer tick.Stop()
 	for {
+		f.mu.Lock()
+		f.tired = false
+		f.mu.Unlock()
 		f.refresh()
 		select {
 		case <-ctx.Done():
@@ -246,7 +254,8 @@ func (f *Fleet) publish(ctx context.Context) {
 	}
 }
 
-// refresh reads the state of this proxy's servers, and sends it to the peers if it has changed.
+// refresh reads the state of this proxy's servers, concludes what follows from what has changed,
+// and sends it to the peers.
 func (f *Fleet) refresh() {
 	local := f.Local()
 	for i := range local {
@@ -254,9 +263,15 @@ func (f *Fleet) refresh() {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	changed := differ(f.local, local)
 	f.local = local
 	f.sent.reset(f.ID)
-	f.look()
+	if changed != nothing || f.stale {
+		f.look()
+	} else if time.Since(f.looked) >= reportLeast { // absent peers are forgotten at some time
+		f.look()
+		f.tired = false
+	}
 	f.outbox.put(f.report())
 }
 
@@ -274,14 +289,27 @@ func (f *Fleet) report() Report {
 // another owner.
 func (f *Fleet) Drain() {
 	f.draining.Store(true)
+	f.mu.Lock()
+	f.stale = true
+	f.mu.Unlock()
 	f.refresh()
 }
 
 // Draining reports whether Drain was called.
 func (f *Fleet) Draining() bool { return f.draining.Load() }
 
+// lookSoon draws the conclusions from changed figures of load: at once after a quiet time, and
+// otherwise at publish's next look. So that happens ten times a second at most, however many peers
+// have something to say. f.mu must be held.
+func (f *Fleet) lookSoon() {
+	if f.stale = true; !f.tired {
+		f.look()
+	}
+}
+
 // look draws the conclusions from what is known of all proxies. f.mu must be held.
 func (f *Fleet) look() {
+	f.tired, f.stale, f.looked = true, false, time.Now()
 	members := []*member{{
 		id: f.ID, name: f.Name, draining: f.draining.Load(), servers: f.local,
 	}}
@@ -293,10 +321,9 @@ func (f *Fleet) look() {
 			members = append(members, &member{
 				peer: p, id: r.ID, name: r.Name, draining: r.Draining, servers: r.Servers,
 			})
-			for _, s := range r.Servers {
-				if s.Owned && len(s.Learned) > 0 {
-					f.learned[s.Name] = s.Learned
-				}
+			if p.changed {
+				p.changed = false
+				f.sent.reset(r.ID)
 			}
 		}
 	}
@@ -310,10 +337,15 @@ func (f *Fleet) look() {
 		})
 	}
 	v := conclude(members)
+	maps.DeleteFunc(f.learned, func(server string, _ []byte) bool { return v.places[server] == nil })
+	maps.DeleteFunc(f.given, func(server string, _ time.Time) bool { return v.places[server] == nil })
+	f.sent.keep(ids)
 	f.view.Store(v)
-	close(*f.news.Swap(new(make(chan struct{}))))
+	f.wake()
 	f.change(v)
 }
+
+func (f *Fleet) wake() { close(*f.news.Swap(new(make(chan struct{})))) }
 
 // change tells which of its servers this proxy owns, where that is new. f.mu must be held.
 func (f *Fleet) change(v *view) {
@@ -339,7 +371,8 @@ func (f *Fleet) change(v *view) {
 	f.owned = owned
 }
 
-// News returns a channel that is closed when something about the proxies or their servers is new.
+// News returns a channel that is closed when something about the proxies or their servers is new,
+// and once a second at least.
 func (f *Fleet) News() <-chan struct{} { return *f.news.Load() }
 
 // Counts returns what has happened so far.

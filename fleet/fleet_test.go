@@ -13,11 +13,13 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 )
 
 // lab has some proxies in a network in memory, in virtual time.
@@ -39,6 +41,9 @@ type proxy struct {
 	source        Source // if nil, of all hosts
 	waits, serves time.Duration
 	drops         bool // it closes the connection instead of serving the request
+	declines      func(w http.ResponseWriter, p *Passed) bool
+	give          func(schedule.Taker) int
+	taker         func(server string, o prefix.Options) (schedule.Taker, bool)
 	srv           *http.Server
 	stop          func()
 }
@@ -93,7 +98,7 @@ func (m *proxy) start(hosts []string) {
 			defer m.lab.mu.Unlock()
 			return slices.Clone(m.servers)
 		},
-		Log: slog.New(slog.DiscardHandler),
+		Give: m.give, Taker: m.taker, Log: slog.New(slog.DiscardHandler),
 	}
 	m.Fleet = New(c)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -132,6 +137,9 @@ func (m *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		panic(http.ErrAbortHandler)
 	}
+	if m.declines != nil && m.declines(w, p) {
+		return
+	}
 	if m.serve(r.Context(), p, string(text)) != nil {
 		panic(http.ErrAbortHandler)
 	}
@@ -156,12 +164,17 @@ func (m *proxy) serve(ctx context.Context, p *Passed, text string) error {
 
 // pass passes a request on from a proxy.
 func (l *lab) pass(from string, to Place, text string) (string, error) {
+	return l.move(from, to, text, 0)
+}
+
+// move passes a request on that another proxy's servers took over some times.
+func (l *lab) move(from string, to Place, text string, moves int) (string, error) {
 	m := l.proxies[from]
 	out, err := http.NewRequest(http.MethodPost, "/api/chat", nil)
 	if err != nil {
 		l.t.Error(err)
 	}
-	res, err := m.Pass(out, to, About{Client: "somebody\n", Server: to.Server},
+	res, err := m.Pass(out, to, About{Client: "somebody\n", Server: to.Server, Moves: moves},
 		bytes.NewReader([]byte(text)), int64(len(text)))
 	if err != nil {
 		return "", err
@@ -373,8 +386,70 @@ func TestPassLeft(t *testing.T) {
 			if n := l.began["x"]; n != map[bool]int{true: 1}[after > l.proxies["b"].waits] {
 				t.Errorf("after %v: sent %d times", after, n)
 			}
+			if c := l.proxies["a"].Counts(); c.Hops != 1 || c.Again+c.Lost+c.Elsewhere+c.Begun != 0 {
+				t.Errorf("after %v: the client left, and it is counted as %+v", after, c)
+			}
 		})
 	}
+}
+
+// TestDeclined: a request that its owner declines costs no connection, and is never sent by it, although
+// its body ends.
+func TestDeclined(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newPair(t)
+		later := make(chan error, 100)
+		l.proxies["b"].declines = func(w http.ResponseWriter, p *Passed) bool {
+			p.Decline(w, schedule.Elsewhere{Server: "other", Moves: 3})
+			go func() { // as what computes the answer for others would
+				time.Sleep(time.Second)
+				later <- p.Begin(context.Background())
+			}()
+			return true
+		}
+		for _, text := range []string{"hello", strings.Repeat("x", 1<<20), "", "hello"} {
+			_, err := l.pass("a", l.place("a"), text)
+			if e, ok := errors.AsType[schedule.Elsewhere](err); !ok || e.Server != "other" || e.Moves != 3 || !Again(err) {
+				t.Errorf("the entry is told: %v", err)
+			}
+			time.Sleep(2 * time.Second)
+			if err := <-later; !errors.Is(err, ErrForgotten) {
+				t.Errorf("the owner may send what it has declined: %v", err)
+			}
+		}
+		l.net.mu.Lock()
+		defer l.net.mu.Unlock()
+		if n := l.net.dialled[[2]string{"a", "b"}]; n > 2 {
+			t.Errorf("a has made %d connections to b, not one for reports and one for requests", n)
+		}
+	})
+}
+
+// TestDeclinedLate: what an owner was told to begin with it cannot decline. (It never does.) And one
+// that hangs while it declines holds up nothing.
+func TestDeclinedLate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newPair(t)
+		l.proxies["b"].declines = func(w http.ResponseWriter, p *Passed) bool {
+			if err := p.Begin(t.Context()); err != nil {
+				t.Error(err)
+			}
+			p.Decline(w, schedule.Elsewhere{})
+			return true
+		}
+		if _, err := l.pass("a", l.place("a"), "hello"); Again(err) || !errors.Is(err, ErrLost) {
+			t.Errorf("the entry is told: %v", err)
+		}
+		l.proxies["b"].declines = func(w http.ResponseWriter, p *Passed) bool {
+			p.Decline(w, schedule.Elsewhere{})
+			time.Sleep(time.Second)
+			return true
+		}
+		began := time.Now()
+		if _, err := l.pass("a", l.place("a"), "hello"); !Again(err) || time.Since(began) > 2*drainFor {
+			t.Errorf("after %v the entry is told: %v", time.Since(began), err)
+		}
+	})
 }
 
 // TestAtMostOnce: whatever is cut off, killed and healed when, no request is sent to a server twice,
@@ -386,6 +461,19 @@ func TestAtMostOnce(t *testing.T) {
 			random, clients := rand.New(rand.NewPCG(seed, 1)), rand.New(rand.NewPCG(seed, 2))
 			all := []string{"p0", "p1", "p2", "p3"}
 			l := newLab(t, names(4), all...)
+			var arrived atomic.Int32
+			l.proxies["p3"].declines = func(w http.ResponseWriter, p *Passed) bool {
+				if arrived.Add(1)%3 > 0 {
+					return false
+				}
+				p.Decline(w, schedule.Elsewhere{})
+				go func() { // ends when the end of the body is read, or does not come
+					if p.Begin(context.Background()) == nil {
+						t.Errorf("seed %d: p3 may send what it has declined", seed)
+					}
+				}()
+				return true
+			}
 			time.Sleep(time.Second)
 			done := make(chan struct{})
 			var faults sync.WaitGroup
@@ -438,8 +526,8 @@ func TestAtMostOnce(t *testing.T) {
 				}
 			}
 			c := l.proxies["p0"].Counts()
-			if c.Hops == 0 || c.Again == 0 {
-				t.Errorf("seed %d: nothing was sent again: %+v", seed, c)
+			if c.Hops == 0 || c.Again == 0 || c.Elsewhere == 0 {
+				t.Errorf("seed %d: nothing was sent again, or declined: %+v", seed, c)
 			}
 			if c.Begun == 0 || c.Begun+c.Again+c.Lost+c.Elsewhere != c.Hops {
 				t.Errorf("seed %d: what became of a hop is not counted once: %+v", seed, c)
@@ -709,6 +797,138 @@ func TestHangUp(t *testing.T) {
 		}
 		if err := <-ended; err != nil || time.Since(began) > 5*time.Second {
 			t.Errorf("it ended after %v: %v", time.Since(began), err)
+		}
+	})
+}
+
+// TestReturns: a server that is listed again, after it was not, is told of with its models.
+func TestReturns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newPair(t)
+		b := l.proxies["b"]
+		servers := b.servers
+		for _, listed := range []bool{false, true, false, true} {
+			l.mu.Lock()
+			if b.servers = nil; listed {
+				b.servers = servers
+			}
+			l.mu.Unlock()
+			if time.Sleep(time.Second); l.proxies["a"].Has("m") != listed {
+				t.Errorf("listed: %v, and a thinks otherwise of its model", listed)
+			}
+		}
+	})
+}
+
+// TestFirstLine: a peer is told nothing before there is a report.
+func TestFirstLine(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o, at := newOutbox(), stream{}
+		o.sight(Sight{Server: "s", Hashes: []uint64{1}})
+		time.AfterFunc(5*time.Second, func() { o.put(Report{ID: "b"}) })
+		if line, err := o.next(t.Context(), &at); err != nil || !strings.Contains(string(line), `"id":"b","name":"","servers":[]`) {
+			t.Errorf("%s, %v", line, err)
+		}
+		for n := range 100 { // servers that come and go
+			o.put(Report{ID: "b", Servers: []Server{{Name: fmt.Sprint(n)}}})
+			if _, err := o.next(t.Context(), &at); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if len(at.models) != 1 {
+			t.Errorf("the models of %d servers are kept, not of one", len(at.models))
+		}
+	})
+}
+
+// TestDropped: the last line of a peer that is listed no longer, which comes when it has been given up,
+// does not count, and its end not against the peer that is listed at this address meanwhile.
+func TestDropped(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := fed(t, func() []Server { return nil })
+		old := f.feed("there:1")
+		old.listed = false
+		f.mu.Lock()
+		f.drop(old)
+		f.mu.Unlock()
+		now := f.feed("there:1")
+		old.heard(reportOf("there"))
+		old.lost(nil)
+		if f.Has("m") || len(f.Peers()) != 1 {
+			t.Errorf("a peer that was given up counts, or there are %d peers", len(f.Peers()))
+		}
+		news := f.News()
+		now.lost(errReset)
+		select {
+		case <-news:
+		default:
+			t.Error("that it does not answer is no news")
+		}
+		if now.heard(reportOf("there")); !f.Has("m") {
+			t.Error("the peer at this address does not count")
+		}
+	})
+}
+
+// TestRunEnds: a proxy that stops does not begin to own what its peers own when it hears no more of
+// them: what it knows of their servers is old.
+func TestRunEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newPair(t)
+		owned := make(chan string, 10)
+		f := New(Config{
+			Name: "c", Sources: []Source{list{"b"}}, Secret: []byte("secret"),
+			Transport: NewTransport(l.net.dialer("c"), nil),
+			Local:     func() []Server { return []Server{{Name: "s"}} },
+			Owned: func(_ string, on bool) {
+				if on {
+					owned <- "s"
+				}
+			},
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan struct{})
+		go func() { // ends with ctx
+			defer close(ended)
+			f.Run(ctx)
+		}()
+		time.Sleep(time.Second)
+		f.Drain()
+		for len(owned) > 0 { // before b was found
+			<-owned
+		}
+		cancel()
+		if <-ended; len(owned) > 0 {
+			t.Error("it owns a server when it has stopped")
+		}
+	})
+}
+
+// TestEndlessLine: what answers at a peer's address, but sends no lines, does not fill the memory.
+func TestEndlessLine(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLab(t, nil, "a", "b")
+		b := l.proxies["b"]
+		b.kill()
+		time.Sleep(time.Second)
+		text := bytes.Repeat([]byte("x"), reportMost/8)
+		srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			for range 9 {
+				if w.Write(text); pause(r.Context(), time.Millisecond) != nil {
+					return
+				}
+			}
+			<-r.Context().Done()
+		})}
+		served := make(chan error, 1)
+		ln := l.net.listen("b")
+		go func() { served <- srv.Serve(ln) }() // ends with Close
+		time.Sleep(2 * time.Second)
+		p := l.proxies["a"].Peers()
+		srv.Close()
+		<-served
+		if i := slices.IndexFunc(p, func(p Peer) bool { return p.Address == "b" }); i < 0 || !strings.Contains(p[i].Error, "longer than") {
+			t.Errorf("%+v", p)
 		}
 	})
 }

@@ -73,17 +73,11 @@ func (f *Fleet) Pass(
 	stop := context.AfterFunc(out.Context(), func() { cancel(context.Cause(out.Context())) })
 	hop := &hop{data: body, end: make(chan struct{}), conn: make(chan chan struct{}, 8), cancel: cancel}
 	// The context is a new one, so that what traces out does not see the 102.
-	traced := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+	traced := httptrace.WithClientTrace(hop.trace(ctx), &httptrace.ClientTrace{
 		GotConn: func(info httptrace.GotConnInfo) {
 			if c := watchedOf(info.Conn); c != nil {
 				hop.conn <- c.closed
 			}
-		},
-		Got1xxResponse: func(code int, _ textproto.MIMEHeader) error {
-			if code == http.StatusProcessing && !hop.settle(begun) {
-				return ErrGone
-			}
-			return nil
 		},
 	})
 	req := out.Clone(traced)
@@ -113,6 +107,9 @@ func (f *Fleet) Pass(
 		cancel(err)
 		stop()
 		<-watched
+		if left := context.Cause(out.Context()); left != nil {
+			return nil, left // nobody waits for the answer, and no peer is to blame
+		}
 		err = hop.failure(ctx, err)
 		f.count(func(c *Counts) {
 			switch {
@@ -131,14 +128,31 @@ func (f *Fleet) Pass(
 		cancel(nil)
 	}}
 	if res.StatusCode == http.StatusMisdirectedRequest && res.Header[headerElsewhere] != nil {
-		res.Body.Close()
-		e := schedule.Elsewhere{Server: res.Header.Get(headerElsewhere)}
-		e.Moves, _ = strconv.Atoi(res.Header.Get(headerMoves))
-		f.count(func(c *Counts) { c.Elsewhere++ })
-		return nil, e
+		return nil, f.declined(res, hop)
 	}
 	f.count(func(c *Counts) { c.Begun++ })
 	return res, nil
+}
+
+// drainFor is how long the end of an answer that declines a request is waited for: it comes after
+// about a round trip.
+const drainFor = 100 * time.Millisecond
+
+// declined returns the error of a request that its owner does not serve.
+func (f *Fleet) declined(res *http.Response, h *hop) error {
+	// The owner reads the body's end before it ends the answer. Then the connection is as good as new.
+	late := time.AfterFunc(drainFor, func() { h.cancel(nil) })
+	io.Copy(io.Discard, io.LimitReader(res.Body, maxAnswer))
+	late.Stop()
+	res.Body.Close()
+	if h.state.Load() == begun {
+		f.count(func(c *Counts) { c.Lost++ })
+		return fmt.Errorf("%w: it has declined it after that", ErrLost)
+	}
+	f.count(func(c *Counts) { c.Elsewhere++ })
+	e := schedule.Elsewhere{Server: res.Header.Get(headerElsewhere)}
+	e.Moves, _ = strconv.Atoi(res.Header.Get(headerMoves)) // 0 if there is none
+	return e
 }
 
 // Again reports whether a request that Pass failed to pass on may be sent to another proxy.
@@ -213,7 +227,7 @@ type hop struct {
 	data   io.Reader
 	state  atomic.Int32
 	end    chan struct{}      // closed when the state is no longer pending
-	conn   chan chan struct{} // the connection that it got: watchedConn.closed
+	conn   chan chan struct{} // the connections that it got: watchedConn.closed
 	cancel context.CancelCauseFunc
 }
 
@@ -248,6 +262,18 @@ func (h *hop) settle(to int32) bool {
 	return h.state.Load() == to || to == answered
 }
 
+// trace returns a context for a request with this body, which ends it when its owner asks for that.
+func (h *hop) trace(ctx context.Context) context.Context {
+	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		Got1xxResponse: func(code int, _ textproto.MIMEHeader) error {
+			if code == http.StatusProcessing && !h.settle(begun) {
+				return ErrGone
+			}
+			return nil
+		},
+	})
+}
+
 func (h *hop) Read(p []byte) (int, error) {
 	n, err := h.data.Read(p)
 	if n > 0 || err != io.EOF {
@@ -271,14 +297,11 @@ func (h *hop) Close() error {
 
 // failure returns the error of a hop that came to nothing.
 func (h *hop) failure(ctx context.Context, err error) error {
-	c := context.Cause(ctx)
 	switch {
-	case errors.Is(c, ErrLost):
+	case errors.Is(context.Cause(ctx), ErrLost):
 		return ErrLost
 	case h.state.Load() == begun:
 		return fmt.Errorf("%w: %w", ErrLost, err)
-	case c != nil && !errors.Is(c, err) && !errors.Is(c, ErrGone):
-		return c // its client left
 	}
 	return fmt.Errorf("%w: %w", ErrGone, err)
 }

@@ -21,12 +21,14 @@ type network struct {
 	cut       map[[2]string]bool        // from, to
 	conns     map[string]map[*conn]bool // by host
 	refused   error                     // of dialling an address without a listener
+	dialled   map[[2]string]int         // connections that were made, by from and to
 }
 
 func newNetwork() *network {
 	n := &network{
 		listeners: map[string]*memListener{}, cut: map[[2]string]bool{},
 		conns: map[string]map[*conn]bool{}, refused: errors.New("connection refused"),
+		dialled: map[[2]string]int{},
 	}
 	n.arrives.L = &n.mu
 	return n
@@ -91,6 +93,7 @@ func (n *network) dialer(from string) func(context.Context, string, string) (net
 			}
 			n.conns[c.local][c] = true
 		}
+		n.dialled[[2]string{from, to}]++
 		n.mu.Unlock()
 		select {
 		case l.incoming <- far:

@@ -27,12 +27,14 @@ type peer struct {
 	listed  bool                         // a Source says that a peer is at the address
 	report  *Report                      // the last one; nil: away
 	last    *Report                      // … also when it is away; nil: it was never there
+	changed bool                         // the report differs from what was last concluded from
 	gone    chan struct{}                // closed when it goes away; nil: away
 	err     error                        // why it is away; nil before the first try
-	told    bool                         // the log says that it is away
+	told    bool                         // the log says that it is away …
+	foreign bool                         // … and that it does not take this proxy for a peer, or the reverse
 	since   time.Time                    // of the present state
 	vain    map[prefix.Options]time.Time // when it was last asked for requests with these, and gave none
-	foreign bool                         // … and that it does not take this proxy for a peer, or the reverse
+	mute    bool                         // it did not answer when it was asked for requests
 }
 
 func newPeer(f *Fleet, addr string) *peer {
@@ -80,9 +82,14 @@ func (p *peer) follow(ctx context.Context) error {
 		return cause(ctx, err)
 	}
 	defer res.Body.Close()
-	lines := bufio.NewReader(res.Body)
+	most := &io.LimitedReader{R: res.Body}
+	lines := bufio.NewReader(most)
 	for {
+		most.N = reportMost
 		text, err := lines.ReadBytes('\n')
+		if err != nil && most.N <= 0 {
+			return fmt.Errorf("it sends no report: its line is longer than %d MiB", reportMost>>20)
+		}
 		if err != nil {
 			return cause(ctx, err)
 		}
@@ -99,6 +106,9 @@ func (p *peer) follow(ctx context.Context) error {
 	}
 }
 
+// reportMost is how many bytes a line may have. 10,000 servers need some 2 MB.
+const reportMost = 64 << 20
+
 // cause returns why ctx was cancelled, or else err.
 func cause(ctx context.Context, err error) error {
 	if c := context.Cause(ctx); c != nil {
@@ -112,12 +122,15 @@ func (p *peer) heard(r *Report) {
 	f := p.fleet
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.peers[p.addr] != p {
+		return // it was dropped meanwhile
+	}
 	before := p.report // of the same process: a connection ends with it
-	same := before != nil && r.Servers == nil && r.Draining == before.Draining
-	r.fill(before)
+	changed := r.since(before)
+	p.mute = false
 	if p.report, p.last = r, r; p.gone == nil {
 		p.gone, p.since = make(chan struct{}), time.Now()
-		if p.told {
+		if f.absent[r.Name] != nil { // at this address or another one
 			f.Log.Info("peer is back", "peer", r.Name, "address", p.addr)
 		} else {
 			f.Log.Info("peer found", "peer", r.Name, "address", p.addr, "upstreams", len(r.Servers))
@@ -128,17 +141,26 @@ func (p *peer) heard(r *Report) {
 		f.seen.put(s, false)
 	}
 	r.Seen = nil
-	if same {
+	if changed == nothing {
 		return
 	}
-	f.sent.reset(r.ID)
-	f.look()
+	for _, s := range r.Servers {
+		if s.Owned && len(s.Learned) > 0 {
+			f.learned[s.Name] = s.Learned
+		}
+	}
+	if p.changed = true; changed == figures {
+		f.lookSoon()
+	} else {
+		f.look()
+	}
 	if slices.ContainsFunc(r.Servers, func(s Server) bool { return len(s.Backlogs) > 0 }) {
 		f.Idle()
 	}
 }
 
-// lost notes that the peer is away, and reports whether it was there before.
+// lost notes that the peer is away, and reports whether it was there before. Without an error it is
+// this proxy that does not follow it any more.
 func (p *peer) lost(err error) (was bool) {
 	f := p.fleet
 	f.mu.Lock()
@@ -153,13 +175,13 @@ func (p *peer) lost(err error) (was bool) {
 			f.Log.Warn("peer does not answer; this proxy goes on without it", "address", p.addr,
 				"err", err)
 		}
+		f.wake()
 		return false
 	}
 	name, left := p.report.Name, p.report.Draining
 	close(p.gone)
 	f.forgets(p.report.ID)
-	f.sent.reset(p.report.ID)
-	p.report, p.gone, p.since = nil, nil, time.Now()
+	p.report, p.gone, p.since, p.changed = nil, nil, time.Now(), false
 	f.absent[name] = p
 	if !p.listed {
 		f.drop(p)
@@ -176,7 +198,9 @@ func (p *peer) lost(err error) (was bool) {
 			"err", err)
 	}
 	p.told = true
-	f.look()
+	if err != nil { // otherwise Run ends, and this proxy owns nothing more because of that
+		f.look()
+	}
 	return true
 }
 

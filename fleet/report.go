@@ -1,6 +1,7 @@
 package fleet
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"reflect"
@@ -37,6 +38,9 @@ type Server struct {
 	Running int     `json:"running,omitempty"`
 	Waiting int     `json:"waiting,omitempty"`
 	Slots   int     `json:"slots,omitempty"` // for each model; 0: not known
+	// Restores is how much of what no slot holds any more its host cache has, from 0 to 1; 0: none,
+	// or not known.
+	Restores float64 `json:"restores,omitempty"`
 	// Loaded are the keys of the models that it has loaded.
 	Loaded []string `json:"loaded,omitempty"`
 	// Backlogs are the waiting requests that another proxy's server may take over.
@@ -104,54 +108,79 @@ func (o *outbox) wake() {
 type stream struct {
 	version uint64
 	sights  uint64              // the number of the first that was not sent
-	models  map[string][]string // that were sent, by server
+	models  map[string][]string // of the last line, by server; nil: nothing was sent
 }
 
-// next returns the next line for a peer. It waits for news for up to reportLeast, and for sightEvery
-// after the last line.
+// next returns the next line for a peer. The first one waits until there is a report; others wait for
+// news for up to reportLeast, and for sightEvery after the last line.
 func (o *outbox) next(ctx context.Context, s *stream) ([]byte, error) {
-	if s.models == nil {
-		s.models = map[string][]string{}
-	} else if err := pause(ctx, sightEvery); err != nil {
-		return nil, err
-	}
-	o.mu.Lock()
-	news, same := o.news, s.version == o.version && s.sights == o.first+uint64(len(o.sights))
-	o.mu.Unlock()
-	if same {
+	var least <-chan time.Time
+	if s.models != nil {
+		if err := pause(ctx, sightEvery); err != nil {
+			return nil, err
+		}
 		timer := time.NewTimer(reportLeast - sightEvery)
 		defer timer.Stop()
+		least = timer.C
+	}
+	for waits := true; waits; {
+		changed, some := o.changed(s)
+		if some {
+			break
+		}
 		select {
 		case <-ctx.Done():
 			return nil, ctx.Err()
-		case <-news:
-		case <-timer.C:
+		case <-changed:
+		case <-least:
+			waits = false
 		}
 	}
+	text, err := json.Marshal(o.line(s))
+	return append(text, '\n'), err
+}
+
+// changed reports whether there is something for a peer, and returns what is closed when there is more.
+func (o *outbox) changed(s *stream) (more <-chan struct{}, some bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	same := s.version == o.version && s.sights == o.first+uint64(len(o.sights))
+	return o.news, o.version > 0 && !same
+}
+
+// line returns what is new for a peer.
+func (o *outbox) line(s *stream) Report {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	r := o.last
 	if s.version == o.version {
 		r.Servers = nil
 	} else {
-		r.Servers = append([]Server{}, r.Servers...)
-	}
-	for i := range r.Servers {
-		v := &r.Servers[i]
-		if before, ok := s.models[v.Name]; ok && slices.Equal(before, v.Models) {
-			v.Models = nil
-		} else {
-			s.models[v.Name] = v.Models
-			v.Models = append([]string{}, v.Models...)
-		}
+		r.Servers = s.shorten(r.Servers)
 	}
 	if s.sights < o.first {
 		s.sights = o.first
 	}
 	r.Seen = slices.Clone(o.sights[s.sights-o.first:])
 	s.sights, s.version = o.first+uint64(len(o.sights)), o.version
-	text, err := json.Marshal(r)
-	return append(text, '\n'), err
+	return r
+}
+
+// shorten leaves out the models that the line before had. A server that was not in that one has its
+// models again, even if they were sent earlier.
+func (s *stream) shorten(servers []Server) []Server {
+	short, models := append([]Server{}, servers...), make(map[string][]string, len(servers))
+	for i := range short {
+		v := &short[i]
+		models[v.Name] = v.Models
+		if before, ok := s.models[v.Name]; ok && slices.Equal(before, v.Models) {
+			v.Models = nil
+		} else {
+			v.Models = append([]string{}, v.Models...)
+		}
+	}
+	s.models = models
+	return short
 }
 
 // pause waits, unless ctx ends before.
@@ -166,15 +195,25 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// fill completes a line from the one before it, where that says that something is the same.
-func (r *Report) fill(before *Report) {
-	if before == nil {
-		return
-	}
-	if r.Servers == nil {
+// since completes a line from the one before it, where that says that something is the same, and
+// returns how much is new.
+func (r *Report) since(before *Report) difference {
+	switch {
+	case before == nil:
+		return standing
+	case r.Servers == nil:
 		r.Servers = before.Servers
-		return
+	default:
+		r.fill(before)
 	}
+	if r.Draining != before.Draining {
+		return standing
+	}
+	return differ(before.Servers, r.Servers)
+}
+
+// fill adds the models that a line leaves out.
+func (r *Report) fill(before *Report) {
 	models := make(map[string][]string, len(before.Servers))
 	for _, b := range before.Servers {
 		models[b.Name] = b.Models
@@ -184,4 +223,33 @@ func (r *Report) fill(before *Report) {
 			s.Models = models[s.Name]
 		}
 	}
+}
+
+// difference is how much is new about a proxy's servers.
+type difference int
+
+const (
+	nothing  difference = iota
+	figures             // of load, and what was learned: what decides over nothing but the order
+	standing            // which servers there are, who may own them, and what they can serve
+)
+
+// differ compares what a proxy has said of its servers with what it says now.
+func differ(before, now []Server) difference {
+	if len(before) != len(now) {
+		return standing
+	}
+	all := nothing
+	for i := range now {
+		s, t := &before[i], &now[i]
+		if s.Name != t.Name || s.Beside != t.Beside || s.Takes != t.Takes || s.Slots != t.Slots ||
+			!slices.Equal(s.Models, t.Models) || !slices.Equal(s.Loaded, t.Loaded) {
+			return standing
+		}
+		if s.Owned != t.Owned || s.Wait != t.Wait || s.Running != t.Running || s.Waiting != t.Waiting ||
+			!slices.Equal(s.Backlogs, t.Backlogs) || !bytes.Equal(s.Learned, t.Learned) {
+			all = figures
+		}
+	}
+	return all
 }

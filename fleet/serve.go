@@ -30,6 +30,8 @@ const (
 	takeMost = 64 << 10 // bytes of a schedule.Taker
 	// goAhead is how long the owner waits until the entry tells it to go ahead: a round trip.
 	goAhead = 5 * time.Second
+	// takeFor is how long a peer is waited for that was asked for work. Others may have some, too.
+	takeFor = 250 * time.Millisecond
 )
 
 // Passed is a request that one proxy, its entry, has passed on to this one.
@@ -46,6 +48,8 @@ type Passed struct {
 
 	mu sync.Mutex
 	w  http.ResponseWriter // guarded by mu; nil when the request is over
+	// declined is guarded by mu.
+	declined bool
 }
 
 type passedKey struct{}
@@ -129,12 +133,25 @@ func (f *Fleet) serveReports(w http.ResponseWriter, r *http.Request) {
 // HangUp ends the reports to peers, which take this proxy for away.
 func (f *Fleet) HangUp() { f.hangUp() }
 
+// serveTake gives a peer waiting requests. As with Pass, the end of the body is held back until this
+// proxy is about to give them: a peer that has asked another one meanwhile never ends it.
 func (f *Fleet) serveTake(w http.ResponseWriter, r *http.Request) {
+	out := http.NewResponseController(w)
+	if err := out.EnableFullDuplex(); err != nil {
+		http.Error(w, err.Error(), http.StatusHTTPVersionNotSupported)
+		return
+	}
 	var t schedule.Taker
 	if err := json.NewDecoder(io.LimitReader(r.Body, takeMost)).Decode(&t); err != nil {
 		http.Error(w, "this is no request for work: "+err.Error(), http.StatusBadRequest)
 		return
 	}
+	w.WriteHeader(http.StatusProcessing)
+	out.SetReadDeadline(time.Now().Add(goAhead))
+	if n, err := r.Body.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+		panic(http.ErrAbortHandler) // the peer does not wait any more
+	}
+	out.SetReadDeadline(time.Time{})
 	n := 0
 	if f.Give != nil {
 		n = f.Give(t)
@@ -283,7 +300,9 @@ func (b *passedBody) readEnd() {
 func (p *Passed) begun() bool {
 	select {
 	case <-p.ended:
-		return true
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return !p.declined
 	default:
 		return false
 	}
@@ -329,7 +348,7 @@ func (p *Passed) Begin(ctx context.Context) error {
 func (p *Passed) announce() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.w != nil {
+	if p.w != nil && !p.declined {
 		p.w.WriteHeader(http.StatusProcessing)
 	}
 }
@@ -346,8 +365,12 @@ func (f *Fleet) forgets(entry string) {
 }
 
 // Decline answers a request that this proxy does not serve: another server takes it over, or the
-// entry chooses again.
-func Decline(w http.ResponseWriter, e schedule.Elsewhere) {
+// entry chooses again. The entry ends the body then, as after any answer; so what is still computing
+// for others is told that it may not send the request. After Begin it is too late to decline.
+func (p *Passed) Decline(w http.ResponseWriter, e schedule.Elsewhere) {
+	p.mu.Lock()
+	p.declined = true
+	p.mu.Unlock()
 	w.Header().Set(headerElsewhere, e.Server)
 	w.Header().Set(headerMoves, strconv.Itoa(e.Moves))
 	w.WriteHeader(http.StatusMisdirectedRequest)
@@ -387,6 +410,9 @@ func (f *Fleet) askOnce(ctx context.Context) {
 		return // it would never end
 	}
 	for _, b := range f.backlogs() {
+		if f.muted(b.peer) { // since another of its backlogs was asked for
+			continue
+		}
 		v := f.view.Load()
 		for _, name := range v.names {
 			if v.places[name].owner.peer != nil || !v.places[name].Takes || f.expects(name) {
@@ -396,14 +422,35 @@ func (f *Fleet) askOnce(ctx context.Context) {
 			if !ok {
 				continue
 			}
-			switch n := f.take(ctx, b.addr, t); {
-			case n > 0:
-				f.expect(name, true)
-			case n == 0:
+			// It is noted before the answer comes, since the first of the requests may come before that.
+			f.expect(name, true)
+			n, err := f.take(ctx, b.addr, t)
+			if n == 0 && !errors.Is(err, ErrLost) {
+				f.expect(name, false)
+			}
+			if err != nil {
+				f.Log.Debug("a peer gives no work", "address", b.addr, "err", err)
+				f.mute(b.peer)
+				break
+			}
+			if n == 0 {
 				f.inVain(b)
 			}
 		}
 	}
+}
+
+// mute notes that a peer did not answer. It is not asked again before it is heard of.
+func (f *Fleet) mute(p *peer) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	p.mute = true
+}
+
+func (f *Fleet) muted(p *peer) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return p.mute
 }
 
 // expects reports whether a server was given requests that have not come yet.
@@ -435,7 +482,7 @@ func (f *Fleet) backlogs() (all []offered) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, p := range f.peers {
-		if p.report == nil {
+		if p.report == nil || p.mute {
 			continue
 		}
 		for _, s := range p.report.Servers {
@@ -443,7 +490,6 @@ func (f *Fleet) backlogs() (all []offered) {
 				if at, ok := p.vain[b.Options]; ok && time.Since(at) < reportEvery {
 					continue
 				}
-				delete(p.vain, b.Options)
 				all = append(all, offered{b, p, p.addr})
 			}
 		}
@@ -461,30 +507,35 @@ func (f *Fleet) inVain(b offered) {
 	if b.peer.vain == nil {
 		b.peer.vain = map[prefix.Options]time.Time{}
 	}
+	maps.DeleteFunc(b.peer.vain, func(_ prefix.Options, at time.Time) bool { return time.Since(at) >= reportEvery })
 	b.peer.vain[b.Options] = time.Now()
 }
 
-// take asks a peer for waiting requests, and returns how many it gave; -1: it did not answer. They
-// come as any other request that is passed on.
-func (f *Fleet) take(ctx context.Context, addr string, t schedule.Taker) int {
-	ctx, cancel := context.WithTimeout(ctx, silentFor)
-	defer cancel()
+// take asks a peer for waiting requests, and returns how many it gave. They come as any other request
+// that is passed on. An error means that it did not answer, and gives nothing later either, except for
+// ErrLost: it may have given some.
+func (f *Fleet) take(ctx context.Context, addr string, t schedule.Taker) (int, error) {
 	text, err := json.Marshal(t)
 	if err != nil {
 		panic(err) // of strings and numbers
 	}
+	ctx, cancel := context.WithTimeout(ctx, takeFor)
+	defer cancel()
+	body := &hop{data: bytes.NewReader(text), end: make(chan struct{})}
+	defer context.AfterFunc(ctx, func() { body.settle(over) })() // net/http waits for the body's end
 	f.trace("take", len(text))
-	res, err := f.do(ctx, addr, http.MethodPost, pathTake, bytes.NewReader(text))
-	if err != nil {
-		f.Log.Debug("a peer gives no work", "address", addr, "err", err)
-		return -1
+	res, err := f.do(body.trace(ctx), addr, http.MethodPost, pathTake, body)
+	if err == nil {
+		defer res.Body.Close()
+		var answer given
+		if err = json.NewDecoder(io.LimitReader(res.Body, maxAnswer)).Decode(&answer); err == nil {
+			return answer.Given, nil
+		}
 	}
-	defer res.Body.Close()
-	var answer given
-	if json.NewDecoder(io.LimitReader(res.Body, maxAnswer)).Decode(&answer) != nil {
-		return -1
+	if body.settle(over); body.state.Load() == begun {
+		err = fmt.Errorf("%w: %w", ErrLost, err)
 	}
-	return answer.Given
+	return 0, err
 }
 
 // given is the answer to a request for work.

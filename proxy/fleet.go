@@ -42,6 +42,7 @@ func (h *Handler) reported() []fleet.Server {
 		if h.Lanes != nil {
 			l := loads[b.index]
 			s.Wait, s.Running, s.Waiting = l.Wait.Seconds(), l.Running, l.Waiting
+			s.Restores = l.Restores
 			for _, x := range l.Runners {
 				s.Slots = max(s.Slots, x.Lanes)
 				if x.Movable > 0 {
@@ -538,7 +539,7 @@ func (h *Handler) moved(
 // another one takes it over, or, without a name, that proxy chooses again.
 func (ex *exchange) decline(w http.ResponseWriter, server string) {
 	ex.Status, ex.Outcome = http.StatusMisdirectedRequest, Moved
-	fleet.Decline(w, schedule.Elsewhere{Server: server, Moves: ex.moves})
+	ex.passed.Decline(w, schedule.Elsewhere{Server: server, Moves: ex.moves})
 }
 
 // mayLeave reports whether another proxy may serve the request while it waits here: it can be sent

@@ -18,7 +18,8 @@ import (
 type policy struct {
 	delay   time.Duration // until a report has arrived
 	bounded bool          // the load of a new prefix's server exceeds the mean by little, as settle does
-	least   bool          // of servers that saw equally much the least loaded is chosen, not the last one that saw it
+	last    bool          // of servers that saw equally much the last one is chosen, not the least loaded
+	ever    bool          // it may have been as long ago as it will
 	sticky  bool          // a client always enters at the same proxy
 	keep    bool          // servers take nothing over
 }
@@ -49,6 +50,8 @@ type proxy struct {
 	q      *Queue
 	seen   []map[uint64]sight // by server, by a link's fingerprint
 	loads  []Load             // by server, as reported
+	sent   []int              // by server, since then
+	got    []int              // requests that were sent there, by server
 	asking []bool             // by server
 	silent []time.Time        // by peer: until when it is not asked, since it had nothing to give
 }
@@ -57,6 +60,7 @@ type proxy struct {
 type sight struct {
 	tokens int       // of a prompt up to it
 	at     time.Time // when one was last sent
+	n      int       // requests that were sent to that server until then
 }
 
 // newPeers puts proxies before a simulation's servers, which are owned in turn.
@@ -68,6 +72,7 @@ func newPeers(s *sim, n int, cfg Config, p policy) *peers {
 		for b := range s.boxes {
 			x.seen = append(x.seen, map[uint64]sight{})
 			x.loads = append(x.loads, Load{})
+			x.sent, x.got = append(x.sent, 0), append(x.got, 0)
 			x.q.SetName(uint16(b), strconv.Itoa(b))
 			x.q.SetOwned(uint16(b), b%n == i, s.now)
 			if s.cfg.host == 0 && !s.cfg.untried {
@@ -141,15 +146,15 @@ func (x *proxy) warm(b int, links []prefix.Link) sight {
 
 func (x *proxy) sees(b int, links []prefix.Link, at time.Time) {
 	for _, l := range links {
-		x.seen[b][l.Hash] = sight{l.Bytes / 4, latest(at, x.seen[b][l.Hash].at)}
+		x.seen[b][l.Hash] = sight{l.Bytes / 4, latest(at, x.seen[b][l.Hash].at), x.got[b]}
 	}
 }
 
 // loadOf returns what a proxy knows of a server's load, and whether that has a model loaded.
-func (ps *peers) loadOf(x *proxy, b int, o prefix.Options) (wait time.Duration, resident bool) {
-	l := x.loads[b]
+func (ps *peers) loadOf(x *proxy, b int, o prefix.Options) (l Load, resident bool) {
+	l = x.loads[b]
 	if ps.owner[b] == x {
-		for _, own := range x.q.Loads(ps.s.now) {
+		for _, own := range x.q.Loads() {
 			if int(own.Upstream) == b {
 				l = own
 			}
@@ -159,18 +164,21 @@ func (ps *peers) loadOf(x *proxy, b int, o prefix.Options) (wait time.Duration, 
 	for _, r := range l.Runners {
 		resident = resident || r.Options == o && r.Resident
 	}
-	return l.Wait, resident
+	return l, resident
 }
 
 // chooses returns the server for a request that has entered at a proxy: the one that saw the most of
-// its prompt, and of several the one that saw it last. If none saw more than a little, its rendezvous
-// hash decides among those that have the model loaded.
+// its prompt; of several the least loaded one of those that got few others since, or else the one
+// that saw it last. If none saw more than a little, its rendezvous hash decides among those that have
+// the model loaded.
 func (ps *peers) chooses(x *proxy, j *job) int {
 	links, o := j.links(), ps.s.runner(j).Options
 	opening := openingOf(links)
 	type candidate struct {
 		sight
 		wait     time.Duration
+		load     float64
+		held     int // requests that it is expected to remember
 		resident bool
 		score    float64
 	}
@@ -178,12 +186,23 @@ func (ps *peers) chooses(x *proxy, j *job) int {
 	most, sum, resident := 0, time.Duration(0), false
 	for b := range all {
 		c := candidate{sight: x.warm(b, links), score: x.q.server(uint16(b)).score(opening)}
-		c.wait, c.resident = ps.loadOf(x, b, o)
+		l, resides := ps.loadOf(x, b, o)
+		c.wait, c.resident, c.load = l.Wait, resides, l.Wait.Seconds()+float64(l.Running+x.sent[b])
+		c.held = ps.s.cfg.slots
+		if l.Restores > 0.5 {
+			c.held *= 32
+		}
 		all[b], most, sum, resident = c, max(most, c.tokens), sum+c.wait, resident || c.resident
 	}
 	bound := time.Duration(math.MaxInt64)
 	if ps.bounded {
 		bound = time.Duration((1+overload)*float64(sum)/float64(len(all))) + time.Duration(total(j.segs))*ps.s.cfg.perToken
+	}
+	var last time.Time
+	for _, c := range all {
+		if c.tokens == most {
+			last = latest(last, c.at)
+		}
 	}
 	best := -1
 	for b, c := range all {
@@ -192,18 +211,17 @@ func (ps *peers) chooses(x *proxy, j *job) int {
 		case most <= slack:
 			may = c.resident == resident && c.wait <= bound
 			better = best < 0 || c.score > all[best].score
-		case ps.least:
-			may = c.tokens+slack >= most
-			better = best < 0 || c.wait < all[best].wait || c.wait == all[best].wait && c.score > all[best].score
 		default:
-			may = c.tokens+slack >= most
-			better = best < 0 || c.at.After(all[best].at)
+			holds := !ps.last && (ps.ever || x.got[b]-c.n <= c.held)
+			may = c.tokens == most && (holds || c.at.Equal(last))
+			better = best < 0 || c.load < all[best].load || c.load == all[best].load && c.at.After(all[best].at)
 		}
 		if may && better {
 			best = b
 		}
 	}
 	x.sees(best, links, ps.s.now)
+	x.sent[best]++
 	return best
 }
 
@@ -211,10 +229,11 @@ func (ps *peers) chooses(x *proxy, j *job) int {
 func (ps *peers) sent(j *job, q *Queue) {
 	links, b, at := j.links(), int(j.at), ps.s.now
 	for _, x := range ps.proxies {
+		learn := func() { x.got[b]++; x.sees(b, links, at) }
 		if x.q == q {
-			x.sees(b, links, at)
+			learn()
 		} else {
-			ps.s.after(ps.delay, func() { x.sees(b, links, at) })
+			ps.s.after(ps.delay, learn)
 		}
 	}
 }
@@ -249,12 +268,12 @@ func (ps *peers) reports() {
 		return
 	}
 	for _, x := range ps.proxies {
-		loads := x.q.Loads(ps.s.now)
+		loads := x.q.Loads()
 		ps.s.after(ps.delay, func() {
 			for _, y := range ps.proxies {
 				for _, l := range loads {
 					if ps.owner[l.Upstream] == x {
-						y.loads[l.Upstream] = l
+						y.loads[l.Upstream], y.sent[l.Upstream] = l, 0
 					}
 				}
 				ps.asks(y)
@@ -319,6 +338,9 @@ const fleetSeeds = 3
 // hotLoops is the workload that has one prefix in a few loops.
 const hotLoops = 5
 
+// skewedLoops is the workload that has a few hot prefixes among others.
+const skewedLoops = 7
+
 // TestFleetTable compares three proxies before four servers with one queue for these. What they
 // evaluate differs by a few prefixes either way; the mean of the runs is at most 5 % more.
 func TestFleetTable(t *testing.T) {
@@ -328,8 +350,11 @@ func TestFleetTable(t *testing.T) {
 			f := runFleet(t, i, slots, usual)
 			t.Logf("%-36s %d | %.3f %5.1fs | %.3f %5.1fs | %.3f %.3f | %.0f %.0f", fleetWorkloads(0)[i].name, slots, f.oneTokens, f.oneTime, f.tokens, f.time, f.tokens/f.oneTokens, f.time/f.oneTime, f.passed, f.given)
 			most := 1.05
-			if i == hotLoops { // a prefix is a sixth of all that is evaluated
-				most = 1.2
+			switch i {
+			case hotLoops: // a prefix is a sixth of all that is evaluated
+				most = 1.15
+			case skewedLoops: // the servers hold half of the prefixes, and no two proxies the same ones
+				most = 1.15
 			}
 			if f.tokens > most*f.oneTokens {
 				t.Errorf("%s, %d slots: %.3f of one queue's tokens", fleetWorkloads(0)[i].name, slots, f.tokens/f.oneTokens)
@@ -344,7 +369,7 @@ func TestFleetTable(t *testing.T) {
 // TestFleetPolicies shows why entries choose as they do: what else they might do evaluates more, or
 // takes longer.
 func TestFleetPolicies(t *testing.T) {
-	workloads := []int{0, 2, 4} // prefixes at once and in loops, a hot one
+	workloads := []int{0, 2, hotLoops, skewedLoops} // prefixes at once and in loops, hot ones
 	run := func(name string, p policy) (tokens, time float64) {
 		line, n := "", float64(2*len(workloads))
 		for _, i := range workloads {
@@ -364,8 +389,9 @@ func TestFleetPolicies(t *testing.T) {
 		p           policy
 		more, later float64 // tokens and time that it takes at least beyond the usual; 0: it makes no great difference
 	}{
-		{"a bound on the load of new prefixes", policy{delay: usual.delay, bounded: true}, 0.1, 0.1},
-		{"the least loaded of what saw it", policy{delay: usual.delay, least: true}, 0.005, 0.01},
+		{"a bound on the load of new prefixes", policy{delay: usual.delay, bounded: true}, 0.1, 0.05},
+		{"the last one of those that saw it", policy{delay: usual.delay, last: true}, 0.005, 0.01},
+		{"however long ago it saw it", policy{delay: usual.delay, ever: true}, 0.005, 0.01},
 		{"nothing is taken over", policy{delay: usual.delay, keep: true}, -1, 0.5},
 		{"a client keeps to one proxy", policy{delay: usual.delay, sticky: true}, 0, 0},
 		{"reports after 10 ms", policy{delay: 10 * time.Millisecond}, 0, 0},
@@ -421,7 +447,11 @@ func TestFleetOwners(t *testing.T) {
 			disowned += x.q.count.Disowned
 		}
 		t.Logf("%-36s %.3f of the least possible, %d changes of owners, %d requests sent on for that", w.name, float64(s.evaluated)/float64(s.least), changes, disowned)
-		if changes == 0 || float64(s.evaluated) > 3.5*float64(s.least) {
+		most := 3.5
+		if i == skewedLoops { // one queue evaluates 3.3 times the least
+			most = 6
+		}
+		if changes == 0 || float64(s.evaluated) > most*float64(s.least) {
 			t.Errorf("%s: %.3f of the least possible with %d changes of owners", w.name, float64(s.evaluated)/float64(s.least), changes)
 		}
 	}
@@ -481,10 +511,32 @@ func fleetWorkloads(seed uint64) []fleetWorkload {
 		{"one prefix x 128, at once", engineConfig{}, func(s *sim) { hot(s, 8, 16, true) }},
 		{"one prefix x 128, 8 loops", engineConfig{}, func(s *sim) { hot(s, 8, 16, false) }},
 		{"one prefix x 1440, 24 loops", engineConfig{}, func(s *sim) { hot(s, 24, 60, false) }},
+		{"a few hot of 32 prefixes, 24 loops", engineConfig{}, func(s *sim) { skewed(s, seed) }},
+		{"a few hot of 32 prefixes, host cache", engineConfig{host: 100_000}, func(s *sim) { skewed(s, seed) }},
 		{"16 chats of 10 turns", engineConfig{}, chats},
 		{"16 chats of 10 turns, host cache", engineConfig{host: 100_000}, chats},
 		{"2 models x 2 num_ctx, 100 at once", engineConfig{load: 2 * time.Second, exclude: true}, twoModels},
 		{"400 prefixes x 6, at once", engineConfig{}, func(s *sim) { burst(s, groups(400, 6, 1000, 40, 16, 21+seed)) }},
+	}
+}
+
+// skewed has 24 loops that ask for any of 32 prefixes: a third of the requests are for the first.
+func skewed(s *sim, seed uint64) {
+	var prefixes []seg
+	for range 32 {
+		prefixes = append(prefixes, text(1000))
+	}
+	rng := rand.New(rand.NewPCG(seed, 6))
+	often := rand.NewZipf(rng, 1.2, 1, 31)
+	for c := range 24 {
+		var jobs []*job
+		for range 20 {
+			jobs = append(jobs, &job{
+				segs: []seg{prefixes[often.Uint64()], text(40 + rng.IntN(20))}, gen: 16,
+				client: fmt.Sprint("client", c),
+			})
+		}
+		s.after(time.Duration(c)*10*time.Millisecond, func() { s.closed(jobs, 5*time.Millisecond) })
 	}
 }
 

@@ -234,7 +234,7 @@ func FuzzLearned(f *testing.F) {
 				q.Done(g.ID, evaluated(550, 100), now)
 			}
 		}
-		for _, l := range q.Loads(now) {
+		for _, l := range q.Loads() {
 			if l.Wait < 0 {
 				t.Errorf("it waits for %v", l.Wait)
 			}

@@ -196,7 +196,7 @@ func (m *model) peers() {
 		l := m.q.Learned(u)
 		m.q.SetLearned(uint16(b>>6)%3, l, m.now)
 		running, waiting := 0, 0
-		for _, load := range m.q.Loads(m.now) {
+		for _, load := range m.q.Loads() {
 			running, waiting = running+load.Running, waiting+load.Waiting
 			if load.Wait < 0 {
 				m.t.Fatalf("server %d is free in %v", load.Upstream, load.Wait)

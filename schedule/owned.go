@@ -245,6 +245,9 @@ type Load struct {
 	Wait     time.Duration // of a new normal request with a new prefix, without loading its model
 	Running  int
 	Waiting  int
+	// Restores is how much of what no slot held any more its host cache had, from 0 to 1; 0 while
+	// that was hardly ever observed.
+	Restores float64
 	Runners  []RunnerLoad // loaded, or with a backlog
 }
 
@@ -255,12 +258,11 @@ type RunnerLoad struct {
 	Lanes    int // 0: Unlimited
 	Busy     int
 	Waiting  int
-	Movable  int           // of those that wait
-	Load     time.Duration // until it is loaded, with what has to be loaded again for that
+	Movable  int // of those that wait
 }
 
 // Loads returns the loads of all servers.
-func (q *Queue) Loads(now time.Time) []Load {
+func (q *Queue) Loads() []Load {
 	loads := make([]Load, 0, len(q.servers))
 	runners := 0
 	for _, s := range q.servers {
@@ -268,7 +270,7 @@ func (q *Queue) Loads(now time.Time) []Load {
 	}
 	all := make([]RunnerLoad, 0, runners)
 	for _, s := range q.servers {
-		l := Load{Upstream: s.index, Waiting: s.waiting}
+		l := Load{Upstream: s.index, Waiting: s.waiting, Restores: restores(s.host)}
 		first := len(all)
 		for _, x := range s.runners {
 			l.Wait += x.ahead(normal)
@@ -280,7 +282,6 @@ func (q *Queue) Loads(now time.Time) []Load {
 			if s.lanes == Unlimited {
 				r.Lanes = 0
 			}
-			r.Load = s.loading(x, x.key.Options, &x.rates, now)
 			all = append(all, r)
 		}
 		l.Runners = all[first:len(all):len(all)]
@@ -311,5 +312,5 @@ func (s *Scheduler) Taker(upstream uint16, o prefix.Options) (t Taker, ok bool) 
 func (s *Scheduler) Loads() []Load {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.queue.Loads(time.Now())
+	return s.queue.Loads()
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"testing"
 	"testing/synctest"
@@ -314,7 +315,7 @@ func TestLoads(t *testing.T) {
 		d.add(on(request("b", seg{id: 800 + i, tokens: 700}), 0))
 	}
 	d.add(on(by("later", Batch, with(beta)), 0))
-	loads := d.q.Loads(d.now)
+	loads := d.q.Loads()
 	if len(loads) != 1 || len(loads[0].Runners) != 2 {
 		t.Fatalf("%+v", loads)
 	}
@@ -322,12 +323,18 @@ func TestLoads(t *testing.T) {
 	if l.Running != 1 || l.Waiting != d.q.Len() || l.Runners[0].Busy != 1 || l.Runners[0].Movable != 20 || l.Runners[1].Waiting != 3 || l.Runners[1].Resident {
 		t.Errorf("%+v", l)
 	}
-	for i, x := range d.q.server(0).runners {
+	for seen, want := range []float64{0, 1. / 3, 2. / 3, 1, 1} {
+		if got := d.q.Loads()[0].Restores; math.Abs(got-want) > 1e-9 {
+			t.Errorf("after the host cache restored %d prompts: %v, want %v", seen, got, want)
+		}
+		d.q.server(0).host.add(1)
+	}
+	for _, x := range d.q.server(0).runners {
 		it := &item{rank: normal, key: x.key, tokens: 1000}
 		it.steps, _ = stepsOf(request(x.key.Options.Model, seg{id: 99999, tokens: 1000}).Links, 1000)
 		o := offer{server: x.server, x: x}
 		d.q.fillIn(&o, it, &x.rates, false, d.now)
-		if got := l.Wait + l.Runners[i].Load; (got - o.load()).Abs() > time.Millisecond {
+		if got := l.Wait + x.server.loading(x, x.key.Options, &x.rates, d.now); (got - o.load()).Abs() > time.Millisecond {
 			t.Errorf("%s: %v, route assumes %v", x.key.Options.Model, got, o.load())
 		}
 	}
@@ -375,10 +382,10 @@ func TestElsewhere(t *testing.T) {
 func BenchmarkLoads(b *testing.B) {
 	for _, servers := range []int{4, 256} {
 		b.Run(fmt.Sprint(servers, " servers"), func(b *testing.B) {
-			q, now := fullFleet(servers)
+			q, _ := fullFleet(servers)
 			b.ReportAllocs()
 			for b.Loop() {
-				q.Loads(now)
+				q.Loads()
 			}
 		})
 	}

@@ -119,9 +119,10 @@ func compare(t *testing.T, one, many outcome, most float64) {
 	}
 }
 
-// TestCrowd has clients in closed loops that ask for any prefix, each time at any proxy.
+// TestCrowd has clients in closed loops that ask for any prefix, each time at any proxy: for all
+// equally often, or for a few much more often than for the others.
 func TestCrowd(t *testing.T) {
-	crowd := func(z size) outcome {
+	crowd := func(z size, choose func(*rand.Rand) int) outcome {
 		return run(t, z, func(w *world, ask func(request) time.Duration) {
 			var wg sync.WaitGroup
 			for c := range z.clients {
@@ -130,7 +131,7 @@ func TestCrowd(t *testing.T) {
 					time.Sleep(time.Duration(r.Int64N(int64(time.Second))))
 					for n := range z.each {
 						ask(request{
-							entry: r.IntN(z.proxies), prefix: r.IntN(z.servers * prefixesPerServer),
+							entry: r.IntN(z.proxies), prefix: choose(r),
 							id: c*z.each + n, from: fmt.Sprintf("10.0.%d.%d", c/250, c%250),
 						})
 					}
@@ -140,11 +141,26 @@ func TestCrowd(t *testing.T) {
 		})
 	}
 	z := sizes()
-	most := mostTokens
-	if !*full { // runs of so few requests differ by up to a tenth, for one proxy, too
-		most += 0.05
+	prefixes := z.servers * prefixesPerServer
+	for _, c := range []struct {
+		name   string
+		choose func(*rand.Rand) int
+		varies float64 // by how much runs of few requests differ, also those of one proxy
+	}{
+		{"uniform", func(r *rand.Rand) int { return r.IntN(prefixes) }, 0.05},
+		// Of 32 prefixes the first has a third of the requests, of 256 a quarter.
+		{"skewed", func(r *rand.Rand) int {
+			return int(rand.NewZipf(r, 1.2, 1, uint64(prefixes-1)).Uint64())
+		}, 0.2},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			most := mostTokens
+			if !*full {
+				most += c.varies
+			}
+			compare(t, crowd(z.through(1), c.choose), crowd(z, c.choose), most)
+		})
 	}
-	compare(t, crowd(z.through(1)), crowd(z), most)
 }
 
 // TestQueued has all requests sent at once, to any proxy, on servers without a host cache, so that

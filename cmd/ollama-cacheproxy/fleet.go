@@ -164,7 +164,7 @@ func (f *fleetFlags) sources(secret []byte, log *slog.Logger) (all []discover.So
 	}
 	s, err := discover.NewGossip(f.GossipListen, f.PeerListen, seeds, secret, log)
 	if err != nil {
-		return nil, fmt.Errorf("--gossip-listen %s: %w", f.GossipListen, err)
+		return nil, fmt.Errorf("--gossip-listen, --peers gossip:…: %w", err)
 	}
 	return append(all, s), nil
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -61,4 +62,30 @@ func TestGossipFound(t *testing.T) {
 	}
 	stop()
 	running.Wait()
+}
+
+// TestInnerAlone: the proxy within another verb is none of the fleet that the environment configures
+// for the proxy which runs all the time, such as in a container where both are started.
+func TestInnerAlone(t *testing.T) {
+	ollama := httptest.NewServer(http.HandlerFunc(stubOllama))
+	defer ollama.Close()
+	at := freeAddrs(t, 2)
+	t.Setenv("OLLAMA_CACHEPROXY_PEERS", at[0])
+	t.Setenv("OLLAMA_CACHEPROXY_PEER_LISTEN", at[1])
+	t.Setenv("OLLAMA_CACHEPROXY_PEER_SECRET_FILE", secretFile(t))
+	t.Setenv("OLLAMA_CACHEPROXY_OWN", "gpu")
+	server, stop, err := runInner(t.Context(), &console{io.Discard, io.Discard},
+		[]string{"--upstream", ollama.URL}, nil, environment)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stop()
+	res, err := http.Get(server.String() + pathFleet)
+	if err != nil {
+		t.Fatal(err)
+	}
+	res.Body.Close()
+	if res.StatusCode != http.StatusNotFound {
+		t.Errorf("%s is answered %d: it is one of a fleet", pathFleet, res.StatusCode)
+	}
 }

@@ -48,7 +48,7 @@ type fleetSettings struct {
 	name   string
 }
 
-func (f *fleetFlags) settings(upstreams []target) (set fleetSettings, err error) {
+func (f *fleetFlags) settings(listen string, upstreams []target) (set fleetSettings, err error) {
 	if len(f.Peers) == 0 {
 		if f.PeerListen != "" || len(f.Own) > 0 || f.PeerSecretFile != "" || f.PeerCert != "" || f.GossipListen != "" {
 			return set, errors.New("--peer-listen, --peer-secret-file, --peer-cert, --gossip-listen and --own are for a fleet: give --peers, too")
@@ -61,6 +61,14 @@ func (f *fleetFlags) settings(upstreams []target) (set fleetSettings, err error)
 	host, port, err := net.SplitHostPort(f.PeerListen)
 	if err != nil {
 		return set, fmt.Errorf("--peer-listen %s: want host:port or :port", f.PeerListen)
+	}
+	for _, other := range []struct{ flag, addr string }{{"--listen", listen}, {"--gossip-listen", f.GossipListen}} {
+		if overlap(f.PeerListen, other.addr) {
+			return set, fmt.Errorf("--peer-listen %s is the address of %s %s: the other proxies need one of their own", f.PeerListen, other.flag, other.addr)
+		}
+	}
+	if overlap(listen, f.GossipListen) {
+		return set, fmt.Errorf("--gossip-listen %s is the address of --listen %s: gossip needs one of its own", f.GossipListen, listen)
 	}
 	set.listen, set.name = f.PeerListen, f.PeerName
 	if set.name == "" {
@@ -81,6 +89,20 @@ func (f *fleetFlags) settings(upstreams []target) (set fleetSettings, err error)
 	}
 	_, err = f.sources(set.secret, slog.New(slog.DiscardHandler))
 	return set, err
+}
+
+// overlap reports whether only one of two addresses can be listened at.
+func overlap(a, b string) bool {
+	hostA, portA, err := net.SplitHostPort(a)
+	hostB, portB, err2 := net.SplitHostPort(b)
+	if err != nil || err2 != nil || portA != portB || portA == "0" {
+		return false
+	}
+	all := func(host string) bool {
+		ip := net.ParseIP(host)
+		return host == "" || ip != nil && ip.IsUnspecified()
+	}
+	return hostA == hostB || all(hostA) || all(hostB)
 }
 
 // defaultPeerName names a proxy by its host and port.
@@ -118,8 +140,8 @@ func (f *fleetFlags) secrets(set *fleetSettings) (err error) {
 	case given < 3:
 		return errors.New("--peer-cert, --peer-key and --peer-ca go together: give all three")
 	}
-	if set.cert, err = readCert(f.PeerCert, f.PeerKey); err != nil {
-		return fmt.Errorf("--peer-cert, --peer-key: %w", err)
+	if set.cert, err = readCert("--peer-cert", f.PeerCert, "--peer-key", f.PeerKey); err != nil {
+		return err
 	}
 	text, err := os.ReadFile(f.PeerCA)
 	if err != nil {
@@ -256,10 +278,11 @@ func (p *peerServer) close() {
 // peersWait is how long --check waits for the answers of peers.
 const peersWait = 3 * time.Second
 
-// aboutFleet describes what the settings about other proxies mean, and which of these answer.
-func (s *serveCmd) aboutFleet(ctx context.Context, set settings) string {
+// aboutFleet describes what the settings about other proxies mean, and which of these answer. The
+// error says why it could not listen for them; not if it runs with these settings.
+func (s *serveCmd) aboutFleet(ctx context.Context, set settings, runs bool) (string, error) {
 	if set.fleet.listen == "" {
-		return "none: this proxy works alone (--peers)"
+		return "none: this proxy works alone (--peers)", nil
 	}
 	shown := "a secret, in the clear"
 	switch {
@@ -272,28 +295,104 @@ func (s *serveCmd) aboutFleet(ctx context.Context, set settings) string {
 	if len(s.Own) > 0 {
 		text += "; it schedules " + strings.Join(s.Own, ", ")
 	}
-	c := set.fleet.config()
-	c.Local = func() []fleet.Server { return nil }
-	for _, spec := range s.Peers {
-		if strings.HasPrefix(spec, gossipScheme) { // a running proxy has the address for gossip
-			text += "\n            " + spec + ": not asked; the running proxy's page " + pathFleet + " says who is there"
+	var cannot error
+	if !runs {
+		cannot = s.checkPeerListen(ctx)
+	}
+	found, notes := s.peersFound(ctx, set.fleet)
+	return text + notes + set.fleet.ask(ctx, found), cannot
+}
+
+// checkPeerListen reports whether the proxy could listen for others.
+func (f *fleetFlags) checkPeerListen(ctx context.Context) (err error) {
+	for _, x := range []struct{ flag, addr string }{
+		{"--peer-listen", f.PeerListen}, {"--gossip-listen", f.GossipListen},
+	} {
+		if x.addr == "" {
 			continue
 		}
-		source, err := discover.Parse(spec, slog.New(slog.DiscardHandler))
-		if err != nil {
-			return text + "\n            " + err.Error() // impossible: the settings were read
+		ln, cannot := (&net.ListenConfig{}).Listen(ctx, "tcp", x.addr)
+		if cannot != nil {
+			err = errors.Join(err, fmt.Errorf("the proxy could not listen at %s %s: %w", x.flag, x.addr, cannot))
+			continue
 		}
-		c.Sources = append(c.Sources, source)
+		ln.Close()
+	}
+	return err
+}
+
+// nextLine begins a further line of what --check says about one setting.
+const nextLine = "\n            "
+
+// peersFound returns where the other proxies are now, and what is to be said about how they are found.
+func (s *serveCmd) peersFound(
+	ctx context.Context, set fleetSettings,
+) (found []discover.Source, notes string) {
+	quiet, gossip := slog.New(slog.DiscardHandler), false
+	for _, spec := range s.Peers {
+		if strings.HasPrefix(spec, gossipScheme) { // a running proxy has the address for gossip
+			gossip = true
+			notes += nextLine + spec + ": not asked; the running proxy's page " + pathFleet + " says who is there"
+			continue
+		}
+		source, err := discover.Parse(spec, quiet)
+		if err == nil {
+			var addrs []string
+			addrs, err = discover.Once(ctx, source)
+			for _, addr := range addrs {
+				if set.own(addr) {
+					notes += nextLine + addr + ": this proxy's own address"
+				} else if at, err := discover.Parse(addr, quiet); err == nil {
+					found = append(found, at)
+				}
+			}
+		}
+		if err != nil {
+			notes += fmt.Sprintf("%s%s: nothing is found: %v (a fleet works without it)", nextLine, spec, err)
+		}
+	}
+	if len(found) == 0 && !gossip {
+		notes += nextLine + "no other proxy is found: if that stays so, this one works alone"
+	}
+	return found, notes
+}
+
+// own reports whether the others, or this proxy, would reach this proxy at an address.
+func (set fleetSettings) own(addr string) bool {
+	host, port, err := net.SplitHostPort(addr)
+	at, own, err2 := net.SplitHostPort(set.listen)
+	if err != nil || err2 != nil || port != own {
+		return false
+	}
+	if ip := net.ParseIP(at); host == at || at != "" && (ip == nil || !ip.IsUnspecified()) {
+		return host == at
+	}
+	local, err := net.InterfaceAddrs()
+	ip := net.ParseIP(host)
+	return err == nil && (host == "localhost" || slices.ContainsFunc(local, func(a net.Addr) bool {
+		n, ok := a.(*net.IPNet)
+		return ok && n.IP.Equal(ip)
+	}))
+}
+
+// ask asks other proxies, and says what each answers.
+func (set fleetSettings) ask(ctx context.Context, found []discover.Source) (text string) {
+	c := set.config()
+	c.Local = func() []fleet.Server { return nil }
+	for _, at := range found {
+		c.Sources = append(c.Sources, at)
 	}
 	for _, p := range askPeers(ctx, c) {
+		said := p.Name + " answers"
 		switch {
-		case p.Up && p.Name == set.fleet.name:
-			text += fmt.Sprintf("\n            %s: %s answers, which has this proxy's name: it is running, or another one needs another --peer-name", p.Address, p.Name)
-		case p.Up:
-			text += fmt.Sprintf("\n            %s: %s answers", p.Address, p.Name)
-		default:
-			text += fmt.Sprintf("\n            %s: does not answer: %s (a fleet works without it)", p.Address, cmp.Or(p.Error, "nothing came"))
+		case p.Up && p.Name == set.name:
+			said += ", which has this proxy's name: it is this proxy, which runs, or else each needs a --peer-name of its own"
+		case !p.Up && strings.HasPrefix(p.Error, "it answers"):
+			said = p.Error + " (a fleet works without it)"
+		case !p.Up:
+			said = "does not answer: " + cmp.Or(p.Error, "nothing came") + " (a fleet works without it)"
 		}
+		text += nextLine + p.Address + ": " + said
 	}
 	return text
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -10,6 +11,8 @@ import (
 	"strings"
 	"sync"
 	"testing"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/fleet"
 )
 
 // secretFile writes a secret for peers.
@@ -87,5 +90,77 @@ func TestInnerAlone(t *testing.T) {
 	res.Body.Close()
 	if res.StatusCode != http.StatusNotFound {
 		t.Errorf("%s is answered %d: it is one of a fleet", pathFleet, res.StatusCode)
+	}
+}
+
+// TestCheckFleet: --check says what the settings about other proxies mean, and which of these answer.
+func TestCheckFleet(t *testing.T) {
+	ollama := httptest.NewServer(http.HandlerFunc(stubOllama))
+	defer ollama.Close()
+	dir := t.TempDir()
+	secret, other := filepath.Join(dir, "secret"), filepath.Join(dir, "other")
+	for _, path := range []string{secret, other} {
+		if err := os.WriteFile(path, []byte(path+"-0123456789abcdef"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f := fleet.New(fleet.Config{
+		Name: "the-other", Secret: []byte(secret + "-0123456789abcdef"),
+		Local: func() []fleet.Server { return nil },
+	})
+	var running sync.WaitGroup
+	ctx, stop := context.WithCancel(t.Context())
+	running.Go(func() { f.Run(ctx) })
+	defer running.Wait()
+	defer stop()
+	peer := httptest.NewServer(f.Handler(http.NotFoundHandler()))
+	defer peer.Close()
+	defer peer.CloseClientConnections()
+	at := strings.TrimPrefix(peer.URL, "http://")
+	own := freeAddrs(t, 1)[0]
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	// fleetArgs are the flags of a proxy of the fleet, but for what it listens at.
+	fleetArgs := []string{"--peers", at, "--peer-name", "me"}
+	for _, c := range []struct {
+		args []string
+		exit int
+		want []string
+	}{
+		{nil, 0, []string{"fleet       none: this proxy works alone"}},
+		{append(fleetArgs, "--peer-listen", own, "--peer-secret-file", secret, "--own", "gpu", "--peers", own), 0,
+			[]string{"fleet       this proxy is me, others reach it at " + own, "it schedules gpu", at + ": the-other answers", own + ": this proxy's own address"}},
+		{append(fleetArgs, "--peer-listen", own, "--peer-secret-file", other, "--peers", "127.0.0.1:1"), 0,
+			[]string{"127.0.0.1:1: does not answer", at + ": it answers 403", "--peer-secret-file"}},
+		{[]string{"--peers", own, "--peer-listen", own, "--peer-secret-file", secret}, 0,
+			[]string{"no other proxy is found"}},
+		{[]string{"--peers", "dns:nobody.invalid:1?resolver=127.0.0.1:1", "--peer-listen", own, "--peer-secret-file", secret}, 0,
+			[]string{"dns:nobody.invalid:1?resolver=127.0.0.1:1: nothing is found: "}},
+		{append(fleetArgs, "--peer-listen", own, "--peer-secret-file", secret, "--peer-name", "the-other"), 0,
+			[]string{"which has this proxy's name"}},
+		{append(fleetArgs, "--peer-listen", taken.Addr().String(), "--peer-secret-file", secret), 1,
+			[]string{"could not listen at --peer-listen " + taken.Addr().String()}},
+		{append(fleetArgs, "--peer-listen", own, "--peer-secret-file", secret, "--peers", "gossip:"+own, "--gossip-listen", taken.Addr().String()), 1,
+			[]string{"could not listen at --gossip-listen " + taken.Addr().String()}},
+		{append(fleetArgs, "--peer-listen", own, "--peer-secret-file", secret, "--listen", own), 2,
+			[]string{"--peer-listen " + own + " is the address of --listen"}},
+		{append(fleetArgs, "--peer-listen", own, "--peer-secret-file", secret, "--peers", "gossip:"+own, "--gossip-listen", own), 2,
+			[]string{"is the address of --gossip-listen"}},
+		{append(fleetArgs, "--peer-listen", own, "--peer-cert", secret, "--peer-key", secret, "--peer-ca", secret), 2,
+			[]string{"--peer-cert " + secret}},
+	} {
+		var out syncBuffer
+		args := append([]string{"--check", "--listen", "127.0.0.1:0", "--upstream", "gpu=" + ollama.URL}, c.args...)
+		if got := run(t.Context(), args, &out, &out); got != c.exit {
+			t.Errorf("--check %v exits with %d, want %d", c.args, got, c.exit)
+		}
+		for _, want := range c.want {
+			if !strings.Contains(out.String(), want) {
+				t.Errorf("--check %v does not say %q:\n%s", c.args, want, out.String())
+			}
+		}
 	}
 }

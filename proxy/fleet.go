@@ -436,7 +436,7 @@ func (h *Handler) unloadAt(
 	out.Header.Del("Accept-Encoding")
 	res, err := h.Fleet.Pass(out, to, h.about(r, ex), bytes.NewReader(text), int64(len(text)))
 	if err != nil {
-		h.Log.Warn("a model could not be unloaded", "peer", to.Peer, "model", ex.key, "err", err)
+		h.Log.Warn("a model could not be unloaded", "peer", to.Name, "model", ex.key, "err", err)
 		return
 	}
 	res.Body.Close()
@@ -487,7 +487,8 @@ func (h *Handler) modifyHop(res *http.Response) error {
 	if ex.beat.begun() {
 		ex.asEvent(res)
 	}
-	ex.Status, ex.Peer = res.StatusCode, ex.hop.place.Peer
+	ex.Status, ex.Peer = res.StatusCode, ex.hop.place.Name
+	ex.served = res.Header.Get(headerUpstream)
 	ex.Simulated = res.Header[upstream.SimulatedHeader] != nil
 	setCORS(res.Header, ex.origin)
 	if res.Header["Content-Type"] == nil {

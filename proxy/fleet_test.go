@@ -849,6 +849,27 @@ func TestHopUnload(t *testing.T) {
 	}
 }
 
+// TestHopLog: both proxies' lines say which server a request went to; the entry's names the proxy by
+// the name that its owner gave it, and the other one says that it was passed on.
+func TestHopLog(t *testing.T) {
+	a := edgeOf(t, 2, nil, newBox(t, "x", "m@1"))
+	owner, entry := a.of("x")
+	entry.post("/api/chat", chat("m", "s"))
+	owner.last()
+	entry.last()
+	for p, want := range map[*ally]map[string]any{
+		entry: {"upstream": "x", "peer": owner.h.Fleet.Name, "passed": nil},
+		owner: {"upstream": "x", "peer": nil, "passed": true},
+	} {
+		lines := p.log.lines(t, "request")
+		for field, want := range want {
+			if got := lines[len(lines)-1][field]; got != want {
+				t.Errorf("%s of %s is %v, want %v", field, p.h.Fleet.Name, got, want)
+			}
+		}
+	}
+}
+
 // TestHopAnswers: a kept answer is found through any proxy, and what many ask at once is computed
 // once.
 func TestHopAnswers(t *testing.T) {

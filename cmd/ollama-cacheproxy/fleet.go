@@ -105,9 +105,10 @@ func overlap(a, b string) bool {
 	return hostA == hostB || all(hostA) || all(hostB)
 }
 
-// defaultPeerName names a proxy by its host and port.
+// defaultPeerName names a proxy by its host and port. (Other addresses of loopback than the usual ones
+// distinguish proxies on one machine.)
 func defaultPeerName(host, port string) string {
-	if ip := net.ParseIP(host); host == "" || ip != nil && (ip.IsUnspecified() || ip.IsLoopback()) {
+	if ip := net.ParseIP(host); host == "" || host == "127.0.0.1" || host == "::1" || ip != nil && ip.IsUnspecified() {
 		if own, err := os.Hostname(); err == nil {
 			host = own
 		}

@@ -67,6 +67,45 @@ func TestGossipFound(t *testing.T) {
 	running.Wait()
 }
 
+// TestPeerNames: proxies that are called the same say so, as long as both run. By default those at other
+// addresses are not.
+func TestPeerNames(t *testing.T) {
+	ollama := httptest.NewServer(http.HandlerFunc(stubOllama))
+	defer ollama.Close()
+	secret, at := secretFile(t), freeAddrs(t, 2)
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	var logs [2]syncBuffer
+	var running sync.WaitGroup
+	for i := range logs {
+		args := []string{
+			"--listen", "127.0.0.1:0", "--upstream", "a=" + ollama.URL, "--peer-secret-file", secret,
+			"--peers", at[0], "--peers", at[1], "--peer-listen", at[i], "--peer-name", "twin",
+		}
+		running.Go(func() { run(ctx, args, &logs[i], &logs[i]) })
+	}
+	for i := range logs {
+		if !within30s(ctx, func() bool { return strings.Contains(logs[i].String(), "has this proxy's name") }) {
+			t.Errorf("proxy %d does not say that another one has its name:\n%s", i, logs[i].String())
+		}
+	}
+	stop()
+	running.Wait()
+
+	own, err := os.Hostname()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for host, want := range map[string]string{
+		"": own, "0.0.0.0": own, "::": own, "127.0.0.1": own, "::1": own,
+		"127.0.0.2": "127.0.0.2", "10.0.0.7": "10.0.0.7", "gpu-1": "gpu-1",
+	} {
+		if got := defaultPeerName(host, "1"); got != want+":1" {
+			t.Errorf("at %q it is called %q, want %s:1", host, got, want)
+		}
+	}
+}
+
 // TestInnerAlone: the proxy within another verb is none of the fleet that the environment configures
 // for the proxy which runs all the time, such as in a container where both are started.
 func TestInnerAlone(t *testing.T) {

@@ -45,6 +45,7 @@ type fleetSettings struct {
 	secret []byte
 	cert   *certFile // nil: without TLS
 	tls    *fleet.TLS
+	hosts  []string // the names of which --peers looks up the addresses
 	name   string
 }
 
@@ -87,7 +88,12 @@ func (f *fleetFlags) settings(listen string, upstreams []target) (set fleetSetti
 	if err = f.secrets(&set); err != nil {
 		return set, err
 	}
-	_, err = f.sources(set.secret, slog.New(slog.DiscardHandler))
+	sources, err := f.sources(set.secret, slog.New(slog.DiscardHandler))
+	for _, source := range sources {
+		if host := discover.Host(source); host != "" {
+			set.hosts = append(set.hosts, host)
+		}
+	}
 	return set, err
 }
 
@@ -194,13 +200,63 @@ func (f *fleetFlags) sources(secret []byte, log *slog.Logger) (all []discover.So
 
 // config is how this proxy talks to others.
 func (set fleetSettings) config() fleet.Config {
-	c := fleet.Config{
-		Name: set.name, Secret: set.secret, Transport: fleet.NewTransport(nil, set.tls),
-	}
+	transport := fleet.NewTransport(nil, set.tls)
+	c := fleet.Config{Name: set.name, Secret: set.secret, Transport: transport}
 	if set.tls != nil {
 		c.Scheme = "https"
+		transport.DialTLSContext = believing(transport, set.hosts)
 	}
 	return c
+}
+
+// believing returns how a transport makes connections with TLS. It believes a certificate that is for the
+// address, as usual, or for one of the names by which addresses were found: nobody knows beforehand which
+// ones DNS will list, such as those of pods.
+func believing(
+	t *http.Transport, names []string,
+) func(ctx context.Context, network, addr string) (net.Conn, error) {
+	return func(ctx context.Context, network, addr string) (net.Conn, error) {
+		host, _, err := net.SplitHostPort(addr)
+		if err != nil {
+			return nil, err
+		}
+		conn, err := t.DialContext(ctx, network, addr)
+		if err != nil {
+			return nil, err
+		}
+		c := t.TLSClientConfig.Clone()
+		c.ServerName = host
+		c.InsecureSkipVerify = true // it is verified here
+		c.VerifyConnection = func(state tls.ConnectionState) error {
+			return believe(state.PeerCertificates, c.RootCAs, append([]string{host}, names...))
+		}
+		secure := tls.Client(conn, c)
+		ctx, cancel := context.WithTimeout(ctx, t.TLSHandshakeTimeout)
+		defer cancel()
+		if err := secure.HandshakeContext(ctx); err != nil {
+			conn.Close()
+			return nil, err
+		}
+		return secure, nil
+	}
+}
+
+// believe verifies a chain of certificates for one of several names.
+func believe(chain []*x509.Certificate, roots *x509.CertPool, names []string) (err error) {
+	o := x509.VerifyOptions{Roots: roots, Intermediates: x509.NewCertPool()} // by default for a server
+	for _, c := range chain[1:] {
+		o.Intermediates.AddCert(c)
+	}
+	if _, err = chain[0].Verify(o); err == nil {
+		for _, name := range names {
+			wrong := chain[0].VerifyHostname(name)
+			if wrong == nil {
+				return nil
+			}
+			err = cmp.Or(err, wrong)
+		}
+	}
+	return &tls.CertificateVerificationError{UnverifiedCertificates: chain, Err: err}
 }
 
 // join makes the handler one of a fleet. Call it before the handler's Init.

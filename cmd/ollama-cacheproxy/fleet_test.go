@@ -2,7 +2,16 @@ package main
 
 import (
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
 	"io"
+	"log"
+	"math/big"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -11,6 +20,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/fleet"
 )
@@ -103,6 +113,63 @@ func TestPeerNames(t *testing.T) {
 		if got := defaultPeerName(host, "1"); got != want+":1" {
 			t.Errorf("at %q it is called %q, want %s:1", host, got, want)
 		}
+	}
+}
+
+// TestPeerCertificate: what another proxy's certificate may be for, if --peers says dns:peers.example:1
+// and that has the address 127.0.0.1.
+func TestPeerCertificate(t *testing.T) {
+	ours, theirs := newAuthority(t), newAuthority(t)
+	pool := x509.NewCertPool()
+	pool.AddCert(ours.cert)
+	for _, c := range []struct {
+		name string
+		by   *authority
+		dns  []string
+		ips  []net.IP
+		ends time.Duration // from now
+		want string        // of the error; "" for none
+	}{
+		{"the name that is looked up", ours, []string{"peers.example"}, nil, time.Hour, ""},
+		{"all names below that one's domain", ours, []string{"*.example"}, nil, time.Hour, ""},
+		{"the address", ours, nil, []net.IP{net.IPv4(127, 0, 0, 1)}, time.Hour, ""},
+		{"another name", ours, []string{"peer.example"}, nil, time.Hour, "127.0.0.1"},
+		{"another address", ours, nil, []net.IP{net.IPv4(127, 0, 0, 2)}, time.Hour, "127.0.0.1"},
+		{"of another authority", theirs, []string{"peers.example"}, nil, time.Hour, "unknown authority"},
+		{"expired", ours, []string{"peers.example"}, nil, -time.Minute, "expired"},
+	} {
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, cert := c.by.sign(&x509.Certificate{
+			SerialNumber: big.NewInt(2), DNSNames: c.dns, IPAddresses: c.ips,
+			NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(c.ends),
+		}, c.by.cert, key)
+		pair := &tls.Certificate{Certificate: [][]byte{cert.Raw}, PrivateKey: key}
+		peer := httptest.NewUnstartedServer(http.HandlerFunc(stubOllama))
+		peer.TLS = fleet.NewTLS(func() *tls.Certificate { return pair }, pool).Server()
+		peer.TLS.Certificates = []tls.Certificate{*pair} // otherwise httptest would show its own
+		peer.TLS.ClientAuth = tls.NoClientCert // this is about the other direction
+		peer.Config.ErrorLog = log.New(io.Discard, "", 0)
+		peer.StartTLS()
+		set := fleetSettings{
+			name: "me", hosts: []string{"other.example", "peers.example"},
+			tls: fleet.NewTLS(func() *tls.Certificate { return pair }, pool),
+		}
+		transport := set.config().Transport
+		res, err := (&http.Client{Transport: transport}).Get(peer.URL + "/api/version")
+		if err == nil {
+			res.Body.Close()
+		}
+		if got := fmt.Sprint(err); err == nil != (c.want == "") || !strings.Contains(got, c.want) {
+			t.Errorf("%s: %v, want %q", c.name, err, c.want)
+		}
+		if _, ok := errors.AsType[*tls.CertificateVerificationError](err); ok != (err != nil) {
+			t.Errorf("%s: the error is %T, and its explanation will be missing", c.name, err)
+		}
+		transport.CloseIdleConnections()
+		peer.Close()
 	}
 }
 

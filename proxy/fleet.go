@@ -198,8 +198,8 @@ func (h *Handler) passedOn(w http.ResponseWriter, r *http.Request, ex *exchange)
 		return h.pass(w, r, ex, ex.away)
 	case ex.passing != nil || ex.cloud || ex.key == "":
 		return false
-	case !ex.infers() && h.exists(ex.key) && (!ex.unloads() || h.unloadsHere(ex)):
-		return false // what evaluates nothing needs no owner, only a server that has the model
+	case !ex.infers() && h.suffices(ex):
+		return false
 	}
 	return h.pass(w, r, ex, "")
 }
@@ -411,8 +411,12 @@ func (h *Handler) owners(ex *exchange, wanted func(fleet.Server) bool) []fleet.P
 	return h.Fleet.Others(wanted)
 }
 
-// unloadsHere reports whether this proxy owns a server from which the request is to unload its model.
-func (h *Handler) unloadsHere(ex *exchange) bool {
+// suffices reports whether this proxy has a server for a request that evaluates nothing. That needs no
+// owner, only a server that has the model; but only owners unload.
+func (h *Handler) suffices(ex *exchange) bool {
+	if !ex.unloads() {
+		return h.exists(ex.key)
+	}
 	return slices.ContainsFunc(h.backends(), func(b *backend) bool {
 		return !b.foreign.Load() && b.State().Has(ex.key) && (ex.only == nil || ex.only == b)
 	})

@@ -63,27 +63,15 @@ func (f *fleetFlags) settings(listen string, upstreams []target) (set fleetSetti
 	if err != nil {
 		return set, fmt.Errorf("--peer-listen %s: want host:port or :port", f.PeerListen)
 	}
-	for _, other := range []struct{ flag, addr string }{{"--listen", listen}, {"--gossip-listen", f.GossipListen}} {
-		if overlap(f.PeerListen, other.addr) {
-			return set, fmt.Errorf("--peer-listen %s is the address of %s %s: the other proxies need one of their own", f.PeerListen, other.flag, other.addr)
-		}
-	}
-	if overlap(listen, f.GossipListen) {
-		return set, fmt.Errorf("--gossip-listen %s is the address of --listen %s: gossip needs one of its own", f.GossipListen, listen)
+	if err = f.checkAddresses(listen); err != nil {
+		return set, err
 	}
 	set.listen, set.name = f.PeerListen, f.PeerName
 	if set.name == "" {
 		set.name = defaultPeerName(host, port)
 	}
-	for _, t := range upstreams {
-		if t.unnamed { // otherwise the Ollamas beside two proxies would be taken for one
-			return set, fmt.Errorf("--peers: name each upstream, such as --upstream gpu-1=%s: the proxies of a fleet take those of one name for one server", t.url.Host)
-		}
-	}
-	for _, name := range f.Own {
-		if !slices.ContainsFunc(upstreams, func(t target) bool { return t.name == name }) {
-			return set, fmt.Errorf("--own %s: there is no upstream of this name; name it with --upstream %s=ADDR", name, name)
-		}
+	if err = f.checkNames(upstreams); err != nil {
+		return set, err
 	}
 	if err = f.secrets(&set); err != nil {
 		return set, err
@@ -95,6 +83,35 @@ func (f *fleetFlags) settings(listen string, upstreams []target) (set fleetSetti
 		}
 	}
 	return set, err
+}
+
+// checkAddresses refuses addresses of which only one can be listened at.
+func (f *fleetFlags) checkAddresses(listen string) error {
+	const want = "%s %s is the address of %s %s: each needs one of its own"
+	switch {
+	case overlap(f.PeerListen, listen):
+		return fmt.Errorf(want, "--peer-listen", f.PeerListen, "--listen", listen)
+	case overlap(f.GossipListen, listen):
+		return fmt.Errorf(want, "--gossip-listen", f.GossipListen, "--listen", listen)
+	case overlap(f.GossipListen, f.PeerListen):
+		return fmt.Errorf(want, "--gossip-listen", f.GossipListen, "--peer-listen", f.PeerListen)
+	}
+	return nil
+}
+
+// checkNames refuses upstreams without a name, and what --own names though it is none.
+func (f *fleetFlags) checkNames(upstreams []target) error {
+	for _, t := range upstreams {
+		if t.unnamed { // otherwise the Ollamas beside two proxies would be taken for one
+			return fmt.Errorf("--peers: name each upstream, such as --upstream gpu-1=%s: the proxies of a fleet take those of one name for one server", t.url.Host)
+		}
+	}
+	for _, name := range f.Own {
+		if !slices.ContainsFunc(upstreams, func(t target) bool { return t.name == name }) {
+			return fmt.Errorf("--own %s: there is no upstream of this name; name it with --upstream %s=ADDR", name, name)
+		}
+	}
+	return nil
 }
 
 // overlap reports whether only one of two addresses can be listened at.

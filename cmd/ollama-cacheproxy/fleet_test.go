@@ -150,7 +150,7 @@ func TestPeerCertificate(t *testing.T) {
 		peer := httptest.NewUnstartedServer(http.HandlerFunc(stubOllama))
 		peer.TLS = fleet.NewTLS(func() *tls.Certificate { return pair }, pool).Server()
 		peer.TLS.Certificates = []tls.Certificate{*pair} // otherwise httptest would show its own
-		peer.TLS.ClientAuth = tls.NoClientCert // this is about the other direction
+		peer.TLS.ClientAuth = tls.NoClientCert           // this is about the other direction
 		peer.Config.ErrorLog = log.New(io.Discard, "", 0)
 		peer.StartTLS()
 		set := fleetSettings{
@@ -254,7 +254,7 @@ func TestCheckFleet(t *testing.T) {
 		{append(fleetArgs, "--peer-listen", own, "--peer-secret-file", secret, "--listen", own), 2,
 			[]string{"--peer-listen " + own + " is the address of --listen"}},
 		{append(fleetArgs, "--peer-listen", own, "--peer-secret-file", secret, "--peers", "gossip:"+own, "--gossip-listen", own), 2,
-			[]string{"is the address of --gossip-listen"}},
+			[]string{"is the address of --peer-listen"}},
 		{append(fleetArgs, "--peer-listen", own, "--peer-cert", secret, "--peer-key", secret, "--peer-ca", secret), 2,
 			[]string{"--peer-cert " + secret}},
 	} {

@@ -179,3 +179,17 @@ func (r *records) update(found []string) bool {
 	r.addrs, r.cut = sorted(all)
 	return !slices.Equal(before, r.addrs)
 }
+
+// Host returns the HOST whose records a source of Parse looks up, without a dot at its end; "" for other
+// sources.
+func Host(s Source) string {
+	l, ok := s.(*lookup)
+	if !ok {
+		return ""
+	}
+	host := l.host
+	for strings.HasPrefix(l.spec, "srv:") && strings.HasPrefix(host, "_") { // the labels of service and protocol
+		_, host, _ = strings.Cut(host, ".")
+	}
+	return strings.TrimSuffix(host, ".")
+}

@@ -169,3 +169,20 @@ func TestServer(t *testing.T) {
 		}
 	}
 }
+
+func TestHost(t *testing.T) {
+	for spec, want := range map[string]string{
+		"10.0.0.7:1": "", "gpu-1:1": "", "dns:peers.example:1": "peers.example",
+		"dns:peers.example.:1?resolver=127.0.0.1:53": "peers.example",
+		"srv:_peer._tcp.example.com":                 "example.com",
+		"srv:_peer._tcp.example.com.":                "example.com",
+	} {
+		s, err := Parse(spec, slog.New(slog.DiscardHandler))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := Host(s); got != want {
+			t.Errorf("%s: %q, want %q", spec, got, want)
+		}
+	}
+}

@@ -28,8 +28,9 @@ const (
 
 // gossip is a Source: the other members of a memberlist.
 type gossip struct {
-	list  *memberlist.Memberlist
-	own   string // the name of this member
+	cfg   *memberlist.Config
+	list  *memberlist.Memberlist // nil until listen has succeeded
+	own   string                 // the name of this member
 	seeds []string
 	spec  string
 	log   *slog.Logger
@@ -37,11 +38,12 @@ type gossip struct {
 }
 
 // NewGossip returns a Source of the peer addresses of those that gossip with each other: where
-// there is no DNS. It listens at bind (TCP and UDP), tells the others advertisePeer, the address of
-// this proxy for its peers, and finds them by the seeds, of which one has to be reachable at some
-// time. What it finds does not include itself. Members that know another secret are no members; with
-// an empty one nothing is encrypted. Watch must be called, once; when it ends, the others are told,
-// and nothing listens any more.
+// there is no DNS. While it is watched, it listens at bind (TCP and UDP; if it cannot, it tries again
+// every few seconds), tells the others advertisePeer, the address of this proxy for its peers, and
+// finds them by the seeds, of which one has to be reachable at some time. What it finds does not
+// include itself. Members that know another secret are no members; with an empty one nothing is
+// encrypted. Watch may be called once; when it ends, the others are told. The error is about the
+// addresses' form: nothing is looked up but bind, if that has a name.
 func NewGossip(bind, advertisePeer string, seeds []string, secret []byte, log *slog.Logger) (Source, error) {
 	addr, err := net.ResolveTCPAddr("tcp", bind)
 	if err != nil {
@@ -56,9 +58,9 @@ func NewGossip(bind, advertisePeer string, seeds []string, secret []byte, log *s
 			return nil, fmt.Errorf("gossip: a seed: %w; want HOST:PORT", err)
 		}
 	}
-	g := &gossip{own: rand.Text(), seeds: seeds, log: log, news: make(chan struct{}, 1)}
-	g.spec = "gossip:" + strings.Join(seeds, ",")
 	cfg := memberlist.DefaultLANConfig()
+	g := &gossip{cfg: cfg, own: rand.Text(), seeds: seeds, log: log, news: make(chan struct{}, 1)}
+	g.spec = "gossip:" + strings.Join(seeds, ",")
 	cfg.Name = g.own // not the address: a proxy that is started again is another member
 	cfg.Label = "ollama-cacheproxy"
 	cfg.BindAddr, cfg.BindPort = "0.0.0.0", addr.Port
@@ -75,15 +77,47 @@ func NewGossip(bind, advertisePeer string, seeds []string, secret []byte, log *s
 			return nil, fmt.Errorf("gossip: a key from the secret: %w", err)
 		}
 	}
-	if g.list, err = memberlist.Create(cfg); err != nil {
-		return nil, fmt.Errorf("gossip at %s: %w; choose another address", bind, err)
-	}
 	return g, nil
+}
+
+// listen begins to listen.
+func (g *gossip) listen() (err error) {
+	if g.list == nil {
+		g.list, err = memberlist.Create(g.cfg)
+	}
+	return err
+}
+
+// listens begins to listen as soon as that is possible. If it is not at once, it says so, and that
+// nobody is found. It returns false if ctx ends before.
+func (g *gossip) listens(ctx context.Context, found func([]string)) bool {
+	for failing := false; ; failing = true {
+		err := g.listen()
+		if err == nil {
+			if failing {
+				g.log.Info("this proxy listens for gossip at last", "address", g.list.LocalNode().Address())
+			}
+			return true
+		}
+		if !failing {
+			g.log.Error("this proxy cannot listen for gossip, and finds no others by it: it is tried again every few seconds; free the address, or choose another one with --gossip-listen",
+				"err", err)
+			found(nil)
+		}
+		select {
+		case <-ctx.Done():
+			return false
+		case <-time.After(aloneInterval):
+		}
+	}
 }
 
 func (g *gossip) String() string { return g.spec }
 
 func (g *gossip) Watch(ctx context.Context, found func([]string)) {
+	if !g.listens(ctx, found) {
+		return
+	}
 	defer func() {
 		g.list.Leave(leaveTimeout) // an error means that not all have heard it; they notice it
 		g.list.Shutdown()

@@ -12,6 +12,9 @@ import (
 func member(t *testing.T, peer, secret string, log *slog.Logger, seeds ...string) (Source, string) {
 	t.Helper()
 	s, err := NewGossip("127.0.0.1:0", peer, seeds, []byte(secret), log)
+	if err == nil {
+		err = s.(*gossip).listen()
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -100,20 +103,38 @@ func TestGossipSecret(t *testing.T) {
 }
 
 func TestGossipErrors(t *testing.T) {
-	_, seed := func() (Source, string) {
-		s, at := member(t, "10.0.0.1:1", "", slog.New(slog.DiscardHandler))
-		watch(t, s)
-		return s, at
-	}()
 	for want, try := range map[string][3]string{
 		"want HOST:PORT, an address": {"nothing", "10.0.0.1:1", "10.0.0.2:2"},
 		"that peers are told":        {"127.0.0.1:0", "10.0.0.1", "10.0.0.2:2"},
 		"a seed":                     {"127.0.0.1:0", "10.0.0.1:1", "10.0.0.2"},
-		"choose another address":     {seed, "10.0.0.1:1", "10.0.0.2:2"},
 	} {
 		_, err := NewGossip(try[0], try[1], try[2:], nil, slog.New(slog.DiscardHandler))
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v: %v; want %q", try, err, want)
+		}
+	}
+}
+
+// TestGossipTaken: settings can be read while another program has the address, and as soon as that
+// is gone, the others are found.
+func TestGossipTaken(t *testing.T) {
+	log := slog.New(slog.DiscardHandler)
+	a, at := member(t, "10.0.0.1:1", "", log)
+	_, stop := watch(t, a)
+	c, seed := member(t, "10.0.0.2:2", "", log)
+	watch(t, c)
+	var said lines
+	b, err := NewGossip(at, "10.0.0.3:3", []string{seed}, nil, slog.New(slog.NewTextHandler(&said, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	found, _ := watch(t, b)
+	until(t, found)
+	stop()
+	until(t, found, "10.0.0.2:2")
+	for _, want := range []string{"cannot listen for gossip", "listens for gossip at last"} {
+		if n := strings.Count(said.String(), want); n != 1 {
+			t.Errorf("%d lines say %q; want one:\n%s", n, want, said.String())
 		}
 	}
 }

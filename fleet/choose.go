@@ -25,6 +25,7 @@ type Ask struct {
 type Place struct {
 	Server string
 	Peer   string // the owner's ID; "" for this proxy
+	Name   string // the owner's name
 	addr   string
 	gone   <-chan struct{}
 }
@@ -80,7 +81,7 @@ func (f *Fleet) Astray(a Ask) (server string, ok bool) {
 }
 
 func (s *place) place() Place {
-	p := Place{Server: s.Name}
+	p := Place{Server: s.Name, Name: s.owner.name}
 	if o := s.owner.peer; o != nil {
 		p.Peer, p.addr, p.gone = s.owner.id, o.addr, s.gone
 	}

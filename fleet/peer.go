@@ -135,6 +135,10 @@ func (p *peer) heard(r *Report) {
 		} else {
 			f.Log.Info("peer found", "peer", r.Name, "address", p.addr, "upstreams", len(r.Servers))
 		}
+		if r.Name == f.Name {
+			f.Log.Warn("a peer has this proxy's name: who owns which server changes with each restart; "+
+				"give each proxy a --peer-name of its own", "peer", r.Name, "address", p.addr)
+		}
 		p.told, p.foreign, p.err = false, false, nil
 	}
 	for _, s := range r.Seen {

@@ -10,7 +10,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/ollama-cacheproxy/ollama-cacheproxy/fleet"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/runners"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/savings"
@@ -328,8 +327,8 @@ func (h *Handler) retract(ex *exchange) {
 	ex.grant, ex.context = nil, nil
 }
 
-// unloadElsewhere makes all other servers that may have the model loaded unload it, but for those of
-// one peer. The channel that it returns is closed when that is done; it is nil if there is nothing to
+// unloadElsewhere makes all other servers that may have the model loaded unload it, by their owners,
+// but for those of one peer. The channel that it returns is closed when that is done; it is nil if there is nothing to
 // do.
 func (h *Handler) unloadElsewhere(r *http.Request, ex *exchange, but string) chan struct{} {
 	if ex.only != nil || !ex.unloads() {
@@ -337,7 +336,7 @@ func (h *Handler) unloadElsewhere(r *http.Request, ex *exchange, but string) cha
 	}
 	key, f := ex.key, ex.fields
 	f.members, f.long = nil, nil // their memory belongs to a pooled body
-	peers := slices.DeleteFunc(h.others(ex, ex.key), func(p fleet.Place) bool { return p.Peer == but })
+	peers := h.unloaders(ex, but)
 	all := h.backends()
 	if len(all) == 1 && all[0] == ex.up && len(peers) == 0 {
 		return nil
@@ -345,7 +344,7 @@ func (h *Handler) unloadElsewhere(r *http.Request, ex *exchange, but string) cha
 	ctx, cancel := context.WithTimeout(r.Context(), loadedTimeout)
 	var wg sync.WaitGroup
 	for _, b := range all {
-		if st := b.State(); b == ex.up || st.Away || !st.Has(key) {
+		if st := b.State(); b == ex.up || b.foreign.Load() || st.Away || !st.Has(key) {
 			continue
 		}
 		wg.Go(func() {

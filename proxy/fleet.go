@@ -161,7 +161,7 @@ func (h *Handler) learned(server string, text []byte) {
 // owning returns the servers of a list that this proxy owns; all of them if it owns none, since then a
 // peer has taken it for their owner, or there is no other.
 func (h *Handler) owning(ex *exchange, list []*backend) []*backend {
-	if h.Fleet == nil || !ex.infers() {
+	if h.Fleet == nil || !ex.infers() && !ex.unloads() {
 		return list
 	}
 	own := slices.DeleteFunc(slices.Clone(list), func(b *backend) bool { return b.foreign.Load() })
@@ -199,8 +199,8 @@ func (h *Handler) passedOn(w http.ResponseWriter, r *http.Request, ex *exchange)
 		return h.pass(w, r, ex, ex.away)
 	case ex.passing != nil || ex.cloud || ex.key == "":
 		return false
-	case !ex.infers() && h.exists(ex.key):
-		return false // what evaluates nothing needs no owner, only a server that has the model
+	case !ex.infers() && h.suffices(ex):
+		return false
 	}
 	return h.pass(w, r, ex, "")
 }
@@ -395,19 +395,44 @@ func (h *Handler) about(r *http.Request, ex *exchange) fleet.About {
 	}
 }
 
-// others returns the peers that have servers which this proxy does not have, and with a model if one is
+// others returns the peers that own servers which this proxy does not have, and with a model if one is
 // given; none for a request that a peer has passed on.
 func (h *Handler) others(ex *exchange, model string) []fleet.Place {
-	if h.Fleet == nil || ex.passed != nil {
-		return nil
-	}
-	return h.Fleet.Others(func(s fleet.Server) bool {
+	return h.owners(ex, func(s fleet.Server) bool {
 		return h.named(s.Name) == nil && (model == "" || slices.Contains(s.Models, model))
 	})
 }
 
-// unloadAt passes a request that unloads a model on to a peer whose servers this proxy does not
-// reach.
+// owners returns the peers that own a server which is wanted; none for a request that a peer has
+// passed on.
+func (h *Handler) owners(ex *exchange, wanted func(fleet.Server) bool) []fleet.Place {
+	if h.Fleet == nil || ex.passed != nil {
+		return nil
+	}
+	return h.Fleet.Others(wanted)
+}
+
+// suffices reports whether this proxy has a server for a request that evaluates nothing. That needs no
+// owner, only a server that has the model; but only owners unload.
+func (h *Handler) suffices(ex *exchange) bool {
+	if !ex.unloads() {
+		return h.exists(ex.key)
+	}
+	return slices.ContainsFunc(h.backends(), func(b *backend) bool {
+		return !b.foreign.Load() && b.State().Has(ex.key) && (ex.only == nil || ex.only == b)
+	})
+}
+
+// unloaders returns the peers that own a server with the request's model, but for one of them. Only
+// the owner may unload it: it knows what is loaded there, and for how long, by what it has sent.
+func (h *Handler) unloaders(ex *exchange, but string) []fleet.Place {
+	return slices.DeleteFunc(h.owners(ex, func(s fleet.Server) bool {
+		b := h.named(s.Name)
+		return slices.Contains(s.Models, ex.key) || b != nil && b.State().Has(ex.key)
+	}), func(p fleet.Place) bool { return p.Peer == but })
+}
+
+// unloadAt passes a request that unloads a model on to the peer that owns other servers.
 func (h *Handler) unloadAt(
 	ctx context.Context, r *http.Request, ex *exchange, to fleet.Place, text []byte,
 ) {
@@ -416,7 +441,7 @@ func (h *Handler) unloadAt(
 	out.Header.Del("Accept-Encoding")
 	res, err := h.Fleet.Pass(out, to, h.about(r, ex), bytes.NewReader(text), int64(len(text)))
 	if err != nil {
-		h.Log.Warn("a model could not be unloaded", "peer", to.Peer, "model", ex.key, "err", err)
+		h.Log.Warn("a model could not be unloaded", "peer", to.Name, "model", ex.key, "err", err)
 		return
 	}
 	res.Body.Close()
@@ -467,7 +492,8 @@ func (h *Handler) modifyHop(res *http.Response) error {
 	if ex.beat.begun() {
 		ex.asEvent(res)
 	}
-	ex.Status, ex.Peer = res.StatusCode, ex.hop.place.Peer
+	ex.Status, ex.Peer = res.StatusCode, ex.hop.place.Name
+	ex.served = res.Header.Get(headerUpstream)
 	ex.Simulated = res.Header[upstream.SimulatedHeader] != nil
 	setCORS(res.Header, ex.origin)
 	if res.Header["Content-Type"] == nil {

@@ -796,6 +796,80 @@ func TestSidecars(t *testing.T) {
 	}
 }
 
+// TestHopUnload: whichever proxy is asked to unload a model, each server gets that once, from its owner,
+// who knows then that nothing holds the model any more: the next request holds it again.
+func TestHopUnload(t *testing.T) {
+	x, y := newBox(t, "x", "m@1"), newBox(t, "y", "m@1")
+	boxes := []*box{x, y}
+	a := edgeOf(t, 3, func(_ int, h *Handler, _ *fleet.Config) { h.NoTouch = false }, x, y)
+	owner, entry := a.of("x")
+	// sent returns the keep_alive of each request that a server got.
+	sent := func(b *box) (list []string) {
+		for _, text := range b.took() {
+			if !strings.HasPrefix(text, "POST /api/generate") {
+				continue
+			}
+			var f struct {
+				KeepAlive json.RawMessage `json:"keep_alive"`
+			}
+			if err := json.Unmarshal([]byte(text[strings.Index(text, "{"):]), &f); err != nil {
+				t.Errorf("%v: %q", err, text)
+			}
+			list = append(list, string(f.KeepAlive))
+		}
+		return list
+	}
+	use := func() string {
+		t.Helper()
+		owner.post("/api/generate", `{"model":"m","prompt":"p"}`, headerUpstream+": x")
+		return strings.Join(sent(x), " ")
+	}
+	for i, p := range a.proxy {
+		first, second := use(), use()
+		if first != `"24h0m0s"` || second != "" {
+			t.Errorf("%d: two requests say %s and %q: want the first one to hold the model", i, first, second)
+		}
+		sent(y)
+		if res, text := p.post("/api/generate", `{"model":"m","keep_alive":0}`); res.StatusCode != 200 {
+			t.Errorf("%d: %s %s", i, res.Status, text)
+		}
+		for _, b := range boxes {
+			if got := sent(b); !slices.Equal(got, []string{"0"}) {
+				t.Errorf("%d: %s gets %q; want one request that unloads", i, b.name, got)
+			}
+		}
+	}
+	use()
+	entry.post("/api/generate", `{"model":"m","keep_alive":0}`, headerUpstream+": x")
+	if got, other := sent(x), sent(y); !slices.Equal(got, []string{"0"}) || len(other) > 0 {
+		t.Errorf("x, which is named, gets %q, and y %q", got, other)
+	}
+	if got := use(); got != `"24h0m0s"` {
+		t.Errorf("after that a request says %q", got)
+	}
+}
+
+// TestHopLog: both proxies' lines say which server a request went to; the entry's names the proxy by
+// the name that its owner gave it, and the other one says that it was passed on.
+func TestHopLog(t *testing.T) {
+	a := edgeOf(t, 2, nil, newBox(t, "x", "m@1"))
+	owner, entry := a.of("x")
+	entry.post("/api/chat", chat("m", "s"))
+	owner.last()
+	entry.last()
+	for p, want := range map[*ally]map[string]any{
+		entry: {"upstream": "x", "peer": owner.h.Fleet.Name, "passed": nil},
+		owner: {"upstream": "x", "peer": nil, "passed": true},
+	} {
+		lines := p.log.lines(t, "request")
+		for field, want := range want {
+			if got := lines[len(lines)-1][field]; got != want {
+				t.Errorf("%s of %s is %v, want %v", field, p.h.Fleet.Name, got, want)
+			}
+		}
+	}
+}
+
 // TestHopAnswers: a kept answer is found through any proxy, and what many ask at once is computed
 // once.
 func TestHopAnswers(t *testing.T) {

@@ -189,7 +189,7 @@ type Exchange struct {
 
 	Upstream  string   // the name of the server that got the request; "" for none, or for all
 	Simulated bool     // that server is simulated: its answers and figures are made up
-	Peer      string   // the ID of the proxy that it was passed on to; "" for none
+	Peer      string   // the name of the proxy that it was passed on to; "" for none
 	Passed    bool     // another proxy passed it on to this one, and counts it as a request
 	Retries   []string // why it went to another server, or again: see the Retry… constants
 
@@ -266,6 +266,7 @@ type exchange struct {
 	passed    *fleet.Passed       // how another proxy passed it on; nil if it did not
 	survives  bool                // its answer is to go on without its client, from wherever it comes
 	hop       *relay              // its way to another proxy; nil if it is not passed on
+	served    string              // the server from which that proxy's answer comes; "" if it says none
 	leaves    *schedule.Elsewhere // set when another proxy is to serve it, after it has waited here
 	moves     int                 // how often that was so
 	stops     bool                // it would have to wait while the proxy stops
@@ -1187,7 +1188,10 @@ func (ex *exchange) attrs() []slog.Attr {
 	if ex.Begun {
 		attrs = append(attrs, slog.Bool("heartbeat", true))
 	}
-	attrs = said(attrs, slog.String("upstream", ex.Upstream), slog.String("peer", ex.Peer))
+	attrs = said(attrs, slog.String("upstream", cmp.Or(ex.Upstream, ex.served)), slog.String("peer", ex.Peer))
+	if ex.Passed {
+		attrs = append(attrs, slog.Bool("passed", true))
+	}
 	if ex.Simulated {
 		attrs = append(attrs, slog.Bool("simulated", true))
 	}

@@ -103,7 +103,7 @@ func (h *Handler) gather(
 		wg.Go(func() {
 			var err error
 			if lists[len(all)+i], err = h.peerList(ctx, r, ex, to); err != nil {
-				h.Log.Debug("a peer is left out of a list", "path", r.URL.Path, "peer", to.Peer, "err", err)
+				h.Log.Debug("a peer is left out of a list", "path", r.URL.Path, "peer", to.Name, "err", err)
 			}
 		})
 	}

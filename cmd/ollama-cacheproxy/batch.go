@@ -12,8 +12,6 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/alecthomas/kong"
-
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/batch"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
@@ -274,7 +272,7 @@ func (b *batchCmd) inner(ctx context.Context, c *console, config *batch.Config) 
 	for _, n := range b.Slots {
 		args = append(args, "--slots", n)
 	}
-	server, end, err := runInner(ctx, c, args, nil, kong.DefaultEnvars("OLLAMA_CACHEPROXY"))
+	server, end, err := runInner(ctx, c, args, nil, environment)
 	if err != nil {
 		return nil, err
 	}

@@ -26,6 +26,7 @@ func (s *serveCmd) report(
 	ups = append(ups, s.servers(found, transport, logger)...)
 	pollAll(ctx, ups)
 	listen, cannot := set.checkListen(ctx)
+	peers, cannotPeers := s.aboutFleet(ctx, set, listen != "" && cannot == nil)
 	text := fmt.Sprintf("listen      %s://%s%s\n%s", set.scheme(), set.listen, listen, resolved)
 	for i, up := range ups {
 		line, answers := set.aboutUpstream(i, up)
@@ -38,13 +39,13 @@ func (s *serveCmd) report(
 		keys = fmt.Sprintf("%d, %d of them may change models and upstreams", set.guard.Keys.Len(), set.guard.Keys.Admins())
 	}
 	text += fmt.Sprintf("keep-alive  %v, %s\nnum_ctx     %v\nheads       %v\nmemory      %d MiB for the bodies of requests that wait\nAPI keys    %s\ntrusted     %v\ncontexts    %s\nanswers     %s\nfleet       %s\n",
-		set.keepAlive, s.KeepAlivePolicy, set.numCtx, set.heads, set.memory>>20, keys, set.trusted, s.aboutContexts(), s.aboutAnswers(set), s.aboutFleet(ctx, set))
+		set.keepAlive, s.KeepAlivePolicy, set.numCtx, set.heads, set.memory>>20, keys, set.trusted, s.aboutContexts(), s.aboutAnswers(set), peers)
 	text += "\nall settings, and where each comes from:\n" + s.listSettings(set)
 	var down error
 	if len(silent) > 0 {
 		down = fmt.Errorf("the settings are right, but no Ollama answers at %s: start it there, or say where it is with --upstream", strings.Join(silent, " and "))
 	}
-	failed := errors.Join(cannot, down)
+	failed := errors.Join(cannot, cannotPeers, down)
 	if failed == nil {
 		text = "the settings are right\n" + text
 	}

@@ -45,10 +45,11 @@ type fleetSettings struct {
 	secret []byte
 	cert   *certFile // nil: without TLS
 	tls    *fleet.TLS
+	hosts  []string // the names of which --peers looks up the addresses
 	name   string
 }
 
-func (f *fleetFlags) settings(upstreams []target) (set fleetSettings, err error) {
+func (f *fleetFlags) settings(listen string, upstreams []target) (set fleetSettings, err error) {
 	if len(f.Peers) == 0 {
 		if f.PeerListen != "" || len(f.Own) > 0 || f.PeerSecretFile != "" || f.PeerCert != "" || f.GossipListen != "" {
 			return set, errors.New("--peer-listen, --peer-secret-file, --peer-cert, --gossip-listen and --own are for a fleet: give --peers, too")
@@ -62,30 +63,75 @@ func (f *fleetFlags) settings(upstreams []target) (set fleetSettings, err error)
 	if err != nil {
 		return set, fmt.Errorf("--peer-listen %s: want host:port or :port", f.PeerListen)
 	}
+	if err = f.checkAddresses(listen); err != nil {
+		return set, err
+	}
 	set.listen, set.name = f.PeerListen, f.PeerName
 	if set.name == "" {
 		set.name = defaultPeerName(host, port)
 	}
-	for _, t := range upstreams {
-		if t.unnamed { // otherwise the Ollamas beside two proxies would be taken for one
-			return set, fmt.Errorf("--peers: name each upstream, such as --upstream gpu-1=%s: the proxies of a fleet take those of one name for one server", t.url.Host)
-		}
-	}
-	for _, name := range f.Own {
-		if !slices.ContainsFunc(upstreams, func(t target) bool { return t.name == name }) {
-			return set, fmt.Errorf("--own %s: there is no upstream of this name; name it with --upstream %s=ADDR", name, name)
-		}
+	if err = f.checkNames(upstreams); err != nil {
+		return set, err
 	}
 	if err = f.secrets(&set); err != nil {
 		return set, err
 	}
-	_, err = f.sources(set.secret, slog.New(slog.DiscardHandler))
+	sources, err := f.sources(set.secret, slog.New(slog.DiscardHandler))
+	for _, source := range sources {
+		if host := discover.Host(source); host != "" {
+			set.hosts = append(set.hosts, host)
+		}
+	}
 	return set, err
 }
 
-// defaultPeerName names a proxy by its host and port.
+// checkAddresses refuses addresses of which only one can be listened at.
+func (f *fleetFlags) checkAddresses(listen string) error {
+	const want = "%s %s is the address of %s %s: each needs one of its own"
+	switch {
+	case overlap(f.PeerListen, listen):
+		return fmt.Errorf(want, "--peer-listen", f.PeerListen, "--listen", listen)
+	case overlap(f.GossipListen, listen):
+		return fmt.Errorf(want, "--gossip-listen", f.GossipListen, "--listen", listen)
+	case overlap(f.GossipListen, f.PeerListen):
+		return fmt.Errorf(want, "--gossip-listen", f.GossipListen, "--peer-listen", f.PeerListen)
+	}
+	return nil
+}
+
+// checkNames refuses upstreams without a name, and what --own names though it is none.
+func (f *fleetFlags) checkNames(upstreams []target) error {
+	for _, t := range upstreams {
+		if t.unnamed { // otherwise the Ollamas beside two proxies would be taken for one
+			return fmt.Errorf("--peers: name each upstream, such as --upstream gpu-1=%s: the proxies of a fleet take those of one name for one server", t.url.Host)
+		}
+	}
+	for _, name := range f.Own {
+		if !slices.ContainsFunc(upstreams, func(t target) bool { return t.name == name }) {
+			return fmt.Errorf("--own %s: there is no upstream of this name; name it with --upstream %s=ADDR", name, name)
+		}
+	}
+	return nil
+}
+
+// overlap reports whether only one of two addresses can be listened at.
+func overlap(a, b string) bool {
+	hostA, portA, err := net.SplitHostPort(a)
+	hostB, portB, err2 := net.SplitHostPort(b)
+	if err != nil || err2 != nil || portA != portB || portA == "0" {
+		return false
+	}
+	all := func(host string) bool {
+		ip := net.ParseIP(host)
+		return host == "" || ip != nil && ip.IsUnspecified()
+	}
+	return hostA == hostB || all(hostA) || all(hostB)
+}
+
+// defaultPeerName names a proxy by its host and port. (Other addresses of loopback than the usual ones
+// distinguish proxies on one machine.)
 func defaultPeerName(host, port string) string {
-	if ip := net.ParseIP(host); host == "" || ip != nil && (ip.IsUnspecified() || ip.IsLoopback()) {
+	if ip := net.ParseIP(host); host == "" || host == "127.0.0.1" || host == "::1" || ip != nil && ip.IsUnspecified() {
 		if own, err := os.Hostname(); err == nil {
 			host = own
 		}
@@ -118,8 +164,8 @@ func (f *fleetFlags) secrets(set *fleetSettings) (err error) {
 	case given < 3:
 		return errors.New("--peer-cert, --peer-key and --peer-ca go together: give all three")
 	}
-	if set.cert, err = readCert(f.PeerCert, f.PeerKey); err != nil {
-		return fmt.Errorf("--peer-cert, --peer-key: %w", err)
+	if set.cert, err = readCert("--peer-cert", f.PeerCert, "--peer-key", f.PeerKey); err != nil {
+		return err
 	}
 	text, err := os.ReadFile(f.PeerCA)
 	if err != nil {
@@ -164,20 +210,70 @@ func (f *fleetFlags) sources(secret []byte, log *slog.Logger) (all []discover.So
 	}
 	s, err := discover.NewGossip(f.GossipListen, f.PeerListen, seeds, secret, log)
 	if err != nil {
-		return nil, fmt.Errorf("--gossip-listen %s: %w", f.GossipListen, err)
+		return nil, fmt.Errorf("--gossip-listen, --peers gossip:…: %w", err)
 	}
 	return append(all, s), nil
 }
 
 // config is how this proxy talks to others.
 func (set fleetSettings) config() fleet.Config {
-	c := fleet.Config{
-		Name: set.name, Secret: set.secret, Transport: fleet.NewTransport(nil, set.tls),
-	}
+	transport := fleet.NewTransport(nil, set.tls)
+	c := fleet.Config{Name: set.name, Secret: set.secret, Transport: transport}
 	if set.tls != nil {
 		c.Scheme = "https"
+		transport.DialTLSContext = believing(transport, set.hosts)
 	}
 	return c
+}
+
+// believing returns how a transport makes connections with TLS. It believes a certificate that is for the
+// address, as usual, or for one of the names by which addresses were found: nobody knows beforehand which
+// ones DNS will list, such as those of pods.
+func believing(
+	t *http.Transport, names []string,
+) func(ctx context.Context, network, addr string) (net.Conn, error) {
+	return func(ctx context.Context, network, addr string) (net.Conn, error) {
+		host, _, err := net.SplitHostPort(addr)
+		if err != nil {
+			return nil, err
+		}
+		conn, err := t.DialContext(ctx, network, addr)
+		if err != nil {
+			return nil, err
+		}
+		c := t.TLSClientConfig.Clone()
+		c.ServerName = host
+		c.InsecureSkipVerify = true // it is verified here
+		c.VerifyConnection = func(state tls.ConnectionState) error {
+			return believe(state.PeerCertificates, c.RootCAs, append([]string{host}, names...))
+		}
+		secure := tls.Client(conn, c)
+		ctx, cancel := context.WithTimeout(ctx, t.TLSHandshakeTimeout)
+		defer cancel()
+		if err := secure.HandshakeContext(ctx); err != nil {
+			conn.Close()
+			return nil, err
+		}
+		return secure, nil
+	}
+}
+
+// believe verifies a chain of certificates for one of several names.
+func believe(chain []*x509.Certificate, roots *x509.CertPool, names []string) (err error) {
+	o := x509.VerifyOptions{Roots: roots, Intermediates: x509.NewCertPool()} // by default for a server
+	for _, c := range chain[1:] {
+		o.Intermediates.AddCert(c)
+	}
+	if _, err = chain[0].Verify(o); err == nil {
+		for _, name := range names {
+			wrong := chain[0].VerifyHostname(name)
+			if wrong == nil {
+				return nil
+			}
+			err = cmp.Or(err, wrong)
+		}
+	}
+	return &tls.CertificateVerificationError{UnverifiedCertificates: chain, Err: err}
 }
 
 // join makes the handler one of a fleet. Call it before the handler's Init.
@@ -256,10 +352,11 @@ func (p *peerServer) close() {
 // peersWait is how long --check waits for the answers of peers.
 const peersWait = 3 * time.Second
 
-// aboutFleet describes what the settings about other proxies mean, and which of these answer.
-func (s *serveCmd) aboutFleet(ctx context.Context, set settings) string {
+// aboutFleet describes what the settings about other proxies mean, and which of these answer. The
+// error says why it could not listen for them; not if it runs with these settings.
+func (s *serveCmd) aboutFleet(ctx context.Context, set settings, runs bool) (string, error) {
 	if set.fleet.listen == "" {
-		return "none: this proxy works alone (--peers)"
+		return "none: this proxy works alone (--peers)", nil
 	}
 	shown := "a secret, in the clear"
 	switch {
@@ -272,28 +369,104 @@ func (s *serveCmd) aboutFleet(ctx context.Context, set settings) string {
 	if len(s.Own) > 0 {
 		text += "; it schedules " + strings.Join(s.Own, ", ")
 	}
-	c := set.fleet.config()
-	c.Local = func() []fleet.Server { return nil }
-	for _, spec := range s.Peers {
-		if strings.HasPrefix(spec, gossipScheme) { // a running proxy has the address for gossip
-			text += "\n            " + spec + ": not asked; the running proxy's page " + pathFleet + " says who is there"
+	var cannot error
+	if !runs {
+		cannot = s.checkPeerListen(ctx)
+	}
+	found, notes := s.peersFound(ctx, set.fleet)
+	return text + notes + set.fleet.ask(ctx, found), cannot
+}
+
+// checkPeerListen reports whether the proxy could listen for others.
+func (f *fleetFlags) checkPeerListen(ctx context.Context) (err error) {
+	for _, x := range []struct{ flag, addr string }{
+		{"--peer-listen", f.PeerListen}, {"--gossip-listen", f.GossipListen},
+	} {
+		if x.addr == "" {
 			continue
 		}
-		source, err := discover.Parse(spec, slog.New(slog.DiscardHandler))
-		if err != nil {
-			return text + "\n            " + err.Error() // impossible: the settings were read
+		ln, cannot := (&net.ListenConfig{}).Listen(ctx, "tcp", x.addr)
+		if cannot != nil {
+			err = errors.Join(err, fmt.Errorf("the proxy could not listen at %s %s: %w", x.flag, x.addr, cannot))
+			continue
 		}
-		c.Sources = append(c.Sources, source)
+		ln.Close()
+	}
+	return err
+}
+
+// nextLine begins a further line of what --check says about one setting.
+const nextLine = "\n            "
+
+// peersFound returns where the other proxies are now, and what is to be said about how they are found.
+func (s *serveCmd) peersFound(
+	ctx context.Context, set fleetSettings,
+) (found []discover.Source, notes string) {
+	quiet, gossip := slog.New(slog.DiscardHandler), false
+	for _, spec := range s.Peers {
+		if strings.HasPrefix(spec, gossipScheme) { // a running proxy has the address for gossip
+			gossip = true
+			notes += nextLine + spec + ": not asked; the running proxy's page " + pathFleet + " says who is there"
+			continue
+		}
+		source, err := discover.Parse(spec, quiet)
+		if err == nil {
+			var addrs []string
+			addrs, err = discover.Once(ctx, source)
+			for _, addr := range addrs {
+				if set.own(addr) {
+					notes += nextLine + addr + ": this proxy's own address"
+				} else if at, err := discover.Parse(addr, quiet); err == nil {
+					found = append(found, at)
+				}
+			}
+		}
+		if err != nil {
+			notes += fmt.Sprintf("%s%s: nothing is found: %v (a fleet works without it)", nextLine, spec, err)
+		}
+	}
+	if len(found) == 0 && !gossip {
+		notes += nextLine + "no other proxy is found: if that stays so, this one works alone"
+	}
+	return found, notes
+}
+
+// own reports whether the others, or this proxy, would reach this proxy at an address.
+func (set fleetSettings) own(addr string) bool {
+	host, port, err := net.SplitHostPort(addr)
+	at, own, err2 := net.SplitHostPort(set.listen)
+	if err != nil || err2 != nil || port != own {
+		return false
+	}
+	if ip := net.ParseIP(at); host == at || at != "" && (ip == nil || !ip.IsUnspecified()) {
+		return host == at
+	}
+	local, err := net.InterfaceAddrs()
+	ip := net.ParseIP(host)
+	return err == nil && (host == "localhost" || slices.ContainsFunc(local, func(a net.Addr) bool {
+		n, ok := a.(*net.IPNet)
+		return ok && n.IP.Equal(ip)
+	}))
+}
+
+// ask asks other proxies, and says what each answers.
+func (set fleetSettings) ask(ctx context.Context, found []discover.Source) (text string) {
+	c := set.config()
+	c.Local = func() []fleet.Server { return nil }
+	for _, at := range found {
+		c.Sources = append(c.Sources, at)
 	}
 	for _, p := range askPeers(ctx, c) {
+		said := p.Name + " answers"
 		switch {
-		case p.Up && p.Name == set.fleet.name:
-			text += fmt.Sprintf("\n            %s: %s answers, which has this proxy's name: it is running, or another one needs another --peer-name", p.Address, p.Name)
-		case p.Up:
-			text += fmt.Sprintf("\n            %s: %s answers", p.Address, p.Name)
-		default:
-			text += fmt.Sprintf("\n            %s: does not answer: %s (a fleet works without it)", p.Address, cmp.Or(p.Error, "nothing came"))
+		case p.Up && p.Name == set.name:
+			said += ", which has this proxy's name: it is this proxy, which runs, or else each needs a --peer-name of its own"
+		case !p.Up && strings.HasPrefix(p.Error, "it answers"):
+			said = p.Error + " (a fleet works without it)"
+		case !p.Up:
+			said = "does not answer: " + cmp.Or(p.Error, "nothing came") + " (a fleet works without it)"
 		}
+		text += nextLine + p.Address + ": " + said
 	}
 	return text
 }

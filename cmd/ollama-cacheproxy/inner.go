@@ -10,6 +10,9 @@ import (
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 )
 
+// environment lets every flag be set by a variable, too.
+var environment = kong.DefaultEnvars("OLLAMA_CACHEPROXY")
+
 // runInner runs a proxy within the program for another verb, with serve's flags. It listens on a
 // free port of loopback and ends with stop, not with ctx. done, which may be nil, is called after
 // each request, and never after stop has returned.
@@ -25,6 +28,7 @@ func runInner(ctx context.Context, c *console, flags []string, done func(proxy.E
 	if _, err := parser.Parse(flags); err != nil {
 		return nil, nil, exitError{2, err}
 	}
+	inner.Serve.fleetFlags = fleetFlags{} // the environment's fleet is that of the proxy which runs all the time
 	listens := make(chan net.Addr, 1)
 	inner.Serve.listening = func(addr net.Addr) { listens <- addr }
 	inner.Serve.done = done

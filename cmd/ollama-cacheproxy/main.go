@@ -80,7 +80,7 @@ func newParser(ctx context.Context, c *cli, stdout, stderr io.Writer, exit func(
 	parser, err := kong.New(c,
 		kong.Name("ollama-cacheproxy"),
 		kong.Description("A transparent HTTP proxy in front of Ollama: point OLLAMA_HOST at it and models stay loaded."),
-		kong.DefaultEnvars("OLLAMA_CACHEPROXY"),
+		environment,
 		kong.ExplicitGroups(groups),
 		kong.PostBuild(func(k *kong.Kong) error {
 			for _, f := range serveFlags(k.Model) {

@@ -17,8 +17,6 @@ import (
 	"unicode/utf16"
 
 	"github.com/rogpeppe/go-internal/testscript"
-
-	"github.com/ollama-cacheproxy/ollama-cacheproxy/fleet"
 )
 
 func TestMain(m *testing.M) {
@@ -463,51 +461,6 @@ func TestCheckExits(t *testing.T) {
 		var out syncBuffer
 		if got := run(t.Context(), append([]string{"--check"}, at.args...), &out, &out); got != at.want {
 			t.Errorf("--check %v exits with %d, want %d\n%s", at.args, got, at.want, out.String())
-		}
-	}
-}
-
-// TestCheckFleet: --check says what the settings about other proxies mean, and which of these answer.
-func TestCheckFleet(t *testing.T) {
-	ollama := httptest.NewServer(http.HandlerFunc(stubOllama))
-	defer ollama.Close()
-	dir := t.TempDir()
-	secret, other := filepath.Join(dir, "secret"), filepath.Join(dir, "other")
-	for _, path := range []string{secret, other} {
-		if err := os.WriteFile(path, []byte(path+"-0123456789abcdef"), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	f := fleet.New(fleet.Config{
-		Name: "the-other", Secret: []byte(secret + "-0123456789abcdef"),
-		Local: func() []fleet.Server { return nil },
-	})
-	var running sync.WaitGroup
-	ctx, stop := context.WithCancel(t.Context())
-	running.Go(func() { f.Run(ctx) })
-	defer running.Wait()
-	defer stop()
-	peer := httptest.NewServer(f.Handler(http.NotFoundHandler()))
-	defer peer.Close()
-	defer peer.CloseClientConnections()
-	at := strings.TrimPrefix(peer.URL, "http://")
-	fleetArgs := []string{"--peers", at, "--peer-listen", ":11436", "--peer-name", "me"}
-	for _, c := range []struct {
-		args []string
-		want []string
-	}{
-		{nil, []string{"fleet       none: this proxy works alone"}},
-		{append(fleetArgs, "--peer-secret-file", secret, "--own", "gpu"), []string{"fleet       this proxy is me, others reach it at :11436", "it schedules gpu", at + ": the-other answers"}},
-		{append(fleetArgs, "--peer-secret-file", other, "--peers", "127.0.0.1:1"), []string{"127.0.0.1:1: does not answer", at + ": does not answer: it answers 403", "--peer-secret-file"}},
-	} {
-		var out syncBuffer
-		if got := run(t.Context(), append([]string{"--check", "--listen", "127.0.0.1:0", "--upstream", "gpu=" + ollama.URL}, c.args...), &out, &out); got != 0 {
-			t.Errorf("--check %v exits with %d", c.args, got)
-		}
-		for _, want := range c.want {
-			if !strings.Contains(out.String(), want) {
-				t.Errorf("--check %v does not say %q:\n%s", c.args, want, out.String())
-			}
 		}
 	}
 }

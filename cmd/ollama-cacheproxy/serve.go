@@ -219,7 +219,7 @@ func (s *serveCmd) settings() (settings, error) {
 	if set.trusted, err = proxy.ParseTrustedProxies(s.TrustedProxy); err != nil {
 		return set, fmt.Errorf("--trusted-proxy: %w", err)
 	}
-	if set.fleet, err = s.fleetFlags.settings(set.upstreams); err != nil {
+	if set.fleet, err = s.fleetFlags.settings(set.listen, set.upstreams); err != nil {
 		return set, err
 	}
 	err = cmp.Or(s.checkBatches(), s.checkAnswers(), s.checkShared(), s.readFiles(&set))
@@ -256,7 +256,7 @@ func (s *serveCmd) readFiles(set *settings) (err error) {
 			return err
 		}
 	}
-	if set.cert, err = readCert(s.TLSCert, s.TLSKey); err != nil {
+	if set.cert, err = readCert("--tls-cert", s.TLSCert, "--tls-key", s.TLSKey); err != nil {
 		return err
 	}
 	set.upstreamTLS, err = certificates("--upstream-ca", s.UpstreamCA)

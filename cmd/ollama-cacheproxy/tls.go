@@ -22,17 +22,17 @@ type certFile struct {
 	pair      atomic.Pointer[tls.Certificate]
 }
 
-// readCert reads both files for the first time; nil without them.
-func readCert(cert, key string) (*certFile, error) {
+// readCert reads the files of two flags for the first time; nil without them.
+func readCert(certFlag, cert, keyFlag, key string) (*certFile, error) {
 	if cert == "" && key == "" {
 		return nil, nil
 	}
 	if cert == "" || key == "" {
-		return nil, errors.New("--tls-cert and --tls-key go together: give both files")
+		return nil, fmt.Errorf("%s and %s go together: give both files", certFlag, keyFlag)
 	}
 	f := &certFile{cert: settingsFile{path: cert}, key: settingsFile{path: key}}
 	if err := f.read(); err != nil {
-		return nil, fmt.Errorf("--tls-cert %s, --tls-key %s: %w", cert, key, err)
+		return nil, fmt.Errorf("%s %s, %s %s: %w", certFlag, cert, keyFlag, key, err)
 	}
 	return f, nil
 }

@@ -388,7 +388,7 @@ func TestUpstreamCA(t *testing.T) {
 func TestCertFile(t *testing.T) {
 	a, dir := newAuthority(t), t.TempDir()
 	cert, key := a.write(dir, 1000)
-	f, err := readCert(cert, key)
+	f, err := readCert("--tls-cert", cert, "--tls-key", key)
 	if err != nil {
 		t.Fatal(err)
 	}

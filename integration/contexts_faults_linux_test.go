@@ -141,8 +141,7 @@ func (p *contextsPair) engine(t testing.TB) engine.Process {
 // contextsTorn: truncated, overwritten and missing states are reported and forgotten.
 func contextsTorn(t *testing.T, version string) {
 	p := startContexts(t, realollama.Config{Version: version})
-	want := p.directAnswers(t, 70, 4)
-	for _, tt := range []struct {
+	for i, tt := range []struct {
 		kind string
 		tear func(path string) error
 		why  string // in the log
@@ -158,10 +157,12 @@ func contextsTorn(t *testing.T, version string) {
 		}, "the engine refused"},
 	} {
 		t.Run(tt.kind, func(t *testing.T) {
+			seed := 70 + i // of a prefix of its own, so that it has to be saved
+			want, saved := p.directAnswers(t, seed, 4), p.metric(t, "saved_total")
 			for n := range 2 {
-				p.answer(t, contextChat(70, n))
+				p.answer(t, contextChat(seed, n))
 			}
-			p.saved(t, 1)
+			eventually(t, "saved", func() bool { return p.metric(t, "saved_total") > saved })
 			p.unload(t)
 			for _, path := range p.states(t) {
 				if err := tt.tear(path); err != nil {
@@ -169,7 +170,7 @@ func contextsTorn(t *testing.T, version string) {
 				}
 			}
 			var got string
-			n := cold(p.evaluated(t, 1, func() { got = p.answer(t, contextChat(70, 3)) }))
+			n := cold(p.evaluated(t, 1, func() { got = p.answer(t, contextChat(seed, 3)) }))
 			if n != 1 || got != want[3] {
 				t.Errorf("%d prompts evaluated, want 1; answer %q, want %q", n, got, want[3])
 			}

@@ -217,6 +217,21 @@ func (r *recorder) listed(b *backend, loaded map[string]upstream.Loaded, polled 
 	}
 }
 
+// watches reports whether it has compared a server's loaded models since other proxies used it.
+func (r *recorder) watches(b *backend) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return !r.looked[b.index].IsZero()
+}
+
+// unwatch forgets what a server had loaded: of what other proxies load there nothing follows.
+func (r *recorder) unwatch(b *backend) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.looked, b.index)
+	maps.DeleteFunc(r.seen, func(key residentKey, _ seen) bool { return key.upstream == b.index })
+}
+
 // compare looks for signs of other programs on a loaded model. before is zero if the model was not
 // loaded before.
 func (r *recorder) compare(b *backend, weights string, l upstream.Loaded, before seen) {

@@ -157,6 +157,12 @@ func (h *Handler) learned(server string, text []byte) {
 	}
 }
 
+// alone reports whether no other proxy sends requests to a server: neither as its owner, nor one that
+// was, is about to stop, and still answers some.
+func (h *Handler) alone(b *backend) bool {
+	return h.Fleet == nil || !b.foreign.Load() && !h.Fleet.Leaving(b.Name)
+}
+
 // owning returns the servers of a list that this proxy owns; all of them if it owns none, since then a
 // peer has taken it for their owner, or there is no other.
 func (h *Handler) owning(ex *exchange, list []*backend) []*backend {

@@ -258,8 +258,7 @@ func (f *Facts) peersAway() (list []Finding) {
 			Title: fmt.Sprintf("%d of the other proxies do not answer: %s", len(away), w.title),
 		}
 		if len(away) == 1 {
-			name := away[0].named()
-			found.Title = fmt.Sprintf("%s does not answer: %s", strings.ToUpper(name[:1])+name[1:], w.title)
+			found.Title = fmt.Sprintf("The proxy %s does not answer: %s", strings.TrimPrefix(away[0].named(), "the proxy "), w.title)
 		}
 		for i, p := range away {
 			found.Severity = worse(found.Severity, f.missed(p, w.mends))
@@ -330,7 +329,7 @@ func (f *Facts) gone(p Peer) string {
 
 // waits says what is missing while nobody serves a server.
 func (u Unserved) waits() string {
-	return fmt.Sprintf("Only %s has %s: requests for it wait for --try-duration, and then get 503.", u.Server, join(u.Models))
+	return fmt.Sprintf("Only %s has %s: requests for that wait for --try-duration, and then get 503.", u.Server, join(u.Models))
 }
 
 func (f *Facts) noPeers() (Finding, bool) {

@@ -100,8 +100,6 @@ type Unserved struct {
 	Address string // of that; "": this proxy
 	Away    bool   // the owner is
 	Drained bool   // somebody has taken it out of use
-	// Since is how long the owner is away; zero if it is not.
-	Since time.Time
 	// Models are the keys of its models that no server has which takes requests.
 	Models []string
 }
@@ -126,9 +124,7 @@ func (f *Fleet) Unserved() (all []Unserved) {
 		}
 		u := Unserved{Server: name, Owner: p.owner.name, Away: p.owner.away, Drained: p.Drained}
 		if o := p.owner.peer; o != nil {
-			if u.Address = o.addr; u.Away {
-				u.Since = o.since
-			}
+			u.Address = o.addr
 		}
 		for _, m := range p.Models {
 			if !served[m] {

@@ -82,6 +82,13 @@ func (o *Outage) State() (down bool, failed uint64) {
 	return !o.since.IsZero(), o.failed
 }
 
+// Why returns since when it is unusable, and the error of the last try; zero if it can be used.
+func (o *Outage) Why() (since time.Time, err error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.since, o.err
+}
+
 // Next returns when it may be tried again, after a failure.
 func (o *Outage) Next() time.Time {
 	o.mu.Lock()

@@ -38,7 +38,10 @@ func (h *Handler) reported() []fleet.Server {
 	}
 	var all []fleet.Server
 	for _, b := range h.backends() {
-		s := fleet.Server{Name: b.Name, Takes: b.takes() && !h.finishing.Load(), Models: b.listed(), Loaded: b.inMemory()}
+		s := fleet.Server{
+			Name: b.Name, Takes: b.takes() && !h.finishing.Load(), Models: b.listed(), Loaded: b.inMemory(),
+			Drained: b.draining.Load() || b.leaving.Load() || h.finishing.Load(),
+		}
 		if h.Lanes != nil {
 			l := loads[b.index]
 			s.Wait, s.Running, s.Waiting = l.Wait.Seconds(), l.Running, l.Waiting

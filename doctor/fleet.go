@@ -196,7 +196,7 @@ var why = []struct {
 			Where: InProxy, Set: "--peer-secret-file secret",
 		}}
 	}},
-	{"certificate", "one does not accept the other's certificate, or has none", false, func(p Peer, _, _ string) []Advice {
+	{"certificate", "their certificates do not fit", false, func(p Peer, _, _ string) []Advice {
 		return []Advice{
 			{
 				Do:    "See for which names the certificate there is, who has issued it, and until when it is good.",
@@ -324,7 +324,7 @@ func (f *Facts) gone(p Peer) string {
 	if len(p.Servers) > 0 {
 		text += ", with " + join(p.Servers)
 	}
-	return text + ". " + p.Error
+	return text + ". The error: " + p.Error
 }
 
 // waits says what is missing while nobody serves a server.

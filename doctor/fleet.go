@@ -269,17 +269,23 @@ func (f *Facts) peersAway() (list []Finding) {
 		if more := len(away) - mostProxies; more > 0 {
 			found.Evidence = append(found.Evidence, fmt.Sprintf("And %d more.", more))
 		}
-		for _, u := range f.Fleet.Unserved {
-			if len(u.Models) > 0 && slices.ContainsFunc(away, func(p Peer) bool { return u.Away && p.Address == u.Address }) {
-				found.Evidence = append(found.Evidence, u.waits())
-			}
-		}
+		found.Evidence = append(found.Evidence, f.missing(away)...)
 		if f.lonely() {
 			found.Evidence = append(found.Evidence, "No other proxy answers: this one works alone, and so may others in front of the same servers.")
 		}
 		list = append(list, found)
 	}
 	return list
+}
+
+// missing says which models nobody serves since some peers are away.
+func (f *Facts) missing(away []Peer) (lines []string) {
+	for _, u := range f.Fleet.Unserved {
+		if u.Away && len(u.Models) > 0 && slices.ContainsFunc(away, func(p Peer) bool { return p.Address == u.Address }) {
+			lines = append(lines, u.waits())
+		}
+	}
+	return lines
 }
 
 // lonely reports whether no other proxy is there.
@@ -506,35 +512,10 @@ func (f *Facts) lists() (Finding, bool) {
 	if !f.settled(lookups) {
 		return Finding{}, false
 	}
-	edges := f.staying()
-	beside := map[string]bool{}
-	for _, p := range edges {
-		for _, s := range p.Servers {
-			beside[s.Name] = beside[s.Name] || s.Beside
-		}
-	}
-	shares := func(p, q Proxy) bool {
-		return slices.ContainsFunc(p.Servers, func(s Listed) bool {
-			_, ok := q.server(s.Name)
-			return ok && !beside[s.Name]
-		})
-	}
 	found := Finding{ID: IDLists, Severity: Low}
-	first := ""
+	first, edges := "", f.edges()
 	for _, name := range f.servers() {
-		var with, without []string
-		var have []Proxy
-		for _, p := range edges {
-			if _, ok := p.server(name); ok {
-				with, have = append(with, p.named()), append(have, p)
-			}
-		}
-		for _, p := range edges {
-			if _, ok := p.server(name); !ok && !beside[name] &&
-				slices.ContainsFunc(have, func(q Proxy) bool { return shares(p, q) }) {
-				without = append(without, p.named())
-			}
-		}
+		with, without := edges.having(name)
 		if len(without) == 0 {
 			continue
 		}
@@ -560,6 +541,43 @@ func (f *Facts) lists() (Finding, bool) {
 		Where: InProxy, Set: fmt.Sprintf("--upstream %s=%s", first, address),
 	}, {Do: "If it is one server under two names, give it the same name everywhere: it is scheduled twice."}}
 	return found.short("A server is scheduled by one of the proxies that have it, so those that have not depend on them.")
+}
+
+// edges are proxies with the servers that none of them is beside of.
+type edges []Proxy
+
+func (f *Facts) edges() edges {
+	beside := map[string]bool{}
+	all := f.staying()
+	for _, p := range all {
+		for _, s := range p.Servers {
+			beside[s.Name] = beside[s.Name] || s.Beside
+		}
+	}
+	for i := range all {
+		all[i].Servers = slices.DeleteFunc(slices.Clone(all[i].Servers), func(s Listed) bool { return beside[s.Name] })
+	}
+	return all
+}
+
+// having names the proxies that have a server, and those that have not, but share others with them.
+func (e edges) having(server string) (with, without []string) {
+	shared := map[string]bool{}
+	for _, p := range e {
+		if _, ok := p.server(server); ok {
+			with = append(with, p.named())
+			for _, s := range p.Servers {
+				shared[s.Name] = true
+			}
+		}
+	}
+	for _, p := range e {
+		_, ok := p.server(server)
+		if !ok && slices.ContainsFunc(p.Servers, func(s Listed) bool { return shared[s.Name] }) {
+			without = append(without, p.named())
+		}
+	}
+	return with, without
 }
 
 func is(n int) string {

@@ -375,7 +375,7 @@ func (f *Facts) oneWay() (Finding, bool) {
 		found.Title = fmt.Sprintf("%d proxies answer, but do not follow this one", len(deaf))
 	}
 	for _, p := range deaf[:min(len(deaf), mostProxies)] {
-		line := fmt.Sprintf("%s at %s takes this proxy for away, for %s at least, and passes nothing on to it.", p.Name, p.Address, f.ago(f.Fleet.Settled))
+		line := fmt.Sprintf("%s at %s does not know this proxy, or takes it for away, for %s at least: it passes nothing on to it.", p.Name, p.Address, f.ago(f.Fleet.Settled))
 		var both []string
 		for _, s := range p.Servers {
 			if owners := f.owners(s.Name); s.Owned && len(owners) > 1 {

@@ -205,10 +205,13 @@ func (w *Workers) open(ctx context.Context, input string, patience time.Duration
 // endure notes that the server does not do what it should, and returns an error, which is that of
 // such an outage, if it has lasted for too long.
 func (j *job) endure(o *outage.Outage, gives, err error) error {
+	var waited time.Duration
 	if j.patience > 0 {
 		o.Failure(err)
+		since, _ := o.Why()
+		waited = time.Since(since)
 	}
-	if waited := o.Lasted(); waited >= j.patience {
+	if waited >= j.patience {
 		return fmt.Errorf("%w: %w (waited %v: --wait-for-server)", gives, err, waited.Round(time.Second))
 	}
 	return nil
@@ -216,7 +219,9 @@ func (j *job) endure(o *outage.Outage, gives, err error) error {
 
 // waiting reports whether the server is away, or full.
 func (j *job) waiting() bool {
-	return j.away.Lasted() > 0 || j.full.Lasted() > 0
+	away, _ := j.away.State()
+	full, _ := j.full.State()
+	return away || full
 }
 
 // persist does something until the server has answered, however often it must be repeated: all that

@@ -84,6 +84,17 @@ const (
 	IDLink        = "linkable_engine"
 	IDUnreachable = "upstream_away"
 	IDAnswers     = "answers_store_away"
+	IDShared      = "shared_away"
+	IDPeersAway   = "peers_away"
+	IDNoPeers     = "no_peers"
+	IDOneWay      = "peer_one_way"
+	IDPeersLeave  = "peers_leave"
+	IDPeerNames   = "peer_names"
+	IDTwoOwners   = "two_owners"
+	IDOwnTwice    = "own_twice"
+	IDLists       = "upstream_lists"
+	IDNotServed   = "fleet_upstream_away"
+	IDVersions    = "peer_versions"
 )
 
 const (
@@ -114,9 +125,12 @@ func Examine(f Facts) []Finding {
 		}
 	}
 	list = append(list, f.heads()...)
-	if found, ok := f.answers(); ok {
-		list = append(list, found)
+	for _, check := range []func() (Finding, bool){f.answers, f.shared} {
+		if found, ok := check(); ok {
+			list = append(list, found)
+		}
 	}
+	list = append(list, f.fleet()...)
 	for i := range list {
 		if list[i].Severity == "" {
 			list[i].Severity = f.severity(list[i].Cost)

@@ -90,9 +90,14 @@ func (f *Facts) away(u *Upstream) (Finding, bool) {
 	if u.Up {
 		return Finding{}, false
 	}
+	severity, evidence := High, []string{"It says: " + u.Error}
+	if others := f.reachedBy(u.Name); len(others) > 0 {
+		severity = Medium
+		evidence = append(evidence, fmt.Sprintf("%s reaches it, so that its requests go there meanwhile.", others[0]))
+	}
 	return Finding{
-		ID: IDUnreachable, Severity: High, Title: fmt.Sprintf("The proxy gets no answer from Ollama at %s", u.URL),
-		Evidence: []string{"It says: " + u.Error},
+		ID: IDUnreachable, Severity: severity, Title: fmt.Sprintf("The proxy gets no answer from Ollama at %s", u.URL),
+		Evidence: evidence,
 		Advice:   []Advice{{Do: "Start Ollama there, or say where it is with --upstream. In a container 127.0.0.1 is the container itself.", Where: InProxy, Set: "--upstream http://host.docker.internal:11434"}},
 		Doc:      "failure.md",
 	}, true

@@ -19,6 +19,9 @@ type Facts struct {
 	Models    []Model    `json:"models"`
 	Outside   []Outsider `json:"outside"`
 	Answers   Answers    `json:"answers"`
+	Shared    Shared     `json:"shared"`
+	// Fleet is what is known of other proxies; nil without --peers.
+	Fleet *Fleet `json:"fleet,omitempty"`
 
 	// Proxy is the proxy's address, as clients name it.
 	Proxy string `json:"-"`

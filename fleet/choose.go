@@ -25,7 +25,7 @@ type Ask struct {
 type Place struct {
 	Server string
 	Peer   string // the owner's ID; "" for this proxy
-	Name   string // the owner's name
+	Name   string // the owner's name; "" for this proxy
 	addr   string
 	gone   <-chan struct{}
 }
@@ -81,9 +81,9 @@ func (f *Fleet) Astray(a Ask) (server string, ok bool) {
 }
 
 func (s *place) place() Place {
-	p := Place{Server: s.Name, Name: s.owner.name}
+	p := Place{Server: s.Name}
 	if o := s.owner.peer; o != nil {
-		p.Peer, p.addr, p.gone = s.owner.id, o.addr, s.gone
+		p.Peer, p.Name, p.addr, p.gone = s.owner.id, s.owner.name, o.addr, s.gone
 	}
 	return p
 }

@@ -37,6 +37,8 @@ type Config struct {
 	// should stay the same when the proxy is restarted, and differ from the peers' names.
 	Name    string
 	Sources []Source
+	// Version is that of the program, which peers are told; may be empty.
+	Version string
 	// Own are the names of the servers that this proxy is beside of, and owns.
 	Own []string
 	// Secret is what peers show each other; if empty, they know each other by certificates alone,
@@ -108,6 +110,7 @@ type Fleet struct {
 	sent     *sentSince
 	idle     chan struct{} // holds one if a server may have become idle, or a backlog is known
 	arrivals sync.Map      // *Passed that wait in this proxy
+	history  *history
 
 	mu    sync.Mutex // guards everything below
 	peers map[string]*peer
@@ -124,6 +127,7 @@ type Fleet struct {
 	// tired means that something was concluded since publish last looked, so that what may wait waits
 	// for the next time; stale, that something waits.
 	tired, stale bool
+	readers      map[string]int // the streams on which this proxy's reports are read, by the readers' IDs
 }
 
 // Counts are for metrics and pages.
@@ -156,7 +160,7 @@ func New(c Config) *Fleet {
 		Config: c, ID: rand.Text()[:12], outbox: newOutbox(), seen: newSightings(),
 		sent: newSentSince(), idle: make(chan struct{}, 1), peers: map[string]*peer{},
 		absent: map[string]*peer{}, owned: map[string]bool{}, learned: map[string][]byte{},
-		given: map[string]time.Time{},
+		given: map[string]time.Time{}, readers: map[string]int{}, history: newHistory(),
 	}
 	f.hungUp, f.hangUp = context.WithCancel(context.Background())
 	f.view.Store(&view{})
@@ -241,11 +245,14 @@ func (f *Fleet) drop(p *peer) {
 func (f *Fleet) publish(ctx context.Context) {
 	tick := time.NewTicker(reportEvery)
 	defer tick.Stop()
-	for {
+	for i := 0; ; i++ {
 		f.mu.Lock()
 		f.tired = false
 		f.mu.Unlock()
 		f.refresh()
+		if i%settleTicks == 0 {
+			f.history.look(f.Proxies())
+		}
 		select {
 		case <-ctx.Done():
 			return

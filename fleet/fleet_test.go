@@ -9,7 +9,9 @@ import (
 	"io"
 	"log/slog"
 	"math/rand/v2"
+	"net"
 	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"sync"
@@ -931,4 +933,134 @@ func TestEndlessLine(t *testing.T) {
 			t.Errorf("%+v", p)
 		}
 	})
+}
+
+// TestKnown: what can be known of a fleet from one of its proxies.
+func TestKnown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLab(t, names(2), "a", "b", "c")
+		a, b, c := l.proxies["a"], l.proxies["b"], l.proxies["c"]
+		time.Sleep(20 * time.Second)
+		all := a.Proxies()
+		if len(all) != 3 || len(a.Unserved()) != 0 || len(a.Incidents(time.Time{})) != 0 {
+			t.Errorf("%+v, %+v, %+v", all, a.Unserved(), a.Incidents(time.Time{}))
+		}
+		owned := 0
+		for i, p := range all {
+			if p.Name != []string{"a", "b", "c"}[i] || !p.Hears || len(p.Servers) != 2 {
+				t.Errorf("%+v", p)
+			}
+			for _, s := range p.Servers {
+				if s.Owned {
+					owned++
+				}
+			}
+		}
+		if owned != 2 || time.Since(a.Settled()) < 15*time.Second {
+			t.Errorf("%d owners of 2 servers, settled for %v", owned, time.Since(a.Settled()))
+		}
+
+		// b comes back without knowing of a, with a server of its own and another version.
+		b.kill()
+		l.mu.Lock()
+		b.source = list{"b", "c"}
+		b.servers = []Server{{Name: "other", Takes: true, Drained: true, Models: []string{"n"}}}
+		l.mu.Unlock()
+		b.start(nil)
+		time.Sleep(5 * time.Second)
+		if s := time.Since(a.Settled()); s > 5*time.Second {
+			t.Errorf("settled for %v", s)
+		}
+		if p := a.Proxies()[1]; p.Hears || p.Address != "b" || len(p.Servers) != 1 || !p.Servers[0].Drained {
+			t.Errorf("what does not read reports: %+v", p)
+		}
+		if p := c.Proxies()[1]; !p.Hears {
+			t.Errorf("what reads reports: %+v", p)
+		}
+
+		began := time.Now()
+		b.kill()
+		c.Drain()
+		time.Sleep(time.Second) // until a has heard it
+		c.kill()
+		time.Sleep(2 * time.Second)
+		l.mu.Lock()
+		a.servers[0].Takes = false
+		l.mu.Unlock()
+		time.Sleep(time.Second)
+		got := fmt.Sprintf("%+v", a.Incidents(began))
+		if len(a.Incidents(began)) != 1 || !strings.Contains(got, "Peer:b Lost:false") {
+			t.Errorf("b went away, and c has stopped: %s", got)
+		}
+		if n := len(a.Incidents(time.Now().Add(time.Second))); n != 0 {
+			t.Errorf("%d incidents in the future", n)
+		}
+		got = ""
+		for _, u := range a.Unserved() {
+			got += fmt.Sprint(u.Server, " ", u.Owner, " ", u.Away, " ", u.Models, " ")
+		}
+		if got != "other b true [n] server0 a false [] " {
+			t.Errorf("what nobody reaches: %q", got)
+		}
+		for _, p := range a.Peers() {
+			if p.Up || p.Reason != Broke { // the network in memory has an error of its own
+				t.Errorf("%+v", p)
+			}
+		}
+		for range 2 * incidentsMost {
+			a.history.add(Incident{})
+		}
+		if n := len(a.Incidents(time.Time{})); n != incidentsMost {
+			t.Errorf("%d incidents are remembered", n)
+		}
+	})
+}
+
+// TestReasons: why a peer does not answer.
+func TestReasons(t *testing.T) {
+	ctx := t.Context()
+	answers := func(status int, text string) string {
+		srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(status)
+			io.WriteString(w, text)
+		}))
+		t.Cleanup(srv.Close)
+		return srv.Listener.Addr().String()
+	}
+	secure := httptest.NewUnstartedServer(http.NotFoundHandler())
+	secure.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, 0)
+	secure.StartTLS()
+	defer secure.Close()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln.Close() // nobody listens there now
+	for _, c := range []struct {
+		name, addr, scheme string
+		want               Reason
+	}{
+		{"nobody listens", ln.Addr().String(), "http", Refused},
+		{"another secret", answers(403, notPeer+"\n"), "http", Secret},
+		{"the address for clients", answers(403, `{"error":"headers that begin with …"}`), "http", NoPeer},
+		{"another program", answers(404, "not found"), "http", NoPeer},
+		{"no report", answers(200, "hello\n"), "http", NoPeer},
+		{"a gateway without a proxy behind it", answers(502, ""), "http", Broke},
+		{"an unknown authority", secure.Listener.Addr().String(), "https", Certificate},
+		{"TLS where this proxy has none", secure.Listener.Addr().String(), "http", Certificate},
+		{"none where this proxy has it", answers(200, ""), "https", Certificate},
+	} {
+		f := New(Config{Name: "a", Secret: []byte("secret"), Scheme: c.scheme})
+		if err := newPeer(f, c.addr).follow(ctx); reasonOf(err) != c.want {
+			t.Errorf("%s: %q, want %q: %v", c.name, reasonOf(err), c.want, err)
+		}
+		f.Transport.CloseIdleConnections()
+	}
+	for want, err := range map[Reason]error{
+		Silent: fmt.Errorf("%w for 3 s", errSilent), Unknown: &net.OpError{Op: "dial", Err: &net.DNSError{}},
+	} {
+		if got := reasonOf(err); got != want {
+			t.Errorf("%v: %q, want %q", err, got, want)
+		}
+	}
 }

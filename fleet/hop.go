@@ -31,6 +31,8 @@ const (
 	headerMoves  = "X-Cacheproxy-Peer-Moves"  // About.Moves
 	// HeaderOutcome, in an answer, tells how a request ended that its owner has answered itself.
 	HeaderOutcome = "X-Cacheproxy-Peer-Outcome"
+	// headerVersion, in the answer that has the reports, is Config.Version.
+	headerVersion = "X-Cacheproxy-Peer-Version"
 	// headerElsewhere, in an answer 421, names the server that takes the request over; it is empty
 	// if the entry is to choose again.
 	headerElsewhere = "X-Cacheproxy-Peer-Elsewhere"
@@ -115,6 +117,7 @@ func (f *Fleet) Pass(
 			switch {
 			case errors.Is(err, ErrLost):
 				c.Lost++
+				f.history.add(Incident{At: time.Now(), Peer: to.Name, Lost: true, Error: err.Error()})
 			case errors.Is(err, ErrGone):
 				c.Again++
 			}

@@ -102,3 +102,11 @@ func score(m *member, server string, alike bool) uint64 {
 	x = (x ^ x>>27) * 0x94d049bb133111eb
 	return x ^ x>>31
 }
+
+// Leaving reports whether a peer that has a server is about to stop.
+func (f *Fleet) Leaving(server string) bool {
+	return slices.ContainsFunc(f.view.Load().members, func(m *member) bool {
+		return m.peer != nil && m.draining && !m.away &&
+			slices.ContainsFunc(m.servers, func(s Server) bool { return s.Name == server })
+	})
+}

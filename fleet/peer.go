@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
@@ -30,6 +31,7 @@ type peer struct {
 	changed bool                         // the report differs from what was last concluded from
 	gone    chan struct{}                // closed when it goes away; nil: away
 	err     error                        // why it is away; nil before the first try
+	version string                       // Config.Version, as it was last told; "": not known
 	told    bool                         // the log says that it is away …
 	foreign bool                         // … and that it does not take this proxy for a peer, or the reverse
 	since   time.Time                    // of the present state
@@ -40,6 +42,12 @@ type peer struct {
 func newPeer(f *Fleet, addr string) *peer {
 	return &peer{fleet: f, addr: addr, listed: true, since: time.Now()}
 }
+
+// errSilent means that a peer has stopped talking.
+var errSilent = errors.New("nothing came")
+
+// errNoPeer means that what answers at an address does not talk as a peer does.
+var errNoPeer = errors.New("is this the --peer-listen of a proxy?")
 
 // errSelf means that an address is this proxy's own.
 var errSelf = errors.New("this is the proxy itself")
@@ -74,7 +82,7 @@ func (p *peer) follow(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	silent := time.AfterFunc(silentFor, func() {
-		cancel(fmt.Errorf("nothing came for %v", silentFor))
+		cancel(fmt.Errorf("%w for %v", errSilent, silentFor))
 	})
 	defer silent.Stop()
 	res, err := f.do(ctx, p.addr, http.MethodGet, pathReport, nil)
@@ -82,6 +90,9 @@ func (p *peer) follow(ctx context.Context) error {
 		return cause(ctx, err)
 	}
 	defer res.Body.Close()
+	f.mu.Lock()
+	p.version = res.Header.Get(headerVersion)
+	f.mu.Unlock()
 	most := &io.LimitedReader{R: res.Body}
 	lines := bufio.NewReader(most)
 	for {
@@ -97,7 +108,7 @@ func (p *peer) follow(ctx context.Context) error {
 		f.trace("report", len(text))
 		r := &Report{}
 		if err := json.Unmarshal(text, r); err != nil {
-			return fmt.Errorf("it sends no report: %w", err)
+			return fmt.Errorf("it sends no report: %w; %w", err, errNoPeer)
 		}
 		if r.ID == f.ID {
 			return errSelf
@@ -198,6 +209,7 @@ func (p *peer) lost(err error) (was bool) {
 		f.Log.Info("peer has stopped", "peer", name, "address", p.addr)
 	default:
 		f.counts.Away++
+		f.history.add(Incident{At: time.Now(), Peer: name, Error: err.Error()})
 		f.Log.Warn("peer is away; this proxy goes on without it", "peer", name, "address", p.addr,
 			"err", err)
 	}
@@ -211,6 +223,9 @@ func (p *peer) lost(err error) (was bool) {
 // errForeign means that a peer does not take this proxy for one, or the reverse.
 var errForeign = errors.New("is it of this fleet? All need the same --peer-secret-file, or " +
 	"--peer-cert and --peer-key of an authority in --peer-ca, for the address in --peers")
+
+// These are errForeign where it is known which of the two it is about. They read the same.
+var errSecret, errCertificate = fmt.Errorf("%w", errForeign), fmt.Errorf("%w", errForeign)
 
 func isForeign(err error) bool { return errors.Is(err, errForeign) }
 
@@ -226,7 +241,7 @@ func explained(err error) error {
 		alert = true
 	}
 	if verify || alert || record {
-		return fmt.Errorf("%w; %w", err, errForeign)
+		return fmt.Errorf("%w; %w", err, errCertificate)
 	}
 	return err
 }
@@ -251,8 +266,15 @@ func (f *Fleet) do(
 		text, _ := io.ReadAll(io.LimitReader(res.Body, maxAnswer))
 		res.Body.Close()
 		err = fmt.Errorf("it answers %s: %s", res.Status, bytes.TrimSpace(text))
-		if res.StatusCode == http.StatusForbidden || res.StatusCode == http.StatusBadRequest {
+		switch {
+		case strings.HasPrefix(string(text), notPeer):
+			err = fmt.Errorf("%w; %w", err, errSecret)
+		case res.StatusCode == http.StatusBadRequest: // net/http's: this address wants https
+			err = fmt.Errorf("%w; %w", err, errCertificate)
+		case res.StatusCode == http.StatusForbidden:
 			err = fmt.Errorf("%w; %w", err, errForeign)
+		case res.StatusCode < http.StatusInternalServerError:
+			err = fmt.Errorf("%w; %w", err, errNoPeer)
 		}
 		return nil, err
 	}

@@ -30,6 +30,8 @@ type Server struct {
 	Beside bool   `json:"beside,omitempty"` // the proxy is beside it, and owns it
 	Owned  bool   `json:"owned,omitempty"`  // by the proxy that says so
 	Takes  bool   `json:"takes"`            // it answers, and gets new requests
+	// Drained means that it gets none since somebody has said so.
+	Drained bool `json:"drained,omitempty"`
 	// Models are the keys of its models (upstream.ModelKey). In a line of the stream null means the
 	// same ones as in the line before.
 	Models []string `json:"models"`

@@ -79,8 +79,7 @@ func (f *Fleet) Handler(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch {
 		case !f.admits(r):
-			http.Error(w, "this is for the proxies of a fleet, which show their secret or a certificate",
-				http.StatusForbidden)
+			http.Error(w, notPeer, http.StatusForbidden)
 		case r.Header[headerLength] != nil: // a client's, whatever its path
 			f.servePassed(w, r, next)
 		case r.URL.Path == pathReport:
@@ -93,6 +92,9 @@ func (f *Fleet) Handler(next http.Handler) http.Handler {
 		}
 	})
 }
+
+// notPeer is what those are told who show neither the secret nor a certificate.
+const notPeer = "this is for the proxies of a fleet, which show their secret or a certificate"
 
 // admits reports whether a request is from a peer. Where there is no secret, the listener asks for a
 // certificate.
@@ -109,6 +111,12 @@ func (f *Fleet) admits(r *http.Request) bool {
 // serveReports sends reports until the peer leaves.
 func (f *Fleet) serveReports(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "application/x-ndjson")
+	if f.Version != "" {
+		w.Header().Set(headerVersion, f.Version)
+	}
+	reader := r.Header.Get(HeaderPeer)
+	f.reads(reader, 1)
+	defer f.reads(reader, -1)
 	out := http.NewResponseController(w)
 	var at stream
 	ctx, cancel := context.WithCancel(r.Context())
@@ -543,6 +551,15 @@ type given struct {
 	Given int `json:"given"`
 }
 
+// reads notes that a peer begins to read this proxy's reports, or ends.
+func (f *Fleet) reads(id string, n int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.readers[id] += n; f.readers[id] == 0 {
+		delete(f.readers, id)
+	}
+}
+
 // Peer is another proxy, for pages and metrics.
 type Peer struct {
 	Name     string    `json:"name"` // "" if it has never been heard of
@@ -552,6 +569,11 @@ type Peer struct {
 	Since    time.Time `json:"since"` // of being up, or away
 	Draining bool      `json:"draining,omitempty"`
 	Error    string    `json:"error,omitempty"`
+	Version  string    `json:"version,omitempty"` // of the program; "": not known
+	// Reason is the kind of Error; "" while there is none.
+	Reason Reason `json:"reason,omitempty"`
+	// Servers are those that it had when it was last heard of.
+	Servers []string `json:"-"`
 }
 
 // Peers returns the other proxies, by address.
@@ -565,10 +587,13 @@ func (f *Fleet) Peers() []Peer {
 		}
 		e := Peer{Address: p.addr, Up: p.gone != nil, Since: p.since}
 		if r := cmp.Or(p.report, p.last); r != nil {
-			e.Name, e.ID, e.Draining = r.Name, r.ID, r.Draining
+			e.Name, e.ID, e.Draining, e.Version = r.Name, r.ID, r.Draining, p.version
+			for _, s := range r.Servers {
+				e.Servers = append(e.Servers, s.Name)
+			}
 		}
 		if p.err != nil {
-			e.Error = p.err.Error()
+			e.Error, e.Reason = p.err.Error(), reasonOf(p.err)
 		}
 		all = append(all, e)
 	}

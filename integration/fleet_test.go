@@ -21,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/doctor"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/proxyprocess"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/ollamasim"
@@ -243,7 +244,7 @@ func timeless(text string) string {
 }
 
 // TestFleetStrangers: proxies know each other by certificates, or by a secret. One that has another
-// is refused, and both logs say what to do.
+// is refused, and both logs say what to do, as the verb doctor does.
 func TestFleetStrangers(t *testing.T) {
 	sim, err := ollamasim.New(ollamasim.Config{Parallel: 2, Models: []ollamasim.Model{{Name: "m", LoadTime: time.Millisecond}}})
 	if err != nil {
@@ -281,10 +282,30 @@ func TestFleetStrangers(t *testing.T) {
 		t.Errorf("with certificates: %s, %+v, %v", res.Status, f, err)
 	}
 
+	for _, p := range proxies { // which know each other
+		if r := examine(t, p); len(r.Findings) > 0 {
+			t.Errorf("a healthy fleet: %+v", r.Findings)
+		}
+	}
+	if err := proxies[1].Stop(); err != nil {
+		t.Error(err)
+	}
+	settles(t, func() error {
+		if text, _ := proxies[0].doctor(t); !strings.Contains(text, "nobody listens there") {
+			return fmt.Errorf("one has stopped, and doctor says: %s", text)
+		}
+		return nil
+	})
+	found := finds(t, examine(t, proxies[0]), doctor.IDPeersAway, "--peer-listen :")
+	if text := fmt.Sprint(found.Evidence); found.Severity != doctor.Low || !strings.Contains(text, "stopped, as it had said") ||
+		!strings.Contains(text, "with two") || !strings.Contains(text, "connection refused") {
+		t.Errorf("a proxy that has just been stopped: %+v", found)
+	}
+
 	for _, c := range []struct {
 		name  string
 		lists [][]string
-		want  string // in both logs
+		want  string // in both logs, and advised
 	}{
 		{"another secret", [][]string{upstream("one"), upstream("two", "--peer-secret-file", secret)}, "--peer-secret-file"},
 		{"another authority", [][]string{upstream("one", ours...), upstream("two", theirs...)}, "--peer-ca"},
@@ -302,6 +323,16 @@ func TestFleetStrangers(t *testing.T) {
 				})
 				if f, err := proxyprocess.AskFleet(t.Context(), p.URL); err != nil || len(f.Peers) != 1 || f.Peers[0].Up {
 					t.Errorf("%+v, %v", f, err)
+				}
+				// At first it was not there; now it is, and does not accept this one.
+				settles(t, func() error {
+					if text, _ := p.doctor(t); !strings.Contains(text, c.want) {
+						return fmt.Errorf("proxy %d: doctor says: %s", i, text)
+					}
+					return nil
+				})
+				if f := finds(t, examine(t, p), doctor.IDPeersAway, c.want); f.Severity != doctor.Medium {
+					t.Errorf("it does not mend by itself: %+v", f)
 				}
 			}
 		})

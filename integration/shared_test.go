@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/doctor"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/proxyprocess"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/valkeyserver"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/ollamasim"
@@ -101,10 +102,14 @@ func TestShared(t *testing.T) {
 		t.Errorf("without the server, the rate begins anew: %d", r.status)
 	}
 	eventually(t, "seen to be gone", func() bool { return metric(two, "shared_up") == 0 })
+	if f := finds(t, examine(t, two, "--api-key", "sk-ops"), doctor.IDShared, "--shared"); f.Severity != doctor.Medium {
+		t.Errorf("keys have limits: %+v", f)
+	}
 	store.Restart()
 	eventually(t, "back for all", func() bool {
 		return metric(one, "shared_up")+metric(two, "shared_up")+metric(late, "shared_up") == 3
 	})
+	gone(t, examine(t, two, "--api-key", "sk-ops"), doctor.IDShared)
 	for _, line := range []string{"of --shared is gone", "of --shared is back"} {
 		if n := strings.Count(two.Log(), line); n != 1 {
 			t.Errorf("%d lines with %q", n, line)

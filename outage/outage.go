@@ -82,14 +82,11 @@ func (o *Outage) State() (down bool, failed uint64) {
 	return !o.since.IsZero(), o.failed
 }
 
-// Lasted returns for how long it has been unusable; 0: it can be used.
-func (o *Outage) Lasted() time.Duration {
+// Why returns since when it is unusable, and the error of the last try; zero if it can be used.
+func (o *Outage) Why() (since time.Time, err error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.since.IsZero() {
-		return 0
-	}
-	return time.Since(o.since)
+	return o.since, o.err
 }
 
 // Ended returns when the last outage that is over ended; zero: there was none.

@@ -38,23 +38,24 @@ func TestAgain(t *testing.T) {
 	})
 }
 
-// TestLasted: how long an outage has lasted, and when the last one ended.
-func TestLasted(t *testing.T) {
+// TestWhy: since when there is an outage, and why, and when the last one ended.
+func TestWhy(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		o := Outage{Log: slog.New(slog.DiscardHandler)}
-		if o.Lasted() != 0 || !o.Ended().IsZero() {
-			t.Errorf("before the first, one lasts %v, or ended at %v", o.Lasted(), o.Ended())
+		if since, err := o.Why(); !since.IsZero() || err != nil || !o.Ended().IsZero() {
+			t.Errorf("before the first, there is one since %v (%v), or one ended at %v", since, err, o.Ended())
 		}
 		o.Failure(errors.New("why"))
 		time.Sleep(time.Second)
-		o.Failure(errors.New("why"))
-		if o.Lasted() != time.Second || !o.Ended().IsZero() {
-			t.Errorf("it lasts %v, want a second, and ended at %v", o.Lasted(), o.Ended())
+		last := errors.New("why it is still there")
+		o.Failure(last)
+		if since, err := o.Why(); time.Since(since) != time.Second || err != last || !o.Ended().IsZero() {
+			t.Errorf("a second later: since %v (%v), and one ended at %v", since, err, o.Ended())
 		}
 		o.Success()
 		time.Sleep(time.Second)
-		if o.Lasted() != 0 || time.Since(o.Ended()) != time.Second {
-			t.Errorf("it lasts %v, and ended %v ago", o.Lasted(), time.Since(o.Ended()))
+		if since, err := o.Why(); !since.IsZero() || err != nil || time.Since(o.Ended()) != time.Second {
+			t.Errorf("since %v (%v), and the last ended %v ago", since, err, time.Since(o.Ended()))
 		}
 	})
 }

@@ -113,7 +113,9 @@ func (h *Handler) changed(b *backend, e runners.Event) {
 		b.Changed() // ask /api/ps what else is loaded, and what was displaced
 	case runners.Replaced:
 		if b.Changed(); e.Listed {
-			h.recorder.outside(b, e.Weights)
+			if h.Fleet == nil || h.alone(b) && h.recorder.watches(b) {
+				h.recorder.outside(b, e.Weights)
+			}
 			h.lose(b, e, savings.LostReloaded)
 		}
 	case runners.Unloaded:
@@ -177,7 +179,11 @@ func (h *Handler) polledBooks(b *backend, st upstream.State) {
 	}
 	if st.LoadedKnown {
 		loaded := b.runners.Listed(st.Loaded, st.Polled)
-		h.recorder.listed(b, loaded, st.Polled)
+		if h.alone(b) {
+			h.recorder.listed(b, loaded, st.Polled)
+		} else {
+			h.recorder.unwatch(b)
+		}
 		if h.Lanes != nil {
 			contexts := make(map[string]int, len(loaded))
 			for model, l := range loaded {

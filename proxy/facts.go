@@ -217,6 +217,21 @@ func (r *recorder) listed(b *backend, loaded map[string]upstream.Loaded, polled 
 	}
 }
 
+// watches reports whether it has compared a server's loaded models since other proxies used it.
+func (r *recorder) watches(b *backend) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return !r.looked[b.index].IsZero()
+}
+
+// unwatch forgets what a server had loaded: of what other proxies load there nothing follows.
+func (r *recorder) unwatch(b *backend) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.looked, b.index)
+	maps.DeleteFunc(r.seen, func(key residentKey, _ seen) bool { return key.upstream == b.index })
+}
+
 // compare looks for signs of other programs on a loaded model. before is zero if the model was not
 // loaded before.
 func (r *recorder) compare(b *backend, weights string, l upstream.Loaded, before seen) {
@@ -278,6 +293,12 @@ func (h *Handler) facts(w http.ResponseWriter, r *http.Request, ex *exchange) {
 		st := h.Answers.Stats()
 		f.Answers = doctor.Answers{Down: st.Down, Errors: st.Errors}
 	}
+	if h.Shared != nil {
+		f.Shared = h.Shared()
+	}
+	if h.Fleet != nil {
+		f.Fleet = h.fleetFacts(f.Since)
+	}
 	for _, b := range h.backends() {
 		st := b.State()
 		u := doctor.Upstream{
@@ -291,6 +312,49 @@ func (h *Handler) facts(w http.ResponseWriter, r *http.Request, ex *exchange) {
 	}
 	h.addLoaded(f.Models)
 	ex.page(w, pathFacts, http.StatusOK, f)
+}
+
+// fleetFacts returns what is known of other proxies.
+func (h *Handler) fleetFacts(since time.Time) *doctor.Fleet {
+	f := &doctor.Fleet{
+		Name: h.Fleet.Name, Settled: h.Fleet.Settled(), Sources: []string{}, Peers: []doctor.Peer{},
+		Proxies: []doctor.Proxy{}, Unserved: []doctor.Unserved{}, Incidents: []doctor.Incident{},
+	}
+	for _, s := range h.Fleet.Sources {
+		f.Sources = append(f.Sources, s.String())
+	}
+	for _, p := range h.Fleet.Peers() {
+		f.Peers = append(f.Peers, doctor.Peer{
+			Name: p.Name, Address: p.Address, Up: p.Up, Since: p.Since, Stopped: p.Draining,
+			Error: p.Error, Reason: doctor.Reason(p.Reason), Servers: p.Servers,
+		})
+	}
+	for _, p := range h.Fleet.Proxies() {
+		x := doctor.Proxy{
+			Name: p.Name, Address: p.Address, Version: p.Version, Leaving: p.Draining, Hears: p.Hears,
+			Servers: []doctor.Listed{},
+		}
+		for _, s := range p.Servers {
+			x.Servers = append(x.Servers, doctor.Listed{
+				Name: s.Name, Beside: s.Beside, Owned: s.Owned, Takes: s.Takes,
+			})
+		}
+		f.Proxies = append(f.Proxies, x)
+	}
+	for _, u := range h.Fleet.Unserved() {
+		x := doctor.Unserved{
+			Server: u.Server, Owner: u.Owner, Address: u.Address, Away: u.Away, Drained: u.Drained,
+			Models: []string{},
+		}
+		for _, key := range u.Models {
+			x.Models = append(x.Models, upstream.DisplayName(key))
+		}
+		f.Unserved = append(f.Unserved, x)
+	}
+	for _, i := range h.Fleet.Incidents(since) {
+		f.Incidents = append(f.Incidents, doctor.Incident{At: i.At, Peer: i.Peer, Lost: i.Lost, Error: i.Error})
+	}
+	return f
 }
 
 // addLoaded adds how models are loaded: the number of slots, if known, and the default context

@@ -5,12 +5,15 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/doctor"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/fleet"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/prefix"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/runners"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
 )
 
@@ -83,6 +86,50 @@ func TestFacts(t *testing.T) {
 	}
 }
 
+// TestOutsideFleet: what the proxy that owns a server does there is no sign of programs outside, also
+// where this proxy owned it before, or does afterwards.
+func TestOutsideFleet(t *testing.T) {
+	type list struct {
+		polled, expires, context int
+		foreign                  bool // another proxy owns the server
+	}
+	for _, c := range []struct {
+		name  string
+		lists []list
+		want  string
+	}{
+		{"owned here", []list{{10, 300, 4096, false}, {25, 320, 4096, false}, {40, 320, 8192, false}}, "options m:latest used m:latest"},
+		{"owned elsewhere", []list{{10, 300, 4096, true}, {25, 320, 4096, true}, {40, 320, 8192, true}}, ""},
+		{"… for a while", []list{{10, 300, 4096, false}, {25, 320, 8192, true}, {40, 340, 4096, false}}, ""},
+		{"… and used past the proxies afterwards", []list{{10, 300, 4096, true}, {25, 320, 4096, false}, {40, 340, 4096, false}}, "used m:latest"},
+	} {
+		server := upstream.NewServer("up", &url.URL{Scheme: "http", Host: "127.0.0.1:1"}, nil, nil)
+		h := &Handler{Upstreams: []*upstream.Server{server}}
+		h.Fleet = fleet.New(fleet.Config{Name: "here"})
+		h.Init()
+		b, began := h.backends()[0], time.Now()
+		after := func(s int) time.Time { return began.Add(time.Duration(s) * time.Second) }
+		run := b.runners.Begin(began, b.runners.Wanted(upstream.ModelKey("m"), "", &prefix.Options{}))
+		use := b.residency.beginForeign(run, "m", false, &prefix.Options{})
+		use.answer()
+		use.end()
+		run.End(began, runners.Outcome{Accepted: true})
+		for _, l := range c.lists {
+			b.foreign.Store(l.foreign)
+			h.polledBooks(b, upstream.State{Up: true, Polled: after(l.polled), LoadedKnown: true, Loaded: []upstream.Loaded{
+				{Name: "m:latest", ExpiresAt: after(l.expires), ContextLength: l.context},
+			}})
+		}
+		var got []string
+		for _, o := range h.recorder.Facts(time.Now(), time.Time{}).Outside {
+			got = append(got, fmt.Sprint(o.Kind, " ", o.Model))
+		}
+		if slices.Sort(got); strings.Join(got, " ") != c.want {
+			t.Errorf("%s: %q, want %q", c.name, got, c.want)
+		}
+	}
+}
+
 // TestOutside: which signs of programs outside the proxy a list of loaded models gives, and which
 // it does not.
 func TestOutside(t *testing.T) {
@@ -134,7 +181,7 @@ func TestOutside(t *testing.T) {
 		for _, l := range c.lists {
 			loaded := map[string]upstream.Loaded{}
 			if l.expires > 0 {
-				loaded["m:latest"] = upstream.Loaded{Name: "m:latest", ExpiresAt: after(l.expires), ContextLength: l.context}
+				loaded["m:latest"] = upstream.Loaded{Name: "m:latest", Digest: "m:latest", ExpiresAt: after(l.expires), ContextLength: l.context}
 			}
 			h.recorder.listed(b, loaded, after(l.polled))
 		}

@@ -38,7 +38,10 @@ func (h *Handler) reported() []fleet.Server {
 	}
 	var all []fleet.Server
 	for _, b := range h.backends() {
-		s := fleet.Server{Name: b.Name, Takes: b.takes() && !h.finishing.Load(), Models: b.listed(), Loaded: b.inMemory()}
+		s := fleet.Server{
+			Name: b.Name, Takes: b.takes() && !h.finishing.Load(), Models: b.listed(), Loaded: b.inMemory(),
+			Drained: b.draining.Load() || b.leaving.Load() || h.finishing.Load(),
+		}
 		if h.Lanes != nil {
 			l := loads[b.index]
 			s.Wait, s.Running, s.Waiting = l.Wait.Seconds(), l.Running, l.Waiting
@@ -156,6 +159,12 @@ func (h *Handler) learned(server string, text []byte) {
 	if b := h.named(server); b != nil && h.Lanes != nil && json.Unmarshal(text, &l) == nil {
 		h.Lanes.SetLearned(b.index, l)
 	}
+}
+
+// alone reports whether no other proxy sends requests to a server: neither as its owner, nor one that
+// was, is about to stop, and still answers some.
+func (h *Handler) alone(b *backend) bool {
+	return h.Fleet == nil || !b.foreign.Load() && !h.Fleet.Leaving(b.Name)
 }
 
 // owning returns the servers of a list that this proxy owns; all of them if it owns none, since then a

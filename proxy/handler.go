@@ -29,6 +29,7 @@ import (
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/answers"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contexts"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/doctor"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/fleet"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/jsonscan"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/livepage"
@@ -118,6 +119,8 @@ type Handler struct {
 	TryDuration time.Duration
 	// Fleet are the other proxies that this one works with; nil: none. See Join.
 	Fleet *fleet.Fleet
+	// Shared, if non-nil, tells the verb doctor about what is shared with other proxies.
+	Shared func() doctor.Shared
 
 	// Done, if non-nil, is called after each request. Touched, if non-nil, is called after each
 	// keep_alive that the proxy set, or failed to set, in the background.

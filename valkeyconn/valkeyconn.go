@@ -260,6 +260,9 @@ func (c *Conn) Gone() bool { return c.client.Load() == nil }
 // not made because it is gone.
 func (c *Conn) State() (gone bool, failed uint64) { return c.outage.State() }
 
+// Why returns since when the server is gone, and the error of the last try; zero if it is not gone.
+func (c *Conn) Why() (since time.Time, err error) { return c.outage.Why() }
+
 // Close closes the connection. There must be no other call any more.
 func (c *Conn) Close() {
 	c.stop()

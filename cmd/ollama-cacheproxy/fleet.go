@@ -284,7 +284,7 @@ func (s *serveCmd) join(
 		return
 	}
 	c := set.fleet.config()
-	c.Own, c.Log = s.Own, log
+	c.Own, c.Log, c.Version = s.Own, log, version()
 	sources, err := s.sources(set.fleet.secret, log)
 	if err != nil {
 		log.Error("this proxy looks for no others until it is started again", "err", err)

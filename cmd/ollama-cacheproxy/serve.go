@@ -538,6 +538,7 @@ func (s *serveCmd) handler(
 	if with.conn != nil {
 		h.Limiter = with.limits
 		counts.Shared(with.stats)
+		h.Shared = with.facts
 	}
 	if set.contexts != nil {
 		counts.Contexts(set.contexts.Counts, set.contexts.Files.Stats)

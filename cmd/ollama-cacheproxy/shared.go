@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/contextstore"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/doctor"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/metrics"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/proxy"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/shared"
@@ -137,6 +138,18 @@ func (t *together) stats() metrics.SharedStats {
 	return metrics.SharedStats{
 		Down: down, Errors: failed, Seen: t.prefixes.Shared(), Limits: t.limits.Stats(),
 	}
+}
+
+// facts is for the verb doctor.
+func (t *together) facts() (f doctor.Shared) {
+	f.Down, _ = t.conn.State()
+	var err error
+	if f.Since, err = t.conn.Why(); err != nil {
+		f.Error = err.Error()
+	}
+	limits := t.limits.Stats()
+	f.Limited, f.Alone = limits.Asked, limits.Unanswered
+	return f
 }
 
 // checkShared checks the URL.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"reflect"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -283,5 +284,29 @@ func BenchmarkReports(b *testing.B) {
 				n++
 			}
 		})
+	}
+}
+
+// TestDiffer: whatever is told of a server is new if it differs, also when nothing else does.
+func TestDiffer(t *testing.T) {
+	for i, typ := 0, reflect.TypeFor[Server](); i < typ.NumField(); i++ {
+		var s Server
+		switch v := reflect.ValueOf(&s).Elem().Field(i); v.Kind() {
+		case reflect.Bool:
+			v.SetBool(true)
+		case reflect.String:
+			v.SetString("x")
+		case reflect.Int:
+			v.SetInt(1)
+		case reflect.Float64:
+			v.SetFloat(1)
+		case reflect.Slice:
+			v.Set(reflect.MakeSlice(v.Type(), 1, 1))
+		default:
+			t.Fatalf("%s: set it here", typ.Field(i).Name)
+		}
+		if differ([]Server{{}}, []Server{s}) == nothing {
+			t.Errorf("%s alone differs, and that is taken for nothing", typ.Field(i).Name)
+		}
 	}
 }

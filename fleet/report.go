@@ -232,7 +232,7 @@ type difference int
 
 const (
 	nothing  difference = iota
-	figures             // of load, and what was learned: what decides over nothing but the order
+	figures             // of load, and what was learned or is only told: what decides at most over the order
 	standing            // which servers there are, who may own them, and what they can serve
 )
 
@@ -248,8 +248,9 @@ func differ(before, now []Server) difference {
 			!slices.Equal(s.Models, t.Models) || !slices.Equal(s.Loaded, t.Loaded) {
 			return standing
 		}
-		if s.Owned != t.Owned || s.Wait != t.Wait || s.Running != t.Running || s.Waiting != t.Waiting ||
-			!slices.Equal(s.Backlogs, t.Backlogs) || !bytes.Equal(s.Learned, t.Learned) {
+		if s.Owned != t.Owned || s.Drained != t.Drained || s.Wait != t.Wait || s.Running != t.Running ||
+			s.Waiting != t.Waiting || s.Restores != t.Restores || !slices.Equal(s.Backlogs, t.Backlogs) ||
+			!bytes.Equal(s.Learned, t.Learned) {
 			all = figures
 		}
 	}

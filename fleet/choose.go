@@ -302,6 +302,14 @@ func placeOf(all []*place, server string) *place {
 	return nil
 }
 
+// keep forgets what was counted of all servers but some. If another one is back, it has probably lost
+// what it held; got-n is then far beyond what it can hold, until it has got as much again.
+func (s *sightings) keep(places map[string]*place) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	maps.DeleteFunc(s.got, func(server string, _ uint64) bool { return places[server] == nil })
+}
+
 // sentSince is how many requests this proxy has sent to servers since their owners last reported.
 type sentSince struct {
 	mu sync.Mutex

@@ -166,6 +166,7 @@ func TestForgotten(t *testing.T) {
 		for i := range 100 {
 			server := fmt.Sprint("server", i)
 			p.heard(learned(server, "there"))
+			f.Sent(server, chain(i, 1))
 			f.expect(server, true)
 			f.inVain(offered{Backlog{Options: prefix.Options{Model: server}}, p, p.addr})
 			time.Sleep(reportEvery)
@@ -173,6 +174,11 @@ func TestForgotten(t *testing.T) {
 		if n := kept(); n != 2 {
 			t.Errorf("of %d servers it is known what was learned, not of 2", n)
 		}
+		f.seen.mu.Lock()
+		if n := len(f.seen.got); n > 1 {
+			t.Errorf("it is counted what %d servers got, not what one did", n)
+		}
+		f.seen.mu.Unlock()
 		f.mu.Lock()
 		if len(f.given) > 2 || len(p.vain) > 2 {
 			t.Errorf("%d servers were given something, and %d backlogs gave nothing", len(f.given), len(p.vain))

@@ -347,6 +347,7 @@ func (f *Fleet) look() {
 	maps.DeleteFunc(f.learned, func(server string, _ []byte) bool { return v.places[server] == nil })
 	maps.DeleteFunc(f.given, func(server string, _ time.Time) bool { return v.places[server] == nil })
 	f.sent.keep(ids)
+	f.seen.keep(v.places)
 	f.view.Store(v)
 	f.wake()
 	f.change(v)

@@ -147,7 +147,7 @@ const (
 type Incident struct {
 	At    time.Time
 	Peer  string // its name
-	Lost  bool   // a request was lost with it
+	Lost  bool   // a request was lost with it, which had no answer yet
 	Error string
 }
 

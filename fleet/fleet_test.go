@@ -442,6 +442,10 @@ func TestDeclinedLate(t *testing.T) {
 		if _, err := l.pass("a", l.place("a"), "hello"); Again(err) || !errors.Is(err, ErrLost) {
 			t.Errorf("the entry is told: %v", err)
 		}
+		lost := l.proxies["a"].Incidents(time.Time{})
+		if n := l.proxies["a"].Counts().Lost; n != 1 || len(lost) != 1 || !lost[0].Lost || lost[0].Peer != "b" {
+			t.Errorf("%d requests are counted as lost, of which it is remembered: %+v", n, lost)
+		}
 		l.proxies["b"].declines = func(w http.ResponseWriter, p *Passed) bool {
 			p.Decline(w, schedule.Elsewhere{})
 			time.Sleep(time.Second)

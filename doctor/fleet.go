@@ -143,8 +143,11 @@ func (p Proxy) named() string {
 }
 
 func (p Peer) named() string {
-	if p.Name == "" {
+	switch p.Name {
+	case "":
 		return "the proxy at " + p.Address
+	case p.Address: // the default, where --peer-listen has a host
+		return p.Name
 	}
 	return p.Name + " at " + p.Address
 }
@@ -375,7 +378,8 @@ func (f *Facts) oneWay() (Finding, bool) {
 		found.Title = fmt.Sprintf("%d proxies answer, but do not follow this one", len(deaf))
 	}
 	for _, p := range deaf[:min(len(deaf), mostProxies)] {
-		line := fmt.Sprintf("%s at %s does not know this proxy, or takes it for away, for %s at least: it passes nothing on to it.", p.Name, p.Address, f.ago(f.Fleet.Settled))
+		line := fmt.Sprintf("%s does not know this proxy, or takes it for away, for %s at least: it passes nothing on to it.",
+			Peer{Name: p.Name, Address: p.Address}.named(), f.ago(f.Fleet.Settled))
 		var both []string
 		for _, s := range p.Servers {
 			if owners := f.owners(s.Name); s.Owned && len(owners) > 1 {
@@ -588,8 +592,12 @@ func is(n int) string {
 }
 
 // notServed finds servers that no proxy gets an answer from, although their owner is there; and models
-// that went with a proxy which is looked for no longer. This proxy's own servers are found by away.
+// that went with a proxy which is looked for no longer. This proxy's own servers are found by away. A
+// proxy that has just been started often is there before the Ollama beside it.
 func (f *Facts) notServed() (Finding, bool) {
+	if !f.settled(moment) {
+		return Finding{}, false
+	}
 	found := Finding{ID: IDNotServed, Severity: Medium}
 	var names []string
 	for _, u := range f.Fleet.Unserved {

@@ -222,7 +222,7 @@ func (p *peer) lost(err error) (was bool) {
 
 // errForeign means that a peer does not take this proxy for one, or the reverse.
 var errForeign = errors.New("is it of this fleet? All need the same --peer-secret-file, or " +
-	"--peer-cert and --peer-key of an authority in --peer-ca, for the address in --peers")
+	"--peer-cert and --peer-key of an authority in --peer-ca, for the name or address in --peers")
 
 // These are errForeign where it is known which of the two it is about. They read the same.
 var errSecret, errCertificate = fmt.Errorf("%w", errForeign), fmt.Errorf("%w", errForeign)

@@ -70,10 +70,10 @@ type Target struct {
 }
 
 // Parse parses a URL: valkey://[user:password@]host[:port][/database], valkeys:// with TLS, redis://
-// and rediss:// for the same. Three parameters are ours (and valkey-go's are taken, too): secret-file=PATH, a file that all proxies have
-// and the server has not; ca-file=PATH, certificate authorities to believe instead of the system's; and
-// prefix=TEXT, which begins all keys. Without it, they begin with the argument. No error quotes a
-// password.
+// and rediss:// for the same. Three parameters are ours (and valkey-go's are taken, too):
+// secret-file=PATH, a file that all proxies have and the server has not; ca-file=PATH, certificate
+// authorities to believe instead of the system's; and prefix=TEXT, which begins all keys. Without it,
+// they begin with the argument. No error quotes a password.
 func Parse(target, prefix string) (Target, error) {
 	switch scheme := Scheme(target); {
 	case !slices.Contains(schemes, scheme):

@@ -791,6 +791,32 @@ func TestUnlisted(t *testing.T) {
 	})
 }
 
+// TestAddresses: a peer that is listed with two addresses, such as one of IPv4 and one of IPv6, is one
+// proxy, which goes away once.
+func TestAddresses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newPair(t)
+		a, b := l.proxies["a"], l.proxies["b"]
+		a.kill()
+		l.mu.Lock()
+		a.source = list{"a", "b:1", "b:2"}
+		l.mu.Unlock()
+		a.start(nil)
+		time.Sleep(time.Second)
+		if p := a.Proxies(); len(a.Peers()) != 2 || len(p) != 2 || p[1].Name != "b" {
+			t.Errorf("a hears %+v, and knows of %+v", a.Peers(), p)
+		}
+		b.kill()
+		time.Sleep(time.Second)
+		if lost := a.Incidents(time.Time{}); len(lost) != 1 || a.Counts().Away != 1 {
+			t.Errorf("it went away %d times: %+v", a.Counts().Away, lost)
+		}
+		if u := a.Unserved(); len(u) != 1 || u[0].Server != "s" || !u[0].Away {
+			t.Errorf("its server is remembered so: %+v", u)
+		}
+	})
+}
+
 // TestHangUp: a server of peers that is shut down ends what it answers, and waits for no reports.
 func TestHangUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -2,6 +2,7 @@ package valkeyconn
 
 import (
 	"context"
+	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -131,10 +132,11 @@ func (t Target) Option() valkey.ClientOption {
 // Connect connects with an Option.
 func Connect(o valkey.ClientOption) (valkey.Client, error) {
 	c, err := valkey.NewClient(o)
+	_, plain := errors.AsType[tls.RecordHeaderError](err)
 	switch {
 	case o.TLSConfig == nil && (errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)):
 		err = fmt.Errorf("%w (if the server wants TLS, begin its URL with valkeys:// or rediss://)", err)
-	case o.TLSConfig != nil && errors.Is(err, context.DeadlineExceeded): // one without TLS waits for more
+	case o.TLSConfig != nil && (errors.Is(err, context.DeadlineExceeded) || plain): // it waits, or answers
 		err = fmt.Errorf("%w (if the server has no TLS, begin its URL with valkey:// or redis://)", err)
 	}
 	return c, err

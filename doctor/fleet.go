@@ -685,21 +685,24 @@ func (f *Facts) peersLeave() (Finding, bool) {
 				Where: InProxy, Set: "--drain-delay 5s"},
 		},
 	}
-	if lost > 0 {
+	switch {
+	case away == 0: // connections break, and the proxies stay
+		found.Title = fmt.Sprintf("Between proxies %s lost", were(lost))
+	case lost > 0:
 		found.Title += fmt.Sprintf(", and %s lost", were(lost))
 		if away >= fewIncidents {
 			found.Severity = High
 		}
 	}
 	for name, c := range all {
-		line := fmt.Sprintf("%s: %s", name, times(c.away))
+		var what []string
 		if c.away > 0 {
-			line += fmt.Sprintf(", last at %s: %s", c.last.At.Local().Format("15:04:05"), c.last.Error)
+			what = append(what, fmt.Sprintf("%s, last at %s: %s", times(c.away), c.last.At.Local().Format("15:04:05"), c.last.Error))
 		}
 		if c.lost > 0 {
-			line += fmt.Sprintf("; %s had an error for it", plural(c.lost, "client"))
+			what = append(what, fmt.Sprintf("%s had an error for it", plural(c.lost, "client")))
 		}
-		found.Evidence = append(found.Evidence, line+".")
+		found.Evidence = append(found.Evidence, fmt.Sprintf("%s: %s.", name, strings.Join(what, "; ")))
 	}
 	slices.Sort(found.Evidence)
 	return found.short("What waited there was sent elsewhere; what had begun was not, since it may have done something.")

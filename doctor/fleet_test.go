@@ -173,6 +173,7 @@ func TestExamineFleet(t *testing.T) {
 		{"… and keeps doing so", incidents(3, 0), IDPeersLeave, Medium, "journalctl"},
 		{"… with requests", incidents(3, 1), IDPeersLeave, High, ""},
 		{"once, with many requests", incidents(1, 5), IDPeersLeave, Medium, ""},
+		{"never, with many requests", incidents(0, 5), IDPeersLeave, Medium, ""},
 
 		{"Valkey is gone", shared(0), IDShared, Low, "--shared"},
 		{"… which counts for limits", shared(10), IDShared, Medium, "--shared"},
@@ -187,6 +188,9 @@ func TestExamineFleet(t *testing.T) {
 			}
 			if text := fmt.Sprint(f); strings.Contains(text, "10.0.0.2:11436 at 10.0.0.2:11436") {
 				t.Errorf("%s: it is named twice: %s", c.name, text)
+			}
+			if text := fmt.Sprint(f); strings.Contains(text, "0 times") || strings.Contains(text, "never:") {
+				t.Errorf("%s: nothing is counted: %s", c.name, text)
 			}
 			if !bytes.Contains(docs, []byte("`"+f.ID+"`")) {
 				t.Errorf("docs/doctor.md does not list %s", f.ID)

@@ -77,12 +77,18 @@ func (f *fleetFlags) settings(listen string, upstreams []target) (set fleetSetti
 		return set, err
 	}
 	sources, err := f.sources(set.secret, slog.New(slog.DiscardHandler))
+	set.hosts = lookedUp(sources)
+	return set, err
+}
+
+// lookedUp returns the names of which sources look up the addresses, each once.
+func lookedUp(sources []discover.Source) (hosts []string) {
 	for _, source := range sources {
-		if host := discover.Host(source); host != "" && !slices.Contains(set.hosts, host) {
-			set.hosts = append(set.hosts, host)
+		if host := discover.Host(source); host != "" && !slices.Contains(hosts, host) {
+			hosts = append(hosts, host)
 		}
 	}
-	return set, err
+	return hosts
 }
 
 // checkAddresses refuses addresses of which only one can be listened at.

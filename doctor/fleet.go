@@ -592,8 +592,9 @@ func is(n int) string {
 }
 
 // notServed finds servers that no proxy gets an answer from, although their owner is there; and models
-// that went with a proxy which is looked for no longer. This proxy's own servers are found by away. A
-// proxy that has just been started often is there before the Ollama beside it.
+// that went with a proxy which is looked for no longer, and may be back at another address: one that
+// stops says that its servers are drained. This proxy's own servers are found by away. (A proxy that
+// has just been started often is there before the Ollama beside it.)
 func (f *Facts) notServed() (Finding, bool) {
 	if !f.settled(moment) {
 		return Finding{}, false
@@ -603,7 +604,8 @@ func (f *Facts) notServed() (Finding, bool) {
 	for _, u := range f.Fleet.Unserved {
 		mine := slices.ContainsFunc(f.Upstreams, func(x Upstream) bool { return x.Name == u.Server })
 		known := slices.ContainsFunc(f.Fleet.Peers, func(p Peer) bool { return p.Address == u.Address })
-		if mine || u.Drained || u.Away && (known || len(u.Models) == 0) {
+		gone := u.Away && !known && len(u.Models) > 0 && f.settled(restart)
+		if mine || !gone && (u.Away || u.Drained) {
 			continue
 		}
 		names = append(names, u.Server)

@@ -70,6 +70,7 @@ func TestExamineFleet(t *testing.T) {
 	notServed := func(u Unserved) func(*Facts) {
 		return func(f *Facts) { f.Fleet.Unserved = []Unserved{u} }
 	}
+	stopped := notServed(Unserved{Server: "gpu-3", Owner: "d", Address: "10.0.0.9:11436", Away: true, Drained: true, Models: []string{"n"}})
 	incidents := func(away, lost int) func(*Facts) {
 		return func(f *Facts) {
 			for i := range away + lost {
@@ -157,6 +158,8 @@ func TestExamineFleet(t *testing.T) {
 		{"this proxy's own, which somebody drained", notServed(Unserved{Server: "gpu-1", Owner: "a"}), "", "", ""},
 		{"a proxy was taken away", notServed(Unserved{Server: "gpu-3", Owner: "d", Address: "10.0.0.9:11436", Away: true}), "", "", ""},
 		{"… with the only model", notServed(Unserved{Server: "gpu-3", Owner: "d", Address: "10.0.0.9:11436", Away: true, Models: []string{"n"}}), IDNotServed, High, "ollama pull"},
+		{"… and was stopped for that", stopped, IDNotServed, High, "ollama pull"},
+		{"… and may be back", both(stopped, changed(30*time.Second)), "", "", ""},
 		{"this proxy alone does not reach a server", func(f *Facts) { f.Upstreams[0].Up = false }, IDUnreachable, Medium, ""},
 		{"nor does any other", func(f *Facts) {
 			f.Upstreams[0].Up = false

@@ -33,9 +33,9 @@ type Place struct {
 // Here reports whether this proxy serves the request itself.
 func (p Place) Here() bool { return p.addr == "" }
 
-// Choose returns the server that a request should go to, and its owner. It is the server where the
-// most of the prompt was seen, or else one by the prompt's opening, so that all proxies choose the
-// same one. ok is false if no proxy is known to have a server with the model that takes requests.
+// Choose returns the server that a request should go to, and its owner. It is the least loaded of the
+// servers that hold the most of the prompt, or else one by the prompt's opening, so that all proxies
+// choose the same one. ok is false if no proxy is known to have a server with the model that takes requests.
 func (f *Fleet) Choose(a Ask) (p Place, ok bool) {
 	all := f.able(a)
 	if len(all) == 0 {
@@ -106,9 +106,9 @@ func (s *place) may(a Ask) bool {
 // slack is how many bytes of a prompt are not worth a detour: about 64 tokens.
 const slack = 256
 
-// prefer chooses one of several servers. Load decides only between servers that are equally warm, or
-// equally cold: each entry sees only a part of what is sent, so that several would choose different
-// servers for what belongs together. Owners, who see all of it, spread the work
+// prefer chooses one of several servers. Load decides only between servers that are equally warm, and
+// over what has no prompt: each entry sees only a part of what is sent, so that several would choose
+// different servers for what belongs together. Owners, who see all of it, spread the work
 // (schedule.Scheduler.Give).
 func (f *Fleet) prefer(all []*place, a Ask) *place {
 	if len(a.Links) == 0 {
@@ -233,7 +233,7 @@ func (s *sightings) put(at Sight, assumed bool) {
 }
 
 // deepest returns those of some servers that hold the most of a prompt, the one that saw it last
-// first; none if it was seen nowhere. One that saw it before may have lost it, and then evaluating it
+// first; none if it was seen nowhere. One that saw it earlier may have lost it, and then evaluating it
 // again costs more than waiting for the last one.
 func (s *sightings) deepest(links []prefix.Link, all []*place) (warm []*place) {
 	s.search(links, func(seen []sighting) (*place, bool) {
@@ -300,6 +300,14 @@ func placeOf(all []*place, server string) *place {
 		return all[i]
 	}
 	return nil
+}
+
+// keep forgets what was counted of all servers but some. If another one is back, it has probably lost
+// what it held; got-n is then far beyond what it can hold, until it has got as much again.
+func (s *sightings) keep(places map[string]*place) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	maps.DeleteFunc(s.got, func(server string, _ uint64) bool { return places[server] == nil })
 }
 
 // sentSince is how many requests this proxy has sent to servers since their owners last reported.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"reflect"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -165,6 +166,7 @@ func TestForgotten(t *testing.T) {
 		for i := range 100 {
 			server := fmt.Sprint("server", i)
 			p.heard(learned(server, "there"))
+			f.Sent(server, chain(i, 1))
 			f.expect(server, true)
 			f.inVain(offered{Backlog{Options: prefix.Options{Model: server}}, p, p.addr})
 			time.Sleep(reportEvery)
@@ -172,6 +174,11 @@ func TestForgotten(t *testing.T) {
 		if n := kept(); n != 2 {
 			t.Errorf("of %d servers it is known what was learned, not of 2", n)
 		}
+		f.seen.mu.Lock()
+		if n := len(f.seen.got); n > 1 {
+			t.Errorf("it is counted what %d servers got, not what one did", n)
+		}
+		f.seen.mu.Unlock()
 		f.mu.Lock()
 		if len(f.given) > 2 || len(p.vain) > 2 {
 			t.Errorf("%d servers were given something, and %d backlogs gave nothing", len(f.given), len(p.vain))
@@ -283,5 +290,29 @@ func BenchmarkReports(b *testing.B) {
 				n++
 			}
 		})
+	}
+}
+
+// TestDiffer: whatever is told of a server is new if it differs, also when nothing else does.
+func TestDiffer(t *testing.T) {
+	for i, typ := 0, reflect.TypeFor[Server](); i < typ.NumField(); i++ {
+		var s Server
+		switch v := reflect.ValueOf(&s).Elem().Field(i); v.Kind() {
+		case reflect.Bool:
+			v.SetBool(true)
+		case reflect.String:
+			v.SetString("x")
+		case reflect.Int:
+			v.SetInt(1)
+		case reflect.Float64:
+			v.SetFloat(1)
+		case reflect.Slice:
+			v.Set(reflect.MakeSlice(v.Type(), 1, 1))
+		default:
+			t.Fatalf("%s: set it here", typ.Field(i).Name)
+		}
+		if differ([]Server{{}}, []Server{s}) == nothing {
+			t.Errorf("%s alone differs, and that is taken for nothing", typ.Field(i).Name)
+		}
 	}
 }

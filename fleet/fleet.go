@@ -135,9 +135,9 @@ type Counts struct {
 	Away      uint64 `json:"away"`      // how often a peer went away without having said that it stops
 	Owners    uint64 `json:"owners"`    // how often this proxy began or ceased to own a server
 	Hops      uint64 `json:"hops"`      // how often a request was passed on; of these times …
-	Begun     uint64 `json:"begun"`     // … its owner answered it
+	Begun     uint64 `json:"begun"`     // … its owner answered it, perhaps not to the end
 	Again     uint64 `json:"again"`     // … its owner went away before it began
-	Lost      uint64 `json:"lost"`      // … its owner went away after that
+	Lost      uint64 `json:"lost"`      // … its owner went away after that, and before it answered
 	Elsewhere uint64 `json:"elsewhere"` // … another proxy's server took it over
 	Given     uint64 `json:"given"`     // requests that this proxy gave to another one's server
 	Received  uint64 `json:"received"`  // requests that peers passed on to this proxy
@@ -347,6 +347,7 @@ func (f *Fleet) look() {
 	maps.DeleteFunc(f.learned, func(server string, _ []byte) bool { return v.places[server] == nil })
 	maps.DeleteFunc(f.given, func(server string, _ time.Time) bool { return v.places[server] == nil })
 	f.sent.keep(ids)
+	f.seen.keep(v.places)
 	f.view.Store(v)
 	f.wake()
 	f.change(v)

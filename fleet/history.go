@@ -59,11 +59,10 @@ type Proxy struct {
 
 // Listed is a server that a proxy has configured.
 type Listed struct {
-	Name    string
-	Beside  bool // the proxy says that it is beside it
-	Owned   bool // … that it owns it
-	Takes   bool // … that it answers, and gets new requests
-	Drained bool // … that somebody has taken it out of use
+	Name   string
+	Beside bool // the proxy says that it is beside it
+	Owned  bool // … that it owns it
+	Takes  bool // … that it answers, and gets new requests
 }
 
 // Proxies returns all proxies that are there, by their names.
@@ -83,7 +82,7 @@ func (f *Fleet) Proxies() (all []Proxy) {
 			if m.peer == nil {
 				owned = f.owned[s.Name]
 			}
-			p.Servers = append(p.Servers, Listed{s.Name, s.Beside, owned, s.Takes, s.Drained})
+			p.Servers = append(p.Servers, Listed{s.Name, s.Beside, owned, s.Takes})
 		}
 		all = append(all, p)
 	}
@@ -148,7 +147,7 @@ const (
 type Incident struct {
 	At    time.Time
 	Peer  string // its name
-	Lost  bool   // a request was lost with it
+	Lost  bool   // a request was lost with it, which had no answer yet
 	Error string
 }
 

@@ -232,26 +232,29 @@ type difference int
 
 const (
 	nothing  difference = iota
-	figures             // of load, and what was learned: what decides over nothing but the order
+	figures             // of load, and what was learned or is only told: what decides at most over the order
 	standing            // which servers there are, who may own them, and what they can serve
 )
 
 // differ compares what a proxy has said of its servers with what it says now.
 func differ(before, now []Server) difference {
-	if len(before) != len(now) {
+	if !slices.EqualFunc(before, now, stands) {
 		return standing
 	}
-	all := nothing
-	for i := range now {
-		s, t := &before[i], &now[i]
-		if s.Name != t.Name || s.Beside != t.Beside || s.Takes != t.Takes || s.Slots != t.Slots ||
-			!slices.Equal(s.Models, t.Models) || !slices.Equal(s.Loaded, t.Loaded) {
-			return standing
-		}
-		if s.Owned != t.Owned || s.Wait != t.Wait || s.Running != t.Running || s.Waiting != t.Waiting ||
-			!slices.Equal(s.Backlogs, t.Backlogs) || !bytes.Equal(s.Learned, t.Learned) {
-			all = figures
-		}
+	if !slices.EqualFunc(before, now, stays) {
+		return figures
 	}
-	return all
+	return nothing
+}
+
+func stands(s, t Server) bool {
+	return s.Name == t.Name && s.Beside == t.Beside && s.Takes == t.Takes && s.Slots == t.Slots &&
+		slices.Equal(s.Models, t.Models) && slices.Equal(s.Loaded, t.Loaded)
+}
+
+// stays compares what stands does not.
+func stays(s, t Server) bool {
+	return s.Owned == t.Owned && s.Drained == t.Drained && s.Wait == t.Wait && s.Running == t.Running &&
+		s.Waiting == t.Waiting && s.Restores == t.Restores && slices.Equal(s.Backlogs, t.Backlogs) &&
+		bytes.Equal(s.Learned, t.Learned)
 }

@@ -207,9 +207,7 @@ func (w *Workers) open(ctx context.Context, input string, patience time.Duration
 func (j *job) endure(o *outage.Outage, gives, err error) error {
 	var waited time.Duration
 	if j.patience > 0 {
-		o.Failure(err)
-		since, _ := o.Why()
-		waited = time.Since(since)
+		waited = time.Since(o.Failure(err))
 	}
 	if waited >= j.patience {
 		return fmt.Errorf("%w: %w (waited %v: --wait-for-server)", gives, err, waited.Round(time.Second))

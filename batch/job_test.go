@@ -2,11 +2,37 @@ package batch
 
 import (
 	"encoding/json"
+	"errors"
+	"log/slog"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/outage"
 )
+
+// TestEndureAnswered: a call that fails while others are answered does not end the batch.
+func TestEndureAnswered(t *testing.T) {
+	j := &job{patience: time.Hour, away: outage.Outage{Log: slog.New(slog.DiscardHandler)}}
+	const calls = 20_000
+	var all sync.WaitGroup
+	all.Go(func() {
+		for range calls {
+			j.away.Success()
+		}
+	})
+	all.Go(func() {
+		for range calls {
+			if err := j.endure(&j.away, errValkeyAway, errors.New("no answer")); err != nil {
+				t.Errorf("within the hour that the server is waited for: %v", err)
+				return
+			}
+		}
+	})
+	all.Wait()
+}
 
 // FuzzSpan: whatever the server has, items are within the input, and what was written is read again.
 func FuzzSpan(f *testing.F) {

@@ -143,8 +143,11 @@ func (p Proxy) named() string {
 }
 
 func (p Peer) named() string {
-	if p.Name == "" {
+	switch p.Name {
+	case "":
 		return "the proxy at " + p.Address
+	case p.Address: // the default, where --peer-listen has a host
+		return p.Name
 	}
 	return p.Name + " at " + p.Address
 }
@@ -375,7 +378,8 @@ func (f *Facts) oneWay() (Finding, bool) {
 		found.Title = fmt.Sprintf("%d proxies answer, but do not follow this one", len(deaf))
 	}
 	for _, p := range deaf[:min(len(deaf), mostProxies)] {
-		line := fmt.Sprintf("%s at %s does not know this proxy, or takes it for away, for %s at least: it passes nothing on to it.", p.Name, p.Address, f.ago(f.Fleet.Settled))
+		line := fmt.Sprintf("%s does not know this proxy, or takes it for away, for %s at least: it passes nothing on to it.",
+			Peer{Name: p.Name, Address: p.Address}.named(), f.ago(f.Fleet.Settled))
 		var both []string
 		for _, s := range p.Servers {
 			if owners := f.owners(s.Name); s.Owned && len(owners) > 1 {
@@ -588,9 +592,13 @@ func is(n int) string {
 }
 
 // notServed finds servers that no proxy gets an answer from, although their owner is there; and models
-// that went with a proxy which is looked for no longer, and may be back at another address: one that stops
-// says that its servers are drained. This proxy's own servers are found by away.
+// that went with a proxy which is looked for no longer, and may be back at another address: one that
+// stops says that its servers are drained. This proxy's own servers are found by away. (A proxy that
+// has just been started often is there before the Ollama beside it.)
 func (f *Facts) notServed() (Finding, bool) {
+	if !f.settled(moment) {
+		return Finding{}, false
+	}
 	found := Finding{ID: IDNotServed, Severity: Medium}
 	var names []string
 	for _, u := range f.Fleet.Unserved {
@@ -679,21 +687,24 @@ func (f *Facts) peersLeave() (Finding, bool) {
 				Where: InProxy, Set: "--drain-delay 5s"},
 		},
 	}
-	if lost > 0 {
+	switch {
+	case away == 0: // connections break, and the proxies stay
+		found.Title = fmt.Sprintf("Between proxies %s lost", were(lost))
+	case lost > 0:
 		found.Title += fmt.Sprintf(", and %s lost", were(lost))
 		if away >= fewIncidents {
 			found.Severity = High
 		}
 	}
 	for name, c := range all {
-		line := fmt.Sprintf("%s: %s", name, times(c.away))
+		var what []string
 		if c.away > 0 {
-			line += fmt.Sprintf(", last at %s: %s", c.last.At.Local().Format("15:04:05"), c.last.Error)
+			what = append(what, fmt.Sprintf("%s, last at %s: %s", times(c.away), c.last.At.Local().Format("15:04:05"), c.last.Error))
 		}
 		if c.lost > 0 {
-			line += fmt.Sprintf("; %s had an error for it", plural(c.lost, "client"))
+			what = append(what, fmt.Sprintf("%s had an error for it", plural(c.lost, "client")))
 		}
-		found.Evidence = append(found.Evidence, line+".")
+		found.Evidence = append(found.Evidence, fmt.Sprintf("%s: %s.", name, strings.Join(what, "; ")))
 	}
 	slices.Sort(found.Evidence)
 	return found.short("What waited there was sent elsewhere; what had begun was not, since it may have done something.")

@@ -118,6 +118,7 @@ func TestExamineFleet(t *testing.T) {
 		{"nobody is found", func(f *Facts) { f.Fleet.Peers, f.Fleet.Proxies = nil, f.Fleet.Proxies[:1] }, IDNoPeers, Low, "--peers dns:"},
 		{"… yet", both(changed(time.Second), func(f *Facts) { f.Fleet.Peers, f.Fleet.Proxies = nil, f.Fleet.Proxies[:1] }), "", "", ""},
 
+		{"its name is its address", both(away("refused", 5*time.Second), func(f *Facts) { f.Fleet.Peers[0].Name = "10.0.0.2:11436" }), IDPeersAway, Low, ""},
 		{"one does not hear this one", deaf, IDOneWay, Medium, "--peers"},
 		{"… yet", both(deaf, changed(time.Second)), "", "", ""},
 		{"… and both schedule a server", both(deaf, func(f *Facts) { f.Fleet.Proxies[1].Servers[0].Owned = true }), IDOneWay, Medium, ""},
@@ -152,6 +153,7 @@ func TestExamineFleet(t *testing.T) {
 
 		{"a server that its proxy does not reach", notServed(Unserved{Server: "gpu-3", Owner: "b", Address: "10.0.0.2:11436"}), IDNotServed, Medium, "doctor --proxy 10.0.0.2:11435"},
 		{"… with the only model", notServed(Unserved{Server: "gpu-3", Owner: "b", Address: "10.0.0.2:11436", Models: []string{"n"}}), IDNotServed, High, ""},
+		{"… yet", both(changed(time.Second), notServed(Unserved{Server: "gpu-3", Owner: "b", Address: "10.0.0.2:11436", Models: []string{"n"}})), "", "", ""},
 		{"… which was drained", notServed(Unserved{Server: "gpu-3", Owner: "b", Address: "10.0.0.2:11436", Drained: true}), "", "", ""},
 		{"this proxy's own, which somebody drained", notServed(Unserved{Server: "gpu-1", Owner: "a"}), "", "", ""},
 		{"a proxy was taken away", notServed(Unserved{Server: "gpu-3", Owner: "d", Address: "10.0.0.9:11436", Away: true}), "", "", ""},
@@ -174,6 +176,7 @@ func TestExamineFleet(t *testing.T) {
 		{"… and keeps doing so", incidents(3, 0), IDPeersLeave, Medium, "journalctl"},
 		{"… with requests", incidents(3, 1), IDPeersLeave, High, ""},
 		{"once, with many requests", incidents(1, 5), IDPeersLeave, Medium, ""},
+		{"never, with many requests", incidents(0, 5), IDPeersLeave, Medium, ""},
 
 		{"Valkey is gone", shared(0), IDShared, Low, "--shared"},
 		{"… which counts for limits", shared(10), IDShared, Medium, "--shared"},
@@ -185,6 +188,12 @@ func TestExamineFleet(t *testing.T) {
 			ids = append(ids, f.ID)
 			if f.Title == "" || len(f.Evidence) == 0 || len(f.Advice) == 0 || f.Doc == "" || !slices.Contains(headings(t), strings.TrimPrefix(f.Doc, "doctor.md#")) && f.Doc != "failure.md" {
 				t.Errorf("%s: incomplete: %+v", c.name, f)
+			}
+			if text := fmt.Sprint(f); strings.Contains(text, "10.0.0.2:11436 at 10.0.0.2:11436") {
+				t.Errorf("%s: it is named twice: %s", c.name, text)
+			}
+			if text := fmt.Sprint(f); strings.Contains(text, "0 times") || strings.Contains(text, "never:") {
+				t.Errorf("%s: nothing is counted: %s", c.name, text)
 			}
 			if !bytes.Contains(docs, []byte("`"+f.ID+"`")) {
 				t.Errorf("docs/doctor.md does not list %s", f.ID)

@@ -442,6 +442,10 @@ func TestDeclinedLate(t *testing.T) {
 		if _, err := l.pass("a", l.place("a"), "hello"); Again(err) || !errors.Is(err, ErrLost) {
 			t.Errorf("the entry is told: %v", err)
 		}
+		lost := l.proxies["a"].Incidents(time.Time{})
+		if n := l.proxies["a"].Counts().Lost; n != 1 || len(lost) != 1 || !lost[0].Lost || lost[0].Peer != "b" {
+			t.Errorf("%d requests are counted as lost, of which it is remembered: %+v", n, lost)
+		}
 		l.proxies["b"].declines = func(w http.ResponseWriter, p *Passed) bool {
 			p.Decline(w, schedule.Elsewhere{})
 			time.Sleep(time.Second)
@@ -783,6 +787,32 @@ func TestUnlisted(t *testing.T) {
 		time.Sleep(awayFor + time.Second)
 		if a.Has("m") {
 			t.Error("it is remembered for longer than it should be")
+		}
+	})
+}
+
+// TestAddresses: a peer that is listed with two addresses, such as one of IPv4 and one of IPv6, is one
+// proxy, which goes away once.
+func TestAddresses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newPair(t)
+		a, b := l.proxies["a"], l.proxies["b"]
+		a.kill()
+		l.mu.Lock()
+		a.source = list{"a", "b:1", "b:2"}
+		l.mu.Unlock()
+		a.start(nil)
+		time.Sleep(time.Second)
+		if p := a.Proxies(); len(a.Peers()) != 2 || len(p) != 2 || p[1].Name != "b" {
+			t.Errorf("a hears %+v, and knows of %+v", a.Peers(), p)
+		}
+		b.kill()
+		time.Sleep(time.Second)
+		if lost := a.Incidents(time.Time{}); len(lost) != 1 || a.Counts().Away != 1 {
+			t.Errorf("it went away %d times: %+v", a.Counts().Away, lost)
+		}
+		if u := a.Unserved(); len(u) != 1 || u[0].Server != "s" || !u[0].Away {
+			t.Errorf("its server is remembered so: %+v", u)
 		}
 	})
 }

@@ -113,15 +113,12 @@ func (f *Fleet) Pass(
 			return nil, left // nobody waits for the answer, and no peer is to blame
 		}
 		err = hop.failure(ctx, err)
-		f.count(func(c *Counts) {
-			switch {
-			case errors.Is(err, ErrLost):
-				c.Lost++
-				f.history.add(Incident{At: time.Now(), Peer: to.Name, Lost: true, Error: err.Error()})
-			case errors.Is(err, ErrGone):
-				c.Again++
-			}
-		})
+		switch {
+		case errors.Is(err, ErrLost):
+			f.lose(to, err)
+		case errors.Is(err, ErrGone):
+			f.count(func(c *Counts) { c.Again++ })
+		}
 		return nil, err
 	}
 	hop.settle(answered)
@@ -131,10 +128,16 @@ func (f *Fleet) Pass(
 		cancel(nil)
 	}}
 	if res.StatusCode == http.StatusMisdirectedRequest && res.Header[headerElsewhere] != nil {
-		return nil, f.declined(res, hop)
+		return nil, f.declined(res, hop, to)
 	}
 	f.count(func(c *Counts) { c.Begun++ })
 	return res, nil
+}
+
+// lose notes that a request is lost with a peer.
+func (f *Fleet) lose(to Place, err error) {
+	f.count(func(c *Counts) { c.Lost++ })
+	f.history.add(Incident{At: time.Now(), Peer: to.Name, Lost: true, Error: err.Error()})
 }
 
 // drainFor is how long the end of an answer that declines a request is waited for: it comes after
@@ -142,15 +145,16 @@ func (f *Fleet) Pass(
 const drainFor = 100 * time.Millisecond
 
 // declined returns the error of a request that its owner does not serve.
-func (f *Fleet) declined(res *http.Response, h *hop) error {
+func (f *Fleet) declined(res *http.Response, h *hop, to Place) error {
 	// The owner reads the body's end before it ends the answer. Then the connection is as good as new.
 	late := time.AfterFunc(drainFor, func() { h.cancel(nil) })
 	io.Copy(io.Discard, io.LimitReader(res.Body, maxAnswer))
 	late.Stop()
 	res.Body.Close()
 	if h.state.Load() == begun {
-		f.count(func(c *Counts) { c.Lost++ })
-		return fmt.Errorf("%w: it has declined it after that", ErrLost)
+		err := fmt.Errorf("%w: it has declined it after that", ErrLost)
+		f.lose(to, err)
+		return err
 	}
 	f.count(func(c *Counts) { c.Elsewhere++ })
 	e := schedule.Elsewhere{Server: res.Header.Get(headerElsewhere)}

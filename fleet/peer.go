@@ -193,9 +193,9 @@ func (p *peer) lost(err error) (was bool) {
 		f.wake()
 		return false
 	}
-	name, left := p.report.Name, p.report.Draining
+	id, name, left := p.report.ID, p.report.Name, p.report.Draining
 	close(p.gone)
-	f.forgets(p.report.ID)
+	f.forgets(id)
 	p.report, p.gone, p.since, p.changed = nil, nil, time.Now(), false
 	f.absent[name] = p
 	if !p.listed {
@@ -207,6 +207,9 @@ func (p *peer) lost(err error) (was bool) {
 		f.Log.Info("peer has gone, and is no longer listed", "peer", name, "address", p.addr)
 	case left:
 		f.Log.Info("peer has stopped", "peer", name, "address", p.addr)
+	case f.hears(id):
+		f.Log.Warn("peer does not answer any more at one of its addresses, but at another one", "peer", name,
+			"address", p.addr, "err", err)
 	default:
 		f.counts.Away++
 		f.history.add(Incident{At: time.Now(), Peer: name, Error: err.Error()})
@@ -220,9 +223,19 @@ func (p *peer) lost(err error) (was bool) {
 	return true
 }
 
+// hears reports whether a process is there, at whatever address. f.mu must be held.
+func (f *Fleet) hears(id string) bool {
+	for _, p := range f.peers {
+		if p.report != nil && p.report.ID == id {
+			return true
+		}
+	}
+	return false
+}
+
 // errForeign means that a peer does not take this proxy for one, or the reverse.
 var errForeign = errors.New("is it of this fleet? All need the same --peer-secret-file, or " +
-	"--peer-cert and --peer-key of an authority in --peer-ca, for the address in --peers")
+	"--peer-cert and --peer-key of an authority in --peer-ca, for the name or address in --peers")
 
 // These are errForeign where it is known which of the two it is about. They read the same.
 var errSecret, errCertificate = fmt.Errorf("%w", errForeign), fmt.Errorf("%w", errForeign)

@@ -26,8 +26,9 @@ type Outage struct {
 	failed uint64
 }
 
-// Failure notes a failed try.
-func (o *Outage) Failure(err error) {
+// Failure notes a failed try, and returns since when it is unusable. (Why may be asked only after
+// another goroutine's Success, and return zero.)
+func (o *Outage) Failure(err error) (since time.Time) {
 	now := time.Now()
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -45,6 +46,7 @@ func (o *Outage) Failure(err error) {
 		o.wait = min(2*o.wait, o.Most)
 	}
 	o.next = now.Add(o.wait)
+	return o.since
 }
 
 // Success notes that it can be used.

@@ -45,10 +45,12 @@ func TestWhy(t *testing.T) {
 		if since, err := o.Why(); !since.IsZero() || err != nil || !o.Ended().IsZero() {
 			t.Errorf("before the first, there is one since %v (%v), or one ended at %v", since, err, o.Ended())
 		}
-		o.Failure(errors.New("why"))
+		began := o.Failure(errors.New("why"))
 		time.Sleep(time.Second)
 		last := errors.New("why it is still there")
-		o.Failure(last)
+		if again := o.Failure(last); !began.Equal(again) || time.Since(again) != time.Second {
+			t.Errorf("it began at %v, and later at %v", began, again)
+		}
 		if since, err := o.Why(); time.Since(since) != time.Second || err != last || !o.Ended().IsZero() {
 			t.Errorf("a second later: since %v (%v), and one ended at %v", since, err, o.Ended())
 		}

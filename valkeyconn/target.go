@@ -2,6 +2,7 @@ package valkeyconn
 
 import (
 	"context"
+	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -70,10 +71,10 @@ type Target struct {
 }
 
 // Parse parses a URL: valkey://[user:password@]host[:port][/database], valkeys:// with TLS, redis://
-// and rediss:// for the same. Three parameters are ours (and valkey-go's are taken, too): secret-file=PATH, a file that all proxies have
-// and the server has not; ca-file=PATH, certificate authorities to believe instead of the system's; and
-// prefix=TEXT, which begins all keys. Without it, they begin with the argument. No error quotes a
-// password.
+// and rediss:// for the same. Three parameters are ours (and valkey-go's are taken, too):
+// secret-file=PATH, a file that all proxies have and the server has not; ca-file=PATH, certificate
+// authorities to believe instead of the system's; and prefix=TEXT, which begins all keys. Without it,
+// they begin with the argument. No error quotes a password.
 func Parse(target, prefix string) (Target, error) {
 	switch scheme := Scheme(target); {
 	case !slices.Contains(schemes, scheme):
@@ -131,10 +132,11 @@ func (t Target) Option() valkey.ClientOption {
 // Connect connects with an Option.
 func Connect(o valkey.ClientOption) (valkey.Client, error) {
 	c, err := valkey.NewClient(o)
+	_, plain := errors.AsType[tls.RecordHeaderError](err)
 	switch {
 	case o.TLSConfig == nil && (errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)):
 		err = fmt.Errorf("%w (if the server wants TLS, begin its URL with valkeys:// or rediss://)", err)
-	case o.TLSConfig != nil && errors.Is(err, context.DeadlineExceeded): // one without TLS waits for more
+	case o.TLSConfig != nil && (errors.Is(err, context.DeadlineExceeded) || plain): // it waits, or answers
 		err = fmt.Errorf("%w (if the server has no TLS, begin its URL with valkey:// or redis://)", err)
 	}
 	return c, err

@@ -6,7 +6,9 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -256,6 +258,26 @@ func FuzzParse(f *testing.F) {
 // used. Whoever forgets TLS, or asks for it in vain, is told.
 func TestTLS(t *testing.T) {
 	plain := valkeyserver.Start(t).Addr()
+	talks, err := net.Listen("tcp", "127.0.0.1:0") // which the end of a line in the handshake may bring about
+	if err != nil {
+		t.Fatal(err)
+	}
+	var talking sync.WaitGroup
+	defer talking.Wait()
+	defer talks.Close()
+	talking.Go(func() {
+		for {
+			conn, err := talks.Accept()
+			if err != nil {
+				return
+			}
+			conn.Write([]byte("-ERR unknown command\r\n"))
+			talking.Go(func() {
+				io.Copy(io.Discard, conn) // until the client has read it
+				conn.Close()
+			})
+		}
+	})
 	server := valkeyserver.StartTLS(t, "--requirepass", "hunter2")
 	address, authority := server.Addr(), server.Authority()
 	for target, want := range map[string]string{
@@ -264,6 +286,7 @@ func TestTLS(t *testing.T) {
 		"valkeys://:hunter2@" + address:                             "unknown authority",
 		"valkey://:hunter2@" + address:                              "begin its URL with valkeys://",
 		"valkeys://:hunter2@" + plain:                               "begin its URL with valkey://",
+		"valkeys://:hunter2@" + talks.Addr().String():               "begin its URL with valkey://",
 	} {
 		parsed, err := valkeyconn.Parse(target, "")
 		if err != nil {

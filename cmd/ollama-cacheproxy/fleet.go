@@ -77,12 +77,18 @@ func (f *fleetFlags) settings(listen string, upstreams []target) (set fleetSetti
 		return set, err
 	}
 	sources, err := f.sources(set.secret, slog.New(slog.DiscardHandler))
+	set.hosts = lookedUp(sources)
+	return set, err
+}
+
+// lookedUp returns the names of which sources look up the addresses, each once.
+func lookedUp(sources []discover.Source) (hosts []string) {
 	for _, source := range sources {
-		if host := discover.Host(source); host != "" {
-			set.hosts = append(set.hosts, host)
+		if host := discover.Host(source); host != "" && !slices.Contains(hosts, host) {
+			hosts = append(hosts, host)
 		}
 	}
-	return set, err
+	return hosts
 }
 
 // checkAddresses refuses addresses of which only one can be listened at.
@@ -245,7 +251,7 @@ func believing(
 		c.ServerName = host
 		c.InsecureSkipVerify = true // it is verified here
 		c.VerifyConnection = func(state tls.ConnectionState) error {
-			return believe(state.PeerCertificates, c.RootCAs, append([]string{host}, names...))
+			return believe(state.PeerCertificates, c.RootCAs, host, names)
 		}
 		secure := tls.Client(conn, c)
 		ctx, cancel := context.WithTimeout(ctx, t.TLSHandshakeTimeout)
@@ -258,19 +264,22 @@ func believing(
 	}
 }
 
-// believe verifies a chain of certificates for one of several names.
-func believe(chain []*x509.Certificate, roots *x509.CertPool, names []string) (err error) {
+// believe verifies a chain of certificates for a host, or one of several names. The error says for what
+// it could be.
+func believe(chain []*x509.Certificate, roots *x509.CertPool, host string, names []string) (err error) {
 	o := x509.VerifyOptions{Roots: roots, Intermediates: x509.NewCertPool()} // by default for a server
 	for _, c := range chain[1:] {
 		o.Intermediates.AddCert(c)
 	}
 	if _, err = chain[0].Verify(o); err == nil {
+		if err = chain[0].VerifyHostname(host); err == nil {
+			return nil
+		}
 		for _, name := range names {
-			wrong := chain[0].VerifyHostname(name)
-			if wrong == nil {
+			if chain[0].VerifyHostname(name) == nil {
 				return nil
 			}
-			err = cmp.Or(err, wrong)
+			err = fmt.Errorf("%w, nor for %s", err, name)
 		}
 	}
 	return &tls.CertificateVerificationError{UnverifiedCertificates: chain, Err: err}

@@ -133,8 +133,8 @@ func TestPeerCertificate(t *testing.T) {
 		{"the name that is looked up", ours, []string{"peers.example"}, nil, time.Hour, ""},
 		{"all names below that one's domain", ours, []string{"*.example"}, nil, time.Hour, ""},
 		{"the address", ours, nil, []net.IP{net.IPv4(127, 0, 0, 1)}, time.Hour, ""},
-		{"another name", ours, []string{"peer.example"}, nil, time.Hour, "127.0.0.1"},
-		{"another address", ours, nil, []net.IP{net.IPv4(127, 0, 0, 2)}, time.Hour, "127.0.0.1"},
+		{"another name", ours, []string{"peer.example"}, nil, time.Hour, ", nor for other.example, nor for peers.example"},
+		{"another address", ours, nil, []net.IP{net.IPv4(127, 0, 0, 2)}, time.Hour, "not 127.0.0.1, nor for other.example"},
 		{"of another authority", theirs, []string{"peers.example"}, nil, time.Hour, "unknown authority"},
 		{"expired", ours, []string{"peers.example"}, nil, -time.Minute, "expired"},
 	} {

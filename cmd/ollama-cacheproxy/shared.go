@@ -142,10 +142,9 @@ func (t *together) stats() metrics.SharedStats {
 
 // facts is for the verb doctor.
 func (t *together) facts() (f doctor.Shared) {
-	f.Down, _ = t.conn.State()
 	var err error
 	if f.Since, err = t.conn.Why(); err != nil {
-		f.Error = err.Error()
+		f.Down, f.Error = true, err.Error()
 	}
 	limits := t.limits.Stats()
 	f.Limited, f.Alone = limits.Asked, limits.Unanswered

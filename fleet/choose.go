@@ -189,9 +189,8 @@ type sighting struct {
 }
 
 const (
-	hostPrompts = 32      // that a host cache is assumed to have, for each slot
-	hashesMost  = 200_000 // a hash takes about 100 bytes
-	placesMost  = 4       // servers that are remembered for one hash
+	hashesMost = 200_000 // a hash takes about 100 bytes
+	placesMost = 4       // servers that are remembered for one hash
 )
 
 func newSightings() *sightings {
@@ -239,22 +238,13 @@ func (s *sightings) deepest(links []prefix.Link, all []*place) (warm []*place) {
 	s.search(links, func(seen []sighting) (*place, bool) {
 		for _, at := range slices.Backward(seen) {
 			p := placeOf(all, at.server)
-			if p != nil && (len(warm) == 0 || s.got[at.server]-at.n <= p.holds()) {
+			if p != nil && (len(warm) == 0 || s.got[at.server]-at.n <= uint64(max(p.Slots, 1))) {
 				warm = append(warm, p)
 			}
 		}
 		return nil, len(warm) > 0
 	})
 	return warm
-}
-
-// holds returns how many prompts a server can be expected to have, of those that it got last.
-func (p *place) holds() uint64 {
-	n := uint64(max(p.Slots, 1))
-	if p.Restores > 0.5 {
-		n *= hostPrompts
-	}
-	return n
 }
 
 // elsewhere returns the server, of those that are not this proxy's, to which a prompt belongs that a

@@ -121,8 +121,6 @@ func TestHot(t *testing.T) {
 		f.Sent("b", chain(100+i, 1, 2))
 	}
 	choose("c", "when the other one may have lost it")
-	places["b"].Restores = 1
-	choose("b", "when the other one's host cache has it")
 }
 
 // TestAstray: a passed prompt is sent on only if its beginning was given to another proxy's server,

@@ -40,9 +40,6 @@ type Server struct {
 	Running int     `json:"running,omitempty"`
 	Waiting int     `json:"waiting,omitempty"`
 	Slots   int     `json:"slots,omitempty"` // for each model; 0: not known
-	// Restores is how much of what no slot holds any more its host cache has, from 0 to 1; 0: none,
-	// or not known.
-	Restores float64 `json:"restores,omitempty"`
 	// Loaded are the keys of the models that it has loaded.
 	Loaded []string `json:"loaded,omitempty"`
 	// Backlogs are the waiting requests that another proxy's server may take over.
@@ -255,6 +252,6 @@ func stands(s, t Server) bool {
 // stays compares what stands does not.
 func stays(s, t Server) bool {
 	return s.Owned == t.Owned && s.Drained == t.Drained && s.Wait == t.Wait && s.Running == t.Running &&
-		s.Waiting == t.Waiting && s.Restores == t.Restores && slices.Equal(s.Backlogs, t.Backlogs) &&
+		s.Waiting == t.Waiting && slices.Equal(s.Backlogs, t.Backlogs) &&
 		bytes.Equal(s.Learned, t.Learned)
 }

@@ -45,7 +45,6 @@ func (h *Handler) reported() []fleet.Server {
 		if h.Lanes != nil {
 			l := loads[b.index]
 			s.Wait, s.Running, s.Waiting = l.Wait.Seconds(), l.Running, l.Waiting
-			s.Restores = l.Restores
 			for _, x := range l.Runners {
 				s.Slots = max(s.Slots, x.Lanes)
 				if x.Movable > 0 {

@@ -178,7 +178,6 @@ func (ps *peers) chooses(x *proxy, j *job) int {
 		sight
 		wait     time.Duration
 		load     float64
-		held     int // requests that it is expected to remember
 		resident bool
 		score    float64
 	}
@@ -188,10 +187,6 @@ func (ps *peers) chooses(x *proxy, j *job) int {
 		c := candidate{sight: x.warm(b, links), score: x.q.server(uint16(b)).score(opening)}
 		l, resides := ps.loadOf(x, b, o)
 		c.wait, c.resident, c.load = l.Wait, resides, l.Wait.Seconds()+float64(l.Running+x.sent[b])
-		c.held = ps.s.cfg.slots
-		if l.Restores > 0.5 {
-			c.held *= 32
-		}
 		all[b], most, sum, resident = c, max(most, c.tokens), sum+c.wait, resident || c.resident
 	}
 	bound := time.Duration(math.MaxInt64)
@@ -212,7 +207,7 @@ func (ps *peers) chooses(x *proxy, j *job) int {
 			may = c.resident == resident && c.wait <= bound
 			better = best < 0 || c.score > all[best].score
 		default:
-			holds := !ps.last && (ps.ever || x.got[b]-c.n <= c.held)
+			holds := !ps.last && (ps.ever || x.got[b]-c.n <= ps.s.cfg.slots)
 			may = c.tokens == most && (holds || c.at.Equal(last))
 			better = best < 0 || c.load < all[best].load || c.load == all[best].load && c.at.After(all[best].at)
 		}

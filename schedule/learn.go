@@ -97,12 +97,8 @@ func (r *rates) load() time.Duration {
 // lostPart returns the part of a prompt that has to be evaluated again once its slot no longer
 // holds it.
 func (r *rates) lostPart() float64 {
-	return 1 - restores(r.host)
+	return 1 - r.host.v*float64(min(r.host.n, sureHost))/sureHost
 }
-
-// restores returns the part of what slots lose that a host cache restores, relied on the more the
-// more often that was observed.
-func restores(host mean) float64 { return host.v * float64(min(host.n, sureHost)) / sureHost }
 
 // mostTransit is the longest time that a request is assumed to be on its way to a slot.
 const mostTransit = 50 * time.Millisecond

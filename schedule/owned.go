@@ -245,9 +245,6 @@ type Load struct {
 	Wait     time.Duration // of a new normal request with a new prefix, without loading its model
 	Running  int
 	Waiting  int
-	// Restores is how much of what no slot held any more its host cache had, from 0 to 1; 0 while
-	// that was hardly ever observed.
-	Restores float64
 	Runners  []RunnerLoad // loaded, or with a backlog
 }
 
@@ -270,7 +267,7 @@ func (q *Queue) Loads() []Load {
 	}
 	all := make([]RunnerLoad, 0, runners)
 	for _, s := range q.servers {
-		l := Load{Upstream: s.index, Waiting: s.waiting, Restores: restores(s.host)}
+		l := Load{Upstream: s.index, Waiting: s.waiting}
 		first := len(all)
 		for _, x := range s.runners {
 			l.Wait += x.ahead(normal)

@@ -151,7 +151,7 @@ func TestCrowd(t *testing.T) {
 		// Of 32 prefixes the first has a third of the requests, of 256 a quarter.
 		{"skewed", func(r *rand.Rand) int {
 			return int(rand.NewZipf(r, 1.2, 1, uint64(prefixes-1)).Uint64())
-		}, 0.2},
+		}, 0.3},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			most := mostTokens
@@ -247,8 +247,12 @@ func TestFair(t *testing.T) {
 		z.servers, z.clients, lasts = z.servers/2, z.clients/2, 150*time.Second
 	}
 	one, many := measure(z.through(1), lasts), measure(z, lasts)
-	if many.fair < leastFair*one.fair || one.fair < leastFair {
-		t.Errorf("Jain's index is %.3f, and %.3f through one proxy: want at least %.2f of that, and for that", many.fair, one.fair, leastFair)
+	least := leastFair
+	if !*full { // in so short a time the index of one proxy is anything from 0.95 to 1
+		least -= 0.03
+	}
+	if many.fair < least*one.fair || one.fair < least {
+		t.Errorf("Jain's index is %.3f, and %.3f through one proxy: want at least %.2f of that, and for that", many.fair, one.fair, least)
 	}
 	if ratio := many.interactive.Seconds() / many.others.Seconds(); ratio > mostInteractive {
 		t.Errorf("an interactive request takes %.2f times as long as others, want at most %.2f", ratio, mostInteractive)

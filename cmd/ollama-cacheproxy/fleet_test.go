@@ -17,6 +17,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -48,59 +49,52 @@ func freeAddrs(t *testing.T, n int) (addrs []string) {
 	return addrs
 }
 
-// TestGossipFound: two proxies that know each other by gossip alone find each other. (Reading their
-// settings must not take the address for gossip, which they listen at afterwards.)
-func TestGossipFound(t *testing.T) {
+// twoSay starts two proxies in front of one server, with some flags beside those, and fails unless
+// the log of each says one of some words within half a minute.
+func twoSay(t *testing.T, words []string, flags func(i int) []string) {
+	t.Helper()
 	ollama := httptest.NewServer(http.HandlerFunc(stubOllama))
 	defer ollama.Close()
-	secret, at := secretFile(t), freeAddrs(t, 4)
+	secret := secretFile(t)
 	ctx, stop := context.WithCancel(t.Context())
-	defer stop()
 	var logs [2]syncBuffer
 	var running sync.WaitGroup
+	defer running.Wait()
+	defer stop()
 	for i := range logs {
-		args := []string{
+		args := append([]string{
 			"--listen", "127.0.0.1:0", "--upstream", "a=" + ollama.URL, "--peer-secret-file", secret,
-			"--peers", "gossip:" + at[0], "--gossip-listen", at[i], "--peer-listen", at[2+i],
-		}
+		}, flags(i)...)
 		running.Go(func() { run(ctx, args, &logs[i], &logs[i]) })
 	}
 	for i := range logs {
 		if !within30s(ctx, func() bool {
 			said := logs[i].String()
-			return strings.Contains(said, "peer found") || strings.Contains(said, "peer is back")
+			return slices.ContainsFunc(words, func(w string) bool { return strings.Contains(said, w) })
 		}) {
-			t.Errorf("proxy %d finds no other:\n%s", i, logs[i].String())
+			t.Errorf("proxy %d does not say any of %q:\n%s", i, words, logs[i].String())
 		}
 	}
-	stop()
-	running.Wait()
+}
+
+// TestGossipFound: two proxies that know each other by gossip alone find each other. (Reading their
+// settings must not take the address for gossip, which they listen at afterwards.)
+func TestGossipFound(t *testing.T) {
+	at := freeAddrs(t, 4)
+	twoSay(t, []string{"peer found", "peer is back"}, func(i int) []string {
+		return []string{"--peers", "gossip:" + at[0], "--gossip-listen", at[i], "--peer-listen", at[2+i]}
+	})
 }
 
 // TestPeerNames: proxies that are called the same say so, as long as both run. By default those at other
 // addresses are not.
 func TestPeerNames(t *testing.T) {
-	ollama := httptest.NewServer(http.HandlerFunc(stubOllama))
-	defer ollama.Close()
-	secret, at := secretFile(t), freeAddrs(t, 2)
-	ctx, stop := context.WithCancel(t.Context())
-	defer stop()
-	var logs [2]syncBuffer
-	var running sync.WaitGroup
-	for i := range logs {
-		args := []string{
-			"--listen", "127.0.0.1:0", "--upstream", "a=" + ollama.URL, "--peer-secret-file", secret,
+	at := freeAddrs(t, 2)
+	twoSay(t, []string{"has this proxy's name"}, func(i int) []string {
+		return []string{
 			"--peers", at[0], "--peers", at[1], "--peer-listen", at[i], "--peer-name", "twin",
 		}
-		running.Go(func() { run(ctx, args, &logs[i], &logs[i]) })
-	}
-	for i := range logs {
-		if !within30s(ctx, func() bool { return strings.Contains(logs[i].String(), "has this proxy's name") }) {
-			t.Errorf("proxy %d does not say that another one has its name:\n%s", i, logs[i].String())
-		}
-	}
-	stop()
-	running.Wait()
+	})
 
 	own, err := os.Hostname()
 	if err != nil {

@@ -420,11 +420,13 @@ func TestPage(t *testing.T) {
 
 	// Nothing is wider than a phone; and dark mode is dark.
 	page.do(prefers("prefers-color-scheme", "dark"), chromedp.EmulateViewport(390, 844))
-	f = page.read()
-	paper, err := chromedp.Run(ctx, chromedp.Evaluate[string](`getComputedStyle(document.body).backgroundColor`))
-	if err != nil || f.Overflow || paper != "rgb(18, 20, 22)" {
-		t.Errorf("on a phone in the dark: %v, wider than the window: %v, paper %s", err, f.Overflow, paper)
-	}
+	settles(t, func() error { // the drawings get their new width a moment later
+		paper, err := chromedp.Run(ctx, chromedp.Evaluate[string](`getComputedStyle(document.body).backgroundColor`))
+		if f = page.read(); err != nil || f.Overflow || paper != "rgb(18, 20, 22)" {
+			return fmt.Errorf("on a phone in the dark: %v, wider than the window: %v, paper %s", err, f.Overflow, paper)
+		}
+		return nil
+	})
 	page.picture("phone")
 	page.do(chromedp.EmulateViewport(1200, 900))
 	page.picture("dark")

@@ -13,7 +13,7 @@ GORELEASER       := github.com/goreleaser/goreleaser/v2@v2.15.1
 # These run go test, and print each package or each test when it ends.
 GOTESTSUM        := $(GO) run gotest.tools/gotestsum@v1.13.0 --hide-summary skipped
 TEST_PACKAGES    := $(GOTESTSUM) --format pkgname -- -race -count=1 -timeout 30m
-TEST_EACH        := $(GOTESTSUM) --format testname -- -race -count=1 -timeout 40m
+TEST_EACH        := $(GOTESTSUM) --format testname -- -race -count=1 -timeout 55m
 
 # Minimizing new inputs has a limit, since it could otherwise take the whole minute.
 FUZZ             := $(GO) test -run '^$$' -fuzztime 60s -fuzzminimizetime 20x -fuzz

@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/answers/forms"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/keypair"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
@@ -563,7 +564,7 @@ func answersOld(t *testing.T, server *realollama.Server) {
 func answersHTTP2(t *testing.T, server *realollama.Server) {
 	issuer := httptest.NewTLSServer(nil) // for its certificate, which is for 127.0.0.1
 	defer issuer.Close()
-	cert, key := writePair(t, issuer.TLS.Certificates[0], t.TempDir())
+	cert, key := keypair.Write(t, issuer.TLS.Certificates[0], t.TempDir())
 	f := newFront(t, server)
 	p := startProxy(t, f.URL, cached, "--tls-cert", cert, "--tls-key", key)
 	pool := x509.NewCertPool()

@@ -8,7 +8,6 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/json"
-	"encoding/pem"
 	"fmt"
 	"math/big"
 	"net"
@@ -22,6 +21,7 @@ import (
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/doctor"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/keypair"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/proxyprocess"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/ollamasim"
@@ -343,7 +343,6 @@ func TestFleetStrangers(t *testing.T) {
 // the flags that name them.
 func peerCertificates(t *testing.T) (flags []string) {
 	t.Helper()
-	dir := t.TempDir()
 	var parent *x509.Certificate
 	var signer *ecdsa.PrivateKey
 	for i, name := range []string{"ca", "cert"} {
@@ -365,14 +364,9 @@ func peerCertificates(t *testing.T) (flags []string) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		cert, private := writePair(t, tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, t.TempDir())
+		cert, private := keypair.Write(t, tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, t.TempDir())
 		if i == 0 {
-			ca := filepath.Join(dir, "ca.pem")
-			text := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
-			if err := os.WriteFile(ca, text, 0o600); err != nil {
-				t.Fatal(err)
-			}
-			flags = append(flags, "--peer-ca", ca)
+			flags = append(flags, "--peer-ca", cert)
 			continue
 		}
 		flags = append(flags, "--peer-cert", cert, "--peer-key", private)

@@ -2,10 +2,7 @@ package integration
 
 import (
 	"bytes"
-	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"net/http/httptest"
@@ -15,25 +12,9 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/keypair"
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
-
-// writePair writes a server's certificate and key.
-func writePair(t *testing.T, pair tls.Certificate, dir string) (cert, key string) {
-	t.Helper()
-	der, err := x509.MarshalPKCS8PrivateKey(pair.PrivateKey)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cert, key = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
-	if err := errors.Join(
-		os.WriteFile(cert, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: pair.Certificate[0]}), 0o600),
-		os.WriteFile(key, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600),
-	); err != nil {
-		t.Fatal(err)
-	}
-	return cert, key
-}
 
 // TestHTTPS: curl over HTTP/2 and the Python client use https, configured by a file of settings:
 // they stream, wait with heartbeats, and only a key with the right may delete a model.
@@ -44,7 +25,7 @@ func TestHTTPS(t *testing.T) {
 	issuer := httptest.NewTLSServer(nil) // for its certificate, which is for 127.0.0.1
 	t.Cleanup(issuer.Close)
 	dir := t.TempDir()
-	cert, _ := writePair(t, issuer.TLS.Certificates[0], dir)
+	cert, _ := keypair.Write(t, issuer.TLS.Certificates[0], dir)
 	for name, text := range map[string]string{
 		"keys.txt":   "alice sk-alice\nops sk-ops admin\n",
 		"proxy.yaml": "tls-cert: cert.pem\ntls-key: key.pem\napi-keys-file: keys.txt\nheartbeat: 1s\nslots: {default: 1}\n",

@@ -39,7 +39,7 @@ func (g *Guard) host(r *http.Request) *refusal {
 	}
 	host := hostname(r.Host)
 	if addr, err := netip.ParseAddr(host); err == nil {
-		if addr.IsLoopback() || addr.IsPrivate() || addr.IsUnspecified() || isOwn(addr) {
+		if addr.IsLoopback() || addr.IsPrivate() || addr.IsUnspecified() || OwnAddr(addr) {
 			return nil
 		}
 	} else if localName(host) {
@@ -74,8 +74,8 @@ func localName(host string) bool {
 	return strings.HasSuffix(host, ".localhost") || strings.HasSuffix(host, ".local") || strings.HasSuffix(host, ".internal")
 }
 
-// isOwn reports whether addr belongs to an interface of this machine.
-func isOwn(addr netip.Addr) bool {
+// OwnAddr reports whether addr belongs to an interface of this machine.
+func OwnAddr(addr netip.Addr) bool {
 	addrs, err := net.InterfaceAddrs()
 	if err != nil {
 		return false

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"slices"
 	"strings"
@@ -127,17 +128,19 @@ func overlap(a, b string) bool {
 	if err != nil || err2 != nil || portA != portB || portA == "0" {
 		return false
 	}
-	all := func(host string) bool {
-		ip := net.ParseIP(host)
-		return host == "" || ip != nil && ip.IsUnspecified()
-	}
-	return hostA == hostB || all(hostA) || all(hostB)
+	return hostA == hostB || anywhere(hostA) || anywhere(hostB)
+}
+
+// anywhere reports whether who listens at a host does so at all addresses of the machine.
+func anywhere(host string) bool {
+	ip := net.ParseIP(host)
+	return host == "" || ip != nil && ip.IsUnspecified()
 }
 
 // defaultPeerName names a proxy by its host and port. (Other addresses of loopback than the usual ones
 // distinguish proxies on one machine.)
 func defaultPeerName(host, port string) string {
-	if ip := net.ParseIP(host); host == "" || host == "127.0.0.1" || host == "::1" || ip != nil && ip.IsUnspecified() {
+	if anywhere(host) || host == "127.0.0.1" || host == "::1" {
 		if own, err := os.Hostname(); err == nil {
 			host = own
 		}
@@ -211,7 +214,7 @@ func (f *fleetFlags) sources(secret []byte, log *slog.Logger) (all []discover.So
 		return nil, errors.New("--peers gossip:… needs --gossip-listen, such as --gossip-listen :7946")
 	}
 	host, _, err := net.SplitHostPort(f.PeerListen)
-	if ip := net.ParseIP(host); err != nil || host == "" || ip != nil && ip.IsUnspecified() {
+	if err != nil || anywhere(host) {
 		return nil, fmt.Errorf("--peer-listen %s: with --peers gossip:… it must name this host's own address, which the others are told", f.PeerListen)
 	}
 	s, err := discover.NewGossip(f.GossipListen, f.PeerListen, seeds, secret, log)
@@ -447,15 +450,11 @@ func (set fleetSettings) own(addr string) bool {
 	if err != nil || err2 != nil || port != own {
 		return false
 	}
-	if ip := net.ParseIP(at); host == at || at != "" && (ip == nil || !ip.IsUnspecified()) {
+	if host == at || !anywhere(at) {
 		return host == at
 	}
-	local, err := net.InterfaceAddrs()
-	ip := net.ParseIP(host)
-	return err == nil && (host == "localhost" || slices.ContainsFunc(local, func(a net.Addr) bool {
-		n, ok := a.(*net.IPNet)
-		return ok && n.IP.Equal(ip)
-	}))
+	ip, err := netip.ParseAddr(host)
+	return host == "localhost" || err == nil && proxy.OwnAddr(ip.Unmap())
 }
 
 // ask asks other proxies, and says what each answers.

@@ -168,7 +168,7 @@ func selfTarget(listen string, up *url.URL) bool {
 	}
 	local := func(h string) bool {
 		ip := net.ParseIP(h)
-		return h == "" || h == "localhost" || ip != nil && (ip.IsLoopback() || ip.IsUnspecified())
+		return anywhere(h) || h == "localhost" || ip != nil && ip.IsLoopback()
 	}
 	return host == up.Hostname() || local(host) && local(up.Hostname())
 }

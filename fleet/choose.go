@@ -35,7 +35,8 @@ func (p Place) Here() bool { return p.addr == "" }
 
 // Choose returns the server that a request should go to, and its owner. It is the least loaded of the
 // servers that hold the most of the prompt, or else one by the prompt's opening, so that all proxies
-// choose the same one. ok is false if no proxy is known to have a server with the model that takes requests.
+// choose the same one. ok is false if no proxy is known to have a server with the model that takes
+// requests.
 func (f *Fleet) Choose(a Ask) (p Place, ok bool) {
 	all := f.able(a)
 	if len(all) == 0 {
@@ -141,8 +142,9 @@ func (f *Fleet) idlest(all []*place) *place {
 	return slices.MinFunc(all, f.byLoad)
 }
 
-// byLoad compares servers by what was reported of them, and what this proxy has sent there since. Seconds
-// and requests are added, so that the ones decide where requests are long, the others where they are short.
+// byLoad compares servers by what was reported of them, and what this proxy has sent there since.
+// Seconds and requests are added, so that the ones decide where requests are long, the others where
+// they are short.
 func (f *Fleet) byLoad(s, t *place) int {
 	load := func(s *place) float64 { return s.Wait + float64(s.Running+f.sent.get(s.owner.id, s.Name)) }
 	return cmp.Compare(load(s), load(t))

@@ -328,8 +328,8 @@ func (h *Handler) retract(ex *exchange) {
 }
 
 // unloadElsewhere makes all other servers that may have the model loaded unload it, by their owners,
-// but for those of one peer. The channel that it returns is closed when that is done; it is nil if there is nothing to
-// do.
+// but for those of one peer. The channel that it returns is closed when that is done; it is nil if
+// there is nothing to do.
 func (h *Handler) unloadElsewhere(r *http.Request, ex *exchange, but string) chan struct{} {
 	if ex.only != nil || !ex.unloads() {
 		return nil

@@ -243,19 +243,13 @@ func answersChanged(t *testing.T, server *realollama.Server) {
 		t.Fatalf("both models answer %s", says[tiny])
 	}
 	point(server.URL(), tiny)
-	// An answer is not kept if the proxy learned only meanwhile what the name stands for.
-	keeps := func() {
-		t.Helper()
-		settles(t, func() error {
-			asks(t, p.URL+"/api/chat", body)
-			r := request(t.Context(), plainClient(t), http.MethodPost, p.URL+"/api/chat", body, "Cache-Control", "only-if-cached")
-			if !r.hit() {
-				return fmt.Errorf("not kept: %v", r.header)
-			}
-			return nil
-		})
-	}
-	keeps()
+	settles(t, func() error { // the proxy learns that there is such a model
+		asks(t, p.URL+"/api/chat", body)
+		if r := request(t.Context(), plainClient(t), http.MethodPost, p.URL+"/api/chat", body, "Cache-Control", "only-if-cached"); !r.hit() {
+			return fmt.Errorf("not kept: %v", r.header)
+		}
+		return nil
+	})
 	if got := text(kept(t, p.URL+"/api/chat", body).body); got != says[tiny] {
 		t.Fatalf("%s, want %s", got, says[tiny])
 	}
@@ -278,7 +272,7 @@ func answersChanged(t *testing.T, server *realollama.Server) {
 		t.Fatalf("neither model's: %s", got.body)
 		return nil
 	})
-	keeps()
+	kept(t, p.URL+"/api/chat", body)
 
 	// Through the proxy: at once.
 	for i, base := range []string{tiny, tiny + "-b", tiny} {
@@ -292,12 +286,12 @@ func answersChanged(t *testing.T, server *realollama.Server) {
 			t.Errorf("change %d, again: %s, want %s", i, again.body, says[base])
 		}
 	}
-	keeps()
+	kept(t, p.URL+"/api/chat", body)
 	mustPost(t, p.URL+"/api/create", `{"model":"`+name+`","from":"`+tiny+`","system":"Be brief.","stream":false}`)
 	if got := asks(t, p.URL+"/api/chat", body); got.hit() || text(got.body) == says[tiny] {
 		t.Errorf("created anew: %v %s", got.header, got.body)
 	}
-	keeps()
+	kept(t, p.URL+"/api/chat", body)
 	if status, _, text := do(t, http.MethodDelete, p.URL+"/api/delete", `{"model":"`+name+`"}`); status != http.StatusOK {
 		t.Fatal(text)
 	}

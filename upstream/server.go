@@ -308,9 +308,10 @@ func (s *Server) pause() time.Duration {
 	return pollEvery
 }
 
-// Refresh returns the server's state with the current models. Concurrent callers share one poll.
+// Refresh returns the server's state with the current models. Concurrent callers share one poll, if
+// that began after they called.
 func (s *Server) Refresh(ctx context.Context) State {
-	return s.since(ctx, func() time.Time { return s.listed }, s.Used)
+	return s.since(ctx, func() time.Time { return s.state.Listed }, s.Used)
 }
 
 // Check returns the server's current state. Concurrent callers share one poll.

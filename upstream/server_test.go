@@ -437,6 +437,17 @@ func TestRefresh(t *testing.T) {
 		if st := server.Refresh(t.Context()); !st.Has("registry.ollama.ai/library/a:latest") || st.Has("registry.ollama.ai/library/b:latest") || lists() != 1 {
 			t.Errorf("after a poll: %+v", st)
 		}
+		// While it waits for its turn, a poll ends that began after it was called, or before.
+		for _, after := range []bool{true, false} {
+			server.listed = time.Now().Add(time.Second)
+			if server.state.Listed = time.Now().Add(-time.Second); after {
+				server.state.Listed = time.Now().Add(time.Second)
+			}
+			server.Refresh(t.Context())
+			if n := lists(); n == 1 == after {
+				t.Errorf("%d lists, another one that began after the call: %v", n, after)
+			}
+		}
 		// Models come and go without the proxy, too.
 		time.Sleep(listEvery)
 		if server.Poll(t.Context()); lists() != 1 {

@@ -21,8 +21,11 @@ func (d *Disk) Hang() (end func()) {
 func (d *Disk) Overdue() int { return int(d.overdue.Load()) }
 
 // FoundBroken notes that a write failed because the file was broken, which was replaced since. end
-// ends the wait before the next one.
+// ends the wait before the next one. A pass that is under way ends before it: its success would
+// end the wait, too.
 func (d *Disk) FoundBroken() (end func()) {
+	d.dbMu.Lock()
+	defer d.dbMu.Unlock()
 	d.outage.Failure(errForeign)
 	return d.outage.Success
 }

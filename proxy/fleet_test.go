@@ -199,6 +199,15 @@ func sidecars(t *testing.T, change func(i int, h *Handler, c *fleet.Config), box
 	return newAlliance(t, lists, change)
 }
 
+// rest waits until nothing is in flight: an owner learns from a request what holds its model a
+// moment after the client has its answer.
+func (a *alliance) rest() {
+	a.t.Helper()
+	poll(a.t, func() bool {
+		return !slices.ContainsFunc(a.proxy, func(p *ally) bool { return p.h.InFlight() > 0 })
+	})
+}
+
 // last waits for the next request that a proxy has ended, apart from its own pages.
 func (p *ally) last() Exchange {
 	p.t.Helper()
@@ -821,6 +830,7 @@ func TestHopUnload(t *testing.T) {
 	}
 	use := func() string {
 		t.Helper()
+		a.rest()
 		owner.post("/api/generate", `{"model":"m","prompt":"p"}`, headerUpstream+": x")
 		return strings.Join(sent(x), " ")
 	}

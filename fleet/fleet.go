@@ -64,6 +64,9 @@ type Config struct {
 	// Learned is called with what the former owner has learned of a server, before Owned; may be
 	// nil.
 	Learned func(server string, learned []byte)
+	// Ordered is called when somebody has drained or resumed a server, at whichever proxy, and
+	// whether this one has that server or not; may be nil.
+	Ordered func(server string, drain bool)
 	// Trace, if non-nil, is called for each message between proxies, for tests and figures.
 	Trace func(kind string, bytes int)
 
@@ -122,6 +125,7 @@ type Fleet struct {
 	// proxy has them.
 	learned map[string][]byte
 	given   map[string]time.Time // when a server of this proxy was last given requests
+	orders  map[string]Order     // by the servers' names, as long as some proxy has them
 	counts  Counts
 	looked  time.Time // when something was last concluded
 	// tired means that something was concluded since publish last looked, so that what may wait waits
@@ -160,7 +164,7 @@ func New(c Config) *Fleet {
 		Config: c, ID: rand.Text()[:12], outbox: newOutbox(), seen: newSightings(),
 		sent: newSentSince(), idle: make(chan struct{}, 1), peers: map[string]*peer{},
 		absent: map[string]*peer{}, owned: map[string]bool{}, learned: map[string][]byte{},
-		given: map[string]time.Time{}, readers: map[string]int{}, history: newHistory(),
+		given: map[string]time.Time{}, orders: map[string]Order{}, readers: map[string]int{}, history: newHistory(),
 	}
 	f.hungUp, f.hangUp = context.WithCancel(context.Background())
 	f.view.Store(&view{})
@@ -284,7 +288,10 @@ func (f *Fleet) refresh() {
 
 // report returns what peers are told. f.mu must be held.
 func (f *Fleet) report() Report {
-	r := Report{ID: f.ID, Name: f.Name, Draining: f.draining.Load(), Servers: slices.Clone(f.local)}
+	r := Report{
+		ID: f.ID, Name: f.Name, Draining: f.draining.Load(), Servers: slices.Clone(f.local),
+		Orders: f.ordered(),
+	}
 	for i := range r.Servers {
 		s := &r.Servers[i]
 		s.Owned = f.owned[s.Name]
@@ -345,6 +352,7 @@ func (f *Fleet) look() {
 	}
 	v := conclude(members)
 	maps.DeleteFunc(f.learned, func(server string, _ []byte) bool { return v.places[server] == nil })
+	maps.DeleteFunc(f.orders, func(server string, _ Order) bool { return v.places[server] == nil })
 	maps.DeleteFunc(f.given, func(server string, _ time.Time) bool { return v.places[server] == nil })
 	f.sent.keep(ids)
 	f.seen.keep(v.places)

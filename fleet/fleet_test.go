@@ -30,7 +30,8 @@ type lab struct {
 	net     *network
 	mu      sync.Mutex
 	proxies map[string]*proxy
-	began   map[string]int // how often each request was sent to a server
+	began   map[string]int     // how often each request was sent to a server
+	drained map[[2]string]bool // what each host was ordered to do with each server
 }
 
 // proxy is a proxy of the lab. Its requests take some time to wait, and some to be answered.
@@ -60,7 +61,7 @@ func (l list) Watch(ctx context.Context, found func([]string)) {
 func (l list) String() string { return strings.Join(l, " ") }
 
 func newLab(t *testing.T, servers []string, hosts ...string) *lab {
-	l := &lab{t: t, net: newNetwork(), proxies: map[string]*proxy{}, began: map[string]int{}}
+	l := &lab{t: t, net: newNetwork(), proxies: map[string]*proxy{}, began: map[string]int{}, drained: map[[2]string]bool{}}
 	for _, host := range hosts {
 		m := &proxy{lab: l, host: host, waits: time.Second, serves: time.Second}
 		for _, name := range servers {
@@ -99,6 +100,11 @@ func (m *proxy) start(hosts []string) {
 			m.lab.mu.Lock()
 			defer m.lab.mu.Unlock()
 			return slices.Clone(m.servers)
+		},
+		Ordered: func(server string, drain bool) {
+			m.lab.mu.Lock()
+			defer m.lab.mu.Unlock()
+			m.lab.drained[[2]string{m.host, server}] = drain
 		},
 		Give: m.give, Taker: m.taker, Log: slog.New(slog.DiscardHandler),
 	}

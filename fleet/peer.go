@@ -156,6 +156,10 @@ func (p *peer) heard(r *Report) {
 		f.seen.put(s, false)
 	}
 	r.Seen = nil
+	f.adopt(r.Orders)
+	if before == nil || !slices.Equal(r.Orders, before.Orders) {
+		f.wake() // somebody may wait for its peers to know an order
+	}
 	if changed == nothing {
 		return
 	}

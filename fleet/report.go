@@ -20,6 +20,8 @@ type Report struct {
 	// Servers are the proxy's servers. In a line of the stream null means that nothing about them has
 	// changed since the line before.
 	Servers []Server `json:"servers"`
+	// Orders are what was last said of servers, at whichever proxy.
+	Orders []Order `json:"orders,omitempty"`
 	// Seen is where prompts were sent since the last line.
 	Seen []Sight `json:"seen,omitempty"`
 }
@@ -32,6 +34,8 @@ type Server struct {
 	Takes  bool   `json:"takes"`            // it answers, and gets new requests
 	// Drained means that it gets none since somebody has said so.
 	Drained bool `json:"drained,omitempty"`
+	// InFlight are the requests that this proxy has in progress there, if it is drained.
+	InFlight int64 `json:"in_flight,omitempty"`
 	// Models are the keys of its models (upstream.ModelKey). In a line of the stream null means the
 	// same ones as in the line before.
 	Models []string `json:"models"`
@@ -251,7 +255,7 @@ func stands(s, t Server) bool {
 
 // stays compares what stands does not.
 func stays(s, t Server) bool {
-	return s.Owned == t.Owned && s.Drained == t.Drained && s.Wait == t.Wait && s.Running == t.Running &&
-		s.Waiting == t.Waiting && slices.Equal(s.Backlogs, t.Backlogs) &&
+	return s.Owned == t.Owned && s.Drained == t.Drained && s.InFlight == t.InFlight &&
+		s.Wait == t.Wait && s.Running == t.Running && s.Waiting == t.Waiting && slices.Equal(s.Backlogs, t.Backlogs) &&
 		bytes.Equal(s.Learned, t.Learned)
 }

@@ -25,7 +25,7 @@ import (
 // which Handler.Fleet is made.
 func (h *Handler) Join(c *fleet.Config) {
 	c.Local, c.Give, c.Taker = h.reported, h.give, h.taker
-	c.Owned, c.Learned = h.owned, h.learned
+	c.Owned, c.Learned, c.Ordered = h.owned, h.learned, h.ordered
 }
 
 // reported returns what peers are told of this proxy's servers.
@@ -41,6 +41,9 @@ func (h *Handler) reported() []fleet.Server {
 		s := fleet.Server{
 			Name: b.Name, Takes: b.takes() && !h.finishing.Load(), Models: b.listed(), Loaded: b.inMemory(),
 			Drained: b.draining.Load() || b.leaving.Load() || h.finishing.Load(),
+		}
+		if s.Drained {
+			s.InFlight = b.inFlight.Load()
 		}
 		if h.Lanes != nil {
 			l := loads[b.index]
@@ -128,6 +131,13 @@ func (h *Handler) owned(server string, on bool) {
 	b.foreign.Store(!on)
 	if h.Lanes != nil {
 		h.Lanes.SetOwned(b.index, on)
+	}
+}
+
+// ordered is called when a server is drained or resumed at one of the proxies.
+func (h *Handler) ordered(server string, drain bool) {
+	if b := h.named(server); b != nil {
+		h.drain(b, drain)
 	}
 }
 
@@ -275,6 +285,9 @@ func (h *Handler) returns(r *http.Request, ex *exchange, hop *relay) *refusal {
 		}
 		if hop.ask.Server == "" && (h.exists(ex.key) || !h.Fleet.Has(ex.key)) {
 			return nil
+		}
+		if server := h.Fleet.AllDrained(ex.key); hop.ask.Server == "" && server != "" {
+			return draining(server)
 		}
 		if waiting > int64(h.Queue) {
 			return ex.busy()

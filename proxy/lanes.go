@@ -73,10 +73,16 @@ func (h *Handler) wait(r *http.Request, ex *exchange) *refusal {
 		return loops(list[0])
 	}
 	if drains(list) && ex.only == nil && !ex.unloads() {
-		name := list[0].Name
-		return &refusal{http.StatusServiceUnavailable, fmt.Sprintf("upstream %s is draining and gets no new requests; POST %s%s/resume ends that", name, pathUpstreams, name)}
+		return draining(list[0].Name)
 	}
 	return h.acquire(r, ex, list)
+}
+
+// draining refuses a request that only servers which are draining could answer; one of them is named.
+func draining(name string) *refusal {
+	return &refusal{http.StatusServiceUnavailable, fmt.Sprintf(
+		"upstream %s is draining and gets no new requests; POST %s%s/%s ends that",
+		name, pathUpstreams, name, verbResume)}
 }
 
 // drains reports whether all of the servers are draining.

@@ -99,17 +99,20 @@ func (h *Handler) Leaving() bool { return h.leaving.Load() }
 
 // The actions on an upstream.
 const (
+	verbDrain  = "drain"  // finish its requests and send it no new ones
+	verbResume = "resume" // undo that
 	verbHold   = "hold"   // keep a model in memory
 	verbUnload = "unload" // remove it from memory
 )
 
-var verbs = []string{"drain", "resume", verbHold, verbUnload}
+var verbs = []string{verbDrain, verbResume, verbHold, verbUnload}
 
 // changeUpstream drains or resumes an upstream, or holds or unloads a model on it.
 func (h *Handler) changeUpstream(w http.ResponseWriter, r *http.Request, ex *exchange) {
 	ex.Endpoint = pathUpstreams
 	name, verb, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, pathUpstreams), "/")
 	b := h.named(name)
+	order := verb == verbDrain || verb == verbResume
 	switch {
 	case r.Method != http.MethodGet && r.Method != http.MethodHead && ex.origin != "":
 		// A page of another origin may read this path if it may read Ollama's answers, but it may
@@ -118,7 +121,7 @@ func (h *Handler) changeUpstream(w http.ResponseWriter, r *http.Request, ex *exc
 			http.StatusForbidden,
 			"this is not for web pages of another origin; send it without Origin",
 		})
-	case b == nil:
+	case b == nil && !(order && h.Fleet != nil && h.Fleet.HasServer(name)):
 		h.refuse(
 			w,
 			r,
@@ -137,9 +140,31 @@ func (h *Handler) changeUpstream(w http.ResponseWriter, r *http.Request, ex *exc
 	case verb == verbHold || verb == verbUnload:
 		h.changeModel(w, r, ex, b, verb)
 	default:
-		h.drain(b, verb == "drain")
-		ex.page(w, pathUpstreams, http.StatusOK, h.upstream(b))
+		h.order(w, r, ex, name, verb == verbDrain)
 	}
+}
+
+// order drains or resumes an upstream, at all proxies of a fleet. Not all of them need have it.
+func (h *Handler) order(w http.ResponseWriter, r *http.Request, ex *exchange, name string, drain bool) {
+	var unheard []string
+	known := false
+	if h.Fleet != nil {
+		unheard, known = h.Fleet.Order(r.Context(), name, drain)
+	}
+	b := h.named(name)
+	if b == nil {
+		ex.page(w, pathUpstreams, http.StatusOK, upstreamEntry{
+			Name: name, Draining: drain, InFlight: h.Fleet.InFlight(name), Unheard: unheard,
+			Models: []string{}, Loaded: []string{},
+		})
+		return
+	}
+	if !known {
+		h.drain(b, drain)
+	}
+	e := h.upstream(b)
+	e.Unheard = unheard
+	ex.page(w, pathUpstreams, http.StatusOK, e)
 }
 
 // shown parses how many entries a page should have, and refuses anything but a valid number.
@@ -185,8 +210,12 @@ type upstreamEntry struct {
 	Up       bool   `json:"up"`
 	Error    string `json:"error,omitempty"`
 	Draining bool   `json:"draining"`
-	InFlight int64  `json:"in_flight"` // requests that were sent to it and have not ended
-	Version  string `json:"version,omitempty"`
+	// InFlight are requests that were sent to it and have not ended; while it is draining, by any
+	// proxy of a fleet.
+	InFlight int64 `json:"in_flight"`
+	// Unheard are the proxies of a fleet that have not said that they drain it, too, or resume it.
+	Unheard []string `json:"unheard,omitempty"`
+	Version string   `json:"version,omitempty"`
 
 	Simulated bool `json:"simulated,omitempty"` // answers and figures are made up
 
@@ -218,6 +247,9 @@ func (h *Handler) upstream(b *backend) upstreamEntry {
 	}
 	if st.Err != nil {
 		e.Error = st.Err.Error()
+	}
+	if h.Fleet != nil && e.Draining {
+		e.InFlight += h.Fleet.InFlight(b.Name)
 	}
 	e.Models = append(e.Models, st.Models...)
 	for _, l := range st.Loaded {

@@ -124,6 +124,9 @@ func (h *Handler) AddUpstream(s *upstream.Server, lanes, expected int) {
 	b := h.admitBackend(index, s, foreign)
 	b.added = true
 	h.Log.Info("upstream added", "upstream", b.Name, "url", b.URL.String())
+	if h.Fleet != nil {
+		h.Fleet.Remind(b.Name) // it may have been drained at another proxy
+	}
 	h.tend(b)
 }
 

@@ -162,7 +162,7 @@ Examples:
       check these settings, and exit
 
 The proxy's own pages: /_cacheproxy/ (for people, live), /metrics (Prometheus), /_cacheproxy/requests (the last requests, and why their prompts were warm or cold), /_cacheproxy/queue (waiting requests, and when each is expected to begin), /_cacheproxy/upstreams, /_cacheproxy/health, /_cacheproxy/ready.
-POST /_cacheproxy/upstreams/NAME/drain stops new requests to an upstream and lets running ones finish; …/resume ends that. …/hold?model=M&for=24h keeps a model in its memory; …/unload?model=M unloads it.
+POST /_cacheproxy/upstreams/NAME/drain stops new requests to an upstream and lets running ones finish, at all proxies of a fleet; …/resume ends that. …/hold?model=M&for=24h keeps a model in its memory; …/unload?model=M unloads it.
 
 With several upstreams, requests that change models (pull, create, copy, push, delete, blobs) go to the first one. The request header X-Cacheproxy-Upstream: NAME sends any request to that upstream; in answers it names the one that answered.
 

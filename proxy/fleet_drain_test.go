@@ -1,0 +1,129 @@
+package proxy
+
+import (
+	"encoding/json"
+	"strings"
+	"testing"
+
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/fleet"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/upstream"
+)
+
+// orders drains or resumes a server at a proxy, and returns what is said of it.
+func (p *ally) orders(server, verb string) (e upstreamEntry) {
+	p.t.Helper()
+	res, text := p.post(pathUpstreams+server+"/"+verb, "")
+	if err := json.Unmarshal([]byte(text), &e); err != nil || res.StatusCode != 200 {
+		p.t.Errorf("%s %s: %s %s", verb, server, res.Status, text)
+	}
+	if e.Name != server || e.Draining != (verb == verbDrain) || len(e.Unheard) > 0 {
+		p.t.Errorf("%s %s: %+v", verb, server, e)
+	}
+	return e
+}
+
+// chats returns how many chats a server got.
+func (b *box) chats() (n int) {
+	for _, text := range b.took() {
+		if strings.HasPrefix(text, "POST /api/chat") {
+			n++
+		}
+	}
+	return n
+}
+
+// TestDrainAtAll: a server that is drained at one proxy is drained at all of them, whether the proxy
+// owns it, lists it, or neither; what it is answering ends.
+func TestDrainAtAll(t *testing.T) {
+	x, y := newBox(t, "x", "m@1"), newBox(t, "y", "m@1")
+	a := edgeOf(t, 3, nil, x, y)
+	owner, entry := a.of("x")
+	release := x.holding()
+	answer := owner.sends(t.Context(), "/api/chat", chat("m", "held"), headerUpstream+": x")
+	x.holds(answer)
+	x.took()
+	if e := entry.orders("x", verbDrain); e.InFlight != 1 {
+		t.Errorf("%d requests are in flight", e.InFlight)
+	}
+	for _, p := range a.proxy {
+		for i := range 4 {
+			text := strings.Repeat("different ", i+1)
+			if status, from := p.ask("POST", "/api/chat", chat("m", text)); status != 200 || from != "y" {
+				t.Errorf("%d from %q", status, from)
+			}
+		}
+	}
+	if n := x.chats(); n != 0 {
+		t.Errorf("the drained server got %d requests", n)
+	}
+	release()
+	if got := <-answer; !strings.HasPrefix(got, "200 ") {
+		t.Errorf("what was in progress: %s", got)
+	}
+	a.rest()
+	if e := owner.orders("x", verbDrain); e.InFlight != 0 {
+		t.Errorf("%d requests are still in flight", e.InFlight)
+	}
+	a.proxy[0].orders("y", verbDrain)
+	for _, p := range a.proxy {
+		res, text := p.post("/api/chat", chat("m", "s"))
+		if res.StatusCode != 503 || !strings.Contains(text, "is draining") {
+			t.Errorf("all are drained: %s %s", res.Status, text)
+		}
+	}
+	a.proxy[2].orders("x", verbResume)
+	for _, p := range a.proxy {
+		if status, from := p.ask("POST", "/api/chat", chat("m", "s")); status != 200 || from != "x" {
+			t.Errorf("%d from %q", status, from)
+		}
+	}
+	// A server that is added, having been away, is still drained.
+	y.took()
+	owner, _ = a.of("y")
+	owner.h.RemoveUpstream("y")
+	poll(t, func() bool { return owner.h.named("y") == nil })
+	s := upstream.NewServer("y", y.URL, owner.h.Transport, owner.h.Log)
+	s.Polled = func(st upstream.State) { owner.h.Polled(s, st) }
+	owner.h.AddUpstream(s, 1, 0)
+	if b := owner.h.named("y"); b == nil || !b.draining.Load() {
+		t.Error("a drained server that comes again gets requests")
+	}
+}
+
+// TestSidecarDrain: a server that only another proxy has is drained through any of them.
+func TestSidecarDrain(t *testing.T) {
+	x, y := newBox(t, "x", "m@1"), newBox(t, "y", "n@2")
+	a := sidecars(t, func(_ int, h *Handler, c *fleet.Config) {
+		h.Guard = withKeys(t, "alice "+theKey+"a\nops "+theKey+"b admin")
+	}, x, y)
+	alice, ops := "Authorization: Bearer "+theKey+"a", "Authorization: Bearer "+theKey+"b"
+	owner, entry := a.of("x")
+	for _, name := range []string{"x", "nobodys"} {
+		if res, text := entry.post(pathUpstreams+name+"/drain", "", alice); res.StatusCode/100 != 4 {
+			t.Errorf("%s is drained without a right to: %s %s", name, res.Status, text)
+		}
+	}
+	if res, text := entry.post(pathUpstreams+"nobodys/drain", "", ops); res.StatusCode != 404 {
+		t.Errorf("a server that nobody has: %s %s", res.Status, text)
+	}
+	if res, text := entry.post(pathUpstreams+"x/unload?model=m", "", ops); res.StatusCode != 404 {
+		t.Errorf("unloading at a server of another proxy: %s %s", res.Status, text)
+	}
+	for _, verb := range []string{verbDrain, verbResume} {
+		res, text := entry.post(pathUpstreams+"x/"+verb, "", ops)
+		if res.StatusCode != 200 || strings.Contains(text, "unheard") ||
+			!strings.Contains(text, `"draining":`+map[bool]string{true: "true", false: "false"}[verb == verbDrain]) {
+			t.Errorf("%s: %s %s", verb, res.Status, text)
+		}
+		want := 200
+		if verb == verbDrain {
+			want = 503
+		}
+		for _, p := range []*ally{entry, owner} {
+			if res, text := p.post("/api/chat", chat("m", "s"), alice); res.StatusCode != want ||
+				want == 503 && !strings.Contains(text, "upstream x is draining") {
+				t.Errorf("after %s: %s %s", verb, res.Status, text)
+			}
+		}
+	}
+}

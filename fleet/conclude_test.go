@@ -302,7 +302,7 @@ func TestDiffer(t *testing.T) {
 			v.SetBool(true)
 		case reflect.String:
 			v.SetString("x")
-		case reflect.Int:
+		case reflect.Int, reflect.Int64:
 			v.SetInt(1)
 		case reflect.Float64:
 			v.SetFloat(1)

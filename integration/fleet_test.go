@@ -205,6 +205,7 @@ func TestFleet(t *testing.T) {
 				t.Errorf("%v requests were sent to Ollama", n)
 			}
 			alike(t, proxies)
+			drained(t, proxies, servers["b"])
 			for i, p := range proxies {
 				if err := p.Stop(); err != nil {
 					t.Errorf("proxy %d: %v", i, err)
@@ -212,6 +213,48 @@ func TestFleet(t *testing.T) {
 			}
 		})
 	}
+}
+
+// drained drains server b at one of the proxies and resumes it at another one, and fails t unless all
+// obey. Only one of the proxies need have it.
+func drained(t *testing.T, proxies []*proxyProcess, b *realollama.Server) {
+	t.Helper()
+	say := func(p *proxyProcess, verb, want string) {
+		t.Helper()
+		status, _, text := do(t, "POST", p.URL+"/_cacheproxy/upstreams/b/"+verb, "")
+		if status != 200 || !strings.Contains(text, want) || strings.Contains(text, "unheard") {
+			t.Errorf("%s: %d %s", verb, status, text)
+		}
+	}
+	answers := func(name string) {
+		t.Helper()
+		for i, p := range proxies {
+			req, err := http.NewRequestWithContext(t.Context(), "POST", p.URL+"/api/generate",
+				strings.NewReader(`{"model":"`+tiny+`","prompt":"drained `+fmt.Sprint(i)+`","stream":false}`))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if name == "b" {
+				req.Header.Set("X-Cacheproxy-Upstream", "b") // none prefers it after all this
+			}
+			res, err := http.DefaultClient.Do(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			res.Body.Close()
+			if got := res.Header.Get("X-Cacheproxy-Upstream"); res.StatusCode != 200 || got != name {
+				t.Errorf("through proxy %d: %s from %q, want %q", i, res.Status, got, name)
+			}
+		}
+	}
+	say(proxies[0], "drain", `"draining":true`)
+	mark := b.Mark()
+	answers("a")
+	if n, _ := evaluations(t, b, mark, 0); n != 0 {
+		t.Errorf("the drained server evaluated %d prompts", n)
+	}
+	say(proxies[1], "resume", `"draining":false`)
+	answers("b")
 }
 
 // timeless removes from an answer what differs each time: times, identifiers, what was reused, and

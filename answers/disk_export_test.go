@@ -5,10 +5,18 @@ import "time"
 // SetDiskFirstWait makes Disks opened from now on try a disk that failed again after this time.
 func SetDiskFirstWait(wait time.Duration) { diskFirstWait = wait }
 
-// SetGetWait replaces GetWait until the result is called. No Valkey may be in use.
+// SetDiskWait replaces DiskWait until the result is called. No Disk may be read meanwhile.
+func SetDiskWait(wait time.Duration) (restore func()) {
+	before := diskWait
+	diskWait = wait
+	return func() { diskWait = before }
+}
+
+// SetGetWait replaces GetWait until the result is called. No Valkey may be read meanwhile.
 func SetGetWait(wait time.Duration) (restore func()) {
+	before := getWait
 	getWait = wait
-	return func() { getWait = GetWait }
+	return func() { getWait = before }
 }
 
 // Hang makes all reads of a Disk wait until its result is called, as those of a hung disk do.

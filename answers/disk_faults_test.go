@@ -140,10 +140,13 @@ func TestDiskOpensAgain(t *testing.T) {
 	t.Cleanup(func() { answers.SetDiskFirstWait(time.Second) })
 	dir := filepath.Join(t.TempDir(), "answers")
 	d := openDisk(t, dir, answers.Limits{Bytes: 4 << 20}, nil)
-	if err := os.RemoveAll(dir); err != nil {
-		t.Fatal(err)
+	goOn := d.Hang() // a pass in between would make the folder again
+	err := os.RemoveAll(dir)
+	if err == nil {
+		err = os.WriteFile(dir, nil, 0o600) // not even root makes a file in that
 	}
-	if err := os.WriteFile(dir, nil, 0o600); err != nil { // not even root makes a file in that
+	goOn()
+	if err != nil {
 		t.Fatal(err)
 	}
 	if err := d.Wipe(t.Context()); err == nil {
@@ -191,6 +194,7 @@ func TestDiskHangs(t *testing.T) {
 	e := text("a", "x", 100)
 	d.Put(t.Context(), []answers.Entry{e})
 	flush(t, d)
+	restore := answers.SetDiskWait(answers.DiskWait)
 	end := d.Hang()
 	var wg sync.WaitGroup
 	for range 4 {
@@ -207,6 +211,7 @@ func TestDiskHangs(t *testing.T) {
 	if _, err := d.Get(t.Context(), []answers.Key{e.Key}); err == nil || d.Overdue() != 4 {
 		t.Errorf("another read was begun (%v, %d overdue)", err, d.Overdue())
 	}
+	restore()
 	end()
 	for d.Overdue() > 0 {
 		time.Sleep(time.Millisecond)

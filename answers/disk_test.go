@@ -103,7 +103,6 @@ func flush(t testing.TB, s opened) {
 // present returns how many of the entries are there, and fails t if one is not as it was put.
 func present(t testing.TB, s answers.Store, from, to int) (n int) {
 	t.Helper()
-	// A few at a time, since a store waits only for so long, and this machine may be busy.
 	for keys := range slices.Chunk(numbers(from, to), 200) {
 		var wanted []answers.Key
 		for _, n := range keys {
@@ -225,6 +224,9 @@ func TestDiskOldIsRemoved(t *testing.T) {
 // TestDiskBroken: a file that is torn, or something else, is set aside with one line, and a new one
 // begun; whatever is found afterwards is as it was put.
 func TestDiskBroken(t *testing.T) {
+	// A write that finds the file broken begins a new one, and is followed by others at once.
+	answers.SetDiskFirstWait(0)
+	t.Cleanup(func() { answers.SetDiskFirstWait(time.Second) })
 	limits := answers.Limits{Bytes: 1 << 26}
 	for _, test := range []struct {
 		name  string

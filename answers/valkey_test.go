@@ -49,7 +49,6 @@ func openValkey(t testing.TB, target string, limits answers.Limits, log *slog.Lo
 var prefixes atomic.Int64
 
 func TestValkey(t *testing.T) {
-	defer answers.SetGetWait(time.Minute)()
 	server := valkeyserver.Start(t)
 	t.Run("suite", func(t *testing.T) {
 		storetest.Run(t, storetest.Backend{
@@ -268,6 +267,7 @@ func TestValkeySlow(t *testing.T) {
 	}
 	server.Pause()
 	ctx := context.Background()
+	restore := answers.SetGetWait(answers.GetWait)
 	calls := 0
 	for ; !s.Stats().Down; calls++ {
 		if _, err := s.Get(ctx, []answers.Key{storetest.KeyOf(1)}); err == nil {
@@ -277,6 +277,7 @@ func TestValkeySlow(t *testing.T) {
 	if calls > 3 {
 		t.Errorf("%d calls waited", calls)
 	}
+	restore()
 	if err := s.Put(ctx, []answers.Entry{storetest.EntryOf(1, 1, 10)}); err == nil {
 		t.Error("Put reports nothing")
 	}

@@ -21,6 +21,10 @@ import (
 // shortLease is the lease of workers in tests that wait for its end.
 const shortLease = 300 * time.Millisecond
 
+// longerLease is that of workers in tests that count what is sent again: longer than a busy machine
+// keeps a worker from renewing it.
+const longerLease = 3 * time.Second
+
 // TestMain also runs the program that the crash tests kill, if an argument says so.
 func TestMain(m *testing.M) {
 	if os.Getenv("BATCH_CHILD") == "" {
@@ -45,7 +49,7 @@ func child(args []string) error {
 	}
 	var workers *Workers
 	if len(args) > 4 {
-		workers = &Workers{URL: args[4], Bytes: 1 << 20, lease: shortLease}
+		workers = &Workers{URL: args[4], Bytes: 1 << 20, lease: longerLease}
 	}
 	_, err = Run(context.Background(), Config{
 		Workers: workers, WaitForServer: time.Minute,
@@ -141,7 +145,13 @@ func sorted(text string) string {
 // batch ends with the same result.
 func TestTorn(t *testing.T) {
 	for _, order := range []Order{InputOrder, CompletionOrder} {
+		var came atomic.Int64
+		var hold atomic.Bool
 		f := &fake{ask: func(w http.ResponseWriter, r *http.Request, user string) bool {
+			if hold.Load() && came.Add(1) > 4 { // otherwise all may be answered when it is told to stop
+				<-r.Context().Done()
+				return true
+			}
 			if user != "item 2" {
 				return false
 			}
@@ -157,9 +167,11 @@ func TestTorn(t *testing.T) {
 				stop()
 			}
 		}
+		hold.Store(true)
 		if _, err := Run(ctx, c); err == nil {
 			t.Fatal("it came to its end")
 		}
+		hold.Store(false)
 		c.Progress = nil
 		journal, out, errs := read(t, c.Output+JournalSuffix), read(t, c.Output), read(t, c.Errors)
 		whole := c

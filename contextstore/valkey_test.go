@@ -161,6 +161,7 @@ func TestValkeyShared(t *testing.T) {
 	if n, _ := late.Match(b); n != 0 {
 		t.Error("what was forgotten is known to a proxy that began later")
 	}
+	valkeyserver.Until(t, "the answers have come", func() bool { return one.Shared().Sent >= 3 })
 	if s := one.Shared(); s.Sent != 3 || s.Received != 2 || s.Dropped != 0 || s.Foreign != 0 {
 		t.Errorf("Shared is %+v", s)
 	}

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 )
 
 // member returns a source that gossips on loopback, and its address for gossip.
@@ -86,6 +87,9 @@ func TestGossipSecret(t *testing.T) {
 	foundD, _ := watch(t, d)
 	until(t, foundA, "10.0.0.4:4")
 	until(t, foundD, "10.0.0.1:1")
+	for !strings.Contains(log.String(), "level=WARN") { // as soon as it has tried to join
+		time.Sleep(time.Millisecond)
+	}
 	stopB()
 	until(t, foundB)
 	until(t, foundC)

@@ -10,6 +10,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -53,9 +54,14 @@ func TestScripts(t *testing.T) {
 			if err != nil {
 				return err
 			}
+			_, port, err := net.SplitHostPort(other)
+			env.Setenv("EVERYWHERE", net.JoinHostPort("0.0.0.0", port)) // with the port of OTHER
+			if err != nil {
+				return err
+			}
 			return notUTF8(env.WorkDir)
 		},
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"waitready": waitReady, "waitlooped": waitLooped, "curl": curl, "headers": headers,
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"waitready": waitReady, "waitlooped": waitLooped, "waitpage": waitPage, "curl": curl, "headers": headers,
 			"keepanswers": keepAnswers, "savecontexts": saveContexts, "spoilcontext": spoilContext},
 	})
 }
@@ -107,6 +113,21 @@ func waitReady(ts *testscript.TestScript, neg bool, args []string) {
 // waitLooped polls until the proxy at ADDR has noticed that its upstream leads back to it.
 func waitLooped(ts *testscript.TestScript, neg bool, args []string) {
 	waitStatus(ts, "http://"+args[0]+"/", http.StatusLoopDetected)
+}
+
+// waitPage polls a page until its text matches a regular expression: what a request adds to it is there
+// a moment after the client has its answer. Then it prints the text.
+func waitPage(ts *testscript.TestScript, neg bool, args []string) {
+	want, err := regexp.Compile(args[1])
+	ts.Check(err)
+	var text []byte
+	if !within30s(context.Background(), func() bool {
+		_, _, text = exchange(ts, []string{http.MethodGet, args[0], ""})
+		return want.Match(text)
+	}) {
+		ts.Fatalf("%s does not match %s within 30 s:\n%s", args[0], args[1], text)
+	}
+	fmt.Fprintf(ts.Stdout(), "%s\n", text)
 }
 
 func waitStatus(ts *testscript.TestScript, url string, want int) {

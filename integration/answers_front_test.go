@@ -3,6 +3,7 @@ package integration
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net/http"
@@ -29,7 +30,7 @@ type front struct {
 	*httptest.Server
 
 	mu       sync.Mutex
-	asked    []string            // the computations that were asked for: path and body; guarded by mu
+	asked    []string            // the computations asked for: path and body; guarded by mu
 	answered []string            // those that were answered with status 200; guarded by mu
 	whole    int                 // how many of them were answered to their end; guarded by mu
 	lists    int                 // how many lists of models it has answered; guarded by mu
@@ -54,11 +55,11 @@ func newFront(t testing.TB, server *realollama.Server) *front {
 			if hold := f.held(res.Request.Context()); hold != nil {
 				res.Body = &pausing{res.Body, res.Request.Context(), hold.after, false}
 			}
-			if slices.Contains(textPaths, res.Request.URL.Path) {
+			if asked, ok := res.Request.Context().Value(askedKey{}).(string); ok {
 				res.Body = &recording{ReadCloser: res.Body, f: f, header: res.Header.Clone()}
 				if res.StatusCode == http.StatusOK {
 					f.mu.Lock()
-					f.answered = append(f.answered, res.Request.Context().Value(askedKey{}).(string))
+					f.answered = append(f.answered, asked)
 					f.mu.Unlock()
 				}
 			}
@@ -103,6 +104,10 @@ func (f *front) serve(w http.ResponseWriter, r *http.Request, forward http.Handl
 		return
 	}
 	r.Body = io.NopCloser(bytes.NewReader(body))
+	if promptless(r.URL.Path, body) {
+		forward.ServeHTTP(w, r)
+		return
+	}
 	asked := fmt.Sprintf("%s %s", r.URL.Path, body)
 	r = r.WithContext(context.WithValue(r.Context(), askedKey{}, asked))
 	f.mu.Lock()
@@ -128,6 +133,13 @@ func (f *front) serve(w http.ResponseWriter, r *http.Request, forward http.Handl
 		f.whole++
 		f.mu.Unlock()
 	}
+}
+
+// promptless reports whether a request has nothing computed. The proxy sends such requests to keep
+// models loaded (touches), at times that no test knows.
+func promptless(path string, body []byte) bool {
+	var r struct{ Prompt string }
+	return path == "/api/generate" && json.Unmarshal(body, &r) == nil && r.Prompt == ""
 }
 
 // hold makes requests with a word in them wait until the channels that it returns are closed.

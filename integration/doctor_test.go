@@ -21,6 +21,9 @@ const other = "gen-llama-tiny-b"
 // examine runs the verb doctor on a proxy, as text and as JSON, and returns the report.
 func examine(t testing.TB, p *proxyProcess, flags ...string) doctor.Report {
 	t.Helper()
+	if len(flags) == 0 { // otherwise /metrics may need a key
+		p.idle(t)
+	}
 	var report doctor.Report
 	text, textStatus := p.doctor(t, flags...)
 	out, status := p.doctor(t, append(flags, "--json")...)

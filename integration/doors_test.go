@@ -125,10 +125,11 @@ func doorsBodies(t *testing.T, server *realollama.Server) {
 			return nil
 		})
 	}
-	for reason, what := range map[string]string{"too_large": "one with its padding before it", "encoded": "zstd where Ollama does not decode it"} {
-		if n := p.Metric(t, `ollama_cacheproxy_unedited_total{reason="`+reason+`"`); n != 1 {
-			t.Errorf("%v bodies are told as %s, want 1: %s", n, reason, what)
-		}
+	for _, reason := range []string{
+		"too_large", // one with its padding before it
+		"encoded",   // zstd where Ollama does not decode it
+	} {
+		p.counts(t, `ollama_cacheproxy_unedited_total{reason="`+reason+`"`, 1)
 	}
 }
 
@@ -171,8 +172,9 @@ func doorsHalfClose(t *testing.T, direct, proxied string) {
 		}
 	}
 	// For requests that evaluate, Ollama takes such a client for one that has left, and mostly
-	// sends no answer.
-	if got := exchangeRaw(t, proxied, rawPost("/api/generate", generate(tiny, "")), true); got == "200 OK" {
+	// sends no answer. (A long one: a short one may be on its way before the proxy sees the end.)
+	long := strings.Replace(generate(tiny, ""), `"num_predict":1`, `"num_predict":1000`, 1)
+	if got := exchangeRaw(t, proxied, rawPost("/api/generate", long), true); got == "200 OK" {
 		t.Errorf("an evaluation, through the proxy: %s", got)
 	}
 }

@@ -93,13 +93,16 @@ func TestGuides(t *testing.T) {
 			if ran != want.runs {
 				t.Errorf("%d blocks were run, want %d", ran, want.runs)
 			}
-			asked := 0
-			for _, endpoint := range []string{"/api/chat", "/api/generate", "/v1/chat/completions", "/v1/messages"} {
-				asked += int(p.Metric(t, `ollama_cacheproxy_requests_total{endpoint="`+endpoint+`",model="`+guidesModel+`:latest",outcome="ok"`))
-			}
-			if asked < want.asks {
-				t.Errorf("the proxy answered %d requests to the model, want at least %d", asked, want.asks)
-			}
+			settles(t, func() error { // the last one is counted a moment after its end
+				asked := 0
+				for _, endpoint := range []string{"/api/chat", "/api/generate", "/v1/chat/completions", "/v1/messages"} {
+					asked += int(p.Metric(t, `ollama_cacheproxy_requests_total{endpoint="`+endpoint+`",model="`+guidesModel+`:latest",outcome="ok"`))
+				}
+				if asked < want.asks {
+					return fmt.Errorf("the proxy answered %d requests to the model, want at least %d", asked, want.asks)
+				}
+				return nil
+			})
 		})
 	}
 	t.Run("README", func(t *testing.T) { readme(t, server) })
@@ -156,7 +159,8 @@ func blockCommand(t *testing.T, dir string, b block, url, ollama string) (*exec.
 	}
 	address := strings.TrimPrefix(url, "http://")
 	write(t, filepath.Join(dir, program[len(program)-1]), strings.ReplaceAll(b.code, guidesAddress, address))
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	// A watchdog: the README's block builds the proxy.
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	t.Cleanup(cancel)
 	cmd := exec.CommandContext(ctx, program[0], program[1:]...)
 	cmd.Dir = dir

@@ -89,6 +89,25 @@ func (p *proxyProcess) Metric(t testing.TB, prefix string) float64 {
 	return sum
 }
 
+// counts waits until the series whose name and labels begin with prefix add up to want. The proxy
+// counts a request a moment after its client has the answer.
+func (p *proxyProcess) counts(t testing.TB, prefix string, want float64) {
+	t.Helper()
+	settles(t, func() error {
+		if n := p.Metric(t, prefix); n != want {
+			return fmt.Errorf("%s adds up to %v, want %v", prefix, n, want)
+		}
+		return nil
+	})
+}
+
+// idle waits until no request is in flight but the one that asks for this: by then the ledger and
+// what doctor reads have all that was answered.
+func (p *proxyProcess) idle(t testing.TB) {
+	t.Helper()
+	p.counts(t, "ollama_cacheproxy_in_flight", 1)
+}
+
 // get and post return status, content type and body.
 func get(t testing.TB, url string) (int, string, string) {
 	t.Helper()

@@ -75,14 +75,15 @@ func TestPageAnswers(t *testing.T) {
 			return nil
 		})
 	}
+	const asked = `ollama_cacheproxy_answers_requests_total{kind="answer"`
+	p.counts(t, asked, 4+3)
 	before := hits()
 	for i := range 12 {
 		ask(words(uint64(i%3), 60), `,"temperature":0`)
 	}
 	ask(words(9, 60), "") // not deterministic
-	if n := hits(); n != before+12 {
-		t.Errorf("%v hits, want %v", n, before+12)
-	}
+	p.counts(t, `ollama_cacheproxy_requests_total{endpoint="/api/chat"`, 4+3+12+1)
+	p.counts(t, `ollama_cacheproxy_answers_requests_total{kind="answer",result="hit"}`, before+12)
 
 	look := func() (f keptFigures) {
 		f, err := chromedp.Run(ctx, chromedp.Evaluate[keptFigures](readKept))
@@ -91,18 +92,18 @@ func TestPageAnswers(t *testing.T) {
 		}
 		return f
 	}
-	want := keptFigures{
-		Hits:      metric(t, p, `answers_parts_total{kind="answer",result="hit"}`),
-		Joined:    metric(t, p, `answers_parts_total{kind="answer",result="joined"}`),
-		Computed:  metric(t, p, `answers_parts_total{kind="answer",result="miss"}`),
-		Prompt:    metric(t, p, `answers_spared_prompt_tokens_total{kind="answer"}`),
-		Generated: metric(t, p, `answers_spared_generated_tokens_total{kind="answer"}`),
-		Seconds:   metric(t, p, `answers_spared_seconds_total{kind="answer"}`),
-		Entries:   metric(t, p, `answers_entries`), Bytes: metric(t, p, `answers_bytes`),
-		Total: metric(t, p, fmt.Sprintf(`generated_tokens_total{model="%s:latest"}`, tiny)),
-	}
-	var got keptFigures
-	settles(t, func() error {
+	var got, want keptFigures
+	settles(t, func() error { // the last request's other figures are counted just after it
+		want = keptFigures{
+			Hits:      metric(t, p, `answers_parts_total{kind="answer",result="hit"}`),
+			Joined:    metric(t, p, `answers_parts_total{kind="answer",result="joined"}`),
+			Computed:  metric(t, p, `answers_parts_total{kind="answer",result="miss"}`),
+			Prompt:    metric(t, p, `answers_spared_prompt_tokens_total{kind="answer"}`),
+			Generated: metric(t, p, `answers_spared_generated_tokens_total{kind="answer"}`),
+			Seconds:   metric(t, p, `answers_spared_seconds_total{kind="answer"}`),
+			Entries:   metric(t, p, `answers_entries`), Bytes: metric(t, p, `answers_bytes`),
+			Total: metric(t, p, fmt.Sprintf(`generated_tokens_total{model="%s:latest"}`, tiny)),
+		}
 		got = look()
 		bare := got
 		bare.Marks, bare.Opened = nil, ""

@@ -60,9 +60,9 @@ func (s *Server) Evaluations(since Mark) []Evaluation {
 }
 
 // WaitEvaluations waits until the log has n prompts from a mark on, and returns all that it has by
-// then. It fails when ctx ends or after 10 s.
+// then. It fails when ctx ends or after a minute.
 func (s *Server) WaitEvaluations(ctx context.Context, since Mark, n int) ([]Evaluation, error) {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	for {
 		got := s.Evaluations(since)

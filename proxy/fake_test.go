@@ -281,6 +281,12 @@ func newFake(t *testing.T, answer func(received) string) *fake {
 	return f
 }
 
+// refusing returns the address of an upstream that refuses connections.
+func refusing(t *testing.T) *url.URL {
+	t.Helper()
+	return &url.URL{Scheme: "http", Host: reserve(t)}
+}
+
 // accept waits for the proxy's next connection.
 func (f *fake) accept() *fakeConn {
 	f.t.Helper()

@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/url"
 	"strings"
@@ -115,14 +114,6 @@ func strictly(text string, v any) error {
 // TestUpstreamSilent: without any answer the client gets 502, in the dialect of the path, which
 // says where and why.
 func TestUpstreamSilent(t *testing.T) {
-	refusing := func(t *testing.T) *url.URL {
-		ln, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		ln.Close()
-		return &url.URL{Scheme: "http", Host: ln.Addr().String()}
-	}
 	dying := func(first string, rst bool) func(t *testing.T) *url.URL {
 		return func(t *testing.T) *url.URL {
 			f := newFake(t, nil)

@@ -203,11 +203,10 @@ func TestStrangers(t *testing.T) {
 		}
 		return answer(200, "text/plain", "Ollama is running")
 	})
-	away := newFake(t, nil)
-	away.ln.Close()
-	secret := []string{"big", "small", "0.34.1", f.URL.Host, away.URL.Host}
-	for _, upstream := range []*fake{f, away} {
-		rg := newRigOf(t, &Handler{Guard: withKeys(t, theKey)}, map[string]*url.URL{"big": upstream.URL, "small": away.URL})
+	away := refusing(t)
+	secret := []string{"big", "small", "0.34.1", f.URL.Host, away.Host}
+	for _, upstream := range []*url.URL{f.URL, away} {
+		rg := newRigOf(t, &Handler{Guard: withKeys(t, theKey)}, map[string]*url.URL{"big": upstream, "small": away})
 		for _, b := range rg.h.Upstreams {
 			b.Poll(t.Context())
 		}
@@ -239,7 +238,7 @@ func TestStrangers(t *testing.T) {
 						client.Close()
 						rg.ended()
 						check(fmt.Sprint(state, path, headers), got)
-						if upstream == f && !strings.HasPrefix(path, ownPrefix) && state == "" {
+						if upstream == f.URL && !strings.HasPrefix(path, ownPrefix) && state == "" {
 							if up := f.next(); len(up.body) > 0 || up.chunked || up.values("Content-Length") != nil || up.values("Trailer") != nil || up.values("Expect") != nil {
 								t.Errorf("%s %q: the upstream got %q and %q", path, headers, up.headers, up.body)
 							}
@@ -259,11 +258,11 @@ func TestStrangers(t *testing.T) {
 		// A client with a key sees everything.
 		for _, path := range []string{"/", pathReady} {
 			res, text := rg.do("GET", path, "", "Authorization: Bearer "+theKey)
-			if upstream == f && !strings.Contains(res.Header.Get(headerUpstream)+text, "big") || upstream == away && path == "/" && !strings.Contains(text, away.URL.Host) {
+			if upstream == f.URL && !strings.Contains(res.Header.Get(headerUpstream)+text, "big") || upstream == away && path == "/" && !strings.Contains(text, away.Host) {
 				t.Errorf("%s with a key: %v %s", path, res.Header, text)
 			}
 		}
-		if upstream == f {
+		if upstream == f.URL {
 			f.next()
 		}
 	}

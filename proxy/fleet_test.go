@@ -78,7 +78,7 @@ func newAlliance(t *testing.T, lists [][]*box, change func(i int, h *Handler, c 
 	var listeners []net.Listener
 	var found addresses
 	for range lists {
-		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		ln, err := net.Listen("tcp", reserve(t))
 		if err != nil {
 			t.Fatal(err)
 		}

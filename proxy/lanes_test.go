@@ -298,9 +298,7 @@ func TestStopping(t *testing.T) {
 // TestNoWaitWhileDown: requests do not wait one after the other for an upstream that does not
 // answer.
 func TestNoWaitWhileDown(t *testing.T) {
-	f := newFake(t, nil)
-	f.ln.Close()
-	rg := newRig(t, f.URL, &Handler{Lanes: schedule.NewScheduler(schedule.Config{Lanes: 1})})
+	rg := newRig(t, refusing(t), &Handler{Lanes: schedule.NewScheduler(schedule.Config{Lanes: 1})})
 	rg.h.Upstreams[0].Poll(t.Context())
 	for range 3 {
 		if res, _ := rg.post("/api/chat", chatWith("s", "one", "")); res.StatusCode != 502 {

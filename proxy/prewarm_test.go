@@ -267,14 +267,20 @@ func TestPrewarmIsPatient(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		rg := newWarmRig(t, 1, nil, func(h *Handler) {
 			var err error
-			if h.Prewarm, err = ParsePrewarm(warmLine("a", 1)); err != nil {
+			if h.Prewarm, err = ParsePrewarm(warmLine("absent", 1)); err != nil {
 				t.Error(err)
 			}
 		})
 		// Each pause is a little longer than a second: in one of one, two, four, … pauses a prompt
-		// is begun.
+		// is begun. (The prompt comes after the first turn: at the start either could be the first to
+		// load the model, and all later pauses would depend on that.)
 		for i := range 64 {
 			rg.ask("/api/chat", warmBody("a", 7, fmt.Sprint("turn ", i), `,"options":{"num_predict":50}`))
+			if i == 0 {
+				if err := rg.h.Prewarm.Replace(warmLine("a", 1)); err != nil {
+					t.Fatal(err)
+				}
+			}
 			time.Sleep(prewarmRest + 100*time.Millisecond)
 		}
 		if got := rg.results(); len(got) > 7 || len(got) == 0 {

@@ -59,15 +59,13 @@ func newBox(t *testing.T, name string, models ...string) *box {
 
 func (b *box) start() {
 	b.t.Helper()
-	addr := "127.0.0.1:0"
-	if b.URL != nil {
-		addr = b.URL.Host
+	if b.URL == nil {
+		b.URL = refusing(b.t)
 	}
-	ln, err := net.Listen("tcp", addr)
+	ln, err := net.Listen("tcp", b.URL.Host)
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	b.URL = &url.URL{Scheme: "http", Host: ln.Addr().String()}
 	b.srv, b.ended = &http.Server{Handler: b}, make(chan struct{})
 	go func() { b.srv.Serve(ln); close(b.ended) }() // ends with kill
 }

@@ -24,7 +24,9 @@ import (
 
 const (
 	quickLoad = 5 * time.Millisecond
-	knownLoad = 150 * time.Millisecond // long enough for the ledger to recognise it as a load
+	// knownLoad is long enough for the ledger to tell it from what a busy machine lets a request wait,
+	// which is half of a load, and to tell who waited for the same one, which is an eighth.
+	knownLoad = 2 * time.Second
 )
 
 // simulated is a simulated Ollama without a host cache that evaluates rate tokens a second.

@@ -24,8 +24,8 @@ import (
 
 const (
 	quickLoad = 5 * time.Millisecond
-	// knownLoad is long enough for the ledger to tell it from what a busy machine lets a request wait,
-	// which is half of a load, and to tell who waited for the same one, which is an eighth.
+	// knownLoad is so long that the ledger tells it from a request that a busy machine lets wait (less
+	// than half of it), and knows who waited for the same load (they end within an eighth).
 	knownLoad = 2 * time.Second
 )
 

@@ -24,7 +24,9 @@ import (
 
 const (
 	quickLoad = 5 * time.Millisecond
-	knownLoad = 150 * time.Millisecond // long enough for the ledger to recognise it as a load
+	// knownLoad is so long that the ledger tells it from a request that a busy machine lets wait (less
+	// than half of it), and knows who waited for the same load (they end within an eighth).
+	knownLoad = 2 * time.Second
 )
 
 // simulated is a simulated Ollama without a host cache that evaluates rate tokens a second.

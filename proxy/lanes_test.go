@@ -2,9 +2,11 @@ package proxy
 
 import (
 	"fmt"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/schedule"
 )
@@ -25,7 +27,7 @@ func waiting(t *testing.T, rg *rig, n int) {
 
 func waitingIn(t *testing.T, lanes *schedule.Scheduler, n int) {
 	t.Helper()
-	for i := 0; ; i++ {
+	for until := time.Now().Add(patience); ; runtime.Gosched() {
 		sum := 0
 		for _, w := range lanes.Stats().Waiting {
 			sum += w.Requests
@@ -33,7 +35,7 @@ func waitingIn(t *testing.T, lanes *schedule.Scheduler, n int) {
 		if sum == n {
 			return
 		}
-		if i > 1e7 {
+		if time.Now().After(until) {
 			t.Fatalf("%d requests wait, want %d", sum, n)
 		}
 	}

@@ -55,10 +55,10 @@ func TestScripts(t *testing.T) {
 				return err
 			}
 			_, port, err := net.SplitHostPort(other)
-			env.Setenv("EVERYWHERE", net.JoinHostPort("0.0.0.0", port)) // with the port of OTHER
 			if err != nil {
 				return err
 			}
+			env.Setenv("EVERYWHERE", net.JoinHostPort("0.0.0.0", port)) // with the port of OTHER
 			return notUTF8(env.WorkDir)
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){"waitready": waitReady, "waitlooped": waitLooped, "waitpage": waitPage, "curl": curl, "headers": headers,

@@ -258,8 +258,8 @@ func stable(text string) any {
 	return []any{events, values}
 }
 
-// anyOrder returns a text with its lines sorted: Ollama writes a model's parameters in another order
-// each time.
+// anyOrder returns a text with its lines sorted: Ollama writes a model's parameters in another
+// order each time.
 func anyOrder(text string) string {
 	return strings.Join(slices.Sorted(strings.SplitSeq(text, "\n")), "\n")
 }

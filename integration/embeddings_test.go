@@ -187,7 +187,8 @@ func TestReindex(t *testing.T) {
 		slices.Sort(reached)
 		slices.Sort(changed)
 		if !slices.Equal(reached, changed) {
-			t.Errorf("%d texts reached Ollama (%s), want the %d that have changed", len(reached), cached, len(changed))
+			t.Errorf("%d texts reached Ollama (%s), want the %d that have changed",
+				len(reached), cached, len(changed))
 		}
 	}
 	t.Logf("2,000 chunks: %v, and with 20 changed %v: %.4f", first, second, float64(second)/float64(first))

@@ -1,5 +1,5 @@
-"""Embeds a corpus with langchain-ollama and openai, and again when 1 in 100 of its chunks has changed,
-three times.
+"""Embeds a corpus with langchain-ollama and openai, and again, three times, when 1 in 100 of its
+chunks has changed.
 
 Prints the seconds that it took at first, and then at least: the machine may have more to do in one
 of the runs.
@@ -36,7 +36,8 @@ seconds = []
 for embed in (with_langchain, with_openai):
     took = []
     for changed in range(4):
-        texts = [f"{embed.__name__} {'' if i % 100 else 'changed ' * changed}{c}" for i, c in enumerate(chunks)]
+        mark = "changed " * changed
+        texts = [f"{embed.__name__} {'' if i % 100 else mark}{c}" for i, c in enumerate(chunks)]
         start = time.monotonic()
         vectors = embed(texts)
         took.append(time.monotonic() - start)

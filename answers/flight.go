@@ -196,6 +196,15 @@ func (f *Flight) Release() {
 	f.cancel(ErrNobody)
 }
 
+// GiveUp cancels the computation unless its answer has ended: then what follows that goes on.
+func (f *Flight) GiveUp(cause error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !f.done {
+		f.cancel(cause)
+	}
+}
+
 // Recorded returns the answer's status, body and marks when it has ended, and whether it is whole:
 // it has ended well and is no longer than the limit. None of them may be changed.
 func (f *Flight) Recorded() (status int, body []byte, marks []Mark, whole bool) {

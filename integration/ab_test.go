@@ -258,13 +258,23 @@ func stable(text string) any {
 	return []any{events, values}
 }
 
+// anyOrder returns a text with its lines sorted: Ollama writes a model's parameters in another
+// order each time.
+func anyOrder(text string) string {
+	return strings.Join(slices.Sorted(strings.SplitSeq(text, "\n")), "\n")
+}
+
 func withoutVolatile(v any) any {
 	switch v := v.(type) {
 	case map[string]any:
 		for k, e := range v {
-			if volatile[k] {
+			text, ok := e.(string)
+			switch {
+			case volatile[k]:
 				delete(v, k)
-			} else {
+			case ok && (k == "parameters" || k == "modelfile"):
+				v[k] = anyOrder(text)
+			default:
 				v[k] = withoutVolatile(e)
 			}
 		}

@@ -185,7 +185,8 @@ func storesFull(t *testing.T, server *realollama.Server) {
 	// A short answer may have found room before the disk had more.
 	settles(t, func() error { // the log's last line may come a moment after the answer
 		if gone, back := p.told("WARN"), p.told("INFO"); len(gone) > len(back) || len(gone) > 10 {
-			return fmt.Errorf("told %d and %d times:\n%s", len(gone), len(back), strings.Join(append(gone, back...), ""))
+			return fmt.Errorf("told %d and %d times:\n%s", len(gone), len(back),
+				strings.Join(append(gone, back...), ""))
 		}
 		return nil
 	})

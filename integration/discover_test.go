@@ -42,7 +42,7 @@ func TestDiscovered(t *testing.T) {
 	from := map[string]int{} // answers by upstream
 	ask := func(n int) {
 		body, err := json.Marshal(map[string]any{
-			"model": model, "stream": false, "options": map[string]any{"temperature": 0, "num_predict": 4},
+			"model": model, "stream": false, "options": map[string]any{"temperature": 0, "num_predict": 32},
 			"messages": []map[string]string{{"role": "system", "content": words(uint64(n%20), 100)}, {"role": "user", "content": words(uint64(100+n), 5)}},
 		})
 		if err != nil {
@@ -101,7 +101,7 @@ func TestDiscovered(t *testing.T) {
 		wg.Wait()
 	})
 	defer end()
-	for range 4 {
+	for range 8 { // enough that some wait, however slow this process is beside the servers
 		wg.Go(func() {
 			for {
 				select {

@@ -274,6 +274,9 @@ func timeless(text string) string {
 				delete(members, name)
 			}
 		}
+		if text, ok := members["parameters"].(string); ok {
+			members["parameters"] = anyOrder(text)
+		}
 		if usage, ok := members["usage"].(map[string]any); ok {
 			delete(usage, "prompt_tokens_details")
 		}

@@ -20,7 +20,8 @@ func TestLanes(t *testing.T) {
 				config.CacheRAMMiB = new(int) // only the slot holds a prompt
 			}
 			server := realollama.Start(t, config)
-			p := startProxy(t, server.URL(), "--slots", "1")
+			hold := make(chan struct{}) // lets one request go on
+			p := startProxy(t, gate(t, server, hold).URL, "--slots", "1")
 			ask := func(url string, prefix, n, numCtx int) string {
 				body, err := json.Marshal(map[string]any{
 					"model": model, "stream": false, "options": map[string]any{"temperature": 0, "num_predict": 4, "num_ctx": numCtx},
@@ -42,6 +43,35 @@ func TestLanes(t *testing.T) {
 				_, sum := evaluations(t, server, mark, n)
 				return sum
 			}
+			// together sends n requests with send. The only lane is busy until all of them wait:
+			// requests that arrive one by one are served one by one.
+			together := func(n int, send func()) {
+				t.Helper()
+				var first sync.WaitGroup
+				first.Go(func() {
+					body := `{"model":"` + model + `","messages":[{"role":"user","content":"HOLD"}],` +
+						`"stream":false,"options":{"num_predict":1,"num_ctx":4096}}`
+					if status, _, text := post(t, p.URL+"/api/chat", body); status != 200 {
+						t.Errorf("the first: %d %s", status, text)
+					}
+				})
+				queues := func(wantWaiting int) {
+					t.Helper()
+					settles(t, func() error {
+						waiting, busy, err := queued(p.URL)
+						if err != nil || waiting != wantWaiting || busy != 1 {
+							return fmt.Errorf("%d wait, %d lanes are busy, want %d and 1 (%v)",
+								waiting, busy, wantWaiting, err)
+						}
+						return nil
+					})
+				}
+				queues(0)
+				send()
+				queues(n)
+				hold <- struct{}{}
+				first.Wait()
+			}
 			const prefixes, each = 12, 4
 
 			// The minimum: one after the other, in the order of the prefixes.
@@ -60,18 +90,21 @@ func TestLanes(t *testing.T) {
 			var mu sync.Mutex
 			var wg sync.WaitGroup
 			got := map[string]string{}
-			for n := range each {
-				for prefix := range prefixes {
-					wg.Go(func() {
-						text := ask(p.URL, prefix, n, 4096)
-						mu.Lock()
-						defer mu.Unlock()
-						got[fmt.Sprint(prefix, n)] = text
-					})
+			together(prefixes*each, func() {
+				for n := range each {
+					for prefix := range prefixes {
+						wg.Go(func() {
+							text := ask(p.URL, prefix, n, 4096)
+							mu.Lock()
+							defer mu.Unlock()
+							got[fmt.Sprint(prefix, n)] = text
+						})
+					}
 				}
-			}
+			})
 			wg.Wait()
-			if sum := evaluated(mark, prefixes*each); sum*100 > least*115 {
+			// One more than those: the first.
+			if sum := evaluated(mark, prefixes*each+1); sum*100 > least*115 {
 				t.Errorf("%d tokens evaluated, %d are the least possible", sum, least)
 			} else {
 				t.Logf("%d tokens evaluated, %d are the least possible", sum, least)
@@ -89,9 +122,11 @@ func TestLanes(t *testing.T) {
 
 			// Three num_ctx, ten requests of each, all at once.
 			loads := server.Mark()
-			for n := range 30 {
-				wg.Go(func() { ask(p.URL, 50, n, []int{2048, 3072, 4096}[n%3]) })
-			}
+			together(30, func() {
+				for n := range 30 {
+					wg.Go(func() { ask(p.URL, 50, n, []int{2048, 3072, 4096}[n%3]) })
+				}
+			})
 			wg.Wait()
 			if n := server.Loads(loads); n > 5 {
 				t.Errorf("%d loads for three num_ctx", n)

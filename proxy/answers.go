@@ -688,7 +688,7 @@ func (f *flight) outlive(path string) {
 	header, body, ok := f.Sent()
 	if _, complete := forms.Complete(path, header.Get("Content-Type"), body); ok && complete {
 		f.Keep()
-		time.AfterFunc(endsWithin, func() { f.cancel(answers.ErrNobody) })
+		time.AfterFunc(endsWithin, func() { f.GiveUp(answers.ErrNobody) })
 	}
 }
 

@@ -317,15 +317,31 @@ func TestAnswersLeft(t *testing.T) {
 			for lines := bufio.NewScanner(res.Body); lines.Scan() && lines.Text() != "data: [DONE]"; {
 			}
 		}
-		for text, ends := range map[string]bool{"soon": true, "never": false} {
+		for _, c := range []struct {
+			text  string
+			ends  bool
+			after time.Duration // that the client has left
+		}{
+			{"soon", true, 0},
+			// It is still being kept when the server's time to end it is over.
+			{"late", true, endsWithin / 2},
+			{"never", false, 0},
+		} {
+			text, ends := c.text, c.ends
 			held := make(chan struct{})
 			lib.mu.Lock()
 			lib.held = held
 			lib.mu.Unlock()
 			leave(text)
 			synctest.Wait()
+			if c.after > 0 {
+				time.Sleep(c.after)
+				lib.up.Refresh(t.Context()) // so that the models are listed again after listedPause
+				time.Sleep(time.Millisecond)
+			}
 			if ends {
 				close(held)
+				time.Sleep(2 * listedPause)
 			}
 			if lib.computed() != 1 {
 				t.Errorf("%s: not computed once", text)

@@ -127,3 +127,65 @@ func TestSidecarDrain(t *testing.T) {
 		}
 	}
 }
+
+// TestDrainMeanwhile: a request that comes to the proxy beside a server while that is drained goes to
+// another proxy's server, whatever the entry has heard by then.
+func TestDrainMeanwhile(t *testing.T) {
+	x, y := newBox(t, "x", "m@1"), newBox(t, "y", "m@1")
+	a := sidecars(t, nil, x, y)
+	owner, entry := a.of("x")
+	b := owner.h.named("x")
+	asks := func(p *ally, i int) {
+		t.Helper()
+		res, text := p.post("/api/chat", chat("m", strings.Repeat("another ", i+1)))
+		if from := res.Header.Get(headerUpstream); res.StatusCode != 200 || from != "y" {
+			t.Errorf("%s from %q: %s", res.Status, from, text)
+		}
+	}
+	for i := range 5 {
+		owner.h.drain(b, true) // the entry knows of it with the next report
+		asks(entry, i)
+		owner.h.drain(b, false)
+		a.agree()
+		ordered := make(chan struct{})
+		go func() { // ends when both have heard of it
+			defer close(ordered)
+			entry.h.Fleet.Order(t.Context(), "x", true)
+		}()
+		poll(t, b.draining.Load)
+		asks(owner, i)
+		<-ordered
+		owner.orders("x", verbResume)
+		a.agree()
+	}
+	if n := x.chats(); n > 0 {
+		t.Errorf("the drained server got %d requests", n)
+	}
+}
+
+// TestDrainStays: a server that is removed from a proxy, and stays there after all, is drained or
+// resumed as it was ordered meanwhile.
+func TestDrainStays(t *testing.T) {
+	x, y := newBox(t, "x", "m@1"), newBox(t, "y", "m@1")
+	a := edgeOf(t, 2, nil, x, y)
+	owner, other := a.of("x")
+	release := x.holding()
+	answer := owner.sends(t.Context(), "/api/chat", chat("m", "held"), headerUpstream+": x")
+	x.holds(answer)
+	for _, verb := range []string{verbDrain, verbResume} {
+		owner.h.RemoveUpstream("x")
+		if owner.h.named("x") != nil {
+			t.Fatal("it is not removed")
+		}
+		other.orders("x", verb)
+		s := upstream.NewServer("x", x.URL, owner.h.Transport, owner.h.Log)
+		owner.h.AddUpstream(s, 1, 0)
+		if b := owner.h.named("x"); b == nil || b.draining.Load() != (verb == verbDrain) {
+			t.Errorf("%s does not count for a server that stays", verb)
+		}
+	}
+	release()
+	if got := <-answer; !strings.HasPrefix(got, "200 ") {
+		t.Errorf("what was in progress: %s", got)
+	}
+}

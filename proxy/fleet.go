@@ -287,7 +287,12 @@ func (h *Handler) returns(r *http.Request, ex *exchange, hop *relay) *refusal {
 			return nil
 		}
 		if server := h.Fleet.AllDrained(ex.key); hop.ask.Server == "" && server != "" {
-			return draining(server)
+			if !ex.unloads() {
+				return draining(server)
+			}
+			if hop.choose(h.Fleet, server); hop.known {
+				return nil
+			}
 		}
 		if waiting > int64(h.Queue) {
 			return ex.busy()

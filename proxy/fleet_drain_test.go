@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"encoding/json"
+	"slices"
 	"strings"
 	"testing"
 
@@ -160,6 +161,23 @@ func TestDrainMeanwhile(t *testing.T) {
 	}
 	if n := x.chats(); n > 0 {
 		t.Errorf("the drained server got %d requests", n)
+	}
+}
+
+// TestDrainUnload: a model of a server that is drained can be unloaded, through every proxy.
+func TestDrainUnload(t *testing.T) {
+	x, y := newBox(t, "x", "m@1"), newBox(t, "y", "n@2")
+	a := sidecars(t, nil, x, y)
+	owner, entry := a.of("x")
+	owner.orders("x", verbDrain)
+	for _, p := range []*ally{owner, entry} {
+		x.took()
+		res, text := p.post("/api/generate", `{"model":"m","keep_alive":0}`)
+		if got := x.took(); res.StatusCode != 200 || !slices.ContainsFunc(got, func(s string) bool {
+			return strings.HasPrefix(s, "POST /api/generate")
+		}) {
+			t.Errorf("%s %s; the server got %q", res.Status, text, got)
+		}
 	}
 }
 

@@ -43,7 +43,7 @@ func (h *Handler) reported() []fleet.Server {
 			Drained: b.draining.Load() || b.leaving.Load() || h.finishing.Load(),
 		}
 		if s.Drained {
-			s.InFlight = b.inFlight.Load()
+			s.InFlight, s.Reached = b.inFlight.Load(), b.answers() && !h.finishing.Load()
 		}
 		if h.Lanes != nil {
 			l := loads[b.index]

@@ -181,6 +181,34 @@ func TestDrainUnload(t *testing.T) {
 	}
 }
 
+// TestDrainWaiting: what waits for the only server with its model when that is drained is still
+// answered, at whichever proxy it is drained: all go on to think that one and the same owns it.
+func TestDrainWaiting(t *testing.T) {
+	x, y := newBox(t, "x", "m@1"), newBox(t, "y", "n@2")
+	a := edgeOf(t, 3, nil, x, y)
+	owner, entry := a.of("x")
+	for i, p := range []*ally{owner, entry} {
+		changes := owner.h.Fleet.Counts().Owners
+		release := x.holding()
+		answer := owner.sends(t.Context(), "/api/chat", chat("m", "held"))
+		x.holds(answer)
+		waiting := entry.sends(t.Context(), "/api/chat", chat("m", strings.Repeat("waits ", i+1)))
+		poll(t, func() bool { return owner.h.Waiting() == 1 })
+		p.orders("x", verbDrain)
+		release()
+		for _, answer := range []<-chan string{answer, waiting} {
+			if got := <-answer; !strings.HasPrefix(got, "200 ") {
+				t.Errorf("what came before it was drained: %s", got)
+			}
+		}
+		p.orders("x", verbResume)
+		a.agree()
+		if n := owner.h.Fleet.Counts().Owners - changes; n > 0 {
+			t.Errorf("the owner has begun and ceased to own servers %d times", n)
+		}
+	}
+}
+
 // TestDrainStays: a server that is removed from a proxy, and stays there after all, is drained or
 // resumed as it was ordered meanwhile.
 func TestDrainStays(t *testing.T) {

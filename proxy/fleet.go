@@ -136,9 +136,25 @@ func (h *Handler) owned(server string, on bool) {
 
 // ordered is called when a server is drained or resumed at one of the proxies.
 func (h *Handler) ordered(server string, drain bool) {
-	if b := h.named(server); b != nil {
-		h.drain(b, drain)
+	b := h.named(server)
+	if b == nil {
+		return
 	}
+	if h.drain(b, drain); drain && h.Lanes != nil && !b.foreign.Load() {
+		h.Lanes.Yield(b.index, h.servedBesides(b))
+	}
+}
+
+// servedBesides returns the weights of a server's models that another proxy's server has, too, under
+// each of their names, and takes requests.
+func (h *Handler) servedBesides(b *backend) map[string]bool {
+	models := map[string]bool{}
+	for key := range b.State().Digests {
+		weights := b.runners.Weights(key)
+		others, seen := models[weights]
+		models[weights] = (others || !seen) && h.Fleet.Serves(key)
+	}
+	return models
 }
 
 // Learned returns what was learned of the servers that this proxy schedules, as JSON, by their names.

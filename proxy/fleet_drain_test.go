@@ -209,6 +209,46 @@ func TestDrainWaiting(t *testing.T) {
 	}
 }
 
+// TestDrainYields: what waits for a server that is drained goes to another proxy's, although that one is
+// not idle.
+func TestDrainYields(t *testing.T) {
+	x, y := newBox(t, "x", "m@1"), newBox(t, "y", "m@1")
+	a := sidecars(t, nil, x, y)
+	owner, entry := a.of("x")
+	releaseX, releaseY := x.holding(), y.holding()
+	answerX := owner.sends(t.Context(), "/api/chat", chat("m", "x"), headerUpstream+": x")
+	x.holds(answerX)
+	answerY := owner.sends(t.Context(), "/api/chat", chat("m", "y"), headerUpstream+": y")
+	y.holds(answerY)
+	answers := []<-chan string{answerX, answerY}
+	waiting := func(p *ally) (n int) {
+		for _, l := range p.h.Lanes.Loads() {
+			n += l.Waiting
+		}
+		return n
+	}
+	for i := 0; waiting(owner) < 2 && i < 50; i++ { // which server each goes to follows from its prompt
+		before := waiting(owner) + waiting(entry)
+		for _, p := range []*ally{owner, entry} {
+			answers = append(answers, p.sends(t.Context(), "/api/chat", chat("m", passage(2*i, 300))))
+		}
+		poll(t, func() bool { return waiting(owner)+waiting(entry) == before+2 })
+	}
+	x.took()
+	entry.orders("x", verbDrain)
+	poll(t, func() bool { return waiting(owner) == 0 && waiting(entry) == len(answers)-2 })
+	releaseX()
+	releaseY()
+	for _, answer := range answers {
+		if got := <-answer; !strings.HasPrefix(got, "200 ") {
+			t.Error(got)
+		}
+	}
+	if n := x.chats(); n > 0 {
+		t.Errorf("the drained server got %d requests", n)
+	}
+}
+
 // TestDrainStays: a server that is removed from a proxy, and stays there after all, is drained or
 // resumed as it was ordered meanwhile.
 func TestDrainStays(t *testing.T) {

@@ -80,7 +80,7 @@ func (f *Fleet) adopt(orders []Order) {
 	}
 }
 
-// note takes over the orders that are newer than those known, and returns the names of their servers.
+// note takes over the orders that are newer than those known, and returns their servers' names.
 // seen means that one of these is in the view, which has to follow. f.mu must be held.
 func (f *Fleet) note(orders []Order) (names []string, seen bool) {
 	for _, o := range orders {

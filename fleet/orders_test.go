@@ -101,11 +101,12 @@ func TestOrderTie(t *testing.T) {
 	}
 }
 
-// TestOrderEarly: an order counts at all proxies although the one that is asked has just begun, or has
-// just been given the server.
+// TestOrderEarly: an order counts at all proxies although the one that is asked has just begun, or
+// has just been given the server.
 func TestOrderEarly(t *testing.T) {
 	f := New(Config{Name: "a", Local: func() []Server { return []Server{{Name: "s"}} }})
-	if missing, ok := f.Order(t.Context(), "s", true); !ok || len(missing) > 0 || !f.orders["s"].Drain {
+	missing, ok := f.Order(t.Context(), "s", true)
+	if !ok || len(missing) > 0 || !f.orders["s"].Drain {
 		t.Errorf("%v, %v, and these orders are known: %v", missing, ok, f.orders)
 	}
 }
@@ -135,8 +136,8 @@ func TestOrderConfirmed(t *testing.T) {
 	}
 }
 
-// TestOrderedInFlight: what a peer says that it has in progress counts at once, although other figures
-// may wait.
+// TestOrderedInFlight: what a peer says that it has in progress counts at once, although other
+// figures may wait.
 func TestOrderedInFlight(t *testing.T) {
 	f := New(Config{Name: "a"})
 	p := newPeer(f, "b")

@@ -145,8 +145,8 @@ func (h *Handler) ordered(server string, drain bool) {
 	}
 }
 
-// servedBesides returns the weights of a server's models that another proxy's server has, too, under
-// each of their names, and takes requests.
+// servedBesides returns the weights of a server's models that another proxy's server has, too,
+// under each of their names, and takes requests.
 func (h *Handler) servedBesides(b *backend) map[string]bool {
 	models := map[string]bool{}
 	for key := range b.State().Digests {

@@ -129,8 +129,8 @@ func TestSidecarDrain(t *testing.T) {
 	}
 }
 
-// TestDrainMeanwhile: a request that comes to the proxy beside a server while that is drained goes to
-// another proxy's server, whatever the entry has heard by then.
+// TestDrainMeanwhile: a request that comes to the proxy beside a server while that is drained goes
+// to another proxy's server, whatever the entry has heard by then.
 func TestDrainMeanwhile(t *testing.T) {
 	x, y := newBox(t, "x", "m@1"), newBox(t, "y", "m@1")
 	a := sidecars(t, nil, x, y)
@@ -209,8 +209,8 @@ func TestDrainWaiting(t *testing.T) {
 	}
 }
 
-// TestDrainYields: what waits for a server that is drained goes to another proxy's, although that one is
-// not idle.
+// TestDrainYields: what waits for a server that is drained goes to another proxy's, although that
+// one is not idle.
 func TestDrainYields(t *testing.T) {
 	x, y := newBox(t, "x", "m@1"), newBox(t, "y", "m@1")
 	a := sidecars(t, nil, x, y)
@@ -227,7 +227,8 @@ func TestDrainYields(t *testing.T) {
 		}
 		return n
 	}
-	for i := 0; waiting(owner) < 2 && i < 50; i++ { // which server each goes to follows from its prompt
+	// Which server each goes to follows from its prompt.
+	for i := 0; waiting(owner) < 2 && i < 50; i++ {
 		before := waiting(owner) + waiting(entry)
 		for _, p := range []*ally{owner, entry} {
 			answers = append(answers, p.sends(t.Context(), "/api/chat", chat("m", passage(2*i, 300))))

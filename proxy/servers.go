@@ -129,7 +129,7 @@ func (h *Handler) AddUpstream(s *upstream.Server, lanes, expected int) {
 	h.tend(b)
 }
 
-// remind drains or resumes a server as the fleet was told, perhaps while this proxy did not have it.
+// remind drains or resumes a server as the fleet was told, perhaps while this proxy had it not.
 func (h *Handler) remind(b *backend) {
 	if h.Fleet != nil {
 		h.Fleet.Remind(b.Name)

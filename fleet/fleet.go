@@ -164,7 +164,8 @@ func New(c Config) *Fleet {
 		Config: c, ID: rand.Text()[:12], outbox: newOutbox(), seen: newSightings(),
 		sent: newSentSince(), idle: make(chan struct{}, 1), peers: map[string]*peer{},
 		absent: map[string]*peer{}, owned: map[string]bool{}, learned: map[string][]byte{},
-		given: map[string]time.Time{}, orders: map[string]Order{}, readers: map[string]int{}, history: newHistory(),
+		given: map[string]time.Time{}, orders: map[string]Order{}, readers: map[string]int{},
+		history: newHistory(),
 	}
 	f.hungUp, f.hangUp = context.WithCancel(context.Background())
 	f.view.Store(&view{})
@@ -202,6 +203,7 @@ func (f *Fleet) Run(ctx context.Context) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer f.Transport.CloseIdleConnections()
+	f.refresh() // what peers say at once is about servers that are known here
 	found := make([][]string, len(f.Sources))
 	for i, s := range f.Sources {
 		wg.Go(func() {
@@ -268,6 +270,9 @@ func (f *Fleet) publish(ctx context.Context) {
 // refresh reads the state of this proxy's servers, concludes what follows from what has changed,
 // and sends it to the peers.
 func (f *Fleet) refresh() {
+	f.mu.Lock()
+	orders := f.ordered() // a report has only those that what it says of the servers follows
+	f.mu.Unlock()
 	local := f.Local()
 	for i := range local {
 		local[i].Beside = slices.Contains(f.Own, local[i].Name)
@@ -283,14 +288,14 @@ func (f *Fleet) refresh() {
 		f.look()
 		f.tired = false
 	}
-	f.outbox.put(f.report())
+	f.outbox.put(f.report(orders))
 }
 
 // report returns what peers are told. f.mu must be held.
-func (f *Fleet) report() Report {
+func (f *Fleet) report(orders []Order) Report {
 	r := Report{
 		ID: f.ID, Name: f.Name, Draining: f.draining.Load(), Servers: slices.Clone(f.local),
-		Orders: f.ordered(),
+		Orders: orders,
 	}
 	for i := range r.Servers {
 		s := &r.Servers[i]
@@ -351,6 +356,11 @@ func (f *Fleet) look() {
 		})
 	}
 	v := conclude(members)
+	for name, o := range f.orders { // before its owner says so
+		if p := v.places[name]; p != nil && o.Drain {
+			p.Takes, p.Drained = false, true
+		}
+	}
 	maps.DeleteFunc(f.learned, func(server string, _ []byte) bool { return v.places[server] == nil })
 	maps.DeleteFunc(f.orders, func(server string, _ Order) bool { return v.places[server] == nil })
 	maps.DeleteFunc(f.given, func(server string, _ time.Time) bool { return v.places[server] == nil })

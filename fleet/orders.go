@@ -29,8 +29,11 @@ const orderFor = silentFor + time.Second
 // otherwise after 4 s the names of those that may not: such as have an older version, or hang. ok is
 // false if none of the proxies has such a server.
 func (f *Fleet) Order(ctx context.Context, server string, drain bool) (missing []string, ok bool) {
+	if !f.HasServer(server) {
+		f.refresh() // it may be new here
+	}
 	f.mu.Lock()
-	if f.view.Load().places[server] == nil {
+	if !f.HasServer(server) {
 		f.mu.Unlock()
 		return nil, false
 	}
@@ -67,26 +70,43 @@ func (f *Fleet) deaf(o Order) (names []string) {
 	return slices.Compact(names)
 }
 
-// adopt takes over the orders that are newer than those known. f.mu must be held.
+// adopt takes over the orders that are newer than those known, and obeys them. f.mu must be held.
 func (f *Fleet) adopt(orders []Order) {
-	for _, o := range orders {
-		if !o.newer(f.orders[o.Server]) {
-			continue
+	if names, seen := f.note(orders); len(names) > 0 {
+		if seen {
+			f.look()
 		}
-		f.orders[o.Server] = o
+		f.obey(names)
+	}
+}
+
+// note takes over the orders that are newer than those known, and returns their servers' names.
+// seen means that one of these is in the view, which has to follow. f.mu must be held.
+func (f *Fleet) note(orders []Order) (names []string, seen bool) {
+	for _, o := range orders {
+		if o.newer(f.orders[o.Server]) {
+			f.orders[o.Server] = o
+			names, seen = append(names, o.Server), seen || f.HasServer(o.Server)
+		}
+	}
+	return names, seen
+}
+
+// obey calls Config.Ordered, after the view says what was ordered: what no longer finds the server
+// here looks there for another one. f.mu must be held.
+func (f *Fleet) obey(names []string) {
+	for _, name := range names {
 		if f.Ordered != nil {
-			f.Ordered(o.Server, o.Drain)
+			f.Ordered(name, f.orders[name].Drain)
 		}
 	}
 }
 
-// Remind calls Config.Ordered again if there is an order about a server, which is a new one here.
+// Remind calls Config.Ordered again for a server that is a new one here, or that comes again.
 func (f *Fleet) Remind(server string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if o, ok := f.orders[server]; ok && f.Ordered != nil {
-		f.Ordered(server, o.Drain)
-	}
+	f.obey([]string{server})
 }
 
 // HasServer reports whether one of the proxies has a server with this name, or had it until a short
@@ -111,11 +131,18 @@ func (f *Fleet) AllDrained(model string) (server string) {
 }
 
 // InFlight returns how many requests the peers have in progress at a server that is drained, as they
-// said last.
+// said last: the view may be older than that.
 func (f *Fleet) InFlight(server string) (n int64) {
-	for _, m := range f.view.Load().members {
-		for _, s := range m.servers {
-			if m.peer != nil && !m.away && s.Name == server {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	ids := map[string]bool{f.ID: true}
+	for _, p := range f.peers {
+		if p.report == nil || ids[p.report.ID] { // a peer may have several addresses
+			continue
+		}
+		ids[p.report.ID] = true
+		for _, s := range p.report.Servers {
+			if s.Name == server {
 				n += s.InFlight
 			}
 		}

@@ -100,3 +100,69 @@ func TestOrderTie(t *testing.T) {
 		t.Error("which of two orders counts depends on which is known first")
 	}
 }
+
+// TestOrderEarly: an order counts at all proxies although the one that is asked has just begun, or
+// has just been given the server.
+func TestOrderEarly(t *testing.T) {
+	f := New(Config{Name: "a", Local: func() []Server { return []Server{{Name: "s"}} }})
+	missing, ok := f.Order(t.Context(), "s", true)
+	if !ok || len(missing) > 0 || !f.orders["s"].Drain {
+		t.Errorf("%v, %v, and these orders are known: %v", missing, ok, f.orders)
+	}
+}
+
+// TestOrderConfirmed: a report that has an order says of the server what it is after that.
+func TestOrderConfirmed(t *testing.T) {
+	drained := false
+	var f *Fleet
+	f = New(Config{
+		Name: "a", Ordered: func(_ string, drain bool) { drained = drain },
+		Local: func() []Server {
+			s := Server{Name: "s", Drained: drained, Takes: !drained}
+			f.mu.Lock() // meanwhile a peer says it
+			defer f.mu.Unlock()
+			f.adopt([]Order{{"s", true, 1}})
+			return []Server{s}
+		},
+	})
+	for range 3 {
+		f.refresh()
+		if r := f.outbox.last; len(r.Orders) > 0 && !r.Servers[0].Drained {
+			t.Errorf("the order is confirmed, and the server is not drained: %+v", r)
+		}
+	}
+	if len(f.outbox.last.Orders) == 0 {
+		t.Error("it is never confirmed")
+	}
+}
+
+// TestOrderedInFlight: what a peer says that it has in progress counts at once, although other
+// figures may wait.
+func TestOrderedInFlight(t *testing.T) {
+	f := New(Config{Name: "a"})
+	p := newPeer(f, "b")
+	f.peers["b"] = p
+	for n := range int64(3) {
+		p.heard(&Report{ID: "b", Name: "b", Servers: []Server{{Name: "s", Drained: true, InFlight: n}}})
+		if got := f.InFlight("s"); got != n {
+			t.Errorf("%d requests are in progress, want %d", got, n)
+		}
+	}
+}
+
+// TestOrderedPlace: a proxy that knows that a server is drained sends nothing there, although the
+// server's owner has not said so yet.
+func TestOrderedPlace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newPair(t)
+		a, b := l.proxies["a"], l.proxies["b"]
+		for _, drain := range []bool{true, false} {
+			if _, ok := b.Order(t.Context(), "s", drain); !ok {
+				t.Fatal("there is no such server")
+			}
+			if p, ok := a.Choose(Ask{Model: "m"}); ok == drain {
+				t.Errorf("drained: %v; a request goes to %+v", drain, p)
+			}
+		}
+	})
+}

@@ -78,13 +78,15 @@ func (c candidate) before(d candidate) bool {
 		return d.m.draining
 	case c.s.Beside != d.s.Beside:
 		return c.s.Beside
-	case c.s.Takes != d.s.Takes:
-		return c.s.Takes
+	case c.s.reached() != d.s.reached():
+		return c.s.reached()
 	case c.score != d.score:
 		return c.score > d.score
 	}
 	return c.m.id < d.m.id
 }
+
+func (s *Server) reached() bool { return s.Takes || s.Reached }
 
 // score is the rendezvous hash of a proxy for a server. Proxies of one name (which should not be)
 // are told apart by what differs for each process.

@@ -156,7 +156,11 @@ func (p *peer) heard(r *Report) {
 		f.seen.put(s, false)
 	}
 	r.Seen = nil
-	f.adopt(r.Orders)
+	ordered, seen := f.note(r.Orders)
+	defer f.obey(ordered) // before f.mu is unlocked
+	if seen {
+		changed = standing
+	}
 	if before == nil || !slices.Equal(r.Orders, before.Orders) {
 		f.wake() // somebody may wait for its peers to know an order
 	}

@@ -34,6 +34,9 @@ type Server struct {
 	Takes  bool   `json:"takes"`            // it answers, and gets new requests
 	// Drained means that it gets none since somebody has said so.
 	Drained bool `json:"drained,omitempty"`
+	// Reached means that it answers, if it is drained: all proxies drain it, one after the other, and
+	// its owner stays the same.
+	Reached bool `json:"reached,omitempty"`
 	// InFlight are the requests that this proxy has in progress there, if it is drained.
 	InFlight int64 `json:"in_flight,omitempty"`
 	// Models are the keys of its models (upstream.ModelKey). In a line of the stream null means the
@@ -249,8 +252,8 @@ func differ(before, now []Server) difference {
 }
 
 func stands(s, t Server) bool {
-	return s.Name == t.Name && s.Beside == t.Beside && s.Takes == t.Takes && s.Slots == t.Slots &&
-		slices.Equal(s.Models, t.Models) && slices.Equal(s.Loaded, t.Loaded)
+	return s.Name == t.Name && s.Beside == t.Beside && s.Takes == t.Takes && s.Reached == t.Reached &&
+		s.Slots == t.Slots && slices.Equal(s.Models, t.Models) && slices.Equal(s.Loaded, t.Loaded)
 }
 
 // stays compares what stands does not.

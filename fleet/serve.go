@@ -662,6 +662,16 @@ func (f *Fleet) Has(model string) bool {
 	return false
 }
 
+// Serves reports whether another proxy's server has a model and takes requests.
+func (f *Fleet) Serves(model string) bool {
+	for _, p := range f.view.Load().places {
+		if _, has := slices.BinarySearch(p.Models, model); has && p.Takes && p.owner.peer != nil {
+			return true
+		}
+	}
+	return false
+}
+
 // Owns reports whether this proxy owns a server.
 func (f *Fleet) Owns(server string) bool {
 	p := f.view.Load().places[server]

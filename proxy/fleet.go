@@ -43,7 +43,7 @@ func (h *Handler) reported() []fleet.Server {
 			Drained: b.draining.Load() || b.leaving.Load() || h.finishing.Load(),
 		}
 		if s.Drained {
-			s.InFlight = b.inFlight.Load()
+			s.InFlight, s.Reached = b.inFlight.Load(), b.answers() && !h.finishing.Load()
 		}
 		if h.Lanes != nil {
 			l := loads[b.index]
@@ -136,9 +136,25 @@ func (h *Handler) owned(server string, on bool) {
 
 // ordered is called when a server is drained or resumed at one of the proxies.
 func (h *Handler) ordered(server string, drain bool) {
-	if b := h.named(server); b != nil {
-		h.drain(b, drain)
+	b := h.named(server)
+	if b == nil {
+		return
 	}
+	if h.drain(b, drain); drain && h.Lanes != nil && !b.foreign.Load() {
+		h.Lanes.Yield(b.index, h.servedBesides(b))
+	}
+}
+
+// servedBesides returns the weights of a server's models that another proxy's server has, too,
+// under each of their names, and takes requests.
+func (h *Handler) servedBesides(b *backend) map[string]bool {
+	models := map[string]bool{}
+	for key := range b.State().Digests {
+		weights := b.runners.Weights(key)
+		others, seen := models[weights]
+		models[weights] = (others || !seen) && h.Fleet.Serves(key)
+	}
+	return models
 }
 
 // Learned returns what was learned of the servers that this proxy schedules, as JSON, by their names.
@@ -287,7 +303,12 @@ func (h *Handler) returns(r *http.Request, ex *exchange, hop *relay) *refusal {
 			return nil
 		}
 		if server := h.Fleet.AllDrained(ex.key); hop.ask.Server == "" && server != "" {
-			return draining(server)
+			if !ex.unloads() {
+				return draining(server)
+			}
+			if hop.choose(h.Fleet, server); hop.known {
+				return nil
+			}
 		}
 		if waiting > int64(h.Queue) {
 			return ex.busy()

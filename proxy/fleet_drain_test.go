@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"encoding/json"
+	"slices"
 	"strings"
 	"testing"
 
@@ -125,5 +126,153 @@ func TestSidecarDrain(t *testing.T) {
 				t.Errorf("after %s: %s %s", verb, res.Status, text)
 			}
 		}
+	}
+}
+
+// TestDrainMeanwhile: a request that comes to the proxy beside a server while that is drained goes
+// to another proxy's server, whatever the entry has heard by then.
+func TestDrainMeanwhile(t *testing.T) {
+	x, y := newBox(t, "x", "m@1"), newBox(t, "y", "m@1")
+	a := sidecars(t, nil, x, y)
+	owner, entry := a.of("x")
+	b := owner.h.named("x")
+	asks := func(p *ally, i int) {
+		t.Helper()
+		res, text := p.post("/api/chat", chat("m", strings.Repeat("another ", i+1)))
+		if from := res.Header.Get(headerUpstream); res.StatusCode != 200 || from != "y" {
+			t.Errorf("%s from %q: %s", res.Status, from, text)
+		}
+	}
+	for i := range 5 {
+		owner.h.drain(b, true) // the entry knows of it with the next report
+		asks(entry, i)
+		owner.h.drain(b, false)
+		a.agree()
+		ordered := make(chan struct{})
+		go func() { // ends when both have heard of it
+			defer close(ordered)
+			entry.h.Fleet.Order(t.Context(), "x", true)
+		}()
+		poll(t, b.draining.Load)
+		asks(owner, i)
+		<-ordered
+		owner.orders("x", verbResume)
+		a.agree()
+	}
+	if n := x.chats(); n > 0 {
+		t.Errorf("the drained server got %d requests", n)
+	}
+}
+
+// TestDrainUnload: a model of a server that is drained can be unloaded, through every proxy.
+func TestDrainUnload(t *testing.T) {
+	x, y := newBox(t, "x", "m@1"), newBox(t, "y", "n@2")
+	a := sidecars(t, nil, x, y)
+	owner, entry := a.of("x")
+	owner.orders("x", verbDrain)
+	for _, p := range []*ally{owner, entry} {
+		x.took()
+		res, text := p.post("/api/generate", `{"model":"m","keep_alive":0}`)
+		if got := x.took(); res.StatusCode != 200 || !slices.ContainsFunc(got, func(s string) bool {
+			return strings.HasPrefix(s, "POST /api/generate")
+		}) {
+			t.Errorf("%s %s; the server got %q", res.Status, text, got)
+		}
+	}
+}
+
+// TestDrainWaiting: what waits for the only server with its model when that is drained is still
+// answered, at whichever proxy it is drained: all go on to think that one and the same owns it.
+func TestDrainWaiting(t *testing.T) {
+	x, y := newBox(t, "x", "m@1"), newBox(t, "y", "n@2")
+	a := edgeOf(t, 3, nil, x, y)
+	owner, entry := a.of("x")
+	for i, p := range []*ally{owner, entry} {
+		changes := owner.h.Fleet.Counts().Owners
+		release := x.holding()
+		answer := owner.sends(t.Context(), "/api/chat", chat("m", "held"))
+		x.holds(answer)
+		waiting := entry.sends(t.Context(), "/api/chat", chat("m", strings.Repeat("waits ", i+1)))
+		poll(t, func() bool { return owner.h.Waiting() == 1 })
+		p.orders("x", verbDrain)
+		release()
+		for _, answer := range []<-chan string{answer, waiting} {
+			if got := <-answer; !strings.HasPrefix(got, "200 ") {
+				t.Errorf("what came before it was drained: %s", got)
+			}
+		}
+		p.orders("x", verbResume)
+		a.agree()
+		if n := owner.h.Fleet.Counts().Owners - changes; n > 0 {
+			t.Errorf("the owner has begun and ceased to own servers %d times", n)
+		}
+	}
+}
+
+// TestDrainYields: what waits for a server that is drained goes to another proxy's, although that
+// one is not idle.
+func TestDrainYields(t *testing.T) {
+	x, y := newBox(t, "x", "m@1"), newBox(t, "y", "m@1")
+	a := sidecars(t, nil, x, y)
+	owner, entry := a.of("x")
+	releaseX, releaseY := x.holding(), y.holding()
+	answerX := owner.sends(t.Context(), "/api/chat", chat("m", "x"), headerUpstream+": x")
+	x.holds(answerX)
+	answerY := owner.sends(t.Context(), "/api/chat", chat("m", "y"), headerUpstream+": y")
+	y.holds(answerY)
+	answers := []<-chan string{answerX, answerY}
+	waiting := func(p *ally) (n int) {
+		for _, l := range p.h.Lanes.Loads() {
+			n += l.Waiting
+		}
+		return n
+	}
+	// Which server each goes to follows from its prompt.
+	for i := 0; waiting(owner) < 2 && i < 50; i++ {
+		before := waiting(owner) + waiting(entry)
+		for _, p := range []*ally{owner, entry} {
+			answers = append(answers, p.sends(t.Context(), "/api/chat", chat("m", passage(2*i, 300))))
+		}
+		poll(t, func() bool { return waiting(owner)+waiting(entry) == before+2 })
+	}
+	x.took()
+	entry.orders("x", verbDrain)
+	poll(t, func() bool { return waiting(owner) == 0 && waiting(entry) == len(answers)-2 })
+	releaseX()
+	releaseY()
+	for _, answer := range answers {
+		if got := <-answer; !strings.HasPrefix(got, "200 ") {
+			t.Error(got)
+		}
+	}
+	if n := x.chats(); n > 0 {
+		t.Errorf("the drained server got %d requests", n)
+	}
+}
+
+// TestDrainStays: a server that is removed from a proxy, and stays there after all, is drained or
+// resumed as it was ordered meanwhile.
+func TestDrainStays(t *testing.T) {
+	x, y := newBox(t, "x", "m@1"), newBox(t, "y", "m@1")
+	a := edgeOf(t, 2, nil, x, y)
+	owner, other := a.of("x")
+	release := x.holding()
+	answer := owner.sends(t.Context(), "/api/chat", chat("m", "held"), headerUpstream+": x")
+	x.holds(answer)
+	for _, verb := range []string{verbDrain, verbResume} {
+		owner.h.RemoveUpstream("x")
+		if owner.h.named("x") != nil {
+			t.Fatal("it is not removed")
+		}
+		other.orders("x", verb)
+		s := upstream.NewServer("x", x.URL, owner.h.Transport, owner.h.Log)
+		owner.h.AddUpstream(s, 1, 0)
+		if b := owner.h.named("x"); b == nil || b.draining.Load() != (verb == verbDrain) {
+			t.Errorf("%s does not count for a server that stays", verb)
+		}
+	}
+	release()
+	if got := <-answer; !strings.HasPrefix(got, "200 ") {
+		t.Errorf("what was in progress: %s", got)
 	}
 }

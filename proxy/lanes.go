@@ -73,6 +73,10 @@ func (h *Handler) wait(r *http.Request, ex *exchange) *refusal {
 		return loops(list[0])
 	}
 	if drains(list) && ex.only == nil && !ex.unloads() {
+		if h.mayLeave(ex) && ex.infers() && (ex.passed != nil || ex.moves == 0) {
+			// It was sent here before it was known that they drain: another proxy may have a server.
+			ex.leaves = &schedule.Elsewhere{Moves: ex.moves + 1}
+		}
 		return draining(list[0].Name)
 	}
 	return h.acquire(r, ex, list)

@@ -122,13 +122,7 @@ func (h *Handler) changeUpstream(w http.ResponseWriter, r *http.Request, ex *exc
 			"this is not for web pages of another origin; send it without Origin",
 		})
 	case b == nil && !(order && h.Fleet != nil && h.Fleet.HasServer(name)):
-		h.refuse(
-			w,
-			r,
-			ex,
-			&refusal{http.StatusNotFound, fmt.Sprintf("there is no upstream %q; GET %s lists them",
-				name, strings.TrimSuffix(pathUpstreams, "/"))},
-		)
+		h.refuse(w, r, ex, noUpstream(name))
 	case !slices.Contains(verbs, verb) || r.Method != http.MethodPost:
 		h.refuse(w, r, ex, &refusal{
 			http.StatusMethodNotAllowed,
@@ -140,31 +134,42 @@ func (h *Handler) changeUpstream(w http.ResponseWriter, r *http.Request, ex *exc
 	case verb == verbHold || verb == verbUnload:
 		h.changeModel(w, r, ex, b, verb)
 	default:
-		h.order(w, r, ex, name, verb == verbDrain)
+		h.order(w, r, ex, b, name, verb == verbDrain)
 	}
 }
 
-// order drains or resumes an upstream, at all proxies of a fleet. Not all of them need have it.
-func (h *Handler) order(w http.ResponseWriter, r *http.Request, ex *exchange, name string, drain bool) {
+// order drains or resumes an upstream, at all proxies of a fleet. b is nil if only others have it.
+func (h *Handler) order(
+	w http.ResponseWriter, r *http.Request, ex *exchange, b *backend, name string, drain bool,
+) {
 	var unheard []string
 	known := false
 	if h.Fleet != nil {
 		unheard, known = h.Fleet.Order(r.Context(), name, drain)
 	}
-	b := h.named(name)
-	if b == nil {
-		ex.page(w, pathUpstreams, http.StatusOK, upstreamEntry{
-			Name: name, Draining: drain, InFlight: h.Fleet.InFlight(name), Unheard: unheard,
-			Models: []string{}, Loaded: []string{},
-		})
-		return
-	}
-	if !known {
+	var e upstreamEntry
+	switch {
+	case b != nil && !known:
 		h.drain(b, drain)
+		e = h.upstream(b)
+	case b != nil:
+		e = h.upstream(b)
+	case !known: // it has gone meanwhile
+		h.refuse(w, r, ex, noUpstream(name))
+		return
+	default:
+		e = upstreamEntry{
+			Name: name, Draining: drain, InFlight: h.Fleet.InFlight(name),
+			Models: []string{}, Loaded: []string{},
+		}
 	}
-	e := h.upstream(b)
 	e.Unheard = unheard
 	ex.page(w, pathUpstreams, http.StatusOK, e)
+}
+
+func noUpstream(name string) *refusal {
+	return &refusal{http.StatusNotFound, fmt.Sprintf("there is no upstream %q; GET %s lists them",
+		name, strings.TrimSuffix(pathUpstreams, "/"))}
 }
 
 // shown parses how many entries a page should have, and refuses anything but a valid number.

@@ -97,6 +97,7 @@ func (h *Handler) AddUpstream(s *upstream.Server, lanes, expected int) {
 				"upstream", s.Name, "url", s.URL.String(), "other", b.URL.String())
 		} else if b.stage == isLeaving {
 			h.stages(b, isLive)
+			h.remind(b)
 			h.Log.Info("upstream stays after all", "upstream", b.Name, "url", b.URL.String())
 		}
 		return
@@ -124,10 +125,15 @@ func (h *Handler) AddUpstream(s *upstream.Server, lanes, expected int) {
 	b := h.admitBackend(index, s, foreign)
 	b.added = true
 	h.Log.Info("upstream added", "upstream", b.Name, "url", b.URL.String())
-	if h.Fleet != nil {
-		h.Fleet.Remind(b.Name) // it may have been drained at another proxy
-	}
+	h.remind(b)
 	h.tend(b)
+}
+
+// remind drains or resumes a server as the fleet was told, perhaps while this proxy had it not.
+func (h *Handler) remind(b *backend) {
+	if h.Fleet != nil {
+		h.Fleet.Remind(b.Name)
+	}
 }
 
 // RemoveUpstream removes a server while requests are served. It gets nothing new from now on. What

@@ -47,18 +47,32 @@ func (q *Queue) SetOwned(upstream uint16, on bool, now time.Time) {
 		q.pump(s, now)
 		return
 	}
+	q.disown(s, func(string) bool { return true }, now)
+	q.pump(s, now)
+}
+
+// Yield ends the Movable requests that wait for a server and for a model, by its weights, with
+// Elsewhere: other proxies have servers for these models, and this one drains. SetAvailable has to
+// come before, so that what another server of this proxy can serve stays here.
+func (q *Queue) Yield(upstream uint16, models map[string]bool, now time.Time) {
+	s := q.server(upstream)
+	q.disown(s, func(weights string) bool { return models[weights] }, now)
+	q.pump(s, now)
+}
+
+// disown ends the Movable requests that wait for a server and for some models with Elsewhere.
+func (q *Queue) disown(s *server, model func(weights string) bool, now time.Time) {
 	for _, x := range slices.Clone(s.runners) {
 		if x.movable == 0 {
 			continue
 		}
 		for _, it := range x.waiters() {
-			if it.movable {
+			if it.movable && model(it.key.Options.Model) {
 				q.refuse(it, Elsewhere{Moves: it.moves}, now)
 				q.count.Disowned++
 			}
 		}
 	}
-	q.pump(s, now)
 }
 
 // forget forgets what idle lanes hold, since another proxy has used their slots. What that one has
@@ -290,6 +304,11 @@ func (q *Queue) Loads() []Load {
 // SetOwned sets whether this proxy schedules the server: see Queue.SetOwned.
 func (s *Scheduler) SetOwned(upstream uint16, on bool) {
 	s.both(func(q *Queue, now time.Time) { q.SetOwned(upstream, on, now) })
+}
+
+// Yield sends waiting requests to other proxies' servers: see Queue.Yield.
+func (s *Scheduler) Yield(upstream uint16, models map[string]bool) {
+	s.both(func(q *Queue, now time.Time) { q.Yield(upstream, models, now) })
 }
 
 // Give gives waiting requests to another proxy's server, and returns how many: see Queue.Give.

@@ -317,8 +317,8 @@ function Act({id, name, path, hurts, label}) {
     }
     if (hurts && Date.now() - state.sureAt < 400) return; // a double click is one press
     set({sure: "", sureAt: 0, said: name + " …"});
-    const refused = await change(path);
-    set({said: refused ? `${name}: ${refused}` : `${name}: done.`});
+    const said = await change(path);
+    set({said: `${name}: ${said}`});
   };
   return html`<button class=${asked ? "sure" : ""} aria-label=${asked ? label + " now?" : label} onClick=${press}>${asked ? name + " now?" : name}</button> `;
 }

@@ -75,11 +75,15 @@ export async function follow(told) {
   return again;
 }
 
-// change asks the proxy to change something, and returns the reason if it refuses.
+// change asks the proxy to change something, and returns what is to be said of it: the reason if it
+// refuses, or which proxies of a fleet may not have heard of it.
 export async function change(path) {
   try {
     const res = await fetch(path, {method: "POST", headers: headers()});
-    if (res.ok) return "";
+    if (res.ok) {
+      const {unheard} = await res.json();
+      return unheard ? `done, but not yet at ${unheard.join(", ")}.` : "done.";
+    }
     return await res.json().then(body => String(body.error), () => "status " + res.status);
   } catch {
     return "The proxy does not answer.";

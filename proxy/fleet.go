@@ -296,19 +296,8 @@ func (h *Handler) returns(r *http.Request, ex *exchange, hop *relay) *refusal {
 	defer h.awaiting.Add(-1)
 	for waiting := h.awaiting.Add(1); ; {
 		news := h.Fleet.News()
-		if hop.choose(h.Fleet, ""); hop.known {
-			return nil
-		}
-		if hop.ask.Server == "" && (h.exists(ex.key) || !h.Fleet.Has(ex.key)) {
-			return nil
-		}
-		if server := h.Fleet.AllDrained(ex.key); hop.ask.Server == "" && server != "" {
-			if !ex.unloads() {
-				return draining(server)
-			}
-			if hop.choose(h.Fleet, server); hop.known {
-				return nil
-			}
+		if found, ref := h.seek(ex, hop); found || ref != nil {
+			return ref
 		}
 		if waiting > int64(h.Queue) {
 			return ex.busy()
@@ -329,6 +318,29 @@ func (h *Handler) returns(r *http.Request, ex *exchange, hop *relay) *refusal {
 			return ref()
 		}
 	}
+}
+
+// seek looks once for what returns waits for. It refuses a request that nobody serves before somebody
+// says so.
+func (h *Handler) seek(ex *exchange, hop *relay) (found bool, ref *refusal) {
+	if hop.choose(h.Fleet, ""); hop.known {
+		return true, nil
+	}
+	if hop.ask.Server != "" {
+		return false, nil
+	}
+	if h.exists(ex.key) || !h.Fleet.Has(ex.key) {
+		return true, nil
+	}
+	server := h.Fleet.AllDrained(ex.key)
+	switch {
+	case server == "":
+		return false, nil
+	case !ex.unloads():
+		return false, draining(server)
+	}
+	hop.choose(h.Fleet, server)
+	return hop.known, nil
 }
 
 func (ex *exchange) allAway() *refusal {

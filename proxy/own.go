@@ -147,21 +147,21 @@ func (h *Handler) order(
 	if h.Fleet != nil {
 		unheard, known = h.Fleet.Order(r.Context(), name, drain)
 	}
-	var e upstreamEntry
-	switch {
-	case b != nil && !known:
-		h.drain(b, drain)
-		e = h.upstream(b)
-	case b != nil:
-		e = h.upstream(b)
-	case !known: // it has gone meanwhile
+	if b == nil && !known { // it has gone meanwhile
 		h.refuse(w, r, ex, noUpstream(name))
 		return
-	default:
+	}
+	var e upstreamEntry
+	if b == nil {
 		e = upstreamEntry{
 			Name: name, Draining: drain, InFlight: h.Fleet.InFlight(name),
 			Models: []string{}, Loaded: []string{},
 		}
+	} else {
+		if !known { // there is no fleet
+			h.drain(b, drain)
+		}
+		e = h.upstream(b)
 	}
 	e.Unheard = unheard
 	ex.page(w, pathUpstreams, http.StatusOK, e)

@@ -155,7 +155,7 @@ func TestChangesAreSentOnce(t *testing.T) {
 			string(got[1].Parts["b"]) != `"x"` || fmt.Sprint(got[1].Log) != "[first]" {
 			t.Fatalf("at first: %+v", got)
 		}
-		time.Sleep(3 * every)
+		time.Sleep(3*every + every/2) // half way between two ticks, as at all later changes
 		if got := w.take(t); len(got) != 0 {
 			t.Errorf("nothing is new, and %+v was sent", got)
 		}

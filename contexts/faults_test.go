@@ -89,13 +89,28 @@ func TestOthersUseTheServer(t *testing.T) {
 
 // TestSlotThatHasChanged: the slot is used past the proxy before it is saved.
 func TestSlotThatHasChanged(t *testing.T) {
+	// Once in a while the slot is saved in the same moment, before the other prompt gets it.
+	for range 20 {
+		if slotThatHasChanged(t) {
+			return
+		}
+	}
+	t.Error("no change of a slot was noticed")
+}
+
+// slotThatHasChanged reports whether a change was noticed.
+func slotThatHasChanged(t *testing.T) (noticed bool) {
 	with(t, one, ample, func(p *proxied) {
 		p.must(ask{model: "m", prompt: long("a", 1), answer: 2})
 		if _, err := p.direct(context.Background(), ask{model: "m", prompt: text{{"other", 100}}}); err != nil {
 			t.Fatal(err)
 		}
 		p.m.Leave(context.Background(), ollamaPort)
-		if n := p.m.Counts().Failed[FailedChanged]; n != 1 || p.store.Stats().States != 0 {
+		n := p.m.Counts().Failed[FailedChanged]
+		if noticed = n > 0; !noticed {
+			return
+		}
+		if n != 1 || p.store.Stats().States != 0 {
 			t.Errorf("%d changes were noticed, and %d states stored", n, p.store.Stats().States)
 		}
 		p.m.Leave(context.Background(), ollamaPort)
@@ -107,6 +122,7 @@ func TestSlotThatHasChanged(t *testing.T) {
 		p.unload()
 		p.evaluates(ask{model: "m", prompt: long("a", 3), answer: 2}, 1, 20)
 	})
+	return noticed
 }
 
 // TestOwners: no owner's request is served from another owner's prompts, unless states are shared.

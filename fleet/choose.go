@@ -100,8 +100,7 @@ func (s *place) may(a Ask) bool {
 	if !s.Takes {
 		return false
 	}
-	_, has := slices.BinarySearch(s.Models, a.Model)
-	return has || a.Model == ""
+	return a.Model == "" || s.has(a.Model)
 }
 
 // slack is how many bytes of a prompt are not worth a detour: about 64 tokens.

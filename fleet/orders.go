@@ -119,7 +119,7 @@ func (f *Fleet) AllDrained(model string) (server string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, name := range v.names {
-		if _, has := slices.BinarySearch(v.places[name].Models, model); !has {
+		if !v.places[name].has(model) {
 			continue
 		}
 		if !f.orders[name].Drain {

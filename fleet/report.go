@@ -55,6 +55,12 @@ type Server struct {
 	Learned json.RawMessage `json:"learned,omitempty"`
 }
 
+// has reports whether the server has a model, by its key. The keys are sorted.
+func (s *Server) has(model string) bool {
+	_, found := slices.BinarySearch(s.Models, model)
+	return found
+}
+
 // Backlog are requests that wait for a model, loaded with some options.
 type Backlog struct {
 	Options prefix.Options `json:"options"`

@@ -655,7 +655,7 @@ func (f *Fleet) Others(wanted func(Server) bool) (all []Place) {
 func (f *Fleet) Has(model string) bool {
 	v := f.view.Load()
 	for _, p := range v.places {
-		if _, has := slices.BinarySearch(p.Models, model); has {
+		if p.has(model) {
 			return true
 		}
 	}
@@ -665,7 +665,7 @@ func (f *Fleet) Has(model string) bool {
 // Serves reports whether another proxy's server has a model and takes requests.
 func (f *Fleet) Serves(model string) bool {
 	for _, p := range f.view.Load().places {
-		if _, has := slices.BinarySearch(p.Models, model); has && p.Takes && p.owner.peer != nil {
+		if p.has(model) && p.Takes && p.owner.peer != nil {
 			return true
 		}
 	}

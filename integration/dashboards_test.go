@@ -188,6 +188,10 @@ func (p *prometheus) scraped(t testing.TB) {
 	})
 }
 
+// dashboardSpan is the time that the queries look back. It is longer than the test takes on any
+// machine: a quantile of what has not grown in it is NaN.
+const dashboardSpan = "1h"
+
 // panelQueries returns the dashboard's queries, with all of its variables set to All.
 func panelQueries(t *testing.T) map[string][]string {
 	t.Helper()
@@ -200,10 +204,8 @@ func panelQueries(t *testing.T) map[string][]string {
 	if err := json.Unmarshal([]byte(readFile(t, dashboardFile)), &d); err != nil {
 		t.Fatal(err)
 	}
-	// Longer than the test takes on any machine: a quantile of what has not grown in it is NaN.
-	const span = "1h"
 	set := strings.NewReplacer("$job", ".*", "$instance", ".*", "$model", ".*", "$upstream", ".*",
-		"$__rate_interval", span, "$__range", span)
+		"$__rate_interval", dashboardSpan, "$__range", dashboardSpan)
 	queries := map[string][]string{}
 	for _, p := range d.Panels {
 		for _, target := range p.Targets {
@@ -376,7 +378,7 @@ func TestDashboards(t *testing.T) {
 	}
 	counter := regexp.MustCompile(`ollama_cacheproxy_(\w+_total)`)
 	for _, name := range counter.FindAllStringSubmatch(fmt.Sprint(queries), -1) {
-		counted := len(prom.query(t, "max_over_time("+name[0]+"[1h]) > 0")) > 0
+		counted := len(prom.query(t, "max_over_time("+name[0]+"["+dashboardSpan+"]) > 0")) > 0
 		if !counted && !slices.Contains(onlyWhenItHappens, name[1]) {
 			t.Errorf("%s has counted nothing", name[0])
 		}

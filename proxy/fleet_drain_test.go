@@ -23,6 +23,15 @@ func (p *ally) orders(server, verb string) (e upstreamEntry) {
 	return e
 }
 
+// occupies sends a request to a server, which holds it until release is called.
+func (p *ally) occupies(b *box) (release func(), answer <-chan string) {
+	p.t.Helper()
+	release = b.holding()
+	answer = p.sends(p.t.Context(), "/api/chat", chat("m", "held"), headerUpstream+": "+b.name)
+	b.holds(answer)
+	return release, answer
+}
+
 // chats returns how many chats a server got.
 func (b *box) chats() (n int) {
 	for _, text := range b.took() {
@@ -39,9 +48,7 @@ func TestDrainAtAll(t *testing.T) {
 	x, y := newBox(t, "x", "m@1"), newBox(t, "y", "m@1")
 	a := edgeOf(t, 3, nil, x, y)
 	owner, entry := a.of("x")
-	release := x.holding()
-	answer := owner.sends(t.Context(), "/api/chat", chat("m", "held"), headerUpstream+": x")
-	x.holds(answer)
+	release, answer := owner.occupies(x)
 	x.took()
 	if e := entry.orders("x", verbDrain); e.InFlight != 1 {
 		t.Errorf("%d requests are in flight", e.InFlight)
@@ -215,11 +222,8 @@ func TestDrainYields(t *testing.T) {
 	x, y := newBox(t, "x", "m@1"), newBox(t, "y", "m@1")
 	a := sidecars(t, nil, x, y)
 	owner, entry := a.of("x")
-	releaseX, releaseY := x.holding(), y.holding()
-	answerX := owner.sends(t.Context(), "/api/chat", chat("m", "x"), headerUpstream+": x")
-	x.holds(answerX)
-	answerY := owner.sends(t.Context(), "/api/chat", chat("m", "y"), headerUpstream+": y")
-	y.holds(answerY)
+	releaseX, answerX := owner.occupies(x)
+	releaseY, answerY := owner.occupies(y)
 	answers := []<-chan string{answerX, answerY}
 	waiting := func(p *ally) (n int) {
 		for _, l := range p.h.Lanes.Loads() {
@@ -256,9 +260,7 @@ func TestDrainStays(t *testing.T) {
 	x, y := newBox(t, "x", "m@1"), newBox(t, "y", "m@1")
 	a := edgeOf(t, 2, nil, x, y)
 	owner, other := a.of("x")
-	release := x.holding()
-	answer := owner.sends(t.Context(), "/api/chat", chat("m", "held"), headerUpstream+": x")
-	x.holds(answer)
+	release, answer := owner.occupies(x)
 	for _, verb := range []string{verbDrain, verbResume} {
 		owner.h.RemoveUpstream("x")
 		if owner.h.named("x") != nil {

@@ -184,11 +184,12 @@ func (v *Virtual) Forced() int {
 // first.
 func (v *Virtual) Sleep(ctx context.Context, d time.Duration) error {
 	passed := make(chan struct{})
-	v.Wait()
 	stop := v.AfterFunc(d, func() {
 		v.Resume()
 		close(passed)
 	})
+	// Before the event is there, the clock could advance to a later one.
+	v.Wait()
 	select {
 	case <-passed:
 	case <-ctx.Done():

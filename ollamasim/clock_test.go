@@ -111,6 +111,29 @@ func TestVirtualParked(t *testing.T) {
 	}
 }
 
+// TestVirtualSleep: who sleeps for as long as others, from the same moment on, wakes with them.
+func TestVirtualSleep(t *testing.T) {
+	v := NewVirtual(epoch)
+	const sleepers, rounds = 4, 2000
+	v.Join(sleepers)
+	run(t, v)
+	var wg sync.WaitGroup
+	for range sleepers {
+		wg.Go(func() {
+			defer v.Leave()
+			for range rounds {
+				if err := v.Sleep(t.Context(), time.Second); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if got := v.Now().Sub(epoch); got != rounds*time.Second {
+		t.Errorf("%v passed, want %v", got, rounds*time.Second)
+	}
+}
+
 func TestVirtualPatience(t *testing.T) {
 	v := NewVirtual(epoch)
 	v.Patience = time.Millisecond

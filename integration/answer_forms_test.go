@@ -63,8 +63,8 @@ type formCase struct {
 
 func formCases() []formCase {
 	const (
-		options   = `"options":{"temperature":0,"seed":1,"num_predict":80}`
-		fixed     = `"temperature":0,"seed":1,"max_tokens":80`
+		options   = `"options":{"temperature":0,"seed":1,"num_predict":48}`
+		fixed     = `"temperature":0,"seed":1,"max_tokens":48`
 		france    = `"messages":[{"role":"user","content":"What is the capital of France?"}]`
 		weather   = `"messages":[{"role":"user","content":"What is the weather in Madrid and in Rome?"}]`
 		schema    = `{"type":"object","properties":{"city":{"type":"string"}},"required":["city"]}`
@@ -118,6 +118,16 @@ func formCases() []formCase {
 var masks = regexp.MustCompile(`"(created_at|created|completed_at|id|call_id|[a-z_]+_duration)":("[^"]*"|[0-9]+)`)
 
 func masked(text string) string { return masks.ReplaceAllString(text, `"$1":0`) }
+
+// limits are the members that bound an answer's length.
+var limits = regexp.MustCompile(`"(num_predict|max_tokens|max_output_tokens)":[0-9]+`)
+
+// warm evaluates the prompt, and generates one token.
+func (c formCase) warm(t *testing.T, url string) {
+	t.Helper()
+	c.body = limits.ReplaceAllString(c.body, `"$1":1`)
+	c.ask(t, url, false)
+}
 
 // ask sends a request as a stream or not, and returns the answer's body.
 func (c formCase) ask(t *testing.T, url string, stream bool) (contentType, body string) {
@@ -203,7 +213,7 @@ func (r replayer) collect(t *testing.T, server *realollama.Server) map[string]an
 
 // check returns Ollama's stream, and the one that is made from its whole answer.
 func (c formCase) check(t *testing.T, url string) (stream, made string) {
-	c.ask(t, url, false) // so that both find as much of the prompt in the slot
+	c.warm(t, url) // so that both find as much of the prompt in the slot
 	wholeType, whole := c.ask(t, url, false)
 	streamType, stream := c.ask(t, url, true)
 	if !strings.Contains(whole, c.says) {

@@ -47,6 +47,7 @@ func coldV1Chat(model, text string, tokens int, more string) string {
 func TestAnswers(t *testing.T) {
 	for _, version := range realollama.Distinct() {
 		t.Run(version, func(t *testing.T) {
+			t.Parallel() // they mostly wait until answers are kept
 			server := realollama.Start(t, realollama.Config{
 				Version: version, Models: []string{tiny, tiny + "-b", costly},
 			})
@@ -750,6 +751,7 @@ func answersBroken(t *testing.T, server *realollama.Server) {
 func TestAnswersClients(t *testing.T) {
 	for _, version := range realollama.Distinct() {
 		t.Run(version, func(t *testing.T) {
+			t.Parallel() // as in TestAnswers
 			server := realollama.Start(t, realollama.Config{
 				Version: version, Models: []string{"smollm2", tiny, "gen-llama-embed"}, MaxLoaded: 4,
 			})

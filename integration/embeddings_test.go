@@ -105,6 +105,7 @@ func chunks(n, length int) []string {
 func TestEmbeddingsExact(t *testing.T) {
 	for _, version := range realollama.Versions() {
 		t.Run(version, func(t *testing.T) {
+			t.Parallel() // they mostly wait until the model has been seen to repeat
 			server := realollama.Start(t, realollama.Config{Version: version, Models: []string{embedModel}})
 			p := startProxy(t, server.URL())
 			texts := chunks(12, 30)

@@ -97,6 +97,7 @@ func TestServerReuse(t *testing.T) {
 
 func TestServerModels(t *testing.T) {
 	perEra(t, func(t *testing.T, version string) {
+		t.Parallel() // it mostly waits for models to be loaded
 		s := Start(t, Config{Version: version, Models: ModelNames(), MaxLoaded: 1})
 		answers := map[string]string{}
 		for _, model := range s.Models() {

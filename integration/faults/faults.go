@@ -245,8 +245,7 @@ func (f *fleet) servesAgain(ctx context.Context) error {
 				q := newRequest(k, r)
 				res := f.ask(ctx, q, []*process{p})
 				if res.outcome != answered {
-					why := errors.Join(res.wrong, context.Cause(ctx))
-					return fmt.Errorf("%s: %s, %v", k.name, res.outcome, why)
+					return errors.Join(fmt.Errorf("%s: %s", k.name, res.outcome), res.wrong)
 				}
 				if times := f.ledger.of(q.id); len(times) != 1 {
 					return fmt.Errorf("%s: it was begun %d times", k.name, len(times))
@@ -255,7 +254,7 @@ func (f *fleet) servesAgain(ctx context.Context) error {
 			}
 			err := eventually(ctx, f.bound(), p.name+" does not answer again", ask)
 			if err != nil {
-				return err
+				return errors.Join(err, context.Cause(ctx))
 			}
 		}
 	}

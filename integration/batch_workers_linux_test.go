@@ -122,8 +122,8 @@ type workerGate struct {
 	opened chan struct{}
 }
 
-// unheld is a number of requests after which a gate, which answers all of them, holds none. The
-// number that a test expects would not do: a worker that sends one again would have no answer to it.
+// unheld makes a gate answer all requests. The number of requests that a test expects would not do:
+// a worker that sends one again would wait for ever.
 const unheld = math.MaxInt
 
 func newWorkerGate(t testing.TB, left int) (*workerGate, string) {

@@ -191,8 +191,8 @@ func readme(t *testing.T, server *realollama.Server) {
 	if !ok {
 		t.Fatalf("README.md does not start the proxy with %q:\n%s", start, b.code)
 	}
-	// A person who types this has waited long enough, and sees if the proxy ends; a script must wait
-	// until the proxy listens, for as long as it runs.
+	// A person who types this has waited long enough, and sees if the proxy ends; a script must
+	// wait until the proxy listens, or has ended.
 	ready := fmt.Sprintf(`trap 'kill $!' EXIT
 until curl --silent --fail --output /dev/null http://%s/_cacheproxy/health; do
 	kill -0 $! || { echo "the proxy has ended"; exit 1; }

@@ -48,8 +48,8 @@ const (
 	endLimit  = 30 * time.Second // of a program that has been told to end
 )
 
-// command returns a program for a test to run. It is killed when the test ends, and fails the test if
-// it takes too long. A process that it leaves behind with its output open does not hold up Wait.
+// command returns a program for a test to run. It is killed when the test ends, and fails the test
+// if it takes too long. A process that it leaves behind with its output open does not hold up Wait.
 func command(t testing.TB, name string, args ...string) *exec.Cmd {
 	ctx, cancel := context.WithTimeout(t.Context(), longest)
 	t.Cleanup(cancel)

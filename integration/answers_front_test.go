@@ -269,7 +269,7 @@ func (r reply) same(other reply) error {
 func plainClient(t testing.TB) *http.Client {
 	transport := &http.Transport{DisableCompression: true, MaxIdleConnsPerHost: 64}
 	t.Cleanup(transport.CloseIdleConnections)
-	return &http.Client{Transport: transport}
+	return &http.Client{Transport: transport, Timeout: longest}
 }
 
 // request sends a request with headers, each a name and a value, and reads the answer.

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"reflect"
 	"strings"
@@ -82,7 +81,7 @@ func TestBatchDialects(t *testing.T) {
 					}
 					joined := func(attempt int) any {
 						out := filepath.Join(t.TempDir(), fmt.Sprint(attempt))
-						cmd := exec.CommandContext(t.Context(), bin, "batch", "--server", server.URL(), "-i", "-", "-o", out)
+						cmd := command(t, bin, "batch", "--server", server.URL(), "-i", "-", "-o", out)
 						cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0")
 						cmd.Stdin = strings.NewReader(form(c.path, "{"+members+"}"))
 						if log, err := cmd.CombinedOutput(); err != nil {
@@ -210,7 +209,8 @@ func TestBatchRestart(t *testing.T) {
 				return bytes.Count(text, []byte("\n"))
 			}
 			var log lockedBuffer
-			cmd := exec.CommandContext(t.Context(), bin, "batch", "--server", address, "-i", "-", "-o", out, "--retries", "1", "--log-format", "json")
+			cmd := command(t, bin, "batch", "--server", address, "-i", "-", "-o", out,
+				"--retries", "1", "--log-format", "json")
 			cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(input.Bytes()), &log, &log
 			if err := cmd.Start(); err != nil {
 				t.Fatal(err)

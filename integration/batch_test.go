@@ -55,8 +55,8 @@ func TestBatch(t *testing.T) {
 		}
 	}
 	batch := func(data, out string, stderr *lockedBuffer) *exec.Cmd {
-		cmd := exec.CommandContext(t.Context(), bin, "batch", "--server", p.URL, "--template", "request.json", "--data", data, "-o", out,
-			"--summary-json", out+".summary", "--log-format", "json")
+		cmd := command(t, bin, "batch", "--server", p.URL, "--template", "request.json",
+			"--data", data, "-o", out, "--summary-json", out+".summary", "--log-format", "json")
 		cmd.Dir, cmd.Stdout, cmd.Stderr = dir, stderr, stderr
 		return cmd
 	}

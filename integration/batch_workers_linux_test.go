@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -63,10 +64,40 @@ func (f *workersFolder) command(log io.Writer, server, out string, more ...strin
 	if err != nil {
 		f.t.Fatal(err)
 	}
-	cmd := exec.CommandContext(f.t.Context(), bin, append([]string{"batch", "--server", server, "-i", "in.jsonl",
+	cmd := command(f.t, bin, append([]string{"batch", "--server", server, "-i", "in.jsonl",
 		"-o", out, "--concurrency", "4", "--log-format", "json", "--summary-json", out + ".summary"}, more...)...)
 	cmd.Dir, cmd.Stdout, cmd.Stderr = f.dir, log, log
 	return cmd
+}
+
+// worker is a batch that has been started.
+type worker struct {
+	*exec.Cmd
+	log   lockedBuffer
+	ended chan struct{} // closed when it has ended and err is set
+	err   error
+}
+
+// start starts a batch, which ends when the test ends.
+func (f *workersFolder) start(server, out string, more ...string) *worker {
+	f.t.Helper()
+	w := &worker{ended: make(chan struct{})}
+	w.Cmd = f.command(&w.log, server, out, more...)
+	if err := w.Start(); err != nil {
+		f.t.Fatal(err)
+	}
+	go func() { // command bounds it
+		w.err = w.Cmd.Wait()
+		close(w.ended)
+	}()
+	f.t.Cleanup(func() { w.Wait() })
+	return w
+}
+
+// Wait waits until the batch has ended. Others may wait too.
+func (w *worker) Wait() error {
+	<-w.ended
+	return w.err
 }
 
 func (f *workersFolder) read(name string) string {
@@ -78,8 +109,8 @@ func (f *workersFolder) read(name string) string {
 	return string(text)
 }
 
-// workerGate is a server of one worker's, which answers some requests and then holds all others until it
-// is opened or the worker is gone.
+// workerGate is a server of one worker's, which answers some requests and then holds all others
+// until it is opened or the worker is gone.
 type workerGate struct {
 	http.Handler
 	full chan struct{} // closed once as many are held as the worker sends at once
@@ -90,6 +121,10 @@ type workerGate struct {
 	held   map[int]bool
 	opened chan struct{}
 }
+
+// unheld makes a gate answer all requests. The number of requests that a test expects would not do:
+// a worker that sends one again would wait for ever.
+const unheld = math.MaxInt
 
 func newWorkerGate(t testing.TB, left int) (*workerGate, string) {
 	t.Helper()
@@ -134,10 +169,36 @@ func (g *workerGate) hold(n int) bool {
 	if g.left--; g.left >= 0 {
 		return false
 	}
+	if g.held[n] {
+		return true
+	}
 	if g.held[n] = true; len(g.held) == 4 {
 		close(g.full)
 	}
 	return true
+}
+
+// fills waits until as many requests are held as the worker sends at once.
+func (g *workerGate) fills(t testing.TB, w *worker) {
+	t.Helper()
+	select {
+	case <-g.full:
+		return
+	case <-w.ended:
+		t.Fatalf("it has ended and should wait for answers: %v\n%s", w.err, w.log.String())
+	case <-time.After(time.Minute):
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	t.Fatalf("after a minute %d items have been sent, and %d are held\n%s",
+		len(g.sent), len(g.held), w.log.String())
+}
+
+// items returns how many items have been sent.
+func (g *workerGate) items() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return len(g.sent)
 }
 
 // TestBatchWorkers: three workers, as processes, share a batch. One is killed and one is stopped in
@@ -147,50 +208,48 @@ func (g *workerGate) hold(n int) bool {
 func TestBatchWorkers(t *testing.T) {
 	const prefixes, each, atOnce, first = 12, 20, 4, 20
 	f := newWorkersFolder(t, "m", prefixes, each)
-	_, aloneURL := newWorkerGate(t, prefixes*each)
+	_, aloneURL := newWorkerGate(t, unheld)
 	var log lockedBuffer
 	if err := f.command(&log, aloneURL, "alone.jsonl").Run(); err != nil {
 		t.Fatalf("%v\n%s", err, log.String())
 	}
 	shared := []string{"--workers", f.store.URL() + "/2", "--job", "nightly"}
 	var gates []*workerGate
-	var cmds []*exec.Cmd
-	var logs [3]lockedBuffer
-	for i, out := range []string{"killed.jsonl", "stopped.jsonl", "third.jsonl"} {
+	var workers []*worker
+	for _, out := range []string{"killed.jsonl", "stopped.jsonl", "third.jsonl"} {
 		g, url := newWorkerGate(t, first)
 		gates = append(gates, g)
-		cmds = append(cmds, f.command(&logs[i], url, out, shared...))
-		if err := cmds[i].Start(); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { cmds[i].Process.Kill() }) // it fails if the process has ended
+		workers = append(workers, f.start(url, out, shared...))
 	}
 	store, err := valkey.NewClient(valkey.ClientOption{InitAddress: []string{f.store.Addr()}, SelectDB: 2, DisableCache: true})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer store.Close()
-	for _, g := range gates {
-		<-g.full
+	for i, g := range gates {
+		g.fills(t, workers[i])
 	}
 	// All that was answered is in the server; what was sent besides is under way.
 	eventually(t, "answered", func() bool {
 		n, err := store.Do(t.Context(), store.B().Bitcount().Key("ollama-cacheproxy:batch:1:{nightly}:done").Build()).AsInt64()
 		return err == nil && n == 3*first
 	})
-	if err := cmds[0].Process.Kill(); err != nil {
+	killed, stopped, third := workers[0], workers[1], workers[2]
+	if err := killed.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	cmds[0].Wait()
-	if err := cmds[1].Process.Signal(syscall.SIGINT); err != nil {
+	killed.Wait()
+	if err := stopped.Process.Signal(syscall.SIGINT); err != nil {
 		t.Fatal(err)
 	}
-	if cmds[1].Wait(); cmds[1].ProcessState.ExitCode() != 1 || !strings.Contains(logs[1].String(), "stopped before the end") {
-		t.Errorf("stopped: %v\n%s", cmds[1].ProcessState, logs[1].String())
+	stopped.Wait()
+	if text := stopped.log.String(); stopped.ProcessState.ExitCode() != 1 ||
+		!strings.Contains(text, "stopped before the end") {
+		t.Errorf("stopped: %v\n%s", stopped.ProcessState, text)
 	}
 	close(gates[2].opened)
-	if err := cmds[2].Wait(); err != nil {
-		t.Fatalf("%v\n%s", err, logs[2].String())
+	if err := third.Wait(); err != nil {
+		t.Fatalf("%v\n%s", err, third.log.String())
 	}
 	want := f.read("alone.jsonl")
 	if got := f.read("third.jsonl"); got != want || strings.Count(got, "\n") != prefixes*each {
@@ -218,12 +277,12 @@ func TestBatchWorkers(t *testing.T) {
 		t.Errorf("%d were sent again, want at most %d", again, 2*atOnce)
 	}
 	// Started again, the one that was killed has all from the server.
-	g, url := newWorkerGate(t, 0)
+	g, url := newWorkerGate(t, unheld)
 	if err := f.command(&log, url, "killed.jsonl", shared...).Run(); err != nil {
 		t.Fatalf("%v\n%s", err, log.String())
 	}
-	if got := f.read("killed.jsonl"); got != want || len(g.sent) != 0 {
-		t.Errorf("%d bytes, want %d; %d requests sent", len(got), len(want), len(g.sent))
+	if got := f.read("killed.jsonl"); got != want || g.items() != 0 {
+		t.Errorf("%d bytes, want %d; %d requests sent", len(got), len(want), g.items())
 	}
 	var status lockedBuffer
 	want = fmt.Sprintf("requests    %d, of which %[1]d are answered\n", prefixes*each)
@@ -251,24 +310,18 @@ func TestBatchWorkersReal(t *testing.T) {
 	if err := f.command(&log, p.URL, "alone.jsonl").Run(); err != nil {
 		t.Fatalf("%v\n%s", err, log.String())
 	}
-	victim := f.command(&log, p.URL, "victim.jsonl", "--workers", f.store.URL())
-	if err := victim.Start(); err != nil {
-		t.Fatal(err)
-	}
+	victim := f.start(p.URL, "victim.jsonl", "--workers", f.store.URL())
 	eventually(t, "so far", func() bool {
 		text, err := os.ReadFile(filepath.Join(f.dir, "victim.jsonl"))
 		return err == nil && bytes.Count(text, []byte("\n")) >= prefixes // results are in the order of the input
 	})
-	other := f.command(&log, p.URL, "other.jsonl", "--workers", f.store.URL())
-	if err := other.Start(); err != nil {
-		t.Fatal(err)
-	}
+	other := f.start(p.URL, "other.jsonl", "--workers", f.store.URL())
 	if err := victim.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
 	victim.Wait()
 	if err := other.Wait(); err != nil {
-		t.Fatalf("%v\n%s", err, log.String())
+		t.Fatalf("%v\n%s", err, other.log.String())
 	}
 	got, want := strings.SplitAfter(f.read("other.jsonl"), "\n"), strings.SplitAfter(f.read("alone.jsonl"), "\n")
 	if len(got) != n+1 || len(want) != n+1 {
@@ -355,19 +408,14 @@ func (f *workersFolder) evaluated(t *testing.T, servers []*realollama.Server, wo
 		}
 		p := startProxy(t, servers[0].URL(), flags...)
 		job := fmt.Sprintf("%d-%d", len(servers), workers)
-		var log lockedBuffer
-		var cmds []*exec.Cmd
+		var all []*worker
 		for i := range workers {
-			cmd := f.command(&log, p.URL, fmt.Sprintf("%s-%d.jsonl", job, i), "--concurrency", "auto",
-				"--workers", f.store.URL(), "--job", job)
-			if err := cmd.Start(); err != nil {
-				t.Fatal(err)
-			}
-			cmds = append(cmds, cmd)
+			all = append(all, f.start(p.URL, fmt.Sprintf("%s-%d.jsonl", job, i),
+				"--concurrency", "auto", "--workers", f.store.URL(), "--job", job))
 		}
-		for i, cmd := range cmds {
-			if err := cmd.Wait(); err != nil {
-				t.Fatalf("%v\n%s", err, log.String())
+		for i, w := range all {
+			if err := w.Wait(); err != nil {
+				t.Fatalf("%v\n%s", err, w.log.String())
 			}
 			text := f.read(fmt.Sprintf("%s-%d.jsonl", job, i))
 			if i > 0 && text != output {

@@ -251,7 +251,7 @@ func script(name string) func(*testing.T, target) map[string]any {
 		if filepath.Ext(name) == ".mjs" {
 			program = programs.node
 		}
-		cmd := exec.CommandContext(t.Context(), program, filepath.Join(dir, name))
+		cmd := command(t, program, filepath.Join(dir, name))
 		cmd.Dir = dir
 		cmd.Env = clientEnv(dir, "CLIENT_BASE_URL="+at.URL, "CLIENT_OLLAMA="+at.Server.Bin(), "CLIENT_GGUF="+programs.gguf,
 			"PYTHONDONTWRITEBYTECODE=1", "LITELLM_LOCAL_MODEL_COST_MAP=True")

@@ -237,6 +237,7 @@ func TestContextsDisk(t *testing.T) {
 		cmd := exec.CommandContext(t.Context(), "unshare", "--user", "--map-root-user", "--mount",
 			os.Args[0], "-test.run=^TestContextsDisk$", "-test.v", "-test.timeout=5m")
 		cmd.Env = append(os.Environ(), mountsEnv+"=1")
+		cmd.WaitDelay = 5 * time.Second // what it leaves behind may have its output
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Errorf("in a mount namespace: %v\n%s", err, tail(string(out), 150))
 		}

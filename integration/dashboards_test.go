@@ -16,7 +16,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/debian"
@@ -56,7 +55,7 @@ func TestAlerts(t *testing.T) {
 		{"check", "config", deployed + "prometheus.yml"},
 		{"test", "rules", deployed + "alerts_test.yml"},
 	} {
-		if out, err := exec.CommandContext(t.Context(), promtool, args...).CombinedOutput(); err != nil {
+		if out, err := command(t, promtool, args...).CombinedOutput(); err != nil {
 			t.Errorf("promtool %s: %v\n%s", strings.Join(args, " "), err, out)
 		}
 	}
@@ -128,8 +127,7 @@ func startPrometheus(t *testing.T, bin, proxyURL, key string) *prometheus {
 		close(exited)
 	}()
 	t.Cleanup(func() {
-		cmd.Process.Signal(syscall.SIGTERM)
-		<-exited
+		end(t, cmd, exited)
 		if t.Failed() {
 			t.Logf("Prometheus' log:\n%s", tail(log.String(), 20))
 		}
@@ -386,7 +384,7 @@ func TestDashboards(t *testing.T) {
 	prom.alerts(t)
 
 	_, _, text := do(t, http.MethodGet, p.URL()+"/metrics", "", "Authorization", "Bearer "+key)
-	check := exec.CommandContext(t.Context(), promtool, "check", "metrics")
+	check := command(t, promtool, "check", "metrics")
 	check.Stdin = strings.NewReader(text)
 	if out, err := check.CombinedOutput(); err != nil || !strings.Contains(text, "ollama_cacheproxy_") {
 		t.Errorf("promtool check metrics: %v\n%s", err, out)

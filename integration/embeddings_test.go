@@ -10,7 +10,6 @@ import (
 	"net/http/httputil"
 	"net/url"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -228,7 +227,7 @@ func TestReindexClients(t *testing.T) {
 	if err := os.WriteFile(path, data, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.CommandContext(t.Context(), python, "reindex.py")
+	cmd := command(t, python, "reindex.py")
 	cmd.Dir = "clients"
 	cmd.Env = clientEnv(t.TempDir(), "CLIENT_BASE_URL="+p.URL, "CLIENT_CHUNKS="+path)
 	var stderr strings.Builder

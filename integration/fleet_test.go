@@ -70,10 +70,12 @@ func startPeers(t *testing.T, lists [][]string) (proxies []*proxyProcess) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		over := watched(t, p)
 		t.Cleanup(func() {
+			lines := over(40)
 			p.Kill() // does nothing if it has ended
 			if t.Failed() {
-				t.Logf("the log of proxy %d:\n%s", i, tail(p.Log(), 40))
+				t.Logf("the log of proxy %d:\n%s", i, tail(p.Log(), lines))
 			}
 		})
 		proxies = append(proxies, &proxyProcess{p})

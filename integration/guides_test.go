@@ -2,7 +2,6 @@ package integration
 
 import (
 	"bytes"
-	"context"
 	"fmt"
 	"net"
 	"os"
@@ -10,7 +9,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/yuin/goldmark"
 	"github.com/yuin/goldmark/ast"
@@ -138,6 +136,7 @@ func runBlock(t *testing.T, dir string, b block, url, ollama string, env ...stri
 	cmd.Env = append(cmd.Env, env...)
 	out, err := cmd.CombinedOutput()
 	if err != nil {
+		killGroup(cmd)
 		t.Errorf("%v:\n%s\nprints\n%s", err, b.code, tail(string(out), 40))
 	}
 	return string(out), true
@@ -159,10 +158,15 @@ func blockCommand(t *testing.T, dir string, b block, url, ollama string) (*exec.
 	}
 	address := strings.TrimPrefix(url, "http://")
 	write(t, filepath.Join(dir, program[len(program)-1]), strings.ReplaceAll(b.code, guidesAddress, address))
-	// A watchdog: the README's block builds the proxy.
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
-	t.Cleanup(cancel)
-	cmd := exec.CommandContext(ctx, program[0], program[1:]...)
+	cmd := command(t, program[0], program[1:]...)
+	// A shell's programs end with it: the README's leaves a proxy behind if it is killed.
+	ownGroup(cmd)
+	kill := cmd.Cancel
+	cmd.Cancel = func() error {
+		killGroup(cmd)
+		return kill()
+	}
+	cmd.WaitDelay = endLimit // the proxy ends after the shell
 	cmd.Dir = dir
 	cmd.Env = append(clientEnv(dir), "PATH="+strings.Join([]string{filepath.Dir(ollama), filepath.Dir(programs.python), binDir, os.Getenv("PATH")}, ":"))
 	return cmd, true
@@ -187,8 +191,14 @@ func readme(t *testing.T, server *realollama.Server) {
 	if !ok {
 		t.Fatalf("README.md does not start the proxy with %q:\n%s", start, b.code)
 	}
-	// A person who types this has waited long enough; a script must wait until the proxy listens.
-	ready := fmt.Sprintf("trap 'kill $!' EXIT\nuntil curl --silent --fail --output /dev/null http://%s/_cacheproxy/health; do sleep 0.05; done\n", address)
+	// A person who types this has waited long enough, and sees if the proxy ends; a script must
+	// wait until the proxy listens, or has ended.
+	ready := fmt.Sprintf(`trap 'kill $!' EXIT
+until curl --silent --fail --output /dev/null http://%s/_cacheproxy/health; do
+	kill -0 $! || { echo "the proxy has ended"; exit 1; }
+	sleep 0.05
+done
+`, address)
 	_, after, _ = strings.Cut(after, "\n")
 	b.code = "cd \"$REPOSITORY\"\n" + before + start + "\n" + ready + after + "curl --silent --fail http://" + address + "/metrics\n"
 	root, err := filepath.Abs("..")
@@ -230,7 +240,7 @@ if (errors?.length) throw new Error(JSON.stringify(errors))
 console.log(config.models[0].apiBase)
 `)
 	check := func(config string) (string, error) {
-		cmd := exec.CommandContext(t.Context(), programs.node, filepath.Join(dir, "check.mjs"), config)
+		cmd := command(t, programs.node, filepath.Join(dir, "check.mjs"), config)
 		cmd.Env = clientEnv(dir)
 		out, err := cmd.CombinedOutput()
 		return string(bytes.TrimSpace(out)), err

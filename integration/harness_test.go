@@ -7,12 +7,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -30,9 +33,63 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	binDir = dir
+	// This covers the reading of an answer too: no stream of these tests lasts as long.
+	http.DefaultClient.Timeout = longest
 	code := m.Run()
 	os.RemoveAll(dir)
 	os.Exit(code)
+}
+
+// Bounds of what a test waits for. Without them what hangs would only end with go test's own limit
+// for all tests together, and nothing would say which part of them hung.
+const (
+	longest   = 5 * time.Minute  // of a request, and of a program that a test runs
+	testLimit = 10 * time.Minute // of what a test does with a proxy
+	endLimit  = 30 * time.Second // of a program that has been told to end
+)
+
+// command returns a program for a test to run. It is killed when the test ends, and fails the test
+// if it takes too long. A process that it leaves behind with its output open does not hold up Wait.
+func command(t testing.TB, name string, args ...string) *exec.Cmd {
+	ctx, cancel := context.WithTimeout(t.Context(), longest)
+	t.Cleanup(cancel)
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.WaitDelay = 5 * time.Second
+	cmd.Cancel = func() error {
+		if errors.Is(ctx.Err(), context.DeadlineExceeded) { // otherwise the test has ended
+			t.Errorf("%s has run for %v and is killed", name, longest)
+		}
+		return cmd.Process.Kill()
+	}
+	return cmd
+}
+
+// end makes a program end, and kills it if it does not. exited is closed when it has ended.
+func end(t testing.TB, cmd *exec.Cmd, exited <-chan struct{}) {
+	t.Helper()
+	cmd.Process.Signal(syscall.SIGTERM) // it fails if the program has ended
+	select {
+	case <-exited:
+	case <-time.After(endLimit):
+		cmd.Process.Kill()
+		<-exited
+		t.Errorf("%s did not end within %v of SIGTERM", cmd.Path, endLimit)
+	}
+}
+
+// watched aborts a proxy whose test takes too long, so that what waits for the proxy fails, and its
+// log says what its goroutines did. The function that it returns ends the watch, and returns how
+// many lines of the log the test shows if it has failed: so many, or all of an aborted proxy.
+func watched(t testing.TB, p *proxyprocess.Process) (over func(lines int) int) {
+	timer := time.AfterFunc(testLimit, p.Abort)
+	return func(lines int) int {
+		t.Helper()
+		if timer.Stop() {
+			return lines
+		}
+		t.Errorf("the test took longer than %v; the proxy's goroutines are in its log", testLimit)
+		return math.MaxInt
+	}
 }
 
 // proxyBinary builds the proxy, with the race detector if the tests have it.
@@ -56,12 +113,14 @@ func startProxy(t testing.TB, upstream string, flags ...string) *proxyProcess {
 	if err != nil {
 		t.Fatal(err)
 	}
+	over := watched(t, p)
 	t.Cleanup(func() {
+		lines := over(60)
 		if err := p.Stop(); err != nil {
 			t.Error(err)
 		}
 		if t.Failed() {
-			t.Logf("the proxy's log:\n%s", tail(p.Log(), 60))
+			t.Logf("the proxy's log:\n%s", tail(p.Log(), lines))
 		}
 	})
 	return &proxyProcess{p}

@@ -45,8 +45,9 @@ func TestHTTPS(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return exec.CommandContext(t.Context(), "curl", "-sN", "--http2", "--cacert", cert, "-w", "\n%{http_version} %{http_code}",
-			"-H", "Authorization: Bearer "+key, "-X", method, proxy.URL+path, "-d", string(text))
+		return command(t, "curl", "-sN", "--http2", "--cacert", cert,
+			"-w", "\n%{http_version} %{http_code}", "-H", "Authorization: Bearer "+key,
+			"-X", method, proxy.URL+path, "-d", string(text))
 	}
 	answer := func(cmd *exec.Cmd) (text, end string) {
 		t.Helper()
@@ -117,7 +118,7 @@ try:
 except ollama.ResponseError as e:
     print(e.status_code, e.error)
 `
-		cmd := exec.CommandContext(t.Context(), programs.python, "-c", code)
+		cmd := command(t, programs.python, "-c", code)
 		cmd.Env = clientEnv(dir, "CLIENT_BASE_URL="+proxy.URL, "MODEL="+model, "SSL_CERT_FILE="+cert)
 		out, err := cmd.CombinedOutput()
 		var pieces, status int

@@ -12,7 +12,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -91,8 +90,7 @@ func tryNginx(t *testing.T, bin, upstream string) string {
 		if err == nil {
 			conn.Close()
 			t.Cleanup(func() {
-				cmd.Process.Signal(syscall.SIGTERM)
-				<-exited
+				end(t, cmd, exited)
 				if t.Failed() {
 					t.Logf("nginx's log:\n%s", tail(log.String(), 30))
 				}

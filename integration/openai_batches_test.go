@@ -52,7 +52,7 @@ func batchClient(t *testing.T, url string, env ...string) *exec.Cmd {
 		t.Fatal(err)
 	}
 	dir := programs.scripts(t)
-	cmd := exec.CommandContext(t.Context(), programs.python, filepath.Join(dir, "python_openai_batches.py"))
+	cmd := command(t, programs.python, filepath.Join(dir, "python_openai_batches.py"))
 	cmd.Dir = dir
 	cmd.Env = clientEnv(dir, append([]string{
 		"CLIENT_BASE_URL=" + url, "CLIENT_API_KEY=" + aliceKey, "CLIENT_OTHER_KEY=" + bobKey,

@@ -43,8 +43,9 @@ func TestReport(t *testing.T) {
 		dir = t.TempDir()
 	}
 	page := filepath.Join(dir, "report.html")
-	cmd := exec.CommandContext(t.Context(), bin, "bench", "--upstream", server.URL(), "--workload", "closed-loops", "--requests", "40",
-		"--prefix-tokens", "600", "--tail-tokens", "50", "--output-tokens", "8", "--html", page)
+	cmd := command(t, bin, "bench", "--upstream", server.URL(), "--workload", "closed-loops",
+		"--requests", "40", "--prefix-tokens", "600", "--tail-tokens", "50", "--output-tokens", "8",
+		"--html", page)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}

@@ -178,6 +178,7 @@ func (s suite) outcomes(t *testing.T, program, dir, url string) (map[string]stri
 	// on.
 	args := []string{"-test.v", "-test.timeout=10m", "-test.run=" + s.run}
 	cmd := exec.CommandContext(ctx, program, args...)
+	cmd.WaitDelay = 5 * time.Second // what it leaves behind may have its output
 	cmd.Dir = dir
 	cmd.Env = clientEnv(t.TempDir(), "OLLAMA_HOST="+url, "OLLAMA_TEST_EXISTING=1")
 	out, err := cmd.CombinedOutput()

@@ -222,30 +222,43 @@ func (k kind) wants() string {
 	return answered
 }
 
+// againLimit bounds how long all proxies together take to answer again, besides one request that
+// takes as long as any may.
+const againLimit = 3 * time.Minute
+
+// errNotAgain is the cause of giving up the requests of servesAgain.
+var errNotAgain = errors.New("the proxies together take too long to answer again")
+
 // servesAgain waits until each proxy answers each kind of request again, and reaches each server
-// that it has.
+// that it has. It stops at the first that does not: the others would likely take as long, each.
 func (f *fleet) servesAgain(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, f.bound()+againLimit, errNotAgain)
+	defer cancel()
 	r := rand.New(rand.NewPCG(f.Seed, 1<<32))
-	var errs []error
 	for _, p := range f.proxies {
 		for _, k := range kinds {
 			if k.leaves {
 				continue
 			}
-			errs = append(errs, eventually(ctx, f.bound(), p.name+" does not answer again", func(context.Context) error {
+			// The context of a single check is not for these requests: a good one may take longer.
+			ask := func(context.Context) error {
 				q := newRequest(k, r)
 				res := f.ask(ctx, q, []*process{p})
 				if res.outcome != answered {
-					return fmt.Errorf("%s: %s, %w", k.name, res.outcome, res.wrong)
+					return errors.Join(fmt.Errorf("%s: %s", k.name, res.outcome), res.wrong)
 				}
 				if times := f.ledger.of(q.id); len(times) != 1 {
 					return fmt.Errorf("%s: it was begun %d times", k.name, len(times))
 				}
 				return nil
-			}))
+			}
+			err := eventually(ctx, f.bound(), p.name+" does not answer again", ask)
+			if err != nil {
+				return errors.Join(err, context.Cause(ctx))
+			}
 		}
 	}
-	return errors.Join(errs...)
+	return nil
 }
 
 // compared is how many answers of real servers are compared.

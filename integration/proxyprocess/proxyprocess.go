@@ -63,18 +63,14 @@ func Start(ctx context.Context, path, upstream string, flags ...string) (*Proces
 	}
 	ready := make(chan string, 1)
 	go func() { // ends with the process
-		lines := bufio.NewScanner(stderr)
-		lines.Buffer(nil, 1<<20)
-		for lines.Scan() {
-			p.mu.Lock()
-			p.log.WriteString(lines.Text() + "\n")
-			p.mu.Unlock()
-			var line struct{ Msg, Listen string }
-			if json.Unmarshal(lines.Bytes(), &line) == nil && strings.HasPrefix(line.Msg, "ready") && line.Listen != "" {
-				select {
-				case ready <- line.Listen:
-				default: // it was reported before
-				}
+		// A line may be of any length: where reading ended, the proxy would wait for ever to write.
+		for lines := bufio.NewReader(stderr); ; {
+			line, err := lines.ReadString('\n')
+			if line != "" {
+				p.note(strings.TrimSuffix(line, "\n"), ready)
+			}
+			if err != nil {
+				break
 			}
 		}
 		p.err = p.cmd.Wait()
@@ -89,6 +85,22 @@ func Start(ctx context.Context, path, upstream string, flags ...string) (*Proces
 		return nil, fmt.Errorf("the proxy ended: %w\n%s", p.err, p.Log())
 	case <-ctx.Done():
 		return nil, errors.Join(fmt.Errorf("the proxy is not ready: %w\n%s", ctx.Err(), p.Log()), p.Stop())
+	}
+}
+
+// note adds a line to the log. If it says that the proxy listens, ready gets the address.
+func (p *Process) note(text string, ready chan<- string) {
+	p.mu.Lock()
+	p.log.WriteString(text + "\n")
+	p.mu.Unlock()
+	var line struct{ Msg, Listen string }
+	if json.Unmarshal([]byte(text), &line) != nil ||
+		!strings.HasPrefix(line.Msg, "ready") || line.Listen == "" {
+		return
+	}
+	select {
+	case ready <- line.Listen:
+	default: // it was reported before
 	}
 }
 
@@ -114,6 +126,10 @@ func (p *Process) Kill() {
 	p.cmd.Process.Kill()
 	<-p.exited
 }
+
+// Abort makes the proxy write to its log what each of its goroutines does, and end. It does not
+// wait for that, and does nothing if the proxy has ended.
+func (p *Process) Abort() { _ = p.cmd.Process.Signal(syscall.SIGQUIT) }
 
 // Log returns the proxy's log.
 func (p *Process) Log() string {

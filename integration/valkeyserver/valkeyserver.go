@@ -15,6 +15,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
@@ -147,6 +148,9 @@ func (s *Server) Restart() {
 	}
 }
 
+// startLimit is how long a server may take until it accepts connections.
+const startLimit = 30 * time.Second
+
 // start reports whether the server accepts connections.
 func (s *Server) start() bool {
 	s.t.Helper()
@@ -176,15 +180,20 @@ func (s *Server) start() bool {
 	var said []string
 	go func() {
 		defer close(done)
-		for lines := bufio.NewScanner(out); lines.Scan(); {
-			if strings.Contains(lines.Text(), "Ready to accept connections") {
+		// A line may be of any length: where reading ended, the server would wait to write.
+		for lines := bufio.NewReader(out); ; {
+			line, err := lines.ReadString('\n')
+			if strings.Contains(line, "Ready to accept connections") {
 				select {
 				case ready <- true:
 				default:
 				}
 			}
-			if len(said) < 100 {
-				said = append(said, lines.Text())
+			if line != "" && len(said) < 100 {
+				said = append(said, strings.TrimSuffix(line, "\n"))
+			}
+			if err != nil {
+				break
 			}
 		}
 		s.cmd.Wait()
@@ -193,10 +202,14 @@ func (s *Server) start() bool {
 	case <-ready:
 		return true
 	case <-done:
-		s.t.Log(strings.Join(said, "\n"))
-		s.cmd = nil
-		return false
+	case <-time.After(startLimit):
+		s.cmd.Process.Kill()
+		<-done
+		s.t.Logf("the Valkey server accepts no connections within %v", startLimit)
 	}
+	s.t.Log(strings.Join(said, "\n"))
+	s.cmd = nil
+	return false
 }
 
 // Kill ends the server at once. It may be called again.

@@ -49,7 +49,7 @@ func (p *proxyProcess) doctor(t testing.TB, flags ...string) (string, int) {
 		t.Fatal(err)
 	}
 	var out, errs bytes.Buffer
-	cmd := exec.CommandContext(t.Context(), bin, append([]string{"doctor", "--proxy", p.URL}, flags...)...)
+	cmd := command(t, bin, append([]string{"doctor", "--proxy", p.URL}, flags...)...)
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	err = cmd.Run()
 	if exit := (*exec.ExitError)(nil); err != nil && !errors.As(err, &exit) {

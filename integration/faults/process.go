@@ -3,11 +3,9 @@
 package faults
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -19,6 +17,7 @@ import (
 	"time"
 
 	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/netns"
+	"github.com/ollama-cacheproxy/ollama-cacheproxy/integration/realollama"
 )
 
 // place is where a program runs: a host of a lab, or an address of loopback.
@@ -104,7 +103,7 @@ func (p *process) start() error {
 	go func(cmd *exec.Cmd, exited chan struct{}) { // ends with the process
 		defer close(exited)
 		defer r.Close()
-		p.log.read(r)
+		realollama.EachLine(r, p.log.add)
 		p.err = cmd.Wait()
 	}(p.cmd, p.exited)
 	return nil
@@ -169,19 +168,6 @@ func (t *tail) add(line string) {
 	}
 	if t.lines = append(t.lines, line); len(t.lines) > 2*tailLines {
 		t.lines = append(t.lines[:0:0], t.lines[tailLines:]...)
-	}
-}
-
-func (t *tail) read(r io.Reader) {
-	lines := bufio.NewReader(r)
-	for {
-		line, err := lines.ReadString('\n')
-		if line != "" {
-			t.add(strings.TrimRight(line, "\n"))
-		}
-		if err != nil {
-			return
-		}
 	}
 }
 

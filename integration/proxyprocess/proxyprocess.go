@@ -3,7 +3,6 @@
 package proxyprocess
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -63,16 +62,7 @@ func Start(ctx context.Context, path, upstream string, flags ...string) (*Proces
 	}
 	ready := make(chan string, 1)
 	go func() { // ends with the process
-		// A line may be of any length: where reading ended, the proxy would wait for ever to write.
-		for lines := bufio.NewReader(stderr); ; {
-			line, err := lines.ReadString('\n')
-			if line != "" {
-				p.note(strings.TrimSuffix(line, "\n"), ready)
-			}
-			if err != nil {
-				break
-			}
-		}
+		realollama.EachLine(stderr, func(line string) { p.note(line, ready) })
 		p.err = p.cmd.Wait()
 		close(p.exited)
 	}()

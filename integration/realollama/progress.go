@@ -1,8 +1,10 @@
 package realollama
 
 import (
+	"bufio"
 	"bytes"
 	"fmt"
+	"io"
 	"io/fs"
 	"path/filepath"
 	"regexp"
@@ -95,6 +97,21 @@ func bytesUnder(megabytes int64, dirs ...string) func() progress {
 			})
 		}
 		return progress{n / 1e6, megabytes, "MB"}
+	}
+}
+
+// EachLine calls f with each line of a program's output, without its newline, until the output
+// ends. A line may be of any length: where reading ended early, the program would wait for ever to
+// write.
+func EachLine(output io.Reader, f func(line string)) {
+	for lines := bufio.NewReader(output); ; {
+		line, err := lines.ReadString('\n')
+		if line != "" {
+			f(strings.TrimSuffix(line, "\n"))
+		}
+		if err != nil {
+			return
+		}
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -137,5 +138,14 @@ func TestStepsAreCounted(t *testing.T) {
 	const list = "go: downloading github.com/foo/bar v1.2.3\nstale 0 0\nstale 2 31\n\ngo: downloading x v1\n"
 	if got := countSteps(list); got != 35 {
 		t.Errorf("%d steps, want 35", got)
+	}
+}
+
+func TestEachLineReadsToTheEnd(t *testing.T) {
+	long := strings.Repeat("x", 2<<20)
+	var got []string
+	EachLine(strings.NewReader("one\n\n"+long+"\nunfinished"), func(line string) { got = append(got, line) })
+	if want := []string{"one", "", long, "unfinished"}; !slices.Equal(got, want) {
+		t.Errorf("%d lines, want %d", len(got), len(want))
 	}
 }

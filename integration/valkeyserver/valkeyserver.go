@@ -4,7 +4,6 @@
 package valkeyserver
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -180,22 +179,17 @@ func (s *Server) start() bool {
 	var said []string
 	go func() {
 		defer close(done)
-		// A line may be of any length: where reading ended, the server would wait to write.
-		for lines := bufio.NewReader(out); ; {
-			line, err := lines.ReadString('\n')
+		realollama.EachLine(out, func(line string) {
 			if strings.Contains(line, "Ready to accept connections") {
 				select {
 				case ready <- true:
 				default:
 				}
 			}
-			if line != "" && len(said) < 100 {
-				said = append(said, strings.TrimSuffix(line, "\n"))
+			if len(said) < 100 {
+				said = append(said, line)
 			}
-			if err != nil {
-				break
-			}
-		}
+		})
 		s.cmd.Wait()
 	}()
 	select {
